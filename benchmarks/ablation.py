@@ -52,12 +52,18 @@ def transformers_parts() -> None:
 def head_everywhere() -> None:
     """The head computes logits for prompts and padding too."""
 
-    def whole(self: SupervisedFineTuning, model: base.TrainModel, batch: Batch) -> base.MethodOutput:
+    def whole(
+        self: SupervisedFineTuning, model: base.TrainModel, batch: Batch
+    ) -> base.MethodOutput:
         hidden, targets = model.hidden(batch), batch.targets.flatten()
         index, labels = base.supervised_positions(batch)
-        rest = torch.nonzero_static(targets == base.IGNORE, size=targets.numel() - batch.supervised).squeeze(1)
+        rest = torch.nonzero_static(
+            targets == base.IGNORE, size=targets.numel() - batch.supervised
+        ).squeeze(1)
         wasted = model.loss(hidden.index_select(0, rest), torch.zeros_like(rest))
-        return base.MethodOutput(model.loss(hidden.index_select(0, index), labels) + wasted * 0, batch.supervised)
+        return base.MethodOutput(
+            model.loss(hidden.index_select(0, index), labels) + wasted * 0, batch.supervised
+        )
 
     SupervisedFineTuning.__call__ = whole
 
@@ -74,7 +80,10 @@ def whole_logits() -> None:
 
 def document_by_document() -> None:
     """torch's scaled_dot_product_attention, one call a document."""
-    attention.select_attention_backend = lambda *_, **__: ("sdpa", "switched on for this measurement")
+    attention.select_attention_backend = lambda *_, **__: (
+        "sdpa",
+        "switched on for this measurement",
+    )
 
 
 def default_malloc() -> None:
@@ -122,19 +131,27 @@ def is_installed(module: str) -> bool:
 REPLACEMENTS = {
     "attention": Replacement(document_by_document, "one document at a time"),
     "grouped adapters": Replacement(adapters_alone, "each layer reads its input for itself"),
-    "fused modules": Replacement(transformers_parts, "Transformers' norms, rotary embedding and MLP"),
+    "fused modules": Replacement(
+        transformers_parts, "Transformers' norms, rotary embedding and MLP"
+    ),
     "head on labels only": Replacement(head_everywhere, "the head on every position"),
     "chunked loss": Replacement(whole_logits, "all logits at once, in fp32"),
     "freed pages": Replacement(default_malloc, "glibc's defaults", only="cpu"),
-    "FlashAttention 3": Replacement(flash_attention("FA3"), "in place of torch's", "cuda", "flash_attn_interface"),
-    "FlashAttention 4": Replacement(flash_attention("FA4"), "in place of torch's", "cuda", "flash_attn.cute.interface"),
+    "FlashAttention 3": Replacement(
+        flash_attention("FA3"), "in place of torch's", "cuda", "flash_attn_interface"
+    ),
+    "FlashAttention 4": Replacement(
+        flash_attention("FA4"), "in place of torch's", "cuda", "flash_attn.cute.interface"
+    ),
 }
 
 
 def main() -> None:
     """All of them in turns; with --one one of them, in this process."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=list(REPLACEMENTS), help="these alone")
@@ -159,7 +176,9 @@ def main() -> None:
         print(f"{name} is left out: {reason}")
     report: dict[str, Any] = {"command": sys.argv, "left_out": left_out}
     if len(commands) > 1:
-        runs = run_in_turns(commands, rounds=options.rounds, say=lambda text: print(text, flush=True))
+        runs = run_in_turns(
+            commands, rounds=options.rounds, say=lambda text: print(text, flush=True)
+        )
         table = table_of(runs)
         print(*lines_of(table, changes), sep="\n")
         report |= {"changes": changes, "table": table, "runs": runs}

@@ -32,7 +32,9 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 CONTENDERS = {
     "tunesmith": {},
     "trl default": {},
-    "trl best": {"gradient_checkpointing": False},  # the fastest of its settings on a CPU that we know
+    "trl best": {
+        "gradient_checkpointing": False
+    },  # the fastest of its settings on a CPU that we know
 }
 
 
@@ -49,7 +51,9 @@ def tunesmith_run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from tunesmith.config.load import from_mapping
 
     rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(a.data, a.steps * a.batch)))
+    rows.write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in texts(a.data, a.steps * a.batch))
+    )
     recipe = {
         "model": {"name": a.model, "dtype": a.dtype},
         "adapter": {"kind": "lora", "rank": 8, "alpha": 16},
@@ -86,7 +90,9 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
             return SequentialSampler(self.train_dataset)
 
         def training_step(self, model: Any, inputs: Any, *rest: Any, **kw: Any) -> Any:
-            seen.append(inputs["attention_mask"].sum())  # read at the end, so that nothing here waits for the device
+            seen.append(
+                inputs["attention_mask"].sum()
+            )  # read at the end, so that nothing here waits for the device
             return super().training_step(model, inputs, *rest, **kw)
 
     class Clock(TrainerCallback):
@@ -113,7 +119,9 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
             a.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[a.dtype]
         ),
         processing_class=tokenizer,
-        train_dataset=Dataset.from_dict({"text": texts(a.data, a.steps * a.batch, tokenizer.eos_token)}),
+        train_dataset=Dataset.from_dict(
+            {"text": texts(a.data, a.steps * a.batch, tokenizer.eos_token)}
+        ),
         args=config,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM"),
         callbacks=[Clock()],
@@ -130,11 +138,18 @@ def contend(a: argparse.Namespace) -> None:
     """Run one contender in this process; its report is the last line of stdout."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        out = tunesmith_run(a, folder) if a.contender == "tunesmith" else trl_run(a, folder, CONTENDERS[a.contender])
+        out = (
+            tunesmith_run(a, folder)
+            if a.contender == "tunesmith"
+            else trl_run(a, folder, CONTENDERS[a.contender])
+        )
     from tunesmith.metrics import hardware
     from tunesmith.runtime.device import choose_device
 
-    out |= {"tokens_per_second": out["tokens"] / out["seconds"], "peak_gib": hardware.memory_gib(choose_device())}
+    out |= {
+        "tokens_per_second": out["tokens"] / out["seconds"],
+        "peak_gib": hardware.memory_gib(choose_device()),
+    }
     print("REPORT " + json.dumps(out))
 
 
@@ -163,7 +178,9 @@ def neighbours(count: int) -> Iterator[None]:
 
 def main() -> None:
     """Run all contenders in turn, `--rounds` times, and print the table."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", required=True, help="a Transformers folder")
     p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
     p.add_argument("--batch", type=int, default=8)
@@ -171,9 +188,18 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=6)
     p.add_argument("--skip", type=int, default=2, help="first steps that are not timed")
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--busy", type=int, default=0, metavar="N", help="processes beside them that compute without end")
     p.add_argument(
-        "--dtype", default="bf16", choices=["bf16", "fp32"], help="of all contenders; fp32 where a CPU emulates bf16"
+        "--busy",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes beside them that compute without end",
+    )
+    p.add_argument(
+        "--dtype",
+        default="bf16",
+        choices=["bf16", "fp32"],
+        help="of all contenders; fp32 where a CPU emulates bf16",
     )
     p.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     p.add_argument("--json", help="write the report here")
@@ -189,7 +215,9 @@ def main() -> None:
             for name, done in runs.items():
                 done.append(report_of(name))
                 speed, peak = (done[-1][figure] for figure in ("tokens_per_second", "peak_gib"))
-                print(f"round {round_ + 1}  {name:12}  {speed:8.1f} tok/s  {peak:.2f} GiB", flush=True)
+                print(
+                    f"round {round_ + 1}  {name:12}  {speed:8.1f} tok/s  {peak:.2f} GiB", flush=True
+                )
     table = {
         name: {
             "tokens_per_second": statistics.median(r["tokens_per_second"] for r in done),
@@ -201,9 +229,13 @@ def main() -> None:
     for name, row in table.items():
         row["times_slower_than_tunesmith"] = ours / row["tokens_per_second"]
         speed, ratio = row["tokens_per_second"], row["times_slower_than_tunesmith"]
-        print(f"{name:12} {speed:8.1f} tok/s  {row['peak_gib']:5.2f} GiB  tunesmith is {ratio:.2f} x")
+        print(
+            f"{name:12} {speed:8.1f} tok/s  {row['peak_gib']:5.2f} GiB  tunesmith is {ratio:.2f} x"
+        )
     if a.json:
-        Path(a.json).write_text(json.dumps({"command": sys.argv, "median": table, "runs": runs}, indent=1))
+        Path(a.json).write_text(
+            json.dumps({"command": sys.argv, "median": table, "runs": runs}, indent=1)
+        )
 
 
 if __name__ == "__main__":

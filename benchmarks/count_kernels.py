@@ -69,7 +69,15 @@ from tunesmith.runtime.recompute import recompute_layers
 
 LAUNCH = 2.5e-6  # seconds that the shortest kernel occupies the GPU
 # Operators that launch nothing: memory without values, and other names for a tensor.
-NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view", "lift_fresh")
+NO_KERNEL = (
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "detach",
+    "_unsafe_view",
+    "lift_fresh",
+)
 # FlashAttention has no CPU kernel. These stand for it: a kernel forward, and backward the row sums of dO * O, the
 # gradients, and dq's conversion.
 ATTENTION_KERNELS = {"count::attention": 1, "count::attention_backward": 3}
@@ -84,12 +92,16 @@ def counted_attention(q: Tensor, k: Tensor, v: Tensor, edges: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("count::attention_backward", mutates_args=())
-def counted_attention_backward(d: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, edges: Tensor) -> list[Tensor]:
+def counted_attention_backward(
+    d: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, edges: Tensor
+) -> list[Tensor]:
     return [torch.empty_like(t) for t in (q, k, v)]
 
 
 counted_attention.register_fake(lambda q, k, v, edges: torch.empty_like(q))
-counted_attention_backward.register_fake(lambda d, q, k, v, out, edges: [torch.empty_like(t) for t in (q, k, v)])
+counted_attention_backward.register_fake(
+    lambda d, q, k, v, out, edges: [torch.empty_like(t) for t in (q, k, v)]
+)
 counted_attention.register_autograd(
     lambda ctx, d: (*counted_attention_backward(d, *ctx.saved_tensors), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], output, inputs[3]),
@@ -218,7 +230,9 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         space, name = func._schema.name.split("::")
-        view = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
+        view = any(
+            a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments
+        )
         if not view and space != "prim" and name not in NO_KERNEL:
             tensors = tensors_of(args, kwargs)
             size, operations = bytes_of(tensors, out), product_operations(name, tensors)
@@ -240,7 +254,9 @@ class Counter:
     def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
         return compile_fx(module, inputs, inner_compile=self.inner)
 
-    def inner(self, module: torch.fx.GraphModule, inputs: Any, *, is_backward: bool = False, **_: Any) -> Any:
+    def inner(
+        self, module: torch.fx.GraphModule, inputs: Any, *, is_backward: bool = False, **_: Any
+    ) -> Any:
         count = self.counts.setdefault("backward" if is_backward else "forward", Count())
         mode = detect_fake_mode(inputs)
         with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
@@ -255,7 +271,9 @@ class Counter:
                 graph.run(*inputs)
                 graph._update_scheduler()
                 for fused in graph.scheduler.nodes:
-                    if not isinstance(fused.node, ir.ExternKernel | ir.MultiOutput):  # these are counted above
+                    if not isinstance(
+                        fused.node, ir.ExternKernel | ir.MultiOutput
+                    ):  # these are counted above
                         count.add(int(fused.get_read_write_buffers_sizes()))
         return make_boxed_func(module.forward)
 
@@ -270,7 +288,9 @@ def count_operator(node: torch.fx.Node, count: Count, mode: FakeTensorMode) -> N
         size = bytes_of(args, node.meta["val"])
         count.launches.append(Launch(ATTENTION, size, kernels=ATTENTION_KERNELS[schema.name]))
         return
-    if schema.name == "tunesmith::add_weight_gradient":  # one product on a GPU, which reads what it adds to
+    if (
+        schema.name == "tunesmith::add_weight_gradient"
+    ):  # one product on a GPU, which reads what it adds to
         gradient, _, dy, x = args
         operations = 2 * gradient.numel() * len(dy)
         size = bytes_of(gradient, gradient, dy, x)
@@ -310,34 +330,48 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
         materialise(model, torch.device("cpu"))
         for name, p in model.named_parameters():  # made outside the mode
             module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            setattr(module, key, torch.nn.Parameter(fake.from_tensor(p), requires_grad=p.requires_grad))
+            setattr(
+                module, key, torch.nn.Parameter(fake.from_tensor(p), requires_grad=p.requires_grad)
+            )
         if run.model.quantize == "fp8":
             convert_to_eight_bit(model, ROW_WISE)
         model.train().set_attn_implementation(attention.register())
         layers = model.model.layers
         recompute_layers(layers, len(layers) * recomputed)
         compile_layers(layers, varied=False, backend=counter)
-        hidden = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        rotary = tuple(torch.empty(1, tokens, config.head_dim, dtype=torch.bfloat16) for _ in range(2))
+        hidden = torch.empty(
+            1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True
+        )
+        rotary = tuple(
+            torch.empty(1, tokens, config.head_dim, dtype=torch.bfloat16) for _ in range(2)
+        )
         edges = torch.empty(81, dtype=torch.int32)
-        out = layers[0](hidden, position_embeddings=rotary, documents=Documents(edges, 2048, "varlen"))
+        out = layers[0](
+            hidden, position_embeddings=rotary, documents=Documents(edges, 2048, "varlen")
+        )
         out.backward(torch.empty_like(out))
     return counter.counts
 
 
 def main() -> None:
     """One table: a row for each base, with and without recompute."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--shape", default="llama3-8b")
     p.add_argument("--tokens", type=int, default=16384)
     p.add_argument("--bases", nargs="+", default=["bf16", "fp8", "nf4"])
-    p.add_argument("--full", action="store_true", help="full fine-tuning: no adapter, all weights trained")
+    p.add_argument(
+        "--full", action="store_true", help="full fine-tuning: no adapter, all weights trained"
+    )
     p.add_argument("--device", choices=RATES, default="h200", help="whose rates give the times")
     p.add_argument("--json")
     a = p.parse_args()
     counts_by_row: dict[str, Any] = {}
     rates = RATES[a.device]
-    print(f"{'a layer of ' + a.shape:32} {'kernels':>8} {'products':>8} {'GiB':>8} {'TFLOP':>8} {'ms':>8}")
+    print(
+        f"{'a layer of ' + a.shape:32} {'kernels':>8} {'products':>8} {'GiB':>8} {'TFLOP':>8} {'ms':>8}"
+    )
     for base in a.bases:
         for recomputed in (False, True):
             run = recipe(base, full=a.full)

@@ -29,7 +29,12 @@ from tunesmith.model.fused import rms_norm, rotate, swiglu
 
 WIDTH, MLP, HEADS, KV_HEADS, VOCABULARY, LAYERS = 576, 1536, 9, 3, 49152, 30  # SmolLM2-135M
 HEAD = WIDTH // HEADS
-PRODUCTS = {"q, o": (WIDTH, WIDTH), "k, v": (WIDTH, KV_HEADS * HEAD), "gate, up": (WIDTH, MLP), "down": (MLP, WIDTH)}
+PRODUCTS = {
+    "q, o": (WIDTH, WIDTH),
+    "k, v": (WIDTH, KV_HEADS * HEAD),
+    "gate, up": (WIDTH, MLP),
+    "down": (MLP, WIDTH),
+}
 
 
 def products(dtype: torch.dtype, tokens: int) -> dict[str, dict[str, float]]:
@@ -40,7 +45,10 @@ def products(dtype: torch.dtype, tokens: int) -> dict[str, dict[str, float]]:
         torch.set_num_threads(count)
         rates = {"measured peak": matmul_tflops(torch.device("cpu"), dtype) * 1e3}
         for name, (inside, outside) in PRODUCTS.items():
-            x, weight = torch.randn(tokens, inside, dtype=dtype), torch.randn(outside, inside, dtype=dtype)
+            x, weight = (
+                torch.randn(tokens, inside, dtype=dtype),
+                torch.randn(outside, inside, dtype=dtype),
+            )
             seconds = seconds_of(lambda x=x, weight=weight: x @ weight.t())
             rates[name] = 2 * tokens * inside * outside / seconds / 1e9
         found[f"{count} threads"] = rates
@@ -54,9 +62,17 @@ def parts(dtype: torch.dtype, tokens: int) -> dict[str, dict[str, float]]:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
-    x, gate, up, raw = draw(tokens, WIDTH), draw(tokens, MLP), draw(tokens, MLP), torch.randn(tokens, VOCABULARY)
+    x, gate, up, raw = (
+        draw(tokens, WIDTH),
+        draw(tokens, MLP),
+        draw(tokens, MLP),
+        torch.randn(tokens, VOCABULARY),
+    )
     q, k = draw(1, HEADS, tokens, HEAD), draw(1, KV_HEADS, tokens, HEAD)
-    weight, cos, sin = torch.ones(WIDTH, dtype=dtype), *(torch.randn(1, 1, tokens, HEAD, dtype=dtype) for _ in range(2))
+    weight, cos, sin = (
+        torch.ones(WIDTH, dtype=dtype),
+        *(torch.randn(1, 1, tokens, HEAD, dtype=dtype) for _ in range(2)),
+    )
     targets = torch.randint(VOCABULARY, (tokens,))
     calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
         "norm": (rms_norm, (x, weight, 1e-5), 2 * LAYERS + 1),
@@ -75,7 +91,10 @@ def parts(dtype: torch.dtype, tokens: int) -> dict[str, dict[str, float]]:
         return 1e3 * times * seconds_of(both)
 
     return {
-        name: {"as it is": milliseconds(f, given, times), "compiled": milliseconds(torch.compile(f), given, times)}
+        name: {
+            "as it is": milliseconds(f, given, times),
+            "compiled": milliseconds(torch.compile(f), given, times),
+        }
         for name, (f, given, times) in calls.items()
     }
 
@@ -95,8 +114,17 @@ def waiting(a: argparse.Namespace) -> dict[str, dict[str, float]]:
                 out = Path(folder) / f"{policy}.json"
                 command = [sys.executable, "-m", "tunesmith", "bench", "smollm2-135m-lora", *words]
                 command += ["--steps", str(a.steps), "--warmup", "1", "--json", str(out)]
-                env = os.environ | {"OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-                subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                env = os.environ | {
+                    "OMP_WAIT_POLICY": policy,
+                    "OMP_NUM_THREADS": str(torch.get_num_threads()),
+                }
+                subprocess.run(
+                    command,
+                    env=env,
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
                 rates[name] = json.loads(out.read_text())["figures"]["tokens_per_second"]
             found[f"{count} neighbours"] = rates
             print(f"{count} neighbours  {rates}", flush=True)
@@ -105,10 +133,14 @@ def waiting(a: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Measure all three and print them."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", required=True, help="SmolLM2-135M as a Transformers folder")
     p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
-    p.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="fp32 where a CPU emulates bf16")
+    p.add_argument(
+        "--dtype", default="bf16", choices=["bf16", "fp32"], help="fp32 where a CPU emulates bf16"
+    )
     p.add_argument("--tokens", type=int, default=620, help="of the products and parts")
     p.add_argument("--steps", type=int, default=3, help="timed steps beside neighbours")
     p.add_argument("--json", help="write the figures here")

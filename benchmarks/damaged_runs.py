@@ -57,7 +57,13 @@ ODD = [
     [[]], [1, 2], ["x"], {"a": {"b": [None]}}, "x" * 70_000,
 ]  # fmt: skip
 DEEP = 100_000
-READERS = ("report", "report --markdown", "watch --json", "live page", "status")  # the commands that load no model
+READERS = (
+    "report",
+    "report --markdown",
+    "watch --json",
+    "live page",
+    "status",
+)  # the commands that load no model
 
 
 @dataclass
@@ -87,7 +93,10 @@ def complete(run: Path) -> None:
     shutil.copy(run / "metrics.jsonl", run / "metrics-rank1.jsonl")
     (run / "profile").mkdir(exist_ok=True)
     (run / "profile/summary-rank0.json").write_text(json.dumps(PROFILE))
-    rows = [{"step": step, "prompt": "Say amber", "answer": f"amber {step}", "expected": "amber"} for step in (0, 4)]
+    rows = [
+        {"step": step, "prompt": "Say amber", "answer": f"amber {step}", "expected": "amber"}
+        for step in (0, 4)
+    ]
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -100,7 +109,9 @@ def insert_bytes(draw: random.Random, text: bytes) -> bytes:
     at = draw.randrange(len(text) + 1)
     return (
         text[:at]
-        + draw.choice([b"\0", b"\xff", b'"', b"{", b"[", b"\n", b",", b"NaN", b"1e999", b"\xed\xa0\x80"])
+        + draw.choice(
+            [b"\0", b"\xff", b'"', b"{", b"[", b"\n", b",", b"NaN", b"1e999", b"\xed\xa0\x80"]
+        )
         + text[at:]
     )
 
@@ -114,7 +125,9 @@ def empty(_: random.Random, text: bytes) -> bytes:
 
 
 def nest(draw: random.Random, text: bytes) -> bytes:
-    deep = draw.choice([b"[" * DEEP, b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP + b"1" + b"}" * DEEP])
+    deep = draw.choice(
+        [b"[" * DEEP, b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP + b"1" + b"}" * DEEP]
+    )
     lines = text.splitlines(keepends=True)
     lines.insert(draw.randrange(len(lines) + 1), deep + b"\n")
     return draw.choice([deep, b"".join(lines)])
@@ -160,14 +173,29 @@ def change_yaml(draw: random.Random, text: bytes) -> bytes:
     """A line of a recipe with another value."""
     lines = text.decode(errors="replace").splitlines() or [""]
     at = draw.randrange(len(lines))
-    odd = ["[1, 2]", "{a: 1}", "~", "9" * 400, "9" * 5000, '"\\ud800"', "x", "[[[]]]", ".nan", "-1", "true", ""]
+    odd = [
+        "[1, 2]",
+        "{a: 1}",
+        "~",
+        "9" * 400,
+        "9" * 5000,
+        '"\\ud800"',
+        "x",
+        "[[[]]]",
+        ".nan",
+        "-1",
+        "true",
+        "",
+    ]
     lines[at] = f"{lines[at].partition(':')[0]}: {draw.choice(odd)}"
     return "\n".join(lines).encode()
 
 
 def repeat_keys(draw: random.Random, text: bytes) -> bytes:
     odd = json.dumps(draw.choice(ODD))
-    return text.replace(b'"step"', f'"step": {odd}, "step"'.encode(), 1).replace(b"train:", b"train: 3\ntrain:", 1)
+    return text.replace(b'"step"', f'"step": {odd}, "step"'.encode(), 1).replace(
+        b"train:", b"train: 3\ntrain:", 1
+    )
 
 
 CONTENT: dict[str, Callable[[random.Random, bytes], bytes]] = {
@@ -226,7 +254,9 @@ def look_at_page(watched: Any) -> None:
         json.loads(to_json(curves([watched], axis, -math.inf, math.inf, 500)).encode())
 
 
-def try_seed(seed: int, template: Path, folder: Path, names: Sequence[str] | None = None) -> Iterator[Outcome]:
+def try_seed(
+    seed: int, template: Path, folder: Path, names: Sequence[str] | None = None
+) -> Iterator[Outcome]:
     """Every command, or those of `names`, on one damaged copy of the run `template`, made in the new folder `folder`."""
     from tunesmith.watch.feed import WatchedRun
 
@@ -240,7 +270,9 @@ def try_seed(seed: int, template: Path, folder: Path, names: Sequence[str] | Non
     page = folder / "report"
     commands: dict[str, Callable[[], int | None]] = {
         "report": lambda: main(["report", str(run), str(whole), "--output", f"{page}.html"]),
-        "report --markdown": lambda: main(["report", str(run), "--markdown", "--output", f"{page}.md"]),
+        "report --markdown": lambda: main(
+            ["report", str(run), "--markdown", "--output", f"{page}.md"]
+        ),
         "watch --json": lambda: main(["watch", str(run), str(whole), "--json"]),
         "live page": lambda: look_at_page(watched),
         "status": lambda: main(["status", str(run)]),
@@ -282,7 +314,9 @@ def train_template(folder: Path) -> Path:
 
 
 def describe(one: Outcome) -> str:
-    return f"seed {one.seed} ({one.change}) {one.command}: {one.code} {one.changed} {one.text[-600:]}"
+    return (
+        f"seed {one.seed} ({one.change}) {one.command}: {one.code} {one.changed} {one.text[-600:]}"
+    )
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
@@ -293,8 +327,12 @@ def report(outcomes: Sequence[Outcome]) -> str:
     rows = [f"{command:<20}{dict(sorted(counts.items()))}" for command, counts in codes.items()]
     slowest = max(outcomes, key=lambda one: one.seconds)
     bad = [one for one in outcomes if one.is_bad]
-    rows.append(f"slowest: {slowest.seconds:.1f} s, {slowest.command} of seed {slowest.seed} ({slowest.change})")
-    rows.append(f"{len(outcomes)} commands, {len(bad)} with an internal error, a hang, or a changed file")
+    rows.append(
+        f"slowest: {slowest.seconds:.1f} s, {slowest.command} of seed {slowest.seed} ({slowest.change})"
+    )
+    rows.append(
+        f"{len(outcomes)} commands, {len(bad)} with an internal error, a hang, or a changed file"
+    )
     return "\n".join([*rows, *map(describe, bad)])
 
 
@@ -302,8 +340,12 @@ def run() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mutations", type=int, default=500, metavar="N")
     parser.add_argument("--first", type=int, default=0, metavar="SEED")
-    parser.add_argument("--last", type=int, metavar="SEED", help="(default: as many as --mutations)")
-    parser.add_argument("--readers", action="store_true", help="leave out eval and merge, which load a model")
+    parser.add_argument(
+        "--last", type=int, metavar="SEED", help="(default: as many as --mutations)"
+    )
+    parser.add_argument(
+        "--readers", action="store_true", help="leave out eval and merge, which load a model"
+    )
     args = parser.parse_args()
     last = args.first + args.mutations - 1 if args.last is None else args.last
     outcomes: list[Outcome] = []
@@ -321,7 +363,11 @@ def run() -> int:
                     print(describe(outcome), file=sys.stderr, flush=True)
             shutil.rmtree(folder)
             if args.first == last:
-                print("\n".join(f"{one.change}\n{one.command}: {one.code}\n{one.text}" for one in outcomes))
+                print(
+                    "\n".join(
+                        f"{one.change}\n{one.command}: {one.code}\n{one.text}" for one in outcomes
+                    )
+                )
     print(report(outcomes))
     return int(any(one.is_bad for one in outcomes))
 

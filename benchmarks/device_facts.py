@@ -47,7 +47,9 @@ def device_facts() -> dict[str, Any]:
 
 def main() -> None:
     """Print the line; --output writes it to a file too."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     line = json.dumps(device_facts())

@@ -50,7 +50,9 @@ def plain_model(folder: Path, adapter: Path, quantize: str) -> torch.nn.Module:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
     if quantize == "nf4":
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
@@ -62,14 +64,22 @@ def plain_model(folder: Path, adapter: Path, quantize: str) -> torch.nn.Module:
 
 
 def plain_curve(
-    model: torch.nn.Module, batches: Sequence[Sequence[Example]], rate: float, pad: int, *, rows: bool
+    model: torch.nn.Module,
+    batches: Sequence[Sequence[Example]],
+    rate: float,
+    pad: int,
+    *,
+    rows: bool,
 ) -> list[float]:
     """Loss before each update; with `rows`, gradients are added up row by row."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     losses = []
     for batch in batches:
-        counts = [sum(int(e.trained.sum()) for e in part) for part in ([[e] for e in batch] if rows else [batch])]
+        counts = [
+            sum(int(e.trained.sum()) for e in part)
+            for part in ([[e] for e in batch] if rows else [batch])
+        ]
         total = 0.0
         for part, count in zip([[e] for e in batch] if rows else [batch], counts, strict=True):
             loss = loss_of(model, part, pad) * (count / sum(counts))
@@ -109,11 +119,11 @@ def compare_bases(a: argparse.Namespace) -> None:
                 run = from_mapping(values, where="bases", base=Path.cwd())
                 if quantize not in curves:
                     curves[quantize] = [r.loss for r in train(run, say=lambda text: None).records]
-            d = report["difference"][f"{Path(path).name}: {quantize}"] = apart(curves[quantize], curves["none"])
-            last = sum(curves[quantize][-20:]) / 20
-            line = (
-                f"rms {d['rms']:.2e}  mean {d['mean']:+.2e}  last fifth {d['mean_of_last_fifth']:+.2e}  loss {last:.4f}"
+            d = report["difference"][f"{Path(path).name}: {quantize}"] = apart(
+                curves[quantize], curves["none"]
             )
+            last = sum(curves[quantize][-20:]) / 20
+            line = f"rms {d['rms']:.2e}  mean {d['mean']:+.2e}  last fifth {d['mean_of_last_fifth']:+.2e}  loss {last:.4f}"
             print(f"{Path(path).name:32} {quantize:5} {line}", flush=True)
             if a.json:
                 Path(a.json).write_text(json.dumps(report, indent=1) + "\n")
@@ -128,12 +138,21 @@ def held_as(run: Run, dtype: str, quantize: str, out: Path) -> Run:
 
 def main() -> None:
     """bf16, nf4 and fp8 bases."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", required=True, help="a Transformers folder in bf16")
     given = p.add_mutually_exclusive_group(required=True)
     given.add_argument("--data", help="alpaca-like rows, a JSON array")
-    given.add_argument("--sets", nargs="+", metavar="FILE:FORMAT", help="compare bases on these, without a plain loop")
-    p.add_argument("--bases", nargs="+", default=["none", "fp8", "nf4"], help="of --sets; bf16 (none) first")
+    given.add_argument(
+        "--sets",
+        nargs="+",
+        metavar="FILE:FORMAT",
+        help="compare bases on these, without a plain loop",
+    )
+    p.add_argument(
+        "--bases", nargs="+", default=["none", "fp8", "nf4"], help="of --sets; bf16 (none) first"
+    )
     p.add_argument("--steps", type=int, default=100)
     p.add_argument("--batch", type=int, default=2)
     p.add_argument("--seq", type=int, default=160)
@@ -159,7 +178,9 @@ def main() -> None:
         files = read_model_files(Path(a.model), run.model)
         begun, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")))
         (folder / "first").mkdir()
-        peft_files.write_adapter(folder / "first", *peft_files.adapter_files(begun.model, run.adapter, a.model, None))
+        peft_files.write_adapter(
+            folder / "first", *peft_files.adapter_files(begun.model, run.adapter, a.model, None)
+        )
         del begun
 
         def add(text: str, make: Callable[[], list[float]]) -> None:

@@ -34,8 +34,20 @@ NODES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
 PORT = 29555
 RANKS = 2  # a node
 STEPS, EVERY, GAP = 160, 10, 25  # of a run; between checkpoints, and at least between faults
-START, LEFT = 150.0, 20.0  # seconds that a start may take; that a launcher may live on after its ranks
-COMPARED = ("step", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "epoch")
+START, LEFT = (
+    150.0,
+    20.0,
+)  # seconds that a start may take; that a launcher may live on after its ranks
+COMPARED = (
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "supervised_tokens",
+    "examples",
+    "epoch",
+)
 
 
 def sh(command: str, *, check: bool = True) -> None:
@@ -59,7 +71,9 @@ class Pair:
 
     def __init__(self, folder: Path, name: str, seconds: float, *, own_disks: bool = False) -> None:
         self.folder, self.name, self.seconds, self.own_disks = folder, name, seconds, own_disks
-        self.spaces = {space: f"faults-{folder.name}-{name}-{space}" for space in ("switch", *NODES)}
+        self.spaces = {
+            space: f"faults-{folder.name}-{name}-{space}" for space in ("switch", *NODES)
+        }
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
         self.starts = 0
 
@@ -71,13 +85,17 @@ class Pair:
         sh(f"ip -n {switch} link set switch up")
         for node, address in NODES.items():
             card, port, space = f"card-{node[-1]}", f"port-{node[-1]}", self.spaces[node]
-            sh(f"ip netns add {space} && ip link add {card} netns {space} type veth peer name {port} netns {switch}")
+            sh(
+                f"ip netns add {space} && ip link add {card} netns {space} type veth peer name {port} netns {switch}"
+            )
             sh(f"ip -n {space} link set lo up && ip -n {space} addr add {address}/24 dev {card}")
             sh(f"ip -n {space} link set {card} up")
             sh(f"ip -n {switch} link set {port} master switch && ip -n {switch} link set {port} up")
             self.disk(node).mkdir(parents=True, exist_ok=True)
             if self.own_disks:
-                sh(f"mountpoint -q {self.disk(node)} || mount -t tmpfs -o size={self.MIB}m faults {self.disk(node)}")
+                sh(
+                    f"mountpoint -q {self.disk(node)} || mount -t tmpfs -o size={self.MIB}m faults {self.disk(node)}"
+                )
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -88,7 +106,9 @@ class Pair:
             agent.wait()
         for space in self.spaces.values():
             sh(f"ip netns del {space}", check=False)
-        for node in NODES if self.own_disks and not kind else ():  # an interrupted measurement goes on
+        for node in (
+            NODES if self.own_disks and not kind else ()
+        ):  # an interrupted measurement goes on
             sh(f"umount -l {self.disk(node)}", check=False)
 
     def disk(self, node: str) -> Path:
@@ -122,7 +142,9 @@ class Pair:
             }  # fmt: skip
             with self.log(node, self.starts).open("wb") as out:
                 command = ["ip", "netns", "exec", self.spaces[node], *shlex.split(inside)]
-                self.agents[node] = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
+                self.agents[node] = subprocess.Popen(
+                    command, stdout=out, stderr=out, env=env, start_new_session=True
+                )
         self.starts += 1
 
     def runs(self) -> bool:
@@ -133,8 +155,12 @@ class Pair:
         found = {}
         for agent in self.agents.values():
             with contextlib.suppress(OSError):
-                for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
-                    if rank := re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes()):
+                for child in (
+                    Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+                ):
+                    if rank := re.search(
+                        rb"\0RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes()
+                    ):
                         found[int(rank[1])] = int(child)
         return found
 
@@ -149,7 +175,10 @@ class Pair:
         deadline = time.time() + START
         while not (self.records() and self.records()[-1]["step"] >= step):
             if time.time() > deadline or not self.runs():
-                logs = "\n".join(self.log(node, self.starts - 1).read_text(errors="replace")[-3000:] for node in NODES)
+                logs = "\n".join(
+                    self.log(node, self.starts - 1).read_text(errors="replace")[-3000:]
+                    for node in NODES
+                )
                 raise SystemExit(f"{self.name}: step {step} was not reached\n{logs}")
             time.sleep(0.02)
 
@@ -160,10 +189,17 @@ class Pair:
 
     def printed(self, node: str) -> list[str]:
         """The blocks of errors in a node's log of the last start."""
-        text = self.log(node, self.starts - 1).read_text(errors="replace").replace(f"{self.folder / self.name}/", "")
+        text = (
+            self.log(node, self.starts - 1)
+            .read_text(errors="replace")
+            .replace(f"{self.folder / self.name}/", "")
+        )
         lines = text.splitlines()
         starts = [i for i, line in enumerate(lines) if line.startswith(("error: ", "stopped by "))]
-        return ["\n".join([lines[i], *(x for x in lines[i + 1 : i + 4] if x.startswith("  "))]) for i in starts]
+        return [
+            "\n".join([lines[i], *(x for x in lines[i + 1 : i + 4] if x.startswith("  "))])
+            for i in starts
+        ]
 
 
 def signal_rank(number: int) -> Callable[[Pair], None]:
@@ -177,13 +213,19 @@ def signal_launcher(node: str, number: int) -> Callable[[Pair], None]:
 def lose_node(pair: Pair) -> None:
     """All of node-b ends at once, its network too."""
     pair.cable("down")
-    for pid in (*(pid for rank, pid in pair.ranks().items() if rank >= RANKS), pair.agents["node-b"].pid):
+    for pid in (
+        *(pid for rank, pid in pair.ranks().items() if rank >= RANKS),
+        pair.agents["node-b"].pid,
+    ):
         os.kill(pid, signal.SIGKILL)
 
 
 def fill_disk(pair: Pair) -> None:
     """Somebody else's file takes what was left of node-b's disk."""
-    with contextlib.suppress(OSError), (pair.disk("node-b") / "filler").open("wb", buffering=0) as file:
+    with (
+        contextlib.suppress(OSError),
+        (pair.disk("node-b") / "filler").open("wb", buffering=0) as file,
+    ):
         for size in (2**20, 2**12, 1):
             with contextlib.suppress(OSError):
                 while file.write(bytes(size)):
@@ -223,7 +265,14 @@ class Fault:
 
 def cut(options: str, what: str, sysctl: str = "", after: float = LEFT) -> Fault:
     down, up = (lambda pair: pair.cable("down")), (lambda pair: pair.cable("up"))
-    return Fault(f"the cable of node-b is pulled{what}", down, up, options=options, sysctl=sysctl, after=after)
+    return Fault(
+        f"the cable of node-b is pulled{what}",
+        down,
+        up,
+        options=options,
+        sysctl=sysctl,
+        after=after,
+    )
 
 
 FAULTS = {
@@ -275,7 +324,10 @@ def wait_for_end(pair: Pair, pids: dict[int, int], began: float, after: float) -
         if now > ended.get("ranks", 60 + 3 * pair.seconds) + after:
             break
         time.sleep(0.02)
-    for pid in (*pids.values(), *(agent.pid for agent in pair.agents.values() if agent.poll() is None)):
+    for pid in (
+        *pids.values(),
+        *(agent.pid for agent in pair.agents.values() if agent.poll() is None),
+    ):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return {name: round(seconds, 2) for name, seconds in ended.items()}
@@ -285,7 +337,11 @@ def whole_steps(pair: Pair) -> list[int]:
     """The checkpoints that lie whole on node-a's disk."""
     from tunesmith.checkpoint.state import find_damage, list_checkpoints
 
-    return [found.step for found in list_checkpoints(pair.disk("node-a")) if find_damage(found.path) is None]
+    return [
+        found.step
+        for found in list_checkpoints(pair.disk("node-a"))
+        if find_damage(found.path) is None
+    ]
 
 
 def strike(fault: Fault, pair: Pair, last: int) -> dict[str, Any]:
@@ -293,19 +349,27 @@ def strike(fault: Fault, pair: Pair, last: int) -> dict[str, Any]:
     pair.wait_for_step(last + GAP)
     pids, step = pair.ranks(), pair.records()[-1]["step"]
     assert len(pids) == 2 * RANKS, pids
-    earlier = {node: len(pair.printed(node)) for node in NODES}  # of a launcher that has started ranks again
+    earlier = {
+        node: len(pair.printed(node)) for node in NODES
+    }  # of a launcher that has started ranks again
     began = time.time()
     fault.strike(pair)
     if not fault.goes_on:
         found: dict[str, Any] = {"seconds": wait_for_end(pair, pids, began, fault.after)}
-        found |= {"codes": {node: agent.wait() for node, agent in pair.agents.items()}, "failure.json": pair.failure()}
+        found |= {
+            "codes": {node: agent.wait() for node, agent in pair.agents.items()},
+            "failure.json": pair.failure(),
+        }
     else:
         while any(map(lives, pids.values())):
             time.sleep(0.02)
         ended = round(time.time() - began, 2)
         found = {"failure.json": pair.failure()}  # before the ranks that start again delete it
         pair.wait_for_step(pair.records()[-1]["step"] + 1)  # which only they can take
-        found |= {"seconds": {"ranks": ended, "goes on": round(time.time() - began, 2)}, "ranks": len(pair.ranks())}
+        found |= {
+            "seconds": {"ranks": ended, "goes on": round(time.time() - began, 2)},
+            "ranks": len(pair.ranks()),
+        }
     printed = {node: pair.printed(node)[earlier[node] :] for node in NODES}
     return found | {"step": step, "printed": printed, "whole checkpoints": whole_steps(pair)}
 
@@ -314,7 +378,10 @@ def compare(run: Path, whole: Path) -> dict[str, Any]:
     """A resumed run beside one that nothing stopped."""
     from safetensors.torch import load_file
 
-    steps = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (run, whole)]
+    steps = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (run, whole)
+    ]
     curves = [[[record[name] for name in COMPARED] for record in records] for records in steps]
     weights = [load_file(next((out / "final").glob("*.safetensors"))) for out in (run, whole)]
     assert len(curves[0]) == len(curves[1]), [len(curve) for curve in curves]
@@ -324,17 +391,23 @@ def compare(run: Path, whole: Path) -> dict[str, Any]:
         "largest relative difference of the loss": max(
             abs(a["loss"] / b["loss"] - 1) for a, b in zip(*steps, strict=True)
         ),
-        "largest difference of a weight": max(float((weights[0][n] - t).abs().max()) for n, t in weights[1].items()),
+        "largest difference of a weight": max(
+            float((weights[0][n] - t).abs().max()) for n, t in weights[1].items()
+        ),
         "equal bit for bit": curves[0] == curves[1],
     }
 
 
-def measure(name: str, pair: Pair, times: int, whole: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def measure(
+    name: str, pair: Pair, times: int, whole: Path, entry: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     """Strike one run until `entry` has so many times, and complete it with what became of the run beside `whole`; yields
     it whenever it has grown, so that an interrupted measurement goes on where it was."""
     fault = FAULTS[name]
     while len(entry["times"]) < times:
-        last = max((record["step"] for record in pair.records()), default=0)  # the next start cuts it back
+        last = max(
+            (record["step"] for record in pair.records()), default=0
+        )  # the next start cuts it back
         if not pair.runs():
             pair.start(fault.options, fault.sysctl)
         entry["times"].append(strike(fault, pair, last))
@@ -381,14 +454,23 @@ def rows(found: dict[str, Any]) -> Iterator[str]:
             known = [value for value in values if value is not None]
             if not known:
                 return f"not in {LEFT:.0f} s"
-            return f"{min(known):.1f} to {max(known):.1f} s" if len(known) > 1 else f"{known[0]:.1f} s"
+            return (
+                f"{min(known):.1f} to {max(known):.1f} s" if len(known) > 1 else f"{known[0]:.1f} s"
+            )
 
-        said = {f["what"] for run in times for f in run["failure.json"].values()} or {"none: it was asked to stop"}
+        said = {f["what"] for run in times for f in run["failure.json"].values()} or {
+            "none: it was asked to stop"
+        }
         ended = [[run["codes"][node] for node in NODES] for run in times if "codes" in run] or [
             [*entry["codes at the end"].values()]
         ]
-        codes = sorted({"; ".join("killed" if code < 0 else str(code) for code in pair) for pair in ended})
-        resumed, loss = entry["resumed"], entry["resumed"]["largest relative difference of the loss"]
+        codes = sorted(
+            {"; ".join("killed" if code < 0 else str(code) for code in pair) for pair in ended}
+        )
+        resumed, loss = (
+            entry["resumed"],
+            entry["resumed"]["largest relative difference of the loss"],
+        )
         equal = "equal bit for bit" if resumed["equal bit for bit"] else f"losses within {loss:.0e}"
         launchers = f"{spread('node-a')}; {spread('node-b')}"
         if "goes on" in times[0]["seconds"]:
@@ -400,20 +482,30 @@ def rows(found: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("faults", nargs="*", metavar="FAULT", help=f"{', '.join(FAULTS)}; none: all of them")
-    p.add_argument("--seconds", type=float, default=60.0, help="without a heartbeat a rank is gone; default 60")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "faults", nargs="*", metavar="FAULT", help=f"{', '.join(FAULTS)}; none: all of them"
+    )
+    p.add_argument(
+        "--seconds", type=float, default=60.0, help="without a heartbeat a rank is gone; default 60"
+    )
     p.add_argument("--times", type=int, default=1, help="that each strikes")
     p.add_argument("--json", type=Path, help="add what was found to this file")
     p.add_argument("--table", type=Path, help="print the table of such a file, and do nothing else")
-    p.add_argument("--keep", type=Path, help="a folder for the runs and logs; default: a temporary one")
+    p.add_argument(
+        "--keep", type=Path, help="a folder for the runs and logs; default: a temporary one"
+    )
     a = p.parse_args()
     if a.table:
         print("\n".join(rows(json.loads(a.table.read_text()))))
         return
     if unknown := [fault for fault in a.faults if fault not in FAULTS]:
         p.error(f"no fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `timeout` leaves no namespaces behind
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(1)
+    )  # so that `timeout` leaves no namespaces behind
     found = json.loads(a.json.read_text()) if a.json and a.json.exists() else {"faults": {}}
     with contextlib.ExitStack() as stack:
         folder = a.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -428,7 +520,9 @@ def main() -> None:
             )
             entry = found["faults"].get(key, new)
             entry = new if "resumed" in entry else entry
-            with Pair(folder, f"{name}-{a.seconds:g}", a.seconds, own_disks=FAULTS[name].own_disks) as pair:
+            with Pair(
+                folder, f"{name}-{a.seconds:g}", a.seconds, own_disks=FAULTS[name].own_disks
+            ) as pair:
                 for found["faults"][key] in measure(name, pair, a.times, whole, entry):
                     print(json.dumps(found["faults"][key]), flush=True)
                     if a.json:

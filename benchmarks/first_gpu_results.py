@@ -90,9 +90,14 @@ def read_profile(report: Mapping[str, Any]) -> dict[str, Any]:
             terms.update(terms_of(json.load(file)["traceEvents"]))
     profile = report["recipe"]["profile"]
     profiled_steps = profile["active"] * profile["cycles"]
-    tables = [Path(table).read_text(encoding="utf-8").splitlines() for table in report["profile"]["tables"]]
+    tables = [
+        Path(table).read_text(encoding="utf-8").splitlines()
+        for table in report["profile"]["tables"]
+    ]
     return {
-        "terms_ms_a_step": {name: milliseconds / profiled_steps for name, milliseconds in terms.items()},
+        "terms_ms_a_step": {
+            name: milliseconds / profiled_steps for name, milliseconds in terms.items()
+        },
         "most_expensive_operations": tables,
     }
 
@@ -106,7 +111,9 @@ def read_device(work: Path) -> dict[str, Any]:
     return facts
 
 
-def compare_with_goals(steps: Mapping[str, Mapping[str, Any]], device_name: str) -> list[dict[str, Any]]:
+def compare_with_goals(
+    steps: Mapping[str, Mapping[str, Any]], device_name: str
+) -> list[dict[str, Any]]:
     """Non-padding tokens/s of each goal that was tried; None where the run failed, or has no goal on this device."""
     key = device_key(device_name)
     rows = []
@@ -117,17 +124,28 @@ def compare_with_goals(steps: Mapping[str, Mapping[str, Any]], device_name: str)
         measured = figures.get("tokens_per_second")
         target = goal.tokens_per_second[key] if key else None
         reached = measured >= target if measured and target else None
-        rows.append({"goal": goal.title, "tokens_per_second": measured, "target": target, "reached": reached})
+        rows.append(
+            {
+                "goal": goal.title,
+                "tokens_per_second": measured,
+                "target": target,
+                "reached": reached,
+            }
+        )
     return rows
 
 
 def main() -> None:
     """Write the results file in one move: a stage may be killed at any moment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", required=True)
     parser.add_argument("--work", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--commit", default="", help="of the checkout, where that machine has no git")
+    parser.add_argument(
+        "--commit", default="", help="of the checkout, where that machine has no git"
+    )
     options = parser.parse_args()
     device = read_device(options.work)
     steps = read_steps(options.work)

@@ -135,14 +135,20 @@ def single_runs_table(stages: Stages) -> str:
     for step, title in titles.items():
         figures = report_of(stages, "C", step).get("figures", {})
         rows.append(
-            (title, number(figures.get("tokens_per_second")), number(figures.get("peak_memory_gib"), ".1f")),
+            (
+                title,
+                number(figures.get("tokens_per_second")),
+                number(figures.get("peak_memory_gib"), ".1f"),
+            ),
         )
     return table(("run", "tokens/s", "peak GiB"), rows)
 
 
 def resume_line(report: Mapping[str, Any]) -> str:
     """Whether a killed run goes on bit for bit."""
-    outcome = "equal bit for bit" if report["equal"] else f"different at steps {report['unequal_steps']}"
+    outcome = (
+        "equal bit for bit" if report["equal"] else f"different at steps {report['unequal_steps']}"
+    )
     return (
         f"\nKilled with SIGKILL after step {report['killed_at_step']} and started again: {report['steps']} losses and norms "
         f"and {report['weight_files']} weight files are {outcome} beside a run that was not killed.\n"
@@ -192,7 +198,11 @@ def measurements_page() -> str:
 
 def readme_block() -> str:
     """The goals of each device, for README.md."""
-    goals = [device_line(stages) + goals_table(stages) for stages in read_devices().values() if "A" in stages]
+    goals = [
+        device_line(stages) + goals_table(stages)
+        for stages in read_devices().values()
+        if "A" in stages
+    ]
     return "\n" + "".join(goals) if goals else NOTHING_YET
 
 

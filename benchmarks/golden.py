@@ -43,7 +43,14 @@ MACHINES: dict[str, list[str]] = {
     "rtx-5090": ["rtx-5090"],
 }
 # Sentences, and what machines.json says already.
-LEFT_OUT = ("machines.", "work.source", "plan.why.", "plan.memory.free", "plan.memory.least", "keys")
+LEFT_OUT = (
+    "machines.",
+    "work.source",
+    "plan.why.",
+    "plan.memory.free",
+    "plan.memory.least",
+    "keys",
+)
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -79,7 +86,9 @@ def short_plan(code: int, plan: dict[str, Any]) -> dict[str, Any]:
             summary[name] = float(f"{value:.6g}") if isinstance(value, float) else value
     for other in others:
         mesh = " x ".join(map(str, other["plan"]["mesh"].values()))
-        summary[f"then {mesh}"] = f"{other['step_seconds']:.6g} s" if other["fits"] else "does not fit"
+        summary[f"then {mesh}"] = (
+            f"{other['step_seconds']:.6g} s" if other["fits"] else "does not fit"
+        )
     return summary
 
 
@@ -88,14 +97,18 @@ def plans() -> dict[str, dict[str, Any]]:
     rows = {}
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["PATH"] = temporary  # without nvidia-smi, `here` is a CPU on every machine
-        os.environ["TUNESMITH_CACHE"] = f"{temporary}/cache"  # tokens that lie in the user's cache change a plan
+        os.environ["TUNESMITH_CACHE"] = (
+            f"{temporary}/cache"  # tokens that lie in the user's cache change a plan
+        )
         os.environ["HF_HUB_OFFLINE"] = "1"
         for recipe in json.loads(run_verb(["recipes", "--json"])[1]):
             name = recipe["name"]
             for machine, words in MACHINES.items():
                 code, output = run_verb(["plan", name, "--json", "--on", *words])
                 if not output:
-                    sys.exit(f"tunesmith plan {name} --on {machine} ended with {code} and printed nothing")
+                    sys.exit(
+                        f"tunesmith plan {name} --on {machine} ended with {code} and printed nothing"
+                    )
                 rows[f"{name} on {machine}"] = short_plan(code, json.loads(output))
     return rows
 
@@ -120,7 +133,9 @@ def help_text() -> str:
             sys.exit(f"tunesmith {verb} --help ended with {code}")
         pages[f"tunesmith {verb} --help"] = page
     version = f"Python {sys.version_info.major}.{sys.version_info.minor}"  # argparse lays out as each version pleases
-    return f"Written with {version}\n" + "".join(f"\n$ {command}\n{page}" for command, page in pages.items())
+    return f"Written with {version}\n" + "".join(
+        f"\n$ {command}\n{page}" for command, page in pages.items()
+    )
 
 
 WRITERS = {"plans": (plans_text, PLANS), "help": (help_text, HELP)}

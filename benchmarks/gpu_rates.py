@@ -77,7 +77,9 @@ class Rates:
             slower = self.product / figures["product"]
             forward, backward = self.attention_ms
             figures["attention_ms"] = (slower * forward, slower * backward)
-            sources["attention_ms"] = f"scaled by the product's rate; {self.sources['attention_ms']}"
+            sources["attention_ms"] = (
+                f"scaled by the product's rate; {self.sources['attention_ms']}"
+            )
         return replace(self, sources=sources, **figures)
 
 

@@ -16,7 +16,9 @@ from tunesmith.metrics.health import EVERY, ChipCheck
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--readings", type=int, default=100)
     parser.add_argument("--pause", type=float, default=0.2, help="seconds between two readings")
     parser.add_argument("--json", type=Path)
@@ -45,7 +47,9 @@ def main() -> None:
     }  # fmt: skip
     print(json.dumps(found, indent=1))
     if args.json:
-        machine = {name: describe_machine([])[name] for name in ("cpu", "cpu_cores", "gpus", "torch")}
+        machine = {
+            name: describe_machine([])[name] for name in ("cpu", "cpu_cores", "gpus", "torch")
+        }
         args.json.write_text(json.dumps({**found, "machine": machine}, indent=1) + "\n")
 
 

@@ -40,7 +40,11 @@ CASES = {
     "LoRA, shards": SHARDS,
     "LoRA, copies": ["parallel.replicate={n}"],
     "LoRA on nf4, shards": ["model.quantize=nf4", *SHARDS],
-    "LoRA on nf4, shards of tensor groups": ["model.quantize=nf4", "parallel.tensor=2", "parallel.shard={half}"],
+    "LoRA on nf4, shards of tensor groups": [
+        "model.quantize=nf4",
+        "parallel.tensor=2",
+        "parallel.shard={half}",
+    ],
     "LoRA on fp8, shards": ["model.quantize=fp8", *SHARDS],
     "full, a tensor group": [*FULL, "parallel.tensor={n}"],
     "LoRA of rank 64, a tensor group": ["adapter.rank=64", "parallel.tensor={n}"],
@@ -75,13 +79,18 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
 
     def held(tensors: Any) -> int:
         return sum(
-            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in map(local_part, tensors)}.values()
+            {
+                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in map(local_part, tensors)
+            }.values()
         )
 
     with join_ranks() as ranks:
         run = load_recipe(folder / "recipe.yaml", words)
         files = read_model_files(folder / "model", run.model)
-        stored = max(entry.size for entries in read_headers(files.folder).values() for entry in entries)
+        stored = max(
+            entry.size for entries in read_headers(files.folder).values() for entry in entries
+        )
         mesh = Mesh.of(possible_shapes(run.parallel, ranks.world)[0], "cpu")
         plan, own = inference_plan(run, files, torch.device("cpu")), {}
         if run.model.quantize == "fp8":
@@ -101,16 +110,22 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             root, _ = build_model(run, files, plan, mesh=mesh)
             found["held"] = held([*root.parameters(), *root.buffers()])
         full = run.adapter.kind == "none"
-        wide = max(p.numel() for p in root.parameters()) * 4  # fp32, as shards, masters and moments are
+        wide = (
+            max(p.numel() for p in root.parameters()) * 4
+        )  # fp32, as shards, masters and moments are
         start = Start()
         if case.endswith("resumed"):
-            start = Start(found=state.SavedCheckpoint(folder / "checkpoint-1", 1), progress=Progress())
+            start = Start(
+                found=state.SavedCheckpoint(folder / "checkpoint-1", 1), progress=Progress()
+            )
         if start.found or (mesh.shape.tensor > 1 and not full):
             with phase("resume", wide) as found:
                 optimizer = make_optimizer(run, root, start, ranks)
                 for part in optimizer.parts.values() if start.found is None else ():
                     part.state = {name: value + 1 for name, value in part.initial_state().items()}
-                found["held"] = held(t for part in optimizer.parts.values() for t in part.state.values())
+                found["held"] = held(
+                    t for part in optimizer.parts.values() for t in part.state.values()
+                )
             if start.found is None:
                 del own["resume"]
             values = run, root, {}, optimizer.state_dict(), Progress()
@@ -130,9 +145,13 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             else:
                 export.write_model_files(None, run, root, {})
         if start.found:
-            with phase("export", wide + wide // mesh.shape.shard):  # DCP reads a part whole, beside the tensor
+            with phase(
+                "export", wide + wide // mesh.shape.shard
+            ):  # DCP reads a part whole, beside the tensor
                 if ranks.leads:
-                    sharded.export_sharded(folder / "run" / "checkpoint-1", folder / "exported", run)
+                    sharded.export_sharded(
+                        folder / "run" / "checkpoint-1", folder / "exported", run
+                    )
         every = ranks.gather(own)
         if ranks.leads:
             found = {"mesh": mesh.shape.describe(), "ranks": every}
@@ -147,7 +166,9 @@ def write_inputs(folder: Path, shape: str, gib: float, tokenizer: str) -> None:
     from tunesmith.model.spec import read_spec
 
     def parameters(layers: int) -> int:
-        return read_spec({**SHAPES[shape].config, "num_hidden_layers": layers}, where=shape).parameters
+        return read_spec(
+            {**SHAPES[shape].config, "num_hidden_layers": layers}, where=shape
+        ).parameters
 
     layer = parameters(2) - parameters(1)
     layers = max(1, round((gib * GIB / 2 - parameters(1)) / layer) + 1)
@@ -183,9 +204,23 @@ def write_checkpoint(folder: Path) -> None:
 
 def torchrun(count: int, *words: str) -> None:
     """Start `count` ranks of this file; SystemExit with their last lines if they fail."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), __file__, *words]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, check=False)
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        __file__,
+        *words,
+    ]
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=env, check=False
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
@@ -198,16 +233,24 @@ def measured(folder: Path, case: str, count: int) -> list[dict[str, Any]]:
     for phase in (name for name in PHASES if name in found["ranks"][0]):
         ranks = [own[phase] for own in found["ranks"]]
         row = {"case": case, "mesh": found["mesh"], "phase": phase}
-        row |= {f"{name}_mib": [round(own[name] / 2**20) for own in ranks] for name in ("peak", "after", "held")}
+        row |= {
+            f"{name}_mib": [round(own[name] / 2**20) for own in ranks]
+            for name in ("peak", "after", "held")
+        }
         row["largest_tensor_mib"] = round(ranks[0]["largest"] / 2**20)
         row["bound_mib"] = [round((own["held"] + own["largest"]) / 2**20) for own in ranks]
-        rows.append({**row, "within": all(own["peak"] <= own["held"] + own["largest"] for own in ranks)})
+        rows.append(
+            {**row, "within": all(own["peak"] <= own["held"] + own["largest"] for own in ranks)}
+        )
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown; of each the largest figure of the ranks."""
-    lines = ["| checkpoint in bf16 | case | mesh | phase | left | bound | peak |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| checkpoint in bf16 | case | mesh | phase | left | bound | peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         figures = " | ".join(f"{max(row[key]):,}" for key in ("held_mib", "bound_mib", "peak_mib"))
         what = f"{row['shape']}, {row['gib']} GiB | {row['case']} | {row['mesh']} | {row['phase']}"
@@ -226,17 +269,27 @@ def main() -> None:
     if sys.argv[1:2] == ["--as-rank"]:
         rank(Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
         return
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--tokenizer", help="a folder or Hub id")
     p.add_argument("--ranks", type=int, default=4)
     p.add_argument("--gib", type=float, default=4.0, help="of the checkpoint's weights")
     p.add_argument("--shape", default="mistral-7b")
-    p.add_argument("--cases", nargs="+", choices=list(CASES), default=[c for c in CASES if c not in ON_ASKING])
-    p.add_argument("--folder", type=Path, help="make the checkpoint here, or take it from here, and keep it")
+    p.add_argument(
+        "--cases", nargs="+", choices=list(CASES), default=[c for c in CASES if c not in ON_ASKING]
+    )
+    p.add_argument(
+        "--folder", type=Path, help="make the checkpoint here, or take it from here, and keep it"
+    )
     p.add_argument("--json", type=Path, help="add the table to this file, case by case")
-    p.add_argument("--write", type=Path, help="measure nothing, and put the table of --json into this page")
+    p.add_argument(
+        "--write", type=Path, help="measure nothing, and put the table of --json into this page"
+    )
     a = p.parse_args()
-    old = json.loads(a.json.read_text(encoding="utf-8"))["rows"] if a.json and a.json.exists() else []
+    old = (
+        json.loads(a.json.read_text(encoding="utf-8"))["rows"] if a.json and a.json.exists() else []
+    )
     if a.write:
         write_table(a.write, old)
         return
@@ -245,21 +298,34 @@ def main() -> None:
         folder = a.folder or Path(name)
         if not (folder / "recipe.yaml").exists():
             write_inputs(folder, a.shape, a.gib, a.tokenizer)
-        if any(case.endswith("resumed") for case in a.cases) and not (folder / "checkpoint-1").exists():
+        if (
+            any(case.endswith("resumed") for case in a.cases)
+            and not (folder / "checkpoint-1").exists()
+        ):
             write_checkpoint(folder)
         gib = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")) / GIB
         print(f"{a.shape}, {gib:.2f} GiB in bf16; largest of {a.ranks} ranks, MiB")
         print(f"{'case':<38}{'phase':<9}{'peak':>7}{'held':>7}{'bound':>7}", flush=True)
         for case in a.cases:
-            rows = [{"gib": round(gib, 2), "shape": a.shape, **row} for row in measured(folder, case, a.ranks)]
+            rows = [
+                {"gib": round(gib, 2), "shape": a.shape, **row}
+                for row in measured(folder, case, a.ranks)
+            ]
             for row in rows:
-                figures = "".join(f"{max(row[key]):>7}" for key in ("peak_mib", "held_mib", "bound_mib"))
-                print(f"{case:<38}{row['phase']:<9}{figures}{'' if row['within'] else '  EXCEEDED'}", flush=True)
+                figures = "".join(
+                    f"{max(row[key]):>7}" for key in ("peak_mib", "held_mib", "bound_mib")
+                )
+                print(
+                    f"{case:<38}{row['phase']:<9}{figures}{'' if row['within'] else '  EXCEEDED'}",
+                    flush=True,
+                )
                 within &= row["within"]
             old = [row for row in old if (row["case"], row["shape"]) != (case, a.shape)] + rows
             if a.json:
                 command = [Path(word).name for word in sys.argv]
-                a.json.write_text(json.dumps({"command": command, "rows": old}, indent=1) + "\n", encoding="utf-8")
+                a.json.write_text(
+                    json.dumps({"command": command, "rows": old}, indent=1) + "\n", encoding="utf-8"
+                )
     sys.exit(not within)
 
 

@@ -46,7 +46,10 @@ def read_rows(a: argparse.Namespace, batch: str, cache: Path) -> TrainingData:
     """The rows as a run trains on them."""
     values = {
         "model": {"name": a.tokenizer},
-        "data": {"train": {"source": str(Path(a.data).resolve()), "format": a.format}, "seq_len": a.seq},
+        "data": {
+            "train": {"source": str(Path(a.data).resolve()), "format": a.format},
+            "seq_len": a.seq,
+        },
         "train": {"global_batch": batch},
         "output_dir": str(cache / "run"),
     }
@@ -61,7 +64,9 @@ def idle_share(micro_steps: list[list[float]], ranks: int) -> float:
     return 1 - sum(map(sum, micro_steps)) / (ranks * sum(map(max, micro_steps)))
 
 
-def naive(data: TrainingData, step: int, tokens: int, ranks: int, weight: float) -> dict[str, list[list[float]]]:
+def naive(
+    data: TrainingData, step: int, tokens: int, ranks: int, weight: float
+) -> dict[str, list[list[float]]]:
     """Costs by micro step of the two ways without balancing."""
 
     def groups(members: np.ndarray) -> list[float]:
@@ -96,20 +101,28 @@ def measure(data: TrainingData, tokens: int, ranks: int, weight: float) -> dict[
         found.setdefault("balanced", []).append((batch.idle_share, len(batch.micro)))
     loader.close()
     means = {way: np.mean(values, axis=0).tolist() for way, values in found.items()}
-    return {way: {"idle_share": idle, "micro_batches": count} for way, (idle, count) in means.items()}
+    return {
+        way: {"idle_share": idle, "micro_batches": count} for way, (idle, count) in means.items()
+    }
 
 
 def main() -> None:
     """Print the table."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument("--data", required=True, help="rows, in the form that --format names")
     p.add_argument("--format", default="alpaca", help="as in a recipe")
     p.add_argument("--tokenizer", required=True, help="a model's folder or Hub id")
     p.add_argument("--ranks", type=int, nargs="+", default=[2, 16])
-    p.add_argument("--batch", nargs="+", default=["64 examples", "128 examples"], help="global batches")
-    p.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384], help="of a micro batch")
+    p.add_argument(
+        "--batch", nargs="+", default=["64 examples", "128 examples"], help="global batches"
+    )
+    p.add_argument(
+        "--tokens", type=int, nargs="+", default=[2048, 8192, 16384], help="of a micro batch"
+    )
     p.add_argument("--seq", type=int, default=2048)
     p.add_argument("--shape", default="llama3-8b", choices=list(SHAPES))
     p.add_argument("--json")
@@ -117,17 +130,23 @@ def main() -> None:
     weight = attention_weight(read_spec(find_shape(a.shape).config, where=a.shape))
     rows = []
     print(f"one attended pair costs {weight:.2e} of a token's matmuls ({a.shape}, LoRA)")
-    print(f"{'global batch':>14} {'micro batch':>11} {'ranks':>5} {'dealt':>16} {'in order':>16} {'balanced':>16}")
+    print(
+        f"{'global batch':>14} {'micro batch':>11} {'ranks':>5} {'dealt':>16} {'in order':>16} {'balanced':>16}"
+    )
     with tempfile.TemporaryDirectory() as cache:
         for batch in a.batch:
             data = read_rows(a, batch, Path(cache))
             for tokens, ranks in product(a.tokens, a.ranks):
                 found = measure(data, tokens, ranks, weight)
                 rows.append({"global_batch": batch, "tokens": tokens, "ranks": ranks, **found})
-                cells = (f"{f['idle_share']:7.1%} in {f['micro_batches']:5.2f}" for f in found.values())
+                cells = (
+                    f"{f['idle_share']:7.1%} in {f['micro_batches']:5.2f}" for f in found.values()
+                )
                 print(f"{batch:>14} {tokens:11} {ranks:5} {' '.join(cells)}", flush=True)
     if a.json:
-        Path(a.json).write_text(json.dumps({"shape": a.shape, "attention_weight": weight, "rows": rows}, indent=1))
+        Path(a.json).write_text(
+            json.dumps({"shape": a.shape, "attention_weight": weight, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -64,13 +64,17 @@ def train(words: list[str], output_dir: Path) -> float:
 def train_until_killed(words: list[str], output_dir: Path) -> int:
     """Start a run and kill it, with all its processes, a step after its first complete checkpoint; returns that step."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    run = subprocess.Popen(train_command(words, output_dir), start_new_session=True, env=environment)
+    run = subprocess.Popen(
+        train_command(words, output_dir), start_new_session=True, env=environment
+    )
     manifest = output_dir / f"checkpoint-{CHECKPOINT_EVERY}" / "manifest.json"
     deadline = time.monotonic() + DEADLINE
     steps_done = 0
     while not manifest.exists() or steps_done <= CHECKPOINT_EVERY:
         if run.poll() is not None:
-            raise SystemExit(f"the run ended with {run.returncode} before it could be killed, at step {steps_done}")
+            raise SystemExit(
+                f"the run ended with {run.returncode} before it could be killed, at step {steps_done}"
+            )
         if time.monotonic() > deadline:
             os.killpg(run.pid, signal.SIGKILL)
             raise SystemExit(f"no checkpoint after {DEADLINE:.0f} s")
@@ -84,11 +88,15 @@ def train_until_killed(words: list[str], output_dir: Path) -> int:
 def compare(whole: Path, resumed: Path) -> dict[str, Any]:
     """How the two run directories differ: the records of all steps, and the files of the final weights."""
     records = list(zip(read_records(whole), read_records(resumed), strict=True))
-    unequal_steps = [left["step"] for left, right in records if any(left[key] != right[key] for key in COMPARED)]
+    unequal_steps = [
+        left["step"] for left, right in records if any(left[key] != right[key] for key in COMPARED)
+    ]
     largest = max(abs(left["loss"] - right["loss"]) / abs(left["loss"]) for left, right in records)
     weights = [file.name for file in sorted((whole / "final").glob("*.safetensors"))]
     unequal_files = [
-        name for name in weights if (whole / "final" / name).read_bytes() != (resumed / "final" / name).read_bytes()
+        name
+        for name in weights
+        if (whole / "final" / name).read_bytes() != (resumed / "final" / name).read_bytes()
     ]
     return {
         "steps": len(records),
@@ -107,7 +115,10 @@ def recipe_of_shape(options: argparse.Namespace, folder: Path) -> list[str]:
     recipe = {
         "model": {"name": str(folder / "model")},
         "adapter": {"kind": "lora", "rank": 8, "dropout": 0.1},
-        "data": {"train": {"source": str(Path(options.data).resolve()), "format": "alpaca"}, "seq_len": 2048},
+        "data": {
+            "train": {"source": str(Path(options.data).resolve()), "format": "alpaca"},
+            "seq_len": 2048,
+        },
         "train": {"global_batch": "16384 tokens"},
         "output_dir": "runs/kill-and-resume",
     }
@@ -118,7 +129,9 @@ def recipe_of_shape(options: argparse.Namespace, folder: Path) -> list[str]:
 
 def main() -> None:
     """Three starts in two run directories, and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="*", metavar="RECIPE | key=value")
     parser.add_argument("--shape")
     parser.add_argument("--layers", type=int, default=4)
@@ -135,7 +148,10 @@ def main() -> None:
         killed_at = train_until_killed(words, folder / "resumed")
         resumed_seconds = train(words, folder / "resumed")
         report = {"killed_at_step": killed_at, **compare(folder / "whole", folder / "resumed")}
-    report |= {"whole_seconds": round(whole_seconds, 1), "resumed_seconds": round(resumed_seconds, 1)}
+    report |= {
+        "whole_seconds": round(whole_seconds, 1),
+        "resumed_seconds": round(resumed_seconds, 1),
+    }
     report["equal"] = not report["unequal_steps"] and not report["unequal_weight_files"]
     print(json.dumps(report))
     if options.json:

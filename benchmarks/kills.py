@@ -48,7 +48,9 @@ class Missed(Exception):
     """The moment of a kill did not come."""
 
 
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = START, pause: float = 0.1) -> Any:
+def wait_for(
+    what: str, condition: Callable[[], Any], seconds: float = START, pause: float = 0.1
+) -> Any:
     """The first true value of the condition; `Missed` if there is none in time."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -63,7 +65,12 @@ def write_inputs(folder: Path) -> None:
     from conftest import write_tiny_llama
     from recipes import write_rows
 
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_key_value_heads": 4}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+    }
     write_tiny_llama(folder / "model", **sizes, max_position_embeddings=256)
     write_rows(folder / "train.jsonl", 48)
 
@@ -95,12 +102,20 @@ def read_records(out: Path) -> list[dict[str, Any]]:
 
 def newest_checkpoint(out: Path) -> int:
     """The step of the newest checkpoint with a manifest; 0: there is none."""
-    return max((int(file.parent.name.partition("-")[2]) for file in out.glob("checkpoint-*/manifest.json")), default=0)
+    return max(
+        (
+            int(file.parent.name.partition("-")[2])
+            for file in out.glob("checkpoint-*/manifest.json")
+        ),
+        default=0,
+    )
 
 
 def processes_in(space: str, marker: bytes) -> list[int]:
     """The Python processes of a network namespace whose command line holds the marker."""
-    pids = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True, check=False).stdout.split()
+    pids = subprocess.run(
+        ["ip", "netns", "pids", space], capture_output=True, text=True, check=False
+    ).stdout.split()
     matching = []
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -174,9 +189,15 @@ class SlurmCluster(Cluster):
         (self.home / "config/tunesmith").mkdir(parents=True)
         write_inputs(self.home)
         self.outs = [self.home / "run"]
-        values = recipe_of(str(self.home / "model"), str(self.home / "train.jsonl"), str(self.outs[0]))
+        values = recipe_of(
+            str(self.home / "model"), str(self.home / "train.jsonl"), str(self.outs[0])
+        )
         (self.home / "recipe.yaml").write_text(json.dumps(values))
-        environment = {"OMP_NUM_THREADS": "1", "TUNESMITH_HEARTBEAT_SECONDS": "10", "HF_HUB_OFFLINE": "1"}
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "TUNESMITH_HEARTBEAT_SECONDS": "10",
+            "HF_HUB_OFFLINE": "1",
+        }
         environment["PYTHONPATH"] = os.pathsep.join([str(self.home / "site"), str(ROOT / "src")])
         site = {"partition": "main", "gpus_per_node": 0, "time": 600, "environment": environment}
         (self.home / "config/tunesmith/sites.yaml").write_text(json.dumps({"pair": site}))
@@ -191,22 +212,40 @@ class SlurmCluster(Cluster):
         self.run("bash", str(SLURM_PAIR), "down", str(self.folder))
 
     def run(self, *command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, env=self.env, timeout=START, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=self.env, timeout=START, check=False
+        )
         if done.returncode:
             raise SystemExit(f"{command}: {done.stdout}{done.stderr}")
         return done.stdout
 
     def launch(self) -> None:
-        words = ("launch", "slurm", str(self.home / "recipe.yaml"), "--site", "pair", "--nodes", "2")
-        self.job = self.run(sys.executable, "-m", "tunesmith", *words, "--max-requeues", "100").split()[1].rstrip(";")
+        words = (
+            "launch",
+            "slurm",
+            str(self.home / "recipe.yaml"),
+            "--site",
+            "pair",
+            "--nodes",
+            "2",
+        )
+        self.job = (
+            self.run(sys.executable, "-m", "tunesmith", *words, "--max-requeues", "100")
+            .split()[1]
+            .rstrip(";")
+        )
 
     def state(self) -> str:
         shown = self.run("scontrol", "--details", "show", "job", self.job)
-        words = [re.search(rf"\b{key}=(\S+)", shown) for key in ("JobState", "ExitCode", "Restarts")]
+        words = [
+            re.search(rf"\b{key}=(\S+)", shown) for key in ("JobState", "ExitCode", "Restarts")
+        ]
         return " ".join(word[0] for word in words if word)
 
     def log(self) -> str:
-        files = sorted((self.outs[0] / "launch").glob("slurm-*.log"), key=lambda file: file.stat().st_ctime)
+        files = sorted(
+            (self.outs[0] / "launch").glob("slurm-*.log"), key=lambda file: file.stat().st_ctime
+        )
         return "".join(file.read_text(errors="replace") for file in files)
 
     def lose(self, node: int) -> None:
@@ -216,7 +255,9 @@ class SlurmCluster(Cluster):
         self.run("bash", str(SLURM_PAIR), "boot", str(self.folder), str(node + 1))
 
     def queue(self) -> str:
-        return self.run("squeue", "--noheader", "--states=all", "--jobs", self.job, "--format=%T").strip()
+        return self.run(
+            "squeue", "--noheader", "--states=all", "--jobs", self.job, "--format=%T"
+        ).strip()
 
     def go_on(self) -> str:
         over = ("PENDING", "FAILED", "NODE_FAIL", "COMPLETED", "CANCELLED", "TIMEOUT")
@@ -228,7 +269,9 @@ class SlurmCluster(Cluster):
         return "requeued"
 
     def status(self) -> str:
-        return self.run(sys.executable, "-m", "tunesmith", "status", str(self.outs[0])).splitlines()[0]
+        return self.run(
+            sys.executable, "-m", "tunesmith", "status", str(self.outs[0])
+        ).splitlines()[0]
 
     def stop(self) -> str:
         return self.run(sys.executable, "-m", "tunesmith", "stop", "--wait", str(self.outs[0]))
@@ -263,9 +306,15 @@ class SwarmCluster(Cluster):
         self.pair.__exit__()
 
     def tunesmith(self, *words: str, node: int = 0) -> str:
-        env = {"TUNESMITH_HEARTBEAT_SECONDS": "10", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
+        env = {
+            "TUNESMITH_HEARTBEAT_SECONDS": "10",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT / "src"),
+        }
         there = self.pair.nodes[node]
-        return there.run("python", "-m", "tunesmith", *words, env=env, ok=True, seconds=START).stdout
+        return there.run(
+            "python", "-m", "tunesmith", *words, env=env, ok=True, seconds=START
+        ).stdout
 
     def launch(self) -> None:
         flags = ("--image", "bare:1", "--stack-extra", "extra.yaml", "--restarts", "100")
@@ -276,7 +325,9 @@ class SwarmCluster(Cluster):
     def state(self) -> str:
         form = "{{.Node}} {{.CurrentState}} {{.Error}}"
         service = self.pair.nodes[0].docker("service", "ls", "--quiet", ok=True).stdout.strip()
-        listed = self.pair.nodes[0].docker("service", "ps", "--no-trunc", "--format", form, service, ok=True)
+        listed = self.pair.nodes[0].docker(
+            "service", "ps", "--no-trunc", "--format", form, service, ok=True
+        )
         return "; ".join(listed.stdout.splitlines()[:4])
 
     def log(self) -> str:
@@ -332,11 +383,15 @@ def wait_for_phase(cluster: Cluster, phase: str, share: float) -> None:
     wait_for(f"step {steps}", lambda: cluster.steps() >= steps)
     if phase == "saving":
         partial = [out / ".checkpoint-*.partial" for out in cluster.outs]
-        wait_for("a checkpoint", lambda: any([*p.parent.glob(p.name)] for p in partial), pause=0.002)
+        wait_for(
+            "a checkpoint", lambda: any([*p.parent.glob(p.name)] for p in partial), pause=0.002
+        )
 
 
 def kill(cluster: Cluster, target: str, node: int) -> None:
-    cluster.old_ranks = frozenset(pid for space in cluster.spaces for pid in processes_in(space, RANK))
+    cluster.old_ranks = frozenset(
+        pid for space in cluster.spaces for pid in processes_in(space, RANK)
+    )
     if target == "node":
         cluster.lose(node)
         return
@@ -357,7 +412,9 @@ def failures(cluster: Cluster, since: float) -> list[dict[str, Any]]:
     return found
 
 
-def strike(cluster: Cluster, target: str, phase: str, node: int, share: float, *, await_step: bool) -> dict[str, Any]:
+def strike(
+    cluster: Cluster, target: str, phase: str, node: int, share: float, *, await_step: bool
+) -> dict[str, Any]:
     """One kill, and what came of it; `await_step`: until the next step that was not done before."""
     first_checkpoint, log_before = newest_checkpoint(cluster.outs[0]), len(cluster.log())
     wait_for_phase(cluster, phase, share)
@@ -384,10 +441,16 @@ def strike(cluster: Cluster, target: str, phase: str, node: int, share: float, *
         wait_for("a new step", lambda: cluster.steps() > reached, START)
     seconds = round(time.monotonic() - began, 1) if await_step else None
     causes = sorted(
-        {line.removeprefix("  cause: ").partition(":")[0] for line in log.splitlines() if "  cause: " in line}
+        {
+            line.removeprefix("  cause: ").partition(":")[0]
+            for line in log.splitlines()
+            if "  cause: " in line
+        }
     )
     errors = [
-        line for line in log.splitlines() if re.match(r"error: |srun: error|SIG\w+ came|.* job .*exit code", line)
+        line
+        for line in log.splitlines()
+        if re.match(r"error: |srun: error|SIG\w+ came|.* job .*exit code", line)
     ]
     return {
         "cluster": cluster.name, "target": target, "node": node, "phase": phase, "step": at_step,
@@ -405,14 +468,25 @@ def undisturbed(folder: Path, steps: int) -> list[tuple[float, float]]:
     values["train"]["duration"] = f"{steps} steps"
     values["checkpoint"]["every"] = "100000 steps"
     (folder / "recipe.yaml").write_text(json.dumps(values))
-    words = [sys.executable, "-m", "tunesmith", "launch", "local", str(folder / "recipe.yaml"), "--ranks", "2"]
+    words = [
+        sys.executable,
+        "-m",
+        "tunesmith",
+        "launch",
+        "local",
+        str(folder / "recipe.yaml"),
+        "--ranks",
+        "2",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(words, check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return [(record["loss"], record["grad_norm"]) for record in read_records(folder / "whole")]
 
 
 @contextlib.contextmanager
-def started(kind: type[SlurmCluster | SwarmCluster]) -> Iterator[tuple[SlurmCluster | SwarmCluster, Path]]:
+def started(
+    kind: type[SlurmCluster | SwarmCluster],
+) -> Iterator[tuple[SlurmCluster | SwarmCluster, Path]]:
     folder = Path(tempfile.mkdtemp(prefix="tunesmith-kills-"))
     folder.chmod(0o755)
     cluster = kind(folder)
@@ -423,7 +497,9 @@ def started(kind: type[SlurmCluster | SwarmCluster]) -> Iterator[tuple[SlurmClus
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(kind: type[SlurmCluster | SwarmCluster], times: int, seed: int, minutes: float, file: Path) -> None:
+def measure(
+    kind: type[SlurmCluster | SwarmCluster], times: int, seed: int, minutes: float, file: Path
+) -> None:
     """Strike so many times, or as often as the minutes allow, then compare; the file is written after each kill."""
     kills, deadline = plan(times, seed), time.monotonic() + 60 * minutes
     earlier = json.loads(file.read_text()) if file.exists() else []
@@ -435,10 +511,18 @@ def measure(kind: type[SlurmCluster | SwarmCluster], times: int, seed: int, minu
                 break
             next_phase = kills[index + 1][1] if index + 1 < len(kills) else ""
             try:
-                rows.append(strike(cluster, target, phase, node, share, await_step=next_phase != "loading"))
+                rows.append(
+                    strike(cluster, target, phase, node, share, await_step=next_phase != "loading")
+                )
             except Missed as missed:
                 rows.append(
-                    {"cluster": cluster.name, "target": target, "node": node, "phase": phase, "missed": str(missed)}
+                    {
+                        "cluster": cluster.name,
+                        "target": target,
+                        "node": node,
+                        "phase": phase,
+                        "missed": str(missed),
+                    }
                 )
                 print(cluster.log()[-3000:], file=sys.stderr)
                 file.write_text(json.dumps(earlier + rows, indent=1))
@@ -446,7 +530,9 @@ def measure(kind: type[SlurmCluster | SwarmCluster], times: int, seed: int, minu
             print(json.dumps(rows[-1]), flush=True)
             file.write_text(json.dumps(earlier + rows, indent=1))
         print(cluster.stop())  # it would slow the run that it is compared with
-        records = [(record["loss"], record["grad_norm"]) for record in read_records(cluster.outs[0])]
+        records = [
+            (record["loss"], record["grad_norm"]) for record in read_records(cluster.outs[0])
+        ]
         (folder / "reference").mkdir()
         whole = undisturbed(folder / "reference", len(records))
         for row in rows:
@@ -459,7 +545,9 @@ def measure(kind: type[SlurmCluster | SwarmCluster], times: int, seed: int, minu
 def table(file: Path) -> None:
     """Print a row for each cluster, target and phase."""
     rows = [row for row in json.loads(file.read_text()) if "missed" not in row]
-    print("| cluster | killed | while | times | went on | failure.json: cause | seconds to a new step | losses |")
+    print(
+        "| cluster | killed | while | times | went on | failure.json: cause | seconds to a new step | losses |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for cluster in ("slurm", "swarm"):
         for target in TARGETS:
@@ -470,18 +558,29 @@ def table(file: Path) -> None:
                     continue
                 ways = "; ".join(sorted({row["went_on"] for row in some}))
                 causes = (
-                    ", ".join(sorted({f["cause"] or "none" for row in some for f in row["failure"]})) or "none written"
+                    ", ".join(
+                        sorted({f["cause"] or "none" for row in some for f in row["failure"]})
+                    )
+                    or "none written"
                 )
                 seconds = [row["seconds"] for row in some if row["seconds"] is not None]
                 names = {True: "equal bit for bit", False: "DIFFERENT"}
                 equal = "; ".join(sorted({names.get(row["equal"], row["equal"]) for row in some}))
-                span = f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else "killed again before"
-                print(f"| {cluster} | {target} | {phase} | {len(some)} | {ways} | {causes} | {span} | {equal} |")
+                span = (
+                    f"{min(seconds):.0f} to {max(seconds):.0f}"
+                    if seconds
+                    else "killed again before"
+                )
+                print(
+                    f"| {cluster} | {target} | {phase} | {len(some)} | {ways} | {causes} | {span} | {equal} |"
+                )
 
 
 def main() -> None:
     """Measure, or print the table."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("what", choices=["slurm", "swarm", "table"])
     p.add_argument("--times", type=int, default=20)
     p.add_argument("--seed", type=int, default=0)
@@ -491,7 +590,9 @@ def main() -> None:
     if a.what == "table":
         table(a.json)
         return
-    measure({"slurm": SlurmCluster, "swarm": SwarmCluster}[a.what], a.times, a.seed, a.minutes, a.json)
+    measure(
+        {"slurm": SlurmCluster, "swarm": SwarmCluster}[a.what], a.times, a.seed, a.minutes, a.json
+    )
 
 
 if __name__ == "__main__":

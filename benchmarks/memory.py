@@ -69,8 +69,15 @@ def rows() -> Iterator[tuple[str, ...]]:
         for method, keys in METHODS.items():
             least = recipe(name, keys, "full")
             trained = trained_parameters(name, least, spec)
-            cases = ((least, 2048), (recipe(name, keys, "none"), 2048), (recipe(name, keys, "none"), 16384))
-            bytes_ = [MemoryEstimator(run, spec, machine, trained).estimate(tokens).total for run, tokens in cases]
+            cases = (
+                (least, 2048),
+                (recipe(name, keys, "none"), 2048),
+                (recipe(name, keys, "none"), 16384),
+            )
+            bytes_ = [
+                MemoryEstimator(run, spec, machine, trained).estimate(tokens).total
+                for run, tokens in cases
+            ]
             cards = [card for card, size in CARDS.items() if bytes_[0] <= size * USABLE]
             model = SHAPES[name].source.partition("/")[2]
             yield (
@@ -84,7 +91,15 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 def page() -> str:
     """The table in Markdown."""
-    head = ("model", "method", "trained", "GiB, at least", "GiB, 2,048 tokens", "GiB, 16,384 tokens", "smallest GPU")
+    head = (
+        "model",
+        "method",
+        "trained",
+        "GiB, at least",
+        "GiB, 2,048 tokens",
+        "GiB, 16,384 tokens",
+        "smallest GPU",
+    )
     return table(head, rows())
 
 

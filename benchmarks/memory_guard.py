@@ -49,14 +49,22 @@ class Group:
         parent = ROOT / "memory" if first else ROOT
         self.folder = parent / f"tunesmith-guard-{os.getpid()}"
         self.folder.mkdir()
-        for name in ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if first else ("memory.max",):
+        for name in (
+            ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if first else ("memory.max",)
+        ):
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / name).write_text(str(mib << 20))
         self.events = self.folder / ("memory.oom_control" if first else "memory.events")
 
     def start(self, command: list[str], **options: Any) -> subprocess.Popen[str]:
         """Start a process in the group."""
-        words = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(self.folder / "cgroup.procs"), *command]
+        words = [
+            "sh",
+            "-c",
+            'echo $$ > "$0"; exec "$@"',
+            str(self.folder / "cgroup.procs"),
+            *command,
+        ]
         return subprocess.Popen(words, text=True, **options)
 
     def kills(self) -> int:
@@ -168,7 +176,9 @@ def measure(
         print(found[-1], file=sys.stderr)
         if found[-1]["clean"] and not stop_only:
             out = folder / f"run{number}"
-            found[-1]["records"] = train_until(folder / f"run{number}.json", out, found[-1]["step"] + AFTER)
+            found[-1]["records"] = train_until(
+                folder / f"run{number}.json", out, found[-1]["step"] + AFTER
+            )
     if stop_only:
         return found
     longest = max((len(row.get("records", ())) for row in found), default=0)
@@ -185,22 +195,36 @@ def cost(looks: int = 2000) -> dict[str, float]:
     from tunesmith.runtime.memory_guard import OFTEN, RARELY, MemoryGuard
     from tunesmith.signals import StopRequest
 
-    ticks = itertools.count(0.0, OFTEN)  # it looks back over the last seconds: as many looks as these have in a run
+    ticks = itertools.count(
+        0.0, OFTEN
+    )  # it looks back over the last seconds: as many looks as these have in a run
     guard = MemoryGuard(StopRequest(), Ranks(), clock=lambda: next(ticks))
     began = time.thread_time()
     for _ in range(looks):
         guard.look()
     each = (time.thread_time() - began) / looks
-    return {"look_us": round(each * 1e6, 1), "share_far": each / RARELY, "share_at_the_floor": each / OFTEN}
+    return {
+        "look_us": round(each * 1e6, 1),
+        "share_far": each / RARELY,
+        "share_at_the_floor": each / OFTEN,
+    }
 
 
 def main() -> None:
     """Measure, and say how many of the times were clean."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--times", type=int, default=5)
     p.add_argument("--limit", type=int, default=3072, metavar="MIB", help="of the control group")
-    p.add_argument("--rates", type=int, nargs="+", default=RATES, metavar="MIB", help="a second, in turn")
-    p.add_argument("--model", type=Path, help="a Transformers folder (default: a small one with random weights)")
+    p.add_argument(
+        "--rates", type=int, nargs="+", default=RATES, metavar="MIB", help="a second, in turn"
+    )
+    p.add_argument(
+        "--model",
+        type=Path,
+        help="a Transformers folder (default: a small one with random weights)",
+    )
     p.add_argument("--stop-only", action="store_true", help="do not go on with the runs")
     p.add_argument("--cost", action="store_true", help="only what a look takes")
     p.add_argument("--json", type=Path)

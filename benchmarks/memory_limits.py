@@ -66,7 +66,9 @@ def measure(model: str, case: str, mib: int) -> dict[str, Any]:
         folder = Path(name)
         recipe = write_recipe(folder, model, case)
         began = time.monotonic()
-        process = made.start([*command, str(recipe)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        process = made.start(
+            [*command, str(recipe)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
         _, said = process.communicate(timeout=TIME)
         seconds = time.monotonic() - began
         records = folder / "run" / "metrics.jsonl"
@@ -116,7 +118,9 @@ def page() -> str:
 def main() -> None:
     if sys.argv[1:2] in (["--write"], ["--check"]):
         sys.exit(write_or_check(__doc__, "benchmarks/memory_limits.py", page))
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", required=True, help="a .gguf file, or a Transformers folder")
     p.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     p.add_argument("--limits", nargs="+", type=int, metavar="MIB", help="of the control groups")

@@ -27,7 +27,10 @@ from host_memory import status
 GIB = 2**30
 RECORD = Path("docs/measurements/memory-on-cpu.json")
 LORA, FULL = ["adapter.rank=8", "adapter.alpha=16"], ["adapter.kind=none"]
-PACKED, PADDED = ["train.micro_batch=512 tokens"], ["data.pack=false", "train.micro_batch=4 examples"]
+PACKED, PADDED = (
+    ["train.micro_batch=512 tokens"],
+    ["data.pack=false", "train.micro_batch=4 examples"],
+)
 CASES = {
     "LoRA, packed": [*LORA, *PACKED],
     "LoRA, padded": [*LORA, *PADDED],
@@ -37,7 +40,9 @@ CASES = {
 }
 
 
-def measure(case: str, model: str, data: str, rows: int, folder: Path, *, profiled: bool) -> dict[str, Any]:
+def measure(
+    case: str, model: str, data: str, rows: int, folder: Path, *, profiled: bool
+) -> dict[str, Any]:
     """Figures of one case, in bytes; `profiled`: what torch allocated, in place of what is resident."""
     import numpy as np
     import torch
@@ -67,16 +72,26 @@ def measure(case: str, model: str, data: str, rows: int, folder: Path, *, profil
         "log": {"tensorboard": False}, "output_dir": str(folder / "run"),
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    run, start, device = load_recipe(folder / "recipe.yaml", CASES[case]), Start(), torch.device("cpu")
+    run, start, device = (
+        load_recipe(folder / "recipe.yaml", CASES[case]),
+        Start(),
+        torch.device("cpu"),
+    )
     files = read_model_files(Path(model), run.model)
-    found = prepare_data(run, files.tokenizer, eos_ids(files.folder, files.tokenizer), files.vocab_rows)
+    found = prepare_data(
+        run, files.tokenizer, eos_ids(files.folder, files.tokenizer), files.vocab_rows
+    )
     meta, plan = plan_model(run, start, files, found, device, ONE_PROCESS)
     torch.ones(8, 8) @ torch.ones(8, 8)  # starts the threads
     micro: list[int] = []
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the peak back
     began, of_files = status("VmRSS"), status("RssFile")
-    recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if profiled else nullcontext()
+    recorder = (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        if profiled
+        else nullcontext()
+    )
     with recorder:
         root, plan = build_model(run, files, plan, model=meta)
         optimizer = make_optimizer(run, root, start, ONE_PROCESS)
@@ -91,7 +106,9 @@ def measure(case: str, model: str, data: str, rows: int, folder: Path, *, profil
     resident = status("VmHWM") - status("RssFile") - (began - of_files)
     if profiled:
         events = [e for e in recorder.profiler.kineto_results.events() if e.name() == "[memory]"]
-        resident = int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
+        resident = int(
+            np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
+        )
     return {
         "tokens": plan.memory.tokens, "micro_batches": micro, "estimate": plan.memory.total - plan.memory.copies,
         "tensors" if profiled else "resident": resident,
@@ -104,8 +121,20 @@ def measure_all(model: str, data: str, rows: int, cases: list[str]) -> dict[str,
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
         for profiled in ("", "--profiled"):
-            words = ["--case", case, "--model", model, "--data", data, "--rows", str(rows), *filter(None, [profiled])]
-            done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
+            words = [
+                "--case",
+                case,
+                "--model",
+                model,
+                "--data",
+                data,
+                "--rows",
+                str(rows),
+                *filter(None, [profiled]),
+            ]
+            done = subprocess.run(
+                [sys.executable, __file__, *words], capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 sys.exit(f"{case} failed:\n{done.stderr[-4000:]}")
             found[case] = found.get(case, {}) | json.loads(done.stdout.splitlines()[-1])
@@ -115,19 +144,38 @@ def measure_all(model: str, data: str, rows: int, cases: list[str]) -> dict[str,
 
 def page() -> str:
     """The table in Markdown."""
-    head = ("SmolLM2-135M, fp32", "largest micro batch, tokens", "estimate, GiB", "allocated", "", "resident", "")
+    head = (
+        "SmolLM2-135M, fp32",
+        "largest micro batch, tokens",
+        "estimate, GiB",
+        "allocated",
+        "",
+        "resident",
+        "",
+    )
     rows = []
     for case, found in json.loads(RECORD.read_text(encoding="utf-8"))["cases"].items():
         errors = [f"{found['estimate'] / found[name] - 1:+.1%}" for name in ("tensors", "resident")]
         figures = [f"{found[name] / GIB:.3f}" for name in ("estimate", "tensors", "resident")]
-        rows.append((case, f"{max(found['micro_batches']):,}", *figures[:2], errors[0], figures[2], errors[1]))
+        rows.append(
+            (
+                case,
+                f"{max(found['micro_batches']):,}",
+                *figures[:2],
+                errors[0],
+                figures[2],
+                errors[1],
+            )
+        )
     return table(head, rows)
 
 
 def main() -> None:
     if sys.argv[1:2] in (["--write"], ["--check"]):
         sys.exit(write_or_check(__doc__, "benchmarks/memory_on_cpu.py", page))
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", required=True, help="a Transformers folder in fp32")
     p.add_argument("--data", required=True, help="a JSON array of alpaca rows")
     p.add_argument("--rows", type=int, default=16, help="of the file, half of them in each step")
@@ -138,12 +186,18 @@ def main() -> None:
     a = p.parse_args()
     if a.case:
         with tempfile.TemporaryDirectory() as name:
-            print(json.dumps(measure(a.case, a.model, a.data, a.rows, Path(name), profiled=a.profiled)))
+            print(
+                json.dumps(
+                    measure(a.case, a.model, a.data, a.rows, Path(name), profiled=a.profiled)
+                )
+            )
         return
     found = measure_all(a.model, a.data, a.rows, a.cases)
     if a.json:
         old = json.loads(a.json.read_text(encoding="utf-8"))["cases"] if a.json.exists() else {}
-        a.json.write_text(json.dumps({"rows": a.rows, "cases": old | found}, indent=1) + "\n", encoding="utf-8")
+        a.json.write_text(
+            json.dumps({"rows": a.rows, "cases": old | found}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

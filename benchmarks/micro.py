@@ -42,7 +42,9 @@ class Timings:
     def __call__(self, name: str, call: Callable[[], Any]) -> None:
         try:
             call()
-            self.found[name] = statistics.median(self._milliseconds(call) for _ in range(self.repeat))
+            self.found[name] = statistics.median(
+                self._milliseconds(call) for _ in range(self.repeat)
+            )
         except Exception as error:  # whatever a kernel refuses, the others are measured
             self.found[name] = repr(error)[:300]
         print(f"{name:44} {self.found[name]}", flush=True)
@@ -89,7 +91,9 @@ def weights_of(base: str, dense: list[Tensor], device: torch.device) -> list[Fro
     return [EightBitWeight.from_dense(recipe, w) for w in dense]
 
 
-def groups(timed: Timings, draw: Callable[..., Tensor], n: int, names: dict[str, tuple[int, list[int]]]) -> None:
+def groups(
+    timed: Timings, draw: Callable[..., Tensor], n: int, names: dict[str, tuple[int, list[int]]]
+) -> None:
     """Layers of one input as the engine computes them, forward and backward."""
     for base in ("bf16", "fp8"):
         for name, (k, rows) in names.items():
@@ -118,7 +122,9 @@ def groups(timed: Timings, draw: Callable[..., Tensor], n: int, names: dict[str,
 
 def main() -> None:
     """All timings, on the GPU where there is one."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("json")
     p.add_argument("--tokens", type=int, default=16384)
     p.add_argument("--divide", type=int, default=1)
@@ -134,7 +140,14 @@ def main() -> None:
     for k, m in ((hidden, hidden), (hidden, kv), (hidden, mlp), (mlp, hidden)):
         dense_products(timed, draw, n, k, m)
     groups(
-        timed, draw, n, {"q/k/v": (hidden, [hidden, kv, kv]), "gate/up": (hidden, [mlp, mlp]), "down": (mlp, [hidden])}
+        timed,
+        draw,
+        n,
+        {
+            "q/k/v": (hidden, [hidden, kv, kv]),
+            "gate/up": (hidden, [mlp, mlp]),
+            "down": (mlp, [hidden]),
+        },
     )
     for rows in (n, 256, 1):
         try:
@@ -144,20 +157,30 @@ def main() -> None:
             break
         timed(f"fp8 quantize {rows} rows", lambda w=weight, x=x: w.quantize_input(x))
         ready = weight.quantize_input(x)
-        timed(f"fp8 product of {rows} rows", lambda w=weight, x=x, ready=ready: w.forward_matmul(x, ready, None))
+        timed(
+            f"fp8 product of {rows} rows",
+            lambda w=weight, x=x, ready=ready: w.forward_matmul(x, ready, None),
+        )
     edges = torch.arange(0, n + 1, 256, device=device, dtype=torch.int32)
     heads = (
-        [draw(n, h, 128).requires_grad_() for h in (32, 8, 8)] if args.divide == 1 else [draw(n, 2, 16) for _ in "qkv"]
+        [draw(n, h, 128).requires_grad_() for h in (32, 8, 8)]
+        if args.divide == 1
+        else [draw(n, 2, 16) for _ in "qkv"]
     )
     backend = select_attention_backend(device, BF16, heads[0].shape[-1])[0]
     for bound in (256, 768, 2048):
         documents = Documents(edges, bound, backend)
         timed(f"{backend}, bound {bound}", lambda d=documents: attend(*heads, d).sum())
         if args.divide == 1:
-            timed(f"{backend}, bound {bound}, both ways", lambda d=documents: attend(*heads, d).sum().backward())
+            timed(
+                f"{backend}, bound {bound}, both ways",
+                lambda d=documents: attend(*heads, d).sum().backward(),
+            )
     try:
         nf4 = bitsandbytes("nf4", "this script")
-        packed = nf4.quantize_4bit(draw(28672 // args.divide, 8192 // args.divide), quant_type="nf4")
+        packed = nf4.quantize_4bit(
+            draw(28672 // args.divide, 8192 // args.divide), quant_type="nf4"
+        )
         timed("nf4 28672 x 8192 made dense", lambda: nf4.dequantize_4bit(*packed))
     except Exception as error:  # bitsandbytes is missing, or has no kernel here
         print(f"nf4: {error}")

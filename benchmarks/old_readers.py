@@ -26,7 +26,9 @@ from transformers.utils import logging
 # In fp32, with the same torch: only the order of sums may differ. Logits here reach 5 to 30, fp32 has 7 digits, and a wrong
 # rotary embedding moves them by 0.05 and more.
 TOLERANCE = 1e-4
-LENGTH = 300  # beyond the windows, and beyond the `original_max_position_embeddings` of the small models
+LENGTH = (
+    300  # beyond the windows, and beyond the `original_max_position_embeddings` of the small models
+)
 TEXT = "<|im_start|>user\nWhat rhymes with fjord?<|im_end|>\n"
 
 SIZES: dict[str, Any] = {
@@ -119,7 +121,11 @@ def train_one_step(base: Path, output: Path, kind: str) -> None:
     from tunesmith.training.run import train
 
     rows = base.parent / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "completion": f"{i + 1}"}) + "\n" for i in range(8)))
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": f"{i} + 1 =", "completion": f"{i + 1}"}) + "\n" for i in range(8)
+        )
+    )
     values = {
         "model": {"name": str(base), "dtype": "fp32"},
         "adapter": {"kind": "lora", "rank": 4, "alpha": 8} if kind == "lora" else {"kind": "none"},
@@ -149,7 +155,9 @@ def write_folders(work: Path, name: str, *, saved_by_5: bool) -> dict[str, Path]
 def read_folder(folder: Path) -> dict[str, Any]:
     """Logits of a folder, its tokens and how it reads, by plain Transformers of whatever version this process has."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         tokens = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
     except Exception as error:  # the table shows it
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
@@ -161,7 +169,9 @@ def read_folder(folder: Path) -> dict[str, Any]:
 def read_all(python: str, folders: list[Path], scratch: Path) -> list[dict[str, Any]]:
     """What `read_folder` gives of each folder in another interpreter, and last its version of Transformers."""
     output = scratch / "read.pt"
-    subprocess.run([python, __file__, "--read", *map(str, folders), "--output", str(output)], check=True)
+    subprocess.run(
+        [python, __file__, "--read", *map(str, folders), "--output", str(output)], check=True
+    )
     results: list[dict[str, Any]] = torch.load(output)
     return results
 
@@ -219,16 +229,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = list(rows[0])
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = [f"{value:.1e}" if isinstance(value, float) else str(value) for value in row.values()]
+        cells = [
+            f"{value:.1e}" if isinstance(value, float) else str(value) for value in row.values()
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Write, read and compare; exit 1 where a difference is above the tolerance."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--old-python", help="an interpreter that has Transformers 4.57")
-    parser.add_argument("--family", action="append", choices=list(FAMILIES), help="one family only; may be repeated")
+    parser.add_argument(
+        "--family", action="append", choices=list(FAMILIES), help="one family only; may be repeated"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--read", nargs="+", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
@@ -245,7 +261,12 @@ def main() -> None:
     print(table(result["rows"]))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    compared = [row[column] for row in result["rows"] for column in row if column.startswith(("full", "merged"))]
+    compared = [
+        row[column]
+        for row in result["rows"]
+        for column in row
+        if column.startswith(("full", "merged"))
+    ]
     if any(isinstance(value, str) or value > TOLERANCE for value in compared):
         sys.exit(1)
 

@@ -60,7 +60,9 @@ def recipe(a: argparse.Namespace, rows: Path, out: Path, kind: str) -> Run:
     return from_mapping(values, where="parity", base=Path.cwd())
 
 
-def trl_curve(a: argparse.Namespace, batches: list[list[Example]], adapter: Path | None, out: Path) -> list[float]:
+def trl_curve(
+    a: argparse.Namespace, batches: list[list[Example]], adapter: Path | None, out: Path
+) -> list[float]:
     """TRL's SFTTrainer on the same tokens."""
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
@@ -86,7 +88,9 @@ def trl_curve(a: argparse.Namespace, batches: list[list[Example]], adapter: Path
         dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(a.model)
-    data = Dataset.from_dict({"input_ids": [example.ids.tolist() for batch in batches for example in batch]})
+    data = Dataset.from_dict(
+        {"input_ids": [example.ids.tolist() for batch in batches for example in batch]}
+    )
     model = load(Path(a.model), adapter, torch.float32)
     Recorder(model=model, processing_class=tokenizer, train_dataset=data, args=config).train()
     return losses
@@ -95,14 +99,22 @@ def trl_curve(a: argparse.Namespace, batches: list[list[Example]], adapter: Path
 def examples_of(a: argparse.Namespace, tokenizer: Any) -> tuple[list[str], list[list[Example]]]:
     """The first rows whose text fits, and the same as examples, batch by batch; every token is supervised."""
     texts = [
-        TEXT.format(r["instruction"], r.get("input") or "", r["output"]) for r in json.loads(Path(a.data).read_text())
+        TEXT.format(r["instruction"], r.get("input") or "", r["output"])
+        for r in json.loads(Path(a.data).read_text())
     ]
-    coded = [[*tokenizer(t, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for t in texts]
-    fitting = [(t, ids) for t, ids in zip(texts, coded, strict=True) if len(ids) <= a.seq][: a.steps * a.batch]
+    coded = [
+        [*tokenizer(t, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for t in texts
+    ]
+    fitting = [(t, ids) for t, ids in zip(texts, coded, strict=True) if len(ids) <= a.seq][
+        : a.steps * a.batch
+    ]
     examples = [
-        Example(np.array(ids, dtype=np.int32), np.array([False] + [True] * (len(ids) - 1))) for _, ids in fitting
+        Example(np.array(ids, dtype=np.int32), np.array([False] + [True] * (len(ids) - 1)))
+        for _, ids in fitting
     ]
-    return [t for t, _ in fitting], [examples[i * a.batch : (i + 1) * a.batch] for i in range(a.steps)]
+    return [t for t, _ in fitting], [
+        examples[i * a.batch : (i + 1) * a.batch] for i in range(a.steps)
+    ]
 
 
 def compare(ours: list[float], theirs: list[float]) -> dict[str, float]:
@@ -113,7 +125,9 @@ def compare(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 def main() -> None:
     """LoRA and full, against both."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", required=True, help="a Transformers folder")
     p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
     p.add_argument("--kinds", nargs="+", default=["lora", "none"], choices=["lora", "none"])
@@ -141,12 +155,17 @@ def main() -> None:
                 adapter.mkdir()
                 files = read_model_files(Path(a.model), run.model)
                 begun, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")))
-                peft_files.write_adapter(adapter, *peft_files.adapter_files(begun.model, run.adapter, a.model, None))
+                peft_files.write_adapter(
+                    adapter, *peft_files.adapter_files(begun.model, run.adapter, a.model, None)
+                )
                 del begun
             curves = {"tunesmith": [r.loss for r in train(run, say=lambda text: None).records]}
             if "peft" in a.against:
                 curves["peft"] = curve(
-                    load(Path(a.model), adapter, torch.float32), batches, rate=a.rate, pad_id=tokenizer.pad_token_id
+                    load(Path(a.model), adapter, torch.float32),
+                    batches,
+                    rate=a.rate,
+                    pad_id=tokenizer.pad_token_id,
                 )
             if "trl" in a.against:
                 curves["trl"] = trl_curve(a, batches, adapter, folder / "trl")

@@ -35,7 +35,12 @@ FULL, LORA = "llama3.3-70b-full", "llama3.3-70b-lora"
 # A guide's 4 and 16 rows for each of 2 shards of 8 ranks are 8,192 and 32,768 tokens a step.
 ROWS = [
     Row("70B full, 4 rows a data rank", FULL, "llama3-70b", "2x8xh100"),
-    Row("70B full, 16 rows a data rank", f"{FULL} train.global_batch='32768 tokens'", "llama3-70b", "2x8xh100"),
+    Row(
+        "70B full, 16 rows a data rank",
+        f"{FULL} train.global_batch='32768 tokens'",
+        "llama3-70b",
+        "2x8xh100",
+    ),
     Row("70B LoRA", LORA, "llama3-70b", "2x8xh100"),
     Row("70B LoRA", "llama3.1-70b-lora", "llama3-70b", "2x-dgx-spark"),
     Row("70B QLoRA", "llama3.1-70b-qlora", "llama3-70b", "dgx-spark"),

@@ -19,10 +19,16 @@ from tunesmith.model import load, random_init
 from tunesmith.model.shapes import SHAPES
 
 
-def write_random_model(folder: Path, shape: str, tokenizer: str, layers: int | None, file_size: str = "5GB") -> int:
+def write_random_model(
+    folder: Path, shape: str, tokenizer: str, layers: int | None, file_size: str = "5GB"
+) -> int:
     """Draw the weights on the device and save a Transformers folder in files of `file_size`; their bytes together."""
     folder.mkdir(parents=True)
-    write_shape(folder, dict(SHAPES[shape].config) | ({"num_hidden_layers": layers} if layers else {}), tokenizer)
+    write_shape(
+        folder,
+        dict(SHAPES[shape].config) | ({"num_hidden_layers": layers} if layers else {}),
+        tokenizer,
+    )
     recipe = Model(name=str(folder))
     model = load.build_on_meta(load.load_config(folder, recipe), recipe)
     stored = dict(model.state_dict())
@@ -34,7 +40,9 @@ def write_random_model(folder: Path, shape: str, tokenizer: str, layers: int | N
 
 def main() -> None:
     """Write one folder and say its size."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--shape", required=True, choices=list(SHAPES))
     p.add_argument("--tokenizer", required=True)
     p.add_argument("--output", required=True, type=Path)

@@ -70,7 +70,10 @@ class Case:
     @property
     def mesh(self) -> str:
         sizes = {"replicate": self.replicate, "shard": self.shard, "tensor": self.tensor}
-        return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one process"
+        return (
+            " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+            or "one process"
+        )
 
     @property
     def reference(self) -> Case:
@@ -90,8 +93,14 @@ def cases(a: argparse.Namespace, model: str) -> list[Case]:
         for world in sorted({1, *a.worlds}) if a.compile == "on" else a.worlds:
             sizes = [n for n in range(1, world + 1) if world % n == 0]
             meshes = [(r, s, world // r // s) for r in sizes for s in sizes if world % (r * s) == 0]
-            found += [Case(model, dtype, a.compile, what, *m) for m in meshes if a.tensor or m[2] == 1]
-    return list(dict.fromkeys(case for row in found for case in (row.reference.reference, row.reference, row)))
+            found += [
+                Case(model, dtype, a.compile, what, *m) for m in meshes if a.tensor or m[2] == 1
+            ]
+    return list(
+        dict.fromkeys(
+            case for row in found for case in (row.reference.reference, row.reference, row)
+        )
+    )
 
 
 def write_small(folder: Path) -> None:
@@ -103,14 +112,21 @@ def write_small(folder: Path) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>"
+    )
     tokenizer.save_pretrained(folder / "small")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SMALL, eos_token_id=256, pad_token_id=256)).save_pretrained(folder / "small")
+    LlamaForCausalLM(LlamaConfig(**SMALL, eos_token_id=256, pad_token_id=256)).save_pretrained(
+        folder / "small"
+    )
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for i in range(400):
             numbers = " ".join(str(i + k * (i % 7 + 1)) for k in range(4 + i % 9))
-            file.write(json.dumps({"prompt": f"Count from {i} by {i % 7 + 1}: ", "completion": numbers}) + "\n")
+            file.write(
+                json.dumps({"prompt": f"Count from {i} by {i % 7 + 1}: ", "completion": numbers})
+                + "\n"
+            )
 
 
 def recipe(a: argparse.Namespace, folder: Path, case: Case) -> dict[str, Any]:
@@ -131,7 +147,9 @@ def recipe(a: argparse.Namespace, folder: Path, case: Case) -> dict[str, Any]:
         "checkpoint": {"every": None}, "log": {"tensorboard": False},
     }  # fmt: skip
     for section, changes in TRAINED[case.trained].items():
-        values[section] = changes if changes.get("kind") == "none" else {**values[section], **changes}
+        values[section] = (
+            changes if changes.get("kind") == "none" else {**values[section], **changes}
+        )
     return values
 
 
@@ -149,14 +167,22 @@ def use_float64() -> None:
         return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
 
     def rotary(self: Any, x: Any, position_ids: Any) -> Any:
-        exponent = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64) / self.config.head_dim
-        angles = position_ids[..., None].double() * self.config.rope_parameters["rope_theta"] ** -exponent
+        exponent = (
+            torch.arange(0, self.config.head_dim, 2, dtype=torch.float64) / self.config.head_dim
+        )
+        angles = (
+            position_ids[..., None].double()
+            * self.config.rope_parameters["rope_theta"] ** -exponent
+        )
         angles = torch.cat((angles, angles), -1)
         return angles.cos(), angles.sin()
 
     def add_lora(self: Lora, *arguments: Any) -> None:
         add(self, *arguments)
-        self.lora_A, self.lora_B = nn.Parameter(self.lora_A.double()), nn.Parameter(self.lora_B.double())
+        self.lora_A, self.lora_B = (
+            nn.Parameter(self.lora_A.double()),
+            nn.Parameter(self.lora_B.double()),
+        )
 
     add, Lora.add_lora = Lora.add_lora, add_lora  # type: ignore[method-assign]
     modeling_llama.LlamaRMSNorm.forward = norm  # type: ignore[method-assign]
@@ -174,7 +200,10 @@ def rank(folder: Path) -> None:
         use_float64()
     for index, (case, values) in enumerate(listed["cases"]):
         out = folder / f"run-{index}"
-        result = train(from_mapping({**values, "output_dir": str(out)}, where="ranks.py", base=folder), say=None)
+        result = train(
+            from_mapping({**values, "output_dir": str(out)}, where="ranks.py", base=folder),
+            say=None,
+        )
         if os.environ.get("RANK", "0") == "0":
             shutil.rmtree(out)
             curve = [[record.loss, record.grad_norm] for record in result.records]
@@ -186,17 +215,31 @@ def train_all(
     a: argparse.Namespace, folder: Path, world: int, wanted: list[Case]
 ) -> Iterator[tuple[Case, Curve, float]]:
     """Train the cases of one number of ranks, in one start of them: each case, its curve and its seconds, as they come."""
-    listed = {"float64": a.float64, "cases": [(asdict(case), recipe(a, folder, case)) for case in wanted]}
+    listed = {
+        "float64": a.float64,
+        "cases": [(asdict(case), recipe(a, folder, case)) for case in wanted],
+    }
     (folder / "cases.json").write_text(json.dumps(listed), encoding="utf-8")
     curves = folder / "curves.jsonl"
     curves.write_text("", encoding="utf-8")
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    start = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        if world > 1
+        else []
+    )
+    env = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
     env["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     began, seen = time.monotonic(), 0
     with (folder / "stderr").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, *start, __file__, "--as-rank", str(folder)], stdout=log, stderr=log, env=env
+            [sys.executable, *start, __file__, "--as-rank", str(folder)],
+            stdout=log,
+            stderr=log,
+            env=env,
         )
         try:
             while True:
@@ -215,7 +258,9 @@ def train_all(
             process.wait()
     if process.returncode or seen < len(wanted):
         said = (
-            (folder / "stderr").read_text(errors="replace").partition("torch/distributed/elastic")[0]
+            (folder / "stderr")
+            .read_text(errors="replace")
+            .partition("torch/distributed/elastic")[0]
         )  # not torchrun's
         sys.exit(f"{wanted[seen:][:1]} failed:\n{said[-4000:]}")
 
@@ -232,7 +277,11 @@ def differences(one: Curve, many: Curve) -> dict[str, float]:
 def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows, those of the file first; the file is written again after each."""
     file = Path(a.json) if a.json else None
-    known = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {"rows": [], "curves": []}
+    known = (
+        json.loads(file.read_text(encoding="utf-8"))
+        if file and file.exists()
+        else {"rows": [], "curves": []}
+    )
     rows, curves = known["rows"], {Case(**case): curve for case, curve in known["curves"]}
     done = {Case(**{k: row[k] for k in Case.__dataclass_fields__}) for row in rows}
     with tempfile.TemporaryDirectory() as name:
@@ -257,7 +306,13 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
                 if file:
                     kept = [(asdict(case), curve) for case, curve in curves.items()]
                     file.write_text(
-                        json.dumps({"command": [Path(word).name for word in sys.argv], "rows": rows, "curves": kept})
+                        json.dumps(
+                            {
+                                "command": [Path(word).name for word in sys.argv],
+                                "rows": rows,
+                                "curves": kept,
+                            }
+                        )
                         + "\n"
                     )
     return rows
@@ -277,10 +332,10 @@ def tables(files: list[Path]) -> str:
             mesh = f"{case.mesh}, compiled" if case.compile == "on" else case.mesh
             cell = f"{row['loss_first']:.0e} / {row['loss_all']:.0e}"
             cells.setdefault((case.ranks, mesh), {})[case.trained] = cell
-        text += (
-            f"\n**{model}, {dtype}**\n\n| ranks | mesh | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}\n"
-        )
-        for (world, mesh), found in sorted(cells.items(), key=lambda item: ("compiled" in item[0][1], item[0][0])):
+        text += f"\n**{model}, {dtype}**\n\n| ranks | mesh | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}\n"
+        for (world, mesh), found in sorted(
+            cells.items(), key=lambda item: ("compiled" in item[0][1], item[0][0])
+        ):
             text += f"| {world} | {mesh} | {' | '.join(found.get(column, '') for column in columns)} |\n"
         norm = max(max(row["norm_first"], row["norm_all"]) for row in plain)
         clipped, steps = (sum(row[key] for row in plain) for key in ("clipped", "steps"))
@@ -289,7 +344,9 @@ def tables(files: list[Path]) -> str:
             text += "\n| dropout 0.1, LoRA | beside | loss, first / all |\n|---|---|---|\n"
         for row in dropped:
             mesh = Case(**{k: row[k] for k in Case.__dataclass_fields__}).mesh
-            text += f"| {mesh} | {row['beside']} | {row['loss_first']:.0e} / {row['loss_all']:.0e} |\n"
+            text += (
+                f"| {mesh} | {row['beside']} | {row['loss_first']:.0e} / {row['loss_all']:.0e} |\n"
+            )
     return text + "\n"
 
 
@@ -300,7 +357,8 @@ def write_page(check: bool, page: Path, files: list[Path]) -> int:
     new = before + BEGIN + tables(files) + END + rest.partition(END)[2]
     if check and new != old:
         print(
-            f"{page} differs from its measurements; run: python benchmarks/ranks.py --write {page} ...", file=sys.stderr
+            f"{page} differs from its measurements; run: python benchmarks/ranks.py --write {page} ...",
+            file=sys.stderr,
         )
         return 1
     if not check:
@@ -313,9 +371,15 @@ def main() -> None:
         rank(Path(sys.argv[2]))
         return
     if sys.argv[1:2] in (["--write"], ["--check"]):
-        sys.exit(write_page(sys.argv[1] == "--check", Path(sys.argv[2]), list(map(Path, sys.argv[3:]))))
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", help="a Transformers folder or a .gguf file; without it a small Llama is made")
+        sys.exit(
+            write_page(sys.argv[1] == "--check", Path(sys.argv[2]), list(map(Path, sys.argv[3:])))
+        )
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--model", help="a Transformers folder or a .gguf file; without it a small Llama is made"
+    )
     p.add_argument("--name", default="small Llama", help="of the model, in the table")
     p.add_argument("--data", help="alpaca-like rows, a JSON array")
     p.add_argument("--worlds", type=int, nargs="+", default=[2, 4])

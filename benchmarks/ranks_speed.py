@@ -49,9 +49,12 @@ def shard_over_one_rank() -> None:
 
     make_group_of_one()
     mesh: Any = SimpleNamespace(
-        shape=SimpleNamespace(world=2, shard=2), sharding=init_device_mesh("cpu", (1, 1), mesh_dim_names=("r", "s"))
+        shape=SimpleNamespace(world=2, shard=2),
+        sharding=init_device_mesh("cpu", (1, 1), mesh_dim_names=("r", "s")),
     )
-    build_model.shard_model = lambda root, _, *rest, **options: shard_model(root, mesh, *rest, **options)
+    build_model.shard_model = lambda root, _, *rest, **options: shard_model(
+        root, mesh, *rest, **options
+    )
 
 
 def sum_over_one_rank(session: Any) -> Any:
@@ -88,7 +91,9 @@ def contend(a: argparse.Namespace) -> None:
         }  # fmt: skip
         run = from_mapping(recipe, where="benchmark", base=Path(folder))
         session = build(run, Start(), say=lambda text: None, measured=True, ranks=joined)
-        trainer = Trainer(session, Start(), Sinks([]), StopControl(StopRequest(), Path(folder), joined))
+        trainer = Trainer(
+            session, Start(), Sinks([]), StopControl(StopRequest(), Path(folder), joined)
+        )
         if a.contender == "one copy":
             make_group_of_one()
             trainer.gradient_sum = sum_over_one_rank(session)
@@ -115,16 +120,31 @@ def contend(a: argparse.Namespace) -> None:
 def measure(contender: str) -> dict[str, Any]:
     """Run one contender in new processes."""
     ranks = int(CONTENDERS[contender][0])
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return report_of(contender, launch, OMP_NUM_THREADS=str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
+    return report_of(
+        contender, launch, OMP_NUM_THREADS=str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    )
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", required=True, help="a Transformers folder")
     p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
-    p.add_argument("--trained", default="none", choices=["none", "lora"], help="adapter.kind; none is full fine-tuning")
-    p.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="fp32 where a CPU emulates bf16")
+    p.add_argument(
+        "--trained",
+        default="none",
+        choices=["none", "lora"],
+        help="adapter.kind; none is full fine-tuning",
+    )
+    p.add_argument(
+        "--dtype", default="bf16", choices=["bf16", "fp32"], help="fp32 where a CPU emulates bf16"
+    )
     p.add_argument("--batch", type=int, default=8, help="examples of a step")
     p.add_argument("--seq", type=int, default=256)
     p.add_argument("--steps", type=int, default=4)
@@ -140,19 +160,34 @@ def main() -> None:
     for round_ in range(a.rounds):
         for name, done in runs.items():
             done.append(measure(name))
-            print(f"round {round_ + 1}  {name:10} {done[-1]['tokens_per_second']:8.1f} tok/s", flush=True)
+            print(
+                f"round {round_ + 1}  {name:10} {done[-1]['tokens_per_second']:8.1f} tok/s",
+                flush=True,
+            )
     table = {}
     for name, done in runs.items():
         row = {}
-        for figure, share in (("tokens_per_second", "of_plain"), ("tokens_per_cpu_second", "of_plain_cpu")):
+        for figure, share in (
+            ("tokens_per_second", "of_plain"),
+            ("tokens_per_cpu_second", "of_plain_cpu"),
+        ):
             row[figure] = statistics.median(r[figure] for r in done)
-            shares = [r[figure] / plain[figure] for r, plain in zip(done, runs["plain"], strict=True)]
+            shares = [
+                r[figure] / plain[figure] for r, plain in zip(done, runs["plain"], strict=True)
+            ]
             row[share] = statistics.median(shares)
         table[name] = row
-        print(f"{name:10} {row['tokens_per_second']:8.1f} tok/s  {row['of_plain']:.1%} of plain", end="")
-        print(f"; {row['tokens_per_cpu_second']:.1f} a second of CPU time, {row['of_plain_cpu']:.1%} of plain")
+        print(
+            f"{name:10} {row['tokens_per_second']:8.1f} tok/s  {row['of_plain']:.1%} of plain",
+            end="",
+        )
+        print(
+            f"; {row['tokens_per_cpu_second']:.1f} a second of CPU time, {row['of_plain_cpu']:.1%} of plain"
+        )
     if a.json:
-        Path(a.json).write_text(json.dumps({"command": sys.argv, "median": table, "runs": runs}, indent=1) + "\n")
+        Path(a.json).write_text(
+            json.dumps({"command": sys.argv, "median": table, "runs": runs}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

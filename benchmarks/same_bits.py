@@ -69,7 +69,11 @@ FIXED = {
 CHATS = {"source": "chats.jsonl", "format": "messages"}
 TASKS = {"source": "tasks.jsonl", "format": "alpaca"}
 COMMON: dict[str, Any] = {
-    "data": {"train": CHATS, "validation": {"source": "held-out.jsonl", "format": "messages"}, "seq_len": 256},
+    "data": {
+        "train": CHATS,
+        "validation": {"source": "held-out.jsonl", "format": "messages"},
+        "seq_len": 256,
+    },
     "train": {"duration": "6 steps", "learning_rate": 1e-3, "recompute": "none", "compile": "off"},
     "validate": {"every": "3 steps"},
     "checkpoint": {"every": "2 steps", "keep": 3},
@@ -87,7 +91,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     # LoRA in fp32, one example a row, the last turn of several
     "lora-unpacked": {
         "model": {"dtype": "fp32"},
-        "adapter": {"rank": 4, "alpha": 16, "rslora": True, "target": ["q_proj", "v_proj", "down_proj"]},
+        "adapter": {
+            "rank": 4,
+            "alpha": 16,
+            "rslora": True,
+            "target": ["q_proj", "v_proj", "down_proj"],
+        },
         "data": {"pack": False, "train_on": "last", "too_long": "drop"},
         "train": {"global_batch": "4 examples", "micro_batch": "2 examples", "schedule": "linear"},
     },
@@ -119,7 +128,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": {"dtype": "bf16", "quantize": "nf4"},
         "adapter": {"rank": 8, "alpha": 16},
         "data": {"train": TASKS},
-        "train": {"global_batch": "4 examples", "micro_batch": "512 tokens", "recompute": 4, "clip_norm": None},
+        "train": {
+            "global_batch": "4 examples",
+            "micro_batch": "512 tokens",
+            "recompute": 4,
+            "clip_norm": None,
+        },
     },
     # LoRA in bf16, the last norm trained in full, resumed
     "resumed": {
@@ -196,7 +210,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 ON_SMOLLM2 = ("lora-packed", "lora-unpacked", "full", "full-8bit", "qlora", "resumed")
 TINY: dict[str, Any] = {  # over COMMON, under a recipe of the tiny Llama
-    "data": {"train": [CHATS, TASKS], "seq_len": 1024, "too_long": "drop"},  # its tokens are single bytes
+    "data": {
+        "train": [CHATS, TASKS],
+        "seq_len": 1024,
+        "too_long": "drop",
+    },  # its tokens are single bytes
     "train": {"global_batch": "8 examples", "micro_batch": "2048 tokens"},
 }
 RANKS = {
@@ -209,9 +227,15 @@ RANKS = {
     "shards-resumed": 2,
 }
 CANDIDATES = {"sweep": ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8", "--rungs", "2"]}
-BEGUN = {"resumed": "begun", "shards-resumed": "shards-begun"}  # recipes that resume -> the first half of the run
+BEGUN = {
+    "resumed": "begun",
+    "shards-resumed": "shards-begun",
+}  # recipes that resume -> the first half of the run
 RESUMED = {begun: resumed for resumed, begun in BEGUN.items()}
-GOLDEN_FILES = {"plans": golden.PLANS, "help": golden.HELP}  # what golden.py writes: one file, and no run
+GOLDEN_FILES = {
+    "plans": golden.PLANS,
+    "help": golden.HELP,
+}  # what golden.py writes: one file, and no run
 WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper kelp larch maple nettle osier pine quartz reed".split()
 
 
@@ -223,7 +247,9 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     both = dict(base)
     for name, value in changes.items():
         old = both.get(name)
-        both[name] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        both[name] = (
+            merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return both
 
 
@@ -237,7 +263,11 @@ def chat(draw: random.Random) -> dict[str, Any]:
     most = 180 if draw.random() < 0.1 else 30
     turns = [(said(draw, 3, 20), said(draw, 2, most)) for _ in range(draw.randint(1, 3))]
     roles = ("user", "assistant")
-    texts = [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+    texts = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(roles, turn, strict=True)
+    ]
     return {"messages": texts}
 
 
@@ -278,11 +308,18 @@ class Recorder:
         """Run a command in the recipe's folder, its stdout in a file; leave with its last lines where it fails."""
         folder, began = self.output / name, time.perf_counter()
         errors = folder / "errors.txt"
-        with output.open("w", encoding="utf-8") as stdout, errors.open("w", encoding="utf-8") as stderr:
+        with (
+            output.open("w", encoding="utf-8") as stdout,
+            errors.open("w", encoding="utf-8") as stderr,
+        ):
             command = [self.python, *command]
-            code = subprocess.run(command, cwd=folder, env=env, stdout=stdout, stderr=stderr, check=False).returncode
+            code = subprocess.run(
+                command, cwd=folder, env=env, stdout=stdout, stderr=stderr, check=False
+            ).returncode
         if code:
-            raise RuntimeError(f"{name} ended with {code}:\n{(output.read_text() + errors.read_text())[-3000:]}")
+            raise RuntimeError(
+                f"{name} ended with {code}:\n{(output.read_text() + errors.read_text())[-3000:]}"
+            )
         print(f"{name:18} {time.perf_counter() - began:5.0f} s", flush=True)
 
     def train(self, name: str, *words: str) -> None:
@@ -305,7 +342,9 @@ class Recorder:
         values["model"]["name"] = str(self.tiny) if small else self.smollm2
         values["output_dir"] = "run"
         write_rows(self.output / name)
-        (self.output / name / "recipe.yaml").write_text(json.dumps(values, indent=1))  # JSON is YAML
+        (self.output / name / "recipe.yaml").write_text(
+            json.dumps(values, indent=1)
+        )  # JSON is YAML
         self.train(name, "recipe.yaml", *words)
 
     def begin(self, name: str) -> None:
@@ -322,13 +361,17 @@ class Recorder:
         half, run = (self.begun or self.output) / BEGUN[name] / "run", self.output / name / "run"
         shutil.copytree(half, run)
         duration = RECIPES[name]["train"]["duration"]
-        self.train(name, str(half / "config.yaml"), f"output_dir={run}", f"train.duration={duration}")
+        self.train(
+            name, str(half / "config.yaml"), f"output_dir={run}", f"train.duration={duration}"
+        )
 
     def make(self, name: str) -> None:
         """One recipe of the record."""
         (self.output / name).mkdir()
         if name in GOLDEN_FILES:
-            self.execute(name, [GOLDEN, name], self.output / name / GOLDEN_FILES[name].name, self.env)
+            self.execute(
+                name, [GOLDEN, name], self.output / name / GOLDEN_FILES[name].name, self.env
+            )
         elif name in BEGUN:
             self.resume(name)
         elif name in RESUMED:
@@ -339,7 +382,9 @@ class Recorder:
 
 def answer(python: str, env: dict[str, str], code: str) -> str:
     """What one line of Python prints in the environment of the runs."""
-    done = subprocess.run([python, "-c", code], cwd="/", env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, "-c", code], cwd="/", env=env, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"{python} -c '{code}' failed:\n{done.stderr}")
     return done.stdout.strip()
@@ -376,7 +421,9 @@ def record(a: argparse.Namespace) -> int:
         taken = answer(python, env, "import tunesmith; print(tunesmith.__file__)")
         if not Path(taken).is_relative_to(source):
             sys.exit(f"{python} takes tunesmith from {taken}, not from {source}")
-        init = answer(python, env, f"from importlib.util import find_spec; print(find_spec({WHEEL!r}).origin)")
+        init = answer(
+            python, env, f"from importlib.util import find_spec; print(find_spec({WHEEL!r}).origin)"
+        )
         model = str(next(Path(init).parent.glob("*.gguf")))
         places: dict[str, str] = {}
         for earlier in (begun, output):
@@ -415,7 +462,9 @@ class Record:
         if not (folder / PLACES).is_file():
             sys.exit(f"{folder} is no record: it has no {PLACES}")
         places = json.loads((folder / PLACES).read_text())
-        self.places = sorted(places.items(), key=lambda pair: -len(pair[0]))  # one may be the beginning of another
+        self.places = sorted(
+            places.items(), key=lambda pair: -len(pair[0])
+        )  # one may be the beginning of another
 
     def text(self, path: Path) -> str:
         text = path.read_text(encoding="utf-8")
@@ -431,7 +480,10 @@ def leaves(value: Any) -> Iterator[tuple[str, str]]:
 
 def values_apart(one: Any, other: Any, without: Iterable[str] = ()) -> list[str]:
     """Every key whose value differs or that is on one side alone."""
-    both = [{k: v for k, v in leaves(value) if k.rpartition(".")[2] not in without} for value in (one, other)]
+    both = [
+        {k: v for k, v in leaves(value) if k.rpartition(".")[2] not in without}
+        for value in (one, other)
+    ]
     names = [*both[0], *(name for name in both[1] if name not in both[0])]
     return [
         f"{name}: {both[0].get(name, 'absent')} | {both[1].get(name, 'absent')}"
@@ -499,7 +551,10 @@ def read_parts(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     parts = {name: str(entry) for name, entry in entries.items()}
     for index, place in metadata.storage_data.items():
         parts[f"{index.fqn} from {list(index.offset or ())}"] = place.relative_path
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant here
         dcp.load(tensors, storage_reader=reader, no_dist=True)
@@ -512,7 +567,9 @@ def tensor_apart(name: str, one: Any, other: Any) -> list[str]:
 
     if one.shape != other.shape or one.dtype != other.dtype:
         return []
-    unequal = (one.reshape(-1, 1).view(torch.uint8) != other.reshape(-1, 1).view(torch.uint8)).any(dim=1)
+    unequal = (one.reshape(-1, 1).view(torch.uint8) != other.reshape(-1, 1).view(torch.uint8)).any(
+        dim=1
+    )
     count = int(unequal.sum())
     if not count:
         return []
@@ -551,12 +608,16 @@ def file_apart(one: tuple[Record, Path], other: tuple[Record, Path], found: Foun
     one_value, other_value = json.loads(a.text(left)), json.loads(b.text(right))
     if left.name == MANIFEST:
         one_value, other_value = manifest(one_value), manifest(other_value)
-    return values_apart(one_value, other_value, MEASURED | {"seconds"} if left.name == "progress.json" else ())
+    return values_apart(
+        one_value, other_value, MEASURED | {"seconds"} if left.name == "progress.json" else ()
+    )
 
 
 def steps_apart(one: Path, other: Path, found: Found) -> list[str]:
     """What differs in two metrics.jsonl, step by step."""
-    left, right = ([json.loads(line) for line in path.read_text().splitlines()] for path in (one, other))
+    left, right = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (one, other)
+    )
     found.steps += len(left)
     found.losses += [step["loss"] for step in left]
     apart = [f"{len(left)} | {len(right)} records"] if len(left) != len(right) else []
@@ -569,7 +630,9 @@ def config_apart(one: tuple[Record, Path], other: tuple[Record, Path]) -> list[s
     """What differs in two config.yaml."""
     from ruamel.yaml import YAML
 
-    return values_apart(*(YAML(typ="safe", pure=True).load(side.text(path)) for side, path in (one, other)))
+    return values_apart(
+        *(YAML(typ="safe", pure=True).load(side.text(path)) for side, path in (one, other))
+    )
 
 
 def text_apart(one: Path, other: Path) -> list[str]:
@@ -582,7 +645,10 @@ def text_apart(one: Path, other: Path) -> list[str]:
 
 def lines_apart(one: str, other: str, without: tuple[str, ...] = ()) -> list[str]:
     """The lines that two texts do not share, but those that begin as `without` says."""
-    left, right = ([line for line in text.splitlines() if not line.startswith(without)] for text in (one, other))
+    left, right = (
+        [line for line in text.splitlines() if not line.startswith(without)]
+        for text in (one, other)
+    )
     changes = difflib.unified_diff(left, right, lineterm="", n=0)
     return [line for line in changes if not line.startswith(("---", "+++", "@@"))]
 
@@ -593,7 +659,11 @@ def outcome(run: Path) -> set[str]:
     folders = [folder for one in runs for folder in (*one.glob("checkpoint-*"), one / "final")]
     files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
     for one in runs:
-        files |= {one / name for name in ("metrics.jsonl", "config.yaml", "best.json", SWEEP) if (one / name).is_file()}
+        files |= {
+            one / name
+            for name in ("metrics.jsonl", "config.yaml", "best.json", SWEEP)
+            if (one / name).is_file()
+        }
     return {path.relative_to(run).as_posix() for path in files}
 
 
@@ -609,13 +679,16 @@ def compare_recipe(a: Record, b: Record, name: str) -> Found:
     found, places = Found(), (a.folder / name, b.folder / name)
     if name in GOLDEN_FILES:
         sides = [
-            {GOLDEN_FILES[name].name} if (place / GOLDEN_FILES[name].name).is_file() else set() for place in places
+            {GOLDEN_FILES[name].name} if (place / GOLDEN_FILES[name].name).is_file() else set()
+            for place in places
         ]
     else:
         places = (places[0] / "run", places[1] / "run")
         sides = [outcome(run) for run in places]
     found.apart += [f"{file}: in one of the two alone" for file in sorted(sides[0] ^ sides[1])]
-    found.apart += [f"{file}: missing" for file in sorted(needed_files(name) - (sides[0] | sides[1]))]
+    found.apart += [
+        f"{file}: missing" for file in sorted(needed_files(name) - (sides[0] | sides[1]))
+    ]
     for file in sorted(sides[0] & sides[1]):
         one, other = (a, places[0] / file), (b, places[1] / file)
         if name in GOLDEN_FILES:
@@ -659,7 +732,9 @@ def compare(args: argparse.Namespace) -> int:
 def write_golden(a: argparse.Namespace) -> int:
     """Print the plans or the help pages of this checkout, or write the file that a test holds."""
     env = os.environ | FIXED | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, GOLDEN, a.name], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, GOLDEN, a.name], env=env, stdout=subprocess.PIPE, text=True, check=True
+    )
     if a.write:
         GOLDEN_FILES[a.name].write_text(done.stdout, encoding="utf-8")
     else:
@@ -669,15 +744,29 @@ def write_golden(a: argparse.Namespace) -> int:
 
 def main() -> int:
     """`record`, `compare`, `plans` or `help`."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = p.add_subparsers(required=True, metavar="record | compare | plans | help")
     r = commands.add_parser("record", help="run the recipes of one checkout")
     r.add_argument("--source", type=Path, required=True, help="a checkout: TREE/src is what runs")
-    r.add_argument("--python", default=sys.executable, help="an interpreter that has what tunesmith needs")
+    r.add_argument(
+        "--python", default=sys.executable, help="an interpreter that has what tunesmith needs"
+    )
     r.add_argument("--output", type=Path, required=True, help="folder of the record")
-    r.add_argument("--resume-from", type=Path, help="a record whose begun half is gone on with, in place of an own one")
+    r.add_argument(
+        "--resume-from",
+        type=Path,
+        help="a record whose begun half is gone on with, in place of an own one",
+    )
     parts = [*RECIPES, *GOLDEN_FILES]
-    r.add_argument("--only", nargs="+", choices=[*parts, *RESUMED], metavar="NAME", help=f"of {', '.join(parts)}")
+    r.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*parts, *RESUMED],
+        metavar="NAME",
+        help=f"of {', '.join(parts)}",
+    )
     r.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     r.set_defaults(does=record)
     c = commands.add_parser("compare", help="hold two records beside each other")

@@ -25,7 +25,9 @@ def one(name: str, layers: int | None, words: list[str]) -> int:
     """Measure one shape in this process, of which only so many decoder layers."""
     config = dict(SHAPES[name].config)
     if layers:
-        config |= {"num_hidden_layers": layers} | ({"layer_types": None} if "layer_types" in config else {})
+        config |= {"num_hidden_layers": layers} | (
+            {"layer_types": None} if "layer_types" in config else {}
+        )
         SHAPES[name] = replace(SHAPES[name], config=config)
     return tunesmith(["bench", "--shape", name, *words])
 
@@ -33,9 +35,13 @@ def one(name: str, layers: int | None, words: list[str]) -> int:
 def main() -> None:
     """All shapes in turns."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    p.add_argument("--shapes", nargs="+", default=["llama3-8b", "qwen3-8b", "mistral-7b"], choices=list(SHAPES))
+    p.add_argument(
+        "--shapes", nargs="+", default=["llama3-8b", "qwen3-8b", "mistral-7b"], choices=list(SHAPES)
+    )
     p.add_argument("--layers", type=int, help="decoder layers of each; default: all")
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--one", choices=list(SHAPES), help=argparse.SUPPRESS)
@@ -52,10 +58,16 @@ def main() -> None:
         if reports
     }
     for name, share in shares.items():
-        beside = f", {share / shares[a.shapes[0]]:6.1%} of {a.shapes[0]}'s share" if a.shapes[0] in shares else ""
+        beside = (
+            f", {share / shares[a.shapes[0]]:6.1%} of {a.shapes[0]}'s share"
+            if a.shapes[0] in shares
+            else ""
+        )
         print(f"{name:12} {share:6.1%} of the measured peak{beside}")
     if a.json:
-        Path(a.json).write_text(json.dumps({"command": sys.argv, "shares": shares, "runs": found}, indent=1) + "\n")
+        Path(a.json).write_text(
+            json.dumps({"command": sys.argv, "shares": shares, "runs": found}, indent=1) + "\n"
+        )
     sys.exit(len(shares) < len(a.shapes))
 
 

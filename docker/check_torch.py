@@ -74,7 +74,9 @@ def after(folder: Path) -> str:
     old, new = json.loads((folder / "torch.json").read_text()), look()
     if old == new:
         return ""
-    words = [f"{torch['version'] or 'no torch'} in {torch['file'] or 'no file'}" for torch in (old, new)]
+    words = [
+        f"{torch['version'] or 'no torch'} in {torch['file'] or 'no file'}" for torch in (old, new)
+    ]
     return f"pip replaced the base's torch, {words[0]}, by {words[1]}; take a newer base: --build-arg BASE=..."
 
 
@@ -84,4 +86,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     if fault := steps[sys.argv[1]](Path(sys.argv[2])):
         sys.exit(f"error: {fault}")
-    print(f"torch {look()['version']} in {look()['file']}: {'kept' if sys.argv[1] == 'after' else 'to be kept'}")
+    print(
+        f"torch {look()['version']} in {look()['file']}: {'kept' if sys.argv[1] == 'after' else 'to be kept'}"
+    )

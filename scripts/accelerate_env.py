@@ -15,7 +15,13 @@ from tunesmith.config.schema import Parallel
 
 PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 DTYPE_FLAGS = {"bf16": "bfloat16", "fp16": "float16"}
-STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")  # 1 to 5 as numbers
+STRATEGIES = (
+    "FULL_SHARD",
+    "SHARD_GRAD_OP",
+    "NO_SHARD",
+    "HYBRID_SHARD",
+    "HYBRID_SHARD_ZERO2",
+)  # 1 to 5 as numbers
 SIZES = {"DP_REPLICATE_SIZE": "replicate", "DP_SHARD_SIZE": "shard", "TP_SIZE": "tensor"}
 
 # Values that ask for nothing: accelerate sets most variables in every launch.
@@ -101,10 +107,16 @@ class _Reader:
         for name, value in sorted(self.left.items()):
             if value.lower() not in NOTHING and DEFAULTS.get(name) != value:
                 unused = not fsdp and name.startswith("FSDP_")
-                self.ignore(name, value, "ACCELERATE_USE_FSDP is not true" if unused else IGNORED.get(name, UNKNOWN))
+                self.ignore(
+                    name,
+                    value,
+                    "ACCELERATE_USE_FSDP is not true" if unused else IGNORED.get(name, UNKNOWN),
+                )
 
 
-def read_launcher(environ: Mapping[str, str], given: Set[str], *, world: int, local_world: int) -> LauncherSettings:
+def read_launcher(
+    environ: Mapping[str, str], given: Set[str], *, world: int, local_world: int
+) -> LauncherSettings:
     """What accelerate's variables in `environ` ask for.
 
     Args:
@@ -126,7 +138,11 @@ def _compute(read: _Reader) -> None:
     if dtype := DTYPE_FLAGS.get(value := read.take(name)):
         read.set_flag("dtype", dtype, name, value)
     elif value not in ("", "no"):
-        read.ignore(name, value, "--dtype says what is computed in; a recipe's model.quantize has a base in fp8")
+        read.ignore(
+            name,
+            value,
+            "--dtype says what is computed in; a recipe's model.quantize has a base in fp8",
+        )
     name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
     if (value := read.take(name)).isdecimal() and int(value) > 1:
         read.set_flag("gradient_accumulation_steps", int(value), name, value)
@@ -153,14 +169,21 @@ def _memory(read: _Reader) -> None:
 
 def _strategy(read: _Reader, world: int, local_world: int) -> None:
     """The mesh of FSDP 1, which has five strategies, or of FSDP 2, which shards over all ranks."""
-    version, reshards = read.take("FSDP_VERSION") or "1", read.take("FSDP_RESHARD_AFTER_FORWARD").lower()
+    version, reshards = (
+        read.take("FSDP_VERSION") or "1",
+        read.take("FSDP_RESHARD_AFTER_FORWARD").lower(),
+    )
     name, value = "FSDP_SHARDING_STRATEGY", read.take("FSDP_SHARDING_STRATEGY")
     number = int(value) - 1 if value in ("1", "2", "3", "4", "5") else -1
     strategy = STRATEGIES[number] if number >= 0 else value.upper()
-    gathered = "the layers' weights are always gathered again in the backward, which takes less memory"
+    gathered = (
+        "the layers' weights are always gathered again in the backward, which takes less memory"
+    )
     shard = world
     if version == "1":
-        shard = {"NO_SHARD": 1, "HYBRID_SHARD": local_world, "HYBRID_SHARD_ZERO2": local_world}.get(strategy, world)
+        shard = {"NO_SHARD": 1, "HYBRID_SHARD": local_world, "HYBRID_SHARD_ZERO2": local_world}.get(
+            strategy, world
+        )
         read.ignore("FSDP_VERSION", version, "shards are those of FSDP 2")
     elif strategy not in ("", "FULL_SHARD"):
         read.ignore(name, value, "FSDP 2 reads FSDP_RESHARD_AFTER_FORWARD in its place")

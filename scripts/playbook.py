@@ -39,7 +39,14 @@ from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping
 from tunesmith.config.names import keys
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
-from tunesmith.errors import EXIT_OK, EXIT_USAGE, MachineError, OtherRankError, TunesmithError, UsageError
+from tunesmith.errors import (
+    EXIT_OK,
+    EXIT_USAGE,
+    MachineError,
+    OtherRankError,
+    TunesmithError,
+    UsageError,
+)
 from tunesmith.host_files import refuse_many_ranks, write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.ranks import JOIN, is_launched, started_as, told_once_a_node
@@ -63,7 +70,11 @@ SHUFFLE_SEED = 42
 RULE = "=" * 60
 ALONE = LauncherSettings()  # no launcher asks for anything
 SHARED = "playbook"  # id of the ranks that a script starts itself: they share its batch
-DTYPES: dict[str, Literal["fp32", "fp16", "bf16"]] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+DTYPES: dict[str, Literal["fp32", "fp16", "bf16"]] = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+}
 
 DIFFERENCES = (
     "checkpoints are written on the way; the same command after a kill goes on where it was (--fresh starts over)",
@@ -99,10 +110,21 @@ SCRIPTS = {
         "LLAMA 3.1 8B LoRA FINE-TUNING", "LoRA", "meta-llama/Llama-3.1-8B-Instruct", 8, 1e-4, 512
     ),
     "Llama3_70B_LoRA_finetuning": Script(
-        "LLAMA 3.1 70B LoRA FINE-TUNING", "LoRA", "meta-llama/Llama-3.1-70B-Instruct", 4, 1e-4, 500, True
+        "LLAMA 3.1 70B LoRA FINE-TUNING",
+        "LoRA",
+        "meta-llama/Llama-3.1-70B-Instruct",
+        4,
+        1e-4,
+        500,
+        True,
     ),
     "Llama3_70B_qLoRA_finetuning": Script(
-        "LLAMA 3.1 70B QLoRA FINE-TUNING", "QLoRA", "unsloth/Meta-Llama-3.1-70B-bnb-4bit", 8, 1e-4, 512
+        "LLAMA 3.1 70B QLoRA FINE-TUNING",
+        "QLoRA",
+        "unsloth/Meta-Llama-3.1-70B-bnb-4bit",
+        8,
+        1e-4,
+        512,
     ),
 }
 
@@ -128,7 +150,9 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
             return _run(name, args, read_settings(name, args, words))
         except TunesmithError as error:
             for part in ("what", "where", "why", "fix"):
-                setattr(error, part, in_flags(vars(error)[part], batches_a_step(args), flags_of(name)))
+                setattr(
+                    error, part, in_flags(vars(error)[part], batches_a_step(args), flags_of(name))
+                )
             error.fix += not_here(error.fix, flags_of(name))
             raise
 
@@ -139,7 +163,10 @@ def ranks_to_start(args: argparse.Namespace) -> int:
     """How many processes this one has to start in its place; 1: it trains itself, alone or as one of a launcher's."""
     if is_launched() or "ACCELERATE_MIXED_PRECISION" in os.environ:
         if args.ranks and os.environ.get("TORCHELASTIC_RUN_ID") != SHARED:
-            what, fix = "another launcher has started this script", "leave --ranks out: the launcher says how many"
+            what, fix = (
+                "another launcher has started this script",
+                "leave --ranks out: the launcher says how many",
+            )
             raise UsageError(what, where=f"--ranks {args.ranks}", fix=fix)
         return 1
     refuse_many_ranks("train")
@@ -153,16 +180,24 @@ def start_ranks(name: str, args: argparse.Namespace, words: Sequence[str], ranks
     from tunesmith.launch import node
 
     flags = node.parser().parse_args(["--id", SHARED, "--", name])
-    return node.run_program(flags, ranks, [str(Path(__file__).with_name(f"{name}.py")), *words], run_folder(name, args))
+    return node.run_program(
+        flags, ranks, [str(Path(__file__).with_name(f"{name}.py")), *words], run_folder(name, args)
+    )
 
 
 def read_settings(name: str, args: argparse.Namespace, words: Sequence[str]) -> LauncherSettings:
     """What `accelerate launch` asks for, of which `args` take the flags that `words` do not give."""
     unset = object()
     typed = argparse.Namespace(**dict.fromkeys(vars(args), unset))
-    given = {flag for flag, value in vars(parser(name).parse_args(words, typed)).items() if value is not unset}
+    given = {
+        flag
+        for flag, value in vars(parser(name).parse_args(words, typed)).items()
+        if value is not unset
+    }
     env = started_as() or {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    settings = read_launcher(os.environ, given, world=env["WORLD_SIZE"], local_world=env["LOCAL_WORLD_SIZE"])
+    settings = read_launcher(
+        os.environ, given, world=env["WORLD_SIZE"], local_world=env["LOCAL_WORLD_SIZE"]
+    )
     for flag, value in settings.flags.items():
         setattr(args, flag, value)
     if settings.on_cpu:
@@ -183,7 +218,8 @@ def parser(name: str) -> argparse.ArgumentParser:
     p = Parser(
         prog=f"{name}.py",
         description=f"{script.title} on alpaca rows: one recipe behind it, see `tunesmith train --help`.",
-        epilog="differs from the playbook's script:\n" + "\n".join(f"  - {line}" for line in DIFFERENCES),
+        epilog="differs from the playbook's script:\n"
+        + "\n".join(f"  - {line}" for line in DIFFERENCES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -191,17 +227,37 @@ def parser(name: str) -> argparse.ArgumentParser:
         p.add_argument(flag, default=default, help=f"{text} (default: {default})", **more)
 
     add("--model_name", "Hub id, local folder or .gguf file", script.model)
-    add("--dtype", "of weights and products; float16 scales the loss", "bfloat16", choices=list(DTYPES))
+    add(
+        "--dtype",
+        "of weights and products; float16 scales the loss",
+        "bfloat16",
+        choices=list(DTYPES),
+    )
     add(
         "--batch_size",
         "examples at once; under accelerate launch or torchrun for each process",
         script.batch_size,
         type=whole_number,
     )
-    add("--seq_length", "longest example in tokens; longer ones are cut and counted", 2048, type=whole_number)
+    add(
+        "--seq_length",
+        "longest example in tokens; longer ones are cut and counted",
+        2048,
+        type=whole_number,
+    )
     add("--num_epochs", "passes over the rows", 1, type=positive_number)
-    add("--gradient_accumulation_steps", "batches that one optimizer step learns from", 1, type=whole_number)
-    add("--learning_rate", "at the start; it falls linearly to 0", script.learning_rate, type=positive_number)
+    add(
+        "--gradient_accumulation_steps",
+        "batches that one optimizer step learns from",
+        1,
+        type=whole_number,
+    )
+    add(
+        "--learning_rate",
+        "at the start; it falls linearly to 0",
+        script.learning_rate,
+        type=positive_number,
+    )
     add(
         "--gradient_checkpointing",
         "run each layer's forward again in the backward, to save memory",
@@ -218,7 +274,12 @@ def parser(name: str) -> argparse.ArgumentParser:
     )
     add("--logging_steps", "print a line every N steps", 1, type=whole_number)
     add("--log_dir", "folder of the TensorBoard events", "logs")
-    add("--use_torch_compile", "torch.compile, with a warm-up before the clock starts", False, action="store_true")
+    add(
+        "--use_torch_compile",
+        "torch.compile, with a warm-up before the clock starts",
+        False,
+        action="store_true",
+    )
     add("--output_dir", "where all is written; a folder under runs/ unless given", None)
     ours = p.add_argument_group("beside theirs")
     ours.add_argument(
@@ -228,10 +289,18 @@ def parser(name: str) -> argparse.ArgumentParser:
         help="tokens that carry loss: all, as theirs, or the response alone, which is better (default: all)",
     )
     ours.add_argument(
-        "--data", metavar="FILE", help="local alpaca rows (json, jsonl, csv, parquet) in place of tatsu-lab/alpaca"
+        "--data",
+        metavar="FILE",
+        help="local alpaca rows (json, jsonl, csv, parquet) in place of tatsu-lab/alpaca",
     )
-    ours.add_argument("--fresh", action="store_true", help="start over where an earlier run lies in the folder")
-    ours.add_argument("--trust_remote_code", action="store_true", help="run Python code from the model's repository")
+    ours.add_argument(
+        "--fresh", action="store_true", help="start over where an earlier run lies in the folder"
+    )
+    ours.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code from the model's repository",
+    )
     ours.add_argument(
         "--ranks",
         type=whole_number,
@@ -299,7 +368,10 @@ def make_recipe(
             every=Length(200 if mode == "full" else 25, "steps"),
             keep=1 if mode == "full" else 2,
         ),
-        log=Log(every=Length(args.logging_steps, "steps"), tensorboard_dir=os.path.realpath(args.log_dir)),
+        log=Log(
+            every=Length(args.logging_steps, "steps"),
+            tensorboard_dir=os.path.realpath(args.log_dir),
+        ),
         output_dir=str(folder),
     )
 
@@ -315,9 +387,16 @@ def selection(args: argparse.Namespace, say: Callable[[str], None] = print) -> l
     from tunesmith.data.formats import Conversation, convert_row
 
     if args.data:
-        source = Source(source=os.path.realpath(args.data), format="alpaca", max_examples=args.dataset_size)
+        source = Source(
+            source=os.path.realpath(args.data), format="alpaca", max_examples=args.dataset_size
+        )
     else:
-        source = Source(source="tatsu-lab/alpaca", split="train", format="alpaca", max_examples=args.dataset_size)
+        source = Source(
+            source="tatsu-lab/alpaca",
+            split="train",
+            format="alpaca",
+            max_examples=args.dataset_size,
+        )
     rows = sources.read_rows(source)
     if len(rows) < args.dataset_size:
         say(f"{source.source} has {len(rows)} rows: all of them are taken")
@@ -326,12 +405,16 @@ def selection(args: argparse.Namespace, say: Callable[[str], None] = print) -> l
         sample = convert_row(rows[index], source, where=rows.where(index))
         assert isinstance(sample, Conversation)
         assert sample.instruction is not None
-        chosen.append(dict(zip(("instruction", "input", "output"), sample.instruction, strict=True)))
+        chosen.append(
+            dict(zip(("instruction", "input", "output"), sample.instruction, strict=True))
+        )
     return chosen
 
 
 @contextmanager
-def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool, writes: bool = True) -> Iterator[None]:
+def inputs(
+    rows: Sequence[dict[str, str]], folder: Path, *, bos: bool, writes: bool = True
+) -> Iterator[None]:
     """The rows and the template in the run directory; as they were before, if the start is refused before its first step.
 
     Args:
@@ -340,7 +423,9 @@ def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool, writes: b
     texts = {folder / name: text for name, text in input_texts(rows, bos=bos).items()}
     if not writes:
         until = time.monotonic() + JOIN
-        while time.monotonic() < until and any(content_of(path) != text.encode() for path, text in texts.items()):
+        while time.monotonic() < until and any(
+            content_of(path) != text.encode() for path, text in texts.items()
+        ):
             time.sleep(0.05)
         yield
         return
@@ -365,7 +450,10 @@ def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool, writes: b
 def input_texts(rows: Sequence[dict[str, str]], *, bos: bool) -> dict[Path, str]:
     """What the two files of the run directory hold, by their names there; `bos`: the tokenizer starts a text with one."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return {SCRIPT_ROWS: lines, SCRIPT_TEMPLATE: TEMPLATE.replace("BOS", "bos_token" if bos else "''")}
+    return {
+        SCRIPT_ROWS: lines,
+        SCRIPT_TEMPLATE: TEMPLATE.replace("BOS", "bos_token" if bos else "''"),
+    }
 
 
 def content_of(path: Path) -> bytes | None:
@@ -381,7 +469,10 @@ def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> 
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text)
         except OSError as error:
-            what, fix = "the rows cannot be written", "give another folder: --output_dir runs/my-run"
+            what, fix = (
+                "the rows cannot be written",
+                "give another folder: --output_dir runs/my-run",
+            )
             raise MachineError(what, where=str(path), why=str(error), fix=fix) from None
 
 
@@ -417,7 +508,11 @@ def flags_of(name: str) -> set[str]:
 def not_here(fix: str, flags: Collection[str]) -> str:
     """What to say after a fix that names flags or keys which this script lacks; empty where it has them all."""
     flags_in_fix = re.findall(r"(?<![\w-])--[a-z][\w-]*", fix)
-    keys_in_fix = [word for word in re.findall(r"(?<![\w./-])[a-z_]+(?:\.[a-z_]+)+(?=[=:])", fix) if word in keys()]
+    keys_in_fix = [
+        word
+        for word in re.findall(r"(?<![\w./-])[a-z_]+(?:\.[a-z_]+)+(?=[=:])", fix)
+        if word in keys()
+    ]
     absent = [word for word in dict.fromkeys([*flags_in_fix, *keys_in_fix]) if word not in flags]
     if not absent or "tunesmith " in fix:
         return ""
@@ -440,16 +535,31 @@ def in_flags(text: str, accumulation: int, flags: Collection[str]) -> str:
         return f"{FLAGS[key]} {next((ours for ours, theirs in DTYPES.items() if theirs == value), value)}"
 
     listed = "|".join(map(re.escape, FLAGS))
-    return re.sub(rf"""(?<![\w./-])({listed})(?![\w.])(?:(?:=|: )(?:["']([^"']*)["']|([^\s,;()"']+)))?""", flag, text)
+    return re.sub(
+        rf"""(?<![\w./-])({listed})(?![\w.])(?:(?:=|: )(?:["']([^"']*)["']|([^\s,;()"']+)))?""",
+        flag,
+        text,
+    )
 
 
 def default_folder(name: str, args: argparse.Namespace) -> Path:
     """Where a run without --output_dir goes: one name for each set of flags that changes what is trained."""
-    free = {"output_dir", "log_dir", "logging_steps", "fresh", "ranks", "trust_remote_code", "use_torch_compile"}
+    free = {
+        "output_dir",
+        "log_dir",
+        "logging_steps",
+        "fresh",
+        "ranks",
+        "trust_remote_code",
+        "use_torch_compile",
+    }
     free |= {"gradient_checkpointing"}
     kept = {key: value for key, value in vars(args).items() if key not in free}
     kept["gradient_accumulation_steps"] = batches_a_step(args)
-    return Path("runs") / f"{name}-{hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]}"
+    return (
+        Path("runs")
+        / f"{name}-{hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]}"
+    )
 
 
 def run_folder(name: str, args: argparse.Namespace) -> Path:
@@ -459,7 +569,12 @@ def run_folder(name: str, args: argparse.Namespace) -> Path:
 
 def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
     env = started_as() or {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    script, first, folder, batches = SCRIPTS[name], env["RANK"] == 0, run_folder(name, args), batches_a_step(args)
+    script, first, folder, batches = (
+        SCRIPTS[name],
+        env["RANK"] == 0,
+        run_folder(name, args),
+        batches_a_step(args),
+    )
     say: Callable[[str], None] = print if first else lambda line: None
     flags = flags_of(name)
     say(configuration_text(script, args, batches))
@@ -485,13 +600,18 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
 
         from tunesmith.training.run import print_line, train
 
-        if args.use_torch_compile and (args.fresh or not any(folder.glob("checkpoint-*/manifest.json"))):
+        if args.use_torch_compile and (
+            args.fresh or not any(folder.glob("checkpoint-*/manifest.json"))
+        ):
             say("Running warmup for torch.compile()...")
             with tempfile.TemporaryDirectory() as scratch:
                 train(warm_up(run, len(rows), Path(scratch)), say=lambda line: None)
         say(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
         result = train(
-            run, fresh=args.fresh, argv=sys.argv, say=lambda line: print_line(in_flags(line, batches, flags))
+            run,
+            fresh=args.fresh,
+            argv=sys.argv,
+            say=lambda line: print_line(in_flags(line, batches, flags)),
         )
     if first:
         print(closing(read_records(folder / "metrics.jsonl"), result.seconds))
@@ -499,7 +619,9 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
             print("This run was finished before: nothing was left to train (--fresh starts over)")
         print(f"Saving model to {folder}...")
         link_final(folder)
-        print(f"Model saved successfully! Metrics, log and checkpoints: {folder}; TensorBoard: {args.log_dir}")
+        print(
+            f"Model saved successfully! Metrics, log and checkpoints: {folder}; TensorBoard: {args.log_dir}"
+        )
     return EXIT_OK
 
 
@@ -565,9 +687,17 @@ def warm_up(run: Run, rows: int, scratch: Path) -> Run:
 def refuse_foreign_folder(folder: Path) -> None:
     """UsageError where --output_dir holds somebody's files: rows are written there, and model files into its root."""
     # Those in the making are another node's.
-    inputs = [path for path in sorted(folder.joinpath(SCRIPT_ROWS.parent).glob("*")) if path.suffix != ".partial"]
-    found = [path.name for path in folder.glob("*") if path.name not in (LOCK, SCRIPT_ROWS.parent.name)]
-    found += [path.name for path in inputs if path.name not in (SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name)]
+    inputs = [
+        path
+        for path in sorted(folder.joinpath(SCRIPT_ROWS.parent).glob("*"))
+        if path.suffix != ".partial"
+    ]
+    found = [
+        path.name for path in folder.glob("*") if path.name not in (LOCK, SCRIPT_ROWS.parent.name)
+    ]
+    found += [
+        path.name for path in inputs if path.name not in (SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name)
+    ]
     if found and not is_run(folder):
         what = f"--output_dir holds files that no run wrote: {', '.join(found[:5])}"
         raise UsageError(

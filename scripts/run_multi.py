@@ -82,12 +82,27 @@ def launch_command(config: str, script: str, *flags: str) -> list[str]:
     """The words that start this script on this node; the environment is made ready for them."""
     if container := os.environ.get("FINETUNING_CONTAINER", ""):
         return enter_container(container, config, script, *flags)
-    if importlib.util.find_spec("accelerate") is None or importlib.util.find_spec("tunesmith") is None:
-        raise Refused("accelerate and tunesmith are not installed here", f"bash {HERE / 'install-requirements'}")
+    if (
+        importlib.util.find_spec("accelerate") is None
+        or importlib.util.find_spec("tunesmith") is None
+    ):
+        raise Refused(
+            "accelerate and tunesmith are not installed here",
+            f"bash {HERE / 'install-requirements'}",
+        )
     ranks = processes()
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(HERE / "configs" / config)]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(HERE / "configs" / config),
+    ]
     command += [*place_flags(find_place(script, ranks), ranks), str(HERE / script), *flags]
-    for name in ("PET_NNODES", "PET_NPROC_PER_NODE"):  # torchrun, below accelerate, would read them too
+    for name in (
+        "PET_NNODES",
+        "PET_NPROC_PER_NODE",
+    ):  # torchrun, below accelerate, would read them too
         os.environ.pop(name, None)
     return command
 
@@ -95,9 +110,21 @@ def launch_command(config: str, script: str, *flags: str) -> list[str]:
 def enter_container(container: str, *words: str) -> list[str]:
     """`docker exec` of this file in the container. Tokens go by name, so that no list of processes shows them."""
     if shutil.which("docker") is None:
-        raise Refused("FINETUNING_CONTAINER is set, and there is no docker here", "unset FINETUNING_CONTAINER")
-    passed = [name for name in ("HF_TOKEN", "WANDB_API_KEY", "PET_NNODES", "PET_NPROC_PER_NODE") if name in os.environ]
-    command = ["docker", "exec", *(word for name in passed for word in ("-e", name)), "-e", "FINETUNING_CONTAINER="]
+        raise Refused(
+            "FINETUNING_CONTAINER is set, and there is no docker here", "unset FINETUNING_CONTAINER"
+        )
+    passed = [
+        name
+        for name in ("HF_TOKEN", "WANDB_API_KEY", "PET_NNODES", "PET_NPROC_PER_NODE")
+        if name in os.environ
+    ]
+    command = [
+        "docker",
+        "exec",
+        *(word for name in passed for word in ("-e", name)),
+        "-e",
+        "FINETUNING_CONTAINER=",
+    ]
     command += ["-it"] if sys.stdin.isatty() and sys.stdout.isatty() else []
     inside = 'd=/workspace; [ -f $d/run_multi.py ] || d=$d/scripts; bash $d/install-requirements && exec python3 $d/run_multi.py "$@"'
     return [*command, container, "bash", "-c", inside, "run_multi", *words]
@@ -123,7 +150,10 @@ def find_place(script: str, ranks: int) -> Place:
         return Place(1, 0, "127.0.0.1", 0)
     if interface is None:
         what = f"PET_NNODES={wanted}, and no interface is known to lead to the others"
-        raise Refused(what, "export NCCL_SOCKET_IFNAME=enp1s0f1np1, the one that `ip -br address` shows with the cable")
+        raise Refused(
+            what,
+            "export NCCL_SOCKET_IFNAME=enp1s0f1np1, the one that `ip -br address` shows with the cable",
+        )
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         os.environ.setdefault(name, interface)
     if devices := rdma_devices():
@@ -134,7 +164,10 @@ def find_place(script: str, ranks: int) -> Place:
         os.environ.setdefault("NCCL_IB_MERGE_NICS", "1")
     network = network_of(interface)
     nodes = wanted or 2
-    print(f"waits for {nodes - 1} more on {interface}, {network}: start the same script there", file=sys.stderr)
+    print(
+        f"waits for {nodes - 1} more on {interface}, {network}: start the same script there",
+        file=sys.stderr,
+    )
     return meet(network, nodes, script, ranks)
 
 
@@ -150,10 +183,15 @@ def slurm_place() -> Place | None:
         what = f"{env['SLURM_STEP_NUM_TASKS']} tasks on {env['SLURM_STEP_NUM_NODES']} nodes: one a node is needed"
         raise Refused(what, "srun --ntasks-per-node 1 ...")
     named = subprocess.run(
-        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     port = 20_000 + int(env["SLURM_JOB_ID"]) % 10_000
-    return Place(int(env["SLURM_STEP_NUM_NODES"]), int(env["SLURM_NODEID"]), named.stdout.split()[0], port)
+    return Place(
+        int(env["SLURM_STEP_NUM_NODES"]), int(env["SLURM_NODEID"]), named.stdout.split()[0], port
+    )
 
 
 def number(name: str) -> int | None:
@@ -172,13 +210,17 @@ def processes() -> int:
     if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return max(1, len([name for name in shown.split(",") if name.strip() not in ("", "-1")]))
     with suppress(OSError, subprocess.SubprocessError):
-        return max(1, subprocess.check_output(["nvidia-smi", "-L"], text=True, timeout=20).count("GPU "))
+        return max(
+            1, subprocess.check_output(["nvidia-smi", "-L"], text=True, timeout=20).count("GPU ")
+        )
     return 1
 
 
 def named_interface() -> str | None:
     """The first interface that NCCL_SOCKET_IFNAME names, as the stack file sets it."""
-    name = os.environ.get("NCCL_SOCKET_IFNAME", "").split(",")[0].removeprefix("=").partition(":")[0]
+    name = (
+        os.environ.get("NCCL_SOCKET_IFNAME", "").split(",")[0].removeprefix("=").partition(":")[0]
+    )
     return name if name and not name.startswith("^") else None
 
 
@@ -220,15 +262,20 @@ def ask(interface: str, what: int) -> str:
 def network_of(interface: str) -> ipaddress.IPv4Interface:
     """The IPv4 address of an interface, with its network."""
     try:
-        return ipaddress.IPv4Interface(f"{ask(interface, GET_ADDRESS)}/{ask(interface, GET_NETMASK)}")
+        return ipaddress.IPv4Interface(
+            f"{ask(interface, GET_ADDRESS)}/{ask(interface, GET_NETMASK)}"
+        )
     except OSError as error:
         what = f"{interface} has no IPv4 address: {error.strerror}"
         raise Refused(
-            what, "give it one (ip -br address shows them), or name another one in NCCL_SOCKET_IFNAME"
+            what,
+            "give it one (ip -br address shows them), or name another one in NCCL_SOCKET_IFNAME",
         ) from None
 
 
-def meet(own: ipaddress.IPv4Interface, nodes: int, script: str, ranks: int, patience: float = PATIENCE) -> Place:
+def meet(
+    own: ipaddress.IPv4Interface, nodes: int, script: str, ranks: int, patience: float = PATIENCE
+) -> Place:
     """Call on the network of `own` until `nodes` nodes that start this script have heard each other -> this one's place.
 
     A call says the port that the caller would listen on as the first node, its processes, and whom it has heard. Refused where
@@ -244,18 +291,30 @@ def meet(own: ipaddress.IPv4Interface, nodes: int, script: str, ranks: int, pati
             known = tuple(sorted(calls, key=ipaddress.IPv4Address))
             calls[me] = mine._replace(heard=known)
             calling.sendto(json.dumps(calls[me]).encode(), (everybody, CALL_PORT))
-            calls |= {node: call for node, call in listen(listening, own).items() if call.script == script}
+            calls |= {
+                node: call for node, call in listen(listening, own).items() if call.script == script
+            }
             if len(calls) > nodes:
-                raise Refused(f"{len(calls)} nodes start {script}: {', '.join(calls)}", f"PET_NNODES={len(calls)}")
+                raise Refused(
+                    f"{len(calls)} nodes start {script}: {', '.join(calls)}",
+                    f"PET_NNODES={len(calls)}",
+                )
             if len(calls) == nodes and all(len(call.heard) == nodes for call in calls.values()):
-                over = min(over, now + AFTER)  # until then it calls for those that have not heard all
+                over = min(
+                    over, now + AFTER
+                )  # until then it calls for those that have not heard all
     if over == float("inf"):
-        what = f"only {', '.join(calls)} of {nodes} nodes called in {patience:.0f} s on {own.network}"
+        what = (
+            f"only {', '.join(calls)} of {nodes} nodes called in {patience:.0f} s on {own.network}"
+        )
         fix = "start the same script on the others, and let UDP pass on the cable; for one node alone PET_NNODES=1"
         raise Refused(what, fix)
     if any(call.ranks != ranks for call in calls.values()):
         counts = ", ".join(f"{call.ranks} on {node}" for node, call in calls.items())
-        raise Refused(f"the nodes start different numbers of processes: {counts}", "export PET_NPROC_PER_NODE=1 on all")
+        raise Refused(
+            f"the nodes start different numbers of processes: {counts}",
+            "export PET_NPROC_PER_NODE=1 on all",
+        )
     known = tuple(sorted(calls, key=ipaddress.IPv4Address))
     return Place(nodes, known.index(me), known[0], calls[known[0]].port)
 
@@ -284,7 +343,11 @@ def listen(listening: socket.socket, own: ipaddress.IPv4Interface) -> dict[str, 
             data, (sender, _) = listening.recvfrom(8192)
             script, port, ranks, heard = json.loads(data)
             call = Call(str(script), int(port), int(ranks), tuple(map(str, heard)))
-            if sender != str(own.ip) and ipaddress.IPv4Address(sender) in own.network and 0 < call.port < 65536:
+            if (
+                sender != str(own.ip)
+                and ipaddress.IPv4Address(sender) in own.network
+                and 0 < call.port < 65536
+            ):
                 calls[sender] = call
     return calls
 

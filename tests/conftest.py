@@ -25,7 +25,9 @@ os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("NO_COLOR", "1")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before the tests that need it
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # cuBLAS reads it once, before the tests that need it
 
 # Files, or tests of a file, that start processes, compile, or train for long: `make quick` leaves them out.
 SLOW = """
@@ -101,7 +103,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was left out, and why: a test that skips has shown nothing."""
-    skipped = [report for report in terminalreporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple)]
+    skipped = [
+        report
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    ]
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
     if reasons:
         terminalreporter.section(f"left out: {len(skipped)} tests")
@@ -182,7 +188,9 @@ def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide-llama")
     shutil.copytree(tiny, folder, dirs_exist_ok=True)
     torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(tiny, hidden_size=512, intermediate_size=512, head_dim=64, num_hidden_layers=1)
+    config = LlamaConfig.from_pretrained(
+        tiny, hidden_size=512, intermediate_size=512, head_dim=64, num_hidden_layers=1
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -11,7 +11,9 @@ import pytest
 
 
 @contextmanager
-def control_group(controller: str, version_1: dict[str, str], version_2: dict[str, str]) -> Iterator[Path]:
+def control_group(
+    controller: str, version_1: dict[str, str], version_2: dict[str, str]
+) -> Iterator[Path]:
     """The folder of a new group with these files written; the test is skipped where none can be made."""
     root = Path("/sys/fs/cgroup")
     new = (root / "cgroup.controllers").exists()
@@ -21,6 +23,8 @@ def control_group(controller: str, version_1: dict[str, str], version_2: dict[st
         for name, value in (version_2 if new else version_1).items():
             (group / name).write_text(value)
     except OSError as error:
-        pytest.skip(f"no control group with a limit of {controller} can be made here: {error.strerror}")
+        pytest.skip(
+            f"no control group with a limit of {controller} can be made here: {error.strerror}"
+        )
     yield group
     group.rmdir()

@@ -16,8 +16,13 @@ import torch
 # to learn what the processor's own list says.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")]
-cpu_and_gpu = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)], indirect=True)
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU"),
+]
+cpu_and_gpu = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=gpu)], indirect=True
+)
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ def resident(file: Path) -> int:
         pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
         view = ctypes.c_char.from_buffer(mapped)
         libc = ctypes.CDLL(None, use_errno=True)
-        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(len(mapped)), pages)
+        failed = libc.mincore(
+            ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(len(mapped)), pages
+        )
         del view
         assert not failed
         return sum(page & 1 for page in pages)

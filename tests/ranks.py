@@ -41,10 +41,22 @@ def forkserver() -> Any:
     import torch
 
     context = multiprocessing.get_context("forkserver")
-    preload = ["torch", "transformers", "torch.distributed.fsdp", "tunesmith.training.run", "tunesmith.cli.main"]
-    preload += [f"transformers.models.{name}.modeling_{name}" for name, family in ARCHITECTURES.items() if family.fused]
+    preload = [
+        "torch",
+        "transformers",
+        "torch.distributed.fsdp",
+        "tunesmith.training.run",
+        "tunesmith.cli.main",
+    ]
+    preload += [
+        f"transformers.models.{name}.modeling_{name}"
+        for name, family in ARCHITECTURES.items()
+        if family.fused
+    ]
     preload += ["packaging.requirements", "pydantic.dataclasses", "numpy.ma"]
-    if not torch.cuda.is_available():  # bitsandbytes asks a GPU for its kind, after which no process can be forked
+    if (
+        not torch.cuda.is_available()
+    ):  # bitsandbytes asks a GPU for its kind, after which no process can be forked
         preload.append("bitsandbytes")
     context.set_forkserver_preload(preload)
     return context
@@ -59,7 +71,9 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
     context = forkserver()
     port, results = free_port(), context.SimpleQueue()
     ranks = [
-        context.Process(target=_rank, args=(environment_of(r, world, port), r, results, function, arguments))
+        context.Process(
+            target=_rank, args=(environment_of(r, world, port), r, results, function, arguments)
+        )
         for r in range(world)
     ]
     for process in ranks:
@@ -70,7 +84,9 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
         while len(found) < world:
             alive = any(process.is_alive() for process in ranks)
             if results.empty():
-                assert alive, f"ranks {sorted(set(range(world)) - set(found))} ended without a result"
+                assert alive, (
+                    f"ranks {sorted(set(range(world)) - set(found))} ended without a result"
+                )
                 assert time.monotonic() < deadline, f"the ranks took longer than {LIMIT} s"
                 time.sleep(0.02)
                 continue
@@ -91,7 +107,9 @@ def gathered(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _rank(env: dict[str, str], rank: int, results: Any, function: Callable[..., Any], arguments: Any) -> None:
+def _rank(
+    env: dict[str, str], rank: int, results: Any, function: Callable[..., Any], arguments: Any
+) -> None:
     os.environ.update(env)
     import torch
 

@@ -18,7 +18,10 @@ WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron",
 def rows(count: int) -> list[dict[str, str]]:
     """Short prompt-completion rows, all different, of varied length."""
     return [
-        {"prompt": f"Say {WORDS[i % 10]} {i % 7 + 1} times: ", "completion": " ".join([WORDS[i % 10]] * (i % 7 + 1))}
+        {
+            "prompt": f"Say {WORDS[i % 10]} {i % 7 + 1} times: ",
+            "completion": " ".join([WORDS[i % 10]] * (i % 7 + 1)),
+        }
         for i in range(count)
     ]
 
@@ -34,7 +37,9 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     both = dict(base)
     for name, value in changes.items():
         old = both.get(name)
-        both[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        both[name] = (
+            merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return both
 
 
@@ -52,7 +57,12 @@ def recipe(model: Path, folder: Path, /, *, held: bool = True, **changes: Any) -
             "validation": {"source": str(held_out), "format": "prompt-completion"},
             "seq_len": 128,
         },
-        "train": {"duration": "8 steps", "global_batch": "8 examples", "learning_rate": 1e-3, "warmup": "2 steps"},
+        "train": {
+            "duration": "8 steps",
+            "global_batch": "8 examples",
+            "learning_rate": 1e-3,
+            "warmup": "2 steps",
+        },
         "validate": {"every": "4 steps"},
         "checkpoint": {"every": "2 steps", "keep": 2},
         "log": {"tensorboard": False, "samples": 0},

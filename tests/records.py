@@ -7,7 +7,9 @@ from typing import Any
 from tunesmith.config.schema import Data, Model, Run, Source
 from tunesmith.metrics.record import StepRecord
 
-RUN = Run(model=Model(name="org/base"), data=Data(train=(Source(source="rows.jsonl"),)), output_dir="run")
+RUN = Run(
+    model=Model(name="org/base"), data=Data(train=(Source(source="rows.jsonl"),)), output_dir="run"
+)
 
 
 def record(step: int = 1, **changed: Any) -> StepRecord:

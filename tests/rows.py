@@ -39,13 +39,19 @@ class Simple:
             out = []
             for n, m in enumerate(sample.messages):
                 answer = m["role"] == "assistant" and n >= sample.prompt_messages
-                out += [(f"<|im_start|>{m['role']}\n", False), (f"{m['content']}<|im_end|>", answer), ("\n", False)]
+                out += [
+                    (f"<|im_start|>{m['role']}\n", False),
+                    (f"{m['content']}<|im_end|>", answer),
+                    ("\n", False),
+                ]
             return out
         if isinstance(sample, Completion):
             return [(sample.prompt, False), (f"{sample.completion}<|im_end|>", True)]
         return [(f"{sample.text}<|im_end|>", True)]
 
-    def encode_many(self, samples: Sequence[Sample], train_on: str, *, where: Sequence[str]) -> list[Example]:
+    def encode_many(
+        self, samples: Sequence[Sample], train_on: str, *, where: Sequence[str]
+    ) -> list[Example]:
         self.encoded += len(samples)
         return [self.encode(s, train_on) for s in samples]
 
@@ -97,12 +103,20 @@ def alpaca(n: int, *, letters: Callable[[int], int] = lambda i: 5 + i % 7) -> st
 def make(simple: Simple, write: Callable[[str, str | bytes], str]) -> Callable[..., TokenSet]:
     """Rows -> TokenSet by the simple template, without a cache."""
 
-    def build(*contents: str, weights: Sequence[float] = (), cache: Path | None = None, **keys: Any) -> TokenSet:
+    def build(
+        *contents: str, weights: Sequence[float] = (), cache: Path | None = None, **keys: Any
+    ) -> TokenSet:
         sources = tuple(
-            Source(source=write(f"rows{k}.jsonl", text), format="alpaca", weight=weights[k] if weights else 1.0)
+            Source(
+                source=write(f"rows{k}.jsonl", text),
+                format="alpaca",
+                weight=weights[k] if weights else 1.0,
+            )
             for k, text in enumerate(contents)
         )
         data = Data(train=sources, **keys)
-        return tokenize(read_splits(data, 0)[0], data, simple, simple.tokenizer, cache=cache, what="train")
+        return tokenize(
+            read_splits(data, 0)[0], data, simple, simple.tokenizer, cache=cache, what="train"
+        )
 
     return build

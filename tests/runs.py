@@ -14,7 +14,11 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 
 ROWS = [
-    {"instruction": f"Count to {n}", "input": "" if n % 2 else "slowly", "output": " ".join(map(str, range(1, n + 1)))}
+    {
+        "instruction": f"Count to {n}",
+        "input": "" if n % 2 else "slowly",
+        "output": " ".join(map(str, range(1, n + 1))),
+    }
     for n in range(1, 13)
 ]
 
@@ -31,7 +35,13 @@ def peft_model(base: Path, *, seed: int = 0, std: float = 0.1, **options: Any) -
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    given = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    given = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+        **options,
+    }
     tuned = get_peft_model(model, LoraConfig(**given)).eval()
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:

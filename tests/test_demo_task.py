@@ -52,7 +52,10 @@ def test_open_values_of_held_out_rows_were_never_seen(files: tuple[Path, Path]) 
         for key, value in parts(answer).items():
             if key in ("name", "item", "colour", "city"):
                 for word in value.lower().split():
-                    assert f" {word} " not in f" {seen.replace('.', ' ').replace(',', ' ').replace('?', ' ')} ", word
+                    assert (
+                        f" {word} "
+                        not in f" {seen.replace('.', ' ').replace(',', ' ').replace('?', ' ')} "
+                    ), word
                     checked += 1
     assert checked == 40 * 6
 
@@ -67,7 +70,11 @@ def test_every_answer_can_be_found_in_its_order(files: tuple[Path, Path]) -> Non
 
 
 def test_the_score_counts_whole_answers_and_fields() -> None:
-    row = {"asked": "", "wanted": "name: A | item: b | day: Friday", "got": "name: A | item: c | day: Friday"}
+    row = {
+        "asked": "",
+        "wanted": "name: A | item: b | day: Friday",
+        "got": "name: A | item: c | day: Friday",
+    }
     assert demo.fields_right(row) == 2
     assert demo.fields_right(row | {"got": "I'm sorry"}) == 0
 
@@ -76,9 +83,15 @@ def test_the_recipe_is_a_recipe() -> None:
     from tunesmith.config.load import load_recipe
 
     run = load_recipe(DEMO / "recipe.yaml")
-    assert (run.adapter.rank, run.train.learning_rate, str(run.train.duration)) == (16, 1e-3, "75 steps")
+    assert (run.adapter.rank, run.train.learning_rate, str(run.train.duration)) == (
+        16,
+        1e-3,
+        "75 steps",
+    )
     assert run.data.train[0].source == str(DEMO / "data" / "train.jsonl")
-    assert run.train.duration.amount * run.train.global_batch.amount == task.TRAIN_ROWS, "one pass over the rows"
+    assert run.train.duration.amount * run.train.global_batch.amount == task.TRAIN_ROWS, (
+        "one pass over the rows"
+    )
 
 
 def test_the_model_is_the_wheels_where_the_hub_is_out_of_reach(
@@ -99,7 +112,10 @@ def test_ctrl_c_waits_for_the_command_and_ends_without_a_traceback(tmp_path: Pat
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 60
     try:
-        while not any("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in children.read_text().split()):
+        while not any(
+            "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+            for pid in children.read_text().split()
+        ):
             assert time.monotonic() < deadline, "no command that loads torch"
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)

@@ -29,7 +29,10 @@ def test_names_of_other_values(name: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "shown"),
     [
-        (["env", "HF_TOKEN=abc", "trl", "--seed", "7"], ["env", "HF_TOKEN=***", "trl", "--seed", "7"]),
+        (
+            ["env", "HF_TOKEN=abc", "trl", "--seed", "7"],
+            ["env", "HF_TOKEN=***", "trl", "--seed", "7"],
+        ),
         (["--hub_token", "abc", "--api-key=abc"], ["--hub_token", "***", "--api-key=***"]),
         (["--use_auth_token", "--bf16"], ["--use_auth_token", "--bf16"]),
         (["--token", "abc", "x"], ["--token", "***", "x"]),
@@ -37,7 +40,10 @@ def test_names_of_other_values(name: str) -> None:
         (["WANDB_API_KEY=abc"], ["WANDB_API_KEY=***"]),
         (["hf_abcdefghijklmnop"], ["***"]),
         (["https://user:pw@host/x"], ["https://***@host/x"]),
-        (["model.tokenizer=org/tok", "model.pad_token=<pad>"], ["model.tokenizer=org/tok", "model.pad_token=<pad>"]),
+        (
+            ["model.tokenizer=org/tok", "model.pad_token=<pad>"],
+            ["model.tokenizer=org/tok", "model.pad_token=<pad>"],
+        ),
         (["train.global_batch=32768 tokens"], ["train.global_batch=32768 tokens"]),
         (["model.revision=0123456789abcdef0123456789abcdef01234567"],) * 2,
         (["--token", "--json"], ["--token", "--json"]),

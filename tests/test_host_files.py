@@ -13,18 +13,24 @@ from tunesmith import host_files
 from tunesmith.errors import MachineError
 
 
-def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TUNESMITH_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert host_files.cache_folder("models") == tmp_path / "home" / ".cache" / "tunesmith" / "models"
+    assert (
+        host_files.cache_folder("models") == tmp_path / "home" / ".cache" / "tunesmith" / "models"
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert host_files.cache_folder("tokens", "a") == tmp_path / "xdg" / "tunesmith" / "tokens" / "a"
     monkeypatch.setenv("TUNESMITH_CACHE", "~/own")
     assert host_files.cache_folder() == tmp_path / "home" / "own"
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.json"
     host_files.write_atomically(path, "é")
     host_files.write_atomically(path, path.read_bytes() * 2)
@@ -44,8 +50,12 @@ def test_a_disk_with_too_little_room_is_refused_with_the_figures(tmp_path: Path)
     place = tmp_path / "not" / "there" / "yet"
     free = shutil.disk_usage(tmp_path).free
     host_files.refuse_full_disk(place, 1, what="the model", fix="-")
-    with pytest.raises(MachineError, match=r"no room on the disk for the model: .* short") as caught:
-        host_files.refuse_full_disk(place, free * 2, what="the model", why="it is large", fix="take a larger disk")
+    with pytest.raises(
+        MachineError, match=r"no room on the disk for the model: .* short"
+    ) as caught:
+        host_files.refuse_full_disk(
+            place, free * 2, what="the model", why="it is large", fix="take a larger disk"
+        )
     assert (caught.value.where, caught.value.fix) == (str(place), "take a larger disk")
 
 
@@ -57,7 +67,11 @@ def test_a_text_buffer_is_no_terminal() -> None:
     ("groups", "files", "cores"),
     [
         ("0::/", {"cpu.max": "200000 100000\n"}, 2),
-        ("0::/a/b", {"a/cpu.max": "350000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),  # a parent's limit counts
+        (
+            "0::/a/b",
+            {"a/cpu.max": "350000 100000\n", "a/b/cpu.max": "max 100000\n"},
+            3,
+        ),  # a parent's limit counts
         ("0::/", {"cpu.max": "max 100000\n"}, 8),
         ("0::/", {"cpu.max": "50000 100000\n"}, 1),
         ("4:memory:/x\n3:cpu,cpuacct:/docker/1", {"cpu,cpuacct/cpu.cfs_quota_us": "400000\n"}, 4),

@@ -51,9 +51,19 @@ def test_no_two_modules_export_one_function_name():
 
 def test_a_command_that_a_text_offers_exists():
     """Such as the fix of an error: `tunesmith train my-recipe.yaml`."""
-    nodes = [node for file in FILES for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
-    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    offered = [verb for text in texts for verb in re.findall(r"(?:^|[:;,`(\n] ?| or | then )tunesmith ([a-z]+)", text)]
+    nodes = [
+        node for file in FILES for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    ]
+    texts = [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    offered = [
+        verb
+        for text in texts
+        for verb in re.findall(r"(?:^|[:;,`(\n] ?| or | then )tunesmith ([a-z]+)", text)
+    ]
     assert len(offered) > 30
     assert {*offered} - {verb.split()[0] for verb in VERBS} == set()
 
@@ -62,7 +72,9 @@ def test_the_files_that_the_docs_name_exist():
     """`room/file.py` is below src/tunesmith, `tests/...`, `benchmarks/...` and `src/...` below the repository."""
     root, checked = SOURCE.parents[1], 0
     for page in [root / "ARCHITECTURE.md", root / "CONTRIBUTING.md", *root.glob("docs/*.md")]:
-        for name in re.findall(r"`([\w/.-]+/[\w.-]+\.(?:py|yaml|json))`", page.read_text(encoding="utf-8")):
+        for name in re.findall(
+            r"`([\w/.-]+/[\w.-]+\.(?:py|yaml|json))`", page.read_text(encoding="utf-8")
+        ):
             assert (SOURCE / name).is_file() or (root / name).is_file(), f"{page.name}: {name}"
             checked += 1
     assert checked > 40

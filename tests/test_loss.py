@@ -100,7 +100,9 @@ def test_a_tied_head_gets_both_gradients():
     embedding, head = nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)
     head.weight = embedding.weight
     ids, targets = torch.randint(0, 11, (9,)), torch.randint(0, 11, (9,))
-    (ours,) = torch.autograd.grad(chunked_cross_entropy(embedding(ids), head, targets, chunk=4), embedding.weight)
+    (ours,) = torch.autograd.grad(
+        chunked_cross_entropy(embedding(ids), head, targets, chunk=4), embedding.weight
+    )
     (wanted,) = torch.autograd.grad(plain(embedding(ids), head, targets), embedding.weight)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
 
@@ -130,7 +132,9 @@ def test_no_more_than_a_chunk_of_logits_exists():
 
     head = nn.Linear(4, vocabulary, bias=False)
     with Watch():
-        chunked_cross_entropy(torch.randn(300, 4), head, torch.zeros(300, dtype=torch.long), chunk=64)
+        chunked_cross_entropy(
+            torch.randn(300, 4), head, torch.zeros(300, dtype=torch.long), chunk=64
+        )
     assert largest == 60  # 300 in five chunks, all alike
     assert chunk_size(128256, 300, torch.device("cpu")) * 128256 * 4 <= 64 << 20
 
@@ -170,7 +174,9 @@ def test_no_positions_give_the_adapter_of_a_head_a_gradient_of_zeros():
 def test_token_losses_and_hits(options):
     hidden, head, targets = case("trained")
     losses, hits = token_cross_entropy(hidden, head, targets, **options)
-    torch.testing.assert_close(losses, plain(hidden, head, targets, reduction="none", **options), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        losses, plain(hidden, head, targets, reduction="none", **options), rtol=0, atol=1e-12
+    )
     assert hits.tolist() == (head(hidden).argmax(-1) == targets).tolist()
     assert not losses.requires_grad
 
@@ -196,7 +202,9 @@ def test_a_chunk_on_a_gpu_is_whole_tiles_within_its_budget():
     assert chunk_size(1_000_000, 16384, gpu, card=0) == 67
     assert chunk_size(128_256, 16384, gpu, **large) == 2048
     assert chunk_size(128_256, 16384, gpu, **large, trained=True) == 4096
-    assert chunk_size(128_256, 2048, gpu, **large) == 512, "the peak of a small micro batch stays small"
+    assert chunk_size(128_256, 2048, gpu, **large) == 512, (
+        "the peak of a small micro batch stays small"
+    )
 
 
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 0.5)])

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from tunesmith import host_memory
-from tunesmith.host_memory import available_memory, largest_processes, read_memory, unavailable_percent
+from tunesmith.host_memory import (
+    available_memory,
+    largest_processes,
+    read_memory,
+    unavailable_percent,
+)
 
 MIB = 2**20
 MEMINFO = """MemTotal:       8388608 kB
@@ -38,7 +43,11 @@ def test_the_figures_of_a_machine(tmp_path: Path) -> None:
     found = read_memory(write(tmp_path, {"proc/buddyinfo": BUDDYINFO}))
     assert found is not None
     assert (found.total, found.available, found.free) == (8192 * MIB, 4096 * MIB, 1024 * MIB)
-    assert (found.cached, found.shared, found.locked) == ((3072 + 10 - 512) * MIB, 512 * MIB, 2 * MIB)
+    assert (found.cached, found.shared, found.locked) == (
+        (3072 + 10 - 512) * MIB,
+        512 * MIB,
+        2 * MIB,
+    )
     if host_memory.PAGE == 4096:
         assert found.large_blocks == (2 * 2 + 60 * 4) * MIB
     assert (found.limit, found.used, found.room) == (None, None, 4096 * MIB)
@@ -92,9 +101,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_room_of_a_control_group_is_its_limit_less_what_cannot_be_dropped(case: str, tmp_path: Path) -> None:
+def test_the_room_of_a_control_group_is_its_limit_less_what_cannot_be_dropped(
+    case: str, tmp_path: Path
+) -> None:
     groups, files, folder, room = CASES[case]
-    write(tmp_path, {"proc/self/cgroup": groups} | {f"{folder}/{name}": text for name, text in files.items()})
+    write(
+        tmp_path,
+        {"proc/self/cgroup": groups} | {f"{folder}/{name}": text for name, text in files.items()},
+    )
     assert available_memory(tmp_path) == room * MIB
 
 
@@ -103,13 +117,23 @@ def test_ranks_share_the_machine_and_the_groups_that_hold_them(tmp_path: Path) -
     page = host_memory.PAGE
     outer = {"memory.max": f"{1000 * MIB}", "memory.high": "max", "memory.current": f"{400 * MIB}"}
     inner = {"memory.max": f"{900 * MIB}", "memory.high": "max", "memory.current": f"{100 * MIB}"}
-    files = {"proc/self/cgroup": "0::/job/a\n", "proc/7/cgroup": "0::/job/b\n", "proc/8/cgroup": "0::/else\n"}
-    files |= {f"proc/{pid}/statm": f"9 {mib * MIB // page} 0 0 0 0 0" for pid, mib in ((os.getpid(), 50), (7, 70))}
+    files = {
+        "proc/self/cgroup": "0::/job/a\n",
+        "proc/7/cgroup": "0::/job/b\n",
+        "proc/8/cgroup": "0::/else\n",
+    }
+    files |= {
+        f"proc/{pid}/statm": f"9 {mib * MIB // page} 0 0 0 0 0"
+        for pid, mib in ((os.getpid(), 50), (7, 70))
+    }
     for folder, group in (("job", outer), ("job/a", inner)):
         files |= {f"sys/fs/cgroup/{folder}/{name}": text for name, text in group.items()}
         files[f"sys/fs/cgroup/{folder}/memory.stat"] = stat("", 0, 0)
     limits = host_memory.memory_limits((7, 8), write(tmp_path, files))
-    figures = {limit.name.rpartition("/")[2]: (limit.size, limit.used, limit.own, limit.ranks) for limit in limits}
+    figures = {
+        limit.name.rpartition("/")[2]: (limit.size, limit.used, limit.own, limit.ranks)
+        for limit in limits
+    }
     assert figures["a"] == (900 * MIB, 100 * MIB, 50 * MIB, 1)
     assert figures["job"] == (1000 * MIB, 400 * MIB, 120 * MIB, 2)
     assert figures[""] == (8192 * MIB, 4096 * MIB, 120 * MIB, 3)
@@ -124,11 +148,21 @@ def test_a_system_without_such_files_is_not_known(tmp_path: Path) -> None:
 
 def test_the_largest_processes_are_named_by_their_share(tmp_path: Path) -> None:
     page = host_memory.PAGE
-    for pid, name, pages in ((10, "small", 5), (20, "large", 900), (30, "shares", 1000), (40, "tiny", 1)):
-        write(tmp_path, {f"proc/{pid}/statm": f"9 {pages} 0 0 0 0 0", f"proc/{pid}/comm": f"{name}\n"})
+    for pid, name, pages in (
+        (10, "small", 5),
+        (20, "large", 900),
+        (30, "shares", 1000),
+        (40, "tiny", 1),
+    ):
+        write(
+            tmp_path, {f"proc/{pid}/statm": f"9 {pages} 0 0 0 0 0", f"proc/{pid}/comm": f"{name}\n"}
+        )
     write(tmp_path, {"proc/30/smaps_rollup": "00 ---p\nRss: 4000 kB\nPss: 100 kB\n"})
     ours, others = largest_processes((40, 50), 2, tmp_path)
-    assert [(h.pid, h.name, h.bytes) for h in others] == [(20, "large", 900 * page), (30, "shares", 100 * 1024)]
+    assert [(h.pid, h.name, h.bytes) for h in others] == [
+        (20, "large", 900 * page),
+        (30, "shares", 100 * 1024),
+    ]
     assert [(h.pid, h.name, h.bytes) for h in ours] == [(40, "tiny", page)]  # 50 has ended
     assert host_memory.own_memory((20, 30, 50), tmp_path) == 1900 * page
 
@@ -139,7 +173,9 @@ def test_this_machine_and_this_process() -> None:
     assert found is not None
     assert 0 < found.free <= found.total
     before = host_memory.own_memory([os.getpid()])
-    with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:  # malloc might reuse what it has
+    with mmap.mmap(
+        -1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    ) as held:  # malloc might reuse what it has
         held.write(b"x" * len(held))
         assert host_memory.own_memory([os.getpid()]) - before > 60 * MIB
     ours, others = largest_processes([os.getpid()], 10_000)

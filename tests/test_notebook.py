@@ -18,22 +18,31 @@ NOTEBOOK = Path(__file__).parents[1] / "docs" / "first-tune.ipynb"
 
 def executed(notebook: NotebookNode, folder: Path, **options: Any) -> NotebookNode:
     resources = {"metadata": {"path": str(folder)}}
-    return NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources, **options).execute()
+    return NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources=resources, **options
+    ).execute()
 
 
 def text_of(cell: NotebookNode) -> str:
     """All that a cell shows, in its order, as plain text."""
     shown = [
-        o.get("text") or o.get("data", {}).get("text/plain") or "\n".join(o.get("traceback", ())) for o in cell.outputs
+        o.get("text") or o.get("data", {}).get("text/plain") or "\n".join(o.get("traceback", ()))
+        for o in cell.outputs
     ]
     return "\n".join(shown)
 
 
-def test_the_notebook_of_the_docs_runs_from_rows_to_a_merged_model(tiny: Path, tmp_path: Path) -> None:
+def test_the_notebook_of_the_docs_runs_from_rows_to_a_merged_model(
+    tiny: Path, tmp_path: Path
+) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
-    (at,) = (n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
-    assert {"model", "epochs"} <= {line.partition(" = ")[0] for line in notebook.cells[at].source.splitlines()}
+    (at,) = (
+        n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())
+    )
+    assert {"model", "epochs"} <= {
+        line.partition(" = ")[0] for line in notebook.cells[at].source.splitlines()
+    }
     notebook.cells.insert(at + 1, new_code_cell(f"model, epochs = {str(tiny)!r}, 2"))
     cells = [cell for cell in executed(notebook, tmp_path).cells if cell.cell_type == "code"]
     shown = "\n".join(map(text_of, cells))
@@ -48,7 +57,9 @@ def test_the_notebook_of_the_docs_runs_from_rows_to_a_merged_model(tiny: Path, t
     assert (tmp_path / "runs" / "first-tune-merged" / "model.safetensors").is_file()
 
 
-def test_a_run_in_a_notebook_draws_its_bar_and_stops_without_a_traceback(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_in_a_notebook_draws_its_bar_and_stops_without_a_traceback(
+    tiny: Path, tmp_path: Path
+) -> None:
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe(tiny, tmp_path)))
     sources = [
         "import signal, tunesmith",
@@ -60,12 +71,17 @@ def test_a_run_in_a_notebook_draws_its_bar_and_stops_without_a_traceback(tiny: P
     ]
     notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
     _, trained, _, stopped, mine, quiet = executed(notebook, tmp_path, allow_errors=True).cells
-    widgets = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"].values()
+    widgets = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"][
+        "state"
+    ].values()
     bars = [str(w["state"]["outputs"]) for w in widgets if w["model_name"] == "OutputModel"]
     assert "step 8/8 " in bars[0]
     assert "step 10/20 " in bars[1]
     assert "token contract of train" in text_of(trained), "what it learns from, before the bar"
-    assert [line for line in text_of(trained).splitlines() if line.startswith("mine")] == ["mine 3", "mine 7"]
+    assert [line for line in text_of(trained).splitlines() if line.startswith("mine")] == [
+        "mine 3",
+        "mine 7",
+    ]
     error = stopped.outputs[-1]
     assert (error.output_type, error.ename) == ("error", "StoppedError")
     assert error.traceback[0] == "stopped by SIGINT: step 10 is saved"

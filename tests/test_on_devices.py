@@ -61,7 +61,10 @@ def test_varlen_attention_and_its_gradients_are_those_of_plain_products(device, 
     torch.manual_seed(0)
     lengths = [1, 130, 64, 7, 300]
     edges = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    leaves = [torch.randn(sum(lengths), h, 64).to(device, torch.bfloat16) for h in (heads[0], heads[1], heads[1])]
+    leaves = [
+        torch.randn(sum(lengths), h, 64).to(device, torch.bfloat16)
+        for h in (heads[0], heads[1], heads[1])
+    ]
     weight = torch.randn(sum(lengths), heads[0], 64).to(device, torch.bfloat16)
     results = []
     for backend, dtype in (("varlen", torch.bfloat16), ("products", torch.float32)):
@@ -126,7 +129,9 @@ def test_a_base_in_8_bits_answers_prompts_of_any_length(device, tiny, tmp_path):
         ids = torch.arange(length, device=device).unsqueeze(0) % 250
         with torch.no_grad():
             got, expected = (one.model.model(input_ids=ids).logits for one in (session, dense))
-        assert error(got, expected) < 0.15  # e4m3 has 4 bits: 3 % a value, over seven products of two blocks
+        assert (
+            error(got, expected) < 0.15
+        )  # e4m3 has 4 bits: 3 % a value, over seven products of two blocks
 
 
 @cpu_and_gpu
@@ -143,8 +148,17 @@ def test_8_bit_products_of_true_shapes_run_for_every_number_of_rows(device, rows
         x, dy = (torch.randn(rows, n).to(device, torch.bfloat16) for n in (inputs, outputs))
         weight = EightBitWeight.from_dense(kind, w)
         # Two factors of 4 bits, each off by 3 % at most, and the errors of a sum cancel in part.
-        assert error(weight.forward_matmul(x, weight.quantize_input(x), None), x.float() @ w.float().T) < 0.06
-        assert error(weight.backward_matmul(dy, weight.quantize_gradient(dy), None), dy.float() @ w.float()) < 0.06
+        assert (
+            error(weight.forward_matmul(x, weight.quantize_input(x), None), x.float() @ w.float().T)
+            < 0.06
+        )
+        assert (
+            error(
+                weight.backward_matmul(dy, weight.quantize_gradient(dy), None),
+                dy.float() @ w.float(),
+            )
+            < 0.06
+        )
 
 
 def fits(model: Any, batch: Any, recomputed: int) -> int:
@@ -163,7 +177,9 @@ def fits(model: Any, batch: Any, recomputed: int) -> int:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU: a CPU's allocator has no limit")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch sees no CUDA GPU: a CPU's allocator has no limit"
+)
 def test_recompute_is_calibrated_without_running_out_of_memory(tmp_path):
     """A limit halfway between what no and what every layer recomputed needs: the estimate says that all of it fits."""
     layers, tokens, device = 8, 8192, torch.device("cuda", 0)
@@ -183,13 +199,20 @@ def test_recompute_is_calibrated_without_running_out_of_memory(tmp_path):
     assert 0 < recomputed < kept
     limit = (kept + recomputed) // 2
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
+    torch.cuda.set_per_process_memory_fraction(
+        limit / torch.cuda.get_device_properties(device).total_memory
+    )
     try:
         assert not fits(model, batch, 0), "the limit must be reached"
         estimate = MemoryEstimate(tokens, weights=limit, recomputed_layer=tokens * 1024 * 2)
-        plan, meter = RunPlan(str(device), "varlen", "bf16", layers, memory=estimate), MemoryMeter(device)
+        plan, meter = (
+            RunPlan(str(device), "varlen", "bf16", layers, memory=estimate),
+            MemoryMeter(device),
+        )
         failed = torch.cuda.memory_stats()["num_ooms"]
-        count = calibrate_recompute(model, plan, batch, meter, budget=int(0.9 * limit)).recomputed_layers
+        count = calibrate_recompute(
+            model, plan, batch, meter, budget=int(0.9 * limit)
+        ).recomputed_layers
         assert torch.cuda.memory_stats()["num_ooms"] == failed
         assert 0 < count <= layers
         assert fits(model, batch, count)

@@ -38,7 +38,13 @@ def test_a_package_of_no_extra_is_named_alone(monkeypatch: pytest.MonkeyPatch) -
 def test_no_text_tells_to_install_tunesmith_from_an_index_that_has_none() -> None:
     found, checked = [], 0
     files = [ROOT / "README.md"]
-    for folder, suffix in (("src", "py"), ("scripts", "py"), ("demo", "py"), ("docs", "md"), ("recipes", "yaml")):
+    for folder, suffix in (
+        ("src", "py"),
+        ("scripts", "py"),
+        ("demo", "py"),
+        ("docs", "md"),
+        ("recipes", "yaml"),
+    ):
         files += (ROOT / folder).rglob(f"*.{suffix}")
     for file in files:
         checked += 1

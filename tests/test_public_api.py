@@ -27,7 +27,9 @@ def members_after_all() -> list[tuple[str, str, str]]:
         import_module(name)
     assert len(names) > 80, len(names)
     members = {name: getattr(tunesmith, name) for name in tunesmith.__all__}
-    return [(name, type(m).__name__, m.__name__ if callable(m) else name) for name, m in members.items()]
+    return [
+        (name, type(m).__name__, m.__name__ if callable(m) else name) for name, m in members.items()
+    ]
 
 
 # Each ignored line is an error, or mypy would say that the comment is unused: the names have types, not Any.
@@ -66,12 +68,18 @@ loss = result.records  # type: ignore[assignment]
 
 def printed(code: str) -> list[str]:
     """The words that a fresh interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def test_every_public_member_has_its_name() -> None:
-    members = {name: getattr(tunesmith, name) for name in tunesmith.__all__ if name != "__version__"}
-    assert {name: member.__name__ for name, member in members.items()} == {name: name for name in members}
+    members = {
+        name: getattr(tunesmith, name) for name in tunesmith.__all__ if name != "__version__"
+    }
+    assert {name: member.__name__ for name, member in members.items()} == {
+        name: name for name in members
+    }
     assert [name for name, member in members.items() if inspect.isfunction(member)] == FUNCTIONS
     assert all(inspect.isclass(member) for name, member in members.items() if name not in FUNCTIONS)
 
@@ -105,9 +113,13 @@ def test_each_function_tells_its_types_and_has_a_docstring() -> None:
         function = getattr(tunesmith, name)
         signature = inspect.signature(function)
         assert signature.return_annotation is not inspect.Signature.empty, name
-        untyped = [p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty]
+        untyped = [
+            p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty
+        ]
         assert untyped == [], name
-        assert any(">>>" in line and f"tunesmith.{name}(" in line for line in function.__doc__.splitlines()), name
+        assert any(
+            ">>>" in line and f"tunesmith.{name}(" in line for line in function.__doc__.splitlines()
+        ), name
 
 
 def test_a_user_script_passes_mypy_strict(tmp_path: Path) -> None:
@@ -116,7 +128,10 @@ def test_a_user_script_passes_mypy_strict(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(USER_SCRIPT)
     # The libraries below are as `Any` to the script, whose types are ours; reading theirs would take a minute.
     skipped = "torch transformers datasets peft numpy pyarrow rich tokenizers safetensors pydantic ruamel".split()
-    rules = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\nignore_missing_imports = true\n" for name in skipped)
+    rules = "".join(
+        f"[mypy-{name}.*]\nfollow_imports = skip\nignore_missing_imports = true\n"
+        for name in skipped
+    )
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nstrict = true\nfollow_imports = silent\n{rules}")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "script.py"],

@@ -48,7 +48,14 @@ def shared() -> tuple[object, ...]:
         groups: Any = [*distributed_c10d._world.pg_map]
         limits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
         assert find_nccl_error() == ""
-        return ranks.share(ranks.rank), ranks.gather(ranks.rank), raised, mesh.data_rank, mesh.tensor_rank, limits
+        return (
+            ranks.share(ranks.rank),
+            ranks.gather(ranks.rank),
+            raised,
+            mesh.data_rank,
+            mesh.tensor_rank,
+            limits,
+        )
 
 
 def test_ranks_share_values_and_errors():
@@ -61,7 +68,9 @@ def test_ranks_share_values_and_errors():
     assert "rows of 1" in found[0][2][1]
     assert [f[3] for f in found] == [0, 0, 1, 1]
     assert [f[4] for f in found] == [0, 1, 0, 1]
-    assert [f[5] for f in found] == [{PATIENCE}] * 4  # of all groups: torch gives a mesh's half an hour
+    assert [f[5] for f in found] == [
+        {PATIENCE}
+    ] * 4  # of all groups: torch gives a mesh's half an hour
 
 
 def test_a_later_training_of_a_process_takes_its_own_groups():
@@ -78,7 +87,9 @@ def test_a_later_training_of_a_process_takes_its_own_groups():
             dist.destroy_process_group()
 
 
-def test_a_command_leaves_it_to_the_other_rank_to_tell_its_error(capsys: pytest.CaptureFixture[str]):
+def test_a_command_leaves_it_to_the_other_rank_to_tell_its_error(
+    capsys: pytest.CaptureFixture[str],
+):
     def fail() -> int:
         raise OtherRankError("rank 1 on b failed", exit_code=2)
 
@@ -87,7 +98,12 @@ def test_a_command_leaves_it_to_the_other_rank_to_tell_its_error(capsys: pytest.
 
 
 def test_an_address_that_no_launcher_has_set_is_named(monkeypatch: pytest.MonkeyPatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(MachineError, match="MASTER_ADDR"), join_ranks():
@@ -96,10 +112,20 @@ def test_an_address_that_no_launcher_has_set_is_named(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("count", "shown", "local_rank", "taken"),
-    [(8, None, 3, 3), (4, "4,5,6,7", 3, 3), (1, "3", 3, 0), (1, None, 0, None), (2, "0,1", 3, None)],
+    [
+        (8, None, 3, 3),
+        (4, "4,5,6,7", 3, 3),
+        (1, "3", 3, 0),
+        (1, None, 0, None),
+        (2, "0,1", 3, None),
+    ],
 )
 def test_a_rank_takes_its_gpu_or_the_only_one_that_it_is_shown(
-    monkeypatch: pytest.MonkeyPatch, count: int, shown: str | None, local_rank: int, taken: int | None
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    shown: str | None,
+    local_rank: int,
+    taken: int | None,
 ):
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -118,7 +144,12 @@ def test_a_rank_takes_its_gpu_or_the_only_one_that_it_is_shown(
 def test_nccls_watchdog_ends_no_process_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("tunesmith.ranks.choose_gpu", lambda local_rank, local_world: None)
-    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # and no MASTER_ADDR
+    rank = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+    }  # and no MASTER_ADDR
     names = [f"TORCH_NCCL_{name}" for name in WATCHDOG]
     with mock.patch.dict(os.environ, rank | {names[0]: "3"}):
         os.environ.pop("MASTER_ADDR", None)
@@ -127,15 +158,25 @@ def test_nccls_watchdog_ends_no_process_unless_the_user_wants_it(monkeypatch: py
         assert [os.environ[name] for name in names] == ["3", "0", "0", "0"]
 
 
-@pytest.mark.parametrize(("error", "found"), [(ErrorType.SUCCESS, ""), (ErrorType.COMM_ERROR, "NCCL: COMM_ERROR")])
-def test_an_error_of_nccl_is_found_in_any_group(monkeypatch: pytest.MonkeyPatch, error: ErrorType, found: str):
+@pytest.mark.parametrize(
+    ("error", "found"), [(ErrorType.SUCCESS, ""), (ErrorType.COMM_ERROR, "NCCL: COMM_ERROR")]
+)
+def test_an_error_of_nccl_is_found_in_any_group(
+    monkeypatch: pytest.MonkeyPatch, error: ErrorType, found: str
+):
     def group(**errors: ErrorType | None) -> Any:
         """A process group with a backend of each name, which has that error; gloo's has none to ask for."""
-        backends = {name: mock.Mock(**{"get_error.return_value": value}) for name, value in errors.items()}
+        backends = {
+            name: mock.Mock(**{"get_error.return_value": value}) for name, value in errors.items()
+        }
         for name, backend in backends.items():
             backend.name.return_value = name
         return mock.Mock(_device_types=[*backends], _get_backend=backends.__getitem__)
 
-    groups = [group(gloo=None), group(gloo=None, nccl=ErrorType.SUCCESS), group(gloo=None, nccl=error)]
+    groups = [
+        group(gloo=None),
+        group(gloo=None, nccl=ErrorType.SUCCESS),
+        group(gloo=None, nccl=error),
+    ]
     monkeypatch.setattr(distributed_c10d, "_world", mock.Mock(pg_map=dict.fromkeys(groups)))
     assert find_nccl_error() == found

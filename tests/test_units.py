@@ -19,7 +19,19 @@ def test_lengths(text: str, amount: float, unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "steps", "200", "-3 steps", "2 weeks", "1.5 steps", "1e999 steps", "1e300 epochs", "3 % %", "nan h"]
+    "text",
+    [
+        "",
+        "steps",
+        "200",
+        "-3 steps",
+        "2 weeks",
+        "1.5 steps",
+        "1e999 steps",
+        "1e300 epochs",
+        "3 % %",
+        "nan h",
+    ],
 )
 def test_what_is_no_length(text: str) -> None:
     with pytest.raises(ValueError, match=r"length|whole|too much"):
@@ -27,7 +39,16 @@ def test_what_is_no_length(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0 examples", "1.5 tokens", "64", "64 rowz", "-1 tokens", "1e300 examples", "1_000_000_001 tokens"]
+    "text",
+    [
+        "0 examples",
+        "1.5 tokens",
+        "64",
+        "64 rowz",
+        "-1 tokens",
+        "1e300 examples",
+        "1_000_000_001 tokens",
+    ],
 )
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match=r"size|whole|too much"):
@@ -36,7 +57,13 @@ def test_what_is_no_size(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "rows", "count"),
-    [("5 %", 312, 16), ("5%", 20, 1), ("0.1 %", 10, 1), ("33.3 %", 1000, 333), ("50 examples", 312, 50)],
+    [
+        ("5 %", 312, 16),
+        ("5%", 20, 1),
+        ("0.1 %", 10, 1),
+        ("33.3 %", 1000, 333),
+        ("50 examples", 312, 50),
+    ],
 )
 def test_shares(text: str, rows: int, count: int) -> None:
     assert Share.parse(text).of(rows) == count

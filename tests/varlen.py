@@ -15,7 +15,9 @@ from tunesmith.model.documents import Documents
 
 
 @torch.library.custom_op("tunesmith_test::varlen", mutates_args=())
-def varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float, window: int | None) -> Tensor:
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
     assert int(edges.diff().max()) <= longest
     return attention._products(q, k, v, attention.Rule(Documents(edges, longest), scale, window))
 
@@ -32,7 +34,14 @@ def _keep(ctx, inputs, output):
 
 @torch.library.custom_op("tunesmith_test::varlen_backward", mutates_args=())
 def varlen_backward(
-    d: Tensor, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float, window: int | None
+    d: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    edges: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
 ) -> list[Tensor]:
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -46,7 +55,9 @@ def _(d, q, k, v, edges, longest, scale, window):
 
 
 def _back(ctx, d):
-    return *varlen_backward(d.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.scale, ctx.window), *[None] * 4
+    return *varlen_backward(
+        d.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.scale, ctx.window
+    ), *[None] * 4
 
 
 varlen.register_autograd(_back, setup_context=_keep)
@@ -56,10 +67,21 @@ varlen.register_autograd(_back, setup_context=_keep)
 def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention takes the way of CUDA."""
 
-    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, _: Tensor, longest: int, __: int, **others: Any):
+    def varlen_attn(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        edges: Tensor,
+        _: Tensor,
+        longest: int,
+        __: int,
+        **others: Any,
+    ):
         left, right = others["window_size"]
         assert right == 0
         return varlen(q, k, v, edges, longest, others["scale"], None if left < 0 else left + 1)
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(attention, "select_attention_backend", lambda *_, **__: ("varlen", "for this test"))
+    monkeypatch.setattr(
+        attention, "select_attention_backend", lambda *_, **__: ("varlen", "for this test")
+    )

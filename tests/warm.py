@@ -54,10 +54,20 @@ class Warm:
         program: str | Path = "tunesmith",
     ) -> None:
         self._kept = [tempfile.TemporaryFile("w+b") if fd is None else None for fd in streams]  # noqa: SIM115
-        fds = [fd if kept is None else kept.fileno() for fd, kept in zip(streams, self._kept, strict=True)]
+        fds = [
+            fd if kept is None else kept.fileno()
+            for fd, kept in zip(streams, self._kept, strict=True)
+        ]
         environment = dict(os.environ if env is None else env)
         descriptors = [fd if fd == CLOSED else _Descriptor(fd) for fd in fds]
-        arguments = (str(program), [*map(str, words)], environment, str(cwd or Path.cwd()), descriptors, prepare)
+        arguments = (
+            str(program),
+            [*map(str, words)],
+            environment,
+            str(cwd or Path.cwd()),
+            descriptors,
+            prepare,
+        )
         self._process = forkserver().Process(target=_run, args=arguments)
         self._process.start()
         assert self._process.pid is not None
@@ -147,7 +157,9 @@ class Forked(subprocess.Popen[Any]):
 
     def _execute_child(self, args: Any, executable: Any, *others: Any) -> None:
         words = [args] if isinstance(args, str | bytes | os.PathLike) else list(args)
-        module = words[words.index("-m") + 1] if words[0] == sys.executable and "-m" in words else None
+        module = (
+            words[words.index("-m") + 1] if words[0] == sys.executable and "-m" in words else None
+        )
         if module not in ENTRIES:
             super()._execute_child(args, executable, *others)  # type: ignore[misc]
             return
@@ -166,13 +178,18 @@ def fork_ranks() -> None:
     subprocess.Popen = subprocess_handler.Popen = Forked  # type: ignore[misc]
 
 
-def _become(module: str, words: list[str], env: dict[str, str] | None, streams: list[int]) -> NoReturn:
+def _become(
+    module: str, words: list[str], env: dict[str, str] | None, streams: list[int]
+) -> NoReturn:
     """What exec leaves to a process that was forked: its streams, its environment, and no handler of a signal."""
     code: Any = 1
     try:
         for number in signal.valid_signals():
             if callable(signal.getsignal(number)):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+                signal.signal(
+                    number,
+                    signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL,
+                )
         os.setsid()
         own = [os.dup(fd if given < 0 else given) for fd, given in enumerate(streams)]
         others = partial(os.closerange, 3, 2**20)
@@ -202,8 +219,12 @@ def _run(
         else:
             os.dup2(streams[fd], fd)
             os.close(streams[fd])
-            mode, errors = ("r", "strict") if fd == 0 else ("w", "backslashreplace" if fd == 2 else "strict")
-            stream = os.fdopen(fd, mode, encoding="utf-8", errors=errors, closefd=False, buffering=1)
+            mode, errors = (
+                ("r", "strict") if fd == 0 else ("w", "backslashreplace" if fd == 2 else "strict")
+            )
+            stream = os.fdopen(
+                fd, mode, encoding="utf-8", errors=errors, closefd=False, buffering=1
+            )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     os.environ.clear()

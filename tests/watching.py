@@ -21,11 +21,20 @@ TIME = 120  # seconds, for what starts on a busy machine
 
 
 def write_run(
-    folder: Path, steps: int, *, of: int | None = None, rate: float = 1e-4, spike: int = 0, ranks: int = 1
+    folder: Path,
+    steps: int,
+    *,
+    of: int | None = None,
+    rate: float = 1e-4,
+    spike: int = 0,
+    ranks: int = 1,
 ) -> Path:
     """A run that took `steps` of `of` steps, on a GPU; step `spike` has a loss of 9."""
     folder.mkdir(parents=True)
-    recipe = {"train": {"duration": f"{of or steps} steps", "learning_rate": rate}, "model": {"name": "org/base"}}
+    recipe = {
+        "train": {"duration": f"{of or steps} steps", "learning_rate": rate},
+        "model": {"name": "org/base"},
+    }
     (folder / "config.yaml").write_text(json.dumps(recipe))
     (folder / "env.json").write_text(json.dumps({"recipe_hash": "0", "python": "3.11"}))
     add_steps(folder, 1, steps, spike=spike)
@@ -34,11 +43,21 @@ def write_run(
             {"step": step, "memory_gib": 1.0 + rank, "gpu_power_watts": 300.0, "loss": 9.0}
             for step in range(1, steps + 1)
         ]
-        (folder / f"metrics-rank{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answers = [(0, "no idea"), (steps // 2, "the order names a lamp"), (steps, "the order names two lamps")]
-    rows = [{"step": step, "prompt": "What is ordered?", "answer": answer} for step, answer in answers]
+        (folder / f"metrics-rank{rank}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
+    answers = [
+        (0, "no idea"),
+        (steps // 2, "the order names a lamp"),
+        (steps, "the order names two lamps"),
+    ]
+    rows = [
+        {"step": step, "prompt": "What is ordered?", "answer": answer} for step, answer in answers
+    ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "log.txt").write_text("2026-01-01 10:00:00  warning: 3 rows were cut\n2026-01-01 10:00:01  step 1\n")
+    (folder / "log.txt").write_text(
+        "2026-01-01 10:00:00  warning: 3 rows were cut\n2026-01-01 10:00:01  step 1\n"
+    )
     if steps == (of or steps):
         (folder / "final").mkdir()
         (folder / "final/manifest.json").write_text(json.dumps({"step": steps, "files": {}}))
@@ -46,7 +65,13 @@ def write_run(
 
 
 def add_steps(folder: Path, first: int, last: int, *, spike: int = 0) -> None:
-    gpu = {"gpu_utilization": 97.0, "gpu_power_watts": 310.0, "mfu": 0.4, "mfu_peak_tflops": 989.0, "idle_share": 0.01}
+    gpu = {
+        "gpu_utilization": 97.0,
+        "gpu_power_watts": 310.0,
+        "mfu": 0.4,
+        "mfu_peak_tflops": 989.0,
+        "idle_share": 0.01,
+    }
     with (folder / "metrics.jsonl").open("a") as file:
         for step in range(first, last + 1):
             loss = 9.0 if step == spike else 1.0 + math.exp(-step / 100)
@@ -59,7 +84,11 @@ def watching(*words: str | Path, **env: str) -> Iterator[tuple[str, subprocess.P
     """`tunesmith watch WORDS` and its address; ctrl-C ends it."""
     command = [sys.executable, "-m", "tunesmith", "watch", *map(str, words)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **env}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **env},
     )
     try:
         assert process.stdout is not None
@@ -77,7 +106,9 @@ def port_of(address: str) -> int:
     return int(urlsplit(address).port or 0)
 
 
-def ask(address: str, path: str = "", *, method: str = "GET", **headers: str) -> tuple[int, bytes, dict[str, str]]:
+def ask(
+    address: str, path: str = "", *, method: str = "GET", **headers: str
+) -> tuple[int, bytes, dict[str, str]]:
     """Status, body and headers of a request; `host` overrides the header of that name."""
     from http.client import HTTPConnection
 
@@ -89,7 +120,11 @@ def ask(address: str, path: str = "", *, method: str = "GET", **headers: str) ->
     connection.endheaders()
     answer = connection.getresponse()
     try:
-        return answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+        return (
+            answer.status,
+            answer.read(),
+            {name.lower(): value for name, value in answer.getheaders()},
+        )
     finally:
         connection.close()
 

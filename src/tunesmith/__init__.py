@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from tunesmith.training.result import Result
     from tunesmith.training.run import train
 
-__all__ = ["Decoding", "Evaluation", "LoadedModel", "Merged", "Result", "StepRecord", "StoppedError", "TunesmithError"]
+__all__ = [
+    "Decoding",
+    "Evaluation",
+    "LoadedModel",
+    "Merged",
+    "Result",
+    "StepRecord",
+    "StoppedError",
+    "TunesmithError",
+]
 __all__ += ["__version__", "evaluate", "generate", "load_run", "merge", "train"]
 __version__ = "0.1.0"
 

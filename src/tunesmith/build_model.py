@@ -32,12 +32,19 @@ from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
 from tunesmith.runtime.plan import RunPlan
-from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, offload_inputs, recompute_layers
+from tunesmith.runtime.recompute import (
+    MemoryMeter,
+    calibrate_recompute,
+    offload_inputs,
+    recompute_layers,
+)
 from tunesmith.runtime.resolve import USABLE
 
 Weights = Literal["stored", "random"]
 
-ROW_MULTIPLE = 64  # tensor cores want the vocabulary, a dimension of the head's product, in multiples of this
+ROW_MULTIPLE = (
+    64  # tensor cores want the vocabulary, a dimension of the head's product, in multiples of this
+)
 
 
 def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
@@ -101,8 +108,13 @@ def build_model(
     model = model or define_model(run, files)
     if plan.base in SCALING_RECIPES:
         convert_to_eight_bit(model, plan.base, skip=lora.modules_to_save(model, run.adapter))
-    logits: dict[str, Any] = {"softcap": files.spec.final_softcap, "logit_scale": files.spec.logit_scale}
-    root = TrainModel(model, METHODS[run.method], layers=LAYERS, attention_backend=plan.attention, **logits)
+    logits: dict[str, Any] = {
+        "softcap": files.spec.final_softcap,
+        "logit_scale": files.spec.logit_scale,
+    }
+    root = TrainModel(
+        model, METHODS[run.method], layers=LAYERS, attention_backend=plan.attention, **logits
+    )
     root.partial_gradients = cut_model(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
     if plan.compiled:
@@ -117,7 +129,9 @@ def build_model(
     if probe is not None and run.train.recompute == "auto" and device.type == "cuda":
         budget, meter = int(plan.memory.free * USABLE), MemoryMeter(device)
         shares = mesh.shape.shard > 1 or mesh.shape.tensor > 1
-        plan = calibrate_recompute(root, plan, probe, meter, budget=budget, ranks=ranks, shares=shares)
+        plan = calibrate_recompute(
+            root, plan, probe, meter, budget=budget, ranks=ranks, shares=shares
+        )
     return root, plan
 
 
@@ -139,14 +153,20 @@ def fill_parameters(
 ) -> None:
     """Give a materialised model its values: the base's weights, then the first values of the adapter."""
     if weights == "random":
-        stored = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))  # as in a checkpoint
+        stored = load.build_on_meta(
+            files.config, run.model, rows=embedding_rows(run, files)
+        )  # as in a checkpoint
         shapes = dict(stored.named_parameters())
-        random_init.init_random_weights(model, shapes, seed=run.train.seed, convert=load_hooks(model))
+        random_init.init_random_weights(
+            model, shapes, seed=run.train.seed, convert=load_hooks(model)
+        )
     elif is_sharded(weights):
         read_sharded_weights(model, weights, ranks)
     else:
         known = int(files.config.vocab_size) if run.model.added_tokens else None
-        load_weights(model, weights, skip=lora.is_adapter_weight, convert=load_hooks(model), grow_from=known)
+        load_weights(
+            model, weights, skip=lora.is_adapter_weight, convert=load_hooks(model), grow_from=known
+        )
     if run.adapter.kind == "lora":
         init_adapter(run, model)
 

@@ -75,7 +75,13 @@ class TunesmithError(Exception):
         failed_rank: Mapping[str, object] = {},
     ) -> None:
         super().__init__(what)
-        self.what, self.where, self.why, self.fix, self.failed_rank = what, where, why, fix, dict(failed_rank)
+        self.what, self.where, self.why, self.fix, self.failed_rank = (
+            what,
+            where,
+            why,
+            fix,
+            dict(failed_rank),
+        )
         self.cause = cause or self.cause
 
     def __str__(self) -> str:
@@ -88,8 +94,16 @@ class TunesmithError(Exception):
     def text(self) -> str:
         """The block for the terminal: a line each for what, where, why, the likely cause and the fix, cut where one is endless."""
         cause = f"{self.cause}: {CAUSES[self.cause]}" if self.cause else ""
-        rows = {"error": self.what, "  where": self.where, "  why": self.why, "  cause": cause, "  fix": self.fix}
-        return "\n".join(f"{name}: {row:.2000}" for name, row in rows.items() if row or name == "error")
+        rows = {
+            "error": self.what,
+            "  where": self.where,
+            "  why": self.why,
+            "  cause": cause,
+            "  fix": self.fix,
+        }
+        return "\n".join(
+            f"{name}: {row:.2000}" for name, row in rows.items() if row or name == "error"
+        )
 
 
 class UsageError(TunesmithError):
@@ -238,7 +252,9 @@ def mask_words(words: Iterable[str]) -> list[str]:
     return masked
 
 
-_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[\w-]{8,}|gh[opsu]_[A-Za-z0-9]{8,}|github_pat_\w{8,})\b")
+_TOKEN = re.compile(
+    r"\b(hf_[A-Za-z0-9]{8,}|sk-[\w-]{8,}|gh[opsu]_[A-Za-z0-9]{8,}|github_pat_\w{8,})\b"
+)
 _URL_PASSWORD = re.compile(r"(://)[^/\s@]+@")
 
 

@@ -37,14 +37,21 @@ from tunesmith.errors import (
 )
 from tunesmith.host_files import oom_kills
 
-STUCK = 30 * 60.0  # seconds without progress: a micro batch or a token takes seconds on a machine that holds the model
+STUCK = (
+    30 * 60.0
+)  # seconds without progress: a micro batch or a token takes seconds on a machine that holds the model
 MISSED = 4  # beats in a row, after which a rank is blamed for a connection that broke
 AGREED = (OtherRankError, StoppedError, NonFiniteError)  # which all ranks raise at the same step
-GRACE, ENDING = 3.0, 60.0  # seconds that the main thread has to end: in a collective it cannot; once it knows the fault
+GRACE, ENDING = (
+    3.0,
+    60.0,
+)  # seconds that the main thread has to end: in a collective it cannot; once it knows the fault
 REFUSAL = 2.0  # seconds in which a machine that is up refuses a connection
 GONE = ("Z", "X")  # states of a process
 AGAIN = "start the same command again: it goes on from the newest checkpoint"
-_BROKEN = re.compile(r"gloo|nccl|^Dist\w+Error", re.IGNORECASE)  # torch's errors of a collective and of a store
+_BROKEN = re.compile(
+    r"gloo|nccl|^Dist\w+Error", re.IGNORECASE
+)  # torch's errors of a collective and of a store
 
 
 @dataclass
@@ -77,7 +84,11 @@ class Heartbeat:
     """
 
     def __init__(
-        self, rank: int = 0, hosts: Sequence[str] = ("",), local: Sequence[int] = (0,), store: Any = None
+        self,
+        rank: int = 0,
+        hosts: Sequence[str] = ("",),
+        local: Sequence[int] = (0,),
+        store: Any = None,
     ) -> None:
         """`local`: the ranks of this node. `store`: a client of torch's store for this object alone, after `meet` has opened
         the keys; a rank that does not beat for its timeout is gone."""
@@ -157,7 +168,9 @@ class Heartbeat:
             self.agreed = error
             return error
         self._ending, first = True, chain[-1]
-        broken = isinstance(first, RuntimeError) and bool(_BROKEN.search(f"{type(first).__name__}: {first}"))
+        broken = isinstance(first, RuntimeError) and bool(
+            _BROKEN.search(f"{type(first).__name__}: {first}")
+        )
         if broken:
             self._stand_at([*traceback.walk_tb(first.__traceback__)][::-1])
             self._broken_at, self._broken = self.clock, first_line(first)
@@ -165,8 +178,18 @@ class Heartbeat:
             unknown = RunError(f"{type(error).__name__}: {first_line(error)}")
             own = failure or (error if isinstance(error, TunesmithError) else unknown)
             stopped = isinstance(error, KeyboardInterrupt | StoppedEarlyError)
-            what = f"was stopped by {self.stop_signal() or 'a signal'}" if stopped else f"failed: {own.what}"
-            words = {"where": own.where, "why": own.why, "fix": own.fix, "cause": own.cause, "teller": self.rank}
+            what = (
+                f"was stopped by {self.stop_signal() or 'a signal'}"
+                if stopped
+                else f"failed: {own.what}"
+            )
+            words = {
+                "where": own.where,
+                "why": own.why,
+                "fix": own.fix,
+                "cause": own.cause,
+                "teller": self.rank,
+            }
             words["smaller"] = own.smaller
             if stopped:
                 words |= {"where": self.doing, "why": "", "fix": AGAIN, "stopped": True}
@@ -177,7 +200,11 @@ class Heartbeat:
             }
         self._wake.set()
         self._known.wait(2 * self.limit)
-        return OtherRankError(self.fault.what, exit_code=self.fault.exit_code) if broken and self.fault else error
+        return (
+            OtherRankError(self.fault.what, exit_code=self.fault.exit_code)
+            if broken and self.fault
+            else error
+        )
 
     def _is_agreed(self, error: BaseException) -> bool:
         """Whether all ranks know of this error already."""
@@ -189,13 +216,17 @@ class Heartbeat:
         # Where no launcher holds the store rank 0 does, and stays until the others have read it for the last time.
         holds = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         while holds and self._talker.is_alive():
-            holds = not all(b.done or self._silent(r, MISSED * self.interval) for r, b in enumerate(self.beats))
+            holds = not all(
+                b.done or self._silent(r, MISSED * self.interval) for r, b in enumerate(self.beats)
+            )
             self._wake.set()
             time.sleep(self.interval / 20)
         self._closing.set()
         self._wake.set()
         self._talker.join(GRACE)
-        if self._talker.is_alive():  # a thread in a call to a mute store would crash an interpreter that ends
+        if (
+            self._talker.is_alive()
+        ):  # a thread in a call to a mute store would crash an interpreter that ends
             atexit.register(_leave)
 
     def _mind_time(self) -> None:
@@ -235,7 +266,9 @@ class Heartbeat:
         own.count, own.idle = own.count + 1, self.clock - self.moved
         ended = self._ended()  # before the beats: a rank says that it is done, then ends
         self.store.set(f"beat/{self.rank}", json.dumps(asdict(own)))
-        *beats, verdict = self.store.multi_get([*(f"beat/{rank}" for rank in range(len(self.hosts))), "verdict"])
+        *beats, verdict = self.store.multi_get(
+            [*(f"beat/{rank}" for rank in range(len(self.hosts))), "verdict"]
+        )
         self.answered = self.clock
         for rank, beat in enumerate(Beat(**json.loads(text)) for text in beats):
             if beat.count != self.beats[rank].count:
@@ -244,14 +277,22 @@ class Heartbeat:
             return
         if not self._broken and (error := self.find_error()):
             self._broken_at, self._broken = self.clock, error
-        if verdict == b"-" and (found := self._outbox or self._look([r for r in ended if not self.beats[r].done])):
+        if verdict == b"-" and (
+            found := self._outbox or self._look([r for r in ended if not self.beats[r].done])
+        ):
             verdict = self.store.compare_set("verdict", "-", json.dumps(found))
         if verdict != b"-":
             words = json.loads(verdict)
-            teller = words.pop("teller", None)  # a rank that raises the error: it is told where that arrives
+            teller = words.pop(
+                "teller", None
+            )  # a rank that raises the error: it is told where that arrives
             first = self.store.add(f"told/{self.local[0]}", 1) == 1
             self._decide(words, tells=teller == self.rank if teller in self.local else first)
-            for mute in (r for r in self.local if self._silent(r, self.limit) and self._state(r) not in ("", *GONE)):
+            for mute in (
+                r
+                for r in self.local
+                if self._silent(r, self.limit) and self._state(r) not in ("", *GONE)
+            ):
                 # It would hold up the launcher for 30 s.
                 os.kill(self._pid(mute), signal.SIGKILL)
 
@@ -271,16 +312,23 @@ class Heartbeat:
         if not collective and self.own.idle > self.own.limit / 2 and self.gpu_is_busy():
             collective = "a wait for the GPU"
         self.own.collective = collective
-        self.own.place = ", ".join(text for text in (self._phase, f"step {self.step}", collective, at) if text)
+        self.own.place = ", ".join(
+            text for text in (self._phase, f"step {self.step}", collective, at) if text
+        )
 
     def _look(self, ended: list[int]) -> dict[str, Any]:
         """The fault that the beats show, in the words of an error; empty: none. `ended`: ranks without a process."""
         if ended:
             self._ended_at = self._ended_at or self.clock
-            if self.clock - self._ended_at < self.interval:  # the others have yet to tell what they wait in
+            if (
+                self.clock - self._ended_at < self.interval
+            ):  # the others have yet to tell what they wait in
                 return {}
             if (kills := oom_kills() - self.kills) > 0:
-                why, cause = f"the kernel ended {kills} of this machine's processes since the run began", "oom-kill"
+                why, cause = (
+                    f"the kernel ended {kills} of this machine's processes since the run began",
+                    "oom-kill",
+                )
             else:
                 why, cause = "its process ended without a word: a signal, or a crash", "killed"
             return self._words(f"{self._name(ended)} was killed", why, cause, ended)
@@ -289,15 +337,21 @@ class Heartbeat:
         waits = bool(self._broken or self.own.collective)
         missed = [r for r, beat in enumerate(self.beats) if waits or not beat.done]
         if any(self._silent(r, limit) for r in missed):
-            gone = [r for r in missed if self._silent(r, limit / 2)]  # the ranks of a node do not beat at once
+            gone = [
+                r for r in missed if self._silent(r, limit / 2)
+            ]  # the ranks of a node do not beat at once
             why, cause = self._likely_cause(
                 "it was killed or stopped, its machine is down, or the network to it is cut"
             )
-            return self._words(f"{self._name(gone)} gave no sign of life for {limit:.0f} s", why, cause, gone)
+            return self._words(
+                f"{self._name(gone)} gave no sign of life for {limit:.0f} s", why, cause, gone
+            )
         if hang := self._find_hang():
             return hang
         if self._broken and self.clock - self._broken_at > 2 * limit:
-            return self._words("a connection between the ranks broke, and all of them live", self._broken, "link")
+            return self._words(
+                "a connection between the ranks broke, and all of them live", self._broken, "link"
+            )
         return {}
 
     def _find_hang(self) -> dict[str, Any]:
@@ -312,7 +366,9 @@ class Heartbeat:
         stuck = [rank for rank in overdue if not self.beats[rank].collective]
         if stuck:
             why = "its main thread is stuck"
-        elif any(self._may_move(rank, longest) for rank in range(len(self.beats)) if rank not in overdue):
+        elif any(
+            self._may_move(rank, longest) for rank in range(len(self.beats)) if rank not in overdue
+        ):
             return {}
         else:
             why = "they wait in collectives, for each other or for the network"
@@ -332,10 +388,14 @@ class Heartbeat:
         what = f"rank 0 on {self.hosts[0]} or its launcher is gone"
         if self.store_is_closed():
             words = self._words(
-                what, "its machine answers, and nobody listens where it held the ranks' store", "killed"
+                what,
+                "its machine answers, and nobody listens where it held the ranks' store",
+                "killed",
             )
         else:
-            words = self._words(f"{what}, or the network to it", *self._likely_cause(f"the store there: {why}"))
+            words = self._words(
+                f"{what}, or the network to it", *self._likely_cause(f"the store there: {why}")
+            )
         self._decide(words, tells=self.rank == min({*self.local} - {*self._ended()}))
 
     def _likely_cause(self, why: str) -> tuple[str, str]:
@@ -365,20 +425,38 @@ class Heartbeat:
         self._known.set()
 
     def _words(
-        self, what: str, why: str, cause: str, gone: Collection[int] = (), stuck: Collection[int] = ()
+        self,
+        what: str,
+        why: str,
+        cause: str,
+        gone: Collection[int] = (),
+        stuck: Collection[int] = (),
     ) -> dict[str, Any]:
         """Those of an error that says what the ranks do and wait in that are not gone."""
         places: dict[str, list[str]] = {}
         for rank, beat in enumerate(self.beats):
             if rank not in gone and beat.place:
                 places.setdefault(beat.place, []).append(str(rank))
-        where = "; ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: {at}" for at, ranks in places.items())
+        where = "; ".join(
+            f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: {at}" for at, ranks in places.items()
+        )
         failed_rank = self._failed(gone or stuck)
-        return {"what": what, "where": where, "why": why, "fix": AGAIN, "cause": cause, "failed_rank": failed_rank}
+        return {
+            "what": what,
+            "where": where,
+            "why": why,
+            "fix": AGAIN,
+            "cause": cause,
+            "failed_rank": failed_rank,
+        }
 
     def own_place(self) -> dict[str, object]:
         """Where this rank stands, for failure.json."""
-        own = {"rank": self.rank, "host": self.hosts[self.rank] or socket.gethostname(), "phase": self._phase}
+        own = {
+            "rank": self.rank,
+            "host": self.hosts[self.rank] or socket.gethostname(),
+            "phase": self._phase,
+        }
         return own | {"collective": self.own.collective or None}
 
     def _failed(self, ranks: Collection[int]) -> dict[str, object]:
@@ -399,7 +477,9 @@ class Heartbeat:
 
     def local_processes(self) -> dict[int, int]:
         """The ranks of this node by their process ids, as far as these can be seen from here."""
-        return {pid: rank for rank in self.local if (pid := self._pid(rank))} | {os.getpid(): self.rank}
+        return {pid: rank for rank in self.local if (pid := self._pid(rank))} | {
+            os.getpid(): self.rank
+        }
 
     def _state(self, rank: int) -> str:
         """That of a rank's process, as /proc names it; empty where it cannot be seen from here."""

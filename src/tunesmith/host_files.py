@@ -91,9 +91,15 @@ def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str =
 
     free = shutil.disk_usage(existing_folder(path)).free
     if needed > free:
-        figures = f"{size_text(needed)} needed, {size_text(free)} free, {size_text(needed - free)} short"
+        figures = (
+            f"{size_text(needed)} needed, {size_text(free)} free, {size_text(needed - free)} short"
+        )
         raise MachineError(
-            f"no room on the disk for {what}: {figures}", where=str(path), why=why, fix=fix, cause="disk"
+            f"no room on the disk for {what}: {figures}",
+            where=str(path),
+            why=why,
+            fix=fix,
+            cause="disk",
         )
 
 
@@ -102,10 +108,16 @@ def refuse_many_ranks(command: str) -> None:
     for name in RANKS:
         if (count := os.environ.get(name, "")).isdecimal() and int(count) > 1:
             what = f"this process is one of {count}, and cannot find the others"
-            alone, several = f"tunesmith {command} ...", f"torchrun --nproc-per-node N -m tunesmith {command} ..."
+            alone, several = (
+                f"tunesmith {command} ...",
+                f"torchrun --nproc-per-node N -m tunesmith {command} ...",
+            )
             by = several if command in ("train", "sweep") else alone
             fix = f"{by}, without another launcher; unset {name} if it is left over"
-            where, why = f"environment: {name}={count}", "each of them would work alone, on all rows"
+            where, why = (
+                f"environment: {name}={count}",
+                "each of them would work alone, on all rows",
+            )
             raise MachineError(what, where=where, why=why, fix=fix)
 
 
@@ -127,7 +139,9 @@ def physical_memory() -> int:
 def available_cores(root: Path = Path("/")) -> int:
     """Cores that this process is bound to, within its control groups' share of time; /proc and /sys are below `root`."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min([cores, *(quota for group in control_groups("cpu", root) if (quota := _core_quota(group)))])
+    return min(
+        [cores, *(quota for group in control_groups("cpu", root) if (quota := _core_quota(group)))]
+    )
 
 
 def control_groups(controller: str, root: Path = Path("/"), process: str = "self") -> list[Path]:
@@ -139,7 +153,9 @@ def control_groups(controller: str, root: Path = Path("/"), process: str = "self
             if controllers and controller not in controllers.split(","):
                 continue
             base = root / "sys/fs/cgroup" / controllers
-            group = base / own.lstrip("/")  # in a container it may not be there, and its limit is that of `base`
+            group = base / own.lstrip(
+                "/"
+            )  # in a container it may not be there, and its limit is that of `base`
             found += [folder for folder in (group, *group.parents) if folder.is_relative_to(base)]
     return found
 
@@ -148,7 +164,9 @@ def _core_quota(group: Path) -> int | None:
     """Whole cores that a control group, of version 1 or 2, may use, at least 1; None where it has no limit."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         with suppress(OSError, ValueError):  # no such file, or `max`
-            quota, period = map(int, " ".join((group / name).read_text(encoding="ascii") for name in names).split())
+            quota, period = map(
+                int, " ".join((group / name).read_text(encoding="ascii") for name in names).split()
+            )
             return max(1, quota // period) if quota > 0 else None
     return None
 

@@ -24,10 +24,17 @@ UNIFIED, UNIFIED_SHARE = 8 << 30, 12
 # Of a control group's memory: limits, use, and the names of its page cache, by version 2 and version 1.
 _GROUPS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file")),
-    (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+    (
+        ("memory.limit_in_bytes",),
+        "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+    ),
 )
 # Limits of one process: what a shell calls each, and the line of /proc/self/status that counts against it.
-_PROCESS_LIMITS = (("ulimit -v", resource.RLIMIT_AS, "VmSize:"), ("ulimit -d", resource.RLIMIT_DATA, "VmData:"))
+_PROCESS_LIMITS = (
+    ("ulimit -v", resource.RLIMIT_AS, "VmSize:"),
+    ("ulimit -d", resource.RLIMIT_DATA, "VmData:"),
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,9 @@ class MemoryLimit:
         if self.of_process:
             return raise_process_limit(self.name)
         enough = -(-(self.size + self.ranks * more) // (1 << 20))
-        options = f"docker run --memory={enough}m, sbatch --mem={enough}M, systemd MemoryMax={enough}M"
+        options = (
+            f"docker run --memory={enough}m, sbatch --mem={enough}M, systemd MemoryMax={enough}M"
+        )
         return f"a limit of {enough} MiB for the control group ({options})"
 
 
@@ -89,7 +98,9 @@ class MemoryFigures:
     @property
     def room(self) -> int:
         """What this process can still take before the kernel kills."""
-        group = self.available if self.limit is None or self.used is None else self.limit - self.used
+        group = (
+            self.available if self.limit is None or self.used is None else self.limit - self.used
+        )
         return max(0, min(self.available, group))
 
     def as_record(self) -> dict[str, int | None]:
@@ -98,7 +109,11 @@ class MemoryFigures:
 
     def describe(self) -> str:
         """The figures in a clause, in GiB."""
-        group = f"; control group {gib(self.used)} of {gib(self.limit)} GiB" if self.limit and self.used else ""
+        group = (
+            f"; control group {gib(self.used)} of {gib(self.limit)} GiB"
+            if self.limit and self.used
+            else ""
+        )
         return (
             f"MemAvailable {gib(self.available)} of {gib(self.total)}, MemFree {gib(self.free)} "
             f"({gib(self.large_blocks)} in blocks of 2 MiB), page cache {gib(self.cached)}, shared memory "
@@ -123,7 +138,10 @@ def read_memory(root: Path = ROOT) -> MemoryFigures | None:
     """The figures of now; /proc and /sys are below `root`. None on a system without them, such as macOS."""
     try:
         text = _read(f"{root}/proc/meminfo")
-        info = {name: int(value) * 1024 for name, value in (line.split()[:2] for line in text.splitlines())}
+        info = {
+            name: int(value) * 1024
+            for name, value in (line.split()[:2] for line in text.splitlines())
+        }
         total, available, free = info["MemTotal:"], info["MemAvailable:"], info["MemFree:"]
     except (OSError, ValueError, KeyError):
         return None
@@ -137,14 +155,22 @@ def read_memory(root: Path = ROOT) -> MemoryFigures | None:
     groups: list[tuple[int, int]] = []
     with suppress(OSError):  # no control groups here
         folders = _group_folders(root, _read(f"{root}/proc/self/cgroup"))
-        groups = [found for folder, version in folders if (found := _group(folder, *_GROUPS[version], total))]
+        groups = [
+            found
+            for folder, version in folders
+            if (found := _group(folder, *_GROUPS[version], total))
+        ]
     limit, used = min(groups, key=lambda group: group[0] - group[1], default=(None, None))
-    return MemoryFigures(total, available, free, cached, shared, info.get("Unevictable:", 0), large, limit, used)
+    return MemoryFigures(
+        total, available, free, cached, shared, info.get("Unevictable:", 0), large, limit, used
+    )
 
 
 def memory_floor(total: int, *, unified: bool) -> int:
     """Bytes that stay free where `total` is all that there is, of the machine or its control group."""
-    return min(UNIFIED, total // UNIFIED_SHARE) if unified else min(max(LEAST, total // SHARE), MOST)
+    return (
+        min(UNIFIED, total // UNIFIED_SHARE) if unified else min(max(LEAST, total // SHARE), MOST)
+    )
 
 
 def unified_budget(figures: MemoryFigures) -> int:
@@ -188,7 +214,9 @@ def process_limits(root: Path = ROOT) -> list[MemoryLimit]:
     limits = []
     with suppress(OSError, ValueError):  # macOS
         lines = _read(f"{root}/proc/self/status").splitlines()
-        sizes = {line.split()[0]: int(line.split()[1]) << 10 for line in lines if line.endswith(" kB")}
+        sizes = {
+            line.split()[0]: int(line.split()[1]) << 10 for line in lines if line.endswith(" kB")
+        }
         for name, kind, counted in _PROCESS_LIMITS:
             size, _ = resource.getrlimit(kind)
             if size != resource.RLIM_INFINITY:
@@ -220,7 +248,12 @@ def raise_process_limit(name: str) -> str:
 def _group_folders(root: Path, text: str) -> list[tuple[str, int]]:
     """The control groups of /proc/self/cgroup (`text`) that may bound memory, and 0 for version 2, 1 for version 1."""
     versions = enumerate(usage for _, usage, _ in _GROUPS)
-    return [(str(f), v) for v, usage in versions for f in control_groups("memory", root) if (f / usage).exists()]
+    return [
+        (str(f), v)
+        for v, usage in versions
+        for f in control_groups("memory", root)
+        if (f / usage).exists()
+    ]
 
 
 def _group(
@@ -232,7 +265,9 @@ def _group(
         limit = min(int(text) if text != "max" else total for text in texts)
         if limit < total:
             stat = dict(line.split() for line in _read(f"{folder}/memory.stat").splitlines())
-            return limit, max(0, int(_read(f"{folder}/{usage}")) - sum(int(stat[name]) for name in cache))
+            return limit, max(
+                0, int(_read(f"{folder}/{usage}")) - sum(int(stat[name]) for name in cache)
+            )
     return None
 
 
@@ -277,14 +312,18 @@ def own_memory(pids: Collection[int], root: Path = ROOT) -> int:
     return pages * PAGE
 
 
-def largest_processes(ours: Collection[int], count: int = 4, root: Path = ROOT) -> tuple[list[Holder], list[Holder]]:
+def largest_processes(
+    ours: Collection[int], count: int = 4, root: Path = ROOT
+) -> tuple[list[Holder], list[Holder]]:
     """The processes `ours`, and the `count` of others that hold the most memory, each the largest first."""
     found = []
     for folder in (root / "proc").glob("[0-9]*"):
         with suppress(OSError, ValueError, IndexError):  # it has ended
             resident = int(_read(f"{folder}/statm").split()[1]) * PAGE
             found.append(Holder(int(folder.name), _read(f"{folder}/comm").strip(), resident))
-    others = sorted((h for h in found if h.pid not in ours), key=lambda holder: -holder.bytes)[: 2 * count]
+    others = sorted((h for h in found if h.pid not in ours), key=lambda holder: -holder.bytes)[
+        : 2 * count
+    ]
     largest = [h for h in found if h.pid in ours] + others
     for index, holder in enumerate(largest):
         with suppress(OSError, ValueError, StopIteration):  # another user's
@@ -298,7 +337,9 @@ def largest_processes(ours: Collection[int], count: int = 4, root: Path = ROOT) 
 def available_memory(root: Path = ROOT) -> int:
     """Bytes of host memory that this process can use without swapping."""
     if figures := read_memory(root):
-        return min([figures.room, *(max(0, limit.size - limit.used) for limit in process_limits(root))])
+        return min(
+            [figures.room, *(max(0, limit.size - limit.used) for limit in process_limits(root))]
+        )
     import psutil
 
     return int(psutil.virtual_memory().available)

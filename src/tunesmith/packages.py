@@ -17,13 +17,30 @@ def pip_install(package: str) -> str:
     from packaging.requirements import Requirement
 
     stated: list[str] = []
-    with suppress(importlib.metadata.PackageNotFoundError):  # run from a source tree that is not installed
+    with suppress(
+        importlib.metadata.PackageNotFoundError
+    ):  # run from a source tree that is not installed
         stated = importlib.metadata.requires("tunesmith") or []
-    versions = [str(needed.specifier) for needed in map(Requirement, stated) if needed.name == package]
-    return f"pip install '{package}{versions[0]}'" if versions and versions[0] else f"pip install {package}"
+    versions = [
+        str(needed.specifier) for needed in map(Requirement, stated) if needed.name == package
+    ]
+    return (
+        f"pip install '{package}{versions[0]}'"
+        if versions and versions[0]
+        else f"pip install {package}"
+    )
 
 
-COMPUTE = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "bitsandbytes")
+COMPUTE = (
+    "tunesmith",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "bitsandbytes",
+)
 
 
 @cache
@@ -48,8 +65,15 @@ def refuse_unfit_versions() -> None:
     with suppress(importlib.metadata.PackageNotFoundError):
         for needed in map(Requirement, importlib.metadata.requires("tunesmith") or []):
             version = installed.get(needed.name)
-            if version and not needed.marker and not needed.specifier.contains(version, prereleases=True):
-                what, fix = f"{needed.name} {version} is installed, and {needed} is needed", f"pip install '{needed}'"
+            if (
+                version
+                and not needed.marker
+                and not needed.specifier.contains(version, prereleases=True)
+            ):
+                what, fix = (
+                    f"{needed.name} {version} is installed, and {needed} is needed",
+                    f"pip install '{needed}'",
+                )
                 raise MachineError(what, where="the Python environment", fix=fix, cause="version")
 
 
@@ -58,7 +82,9 @@ def require(package: str, *, where: str, fix: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(package) is None:
-        raise MachineError(f"{package} is not installed", where=where, fix=f"{pip_install(package)}, or {fix}")
+        raise MachineError(
+            f"{package} is not installed", where=where, fix=f"{pip_install(package)}, or {fix}"
+        )
 
 
 def bitsandbytes(what: str, where: str) -> Any:
@@ -69,5 +95,7 @@ def bitsandbytes(what: str, where: str) -> Any:
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        raise MachineError(f"{what} need bitsandbytes", where=where, fix=pip_install("bitsandbytes")) from error
+        raise MachineError(
+            f"{what} need bitsandbytes", where=where, fix=pip_install("bitsandbytes")
+        ) from error
     return bitsandbytes.functional

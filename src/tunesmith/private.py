@@ -70,7 +70,9 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
 
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 # A collective may wait for a rank that compiles, loads or saves; one that is gone is found by its heartbeat.
 PATIENCE = timedelta(hours=24)
-HEARTBEAT_NAME = "heartbeat"  # a key of the launcher's store: the prefix of the keys of these ranks' heartbeats
+HEARTBEAT_NAME = (
+    "heartbeat"  # a key of the launcher's store: the prefix of the keys of these ranks' heartbeats
+)
 SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
 JOIN = 600.0  # seconds that the ranks have to find each other, as long as torchrun gives its nodes
 # NCCL's watchdog would end a process by SIGABRT, before a rank has told what happened, where a collective or kernel failed or
@@ -101,7 +103,9 @@ class Ranks:
         except BaseException as caught:  # a signal's KeyboardInterrupt too
             error = caught
         code = _exit_code_of(error)
-        found = [(rank, *said) for rank, said in enumerate(self.gather((code, str(error)))) if said[0]]
+        found = [
+            (rank, *said) for rank, said in enumerate(self.gather((code, str(error)))) if said[0]
+        ]
         if not found:
             return
         rank, code, text = found[0]
@@ -135,7 +139,10 @@ ONE_PROCESS = Ranks()
 
 def started_as() -> dict[str, int] | None:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them; None where this process is alone."""
-    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    found = {
+        name: os.environ.get(name, "")
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    }
     if not all(value.isdecimal() for value in found.values()) or int(found["WORLD_SIZE"]) < 2:
         return None
     return {name: int(value) for name, value in found.items()}
@@ -178,10 +185,17 @@ def join_ranks() -> Iterator[Ranks]:
     try:
         store, _, _ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))
         group, hosts = meet(store, rank, world)
-        own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
+        own = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=limit,
+        )
         own.set(HEARTBEAT_NAME, group)
     except (RuntimeError, ValueError) as error:  # torch's, of a network and of an environment
-        raise _apart("the store of the ranks cannot be used", rank, world, why=first_line(error)) from error
+        raise _apart(
+            "the store of the ranks cannot be used", rank, world, why=first_line(error)
+        ) from error
     local = range(rank - local_rank, rank - local_rank + local_world)
     heartbeat = Heartbeat(rank, hosts, local, dist.PrefixStore(group, own))
     heartbeat.current_collective = current_collective
@@ -190,16 +204,25 @@ def join_ranks() -> Iterator[Ranks]:
         heartbeat.stopped_code = EXIT_OK
     try:
         with heartbeat:
-            heartbeat.phase("joining the ranks", JOIN)  # gloo waits for ever behind a wrong interface
-            backend, names = "cpu:gloo,cuda:nccl" if cuda else "gloo", dist.PrefixStore(group, store)
-            dist.init_process_group(backend, store=names, rank=rank, world_size=world, timeout=PATIENCE)
+            heartbeat.phase(
+                "joining the ranks", JOIN
+            )  # gloo waits for ever behind a wrong interface
+            backend, names = (
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                dist.PrefixStore(group, store),
+            )
+            dist.init_process_group(
+                backend, store=names, rank=rank, world_size=world, timeout=PATIENCE
+            )
             heartbeat.phase("start")
             if cuda:
                 heartbeat.find_error, stream = find_nccl_error, torch.cuda.current_stream()
                 heartbeat.gpu_is_busy = lambda: not stream.query()
             yield Ranks(rank, world, local_rank, local_world, tuple(hosts), (0,) * world, heartbeat)
     finally:
-        if heartbeat.fault is None and dist.is_initialized():  # a group that a rank has left may wait for it
+        if (
+            heartbeat.fault is None and dist.is_initialized()
+        ):  # a group that a rank has left may wait for it
             dist.destroy_process_group()
 
 
@@ -208,8 +231,13 @@ def choose_gpu(local_rank: int, local_world: int) -> None:
     import torch
 
     count, shown = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if count < local_world and not (count == 1 and shown):  # Slurm's --gpus-per-task shows each rank its own
-        what, fix = f"{local_world} ranks on a node with {count} GPUs", f"one rank a GPU: --nproc-per-node {count}"
+    if count < local_world and not (
+        count == 1 and shown
+    ):  # Slurm's --gpus-per-task shows each rank its own
+        what, fix = (
+            f"{local_world} ranks on a node with {count} GPUs",
+            f"one rank a GPU: --nproc-per-node {count}",
+        )
         raise MachineError(what, where=f"CUDA_VISIBLE_DEVICES={shown or ''}", fix=fix)
     torch.cuda.set_device(local_rank if count >= local_world else 0)
 
@@ -220,7 +248,11 @@ def heartbeat_limit() -> float:
     with suppress(ValueError):
         if 1 <= (seconds := float(text)) < inf:
             return seconds
-    raise MachineError("not a number of seconds from 1", where=f"environment: {SECONDS}={text}", fix=f"unset {SECONDS}")
+    raise MachineError(
+        "not a number of seconds from 1",
+        where=f"environment: {SECONDS}={text}",
+        fix=f"unset {SECONDS}",
+    )
 
 
 def meet(store: "Store", rank: int, world: int) -> tuple[str, list[str]]:
@@ -244,17 +276,24 @@ def meet(store: "Store", rank: int, world: int) -> tuple[str, list[str]]:
             hosts, name = [member.split()[0] for member in members], members[0].split()[1]
             store.set(f"agreed/{rank}", listed)
             if rank == 0 and all(read(f"agreed/{r}") == listed for r in range(world)):
-                for key, value in {"verdict": "-", **{f"beat/{r}": "{}" for r in range(world)}}.items():
+                for key, value in {
+                    "verdict": "-",
+                    **{f"beat/{r}": "{}" for r in range(world)},
+                }.items():
                     store.set(f"{name}/{key}", value)  # a PrefixStore's way to write them
                 store.set("go", name)
             if read("go") == name:
                 return name, hosts
         time.sleep(0.05)
-    missing = ", ".join(str(r) for r in range(world) if not read(f"hello/{r}")) or "that was there before"
+    missing = (
+        ", ".join(str(r) for r in range(world) if not read(f"hello/{r}")) or "that was there before"
+    )
     raise _apart(f"no word of rank {missing} in {JOIN:.0f} s", rank, world)
 
 
 def _apart(what: str, rank: int, world: int, why: str = "") -> MachineError:
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     fix = "start the launcher on every node, with the same address and the same number of nodes"
-    return MachineError(what, where=f"rank {rank} of {world}, MASTER_ADDR and MASTER_PORT {place}", why=why, fix=fix)
+    return MachineError(
+        what, where=f"rank {rank} of {world}, MASTER_ADDR and MASTER_PORT {place}", why=why, fix=fix
+    )

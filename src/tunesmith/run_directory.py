@@ -110,7 +110,11 @@ def _check_numbers(value: Any) -> None:
 
 def is_number(value: Any) -> bool:
     """A finite number up to LARGEST; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -LARGEST <= value <= LARGEST
+    )
 
 
 def is_count(value: Any) -> bool:
@@ -143,7 +147,9 @@ def read_object(path: Path) -> dict[str, Any]:
     raise ValueError("it holds no JSON object")
 
 
-Shape = Mapping[str, Callable[[Any], bool]]  # key -> whether a value is of its type; null is, for every key
+Shape = Mapping[
+    str, Callable[[Any], bool]
+]  # key -> whether a value is of its type; null is, for every key
 
 
 def _read_shaped(path: Path, shape: Shape) -> Part[dict[str, Any] | None]:
@@ -154,7 +160,11 @@ def _read_shaped(path: Path, shape: Shape) -> Part[dict[str, Any] | None]:
         return Part(None)
     except (OSError, ValueError) as error:
         return Part(None, reason_of(error))
-    wrong = [name for name, fits in shape.items() if values.get(name) is not None and not fits(values[name])]
+    wrong = [
+        name
+        for name, fits in shape.items()
+        if values.get(name) is not None and not fits(values[name])
+    ]
     for name in wrong:
         del values[name]
     return Part(values, f"of another type: {', '.join(wrong)}" if wrong else "")
@@ -171,9 +181,25 @@ _ENV_TEXTS = ("tunesmith", "torch", "transformers", "peft", "datasets", "safeten
               "cpu", "commit", "data_hash", "validation_hash", "model_hash", "recipe_hash")  # fmt: skip
 _ENV: Shape = {**dict.fromkeys(_ENV_TEXTS, is_text), "command": is_texts}
 _FAILURE_TEXTS = ("what", "where", "why", "cause", "host", "phase", "collective", "next")
-_FAILURE: Shape = {**dict.fromkeys(_FAILURE_TEXTS, is_text), "rank": is_count, "last_step": is_count}
-_STOPPED: Shape = {"signal": is_text, "reason": is_text, "step": is_count, "what": is_text, "figures": is_mapping}
-_NOTE: Shape = {"host": is_text, "boot": is_text, "began": is_text, "process": is_count, "oom_kills": is_count}
+_FAILURE: Shape = {
+    **dict.fromkeys(_FAILURE_TEXTS, is_text),
+    "rank": is_count,
+    "last_step": is_count,
+}
+_STOPPED: Shape = {
+    "signal": is_text,
+    "reason": is_text,
+    "step": is_count,
+    "what": is_text,
+    "figures": is_mapping,
+}
+_NOTE: Shape = {
+    "host": is_text,
+    "boot": is_text,
+    "began": is_text,
+    "process": is_count,
+    "oom_kills": is_count,
+}
 
 
 def read_env(folder: Path) -> Part[dict[str, Any]]:
@@ -213,7 +239,11 @@ def read_recipe(folder: Path) -> Part[dict[str, Any]]:
         return Part({}, error.why or error.what)
     if _SURROGATE.search(json.dumps(values, ensure_ascii=False)):
         return Part({}, "a text in it is no Unicode")
-    wrong = [name for name in _SECTIONS if values.get(name) is not None and not isinstance(values[name], dict)]
+    wrong = [
+        name
+        for name in _SECTIONS
+        if values.get(name) is not None and not isinstance(values[name], dict)
+    ]
     for name in wrong:
         del values[name]
     for section, name in _COUNTS:
@@ -223,7 +253,9 @@ def read_recipe(folder: Path) -> Part[dict[str, Any]]:
     return Part(values, f"of another type: {', '.join(wrong)}" if wrong else "")
 
 
-_SECTIONS = tuple(name for name, (_, hint) in keys().items() if "." not in name and schema.is_section(hint))
+_SECTIONS = tuple(
+    name for name, (_, hint) in keys().items() if "." not in name and schema.is_section(hint)
+)
 _COUNTS = (("train", "seed"), ("validate", "max_examples"))  # that a comparison of runs goes by
 
 
@@ -242,7 +274,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not is_count(values.get("step")) or not isinstance(files, dict):
         raise ValueError("it lacks `step` or `files`")
     for name, entry in files.items():
-        if not isinstance(entry, dict) or not is_count(entry.get("bytes")) or not is_text(entry.get("sha256")):
+        if (
+            not isinstance(entry, dict)
+            or not is_count(entry.get("bytes"))
+            or not is_text(entry.get("sha256"))
+        ):
             raise ValueError(f"it lacks the size or the checksum of {name:.80}")
         if "\0" in name:
             raise ValueError("a file's name in it holds a zero byte")
@@ -254,7 +290,11 @@ def is_sample(row: Any) -> bool:
     if not isinstance(row, dict) or not is_count(row.get("step")):
         return False
     expected = row.get("expected")
-    return is_text(row.get("prompt")) and is_text(row.get("answer")) and (expected is None or is_text(expected))
+    return (
+        is_text(row.get("prompt"))
+        and is_text(row.get("answer"))
+        and (expected is None or is_text(expected))
+    )
 
 
 def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
@@ -285,7 +325,11 @@ def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
 def read_profile(path: Path) -> dict[str, Any]:
     """A summary of `profile/`: `gpu_busy_share`, `peak_bytes` and `operations`; OSError or ValueError where it is damaged."""
     values = read_object(path)
-    busy, peaks, operations = values.get("gpu_busy_share"), values.get("peak_bytes"), values.get("operations")
+    busy, peaks, operations = (
+        values.get("gpu_busy_share"),
+        values.get("peak_bytes"),
+        values.get("operations"),
+    )
     if busy is not None and not is_number(busy):
         raise ValueError("gpu_busy_share is no number")
     if not isinstance(peaks, dict) or not all(map(is_number, peaks.values())):
@@ -304,7 +348,11 @@ def _is_operation(row: Any) -> bool:
 def read_sweep(path: Path) -> dict[str, Any]:
     """sweep.json; OSError where it cannot be read, ValueError where it is torn or no sweep's."""
     values = read_object(path)
-    for name, fits in {"asked": is_mapping, "fixed": _is_fixed, "candidates": _are_candidates}.items():
+    for name, fits in {
+        "asked": is_mapping,
+        "fixed": _is_fixed,
+        "candidates": _are_candidates,
+    }.items():
         if not fits(values.get(name)):
             raise ValueError(f"`{name}` is missing or of another form")
     return values
@@ -318,7 +366,11 @@ def _is_fixed(fixed: Any) -> bool:
     rungs, every = fixed.get("rungs"), fixed.get("validate_every", 0)
     if not isinstance(rungs, list) or not all(map(is_count, rungs)):
         return False
-    return is_count(fixed.get("steps")) and is_text(fixed.get("micro_batch")) and (every is None or is_text(every))
+    return (
+        is_count(fixed.get("steps"))
+        and is_text(fixed.get("micro_batch"))
+        and (every is None or is_text(every))
+    )
 
 
 def _are_candidates(rows: Any) -> bool:
@@ -327,5 +379,8 @@ def _are_candidates(rows: Any) -> bool:
 
 def _is_candidate(row: Any) -> bool:
     return (
-        isinstance(row, dict) and is_text(row.get("name")) and is_text(row.get("state")) and is_count(row.get("step"))
+        isinstance(row, dict)
+        and is_text(row.get("name"))
+        and is_text(row.get("state"))
+        and is_count(row.get("step"))
     )

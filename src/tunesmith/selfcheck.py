@@ -26,7 +26,14 @@ from tunesmith.checkpoint.resume import decide_start
 from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
-from tunesmith.errors import EXIT_FAILED, MachineError, OtherRankError, RunError, TunesmithError, first_line
+from tunesmith.errors import (
+    EXIT_FAILED,
+    MachineError,
+    OtherRankError,
+    RunError,
+    TunesmithError,
+    first_line,
+)
 from tunesmith.heartbeat import AGREED
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
@@ -43,8 +50,15 @@ from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import ratio
 
-KINDS = {"lora": ("lora", "none"), "full": ("none", "none"), "nf4 lora": ("lora", "nf4")}  # adapter, model.quantize
-STEPS, RESUMED = 4, 2  # of a run. Those after RESUMED are taken again from its checkpoint; the last shows the moments
+KINDS = {
+    "lora": ("lora", "none"),
+    "full": ("none", "none"),
+    "nf4 lora": ("lora", "nf4"),
+}  # adapter, model.quantize
+STEPS, RESUMED = (
+    4,
+    2,
+)  # of a run. Those after RESUMED are taken again from its checkpoint; the last shows the moments
 # Largest relative difference of the first step, of the others, and of resumed ones. In fp32 meshes differ in the order of
 # their sums, and AdamW's first updates, as large for a small gradient as for a large one, may widen that: up to 3e-7 was
 # seen. A GPU's kernels choose their order by shape, and attention's varies: its limits are estimates. bf16 rounds to 8
@@ -61,7 +75,12 @@ SHAPE = {
     "num_key_value_heads": 8, "head_dim": 32, "max_position_embeddings": 256, "tie_word_embeddings": True,
     "bos_token_id": None,
 }  # fmt: skip
-LOSS, NORM, RESUME, GRADIENTS = "loss", "gradient norm", "resumed loss and norm", "parameters with a gradient"
+LOSS, NORM, RESUME, GRADIENTS = (
+    "loss",
+    "gradient norm",
+    "resumed loss and norm",
+    "parameters with a gradient",
+)
 CHANGED, ALIKE, COPIES = "changed parameters", "ranks with equal inputs", "equal copies on ranks"
 MEANING = {  # of a check that failed
     LOSS: "these ranks compute another model or other rows than one process: a layer that is cut wrongly, other weights",
@@ -94,7 +113,12 @@ def meshes_of(world: int, node: int) -> list[MeshShape]:
     """One mesh of several ranks for each choice of dimensions that are larger than 1: with the largest tensor group on a
     `node` of so many, then the most shards, so that on nodes of 8 ranks either is a node."""
     tensors = [tensor for tensor in (1, 2, 4, 8) if node % tensor == 0]
-    sizes = [(shard, tensor) for tensor in tensors for shard in range(1, world + 1) if world % (shard * tensor) == 0]
+    sizes = [
+        (shard, tensor)
+        for tensor in tensors
+        for shard in range(1, world + 1)
+        if world % (shard * tensor) == 0
+    ]
     shapes = [MeshShape(world // (shard * tensor), shard, tensor) for shard, tensor in sizes]
     return [*{tuple(size > 1 for size in shape): shape for shape in shapes}.values()]
 
@@ -107,26 +131,42 @@ def write_inputs(folder: Path, count: int) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>"
+    )
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, eos_token_id=256, pad_token_id=256))
     model.config.save_pretrained(folder / "model")
-    save_file({name: p.detach() for name, p in model.named_parameters()}, folder / "model" / "model.safetensors")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name}
+    save_file(
+        {name: p.detach() for name, p in model.named_parameters()},
+        folder / "model" / "model.safetensors",
+    )
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "layers" in name
+    }
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         outputs, inputs = layer.weight.shape
         tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(RANK, inputs) / inputs**0.5
         # With B = 0 the gradient of A would be zero, and a layer that gets none would look like the others.
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(outputs, RANK) / outputs**0.5
-    settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": sorted({name.rsplit(".")[-1] for name in layers})}
+    settings = {
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": sorted({name.rsplit(".")[-1] for name in layers}),
+    }
     (folder / "adapter").mkdir()
     write_adapter(folder / "adapter", tensors, PLAIN | settings)
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for i in range(count):
             numbers = " ".join(str(i + k * (i % 7 + 1)) for k in range(4 + i % 9))
-            file.write(json.dumps({"prompt": f"Count from {i} by {i % 7 + 1}: ", "completion": numbers}) + "\n")
+            file.write(
+                json.dumps({"prompt": f"Count from {i} by {i % 7 + 1}: ", "completion": numbers})
+                + "\n"
+            )
 
 
 class SelfCheck:
@@ -139,7 +179,9 @@ class SelfCheck:
         # fp32 has the tighter tolerance; on GPUs bf16 takes the kernels of a real run.
         dtypes = [dtype for dtype in ("fp32", "bf16") if (dtype, self.device.type) in TOLERANCE]
         self.kinds = [(name, dtype) for dtype in dtypes for name in KINDS]
-        self.make_mesh = cache(Mesh.of)  # once for all runs on it: its process groups take sockets and NCCL's memory
+        self.make_mesh = cache(
+            Mesh.of
+        )  # once for all runs on it: its process groups take sockets and NCCL's memory
         self.rows: list[CheckRow] = []
         self.alone: dict[Kind, list[StepRecord]] = {}  # of one process with one micro batch a step
         self.inputs: dict[Kind, Any] = {}  # of its first step
@@ -147,11 +189,19 @@ class SelfCheck:
         self.mesh: MeshShape | None = None
 
     def add(
-        self, check: str, expected: object, found: object, passed: bool | None, step: int | None = None, limit: str = ""
+        self,
+        check: str,
+        expected: object,
+        found: object,
+        passed: bool | None,
+        step: int | None = None,
+        limit: str = "",
     ) -> None:
         """A row of the table."""
         name, meaning = f"{self.part}{check}", MEANING.get(check, "") if passed is False else ""
-        self.rows.append(CheckRow(name, self.mesh, step, str(expected), str(found), limit, passed, meaning))
+        self.rows.append(
+            CheckRow(name, self.mesh, step, str(expected), str(found), limit, passed, meaning)
+        )
         self.say(self.rows[-1])
 
     def equal(self, check: str, expected: object, found: object) -> None:
@@ -159,12 +209,21 @@ class SelfCheck:
         self.add(check, expected, found, expected == found)
 
     def compare(
-        self, check: str, names: Sequence[str], before: list[StepRecord], now: list[StepRecord], *limits: float
+        self,
+        check: str,
+        names: Sequence[str],
+        before: list[StepRecord],
+        now: list[StepRecord],
+        *limits: float,
     ) -> None:
         """A row with the step and figure that differ most, as a share of the limit: of step 1, of others."""
         pairs = [(a, b, name) for a, b in zip(before, now, strict=True) for name in names]
-        figures = [(limits[a.step > 1], a.step, vars(a)[name], vars(b)[name]) for a, b, name in pairs]
-        limit, step, one, other = max(figures, key=lambda f: abs(f[3] - f[2]) / max(abs(f[0] * f[2]), TINY))
+        figures = [
+            (limits[a.step > 1], a.step, vars(a)[name], vars(b)[name]) for a, b, name in pairs
+        ]
+        limit, step, one, other = max(
+            figures, key=lambda f: abs(f[3] - f[2]) / max(abs(f[0] * f[2]), TINY)
+        )
         passed = abs(other - one) <= abs(limit * one)
         self.add(check, f"{one:.8g}", f"{other:.8g}", passed, step, f"{limit:.0e}")
 
@@ -184,8 +243,13 @@ class SelfCheck:
                 raise OtherRankError(str(error), exit_code=EXIT_FAILED) from error
             text = f"{type(error).__name__}: {first_line(error)}"
             told = error if isinstance(error, TunesmithError) else RunError(text)
-            fix = told.fix or "TUNESMITH_DEBUG=1 shows where; `parallel` of a recipe chooses another mesh"
-            raise RunError(f"{self.part}{told.what}", where=told.where, why=told.why, fix=fix) from error
+            fix = (
+                told.fix
+                or "TUNESMITH_DEBUG=1 shows where; `parallel` of a recipe chooses another mesh"
+            )
+            raise RunError(
+                f"{self.part}{told.what}", where=told.where, why=told.why, fix=fix
+            ) from error
         self.part, self.mesh = "", None
 
     def drop_nf4(self) -> list[Kind]:
@@ -199,8 +263,16 @@ class SelfCheck:
 
     def recipe(self, kind: Kind, shape: MeshShape, *, count: int) -> Run:
         """LoRA or full fine-tuning on a mesh, where each rank takes so many micro batches a step, or more."""
-        (adapter, quantize), dtype, micro = KINDS[kind[0]], kind[1], self.batch // (count * shape.data)
-        start = {"rank": RANK, "alpha": ALPHA, "from": str(self.folder / "adapter")} if adapter == "lora" else {}
+        (adapter, quantize), dtype, micro = (
+            KINDS[kind[0]],
+            kind[1],
+            self.batch // (count * shape.data),
+        )
+        start = (
+            {"rank": RANK, "alpha": ALPHA, "from": str(self.folder / "adapter")}
+            if adapter == "lora"
+            else {}
+        )
         out = "-".join(map(str, (*kind, micro, *shape))).replace(" ", "-")
         values = {
             "model": {"name": str(self.folder / "model"), "dtype": dtype, "quantize": quantize},
@@ -223,7 +295,11 @@ class SelfCheck:
     def reference(self, kind: Kind) -> None:
         """Train on one process with one micro batch a step; each parameter of an adapter must get a gradient."""
         trainer = take_steps(self.recipe(kind, ONE, count=1), ONE_PROCESS)
-        self.alone[kind], self.inputs[kind], session = trainer.metrics.records, first_inputs(trainer), trainer.session
+        self.alone[kind], self.inputs[kind], session = (
+            trainer.metrics.records,
+            first_inputs(trainer),
+            trainer.session,
+        )
         if session.run.adapter.kind == "lora":
             (micro,) = session.loader(0).batch(0).micro
             session.model(micro.to(session.device)).loss.backward()
@@ -233,12 +309,17 @@ class SelfCheck:
 
     def check_mesh(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> None:
         """Train on a mesh with two micro batches a step, and compare with `reference`; a collective call."""
-        run, (first, others, again) = self.recipe(kind, shape, count=2), TOLERANCE[kind[1], self.device.type]
+        run, (first, others, again) = (
+            self.recipe(kind, shape, count=2),
+            TOLERANCE[kind[1], self.device.type],
+        )
         out, trainer = Path(run.output_dir), take_steps(run, ranks, self.make_mesh)
         parts, inputs = ranks.gather(parts_of(trainer)), ranks.gather(first_inputs(trainer))
         if ranks.leads:
             self.compare(LOSS, ["loss"], self.alone[kind], trainer.metrics.records, first, others)
-            self.compare(NORM, ["grad_norm"], self.alone[kind], trainer.metrics.records, first, others)
+            self.compare(
+                NORM, ["grad_norm"], self.alone[kind], trainer.metrics.records, first, others
+            )
             self.equal(CHANGED, *map(len, self.trained(run)))
             self.equal(ALIKE, ranks.world, inputs.count(self.inputs[kind]))
             digests: dict[object, list[str]] = {}
@@ -246,7 +327,9 @@ class SelfCheck:
                 digests.setdefault(part, []).append(digest)
             if copies := [same for same in digests.values() if len(same) > 1]:
                 self.equal(COPIES, len(copies), sum(len({*same}) == 1 for same in copies))
-        if scheme_of(run.model) is NF4:  # at a resume its base is made as at the start, and its adapter as LoRA's
+        if (
+            scheme_of(run.model) is NF4
+        ):  # at a resume its base is made as at the start, and its adapter as LoRA's
             return
         if ranks.local_rank == 0:  # as if the last steps had never been
             shutil.rmtree(out / f"checkpoint-{STEPS}", ignore_errors=True)
@@ -255,14 +338,28 @@ class SelfCheck:
         resumed = take_steps(run, ranks, self.make_mesh)
         if ranks.leads:
             self.compare(
-                RESUME, ["loss", "grad_norm"], trainer.metrics.records[RESUMED:], resumed.metrics.records, again, again
+                RESUME,
+                ["loss", "grad_norm"],
+                trainer.metrics.records[RESUMED:],
+                resumed.metrics.records,
+                again,
+                again,
             )
 
     def trained(self, run: Run) -> tuple[list[str], list[str]]:
         """Names of the trained tensors, and of those that final/ has with other values than the start."""
-        start, file = ("adapter", WEIGHTS) if run.adapter.kind == "lora" else ("model", "model.safetensors")
-        before, after = load_file(self.folder / start / file), load_file(Path(run.output_dir) / "final" / file)
-        changed = [n for n, t in before.items() if n in after and not torch.equal(t.to(after[n].dtype), after[n])]
+        start, file = (
+            ("adapter", WEIGHTS) if run.adapter.kind == "lora" else ("model", "model.safetensors")
+        )
+        before, after = (
+            load_file(self.folder / start / file),
+            load_file(Path(run.output_dir) / "final" / file),
+        )
+        changed = [
+            n
+            for n, t in before.items()
+            if n in after and not torch.equal(t.to(after[n].dtype), after[n])
+        ]
         return [*before], changed
 
     def compare_builds(self, ranks: Ranks) -> None:
@@ -297,9 +394,13 @@ def first_inputs(trainer: Trainer) -> Any:
 def parts_of(trainer: Trainer) -> dict[Any, str]:
     """sha256 of what this rank holds of trained weights and optimizer state, by name and place in the whole tensor."""
     session, found = trainer.session, {}
-    for name, tensor in (dict(session.model.trained_parameters()) | session.optimizer.state_dict()).items():
+    for name, tensor in (
+        dict(session.model.trained_parameters()) | session.optimizer.state_dict()
+    ).items():
         place = tuple((cut.start, cut.stop) for cut in local_slices(tensor))
-        found[name, place] = hashlib.sha256(local_part(tensor).detach().float().cpu().numpy().tobytes()).hexdigest()
+        found[name, place] = hashlib.sha256(
+            local_part(tensor).detach().float().cpu().numpy().tobytes()
+        ).hexdigest()
     return found
 
 
@@ -347,7 +448,9 @@ def run_checks(say: Callable[[CheckRow], None]) -> dict[str, Any]:
         with join_ranks() as ranks:
             check.folder, check.kinds = ranks.share((folder, check.kinds))
             with ranks.together():
-                if ranks.local_rank == 0 and not check.folder.exists():  # on a disk that rank 0 does not see
+                if (
+                    ranks.local_rank == 0 and not check.folder.exists()
+                ):  # on a disk that rank 0 does not see
                     check.folder.mkdir()
                     stack.callback(shutil.rmtree, check.folder, ignore_errors=True)
                     write_inputs(check.folder, STEPS * check.batch)
@@ -360,7 +463,11 @@ def run_checks(say: Callable[[CheckRow], None]) -> dict[str, Any]:
                 check.time_all_reduce(ranks)
             rows = ranks.share(check.rows)
     device = torch.cuda.get_device_name() if check.device.type == "cuda" else "CPU"
-    described = {"passed": all(row.passed is not False for row in rows), "ranks": ranks.world, "device": device}
+    described = {
+        "passed": all(row.passed is not False for row in rows),
+        "ranks": ranks.world,
+        "device": device,
+    }
     hosts = sorted({*ranks.hosts} - {""}) or ["localhost"]
     described |= {"hosts": hosts, "seconds": round(time.monotonic() - began, 1)}
     return described | {"checks": [asdict(row) for row in rows]}

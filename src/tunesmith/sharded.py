@@ -24,7 +24,9 @@ def sharding_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
     if not isinstance(param, DTensor):
         return ()
     mesh, places = param.device_mesh, enumerate(param.placements)
-    return tuple(mesh.get_group(dim) for dim, at in places if not at.is_replicate() and mesh.size(dim) > 1)
+    return tuple(
+        mesh.get_group(dim) for dim, at in places if not at.is_replicate() and mesh.size(dim) > 1
+    )
 
 
 class VocabularyShard(NamedTuple):
@@ -84,13 +86,19 @@ def shard_of(head: nn.Module) -> VocabularyShard | None:
 class GatheredHead(nn.Module):
     """An output layer that FSDP gathers for `compute`, as for its forward; a mixin of `nn.Linear`."""
 
-    def compute(self, function: Callable[..., Tensor], hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def compute(
+        self, function: Callable[..., Tensor], hidden: Tensor, *arguments: Any, **options: Any
+    ) -> Tensor:
         """`function(hidden, head, ...)`, which reads the head's weight."""
         return function(hidden, self, *arguments, **options)
 
 
 def compute_with_head(
-    function: Callable[..., Tensor], hidden: Tensor, head: nn.Module, *arguments: Any, **options: Any
+    function: Callable[..., Tensor],
+    hidden: Tensor,
+    head: nn.Module,
+    *arguments: Any,
+    **options: Any,
 ) -> Tensor:
     """`function(hidden, head, ...)`, for which a head that is a group of FSDP's is gathered."""
     if isinstance(head, GatheredHead):

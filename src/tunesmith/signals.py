@@ -58,7 +58,10 @@ class StopRequest:
         # Python lets only the main thread take signals; elsewhere (a notebook's worker) the caller keeps its own.
         if threading.current_thread() is not threading.main_thread():
             return self
-        held, self._held = self._held, True  # without `__exit__` an exception from here would leave the handlers
+        held, self._held = (
+            self._held,
+            True,
+        )  # without `__exit__` an exception from here would leave the handlers
         for name in NAMES[:2] if self._interactive else NAMES:
             number = signal.Signals[name]
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -81,7 +84,9 @@ class StopRequest:
         if self.requested() and not held:
             raise self.not_begun() from error
         if self.now and isinstance(error, KeyboardInterrupt) and not self._interactive:
-            raise StoppedError(f"stopped by {self.signal}", fix="start the same command again") from error
+            raise StoppedError(
+                f"stopped by {self.signal}", fix="start the same command again"
+            ) from error
 
     def hold(self, say: Callable[[str], None] | None = None) -> None:
         """From here on there is something to save: the loop ends the run, not the handler. When a signal comes, `say` takes
@@ -106,9 +111,13 @@ class StopRequest:
         why, fix = "there was nothing to save yet", "start the same command again"
         if self.shortage is not None:
             return ShortOfMemoryError(
-                f"{SHORT} before the first step", why=f"{self.shortage.text}; {why}", fix=f"{END}, then {fix}"
+                f"{SHORT} before the first step",
+                why=f"{self.shortage.text}; {why}",
+                fix=f"{END}, then {fix}",
             )
-        return StoppedEarlyError(f"stopped by {self.signal} before the first step", why=why, fix=fix)
+        return StoppedEarlyError(
+            f"stopped by {self.signal} before the first step", why=why, fix=fix
+        )
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.shortage is not None and not self._held and self.signal is None:
@@ -127,7 +136,9 @@ class StopRequest:
                 name, now = signal.Signals(byte[0]).name, time.monotonic()
                 if name == "SIGINT" and now - pressed > ONE_PRESS:
                     pressed, self.now, self._strike = now, True, True
-                    os.kill(os.getpid(), signal.SIGINT)  # the handler may have run before `_strike` was set
+                    os.kill(
+                        os.getpid(), signal.SIGINT
+                    )  # the handler may have run before `_strike` was set
                 elif name not in told:
                     told.add(name)
                     again = "; press again to stop now" if name == "SIGINT" else ""
@@ -138,7 +149,9 @@ class StopRequest:
     def _leave(self) -> None:
         _entered.remove(self)
         signal.set_wakeup_fd(self._wakeup)
-        os.close(self._writer)  # ends the watcher, whose own signal comes while the handler is still there
+        os.close(
+            self._writer
+        )  # ends the watcher, whose own signal comes while the handler is still there
         try:
             self._watcher.join(1.0)
         finally:

@@ -18,7 +18,9 @@ class LastingOutput(io.FileIO):
 
     def write(self, data: Any, /) -> int:
         try:
-            while (count := super().write(data)) is None:  # a non-blocking pipe or terminal whose reader is behind
+            while (
+                count := super().write(data)
+            ) is None:  # a non-blocking pipe or terminal whose reader is behind
                 select.select([], [self], [])
         except OSError as error:
             if self.raises and self.raised is None:
@@ -34,8 +36,13 @@ class LastingStream(io.TextIOWrapper):
     def __init__(self, stream: io.TextIOWrapper) -> None:
         stream.flush()
         self.output = LastingOutput(stream.fileno(), "w", closefd=False)
-        buffer, lines = io.BufferedWriter(self.output), stream.line_buffering or stream.write_through  # `python -u`
-        super().__init__(buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=lines)
+        buffer, lines = (
+            io.BufferedWriter(self.output),
+            stream.line_buffering or stream.write_through,
+        )  # `python -u`
+        super().__init__(
+            buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=lines
+        )
 
 
 def lasting(stream: TextIO | None, *, raises: bool = False) -> TextIO:

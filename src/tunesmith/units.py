@@ -49,12 +49,18 @@ class _Amount:
         amount = float(found[1].replace("_", ""))
         if amount > MOST:
             raise ValueError(f"{reprlib.repr(text)} is too much: at most {MOST:,} {unit}")
-        if (unit in ("steps", *Size.units) and amount != int(amount)) or (unit in Size.units and amount < 1):
-            raise ValueError(f"{text!r}: {unit} are whole{' and at least 1' if unit in Size.units else ''}")
+        if (unit in ("steps", *Size.units) and amount != int(amount)) or (
+            unit in Size.units and amount < 1
+        ):
+            raise ValueError(
+                f"{text!r}: {unit} are whole{' and at least 1' if unit in Size.units else ''}"
+            )
         return cls(int(amount) if unit in Size.units else amount, unit)
 
     def __str__(self) -> str:
-        return f"{int(self.amount) if self.amount == int(self.amount) else self.amount!r} {self.unit}"
+        return (
+            f"{int(self.amount) if self.amount == int(self.amount) else self.amount!r} {self.unit}"
+        )
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
@@ -116,10 +122,16 @@ class Share(_Amount):
 class Cadence:
     """Tells when something that comes `every` so often is due."""
 
-    def __init__(self, every: Length | None, *, total: int | None, steps_per_epoch: int, seconds: float) -> None:
+    def __init__(
+        self, every: Length | None, *, total: int | None, steps_per_epoch: int, seconds: float
+    ) -> None:
         self.interval, self.period, self.last = 0, every.seconds if every else None, seconds
         if every is not None and self.period is None:
-            steps = {"steps": 1.0, "epochs": float(steps_per_epoch), "%": (total or steps_per_epoch) / 100}
+            steps = {
+                "steps": 1.0,
+                "epochs": float(steps_per_epoch),
+                "%": (total or steps_per_epoch) / 100,
+            }
             self.interval = max(1, round(every.amount * steps[every.unit]))
 
     def due(self, step: int, seconds: float) -> bool:

@@ -31,7 +31,9 @@ def layers(count: int, *, bias: bool, dropout: float = 0.0) -> list[lora.LoraLin
     made = []
     for i in range(count):
         base = nn.Linear(6, 4 + 3 * i, bias=bias, dtype=torch.float64).requires_grad_(False)
-        layer = lora.LoraLinear(base, Adapter(rank=2 + i, alpha=5.0, dropout=dropout, rslora=i == 1)).double()
+        layer = lora.LoraLinear(
+            base, Adapter(rank=2 + i, alpha=5.0, dropout=dropout, rslora=i == 1)
+        ).double()
         nn.init.normal_(layer.lora_A)
         nn.init.normal_(layer.lora_B)
         made.append(layer)
@@ -53,7 +55,9 @@ def test_fused_products_equal_the_formula_in_value_and_gradient(count, bias):
     sums = [sum((y * w).sum() for y, w in zip(ys, weights, strict=True)) for ys in (ours, theirs)]
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(sums[0], leaves), torch.autograd.grad(sums[1], leaves), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(sums[0], leaves), torch.autograd.grad(sums[1], leaves), strict=True
+    ):
         assert b.abs().max() > 1e-3, "a zero reference proves nothing"
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert group[0].scaling == 5.0 / 2
@@ -74,7 +78,9 @@ def test_dropout_falls_on_the_input_of_a_while_training_only():
     got = layer(x)
     torch.manual_seed(3)
     dropped = F.dropout(x, 0.5, training=True)
-    expected = F.linear(x, layer.weight) + layer.scaling * (dropped @ layer.lora_A.T @ layer.lora_B.T)
+    expected = F.linear(x, layer.weight) + layer.scaling * (
+        dropped @ layer.lora_A.T @ layer.lora_B.T
+    )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     layer.eval()
     torch.testing.assert_close(layer(x), layer(x), rtol=0, atol=0)
@@ -90,7 +96,9 @@ def test_all_linear_is_every_linear_layer_but_the_head(model):
 
 
 def test_targets_match_names_and_endings(model):
-    names = lora.target_names(model, Adapter(target=("v_proj", "model.layers.1.mlp.down_proj", "lm_head")))
+    names = lora.target_names(
+        model, Adapter(target=("v_proj", "model.layers.1.mlp.down_proj", "lm_head"))
+    )
     assert names == [
         "model.layers.0.self_attn.v_proj",
         "model.layers.1.self_attn.v_proj",
@@ -105,7 +113,10 @@ def test_targets_match_names_and_endings(model):
         (Adapter(target=("qproj",)), "q_proj, k_proj"),
         (Adapter(target=("proj",)), "no linear layer named 'proj'"),
         (Adapter(modules_to_save=("wte",)), "embed_tokens"),
-        (Adapter(target=("lm_head",), modules_to_save=("lm_head",)), "both an adapter target and a module to save"),
+        (
+            Adapter(target=("lm_head",), modules_to_save=("lm_head",)),
+            "both an adapter target and a module to save",
+        ),
     ],
 )
 def test_names_that_do_not_fit_are_refused_with_what_there_is(model, adapter, says):

@@ -18,7 +18,9 @@ from tunesmith.errors import ModelError
 
 CASES = {
     "all-linear": Adapter(rank=4, alpha=12),
-    "names and rslora": Adapter(rank=3, alpha=6.5, rslora=True, target=("q_proj", "down_proj"), dropout=0.1),
+    "names and rslora": Adapter(
+        rank=3, alpha=6.5, rslora=True, target=("q_proj", "down_proj"), dropout=0.1
+    ),
     "head": Adapter(rank=4, target=("v_proj", "lm_head")),
     "embedding and head": Adapter(rank=4, modules_to_save=("embed_tokens", "lm_head")),
     "norms": Adapter(rank=2, modules_to_save=("norm", "input_layernorm")),
@@ -48,7 +50,9 @@ def test_ours_opens_in_peft(adapter, tiny, tmp_path):
     plain = logits(model)
     lora.attach_lora(model, adapter, seed=3)
     randomise(model)
-    peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, adapter, "someone/tiny-llama", "v1"))
+    peft_files.write_adapter(
+        tmp_path, *peft_files.adapter_files(model, adapter, "someone/tiny-llama", "v1")
+    )
     expected = logits(model)
     assert (expected - plain).abs().max() > 0.05, "the adapter must matter"
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path)
@@ -64,8 +68,12 @@ def test_the_configuration_is_what_peft_would_write(adapter, tiny, tmp_path, mon
     model = AutoModelForCausalLM.from_pretrained(tiny)
     lora.attach_lora(model, adapter, seed=3)
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "peft", None)  # importing it while training runs stops the training for a second
-        peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, adapter, "someone/tiny-llama", "v1"))
+        patch.setitem(
+            sys.modules, "peft", None
+        )  # importing it while training runs stops the training for a second
+        peft_files.write_adapter(
+            tmp_path, *peft_files.adapter_files(model, adapter, "someone/tiny-llama", "v1")
+        )
     ours = json.loads((tmp_path / "adapter_config.json").read_text())
     built = LoraConfig(
         task_type="CAUSAL_LM",
@@ -111,7 +119,11 @@ def test_what_is_written_is_read_back_bit_by_bit(tiny, tmp_path):
     randomise(first)
     peft_files.write_adapter(tmp_path, *peft_files.adapter_files(first, adapter, "x", None))
     back = peft_files.read_adapter(tmp_path)
-    assert (back.rank, back.alpha, back.modules_to_save) == (adapter.rank, adapter.alpha, adapter.modules_to_save)
+    assert (back.rank, back.alpha, back.modules_to_save) == (
+        adapter.rank,
+        adapter.alpha,
+        adapter.modules_to_save,
+    )
     lora.attach_lora(second, back, seed=99)
     peft_files.load_adapter(second, tmp_path)
     ours, theirs = dict(first.named_parameters()), dict(second.named_parameters())
@@ -157,9 +169,15 @@ def rename(tensors):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up_proj.lora_B" not in k}, "missing in the adapter"),
+        (
+            lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up_proj.lora_B" not in k},
+            "missing in the adapter",
+        ),
         (rename, "missing in the adapter"),
-        (lambda t: {**t, "base_model.model.other.lora_A.weight": torch.zeros(8, 4)}, "not in the recipe's target"),
+        (
+            lambda t: {**t, "base_model.model.other.lora_A.weight": torch.zeros(8, 4)},
+            "not in the recipe's target",
+        ),
         (lambda t: {k: v[:4] if "lora_A" in k else v for k, v in t.items()}, "have another shape"),
     ],
 )
@@ -193,7 +211,9 @@ def test_another_scaling_is_refused(written, tiny):
 
 def test_an_adapter_that_is_nowhere_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelError, match="'nobody/nothing' is neither a folder nor an adapter on the Hub"):
+    with pytest.raises(
+        ModelError, match="'nobody/nothing' is neither a folder nor an adapter on the Hub"
+    ):
         peft_files.find_adapter("nobody/nothing")
 
 
@@ -203,7 +223,11 @@ def test_a_run_goes_on_from_an_adapter(tiny, tmp_path):
     randomise(model)
     peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, Adapter(rank=4), "x", None))
     run = make_run(
-        tiny, tmp_path, held=False, adapter={"rank": 4, "alpha": 16.0, "from": str(tmp_path)}, model={"dtype": "fp32"}
+        tiny,
+        tmp_path,
+        held=False,
+        adapter={"rank": 4, "alpha": 16.0, "from": str(tmp_path)},
+        model={"dtype": "fp32"},
     )
     started = dict(built_model(run, tiny).trained_parameters())
     assert all(torch.equal(p, started[n]) for n, p in model.named_parameters() if p.requires_grad)

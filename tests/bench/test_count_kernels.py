@@ -16,8 +16,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="Inductor's internals differ between releases")
-def test_the_operations_are_those_of_the_formula_and_recompute_leaves_out_the_last_product(tmp_path):
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.13"), reason="Inductor's internals differ between releases"
+)
+def test_the_operations_are_those_of_the_formula_and_recompute_leaves_out_the_last_product(
+    tmp_path,
+):
     words = ["--bases", "bf16", "--tokens", "256", "--json", tmp_path / "counts.json"]
     done = run_warm(words, program=ROOT / "benchmarks/count_kernels.py")
     assert done.returncode == 0, done.stderr
@@ -29,7 +33,9 @@ def test_the_operations_are_those_of_the_formula_and_recompute_leaves_out_the_la
     assert base < counts["bf16, forward"]["tera_operations"] < 1.01 * base
     assert base < kept["tera_operations"] < 1.02 * base
     down = 2 * 256 * spec.hidden * spec.intermediate / 1e12
-    assert again["tera_operations"] - kept["tera_operations"] == pytest.approx(base - down, rel=0.01)
+    assert again["tera_operations"] - kept["tera_operations"] == pytest.approx(
+        base - down, rel=0.01
+    )
     # The table of docs/performance.md: those of a GPU, without the copies that a CPU makes.
     assert (counts["bf16, forward"]["kernels"], kept["kernels"], again["kernels"]) == (36, 52, 85)
     assert_terms_are_parts(kept)

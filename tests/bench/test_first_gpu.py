@@ -89,13 +89,20 @@ def run_stage(folder: Path, stage: str, **changes: object) -> tuple[list[list[st
 
 
 def read_results(folder: Path, stage: str) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((folder / f"out-{stage}" / f"results-{stage}.json").read_text())
+    results: dict[str, Any] = json.loads(
+        (folder / f"out-{stage}" / f"results-{stage}.json").read_text()
+    )
     return results
 
 
 def recipe_of_shape(args: argparse.Namespace, folder: Path) -> Run:
     """The checked recipe of a shape, as `recipe_of` makes it; its model is not written."""
-    return shape_recipe(folder, data=args.data, rows="alpaca", overrides=[word for word in args.words if "=" in word])
+    return shape_recipe(
+        folder,
+        data=args.data,
+        rows="alpaca",
+        overrides=[word for word in args.words if "=" in word],
+    )
 
 
 def check_variants(args: argparse.Namespace, run: Run, *, gpu: bool, folder: Path) -> None:
@@ -109,7 +116,9 @@ def check_variants(args: argparse.Namespace, run: Run, *, gpu: bool, folder: Pat
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("shapes", [True, False], ids=["true shapes", "a recipe"])
-def test_every_command_of_a_stage_is_one_that_bench_takes(stage: str, shapes: bool, tiny: Path, tmp_path: Path) -> None:
+def test_every_command_of_a_stage_is_one_that_bench_takes(
+    stage: str, shapes: bool, tiny: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False, model={"dtype": "bf16"})))
     commands, shown = run_stage(tmp_path, stage, **({} if shapes else {"RECIPE": file}))
@@ -123,7 +132,11 @@ def test_every_command_of_a_stage_is_one_that_bench_takes(stage: str, shapes: bo
         args = parser.parse_intermixed_args(command[3:])
         args.json = None  # its folder is there: the script has made it
         check_arguments(args)
-        run = recipe_of_shape(args, tmp_path / "model") if shapes else recipe_of(args, tmp_path / "model")
+        run = (
+            recipe_of_shape(args, tmp_path / "model")
+            if shapes
+            else recipe_of(args, tmp_path / "model")
+        )
         # Of a recipe that is trained on a CPU, full fine-tuning in place of an 8B's LoRA has its variants too.
         if args.ablation:
             check_variants(args, run, gpu=shapes, folder=tmp_path / "model")
@@ -166,7 +179,11 @@ def test_a_stage_keeps_to_its_limit_and_names_what_it_had_no_time_for(tmp_path: 
 def test_a_stage_that_is_killed_keeps_the_results_of_the_steps_before(tmp_path: Path) -> None:
     environment = stage_environment(tmp_path, "A", SLEEPS=1.5)
     stage = subprocess.Popen(
-        stage_command("A"), cwd=BENCHMARKS.parent, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+        stage_command("A"),
+        cwd=BENCHMARKS.parent,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
     results = tmp_path / "out-A" / "results-A.json"
     wait_for(lambda: results.exists() and "8b-bf16" in json.loads(results.read_text())["steps"])
@@ -183,14 +200,18 @@ def test_a_stage_that_is_killed_keeps_the_results_of_the_steps_before(tmp_path: 
     }
 
 
-def test_a_failure_ends_nothing_and_8b_is_measured_uncompiled_where_compiled_it_fails(tmp_path: Path) -> None:
+def test_a_failure_ends_nothing_and_8b_is_measured_uncompiled_where_compiled_it_fails(
+    tmp_path: Path,
+) -> None:
     report = f"{tmp_path}/tunesmith-first-gpu/stage-A/8b-bf16.json"
     commands, shown = run_stage(tmp_path, "A", FAILS=report)
     assert "8b-bf16 ended with 1" in shown
     assert "70b-nf4 ended with 0" in shown
     assert "8b-bf16-eager ended with 0" in shown
     assert "train.compile=off" in commands[-1]
-    assert "Filesystem" in (tmp_path / "out-A" / "stage-A.log").read_text(), "the log begins with what the machine has"
+    assert "Filesystem" in (tmp_path / "out-A" / "stage-A.log").read_text(), (
+        "the log begins with what the machine has"
+    )
 
 
 def test_a_stage_leaves_three_files_and_the_next_one_takes_the_caches_back(tmp_path: Path) -> None:
@@ -199,7 +220,9 @@ def test_a_stage_leaves_three_files_and_the_next_one_takes_the_caches_back(tmp_p
     assert left == {"results-A.json", "stage-A.log", "caches-A.tar.gz"}
     other_machine = tmp_path / "other"
     other_machine.mkdir()
-    (other_machine / "caches-A.tar.gz").write_bytes((tmp_path / "out-A" / "caches-A.tar.gz").read_bytes())
+    (other_machine / "caches-A.tar.gz").write_bytes(
+        (tmp_path / "out-A" / "caches-A.tar.gz").read_bytes()
+    )
     run_stage(other_machine, "B")
     with tarfile.open(other_machine / "out-B" / "caches-B.tar.gz") as archive:
         graphs = {Path(name).name for name in archive.getnames()}
@@ -218,7 +241,12 @@ def test_bash_reads_the_scripts(script: str) -> None:
 
 
 def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run(stage_command("D"), env=os.environ | {"OUT": str(tmp_path)}, capture_output=True, check=False)
+    done = subprocess.run(
+        stage_command("D"),
+        env=os.environ | {"OUT": str(tmp_path)},
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 2
 
 
@@ -230,6 +258,10 @@ def test_the_micro_timings_run_and_tell_what_failed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["milliseconds"]
     failed = {name for name, value in found.items() if isinstance(value, str)}
-    kernels = {name for name in found if "in one pass" in name or ("fused" in name and "quantize" not in name)}
+    kernels = {
+        name
+        for name in found
+        if "in one pass" in name or ("fused" in name and "quantize" not in name)
+    }
     assert failed == {name for name in found if "in fp32" in name} | kernels
     assert len(found) > 50

@@ -26,7 +26,9 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites><testsuite>
 
 def figures(**changes: Any) -> dict[str, Any]:
     values = {"tokens_per_second": 19_500.0, "mfu_of_measured_peak": 0.721, "peak_memory_gib": 85.2}
-    return {"figures": {**values, "micro_batch": "16,384 tokens", "recomputed_layers": 0, **changes}}
+    return {
+        "figures": {**values, "micro_batch": "16,384 tokens", "recomputed_layers": 0, **changes}
+    }
 
 
 def write_work(folder: Path, steps: str, reports: dict[str, Any]) -> Path:
@@ -39,7 +41,9 @@ def write_work(folder: Path, steps: str, reports: dict[str, Any]) -> Path:
 
 def test_a_step_that_failed_or_was_cut_off_has_no_report(tmp_path: Path) -> None:
     work = write_work(
-        tmp_path, "8b-bf16\t0\t60\t120\n8b-fp8\t124\t115\t115\n3b-full\tskipped\t0\t0\n", {"8b-bf16": figures()}
+        tmp_path,
+        "8b-bf16\t0\t60\t120\n8b-fp8\t124\t115\t115\n3b-full\tskipped\t0\t0\n",
+        {"8b-bf16": figures()},
     )
     (work / "8b-fp8.json").write_text('{"figures": {"tokens_per')
     steps = first_gpu_results.read_steps(work)
@@ -49,7 +53,8 @@ def test_a_step_that_failed_or_was_cut_off_has_no_report(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("device", "reached"), [("NVIDIA H200", True), ("NVIDIA H100 80GB HBM3", True), ("NVIDIA A100-SXM4-80GB", None)]
+    ("device", "reached"),
+    [("NVIDIA H200", True), ("NVIDIA H100 80GB HBM3", True), ("NVIDIA A100-SXM4-80GB", None)],
 )
 def test_a_goal_is_that_of_the_device(device: str, reached: bool | None) -> None:
     steps = {"8b-bf16": {"report": figures()}, "8b-fp8": {"exit": 1}}
@@ -64,18 +69,30 @@ def test_the_tests_of_a_stage_are_counted_and_failures_named(tmp_path: Path) -> 
     report = first_gpu_results.read_tests(tmp_path / "tests.xml")
     assert report is not None
     assert (report["passed"], report["failed"], report["skipped"]) == (1, 2, 1)
-    assert [failure["message"] for failure in report["failures"]] == ["assert 1 == 2", "no such operator"]
+    assert [failure["message"] for failure in report["failures"]] == [
+        "assert 1 == 2",
+        "no such operator",
+    ]
     assert report["skip_reasons"] == {"needs two GPUs": 1}
 
 
 def test_a_profile_is_told_by_the_step(tmp_path: Path) -> None:
     """Two profiled steps: a kernel of 3 ms in each is 3 ms a step."""
-    kernel = {"cat": "kernel", "name": "triton_fused_mul", "ts": 0, "dur": 3000, "args": {"External id": 1}}
+    kernel = {
+        "cat": "kernel",
+        "name": "triton_fused_mul",
+        "ts": 0,
+        "dur": 3000,
+        "args": {"External id": 1},
+    }
     with gzip.open(tmp_path / "trace.json.gz", "wt") as file:
         json.dump({"traceEvents": [kernel, kernel]}, file)
     (tmp_path / "top.txt").write_text("operation  own time\n")
     report = {
-        "profile": {"traces": [str(tmp_path / "trace.json.gz")], "tables": [str(tmp_path / "top.txt")]},
+        "profile": {
+            "traces": [str(tmp_path / "trace.json.gz")],
+            "tables": [str(tmp_path / "top.txt")],
+        },
         "recipe": {"profile": {"active": 2, "cycles": 1}},
     }
     profile = first_gpu_results.read_profile(report)
@@ -105,7 +122,10 @@ def stage_results(stage: str, steps: dict[str, Any]) -> dict[str, Any]:
 def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"tokens_per_second": 100.0, "of_baseline": 1.0, "peak_memory_gib": 1.0, "last_loss": 2.0}
     ablation = {
-        "table": {"as given": row, "base in fp8": {**row, "tokens_per_second": 103.0, "of_baseline": 1.03}},
+        "table": {
+            "as given": row,
+            "base in fp8": {**row, "tokens_per_second": 103.0, "of_baseline": 1.03},
+        },
         "changes": {"as given": "", "base in fp8": "model.quantize=fp8"},
     }
     cold = {
@@ -114,10 +134,19 @@ def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.Monke
         "warm_build_seconds": 10.0,
         "warm_first_step_seconds": 3.0,
     }
-    resume = {"equal": True, "killed_at_step": 5, "steps": 12, "weight_files": 1, "unequal_steps": []}
+    resume = {
+        "equal": True,
+        "killed_at_step": 5,
+        "steps": 12,
+        "weight_files": 1,
+        "unequal_steps": [],
+    }
     done = {"exit": 0, "seconds": 60, "limit": 120}
     stages = {
-        "A": {"8b-bf16": {**done, "report": figures()}, "8b-fp8": {"exit": 1, "seconds": 9, "limit": 115}},
+        "A": {
+            "8b-bf16": {**done, "report": figures()},
+            "8b-fp8": {"exit": 1, "seconds": 9, "limit": 115},
+        },
         "B": {
             "tests": {**done, "report": {"passed": 40, "failed": 0, "skipped": 2, "failures": []}},
             "8b-cold": {**done, "report": {**figures(), "cold": cold}},
@@ -142,7 +171,9 @@ def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.Monke
     assert "40 passed, 0 failed, 2 skipped" in page
     assert "35.0 s with an empty compile cache" in page
     assert "| base in fp8 | `model.quantize=fp8` | 103 | 103.0% |" in page
-    assert "| not measured | not measured |" in page, "the step of the recipe's own batch is missing"
+    assert "| not measured | not measured |" in page, (
+        "the step of the recipe's own batch is missing"
+    )
     assert "| 16.3 |" in page
     assert "equal bit for bit" in page
     readme = first_gpu_tables.readme_block()
@@ -151,10 +182,14 @@ def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/measurements/README.md"])
-def test_the_pages_show_the_results_that_are_in_the_repository(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_show_the_results_that_are_in_the_repository(
+    page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["first_gpu_tables.py", "--check", page])
-    block = first_gpu_tables.readme_block if page == "README.md" else first_gpu_tables.measurements_page
+    block = (
+        first_gpu_tables.readme_block if page == "README.md" else first_gpu_tables.measurements_page
+    )
     assert first_gpu_tables.write_or_check("", first_gpu_tables.SCRIPT, block) == 0
 
 

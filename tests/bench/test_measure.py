@@ -46,13 +46,19 @@ def consistent(found: BenchReport) -> None:
 
 def test_figures_of_unpacked_rows_over_several_epochs(tiny: Path, tmp_path: Path) -> None:
     """8 of 48 rows a step: 2 + 9 steps go into the second epoch."""
-    run = make_run(tiny, tmp_path, data={"pack": False}, train={"duration": "1 epochs", "recompute": "none"})
+    run = make_run(
+        tiny, tmp_path, data={"pack": False}, train={"duration": "1 epochs", "recompute": "none"}
+    )
     found = run_plan(BenchPlan(run, steps=9, warmup=2), tmp_path).figures
     consistent(found)
     assert found.steps == 9
     assert found.samples_times_seq_len_per_second * found.seconds == pytest.approx(72 * 128)
     assert found.fill_share < 1
-    assert (found.published_peak_tflops, found.mfu_of_published_peak, found.mfu_of_fp8_peak) == (None, None, None)
+    assert (found.published_peak_tflops, found.mfu_of_published_peak, found.mfu_of_fp8_peak) == (
+        None,
+        None,
+        None,
+    )
     assert found.peak_memory_gib > 0.05
     assert found.checkpoint_stall_seconds is not None
     assert found.checkpoint_stall_seconds > 0
@@ -62,19 +68,27 @@ def test_figures_of_unpacked_rows_over_several_epochs(tiny: Path, tmp_path: Path
 
 def test_the_steps_are_those_of_train(tiny: Path, tmp_path: Path) -> None:
     """Losses, bit for bit: the same schedule, the same warm-up of the rate, the same order of rows."""
-    run = make_run(tiny, tmp_path, train={"duration": "7 steps"}, checkpoint={"every": None}, held=False)
+    run = make_run(
+        tiny, tmp_path, train={"duration": "7 steps"}, checkpoint={"every": None}, held=False
+    )
     result = train(run, say=lambda text: None)
     found = run_plan(BenchPlan(run, steps=5, warmup=2), tmp_path).figures
     records = result.records
     assert (found.first_loss, found.last_loss) == (records[2].loss, records[6].loss)
     assert found.tokens == sum(record.tokens for record in records[2:])
-    supervised, examples = (sum(getattr(r, name) for r in records[2:]) for name in ("supervised_tokens", "examples"))
+    supervised, examples = (
+        sum(getattr(r, name) for r in records[2:]) for name in ("supervised_tokens", "examples")
+    )
     assert found.supervised_tokens_per_second * found.seconds == pytest.approx(supervised)
-    assert found.samples_times_seq_len_per_second * found.seconds == pytest.approx(examples * run.data.seq_len)
+    assert found.samples_times_seq_len_per_second * found.seconds == pytest.approx(
+        examples * run.data.seq_len
+    )
     assert not (tmp_path / "measured" / "final").exists()
 
 
-def test_numbers_that_are_read_late_are_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_are_read_late_are_the_same(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a GPU: a step's numbers are read while the next one runs. Nothing is lost at the edges of the timed steps."""
 
     class Late(Trainer):
@@ -95,7 +109,9 @@ def test_numbers_that_are_read_late_are_the_same(tiny: Path, tmp_path: Path, mon
 def test_the_model_flops_are_those_of_the_formula(tiny: Path, tmp_path: Path) -> None:
     """Reference: `spec.flops` over the rows that the steps took; layers that are recomputed do not count."""
     run = make_run(tiny, tmp_path, train={"recompute": "full"}, held=False)
-    session = session_of(BenchPlan(run, steps=3, warmup=1).measured_run(tmp_path), Start(), say=lambda text: None)
+    session = session_of(
+        BenchPlan(run, steps=3, warmup=1).measured_run(tmp_path), Start(), say=lambda text: None
+    )
     schedule = session.data.schedule
     work = sum(
         spec.flops(
@@ -128,7 +144,9 @@ def test_no_timed_step_is_short(tiny: Path, tmp_path: Path) -> None:
     told: list[str] = []
     plan = BenchPlan(bins(tiny, tmp_path, "256 tokens", "256 tokens"), steps=6, warmup=1)
     schedule = session_of(plan.measured_run(tmp_path), Start(), say=told.append).data.schedule
-    assert [len(schedule.rows(step)) for step in range(7)] == [4, 4, 3, 4, 4, 3, 4], "those of train"
+    assert [len(schedule.rows(step)) for step in range(7)] == [4, 4, 3, 4, 4, 3, 4], (
+        "those of train"
+    )
     assert not any("repeated" in text for text in told)
     (tmp_path / "measured").mkdir()
     found = measure(plan, tmp_path / "measured", say=told.append).figures
@@ -139,13 +157,20 @@ def test_no_timed_step_is_short(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("eager_compiler")
 def test_padding_is_explained(tiny: Path, tmp_path: Path) -> None:
     """Three rows in micro batches of two: the second is half empty, whatever the packing does."""
-    found = run_plan(BenchPlan(bins(tiny, tmp_path, "192 tokens", "128 tokens"), steps=2, warmup=0), tmp_path).figures
+    found = run_plan(
+        BenchPlan(bins(tiny, tmp_path, "192 tokens", "128 tokens"), steps=2, warmup=0), tmp_path
+    ).figures
     assert found.fill_share == 0.75
-    assert found.padding == "every micro batch is padded to 128 tokens: a train.global_batch of whole micro batches"
+    assert (
+        found.padding
+        == "every micro batch is padded to 128 tokens: a train.global_batch of whole micro batches"
+    )
     assert found.padding in "".join(remark for _, _, remark in found.rows())
     (tmp_path / "varied").mkdir()
     unpacked = make_run(tiny, tmp_path / "varied", data={"pack": False}, held=False)
-    assert run_plan(BenchPlan(unpacked, steps=2, warmup=0), tmp_path, "rows").figures.padding.endswith("data.pack=true")
+    assert run_plan(
+        BenchPlan(unpacked, steps=2, warmup=0), tmp_path, "rows"
+    ).figures.padding.endswith("data.pack=true")
 
 
 @pytest.mark.usefixtures("eager_compiler")
@@ -158,7 +183,9 @@ def test_graphs_are_counted(tiny: Path, tmp_path: Path) -> None:
     assert 0 <= found.graphs_compiled_after_step_3 < found.graphs_compiled
 
 
-def test_graphs_of_the_build_are_counted_too(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_of_the_build_are_counted_too(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU the trial of memory compiles the layers before there is a first step."""
 
     def build(*args: Any, **options: Any) -> Session:
@@ -167,7 +194,9 @@ def test_graphs_of_the_build_are_counted_too(tiny: Path, tmp_path: Path, monkeyp
 
     torch.compiler.reset()
     monkeypatch.setattr("tunesmith.bench.measure.build", build)
-    found = run_plan(BenchPlan(make_run(tiny, tmp_path, held=False), steps=4, warmup=2), tmp_path).figures
+    found = run_plan(
+        BenchPlan(make_run(tiny, tmp_path, held=False), steps=4, warmup=2), tmp_path
+    ).figures
     torch.compiler.reset()
     assert (found.graphs_compiled, found.graphs_compiled_after_step_3) == (1, 0)
 
@@ -184,7 +213,9 @@ def test_the_peak_of_the_trial_and_a_measured_peak_are_what_they_are(
         return session
 
     monkeypatch.setattr("tunesmith.bench.measure.build", build)
-    found = run_plan(BenchPlan(make_run(tiny, tmp_path, held=False), steps=1, warmup=0), tmp_path).figures
+    found = run_plan(
+        BenchPlan(make_run(tiny, tmp_path, held=False), steps=1, warmup=0), tmp_path
+    ).figures
     assert found.peak_memory_gib == 200
     assert (found.published_peak_tflops, found.mfu_of_published_peak) == (None, None)
 
@@ -204,7 +235,9 @@ def test_a_measured_peak_is_named_before_the_first_step(
 
 
 def test_traces_are_of_steps_after_the_timed_ones(tiny: Path, tmp_path: Path) -> None:
-    run = make_run(tiny, tmp_path, profile={"wait": 1, "warmup": 1, "active": 2, "cycles": 2}, held=False)
+    run = make_run(
+        tiny, tmp_path, profile={"wait": 1, "warmup": 1, "active": 2, "cycles": 2}, held=False
+    )
     plan = BenchPlan(run, steps=2, warmup=1, traces=tmp_path / "traces")
     assert plan.measured_run(tmp_path).train.duration == Length(2 + 1 + 8, "steps")
     found = run_plan(plan, tmp_path)
@@ -214,7 +247,9 @@ def test_traces_are_of_steps_after_the_timed_ones(tiny: Path, tmp_path: Path) ->
     assert all("aten::" in table.read_text() for table in found.tables)
 
 
-def test_a_step_that_fails_says_where(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_says_where(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: Trainer, batch: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

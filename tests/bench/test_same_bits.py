@@ -58,7 +58,9 @@ def change_part(file: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     _, tensors = same_bits.read_parts(file.parent)
-    name = next(name for name in tensors if name.startswith("model.") and name.endswith("norm.weight"))
+    name = next(
+        name for name in tensors if name.startswith("model.") and name.endswith("norm.weight")
+    )
     tensors[name].view(torch.uint8)[0] ^= 1
     for part in [file, *file.parent.glob("*.distcp")]:
         part.unlink()
@@ -70,7 +72,12 @@ def change_part(file: Path) -> None:
 CHANGES: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
     "loss": ("shards", "metrics.jsonl", change_loss, "step 2, loss: "),
     "weight": ("shards", "final/model.safetensors", flip_last_bit, "numbers differ, by "),
-    "state": ("shards", "checkpoint-4/state/.metadata", change_part, "norm.weight: 1 of 64 numbers differ"),
+    "state": (
+        "shards",
+        "checkpoint-4/state/.metadata",
+        change_part,
+        "norm.weight: 1 of 64 numbers differ",
+    ),
     "candidate": ("sweep", "*/metrics.jsonl", change_loss, "step 2, loss: "),
     "best": ("sweep", "sweep.json", change_best, "sweep.json: best: "),
     "lost": ("sweep", "sweep.json", Path.unlink, "sweep.json: in one of the two alone"),
@@ -96,6 +103,11 @@ def test_plans_and_help_pages_are_compared_by_key_and_line(tmp_path):
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
         (tmp_path / f"other-{name}").write_text(others[name])
-    assert same_bits.text_apart(tmp_path / "plans.json", tmp_path / "other-plans.json") == ["a on h100.room: 1 | 2"]
-    assert same_bits.text_apart(tmp_path / "help.txt", tmp_path / "other-help.txt") == ["-  -b", "+  -c"]
+    assert same_bits.text_apart(tmp_path / "plans.json", tmp_path / "other-plans.json") == [
+        "a on h100.room: 1 | 2"
+    ]
+    assert same_bits.text_apart(tmp_path / "help.txt", tmp_path / "other-help.txt") == [
+        "-  -b",
+        "+  -c",
+    ]
     assert same_bits.text_apart(tmp_path / "help.txt", tmp_path / "help.txt") == []

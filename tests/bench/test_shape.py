@@ -33,16 +33,28 @@ def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path
     assert not list(folder.glob("*.safetensors"))
     keys = ["data.seq_len=128", "train.global_batch=256 tokens", "train.micro_batch=256 tokens"]
     run = shape_recipe(
-        folder, data=str(data), rows="prompt-completion", overrides=[*keys, f"model.quantize={quantize}"]
+        folder,
+        data=str(data),
+        rows="prompt-completion",
+        overrides=[*keys, f"model.quantize={quantize}"],
     )
-    assert (run.adapter.kind, run.adapter.rank, run.adapter.alpha, run.adapter.target) == ("lora", 8, 16, "all-linear")
-    found = measure(BenchPlan(run, steps=2, warmup=1, weights="random"), out, say=lambda text: None).figures
+    assert (run.adapter.kind, run.adapter.rank, run.adapter.alpha, run.adapter.target) == (
+        "lora",
+        8,
+        16,
+        "all-linear",
+    )
+    found = measure(
+        BenchPlan(run, steps=2, warmup=1, weights="random"), out, say=lambda text: None
+    ).figures
     assert found.tokens > 0
     # Untrained: near the entropy of an even guess among the rows of the head, ln 384 = 5.95.
     assert found.first_loss == pytest.approx(5.95, abs=0.3)
 
 
-def test_a_vocabulary_too_small_for_the_tokenizer_grows_and_that_is_told(tiny: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_too_small_for_the_tokenizer_grows_and_that_is_told(
+    tiny: Path, tmp_path: Path
+) -> None:
     given = {**SHAPES["llama3-8b"].config, **SIZES, "vocab_size": 100}
     changed = write_shape(tmp_path, given, str(tiny))
     config = json.loads((tmp_path / "config.json").read_text())

@@ -21,7 +21,10 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.save_tensors import PIECE, save_tensors
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="the tensors lie on a CUDA GPU")]
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="the tensors lie on a CUDA GPU"),
+]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -34,7 +37,9 @@ def head_only(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stored", [dict, both, head_only], ids=["embedding", "both", "head alone"])
-def test_a_tied_model_is_written_under_the_name_of_its_embedding(stored, tiny: Path, tmp_path: Path) -> None:
+def test_a_tied_model_is_written_under_the_name_of_its_embedding(
+    stored, tiny: Path, tmp_path: Path
+) -> None:
     """Transformers 4.57 leaves the embedding of a tied model on meta when the files hold the head alone."""
     from peft import LoraConfig, get_peft_model
 
@@ -52,7 +57,9 @@ def test_a_tied_model_is_written_under_the_name_of_its_embedding(stored, tiny: P
     found = load_file(written / "model.safetensors")
     assert found.keys() == original.keys(), "the names of save_pretrained, which wrote the base"
     assert torch.equal(found[EMBEDDING], original[EMBEDDING] + 1.0)
-    loaded, told = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32, output_loading_info=True)
+    loaded, told = AutoModelForCausalLM.from_pretrained(
+        written, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     ids = torch.arange(20)[None]
@@ -60,17 +67,25 @@ def test_a_tied_model_is_written_under_the_name_of_its_embedding(stored, tiny: P
         model.model.set_attn_implementation("sdpa")
         expected = model.model.eval()(ids).logits
         assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
-        tuned = get_peft_model(loaded, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        tuned = get_peft_model(
+            loaded, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+        )
         assert torch.allclose(tuned.eval()(ids).logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["Hub", "Transformers 5"])
-def test_a_full_run_writes_the_keys_that_older_readers_need(form: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_full_run_writes_the_keys_that_older_readers_need(
+    form: str, tiny: Path, tmp_path: Path
+) -> None:
     """Without `rope_theta` at the top Transformers 4.57 takes 10000."""
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     rope = config.pop("rope_parameters") | {"rope_theta": 100000.0}
-    config |= {"rope_theta": 100000.0, "rope_scaling": None} if form == "Hub" else {"rope_parameters": rope}
+    config |= (
+        {"rope_theta": 100000.0, "rope_scaling": None}
+        if form == "Hub"
+        else {"rope_parameters": rope}
+    )
     (base / "config.json").write_text(json.dumps(config))
     run, written = make_run(base, tmp_path, adapter={"kind": "none"}), tmp_path / "written"
     written.mkdir()
@@ -78,10 +93,16 @@ def test_a_full_run_writes_the_keys_that_older_readers_need(form: str, tiny: Pat
     scratch.mkdir()
     model = built_model(run, base)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    files = tokenizer_files(tokenizer, select_template(run.data, tokenizer, {tokenizer.eos_token_id}), scratch)
+    files = tokenizer_files(
+        tokenizer, select_template(run.data, tokenizer, {tokenizer.eos_token_id}), scratch
+    )
     write_model_files(written, run, model, files)
     values = json.loads((written / "config.json").read_text())
-    assert (values["rope_theta"], values["rope_scaling"], values["torch_dtype"]) == (100000.0, None, "float32")
+    assert (values["rope_theta"], values["rope_scaling"], values["torch_dtype"]) == (
+        100000.0,
+        None,
+        "float32",
+    )
     assert values["rope_parameters"]["rope_theta"] == 100000.0
     assert AutoConfig.from_pretrained(written).rope_parameters == model.model.config.rope_parameters
     settings = json.loads((written / "tokenizer_config.json").read_text())
@@ -104,18 +125,28 @@ def test_a_file_is_the_one_that_the_library_writes(tmp_path: Path) -> None:
         "trained": torch.nn.Parameter(torch.randn(5)),
     }
     for metadata in (None, {"format": "pt"}):
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, tmp_path / "library", metadata)
+        save_file(
+            {name: t.detach().contiguous() for name, t in tensors.items()},
+            tmp_path / "library",
+            metadata,
+        )
         save_tensors(tmp_path / "ours", tensors, metadata)
         assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
 
 
-def test_a_large_model_is_written_in_several_files(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_is_written_in_several_files(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reference: the names and contents that `from_pretrained` reads back, and huggingface_hub's own index."""
     from huggingface_hub import save_torch_state_dict
 
     monkeypatch.setattr("tunesmith.model.save_tensors.SHARD", "50KB")
     monkeypatch.setattr("tunesmith.model.save_tensors.PIECE", 1000)
-    run, ours, theirs = make_run(tiny, tmp_path, adapter={"kind": "none"}), tmp_path / "ours", tmp_path / "theirs"
+    run, ours, theirs = (
+        make_run(tiny, tmp_path, adapter={"kind": "none"}),
+        tmp_path / "ours",
+        tmp_path / "theirs",
+    )
     model = built_model(run, tiny)
     for folder in (ours, theirs):
         folder.mkdir()
@@ -129,11 +160,15 @@ def test_a_large_model_is_written_in_several_files(tiny: Path, tmp_path: Path, m
     known, found = (json.loads((folder / index).read_text()) for folder in (theirs, ours))
     assert found["weight_map"] == known["weight_map"]
     loaded = AutoModelForCausalLM.from_pretrained(ours, dtype=torch.float32).state_dict()
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, loaded[name]) for name, tensor in model.model.state_dict().items()
+    )
 
 
 def status(key: str) -> int:
-    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
+    return next(
+        int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key)
+    )
 
 
 def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
@@ -145,7 +180,12 @@ def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
             return torch.full((1,) * meta.dim(), 0.5).expand(meta.shape)
         return torch.randn(meta.shape, device=device)
 
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 5, "vocab_size": 8000}
+    shape = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 5,
+        "vocab_size": 8000,
+    }
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=8))
     for name, meta in list(model.named_parameters()):
@@ -158,7 +198,9 @@ def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
     root = TrainModel(model, METHODS["sft"], layers="model.layers", attention_backend="products")
     out = folder / "checkpoint"
     out.mkdir()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide as much of what is taken next
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # what is free already would hide as much of what is taken next
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     write_checkpoint(run, root, {}, optimizer, Progress(), out)
@@ -166,7 +208,9 @@ def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
     return status("VmHWM") - before, sum(sizes), max(sizes), written
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc"
+)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_the_host_holds_one_tensor_of_a_full_checkpoint(device: str, tmp_path: Path) -> None:
     """A full checkpoint of 3B has 48 GiB, which the host of a GPU may not have free."""
@@ -174,4 +218,6 @@ def test_the_host_holds_one_tensor_of_a_full_checkpoint(device: str, tmp_path: P
     assert size > 100 << 20
     assert written > 4 * size
     # One tensor made contiguous, or one piece that came from the GPU; the rest is code that is imported meanwhile.
-    assert peak < max(largest, PIECE) + (24 << 20), f"{peak / 2**20:.0f} MiB for {written / 2**20:.0f} MiB written"
+    assert peak < max(largest, PIECE) + (24 << 20), (
+        f"{peak / 2**20:.0f} MiB for {written / 2**20:.0f} MiB written"
+    )

@@ -38,17 +38,29 @@ def test_the_card_of_a_run(trained: Run) -> None:
     text = (final / "README.md").read_text()
     data = ModelCard(text).data
     assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
-    assert (data.license, data.license_name, data.license_link) == ("other", "tiny-licence", "https://example.org/l")
+    assert (data.license, data.license_name, data.license_link) == (
+        "other",
+        "tiny-licence",
+        "https://example.org/l",
+    )
     assert data.tags == ["tunesmith", "lora", "sft"]
     assert data.base_model is None, "a folder of this machine is nobody else's base"
     assert data.datasets is None
-    for words in ("# my-base, fine-tuned", "`train.jsonl`", "8 (1.33 epochs, 64 examples)", "val_loss", "torch 2."):
+    for words in (
+        "# my-base, fine-tuned",
+        "`train.jsonl`",
+        "8 (1.33 epochs, 64 examples)",
+        "val_loss",
+        "torch 2.",
+    ):
         assert words in text
     assert str(final.parents[1]) not in text
     recipe = text.partition("```yaml\n")[2].partition("```")[0]
     assert "name: my-base\n" in recipe
     assert "system: /no_think\n" in recipe, "a text that looks like a path is none"
-    again = from_mapping(read_value(recipe, where="card", base=final).plain(), where="card", base=final)
+    again = from_mapping(
+        read_value(recipe, where="card", base=final).plain(), where="card", base=final
+    )
     assert again.train == trained.train
     records = [json.loads(line) for line in (final.parent / "metrics.jsonl").open()]
     assert f"{max(r['loss'] for r in records):.4f} |" in text, "the top of the curve"
@@ -77,7 +89,9 @@ def test_a_merged_model_says_so(trained: Run, tmp_path: Path) -> None:
     assert str(tmp_path) not in text
 
 
-def test_hub_ids_are_named_as_base_and_data_sets(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_ids_are_named_as_base_and_data_sets(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = "0" * 40
     snapshot = tmp_path / "models--someone--big" / "snapshots" / commit
     snapshot.mkdir(parents=True)
@@ -85,14 +99,20 @@ def test_hub_ids_are_named_as_base_and_data_sets(trained: Run, tmp_path: Path, m
     (tmp_path / "models--someone--big" / "refs").mkdir()
     (tmp_path / "models--someone--big" / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    rows = (Source(source="tatsu-lab/alpaca"), *trained.data.train, Source(source="tatsu-lab/alpaca"))
+    rows = (
+        Source(source="tatsu-lab/alpaca"),
+        *trained.data.train,
+        Source(source="tatsu-lab/alpaca"),
+    )
     run = replace(trained, model=Model(name="someone/big"), data=replace(trained.data, train=rows))
     data = ModelCard(model_card(run.model, run, Path(run.output_dir))).data
     assert (data.base_model, data.datasets) == ("someone/big", ["tatsu-lab/alpaca"])
     assert data.license_name == "tiny-licence"
 
 
-def test_an_adapter_without_a_run_or_with_a_damaged_one_still_has_a_card(trained: Run, tmp_path: Path) -> None:
+def test_an_adapter_without_a_run_or_with_a_damaged_one_still_has_a_card(
+    trained: Run, tmp_path: Path
+) -> None:
     bare = model_card(Model(name="someone/big"))
     assert ModelCard(bare).data.base_model == "someone/big"
     assert "```" not in bare
@@ -100,15 +120,21 @@ def test_an_adapter_without_a_run_or_with_a_damaged_one_still_has_a_card(trained
     assert "# my-base, fine-tuned" in model_card(trained.model, trained, tmp_path)
 
 
-@pytest.mark.parametrize("metadata", ["license: [a", "license: mit\n  x: : y", "1: 2", "- a", "license: [mit, other]"])
-def test_a_broken_card_of_the_base_keeps_no_weights_from_the_disk(metadata: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "metadata", ["license: [a", "license: mit\n  x: : y", "1: 2", "- a", "license: [mit, other]"]
+)
+def test_a_broken_card_of_the_base_keeps_no_weights_from_the_disk(
+    metadata: str, tmp_path: Path
+) -> None:
     (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# base\n")
     text = model_card(Model(name=str(tmp_path)))
     assert "The licence of the base model holds for this model too." in text
     assert ModelCard(text).data.license is None
 
 
-def test_an_environment_of_another_version_leaves_out_the_figures_alone(trained: Run, tmp_path: Path) -> None:
+def test_an_environment_of_another_version_leaves_out_the_figures_alone(
+    trained: Run, tmp_path: Path
+) -> None:
     shutil.copy(Path(trained.output_dir) / "metrics.jsonl", tmp_path)
     for content in ("{}", "[]"):
         (tmp_path / "env.json").write_text(content)

@@ -25,7 +25,14 @@ from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 from waiting import wait_for
 
-CLOCKS = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "host_memory_percent", "product_tflops")
+CLOCKS = (
+    "step_seconds",
+    "data_seconds",
+    "tokens_per_second",
+    "memory_gib",
+    "host_memory_percent",
+    "product_tflops",
+)
 
 
 @dataclass
@@ -33,7 +40,9 @@ class Watched:
     """A run seen from outside: its Trainer, and the steps at which each thread's write of optimizer state began."""
 
     trainer: Trainer | None = None
-    wrote: list[tuple[str, int, int]] = field(default_factory=list)  # thread, step written, last step recorded by then
+    wrote: list[tuple[str, int, int]] = field(
+        default_factory=list
+    )  # thread, step written, last step recorded by then
 
     def step(self) -> int:
         assert self.trainer is not None
@@ -79,12 +88,23 @@ def contents(folder: Path) -> dict[str, Any]:
     return found | {"state/progress.json": progress | {"record": record, "seconds": None}}
 
 
-@pytest.mark.parametrize("adapter", [{}, {"modules_to_save": ["embed_tokens", "norm"]}], ids=["LoRA", "modules too"])
+@pytest.mark.parametrize(
+    "adapter", [{}, {"modules_to_save": ["embed_tokens", "norm"]}], ids=["LoRA", "modules too"]
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_it_holds_what_a_run_that_waits_writes(
-    adapter: dict[str, Any], dtype: str, tiny: Path, tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+    adapter: dict[str, Any],
+    dtype: str,
+    tiny: Path,
+    tmp_path: Path,
+    watched: Watched,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    changes = {"adapter": adapter, "model": {"dtype": dtype}, "checkpoint": {"every": "3 steps", "keep": 9}}
+    changes = {
+        "adapter": adapter,
+        "model": {"dtype": dtype},
+        "checkpoint": {"every": "3 steps", "keep": 9},
+    }
     for name in ("waits", "runs on"):
         (tmp_path / name).mkdir()
     with monkeypatch.context() as patch:
@@ -102,7 +122,9 @@ def test_it_holds_what_a_run_that_waits_writes(
     assert watched.trainer is not None
     assert len(watched.trainer.checkpoints.stalls) == 2
     for step in (3, 6, 8):
-        here, there = (tmp_path / name / "run" / f"checkpoint-{step}" for name in ("waits", "runs on"))
+        here, there = (
+            tmp_path / name / "run" / f"checkpoint-{step}" for name in ("waits", "runs on")
+        )
         assert state.find_damage(there) is None
         assert contents(here) == contents(there)
 
@@ -110,10 +132,14 @@ def test_it_holds_what_a_run_that_waits_writes(
 def test_a_model_trained_in_full_is_written_while_the_loop_waits(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Writer, "write_async", lambda *args, **how: pytest.fail("a second copy would not fit"))
+    monkeypatch.setattr(
+        Writer, "write_async", lambda *args, **how: pytest.fail("a second copy would not fit")
+    )
     written, write = [], Writer.write
 
-    def noted(self: Writer, fill: Callable[[Path], None], step: int, *, keep_step: int | None) -> None:
+    def noted(
+        self: Writer, fill: Callable[[Path], None], step: int, *, keep_step: int | None
+    ) -> None:
         written.append(step)
         write(self, fill, step, keep_step=keep_step)
 
@@ -136,14 +162,18 @@ def test_without_room_for_a_copy_the_loop_waits(
         init(self, tensors)
 
     monkeypatch.setattr(Snapshot, "__init__", full)
-    monkeypatch.setattr(Writer, "write_async", lambda *args, **how: pytest.fail("there was no copy to write"))
+    monkeypatch.setattr(
+        Writer, "write_async", lambda *args, **how: pytest.fail("there was no copy to write")
+    )
     result = train(make_run(tiny, tmp_path, checkpoint={"keep": 9}), say=told.append)
     assert result.steps == 8
     assert sorted(f.step for f in state.list_checkpoints(tmp_path / "run")) == [2, 4, 6, 8]
     assert "no room on the device for a copy" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, step: int, then: Callable[[], None] = lambda: None) -> None:
+def spoil(
+    monkeypatch: pytest.MonkeyPatch, step: int, then: Callable[[], None] = lambda: None
+) -> None:
     """Writing the checkpoint of `step` runs into a full disk."""
     write, calls = export.write_optimizer, []
 
@@ -192,7 +222,9 @@ def test_a_full_disk_behind_the_steps_ends_the_run_as_one_in_the_loop_does(
         out = tmp_path / name / "run"
         assert nodes.newest_checkpoint(out, pytest.fail).step == 2  # type: ignore[union-attr]
         assert not list(out.glob(".*.partial"))
-        told.append((caught.value.text().replace(str(out), "RUN"), caught.value.exit_code, failed(out)))
+        told.append(
+            (caught.value.text().replace(str(out), "RUN"), caught.value.exit_code, failed(out))
+        )
     assert told[0] == told[1]
     assert "earlier checkpoints are complete: checkpoint-2" in told[0][0]
     result = train(make_run(tiny, tmp_path / "runs on"), say=lambda text: None)
@@ -206,7 +238,9 @@ def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
     """Step 6 fails while checkpoint-4 is still written: it is whole in the end, and it is the one named."""
     begun, write, step = threading.Event(), Writer._write, Trainer.train_step
 
-    def late(self: Writer, fill: Callable[[Path], None], number: int, keep_step: int | None) -> None:
+    def late(
+        self: Writer, fill: Callable[[Path], None], number: int, keep_step: int | None
+    ) -> None:
         assert begun.wait(30)
         time.sleep(0.2)
         write(self, fill, number, keep_step)
@@ -217,7 +251,9 @@ def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
             if fault == "code":
                 raise ZeroDivisionError("never meant to be")
             with torch.no_grad():
-                next(p for p in self.session.model.parameters() if p.requires_grad).fill_(float("nan"))
+                next(p for p in self.session.model.parameters() if p.requires_grad).fill_(
+                    float("nan")
+                )
         return step(self, batch)
 
     monkeypatch.setattr(Writer, "_write", late)
@@ -244,6 +280,13 @@ def test_a_stop_waits_for_the_write_and_saves_its_own_step(
     monkeypatch.setattr(Trainer, "train_step", stopped)
     with pytest.raises(StoppedError):
         train(make_run(tiny, tmp_path, checkpoint={"every": "4 steps"}), say=lambda text: None)
-    assert [(thread, step) for thread, step, _ in watched.wrote] == [("tunesmith-checkpoint", 4), ("MainThread", 5)]
-    assert [f.step for f in state.list_checkpoints(tmp_path / "run") if state.find_damage(f.path) is None] == [5, 4]
+    assert [(thread, step) for thread, step, _ in watched.wrote] == [
+        ("tunesmith-checkpoint", 4),
+        ("MainThread", 5),
+    ]
+    assert [
+        f.step
+        for f in state.list_checkpoints(tmp_path / "run")
+        if state.find_damage(f.path) is None
+    ] == [5, 4]
     assert not [t for t in threading.enumerate() if t.name.startswith("tunesmith-")]

@@ -19,7 +19,13 @@ KEYS = [
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
-    before = Progress(step=3, seconds=1.5, record=record(3, val_loss=math.inf, extra={"kl": 0.1}), best_step=2, worse=1)
+    before = Progress(
+        step=3,
+        seconds=1.5,
+        record=record(3, val_loss=math.inf, extra={"kl": 0.1}),
+        best_step=2,
+        worse=1,
+    )
     before.write(tmp_path)
     values = json.loads((tmp_path / PROGRESS).read_text())
     assert list(values) == KEYS
@@ -30,10 +36,20 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
 def test_an_older_file_is_read_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / PROGRESS
     path.parent.mkdir()
-    values = {"step": 3, "seconds": 1.5, "record": json.loads(record(3).to_json()), "validated": True}
+    values = {
+        "step": 3,
+        "seconds": 1.5,
+        "record": json.loads(record(3).to_json()),
+        "validated": True,
+    }
     path.write_text(json.dumps(values))
     assert Progress.read(tmp_path) == Progress(step=3, seconds=1.5, record=record(3))
-    for broken, why in (({"step": 3}, "no key 'record'"), (values | {"steps": 1}, "steps"), ([], ""), ("{", "")):
+    for broken, why in (
+        ({"step": 3}, "no key 'record'"),
+        (values | {"steps": 1}, "steps"),
+        ([], ""),
+        ("{", ""),
+    ):
         path.write_text(json.dumps(broken))
         with pytest.raises(CheckpointError, match=f"no readable {PROGRESS}") as raised:
             Progress.read(tmp_path)

@@ -62,7 +62,11 @@ def flip(file: Path) -> None:
 
 
 def whole(run_dir: Path) -> list[int]:
-    return [found.step for found in state.list_checkpoints(run_dir) if state.find_damage(found.path) is None]
+    return [
+        found.step
+        for found in state.list_checkpoints(run_dir)
+        if state.find_damage(found.path) is None
+    ]
 
 
 @pytest.mark.parametrize("copy", [True, False], ids=["in a thread", "in the loop"])
@@ -98,14 +102,20 @@ def test_one_process_opens_and_exports_what_two_ranks_wrote(tiny, tmp_path, caps
     exported = load_file(output / "model.safetensors")
     assert exported.keys() == final.keys()
     assert all(torch.equal(exported[name], final[name]) for name in final)
-    assert {p.name for p in output.iterdir()} == {p.name for p in (tmp_path / "run" / "final").iterdir()}
+    assert {p.name for p in output.iterdir()} == {
+        p.name for p in (tmp_path / "run" / "final").iterdir()
+    }
     opened, trained = load_run(saved), load_run(tmp_path / "run" / "final")
     state_of = trained.model.state_dict()
-    assert all(torch.equal(value, state_of[name]) for name, value in opened.model.state_dict().items())
+    assert all(
+        torch.equal(value, state_of[name]) for name, value in opened.model.state_dict().items()
+    )
     assert main(["export", str(tmp_path / "run" / "final"), "--output", str(tmp_path / "no")]) == 2
     assert "needs no export" in capsys.readouterr().err
 
-    AutoConfig.from_pretrained(saved).save_pretrained(saved)  # as an earlier version wrote it: the new keys alone
+    AutoConfig.from_pretrained(saved).save_pretrained(
+        saved
+    )  # as an earlier version wrote it: the new keys alone
     assert "rope_theta" not in json.loads((saved / "config.json").read_text())
     state.write_manifest(saved, 6, state.flush_files(saved))
     assert main(["export", str(saved), "--output", str(tmp_path / "older")]) == 0
@@ -123,7 +133,9 @@ def files_read_to_hash(model: Path, folder: Path) -> list[str]:
     digest = state.digest_of_file
 
     def noted(path: Path) -> str:
-        if path.parent.parent.name.strip(".").startswith("checkpoint-") or path.parent.name.startswith("checkpoint-"):
+        if path.parent.parent.name.strip(".").startswith(
+            "checkpoint-"
+        ) or path.parent.name.startswith("checkpoint-"):
             names.append(path.name)
         return digest(path)
 
@@ -135,7 +147,9 @@ def files_read_to_hash(model: Path, folder: Path) -> list[str]:
     return names
 
 
-def test_each_rank_hashes_what_it_writes_and_a_share_at_a_resume(tiny: Path, tmp_path: Path) -> None:
+def test_each_rank_hashes_what_it_writes_and_a_share_at_a_resume(
+    tiny: Path, tmp_path: Path
+) -> None:
     """Parts are hashed while they are written, so none is read again; at a resume no file is read by two ranks."""
     saved = run_ranks(2, files_read_to_hash, tiny, tmp_path)
     parts = [path.name for path in (tmp_path / "run/checkpoint-6/state").glob("*.distcp")]

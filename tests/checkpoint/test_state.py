@@ -36,7 +36,9 @@ def test_manifest_has_sizes_and_checksums(tmp_path: Path) -> None:
     assert state.step_of(place) == 7
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages"
+)
 def test_nothing_of_it_stays_in_the_page_cache(tmp_path: Path) -> None:
     """48 GiB of a 3B model trained in full would fill the memory that a GB10's GPU shares."""
     (tmp_path / "other").write_bytes(bytes(1 << 20))
@@ -55,7 +57,10 @@ def test_nothing_of_it_stays_in_the_page_cache(tmp_path: Path) -> None:
     [
         (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
         (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
-        (lambda p: (p / "manifest.json").write_text('{"step": 7, "files": {"a.bin": 70}}'), "cannot be read"),
+        (
+            lambda p: (p / "manifest.json").write_text('{"step": 7, "files": {"a.bin": 70}}'),
+            "cannot be read",
+        ),
         (lambda p: (p / "a.bin").unlink(), "a.bin is missing"),
         (lambda p: (p / "a.bin").write_text("short"), "has 5 bytes of 70"),
         (lambda p: (p / "a.bin").write_text("WEIGHTS" * 10), "do not match their checksum"),
@@ -148,7 +153,9 @@ def test_kill_9_at_any_moment_leaves_a_whole_newest_one(tmp_path: Path) -> None:
     for number in range(12):
         run = tmp_path / str(number)
         run.mkdir()
-        child = subprocess.Popen([sys.executable, "-c", WRITER, str(run)], stdout=subprocess.PIPE, text=True, env=env)
+        child = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(run)], stdout=subprocess.PIPE, text=True, env=env
+        )
         assert child.stdout is not None
         for _ in range(3):
             seen = int(child.stdout.readline())

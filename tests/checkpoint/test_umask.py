@@ -29,7 +29,9 @@ def modes(folder: Path) -> set[int]:
 
 
 @pytest.mark.parametrize("kind", ["lora", "none"])
-def test_a_run_and_a_merge(kind: str, mode: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_and_a_merge(
+    kind: str, mode: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     log = {"tensorboard": True, "samples": 1}
     run = make_run(tiny, tmp_path, adapter={"kind": kind}, log=log, train={"duration": "3 steps"})

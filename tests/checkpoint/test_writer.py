@@ -49,7 +49,9 @@ def writer(tmp_path: Path, synced: list[str]) -> Iterator[Writer]:
 
 
 def whole(run_dir: Path) -> list[int]:
-    return sorted(f.step for f in state.list_checkpoints(run_dir) if state.find_damage(f.path) is None)
+    return sorted(
+        f.step for f in state.list_checkpoints(run_dir) if state.find_damage(f.path) is None
+    )
 
 
 def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(
@@ -62,11 +64,15 @@ def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(
     writer.write_async(fill, 3, keep_step=None)
     assert fill.begun.wait(30)
     assert not writer.failed
-    assert (writer.saved_step, whole(tmp_path)) == (2, [1, 2]), "the older ones are needed until it is whole"
+    assert (writer.saved_step, whole(tmp_path)) == (2, [1, 2]), (
+        "the older ones are needed until it is whole"
+    )
     fill.go.set()
     writer.wait()
     assert (writer.saved_step, whole(tmp_path)) == (3, [2, 3])
-    assert synced == ["", "checkpoint-1", "checkpoint-1,checkpoint-2"], "the records are on the disk first"
+    assert synced == ["", "checkpoint-1", "checkpoint-1,checkpoint-2"], (
+        "the records are on the disk first"
+    )
 
 
 def test_the_next_one_waits_and_the_spared_one_stays(writer: Writer, tmp_path: Path) -> None:

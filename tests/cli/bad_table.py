@@ -11,7 +11,12 @@ from cli.bad_world import TURNS, Case, World
 from tunesmith.errors import EXIT_FAILED
 
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "description": "d", "parameters": {"type": "object"}},
+    }
+]
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 
 
@@ -51,7 +56,10 @@ def stored_as(dtype: str) -> Any:
 
         tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
-        save_file({k: v.to(getattr(torch, dtype)) for k, v in tensors.items()}, folder / "model.safetensors")
+        save_file(
+            {k: v.to(getattr(torch, dtype)) for k, v in tensors.items()},
+            folder / "model.safetensors",
+        )
 
     return spoil
 

@@ -53,7 +53,13 @@ class World:
     def train(self, *words: str, **changes: Any) -> list[str]:
         return ["train", str(self.recipe(**changes)), *words]
 
-    def rows(self, name: str, content: str | bytes, format: str = "prompt-completion", **keys: Any) -> list[str]:  # noqa: A002
+    def rows(
+        self,
+        name: str,
+        content: str | bytes,
+        format: str = "prompt-completion",  # noqa: A002
+        **keys: Any,
+    ) -> list[str]:
         """`train` on a file of exactly this content."""
         path = self.write(name, content)
         data = {"train": {"source": str(path), "format": format, **keys.pop("source", {})}, **keys}
@@ -79,7 +85,15 @@ class World:
 
     def generate(self, content: str | bytes, *words: str) -> list[str]:
         """`generate` of the run of `begun` on a file of exactly this content."""
-        return ["generate", str(self.begun()), "--input", str(self.write("b.jsonl", content)), "--output", "-", *words]
+        return [
+            "generate",
+            str(self.begun()),
+            "--input",
+            str(self.write("b.jsonl", content)),
+            "--output",
+            "-",
+            *words,
+        ]
 
     def generate_to(self, output: Path, *words: str) -> list[str]:
         """`generate` of the run of `begun` on its held-out rows."""
@@ -96,7 +110,9 @@ class World:
 
     def script(self, *flags: str, name: str = "Llama3_8B_LoRA_finetuning") -> list[str]:
         """One of the four scripts on alpaca rows, at the smallest size."""
-        rows = self.write("alpaca.jsonl", '{"instruction": "Say a", "input": "", "output": "a"}\n' * 8)
+        rows = self.write(
+            "alpaca.jsonl", '{"instruction": "Say a", "input": "", "output": "a"}\n' * 8
+        )
         fixed = {"--model_name": str(self.tiny), "--data": str(rows), "--dtype": "float32", "--dataset_size": "8",
                  "--output_dir": str(self.out), "--log_dir": str(self.folder / "logs"), "--seq_length": "256"}  # fmt: skip
         for flag, value in zip(flags[::2], flags[1::2], strict=True):
@@ -128,9 +144,22 @@ class Case:
     """
 
     def __init__(
-        self, kind: str, name: str, make: Callable[[World], list[str]], where: str, *facts: str, code: int = EXIT_USAGE
+        self,
+        kind: str,
+        name: str,
+        make: Callable[[World], list[str]],
+        where: str,
+        *facts: str,
+        code: int = EXIT_USAGE,
     ) -> None:
-        self.kind, self.name, self.make, self.where, self.facts, self.code = kind, name, make, where, facts, code
+        self.kind, self.name, self.make, self.where, self.facts, self.code = (
+            kind,
+            name,
+            make,
+            where,
+            facts,
+            code,
+        )
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.name}"

@@ -102,7 +102,9 @@ def bad_recipe(draw: random.Random, world: World) -> list[str]:
         path.write_bytes(spoilt_bytes(draw, path.read_bytes()))
     elif way < 0.8:
         lines = path.read_text().splitlines()
-        row = draw.choice([i for i, line in enumerate(lines) if not line.startswith(("output_dir", "  duration"))])
+        row = draw.choice(
+            [i for i, line in enumerate(lines) if not line.startswith(("output_dir", "  duration"))]
+        )
         lines[row] = f"{lines[row].partition(':')[0]}: {draw.choice(VALUES)}"
         path.write_text("\n".join(lines), encoding="utf-8")
     elif way < 0.9:
@@ -116,21 +118,38 @@ def bad_recipe(draw: random.Random, world: World) -> list[str]:
 
 def bad_words(draw: random.Random, world: World) -> list[str]:
     """Overrides and options that are wrong."""
-    free = [key for key in leaf_keys() if key not in ("output_dir", "train.duration", "log.tensorboard_dir")]
+    free = [
+        key
+        for key in leaf_keys()
+        if key not in ("output_dir", "train.duration", "log.tensorboard_dir")
+    ]
     words = [f"{draw.choice(free)}={draw.choice(VALUES)}" for _ in range(draw.randint(1, 3))]
     odd = ["--lr", "--seed=3", "--", "-", "=", "x=", "train.0.seed=1", "data.train.7.split=x", "data.train.²=1", "a" + ".b" * 2000 + "=1",
            "\udcff\udcfe=3", "train.seed", "data={train: null}", "adapter={kind: none, rank: 3}", "extends=x", "--json=3"]  # fmt: skip
     if draw.random() < 0.3:
         words.insert(draw.randrange(len(words) + 1), draw.choice(odd))
-    path = draw.choice([str(world.folder / "recipe.yaml")] * 9 + ["", "/dev/zero", ".", "x" * 5000, "\0", "/dev/stdin"])
+    path = draw.choice(
+        [str(world.folder / "recipe.yaml")] * 9
+        + ["", "/dev/zero", ".", "x" * 5000, "\0", "/dev/stdin"]
+    )
     verb = draw.choice(["train", "train", "train", "data", "fetch"])
-    return [verb, path, *words, *([] if draw.random() < 0.1 else ["train.duration=2 steps", f"output_dir={world.out}"])]
+    return [
+        verb,
+        path,
+        *words,
+        *([] if draw.random() < 0.1 else ["train.duration=2 steps", f"output_dir={world.out}"]),
+    ]
 
 
 def bad_duration(draw: random.Random, world: World) -> list[str]:
     """Any value at any key, shown and not trained: a duration may be as long as it likes."""
     words = [f"{draw.choice(leaf_keys())}={draw.choice(VALUES)}" for _ in range(draw.randint(1, 4))]
-    return ["recipes", "show", draw.choice([str(world.folder / "recipe.yaml"), "smollm2-135m-lora"]), *words]
+    return [
+        "recipes",
+        "show",
+        draw.choice([str(world.folder / "recipe.yaml"), "smollm2-135m-lora"]),
+        *words,
+    ]
 
 
 def bad_rows(draw: random.Random, world: World) -> list[str]:
@@ -144,7 +163,9 @@ def bad_rows(draw: random.Random, world: World) -> list[str]:
         rows[draw.randrange(len(rows))] = spoil_json(draw, rows[0])
     texts = [json.dumps(row, ensure_ascii=draw.random() < 0.5) for row in rows]
     if kind == "csv":
-        text = "prompt,completion\n" + "".join(f'"{row["prompt"]}","{row["completion"]}"\n' for row in rows)
+        text = "prompt,completion\n" + "".join(
+            f'"{row["prompt"]}","{row["completion"]}"\n' for row in rows
+        )
         fresh.write_text(draw.choice([text, text.replace(",", ";"), text.replace('"', "")]))
     elif kind == "parquet":
         import pyarrow as pa
@@ -180,7 +201,9 @@ def bad_model(draw: random.Random, world: World) -> list[str]:
 def bad_run(draw: random.Random, world: World) -> list[str]:
     """A run of four steps with one of its files spoilt, that is to go on or to be used."""
     out = world.begun()
-    path = draw.choice([path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock"])
+    path = draw.choice(
+        [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock"]
+    )
     if path.suffix == ".json" and draw.random() < 0.5:
         spoil_json_file(draw, path)
     else:
@@ -195,7 +218,18 @@ def bad_run(draw: random.Random, world: World) -> list[str]:
     ])  # fmt: skip
 
 
-KINDS = [bad_recipe, bad_recipe, bad_words, bad_words, bad_duration, bad_rows, bad_rows, bad_model, bad_model, bad_run]
+KINDS = [
+    bad_recipe,
+    bad_recipe,
+    bad_words,
+    bad_words,
+    bad_duration,
+    bad_rows,
+    bad_rows,
+    bad_model,
+    bad_model,
+    bad_run,
+]
 
 
 def bad_input(seed: int, world: World) -> list[str]:

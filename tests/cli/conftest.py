@@ -23,7 +23,11 @@ def begun(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(
-    tiny: Path, begun: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tiny: Path,
+    begun: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> World:
     """An own folder; the caches lie elsewhere."""
     env = {"TUNESMITH_CACHE": str(tmp_path_factory.getbasetemp() / "tunesmith"),
@@ -41,7 +45,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)],
+        check=False,
+        capture_output=True,
     )
     if made.returncode:
         pytest.skip("mounting needs root; the limit on a file's size is tested beside")

@@ -61,7 +61,9 @@ def values_of_fix(node: ast.AST) -> Iterator[ast.expr]:
         for target in node.targets:
             names = target.elts if isinstance(target, ast.Tuple) else [target]
             several = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
-            values = node.value.elts if several and isinstance(node.value, ast.Tuple) else [node.value]
+            values = (
+                node.value.elts if several and isinstance(node.value, ast.Tuple) else [node.value]
+            )
             if len(names) == len(values):
                 for name, value in zip(names, values, strict=True):
                     if isinstance(name, ast.Name) and name.id in ("fix", "fixes"):

@@ -57,7 +57,9 @@ def repos(tiny: Path) -> dict[str, Repo]:
         "someone/no-config": less("config.json"),
         "someone/no-tokenizer": less("tokenizer.json"),
         "someone/broken-config": less("config.json", **{"config.json": b"{"}),
-        "someone/experts": less("config.json", **{"config.json": b'{"model_type": "mixtral", "num_local_experts": 8}'}),
+        "someone/experts": less(
+            "config.json", **{"config.json": b'{"model_type": "mixtral", "num_local_experts": 8}'}
+        ),
         "someone/fine": good,
         "someone/gated-rows": Repo({"train.jsonl": row}, gated=True, granted="another"),
     }
@@ -67,12 +69,20 @@ def repos(tiny: Path) -> dict[str, Repo]:
 def ask(repos: dict[str, Repo], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Run one command in the child: (exit code, stdout, stderr)."""
     home = tmp_path_factory.mktemp("hub-home")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("HF_") and not k.lower().endswith("_proxy")
+    }
     with StandIn(repos) as hub:
         env = clean | {"HF_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "NO_COLOR": "1",
                        "HF_HUB_DISABLE_TELEMETRY": "1", "TUNESMITH_CACHE": str(home / "own")}  # fmt: skip
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", CHILD],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert child.stdin is not None
         assert child.stdout is not None
@@ -140,9 +150,15 @@ def test_a_hub_that_says_no(case: str, world: World, ask: Any) -> None:
 CHEAP: dict[str, tuple[dict[str, Any], str]] = {
     "no wandb": ({"log": {"wandb": True}}, "wandb is not installed"),
     "no training rows": ({"data": {"train": {"source": "no.jsonl"}}}, "there is no such file"),
-    "no held-out rows": ({"data": {"validation": {"source": "no.csv", "format": "alpaca"}}}, "there is no such file"),
+    "no held-out rows": (
+        {"data": {"validation": {"source": "no.csv", "format": "alpaca"}}},
+        "there is no such file",
+    ),
     "empty rows": ({"data": {"train": {"source": "empty.jsonl"}}}, "the file is empty"),
-    "rows of another kind": ({"data": {"train": {"source": "./rows.xlsx"}}}, "not a supported data file"),
+    "rows of another kind": (
+        {"data": {"train": {"source": "./rows.xlsx"}}},
+        "not a supported data file",
+    ),
     "no template": ({"data": {"template": "no.jinja"}}, "a file that does not exist"),
     "no tokenizer": ({"model": {"tokenizer": "./no"}}, "neither a folder"),
     "no adapter": ({"adapter": {"from": "./no"}}, "neither a folder nor an adapter"),
@@ -151,14 +167,18 @@ CHEAP: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CHEAP)
-def test_what_is_cheap_is_checked_before_the_hub_is_asked(case: str, world: World, ask: Any) -> None:
+def test_what_is_cheap_is_checked_before_the_hub_is_asked(
+    case: str, world: World, ask: Any
+) -> None:
     changes, said = CHEAP[case]
     if case == "no wandb" and importlib.util.find_spec("wandb") is not None:
         pytest.skip("wandb is installed")
     world.write("empty.jsonl", "")
     world.write("rows.xlsx", "x")
     asked = len(ask.hub.seen)
-    code, out, err = ask([str(word) for word in world.train(tiny=Path("someone/never-asked"), **changes)])
+    code, out, err = ask(
+        [str(word) for word in world.train(tiny=Path("someone/never-asked"), **changes)]
+    )
     assert (code, out) == (2, ""), err
     assert said in err
     assert len(ask.hub.seen) == asked

@@ -24,7 +24,9 @@ def call(words: list[str]) -> int:
     return playbook.main(words[0], words[1:]) if words[0] in playbook.SCRIPTS else main(words)
 
 
-def assert_told(case: Case, world: World, before: dict[str, str], code: int, out: str, err: str) -> None:
+def assert_told(
+    case: Case, world: World, before: dict[str, str], code: int, out: str, err: str
+) -> None:
     parts = told(err)
     assert code == case.code, err
     assert parts["error"], err
@@ -34,7 +36,9 @@ def assert_told(case: Case, world: World, before: dict[str, str], code: int, out
     assert [fact for fact in case.facts if fact not in message] == [], err
     assert "Traceback" not in err
     assert "internal error" not in err
-    report = case.kind == "script" or case.name.startswith("data verb, nothing")  # what these show is their answer
+    report = case.kind == "script" or case.name.startswith(
+        "data verb, nothing"
+    )  # what these show is their answer
     assert report or out == ""
     assert snapshot(world.folder) == before
 
@@ -63,7 +67,9 @@ def test_bad_input_of_a_process(case: Case, world: World) -> None:
     assert_told(case, world, before, done.returncode, done.stdout, done.stderr)
 
 
-def test_a_seq_len_beyond_the_model_s_positions(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_seq_len_beyond_the_model_s_positions(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Refused before anything starts by `train`, `data` and `plan`, with the largest seq_len."""
     rows = '{"prompt": "a", "completion": "b"}\n'
     train, *words = world.rows("rows.jsonl", rows, seq_len=2049)

@@ -142,7 +142,12 @@ def test_one_rank_trains_in_a_batch_job_of_many_tasks(
     world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.begun()
-    for key, value in {"WORLD_SIZE": "1", "RANK": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}.items():
+    for key, value in {
+        "WORLD_SIZE": "1",
+        "RANK": "0",
+        "SLURM_NTASKS": "8",
+        "SLURM_STEP_NUM_TASKS": "1",
+    }.items():
         monkeypatch.setenv(key, value)
     code, _, err = started(world.again("train.duration=5 steps"), capsys)
     assert code == EXIT_OK, err
@@ -165,7 +170,9 @@ def test_what_is_forced_goes_on(world: World, capsys: Capture) -> None:
     code, _, err = started(world.again("checkpoint.resume=force"), capsys)
     assert code == EXIT_OK, err
     assert [r["step"] for r in records(world.out)] == list(range(1, 9))
-    code, _, err = started(world.again("train.duration=10 steps"), capsys)  # from here on these are its data
+    code, _, err = started(
+        world.again("train.duration=10 steps"), capsys
+    )  # from here on these are its data
     assert code == EXIT_OK, err
 
 
@@ -183,7 +190,9 @@ TEARS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("tear", TEARS)
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_torn_checkpoint_is_passed_over(name: str, tear: str, world: World, begun: Path, capsys: Capture) -> None:
+def test_a_torn_checkpoint_is_passed_over(
+    name: str, tear: str, world: World, begun: Path, capsys: Capture
+) -> None:
     """The run goes on from the one before, says so, and ends with the numbers of a run that was never torn."""
     from tunesmith.checkpoint import nodes
 
@@ -198,14 +207,18 @@ def test_a_torn_checkpoint_is_passed_over(name: str, tear: str, world: World, be
     assert said[0].startswith("checkpoint-4 is skipped: ")
 
 
-def test_a_run_goes_on_over_a_torn_checkpoint_with_the_same_numbers(world: World, begun: Path, capsys: Capture) -> None:
+def test_a_run_goes_on_over_a_torn_checkpoint_with_the_same_numbers(
+    world: World, begun: Path, capsys: Capture
+) -> None:
     world.begun()
     flip(world.out / "checkpoint-4" / "adapter_model.safetensors")
     code, _, err = started(world.again("train.duration=4 steps", "checkpoint.keep=1"), capsys)
     assert code == EXIT_OK, err
     assert "checkpoint-4 is skipped" in err
     keys = ("step", "loss", "grad_norm", "learning_rate")
-    assert [[r[k] for k in keys] for r in records(world.out)] == [[r[k] for k in keys] for r in records(begun / "run")]
+    assert [[r[k] for k in keys] for r in records(world.out)] == [
+        [r[k] for k in keys] for r in records(begun / "run")
+    ]
 
 
 def test_a_torn_later_checkpoint_never_costs_a_whole_one(world: World, capsys: Capture) -> None:
@@ -345,7 +358,10 @@ def test_a_spoilt_token_cache_costs_time_only(
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "env.json", "log.txt"])
 def test_a_pipe_or_device_in_a_run_is_not_opened(name: str, world: World, capsys: Capture) -> None:
     """Reading one may never end."""
-    for spoil, kind in ((os.mkfifo, "a named pipe"), (lambda path: path.symlink_to("/dev/zero"), "a device")):
+    for spoil, kind in (
+        (os.mkfifo, "a named pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device"),
+    ):
         path = world.begun() / name
         path.unlink()
         spoil(path)
@@ -354,8 +370,12 @@ def test_a_pipe_or_device_in_a_run_is_not_opened(name: str, world: World, capsys
         path.unlink()
 
 
-@pytest.mark.parametrize("files", [{"adapter_model.safetensors": True}, [], "x", {"a": {"bytes": "many"}}, None])
-def test_a_manifest_of_another_form_is_a_torn_checkpoint(files: object, world: World, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    "files", [{"adapter_model.safetensors": True}, [], "x", {"a": {"bytes": "many"}}, None]
+)
+def test_a_manifest_of_another_form_is_a_torn_checkpoint(
+    files: object, world: World, capsys: Capture
+) -> None:
     manifest = json.dumps({"step": 4, "files": files})
     (world.begun() / "checkpoint-4" / "manifest.json").write_text(manifest)
     (world.out / "final" / "manifest.json").write_text(manifest)
@@ -365,7 +385,9 @@ def test_a_manifest_of_another_form_is_a_torn_checkpoint(files: object, world: W
     assert [r["step"] for r in records(world.out)] == list(range(1, 9))
 
 
-def test_links_that_lead_to_themselves_are_moved_aside_or_refused(world: World, capsys: Capture) -> None:
+def test_links_that_lead_to_themselves_are_moved_aside_or_refused(
+    world: World, capsys: Capture
+) -> None:
     loop = world.begun() / "metrics.jsonl"
     loop.unlink()
     loop.symlink_to(loop)

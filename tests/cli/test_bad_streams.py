@@ -82,7 +82,9 @@ def test_a_run_does_not_need_its_readers(name: str, world: World) -> None:
     if name == "both closed":
         assert Warm(words, streams=[None, CLOSED, CLOSED]).wait() == 0
     else:
-        reader, full = os.pipe() if name == "both to head" else (None, os.open("/dev/full", os.O_WRONLY))
+        reader, full = (
+            os.pipe() if name == "both to head" else (None, os.open("/dev/full", os.O_WRONLY))
+        )
         process = Warm(words, streams=[None, full, full])
         os.close(full)
         if reader is not None:  # it reads a line and ends
@@ -104,7 +106,9 @@ def test_a_terminal_that_goes_away(ignored: bool, world: World) -> None:
     words = world.train("train.duration=100 steps", checkpoint={"every": "50 steps"})
     terminal, own = pty.openpty()
     env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
-    process = Warm(words, env=env, streams=[own] * 3, prepare=under_nohup if ignored else take_terminal)
+    process = Warm(
+        words, env=env, streams=[own] * 3, prepare=under_nohup if ignored else take_terminal
+    )
     os.close(own)
     seen = b""
     while b"/100" not in seen:
@@ -169,9 +173,15 @@ def test_a_signal_while_the_interpreter_ends_changes_no_exit_code() -> None:
     assert process.wait(10) == 0
 
 
-@pytest.mark.parametrize(("rows", "where"), [("{'a': 1}\n", "stdin:1"), ('{"prompt": "a"}\n[1]\n', "stdin:2")])
+@pytest.mark.parametrize(
+    ("rows", "where"), [("{'a': 1}\n", "stdin:1"), ('{"prompt": "a"}\n[1]\n', "stdin:2")]
+)
 def test_bad_rows_on_stdin(
-    rows: str, where: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    rows: str,
+    where: str,
+    world: World,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(rows))
     run = world.begun()
@@ -187,10 +197,15 @@ def test_bytes_that_are_no_text_on_stdin(
     verb: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows before are no reason to stay silent; chat has answered the first line by then."""
-    junk = io.TextIOWrapper(io.BytesIO(b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n'), errors="surrogateescape")
+    junk = io.TextIOWrapper(
+        io.BytesIO(b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n'), errors="surrogateescape"
+    )
     monkeypatch.setattr(sys, "stdin", junk)
     run = str(world.begun())
-    assert main([verb, run, *([] if verb == "chat" else ["--input", "-", "--output", "-"]), *SHORT]) == 2
+    assert (
+        main([verb, run, *([] if verb == "chat" else ["--input", "-", "--output", "-"]), *SHORT])
+        == 2
+    )
     parts = told(capsys.readouterr().err)
     assert "UTF-8" in parts["error"]
     assert parts["where"] == "stdin:2"
@@ -199,11 +214,18 @@ def test_bytes_that_are_no_text_on_stdin(
 
 @pytest.mark.parametrize(("verb", "code"), [("chat", 0), ("generate", 2)])
 def test_a_closed_stdin_holds_no_lines(
-    verb: str, code: int, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    verb: str,
+    code: int,
+    world: World,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)  # what Python makes of `<&-`
     run = str(world.begun())
-    assert main([verb, run, *([] if verb == "chat" else ["--input", "-", "--output", "-"]), *SHORT]) == code
+    assert (
+        main([verb, run, *([] if verb == "chat" else ["--input", "-", "--output", "-"]), *SHORT])
+        == code
+    )
     assert code == 0 or told(capsys.readouterr().err)["error"] == "stdin holds no rows"
 
 
@@ -217,7 +239,9 @@ def test_an_interrupt_while_rows_become_tokens(world: World) -> None:
     try:
         deadline = time.monotonic() + 60
         while (
-            not list(cache.glob("tokens/.*/entry/ids.bin")) and process.poll() is None and time.monotonic() < deadline
+            not list(cache.glob("tokens/.*/entry/ids.bin"))
+            and process.poll() is None
+            and time.monotonic() < deadline
         ):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)

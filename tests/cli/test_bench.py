@@ -55,7 +55,9 @@ def typed(*words: object) -> list[str]:
     return ["bench", *map(str, words)]
 
 
-def test_a_shape_end_to_end(small: str, tiny: Path, rows: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_shape_end_to_end(
+    small: str, tiny: Path, rows: Path, tmp_path: Path, capsys: Capture
+) -> None:
     out, traces = tmp_path / "out.json", tmp_path / "traces"
     words = typed(
         "--shape", small, "--tokenizer", tiny, "--data", rows, *BATCH, "--steps", 3, "--warmup", 1, "--json", out,
@@ -81,11 +83,15 @@ def test_a_shape_end_to_end(small: str, tiny: Path, rows: Path, tmp_path: Path, 
     assert str(tmp_path) not in json.dumps(report["recipe"]["model"]["name"])
 
 
-def test_a_recipe_with_real_weights_and_every_weight_trained(tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_recipe_with_real_weights_and_every_weight_trained(
+    tiny: Path, tmp_path: Path, capsys: Capture
+) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(tiny, tmp_path, adapter={"kind": "none"})))
     before = set(tmp_path.iterdir())
-    assert main(typed(file, "train.learning_rate=1e-4", "--steps", 2, "--warmup", 0, "--plain")) == 0
+    assert (
+        main(typed(file, "train.learning_rate=1e-4", "--steps", 2, "--warmup", 0, "--plain")) == 0
+    )
     shown = capsys.readouterr().out
     assert "non-padding tokens" in shown
     assert "adapter checkpoint" not in shown
@@ -128,7 +134,9 @@ def test_what_is_refused(words: list[str], what: str, fix: str, capsys: Capture)
     assert (shown.out, "Traceback" in shown.err) == ("", False)
 
 
-def test_what_is_refused_once_the_tokenizer_is_known(small: str, tiny: Path, rows: Path, capsys: Capture) -> None:
+def test_what_is_refused_once_the_tokenizer_is_known(
+    small: str, tiny: Path, rows: Path, capsys: Capture
+) -> None:
     good = ["--tokenizer", tiny, "--data", rows, *BATCH, "--steps", 1, "--warmup", 0]
     for words, what in (
         (["--shape", small, *good, "--cold"], "--cold measures compilation"),
@@ -142,7 +150,9 @@ def test_on_a_gpu_the_trial_of_the_compiler_is_within_what_cold_times(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("tunesmith.runtime.compilation.select_compile", lambda *_: pytest.fail("it was tried"))
+    monkeypatch.setattr(
+        "tunesmith.runtime.compilation.select_compile", lambda *_: pytest.fail("it was tried")
+    )
     monkeypatch.setattr("tunesmith.runtime.device.choose_device", lambda: torch.device("cuda"))
     refuse_eager(make_run(tiny, tmp_path))
     with pytest.raises(UsageError, match="--cold measures compilation"):
@@ -154,17 +164,24 @@ def test_on_a_gpu_the_trial_of_the_compiler_is_within_what_cold_times(
 def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
     """The second process finds what the first has compiled, so its first step is much shorter."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
-    changes = {"train": {"compile": "on"}, "model": {"attention": "eager"}}  # few graphs: compiling is what takes time
+    changes = {
+        "train": {"compile": "on"},
+        "model": {"attention": "eager"},
+    }  # few graphs: compiling is what takes time
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False, **changes)))
     # In a process of its own, as a compile cache of its own needs.
-    done = run_warm(typed(file, "--cold", "--steps", 1, "--warmup", 0, "--json", out), prepare=take_small_peak)
+    done = run_warm(
+        typed(file, "--cold", "--steps", 1, "--warmup", 0, "--json", out), prepare=take_small_peak
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["cold"]
     assert 0 < found["warm_first_step_seconds"] < found["first_step_seconds"]
     assert "with an empty compile cache" in done.stdout
 
 
-def test_an_ablation_end_to_end(tiny: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ablation_end_to_end(
+    tiny: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the recipe and what it changes each figure is there, the change was made, and one that fails costs only itself."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
@@ -176,19 +193,29 @@ def test_an_ablation_end_to_end(tiny: Path, tmp_path: Path, capsys: Capture, mon
     table, runs = report["table"], report["runs"]
     assert list(table) == ["as given", "recomputed"]
     assert table["as given"]["of_baseline"] == 1
-    assert all(row["tokens_per_second"] > 0 and row["peak_memory_gib"] > 0 for row in table.values())
+    assert all(
+        row["tokens_per_second"] > 0 and row["peak_memory_gib"] > 0 for row in table.values()
+    )
     assert [runs[name][0]["figures"]["recomputed_layers"] for name in table] == [0, 2]
     assert [runs[name][0]["recipe"]["train"]["recompute"] for name in table] == ["auto", "full"]
     for row in table.values():  # the same tokens and updates, in fp32
         assert row["last_loss"] == pytest.approx(table["as given"]["last_loss"], rel=1e-5)
     for name, change in report["changes"].items():
-        assert any(line.startswith(name) and line.endswith(change) for line in shown.splitlines()), shown
+        assert any(
+            line.startswith(name) and line.endswith(change) for line in shown.splitlines()
+        ), shown
 
 
-def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(tmp_path: Path) -> None:
+def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(
+    tmp_path: Path,
+) -> None:
     """Commands of other programs stand in for bench: what they write and how they end is all that counts."""
     figures = {"figures": {"tokens_per_second": 10.0, "peak_memory_gib": 1.0, "last_loss": 2.0}}
-    good = [sys.executable, "-c", f"import sys; open(sys.argv[2], 'w').write({json.dumps(figures)!r})"]
+    good = [
+        sys.executable,
+        "-c",
+        f"import sys; open(sys.argv[2], 'w').write({json.dumps(figures)!r})",
+    ]
     bad = [sys.executable, "-c", "import sys; sys.exit('error: no memory')"]
     said: list[str] = []
     found = ablation.run_in_turns({"as given": good, "other": bad}, rounds=2, say=said.append)
@@ -200,7 +227,11 @@ def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(t
 
 
 def test_the_variants_are_the_other_values_of_a_recipes_keys(tiny: Path, tmp_path: Path) -> None:
-    lora = dict(ablation.variants(make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"}), gpu=True))
+    lora = dict(
+        ablation.variants(
+            make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"}), gpu=True
+        )
+    )
     assert lora["not compiled"] == "train.compile=off"
     assert {"dense base", "base in nf4"} <= set(lora)
     assert not {"base in fp8", "fp32"} & set(lora)
@@ -208,10 +239,14 @@ def test_the_variants_are_the_other_values_of_a_recipes_keys(tiny: Path, tmp_pat
     tokens = make_run(tiny, tmp_path, train={"global_batch": "256 tokens", "micro_batch": "auto"})
     assert "not packed" not in dict(ablation.variants(tokens, gpu=True)), "tokens need packed rows"
     changes = {"adapter": {"kind": "none"}, "train": {"recompute": "full"}, "data": {"pack": False}}
-    assert not dict(ablation.variants(make_run(tiny, tmp_path, **changes), gpu=False)), "a model in full has no base"
+    assert not dict(ablation.variants(make_run(tiny, tmp_path, **changes), gpu=False)), (
+        "a model in full has no base"
+    )
 
 
-def test_a_variant_that_a_recipe_has_not_is_refused(tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_variant_that_a_recipe_has_not_is_refused(
+    tiny: Path, tmp_path: Path, capsys: Capture
+) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
     assert main(typed(file, "--ablation", "--only", "recomputed,pakced")) == 2

@@ -31,7 +31,17 @@ from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import MeshShape
 from tunesmith.quant import nf4
 from tunesmith.ranks import SECONDS
-from tunesmith.selfcheck import ALIKE, CHANGED, COPIES, GRADIENTS, LOSS, NORM, ONE, RESUME, SelfCheck
+from tunesmith.selfcheck import (
+    ALIKE,
+    CHANGED,
+    COPIES,
+    GRADIENTS,
+    LOSS,
+    NORM,
+    ONE,
+    RESUME,
+    SelfCheck,
+)
 from tunesmith.sharded import local_part
 from tunesmith.training import agree, build, trainer
 
@@ -52,7 +62,9 @@ def exchanged(part: Tensor) -> Tensor:
 
 def leave_an_adapter_out_of_the_optimizer() -> None:
     original = TrainModel.trained_parameters
-    TrainModel.trained_parameters = lambda self: (p for p in original(self) if "0.mlp.up_proj.lora_B" not in p[0])
+    TrainModel.trained_parameters = lambda self: (
+        p for p in original(self) if "0.mlp.up_proj.lora_B" not in p[0]
+    )
 
 
 def leave_a_layer_without_gradient() -> None:
@@ -86,7 +98,11 @@ def install_another_torch_on_a_rank() -> None:
 
 def divide_by_the_ranks_own_tokens() -> None:
     def denominator(self, batch):
-        return sum(m.supervised for m in batch.micro) if isinstance(batch, GlobalBatch) else batch.supervised
+        return (
+            sum(m.supervised for m in batch.micro)
+            if isinstance(batch, GlobalBatch)
+            else batch.supervised
+        )
 
     SupervisedFineTuning.denominator = denominator
 
@@ -181,7 +197,9 @@ def pair_query_heads_with_other_keys() -> None:
 
 def leave_outputs_of_row_parallel_layers_unadded() -> None:
     original = tensor._exchange
-    tensor._exchange = lambda x, group, gather: original(x, group, gather) if gather else x.chunk(2)[group.rank]
+    tensor._exchange = lambda x, group, gather: (
+        original(x, group, gather) if gather else x.chunk(2)[group.rank]
+    )
 
 
 def leave_partial_gradients_unadded() -> None:
@@ -283,13 +301,19 @@ def failed_checks(kind: str, mesh: MeshShape, change: Callable[[], None]) -> dic
     if kind != "nf4 lora":  # bitsandbytes loads a compiler, in every rank
         SelfCheck.drop_nf4 = lambda self: self.kinds
     check_mesh = SelfCheck.check_mesh
-    SelfCheck.check_mesh = lambda self, kind, shape, *more: shape == ONE or check_mesh(self, kind, shape, *more)
+    SelfCheck.check_mesh = lambda self, kind, shape, *more: (
+        shape == ONE or check_mesh(self, kind, shape, *more)
+    )
     change()
     report = selfcheck.run_checks(say=lambda row: None)
-    return {row["check"].rpartition(": ")[2]: row for row in report["checks"] if row["passed"] is False}
+    return {
+        row["check"].rpartition(": ")[2]: row for row in report["checks"] if row["passed"] is False
+    }
 
 
-@pytest.mark.parametrize(("change", "kind", "mesh", "found"), BROKEN, ids=[case[0].__name__ for case in BROKEN])
+@pytest.mark.parametrize(
+    ("change", "kind", "mesh", "found"), BROKEN, ids=[case[0].__name__ for case in BROKEN]
+)
 def test_a_broken_build_fails(change, kind, mesh, found):
     for failed in run_ranks(mesh.world, failed_checks, kind, mesh, change):
         assert found <= failed.keys(), failed

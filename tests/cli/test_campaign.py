@@ -29,7 +29,9 @@ def owned(path: str) -> bool:
     return path == "run" or path.startswith(("run/", "run.previous-"))
 
 
-def assert_told(words: list[str], code: int, err: str, before: dict[str, str], after: dict[str, str]) -> None:
+def assert_told(
+    words: list[str], code: int, err: str, before: dict[str, str], after: dict[str, str]
+) -> None:
     shown = f"{words}\n{err}"[-4000:]
     assert "Traceback" not in err, shown
     assert "internal error" not in err, shown
@@ -38,8 +40,16 @@ def assert_told(words: list[str], code: int, err: str, before: dict[str, str], a
     parts = told(err)
     assert code == 0 or (parts.get("error") and parts.get("fix")), shown
     assert max(map(len, parts.values()), default=0) < 2001, "an error is read by people"
-    kept = before if code == 2 else {name: content for name, content in before.items() if not owned(name)}
-    after = after if code == 2 else {name: content for name, content in after.items() if not owned(name)}
+    kept = (
+        before
+        if code == 2
+        else {name: content for name, content in before.items() if not owned(name)}
+    )
+    after = (
+        after
+        if code == 2
+        else {name: content for name, content in after.items() if not owned(name)}
+    )
     assert after == kept, shown
 
 
@@ -70,7 +80,9 @@ def test_a_bad_input_of_a_process(seed: int, world: World, monkeypatch: pytest.M
     assert_told(words, done.returncode, done.stderr, before, snapshot(world.folder))
 
 
-def test_the_seeds_spoil_what_they_should(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_seeds_spoil_what_they_should(
+    world: World, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """The same seed makes the same input, and the seeds of a run differ."""
     made = []
     for seed in (3, 3, 4):

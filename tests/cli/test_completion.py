@@ -36,7 +36,11 @@ OFFERED = {
     "tunesmith generate runs --format sh": ["sharegpt"],
     "tunesmith completion f": ["fish"],
 }
-NOT_OFFERED = {"tunesmith train mi": "rows.jsonl", "tunesmith generate ru": "train", "tunesmith train --f": "--json"}
+NOT_OFFERED = {
+    "tunesmith train mi": "rows.jsonl",
+    "tunesmith generate ru": "train",
+    "tunesmith train --f": "--json",
+}
 # what a tab makes of it, where one thing alone is offered; a key has no space behind it, all else has
 COMPLETED = {
     "tunesmith comple": "tunesmith completion ",
@@ -52,7 +56,9 @@ def needs(shell: str) -> str:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+def place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Path:
     """A folder with a recipe, rows, runs, and the script of each shell in `bash`, `zsh` and `fish`."""
     for name in FUNCTIONS:
         assert main(["completion", name]) == 0
@@ -96,7 +102,9 @@ def test_bash_offers(line: str, place: Path) -> None:
 def test_fish_offers(line: str, place: Path) -> None:
     command = [needs("fish"), "--no-config", "-c", 'source ./fish; complete -C "$argv[1]"', line]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert_offered("fish", line, [row.partition("\t")[0].rstrip("/") for row in done.stdout.splitlines()])
+    assert_offered(
+        "fish", line, [row.partition("\t")[0].rstrip("/") for row in done.stdout.splitlines()]
+    )
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
@@ -110,7 +118,9 @@ def test_a_tab_completes_the_line(shell: str, place: Path) -> None:
     child, terminal = pty.fork()
     if child == 0:
         os.execvpe(
-            start[0], start, {**os.environ, "PS1": "$ ", "TERM": "dumb", "COLUMNS": "200", "INPUTRC": "/dev/null"}
+            start[0],
+            start,
+            {**os.environ, "PS1": "$ ", "TERM": "dumb", "COLUMNS": "200", "INPUTRC": "/dev/null"},
         )
     try:
         read_until(terminal, "$ ")
@@ -119,7 +129,9 @@ def test_a_tab_completes_the_line(shell: str, place: Path) -> None:
         for line, wanted in COMPLETED.items():
             os.write(terminal, f"{line}\t".encode())
             shown = read_until(terminal, wanted.rstrip())
-            os.write(terminal, b"\x15\x15" if shell == "bash" else b"\x15")  # ctrl-U empties the line
+            os.write(
+                terminal, b"\x15\x15" if shell == "bash" else b"\x15"
+            )  # ctrl-U empties the line
             assert wanted.rstrip() in shown, (line, shown)
     finally:
         os.write(terminal, b"\x15exit\n")

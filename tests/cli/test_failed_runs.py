@@ -30,7 +30,18 @@ SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 def failure(run: Path) -> dict[str, Any]:
     """failure.json, which has all that it should."""
     found = json.loads((run / "failure.json").read_text())
-    assert set(found) == {"what", "where", "why", "last_step", "next", "cause", "rank", "host", "phase", "collective"}
+    assert set(found) == {
+        "what",
+        "where",
+        "why",
+        "last_step",
+        "next",
+        "cause",
+        "rank",
+        "host",
+        "phase",
+        "collective",
+    }
     assert found["rank"] == 0
     assert found["phase"] in ("first step", "training", "validation", "saving")
     assert found["what"]
@@ -52,14 +63,22 @@ def test_weights_that_are_not_finite(world: World, capsys: Capture) -> None:
     assert "step 1, rows" in parts["where"]
     assert "train.jsonl:" in parts["where"]
     found = failure(world.out)
-    assert (found["what"], found["where"], found["last_step"]) == (parts["error"], parts["where"], 1)
+    assert (found["what"], found["where"], found["last_step"]) == (
+        parts["error"],
+        parts["where"],
+        1,
+    )
     assert found["cause"] == "not-finite"
     assert parts["cause"].startswith("not-finite: ")
     assert not list(world.out.glob("checkpoint-*"))
 
 
-def test_a_learning_rate_that_blows_up_keeps_the_last_good_checkpoint(world: World, capsys: Capture) -> None:
-    words = world.train("checkpoint.every=1 steps", train={"learning_rate": 1e30, "warmup": "0 steps"})
+def test_a_learning_rate_that_blows_up_keeps_the_last_good_checkpoint(
+    world: World, capsys: Capture
+) -> None:
+    words = world.train(
+        "checkpoint.every=1 steps", train={"learning_rate": 1e30, "warmup": "0 steps"}
+    )
     code, parts, err = started(words, capsys)
     assert code == EXIT_FAILED, err
     assert parts["fix"].startswith("lower train.learning_rate")
@@ -77,7 +96,9 @@ def test_a_full_disk(
     """At the first checkpoint or a later one: exit 1, whole ones stay, and with room the run ends as it should."""
     import tunesmith.training.build
 
-    monkeypatch.setattr(tunesmith.training.build, "check_disk", lambda *given: None)  # it would refuse to begin
+    monkeypatch.setattr(
+        tunesmith.training.build, "check_disk", lambda *given: None
+    )  # it would refuse to begin
     ballast = small_disk / "ballast"
     words = world.train(output_dir=str(small_disk / "run"), train={"duration": "6 steps"})
     ballast.write_bytes(bytes((1024 - held) << 10))
@@ -97,7 +118,9 @@ def test_a_full_disk(
     assert [r["step"] for r in records(run)] == list(range(1, 7))
 
 
-def test_no_room_is_told_before_the_first_step(world: World, small_disk: Path, capsys: Capture) -> None:
+def test_no_room_is_told_before_the_first_step(
+    world: World, small_disk: Path, capsys: Capture
+) -> None:
     (small_disk / "ballast").write_bytes(bytes(900 << 10))
     code, parts, err = started(world.train(output_dir=str(small_disk / "run")), capsys)
     assert code == EXIT_USAGE, err
@@ -106,7 +129,8 @@ def test_no_room_is_told_before_the_first_step(world: World, small_disk: Path, c
 
 
 @pytest.mark.parametrize(
-    ("room", "keep", "fix"), [(4, 2, "checkpoint.keep=1, or"), (5, 9, "checkpoint.keep=2, or"), (3, 1, "")]
+    ("room", "keep", "fix"),
+    [(4, 2, "checkpoint.keep=1, or"), (5, 9, "checkpoint.keep=2, or"), (3, 1, "")],
 )
 def test_a_fix_for_a_full_disk_is_one_that_helps(
     room: int, keep: int, fix: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -114,12 +138,16 @@ def test_a_fix_for_a_full_disk_is_one_that_helps(
     """So many checkpoints have room; three more than are kept may be there at once."""
     run = load_recipe(world.train()[1])
     size = 1000 * (4 + checkpoint_bytes_per_parameter(run.train, 4))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, int(size * room)))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, int(size * room))
+    )
     monkeypatch.setattr(build, "count_trained", lambda run, model: 1000)
     code, parts, err = started(world.train(f"checkpoint.keep={keep}"), capsys)
     assert code == EXIT_USAGE, err
     assert parts["fix"].startswith(fix)
-    assert ("checkpoint.keep" in parts["fix"]) == bool(fix), "where one is kept already, fewer cannot be"
+    assert ("checkpoint.keep" in parts["fix"]) == bool(fix), (
+        "where one is kept already, fewer cannot be"
+    )
     assert f"{size * (keep + 3) / 1000:.1f} kB needed" in parts["error"], "and never 0.00 GiB"
 
 
@@ -162,7 +190,9 @@ def test_a_fix_for_a_full_memory_is_one_that_helps(
     world: World, savings: tuple[Saving, ...], saved_step: int | None, fix: str
 ) -> None:
     plan = RunPlan("cuda:0", "varlen", "bf16", 2, savings=lambda: savings)
-    failed = failure_of(MemoryError(), load_recipe(world.train()[1]), plan, step=1, saved_step=saved_step)
+    failed = failure_of(
+        MemoryError(), load_recipe(world.train()[1]), plan, step=1, saved_step=saved_step
+    )
     again = "" if fix.endswith("--fresh") else "; start the same command again"
     assert failed.fix.removesuffix(": it goes on from checkpoint-2") == fix + again
 

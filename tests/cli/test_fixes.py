@@ -32,10 +32,22 @@ PROGRAMS = (
     "tunesmith", "pip", "sudo", "ssh", "ssh-copy-id", "ssh-keygen", "ls", "iconv", "jq", "sed", "mv", "mkdir", "df", "docker",
     "ip", "unset", "export", "cat", "rm", "hf", "python", "python3", "ping", "ps", "scancel", "sinfo", "wandb", "apt-get", "srun",
 )  # fmt: skip
-COMMAND = re.compile(rf"(?:(?<=^)|(?<=[\s(`]))(?:[A-Z_]+=\S+ )?({'|'.join(PROGRAMS)}) (?=[\w'\"<./-])")
+COMMAND = re.compile(
+    rf"(?:(?<=^)|(?<=[\s(`]))(?:[A-Z_]+=\S+ )?({'|'.join(PROGRAMS)}) (?=[\w'\"<./-])"
+)
 # An expression in a command: quoted by one of the functions for it, or of a form in which nothing needs quotes.
 QUOTED = re.compile(r"^(shell_word|shell_path|shell_command|_new_name|_jq_key)\(")
-PLAIN = ("numbers[i]", "code", "needed", "SECONDS", "folder", "name", "near[0]", "self.name", "' '.join(started)")
+PLAIN = (
+    "numbers[i]",
+    "code",
+    "needed",
+    "SECONDS",
+    "folder",
+    "name",
+    "near[0]",
+    "self.name",
+    "' '.join(started)",
+)
 KEY = re.compile(
     r"(?<![\w./-])((?:model|adapter|data|train|parallel|validate|checkpoint|log|profile)(?:\.[a-z_]+)+)(?==|: )"
 )
@@ -70,9 +82,10 @@ def commands_of(text: str) -> list[str]:
     for match in COMMAND.finditer(text):
         rest = text[match.start() :]
         found.append(
-            re.split(r"[;,`]| or |  |\)|: | then | shows | says | tells | lists | compares | prints |\. ", rest)[
-                0
-            ].strip()
+            re.split(
+                r"[;,`]| or |  |\)|: | then | shows | says | tells | lists | compares | prints |\. ",
+                rest,
+            )[0].strip()
         )
     return found
 
@@ -95,7 +108,9 @@ def kind_of(fix: Fix) -> str:
 def test_every_fix_is_of_a_known_kind() -> None:
     """How many there are of each kind is shown with -rA; a collector that finds none would pass unread."""
     counts = Counter(kind_of(fix) for fix in FIXES)
-    print(f"{len(FIXES)} fixes: {dict(counts)}; {sum(len(commands_of(fix.text)) for fix in FIXES)} commands")
+    print(
+        f"{len(FIXES)} fixes: {dict(counts)}; {sum(len(commands_of(fix.text)) for fix in FIXES)} commands"
+    )
     assert not [fix for fix in FIXES if not kind_of(fix)]
     assert len(FIXES) > 500
     assert counts["command"] > 100
@@ -115,7 +130,9 @@ def test_a_verb_and_its_flags_exist() -> None:
                 wrong.append((fix.place, command, verb))
                 continue
             known = flags_of(parser_of(verb))
-            wrong += [(fix.place, command, flag) for flag in FLAG.findall(command) if flag not in known]
+            wrong += [
+                (fix.place, command, flag) for flag in FLAG.findall(command) if flag not in known
+            ]
     assert not wrong
     assert checked > 40
 
@@ -155,21 +172,37 @@ HOSTILE = "-a b'\"$(touch ran) `touch ran`;&.x"
 
 
 def words_in_bash(text: str, folder: Path) -> list[str]:
-    shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {text}"], cwd=folder, capture_output=True, check=True)
+    shown = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {text}"], cwd=folder, capture_output=True, check=True
+    )
     assert not (folder / "ran").exists()
     return [word.decode("utf-8", "surrogateescape") for word in shown.stdout.split(b"\0")[:-1]]
 
 
 @pytest.mark.parametrize(
     "value",
-    [HOSTILE, "plain", "", "two\nlines", "tab\t\x1b[31m", "é €", "\\n", "bad\udcff", "--force", "~", "*"],
+    [
+        HOSTILE,
+        "plain",
+        "",
+        "two\nlines",
+        "tab\t\x1b[31m",
+        "é €",
+        "\\n",
+        "bad\udcff",
+        "--force",
+        "~",
+        "*",
+    ],
     ids=ascii,
 )
 def test_a_word_comes_back_from_a_shell(value: str, tmp_path: Path) -> None:
     assert words_in_bash(shell_word(value), tmp_path) == [value]
     assert words_in_bash(shell_command(["a", value]), tmp_path) == ["a", value]
     assert "\n" not in shell_word(value)
-    assert words_in_bash(shell_path(value), tmp_path) == [f"./{value}" if value.startswith("-") else value]
+    assert words_in_bash(shell_path(value), tmp_path) == [
+        f"./{value}" if value.startswith("-") else value
+    ]
 
 
 def test_the_doctors_fixes_are_lines_of_a_shell(tmp_path: Path) -> None:
@@ -178,10 +211,15 @@ def test_the_doctors_fixes_are_lines_of_a_shell(tmp_path: Path) -> None:
     for case, texts in TEXTS.items():
         names = {name for text in texts for name in re.findall(r"{(\w+)", text)} - {"host"}
         numbers = set(re.findall(r"{(\w+):[^}]*f}", " ".join(texts)))
-        values = {name: 1.0 if name in numbers else "a-b" if name in ("fix", "names") else HOSTILE for name in names}
+        values = {
+            name: 1.0 if name in numbers else "a-b" if name in ("fix", "names") else HOSTILE
+            for name in names
+        }
         command = say(case, host=HOSTILE, **values).fix.partition("    (")[0]
         if command:
-            bash = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True, check=False)
+            bash = subprocess.run(
+                ["bash", "-n", "-c", command], capture_output=True, text=True, check=False
+            )
             assert bash.returncode == 0, (case, command, bash.stderr)
             checked += 1
     assert checked > 60
@@ -236,7 +274,9 @@ CASES: dict[str, tuple[Callable[[Path], Callable[[], object]], str, Callable[[Pa
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_pasted_command_does_what_it_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pasted_command_does_what_it_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, program, holds = CASES[name]
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
@@ -244,7 +284,9 @@ def test_a_pasted_command_does_what_it_says(name: str, tmp_path: Path, monkeypat
     fix = fix_of(make(tmp_path))
     assert fix.startswith(program), fix
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    shell = subprocess.run(["bash", "-c", fix], cwd=tmp_path, capture_output=True, text=True, check=False)
+    shell = subprocess.run(
+        ["bash", "-c", fix], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert shell.returncode == 0, shell.stderr
     assert holds(tmp_path, shell.stdout)
     assert not (tmp_path / "ran").exists()
@@ -253,7 +295,9 @@ def test_a_pasted_command_does_what_it_says(name: str, tmp_path: Path, monkeypat
 
 def test_a_command_never_empties_the_file_that_it_reads(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('{"data": [{"prompt": "a", "completion": "b"}]}')
-    fix = fix_of(lambda: read_rows(Source(source=str(tmp_path / "rows.json"), format="prompt-completion")))
+    fix = fix_of(
+        lambda: read_rows(Source(source=str(tmp_path / "rows.json"), format="prompt-completion"))
+    )
     assert fix.endswith("> new-rows.json")
 
 

@@ -23,7 +23,13 @@ def every_file(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         link, name = path.is_symlink(), str(path.relative_to(folder))
-        content = os.readlink(path).encode() if link else path.read_bytes() if path.is_file() else b"folder"
+        content = (
+            os.readlink(path).encode()
+            if link
+            else path.read_bytes()
+            if path.is_file()
+            else b"folder"
+        )
         found[name] = hashlib.sha256(content).hexdigest()
     return found
 
@@ -93,7 +99,9 @@ def lay(world: World, layout: dict[str, str | bytes] | Callable[[World], object]
         world.write(f"run/{name}", content)
 
 
-@pytest.mark.parametrize("words", [[], ["--fresh"], ["checkpoint.resume=never"], ["checkpoint.resume=force"]], ids=str)
+@pytest.mark.parametrize(
+    "words", [[], ["--fresh"], ["checkpoint.resume=never"], ["checkpoint.resume=force"]], ids=str
+)
 @pytest.mark.parametrize("name", FOREIGN)
 def test_files_of_a_runs_names_are_refused_and_not_touched(
     name: str, words: list[str], world: World, capsys: Capture
@@ -118,8 +126,12 @@ UNRELATED: dict[str, str | bytes] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("word", ["train.learing_rate=1", "data.train.source=no.jsonl", "model.name=no/such/folder"])
-def test_a_refused_start_deletes_nothing_and_leaves_no_lock(word: str, world: World, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    "word", ["train.learing_rate=1", "data.train.source=no.jsonl", "model.name=no/such/folder"]
+)
+def test_a_refused_start_deletes_nothing_and_leaves_no_lock(
+    word: str, world: World, capsys: Capture
+) -> None:
     lay(world, UNRELATED)
     command, before = world.train(word), every_file(world.folder)
     code, _, err = started(command, capsys)
@@ -128,14 +140,18 @@ def test_a_refused_start_deletes_nothing_and_leaves_no_lock(word: str, world: Wo
 
 
 @pytest.mark.parametrize("place", ["a folder", "a link"])
-def test_unrelated_files_stay_through_train_and_fresh(place: str, world: World, capsys: Capture) -> None:
+def test_unrelated_files_stay_through_train_and_fresh(
+    place: str, world: World, capsys: Capture
+) -> None:
     """Also the working directory, and the rows that are trained on, may lie there."""
     lay(world, UNRELATED | {"train.jsonl": (world.folder / "train.jsonl").read_bytes()})
     before, real = every_file(world.out), world.out
     if place == "a link":
         real = world.out.rename(world.folder / "real")
         world.out.symlink_to(real)
-    command = world.train("train.duration=3 steps", data={"train": {"source": str(world.out / "train.jsonl")}})
+    command = world.train(
+        "train.duration=3 steps", data={"train": {"source": str(world.out / "train.jsonl")}}
+    )
     for words in ([], ["--fresh"]):
         code, _, err = started([*command, *words], capsys)
         assert code == EXIT_OK, err
@@ -146,7 +162,9 @@ def test_unrelated_files_stay_through_train_and_fresh(place: str, world: World, 
     assert not aside & {Path(name).parts[0] for name in before}
 
 
-def test_a_link_in_a_run_is_read_and_what_it_leads_to_is_never_deleted(world: World, capsys: Capture) -> None:
+def test_a_link_in_a_run_is_read_and_what_it_leads_to_is_never_deleted(
+    world: World, capsys: Capture
+) -> None:
     """Checkpoints and final/ were moved to a larger disk, with links in their places."""
     run, disk = world.begun(), world.folder / "disk"
     disk.mkdir()
@@ -179,12 +197,20 @@ BEGUN = {
     "killed while the log was opened": ("log.txt",),
     "killed before env.json": ("log.txt", "metrics.jsonl", "tensorboard"),
     "killed before config.yaml": ("log.txt", "metrics.jsonl", "tensorboard", "env.json"),
-    "killed before the first checkpoint": ("log.txt", "metrics.jsonl", "tensorboard", "env.json", "config.yaml"),
+    "killed before the first checkpoint": (
+        "log.txt",
+        "metrics.jsonl",
+        "tensorboard",
+        "env.json",
+        "config.yaml",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BEGUN)
-def test_a_run_that_was_killed_at_its_beginning_starts_again(name: str, world: World, capsys: Capture) -> None:
+def test_a_run_that_was_killed_at_its_beginning_starts_again(
+    name: str, world: World, capsys: Capture
+) -> None:
     run, written = world.begun(), BEGUN[name]
     for path in run.iterdir():
         if path.name not in (*written, ".lock"):
@@ -208,7 +234,9 @@ def test_a_run_of_an_older_version_goes_on(world: World, capsys: Capture) -> Non
     assert json.loads((run / "final" / "manifest.json").read_text())["step"] == 6
 
 
-def test_a_run_that_cannot_be_moved_aside_stays(world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_be_moved_aside_stays(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A mounted output_dir: its neighbours are on another disk."""
     world.begun()
     before = every_file(world.folder)

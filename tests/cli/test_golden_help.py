@@ -19,4 +19,6 @@ def test_help_pages_change_only_in_a_diff(tmp_path):
     now = tmp_path / "help.txt"
     now.write_text(done.stdout, encoding="utf-8")
     difference = "\n".join(text_apart(golden.HELP, now))
-    assert not difference, f"where it is meant: python benchmarks/same_bits.py help --write\n{difference}"
+    assert not difference, (
+        f"where it is meant: python benchmarks/same_bits.py help --write\n{difference}"
+    )

@@ -34,10 +34,14 @@ def test_two_starts_and_their_summaries(world: World, capsys: Capture) -> None:
     assert any(line.startswith("warning: only 3 optimizer steps") for line in shown)
     written = logged(world.out)
     assert [line for line in shown if line not in written] == []
-    assert written.index("resuming from step 3 of 6, " + str(world.out / "checkpoint-3")) > written.index("next")
+    assert written.index(
+        "resuming from step 3 of 6, " + str(world.out / "checkpoint-3")
+    ) > written.index("next")
 
 
-def test_a_failure_and_a_stop(world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_and_a_stop(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import signal
 
     step = Trainer.train_step
@@ -59,7 +63,9 @@ def test_a_failure_and_a_stop(world: World, capsys: Capture, monkeypatch: pytest
         assert code == wanted, err
         shown += err.splitlines()
     written = logged(world.out)
-    assert {"error: it broke", "  where: here", "  why: as tests do", "  fix: mend it"} <= set(written)
+    assert {"error: it broke", "  where: here", "  why: as tests do", "  fix: mend it"} <= set(
+        written
+    )
     assert [line for line in written if line.startswith("stopped by SIGTERM")]
     assert [line for line in shown if line not in written] == []
 
@@ -67,7 +73,9 @@ def test_a_failure_and_a_stop(world: World, capsys: Capture, monkeypatch: pytest
 def test_a_warning_of_the_package_in_a_process_of_its_own(world: World) -> None:
     """A cache that cannot be written is told by logging, which shows it where no program has set it up."""
     cache = world.write("cache", "a file")
-    done = run_warm(world.train("train.duration=2 steps"), env=os.environ | {"TUNESMITH_CACHE": str(cache)})
+    done = run_warm(
+        world.train("train.duration=2 steps"), env=os.environ | {"TUNESMITH_CACHE": str(cache)}
+    )
     assert done.returncode == EXIT_OK, done.stderr
     warned = [line for line in done.stderr.splitlines() if "kept in memory" in line]
     assert len(warned) == 1

@@ -26,7 +26,12 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tunesmith.__file__).parents[
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
@@ -95,29 +100,79 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "unrecognized arguments: --lr",
             "without dashes: train.learning_rate=1e-4",
         ),
-        (["train", "r.yaml", "--learning-rate=3e-4"], "--learning-rate", "without dashes: train.learning_rate=3e-4"),
-        (["data", "r.yaml", "--epochs", "3"], "--epochs", "without dashes: 'train.duration=3 epochs'"),
-        (["train", "--max_steps", "500", "r.yaml"], "--max_steps", "without dashes: 'train.duration=500 steps'"),
-        (["train", "r.yaml", "--per_device_train_batch_size", "8"], "--per_device", "'train.micro_batch=8 examples'"),
-        (["train", "r.yaml", "--batch_size", "8"], "--batch_size", "'train.global_batch=8 examples'"),
-        (["train", "r.yaml", "--output_dir", "runs/x"], "--output_dir", "without dashes: output_dir=runs/x"),
+        (
+            ["train", "r.yaml", "--learning-rate=3e-4"],
+            "--learning-rate",
+            "without dashes: train.learning_rate=3e-4",
+        ),
+        (
+            ["data", "r.yaml", "--epochs", "3"],
+            "--epochs",
+            "without dashes: 'train.duration=3 epochs'",
+        ),
+        (
+            ["train", "--max_steps", "500", "r.yaml"],
+            "--max_steps",
+            "without dashes: 'train.duration=500 steps'",
+        ),
+        (
+            ["train", "r.yaml", "--per_device_train_batch_size", "8"],
+            "--per_device",
+            "'train.micro_batch=8 examples'",
+        ),
+        (
+            ["train", "r.yaml", "--batch_size", "8"],
+            "--batch_size",
+            "'train.global_batch=8 examples'",
+        ),
+        (
+            ["train", "r.yaml", "--output_dir", "runs/x"],
+            "--output_dir",
+            "without dashes: output_dir=runs/x",
+        ),
         (["train", "r.yaml", "--bf16", "True"], "--bf16", "without dashes: model.dtype=bf16"),
-        (["train", "r.yaml", "--warmup_ratio", "0.1"], "--warmup_ratio", "without dashes: 'train.warmup=3 %'"),
+        (
+            ["train", "r.yaml", "--warmup_ratio", "0.1"],
+            "--warmup_ratio",
+            "without dashes: 'train.warmup=3 %'",
+        ),
         (["train", "r.yaml", "--lora_r", "32"], "--lora_r", "without dashes: adapter.rank=32"),
         (["train", "r.yaml", "--train.seed", "4"], "--train.seed", "without dashes: train.seed=4"),
-        (["fetch", "r.yaml", "--learning_rte", "1"], "--learning_rte", "without dashes: train.learning_rate=1"),
+        (
+            ["fetch", "r.yaml", "--learning_rte", "1"],
+            "--learning_rte",
+            "without dashes: train.learning_rate=1",
+        ),
         (["train", "r.yaml", "--zzzz", "1"], "--zzzz", "tunesmith train --help"),
         (["generate", "run", "--lr", "1"], "", "tunesmith generate --help"),
         (["recipes", "--jsn"], "unrecognized arguments: --jsn", "did you mean --json?"),
         (["recipes", "lst"], "invalid choice: 'lst'", "tunesmith recipes --help"),
-        (["recipes", "show"], "recipes show needs a recipe's name", "tunesmith recipes show smollm2-135m-lora"),
+        (
+            ["recipes", "show"],
+            "recipes show needs a recipe's name",
+            "tunesmith recipes show smollm2-135m-lora",
+        ),
         (["recipes", "show", "qwen3-8b"], "no recipe 'qwen3-8b'", "did you mean qwen3-8b-lora?"),
-        (["recipes", "copy", "mistral-7b"], "no recipe 'mistral-7b' ships", "did you mean mistral-7b-lora?"),
-        (["recipes", "copy", "mistral-7b-lora", "a", "b"], "one destination, not 2", "copy mistral-7b-lora a"),
-        (["recipes", "copy", "mistral-7b-lora", "no/such/x.yaml"], "cannot write", "mkdir -p no/such"),
+        (
+            ["recipes", "copy", "mistral-7b"],
+            "no recipe 'mistral-7b' ships",
+            "did you mean mistral-7b-lora?",
+        ),
+        (
+            ["recipes", "copy", "mistral-7b-lora", "a", "b"],
+            "one destination, not 2",
+            "copy mistral-7b-lora a",
+        ),
+        (
+            ["recipes", "copy", "mistral-7b-lora", "no/such/x.yaml"],
+            "cannot write",
+            "mkdir -p no/such",
+        ),
     ],
 )
-def test_wrong_commands(words: list[str], what: str, fix: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_commands(
+    words: list[str], what: str, fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -143,7 +198,11 @@ def test_wrong_commands(words: list[str], what: str, fix: str, capsys: pytest.Ca
     ],
 )  # fmt: skip
 def test_ends(
-    error: BaseException, code: int, said: str, verb: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    said: str,
+    verb: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     verb(_raising(error))
     assert main(["try"]) == code
@@ -164,7 +223,9 @@ def test_internal_error(
     assert main(["try"]) == 1
     shown = capsys.readouterr().err
     (file,) = tmp_path.iterdir()
-    assert shown.startswith("error: internal error: ZeroDivisionError: one\n  fix: please report it with ")
+    assert shown.startswith(
+        "error: internal error: ZeroDivisionError: one\n  fix: please report it with "
+    )
     assert str(file) in shown
     assert "Traceback" not in shown
     assert "Traceback (most recent call last)" in file.read_text()
@@ -196,13 +257,21 @@ def test_closed_pipe_is_quiet() -> None:
         ' sys.exit(main(["recipes", "show", "mistral-7b-lora"]))\' | true; echo ${PIPESTATUS[0]}'
     )
     done = subprocess.run(
-        ["bash", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", script],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert (done.stdout.strip(), done.stderr) == (str(frame.EXIT_BROKEN_PIPE), "")
 
 
 def test_another_broken_pipe_is_told(
-    verb: Callable[..., None], capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: Callable[..., None],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     verb(_raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))

@@ -79,19 +79,33 @@ def recipe(model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    with control_group("memory", {"memory.limit_in_bytes": str(LIMIT)}, {"memory.max": str(LIMIT)}) as folder:
+    with control_group(
+        "memory", {"memory.limit_in_bytes": str(LIMIT)}, {"memory.max": str(LIMIT)}
+    ) as folder:
         yield folder
 
 
 def in_group(group: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """`tunesmith WORDS` in a process that has been in the group from its start."""
-    command = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(group / "cgroup.procs"), sys.executable, "-m", "tunesmith"]
+    command = [
+        "sh",
+        "-c",
+        'echo $$ > "$0"; exec "$@"',
+        str(group / "cgroup.procs"),
+        sys.executable,
+        "-m",
+        "tunesmith",
+    ]
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *words], capture_output=True, text=True, check=False, env=environ, timeout=600)
+    return subprocess.run(
+        [*command, *words], capture_output=True, text=True, check=False, env=environ, timeout=600
+    )
 
 
 @pytest.mark.slow
-def test_what_a_control_group_cannot_hold_is_refused_with_keys_that_fit(recipe: Path, group: Path) -> None:
+def test_what_a_control_group_cannot_hold_is_refused_with_keys_that_fit(
+    recipe: Path, group: Path
+) -> None:
     done = in_group(group, "train", str(recipe))
     assert done.returncode == EXIT_USAGE, done.stderr
     parts = parts_of(done.stderr)
@@ -113,7 +127,11 @@ def beside_loaded_libraries(more: int) -> None:
 
 def beside_loaded_data(more: int) -> None:
     """As little private memory as lets `more` bytes be allocated."""
-    kib = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
+    kib = next(
+        line.split()[1]
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if "VmData" in line
+    )
     little(resource.RLIMIT_DATA, (int(kib) << 10) + more)
 
 

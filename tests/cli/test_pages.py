@@ -30,7 +30,13 @@ def examples() -> list[tuple[str, str, str]]:
 
 
 def test_every_format_has_an_example() -> None:
-    assert {kind for kind, _, _ in examples()} == {"alpaca", "messages", "sharegpt", "prompt-completion", "text"}
+    assert {kind for kind, _, _ in examples()} == {
+        "alpaca",
+        "messages",
+        "sharegpt",
+        "prompt-completion",
+        "text",
+    }
 
 
 @pytest.mark.parametrize(("kind", "row", "text"), examples())
@@ -58,11 +64,15 @@ def test_the_words_of_other_tools_are_those_that_an_error_suggests() -> None:
     """Each key in the left column that is refused names, in its error, a key of the right column."""
     suggestions, checked = other_tools("keys"), 0
     for left, right in re.findall(r"^\| (`.*?) \| (.*?) \|$", COMING, re.M):
-        ours = re.findall(r"`((?:data|train|model|adapter|validate|checkpoint|log)\.\w+|method)", right)
+        ours = re.findall(
+            r"`((?:data|train|model|adapter|validate|checkpoint|log)\.\w+|method)", right
+        )
         assert all(key in keys() for key in ours), right
         for theirs in re.findall(r"[a-z_]\w+", " ".join(re.findall(r"`(.*?)`", left))):
             if ours and theirs in suggestions:
-                assert any(key in suggestions[theirs] for key in ours), f"{theirs}: {suggestions[theirs]}, not {ours}"
+                assert any(key in suggestions[theirs] for key in ours), (
+                    f"{theirs}: {suggestions[theirs]}, not {ours}"
+                )
                 checked += 1
     assert checked >= 50
 
@@ -77,11 +87,15 @@ def test_the_recipe_of_the_page_is_one(tmp_path: Path) -> None:
 def test_the_tables_of_ranks_are_those_that_were_measured() -> None:
     files = sorted((ROOT / "docs" / "measurements").glob("ranks-*.json"))
     assert files
-    done = run_warm(["--check", "docs/ranks.md", *files], program=ROOT / "benchmarks/ranks.py", cwd=ROOT)
+    done = run_warm(
+        ["--check", "docs/ranks.md", *files], program=ROOT / "benchmarks/ranks.py", cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["memory", "plan"])
 def test_the_table_is_what_the_estimate_says(name: str) -> None:
-    done = run_warm(["--check", f"docs/{name}.md"], program=ROOT / "benchmarks" / f"{name}.py", cwd=ROOT)
+    done = run_warm(
+        ["--check", f"docs/{name}.md"], program=ROOT / "benchmarks" / f"{name}.py", cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr

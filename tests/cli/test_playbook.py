@@ -15,7 +15,15 @@ import pytest
 
 import playbook
 from conftest import byte_tokenizer
-from playbook import SCRIPTS, batches_a_step, default_folder, make_recipe, parser, selection, write_inputs
+from playbook import (
+    SCRIPTS,
+    batches_a_step,
+    default_folder,
+    make_recipe,
+    parser,
+    selection,
+    write_inputs,
+)
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Data, Run, Source
@@ -55,9 +63,13 @@ def values(run: Run) -> dict[str, str]:
     return flat
 
 
-def run_of(script: str, *flags: str, folder: Path = Path("out"), sharing: int = 1) -> dict[str, Any]:
+def run_of(
+    script: str, *flags: str, folder: Path = Path("out"), sharing: int = 1
+) -> dict[str, Any]:
     args = parser(script).parse_args(flags)
-    return values(make_recipe(script, args, folder=folder, batches=batches_a_step(args), sharing=sharing))
+    return values(
+        make_recipe(script, args, folder=folder, batches=batches_a_step(args), sharing=sharing)
+    )
 
 
 SHARED_DEFAULTS = {
@@ -79,7 +91,12 @@ SHARED_DEFAULTS = {
     "train.compile": "off",
     "log.every": "1 steps",
 }
-LORA_DEFAULTS = {"adapter.kind": "lora", "adapter.rank": 8, "adapter.alpha": 16.0, "adapter.dropout": 0.0}
+LORA_DEFAULTS = {
+    "adapter.kind": "lora",
+    "adapter.rank": 8,
+    "adapter.alpha": 16.0,
+    "adapter.dropout": 0.0,
+}
 DEFAULTS = {
     FULL: {"model.name": "meta-llama/Llama-3.2-3B-Instruct", "adapter.kind": "none", "train.learning_rate": 5e-5,
            "train.global_batch": "8 examples", "train.micro_batch": "8 examples", "train.recompute": "none",
@@ -124,7 +141,9 @@ EFFECTS: list[tuple[list[str], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(("flags", "wanted"), EFFECTS)
-def test_each_flag_changes_its_key_and_no_other(script: str, flags: list[str], wanted: dict[str, Any]) -> None:
+def test_each_flag_changes_its_key_and_no_other(
+    script: str, flags: list[str], wanted: dict[str, Any]
+) -> None:
     before, after = run_of(script), run_of(script, *flags)
     changed = {name for name in after if after[name] != before[name]}
     assert {name: after[name] for name in wanted} == wanted
@@ -149,7 +168,9 @@ def test_each_process_of_a_launcher_takes_a_batch_and_those_of_a_script_share_on
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", playbook.SHARED)
     got = run_of(LORA, "--gradient_accumulation_steps", "2", sharing=3)
     assert (got["train.global_batch"], got["train.micro_batch"]) == ("16 examples", "3 examples")
-    assert default_folder(LORA, parser(LORA).parse_args([])) != folder, "another batch is another run"
+    assert default_folder(LORA, parser(LORA).parse_args([])) != folder, (
+        "another batch is another run"
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -163,14 +184,18 @@ def test_every_flag_is_named_here(script: str) -> None:
     [["--batch_size", "0"], ["--seq_length", "x"], ["--learning_rate", "0"], ["--learning_rate", "nan"],
      ["--num_epochs", "-1"], ["--dtype", "int8"], ["--train_on", "prompt"], ["--no_such_flag"], ["--dataset_size", "0"]],
 )  # fmt: skip
-def test_a_wrong_value_ends_with_2_and_names_the_flag(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_value_ends_with_2_and_names_the_flag(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert playbook.main(LORA, flags) == 2
     assert flags[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_recipe_holds_the_rules_of_every_recipe(script: str, tmp_path: Path) -> None:
-    args = parser(script).parse_args(["--model_name", "org/base", "--log_dir", str(tmp_path / "logs")])
+    args = parser(script).parse_args(
+        ["--model_name", "org/base", "--log_dir", str(tmp_path / "logs")]
+    )
     write_inputs(ROWS, tmp_path, bos=False)
     run = make_recipe(script, args, folder=tmp_path, batches=1)
     assert from_mapping(to_mapping(run), where=script, base=tmp_path) == run
@@ -178,7 +203,10 @@ def test_the_recipe_holds_the_rules_of_every_recipe(script: str, tmp_path: Path)
 
 # --- rows, order, text ----------------------------------------------------------------------------------------------
 
-ROWS = [{"instruction": f"say {i}", "input": "loudly" if i % 3 else "", "output": f"{i}!"} for i in range(40)]
+ROWS = [
+    {"instruction": f"say {i}", "input": "loudly" if i % 3 else "", "output": f"{i}!"}
+    for i in range(40)
+]
 
 
 @pytest.fixture
@@ -197,7 +225,9 @@ def test_the_first_rows_are_taken_and_shuffled_as_datasets_does(data: Path) -> N
     assert got != ROWS[:25]
 
 
-def test_fewer_rows_than_asked_for_are_all_taken_and_said(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fewer_rows_than_asked_for_are_all_taken_and_said(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert len(selection(parser(LORA).parse_args(["--data", str(data)]))) == 40
     assert f"{data} has 40 rows" in capsys.readouterr().out
 
@@ -223,7 +253,11 @@ def test_text_and_mask_are_theirs(tmp_path: Path, row: dict[str, str], bos: bool
     text = ("<s>" if bos else "") + THEIRS.format(row["instruction"], row["input"], row["output"])
     for train_on, supervised in (("all", None), ("response", f" {row['output']}<|im_end|>")):
         template = select_template(
-            Data(train=(source,), template=str(tmp_path / playbook.SCRIPT_TEMPLATE), train_on=train_on),
+            Data(
+                train=(source,),
+                template=str(tmp_path / playbook.SCRIPT_TEMPLATE),
+                train_on=train_on,
+            ),
             tokenizer,
             [tokenizer.eos_token_id],
         )
@@ -268,7 +302,9 @@ def test_ranks_wait_for_the_rows_of_their_node_and_leave_them_to_it(tmp_path: Pa
         with playbook.inputs(ROWS, folder, bos=False):
             other.join(30)
             assert entered.is_set()
-            assert (folder / playbook.SCRIPT_ROWS).exists(), "the one that wrote them takes them back"
+            assert (folder / playbook.SCRIPT_ROWS).exists(), (
+                "the one that wrote them takes them back"
+            )
             raise UsageError("refused")
 
     with pytest.raises(UsageError):
@@ -283,10 +319,17 @@ def test_without_output_dir_each_set_of_training_flags_has_its_folder() -> None:
     def folder(*flags: str) -> Path:
         return default_folder(LORA, parser(LORA).parse_args(flags))
 
-    assert folder() == folder() == folder("--logging_steps", "9", "--log_dir", "x", "--use_torch_compile", "--fresh")
+    assert (
+        folder()
+        == folder()
+        == folder("--logging_steps", "9", "--log_dir", "x", "--use_torch_compile", "--fresh")
+    )
     assert folder().parent == Path("runs")
     assert folder().name.startswith(LORA)
-    others = [folder(*flags) for flags in (["--lora_rank", "9"], ["--learning_rate", "1"], ["--train_on", "response"])]
+    others = [
+        folder(*flags)
+        for flags in (["--lora_rank", "9"], ["--learning_rate", "1"], ["--train_on", "response"])
+    ]
     assert len({folder(), *others}) == 4
 
 
@@ -311,16 +354,26 @@ def test_opening_lines_name_what_was_asked(script: str) -> None:
     )
     lines = playbook.configuration_text(SCRIPTS[script], args, 2).splitlines()
     assert lines[1] == lines[3] == "=" * 60
-    assert {"Model: org/m", "Batch size: 3", "Effective batch size: 6", "Torch compile: False"} <= set(lines)
+    assert {
+        "Model: org/m",
+        "Batch size: 3",
+        "Effective batch size: 6",
+        "Torch compile: False",
+    } <= set(lines)
     assert ("LoRA rank: 8" in lines) == (script != FULL)
 
 
 def test_the_warm_up_is_a_twentieth_of_an_epoch_elsewhere(tmp_path: Path) -> None:
-    run = make_recipe(LORA, parser(LORA).parse_args(["--use_torch_compile"]), folder=tmp_path, batches=1)
+    run = make_recipe(
+        LORA, parser(LORA).parse_args(["--use_torch_compile"]), folder=tmp_path, batches=1
+    )
     warm = playbook.warm_up(run, 512, tmp_path / "scratch")
     assert str(warm.train.duration) == "4 steps"
     assert warm.train.compile == "on"
-    assert not Path(warm.output_dir).is_relative_to(Path(run.output_dir)) or "scratch" in warm.output_dir
+    assert (
+        not Path(warm.output_dir).is_relative_to(Path(run.output_dir))
+        or "scratch" in warm.output_dir
+    )
     assert not warm.log.tensorboard
     assert warm.checkpoint.every is None
 
@@ -343,16 +396,28 @@ def test_final_files_lie_in_the_folder_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ('fix: train.duration="3 epochs" or train.global_batch="6 examples"', "fix: --num_epochs 3 or --batch_size 3"),
+        (
+            'fix: train.duration="3 epochs" or train.global_batch="6 examples"',
+            "fix: --num_epochs 3 or --batch_size 3",
+        ),
         ("model.dtype=bf16, or model.dtype: fp32", "--dtype bfloat16, or --dtype float32"),
         (
             "train.micro_batch='4 examples' or train.recompute=full; again",
             "--batch_size 4 or --gradient_checkpointing; again",
         ),
         ("fix: data.seq_len=2048", "fix: --seq_length 2048"),
-        ("lower train.learning_rate or lengthen train.warmup", "lower --learning_rate or lengthen train.warmup"),
-        ("choose another one: output_dir=runs/my-run", "choose another one: --output_dir runs/my-run"),
-        ("at /my/output_dir/x, my.output_dir and output_dirs", "at /my/output_dir/x, my.output_dir and output_dirs"),
+        (
+            "lower train.learning_rate or lengthen train.warmup",
+            "lower --learning_rate or lengthen train.warmup",
+        ),
+        (
+            "choose another one: output_dir=runs/my-run",
+            "choose another one: --output_dir runs/my-run",
+        ),
+        (
+            "at /my/output_dir/x, my.output_dir and output_dirs",
+            "at /my/output_dir/x, my.output_dir and output_dirs",
+        ),
         ("data.train: nothing", "data.train: nothing"),
     ],
 )
@@ -406,7 +471,16 @@ def run_script(script: str, tiny: Path, data: Path, out: Path, *flags: str) -> i
     ]
     return playbook.main(
         script,
-        [*common, "--log_dir", str(out / "logs"), "--output_dir", str(out / "run"), "--dataset_size", "32", *flags],
+        [
+            *common,
+            "--log_dir",
+            str(out / "logs"),
+            "--output_dir",
+            str(out / "run"),
+            "--dataset_size",
+            "32",
+            *flags,
+        ],
     )
 
 
@@ -423,10 +497,14 @@ def test_a_script_trains_saves_and_says_so(
     assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
     rates = [json.loads(line)["learning_rate"] for line in lines]
     peak = SCRIPTS[script].learning_rate
-    assert rates == pytest.approx([peak * (1 - i / steps) for i in range(steps)], rel=1e-12), "linear, no warm-up"
+    assert rates == pytest.approx([peak * (1 - i / steps) for i in range(steps)], rel=1e-12), (
+        "linear, no warm-up"
+    )
     assert "TRAINING COMPLETED" in shown
     assert f"Final loss: {json.loads(lines[-1])['loss']:.4f}" in shown
-    assert list((tmp_path / "logs").glob("events.out.tfevents.*")), "the events lie straight in --log_dir"
+    assert list((tmp_path / "logs").glob("events.out.tfevents.*")), (
+        "the events lie straight in --log_dir"
+    )
     folder = tmp_path / "run"
     assert "### Instruction:" in AutoTokenizer.from_pretrained(folder).chat_template
     if script == FULL:
@@ -434,7 +512,9 @@ def test_a_script_trains_saves_and_says_so(
     else:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(folder), is_trainable=True)
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny), str(folder), is_trainable=True
+        )
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"\nTrainable parameters = {count:,}\n" in shown, "the line of theirs, by their sum"
     few = f"warning: only {steps} optimizer steps: a model changes little in fewer than 50; fix: --num_epochs "

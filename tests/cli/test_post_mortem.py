@@ -41,11 +41,15 @@ def recipe(tiny: Path, tmp_path: Path) -> Path:
 
 
 def steps_of(run: Path) -> int:
-    return (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+    return (
+        (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+    )
 
 
 def start(recipe: Path, *words: str, **options: Any) -> Warm:
-    return Warm(["train", str(recipe), *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    return Warm(
+        ["train", str(recipe), *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, **options
+    )
 
 
 def test_kill_9_is_told_by_the_next_start(recipe: Path) -> None:
@@ -57,7 +61,10 @@ def test_kill_9_is_told_by_the_next_start(recipe: Path) -> None:
     process.wait()
     steps = steps_of(out)
     err = go_on(recipe, out)
-    assert f"warning: the last start was killed after step {steps}\n  where: process {process.pid} on " in err
+    assert (
+        f"warning: the last start was killed after step {steps}\n  where: process {process.pid} on "
+        in err
+    )
     assert "  cause: killed: " in err
     assert not (out / RUNNING).exists()
 
@@ -75,16 +82,22 @@ def go_on(recipe: Path, out: Path) -> str:
 @pytest.fixture
 def little_memory() -> Iterator[Path]:
     """A control group of 1.2 GB; what grows beyond is ended by the kernel."""
-    with control_group("memory", {"memory.limit_in_bytes": "1200000000"}, {"memory.max": "1200000000"}) as group:
+    with control_group(
+        "memory", {"memory.limit_in_bytes": "1200000000"}, {"memory.max": "1200000000"}
+    ) as group:
         yield group
 
 
-def test_the_kernels_end_for_want_of_memory_is_told_by_the_next_start(recipe: Path, little_memory: Path) -> None:
+def test_the_kernels_end_for_want_of_memory_is_told_by_the_next_start(
+    recipe: Path, little_memory: Path
+) -> None:
     out, before = recipe.parent / "run", oom_kills()
     process = start(recipe)
     wait_for(lambda: steps_of(out) > 6, process)
     (little_memory / "cgroup.procs").write_text(str(process.pid))
-    Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")  # the first that the kernel takes of this group
+    Path(f"/proc/{process.pid}/oom_score_adj").write_text(
+        "1000"
+    )  # the first that the kernel takes of this group
     hog = f"open('{little_memory}/cgroup.procs', 'w').write('0')\nheld = [bytearray(50_000_000) for _ in range(100)]"
     process.send_signal(signal.SIGSTOP)  # or its guard would stop it in time
     subprocess.run([sys.executable, "-c", hog], check=False)
@@ -97,13 +110,24 @@ def test_the_kernels_end_for_want_of_memory_is_told_by_the_next_start(recipe: Pa
 def test_a_machine_that_was_started_again_and_another_host_are_told(recipe: Path) -> None:
     out = recipe.parent / "run"
     out.mkdir()
-    note = {"process": 7, "host": os.uname().nodename, "boot": "another", "oom_kills": 0, "began": "2026-01-01"}
+    note = {
+        "process": 7,
+        "host": os.uname().nodename,
+        "boot": "another",
+        "oom_kills": 0,
+        "began": "2026-01-01",
+    }
     (out / RUNNING).write_text(json.dumps(note))
     told = killed_before(out)
     assert told is not None
-    assert (told.what, told.cause) == ("the last start was killed before its first step", "restarted")
+    assert (told.what, told.cause) == (
+        "the last start was killed before its first step",
+        "restarted",
+    )
     (out / RUNNING).write_text(json.dumps(note | {"host": "elsewhere"}))
-    (out / "metrics.jsonl").write_text('{"step": 5}\n' * 9000 + '{"step": 8}\n{"step": 9')  # the last line is torn
+    (out / "metrics.jsonl").write_text(
+        '{"step": 5}\n' * 9000 + '{"step": 8}\n{"step": 9'
+    )  # the last line is torn
     told = killed_before(out)
     assert told is not None
     assert told.what == "the last start was killed after step 8"
@@ -151,5 +175,10 @@ def test_a_package_of_a_wrong_version_is_refused_with_the_command(
             packages.refuse_unfit_versions()
     finally:
         packages.installed_versions.cache_clear()
-    assert caught.value.what.startswith("transformers 4.57.0 is installed, and transformers<6,>=5.17")
-    assert (caught.value.cause, caught.value.fix) == ("version", "pip install 'transformers<6,>=5.17'")
+    assert caught.value.what.startswith(
+        "transformers 4.57.0 is installed, and transformers<6,>=5.17"
+    )
+    assert (caught.value.cause, caught.value.fix) == (
+        "version",
+        "pip install 'transformers<6,>=5.17'",
+    )

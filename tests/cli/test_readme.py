@@ -26,7 +26,13 @@ from tunesmith.model.shapes import SHAPES, Shape
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 # How many commands of ours each page has, at least: a page whose blocks are not found would pass unread.
-PAGES = {"README.md": 18, "docs/choosing.md": 1, "docs/memory.md": 2, "docs/spark.md": 6, "docs/troubleshooting.md": 6}
+PAGES = {
+    "README.md": 18,
+    "docs/choosing.md": 1,
+    "docs/memory.md": 2,
+    "docs/spark.md": 6,
+    "docs/troubleshooting.md": 6,
+}
 # Programs of others, and what has tests of its own: make (CI), the four scripts (test_playbook.py), the image (launch/).
 NOT_OURS = (
     "pip install",
@@ -53,8 +59,14 @@ ROWS = [
         "instruction": f"Say {n}",
         "output": f"number {n}",
         "tools": [],
-        "conversations": [{"from": "human", "value": f"Say {n}"}, {"from": "gpt", "value": f"number {n}"}],
-        "messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"number {n}"}],
+        "conversations": [
+            {"from": "human", "value": f"Say {n}"},
+            {"from": "gpt", "value": f"number {n}"},
+        ],
+        "messages": [
+            {"role": "user", "content": f"Say {n}"},
+            {"role": "assistant", "content": f"number {n}"},
+        ],
     }
     for n in range(24)
 ]
@@ -84,10 +96,16 @@ def place(
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(SHAPES, "llama3-8b", Shape("a test", TINY_SHAPE))
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say 3\n"))
-    for name, rows in (("rows.jsonl", ROWS), ("held-out.jsonl", ROWS[:4]), ("questions.jsonl", ROWS[:2])):
+    for name, rows in (
+        ("rows.jsonl", ROWS),
+        ("held-out.jsonl", ROWS[:4]),
+        ("questions.jsonl", ROWS[:2]),
+    ):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    (tmp_path / "faq.csv").write_text("question,answer\n" + "".join(f"Say {n},number {n}\n" for n in range(24)))
+    (tmp_path / "faq.csv").write_text(
+        "question,answer\n" + "".join(f"Say {n},number {n}\n" for n in range(24))
+    )
     return tmp_path
 
 
@@ -97,14 +115,29 @@ def stand_ins(words: list[str], tiny: Path) -> list[str]:
     words = [str(tiny) if word in hub else word for word in words]
     verb = words[0]
     if verb == "bench":
-        return [*words, "--steps", "2", "--warmup", "1", "data.seq_len=64", "train.global_batch=256 tokens", *TRACED]
+        return [
+            *words,
+            "--steps",
+            "2",
+            "--warmup",
+            "1",
+            "data.seq_len=64",
+            "train.global_batch=256 tokens",
+            *TRACED,
+        ]
     if verb == "data" and words[1] in shipped():
         return [*words, f"model.name={tiny}"]
     if verb == "train" and words[1] in shipped():
         return [*words, f"model.name={tiny}", *own_rows(words[1]), "train.duration=2 steps"]
-    if verb == "train" and "--data" in words:  # the run of a recipe that is made is named after model and data
+    if (
+        verb == "train" and "--data" in words
+    ):  # the run of a recipe that is made is named after model and data
         named = any(word.startswith("output_dir=") for word in words)
-        return [*words, "train.duration=2 steps", *([] if named else ["output_dir=runs/faq-smollm2-135m-instruct"])]
+        return [
+            *words,
+            "train.duration=2 steps",
+            *([] if named else ["output_dir=runs/faq-smollm2-135m-instruct"]),
+        ]
     return [*words, *TRACED] if "profile.enabled=true" in words else words
 
 
@@ -127,8 +160,12 @@ def recipe_of_the_readme(tiny: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_runs(page: str, place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if not any(line.startswith("tunesmith recipes copy") for block in blocks(ROOT / page) for line in block):
+def test_every_command_runs(
+    page: str, place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not any(
+        line.startswith("tunesmith recipes copy") for block in blocks(ROOT / page) for line in block
+    ):
         (place / "my-recipe.yaml").write_text(recipe_of_the_readme(tiny))
     if page == "docs/troubleshooting.md":
         assert main(["train", "my-recipe.yaml"]) == 0
@@ -151,8 +188,12 @@ def test_every_command_runs(page: str, place: Path, tiny: Path, capsys: pytest.C
                 copied = Path(words[3]).read_text()
                 assert copied == copy_of(shipped()[words[2]])
                 Path(words[3]).write_text(recipe_of_the_readme(tiny))
-            if page == "README.md" and ("data.train.source=rows.jsonl" in words or words[0] == "merge"):
-                shutil.rmtree(place / "runs")  # what follows is another run: on the recipe's own rows, or to be watched
+            if page == "README.md" and (
+                "data.train.source=rows.jsonl" in words or words[0] == "merge"
+            ):
+                shutil.rmtree(
+                    place / "runs"
+                )  # what follows is another run: on the recipe's own rows, or to be watched
     assert run_count >= PAGES[page]
     if page != "README.md":
         return
@@ -161,10 +202,14 @@ def test_every_command_runs(page: str, place: Path, tiny: Path, capsys: pytest.C
     assert list((place / "runs/my-run/profile").iterdir())
     (example,) = blocks(README, "python")
     exec("\n".join(example), {})
-    assert capsys.readouterr().out, "the example prints an answer: of a random model maybe line breaks alone"
+    assert capsys.readouterr().out, (
+        "the example prints an answer: of a random model maybe line breaks alone"
+    )
 
 
-def test_the_example_of_the_python_page_runs(place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_of_the_python_page_runs(
+    place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (place / "my-recipe.yaml").write_text(recipe_of_the_readme(tiny))
     (example,) = blocks(ROOT / "docs/python.md", "python")
     exec("\n".join(example), {})
@@ -176,7 +221,14 @@ def test_the_example_of_the_python_page_runs(place: Path, tiny: Path, capsys: py
 def test_every_shipped_recipe_takes_a_step(
     name: str, place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", name, f"model.name={tiny}", *own_rows(name), "train.duration=1 steps", "validate.every=null"]
+    words = [
+        "train",
+        name,
+        f"model.name={tiny}",
+        *own_rows(name),
+        "train.duration=1 steps",
+        "validate.every=null",
+    ]
     assert main(words) == 0, capsys.readouterr().err
     records = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
     assert len(records) == 1
@@ -190,7 +242,10 @@ def test_the_model_that_needs_no_hub(place: Path, capsys: pytest.CaptureFixture[
     assert "--no-deps" in install
     (place / ".venv").symlink_to(sys.prefix)
     subprocess.run(["bash", "-c", link], cwd=place, check=True)
-    assert main(["plan", str(write_small_recipe(place)), "model.name=smollm2.gguf", "--on", "h100"]) == 0
+    assert (
+        main(["plan", str(write_small_recipe(place)), "model.name=smollm2.gguf", "--on", "h100"])
+        == 0
+    )
     assert "NVIDIA H100" in capsys.readouterr().out
 
 

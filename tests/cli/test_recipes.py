@@ -29,7 +29,9 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 129, 130, 200])
-def test_table_on_a_terminal(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_on_a_terminal(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No word is broken: where the line is too short for all columns, the purpose stands for model and method."""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -53,10 +55,16 @@ def test_show_is_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert json.loads(capsys.readouterr().out)["train"]["learning_rate"] == 5e-4
 
 
-def test_copy(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    for words, path in (([], f"{NAME}.yaml"), (["mine.yaml"], "mine.yaml"), (["folder"], f"folder/{NAME}.yaml")):
+    for words, path in (
+        ([], f"{NAME}.yaml"),
+        (["mine.yaml"], "mine.yaml"),
+        (["folder"], f"folder/{NAME}.yaml"),
+    ):
         assert main(["recipes", "copy", NAME, *words]) == 0
         assert capsys.readouterr().out == f"{path}\n"
         assert Path(path).read_text() == copy_of(shipped()[NAME])

@@ -27,11 +27,18 @@ def commands_of_the_page() -> list[list[str]]:
     """The commands of docs/ranks.md in blocks without a language; those for two machines are `sh`."""
     page = (ROOT / "docs/ranks.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.M | re.S)
-    return [shlex.split(line) for language, block in blocks if not language for line in block.splitlines()]
+    return [
+        shlex.split(line)
+        for language, block in blocks
+        if not language
+        for line in block.splitlines()
+    ]
 
 
 def test_two_ranks_that_it_starts_pass():
-    words = next(words for words in commands_of_the_page() if words[:2] == ["tunesmith", "selfcheck"])
+    words = next(
+        words for words in commands_of_the_page() if words[:2] == ["tunesmith", "selfcheck"]
+    )
     done = run_warm([*words[1:], "--json"], prepare=fork_ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
@@ -69,7 +76,13 @@ def a_row(check: str, mesh: MeshShape | None, passed: bool | None, **more: Any) 
 
 def test_a_failed_check_says_where_what_and_what_to_do(capsys):
     tensor, copy = MeshShape(tensor=2), MeshShape(2)
-    more = {"step": 3, "expected": "2.5", "found": "2.75", "tolerance": "1e-04", "meaning": "layers are cut wrongly"}
+    more = {
+        "step": 3,
+        "expected": "2.5",
+        "found": "2.75",
+        "tolerance": "1e-04",
+        "meaning": "layers are cut wrongly",
+    }
     rows = [
         a_row("lora: loss", tensor, False, **more),
         a_row("lora: loss", copy, True),
@@ -86,12 +99,16 @@ def test_a_failed_check_says_where_what_and_what_to_do(capsys):
         "  fix: `parallel` of a recipe can choose replicate 2 x shard 1 x tensor 1; report what `tunesmith selfcheck --json` says",
     ]
     rows.append(a_row("torch of rank 1 on b", None, False))
-    assert "install the same packages on every node" in verdict(report | {"checks": [asdict(row) for row in rows]})
+    assert "install the same packages on every node" in verdict(
+        report | {"checks": [asdict(row) for row in rows]}
+    )
 
 
 def test_the_page_trains_on_two_ranks(tiny, tmp_path):
     (words,) = [words for words in commands_of_the_page() if words[0] == "torchrun"]
-    (tmp_path / "my-recipe.yaml").write_text(to_yaml(recipe(tiny, tmp_path, train={"duration": "2 steps"})))
+    (tmp_path / "my-recipe.yaml").write_text(
+        to_yaml(recipe(tiny, tmp_path, train={"duration": "2 steps"}))
+    )
     done = run_warm(words[1:], program="torch.distributed.run", prepare=fork_ranks, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     env = json.loads((tmp_path / "run" / "env.json").read_text())

@@ -45,10 +45,25 @@ def lines(path: Path) -> list[dict[str, object]]:
 # --- generate -------------------------------------------------------------------------------------------------------
 
 
-def test_generate_adds_an_answer_to_every_row_in_order(run: Path, rows: Path, tmp_path: Path) -> None:
+def test_generate_adds_an_answer_to_every_row_in_order(
+    run: Path, rows: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "deep" / "out.jsonl"
     assert (
-        main(["generate", str(run), "--input", str(rows), "--output", str(out), "--batch-size", "2", *SHORT]) == EXIT_OK
+        main(
+            [
+                "generate",
+                str(run),
+                "--input",
+                str(rows),
+                "--output",
+                str(out),
+                "--batch-size",
+                "2",
+                *SHORT,
+            ]
+        )
+        == EXIT_OK
     )
     found = lines(out)
     assert [row["instruction"] for row in found] == [row["instruction"] for row in ROWS]
@@ -58,7 +73,17 @@ def test_generate_adds_an_answer_to_every_row_in_order(run: Path, rows: Path, tm
 
 def test_a_broken_off_job_goes_on_to_the_same_file(run: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    command = ["generate", str(run), "--input", str(rows), "--output", str(out), "--batch-size", "1", *SHORT]
+    command = [
+        "generate",
+        str(run),
+        "--input",
+        str(rows),
+        "--output",
+        str(out),
+        "--batch-size",
+        "1",
+        *SHORT,
+    ]
     sampled = [*command, "--temperature", "1.0", "--seed", "4"]
     assert main(sampled) == EXIT_OK
     whole = out.read_bytes()
@@ -72,8 +97,20 @@ def test_a_broken_off_job_goes_on_to_the_same_file(run: Path, rows: Path, tmp_pa
 
 @pytest.mark.parametrize(
     "last",
-    [lambda r: r[:-1], lambda r: r[:-2], lambda r: r[:1], lambda r: r[: r.index(b'"output"') + 3], lambda r: b""],
-    ids=["only its line break is missing", "in its end", "one character", "in a name", "between two"],
+    [
+        lambda r: r[:-1],
+        lambda r: r[:-2],
+        lambda r: r[:1],
+        lambda r: r[: r.index(b'"output"') + 3],
+        lambda r: b"",
+    ],
+    ids=[
+        "only its line break is missing",
+        "in its end",
+        "one character",
+        "in a name",
+        "between two",
+    ],
 )
 def test_resume_keeps_or_cuts_a_last_line_of_its_own(
     run: Path, rows: Path, tmp_path: Path, last: Callable[[bytes], bytes]
@@ -112,8 +149,13 @@ def test_resume_touches_no_file_that_answers_nothing_here(
         assert f"{out}:{line}" in capsys.readouterr().err
 
 
-def test_a_full_disk_names_the_file_and_how_to_go_on(run: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", str(run), "--input", str(rows), "--output", "/dev/full", *SHORT]) == EXIT_FAILED
+def test_a_full_disk_names_the_file_and_how_to_go_on(
+    run: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["generate", str(run), "--input", str(rows), "--output", "/dev/full", *SHORT])
+        == EXIT_FAILED
+    )
     said = capsys.readouterr().err
     assert "where: /dev/full" in said
     assert "0 of 12 rows are in it" in said
@@ -123,7 +165,11 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(run: Path, rows: Path, caps
     ("output", "more", "go_on"),
     [
         ("out.jsonl", [], "; to go on, start the same command again with --resume\n"),
-        ("out.jsonl", ["--force"], "; to go on, start the same command again with --resume in place of --force\n"),
+        (
+            "out.jsonl",
+            ["--force"],
+            "; to go on, start the same command again with --resume in place of --force\n",
+        ),
         ("-", [], "rows are in standard output\n"),
         ("/dev/null", [], "rows are in /dev/null\n"),
     ],
@@ -135,19 +181,41 @@ def test_a_stopped_job_names_a_command_that_works(
     """--resume needs a file, and excludes --force."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tunesmith.signals.StopRequest.requested", lambda _: True)
-    assert main(["generate", str(run), "--input", str(rows), "--output", output, *more, *SHORT]) == EXIT_STOPPED
+    assert (
+        main(["generate", str(run), "--input", str(rows), "--output", output, *more, *SHORT])
+        == EXIT_STOPPED
+    )
     assert capsys.readouterr().err.endswith(go_on)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
-    run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tunesmith.inference.load_run.load_run", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "tunesmith.inference.load_run.load_run", lambda *a, **k: pytest.fail("loaded")
+    )
     (tmp_path / "file").write_text("")
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    for output, more in ((tmp_path / "file" / "out", []), (pipe, ["--resume"]), (tmp_path, ["--force"])):
-        command = ["generate", str(run), "--input", str(rows), "--output", str(output), *more, *SHORT]
+    for output, more in (
+        (tmp_path / "file" / "out", []),
+        (pipe, ["--resume"]),
+        (tmp_path, ["--force"]),
+    ):
+        command = [
+            "generate",
+            str(run),
+            "--input",
+            str(rows),
+            "--output",
+            str(output),
+            *more,
+            *SHORT,
+        ]
         assert main(command) == EXIT_USAGE
         assert str(output) in capsys.readouterr().err
 
@@ -163,7 +231,10 @@ def test_generate_reads_stdin_and_writes_stdout(
         {"conversations": [{"from": "human", "value": "d"}]},
         {"prompt": [{"role": "user", "content": "e"}]},
         {"text": "f é"},
-        {"prompt": "g", "half": "\ud83d"},  # half a character, which UTF-8 cannot hold: written as its escape
+        {
+            "prompt": "g",
+            "half": "\ud83d",
+        },  # half a character, which UTF-8 cannot hold: written as its escape
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join(map(json.dumps, asked))))
     monkeypatch.setattr(sys, "__stdout__", sys.stdout)  # as in a process of its own
@@ -172,21 +243,40 @@ def test_generate_reads_stdin_and_writes_stdout(
     assert [{k: v for k, v in row.items() if k != "output"} for row in found] == asked
 
 
-def test_base_answers_as_without_the_adapter(run: Path, rows: Path, tmp_path: Path, tiny: Path) -> None:
-    for name, words in (("tuned", [str(run)]), ("base", [str(run), "--base"]), ("plain", [str(tiny)])):
+def test_base_answers_as_without_the_adapter(
+    run: Path, rows: Path, tmp_path: Path, tiny: Path
+) -> None:
+    for name, words in (
+        ("tuned", [str(run)]),
+        ("base", [str(run), "--base"]),
+        ("plain", [str(tiny)]),
+    ):
         out = tmp_path / f"{name}.jsonl"
-        assert main(["generate", *words, "--input", str(rows), "--output", str(out), *SHORT]) == EXIT_OK
-    assert lines(tmp_path / "base.jsonl") == lines(tmp_path / "plain.jsonl") != lines(tmp_path / "tuned.jsonl")
+        assert (
+            main(["generate", *words, "--input", str(rows), "--output", str(out), *SHORT])
+            == EXIT_OK
+        )
+    assert (
+        lines(tmp_path / "base.jsonl")
+        == lines(tmp_path / "plain.jsonl")
+        != lines(tmp_path / "tuned.jsonl")
+    )
 
 
 def test_ctrl_c_keeps_what_is_written(run: Path, tmp_path: Path) -> None:
-    many = write_rows(tmp_path / "many.jsonl", [{"prompt": "x" * (n % 9 + 1), "n": n} for n in range(4000)])
+    many = write_rows(
+        tmp_path / "many.jsonl", [{"prompt": "x" * (n % 9 + 1), "n": n} for n in range(4000)]
+    )
     out = tmp_path / "out.jsonl"
     command = ["generate", str(run), "--input", str(many), "--output", str(out)]
     process = Warm([*command, "--batch-size", "1", *SHORT])
     try:
         deadline = time.monotonic() + 120
-        while not (out.exists() and out.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not (out.exists() and out.stat().st_size)
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
@@ -220,13 +310,21 @@ def test_chat_without_a_terminal_answers_line_by_line(
     from tunesmith.data.formats import Conversation
 
     prompt = opened.template.prompt(Conversation([{"role": "user", "content": "hello"}]))
-    expected = answer_batch(opened.model, opened.tokenizer, [prompt], Decoding(6), stops=opened.template.end_ids)[0]
+    expected = answer_batch(
+        opened.model, opened.tokenizer, [prompt], Decoding(6), stops=opened.template.end_ids
+    )[0]
     assert capsys.readouterr().out == expected.text + "\n"
 
 
-@pytest.mark.parametrize("command", ["/base", "/adapter", "/both", "/system Be brief.", "/save talk.jsonl", "/help"])
+@pytest.mark.parametrize(
+    "command", ["/base", "/adapter", "/both", "/system Be brief.", "/save talk.jsonl", "/help"]
+)
 def test_a_removed_command_gets_one_line(
-    command: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert chat(monkeypatch, f"{command}\n/quit\nnot asked\n", str(run)) == EXIT_OK
@@ -259,12 +357,16 @@ def test_neither_side_of_a_chat_sees_an_answer_of_the_other(
     assert base["base"] != tuned["tuned"]
     assert turns("first\nsecond\n", "--side-by-side") == {**base, **tuned}
     alone = turns("second\n")
-    assert alone["tuned"] != tuned["tuned"][1:]  # what was said before counts, until it is forgotten
+    assert (
+        alone["tuned"] != tuned["tuned"][1:]
+    )  # what was said before counts, until it is forgotten
     assert turns("first\n/reset\nsecond\n") == alone
     assert "all forgotten" in capsys.readouterr().err
 
 
-def test_a_question_that_does_not_fit_costs_no_turn(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_that_does_not_fit_costs_no_turn(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a terminal the chat goes on after it."""
     from tunesmith.cli.chat import Chat
 
@@ -274,7 +376,9 @@ def test_a_question_that_does_not_fit_costs_no_turn(run: Path, monkeypatch: pyte
         chats.append(opened)
         yield from ("hello", "d" * 2100)
 
-    monkeypatch.setattr(Chat, "on_terminal", property(lambda _: True, lambda *_: None), raising=False)
+    monkeypatch.setattr(
+        Chat, "on_terminal", property(lambda _: True, lambda *_: None), raising=False
+    )
     monkeypatch.setattr(Chat, "_typed_lines", typed_lines)
     assert chat(monkeypatch, "", str(run)) == EXIT_OK
     assert [question for question, _ in chats[0].turns["tuned"]] == ["hello"]
@@ -304,11 +408,15 @@ def test_chat_with_a_full_run_opens_its_base_beside_it(
 ECHO = "hello\r\n"  # a question is on its way
 
 
-def on_a_terminal(command: list[str], steps: list[tuple[str, bytes]], *, columns: int) -> tuple[str, int]:
+def on_a_terminal(
+    command: list[str], steps: list[tuple[str, bytes]], *, columns: int
+) -> tuple[str, int]:
     """Run a command on a pseudo-terminal; for each step wait for a text, then type. All that was shown, and the exit code."""
     terminal, own = pty.openpty()
     fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")} | {"TERM": "xterm"}
+    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")} | {
+        "TERM": "xterm"
+    }
     process = Warm(command, env=kept, streams=[own] * 3, prepare=take_terminal)
     os.close(own)
     shown, seen = "", 0
@@ -322,7 +430,9 @@ def on_a_terminal(command: list[str], steps: list[tuple[str, bytes]], *, columns
             except OSError:  # the command has ended
                 code = process.wait()
                 os.close(terminal)
-                assert not wanted, f"{wanted!r} was not shown before the end, exit code {code}: {shown}"
+                assert not wanted, (
+                    f"{wanted!r} was not shown before the end, exit code {code}: {shown}"
+                )
                 return shown, code
         seen = len(shown)
         # A signal between the prompt and Python's wait for a key is only seen at the next key; no one types so fast.
@@ -334,8 +444,15 @@ def on_a_terminal(command: list[str], steps: list[tuple[str, bytes]], *, columns
 @pytest.mark.parametrize(("columns", "sign"), [(120, "┏"), (60, "tuned> ")])
 def test_chat_on_a_terminal(run: Path, columns: int, sign: str) -> None:
     """Both answers, in columns where there is room; then ctrl-C twice leaves without a fault."""
-    steps = [("you> ", b"hello\n"), ("you> ", b"/reset\n"), ("you> ", b"\x03"), ("again leaves", b"\x03")]
-    shown, code = on_a_terminal(["chat", str(run), "--side-by-side", *SHORT], steps, columns=columns)
+    steps = [
+        ("you> ", b"hello\n"),
+        ("you> ", b"/reset\n"),
+        ("you> ", b"\x03"),
+        ("again leaves", b"\x03"),
+    ]
+    shown, code = on_a_terminal(
+        ["chat", str(run), "--side-by-side", *SHORT], steps, columns=columns
+    )
     assert code == EXIT_OK, shown
     assert sign in shown
     assert "all forgotten" in shown
@@ -353,8 +470,19 @@ def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(run: Path) -> None:
 # --- eval -----------------------------------------------------------------------------------------------------------
 
 
-def test_eval_compares_base_and_tuned(run: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["eval", str(run), "--data", str(rows), "--max-examples", "5", "--exact-match", *SHORT]
+def test_eval_compares_base_and_tuned(
+    run: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "eval",
+        str(run),
+        "--data",
+        str(rows),
+        "--max-examples",
+        "5",
+        "--exact-match",
+        *SHORT,
+    ]
     assert main([*command, "--json"]) == EXIT_OK
     found = json.loads(capsys.readouterr().out)
     assert found["base"]["rows"] == found["tuned"]["rows"] == 5
@@ -368,16 +496,25 @@ def test_eval_compares_base_and_tuned(run: Path, rows: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "columns", [["--columns", "prompt=q", "--columns", "completion=a"], ["--columns", "{prompt: q, completion: a}"]]
+    "columns",
+    [
+        ["--columns", "prompt=q", "--columns", "completion=a"],
+        ["--columns", "{prompt: q, completion: a}"],
+    ],
 )
 def test_columns_on_the_command_line(
     run: Path, tmp_path: Path, columns: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_rows(tmp_path / "held.jsonl", [{"q": "one", "a": "two"}])
     plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": "one", "completion": "two"}])
-    assert main(["eval", str(run), "--data", str(plain), "--exact-match", "--json", *SHORT]) == EXIT_OK
+    assert (
+        main(["eval", str(run), "--data", str(plain), "--exact-match", "--json", *SHORT]) == EXIT_OK
+    )
     expected = json.loads(capsys.readouterr().out)
-    assert main(["eval", str(run), "--data", str(file), *columns, "--exact-match", "--json", *SHORT]) == EXIT_OK
+    assert (
+        main(["eval", str(run), "--data", str(file), *columns, "--exact-match", "--json", *SHORT])
+        == EXIT_OK
+    )
     assert json.loads(capsys.readouterr().out) == {**expected, "data": str(file)}
     out = ["--input", str(file), "--output", "-", *columns, *SHORT]
     assert main(["generate", str(run), *out]) == EXIT_OK
@@ -401,7 +538,10 @@ def test_wrong_columns_are_told_in_options(
     run: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_rows(tmp_path / "held.jsonl", [{"q": "one", "a": "two"}])
-    for command in (["eval", str(run), "--data"], ["generate", str(run), "--output", "-", "--input"]):
+    for command in (
+        ["eval", str(run), "--data"],
+        ["generate", str(run), "--output", "-", "--input"],
+    ):
         assert main([*command, str(file), *words, *SHORT]) == EXIT_USAGE
         assert said in capsys.readouterr().err
 
@@ -417,15 +557,21 @@ def test_eval_scores_an_answer_that_is_right(
 ) -> None:
     """The tuned model's own answers as references: it matches all of them, and its base does not."""
     answers = tmp_path / "answers.jsonl"
-    assert main(["generate", str(run), "--input", str(rows), "--output", str(answers), *SHORT]) == EXIT_OK
+    assert (
+        main(["generate", str(run), "--input", str(rows), "--output", str(answers), *SHORT])
+        == EXIT_OK
+    )
     own = [
-        {"instruction": row["instruction"], "input": row["input"], "output": row["output"]} for row in lines(answers)
+        {"instruction": row["instruction"], "input": row["input"], "output": row["output"]}
+        for row in lines(answers)
     ]
     own = [row for row in own if str(row["output"]).strip() and "\ufffd" not in str(row["output"])]
     assert len(own) >= 3
     mine = write_rows(tmp_path / "own.jsonl", own)
     capsys.readouterr()
-    assert main(["eval", str(run), "--data", str(mine), "--exact-match", "--json", *SHORT]) == EXIT_OK
+    assert (
+        main(["eval", str(run), "--data", str(mine), "--exact-match", "--json", *SHORT]) == EXIT_OK
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["tuned"]["exact_match"] == 1.0
     assert found["base"]["exact_match"] < 1.0
@@ -438,12 +584,27 @@ def test_eval_of_a_full_run_loads_its_base_after_it(
     make_run(tmp_path / "lora", tiny, peft_model(tiny))
     scores = []
     for name in ("full", "lora"):
-        assert main(["eval", str(tmp_path / name), "--data", str(rows), "--json", "--device", "cpu"]) == EXIT_OK
+        assert (
+            main(["eval", str(tmp_path / name), "--data", str(rows), "--json", "--device", "cpu"])
+            == EXIT_OK
+        )
         scores.append(json.loads(capsys.readouterr().out))
     for who in ("base", "tuned"):  # fp32: folding moves the last digits
         assert scores[0][who]["loss"] == pytest.approx(scores[1][who]["loss"], rel=1e-5)
     assert (
-        main(["eval", str(tmp_path / "full"), "--data", str(rows), "--json", "--no-base", "--device", "cpu"]) == EXIT_OK
+        main(
+            [
+                "eval",
+                str(tmp_path / "full"),
+                "--data",
+                str(rows),
+                "--json",
+                "--no-base",
+                "--device",
+                "cpu",
+            ]
+        )
+        == EXIT_OK
     )
     assert "base" not in json.loads(capsys.readouterr().out)
 
@@ -458,6 +619,9 @@ def test_merge_prints_its_check_and_the_next_command(
     text = capsys.readouterr().out
     assert "largest logit difference" in text
     assert f"next: tunesmith chat {tmp_path / 'm'}" in text
-    assert main(["merge", str(run), "--output", str(tmp_path / "j"), "--json", "--device", "cpu"]) == EXIT_OK
+    assert (
+        main(["merge", str(run), "--output", str(tmp_path / "j"), "--json", "--device", "cpu"])
+        == EXIT_OK
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["merge_check"]["merged"]["max_logit"] <= 1e-4

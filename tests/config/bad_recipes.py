@@ -88,8 +88,20 @@ _KEYS = [
 
 _EXTENDS = [
     _file("extends itself", "extends: ./r.yaml\n", "circle", "r.yaml:1", "remove one extends"),
-    _file("extends nothing", "extends: qwen3-8b-lara\n", "no recipe", "r.yaml:1", "did you mean qwen3-8b-lora?"),
-    _file("extends two", "extends: [a, b]\n", "one recipe's name or file", "r.yaml:1", "extends: llama3.1-8b-lora"),
+    _file(
+        "extends nothing",
+        "extends: qwen3-8b-lara\n",
+        "no recipe",
+        "r.yaml:1",
+        "did you mean qwen3-8b-lora?",
+    ),
+    _file(
+        "extends two",
+        "extends: [a, b]\n",
+        "one recipe's name or file",
+        "r.yaml:1",
+        "extends: llama3.1-8b-lora",
+    ),
 ]
 
 _TYPES = [
@@ -150,7 +162,12 @@ _TYPES = [
 
 _PATHS = [
     _rule("variable", "output_dir=$SCRATCH/x", "variables such as $SCRATCH/x", "command line"),
-    _rule("URL of a model", "model.name=https://huggingface.co/org/model", "not a URL", "write the Hub id: org/model"),
+    _rule(
+        "URL of a model",
+        "model.name=https://huggingface.co/org/model",
+        "not a URL",
+        "write the Hub id: org/model",
+    ),
     _rule("URL of data", "data.train.source=https://x.org/rows.jsonl", "not a URL", "download it"),
     _rule("empty name", "model.name=''", "model.name is empty", "name one"),
     _rule("no such template", "data.template=alpacca", "does not exist", "did you mean alpaca?"),

@@ -45,7 +45,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     cases = [
         (latin, "byte 0xe9", f"{latin}:2", "iconv"),
         (huge, "larger than 256 KiB", str(huge), "page of YAML"),
-        (tmp_path / "gone.yaml", "neither a file nor one that ships", str(tmp_path / "gone.yaml"), "tunesmith recipes"),
+        (
+            tmp_path / "gone.yaml",
+            "neither a file nor one that ships",
+            str(tmp_path / "gone.yaml"),
+            "tunesmith recipes",
+        ),
         (run, "is a folder", str(run), "name a .yaml file"),
         (pipe, "neither a file nor one that ships", str(pipe), "tunesmith recipes"),
         (Path("/dev/zero"), "neither a file nor one that ships", "/dev/zero", "tunesmith recipes"),
@@ -53,7 +58,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path, what, where, fix in cases:
         with pytest.raises(UsageError) as caught:
             load_recipe(path)
-        assert (what in caught.value.what, caught.value.where, fix in caught.value.fix) == (True, where, True)
+        assert (what in caught.value.what, caught.value.where, fix in caught.value.fix) == (
+            True,
+            where,
+            True,
+        )
     (run / "config.yaml").write_text(BASE)
     with pytest.raises(UsageError, match="is a run directory") as caught:
         load_recipe(run)

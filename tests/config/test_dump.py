@@ -42,11 +42,14 @@ def runs(draw: st.DrawFn) -> Run:
             alpha=positive,
             rank=st.integers(1, 999),
             rslora=st.booleans(),
-            target=st.just("all-linear") | st.lists(st.sampled_from(["q_proj", "v_proj"]), min_size=1).map(tuple),
+            target=st.just("all-linear")
+            | st.lists(st.sampled_from(["q_proj", "v_proj"]), min_size=1).map(tuple),
         )
     )
     return Run(
-        model=Model(name=draw(word), revision=draw(st.none() | name), pad_token=draw(st.none() | name)),
+        model=Model(
+            name=draw(word), revision=draw(st.none() | name), pad_token=draw(st.none() | name)
+        ),
         adapter=adapter,
         data=Data(
             train=tuple(draw(st.lists(sources, min_size=1, max_size=3))),
@@ -136,17 +139,23 @@ def test_differences_of_several(run: Run) -> None:
     changes = differences(run, two)
     assert {change.key.rpartition(".")[0] for change in changes} == {"data.train.1"}
     assert not any(change.allowed for change in changes)
-    assert str(next(c for c in changes if c.key == "data.train.1.source")) == 'data.train.1.source: null -> "a/b"'
+    assert (
+        str(next(c for c in changes if c.key == "data.train.1.source"))
+        == 'data.train.1.source: null -> "a/b"'
+    )
 
 
 def test_duration_by_the_clock_and_in_other_units(run: Run) -> None:
     hour, more = (
-        load_recipe("llama3.1-8b-lora", [f"train.duration={d}", "train.warmup=0 steps"]) for d in ("1 h", "90 min")
+        load_recipe("llama3.1-8b-lora", [f"train.duration={d}", "train.warmup=0 steps"])
+        for d in ("1 h", "90 min")
     )
     assert [c.allowed for c in differences(hour, more)] == [True]
     assert [c.allowed for c in differences(more, hour)] == [False]
     steps = load_recipe("llama3.1-8b-lora", ["train.duration=9000 steps"])
-    assert [c.allowed for c in differences(run, steps)] == [True], "its steps are compared once the data is read"
+    assert [c.allowed for c in differences(run, steps)] == [True], (
+        "its steps are compared once the data is read"
+    )
 
 
 def test_digest_is_stable(run: Run) -> None:

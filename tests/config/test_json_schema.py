@@ -57,7 +57,9 @@ def test_the_file_is_up_to_date(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_every_shipped_recipe_is_valid_and_names_it(name: str, schema: Draft7Validator, tmp_path: Path) -> None:
+def test_every_shipped_recipe_is_valid_and_names_it(
+    name: str, schema: Draft7Validator, tmp_path: Path
+) -> None:
     path = shipped()[name]
     first = path.read_text().partition("\n")[0]
     assert (path.parent / first.removeprefix(MODELINE)).samefile(FILE)
@@ -69,7 +71,11 @@ def test_every_shipped_recipe_is_valid_and_names_it(name: str, schema: Draft7Val
 
 def test_every_key_is_there_with_its_documentation() -> None:
     sections = json_schema()["$defs"]
-    told = {name: value for section in sections.values() for name, value in section["properties"].items()}
+    told = {
+        name: value
+        for section in sections.values()
+        for name, value in section["properties"].items()
+    }
     assert set(told) == {key.rpartition(".")[2] for key in keys()} | {"extends"}
     for section in sections.values():
         for name, value in section["properties"].items():
@@ -106,9 +112,15 @@ def test_it_refuses_the_table_of_bad_recipes(
     Path("r.yaml").write_text(BASE)
     schema.validate(read_file(Path("r.yaml")).plain())
     readable = {bad.name: (bad, values_of(bad)) for bad in (*_KEYS, *_TYPES)}
-    passed = {name for name, (_, values) in readable.items() if values is not None and schema.is_valid(values)}
+    passed = {
+        name
+        for name, (_, values) in readable.items()
+        if values is not None and schema.is_valid(values)
+    }
     assert passed == UNSAID & set(readable)
-    refused = [name for name, (_, values) in readable.items() if values is not None and name not in passed]
+    refused = [
+        name for name, (_, values) in readable.items() if values is not None and name not in passed
+    ]
     beside = [
         bad
         for bad in (*_RULES, *_PATHS, *_EXTENDS, *_FORM)

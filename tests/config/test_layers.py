@@ -41,7 +41,10 @@ def child(text: str) -> Run:
 
 def test_a_new_source_keeps_only_the_keys_beside_it(parent: Path) -> None:
     """In a child and on the command line, in any order; no validation rows are taken from other rows."""
-    rows, both = Source(source="org/mine", format="text"), ["data.train.source=org/mine", "data.train.format=text"]
+    rows, both = (
+        Source(source="org/mine", format="text"),
+        ["data.train.source=org/mine", "data.train.format=text"],
+    )
     for run in (
         child("data: {train: {source: org/mine, format: text}}\n"),
         load_recipe(parent, both),
@@ -64,14 +67,19 @@ def test_the_same_source_is_changed_key_by_key(parent: Path) -> None:
         load_recipe(parent, ["data.train.0.split=train[:10]", "data.train.source=org/rows"]),
     ):
         assert run.data.train[0].split == "train[:10]"
-        assert (run.data.train[0].format, run.data.train[0].columns) == ("alpaca", {"instruction": "q"})
+        assert (run.data.train[0].format, run.data.train[0].columns) == (
+            "alpaca",
+            {"instruction": "q"},
+        )
         assert run.data.validation == whole.data.validation
 
 
 def test_the_same_name_in_another_folder_is_another_file(parent: Path) -> None:
     parent.write_text(PARENT.replace("org/rows", "rows.jsonl"))
     Path("sub").mkdir()
-    Path("sub/child.yaml").write_text("extends: ../parent.yaml\ndata: {train: {source: rows.jsonl}}\n")
+    Path("sub/child.yaml").write_text(
+        "extends: ../parent.yaml\ndata: {train: {source: rows.jsonl}}\n"
+    )
     run = load_recipe("sub/child.yaml")
     assert run.data.train == (Source(source=str(Path("sub/rows.jsonl").absolute())),)
     assert run.data.validation == ()
@@ -82,8 +90,13 @@ def test_validation_rows_of_their_own(parent: Path) -> None:
     """A layer's own validation counts beside its new rows, and a new validation source is as new as one to train on."""
     own = child("data: {train: {source: org/mine}, validation: {source: org/held}}\n").data
     assert own.validation == (Source(source="org/held"),)
-    assert load_recipe(parent, ["data.validation.source=org/held"]).data.validation == (Source(source="org/held"),)
-    assert load_recipe(parent, ["data.validation.source=org/held"]).data.train == load_recipe(parent).data.train
+    assert load_recipe(parent, ["data.validation.source=org/held"]).data.validation == (
+        Source(source="org/held"),
+    )
+    assert (
+        load_recipe(parent, ["data.validation.source=org/held"]).data.train
+        == load_recipe(parent).data.train
+    )
     with pytest.raises(RecipeError, match=r"data\.validation\.source is missing"):
         load_recipe(parent, ["data.train.source=org/mine", "data.validation.split=test"])
 
@@ -91,13 +104,17 @@ def test_validation_rows_of_their_own(parent: Path) -> None:
 def test_lists_of_sources(parent: Path) -> None:
     two = "data: {train: [{source: a/b, split: train}, {source: c/d, weight: 2}], validation: {source: a/b}}\n"
     Path("two.yaml").write_text("extends: parent.yaml\n" + two)
-    run = load_recipe("two.yaml", ["data.train.1.source=e/f", "data.train.1.format=text", "data.train.0.weight=3"])
+    run = load_recipe(
+        "two.yaml", ["data.train.1.source=e/f", "data.train.1.format=text", "data.train.0.weight=3"]
+    )
     assert run.data.train == (
         Source(source="a/b", split="train", weight=3.0),
         Source(source="e/f", format="text"),
     )
     assert run.data.validation == ()
-    assert load_recipe("two.yaml", ["data.train.1.weight=4"]).data.validation == (Source(source="a/b"),)
+    assert load_recipe("two.yaml", ["data.train.1.weight=4"]).data.validation == (
+        Source(source="a/b"),
+    )
     assert load_recipe("two.yaml", ["data.train.source=e/f"]).data.train == (Source(source="e/f"),)
     with pytest.raises(RecipeError, match="no entry 'split'") as caught:
         load_recipe("two.yaml", ["data.train.split=test"])
@@ -112,7 +129,9 @@ def test_what_a_new_source_leaves_behind_is_said(parent: Path) -> None:
     load_recipe(parent, ["data.train.source=org/mine", "data.train.format=alpaca"], say=told.append)
     Path("child.yaml").write_text("extends: parent.yaml\ndata: {validation: {source: org/held}}\n")
     load_recipe("child.yaml", say=told.append)
-    load_recipe(parent, ["data.train.split=train", "train.seed=1", "adapter.kind=none"], say=told.append)
+    load_recipe(
+        parent, ["data.train.split=train", "train.seed=1", "adapter.kind=none"], say=told.append
+    )
     beside = "data.train.split, data.train.columns, data.train.max_examples, data.train.weight"
     assert told == [
         f"command line names other rows, so it does not take {beside}, data.validation from the recipe that it changes",
@@ -136,7 +155,9 @@ def test_what_a_new_source_leaves_behind_is_said(parent: Path) -> None:
 def test_what_a_parent_gave_can_be_cleared(parent: Path, key: str, value: str) -> None:
     """What a child or the command line may set back to nothing: the key's own empty value, or null where it takes one."""
     *sections, name = key.split(".")
-    flow = "".join(f"{section}: {{" for section in sections) + f"{name}: {value}" + "}" * len(sections)
+    flow = (
+        "".join(f"{section}: {{" for section in sections) + f"{name}: {value}" + "}" * len(sections)
+    )
     given = load_recipe(parent, [f"{key}={value}"])
     assert child(f"{flow}\n") == given
     found, default = given, Run(model=given.model, data=given.data, output_dir="x")
@@ -201,7 +222,9 @@ def test_an_empty_text_is_no_value(parent: Path, key: str) -> None:
 def test_an_empty_name_in_a_list_and_an_empty_system_message(parent: Path) -> None:
     with pytest.raises(RecipeError, match=r"adapter\.modules_to_save has an empty name"):
         load_recipe(parent, ["adapter.modules_to_save=['']"])
-    assert load_recipe(parent, ["data.system=''"]).data.system == "", "some templates write one of their own without it"
+    assert load_recipe(parent, ["data.system=''"]).data.system == "", (
+        "some templates write one of their own without it"
+    )
 
 
 def test_null_where_null_is_a_value(parent: Path) -> None:

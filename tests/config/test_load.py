@@ -23,7 +23,10 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipes").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     path = tmp_path / "recipes" / "base.yaml"
-    path.write_text(BASE + "adapter: {rank: 4, alpha: 8, target: [q_proj]}\ntrain: {seed: 1, betas: [0.9, 0.95]}\n")
+    path.write_text(
+        BASE
+        + "adapter: {rank: 4, alpha: 8, target: [q_proj]}\ntrain: {seed: 1, betas: [0.9, 0.95]}\n"
+    )
     return path
 
 
@@ -34,7 +37,10 @@ def _extending(recipe: Path, text: str) -> Run:
 
 
 def test_typed(recipe: Path) -> None:
-    run = load_recipe(recipe, ["train.duration=3 epochs", "train.global_batch=32768 tokens", "train.clip_norm=null"])
+    run = load_recipe(
+        recipe,
+        ["train.duration=3 epochs", "train.global_batch=32768 tokens", "train.clip_norm=null"],
+    )
     assert (run.adapter.rank, run.adapter.alpha, run.adapter.target) == (4, 8.0, ("q_proj",))
     assert type(run.adapter.alpha) is float  # a whole number where a number is asked for
     assert run.train.duration == Length(3, "epochs")
@@ -44,8 +50,14 @@ def test_typed(recipe: Path) -> None:
 
 
 def test_extends_merges_mappings_and_replaces_lists(recipe: Path) -> None:
-    run = _extending(recipe, "adapter: {rank: 16, target: [v_proj, o_proj]}\ntrain: {betas: [0.8, 0.9]}\n")
-    assert (run.adapter.rank, run.adapter.alpha, run.adapter.target) == (16, 8.0, ("v_proj", "o_proj"))
+    run = _extending(
+        recipe, "adapter: {rank: 16, target: [v_proj, o_proj]}\ntrain: {betas: [0.8, 0.9]}\n"
+    )
+    assert (run.adapter.rank, run.adapter.alpha, run.adapter.target) == (
+        16,
+        8.0,
+        ("v_proj", "o_proj"),
+    )
     assert (run.train.betas, run.train.seed) == ((0.8, 0.9), 1)
 
 
@@ -71,7 +83,9 @@ def test_full_fine_tuning_over_an_adapter(recipe: Path) -> None:
 
 
 def test_overrides_in_order(recipe: Path) -> None:
-    run = load_recipe(recipe, ["train.seed=2", "train.seed=3", "train={weight_decay: 0.1}", "train.betas.1=0.99"])
+    run = load_recipe(
+        recipe, ["train.seed=2", "train.seed=3", "train={weight_decay: 0.1}", "train.betas.1=0.99"]
+    )
     assert (run.train.seed, run.train.weight_decay, run.train.betas) == (3, 0.1, (0.9, 0.99))
     assert load_recipe(recipe, ["data.system=a=b"]).data.system == "a=b"
     assert load_recipe(
@@ -90,7 +104,11 @@ def test_overrides_of_a_mapping_keep_their_types(recipe: Path) -> None:
         "adapter.target": ["on"],
     }
     run = load_recipe(recipe, overrides)
-    assert (run.train.learning_rate, run.train.clip_norm, run.train.betas) == (2e-4, None, (0.8, 0.9))
+    assert (run.train.learning_rate, run.train.clip_norm, run.train.betas) == (
+        2e-4,
+        None,
+        (0.8, 0.9),
+    )
     assert (run.train.duration, run.train.seed) == (Length(3, "epochs"), 1)
     assert (run.data.system, run.adapter.target) == ("null", ("on",))
     assert run.data.train[0].source == str(Path.cwd() / "mine" / "rows.jsonl")
@@ -99,14 +117,20 @@ def test_overrides_of_a_mapping_keep_their_types(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "what", "where"),
     [
-        ({"train.learning_rate": "2e-4"}, "expected a number, found the text '2e-4'", "overrides: train.learning_rate"),
+        (
+            {"train.learning_rate": "2e-4"},
+            "expected a number, found the text '2e-4'",
+            "overrides: train.learning_rate",
+        ),
         ({"train.sed": 3}, "unknown key train.sed", "overrides: train.sed"),
         ({"train": {"seed": {1}}}, "a set is not a recipe's value", "overrides: train.seed"),
         ({"extends": "qwen3-8b-lora"}, "extends belongs in a file", "overrides: extends"),
         ({"adapter.kind": "none", "adapter.rank": 3}, "has no effect", "overrides: adapter.rank"),
     ],
 )
-def test_a_wrong_override_of_a_mapping_is_named(recipe: Path, overrides: dict, what: str, where: str) -> None:
+def test_a_wrong_override_of_a_mapping_is_named(
+    recipe: Path, overrides: dict, what: str, where: str
+) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe, overrides)
     assert what in caught.value.what
@@ -119,11 +143,16 @@ def test_overrides_of_sources(recipe: Path) -> None:
         assert load_recipe(recipe, [f"{key}=train[:10%]"]).data.train[0].split == "train[:10%]"
     two = "data.train=[{source: a/b}, {source: c/d, weight: 2}]"
     run = load_recipe(recipe, [two, "data.train.1.split=test", "data.train.0.source=e/f"])
-    assert [(s.source, s.split, s.weight) for s in run.data.train] == [("e/f", None, 1.0), ("c/d", "test", 2.0)]
+    assert [(s.source, s.split, s.weight) for s in run.data.train] == [
+        ("e/f", None, 1.0),
+        ("c/d", "test", 2.0),
+    ]
     with pytest.raises(RecipeError, match="no entry 'split'") as caught:
         load_recipe(recipe, [two, "data.train.split=test"])
     assert "0 to 1" in caught.value.fix
-    held_out = load_recipe(recipe, ["data.validation.source=a/b", "data.validation.format=text"]).data.validation
+    held_out = load_recipe(
+        recipe, ["data.validation.source=a/b", "data.validation.format=text"]
+    ).data.validation
     assert [(s.source, s.format) for s in held_out] == [("a/b", "text")]
 
 
@@ -142,18 +171,30 @@ def test_paths(recipe: Path) -> None:
     assert run.data.train[0].source == str(there / "rows.jsonl")
     assert run.adapter.from_ == str(there.parent / "adapter")
     assert run.output_dir == str(here / "runs" / "x")
-    run = load_recipe(recipe, ["model.name=org/model", "data.train.source=more.csv", "adapter.from=org/adapter"])
-    assert (run.model.name, run.adapter.from_) == ("org/model", "org/adapter")  # Hub ids: no such folder here
+    run = load_recipe(
+        recipe, ["model.name=org/model", "data.train.source=more.csv", "adapter.from=org/adapter"]
+    )
+    assert (run.model.name, run.adapter.from_) == (
+        "org/model",
+        "org/adapter",
+    )  # Hub ids: no such folder here
     assert run.data.train[0].source == str(here / "more.csv")
     assert load_recipe(recipe, ["model.name=small.gguf"]).model.name == str(here / "small.gguf")
     assert load_recipe(recipe, ["model.name=~/model"]).model.name == str(Path.home() / "model")
     with pytest.raises(RecipeError, match="does not exist"):
         load_recipe(recipe, ["data.template=prompt.jinja"])
-    assert load_recipe(recipe, [f"data.template={there}/prompt.jinja"]).data.template == str(there / "prompt.jinja")
+    assert load_recipe(recipe, [f"data.template={there}/prompt.jinja"]).data.template == str(
+        there / "prompt.jinja"
+    )
 
 
 def test_from_mapping_names_the_key() -> None:
-    values = {"model": {"name": "a/b"}, "data": {"train": {"source": "c/d"}}, "output_dir": "x", "train": {"seed": "1"}}
+    values = {
+        "model": {"name": "a/b"},
+        "data": {"train": {"source": "c/d"}},
+        "output_dir": "x",
+        "train": {"seed": "1"},
+    }
     with pytest.raises(RecipeError) as caught:
         from_mapping(values, where="config.yaml", base=Path())
     assert caught.value.where == "config.yaml: train.seed"
@@ -164,8 +205,14 @@ def test_from_mapping_names_the_key() -> None:
 
 
 def test_from_mapping_takes_plain_values_only() -> None:
-    values = {"model": {"name": "a/b"}, "data": {"train": {"source": "c/d"}}, "output_dir": Path("x")}
-    assert from_mapping(values, where="config.yaml", base=Path()).output_dir == str(Path.cwd() / "x")
+    values = {
+        "model": {"name": "a/b"},
+        "data": {"train": {"source": "c/d"}},
+        "output_dir": Path("x"),
+    }
+    assert from_mapping(values, where="config.yaml", base=Path()).output_dir == str(
+        Path.cwd() / "x"
+    )
     values["output_dir"] = b"x"
     with pytest.raises(RecipeError, match="a bytes is not a recipe's value") as caught:
         from_mapping(values, where="config.yaml", base=Path())

@@ -10,7 +10,9 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.removed import REMOVED
 from tunesmith.errors import RemovedError
 
-RECIPE = "model: {{name: a/b{model}}}\ndata: {{train: c/d}}\ntrain:\n  seed: 1\n{train}output_dir: x\n"
+RECIPE = (
+    "model: {{name: a/b{model}}}\ndata: {{train: c/d}}\ntrain:\n  seed: 1\n{train}output_dir: x\n"
+)
 
 
 def write(folder: Path, *, model: str = "", train: str = "") -> Path:
@@ -35,7 +37,9 @@ def test_a_removed_key_at_its_default_is_ignored(tmp_path: Path) -> None:
         (", quantize: int8", "", 1, "model.quantize=fp8"),
     ],
 )
-def test_another_value_is_refused_with_what_to_use(model, train, place, words, tmp_path: Path) -> None:
+def test_another_value_is_refused_with_what_to_use(
+    model, train, place, words, tmp_path: Path
+) -> None:
     file = write(tmp_path, model=model, train=train)
     with pytest.raises(RemovedError) as refused:
         load_recipe(file)
@@ -50,7 +54,9 @@ def test_who_reads_an_older_run_may_ignore_it(tmp_path: Path) -> None:
     assert load_recipe(file, ignored=REMOVED) == plain
 
 
-@pytest.mark.parametrize("lines", ["  fast_paths:\n    a: 1\n", "  fast_paths: joined-weights\n", "  fast_paths:\n"])
+@pytest.mark.parametrize(
+    "lines", ["  fast_paths:\n    a: 1\n", "  fast_paths: joined-weights\n", "  fast_paths:\n"]
+)
 def test_a_value_that_it_never_took_is_refused_too(lines: str, tmp_path: Path) -> None:
     with pytest.raises(RemovedError):
         load_recipe(write(tmp_path, train=lines))

@@ -18,10 +18,38 @@ ROOT = Path(__file__).resolve().parents[2]
 # The four playbook scripts and the two files of the Slurm guide: (model, adapter, rank, alpha, batch, rate, rows).
 # Batch and rows of the 70B LoRA are ours: 4 examples, as in the script, are too few to hide the gathers of shards over a pair.
 SCRIPTS = {
-    "llama3.2-3b-full": ("meta-llama/Llama-3.2-3B-Instruct", "none", 8, 5e-5, "train[:512]", "linear"),
-    "llama3.1-8b-lora": ("meta-llama/Llama-3.1-8B-Instruct", "lora", 8, 1e-4, "train[:512]", "linear"),
-    "llama3.1-70b-lora": ("meta-llama/Llama-3.1-70B-Instruct", "lora", 32, 1e-4, "train[:4000]", "linear"),
-    "llama3.1-70b-qlora": ("unsloth/Meta-Llama-3.1-70B-bnb-4bit", "lora", 8, 1e-4, "train[:512]", "linear"),
+    "llama3.2-3b-full": (
+        "meta-llama/Llama-3.2-3B-Instruct",
+        "none",
+        8,
+        5e-5,
+        "train[:512]",
+        "linear",
+    ),
+    "llama3.1-8b-lora": (
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "lora",
+        8,
+        1e-4,
+        "train[:512]",
+        "linear",
+    ),
+    "llama3.1-70b-lora": (
+        "meta-llama/Llama-3.1-70B-Instruct",
+        "lora",
+        32,
+        1e-4,
+        "train[:4000]",
+        "linear",
+    ),
+    "llama3.1-70b-qlora": (
+        "unsloth/Meta-Llama-3.1-70B-bnb-4bit",
+        "lora",
+        8,
+        1e-4,
+        "train[:512]",
+        "linear",
+    ),
 }
 
 
@@ -39,10 +67,23 @@ def test_all_load() -> None:
 def test_values_of_the_playbook(name: str) -> None:
     model, kind, batch, rate, split, schedule = SCRIPTS[name]
     run = load_recipe(name)
-    assert (run.model.name, run.adapter.kind, run.adapter.rank, run.adapter.alpha) == (model, kind, 8, 16.0)
+    assert (run.model.name, run.adapter.kind, run.adapter.rank, run.adapter.alpha) == (
+        model,
+        kind,
+        8,
+        16.0,
+    )
     assert (run.train.global_batch, run.train.learning_rate) == (Size(batch, "examples"), rate)
-    assert (run.train.duration, run.train.warmup, run.train.schedule) == (Length(1, "epochs"), Length(0, "%"), schedule)
-    assert (run.data.train[0].source, run.data.train[0].split, run.data.seq_len) == ("tatsu-lab/alpaca", split, 2048)
+    assert (run.train.duration, run.train.warmup, run.train.schedule) == (
+        Length(1, "epochs"),
+        Length(0, "%"),
+        schedule,
+    )
+    assert (run.data.train[0].source, run.data.train[0].split, run.data.seq_len) == (
+        "tatsu-lab/alpaca",
+        split,
+        2048,
+    )
     assert run.model.quantize == ("nf4" if "qlora" in name else "none")
     assert run.model.dtype == "bf16"
 
@@ -51,7 +92,10 @@ def test_values_of_the_slurm_guide() -> None:
     full, lora = load_recipe("llama3.3-70b-full"), load_recipe("llama3.3-70b-lora")
     assert full.model.name == lora.model.name == "meta-llama/Llama-3.3-70B-Instruct"
     for run in (full, lora):
-        assert [s.split for s in (*run.data.train, *run.data.validation)] == ["train[:95%]", "train[95%:]"]
+        assert [s.split for s in (*run.data.train, *run.data.validation)] == [
+            "train[:95%]",
+            "train[95%:]",
+        ]
         assert run.train.clip_norm is None
     assert (full.adapter.kind, full.train.learning_rate, full.data.pack, full.train.compile) == (
         "none",
@@ -59,7 +103,9 @@ def test_values_of_the_slurm_guide() -> None:
         True,
         "on",
     )
-    assert full.train.optimizer == "adamw-8bit"  # ours: fp32 moments would leave memory for few activations
+    assert (
+        full.train.optimizer == "adamw-8bit"
+    )  # ours: fp32 moments would leave memory for few activations
     # 2 data-parallel ranks (16 GPUs, tensor parallel over 8) x 4 packed rows of 1024 tokens
     assert full.train.global_batch == Size(2 * 4 * 1024, "tokens")
     assert (lora.adapter.rank, lora.adapter.alpha, lora.train.learning_rate) == (16, 32.0, 3e-4)

@@ -66,7 +66,13 @@ def test_anchors_and_merges(tmp_path: Path) -> None:
     path.write_text("a: &a {x: 1, y: 2}\nb: *a\nc: {<<: *a, y: 3}\nd: &d [1, 2]\ne: [*d, *d]\n")
     tree = read_file(path)
     both = {"x": 1, "y": 2}
-    assert tree.plain() == {"a": both, "b": both, "c": {"x": 1, "y": 3}, "d": [1, 2], "e": [[1, 2], [1, 2]]}
+    assert tree.plain() == {
+        "a": both,
+        "b": both,
+        "c": {"x": 1, "y": 3},
+        "d": [1, 2],
+        "e": [[1, 2], [1, 2]],
+    }
     assert dict(tree.places())["b"] == f"{path}:2"  # where it is used, not where it was marked
 
 

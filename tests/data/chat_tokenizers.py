@@ -21,14 +21,25 @@ def train(kind: str, special: tuple[str, ...], adds_bos: bool, strips: bool = Fa
         normalised to NFC, as Qwen's) or `pieces` (as SentencePiece's: blanks as "▁", bytes for what is unknown).
     strips: special tokens swallow the blanks to their right, as Phi 3's.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     names = ["<unk>", "<s>", "</s>"]
     if kind == "pieces":
         core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         core.normalizer = normalizers.Replace(" ", "▁")
-        core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        core.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
         names += [f"<0x{i:02X}>" for i in range(256)]
         trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=names, show_progress=False)
     else:
@@ -45,8 +56,12 @@ def train(kind: str, special: tuple[str, ...], adds_bos: bool, strips: bool = Fa
     after = [processors.ByteLevel(trim_offsets=True)] if kind == "trimmed" else []
     if adds_bos:
         one, two = "<s> $A", "<s> $A <s> $B"
-        after.append(processors.TemplateProcessing(single=one, pair=two, special_tokens=[("<s>", 1)]))
+        after.append(
+            processors.TemplateProcessing(single=one, pair=two, special_tokens=[("<s>", 1)])
+        )
     if after:
         core.post_processor = processors.Sequence(after)
     core.add_special_tokens([AddedToken(word, rstrip=strips, normalized=False) for word in special])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

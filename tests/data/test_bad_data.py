@@ -110,7 +110,9 @@ def test_a_refused_file_is_closed(write: Callable[[str, str | bytes], str]) -> N
 @pytest.mark.parametrize("case", FILES, ids=lambda c: f"{c[0]}: {c[3]}")
 def test_files(write, case: tuple[str, str | bytes, dict[str, Any], str, str, str]) -> None:
     name, content, keys, what, where, fix = case
-    assert_refused(Source(**{"source": write(name, content), "format": "text", **keys}), what, where, fix)
+    assert_refused(
+        Source(**{"source": write(name, content), "format": "text", **keys}), what, where, fix
+    )
 
 
 @pytest.mark.parametrize("content", ["text;n\na, b;1\n", "text\tn\na, b\t1\n", "text|n\na, b|1\n"])
@@ -151,7 +153,12 @@ MESSAGES: list[tuple[Any, str, str, str]] = [
 
 @pytest.mark.parametrize(("messages", "what", "where", "fix"), MESSAGES)
 def test_messages(write, messages: Any, what: str, where: str, fix: str) -> None:
-    assert_refused(Source(source=write("a.jsonl", line(messages=messages)), format="messages"), what, where, fix)
+    assert_refused(
+        Source(source=write("a.jsonl", line(messages=messages)), format="messages"),
+        what,
+        where,
+        fix,
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,24 +173,44 @@ def test_messages(write, messages: Any, what: str, where: str, fix: str) -> None
     ],
 )  # fmt: skip
 def test_sharegpt(write, row: dict[str, Any], what: str, fix: str) -> None:
-    assert_refused(Source(source=write("a.jsonl", line(**row)), format="sharegpt"), what, "a.jsonl:1", fix)
+    assert_refused(
+        Source(source=write("a.jsonl", line(**row)), format="sharegpt"), what, "a.jsonl:1", fix
+    )
 
 
-def test_a_file_that_is_missing_names_the_nearest(tmp_path: Path, write: Callable[..., str]) -> None:
+def test_a_file_that_is_missing_names_the_nearest(
+    tmp_path: Path, write: Callable[..., str]
+) -> None:
     write("alpaca.jsonl", GOOD)
-    assert_refused(Source(source=str(tmp_path / "alpacca.jsonl")), "no such file", "alpacca.jsonl", "alpaca.jsonl?")
-    assert_refused(Source(source=str(tmp_path / "no" / "a.jsonl")), "no such file", "a.jsonl", "fix the path")
+    assert_refused(
+        Source(source=str(tmp_path / "alpacca.jsonl")),
+        "no such file",
+        "alpacca.jsonl",
+        "alpaca.jsonl?",
+    )
+    assert_refused(
+        Source(source=str(tmp_path / "no" / "a.jsonl")), "no such file", "a.jsonl", "fix the path"
+    )
 
 
 def test_a_folder_names_the_files_in_it(tmp_path: Path, write: Callable[..., str]) -> None:
-    assert_refused(Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), "name a file")
+    assert_refused(
+        Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), "name a file"
+    )
     name = write("rows.jsonl", GOOD)
-    assert_refused(Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), f"source: {name}")
+    assert_refused(
+        Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), f"source: {name}"
+    )
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")  # opening it would wait for ever
-    assert_refused(Source(source=str(tmp_path / "pipe.jsonl")), "not a regular file", "pipe.jsonl", "copy its rows")
+    assert_refused(
+        Source(source=str(tmp_path / "pipe.jsonl")),
+        "not a regular file",
+        "pipe.jsonl",
+        "copy its rows",
+    )
 
 
 def test_a_file_that_may_not_be_read(write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +219,9 @@ def test_a_file_that_may_not_be_read(write, monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(self: Path, *args: object, **keys: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "open", refuse)  # root may read everything, so a mode of 000 would prove nothing
+    monkeypatch.setattr(
+        Path, "open", refuse
+    )  # root may read everything, so a mode of 000 would prove nothing
     assert_refused(Source(source=name), "cannot be read", "a.jsonl", "ls -l")
 
 
@@ -207,7 +236,10 @@ def test_a_huge_row(write, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr("tunesmith.data.formats.MAX_ROW_BYTES", 1 << 20)
     assert_refused(
-        Source(source=write("a.json", f"[{big}]"), format="text"), "a text of 3 MiB", "a.json row 1", "split it"
+        Source(source=write("a.json", f"[{big}]"), format="text"),
+        "a text of 3 MiB",
+        "a.json row 1",
+        "split it",
     )
 
 
@@ -219,7 +251,10 @@ def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     assert_refused(
-        Source(source="nobody/no-such-rows"), "not in the Hub cache", "nobody/no-such-rows", "unset HF_HUB_OFFLINE"
+        Source(source="nobody/no-such-rows"),
+        "not in the Hub cache",
+        "nobody/no-such-rows",
+        "unset HF_HUB_OFFLINE",
     )
 
 
@@ -233,7 +268,9 @@ def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
         (lambda d: RuntimeError("Dataset scripts are no longer supported"), "cannot be read", "local copy"),
     ],
 )  # fmt: skip
-def test_answers_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Any, what: str, fix: str) -> None:
+def test_answers_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, error: Any, what: str, fix: str
+) -> None:
     import datasets
 
     def refuse(*args: object, **keys: object) -> None:
@@ -280,7 +317,12 @@ def test_a_hub_that_refuses(tmp_path: Path, name: str, what: str, fix: str) -> N
             "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret", "no_proxy": "*",
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
         )
         server.shutdown()
     assert what in done.stdout
@@ -288,16 +330,26 @@ def test_a_hub_that_refuses(tmp_path: Path, name: str, what: str, fix: str) -> N
     assert "hf_secret" not in done.stdout + done.stderr
 
 
-def test_the_index_of_pandas_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_index_of_pandas_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "a.csv").write_text(",prompt,completion\n0,a,b\n7,c,d\n")
     rows = read_rows(Source(source=str(tmp_path / "a.csv")))
-    assert [rows[0], rows[1]] == [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    assert [rows[0], rows[1]] == [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "c", "completion": "d"},
+    ]
     assert "the first column has no name" in caplog.text
 
 
 def test_a_link_to_nothing_does_not_propose_itself(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    assert_refused(Source(source=str(tmp_path / "a.jsonl")), "gone.jsonl, which is not there", "a.jsonl", "ls -l")
+    assert_refused(
+        Source(source=str(tmp_path / "a.jsonl")),
+        "gone.jsonl, which is not there",
+        "a.jsonl",
+        "ls -l",
+    )
 
 
 def test_columns_of_parquet_are_named_as_what_they_are(tmp_path: Path) -> None:
@@ -308,7 +360,17 @@ def test_columns_of_parquet_are_named_as_what_they_are(tmp_path: Path) -> None:
 
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [datetime.datetime(2026, 1, 31)]}), path)
-    assert_refused(Source(source=str(path), format="text"), "a date with a time, not a text", "row 1", "as text")
+    assert_refused(
+        Source(source=str(path), format="text"),
+        "a date with a time, not a text",
+        "row 1",
+        "as text",
+    )
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(twice, path)
-    assert_refused(Source(source=str(path), format="text"), "several columns named text", "a.parquet", "of its own")
+    assert_refused(
+        Source(source=str(path), format="text"),
+        "several columns named text",
+        "a.parquet",
+        "of its own",
+    )

@@ -57,7 +57,15 @@ def assert_broken(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> DataE
 def test_a_good_set_holds_and_says_how_much_was_checked(make, simple: Simple) -> None:
     tokens = make(alpaca(50), alpaca(30), seq_len=256)
     contract = assert_holds(simple, tokens)
-    assert [c.checked for c in contract.checks] == [80, 80, 80, 0, 80, int(tokens.lengths.sum()), 80]
+    assert [c.checked for c in contract.checks] == [
+        80,
+        80,
+        80,
+        0,
+        80,
+        int(tokens.lengths.sum()),
+        80,
+    ]
     assert "80 prompts rendered apart" in contract.checks[4].note
     assert contract.checks[3].note == "the tokenizer has no BOS"
 
@@ -76,7 +84,9 @@ def test_an_empty_split(make, simple: Simple) -> None:
 
 def test_a_row_without_a_supervised_token(simple: Simple) -> None:
     end = simple.tokenizer.eos_token_id
-    error = assert_broken(simple, given(simple, ([70, 71, end], [0, 1, 1]), ([72, 73, end], [0, 0, 0])))
+    error = assert_broken(
+        simple, given(simple, ([70, 71, end], [0, 1, 1]), ([72, 73, end], [0, 0, 0]))
+    )
     assert "a supervised token (1 of 2 rows)" in error.what
     assert error.where == "train: made row 2"
 
@@ -129,7 +139,9 @@ def test_ways_on_from_cut_answers(make, simple: Simple) -> None:
     tokens = make(alpaca(9, letters=lambda i: 200), seq_len=100)
 
     def judge(**keys: Any) -> Contract:
-        return check_tokens(tokens, simple, simple.tokenizer, vocab_size=VOCAB, split="train", **keys)
+        return check_tokens(
+            tokens, simple, simple.tokenizer, vocab_size=VOCAB, split="train", **keys
+        )
 
     assert [c.fix for c in judge(position_limit=128).broken] == [
         "data.seq_len=128 (the most that the model takes), or data.allow_cut_answers=true"
@@ -142,7 +154,9 @@ def test_ways_on_from_cut_answers(make, simple: Simple) -> None:
 
 
 def test_text_and_whole_rows_have_no_answers_to_cut(make, simple: Simple) -> None:
-    contract = assert_holds(simple, make(alpaca(9, letters=lambda i: 200), seq_len=100, train_on="all"))
+    contract = assert_holds(
+        simple, make(alpaca(9, letters=lambda i: 200), seq_len=100, train_on="all")
+    )
     assert (contract.checks[-1].checked, contract.warnings) == (0, ())
     part = make(alpaca(9, letters=lambda i: 200), seq_len=100).parts[0]
     assert not check(simple, TokenSet([replace(part, has_answers=False)])).broken
@@ -153,7 +167,9 @@ def test_a_doubled_bos(simple: Simple) -> None:
     simple.tokenizer.bos_token = "<|im_start|>"
     bos = simple.tokenizer.bos_token_id
     assert_holds(simple, given(simple, ([bos, 70, end], [0, 1, 1])))
-    error = assert_broken(simple, given(simple, ([bos, 70, end], [0, 1, 1]), ([bos, bos, 70, end], [0, 0, 1, 1])))
+    error = assert_broken(
+        simple, given(simple, ([bos, 70, end], [0, 1, 1]), ([bos, bos, 70, end], [0, 0, 1, 1]))
+    )
     assert "two BOS tokens (1 of 2 rows)" in error.what
     assert error.where == "train: made row 2"
 
@@ -164,7 +180,9 @@ def test_a_mask_on_the_first_token(simple: Simple) -> None:
     assert "reach the prompt" in error.what
 
 
-def test_a_mask_that_reaches_into_the_prompt(make, simple: Simple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_reaches_into_the_prompt(
+    make, simple: Simple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One token too many, in one row: found by rendering the prompt apart."""
     honest = Simple.encode
 

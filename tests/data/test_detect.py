@@ -33,7 +33,9 @@ def texts(*names: str) -> Row:
 
 
 def found(*rows: Row, source: Source | None = None, any_format: bool = True) -> str:
-    return detect(from_list(list(rows), "faq"), source or Source(source="faq"), any_format=any_format).describe()
+    return detect(
+        from_list(list(rows), "faq"), source or Source(source="faq"), any_format=any_format
+    ).describe()
 
 
 CLEAR: dict[str, tuple[Row, str]] = {
@@ -47,16 +49,31 @@ CLEAR: dict[str, tuple[Row, str]] = {
         "column dialog -> messages (messages = dialog); ignored: id",
     ),
     "messages as JSON text": ({"messages": json.dumps(TURNS)}, "column messages -> messages"),
-    "messages as indented JSON text": ({"messages": json.dumps(TURNS, indent=1)}, "column messages -> messages"),
-    "messages with tools": ({"messages": TURNS, "tools": TOOLS}, "columns messages, tools -> messages"),
-    "messages with text of it all": ({"messages": TURNS, "text": "x"}, "column messages -> messages; ignored: text"),
+    "messages as indented JSON text": (
+        {"messages": json.dumps(TURNS, indent=1)},
+        "column messages -> messages",
+    ),
+    "messages with tools": (
+        {"messages": TURNS, "tools": TOOLS},
+        "columns messages, tools -> messages",
+    ),
+    "messages with text of it all": (
+        {"messages": TURNS, "text": "x"},
+        "column messages -> messages; ignored: text",
+    ),
     "messages with its prompt": (
         {"prompt": "hi", "prompt_id": "1", "messages": TURNS},
         "column messages -> messages; ignored: prompt, prompt_id",
     ),
     "sharegpt": ({"conversations": FROMS}, "column conversations -> sharegpt"),
-    "sharegpt under another name": ({"messages": FROMS}, "column messages -> sharegpt (conversations = messages)"),
-    "sharegpt as JSON text": ({"chat": json.dumps(FROMS)}, "column chat -> sharegpt (conversations = chat)"),
+    "sharegpt under another name": (
+        {"messages": FROMS},
+        "column messages -> sharegpt (conversations = messages)",
+    ),
+    "sharegpt as JSON text": (
+        {"chat": json.dumps(FROMS)},
+        "column chat -> sharegpt (conversations = chat)",
+    ),
     "sharegpt with tools and system": (
         {"conversations": CALL, "tools": TOOLS, "system": "be kind"},
         "columns conversations, system, tools -> sharegpt",
@@ -65,8 +82,14 @@ CLEAR: dict[str, tuple[Row, str]] = {
         {"tags": ["a"], "prompt": "x", "completion": "y"},
         "columns prompt, completion -> prompt-completion; ignored: tags",
     ),
-    "alpaca": (texts("instruction", "input", "output"), "columns instruction, output, input -> alpaca"),
-    "alpaca without input": (texts("instruction", "output"), "columns instruction, output -> alpaca"),
+    "alpaca": (
+        texts("instruction", "input", "output"),
+        "columns instruction, output, input -> alpaca",
+    ),
+    "alpaca without input": (
+        texts("instruction", "output"),
+        "columns instruction, output -> alpaca",
+    ),
     "alpaca with its text": (
         texts("instruction", "input", "output", "text"),
         "columns instruction, output, input -> alpaca; ignored: text",
@@ -79,7 +102,10 @@ CLEAR: dict[str, tuple[Row, str]] = {
         {**texts("instruction", "input", "output", "system"), "history": []},
         "columns instruction, output, input, system, history -> alpaca",
     ),
-    "prompt and completion": (texts("prompt", "completion"), "columns prompt, completion -> prompt-completion"),
+    "prompt and completion": (
+        texts("prompt", "completion"),
+        "columns prompt, completion -> prompt-completion",
+    ),
     "prompt and response": (
         texts("prompt", "response"),
         "columns prompt, response -> prompt-completion (completion = response)",
@@ -183,7 +209,9 @@ def test_what_is_unclear_is_asked_for(name: str) -> None:
     assert fix in refused.value.fix
 
 
-@pytest.mark.parametrize("name", [name for name, case in UNCLEAR.items() if "can be read" in case[1]])
+@pytest.mark.parametrize(
+    "name", [name for name, case in UNCLEAR.items() if "can be read" in case[1]]
+)
 def test_each_way_that_is_offered_is_taken(name: str) -> None:
     row, _, fix = UNCLEAR[name]
     for flags in fix.removeprefix("say which: ").split(" or "):
@@ -197,9 +225,9 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     row = texts("question", "answer", "response", "notes")
     asked = Source(source="faq", columns={"completion": "response"})
     assert found(row, source=asked).startswith("columns question, response -> prompt-completion")
-    assert found(texts("q", "a"), source=Source(source="faq", columns={"instruction": "q", "output": "a"})) == (
-        "columns q, a -> alpaca (instruction = q, output = a)"
-    )
+    assert found(
+        texts("q", "a"), source=Source(source="faq", columns={"instruction": "q", "output": "a"})
+    ) == ("columns q, a -> alpaca (instruction = q, output = a)")
     as_alpaca = Source(source="faq", format="alpaca", columns={"output": "answer"})
     assert "-> alpaca (instruction = question" in found(row, source=as_alpaca, any_format=False)
     as_text = Source(source="faq", format="text", columns={"text": "notes"})
@@ -213,7 +241,8 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     with pytest.raises(DataError, match="there is no column reply"):
         found(row, source=Source(source="faq", columns={"completion": "reply"}))
     assert "prompt-completion" in found(
-        texts("prompt", "chosen", "rejected"), source=Source(source="faq", columns={"completion": "chosen"})
+        texts("prompt", "chosen", "rejected"),
+        source=Source(source="faq", columns={"completion": "chosen"}),
     )
 
 
@@ -243,7 +272,9 @@ def test_a_missing_column_is_told_with_a_mapping_that_can_be_pasted() -> None:
     """Names with a comma, a colon or a quote, and fewer columns than are needed."""
     with pytest.raises(DataError) as refused, fixes_as_options():
         convert_row(
-            {"it's, a: name": "x"}, Source(source="rows.jsonl", format="prompt-completion"), where="rows.jsonl:1"
+            {"it's, a: name": "x"},
+            Source(source="rows.jsonl", format="prompt-completion"),
+            where="rows.jsonl:1",
         )
     words = shlex.split(refused.value.fix.partition(", or ")[0])
     assert words[0] == "--columns"

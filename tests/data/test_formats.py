@@ -31,12 +31,24 @@ def turns(*pairs: tuple[str, Any], **columns: Any) -> dict[str, Any]:
     ("row", "messages"),
     [
         ({"instruction": "go", "output": "ok"}, [("user", "go"), ("assistant", "ok")]),
-        ({"instruction": "go", "input": None, "output": "ok"}, [("user", "go"), ("assistant", "ok")]),
+        (
+            {"instruction": "go", "input": None, "output": "ok"},
+            [("user", "go"), ("assistant", "ok")],
+        ),
         ({"instruction": "go", "input": "", "output": ""}, [("user", "go"), ("assistant", "")]),
-        ({"instruction": "go", "input": "far", "output": "ok"}, [("user", "go\nfar"), ("assistant", "ok")]),
+        (
+            {"instruction": "go", "input": "far", "output": "ok"},
+            [("user", "go\nfar"), ("assistant", "ok")],
+        ),
         (
             {"instruction": "go", "output": "ok", "system": "S", "history": [["a", "b"]]},
-            [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "go"), ("assistant", "ok")],
+            [
+                ("system", "S"),
+                ("user", "a"),
+                ("assistant", "b"),
+                ("user", "go"),
+                ("assistant", "ok"),
+            ],
         ),
     ],
 )
@@ -44,13 +56,18 @@ def test_alpaca(row: dict[str, Any], messages: list[tuple[str, str]]) -> None:
     sample = form(row, "alpaca")
     assert [(m["role"], m["content"]) for m in sample.messages] == messages
     single = len(messages) == 2
-    assert sample.instruction == ((row["instruction"], row.get("input") or "", row["output"]) if single else None)
+    assert sample.instruction == (
+        (row["instruction"], row.get("input") or "", row["output"]) if single else None
+    )
 
 
 def test_alpaca_by_other_column_names() -> None:
     row = {"question": "go", "answer": "ok", "input": "not the format's, but of its name"}
     sample = form(row, "alpaca", instruction="question", output="answer", input="none")
-    assert sample.messages == [{"role": "user", "content": "go"}, {"role": "assistant", "content": "ok"}]
+    assert sample.messages == [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "ok"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,13 +84,19 @@ def test_alpaca_by_other_column_names() -> None:
                 U,
                 {
                     "role": "assistant",
-                    "content": [{"type": "reasoning", "value": "hm"}, {"type": "text", "value": "3"}],
+                    "content": [
+                        {"type": "reasoning", "value": "hm"},
+                        {"type": "text", "value": "3"},
+                    ],
                 },
             ],
             [U, {**A, "reasoning_content": "hm"}],
         ),
         ([U, {**A, "reasoning_content": "hm"}], [U, {**A, "reasoning_content": "hm"}]),
-        ([U, {"role": "assistant", "content": None, "tool_calls": OPENAI}, RESULT, A], [U, CALLING, RESULT, A]),
+        (
+            [U, {"role": "assistant", "content": None, "tool_calls": OPENAI}, RESULT, A],
+            [U, CALLING, RESULT, A],
+        ),
         (
             [
                 U,
@@ -90,12 +113,20 @@ def test_alpaca_by_other_column_names() -> None:
                 {**RESULT, "tool_call_id": "c1"},
                 A,
             ],
-            [U, {**CALLING, "tool_calls": [{**OPENAI[0], "id": "c1"}]}, {**RESULT, "tool_call_id": "c1"}, A],
+            [
+                U,
+                {**CALLING, "tool_calls": [{**OPENAI[0], "id": "c1"}]},
+                {**RESULT, "tool_call_id": "c1"},
+                A,
+            ],
         ),
         (
             [
                 U,
-                {"role": "assistant", "content": [{"type": "tool_call", "value": json.dumps(CALL)}] * 2},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_call", "value": json.dumps(CALL)}] * 2,
+                },
                 RESULT,
                 RESULT,
                 A,
@@ -114,23 +145,39 @@ def test_messages(given: Any, expected: list[dict[str, Any]]) -> None:
     ("row", "expected"),
     [
         (turns(("human", "1 + 2?"), ("gpt", "3")), [U, A]),
-        (turns(("user", "1 + 2?"), ("assistant", "3"), system="S"), [{"role": "system", "content": "S"}, U, A]),
+        (
+            turns(("user", "1 + 2?"), ("assistant", "3"), system="S"),
+            [{"role": "system", "content": "S"}, U, A],
+        ),
         (
             turns(("system", "S"), ("human", "1 + 2?"), ("gpt", "3"), system=None),
             [{"role": "system", "content": "S"}, U, A],
         ),
         (
-            turns(("human", "1 + 2?"), ("function_call", json.dumps(CALL)), ("observation", "3"), ("gpt", "3")),
+            turns(
+                ("human", "1 + 2?"),
+                ("function_call", json.dumps(CALL)),
+                ("observation", "3"),
+                ("gpt", "3"),
+            ),
             [U, CALLING, RESULT, A],
         ),
         (
-            turns(("human", "1 + 2?"), ("tool_call", [CALL, CALL]), ("function_response", "3"), ("gpt", "3")),
+            turns(
+                ("human", "1 + 2?"),
+                ("tool_call", [CALL, CALL]),
+                ("function_response", "3"),
+                ("gpt", "3"),
+            ),
             [U, {**CALLING, "tool_calls": OPENAI * 2}, RESULT, A],
         ),
         (
             turns(
                 ("human", "1 + 2?"),
-                ("function_call", json.dumps({"name": "add", "arguments": json.dumps(CALL["arguments"])})),
+                (
+                    "function_call",
+                    json.dumps({"name": "add", "arguments": json.dumps(CALL["arguments"])}),
+                ),
                 ("function_call", json.dumps([CALL])),
                 ("tool", "3"),
                 ("gpt", "3"),
@@ -143,7 +190,9 @@ def test_sharegpt(row: dict[str, Any], expected: list[dict[str, Any]]) -> None:
     assert form(row, "sharegpt").messages == expected
 
 
-@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [{"type": "function", "function": TOOL}]])
+@pytest.mark.parametrize(
+    "tools", [[TOOL], json.dumps([TOOL]), [{"type": "function", "function": TOOL}]]
+)
 def test_tools(tools: Any) -> None:
     wrapped = [{"type": "function", "function": TOOL}]
     assert form(turns(("human", "hi"), ("gpt", "ho"), tools=tools), "sharegpt").tools == wrapped
@@ -156,7 +205,9 @@ def test_no_tools(tools: Any) -> None:
 
 
 def test_prompt_and_completion() -> None:
-    assert form({"prompt": "2 +", "completion": " 2"}, "prompt-completion") == Completion("2 +", " 2")
+    assert form({"prompt": "2 +", "completion": " 2"}, "prompt-completion") == Completion(
+        "2 +", " 2"
+    )
     row = {"prompt": [U, A, U], "completion": [A]}
     assert form(row, "prompt-completion") == Conversation([U, A, U, A], prompt_messages=3)
 
@@ -177,7 +228,9 @@ def test_a_system_message_for_conversations_without_one() -> None:
     assert made({"messages": [own, U, A]}, "messages").messages == [own, U, A]
     assert made({"instruction": "hi", "output": "ho", "system": "own"}, "alpaca").messages[0] == own
     assert made({"prompt": [U, A, U], "completion": [A]}, "prompt-completion").prompt_messages == 4
-    assert made({"prompt": "a", "completion": "b"}, "prompt-completion") == Completion("a", "b", "S")
+    assert made({"prompt": "a", "completion": "b"}, "prompt-completion") == Completion(
+        "a", "b", "S"
+    )
     with pytest.raises(DataError) as caught:
         made({"messages": [U, {"role": "tool", "content": "3"}, A]}, "messages")
     assert caught.value.where == "row 1, message 2", "the row's own count"

@@ -22,10 +22,17 @@ LENGTHS = np.random.default_rng(1).integers(4, 200, 512)
 
 
 def schedule(
-    batch: str = "8 examples", *, lengths: Any = LENGTHS, seed: int = 42, repeats: Any = None, **keys: Any
+    batch: str = "8 examples",
+    *,
+    lengths: Any = LENGTHS,
+    seed: int = 42,
+    repeats: Any = None,
+    **keys: Any,
 ) -> BatchSchedule:
     data = Data(train=(Source(source="x"),), **{"seq_len": 256, **keys})
-    return BatchSchedule(lengths, data, Train(global_batch=Size.parse(batch), seed=seed), repeats=repeats)
+    return BatchSchedule(
+        lengths, data, Train(global_batch=Size.parse(batch), seed=seed), repeats=repeats
+    )
 
 
 def flat(rows: list[list[int]]) -> list[int]:
@@ -81,7 +88,14 @@ GOLDEN = [0, 1, 4, 2, 6, 5, 7, 3]
 
 def test_the_last_batch_is_short_and_never_dropped() -> None:
     c = schedule("100 examples")
-    assert [len(c.examples(k)) for k in range(c.steps_per_epoch(0))] == [100, 100, 100, 100, 100, 12]
+    assert [len(c.examples(k)) for k in range(c.steps_per_epoch(0))] == [
+        100,
+        100,
+        100,
+        100,
+        100,
+        12,
+    ]
     assert c.epoch(5) == 1.0
     assert c.epoch(6) == pytest.approx(1 + 1 / 6)
 
@@ -108,7 +122,9 @@ def test_weights() -> None:
     seen = []
     for epoch in (0, 1):
         first = epoch * c.steps_per_epoch(0)
-        counts = np.bincount(flat([c.examples(first + k) for k in range(c.steps_per_epoch(0))]), minlength=512)
+        counts = np.bincount(
+            flat([c.examples(first + k) for k in range(c.steps_per_epoch(0))]), minlength=512
+        )
         assert set(counts[:100]) == {2}
         assert set(counts[201:]) == {1}
         assert counts[100:201].sum() == 50
@@ -152,7 +168,13 @@ def test_layouts_teach_the_same(make, pack: bool, layout: dict[str, Any]) -> Non
         expected = []
         for i in batch.indices:
             ids, trained = (x.tolist() for x in tokens[i][:2])
-            expected.append((ids, [t if on else IGNORE for t, on in zip(ids[1:], trained[1:], strict=True)] + [IGNORE]))
+            expected.append(
+                (
+                    ids,
+                    [t if on else IGNORE for t, on in zip(ids[1:], trained[1:], strict=True)]
+                    + [IGNORE],
+                )
+            )
         assert got == sorted(expected)
         assert batch.indices == c.examples(step)
         assert batch.examples == len(batch.indices)
@@ -215,7 +237,9 @@ def test_going_on_at_step_k_is_the_run_that_never_stopped(make, batch: str, pack
 
     def run(start: int) -> list[Any]:
         c = schedule(batch, lengths=tokens.lengths, repeats=tokens.repeats, pack=pack)
-        with Loader(tokens, c, pad_id=0, micro_batch=Size(512, "tokens"), start_step=start, stop_step=20) as loader:
+        with Loader(
+            tokens, c, pad_id=0, micro_batch=Size(512, "tokens"), start_step=start, stop_step=20
+        ) as loader:
             return list(loader)
 
     whole = run(0)
@@ -246,9 +270,14 @@ def test_the_thread_ends_with_the_loader(make) -> None:
 
 def test_an_error_in_the_thread_reaches_the_loop(make) -> None:
     tokens = make(alpaca(40), seq_len=256)
-    broken = BatchSchedule(tokens.lengths, Data(train=(), seq_len=256), Train(global_batch=Size(8, "examples")))
+    broken = BatchSchedule(
+        tokens.lengths, Data(train=(), seq_len=256), Train(global_batch=Size(8, "examples"))
+    )
     broken.lengths = np.zeros(0)  # the rows of step 0 cannot be looked up any more
-    with Loader(tokens, broken, pad_id=0, micro_batch=Size(512, "tokens")) as loader, pytest.raises(IndexError):
+    with (
+        Loader(tokens, broken, pad_id=0, micro_batch=Size(512, "tokens")) as loader,
+        pytest.raises(IndexError),
+    ):
         list(loader)
     assert data_threads() == []
 
@@ -277,7 +306,9 @@ def test_batches_are_copied_in_the_thread_and_claimed_where_they_are_taken(make)
     c = schedule(lengths=tokens.lengths)
     plain = list(Loader(tokens, c, pad_id=0, micro_batch=Size(256, "tokens"), stop_step=6))
     seen: list[Any] = []
-    with Loader(tokens, c, pad_id=0, micro_batch=Size(256, "tokens"), stop_step=6, prefetcher=shelf) as loader:
+    with Loader(
+        tokens, c, pad_id=0, micro_batch=Size(256, "tokens"), stop_step=6, prefetcher=shelf
+    ) as loader:
         for batch in loader:
             seen.append(batch)
             # All of a step is claimed before any of it is used.
@@ -301,10 +332,14 @@ def test_the_wait_for_a_copy_is_a_wait_for_data(make) -> None:
             time.sleep(0.2)
             return super().__call__(batch)
 
-    with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), stop_step=3, prefetcher=Slow()) as loader:
+    with Loader(
+        tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), stop_step=3, prefetcher=Slow()
+    ) as loader:
         waits = [batch.data_seconds for batch in loader]
     assert all(wait > 0.15 for wait in waits)
-    with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), stop_step=3, prefetcher=Slow()) as loader:
+    with Loader(
+        tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), stop_step=3, prefetcher=Slow()
+    ) as loader:
         batches = iter(loader)
         next(batches)
         time.sleep(1.0)
@@ -316,7 +351,9 @@ def test_an_error_of_the_prefetcher_reaches_the_loop(make) -> None:
     c = schedule(lengths=tokens.lengths)
     with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), prefetcher=shelf) as loader:
         batches = iter(loader)
-        assert [next(batches).step for _ in range(3)] == [0, 1, 2], "what was copied before it is still handed over"
+        assert [next(batches).step for _ in range(3)] == [0, 1, 2], (
+            "what was copied before it is still handed over"
+        )
         with pytest.raises(MemoryError, match="shelf"):
             next(batches)
     assert data_threads() == []
@@ -325,7 +362,11 @@ def test_an_error_of_the_prefetcher_reaches_the_loop(make) -> None:
 def test_a_batch_that_is_there_is_not_copied(make) -> None:
     tokens = make(alpaca(8), seq_len=256)
     [micro] = (
-        Loader(tokens, schedule(lengths=tokens.lengths), pad_id=0, micro_batch=Size(10_000, "tokens")).batch(0).micro
+        Loader(
+            tokens, schedule(lengths=tokens.lengths), pad_id=0, micro_batch=Size(10_000, "tokens")
+        )
+        .batch(0)
+        .micro
     )
     there = micro.to(torch.device("cpu"))
     assert set(there.tensors()) == {"input_ids", "position_ids", "targets", "cu_seqlens"}

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from tunesmith.data.pack import best_fit_decreasing
 
-cases = st.integers(1, 300).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=200)))
+cases = st.integers(1, 300).flatmap(
+    lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=200))
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -23,7 +25,9 @@ def test_every_item_once_and_no_bin_too_full(case: tuple[int, list[int]]) -> Non
     # number of items longer than half a bin.
     least = max(-(-sum(lengths) // capacity), sum(2 * n > capacity for n in lengths))
     assert len(bins) >= least
-    if all(3 * n <= capacity for n in lengths) and lengths:  # small items: all bins but one are over 3/4 full
+    if (
+        all(3 * n <= capacity for n in lengths) and lengths
+    ):  # small items: all bins but one are over 3/4 full
         assert len(bins) <= -(-sum(lengths) * 4 // (3 * capacity)) + 1
     assert bins == best_fit_decreasing(np.asarray(lengths), capacity)
 

@@ -25,11 +25,19 @@ WORDS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 NO_PROMPT = CHATML.split("{%- if add_generation_prompt")[0]
 REFUSED: dict[str, tuple[str, list[Any], str]] = {
-    "ends with a question": (CHATML, [user("a"), answer("b"), user("c")], "does not end with an answer"),
+    "ends with a question": (
+        CHATML,
+        [user("a"), answer("b"), user("c")],
+        "does not end with an answer",
+    ),
     "no messages": (CHATML, [], "does not end with an answer"),
     "no answer": (CHATML, [system("a")], "does not end with an answer"),
     "answer first": (CHATML, [answer("a")], "opens the conversation"),
-    "thinking dropped": (CHATML, [user("a"), answer("b", reasoning_content="c")], "drops the reasoning_content"),
+    "thinking dropped": (
+        CHATML,
+        [user("a"), answer("b", reasoning_content="c")],
+        "drops the reasoning_content",
+    ),
     "system dropped": (
         "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
@@ -42,14 +50,23 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
         [user("a"), answer("b"), user("c"), answer("d")],
         "drops message 1",
     ),
-    "no end token": (CHATML.replace("<|im_end|>", ""), [user("a"), answer("b")], "writes no end token"),
+    "no end token": (
+        CHATML.replace("<|im_end|>", ""),
+        [user("a"), answer("b")],
+        "writes no end token",
+    ),
     "end after the next header only": (
-        CHATML.replace("~ '<|im_end|>", "~ '").replace("'<|im_start|>' ~", "'<|im_end|><|im_start|>' ~"),
+        CHATML.replace("~ '<|im_end|>", "~ '").replace(
+            "'<|im_start|>' ~", "'<|im_end|><|im_start|>' ~"
+        ),
         [user("a"), answer("b")],
         "",
     ),
     "end token for questions only": (
-        CHATML.replace("~ '<|im_end|>\\n'", "~ ('<|im_end|>' if message.role == 'user' or loop.last else '') ~ '\\n'"),
+        CHATML.replace(
+            "~ '<|im_end|>\\n'",
+            "~ ('<|im_end|>' if message.role == 'user' or loop.last else '') ~ '\\n'",
+        ),
         [user("a"), answer("b"), user("<|im_end|>"), answer("d")],
         "writes no end token after message 2",
     ),
@@ -74,7 +91,9 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
         "renders differently",
     ),
     "prompt unlike rows": (
-        CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}"),
+        CHATML.replace(
+            "{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}"
+        ),
         [user("a"), answer("b")],
         "other than its generation prompt",
     ),
@@ -115,7 +134,12 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
     ),
     "end token names an argument": (
         builtin_templates.with_tools(CHATML),
-        [user("a"), answer("", tool_calls=[call("f", **{"<|im_end|>": "x"})]), result("r"), answer("b")],
+        [
+            user("a"),
+            answer("", tool_calls=[call("f", **{"<|im_end|>": "x"})]),
+            result("r"),
+            answer("b"),
+        ],
         "named with an end token",
     ),
 }
@@ -125,7 +149,9 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
 def test_what_cannot_be_masked_is_refused(name: str) -> None:
     jinja, messages, what = REFUSED[name]
     tokenizer = train("bytes", (*IM, "<start_of_turn>", "<end_of_turn>"), False)
-    template = Template(tokenizer, {tokenizer.convert_tokens_to_ids("<|im_end|>")}, jinja=jinja, name="own.jinja")
+    template = Template(
+        tokenizer, {tokenizer.convert_tokens_to_ids("<|im_end|>")}, jinja=jinja, name="own.jinja"
+    )
     with pytest.raises(DataError) as caught:
         template.encode(Conversation(messages), "response", where="rows.jsonl:7")
     assert what in caught.value.what
@@ -165,15 +191,36 @@ def test_trls_templates_and_their_training_twins(capsys: pytest.CaptureFixture[s
         ([user("hi"), answer("yo"), user("hi"), answer(" yo\n")], None),
         ([system("Be."), user("a"), answer("")], None),
         ([user("hi"), answer("yo", reasoning_content="hm")], None),
-        ([user("a"), answer("b", reasoning_content="c"), user("d"), answer("e", reasoning_content="f")], None),
-        ([user("hi"), answer("", tool_calls=[call("weather", place="Oslo")]), result("wet"), answer("Yes.")], TOOLS),
+        (
+            [
+                user("a"),
+                answer("b", reasoning_content="c"),
+                user("d"),
+                answer("e", reasoning_content="f"),
+            ],
+            None,
+        ),
+        (
+            [
+                user("hi"),
+                answer("", tool_calls=[call("weather", place="Oslo")]),
+                result("wet"),
+                answer("Yes."),
+            ],
+            TOOLS,
+        ),
     ]
     compared, masked, names = 0, 0, set()
     for twin in sorted(folder.glob("*_training.jinja")):
         pair = [twin.with_name(twin.name.replace("_training", "")), twin]
         jinjas = [path.read_text(encoding="utf-8") for path in pair]
         words = sorted(
-            set(re.findall(r"<[|｜][^<>\n]*?[|｜]>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>", "".join(jinjas)))
+            set(
+                re.findall(
+                    r"<[|｜][^<>\n]*?[|｜]>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>",
+                    "".join(jinjas),
+                )
+            )
         )
         tokenizer = train("bytes", tuple(words), False)
         for messages, tools in rows:
@@ -181,12 +228,16 @@ def test_trls_templates_and_their_training_twins(capsys: pytest.CaptureFixture[s
             for jinja in jinjas:
                 try:
                     template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=jinja, name="it")
-                    found.append(template.encode(Conversation(messages, tools), "response", where="r"))
+                    found.append(
+                        template.encode(Conversation(messages, tools), "response", where="r")
+                    )
                 except DataError:
                     continue
             masked += len(found)
             if len(found) == 2 and found[0].ids.tolist() == found[1].ids.tolist():
-                assert np.array_equal(found[0].trained, found[1].trained), f"{pair[0].name}: {messages}"
+                assert np.array_equal(found[0].trained, found[1].trained), (
+                    f"{pair[0].name}: {messages}"
+                )
                 compared += 1
                 names.add(pair[0].name)
     with capsys.disabled():

@@ -24,10 +24,14 @@ from tunesmith.errors import DataError
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
-def prepared(tiny: Path, folder: Path, rows: list[dict[str, Any]], *, base: bool = False, **data: Any) -> TrainingData:
+def prepared(
+    tiny: Path, folder: Path, rows: list[dict[str, Any]], *, base: bool = False, **data: Any
+) -> TrainingData:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    form = {"messages": "messages", "prompt": "prompt-completion", "text": "text"}[next(iter(rows[0]))]
+    form = {"messages": "messages", "prompt": "prompt-completion", "text": "text"}[
+        next(iter(rows[0]))
+    ]
     source = {"source": str(path), "format": form, **data.pop("source", {})}
     run = make_run(tiny, folder, held=False, data={"train": source, **data})
     tokenizer = byte_tokenizer()
@@ -41,26 +45,39 @@ def warned(data: TrainingData, about: str) -> str:
     return line
 
 
-def test_empty_answers_and_placeholders_are_told_with_the_first_row(tiny: Path, tmp_path: Path) -> None:
+def test_empty_answers_and_placeholders_are_told_with_the_first_row(
+    tiny: Path, tmp_path: Path
+) -> None:
     rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(60)]
     for i in (7, 9, 40):
         rows[i]["completion"] = " \n"[: i % 3]
     rows[12]["prompt"] = "Dear {{ customer.name }}, who?"
     for _ in range(2):  # the second time from the cache
         data = prepared(tiny, tmp_path, rows)
-        assert f"3 of 60 rows with an empty answer, first {tmp_path}/rows.jsonl:8: " in warned(data, "an empty answer")
-        assert f"1 of 60 rows with a placeholder such as {{{{name}}}}, first {tmp_path}/rows.jsonl:13: " in warned(
-            data, "with a placeholder"
+        assert f"3 of 60 rows with an empty answer, first {tmp_path}/rows.jsonl:8: " in warned(
+            data, "an empty answer"
+        )
+        assert (
+            f"1 of 60 rows with a placeholder such as {{{{name}}}}, first {tmp_path}/rows.jsonl:13: "
+            in warned(data, "with a placeholder")
         )
         assert "60 of 60 rows" in data.describe()
         assert "3 with an empty answer" in data.describe()
         assert not any("blank or line break" in line for line in data.warnings())
-    assert data.warnings() == [line for line in data.describe().splitlines() if line.startswith("warning: ")]
+    assert data.warnings() == [
+        line for line in data.describe().splitlines() if line.startswith("warning: ")
+    ]
 
 
-def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for(tiny: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": "Who?", "completion": f"He {i}."} for i in range(5)] + [{"prompt": "Who? ", "completion": "I."}]
-    assert "5 of 6 rows" in warned(prepared(tiny, tmp_path, rows, base=True), "no blank or line break")
+def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for(
+    tiny: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "Who?", "completion": f"He {i}."} for i in range(5)] + [
+        {"prompt": "Who? ", "completion": "I."}
+    ]
+    assert "5 of 6 rows" in warned(
+        prepared(tiny, tmp_path, rows, base=True), "no blank or line break"
+    )
     for asked in ("raw", "alpaca"):
         data = prepared(tiny, tmp_path, rows, base=True, template=asked, seq_len=512)
         assert not any("line break" in line for line in data.warnings())
@@ -82,7 +99,12 @@ def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for
     ],
 )
 def test_which_placeholders_are_told(text: str, found: bool) -> None:
-    for sample in (Text(text), Completion(text, "x"), Completion("x", text), Conversation([U, {**A, "content": text}])):
+    for sample in (
+        Text(text),
+        Completion(text, "x"),
+        Completion("x", text),
+        Conversation([U, {**A, "content": text}]),
+    ):
         assert list(row_warnings(sample, raw=False)) == ["placeholder"] * found
 
 
@@ -108,7 +130,11 @@ def test_rows_that_are_there_twice(make: Callable[..., TokenSet]) -> None:
     assert found.earlier.endswith("rows0.jsonl:1")
     assert find_repeats(make(alpaca(50), seq_len=256)).count == 0
     again = find_repeats(make(alpaca(3) * 4, seq_len=256))
-    assert (again.count, again.where.rpartition(":")[2], again.earlier.rpartition(":")[2]) == (9, "4", "1")
+    assert (again.count, again.where.rpartition(":")[2], again.earlier.rpartition(":")[2]) == (
+        9,
+        "4",
+        "1",
+    )
     held = make(alpaca(70)[len(alpaca(68)) :] + alpaca(5), seq_len=256)
     assert find_repeats(held, make(alpaca(60), seq_len=256)).count == 5
     assert find_repeats(held.first(0), tokens).count == find_repeats(held, held.first(0)).count == 0
@@ -118,8 +144,9 @@ def test_they_are_told_before_the_first_step(tiny: Path, tmp_path: Path) -> None
     rows = [{"text": f"row {i % 50}"} for i in range(60)]
     data = prepared(tiny, tmp_path, rows)
     place = f"{tmp_path}/rows.jsonl"
-    assert f"10 of 60 training examples repeat an earlier one; first {place}:51 ({place}:1)" in warned(
-        data, "an earlier one"
+    assert (
+        f"10 of 60 training examples repeat an earlier one; first {place}:51 ({place}:1)"
+        in warned(data, "an earlier one")
     )
 
 
@@ -129,7 +156,9 @@ def test_they_are_told_before_the_first_step(tiny: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("say", [{"train": False}, {"weight": 0}, {"loss_weight": 0.0}])
 def test_a_turn_that_is_not_trained_is_context_only(say: dict[str, Any]) -> None:
     tokenizer = byte_tokenizer()
-    template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat")
+    template = Template(
+        tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat"
+    )
     plain = [U, A, U, {**A, "content": "c"}, U, {**A, "content": "d"}]
     turns = [{"from": m["role"], "value": m["content"]} for m in plain]
 
@@ -140,7 +169,10 @@ def test_a_turn_that_is_not_trained_is_context_only(say: dict[str, Any]) -> None
 
     whole = learnt({"messages": plain}, "messages", "response")
     assert whole[0] == "b<|im_end|>c<|im_end|>d<|im_end|>"
-    for form, column, rows in (("messages", "messages", plain), ("sharegpt", "conversations", turns)):
+    for form, column, rows in (
+        ("messages", "messages", plain),
+        ("sharegpt", "conversations", turns),
+    ):
         row = {column: [*rows[:3], {**rows[3], **say}, *rows[4:]]}
         assert learnt(row, form, "response") == ("b<|im_end|>d<|im_end|>", whole[1])
         assert learnt(row, form, "last") == ("d<|im_end|>", whole[1])
@@ -183,7 +215,12 @@ def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:
     rows = [{"text": "x" * (200 if i % 10 == 0 else 20 + i)} for i in range(90)]
 
     def line(**given: Any) -> str:
-        return prepared(tiny, tmp_path, rows, **given).describe().splitlines()[1].partition("rows.jsonl: ")[2]
+        return (
+            prepared(tiny, tmp_path, rows, **given)
+            .describe()
+            .splitlines()[1]
+            .partition("rows.jsonl: ")[2]
+        )
 
     assert line().startswith("90 of 90 rows, ")
     assert ", 9 cut (data.too_long: truncate)" in line()
@@ -192,7 +229,9 @@ def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:
     assert dropped.startswith(
         "18 of 90 rows (split: train[10:80], max_examples: 20, 2 dropped (data.too_long: drop)), "
     )
-    assert line(source={"split": "train[:100%]"}).startswith("90 of 90 rows, "), "a key that leaves nothing out"
+    assert line(source={"split": "train[:100%]"}).startswith("90 of 90 rows, "), (
+        "a key that leaves nothing out"
+    )
     counts = prepared(tiny, tmp_path, rows, source={"max_examples": 5}).train.counts
     assert (counts.available, counts.rows, counts.kept) == (90, 5, 5)
 

@@ -29,7 +29,11 @@ class Numbered:
         self.lengths = np.array(lengths, np.int64)
         random = np.random.default_rng(0)
         self.examples = [
-            Example(np.full(n, i + 1, np.int32), random.random(n) < 0.7, (n // 2, n - n // 2) if pairs else ())
+            Example(
+                np.full(n, i + 1, np.int32),
+                random.random(n) < 0.7,
+                (n // 2, n - n // 2) if pairs else (),
+            )
             for i, n in enumerate(lengths)
         ]
 
@@ -45,9 +49,14 @@ def schedule(lengths: list[int], batch: str, *, pack: bool) -> BatchSchedule:
     return BatchSchedule(np.array(lengths), data, Train(global_batch=Size.parse(batch)))
 
 
-def all_ranks(tokens: Any, course: BatchSchedule, world: int, step: int = 0, **layout: Any) -> list[GlobalBatch]:
+def all_ranks(
+    tokens: Any, course: BatchSchedule, world: int, step: int = 0, **layout: Any
+) -> list[GlobalBatch]:
     """The step's batch as each data rank has it."""
-    return [Loader(tokens, course, pad_id=0, share=(r, world), **layout).batch(step) for r in range(world)]
+    return [
+        Loader(tokens, course, pad_id=0, share=(r, world), **layout).batch(step)
+        for r in range(world)
+    ]
 
 
 def examples_of(micro: Batch) -> list[tuple[int, int]]:
@@ -88,7 +97,13 @@ layouts = st.sampled_from(
     st.sampled_from([0.0, 0.05]),
 )
 def test_ranks_share_a_step(
-    lengths: list[int], world: int, layout: dict[str, Any], size: str, pack: bool, pairs: bool, weight: float
+    lengths: list[int],
+    world: int,
+    layout: dict[str, Any],
+    size: str,
+    pack: bool,
+    pairs: bool,
+    weight: float,
 ) -> None:
     tokens, course = Numbered(lengths, pairs=pairs), schedule(lengths, size, pack=pack)
     ranks = all_ranks(tokens, course, world, **layout, attention_weight=weight)
@@ -101,7 +116,9 @@ def test_ranks_share_a_step(
     assert sorted(found) == sorted(document for example in whole for document in example)
     for m in micro:
         inside = examples_of(m)
-        assert [d for i in dict.fromkeys(i for i, _ in inside) for d in whole[alone.indices.index(i)]] == inside
+        assert [
+            d for i in dict.fromkeys(i for i, _ in inside) for d in whole[alone.indices.index(i)]
+        ] == inside
 
     # All ranks know the same counts, and they are those of what the ranks hold.
     for batch in ranks:
@@ -114,7 +131,9 @@ def test_ranks_share_a_step(
     # Equally many micro batches, as few as make room for those of one rank, with numbers of their own.
     count = -(-len(alone.micro) // world)
     assert {len(batch.micro) for batch in ranks} == {count}
-    assert sorted(b.first_micro + k for b in ranks for k in range(count)) == list(range(count * world))
+    assert sorted(b.first_micro + k for b in ranks for k in range(count)) == list(
+        range(count * world)
+    )
     check_limits(micro, layout, pack, longest=max(lengths))
 
 
@@ -138,13 +157,21 @@ def check_limits(micro: list[Batch], layout: dict[str, Any], pack: bool, longest
 @pytest.mark.parametrize("pack", [True, False])
 def test_equal_input_gives_equal_micro_batches(pack: bool) -> None:
     lengths = np.random.default_rng(0).integers(4, SEQ, 100).tolist()
-    tokens, layout = Numbered(lengths), {"micro_batch": Size(128, "tokens"), "attention_weight": 0.01}
+    tokens, layout = (
+        Numbered(lengths),
+        {"micro_batch": Size(128, "tokens"), "attention_weight": 0.01},
+    )
     for step in range(2):
-        first, again = (all_ranks(tokens, schedule(lengths, "48 examples", pack=pack), 3, step, **layout) for _ in "ab")
+        first, again = (
+            all_ranks(tokens, schedule(lengths, "48 examples", pack=pack), 3, step, **layout)
+            for _ in "ab"
+        )
         for a, b in zip(first, again, strict=True):
             assert len(a.micro) == len(b.micro) > 1
             for x, y in zip(a.micro, b.micro, strict=True):
-                assert all(torch.equal(tensor, y.tensors()[name]) for name, tensor in x.tensors().items())
+                assert all(
+                    torch.equal(tensor, y.tensors()[name]) for name, tensor in x.tensors().items()
+                )
 
 
 # Examples of each micro batch and its rows' length, as one process laid them out before ranks shared them.
@@ -167,10 +194,16 @@ ONE_RANK = [
 
 
 @pytest.mark.parametrize(("pack", "layout", "expected"), ONE_RANK, ids=str)
-def test_one_rank_is_as_before(pack: bool, layout: dict[str, Any], expected: list[tuple[list[int], int]]) -> None:
+def test_one_rank_is_as_before(
+    pack: bool, layout: dict[str, Any], expected: list[tuple[list[int], int]]
+) -> None:
     lengths = [55, 42, 34, 20, 22, 6, 8, 4, 14, 52, 42, 58]
     [batch] = all_ranks(
-        Numbered(lengths), schedule(lengths, "12 examples", pack=pack), 1, **layout, attention_weight=0.05
+        Numbered(lengths),
+        schedule(lengths, "12 examples", pack=pack),
+        1,
+        **layout,
+        attention_weight=0.05,
     )
     assert [([i for i, _ in examples_of(m)], m.input_ids.shape[1]) for m in batch.micro] == expected
     assert (batch.first_micro, batch.idle_share) == (0, 0.0)
@@ -179,7 +212,12 @@ def test_one_rank_is_as_before(pack: bool, layout: dict[str, Any], expected: lis
 def test_idle_share_is_what_the_costs_of_all_ranks_say() -> None:
     """Two micro steps on two ranks: by hand 60 and 50, then 40 and 35 tokens, so 15 of 200 are idle."""
     lengths = [60, 50, 40, 35]
-    ranks = all_ranks(Numbered(lengths), schedule(lengths, "4 examples", pack=True), 2, micro_batch=Size(60, "tokens"))
+    ranks = all_ranks(
+        Numbered(lengths),
+        schedule(lengths, "4 examples", pack=True),
+        2,
+        micro_batch=Size(60, "tokens"),
+    )
     assert [[m.tokens for m in batch.micro] for batch in ranks] == [[60, 35], [50, 40]]
     assert ranks[0].idle_share == pytest.approx(15 / 200)
 
@@ -189,14 +227,20 @@ def test_idle_share_is_what_the_costs_of_all_ranks_say() -> None:
 @pytest.mark.parametrize("world", [2, 5, 16])
 def test_micro_steps_are_alike_in_cost(pack: bool, weight: float, world: int) -> None:
     """Less idle than one rank's micro batches dealt in order; and idle_share is by the definition of cost."""
-    lengths = np.clip(np.random.default_rng(1).lognormal(2.5, 0.8, 256).astype(int), 4, SEQ).tolist()
+    lengths = np.clip(
+        np.random.default_rng(1).lognormal(2.5, 0.8, 256).astype(int), 4, SEQ
+    ).tolist()
     tokens, course = Numbered(lengths), schedule(lengths, "64 examples", pack=pack)
     layout = {"micro_batch": Size(128, "tokens"), "attention_weight": weight}
     for step in range(4):
         ranks = all_ranks(tokens, course, world, step, **layout)
         balanced = idle([[cost(m, weight) for m in batch.micro] for batch in ranks])
-        assert ranks[0].idle_share == pytest.approx(balanced, abs=1e-12)  # the same sums in another order
-        alone = [cost(m, weight) for m in Loader(tokens, course, pad_id=0, **layout).batch(step).micro]
+        assert ranks[0].idle_share == pytest.approx(
+            balanced, abs=1e-12
+        )  # the same sums in another order
+        alone = [
+            cost(m, weight) for m in Loader(tokens, course, pad_id=0, **layout).batch(step).micro
+        ]
         alone += [0.0] * (-len(alone) % world)
         assert balanced < idle([alone[r::world] for r in range(world)])
 
@@ -219,7 +263,11 @@ def test_of_one_fixed_shape_attention_is_balanced() -> None:
 
 def test_ranks_without_an_example_have_a_micro_batch_all_the_same() -> None:
     ranks = all_ranks(
-        Numbered([8, 8]), schedule([8, 8], "2 examples", pack=True), 5, micro_batch=Size(64, "tokens"), multiple=4
+        Numbered([8, 8]),
+        schedule([8, 8], "2 examples", pack=True),
+        5,
+        micro_batch=Size(64, "tokens"),
+        multiple=4,
     )
     assert [b.micro[0].examples for b in ranks] == [1, 1, 0, 0, 0]
     assert [tuple(b.micro[0].input_ids.shape) for b in ranks] == [(1, 8)] * 2 + [(1, 4)] * 3
@@ -258,7 +306,9 @@ def test_balanced_bins(pairs: list[tuple[int, int]], count: int, room: int, most
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 16))
 def test_with_ample_room_no_bin_costs_much_more_than_the_mean(costs: list[int], count: int) -> None:
     """List scheduling: the bin that ends last had the least cost before its last item (Graham, 1969)."""
-    bins = balanced_bins(np.array(costs, np.float64), np.ones(len(costs), int), count, room=10**6, most=10**6)
+    bins = balanced_bins(
+        np.array(costs, np.float64), np.ones(len(costs), int), count, room=10**6, most=10**6
+    )
     assert bins is not None
     largest = max(sum(costs[i] for i in b) for b in bins)
     assert largest <= sum(costs) / count + max(costs) * (1 - 1 / count) + 1e-9

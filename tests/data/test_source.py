@@ -77,7 +77,9 @@ def test_kinds_of_files(tmp_path: Path, name: str, make, where: str) -> None:
     (tmp_path / "other").mkdir()
     make(tmp_path / "other" / name)
     assert read_rows(Source(source=str(tmp_path / "other" / name))).digest() == rows.digest()
-    assert read_rows(Source(source=str(tmp_path / name), split="train[1:]")).digest() != rows.digest()
+    assert (
+        read_rows(Source(source=str(tmp_path / name), split="train[1:]")).digest() != rows.digest()
+    )
 
 
 def test_csv_names_the_line_where_a_row_begins(write) -> None:
@@ -87,7 +89,11 @@ def test_csv_names_the_line_where_a_row_begins(write) -> None:
 
 
 def test_byte_order_mark_and_crlf(write) -> None:
-    for name, text in (("a.jsonl", '{"a": 1}\r\n{"a": 2}\r\n'), ("a.csv", "a\r\n1\r\n2\r\n"), ("a.json", '[{"a": 1}]')):
+    for name, text in (
+        ("a.jsonl", '{"a": 1}\r\n{"a": 2}\r\n'),
+        ("a.csv", "a\r\n1\r\n2\r\n"),
+        ("a.json", '[{"a": 1}]'),
+    ):
         rows = read_rows(Source(source=write(name, b"\xef\xbb\xbf" + text.encode())))
         assert int(rows[0]["a"]) == 1
 
@@ -95,7 +101,9 @@ def test_byte_order_mark_and_crlf(write) -> None:
 def test_unlike_tool_arguments_survive(write) -> None:
     """Arrow would give each row the other's keys; JSON rows keep theirs, and Parquet's nulls are taken out again."""
     rows = [{"arguments": {"city": "Rome"}}, {"arguments": {"x": None, "y": [1, {"z": 2}]}}]
-    assert list(read_rows(Source(source=write("a.jsonl", "\n".join(map(json.dumps, rows)))))) == rows
+    assert (
+        list(read_rows(Source(source=write("a.jsonl", "\n".join(map(json.dumps, rows)))))) == rows
+    )
     path = Path(write("a.parquet", b""))
     pq.write_table(pa.Table.from_pylist([{"call": {"a": 1}}, {"call": {"b": "two"}}]), path)
     assert list(read_rows(Source(source=str(path)))) == [{"call": {"a": 1}}, {"call": {"b": "two"}}]
@@ -106,7 +114,9 @@ bound = st.one_of(st.none(), st.integers(-130, 130))
 
 @settings(max_examples=300, deadline=None)
 @given(n=st.integers(1, 120), start=bound, stop=bound, percent=st.booleans())
-def test_slices_are_those_of_datasets(n: int, start: int | None, stop: int | None, percent: bool) -> None:
+def test_slices_are_those_of_datasets(
+    n: int, start: int | None, stop: int | None, percent: bool
+) -> None:
     if percent and any(b is not None and abs(b) > 100 for b in (start, stop)):
         return
     unit = "%" if percent and (start is not None or stop is not None) else ""
@@ -135,7 +145,10 @@ def test_splits_that_meet_share_no_row_and_lose_none(write) -> None:
 def test_what_counts_as_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").write_text("")
-    assert all(is_local(name) for name in ("here", "a.jsonl", "./a", "/a/b", "~/x", "a/b/c", "data/rows.parquet"))
+    assert all(
+        is_local(name)
+        for name in ("here", "a.jsonl", "./a", "/a/b", "~/x", "a/b/c", "data/rows.parquet")
+    )
     assert not any(is_local(name) for name in ("tatsu-lab/alpaca", "squad"))
 
 
@@ -146,7 +159,8 @@ def test_rows_made_by_a_program() -> None:
 
 def test_hub_rows_are_named_by_split_and_row(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = datasets.DatasetDict(
-        train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list([{"text": "held out"}])
+        train=datasets.Dataset.from_list(ROWS),
+        test=datasets.Dataset.from_list([{"text": "held out"}]),
     )
     asked = []
 
@@ -202,12 +216,18 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
         with new(names[-1], table.schema) as writer:
             writer.write_table(table, max_chunksize=500)
     code = CUT.format(tests=str(Path(__file__).parents[1]))
-    ended = subprocess.run([sys.executable, "-c", code, *names], check=False, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *names], check=False, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines() == [f"the file was changed while it was read: {name}" for name in names]
+    assert ended.stdout.splitlines() == [
+        f"the file was changed while it was read: {name}" for name in names
+    ]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages"
+)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
 def test_no_file_that_was_read_stays_in_the_page_cache(name: str, tmp_path: Path) -> None:
     file, rows = tmp_path / name, [{"text": f"{i} " * 200} for i in range(2000)]

@@ -17,19 +17,26 @@ from tunesmith.units import Share
 
 
 def numbered(path: Path, count: int, first: int = 0) -> Source:
-    path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(first, first + count)))
+    path.write_text(
+        "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(first, first + count))
+    )
     return Source(source=str(path), format="text")
 
 
 def splits(data: Data, seed: int = 42) -> tuple[list[str], list[str]]:
     kept, held = read_splits(data, seed)
-    return [row["text"] for _, part in kept for row in part], [row["text"] for _, part in held for row in part]
+    return [row["text"] for _, part in kept for row in part], [
+        row["text"] for _, part in held for row in part
+    ]
 
 
 @pytest.mark.parametrize(
-    ("hold_out", "held"), [("5 %", 16), ("50 examples", 50), ("0.1 %", 1), ("1 examples", 1), ("50 %", 156)]
+    ("hold_out", "held"),
+    [("5 %", 16), ("50 examples", 50), ("0.1 %", 1), ("1 examples", 1), ("50 %", 156)],
 )
-def test_every_row_is_either_trained_on_or_held_out(tmp_path: Path, hold_out: str, held: int) -> None:
+def test_every_row_is_either_trained_on_or_held_out(
+    tmp_path: Path, hold_out: str, held: int
+) -> None:
     source = numbered(tmp_path / "rows.jsonl", 312)
     kept, aside = splits(Data(train=(source,), hold_out=Share.parse(hold_out)))
     assert len(aside) == held
@@ -44,7 +51,9 @@ def test_the_seed_draws_from_the_whole_file(tmp_path: Path) -> None:
     assert [sum(lo <= i < lo + 250 for i in drawn) > 3 for lo in range(0, 1000, 250)] == [True] * 4
     assert splits(data) == splits(data)
     assert splits(data)[1] != splits(data, seed=7)[1]
-    assert drawn[:5] == [67, 112, 151, 184, 225], "a resumed run, a newer numpy and a later version draw the same rows"
+    assert drawn[:5] == [67, 112, 151, 184, 225], (
+        "a resumed run, a newer numpy and a later version draw the same rows"
+    )
 
 
 def test_rows_are_drawn_from_all_sources_and_keep_their_places(tmp_path: Path) -> None:
@@ -55,7 +64,10 @@ def test_rows_are_drawn_from_all_sources_and_keep_their_places(tmp_path: Path) -
     for source, part in (*kept, *held):
         for i, row in enumerate(part):
             number = int(row["text"].split()[1])
-            assert part.where(i) == f"{source.source}:{number % 100 + 1 if number < 100 else number - 99}"
+            assert (
+                part.where(i)
+                == f"{source.source}:{number % 100 + 1 if number < 100 else number - 99}"
+            )
     assert kept[0][1].digest() != held[0][1].digest()
 
 
@@ -86,7 +98,9 @@ def test_it_excludes_validation_rows_of_their_own(tiny: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_a_run_validates_on_them_and_resumes_with_the_same(tiny: Path, tmp_path: Path, pack: bool) -> None:
+def test_a_run_validates_on_them_and_resumes_with_the_same(
+    tiny: Path, tmp_path: Path, pack: bool
+) -> None:
     """Packing changes no row of either part; the resumed run ends with the uninterrupted one's records."""
     lines: list[str] = []
 
@@ -98,21 +112,34 @@ def test_a_run_validates_on_them_and_resumes_with_the_same(tiny: Path, tmp_path:
         )  # fmt: skip
         train(recipe, say=lines.append)
         assert load_recipe(tmp_path / name / "config.yaml") == recipe
-        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
 
     whole = run("whole", "8 steps")
     run("twice", "4 steps")
     again = run("twice", "8 steps")
-    assert all(f"train.jsonl: {n} of 48 rows (data.hold_out: 10 %)" in "".join(lines) for n in (43, 5))
+    assert all(
+        f"train.jsonl: {n} of 48 rows (data.hold_out: 10 %)" in "".join(lines) for n in (43, 5)
+    )
     names = ("step", "loss", "val_loss", "grad_norm", "tokens")
     assert [[r.get(n) for n in names] for r in again] == [[r.get(n) for n in names] for r in whole]
     assert [r["step"] for r in whole if r.get("val_loss") is not None] == [4, 8]
 
 
 def test_other_held_out_rows_are_refused_on_resume(tiny: Path, tmp_path: Path) -> None:
-    train(make_run(tiny, tmp_path, held=False, data={"hold_out": "10 %"}, train={"duration": "2 steps"}))
+    train(
+        make_run(
+            tiny, tmp_path, held=False, data={"hold_out": "10 %"}, train={"duration": "2 steps"}
+        )
+    )
     with pytest.raises(RecipeError) as refused:
-        train(make_run(tiny, tmp_path, held=False, data={"hold_out": "20 %"}, train={"duration": "4 steps"}))
+        train(
+            make_run(
+                tiny, tmp_path, held=False, data={"hold_out": "20 %"}, train={"duration": "4 steps"}
+            )
+        )
     assert "data.hold_out" in refused.value.where
 
 
@@ -121,7 +148,11 @@ def test_rows_that_are_there_twice_are_told(tiny: Path, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"text": f"row {i % 20}"}) + "\n" for i in range(40)))
     values = {
         "model": {"name": str(tiny), "dtype": "fp32"},
-        "data": {"train": {"source": str(path), "format": "text"}, "seq_len": 64, "hold_out": "4 examples"},
+        "data": {
+            "train": {"source": str(path), "format": "text"},
+            "seq_len": 64,
+            "hold_out": "4 examples",
+        },
         "train": {"duration": "1 steps"},
         "output_dir": str(tmp_path / "run"),
     }

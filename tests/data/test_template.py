@@ -37,7 +37,9 @@ def tokenizer_for(form: str, kind: str, real: Any) -> Any:
     if kind != "smollm2":
         return train(kind, tuple(special), adds_bos, form == "phi")
     tokenizer = copy.deepcopy(real)
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": special})
+    tokenizer.add_special_tokens(
+        {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": special}
+    )
     return tokenizer
 
 
@@ -55,7 +57,9 @@ def exact(tokenizer: Any) -> Any:
     return core
 
 
-def expected(core: Any, segments: list[tuple[str, bool]], end: str) -> tuple[list[int], list[bool], bool]:
+def expected(
+    core: Any, segments: list[tuple[str, bool]], end: str
+) -> tuple[list[int], list[bool], bool]:
     """ids and mask of the segments; the last says whether no token lies across an edge of two segments."""
     whole = core.encode("".join(text for text, _ in segments), add_special_tokens=False)
     pieces = [core.encode(text, add_special_tokens=False).ids for text, _ in segments]
@@ -67,18 +71,24 @@ def expected(core: Any, segments: list[tuple[str, bool]], end: str) -> tuple[lis
     mask = []
     for id_, (s, e) in zip(whole.ids, whole.offsets, strict=True):
         inside = any(a <= s < b and e <= b for a, b in spans)
-        ends_here = id_ == end_id and any(s == b - len(end) for _, b in spans)  # it may swallow blanks after it
+        ends_here = id_ == end_id and any(
+            s == b - len(end) for _, b in spans
+        )  # it may swallow blanks after it
         mask.append(inside or ends_here)
     clean = [id_ for piece in pieces for id_ in piece] == whole.ids
     if clean:  # then the segments' own tokens are the truth, without any offsets
-        assert mask == [learnt for piece, (_, learnt) in zip(pieces, segments, strict=True) for _ in piece]
+        assert mask == [
+            learnt for piece, (_, learnt) in zip(pieces, segments, strict=True) for _ in piece
+        ]
     return whole.ids, mask, clean
 
 
 def assert_same(example: Example, ids: list[int], mask: list[bool], core: Any, label: str) -> None:
     assert example.ids.tolist() == ids, label
     wrong = np.flatnonzero(example.trained != np.array(mask))
-    assert not len(wrong), f"{label}: {[(int(i), core.id_to_token(ids[i]), mask[i]) for i in wrong]}"
+    assert not len(wrong), (
+        f"{label}: {[(int(i), core.id_to_token(ids[i]), mask[i]) for i in wrong]}"
+    )
 
 
 @pytest.mark.parametrize("kind", [*KINDS[:3], pytest.param("smollm2", marks=pytest.mark.slow)])
@@ -99,7 +109,9 @@ def test_mask_is_exact_to_the_token(form: str, kind: str, smollm2_tokenizer: Any
         example = template.encode(sample, "response", where="row 1")
         ids, mask, cut = expected(core, segments, end)
         assert_same(example, ids, mask, core, f"{form}, {kind}, {name}")
-        same = tokenizer.apply_chat_template(messages, tools=tools, chat_template=template.jinja)["input_ids"]
+        same = tokenizer.apply_chat_template(messages, tools=tools, chat_template=template.jinja)[
+            "input_ids"
+        ]
         assert example.ids.tolist() == same
         assert not example.trained[0]
         assert example.trained.any()
@@ -107,7 +119,9 @@ def test_mask_is_exact_to_the_token(form: str, kind: str, smollm2_tokenizer: Any
     assert checked + refused == len(CONVERSATIONS)
     assert checked >= 30
     if kind == "bytes" and form in ("chatml", "tagged", "mistral", "gemma", "qwen3"):
-        assert clean >= 10, "most rows have tokens across edges: the segments' own tokens judged too few"
+        assert clean >= 10, (
+            "most rows have tokens across edges: the segments' own tokens judged too few"
+        )
 
 
 def test_size_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +141,9 @@ def test_size_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_answers_after_an_end_token_are_learnt_from_the_prompt_in_use(form: str, smollm2_tokenizer: Any) -> None:
+def test_answers_after_an_end_token_are_learnt_from_the_prompt_in_use(
+    form: str, smollm2_tokenizer: Any
+) -> None:
     """What `prompt` gives for a conversation is what stands before its last answer, and nothing of it is learnt."""
     tokenizer = tokenizer_for(form, "bytes", smollm2_tokenizer)
     template = template_for(form, tokenizer)
@@ -152,7 +168,9 @@ def test_answers_after_an_end_token_are_learnt_from_the_prompt_in_use(form: str,
 def test_last_and_all(smollm2_tokenizer: Any) -> None:
     template = Template(smollm2_tokenizer, {2}, jinja=smollm2_tokenizer.chat_template, name="chat")
     sample = Conversation([user("a"), answer("b"), user("c"), answer("d")])
-    every, last, whole = (template.encode(sample, on, where="r") for on in ("response", "last", "all"))
+    every, last, whole = (
+        template.encode(sample, on, where="r") for on in ("response", "last", "all")
+    )
     assert every.ids.tolist() == last.ids.tolist() == whole.ids.tolist()
     shown = [smollm2_tokenizer.decode(e.ids[e.trained]) for e in (every, last)]
     assert shown == ["b<|im_end|>d<|im_end|>", "d<|im_end|>"]
@@ -162,7 +180,9 @@ def test_last_and_all(smollm2_tokenizer: Any) -> None:
 def test_given_messages_are_not_supervised(smollm2_tokenizer: Any) -> None:
     template = Template(smollm2_tokenizer, {2}, jinja=smollm2_tokenizer.chat_template, name="chat")
     row = {"prompt": [user("a"), answer("b"), user("c")], "completion": [answer("d")]}
-    sample = convert_row(row, Source(source="x", format="prompt-completion"), where="r", system="Be.")
+    sample = convert_row(
+        row, Source(source="x", format="prompt-completion"), where="r", system="Be."
+    )
     example = template.encode(sample, "response", where="r")
     assert smollm2_tokenizer.decode(example.ids[example.trained]) == "d<|im_end|>"
     assert "system\nBe.<|im_end|>" in smollm2_tokenizer.decode(example.ids)
@@ -170,7 +190,12 @@ def test_given_messages_are_not_supervised(smollm2_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(
     ("form", "train_on", "renders"),
-    [("chatml", "response", 2 + 3), ("chatml", "last", 2 + 1), ("tagged", "response", 2), ("qwen3", "response", 2 + 3)],
+    [
+        ("chatml", "response", 2 + 3),
+        ("chatml", "last", 2 + 1),
+        ("tagged", "response", 2),
+        ("qwen3", "response", 2 + 3),
+    ],
 )
 def test_a_conversation_is_rendered_as_often_as_its_mask_needs(
     form: str, train_on: Any, renders: int, monkeypatch: pytest.MonkeyPatch
@@ -186,7 +211,9 @@ def test_a_conversation_is_rendered_as_often_as_its_mask_needs(
 
         return call
 
-    thinking = {"reasoning_content": "hm"} if form == "qwen3" else {}  # left out of all turns but the last
+    thinking = (
+        {"reasoning_content": "hm"} if form == "qwen3" else {}
+    )  # left out of all turns but the last
     messages = [message for n in "abc" for message in (user(n), answer(n * 3, **thinking))]
     for name in ("render", "generate"):
         monkeypatch.setattr(jinja2.Template, name, counted(getattr(jinja2.Template, name)))
@@ -227,7 +254,9 @@ def test_our_blocks_and_theirs_agree() -> None:
     for _, messages, tools in conversations():
         if FORMS["tagged"][0](messages, tools) is None:
             continue
-        theirs = tokenizer.apply_chat_template(messages, chat_template=jinja, return_assistant_tokens_mask=True)
+        theirs = tokenizer.apply_chat_template(
+            messages, chat_template=jinja, return_assistant_tokens_mask=True
+        )
         example = template.encode(Conversation(messages), "response", where="r")
         mine, their = example.trained.tolist(), [bool(x) for x in theirs["assistant_masks"]]
         across = [i for i, (a, b) in enumerate(zip(mine, their, strict=True)) if a != b]
@@ -238,7 +267,25 @@ def test_our_blocks_and_theirs_agree() -> None:
 
 
 WORDS = st.sampled_from(
-    ["a", "So", " ", "  ", "\n", "\t", ":", "é", "🎉", "ה", "好", "<", "user", "assistant\n", "zq0W", "{{", "|>"]
+    [
+        "a",
+        "So",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        ":",
+        "é",
+        "🎉",
+        "ה",
+        "好",
+        "<",
+        "user",
+        "assistant\n",
+        "zq0W",
+        "{{",
+        "|>",
+    ]
 )
 CONTENT = st.lists(WORDS | st.text(max_size=3), max_size=6).map("".join)
 
@@ -255,7 +302,9 @@ def test_any_words_in_any_turn(form: str, kind: str, turns: list[tuple[str, str]
     assert segments is not None
     core = exact(tokenizer)
     ids, mask, _ = expected(core, segments, end)
-    example = template_for(form, tokenizer).encode(Conversation(messages), "response", where="row 1")
+    example = template_for(form, tokenizer).encode(
+        Conversation(messages), "response", where="row 1"
+    )
     assert_same(example, ids, mask, core, f"{form}: {messages}")
 
 
@@ -267,6 +316,9 @@ def test_a_date_in_the_template_stands_still() -> None:
     fixed = with_fixed_date(llama)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = fixed
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "26 Jul 2024|2024"
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+        == "26 Jul 2024|2024"
+    )
     with pytest.raises(DataError, match="today's date"):
         with_fixed_date("{{ strftime_now(format) }}")

@@ -70,7 +70,10 @@ def test_auto_takes_the_tokenizers_template_or_the_alpaca_text() -> None:
 def test_end_ids_are_those_of_generation_and_the_templates_own() -> None:
     tokenizer = chat_tokenizer()
     template = select_template(data(), tokenizer, {tokenizer.eos_token_id})
-    assert template.end_ids == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert template.end_ids == {
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    }
     known = {tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert select_template(data(), tokenizer, known).end_ids == known
 
@@ -80,9 +83,17 @@ def test_describe_is_one_line_that_names_what_is_in_use(tmp_path: Path) -> None:
     file.write_text(CHATML)
     tokenizer = chat_tokenizer()
     lines = {
-        select_template(data(), tokenizer, {2}).describe(): ["chat", "Hermes", "<|im_end|>", "sentinels"],
+        select_template(data(), tokenizer, {2}).describe(): [
+            "chat",
+            "Hermes",
+            "<|im_end|>",
+            "sentinels",
+        ],
         select_template(data("alpaca"), base(), {2}).describe(): ["alpaca", "</s>"],
-        select_template(data(template=str(file)), tokenizer, {2}).describe(): ["own.jinja", "<|im_end|>"],
+        select_template(data(template=str(file)), tokenizer, {2}).describe(): [
+            "own.jinja",
+            "<|im_end|>",
+        ],
         select_template(data("text"), base(), {2}).describe(): ["as they stand", "</s>"],
         select_template(data("text"), tokenizer, {2}).describe(): ["as they are", "</s>"],
     }
@@ -100,7 +111,9 @@ def test_describe_is_one_line_that_names_what_is_in_use(tmp_path: Path) -> None:
         (None, "data.template"),
     ],
 )
-def test_a_broken_template_file_is_named_with_its_line(tmp_path: Path, content: bytes | None, where: str) -> None:
+def test_a_broken_template_file_is_named_with_its_line(
+    tmp_path: Path, content: bytes | None, where: str
+) -> None:
     file = tmp_path / "bad.jinja"
     if content is not None:
         file.write_bytes(content)
@@ -127,11 +140,19 @@ def test_a_template_without_the_question_or_the_answer_is_refused(jinja: Any, dr
     with pytest.raises(DataError, match=f"drops the {drops}") as caught:
         select_template(data(), chat_tokenizer(jinja), {2})
     assert caught.value.where == "data.template"
-    assert select_template(data("text"), chat_tokenizer(jinja), {2}).name == "raw", "rows of text need none"
+    assert select_template(data("text"), chat_tokenizer(jinja), {2}).name == "raw", (
+        "rows of text need none"
+    )
 
 
 @pytest.mark.parametrize(
-    "jinja", ["{{ 1 / 0 }}", "{{ nothing() }}", "{{ 'a' * 10**15 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+    "jinja",
+    [
+        "{{ 1 / 0 }}",
+        "{{ nothing() }}",
+        "{{ 'a' * 10**15 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
 )
 def test_a_template_that_fails_is_named_with_the_row(jinja: str) -> None:
     template = select_template(data(), chat_tokenizer(jinja), {2})
@@ -142,7 +163,9 @@ def test_a_template_that_fails_is_named_with_the_row(jinja: str) -> None:
 
 
 def test_a_tokenizer_with_templates_by_name() -> None:
-    tokenizer = chat_tokenizer({"default": CHATML, "tool_use": builtin_templates.with_tools(CHATML)})
+    tokenizer = chat_tokenizer(
+        {"default": CHATML, "tool_use": builtin_templates.with_tools(CHATML)}
+    )
     template = select_template(data("sharegpt"), tokenizer, {2})
     assert "<tools>" in learnt(template, Conversation([user("a"), answer("b")], TOOLS))[0]
     assert "<tools>" not in learnt(template, Conversation([user("a"), answer("b")]))[0]
@@ -186,10 +209,16 @@ def test_the_saved_alpaca_template_gives_the_prompt_that_was_trained() -> None:
     trained = select_template(data("alpaca"), tokenizer, {2})
     saved = chat_tokenizer(trained.jinja)
     assert (
-        saved.apply_chat_template([user("Name a bird.")], add_generation_prompt=True, tokenize=False) == "<s>" + PLAIN
+        saved.apply_chat_template(
+            [user("Name a bird.")], add_generation_prompt=True, tokenize=False
+        )
+        == "<s>" + PLAIN
     )
     with_input = {"role": "user", "content": "Add.", "input": "1, 2"}
-    assert saved.apply_chat_template([with_input], add_generation_prompt=True, tokenize=False) == "<s>" + WITH_INPUT
+    assert (
+        saved.apply_chat_template([with_input], add_generation_prompt=True, tokenize=False)
+        == "<s>" + WITH_INPUT
+    )
     tokenizer = train("bytes", WORDS, True)
     again = Template(tokenizer, {2}, jinja=trained.jinja, name="chat")
     row = Conversation([user("Name a bird."), answer("A wren.")])
@@ -201,8 +230,13 @@ def test_the_saved_alpaca_template_gives_the_prompt_that_was_trained() -> None:
 
 def test_alpaca_text_goes_on_for_several_turns() -> None:
     template = select_template(data("messages", "alpaca"), base(), {2})
-    whole, mine = learnt(template, Conversation([system("Be."), user("a"), answer("b"), user("c"), answer("d")]))
-    assert whole == "Be.\n\n### Instruction:\na\n\n### Response:\nb</s>\n\n### Instruction:\nc\n\n### Response:\nd</s>"
+    whole, mine = learnt(
+        template, Conversation([system("Be."), user("a"), answer("b"), user("c"), answer("d")])
+    )
+    assert (
+        whole
+        == "Be.\n\n### Instruction:\na\n\n### Response:\nb</s>\n\n### Instruction:\nc\n\n### Response:\nd</s>"
+    )
     assert mine == "b</s>d</s>"
     with pytest.raises(DataError, match="cannot render"):
         template.encode(Conversation([user("a"), user("b"), answer("c")]), "response", where="r")
@@ -234,8 +268,12 @@ def test_raw_rows_have_one_bos_and_one_end(adds_bos: bool) -> None:
         with pytest.raises(DataError, match="no text"):
             template.encode(empty, "response", where="row 1")
     turns = [user("Q: why?\nA>"), answer("So.")]
-    assert template.prompt(Conversation(turns)) == template.prompt(sample), "a chat's question stands as it is too"
-    assert tokenizer.decode(template.prompt(Conversation([*turns, user("\nQ: ")]))) == f"{whole}\nQ: "
+    assert template.prompt(Conversation(turns)) == template.prompt(sample), (
+        "a chat's question stands as it is too"
+    )
+    assert (
+        tokenizer.decode(template.prompt(Conversation([*turns, user("\nQ: ")]))) == f"{whole}\nQ: "
+    )
     saved = chat_tokenizer(template.jinja)
     assert saved.apply_chat_template([*turns, user("\nQ: ")], tokenize=False) == f"{whole}\nQ: "
     assert saved.apply_chat_template([user("<s>A")], tokenize=False) == "<s>A", "one BOS"
@@ -247,7 +285,10 @@ def test_raw_rows_have_one_bos_and_one_end(adds_bos: bool) -> None:
 
 
 def test_an_empty_completion_teaches_the_end_alone() -> None:
-    assert learnt(select_template(data("prompt-completion"), base(), {2}), Completion("So", ""))[1] == "</s>"
+    assert (
+        learnt(select_template(data("prompt-completion"), base(), {2}), Completion("So", ""))[1]
+        == "</s>"
+    )
 
 
 # --- tools in a ChatML that knows none ------------------------------------------------------------------------------
@@ -272,7 +313,9 @@ def test_hermes_form_for_a_chatml_without_tools() -> None:
     results = "<tool_response>\nwet\n</tool_response>\n<tool_response>\nnoon\n</tool_response>"
     assert f"<|im_start|>user\n{results}<|im_end|>\n<|im_start|>assistant\nWet" in whole
     saved = chat_tokenizer(template.jinja)
-    assert select_template(data("sharegpt"), saved, {2}).jinja == template.jinja, "what is saved is taken as it is"
+    assert select_template(data("sharegpt"), saved, {2}).jinja == template.jinja, (
+        "what is saved is taken as it is"
+    )
 
 
 def test_hermes_form_leaves_conversations_without_tools_alone() -> None:
@@ -280,7 +323,10 @@ def test_hermes_form_leaves_conversations_without_tools_alone() -> None:
         tokenizer = chat_tokenizer(jinja)
         template = select_template(data("messages"), tokenizer, {2})
         assert template.jinja != jinja
-        for messages in ([user("a"), answer("b")], [system("s"), user("a\n"), answer(" b"), user("c"), answer("d")]):
+        for messages in (
+            [user("a"), answer("b")],
+            [system("s"), user("a\n"), answer(" b"), user("c"), answer("d")],
+        ):
             theirs = [
                 tokenizer.apply_chat_template(messages, chat_template=j, tokenize=False)
                 for j in (jinja, template.jinja)
@@ -309,9 +355,14 @@ def test_calls_without_ids_get_some_where_the_template_wants_them() -> None:
     jinja = (TEMPLATES / "mistral.jinja").read_text(encoding="utf-8")
     bare = call("time")
     del bare["id"]
-    messages = [user("Time?"), answer("", tool_calls=[bare, bare]), *({"role": "tool", "content": c} for c in "ab")]
+    messages = [
+        user("Time?"),
+        answer("", tool_calls=[bare, bare]),
+        *({"role": "tool", "content": c} for c in "ab"),
+    ]
     mine = learnt(
-        Template(tokenizer, {2}, jinja=jinja, name="mistral"), Conversation([*messages, answer("So.")], TOOLS)
+        Template(tokenizer, {2}, jinja=jinja, name="mistral"),
+        Conversation([*messages, answer("So.")], TOOLS),
     )[0]
     assert re.findall(r"call0000\d", mine) == ["call00001", "call00002", "call00001", "call00002"]
 

@@ -27,7 +27,8 @@ def equal(a: TokenSet, b: TokenSet) -> bool:
         len(a) == len(b)
         and a.sources == b.sources
         and all(
-            np.array_equal(x.ids, y.ids) and np.array_equal(x.trained, y.trained) for x, y in zip(a, b, strict=True)
+            np.array_equal(x.ids, y.ids) and np.array_equal(x.trained, y.trained)
+            for x, y in zip(a, b, strict=True)
         )
     )
 
@@ -48,9 +49,13 @@ def test_examples_are_those_of_the_template(make, simple: Simple) -> None:
         tokens[5]
 
 
-def test_the_recipes_system_message_is_in_the_tokens_whoever_made_the_template(make, simple: Simple) -> None:
+def test_the_recipes_system_message_is_in_the_tokens_whoever_made_the_template(
+    make, simple: Simple
+) -> None:
     """`eval` tokenises by a template that was loaded without the recipe: it must see what training saw."""
-    assert simple.tokenizer.decode(make(alpaca(1), system="Be.")[0].ids).startswith("<|im_start|>system\nBe.<|im_end|>")
+    assert simple.tokenizer.decode(make(alpaca(1), system="Be.")[0].ids).startswith(
+        "<|im_start|>system\nBe.<|im_end|>"
+    )
 
 
 def test_the_cache_is_used_and_gives_the_same(make, simple: Simple, tmp_path: Path) -> None:
@@ -90,7 +95,9 @@ def test_what_shapes_the_tokens_names_the_entry(make, simple: Simple, tmp_path: 
 FILES = ("ids.bin", "trained.bin", "offsets.bin", "rows.bin", "cut.bin", "meta.json")
 
 
-@pytest.mark.parametrize("case", [(file, damage) for file in FILES for damage in ("lost", "torn", "flipped")], ids=str)
+@pytest.mark.parametrize(
+    "case", [(file, damage) for file in FILES for damage in ("lost", "torn", "flipped")], ids=str
+)
 def test_a_damaged_entry_is_made_again(
     make, simple: Simple, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: tuple[str, str]
 ) -> None:
@@ -128,7 +135,9 @@ def test_what_a_killed_process_left_in_the_cache_is_removed(make, tmp_path: Path
     assert (new / "ids.bin").read_bytes() == b"half"
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning(make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_that_cannot_be_written_costs_a_warning(
+    make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "c").write_text("a file where the folder should be")
     tokens = make(alpaca(7), seq_len=256, cache=tmp_path / "c")
     assert len(tokens) == 7
@@ -154,7 +163,12 @@ def test_too_long(make) -> None:
     assert lengths == [30, 70, 110]
     cut = make(rows, seq_len=75)
     assert cut.lengths.tolist() == [30, 70, 75]
-    assert (cut.counts.cut, cut.counts.dropped, cut.counts.emptied, cut.counts.longest) == (1, 0, 0, 110)
+    assert (cut.counts.cut, cut.counts.dropped, cut.counts.emptied, cut.counts.longest) == (
+        1,
+        0,
+        0,
+        110,
+    )
     assert cut.parts[0].arrays.truncated.tolist() == [False, False, True]
     dropped = make(rows, seq_len=75, too_long="drop")
     assert dropped.lengths.tolist() == [30, 70]
@@ -172,7 +186,9 @@ def test_a_cut_that_leaves_nothing_supervised_is_dropped_and_counted(make) -> No
 
 
 def test_rows_keep_their_place_when_others_are_left_out(make) -> None:
-    tokens = make(alpaca(10, letters=lambda i: 200 if i % 2 else 5), alpaca(2), seq_len=100, too_long="drop")
+    tokens = make(
+        alpaca(10, letters=lambda i: 200 if i % 2 else 5), alpaca(2), seq_len=100, too_long="drop"
+    )
     assert [tokens.where(i).rpartition("/")[2] for i in (1, 4, 5, 6)] == [
         "rows0.jsonl:3", "rows0.jsonl:9", "rows1.jsonl:1", "rows1.jsonl:2",
     ]  # fmt: skip
@@ -198,16 +214,34 @@ def test_the_first_n(make) -> None:
     assert len(some) == 5
     assert [some.where(i) for i in range(5)] == [tokens.where(i) for i in range(5)]
     assert some.counts.tokens == int(tokens.lengths[:5].sum())
-    assert equal(tokens.first(99), make(alpaca(3), alpaca(4), seq_len=256)) is False  # it says that it is a part
+    assert (
+        equal(tokens.first(99), make(alpaca(3), alpaca(4), seq_len=256)) is False
+    )  # it says that it is a part
     assert len(tokens.first(99)) == 7
 
 
 def test_tokenise_reads_the_recipes_keys(simple: Simple, write) -> None:
-    source = Source(source=write("a.jsonl", alpaca(10)), format="alpaca", split="train[:50%]", max_examples=3)
+    source = Source(
+        source=write("a.jsonl", alpaca(10)), format="alpaca", split="train[:50%]", max_examples=3
+    )
     data = Data(train=(source,), seq_len=256)
-    assert len(tokenize([(source, read_rows(source))], data, simple, simple.tokenizer, cache=None, what="train")) == 3
+    assert (
+        len(
+            tokenize(
+                [(source, read_rows(source))],
+                data,
+                simple,
+                simple.tokenizer,
+                cache=None,
+                what="train",
+            )
+        )
+        == 3
+    )
     other = replace(source, split="train[50%:]")
-    tokens = tokenize([(other, read_rows(other))], data, simple, simple.tokenizer, cache=None, what="train")
+    tokens = tokenize(
+        [(other, read_rows(other))], data, simple, simple.tokenizer, cache=None, what="train"
+    )
     assert tokens.where(0).endswith("a.jsonl:6")
 
 

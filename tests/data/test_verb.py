@@ -20,7 +20,9 @@ from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 
 
 @pytest.fixture
-def recipe(tiny: Path, write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def recipe(
+    tiny: Path, write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
     """Write a recipe for the tiny model over `content`; give its path."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
 
@@ -68,14 +70,18 @@ def test_the_fix_of_few_steps_fixes(recipe, capsys: pytest.CaptureFixture[str]) 
             assert "warning" not in capsys.readouterr().out, fix
 
 
-def test_colours_show_supervised_tokens_on_a_terminal(recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_show_supervised_tokens_on_a_terminal(
+    recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import io
 
     from rich.console import Console
 
     monkeypatch.delenv("NO_COLOR")
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, color_system="standard", soft_wrap=True, highlight=False)
+    console = Console(
+        file=out, force_terminal=True, color_system="standard", soft_wrap=True, highlight=False
+    )
     data = prepared(recipe(alpaca(1)), tiny)
     verb._print_rows(console, data.train, load_tokenizer(tiny, data.run.model), 1)
     text = out.getvalue()
@@ -106,12 +112,15 @@ def test_a_long_row_shows_its_two_ends(recipe, tiny: Path) -> None:
         shown = "".join(text for text, _, _ in pieces)
         n = len(data.train[0].ids)
         first, last = (
-            tokenizer.decode(data.train[0].ids[part]) for part in (slice(limit // 2), slice(-(limit // 2), None))
+            tokenizer.decode(data.train[0].ids[part])
+            for part in (slice(limit // 2), slice(-(limit // 2), None))
         )
         assert shown == f"{first}\n… {n - limit:,} tokens …\n{last}"
 
 
-def test_a_broken_contract_is_shown_and_ends_in_2(recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_contract_is_shown_and_ends_in_2(
+    recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["data", recipe(alpaca(3)), "data.seq_len=10"]) == 2
     told = capsys.readouterr()
     assert "BROKEN" in told.out
@@ -121,7 +130,10 @@ def test_a_broken_contract_is_shown_and_ends_in_2(recipe, capsys: pytest.Capture
 
 def test_prepare_for_training(recipe, tiny: Path, write) -> None:
     held = write("held.jsonl", alpaca(9))
-    path = recipe(alpaca(60), "  validation: {source: held.jsonl, format: alpaca}\nvalidate: {max_examples: 4}\n")
+    path = recipe(
+        alpaca(60),
+        "  validation: {source: held.jsonl, format: alpaca}\nvalidate: {max_examples: 4}\n",
+    )
     data = prepared(path, tiny)
     assert Path(held).exists()
     assert (len(data.train), len(data.validation or ()), len(data.contracts)) == (60, 4, 2)
@@ -144,10 +156,15 @@ def test_prepare_stops_on_a_broken_contract(recipe, tiny: Path) -> None:
 
 def test_validation_rows_that_are_trained_on_are_told(recipe, tiny: Path, write) -> None:
     held = "  validation: {source: held.jsonl, format: alpaca}\n"
-    write("held.jsonl", alpaca(9) + alpaca(70)[len(alpaca(68)) :] + alpaca(2))  # 9 and 2 known rows, 2 new ones
+    write(
+        "held.jsonl", alpaca(9) + alpaca(70)[len(alpaca(68)) :] + alpaca(2)
+    )  # 9 and 2 known rows, 2 new ones
     data = prepared(recipe(alpaca(60), held), tiny)
     assert data.overlap.count == 11
-    assert (data.overlap.where[-12:], data.overlap.earlier[-12:]) == ("held.jsonl:1", "rows.jsonl:1")
+    assert (data.overlap.where[-12:], data.overlap.earlier[-12:]) == (
+        "held.jsonl:1",
+        "rows.jsonl:1",
+    )
     assert any("11 of 13 validation examples are trained on" in text for text in data.warnings())
     path = recipe(alpaca(60), held)
     assert prepared(path, tiny, "data.train.split=train[10:]").overlap.count == 0
@@ -166,13 +183,23 @@ def test_every_table_is_readable_at_any_width(tiny: Path, tmp_path: Path, width:
     from recipes import make_run
 
     (tmp_path / NAME).write_text(alpaca(60) + alpaca(9))
-    sources = [{"source": str(tmp_path / NAME), "format": "alpaca", "split": s} for s in ("train[:55]", "train[-14:]")]
-    more = {"train": {**sources[0], "weight": 2.0}, "validation": sources[1], "too_long": "drop", "seq_len": 66}
+    sources = [
+        {"source": str(tmp_path / NAME), "format": "alpaca", "split": s}
+        for s in ("train[:55]", "train[-14:]")
+    ]
+    more = {
+        "train": {**sources[0], "weight": 2.0},
+        "validation": sources[1],
+        "too_long": "drop",
+        "seq_len": 66,
+    }
     run = make_run(tiny, tmp_path, data=more)
     tokenizer = load_tokenizer(tiny, run.model)
     data = prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), 272, cache=tmp_path / "cache")
     out = io.StringIO()
-    verb.print_data(data, tokenizer, 1, Console(file=out, width=width, soft_wrap=True, highlight=False))
+    verb.print_data(
+        data, tokenizer, 1, Console(file=out, width=width, soft_wrap=True, highlight=False)
+    )
     text = out.getvalue()
     tables = re.findall(r"(?m)^(?: .*\n)+", text)
     assert len(tables) == 3
@@ -180,7 +207,9 @@ def test_every_table_is_readable_at_any_width(tiny: Path, tmp_path: Path, width:
     assert "…" not in text
     for whole in ("of 69 rows", "supervised", "longest", "weight 2"):
         assert whole in tables[0], whole
-    names = "".join(line[: line.index("  ", 2)].strip() for line in tables[0].splitlines()[3:] if line[1] != " ")
+    names = "".join(
+        line[: line.index("  ", 2)].strip() for line in tables[0].splitlines()[3:] if line[1] != " "
+    )
     assert names == f"train:{NAME}validation:{NAME}"[: len(names)] or width >= 80
     assert tables[0].count(NAME) == (2 if width >= 80 else 0)
     figures = "".join(tables[0].split())

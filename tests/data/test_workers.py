@@ -114,14 +114,18 @@ def test_an_error_names_the_row_that_one_process_names(
 
 def encoder() -> RowEncoder:
     tokenizer = byte_tokenizer()
-    template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat")
+    template = Template(
+        tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat"
+    )
     return RowEncoder(template, Source(source="rows.jsonl"), None, "response")
 
 
 def batches(count: int, before: Callable[[int], None] = lambda k: None) -> Iterator[RowBatch]:
     for k in range(count):
         before(k)
-        yield RowBatch(k * 9, [line(i) for i in range(k * 9, k * 9 + 9)], [f"row {i}" for i in range(9)])
+        yield RowBatch(
+            k * 9, [line(i) for i in range(k * 9, k * 9 + 9)], [f"row {i}" for i in range(9)]
+        )
 
 
 def test_a_killed_worker_is_told_and_ends_the_others(made: Made) -> None:
@@ -169,17 +173,25 @@ def test_few_rows_stay_in_this_process(made: Made, rows: int, started: int) -> N
 def test_a_tokenizer_that_only_this_process_can_load_stays_in_it(made: Made) -> None:
     """With trust_remote_code its class lies in a module that is made here."""
     tokenizer = byte_tokenizer()
-    tokenizer.__class__ = type("Other", (type(tokenizer),), {"__module__": "transformers_modules.mine"})
-    template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat")
+    tokenizer.__class__ = type(
+        "Other", (type(tokenizer),), {"__module__": "transformers_modules.mine"}
+    )
+    template = Template(
+        tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat"
+    )
     encode = RowEncoder(template, Source(source="rows.jsonl"), None, "response")
     assert len(list(encode_batches(encode, batches(2), rows=10**9))) == 2
     assert made == []
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGKILL", -9)])
-def test_a_signal_ends_the_workers_without_a_word(tiny: Path, tmp_path: Path, name: str, code: int) -> None:
+def test_a_signal_ends_the_workers_without_a_word(
+    tiny: Path, tmp_path: Path, name: str, code: int
+) -> None:
     """Also a script that has no `if __name__` guard is not run again by them."""
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line(i)) + "\n" for i in range(40_000)))
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps(line(i)) + "\n" for i in range(40_000))
+    )
     values = recipe(tiny, tmp_path, held=False, data={"train": {"format": "messages"}})
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     script = tmp_path / "script.py"
@@ -188,7 +200,12 @@ def test_a_signal_ends_the_workers_without_a_word(tiny: Path, tmp_path: Path, na
         "print('once', flush=True)\nworkers.available_cores = lambda: 2\n"
         f"sys.argv[1:] = ['train', {str(tmp_path / 'recipe.yaml')!r}]\nsys.exit(main())\n"
     )
-    process = Warm([], program=script, env=os.environ | {"TUNESMITH_CACHE": str(tmp_path / "cache")}, prepare=os.setsid)
+    process = Warm(
+        [],
+        program=script,
+        env=os.environ | {"TUNESMITH_CACHE": str(tmp_path / "cache")},
+        prepare=os.setsid,
+    )
     try:
         deadline = time.monotonic() + 90
         while process.poll() is None and time.monotonic() < deadline:

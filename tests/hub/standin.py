@@ -27,7 +27,9 @@ class Repo:
     gated: bool = False  # resolve answers 401 without a token, 403 with one
     granted: str = ""  # the token that a gated repository lets in
     failing: int = 0  # so many answers 503 come first
-    cut: list[int] = field(default_factory=list)  # the next downloads of a large file break off after so many bytes
+    cut: list[int] = field(
+        default_factory=list
+    )  # the next downloads of a large file break off after so many bytes
     stall: int = 0  # so many downloads of a large file send half of it and then nothing
     bad_byte: bool = False  # one byte of a large file is changed on the way
     ignores_range: bool = False
@@ -86,7 +88,9 @@ class StandIn:
         path = unquote(urlsplit(http.path).path)
         token = (http.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.seen.append(Seen(http.command, path, token, http.headers.get("Range")))
-        api = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+        api = re.fullmatch(
+            r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path
+        )
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         network = re.fullmatch(r"/network/([^/]+/[^/]+)/(.+)", path)
         found = api or file or network
@@ -105,7 +109,9 @@ class StandIn:
         if name not in repo.files:
             return self.error(http, 404, "EntryNotFound", "Entry not found")
         if not network and repo.gated and token != repo.granted:
-            return self.error(http, 403 if token else 401, "GatedRepo", "Access to this model is restricted")
+            return self.error(
+                http, 403 if token else 401, "GatedRepo", "Access to this model is restricted"
+            )
         if network:
             return self.send_large(http, repo, repo.files[name])
         return self.resolve(http, found[1], repo, name, body=body)
@@ -128,7 +134,11 @@ class StandIn:
         if tree:
             answer: object = [
                 {"type": "file", "path": n, "size": len(data), "oid": git_hash(data)}
-                | ({"lfs": {"oid": sha256(data), "size": len(data), "pointerSize": 134}} if n in repo.large else {})
+                | (
+                    {"lfs": {"oid": sha256(data), "size": len(data), "pointerSize": 134}}
+                    if n in repo.large
+                    else {}
+                )
                 for n, data in repo.files.items()
             ]
         else:
@@ -144,7 +154,9 @@ class StandIn:
         http.send_header("Content-Type", "application/json")
         self.end(http, json.dumps(answer).encode(), body=True)
 
-    def resolve(self, http: BaseHTTPRequestHandler, owner: str, repo: Repo, name: str, *, body: bool) -> None:
+    def resolve(
+        self, http: BaseHTTPRequestHandler, owner: str, repo: Repo, name: str, *, body: bool
+    ) -> None:
         data = repo.files[name]
         if name in repo.large:
             http.send_response(302)

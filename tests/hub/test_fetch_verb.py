@@ -25,8 +25,16 @@ def fetch(tmp_path: Path):
     """Run the command; returns (exit code, stdout, stderr)."""
 
     def call(*words: str, hub: StandIn | None = None, **env: str):
-        base = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-        base |= {"HF_HOME": str(tmp_path / "home"), "TUNESMITH_CACHE": str(tmp_path / "own"), "HF_HUB_DISABLE_XET": "1"}
+        base = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("HF_") and not k.lower().endswith("_proxy")
+        }
+        base |= {
+            "HF_HOME": str(tmp_path / "home"),
+            "TUNESMITH_CACHE": str(tmp_path / "own"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
         base |= {"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"}
         done = run_warm(["fetch", *words], env=base | env, cwd=tmp_path, prepare=read_hub_settings)
         assert "Traceback" not in done.stderr, done.stderr
@@ -56,9 +64,13 @@ def test_look_bring_list_remove(fetch, files, tmp_path: Path) -> None:
         assert code == 0
         assert (brought["revision"], brought["type"]) == (COMMIT, "llama")
         assert brought["parameters"] == 91_456
-        assert (Path(brought["folder"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+        assert (Path(brought["folder"]) / "model.safetensors").read_bytes() == files[
+            "model.safetensors"
+        ]
         assert f"fetching {NAME}" in err
-        assert "licence" in fetch(NAME, "--update", hub=hub)[2], "with --update the Hub is asked again"
+        assert "licence" in fetch(NAME, "--update", hub=hub)[2], (
+            "with --update the Hub is asked again"
+        )
 
     code, out, _ = fetch(NAME)
     assert code == 0
@@ -100,7 +112,9 @@ def test_a_recipe_names_model_and_data(fetch, files, tiny: Path, tmp_path: Path)
         assert (model["name"], data["name"], data["kind"]) == (NAME, "someone/rows", "dataset")
         assert (data["bytes"], data["licence"]) == (150, "cc-by-4.0, mit")
         assert f"{hub.url}/datasets/someone/rows" in err
-        code, _, err = fetch("remote.yaml", "data.train.source=someone/nothing", "--dry-run", hub=hub)
+        code, _, err = fetch(
+            "remote.yaml", "data.train.source=someone/nothing", "--dry-run", hub=hub
+        )
         assert (code, "no dataset someone/nothing" in err) == (2, True)
 
 
@@ -131,6 +145,8 @@ def test_converted_files_are_listed_and_removed(fetch, tmp_path: Path) -> None:
     made.mkdir(parents=True)
     (made / "model.safetensors").write_bytes(bytes(1000))
     listed = json.loads(fetch("--list", "--json")[1])
-    assert [(h["name"], h["kind"], h["size"]) for h in listed] == [("tiny-bf16-0123", "converted", 1000)]
+    assert [(h["name"], h["kind"], h["size"]) for h in listed] == [
+        ("tiny-bf16-0123", "converted", 1000)
+    ]
     assert fetch("--remove", "tiny-bf16-0123")[0] == 0
     assert not made.exists()

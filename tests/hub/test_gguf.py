@@ -36,7 +36,15 @@ def file(tmp_path_factory) -> Path:
         (1, writer.add_bos_token_id), ("gpt2", writer.add_tokenizer_model),
     ):  # fmt: skip
         add(value)
-    tokens = ["<unk>", "<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<pad>",
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "ab",
+        "cd",
+    ]
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 4 + [1] * 258)
     writer.add_token_merges(["a b", "c d"])
@@ -68,7 +76,9 @@ def cache(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "cache" / "models"
 
 
-def test_the_folder_is_what_transformers_reads_from_the_file(file: Path, cache: Path, capfd) -> None:
+def test_the_folder_is_what_transformers_reads_from_the_file(
+    file: Path, cache: Path, capfd
+) -> None:
     from transformers import AutoModelForCausalLM
 
     spec, notes = Model(name=str(file), dtype="fp32"), []
@@ -78,18 +88,25 @@ def test_the_folder_is_what_transformers_reads_from_the_file(file: Path, cache: 
     assert capfd.readouterr() == ("", ""), "no bars of the libraries"
     assert folder.parent == cache
     assert [n for n in notes if "once" in n]
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "the weights' mode is that of the rest"
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, (
+        "the weights' mode is that of the rest"
+    )
     model = load.build_on_meta(load.load_config(folder, spec), spec)
     load.materialise(model, torch.device("cpu"))
     load_weights(model, folder)
-    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
     ids = torch.arange(4, 40)[None]
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, theirs.eval()(ids).logits)
     assert str(file.parent) not in (folder / "config.json").read_text()
     assert "quantization" not in (folder / "config.json").read_text()
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
-    assert load_tokenizer(folder, spec).decode(load_tokenizer(folder, spec)("hello")["input_ids"]) == "hello"
+    assert (
+        load_tokenizer(folder, spec).decode(load_tokenizer(folder, spec)("hello")["input_ids"])
+        == "hello"
+    )
 
     notes.clear()
     assert fetch.fetch(spec, progress=notes.append) == folder
@@ -97,7 +114,9 @@ def test_the_folder_is_what_transformers_reads_from_the_file(file: Path, cache: 
     other = fetch.fetch(Model(name=str(file), dtype="bf16"), progress=notes.append)
     assert other != folder
     assert json.loads((other / "config.json").read_text())["dtype"] == "bfloat16"
-    assert sorted(p.name for p in cache.iterdir()) == sorted([folder.name, other.name]), "no scratch folder stays"
+    assert sorted(p.name for p in cache.iterdir()) == sorted([folder.name, other.name]), (
+        "no scratch folder stays"
+    )
 
 
 def bad(tmp_path: Path, name: str, data: bytes) -> Model:
@@ -123,7 +142,9 @@ def test_bad_files_are_named(file: Path, cache: Path, tmp_path: Path) -> None:
     assert not cache.exists() or not list(cache.iterdir()), "nothing half stays"
 
 
-def test_a_missing_package_and_a_cache_that_cannot_be_written(file: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_package_and_a_cache_that_cannot_be_written(
+    file: Path, tmp_path: Path, monkeypatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file"))
     with pytest.raises(MachineError, match="cannot be written") as caught:
@@ -132,4 +153,7 @@ def test_a_missing_package_and_a_cache_that_cannot_be_written(file: Path, tmp_pa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MachineError, match="gguf is not installed") as caught:
         fetch.fetch(Model(name=str(file)), progress=print)
-    assert caught.value.fix == "pip install 'gguf>=0.17.1', or take the Hub's safetensors of this model"
+    assert (
+        caught.value.fix
+        == "pip install 'gguf>=0.17.1', or take the Hub's safetensors of this model"
+    )

@@ -50,16 +50,30 @@ except TunesmithError as error:
 
 @pytest.fixture(scope="module")
 def files(tiny: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in tiny.iterdir()} | {"README.md": b"hello", "LICENSE": b"Apache"}
+    return {p.name: p.read_bytes() for p in tiny.iterdir()} | {
+        "README.md": b"hello",
+        "LICENSE": b"Apache",
+    }
 
 
 @pytest.fixture
 def ask(tmp_path: Path):
     """Run a fetch against a stand-in; returns (answer, stderr)."""
 
-    def call(hub: StandIn | None, *, token: str | None = None, offline: bool = False, env: dict | None = None, **spec):
+    def call(
+        hub: StandIn | None,
+        *,
+        token: str | None = None,
+        offline: bool = False,
+        env: dict | None = None,
+        **spec,
+    ):
         spec.setdefault("model", {"name": NAME})
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+        clean = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("HF_") and not k.lower().endswith("_proxy")
+        }
         env = (
             clean
             | (env or {})
@@ -126,7 +140,9 @@ def test_a_killed_download_resumes_where_it_stopped(ask, files) -> None:
         have = part.stat().st_size
         assert 0 < have < size
         answer, _ = ask(hub)
-        assert (Path(answer["folder"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+        assert (Path(answer["folder"]) / "model.safetensors").read_bytes() == files[
+            "model.safetensors"
+        ]
         last = hub.downloads("/network/someone/tiny/model.safetensors")[-1]
         assert last.range == f"bytes={have}-"
 
@@ -134,7 +150,9 @@ def test_a_killed_download_resumes_where_it_stopped(ask, files) -> None:
 def test_a_broken_connection_is_resumed_in_the_same_run(ask, files) -> None:
     with StandIn({NAME: Repo(files, cut=[5000, 0, 7000])}) as hub:
         answer, _ = ask(hub)
-        assert (Path(answer["folder"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+        assert (Path(answer["folder"]) / "model.safetensors").read_bytes() == files[
+            "model.safetensors"
+        ]
         ranges = [s.range for s in hub.downloads("/network/someone/tiny/model.safetensors")]
         assert ranges == [None, "bytes=5000-", "bytes=5000-", "bytes=12000-"]
 
@@ -142,7 +160,9 @@ def test_a_broken_connection_is_resumed_in_the_same_run(ask, files) -> None:
 def test_a_server_without_ranges_begins_again(ask, files) -> None:
     with StandIn({NAME: Repo(files, cut=[5000], ignores_range=True)}) as hub:
         answer, _ = ask(hub)
-        assert (Path(answer["folder"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+        assert (Path(answer["folder"]) / "model.safetensors").read_bytes() == files[
+            "model.safetensors"
+        ]
 
 
 def test_a_connection_that_always_breaks_ends_with_words(ask, files) -> None:
@@ -154,9 +174,13 @@ def test_a_connection_that_always_breaks_ends_with_words(ask, files) -> None:
 def test_a_silent_connection_is_left_and_resumed(ask, files) -> None:
     with StandIn({NAME: Repo(files, stall=1)}) as hub:
         answer, _ = ask(hub, env={"HF_HUB_DOWNLOAD_TIMEOUT": "1"})
-        assert (Path(answer["folder"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+        assert (Path(answer["folder"]) / "model.safetensors").read_bytes() == files[
+            "model.safetensors"
+        ]
         half = len(files["model.safetensors"]) // 2
-        assert hub.downloads("/network/someone/tiny/model.safetensors")[-1].range == f"bytes={half}-"
+        assert (
+            hub.downloads("/network/someone/tiny/model.safetensors")[-1].range == f"bytes={half}-"
+        )
 
 
 def test_damaged_bytes_are_not_kept(ask, files) -> None:
@@ -176,13 +200,18 @@ def test_a_busy_hub_is_asked_again(ask, files) -> None:
 
 
 @pytest.mark.parametrize(
-    ("token", "words"), [(None, ("there is no token", "hf auth login")), (TOKEN, ("the account of your token",))]
+    ("token", "words"),
+    [(None, ("there is no token", "hf auth login")), (TOKEN, ("the account of your token",))],
 )
 def test_a_gated_model_names_the_page_to_ask_on(ask, files, token, words) -> None:
-    with StandIn({NAME: Repo(files, gated=True, card={"license": "other", "license_name": "tiny-licence"})}) as hub:
+    with StandIn(
+        {NAME: Repo(files, gated=True, card={"license": "other", "license_name": "tiny-licence"})}
+    ) as hub:
         answer, said = ask(hub, token=token)
         assert_refused(answer, "gated", f"{hub.url}/{NAME}", "cause: licence: ", *words)
-        assert "licence tiny-licence, gated" in said, "the licence is told before access is asked for"
+        assert "licence tiny-licence, gated" in said, (
+            "the licence is told before access is asked for"
+        )
         assert not hub.downloads("model.safetensors")
 
 
@@ -196,13 +225,19 @@ def test_a_granted_token_is_used_but_not_given_to_the_content_network(ask, files
 
 def test_what_is_not_there_is_named(ask, files) -> None:
     with StandIn({NAME: Repo(files)}) as hub:
-        assert_refused(ask(hub, model={"name": "someone/else"})[0], "no model someone/else", "private")
-        assert_refused(ask(hub, model={"name": NAME, "revision": "v9"})[0], "no revision 'v9'", "/tree/main")
+        assert_refused(
+            ask(hub, model={"name": "someone/else"})[0], "no model someone/else", "private"
+        )
+        assert_refused(
+            ask(hub, model={"name": NAME, "revision": "v9"})[0], "no revision 'v9'", "/tree/main"
+        )
         assert ask(hub, model={"name": NAME, "revision": "v2"})[0]["folder"].endswith(COMMIT)
 
 
 def test_pickled_weights_are_refused_with_the_command_that_converts(ask, files) -> None:
-    pickled = {n: d for n, d in files.items() if n != "model.safetensors"} | {"pytorch_model.bin": b"x"}
+    pickled = {n: d for n, d in files.items() if n != "model.safetensors"} | {
+        "pytorch_model.bin": b"x"
+    }
     with StandIn({NAME: Repo(pickled)}) as hub:
         answer, _ = ask(hub)
         assert_refused(answer, "pickled", "python -c 'import sys; from transformers import", NAME)
@@ -210,7 +245,11 @@ def test_pickled_weights_are_refused_with_the_command_that_converts(ask, files) 
 
 @pytest.mark.parametrize(
     ("others", "words"),
-    [({"model.Q4.gguf": b"GGUF"}, "hf download"), ({"adapter_config.json": b"{}"}, "adapter.from"), ({}, "no weights")],
+    [
+        ({"model.Q4.gguf": b"GGUF"}, "hf download"),
+        ({"adapter_config.json": b"{}"}, "adapter.from"),
+        ({}, "no weights"),
+    ],
 )
 def test_other_repositories_are_told_apart(ask, files, others, words) -> None:
     with StandIn({NAME: Repo({"config.json": files["config.json"]} | others)}) as hub:
@@ -225,9 +264,17 @@ def test_a_kind_that_is_not_trained_is_refused_before_its_weights_come(ask, file
 
 
 def test_a_missing_shard_is_found_before_the_download(ask, files) -> None:
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
     shards = {n: d for n, d in files.items() if n != "model.safetensors"}
-    shards |= {"model.safetensors.index.json": json.dumps(index).encode(), "model-00001-of-00002.safetensors": b"x"}
+    shards |= {
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        "model-00001-of-00002.safetensors": b"x",
+    }
     with StandIn({NAME: Repo(shards)}) as hub:
         assert_refused(ask(hub)[0], "model-00002-of-00002.safetensors")
 
@@ -235,7 +282,9 @@ def test_a_missing_shard_is_found_before_the_download(ask, files) -> None:
 def test_a_full_disk_says_how_much_is_missing(ask, files) -> None:
     with StandIn({NAME: Repo(files)}) as hub:
         answer, _ = ask(hub, free=1 << 20)
-        assert_refused(answer, "no room on the disk", " short", "HF_HOME", str(ask.home), kind="MachineError")
+        assert_refused(
+            answer, "no room on the disk", " short", "HF_HOME", str(ask.home), kind="MachineError"
+        )
         assert not hub.downloads("network/someone/tiny/model.safetensors")
 
 
@@ -251,7 +300,9 @@ def test_without_a_network_or_cache(ask) -> None:
     assert_refused(ask(None, offline=True)[0], "HF_HUB_OFFLINE", "tunesmith fetch")
 
 
-def test_a_tokenizer_that_is_not_here_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_is_not_here_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`train --model --data` asks for it first, by a call whose error says nothing of being offline."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

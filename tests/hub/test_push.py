@@ -61,7 +61,11 @@ def prepare() -> None:
 
 
 def push(*words: object, hub: UploadHub | None = None, token: str | None = TOKEN, **env: str):
-    base = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    base = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("HF_") and not k.lower().endswith("_proxy")
+    }
     base |= {"HF_HOME": "/nonexistent", "HF_HUB_DISABLE_XET": "1", "NO_COLOR": "1"}
     base |= {"HF_ENDPOINT": hub.url} if hub else {}
     base |= {"HF_TOKEN": token} if token else {}
@@ -76,13 +80,23 @@ def test_what_arrives_is_what_lies_there(full: Path) -> None:
         code, out, err = push(full, hub=hub)
         assert (code, out) == (0, f"{hub.url}/{MINE}\n"), err
         assert "to ada/my-run, private" in err
-        files = {p.relative_to(full / "final").as_posix(): p.read_bytes() for p in (full / "final").rglob("*")}
-        assert hub.stored[MINE]["main"] == {n: data for n, data in files.items() if n != "manifest.json"}
+        files = {
+            p.relative_to(full / "final").as_posix(): p.read_bytes()
+            for p in (full / "final").rglob("*")
+        }
+        assert hub.stored[MINE]["main"] == {
+            n: data for n, data in files.items() if n != "manifest.json"
+        }
         assert hub.private == {MINE: True}
         assert hub.commits[0][2] == "Push my-run/final"
-        assert ModelCard(hub.stored[MINE]["main"]["README.md"].decode()).data.library_name == "transformers"
+        assert (
+            ModelCard(hub.stored[MINE]["main"]["README.md"].decode()).data.library_name
+            == "transformers"
+        )
         folder = str(full.parent).encode()
-        assert not [name for name, data in hub.stored[MINE]["main"].items() if folder in data], "a path of this machine"
+        assert not [name for name, data in hub.stored[MINE]["main"].items() if folder in data], (
+            "a path of this machine"
+        )
 
         code, out, err = push(full, hub=hub)
         assert (code, out) == (0, f"{hub.url}/{MINE}\n")
@@ -96,7 +110,9 @@ def test_what_arrives_is_what_lies_there(full: Path) -> None:
         assert hub.stored[MINE]["main"]["README.md"] == card.read_bytes()
 
 
-def test_a_model_of_an_earlier_version_gets_the_keys_that_older_readers_need(full: Path, tmp_path: Path) -> None:
+def test_a_model_of_an_earlier_version_gets_the_keys_that_older_readers_need(
+    full: Path, tmp_path: Path
+) -> None:
     final = Path(shutil.copytree(full / "final", tmp_path / "my-run"))
     AutoConfig.from_pretrained(final).save_pretrained(final)  # `rope_parameters` alone
     (final / "manifest.json").unlink()
@@ -112,7 +128,9 @@ def test_a_model_of_an_earlier_version_gets_the_keys_that_older_readers_need(ful
 
 def test_a_checkpoint_is_pushed_without_its_state_and_with_a_card(full: Path) -> None:
     with UploadHub() as hub:
-        code, _, err = push(full / "checkpoint-4", "--to", "team/bot", "--public", "--revision", "step-4", hub=hub)
+        code, _, err = push(
+            full / "checkpoint-4", "--to", "team/bot", "--public", "--revision", "step-4", hub=hub
+        )
         assert code == 0, err
         assert hub.private == {"team/bot": False}
         files = hub.stored["team/bot"]["step-4"]
@@ -137,7 +155,10 @@ def test_an_adapter(lora: Path, tmp_path: Path) -> None:
         code, _, err = push(run, hub=hub)
         assert code == 0, err
         files = hub.stored[MINE]["main"]
-        assert files["adapter_model.safetensors"] == (run / "final" / "adapter_model.safetensors").read_bytes()
+        assert (
+            files["adapter_model.safetensors"]
+            == (run / "final" / "adapter_model.safetensors").read_bytes()
+        )
         assert ModelCard(files["README.md"].decode()).data.base_model == "someone/tiny"
 
 
@@ -181,7 +202,9 @@ def test_what_the_hub_refuses(refuse: tuple[str, int], words: str, full: Path) -
     with UploadHub(refuse) as hub:
         code, out, err = push(full, hub=hub)
     assert (code, out) == (2, "")
-    assert any(line.startswith(("error: ", "  fix: ")) and words in line for line in err.splitlines()), err
+    assert any(
+        line.startswith(("error: ", "  fix: ")) and words in line for line in err.splitlines()
+    ), err
     assert "  fix: " in err
 
 

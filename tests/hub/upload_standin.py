@@ -26,7 +26,9 @@ class UploadHub(StandIn):
         meanwhile: called before a repository is made.
     """
 
-    def __init__(self, refuse: tuple[str, int] | None = None, meanwhile: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, refuse: tuple[str, int] | None = None, meanwhile: Callable[[], object] = lambda: None
+    ) -> None:
         super().__init__({})
         self.stored: dict[str, dict[str, dict[str, bytes]]] = {}
         self.private: dict[str, bool] = {}
@@ -34,7 +36,11 @@ class UploadHub(StandIn):
         self.large: dict[str, bytes] = {}  # sha256 -> contents, of LFS
         self.refuse, self.meanwhile = refuse, meanwhile
         for method in ("POST", "PUT"):
-            setattr(self.server.RequestHandlerClass, f"do_{method}", lambda http: self.answer(http, body=True))
+            setattr(
+                self.server.RequestHandlerClass,
+                f"do_{method}",
+                lambda http: self.answer(http, body=True),
+            )
 
     def answer(self, http: BaseHTTPRequestHandler, *, body: bool) -> None:
         path = unquote(urlsplit(http.path).path)
@@ -56,14 +62,20 @@ class UploadHub(StandIn):
             return self.reply(http, {"errors": [], "warnings": []})
         if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self.batch(http, json.loads(sent))
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(branch|preupload|commit|revision)/(.+))?", path)
+        found = re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)(?:/(branch|preupload|commit|revision)/(.+))?", path
+        )
         if not found or found[1] not in self.stored:
             return self.error(http, 404, "RepoNotFound", "Repository not found")
         repo, what, branch = found[1], found[2], found[3] or "main"
         if what == "branch":
             exists = branch in self.stored[repo]
             self.stored[repo].setdefault(branch, dict(self.stored[repo]["main"]))
-            return self.error(http, 409, "", "Reference already exists") if exists else self.reply(http, {})
+            return (
+                self.error(http, 409, "", "Reference already exists")
+                if exists
+                else self.reply(http, {})
+            )
         if branch not in self.stored[repo]:
             return self.error(http, 404, "RevisionNotFound", "Invalid rev id")
         if what == "preupload":
@@ -98,12 +110,22 @@ class UploadHub(StandIn):
             large = name.endswith(".safetensors")
             data = there.get(name)
             oid = None if data is None else sha256(data) if large else git_hash(data)
-            files.append({"path": name, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid})
+            files.append(
+                {
+                    "path": name,
+                    "uploadMode": "lfs" if large else "regular",
+                    "shouldIgnore": False,
+                    "oid": oid,
+                }
+            )
         self.reply(http, {"files": files})
 
     def batch(self, http: BaseHTTPRequestHandler, asked: dict) -> None:
         objects = [
-            {**item, "actions": {"upload": {"href": f"{self.url}/storage/{item['oid']}", "header": {}}}}
+            {
+                **item,
+                "actions": {"upload": {"href": f"{self.url}/storage/{item['oid']}", "header": {}}},
+            }
             for item in asked["objects"]
         ]
         self.reply(http, {"transfer": "basic", "objects": objects})
@@ -121,4 +143,7 @@ class UploadHub(StandIn):
         message = next(line["value"]["summary"] for line in lines if line["key"] == "header")
         self.commits.append((repo, branch, message, sorted(names)))
         oid = self.sha(repo, branch)
-        self.reply(http, {"success": True, "commitUrl": f"{self.url}/{repo}/commit/{oid}", "commitOid": oid})
+        self.reply(
+            http,
+            {"success": True, "commitUrl": f"{self.url}/{repo}/commit/{oid}", "commitOid": oid},
+        )

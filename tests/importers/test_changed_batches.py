@@ -18,7 +18,13 @@ ACCELERATE = {
     "num_processes": 2,
     "mixed_precision": "bf16",
 }
-LLAMAFACTORY = {"model_name_or_path": "m/m", "stage": "sft", "template": "qwen", "cutoff_len": 512, "dataset": "d"}
+LLAMAFACTORY = {
+    "model_name_or_path": "m/m",
+    "stage": "sft",
+    "template": "qwen",
+    "cutoff_len": 512,
+    "dataset": "d",
+}
 AXOLOTL = {
     "base_model": "m/m",
     "datasets": [{"path": "d/d", "type": "alpaca"}],
@@ -29,7 +35,9 @@ ROWS = ("data.train.source=rows.jsonl", "data.train.format=alpaca")
 EXTENDS = ("--extends", "llama3.1-8b-lora")
 
 
-def import_values(folder: Path, values: dict[str, object], *words: str, code: int = 0) -> Run | None:
+def import_values(
+    folder: Path, values: dict[str, object], *words: str, code: int = 0
+) -> Run | None:
     """The recipe that a configuration of these values becomes, where it is not refused."""
     file, recipe = folder / "file.yaml", folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(values))
@@ -43,7 +51,9 @@ def parts(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     return differs, nothing
 
 
-def test_deepspeeds_accumulation_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deepspeeds_accumulation_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     values = ACCELERATE | {"deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 8}}
     import_values(tmp_path, values, *EXTENDS)
     differs, nothing = parts(capsys)
@@ -56,7 +66,9 @@ def test_deepspeeds_accumulation_is_named(tmp_path: Path, capsys: pytest.Capture
 def test_deepspeeds_accumulation_that_changes_nothing(
     steps: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = ACCELERATE | {"deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": steps}}
+    values = ACCELERATE | {
+        "deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": steps}
+    }
     import_values(tmp_path, values, *EXTENDS)
     differs, nothing = parts(capsys)
     assert "gradient_accumulation_steps" not in differs
@@ -74,7 +86,9 @@ def test_deepspeeds_accumulation_that_changes_nothing(
     ids=str,
 )
 def test_deepspeeds_offload_is_carried(offload: dict[str, str], tmp_path: Path) -> None:
-    run = import_values(tmp_path, ACCELERATE | {"deepspeed_config": {"zero_stage": 3, **offload}}, *EXTENDS)
+    run = import_values(
+        tmp_path, ACCELERATE | {"deepspeed_config": {"zero_stage": 3, **offload}}, *EXTENDS
+    )
     assert run is not None
     assert run.train.cpu_offload == ("parameters",)
 
@@ -87,9 +101,15 @@ JSON = {
 
 def test_deepspeeds_own_file_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(JSON, indent="\t"))
-    run = import_values(tmp_path, ACCELERATE | {"deepspeed_config": {"deepspeed_config_file": "ds.json"}}, *EXTENDS)
+    run = import_values(
+        tmp_path, ACCELERATE | {"deepspeed_config": {"deepspeed_config_file": "ds.json"}}, *EXTENDS
+    )
     assert run is not None
-    assert (run.train.cpu_offload, run.train.clip_norm, run.parallel.shard) == (("parameters",), 0.5, 2)
+    assert (run.train.cpu_offload, run.train.clip_norm, run.parallel.shard) == (
+        ("parameters",),
+        0.5,
+        2,
+    )
     differs, _ = parts(capsys)
     assert "deepspeed_config_file.gradient_accumulation_steps: 4" in differs
     run = import_values(tmp_path, LLAMAFACTORY | {"deepspeed": "ds.json"}, "--force", *ROWS)
@@ -99,7 +119,9 @@ def test_deepspeeds_own_file_is_read(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    "values", [LLAMAFACTORY | {"deepspeed": "gone.json"}, AXOLOTL | {"deepspeed": "gone.json"}], ids=str
+    "values",
+    [LLAMAFACTORY | {"deepspeed": "gone.json"}, AXOLOTL | {"deepspeed": "gone.json"}],
+    ids=str,
 )
 def test_deepspeeds_file_that_is_not_here_is_named(
     values: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -110,7 +132,9 @@ def test_deepspeeds_file_that_is_not_here_is_named(
     assert "train.cpu_offload=[parameters]" in differs
 
 
-def test_deepspeeds_file_that_is_no_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deepspeeds_file_that_is_no_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "ds.json").write_text("{zero: 3")
     import_values(tmp_path, LLAMAFACTORY | {"deepspeed": "ds.json"}, *ROWS, code=2)
     assert "ds.json" in capsys.readouterr().err
@@ -130,14 +154,18 @@ def test_thinking_that_is_off_is_named(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("datasets", ["rows.jsonl", ["rows.jsonl"]], ids=str)
-def test_a_path_in_place_of_a_data_set(datasets: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_in_place_of_a_data_set(
+    datasets: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     values = AXOLOTL | {"datasets": datasets}
     import_values(tmp_path, values, code=2)
     error = capsys.readouterr().err
     assert "datasets: " in error
     assert "rows.jsonl" in error
     assert "data.train.source=rows.jsonl data.train.format=messages" in error
-    run = import_values(tmp_path, values, "data.train.source=rows.jsonl", "data.train.format=messages")
+    run = import_values(
+        tmp_path, values, "data.train.source=rows.jsonl", "data.train.format=messages"
+    )
     assert run is not None
     assert Path(run.data.train[0].source).name == "rows.jsonl"
 
@@ -177,7 +205,9 @@ SECRETS = {
 }  # fmt: skip
 
 
-def test_a_secret_is_masked_by_the_name_of_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_secret_is_masked_by_the_name_of_its_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import_values(tmp_path, AXOLOTL | SECRETS)
     shown = capsys.readouterr()
     everything = shown.out + shown.err + (tmp_path / "recipe.yaml").read_text()
@@ -191,7 +221,9 @@ def test_a_secret_is_masked_by_the_name_of_its_key(tmp_path: Path, capsys: pytes
         assert plain in everything
 
 
-def test_a_secret_of_a_command_is_masked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_secret_of_a_command_is_masked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tmp_path / "recipe.yaml"
     command = [
         "trl",

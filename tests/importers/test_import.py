@@ -34,7 +34,9 @@ def import_file(path: Path, folder: Path, *more: str) -> tuple[Run, str]:
     """The recipe that is written, loaded again, and its text."""
     recipe = folder / f"{path.stem}.yaml"
     extends = ("--extends", "llama3.1-8b-lora") if path.name.startswith("accelerate") else ()
-    assert main(["import", str(path), "--world", "2", "--output", str(recipe), *extends, *more]) == 0
+    assert (
+        main(["import", str(path), "--world", "2", "--output", str(recipe), *extends, *more]) == 0
+    )
     return load_recipe(recipe), recipe.read_text(encoding="utf-8")
 
 
@@ -44,8 +46,16 @@ def their_keys(path: Path) -> list[str]:
         return [name.replace("-", "_") for name in re.findall(r"--([\w-]+)", path.read_text())]
 
     def leaves(value: Any, key: str) -> Iterator[str]:
-        inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        if not inside or (isinstance(value, list) and not any(isinstance(item, dict) for item in value)):
+        inside = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value)
+            if isinstance(value, list)
+            else ()
+        )
+        if not inside or (
+            isinstance(value, list) and not any(isinstance(item, dict) for item in value)
+        ):
             yield key
         else:
             for name, item in inside:
@@ -56,7 +66,9 @@ def their_keys(path: Path) -> list[str]:
 
 def comments(text: str) -> str:
     """The comments of a recipe on one line: they are wrapped."""
-    return " ".join(re.findall(r"^ *# (.*)$", text, re.M)).replace("- ", "-")  # also broken at hyphens
+    return " ".join(re.findall(r"^ *# (.*)$", text, re.M)).replace(
+        "- ", "-"
+    )  # also broken at hyphens
 
 
 def named(key: str, told: str) -> bool:
@@ -64,13 +76,19 @@ def named(key: str, told: str) -> bool:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_each_key_is_carried_or_named(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_key_is_carried_or_named(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, text = import_file(path, tmp_path)
     told = capsys.readouterr().out
     missing = [
         key
         for key in their_keys(path)
-        if not (named(key, comments(text)) or named(key, told) or named(f"launch.{key}", told + comments(text)))
+        if not (
+            named(key, comments(text))
+            or named(key, told)
+            or named(f"launch.{key}", told + comments(text))
+        )
     ]
     assert not missing
     assert len(their_keys(path)) > 5
@@ -87,13 +105,18 @@ def test_each_value_says_where_it_came_from(path: Path, tmp_path: Path) -> None:
     tool = read_config(path, None).tool
     for place, key in re.findall(r"(\S+:\d+) ([\w.]+): ", comments(text)):
         assert names[key.removeprefix("launch.") if key not in names else key] == place
-    values = [line for line in text.splitlines() if re.match(r" *[a-z_]+: \S", line) and not line.startswith("      ")]
+    values = [
+        line
+        for line in text.splitlines()
+        if re.match(r" *[a-z_]+: \S", line) and not line.startswith("      ")
+    ]
     assert len(values) >= 5
     assert f"{tool}'s default " in comments(text) or tool == "accelerate"
 
 
 @pytest.mark.parametrize(
-    ("tool", "key", "value"), [("axolotl", "load_in_8bit", True), ("llamafactory", "quantization_bit", 8)]
+    ("tool", "key", "value"),
+    [("axolotl", "load_in_8bit", True), ("llamafactory", "quantization_bit", 8)],
 )
 def test_a_base_in_int8_gets_an_answer(tool: str, key: str, value: Any, tmp_path: Path) -> None:
     draft = translated(tool, BASES[tool] | {"adapter": "lora", key: value}, tmp_path)
@@ -108,14 +131,27 @@ def test_the_full_configuration_of_70b(tmp_path: Path) -> None:
     run, text = import_file(FOLDER / "torchtune-70b-full.yaml", tmp_path)
     assert run.model.name == "meta-llama/Llama-3.3-70B-Instruct"
     assert run.adapter.kind == "none"
-    assert (run.train.schedule, str(run.train.warmup), run.train.clip_norm) == ("constant", "0 steps", None)
+    assert (run.train.schedule, str(run.train.warmup), run.train.clip_norm) == (
+        "constant",
+        "0 steps",
+        None,
+    )
     assert (run.train.weight_decay, run.train.learning_rate, run.train.seed) == (0.01, 2e-5, 42)
-    assert str(run.train.global_batch) == "8192 tokens"  # 4 packed rows of 1024 on each of 2 replicas of 8 ranks
+    assert (
+        str(run.train.global_batch) == "8192 tokens"
+    )  # 4 packed rows of 1024 on each of 2 replicas of 8 ranks
     assert (run.parallel.tensor, run.parallel.shard, run.parallel.replicate) == (8, 2, 1)
     assert (run.data.train_on, run.data.seq_len, run.data.pack) == ("all", 1024, True)
-    assert [s.split for s in (*run.data.train, *run.data.validation)] == ["train[:95%]", "train[95%:]"]
+    assert [s.split for s in (*run.data.train, *run.data.validation)] == [
+        "train[:95%]",
+        "train[95%:]",
+    ]
     assert {s.source for s in (*run.data.train, *run.data.validation)} == {"yahma/alpaca-cleaned"}
-    assert (str(run.validate.every), run.train.compile, run.train.master_weights) == ("50 steps", "on", "stochastic")
+    assert (str(run.validate.every), run.train.compile, run.train.master_weights) == (
+        "50 steps",
+        "on",
+        "stochastic",
+    )
     assert "torchtune's default dataset.train_on_input: true" in comments(text)
 
 
@@ -123,22 +159,43 @@ def test_the_lora_configuration_of_70b(tmp_path: Path, capsys: pytest.CaptureFix
     run, _ = import_file(FOLDER / "torchtune-70b-lora.yaml", tmp_path)
     assert run.adapter.target == ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert (run.adapter.rank, run.adapter.alpha, run.adapter.dropout) == (16, 32, 0.0)
-    assert (run.train.schedule, str(run.train.warmup), run.train.learning_rate) == ("cosine", "100 steps", 3e-4)
-    assert (run.data.pack, str(run.train.global_batch), run.log.wandb) == (False, "4 examples", True)
+    assert (run.train.schedule, str(run.train.warmup), run.train.learning_rate) == (
+        "cosine",
+        "100 steps",
+        3e-4,
+    )
+    assert (run.data.pack, str(run.train.global_batch), run.log.wandb) == (
+        False,
+        "4 examples",
+        True,
+    )
     told = capsys.readouterr().out
     for key in ("seed: null", "tokenizer.max_seq_len: null", "dataset._component_:"):
         assert key in told.partition("needs nothing")[0]
 
 
-def test_defaults_of_axolotl_and_llamafactory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_defaults_of_axolotl_and_llamafactory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mixed, _ = import_file(FOLDER / "axolotl-mixed.yml", tmp_path)
-    assert (mixed.data.seq_len, mixed.data.pack, mixed.adapter.target) == (512, True, ("q_proj", "v_proj"))
-    assert [(s.format, s.columns) for s in mixed.data.train] == [("sharegpt", {}), ("text", {"text": "body"})]
+    assert (mixed.data.seq_len, mixed.data.pack, mixed.adapter.target) == (
+        512,
+        True,
+        ("q_proj", "v_proj"),
+    )
+    assert [(s.format, s.columns) for s in mixed.data.train] == [
+        ("sharegpt", {}),
+        ("text", {"text": "body"}),
+    ]
     assert [Path(s.source).is_file() for s in mixed.data.train] == [True, True]
     assert "hf_0123456789" not in capsys.readouterr().out
     bare, _ = import_file(FOLDER / "llamafactory-bare.yaml", tmp_path)
     assert (bare.adapter.rank, bare.adapter.alpha, bare.adapter.target) == (8, 16, "all-linear")
-    assert (bare.train.learning_rate, bare.train.schedule, str(bare.train.warmup)) == (5e-5, "linear", "0 %")
+    assert (bare.train.learning_rate, bare.train.schedule, str(bare.train.warmup)) == (
+        5e-5,
+        "linear",
+        "0 %",
+    )
     assert (str(bare.train.global_batch), str(bare.train.duration), bare.data.seq_len) == (
         "16 examples",
         "3 epochs",
@@ -147,7 +204,11 @@ def test_defaults_of_axolotl_and_llamafactory(tmp_path: Path, capsys: pytest.Cap
     assert bare.data.train[0].columns == {"instruction": "question", "output": "answer"}
     assert (bare.data.template, str(bare.checkpoint.every)) == ("alpaca", "500 steps")
     full, _ = import_file(FOLDER / "axolotl-fft-8b.yml", tmp_path)
-    assert (full.data.train_on, full.data.template, str(full.data.hold_out)) == ("all", "alpaca", "5 %")
+    assert (full.data.train_on, full.data.template, str(full.data.hold_out)) == (
+        "all",
+        "alpaca",
+        "5 %",
+    )
     assert (full.train.optimizer, str(full.train.global_batch), str(full.validate.every)) == (
         "adamw-8bit",
         "131072 tokens",
@@ -163,14 +224,20 @@ def test_defaults_of_axolotl_and_llamafactory(tmp_path: Path, capsys: pytest.Cap
 
 def test_an_accelerate_config_changes_a_recipe(tmp_path: Path) -> None:
     run, text = import_file(FOLDER / "accelerate-fsdp.yaml", tmp_path)
-    assert (run.parallel.shard, run.parallel.replicate, run.train.cpu_offload) == (2, 1, ("parameters",))
+    assert (run.parallel.shard, run.parallel.replicate, run.train.cpu_offload) == (
+        2,
+        1,
+        ("parameters",),
+    )
     assert "extends: llama3.1-8b-lora" in text
     assert run.model.name == "meta-llama/Llama-3.1-8B-Instruct"
 
 
 @pytest.mark.usefixtures("short_answers")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_the_recipe_trains(path: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_trains(
+    path: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two steps on a tiny model, with what this machine lacks taken away: other ranks, rows of the Hub, and nf4."""
     from tunesmith.training.run import train
 
@@ -187,12 +254,17 @@ def test_the_recipe_trains(path: Path, tiny: Path, tmp_path: Path, monkeypatch: 
     for part in ("train", "validation"):
         rows: tuple[Any, ...] = vars(imported.data)[part]
         if rows and not all(Path(one.source).is_file() for one in rows):
-            source = {"source": str(write_rows(tmp_path / f"{part}.jsonl", 16)), "format": "prompt-completion"}
+            source = {
+                "source": str(write_rows(tmp_path / f"{part}.jsonl", 16)),
+                "format": "prompt-completion",
+            }
             overrides[f"data.{part}"] = source
     recipe = tmp_path / f"{path.stem}.yaml"
     result = train(load_recipe(recipe, overrides))
     assert result.steps == 2
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert all(0 < record["loss"] < 10 for record in records if "loss" in record)
     assert (tmp_path / "run" / "final").is_dir()
 
@@ -241,7 +313,9 @@ def test_a_key_that_is_spelt_like_our_name_of_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tool", sorted(BASES))
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_no_key_is_dropped(tool: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_no_key_is_dropped(
+    tool: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Any keys, of the tool's table or none, with any values: refused in our form, or each one named."""
     own = [
         name
@@ -268,7 +342,9 @@ def test_no_key_is_dropped(tool: str, data: st.DataObject, tmp_path_factory: pyt
         assert refused.fix
         return
     assert set(source.keys) == draft.mentioned & set(source.keys)
-    told = " ".join(draft.comments.values()) + "".join(f" {one.key}: {one.value}" for one in draft.notes)
+    told = " ".join(draft.comments.values()) + "".join(
+        f" {one.key}: {one.value}" for one in draft.notes
+    )
     for key in source.keys:
         assert f"{key}: " in told
     assert set(yaml.safe_load(written)) <= {"extends", *(key.partition(".")[0] for key in keys())}
@@ -300,11 +376,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_imported_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_imported_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text, said = BAD[name]
     (tmp_path / "file.yaml").write_text(textwrap.dedent(text))
     recipe = tmp_path / "recipe.yaml"
-    assert main(["import", str(tmp_path / "file.yaml"), "--world", "1", "--output", str(recipe)]) == 2
+    assert (
+        main(["import", str(tmp_path / "file.yaml"), "--world", "1", "--output", str(recipe)]) == 2
+    )
     error = capsys.readouterr().err
     assert re.fullmatch(r"error: .*\n(  where: .*\n)?(  why: .*\n)?  fix: .*\n", error), error
     for words in said:
@@ -327,13 +407,20 @@ def test_the_world_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_file_name_adds_nothing_to_the_recipe(tmp_path: Path) -> None:
     odd = tmp_path / "odd\u2028\x85extends: evil.yaml"
     odd.write_text((FOLDER / "axolotl-fft-8b.yml").read_text())
-    assert main(["import", str(odd), "--world", "1", "--output", str(tmp_path / "recipe.yaml")]) == 0
+    assert (
+        main(["import", str(odd), "--world", "1", "--output", str(tmp_path / "recipe.yaml")]) == 0
+    )
     assert load_recipe(tmp_path / "recipe.yaml").model.name == "NousResearch/Meta-Llama-3.1-8B"
 
 
 def test_the_tables_name_keys_of_ours_and_theirs() -> None:
     for tool in TOOLS:
         assert {*table(tool)} >= {"marks", "names", "defaults", "carried", "nothing", "differs"}
-        listed = [name for part in ("nothing", "differs") for names in table(tool)[part].values() for name in names]
+        listed = [
+            name
+            for part in ("nothing", "differs")
+            for names in table(tool)[part].values()
+            for name in names
+        ]
         assert len(listed) > 8
         assert not [key for key in table(tool).get("ours", {}).values() if key not in keys()]

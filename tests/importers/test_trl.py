@@ -28,7 +28,11 @@ def parsed(words: list[str]) -> Any:
 
 def test_the_defaults_are_those_that_are_installed(tmp_path: Path) -> None:
     script, training, model = parsed(["--output_dir", str(tmp_path)])
-    installed = {f.name: vars(one)[f.name] for one in (script, training, model) for f in dataclasses.fields(one)}
+    installed = {
+        f.name: vars(one)[f.name]
+        for one in (script, training, model)
+        for f in dataclasses.fields(one)
+    }
     checked = 0
     for key, value in table("trl")["defaults"].items():
         real = installed[key]
@@ -39,11 +43,21 @@ def test_the_defaults_are_those_that_are_installed(tmp_path: Path) -> None:
 
 def test_every_flag_of_trl_is_known() -> None:
     """Each field of TRL's three classes is carried or in the table: `import` names no flag of TRL as unknown."""
-    fields = [f.name for one in (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig) for f in dataclasses.fields(one)]
+    fields = [
+        f.name
+        for one in (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig)
+        for f in dataclasses.fields(one)
+    ]
     known = table("trl")
-    listed = [name for part in ("nothing", "differs") for names in known[part].values() for name in names]
+    listed = [
+        name for part in ("nothing", "differs") for names in known[part].values() for name in names
+    ]
     patterns = re.compile("|".join(name.replace(".", r"\.").replace("*", ".*") for name in listed))
-    named = {name for called in known["names"].values() for name in (called if isinstance(called, list) else [called])}
+    named = {
+        name
+        for called in known["names"].values()
+        for name in (called if isinstance(called, list) else [called])
+    }
     source = _our_source()
     missing = [
         f
@@ -81,18 +95,29 @@ def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
     assert str(run.train.global_batch) == f"{rows * training.max_length} tokens"
     assert (run.data.seq_len, run.data.pack) == (training.max_length, True)
     assert run.train.learning_rate == training.learning_rate
-    assert (run.train.betas, run.train.eps) == ((training.adam_beta1, training.adam_beta2), training.adam_epsilon)
+    assert (run.train.betas, run.train.eps) == (
+        (training.adam_beta1, training.adam_beta2),
+        training.adam_epsilon,
+    )
     assert (run.train.weight_decay, run.train.clip_norm, run.train.seed) == (
         training.weight_decay, training.max_grad_norm, training.seed,
     )  # fmt: skip
-    assert (run.train.duration.amount, run.train.duration.unit) == (training.num_train_epochs, "epochs")
+    assert (run.train.duration.amount, run.train.duration.unit) == (
+        training.num_train_epochs,
+        "epochs",
+    )
     assert (str(run.validate.every), str(run.checkpoint.every)) == (
         f"{training.eval_steps:g} steps",
         f"{training.save_steps:g} steps",
     )
-    assert (run.data.train[0].source, run.data.train[0].split) == (script.dataset_name, script.dataset_train_split)
+    assert (run.data.train[0].source, run.data.train[0].split) == (
+        script.dataset_name,
+        script.dataset_train_split,
+    )
     assert run.data.validation[0].split == script.dataset_test_split
-    assert run.data.train_on == "all"  # neither of TRL's two losses on the answer alone is asked for
+    assert (
+        run.data.train_on == "all"
+    )  # neither of TRL's two losses on the answer alone is asked for
 
     config = trl.get_peft_config(model)
     assert (run.adapter.rank, run.adapter.alpha, run.adapter.dropout) == (
@@ -106,7 +131,10 @@ def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
     total = 60
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
     theirs = get_scheduler(
-        training.lr_scheduler_type, optimizer, num_warmup_steps=int(training.warmup_steps), num_training_steps=total
+        training.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=int(training.warmup_steps),
+        num_training_steps=total,
     )
     for step in range(total):
         ours = scheduled_rate(run.train, step, total=total, steps_per_epoch=total, seconds=0.0)
@@ -122,17 +150,34 @@ def test_a_command_behind_two_dashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = (
-        "trl sft --model Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --use_peft --learning-rate=1e-3 --max_steps 7"
-    )
+    command = "trl sft --model Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --use_peft --learning-rate=1e-3 --max_steps 7"
     assert main(["import", "--world", "1", "--", *command.split()]) == 0
     assert load_recipe("trl-recipe.yaml").data.train_on == "all"
     assert (
-        main(["import", "--force", "--world", "1", "data.train.format=prompt-completion", "--", *command.split()]) == 0
+        main(
+            [
+                "import",
+                "--force",
+                "--world",
+                "1",
+                "data.train.format=prompt-completion",
+                "--",
+                *command.split(),
+            ]
+        )
+        == 0
     )
     run = load_recipe("trl-recipe.yaml")
-    assert (run.model.name, run.train.learning_rate, str(run.train.duration)) == ("Qwen/Qwen3-0.6B", 1e-3, "7 steps")
-    assert (run.data.train_on, run.adapter.target, run.adapter.rank) == ("response", ("q_proj", "v_proj"), 16)
+    assert (run.model.name, run.train.learning_rate, str(run.train.duration)) == (
+        "Qwen/Qwen3-0.6B",
+        1e-3,
+        "7 steps",
+    )
+    assert (run.data.train_on, run.adapter.target, run.adapter.rank) == (
+        "response",
+        ("q_proj", "v_proj"),
+        16,
+    )
     assert (run.data.pack, str(run.train.global_batch)) == (True, "8 examples")
     (tmp_path / "sft.yaml").write_text(
         "model_name_or_path: m/m\ndataset_name: d/d\nlearning_rate: 1.0e-4\nmax_length: 512\n"

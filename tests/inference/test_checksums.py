@@ -45,12 +45,27 @@ def chat(folder: Path) -> list[object]:
 
 def generate(folder: Path) -> list[object]:
     (folder / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
-    words = ["--input", folder / "prompts.jsonl", "--output", folder / "out.jsonl", "--max-new-tokens", 2]
+    words = [
+        "--input",
+        folder / "prompts.jsonl",
+        "--output",
+        folder / "out.jsonl",
+        "--max-new-tokens",
+        2,
+    ]
     return ["generate", folder / "lora", *words, "--device", "cpu"]
 
 
 def evaluate(folder: Path) -> list[object]:
-    return ["eval", folder / "lora", "--data", folder / "lora-rows.jsonl", "--device", "cpu", "--json"]
+    return [
+        "eval",
+        folder / "lora",
+        "--data",
+        folder / "lora-rows.jsonl",
+        "--device",
+        "cpu",
+        "--json",
+    ]
 
 
 def merge(folder: Path) -> list[object]:
@@ -60,7 +75,9 @@ def merge(folder: Path) -> list[object]:
 def push(folder: Path) -> list[object]:
     """Of a run whose base is on the Hub; it is refused before anything is sent."""
     recipe = folder / "lora" / "config.yaml"
-    name = json.loads((folder / "lora" / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    name = json.loads((folder / "lora" / "final" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ]
     recipe.write_text(recipe.read_text().replace(name, "someone/tiny"))
     return ["push", folder / "lora"]
 
@@ -96,7 +113,9 @@ def test_a_flipped_bit_of_the_weights(verb: str, copied: Path) -> None:
     assert not (copied / "merged").exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"]
+)
 def test_a_flipped_bit_of_a_whole_model(name: str, copied: Path) -> None:
     from tunesmith.inference.load_run import load_run
 
@@ -108,7 +127,12 @@ def test_a_flipped_bit_of_a_whole_model(name: str, copied: Path) -> None:
 
 def test_a_base_that_an_earlier_run_wrote(copied: Path) -> None:
     base = copied / "full" / "final"
-    words = ["train", copied / "lora" / "config.yaml", f"model.name={base}", f"output_dir={copied / 'next'}"]
+    words = [
+        "train",
+        copied / "lora" / "config.yaml",
+        f"model.name={base}",
+        f"output_dir={copied / 'next'}",
+    ]
     flip(base / "model.safetensors")
     done = run_warm([*words, "train.duration=1 steps"])
     assert done.returncode == EXIT_USAGE, done.stderr
@@ -137,7 +161,9 @@ def test_another_whole_checkpoint_is_named(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("manifest", [None, "{", "[]", '{"files": {"a": 1}}', '{"version": 3}'])
-def test_a_folder_without_a_manifest_of_ours_is_opened(manifest: str | None, tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_of_ours_is_opened(
+    manifest: str | None, tmp_path: Path
+) -> None:
     (tmp_path / "weights").write_bytes(b"x")
     if manifest is not None:
         (tmp_path / state.MANIFEST).write_text(manifest)
@@ -156,7 +182,9 @@ def test_an_edited_folder_is_opened_without_its_manifest(copied: Path) -> None:
     load_run(edited, device="cpu")
 
 
-def test_the_time_of_large_files_is_announced(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_large_files_is_announced(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines: list[str] = []
     state.check_sums(copied / "lora" / "final", say=lines.append)
     assert lines == []

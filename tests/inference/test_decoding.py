@@ -25,7 +25,18 @@ from tunesmith.inference.decoding import (
 from tunesmith.inference.load_run import LoadedModel, load_run
 from tunesmith.training.build import build
 
-TEXTS = ["a", "hello there", "Count to seven", "x" * 40, "the end", "b?", "one two three", "zz", "q", "longer " * 9]
+TEXTS = [
+    "a",
+    "hello there",
+    "Count to seven",
+    "x" * 40,
+    "the end",
+    "b?",
+    "one two three",
+    "zz",
+    "q",
+    "longer " * 9,
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +57,23 @@ def test_greedy_batches_answer_as_peft_does_one_by_one(
     peft = peft_model(tiny)
     decoding = Decoding(max_new_tokens=12)
     long = answer_batch(opened.model, opened.tokenizer, prompts[:1], decoding, stops=set())[0].ids
-    stops = {long[5], 256}  # a random model seldom ends by itself; this token ends some answers and not all
-    settings = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=sorted(stops), pad_token_id=257)
-    found = dict(answer_all(opened.model, opened.tokenizer, prompts, decoding, stops=stops, batch_size=3))
+    stops = {
+        long[5],
+        256,
+    }  # a random model seldom ends by itself; this token ends some answers and not all
+    settings = GenerationConfig(
+        max_new_tokens=12, do_sample=False, eos_token_id=sorted(stops), pad_token_id=257
+    )
+    found = dict(
+        answer_all(opened.model, opened.tokenizer, prompts, decoding, stops=stops, batch_size=3)
+    )
     assert {answer.finished for answer in found.values()} == {True, False}
     assert list(found) == list(range(len(prompts)))
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
-        expected = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)[
-            0, len(prompt) :
-        ].tolist()
+        expected = peft.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
+        )[0, len(prompt) :].tolist()
         cut = next((n for n, token in enumerate(expected) if token in stops), None)
         assert found[i].ids == expected[:cut]
         assert found[i].finished == (cut is not None)
@@ -72,14 +90,28 @@ def test_adapter_changes_answers(opened: LoadedModel, prompts: list[list[int]]) 
     assert sum(a.ids != b.ids for a, b in zip(tuned, base, strict=True)) >= len(prompts) // 2
 
 
-@pytest.mark.parametrize("decoding", [Decoding(6), Decoding(6, temperature=1.0, top_p=0.9, top_k=50, seed=3)])
+@pytest.mark.parametrize(
+    "decoding", [Decoding(6), Decoding(6, temperature=1.0, top_p=0.9, top_k=50, seed=3)]
+)
 @pytest.mark.parametrize("start", [1, 4, 8, 9])
 def test_restart_gives_the_answers_of_an_unbroken_job(
     opened: LoadedModel, prompts: list[list[int]], decoding: Decoding, start: int
 ) -> None:
     """Window of 2 x 4 = 8 rows: starts inside the first, at its edge and inside the second."""
-    whole = list(answer_all(opened.model, opened.tokenizer, prompts, decoding, stops=set(), batch_size=2))
-    rest = list(answer_all(opened.model, opened.tokenizer, prompts, decoding, stops=set(), batch_size=2, start=start))
+    whole = list(
+        answer_all(opened.model, opened.tokenizer, prompts, decoding, stops=set(), batch_size=2)
+    )
+    rest = list(
+        answer_all(
+            opened.model,
+            opened.tokenizer,
+            prompts,
+            decoding,
+            stops=set(),
+            batch_size=2,
+            start=start,
+        )
+    )
     assert rest == whole[start:]
 
 
@@ -88,7 +120,10 @@ def test_sampling_follows_its_seed_and_leaves_the_callers_random_state(
 ) -> None:
     def draw(seed: int) -> list[list[int]]:
         sampled = Decoding(8, temperature=1.0, seed=seed)
-        return [a.ids for a in answer_batch(opened.model, opened.tokenizer, prompts, sampled, stops=set())]
+        return [
+            a.ids
+            for a in answer_batch(opened.model, opened.tokenizer, prompts, sampled, stops=set())
+        ]
 
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -102,10 +137,14 @@ def test_settings_that_ship_with_a_model_are_set_aside_and_put_back(
     opened: LoadedModel, prompts: list[list[int]]
 ) -> None:
     plain = answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops=set())
-    shipped = GenerationConfig(repetition_penalty=9.0, temperature=0.7, do_sample=True, top_k=3, num_beams=2)
+    shipped = GenerationConfig(
+        repetition_penalty=9.0, temperature=0.7, do_sample=True, top_k=3, num_beams=2
+    )
     kept, opened.model.generation_config = opened.model.generation_config, shipped
     try:
-        assert answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops=set()) == plain
+        assert (
+            answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops=set()) == plain
+        )
         assert opened.model.generation_config is shipped
     finally:
         opened.model.generation_config = kept
@@ -118,7 +157,9 @@ def test_training_mode_comes_back(opened: LoadedModel, prompts: list[list[int]])
     opened.model.eval()
 
 
-def test_a_cancelled_job_gives_up_the_window_under_way(opened: LoadedModel, prompts: list[list[int]]) -> None:
+def test_a_cancelled_job_gives_up_the_window_under_way(
+    opened: LoadedModel, prompts: list[list[int]]
+) -> None:
     found: list[int] = []
     # True once the last answer of the first window, of 4 batches of one row, is out.
     options = {"stops": set(), "batch_size": 1, "cancelled": lambda: len(found) == 4}
@@ -127,27 +168,35 @@ def test_a_cancelled_job_gives_up_the_window_under_way(opened: LoadedModel, prom
     assert found == [0, 1, 2, 3]
 
 
-def test_a_cancelled_answer_ends_after_its_present_token(opened: LoadedModel, prompts: list[list[int]]) -> None:
+def test_a_cancelled_answer_ends_after_its_present_token(
+    opened: LoadedModel, prompts: list[list[int]]
+) -> None:
     options = {"stops": set(), "cancelled": lambda: True}
     answer = answer_batch(opened.model, opened.tokenizer, prompts[:1], Decoding(50), **options)[0]
     assert len(answer.ids) == 1
     assert not answer.finished
 
 
-def test_merged_meanwhile_answers_alike_and_restores_every_bit(opened: LoadedModel, prompts: list[list[int]]) -> None:
+def test_merged_meanwhile_answers_alike_and_restores_every_bit(
+    opened: LoadedModel, prompts: list[list[int]]
+) -> None:
     """Logits to 1e-5: fp32 rounding of one more or one less product in a layer, logits near 1."""
     ids = torch.tensor([prompts[3]])
     before = {name: weight.clone() for name, weight in opened.model.state_dict().items()}
     with torch.no_grad():
         unmerged = opened.model(input_ids=ids).logits
         with merged_meanwhile(opened.model):
-            changed = [n for n, w in opened.model.state_dict().items() if not torch.equal(w, before[n])]
+            changed = [
+                n for n, w in opened.model.state_dict().items() if not torch.equal(w, before[n])
+            ]
             merged = opened.model(input_ids=ids).logits
         again = opened.model(input_ids=ids).logits
     assert len(changed) == 14  # 2 layers of 7 projections
     torch.testing.assert_close(merged, unmerged, atol=1e-5, rtol=0)
     assert torch.equal(again, unmerged)
-    assert all(torch.equal(weight, before[name]) for name, weight in opened.model.state_dict().items())
+    assert all(
+        torch.equal(weight, before[name]) for name, weight in opened.model.state_dict().items()
+    )
 
 
 def test_sample_answers_take_one_forward_a_token_and_are_those_of_one_prompt_at_a_time(
@@ -161,7 +210,9 @@ def test_sample_answers_take_one_forward_a_token_and_are_those_of_one_prompt_at_
     hook.remove()
     assert len(calls) == SAMPLE_TOKENS
     assert len({len(example.ids) for example in examples}) > 1
-    alone = [sample_answers(session.model, session.files.tokenizer, [one], [])[0] for one in examples]
+    alone = [
+        sample_answers(session.model, session.files.tokenizer, [one], [])[0] for one in examples
+    ]
     assert together == alone
 
 
@@ -176,10 +227,14 @@ def test_the_clock_judges_all_tokens_by_the_first_two(allowed: float, late: bool
 
 
 @pytest.mark.parametrize(("allowed", "late"), [(128.1, False), (127.9, True)])
-def test_ranks_that_answer_together_judge_by_the_first_token_alone(allowed: float, late: bool) -> None:
+def test_ranks_that_answer_together_judge_by_the_first_token_alone(
+    allowed: float, late: bool
+) -> None:
     """A rank whose answers end with the first token would miss a later verdict, and leave the others waiting."""
     times, asked = iter([10.0, 12.0, 12.1]), []
-    clock = AnswerClock(allowed, agree=lambda own: asked.append(own) or own, now=lambda: next(times))
+    clock = AnswerClock(
+        allowed, agree=lambda own: asked.append(own) or own, now=lambda: next(times)
+    )
     assert [clock.after_token() for _ in range(2)] == [late, late]
     assert clock.predicted == pytest.approx(64 * 2.0)
     assert asked == [late]
@@ -224,6 +279,8 @@ def test_special_tokens_are_not_text(opened: LoadedModel) -> None:
 def test_a_prompt_with_a_token_that_has_no_row_is_refused(opened: LoadedModel) -> None:
     opened.tokenizer.add_tokens([f"<image-{i}>" for i in range(20)])
     prompt = opened.tokenizer("look: <image-19>")["input_ids"]
-    with pytest.raises(UsageError, match="holds <image-19>, a token that the model has no embedding of") as caught:
+    with pytest.raises(
+        UsageError, match="holds <image-19>, a token that the model has no embedding of"
+    ) as caught:
         answer_batch(opened.model, opened.tokenizer, [[1, 2], prompt], Decoding(2), stops=set())
     assert caught.value.why == "its id is 278, and the embedding has 272 rows"

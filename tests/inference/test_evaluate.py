@@ -40,7 +40,9 @@ def opened(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def tokens(opened: LoadedModel) -> TokenSet:
     assert opened.run is not None
     data = opened.run.data
-    return tokenize(read_splits(data, 0)[0], data, opened.template, opened.tokenizer, cache=None, what="test")
+    return tokenize(
+        read_splits(data, 0)[0], data, opened.template, opened.tokenizer, cache=None, what="test"
+    )
 
 
 def reference(model: torch.nn.Module, examples: list[Example]) -> tuple[float, int, int]:
@@ -51,13 +53,17 @@ def reference(model: torch.nn.Module, examples: list[Example]) -> tuple[float, i
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, :-1]
         supervised = torch.tensor(np.asarray(example.trained[1:]))
-        total += F.cross_entropy(logits[supervised].double(), ids[1:][supervised], reduction="sum").item()
+        total += F.cross_entropy(
+            logits[supervised].double(), ids[1:][supervised], reduction="sum"
+        ).item()
         hits += int((logits[supervised].argmax(-1) == ids[1:][supervised]).sum())
         count += int(supervised.sum())
     return total, hits, count
 
 
-def test_score_is_that_of_transformers_and_peft(tiny: Path, opened: LoadedModel, tokens: TokenSet) -> None:
+def test_score_is_that_of_transformers_and_peft(
+    tiny: Path, opened: LoadedModel, tokens: TokenSet
+) -> None:
     """Relative 1e-6: the same sums in fp32, in another order."""
     total, hits, count = reference(peft_model(tiny), list(tokens))
     with opened.training_attention() as train_model:
@@ -70,10 +76,14 @@ def test_score_is_that_of_transformers_and_peft(tiny: Path, opened: LoadedModel,
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 300, 700, 100_000])
-def test_loss_does_not_depend_on_the_rows_of_a_batch(opened: LoadedModel, tokens: TokenSet, micro_tokens: int) -> None:
+def test_loss_does_not_depend_on_the_rows_of_a_batch(
+    opened: LoadedModel, tokens: TokenSet, micro_tokens: int
+) -> None:
     with opened.training_attention() as train_model:
         whole = score(train_model, tokens, pad_id=opened.pad_id)
-        found = validation_loss(train_model, tokens, micro_tokens=micro_tokens, pad_id=opened.pad_id, device=CPU)
+        found = validation_loss(
+            train_model, tokens, micro_tokens=micro_tokens, pad_id=opened.pad_id, device=CPU
+        )
     assert found is not None
     assert found[0] == pytest.approx(whole.loss, rel=1e-6)
     assert found[1] == whole.tokens
@@ -92,15 +102,26 @@ def test_dropout_is_off_and_training_mode_comes_back(opened: LoadedModel, tokens
 def test_a_cancelled_validation_has_no_result(opened: LoadedModel, tokens: TokenSet) -> None:
     with opened.training_attention() as train_model:
         found = validation_loss(
-            train_model, tokens, micro_tokens=64, pad_id=opened.pad_id, device=CPU, cancelled=lambda: True
+            train_model,
+            tokens,
+            micro_tokens=64,
+            pad_id=opened.pad_id,
+            device=CPU,
+            cancelled=lambda: True,
         )
     assert found is None
 
 
-def test_every_example_is_packed_once_without_padding(opened: LoadedModel, tokens: TokenSet) -> None:
+def test_every_example_is_packed_once_without_padding(
+    opened: LoadedModel, tokens: TokenSet
+) -> None:
     batches = list(packed(tokens, capacity=300, pad_id=opened.pad_id))
     assert sum(b.examples for b in batches) == len(tokens)
-    assert sum(b.tokens for b in batches) == int(tokens.lengths.sum()) == sum(b.input_ids.numel() for b in batches)
+    assert (
+        sum(b.tokens for b in batches)
+        == int(tokens.lengths.sum())
+        == sum(b.input_ids.numel() for b in batches)
+    )
     assert len(batches) < len(tokens)
 
 
@@ -121,8 +142,13 @@ def test_exact_match_without_any_answer_is_refused(tiny: Path, tmp_path: Path) -
     assert str(rows) in refused.value.where
 
 
-def test_exact_match_reads_rows_by_the_columns_that_were_trained(tiny: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "held.jsonl", [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
+def test_exact_match_reads_rows_by_the_columns_that_were_trained(
+    tiny: Path, tmp_path: Path
+) -> None:
+    rows = write_rows(
+        tmp_path / "held.jsonl",
+        [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}],
+    )
     columns = {"prompt": "question", "completion": "answer"}
     source = {"source": str(rows), "format": "prompt-completion", "columns": columns}
     make_run(tmp_path / "run", tiny, peft_model(tiny), data={"train": source})
@@ -130,8 +156,12 @@ def test_exact_match_reads_rows_by_the_columns_that_were_trained(tiny: Path, tmp
     assert [(score.rows, score.asked) for score in found.scores.values()] == [(2, 2), (2, 2)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"data": {"validation": None, "hold_out": "30 %"}}], ids=["slice", "hold_out"])
-def test_without_data_the_score_is_the_run_s_own_validation_loss(tiny: Path, tmp_path: Path, changes: Any) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"data": {"validation": None, "hold_out": "30 %"}}], ids=["slice", "hold_out"]
+)
+def test_without_data_the_score_is_the_run_s_own_validation_loss(
+    tiny: Path, tmp_path: Path, changes: Any
+) -> None:
     """To the last bits that packing moves."""
     shape = {"train": {"duration": "2 steps"}, "validate": {"every": None, "max_examples": 3}}
     train(recipe_run(tiny, tmp_path, **{**shape, **changes}))
@@ -141,7 +171,10 @@ def test_without_data_the_score_is_the_run_s_own_validation_loss(tiny: Path, tmp
     assert found.scores["base"].loss != pytest.approx(measured, rel=1e-6)
     assert (found.scores["tuned"].rows, found.scores["tuned"].asked) == (3, 3)
     assert ("30 %" in found.data) == bool(changes)
-    assert evaluate(tmp_path / "run", max_examples=2, base=False, device="cpu").scores["tuned"].rows == 2
+    assert (
+        evaluate(tmp_path / "run", max_examples=2, base=False, device="cpu").scores["tuned"].rows
+        == 2
+    )
 
 
 @pytest.mark.parametrize("name", ["held.jsonl", "train.jsonl"])
@@ -159,18 +192,28 @@ def test_without_data_a_run_without_held_out_rows_is_refused_before_loading(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path / "run", tiny, peft_model(tiny))
-    monkeypatch.setattr("tunesmith.inference.evaluate.load_run", lambda *a, **k: pytest.fail("loaded"))
-    for path, why in ((tmp_path / "run", "neither data.validation nor data.hold_out"), (tiny, "not a run")):
+    monkeypatch.setattr(
+        "tunesmith.inference.evaluate.load_run", lambda *a, **k: pytest.fail("loaded")
+    )
+    for path, why in (
+        (tmp_path / "run", "neither data.validation nor data.hold_out"),
+        (tiny, "not a run"),
+    ):
         with pytest.raises(UsageError, match="no held-out rows") as refused:
             evaluate(path)
         assert why in refused.value.why
 
 
-QUESTIONS = [{"question": "a", "answer": "b", "extra": 1}, {"question": "c", "answer": "d", "extra": 2}]
+QUESTIONS = [
+    {"question": "a", "answer": "b", "extra": 1},
+    {"question": "c", "answer": "d", "extra": 2},
+]
 
 
 def as_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    path.write_text("\n".join(",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows))))
+    path.write_text(
+        "\n".join(",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows)))
+    )
 
 
 def as_parquet(rows: list[dict[str, Any]], path: Path) -> None:
@@ -189,20 +232,27 @@ def as_parquet(rows: list[dict[str, Any]], path: Path) -> None:
         ("parquet", as_parquet),
     ],
 )
-def test_columns_are_those_of_the_run_or_as_told(tiny: Path, tmp_path: Path, ending: str, write: Any) -> None:
+def test_columns_are_those_of_the_run_or_as_told(
+    tiny: Path, tmp_path: Path, ending: str, write: Any
+) -> None:
     """The same score of the same rows in any file, with the format's own names, the run's mapping, or a mapping given."""
     plain = [{"prompt": row["question"], "completion": row["answer"]} for row in QUESTIONS]
     rows = write_rows(tmp_path / "plain.jsonl", plain)
     columns = {"prompt": "question", "completion": "answer"}
     shape = {"source": str(rows), "format": "prompt-completion"}
-    make_run(tmp_path / "mapped", tiny, peft_model(tiny), data={"train": {**shape, "columns": columns}})
+    make_run(
+        tmp_path / "mapped", tiny, peft_model(tiny), data={"train": {**shape, "columns": columns}}
+    )
     make_run(tmp_path / "unmapped", tiny, peft_model(tiny), data={"train": shape})
     file = tmp_path / f"held.{ending}"
     write(QUESTIONS, file)
     options: dict[str, Any] = {"exact_match": True, "max_new_tokens": 2, "device": "cpu"}
     expected = evaluate(tmp_path / "unmapped", rows, **options).scores
     assert evaluate(tmp_path / "mapped", file, **options).scores == expected
-    assert evaluate(tmp_path / "mapped", file, format_name="prompt-completion", **options).scores == expected
+    assert (
+        evaluate(tmp_path / "mapped", file, format_name="prompt-completion", **options).scores
+        == expected
+    )
     assert evaluate(tmp_path / "unmapped", file, columns=columns, **options).scores == expected
     with pytest.raises(UsageError, match=r"is no|unknown"):
         evaluate(tmp_path / "unmapped", file, **options)

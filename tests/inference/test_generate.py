@@ -46,7 +46,10 @@ ENDED = [TURN, {"role": "assistant", "content": "b"}]
     [
         ({"messages": [TURN]}, False),
         ({"messages": ENDED}, True),
-        ({"messages": [TURN, {"role": "gpt", "content": "b"}]}, True),  # another name of the same role
+        (
+            {"messages": [TURN, {"role": "gpt", "content": "b"}]},
+            True,
+        ),  # another name of the same role
         ({"conversations": [{"from": "human", "value": "a"}]}, False),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, True),
         ({"prompt": "a"}, False),
@@ -55,7 +58,9 @@ ENDED = [TURN, {"role": "assistant", "content": "b"}]
         ({"instruction": "a", "input": ""}, False),
     ],
 )
-def test_every_form_of_a_row_gives_one_prompt(loaded: LoadedModel, row: dict[str, Any], answer: bool) -> None:
+def test_every_form_of_a_row_gives_one_prompt(
+    loaded: LoadedModel, row: dict[str, Any], answer: bool
+) -> None:
     (plain,) = generate(loaded, [{"messages": [TURN]}], Decoding(3))
     (found,) = generate(loaded, [row], Decoding(3))
     assert found["output"] == plain["output"]
@@ -69,11 +74,17 @@ def test_a_prompt_without_room_for_its_answer_is_refused_at_the_call(loaded: Loa
     generate(loaded, [{"text": "a" * 2024}], Decoding(24))  # the context is 2,048 tokens
 
 
-def test_questions_alone_are_read_by_the_columns_that_were_trained(tiny: Path, tmp_path: Path) -> None:
+def test_questions_alone_are_read_by_the_columns_that_were_trained(
+    tiny: Path, tmp_path: Path
+) -> None:
     """Of two sources with the question's column the one whose other columns are there; the answer's may be missing."""
-    columns = [{"prompt": "question", "completion": "answer"}, {"prompt": "question", "completion": "reply"}]
+    columns = [
+        {"prompt": "question", "completion": "answer"},
+        {"prompt": "question", "completion": "reply"},
+    ]
     sources = [
-        {"source": str(tmp_path / "run-rows.jsonl"), "format": "prompt-completion", "columns": c} for c in columns
+        {"source": str(tmp_path / "run-rows.jsonl"), "format": "prompt-completion", "columns": c}
+        for c in columns
     ]
     make_run(tmp_path / "run", tiny, peft_model(tiny), data={"train": sources})
     asked = load_run(tmp_path / "run", device="cpu")

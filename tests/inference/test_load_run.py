@@ -52,7 +52,9 @@ def test_parts_of_a_run_know_their_recipe(run: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["adapter", "full"])
-@pytest.mark.parametrize("late", [False, True], ids=["before the weights are read", "before the tokenizer is"])
+@pytest.mark.parametrize(
+    "late", [False, True], ids=["before the weights are read", "before the tokenizer is"]
+)
 def test_a_checkpoint_deleted_while_it_is_read_is_told(
     run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, late: bool
 ) -> None:
@@ -68,7 +70,9 @@ def test_a_checkpoint_deleted_while_it_is_read_is_told(
         return built or build_model(*args, **options)
 
     monkeypatch.setattr("tunesmith.build_model.build_model", while_the_run_goes_on)
-    with pytest.raises(TunesmithError, match="checkpoint-3 was deleted while it was read") as caught:
+    with pytest.raises(
+        TunesmithError, match="checkpoint-3 was deleted while it was read"
+    ) as caught:
         load_run(run, device="cpu")
     assert str(run) in caught.value.fix
 
@@ -76,7 +80,12 @@ def test_a_checkpoint_deleted_while_it_is_read_is_told(
 def test_an_adapter_alone_names_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "final", tmp_path / "elsewhere")
     place = locate_run(tmp_path / "elsewhere")
-    assert (place.kind, place.base.name, place.base.dtype, place.run) == ("adapter", str(tiny), "fp32", None)
+    assert (place.kind, place.base.name, place.base.dtype, place.run) == (
+        "adapter",
+        str(tiny),
+        "fp32",
+        None,
+    )
 
 
 def test_a_full_run_and_a_plain_folder(tiny: Path, tmp_path: Path) -> None:
@@ -175,7 +184,9 @@ def _broken_manifest(run: Path) -> Path:
         (_broken_manifest, EXIT_FAILED, "manifest.json cannot be read"),
     ],
 )
-def test_wrong_paths_are_told(run: Path, make: Callable[[Path], Path], code: int, words: str) -> None:
+def test_wrong_paths_are_told(
+    run: Path, make: Callable[[Path], Path], code: int, words: str
+) -> None:
     path = make(run)
     with pytest.raises(TunesmithError) as caught:
         locate_run(path)
@@ -212,13 +223,19 @@ def test_the_saved_template_is_the_one_in_use(run: Path) -> None:
     assert opened.tokenizer.decode(prompt) == "[hi<|im_end|>"
 
 
-def test_alpaca_rows_meet_the_saved_alpaca_text_as_in_training(run: Path, tiny: Path, tmp_path: Path) -> None:
+def test_alpaca_rows_meet_the_saved_alpaca_text_as_in_training(
+    run: Path, tiny: Path, tmp_path: Path
+) -> None:
     """Instruction and input apart, as trained; a plain chat template would get them as one message."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = builtin_templates.alpaca(bos=False)
-    shutil.copytree(run / "final", tmp_path / "adapter", ignore=shutil.ignore_patterns("manifest.json"))
+    shutil.copytree(
+        run / "final", tmp_path / "adapter", ignore=shutil.ignore_patterns("manifest.json")
+    )
     tokenizer.save_pretrained(tmp_path / "adapter")
     opened = load_run(tmp_path / "adapter", device="cpu")
     both = [{"role": "user", "content": "Add\n1 2"}, {"role": "assistant", "content": "3"}]
-    text = opened.tokenizer.decode(opened.template.prompt(Conversation(both, instruction=("Add", "1 2", "3"))))
+    text = opened.tokenizer.decode(
+        opened.template.prompt(Conversation(both, instruction=("Add", "1 2", "3")))
+    )
     assert "### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n" in text

@@ -29,7 +29,11 @@ def run(tiny: Path, tmp_path: Path) -> Path:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return [p.name for p in folder.iterdir() if p.name.startswith(".") or p.name.endswith((".part", ".old"))]
+    return [
+        p.name
+        for p in folder.iterdir()
+        if p.name.startswith(".") or p.name.endswith((".part", ".old"))
+    ]
 
 
 def test_merged_weights_are_those_of_peft(run: Path, tiny: Path, tmp_path: Path) -> None:
@@ -59,7 +63,10 @@ def test_the_folder_stands_alone(run: Path, tiny: Path, tmp_path: Path) -> None:
     assert str(tiny.parent) not in card
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = tokenizer("hello", return_tensors="pt")
-    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    assert (
+        model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1]
+        > ids["input_ids"].shape[1]
+    )
     assert load_run(tmp_path / "out", device="cpu").location.kind == "base"
 
 
@@ -72,7 +79,11 @@ def test_the_keys_that_older_readers_need(tiny: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", base, peft_model(base))
     merge(tmp_path / "run", tmp_path / "out", device="cpu")
     values = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (values["rope_theta"], values["rope_scaling"], values["torch_dtype"]) == (100000.0, None, "float32")
+    assert (values["rope_theta"], values["rope_scaling"], values["torch_dtype"]) == (
+        100000.0,
+        None,
+        "float32",
+    )
     assert values["rope_parameters"]["rope_theta"] == 100000.0
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -83,8 +94,16 @@ def test_gemma_2_whose_attention_scores_are_capped(dtype: Any, tiny: Path, tmp_p
     """sdpa computes no softcap: Transformers refuses it for this family, which answers and merges with eager attention."""
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     sizes = json.loads((base / "config.json").read_text())
-    values = {name: sizes[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "query_pre_attn_scalar": 16}
+    values = {
+        name: sizes[name]
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    }
+    heads = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+    }
     ids = {name: sizes[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(Gemma2Config(**values, **heads, **ids)).save_pretrained(base)
@@ -175,12 +194,19 @@ def test_a_4_bit_base_is_merged_dequantised(tiny: Path, tmp_path: Path) -> None:
         for n, m in peft_model(tiny).base_model.model.named_modules()
         if "proj" in n.split(".")[-1]
     }
-    for name, weight in AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).state_dict().items():
+    stored = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).state_dict()
+    for name, weight in stored.items():
+        expected = weight
         if name.removesuffix(".weight") in update:
-            packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-            weight = functional.dequantize_4bit(packed, state).float() + update[name.removesuffix(".weight")]  # noqa: PLW2901
+            packed, state = functional.quantize_4bit(
+                weight, quant_type="nf4", compress_statistics=True
+            )
+            dense = functional.dequantize_4bit(packed, state).float()
+            expected = dense + update[name.removesuffix(".weight")]
         # One unit in the last place of bf16: PEFT may sum B A in another order before the rounding.
-        torch.testing.assert_close(found[name].float(), weight.detach().float(), rtol=2**-8, atol=1e-6)
+        torch.testing.assert_close(
+            found[name].float(), expected.detach().float(), rtol=2**-8, atol=1e-6
+        )
 
 
 def _left_out(module: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -194,7 +220,11 @@ def _twice(module: Any, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("wrong", [_left_out, _twice])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_wrong_merge_is_rejected(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, wrong: Callable[..., torch.Tensor]
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: Any,
+    wrong: Callable[..., torch.Tensor],
 ) -> None:
     monkeypatch.setattr(room, "merged_weight", wrong)
     with pytest.raises(TunesmithError, match="answers differently") as caught:
@@ -221,7 +251,9 @@ def test_a_weak_adapter_left_out_is_rejected_in_bf16(
     assert "in fp32" in caught.value.why
 
 
-def test_a_failed_write_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -240,7 +272,9 @@ def test_force_replaces_an_earlier_merge_once_the_check_is_passed(
     link.symlink_to(out)
     merge(run, out, device="cpu")
     before = (out / "model.safetensors").stat().st_ino
-    out.rename(tmp_path / ".out.old")  # as a kill leaves it between the renames of a merge that replaces it
+    out.rename(
+        tmp_path / ".out.old"
+    )  # as a kill leaves it between the renames of a merge that replaces it
     with pytest.raises(UsageError, match="holds an earlier merge"):
         merge(run, out, device="cpu")
     with monkeypatch.context() as patch:
@@ -279,7 +313,9 @@ def _not_rejected_by_us(run: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [_other_run, _own_file, _edited_card, _not_rejected_by_us])
-def test_force_replaces_nothing_that_no_merge_wrote(run: Path, make: Callable[[Path], Path]) -> None:
+def test_force_replaces_nothing_that_no_merge_wrote(
+    run: Path, make: Callable[[Path], Path]
+) -> None:
     """A checkpoint, somebody's file in a merged folder or in place of a rejected one, and an edited card."""
     output = make(run)
     before = {p: p.read_bytes() for p in run.parent.rglob("*") if p.is_file()}
@@ -288,7 +324,9 @@ def test_force_replaces_nothing_that_no_merge_wrote(run: Path, make: Callable[[P
     assert {p: p.read_bytes() for p in run.parent.rglob("*") if p.is_file()} == before
 
 
-def test_the_working_directory_is_not_replaced(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_directory_is_not_replaced(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UsageError, match="the folder you are in"):
@@ -315,33 +353,43 @@ def _over_the_run(run: Path) -> tuple[Path, Path]:
 
 
 def _plain_model(run: Path) -> tuple[Path, Path]:
-    base = json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = json.loads((run / "final" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ]
     return Path(base), run.parent / "out"
 
 
 def _lost_base(run: Path) -> tuple[Path, Path]:
     config = (run / "config.yaml").read_text()
-    base = json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = json.loads((run / "final" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ]
     (run / "config.yaml").write_text(config.replace(base, "/nowhere/model"))
     return run, run.parent / "out"
 
 
 def _other_rank(run: Path) -> tuple[Path, Path]:
-    shutil.copytree(run / "final", run.parent / "ad", ignore=shutil.ignore_patterns("manifest.json"))
+    shutil.copytree(
+        run / "final", run.parent / "ad", ignore=shutil.ignore_patterns("manifest.json")
+    )
     file = run.parent / "ad" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 5}))
     return run.parent / "ad", run.parent / "out"
 
 
 def _dora(run: Path) -> tuple[Path, Path]:
-    shutil.copytree(run / "final", run.parent / "ad", ignore=shutil.ignore_patterns("manifest.json"))
+    shutil.copytree(
+        run / "final", run.parent / "ad", ignore=shutil.ignore_patterns("manifest.json")
+    )
     file = run.parent / "ad" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
     return run.parent / "ad", run.parent / "out"
 
 
 def _cut_weights(run: Path) -> tuple[Path, Path]:
-    shutil.copytree(run / "final", run.parent / "ad", ignore=shutil.ignore_patterns("manifest.json"))
+    shutil.copytree(
+        run / "final", run.parent / "ad", ignore=shutil.ignore_patterns("manifest.json")
+    )
     file = run.parent / "ad" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     return run.parent / "ad", run.parent / "out"
@@ -361,7 +409,9 @@ def _cut_weights(run: Path) -> tuple[Path, Path]:
         (_cut_weights, "adapter's weights cannot be read"),
     ],
 )
-def test_what_cannot_be_merged_is_refused(run: Path, make: Callable[[Path], tuple[Path, Path]], words: str) -> None:
+def test_what_cannot_be_merged_is_refused(
+    run: Path, make: Callable[[Path], tuple[Path, Path]], words: str
+) -> None:
     source, output = make(run)
     before = sorted(p for p in run.parent.rglob("*") if p.is_file())
     with pytest.raises(TunesmithError) as caught:
@@ -382,7 +432,9 @@ def test_a_full_fine_tune_is_already_whole(tiny: Path, tmp_path: Path) -> None:
 def test_no_room_on_the_disk_is_found_before_loading(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    )
     monkeypatch.setattr(room, "load_run", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(TunesmithError, match="no room on the disk") as caught:
         merge(run, tmp_path / "out", device="cpu")
@@ -401,10 +453,34 @@ GOOD, BAD = (
     [
         ("fp32", Difference(9e-5, 0.0, 1.0), LARGE, SMALL, 5.0, None, True),
         ("fp32", Difference(1.1e-4, 0.0, 1.0), LARGE, SMALL, 5.0, None, False),
-        ("fp32", Difference(1.9e-4, 0.0, 1.0), LARGE, SMALL, 20.0, None, True),  # logits twice as large
-        ("bf16", Difference(2.0, 0.04, 0.9), LARGE, SMALL, 20.0, GOOD, True),  # below a tenth of what was taught
+        (
+            "fp32",
+            Difference(1.9e-4, 0.0, 1.0),
+            LARGE,
+            SMALL,
+            20.0,
+            None,
+            True,
+        ),  # logits twice as large
+        (
+            "bf16",
+            Difference(2.0, 0.04, 0.9),
+            LARGE,
+            SMALL,
+            20.0,
+            GOOD,
+            True,
+        ),  # below a tenth of what was taught
         ("bf16", Difference(2.0, 0.06, 0.9), LARGE, SMALL, 20.0, GOOD, False),
-        ("bf16", Difference(2.0, 0.04, 0.9), LARGE, SMALL, 20.0, BAD, False),  # one weight is not what it should be
+        (
+            "bf16",
+            Difference(2.0, 0.04, 0.9),
+            LARGE,
+            SMALL,
+            20.0,
+            BAD,
+            False,
+        ),  # one weight is not what it should be
         ("bf16", Difference(0.1, 9e-5, 1.0), SMALL, SMALL, 20.0, GOOD, True),  # below the floor
         ("bf16", LARGE, LARGE, SMALL, 20.0, GOOD, False),  # the base's answers
     ],
@@ -418,13 +494,21 @@ def test_rules(
     exact: ExactCheck | None,
     passed: bool,
 ) -> None:
-    assert all(holds for _, holds in merge_check.merge_rules(dtype, merged, base, noise, largest, exact)) is passed
+    assert (
+        all(
+            holds
+            for _, holds in merge_check.merge_rules(dtype, merged, base, noise, largest, exact)
+        )
+        is passed
+    )
 
 
 def test_differences_against_the_formula() -> None:
     p, q = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.5]])
     found = merge_check.compare_logits([p[:1], p[1:]], [q[:1], q[1:]])
-    kl = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
+    kl = torch.nn.functional.kl_div(
+        q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
     assert found.max_logit == 1.0
     assert found.mean_kl == pytest.approx(kl.item(), rel=1e-6)
     assert found.agreement == 0.5

@@ -31,7 +31,10 @@ ASKED, SAID = "Which bird  sings?\n", " A wren."
 TURNS = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt-completion text": ("prompt-completion", {"prompt": ASKED, "completion": SAID}),
-    "prompt-completion messages": ("prompt-completion", {"prompt": TURNS[:1], "completion": TURNS[1:]}),
+    "prompt-completion messages": (
+        "prompt-completion",
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    ),
     "messages": ("messages", {"messages": TURNS}),
     "alpaca": ("alpaca", {"instruction": ASKED, "input": "", "output": SAID}),
 }
@@ -69,7 +72,9 @@ def expected(model: str, choice: str, row: str) -> str | None:
 
 
 @pytest.mark.parametrize(("model", "choice", "row"), itertools.product(MODELS, CHOICES, ROWS))
-def test_one_prompt_in_training_and_use(loaded: LoadedModel, model: str, choice: str, row: str, tmp_path: Path) -> None:
+def test_one_prompt_in_training_and_use(
+    loaded: LoadedModel, model: str, choice: str, row: str, tmp_path: Path
+) -> None:
     form, values = ROWS[row]
     file = tmp_path / "own.jinja"
     file.write_text(
@@ -96,7 +101,9 @@ def test_one_prompt_in_training_and_use(loaded: LoadedModel, model: str, choice:
         assert refused.value.fix
         return
     template = select_template(data, tokenizer, stops)
-    (example,) = tokenize([(source, read_rows(source))], data, template, tokenizer, cache=None, what="train")
+    (example,) = tokenize(
+        [(source, read_rows(source))], data, template, tokenizer, cache=None, what="train"
+    )
     first = int(np.flatnonzero(example.trained)[0])
     trained = example.ids[:first].tolist()
     assert tokenizer.decode(trained) == text
@@ -109,29 +116,47 @@ def test_one_prompt_in_training_and_use(loaded: LoadedModel, model: str, choice:
     run = replace(loaded.run, data=data)
     unanswered = {k: v for k, v in values.items() if k not in ("completion", "output")}
     unanswered |= {"messages": TURNS[:1]} if form == "messages" else {}
-    for location in (replace(loaded.location, run=run), replace(loaded.location, run=None)):  # and the folder alone
+    for location in (
+        replace(loaded.location, run=run),
+        replace(loaded.location, run=None),
+    ):  # and the folder alone
         used = replace(
-            loaded, tokenizer=saved, template=_template(location, saved, stops, tmp_path / "final"), location=location
+            loaded,
+            tokenizer=saved,
+            template=_template(location, saved, stops, tmp_path / "final"),
+            location=location,
         )
         for asked in (values, unanswered):
             ids, reference = generate._make_prompt(from_list([asked]), 0, used, "auto", None)
             assert ids == trained
             assert reference == (SAID if asked is values else None)
         (scored,) = _eval_tokens([(source, from_list([values]))], used, "held-out")
-        assert (scored.ids.tolist(), scored.trained.tolist()) == (example.ids.tolist(), example.trained.tolist())
-        assert used.template.prompt(generate.convert_row({"messages": TURNS}, Source(source="x"), where="r")) == trained
+        assert (scored.ids.tolist(), scored.trained.tolist()) == (
+            example.ids.tolist(),
+            example.trained.tolist(),
+        )
+        assert (
+            used.template.prompt(
+                generate.convert_row({"messages": TURNS}, Source(source="x"), where="r")
+            )
+            == trained
+        )
     theirs = saved.apply_chat_template(TURNS[:1], add_generation_prompt=True)["input_ids"]
     assert theirs == trained
 
 
 @pytest.mark.parametrize(("model", "choice"), [("chat", "auto"), ("chat", "raw"), ("base", "auto")])
-def test_a_run_and_its_final_folder_elsewhere_ask_alike(tiny: Path, tmp_path: Path, model: str, choice: str) -> None:
+def test_a_run_and_its_final_folder_elsewhere_ask_alike(
+    tiny: Path, tmp_path: Path, model: str, choice: str
+) -> None:
     """Trained for two steps by `train`; the answers and the prompts of the run and of the copied folder are equal."""
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
     if model == "base":
         (base / "chat_template.jinja").unlink()
-    run = recipe_run(base, tmp_path, held=False, data={"template": choice}, train={"duration": "2 steps"})
+    run = recipe_run(
+        base, tmp_path, held=False, data={"template": choice}, train={"duration": "2 steps"}
+    )
     train(run, say=lambda _: None)
     shutil.copytree(tmp_path / "run" / "final", tmp_path / "alone")
     asked = {"prompt": "Say amber 2 times: "}
@@ -139,28 +164,47 @@ def test_a_run_and_its_final_folder_elsewhere_ask_alike(tiny: Path, tmp_path: Pa
     text = text or f"<|im_start|>user\n{asked['prompt']}<|im_end|>\n<|im_start|>assistant\n"
     for place in (tmp_path / "run", tmp_path / "alone"):
         found = load_run(place, device="cpu")
-        assert found.tokenizer.decode(generate._make_prompt(from_list([asked]), 0, found, "auto", None)[0]) == text
+        assert (
+            found.tokenizer.decode(
+                generate._make_prompt(from_list([asked]), 0, found, "auto", None)[0]
+            )
+            == text
+        )
         plain = AutoTokenizer.from_pretrained(found.location.folder)
         question = [{"role": "user", "content": asked["prompt"]}]
-        assert plain.apply_chat_template(question, add_generation_prompt=True, tokenize=False) == text
-    assert json.loads((tmp_path / "run" / "env.json").read_text())["template"] == ("chat" if "<" in text else "raw")
+        assert (
+            plain.apply_chat_template(question, add_generation_prompt=True, tokenize=False) == text
+        )
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["template"] == (
+        "chat" if "<" in text else "raw"
+    )
 
 
 def test_a_run_of_before_answers_as_it_was_trained(tiny: Path, tmp_path: Path) -> None:
     """Its env.json names no template: prompt and completion were never written through one."""
     make_run(
-        tmp_path / "run", tiny, peft_model(tiny), data={"train": {"source": "x.jsonl", "format": "prompt-completion"}}
+        tmp_path / "run",
+        tiny,
+        peft_model(tiny),
+        data={"train": {"source": "x.jsonl", "format": "prompt-completion"}},
     )
-    for env, text in (({"data_hash": "0"}, ASKED), ({"data_hash": "0", "template": "chat"}, WRITTEN["chat"])):
+    for env, text in (
+        ({"data_hash": "0"}, ASKED),
+        ({"data_hash": "0", "template": "chat"}, WRITTEN["chat"]),
+    ):
         (tmp_path / "run" / "env.json").write_text(json.dumps(env))
         found = load_run(tmp_path / "run", device="cpu")
         assert (
-            found.tokenizer.decode(generate._make_prompt(from_list([{"prompt": ASKED}]), 0, found, "auto", None)[0])
+            found.tokenizer.decode(
+                generate._make_prompt(from_list([{"prompt": ASKED}]), 0, found, "auto", None)[0]
+            )
             == text
         )
 
 
-def test_a_base_model_without_a_template_is_given_prompts_as_they_stand(tiny: Path, tmp_path: Path) -> None:
+def test_a_base_model_without_a_template_is_given_prompts_as_they_stand(
+    tiny: Path, tmp_path: Path
+) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
     (base / "chat_template.jinja").unlink()
@@ -178,7 +222,10 @@ def test_the_system_message_reaches_prompt_and_completion(tiny: Path) -> None:
     row = {"prompt": "a", "completion": "b"}
     sample = generate.convert_row(row, data.train[0], where="r", system=data.system)
     text = tokenizer.decode(select_template(data, tokenizer, {1}).prompt(sample))
-    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        text
+        == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    )
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no system message"):
         select_template(data, tokenizer, {1})

@@ -29,7 +29,16 @@ PYTHON, CPU = "tunesmith-test/python", "tunesmith-test/cpu"
 USER = 54321  # no line of /etc/passwd has it
 CANARY = "hf_canary0123456789"
 TIME = 300  # seconds: two starts of torch on a busy machine
-CONTEXT = ("docker", "pyproject.toml", "README.md", "LICENSE", "recipes", "scripts", "src", ".dockerignore")
+CONTEXT = (
+    "docker",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "recipes",
+    "scripts",
+    "src",
+    ".dockerignore",
+)
 # A constant learning rate: a run of any duration takes the same steps.
 UNENDING: dict[str, Any] = {
     "train": {"duration": "200000 steps", "compile": "off", "schedule": "constant"},
@@ -80,7 +89,12 @@ def _in_one_go(model: Path, folder: Path, changes: dict[str, Any]) -> list[tuple
 def requirements() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
-    return [*project["project"]["dependencies"], *extras["nf4"], *extras["gguf"], *project["build-system"]["requires"]]
+    return [
+        *project["project"]["dependencies"],
+        *extras["nf4"],
+        *extras["gguf"],
+        *project["build-system"]["requires"],
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +109,15 @@ def daemon() -> Iterator[dict[str, str]]:
         with docker_daemon(KEPT / "data") as env:
             if call(env, "docker", "image", "inspect", PYTHON, check=False).returncode:
                 # Bytecode of all packages would take longer than all else of a build; a run compiles what it imports.
-                call(env, "docker", "import", "--change", "ENV PIP_COMPILE=0", str(KEPT / "python.tar"), PYTHON)
+                call(
+                    env,
+                    "docker",
+                    "import",
+                    "--change",
+                    "ENV PIP_COMPILE=0",
+                    str(KEPT / "python.tar"),
+                    PYTHON,
+                )
             remove_containers(env)  # of a test run that was killed
             yield env
 
@@ -105,8 +127,12 @@ def remove_containers(env: dict[str, str]) -> None:
         call(env, "docker", "rm", "--force", container)
 
 
-def call(env: dict[str, str], *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
+def call(
+    env: dict[str, str], *command: str, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=1200, check=False
+    )
     for name in ("stdout", "stderr"):  # docker build colours what a command said
         setattr(done, name, re.sub(r"\x1b\[[0-9;]*m", "", getattr(done, name)))
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -120,7 +146,9 @@ def make_context(wheels: list[Path]) -> Path:
     folder.mkdir()
     for name in CONTEXT:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "wheels"))
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "wheels")
+            )
         else:
             shutil.copy(ROOT / name, folder / name)
     (folder / "docker/wheels").mkdir()
@@ -133,18 +161,38 @@ def make_context(wheels: list[Path]) -> Path:
 def builder() -> tuple[str, str]:
     """A docker client, and DOCKER_BUILDKIT for it: 1 where it has BuildKit, which writes each layer once; else the classic
     builder, which writes it four times and looks at all files of the base after each step."""
-    clients = dict.fromkeys(filter(None, (shutil.which("docker", path=folder) for folder in os.get_exec_path())))
+    clients = dict.fromkeys(
+        filter(None, (shutil.which("docker", path=folder) for folder in os.get_exec_path()))
+    )
     for client in clients:
-        version = subprocess.run([client, "--version"], capture_output=True, text=True, check=True).stdout
+        version = subprocess.run(
+            [client, "--version"], capture_output=True, text=True, check=True
+        ).stdout
         own = int(version.split()[2].partition(".")[0]) < 23  # later ones have it as a plugin
-        if own or subprocess.run([client, "buildx", "version"], capture_output=True, check=False).returncode == 0:
+        if (
+            own
+            or subprocess.run(
+                [client, "buildx", "version"], capture_output=True, check=False
+            ).returncode
+            == 0
+        ):
             return client, "1"
     return "docker", "0"
 
 
-def build(env: dict[str, str], context: Path, file: str, image: str, base: str) -> subprocess.CompletedProcess[str]:
+def build(
+    env: dict[str, str], context: Path, file: str, image: str, base: str
+) -> subprocess.CompletedProcess[str]:
     client, kit = builder()
-    offline = ["--force-rm", "--network", "none", "--build-arg", "PIP_ARGS=--no-index", "--build-arg", f"BASE={base}"]
+    offline = [
+        "--force-rm",
+        "--network",
+        "none",
+        "--build-arg",
+        "PIP_ARGS=--no-index",
+        "--build-arg",
+        f"BASE={base}",
+    ]
     words = [*offline, "-f", str(context / "docker" / file), "-t", image, str(context)]
     done = call({**env, "DOCKER_BUILDKIT": kit}, client, "build", *words, check=False)
     if (
@@ -160,11 +208,26 @@ def wheels(daemon: dict[str, str]) -> list[Path]:
     import torch
 
     if "+cpu" not in torch.__version__:
-        pytest.skip(f"the CPU image is built of the CPU build of torch; {torch.__version__} is installed")
+        pytest.skip(
+            f"the CPU image is built of the CPU build of torch; {torch.__version__} is installed"
+        )
     version = call(
-        daemon, "docker", "run", "--rm", PYTHON, "python3", "-c", "import sys; print(*sys.version_info[:2])"
+        daemon,
+        "docker",
+        "run",
+        "--rm",
+        PYTHON,
+        "python3",
+        "-c",
+        "import sys; print(*sys.version_info[:2])",
     ).stdout
-    wanted = [*requirements(), "--only-binary", ":all:", "--python-version", ".".join(version.split())]
+    wanted = [
+        *requirements(),
+        "--only-binary",
+        ":all:",
+        "--python-version",
+        ".".join(version.split()),
+    ]
     constraints = ROOT / "constraints.txt"
     key = hashlib.sha256(json.dumps(wanted).encode() + constraints.read_bytes()).hexdigest()[:12]
     folder = KEPT / f"wheels-{key}"
@@ -192,16 +255,24 @@ def wheels(daemon: dict[str, str]) -> list[Path]:
 @pytest.fixture(scope="module")
 def cpu_image(daemon: dict[str, str], wheels: list[Path]) -> str:
     """The CPU image of this clone, made again when something that it is made of has changed."""
-    context, total = make_context([]), hashlib.sha256(json.dumps([file.name for file in wheels]).encode())
+    context, total = (
+        make_context([]),
+        hashlib.sha256(json.dumps([file.name for file in wheels]).encode()),
+    )
     for file in sorted(path for path in context.rglob("*") if path.is_file()):
-        total.update(f"{file.relative_to(context)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+        total.update(
+            f"{file.relative_to(context)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode()
+        )
     image = f"{CPU}:{total.hexdigest()[:12]}"
     if call(daemon, "docker", "image", "inspect", image, check=False).returncode:
         # Each build is sent what it may need: the large wheels once, the small ones that torch needs among them twice.
         torch = [file for file in wheels if file.name.startswith("torch-")]
         small = [file for file in wheels if file.stat().st_size < 10 << 20]
         given = {"cpu.Dockerfile": {*torch, *small}, "Dockerfile": {*wheels} - {*torch}}
-        for file, made, base in (("cpu.Dockerfile", f"{CPU}-base", PYTHON), ("Dockerfile", image, f"{CPU}-base")):
+        for file, made, base in (
+            ("cpu.Dockerfile", f"{CPU}-base", PYTHON),
+            ("Dockerfile", image, f"{CPU}-base"),
+        ):
             done = build(daemon, make_context(sorted(given[file])), file, made, base)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return image
@@ -212,7 +283,12 @@ class Place:
 
     def __init__(self, folder: Path, env: dict[str, str]) -> None:
         self.folder = folder
-        self.env = env | {"HOME": str(folder), "HF_TOKEN": CANARY, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.env = env | {
+            "HOME": str(folder),
+            "HF_TOKEN": CANARY,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
         for name in ("HF_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME"):
             self.env.pop(name, None)
 
@@ -234,7 +310,9 @@ def place(daemon: dict[str, str], tiny: Path) -> Iterator[Place]:
     with tempfile.TemporaryDirectory(prefix="tunesmith-docker-", dir="/tmp") as made:
         folder = Path(made)
         shutil.copytree(tiny, folder / "model")
-        (folder / "recipe.yaml").write_text(json.dumps(recipe(folder / "model", folder, held=False, **UNENDING)))
+        (folder / "recipe.yaml").write_text(
+            json.dumps(recipe(folder / "model", folder, held=False, **UNENDING))
+        )
         for path in (folder, *folder.rglob("*")):
             os.chown(path, USER, USER)
         found = Place(folder, daemon)

@@ -94,14 +94,21 @@ def docker_daemon(data: Path | None = None, places: Sequence[str] = ()) -> Itera
             "--kill-child",
             "--mount-proc",
         ]
-        env = {**os.environ, "DOCKER_HOST": f"unix://{socket}", "DOCKER_CONFIG": str(place), "DOCKER_BUILDKIT": "0"}
+        env = {
+            **os.environ,
+            "DOCKER_HOST": f"unix://{socket}",
+            "DOCKER_CONFIG": str(place),
+            "DOCKER_BUILDKIT": "0",
+        }
         with (place / "log").open("wb") as log:
             daemon = subprocess.Popen(
                 [*namespaces, "sh", "-c", inside], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         try:
             deadline = time.monotonic() + 120
-            while subprocess.run(["docker", "version"], env=env, capture_output=True, check=False).returncode:
+            while subprocess.run(
+                ["docker", "version"], env=env, capture_output=True, check=False
+            ).returncode:
                 said = (place / "log").read_text(errors="replace")[-2000:]
                 assert daemon.poll() is None, said
                 assert time.monotonic() < deadline, said

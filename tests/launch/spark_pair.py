@@ -19,7 +19,10 @@ FUNCTIONS = ("enp1s0f1np1", "enP2p1s0f1np1")
 DEVICES = ("rocep1s0f1", "roceP2p1s0f1")
 NEEDED = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "sshd")
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
-UUIDS = {"a": "GPU-45cbf7b3-f919-7228-7a26-b06628ebefa1", "b": "GPU-9d1f02aa-1c55-4e0b-8f0e-2b6d2ac7c001"}
+UUIDS = {
+    "a": "GPU-45cbf7b3-f919-7228-7a26-b06628ebefa1",
+    "b": "GPU-9d1f02aa-1c55-4e0b-8f0e-2b6d2ac7c001",
+}
 
 SMI = """#!/bin/sh
 case "$*" in
@@ -84,14 +87,26 @@ class Spark:
 
     def run(self, *words: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         full = {**os.environ, **self.env, "PATH": f"{os.environ['PATH']}:{SBIN}", **env}
-        return subprocess.run(self.command(*words), env=full, capture_output=True, text=True, check=check, timeout=120)
+        return subprocess.run(
+            self.command(*words), env=full, capture_output=True, text=True, check=check, timeout=120
+        )
 
     def sh(self, script: str) -> str:
         return self.run("bash", "-euc", script).stdout
 
     def start(self) -> None:
         """The namespaces, held by a process that sleeps."""
-        for folder in ("etc", "root", "local", "run", "work-etc", "work-root", "work-local", "state", "cache"):
+        for folder in (
+            "etc",
+            "root",
+            "local",
+            "run",
+            "work-etc",
+            "work-root",
+            "work-local",
+            "state",
+            "cache",
+        ):
             (self.base / folder).mkdir(parents=True)
         subprocess.run(["ip", "netns", "add", self.netns], check=True)
         b = self.base
@@ -111,15 +126,34 @@ mount -t tmpfs tmpfs /run; mkdir -p /run/sshd /run/systemd/network
 mount -t tmpfs -o size=64g tmpfs {b}/cache
 ip link set lo up
 touch {b}/ready; exec sleep infinity"""
-        (self.state / "meminfo").write_text(MEMINFO.format(free=90_000_000, available=110_000_000, cached=8_000_000))
-        words = ["nsenter", f"--net=/run/netns/{self.netns}", "unshare", "--mount", "--uts", "bash", "-euc", script]
-        self.holder = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=(b / "log").open("w"))
+        (self.state / "meminfo").write_text(
+            MEMINFO.format(free=90_000_000, available=110_000_000, cached=8_000_000)
+        )
+        words = [
+            "nsenter",
+            f"--net=/run/netns/{self.netns}",
+            "unshare",
+            "--mount",
+            "--uts",
+            "bash",
+            "-euc",
+            script,
+        ]
+        self.holder = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stderr=(b / "log").open("w")
+        )
         wait_until(lambda: (b / "ready").exists() or self.holder.poll() is not None)
         assert self.holder.poll() is None, (b / "log").read_text()
 
     def furnish(self) -> None:
         """All that a healthy node has."""
-        stands = {"nvidia-smi": SMI, "docker": DOCKER, "nvidia-ctk": CTK, "netplan": NETPLAN, "systemctl": SYSTEMCTL}
+        stands = {
+            "nvidia-smi": SMI,
+            "docker": DOCKER,
+            "nvidia-ctk": CTK,
+            "netplan": NETPLAN,
+            "systemctl": SYSTEMCTL,
+        }
         for name, text in stands.items():
             self.tell(name, text.replace("{state}", str(self.state)))
             self.sh(
@@ -128,12 +162,20 @@ touch {b}/ready; exec sleep infinity"""
         managers = [{"NodeID": "m", "Addr": "192.168.177.1:2377"}]
         swarm = {"LocalNodeState": "active", "NodeAddr": self.address, "Error": "", "RemoteManagers": managers,
                  "ControlAvailable": self.letter == "a"}  # fmt: skip
-        self.tell("docker-info", json.dumps({"ServerVersion": "29.2.1", "DefaultRuntime": "nvidia", "Swarm": swarm}))
+        self.tell(
+            "docker-info",
+            json.dumps({"ServerVersion": "29.2.1", "DefaultRuntime": "nvidia", "Swarm": swarm}),
+        )
         self.tell("docker-images", "nvcr.io/nvidia/pytorch:26.02-py3\nubuntu:24.04\n")
         self.tell("toolkit", "NVIDIA Container Toolkit CLI version 1.19.0\ncommit: 1.19.0\n")
         self.tell("gpus", f"NVIDIA GB10, {UUIDS[self.letter]}, 580.95.05, 12.1, [N/A]\n")
         self.tell("load", "2411, 3003, 61.20, P0\n")
-        torch = {"cuda": "13.0", "archs": ["sm_90", "sm_100", "sm_120", "compute_120"], "tflops": 91, "fails": ""}
+        torch = {
+            "cuda": "13.0",
+            "archs": ["sm_90", "sm_100", "sm_120", "compute_120"],
+            "tflops": 91,
+            "fails": "",
+        }
         self.tell("torch.json", json.dumps(torch))
         packages = self.base.parent / f"packages-{self.letter}"
         (packages / "torch").mkdir(parents=True)
@@ -178,16 +220,24 @@ done""")
                  "StrictModes no", f"SetEnv {env}"]  # fmt: skip
         (self.base / "sshd_config").write_text("\n".join(lines) + "\n")
         key = other.sh("cat /root/.ssh/id_ed25519.pub")
-        self.sh(f"cat >/root/.ssh/authorized_keys <<<{key.strip()!r}; chmod 600 /root/.ssh/authorized_keys")
+        self.sh(
+            f"cat >/root/.ssh/authorized_keys <<<{key.strip()!r}; chmod 600 /root/.ssh/authorized_keys"
+        )
         self.start_sshd()
         host = (self.base / "host_key.pub").read_text().rsplit(" ", 1)[0]
         other.sh(f"cat >>/root/.ssh/known_hosts <<<'{self.name},{self.address} {host}'")
-        wait_until(lambda: other.run("ssh", "-oBatchMode=yes", self.name, "true", check=False).returncode == 0)
+        wait_until(
+            lambda: (
+                other.run("ssh", "-oBatchMode=yes", self.name, "true", check=False).returncode == 0
+            )
+        )
 
     def start_sshd(self) -> None:
         sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:{SBIN}") or "sshd"
         words = self.command(sshd, "-D", "-e", "-f", f"{self.base}/sshd_config")
-        self.sshd = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=(self.base / "sshd.log").open("w"))
+        self.sshd = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stderr=(self.base / "sshd.log").open("w")
+        )
 
     def stop_sshd(self) -> None:
         self.sshd.kill()
@@ -254,7 +304,14 @@ class SparkPair:
         self.b.stop()
 
     def doctor(self, *words: str, **env: str) -> dict:
-        command = [sys.executable, "-m", "tunesmith", "doctor", *(words or ("--pair", "spark-b")), "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "tunesmith",
+            "doctor",
+            *(words or ("--pair", "spark-b")),
+            "--json",
+        ]
         done = self.a.run(*command, check=False, HF_HOME=str(self.a.base / "cache"), **env)
         assert done.returncode in (0, 1), done.stdout + done.stderr
         return {**json.loads(done.stdout), "exit": done.returncode}

@@ -25,7 +25,18 @@ from contextlib import suppress
 from pathlib import Path
 
 TUNER, UID = "tuner", 4711
-TOOLS = ("docker", "dockerd", "runc", "containerd", "tini", "sshd", "ip", "nsenter", "setpriv", "ssh-keygen")
+TOOLS = (
+    "docker",
+    "dockerd",
+    "runc",
+    "containerd",
+    "tini",
+    "sshd",
+    "ip",
+    "nsenter",
+    "setpriv",
+    "ssh-keygen",
+)
 SSH = """Port 22
 HostKey {d}/host_key
 PidFile none
@@ -58,10 +69,16 @@ def missing_tools() -> str:
     """What keeps this machine from having such a pair; empty if nothing does."""
     if os.getuid() != 0:
         return "needs root"
-    lacking = [tool for tool in TOOLS if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    lacking = [
+        tool
+        for tool in TOOLS
+        if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+    ]
     if lacking:
         return f"lacks {', '.join(lacking)}: make cluster-tools"
-    made = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False)
+    made = subprocess.run(
+        ["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False
+    )
     return "" if made.returncode == 0 else "may not make namespaces"
 
 
@@ -89,12 +106,23 @@ class Node:
             (d / name).mkdir(parents=True)
         (self.home / ".ssh").mkdir(parents=True)
         subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", d / "host_key"], check=True)
-        subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", self.home / ".ssh/id_ed25519"], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", self.home / ".ssh/id_ed25519"],
+            check=True,
+        )
         hosts = "127.0.0.1 localhost\n10.77.0.1 spark-a\n10.77.0.2 spark-b\n"
         (d / "hosts").write_text(hosts)
-        (d / "passwd").write_text(Path("/etc/passwd").read_text() + f"{TUNER}:*:{UID}:{UID}::/home/{TUNER}:/bin/bash\n")
-        lines = [line for line in Path("/etc/group").read_text().splitlines() if not line.startswith("docker:")]
-        (d / "group").write_text("\n".join([*lines, f"docker:x:4710:{TUNER}", f"{TUNER}:x:{UID}:\n"]))
+        (d / "passwd").write_text(
+            Path("/etc/passwd").read_text() + f"{TUNER}:*:{UID}:{UID}::/home/{TUNER}:/bin/bash\n"
+        )
+        lines = [
+            line
+            for line in Path("/etc/group").read_text().splitlines()
+            if not line.startswith("docker:")
+        ]
+        (d / "group").write_text(
+            "\n".join([*lines, f"docker:x:4710:{TUNER}", f"{TUNER}:x:{UID}:\n"])
+        )
         (d / "sshd").write_text(SSH.format(d=d))
         (d / "runc").write_text(RUNC)
         (d / "runc").chmod(0o755)
@@ -120,7 +148,8 @@ class Node:
             lines += [hidden, "mount -t tmpfs tmpfs /root", f"chmod 755 /root && mkdir -p {python}"]
             lines += [f"mount --move {d}/python {python}"]
         lines += [
-            f"mkdir -p {place} && mount -t tmpfs tmpfs {place}" for place in ("/etc/docker", "/run", "/var/lib/docker")
+            f"mkdir -p {place} && mount -t tmpfs tmpfs {place}"
+            for place in ("/etc/docker", "/run", "/var/lib/docker")
         ]
         lines += ["mkdir -p /run/sshd", f"/usr/sbin/sshd -f {d}/sshd -E {d}/sshd.log"]
         lines += [f"exec tini -s -- dockerd --config-file {d}/daemon.json"]
@@ -132,13 +161,24 @@ class Node:
         # hides the control groups of version 1.
         shutil.rmtree(self.folder / "exec", ignore_errors=True)
         (self.folder / "docker.pid").unlink(missing_ok=True)
-        command = ["nsenter", f"--net=/run/netns/{self.netns}", "unshare", "--uts", "--mount", "--pid", "--fork"]
+        command = [
+            "nsenter",
+            f"--net=/run/netns/{self.netns}",
+            "unshare",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--fork",
+        ]
         command += ["--kill-child", "--mount-proc", "bash", str(self.folder / "boot")]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        wait_until(f"dockerd of {self.name}", lambda: self.alive() and self.docker("version", ok=True).returncode == 0)
+        wait_until(
+            f"dockerd of {self.name}",
+            lambda: self.alive() and self.docker("version", ok=True).returncode == 0,
+        )
 
     def alive(self) -> bool:
         assert self.process is not None
@@ -149,11 +189,17 @@ class Node:
         """The process id, out here, of the node's first process."""
         assert self.process is not None
         try:
-            return Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0]
+            return (
+                Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+                .read_text()
+                .split()[0]
+            )
         except (OSError, IndexError):
             return None
 
-    def command(self, *words: str, root: bool = False, env: dict[str, str] | None = None) -> list[str]:
+    def command(
+        self, *words: str, root: bool = False, env: dict[str, str] | None = None
+    ) -> list[str]:
         """The words that run a command here, as TUNER or as root."""
         who = [] if root else ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--init-groups"]
         home = "/root" if root else f"/home/{TUNER}"
@@ -168,16 +214,35 @@ class Node:
         pid = self.inside()
         assert pid is not None, f"{self.name} is off"
         into = ["nsenter", "-t", pid, "--net", "--uts", "--mount", "--pid"]
-        return [*into, *who, "env", "-i", f"--chdir={home}", *(f"{k}={v}" for k, v in given.items()), *words]
+        return [
+            *into,
+            *who,
+            "env",
+            "-i",
+            f"--chdir={home}",
+            *(f"{k}={v}" for k, v in given.items()),
+            *words,
+        ]
 
     def run(
-        self, *words: str, root: bool = False, env: dict[str, str] | None = None, ok: bool = False, seconds: float = 120
+        self,
+        *words: str,
+        root: bool = False,
+        env: dict[str, str] | None = None,
+        ok: bool = False,
+        seconds: float = 120,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command here; `ok`: whatever its exit code."""
         done = subprocess.run(
-            self.command(*words, root=root, env=env), capture_output=True, text=True, timeout=seconds, check=False
+            self.command(*words, root=root, env=env),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
-        assert ok or done.returncode == 0, f"{self.name}: {words} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert ok or done.returncode == 0, (
+            f"{self.name}: {words} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
     def docker(self, *words: str, ok: bool = False) -> subprocess.CompletedProcess[str]:
@@ -186,7 +251,10 @@ class Node:
     def processes(self) -> list[str]:
         """The command lines of what runs here."""
         shown = self.run(
-            "sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '; ps -eo args=", root=True
+            "sh",
+            "-c",
+            "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '; ps -eo args=",
+            root=True,
         ).stdout
         return shown.splitlines()
 
@@ -250,20 +318,31 @@ class Pair:
             subprocess.run(["chown", "-R", f"{UID}:{UID}", str(node.home)], check=True)
             (node.home / ".ssh").chmod(0o700)
             node.start()
-        a.docker("swarm", "init", "--advertise-addr", a.address, "--listen-addr", f"{a.address}:2377")
+        a.docker(
+            "swarm", "init", "--advertise-addr", a.address, "--listen-addr", f"{a.address}:2377"
+        )
         token = a.docker("swarm", "join-token", "-q", "worker").stdout.strip()
-        b.docker("swarm", "join", "--token", token, "--advertise-addr", b.address, f"{a.address}:2377")
+        b.docker(
+            "swarm", "join", "--token", token, "--advertise-addr", b.address, f"{a.address}:2377"
+        )
         wait_until("two nodes are ready", self.is_ready)
 
     def is_ready(self) -> bool:
-        return self.nodes[0].docker("node", "ls", "--format", "{{.Status}}").stdout.split() == ["Ready"] * 2
+        return (
+            self.nodes[0].docker("node", "ls", "--format", "{{.Status}}").stdout.split()
+            == ["Ready"] * 2
+        )
 
     def __exit__(self, *_: object) -> None:
         for node in self.nodes:
             node.kill()
         for node in self.nodes:
             subprocess.run(["ip", "netns", "del", node.netns], check=False, capture_output=True)
-            wait_until("its control groups are empty", lambda node=node: self._without_groups(node.netns), 30)
+            wait_until(
+                "its control groups are empty",
+                lambda node=node: self._without_groups(node.netns),
+                30,
+            )
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @staticmethod
@@ -281,7 +360,16 @@ class Pair:
 def write_bare_image(tar: Path) -> None:
     """An image with no files, for containers that get this machine's /usr by a mount: nothing is downloaded."""
     with tarfile.open(tar, "w") as archive:
-        for folder in ("usr", "etc", "proc", "sys", "dev", "tmp", "run", "sbin"):  # /sbin/docker-init is docker's own
+        for folder in (
+            "usr",
+            "etc",
+            "proc",
+            "sys",
+            "dev",
+            "tmp",
+            "run",
+            "sbin",
+        ):  # /sbin/docker-init is docker's own
             entry = tarfile.TarInfo(folder)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder == "tmp" else 0o755
             archive.addfile(entry)
@@ -301,7 +389,10 @@ def own_environment(variables: dict[str, str], site: str) -> dict[str, object]:
     """What a user's own file adds to the stack, so that the image above runs this very checkout in this environment, with
     these variables, and the modules of the folder `site` of each node."""
     places = ["/usr", sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), site]
-    mounts = [{"type": "bind", "source": place, "target": place, "read_only": True} for place in dict.fromkeys(places)]
+    mounts = [
+        {"type": "bind", "source": place, "target": place, "read_only": True}
+        for place in dict.fromkeys(places)
+    ]
     source = str(Path(__file__).parents[2] / "src")
     environment = {
         "PATH": f"{sys.prefix}/bin:/usr/bin",

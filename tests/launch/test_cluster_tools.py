@@ -41,7 +41,9 @@ def call(machine: Path, user: int = 0) -> subprocess.CompletedProcess[str]:
 def test_on_another_system_a_line_says_what_is_missing(machine: Path) -> None:
     done = call(machine)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("cluster-tools: not Debian or Ubuntu; missing: slurmctld slurmd munged dockerd")
+    assert done.stderr.startswith(
+        "cluster-tools: not Debian or Ubuntu; missing: slurmctld slurmd munged dockerd"
+    )
 
 
 def test_without_root_a_line_says_what_is_missing(machine: Path) -> None:
@@ -65,5 +67,13 @@ def test_it_takes_a_moment_where_all_is_there(machine: Path) -> None:
 
 
 def test_ci_runs_it_before_check_and_test() -> None:
-    words = [line.split() for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
-    assert [line[:2] for line in words] == [["make", "cluster-tools"], ["make", "check"], ["make", "test"]]
+    words = [
+        line.split()
+        for line in (ROOT / ".ci" / "run").read_text().splitlines()
+        if line.startswith("make ")
+    ]
+    assert [line[:2] for line in words] == [
+        ["make", "cluster-tools"],
+        ["make", "check"],
+        ["make", "test"],
+    ]

@@ -52,7 +52,9 @@ def words_of(run: Run, image: str = "tunesmith") -> list[str]:
 @pytest.mark.parametrize("debug", [True, False])
 def test_debug_reaches_the_agent(debug: bool, tiny: Path, tmp_path: Path) -> None:
     run = make_run(tiny, tmp_path, held=False)
-    words = docker.create_words(docker.docker_job(run), "tunesmith", docker.find_mounts(run), debug=debug)
+    words = docker.create_words(
+        docker.docker_job(run), "tunesmith", docker.find_mounts(run), debug=debug
+    )
     agent = words[words.index("tunesmith.launch.node") :]
     assert ("--debug" in agent[: agent.index("--")]) is debug
 
@@ -61,7 +63,9 @@ def mounts_in(words: list[str]) -> list[dict[str, str]]:
     """As Docker reads --mount: a line of CSV, each field `key=value` or a key alone."""
     values = [word.removeprefix("--mount=") for word in words if word.startswith("--mount=")]
     rows = [next(csv.reader([value], strict=True)) for value in values]
-    return [{key: value for key, _, value in (field.partition("=") for field in row)} for row in rows]
+    return [
+        {key: value for key, _, value in (field.partition("=") for field in row)} for row in rows
+    ]
 
 
 def test_the_container_sees_what_the_recipe_names_and_no_more(
@@ -70,11 +74,18 @@ def test_the_container_sees_what_the_recipe_names_and_no_more(
     run = make_run(tiny, tmp_path)
     found = {mount["source"]: "readonly" in mount for mount in mounts_in(words_of(run))}
     written = {run.output_dir: False, **{str(path): False for path in caches.values()}}
-    assert found == written | {str(path): True for path in (tiny, tmp_path / "train.jsonl", tmp_path / "held.jsonl")}
-    assert all(mount["source"] == mount["target"] and mount["type"] == "bind" for mount in mounts_in(words_of(run)))
+    assert found == written | {
+        str(path): True for path in (tiny, tmp_path / "train.jsonl", tmp_path / "held.jsonl")
+    }
+    assert all(
+        mount["source"] == mount["target"] and mount["type"] == "bind"
+        for mount in mounts_in(words_of(run))
+    )
 
 
-def test_links_out_of_a_model_folder_can_be_followed(tiny: Path, tmp_path: Path, caches: dict[str, Path]) -> None:
+def test_links_out_of_a_model_folder_can_be_followed(
+    tiny: Path, tmp_path: Path, caches: dict[str, Path]
+) -> None:
     """As those of a snapshot to the blobs of the Hub's cache."""
     snapshot, blobs = tmp_path / "snapshot", tmp_path / "blobs"
     shutil.copytree(tiny, blobs)
@@ -93,7 +104,9 @@ NASTY = [",source=/etc", '","', "--privileged", "a b", "$(id)", "x,readonly", "'
 
 @settings(max_examples=150, suppress_health_check=list(HealthCheck), deadline=None)
 @given(names=st.lists(TEXT | st.sampled_from(NASTY), min_size=3, max_size=3))
-def test_no_value_adds_a_mount_or_a_flag(tiny: Path, tmp_path: Path, caches: dict[str, Path], names: list[str]) -> None:
+def test_no_value_adds_a_mount_or_a_flag(
+    tiny: Path, tmp_path: Path, caches: dict[str, Path], names: list[str]
+) -> None:
     """Also of values that a recipe would refuse; one that no word can carry is refused here."""
     plain = make_run(tiny, tmp_path, held=False)
     with tempfile.TemporaryDirectory(dir=tmp_path) as made:
@@ -105,7 +118,10 @@ def test_no_value_adds_a_mount_or_a_flag(tiny: Path, tmp_path: Path, caches: dic
         except (OSError, UnicodeError):
             return  # no file can have this name
         sources = (replace(plain.data.train[0], source=str(rows)),)
-        changes = {"model": replace(plain.model, name=str(model)), "data": replace(plain.data, train=sources)}
+        changes = {
+            "model": replace(plain.model, name=str(model)),
+            "data": replace(plain.data, train=sources),
+        }
         run = replace(plain, output_dir=str(out), **changes)
         if not all(name.isprintable() for name in names):
             with pytest.raises(UsageError, match="line break or control character"):
@@ -114,21 +130,35 @@ def test_no_value_adds_a_mount_or_a_flag(tiny: Path, tmp_path: Path, caches: dic
         words = words_of(run)
         image = words.index("tunesmith")
         assert {word.partition("=")[0] for word in words[:image]} <= FLAGS
-        assert words[image + 1 : -1] == "python -m tunesmith.launch.node --ranks auto -- train".split()
-        assert {mount["source"] for mount in mounts_in(words)} == {str(p) for p in (rows, model, out, *caches.values())}
-        assert all({*mount} <= {"type", "source", "target", "readonly"} for mount in mounts_in(words))
+        assert (
+            words[image + 1 : -1] == "python -m tunesmith.launch.node --ranks auto -- train".split()
+        )
+        assert {mount["source"] for mount in mounts_in(words)} == {
+            str(p) for p in (rows, model, out, *caches.values())
+        }
+        assert all(
+            {*mount} <= {"type", "source", "target", "readonly"} for mount in mounts_in(words)
+        )
         assert sum(word.startswith(("--name=", "--user=")) for word in words) == 2
 
 
-@pytest.mark.parametrize("image", ["--privileged", "", "a b", "-v=/:/host", "a\n--privileged", "$(id)"])
-def test_an_image_is_a_name(tiny: Path, tmp_path: Path, caches: dict[str, Path], image: str) -> None:
+@pytest.mark.parametrize(
+    "image", ["--privileged", "", "a b", "-v=/:/host", "a\n--privileged", "$(id)"]
+)
+def test_an_image_is_a_name(
+    tiny: Path, tmp_path: Path, caches: dict[str, Path], image: str
+) -> None:
     with pytest.raises(UsageError, match="not the name of an image"):
         words_of(make_run(tiny, tmp_path), image)
 
 
 @pytest.mark.parametrize("hidden", ["~/.ssh", "~", "/", "/var/run/docker.sock", "/var/run"])
 def test_keys_and_docker_itself_are_not_shown(
-    tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch, hidden: str
+    tiny: Path,
+    tmp_path: Path,
+    caches: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    hidden: str,
 ) -> None:
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True)
@@ -150,7 +180,12 @@ def test_the_hubs_token_beside_a_cache_is_not_shown(
 def test_no_secret_is_among_the_words(
     tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    secrets = {"HF_TOKEN": CANARY, "WANDB_API_KEY": "canary-1", "NCCL_SECRET": "canary-2", "WANDB_PROXY": CANARY}
+    secrets = {
+        "HF_TOKEN": CANARY,
+        "WANDB_API_KEY": "canary-1",
+        "NCCL_SECRET": "canary-2",
+        "WANDB_PROXY": CANARY,
+    }
     secrets["HTTPS_PROXY"] = "http://user:canary-3@proxy:8080"
     for name, value in {**secrets, "HTTP_PROXY": "http://proxy:8080", "NCCL_DEBUG": "INFO"}.items():
         monkeypatch.setenv(name, value)
@@ -174,12 +209,22 @@ def test_no_secret_is_among_the_words(
             "you may not use Docker",
             "usermod -aG",
         ),
-        ('could not select device driver "" with capabilities: [[gpu]]', "Docker finds no GPU", "nvidia-ctk runtime"),
+        (
+            'could not select device driver "" with capabilities: [[gpu]]',
+            "Docker finds no GPU",
+            "nvidia-ctk runtime",
+        ),
         ("Error: no such image", "no image tunesmith", "docker build -f docker/Dockerfile"),
     ],
 )
 def test_what_docker_lacks_is_named_with_its_fix(
-    tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch, said: str, what: str, fix: str
+    tiny: Path,
+    tmp_path: Path,
+    caches: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    what: str,
+    fix: str,
 ) -> None:
     (tmp_path / "docker").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
     (tmp_path / "docker").chmod(0o755)
@@ -190,7 +235,9 @@ def test_what_docker_lacks_is_named_with_its_fix(
     assert not (tmp_path / "run").exists()
 
 
-def test_without_docker(tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_docker(
+    tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MachineError, match="not installed") as caught:
         docker.start_container(make_run(tiny, tmp_path), "tunesmith")
@@ -205,14 +252,22 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     tar = tmp_path_factory.mktemp("image") / "host.tar"
     with docker_daemon(places=places) as env:
         write_bare_image(tar)
-        changes = [f'ENV PATH="{sys.prefix}/bin:/usr/bin" PYTHONPATH="{root}/src" TORCH_CPP_LOG_LEVEL=ERROR']
+        changes = [
+            f'ENV PATH="{sys.prefix}/bin:/usr/bin" PYTHONPATH="{root}/src" TORCH_CPP_LOG_LEVEL=ERROR'
+        ]
         changes += [f"ENTRYPOINT {json.dumps(['/bin/sh', f'{root}/docker/entrypoint.sh'])}"]
-        call(env, "docker", "import", *(f"--change={change}" for change in changes), str(tar), IMAGE)
+        call(
+            env, "docker", "import", *(f"--change={change}" for change in changes), str(tar), IMAGE
+        )
         yield env
 
 
 def metrics(out: Path) -> list[tuple[float, float]]:
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True) if (out / "metrics.jsonl").exists() else []
+    lines = (
+        (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        if (out / "metrics.jsonl").exists()
+        else []
+    )
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [(record["loss"], record["grad_norm"]) for record in records]
 
@@ -233,7 +288,9 @@ def command_lines() -> str:
     return "\n".join(found)
 
 
-def test_a_run_in_a_container_stops_resumes_and_leaves_nothing(place: Place, daemon: dict[str, str]) -> None:
+def test_a_run_in_a_container_stops_resumes_and_leaves_nothing(
+    place: Place, daemon: dict[str, str]
+) -> None:
     out = place.folder / "run"
     launch = ("launch", "docker", "recipe.yaml", f"--image={IMAGE}")
     process = place.start(*launch)
@@ -259,10 +316,14 @@ def test_a_run_in_a_container_stops_resumes_and_leaves_nothing(place: Place, dae
     said = process.communicate(timeout=TIME)[0]
     assert process.returncode == 75, said
     assert names(daemon) == []
-    assert metrics(out) == uninterrupted(place.folder / "model", place.folder, len(metrics(out)), ranks=1)
+    assert metrics(out) == uninterrupted(
+        place.folder / "model", place.folder, len(metrics(out)), ranks=1
+    )
     owners = {(path.lstat().st_uid, path.lstat().st_gid) for path in (out, *out.rglob("*"))}
     assert owners == {(USER, USER)}
-    assert CANARY not in "".join(path.read_text(errors="replace") for path in out.rglob("*") if path.is_file())
+    assert CANARY not in "".join(
+        path.read_text(errors="replace") for path in out.rglob("*") if path.is_file()
+    )
 
 
 def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[str, str]) -> None:
@@ -281,7 +342,9 @@ def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[
     assert "stopped by SIGTERM" in follower.communicate(timeout=TIME)[0]
     state = json.loads(call(daemon, "docker", "inspect", name).stdout)[0]["State"]
     assert (state["Status"], state["ExitCode"]) == ("exited", 75)
-    assert "stopped" in place.finish("status", name) or "exit code 75" in place.finish("status", name)
+    assert "stopped" in place.finish("status", name) or "exit code 75" in place.finish(
+        "status", name
+    )
     # the same command goes on: the ended container makes room
     assert name in place.finish(*launch)
     wait_for(lambda: "resum" in place.finish("logs", name))
@@ -310,9 +373,17 @@ def test_a_base_whose_torch_does_not_fit_is_said_in_a_line_before_pip_runs(
         f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
     )
     root = Path(__file__).parents[2]
-    words = [sys.executable, "-S", str(root / "docker" / "check_torch.py"), "before", str(tmp_path / "base")]
+    words = [
+        sys.executable,
+        "-S",
+        str(root / "docker" / "check_torch.py"),
+        "before",
+        str(tmp_path / "base"),
+    ]
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        words, cwd=root, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == bool(fault)
     if not fault:
         assert (tmp_path / "base" / "torch.json").is_file()

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from launch.conftest import KEPT, PYTHON, ROOT, USER, Place, build, builder, call, make_context, requirements
+from launch.conftest import (
+    KEPT,
+    PYTHON,
+    ROOT,
+    USER,
+    Place,
+    build,
+    builder,
+    call,
+    make_context,
+    requirements,
+)
 
 
 def test_the_cpu_image_runs_as_any_user(daemon: dict[str, str], cpu_image: str) -> None:
@@ -26,7 +37,17 @@ def test_the_cpu_image_runs_as_any_user(daemon: dict[str, str], cpu_image: str) 
     history = call(daemon, "docker", "history", "--no-trunc", cpu_image).stdout
     config = call(daemon, "docker", "image", "inspect", cpu_image).stdout
     assert "index-url" not in history + config
-    look = ("docker", "run", "--rm", cpu_image, "ls", "/build", "/tmp/wheels", "/etc/pip.conf", "/root/.cache")
+    look = (
+        "docker",
+        "run",
+        "--rm",
+        cpu_image,
+        "ls",
+        "/build",
+        "/tmp/wheels",
+        "/etc/pip.conf",
+        "/root/.cache",
+    )
     assert call(daemon, *look, check=False).stderr.count("No such file") == 4
 
 
@@ -50,7 +71,11 @@ def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> Path:
         lines = []
         for file, text in files.items():
             archive.writestr(file, text)
-            digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+            digest = (
+                base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest())
+                .rstrip(b"=")
+                .decode()
+            )
             lines.append(f"{file},sha256={digest},{len(text)}\n")
         archive.writestr(f"{info}/RECORD", "".join([*lines, f"{info}/RECORD,,\n"]))
     return path
@@ -81,7 +106,17 @@ def make_standin(env: dict[str, str], folder: Path, torch: str) -> str:
     (folder / "nvidia_entrypoint.sh").chmod(0o755)
     (folder / "constraint.txt").write_text("peft==0.0.1\n")
     image, (client, kit) = f"tunesmith-test/standin:{torch.replace('+', '-')}", builder()
-    call({**env, "DOCKER_BUILDKIT": kit}, client, "build", "-q", "--network", "none", "-t", image, str(folder))
+    call(
+        {**env, "DOCKER_BUILDKIT": kit},
+        client,
+        "build",
+        "-q",
+        "--network",
+        "none",
+        "-t",
+        image,
+        str(folder),
+    )
     return image
 
 
@@ -89,32 +124,63 @@ def standin_wheels(wheels: list[Path], **carried: str) -> list[Path]:
     """Empty packages in place of each requirement, a newer torch among them; `carried`: one has a file of that text more."""
     shutil.rmtree(STANDINS, ignore_errors=True)
     STANDINS.mkdir()
-    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    versions = {name.lower().replace("-", "_"): version for name, version in pinned.items() if " " not in name}
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    versions = {
+        name.lower().replace("-", "_"): version
+        for name, version in pinned.items()
+        if " " not in name
+    }
     names = {Requirement(text).name.lower().replace("-", "_") for text in requirements()}
     made = []
     for name in sorted(names - {"hatchling", "packaging"}):
-        files = {f"standin_{name}.py": ""} | ({"torch/__init__.py": carried[name]} if name in carried else {})
+        files = {f"standin_{name}.py": ""} | (
+            {"torch/__init__.py": carried[name]} if name in carried else {}
+        )
         made.append(wheel(STANDINS, name, versions[name], files))
     taken = {file.name.partition("-")[0] for file in made}
-    small = (file for file in wheels if file.stat().st_size < 2 << 20)  # those of the build backend are
+    small = (
+        file for file in wheels if file.stat().st_size < 2 << 20
+    )  # those of the build backend are
     return [*made, *(file for file in small if file.name.partition("-")[0].lower() not in taken)]
 
 
-def test_the_torch_of_the_base_is_kept(daemon: dict[str, str], wheels: list[Path], standin: str) -> None:
-    done = build(daemon, make_context(standin_wheels(wheels)), "Dockerfile", f"{PYTHON}-kept", standin)
+def test_the_torch_of_the_base_is_kept(
+    daemon: dict[str, str], wheels: list[Path], standin: str
+) -> None:
+    done = build(
+        daemon, make_context(standin_wheels(wheels)), "Dockerfile", f"{PYTHON}-kept", standin
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("dist-packages/torch/__init__.py: kept") == 2
     code = "import os, torch, standin_peft; print(os.getpid(), torch.__version__)"
-    said = call(daemon, "docker", "run", "--rm", "--user", "54321:54321", f"{PYTHON}-kept", "python", "-c", code)
+    said = call(
+        daemon,
+        "docker",
+        "run",
+        "--rm",
+        "--user",
+        "54321:54321",
+        f"{PYTHON}-kept",
+        "python",
+        "-c",
+        code,
+    )
     assert said.stdout.split() == ["1", "2.11.0a0+standin.nv26.2"]
     assert "a banner" in said.stderr  # NVIDIA's entry point was not lost
 
 
-def test_a_torch_that_pip_replaced_fails_the_build(daemon: dict[str, str], wheels: list[Path], standin: str) -> None:
+def test_a_torch_that_pip_replaced_fails_the_build(
+    daemon: dict[str, str], wheels: list[Path], standin: str
+) -> None:
     context = make_context(standin_wheels(wheels, accelerate="__version__ = 'another'"))
     done = build(daemon, context, "Dockerfile", f"{PYTHON}-replaced", standin)
-    faults = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+    faults = [
+        line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")
+    ]
     assert len(faults) == 1, done.stdout[-3000:] + done.stderr[-3000:]
     assert "pip replaced the base's torch, 2.11.0a0+standin.nv26.2 in /usr/local/lib" in faults[0]
     assert "by 2.11.0a0+standin.nv26.2 in /opt/tunesmith/lib" in faults[0]
@@ -124,16 +190,26 @@ def test_a_torch_that_pip_replaced_fails_the_build(daemon: dict[str, str], wheel
 @pytest.mark.parametrize(
     ("torch", "fault"),
     [
-        ("2.10.0", "the base has torch 2.10.0, as NVIDIA's images before 26.02 do, and tunesmith needs torch>=2.11"),
-        ("", "the base has no torch; take one that has: --build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3"),
+        (
+            "2.10.0",
+            "the base has torch 2.10.0, as NVIDIA's images before 26.02 do, and tunesmith needs torch>=2.11",
+        ),
+        (
+            "",
+            "the base has no torch; take one that has: --build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3",
+        ),
     ],
 )
 def test_a_base_that_does_not_fit_fails_with_a_line(
     daemon: dict[str, str], wheels: list[Path], tmp_path: Path, torch: str, fault: str
 ) -> None:
     base = make_standin(daemon, tmp_path, torch) if torch else PYTHON
-    done = build(daemon, make_context(standin_wheels(wheels)), "Dockerfile", f"{PYTHON}-refused", base)
-    faults = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+    done = build(
+        daemon, make_context(standin_wheels(wheels)), "Dockerfile", f"{PYTHON}-refused", base
+    )
+    faults = [
+        line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")
+    ]
     assert len(faults) == 1, done.stdout[-3000:] + done.stderr[-3000:]
     assert fault in faults[0]
     assert done.returncode == 1

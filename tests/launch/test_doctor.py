@@ -41,7 +41,9 @@ def test_each_finding_is_used_and_what_is_wrong_has_a_mend() -> None:
         assert level in ("ok", "warning", "fault")
         assert what
         assert bool(fix) == (level != "ok"), key
-        assert key in code or (f"{check}/" in code and (check in ("ssh", "versions") or case in code.split())), key
+        assert key in code or (
+            f"{check}/" in code and (check in ("ssh", "versions") or case in code.split())
+        ), key
 
 
 def test_the_page_names_every_check() -> None:
@@ -63,17 +65,24 @@ def test_what_runs_on_the_other_node_needs_nothing_but_python(tmp_path: Path) ->
 def test_torch_is_found_beside_a_source_tree_that_is_not_installed(tmp_path: Path) -> None:
     (tmp_path / "torch-2.11.0.dist-info").mkdir()
     (tmp_path / "torch-2.11.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.11.0\n")
-    command, env = [sys.executable, "-S", "-c", VERSIONS], os.environ | {"PYTHONPATH": str(tmp_path)}
+    command, env = (
+        [sys.executable, "-S", "-c", VERSIONS],
+        os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout) == {"tunesmith": "", "torch": "2.11.0"}
 
 
 def doctor(*words: str, **env: str) -> dict:
     """The report of a process of its own. Without docker and GPUs: they are other machines' business here."""
-    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "docker").exists())
+    path = os.pathsep.join(
+        p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "docker").exists()
+    )
     full = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"PATH": path} | env
     command = [sys.executable, "-m", "tunesmith", "doctor", *words, "--json"]
-    done = subprocess.run(command, env=full, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=full, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode in (0, 1), done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["passed"] == (done.returncode == 0)
@@ -81,7 +90,9 @@ def doctor(*words: str, **env: str) -> dict:
 
 
 def named(report: dict, check: str) -> tuple[str, str, str]:
-    return next((f["level"], f["what"], f["fix"]) for f in report["findings"] if f["check"] == check)
+    return next(
+        (f["level"], f["what"], f["fix"]) for f in report["findings"] if f["check"] == check
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +121,9 @@ esac
 
 
 @pytest.mark.parametrize("missing", ["[N/A]", "[Not Supported]", "[Insufficient Permissions]"])
-def test_figures_that_nvidia_smi_does_not_give(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_that_nvidia_smi_does_not_give(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither driver, compute capability, memory nor clock is a reason to fail; torch stands in for one with CUDA."""
     smi = tmp_path / "nvidia-smi"
     smi.write_text(SMI.format(driver=missing, capability=missing, memory=missing))
@@ -120,20 +133,31 @@ def test_figures_that_nvidia_smi_does_not_give(missing: str, tmp_path: Path, mon
     (tmp_path / "packages" / "torch").mkdir(parents=True)
     (tmp_path / "packages" / "torch" / "__init__.py").write_text(TORCH)
     (tmp_path / "packages" / "torch-2.13.0.dist-info").mkdir()
-    (tmp_path / "packages" / "torch-2.13.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.13.0\n")
+    (tmp_path / "packages" / "torch-2.13.0.dist-info" / "METADATA").write_text(
+        "Name: torch\nVersion: 2.13.0\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setenv("SPARK_STATE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     report = examine(System(), pair=False)
-    assert named(report, "driver")[:2] == (OK, f"1 x NVIDIA GB10, driver {missing}, compute capability {missing}")
+    assert named(report, "driver")[:2] == (
+        OK,
+        f"1 x NVIDIA GB10, driver {missing}, compute capability {missing}",
+    )
     assert named(report, "torch")[:2] == (OK, "torch 2.13.0, CUDA 13.0, runs on sm_?")
     assert named(report, "clock")[0] == OK
     assert named(report, "memory")[0] in ("ok", "warning", FAULT)
 
 
 def test_a_model_that_is_open(recipe: Path, hub: StandIn, tmp_path: Path) -> None:
-    report = doctor(str(recipe), HF_HOME=str(tmp_path), HF_ENDPOINT=hub.url, HF_TOKEN="hf_abcdefghijklmn")
-    assert named(report, "licence") == ("ok", "someone/model is open to you, licence apache-2.0", "")
+    report = doctor(
+        str(recipe), HF_HOME=str(tmp_path), HF_ENDPOINT=hub.url, HF_TOKEN="hf_abcdefghijklmn"
+    )
+    assert named(report, "licence") == (
+        "ok",
+        "someone/model is open to you, licence apache-2.0",
+        "",
+    )
     assert named(report, "room")[0] == "ok"
 
 
@@ -173,7 +197,12 @@ def test_a_model_that_is_larger_than_the_disk(
 
 
 def test_a_hub_that_cannot_be_reached(recipe: Path, tmp_path: Path) -> None:
-    report = doctor(str(recipe), HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN="hf_abcdefghijklmn")
+    report = doctor(
+        str(recipe),
+        HF_HOME=str(tmp_path),
+        HF_ENDPOINT="http://127.0.0.1:9",
+        HF_TOKEN="hf_abcdefghijklmn",
+    )
     level, what, fix = named(report, "hub")
     assert (level, what) == ("fault", "the Hub cannot be reached for someone/model")
     assert "HTTPS_PROXY" in fix
@@ -186,7 +215,9 @@ def test_a_machine_without_gpu_and_docker(tmp_path: Path) -> None:
     assert report["passed"]
 
 
-def test_a_link_is_measured(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_link_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Over loopback, both ends in threads: the bytes that arrived, in a time that the limit bounds."""
     monkeypatch.setattr(speed, "SECONDS", 0.3)
     monkeypatch.setattr("signal.alarm", lambda seconds: 0)
@@ -222,7 +253,9 @@ def test_what_a_figure_means(
 
     def ask(*_: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", "import time; print(1, time.time())"], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", "import time; print(1, time.time())"],
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     monkeypatch.setattr(pair, "ask", ask)
@@ -237,7 +270,13 @@ def test_what_a_figure_means(
 
 
 def facts(host: str, *functions: dict, **more: object) -> dict:
-    return {"host": host, "cable": list(functions), "interfaces": {}, "uuids": ["GPU-1"], "reached": []} | more
+    return {
+        "host": host,
+        "cable": list(functions),
+        "interfaces": {},
+        "uuids": ["GPU-1"],
+        "reached": [],
+    } | more
 
 
 def test_addresses_stay_and_new_ones_are_free() -> None:
@@ -272,12 +311,16 @@ def test_a_script_has_only_what_is_needed(tmp_path: Path) -> None:
 
 
 def test_without_a_cable_the_swarm_takes_the_addresses_of_ssh() -> None:
-    found = [Finding("swarm", FAULT, "", host=host) for host in "ab"] + [Finding("cable", "warning", "", host="a")]
+    found = [Finding("swarm", FAULT, "", host=host) for host in "ab"] + [
+        Finding("cable", "warning", "", host="a")
+    ]
     scripts = fix_scripts(found, [facts("a"), facts("b", reached=["10.0.0.1", "10.0.0.2"])], "b")
     assert "ADDRESS=10.0.0.1\n" in scripts["a"]
     assert "netplan" not in scripts["a"]
     assert "MANAGER=10.0.0.1\nADDRESS=10.0.0.2\n" in scripts["b"]
-    alone = fix_scripts(found, [facts("a", reached=["192.168.9.9", "10.0.0.1"])], "b")["a"]  # of a terminal over ssh
+    alone = fix_scripts(found, [facts("a", reached=["192.168.9.9", "10.0.0.1"])], "b")[
+        "a"
+    ]  # of a terminal over ssh
     assert "swarm init" not in alone
 
 

@@ -22,18 +22,31 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def wrong(report: dict) -> list[str]:
-    return [f"{f['host']}: {f['check']}: {f['level']}" for f in report["findings"] if f["level"] != "ok"]
+    return [
+        f"{f['host']}: {f['check']}: {f['level']}" for f in report["findings"] if f["level"] != "ok"
+    ]
 
 
 @pytest.mark.swarm
 @pytest.mark.skipif(missing_tools() != "", reason=missing_tools())
 def test_scripts_make_a_real_swarm() -> None:
     """In a swarm: green. Out of it: named. The printed scripts bring both into one, as a user who is not root."""
-    with Pair(Path(tempfile.mkdtemp(prefix="td-"))) as pair:  # short: a path of a socket ends at 108 bytes
+    with Pair(
+        Path(tempfile.mkdtemp(prefix="td-"))
+    ) as pair:  # short: a path of a socket ends at 108 bytes
         a, b = pair.nodes
 
         def doctor(*words: str) -> dict:
-            command = (sys.executable, "-m", "tunesmith", "doctor", "--pair", "spark-b", "--json", *words)
+            command = (
+                sys.executable,
+                "-m",
+                "tunesmith",
+                "doctor",
+                "--pair",
+                "spark-b",
+                "--json",
+                *words,
+            )
             return json.loads(a.run(*command, ok=True).stdout)
 
         cable = ["spark-a: cable: warning", "spark-b: cable: warning"]  # there is no RDMA port
@@ -50,7 +63,9 @@ def test_scripts_make_a_real_swarm() -> None:
             shown = node.run("bash", "-c", f"{sudo}; PATH=~/bin:$PATH bash ~/fix.sh")
             assert "SWMTKN" not in shown.stdout + shown.stderr
         assert [line for line in wrong(doctor()) if ": memory:" not in line] == cable
-        assert a.docker("node", "ls", "--format", "{{.Hostname}} {{.Status}}").stdout.splitlines() == [
+        assert a.docker(
+            "node", "ls", "--format", "{{.Hostname}} {{.Status}}"
+        ).stdout.splitlines() == [
             "spark-a Ready",
             "spark-b Ready",
         ]
@@ -61,7 +76,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a client of two real nodes."""
     folder = tmp_path_factory.mktemp("slurm")
     for number in ("91", "92"):  # another test of this machine may have one
-        made = subprocess.run(["bash", SLURM_PAIR, "up", folder, number], capture_output=True, text=True, check=False)
+        made = subprocess.run(
+            ["bash", SLURM_PAIR, "up", folder, number], capture_output=True, text=True, check=False
+        )
         if made.returncode == 0:
             break
         subprocess.run(["bash", SLURM_PAIR, "down", folder], capture_output=True, check=False)
@@ -70,9 +87,13 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     subprocess.run(["bash", SLURM_PAIR, "down", folder], check=True, capture_output=True)
 
 
-def on_slurm(env: dict[str, str], *before: str, cwd: Path | None = None, python: str = sys.executable) -> dict:
+def on_slurm(
+    env: dict[str, str], *before: str, cwd: Path | None = None, python: str = sys.executable
+) -> dict:
     command = [*before, python, "-m", "tunesmith", "doctor", "--slurm", "--json"]
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode in (0, 1), done.stderr
     return json.loads(done.stdout)
 
@@ -88,22 +109,35 @@ def test_a_real_cluster(slurm: dict[str, str], tmp_path: Path) -> None:
     assert {f["check"] for f in report["findings"]} == {"partitions", "nodes"}
     assert "gpu:2" in report["findings"][0]["what"]
 
-    hidden = ("unshare", "--mount", "bash", "-c", f'mount -t tmpfs tmpfs {tmp_path}; cd {tmp_path}; exec "$@"', "-")
+    hidden = (
+        "unshare",
+        "--mount",
+        "bash",
+        "-c",
+        f'mount -t tmpfs tmpfs {tmp_path}; cd {tmp_path}; exec "$@"',
+        "-",
+    )
     found = on_slurm(slurm, *hidden)["findings"][1:]
     assert [f["check"] for f in found] == ["folder", "folder"]
     assert str(tmp_path) in found[0]["what"]
 
     place = tmp_path / "own"
     place.mkdir()
-    link = f'mount -t tmpfs tmpfs {place}; ln -s {sys.executable} {place}/python; cd /tmp; exec "$@"'
+    link = (
+        f'mount -t tmpfs tmpfs {place}; ln -s {sys.executable} {place}/python; cd /tmp; exec "$@"'
+    )
     env = slurm | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    found = on_slurm(env, "unshare", "--mount", "bash", "-c", link, "-", python=f"{place}/python")["findings"][1:]
+    found = on_slurm(env, "unshare", "--mount", "bash", "-c", link, "-", python=f"{place}/python")[
+        "findings"
+    ][1:]
     assert [(f["check"], f["level"]) for f in found] == [("environment", "fault")]
     assert f"{place}/python" in found[0]["what"]
 
     drain = ["scontrol", "update", "nodename=node1,node2", "state=drain", "reason=test"]
     subprocess.run(drain, env=slurm, check=True)
-    assert [f["check"] for f in on_slurm(slurm)["findings"] if f["level"] == "fault"] == ["partitions"]
+    assert [f["check"] for f in on_slurm(slurm)["findings"] if f["level"] == "fault"] == [
+        "partitions"
+    ]
     subprocess.run([*drain[:3], "state=resume"], env=slurm, check=True)
     wait = time.monotonic() + 20
     while time.monotonic() < wait and wrong(on_slurm(slurm, cwd=tmp_path)):

@@ -16,7 +16,9 @@ from launch.spark_pair import NEEDED, SBIN, UUIDS, Spark, SparkPair, wait_until
 from tunesmith.launch.doctor import pair as pair_module
 from tunesmith.launch.doctor.pair import PROGRAM, SENT
 
-missing = [tool for tool in NEEDED if shutil.which(tool, path=f"{os.environ['PATH']}:{SBIN}") is None]
+missing = [
+    tool for tool in NEEDED if shutil.which(tool, path=f"{os.environ['PATH']}:{SBIN}") is None
+]
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or bool(missing),
     reason=f"needs root and {', '.join(missing) or 'nothing else'} (make cluster-tools)",
@@ -149,7 +151,14 @@ def broken(sparks: SparkPair, turn: str) -> dict:
             script(nodes[case.on], case.undo)
         if turn == "refused":
             sparks.b.start_sshd()
-            wait_until(lambda: sparks.a.run("ssh", "-oBatchMode=yes", "spark-b", "true", check=False).returncode == 0)
+            wait_until(
+                lambda: (
+                    sparks.a.run(
+                        "ssh", "-oBatchMode=yes", "spark-b", "true", check=False
+                    ).returncode
+                    == 0
+                )
+            )
 
 
 def lines(report: dict) -> set[str]:
@@ -169,8 +178,12 @@ def test_a_healthy_pair_is_green(sparks: SparkPair) -> None:
 def test_each_fault_is_named_with_its_mend(name: str, reports: Any) -> None:
     case = CASES[name]
     report = reports(case.turn)
-    found = [f for f in report["findings"] if f"{f['host']}: {f['check']}: {f['level']}" == case.finding]
-    assert any(case.what in f["what"] and case.fix in f["fix"] for f in found), json.dumps(report["findings"], indent=1)
+    found = [
+        f for f in report["findings"] if f"{f['host']}: {f['check']}: {f['level']}" == case.finding
+    ]
+    assert any(case.what in f["what"] and case.fix in f["fix"] for f in found), json.dumps(
+        report["findings"], indent=1
+    )
     assert report["exit"] == 1
 
 
@@ -178,7 +191,9 @@ def test_each_fault_is_named_with_its_mend(name: str, reports: Any) -> None:
 def test_nothing_else_is_named(turn: str, reports: Any) -> None:
     """A report names what is broken, and what follows from it, and no more."""
     named = {line for line in lines(reports(turn)) if not line.endswith(": ok")}
-    expected = {case.finding for case in CASES.values() if case.turn == turn} | CONSEQUENCES.get(turn, set())
+    expected = {case.finding for case in CASES.values() if case.turn == turn} | CONSEQUENCES.get(
+        turn, set()
+    )
     assert named <= expected, json.dumps(reports(turn)["findings"], indent=1)
 
 
@@ -191,17 +206,25 @@ def test_it_is_green_again(sparks: SparkPair, reports: Any) -> None:
 
 def test_a_user_who_is_not_in_the_group_docker(sparks: SparkPair) -> None:
     """The real docker command, a socket of root's, and the checks as another node runs them: python3 alone."""
-    docker = next((p for p in ("/usr/bin/docker", "/usr/local/bin/docker") if Path(p).exists()), None)
+    docker = next(
+        (p for p in ("/usr/bin/docker", "/usr/local/bin/docker") if Path(p).exists()), None
+    )
     if docker is None:
         pytest.skip("needs the docker command (make cluster-tools)")
     files = {name: Path(pair_module.__file__).with_name(name).read_text() for name in SENT}
     program = PROGRAM.format(files=files, module="checks", call="answer_peer")
     listen = "import socket; s = socket.socket(socket.AF_UNIX); s.bind('/var/run/docker.sock'); s.listen()"
     script = f'python3 -c "{listen}"; chmod 660 /var/run/docker.sock; mkdir -p /tmp/empty; setpriv --reuid 65534 --regid 65534 --clear-groups env PATH=/usr/bin:/bin /usr/bin/python3 - python3'
-    command = sparks.a.command("bash", "-euc", f"export HOME=/tmp; {script}; rm /var/run/docker.sock")
-    done = subprocess.run(command, input=program, capture_output=True, text=True, timeout=120, check=False)
+    command = sparks.a.command(
+        "bash", "-euc", f"export HOME=/tmp; {script}; rm /var/run/docker.sock"
+    )
+    done = subprocess.run(
+        command, input=program, capture_output=True, text=True, timeout=120, check=False
+    )
     found = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "docker"]
-    assert [(f["level"], f["what"]) for f in found] == [("fault", "this user is not in the group docker")], done.stderr
+    assert [(f["level"], f["what"]) for f in found] == [
+        ("fault", "this user is not in the group docker")
+    ], done.stderr
     assert "usermod -aG docker" in found[0]["fix"]
 
 
@@ -248,7 +271,10 @@ sed -i 's/^swarm-resource.*/#swarm-resource = "DOCKER_RESOURCE_GPU"/' {TOML}""")
             assert "SWMTKN" not in done.stdout + done.stderr
             config = json.loads(node.sh(f"cat {DAEMON}"))
             assert config["log-driver"] == "local"
-            assert config["node-generic-resources"] == ["FPGA=1", f"NVIDIA_GPU={UUIDS[node.letter]}"]
+            assert config["node-generic-resources"] == [
+                "FPGA=1",
+                f"NVIDIA_GPU={UUIDS[node.letter]}",
+            ]
             assert "GPU-of-another" in node.sh("cat /etc/docker/daemon.json.2*")  # the backup
             assert "restart docker" in (node.state / "systemctl").read_text()
         server.wait(30)
@@ -260,14 +286,18 @@ sed -i 's/^swarm-resource.*/#swarm-resource = "DOCKER_RESOURCE_GPU"/' {TOML}""")
     assert json.loads(body) == {"ListenAddr": "192.168.177.2:2377", "AdvertiseAddr": "192.168.177.2",
                                 "RemoteAddrs": ["192.168.177.1:2377"], "JoinToken": "SWMTKN-1-secret"}  # fmt: skip
     init = (sparks.a.state / "swarm-init").read_text().split()
-    assert init == "swarm init --advertise-addr 192.168.177.1 --listen-addr 192.168.177.1:2377".split()
+    assert (
+        init == "swarm init --advertise-addr 192.168.177.1 --listen-addr 192.168.177.1:2377".split()
+    )
     for node in (sparks.a, sparks.b):  # the stand-in does not know that it joined
         node.sh(f"S={node.state}; {INFO % ('inactive', 'active')}")
     assert {line for line in lines(sparks.doctor()) if not line.endswith(": ok")} == set()
 
 
 def test_a_host_is_no_option(sparks: SparkPair) -> None:
-    done = sparks.a.run("python", "-m", "tunesmith", "doctor", "--pair=-oProxyCommand=touch /tmp/pwned", check=False)
+    done = sparks.a.run(
+        "python", "-m", "tunesmith", "doctor", "--pair=-oProxyCommand=touch /tmp/pwned", check=False
+    )
     assert done.returncode == 2
     assert "is not a host" in done.stderr
     assert not Path("/tmp/pwned").exists()

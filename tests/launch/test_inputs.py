@@ -44,7 +44,10 @@ def test_each_key_that_may_hold_a_path_is_brought_along(tmp_path: Path, key: str
 def test_a_file_that_several_keys_name_comes_once(tmp_path: Path) -> None:
     rows, other = write_rows(tmp_path / "rows.jsonl", 2), write_rows(tmp_path / "other.jsonl", 2)
     sources = [{"source": str(rows)}, {"source": str(other)}]
-    assert inputs(tmp_path, data={"train": sources, "validation": {"source": str(rows)}}) == [rows, other]
+    assert inputs(tmp_path, data={"train": sources, "validation": {"source": str(rows)}}) == [
+        rows,
+        other,
+    ]
 
 
 def test_one_that_is_not_there_is_named_with_its_key(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def finish(*words: str | Path) -> str:
 
 
 def steps(out: Path) -> int:
-    return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+    return (
+        (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+    )
 
 
 def losses(out: Path) -> list[float]:
@@ -50,7 +52,9 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.fixture
-def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+def place(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Path]]:
     """Makes a recipe's file; jobs are noted below tmp_path. Whatever is left running at the end is killed."""
     forkserver()
     ensure_running()  # in another folder: what runs in this one is the test's
@@ -70,14 +74,18 @@ def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
             process.kill()
 
 
-def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(place: Callable[..., Path], tmp_path: Path):
+def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(
+    place: Callable[..., Path], tmp_path: Path
+):
     """Ctrl-C saves, kill -9 of the agent ends its ranks, and the next start goes on. The agent listens on loopback alone, and
     leaves no process and no file behind."""
     file, out = place(**LONG), tmp_path / "run"
     agent = start("launch", "local", file, "--ranks", "2")
     wait_for(lambda: steps(out) >= 3, agent)
     family = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
-    listening = {c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
+    listening = {
+        c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN
+    }
     assert listening == {"127.0.0.1"}
     agent.send_signal(signal.SIGINT)
     said = said_by(agent)
@@ -97,7 +105,9 @@ def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(place: Calla
     _, alive = psutil.wait_procs(ranks, timeout=120)
     assert not alive
     whole = [
-        json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines(True) if line[-1] == "\n"
+        json.loads(line)["step"]
+        for line in (out / "metrics.jsonl").read_text().splitlines(True)
+        if line[-1] == "\n"
     ]
     assert whole == [*range(1, len(whole) + 1)]
     short = {"train.duration": f"{saved + 3} steps"}
@@ -110,7 +120,9 @@ def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(place: Calla
     assert losses(out) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
 
 
-def test_a_fault_before_the_first_step_is_2_and_said_once(place: Callable[..., Path], tmp_path: Path):
+def test_a_fault_before_the_first_step_is_2_and_said_once(
+    place: Callable[..., Path], tmp_path: Path
+):
     file = place(model={"name": str(tmp_path / "nowhere")})
     agent = start("launch", "local", file, "--ranks", "2")
     said = said_by(agent)

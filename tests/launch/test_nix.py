@@ -22,7 +22,17 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).with_name("nix_stub")
-PARTS = ("flake.nix", "flake.lock", "LICENSE", "README.md", "nix", "pyproject.toml", "recipes", "scripts", "src")
+PARTS = (
+    "flake.nix",
+    "flake.lock",
+    "LICENSE",
+    "README.md",
+    "nix",
+    "pyproject.toml",
+    "recipes",
+    "scripts",
+    "src",
+)
 SCRIPTS = {
     "LLAMA3_3B_FULL_SCRIPT": "Llama3_3B_full_finetuning.py",
     "LLAMA3_8B_LORA_SCRIPT": "Llama3_8B_LoRA_finetuning.py",
@@ -47,20 +57,34 @@ class Nix:
     def cache(self) -> Path:
         return self.root / "cache"
 
-    def __call__(self, *words: str, stub: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, *words: str, stub: bool = True, **more: str
+    ) -> subprocess.CompletedProcess[str]:
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.root / "home"),
             "XDG_CACHE_HOME": str(self.cache),
             "LD_LIBRARY_PATH": "/of/the/host",
             "NIX_REMOTE": "",
-            **{f"NIX_{kind.upper()}_DIR": str(self.store / kind) for kind in ("store", "state", "log", "conf")},
+            **{
+                f"NIX_{kind.upper()}_DIR": str(self.store / kind)
+                for kind in ("store", "state", "log", "conf")
+            },
             **more,
         }
         if stub:
-            words = (*words[:2], "--override-input", "nixpkgs", f"path:{STUB}", "--no-write-lock-file", *words[2:])
+            words = (
+                *words[:2],
+                "--override-input",
+                "nixpkgs",
+                f"path:{STUB}",
+                "--no-write-lock-file",
+                *words[2:],
+            )
         command = ["nix", *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
 
     def edit(self, file: str, old: str, new: str) -> None:
         path = self.flake / file
@@ -108,7 +132,8 @@ def test_every_output_evaluates_for_both_systems(nix: Nix):
     assert shown.returncode == 0, shown.stderr
     outputs = json.loads(shown.stdout)
     assert {kind: sorted(found) for kind, found in outputs.items()} == {
-        kind: ["aarch64-linux", "x86_64-linux"] for kind in ("apps", "checks", "devShells", "packages")
+        kind: ["aarch64-linux", "x86_64-linux"]
+        for kind in ("apps", "checks", "devShells", "packages")
     }
     for system in ("aarch64-linux", "x86_64-linux"):
         assert sorted(outputs["devShells"][system]) == ["default", "pytorch-fine-tune"]
@@ -128,7 +153,9 @@ def test_an_unknown_name_of_nixpkgs_is_refused(nix: Nix):
 @pytest.mark.nix
 def test_the_lock_file_is_that_of_the_flake(nix: Nix):
     """Without the stand-in: nix would have to ask the network for an input that the lock file does not hold."""
-    told = nix("flake", "metadata", "--json", "--no-update-lock-file", f"path:{nix.flake}", stub=False)
+    told = nix(
+        "flake", "metadata", "--json", "--no-update-lock-file", f"path:{nix.flake}", stub=False
+    )
     assert told.returncode == 0, told.stderr
     locked = json.loads(told.stdout)["locks"]["nodes"]["nixpkgs"]["locked"]
     assert locked["rev"] in (ROOT / "flake.nix").read_text()
@@ -144,7 +171,10 @@ def test_the_checks_run_and_notice_what_is_broken(nix: Nix):
     assert "tunesmith-scripts.drv' failed" in broken.stderr
     assert "tunesmith-help.drv' failed" not in broken.stderr
     nix.edit("src/tunesmith/cli/main.py", "import argparse", "import argparse, no_such_package")
-    assert "tunesmith-help.drv' failed" in nix("flake", "check", f"path:{nix.flake}", "--keep-going").stderr
+    assert (
+        "tunesmith-help.drv' failed"
+        in nix("flake", "check", f"path:{nix.flake}", "--keep-going").stderr
+    )
 
 
 @pytest.mark.nix
@@ -166,7 +196,9 @@ def test_the_shell_has_the_programs_and_the_scripts(nix: Nix):
     for variable, name in SCRIPTS.items():
         assert Path(found[variable]).read_text() == (ROOT / "scripts" / name).read_text()
         assert Path(found[variable]).with_name("playbook.py").is_file()
-    assert (environment / "synced.txt").read_text() == (ROOT / "nix" / "requirements.txt").read_text()
+    assert (environment / "synced.txt").read_text() == (
+        ROOT / "nix" / "requirements.txt"
+    ).read_text()
 
     again = nix.shell("tunesmith train 'a b'")
     assert again.stdout == f"tunesmith of {environment} train a b\n"
@@ -179,18 +211,27 @@ def test_the_shell_has_the_programs_and_the_scripts(nix: Nix):
 @pytest.mark.nix
 def test_libraries_that_wheels_expect_are_loaded_by_path(nix: Nix):
     """So that nothing of them reaches programs of the host through LD_LIBRARY_PATH."""
-    ran = nix.shell('python -c \'import ctypes; ctypes.CDLL("libstdc++.so.6"); print(open("/proc/self/maps").read())\'')
+    ran = nix.shell(
+        'python -c \'import ctypes; ctypes.CDLL("libstdc++.so.6"); print(open("/proc/self/maps").read())\''
+    )
     assert ran.returncode == 0, ran.stderr
     assert "Error processing" not in ran.stderr
     for name in ("libgcc_s.so.1", "libstdc++.so.6", "libz.so.1"):
-        assert str(Path(os.path.realpath(next(nix.store.glob(f"store/*/lib/{name}"))))) in ran.stdout
+        assert (
+            str(Path(os.path.realpath(next(nix.store.glob(f"store/*/lib/{name}"))))) in ran.stdout
+        )
 
 
 @pytest.mark.nix
 def test_the_driver_of_the_host_and_nothing_else_of_it(nix: Nix, tmp_path: Path):
     host = tmp_path / "host"
     host.mkdir()
-    ours = {"libcuda.so.1", "libnvidia-ml.so.1", "libnvidia-ptxjitcompiler.so.1", "libcudadebugger.so.1"}
+    ours = {
+        "libcuda.so.1",
+        "libnvidia-ml.so.1",
+        "libnvidia-ptxjitcompiler.so.1",
+        "libcudadebugger.so.1",
+    }
     for name in (*ours, "libcudart.so.13", "libc.so.6", "libstdc++.so.6"):
         (host / name).touch()
     entered = nix.shell("env", TUNESMITH_DRIVER=str(host))
@@ -205,7 +246,10 @@ def test_the_driver_of_the_host_and_nothing_else_of_it(nix: Nix, tmp_path: Path)
 
 @pytest.mark.nix
 def test_an_install_that_fails_says_so_and_is_made_again(nix: Nix):
-    for start in (nix.shell, lambda script, **more: nix("run", f"path:{nix.flake}", "--", script, **more)):
+    for start in (
+        nix.shell,
+        lambda script, **more: nix("run", f"path:{nix.flake}", "--", script, **more),
+    ):
         failed = start("echo in the shell", UV_STANDIN_FAILS="no route to the index")
         assert failed.returncode == 1
         assert "uv: no route to the index" in failed.stderr
@@ -225,14 +269,25 @@ def test_the_locked_packages_are_those_of_the_project():
     locked = locked_versions(ROOT / "nix" / "requirements.txt")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    more = [line for line in (ROOT / "nix" / "requirements.in").read_text().splitlines() if not line.startswith("#")]
-    wanted = [Requirement(line) for line in [*project["dependencies"], *extras["nf4"], *extras["gguf"], *more]]
+    more = [
+        line
+        for line in (ROOT / "nix" / "requirements.in").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    wanted = [
+        Requirement(line)
+        for line in [*project["dependencies"], *extras["nf4"], *extras["gguf"], *more]
+    ]
     assert len(wanted) > 20
     for requirement in wanted:
         version = locked[canonicalize_name(requirement.name)]
-        assert requirement.specifier.contains(version, prereleases=True), f"{requirement}: {version}; sh nix/lock.sh"
+        assert requirement.specifier.contains(version, prereleases=True), (
+            f"{requirement}: {version}; sh nix/lock.sh"
+        )
     tested = locked_versions(ROOT / "constraints.txt")
-    assert {name: locked[name] for name in locked if name in tested and locked[name] != tested[name]} == {}
+    assert {
+        name: locked[name] for name in locked if name in tested and locked[name] != tested[name]
+    } == {}
     assert len(locked) == len(
         re.findall(r"^[\w.-]+==[^\n]*\\\n    --hash=sha256:[0-9a-f]{64}", text, flags=re.MULTILINE)
     )
@@ -240,7 +295,9 @@ def test_the_locked_packages_are_those_of_the_project():
 
 def test_the_page_lists_what_is_taken_from_nixpkgs_and_the_versions():
     page = (ROOT / "docs" / "nix.md").read_text()
-    taken = set(re.findall(r"(?<!nix)pkgs\.([a-z][\w-]*(?:\.cc)*)", (ROOT / "flake.nix").read_text()))
+    taken = set(
+        re.findall(r"(?<!nix)pkgs\.([a-z][\w-]*(?:\.cc)*)", (ROOT / "flake.nix").read_text())
+    )
     assert len(taken) > 6
     table = page[page.index("| attribute |") :]
     assert {name for name in taken if f"`{name}`" not in table} == set()
@@ -255,6 +312,10 @@ def installed_on_linux() -> list[str]:
     """The locked packages that a Linux machine gets."""
     text = (ROOT / "nix" / "requirements.txt").read_text()
     lines = re.findall(r"^([\w.-]+==[^\\\n]+?) *\\$", text, flags=re.MULTILINE)
-    linux = {"sys_platform": "linux", "platform_machine": "aarch64", "python_full_version": "3.13.14"}
+    linux = {
+        "sys_platform": "linux",
+        "platform_machine": "aarch64",
+        "python_full_version": "3.13.14",
+    }
     found = [Requirement(line) for line in lines]
     return [each.name for each in found if each.marker is None or each.marker.evaluate(linux)]

@@ -34,7 +34,9 @@ def test_an_endpoint_is_of_this_node_or_of_another():
     assert (here.is_here, here.interface) == (True, "lo")
     with pytest.raises(MachineError, match="no known host"):
         find_endpoint("no-such-host.invalid", 1)
-    with pytest.raises(MachineError, match=r"no interface of this node has the address 203\.0\.113\.9"):
+    with pytest.raises(
+        MachineError, match=r"no interface of this node has the address 203\.0\.113\.9"
+    ):
         find_endpoint("127.0.0.1", 1, "203.0.113.9")
 
 
@@ -48,8 +50,12 @@ def test_a_port_that_is_taken_is_named():
     assert str(port) in caught.value.where
 
 
-@pytest.mark.parametrize(("named", "count"), [("0,1,3", 3), ("", 0), ("0,-1,2", 1), ("MIG-a1,MIG-b2", 2)])
-def test_gpus_are_those_that_the_environment_shows(named: str, count: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("named", "count"), [("0,1,3", 3), ("", 0), ("0,-1,2", 1), ("MIG-a1,MIG-b2", 2)]
+)
+def test_gpus_are_those_that_the_environment_shows(
+    named: str, count: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert node.count_gpus() == count
 
@@ -71,7 +77,9 @@ def test_an_agent_joins_the_functions_of_a_port_where_devices_are_named(
     assert environment.get("NCCL_IB_MERGE_NICS") == expected
 
 
-@pytest.mark.parametrize(("output", "count"), [("0\n1\n", 2), ("0\n\n", 1), ("No devices were found\n", 0), ("", 0)])
+@pytest.mark.parametrize(
+    ("output", "count"), [("0\n1\n", 2), ("0\n\n", 1), ("No devices were found\n", 0), ("", 0)]
+)
 def test_lines_of_nvidia_smi_that_name_no_gpu_are_not_counted(
     output: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -82,7 +90,9 @@ def test_lines_of_nvidia_smi_that_name_no_gpu_are_not_counted(
     assert node.count_gpus() == count
 
 
-@pytest.mark.parametrize("words", [["--ranks", "0"], ["--nodes", "1:x"], ["--ranks", "2", "--endpoint", "29500"]])
+@pytest.mark.parametrize(
+    "words", [["--ranks", "0"], ["--nodes", "1:x"], ["--ranks", "2", "--endpoint", "29500"]]
+)
 def test_a_flag_that_is_wrong_is_refused(
     words: list[str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -90,7 +100,9 @@ def test_a_flag_that_is_wrong_is_refused(
     file.write_text(json.dumps(recipe(tiny, tmp_path)))
     before = signal.getsignal(signal.SIGTERM)
     assert node.run_agent([*words, "--", "train", str(file)]) == UsageError.exit_code
-    assert signal.getsignal(signal.SIGTERM) is before, "every process that is started later would ignore it too"
+    assert signal.getsignal(signal.SIGTERM) is before, (
+        "every process that is started later would ignore it too"
+    )
     assert f"where: {words[-2]}" in capsys.readouterr().err
 
 
@@ -117,10 +129,14 @@ def spaces() -> Iterator[list[str]]:
         pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=60)
+            subprocess.run(
+                ["ip", "netns", "del", name], check=False, capture_output=True, timeout=60
+            )
 
 
-def test_logs_of_one_node_and_of_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_of_one_node_and_of_one_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch.distributed import TCPStore
 
     monkeypatch.setattr("tunesmith.launch.debug.PATIENCE", 0.2)
@@ -135,21 +151,38 @@ def test_logs_of_one_node_and_of_one_that_is_missing(tmp_path: Path, monkeypatch
             assert archive.getnames() == ["127.0.0.1/rank.log"]
 
 
-def start_agent(space: str, out: Path, words: list[str], tiny: Path, **changes: Any) -> subprocess.Popen[str]:
+def start_agent(
+    space: str, out: Path, words: list[str], tiny: Path, **changes: Any
+) -> subprocess.Popen[str]:
     """The agent of one of two nodes with a rank each, in a network namespace; what it says goes to `said` in the folder."""
     out.mkdir(exist_ok=True)
     file = out / "recipe.yaml"
     values = recipe(tiny, out.parent, held=False, output_dir=str(out / "run"), **changes)
     file.write_text(json.dumps(values))
-    flags = ["--nodes", "2", "--ranks", "1", "--endpoint", "10.91.0.1:29571", *words, "--", "train", str(file)]
+    flags = [
+        "--nodes",
+        "2",
+        "--ranks",
+        "1",
+        "--endpoint",
+        "10.91.0.1:29571",
+        *words,
+        "--",
+        "train",
+        str(file),
+    ]
     command = ["ip", "netns", "exec", space, sys.executable, "-m", "tunesmith.launch.node", *flags]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(out.parent)}
     with (out / "said").open("w") as said:  # no pipe: the agent that is not read would wait
-        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=environ)
+        return subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, text=True, env=environ
+        )
 
 
 @contextmanager
-def two_agents(spaces: list[str], tiny: Path, folders: list[Path]) -> Iterator[list[subprocess.Popen[str]]]:
+def two_agents(
+    spaces: list[str], tiny: Path, folders: list[Path]
+) -> Iterator[list[subprocess.Popen[str]]]:
     """The agents of two nodes whose ranks have trained their first step; killed at the end."""
     changes = {"train": {"duration": "100000 steps"}}
     agents = [start_agent(*pair, [], tiny, **changes) for pair in zip(spaces, folders, strict=True)]
@@ -198,10 +231,15 @@ def test_two_nodes_meet_on_the_cable_alone_stop_together_and_collect_their_logs(
     spaces: list[str], tiny: Path, tmp_path: Path
 ):
     """Each node has a disk of its own; SIGTERM to the second node's agent saves on both, and the same command goes on."""
-    changes = {"train": {"duration": "100000 steps"}, "checkpoint": {"every": "1000 steps", "keep": 1}}
+    changes = {
+        "train": {"duration": "100000 steps"},
+        "checkpoint": {"every": "1000 steps", "keep": 1},
+    }
 
     def start(number: int) -> subprocess.Popen[str]:
-        return start_agent(spaces[number - 1], tmp_path / f"node{number}", ["--debug"], tiny, **changes)
+        return start_agent(
+            spaces[number - 1], tmp_path / f"node{number}", ["--debug"], tiny, **changes
+        )
 
     def said() -> list[str]:
         return [(tmp_path / f"node{number}" / "said").read_text() for number in (2, 1)]

@@ -27,7 +27,10 @@ from tunesmith.config.schema import Parallel
 FOLDER = Path(__file__).parents[2] / "scripts"
 FULL, LORA, BIG, QLORA = SCRIPTS
 TIME = 300  # seconds, for processes that load torch on a busy machine
-ROWS = [{"instruction": f"say {i}", "input": "loudly" if i % 3 else "", "output": f"{i}!"} for i in range(24)]
+ROWS = [
+    {"instruction": f"say {i}", "input": "loudly" if i % 3 else "", "output": f"{i}!"}
+    for i in range(24)
+]
 
 # The playbook's two configs as its users have them, with what they typed in.
 OLD_COMMON = {
@@ -91,7 +94,12 @@ def words(tiny: Path, tmp_path: Path) -> list[str]:
 
 def alone(script: str, words: list[str], out: Path, batch: int) -> list[float]:
     """The losses of one process with this batch."""
-    assert playbook.main(script, [*words, "--batch_size", str(batch), "--output_dir", str(out), "--ranks", "1"]) == 0
+    assert (
+        playbook.main(
+            script, [*words, "--batch_size", str(batch), "--output_dir", str(out), "--ranks", "1"]
+        )
+        == 0
+    )
     return losses(out)
 
 
@@ -117,14 +125,23 @@ def test_each_variable_of_an_old_config_is_honoured_or_named_as_ignored(tmp_path
     found = read_launcher(env, set(), world=2, local_world=1)
     assert found.parallel == Parallel(replicate=1, shard=2)
     assert found.flags == {"dtype": "bfloat16"}
-    assert len(found.lines) == len({line.partition("=")[0] for line in found.lines}), "each in one line"
+    assert len(found.lines) == len({line.partition("=")[0] for line in found.lines}), (
+        "each in one line"
+    )
     silent = {n for n in env if not any(line.startswith(f"{n}=") for line in found.lines)}
-    switches = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"}  # the others say what they switch on
-    neutral = {n for n in silent if env[n].lower() in NOTHING or DEFAULTS.get(n) == env[n] or env[n] == "1"}
+    switches = {
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_USE_PARALLELISM_CONFIG",
+    }  # the others say what they switch on
+    neutral = {
+        n for n in silent if env[n].lower() in NOTHING or DEFAULTS.get(n) == env[n] or env[n] == "1"
+    }
     assert silent - switches - neutral <= {"FSDP_RESHARD_AFTER_FORWARD", "FSDP_SHARDING_STRATEGY"}
     assert any("FSDP_STATE_DICT_TYPE" in line and "ignored" in line for line in found.lines)
     if name == "full":
-        assert any(line.startswith("FSDP_RESHARD_AFTER_FORWARD=false is ignored") for line in found.lines)
+        assert any(
+            line.startswith("FSDP_RESHARD_AFTER_FORWARD=false is ignored") for line in found.lines
+        )
         assert "PARALLELISM_CONFIG_DP_SHARD_SIZE=2: parallel.shard 2" in found.lines
 
 
@@ -159,11 +176,16 @@ def test_sizes_that_do_not_make_the_ranks_are_ignored_by_name(tmp_path: Path) ->
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {"gradient_accumulation_steps": 4}),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {"use_torch_compile": True}),
         ({"ACCELERATE_DYNAMO_BACKEND": "NO"}, {}),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {"gradient_checkpointing": True}),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {"gradient_checkpointing": True},
+        ),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}),
     ],
 )
-def test_a_variable_sets_a_flag_unless_it_was_typed(env: dict[str, str], flags: dict[str, Any]) -> None:
+def test_a_variable_sets_a_flag_unless_it_was_typed(
+    env: dict[str, str], flags: dict[str, Any]
+) -> None:
     assert read_launcher(env, set(), world=2, local_world=2).flags == flags
     typed = read_launcher(env, set(flags), world=2, local_world=2)
     assert typed.flags == {}
@@ -172,7 +194,11 @@ def test_a_variable_sets_a_flag_unless_it_was_typed(env: dict[str, str], flags: 
 
 
 def test_what_is_kept_on_the_host_and_what_is_unknown(tmp_path: Path) -> None:
-    env = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_SOMETHING": "new"}
+    env = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_OFFLOAD_PARAMS": "true",
+        "ACCELERATE_SOMETHING": "new",
+    }
     found = read_launcher(env, set(), world=2, local_world=2)
     assert found.offload == ("parameters",)
     args = playbook.parser(LORA).parse_args([])
@@ -183,7 +209,11 @@ def test_what_is_kept_on_the_host_and_what_is_unknown(tmp_path: Path) -> None:
 
 def test_variables_of_the_launch_reach_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    for typed, dtype in (([], "float16"), (["--dtype", "bfloat16"], "bfloat16"), (["--dty=float32"], "float32")):
+    for typed, dtype in (
+        ([], "float16"),
+        (["--dtype", "bfloat16"], "bfloat16"),
+        (["--dty=float32"], "float32"),
+    ):
         args = playbook.parser(LORA).parse_args(typed)
         playbook.read_settings(LORA, args, typed)
         assert args.dtype == dtype
@@ -192,9 +222,13 @@ def test_variables_of_the_launch_reach_the_flags(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", ["config_finetuning", "config_fsdp_lora"])
 def test_nothing_is_typed_into_the_configs(name: str) -> None:
     text = (FOLDER / "configs" / f"{name}.yaml").read_text()
-    keys = {line.partition(":")[0].strip() for line in text.splitlines() if not line.startswith("#")}
+    keys = {
+        line.partition(":")[0].strip() for line in text.splitlines() if not line.startswith("#")
+    }
     assert not keys & {"machine_rank", "main_process_ip"}
-    found = read_launcher(variables(FOLDER / "configs" / f"{name}.yaml"), set(), world=2, local_world=2)
+    found = read_launcher(
+        variables(FOLDER / "configs" / f"{name}.yaml"), set(), world=2, local_world=2
+    )
     assert found.parallel == Parallel(replicate=1, shard=2)
 
 
@@ -215,14 +249,18 @@ def test_a_script_under_an_old_config_is_one_process_with_their_batches(
     """Two ranks with the variables that accelerate sets; each takes --batch_size examples a step."""
     out = tmp_path / "run"
     env = variables(old_config(tmp_path, config))
-    assert run_ranks(2, run_rank, env, script, [*words, "--batch_size", "2", "--output_dir", str(out)]) == [0, 0]
+    assert run_ranks(
+        2, run_rank, env, script, [*words, "--batch_size", "2", "--output_dir", str(out)]
+    ) == [0, 0]
     # fp32: sums in another order
     assert losses(out) == pytest.approx(alone(script, words, tmp_path / "alone", 4), rel=1e-4)
     opens(script, tiny, out)
 
 
 def start(*command: str | Path, **env: str) -> subprocess.Popen[str]:
-    around = {name: value for name, value in os.environ.items() if not name.startswith("FINETUNING")}
+    around = {
+        name: value for name, value in os.environ.items() if not name.startswith("FINETUNING")
+    }
     return subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=around | {"OMP_NUM_THREADS": "1"} | env, start_new_session=True,
@@ -238,11 +276,15 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return said
 
 
-def test_a_run_script_starts_the_processes_of_one_machine(words: list[str], tiny: Path, tmp_path: Path) -> None:
+def test_a_run_script_starts_the_processes_of_one_machine(
+    words: list[str], tiny: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     command = [FOLDER / "run-multi-llama_3b", *words, "--batch_size", "2", "--output_dir", str(out)]
     said = finish(start(*command, PET_NNODES="1", PET_NPROC_PER_NODE="2"))
-    assert said.count("accelerate: FSDP_VERSION=2: parallel.replicate 1, parallel.shard 2\n") == 1, said
+    assert (
+        said.count("accelerate: FSDP_VERSION=2: parallel.replicate 1, parallel.shard 2\n") == 1
+    ), said
     assert said.count("TRAINING COMPLETED") == 1, "one rank speaks"
     assert losses(out) == pytest.approx(alone(FULL, words, tmp_path / "alone", 4), rel=1e-4)
     opens(FULL, tiny, out)
@@ -253,11 +295,22 @@ def test_ranks_of_a_script_share_its_batch_stop_and_go_on_as_one_process(
 ) -> None:
     out = tmp_path / "run"
     words = [*words, "--num_epochs", "15"]
-    command = [sys.executable, FOLDER / f"{LORA}.py", *words, "--batch_size", "4", "--output_dir", str(out)]
+    command = [
+        sys.executable,
+        FOLDER / f"{LORA}.py",
+        *words,
+        "--batch_size",
+        "4",
+        "--output_dir",
+        str(out),
+    ]
     ranks = start(*command, "--ranks", "2")
     try:
         deadline = time.monotonic() + TIME
-        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < 3:
+        while (
+            not (out / "metrics.jsonl").exists()
+            or len((out / "metrics.jsonl").read_bytes().splitlines()) < 3
+        ):
             assert ranks.poll() is None, ranks.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -275,7 +328,9 @@ def test_ranks_of_a_script_share_its_batch_stop_and_go_on_as_one_process(
     opens(LORA, tiny, out)
 
 
-def test_another_launcher_says_how_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_launcher_says_how_many(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert playbook.main(LORA, ["--ranks", "2"]) == 2
     assert "another launcher has started this script" in capsys.readouterr().err
@@ -284,14 +339,18 @@ def test_another_launcher_says_how_many(monkeypatch: pytest.MonkeyPatch, capsys:
 # --- where a node stands --------------------------------------------------------------------------------------------
 
 
-def meet_all(addresses: list[str], nodes: int, ranks: list[int] | None = None, patience: float = 20.0) -> list[Any]:
+def meet_all(
+    addresses: list[str], nodes: int, ranks: list[int] | None = None, patience: float = 20.0
+) -> list[Any]:
     """What `meet` finds, or the text of its refusal, on each of these addresses of the loopback network at once."""
     found: list[Any] = [None] * len(addresses)
 
     def call(i: int) -> None:
         own = ipaddress.IPv4Interface(f"{addresses[i]}/8")
         try:
-            found[i] = run_multi.meet(own, nodes, "script.py", (ranks or [1] * len(addresses))[i], patience)
+            found[i] = run_multi.meet(
+                own, nodes, "script.py", (ranks or [1] * len(addresses))[i], patience
+            )
         except run_multi.Refused as error:
             found[i] = str(error)
 
@@ -307,7 +366,9 @@ def meet_all(addresses: list[str], nodes: int, ranks: list[int] | None = None, p
 def test_nodes_that_call_agree_on_ranks_and_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_multi, "CALL_PORT", free_port())
     found = meet_all(["127.0.0.30", "127.0.0.4", "127.0.0.5"], 3)
-    assert [place.rank for place in found] == [2, 0, 1], "in the order of their addresses as numbers"
+    assert [place.rank for place in found] == [2, 0, 1], (
+        "in the order of their addresses as numbers"
+    )
     assert {place[::2] for place in found} == {(3, "127.0.0.4")}
     assert len({place.port for place in found}) == 1
     assert run_multi.place_flags(found[2], 2)[:6] == [
@@ -324,7 +385,9 @@ def test_too_many_too_few_and_unlike_nodes_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(run_multi, "CALL_PORT", free_port())
     assert "only 127.0.0.4 of 2 nodes called in 1 s" in meet_all(["127.0.0.4"], 2, patience=1.0)[0]
     unlike = meet_all(["127.0.0.4", "127.0.0.5"], 2, ranks=[1, 2])
-    assert all("different numbers of processes" in said and "PET_NPROC_PER_NODE" in said for said in unlike)
+    assert all(
+        "different numbers of processes" in said and "PET_NPROC_PER_NODE" in said for said in unlike
+    )
     monkeypatch.setattr(run_multi, "AFTER", 5.0)
     assert "PET_NNODES=3" in meet_all(["127.0.0.4", "127.0.0.5", "127.0.0.6"], 2, patience=4.0)[0]
 
@@ -332,23 +395,41 @@ def test_too_many_too_few_and_unlike_nodes_are_refused(monkeypatch: pytest.Monke
 def test_words_from_elsewhere_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_multi, "CALL_PORT", port := free_port())
     own = ipaddress.IPv4Interface("127.0.0.4/8")
-    calls = [b"", b"[]", b'["script.py", 99999, 1, []]', b'["script.py", 29500, 1, ["127.0.0.4"]]', b"\xff" * 100]
-    with run_multi.datagrams("127.255.255.255", port) as listening, run_multi.datagrams("127.0.0.9", 0) as calling:
+    calls = [
+        b"",
+        b"[]",
+        b'["script.py", 99999, 1, []]',
+        b'["script.py", 29500, 1, ["127.0.0.4"]]',
+        b"\xff" * 100,
+    ]
+    with (
+        run_multi.datagrams("127.255.255.255", port) as listening,
+        run_multi.datagrams("127.0.0.9", 0) as calling,
+    ):
         for call in calls:
             calling.sendto(call, ("127.255.255.255", port))
         heard = run_multi.listen(listening, own)
     assert heard == {"127.0.0.9": run_multi.Call("script.py", 29500, 1, ("127.0.0.4",))}
-    with run_multi.datagrams("127.255.255.255", port) as listening, run_multi.datagrams("127.0.0.9", 0) as calling:
+    with (
+        run_multi.datagrams("127.255.255.255", port) as listening,
+        run_multi.datagrams("127.0.0.9", 0) as calling,
+    ):
         calling.sendto(calls[3], ("127.255.255.255", port))
-        assert run_multi.listen(listening, ipaddress.IPv4Interface("127.0.0.4/30")) == {}, "not of this network"
+        assert run_multi.listen(listening, ipaddress.IPv4Interface("127.0.0.4/30")) == {}, (
+            "not of this network"
+        )
 
 
 STEP = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu[3-4]", "SLURM_NODEID": "1",
         "SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0"}  # fmt: skip
 
 
-def test_a_slurm_step_says_where_a_node_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && echo gpu3 && echo gpu4\n')
+def test_a_slurm_step_says_where_a_node_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && echo gpu3 && echo gpu4\n'
+    )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for name, value in STEP.items():
@@ -383,11 +464,19 @@ def test_both_functions_of_the_cable_are_used_as_one(
 
 
 @pytest.mark.parametrize("name", ["3b", "8b", "70b"])
-def test_on_the_host_a_run_script_enters_the_container_and_shows_no_token(name: str, tmp_path: Path) -> None:
+def test_on_the_host_a_run_script_enters_the_container_and_shows_no_token(
+    name: str, tmp_path: Path
+) -> None:
     (tmp_path / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@"; echo "token $HF_TOKEN"\n')
     (tmp_path / "docker").chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FINETUNING_CONTAINER": "4711", "HF_TOKEN": "hf_canary00"}
-    said = finish(start(FOLDER / f"run-multi-llama_{name}", "--num_epochs", "2; reboot", **env)).splitlines()
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FINETUNING_CONTAINER": "4711",
+        "HF_TOKEN": "hf_canary00",
+    }
+    said = finish(
+        start(FOLDER / f"run-multi-llama_{name}", "--num_epochs", "2; reboot", **env)
+    ).splitlines()
     assert said[-1] == "token hf_canary00", "by the environment"
     assert not any("canary" in word for word in said[: said.index("token hf_canary00")])
     assert "4711" in said
@@ -412,9 +501,32 @@ def cable() -> Iterator[tuple[str, str]]:
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
     try:
-        network("link", "add", "port0", "netns", names[0], "type", "veth", "peer", "name", "port0", "netns", names[1])
+        network(
+            "link",
+            "add",
+            "port0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "port0",
+            "netns",
+            names[1],
+        )
         for i, name in enumerate(names):
-            network("-n", name, "address", "add", f"10.77.0.{i + 1}/24", "broadcast", "+", "dev", "port0")
+            network(
+                "-n",
+                name,
+                "address",
+                "add",
+                f"10.77.0.{i + 1}/24",
+                "broadcast",
+                "+",
+                "dev",
+                "port0",
+            )
             for link in ("lo", "port0"):
                 network("-n", name, "link", "set", link, "up")
         yield names[0], names[1]
@@ -428,7 +540,9 @@ def test_a_run_script_on_two_nodes_finds_the_other_over_the_cable(
 ) -> None:
     out = tmp_path / "run"
     command = [FOLDER / "run-multi-llama_8b", *words, "--batch_size", "2", "--output_dir", str(out)]
-    nodes = [start("ip", "netns", "exec", node, *command, NCCL_SOCKET_IFNAME="port0") for node in cable]
+    nodes = [
+        start("ip", "netns", "exec", node, *command, NCCL_SOCKET_IFNAME="port0") for node in cable
+    ]
     said = [finish(node) for node in nodes]
     assert ["--machine_rank 0" in text for text in said] == [True, False]
     assert ["--machine_rank 1" in text for text in said] == [False, True]

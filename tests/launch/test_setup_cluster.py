@@ -34,13 +34,18 @@ def set_up(place: Path, hub: StandIn, token: str | None) -> subprocess.Completed
     env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "0"}
     env |= {"HF_TOKEN": token} if token else {}
     command = ["bash", SCRIPT, "recipe.yaml", "env"]
-    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        command, cwd=place, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
 
 
 def test_it_fails_before_the_large_install_and_then_goes_on(tiny: Path, place: Path) -> None:
     files = {path.name: path.read_bytes() for path in tiny.iterdir()}
     with StandIn({"owner/gated": Repo(files, gated=True, granted="hf_granted0123")}) as hub:
-        for token, said in ((None, "there is no token"), ("hf_other01234567", "has not been granted to the account")):
+        for token, said in (
+            (None, "there is no token"),
+            ("hf_other01234567", "has not been granted to the account"),
+        ):
             done = set_up(place, hub, token)
             assert done.returncode == 2
             assert said in done.stderr

@@ -69,7 +69,9 @@ def test_what_is_there_already_is_not_sent_again(tmp_path: Path):
             data = file.source.read_bytes()[index << 20 : (index + 1) << 20]
             where = {"place": file.place, "digest": file.digest}
             connection.ask("put", [data], index=index, start=index << 20, count=1 << 20, **where)
-    assert connection.process.returncode == 0, "the other side has ended, and was not left to find out"
+    assert connection.process.returncode == 0, (
+        "the other side has ended, and was not left to find out"
+    )
     assert not Path(file.place).exists()
     assert ship([file], "spark-b", QUIET) == 5_300_000 - (2 << 20)
     assert Path(file.place).read_bytes() == file.source.read_bytes()
@@ -132,7 +134,9 @@ def test_a_host_that_is_not_reached_is_named_with_what_ssh_says():
     assert "ssh-copy-id unreachable" in caught.value.text()
 
 
-@pytest.mark.parametrize("host", ["-oProxyCommand=touch /tmp/x", "a b", "a;b", "$(a)", "a\nb", "`a`"])
+@pytest.mark.parametrize(
+    "host", ["-oProxyCommand=touch /tmp/x", "a b", "a;b", "$(a)", "a\nb", "`a`"]
+)
 def test_a_host_is_no_option_and_no_command(host: str, tmp_path: Path):
     with pytest.raises(UsageError, match="is no host"):
         Connection(host)
@@ -147,7 +151,9 @@ def test_a_path_is_no_command(tmp_path: Path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
-def test_a_launcher_that_ends_leaves_no_process_on_the_other_node(how: signal.Signals, tmp_path: Path):
+def test_a_launcher_that_ends_leaves_no_process_on_the_other_node(
+    how: signal.Signals, tmp_path: Path
+):
     """While it sends: the source is a pipe-slow reader, so that it is surely in the middle of a piece."""
     program = f"""
 import time
@@ -162,7 +168,9 @@ ship._blocks = blocks
 ship.ship(ship.by_content(__import__("pathlib").Path({str(big(tmp_path / "rows.jsonl", 40 << 20))!r}))[1], "spark-b",
           ship.FetchProgress(lambda text: None))
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as launcher:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as launcher:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == "sending\n"
         wait_for(lambda: receivers(tmp_path), launcher)
@@ -192,8 +200,12 @@ def receivers(folder: Path) -> list[int]:
 def test_the_receiver_needs_no_newer_python_and_nothing_but_the_standard_library():
     import ast
 
-    tree = ast.parse(Path(module.__file__).with_name("receiver.py").read_text(), feature_version=(3, 8))
-    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    tree = ast.parse(
+        Path(module.__file__).with_name("receiver.py").read_text(), feature_version=(3, 8)
+    )
+    imported = {
+        name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    }
     assert imported <= {*sys.stdlib_module_names}
     assert json.dumps(sorted(imported))
 

@@ -34,7 +34,9 @@ Heartbeat.progress = fill
 
 
 def steps(out: Path) -> int:
-    return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+    return (
+        (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+    )
 
 
 @pytest.mark.slow
@@ -46,9 +48,24 @@ def test_one_rank_takes_its_own_place_once(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "site/sitecustomize.py").write_text(FED)
     available(root, 8192)
     paths = os.pathsep.join([str(tmp_path / "site"), *sys.path])
-    environ = os.environ | {"PYTHONPATH": paths, "FED": str(root), "TUNESMITH_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "tunesmith.launch.node", "--ranks", "1", "--", "train", str(file)]
-    agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+    environ = os.environ | {
+        "PYTHONPATH": paths,
+        "FED": str(root),
+        "TUNESMITH_CACHE": str(tmp_path / "cache"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "tunesmith.launch.node",
+        "--ranks",
+        "1",
+        "--",
+        "train",
+        str(file),
+    ]
+    agent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
+    )
     try:
         wait_for(lambda: steps(out) > 1, agent)
         available(root, 100)
@@ -79,7 +96,9 @@ def run_agent(out: Path) -> int:
     handlers = [signal.getsignal(signal.Signals[name]) for name in NAMES]
     try:
         words = ["-m", "tunesmith", "train", "my-recipe.yaml"]
-        return node.run_program(node.parser().parse_args(["--", "train", "my-recipe.yaml"]), 2, words, out)
+        return node.run_program(
+            node.parser().parse_args(["--", "train", "my-recipe.yaml"]), 2, words, out
+        )
     finally:
         for name, handler in zip(NAMES, handlers, strict=True):
             signal.signal(signal.Signals[name], handler)
@@ -87,7 +106,10 @@ def run_agent(out: Path) -> int:
 
 @pytest.mark.parametrize("smaller", ["256 tokens", ""])
 def test_several_ranks_start_again_once(
-    smaller: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    smaller: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     started: list[list[str]] = []
 
@@ -126,13 +148,17 @@ def test_what_ended_the_first_start_takes_no_restart_from_the_second(
 
     monkeypatch.setattr(node, "run_ranks", ranks)
     monkeypatch.setattr(node, "prepare_environment", lambda *_: None)
-    monkeypatch.setattr(elastic, "install_agent", lambda *_, **given: is_short.append(given["is_short"]))
+    monkeypatch.setattr(
+        elastic, "install_agent", lambda *_, **given: is_short.append(given["is_short"])
+    )
     code = run_agent(tmp_path)
     assert code == 1
     assert short_after_start == [False, False]
 
 
-@pytest.mark.parametrize(("ranks", "enough"), [(1, False), (2, True)], ids=["one rank, never enough", "two ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "enough"), [(1, False), (2, True)], ids=["one rank, never enough", "two ranks"]
+)
 def test_a_device_that_is_full_gets_half_the_micro_batch_once(
     ranks: int, enough: bool, tiny: Path, tmp_path: Path
 ) -> None:
@@ -142,7 +168,10 @@ def test_a_device_that_is_full_gets_half_the_micro_batch_once(
     file.write_text(json.dumps(recipe(tiny, tmp_path, held=False, **changes)))
     site.mkdir()
     (site / "sitecustomize.py").write_text(FULL)
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *sys.path]), "FULL_RANK": str(ranks - 1)}
+    environ = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(site), *sys.path]),
+        "FULL_RANK": str(ranks - 1),
+    }
     environ["TUNESMITH_CACHE"] = str(tmp_path / "cache")
     if enough:
         environ["ENOUGH"] = "1"
@@ -150,7 +179,9 @@ def test_a_device_that_is_full_gets_half_the_micro_batch_once(
     if ranks == 1:  # with restarts, a rank alone gets a launcher too
         words = words[:2] + words[4:]
     command = [sys.executable, "-m", "tunesmith.launch.node", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=240, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environ, timeout=240, check=False
+    )
     assert done.stderr.count("starting again with 'train.micro_batch=256 tokens'") == 1, done.stderr
     assert "resuming from step 3" in done.stderr
     assert done.returncode == (0 if enough else 1), done.stderr
@@ -161,4 +192,8 @@ def test_a_device_that_is_full_gets_half_the_micro_batch_once(
         assert not (out / "failure.json").exists()
     else:
         failure = json.loads((out / "failure.json").read_text())
-        assert (failure["cause"], failure["smaller"], failure["last_step"]) == ("out-of-memory", "128 tokens", 5)
+        assert (failure["cause"], failure["smaller"], failure["last_step"]) == (
+            "out-of-memory",
+            "128 tokens",
+            5,
+        )

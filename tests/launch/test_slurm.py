@@ -55,7 +55,9 @@ def words_for_sbatch(line: str) -> list[str]:
         elif char == "\\":
             escaped = True
         elif quote or char in "\"'":
-            quote, word = ("", word) if char == quote else (quote or char, word + (char if quote else ""))
+            quote, word = (
+                ("", word) if char == quote else (quote or char, word + (char if quote else ""))
+            )
         elif char == "#":
             break
         elif char.isspace():
@@ -86,19 +88,31 @@ WILD = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(name=WILD, flags=st.dictionaries(st.sampled_from(FLAGS), WILD), variable=WILD)
 @example(name='q" #%', flags={"partition": 'a" \\" b', "account": "a\\"}, variable="'; id; '")
-def test_no_value_adds_a_directive_or_a_command(run: Run, name: str, flags: dict[str, str], variable: str) -> None:
+def test_no_value_adds_a_directive_or_a_command(
+    run: Run, name: str, flags: dict[str, str], variable: str
+) -> None:
     out = f"/shared/{name}".rstrip("/")
-    flags = {key: value for key, value in ({"gpus_per_node": "2"} | flags).items() if value or key != "container"}
+    flags = {
+        key: value
+        for key, value in ({"gpus_per_node": "2"} | flags).items()
+        if value or key != "container"
+    }
     site = Site(**flags, environment={"MINE": variable})  # type: ignore[arg-type]
     try:
         script = slurm.render_script(replace(run, output_dir=out), slurm.Request(site, 2))
     except UsageError:
         return
-    plain = Site(**{key: "1" if key != "container" else "image" for key in flags}, environment={"MINE": "x"})  # type: ignore[arg-type]
-    expected = slurm.render_script(replace(run, output_dir="/shared/plain"), slurm.Request(plain, 2))
+    plain = Site(
+        **{key: "1" if key != "container" else "image" for key in flags}, environment={"MINE": "x"}
+    )  # type: ignore[arg-type]
+    expected = slurm.render_script(
+        replace(run, output_dir="/shared/plain"), slurm.Request(plain, 2)
+    )
     given, wanted = parts(script), parts(expected)
     names = [line.partition("=")[0] for line in wanted[0] if "gpus" not in line]
     assert [line.partition("=")[0] for line in given[0] if "gpus" not in line] == names
@@ -112,7 +126,9 @@ def test_no_value_adds_a_directive_or_a_command(run: Run, name: str, flags: dict
     assert {k: v for k, v in flags.items() if k in DIRECTIVES} == {
         k: found[k.replace("_", "-")] for k in flags if k in DIRECTIVES
     }
-    assert [line.partition("=")[0] for line in given[1]] == [line.partition("=")[0] for line in wanted[1]]
+    assert [line.partition("=")[0] for line in given[1]] == [
+        line.partition("=")[0] for line in wanted[1]
+    ]
     shown = 'printf "%s\\0" "$run" "$MINE" "${container[@]}" "$ranks"'  # what a real shell makes of the lines
     shell = ["/bin/bash", "--norc", "-c", "\n".join([*given[1], shown])]
     done = subprocess.run(shell, capture_output=True, check=True, env={})
@@ -123,8 +139,12 @@ def test_no_value_adds_a_directive_or_a_command(run: Run, name: str, flags: dict
     assert len(said) == (7 if "container" in flags else 4)
 
 
-def test_the_script_is_shell_and_asks_for_what_was_given(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (CANARIES | {"HF_HOME": "/shared/hf", "NCCL_DEBUG": "INFO", "MY_SECRET": "x"}).items():
+def test_the_script_is_shell_and_asks_for_what_was_given(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        CANARIES | {"HF_HOME": "/shared/hf", "NCCL_DEBUG": "INFO", "MY_SECRET": "x"}
+    ).items():
         monkeypatch.setenv(name, value)
     site = Site(
         "gpu", "me", "high", "12:00:00", "h100", "500G", "16", "h100:8", None, True, ("module load cuda",),
@@ -157,9 +177,13 @@ def test_a_job_that_may_not_be_requeued_is_still_warned(run: Run) -> None:
     assert "ranks=1" in values
 
 
-def test_a_container_gets_what_the_run_reads_and_writes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_gets_what_the_run_reads_and_writes(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", "/only/here")
-    script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="1", container="registry#org/image:1")))
+    script = slurm.render_script(
+        run, slurm.Request(Site(gpus_per_node="1", container="registry#org/image:1"))
+    )
     values = dict(line.removeprefix("export ").partition("=")[::2] for line in parts(script)[1])
     assert values["python"] == "python3"
     assert "PYTHONPATH" not in values
@@ -187,16 +211,26 @@ def test_refused(run: Run, changes: dict[str, Any], what: str) -> None:
 
 def test_a_path_that_would_add_a_mount_or_lose_the_log_is_refused(run: Run) -> None:
     with pytest.raises(UsageError, match="backslash"):
-        slurm.render_script(replace(run, output_dir="/shared/a\\b"), slurm.Request(Site(gpus_per_node="1")))
+        slurm.render_script(
+            replace(run, output_dir="/shared/a\\b"), slurm.Request(Site(gpus_per_node="1"))
+        )
     with pytest.raises(UsageError, match="cannot be mounted"):
         slurm.render_script(
-            replace(run, output_dir="/shared/a:/etc,b/run"), slurm.Request(Site(gpus_per_node="1", container="i"))
+            replace(run, output_dir="/shared/a:/etc,b/run"),
+            slurm.Request(Site(gpus_per_node="1", container="i")),
         )
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 5400), ("2:30", 150), ("2:30:00", 9000), ("1-12", 129_600), ("1-12:30", 131_400), ("1-12:30:15", 131_415)],
+    [
+        ("90", 5400),
+        ("2:30", 150),
+        ("2:30:00", 9000),
+        ("1-12", 129_600),
+        ("1-12:30", 131_400),
+        ("1-12:30:15", 131_415),
+    ],
 )
 def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int) -> None:
     """The six forms of sbatch(1), --time."""
@@ -207,7 +241,12 @@ def test_the_warning_leaves_a_short_limit_time_to_train() -> None:
     def warning(time: str | None, wanted: int | None = None) -> int:
         return slurm.warning_of(slurm.Request(Site(time=time), warning=wanted))
 
-    assert [warning(None), warning("12:00:00"), warning("4"), warning("12:00:00", 900)] == [300, 300, 60, 900]
+    assert [warning(None), warning("12:00:00"), warning("4"), warning("12:00:00", 900)] == [
+        300,
+        300,
+        60,
+        900,
+    ]
     with pytest.raises(UsageError, match="of 600 s the run would save for 400 s"):
         warning("10", 400)
 
@@ -254,7 +293,11 @@ def test_a_limit_too_short_for_a_checkpoint_has_a_fix_that_is_taken(
     assert text.partition("fix: ")[2] == fix
     if fix:
         words = dict(zip(fix.split()[::2], fix.split()[1::2], strict=True))
-        again = slurm.Request(Site(time=words.get("--time", limit)), warning=int(words["--warn-before"]), saving=saving)
+        again = slurm.Request(
+            Site(time=words.get("--time", limit)),
+            warning=int(words["--warn-before"]),
+            saving=saving,
+        )
         assert slurm.warn_of_short_limit(again) == ""
 
 
@@ -271,7 +314,12 @@ def test_a_site(sites: Path) -> None:
         "  sbatch: [--x=1]\n"
     )
     expected = Site(
-        "gpu", mem="0", exclusive=True, setup=("module load cuda",), environment={"A": "1"}, sbatch=("--x=1",)
+        "gpu",
+        mem="0",
+        exclusive=True,
+        setup=("module load cuda",),
+        environment={"A": "1"},
+        sbatch=("--x=1",),
     )
     assert read_site("alps") == expected
     assert read_site(None) == Site()
@@ -294,14 +342,23 @@ def test_a_site_that_is_wrong(sites: Path, text: str, name: str, said: str) -> N
 
 
 def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
-    tiny: Path, tmp_path: Path, sites: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny: Path,
+    tmp_path: Path,
+    sites: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     sites.write_text("alps: {partition: gpu, gpus_per_node: 4}")
     monkeypatch.setenv("PATH", "")  # no sbatch
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
-    assert main(["launch", "slurm", "recipe.yaml", "--site", "alps", "--partition", "other", "--render"]) == 0
+    assert (
+        main(
+            ["launch", "slurm", "recipe.yaml", "--site", "alps", "--partition", "other", "--render"]
+        )
+        == 0
+    )
     said = capfd.readouterr()
     assert "#SBATCH --partition=other\n" in said.out
     assert "#SBATCH --gpus-per-node=4\n" in said.out
@@ -317,7 +374,15 @@ def test_the_loop_that_takes_the_place_of_seeds_launches_one_run_a_seed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
-    words = ["my recipe.yaml", "train.seed=9", "output_dir=a run", "train.duration=2 steps", "--nodes", "2", "--render"]
+    words = [
+        "my recipe.yaml",
+        "train.seed=9",
+        "output_dir=a run",
+        "train.duration=2 steps",
+        "--nodes",
+        "2",
+        "--render",
+    ]
     words += ["--gpus-per-node", "4", "--sbatch-arg=--x=1 2", "--sbatch-arg=--y", "--exclusive"]
     assert main(["launch", "slurm", *words, "--seeds", "3,42"]) == 2
     err = capfd.readouterr().err
@@ -335,7 +400,11 @@ def test_the_loop_that_takes_the_place_of_seeds_launches_one_run_a_seed(
         assert main(line.rstrip("\0").split("\0")) == 0
         out = tmp_path / f"a run-seed{seed}"
         launched = load_recipe(out / "launch/recipe.yaml")
-        assert (launched.train.seed, str(launched.train.duration), launched.output_dir) == (seed, "2 steps", str(out))
+        assert (launched.train.seed, str(launched.train.duration), launched.output_dir) == (
+            seed,
+            "2 steps",
+            str(out),
+        )
         script = capfd.readouterr().out
         for option in ("--nodes=2", "--gpus-per-node=4", "--x=1 2", "--y", "--exclusive"):
             assert f"#SBATCH {option}\n" in script
@@ -348,7 +417,8 @@ def test_what_the_nodes_would_miss_is_refused_before_the_queue(
     with pytest.raises(UsageError, match="not fetched yet: owner/model"):
         slurm.check_reach(replace(run, model=replace(run.model, name="owner/model")), site)
     slurm.check_reach(
-        replace(run, model=replace(run.model, name="owner/model")), replace(site, environment={"HF_HOME": "/scratch"})
+        replace(run, model=replace(run.model, name="owner/model")),
+        replace(site, environment={"HF_HOME": "/scratch"}),
     )
     monkeypatch.setenv("WANDB_API_KEY", CANARIES["WANDB_API_KEY"])
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -363,7 +433,9 @@ def test_debug_reaches_the_agents_of_all_nodes(run: Run, debug: bool) -> None:
     script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="8"), 2, debug=debug))
     line = next(line for line in script.splitlines() if line.startswith("debug="))
     shell = f'{line}\necho agent "${{debug[@]}}" --'
-    said = subprocess.run(["bash", "-uc", shell], capture_output=True, text=True, check=True, timeout=60).stdout
+    said = subprocess.run(
+        ["bash", "-uc", shell], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     assert said.split() == ["agent", *["--debug"] * debug, "--"]
     assert '"${debug[@]}"' in script.partition("tunesmith.launch.node")[2]
 
@@ -390,7 +462,9 @@ def test_a_killed_job_goes_back_if_it_came_further_and_nobody_asked_to_stop(
     site = Site(gpus_per_node="0", setup=(f"export PATH={tmp_path}/bin:$PATH",))
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
     words = ["bash", "--norc", "-c", slurm.render_script(run, slurm.Request(site))]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | job, timeout=60, check=False)
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=os.environ | job, timeout=60, check=False
+    )
     assert done.returncode == code, done.stderr
     assert ("requeued" in done.stdout) == (case == "a step was saved"), done.stdout
     assert not stop_file.exists()
@@ -399,10 +473,14 @@ def test_a_killed_job_goes_back_if_it_came_further_and_nobody_asked_to_stop(
 def test_a_stop_that_came_before_the_start_is_kept(run: Run, tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch/stop-7").touch()
-    script = slurm.render_script(replace(run, output_dir=str(tmp_path)), slurm.Request(Site(gpus_per_node="0")))
+    script = slurm.render_script(
+        replace(run, output_dir=str(tmp_path)), slurm.Request(Site(gpus_per_node="0"))
+    )
     task = {"SLURM_JOB_ID": "7"}
     words = ["bash", "--norc", "-c", script]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | task, timeout=60, check=False)
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=os.environ | task, timeout=60, check=False
+    )
     assert done.returncode == 75, done.stderr
     assert "tunesmith stop came before the start" in done.stdout
     assert not (tmp_path / "launch/stop-7").exists()
@@ -418,7 +496,9 @@ NOT_SENT = {
 }  # fmt: skip
 
 
-def test_a_script_has_named_variables_and_no_secret(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_has_named_variables_and_no_secret(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in (SENT | NOT_SENT).items():
         monkeypatch.setenv(name, value)
     script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="1")))

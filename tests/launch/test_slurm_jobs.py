@@ -46,7 +46,12 @@ class Cluster(NamedTuple):
 
     def run(self, *command: str | Path) -> str:
         done = subprocess.run(
-            [*map(str, command)], capture_output=True, text=True, env=self.env, timeout=LIMIT, check=False
+            [*map(str, command)],
+            capture_output=True,
+            text=True,
+            env=self.env,
+            timeout=LIMIT,
+            check=False,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -61,12 +66,16 @@ class Cluster(NamedTuple):
         """Submit a small run; the job's id."""
         out.parent.mkdir(exist_ok=True)
         file = out.parent / "recipe.yaml"
-        file.write_text(json.dumps(recipe(tiny, out.parent, held=False, output_dir=str(out), **changes)))
+        file.write_text(
+            json.dumps(recipe(tiny, out.parent, held=False, output_dir=str(out), **changes))
+        )
         words = ("launch", "slurm", file, "--site", "pair", "--nodes", "2", *flags)
         return self.tunesmith(*words).split()[1].rstrip(";")
 
     def queue(self, job: str) -> str:
-        return self.run("squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T").strip()
+        return self.run(
+            "squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T"
+        ).strip()
 
     def show(self, job: str) -> str:
         return self.run("scontrol", "--details", "show", "job", job)
@@ -85,7 +94,9 @@ class Cluster(NamedTuple):
         """
         self.wait_for(lambda: self.queue(job) == "PENDING", out)
         time.sleep(6)
-        self.wait_for(lambda: "REQUEST_SIGNAL_TASKS" not in self.run("sdiag").partition("Pending RPC")[2], out)
+        self.wait_for(
+            lambda: "REQUEST_SIGNAL_TASKS" not in self.run("sdiag").partition("Pending RPC")[2], out
+        )
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=30")
 
 
@@ -114,7 +125,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def log_of(out: Path) -> str:
-    return "\n".join(file.read_text(errors="replace") for file in (out / "launch").glob("slurm-*.log"))
+    return "\n".join(
+        file.read_text(errors="replace") for file in (out / "launch").glob("slurm-*.log")
+    )
 
 
 def records(out: Path) -> list[tuple[float, float]]:
@@ -127,7 +140,10 @@ def records(out: Path) -> list[tuple[float, float]]:
 def holders_of(canary: str, *folders: Path) -> list[str]:
     """Where a canary is: command lines of all processes, and files in these folders."""
     found = []
-    places = [*Path("/proc").glob("[0-9]*/cmdline"), *(path for folder in folders for path in folder.rglob("*"))]
+    places = [
+        *Path("/proc").glob("[0-9]*/cmdline"),
+        *(path for folder in folders for path in folder.rglob("*")),
+    ]
     for path in places:
         try:
             if path.is_file() and canary.encode() in path.read_bytes():
@@ -141,7 +157,9 @@ def holders_of(canary: str, *folders: Path) -> list[str]:
 def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
     cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = cluster.home / "runs" / 'a run\'s `touch made` #1 "x" 100%j'  # a name that would break a script
+    out = (
+        cluster.home / "runs" / 'a run\'s `touch made` #1 "x" 100%j'
+    )  # a name that would break a script
     train_keys = {"duration": "12 steps", "compile": "off"}
     job = cluster.launch(tiny, out, "--gpus-per-node", "2", "--mem", "1G", train=train_keys)
     cluster.wait_for(lambda: records(out) or "exit code" in log_of(out), out)
@@ -155,22 +173,33 @@ def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
     assert "exit code 0" in followed
     assert "COMPLETED done, step 12" in cluster.tunesmith("status", f"slurm-{job}")
     assert (out / "final" / "manifest.json").is_file()
-    forgotten = slurm.SlurmJob("slurm-99", str(out), details={"id": "99"})  # as Slurm forgets a job after some minutes
+    forgotten = slurm.SlurmJob(
+        "slurm-99", str(out), details={"id": "99"}
+    )  # as Slurm forgets a job after some minutes
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
     assert forgotten.state() == ("ended", f"done, {last_step(out)}")
     closed = cluster.folder / "closed.conf"
     closed.write_text(
-        re.sub("SlurmctldPort=.*", "SlurmctldPort=1\nMessageTimeout=2", Path(cluster.env["SLURM_CONF"]).read_text())
+        re.sub(
+            "SlurmctldPort=.*",
+            "SlurmctldPort=1\nMessageTimeout=2",
+            Path(cluster.env["SLURM_CONF"]).read_text(),
+        )
     )
     monkeypatch.setenv("SLURM_CONF", str(closed))
     with pytest.raises(MachineError, match="Slurm does not answer"):
         forgotten.state()
     assert [path for path in cluster.home.rglob("made") if path.name == "made"] == []
     reference = train(
-        make_run(tiny, out.parent, held=False, output_dir=str(out.parent / "one"), train=train_keys), say=None
+        make_run(
+            tiny, out.parent, held=False, output_dir=str(out.parent / "one"), train=train_keys
+        ),
+        say=None,
     )
     # fp32 on two copies and on one: another order of sums (docs/ranks.md)
-    assert [loss for loss, _ in records(out)] == pytest.approx([record.loss for record in reference.records], rel=1e-4)
+    assert [loss for loss, _ in records(out)] == pytest.approx(
+        [record.loss for record in reference.records], rel=1e-4
+    )
 
 
 def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tiny: Path) -> None:
@@ -178,7 +207,9 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     out = cluster.home / "long" / "run"
     job = cluster.launch(tiny, out, "--warn-before", "100", **UNENDING)
     cluster.wait_for(lambda: len(records(out)) > 20, out)
-    cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=2")  # Slurm gives the warning up to a minute early
+    cluster.run(
+        "scontrol", "update", f"jobid={job}", "TimeLimit=2"
+    )  # Slurm gives the warning up to a minute early
     cluster.wait_for(lambda: "back into the queue" in log_of(out), out)
     assert "exit code 75; back into the queue, 1 of at most 5 times" in log_of(out)
     first = json.loads((out / "stopped.json").read_text())
@@ -186,11 +217,16 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     assert first["step"] == len(records(out)) > 20
     cluster.start_again(job, out)
 
-    cluster.wait_for(lambda: len(records(out)) > first["step"] + 30, out)  # there is a newer checkpoint
+    cluster.wait_for(
+        lambda: len(records(out)) > first["step"] + 30, out
+    )  # there is a newer checkpoint
     assert f"resuming from step {first['step']:,} of" in log_of(out)
     cluster.pair("crash", "2")
     cluster.wait_for((out / "failure.json").exists, out)
-    assert "rank 1 on node2 gave no sign of life" in json.loads((out / "failure.json").read_text())["what"]
+    assert (
+        "rank 1 on node2 gave no sign of life"
+        in json.loads((out / "failure.json").read_text())["what"]
+    )
     saved = len(records(out))
     cluster.wait_for(lambda: cluster.queue(job) == "PENDING", out)
     cluster.pair("boot", "2")
@@ -200,7 +236,9 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     assert log_of(out).count("resuming from step") == 2
     cluster.run("scancel", job)
     ended = f"job {job}: exit code 75"  # srun says its own of each task
-    cluster.wait_for(lambda: cluster.queue(job) == "CANCELLED" and log_of(out).count(ended) == 2, out)
+    cluster.wait_for(
+        lambda: cluster.queue(job) == "CANCELLED" and log_of(out).count(ended) == 2, out
+    )
     assert "  cause: preempted: Slurm took the nodes back" in log_of(out)
     last = json.loads((out / "stopped.json").read_text())
     assert last["step"] == len(records(out)) > saved + 20
@@ -232,7 +270,9 @@ def test_one_of_two_runs_is_stopped_and_one_is_killed(cluster: Cluster, tiny: Pa
         cluster.wait_for(lambda folder=folder: len(records(folder)) > 2, folder)
         assert f"seed: {seed}\n" in (folder / "config.yaml").read_text()
     assert records(runs[3])[0] != records(runs[42])[0]
-    assert f"slurm-{ids[42]}: asked to save and end" in cluster.tunesmith("stop", runs[42], "--wait")
+    assert f"slurm-{ids[42]}: asked to save and end" in cluster.tunesmith(
+        "stop", runs[42], "--wait"
+    )
     assert "exit code 75" in log_of(runs[42])
     assert "exit code" not in log_of(runs[3])
     assert "back into the queue" not in log_of(runs[42])

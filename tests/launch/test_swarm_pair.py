@@ -16,10 +16,22 @@ from typing import Any
 import pytest
 
 from launch.conftest import FED, SLOW, UNENDING, available, uninterrupted
-from launch.swarm_pair import TUNER, UID, Node, Pair, add_host_image, missing_tools, own_environment, wait_until
+from launch.swarm_pair import (
+    TUNER,
+    UID,
+    Node,
+    Pair,
+    add_host_image,
+    missing_tools,
+    own_environment,
+    wait_until,
+)
 from recipes import merge, recipe
 
-pytestmark = [pytest.mark.swarm, pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "-")]
+pytestmark = [
+    pytest.mark.swarm,
+    pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "-"),
+]
 TUNESMITH = ("python", "-m", "tunesmith")
 # A lost node is said after 10 seconds.
 CANARY = {"HF_TOKEN": "hf_CANARYcanary0123456789", "WANDB_API_KEY": "CANARYcanarywandb0123456789"}
@@ -35,7 +47,9 @@ def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
         for node in made.nodes:
             home = node.home
             shutil.copytree(tiny, home / "model")
-            values = recipe(Path("./model"), home, held=False, output_dir="runs/whole", **merge(UNENDING, WHOLE))
+            values = recipe(
+                Path("./model"), home, held=False, output_dir="runs/whole", **merge(UNENDING, WHOLE)
+            )
             values["data"]["train"]["source"] = "train.jsonl"
             values["train"]["duration"] = f"{STEPS} steps"
             (home / "recipe.yaml").write_text(json.dumps(values))
@@ -75,13 +89,17 @@ def curve(node: Node, name: str) -> list[tuple[float, float]]:
 
 
 @pytest.fixture(scope="module")
-def in_one_go(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[tuple[float, float]]]:
+def in_one_go(
+    tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], list[tuple[float, float]]]:
     """The curve of so many steps on two ranks of this machine that nothing stops."""
     made: list[tuple[float, float]] = []
 
     def curve_of(steps: int) -> list[tuple[float, float]]:
         if len(made) < steps:
-            made[:] = uninterrupted(tiny, tmp_path_factory.mktemp("one"), max(steps, STEPS), ranks=2, changes=WHOLE)
+            made[:] = uninterrupted(
+                tiny, tmp_path_factory.mktemp("one"), max(steps, STEPS), ranks=2, changes=WHOLE
+            )
         return made[:steps]
 
     return curve_of
@@ -97,7 +115,11 @@ def what_is_left(pair: Pair) -> str:
     left = [pair.nodes[0].docker(kind, "ls", "--quiet").stdout for kind in kinds]
     for node in pair.nodes:
         left.append(node.docker("ps", "--all", "--quiet").stdout)
-        left += [line for line in node.processes() if "tunesmith.launch" in line or "sys.stdin.buffer.read(" in line]
+        left += [
+            line
+            for line in node.processes()
+            if "tunesmith.launch" in line or "sys.stdin.buffer.read(" in line
+        ]
     return "".join(left)
 
 
@@ -105,7 +127,15 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     pair: Pair, in_one_go: Callable[[int], list[tuple[float, float]]]
 ):
     a, b = pair.nodes
-    command = [*TUNESMITH, "launch", "swarm", "recipe.yaml", "--image", "none:1", "output_dir=runs/whole"]
+    command = [
+        *TUNESMITH,
+        "launch",
+        "swarm",
+        "recipe.yaml",
+        "--image",
+        "none:1",
+        "output_dir=runs/whole",
+    ]
     refused = a.run(*command, ok=True)
     assert refused.returncode == 2
     assert "there is no image none:1" in refused.stderr
@@ -113,19 +143,27 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     assert "sent" not in refused.stderr
     assert not (b.home / ".cache/tunesmith").exists(), "nothing was brought"
     launch(a, "whole", "--nodes", "2")
-    seen = [a.docker("service", "inspect", a.docker("service", "ls", "--quiet").stdout.strip()).stdout]
+    seen = [
+        a.docker("service", "inspect", a.docker("service", "ls", "--quiet").stdout.strip()).stdout
+    ]
     wait_until("the first step", lambda: records(a, "whole"), 180)
     for node in pair.nodes:
         container = node.docker("ps", "--quiet").stdout.split()
         assert len(container) == 1, "one task a node"
         seen += [node.docker("inspect", *container).stdout, *node.processes()]
         inside = node.docker(
-            "exec", container[0], "sh", "-c", "id -u; ls -a /home/tuner /home/tuner/.cache /cache; df /dev/shm"
+            "exec",
+            container[0],
+            "sh",
+            "-c",
+            "id -u; ls -a /home/tuner /home/tuner/.cache /cache; df /dev/shm",
         ).stdout
         assert inside.startswith(f"{UID}\n")
         assert ".ssh" not in inside
         assert "16777216" in inside  # KiB of /dev/shm
-        token = node.docker("exec", container[0], "sh", "-c", "cat $HF_TOKEN_PATH /run/secrets/WANDB_API_KEY").stdout
+        token = node.docker(
+            "exec", container[0], "sh", "-c", "cat $HF_TOKEN_PATH /run/secrets/WANDB_API_KEY"
+        ).stdout
         assert all(canary in token for canary in CANARY.values())
     assert status(b, "whole")["phase"] == "running"
 
@@ -133,13 +171,28 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     b.kill()
     assert len(records(a, "whole")) < STEPS
     failure = a.home / "runs/whole/failure.json"
-    wait_until("it is said", lambda: failure.exists() and "spark-b gave no sign of life" in failure.read_text(), 120)
+    wait_until(
+        "it is said",
+        lambda: failure.exists() and "spark-b gave no sign of life" in failure.read_text(),
+        120,
+    )
     b.start()
     wait_until("it is back", pair.is_ready)
-    again = a.run(*TUNESMITH, "launch", "swarm", "recipe.yaml", "--image", "bare:1", "output_dir=runs/whole", ok=True)
+    again = a.run(
+        *TUNESMITH,
+        "launch",
+        "swarm",
+        "recipe.yaml",
+        "--image",
+        "bare:1",
+        "output_dir=runs/whole",
+        ok=True,
+    )
     assert again.returncode == 2
     assert "is at work already" in again.stderr
-    log = b.run(*TUNESMITH, "logs", "-f", "runs/whole", seconds=300).stdout  # it ends when the run does
+    log = b.run(
+        *TUNESMITH, "logs", "-f", "runs/whole", seconds=300
+    ).stdout  # it ends when the run does
     assert "2 ranks on spark-a, spark-b" in log
     assert "resum" in log
     assert "written to /home/tuner/runs/whole" in log
@@ -149,8 +202,16 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     assert [record["step"] for record in records(a, "whole")] == [*range(1, STEPS + 1)]
     assert (a.home / "runs/whole/final/manifest.json").is_file()
     assert (b.home / f"runs/whole/checkpoint-{STEPS}/manifest.json").is_file()
-    assert {(a.home / "runs/whole/metrics.jsonl").stat().st_uid, (b.home / "runs/whole").stat().st_uid} == {UID}
-    files = [p.read_text(errors="replace") for n in pair.nodes for p in (n.home / "runs").rglob("*") if p.is_file()]
+    assert {
+        (a.home / "runs/whole/metrics.jsonl").stat().st_uid,
+        (b.home / "runs/whole").stat().st_uid,
+    } == {UID}
+    files = [
+        p.read_text(errors="replace")
+        for n in pair.nodes
+        for p in (n.home / "runs").rglob("*")
+        if p.is_file()
+    ]
     files += [p.read_text() for n in pair.nodes for p in (n.home / ".local").rglob("*.json")]
     assert len(files) > 20
     for text in (*seen, *files, log):
@@ -159,7 +220,9 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     assert what_is_left(pair) == ""
 
 
-def test_stop_saves_and_the_other_node_goes_on(pair: Pair, in_one_go: Callable[[int], list[tuple[float, float]]]):
+def test_stop_saves_and_the_other_node_goes_on(
+    pair: Pair, in_one_go: Callable[[int], list[tuple[float, float]]]
+):
     """Launched from the worker, with a model of the Hub that its cache alone has; stopped, launched again, short of memory."""
     a, b = pair.nodes
     cache = b.home / ".cache/huggingface/hub/models--lab--tiny"
@@ -174,9 +237,18 @@ def test_stop_saves_and_the_other_node_goes_on(pair: Pair, in_one_go: Callable[[
         (snapshot / file.name).symlink_to(f"../../blobs/{digest}")
     subprocess.run(["chown", "-R", f"{UID}:{UID}", b.home / ".cache"], check=True)
     add_host_image(b, "other:1")
-    flags = ("--image", "other:1", "--hosts", "spark-a", "model.name=lab/tiny", "train.duration=200000 steps")
+    flags = (
+        "--image",
+        "other:1",
+        "--hosts",
+        "spark-a",
+        "model.name=lab/tiny",
+        "train.duration=200000 steps",
+    )
     launch(b, "stopped", *flags)
-    assert len([*(a.home / ".cache/huggingface/hub/models--lab--tiny/blobs").iterdir()]) == len([*snapshot.iterdir()])
+    assert len([*(a.home / ".cache/huggingface/hub/models--lab--tiny/blobs").iterdir()]) == len(
+        [*snapshot.iterdir()]
+    )
     wait_until("steps", lambda: len(records(b, "stopped")) >= 5, 180)
     stop = b.run(*TUNESMITH, "stop", "runs/stopped")
     assert "the ranks are asked to save and end; they have 60 minutes for it" in stop.stderr
@@ -191,11 +263,21 @@ def test_stop_saves_and_the_other_node_goes_on(pair: Pair, in_one_go: Callable[[
     b.run(*TUNESMITH, "logs", "-f", "runs/stopped", seconds=240)
     wait_until("its end", lambda: status(b, "stopped")["phase"] == "ended")
     stopped = json.loads((b.home / "runs/stopped/stopped.json").read_text())
-    assert (stopped["step"], stopped["reason"], stopped["smaller"]) == (len(records(b, "stopped")), "memory", "")
-    tasks = a.docker(
-        "service", "ps", "--format", "{{.CurrentState}}", a.docker("service", "ls", "--quiet").stdout.strip()
+    assert (stopped["step"], stopped["reason"], stopped["smaller"]) == (
+        len(records(b, "stopped")),
+        "memory",
+        "",
     )
-    assert [line.split()[0] for line in tasks.stdout.splitlines()] == ["Complete"] * 2, "Swarm starts no task again"
+    tasks = a.docker(
+        "service",
+        "ps",
+        "--format",
+        "{{.CurrentState}}",
+        a.docker("service", "ls", "--quiet").stdout.strip(),
+    )
+    assert [line.split()[0] for line in tasks.stdout.splitlines()] == ["Complete"] * 2, (
+        "Swarm starts no task again"
+    )
     assert "spark-a complete" in (text := status(b, "stopped")["text"])
     assert "stopped, saved" in text
     b.run(*TUNESMITH, "stop", "runs/stopped")
@@ -212,16 +294,24 @@ def test_stop_saves_and_the_other_node_goes_on(pair: Pair, in_one_go: Callable[[
         (signal.SIGTERM, "bytes sent"),
     ],
 )
-def test_a_launcher_that_ends_early_leaves_nothing_on_the_other_node(pair: Pair, how: signal.Signals, marker: str):
+def test_a_launcher_that_ends_early_leaves_nothing_on_the_other_node(
+    pair: Pair, how: signal.Signals, marker: str
+):
     """Its crash, a closed laptop and a kill, while files or while the image is on its way."""
     a, _ = pair.nodes
     # Another recipe each time, so that there is something to send.
     changes = [f"train.learning_rate={time.monotonic()}", "output_dir=runs/cut"]
-    command = a.command(*TUNESMITH, "launch", "swarm", "recipe.yaml", "--image", "bare:1", *changes, env=CANARY)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as outer:
+    command = a.command(
+        *TUNESMITH, "launch", "swarm", "recipe.yaml", "--image", "bare:1", *changes, env=CANARY
+    )
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as outer:
         assert outer.stderr is not None
         assert any(marker in line for line in outer.stderr)
-        inner = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()  # nsenter forks
+        inner = (
+            Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+        )  # nsenter forks
         os.kill(int(inner[0]), how)
         outer.wait(60)
     wait_until("nothing is left", lambda: what_is_left(pair) == "", 60)

@@ -47,16 +47,35 @@ def read(text: str) -> Any:
 
 
 def test_what_swarm_is_asked_for():
-    found = read(replace(PLAIN, gpus=("NVIDIA_GPU", 1), excluded=("abc",), secrets=(("HF_TOKEN", "mine-1"),)).text())
+    found = read(
+        replace(
+            PLAIN, gpus=("NVIDIA_GPU", 1), excluded=("abc",), secrets=(("HF_TOKEN", "mine-1"),)
+        ).text()
+    )
     service = found["services"][SERVICE]
     assert [*found["services"]] == [SERVICE]
-    agent = ["--stopped", "0", "--nodes", "2", "--endpoint", "10.0.0.1:29500", "--id", "swarm-mine", "--restarts", "3"]
+    agent = [
+        "--stopped",
+        "0",
+        "--nodes",
+        "2",
+        "--endpoint",
+        "10.0.0.1:29500",
+        "--id",
+        "swarm-mine",
+        "--restarts",
+        "3",
+    ]
     recipe = ["--", "train", "/home/u/runs/mine/launch/recipe.yaml"]
     assert service["command"] == ["python", "-m", "tunesmith.launch.node", *agent, *recipe]
     assert service["user"] == "1000:1001"
-    assert service["environment"]["NVIDIA_MOFED"] == "enabled"  # devices, ipc and privileged would be ignored by Swarm
+    assert (
+        service["environment"]["NVIDIA_MOFED"] == "enabled"
+    )  # devices, ipc and privileged would be ignored by Swarm
     assert service["environment"]["HF_TOKEN_PATH"] == "/run/secrets/HF_TOKEN"
-    assert not {"devices", "ipc", "shm_size", "privileged", "cap_add", "ports", "entrypoint"} & {*service}
+    assert not {"devices", "ipc", "shm_size", "privileged", "cap_add", "ports", "entrypoint"} & {
+        *service
+    }
     assert service["networks"] == ["host"]
     assert found["networks"] == {"host": {"external": True, "name": "host"}}
     assert service["ulimits"] == {"memlock": -1, "stack": 67108864}
@@ -74,17 +93,23 @@ def test_what_swarm_is_asked_for():
     assert deploy["resources"] == {"reservations": {"generic_resources": wanted}}
     mounted = {volume.get("source"): volume["target"] for volume in service["volumes"]}
     hub, datasets = PLAIN.cache
-    assert mounted == {PLAIN.run_dir: PLAIN.run_dir, hub: "/cache/hub", datasets: "/cache/datasets", None: "/dev/shm"}
-
-
-def test_no_restarts_are_none_and_not_any_number():
-    assert read(replace(PLAIN, restarts=0).text())["services"][SERVICE]["deploy"]["restart_policy"] == {
-        "condition": "none"
+    assert mounted == {
+        PLAIN.run_dir: PLAIN.run_dir,
+        hub: "/cache/hub",
+        datasets: "/cache/datasets",
+        None: "/dev/shm",
     }
 
 
+def test_no_restarts_are_none_and_not_any_number():
+    assert read(replace(PLAIN, restarts=0).text())["services"][SERVICE]["deploy"][
+        "restart_policy"
+    ] == {"condition": "none"}
+
+
 LINE = st.text(
-    st.characters(exclude_categories=("C", "Z")) | st.sampled_from(" $${}:#&*!|>%@`'\"[],?-=~\\"), max_size=30
+    st.characters(exclude_categories=("C", "Z")) | st.sampled_from(" $${}:#&*!|>%@`'\"[],?-=~\\"),
+    max_size=30,
 )
 
 
@@ -108,7 +133,9 @@ def test_a_line_break_is_refused(field: str, value: str):
         replace(PLAIN, **{field: value}).text()
 
 
-def test_a_file_of_the_users_adds_mounts_and_variables_and_all_that_is_made_has_our_label(tmp_path: Path):
+def test_a_file_of_the_users_adds_mounts_and_variables_and_all_that_is_made_has_our_label(
+    tmp_path: Path,
+):
     extra = tmp_path / "extra.yaml"
     extra.write_text(
         "services: {ranks: {volumes: [{type: bind, source: /data, target: /data}], environment: {A: b}, command: [true]}}\n"
@@ -134,11 +161,18 @@ def test_docker_reads_the_same(tmp_path: Path):
     if shutil.which("docker") is None:
         pytest.skip("lacks docker: make cluster-tools")
     stack = replace(
-        PLAIN, run_dir="/runs/$HOME ${A:-b} on: yes # no", environment=(("NCCL_DEBUG", "on"), ("NCCL_NET", "1_0"))
+        PLAIN,
+        run_dir="/runs/$HOME ${A:-b} on: yes # no",
+        environment=(("NCCL_DEBUG", "on"), ("NCCL_NET", "1_0")),
     )
     command = ["docker", "stack", "config", "--compose-file", "-"]
     done = subprocess.run(
-        command, input=stack.text(), capture_output=True, text=True, check=False, env=os.environ | {"A": "c"}
+        command,
+        input=stack.text(),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"A": "c"},
     )
     if "unknown" in done.stderr or "not a docker command" in done.stderr:
         pytest.skip("this docker has no `stack config`")
@@ -146,16 +180,24 @@ def test_docker_reads_the_same(tmp_path: Path):
     service = YAML(typ="safe", pure=True).load(done.stdout)["services"][SERVICE]
     assert service["volumes"][0]["source"] == stack.run_dir
     assert service["command"][-1] == f"{stack.run_dir}/launch/recipe.yaml"
-    assert (service["environment"]["NCCL_DEBUG"], service["environment"]["NCCL_NET"]) == ("on", "1_0")
+    assert (service["environment"]["NCCL_DEBUG"], service["environment"]["NCCL_NET"]) == (
+        "on",
+        "1_0",
+    )
     assert json.dumps(service["ulimits"]["memlock"]) == "-1"
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".ssh", ".ssh/keys.json", ".docker", ".cache/huggingface", ".cache/huggingface/token"]
+    "name",
+    ["", ".ssh", ".ssh/keys.json", ".docker", ".cache/huggingface", ".cache/huggingface/token"],
 )
-def test_folders_with_keys_and_tokens_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_folders_with_keys_and_tokens_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / ".cache/huggingface/token"))
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / ".cache/huggingface/token")
+    )
     (tmp_path / "link").symlink_to(tmp_path / name)
     for path in (tmp_path / name, tmp_path / "link"):
         with pytest.raises(UsageError, match="not given to a container"):
@@ -163,7 +205,9 @@ def test_folders_with_keys_and_tokens_are_refused(name: str, tmp_path: Path, mon
     refuse_exposed(tmp_path / "runs" / "mine")
 
 
-@pytest.mark.parametrize("path", ["/", "/usr/lib", "/etc/passwd", "/var/run/docker.sock", "/run", "/var", "/home"])
+@pytest.mark.parametrize(
+    "path", ["/", "/usr/lib", "/etc/passwd", "/var/run/docker.sock", "/run", "/var", "/home"]
+)
 def test_the_systems_folders_are_refused(path: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/u")
     with pytest.raises(UsageError, match="is private"):
@@ -179,11 +223,18 @@ MERGED = {"NCCL_IB_HCA": "=rocep1s0f1,roceP2p1s0f1", "NCCL_IB_MERGE_NICS": "1"}
         ({}, ["rocep1s0f1", "roceP2p1s0f1"], MERGED),
         ({}, [], {}),
         ({"NCCL_IB_HCA": "mlx5"}, [], {"NCCL_IB_HCA": "mlx5", "NCCL_IB_MERGE_NICS": "1"}),
-        ({"NCCL_IB_MERGE_NICS": "0"}, ["rocep1s0f1", "roceP2p1s0f1"], MERGED | {"NCCL_IB_MERGE_NICS": "0"}),
+        (
+            {"NCCL_IB_MERGE_NICS": "0"},
+            ["rocep1s0f1", "roceP2p1s0f1"],
+            MERGED | {"NCCL_IB_MERGE_NICS": "0"},
+        ),
     ],
 )
 def test_both_functions_of_a_port_are_used_as_one(
-    own: dict[str, str], devices: list[str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    own: dict[str, str],
+    devices: list[str],
+    expected: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     for name in MERGED:
         monkeypatch.delenv(name, raising=False)
@@ -195,7 +246,11 @@ def test_both_functions_of_a_port_are_used_as_one(
 
 @pytest.mark.parametrize(
     ("docker", "flags", "count"),
-    [("", [], 1), ("exit 1", ["--nodes", "2"], 2), ("echo inactive", ["--hosts", "spark-b,spark-c"], 3)],
+    [
+        ("", [], 1),
+        ("exit 1", ["--nodes", "2"], 2),
+        ("echo inactive", ["--hosts", "spark-b,spark-c"], 3),
+    ],
 )
 def test_a_stack_is_rendered_without_docker_and_without_a_swarm(
     docker: str,

@@ -18,7 +18,9 @@ SUMMARY, *SYSTEMS = PAGE.split("\n## ")
 def cells(text: str, columns: int) -> list[list[str]]:
     """The rows of the tables with so many columns, without their heads."""
     rows = [
-        [cell.strip() for cell in line.strip("|").split(" |")] for line in text.splitlines() if line.startswith("|")
+        [cell.strip() for cell in line.strip("|").split(" |")]
+        for line in text.splitlines()
+        if line.startswith("|")
     ]
     return [row for row in rows if len(row) == columns and row[1].isdecimal()]
 
@@ -36,7 +38,9 @@ def test_the_sums_are_those_of_the_rows():
 def test_a_cell_with_several_commands_counts_each():
     for system in SYSTEMS:
         for *_, ours, steps, edits in cells(system, 6):
-            commands = [part for part in re.findall(r"`([^`]+)`", ours) if re.match(r"[\w.-]+ \S", part)]
+            commands = [
+                part for part in re.findall(r"`([^`]+)`", ours) if re.match(r"[\w.-]+ \S", part)
+            ]
             assert int(steps) >= len(commands) - ours.count("or `"), ours
             assert int(steps) or not int(edits)
 

@@ -63,9 +63,14 @@ class SigmoidPreference:
     def __call__(self, model: TrainModel, batch: Batch) -> MethodOutput:
         index, targets = supervised_positions(batch)
         logprobs = model.logprobs(model.hidden(batch).index_select(0, index), targets)
-        chosen, rejected = sum_by_sequence(logprobs, index, batch, 2 * batch.examples).view(-1, 2).unbind(1)
+        chosen, rejected = (
+            sum_by_sequence(logprobs, index, batch, 2 * batch.examples).view(-1, 2).unbind(1)
+        )
         margin = BETA * (chosen - rejected)
-        metrics = {"preference_accuracy": (margin > 0).sum(), "preference_margin": margin.detach().sum()}
+        metrics = {
+            "preference_accuracy": (margin > 0).sum(),
+            "preference_margin": margin.detach().sum(),
+        }
         return MethodOutput(-F.logsigmoid(margin).sum(), self.denominator(batch), metrics)
 
 
@@ -76,7 +81,9 @@ def pairs(count: int) -> list[Example]:
     for _ in range(count):
         prompt = random.integers(0, 256, random.integers(3, 9))
         answers = [random.integers(0, 256, random.integers(2, 12)) for _ in range(2)]
-        ids = np.concatenate([part for answer in answers for part in (prompt, answer)]).astype(np.int32)
+        ids = np.concatenate([part for answer in answers for part in (prompt, answer)]).astype(
+            np.int32
+        )
         trained = np.concatenate([np.repeat([False, True], [len(prompt), len(a)]) for a in answers])
         made.append(Example(ids, trained, tuple(len(prompt) + len(a) for a in answers)))
     return made
@@ -90,7 +97,9 @@ def reference(model: Any, examples: list[Example]) -> tuple[torch.Tensor, float,
         for n in example.sequences:
             ids = torch.from_numpy(example.ids[at : at + n].astype(np.int64))
             trained = torch.from_numpy(example.trained[at : at + n])[1:]
-            logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            logprobs = (
+                model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            )
             totals.append(logprobs[trained].sum())
             at += n
         margins.append(BETA * (totals[0] - totals[1]))
@@ -123,13 +132,22 @@ def test_pairs_learn_the_same_in_any_layout(tiny, tmp_path, layout):
     expected, accuracy, margin = reference(plain, examples)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    got = {name: sum(float(made.metrics[name]) for made in outputs) / total for name in model.method.metrics}
-    assert got == pytest.approx({"preference_accuracy": accuracy, "preference_margin": margin}, rel=1e-4)
+    got = {
+        name: sum(float(made.metrics[name]) for made in outputs) / total
+        for name in model.method.metrics
+    }
+    assert got == pytest.approx(
+        {"preference_accuracy": accuracy, "preference_margin": margin}, rel=1e-4
+    )
     ours = dict(model.model.named_parameters())
     for name, parameter in plain.named_parameters():
         assert parameter.grad.abs().max() > 0, name
         torch.testing.assert_close(
-            ours[name].grad, parameter.grad, rtol=0, atol=1e-5 * float(parameter.grad.abs().max()), msg=name
+            ours[name].grad,
+            parameter.grad,
+            rtol=0,
+            atol=1e-5 * float(parameter.grad.abs().max()),
+            msg=name,
         )
 
 
@@ -158,11 +176,18 @@ def test_the_loop_trains_on_pairs_and_records_the_methods_metrics(tiny, tmp_path
         held=False,
         adapter={"kind": "none"},
         data={"pack": pack},
-        train={"duration": "4 steps", "micro_batch": "128 tokens", "schedule": "constant", "warmup": "0 steps"},
+        train={
+            "duration": "4 steps",
+            "micro_batch": "128 tokens",
+            "schedule": "constant",
+            "warmup": "0 steps",
+        },
     )
     session, tokens = build(run, Start(), say=lambda text: None), Pairs(pairs(24))
     session.model.method = SigmoidPreference()
-    session.data = replace(session.data, train=tokens, schedule=BatchSchedule(tokens.lengths, run.data, run.train))
+    session.data = replace(
+        session.data, train=tokens, schedule=BatchSchedule(tokens.lengths, run.data, run.train)
+    )
     assert len(session.loader(0).batch(0).micro) > 1
     with claim_run_dir(tmp_path / "run"), StopRequest() as stop:
         result = Trainer(session, Start(), Sinks([]), StopControl(stop, tmp_path / "run")).fit()

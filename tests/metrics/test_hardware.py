@@ -97,14 +97,22 @@ def test_the_description_is_an_allow_list(monkeypatch: pytest.MonkeyPatch) -> No
     text = json.dumps(found)
     assert "hf_abc" not in text
     assert "its-value" not in text
-    assert found["torch"] == importlib.metadata.version("torch")  # `torch.__version__` may add +cu130 to it
+    assert found["torch"] == importlib.metadata.version(
+        "torch"
+    )  # `torch.__version__` may add +cu130 to it
     assert found["memory_gib"] > 0.5
 
 
-def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_that_of_the_working_directory(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert describe_machine([])["commit"] is None
-    names = {f"GIT_{role}_{part}": "a@b" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
+    names = {
+        f"GIT_{role}_{part}": "a@b"
+        for role in ("AUTHOR", "COMMITTER")
+        for part in ("NAME", "EMAIL")
+    }
     (tmp_path / "file").write_text("1")
     for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
         subprocess.run(["git", *words], check=True, env=os.environ | names)

@@ -16,7 +16,14 @@ from control_groups import control_group
 from ranks import run_ranks
 from recipes import make_run
 from tunesmith.metrics.hardware import Peak
-from tunesmith.metrics.health import ChipCheck, Gauges, Reading, describe_slow_host, network_bytes, throttled_seconds
+from tunesmith.metrics.health import (
+    ChipCheck,
+    Gauges,
+    Reading,
+    describe_slow_host,
+    network_bytes,
+    throttled_seconds,
+)
 from tunesmith.metrics.record import read_records
 from tunesmith.training.run import train
 
@@ -34,7 +41,9 @@ def gpu_gauges(monkeypatch: pytest.MonkeyPatch, **gauges: object) -> None:
         monkeypatch.setattr(torch.cuda, name, gauges[name])
 
 
-def test_a_gauge_that_fails_is_not_asked_again_and_the_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gauge_that_fails_is_not_asked_again_and_the_others_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     def missing(device: torch.device) -> int:
@@ -47,13 +56,21 @@ def test_a_gauge_that_fails_is_not_asked_again_and_the_others_stay(monkeypatch: 
     for _ in range(2):
         found = dict(gauges.read())
         assert 0 < found.pop("host_memory_percent") < 100
-        assert found == {"gpu_utilization": 97.0, "gpu_clock_mhz": 1980.0, "gpu_temperature_celsius": 66.0}
+        assert found == {
+            "gpu_utilization": 97.0,
+            "gpu_clock_mhz": 1980.0,
+            "gpu_temperature_celsius": 66.0,
+        }
     assert len(asked) == 1
 
 
 def test_gauges_are_read_once_in_their_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    known = {"utilization": lambda d: asked.append(d) or 97, "clock_rate": lambda d: 1, "temperature": lambda d: 2}
+    known = {
+        "utilization": lambda d: asked.append(d) or 97,
+        "clock_rate": lambda d: 1,
+        "temperature": lambda d: 2,
+    }
     gpu_gauges(monkeypatch, power_draw=lambda d: 612_345, **known)
     gauges = Gauges(torch.device("cuda"), every=60.0)
     assert [gauges.read()["gpu_power_watts"] for _ in range(3)] == [612.345] * 3
@@ -94,12 +111,24 @@ def test_a_chip_that_slows_down_is_named_once_and_again_after_it_was_well() -> N
     check.best = 2.0
     readings = [2.0, 1.3, 1.3, 1.3, 1.3, 1.9, 1.0, 1.0, 1.0]
     faults = [check.fault(Reading(tflops, 0.0)) for tflops in readings]
-    assert [bool(fault) for fault in faults] == [False, False, False, True, False, False, False, False, True]
+    assert [bool(fault) for fault in faults] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
     assert faults[3].startswith("the chip computes at 65% of its speed at the start: ")
     assert "fix: " in faults[3]
 
 
-def test_a_chip_far_below_its_published_peak_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chip_far_below_its_published_peak_is_named_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """GB10's low-power state: slow from the start, and NVML shows no reason."""
     check = ChipCheck(CPU, torch.float32, Peak(92.0, "a sheet"))
     check.device, check.best = torch.device("cuda"), 14.0
@@ -177,7 +206,10 @@ def test_a_limit_on_cores_is_named_with_the_time_it_took(a_tenth_of_a_core: str)
         print(check.fault(check.read()))
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), a_tenth_of_a_core], capture_output=True, text=True, check=True
+        [sys.executable, "-c", textwrap.dedent(code), a_tenth_of_a_core],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "throttled" in done.stdout
     assert "may use 1 of" in done.stdout
@@ -188,13 +220,23 @@ def test_what_cannot_be_read_holds_nobody_back(tmp_path: Path) -> None:
 
 
 def train_for(steps: int, model: Path, folder: Path) -> None:
-    train(make_run(model, folder, held=False, output_dir=str(folder / "run"), train={"duration": f"{steps} steps"}))
+    train(
+        make_run(
+            model,
+            folder,
+            held=False,
+            output_dir=str(folder / "run"),
+            train={"duration": f"{steps} steps"},
+        )
+    )
 
 
 def test_other_ranks_write_records_of_their_own(tiny: Path, tmp_path: Path) -> None:
     for steps in (2, 3):
         run_ranks(2, train_for, steps, tiny, tmp_path)
-    first, other = (read_records(tmp_path / "run" / f"metrics{rank}.jsonl") for rank in ("", "-rank1"))
+    first, other = (
+        read_records(tmp_path / "run" / f"metrics{rank}.jsonl") for rank in ("", "-rank1")
+    )
     assert [(r.step, r.loss) for r in first] == [(r.step, r.loss) for r in other]
     assert len(first) == 3
     assert {r.data_seconds for r in first} != {r.data_seconds for r in other}

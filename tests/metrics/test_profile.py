@@ -33,7 +33,9 @@ def load(path: Path) -> list[dict]:
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_each_cycle_leaves_its_files_and_holds_its_active_steps(tmp_path: Path) -> None:
-    profiler = Profiler(Profile(enabled=True, wait=1, warmup=1, active=3, cycles=2), tmp_path, rank=1, device=CPU)
+    profiler = Profiler(
+        Profile(enabled=True, wait=1, warmup=1, active=3, cycles=2), tmp_path, rank=1, device=CPU
+    )
     work(profiler, 20)
     folder = tmp_path
     traces = sorted(folder.glob("rank1.*.pt.trace.json.gz"))
@@ -51,26 +53,42 @@ def test_each_cycle_leaves_its_files_and_holds_its_active_steps(tmp_path: Path) 
         calls = {row["name"]: row["calls"] for row in summary["operations"]}
         assert calls["aten::mm"] == 3
         assert all(name in table for name in calls)
-        assert sum(row["share"] for row in summary["operations"]) == pytest.approx(1, abs=1e-6), "few enough to be all"
+        assert sum(row["share"] for row in summary["operations"]) == pytest.approx(1, abs=1e-6), (
+            "few enough to be all"
+        )
         assert summary["peak_bytes"] == {"CPU": max(e["args"]["bytes"] for e in tracks)}
         assert summary["gpu_busy_share"] is None
 
 
 def test_a_run_that_ends_early_still_leaves_what_was_seen(tmp_path: Path) -> None:
-    work(Profiler(Profile(enabled=True, wait=0, warmup=1, active=50), tmp_path, rank=0, device=CPU), 5)
+    work(
+        Profiler(Profile(enabled=True, wait=0, warmup=1, active=50), tmp_path, rank=0, device=CPU),
+        5,
+    )
     assert len(list(tmp_path.glob("rank0.*.pt.trace.json.gz"))) == 1
 
 
 def test_two_ranks_share_the_folder(tmp_path: Path) -> None:
     for rank in (0, 1):
-        work(Profiler(Profile(enabled=True, wait=0, warmup=1, active=2), tmp_path, rank=rank, device=CPU), 4)
+        work(
+            Profiler(
+                Profile(enabled=True, wait=0, warmup=1, active=2), tmp_path, rank=rank, device=CPU
+            ),
+            4,
+        )
     assert {p.name.split(".")[0] for p in tmp_path.glob("*.pt.trace.json.gz")} == {"rank0", "rank1"}
 
 
 def test_only_the_ranks_that_are_named_record(tmp_path: Path) -> None:
     for rank in (0, 1):
         work(
-            Profiler(Profile(enabled=True, wait=0, warmup=1, active=2, ranks=(1,)), tmp_path, rank=rank, device=CPU), 4
+            Profiler(
+                Profile(enabled=True, wait=0, warmup=1, active=2, ranks=(1,)),
+                tmp_path,
+                rank=rank,
+                device=CPU,
+            ),
+            4,
         )
     assert [p.name.split(".")[0] for p in tmp_path.glob("*.pt.trace.json.gz")] == ["rank1"]
 
@@ -81,7 +99,11 @@ def test_stacks_name_the_python_lines_of_an_operation(tmp_path: Path) -> None:
         profiler = Profiler(settings, tmp_path / str(stacks), rank=0, device=CPU)
         work(profiler, 4)
         assert (
-            any(e.get("cat") == "python_function" and "work" in e["name"] for e in load(profiler.traces[0])) == stacks
+            any(
+                e.get("cat") == "python_function" and "work" in e["name"]
+                for e in load(profiler.traces[0])
+            )
+            == stacks
         )
 
 
@@ -123,7 +145,14 @@ def test_the_time_of_kernels_goes_to_the_operation_that_launched_them() -> None:
     """As Kineto writes them: a kernel has its operation's External id; two overlap here, one has no operation."""
 
     def event(kind: str, name: str, start: float, length: float, number: int | None) -> dict:
-        return {"cat": kind, "name": name, "ts": start, "dur": length, "tid": 1, "args": {"External id": number}}
+        return {
+            "cat": kind,
+            "name": name,
+            "ts": start,
+            "dur": length,
+            "tid": 1,
+            "args": {"External id": number},
+        }
 
     found = summarise(
         [
@@ -146,7 +175,10 @@ def test_a_run_is_profiled_on_all_ranks_unless_told_otherwise(tiny: Path, tmp_pa
     from tunesmith.training.run import train
 
     settings = {"enabled": True, "wait": 0, "warmup": 1, "active": 2}
-    train(make_run(tiny, tmp_path, held=False, train={"duration": "4 steps"}, profile=settings), say=None)
+    train(
+        make_run(tiny, tmp_path, held=False, train={"duration": "4 steps"}, profile=settings),
+        say=None,
+    )
     summary = json.loads((tmp_path / "run" / "profile" / "summary-rank0-1.json").read_text())
     assert len(summary["operations"]) == 10
     assert summary["peak_bytes"]["CPU"] > 0
@@ -160,7 +192,9 @@ def test_not_enabled_writes_nothing(tmp_path: Path) -> None:
 def test_idle_time_lies_between_kernels_that_overlap_nest_and_touch() -> None:
     line = [(0.0, 10.0), (2.0, 4.0), (8.0, 15.0), (15.0, 16.0), (20.0, 21.0), (30.0, 40.0)]
     assert idle_share(line) == idle_share(reversed(line)) == 13 / 40
-    assert idle_share([(0, 10), (1, 2), (12, 13)]) == 2 / 13, "a long one covers the end of a later short one"
+    assert idle_share([(0, 10), (1, 2), (12, 13)]) == 2 / 13, (
+        "a long one covers the end of a later short one"
+    )
     assert idle_share([(5, 6)]) == idle_share([(5, 5)]) == 0
     assert idle_share([]) is None
 

@@ -36,14 +36,20 @@ def bits(value: float | None) -> bytes | None:
     return None if value is None else struct.pack("<d", value)
 
 
-@given(loss=st.floats(allow_nan=False), norm=st.floats(allow_nan=False), mfu=st.none() | st.floats(allow_nan=False))
+@given(
+    loss=st.floats(allow_nan=False),
+    norm=st.floats(allow_nan=False),
+    mfu=st.none() | st.floats(allow_nan=False),
+)
 def test_floats_round_trip_bit_for_bit(loss: float, norm: float, mfu: float | None) -> None:
     before = StepRecord(
         step=1, epoch=0.1, loss=loss, learning_rate=1e-4, grad_norm=norm, tokens=1, supervised_tokens=1, examples=1,
         step_seconds=0.1, data_seconds=0.0, tokens_per_second=10.0, mfu=mfu, memory_gib=1.0,
     )  # fmt: skip
     after = StepRecord.from_json(before.to_json())
-    assert [bits(v) for v in (after.loss, after.grad_norm, after.mfu)] == [bits(v) for v in (loss, norm, mfu)]
+    assert [bits(v) for v in (after.loss, after.grad_norm, after.mfu)] == [
+        bits(v) for v in (loss, norm, mfu)
+    ]
     assert after == before
 
 
@@ -62,7 +68,9 @@ def test_non_finite_values_are_legal_json(value: float) -> None:
 
 def test_names_are_the_published_ones_and_unmeasured_ones_are_left_out() -> None:
     assert list(json.loads(record().to_json())) == REQUIRED
-    full = record(mfu=0.4, mfu_peak_tflops=989.5, gpu_utilization=99.0, gpu_power_watts=650.0, val_loss=1.0)
+    full = record(
+        mfu=0.4, mfu_peak_tflops=989.5, gpu_utilization=99.0, gpu_power_watts=650.0, val_loss=1.0
+    )
     optional = ["mfu_peak_tflops", "gpu_utilization", "gpu_power_watts", "val_loss"]
     assert list(json.loads(full.to_json())) == REQUIRED + optional
 
@@ -76,7 +84,9 @@ def test_what_is_no_record_is_refused(line: str, error: type[Exception]) -> None
         StepRecord.from_json(line)
 
 
-@pytest.mark.parametrize(("name", "value"), [("step", 1.5), ("step", True), ("loss", "high"), ("loss", None)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", 1.5), ("step", True), ("loss", "high"), ("loss", None)]
+)
 def test_a_value_of_another_type_is_refused(name: str, value: object) -> None:
     values = json.loads(record().to_json()) | {name: value}
     with pytest.raises(TypeError, match=name):
@@ -84,7 +94,12 @@ def test_a_value_of_another_type_is_refused(name: str, value: object) -> None:
 
 
 def test_names_of_a_later_version_are_passed_over_or_kept_as_extra_numbers() -> None:
-    values = json.loads(record().to_json()) | {"nvlink": True, "ranks": [1, 2], "host": "a", "nvlink_gib": 3.0}
+    values = json.loads(record().to_json()) | {
+        "nvlink": True,
+        "ranks": [1, 2],
+        "host": "a",
+        "nvlink_gib": 3.0,
+    }
     assert StepRecord.from_json(json.dumps(values)) == record(extra={"nvlink_gib": 3.0})
 
 

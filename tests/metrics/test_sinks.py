@@ -62,7 +62,12 @@ def test_jsonl_is_cut_back_and_goes_on(tmp_path: Path, run: Run) -> None:
     sink.open(run, 3)
     sink.step(record(4, loss=9.0))
     sink.close()
-    assert [(r.step, r.loss) for r in read_records(path)] == [(1, 2.0), (2, 1.0), (3, 2.0 / 3), (4, 9.0)]
+    assert [(r.step, r.loss) for r in read_records(path)] == [
+        (1, 2.0),
+        (2, 1.0),
+        (3, 2.0 / 3),
+        (4, 9.0),
+    ]
 
 
 def test_tensorboard_has_each_measured_value_under_its_name(tmp_path: Path, run: Run) -> None:
@@ -75,19 +80,26 @@ def test_tensorboard_has_each_measured_value_under_its_name(tmp_path: Path, run:
     sink.text("contract", "12 checks")
     sink.close()
     accumulator = events(tmp_path)
-    measured = {f"train/{name}" for name in record(1, mfu=0.25, mfu_peak_tflops=92.0).values()} - {"train/step"}
+    measured = {f"train/{name}" for name in record(1, mfu=0.25, mfu_peak_tflops=92.0).values()} - {
+        "train/step"
+    }
     assert set(accumulator.Tags()["scalars"]) == measured | {"validation/loss"}
     assert scalars(tmp_path, "train/loss") == [(1, 2.0), (2, 1.0)]
     assert scalars(tmp_path, "train/mfu") == [(1, 0.25)]
     assert scalars(tmp_path, "validation/loss") == [(2, 1.5)]
-    texts = {t: accumulator.Tensors(t)[0].tensor_proto.string_val[0].decode() for t in accumulator.Tags()["tensors"]}
+    texts = {
+        t: accumulator.Tensors(t)[0].tensor_proto.string_val[0].decode()
+        for t in accumulator.Tags()["tensors"]
+    }
     assert "org/base" in texts["recipe/text_summary"]
     assert "    line *two*" in texts["sample/1/text_summary"]
     assert "12 checks" in texts["contract/text_summary"]
 
 
 @pytest.mark.parametrize(("resumed_at", "steps"), [(3, [1, 2, 3, 4]), (0, [1])])
-def test_tensorboard_purges_what_a_run_repeats(tmp_path: Path, run: Run, resumed_at: int, steps: list[int]) -> None:
+def test_tensorboard_purges_what_a_run_repeats(
+    tmp_path: Path, run: Run, resumed_at: int, steps: list[int]
+) -> None:
     first = TensorBoardSink(tmp_path)
     first.open(run, 0)
     for step in range(1, 6):
@@ -119,7 +131,9 @@ def test_a_folder_that_is_a_file_is_told(tmp_path: Path, run: Run) -> None:
     assert "log.tensorboard_dir" in raised.value.fix
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed (extra: wandb)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="wandb is not installed (extra: wandb)"
+)
 def test_wandb_offline_keeps_its_id_over_a_resume(tmp_path: Path, run: Run) -> None:
     """In a process of its own: W&B starts a service that would outlive the test's environment."""
     code = """
@@ -157,9 +171,13 @@ sink.close()
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
 
 
-def shown(run: Run, folder: Path, records, *, total: int | None, stream: io.StringIO | None = None) -> tuple[str, str]:
+def shown(
+    run: Run, folder: Path, records, *, total: int | None, stream: io.StringIO | None = None
+) -> tuple[str, str]:
     stream = stream or io.StringIO()
-    sink = Terminal(LogFile(folder / "log.txt"), total_steps=total, steps_per_epoch=10, stream=stream)
+    sink = Terminal(
+        LogFile(folder / "log.txt"), total_steps=total, steps_per_epoch=10, stream=stream
+    )
     sink.open(run, 0)
     for each in records:
         sink.step(each)
@@ -195,7 +213,11 @@ def test_log_every_thins_lines_and_keeps_first_and_last(
 ) -> None:
     run = replace(run, log=Log(every=Length.parse(interval)))
     _, log = shown(run, tmp_path, [record(step) for step in range(1, 11)], total=10)
-    steps = [row.split("step ")[1].split("/")[0] for row in log.splitlines() if "loss" in row and "/10" in row]
+    steps = [
+        row.split("step ")[1].split("/")[0]
+        for row in log.splitlines()
+        if "loss" in row and "/10" in row
+    ]
     assert steps == [str(step) for step in wanted]
 
 
@@ -209,10 +231,18 @@ def test_a_flood_is_held_back_on_the_terminal_and_not_in_the_log(tmp_path: Path,
 
 
 def test_time_left_leaves_the_first_step_out(tmp_path: Path, run: Run) -> None:
-    records = [record(1, step_seconds=60.0), record(2, step_seconds=2.0), record(3, step_seconds=4.0)]
+    records = [
+        record(1, step_seconds=60.0),
+        record(2, step_seconds=2.0),
+        record(3, step_seconds=4.0),
+    ]
     _, log = shown(run, tmp_path, records, total=10)
     assert "step 1/10" in log
-    assert [row.rsplit("left ", 1)[1] for row in log.splitlines() if "left" in row] == ["9:00 min", "16 s", "21 s"]
+    assert [row.rsplit("left ", 1)[1] for row in log.splitlines() if "left" in row] == [
+        "9:00 min",
+        "16 s",
+        "21 s",
+    ]
 
 
 def test_a_run_by_the_clock_tells_what_is_left_of_it(tmp_path: Path, run: Run) -> None:
@@ -288,13 +318,23 @@ def test_seconds_read_well() -> None:
 def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
     def kinds(**log: object) -> list[str]:
         sinks = sinks_of(
-            replace(run, log=Log(**log)), tmp_path, total_steps=1, steps_per_epoch=1, log=LogFile(tmp_path / "log.txt")
+            replace(run, log=Log(**log)),
+            tmp_path,
+            total_steps=1,
+            steps_per_epoch=1,
+            log=LogFile(tmp_path / "log.txt"),
         )
         return [type(s).__name__ for s in sinks.all]
 
     assert kinds() == ["Terminal", "JsonlSink", "SamplesSink", "TensorBoardSink"]
     assert kinds(tensorboard=False) == ["Terminal", "JsonlSink", "SamplesSink"]
-    assert kinds(wandb=True) == ["Terminal", "JsonlSink", "SamplesSink", "TensorBoardSink", "TrackerSink"]
+    assert kinds(wandb=True) == [
+        "Terminal",
+        "JsonlSink",
+        "SamplesSink",
+        "TensorBoardSink",
+        "TrackerSink",
+    ]
     assert kinds(trackers=("mlflow", "trackio")) == [
         "Terminal",
         "JsonlSink",
@@ -305,7 +345,12 @@ def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
     ]
     elsewhere = replace(run, log=Log(tensorboard_dir=str(tmp_path / "logs")))
     sinks = sinks_of(
-        elsewhere, tmp_path, total_steps=1, steps_per_epoch=1, log=LogFile(tmp_path / "log.txt"), stream=io.StringIO()
+        elsewhere,
+        tmp_path,
+        total_steps=1,
+        steps_per_epoch=1,
+        log=LogFile(tmp_path / "log.txt"),
+        stream=io.StringIO(),
     )
     sinks.open(elsewhere, 0)
     sinks.step(record())

@@ -32,7 +32,13 @@ def folder(tmp_path: Path) -> Path:
     (folder / "checkpoint-10").mkdir()
     records = [
         # the first step compiles: 10 s
-        record(s, step_seconds=10.0 if s == 1 else 0.25, mfu=0.5, mfu_peak_tflops=100.0, memory_gib=s / 10)
+        record(
+            s,
+            step_seconds=10.0 if s == 1 else 0.25,
+            mfu=0.5,
+            mfu_peak_tflops=100.0,
+            memory_gib=s / 10,
+        )
         for s in range(1, 21)
     ]
     records[9] = replace(records[9], val_loss=0.5)
@@ -83,17 +89,28 @@ def test_the_next_commands_work_inside_the_run_directory(
     ("changed", "last"),
     [
         ({"adapter": Adapter(kind="none")}, "vllm serve '{folder}/final'"),
-        ({"adapter": Adapter(rank=40)}, "vllm serve org/base --enable-lora --max-lora-rank 64 --lora-modules"),
+        (
+            {"adapter": Adapter(rank=40)},
+            "vllm serve org/base --enable-lora --max-lora-rank 64 --lora-modules",
+        ),
         ({"model": Model(name="base.gguf")}, "vllm serve '{folder}-merged'"),
         ({"adapter": Adapter(modules_to_save=("lm_head",))}, "vllm serve '{folder}-merged'"),
     ],
 )
-def test_the_serving_line_fits_what_was_trained(run: Run, folder: Path, changed: dict, last: str) -> None:
-    assert last_lines(closing(replace(run, **changed), folder))[-1].startswith(last.format(folder=folder))
+def test_the_serving_line_fits_what_was_trained(
+    run: Run, folder: Path, changed: dict, last: str
+) -> None:
+    assert last_lines(closing(replace(run, **changed), folder))[-1].startswith(
+        last.format(folder=folder)
+    )
 
 
 @pytest.mark.parametrize(
-    "held", [{"validation": (Source(source="rows.jsonl", split="train[95%:]"),)}, {"hold_out": Share(5.0, "%")}]
+    "held",
+    [
+        {"validation": (Source(source="rows.jsonl", split="train[95%:]"),)},
+        {"hold_out": Share(5.0, "%")},
+    ],
 )
 def test_eval_finds_the_held_out_rows_itself(run: Run, folder: Path, held: dict[str, Any]) -> None:
     """Their file may be that of the training rows."""
@@ -115,12 +132,21 @@ def test_a_finished_run_names_the_two_ways_on(run: Run, folder: Path) -> None:
 
 
 def test_failure_is_one_block_that_comes_and_goes(tmp_path: Path) -> None:
-    error = NonFiniteError("the loss is NaN", where="step 7", why="rows.jsonl:3", fix="lower the rate")
+    error = NonFiniteError(
+        "the loss is NaN", where="step 7", why="rows.jsonl:3", fix="lower the rate"
+    )
     write_failure(tmp_path, error, last_step=6, next_command="tunesmith train r.yaml")
     failure = json.loads((tmp_path / "failure.json").read_text())
     names = "what where why last_step next cause rank host phase collective"
     assert list(failure) == names.split()
-    assert [*failure.values()][:6] == ["the loss is NaN", "step 7", "rows.jsonl:3", 6, "lower the rate", "not-finite"]
+    assert [*failure.values()][:6] == [
+        "the loss is NaN",
+        "step 7",
+        "rows.jsonl:3",
+        6,
+        "lower the rate",
+        "not-finite",
+    ]
     write_failure(tmp_path, NonFiniteError("x"), last_step=6, next_command="again")
     assert json.loads((tmp_path / "failure.json").read_text())["next"] == "again"
     assert [path.name for path in tmp_path.iterdir()] == ["failure.json"]

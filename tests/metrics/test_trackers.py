@@ -42,7 +42,9 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return sorted((e.step, e.value) for e in events.Scalars(tag))
 
 
-def report(name: str, folder: Path, steps: range, *, resumed_at: int = 0, loss: float | None = None) -> list[str]:
+def report(
+    name: str, folder: Path, steps: range, *, resumed_at: int = 0, loss: float | None = None
+) -> list[str]:
     """The warnings of one start, which ends after `steps`."""
     warnings: list[str] = []
     sink, jsonl = TrackerSink(name, folder, warnings.append), JsonlSink(folder / "metrics.jsonl")
@@ -64,10 +66,15 @@ def test_each_tracker_of_the_recipe_is_one_of_accelerate() -> None:
 
     assert set(get_args(TrackerName)) == set(TRACKERS)
     assert set(TRACKERS) <= set(LOGGER_TYPE_TO_CLASS)
-    assert trackers_of(replace(RUN, log=Log(wandb=True, trackers=("mlflow", "wandb")))) == ["wandb", "mlflow"]
+    assert trackers_of(replace(RUN, log=Log(wandb=True, trackers=("mlflow", "wandb")))) == [
+        "wandb",
+        "mlflow",
+    ]
 
 
-def test_each_step_is_reported_under_the_names_of_tensorboard(tmp_path: Path, tensorboard: str) -> None:
+def test_each_step_is_reported_under_the_names_of_tensorboard(
+    tmp_path: Path, tensorboard: str
+) -> None:
     assert report(tensorboard, tmp_path, range(1, 4)) == []
     assert scalars(tmp_path, "train/loss") == [(1, 2.0), (2, 1.0), (3, pytest.approx(2 / 3))]
     assert scalars(tmp_path, "validation/loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
@@ -82,11 +89,18 @@ def test_a_step_that_is_repeated_is_reported_once(tmp_path: Path, tensorboard: s
     assert [step for step, _ in scalars(tmp_path, "validation/loss")] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_step_that_comes_out_otherwise_is_reported_again(tmp_path: Path, tensorboard: str) -> None:
+def test_a_step_that_comes_out_otherwise_is_reported_again(
+    tmp_path: Path, tensorboard: str
+) -> None:
     """As with checkpoint.resume: force and another learning rate."""
     report(tensorboard, tmp_path, range(1, 6))
     report(tensorboard, tmp_path, range(4, 6), resumed_at=3, loss=9.0)
-    assert [value for step, value in scalars(tmp_path, "train/loss") if step > 3] == [0.5, 9.0, pytest.approx(0.4), 9.0]
+    assert [value for step, value in scalars(tmp_path, "train/loss") if step > 3] == [
+        0.5,
+        9.0,
+        pytest.approx(0.4),
+        9.0,
+    ]
 
 
 def test_a_tracker_that_fails_is_told_once_and_left_alone(
@@ -103,11 +117,15 @@ def test_a_tracker_that_fails_is_told_once_and_left_alone(
     monkeypatch.setattr(TensorBoardTracker, "log", gone)
     warnings = report(tensorboard, tmp_path, range(1, 6))
     assert len(warnings) == 1
-    assert warnings[0].startswith("warning: tensorboard failed, and gets no more of this run: http://***@host: ")
+    assert warnings[0].startswith(
+        "warning: tensorboard failed, and gets no more of this run: http://***@host: "
+    )
     assert calls == [1]
 
 
-def test_samples_that_wandb_cannot_take_do_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_that_wandb_cannot_take_do_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # its table cannot be made
     warnings: list[str] = []
     sink = TrackerSink("wandb", tmp_path, warnings.append)
@@ -170,7 +188,9 @@ def mlflow_run(folder: Path) -> tuple[dict[str, str], list[list[tuple[int, float
     experiment = client.get_experiment_by_name("tunesmith")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
-    histories = [client.get_metric_history(run.info.run_id, tag) for tag in ("train/loss", "validation/loss")]
+    histories = [
+        client.get_metric_history(run.info.run_id, tag) for tag in ("train/loss", "validation/loss")
+    ]
     return run.data.params, [sorted((m.step, m.value) for m in history) for history in histories]
 
 
@@ -180,9 +200,15 @@ def trackio_run(folder: Path) -> tuple[dict[str, str], list[list[tuple[int, floa
     def asked(*words: str) -> dict:
         command = [sys.executable, "-m", "trackio.cli", *words, "--project", "tunesmith", "--json"]
         environment = {**os.environ, "TRACKIO_DIR": str(folder / "trackio")}
-        return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        return json.loads(
+            subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=True
+            ).stdout
+        )
 
-    (name,) = (run if isinstance(run, str) else run["name"] for run in asked("list", "runs")["runs"])
+    (name,) = (
+        run if isinstance(run, str) else run["name"] for run in asked("list", "runs")["runs"]
+    )
     curves = []
     for tag in ("train/loss", "validation/loss"):
         values = asked("get", "metric", "--run", name, "--metric", tag)["values"]
@@ -192,18 +218,30 @@ def trackio_run(folder: Path) -> tuple[dict[str, str], list[list[tuple[int, floa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "read"), [("mlflow", mlflow_run), ("trackio", trackio_run)])
-def test_a_run_that_was_killed_reads_back_whole(name: str, read, tiny: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_reads_back_whole(
+    name: str, read, tiny: Path, tmp_path: Path
+) -> None:
     """Written by a real run, started as torchrun starts one, and read by the tracker's own client."""
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: pip install {'mlflow-skinny' if name == 'mlflow' else name}")
+        pytest.skip(
+            f"{name} is not installed: pip install {'mlflow-skinny' if name == 'mlflow' else name}"
+        )
     path = tmp_path / "recipe.yaml"
     path.write_text(to_yaml(recipe(tiny, tmp_path, log={"trackers": [name]})))
     store = {"MLFLOW_TRACKING_URI": f"file://{tmp_path}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    ranks = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29517",
+    }
     environment = {**os.environ, **store, **ranks, "TRACKIO_DIR": str(tmp_path / "trackio")}
     for how, code in (("kill", -signal.SIGKILL), ("go on", 0)):
         command = [sys.executable, "-c", START, str(path), how]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False
+        )
         assert done.returncode == code, done.stderr
         assert done.stdout == "", "stdout is for answers"
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")

@@ -22,7 +22,13 @@ OPTIONS = (
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The path of every value inside `value`, the outermost left out; of a long list or object, the first few."""
-    items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    items = list(
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     found = []
     for key, inner in items[:40]:
         found += [(*path, key), *_places(inner, (*path, key))]
@@ -81,6 +87,8 @@ def mutate(folder: Path, seed: int) -> str:
     file = draw.choice(sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")))
     data = file.read_bytes()
     tensors = file.suffix == ".safetensors"
-    way = draw.choice([_header, _header, _bytes] if tensors else [_json, _json, _option, _option, _bytes])
+    way = draw.choice(
+        [_header, _header, _bytes] if tensors else [_json, _json, _option, _option, _bytes]
+    )
     file.write_bytes(way(data, draw))
     return f"seed {seed}: {way.__name__} of {file.name}"

@@ -12,11 +12,16 @@ from tunesmith.model.spec import ModelSpec, adapter_parameters, read_spec
 
 from . import families
 
-ADAPTERS = [Adapter(), Adapter(rank=3, target=("o_proj", "down_proj"), modules_to_save=("embed_tokens",))]
+ADAPTERS = [
+    Adapter(),
+    Adapter(rank=3, target=("o_proj", "down_proj"), modules_to_save=("embed_tokens",)),
+]
 
 
 def spec_of(name: str) -> tuple[ModelSpec, AutoConfig]:
-    config = AutoConfig.for_model(name.split("-", maxsplit=1)[0], **{**families.SMALL, **families.VARIANTS[name]})
+    config = AutoConfig.for_model(
+        name.split("-", maxsplit=1)[0], **{**families.SMALL, **families.VARIANTS[name]}
+    )
     return read_spec(config.to_dict(), where=name), config
 
 

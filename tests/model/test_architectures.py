@@ -17,7 +17,9 @@ from . import families
 
 @pytest.fixture(scope="module", params=sorted(families.VARIANTS))
 def model(request):
-    config = AutoConfig.for_model(request.param.split("-")[0], **{**families.SMALL, **families.VARIANTS[request.param]})
+    config = AutoConfig.for_model(
+        request.param.split("-")[0], **{**families.SMALL, **families.VARIANTS[request.param]}
+    )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -30,7 +32,9 @@ def test_hidden_states_and_the_row_give_the_models_logits(model) -> None:
         logits = nn.functional.linear(hidden, model.lm_head.weight) * row.logit_scale
         if row.final_softcap is not None:
             logits = row.final_softcap * torch.tanh(logits / row.final_softcap)
-        torch.testing.assert_close(logits, model(ids).logits, rtol=1e-6, atol=1e-6)  # multiplied against divided
+        torch.testing.assert_close(
+            logits, model(ids).logits, rtol=1e-6, atol=1e-6
+        )  # multiplied against divided
 
 
 def test_layers_and_head_are_where_the_engine_looks(model) -> None:
@@ -65,4 +69,6 @@ def test_what_reaches_attention_is_what_the_row_says(model, monkeypatch) -> None
 
 def test_the_table_stays_small() -> None:
     assert len(ARCHITECTURES) <= 12
-    assert set(ARCHITECTURES) == {variant.split("-")[0] for variant in families.VARIANTS}, "every row has a parity test"
+    assert set(ARCHITECTURES) == {variant.split("-")[0] for variant in families.VARIANTS}, (
+        "every row has a parity test"
+    )

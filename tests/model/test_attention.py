@@ -75,7 +75,10 @@ def test_sdpa_by_document_equals_the_products(window):
     lengths = [5, 20, 1, 13]
     q, k, v = (torch.randn(39, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
     rule = attention.Rule(documents(lengths), 0.2, window)
-    one, other = attention._sdpa(q, k, v, rule), attend(q, k, v, rule.documents, scale=0.2, window=window)
+    one, other = (
+        attention._sdpa(q, k, v, rule),
+        attend(q, k, v, rule.documents, scale=0.2, window=window),
+    )
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
     for a, b in zip(
         torch.autograd.grad(one.square().sum(), (q, k, v)),
@@ -99,7 +102,9 @@ def test_long_documents_never_hold_the_square_of_their_length():
 
     q, k, v = (torch.randn(8192, h, 4) for h in (4, 1, 1))
     with Watch(), torch.no_grad():
-        out = attention._Products.forward(_Context(), q, k, v, attention.Rule(documents([8192]), 0.5))
+        out = attention._Products.forward(
+            _Context(), q, k, v, attention.Rule(documents([8192]), 0.5)
+        )
     assert largest == 4 * QUERIES * 8192
     assert torch.isfinite(out).all()
 
@@ -142,7 +147,12 @@ def test_documents_are_grouped_when_alike_and_all_tokens_are_taken_once():
 
 @pytest.mark.parametrize(
     "options",
-    [{"documents": None}, {"s_aux": torch.zeros(1)}, {"is_causal": False}, {"position_bias": torch.zeros(1)}],
+    [
+        {"documents": None},
+        {"s_aux": torch.zeros(1)},
+        {"is_causal": False},
+        {"position_bias": torch.zeros(1)},
+    ],
     ids=["no documents", "attention sinks", "not causal", "position bias"],
 )
 def test_what_would_have_to_be_ignored_is_refused(options):

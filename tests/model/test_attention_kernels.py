@@ -30,15 +30,31 @@ class Torch:
 
     def taken(self) -> str:
         cuda = torch.backends.cuda
-        if self.obeys and cuda.cudnn_sdp_enabled() and self.kernels.get("cudnn", REFUSES) != REFUSES:
+        if (
+            self.obeys
+            and cuda.cudnn_sdp_enabled()
+            and self.kernels.get("cudnn", REFUSES) != REFUSES
+        ):
             return "cudnn"
         if self.obeys and not cuda.flash_sdp_enabled():
             refused = cuda.cudnn_sdp_enabled()
-            raise RuntimeError("its constraints are not satisfied" if refused else "No viable backend for varlen_attn.")
+            raise RuntimeError(
+                "its constraints are not satisfied"
+                if refused
+                else "No viable backend for varlen_attn."
+            )
         return nn.attention.current_flash_attention_impl() or "own"
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, _: Tensor, longest: int, *__: Any, **others: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        edges: Tensor,
+        _: Tensor,
+        longest: int,
+        *__: Any,
+        **others: Any,
     ):
         how = self.kernels[self.taken()]
         if how == REFUSES:
@@ -77,7 +93,9 @@ def choose(machine: Torch, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[s
         nn.attention.register_flash_attention_impl(
             version, register_fn=lambda version=version: machine.register(version)
         )
-    return choose_kernel(lambda: attention.find_varlen_fault(torch.device("cpu"), torch.bfloat16, 32))
+    return choose_kernel(
+        lambda: attention.find_varlen_fault(torch.device("cpu"), torch.bfloat16, 32)
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +111,12 @@ def choose(machine: Torch, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[s
     ],
 )  # fmt: skip
 def test_the_first_right_kernel_is_taken_and_stays(
-    obeys: bool, kernels: dict[str, str], name: str, taken: str, at_fault: list[str], monkeypatch: pytest.MonkeyPatch
+    obeys: bool,
+    kernels: dict[str, str],
+    name: str,
+    taken: str,
+    at_fault: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine = Torch(obeys=obeys, **kernels)
     chosen, faults = choose(machine, monkeypatch)

@@ -30,13 +30,17 @@ def random_documents(lengths=(5, 24, 23, 9)):
 
 def run(model, ids, positions, weight, **options):
     model.zero_grad()
-    hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **options).last_hidden_state
+    hidden = model.base_model(
+        input_ids=ids, position_ids=positions, use_cache=False, **options
+    ).last_hidden_state
     (hidden * weight).sum().backward()
     return hidden.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(ours, theirs, tolerance):
-    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=tolerance * theirs[0].abs().max().item())
+    torch.testing.assert_close(
+        ours[0], theirs[0], rtol=0, atol=tolerance * theirs[0].abs().max().item()
+    )
     assert ours[1].keys() == theirs[1].keys()
     assert len(ours[1]) > 0
     for name, reference in theirs[1].items():
@@ -93,7 +97,10 @@ def assert_equal_with_gradients(ours, theirs, *leaves):
     a, b = ours(*leaves), theirs(*leaves)
     weight = torch.randn_like(b)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    got, wanted = torch.autograd.grad((a * weight).sum(), leaves), torch.autograd.grad((b * weight).sum(), leaves)
+    got, wanted = (
+        torch.autograd.grad((a * weight).sum(), leaves),
+        torch.autograd.grad((b * weight).sum(), leaves),
+    )
     for x, y in zip(got, wanted, strict=True):
         assert y.abs().max() > 1e-3, "a zero reference proves nothing"
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)

@@ -58,13 +58,17 @@ def outcome(use: Callable[[], Any], what: str) -> str:
 
 
 @pytest.mark.parametrize("shards", ["50GB", "100KB"], ids=["one file", "shards"])
-def test_a_damaged_model_loads_or_is_refused_by_name(shards: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_damaged_model_loads_or_is_refused_by_name(
+    shards: str, tiny: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     good = Path(shutil.copytree(tiny, tmp_path / "good"))
     (good / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(good, max_shard_size=shards)
-    (good / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}')
+    (good / "special_tokens_map.json").write_text(
+        '{"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}'
+    )
     found: Counter[str] = Counter()
     for seed in range(80):
         folder = Path(shutil.copytree(good, tmp_path / f"{seed}"))

@@ -24,7 +24,12 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 # A family and, where it is not null, its `rope_scaling` on the Hub.
-SCALED: dict[str, dict[str, Any]] = {"llama": LLAMA3, "qwen2": YARN, "gemma3_text": LINEAR, "phi3": LONGROPE}
+SCALED: dict[str, dict[str, Any]] = {
+    "llama": LLAMA3,
+    "qwen2": YARN,
+    "gemma3_text": LINEAR,
+    "phi3": LONGROPE,
+}
 
 
 def as_5_saves(folder: Path, values: dict[str, Any]) -> Path:
@@ -42,16 +47,26 @@ def read(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_the_older_keys_have_the_values_of_the_hub(family: str, scaled: bool, tmp_path: Path) -> None:
+def test_the_older_keys_have_the_values_of_the_hub(
+    family: str, scaled: bool, tmp_path: Path
+) -> None:
     scaling = SCALED.get(family) if scaled else None
-    hub = {"model_type": family, **SMALL, "rope_theta": 123456.0, "torch_dtype": "bfloat16", "rope_scaling": scaling}
+    hub = {
+        "model_type": family,
+        **SMALL,
+        "rope_theta": 123456.0,
+        "torch_dtype": "bfloat16",
+        "rope_scaling": scaling,
+    }
     if family == "gemma3_text":
         hub |= {"rope_local_base_freq": 20000.0, "sliding_window_pattern": 3}
     if family == "phi3":
         hub |= {"original_max_position_embeddings": 128, "partial_rotary_factor": 1.0}
     folder = as_5_saves(tmp_path / "model", hub)
     config = AutoConfig.from_pretrained(folder).to_dict()
-    assert hub.keys() - read(folder).keys() >= {"rope_theta", "rope_scaling", "torch_dtype"}, "what 5 leaves out"
+    assert hub.keys() - read(folder).keys() >= {"rope_theta", "rope_scaling", "torch_dtype"}, (
+        "what 5 leaves out"
+    )
 
     write_for_older_readers(folder)
     written = read(folder)
@@ -83,9 +98,15 @@ def test_a_model_that_is_in_no_table_keeps_its_keys(tmp_path: Path) -> None:
 
 def test_phi3_without_the_factors_of_longrope(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", "rope_parameters": rope}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "phi3", "rope_parameters": rope})
+    )
     write_for_older_readers(tmp_path)
-    assert read(tmp_path)["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 2.0}
+    assert read(tmp_path)["rope_scaling"] == {
+        "rope_type": "linear",
+        "type": "linear",
+        "factor": 2.0,
+    }
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "5"])
@@ -102,7 +123,10 @@ def test_a_tokenizer_names_a_class_that_transformers_4_has(tmp_path: Path) -> No
     file = tmp_path / "tokenizer_config.json"
     original = AutoTokenizer.from_pretrained(tmp_path)
     values = json.loads(file.read_text())
-    assert (values["tokenizer_class"], type(values["extra_special_tokens"])) == ("TokenizersBackend", list)
+    assert (values["tokenizer_class"], type(values["extra_special_tokens"])) == (
+        "TokenizersBackend",
+        list,
+    )
 
     write_for_older_readers(tmp_path)
     written = json.loads(file.read_text())

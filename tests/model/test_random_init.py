@@ -45,7 +45,9 @@ def test_weights_are_fixed_by_seed_and_name(bare: Path, tmp_path: Path) -> None:
         assert torch.equal(first[name], full[name]), "an adapter changes no base weight"
         assert not torch.equal(first[name], other[name])
     every = torch.cat([full[name].flatten() for name in matrices])
-    assert every.std().item() == pytest.approx(0.02, rel=4 / (2 * len(every)) ** 0.5)  # 4 of its own errors
+    assert every.std().item() == pytest.approx(
+        0.02, rel=4 / (2 * len(every)) ** 0.5
+    )  # 4 of its own errors
     assert abs(every.mean().item()) < 4 * 0.02 / len(every) ** 0.5
     flat = [full[name].flatten()[:2048] for name in matrices]
     assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])
@@ -83,7 +85,9 @@ def test_biases_are_zero() -> None:
         ("qwen3-8b", 8_190_735_360), ("mistral-7b", 7_248_023_552),
     ],
 )  # fmt: skip
-def test_a_shape_has_the_parameters_of_its_model(name: str, parameters: int, tmp_path: Path) -> None:
+def test_a_shape_has_the_parameters_of_its_model(
+    name: str, parameters: int, tmp_path: Path
+) -> None:
     """By our own count, and by Transformers' modules."""
     import json
 

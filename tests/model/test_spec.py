@@ -71,7 +71,9 @@ def built(request):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(request.param.split("-")[0], **{**families.SMALL, **families.VARIANTS[request.param]})
+    config = AutoConfig.for_model(
+        request.param.split("-")[0], **{**families.SMALL, **families.VARIANTS[request.param]}
+    )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -92,7 +94,9 @@ def test_counts_are_those_of_the_built_model(built) -> None:
         assert (found.layers, found.vocab) == (len(layers), 128)
         kinds = config.get("layer_types") or getattr(built.config, "layer_types", None)
         if kinds:
-            assert [w is not None for w in found.windows] == [k == "sliding_attention" for k in kinds]
+            assert [w is not None for w in found.windows] == [
+                k == "sliding_attention" for k in kinds
+            ]
 
 
 def test_windows_without_layer_types_are_the_config_classes() -> None:
@@ -156,9 +160,16 @@ def test_flops_of_parts() -> None:
     assert one == 6 * matmul + 12 * 1 * 3 * 64
     assert spec.flops(found, [1], 1, trained="full") - one == 6 * found.head_matmul
     assert spec.flops(found, [1], 0, trained="lora") == 4 * matmul + 12 * 3 * 64
-    assert spec.flops(found, [1], 0, trained="lora", adapter_parameters=10) == 4 * matmul + 12 * 3 * 64 + 60
-    assert spec.flops(found, [10, 10], 0, trained="full") < spec.flops(found, [20], 0, trained="full")
-    windowed = spec.read_spec({"model_type": "mistral", "sliding_window": 4, **families.SMALL}, where="")
+    assert (
+        spec.flops(found, [1], 0, trained="lora", adapter_parameters=10)
+        == 4 * matmul + 12 * 3 * 64 + 60
+    )
+    assert spec.flops(found, [10, 10], 0, trained="full") < spec.flops(
+        found, [20], 0, trained="full"
+    )
+    windowed = spec.read_spec(
+        {"model_type": "mistral", "sliding_window": 4, **families.SMALL}, where=""
+    )
     pairs = sum(min(i, 4) for i in range(1, 11))
     assert spec.flops(windowed, [10], 0, trained="full") == 6 * matmul * 10 + 12 * pairs * 3 * 64
 
@@ -168,7 +179,9 @@ def test_facts_need_nothing_heavy() -> None:
         "import sys, tunesmith.model.spec, tunesmith.model.safetensors_files, tunesmith.cli.fetch\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'numpy', 'huggingface_hub') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -177,14 +190,58 @@ LIMITS: list[tuple[dict[str, Any], int | None]] = [
     ({"max_position_embeddings": None}, None),
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 2048),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 1024),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}}, 2048),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}, 512),
+    (
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 512,
+            }
+        },
+        2048,
+    ),
+    (
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
+        512,
+    ),
     # Llama 3.2: what it was trained to is below the factor's reach.
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 128}}, 512),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}}, 4096),
+    (
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
+        512,
+    ),
+    (
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "original_max_position_embeddings": 512,
+            }
+        },
+        4096,
+    ),
     ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 128}, 512),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, 512),
-    ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {}}}, 4096),
+    (
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0},
+                "sliding_attention": {},
+            }
+        },
+        4096,
+    ),
     ({"model_type": "mistral", "sliding_window": 64}, None),
     ({"model_type": "mistral", "sliding_window": 4096}, 512),
     ({"model_type": "mistral", "sliding_window": None}, 512),
@@ -192,8 +249,12 @@ LIMITS: list[tuple[dict[str, Any], int | None]] = [
 
 
 @pytest.mark.parametrize(("changes", "limit"), LIMITS)
-def test_the_positions_of_a_config_with_its_scaling(changes: dict[str, Any], limit: int | None) -> None:
-    found = spec.read_spec({"model_type": "llama", **families.SMALL, **changes}, where="config.json")
+def test_the_positions_of_a_config_with_its_scaling(
+    changes: dict[str, Any], limit: int | None
+) -> None:
+    found = spec.read_spec(
+        {"model_type": "llama", **families.SMALL, **changes}, where="config.json"
+    )
     assert found.position_limit == limit
     if limit is None:
         spec.check_seq_len(found, 1 << 40, where="config.json")

@@ -22,7 +22,9 @@ def folder(tiny: Path, tmp_path: Path) -> Path:
 
 def without(folder: Path, *names: str) -> None:
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in names}))
+    file.write_text(
+        json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in names})
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,9 @@ def test_a_tokenizer_without_any_candidate_is_refused(folder: Path) -> None:
 def test_added_tokens_are_single_special_ids_and_grow_the_rows(folder: Path) -> None:
     plain = load_tokenizer(folder, Model(name="x"))
     config = load_config(folder, Model(name="x"))
-    assert vocab_rows(config, plain, Model(name="x")) == config.vocab_size == 272, "nothing grows that need not"
+    assert vocab_rows(config, plain, Model(name="x")) == config.vocab_size == 272, (
+        "nothing grows that need not"
+    )
     new = tuple(f"<tool-{i}>" for i in range(20))
     model = Model(name="x", added_tokens=(*new, "<|im_start|>"))
     tokenizer = load_tokenizer(folder, model)
@@ -77,8 +81,12 @@ def test_added_tokens_are_single_special_ids_and_grow_the_rows(folder: Path) -> 
     assert tokenizer.convert_tokens_to_ids("<tool-3>") in ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a b"
     assert len(tokenizer) > config.vocab_size
-    assert vocab_rows(config, tokenizer, model) == len(tokenizer), "to so many PEFT resizes the base"
-    assert vocab_rows(config, tokenizer, Model(name="x")) == config.vocab_size, "no row that was not asked for"
+    assert vocab_rows(config, tokenizer, model) == len(tokenizer), (
+        "to so many PEFT resizes the base"
+    )
+    assert vocab_rows(config, tokenizer, Model(name="x")) == config.vocab_size, (
+        "no row that was not asked for"
+    )
 
 
 def test_a_padding_token_without_a_row_is_refused(folder: Path) -> None:

@@ -51,7 +51,9 @@ def config(folder: Path, **values) -> None:
 
 
 def same(left, right) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
+    return all(
+        torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True)
+    )
 
 
 def test_a_checkpoint_of_the_backbone_alone(folder: Path) -> None:
@@ -80,7 +82,9 @@ def test_a_tied_head_may_be_stored_twice_or_under_either_name(folder: Path) -> N
 def test_shards_and_their_index(folder: Path) -> None:
     expected = filled(folder)
     sharded = folder / "shards"
-    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(sharded, max_shard_size="100KB")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(
+        sharded, max_shard_size="100KB"
+    )
     files = list(safetensors_files.read_headers(sharded))
     assert len(files) > 1
     assert same(filled(sharded), expected)
@@ -93,7 +97,9 @@ def test_shards_and_their_index(folder: Path) -> None:
     assert same(filled(sharded), expected), "shards in a subfolder"
 
 
-@pytest.mark.parametrize(("stored", "dtype"), [("float64", "fp32"), ("float16", "bf16"), ("bfloat16", "fp32")])
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float64", "fp32"), ("float16", "bf16"), ("bfloat16", "fp32")]
+)
 def test_dtypes_are_converted_as_torch_does(folder: Path, stored: str, dtype: str) -> None:
     rewrite(folder, lambda t: {n: v.to(getattr(torch, stored)) for n, v in t.items()})
     spec = Model(name="here", dtype=dtype)
@@ -123,9 +129,13 @@ def test_a_hook_gets_the_tensor_and_its_companions(folder: Path) -> None:
         f"{name}.quant_map": torch.arange(16.0),
         f"{name}.quant_state.bitsandbytes__nf4": torch.arange(9, dtype=torch.uint8),
     }
-    rewrite(folder, lambda t: {**t, name: torch.arange(64, dtype=torch.uint8).view(-1, 1), **extras})
+    rewrite(
+        folder, lambda t: {**t, name: torch.arange(64, dtype=torch.uint8).view(-1, 1), **extras}
+    )
     got: dict[str, torch.Tensor] = {}
-    filled(folder, convert={name: lambda stored: got.update({k: v.read() for k, v in stored.items()})})
+    filled(
+        folder, convert={name: lambda stored: got.update({k: v.read() for k, v in stored.items()})}
+    )
     assert torch.equal(got.pop("").flatten(), torch.arange(64, dtype=torch.uint8))
     assert got.keys() == {"absmax", "quant_map", "quant_state.bitsandbytes__nf4"}
     assert all(torch.equal(got[k.removeprefix(f"{name}.")], v) for k, v in extras.items())
@@ -159,7 +169,9 @@ def lengthened(folder: Path) -> None:
 
 def lying_header(folder: Path) -> None:
     header = json.dumps({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x" * 8)
+    (folder / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + b"x" * 8
+    )
 
 
 def odd_header(folder: Path) -> None:
@@ -168,12 +180,18 @@ def odd_header(folder: Path) -> None:
 
 
 def unread_type(folder: Path) -> None:
-    rewrite(folder, lambda t: {n: v.to(torch.float8_e4m3fn) if "up_proj" in n else v for n, v in t.items()})
+    rewrite(
+        folder,
+        lambda t: {n: v.to(torch.float8_e4m3fn) if "up_proj" in n else v for n, v in t.items()},
+    )
 
 
 def unread_tied_head(folder: Path) -> None:
     name = "model.embed_tokens.weight"
-    rewrite(folder, lambda t: {**t, **{n: t[name].to(torch.float8_e4m3fn) for n in (name, "lm_head.weight")}})
+    rewrite(
+        folder,
+        lambda t: {**t, **{n: t[name].to(torch.float8_e4m3fn) for n in (name, "lm_head.weight")}},
+    )
 
 
 def index(folder: Path, text: str) -> None:
@@ -206,7 +224,11 @@ def int8(folder: Path) -> None:
 
 def gptq(folder: Path) -> None:
     def packed(tensors):
-        found = {n.replace("weight", "qweight"): v.to(torch.int32) for n, v in tensors.items() if "proj" in n}
+        found = {
+            n.replace("weight", "qweight"): v.to(torch.int32)
+            for n, v in tensors.items()
+            if "proj" in n
+        }
         return {**{n: v for n, v in tensors.items() if "proj" not in n}, **found}
 
     rewrite(folder, packed)
@@ -236,7 +258,9 @@ def twice(folder: Path) -> None:
 
 def overlapping(folder: Path) -> None:
     def moved(header):
-        header["model.norm.weight"]["data_offsets"] = header["model.layers.0.input_layernorm.weight"]["data_offsets"]
+        header["model.norm.weight"]["data_offsets"] = header[
+            "model.layers.0.input_layernorm.weight"
+        ]["data_offsets"]
         return header
 
     rewrite_header(folder, moved)
@@ -356,7 +380,9 @@ def test_a_bad_folder_is_named_with_what_mends_it(folder: Path, case: str) -> No
 
 
 def status(key: str) -> int:
-    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
+    return next(
+        int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key)
+    )
 
 
 def measure(folder: Path) -> list[tuple[str, int, int]]:
@@ -366,7 +392,9 @@ def measure(folder: Path) -> list[tuple[str, int, int]]:
         spec = Model(name="x", dtype=dtype)
         model = load.build_on_meta(load.load_config(folder, spec), spec)
         load.materialise(model, torch.device("cpu"))
-        ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide as much of what is taken next
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what is free already would hide as much of what is taken next
         Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
         load_weights(model, folder)
@@ -376,11 +404,18 @@ def measure(folder: Path) -> list[tuple[str, int, int]]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc"
+)
 def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 32000}
+    shape = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 4,
+        "vocab_size": 32000,
+    }
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8))
     model.to_empty(device="cpu").save_pretrained(tmp_path)
@@ -388,10 +423,14 @@ def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path) -> None:
     for dtype, extra, size in found:
         assert size > 90 << 20
         # the stage of 16 MiB where dtypes differ, and what the allocator and lazily loaded code take
-        assert extra < (24 << 20), f"{dtype}: {extra / 2**20:.1f} MiB beside a model of {size / 2**20:.0f} MiB"
+        assert extra < (24 << 20), (
+            f"{dtype}: {extra / 2**20:.1f} MiB beside a model of {size / 2**20:.0f} MiB"
+        )
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages"
+)
 def test_nothing_is_left_in_the_page_cache(folder: Path) -> None:
     file = folder / "model.safetensors"
     with file.open("rb+") as f:

@@ -26,7 +26,10 @@ from tunesmith.units import Length
 
 def params(dtype: torch.dtype = torch.float32) -> list[tuple[str, nn.Parameter]]:
     torch.manual_seed(0)
-    return [("w", nn.Parameter(torch.randn(5, 3).to(dtype))), ("b", nn.Parameter(torch.randn(5).to(dtype)))]
+    return [
+        ("w", nn.Parameter(torch.randn(5, 3).to(dtype))),
+        ("b", nn.Parameter(torch.randn(5).to(dtype))),
+    ]
 
 
 def feed(named: list[tuple[str, nn.Parameter]], step: int) -> None:
@@ -52,7 +55,11 @@ def test_fp32_follows_torch_adamw_with_decay_on_matrices_only() -> None:
     ours, theirs = params(), params()
     optimizer = Optimizer(ours, train)
     reference = torch.optim.AdamW(
-        [{"params": [theirs[0][1]], "weight_decay": 0.1}, {"params": [theirs[1][1]], "weight_decay": 0.0}], lr=1e-2
+        [
+            {"params": [theirs[0][1]], "weight_decay": 0.1},
+            {"params": [theirs[1][1]], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
     )
     for step in range(5):
         feed(ours, step)
@@ -126,7 +133,10 @@ def test_noise_is_uniform_and_unlike_its_neighbours() -> None:
 
 
 def test_noise_beyond_32_bits_of_elements_does_not_repeat() -> None:
-    place, key = noise_place("w", torch.empty(1 << 20, 1 << 13, device="meta")), torch.tensor([1, 2])
+    place, key = (
+        noise_place("w", torch.empty(1 << 20, 1 << 13, device="meta")),
+        torch.tensor([1, 2]),
+    )
     far = place.clone()
     far[2] += 1 << 19  # 2**32 elements further on
     assert not torch.equal(noise_at(place, key, (4, 64)), noise_at(far, key, (4, 64)))
@@ -137,7 +147,9 @@ def test_stochastic_rounding_keeps_the_expectation_and_passes_nan() -> None:
     rounded = round_stochastically(value, noise_like(value)).float()
     assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
     share = float((rounded > 1).float().mean())
-    assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / len(value)))  # four standard errors
+    assert share == pytest.approx(
+        0.3, abs=4 * math.sqrt(0.3 * 0.7 / len(value))
+    )  # four standard errors
     odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0])
     odd = round_stochastically(odd, noise_like(odd))
     assert torch.isnan(odd[0])
@@ -194,14 +206,17 @@ def test_8bit_state_is_refused_by_another_optimizer() -> None:
     feed(named, 0)
     advance(one, 1e-3, 0)
     with pytest.raises(CheckpointError, match=r"no w\.exp_avg .*float32"):
-        Optimizer(named, Train()).load_state_dict(one.state_dict(), scale=None, growth_tracker=0, where="here")
+        Optimizer(named, Train()).load_state_dict(
+            one.state_dict(), scale=None, growth_tracker=0, where="here"
+        )
 
 
 def test_8bit_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(
-        MachineError, match=r"8-bit moments need .*\n.*train\.optimizer\n.*pip install 'bitsandbytes>=0.50'"
+        MachineError,
+        match=r"8-bit moments need .*\n.*train\.optimizer\n.*pip install 'bitsandbytes>=0.50'",
     ):
         Optimizer(params(), Train(optimizer="adamw-8bit"))
 
@@ -214,20 +229,25 @@ def test_8bit_that_the_device_has_no_code_for_is_refused(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(bitsandbytes.functional, "optimizer_update_8bit_blockwise", missing)
     with pytest.raises(
-        MachineError, match=r"no 8-bit optimizer for cpu\n.*\n.*could not run it\n.*--upgrade bitsandbytes"
+        MachineError,
+        match=r"no 8-bit optimizer for cpu\n.*\n.*could not run it\n.*--upgrade bitsandbytes",
     ):
         Optimizer(params(), Train(optimizer="adamw-8bit"))
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_8bit_gradients_of_an_infinite_norm_are_all_nan_where_the_host_does_not_check(clip: float | None) -> None:
+def test_8bit_gradients_of_an_infinite_norm_are_all_nan_where_the_host_does_not_check(
+    clip: float | None,
+) -> None:
     """bitsandbytes' CUDA kernel leaves a weight whose gradient is NaN; its CPU code does not, so here it is not run."""
     named = [("w", nn.Parameter(torch.ones(80, 64))), ("b", nn.Parameter(torch.ones(5)))]
     optimizer = Optimizer(named, Train(clip_norm=clip, optimizer="adamw-8bit"))
     assert optimizer.checks_on_host
     optimizer.checks_on_host = False
     seen: list[tuple[list[torch.Tensor], float]] = []
-    optimizer.update = lambda parts, lr, step, found_inf: seen.append(([p.grad for p in parts], float(found_inf)))
+    optimizer.update = lambda parts, lr, step, found_inf: seen.append(
+        ([p.grad for p in parts], float(found_inf))
+    )
     feed(named, 0)
     wanted = [g.clone() for g in grads_of(optimizer).values()]
     norm = advance(optimizer, 1e-3, 0)
@@ -247,7 +267,9 @@ def test_8bit_updates_are_adamw_s_but_for_the_rounding_of_the_moments() -> None:
     torch.manual_seed(0)
     ours = nn.Parameter(torch.randn(64, 100))
     theirs, start = nn.Parameter(ours.detach().clone()), ours.detach().clone()
-    optimizer = Optimizer([("w", ours)], Train(clip_norm=None, optimizer="adamw-8bit", weight_decay=0.1))
+    optimizer = Optimizer(
+        [("w", ours)], Train(clip_norm=None, optimizer="adamw-8bit", weight_decay=0.1)
+    )
     reference = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.1)
     for step in range(30):
         feed([("w", ours)], step)
@@ -326,8 +348,12 @@ def test_compiled_rounding_is_the_plain_one_in_two_graphs() -> None:
     ends = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        named = [(str(i), nn.Parameter(torch.randn(shape).bfloat16())) for i, shape in enumerate(shapes)]
-        optimizer = Optimizer(named, Train(clip_norm=None, master_weights="stochastic", weight_decay=0.1))
+        named = [
+            (str(i), nn.Parameter(torch.randn(shape).bfloat16())) for i, shape in enumerate(shapes)
+        ]
+        optimizer = Optimizer(
+            named, Train(clip_norm=None, master_weights="stochastic", weight_decay=0.1)
+        )
         optimizer.checks_on_host = False
         if compiled:
             optimizer.update.compile(optimizer.parts.values(), backend=backend)
@@ -349,7 +375,9 @@ def test_large_weights_are_rounded_piece_by_piece_with_the_same_bits(
         monkeypatch.setitem(adamw.CHUNK, "cpu", most)
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(37, 256).bfloat16())
-        optimizer = Optimizer([("w", weight)], Train(clip_norm=None, master_weights="stochastic", optimizer=kind))
+        optimizer = Optimizer(
+            [("w", weight)], Train(clip_norm=None, master_weights="stochastic", optimizer=kind)
+        )
         for step in range(3):
             feed([("w", weight)], step)
             advance(optimizer, 1e-2, step)
@@ -374,7 +402,9 @@ def test_the_norm_of_16_bit_gradients_is_taken_in_fp32() -> None:
     named = [("w", nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16)))]
     named[0][1].grad = torch.full((1000,), 1.0, dtype=torch.bfloat16)
     optimizer = Optimizer(named, Train(clip_norm=None, master_weights="stochastic"))
-    assert float(advance(optimizer, 0.0, 0)) == pytest.approx(math.sqrt(1000), rel=1e-6)  # in bf16 it would be 31.625
+    assert float(advance(optimizer, 0.0, 0)) == pytest.approx(
+        math.sqrt(1000), rel=1e-6
+    )  # in bf16 it would be 31.625
 
 
 class Tied(nn.Module):
@@ -396,7 +426,10 @@ IN_BACKWARD = {
     "masters": (torch.bfloat16, {}),
     "stochastic": (torch.bfloat16, {"master_weights": "stochastic"}),
     "8 bits": (torch.float32, {"optimizer": "adamw-8bit"}),
-    "8 bits, stochastic": (torch.bfloat16, {"optimizer": "adamw-8bit", "master_weights": "stochastic"}),
+    "8 bits, stochastic": (
+        torch.bfloat16,
+        {"optimizer": "adamw-8bit", "master_weights": "stochastic"},
+    ),
 }
 
 
@@ -407,12 +440,16 @@ def test_in_the_backward_is_the_ordinary_optimizer_bit_for_bit(case: str, on_hos
     ends, norms, most = [], [], 0
     for inside in (False, True):
         model = Tied(dtype)
-        optimizer = Optimizer(model.named_parameters(), Train(clip_norm=None, optimizer_in_backward=inside, **changes))
+        optimizer = Optimizer(
+            model.named_parameters(), Train(clip_norm=None, optimizer_in_backward=inside, **changes)
+        )
         optimizer.checks_on_host = on_host
 
         def held(_: torch.Tensor, model: Tied = model, optimizer: Optimizer = optimizer) -> None:
             nonlocal most
-            most = max(most, sum(p.grad is not None for p in model.parameters()) + len(grads_of(optimizer)))
+            most = max(
+                most, sum(p.grad is not None for p in model.parameters()) + len(grads_of(optimizer))
+            )
 
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(held)
@@ -449,7 +486,9 @@ def test_in_the_backward_a_gradient_that_is_not_finite_changes_no_weight_of_its_
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: waiting for one cannot be seen")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: waiting for one cannot be seen"
+)
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("case", IN_BACKWARD)
 def test_on_cuda_no_step_waits_for_the_device_and_one_that_is_not_finite_changes_nothing(
@@ -458,14 +497,18 @@ def test_on_cuda_no_step_waits_for_the_device_and_one_that_is_not_finite_changes
     dtype, changes = IN_BACKWARD[case]
     model = Tied(dtype).cuda()
     clip = None if inside else 1.0
-    optimizer = Optimizer(model.named_parameters(), Train(clip_norm=clip, optimizer_in_backward=inside, **changes))
+    optimizer = Optimizer(
+        model.named_parameters(), Train(clip_norm=clip, optimizer_in_backward=inside, **changes)
+    )
     assert not optimizer.checks_on_host
     ids = torch.arange(80, device="cuda")
     for step in range(6):
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.start_step(1e-2, step)
         loss = model(ids) * (math.nan if step == 5 else 1.0)
-        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps compile and allocate
+        torch.cuda.set_sync_debug_mode(
+            "error" if step > 1 else "default"
+        )  # the first steps compile and allocate
         try:
             loss.backward()
             norm = optimizer.step()
@@ -480,15 +523,21 @@ def test_on_cuda_no_step_waits_for_the_device_and_one_that_is_not_finite_changes
 @pytest.mark.parametrize("masters", ["fp32", "stochastic"])
 @pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_what_a_step_holds(dtype: torch.dtype, kind: str, masters: str, inside: bool) -> None:
-    train = Train(optimizer=kind, master_weights=masters, clip_norm=None, optimizer_in_backward=inside)
+def test_bytes_are_what_a_step_holds(
+    dtype: torch.dtype, kind: str, masters: str, inside: bool
+) -> None:
+    train = Train(
+        optimizer=kind, master_weights=masters, clip_norm=None, optimizer_in_backward=inside
+    )
     weight = nn.Parameter(torch.ones(64, 64).to(dtype))
     optimizer = Optimizer([("w", weight)], train)
     optimizer.start_step(1e-3, 0)
     weight.sum().backward()
     grad = sum(g.nbytes for g in grads_of(optimizer).values())
     optimizer.step()
-    state = sum(value.nbytes for name, value in optimizer.state_dict().items() if not name.endswith(".step"))
+    state = sum(
+        value.nbytes for name, value in optimizer.state_dict().items() if not name.endswith(".step")
+    )
     each = weight.element_size()
     assert state == checkpoint_bytes_per_parameter(train, each) * weight.numel()
     assert state + grad == state_bytes_per_parameter(train, each) * weight.numel()
@@ -506,7 +555,11 @@ def test_loss_scale_halves_on_overflow_and_leaves_the_gradient_unscaled() -> Non
 
 @pytest.mark.parametrize(
     ("schedule", "wanted"),
-    [("constant", [1.0] * 4), ("linear", [1.0, 0.75, 0.5, 0.25]), ("cosine", [1.0, 0.853553, 0.5, 0.146447])],
+    [
+        ("constant", [1.0] * 4),
+        ("linear", [1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [1.0, 0.853553, 0.5, 0.146447]),
+    ],
 )
 def test_schedules_by_their_formulas(schedule: str, wanted: list[float]) -> None:
     train = Train(learning_rate=1.0, schedule=schedule)

@@ -44,8 +44,16 @@ def blocks() -> nn.Sequential:
     return nn.Sequential(Block(), Block()).bfloat16()
 
 
-def backward(model: nn.Sequential, seed: int, call: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__) -> None:
-    x = torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(seed)).bfloat16().requires_grad_()
+def backward(
+    model: nn.Sequential,
+    seed: int,
+    call: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
+) -> None:
+    x = (
+        torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(seed))
+        .bfloat16()
+        .requires_grad_()
+    )
     for block in model:
         x = call(block, x)
     x.float().square().sum().backward()
@@ -66,7 +74,9 @@ def test_the_sum_over_micro_batches_is_exact_and_the_next_step_starts_anew():
             backward(model, 3 * step + micro)
         exact = sum(d.T @ x for x, d in zip(seen[::2], seen[1::2], strict=True))
         # Both are products of the same 16-bit numbers in fp32, added up in another order.
-        torch.testing.assert_close(dict(fp32_gradients(model))["0.down.weight"].gradient, exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            dict(fp32_gradients(model))["0.down.weight"].gradient, exact, rtol=1e-5, atol=1e-5
+        )
         assert layer.weight.grad is None
         optimizer.start_step(1e-2, step)
         optimizer.step()
@@ -79,10 +89,14 @@ def test_every_gradient_lies_nearer_to_fp32_than_that_of_the_ordinary_path():
     optimizers[1].use_fp32_gradients(fp32_gradients(fast))
     for model in (wide, plain, fast):
         for micro in range(4):
-            backward(model, micro) if model is not wide else backward(model, micro, lambda m, x: m(x.float()))
+            backward(model, micro) if model is not wide else backward(
+                model, micro, lambda m, x: m(x.float())
+            )
     for name, _ in fp32_gradients(fast):
         reference = wide.get_parameter(name)
-        off = [(o.parts[name].grad - reference.grad).norm() / reference.grad.norm() for o in optimizers]
+        off = [
+            (o.parts[name].grad - reference.grad).norm() / reference.grad.norm() for o in optimizers
+        ]
         assert off[0] < 0.01, "eight bits of a bf16 number, a few roundings deep"
         assert off[1] <= off[0], name
 
@@ -112,11 +126,22 @@ def test_compiled_layers_add_to_the_same_gradient(recomputed):
 
 def go(tiny: Path, folder: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
     """Full fine-tuning of the tiny Llama in micro batches of two examples; its records."""
-    given = {"schedule": "constant", "warmup": "0 steps", "micro_batch": "2 examples", "duration": "12 steps"}
-    settings: dict[str, Any] = {"held": False, "adapter": {"kind": "none"}, "checkpoint": {"every": "4 steps"}}
+    given = {
+        "schedule": "constant",
+        "warmup": "0 steps",
+        "micro_batch": "2 examples",
+        "duration": "12 steps",
+    }
+    settings: dict[str, Any] = {
+        "held": False,
+        "adapter": {"kind": "none"},
+        "checkpoint": {"every": "4 steps"},
+    }
     dtype = changes.pop("dtype", "bf16")
     out = str(folder / name)
-    run = make_run(tiny, folder, **settings, model={"dtype": dtype}, train={**given, **changes}, output_dir=out)
+    run = make_run(
+        tiny, folder, **settings, model={"dtype": dtype}, train={**given, **changes}, output_dir=out
+    )
     train(run, say=None)
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
 
@@ -126,7 +151,9 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryEstimator, "fp32_gradients", True)
 
 
-def test_a_run_s_curve_is_that_of_the_ordinary_path(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_s_curve_is_that_of_the_ordinary_path(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     exact = [r["loss"] for r in go(tiny, tmp_path, "fp32", dtype="fp32")]
     plain = [r["loss"] for r in go(tiny, tmp_path, "plain")]
     as_on_a_gpu(monkeypatch)
@@ -152,7 +179,9 @@ def test_resumed_is_uninterrupted(tiny: Path, tmp_path: Path, monkeypatch: pytes
 ON_A_GPU: dict[str, Any] = {"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}}
 
 
-def estimator(tiny: Path, folder: Path, device: str, mesh: MeshShape, **changes: Any) -> MemoryEstimator:
+def estimator(
+    tiny: Path, folder: Path, device: str, mesh: MeshShape, **changes: Any
+) -> MemoryEstimator:
     run = make_run(tiny, folder, held=False, **{**ON_A_GPU, **changes})
     spec = read_spec(json.loads((tiny / "config.json").read_text()), where="test")
     machine = Machine(device, 80 << 30, ("varlen", "assumed"), (False, "assumed"))
@@ -170,24 +199,39 @@ def estimator(tiny: Path, folder: Path, device: str, mesh: MeshShape, **changes:
         (False, "cuda:0", ONE, {"adapter": {"kind": "lora"}}),
         (False, "cuda:0", ONE, {"model": {"dtype": "fp32"}}),
         (False, "cuda:0", ONE, {"train": {"master_weights": "stochastic"}}),
-        (False, "cuda:0", ONE, {"train": {"optimizer_in_backward": True, "clip_norm": None, "micro_batch": "auto"}}),
+        (
+            False,
+            "cuda:0",
+            ONE,
+            {"train": {"optimizer_in_backward": True, "clip_norm": None, "micro_batch": "auto"}},
+        ),
     ],
 )
 def test_it_is_taken_where_it_works(taken, device, mesh, changes, tiny: Path, tmp_path: Path):
     assert estimator(tiny, tmp_path, device, mesh, **changes).fp32_gradients is taken
 
 
-def test_it_takes_no_more_memory_at_the_peak(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_it_takes_no_more_memory_at_the_peak(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """All fp32 gradients are there at the end of a backward either way; with it they are there from the first one on."""
     on_gpu = estimator(tiny, tmp_path, "cuda:0", ONE)
     with_it = on_gpu.estimate(1024)
     monkeypatch.setattr(MemoryEstimator, "fp32_gradients", False)
     ordinary = on_gpu.estimate(1024)
     assert with_it.total == ordinary.total
-    assert with_it.gradients - ordinary.gradients == 2 * on_gpu.spec.layers * on_gpu.spec.layer_matmul
+    assert (
+        with_it.gradients - ordinary.gradients == 2 * on_gpu.spec.layers * on_gpu.spec.layer_matmul
+    )
 
 
 def test_a_model_that_is_only_asked_has_no_gradients(tiny: Path, tmp_path: Path):
-    run = make_run(tiny, tmp_path, held=False, adapter={"kind": "none"}, model={"dtype": "bf16", "attention": "eager"})
+    run = make_run(
+        tiny,
+        tmp_path,
+        held=False,
+        adapter={"kind": "none"},
+        model={"dtype": "bf16", "attention": "eager"},
+    )
     files = read_model_files(tiny, run.model)
     assert not inference_plan(run, files, torch.device("cuda:0")).fp32_gradients

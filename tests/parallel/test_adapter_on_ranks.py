@@ -34,7 +34,9 @@ def built(model: Path, folder: Path, mesh: dict[str, int], ranks: Ranks) -> Any:
     run = make_run(model, folder, held=False, parallel=mesh, **ADAPTER)
     files = read_model_files(model, run.model)
     shape = possible_shapes(run.parallel, ranks.world)[0]
-    root, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")), mesh=Mesh.of(shape, "cpu"))
+    root, _ = build_model(
+        run, files, inference_plan(run, files, torch.device("cpu")), mesh=Mesh.of(shape, "cpu")
+    )
     return run, root
 
 
@@ -42,7 +44,9 @@ def drawn(name: str, like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed_of(0, name)))
 
 
-def write_all(model: Path, folder: Path, meshes: list[dict[str, int]], places: list[Path]) -> list[int]:
+def write_all(
+    model: Path, folder: Path, meshes: list[dict[str, int]], places: list[Path]
+) -> list[int]:
     """A checkpoint and final/ of each mesh, with values drawn by name; the bytes of adapter and moments that this rank then
     has for itself beside its own parts."""
     save_tensors.GATHERED = 4000  # some rows at a time
@@ -66,12 +70,19 @@ def write_all(model: Path, folder: Path, meshes: list[dict[str, int]], places: l
                 for parameter in root.model.parameters():
                     parameter.zero_()  # the copy was made before
                 fill(place)
-            sizes.append(sum(t.nbytes for t in save_tensors.gathered(state).values() if not t.is_meta))
+            sizes.append(
+                sum(t.nbytes for t in save_tensors.gathered(state).values() if not t.is_meta)
+            )
     return sizes
 
 
 def contents(place: Path) -> list[bytes]:
-    files = (peft_files.WEIGHTS, OPTIMIZER, f"final/{peft_files.WEIGHTS}", f"final/{peft_files.CONFIG}")
+    files = (
+        peft_files.WEIGHTS,
+        OPTIMIZER,
+        f"final/{peft_files.WEIGHTS}",
+        f"final/{peft_files.CONFIG}",
+    )
     return [(place / file).read_bytes() for file in files]
 
 
@@ -95,7 +106,9 @@ def loaded(model: Path, folder: Path, adapter: Path) -> dict[str, Any]:
     with join_ranks() as ranks:
         _, root = built(model, folder, {"shard": ranks.world}, ranks)
         peft_files.load_adapter(root.model, adapter)
-        return {name: gathered(layer.lora_B.detach()).numpy() for name, layer in lora.loras(root.model)}
+        return {
+            name: gathered(layer.lora_B.detach()).numpy() for name, layer in lora.loras(root.model)
+        }
 
 
 def test_shards_read_an_adapter_with_copies_of_base_weights(tiny, tmp_path):

@@ -36,7 +36,9 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
     return [(r.loss, r.grad_norm, r.val_loss or 0.0) for r in result.records]
 
 
-def numbers_of_all(model: Path, folder: Path, cases: list[dict[str, Any]], ports: list[int]) -> list[Numbers]:
+def numbers_of_all(
+    model: Path, folder: Path, cases: list[dict[str, Any]], ports: list[int]
+) -> list[Numbers]:
     """Of several recipes, one after the other in the same processes."""
     found = []
     for changes, port in zip(cases, ports, strict=True):
@@ -48,7 +50,12 @@ def numbers_of_all(model: Path, folder: Path, cases: list[dict[str, Any]], ports
 FULL, LORA = {"adapter": {"kind": "none"}}, {"log": {"samples": 1}}
 BITES = {"train": {"clip_norm": 0.05}}  # a tenth of the norm
 IN_BACKWARD = {
-    "train": {"optimizer_in_backward": True, "clip_norm": None, "micro_batch": "auto", "global_batch": "1 examples"}
+    "train": {
+        "optimizer_in_backward": True,
+        "clip_norm": None,
+        "micro_batch": "auto",
+        "global_batch": "1 examples",
+    }
 }
 SHARD, COPY, TENSOR = {"shard": 2}, {"replicate": 2}, {"tensor": 2}
 # name: what is trained, how it is shared among how many ranks
@@ -75,15 +82,23 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, shards of a tensor group": ({}, {"shard": 2, "tensor": 2}),
     "full, shards of a tensor group": (merge(FULL, BITES), {"shard": 2, "tensor": 2}),
 }
-AUTO = {"full, tensor": {"replicate": 1, "shard": 1, "tensor": "auto"}}  # the recipe of a case that has `auto`
+AUTO = {
+    "full, tensor": {"replicate": 1, "shard": 1, "tensor": "auto"}
+}  # the recipe of a case that has `auto`
 # First step and others. fp32: sums in another order. bf16: gradients of micro batches are rounded before they are summed.
-TOLERANCES = dict.fromkeys(("full, bf16 with masters", "full, tensor, bf16 with masters"), (2e-3, 2e-2))
+TOLERANCES = dict.fromkeys(
+    ("full, bf16 with masters", "full, tensor, bf16 with masters"), (2e-3, 2e-2)
+)
 # A tensor-parallel rank scales its part of a row in 8 bits by itself.
 TOLERANCES |= dict.fromkeys(("fp8, tensor", "fp8, shards of a tensor group"), (1e-2, 2e-2))
 
 
 def assert_those_of_one_process(
-    world: int, every: dict[str, Any], model: Path, folder: Path, tolerance: tuple[float, float] = (1e-6, 1e-4)
+    world: int,
+    every: dict[str, Any],
+    model: Path,
+    folder: Path,
+    tolerance: tuple[float, float] = (1e-6, 1e-4),
 ) -> list[str]:
     """Returns the names of the cases for so many ranks."""
     chosen = {name: case for name, case in every.items() if world == math.prod(case[1].values())}
@@ -114,7 +129,11 @@ def test_numbers_are_those_of_one_process(world, tiny, tmp_path):
     for name in AUTO.keys() & set(chosen):
         taken = "replicate 1 x shard 1 x tensor 2, the first that fits, as no speed is known here, of 1 "
         assert taken in (tmp_path / f"{name}, ranks/log.txt").read_text()
-    silent = [name for name in chosen if "no sample answers" in (tmp_path / f"{name}, ranks/log.txt").read_text()]
+    silent = [
+        name
+        for name in chosen
+        if "no sample answers" in (tmp_path / f"{name}, ranks/log.txt").read_text()
+    ]
     assert silent == [name for name in chosen if name == "lora, tensor"]
 
 
@@ -134,7 +153,9 @@ APART: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_an_embedding_and_a_head_of_their_own_give_the_numbers_of_one_process(world, tiny, tmp_path):
+def test_an_embedding_and_a_head_of_their_own_give_the_numbers_of_one_process(
+    world, tiny, tmp_path
+):
     assert_those_of_one_process(world, APART, write_untied(tiny, tmp_path / "untied"), tmp_path)
 
 

@@ -40,12 +40,22 @@ def on_node(folder: Path, layout: str) -> str:
 
 
 def start(
-    model: Path, folder: Path, layout: str, steps: int, mesh: dict[str, int], changes: dict[str, Any], **options: Any
+    model: Path,
+    folder: Path,
+    layout: str,
+    steps: int,
+    mesh: dict[str, int],
+    changes: dict[str, Any],
+    **options: Any,
 ) -> Any:
     """One start on this rank, below its node's folder: (first step, losses and norms), or the error."""
     on_node(folder, layout)
     changes = {
-        "train": {"duration": f"{steps} steps", "schedule": "constant", "micro_batch": "128 tokens"},
+        "train": {
+            "duration": f"{steps} steps",
+            "schedule": "constant",
+            "micro_batch": "128 tokens",
+        },
         "output_dir": "run",
         "checkpoint": {"every": "2 steps", "keep": 9},
         **changes,
@@ -67,7 +77,9 @@ def go(layout: str, *arguments: Any) -> list[Any]:
 
 
 def files_of(checkpoint: Path) -> set[str]:
-    return {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()
+    }
 
 
 def parts_of(checkpoint: Path) -> set[str]:
@@ -75,20 +87,29 @@ def parts_of(checkpoint: Path) -> set[str]:
 
 
 def steps_in(run_dir: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 MESHES = [("ab", FULL, {"shard": 2}), ("ab", LORA, {"replicate": 2})]
 
 
 @pytest.mark.parametrize(("layout", "what", "mesh"), MESHES, ids=["full", "LoRA"])
-def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(layout, what, mesh, tiny, tmp_path):
+def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(
+    layout, what, mesh, tiny, tmp_path
+):
     whole = go("w" * len(layout), tiny, tmp_path, 6, mesh, what)[0]
     go(layout, tiny, tmp_path, 4, mesh, what)
     a, b = (tmp_path / node / "run" for node in "ab")
-    assert (a / "checkpoint-4" / "manifest.json").read_bytes() == (b / "checkpoint-4" / "manifest.json").read_bytes()
+    assert (a / "checkpoint-4" / "manifest.json").read_bytes() == (
+        b / "checkpoint-4" / "manifest.json"
+    ).read_bytes()
     both = files_of(a / "checkpoint-4") | files_of(b / "checkpoint-4")
-    assert both == {*json.loads((a / "checkpoint-4" / "manifest.json").read_text())["files"], "manifest.json"}
+    assert both == {
+        *json.loads((a / "checkpoint-4" / "manifest.json").read_text())["files"],
+        "manifest.json",
+    }
     split = parts_of(a / "checkpoint-4"), parts_of(b / "checkpoint-4")
     if what is FULL:  # each node keeps what its own ranks wrote
         assert [len(parts) for parts in split] == [len(layout) // 2] * 2
@@ -104,7 +125,9 @@ def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(layout, wh
     assert resumed[0] == (4, whole[1][4:])
     assert steps_in(b) == [1, 2, 3, 4, 5, 6]  # rank 0 is there now
     name = "model.safetensors" if what is FULL else "adapter_model.safetensors"
-    assert (b / "final" / name).read_bytes() == (tmp_path / "w" / "run" / "final" / name).read_bytes()
+    assert (b / "final" / name).read_bytes() == (
+        tmp_path / "w" / "run" / "final" / name
+    ).read_bytes()
     assert state.step_of(a / "final") == 4  # of the first start
     assert parts_of(a / "checkpoint-4") == parts_of(b / "checkpoint-4") == split[0] | split[1]
     assert "no shared disk: the nodes of rank" in (b / "log.txt").read_text()
@@ -137,7 +160,9 @@ def test_other_ranks_and_meshes_go_on_from_two_nodes(tiny, tmp_path):
 
     def near(found: tuple[int, list[tuple[float, float]]], first: int) -> None:
         assert found[0] == first
-        assert [value for pair in found[1] for value in pair] == pytest.approx(flat[2 * first :][:4], rel=ROUNDING)
+        assert [value for pair in found[1] for value in pair] == pytest.approx(
+            flat[2 * first :][:4], rel=ROUNDING
+        )
 
     go("aabb", tiny, tmp_path, 2, {"shard": 4}, FULL)
     (alone,) = go("b", tiny, tmp_path, 4, {}, FULL)
@@ -155,7 +180,9 @@ def test_a_node_gets_only_the_parts_that_its_ranks_read(tiny, tmp_path):
 
     def held() -> list[str]:
         folders = (tmp_path / node / "run" / "checkpoint-2" for node in "ab")
-        return ["".join(sorted(name.split("_")[2] for name in parts_of(folder))) for folder in folders]
+        return [
+            "".join(sorted(name.split("_")[2] for name in parts_of(folder))) for folder in folders
+        ]
 
     assert held() == ["01", "23"]
     assert go("aabb", tiny, tmp_path, 3, {"shard": 4}, FULL)[0][0] == 2
@@ -240,7 +267,9 @@ def write_until_killed(folder: Path, seconds: float) -> None:
 
                 def fill(place: Path, step: int = step, again: int = again) -> None:
                     (place / "state").mkdir(exist_ok=True)
-                    (place / "state" / f"__{ranks.rank}_0{state.PART}").write_bytes(bytes([step % 256, again]) * 9_000)
+                    (place / "state" / f"__{ranks.rank}_0{state.PART}").write_bytes(
+                        bytes([step % 256, again]) * 9_000
+                    )
                     if ranks.leads:
                         (place / "progress").write_bytes(bytes([step % 256, again]))
 
@@ -257,7 +286,9 @@ def look(folder: Path) -> tuple[int, set[bytes]]:
         found = nodes.newest_checkpoint(out, said.append, ranks)
     assert found is not None, said
     assert not said
-    return found.step, {path.read_bytes()[:2] for path in found.path.rglob("*[!n]") if path.is_file()}
+    return found.step, {
+        path.read_bytes()[:2] for path in found.path.rglob("*[!n]") if path.is_file()
+    }
 
 
 def test_kill_9_at_any_moment_leaves_one_whole_over_the_nodes(tmp_path):

@@ -38,7 +38,9 @@ from tunesmith.training.run import train
 TOLERATED = compare_eight_bit.TOLERANCE
 
 
-def start(model: Path, folder: Path, quantize: str, mesh: dict[str, int], fault: str, port: int) -> dict[str, Any]:
+def start(
+    model: Path, folder: Path, quantize: str, mesh: dict[str, int], fault: str, port: int
+) -> dict[str, Any]:
     """One start of 2 steps on this rank. fault: `rank 1` quantizes NaN there, `all` tolerates no change."""
     os.environ["MASTER_PORT"] = str(port)
     name = f"{quantize} {mesh} {fault}"
@@ -67,7 +69,11 @@ def start(model: Path, folder: Path, quantize: str, mesh: dict[str, int], fault:
     ):
         result = train(run, say=None)
     chosen = json.loads((folder / name / "env.json").read_text())["choices"]["base"]
-    return {"numbers": [(r.loss, r.grad_norm) for r in result.records], "base": chosen, "alive": alive}
+    return {
+        "numbers": [(r.loss, r.grad_norm) for r in result.records],
+        "base": chosen,
+        "alive": alive,
+    }
 
 
 def starts(model: Path, folder: Path, cases: list[Any]) -> list[dict[str, Any]]:
@@ -89,13 +95,17 @@ def test_all_ranks_fall_back_where_the_loss_of_one_moved_too_far(tiny, tmp_path)
                 assert found["numbers"] == expected
                 assert found["base"]["taken"] == "bf16"
                 assert "was tried and dropped" in found["base"]["why"]
-                assert found["alive"] == [0, 0], "the model of the trial is still there when the dense one is loaded"
+                assert found["alive"] == [0, 0], (
+                    "the model of the trial is still there when the dense one is loaded"
+                )
             elif kind != "none":
                 assert found["base"]["taken"].startswith(kind)
                 assert "14 layers" in found["base"]["why"]
                 assert found["numbers"] != expected
                 whole = [(k, m, f) for k, m, f, _ in cases].index((kind, meshes[0], ""))
-                assert found["numbers"] == rank[whole]["numbers"], "the same codes give the same bits, sharded or not"
+                assert found["numbers"] == rank[whole]["numbers"], (
+                    "the same codes give the same bits, sharded or not"
+                )
 
 
 def codes_of_a_rank(model: Path, folder: Path) -> list[tuple[str, int, int]]:
@@ -143,30 +153,48 @@ def updated(dtype: torch.dtype, shape: tuple[int, int], dim: int) -> bool:
         mesh = dist.init_device_mesh("cpu", (ranks.world,))
         torch.manual_seed(1)
         whole = nn.Parameter(torch.randn(shape).to(dtype))
-        part = nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [Shard(dim)], src_data_rank=None))
+        part = nn.Parameter(
+            distribute_tensor(whole.detach().clone(), mesh, [Shard(dim)], src_data_rank=None)
+        )
         check_blocks([("w", part)])
-        ragged = nn.Parameter(distribute_tensor(torch.zeros(300, 64), mesh, [Shard(0)], src_data_rank=None))
-        with pytest.raises(RecipeError, match="ragged has rows of 64 elements on a rank, and 256 share a scale"):
+        ragged = nn.Parameter(
+            distribute_tensor(torch.zeros(300, 64), mesh, [Shard(0)], src_data_rank=None)
+        )
+        with pytest.raises(
+            RecipeError, match="ragged has rows of 64 elements on a rank, and 256 share a scale"
+        ):
             check_blocks([("ragged", ragged)])
         optimizers = [Optimizer([("w", weight)], recipe) for weight in (whole, part)]
         place, key = adamw.noise_place("w", part), torch.tensor([1, 2])
         noise = adamw.noise_at(place, key, part.to_local().shape)  # of this rank's part alone
-        assert torch.equal(noise, adamw.noise_at(adamw.noise_place("w", whole), key, shape)[local_slices(part)])
+        assert torch.equal(
+            noise, adamw.noise_at(adamw.noise_place("w", whole), key, shape)[local_slices(part)]
+        )
         for step in range(3):
             grad = torch.randn(shape).to(dtype)
-            whole.grad, part.grad = grad, distribute_tensor(grad, mesh, [Shard(dim)], src_data_rank=None)
+            whole.grad, part.grad = (
+                grad,
+                distribute_tensor(grad, mesh, [Shard(dim)], src_data_rank=None),
+            )
             for optimizer in optimizers:
                 optimizer.start_step(1e-2, step)
                 optimizer.step()
         moved = [optimizer.state_dict() for optimizer in optimizers]
-        assert {name for name, value in moved[1].items() if isinstance(value, DTensor)} == moved[0].keys() - {"w.step"}
-        pairs = [(whole.detach(), part.detach()), *((moved[0][name], moved[1][name]) for name in moved[0])]
+        assert {name for name, value in moved[1].items() if isinstance(value, DTensor)} == moved[
+            0
+        ].keys() - {"w.step"}
+        pairs = [
+            (whole.detach(), part.detach()),
+            *((moved[0][name], moved[1][name]) for name in moved[0]),
+        ]
         return all(torch.equal(one, gathered(cut)) for one, cut in pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("shape", "dim"), [((33, 512), 0), ((2, 2048), 0), ((16, 768), 1)], ids=["rows", "empty", "columns"]
+    ("shape", "dim"),
+    [((33, 512), 0), ((2, 2048), 0), ((16, 768), 1)],
+    ids=["rows", "empty", "columns"],
 )
 def test_parts_of_whole_blocks_are_updated_as_the_whole_matrix(shape, dim, dtype):
     """Three ranks: 11 rows each, two of them one row each, or 256 columns each. bf16 is rounded stochastically."""
@@ -184,10 +212,15 @@ def refused(model: Path, folder: Path, changes: dict[str, Any]) -> tuple[int, st
 
 @pytest.mark.parametrize(
     "changes",
-    [{"adapter": {"kind": "none"}, "parallel": {"shard": 2}}, {"adapter": {"rank": 64}, "parallel": {"tensor": 2}}],
+    [
+        {"adapter": {"kind": "none"}, "parallel": {"shard": 2}},
+        {"adapter": {"rank": 64}, "parallel": {"tensor": 2}},
+    ],
     ids=["full", "lora"],
 )
-def test_moments_whose_blocks_would_be_cut_are_refused_before_the_weights_are_read(changes, tiny, tmp_path):
+def test_moments_whose_blocks_would_be_cut_are_refused_before_the_weights_are_read(
+    changes, tiny, tmp_path
+):
     pytest.importorskip("bitsandbytes")
     run = {**changes, "train": {"optimizer": "adamw-8bit"}}
     (code, text), (other, _) = run_ranks(2, refused, tiny, tmp_path, run)

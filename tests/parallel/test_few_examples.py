@@ -17,7 +17,9 @@ HEAD: dict[str, Any] = {"adapter": {"target": ["q_proj", "down_proj", "lm_head"]
 ROUNDING = 1e-5
 
 
-def start(model: Path, folder: Path, mesh: dict[str, int], what: dict[str, Any]) -> list[tuple[float, ...]]:
+def start(
+    model: Path, folder: Path, mesh: dict[str, int], what: dict[str, Any]
+) -> list[tuple[float, ...]]:
     """Loss, gradient norm, examples, tokens and idle share of three steps."""
     settings = {"duration": "3 steps", "global_batch": "8 examples", "micro_batch": "128 tokens"}
     out = str(folder / f"run-{'-'.join(map(str, mesh.values()))}")
@@ -25,7 +27,9 @@ def start(model: Path, folder: Path, mesh: dict[str, int], what: dict[str, Any])
         make_run(model, folder, held=False, train=settings, parallel=mesh, output_dir=out, **what),
         say=None,
     )
-    return [(r.loss, r.grad_norm, r.examples, r.tokens, r.idle_share or 0.0) for r in result.records]
+    return [
+        (r.loss, r.grad_norm, r.examples, r.tokens, r.idle_share or 0.0) for r in result.records
+    ]
 
 
 @pytest.mark.parametrize(

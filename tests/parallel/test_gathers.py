@@ -49,7 +49,9 @@ def collectives_of_a_step(model: Path, folder: Path, changes: dict[str, Any]) ->
     Path(run.output_dir).mkdir(exist_ok=True)
     with join_ranks() as ranks:
         session = build(run, Start(), say=lambda text: None, ranks=ranks)
-        sharded = {name for name, p in session.model.model.named_parameters() if isinstance(p, DTensor)}
+        sharded = {
+            name for name, p in session.model.model.named_parameters() if isinstance(p, DTensor)
+        }
         parts: dict[str, int] = {}
         for name, parameter in session.model.model.named_parameters():
             if "lora_" in name:

@@ -39,7 +39,9 @@ def stand_still(*_: object, **__: object) -> None:
     time.sleep(1000)
 
 
-def stick(phase: str, env: dict[str, str], model: Path, folder: Path, changes: dict[str, Any]) -> None:
+def stick(
+    phase: str, env: dict[str, str], model: Path, folder: Path, changes: dict[str, Any]
+) -> None:
     """A rank of a run, whose limit in `phase` is short if it has one; rank 1 stands still there."""
     os.environ.update(env)
     begin = Heartbeat.phase
@@ -55,7 +57,10 @@ def stick(phase: str, env: dict[str, str], model: Path, folder: Path, changes: d
     sys.stderr = (folder / f"stderr-{env['RANK']}").open("w")
     log = {"samples": 1, "tensorboard": False}
     try:
-        train(make_run(model, folder, train=STEPS, validate={"every": "2 steps"}, log=log, **changes), say=None)
+        train(
+            make_run(model, folder, train=STEPS, validate={"every": "2 steps"}, log=log, **changes),
+            say=None,
+        )
     except TunesmithError as error:
         sys.exit(error.exit_code)
 
@@ -69,7 +74,9 @@ def stick(phase: str, env: dict[str, str], model: Path, folder: Path, changes: d
 def test_a_rank_that_stands_still_is_named_with_its_phase(phase, changes, tiny, tmp_path):
     context, port = forkserver(), free_port()
     envs = [environment_of(rank, 2, port) for rank in range(2)]
-    processes = [context.Process(target=stick, args=(phase, env, tiny, tmp_path, changes)) for env in envs]
+    processes = [
+        context.Process(target=stick, args=(phase, env, tiny, tmp_path, changes)) for env in envs
+    ]
     for process in processes:
         process.start()
     try:

@@ -20,7 +20,13 @@ from typing import Any
 import pytest
 
 from ranks import environment_of, forkserver, free_port
-from tunesmith.errors import CheckpointError, DataError, MachineError, OtherRankError, TunesmithError
+from tunesmith.errors import (
+    CheckpointError,
+    DataError,
+    MachineError,
+    OtherRankError,
+    TunesmithError,
+)
 from tunesmith.heartbeat import Heartbeat
 from tunesmith.metrics.summary import write_failure
 from tunesmith.private import collective, current_collective
@@ -62,7 +68,10 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
         with join_ranks() as ranks:
             heartbeat, value = ranks.heartbeat, torch.ones(10)
             heartbeat.on_fault = lambda error, step: write_failure(
-                make_folder(folder / f"failure-{ranks.rank}"), error, last_step=step, next_command=""
+                make_folder(folder / f"failure-{ranks.rank}"),
+                error,
+                last_step=step,
+                next_command="",
             )
             if fault == "slow" and ranks.rank == 1:
                 time.sleep(2.5 * LIMIT)  # a load, a compile or a save, which the others wait for
@@ -83,16 +92,22 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
                     if fault in ("kill", "stop"):
                         os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
                     elif fault in ERRORS:
-                        raise ERRORS[fault] from ERRORS[fault]  # as the trainer's are that need no other words
+                        raise ERRORS[fault] from ERRORS[
+                            fault
+                        ]  # as the trainer's are that need no other words
                     elif fault in ("hang", "nccl"):
                         time.sleep(1000)
                 if step == 20 and fault == "gpu":
-                    time.sleep(1000)  # of ranks 0 and 2: on a GPU a collective is waited for in any line
+                    time.sleep(
+                        1000
+                    )  # of ranks 0 and 2: on a GPU a collective is waited for in any line
                 if step == 20 and fault == "known to all":
                     with ranks.together():
                         if ranks.rank == 1:
                             raise ERRORS["disk"]
-            time.sleep(ranks.rank)  # one that ends early is not missed, and the store waits for the last
+            time.sleep(
+                ranks.rank
+            )  # one that ends early is not missed, and the store waits for the last
     except (TunesmithError, Interrupted) as error:
         code = error.exit_code if isinstance(error, TunesmithError) else 75
         (folder / f"raised-{env['RANK']}").write_text(f"{type(error).__name__}: {error}")
@@ -110,7 +125,9 @@ def strike(fault: str, folder: Path) -> tuple[list[int | None], str]:
     try:
         for process in processes:
             process.join(60)
-        return [p.exitcode for p in processes], "".join(p.read_text() for p in sorted(folder.glob("stderr-*")))
+        return [p.exitcode for p in processes], "".join(
+            p.read_text() for p in sorted(folder.glob("stderr-*"))
+        )
     finally:
         for process in processes:
             process.kill()
@@ -146,10 +163,22 @@ def test_ranks_that_are_slow_or_end_one_after_the_other_are_not_missed(tmp_path:
     ("fault", "code", "what", "waits_in", "cause"),
     [
         ("kill", -signal.SIGKILL, f"rank 1 on {HOST} was killed", "all_reduce", "killed"),
-        ("stop", -signal.SIGKILL, f"rank 1 on {HOST} gave no sign of life for 3 s", "all_reduce", "link"),
+        (
+            "stop",
+            -signal.SIGKILL,
+            f"rank 1 on {HOST} gave no sign of life for 3 s",
+            "all_reduce",
+            "link",
+        ),
         ("hang", 1, f"rank 1 on {HOST} made no progress for 2 s", "all_reduce", "hang"),
         ("gpu", 1, f"rank 1 on {HOST} made no progress for 2 s", "a wait for the GPU", "hang"),
-        ("nccl", 1, "a connection between the ranks broke, and all of them live", "all_reduce", "link"),
+        (
+            "nccl",
+            1,
+            "a connection between the ranks broke, and all of them live",
+            "all_reduce",
+            "link",
+        ),
     ],
 )
 def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(
@@ -161,7 +190,10 @@ def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(
     assert f"error: {what}\n" in printed
     where = printed.partition("  where: ")[2].partition("\n")[0]
     waiting = [place for place in where.split("; ") if f"training, step 20, {waits_in}" in place]
-    assert sorted(", ".join(re.findall(r"ranks? ([\d, ]+):", "; ".join(waiting))).split(", ")) == ["0", "2"], where
+    assert sorted(", ".join(re.findall(r"ranks? ([\d, ]+):", "; ".join(waiting))).split(", ")) == [
+        "0",
+        "2",
+    ], where
     [failure] = failures(tmp_path)
     assert (failure["what"], failure["cause"]) == (what, cause)
     assert f"  cause: {cause}: " in printed
@@ -175,7 +207,12 @@ def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(
     [
         ("data", DataError.exit_code, 1, "failed: row 7 is broken"),
         ("disk", CheckpointError.exit_code, 1, "failed: the disk is full"),
-        ("signal", 75, 0, "was stopped by a signal"),  # a launcher would start the others again at any other code
+        (
+            "signal",
+            75,
+            0,
+            "was stopped by a signal",
+        ),  # a launcher would start the others again at any other code
     ],
 )
 def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(
@@ -189,7 +226,9 @@ def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(
     assert [(failure["what"], failure["rank"]) for failure in failures(tmp_path)] == [(said, 1)]
     for rank in (0, 2):  # unless it waited in the collective until the end of its grace
         raised = tmp_path / f"raised-{rank}"
-        assert not raised.exists() or raised.read_text() == f"{OtherRankError.__name__}: error: {said}"
+        assert (
+            not raised.exists() or raised.read_text() == f"{OtherRankError.__name__}: error: {said}"
+        )
 
 
 def test_an_error_that_all_ranks_know_is_told_once_without_the_heartbeat(tmp_path: Path):

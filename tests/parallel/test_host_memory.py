@@ -51,15 +51,21 @@ def resident() -> int:
     return status("VmRSS")
 
 
-def built(model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, Any], world: int) -> Any:
+def built(
+    model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, Any], world: int
+) -> Any:
     run = make_run(model, folder, held=False, parallel=mesh, **changes)
     files = read_model_files(model, run.model)
     shape = possible_shapes(run.parallel, world)[0]
-    root, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")), mesh=Mesh.of(shape, "cpu"))
+    root, _ = build_model(
+        run, files, inference_plan(run, files, torch.device("cpu")), mesh=Mesh.of(shape, "cpu")
+    )
     return run, root
 
 
-def write_all(model: Path, folder: Path, cases: list[tuple[dict[str, int], dict[str, Any], Path]]) -> None:
+def write_all(
+    model: Path, folder: Path, cases: list[tuple[dict[str, int], dict[str, Any], Path]]
+) -> None:
     """Load a model on a mesh and write it as final/ has it, case by case; a piece holds 15 rows or so."""
     save_tensors.PIECE = save_tensors.GATHERED = weights.SLICE = 4000
     with join_ranks() as ranks:
@@ -100,11 +106,16 @@ def grown(model: Path, folder: Path, mesh: dict[str, int]) -> dict[str, np.ndarr
     with join_ranks() as ranks:
         changes = {**FULL, "model": {"added_tokens": [f"<{i}>" for i in range(100)]}}
         _, root = built(model, folder, mesh, changes, ranks.world)
-        ends = {"embedding": root.model.get_input_embeddings().weight, "head": root.model.lm_head.weight}
+        ends = {
+            "embedding": root.model.get_input_embeddings().weight,
+            "head": root.model.lm_head.weight,
+        }
         return {name: gathered(tensor.detach()).numpy() for name, tensor in ends.items()}
 
 
-@pytest.mark.parametrize("mesh", [{"shard": 3}, {"shard": 2, "tensor": 2}], ids=["uneven", "tensor"])
+@pytest.mark.parametrize(
+    "mesh", [{"shard": 3}, {"shard": 2, "tensor": 2}], ids=["uneven", "tensor"]
+)
 def test_rows_of_added_tokens_are_those_of_one_process(mesh, tiny, tmp_path):
     alone = grown(tiny, tmp_path, {})
     known, new = np.split(alone["embedding"], [272])
@@ -117,7 +128,9 @@ def test_rows_of_added_tokens_are_those_of_one_process(mesh, tiny, tmp_path):
         assert all(np.array_equal(found[name], alone[name]) for name in alone)
 
 
-def peaks(model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, Any]) -> list[tuple[int, int]]:
+def peaks(
+    model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, Any]
+) -> list[tuple[int, int]]:
     """Growth of this rank's resident memory at its peak, and what it holds afterwards: of loading and of writing final/."""
     found = []
 
@@ -126,7 +139,9 @@ def peaks(model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, An
         return resident()
 
     with join_ranks() as ranks:
-        built(model.with_name("small"), folder, mesh, changes, ranks.world)  # code that is loaded once
+        built(
+            model.with_name("small"), folder, mesh, changes, ranks.world
+        )  # code that is loaded once
         before = begin()
         run, root = built(model, folder, mesh, changes, ranks.world)
         found.append((status("VmHWM") - before, status("VmRSS") - before))
@@ -137,24 +152,38 @@ def peaks(model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, An
 
 
 MIB = 1 << 20
-WIDTH, ROWS = 1024, 40_000  # of the largest tensors, embedding and head: 80 MiB in bf16, 160 in fp32
+WIDTH, ROWS = (
+    1024,
+    40_000,
+)  # of the largest tensors, embedding and head: 80 MiB in bf16, 160 in fp32
 
 
 def write_models(tiny: Path, folder: Path, rows: int, columns: int = 1024) -> None:
     """`small`, and `large` with so many rows of embedding and head, in bf16; both have MLPs of so many columns."""
-    shape = {"hidden_size": WIDTH, "intermediate_size": columns, "num_hidden_layers": 2, "num_attention_heads": 8}
+    shape = {
+        "hidden_size": WIDTH,
+        "intermediate_size": columns,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+    }
     for name, vocabulary in (("small", 512), ("large", rows)):
         with torch.device("meta"):
-            model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=vocabulary, num_key_value_heads=4)).bfloat16()
+            model = LlamaForCausalLM(
+                LlamaConfig(**shape, vocab_size=vocabulary, num_key_value_heads=4)
+            ).bfloat16()
         model.to_empty(device="cpu")
         for parameter in model.parameters():
-            parameter.data.uniform_(-0.1, 0.1)  # Transformers draws normal ones in fp32, for seconds
+            parameter.data.uniform_(
+                -0.1, 0.1
+            )  # Transformers draws normal ones in fp32, for seconds
         model.save_pretrained(folder / name)
         for file in tiny.glob("*token*"):
             (folder / name / file.name).write_bytes(file.read_bytes())
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc"
+)
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
@@ -206,14 +235,18 @@ def resumed(model: Path, folder: Path, mesh: dict[str, int]) -> tuple[int, int, 
         right = all(
             torch.equal(
                 part.state["exp_avg"],
-                torch.arange(part.param.numel()).float().view(part.param.shape)[local_slices(part.param)],
+                torch.arange(part.param.numel())
+                .float()
+                .view(part.param.shape)[local_slices(part.param)],
             )
             for part in optimizer.parts.values()
         )
     return peak, held, right
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc"
+)
 def test_a_rank_reads_its_slices_of_one_process_s_optimizer(tiny, tmp_path):
     """A mapped file would be resident beside the moments: 12 bytes a parameter more, and 8 are held."""
     write_models(tiny, tmp_path, ROWS // 4)
@@ -232,10 +265,16 @@ BLOCK_MESHES = {
 }  # fmt: skip
 
 
-def quantized(model: Path, folder: Path, meshes: list[dict[str, int]]) -> list[tuple[dict[str, Any], str]]:
+def quantized(
+    model: Path, folder: Path, meshes: list[dict[str, int]]
+) -> list[tuple[dict[str, Any], str]]:
     """Of each mesh: this rank's layers made dense from the whole codes, which part of the whole layer each is, and the bytes
     that were read of it; and what the start says of the model."""
-    found, read, nf4.PIECE = [], Counter(), 3000  # not a multiple of a block, of a row or of a shard
+    found, read, nf4.PIECE = (
+        [],
+        Counter(),
+        3000,
+    )  # not a multiple of a block, of a row or of a shard
 
     def counting(file: Any, entry: Any, memory: memoryview, offset: int = 0) -> None:
         read[entry.name] += len(memory)
@@ -251,20 +290,30 @@ def quantized(model: Path, folder: Path, meshes: list[dict[str, int]]) -> list[t
             for name, layer in layers.items():
                 frozen = layer.frozen_weight()
                 codes = gathered(layer.weight).contiguous()
-                values = Nf4Weight(frozen.encoding, [codes, *frozen.tensors[1:]], frozen.shape).dense(torch.float32)
-                dense[name] = values.numpy(), layer.tensor_shard and layer.tensor_shard[:3], read[f"{name}.weight"]
+                values = Nf4Weight(
+                    frozen.encoding, [codes, *frozen.tensors[1:]], frozen.shape
+                ).dense(torch.float32)
+                dense[name] = (
+                    values.numpy(),
+                    layer.tensor_shard and layer.tensor_shard[:3],
+                    read[f"{name}.weight"],
+                )
             found.append((dense, root.describe()))
     return found
 
 
 @pytest.mark.parametrize("world", [3, 4])
-def test_ranks_quantize_the_blocks_that_they_hold_to_the_bits_of_one_process(world, tiny, wide, tmp_path):
+def test_ranks_quantize_the_blocks_that_they_hold_to_the_bits_of_one_process(
+    world, tiny, wide, tmp_path
+):
     """Of the tiny model most shards begin inside a block. A whole layer is read by nobody, except in copies."""
     pytest.importorskip("bitsandbytes")
     model, meshes = tiny if world == 3 else wide, BLOCK_MESHES[world]
     (((alone, said),),) = run_ranks(1, quantized, model, tmp_path, [{}])
     ranks = run_ranks(world, quantized, model, tmp_path, meshes)
-    for mesh, (dense, line) in ((mesh, found[i]) for i, mesh in enumerate(meshes) for found in ranks):
+    for mesh, (dense, line) in (
+        (mesh, found[i]) for i, mesh in enumerate(meshes) for found in ranks
+    ):
         assert line == said
         for name, (expected, _, size) in alone.items():
             values, cut, read = dense[name]
@@ -279,8 +328,14 @@ def test_ranks_quantize_the_blocks_that_they_hold_to_the_bits_of_one_process(wor
 def scales(models: list[Path], folder: Path) -> dict[str, np.ndarray]:
     """Of each layer, where each rank has the model in a folder of its own."""
     with join_ranks() as ranks:
-        _, root = built(models[ranks.rank], folder, {"shard": 2}, {"model": {"quantize": "nf4"}}, ranks.world)
-    return {name: m.absmax.numpy() for name, m in root.model.named_modules() if isinstance(m, nf4.Nf4Linear)}
+        _, root = built(
+            models[ranks.rank], folder, {"shard": 2}, {"model": {"quantize": "nf4"}}, ranks.world
+        )
+    return {
+        name: m.absmax.numpy()
+        for name, m in root.model.named_modules()
+        if isinstance(m, nf4.Nf4Linear)
+    }
 
 
 def test_nodes_may_have_the_tensors_in_other_files(tiny, tmp_path):

@@ -35,7 +35,9 @@ def trial(size: int, held: int, ranks: Ranks, *, shares: bool = False) -> int:
     estimate = MemoryEstimate(128, 0, recomputed_layer=400)
     batch = SimpleNamespace(input_ids=torch.zeros(1, 128))
     with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
-        plan = calibrate_recompute(model, trial_plan(estimate), batch, meter, budget=budget, ranks=ranks, shares=shares)
+        plan = calibrate_recompute(
+            model, trial_plan(estimate), batch, meter, budget=budget, ranks=ranks, shares=shares
+        )
     return plan.recomputed_layers
 
 
@@ -66,4 +68,7 @@ def test_copies_try_again_where_one_ran_out_of_memory():
 def test_where_nothing_fits_all_ranks_end(shares):
     """Of ranks that share a model none can try again: others may wait for a part of the one that has no room."""
     size = 5 * LAYER if shares else LAYER // 10
-    assert run_ranks(2, trial_of_rank, [10**9, size], [0, 0], shares) == ["OtherRankError", MachineError.__name__]
+    assert run_ranks(2, trial_of_rank, [10**9, size], [0, 0], shares) == [
+        "OtherRankError",
+        MachineError.__name__,
+    ]

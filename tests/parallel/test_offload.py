@@ -70,16 +70,22 @@ def test_offloaded_runs_have_the_bits_of_those_that_are_not(tiny, tmp_path):
     pytest.importorskip("bitsandbytes")
     cases = []
     for name, (what, mesh) in CASES.items():
-        base = merge(what, {"train": {"duration": "2 steps", "micro_batch": "128 tokens"}, "parallel": mesh})
+        base = merge(
+            what, {"train": {"duration": "2 steps", "micro_batch": "128 tokens"}, "parallel": mesh}
+        )
         for part, changes in (("", {"train": {"recompute": "full"}}), (", offloaded", OFFLOADED)):
-            cases.append((merge(base, {**changes, "output_dir": str(tmp_path / (name + part))}), free_port()))
+            cases.append(
+                (merge(base, {**changes, "output_dir": str(tmp_path / (name + part))}), free_port())
+            )
     found = run_ranks(2, offloaded, tiny, tmp_path, cases)[0]
     for name, plain, moved in zip(CASES, found[::2], found[1::2], strict=True):
         assert len(plain[0]) == 2
         assert moved[0] == plain[0], name
         assert plain[1:] == (0, 0)
         assert moved[1] == 1, name
-        assert moved[2] >= 2 * 2 * 2, name  # two layers, two steps, and more than one micro batch in each
+        assert moved[2] >= 2 * 2 * 2, (
+            name
+        )  # two layers, two steps, and more than one micro batch in each
 
 
 # ---- one rank, on a CPU and on a GPU ----
@@ -96,7 +102,9 @@ def mesh(device: torch.device) -> Iterator[Mesh]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield Mesh(OneRank(), dist.init_device_mesh(device.type, (1, 1, 1), mesh_dim_names=DIMENSIONS))
+        yield Mesh(
+            OneRank(), dist.init_device_mesh(device.type, (1, 1, 1), mesh_dim_names=DIMENSIONS)
+        )
     finally:
         dist.destroy_process_group()
 
@@ -109,13 +117,20 @@ def batch(device: torch.device) -> Batch:
     torch.manual_seed(3)
     tokens = TOKENS[device.type]
     ids = torch.randint(3, 127, (1, tokens))
-    positions, edges = torch.arange(tokens).unsqueeze(0), torch.tensor([0, tokens], dtype=torch.int32)
+    positions, edges = (
+        torch.arange(tokens).unsqueeze(0),
+        torch.tensor([0, tokens], dtype=torch.int32),
+    )
     return Batch(ids, positions, ids.clone(), edges, tokens, tokens, tokens, 1).to(device)
 
 
 def built(run: Any, mesh: Mesh, device: torch.device, offload: bool) -> TrainModel:
     config = LlamaConfig(
-        vocab_size=128, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4
+        vocab_size=128,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
     )
     torch.manual_seed(7)
     whole = dict(LlamaForCausalLM(config).named_parameters())
@@ -123,7 +138,9 @@ def built(run: Any, mesh: Mesh, device: torch.device, offload: bool) -> TrainMod
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=1)
     fuse_modules(model, project=lora.project)
-    root = TrainModel(model, METHODS["sft"], layers="model.layers", attention_backend="products").train()
+    root = TrainModel(
+        model, METHODS["sft"], layers="model.layers", attention_backend="products"
+    ).train()
     recompute_layers(root.layers, LAYERS)
     if offload:
         offload_inputs(root.layers)
@@ -161,7 +178,9 @@ def test_what_is_offloaded_lies_on_the_host_and_trains_alike(kind, device, mesh,
         assert len(frozen_or_full) > 20
         place = "cpu" if offload else device.type
         assert {local_part(p.data).device.type for p in frozen_or_full} == {place}
-        moments = {value.device.type for part in optimizer.parts.values() for value in part.state.values()}
+        moments = {
+            value.device.type for part in optimizer.parts.values() for value in part.state.values()
+        }
         assert moments == {place if kind == "none" else device.type}
     # The same products; on a GPU AdamW runs there or on the host, and its sums round in another order.
     on_device, on_host = losses[:3], losses[3:]
@@ -171,4 +190,6 @@ def test_what_is_offloaded_lies_on_the_host_and_trains_alike(kind, device, mesh,
         assert [loss for pair in on_host for loss in pair] == pytest.approx(
             [n for pair in on_device for n in pair], rel=1e-5
         )
-        assert kept[0] - kept[6] >= 0.9 * LAYERS * TOKENS[device.type] * WIDTH * 4  # the input of each layer, fp32
+        assert (
+            kept[0] - kept[6] >= 0.9 * LAYERS * TOKENS[device.type] * WIDTH * 4
+        )  # the input of each layer, fp32

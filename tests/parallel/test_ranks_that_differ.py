@@ -31,7 +31,12 @@ def be_on_node(layout: str) -> str:
 
 
 def start(
-    layout: str, model: Path, folder: Path, changes: dict[str, Any], on_b: dict[str, Any], versions: dict[str, str]
+    layout: str,
+    model: Path,
+    folder: Path,
+    changes: dict[str, Any],
+    on_b: dict[str, Any],
+    versions: dict[str, str],
 ) -> Any:
     """Losses and norms of one start on this rank; or the error's type, exit code, `what` and `where`. `changes` are those of
     the recipe on every node, `on_b` and `versions` what node b has otherwise."""
@@ -64,7 +69,9 @@ def end_together(found: list[Any], layout: str, kind: str) -> str:
 @pytest.mark.parametrize("layout", ["ab", "aabb"])
 def test_another_key_of_the_recipe(layout, tiny, tmp_path):
     on_b = {"train": {"learning_rate": 2e-3, "seed": 7}}
-    where = end_together(run_ranks(len(layout), start, layout, tiny, tmp_path, {}, on_b, {}), layout, "RecipeError")
+    where = end_together(
+        run_ranks(len(layout), start, layout, tiny, tmp_path, {}, on_b, {}), layout, "RecipeError"
+    )
     assert "train.learning_rate: 0.001 on node-a, 0.002 on node-b" in where
     assert "train.seed: 42 on node-a, 7 on node-b" in where
 
@@ -76,14 +83,26 @@ def test_one_rank_of_a_node_is_named_where_the_others_agree():
     ranks = Ranks(0, 4, hosts=("node-a", "node-a", "node-b", "node-b"), dir_leaders=(0,) * 4)
     parts = [{"seed": Compared("1", "1")}] * 3 + [{"seed": Compared("2", "2")}]
     differences = find_differences(ranks, parts)["seed"]
-    assert differences == "1 on rank 0 on node-a, rank 1 on node-a, rank 2 on node-b, 2 on rank 3 on node-b"
+    assert (
+        differences
+        == "1 on rank 0 on node-a, rank 1 on node-a, rank 2 on node-b, 2 on rank 3 on node-b"
+    )
 
 
 @pytest.mark.parametrize("what", [FULL, {}], ids=["full", "LoRA"])
 def test_another_number_of_rows(what, tiny, tmp_path):
     """The ranks would wait for each other in different collectives."""
-    on_b = {"data": {"train": {"source": str(write_rows(tmp_path / "fewer.jsonl", 11)), "format": "prompt-completion"}}}
-    found = run_ranks(2, start, "ab", tiny, tmp_path, {"data": {}, "parallel": {"shard": 2}, **what}, on_b, {})
+    on_b = {
+        "data": {
+            "train": {
+                "source": str(write_rows(tmp_path / "fewer.jsonl", 11)),
+                "format": "prompt-completion",
+            }
+        }
+    }
+    found = run_ranks(
+        2, start, "ab", tiny, tmp_path, {"data": {}, "parallel": {"shard": 2}, **what}, on_b, {}
+    )
     where = end_together(found, "ab", "DataError")
     assert "data.train: 48 rows (" in where
     assert "on node-a, 11 rows (" in where
@@ -101,7 +120,9 @@ def test_other_rows_of_the_same_number(tiny, tmp_path):
 
 def test_other_held_out_rows(tiny, tmp_path):
     source = {"source": str(write_rows(tmp_path / "few.jsonl", 5)), "format": "prompt-completion"}
-    found = run_ranks(2, start, "ab", tiny, tmp_path, {"data": {}}, {"data": {"validation": source}}, {})
+    found = run_ranks(
+        2, start, "ab", tiny, tmp_path, {"data": {}}, {"data": {"validation": source}}, {}
+    )
     where = end_together(found, "ab", "DataError")
     assert where.startswith("data.validation: 8 rows (")
 
@@ -112,12 +133,15 @@ def test_another_base_of_the_same_shape(tiny, tmp_path):
 
     other = write_tiny_llama(tmp_path / "other")
     weights = {
-        name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in load_file(tiny / "model.safetensors").items()
+        name: tensor + 0.01 * torch.randn_like(tensor)
+        for name, tensor in load_file(tiny / "model.safetensors").items()
     }
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     changes = {"parallel": {"shard": 2}}
     where = end_together(
-        run_ranks(2, start, "ab", tiny, tmp_path, changes, {"model": {"name": str(other)}}, {}), "ab", "ModelError"
+        run_ranks(2, start, "ab", tiny, tmp_path, changes, {"model": {"name": str(other)}}, {}),
+        "ab",
+        "ModelError",
     )
     assert where.startswith(f"model.name: weights: {tiny} (")
     assert f"on node-a, {other} (" in where
@@ -136,7 +160,9 @@ def test_another_configuration_and_tokenizer(tiny, tmp_path):
 
 def test_another_template_at_the_same_place(tiny, tmp_path):
     for name, end in (("one", "<|im_end|>"), ("two", "\n<|im_end|>")):
-        turn = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '" + end + "\n' }}"
+        turn = (
+            "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '" + end + "\n' }}"
+        )
         start_of_answer = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
         text = "{% for message in messages %}" + turn + "{% endfor %}" + start_of_answer
         (tmp_path / f"{name}.jinja").write_text(text)
@@ -155,8 +181,15 @@ def test_another_version(tiny, tmp_path):
 def test_another_adapter_to_begin_with(tiny, tmp_path):
     for name in ("first", "second"):
         seed = {"seed": len(name)}
-        train(make_run(tiny, tmp_path, held=False, train=STEPS | seed, output_dir=str(tmp_path / name)), say=None)
-    first, second = ({"adapter": {"from": str(tmp_path / name / "final")}} for name in ("first", "second"))
+        train(
+            make_run(
+                tiny, tmp_path, held=False, train=STEPS | seed, output_dir=str(tmp_path / name)
+            ),
+            say=None,
+        )
+    first, second = (
+        {"adapter": {"from": str(tmp_path / name / "final")}} for name in ("first", "second")
+    )
     found = run_ranks(2, start, "ab", tiny, tmp_path, first, second, {})
     assert end_together(found, "ab", "ModelError").startswith(f"adapter.from: {tmp_path / 'first'}")
 
@@ -170,12 +203,16 @@ def test_places_and_micro_batches_may_differ(tiny, tmp_path):
         "train": {"micro_batch": "256 tokens"},
     }
     found = run_ranks(2, start, "ab", tiny, tmp_path, {"data": {}}, on_b, {})
-    same = run_ranks(2, start, "ab", tiny, tmp_path, {"data": {}, "output_dir": str(tmp_path / "same")}, {}, {})
+    same = run_ranks(
+        2, start, "ab", tiny, tmp_path, {"data": {}, "output_dir": str(tmp_path / "same")}, {}, {}
+    )
     assert found == same
     assert len(found[0]) == 3
 
 
 def test_micro_batches_of_two_units_are_refused(tiny, tmp_path):
-    found = run_ranks(2, start, "ab", tiny, tmp_path, {}, {"train": {"micro_batch": "2 examples"}}, {})
+    found = run_ranks(
+        2, start, "ab", tiny, tmp_path, {}, {"train": {"micro_batch": "2 examples"}}, {}
+    )
     where = end_together(found, "ab", "RecipeError")
     assert where == "train.micro_batch: 128 tokens on node-a, 2 examples on node-b"

@@ -29,7 +29,10 @@ from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 
 FULL, LORA = {"adapter": {"kind": "none"}}, {}
-BF16 = {**FULL, "model": {"dtype": "bf16"}}  # with fp32 masters: of copies in the optimizer, of shards the shards
+BF16 = {
+    **FULL,
+    "model": {"dtype": "bf16"},
+}  # with fp32 masters: of copies in the optimizer, of shards the shards
 # Sums over ranks are taken in another order on another mesh: 6 steps in fp32 move a loss by about 1e-6 of itself.
 ROUNDING = 1e-5
 BY_FILE = -1  # in place of a rank: the file `stop` asks for it
@@ -37,14 +40,27 @@ SHORT = 100  # added to a rank: its host's memory is short
 
 
 def start(
-    model: Path, folder: Path, parallel: dict[str, Any], changes: dict[str, Any], stop: tuple[int, int] | None = None
+    model: Path,
+    folder: Path,
+    parallel: dict[str, Any],
+    changes: dict[str, Any],
+    stop: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """One start of a run of 6 steps on this rank; `stop`: SIGTERM comes to one rank alone, (rank, step)."""
     changes = dict(changes)
-    settings = {"duration": "6 steps", "micro_batch": "128 tokens", "optimizer": changes.pop("optimizer", "adamw")}
+    settings = {
+        "duration": "6 steps",
+        "micro_batch": "128 tokens",
+        "optimizer": changes.pop("optimizer", "adamw"),
+    }
     # `auto` takes shards only where a copy does not fit, so a mesh is named here.
     run = make_run(
-        model, folder, train=settings, parallel=parallel, checkpoint={"every": "2 steps", "keep": 9}, **changes
+        model,
+        folder,
+        train=settings,
+        parallel=parallel,
+        checkpoint={"every": "2 steps", "keep": 9},
+        **changes,
     )
     step = Trainer.train_step
 
@@ -54,7 +70,9 @@ def start(
         elif stop == (BY_FILE, batch.step + 1):
             (self.out / "stop").touch()
         elif stop == (SHORT + self.session.ranks.rank, batch.step + 1):
-            self.stop.request.ask(Shortage("training, on spark-b: 0.10 GiB can be had", {"host": "spark-b"}))
+            self.stop.request.ask(
+                Shortage("training, on spark-b: 0.10 GiB can be had", {"host": "spark-b"})
+            )
         return step(self, batch)
 
     Trainer.train_step = signalled  # type: ignore[method-assign]
@@ -68,7 +86,9 @@ def start(
     return {"records": records, "first": result.first_step, "finished": result.finished_before}
 
 
-def many(model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, Any], stop: Any = None) -> list[Any]:
+def many(
+    model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, Any], stop: Any = None
+) -> list[Any]:
     """The same on the ranks of a mesh; on one the process itself."""
     world = math.prod(mesh.values())
     if world == 1:
@@ -98,7 +118,9 @@ def plain(found: dict[str, Any]) -> list[float]:
     [(FULL, {"shard": 2}, 1), (BF16, {"replicate": 2}, 1), (LORA, {"replicate": 2}, BY_FILE)],
     ids=["full, signal", "full copies in bf16, signal", "LoRA, file"],
 )
-def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(what, mesh, by, tiny, tmp_path):
+def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(
+    what, mesh, by, tiny, tmp_path
+):
     whole = many(tiny, tmp_path, mesh, {**what, "output_dir": str(tmp_path / "whole")})
     stopped = many(tiny, tmp_path, mesh, what, stop=(by, 3))
     assert ("file stop" if by == BY_FILE else "SIGTERM") in stopped[0]["stopped"]
@@ -120,7 +142,9 @@ def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(what, mesh
 
 def test_memory_that_is_short_on_one_host_stops_all_ranks(tiny, tmp_path):
     stopped = many(tiny, tmp_path, {"replicate": 2}, LORA, stop=(SHORT + 1, 3))
-    assert [rank["stopped"] for rank in stopped] == ["stopped because memory is short: step 3 is saved"] * 2
+    assert [rank["stopped"] for rank in stopped] == [
+        "stopped because memory is short: step 3 is saved"
+    ] * 2
     said = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert (said["reason"], said["signal"], said["step"]) == ("memory", None, 3)
     assert said["figures"] == {"host": "spark-b"}
@@ -141,24 +165,34 @@ MOVES = {
 
 
 @pytest.mark.parametrize(("what", "before", "after"), MOVES.values(), ids=MOVES)
-def test_another_mesh_goes_on_where_the_first_stopped(what, before, after, tiny, tmp_path, uninterrupted):
+def test_another_mesh_goes_on_where_the_first_stopped(
+    what, before, after, tiny, tmp_path, uninterrupted
+):
     many(tiny, tmp_path, before, what, stop=(0, 3))
     resumed = many(tiny, tmp_path, after, what)[0]
     assert resumed["first"] == 3
     assert plain(resumed) == pytest.approx(uninterrupted(tiny, what), rel=ROUNDING)
 
 
-def resumed_state(model: Path, folder: Path, parallel: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def resumed_state(
+    model: Path, folder: Path, parallel: dict[str, Any], changes: dict[str, Any]
+) -> dict[str, Any]:
     """Weights or their masters, and moments, that this rank's mesh resumes with: whole arrays, by their names in a
     checkpoint."""
     run = make_run(
-        model, folder, train={"duration": "6 steps", "micro_batch": "128 tokens"}, parallel=parallel, **changes
+        model,
+        folder,
+        train={"duration": "6 steps", "micro_batch": "128 tokens"},
+        parallel=parallel,
+        **changes,
     )
     with join_ranks() as ranks:
         found = decide_start(run, ranks, warn=pytest.fail)
         session = build(run, found, say=lambda text: None, ranks=ranks)
         tensors = sharded._named(session.model, session.optimizer.state_dict())
-        whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+        whole = {
+            name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()
+        }
         return {name: tensor.detach().numpy().copy() for name, tensor in whole.items()}
 
 
@@ -171,9 +205,14 @@ def test_masters_and_moments_of_bf16_copies_are_read_by_every_mesh(tiny, tmp_pat
     many(tiny, tmp_path, COPIES, BF16, stop=(0, 3))
     checkpoint = tmp_path / "run" / "checkpoint-3"
     stored = sharded._entries(checkpoint)
-    assert {entry.properties.dtype for name, entry in stored.items() if name.startswith("model.")} == {torch.float32}
+    assert {
+        entry.properties.dtype for name, entry in stored.items() if name.startswith("model.")
+    } == {torch.float32}
     assert not any(name.endswith(".master") for name in stored)
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+    }
     sharded._read(checkpoint, tensors)
     assert any((weight != weight.bfloat16().float()).any() for weight in tensors.values())
     expected = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -186,7 +225,9 @@ def test_masters_and_moments_of_bf16_copies_are_read_by_every_mesh(tiny, tmp_pat
 def test_bf16_copies_and_tensor_groups_read_the_masters_of_one_process(tiny, tmp_path):
     many(tiny, tmp_path, ONE, BF16, stop=(0, 3))
     expected = resumed_state(tiny, tmp_path, ONE, BF16)
-    weights = [torch.from_numpy(array) for name, array in expected.items() if name.startswith("model.")]
+    weights = [
+        torch.from_numpy(array) for name, array in expected.items() if name.startswith("model.")
+    ]
     assert any((weight != weight.bfloat16().float()).any() for weight in weights)
     for mesh in (COPIES, TENSOR):
         for rank in run_ranks(2, resumed_state, tiny, tmp_path, mesh, BF16):
@@ -208,7 +249,9 @@ def test_moments_in_8_bits_go_on_on_another_mesh(before, after, wide, tmp_path, 
     """
     pytest.importorskip("bitsandbytes")
     if before == after:
-        whole = many(wide, tmp_path, before, {**EIGHT_BIT, "output_dir": str(tmp_path / "whole")})[0]
+        whole = many(wide, tmp_path, before, {**EIGHT_BIT, "output_dir": str(tmp_path / "whole")})[
+            0
+        ]
         expected, tolerance = plain({"records": whole["records"][3:]}), 0.0
     else:
         expected, tolerance = uninterrupted(wide, EIGHT_BIT), 1e-4

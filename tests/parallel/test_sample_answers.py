@@ -32,12 +32,16 @@ def answers_of_unequal_length(model: Path, folder: Path) -> list[str]:
         stops = set(range(session.files.vocab_rows)) if rank == 0 else set()
         examples = session.data.validation.first(2)
         clock = AnswerClock(agree=lambda late: ranks.gather(late)[0])
-        found = sample_answers(session.model, session.files.tokenizer, examples, stops, synced=True, clock=clock)
+        found = sample_answers(
+            session.model, session.files.tokenizer, examples, stops, synced=True, clock=clock
+        )
     return [sample.answer for sample in found]
 
 
 def steps_with_answers(model: Path, folder: Path) -> list[int]:
-    run = make_run(model, folder, parallel={"shard": 2}, train={"duration": "4 steps"}, log={"samples": 1})
+    run = make_run(
+        model, folder, parallel={"shard": 2}, train={"duration": "4 steps"}, log={"samples": 1}
+    )
     train(run, say=None)
     lines = (folder / "run" / "samples.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]
@@ -47,7 +51,9 @@ def test_shards_answer_at_validations_alone(tiny, tmp_path):
     assert run_ranks(2, steps_with_answers, tiny, tmp_path)[0] == [4]
 
 
-def answers_by_the_clock_of(allowed: dict[str, float], model: Path, folder: Path) -> tuple[bool, str]:
+def answers_by_the_clock_of(
+    allowed: dict[str, float], model: Path, folder: Path
+) -> tuple[bool, str]:
     """Whether there are answers where each rank has so many seconds for them, and the log."""
     answer_sampler.ANSWER_SECONDS = allowed[os.environ["RANK"]]
     steps = {"duration": "2 steps"}

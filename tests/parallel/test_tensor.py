@@ -44,7 +44,11 @@ SMALL = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
 }  # fmt: skip
-OF_BLOCKS = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 16}  # whole ones of nf4 on each of two ranks
+OF_BLOCKS = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 16,
+}  # whole ones of nf4 on each of two ranks
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"tie_word_embeddings": True},
@@ -73,7 +77,9 @@ CASES = [
 def causal_lm(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
     """A model with drawn weights, norms and biases: the same each time."""
     torch.manual_seed(7)
-    config = AutoConfig.for_model(name.partition("-")[0], **{**SMALL, **MODELS.get(name, {}), **changes})
+    config = AutoConfig.for_model(
+        name.partition("-")[0], **{**SMALL, **MODELS.get(name, {}), **changes}
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -104,14 +110,18 @@ def batch(lengths: tuple[int, ...] = (5, 12, 3, 20)) -> Batch:
     targets[0, ::3] = -100
     positions = torch.cat([torch.arange(m) for m in lengths]).unsqueeze(0)
     edges = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return Batch(ids, positions, targets, edges, max(lengths), n, int((targets != -100).sum()), len(lengths))
+    return Batch(
+        ids, positions, targets, edges, max(lengths), n, int((targets != -100).sum()), len(lengths)
+    )
 
 
 def gradients(root: TrainModel) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(11)  # of dropout
     loss = root(batch()).loss
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in root.trained_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad for name, p in root.trained_parameters() if p.grad is not None
+    }
 
 
 def difference(got: Tensor, expected: Tensor) -> float:
@@ -127,7 +137,10 @@ def differences(
     reduce_gradients(grads, partial, mesh)
     assert grads.keys() == wanted.keys()
     assert len(grads) >= 12
-    return [difference(cut_loss, loss), *(difference(grads[name] / copies, wanted[name]) for name in wanted)]
+    return [
+        difference(cut_loss, loss),
+        *(difference(grads[name] / copies, wanted[name]) for name in wanted),
+    ]
 
 
 def compare(tensor: int, cases: list[tuple[str, Adapter | None, int]]) -> dict[str, float]:
@@ -137,7 +150,9 @@ def compare(tensor: int, cases: list[tuple[str, Adapter | None, int]]) -> dict[s
             root = build(name, adapter)
             partial = cut_model(root, mesh)
             recompute_layers(root.layers, recomputed)
-            found[f"{name}, {adapter}, {recomputed}"] = max(differences(root, partial, mesh, build(name, adapter)))
+            found[f"{name}, {adapter}, {recomputed}"] = max(
+                differences(root, partial, mesh, build(name, adapter))
+            )
         return found
 
 
@@ -152,7 +167,12 @@ def test_two_ranks_have_the_loss_and_gradients_of_one():
 
 
 def test_four_ranks_have_the_loss_and_gradients_of_one():
-    cases = [("llama-odd", None, 1), ("qwen3", None, 0), ("qwen3", ADAPTER, 1), ("mistral", DROPPED, 0)]
+    cases = [
+        ("llama-odd", None, 1),
+        ("qwen3", None, 0),
+        ("qwen3", ADAPTER, 1),
+        ("mistral", DROPPED, 0),
+    ]
     assert_small(run_ranks(4, compare, 4, cases), len(cases))
 
 
@@ -259,11 +279,17 @@ def loaded() -> dict[str, float]:
             if not lora.is_adapter_weight(name):
                 copy_whole(parameter.detach(), whole[name].detach())
         lora.init_lora(model, SAVED, seed=5)
-        found = {name: difference(p, whole[name]) for name, p in model.named_parameters() if "lora_A" in name}
+        found = {
+            name: difference(p, whole[name])
+            for name, p in model.named_parameters()
+            if "lora_A" in name
+        }
         for each in (alone, root):
             for name, parameter in each.trained_parameters():
                 if "lora_B" in name:
-                    copy_whole(parameter.detach(), torch.full(parameter.shape, 0.1, dtype=torch.float64))
+                    copy_whole(
+                        parameter.detach(), torch.full(parameter.shape, 0.1, dtype=torch.float64)
+                    )
         return {**found, "gradients": max(differences(root, partial, mesh, alone))}
 
 
@@ -289,7 +315,9 @@ def quantized(folder: Path) -> tuple[int, float]:
                 weight, part = dense.get_submodule(name).weight.detach(), model.get_submodule(name)
                 layer.quantize(weight)
                 part.quantize(weight)
-                own = layer.dense().chunk(2, 1 if name.endswith(("o_proj", "down_proj")) else 0)[rank]
+                own = layer.dense().chunk(2, 1 if name.endswith(("o_proj", "down_proj")) else 0)[
+                    rank
+                ]
                 assert torch.equal(part.dense(), own), name
                 nested.append(part.nested_absmax is not None)
                 count += 1
@@ -307,12 +335,18 @@ def quantized(folder: Path) -> tuple[int, float]:
         for name, layer in eight.named_modules():
             if isinstance(layer, EightBitLinear):
                 whole_weight = dense.get_submodule(name).weight
-                part = whole_weight.chunk(2, 1 if name.endswith(("o_proj", "down_proj")) else 0)[rank]
-                assert torch.equal(layer.dense(), EightBitWeight.from_dense(ROW_WISE, part).dense(torch.bfloat16))
+                part = whole_weight.chunk(2, 1 if name.endswith(("o_proj", "down_proj")) else 0)[
+                    rank
+                ]
+                assert torch.equal(
+                    layer.dense(), EightBitWeight.from_dense(ROW_WISE, part).dense(torch.bfloat16)
+                )
                 assert torch.equal(read_dense_weight(layer, mesh, ranks), part), name
         change = compare_with_bf16(root, [batch()], mesh, ranks)
         after, denominator = root(batch())[:2]
-        assert change.before * denominator == pytest.approx(float(expected), rel=2**-8)  # sums in bf16
+        assert change.before * denominator == pytest.approx(
+            float(expected), rel=2**-8
+        )  # sums in bf16
         assert change.after * denominator == pytest.approx(float(after), rel=1e-6)
         return count, change.relative
 
@@ -380,7 +414,9 @@ def compiled() -> tuple[float, list[int]]:
     with join_ranks():
         root, mesh = build("qwen3", ADAPTER), Mesh.of(MeshShape(tensor=2), "cpu")
         partial = cut_model(root, mesh)
-        recompute_layers(root.layers, 2)  # plain ones would be another kind to compile; `test_compilation.py` has both
+        recompute_layers(
+            root.layers, 2
+        )  # plain ones would be another kind to compile; `test_compilation.py` has both
         compile_layers(root.layers, varied=True, backend="aot_eager")
         largest, graphs = max(differences(root, partial, mesh, build("qwen3", ADAPTER))), []
         for lengths in ((7, 9, 8), (30, 2), (6, 4, 4)):
@@ -394,4 +430,7 @@ def compiled() -> tuple[float, list[int]]:
 def test_compiled_layers_are_equal_and_take_any_length():
     for largest, (_, *later) in run_ranks(2, compiled):
         assert largest < TOLERANCE
-        assert later == [0, 0]  # the first batch of another length makes the number of tokens a variable
+        assert later == [
+            0,
+            0,
+        ]  # the first batch of another length makes the number of tokens a variable

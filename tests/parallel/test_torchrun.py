@@ -27,7 +27,11 @@ CHANGES = {
 
 def records(out: Path) -> list[dict[str, Any]]:
     """The steps in metrics.jsonl, without a line that is being written."""
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True) if (out / "metrics.jsonl").exists() else []
+    lines = (
+        (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        if (out / "metrics.jsonl").exists()
+        else []
+    )
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -40,17 +44,32 @@ def wait_for(torchrun: Warm, out: Path, condition: Any) -> list[dict[str, Any]]:
     return found
 
 
-def start(model: Path, folder: Path, name: str, steps: int) -> tuple[int, list[tuple[float, float]]]:
+def start(
+    model: Path, folder: Path, name: str, steps: int
+) -> tuple[int, list[tuple[float, float]]]:
     """A start on this rank: its first step, and loss and gradient norm of each."""
-    changes = merge(CHANGES, {"train": {"duration": f"{steps} steps"}, "checkpoint": {"resume": "force"}})
-    result = train(make_run(model, folder, held=False, output_dir=str(folder / name), **changes), say=None)
+    changes = merge(
+        CHANGES, {"train": {"duration": f"{steps} steps"}, "checkpoint": {"resume": "force"}}
+    )
+    result = train(
+        make_run(model, folder, held=False, output_dir=str(folder / name), **changes), say=None
+    )
     return result.first_step, [(record.loss, record.grad_norm) for record in result.records]
 
 
 def test_torchrun_starts_a_killed_rank_again_and_a_sigterm_to_it_saves(tiny: Path, tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False, **CHANGES)))
     out = tmp_path / "run"
-    words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "tunesmith", "train"]
+    words = [
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "-m",
+        "tunesmith",
+        "train",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [*words, str(tmp_path / "recipe.yaml")]
     torchrun = Warm(command, env=env, prepare=fork_ranks, program="torch.distributed.run")
@@ -60,7 +79,9 @@ def test_torchrun_starts_a_killed_rank_again_and_a_sigterm_to_it_saves(tiny: Pat
         wait_for(torchrun, out, lambda found: (out / "failure.json").exists())
         assert "rank 1 on" in json.loads((out / "failure.json").read_text())["what"]
         more = len(records(out)) + 2
-        wait_for(torchrun, out, lambda found: not (out / "failure.json").exists() and len(found) > more)
+        wait_for(
+            torchrun, out, lambda found: not (out / "failure.json").exists() and len(found) > more
+        )
         torchrun.send_signal(signal.SIGTERM)
         printed = "".join(torchrun.communicate())
     finally:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from tunesmith.data.batch import IGNORE, Example
 
 
-def padded(examples: Sequence[Example], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def padded(
+    examples: Sequence[Example], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Right-padded input_ids, attention_mask and unshifted labels, [rows, longest]."""
     longest = max(len(e.ids) for e in examples)
     ids = torch.full((len(examples), longest), pad_id)
@@ -35,7 +37,9 @@ def loss_of(model: torch.nn.Module, examples: Sequence[Example], pad_id: int) ->
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     logits = logits.double()
     targets = labels[:, 1:].reshape(-1)
-    total = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), targets, ignore_index=IGNORE, reduction="sum")
+    total = F.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]), targets, ignore_index=IGNORE, reduction="sum"
+    )
     return total / (targets != IGNORE).sum()
 
 
@@ -46,13 +50,20 @@ def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> torch.nn.Mod
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(
+            model, adapter, is_trainable=True, autocast_adapter_dtype=False
+        )
         model.to(dtype)
     return model.train()
 
 
 def curve(
-    model: torch.nn.Module, batches: Sequence[Sequence[Example]], *, rate: float, pad_id: int, clip: float = 1.0
+    model: torch.nn.Module,
+    batches: Sequence[Sequence[Example]],
+    *,
+    rate: float,
+    pad_id: int,
+    clip: float = 1.0,
 ) -> list[float]:
     """Loss before each update of AdamW at a constant rate, one batch a step."""
     trained = [p for p in model.parameters() if p.requires_grad]

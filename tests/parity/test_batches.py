@@ -20,12 +20,20 @@ CPU = torch.device("cpu")
 LAYOUTS = [(pack, examples) for pack in (True, False) for examples in (64, 8, 1)]
 
 
-def whole_batch(tiny: Path, folder: Path, pack: bool, examples: int) -> tuple[float, dict[str, torch.Tensor], int]:
+def whole_batch(
+    tiny: Path, folder: Path, pack: bool, examples: int
+) -> tuple[float, dict[str, torch.Tensor], int]:
     """Loss, gradients and number of micro batches of the first global batch."""
-    run = make_run(tiny, folder, held=False, data={"pack": pack}, train={"global_batch": "64 examples"})
+    run = make_run(
+        tiny, folder, held=False, data={"pack": pack}, train={"global_batch": "64 examples"}
+    )
     tokenizer = load_tokenizer(tiny, run.model)
-    data = prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), len(tokenizer), cache=folder / "cache")
-    batch = Loader(data.train, data.schedule, micro_batch=Size(examples, "examples"), pad_id=0).batch(0)
+    data = prepare_data(
+        run, tokenizer, eos_ids(tiny, tokenizer), len(tokenizer), cache=folder / "cache"
+    )
+    batch = Loader(
+        data.train, data.schedule, micro_batch=Size(examples, "examples"), pad_id=0
+    ).batch(0)
     model = built_model(run, tiny).train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.trained_parameters():
@@ -61,8 +69,13 @@ def test_old_scripts_number_of_steps_is_kept(tiny: Path, tmp_path: Path) -> None
     write_rows(tmp_path / "held.jsonl", 8)
     for pack in (True, False):
         run = make_run(
-            tiny, tmp_path, data={"pack": pack}, train={"duration": "1 epochs", "global_batch": "8 examples"}
+            tiny,
+            tmp_path,
+            data={"pack": pack},
+            train={"duration": "1 epochs", "global_batch": "8 examples"},
         )
         tokenizer = load_tokenizer(tiny, run.model)
-        data = prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), len(tokenizer), cache=tmp_path / "cache")
+        data = prepare_data(
+            run, tokenizer, eos_ids(tiny, tokenizer), len(tokenizer), cache=tmp_path / "cache"
+        )
         assert data.schedule.steps(run.train.duration) == 64

@@ -56,7 +56,10 @@ def batches(folder: Path) -> list[list[Example]]:
     examples = []
     for row in rows(48):
         prompt = tokenizer(row["prompt"], add_special_tokens=False).input_ids
-        answer = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        answer = [
+            *tokenizer(row["completion"], add_special_tokens=False).input_ids,
+            tokenizer.eos_token_id,
+        ]
         trained = np.array([False] * len(prompt) + [True] * len(answer))
         examples.append(Example(np.array(prompt + answer, dtype=np.int32), trained))
     whole = examples * (STEPS * BATCH // len(examples) + 1)
@@ -68,7 +71,9 @@ def first_adapter(run: Run, folder: Path) -> Path:
     place = folder / "first"
     place.mkdir()
     model = built_model(run, Path(run.model.name))
-    peft_files.write_adapter(place, *peft_files.adapter_files(model.model, run.adapter, run.model.name, None))
+    peft_files.write_adapter(
+        place, *peft_files.adapter_files(model.model, run.adapter, run.model.name, None)
+    )
     return place
 
 
@@ -81,7 +86,9 @@ def furthest(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("kind", ["lora", "none"])
-def test_fp32_curve_is_transformers_and_peft_s(kind: str, packed: bool, tiny: Path, tmp_path: Path) -> None:
+def test_fp32_curve_is_transformers_and_peft_s(
+    kind: str, packed: bool, tiny: Path, tmp_path: Path
+) -> None:
     run = constant(tiny, tmp_path, kind, pack=packed)
     adapter = first_adapter(run, tmp_path) if kind == "lora" else None
     ours = [record.loss for record in train(run, say=lambda text: None).records]

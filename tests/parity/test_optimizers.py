@@ -46,7 +46,11 @@ def go(run: Run) -> list[dict[str, Any]]:
 def tensors(run: Run, step: int) -> dict[str, torch.Tensor]:
     """Weights and optimizer state of a checkpoint."""
     folder = Path(run.output_dir) / f"checkpoint-{step}"
-    return {f"{f.name}:{k}": v for f in sorted(folder.rglob("*.safetensors")) for k, v in load_file(f).items()}
+    return {
+        f"{f.name}:{k}": v
+        for f in sorted(folder.rglob("*.safetensors"))
+        for k, v in load_file(f).items()
+    }
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -64,7 +68,12 @@ def test_8bit_curve_is_adamw_s_within_half_a_percent(kind: str, tiny: Path, tmp_
         if kind == "lora":  # of rank 64, so that its matrices are large enough to be held in 8 bits
             adapter = {"rank": 64, "alpha": 64}
             run = make_run(
-                tiny, tmp_path, held=False, adapter=adapter, train=changes, output_dir=str(tmp_path / optimizer)
+                tiny,
+                tmp_path,
+                held=False,
+                adapter=adapter,
+                train=changes,
+                output_dir=str(tmp_path / optimizer),
             )
         curves.append([record["loss"] for record in go(run)])
         held = {str(v.dtype) for k, v in tensors(run, 40).items() if k.endswith("exp_avg")}
@@ -86,7 +95,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_in_the_backward_is_the_ordinary_run_bit_for_bit(case: str, tiny: Path, tmp_path: Path) -> None:
+def test_in_the_backward_is_the_ordinary_run_bit_for_bit(
+    case: str, tiny: Path, tmp_path: Path
+) -> None:
     """One micro batch, no clipping, a head tied to the embedding; weights and optimizer state are equal."""
     # In examples, as in the backward: micro batches in tokens lay the documents in another order.
     plain = full(tiny, tmp_path, "plain", **CASES[case], micro_batch="8 examples")
@@ -94,13 +105,19 @@ def test_in_the_backward_is_the_ordinary_run_bit_for_bit(case: str, tiny: Path, 
     wanted, got = go(plain), go(inside)
     assert [{k: r[k] for k in SAME} for r in got] == [{k: r[k] for k in SAME} for r in wanted]
     # The same squares, added up in another order.
-    assert [r["grad_norm"] for r in got] == pytest.approx([r["grad_norm"] for r in wanted], rel=1e-6)
+    assert [r["grad_norm"] for r in got] == pytest.approx(
+        [r["grad_norm"] for r in wanted], rel=1e-6
+    )
     assert_same(tensors(inside, 8), tensors(plain, 8))
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "adamw-8bit"}, INSIDE, INSIDE | {"optimizer": "adamw-8bit"}])
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "adamw-8bit"}, INSIDE, INSIDE | {"optimizer": "adamw-8bit"}]
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_resumed_is_uninterrupted(dtype: str, changes: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+def test_resumed_is_uninterrupted(
+    dtype: str, changes: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
     whole = full(tiny, tmp_path, "whole", dtype, **changes)
     wanted = go(whole)
     go(full(tiny, tmp_path, "cut", dtype, **changes, duration="4 steps"))
@@ -123,7 +140,9 @@ def test_in_the_backward_a_loss_that_is_not_finite_stops_with_finite_weights(
 
     monkeypatch.setattr("tunesmith.training.run.write_identity", kept)
     run = full(tiny, tmp_path, "run", optimizer_in_backward=True, learning_rate=1e37)
-    with pytest.raises(NonFiniteError, match="only the parameters with a finite gradient were updated"):
+    with pytest.raises(
+        NonFiniteError, match="only the parameters with a finite gradient were updated"
+    ):
         go(run)
     assert json.loads((tmp_path / "run" / "failure.json").read_text())["last_step"] >= 1
     assert not list((tmp_path / "run").glob("checkpoint-*"))
@@ -131,7 +150,9 @@ def test_in_the_backward_a_loss_that_is_not_finite_stops_with_finite_weights(
 
 
 @pytest.mark.parametrize("global_batch", ["8 examples", "640 tokens"])
-def test_in_the_backward_auto_takes_the_global_batch_in_one_pass(global_batch: str, tiny: Path, tmp_path: Path) -> None:
+def test_in_the_backward_auto_takes_the_global_batch_in_one_pass(
+    global_batch: str, tiny: Path, tmp_path: Path
+) -> None:
     run = full(tiny, tmp_path, "run", **INSIDE | {"global_batch": global_batch})
     (tmp_path / "run").mkdir()
     session = build(run, Start(), say=lambda text: None)

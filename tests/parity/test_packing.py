@@ -26,7 +26,10 @@ LENGTHS = (30, 5, 31, 2, 57, 30)
 
 def examples(seed: int = 0) -> list[Example]:
     draw = np.random.default_rng(seed)
-    return [Example(draw.integers(3, 250, n).astype(np.int32), np.arange(n) >= max(1, n // 3)) for n in LENGTHS]
+    return [
+        Example(draw.integers(3, 250, n).astype(np.int32), np.arange(n) >= max(1, n // 3))
+        for n in LENGTHS
+    ]
 
 
 def layouts(of: list[Example]) -> dict[str, Batch]:
@@ -67,7 +70,10 @@ def by_document(losses: torch.Tensor, batch: Batch) -> dict[int, torch.Tensor]:
 
 def test_losses_of_every_token_are_the_same_in_every_layout(tiny, tmp_path):
     model, of = model_of(tiny, tmp_path), examples()
-    found = {name: by_document(model.token_scores(batch)[0], batch) for name, batch in layouts(of).items()}
+    found = {
+        name: by_document(model.token_scores(batch)[0], batch)
+        for name, batch in layouts(of).items()
+    }
     plain = plain_losses(model, of)
     for name, documents in found.items():
         assert documents.keys() == plain.keys(), name
@@ -83,7 +89,9 @@ def plain_losses(model: TrainModel, of: list[Example]) -> dict[tuple[int, ...], 
         tokens = torch.from_numpy(ids.astype(np.int64))
         with torch.no_grad():
             logits = model.model(tokens.unsqueeze(0)).logits[0, :-1]
-        found[tuple(tokens.tolist())] = F.cross_entropy(logits, tokens[1:], reduction="none")[trained[1:]]
+        found[tuple(tokens.tolist())] = F.cross_entropy(logits, tokens[1:], reduction="none")[
+            trained[1:]
+        ]
     model.use_training_attention()
     return found
 
@@ -152,7 +160,9 @@ def test_recomputing_layers_changes_nothing(tiny, tmp_path, count):
         layer.input_layernorm.register_forward_hook(counter(number))
     batch = layouts(examples())["two rows"]
     a, b = gradients(plain, batch), gradients(again, batch)
-    assert calls == [1 + (count > 0), 1 + (count > 1)], "a layer that is run again runs twice, the others once"
+    assert calls == [1 + (count > 0), 1 + (count > 1)], (
+        "a layer that is run again runs twice, the others once"
+    )
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 

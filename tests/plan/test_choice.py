@@ -42,7 +42,11 @@ RUNS = {
 
 def make(shape: str, recipe: dict) -> tuple[Run, object, SimpleNamespace]:
     """A recipe, its model's spec, and tokens of 512 examples of 1,000 to 2,048 tokens."""
-    values = {"data": {"train": {"source": "rows.jsonl"}}, "output_dir": "out", "model": {"name": "m"}} | recipe
+    values = {
+        "data": {"train": {"source": "rows.jsonl"}},
+        "output_dir": "out",
+        "model": {"name": "m"},
+    } | recipe
     run = from_mapping(values, where="test", base=Path.cwd())
     lengths = np.random.default_rng(0).integers(1000, 2049, 512)
     counts = SimpleNamespace(supervised=int(lengths.sum()), longest=int(lengths.max()))
@@ -51,7 +55,10 @@ def make(shape: str, recipe: dict) -> tuple[Run, object, SimpleNamespace]:
 
 
 def planned_in_training(
-    monkeypatch: pytest.MonkeyPatch, planner: Planner, tokens: SimpleNamespace, before: str | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    planner: Planner,
+    tokens: SimpleNamespace,
+    before: str | None = None,
 ) -> RunPlan:
     """What `train` plans on ranks whose machine is the planner's, each with a GPU of its name."""
     cluster = planner.cluster
@@ -78,7 +85,11 @@ def test_train_takes_what_plan_puts_first(name: str, monkeypatch: pytest.MonkeyP
     best = planner.ranked()[0]
     taken = planned_in_training(monkeypatch, planner, tokens)
     assert best.fits
-    assert (taken.mesh, taken.layout, taken.memory) == (best.plan.mesh, best.plan.layout, best.plan.memory)
+    assert (taken.mesh, taken.layout, taken.memory) == (
+        best.plan.mesh,
+        best.plan.layout,
+        best.plan.memory,
+    )
     assert mesh is None or taken.mesh == MeshShape(*mesh)
     assert taken.why["mesh"].startswith("the fastest by the forecast, of ")
 
@@ -86,7 +97,9 @@ def test_train_takes_what_plan_puts_first(name: str, monkeypatch: pytest.MonkeyP
 def test_without_a_speed_the_first_mesh_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is not in the table: as many copies as fit, then the fewest shards, and cuts where shards do not do."""
     for gib, mesh in ((100, (8, 1, 1)), (40, (4, 2, 1)), (14, None)):
-        run, spec, tokens = make("llama3-70b", AUTO | MANY | {"model": {"name": "m", "quantize": "nf4"}})
+        run, spec, tokens = make(
+            "llama3-70b", AUTO | MANY | {"model": {"name": "m", "quantize": "nf4"}}
+        )
         cluster = Cluster(Chip("NVIDIA Other", gib), 1, 8)
         planner = plan_on_paper(run, spec, cluster, measure_work(run, spec, tokens))  # type: ignore[arg-type]
         taken = planned_in_training(monkeypatch, planner, tokens)
@@ -112,7 +125,9 @@ def test_a_resumed_run_keeps_its_micro_batch(monkeypatch: pytest.MonkeyPatch) ->
     assert kept.why["micro batch"].startswith("that of the checkpoint")
 
 
-def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """8 ranks of a node offload a 16th each of 16 bytes a parameter."""
     train = {"train": {"global_batch": "32 examples", "cpu_offload": ["parameters"]}}
     run, spec, tokens = make("llama3-8b", FULL | train | {"parallel": {"shard": 16}})
@@ -122,12 +137,16 @@ def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(monkeypatch: 
     monkeypatch.setattr(build, "available_memory", lambda: host)
     assert planned_in_training(monkeypatch, planner, tokens).cpu_offload == ("parameters",)
     monkeypatch.setattr(build, "available_memory", lambda: host - 1)
-    with pytest.raises(MachineError, match=r"the host needs 64.2 GB for what is offloaded, and 64.2 GB") as refused:
+    with pytest.raises(
+        MachineError, match=r"the host needs 64.2 GB for what is offloaded, and 64.2 GB"
+    ) as refused:
         planned_in_training(monkeypatch, planner, tokens)
     assert (refused.value.where, refused.value.why) == ("train.cpu_offload", "8 ranks are on it")
 
 
-def test_train_refuses_what_fits_no_mesh_and_names_tensor_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_refuses_what_fits_no_mesh_and_names_tensor_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run, spec, tokens = make("llama3-70b", FULL | MANY)
     planner = plan_on_paper(run, spec, read_cluster("2x8xh100"), measure_work(run, spec, tokens))  # type: ignore[arg-type]
     if planner.ranked()[0].fits:

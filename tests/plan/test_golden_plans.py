@@ -17,7 +17,9 @@ def test_plans_of_shipped_recipes_change_only_in_a_diff():
     plans = json.loads(done.stdout)
     recipes = {name.partition(" on ")[0] for name in plans}
     assert len(plans) == len(recipes) * len(golden.MACHINES)
-    difference = "\n".join(values_apart(json.loads(golden.PLANS.read_text(encoding="utf-8")), plans))
+    difference = "\n".join(
+        values_apart(json.loads(golden.PLANS.read_text(encoding="utf-8")), plans)
+    )
     assert not difference, (
         f"golden | now; where it is meant: python benchmarks/same_bits.py plans --write\n{difference}"
     )

@@ -76,7 +76,9 @@ def test_every_figure_has_a_source() -> None:
     for chip in CHIPS.values():
         assert all(figure in chip.sources for figure in ("gib", "bandwidth"))
         assert chip.source.startswith(("measured", "assumed"))
-        assert all(figure in chip.sources for figure in ("link", "network") if getattr(chip, figure))
+        assert all(
+            figure in chip.sources for figure in ("link", "network") if getattr(chip, figure)
+        )
         assert hardware.ASSUMED == ("gib", "bandwidth", "tflops", "link", "network")
 
 
@@ -97,7 +99,11 @@ def test_given_figures_win() -> None:
 
 def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = "NVIDIA H200, 143771\nNVIDIA H200, 143771\n"
-    smi = SimpleNamespace(check_output=lambda *_, **__: shown, DEVNULL=None, SubprocessError=subprocess.SubprocessError)
+    smi = SimpleNamespace(
+        check_output=lambda *_, **__: shown,
+        DEVNULL=None,
+        SubprocessError=subprocess.SubprocessError,
+    )
     monkeypatch.setattr(hardware, "subprocess", smi)
     assert read_cluster("here") == Cluster(CHIPS["h200"], 1, 2)
     shown = "NVIDIA T4, 15360\n"
@@ -122,9 +128,15 @@ def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 SMI_OUTPUTS = {
     "a Spark": ("NVIDIA GB10, [N/A]\n", "NVIDIA GB10: 106 GiB, 55 TFLOP/s"),
     "a Spark of another driver": ("NVIDIA GB10, [Not Supported]\n", "NVIDIA GB10: 106 GiB, "),
-    "a Spark that tells nobody": ("NVIDIA GB10, [Insufficient Permissions]\n", "NVIDIA GB10: 106 GiB, "),
+    "a Spark that tells nobody": (
+        "NVIDIA GB10, [Insufficient Permissions]\n",
+        "NVIDIA GB10: 106 GiB, ",
+    ),
     "no memory of its own": ("NVIDIA Jetson Thor, [N/A]\n", "NVIDIA Jetson Thor: 106 GiB, "),
-    "an H100 in slices": ("NVIDIA H100 80GB HBM3, [Insufficient Permissions]\n", "NVIDIA H100 80GB HBM3: 79 GiB, "),
+    "an H100 in slices": (
+        "NVIDIA H100 80GB HBM3, [Insufficient Permissions]\n",
+        "NVIDIA H100 80GB HBM3: 79 GiB, ",
+    ),
     "empty lines": ("\nNVIDIA H200, 143771\n\n", "NVIDIA H200: 139 GiB, "),
     "several": ("NVIDIA H200, 143771\nNVIDIA H200, [N/A]\n", "2 x NVIDIA H200: 139 GiB, "),
     "no device": ("No devices were found\n", "cpu: "),
@@ -134,7 +146,11 @@ SMI_OUTPUTS = {
 
 @pytest.mark.parametrize("case", SMI_OUTPUTS)
 def test_a_plan_for_this_machine_whatever_nvidia_smi_prints(
-    case: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    case: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output, first = SMI_OUTPUTS[case]
     smi = tmp_path / "bin" / "nvidia-smi"
@@ -142,7 +158,9 @@ def test_a_plan_for_this_machine_whatever_nvidia_smi_prints(
     smi.write_text(f"#!/bin/sh\ncat <<'END'\n{output}END\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(smi.parent), prepend=os.pathsep)
-    figures = MemoryFigures(int(121.7 * GIB), 116 * GIB, free=110 * GIB, cached=GIB, shared=0, locked=0, large_blocks=0)
+    figures = MemoryFigures(
+        int(121.7 * GIB), 116 * GIB, free=110 * GIB, cached=GIB, shared=0, locked=0, large_blocks=0
+    )
     monkeypatch.setattr(hardware, "read_memory", lambda: figures)
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
@@ -152,7 +170,9 @@ def test_a_plan_for_this_machine_whatever_nvidia_smi_prints(
     assert "internal error" not in shown.err
 
 
-def test_the_table_and_what_the_first_takes(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_and_what_the_first_takes(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", str(llama), "--on", "2x8xh100", "--price", "2.5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("2 x 8 x NVIDIA H100 80GB HBM3: 79 GiB, 520 TFLOP/s in whole steps")
@@ -175,7 +195,10 @@ def test_the_table_and_what_the_first_takes(llama: Path, capsys: pytest.CaptureF
         "to have it elsewhere: ",
     ):
         assert part in said
-    assert f"parallel.replicate={first[0]} parallel.shard={first[2]} parallel.tensor={first[4]}" in said
+    assert (
+        f"parallel.replicate={first[0]} parallel.shard={first[2]} parallel.tensor={first[4]}"
+        in said
+    )
     assert "does not fit" in said
 
 
@@ -189,13 +212,21 @@ print(torch.cuda.is_initialized())"""
     assert run_warm([], program=code).stdout.splitlines()[-1] == "False"
 
 
-def test_without_tokens_the_hours_of_an_epoch_are_not_known(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_tokens_the_hours_of_an_epoch_are_not_known(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", str(llama), "--on", "2x8xh100", "train.duration=1 epochs"]) == 0
-    assert "hours: not known, as no tokens are cached; train.duration='500 steps' gives them" in capsys.readouterr().out
+    assert (
+        "hours: not known, as no tokens are cached; train.duration='500 steps' gives them"
+        in capsys.readouterr().out
+    )
 
 
 def examples_with_a_price() -> list[str]:
-    lines = [*(cli_plan.__doc__ or "").splitlines(), *(ROOT / "docs" / "plan.md").read_text().splitlines()]
+    lines = [
+        *(cli_plan.__doc__ or "").splitlines(),
+        *(ROOT / "docs" / "plan.md").read_text().splitlines(),
+    ]
     return [
         line.partition("#")[0].strip()
         for line in lines
@@ -241,7 +272,9 @@ def test_json_has_everything(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     assert found["machines"]["chip"]["network"] == 20
 
 
-def test_a_base_in_fp8_on_a_gpu_without_fp8_is_planned_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_in_fp8_on_a_gpu_without_fp8_is_planned_in_bf16(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """An A100 had a base in int8 alone."""
     command = ["plan", "llama3.1-8b-lora", "--on", "a100-80gb"]
     shown = []
@@ -255,7 +288,9 @@ def test_a_base_in_fp8_on_a_gpu_without_fp8_is_planned_in_bf16(capsys: pytest.Ca
     assert [line for line in shown[1] if line not in warnings] == shown[0]
 
 
-def test_what_does_not_fit_ends_with_2_and_what_to_change(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_ends_with_2_and_what_to_change(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", str(llama), "--on", "dgx-spark"]) == 2
     shown = capsys.readouterr()
     assert "does not fit" in shown.out
@@ -287,7 +322,9 @@ def test_a_4_bit_repository_is_planned_as_one() -> None:
     assert config_of_model("someone/model") is None
 
 
-def test_on_a_cpu_memory_alone_is_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_cpu_memory_alone_is_told(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
     words = ["plan", str(file), "--on", "here"]

@@ -16,7 +16,13 @@ from tunesmith.quant import eight_bit, nf4, scaled_matmul
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_linear import parameter_count
 from tunesmith.quant.frozen_weight import EightBitWeight
-from tunesmith.quant.scaled_matmul import LEAST_ROWS, ROW_WISE, SCALING_RECIPES, TENSOR_WISE, quantize
+from tunesmith.quant.scaled_matmul import (
+    LEAST_ROWS,
+    ROW_WISE,
+    SCALING_RECIPES,
+    TENSOR_WISE,
+    quantize,
+)
 
 CPU = torch.device("cpu")
 
@@ -75,7 +81,9 @@ def refuse_large_k(a, b, *, scale_a, scale_b, **rest):
 def swap_scales(a, b, *, scale_a, scale_b, **rest):
     """Each factor's scales on the other's side, for as many as fit."""
     n, m = len(a), b.shape[1]
-    left, right = (s.flatten().repeat(-(-k // s.numel()))[:k] for s, k in ((scale_b, n), (scale_a, m)))
+    left, right = (
+        s.flatten().repeat(-(-k // s.numel()))[:k] for s, k in ((scale_b, n), (scale_a, m))
+    )
     return dequantized(a, b, left.view(-1, 1), right.view(1, -1))
 
 
@@ -94,14 +102,22 @@ def dequantized(a, b, scale_a, scale_b):
 @pytest.mark.parametrize(
     ("product", "kind", "why"),
     [
-        (scaled_mm, TENSOR_WISE, "matmuls run here"),  # torch's own, and the one of torch 2.11 on a CPU
+        (
+            scaled_mm,
+            TENSOR_WISE,
+            "matmuls run here",
+        ),  # torch's own, and the one of torch 2.11 on a CPU
         (
             refuse_row_wise,
             TENSOR_WISE,
             "fp8 row-wise does not: 1 rows times [32, 48]: row-wise scaling is not supported",
         ),
         (refuse_few_rows, ROW_WISE, "fp8 row-wise matmuls run here"),
-        (refuse_large_k, TENSOR_WISE, "fp8 row-wise does not: 1 rows times [1024, 48]: CUBLAS_STATUS_NOT_SUPPORTED"),
+        (
+            refuse_large_k,
+            TENSOR_WISE,
+            "fp8 row-wise does not: 1 rows times [1024, 48]: CUBLAS_STATUS_NOT_SUPPORTED",
+        ),
         (swap_scales, TENSOR_WISE, "fp8 row-wise does not: 1 rows times [32, 48]: a wrong result"),
         (zeros, None, "this device has no fp8 matmuls: fp8 row-wise does not: 1 rows"),
         (refuse, None, "not supported"),
@@ -185,7 +201,9 @@ def test_an_empty_layer_takes_a_weight_piece_by_piece(kind, monkeypatch):
 
 
 def test_a_layer_that_will_be_trained_in_full_stays_dense():
-    model = nn.ModuleDict({name: nn.Linear(32, 32, device="meta") for name in ("frozen", "trained")})
+    model = nn.ModuleDict(
+        {name: nn.Linear(32, 32, device="meta") for name in ("frozen", "trained")}
+    )
     model.requires_grad_(False)
     assert convert_to_eight_bit(model, ROW_WISE, skip=[model["trained"]]) == 1
     assert type(model["trained"]) is nn.Linear
@@ -227,17 +245,26 @@ def test_all_that_grows_with_the_weight_is_a_parameter():
     layer = eight_bit.EightBitLinear(
         nn.Linear(64, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False), ROW_WISE
     )
-    assert {n: (p.dtype, tuple(p.shape)) for n, p in layer.named_parameters()} == {"weight": (torch.uint8, (32, 64))}
+    assert {n: (p.dtype, tuple(p.shape)) for n, p in layer.named_parameters()} == {
+        "weight": (torch.uint8, (32, 64))
+    }
     assert [tuple(b.shape) for b in layer.buffers()] == [(32, 1)]  # a scale a row
     assert torch.equal(layer.weight, quantize(ROW_WISE, layer.dense())[0].view(torch.uint8))
 
 
 def two_copies(kind: str, w: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     """dy W by a second copy of W that is quantized as W^T, whose scales are then those of W's columns."""
-    return scaled_matmul.scaled_matmul(kind, quantize(kind, dy), quantize(kind, w.T.contiguous()), dy.dtype)
+    return scaled_matmul.scaled_matmul(
+        kind, quantize(kind, dy), quantize(kind, w.T.contiguous()), dy.dtype
+    )
 
 
-SPREADS = {"even": (0, 0, 0), "rows of W": (3, 0, 0), "columns of W": (0, 3, 0), "rows of dy": (0, 0, 6)}
+SPREADS = {
+    "even": (0, 0, 0),
+    "rows of W": (3, 0, 0),
+    "columns of W": (0, 3, 0),
+    "rows of dy": (0, 0, 6),
+}
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -248,7 +275,11 @@ def test_one_copy_of_the_weight_makes_dx_as_well_as_two(kind: str, spread: str) 
         pytest.skip("torch 2.11 multiplies no factors that are scaled by row on a CPU")
     rows, columns, batch = SPREADS[spread]
     torch.manual_seed(0)
-    w = torch.randn(96, 192) * torch.logspace(-rows, 0, 96).unsqueeze(1) * torch.logspace(-columns, 0, 192)
+    w = (
+        torch.randn(96, 192)
+        * torch.logspace(-rows, 0, 96).unsqueeze(1)
+        * torch.logspace(-columns, 0, 192)
+    )
     dy = 1e-7 * torch.randn(64, 96) * torch.logspace(-batch, 0, 64).unsqueeze(1)
     w, dy = w.bfloat16(), dy.bfloat16()
     weight = EightBitWeight.from_dense(kind, w)
@@ -265,7 +296,10 @@ def test_one_copy_of_the_weight_makes_dx_as_well_as_two(kind: str, spread: str) 
 @cpu_and_gpu
 def test_a_product_is_that_of_the_rounded_factors(device):
     """In float64; torch 2.11 multiplies factors that are scaled by row on a GPU alone."""
-    x, w = torch.randn(256, 512).to(device, torch.bfloat16), torch.randn(384, 512).to(device, torch.bfloat16)
+    x, w = (
+        torch.randn(256, 512).to(device, torch.bfloat16),
+        torch.randn(384, 512).to(device, torch.bfloat16),
+    )
     kind = eight_bit.select_scaling(device).recipe
     if kind is None:
         pytest.skip("this device has no fp8 matmuls")

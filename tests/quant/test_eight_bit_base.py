@@ -45,7 +45,9 @@ def test_the_base_is_quantized_and_the_loss_is_told(tiny, tmp_path):
     assert not any("warning: the base" in line for line in said)
     weights = {id(p): p for p in session.model.parameters()}
     held = sum(p.numel() * p.itemsize for p in weights.values())
-    assert held == session.plan.memory.weights, "a byte a weight of the layers, as the estimate has it"
+    assert held == session.plan.memory.weights, (
+        "a byte a weight of the layers, as the estimate has it"
+    )
 
 
 def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypatch):
@@ -80,5 +82,8 @@ def test_probes_are_the_first_batches_and_hold_enough(tiny, tmp_path, least):
     assert sum(b.tokens for b in found) >= least
     assert sum(b.tokens for b in found[:-1]) < least
     first = session.loader(0).batch(0).micro
-    assert any(found[0].input_ids is not b.input_ids and torch.equal(found[0].input_ids, b.input_ids) for b in first)
+    assert any(
+        found[0].input_ids is not b.input_ids and torch.equal(found[0].input_ids, b.input_ids)
+        for b in first
+    )
     assert found[0].input_ids.numel() == max(b.input_ids.numel() for b in first)

@@ -32,7 +32,9 @@ def adapted(layers: list[nn.Linear]) -> list[lora.Lora]:
     for number, layer in enumerate(made):
         torch.manual_seed(number)
         nn.init.normal_(layer.lora_A, std=0.2)
-        nn.init.normal_(layer.lora_B, std=0.2)  # with B = 0 the gradient of A is zero and proves nothing
+        nn.init.normal_(
+            layer.lora_B, std=0.2
+        )  # with B = 0 the gradient of A is zero and proves nothing
         if layer.weight.dtype is torch.float64:
             layer.double()
     return made
@@ -40,7 +42,8 @@ def adapted(layers: list[nn.Linear]) -> list[lora.Lora]:
 
 def plain(x: Tensor, layers: list[lora.Lora], weights: list[Tensor]) -> list[Tensor]:
     return [
-        F.linear(x, w, m.bias) + F.linear(F.linear(x, m.lora_A.to(x.dtype)), m.lora_B.to(x.dtype)) * m.scaling
+        F.linear(x, w, m.bias)
+        + F.linear(F.linear(x, m.lora_A.to(x.dtype)), m.lora_B.to(x.dtype)) * m.scaling
         for m, w in zip(layers, weights, strict=True)
     ]
 
@@ -49,7 +52,12 @@ def gradients(outputs: list[Tensor], x: Tensor, layers: list[lora.Lora]) -> dict
     torch.manual_seed(9)
     leaves = {
         "x": x,
-        **{f"{i}.{n}": p for i, m in enumerate(layers) for n, p in m.named_parameters() if p.requires_grad},
+        **{
+            f"{i}.{n}": p
+            for i, m in enumerate(layers)
+            for n, p in m.named_parameters()
+            if p.requires_grad
+        },
     }
     loss = sum((y * torch.randn_like(y)).sum() for y in outputs)
     found = torch.autograd.grad(loss, list(leaves.values()))
@@ -82,13 +90,17 @@ def kinds() -> dict[str, list[lora.Lora]]:
     made: dict[str, list[lora.Lora]] = {"dense": adapted(dense_layers(torch.bfloat16))}
     packed = []
     for layer in adapted(dense_layers(torch.bfloat16)):
-        base = Nf4Linear(64, layer.out_features, bias=False, compute_dtype=torch.bfloat16, device="cpu")
+        base = Nf4Linear(
+            64, layer.out_features, bias=False, compute_dtype=torch.bfloat16, device="cpu"
+        )
         base.quantize(layer.weight)
         packed.append(lora.LoraNf4Linear(base, ADAPTER))
         packed[-1].lora_A, packed[-1].lora_B = layer.lora_A, layer.lora_B
     made["nf4"] = packed
     for kind in FP8:
-        made[kind] = [LoraEightBitLinear(layer, kind) for layer in adapted(dense_layers(torch.bfloat16))]
+        made[kind] = [
+            LoraEightBitLinear(layer, kind) for layer in adapted(dense_layers(torch.bfloat16))
+        ]
     return made
 
 
@@ -134,15 +146,30 @@ def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
     layers = kinds()[kind]
     weights = [m.frozen_weight() for m in layers]
     x = torch.randn(40, 64, dtype=torch.bfloat16)
-    lora_AB = [torch.cat([m.lora_A for m in layers]).bfloat16(), *((m.lora_B * 2).bfloat16() for m in layers)]
+    lora_AB = [
+        torch.cat([m.lora_A for m in layers]).bfloat16(),
+        *((m.lora_B * 2).bfloat16() for m in layers),
+    ]
     lora_AB = [t.detach() for t in lora_AB]
     weight, tensors, widths = weights[0], [t for w in weights for t in w.tensors], list(WIDTHS)
     # The check for writes to an input compares sums, which fp8 does not have.
-    tests = ("test_autograd_registration", "test_faketensor", *(() if kind in FP8 else ("test_schema",)))
+    tests = (
+        "test_autograd_registration",
+        "test_faketensor",
+        *(() if kind in FP8 else ("test_schema",)),
+    )
     for factors in (lora_AB, []):
         leaves = [t.clone().requires_grad_() for t in factors]
         xa = [x @ factors[0].T] if factors else []
-        given = (x.clone().requires_grad_(), xa, weight.quantize_input(x), leaves, tensors, weight.encoding, widths)
+        given = (
+            x.clone().requires_grad_(),
+            xa,
+            weight.quantize_input(x),
+            leaves,
+            tensors,
+            weight.encoding,
+            widths,
+        )
         torch.library.opcheck(frozen_matmul.frozen_matmul, given, test_utils=tests)
         dys = [torch.randn(40, width, dtype=torch.bfloat16) for width in widths]
         quantized = [t for dy, w in zip(dys, weights, strict=True) for t in w.quantize_gradient(dy)]
@@ -157,7 +184,11 @@ def test_a_frozen_layer_without_an_adapter_passes_its_gradient_on(kind):
     adapter = kinds()[kind][0]
     layer = EightBitLinear(dense_layers(torch.bfloat16)[0], kind) if kind in FP8 else adapter
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
-    y = layer(x) if kind in FP8 else frozen_matmul.grouped_matmul(x, [layer.frozen_weight()], [None])[0]
+    y = (
+        layer(x)
+        if kind in FP8
+        else frozen_matmul.grouped_matmul(x, [layer.frozen_weight()], [None])[0]
+    )
     d = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, d)
     tolerance = 0.05 if kind in FP8 else 0.01
@@ -186,5 +217,7 @@ def test_layers_of_unlike_kinds_are_computed_one_by_one():
     made = kinds()
     layers = [made["dense"][0], made[TENSOR_WISE][1]]
     x = torch.randn(40, 64, dtype=torch.bfloat16)
-    for a, b in zip(lora.project(x, layers), plain(x, layers, [m.dense() for m in layers]), strict=True):
+    for a, b in zip(
+        lora.project(x, layers), plain(x, layers, [m.dense() for m in layers]), strict=True
+    ):
         assert distance(a, b) < 0.05

@@ -32,7 +32,9 @@ def theirs(folder, *, double: bool = True):
         bnb_4bit_compute_dtype=torch.float32,
     )
     # Train mode: in eval mode bitsandbytes repacks its weights on some CPUs and answers differently.
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).train()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32
+    ).train()
 
 
 def ours(folder, **adapter):
@@ -59,7 +61,9 @@ def test_quantised_while_loading_equals_transformers_with_bitsandbytes(tiny):
     expected = logits(theirs(tiny)).detach()
     plain = logits(AutoModelForCausalLM.from_pretrained(tiny)).detach()
     assert (expected - plain).abs().max() > 100 * TOLERANCE, "quantising must matter"
-    torch.testing.assert_close(logits(generating(ours(tiny))).detach(), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(
+        logits(generating(ours(tiny))).detach(), expected, rtol=0, atol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
@@ -69,7 +73,9 @@ def test_a_ready_made_checkpoint_equals_transformers_with_bitsandbytes(tiny, tmp
     model.save_pretrained(tmp_path)
     for file in tiny.glob("*token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    torch.testing.assert_close(logits(generating(ours(tmp_path))).detach(), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(
+        logits(generating(ours(tmp_path))).detach(), expected, rtol=0, atol=TOLERANCE
+    )
 
 
 def test_lora_on_nf4_has_the_gradient_of_the_dense_weight(tiny):
@@ -104,14 +110,20 @@ def test_the_packed_weight_is_never_written_to(tiny):
 
 def test_it_is_small(tiny):
     layer = ours(tiny).get_submodule("model.layers.0.mlp.up_proj")
-    stored = sum(t.numel() * t.element_size() for t in (layer.weight, layer.absmax, layer.nested_absmax))
-    assert stored / layer.dense().numel() <= 0.52  # 4 bits, and 8 bits a block of 64 with 32 a block of 256
+    stored = sum(
+        t.numel() * t.element_size() for t in (layer.weight, layer.absmax, layer.nested_absmax)
+    )
+    assert (
+        stored / layer.dense().numel() <= 0.52
+    )  # 4 bits, and 8 bits a block of 64 with 32 a block of 256
 
 
 def test_the_head_the_embedding_and_the_norms_stay_dense(tiny):
     model = ours(tiny)
     assert not isinstance(model.lm_head, nf4.Nf4Linear)
-    assert {p.dtype for n, p in model.named_parameters() if "norm" in n or "embed" in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if "norm" in n or "embed" in n} == {
+        torch.float32
+    }
     assert sum(isinstance(m, nf4.Nf4Linear) for m in model.modules()) == 14
 
 
@@ -132,7 +144,9 @@ def test_gradient_of_a_layer_without_an_adapter():
 def test_parts_of_a_packed_weight_that_do_not_fit_are_refused():
     layer = nf4.Nf4Linear(64, 32, bias=False, compute_dtype=torch.float32, device="cpu")
     with pytest.raises(ModelError, match="not complete"):
-        layer.load_quantized({"": torch.zeros(1024, 1, dtype=torch.uint8), "absmax": torch.zeros(32)}, where="w")
+        layer.load_quantized(
+            {"": torch.zeros(1024, 1, dtype=torch.uint8), "absmax": torch.zeros(32)}, where="w"
+        )
     packed, state = nf4.nf4_functions().quantize_4bit(torch.randn(16, 64), quant_type="nf4")
     with pytest.raises(ModelError, match=r"shape \(16, 64\)"):
         layer.load_quantized({"": packed, **state.as_dict(packed=True)}, where="w")
@@ -148,11 +162,15 @@ def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
         nf4.nf4_functions()
 
 
-def test_a_bitsandbytes_that_cannot_pack_here_is_refused_before_anything_is_read(monkeypatch, tmp_path):
+def test_a_bitsandbytes_that_cannot_pack_here_is_refused_before_anything_is_read(
+    monkeypatch, tmp_path
+):
     """As with a wheel that was not built for this machine's CUDA."""
 
     def refuse(*_, **__):
-        raise RuntimeError("Attempted to use bitsandbytes native library functionality\nbut it's not available.")
+        raise RuntimeError(
+            "Attempted to use bitsandbytes native library functionality\nbut it's not available."
+        )
 
     run = Run(
         model=Model(name=str(tmp_path / "nowhere"), quantize="nf4"),
@@ -201,7 +219,9 @@ def layer_of(double: bool) -> Nf4Linear:
     if not double:
         encoding, tensors = layer.encoding, layer.frozen_weight().tensors
         functional = nf4_functions()
-        nested = functional.QuantState(tensors[3], blocksize=256, code=tensors[4], dtype=torch.float32)
+        nested = functional.QuantState(
+            tensors[3], blocksize=256, code=tensors[4], dtype=torch.float32
+        )
         absmax = functional.dequantize_blockwise(tensors[1], nested) + tensors[5]
         layer._store_scales(encoding.replace(" 256 ", " 0 "), absmax, tensors[2])
     return layer

@@ -13,8 +13,12 @@ from report.written import falling, write_run
 from tunesmith.report.page import write_report
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: make cluster-tools")
-EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="Chromium is not installed: make cluster-tools"
+)
+EVIL = (
+    "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +35,27 @@ def browser() -> Iterator[Any]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of 300 steps with all that a page can hold."""
     folder = tmp_path_factory.mktemp("browser")
-    samples = [(0, "What is 2 + 2?", "I am a model."), (100, "What is 2 + 2?", EVIL), (300, "What is 2 + 2?", "4")]
+    samples = [
+        (0, "What is 2 + 2?", "I am a model."),
+        (100, "What is 2 + 2?", EVIL),
+        (300, "What is 2 + 2?", "4"),
+    ]
 
     def loss(step: int) -> float:
         return 1 + 2 / step + 0.1 * (step % 3)
 
-    good = write_run(folder / "good", falling(8.0, steps=300), steps=300, samples=samples, loss=loss)
+    good = write_run(
+        folder / "good", falling(8.0, steps=300), steps=300, samples=samples, loss=loss
+    )
     recipe = {"train": {"learning_rate": 1e-3}}
     bad = write_run(
-        folder / "bad", falling(9.0, steps=300), steps=300, samples=samples, loss=loss, recipe=recipe, finished=False
+        folder / "bad",
+        falling(9.0, steps=300),
+        steps=300,
+        samples=samples,
+        loss=loss,
+        recipe=recipe,
+        finished=False,
     )
     (bad.folder / "failure.json").write_text(
         '{"what": "out of memory", "why": "a batch did not fit", "next": "start again"}'
@@ -51,9 +67,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
-def opened(browser: Any, report: Path, *, width: int = 1280, height: int = 800, scheme: str = "light") -> Any:
+def opened(
+    browser: Any, report: Path, *, width: int = 1280, height: int = 800, scheme: str = "light"
+) -> Any:
     """The page, in a context that is offline; `page.said` is what went wrong, `page.asked` what it asked for."""
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, offline=True)
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
+    )
     page = context.new_page()
     page.said, page.asked = [], []
     page.on("console", lambda message: page.said.append(message.text))
@@ -89,7 +109,9 @@ def test_curves_are_read_by_keys_and_zoom_together(browser: Any, report: Path) -
     page.mouse.up()
     plots.nth(0).focus()
     page.keyboard.press("Home")
-    assert 145 <= int(said.nth(0).text_content().split()[1].rstrip(":")) <= 155, "a zoom of one curve is that of all"
+    assert 145 <= int(said.nth(0).text_content().split()[1].rstrip(":")) <= 155, (
+        "a zoom of one curve is that of all"
+    )
     page.keyboard.press("Escape")
     page.keyboard.press("Home")
     assert said.nth(0).text_content().startswith("step 1:")
@@ -101,7 +123,9 @@ def test_curves_are_read_by_keys_and_zoom_together(browser: Any, report: Path) -
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-def test_every_screen_and_reader(browser: Any, report: Path, width: int, height: int, scheme: str) -> None:
+def test_every_screen_and_reader(
+    browser: Any, report: Path, width: int, height: int, scheme: str
+) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
     page = opened(browser, report, width=width, height=height, scheme=scheme)
@@ -111,5 +135,9 @@ def test_every_screen_and_reader(browser: Any, report: Path, width: int, height:
         assert box["y"] + box["height"] <= height, f"{text}: below the first screen"
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
     found = Axe().run(page).response["violations"]
-    assert [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")] == []
+    assert [
+        (one["id"], one["nodes"][0]["html"])
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ] == []
     page.context.close()

@@ -63,7 +63,10 @@ def test_other_held_out_rows_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_a_training_loss_alone_decides_nothing(tmp_path: Path) -> None:
-    one, other = write_run(tmp_path / "one", loss=0.1), write_run(tmp_path / "other", falling(3.0), loss=3.0)
+    one, other = (
+        write_run(tmp_path / "one", loss=0.1),
+        write_run(tmp_path / "other", falling(3.0), loss=3.0),
+    )
     found = verdict(one, other)
     assert (found.kind, found.best) == ("none", ())
     assert "one has no val_loss (finished)." in found.reasons
@@ -76,23 +79,43 @@ def test_a_lower_training_loss_does_not_win_against_val_loss(tmp_path: Path) -> 
     found = verdict(good, fits)
     assert (found.kind, found.best) == ("better", (0,))
     assert "fits has the lower training loss" in said(found)
-    alike = write_run(tmp_path / "alike", falling(2.5), recipe=rate(1e-2), loss=lambda step: 1.49 + 0.2 * (-1) ** step)
+    alike = write_run(
+        tmp_path / "alike",
+        falling(2.5),
+        recipe=rate(1e-2),
+        loss=lambda step: 1.49 + 0.2 * (-1) ** step,
+    )
     assert "the lower training loss" not in said(verdict(good, alike))
 
 
 def test_seeds_give_the_noise(tmp_path: Path) -> None:
     """Pooled over both recipes: variances of 0.0002, so 0.0141, and so is the error of the difference of two means of two; with
     2 degrees of freedom Student's t is beyond 4.30 once in 20 times: 0.0608."""
-    a = [write_run(tmp_path / f"a{s}", falling(2.0 + s * 0.02, jitter=0), recipe=rate(1e-3, s)) for s in (0, 1)]
-    b = [write_run(tmp_path / f"b{s}", falling(2.02 + s * 0.02, jitter=0), recipe=rate(1e-4, s)) for s in (0, 1)]
+    a = [
+        write_run(tmp_path / f"a{s}", falling(2.0 + s * 0.02, jitter=0), recipe=rate(1e-3, s))
+        for s in (0, 1)
+    ]
+    b = [
+        write_run(tmp_path / f"b{s}", falling(2.02 + s * 0.02, jitter=0), recipe=rate(1e-4, s))
+        for s in (0, 1)
+    ]
     found = verdict(*a, *b)
     assert found.kind == "equal"
-    assert "from seed to seed val_loss differs by 0.0141 (standard deviation over a recipe's seeds)" in said(found)
+    assert (
+        "from seed to seed val_loss differs by 0.0141 (standard deviation over a recipe's seeds)"
+        in said(found)
+    )
     assert "above 0.0608" in said(found)
-    far = [write_run(tmp_path / f"c{s}", falling(2.5 + s * 0.02, jitter=0), recipe=rate(1e-5, s)) for s in (0, 1)]
+    far = [
+        write_run(tmp_path / f"c{s}", falling(2.5 + s * 0.02, jitter=0), recipe=rate(1e-5, s))
+        for s in (0, 1)
+    ]
     found = verdict(*a, *far)
     assert (found.kind, found.best) == ("better", (0, 1))
-    assert "a0 and a1 are better: lowest val_loss 1.0100 ± 0.0141 against 1.5100 ± 0.0141" in found.headline
+    assert (
+        "a0 and a1 are better: lowest val_loss 1.0100 ± 0.0141 against 1.5100 ± 0.0141"
+        in found.headline
+    )
 
 
 def test_one_recipe_twice(tmp_path: Path) -> None:
@@ -105,7 +128,9 @@ def test_one_recipe_twice(tmp_path: Path) -> None:
 def test_cautions(tmp_path: Path) -> None:
     up = {**falling(2.0, jitter=0), 40: 1.9}
     rises = write_run(tmp_path / "rises", up, recipe=rate(1e-3))
-    short = write_run(tmp_path / "short", falling(3.0, steps=20), steps=20, finished=False, env={"cpu": "another"})
+    short = write_run(
+        tmp_path / "short", falling(3.0, steps=20), steps=20, finished=False, env={"cpu": "another"}
+    )
     text = said(verdict(rises, short))
     assert "rises ends at val_loss 1.9000, above that of step 36" in text
     assert "Not at their end: short (killed at step 20)." in text
@@ -115,7 +140,10 @@ def test_cautions(tmp_path: Path) -> None:
 
 
 def test_too_few_validations_to_know_the_noise(tmp_path: Path) -> None:
-    found = verdict(write_run(tmp_path / "a", {40: 1.0}), write_run(tmp_path / "b", {40: 2.0}, recipe=rate(1e-9)))
+    found = verdict(
+        write_run(tmp_path / "a", {40: 1.0}),
+        write_run(tmp_path / "b", {40: 2.0}, recipe=rate(1e-9)),
+    )
     assert (found.kind, found.best) == ("none", ())
     assert "the noise is not known" in found.headline
 
@@ -132,7 +160,9 @@ def test_differing_keys_tell_what_changes_nothing(tmp_path: Path) -> None:
         "train": {"learning_rate": 3e-4, "micro_batch": "1 examples"},
         "adapter": {"target": ["q_proj", "v_proj"]},
     }
-    found = differing_keys(summaries_of([write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe=recipe)]))
+    found = differing_keys(
+        summaries_of([write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe=recipe)])
+    )
     assert [(one.key, one.values, one.learns) for one in found] == [
         ("adapter.target", ["all-linear", ["q_proj", "v_proj"]], True),
         ("train.learning_rate", [1e-4, 3e-4], True),
@@ -142,7 +172,10 @@ def test_differing_keys_tell_what_changes_nothing(tmp_path: Path) -> None:
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / place / "run") for place in ("a", "b")]
-    assert [run.label for run in summaries_of(runs)] == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+    assert [run.label for run in summaries_of(runs)] == [
+        str(tmp_path / "a" / "run"),
+        str(tmp_path / "b" / "run"),
+    ]
 
 
 def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
@@ -159,16 +192,26 @@ def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
         mfu=lambda s: pace(s) / 1000, memory_gib=float,
     )  # fmt: skip
     (found,) = summaries_of([run])
-    assert found.speed == Spread(pytest.approx(400 / (2 / 3 + 2)), pytest.approx(math.sqrt(4 * 100**2 / 3)), 4)
+    assert found.speed == Spread(
+        pytest.approx(400 / (2 / 3 + 2)), pytest.approx(math.sqrt(4 * 100**2 / 3)), 4
+    )
     assert found.waiting == pytest.approx(0.25)
     assert found.mfu == pytest.approx(0.15)
-    assert (found.memory_gib, found.tokens, found.seconds) == (5.0, 500, pytest.approx(50 + 2 + 2 / 3))
+    assert (found.memory_gib, found.tokens, found.seconds) == (
+        5.0,
+        500,
+        pytest.approx(50 + 2 + 2 / 3),
+    )
 
 
 def test_wobble_is_the_noise_and_not_the_trend() -> None:
     """Of a line with normal noise of 0.05, seed 0: 400 points, of which the second half estimates it to some 5 %."""
     draw = random.Random(0)
-    assert wobble([3 - 0.01 * i + draw.gauss(0, 0.05) for i in range(400)]) == pytest.approx(0.05, rel=0.15)
+    assert wobble([3 - 0.01 * i + draw.gauss(0, 0.05) for i in range(400)]) == pytest.approx(
+        0.05, rel=0.15
+    )
     assert wobble([3 - 0.5 * i for i in range(20)]) == pytest.approx(0, abs=1e-12)
-    assert wobble([1 + math.exp(-i) for i in range(12)]) < 2e-3, "the bend of a curve that settles is no noise"
+    assert wobble([1 + math.exp(-i) for i in range(12)]) < 2e-3, (
+        "the bend of a curve that settles is no noise"
+    )
     assert wobble([1.0, 2.0, 3.0, 4.0]) is None

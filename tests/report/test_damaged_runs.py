@@ -121,7 +121,9 @@ def test_a_damaged_file_is_told_and_the_rest_is_shown(
         assert main(["report", str(folder), str(whole), "--output", f"{page}.html"]) == 0
         assert main(["report", str(folder), "--markdown", "--output", f"{page}.md"]) == 0
         assert name in capsys.readouterr().err
-        assert main(["status", str(folder)]) == (2 if name == "env.json" else 0)  # which says whose directory it is
+        assert main(["status", str(folder)]) == (
+            2 if name == "env.json" else 0
+        )  # which says whose directory it is
         assert main(["watch", str(folder), str(whole), "--json"]) == 0
     out, err = capsys.readouterr()
     assert "internal error" not in err
@@ -132,7 +134,9 @@ def test_a_damaged_file_is_told_and_the_rest_is_shown(
         assert "Not read, because it is damaged" in text
 
 
-def test_a_lock_that_is_a_fifo_does_not_hang(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lock_that_is_a_fifo_does_not_hang(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     os.mkfifo(folder / ".lock")
     with time_limit(60):
         assert main(["status", str(folder)]) == 0
@@ -174,7 +178,9 @@ def test_a_manifest_of_another_form_is_no_manifest(tmp_path: Path, entry: str, w
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"host": 3}, {"process": "x"}, {"oom_kills": None}, {"boot": []}])
+@pytest.mark.parametrize(
+    "change", [{"host": 3}, {"process": "x"}, {"oom_kills": None}, {"boot": []}]
+)
 def test_a_note_of_another_form_is_no_note(tmp_path: Path, change: dict[str, Any]) -> None:
     note = {"process": 1, "host": "here", "boot": "", "oom_kills": 0, "began": "now"}
     (tmp_path / "running.json").write_text(json.dumps(note))

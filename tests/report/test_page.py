@@ -20,8 +20,14 @@ EVIL = "</script><img src=x onerror=alert(1)> & \"'` | {{ 7*7 }} \u2028"
 @pytest.fixture
 def two(tmp_path: Path) -> list[RunFiles]:
     samples = [(0, "2 + 2?", "I am a model."), (20, "2 + 2?", "5"), (40, "2 + 2?", "4")]
-    good = write_run(tmp_path / "good", falling(2.0), recipe={"train": {"learning_rate": 1e-3}}, samples=samples)
-    bad = write_run(tmp_path / "bad", falling(2.5), samples=[(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "22")])
+    good = write_run(
+        tmp_path / "good", falling(2.0), recipe={"train": {"learning_rate": 1e-3}}, samples=samples
+    )
+    bad = write_run(
+        tmp_path / "bad",
+        falling(2.5),
+        samples=[(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "22")],
+    )
     return [good, bad]
 
 
@@ -34,7 +40,10 @@ def visible(page: str) -> str:
 def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> None:
     text = visible(render_report(two))
     text = text[text.index("good is better") :]
-    places = [text.index(word) for word in ("good is better", "train.learning_rate", "Side by side", "Drag over")]
+    places = [
+        text.index(word)
+        for word in ("good is better", "train.learning_rate", "Side by side", "Drag over")
+    ]
     assert places == sorted(places)
     assert "They differ in train.learning_rate (0.001 against 0.0001) alone." in text[: places[2]]
     for words in (
@@ -59,7 +68,9 @@ def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> N
 def test_nothing_comes_from_outside(two: list[RunFiles]) -> None:
     page = render_report(two)
     assert "default-src 'none'" in page
-    without_data = re.sub(r"<script type=\"application/json\".*?</script>", "", page, flags=re.DOTALL)
+    without_data = re.sub(
+        r"<script type=\"application/json\".*?</script>", "", page, flags=re.DOTALL
+    )
     for pattern in (
         r"\bsrc\s*=",
         r"<link\b",
@@ -71,7 +82,9 @@ def test_nothing_comes_from_outside(two: list[RunFiles]) -> None:
         r"https?://",
     ):
         # The licence line of uPlot names its home.
-        assert not re.search(pattern, without_data.replace("https://github.com/leeoniya/uPlot", "")), pattern
+        assert not re.search(
+            pattern, without_data.replace("https://github.com/leeoniya/uPlot", "")
+        ), pattern
 
 
 def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
@@ -80,7 +93,9 @@ def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
         tmp_path / name, falling(2.0), samples=[(0, EVIL, EVIL), (40, EVIL, EVIL)], finished=False,
         env={"command": ["tunesmith", EVIL], "commit": EVIL, "cpu": EVIL, EVIL: EVIL},
     )  # fmt: skip
-    (run.folder / "failure.json").write_text(json.dumps({"what": EVIL, "next": EVIL, "last_step": 40}))
+    (run.folder / "failure.json").write_text(
+        json.dumps({"what": EVIL, "next": EVIL, "last_step": 40})
+    )
     (run.folder / "log.txt").write_text(f"2026-01-31 10:00:00  warning: {EVIL}\n")
     run.refresh()
     page = render_report([run, write_run(tmp_path / "b", falling(3.0))])
@@ -97,10 +112,19 @@ def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
 def test_how_a_run_failed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", finished=False, steps=7)
     assert "no process is at work here" in visible(render_report([run]))
-    note = {"process": 7, "host": "spark-b", "boot": "", "oom_kills": 0, "began": "2026-01-31 10:00:00"}
+    note = {
+        "process": 7,
+        "host": "spark-b",
+        "boot": "",
+        "oom_kills": 0,
+        "began": "2026-01-31 10:00:00",
+    }
     (run.folder / "running.json").write_text(json.dumps(note))
     text = visible(render_report([run]))
-    assert "a: killed at step 7 what the last start was killed after step 7 where process 7 on spark-b" in text
+    assert (
+        "a: killed at step 7 what the last start was killed after step 7 where process 7 on spark-b"
+        in text
+    )
     assert "cause killed next start the same command again" in text
     failure = {
         "what": "a link broke",
@@ -159,7 +183,10 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 def test_many_runs_of_many_steps_stay_small(tmp_path: Path) -> None:
     runs = [
         write_run(
-            tmp_path / f"run-{i}", falling(2.0 - i / 10), steps=3000, recipe={"train": {"learning_rate": 10.0**-i}}
+            tmp_path / f"run-{i}",
+            falling(2.0 - i / 10),
+            steps=3000,
+            recipe={"train": {"learning_rate": 10.0**-i}},
         )
         for i in range(1, 6)
     ]
@@ -172,7 +199,10 @@ def test_many_runs_of_many_steps_stay_small(tmp_path: Path) -> None:
 
 
 def test_the_command(
-    two: list[RunFiles], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    two: list[RunFiles],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # a report is written over

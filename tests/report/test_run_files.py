@@ -38,9 +38,17 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 
 def test_a_finished_run(trained: Path) -> None:
     run = RunFiles(trained)
-    assert (run.name, run.state, run.failure, run.stopped, run.ranks) == ("run", "finished", None, None, {})
+    assert (run.name, run.state, run.failure, run.stopped, run.ranks) == (
+        "run",
+        "finished",
+        None,
+        None,
+        {},
+    )
     assert run.columns["step"] == list(range(1, 9))
-    assert [value is not None for value in run.columns["val_loss"]] == [step in (4, 8) for step in range(1, 9)]
+    assert [value is not None for value in run.columns["val_loss"]] == [
+        step in (4, 8) for step in range(1, 9)
+    ]
     records = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
     assert run.columns["loss"] == [row["loss"] for row in records]
     assert run.recipe["train"]["learning_rate"] == 1e-3
@@ -65,7 +73,9 @@ def test_each_state(copied: Path) -> None:
         assert run.state == "running"
     assert run.refresh()
     assert run.state == "finished"
-    with (copied / "metrics.jsonl").open("a") as file:  # killed while it trained on past what final/ holds
+    with (copied / "metrics.jsonl").open(
+        "a"
+    ) as file:  # killed while it trained on past what final/ holds
         file.write(record(9).to_json() + "\n")
     assert run.refresh()
     assert run.state == "killed"
@@ -138,11 +148,16 @@ def test_damaged_and_foreign_lines(tmp_path: Path) -> None:
 
 
 def test_many_lines_are_those_of_json(tmp_path: Path) -> None:
-    rows = [{"step": n, "loss": 1 / n} | ({"val_loss": n / 7} if n % 10 == 0 else {}) for n in range(1, 3001)]
+    rows = [
+        {"step": n, "loss": 1 / n} | ({"val_loss": n / 7} if n % 10 == 0 else {})
+        for n in range(1, 3001)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = JsonlColumns(tmp_path / "metrics.jsonl")
     table.read()
-    assert table.columns == {name: [row.get(name) for row in rows] for name in ("step", "loss", "val_loss")}
+    assert table.columns == {
+        name: [row.get(name) for row in rows] for name in ("step", "loss", "val_loss")
+    }
 
 
 def test_the_files_of_other_ranks(copied: Path) -> None:
@@ -182,7 +197,12 @@ def test_downsampling_keeps_ends_and_extremes(y: list[float | None], points: int
     assert steps == sorted(set(steps))
     assert all(y[int(step)] == value for step, value in zip(steps, values, strict=True))
     if known:
-        assert (values[0], values[-1], min(values), max(values)) == (known[0], known[-1], min(known), max(known))
+        assert (values[0], values[-1], min(values), max(values)) == (
+            known[0],
+            known[-1],
+            min(known),
+            max(known),
+        )
 
 
 def test_downsampling_leaves_out_what_is_not_finite() -> None:
@@ -200,7 +220,9 @@ def test_smoothing_is_the_mean_with_falling_weights() -> None:
             weights = [keep ** (end - 1 - i) for i in range(end)]
             expected.append(sum(w * v for w, v in zip(weights, known, strict=False)) / sum(weights))
         found = smooth(values, span)
-        assert [value is None for value in found] == [v is None or not math.isfinite(v) for v in values]
+        assert [value is None for value in found] == [
+            v is None or not math.isfinite(v) for v in values
+        ]
         assert [value for value in found if value is not None] == pytest.approx(expected, rel=1e-12)
 
 
@@ -213,7 +235,11 @@ def test_reading_a_run_loads_no_torch(trained: Path) -> None:
         "print([name for name in ('torch', 'transformers', 'numpy', 'datasets') if name in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(trained)], capture_output=True, text=True, check=True, env=dict(os.environ)
+        [sys.executable, "-c", code, str(trained)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=dict(os.environ),
     )
     assert done.stdout.strip() == "[]"
 

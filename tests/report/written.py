@@ -36,9 +36,14 @@ def write_run(
     (folder / "env.json").write_text(json.dumps(ENV | (env or {})))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
-            given = {name: value(step) if callable(value) else value for name, value in changed.items()}
+            given = {
+                name: value(step) if callable(value) else value for name, value in changed.items()
+            }
             file.write(record(step, val_loss=(val or {}).get(step), **given).to_json() + "\n")
-    rows = [json.dumps({"step": step, "prompt": prompt, "answer": answer}) for step, prompt, answer in samples]
+    rows = [
+        json.dumps({"step": step, "prompt": prompt, "answer": answer})
+        for step, prompt, answer in samples
+    ]
     (folder / "samples.jsonl").write_text("\n".join(rows))
     if finished:
         (folder / "final").mkdir()
@@ -48,4 +53,6 @@ def write_run(
 
 def falling(start: float, *, jitter: float = 0.01, steps: int = 40) -> dict[int, float]:
     """val_loss every 4 steps, falling by 0.1 each time, alternately `jitter` above and below that line."""
-    return {step: start - step / 40 + jitter * (-1) ** (step // 4) for step in range(4, steps + 1, 4)}
+    return {
+        step: start - step / 40 + jitter * (-1) ** (step // 4) for step in range(4, steps + 1, 4)
+    }

@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from ranks import run_ranks
 from tunesmith.adapter import lora
@@ -52,11 +59,18 @@ SIZES = {
 # layers that do not rotate.
 FAMILIES = {
     "llama": (lambda layers: LlamaConfig(**SIZES, num_hidden_layers=layers), 1),
-    "mistral": (lambda layers: MistralConfig(**SIZES, num_hidden_layers=layers, sliding_window=8), 1),
+    "mistral": (
+        lambda layers: MistralConfig(**SIZES, num_hidden_layers=layers, sliding_window=8),
+        1,
+    ),
     "qwen2": (lambda layers: Qwen2Config(**SIZES, num_hidden_layers=layers), 1),
     "qwen2, two windows": (
         lambda layers: Qwen2Config(
-            **SIZES, num_hidden_layers=layers, use_sliding_window=True, sliding_window=8, max_window_layers=1
+            **SIZES,
+            num_hidden_layers=layers,
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=1,
         ),
         2,
     ),
@@ -120,7 +134,9 @@ def run(model: Any, b: Batch, backend: str = "varlen") -> dict[str, torch.Tensor
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_alike(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-10) -> None:
+def assert_alike(
+    got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-10
+) -> None:
     assert expected.keys() == got.keys()
     for name, reference in expected.items():
         assert reference.norm() > 0
@@ -155,7 +171,11 @@ def test_the_number_of_graphs_does_not_grow_with_layers_and_lengths(recomputed):
 
 @pytest.mark.parametrize(
     ("family", "recomputed"),
-    [*((family, False) for family in sorted(FAMILIES)), ("qwen2, two windows", True), ("smollm3", True)],
+    [
+        *((family, False) for family in sorted(FAMILIES)),
+        ("qwen2, two windows", True),
+        ("smollm3", True),
+    ],
 )
 def test_every_family_has_one_graph_for_each_kind_of_layer(family, recomputed):
     plain, backend = build(3, family), Counting()
@@ -181,7 +201,9 @@ def test_quantised_bases_have_one_graph_too(base, family, recomputed):
     recompute_layers(fast.model.layers, 2 * recomputed)
     compile_layers(fast.model.layers, varied=True, backend=backend)
     for n in (40, 48, 61):
-        assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)), tolerance=TOLERANCE[base])
+        assert_alike(
+            run(fast, batch(n, length=n)), run(plain, batch(n, length=n)), tolerance=TOLERANCE[base]
+        )
     assert backend.graphs == 1
 
 
@@ -247,7 +269,9 @@ def test_a_compiled_score_is_the_plain_one_for_every_size_of_chunk():
     for n in (7, 12, 30):
         raw, targets = torch.randn(n, 50, dtype=torch.bfloat16), torch.randint(0, 50, (n,))
         for got, expected in zip(
-            score(raw.clone(), targets, None, None, 1.0), loss_and_grad(raw, targets, None, None, 1.0), strict=True
+            score(raw.clone(), targets, None, None, 1.0),
+            loss_and_grad(raw, targets, None, None, 1.0),
+            strict=True,
         ):
             # The compiler keeps fp32 where the plain way does, in another order of adding: one bf16 rounding apart.
             torch.testing.assert_close(got, expected, rtol=8e-3, atol=1e-6)
@@ -283,7 +307,13 @@ def test_the_cache_lies_in_the_users_folder_unless_it_is_said(monkeypatch, tmp_p
 
 @pytest.mark.parametrize(
     ("choice", "device", "expected"),
-    [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("on", "cuda", True), ("off", "cuda", False)],
+    [
+        ("auto", "cuda", True),
+        ("auto", "cpu", False),
+        ("on", "cpu", True),
+        ("on", "cuda", True),
+        ("off", "cuda", False),
+    ],
 )
 def test_where_layers_are_compiled(choice, device, expected, monkeypatch):
     monkeypatch.setattr(compilation, "compiler_fault", lambda device: "")
@@ -300,14 +330,22 @@ def test_a_compiler_that_does_not_run_is_done_without(monkeypatch):
         raise RuntimeError("no C++ compiler\nmore")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    assert compilation.probe_compiler(cpu) == ("the compiler does not run here: no C++ compiler", "")
+    assert compilation.probe_compiler(cpu) == (
+        "the compiler does not run here: no C++ compiler",
+        "",
+    )
     monkeypatch.setattr(torch, "compile", lambda function: lambda x: x)
     assert "wrong results" in compilation.compiler_fault(cpu)
 
 
 def test_where_the_compiler_does_not_run_auto_goes_without_it_and_says_so(monkeypatch):
-    monkeypatch.setattr(compilation, "compiler_fault", lambda device: "the compiler does not run here: why")
-    assert select_compile("auto", torch.device("cuda")) == (False, "the compiler does not run here: why")
+    monkeypatch.setattr(
+        compilation, "compiler_fault", lambda device: "the compiler does not run here: why"
+    )
+    assert select_compile("auto", torch.device("cuda")) == (
+        False,
+        "the compiler does not run here: why",
+    )
 
 
 # Triton 3.6's error for a GPU that its ptxas does not know, below the lines of torch.compile
@@ -352,12 +390,18 @@ def blackwell(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_an_assembler_that_does_not_know_the_chip_is_replaced_by_the_toolkits(blackwell, monkeypatch):
+def test_an_assembler_that_does_not_know_the_chip_is_replaced_by_the_toolkits(
+    blackwell, monkeypatch
+):
     new = assembler(blackwell / "cuda-13.0", "sm_90a", "sm_121a")
     monkeypatch.setenv("CUDA_HOME", str(blackwell / "cuda-13.0"))
     assert compilation.assemblers() == [str(blackwell / "old" / "bin" / "ptxas"), new]
     fault, instead = compilation.probe_compiler(torch.device("cpu"))
-    assert (fault, os.environ["TRITON_PTXAS_PATH"], os.environ["TRITON_PTXAS_BLACKWELL_PATH"]) == ("", new, new)
+    assert (fault, os.environ["TRITON_PTXAS_PATH"], os.environ["TRITON_PTXAS_BLACKWELL_PATH"]) == (
+        "",
+        new,
+        new,
+    )
     assert instead == f", with {new} in place of Triton's own assembler, which does not know it"
     monkeypatch.setattr(compilation, "probe_compiler", lambda device: (fault, instead))
     for choice in ("auto", "on"):
@@ -374,7 +418,9 @@ def test_the_variable_that_a_user_set_for_older_chips_serves_blackwell_too(black
     assert os.environ["TRITON_PTXAS_BLACKWELL_PATH"] == new
 
 
-def test_where_no_assembler_knows_the_chip_the_run_goes_on_uncompiled_and_says_what_was_tried(blackwell):
+def test_where_no_assembler_knows_the_chip_the_run_goes_on_uncompiled_and_says_what_was_tried(
+    blackwell,
+):
     why, _ = compilation.probe_compiler(torch.device("cpu"))
     assert "Value 'sm_121a' is not defined" in why
     assert str(blackwell / "old" / "bin" / "ptxas") in why
@@ -419,7 +465,10 @@ def test_the_attempt_in_a_new_process_tells_by_its_exit_status_whether_the_compi
     """The real program on the CPU: with a C++ compiler, in a process that has torch loaded already, and without one."""
     assert run_ranks(1, attempt, tmp_path / "a") == [0]
     command = [sys.executable, "-c", compilation.ATTEMPT, "cpu"]
-    env = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "b")}
+    env = os.environ | {
+        "CXX": str(tmp_path / "none"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "b"),
+    }
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "the compiler does not run here" in done.stderr

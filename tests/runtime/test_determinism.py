@@ -24,7 +24,11 @@ ON = {"deterministic": True}
 
 def state() -> tuple[bool, ...]:
     fills = torch.utils.deterministic.fill_uninitialized_memory
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), fills
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        fills,
+    )
 
 
 @pytest.mark.parametrize("before", [(False, False), (True, True), (True, False)])
@@ -88,7 +92,9 @@ def test_a_run_with_it_is_one_without_and_resumes_bit_for_bit(tiny: Path, tmp_pa
         folder.mkdir()
     plain = losses(make_run(tiny, runs["plain"]), lambda record: seen.append(state()[0]))
     whole = make_run(tiny, runs["whole"], train=ON)
-    assert losses(whole, lambda record: seen.append(state()[0])) == plain, "no operator of a CPU step has a second form"
+    assert losses(whole, lambda record: seen.append(state()[0])) == plain, (
+        "no operator of a CPU step has a second form"
+    )
     assert seen == [False] * 8 + [True] * 8
     assert not state()[0]
     resumed = make_run(tiny, runs["resumed"], train=ON)
@@ -131,13 +137,18 @@ def test_20_steps_resumed(deterministic: bool, tiny: Path, tmp_path: Path) -> No
     for name in ("whole", "resumed"):
         (tmp_path / name).mkdir()
     whole, resumed = (
-        make_run(tiny, tmp_path / name, model={"dtype": "bf16"}, train=changes) for name in ("whole", "resumed")
+        make_run(tiny, tmp_path / name, model={"dtype": "bf16"}, train=changes)
+        for name in ("whole", "resumed")
     )
     found = stopped_and_resumed(resumed, 10)
-    assert len(found) in (9, 10), "a GPU's record comes one step late, and so does the stop that it asks for"
+    assert len(found) in (9, 10), (
+        "a GPU's record comes one step late, and so does the stop that it asks for"
+    )
     expected = losses(whole)[-len(found) :]
     if deterministic:
         assert found == expected
-        assert all(torch.equal(trained(resumed)[name], tensor) for name, tensor in trained(whole).items())
+        assert all(
+            torch.equal(trained(resumed)[name], tensor) for name, tensor in trained(whole).items()
+        )
     else:
         assert found == pytest.approx(expected, rel=1e-3)

@@ -33,7 +33,9 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 class Pretended:
     """What `torch.cuda` tells of a GPU that this machine lacks, and what it is told."""
 
-    def __init__(self, *, integrated: bool, reserved: int = 0, allocated: int = 0, free: int = 0) -> None:
+    def __init__(
+        self, *, integrated: bool, reserved: int = 0, allocated: int = 0, free: int = 0
+    ) -> None:
         self.chip = SimpleNamespace(is_integrated=int(integrated), total_memory=119 * GIB)
         self.reserved, self.allocated, self.free = reserved, allocated, free
         self.told: list[object] = []
@@ -50,7 +52,9 @@ class Pretended:
     def mem_get_info(self, device: torch.device) -> tuple[int, int]:
         return self.free, self.chip.total_memory
 
-    def set_per_process_memory_fraction(self, fraction: float, device: torch.device | int | None) -> None:
+    def set_per_process_memory_fraction(
+        self, fraction: float, device: torch.device | int | None
+    ) -> None:
         """As torch.cuda's: a device without its index is refused, and None is the current one."""
         assert not isinstance(device, torch.device) or device.index is not None, device
         self.told.append(fraction)
@@ -67,7 +71,9 @@ class Pretended:
 
 @pytest.fixture(autouse=True)
 def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = MemoryFigures(119 * GIB, available=100 * GIB, free=0, cached=0, shared=0, locked=0, large_blocks=0)
+    figures = MemoryFigures(
+        119 * GIB, available=100 * GIB, free=0, cached=0, shared=0, locked=0, large_blocks=0
+    )
     monkeypatch.setattr(device, "read_memory", lambda: figures)
     machine = MemoryLimit("", 119 * GIB, used=19 * GIB, own=3 * GIB)
     monkeypatch.setattr(device, "memory_limits", lambda ranks: [machine])
@@ -95,13 +101,19 @@ def test_a_rank_s_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("reserved", "gib"), [(0, 90), (20 * GIB, 110), (60 * GIB, 119)])
-def test_the_allocator_may_take_what_the_host_has_and_what_it_holds(reserved: int, gib: float) -> None:
+def test_the_allocator_may_take_what_the_host_has_and_what_it_holds(
+    reserved: int, gib: float
+) -> None:
     """MemAvailable has lost what this process took before, such as in an earlier run; and no share is above 1."""
     for place in (GPU, torch.device("cuda")):
-        assert prepared(Pretended(integrated=True, reserved=reserved), place) == [pytest.approx(gib / 119)]
+        assert prepared(Pretended(integrated=True, reserved=reserved), place) == [
+            pytest.approx(gib / 119)
+        ]
 
 
-def test_segments_expand_on_a_discrete_card_unless_the_user_set_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_expand_on_a_discrete_card_unless_the_user_set_the_allocator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert prepared(Pretended(integrated=False)) == ["expandable_segments:True"]
     assert prepared(Pretended(integrated=True), CPU) == []
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
@@ -124,7 +136,10 @@ def test_free_memory_is_the_card_s_or_the_host_s() -> None:
 
 def test_memory_that_the_allocator_holds_unused_since_an_earlier_run_is_free() -> None:
     for integrated, before in ((False, 7), (True, 90 * GIB)):
-        assert free_memory(GPU, Pretended(integrated=integrated, free=7, reserved=30, allocated=10)) == before + 20
+        assert (
+            free_memory(GPU, Pretended(integrated=integrated, free=7, reserved=30, allocated=10))
+            == before + 20
+        )
 
 
 def test_what_an_earlier_run_left_is_freed_before_the_next(
@@ -149,7 +164,10 @@ def test_what_an_earlier_run_left_is_freed_before_the_next(
 
 
 def test_an_integrated_gpu_is_told_from_others() -> None:
-    assert [is_integrated(place, Pretended(integrated=True)) for place in (GPU, CPU)] == [True, False]
+    assert [is_integrated(place, Pretended(integrated=True)) for place in (GPU, CPU)] == [
+        True,
+        False,
+    ]
 
 
 def test_this_torch_takes_the_setting() -> None:
@@ -174,6 +192,8 @@ def test_more_than_the_limit_raises_and_the_segments_expand() -> None:
     torch.cuda.empty_cache()
     block = torch.empty(64 * 2**20, dtype=torch.uint8, device=place)
     segments = [
-        s for s in torch.cuda.memory_snapshot() if s["address"] <= block.data_ptr() < s["address"] + s["total_size"]
+        s
+        for s in torch.cuda.memory_snapshot()
+        if s["address"] <= block.data_ptr() < s["address"] + s["total_size"]
     ]
     assert [s["is_expandable"] for s in segments] == [not is_integrated(place)]

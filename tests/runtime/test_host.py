@@ -46,7 +46,9 @@ def test_two_hundred_mib_that_were_freed_are_kept():
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
-def test_caches_of_shapes_are_bounded_unless_the_user_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_of_shapes_are_bounded_unless_the_user_said_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What it brings is told in the docstring: a process's resident memory is too unsteady to be asserted."""
     for name in CACHES:
         monkeypatch.delenv(name, raising=False)
@@ -85,7 +87,9 @@ def test_variables_and_a_torch_of_the_user_stay_as_they_are() -> None:
     assert started(first="import torch; torch.set_num_threads(5)") == ["None", "None", "5"]
 
 
-@pytest.mark.parametrize(("named", "kept"), [({}, [4, 3, 7, 4, 4]), ({"OMP_NUM_THREADS": "4"}, [4, 4, 4, 4, 4])])
+@pytest.mark.parametrize(
+    ("named", "kept"), [({}, [4, 3, 7, 4, 4]), ({"OMP_NUM_THREADS": "4"}, [4, 4, 4, 4, 4])]
+)
 def test_a_resumed_run_keeps_its_threads_unless_the_machine_is_another(
     named: dict[str, str], kept: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,13 +134,21 @@ def test_threads_sleep_at_once_beside_a_busy_neighbour(then: str) -> None:
 
 def stat(cpus: int, busy: int, at: int) -> str:
     """/proc/stat at tick `at` of a machine whose first `busy` processors compute all the time."""
-    rows = [f"cpu{n} {at if n < busy else 0} 0 0 {0 if n < busy else at} 0 0 0 0 0 0" for n in range(cpus)]
+    rows = [
+        f"cpu{n} {at if n < busy else 0} 0 0 {0 if n < busy else at} 0 0 0 0 0 0"
+        for n in range(cpus)
+    ]
     return "\n".join(["cpu 1 2 3 4 5 6 7 8 9 10", *rows, "intr 5 0"])
 
 
 @pytest.mark.parametrize(
     ("busy", "threads", "why"),
-    [(0, 8, "one a core"), (3, 5, "3 of 8 cores are busy"), (4, 8, "one a core"), (8, 8, "one a core")],
+    [
+        (0, 8, "one a core"),
+        (3, 5, "3 of 8 cores are busy"),
+        (4, 8, "one a core"),
+        (8, 8, "one a core"),
+    ],
 )
 def test_busy_cores_are_left_out_while_more_than_half_are_free(
     busy: int, threads: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +159,9 @@ def test_busy_cores_are_left_out_while_more_than_half_are_free(
     assert (cores.threads()[0], cores.threads()[1].split(";")[0]) == (threads, why)
 
 
-def test_two_processors_of_one_core_take_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processors_of_one_core_take_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
     for cpu in range(4):
         file = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
@@ -157,4 +171,7 @@ def test_two_processors_of_one_core_take_one_thread(tmp_path: Path, monkeypatch:
 
 
 def test_a_share_of_the_cores_time_bounds_the_threads() -> None:
-    assert Cores(total=16, busy=2, allowed=4).threads() == (4, "this process's share of the time of 16 cores")
+    assert Cores(total=16, busy=2, allowed=4).threads() == (
+        4,
+        "this process's share of the time of 16 cores",
+    )

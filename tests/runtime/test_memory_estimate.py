@@ -32,8 +32,13 @@ CONFIG = {
 }  # fmt: skip
 LORA, FULL = {"adapter": {"rank": 4, "alpha": 8}}, {"adapter": {"kind": "none"}}
 NF4 = LORA | {"model": {"quantize": "nf4"}}
-FEW, MANY = 1024, 37376  # words: the peak is in the backward of a layer, or at the head, in four equal chunks
-ROTARY = 2 * TOKENS * 64 * 4  # cosines and sines of a batch: a thousandth of what a real model keeps
+FEW, MANY = (
+    1024,
+    37376,
+)  # words: the peak is in the backward of a layer, or at the head, in four equal chunks
+ROTARY = (
+    2 * TOKENS * 64 * 4
+)  # cosines and sines of a batch: a thousandth of what a real model keeps
 
 
 class Measured(NamedTuple):
@@ -55,29 +60,49 @@ def allocated(function) -> tuple[int, int]:
 
 
 def measure(
-    folder: Path, keys: dict, vocabulary: int, recompute: str, *, micro_batches: int = 1, length: int = 8
+    folder: Path,
+    keys: dict,
+    vocabulary: int,
+    recompute: str,
+    *,
+    micro_batches: int = 1,
+    length: int = 8,
 ) -> Measured:
     """The last of some micro batches of a step, of documents of one `length`."""
-    values = {"data": {"train": {"source": "rows.jsonl"}}, "output_dir": "out", "train": {"recompute": recompute}}
+    values = {
+        "data": {"train": {"source": "rows.jsonl"}},
+        "output_dir": "out",
+        "train": {"recompute": recompute},
+    }
     values |= keys | {"model": {"name": "m", "dtype": "fp32", **keys.get("model", {})}}
-    run, config = from_mapping(values, where="test", base=folder), CONFIG | {"vocab_size": vocabulary}
+    run, config = (
+        from_mapping(values, where="test", base=folder),
+        CONFIG | {"vocab_size": vocabulary},
+    )
     spec, device = read_spec(config, where="test"), torch.device("cpu")
     made = AutoConfig.for_model(**config)
     files = SimpleNamespace(spec=spec, config=made, folder=folder, vocab_rows=vocabulary)
-    plan = replace(inference_plan(run, files, device), recomputed_layers=LAYERS if recompute == "full" else 0)  # type: ignore[arg-type]
+    plan = replace(
+        inference_plan(run, files, device), recomputed_layers=LAYERS if recompute == "full" else 0
+    )  # type: ignore[arg-type]
     model = define_model(run, files)  # type: ignore[arg-type]
     trained = count_trained(run, model)
     root, _ = build_model(run, files, plan, model=model, weights="random")  # type: ignore[arg-type]
     root.train()
     draw = np.random.default_rng(0)
     ids = draw.integers(0, vocabulary, (TOKENS // length, length)).astype(np.int32)
-    batch, losses = collate([[Example(row, np.ones(length, bool)) for row in ids]], length=TOKENS, pad_id=0), []
+    batch, losses = (
+        collate([[Example(row, np.ones(length, bool)) for row in ids]], length=TOKENS, pad_id=0),
+        [],
+    )
     for _ in range(micro_batches):
         forward, kept = allocated(lambda: losses.append(root(batch).loss))
         backward, _ = allocated(lambda: losses.pop().backward())
     machine = Machine("cpu", 64 << 30, ("products", ""), (False, ""), card_bytes=64 << 30)
     probabilities = float(kept_probabilities(np.array([length]))[0]) / length
-    estimate = MemoryEstimator(run, spec, machine, trained, probabilities=probabilities).estimate(TOKENS)
+    estimate = MemoryEstimator(run, spec, machine, trained, probabilities=probabilities).estimate(
+        TOKENS
+    )
     stored = sum(t.untyped_storage().nbytes() for t in [*root.parameters(), *root.buffers()])
     return Measured(kept, max(forward, kept + backward), stored, estimate)
 
@@ -85,11 +110,15 @@ def measure(
 @pytest.mark.parametrize("vocabulary", [FEW, MANY])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("keys", [LORA, NF4], ids=["lora", "nf4"])
-def test_an_adapter_takes_what_is_estimated(keys: dict, recompute: str, vocabulary: int, tmp_path: Path) -> None:
+def test_an_adapter_takes_what_is_estimated(
+    keys: dict, recompute: str, vocabulary: int, tmp_path: Path
+) -> None:
     found = measure(tmp_path, keys, vocabulary, recompute)
     memory = found.estimate
     assert found.kept - ROTARY == pytest.approx(memory.activations, rel=0.03)
-    assert found.peak - ROTARY == pytest.approx(memory.activations + memory.workspace + memory.gradients, rel=0.03)
+    assert found.peak - ROTARY == pytest.approx(
+        memory.activations + memory.workspace + memory.gradients, rel=0.03
+    )
     assert found.weights == pytest.approx(memory.weights, rel=0.01)
 
 
@@ -114,7 +143,9 @@ def test_a_large_rank_keeps_its_products_and_its_factors(tmp_path: Path) -> None
 
 def test_dropout_gives_each_layer_of_an_adapter_its_own_input_and_mask(tmp_path: Path) -> None:
     """Tolerance 4 %: the first layer's masks of q, k and v are not kept either, as their input needs no gradient."""
-    found = measure(tmp_path, {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.1}}, FEW, "none", length=TOKENS)
+    found = measure(
+        tmp_path, {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.1}}, FEW, "none", length=TOKENS
+    )
     assert found.kept - ROTARY == pytest.approx(found.estimate.activations, rel=0.04)
 
 

@@ -19,8 +19,12 @@ from tunesmith.runtime.memory_guard import OFTEN, RARELY, MemoryGuard, drop_page
 from tunesmith.signals import StopRequest
 
 GIB, MIB = 2**30, 2**20
-LAPTOP = MemoryFigures(16 * GIB, 9 * GIB, free=GIB, cached=6 * GIB, shared=0, locked=0, large_blocks=0)
-SPARK = MemoryFigures(int(121.7 * GIB), 60 * GIB, free=50 * GIB, cached=9 * GIB, shared=0, locked=0, large_blocks=0)
+LAPTOP = MemoryFigures(
+    16 * GIB, 9 * GIB, free=GIB, cached=6 * GIB, shared=0, locked=0, large_blocks=0
+)
+SPARK = MemoryFigures(
+    int(121.7 * GIB), 60 * GIB, free=50 * GIB, cached=9 * GIB, shared=0, locked=0, large_blocks=0
+)
 Course = Callable[[float], MemoryFigures]  # the figures after so many seconds
 
 
@@ -38,7 +42,12 @@ class Pretended:
     """A guard on a machine of the test, looking when it would."""
 
     def __init__(
-        self, course: Course, monkeypatch: pytest.MonkeyPatch, *, unified: bool, own: Course | None = None
+        self,
+        course: Course,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        unified: bool,
+        own: Course | None = None,
     ) -> None:
         self.now, self.looks, self.dropped = 0.0, 0, list[float]()
         self.stop = StopRequest()
@@ -75,7 +84,9 @@ SPARKS = {
     "7 GiB left": (falling(SPARK, 71, 7, 120), 120.0),
     # vllm#54200: 22.5 GiB available, 19.8 of them page cache, and allocations failed, 75 times within one start.
     "free memory gone, page cache stays": (
-        lambda now: replace(SPARK, available=int(22.5 * GIB), free=int(2.5 * GIB), cached=int(19.8 * GIB)),
+        lambda now: replace(
+            SPARK, available=int(22.5 * GIB), free=int(2.5 * GIB), cached=int(19.8 * GIB)
+        ),
         60.0,
     ),
 }
@@ -89,16 +100,22 @@ def test_it_stops_before_a_gb10_freezes(name: str, monkeypatch: pytest.MonkeyPat
     assert asked < frozen
 
 
-def test_on_unified_memory_page_cache_is_dropped_before_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_unified_memory_page_cache_is_dropped_before_a_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As the guard that took GB10s through every load; MemFree was never below 2.6 GiB there."""
     flood = replace(SPARK, available=70 * GIB, free=5 * GIB, cached=60 * GIB)
     there = Pretended(lambda now: flood if not there.dropped else SPARK, monkeypatch, unified=True)
     assert there.until(30) is None
     assert len(there.dropped) == 1
-    elsewhere = Pretended(lambda now: flood, monkeypatch, unified=False)  # there the kernel may use it as it likes
+    elsewhere = Pretended(
+        lambda now: flood, monkeypatch, unified=False
+    )  # there the kernel may use it as it likes
     assert elsewhere.until(30) is None
     assert elsewhere.dropped == []
-    full = replace(SPARK, available=9 * GIB, free=7 * GIB, cached=GIB)  # a run that fills the machine, as planned
+    full = replace(
+        SPARK, available=9 * GIB, free=7 * GIB, cached=GIB
+    )  # a run that fills the machine, as planned
     busy = Pretended(lambda now: full, monkeypatch, unified=True)
     assert busy.until(30) is None
     assert busy.dropped == []
@@ -114,7 +131,9 @@ STEADY = {
 
 
 @pytest.mark.parametrize("name", STEADY)
-def test_a_full_gb10_trains_on_and_page_cache_is_dropped_rarely(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_gb10_trains_on_and_page_cache_is_dropped_rarely(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dropping brings nothing here: the page cache is of files that another program maps."""
     available, free, cached = (int(size * GIB) for size in STEADY[name])
     steady = replace(SPARK, available=available, free=free, cached=cached)
@@ -125,13 +144,17 @@ def test_a_full_gb10_trains_on_and_page_cache_is_dropped_rarely(name: str, monke
     assert len(there.dropped) <= 12, "a drop that brings nothing is tried ever more rarely"
 
 
-def test_page_cache_that_comes_back_is_dropped_at_most_twice_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_cache_that_comes_back_is_dropped_at_most_twice_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Free memory is 9 GiB after a drop, and a GiB a second of it becomes page cache again, down to 4."""
 
     def refilled(now: float) -> MemoryFigures:
         since = now - there.dropped[-1] if there.dropped else now
         free = max(4.0, 9.0 - since)
-        return replace(SPARK, available=30 * GIB, free=int(free * GIB), cached=int((29 - free) * GIB))
+        return replace(
+            SPARK, available=30 * GIB, free=int(free * GIB), cached=int((29 - free) * GIB)
+        )
 
     there = Pretended(refilled, monkeypatch, unified=True)
     assert there.until(600) is None
@@ -139,7 +162,9 @@ def test_page_cache_that_comes_back_is_dropped_at_most_twice_a_minute(monkeypatc
 
 
 @pytest.mark.parametrize("rate", [0.002, 0.05, 0.4])
-def test_a_laptop_stops_while_there_is_room_to_save(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_laptop_stops_while_there_is_room_to_save(
+    rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`rate` GiB a second are taken by others, so that a stop which takes a second or two leaves some."""
     there = Pretended(falling(LAPTOP, 9, 0, 9 / rate), monkeypatch, unified=False)
     asked = there.until(20 / rate)
@@ -193,7 +218,9 @@ def test_it_looks_rarely_while_there_is_room(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = Pretended(lambda now: replace(LAPTOP, available=100 * MIB, shared=3 * GIB), monkeypatch, unified=False)
+    there = Pretended(
+        lambda now: replace(LAPTOP, available=100 * MIB, shared=3 * GIB), monkeypatch, unified=False
+    )
     there.guard.ranks.heartbeat.phase("loading the model")
     there.stop.saving = GIB
     there.until(1)
@@ -218,7 +245,10 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
     assert os.getpid() not in [other["pid"] for other in others]
     assert f"; this run holds: {ours['name']} ({os.getpid()}) " in text
     error = there.stop.not_begun()
-    assert (error.exit_code, error.what) == (75, "stopped because memory is short before the first step")
+    assert (error.exit_code, error.what) == (
+        75,
+        "stopped because memory is short before the first step",
+    )
 
 
 def test_the_ranks_of_a_host_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +273,11 @@ def test_the_ranks_of_a_host_are_no_others(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_floors() -> None:
-    assert [memory_floor(gib * GIB, unified=False) for gib in (1, 16, 512)] == [128 * MIB, 16 * GIB // 50, GIB]
+    assert [memory_floor(gib * GIB, unified=False) for gib in (1, 16, 512)] == [
+        128 * MIB,
+        16 * GIB // 50,
+        GIB,
+    ]
     assert [memory_floor(gib * GIB, unified=True) for gib in (12, 119)] == [GIB, 8 * GIB]
 
 
@@ -270,7 +304,9 @@ def test_files_leave_the_page_cache_without_a_right(tmp_path: Path) -> None:
     assert (resident(weights), resident(rows)) == (0, 0)
 
 
-def test_a_guard_drops_the_files_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guard_drops_the_files_that_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Sequence[Path]] = []
     flood = replace(SPARK, available=70 * GIB, free=5 * GIB, cached=60 * GIB)
     monkeypatch.setattr(memory_guard, "own_memory", lambda pids: GIB)
@@ -284,4 +320,7 @@ def test_root_drops_all_by_the_kernels_switches(tmp_path: Path) -> None:
     switches = tmp_path / "proc/sys/vm"
     switches.mkdir(parents=True)
     drop_page_cache([], tmp_path)
-    assert [(switches / name).read_text() for name in ("drop_caches", "compact_memory")] == ["1", "1"]
+    assert [(switches / name).read_text() for name in ("drop_caches", "compact_memory")] == [
+        "1",
+        "1",
+    ]

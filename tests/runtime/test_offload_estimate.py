@@ -27,13 +27,21 @@ INPUT = 2 * TOKENS * SPEC.hidden  # of a layer, in bf16
 
 
 def recipe(adapter: dict[str, Any], *offload: str) -> Run:
-    values = {"model": {"name": "m"}, "data": {"train": {"source": "rows.jsonl"}}, "output_dir": "out"}
+    values = {
+        "model": {"name": "m"},
+        "data": {"train": {"source": "rows.jsonl"}},
+        "output_dir": "out",
+    }
     train = {"cpu_offload": list(offload), "recompute": RECOMPUTED}
-    return from_mapping(values | {"adapter": adapter, "train": train}, where="test", base=Path.cwd())
+    return from_mapping(
+        values | {"adapter": adapter, "train": train}, where="test", base=Path.cwd()
+    )
 
 
 def machine(device: str = "cuda:0", *, integrated: bool = False) -> Machine:
-    return Machine(device, 79 << 30, ("varlen", ""), (True, ""), card_bytes=79 << 30, integrated=integrated)
+    return Machine(
+        device, 79 << 30, ("varlen", ""), (True, ""), card_bytes=79 << 30, integrated=integrated
+    )
 
 
 def trained(run: Run) -> int:
@@ -45,16 +53,24 @@ def estimate(run: Run, mesh: MeshShape = SHARDS, found: Machine | None = None) -
 
 
 def plan(run: Run, mesh: MeshShape, found: Machine) -> RunPlan:
-    return resolve_plan(run, SPEC, found, trained=trained(run), step=StepSize(65536, 65536), longest=2048, mesh=mesh)
+    return resolve_plan(
+        run, SPEC, found, trained=trained(run), step=StepSize(65536, 65536), longest=2048, mesh=mesh
+    )
 
 
-def test_the_host_takes_the_shards_of_a_model_trained_in_full_with_their_gradients_and_moments() -> None:
+def test_the_host_takes_the_shards_of_a_model_trained_in_full_with_their_gradients_and_moments() -> (
+    None
+):
     """In fp32: 4 bytes of weight, 4 of gradient and 8 of moments. What is gathered stays on the device."""
     here, moved = estimate(recipe(FULL)), estimate(recipe(FULL, "parameters"))
     assert here.host == 0
     assert moved.host == pytest.approx(16 * SPEC.parameters / 8, abs=64)
     assert (moved.weights, moved.gradients, moved.optimizer) == (0, 0, 0)
-    assert (moved.gathered, moved.activations, moved.workspace) == (here.gathered, here.activations, here.workspace)
+    assert (moved.gathered, moved.activations, moved.workspace) == (
+        here.gathered,
+        here.activations,
+        here.workspace,
+    )
     assert here.total - moved.total == moved.host
 
 
@@ -65,7 +81,11 @@ def test_the_host_takes_the_frozen_shards_and_the_adapter_stays() -> None:
     ends = 2 * SPEC.parameters - layers  # embedding, norms and head, which are not sharded
     assert moved.host == layers / 8
     assert (here.weights, moved.weights) == (moved.host + ends + adapter, ends + adapter)
-    assert (moved.gradients, moved.optimizer) == (here.gradients, here.optimizer) == (adapter, 2 * adapter)
+    assert (
+        (moved.gradients, moved.optimizer)
+        == (here.gradients, here.optimizer)
+        == (adapter, 2 * adapter)
+    )
 
 
 def test_copies_whose_base_is_on_the_host_gather_its_layers() -> None:
@@ -92,7 +112,9 @@ def test_what_is_offloaded_is_in_the_plan_and_its_words() -> None:
     made = plan(recipe(FULL, "parameters"), SHARDS, machine())
     assert made.cpu_offload == ("parameters",)
     assert f"host {made.memory.host / 2**30:.1f} GiB" in made.memory.describe()
-    assert made.why["cpu offload"] == "as train.cpu_offload says: 15.0 GiB of the host's memory a rank"
+    assert (
+        made.why["cpu offload"] == "as train.cpu_offload says: 15.0 GiB of the host's memory a rank"
+    )
 
 
 @pytest.mark.parametrize("moved", ["parameters", "activations"])
@@ -105,7 +127,10 @@ def test_a_gpu_that_shares_the_hosts_memory_refuses_offload(moved: str) -> None:
 def test_one_process_offloads_no_parameters() -> None:
     with pytest.raises(RecipeError, match="one process offloads no parameters") as refused:
         plan(recipe(FULL, "parameters"), ONE, machine())
-    assert refused.value.fix == "train.cpu_offload=[], or train.cpu_offload=[activations], or several ranks"
+    assert (
+        refused.value.fix
+        == "train.cpu_offload=[], or train.cpu_offload=[activations], or several ranks"
+    )
     assert plan(recipe(LORA, "activations"), ONE, machine()).cpu_offload == ("activations",)
 
 
@@ -115,6 +140,10 @@ def test_on_a_cpu_offload_has_no_effect_and_that_is_said(tiny: Path, tmp_path: P
     assert plan(run, ONE, machine("cpu")).cpu_offload == ()
     said: list[str] = []
     build.check_machine(
-        make_run(tiny, tmp_path, train={"cpu_offload": ["activations"]}), torch.device("cpu"), said.append
+        make_run(tiny, tmp_path, train={"cpu_offload": ["activations"]}),
+        torch.device("cpu"),
+        said.append,
     )
-    assert said == ["warning: train.cpu_offload has no effect on a CPU: all is in the host's memory"]
+    assert said == [
+        "warning: train.cpu_offload has no effect on a CPU: all is in the host's memory"
+    ]

@@ -23,7 +23,12 @@ from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
 from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
-from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, recompute_layers, revise_recomputed
+from tunesmith.runtime.recompute import (
+    MemoryMeter,
+    calibrate_recompute,
+    recompute_layers,
+    revise_recomputed,
+)
 from tunesmith.runtime.resolve import LENGTHS, MemoryEstimator, fewest_recomputed, resolve_plan
 from tunesmith.runtime.savings import refuse_overrun
 from tunesmith.units import Size
@@ -41,7 +46,9 @@ WHOLE_STEPS = {"global_batch": Size(16384, "tokens")}  # every step has the same
 
 def recipe(**train) -> Run:
     data = Data(train=(Source(source="rows.jsonl"),))
-    return Run(model=Model(name="m"), data=data, train=Train(**train), adapter=Adapter(), output_dir="out")
+    return Run(
+        model=Model(name="m"), data=data, train=Train(**train), adapter=Adapter(), output_dir="out"
+    )
 
 
 def gpu(gib: float, **found) -> Machine:
@@ -65,7 +72,9 @@ def planned(
     spec, size = read_spec(config, where="test"), StepSize(step, step)
     kept = Size.parse(before) if before else None
     machine = gpu(gib, **found)
-    plan = resolve_plan(run, spec, machine, trained=trained, step=size, longest=longest, before=kept)
+    plan = resolve_plan(
+        run, spec, machine, trained=trained, step=size, longest=longest, before=kept
+    )
     refuse_overrun(plan, machine, resumed=kept is not None)
     return plan
 
@@ -79,7 +88,9 @@ def test_in_80_gib_some_layers_recompute_and_one_fewer_would_not_fit():
     plan = planned(recipe(micro_batch=Size(16384, "tokens")), LLAMA, 79)
     assert 0 < plan.recomputed_layers < 32
     assert plan.memory.total <= 0.9 * 79 * GIB
-    one_fewer = replace(recipe(micro_batch=Size(16384, "tokens"), recompute=plan.recomputed_layers - 1))
+    one_fewer = replace(
+        recipe(micro_batch=Size(16384, "tokens"), recompute=plan.recomputed_layers - 1)
+    )
     assert planned(one_fewer, LLAMA, 79).memory.total > 0.9 * 79 * GIB
 
 
@@ -88,7 +99,9 @@ def test_a_smaller_micro_batch_is_taken_where_that_saves_recomputation():
     run = replace(recipe(**WHOLE_STEPS), model=Model(name="m", quantize="nf4"))
     plan = planned(run, LARGE, 139, trained=104_000_000)
     assert plan.layout.micro_batch.amount < 16384
-    assert 16384 % plan.layout.micro_batch.amount == 0, "a step is cut into whole micro batches, all of one size"
+    assert 16384 % plan.layout.micro_batch.amount == 0, (
+        "a step is cut into whole micro batches, all of one size"
+    )
     assert plan.recomputed_layers < 4
     whole = replace(run, train=Train(micro_batch=Size(16384, "tokens")))
     assert planned(whole, LARGE, 139, trained=104_000_000).recomputed_layers > 40
@@ -98,7 +111,8 @@ def test_a_chip_with_slow_memory_takes_larger_micro_batches():
     """A pass over the weights costs a GB10 more than twice the work of a token that it costs an H200."""
     run = replace(recipe(**WHOLE_STEPS), model=Model(name="m", quantize="nf4"))
     sizes = [
-        planned(run, LARGE, 108, trained=104_000_000, integrated=i).layout.micro_batch.amount for i in (False, True)
+        planned(run, LARGE, 108, trained=104_000_000, integrated=i).layout.micro_batch.amount
+        for i in (False, True)
     ]
     assert sizes == [2048, 4096]
 
@@ -111,13 +125,17 @@ def test_a_small_card_gets_the_smallest_plan():
 @pytest.mark.parametrize("compiles", [True, False])
 @pytest.mark.parametrize("steps", [{}, WHOLE_STEPS], ids=["varied steps", "whole steps"])
 @pytest.mark.parametrize("before", ["2048 tokens", "4096 tokens", "16384 tokens", "2 examples"])
-def test_a_resumed_run_keeps_the_micro_batch_of_its_checkpoint(before: str, steps: dict, compiles: bool):
+def test_a_resumed_run_keeps_the_micro_batch_of_its_checkpoint(
+    before: str, steps: dict, compiles: bool
+):
     """Whatever the memory would be best for, as long as it fits."""
     for gib in (79, 139):
         plan = planned(recipe(**steps), LLAMA, gib, before=before, compiles=(compiles, ""))
         assert str(plan.layout.micro_batch) == before
         assert plan.why["micro batch"].startswith("that of the checkpoint")
-    assert planned(recipe(**steps), LLAMA, 139, compiles=(compiles, "")).layout.micro_batch == Size(16384, "tokens")
+    assert planned(recipe(**steps), LLAMA, 139, compiles=(compiles, "")).layout.micro_batch == Size(
+        16384, "tokens"
+    )
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -128,7 +146,9 @@ def test_a_micro_batch_of_examples_is_as_long_as_they_are(pack: bool):
     assert planned(run, LLAMA, 40, longest=200).memory.tokens == 16 * 200
     with pytest.raises(MachineError, match="does not fit"):
         planned(run, LLAMA, 40, longest=2048)
-    assert planned(run, LLAMA, 139, step=2500, longest=200).memory.tokens == (2500 if pack else 16 * 200)
+    assert planned(run, LLAMA, 139, step=2500, longest=200).memory.tokens == (
+        2500 if pack else 16 * 200
+    )
 
 
 def test_a_micro_batch_that_no_longer_fits_is_chosen_anew():
@@ -139,7 +159,9 @@ def test_a_micro_batch_that_no_longer_fits_is_chosen_anew():
 
 def test_a_micro_batch_that_the_recipe_gives_stands_on_resume():
     given = recipe(micro_batch=Size(4096, "tokens"))
-    assert planned(given, LLAMA, 139, before="2048 tokens").layout.micro_batch == Size(4096, "tokens")
+    assert planned(given, LLAMA, 139, before="2048 tokens").layout.micro_batch == Size(
+        4096, "tokens"
+    )
 
 
 @pytest.mark.parametrize(("given", "layers"), [("none", 0), ("full", 32), (5, 5), (99, 32)])
@@ -162,7 +184,11 @@ def test_an_8b_lora_run_with_full_recompute_is_estimated_under_18_gib():
         ({}, False, MicroBatchLayout(Size(4096, "tokens"))),
         ({}, True, MicroBatchLayout(Size(4096, "tokens"), multiple=128, bound=2048)),
         (WHOLE_STEPS, True, MicroBatchLayout(Size(4096, "tokens"), pad_to=4096, bound=2048)),
-        ({"micro_batch": Size(2, "examples")}, True, MicroBatchLayout(Size(2, "examples"), multiple=128, bound=2048)),
+        (
+            {"micro_batch": Size(2, "examples")},
+            True,
+            MicroBatchLayout(Size(2, "examples"), multiple=128, bound=2048),
+        ),
     ],
     ids=["not compiled", "varied steps", "one shape", "examples"],
 )
@@ -187,7 +213,9 @@ class Documents:
 
 @pytest.mark.parametrize("compiles", [True, False])
 @pytest.mark.parametrize("pack", [True, False])
-def test_without_expandable_segments_micro_batches_have_few_lengths(pack: bool, compiles: bool) -> None:
+def test_without_expandable_segments_micro_batches_have_few_lengths(
+    pack: bool, compiles: bool
+) -> None:
     """An integrated GPU has none; 200 steps of 16 examples, of 20 to 2,000 tokens."""
     run = recipe(micro_batch=Size(16384, "tokens"), global_batch=Size(16, "examples"))
     run = replace(run, data=replace(run.data, pack=pack))
@@ -323,9 +351,13 @@ def test_a_trial_grows_from_few_kept_layers_and_never_runs_out(estimated):
         model, meter = Alike(), Small(int(size))
         estimate = MemoryEstimate(128, estimated, weights=int(budget), recomputed_layer=400)
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
-            plan = calibrate_recompute(model, trial_plan(estimate), batch, meter, budget=int(budget))
+            plan = calibrate_recompute(
+                model, trial_plan(estimate), batch, meter, budget=int(budget)
+            )
         assert all(p.grad is None for p in model.parameters())
-        assert [layer.recomputed for layer in model.layers] == [i < plan.recomputed_layers for i in range(8)]
+        assert [layer.recomputed for layer in model.layers] == [
+            i < plan.recomputed_layers for i in range(8)
+        ]
         return plan.recomputed_layers, meter
 
     least = trial(1e9, 1)[1].most
@@ -356,7 +388,9 @@ def kept_without_recompute(model, batch) -> int:
 def test_a_trial_learns_from_few_layers_what_the_others_would_keep(tiny):
     """On the real path: the saved tensors of a tiny model. The estimate says that nothing has to recompute."""
     model = built_model(replace(recipe(), model=Model(name=str(tiny), dtype="fp32")), tiny)
-    batch = collate([[Example(np.arange(2, 130, dtype=np.int32), np.arange(128) > 0)]], length=128, pad_id=0)
+    batch = collate(
+        [[Example(np.arange(2, 130, dtype=np.int32), np.arange(128) > 0)]], length=128, pad_id=0
+    )
 
     def trial(budget: int = 10**9, share: float = 1.0) -> tuple[int, Small]:
         meter = Small(10**9)
@@ -460,8 +494,13 @@ def test_what_a_trial_has_not_allocated_is_counted_once():
 
 def test_a_large_card_has_room_for_larger_chunks_of_logits():
     """The estimate and the loss take the same size, from the card's memory and not from what of it is free."""
-    vocabulary, step = LLAMA["vocab_size"], {"micro_batch": Size(16384, "tokens"), "recompute": "none"}
+    vocabulary, step = (
+        LLAMA["vocab_size"],
+        {"micro_batch": Size(16384, "tokens"), "recompute": "none"},
+    )
     small = planned(recipe(**step), LLAMA, 139, card_bytes=24 << 30).memory.workspace
     large = planned(recipe(**step), LLAMA, 138, card_bytes=141 << 30).memory.workspace
     assert large == 2048 * vocabulary * 8  # bytes: raw logits, their fp32 form, the raw gradient
-    assert small == 2 * 16384 * (2 * 14336 + 3 * 4096)  # the backward of a layer: 512 logits take less
+    assert small == 2 * 16384 * (
+        2 * 14336 + 3 * 4096
+    )  # the backward of a layer: 512 logits take less

@@ -31,11 +31,15 @@ FULL = {"adapter.kind": "none"}
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     file = tmp_path / "recipe.yaml"
-    file.write_text("model: {name: m}\ndata: {train: {source: rows.jsonl}}\noutput_dir: runs/mine\n")
+    file.write_text(
+        "model: {name: m}\ndata: {train: {source: rows.jsonl}}\noutput_dir: runs/mine\n"
+    )
     return file
 
 
-def plan_of(run: Run, shape: str, gib: float, before: Size | None = None, **found: object) -> RunPlan:
+def plan_of(
+    run: Run, shape: str, gib: float, before: Size | None = None, **found: object
+) -> RunPlan:
     spec = read_spec(SHAPES[shape].config, where=shape)
     trained = spec.parameters if run.adapter.kind == "none" else spec.parameters // 400
     parts = {"device": "cuda:0", "attention": ("varlen", ""), "compiles": (True, "")} | found
@@ -76,7 +80,9 @@ def test_a_plan_that_does_not_fit_is_refused_with_keys_that_make_it_fit(
         assert again.memory.total <= gib * GIB * USABLE, words
         # The size of an adapter that the recipe does not have yet is worked out without its model.
         tolerance = 0.7 if "adapter.kind" in words else 0.06
-        assert again.memory.total / GIB == pytest.approx(float(claimed.partition(" GiB")[0]), abs=tolerance)
+        assert again.memory.total / GIB == pytest.approx(
+            float(claimed.partition(" GiB")[0]), abs=tolerance
+        )
 
 
 def words_of(keys: dict[str, object]) -> list[str]:
@@ -129,7 +135,9 @@ def test_a_checkpoint_s_copies_refuse_nothing(recipe: Path) -> None:
 def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> None:
     run = load_recipe(recipe, FULL)
     busy = {"device": "cpu", "compiles": (False, "")}
-    assert plan_of(run, "llama3-3b", 60, **busy).memory.free == 60 * GIB, "57 GiB stay, and activations come on top"
+    assert plan_of(run, "llama3-3b", 60, **busy).memory.free == 60 * GIB, (
+        "57 GiB stay, and activations come on top"
+    )
     with pytest.raises(MachineError, match="does not fit") as refused:
         plan_of(run, "llama3-3b", 50, **busy)
     assert "train.optimizer=adamw-8bit" in refused.value.fix
@@ -151,12 +159,18 @@ def test_on_a_cpu_a_step_on_the_longest_example_counts(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(("free", "warned"), [(1.27, False), (1.2, True), (0.5, True)])
-def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(recipe: Path, free: float, warned: bool) -> None:
+def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(
+    recipe: Path, free: float, warned: bool
+) -> None:
     """A run took up to a quarter more than the estimate; what other programs hold now they may give back."""
-    run = load_recipe(recipe, FULL | {"train.recompute": "none", "train.micro_batch": "2048 tokens"})
+    run = load_recipe(
+        recipe, FULL | {"train.recompute": "none", "train.micro_batch": "2048 tokens"}
+    )
     spec = read_spec(SHAPES["llama3-3b"].config, where="test")
     group = MemoryLimit("control group /job", 200 * GIB, used=0, own=0)
-    machine = Machine("cpu", 200 * GIB, ("products", ""), (False, ""), card_bytes=200 * GIB, limit=group)
+    machine = Machine(
+        "cpu", 200 * GIB, ("products", ""), (False, ""), card_bytes=200 * GIB, limit=group
+    )
     options = {"trained": spec.parameters, "step": STEP, "longest": 2000}
     plan = resolve_plan(run, spec, machine, **options)
     machine = replace(machine, free_bytes=int(plan.memory.total * free))

@@ -8,7 +8,10 @@ import torch
 from tunesmith.data.batch import Batch
 from tunesmith.runtime.transfer import AsyncScalars, DevicePrefetcher, Snapshot
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and events need a CUDA GPU")]
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and events need a CUDA GPU"),
+]
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=gpu)]
 
 
@@ -22,7 +25,10 @@ def busy(device: torch.device, seconds: int = 200) -> torch.Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_numbers_are_those_of_their_step(device: torch.device) -> None:
-    loss, norm = torch.tensor(1 / 3, device=device), torch.tensor(2e300, dtype=torch.float64, device=device)
+    loss, norm = (
+        torch.tensor(1 / 3, device=device),
+        torch.tensor(2e300, dtype=torch.float64, device=device),
+    )
     expected = [loss.item(), norm.item()]
     reading = AsyncScalars(loss, norm)
     loss.fill_(7.0)  # the next step writes where this one did
@@ -32,7 +38,9 @@ def test_numbers_are_those_of_their_step(device: torch.device) -> None:
 
 
 def test_numbers_that_are_not_finite_arrive_as_they_are() -> None:
-    low, high, none = AsyncScalars(*torch.tensor([-float("inf"), float("inf"), float("nan")])).read()
+    low, high, none = AsyncScalars(
+        *torch.tensor([-float("inf"), float("inf"), float("nan")])
+    ).read()
     assert (low, high) == (-float("inf"), float("inf"))
     assert none != none
 
@@ -66,11 +74,15 @@ def test_copies_are_as_the_tensors_were(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU all work is done when a call returns")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="on a CPU all work is done when a call returns"
+)
 def test_nothing_waits_for_the_next_step() -> None:
     device = torch.device("cuda")
     value = torch.ones(8, device=device)
-    AsyncScalars(value.sum()).read()  # pinned memory is made and kinds of kernels are loaded the first time
+    AsyncScalars(
+        value.sum()
+    ).read()  # pinned memory is made and kinds of kernels are loaded the first time
     Snapshot({"value": value}).on_host()
     torch.cuda.synchronize()
     reading, copies = AsyncScalars(value.sum()), Snapshot({"value": value})
@@ -90,7 +102,16 @@ def test_a_placed_batch_is_there_and_stays_while_it_is_read() -> None:
     placer, sums, expected = DevicePrefetcher(device), [], []
     for number in range(50):
         ids = torch.full((1, 50_000), number)
-        batch = Batch(ids, ids.clone(), ids.clone(), torch.tensor([0, 50_000], dtype=torch.int32), 50_000, 50_000, 1, 1)
+        batch = Batch(
+            ids,
+            ids.clone(),
+            ids.clone(),
+            torch.tensor([0, 50_000], dtype=torch.int32),
+            50_000,
+            50_000,
+            1,
+            1,
+        )
         placed = placer(batch)
         placer.claim(placed)
         assert all(t.device == device for t in placed.tensors().values())

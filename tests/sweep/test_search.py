@@ -13,7 +13,16 @@ from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
 from tunesmith.errors import RecipeError
 from tunesmith.sweep.search import halve, rung_steps
-from tunesmith.sweep.space import LIMIT, REASONS, VARIED, Range, check_count, check_varied, read_space, split_values
+from tunesmith.sweep.space import (
+    LIMIT,
+    REASONS,
+    VARIED,
+    Range,
+    check_count,
+    check_varied,
+    read_space,
+    split_values,
+)
 
 
 def test_lists_ranges_and_fixed_words():
@@ -23,13 +32,20 @@ def test_lists_ranges_and_fixed_words():
         "train.betas=[0.9, 0.99],[0.9, 0.95]",
         "train.seed=7",
     ]
-    space = read_space([*words, "adapter.target=[q_proj, v_proj]", "output_dir=a/../b", "train.dropout=0.1"])
+    space = read_space(
+        [*words, "adapter.target=[q_proj, v_proj]", "output_dir=a/../b", "train.dropout=0.1"]
+    )
     assert space.choices == {
         "train.learning_rate": ("1e-4", "3e-4"), "train.betas": ("[0.9, 0.99]", "[0.9, 0.95]"),
     }  # fmt: skip
     assert space.ranges == {"adapter.rank": Range(4, 64, True)}
     assert space.ranges["adapter.rank"].log
-    assert space.fixed == ("train.seed=7", "adapter.target=[q_proj, v_proj]", "output_dir=a/../b", "train.dropout=0.1")
+    assert space.fixed == (
+        "train.seed=7",
+        "adapter.target=[q_proj, v_proj]",
+        "output_dir=a/../b",
+        "train.dropout=0.1",
+    )
     assert [list(values.values()) for values in space.grid()] == [
         ["1e-4", "[0.9, 0.99]"], ["1e-4", "[0.9, 0.95]"], ["3e-4", "[0.9, 0.99]"], ["3e-4", "[0.9, 0.95]"],
     ]  # fmt: skip
@@ -118,13 +134,30 @@ def test_rungs_double_and_leave_one():
     for total in range(1, 60):
         for count in range(1, 20):
             for rungs in (None, 9):
-                assert all(0 < step < total for step in rung_steps(total, count, total % 7, rungs, total % 5))
+                assert all(
+                    0 < step < total
+                    for step in rung_steps(total, count, total % 7, rungs, total % 5)
+                )
 
 
 def test_the_default_stops_none_early_and_leaves_two():
-    assert [rung_steps(100, count, 0) for count in (1, 2, 3, 4, 5, 8, 40)] == [[], [], [50], [50], *[[25, 50]] * 3]
-    assert [rung_steps(total, 8, 0) for total in (8, 15, 16, 31, 32)] == [[], [], [8], [14], [8, 16]]
-    assert [rung_steps(100, 8, 0, None, warmup) for warmup in (3, 12, 13, 25, 26)] == [[25, 50]] * 2 + [[50]] * 2 + [[]]
+    assert [rung_steps(100, count, 0) for count in (1, 2, 3, 4, 5, 8, 40)] == [
+        [],
+        [],
+        [50],
+        [50],
+        *[[25, 50]] * 3,
+    ]
+    assert [rung_steps(total, 8, 0) for total in (8, 15, 16, 31, 32)] == [
+        [],
+        [],
+        [8],
+        [14],
+        [8, 16],
+    ]
+    assert [rung_steps(100, 8, 0, None, warmup) for warmup in (3, 12, 13, 25, 26)] == [
+        [25, 50]
+    ] * 2 + [[50]] * 2 + [[]]
     assert rung_steps(100, 8, 0, 2, 90) == [25, 50]  # as told
 
 
@@ -162,8 +195,13 @@ def test_values_of_ranges_are_drawn_by_the_seed():
 
 def test_the_values_are_those_that_optunas_random_sampler_drew():
     """RandomSampler(seed=42) of Optuna 5.0.0, which drew them up to this version."""
-    space = read_space(["adapter.rank=2..64", "adapter.dropout=0..0.3", "train.schedule=cosine,linear,constant"])
-    drawn = [(v["train.schedule"], v["adapter.rank"], v["adapter.dropout"]) for v in space.draw(4, seed=42)]
+    space = read_space(
+        ["adapter.rank=2..64", "adapter.dropout=0..0.3", "train.schedule=cosine,linear,constant"]
+    )
+    drawn = [
+        (v["train.schedule"], v["adapter.rank"], v["adapter.dropout"])
+        for v in space.draw(4, seed=42)
+    ]
     assert drawn == [
         ("linear", "14", "0.04681"),
         ("constant", "14", "0.2124"),

@@ -42,7 +42,17 @@ from tunesmith.training.run import start_run, train
 from tunesmith.training.trainer import Trainer
 from warm import Warm, run_warm
 
-SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
+SAME = (
+    "step",
+    "epoch",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "supervised_tokens",
+    "examples",
+    "val_loss",
+)
 HALVING = Search(rungs=2)  # of the few steps here, which the default does not stop
 WORDS = ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8"]
 
@@ -52,7 +62,10 @@ def silent(text: str) -> None:
 
 
 def write_recipe(base: Path, folder: Path, /, **changes: Any) -> Path:
-    values = merge(recipe(base, folder), {"validate": {"every": "1 steps"}, "output_dir": str(folder / "sweep")})
+    values = merge(
+        recipe(base, folder),
+        {"validate": {"every": "1 steps"}, "output_dir": str(folder / "sweep")},
+    )
     file = folder / "recipe.yaml"
     file.write_text(json.dumps(merge(values, changes)))
     return file
@@ -63,7 +76,10 @@ def sweep(file: Path, words: list[str] = WORDS, search: Search = HALVING) -> dic
 
 
 def numbers(folder: str | Path) -> list[tuple[Any, ...]]:
-    return [tuple(getattr(record, name) for name in SAME) for record in read_records(Path(folder, "metrics.jsonl"))]
+    return [
+        tuple(getattr(record, name) for name in SAME)
+        for record in read_records(Path(folder, "metrics.jsonl"))
+    ]
 
 
 def tensors(folder: Path) -> bytes:
@@ -73,7 +89,10 @@ def tensors(folder: Path) -> bytes:
 def train_alone(candidate: dict[str, Any], folder: Path) -> Path:
     """The recipe of a candidate, trained by itself to its end."""
     out = folder / f"alone-{candidate['name']}"
-    train(replace(load_recipe(Path(candidate["run_dir"], "config.yaml")), output_dir=str(out)), say=None)
+    train(
+        replace(load_recipe(Path(candidate["run_dir"], "config.yaml")), output_dir=str(out)),
+        say=None,
+    )
     return out
 
 
@@ -83,13 +102,19 @@ def assert_equals_train(outcome: dict[str, Any], folder: Path) -> None:
         whole, found = numbers(alone), numbers(run_dir)
         assert found == whole[: len(found)]
         assert len(found) == candidate["step"]
-        assert (candidate["state"] == "finished") == (run_dir / "final").is_dir() == (len(found) == len(whole))
+        assert (
+            (candidate["state"] == "finished")
+            == (run_dir / "final").is_dir()
+            == (len(found) == len(whole))
+        )
         if candidate["state"] == "finished":
             assert tensors(run_dir / "final") == tensors(alone / "final")
             best = [path / "best.json" for path in (run_dir, alone)]
             assert best[0].exists() == best[1].exists() == (outcome["compared_by"] == "val_loss")
             assert not best[0].exists() or best[0].read_text() == best[1].read_text()
-        assert {"config.yaml", "env.json", "metrics.jsonl", "log.txt"} <= {path.name for path in run_dir.iterdir()}
+        assert {"config.yaml", "env.json", "metrics.jsonl", "log.txt"} <= {
+            path.name for path in run_dir.iterdir()
+        }
 
 
 @pytest.mark.parametrize(
@@ -102,7 +127,9 @@ def assert_equals_train(outcome: dict[str, Any], folder: Path) -> None:
     ],
     ids=["fp32", "nf4", "dropout"],
 )  # fmt: skip
-def test_each_candidate_is_its_run_alone(tiny: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]):
+def test_each_candidate_is_its_run_alone(
+    tiny: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]
+):
     outcome = sweep(write_recipe(tiny, tmp_path, **changes), words)
     assert [c["state"] for c in outcome["candidates"]].count("finished") == 1
     assert sorted(c["step"] for c in outcome["candidates"]) == [2, 2, 4, 8]
@@ -115,8 +142,13 @@ def test_the_best_is_named_and_a_stopped_one_goes_on_by_train(tiny: Path, tmp_pa
     assert json.loads((tmp_path / "sweep" / SWEEP).read_text()) == outcome
     assert outcome["fixed"]["validate_every"] == "2 steps"
     assert outcome["fixed"]["rungs"] == [2, 4]
-    by_rung = [{c["name"]: c["losses"].get(step) for c in outcome["candidates"]} for step in ("2", "4", "8")]
-    first, second, last = ({name: loss for name, loss in rung.items() if loss is not None} for rung in by_rung)
+    by_rung = [
+        {c["name"]: c["losses"].get(step) for c in outcome["candidates"]}
+        for step in ("2", "4", "8")
+    ]
+    first, second, last = (
+        {name: loss for name, loss in rung.items() if loss is not None} for rung in by_rung
+    )
     assert {*second} == {*sorted(first, key=first.__getitem__)[:2]}
     assert {*last} == {min(second, key=second.__getitem__)} == {outcome["best"]}
     stopped = next(c for c in outcome["candidates"] if c["step"] == 2)
@@ -161,7 +193,9 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(
         sweep(file, [*WORDS, f"output_dir={outcome['candidates'][0]['run_dir']}"])
 
 
-@pytest.mark.parametrize("text", ['{"asked": {"rec', "[]", '{"candidates": 3}', '{"asked": {}, "fixed": {"rungs": 3}}'])
+@pytest.mark.parametrize(
+    "text", ['{"asked": {"rec', "[]", '{"candidates": 3}', '{"asked": {}, "fixed": {"rungs": 3}}']
+)
 def test_a_torn_or_foreign_sweep_json_is_refused(
     tiny: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ):
@@ -186,7 +220,9 @@ def test_a_candidate_whose_records_were_cut_is_named(tiny: Path, tmp_path: Path)
 
 
 def test_a_range_is_drawn_from_and_one_that_diverges_is_out(tiny: Path, tmp_path: Path):
-    file = write_recipe(tiny, tmp_path, train={"clip_norm": None, "warmup": "0 steps"}, model={"dtype": "fp32"})
+    file = write_recipe(
+        tiny, tmp_path, train={"clip_norm": None, "warmup": "0 steps"}, model={"dtype": "fp32"}
+    )
     words = ["train.learning_rate=1e-3..1e38", "adapter.rank=2,4"]
     search = Search(rungs=2, candidates=5)
     outcome = sweep(file, words, search)
@@ -209,13 +245,17 @@ def test_to_the_end_without_held_out_rows(tiny: Path, tmp_path: Path):
     assert_equals_train(outcome, tmp_path)
 
 
-def test_the_default_waits_for_the_longest_warmup(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_default_waits_for_the_longest_warmup(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sweep_module, "halve", lambda *given: None)  # nothing is trained
     for longest, rungs in ((4, [8]), (5, [])):
         changes = {"train": {"duration": "16 steps"}, "output_dir": str(tmp_path / str(longest))}
         said: list[str] = []
         space = read_space([f"train.warmup=0 steps,{longest} steps", "adapter.rank=2,4"])
-        outcome = run_sweep(write_recipe(tiny, tmp_path, **changes), space, Search(), say=said.append)
+        outcome = run_sweep(
+            write_recipe(tiny, tmp_path, **changes), space, Search(), say=said.append
+        )
         assert outcome["fixed"]["rungs"] == rungs
         assert any("every candidate trains to its end" in text for text in said) == (not rungs)
 
@@ -240,7 +280,9 @@ def test_recipes_that_are_refused(tiny: Path, tmp_path: Path, changes: dict[str,
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_value_is_refused_before_anything_is_loaded(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_value_is_refused_before_anything_is_loaded(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.delattr(shared_base, "build")
     for word in ("train.learning_rate=1e-4,fast", "adapter.rank=0..8"):
         with pytest.raises(RecipeError, match=r"learning_rate: expected|adapter\.rank is 0"):
@@ -250,8 +292,19 @@ def test_a_value_is_refused_before_anything_is_loaded(tiny: Path, tmp_path: Path
 def test_kill_9_anywhere_and_the_same_command_goes_on(tiny: Path, tmp_path: Path):
     whole = sweep(write_recipe(tiny, tmp_path))
     out = tmp_path / "killed"
-    command = ["sweep", str(write_recipe(tiny, tmp_path, output_dir=str(out))), *WORDS, "--rungs", "2"]
-    for steps, number in ((1, signal.SIGKILL), (4, signal.SIGKILL), (9, signal.SIGTERM), (13, signal.SIGKILL)):
+    command = [
+        "sweep",
+        str(write_recipe(tiny, tmp_path, output_dir=str(out))),
+        *WORDS,
+        "--rungs",
+        "2",
+    ]
+    for steps, number in (
+        (1, signal.SIGKILL),
+        (4, signal.SIGKILL),
+        (9, signal.SIGTERM),
+        (13, signal.SIGKILL),
+    ):
         process, deadline = Warm(command), time.monotonic() + 120
         while sum(path.read_bytes().count(b"\n") for path in out.glob("*/metrics.jsonl")) < steps:
             assert process.poll() is None, process.communicate()
@@ -276,19 +329,27 @@ def test_kill_9_anywhere_and_the_same_command_goes_on(tiny: Path, tmp_path: Path
     assert all(c["name"] in page for c in outcome["candidates"])
 
 
-def test_layers_are_compiled_once_a_rank_as_in_a_run_alone(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_layers_are_compiled_once_a_rank_as_in_a_run_alone(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     graphs: list[list[tuple[Any, ...]]] = []
 
     def note(graph: Any, inputs: list[Any]) -> Any:
-        graphs.append([tuple(tensor.shape) for tensor in inputs if isinstance(tensor, torch.Tensor)])
+        graphs.append(
+            [tuple(tensor.shape) for tensor in inputs if isinstance(tensor, torch.Tensor)]
+        )
         return graph.forward
 
     def of_rank(rank: int) -> int:
         return sum((rank, 64) in shapes for shapes in graphs)
 
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **given: compiled(function, **{**given, "backend": note}))
-    file = write_recipe(tiny, tmp_path, data={"validation": None}, train={"compile": "on", "duration": "2 steps"})
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **given: compiled(function, **{**given, "backend": note})
+    )
+    file = write_recipe(
+        tiny, tmp_path, data={"validation": None}, train={"compile": "on", "duration": "2 steps"}
+    )
     outcome = sweep(file, search=Search(rungs=0))
     count = of_rank(8)
     torch._dynamo.reset()
@@ -321,13 +382,24 @@ def test_the_words_of_several_ranks(tiny: Path, tmp_path: Path, monkeypatch: pyt
         )
         == EXIT_STOPPED
     )
-    words = ["sweep", file, "train.learning_rate=1e-4..1e-3", "--candidates", "3", "--rungs", "2", "--json"]
+    words = [
+        "sweep",
+        file,
+        "train.learning_rate=1e-4..1e-3",
+        "--candidates",
+        "3",
+        "--rungs",
+        "2",
+        "--json",
+    ]
     assert told == [["--ranks", "2", "--", *words]]
     assert main(["sweep", file, *WORDS, "--candidates", "3"]) == EXIT_USAGE
 
 
 @pytest.mark.parametrize("flag", ["--sampler", "--pruner"])
-def test_removed_flags_name_what_takes_their_place(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_removed_flags_name_what_takes_their_place(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     words = ["train.learning_rate=1e-4..1e-3", flag, "median"]
     assert main(["sweep", str(tmp_path / "no-recipe.yaml"), *words]) == EXIT_USAGE
     err = capsys.readouterr().err
@@ -335,7 +407,9 @@ def test_removed_flags_name_what_takes_their_place(flag: str, tmp_path: Path, ca
     assert "--candidates N" in err
 
 
-def test_a_sweep_of_an_earlier_version_goes_on(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_sweep_of_an_earlier_version_goes_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Of lists, where it noted Optuna's defaults; of ranges, where Optuna's TPE drew, it is another sweep."""
     recipe_file = write_recipe(tiny, tmp_path)
     lists = [WORDS[0], f"output_dir={tmp_path / 'lists'}"]
@@ -343,7 +417,12 @@ def test_a_sweep_of_an_earlier_version_goes_on(tiny: Path, tmp_path: Path, monke
     drawing = Search(rungs=2, candidates=2)
     outcome = sweep(recipe_file, lists)
     sweep(recipe_file, ranges, drawing)
-    assert outcome["asked"]["search"] == {"rungs": 2, "candidates": 16, "sampler": "random", "pruner": "halving"}
+    assert outcome["asked"]["search"] == {
+        "rungs": 2,
+        "candidates": 16,
+        "sampler": "random",
+        "pruner": "halving",
+    }
     for folder in ("lists", "ranges"):
         file = tmp_path / folder / SWEEP
         earlier = json.loads(file.read_text())
@@ -375,7 +454,9 @@ def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch(
         with pytest.raises(ShortOfMemoryError, match="memory is short: step 1 is saved") as caught:
             sweep(file, words)
     size = json.loads((tmp_path / "sweep" / SWEEP).read_text())["fixed"]["micro_batch"]
-    assert caught.value.fix.endswith(f"it goes on from there; the micro batch stays at {size}, as for all candidates")
+    assert caught.value.fix.endswith(
+        f"it goes on from there; the micro batch stays at {size}, as for all candidates"
+    )
     assert (caught.value.smaller, caught.value.exit_code) == ("", 0)
     monkeypatch.setattr(node, "run_agent", lambda words: 0)
     assert main(["sweep", str(file), *words, "--ranks", "2"]) == EXIT_STOPPED
@@ -402,7 +483,10 @@ def test_two_ranks_agree_on_what_stops(tiny: Path, tmp_path: Path):
     assert [c["state"] for c in outcome["candidates"]].count("finished") == 1
     for candidate in outcome["candidates"]:
         if candidate["state"] == "diverged":
-            assert "not finite" in json.loads(Path(candidate["run_dir"], "failure.json").read_text())["what"]
+            assert (
+                "not finite"
+                in json.loads(Path(candidate["run_dir"], "failure.json").read_text())["what"]
+            )
         else:
             found = numbers(candidate["run_dir"])
             assert found == numbers(tmp_path / f"alone-{candidate['name']}")[: len(found)]

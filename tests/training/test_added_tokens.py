@@ -26,20 +26,27 @@ def ours(folder: Path) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("to_save", [["embed_tokens", "lm_head"], ["embed_tokens"]], ids=["both", "embedding"])
+@pytest.mark.parametrize(
+    "to_save", [["embed_tokens", "lm_head"], ["embed_tokens"]], ids=["both", "embedding"]
+)
 def test_an_adapter_opens_in_peft(to_save: list[str], tiny: Path, tmp_path: Path) -> None:
     """AutoPeftModel resizes the base to the tokenizer beside the adapter, `len(tokenizer)` rows."""
     from peft import AutoPeftModelForCausalLM
 
     lines: list[str] = []
     train(make_run(tiny, tmp_path, adapter={"modules_to_save": to_save}, **SHORT), say=lines.append)
-    assert any("the tokenizer has 279 tokens, and the model's embedding 272 rows: rows are added" in x for x in lines)
+    assert any(
+        "the tokenizer has 279 tokens, and the model's embedding 272 rows: rows are added" in x
+        for x in lines
+    )
     final = tmp_path / "run" / "final"
     theirs = AutoPeftModelForCausalLM.from_pretrained(final, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = theirs(IDS).logits
     assert expected.shape[-1] == 279
-    columns = 279 if "lm_head" in to_save else 272  # PEFT draws new rows of a frozen head; ours are the mean
+    columns = (
+        279 if "lm_head" in to_save else 272
+    )  # PEFT draws new rows of a frozen head; ours are the mean
     assert torch.allclose(ours(final)[..., :columns], expected[..., :columns], atol=1e-5)
     alone = Path(shutil.copytree(final, tmp_path / "elsewhere"))  # without the recipe beside it
     assert torch.equal(ours(alone), ours(final))
@@ -48,7 +55,9 @@ def test_an_adapter_opens_in_peft(to_save: list[str], tiny: Path, tmp_path: Path
 def test_a_whole_model_opens_in_transformers(tiny: Path, tmp_path: Path) -> None:
     train(make_run(tiny, tmp_path, adapter={"kind": "none"}, **SHORT), say=lambda text: None)
     final = tmp_path / "run" / "final"
-    theirs, told = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32, output_loading_info=True)
+    theirs, told = AutoModelForCausalLM.from_pretrained(
+        final, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.config.vocab_size == 320, "a multiple of 64"
     assert AutoTokenizer.from_pretrained(final).convert_tokens_to_ids("<tool-19>") == 278
@@ -58,7 +67,9 @@ def test_a_whole_model_opens_in_transformers(tiny: Path, tmp_path: Path) -> None
 
 def shortened(tiny: Path, tmp_path: Path) -> Path:
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
-    tensors = {n: t[:265] if "embed" in n else t for n, t in load_file(base / "model.safetensors").items()}
+    tensors = {
+        n: t[:265] if "embed" in n else t for n, t in load_file(base / "model.safetensors").items()
+    }
     (base / "model.safetensors").unlink()
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     return base
@@ -69,7 +80,13 @@ def test_an_embedding_of_fewer_rows_than_the_config_says_is_refused(
     added: list[str], tiny: Path, tmp_path: Path
 ) -> None:
     adapter = {"modules_to_save": ["embed_tokens", "lm_head"]} if added else {}
-    run = make_run(shortened(tiny, tmp_path), tmp_path, held=False, adapter=adapter, model={"added_tokens": added})
+    run = make_run(
+        shortened(tiny, tmp_path),
+        tmp_path,
+        held=False,
+        adapter=adapter,
+        model={"added_tokens": added},
+    )
     with pytest.raises(ModelError) as caught:
         train(run, say=lambda text: None)
     rows = 279 if added else 272
@@ -77,7 +94,9 @@ def test_an_embedding_of_fewer_rows_than_the_config_says_is_refused(
     assert "config.json" in caught.value.fix
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_told_and_gets_no_rows(tiny: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_embedding_is_told_and_gets_no_rows(
+    tiny: Path, tmp_path: Path
+) -> None:
     """Gemma 3's has one token more than its text model has rows, which no text needs."""
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -85,7 +104,18 @@ def test_a_tokenizer_larger_than_the_embedding_is_told_and_gets_no_rows(tiny: Pa
     tokenizer.save_pretrained(base)
     lines: list[str] = []
     train(
-        make_run(base, tmp_path, held=False, adapter={"kind": "none"}, train={"duration": "2 steps"}), say=lines.append
+        make_run(
+            base, tmp_path, held=False, adapter={"kind": "none"}, train={"duration": "2 steps"}
+        ),
+        say=lines.append,
     )
-    assert any(x.startswith("warning: the tokenizer has 279 tokens, and the model's embedding 272 rows") for x in lines)
-    assert load_file(tmp_path / "run" / "final" / "model.safetensors")["model.embed_tokens.weight"].shape[0] == 272
+    assert any(
+        x.startswith("warning: the tokenizer has 279 tokens, and the model's embedding 272 rows")
+        for x in lines
+    )
+    assert (
+        load_file(tmp_path / "run" / "final" / "model.safetensors")[
+            "model.embed_tokens.weight"
+        ].shape[0]
+        == 272
+    )

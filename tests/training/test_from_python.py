@@ -30,7 +30,9 @@ def test_each_record_is_handed_over_as_it_is_written(recipe_file: Path) -> None:
         assert written[-1] == record, "a record is in metrics.jsonl before the function sees it"
         seen.append(record)
 
-    result = tunesmith.train(recipe_file, {"train.duration": "5 steps", "train.seed": 7}, on_record=note, say=None)
+    result = tunesmith.train(
+        recipe_file, {"train.duration": "5 steps", "train.seed": 7}, on_record=note, say=None
+    )
     assert seen == result.records
     assert [record.step for record in seen] == [1, 2, 3, 4, 5]
     assert [record.step for record in seen if record.val_loss is not None] == [4, 5]
@@ -74,7 +76,9 @@ def test_a_signal_raised_in_on_record_saves_and_stops(recipe_file: Path) -> None
 
 
 @pytest.mark.parametrize("say", [None, "lines"])
-def test_what_is_shown(recipe_file: Path, capfd: pytest.CaptureFixture[str], say: str | None) -> None:
+def test_what_is_shown(
+    recipe_file: Path, capfd: pytest.CaptureFixture[str], say: str | None
+) -> None:
     told: list[str] = []
     options: dict[str, Any] = {"say": told.append if say else None}
     tunesmith.train(recipe_file, {"train.duration": "2 steps"}, **options)

@@ -45,12 +45,17 @@ def numbers(folder: Path) -> list[tuple[float, ...]]:
 
 
 def progress(folder: Path, step: int) -> dict[str, Any]:
-    return dict(json.loads((folder / "run" / f"checkpoint-{step}" / "state" / "progress.json").read_text()))
+    return dict(
+        json.loads((folder / "run" / f"checkpoint-{step}" / "state" / "progress.json").read_text())
+    )
 
 
 # --- micro batch ----------------------------------------------------------------------------------------------------
 
-DROPOUT = {"adapter": {"dropout": 0.2}, "train": {"duration": "8 steps", "global_batch": "24 examples"}}
+DROPOUT = {
+    "adapter": {"dropout": 0.2},
+    "train": {"duration": "8 steps", "global_batch": "24 examples"},
+}
 
 
 def stopping(step: int) -> Callable[[StepRecord], object]:
@@ -90,20 +95,32 @@ def test_other_free_memory_does_not_change_the_numbers(
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("dropout", "effect"), [(0.2, "dropout falls elsewhere"), (0.0, "sums are rounded otherwise")])
+@pytest.mark.parametrize(
+    ("dropout", "effect"), [(0.2, "dropout falls elsewhere"), (0.0, "sums are rounded otherwise")]
+)
 def test_another_micro_batch_is_told(
-    dropout: float, effect: str, tiny: Path, tmp_path: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch
+    dropout: float,
+    effect: str,
+    tiny: Path,
+    tmp_path: Path,
+    shown: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     adapter = {"adapter": {"dropout": dropout}}
     go(tiny, tmp_path, [], **adapter, train={"micro_batch": "256 tokens"})
     go(tiny, tmp_path, shown, **adapter, train={"duration": "5 steps", "micro_batch": "128 tokens"})
     told = [line for line in shown if "micro batch is" in line]
     assert len(told) == 1
-    assert "the micro batch is 128 tokens, and was 256 tokens, train.micro_batch='256 tokens' keeps it" in told[0]
+    assert (
+        "the micro batch is 128 tokens, and was 256 tokens, train.micro_batch='256 tokens' keeps it"
+        in told[0]
+    )
     assert effect in told[0]
     shown.clear()
     monkeypatch.setattr(resolve.MemoryEstimator, "overrun", lambda *args: 2.0)
-    monkeypatch.setattr(resolve.MemoryEstimator, "fastest_micro_batch", lambda *args, **options: 384)
+    monkeypatch.setattr(
+        resolve.MemoryEstimator, "fastest_micro_batch", lambda *args, **options: 384
+    )
     go(tiny, tmp_path, shown, **adapter, train={"duration": "6 steps"})
     told = [line for line in shown if "micro batch is" in line]
     assert len(told) == 1
@@ -153,9 +170,19 @@ def words(name: str) -> Callable[[Path], None]:
 
 
 CHANGED: dict[str, tuple[Callable[[Path], None], type[TunesmithError], str, str]] = {
-    "base": (one_weight, ModelError, "the base model is not what this run began with", "model.name: "),
+    "base": (
+        one_weight,
+        ModelError,
+        "the base model is not what this run began with",
+        "model.name: ",
+    ),
     "training rows": (words("train"), DataError, "the training data is not", "data.train: "),
-    "validation rows": (words("held"), DataError, "the validation data is not", "data.validation: "),
+    "validation rows": (
+        words("held"),
+        DataError,
+        "the validation data is not",
+        "data.validation: ",
+    ),
 }
 
 
@@ -189,12 +216,16 @@ def test_fewer_validation_examples_and_checkpoints_without_hashes_go_on(
     go(own, tmp_path, [])
     go(own, tmp_path, [], train={"duration": "5 steps"}, validate={"max_examples": 3})
     identity = json.loads((tmp_path / "run" / "env.json").read_text())
-    assert identity["validation_hash"] == progress(tmp_path, 5)["validation_hash"], "of all rows, whatever is measured"
+    assert identity["validation_hash"] == progress(tmp_path, 5)["validation_hash"], (
+        "of all rows, whatever is measured"
+    )
     from tunesmith.checkpoint.state import flush_files, write_manifest
 
     file = tmp_path / "run" / "checkpoint-5" / "state" / "progress.json"
     new = ("validation_hash", "model_hash", "micro_batch")
-    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new}))
+    file.write_text(
+        json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new})
+    )
     folder = tmp_path / "run" / "checkpoint-5"
     write_manifest(folder, 5, flush_files(folder))
     one_weight(own)
@@ -211,7 +242,11 @@ def test_the_hash_of_weights_knows_tensors_and_not_places(own: Path, tmp_path: P
     model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert weights_digest(tmp_path / "shards") == before
-    for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"):
+    for name in (
+        "model.norm.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.embed_tokens.weight",
+    ):
         with torch.no_grad():
             model.get_parameter(name).mul_(1.001)
         model.save_pretrained(tmp_path / name)
@@ -240,7 +275,9 @@ def test_a_longer_duration_is_taken_in_any_unit(
     checkpoint = tmp_path / "run" / f"checkpoint-{first}"
     assert f"resuming from step {first} of {steps}, {checkpoint}" in shown
     assert line in shown
-    assert [r.step for r in read_records(tmp_path / "run" / "metrics.jsonl")] == list(range(1, steps + 1))
+    assert [r.step for r in read_records(tmp_path / "run" / "metrics.jsonl")] == list(
+        range(1, steps + 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,12 +296,17 @@ def test_a_shorter_duration_is_refused_in_any_unit(
     changes["train"]["duration"] = new
     with pytest.raises(RecipeError) as raised:
         go(tiny, tmp_path, shown, **changes)
-    assert (raised.value.what, raised.value.where) == ("the run would be shorter than it began", where)
+    assert (raised.value.what, raised.value.where) == (
+        "the run would be shorter than it began",
+        where,
+    )
     assert "--fresh" in raised.value.fix
     go(tiny, tmp_path, shown, **changes, checkpoint={"resume": "force"})
 
 
-def test_a_time_is_compared_by_the_speed_so_far(tiny: Path, tmp_path: Path, shown: list[str]) -> None:
+def test_a_time_is_compared_by_the_speed_so_far(
+    tiny: Path, tmp_path: Path, shown: list[str]
+) -> None:
     changes: dict[str, Any] = {"train": {"duration": "4 steps", "warmup": "0 steps"}}
     go(tiny, tmp_path, [], **changes)
     seconds = progress(tmp_path, 4)["seconds"]
@@ -281,7 +323,9 @@ def test_a_jump_of_the_learning_rate_is_told(tiny: Path, tmp_path: Path, shown: 
     go(tiny, tmp_path, shown, train={"duration": "40 steps"})
     after = read_records(tmp_path / "run" / "metrics.jsonl")[4].learning_rate
     assert after == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 2 / 38)))
-    told = f"the learning rate jumps from {last:.2e} to {after:.2e}: its schedule now spans 40 steps"
+    told = (
+        f"the learning rate jumps from {last:.2e} to {after:.2e}: its schedule now spans 40 steps"
+    )
     assert [line for line in shown if "learning rate" in line] == [told]
 
 
@@ -294,5 +338,9 @@ def test_no_jump_is_told_where_there_is_none(tiny: Path, tmp_path: Path, shown: 
     with pytest.raises(TunesmithError, match="stopped by SIGTERM"):
         train(run, say=None, on_record=stopping(3))
     train(run, say=lambda text: shown.extend(text.splitlines()))
-    assert not [line for line in shown if "learning rate jumps" in line or line.startswith("train.duration: 8")]
+    assert not [
+        line
+        for line in shown
+        if "learning rate jumps" in line or line.startswith("train.duration: 8")
+    ]
     assert f"resuming from step 3 of 8, {tmp_path / 'stopped' / 'run' / 'checkpoint-3'}" in shown

@@ -26,16 +26,22 @@ from tunesmith.training.run import train
 
 Capture = pytest.CaptureFixture[str]
 PAIRS = [(f"What is number {i}?", f"Number {i} is {WORDS[i % 10]}.") for i in range(40)]
-TOOLS = json.dumps([{"name": "price", "description": "the price", "parameters": {"type": "object"}}])
+TOOLS = json.dumps(
+    [{"name": "price", "description": "the price", "parameters": {"type": "object"}}]
+)
 
 
 def write_csv(path: Path) -> None:
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("Question", "Answer", "Topic"), *((*pair, "numbers") for pair in PAIRS)])
+        csv.writer(file).writerows(
+            [("Question", "Answer", "Topic"), *((*pair, "numbers") for pair in PAIRS)]
+        )
 
 
 def write_messages(path: Path) -> None:
-    turns = ([{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in PAIRS)
+    turns = (
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in PAIRS
+    )
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
 
 
@@ -55,7 +61,9 @@ def write_sharegpt(path: Path) -> None:
 
 
 def write_parquet(path: Path) -> None:
-    pq.write_table(pa.table({"prompt": [q for q, _ in PAIRS], "response": [a for _, a in PAIRS]}), path)
+    pq.write_table(
+        pa.table({"prompt": [q for q, _ in PAIRS], "response": [a for _, a in PAIRS]}), path
+    )
 
 
 FILES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -168,7 +176,10 @@ def test_the_same_command_resumes(home: Path, capsys: Capture) -> None:
     made.write_file()
     began = (home / "runs/faq-small.yaml").read_bytes()
     assert main(start("faq.csv", "checkpoint.every=1 steps")) == EXIT_OK
-    steps = [json.loads(line)["step"] for line in (home / "runs/faq-small/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (home / "runs/faq-small/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 2, 3]
     assert (home / "runs/faq-small.yaml").read_bytes() == began
     assert decide_start(made.run, warn=print).finished == 3
@@ -201,7 +212,9 @@ def test_an_edited_recipe_is_not_overwritten(home: Path, capsys: Capture) -> Non
         (["--data", "faq.csv", "data.hold_out=50 examples"], EXIT_USAGE),
     ],
 )
-def test_a_refused_start_leaves_no_trace(words: list[str], code: int, home: Path, capsys: Capture) -> None:
+def test_a_refused_start_leaves_no_trace(
+    words: list[str], code: int, home: Path, capsys: Capture
+) -> None:
     (home / "two.csv").write_text("question,answer,response\na,b,c\n")
     assert main(["train", "--model", "small", *words, *SMALL]) == code
     assert "fix:" in capsys.readouterr().err
@@ -220,7 +233,19 @@ def test_the_option_that_an_error_names_is_the_way_on(home: Path, capsys: Captur
     run = load_recipe(home / "runs/two-small.yaml")
     assert run.data.train[0].columns == {"prompt": "question", "completion": "answer"}
     assert (
-        main(["data", "--model", "small", "--data", "two.csv", "--format", "alpaca", *flags[:1], "output=response"])
+        main(
+            [
+                "data",
+                "--model",
+                "small",
+                "--data",
+                "two.csv",
+                "--format",
+                "alpaca",
+                *flags[:1],
+                "output=response",
+            ]
+        )
         == 0
     )
     assert "alpaca (instruction = question, output = response)" in capsys.readouterr().err
@@ -240,15 +265,31 @@ EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data fa
         (["--model", "small"], "--data is missing", EXAMPLE),
         (["--model", "small", "train.seed=1"], NEEDED, EXAMPLE),
         (["--model", "small", "--data", "faq.csv", "--data", "chat.jsonl"], NEEDED, EXAMPLE),
-        (["smollm2-135m-lora", "--data", "faq.csv"], BOTH, "leave out smollm2-135m-lora, or --data"),
+        (
+            ["smollm2-135m-lora", "--data", "faq.csv"],
+            BOTH,
+            "leave out smollm2-135m-lora, or --data",
+        ),
         (["smollm2-135m-lora", "--model", "small", "train.seed=1"], BOTH, "or --model"),
         (["smollm2-135m-lora", "--format", "text"], BOTH, "or --format"),
         (["smollm2-135m-lora", "--split", "train"], BOTH, "or --split"),
-        ([*OWN, "model.name=other"], "model.name is given beside --model and --data", "give only those"),
-        ([*OWN, "data.train.source=chat.jsonl"], "data.train.source is given beside", "give only those"),
+        (
+            [*OWN, "model.name=other"],
+            "model.name is given beside --model and --data",
+            "give only those",
+        ),
+        (
+            [*OWN, "data.train.source=chat.jsonl"],
+            "data.train.source is given beside",
+            "give only those",
+        ),
         ([*OWN, "data.train=[]"], "data.train is given beside", "write a recipe"),
         ([*OWN, "data.train=null"], "data.train is given beside", "write a recipe"),
-        ([*OWN, "--columns", "prompt=Question,completion=Question"], "no format reads prompt=Question, c", "--columns"),
+        (
+            [*OWN, "--columns", "prompt=Question,completion=Question"],
+            "no format reads prompt=Question, c",
+            "--columns",
+        ),
         ([*OWN, "--split", "test"], "there is no split test", "--split train"),
         ([*OWN, "--columns", "question"], "is not name=column", "--help"),
     ],
@@ -273,18 +314,25 @@ def test_what_is_asked_for_must_be_clear(
 def test_sizes_and_steps_follow_the_number_of_rows(
     rows: int, held: str | None, epochs: int, batch: int, every: int, home: Path
 ) -> None:
-    (home / "many.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(rows)))
+    (home / "many.jsonl").write_text(
+        "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(rows))
+    )
     made = make_recipe("small", "many.jsonl")
     run = made.run
     assert (str(run.data.hold_out) if run.data.hold_out else None) == held
-    assert (str(run.train.duration), str(run.train.global_batch)) == (f"{epochs} epochs", f"{batch} examples")
+    assert (str(run.train.duration), str(run.train.global_batch)) == (
+        f"{epochs} epochs",
+        f"{batch} examples",
+    )
     assert str(run.validate.every) == str(run.checkpoint.every) == f"{every} steps"
     assert ("too few to hold some out" in made.text) == (held is None)
 
 
 def test_long_rows_get_room_within_the_context(home: Path) -> None:
     def seq_len(*lengths: int) -> int:
-        (home / "long.jsonl").write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in lengths))
+        (home / "long.jsonl").write_text(
+            "".join(json.dumps({"text": "x" * n}) + "\n" for n in lengths)
+        )
         return make_recipe("small", "long.jsonl").run.data.seq_len
 
     assert seq_len(*[10] * 30, 255) == 256  # and an end token
@@ -309,16 +357,24 @@ def test_what_is_given_stands_and_is_written(home: Path) -> None:
     none_held = make_recipe("small", "faq.csv", ["data.hold_out=null"])
     assert none_held.run.data.hold_out is None
     assert "# 40 examples;" in none_held.text, "all rows are trained on"
-    values = {"train.learning_rate": 3e-4, "data.hold_out": "10 %", "data.system": "Be brief.\nBe: kind."}
+    values = {
+        "train.learning_rate": 3e-4,
+        "data.hold_out": "10 %",
+        "data.system": "Be brief.\nBe: kind.",
+    }
     by_python = make_recipe(str(home / "small"), str(home / "faq.csv"), values)
     made.path.write_text(by_python.text)
-    assert load_recipe(made.path).data.system == "Be brief.\nBe: kind.", "the command in the comment has two lines"
+    assert load_recipe(made.path).data.system == "Be brief.\nBe: kind.", (
+        "the command in the comment has two lines"
+    )
     assert by_python.run.train.learning_rate == 3e-4
     assert str(by_python.run.data.hold_out) == "10 %"
     assert f"source: {home / 'faq.csv'}\n" in by_python.text, "an absolute path stays one"
 
 
-def test_a_hub_data_set_is_read_from_its_train_split(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_is_read_from_its_train_split(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [{"question": q, "answer": a} for q, a in PAIRS]
     splits = {name: datasets.Dataset.from_list(rows) for name in ("train", "test")}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(splits))
@@ -330,6 +386,8 @@ def test_a_hub_data_set_is_read_from_its_train_split(home: Path, monkeypatch: py
     with pytest.raises(DataError, match="no split named train") as refused:
         make_recipe("small", "me/rows")
     assert refused.value.fix == "name one: --split test"
-    assert make_recipe("small", "me/rows", ["data.train.split=test"]).run.data.train[0].split == "test"
+    assert (
+        make_recipe("small", "me/rows", ["data.train.split=test"]).run.data.train[0].split == "test"
+    )
     with pytest.raises(RecipeError, match=r"model\.name is empty"):
         make_recipe("", "me/rows")

@@ -23,7 +23,9 @@ from tunesmith.training.result import half_micro_batch
 from tunesmith.training.run import train
 
 GIB = 2**30
-ROOM = MemoryFigures(16 * GIB, 9 * GIB, free=GIB, cached=6 * GIB, shared=0, locked=0, large_blocks=0)
+ROOM = MemoryFigures(
+    16 * GIB, 9 * GIB, free=GIB, cached=6 * GIB, shared=0, locked=0, large_blocks=0
+)
 NONE = replace(ROOM, available=GIB // 10)
 SAME = ("step", "loss", "grad_norm", "val_loss", "epoch", "tokens")
 
@@ -68,7 +70,9 @@ def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
     run = make_run(tiny, tmp_path, **changes)
     train(make_run(tiny, tmp_path, output_dir=str(tmp_path / "whole"), **changes), say=None)
     monkeypatch.setattr(TrainModel, "forward", counted)
-    with pytest.raises(ShortOfMemoryError, match=r"because memory is short: step \d is saved") as caught:
+    with pytest.raises(
+        ShortOfMemoryError, match=r"because memory is short: step \d is saved"
+    ) as caught:
         train(run, say=feed.said.append)
     out, error = tmp_path / "run", caught.value
     stopped = json.loads((out / "stopped.json").read_text())
@@ -76,12 +80,17 @@ def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
     assert len(passes) == 8, "the rest of the step was computed"
     assert (error.exit_code, stopped["reason"], stopped["signal"]) == (75, "memory", None)
     assert error.where == str(out / f"checkpoint-{step}")
-    assert (stopped["figures"]["phase"], stopped["figures"]["available_bytes"]) == (f"training, step {step}", GIB // 10)
+    assert (stopped["figures"]["phase"], stopped["figures"]["available_bytes"]) == (
+        f"training, step {step}",
+        GIB // 10,
+    )
     assert "this run holds: " in error.why
     assert "\n  cause: memory: the host's memory was nearly used up" in error.text()
     told = how_it_ended(RunFiles(out))
     assert (stopped["cause"], told["reason"], told["cause"]) == ("memory", "memory", "memory")
-    assert any(text.startswith("memory is short: stopping after this step. training") for text in feed.said)
+    assert any(
+        text.startswith("memory is short: stopping after this step. training") for text in feed.said
+    )
     assert len(records(out)) == step
     assert not (out / "failure.json").exists()
     feed.figures = ROOM
@@ -129,17 +138,33 @@ def test_the_micro_batch_of_the_next_start(
 def test_a_real_process_that_takes_all_memory_of_a_control_group(tmp_path: Path) -> None:
     """benchmarks/memory_guard.py does it 20 times, and goes on with each run."""
     script = Path(__file__).parents[2] / "benchmarks" / "memory_guard.py"
-    options = ["--times", "1", "--limit", "800", "--rates", "20", "--stop-only", "--json", str(tmp_path / "found.json")]
+    options = [
+        "--times",
+        "1",
+        "--limit",
+        "800",
+        "--rates",
+        "20",
+        "--stop-only",
+        "--json",
+        str(tmp_path / "found.json"),
+    ]
     command = [sys.executable, str(script), *options]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "TUNESMITH_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=600)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environ, timeout=600
+    )
     if done.returncode == 3:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     found = json.loads((tmp_path / "found.json").read_text())["runs"][0]
-    assert (found["exit_code"], found["killed_by_kernel"], found["clean"]) == (75, 0, True), done.stderr
+    assert (found["exit_code"], found["killed_by_kernel"], found["clean"]) == (75, 0, True), (
+        done.stderr
+    )
 
 
-def test_the_guard_knows_the_files_of_a_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guard_knows_the_files_of_a_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Local ones by their path, those of the Hub by their folder in its cache."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     run = make_run(tiny, tmp_path, held=False)

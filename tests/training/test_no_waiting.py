@@ -24,8 +24,17 @@ from tunesmith.training.build import build
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 
-ASKING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique", "aten::item"}
-INSIDE = {"tunesmith_test::varlen", "tunesmith_test::varlen_backward"}  # what stands for the GPU's own kernel
+ASKING = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::unique",
+    "aten::item",
+}
+INSIDE = {
+    "tunesmith_test::varlen",
+    "tunesmith_test::varlen_backward",
+}  # what stands for the GPU's own kernel
 
 
 class Asked(TorchDispatchMode):
@@ -103,7 +112,9 @@ def assert_no_step_waits(trainer: Trainer, device: torch.device) -> None:
             assert len(batch.micro) == 2 or trainer.session.plan.compiled
             step(batch)
     after = [p.detach() for _, p in trainer.session.model.trained_parameters()]
-    assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True)), "the steps must have trained"
+    assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True)), (
+        "the steps must have trained"
+    )
 
 
 BF16 = {"dtype": "bf16"}  # FlashAttention takes no fp32
@@ -129,7 +140,9 @@ def test_no_step_waits_for_the_device(device, tiny, tmp_path, changes):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU: waiting for one cannot be seen")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch sees no CUDA GPU: waiting for one cannot be seen"
+)
 def test_no_compiled_step_waits_for_the_device(tiny, tmp_path):
     trainer = trainer_of(tiny, tmp_path, model=BF16, train={"compile": "on"})
     assert_no_step_waits(trainer, torch.device("cuda"))

@@ -13,19 +13,29 @@ from tunesmith.config.load import from_mapping
 from tunesmith.training.run import train
 from warm import run_warm
 
-LAST_KEY = "  deterministic: false\n"  # of train, in what was written then; `fast_paths` stood below it
+LAST_KEY = (
+    "  deterministic: false\n"  # of train, in what was written then; `fast_paths` stood below it
+)
 
 
-def older_run(tiny: Path, folder: Path, *, fast_paths: str = "[]", quantize: str = "none", **changes: Any) -> Path:
+def older_run(
+    tiny: Path, folder: Path, *, fast_paths: str = "[]", quantize: str = "none", **changes: Any
+) -> Path:
     """A run of 2 steps, with config.yaml as it was written then."""
-    keys = {"model": {"dtype": "bf16"}, "train": {"duration": "2 steps", "warmup": "0 steps"}, **changes}
+    keys = {
+        "model": {"dtype": "bf16"},
+        "train": {"duration": "2 steps", "warmup": "0 steps"},
+        **changes,
+    }
     values = recipe(tiny, folder, **keys)
     train(from_mapping(values, where="test", base=folder), say=None)
     out = Path(values["output_dir"])
     text = (out / "config.yaml").read_text()
     assert LAST_KEY in text
     text = text.replace(LAST_KEY, f"{LAST_KEY}  fast_paths: {fast_paths}\n")
-    (out / "config.yaml").write_text(text.replace("  quantize: none\n", f"  quantize: {quantize}\n"))
+    (out / "config.yaml").write_text(
+        text.replace("  quantize: none\n", f"  quantize: {quantize}\n")
+    )
     return out
 
 
@@ -37,7 +47,14 @@ def resume(out: Path, *words: str) -> tuple[int, str]:
 def read_by_all(out: Path, folder: Path, *, merges: bool) -> None:
     """Generate, merge and report open the run."""
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "Say amber 2 times: "}) + "\n")
-    options = ["--input", folder / "prompts.jsonl", "--output", folder / "answers.jsonl", "--max-new-tokens", "3"]
+    options = [
+        "--input",
+        folder / "prompts.jsonl",
+        "--output",
+        folder / "answers.jsonl",
+        "--max-new-tokens",
+        "3",
+    ]
     assert run_warm(["generate", out, *options]).returncode == 0
     merged = run_warm(["merge", out, "--output", folder / "merged"])
     assert merged.returncode == (0 if merges else 2)
@@ -74,7 +91,9 @@ def test_a_run_on_a_base_in_int8(tiny: Path, tmp_path: Path) -> None:
     code, said = resume(out)
     assert (code, "model.quantize: int8 was removed" in said) == (2, True)
     code, said = resume(out, "model.quantize=none")
-    assert (code, "checkpoint.resume=force" in said) == (2, True), "another base than the run began with"
+    assert (code, "checkpoint.resume=force" in said) == (2, True), (
+        "another base than the run began with"
+    )
     code, said = resume(out, "model.quantize=none", "checkpoint.resume=force")
     assert code == 0, said
     assert "resuming from step 2 of 4" in said

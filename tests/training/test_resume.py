@@ -24,7 +24,17 @@ from tunesmith.signals import NAMES, StopRequest
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 
-SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
+SAME = (
+    "step",
+    "epoch",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "supervised_tokens",
+    "examples",
+    "val_loss",
+)
 
 # One process imports torch once and forks a child for each start: the kills hit real, whole processes. Signals that
 # come before the run can take them wait until it does, and those after its end are not delivered.
@@ -91,7 +101,9 @@ class Starter:
             env=env,
         )
 
-    def start(self, values: dict[str, Any], *, ignored: str | None = None, unread: bool = False) -> int:
+    def start(
+        self, values: dict[str, Any], *, ignored: str | None = None, unread: bool = False
+    ) -> int:
         """Start a run, with a signal ignored as by nohup, or with a closed pipe as stderr; its process id."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([values, ignored, unread]) + "\n")
@@ -122,7 +134,10 @@ def starter(tmp_path_factory: pytest.TempPathFactory):
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in json.loads(line).items() if k in SAME} for line in (run_dir / "metrics.jsonl").open()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k in SAME}
+        for line in (run_dir / "metrics.jsonl").open()
+    ]
 
 
 def lines(run_dir: Path) -> int:
@@ -138,7 +153,9 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_kill_9_at_random_moments_changes_no_number(case: str, tiny: Path, tmp_path: Path, starter: Starter) -> None:
+def test_kill_9_at_random_moments_changes_no_number(
+    case: str, tiny: Path, tmp_path: Path, starter: Starter
+) -> None:
     changes, kills, steps = CASES[case]
     whole = recipe(tiny, tmp_path, **changes)
     whole["train"]["duration"] = f"{steps} steps"
@@ -158,7 +175,9 @@ def test_kill_9_at_random_moments_changes_no_number(case: str, tiny: Path, tmp_p
         while number % 3 == 0 and not list((tmp_path / "cut").glob(".checkpoint-*.partial")):
             assert time.monotonic() < deadline, "no checkpoint is written"
         os.kill(pid, signal.SIGKILL)
-        assert starter.wait() == -signal.SIGKILL, "the run ended before it could be killed: make it longer"
+        assert starter.wait() == -signal.SIGKILL, (
+            "the run ended before it could be killed: make it longer"
+        )
         inside += bool(list((tmp_path / "cut").glob(".checkpoint-*")))
     starter.start(cut)
     assert starter.wait() == 0
@@ -168,7 +187,9 @@ def test_kill_9_at_random_moments_changes_no_number(case: str, tiny: Path, tmp_p
         assert inside >= 1, "no kill fell into the writing of a checkpoint"
 
 
-def test_a_signal_saves_exits_75_and_resume_goes_on(tiny: Path, tmp_path: Path, starter: Starter) -> None:
+def test_a_signal_saves_exits_75_and_resume_goes_on(
+    tiny: Path, tmp_path: Path, starter: Starter
+) -> None:
     """One signal after another cuts one run; in the end it is the uninterrupted one."""
     whole = recipe(tiny, tmp_path, checkpoint={"every": None}, train={"duration": "70 steps"})
     cut = whole | {"output_dir": str(tmp_path / "cut")}
@@ -191,7 +212,9 @@ def test_a_signal_saves_exits_75_and_resume_goes_on(tiny: Path, tmp_path: Path, 
     assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "run")
 
 
-def test_any_signal_at_any_moment_changes_no_number(tiny: Path, tmp_path: Path, starter: Starter) -> None:
+def test_any_signal_at_any_moment_changes_no_number(
+    tiny: Path, tmp_path: Path, starter: Starter
+) -> None:
     """While the run loads, steps, saves or ends; under nohup, in the background, without a reader."""
     whole = recipe(tiny, tmp_path, adapter={"dropout": 0.1}, train={"micro_batch": "128 tokens"})
     whole["train"]["duration"], whole["validate"] = "90 steps", {"every": "20 steps"}
@@ -200,11 +223,15 @@ def test_any_signal_at_any_moment_changes_no_number(tiny: Path, tmp_path: Path, 
     assert starter.wait() == 0
     chance, codes = random.Random(1), []
     for _ in range(6):
-        names = chance.choice([["SIGKILL"], ["SIGINT", "SIGINT"], ["SIGTERM", "SIGTERM"], *([name] for name in NAMES)])
+        names = chance.choice(
+            [["SIGKILL"], ["SIGINT", "SIGINT"], ["SIGTERM", "SIGTERM"], *([name] for name in NAMES)]
+        )
         ignored, before = chance.choice([None, "SIGHUP", "SIGINT"]), lines(tmp_path / "cut")
         pid = starter.start(cut, ignored=ignored, unread=chance.random() < 0.5)
         deadline = time.monotonic() + 60
-        while names[0] == "SIGKILL" and lines(tmp_path / "cut") <= before:  # so that the kills come to an end
+        while (
+            names[0] == "SIGKILL" and lines(tmp_path / "cut") <= before
+        ):  # so that the kills come to an end
             assert time.monotonic() < deadline, "no step within a minute"
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.1 if names[0] == "SIGKILL" else 0.6))
@@ -217,14 +244,22 @@ def test_any_signal_at_any_moment_changes_no_number(tiny: Path, tmp_path: Path, 
                 os.kill(pid, signal.Signals[name])
                 time.sleep(0.35 * (len(names) > 1))
         codes.append(starter.wait())
-        assert codes[-1] in ((-signal.SIGKILL, 0) if names[0] == "SIGKILL" else (75, 0)), (names, ignored)
+        assert codes[-1] in ((-signal.SIGKILL, 0) if names[0] == "SIGKILL" else (75, 0)), (
+            names,
+            ignored,
+        )
         assert not (tmp_path / "cut" / "failure.json").exists()
     assert {75, -signal.SIGKILL} <= set(codes)
     starter.start(cut)
     assert starter.wait() == 0
     assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "run")
-    files = [json.loads((tmp_path / name / "final" / "manifest.json").read_text())["files"] for name in ("cut", "run")]
-    cards = [found.pop("README.md") for found in files]  # they tell the time that it took, and the run's folder
+    files = [
+        json.loads((tmp_path / name / "final" / "manifest.json").read_text())["files"]
+        for name in ("cut", "run")
+    ]
+    cards = [
+        found.pop("README.md") for found in files
+    ]  # they tell the time that it took, and the run's folder
     assert files[0] == files[1]
     assert all(card["bytes"] for card in cards)
 
@@ -299,7 +334,10 @@ try:
 except StoppedError as error:
     sys.exit(error.exit_code)
 """)
-    assert subprocess.run([sys.executable, "-m", "stopped"], check=False, cwd=tmp_path).returncode == 75
+    assert (
+        subprocess.run([sys.executable, "-m", "stopped"], check=False, cwd=tmp_path).returncode
+        == 75
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -337,7 +375,9 @@ def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
             busy(1.5)
             came = time.monotonic()
-            assert [came - at > 0.5 for at, text in said if "press again to stop now" in text] == [True]
+            assert [came - at > 0.5 for at, text in said if "press again to stop now" in text] == [
+                True
+            ]
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
             pytest.fail("it went on")
@@ -371,7 +411,11 @@ def test_ctrl_c_while_final_is_written(
 
     monkeypatch.setattr(export, "write_model_files", pressed)
     run = make_run(tiny, tmp_path)
-    stopped = contextlib.nullcontext() if presses == 1 else pytest.raises(StoppedError, match="step 8 is saved")
+    stopped = (
+        contextlib.nullcontext()
+        if presses == 1
+        else pytest.raises(StoppedError, match="step 8 is saved")
+    )
     with stopped:
         train(run, say=said.append)
     assert "SIGINT: stopping after final/ is written; press again to stop now" in said

@@ -17,7 +17,8 @@ def test_the_products_are_compared():
 
 
 @pytest.mark.parametrize(
-    ("slowdown", "dtype", "warned"), [(85.0, "bf16", True), (85.0, "fp32", False), (0.3, "bf16", False)]
+    ("slowdown", "dtype", "warned"),
+    [(85.0, "bf16", True), (85.0, "fp32", False), (0.3, "bf16", False)],
 )
 def test_only_emulated_products_are_warned_of(slowdown, dtype, warned, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "bf16_slowdown", lambda device: slowdown)

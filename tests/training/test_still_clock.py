@@ -29,9 +29,15 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("still")
-@pytest.mark.parametrize("words", [["train"], ["bench", "--steps", "2", "--warmup", "1"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words", [["train"], ["bench", "--steps", "2", "--warmup", "1"]], ids=lambda words: words[0]
+)
 def test_a_run_and_a_bench(
-    words: list[str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "recipe.yaml"
@@ -52,7 +58,9 @@ def test_measured_rates_are_zero() -> None:
 
 def test_a_host_whose_clock_stood_still_is_not_called_slow() -> None:
     assert describe_slow_host(["a", "b"], [Reading(0.0, 0.0), Reading(5.0, 0.0)]) == ""
-    assert "a computes at 20%" in describe_slow_host(["a", "b"], [Reading(1.0, 0.0), Reading(5.0, 0.0)])
+    assert "a computes at 20%" in describe_slow_host(
+        ["a", "b"], [Reading(1.0, 0.0), Reading(5.0, 0.0)]
+    )
 
 
 def test_the_closing_figures_of_a_run() -> None:

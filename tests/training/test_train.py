@@ -26,7 +26,14 @@ FIELDS = [
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "examples", "step_seconds",
     "data_seconds", "tokens_per_second", "mfu", "memory_gib",
 ]  # fmt: skip
-TIMES = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "host_memory_percent", "product_tflops")
+TIMES = (
+    "step_seconds",
+    "data_seconds",
+    "tokens_per_second",
+    "memory_gib",
+    "host_memory_percent",
+    "product_tflops",
+)
 
 
 def go(tiny: Path, folder: Path, **changes: Any) -> Result:
@@ -64,17 +71,28 @@ def test_run_directory_and_record(tiny: Path, tmp_path: Path) -> None:
     assert not (out / "failure.json").exists()
 
 
-def test_metrics_read_one_step_later_are_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_read_one_step_later_are_the_same(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On CUDA a step's metrics are read while the next step runs; here the same is done on the CPU."""
     at_once, later = tmp_path / "a", tmp_path / "b"
     at_once.mkdir()
     later.mkdir()
-    changes: dict[str, Any] = {"train": {"duration": "11 steps"}, "checkpoint": {"every": "5 steps"}}
+    changes: dict[str, Any] = {
+        "train": {"duration": "11 steps"},
+        "checkpoint": {"every": "5 steps"},
+    }
     go(tiny, at_once, **changes)
     run = make_run(tiny, later, **changes)
     Path(run.output_dir).mkdir()
     session = build(run, Start(), say=lambda text: None)
-    sinks = sinks_of(run, Path(run.output_dir), total_steps=11, steps_per_epoch=6, log=LogFile(tmp_path / "log.txt"))
+    sinks = sinks_of(
+        run,
+        Path(run.output_dir),
+        total_steps=11,
+        steps_per_epoch=6,
+        log=LogFile(tmp_path / "log.txt"),
+    )
     sinks.open(run, 0)
     flushed: list[tuple[int, int]] = []
 
@@ -91,7 +109,10 @@ def test_metrics_read_one_step_later_are_the_same(tiny: Path, tmp_path: Path, mo
     sinks.close()
     assert numbers(later) == numbers(at_once)
     assert [pending for _, pending in flushed] == list(range(1, 12))
-    assert {p.name for p in (later / "run").glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-11"}
+    assert {p.name for p in (later / "run").glob("checkpoint-*")} == {
+        "checkpoint-10",
+        "checkpoint-11",
+    }
 
 
 def test_a_run_by_the_clock_ends_with_everything_written(tiny: Path, tmp_path: Path) -> None:
@@ -131,10 +152,17 @@ def test_samples_and_tensorboard(tiny: Path, tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     scalars = events.Tags()["scalars"]
-    assert {"train/loss", "train/learning_rate", "train/tokens_per_second", "validation/loss"} <= set(scalars)
+    assert {
+        "train/loss",
+        "train/learning_rate",
+        "train/tokens_per_second",
+        "validation/loss",
+    } <= set(scalars)
     assert [e.step for e in events.Scalars("validation/loss")] == [4, 8]
     written = lines(tmp_path)
-    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx([r["loss"] for r in written], rel=1e-6)
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(
+        [r["loss"] for r in written], rel=1e-6
+    )
     assert any("sample" in tag for tag in events.Tags()["tensors"])
 
 
@@ -145,7 +173,11 @@ def test_slow_sample_answers_are_left_out_and_that_is_said_once(
     monkeypatch.setattr(answer_sampler, "ANSWER_SECONDS", seconds)
     go(tiny, tmp_path, validate={"every": "2 steps"}, log={"samples": 1})
     samples = tmp_path / "run" / "samples.jsonl"
-    answered = [json.loads(line)["step"] for line in samples.read_text().splitlines()] if samples.exists() else []
+    answered = (
+        [json.loads(line)["step"] for line in samples.read_text().splitlines()]
+        if samples.exists()
+        else []
+    )
     assert answered == steps
     assert (tmp_path / "run" / "log.txt").read_text().count("log.samples=0") == (not steps)
 
@@ -169,7 +201,9 @@ def test_the_last_answers_need_not_wait_for_what_others_took(
 
 
 @pytest.mark.parametrize("masters", ["fp32", "stochastic"])
-def test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers(masters: str, tiny: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers(
+    masters: str, tiny: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     result = go(

@@ -24,7 +24,12 @@ ALL = (-math.inf, math.inf)
 
 def test_a_finished_run(tmp_path: Path) -> None:
     status = WatchedRun(write_run(tmp_path / "run", 100)).status()
-    assert (status["state"], status["step"], status["steps"], status["done"]) == ("finished", 100, 100, 1.0)
+    assert (status["state"], status["step"], status["steps"], status["done"]) == (
+        "finished",
+        100,
+        100,
+        1.0,
+    )
     assert status["seconds_left"] is None
     assert status["figures"]["tokens_per_second"] == pytest.approx(400)
     assert status["figures"]["data_share"] == pytest.approx(0.04)
@@ -35,7 +40,10 @@ def test_warnings_of_the_start_are_kept(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 20)
     run, lock = WatchedRun(folder), threading.Lock()
     with (folder / "log.txt").open("a") as log:
-        log.write("2026-01-01 10:00:02  step 2\n" * 1000 + "2026-01-01 10:00:09  warning: the chip is slow\n" * 2)
+        log.write(
+            "2026-01-01 10:00:02  step 2\n" * 1000
+            + "2026-01-01 10:00:09  warning: the chip is slow\n" * 2
+        )
         log.write("2026-01-01 10:00:10  warning: half a li")
     assert run.refresh(lock)
     assert run.status()["warnings"] == ["3 rows were cut", "the chip is slow"]
@@ -76,7 +84,10 @@ def test_a_spike_of_one_step_in_100_000_is_seen(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 10)
     line = (folder / "metrics.jsonl").read_text().splitlines()[0]
     high = line.replace('"loss": ', '"loss": 9')
-    steps = [(high if step == 54_321 else line).replace('"step": 1,', f'"step": {step},') for step in range(1, 100_001)]
+    steps = [
+        (high if step == 54_321 else line).replace('"step": 1,', f'"step": {step},')
+        for step in range(1, 100_001)
+    ]
     (folder / "metrics.jsonl").write_text("\n".join(steps) + "\n")
     run = WatchedRun(folder)
     raw = curves([run], "step", *ALL, 800)[0]["series"][0]
@@ -93,7 +104,11 @@ def test_every_panel_of_what_is_there(tmp_path: Path) -> None:
         file.write(record(31, loss=math.nan, extra={"reward_margin": 0.5}).to_json() + "\n")
     run = WatchedRun(folder)
     panels = {panel["title"]: panel["series"] for panel in curves([run], "step", *ALL, 100)}
-    assert [(row["rank"], row["y"][-1]) for row in panels["Memory"]] == [(None, 1.5), (1, 2.0), (2, 3.0)]
+    assert [(row["rank"], row["y"][-1]) for row in panels["Memory"]] == [
+        (None, 1.5),
+        (1, 2.0),
+        (2, 3.0),
+    ]
     assert {row["rank"] for row in panels["Loss"]} == {None}  # a rank's record repeats it
     assert panels["MFU"][0]["y"] == [40.0] * 30
     assert panels["Wait for data"][0]["y"][0] == 10.0  # ms
@@ -119,7 +134,9 @@ def test_what_is_added_and_cut_back_is_followed(tmp_path: Path) -> None:
     add_steps(folder, 31, 35)
     assert run.refresh(lock)
     assert run.axis("step")[-1] == 35
-    (folder / "metrics.jsonl").write_text("".join((folder / "metrics.jsonl").read_text().splitlines(True)[:20]))
+    (folder / "metrics.jsonl").write_text(
+        "".join((folder / "metrics.jsonl").read_text().splitlines(True)[:20])
+    )
     assert run.refresh(lock)
     assert run.axis("tokens") == [100.0 * step for step in range(1, 21)]
     assert run.table(-math.inf, math.inf, 4)["rows"][-1][0] == 20
@@ -131,7 +148,11 @@ def test_what_is_added_and_cut_back_is_followed(tmp_path: Path) -> None:
 
 
 def test_a_job_in_a_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    squeue, folder, made = tmp_path / "bin" / "squeue", tmp_path / "run", write_run(tmp_path / "made", 3, of=10)
+    squeue, folder, made = (
+        tmp_path / "bin" / "squeue",
+        tmp_path / "run",
+        write_run(tmp_path / "made", 3, of=10),
+    )
     squeue.parent.mkdir()
     squeue.write_text("#!/bin/sh\necho 'PENDING|Resources|0:00|1:00|'\n")
     squeue.chmod(0o755)

@@ -36,7 +36,9 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The page of two runs that differ in the learning rate."""
     place = tmp_path_factory.mktemp("two")
-    folders = [write_run(place / name, 200, rate=rate) for name, rate in (("slow", 1e-4), ("fast", 5e-4))]
+    folders = [
+        write_run(place / name, 200, rate=rate) for name, rate in (("slow", 1e-4), ("fast", 5e-4))
+    ]
     with watching(*folders) as (address, _):
         yield address
 
@@ -58,13 +60,14 @@ def test_it_follows_a_run_that_trains(tiny: Path, tmp_path: Path, visit: Any) ->
     (tmp_path / "recipe.yaml").write_text(json.dumps(made))
     out, training = tmp_path / "run", Warm(["train", tmp_path / "recipe.yaml"], prepare=take_time)
     try:
-        wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size, training)
+        wait_for(
+            lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size,
+            training,
+        )
         with watching(out) as (address, _), visit(address) as seen:
             page = seen.page
             page.wait_for_selector(".state.running")
-            step = (
-                "() => Number(document.querySelector('.where').textContent.match(/step ([\\d,]+)/)[1].replace(',', ''))"
-            )
+            step = "() => Number(document.querySelector('.where').textContent.match(/step ([\\d,]+)/)[1].replace(',', ''))"
             first = page.evaluate(step)
             wait_for(lambda: page.evaluate(step) > first)  # without a reload
             assert "left" in page.text_content(".where")
@@ -90,7 +93,9 @@ def test_axe_finds_nothing_serious(one: str, two: str, visit: Any) -> None:
                 seen.page.emulate_media(color_scheme=colours)
                 found = axe.run(seen.page).response
                 assert len(found["passes"]) > 20  # it has looked
-                grave = [row for row in found["violations"] if row["impact"] in ("serious", "critical")]
+                grave = [
+                    row for row in found["violations"] if row["impact"] in ("serious", "critical")
+                ]
                 assert [(row["id"], row["nodes"][0]["html"]) for row in grave] == []
                 assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -101,7 +106,9 @@ def test_dear_curves_are_never_late_at_first(one: str, browser: Any) -> None:
     run = {"name": "run", "place": "runs/run", "state": "running", "lost": "", "step": 1, "steps": 2, "done": 0.5, "figures": {},
            "seconds_left": 1.0, "warnings": [], "end": {}, "log": [], "texts": 1}  # fmt: skip
     event = f"data: {json.dumps({'runs': [run], 'pause': 1e6})}\n\n"
-    page.route("**/events", lambda route: route.fulfill(content_type="text/event-stream", body=event))
+    page.route(
+        "**/events", lambda route: route.fulfill(content_type="text/event-stream", body=event)
+    )
     page.goto(one)
     page.wait_for_selector(".chart canvas", timeout=120_000)
     assert page.locator(".chart canvas").count() > 0
@@ -160,7 +167,9 @@ def test_the_keyboard_reaches_and_reads_everything(one: str, visit: Any) -> None
         page.locator("#axis input:checked").focus()
         page.keyboard.press("ArrowRight")
         wait_for(lambda: seen.asked_for("x=tokens&points="))
-        wait_for(lambda: page.locator(".u-legend .u-label").first.text_content().startswith("tokens"))
+        wait_for(
+            lambda: page.locator(".u-legend .u-label").first.text_content().startswith("tokens")
+        )
 
 
 def test_the_table_holds_the_records(one: str, visit: Any) -> None:
@@ -191,7 +200,9 @@ def test_text_of_a_run_is_never_markup(one: str, visit: Any) -> None:
         seen.page.wait_for_selector(".sample h3")
         assert seen.page.text_content(".sample h3") == "<img src=x onerror=alert(1)>"
         assert seen.page.locator(".sample img, .sample b").count() == 0
-        assert seen.page.locator(".sample mark").all_text_contents() == ["<b>new</b>"]  # what the answer before had not
+        assert seen.page.locator(".sample mark").all_text_contents() == [
+            "<b>new</b>"
+        ]  # what the answer before had not
         slider = seen.page.locator("#when input")
         slider.focus()
         seen.page.keyboard.press("ArrowLeft")
@@ -208,7 +219,13 @@ def test_two_runs_are_compared(two: str, visit: Any) -> None:
         page.uncheck("#differences input")
         assert page.locator("#keys tbody tr").count() > 2
         labels = page.locator(".chart").first.locator(".u-label").all_text_contents()
-        assert [label.rstrip(": ") for label in labels] == ["step", "slow", "slow val_loss", "fast", "fast val_loss"]
+        assert [label.rstrip(": ") for label in labels] == [
+            "step",
+            "slow",
+            "slow val_loss",
+            "fast",
+            "fast val_loss",
+        ]
         assert page.locator(".run").count() == 2
 
 
@@ -218,11 +235,15 @@ def legend(page: Any, title: str) -> list[str]:
     return [label.rstrip(": ") for label in chart.locator(".u-label").all_text_contents()[1:]]
 
 
-def test_ranks_are_told_apart_and_of_many_the_outermost(one: str, tmp_path: Path, visit: Any) -> None:
+def test_ranks_are_told_apart_and_of_many_the_outermost(
+    one: str, tmp_path: Path, visit: Any
+) -> None:
     with visit(one) as seen:
         assert legend(seen.page, "Memory (GiB)") == ["rank 0", "rank 1", "rank 2"]
     with watching(write_run(tmp_path / "big", 5, ranks=16)) as (address, _), visit(address) as seen:
-        assert legend(seen.page, "Memory (GiB)") == [f"rank {rank}" for rank in (0, 1, 2, 3, 13, 14, 15)]
+        assert legend(seen.page, "Memory (GiB)") == [
+            f"rank {rank}" for rank in (0, 1, 2, 3, 13, 14, 15)
+        ]
 
 
 def test_a_page_whose_command_has_ended_says_so(tmp_path: Path, visit: Any, browser: Any) -> None:

@@ -46,12 +46,18 @@ def test_a_wrong_or_missing_token_gets_nothing(served: tuple[str, subprocess.Pop
         assert headers.keys() <= {"transfer-encoding", "content-length", "connection"}, path
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::1]", "0.0.0.0", ""])
-def test_another_host_name_gets_nothing(served: tuple[str, subprocess.Popen[str]], host: str) -> None:
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::1]", "0.0.0.0", ""]
+)
+def test_another_host_name_gets_nothing(
+    served: tuple[str, subprocess.Popen[str]], host: str
+) -> None:
     assert ask(served[0], host=host)[:2] == (404, b"")
 
 
-def test_this_machine_gets_the_page_through_any_port(served: tuple[str, subprocess.Popen[str]]) -> None:
+def test_this_machine_gets_the_page_through_any_port(
+    served: tuple[str, subprocess.Popen[str]],
+) -> None:
     for host in ("localhost:9000", "127.0.0.1:1234", "127.0.0.1"):  # as through ssh -L
         assert b"tunesmith" in ask(served[0], host=host)[1]
     for method in ("POST", "PUT", "OPTIONS", "HEAD"):
@@ -67,10 +73,21 @@ def test_this_machine_gets_the_page_through_any_port(served: tuple[str, subproce
 
 
 def test_the_page_may_load_from_here_alone(served: tuple[str, subprocess.Popen[str]]) -> None:
-    for path in ("", "watch.js", "plots.js", "uPlot.iife.min.js", "uPlot.min.css", "icon.svg", "curves", "missing"):
+    for path in (
+        "",
+        "watch.js",
+        "plots.js",
+        "uPlot.iife.min.js",
+        "uPlot.min.css",
+        "icon.svg",
+        "curves",
+        "missing",
+    ):
         status, _, headers = ask(served[0], path)
         assert status == (404 if path == "missing" else 200), path
-        rules = dict(rule.strip().split(" ", 1) for rule in headers["content-security-policy"].split(";"))
+        rules = dict(
+            rule.strip().split(" ", 1) for rule in headers["content-security-policy"].split(";")
+        )
         assert {*rules.values()} == {"'none'", "'self'"}
         assert rules["default-src"] == "'none'"
         assert headers["referrer-policy"] == "no-referrer"
@@ -78,18 +95,32 @@ def test_the_page_may_load_from_here_alone(served: tuple[str, subprocess.Popen[s
         assert "server" not in headers
 
 
-def test_no_file_beside_the_static_ones_is_served(served: tuple[str, subprocess.Popen[str]]) -> None:
-    for path in ("../server.py", "%2e%2e/server.py", "..%2fserver.py", "%2fetc/passwd", "static/index.html"):
+def test_no_file_beside_the_static_ones_is_served(
+    served: tuple[str, subprocess.Popen[str]],
+) -> None:
+    for path in (
+        "../server.py",
+        "%2e%2e/server.py",
+        "..%2fserver.py",
+        "%2fetc/passwd",
+        "static/index.html",
+    ):
         assert ask(served[0], path)[0] == 404, path
 
 
 def test_it_listens_on_loopback_alone(served: tuple[str, subprocess.Popen[str]]) -> None:
     address, process = served
-    listening = [c.laddr for c in psutil.Process(process.pid).net_connections("all") if c.status == psutil.CONN_LISTEN]
+    listening = [
+        c.laddr
+        for c in psutil.Process(process.pid).net_connections("all")
+        if c.status == psutil.CONN_LISTEN
+    ]
     assert [(place.ip, place.port) for place in listening] == [("127.0.0.1", port_of(address))]
 
 
-def test_events_tell_what_was_added(folder: Path, served: tuple[str, subprocess.Popen[str]]) -> None:
+def test_events_tell_what_was_added(
+    folder: Path, served: tuple[str, subprocess.Popen[str]]
+) -> None:
     connection = HTTPConnection("127.0.0.1", port_of(served[0]), timeout=TIME)
     connection.request("GET", f"{urlsplit(served[0]).path}events")
     answer = connection.getresponse()
@@ -123,16 +154,24 @@ def test_a_damaged_line_does_not_freeze_the_page(tmp_path: Path) -> None:
             file.write('{"step": "x", "loss": 1.0}\n{"step": 11, "loss": {"a": []}}\n')
         add_steps(folder, 12, 15)
         first = next(runs[0] for runs in states if runs[0]["step"] == 15)
-        assert [(file["file"], file["lines"]) for file in first["damaged"]] == [("metrics.jsonl", 2)]
+        assert [(file["file"], file["lines"]) for file in first["damaged"]] == [
+            ("metrics.jsonl", 2)
+        ]
         (other / "metrics.jsonl").unlink()
         os.mkfifo(other / "metrics.jsonl")
         add_steps(folder, 16, 20)
         second = next(runs for runs in states if runs[0]["step"] == 20 and runs[1]["damaged"])
-        assert second[1]["damaged"][0] == {"file": "metrics.jsonl", "lines": None, "why": "it is no regular file"}
+        assert second[1]["damaged"][0] == {
+            "file": "metrics.jsonl",
+            "lines": None,
+            "why": "it is no regular file",
+        }
         assert get(address, "curves?points=10&panels=1")[0]["series"][0]["x"][-1] == 20
 
 
-def test_one_bad_run_does_not_end_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_bad_run_does_not_end_the_others(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["watch", str(folder / "missing"), str(folder), "--json"]) == 0
     out, err = capsys.readouterr()
     assert [run["name"] for run in json.loads(out)["runs"]] == ["run"]
@@ -141,7 +180,9 @@ def test_one_bad_run_does_not_end_the_others(folder: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_it_ends_at_once_and_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_it_ends_at_once_and_leaves_nothing(
+    folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     with watching(folder, TMPDIR=str(tmp_path)) as (address, process):
         page = HTTPConnection("127.0.0.1", port_of(address), timeout=TIME)
         page.request("GET", f"{urlsplit(address).path}events")
@@ -152,7 +193,9 @@ def test_it_ends_at_once_and_leaves_nothing(folder: Path, tmp_path: Path, number
         assert process.wait(TIME) == 0
         assert time.monotonic() - began < 30  # an open page does not hold it
         assert process.stdout is not None
-        assert process.stdout.read().count("\n") == 1  # the second of the two lines that it began with
+        assert (
+            process.stdout.read().count("\n") == 1
+        )  # the second of the two lines that it began with
     assert not children
     assert not [*tmp_path.iterdir()]
 
@@ -160,12 +203,16 @@ def test_it_ends_at_once_and_leaves_nothing(folder: Path, tmp_path: Path, number
 def test_the_status_for_a_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(folder), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [(run["name"], run["state"], run["steps"]) for run in told["runs"]] == [("run", "killed", 100)]
+    assert [(run["name"], run["state"], run["steps"]) for run in told["runs"]] == [
+        ("run", "killed", 100)
+    ]
     assert main(["watch", str(folder / "missing"), "--json"]) == 2
     assert "error: " in capsys.readouterr().err
 
 
-def test_the_removed_terminal_names_what_takes_its_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_removed_terminal_names_what_takes_its_place(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["watch", str(folder), "--terminal"]) == 2
     err = capsys.readouterr().err
     assert "--terminal was removed" in err
@@ -175,7 +222,10 @@ def test_the_removed_terminal_names_what_takes_its_place(folder: Path, capsys: p
 
 @pytest.mark.parametrize(
     ("word", "host", "place"),
-    [("spark-b:runs/my-run", "spark-b", "runs/my-run"), ("ada@10.0.0.2:~/a b", "ada@10.0.0.2", "'a b'")],
+    [
+        ("spark-b:runs/my-run", "spark-b", "runs/my-run"),
+        ("ada@10.0.0.2:~/a b", "ada@10.0.0.2", "'a b'"),
+    ],
 )
 def test_a_run_of_another_host_is_refused_with_the_commands_to_type(
     word: str, host: str, place: str, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -188,14 +238,19 @@ def test_a_run_of_another_host_is_refused_with_the_commands_to_type(
         assert err.rstrip().endswith(f"ssh -N -L PORT:127.0.0.1:PORT {host}")
 
 
-def test_a_colon_in_the_name_of_a_run_is_no_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_colon_in_the_name_of_a_run_is_no_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["watch", str(write_run(tmp_path / "a:b", 3)), "--json"]) == 0
     assert main(["watch", "-oProxyCommand=x:run", "--json"]) == 2
     assert "ssh" not in capsys.readouterr().err
 
 
 def test_over_ssh_it_says_how_to_reach_it(folder: Path) -> None:
-    with watching(folder, SSH_CONNECTION="10.0.0.9 50000 10.0.0.2 22", USER="ada") as (address, process):
+    with watching(folder, SSH_CONNECTION="10.0.0.9 50000 10.0.0.2 22", USER="ada") as (
+        address,
+        process,
+    ):
         port = port_of(address)
         assert process.stdout is not None
         said = [process.stdout.readline() for _ in range(2)]
@@ -205,7 +260,9 @@ def test_over_ssh_it_says_how_to_reach_it(folder: Path) -> None:
 def test_nothing_heavy_is_loaded(folder: Path) -> None:
     code = f"import sys; from tunesmith.cli.main import main; main(['watch', {str(folder)!r}, '--json']); " \
            "sys.exit(bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"  # fmt: skip
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=TIME, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=TIME, stdout=subprocess.DEVNULL
+    )
 
 
 def test_nobody_looks_while_no_page_is_open(folder: Path) -> None:

@@ -48,12 +48,16 @@ def run_in_turns(
         file = Path(folder) / "report.json"
         for turn in range(1, rounds + 1):
             for name, command in commands.items():
-                done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    [*command, "--json", str(file)], capture_output=True, text=True, check=False
+                )
                 if done.returncode:
                     say(f"round {turn}: {name} failed with {done.returncode}\n{done.stderr[-800:]}")
                     continue
                 found[name].append(json.loads(file.read_text(encoding="utf-8")))
-                say(f"round {turn}: {name:26} {found[name][-1]['figures']['tokens_per_second']:10,.0f} tokens/s")
+                say(
+                    f"round {turn}: {name:26} {found[name][-1]['figures']['tokens_per_second']:10,.0f} tokens/s"
+                )
     return found
 
 
@@ -64,10 +68,18 @@ def table_of(found: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[st
         if runs := [report["figures"] for report in reports]:
             speed = statistics.median(figures["tokens_per_second"] for figures in runs)
             peak = max(figures["peak_memory_gib"] for figures in runs)
-            table[name] = {"tokens_per_second": speed, "peak_memory_gib": peak, "last_loss": runs[-1]["last_loss"]}
+            table[name] = {
+                "tokens_per_second": speed,
+                "peak_memory_gib": peak,
+                "last_loss": runs[-1]["last_loss"],
+            }
     if BASELINE not in table:
         what = "the recipe itself could not be measured; its messages are above"
-        raise RunError(what, where="bench --ablation", fix="run bench without --ablation and fix what it reports")
+        raise RunError(
+            what,
+            where="bench --ablation",
+            fix="run bench without --ablation and fix what it reports",
+        )
     for row in table.values():
         row["of_baseline"] = ratio(row["tokens_per_second"], table[BASELINE]["tokens_per_second"])
     return table

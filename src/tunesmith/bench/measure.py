@@ -59,7 +59,9 @@ class BenchPlan:
     def measured_run(self, folder: Path) -> Run:
         """The recipe for the steps to measure, without validation, checkpoints and logs."""
         run, profile = self.run, replace(self.run.profile, enabled=self.traces is not None)
-        profiled = (profile.wait + profile.warmup + profile.active) * profile.cycles * profile.enabled
+        profiled = (
+            (profile.wait + profile.warmup + profile.active) * profile.cycles * profile.enabled
+        )
         return replace(
             run,
             data=replace(run.data, validation=(), hold_out=None),
@@ -86,11 +88,15 @@ class BenchReport:
     tokens: int  # non-padding tokens of the timed steps
     tokens_per_second: float
     supervised_tokens_per_second: float
-    samples_times_seq_len_per_second: float  # often called tokens/s: each example counted as if it filled `seq_len`
+    samples_times_seq_len_per_second: (
+        float  # often called tokens/s: each example counted as if it filled `seq_len`
+    )
     fill_share: float  # non-padding tokens of all computed ones
     padding: str  # where the other tokens come from; empty below 1 %
     published_peak_tflops: float | None
-    mfu_of_published_peak: float | None  # FLOPs of the model a second (no recomputation), over the data sheet's peak
+    mfu_of_published_peak: (
+        float | None
+    )  # FLOPs of the model a second (no recomputation), over the data sheet's peak
     measured_peak_tflops: float
     mfu_of_measured_peak: float  # the same, over the dense product measured in this run
     mfu_of_fp8_peak: float | None  # the same, over the measured fp8 product, where the base is fp8
@@ -104,23 +110,43 @@ class BenchReport:
     graphs_compiled_after_step_3: int  # of them in later steps, where a steady run has none
     # Allocated on the GPU from the build, with its trial of memory, to the last timed step; on a CPU resident in RAM.
     peak_memory_gib: float
-    checkpoint_stall_seconds: float | None  # how long an adapter's checkpoint holds up the loop; None for full runs
+    checkpoint_stall_seconds: (
+        float | None
+    )  # how long an adapter's checkpoint holds up the loop; None for full runs
     gpu_power_watts: float | None
     first_loss: float
     last_loss: float
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """(name, value with unit, remark) of each line of the table; what was not measured has no line."""
-        yield "non-padding tokens", f"{self.tokens_per_second:,.0f} /s", f"{self.tokens:,} in {self.seconds:.1f} s"
-        yield "supervised tokens", f"{self.supervised_tokens_per_second:,.0f} /s", "positions that enter the loss"
+        yield (
+            "non-padding tokens",
+            f"{self.tokens_per_second:,.0f} /s",
+            f"{self.tokens:,} in {self.seconds:.1f} s",
+        )
+        yield (
+            "supervised tokens",
+            f"{self.supervised_tokens_per_second:,.0f} /s",
+            "positions that enter the loss",
+        )
         quoted = f"{self.samples_times_seq_len_per_second:,.0f} /s"
         yield "samples x seq_len", quoted, "what others quote; counts tokens that do not exist"
-        yield "fill", f"{self.fill_share:.2%}", self.padding or "of the computed tokens are no padding"
+        yield (
+            "fill",
+            f"{self.fill_share:.2%}",
+            self.padding or "of the computed tokens are no padding",
+        )
         if self.mfu_of_published_peak is not None:
             peak = f"of {self.published_peak_tflops:g} TFLOP/s"
             yield "MFU, published peak", f"{self.mfu_of_published_peak:.1%}", peak
-        again = f"; {self.recomputed_layers} layers recomputed, not counted" if self.recomputed_layers else ""
-        measured = f"of {self.measured_peak_tflops:.3g} TFLOP/s, {self.dtype} products in this run{again}"
+        again = (
+            f"; {self.recomputed_layers} layers recomputed, not counted"
+            if self.recomputed_layers
+            else ""
+        )
+        measured = (
+            f"of {self.measured_peak_tflops:.3g} TFLOP/s, {self.dtype} products in this run{again}"
+        )
         yield "MFU, measured peak", f"{self.mfu_of_measured_peak:.1%}", measured
         if self.mfu_of_fp8_peak is not None:
             yield "MFU, fp8 peak", f"{self.mfu_of_fp8_peak:.1%}", "of the fp8 products in this run"
@@ -128,14 +154,26 @@ class BenchReport:
         steps = f"p95 {self.step_seconds_p95:.3f} s, p95/p50 {spread:.3f}, {self.steps} steps"
         yield "step time, median", f"{self.step_seconds_p50:.3f} s", steps
         yield "waiting for data", f"{self.data_wait_share:.2%}", "of the step"
-        yield "first step", f"{self.first_step_seconds:.1f} s", f"after a build of {self.build_seconds:.1f} s"
-        yield "graphs compiled", str(self.graphs_compiled), f"{self.graphs_compiled_after_step_3} after step 3"
+        yield (
+            "first step",
+            f"{self.first_step_seconds:.1f} s",
+            f"after a build of {self.build_seconds:.1f} s",
+        )
+        yield (
+            "graphs compiled",
+            str(self.graphs_compiled),
+            f"{self.graphs_compiled_after_step_3} after step 3",
+        )
         where = "resident in RAM" if self.device == "cpu" else "allocated on the GPU"
         yield "peak memory", f"{self.peak_memory_gib:.1f} GiB", where
         if self.gpu_power_watts is not None:
             yield "power, mean", f"{self.gpu_power_watts:.0f} W", ""
         if self.checkpoint_stall_seconds is not None:
-            yield "adapter checkpoint", f"{self.checkpoint_stall_seconds * 1000:.0f} ms", "holds up the loop"
+            yield (
+                "adapter checkpoint",
+                f"{self.checkpoint_stall_seconds * 1000:.0f} ms",
+                "holds up the loop",
+            )
         yield "loss", f"{self.last_loss:.4f}", f"{self.first_loss:.4f} at the first timed step"
 
 
@@ -152,8 +190,12 @@ class Observed:
     """What is seen from outside while the loop runs."""
 
     build_seconds: float
-    graphs: list[int]  # compiled so far: before the build, then after each step up to the last timed one
-    padded: dict[int, int] = field(default_factory=dict)  # step, from 1 -> tokens computed, padding counted
+    graphs: list[
+        int
+    ]  # compiled so far: before the build, then after each step up to the last timed one
+    padded: dict[int, int] = field(
+        default_factory=dict
+    )  # step, from 1 -> tokens computed, padding counted
     memory_gib: float = 0.0  # peak at the end of the timed steps
     stall: float | None = None  # seconds that a checkpoint held up the loop
 
@@ -173,7 +215,9 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
         session = build(run, Start(), say=say, weights=plan.weights, measured=True)
         seen = Observed(time.perf_counter() - began, graphs)
         per_epoch = session.data.schedule.steps_per_epoch(0)
-        sinks = Sinks([Terminal(LogFile(), total_steps=session.total_steps, steps_per_epoch=per_epoch)])
+        sinks = Sinks(
+            [Terminal(LogFile(), total_steps=session.total_steps, steps_per_epoch=per_epoch)]
+        )
         trainer = Trainer(session, Start(), sinks, StopControl(StopRequest(), folder))
         profiler = Profiler(run.profile, plan.traces or folder, rank=0, device=session.device)
         sinks.open(run, 0)
@@ -203,7 +247,10 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
     session.model.train()
     with session.loader(0) as loader, ExitStack() as stack:
         for step in trainer.steps(counted(loader)):
-            if step in (1, timed):  # read its numbers now: the next step's work must not count for this one
+            if step in (
+                1,
+                timed,
+            ):  # read its numbers now: the next step's work must not count for this one
                 trainer.metrics.flush()
             if step <= timed:
                 seen.graphs.append(graphs_compiled())
@@ -220,17 +267,26 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
             checkpoints.writer.wait()
 
 
-def _report(session: Session, records: list[StepRecord], first_step_seconds: float, seen: Observed) -> BenchReport:
+def _report(
+    session: Session, records: list[StepRecord], first_step_seconds: float, seen: Observed
+) -> BenchReport:
     """Figures of the timed steps; the peak is measured here, on the chip as warm as the steps have left it."""
     run, device, seconds = session.run, session.device, sum(r.step_seconds for r in records)
     tokens, padded = sum(r.tokens for r in records), sum(seen.padded[r.step] for r in records)
     examples = session.data.schedule.examples
-    work = sum(session.flops(examples(record.step - 1), record.supervised_tokens) for record in records)
+    work = sum(
+        session.flops(examples(record.step - 1), record.supervised_tokens) for record in records
+    )
     tflops = ratio(work, seconds) / 1e12
-    published, measured = session.peak.tflops if session.peak.published else None, matmul_tflops(device, session.dtype)
+    published, measured = (
+        session.peak.tflops if session.peak.published else None,
+        matmul_tflops(device, session.dtype),
+    )
     quantize = "none" if scheme_of(run.model) is DENSE else session.plan.base
     fp8 = fp8_matmul_tflops(device) if quantize.startswith("fp8") else None
-    p50, p95 = (float(value) for value in np.percentile([r.step_seconds for r in records], [50, 95]))
+    p50, p95 = (
+        float(value) for value in np.percentile([r.step_seconds for r in records], [50, 95])
+    )
     watts = [r.gpu_power_watts for r in records if r.gpu_power_watts is not None]
     return BenchReport(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -243,7 +299,9 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
         tokens=tokens,
         tokens_per_second=ratio(tokens, seconds),
         supervised_tokens_per_second=ratio(sum(r.supervised_tokens for r in records), seconds),
-        samples_times_seq_len_per_second=ratio(sum(r.examples for r in records) * run.data.seq_len, seconds),
+        samples_times_seq_len_per_second=ratio(
+            sum(r.examples for r in records) * run.data.seq_len, seconds
+        ),
         fill_share=tokens / padded,
         padding=_padding(session, records, tokens, padded),
         published_peak_tflops=published,
@@ -257,7 +315,8 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
         build_seconds=seen.build_seconds,
         first_step_seconds=first_step_seconds,
         graphs_compiled=seen.graphs[-1] - seen.graphs[0],
-        graphs_compiled_after_step_3=seen.graphs[-1] - seen.graphs[min(STEADY, len(seen.graphs) - 1)],
+        graphs_compiled_after_step_3=seen.graphs[-1]
+        - seen.graphs[min(STEADY, len(seen.graphs) - 1)],
         peak_memory_gib=seen.memory_gib,
         checkpoint_stall_seconds=seen.stall,
         gpu_power_watts=statistics.fmean(watts) if watts else None,

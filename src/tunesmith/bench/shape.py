@@ -28,7 +28,11 @@ def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
     if len(found) > rows:
         changed = f"vocabulary of {len(found):,} in place of {rows:,}: the tokenizer's ids must fit"
         config = {**config, "vocab_size": len(found)}
-    ids = {"bos_token_id": found.bos_token_id, "eos_token_id": found.eos_token_id, "pad_token_id": found.pad_token_id}
+    ids = {
+        "bos_token_id": found.bos_token_id,
+        "eos_token_id": found.eos_token_id,
+        "pad_token_id": found.pad_token_id,
+    }
     (folder / "config.json").write_text(json.dumps({**config, **ids}, indent=1), encoding="utf-8")
     found.save_pretrained(folder)
     return changed
@@ -41,7 +45,11 @@ def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]
     another model or tokenizer.
     """
     source = {"source": str(Path(data).resolve()) if Path(data).exists() else data, "format": rows}
-    values = {"model": {"name": str(folder)}, "data": {"train": source}, "train": {"global_batch": BATCH}}
+    values = {
+        "model": {"name": str(folder)},
+        "data": {"train": source},
+        "train": {"global_batch": BATCH},
+    }
     values["output_dir"] = str(folder.parent / "run")
     file = folder.parent / "shape.yaml"
     file.write_text(to_yaml(values), encoding="utf-8")

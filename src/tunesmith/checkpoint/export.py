@@ -27,7 +27,9 @@ TokenizerFiles = Mapping[str, bytes]  # path in the folder -> contents
 OptimizerState = Mapping[str, Tensor]
 
 
-def tokenizer_files(tokenizer: PreTrainedTokenizerBase, template: Template, scratch: Path) -> TokenizerFiles:
+def tokenizer_files(
+    tokenizer: PreTrainedTokenizerBase, template: Template, scratch: Path
+) -> TokenizerFiles:
     """The tokenizer's files, with the template in use as its chat template, so that inference prompts as training did.
 
     Make them once, in the main thread: others use and change the tokenizer, and serialising a large vocabulary in a
@@ -37,7 +39,9 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase, template: Template, scra
     before = tokenizer.chat_template
     try:
         tokenizer.chat_template = template.jinja
-        with tempfile.TemporaryDirectory(dir=scratch, prefix=".tokenizer-", suffix=".partial") as folder:
+        with tempfile.TemporaryDirectory(
+            dir=scratch, prefix=".tokenizer-", suffix=".partial"
+        ) as folder:
             tokenizer.save_pretrained(folder)
             write_for_older_readers(Path(folder))
             files = [path for path in Path(folder).rglob("*") if path.is_file()]
@@ -53,7 +57,9 @@ def _write_tokenizer(folder: Path, files: TokenizerFiles) -> None:
         path.write_bytes(content)
 
 
-def write_model_files(folder: Path | None, run: Run, model: TrainModel, tokenizer: TokenizerFiles) -> None:
+def write_model_files(
+    folder: Path | None, run: Run, model: TrainModel, tokenizer: TokenizerFiles
+) -> None:
     """Write the adapter (PEFT) or the whole model (Transformers), by `adapter.kind`, and the tokenizer into a folder.
 
     Where ranks hold parts all of them call it, and those that write nothing give no folder.
@@ -87,7 +93,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_checkpoint(
-    run: Run, model: TrainModel, tokenizer: TokenizerFiles, optimizer: OptimizerState, progress: Progress, folder: Path
+    run: Run,
+    model: TrainModel,
+    tokenizer: TokenizerFiles,
+    optimizer: OptimizerState,
+    progress: Progress,
+    folder: Path,
 ) -> None:
     """Write all that a checkpoint holds into an existing, empty folder; `optimizer` is its state dict of tensors."""
     write_model_files(folder, run, model, tokenizer)
@@ -96,7 +107,12 @@ def write_checkpoint(
 
 
 def fill_adapter(
-    run: Run, model: TrainModel, tokenizer: TokenizerFiles, optimizer: OptimizerState, progress: Progress, copy: bool
+    run: Run,
+    model: TrainModel,
+    tokenizer: TokenizerFiles,
+    optimizer: OptimizerState,
+    progress: Progress,
+    copy: bool,
 ) -> tuple[Fill, bool]:
     """What writes an adapter's checkpoint into a folder, once; a collective call where ranks hold parts.
 
@@ -104,10 +120,15 @@ def fill_adapter(
     are copied on their own device, in stream order, so this does not wait for it; of those that ranks share, rank 0 gets one
     after the other into its host's memory. Returned too: whether they were copied, for which the device may have no room.
     """
-    tensors, settings = peft_files.adapter_files(model.model, run.adapter, run.model.name, run.model.revision)
+    tensors, settings = peft_files.adapter_files(
+        model.model, run.adapter, run.model.name, run.model.revision
+    )
     progress = replace(progress)  # the caller's changes while a thread writes this one
     whole = [gathered(tensors), gathered(optimizer)]
-    rest = [{n: of[n] for n in of.keys() - own} for of, own in zip((tensors, optimizer), whole, strict=True)]
+    rest = [
+        {n: of[n] for n in of.keys() - own}
+        for of, own in zip((tensors, optimizer), whole, strict=True)
+    ]
     copies: list[Snapshot] = []
     with suppress(torch.OutOfMemoryError):
         copies = [Snapshot(of) for of in rest] if copy else []

@@ -24,8 +24,16 @@ def _boot() -> str:
 @contextlib.contextmanager
 def note_running(run_dir: Path) -> Iterator[None]:
     """Leave a note in the run directory for the time of the block; a process that is killed cannot remove it."""
-    note = {"process": os.getpid(), "host": socket.gethostname(), "boot": _boot(), "oom_kills": oom_kills()}
-    write_atomically(run_dir / RUNNING, json.dumps(note | {"began": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1))
+    note = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "oom_kills": oom_kills(),
+    }
+    write_atomically(
+        run_dir / RUNNING,
+        json.dumps(note | {"began": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1),
+    )
     try:
         yield
     finally:
@@ -43,12 +51,32 @@ def killed_before(run_dir: Path) -> RunError | None:
     if (run_dir / FAILURE).exists() or (run_dir / STOPPED).exists():
         return None
     steps = newest_record(run_dir).get("step")
-    what = f"the last start was killed {f'after step {steps}' if steps else 'before its first step'}"
+    what = (
+        f"the last start was killed {f'after step {steps}' if steps else 'before its first step'}"
+    )
     if note["host"] != socket.gethostname():
-        return RunError(what, where=where, why="its host knows more: dmesg -T | grep -i oom", fix=AGAIN, cause="killed")
+        return RunError(
+            what,
+            where=where,
+            why="its host knows more: dmesg -T | grep -i oom",
+            fix=AGAIN,
+            cause="killed",
+        )
     if note["boot"] != _boot():
-        return RunError(what, where=where, why="this machine was started again since", fix=AGAIN, cause="restarted")
+        return RunError(
+            what,
+            where=where,
+            why="this machine was started again since",
+            fix=AGAIN,
+            cause="restarted",
+        )
     if (new := oom_kills() - note["oom_kills"]) > 0:
         why = f"the kernel ended {new} of this machine's processes since then (dmesg -T | grep -i oom)"
         return RunError(what, where=where, why=why, fix=AGAIN, cause="oom-kill")
-    return RunError(what, where=where, why="the kernel has ended no process since then", fix=AGAIN, cause="killed")
+    return RunError(
+        what,
+        where=where,
+        why="the kernel has ended no process since then",
+        fix=AGAIN,
+        cause="killed",
+    )

@@ -25,11 +25,15 @@ from tunesmith.run_directory import METRICS, read_env
 
 WIDTH, HEIGHT = 60, 8  # of the loss curve, in characters
 _BLOCKS = " ▁▂▃▄▅▆▇█"
-_FOLDERS = re.compile(r"^( *(?:- )?(?:name|tokenizer|from|source|template|\w+_dir): \"?)/(?:.*/)?", re.MULTILINE)
+_FOLDERS = re.compile(
+    r"^( *(?:- )?(?:name|tokenizer|from|source|template|\w+_dir): \"?)/(?:.*/)?", re.MULTILINE
+)
 _PACKAGES = ("tunesmith", "python", "torch", "transformers", "peft")
 
 
-def model_card(base: Model, run: Run | None = None, run_dir: Path = Path(), *, merged: str = "") -> str:
+def model_card(
+    base: Model, run: Run | None = None, run_dir: Path = Path(), *, merged: str = ""
+) -> str:
     """The text of a README.md.
 
     Args:
@@ -50,14 +54,20 @@ def model_card(base: Model, run: Run | None = None, run_dir: Path = Path(), *, m
     )
     adapter = "with a LoRA adapter" + (f" merged into its weights ({merged})" if merged else "")
     how = "trained in full" if full else adapter
-    text = [f"---\n{data.to_yaml()}\n---", f"# {_shown(base.name)}, fine-tuned", f"`{_shown(base.name)}`, {how}."]
+    text = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_shown(base.name)}, fine-tuned",
+        f"`{_shown(base.name)}`, {how}.",
+    ]
     if run:
         trained_on = ", ".join(f"`{_shown(name)}`" for name in sources)
         text += [f"Trained on {trained_on} with tunesmith.", *_training(run_dir)]
         recipe = _FOLDERS.sub(r"\1", dump(run))
         text += [f"<details><summary>The recipe</summary>\n\n```yaml\n{recipe}```\n\n</details>"]
     stated = licence.get("license_name") or licence.get("license")
-    whose = f"`{stated}`, the licence of the base model," if stated else "The licence of the base model"
+    whose = (
+        f"`{stated}`, the licence of the base model," if stated else "The licence of the base model"
+    )
     return str(ModelCard("\n\n".join([*text, f"{whose} holds for this model too.\n"])))
 
 
@@ -68,7 +78,11 @@ def _training(run_dir: Path) -> list[str]:
         env = read_env(run_dir).value
         machine = ", ".join(gpu["name"] for gpu in env["gpus"]) or env["cpu"]
         versions = ", ".join(f"{name} {env[name]}" for name in _PACKAGES if name in env)
-        figures = [*run_figures(records, 0.0), f"{'hardware':<12}{machine}", f"{'versions':<12}{versions}"]
+        figures = [
+            *run_figures(records, 0.0),
+            f"{'hardware':<12}{machine}",
+            f"{'versions':<12}{versions}",
+        ]
         blocks = figures, loss_curve([record.loss for record in records])
         return ["```text\n{}\n```".format("\n".join(lines)) for lines in blocks]
     return []
@@ -104,7 +118,9 @@ def _shown(name: str) -> str:
 
 def _licence(base: Model) -> dict[str, Any]:
     """The keys about the licence in the card of the base, if it lies in its folder or the Hub's cache."""
-    known = is_hub_id(base.name) and try_to_load_from_cache(base.name, "README.md", revision=base.revision)
+    known = is_hub_id(base.name) and try_to_load_from_cache(
+        base.name, "README.md", revision=base.revision
+    )
     card = Path(known) if isinstance(known, str) else Path(base.name).expanduser() / "README.md"
     stated: dict[str, Any] = {}
     # None may be there, or what is no card: nothing in it may keep trained weights from the disk.

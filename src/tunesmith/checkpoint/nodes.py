@@ -68,7 +68,9 @@ def find_dir_leaders(ranks: Ranks, folder: Path, claim: Callable[[], object]) ->
     return replace(ranks, dir_leaders=tuple(leaders[rank] for rank in range(ranks.world)))
 
 
-def newest_checkpoint(run_dir: Path, warn: Callable[[str], None], ranks: Ranks = ONE_PROCESS) -> SavedCheckpoint | None:
+def newest_checkpoint(
+    run_dir: Path, warn: Callable[[str], None], ranks: Ranks = ONE_PROCESS
+) -> SavedCheckpoint | None:
     """The newest checkpoint that is whole over all nodes; a collective call.
 
     Where a node lacks it or files of it, all but other ranks' parts are copied there. `warn` gets a line about that, and
@@ -97,11 +99,15 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None], ranks: Ranks =
     with ranks.together():
         if elsewhere:
             fix = "start on that node too, or copy its checkpoint's files into this one; --fresh starts over"
-            raise MachineError(elsewhere, where=str(run_dir), why="without it the run would start over", fix=fix)
+            raise MachineError(
+                elsewhere, where=str(run_dir), why="without it the run would start over", fix=fix
+            )
     return None
 
 
-def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dict[int, tuple[str, dict[str, str]]]:
+def _compare_copies(
+    ranks: Ranks, run_dir: Path, names: list[str | None]
+) -> dict[int, tuple[str, dict[str, str]]]:
     """Of each rank that has a copy of a checkpoint in its directory: its name, and its damaged files with what is wrong.
 
     `names` are those copies, rank by rank. All ranks that see a directory compare the checksums together, each of some
@@ -112,7 +118,9 @@ def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dic
     name, damage = names[leader], dict[str, str]()
     with ranks.together():
         if name is not None:
-            damage = dict(damaged_files(run_dir / name, share=(readers.index(ranks.rank), len(readers))))
+            damage = dict(
+                damaged_files(run_dir / name, share=(readers.index(ranks.rank), len(readers)))
+            )
     owners = {rank: (name, dict[str, str]()) for rank, name in enumerate(names) if name is not None}
     for reader, clauses in enumerate(ranks.gather(damage)):
         if (owner := owners.get(ranks.dir_leaders[reader])) is not None:
@@ -143,14 +151,22 @@ def _put_in_place(copy: Path, place: Path, damage: Collection[str]) -> None:
         (place / name).unlink(missing_ok=True)
 
 
-def bring_folder(ranks: Ranks, place: Path, source: int, *, wants: bool, say: Callable[[str], None]) -> None:
+def bring_folder(
+    ranks: Ranks, place: Path, source: int, *, wants: bool, say: Callable[[str], None]
+) -> None:
     """Copy a sealed folder, but no parts, from the directory of rank `source` to those of ranks that want it, in place of
     another one of that name. Where it is already, only what is missing is copied. A collective call."""
     if not any(ranks.dir_leaders):
         return
-    identity = [place.parent / name for name in (IDENTITY, RECIPE)]  # in this order: the first makes it a run's
+    identity = [
+        place.parent / name for name in (IDENTITY, RECIPE)
+    ]  # in this order: the first makes it a run's
     with ranks.together():
-        texts = [path.read_bytes() for path in (place / MANIFEST, *identity)] if ranks.rank == source else []
+        texts = (
+            [path.read_bytes() for path in (place / MANIFEST, *identity)]
+            if ranks.rank == source
+            else []
+        )
     manifest, *texts = ranks.gather(texts)[source]
     entries, lacks = json.loads(manifest)["files"], wants
     with ExitStack() as unfinished:
@@ -159,8 +175,16 @@ def bring_folder(ranks: Ranks, place: Path, source: int, *, wants: bool, say: Ca
                 lacks = wants and (place / MANIFEST).read_bytes() != manifest
             for path, text in zip(identity, texts, strict=True) if lacks else ():
                 write_atomically(path, text)
-            folder = unfinished.enter_context(writing(place, json.loads(manifest)["step"])) if lacks else place
-            wanted = [name for name in entries if not name.endswith(PART) and not (folder / name).is_file()]
+            folder = (
+                unfinished.enter_context(writing(place, json.loads(manifest)["step"]))
+                if lacks
+                else place
+            )
+            wanted = [
+                name
+                for name in entries
+                if not name.endswith(PART) and not (folder / name).is_file()
+            ]
         copy_files(ranks, folder, wanted if wants else [], entries, say=say)
         with ranks.together():
             if lacks:
@@ -199,27 +223,47 @@ def copy_files(
 
     CheckpointError if no node has one, or it cannot be read, written or is damaged; MachineError where the disk has no room.
     """
-    wants = {(name, ranks.dir_leaders[rank]) for rank, names in enumerate(ranks.gather([*wanted])) for name in names}
+    wants = {
+        (name, ranks.dir_leaders[rank])
+        for rank, names in enumerate(ranks.gather([*wanted]))
+        for name in names
+    }
     if not wants:
         return
     have: dict[str, tuple[int, str]] = {}
     with ranks.together():
-        for name in {name for name, _ in wants} if ranks.leads_dir and source in (None, ranks.rank) else ():
+        for name in (
+            {name for name, _ in wants} if ranks.leads_dir and source in (None, ranks.rank) else ()
+        ):
             if (path := folder / name).is_file():
                 known = name in entries and name != CARD  # people edit it
-                have[name] = path.stat().st_size, entries[name]["sha256"] if known else digest_of_file(path)
+                have[name] = (
+                    path.stat().st_size,
+                    entries[name]["sha256"] if known else digest_of_file(path),
+                )
     every, moves = ranks.gather(have), []
     with ranks.together():
         for name, target in sorted(wants):
-            giver = next((rank for rank, files in enumerate(every) if name in files and rank != target), None)
+            giver = next(
+                (rank for rank, files in enumerate(every) if name in files and rank != target), None
+            )
             if giver is not None:
                 moves.append((name, giver, target, *every[giver][name]))
             elif name != CARD:
-                raise CheckpointError(f"no node has {name}", where=str(folder), fix="start on the node that has it too")
+                raise CheckpointError(
+                    f"no node has {name}",
+                    where=str(folder),
+                    fix="start on the node that has it too",
+                )
         size = sum(size for _, _, target, size, _ in moves if target == ranks.rank)
-        refuse_full_disk(folder, size, what="files of other nodes", fix="make room there and start again")
+        refuse_full_disk(
+            folder, size, what="files of other nodes", fix="make room there and start again"
+        )
     givers, total = sorted({giver for _, giver, *_ in moves}), sum(size for *_, size, _ in moves)
-    names, where = ", ".join(map(ranks.name, givers)), folder.name.strip(".").removesuffix(".partial")
+    names, where = (
+        ", ".join(map(ranks.name, givers)),
+        folder.name.strip(".").removesuffix(".partial"),
+    )
     say(f"{where}: {len(moves)} files, {total:,} bytes, are copied to other nodes from {names}")
     faults: list[OSError] = []
     for name, giver, target, size, digest in moves:
@@ -244,7 +288,9 @@ def _send(path: Path, size: int, target: int, ranks: Ranks, faults: list[OSError
             dist.send(chunk, target, group=ranks.group)
 
 
-def _receive(path: Path, size: int, digest: str, giver: int, ranks: Ranks, faults: list[OSError]) -> None:
+def _receive(
+    path: Path, size: int, digest: str, giver: int, ranks: Ranks, faults: list[OSError]
+) -> None:
     partial, earlier, found = path.with_name(f".{path.name}.partial"), len(faults), hashlib.sha256()
     with _noted(faults), ExitStack() as stack:  # closing writes too
         with _noted(faults):
@@ -259,7 +305,9 @@ def _receive(path: Path, size: int, digest: str, giver: int, ranks: Ranks, fault
     with _noted(faults):
         if len(faults) == earlier:
             if found.hexdigest() != digest:
-                raise OSError(f"what {ranks.name(giver)} sent of {path} does not match its checksum")
+                raise OSError(
+                    f"what {ranks.name(giver)} sent of {path} does not match its checksum"
+                )
             flush_to_disk(partial)
             with open_uncached(partial):
                 partial.replace(path)

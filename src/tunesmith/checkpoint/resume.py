@@ -13,7 +13,14 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Run, Train
 from tunesmith.data.schedule import BatchSchedule
-from tunesmith.errors import CheckpointError, DataError, ModelError, RecipeError, RemovedError, TunesmithError
+from tunesmith.errors import (
+    CheckpointError,
+    DataError,
+    ModelError,
+    RecipeError,
+    RemovedError,
+    TunesmithError,
+)
 from tunesmith.metrics.record import StepRecord
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.ranks import ONE_PROCESS, Ranks
@@ -47,13 +54,17 @@ class Progress:
     worse: int = 0  # validations since the best one
     loss_scale: float | None = None  # fp16's
     good_steps: int = 0  # since it last changed
-    ended: str | None = None  # the duration that the run completed, as in its recipe; None before its end
+    ended: str | None = (
+        None  # the duration that the run completed, as in its recipe; None before its end
+    )
     data_hash: str | None = None  # sha256 (hex) of the training examples, as tokens
     validation_hash: str | None = None  # of the held-out ones
     model_hash: str | None = None  # of the base's weights, see `weights_digest`
     micro_batch: str | None = None  # what one forward takes, such as `4096 tokens`
     threads: int | None = None  # that torch computes with on the host
-    rounding: str | None = None  # how stochastic rounding gets its noise; None: there is none, or drawn by a generator
+    rounding: str | None = (
+        None  # how stochastic rounding gets its noise; None: there is none, or drawn by a generator
+    )
 
     def write(self, folder: Path) -> None:
         """Write progress.json into a checkpoint's folder."""
@@ -89,7 +100,11 @@ class Start:
     @property
     def micro_batch(self) -> Size | None:
         """What one forward took before, where it is known."""
-        return Size.parse(self.progress.micro_batch) if self.progress and self.progress.micro_batch else None
+        return (
+            Size.parse(self.progress.micro_batch)
+            if self.progress and self.progress.micro_batch
+            else None
+        )
 
 
 def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], None]) -> Start:
@@ -109,7 +124,11 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], 
     if found is not None:
         with ranks.together():
             progress = Progress.read(found.path)
-    ended = progress is not None and progress.step == final and progress.ended == str(run.train.duration)
+    ended = (
+        progress is not None
+        and progress.step == final
+        and progress.ended == str(run.train.duration)
+    )
     if final is not None and (ended or found is None):
         bring_folder(ranks, output_dir / FINAL, finals.index(final), wants=ranks.leads, say=warn)
         return Start(finished=final)
@@ -129,7 +148,10 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
     before = _recipe_of(output_dir, forced=run.checkpoint.resume == "force")
     refused = [c for c in differences(before, run) if not c.allowed]
     if refused and run.checkpoint.resume != "force":
-        what, where = "the recipe differs from the one that this run began with", "\n         ".join(map(str, refused))
+        what, where = (
+            "the recipe differs from the one that this run began with",
+            "\n         ".join(map(str, refused)),
+        )
         raise RecipeError(what, where=where, why=MIXED, fix=f"{START_OVER}, {FORCE}")
     return final, before
 
@@ -137,12 +159,20 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
 def _bring_records(output_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
     """Copy what only rank 0 writes to rank 0's node, where another one has more of it; a collective call."""
     with ranks.together():
-        own = [path for name in RECORDS if (path := output_dir / name).is_file()] if any(ranks.dir_leaders) else []
+        own = (
+            [path for name in RECORDS if (path := output_dir / name).is_file()]
+            if any(ranks.dir_leaders)
+            else []
+        )
         sizes = [(path.name, path.stat().st_size) for path in own if ranks.leads_dir]
     every = ranks.gather(dict(sizes))
-    records = [files.get(RECORDS[0], 0) for files in every]  # each step is a line: the longest one goes furthest
+    records = [
+        files.get(RECORDS[0], 0) for files in every
+    ]  # each step is a line: the longest one goes furthest
     if (source := records.index(max(records))) != 0:
-        copy_files(ranks, output_dir, [*every[source]] if ranks.leads else [], {}, say=say, source=source)
+        copy_files(
+            ranks, output_dir, [*every[source]] if ranks.leads else [], {}, say=say, source=source
+        )
 
 
 def _recipe_of(output_dir: Path, *, forced: bool) -> Run:
@@ -155,10 +185,17 @@ def _recipe_of(output_dir: Path, *, forced: bool) -> Run:
     try:
         return load_recipe(recipe, ignored=ignored)
     except RemovedError as error:
-        raise RecipeError(error.what, where=error.where, why=error.why, fix=f"{START_OVER}, {FORCE}") from error
+        raise RecipeError(
+            error.what, where=error.where, why=error.why, fix=f"{START_OVER}, {FORCE}"
+        ) from error
     except TunesmithError as error:
-        what, fix = f"the recipe that this run began with cannot be read: {error.what}", f"undo the change in {recipe}"
-        raise RecipeError(what, where=error.where, why=error.why, fix=f"{fix}, or {START_OVER}") from error
+        what, fix = (
+            f"the recipe that this run began with cannot be read: {error.what}",
+            f"undo the change in {recipe}",
+        )
+        raise RecipeError(
+            what, where=error.where, why=error.why, fix=f"{fix}, or {START_OVER}"
+        ) from error
 
 
 def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) -> None:
@@ -167,15 +204,26 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
     parts = {
         "model_hash": ("base model", "model.name", (run.model.name,)),
         "data_hash": ("training data", "data.train", [s.source for s in run.data.train]),
-        "validation_hash": ("validation data", "data.validation", [s.source for s in run.data.validation]),
+        "validation_hash": (
+            "validation data",
+            "data.validation",
+            [s.source for s in run.data.validation],
+        ),
     }
     for name, now in hashes.items():
         before, (what, key, names) = known.get(name), parts[name]
         if now is None or before in (None, now):
             continue
-        kind, how = (ModelError, "weights") if name == "model_hash" else (DataError, "rows, template or tokenizer")
+        kind, how = (
+            (ModelError, "weights")
+            if name == "model_hash"
+            else (DataError, "rows, template or tokenizer")
+        )
         why = f"its hash is {now[:12]}, the checkpoint's is {str(before)[:12]}: {how} were changed"
-        what, fix = f"the {what} is not what this run began with", f"undo the change, or {START_OVER}, {FORCE}"
+        what, fix = (
+            f"the {what} is not what this run began with",
+            f"undo the change, or {START_OVER}, {FORCE}",
+        )
         raise kind(what, where=f"{key}: {', '.join(names)}", why=why, fix=fix)
 
 
@@ -187,12 +235,19 @@ def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str
     if not (start.found and start.progress and start.before):
         return []
     old, new, done = start.before.train, run.train, start.progress
-    (before, was, planned), (after, now, rate) = (_outlook(train, schedule, done) for train in (old, new))
-    lines = [f"resuming from step {done.step:,} of {now if new.duration.seconds else after}, {start.found.path}"]
+    (before, was, planned), (after, now, rate) = (
+        _outlook(train, schedule, done) for train in (old, new)
+    )
+    lines = [
+        f"resuming from step {done.step:,} of {now if new.duration.seconds else after}, {start.found.path}"
+    ]
     if old.duration != new.duration:
         lines.append(f"train.duration: {was} -> {now}")
     if after < before and run.checkpoint.resume != "force":
-        what, fix = "the run would be shorter than it began", f"a longer train.duration, or {START_OVER}, {FORCE}"
+        what, fix = (
+            "the run would be shorter than it began",
+            f"a longer train.duration, or {START_OVER}, {FORCE}",
+        )
         raise RecipeError(what, where=lines[-1], why=MIXED, fix=fix)
     if done.record and done.step < after and abs(rate - planned) > JUMP * new.learning_rate:
         jump = f"{done.record.learning_rate:.2e} to {rate:.2e}"
@@ -205,7 +260,13 @@ def _outlook(train: Train, schedule: BatchSchedule, done: Progress) -> tuple[int
     of the step after `done`."""
     total, unit = schedule.steps(train.duration), train.duration.unit
     steps = total or round((train.duration.seconds or 0.0) * done.step / max(done.seconds, 1e-9))
-    text = f"{train.duration}" if unit == "steps" else f"{train.duration} ({'=' if total else 'about'} {steps:,} steps)"
+    text = (
+        f"{train.duration}"
+        if unit == "steps"
+        else f"{train.duration} ({'=' if total else 'about'} {steps:,} steps)"
+    )
     per_epoch = schedule.steps_per_epoch(0)
-    rate = scheduled_rate(train, done.step, total=total, steps_per_epoch=per_epoch, seconds=done.seconds)
+    rate = scheduled_rate(
+        train, done.step, total=total, steps_per_epoch=per_epoch, seconds=done.seconds
+    )
     return steps, text, rate

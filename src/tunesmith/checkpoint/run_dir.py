@@ -51,7 +51,11 @@ _WRITTEN = re.compile("|".join([*map(re.escape, FILES), _MANY, _LEFTOVER.pattern
 
 def run_files(output_dir: Path) -> list[Path]:
     """What lies in a directory under a name that a run writes, links and leftovers of a kill included."""
-    return sorted(p for p in output_dir.iterdir() if _WRITTEN.fullmatch(p.name)) if output_dir.is_dir() else []
+    return (
+        sorted(p for p in output_dir.iterdir() if _WRITTEN.fullmatch(p.name))
+        if output_dir.is_dir()
+        else []
+    )
 
 
 def is_run(output_dir: Path) -> bool:
@@ -60,11 +64,17 @@ def is_run(output_dir: Path) -> bool:
     try:
         if identity.is_file():
             return "recipe_hash" in read_object(identity)
-        begun = lock.is_file() and lock.read_bytes() == MARK and not (metrics.exists() and metrics.stat().st_size)
+        begun = (
+            lock.is_file()
+            and lock.read_bytes() == MARK
+            and not (metrics.exists() and metrics.stat().st_size)
+        )
     except (OSError, ValueError, TypeError):
         return False
     early = re.compile(rf"{'|'.join(map(re.escape, BEFORE_IDENTITY))}|metrics-rank\d+\.jsonl")
-    return begun and all(early.fullmatch(p.name) or _LEFTOVER.fullmatch(p.name) for p in run_files(output_dir))
+    return begun and all(
+        early.fullmatch(p.name) or _LEFTOVER.fullmatch(p.name) for p in run_files(output_dir)
+    )
 
 
 def stop_requested_at(output_dir: Path) -> int:
@@ -104,7 +114,9 @@ def _other_folders(output_dir: Path) -> list[str]:
             return []
         # What is hidden, and `lost+found` of a disk, is nobody's work; the runs of a sweep lie below its own folder.
         is_system = path.name.startswith(".") or path.name == "lost+found"
-        is_ours = path.name == LAUNCH or bool(_WRITTEN.fullmatch(path.name)) or _is_data_of_script(path)
+        is_ours = (
+            path.name == LAUNCH or bool(_WRITTEN.fullmatch(path.name)) or _is_data_of_script(path)
+        )
         if not is_system and not is_ours and not is_run(path):
             folders.append(path.name)
     return folders
@@ -113,7 +125,10 @@ def _other_folders(output_dir: Path) -> list[str]:
 def _is_data_of_script(folder: Path) -> bool:
     """Whether it is the folder of SCRIPT_ROWS and SCRIPT_TEMPLATE with nothing else in it."""
     names = {path.name for path in folder.iterdir()}
-    return folder.name == SCRIPT_ROWS.parent.name and names <= {SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name}
+    return folder.name == SCRIPT_ROWS.parent.name and names <= {
+        SCRIPT_ROWS.name,
+        SCRIPT_TEMPLATE.name,
+    }
 
 
 @contextlib.contextmanager
@@ -150,7 +165,9 @@ def missing_folders(output_dir: Path) -> list[Path]:
 
 def remove_unused(created: list[Path]) -> None:
     """Remove the folders that a start created, if nothing was written into them: a refused start leaves no trace."""
-    with contextlib.suppress(OSError):  # something lies in it, or another start creates the same folders at this moment
+    with contextlib.suppress(
+        OSError
+    ):  # something lies in it, or another start creates the same folders at this moment
         for folder in created:
             folder.rmdir()
 
@@ -162,13 +179,19 @@ def _lock(output_dir: Path) -> int:
         handle = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         what = f"the run directory cannot be written: {error.strerror}"
-        why, fix = "output_dir must be a folder that you may write to", "choose another one: output_dir=runs/my-run"
+        why, fix = (
+            "output_dir must be a folder that you may write to",
+            "choose another one: output_dir=runs/my-run",
+        )
         raise MachineError(what, where=str(output_dir), why=why, fix=fix) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
-        what, why = "another run is writing to this run directory", "two runs would overwrite each other's checkpoints"
+        what, why = (
+            "another run is writing to this run directory",
+            "two runs would overwrite each other's checkpoints",
+        )
         fix = "wait for it, stop it, or choose another folder: output_dir=runs/my-run"
         raise MachineError(what, where=str(output_dir), why=why, fix=fix) from error
     if os.fstat(handle).st_nlink == 0:  # its holder has just removed the empty folder
@@ -188,11 +211,23 @@ def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
     if not old:
         return None
     for path in (Path.cwd(), *map(Path, inputs)):
-        if path.exists() and any(path.resolve().is_relative_to(os.path.realpath(moved)) for moved in old):
-            what, why = "starting over would move away what the new run reads", f"{path} lies in the earlier run"
-            raise UsageError(what, where=str(output_dir), why=why, fix="use another folder: output_dir=runs/my-run")
+        if path.exists() and any(
+            path.resolve().is_relative_to(os.path.realpath(moved)) for moved in old
+        ):
+            what, why = (
+                "starting over would move away what the new run reads",
+                f"{path} lies in the earlier run",
+            )
+            raise UsageError(
+                what,
+                where=str(output_dir),
+                why=why,
+                fix="use another folder: output_dir=runs/my-run",
+            )
     place = free_name(here)
-    old.sort(key=lambda path: path.name == IDENTITY)  # last: what a kill leaves here is still a run's
+    old.sort(
+        key=lambda path: path.name == IDENTITY
+    )  # last: what a kill leaves here is still a run's
     try:
         place.mkdir()
         for path in old:
@@ -200,8 +235,13 @@ def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
     except OSError as error:
         with contextlib.suppress(OSError):
             place.rmdir()
-        what, fix = f"the earlier run cannot be moved to {place}", "use another output_dir: output_dir=runs/my-run"
-        raise MachineError(what, where=str(output_dir), why=error.strerror or str(error), fix=fix) from error
+        what, fix = (
+            f"the earlier run cannot be moved to {place}",
+            "use another output_dir: output_dir=runs/my-run",
+        )
+        raise MachineError(
+            what, where=str(output_dir), why=error.strerror or str(error), fix=fix
+        ) from error
     return place
 
 

@@ -43,7 +43,13 @@ from tunesmith.checkpoint.nodes import copy_files, seal_together
 from tunesmith.checkpoint.resume import DELETE, Progress
 from tunesmith.checkpoint.state import CARD, MANIFEST, PART, Entries, Fill, Writer, prune, writing
 from tunesmith.config.schema import Run
-from tunesmith.errors import EXIT_FAILED, CheckpointError, OtherRankError, TunesmithError, first_line
+from tunesmith.errors import (
+    EXIT_FAILED,
+    CheckpointError,
+    OtherRankError,
+    TunesmithError,
+    first_line,
+)
 from tunesmith.host_memory import available_memory
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.dtypes import DTYPES
@@ -72,7 +78,13 @@ class RanksWriter(Writer):
     """
 
     def __init__(
-        self, run_dir: Path, keep: int, saved_step: int | None, *, sync: Callable[[], None], ranks: Ranks
+        self,
+        run_dir: Path,
+        keep: int,
+        saved_step: int | None,
+        *,
+        sync: Callable[[], None],
+        ranks: Ranks,
     ) -> None:
         super().__init__(run_dir, keep, saved_step, sync=sync)
         self.ranks = replace(ranks, group=dist.new_group(backend="gloo", timeout=PATIENCE))
@@ -122,9 +134,17 @@ class _PartsReader(FileSystemReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         if self.ranks.world > 1:
-            read = {f"{STATE}/{self.storage_data[item.storage_index].relative_path}" for item in plan.items}
+            read = {
+                f"{STATE}/{self.storage_data[item.storage_index].relative_path}"
+                for item in plan.items
+            }
             entries = json.loads((self.folder / MANIFEST).read_text())["files"]
-            copy_files(self.ranks, self.folder, [n for n in read if not (self.folder / n).is_file()], entries)
+            copy_files(
+                self.ranks,
+                self.folder,
+                [n for n in read if not (self.folder / n).is_file()],
+                entries,
+            )
         return super().prepare_local_plan(plan)
 
 
@@ -169,7 +189,10 @@ class _HashingFiles(FileSystem):
                 return
             stream = _HashedStream(file)
             yield stream
-            self.entries[Path(path).name] = {"bytes": stream.size, "sha256": stream.sha256.hexdigest()}
+            self.entries[Path(path).name] = {
+                "bytes": stream.size,
+                "sha256": stream.sha256.hexdigest(),
+            }
 
 
 class _Files(FileSystemWriter):
@@ -182,9 +205,15 @@ class _Files(FileSystemWriter):
 
     def parts(self) -> Entries:
         """The manifest's entries of what this rank wrote."""
-        return {f"{STATE}/{name}": entry for name, entry in self.fs.entries.items() if name.endswith(PART)}
+        return {
+            f"{STATE}/{name}": entry
+            for name, entry in self.fs.entries.items()
+            if name.endswith(PART)
+        }
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+    def write_data(
+        self, plan: SavePlan, planner: SavePlanner
+    ) -> torch.futures.Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
@@ -194,7 +223,9 @@ class _Files(FileSystemWriter):
             raise cause or error from None
 
 
-def fits_twice(optimizer: OptimizerState, model: TrainModel, ranks: Ranks, device: torch.device) -> bool:
+def fits_twice(
+    optimizer: OptimizerState, model: TrainModel, ranks: Ranks, device: torch.device
+) -> bool:
     """Whether the host of every rank holds a copy of what its ranks write; a collective call. An integrated GPU's memory is
     the host's, where there is none to spare."""
     size = sum(local_part(t).nbytes for t in _named(model, optimizer).values())
@@ -218,7 +249,11 @@ def fill_together(
     if copy:
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
     # Every rank reads all step counts. DCP would spread them over the parts, and every node would need all of these.
-    counts = [name for name, tensor in tensors.items() if name.startswith("optimizer.") and tensor.dim() == 0]
+    counts = [
+        name
+        for name, tensor in tensors.items()
+        if name.startswith("optimizer.") and tensor.dim() == 0
+    ]
     scalars = {name.removeprefix("optimizer."): tensors.pop(name) for name in counts}
 
     def fill(folder: Path) -> Entries:
@@ -235,7 +270,9 @@ def fill_together(
             if ranks.leads:
                 cause.add_note(f"on {ranks.name(rank)}")
                 raise cause from None
-            raise OtherRankError(f"{ranks.name(rank)} failed: {cause}", exit_code=EXIT_FAILED) from None
+            raise OtherRankError(
+                f"{ranks.name(rank)} failed: {cause}", exit_code=EXIT_FAILED
+            ) from None
         return files.parts()
 
     return fill
@@ -260,7 +297,9 @@ def read_sharded_weights(model: nn.Module, folder: Path, ranks: Ranks = ONE_PROC
     _read(folder, {f"model.{name}": tensor for name, tensor in weights_of(model).items()}, ranks)
 
 
-def read_sharded_optimizer(optimizer: Optimizer, folder: Path, progress: Progress, ranks: Ranks = ONE_PROCESS) -> None:
+def read_sharded_optimizer(
+    optimizer: Optimizer, folder: Path, progress: Progress, ranks: Ranks = ONE_PROCESS
+) -> None:
     """Put the optimizer, or this rank's part of it, into the state of a checkpoint; as above."""
     with read_optimizer(folder) as scalars:
         for name, part in optimizer.parts.items():
@@ -268,7 +307,11 @@ def read_sharded_optimizer(optimizer: Optimizer, folder: Path, progress: Progres
                 part.state = part.initial_state()
                 part.state["step"].copy_(scalars[f"{name}.step"].read())
     apart = {*scalars, *(f"{name}.master" for name in optimizer.masters)}
-    _read(folder, {f"optimizer.{n}": t for n, t in optimizer.state_dict().items() if n not in apart}, ranks)
+    _read(
+        folder,
+        {f"optimizer.{n}": t for n, t in optimizer.state_dict().items() if n not in apart},
+        ranks,
+    )
     _read(folder, {f"model.{name}": master for name, master in optimizer.masters.items()}, ranks)
     optimizer.scale, optimizer.growth_tracker = progress.loss_scale, progress.good_steps
 
@@ -279,14 +322,18 @@ def _entries(folder: Path) -> dict[str, TensorStorageMetadata]:
         found = FileSystemReader(folder / STATE).read_metadata().state_dict_metadata
     except Exception as error:  # pickle's are of many kinds
         raise _unreadable(folder, error) from error
-    return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+    return {
+        name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def _read(folder: Path, tensors: dict[str, Tensor], ranks: Ranks = ONE_PROCESS) -> None:
     """Read into tensors, each rank what it holds of them."""
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it says so of `no_dist`
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is disabled"
+            )  # it says so of `no_dist`
             dcp.load({**tensors}, storage_reader=_PartsReader(folder, ranks), no_dist=True)
     except CheckpointException as error:
         cause = error.failures[0][0]
@@ -301,10 +348,17 @@ def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
 def export_sharded(folder: Path, output: Path, run: Run) -> None:
     """Write a sharded checkpoint's model as Transformers' files into a new folder, one tensor in memory at a time;
     CheckpointError if it cannot be read, or `output` not be written."""
-    stored = {n.removeprefix("model."): e for n, e in _entries(folder).items() if n.startswith("model.")}
+    stored = {
+        n.removeprefix("model."): e for n, e in _entries(folder).items() if n.startswith("model.")
+    }
     dtype = DTYPES[run.model.dtype]
-    types = {name: dtype if entry.properties.dtype.is_floating_point else None for name, entry in stored.items()}
-    shapes = {name: torch.empty(stored[name].size, dtype=types[name], device="meta") for name in stored}
+    types = {
+        name: dtype if entry.properties.dtype.is_floating_point else None
+        for name, entry in stored.items()
+    }
+    shapes = {
+        name: torch.empty(stored[name].size, dtype=types[name], device="meta") for name in stored
+    }
 
     def read(name: str) -> Tensor:
         tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)

@@ -27,10 +27,14 @@ from tunesmith.shell import shell_path
 
 CARD = "README.md"
 PART = ".distcp"  # the end of a file's name that holds what one rank has of a checkpoint
-ANNOUNCED_BYTES = 1 << 30  # comparing the checksums of as much takes a second or two, so more is announced
+ANNOUNCED_BYTES = (
+    1 << 30
+)  # comparing the checksums of as much takes a second or two, so more is announced
 HASHING_THREADS = 4  # one hashes 0.7 to 2 GB/s, a local disk reads no more than a few of them hash
 ELSEWHERE = ": a rank wrote it, maybe on another node's disk"
-Entries = dict[str, dict[str, Any]]  # of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
+Entries = dict[
+    str, dict[str, Any]
+]  # of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
 # Writes files into an empty folder; returns the entries of those that it hashed as it wrote them.
 Fill = Callable[[Path], Entries | None]
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -47,7 +51,9 @@ class SavedCheckpoint:
 
 def digest_of_file(path: Path) -> str:
     """SHA-256, hex."""
-    with open_uncached(path) as file:  # on unified memory a checkpoint in the page cache would be in the GPU's way
+    with open_uncached(
+        path
+    ) as file:  # on unified memory a checkpoint in the page cache would be in the GPU's way
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -90,7 +96,9 @@ def find_damage(folder: Path, *, contents: bool = True) -> str | None:
     return next((clause for _, clause in damaged_files(folder, contents=contents)), None)
 
 
-def damaged_files(folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, str]]:
+def damaged_files(
+    folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[str, str]]:
     """Each file of a manifest that is missing or damaged, and a clause that says so; the manifest alone if it is.
 
     Of `share` (i, n) the contents are compared of every n-th file, the largest first, from the i-th on: n readers that see
@@ -104,7 +112,11 @@ def damaged_files(folder: Path, *, contents: bool = True, share: tuple[int, int]
         yield MANIFEST, "its manifest.json cannot be read"
         return
     own, of = share
-    compared = set(sorted(entries, key=lambda name: (-entries[name][0], name))[own::of]) if contents else set()
+    compared = (
+        set(sorted(entries, key=lambda name: (-entries[name][0], name))[own::of])
+        if contents
+        else set()
+    )
     for name, (size, digest) in entries.items():
         if clause := _damage_of_file(folder, name, size, digest if name in compared else None):
             yield name, clause
@@ -126,7 +138,11 @@ def _manifest_entries(folder: Path) -> dict[str, tuple[int, str]] | None:
 
 def sums_of_weights(folder: Path) -> str:
     """SHA-256 of the checksums that a manifest of ours has of a model's weights; empty where there is none."""
-    sums = [entry for name, entry in sorted((_manifest_entries(folder) or {}).items()) if name.endswith(".safetensors")]
+    sums = [
+        entry
+        for name, entry in sorted((_manifest_entries(folder) or {}).items())
+        if name.endswith(".safetensors")
+    ]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest() if sums else ""
 
 
@@ -162,16 +178,23 @@ def check_sums(
 
     ModelError names the first file that differs.
     """
-    entries = {name: entry for name, entry in (_manifest_entries(folder) or {}).items() if reads(name)}
+    entries = {
+        name: entry for name, entry in (_manifest_entries(folder) or {}).items() if reads(name)
+    }
     total = sum(size for size, _ in entries.values())
     if total > ANNOUNCED_BYTES:
         say(f"comparing the checksums of {folder}: {total / 2**30:.1f} GiB")
     with ThreadPoolExecutor(max_workers=min(HASHING_THREADS, available_cores())) as pool:
-        futures = {name: pool.submit(_damage_of_file, folder, name, *entry) for name, entry in entries.items()}
+        futures = {
+            name: pool.submit(_damage_of_file, folder, name, *entry)
+            for name, entry in entries.items()
+        }
     for name, future in futures.items():
         if clause := future.result():
             why = f"it was damaged or edited after it was written: {MANIFEST} has the checksum of what was"
-            raise ModelError(clause, where=str(folder / name), why=why, fix=_way_on(folder), cause="damaged")
+            raise ModelError(
+                clause, where=str(folder / name), why=why, fix=_way_on(folder), cause="damaged"
+            )
 
 
 def _way_on(folder: Path) -> str:
@@ -237,7 +260,11 @@ def writing(place: Path, step: int) -> Iterator[Path]:
             raise
         kept = [f.path.name for f in list_checkpoints(place.parent) if is_sealed(f.path)]
         what = fault or f"cannot write {place.name}: {error}"
-        why = f"earlier checkpoints are complete: {', '.join(kept)}" if kept else "no checkpoint was written before"
+        why = (
+            f"earlier checkpoints are complete: {', '.join(kept)}"
+            if kept
+            else "no checkpoint was written before"
+        )
         room = "make room (checkpoint.keep=1 needs less)" if len(kept) > 1 else "make room"
         fix = f"{room} and start the same command again: it resumes from the newest one"
         where = " ".join([str(place), *vars(error).get("__notes__", [])])
@@ -275,7 +302,9 @@ def prune(run_dir: Path, keep: int, *, latest: int, keep_step: int | None) -> No
     kept = {keep_step, *[c.step for c in found if c.step <= latest][:keep]}
     for checkpoint in found:
         if checkpoint.step not in kept:
-            hidden = run_dir / f".{checkpoint.path.name}.old"  # the next start removes it if a kill comes in between
+            hidden = (
+                run_dir / f".{checkpoint.path.name}.old"
+            )  # the next start removes it if a kill comes in between
             remove(hidden)
             checkpoint.path.rename(hidden)
             remove(hidden)
@@ -292,7 +321,9 @@ class Writer:
         sync: flushes to the disk what must be there before a checkpoint counts; called in the thread that writes.
     """
 
-    def __init__(self, run_dir: Path, keep: int, saved_step: int | None, *, sync: Callable[[], None]) -> None:
+    def __init__(
+        self, run_dir: Path, keep: int, saved_step: int | None, *, sync: Callable[[], None]
+    ) -> None:
         self.saved_step = saved_step
         self._run_dir, self._keep, self._sync = run_dir, keep, sync
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tunesmith-checkpoint")
@@ -321,7 +352,11 @@ class Writer:
     @property
     def failed(self) -> bool:
         """Whether the last write has ended with an error, which `wait` raises."""
-        return self._running is not None and self._running.done() and self._running.exception() is not None
+        return (
+            self._running is not None
+            and self._running.done()
+            and self._running.exception() is not None
+        )
 
     def wait(self) -> None:
         """Wait for the write in progress, if there is one, and raise its error."""

@@ -43,21 +43,55 @@ OF_SHAPE = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = f"{parser.prog} (RECIPE | --shape NAME --tokenizer T --data FILE) [key=value ...] [options]"
+    parser.usage = (
+        f"{parser.prog} (RECIPE | --shape NAME --tokenizer T --data FILE) [key=value ...] [options]"
+    )
     add = parser.add_argument
-    add("words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and keys that win over it")
-    add("--shape", metavar="NAME", help="a model's true shape with random weights, instead of a recipe")
-    add("--tokenizer", metavar="DIR_OR_ID", help="with --shape: any tokenizer that fits its vocabulary")
+    add(
+        "words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and keys that win over it"
+    )
+    add(
+        "--shape",
+        metavar="NAME",
+        help="a model's true shape with random weights, instead of a recipe",
+    )
+    add(
+        "--tokenizer",
+        metavar="DIR_OR_ID",
+        help="with --shape: any tokenizer that fits its vocabulary",
+    )
     add("--data", metavar="FILE", help="with --shape: real rows, a file or a Hub id")
     add("--format", choices=COLUMNS, help="with --shape: format of the rows (default: alpaca)")
     add("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
     add("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
     add("--json", metavar="FILE", help="write figures, recipe, versions and hardware there")
-    add("--profile", metavar="DIR", help="profile further steps, as the recipe's `profile` says, into DIR")
-    add("--cold", action="store_true", help="time the first step with an empty and with a warm compile cache")
-    add("--ablation", action="store_true", help="measure again with one key changed at a time, each in a new process")
-    add("--only", metavar="NAMES", help="with --ablation: these variants alone, by name or key, separated by commas")
-    add("--rounds", type=int, default=2, metavar="N", help="with --ablation: rounds, variants in turns (default: 2)")
+    add(
+        "--profile",
+        metavar="DIR",
+        help="profile further steps, as the recipe's `profile` says, into DIR",
+    )
+    add(
+        "--cold",
+        action="store_true",
+        help="time the first step with an empty and with a warm compile cache",
+    )
+    add(
+        "--ablation",
+        action="store_true",
+        help="measure again with one key changed at a time, each in a new process",
+    )
+    add(
+        "--only",
+        metavar="NAMES",
+        help="with --ablation: these variants alone, by name or key, separated by commas",
+    )
+    add(
+        "--rounds",
+        type=int,
+        default=2,
+        metavar="N",
+        help="with --ablation: rounds, variants in turns (default: 2)",
+    )
     add("--plain", action="store_true", help="print plain text on a terminal too")
 
 
@@ -72,7 +106,10 @@ def run(args: argparse.Namespace) -> None:
         if args.cold:
             refuse_eager(recipe)
             # Both are read when something is compiled, and this process does nothing after the command.
-            os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{name}/cache", "TRITON_CACHE_DIR": f"{name}/cache/triton"}
+            os.environ |= {
+                "TORCHINDUCTOR_CACHE_DIR": f"{name}/cache",
+                "TRITON_CACHE_DIR": f"{name}/cache/triton",
+            }
         figures, report, lines = bench(args, recipe, Path(name))
     print_figures(figures, lines, plain=args.plain)
     if args.json:
@@ -89,18 +126,41 @@ def check_arguments(args: argparse.Namespace) -> None:
         find_shape(args.shape)
     problems = [  # (whether, where, what, fix)
         (len(recipes) > 1, "command line", f"several recipes: {', '.join(recipes)}", usage),
-        (not recipes and args.shape is None, "command line", "bench needs a recipe or a shape", usage),
+        (
+            not recipes and args.shape is None,
+            "command line",
+            "bench needs a recipe or a shape",
+            usage,
+        ),
         (args.steps < 1, "--steps", f"--steps {args.steps} is out of range", "give at least 1"),
         (args.warmup < 0, "--warmup", f"--warmup {args.warmup} is out of range", "give at least 0"),
         (args.rounds < 1, "--rounds", f"--rounds {args.rounds} is out of range", "give at least 1"),
-        (bool(args.only) and not args.ablation, "--only", "--only chooses variants of --ablation", "add --ablation"),
-        (beside, "--ablation", "--ablation times whole runs only", "remove --cold and --profile, or --ablation"),
+        (
+            bool(args.only) and not args.ablation,
+            "--only",
+            "--only chooses variants of --ablation",
+            "add --ablation",
+        ),
+        (
+            beside,
+            "--ablation",
+            "--ablation times whole runs only",
+            "remove --cold and --profile, or --ablation",
+        ),
         (not folder.is_dir(), "--json", f"there is no folder {folder}", f"mkdir -p {folder}"),
         (traces.is_file(), "--profile", f"{traces} is a file", "name a folder for the traces"),
     ]
     if args.shape is not None and recipes:
         what = f"both a recipe ({recipes[0]}) and --shape {args.shape}, which comes with a recipe of its own"
-        problems.insert(0, (True, "command line", what, "remove one of the two; give keys of a shape as key=value"))
+        problems.insert(
+            0,
+            (
+                True,
+                "command line",
+                what,
+                "remove one of the two; give keys of a shape as key=value",
+            ),
+        )
     for option, (key, example) in OF_SHAPE.items():
         where, given = f"--{option}", vars(args)[option]
         if args.shape is None:
@@ -124,7 +184,9 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> "Run":
     from tunesmith.bench.shape import shape_recipe, write_shape
 
     folder.mkdir()
-    checked = shape_recipe(folder, data=args.data, rows=args.format or "alpaca", overrides=overrides)
+    checked = shape_recipe(
+        folder, data=args.data, rows=args.format or "alpaca", overrides=overrides
+    )
     if changed := write_shape(folder, find_shape(args.shape).config, args.tokenizer):
         print(f"warning: {args.shape} with a {changed}", file=sys.stderr, flush=True)
     return checked
@@ -134,12 +196,16 @@ def refuse_eager(recipe: "Run") -> None:
     """UsageError for --cold where nothing is compiled. The compiler itself is tried later, within what is timed."""
     import torch
 
-    if recipe.train.compile != "on" and (recipe.train.compile == "off" or not torch.cuda.is_available()):
+    if recipe.train.compile != "on" and (
+        recipe.train.compile == "off" or not torch.cuda.is_available()
+    ):
         what = f"--cold measures compilation, and train.compile {recipe.train.compile} compiles nothing here"
         raise UsageError(what, where="--cold", fix="train.compile=on, or remove --cold")
 
 
-def bench(args: argparse.Namespace, recipe: "Run", folder: Path) -> "tuple[BenchReport, dict[str, Any], list[str]]":
+def bench(
+    args: argparse.Namespace, recipe: "Run", folder: Path
+) -> "tuple[BenchReport, dict[str, Any], list[str]]":
     """Measure in `folder`; the figures, the report for --json, and the lines that follow the table."""
     from tunesmith.bench.measure import BenchPlan, measure
     from tunesmith.config.dump import to_mapping
@@ -154,13 +220,23 @@ def bench(args: argparse.Namespace, recipe: "Run", folder: Path) -> "tuple[Bench
     if args.shape:  # its name instead of its temporary folder
         name = f"shape {args.shape} ({find_shape(args.shape).source})"
         config = json.loads((Path(recipe.model.name) / "config.json").read_text(encoding="utf-8"))
-        values["model"] |= {"name": name, "tokenizer": args.tokenizer, "vocab_size": config["vocab_size"]}
+        values["model"] |= {
+            "name": name,
+            "tokenizer": args.tokenizer,
+            "vocab_size": config["vocab_size"],
+        }
         del values["output_dir"]
     report: dict[str, Any] = {"figures": vars(measured.figures), "recipe": values}
-    report |= {"machine": hardware.describe_machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    report |= {
+        "machine": hardware.describe_machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     lines: list[str] = []
     if args.profile:
-        report["profile"] = {"traces": [*map(str, measured.traces)], "tables": [*map(str, measured.tables)]}
+        report["profile"] = {
+            "traces": [*map(str, measured.traces)],
+            "tables": [*map(str, measured.tables)],
+        }
         lines += [table.read_text(encoding="utf-8").rstrip() for table in measured.tables]
         lines += [f"trace: {trace}" for trace in measured.traces]
     if args.cold:
@@ -181,14 +257,20 @@ def ablate(args: argparse.Namespace, recipe: "Run") -> None:
 
     changes = dict(ablation.variants(recipe, gpu=torch.cuda.is_available()))
     words = [word.strip() for word in args.only.split(",")] if args.only else []
-    named = {name: {name, change.partition("=")[0]} for name, change in changes.items()}  # by name, or by the key
+    named = {
+        name: {name, change.partition("=")[0]} for name, change in changes.items()
+    }  # by name, or by the key
     if unknown := [word for word in words if not any(word in names for names in named.values())]:
         what = f"there is no variant {unknown[0]!r} of this recipe"
         fix = f"choose from: {', '.join(changes)}; or name a key that they change"
         raise UsageError(what, where="--only", fix=fix)
-    taken = {name: change for name, change in changes.items() if not words or named[name] & {*words}}
+    taken = {
+        name: change for name, change in changes.items() if not words or named[name] & {*words}
+    }
     chosen = {ablation.BASELINE: "", **taken}
-    commands = {name: command_of(args, args.steps, args.warmup, change) for name, change in chosen.items()}
+    commands = {
+        name: command_of(args, args.steps, args.warmup, change) for name, change in chosen.items()
+    }
     found = ablation.run_in_turns(commands, rounds=args.rounds, say=partial(print, flush=True))
     table = ablation.table_of(found)
     print(*ablation.lines_of(table, chosen), sep="\n")
@@ -212,7 +294,9 @@ def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -
     done = subprocess.run([*command, "--json", str(file)], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         what = f"the run with a warm compile cache ended with {done.returncode}; its messages are above"
-        raise RunError(what, where=" ".join(command), fix="run that command by itself, or remove --cold")
+        raise RunError(
+            what, where=" ".join(command), fix="run that command by itself, or remove --cold"
+        )
     warm = json.loads(file.read_text(encoding="utf-8"))["figures"]
     names = ("first_step_seconds", "build_seconds")
     return {name: figures[name] for name in names} | {f"warm_{name}": warm[name] for name in names}
@@ -225,7 +309,9 @@ def print_figures(figures: "BenchReport", lines: Sequence[str], *, plain: bool) 
 
     plain = plain or not sys.stdout.isatty()
     console = Console(width=160, no_color=True, force_terminal=False) if plain else Console()
-    print(f"{figures.device}, {figures.dtype}, base {figures.quantize}, micro batch {figures.micro_batch}")
+    print(
+        f"{figures.device}, {figures.dtype}, base {figures.quantize}, micro batch {figures.micro_batch}"
+    )
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(style="bold", justify="right")

@@ -62,4 +62,7 @@ def run(args: argparse.Namespace) -> None:
                 completed.complete = shtab.FILE
     named = " ".join(f"{key}=" for key, (_, hint) in keys().items() if not is_section(hint))
     functions = FUNCTIONS[args.shell].replace("RECIPES", " ".join(shipped())).replace("KEYS", named)
-    print(shtab.complete(top, args.shell, preamble=functions) + (NO_SPACE if args.shell == "bash" else ""))
+    print(
+        shtab.complete(top, args.shell, preamble=functions)
+        + (NO_SPACE if args.shell == "bash" else "")
+    )

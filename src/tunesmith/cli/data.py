@@ -37,7 +37,9 @@ _ROW_TOKENS = 800  # tokens of a row that are shown
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows to show (default 3)")
+    parser.add_argument(
+        "--rows", type=int, default=3, metavar="N", help="how many rows to show (default 3)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
@@ -55,7 +57,12 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
     rows = vocab_rows(load_config(folder, recipe.model), tokenizer, recipe.model)
     prepared = prepare_data(
-        recipe, tokenizer, eos_ids(folder, tokenizer), rows, strict=False, position_limit=spec.position_limit
+        recipe,
+        tokenizer,
+        eos_ids(folder, tokenizer),
+        rows,
+        strict=False,
+        position_limit=spec.position_limit,
     )
     if args.json:
         print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
@@ -65,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
         contract.raise_if_broken()
 
 
-def print_data(prepared: TrainingData, tokenizer: Any, rows: int, console: Console | None = None) -> None:
+def print_data(
+    prepared: TrainingData, tokenizer: Any, rows: int, console: Console | None = None
+) -> None:
     """Everything, on stdout: rows, counts, lengths, packing, contract."""
     from rich.bar import Bar
     from rich.console import Console
@@ -73,13 +82,18 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int, console: Conso
     from tunesmith.data.source import is_local
 
     # A file or a pipe has no width; rich would assume 80 columns and fold the tables.
-    console = console or Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    console = console or Console(
+        highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160
+    )
     _print_rows(console, prepared.train, tokenizer, rows)
     console.print(prepared.describe_template(), markup=False)
     counts = _table("what is trained on", "source", "figures", text=(1,))
     for split, part in prepared.sources():
         name = part.counts.source
-        counts.add_row(f"{split}: {Path(name).name if is_local(name) else name}", "\n".join(prepared.figures(part)))
+        counts.add_row(
+            f"{split}: {Path(name).name if is_local(name) else name}",
+            "\n".join(prepared.figures(part)),
+        )
     console.print(counts)
     bars = histogram(prepared.train)
     most = max((n for _, _, n in bars), default=1)
@@ -94,14 +108,26 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int, console: Conso
     console.print(_contracts_table(prepared))
 
 
-def segments(tokens: TokenSet, tokenizer: Any, i: int, limit: int = _ROW_TOKENS) -> list[tuple[str, bool, bool]]:
+def segments(
+    tokens: TokenSet, tokenizer: Any, i: int, limit: int = _ROW_TOKENS
+) -> list[tuple[str, bool, bool]]:
     """Example i as (text, supervised, special) stretches; of one longer than `limit` tokens the beginning and the end."""
-    ids, trained, special = tokens[i].ids.tolist(), tokens[i].trained.tolist(), set(tokenizer.all_special_ids)
+    ids, trained, special = (
+        tokens[i].ids.tolist(),
+        tokens[i].trained.tolist(),
+        set(tokenizer.all_special_ids),
+    )
     kinds = [(supervised, token in special) for supervised, token in zip(trained, ids, strict=True)]
     half, long = limit // 2, len(ids) > limit
 
-    def decode(end: int) -> str:  # whole: alone, a piece of a character or a leading space is something else
-        return str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def decode(
+        end: int,
+    ) -> str:  # whole: alone, a piece of a character or a leading space is something else
+        return str(
+            tokenizer.decode(
+                ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
 
     out: list[tuple[str, bool, bool]] = []
     for start, stop in ((0, half), (len(ids) - half, len(ids))) if long else ((0, len(ids)),):
@@ -119,7 +145,9 @@ def segments(tokens: TokenSet, tokenizer: Any, i: int, limit: int = _ROW_TOKENS)
 def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) -> None:
     from rich.text import Text
 
-    coloured = console.color_system is not None and not console.no_color and "NO_COLOR" not in os.environ
+    coloured = (
+        console.color_system is not None and not console.no_color and "NO_COLOR" not in os.environ
+    )
     for i in range(min(count, len(tokens))):
         example = tokens[i]
         title = f"{tokens.where(i)}: {len(example.ids):,} tokens, {int(example.trained.sum()):,} supervised"
@@ -180,17 +208,24 @@ def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
     train, names = prepared.train, ("text", "supervised", "special")
     shown = []
     for i in range(min(rows, len(train))):
-        parts = [dict(zip(names, part, strict=True)) for part in segments(train, tokenizer, i, limit=1 << 30)]
+        parts = [
+            dict(zip(names, part, strict=True))
+            for part in segments(train, tokenizer, i, limit=1 << 30)
+        ]
         shown.append({"where": train.where(i), "tokens": len(train[i].ids), "segments": parts})
     return {
         "template": {"name": prepared.template.name, "end_ids": sorted(prepared.template.end_ids)},
         "train": [{**asdict(part.counts), "weight": part.weight} for part in train.parts],
-        "validation": [asdict(part.counts) for split, part in prepared.sources() if split == "validation"],
+        "validation": [
+            asdict(part.counts) for split, part in prepared.sources() if split == "validation"
+        ],
         "lengths": [{"from": low, "to": high, "examples": n} for low, high, n in histogram(train)],
         "schedule": asdict(prepared.schedule.summary(prepared.run.train.duration)),
         "duplicates": asdict(prepared.duplicates),
         "overlap": asdict(prepared.overlap),
         "warnings": prepared.warnings(),
-        "contract": [{"split": c.split, **asdict(check)} for c in prepared.contracts for check in c.checks],
+        "contract": [
+            {"split": c.split, **asdict(check)} for c in prepared.contracts for check in c.checks
+        ],
         "rows": shown,
     }

@@ -26,13 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     data_help = "rows with answers: jsonl, json, csv, parquet, or a Hub id (default: the rows that the run held out)"
     parser.add_argument("--data", metavar="FILE", help=data_help)
-    parser.add_argument("--split", metavar="SPLIT", help="of a Hub dataset, or a slice such as train[:100]")
-    parser.add_argument("--max-examples", type=whole_number, metavar="N", help="take the first N rows")
+    parser.add_argument(
+        "--split", metavar="SPLIT", help="of a Hub dataset, or a slice such as train[:100]"
+    )
+    parser.add_argument(
+        "--max-examples", type=whole_number, metavar="N", help="take the first N rows"
+    )
     beside = "score the base beside it (default: yes)"
     parser.add_argument("--base", action=argparse.BooleanOptionalAction, default=True, help=beside)
-    parser.add_argument("--exact-match", action="store_true", help="answer every row greedily and compare texts")
+    parser.add_argument(
+        "--exact-match", action="store_true", help="answer every row greedily and compare texts"
+    )
     longest = "for exact match: longest answer (default: 256)"
-    parser.add_argument("--max-new-tokens", type=whole_number, default=256, metavar="N", help=longest)
+    parser.add_argument(
+        "--max-new-tokens", type=whole_number, default=256, metavar="N", help=longest
+    )
     add_rows(parser, batch_size="for exact match: rows answered at once")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -43,17 +51,32 @@ def run(args: argparse.Namespace) -> None:
     locate_run(args.run)  # a wrong path is reported before torch is imported
     from tunesmith.inference.evaluate import evaluate
 
-    options = {name: value for name, value in vars(args).items() if name not in ("run", "data", "json")}
+    options = {
+        name: value for name, value in vars(args).items() if name not in ("run", "data", "json")
+    }
     options["columns"] = dict(args.columns) or None
     given = {"split": args.split, "columns": args.columns, "format": args.format_name != "auto"}
     if args.data is None and (name := next((name for name, value in given.items() if value), "")):
-        raise UsageError(f"--{name} is for the rows of --data", where=f"--{name}", fix="add --data FILE")
+        raise UsageError(
+            f"--{name} is for the rows of --data", where=f"--{name}", fix="add --data FILE"
+        )
     with ProgressCounter() as progress, fixes_as_options():
         found = evaluate(args.run, args.data, progress=progress, **options)
     if args.json:
-        about: dict[str, Any] = {"run": args.run, "data": found.data, "dropped": found.dropped, "cut": found.cut}
-        for name, score in found.scores.items():  # JSON has neither NaN nor infinity: such values become null
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(score).items()}
+        about: dict[str, Any] = {
+            "run": args.run,
+            "data": found.data,
+            "dropped": found.dropped,
+            "cut": found.cut,
+        }
+        for (
+            name,
+            score,
+        ) in found.scores.items():  # JSON has neither NaN nor infinity: such values become null
+            finite = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in asdict(score).items()
+            }
             about[name] = finite
         print(json.dumps(about, indent=2))
         return
@@ -64,14 +87,23 @@ def run(args: argparse.Namespace) -> None:
     scores = found.scores.values()
     table = Table("", *found.scores)
     table.add_row("loss (nats a token)", *(f"{s.loss:.4f}" for s in scores))
-    table.add_row("perplexity", *(f"{s.perplexity:.3f}" if s.perplexity < math.inf else "above 1e308" for s in scores))
+    table.add_row(
+        "perplexity",
+        *(f"{s.perplexity:.3f}" if s.perplexity < math.inf else "above 1e308" for s in scores),
+    )
     table.add_row("token accuracy", *(f"{s.token_accuracy:.2%}" for s in scores))
     matches = [(s.exact_match, s.asked) for s in scores if s.exact_match is not None]
     if matches:
-        table.add_row("exact match", *(f"{share:.1%} ({share * asked:.0f}/{asked})" for share, asked in matches))
+        table.add_row(
+            "exact match",
+            *(f"{share:.1%} ({share * asked:.0f}/{asked})" for share, asked in matches),
+        )
     table.add_row("rows", *(str(s.rows) for s in scores))
     table.add_row("supervised tokens", *(str(s.tokens) for s in scores))
     Console().print(table)
     for count, what in ((found.dropped, "dropped"), (found.cut, "cut short")):
         if count:
-            print(f"{count} of {found.rows} rows were {what}: longer than the recipe's seq_len", file=sys.stderr)
+            print(
+                f"{count} of {found.rows} rows were {what}: longer than the recipe's seq_len",
+                file=sys.stderr,
+            )

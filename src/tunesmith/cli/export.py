@@ -16,7 +16,9 @@ from tunesmith.errors import UsageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="RUN/checkpoint-N", help="of a run on several ranks")
-    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is new or empty")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="a folder that is new or empty"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -32,13 +34,26 @@ def run(args: argparse.Namespace) -> None:
     folder = found.folder
     if folder is None or found.run is None or not is_sharded(folder):
         why = "only a checkpoint of a model trained in full on several ranks is in parts"
-        fix = "merge puts an adapter into its base" if found.kind == "adapter" else "use the folder as it is"
-        raise UsageError(f"{args.checkpoint} needs no export", where=str(folder or args.checkpoint), why=why, fix=fix)
+        fix = (
+            "merge puts an adapter into its base"
+            if found.kind == "adapter"
+            else "use the folder as it is"
+        )
+        raise UsageError(
+            f"{args.checkpoint} needs no export",
+            where=str(folder or args.checkpoint),
+            why=why,
+            fix=fix,
+        )
     check_sums(folder, reads=lambda name: True)
     export_sharded(folder, output, found.run)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     if args.json:
-        print(json.dumps({"checkpoint": str(folder), "output": str(output), "bytes": size}, indent=2))
+        print(
+            json.dumps({"checkpoint": str(folder), "output": str(output), "bytes": size}, indent=2)
+        )
     else:
-        print(f"{output}: {size / 2**20:.0f} MiB in {found.run.model.dtype}; Transformers loads it as it is")
+        print(
+            f"{output}: {size / 2**20:.0f} MiB in {found.run.model.dtype}; Transformers loads it as it is"
+        )
         print(f"next: tunesmith chat {output}")

@@ -30,15 +30,32 @@ An interrupted download resumes where it stopped. HF_HOME names the cache, HF_TO
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="RECIPE|MODEL", help="a recipe, or a Hub id, folder or .gguf file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
-    parser.add_argument("--revision", help="branch, tag or commit of a model that is named without a recipe")
-    parser.add_argument("--update", action="store_true", help="ask the Hub for a newer commit of a cached model")
-    parser.add_argument("--dry-run", action="store_true", help="check and show; download or remove nothing")
-    parser.add_argument("--list", action="store_true", help="what the caches hold, the largest first")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        metavar="RECIPE|MODEL",
+        help="a recipe, or a Hub id, folder or .gguf file",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's"
+    )
+    parser.add_argument(
+        "--revision", help="branch, tag or commit of a model that is named without a recipe"
+    )
+    parser.add_argument(
+        "--update", action="store_true", help="ask the Hub for a newer commit of a cached model"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and show; download or remove nothing"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="what the caches hold, the largest first"
+    )
     what = "delete a model or data set from the cache, or all of a pattern"
     parser.add_argument("--remove", metavar="NAME", help=what)
-    parser.add_argument("--hosts", metavar="A,B", default="", help="with --remove: on these too, as ssh takes them")
+    parser.add_argument(
+        "--hosts", metavar="A,B", default="", help="with --remove: on these too, as ssh takes them"
+    )
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for scripts")
 
 
@@ -78,11 +95,15 @@ def _wanted(args: argparse.Namespace) -> "tuple[Model, list[Source]]":
         from tunesmith.data.source import is_local
 
         recipe = load_recipe(args.name, args.overrides)
-        distinct = {(s.source, s.name, s.revision): s for s in (*recipe.data.train, *recipe.data.validation)}
+        distinct = {
+            (s.source, s.name, s.revision): s for s in (*recipe.data.train, *recipe.data.validation)
+        }
         return recipe.model, [s for s in distinct.values() if not is_local(s.source)]
     if args.overrides:
         fix = f"tunesmith fetch {shell_word(args.name)} --revision REVISION; key=value goes with a recipe"
-        raise UsageError(f"{args.overrides[0]!r} belongs to no recipe", where="command line", fix=fix)
+        raise UsageError(
+            f"{args.overrides[0]!r} belongs to no recipe", where="command line", fix=fix
+        )
     return Model(name=args.name, revision=args.revision), []
 
 
@@ -90,11 +111,21 @@ def _model(model: "Model", progress: "FetchProgress", *, dry: bool, update: bool
     """Fetch a model, or with `dry` only look; what was found, with sizes in bytes."""
     from tunesmith.hub import fetch
 
-    row: dict[str, Any] = {"name": model.name, "kind": "model", "licence": None, "bytes": None, "missing_bytes": 0}
+    row: dict[str, Any] = {
+        "name": model.name,
+        "kind": "model",
+        "licence": None,
+        "bytes": None,
+        "missing_bytes": 0,
+    }
     folder = fetch.local_model(model) or (None if update else fetch.cached_model(model))
     if folder is None:
         plan = fetch.plan_download(model, progress)
-        row |= {"licence": plan.listing.licence, "gated": plan.listing.gated, "revision": plan.listing.commit}
+        row |= {
+            "licence": plan.listing.licence,
+            "gated": plan.listing.gated,
+            "revision": plan.listing.commit,
+        }
         row |= {"bytes": plan.total, "missing_bytes": plan.missing, "left_out": list(plan.left_out)}
         fetch.check_cache_room(model.name, plan.missing)
         folder = None if dry else fetch.download_model(plan, progress)
@@ -103,7 +134,9 @@ def _model(model: "Model", progress: "FetchProgress", *, dry: bool, update: bool
     if folder is not None and folder.is_dir():
         spec = fetch.check_folder(folder, model)
         row |= {"type": spec.model_type, "parameters": spec.parameters}
-        row["bytes"] = row["bytes"] or sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+        row["bytes"] = row["bytes"] or sum(
+            f.stat().st_size for f in folder.iterdir() if f.is_file()
+        )
     if model.tokenizer is not None and not dry:
         fetch.fetch_without_weights(model.tokenizer)
     return row | {"folder": None if folder is None else str(folder)}
@@ -119,9 +152,16 @@ def _dataset(source: "Source", progress: "FetchProgress", *, dry: bool) -> dict[
     if not constants.HF_HUB_OFFLINE:
         listing = fetch.list_repo(source.source, source.revision, "dataset", progress)
         size = sum(file.size for file in listing.files.values())
-        row |= {"licence": listing.licence, "gated": listing.gated, "revision": listing.commit, "bytes": size}
+        row |= {
+            "licence": listing.licence,
+            "gated": listing.gated,
+            "revision": listing.commit,
+            "bytes": size,
+        }
         if not fetch.repo_cache(source.source, "dataset").exists():
-            fetch.check_cache_room(source.source, 2 * size)  # as it is on the Hub, and as an Arrow table
+            fetch.check_cache_room(
+                source.source, 2 * size
+            )  # as it is on the Hub, and as an Arrow table
     if not dry:
         from tunesmith.data.source import read_rows
 
@@ -130,7 +170,11 @@ def _dataset(source: "Source", progress: "FetchProgress", *, dry: bool) -> dict[
 
 
 def _line(row: dict[str, Any]) -> str:
-    said = [row["kind"], row["licence"] and f"licence {row['licence']}", row["bytes"] and size_text(row["bytes"])]
+    said = [
+        row["kind"],
+        row["licence"] and f"licence {row['licence']}",
+        row["bytes"] and size_text(row["bytes"]),
+    ]
     if row.get("missing_bytes") and row["folder"] is None:
         said += [f"{size_text(row['missing_bytes'])} to download"]
     said += [f"{row['parameters'] / 1e9:.2f} B parameters" if row.get("parameters") else ""]
@@ -161,11 +205,30 @@ def _remove_elsewhere(pattern: str, hosts: str, *, dry: bool) -> list[dict[str, 
     repo, found = pattern.replace("/", "--"), []
     for host in filter(None, hosts.split(",")):
         in_hub, shipped = [f"models--{repo}", f"datasets--{repo}"], [pattern]
-        for folder, names in {constants.HF_HUB_CACHE: in_hub, cache_folder("shipped"): shipped}.items():
+        for folder, names in {
+            constants.HF_HUB_CACHE: in_hub,
+            cache_folder("shipped"): shipped,
+        }.items():
             named = [word for name in names for word in ("-o", "-name", name)][1:]
-            words = ["find", str(folder), "-maxdepth", "1", "-mindepth", "1", "(", *named, ")", "-prune", "-print"]
-            with Connection(host) as connection:  # a node that has no such folder has nothing to delete
-                shown = connection.ask("run", words=words + ([] if dry else ["-exec", "rm", "-rf", "--", "{}", "+"]))[1]
+            words = [
+                "find",
+                str(folder),
+                "-maxdepth",
+                "1",
+                "-mindepth",
+                "1",
+                "(",
+                *named,
+                ")",
+                "-prune",
+                "-print",
+            ]
+            with Connection(
+                host
+            ) as connection:  # a node that has no such folder has nothing to delete
+                shown = connection.ask(
+                    "run", words=words + ([] if dry else ["-exec", "rm", "-rf", "--", "{}", "+"])
+                )[1]
             about = {"kind": f"{host}:", "bytes": 0, "removed": not dry}
             found += [{"name": Path(line).name, **about} for line in shown.splitlines()]
     return found
@@ -185,12 +248,18 @@ def _remove(name: str, *, dry: bool, as_json: bool, elsewhere: list[dict[str, An
             remove_cached(item)
         except OSError as error:
             what = f"cannot delete {name}: {error.strerror}"
-            raise MachineError(what, where=str(item.folder), fix=f"ls -ld {shell_path(item.folder)}") from error
+            raise MachineError(
+                what, where=str(item.folder), fix=f"ls -ld {shell_path(item.folder)}"
+            ) from error
     if as_json:
-        done = elsewhere + [{"name": i.name, "kind": i.kind, "bytes": i.size, "removed": not dry} for i in chosen]
+        done = elsewhere + [
+            {"name": i.name, "kind": i.kind, "bytes": i.size, "removed": not dry} for i in chosen
+        ]
         print(json.dumps(done, indent=2))
     else:
         for row in elsewhere:
             print(f"{'would remove' if dry else 'removed'} {row['kind']} {row['name']}")
         for item in chosen:
-            print(f"{'would remove' if dry else 'removed'} {item.kind} {item.name}  {size_text(item.size)}")
+            print(
+                f"{'would remove' if dry else 'removed'} {item.kind} {item.name}  {size_text(item.size)}"
+            )

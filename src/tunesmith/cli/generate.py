@@ -21,18 +21,37 @@ from typing import IO, Any
 from tunesmith.cli import options
 from tunesmith.config.schema import Source
 from tunesmith.data.source import Rows, from_list, read_rows
-from tunesmith.errors import DataError, MachineError, RunError, StoppedError, UsageError, disk_fault, first_line
+from tunesmith.errors import (
+    DataError,
+    MachineError,
+    RunError,
+    StoppedError,
+    UsageError,
+    disk_fault,
+    first_line,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
-    parser.add_argument("--input", required=True, metavar="FILE", help="jsonl, json, csv, parquet; - is stdin (jsonl)")
-    parser.add_argument("--output", required=True, metavar="FILE", help="where answers go (jsonl); - is stdout")
-    parser.add_argument("--base", action="store_true", help="ask the base model, without what was trained")
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="jsonl, json, csv, parquet; - is stdin (jsonl)",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="where answers go (jsonl); - is stdout"
+    )
+    parser.add_argument(
+        "--base", action="store_true", help="ask the base model, without what was trained"
+    )
     options.add_rows(parser, batch_size="rows answered at once")
     options.add_decoding(parser, max_new_tokens=256)
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="keep the rows that are already in the output")
+    existing.add_argument(
+        "--resume", action="store_true", help="keep the rows that are already in the output"
+    )
     existing.add_argument("--force", action="store_true", help="overwrite the output")
 
 
@@ -52,7 +71,11 @@ def run(args: argparse.Namespace) -> None:
 
     decoding, stop = options.decoding_of(args), StopRequest(interactive=True)
     loaded = load_run(location, device=args.device)
-    how = {"format_name": args.format_name, "columns": dict(args.columns) or None, "batch_size": args.batch_size}
+    how = {
+        "format_name": args.format_name,
+        "columns": dict(args.columns) or None,
+        "batch_size": args.batch_size,
+    }
     with options.fixes_as_options():
         answers = generate(loaded, rows, decoding, **how, start=done, cancelled=stop.requested)
     if location.note:
@@ -73,7 +96,9 @@ def run(args: argparse.Namespace) -> None:
         what = disk_fault(error) or f"{name} cannot be written: {first_line(error)}"
         fix = "make room (df -h)" if disk_fault(error) else "name another file"
         fix += f", then start the same command again{_with_resume(output, args)}"
-        raise RunError(what, where=str(name), why=f"{done} of {len(rows)} rows are in it", fix=fix) from error
+        raise RunError(
+            what, where=str(name), why=f"{done} of {len(rows)} rows are in it", fix=fix
+        ) from error
     if done < len(rows):
         again = _with_resume(output, args)
         go_on = f"; to go on, start the same command again{again}" if again else ""
@@ -115,7 +140,9 @@ def _read_input(name: str) -> Rows:
         except (ValueError, RecursionError) as error:
             row, why = None, str(error)
         if not isinstance(row, dict):
-            raise DataError("the line is not a JSON object", where=f"stdin:{number}", why=why, fix=fix)
+            raise DataError(
+                "the line is not a JSON object", where=f"stdin:{number}", why=why, fix=fix
+            )
         rows.append(row)
     if not rows:
         raise DataError("stdin holds no rows", where="stdin", fix=fix)
@@ -127,9 +154,14 @@ def _kept_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> tup
 
     Its last line may be the beginning of a record, or lack its line break: it is written again.
     """
-    where, special = "--output", output is None or (output.exists() and not output.is_file() and not output.is_dir())
+    where, special = (
+        "--output",
+        output is None or (output.exists() and not output.is_file() and not output.is_dir()),
+    )
     if special and args.resume:
-        raise UsageError("--resume needs an output file", where=f"{where} {args.output}", fix="name a file")
+        raise UsageError(
+            "--resume needs an output file", where=f"{where} {args.output}", fix="name a file"
+        )
     if output is None:
         return 0, 0
     if args.input != "-" and output.exists() and output.samefile(args.input):
@@ -170,5 +202,7 @@ def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
 def _begins_answer_to(line: bytes, row: dict[str, Any]) -> bool:
     """Whether an incomplete line is the beginning of the record that answers `row`."""
     before = dict(takewhile(lambda item: item[0] != "output", row.items()))
-    head = _record({**before, "output": ""}).removesuffix('"}\n').encode("utf-8", "backslashreplace")
+    head = (
+        _record({**before, "output": ""}).removesuffix('"}\n').encode("utf-8", "backslashreplace")
+    )
     return line.startswith(head) or head.startswith(line)

@@ -29,13 +29,30 @@ TAKES_COMMAND = True  # words after `--` are not ours to parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="FILE [key=value ...] | -- COMMAND", help="what to import")
-    parser.add_argument("--from", dest="tool", choices=TOOLS, help="the tool it is for; told by its keys if left out")
     parser.add_argument(
-        "--world", type=whole_number, metavar="N", help="how many processes (GPUs) trained, on all nodes"
+        "words", nargs="*", metavar="FILE [key=value ...] | -- COMMAND", help="what to import"
     )
-    parser.add_argument("--extends", metavar="RECIPE", help="a recipe, shipped or a file, that the new one changes")
-    parser.add_argument("--output", type=Path, metavar="RECIPE", help="the file to write; NAME-recipe.yaml if left out")
+    parser.add_argument(
+        "--from",
+        dest="tool",
+        choices=TOOLS,
+        help="the tool it is for; told by its keys if left out",
+    )
+    parser.add_argument(
+        "--world",
+        type=whole_number,
+        metavar="N",
+        help="how many processes (GPUs) trained, on all nodes",
+    )
+    parser.add_argument(
+        "--extends", metavar="RECIPE", help="a recipe, shipped or a file, that the new one changes"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="RECIPE",
+        help="the file to write; NAME-recipe.yaml if left out",
+    )
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
 
 
@@ -45,26 +62,45 @@ def run(args: argparse.Namespace) -> None:
         what = "there is no file and no command to import"
         raise UsageError(what, where="command line", fix="tunesmith import --help")
     if args.command:
-        source = read_command([(word, "command line") for word in args.command], "command line", Path.cwd())
+        source = read_command(
+            [(word, "command line") for word in args.command], "command line", Path.cwd()
+        )
     else:
         source = read_config(Path(name), args.tool)
-    extends = args.extends if args.extends in (None, *shipped()) else str(Path(args.extends).resolve())
+    extends = (
+        args.extends if args.extends in (None, *shipped()) else str(Path(args.extends).resolve())
+    )
     layer = override_layer(given)
-    overrides = {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in given)}
+    overrides = {
+        key.strip(): value.strip() for key, _, value in (text.partition("=") for text in given)
+    }
     recipe = translate(source, overrides, args.world, extends)
     path = args.output or Path(f"{Path(name).stem}-recipe.yaml")
     if path.exists() and not args.force:
-        raise UsageError("this file is there already", where=str(path), fix="name another: --output RECIPE; or --force")
+        raise UsageError(
+            "this file is there already",
+            where=str(path),
+            fix="name another: --output RECIPE; or --force",
+        )
     tree = merge_layers(recipe.tree(), layer, None)
     if extends:
-        load_recipe(extends, {key: value for key, value in tree.plain().items() if key != "extends"})
+        load_recipe(
+            extends, {key: value for key, value in tree.plain().items() if key != "extends"}
+        )
     else:
         checked(tree)
     head = f"{schema_line()}\n# from {source.tool}: {json.dumps(shlex.join(mask_words([*args.words, *args.command])))}"
     write_atomically(path, recipe.text(tree, head, path.resolve().parent))
     print(f"{path}: {len(recipe.values)} values from {source.tool}")
     for differs, title in ((True, "differs:"), (False, "needs nothing in the recipe:")):
-        rows = [f"  {r.key}: {r.value}  ({r.origin})\n      {r.why}" for r in recipe.notes if r.differs is differs]
+        rows = [
+            f"  {r.key}: {r.value}  ({r.origin})\n      {r.why}"
+            for r in recipe.notes
+            if r.differs is differs
+        ]
         print("\n".join(["", title, *(rows or ["  nothing"])]))
     here = shell_path(from_here(path))
-    print(f"\nsee what it learns from: tunesmith data {here}; then: tunesmith train {here}", file=sys.stderr)
+    print(
+        f"\nsee what it learns from: tunesmith data {here}; then: tunesmith train {here}",
+        file=sys.stderr,
+    )

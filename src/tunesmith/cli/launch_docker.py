@@ -18,9 +18,15 @@ from tunesmith.shell import shell_word
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
-    parser.add_argument("--image", default="tunesmith", metavar="NAME", help="image to run (default: tunesmith)")
-    parser.add_argument("--detach", action="store_true", help="in the background, beyond the end of this terminal")
-    parser.add_argument("--render", action="store_true", help="print the docker command, and start nothing")
+    parser.add_argument(
+        "--image", default="tunesmith", metavar="NAME", help="image to run (default: tunesmith)"
+    )
+    parser.add_argument(
+        "--detach", action="store_true", help="in the background, beyond the end of this terminal"
+    )
+    parser.add_argument(
+        "--render", action="store_true", help="print the docker command, and start nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = launched_recipe(args)
     if args.render:
-        words = docker.create_words(docker.docker_job(recipe), args.image, docker.find_mounts(recipe), debug=args.debug)
+        words = docker.create_words(
+            docker.docker_job(recipe), args.image, docker.find_mounts(recipe), debug=args.debug
+        )
         print("docker run --rm", *map(shell_word, words), sep=" \\\n  ")
         return 0
     job = docker.start_container(recipe, args.image, debug=args.debug)

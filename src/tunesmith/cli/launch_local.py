@@ -23,18 +23,26 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
-    parser.add_argument("--ranks", type=whole_number, metavar="N", help="processes (default: one a GPU, else one)")
+    parser.add_argument(
+        "--ranks", type=whole_number, metavar="N", help="processes (default: one a GPU, else one)"
+    )
     again = "start failed ranks again, at most K times"
     parser.add_argument("--restarts", type=int, default=0, metavar="K", help=again)
-    parser.add_argument("--detach", action="store_true", help="in the background, beyond the end of this terminal")
+    parser.add_argument(
+        "--detach", action="store_true", help="in the background, beyond the end of this terminal"
+    )
 
 
 def add_launched(parser: argparse.ArgumentParser) -> None:
     """The recipe that a launcher takes."""
     recipe = "a recipe file, or the name of one that ships (see `tunesmith recipes`)"
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
-    debug = "collect what ranks and NCCL say on every node in launch/debug.tar.gz of the run directory"
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's"
+    )
+    debug = (
+        "collect what ranks and NCCL say on every node in launch/debug.tar.gz of the run directory"
+    )
     parser.add_argument("--debug", action="store_true", help=debug)
 
 
@@ -47,7 +55,9 @@ def launched_recipe(args: argparse.Namespace) -> "Run":
 
 def announce(job: "Job", doing: str) -> None:
     """Say how to follow and stop what was launched."""
-    print(f"{job.name} {doing}; its log: tunesmith logs -f {job.name}; to stop it: tunesmith stop {job.name}")
+    print(
+        f"{job.name} {doing}; its log: tunesmith logs -f {job.name}; to stop it: tunesmith stop {job.name}"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,15 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar = key.rpartition("_")[2].upper() if key != "gpus_per_node" else "[TYPE:]N"
         parser.add_argument(f"--{key.replace('_', '-')}", metavar=metavar, help=text)
     parser.add_argument("--exclusive", action="store_true", help="whole nodes")
-    parser.add_argument("--site", metavar="NAME", help="a profile of ~/.config/tunesmith/sites.yaml; flags win over it")
+    parser.add_argument(
+        "--site",
+        metavar="NAME",
+        help="a profile of ~/.config/tunesmith/sites.yaml; flags win over it",
+    )
     arg = "any other option of sbatch, as it is: --sbatch-arg=--reservation=tuesday"
     parser.add_argument("--sbatch-arg", action="append", default=[], metavar="OPTION", help=arg)
     requeues = "times that it may go back into the queue, at a time limit or after a lost node; 0: never (default: 5)"
     parser.add_argument("--max-requeues", type=_count, default=5, metavar="N", help=requeues)
     before = "save so long before the time limit (default: by the size of a checkpoint, from 300 on; a quarter of a short limit)"
     parser.add_argument("--warn-before", type=whole_number, metavar="SECONDS", help=before)
-    parser.add_argument("--render", action="store_true", help="print the script and write its recipe; submit nothing")
-    parser.add_argument("--seeds", help=argparse.SUPPRESS)  # removed: `_check_removed` says what to use
+    parser.add_argument(
+        "--render",
+        action="store_true",
+        help="print the script and write its recipe; submit nothing",
+    )
+    parser.add_argument(
+        "--seeds", help=argparse.SUPPRESS
+    )  # removed: `_check_removed` says what to use
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,9 +66,16 @@ def run(args: argparse.Namespace) -> None:
     recipe, site = launched_recipe(args), read_site(args.site)
     _check_removed(args, recipe.output_dir)
     given = {key: value for key in TEXTS if (value := vars(args)[key]) is not None}
-    site = replace(site, **given, exclusive=site.exclusive or args.exclusive, sbatch=(*site.sbatch, *args.sbatch_arg))
+    site = replace(
+        site,
+        **given,
+        exclusive=site.exclusive or args.exclusive,
+        sbatch=(*site.sbatch, *args.sbatch_arg),
+    )
     saving = slurm.saving_seconds(recipe)
-    request = slurm.Request(site, args.nodes, args.max_requeues, args.warn_before, saving, args.debug)
+    request = slurm.Request(
+        site, args.nodes, args.max_requeues, args.warn_before, saving, args.debug
+    )
     if text := slurm.warn_of_short_limit(request):
         print(text, file=sys.stderr)
     script = slurm.render_script(recipe, request)
@@ -81,7 +98,11 @@ def _check_removed(args: argparse.Namespace, output_dir: str) -> None:
     for override in args.overrides:
         if not override.startswith(("train.seed=", "output_dir=")):
             words.append(override)
-    options = {name: value for name, value in vars(args).items() if name not in ("recipe", "overrides", "seeds")}
+    options = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("recipe", "overrides", "seeds")
+    }
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if value is True:

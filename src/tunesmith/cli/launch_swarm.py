@@ -22,12 +22,27 @@ from tunesmith.cli.options import whole_number
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
-    ready, others = "this one included (default: all that are ready)", "the other nodes, as ssh takes them"
+    ready, others = (
+        "this one included (default: all that are ready)",
+        "the other nodes, as ssh takes them",
+    )
     parser.add_argument("--nodes", type=whole_number, metavar="N", help=ready)
-    parser.add_argument("--hosts", metavar="A,B", default="", help=f"{others} (default: by looking)")
-    parser.add_argument("--image", default="tunesmith", help="docker image on this node (default: tunesmith)")
-    parser.add_argument("--restarts", type=int, default=3, metavar="K", help="of a node's ranks, at most (default: 3)")
-    extra = "a stack file that is laid over ours: further mounts or variables of the service `ranks`"
+    parser.add_argument(
+        "--hosts", metavar="A,B", default="", help=f"{others} (default: by looking)"
+    )
+    parser.add_argument(
+        "--image", default="tunesmith", help="docker image on this node (default: tunesmith)"
+    )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=3,
+        metavar="K",
+        help="of a node's ranks, at most (default: 3)",
+    )
+    extra = (
+        "a stack file that is laid over ours: further mounts or variables of the service `ranks`"
+    )
     parser.add_argument("--stack-extra", type=Path, metavar="FILE", help=extra)
     parser.add_argument("--render", action="store_true", help="print the stack file and end")
 

@@ -10,8 +10,12 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", metavar="JOB|RUN", help="a name of `tunesmith status`, or a run directory")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until the run has ended")
+    parser.add_argument(
+        "job", metavar="JOB|RUN", help="a name of `tunesmith status`, or a run directory"
+    )
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on as it grows, until the run has ended"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

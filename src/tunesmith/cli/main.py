@@ -47,7 +47,10 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 VERBS = {
     "train": ("tunesmith.cli.train", "fine-tune a model from a recipe"),
     "sweep": ("tunesmith.cli.sweep", "train many adapters over one base, and name the best"),
-    "launch local": ("tunesmith.cli.launch_local", "train on the GPUs of this machine, also in the background"),
+    "launch local": (
+        "tunesmith.cli.launch_local",
+        "train on the GPUs of this machine, also in the background",
+    ),
     "launch swarm": (
         "tunesmith.cli.launch_swarm",
         "train on the nodes of a Docker swarm, such as two Sparks on a cable",
@@ -61,28 +64,60 @@ VERBS = {
     "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
     "fetch": ("tunesmith.cli.fetch", "check licence and disk, then download model and data"),
     "data": ("tunesmith.cli.data", "see the tokens that a recipe trains on"),
-    "plan": ("tunesmith.cli.plan", "forecast memory, time and cost on machines that need not be here"),
+    "plan": (
+        "tunesmith.cli.plan",
+        "forecast memory, time and cost on machines that need not be here",
+    ),
     "chat": ("tunesmith.cli.chat", "talk to a trained model in the terminal"),
     "generate": ("tunesmith.cli.generate", "answer the rows of a file"),
-    "bench": ("tunesmith.cli.bench", "measure how fast a recipe trains here, and the share of the chip"),
+    "bench": (
+        "tunesmith.cli.bench",
+        "measure how fast a recipe trains here, and the share of the chip",
+    ),
     "doctor": (
         "tunesmith.cli.doctor",
         "say what stands in the way on this machine, a pair or a cluster, and what mends it",
     ),
-    "selfcheck": ("tunesmith.cli.selfcheck", "check that the ranks here train as one process does, in a minute or two"),
+    "selfcheck": (
+        "tunesmith.cli.selfcheck",
+        "check that the ranks here train as one process does, in a minute or two",
+    ),
     "eval": ("tunesmith.cli.evaluate", "measure a trained model on held-out rows, beside its base"),
-    "merge": ("tunesmith.cli.merge", "merge an adapter into its base model, and check that it answers alike"),
-    "export": ("tunesmith.cli.export", "write a checkpoint of several ranks as a model that Transformers loads"),
+    "merge": (
+        "tunesmith.cli.merge",
+        "merge an adapter into its base model, and check that it answers alike",
+    ),
+    "export": (
+        "tunesmith.cli.export",
+        "write a checkpoint of several ranks as a model that Transformers loads",
+    ),
     "push": ("tunesmith.cli.push", "upload what a run trained to the Hugging Face Hub"),
     "report": ("tunesmith.cli.report", "compare runs on one page that opens offline"),
-    "import": ("tunesmith.cli.import_recipe", "turn the configuration of another tool into a recipe"),
+    "import": (
+        "tunesmith.cli.import_recipe",
+        "turn the configuration of another tool into a recipe",
+    ),
     "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }
 
 # with torch
-COMPUTING = {"train", "sweep", "chat", "generate", "bench", "selfcheck", "eval", "merge", "export", "plan"}
+COMPUTING = {
+    "train",
+    "sweep",
+    "chat",
+    "generate",
+    "bench",
+    "selfcheck",
+    "eval",
+    "merge",
+    "export",
+    "plan",
+}
 
-LOADING = COMPUTING | {"data", "launch local"}  # torch or Transformers, in this process or the ranks that it starts
+LOADING = COMPUTING | {
+    "data",
+    "launch local",
+}  # torch or Transformers, in this process or the ranks that it starts
 # A process that has loaded torch and Transformers takes 0.97 GiB of address space and 0.31 of data (measured). With less
 # their C++ code aborts, and no message can be shown.
 LEAST_LIMITS = {"ulimit -v": 1 << 30, "ulimit -d": 384 << 20}
@@ -111,10 +146,16 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
             if near:
                 fix = f"did you mean {near[0]}? see {fix}"
-            elif word.startswith("--") and any("key=value" in str(action.metavar) for action in self._actions):
+            elif word.startswith("--") and any(
+                "key=value" in str(action.metavar) for action in self._actions
+            ):
                 from tunesmith.config.typed import suggest_override
 
-                values = {option: value for option, value in pairwise(self.words) if not value.startswith("-")}
+                values = {
+                    option: value
+                    for option, value in pairwise(self.words)
+                    if not value.startswith("-")
+                }
                 if override := suggest_override(word, values.get(word)):
                     fix = f"recipe keys are written without dashes: {override}"
         raise UsageError(message, where=f"command line: {self.prog}", fix=fix)
@@ -160,7 +201,9 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
 def _shortage(failure: BaseException | None) -> TunesmithError | None:
     """The error of a run whose memory was short, of the host or the device, or None."""
     for error in (failure, failure and failure.__cause__):
-        if isinstance(error, TunesmithError) and (error.smaller or isinstance(error, ShortOfMemoryError)):
+        if isinstance(error, TunesmithError) and (
+            error.smaller or isinstance(error, ShortOfMemoryError)
+        ):
             return error
     return None
 
@@ -222,9 +265,7 @@ def _check_process_limits() -> None:
     """Refuse a limit of this process under which torch cannot be loaded."""
     for limit in process_limits():
         if limit.size < LEAST_LIMITS[limit.name]:
-            least = (
-                f"{LEAST_LIMITS[limit.name] >> 20} MiB are needed to load torch and Transformers, and a model's on top"
-            )
+            least = f"{LEAST_LIMITS[limit.name] >> 20} MiB are needed to load torch and Transformers, and a model's on top"
             raise _limit_error(limit, why=least)
 
 
@@ -262,24 +303,36 @@ def _report(error: BaseException) -> None:
         print(trace, file=sys.stderr)
     if isinstance(error, OtherRankError):  # that rank tells it
         return
-    known = error if isinstance(error, TunesmithError) else _machine_error(error) or _internal_error(error, trace)
+    known = (
+        error
+        if isinstance(error, TunesmithError)
+        else _machine_error(error) or _internal_error(error, trace)
+    )
     print(known.text(), file=sys.stderr)
 
 
 def _machine_error(error: BaseException) -> MachineError | None:
     """What this machine lacks, met where nothing checked for it: room on a disk, a permission, a package."""
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("tunesmith"):
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and error.name
+        and not error.name.startswith("tunesmith")
+    ):
         package = error.name.partition(".")[0]
         return MachineError(f"the Python package {package} is missing", fix=pip_install(package))
     if is_out_of_memory(error):
         if (limit := suspected_limit()) is not None:
             return _limit_error(limit, why=first_line(error)[:300])
         fix = "a smaller batch (--batch-size), a model of fewer or smaller weights, or a machine with more"
-        return MachineError("out of memory", where="this machine", why=first_line(error)[:300], fix=fix)
+        return MachineError(
+            "out of memory", where="this machine", why=first_line(error)[:300], fix=fix
+        )
     where = str(error.filename or "") if isinstance(error, OSError) else ""
     if (full := disk_fault(error)) is not None:
         fix = "make room (df -h), then start the same command again"
-        return MachineError(full, where="standard output" if error is fault_of(sys.stdout) else where, fix=fix)
+        return MachineError(
+            full, where="standard output" if error is fault_of(sys.stdout) else where, fix=fix
+        )
     if not isinstance(error, OSError) or not where or error.errno not in _PATH_FAULTS:
         return None
     what, fix = _PATH_FAULTS[error.errno]
@@ -289,7 +342,9 @@ def _machine_error(error: BaseException) -> MachineError | None:
 def _internal_error(error: BaseException, trace: str) -> TunesmithError:
     """A fault of ours; the traceback goes to a file, because few who meet it can use it."""
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="tunesmith-", suffix=".log", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="tunesmith-", suffix=".log", delete=False
+        ) as file:
             file.write(f"tunesmith {__version__}, python {sys.version}\n{trace}")
         fix = f"please report it with {file.name}; TUNESMITH_DEBUG=1 shows the traceback here"
     except OSError:

@@ -17,9 +17,17 @@ from tunesmith.cli.options import add_run
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is new or empty")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of what is written (default: the base's)")
-    parser.add_argument("--force", action="store_true", help="replace an earlier merge there, once the check is passed")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="a folder that is new or empty"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="of what is written (default: the base's)"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an earlier merge there, once the check is passed",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -35,18 +43,26 @@ def run(args: argparse.Namespace) -> None:
         return
     check = done.merge_check
     table = Table("against the adapter", "max logit diff", "mean KL (nats)", "same top token")
-    rows = [("merged", check.merged), ("base", check.base), (f"noise of {check.dtype}", check.noise)]
+    rows = [
+        ("merged", check.merged),
+        ("base", check.base),
+        (f"noise of {check.dtype}", check.noise),
+    ]
     if check.exact is not None:
         rows.insert(1, ("merged, in fp32", check.exact.difference))
     for name, diff in rows:
         table.add_row(name, f"{diff.max_logit:.3g}", f"{diff.mean_kl:.3g}", f"{diff.agreement:.2%}")
     Console().print(table)
-    print(f"largest logit difference {check.merged.max_logit:.3g}, over {check.positions} positions of {check.probes}")
+    print(
+        f"largest logit difference {check.merged.max_logit:.3g}, over {check.positions} positions of {check.probes}"
+    )
     for text, _ in check.rules:
         print(f"passed: {text}")
     if check.exact is None and check.dtype != "fp32":
         print("not compared in fp32: no room in memory for the model in fp32")
     if done.note:
         print(done.note)
-    print(f"{done.output}: {done.bytes / 2**20:.0f} MiB in {done.dtype}; Transformers loads it as it is")
+    print(
+        f"{done.output}: {done.bytes / 2**20:.0f} MiB in {done.dtype}; Transformers loads it as it is"
+    )
     print(f"next: tunesmith chat {done.output}")

@@ -31,13 +31,24 @@ GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of one that ships")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a recipe file, or the name of one that ships"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's"
+    )
     machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ...; here (default): this machine"
     parser.add_argument("--on", default="here", metavar="MACHINES", help=machines)
     figures = "a figure of the GPUs: gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
-    parser.add_argument("--assume", action="append", default=[], metavar="NAME=NUMBER", help=figures)
-    parser.add_argument("--length", type=whole_number, metavar="TOKENS", help="of an example, if no tokens are there")
+    parser.add_argument(
+        "--assume", action="append", default=[], metavar="NAME=NUMBER", help=figures
+    )
+    parser.add_argument(
+        "--length",
+        type=whole_number,
+        metavar="TOKENS",
+        help="of an example, if no tokens are there",
+    )
     parser.add_argument("--price", type=_price, metavar="USD", help="of a GPU for an hour")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
@@ -59,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
     planner = plan_on_paper(recipe, spec, cluster, work)
     found = planner.ranked()
     if args.json:
-        rows = [{**vars(f), "plan": {**vars(f.plan), "mesh": f.plan.mesh._asdict(), "savings": None}} for f in found]
+        rows = [
+            {**vars(f), "plan": {**vars(f.plan), "mesh": f.plan.mesh._asdict(), "savings": None}}
+            for f in found
+        ]
         size, _ = checkpoint_bytes(recipe, planner.trained)
         about = {"machines": vars(cluster), "work": work._asdict(), "checkpoint_bytes": size}
         if args.price:
@@ -88,7 +102,9 @@ def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
     if in_package is not None and fetch.cached_without_weights(model.name) is None:
         return in_package, model.name, None
     is_gguf = path is not None and path.is_file()
-    folder = fetch.fetch(model) if is_gguf else fetch.fetch_without_weights(model.name, model.revision)
+    folder = (
+        fetch.fetch(model) if is_gguf else fetch.fetch_without_weights(model.name, model.revision)
+    )
     file = folder / "config.json"
     return read_json(file), str(file), folder
 
@@ -100,7 +116,10 @@ def _cached(recipe: "Run", folder: Path) -> "TokenSet | None":
     from tunesmith.hub import fetch
 
     cache, names = cache_folder("tokens"), [source.source for source in recipe.data.train]
-    if not (cache.exists() and all(is_local(n) or fetch.repo_cache(n, "dataset").exists() for n in names)):
+    if not (
+        cache.exists()
+        and all(is_local(n) or fetch.repo_cache(n, "dataset").exists() for n in names)
+    ):
         return None
     from tunesmith.data.splits import read_splits
     from tunesmith.data.template import select_template
@@ -111,7 +130,9 @@ def _cached(recipe: "Run", folder: Path) -> "TokenSet | None":
         tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
         template = select_template(recipe.data, tokenizer, eos_ids(folder, tokenizer))
         rows, _ = read_splits(recipe.data, recipe.train.seed)
-        return tokenize(rows, recipe.data, template, tokenizer, cache=cache, what="train", only_cached=True)
+        return tokenize(
+            rows, recipe.data, template, tokenizer, cache=cache, what="train", only_cached=True
+        )
     return None
 
 
@@ -137,7 +158,11 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
 
     chip, work, best = planner.cluster.chip, planner.work, found[0]
     size, copies = checkpoint_bytes(planner.run, planner.trained)
-    speed = f"{chip.tflops:.0f} TFLOP/s in whole steps" if chip.tflops else "for times --assume tflops=NUMBER"
+    speed = (
+        f"{chip.tflops:.0f} TFLOP/s in whole steps"
+        if chip.tflops
+        else "for times --assume tflops=NUMBER"
+    )
     lines = [
         f"{planner.cluster.describe()}: {chip.gib:.0f} GiB, {speed} ({chip.source})",
         f"examples: {work.source}; {work.step.mean:,.0f} tokens a step, {work.steps or 'an unknown number of'} steps",
@@ -146,20 +171,34 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
     for f in found:
         memory = f"{f.plan.recomputed_layers:4} of {f.plan.layers:<3} {f.phases['step'] / GIB:8.1f}"
         known = f.step_seconds and f.tokens_per_second
-        speed = f"{f.step_seconds:8.2f} {f.tokens_per_second:9,.0f}" if known else f"{'-':>8} {'-':>9}"
+        speed = (
+            f"{f.step_seconds:8.2f} {f.tokens_per_second:9,.0f}" if known else f"{'-':>8} {'-':>9}"
+        )
         shape = f"{' x '.join(map(str, f.plan.mesh)):<26} {f.plan.choices['micro batch']:>15}"
-        lines.append(f"{shape} {memory} {f'{speed} {f.idle_share:6.0%}' if f.fits else ' does not fit'}")
+        lines.append(
+            f"{shape} {memory} {f'{speed} {f.idle_share:6.0%}' if f.fits else ' does not fit'}"
+        )
     if scheme_of(planner.run.model).has_fp8_matmuls and best.plan.base != "fp8":
         what = f"the base stays in {best.plan.base}: {best.plan.why['base']}"
         lines.append(f"warning: {what}; to save memory: model.quantize=nf4")
     if not best.fits:
         return lines
-    seconds = ", ".join(f"{part} {value:.2f}" for part, value in best.seconds.items() if value >= 0.005)
+    seconds = ", ".join(
+        f"{part} {value:.2f}" for part, value in best.seconds.items() if value >= 0.005
+    )
     phases = ", ".join(f"{needed / GIB:.1f} to {phase}" for phase, needed in best.phases.items())
-    sent = [f"{amount / 1e9:,.2f} GB over its {name}" for name, amount in best.sent.items() if amount]
-    hidden = f"; communication hidden behind them {best.hidden_seconds:.2f}" if best.hidden_seconds else ""
+    sent = [
+        f"{amount / 1e9:,.2f} GB over its {name}" for name, amount in best.sent.items() if amount
+    ]
+    hidden = (
+        f"; communication hidden behind them {best.hidden_seconds:.2f}"
+        if best.hidden_seconds
+        else ""
+    )
     if any(f.fits and (f.step_seconds or 0) < (best.step_seconds or 0) for f in found):
-        lines.append(f"first is not the fastest: more cuts or shards, or groups over nodes, must gain {1 - BETTER:.0%}")
+        lines.append(
+            f"first is not the fastest: more cuts or shards, or groups over nodes, must gain {1 - BETTER:.0%}"
+        )
     lines += [
         f"memory of a rank: {best.plan.memory.describe()}; it takes {phases}, of {best.room / GIB:.1f} GiB",
         *([f"seconds of a step: {seconds}{hidden}"] if best.step_seconds else []),
@@ -167,7 +206,9 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
         f"disk: {size / 1e9:.1f} GB a checkpoint, at most {copies} at once",
     ]
     if best.hides_from:
-        lines.append(f"shards: gathers hide in micro batches of {best.hides_from:,} tokens, and hold up smaller ones")
+        lines.append(
+            f"shards: gathers hide in micro batches of {best.hides_from:,} tokens, and hold up smaller ones"
+        )
     if warning := planner.warn_of_exposed_gathers(best):
         lines.append(warning)
     what = "hours and price" if price else "hours"
@@ -175,12 +216,20 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
         cost = f", {_cost(planner, best, price):,.0f} USD" if price else ""
         lines.append(f"the run: {best.hours:,.2f} h{cost}, without validation and checkpoints")
     elif best.step_seconds:
-        lines.append(f"{what}: not known, as no tokens are cached; train.duration='500 steps' gives them")
+        lines.append(
+            f"{what}: not known, as no tokens are cached; train.duration='500 steps' gives them"
+        )
     elif price:
-        lines.append(f"{what}: not known, as the speed of this machine is not; --assume tflops=100 gives them")
-    if (other := planner.with_tensor()) and (other.step_seconds or 0) < BETTER * (best.step_seconds or 0):
+        lines.append(
+            f"{what}: not known, as the speed of this machine is not; --assume tflops=100 gives them"
+        )
+    if (other := planner.with_tensor()) and (other.step_seconds or 0) < BETTER * (
+        best.step_seconds or 0
+    ):
         shape = other.plan.mesh.describe()
         lines.append(f"parallel.tensor=auto is faster: {shape}, {other.step_seconds:.2f} s a step")
     if planner.cluster.world > 1:
-        lines.append(f"`train` takes the first on these machines; to have it elsewhere: {best.keys}")
+        lines.append(
+            f"`train` takes the first on these machines; to have it elsewhere: {best.keys}"
+        )
     return lines

@@ -24,11 +24,23 @@ WIDE = 130  # columns of a terminal that leave 60 for what a recipe is for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list", help="list if left out")
-    parser.add_argument("name", nargs="?", help="show: a shipped recipe or a file; copy: a shipped recipe")
-    parser.add_argument("rest", nargs="*", metavar="key=value | DEST", help="overrides to show, or where to copy to")
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=("list", "show", "copy"),
+        default="list",
+        help="list if left out",
+    )
+    parser.add_argument(
+        "name", nargs="?", help="show: a shipped recipe or a file; copy: a shipped recipe"
+    )
+    parser.add_argument(
+        "rest", nargs="*", metavar="key=value | DEST", help="overrides to show, or where to copy to"
+    )
     parser.add_argument("--json", action="store_true", help="list and show: JSON for scripts")
-    parser.add_argument("--force", action="store_true", help="copy: write over a file that is there")
+    parser.add_argument(
+        "--force", action="store_true", help="copy: write over a file that is there"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,12 +48,19 @@ def run(args: argparse.Namespace) -> None:
         _list(as_json=args.json)
     elif args.name is None:
         example = f"tunesmith recipes {args.action} smollm2-135m-lora"
-        raise UsageError(f"recipes {args.action} needs a recipe's name", where="command line", fix=example)
+        raise UsageError(
+            f"recipes {args.action} needs a recipe's name", where="command line", fix=example
+        )
     elif args.action == "show":
         recipe = load_recipe(args.name, args.rest)
-        sys.stdout.write(json.dumps(to_mapping(recipe), indent=2) + "\n" if args.json else dump(recipe))
+        sys.stdout.write(
+            json.dumps(to_mapping(recipe), indent=2) + "\n" if args.json else dump(recipe)
+        )
     elif len(args.rest) > 1:
-        what, fix = f"recipes copy takes one destination, not {len(args.rest)}", ["copy", args.name, args.rest[0]]
+        what, fix = (
+            f"recipes copy takes one destination, not {len(args.rest)}",
+            ["copy", args.name, args.rest[0]],
+        )
         raise UsageError(what, where="command line", fix=f"tunesmith recipes {shell_command(fix)}")
     else:
         _copy(args.name, Path(args.rest[0] if args.rest else "."), force=args.force)
@@ -64,9 +83,18 @@ def _list(*, as_json: bool) -> None:
         print(json.dumps(rows, indent=2))
         return
     if not sys.stdout.isatty():
-        widths = {column: max(len(row[column]) for row in rows) for column in ("name", "model", "method")}
+        widths = {
+            column: max(len(row[column]) for row in rows) for column in ("name", "model", "method")
+        }
         for row in rows:
-            print("  ".join([*(row[column].ljust(width) for column, width in widths.items()), row["purpose"]]))
+            print(
+                "  ".join(
+                    [
+                        *(row[column].ljust(width) for column, width in widths.items()),
+                        row["purpose"],
+                    ]
+                )
+            )
         return
     from rich.console import Console
     from rich.table import Table

@@ -19,7 +19,9 @@ from tunesmith.run_directory import shown
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--output", metavar="FILE", help="the page (default: report.html, or report.md)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="the page (default: report.html, or report.md)"
+    )
     parser.add_argument("--markdown", action="store_true", help="write Markdown in place of HTML")
 
 
@@ -37,7 +39,11 @@ def run(args: argparse.Namespace) -> None:
         except UsageError as error:
             left_out.append(error)
     tell_left_out(left_out, shown=len(runs))
-    note = f"Left out: {'; '.join(f'{error.where}: {error.what}' for error in left_out)}" if left_out else ""
+    note = (
+        f"Left out: {'; '.join(f'{error.where}: {error.what}' for error in left_out)}"
+        if left_out
+        else ""
+    )
     write_report(runs, output, markdown=args.markdown, note=shown(note))
     summaries = summaries_of(runs)
     for summary in summaries:
@@ -46,4 +52,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"damaged: {summary.label}: {file}", file=sys.stderr)
     verdict = judge(summaries)
     print("\n".join([verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]))
-    print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser" if not args.markdown else output)
+    print(
+        f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser"
+        if not args.markdown
+        else output
+    )

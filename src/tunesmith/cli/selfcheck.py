@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = "start so many ranks here (default: one a GPU, without GPUs 2); not under torchrun, which starts them"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # of ranks that `launch` has started
+    parser.add_argument(
+        "--report", type=Path, help=argparse.SUPPRESS
+    )  # of ranks that `launch` has started
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,11 +66,28 @@ def run(args: argparse.Namespace) -> int:
 
 def start_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
     """Start ranks here by torchrun and wait for their report; they print the table unless `quiet`."""
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // world))}  # torchrun would set 1
-    started = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m", "tunesmith", "selfcheck"]
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, available_cores() // world))
+    }  # torchrun would set 1
+    started = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world),
+        "-m",
+        "tunesmith",
+        "selfcheck",
+    ]
     with tempfile.TemporaryDirectory(prefix="tunesmith-selfcheck-") as folder:
         file = Path(folder) / "report.json"
-        command = [sys.executable, "-m", *started, *(["--json"] if quiet else []), "--report", str(file)]
+        command = [
+            sys.executable,
+            "-m",
+            *started,
+            *(["--json"] if quiet else []),
+            "--report",
+            str(file),
+        ]
         done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
         if file.is_file():
             return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -80,8 +99,13 @@ def start_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
 
 def print_row(row: "CheckRow") -> None:
     """A line of the table, as soon as it is known, and below a failed check what it means."""
-    result, step = {True: "pass", False: "FAIL", None: ""}[row.passed], f"step {row.step}" if row.step else ""
-    line = f"{row.check:<76} {step:>6} {row.expected:>11} {row.found:>11} {row.tolerance:>6} {result}"
+    result, step = (
+        {True: "pass", False: "FAIL", None: ""}[row.passed],
+        f"step {row.step}" if row.step else "",
+    )
+    line = (
+        f"{row.check:<76} {step:>6} {row.expected:>11} {row.found:>11} {row.tolerance:>6} {result}"
+    )
     print(line.rstrip() + (f"\n  {row.meaning}" if row.meaning else ""), flush=True)
 
 

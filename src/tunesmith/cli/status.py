@@ -11,7 +11,9 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("jobs", nargs="*", metavar="JOB|RUN", help="names or run directories (default: all jobs)")
+    parser.add_argument(
+        "jobs", nargs="*", metavar="JOB|RUN", help="names or run directories (default: all jobs)"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON: a list of objects")
 
 
@@ -21,7 +23,10 @@ def run(args: argparse.Namespace) -> None:
     jobs = [find_job(word) for word in args.jobs] or all_jobs()
     found = [(job, job.state()) for job in jobs]
     if args.json:
-        rows = [{"job": j.name, "run_dir": j.run_dir, "log": j.log, **state._asdict()} for j, state in found]
+        rows = [
+            {"job": j.name, "run_dir": j.run_dir, "log": j.log, **state._asdict()}
+            for j, state in found
+        ]
         print(json.dumps(rows, indent=1))
         return
     for job, state in found:

@@ -11,7 +11,9 @@ import time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", metavar="JOB|RUN", help="a name of `tunesmith status`, or a run directory")
+    parser.add_argument(
+        "job", metavar="JOB|RUN", help="a name of `tunesmith status`, or a run directory"
+    )
     parser.add_argument("--wait", action="store_true", help="return when it has ended")
 
 

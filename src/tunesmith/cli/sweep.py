@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
     words = "key=a,b,c lists values, key=LOW..HIGH is a range, key=value sets the recipe"
     parser.add_argument("words", nargs="+", metavar="key=values", help=words)
-    few = (
-        "stop the worse half at N rungs, the last one at half of the steps (default: 2, after 8 updates and the warmup)"
-    )
+    few = "stop the worse half at N rungs, the last one at half of the steps (default: 2, after 8 updates and the warmup)"
     parser.add_argument("--rungs", type=whole_number, metavar="N", help=few)
-    parser.add_argument("--to-the-end", action="store_true", help="train every candidate to its end")
+    parser.add_argument(
+        "--to-the-end", action="store_true", help="train every candidate to its end"
+    )
     count = "with a range: how many to draw (default: 16)"
     parser.add_argument("--candidates", type=whole_number, metavar="N", help=count)
     ranks = "start so many ranks here (default: one process)"
@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> int | None:
         options = ["--candidates", str(args.candidates)] if args.candidates is not None else []
         options += ["--rungs", str(args.rungs)] if args.rungs else []
         options += ["--to-the-end"] * args.to_the_end + ["--json"] * args.json
-        code = run_agent(["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words, *options])
+        code = run_agent(
+            ["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words, *options]
+        )
         file = Path(load_recipe(args.recipe, space.fixed).output_dir, SWEEP)
         return EXIT_STOPPED if code == EXIT_OK and read_sweep(file).get("stopped") else code
     say = partial(print, file=sys.stderr, flush=True) if leads else lambda text: None

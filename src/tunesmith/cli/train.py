@@ -27,8 +27,12 @@ from tunesmith.streams import lasting
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--fresh", action="store_true", help="put an earlier run in output_dir aside and start over")
-    parser.add_argument("--why", action="store_true", help="say why each choice was made for this machine")
+    parser.add_argument(
+        "--fresh", action="store_true", help="put an earlier run in output_dir aside and start over"
+    )
+    parser.add_argument(
+        "--why", action="store_true", help="say why each choice was made for this machine"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
 
@@ -70,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
             print(json.dumps(result.values()))
         else:
             before = result.finished_before
-            text = closing_summary(recipe, steps=result.steps, seconds=result.seconds, finished_before=before)
+            text = closing_summary(
+                recipe, steps=result.steps, seconds=result.seconds, finished_before=before
+            )
             print(text)
             if not before:
                 keep(None)

@@ -28,7 +28,9 @@ from tunesmith.hub.hub_calls import retry
 WORKERS = 4
 SECONDS_BETWEEN_LINES = 10.0
 
-Advance = Callable[[int], None]  # so many bytes arrived (negative: thrown away); called from several threads
+Advance = Callable[
+    [int], None
+]  # so many bytes arrived (negative: thrown away); called from several threads
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class FetchProgress:
         self._bar = say is None and is_terminal(sys.stderr)
 
     @contextmanager
-    def transfer(self, what: str, total: int, done: int, doing: str = "fetching") -> Iterator[Advance]:
+    def transfer(
+        self, what: str, total: int, done: int, doing: str = "fetching"
+    ) -> Iterator[Advance]:
         """While bytes of `what` arrive: `total` of them, of which `done` are there already."""
         if self._bar:
             from rich.console import Console
@@ -80,7 +84,10 @@ class FetchProgress:
                 told = time.monotonic()
                 self.say(f"  {size_text(done)} of {size_text(total)}")
 
-        self.say(f"{doing} {what}: {size_text(total)}" + (f", {size_text(done)} there already" if done else ""))
+        self.say(
+            f"{doing} {what}: {size_text(total)}"
+            + (f", {size_text(done)} there already" if done else "")
+        )
         yield advance
 
 
@@ -100,7 +107,9 @@ def download(files: Sequence[RemoteFile], storage: Path, advance: Advance) -> No
             pool.shutdown(cancel_futures=True)
 
 
-def _download_blob(file: RemoteFile, storage: Path, advance: Advance, stop: threading.Event) -> None:
+def _download_blob(
+    file: RemoteFile, storage: Path, advance: Advance, stop: threading.Event
+) -> None:
     blob, part = storage / "blobs" / file.etag, file.part(storage)
     lock = storage.parent / ".locks" / storage.name / f"{file.etag}.lock"
     for folder in (blob.parent, lock.parent):
@@ -113,14 +122,23 @@ def _download_blob(file: RemoteFile, storage: Path, advance: Advance, stop: thre
             return
         # Git's blob hash is the sha1 of a header and the bytes.
         git = len(file.etag) == 40
-        empty = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
+        empty = (
+            hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+            if git
+            else hashlib.sha256()
+        )
         with part.open("rb") as bytes_:
             digest = hashlib.file_digest(bytes_, lambda: empty).hexdigest()
         if digest != file.etag:
             part.unlink()
-            what, why = "its hash is not the one that the Hub states", "a proxy or a failing disk changed it"
+            what, why = (
+                "its hash is not the one that the Hub states",
+                "a proxy or a failing disk changed it",
+            )
             fix = "start again; the damaged part was deleted"
-            raise ModelError(f"{file.name} arrived damaged: {what}", where=file.url, why=why, fix=fix)
+            raise ModelError(
+                f"{file.name} arrived damaged: {what}", where=file.url, why=why, fix=fix
+            )
         part.replace(blob)
 
 
@@ -130,8 +148,13 @@ def _receive(file: RemoteFile, part: Path, advance: Advance, stop: threading.Eve
         have = out.tell()
         if have >= file.size:
             return
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        how: dict[str, Any] = {"follow_redirects": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | (
+            {"Range": f"bytes={have}-"} if have else {}
+        )
+        how: dict[str, Any] = {
+            "follow_redirects": True,
+            "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        }
         with get_session().stream("GET", file.url, headers=headers, **how) as response:
             hf_raise_for_status(response)
             if have and response.status_code != 206:  # the server sends the whole file: start over

@@ -13,7 +13,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -23,10 +30,23 @@ from tunesmith.host_files import cache_folder, refuse_full_disk, refuse_special_
 from tunesmith.hub.download import FetchProgress, RemoteFile, download
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
-from tunesmith.model.safetensors_files import INDEX, SINGLE, indexed_files, no_safetensors, read_headers, read_json
+from tunesmith.model.safetensors_files import (
+    INDEX,
+    SINGLE,
+    indexed_files,
+    no_safetensors,
+    read_headers,
+    read_json,
+)
 from tunesmith.model.spec import ModelSpec, check_seq_len, read_spec
 
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")  # one of these is needed
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+    "tekken.json",
+)  # one of these is needed
 SUPPORT = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "spiece.model", "tekken.json", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
@@ -71,7 +91,11 @@ def local_model(model: Model) -> Path | None:
     if path.is_file():
         what = f"{path.name} is a file, but neither a folder nor a .gguf file"
         raise ModelError(what, where=str(path), fix=f"name its folder: model.name: {path.parent}")
-    if model.name.endswith(".gguf") or model.name.startswith((".", "/", "~")) or model.name.count("/") > 1:
+    if (
+        model.name.endswith(".gguf")
+        or model.name.startswith((".", "/", "~"))
+        or model.name.count("/") > 1
+    ):
         fix = "correct the path, or give a Hub id: owner/name"
         raise ModelError(f"there is nothing at {model.name}", where="model.name", fix=fix)
     try:
@@ -87,9 +111,13 @@ def cached_model(model: Model) -> Path | None:
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    read_spec(read_json(folder / "config.json"), where=config, trust_remote_code=model.trust_remote_code)
+    read_spec(
+        read_json(folder / "config.json"), where=config, trust_remote_code=model.trust_remote_code
+    )
     weights = indexed_files(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
-    if not all((folder / name).exists() for name in weights) or (model.tokenizer is None and not _tokenizer_in(folder)):
+    if not all((folder / name).exists() for name in weights) or (
+        model.tokenizer is None and not _tokenizer_in(folder)
+    ):
         return None
     check_folder(folder, model)
     return folder
@@ -99,10 +127,14 @@ def check_folder(folder: Path, model: Model) -> ModelSpec:
     """The spec of a folder's model; ModelError names the file that is missing, cut off or broken."""
     refuse_special_files(folder)
     headers, config = read_headers(folder), folder / "config.json"
-    spec = read_spec(read_json(config), where=str(config), trust_remote_code=model.trust_remote_code)
+    spec = read_spec(
+        read_json(config), where=str(config), trust_remote_code=model.trust_remote_code
+    )
     stored = sum(math.prod(entry.shape) for entries in headers.values() for entry in entries)
     if spec.parameters > MOST_PER_NUMBER * stored:  # before modules of that size are made
-        what = f"config.json describes {spec.parameters:,} parameters, and the weights have {stored:,}"
+        what = (
+            f"config.json describes {spec.parameters:,} parameters, and the weights have {stored:,}"
+        )
         why = "the weights and config.json do not describe the same model"
         fix = "fetch the model again, or correct config.json"
         raise ModelError(what, where=str(config), why=why, fix=fix)
@@ -130,16 +162,25 @@ class RepoListing:
 def list_repo(repo: str, revision: str | None, kind: str, progress: FetchProgress) -> RepoListing:
     """Ask the Hub about a repository (`kind`: model or dataset) and show its licence; raises as `hub_calls` does."""
     with hub_calls(repo, revision, kind):
-        info: Any = retry(lambda: HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=True))
+        info: Any = retry(
+            lambda: HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=True)
+        )
     card = info.card_data.to_dict() if info.card_data is not None else {}
     tags = [t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")]
     stated = card.get("license_name") or card.get("license") or (tags[0] if tags else "not stated")
     licence = ", ".join(stated) if isinstance(stated, list) else str(stated)
-    progress.say(f"{repo}: licence {licence}{', gated' if info.gated else ''} ({repo_page(repo, kind)})")
+    progress.say(
+        f"{repo}: licence {licence}{', gated' if info.gated else ''} ({repo_page(repo, kind)})"
+    )
     files = {}
     for file in info.siblings or ():
-        name, url = file.rfilename, hf_hub_url(repo, file.rfilename, repo_type=kind, revision=info.sha)
-        files[name] = RemoteFile(name, url, file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or "")
+        name, url = (
+            file.rfilename,
+            hf_hub_url(repo, file.rfilename, repo_type=kind, revision=info.sha),
+        )
+        files[name] = RemoteFile(
+            name, url, file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or ""
+        )
     return RepoListing(info.sha, licence, bool(info.gated), files)
 
 
@@ -164,14 +205,19 @@ class DownloadPlan:
         return sum(file.size - file.arrived(self.storage) for file in self.files)
 
 
-def plan_download(model: Model, progress: FetchProgress, seq_len: int | None = None) -> DownloadPlan:
+def plan_download(
+    model: Model, progress: FetchProgress, seq_len: int | None = None
+) -> DownloadPlan:
     """Ask the Hub what the model is, and check it (licence, format, config, shards) before a large download."""
     listing, page = list_repo(model.name, model.revision, "model", progress), repo_page(model.name)
     names = {name for name in listing.files if "/" not in name}
     if not {INDEX, SINGLE} & names:
         raise no_safetensors(sorted(names), name=model.name, where=page, repo=True)
     if "config.json" not in names:
-        what, why = "the repository has weights and no config.json", "nothing says which model they are of"
+        what, why = (
+            "the repository has weights and no config.json",
+            "nothing says which model they are of",
+        )
         fix = "take another revision, or a repository in the form of Transformers"
         raise ModelError(what, where=page, why=why, fix=fix)
 
@@ -180,7 +226,9 @@ def plan_download(model: Model, progress: FetchProgress, seq_len: int | None = N
             return Path(retry(lambda: hf_hub_download(model.name, name, revision=listing.commit)))
 
     where = f"{page}/blob/{listing.commit}/config.json"
-    spec = read_spec(read_json(small("config.json")), where=where, trust_remote_code=model.trust_remote_code)
+    spec = read_spec(
+        read_json(small("config.json")), where=where, trust_remote_code=model.trust_remote_code
+    )
     if seq_len is not None:
         check_seq_len(spec, seq_len, where=where)
     weights = indexed_files(small(INDEX)) if INDEX in names else [SINGLE]
@@ -189,10 +237,14 @@ def plan_download(model: Model, progress: FetchProgress, seq_len: int | None = N
         raise ModelError(what, where=page, fix="take another revision, or tell the model's owner")
     patterns = (*SUPPORT, INDEX, *(("*.py",) if model.trust_remote_code else ()))
     wanted = sorted(n for n in names if any(fnmatch(n, p) for p in patterns)) + weights
-    left_out = tuple(n for n in listing.files if n not in wanted and not n.endswith((".md", ".gitattributes")))
+    left_out = tuple(
+        n for n in listing.files if n not in wanted and not n.endswith((".md", ".gitattributes"))
+    )
     files = tuple(listing.files[name] for name in wanted)
     if unknown := [file.name for file in files if not file.etag]:
-        raise ModelError(f"the server states no hash of {unknown[0]}", where=page, fix="check HF_ENDPOINT")
+        raise ModelError(
+            f"the server states no hash of {unknown[0]}", where=page, fix="check HF_ENDPOINT"
+        )
     return DownloadPlan(model, listing, files, left_out, repo_cache(model.name))
 
 
@@ -216,7 +268,11 @@ def download_model(plan: DownloadPlan, progress: FetchProgress) -> Path:
         if plan.missing:
             with progress.transfer(model.name, plan.total, plan.total - plan.missing) as advance:
                 download(plan.files, plan.storage, advance)
-        made = Path(retry(lambda: snapshot_download(model.name, revision=model.revision, allow_patterns=names)))
+        made = Path(
+            retry(
+                lambda: snapshot_download(model.name, revision=model.revision, allow_patterns=names)
+            )
+        )
     check_folder(made, model)
     return made
 
@@ -241,7 +297,9 @@ def fetch_without_weights(name: str, revision: str | None = None) -> Path:
     with hub_calls(name, revision):
         if (cached := cached_without_weights(name, revision)) is not None:
             return cached
-        return Path(retry(lambda: snapshot_download(name, revision=revision, allow_patterns=list(SUPPORT))))
+        return Path(
+            retry(lambda: snapshot_download(name, revision=revision, allow_patterns=list(SUPPORT)))
+        )
 
 
 def cached_without_weights(name: str, revision: str | None = None) -> Path | None:
@@ -265,7 +323,11 @@ def cached_items() -> list[CachedItem]:
     """Everything in the caches, the largest first; parts of unfinished downloads counted."""
     # Not scan_cache_dir: it leaves out a repository of which no file is complete yet.
     hub, items = Path(constants.HF_HUB_CACHE), []
-    places = [("model", hub, "models--"), ("dataset", hub, "datasets--"), ("converted", cache_folder("models"), "")]
+    places = [
+        ("model", hub, "models--"),
+        ("dataset", hub, "datasets--"),
+        ("converted", cache_folder("models"), ""),
+    ]
     places += [("shipped", cache_folder("shipped"), "")]
     for kind, cache, prefix in places:
         for folder in filter(Path.is_dir, cache.glob(f"{prefix}*")):

@@ -40,7 +40,10 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
         fix = "download it again; a small file is often a saved web page or a Git LFS pointer"
         raise ModelError(f"{file.name} is not a GGUF file", where=str(file), why=why, fix=fix)
     identity = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, dtype, LAYOUT])
-    target = cache_folder("models") / f"{file.stem}-{dtype}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    target = (
+        cache_folder("models")
+        / f"{file.stem}-{dtype}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    )
     if target.is_dir():
         return target
     require("gguf", where=str(file), fix="take the Hub's safetensors of this model")
@@ -61,7 +64,10 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
                 if not target.is_dir():  # else another process finished the same conversion first
                     raise
     except OSError as error:
-        what, fix = "the converted model cannot be written", "make room, or point TUNESMITH_CACHE at another folder"
+        what, fix = (
+            "the converted model cannot be written",
+            "make room, or point TUNESMITH_CACHE at another folder",
+        )
         raise MachineError(what, where=str(target.parent), why=str(error), fix=fix) from error
     return target
 
@@ -79,19 +85,29 @@ def _convert(file: Path, dtype: str, made: Path) -> None:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the bars that tqdm draws
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=kept)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=kept
+            )
     except Exception as error:  # gguf and Transformers raise many kinds for a file that is cut off or unknown to them
-        what, fix = f"{file.name} cannot be read as a model", "download it again, or take the Hub's safetensors"
+        what, fix = (
+            f"{file.name} cannot be read as a model",
+            "download it again, or take the Hub's safetensors",
+        )
         raise ModelError(what, where=str(file), why=one_line(error), fix=fix) from error
     finally:
         logging.set_verbosity(level)
     # Written file by file rather than by save_pretrained, which refuses a model that was loaded from a quantised file.
     config = model.config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):  # the weights are plain now, and the path is of this machine
+    for key in (
+        "quantization_config",
+        "_name_or_path",
+    ):  # the weights are plain now, and the path is of this machine
         config.pop(key, None)
     config |= {"dtype": str(kept).removeprefix("torch."), "architectures": [type(model).__name__]}
     # named_parameters and named_buffers name a shared tensor once, and no buffer of these families is in a checkpoint
-    state = {name: tensor.detach().to(kept).contiguous() for name, tensor in model.named_parameters()}
+    state = {
+        name: tensor.detach().to(kept).contiguous() for name, tensor in model.named_parameters()
+    }
     made.mkdir()
     tokenizer.save_pretrained(made)
     model.generation_config.save_pretrained(made)

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import constants, errors, get_token
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    logging,
+)
 
 from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault, mask
 from tunesmith.shell import shell_word
@@ -40,7 +45,10 @@ def retry(call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         try:
             return call()
         except (TRANSPORT, ConnectionResetError) as error:
-            if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in TRANSIENT:
+            if (
+                isinstance(error, errors.HfHubHTTPError)
+                and error.response.status_code not in TRANSIENT
+            ):
                 raise
             failures, before = 1 if (reached := progress()) > before else failures + 1, reached
             if failures >= TRIES:
@@ -65,11 +73,16 @@ def hub_calls(repo: str, revision: str | None = None, kind: str = "model") -> It
             enable_progress_bars()
 
 
-def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "model") -> TunesmithError:
+def hub_error(
+    error: Exception, repo: str, revision: str | None, kind: str = "model"
+) -> TunesmithError:
     """The error for a user: what the Hub, the network or the disk refused, and what to do."""
     page, store, why, cause = repo_page(repo, kind), str(Path(constants.HF_HUB_CACHE)), "", ""
     token, login = _token() is not None, "log in: hf auth login (or set HF_TOKEN)"
-    where, status = page, error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+    where, status = (
+        page,
+        error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0,
+    )
     if isinstance(error, errors.GatedRepoError):  # before RepositoryNotFoundError, which it is too
         whom = "the account of your token" if token else "you: there is no token"
         what = f"{repo} is gated, and access has not been granted to {whom}"
@@ -79,30 +92,63 @@ def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "mo
     elif isinstance(error, errors.DisabledRepoError):
         what, fix = f"{repo} was disabled on the Hub", "take another model"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        what, fix = f"no {kind} {repo} is visible to you on the Hub", f"check the name; for a private one {login}"
+        what, fix = (
+            f"no {kind} {repo} is visible to you on the Hub",
+            f"check the name; for a private one {login}",
+        )
         why = "it does not exist, or it is private" + ("" if token else " and there is no token")
     elif status in (401, 403):
         what = f"the Hub refuses access to {repo} ({status})"
-        why = "the token is not valid, or has no right to read this repository" if token else "there is no token"
-        fix, cause = f"{login}; a fine-grained token needs read access to gated repositories", "licence"
+        why = (
+            "the token is not valid, or has no right to read this repository"
+            if token
+            else "there is no token"
+        )
+        fix, cause = (
+            f"{login}; a fine-grained token needs read access to gated repositories",
+            "licence",
+        )
     elif status:
-        what, why, fix = f"the Hub answers {status}", clean(error), "start again later; what has arrived is kept"
+        what, why, fix = (
+            f"the Hub answers {status}",
+            clean(error),
+            "start again later; what has arrived is kept",
+        )
     elif isinstance(error, errors.HFValidationError):
         what, where = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id", "model.name"
         fix = "give an existing path, or owner/name as on the Hub"
     elif isinstance(error, errors.OfflineModeIsEnabled) or _is_missing_offline(error):
-        what, where = f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads", store
+        what, where = (
+            f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads",
+            store,
+        )
         fix = f"HF_HUB_OFFLINE=0 tunesmith fetch {shell_word(repo)}"
     elif fault := disk_fault(error):
         return MachineError(
-            f"{repo} cannot be stored: {fault}", where=store, why=clean(error), fix=DISK_FIX, cause="disk"
+            f"{repo} cannot be stored: {fault}",
+            where=store,
+            why=clean(error),
+            fix=DISK_FIX,
+            cause="disk",
         )
-    elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+    elif isinstance(error, OSError) and error.errno in (
+        errno.EACCES,
+        errno.EROFS,
+        errno.EPERM,
+        errno.ENOTDIR,
+    ):
         fix = "point HF_HOME at a folder of yours: export HF_HOME=/path"
-        return MachineError("the Hub's cache cannot be written", where=store, why=clean(error), fix=fix)
+        return MachineError(
+            "the Hub's cache cannot be written", where=store, why=clean(error), fix=fix
+        )
     else:
-        what, why = f"the Hub cannot be reached for {repo}", f"{type(error).__name__}: {clean(error)}"
-        fix = "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; what has arrived is kept"
+        what, why = (
+            f"the Hub cannot be reached for {repo}",
+            f"{type(error).__name__}: {clean(error)}",
+        )
+        fix = (
+            "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; what has arrived is kept"
+        )
     if kind == "model" and "/" not in repo:
         what, where = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id", "model.name"
         fix = "give an existing path, or owner/name as on the Hub"

@@ -38,15 +38,23 @@ class ModelFiles:
         if tokens <= known:
             return []
         if self.model.added_tokens:
-            return [f"{sizes}: rows are added for {', '.join(self.model.added_tokens)}, each the mean of the others"]
-        return [f"warning: {sizes}: text with a token beyond them is refused; model.added_tokens adds rows"]
+            return [
+                f"{sizes}: rows are added for {', '.join(self.model.added_tokens)}, each the mean of the others"
+            ]
+        return [
+            f"warning: {sizes}: text with a token beyond them is refused; model.added_tokens adds rows"
+        ]
 
 
 def read_model_files(folder: Path, model: Model) -> ModelFiles:
     """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them, or ModelError."""
     config = load.load_config(folder, model)
-    found = spec.read_spec(config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code)
+    found = spec.read_spec(
+        config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code
+    )
     # Transformers fills in max_position_embeddings where the file has none.
     stated = load.read_stated_spec(folder, model)
     found = replace(found, position_limit=stated.position_limit)
-    return ModelFiles(folder, model, config, found, load_tokenizer(tokenizer_folder(model, folder), model))
+    return ModelFiles(
+        folder, model, config, found, load_tokenizer(tokenizer_folder(model, folder), model)
+    )

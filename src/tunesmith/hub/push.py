@@ -15,7 +15,9 @@ from tunesmith.hub.hub_calls import TRANSPORT, clean, repo_page, retry
 LOGIN = "hf auth login (or set HF_TOKEN)"
 
 
-def push_files(files: Mapping[str, Path | bytes], to: str, *, public: bool, revision: str | None, message: str) -> str:
+def push_files(
+    files: Mapping[str, Path | bytes], to: str, *, public: bool, revision: str | None, message: str
+) -> str:
     """Commit files to a repository, which is made if there is none; return the address of its page.
 
     Args:
@@ -36,16 +38,24 @@ def push_files(files: Mapping[str, Path | bytes], to: str, *, public: bool, revi
         private = api.repo_info(repo).private
         if not private and not public:
             fix = "add --public, or name another repository: --to NAME"
-            raise UsageError(f"{repo} is public, and a push is private", where=repo_page(repo), fix=fix)
+            raise UsageError(
+                f"{repo} is public, and a push is private", where=repo_page(repo), fix=fix
+            )
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         before = api.repo_info(repo, revision=revision).sha
-        size, seen = size_text(sum(added.upload_info.size for added in additions)), "private" if private else "public"
+        size, seen = (
+            size_text(sum(added.upload_info.size for added in additions)),
+            "private" if private else "public",
+        )
         print(f"pushing {len(files)} files ({size}) to {repo}, {seen}", file=sys.stderr, flush=True)
         made = api.create_commit(repo, additions, commit_message=message, revision=revision)
     except (TRANSPORT, HFValidationError, OSError) as error:
         raise _push_error(error, to) from error
-    print("nothing new: it holds these files" if made.oid == before else f"commit {made.oid[:12]}", file=sys.stderr)
+    print(
+        "nothing new: it holds these files" if made.oid == before else f"commit {made.oid[:12]}",
+        file=sys.stderr,
+    )
     return repo_page(repo) + (f"/tree/{revision}" if revision else "")
 
 
@@ -54,17 +64,28 @@ def _push_error(error: Exception, to: str) -> UsageError:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     changed = f"{to} was changed by somebody else meanwhile", "start again"
     known = {
-        0: ("the Hub cannot be reached", "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again"),
+        0: (
+            "the Hub cannot be reached",
+            "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again",
+        ),
         401: ("the Hub does not accept the token", LOGIN),
-        403: (f"the token may not write to {to}", f"take one that may: {constants.ENDPOINT}/settings/tokens"),
+        403: (
+            f"the token may not write to {to}",
+            f"take one that may: {constants.ENDPOINT}/settings/tokens",
+        ),
         409: changed,
         412: changed,
         429: ("the Hub asks to wait: too many requests", "start again in a few minutes"),
     }
-    again = "correct what it names, then start again" if 400 <= status < 500 else "start again later"
+    again = (
+        "correct what it names, then start again" if 400 <= status < 500 else "start again later"
+    )
     what, fix = known.get(status, (f"the Hub answers {status}", again))
     if isinstance(error, OfflineModeIsEnabled):
         what, fix = "HF_HUB_OFFLINE forbids uploads", "HF_HUB_OFFLINE=0 tunesmith push ..."
     elif isinstance(error, HFValidationError):
-        what, fix = f"{to!r} is no name of a repository", "--to owner/name, of letters, digits, -, _ and ."
+        what, fix = (
+            f"{to!r} is no name of a repository",
+            "--to owner/name, of letters, digits, -, _ and .",
+        )
     return UsageError(what, where=constants.ENDPOINT, why=clean(error), fix=fix)

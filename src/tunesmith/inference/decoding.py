@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from tunesmith.adapter.lora import LoraLinear, loras, merged_weight
 from tunesmith.data.batch import Example
@@ -31,36 +37,59 @@ class Decoding:
     """How tokens are chosen; UsageError for a value out of range, or a sampling option without a temperature."""
 
     max_new_tokens: int = 256
-    temperature: float = 0.0  # 0 is greedy; above, the logits are divided by it and a token is drawn
-    top_p: float = 1.0  # draw from the smallest set of tokens whose probabilities sum to this (1: from all)
+    temperature: float = (
+        0.0  # 0 is greedy; above, the logits are divided by it and a token is drawn
+    )
+    top_p: float = (
+        1.0  # draw from the smallest set of tokens whose probabilities sum to this (1: from all)
+    )
     top_k: int = 0  # draw from the k most likely tokens (0: from all)
     seed: int = 0  # of the draws
 
     def __post_init__(self) -> None:
         rules = (
             ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("--temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 (greedy) or above"),
+            (
+                "--temperature",
+                self.temperature,
+                0 <= self.temperature < float("inf"),
+                "0 (greedy) or above",
+            ),
             ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("--top-k", self.top_k, self.top_k >= 0, "0 (off) or above"),
             ("--seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
         )
         for name, value, holds, allowed in rules:
             if not holds:
-                raise UsageError(f"{name} {value} is out of range", where=name, fix=f"give {allowed}")
+                raise UsageError(
+                    f"{name} {value} is out of range", where=name, fix=f"give {allowed}"
+                )
         if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
-            what, why = "--top-p and --top-k have no effect", "at temperature 0 the most likely token is always taken"
-            raise UsageError(what, where="--temperature", why=why, fix="add --temperature 1.0, or leave both out")
+            what, why = (
+                "--top-p and --top-k have no effect",
+                "at temperature 0 the most likely token is always taken",
+            )
+            raise UsageError(
+                what, where="--temperature", why=why, fix="add --temperature 1.0, or leave both out"
+            )
 
     def describe(self) -> str:
         """One line for a log: `greedy, up to 256 new tokens`."""
-        options = f"temperature {self.temperature:g}, top-p {self.top_p:g}, top-k {self.top_k or 'off'}"
+        options = (
+            f"temperature {self.temperature:g}, top-p {self.top_p:g}, top-k {self.top_k or 'off'}"
+        )
         how = f"sampled at {options}, seed {self.seed}" if self.temperature > 0 else "greedy"
         return f"{how}, up to {self.max_new_tokens} new tokens"
 
     def config(self, **tokens: Any) -> GenerationConfig:
         """Transformers' form, with every setting that a model might bring along at its neutral value."""
         if self.temperature > 0:
-            tokens |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            tokens |= {
+                "do_sample": True,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "top_k": self.top_k,
+            }
         return GenerationConfig(max_new_tokens=self.max_new_tokens, **tokens)
 
 
@@ -76,7 +105,12 @@ class _Streamer(TextStreamer):
     """Passes on each piece of an answer as soon as it is whole words."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        super().__init__(
+            tokenizer,
+            skip_prompt=True,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
         self.write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -122,18 +156,27 @@ def answer_batch(
     if last >= known:
         what = f"a prompt holds {tokenizer.convert_ids_to_tokens(last)}, a token that the model has no embedding of"
         why = f"its id is {last:,}, and the embedding has {known:,} rows"
-        raise UsageError(what, why=why, fix="write that text otherwise, or use the model's own tokenizer")
+        raise UsageError(
+            what, why=why, fix="write that text otherwise, or use the model's own tokenizer"
+        )
     rows = [torch.tensor(prompt, dtype=torch.long, device=model.device) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    mask = pad_sequence(
+        [torch.ones_like(row) for row in rows], batch_first=True, padding_side="left"
+    )
 
     def ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         input_ids[
             :, -1
         ].cpu()  # the token is there, so that `cancelled` may go by a clock; `generate` waits for it anyway
-        return torch.full((input_ids.shape[0],), cancelled(), device=input_ids.device, dtype=torch.bool)
+        return torch.full(
+            (input_ids.shape[0],), cancelled(), device=input_ids.device, dtype=torch.bool
+        )
 
-    settings, model.generation_config = model.generation_config, GenerationConfig()  # none from the checkpoint
+    settings, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(),
+    )  # none from the checkpoint
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with evaluating(model), torch.random.fork_rng(devices=devices):
@@ -141,7 +184,9 @@ def answer_batch(
             out = (generate or model.generate)(
                 input_ids=ids,
                 attention_mask=mask,
-                generation_config=decoding.config(eos_token_id=sorted(stops) or None, pad_token_id=pad_id),
+                generation_config=decoding.config(
+                    eos_token_id=sorted(stops) or None, pad_token_id=pad_id
+                ),
                 stopping_criteria=StoppingCriteriaList([ended]),
                 streamer=_Streamer(tokenizer, write) if write else None,
                 synced_gpus=synced,  # Transformers' own guess does not see FSDP2
@@ -151,7 +196,9 @@ def answer_batch(
     return [cut_answer(tokenizer, row, stops) for row in out[:, ids.shape[1] :].tolist()]
 
 
-def cut_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Collection[int]) -> Answer:
+def cut_answer(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Collection[int]
+) -> Answer:
     """The answer up to its first stop token, as tokens and text."""
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     return Answer(decode(tokenizer, ids[:end]), ids[:end], end is not None)
@@ -159,7 +206,9 @@ def cut_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Collec
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of tokens without special ones, spaces as the tokens have them."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
 
 
 def answer_all(
@@ -181,14 +230,18 @@ def answer_all(
     window = batch_size * WINDOW_BATCHES
     with merged_meanwhile(model):
         for first in range(start // window * window, len(prompts), window):
-            order = sorted(range(first, min(first + window, len(prompts))), key=lambda i: (len(prompts[i]), i))
+            order = sorted(
+                range(first, min(first + window, len(prompts))), key=lambda i: (len(prompts[i]), i)
+            )
             done: dict[int, Answer] = {}
             for rows in (order[at : at + batch_size] for at in range(0, len(order), batch_size)):
                 if max(rows) < start:
                     continue
                 seeded = replace(decoding, seed=(decoding.seed * 1_000_003 + min(rows)) % 2**63)
                 batch = [prompts[i] for i in rows]
-                answers = answer_batch(model, tokenizer, batch, seeded, stops=stops, cancelled=cancelled)
+                answers = answer_batch(
+                    model, tokenizer, batch, seeded, stops=stops, cancelled=cancelled
+                )
                 if cancelled():
                     return
                 done.update(zip(rows, answers, strict=True))
@@ -201,7 +254,11 @@ def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
 
     In bf16 merged weights would be rounded once more and could answer differently; a 4-bit base cannot take them.
     """
-    layers = [m for _, m in loras(model) if isinstance(m, LoraLinear) and m.enabled and m.weight.dtype == torch.float32]
+    layers = [
+        m
+        for _, m in loras(model)
+        if isinstance(m, LoraLinear) and m.enabled and m.weight.dtype == torch.float32
+    ]
     weights = [module.weight for module in layers]
     try:
         for module in layers:
@@ -275,7 +332,11 @@ def sample_answers(
     """
     clock = clock or AnswerClock()
     # What stands before the first supervised token is the prompt; an example that is supervised whole has none.
-    turns = [(e.ids[:start].tolist(), e, start) for e in examples if (start := int(e.trained.argmax())) > 1]
+    turns = [
+        (e.ids[:start].tolist(), e, start)
+        for e in examples
+        if (start := int(e.trained.argmax())) > 1
+    ]
     if not turns:
         return []
     model, decoding = train_model.model, Decoding(max_new_tokens=SAMPLE_TOKENS)
@@ -294,4 +355,7 @@ def sample_answers(
     rows = [example.ids[start : start + SAMPLE_TOKENS].tolist() for _, example, start in turns]
     expected = [cut_answer(tokenizer, row, stops).text for row in rows]
     found = zip(turns, answers, expected, strict=True)
-    return [SampleAnswer(decode(tokenizer, ids), answer.text, wanted) for (ids, _, _), answer, wanted in found]
+    return [
+        SampleAnswer(decode(tokenizer, ids), answer.text, wanted)
+        for (ids, _, _), answer, wanted in found
+    ]

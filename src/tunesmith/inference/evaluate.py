@@ -32,7 +32,9 @@ from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.run_directory import IDENTITY
 
 ROW_TOKENS = 4096  # of a packed row that is scored
-Progress = Callable[[str, int, int], None]  # called with what is counted, how many are done, and the total
+Progress = Callable[
+    [str, int, int], None
+]  # called with what is counted, how many are done, and the total
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Score:
     tokens: int  # supervised tokens
     loss: float  # mean cross-entropy over them, in nats
     perplexity: float  # exp(loss)
-    token_accuracy: float  # share of them that are the most likely token given all true tokens before
+    token_accuracy: (
+        float  # share of them that are the most likely token given all true tokens before
+    )
     exact_match: float | None = None  # share of `asked` rows whose greedy answer is the reference
     asked: int = 0  # rows answered for exact match
 
@@ -102,7 +106,9 @@ def validation_loss(
     return (total / count if count else math.nan), count
 
 
-def score(train_model: TrainModel, tokens: TokenSet, *, pad_id: int, progress: Progress = lambda *_: None) -> Score:
+def score(
+    train_model: TrainModel, tokens: TokenSet, *, pad_id: int, progress: Progress = lambda *_: None
+) -> Score:
     """Loss, perplexity and token accuracy of every supervised token, each example once."""
     total, hits, count, rows = 0.0, 0, 0, 0
     progress("rows scored", 0, len(tokens))
@@ -168,10 +174,16 @@ def evaluate(
         tokens = _first_held_out(tokens, location, max_examples)
 
     def scored(loaded: LoadedModel) -> Score:
-        answers = _answers(loaded, tokens, parts, max_new_tokens, batch_size) if exact_match else None
+        answers = (
+            _answers(loaded, tokens, parts, max_new_tokens, batch_size) if exact_match else None
+        )
         with loaded.training_attention() as train_model:
             result = score(train_model, tokens, pad_id=loaded.pad_id, progress=progress)
-        return result if answers is None else _with_matches(result, answers, len(tokens), name, progress)
+        return (
+            result
+            if answers is None
+            else _with_matches(result, answers, len(tokens), name, progress)
+        )
 
     scores = {"model" if location.kind == "base" else "tuned": scored(loaded)}
     if base and location.kind == "adapter":
@@ -188,9 +200,13 @@ def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]
     """The rows that a run validates on, and their name for the user."""
     run = location.run
     if run is None or not (run.data.validation or run.data.hold_out):
-        why = "its recipe has neither data.validation nor data.hold_out" if run else "it is not a run"
+        why = (
+            "its recipe has neither data.validation nor data.hold_out" if run else "it is not a run"
+        )
         fix = "name a file with answers that it was not trained on: --data FILE"
-        raise UsageError(f"{path} has no held-out rows of its own", where="--data", why=why, fix=fix)
+        raise UsageError(
+            f"{path} has no held-out rows of its own", where="--data", why=why, fix=fix
+        )
     data = run.data if run.data.hold_out else replace(run.data, train=())
     _, parts = read_splits(data, run.train.seed)
     names = ", ".join(f"{source.source} {source.split or ''}".rstrip() for source, _ in parts)
@@ -205,7 +221,9 @@ def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) 
     if known not in (None, tokens.counts.digest):
         why = "the file, the template or the tokenizer has changed: with data.hold_out, others would be held out now"
         fix = "undo the change, or name rows that it was not trained on: --data FILE"
-        raise UsageError("these are not the rows that the run held out", where="--data", why=why, fix=fix)
+        raise UsageError(
+            "these are not the rows that the run held out", where="--data", why=why, fix=fix
+        )
     if run and run.validate.max_examples is not None:
         tokens = tokens.first(run.validate.max_examples)
     return tokens if count is None else tokens.first(count)
@@ -213,7 +231,9 @@ def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) 
 
 def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
     sources = tuple(source for source, _ in parts)
-    data = loaded.run.data if loaded.run else Data(train=sources, seq_len=min(loaded.context, 1 << 20))
+    data = (
+        loaded.run.data if loaded.run else Data(train=sources, seq_len=min(loaded.context, 1 << 20))
+    )
     tokens = tokenize(parts, data, loaded.template, loaded.tokenizer, cache=None, what="eval")
     if not len(tokens):
         what = f"none of the {tokens.counts.rows} rows can be scored"
@@ -230,12 +250,18 @@ def _answers(
     for (source, rows), part in zip(parts, tokens.parts, strict=True):
         kept = part.arrays.rows.tolist()
         asked = rows if len(kept) == len(rows) else rows.take([range(i, i + 1) for i in kept])
-        how: dict[str, Any] = {"format_name": source.format, "columns": source.columns, "batch_size": batch_size}
+        how: dict[str, Any] = {
+            "format_name": source.format,
+            "columns": source.columns,
+            "batch_size": batch_size,
+        }
         found.append(generate(loaded, asked, Decoding(max_new_tokens), **how))
     return chain.from_iterable(found)
 
 
-def _with_matches(result: Score, answers: Iterator[dict[str, Any]], count: int, name: str, progress: Progress) -> Score:
+def _with_matches(
+    result: Score, answers: Iterator[dict[str, Any]], count: int, name: str, progress: Progress
+) -> Score:
     matches = []
     progress("answers", 0, count)
     for done, row in enumerate(answers, 1):

@@ -18,7 +18,11 @@ from tunesmith.inference.load_run import LoadedModel
 
 _KEY_COLUMN = {name: columns[0] for name, columns in COLUMNS.items()}
 # The column that holds the answer, where it is not `messages`.
-_ANSWER_COLUMN = {"alpaca": "output", "prompt-completion": "completion", "sharegpt": "conversations"}
+_ANSWER_COLUMN = {
+    "alpaca": "output",
+    "prompt-completion": "completion",
+    "sharegpt": "conversations",
+}
 _ANSWER_ROLES = [name for name, role in ROLES.items() if role in ("assistant", "call")]
 PLACEHOLDER = "?"  # stands in for an answer that is to come, so that the row converts; a prompt ends before it
 
@@ -61,20 +65,30 @@ def generate(
     prompts, references = [ids for ids, _ in pairs], [reference for _, reference in pairs]
     lengths, room = list(map(len, prompts)), loaded.context - decoding.max_new_tokens
     if (longest := max(lengths, default=0)) > room:
-        count, fix = sum(n > room for n in lengths), "shorten these rows, or give a smaller --max-new-tokens"
+        count, fix = (
+            sum(n > room for n in lengths),
+            "shorten these rows, or give a smaller --max-new-tokens",
+        )
         what = f"{count} of {len(prompts)} prompts are too long: the longest has {longest} tokens"
         why = f"the model's context is {loaded.context} tokens; {decoding.max_new_tokens} are kept for the answer"
         raise DataError(what, where=rows.where(lengths.index(longest)), why=why, fix=fix)
     options: dict[str, Any] = {"batch_size": batch_size, "start": start, "cancelled": cancelled}
-    answers = answer_all(loaded.model, loaded.tokenizer, prompts, decoding, stops=loaded.template.end_ids, **options)
+    answers = answer_all(
+        loaded.model, loaded.tokenizer, prompts, decoding, stops=loaded.template.end_ids, **options
+    )
     return (
-        {**rows[i], "output": answer.text} | ({} if references[i] is None else {"reference": references[i]})
+        {**rows[i], "output": answer.text}
+        | ({} if references[i] is None else {"reference": references[i]})
         for i, answer in answers
     )
 
 
 def row_source(
-    row: dict[str, Any], where: str, known: Sequence[Source], format_name: str, columns: Mapping[str, str] | None
+    row: dict[str, Any],
+    where: str,
+    known: Sequence[Source],
+    format_name: str,
+    columns: Mapping[str, str] | None,
 ) -> Source:
     """How to read a row: as told, else as the known source whose columns it has, else by its own columns."""
     named = [s for s in known if format_name in ("auto", s.format)]
@@ -83,14 +97,18 @@ def row_source(
         return max(fits, key=lambda source: len(source.columns.values() & row.keys()))
     columns, name = columns or {}, format_name
     if name == "auto":
-        name = next((form for form, column in _KEY_COLUMN.items() if column in columns or column in row), "")
+        name = next(
+            (form for form, column in _KEY_COLUMN.items() if column in columns or column in row), ""
+        )
     if not name:
         why = f"its columns are {', '.join(map(repr, row)) or 'none'}; looked for {', '.join(_KEY_COLUMN.values())}"
         fix = "say which is which: --columns prompt=question --columns completion=answer, or give --format"
         raise DataError("the format of the row is unknown", where=where, why=why, fix=fix)
     if unknown := [column for column in columns if column not in COLUMNS[name]]:
         fix = f"its columns are {', '.join(COLUMNS[name])}: write one of them before the ="
-        raise UsageError(f"{unknown[0]} is not a column of format {name}", where="--columns", fix=fix)
+        raise UsageError(
+            f"{unknown[0]} is not a column of format {name}", where="--columns", fix=fix
+        )
     return Source(source=where, format=name, columns=dict(columns))  # type: ignore[arg-type]
 
 
@@ -104,15 +122,24 @@ def _make_prompt(
     sample = convert_row(complete, source, where=where, system=loaded.system)
     if isinstance(sample, Conversation):
         if (role := sample.messages[-1]["role"]) != "assistant":
-            what, why = "the conversation ends with neither a question nor an answer", f"the last role is {role}"
-            raise DataError(what, where=where, why=why, fix="end it with the turn to answer, or with the answer")
-        sample = replace(sample, untrained=frozenset())  # an answer that is not trained on is an answer too
+            what, why = (
+                "the conversation ends with neither a question nor an answer",
+                f"the last role is {role}",
+            )
+            raise DataError(
+                what, where=where, why=why, fix="end it with the turn to answer, or with the answer"
+            )
+        sample = replace(
+            sample, untrained=frozenset()
+        )  # an answer that is not trained on is an answer too
     reference = None
     if answered:
         # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are compared in the
         # form in which the model writes them.
         example = loaded.template.encode(sample, "last", where=where)
-        reference = cut_answer(loaded.tokenizer, example.ids[example.trained].tolist(), loaded.template.end_ids).text
+        reference = cut_answer(
+            loaded.tokenizer, example.ids[example.trained].tolist(), loaded.template.end_ids
+        ).text
     return list(loaded.template.prompt(sample)), reference
 
 

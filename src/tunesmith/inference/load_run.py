@@ -44,10 +44,16 @@ _PART_OF_RUN = re.compile(r"^(final|checkpoint-\d+)$")
 class RunLocation:
     """What a path stands for, read from small files alone."""
 
-    kind: Literal["adapter", "full", "base"]  # PEFT files over a base; a whole model that a run wrote; a plain model
-    folder: Path | None  # the tokenizer and the adapter or model; None for a base that is not a run's
+    kind: Literal[
+        "adapter", "full", "base"
+    ]  # PEFT files over a base; a whole model that a run wrote; a plain model
+    folder: (
+        Path | None
+    )  # the tokenizer and the adapter or model; None for a base that is not a run's
     base: Model  # the base model; for `full`, the one it was trained from
-    run: Run | None = field(default=None, repr=False)  # the resolved recipe beside it, if there is one
+    run: Run | None = field(
+        default=None, repr=False
+    )  # the resolved recipe beside it, if there is one
     note: str = ""  # which of several candidates was taken, and why
 
     @property
@@ -60,7 +66,9 @@ class RunLocation:
 class LoadedModel:
     """A model ready to answer: in eval mode, with an attention that takes padding masks."""
 
-    train_model: "TrainModel" = field(repr=False)  # the root of training, for losses; see `training_attention`
+    train_model: "TrainModel" = field(
+        repr=False
+    )  # the root of training, for losses; see `training_attention`
     tokenizer: "PreTrainedTokenizerBase" = field(repr=False)  # the saved one, with a padding token
     template: "Template" = field(repr=False)  # the saved one
     location: RunLocation
@@ -111,7 +119,9 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
         location = _in_run(place) if (place / RECIPE).is_file() else _in_folder(place)
     elif place.is_file() and place.suffix in (".yaml", ".yml"):
         run = load_recipe(place, ignored=REMOVED)
-        location = RunLocation("base", None, run.model, run, f"the base of the recipe {path}: {run.model.name}")
+        location = RunLocation(
+            "base", None, run.model, run, f"the base of the recipe {path}: {run.model.name}"
+        )
     elif place.is_file() and place.suffix == ".gguf":
         location = RunLocation("base", None, Model(name=str(path)))
     elif _HUB_ID.match(str(path)) and not place.parent.is_dir():
@@ -130,7 +140,9 @@ def _no_model(path: Path, what: str) -> UsageError:
     names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     fix = f"{folder} holds: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
     why = "a run directory, checkpoint, adapter, model folder, recipe (.yaml), .gguf file or Hub id is needed"
-    return UsageError(what, where=str(path), why=why, fix=fix if names else "give the output_dir of a run")
+    return UsageError(
+        what, where=str(path), why=why, fix=fix if names else "give the output_dir of a run"
+    )
 
 
 def _in_run(folder: Path) -> RunLocation:
@@ -140,23 +152,31 @@ def _in_run(folder: Path) -> RunLocation:
         if not candidate.is_dir():
             continue
         damage = state.find_damage(candidate, contents=False)
-        if damage is None and any((candidate / name).is_file() for name in ("adapter_config.json", "config.json")):
+        if damage is None and any(
+            (candidate / name).is_file() for name in ("adapter_config.json", "config.json")
+        ):
             note = f"from {candidate}" + (f" (skipped {'; '.join(skipped)})" if skipped else "")
             return _in_folder(candidate, note=note)
         skipped.append(f"{candidate.name}: {damage or 'holds training state only'}")
     why = "; ".join(skipped) or "neither final/ nor a checkpoint-N/ is there"
     fix = f"go on with it: tunesmith train {shell_path(folder / RECIPE)}"
-    raise CheckpointError("this run has no finished checkpoint", where=str(folder), why=why, fix=fix)
+    raise CheckpointError(
+        "this run has no finished checkpoint", where=str(folder), why=why, fix=fix
+    )
 
 
 def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
     """A checkpoint, an adapter or a model; `note` is given by `_in_run`, which has checked for damage."""
     recipe, run, where = folder.parent / RECIPE, None, str(folder)
     if _PART_OF_RUN.match(folder.name) and recipe.is_file():
-        run = load_recipe(recipe, ignored=REMOVED)  # a base in 8 bits is read in bf16, and so is one that was in int8
+        run = load_recipe(
+            recipe, ignored=REMOVED
+        )  # a base in 8 bits is read in bf16, and so is one that was in int8
         if not note and (damage := state.find_damage(folder, contents=False)):
             fix = f"give the run directory {folder.parent}, which takes the newest whole one"
-            raise CheckpointError(f"{folder} is not whole", where=where, why=damage, fix=fix, cause="damaged")
+            raise CheckpointError(
+                f"{folder} is not whole", where=where, why=damage, fix=fix, cause="damaged"
+            )
     if (folder / "adapter_config.json").is_file():
         base = run.model if run else _base_of_adapter(folder / "adapter_config.json")
         return RunLocation("adapter", folder, base, run, note)
@@ -164,9 +184,14 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
         base = run.model if run else Model(name=str(folder), dtype=_stored_dtype(folder))
         return RunLocation("full" if run else "base", folder, base, run, note)
     if (folder / "state").is_dir():
-        what, fix = "this checkpoint holds training state only", "give the run directory, which takes one with a model"
+        what, fix = (
+            "this checkpoint holds training state only",
+            "give the run directory, which takes one with a model",
+        )
         raise CheckpointError(what, where=where, fix=f"{fix}: {folder.parent}")
-    raise _no_model(folder, f"{folder} holds no model: no config.yaml, adapter_config.json or config.json")
+    raise _no_model(
+        folder, f"{folder} holds no model: no config.yaml, adapter_config.json or config.json"
+    )
 
 
 def _base_of_adapter(file: Path) -> Model:
@@ -175,7 +200,11 @@ def _base_of_adapter(file: Path) -> Model:
     if not isinstance(name, str) or not name:
         where, fix = f"{file}: base_model_name_or_path", "write the base's Hub id or folder there"
         raise ModelError("the adapter does not name its base model", where=where, fix=fix)
-    return Model(name=name, revision=revision if isinstance(revision, str) else None, dtype=_stored_dtype(Path(name)))
+    return Model(
+        name=name,
+        revision=revision if isinstance(revision, str) else None,
+        dtype=_stored_dtype(Path(name)),
+    )
 
 
 def _stored_dtype(folder: Path) -> Dtype:
@@ -221,7 +250,9 @@ def load_run(
     names = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
     if device is not None and str(device) not in names:
         why = f"this machine has {', '.join(names)}"
-        raise MachineError(f"there is no device {device}", where="--device", why=why, fix="name one of these")
+        raise MachineError(
+            f"there is no device {device}", where="--device", why=why, fix="name one of these"
+        )
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     with undeleted(location):
         folder, adapter = location.folder, Adapter(kind="none")
@@ -232,9 +263,16 @@ def load_run(
         if location.kind == "adapter" and folder:
             adapter = replace(read_adapter(folder), from_=str(folder))
         # Without a run's own recipe one is made up; it needs a source and an output_dir, and neither is read or written.
-        run = location.run or Run(model=location.base, data=Data(train=(Source(source="none"),)), output_dir=".")
+        run = location.run or Run(
+            model=location.base, data=Data(train=(Source(source="none"),)), output_dir="."
+        )
         model = replace(run.model, dtype=dtype or run.model.dtype)
-        run = replace(run, model=model, adapter=adapter, train=replace(run.train, recompute="none", compile="off"))
+        run = replace(
+            run,
+            model=model,
+            adapter=adapter,
+            train=replace(run.train, recompute="none", compile="off"),
+        )
         weights = folder if location.kind == "full" and folder else fetch(location.base)
         if weights != folder:
             state.check_sums(weights)  # a base may be a model that an earlier run wrote
@@ -277,7 +315,10 @@ def _check_room(files: "ModelFiles", device: "torch.device") -> None:
     what = f"the model does not fit: its weights take {weights}, and {room} can be used"
     where = ", ".join(filter(None, ["cpu", budget.limit.describe()]))
     why = f"{files.spec.parameters:,} parameters in {model.dtype}"
-    fix = budget.limit.fix(needed * 5 // 4 - budget.free) or "a smaller model, or a machine with more memory"
+    fix = (
+        budget.limit.fix(needed * 5 // 4 - budget.free)
+        or "a smaller model, or a machine with more memory"
+    )
     raise MachineError(what, where=where, why=why, fix=fix)
 
 
@@ -290,15 +331,22 @@ def undeleted(location: RunLocation) -> Iterator[None]:
     except Exception as error:
         fault = error
     folder = location.folder
-    if location.run and folder and not (folder / state.MANIFEST).is_file():  # the first file that is deleted
+    if (
+        location.run and folder and not (folder / state.MANIFEST).is_file()
+    ):  # the first file that is deleted
         why = "its run goes on, and keeps only the newest ones (checkpoint.keep)"
-        what, fix = f"{folder.name} was deleted while it was read", f"give the run directory: {folder.parent}"
+        what, fix = (
+            f"{folder.name} was deleted while it was read",
+            f"give the run directory: {folder.parent}",
+        )
         raise CheckpointError(what, where=str(folder), why=why, fix=fix) from fault
     if fault:
         raise fault
 
 
-def _template(location: RunLocation, tokenizer: Any, ends: set[int], saved: Path | None) -> "Template":
+def _template(
+    location: RunLocation, tokenizer: Any, ends: set[int], saved: Path | None
+) -> "Template":
     """The template in use: what a run has written holds it as the tokenizer's chat template."""
     from tunesmith.data import builtin_templates
     from tunesmith.data.template import Template, select_template
@@ -306,16 +354,29 @@ def _template(location: RunLocation, tokenizer: Any, ends: set[int], saved: Path
     jinja, run = tokenizer.chat_template, location.run
     data = run.data if run else Data(train=(Source(source="none"),))
     if saved is not None:  # a run whose folder has no chat template was trained without one
-        raw = builtin_templates.is_raw(jinja) if isinstance(jinja, str) else jinja is None and run is not None
+        raw = (
+            builtin_templates.is_raw(jinja)
+            if isinstance(jinja, str)
+            else jinja is None and run is not None
+        )
         data = replace(data, template="raw" if raw else "auto", system=None if raw else data.system)
     chosen = select_template(data, tokenizer, ends)
     if saved is not None and chosen.jinja is not None and "message.input" in chosen.jinja:
         # One of our own texts, with instruction and input apart: rows must reach it in that form, as in training.
         alpaca = any(chosen.jinja == builtin_templates.alpaca(bos=bos) for bos in (True, False))
-        chosen = Template(tokenizer, ends, jinja=chosen.jinja, name="alpaca" if alpaca else "pattern")
+        chosen = Template(
+            tokenizer, ends, jinja=chosen.jinja, name="alpaca" if alpaca else "pattern"
+        )
     # A base model without a template is given prompts as they stand; its chats take the alpaca text.
     chosen.raw |= run is None and jinja is None
     env = saved.parent / IDENTITY if saved else None
-    if run and env and env.is_file() and any(source.format == "prompt-completion" for source in run.data.train):
-        chosen.raw |= "template" not in read_json(env)  # of the time when those were never written through a template
+    if (
+        run
+        and env
+        and env.is_file()
+        and any(source.format == "prompt-completion" for source in run.data.train)
+    ):
+        chosen.raw |= "template" not in read_json(
+            env
+        )  # of the time when those were never written through a template
     return chosen

@@ -28,7 +28,13 @@ from tunesmith.host_memory import available_memory
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference import merge_check
 from tunesmith.inference.load_run import Dtype, LoadedModel, RunLocation, load_run, locate_run
-from tunesmith.inference.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit, logits_of
+from tunesmith.inference.merge_check import (
+    ExactCheck,
+    MergeCheck,
+    compare_logits,
+    largest_logit,
+    logits_of,
+)
 from tunesmith.model import spec
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.older_readers import write_for_older_readers
@@ -37,7 +43,9 @@ from tunesmith.model.save_tensors import SHARD
 from tunesmith.quant.nf4 import Nf4Linear
 from tunesmith.quant.schemes import NF4, scheme_of
 
-MERGE_FILE = "merge.json"  # the check, and the size of each file: the mark of a folder that a merge wrote
+MERGE_FILE = (
+    "merge.json"  # the check, and the size of each file: the mark of a folder that a merge wrote
+)
 ROOM = 1.1  # of the weights: the rest of the folder, and an untied head
 EXACT_BYTES = 8  # a parameter: written, fp32, and what comparing takes
 
@@ -56,7 +64,12 @@ class Merged:
 
 
 def merge(
-    path: str | Path, output: str | Path, *, dtype: Dtype | None = None, force: bool = False, device: str | None = None
+    path: str | Path,
+    output: str | Path,
+    *,
+    dtype: Dtype | None = None,
+    force: bool = False,
+    device: str | None = None,
 ) -> Merged:
     """Merge the adapter at `path` into its base, write it to `output`, and check that it answers alike.
 
@@ -73,17 +86,30 @@ def merge(
         MachineError: no room on the disk.
         CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
     """
-    location, goal = locate_run(path), Path(os.path.realpath(output))  # a loop of links stays as it is
+    location, goal = (
+        locate_run(path),
+        Path(os.path.realpath(output)),
+    )  # a loop of links stays as it is
     if location.kind != "adapter":
         where = str(location.folder or path)
-        why = "it is a full fine-tune: a whole model already" if location.kind == "full" else "it is a plain model"
-        raise UsageError(f"{path} has no adapter to merge", where=where, why=why, fix=f"use {where}, or copy it")
+        why = (
+            "it is a full fine-tune: a whole model already"
+            if location.kind == "full"
+            else "it is a plain model"
+        )
+        raise UsageError(
+            f"{path} has no adapter to merge", where=where, why=why, fix=f"use {where}, or copy it"
+        )
     if not goal.exists() and (old := _old(goal)).exists():
         old.rename(goal)  # a kill came between the two renames of `_move_into_place`
     _check_output(goal, location, force=force)
     chosen: Dtype = dtype or location.base.dtype
     config = fetch(location.base) / "config.json"
-    needed = spec.read_spec(read_json(config), where=str(config)).parameters * DTYPES[chosen].itemsize * ROOM
+    needed = (
+        spec.read_spec(read_json(config), where=str(config)).parameters
+        * DTYPES[chosen].itemsize
+        * ROOM
+    )
     fix = "free some space, or write to another disk with --output"
     refuse_full_disk(goal, round(needed), what="the merged model", fix=fix)
     temporary = goal.with_name(f".{goal.name}.{os.getpid()}.part")
@@ -99,43 +125,78 @@ def merge(
     except Exception as error:
         if not (full := disk_fault(error)):  # safetensors has errors of its own for it
             raise
-        why, fix = "nothing was written in place", "make room there (df -h), or name a folder on another disk"
+        why, fix = (
+            "nothing was written in place",
+            "make room there (df -h), or name a folder on another disk",
+        )
         raise CheckpointError(full, where=f"--output {output}", why=why, fix=fix) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if bars:
             hf_logging.enable_progress_bar()
     nf4 = scheme_of(location.base) is NF4
-    note = f"the base is in nf4: the adapter was merged into its dequantised {chosen} weights" if nf4 else ""
-    return Merged(str(output), location.base.name, str(location.folder), chosen, sum(files.values()), note, check)
+    note = (
+        f"the base is in nf4: the adapter was merged into its dequantised {chosen} weights"
+        if nf4
+        else ""
+    )
+    return Merged(
+        str(output),
+        location.base.name,
+        str(location.folder),
+        chosen,
+        sum(files.values()),
+        note,
+        check,
+    )
 
 
 def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
     """Refuse an output that cannot be written, would overwrite something, or holds the adapter or its base."""
     where = "--output"
     if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file", where=where, fix="name a folder that is new or empty")
-    sources = [p.resolve() for p in (location.folder, Path(location.base.name)) if p is not None and p.exists()]
+        raise UsageError(
+            f"{output} is a file", where=where, fix="name a folder that is new or empty"
+        )
+    sources = [
+        p.resolve()
+        for p in (location.folder, Path(location.base.name))
+        if p is not None and p.exists()
+    ]
     if any(output == source or output in source.parents for source in sources):
-        raise UsageError(f"{output} is where the adapter or its base lies", where=where, fix="name another folder")
+        raise UsageError(
+            f"{output} is where the adapter or its base lies",
+            where=where,
+            fix="name another folder",
+        )
     if output == Path.cwd() or output in Path.cwd().parents:
-        raise UsageError(f"{output} is the folder you are in", where=where, fix="name a folder in it")
+        raise UsageError(
+            f"{output} is the folder you are in", where=where, fix="name a folder in it"
+        )
     for folder, replace in ((output, force), (Path(f"{output}.rejected"), True)):
         if foreign := _foreign_file(folder):
             why = "--force replaces only what an earlier merge wrote, and nothing has changed since"
             fix = "name a folder that is new or empty"
-            raise UsageError(f"{folder} is not empty: it holds {foreign}", where=where, why=why, fix=fix)
+            raise UsageError(
+                f"{folder} is not empty: it holds {foreign}", where=where, why=why, fix=fix
+            )
         if not replace and (folder / MERGE_FILE).exists():
             fix = "name another folder, or add --force to replace it"
             raise UsageError(f"{output} holds an earlier merge", where=where, fix=fix)
     parent = existing_folder(output.parent)
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise MachineError(f"{parent} cannot be written", where=where, fix="name a folder that you may write")
+        raise MachineError(
+            f"{parent} cannot be written", where=where, fix="name a folder that you may write"
+        )
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file in a folder, by its relative path."""
-    return {str(p.relative_to(folder)): p.lstat().st_size for p in sorted(folder.rglob("*")) if not p.is_dir()}
+    return {
+        str(p.relative_to(folder)): p.lstat().st_size
+        for p in sorted(folder.rglob("*"))
+        if not p.is_dir()
+    }
 
 
 def _foreign_file(folder: Path) -> str | None:
@@ -145,10 +206,14 @@ def _foreign_file(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return min((p.name for p in folder.iterdir()), default=None) if folder.is_dir() else None
     found = _file_sizes(folder).items()
-    return next((name for name, size in found if name != MERGE_FILE and written.get(name) != size), None)
+    return next(
+        (name for name, size in found if name != MERGE_FILE and written.get(name) != size), None
+    )
 
 
-def _merge_and_check(location: RunLocation, folder: Path, dtype: Dtype, device: str | None) -> MergeCheck:
+def _merge_and_check(
+    location: RunLocation, folder: Path, dtype: Dtype, device: str | None
+) -> MergeCheck:
     loaded = load_run(location, device=device)
     model, chosen_device = loaded.model, loaded.model.device
     prompts, source = merge_check.probe_prompts(loaded)
@@ -177,12 +242,16 @@ def _merge_and_check(location: RunLocation, folder: Path, dtype: Dtype, device: 
         found = compare_logits(adapted, logits_of(model, prompts))
         exact = ExactCheck(found, largest_logit(adapted), *merge_check.count_off(written, model))
     rules = merge_check.merge_rules(dtype, merged, base, noise, largest, exact)
-    return MergeCheck(dtype, merged, base, noise, largest, sum(map(len, prompts)), source, exact, rules)
+    return MergeCheck(
+        dtype, merged, base, noise, largest, sum(map(len, prompts)), source, exact, rules
+    )
 
 
 def _reload(folder: Path) -> PreTrainedModel:
     """The written folder as any Transformers user loads it; every weight must come from the files, and all of them."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     if wrong := {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}:
         what = "plain Transformers does not read the merged folder as it was written"
@@ -227,10 +296,16 @@ def to_plain(model: PreTrainedModel, dtype: torch.dtype, *, merge_adapter: bool)
             plain = _linear(module.dense().to(dtype), module.bias)
             if isinstance(module, Lora):
                 adapted = LoraLinear(plain, Adapter(rank=module.lora_A.shape[0]))
-                adapted.lora_A, adapted.lora_B, adapted.scaling = module.lora_A, module.lora_B, module.scaling
+                adapted.lora_A, adapted.lora_B, adapted.scaling = (
+                    module.lora_A,
+                    module.lora_B,
+                    module.scaling,
+                )
                 plain = adapted
             model.set_submodule(name, plain)
-    for parameter in model.parameters():  # tied ones stay tied, and buffers (rotary frequencies) as they are
+    for (
+        parameter
+    ) in model.parameters():  # tied ones stay tied, and buffers (rotary frequencies) as they are
         parameter.data = parameter.data.to(dtype)
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         # Training changed one of two tied matrices: an embedding trained in full, or an adapted head.
@@ -253,10 +328,17 @@ def write_merged(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     loaded.model.save_pretrained(folder, max_shard_size=SHARD)
     loaded.tokenizer.save_pretrained(folder)
     write_for_older_readers(folder)
-    known |= {"eos_token_id": sorted(loaded.template.end_ids), "pad_token_id": loaded.tokenizer.pad_token_id}
-    (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    known |= {
+        "eos_token_id": sorted(loaded.template.end_ids),
+        "pad_token_id": loaded.tokenizer.pad_token_id,
+    }
+    (folder / "generation_config.json").write_text(
+        json.dumps(known, indent=2) + "\n", encoding="utf-8"
+    )
     for notice in sorted(loaded.weights.iterdir()):
-        if notice.is_file() and notice.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
+        if notice.is_file() and notice.name.upper().startswith(
+            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+        ):
             shutil.copyfile(notice, folder / notice.name)
     location = loaded.location
     card = model_card(location.base, location.run, (location.folder or folder).parent, merged=dtype)

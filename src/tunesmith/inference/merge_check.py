@@ -61,7 +61,9 @@ class MergeCheck:
     """What was compared, and the result."""
 
     dtype: str  # of the written weights, and of the matmuls of the next three
-    merged: Difference  # the written folder, loaded by Transformers, against the adapter over its base
+    merged: (
+        Difference  # the written folder, loaded by Transformers, against the adapter over its base
+    )
     base: Difference  # the base against the adapter over it: the size of what the training changed
     noise: Difference  # the merged model with another attention kernel against itself
     largest: float  # largest absolute logit, the scale of `max_logit`
@@ -92,13 +94,20 @@ def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tens
 
 
 def merge_rules(
-    dtype: str, merged: Difference, base: Difference, noise: Difference, largest: float, exact: ExactCheck | None
+    dtype: str,
+    merged: Difference,
+    base: Difference,
+    noise: Difference,
+    largest: float,
+    exact: ExactCheck | None,
 ) -> tuple[tuple[str, bool], ...]:
     """What is required of a merge, in words, and whether it holds; see the module's docstring."""
     if dtype == "fp32":
         return (_fp32_rule("", merged, largest),)
     limit = max(KL_SHARE * base.mean_kl, KL_NOISE * noise.mean_kl, KL_FLOOR)
-    parts = f"{KL_SHARE:.0%} of base against adapter, {KL_NOISE:g} x the noise of {dtype}, {KL_FLOOR:g}"
+    parts = (
+        f"{KL_SHARE:.0%} of base against adapter, {KL_NOISE:g} x the noise of {dtype}, {KL_FLOOR:g}"
+    )
     text = f"in {dtype}: mean KL {merged.mean_kl:.2g}, at most {limit:.2g} (the largest of {parts})"
     rules = [(text, merged.mean_kl <= limit)]
     if exact is not None:
@@ -130,7 +139,10 @@ def probe_prompts(loaded: LoadedModel) -> tuple[list[list[int]], str]:
     """A few prompts as token ids, and where they come from: the run's held-out or training rows, else SENTENCES."""
     data = loaded.run.data if loaded.run else None
     if data is not None:
-        for name, source in [*(("validation", s) for s in data.validation[:1]), ("training", data.train[0])]:
+        for name, source in [
+            *(("validation", s) for s in data.validation[:1]),
+            ("training", data.train[0]),
+        ]:
             prompts = []
             try:
                 rows = read_rows(source)

@@ -23,7 +23,11 @@ PATIENCE = 15.0  # seconds for the archives of the other nodes
 
 def say_all(folder: Path) -> list[str]:
     """Have NCCL and the ranks write files in `folder`; the words for torch's launcher."""
-    os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": f"{folder}/nccl-%h-%p.log", "TUNESMITH_DEBUG": "1"}
+    os.environ |= {
+        "NCCL_DEBUG": "INFO",
+        "NCCL_DEBUG_FILE": f"{folder}/nccl-%h-%p.log",
+        "TUNESMITH_DEBUG": "1",
+    }
     return ["--tee", "3"]
 
 
@@ -31,7 +35,9 @@ def pack_logs(folder: Path, prefix: str) -> bytes:
     """The ends of a folder's files as a .tar.gz, tokens masked, below `prefix`; the newest files that fit in LARGEST."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for file in sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: -p.stat().st_mtime):
+        for file in sorted(
+            (p for p in folder.rglob("*") if p.is_file()), key=lambda p: -p.stat().st_mtime
+        ):
             text = mask(file.read_bytes()[-NEWEST:].decode(errors="replace")).encode()
             about = tarfile.TarInfo(f"{prefix}/{file.relative_to(folder)}")
             about.size, about.mtime = len(text), file.stat().st_mtime
@@ -41,7 +47,9 @@ def pack_logs(folder: Path, prefix: str) -> bytes:
     return packed.getvalue()
 
 
-def collect_logs(store: "TCPStore", folder: Path, name: str, nodes: int, target: Path | None) -> str:
+def collect_logs(
+    store: "TCPStore", folder: Path, name: str, nodes: int, target: Path | None
+) -> str:
     """Send this node's logs to the one that holds the store, which writes all of them to `target`; a line on it there.
 
     A node that does not answer within PATIENCE seconds is left out, and named by its number.
@@ -62,5 +70,9 @@ def collect_logs(store: "TCPStore", folder: Path, name: str, nodes: int, target:
                     archive.addfile(member, node.extractfile(member))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, packed.getvalue())
-    missing = f"; {len(others) - len(here)} of {nodes} nodes sent nothing" if len(here) < len(others) else ""
+    missing = (
+        f"; {len(others) - len(here)} of {nodes} nodes sent nothing"
+        if len(here) < len(others)
+        else ""
+    )
     return f"logs of {len(here) + 1} node{'s' if here else ''}: {target}{missing}"

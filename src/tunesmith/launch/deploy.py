@@ -35,7 +35,10 @@ from tunesmith.launch.swarm import GPU, SwarmJob, SwarmNode, find_nodes, in_swar
 PASSED_ON = re.compile(
     r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS|WANDB_(PROJECT|ENTITY|MODE)"
 )
-SYSTEM = [Path("/", name) for name in "bin boot dev etc lib lib64 proc run sbin sys usr var/run var/lib/docker".split()]
+SYSTEM = [
+    Path("/", name)
+    for name in "bin boot dev etc lib lib64 proc run sbin sys usr var/run var/lib/docker".split()
+]
 
 
 def launch_on_swarm(
@@ -62,11 +65,18 @@ def launch_on_swarm(
             require_image(image)  # before large files are read, fetched and sent
         stack = replace(plan_stack(out, chosen, restarts, say), excluded=tuple(excluded))
     shipped = [(path, *by_content(path)) for path in recipe_inputs(run)]
-    stack = replace(stack, image=image, debug=debug, mounts=tuple((place, str(path)) for path, place, _ in shipped))
+    stack = replace(
+        stack,
+        image=image,
+        debug=debug,
+        mounts=tuple((place, str(path)) for path, place, _ in shipped),
+    )
     if render:
         print(stack.text(extra), end="")
         return None
-    job = SwarmJob(stack.name, stack.run_dir, details={"hosts": ",".join(node.address for node in chosen)})
+    job = SwarmJob(
+        stack.name, stack.run_dir, details={"hosts": ",".join(node.address for node in chosen)}
+    )
     job.refuse_another()
     files, links = hub_files(run)
     files += [file for *_, found in shipped for file in found]
@@ -82,7 +92,16 @@ def launch_on_swarm(
         job.clean()  # of an earlier launch
         with Connection(manager) as connection:
             stack = replace(stack, secrets=tuple(make_secrets(stack.name, connection)))
-            words = ("docker", "stack", "deploy", "--resolve-image", "never", "--compose-file", "-", stack.name)
+            words = (
+                "docker",
+                "stack",
+                "deploy",
+                "--resolve-image",
+                "never",
+                "--compose-file",
+                "-",
+                stack.name,
+            )
             connection.run(*words, given=stack.text(extra))
     except BaseException:
         with suppress(TunesmithError):
@@ -100,11 +119,18 @@ def refuse_exposed(path: Path) -> None:
     for place in (path, path.resolve()):
         for folder in (*SYSTEM, *own, Path(constants.HF_TOKEN_PATH), home):
             if folder.is_relative_to(place) or (folder != home and place.is_relative_to(folder)):
-                why, fix = f"{folder} is private", "name a folder of its own, and copy there what is needed"
-                raise UsageError(f"{path} is not given to a container", where=str(path), why=why, fix=fix)
+                why, fix = (
+                    f"{folder} is private",
+                    "name a folder of its own, and copy there what is needed",
+                )
+                raise UsageError(
+                    f"{path} is not given to a container", where=str(path), why=why, fix=fix
+                )
 
 
-def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callable[[str], None]) -> Stack:
+def plan_stack(
+    out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callable[[str], None]
+) -> Stack:
     """The stack of a run directory on these nodes, which are looked at; without image, mounts and secrets. `say` takes
     warnings; MachineError where the nodes differ in a way that the run would meet."""
     looks = []
@@ -113,14 +139,29 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callab
             looks.append(connection.ask("look"))
     for node, found in zip(nodes, looks, strict=True):
         if found["user"] != looks[0]["user"]:
-            what, why = f"you are user {found['user']} on {found['host']}", f"here you are {looks[0]['user']}"
-            raise MachineError(what, where="uid and gid", why=why, fix="use accounts of the same numbers: usermod -u")
+            what, why = (
+                f"you are user {found['user']} on {found['host']}",
+                f"here you are {looks[0]['user']}",
+            )
+            raise MachineError(
+                what,
+                where="uid and gid",
+                why=why,
+                fix="use accounts of the same numbers: usermod -u",
+            )
         if node.gpus != nodes[0].gpus or (found["gpu"] and not node.gpus):
             what = f"{found['host']} offers the swarm {node.gpus or 'no GPU'}"
-            why, fix = f"this node {nodes[0].gpus or 'none'}", "tunesmith doctor --fix, on each node"
+            why, fix = (
+                f"this node {nodes[0].gpus or 'none'}",
+                "tunesmith doctor --fix, on each node",
+            )
             raise MachineError(what, where="docker node inspect", why=why, fix=fix)
-        for name in [name for links in found["rdma"].values() for name, mtu in links.items() if mtu != "9000"]:
-            say(f"warning: {name} on {found['host']} has not MTU 9000, and is slow: ip link set {name} mtu 9000")
+        for name in [
+            name for links in found["rdma"].values() for name, mtu in links.items() if mtu != "9000"
+        ]:
+            say(
+                f"warning: {name} on {found['host']} has not MTU 9000, and is slow: ip link set {name} mtu 9000"
+            )
     passed = passed_variables(sorted({device for found in looks for device in found["rdma"]}))
     address = route_to(nodes[1].address) if nodes[1:] else "127.0.0.1"
     with socket.socket(family_of(address)) as probe:
@@ -142,7 +183,9 @@ def stack_without_swarm(
     gpus = count_gpus()
     here = SwarmNode("", "", (GPU[0], gpus) if gpus else None)
     stack = plan_stack(out, [here], restarts, say)
-    say(f"warning: this node is in no swarm, or docker does not answer: rendered for --nodes {nodes} such as this one")
+    say(
+        f"warning: this node is in no swarm, or docker does not answer: rendered for --nodes {nodes} such as this one"
+    )
     if nodes == 1:
         return stack
     port = stack.endpoint.rpartition(":")[2]
@@ -152,10 +195,14 @@ def stack_without_swarm(
 def passed_variables(rdma_devices: Sequence[str]) -> dict[str, str]:
     """The variables of this environment that ranks get, and those that NCCL needs for RDMA unless they are set here."""
     passed = {
-        name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not is_secret_name(name)
+        name: value
+        for name, value in os.environ.items()
+        if PASSED_ON.fullmatch(name) and not is_secret_name(name)
     }
     if rdma_devices:
-        passed.setdefault("NCCL_IB_HCA", "=" + ",".join(rdma_devices))  # exact names; a port of a Spark has two
+        passed.setdefault(
+            "NCCL_IB_HCA", "=" + ",".join(rdma_devices)
+        )  # exact names; a port of a Spark has two
     if "NCCL_IB_HCA" in passed:
         passed.setdefault(*MERGE_NICS)
     return passed
@@ -188,7 +235,9 @@ def hub_files(run: Run) -> tuple[list[ShippedFile], list[tuple[str, str]]]:
         cached.append((repo_cache(source.source, "dataset"), None))
         cached.append((Path(config.HF_DATASETS_CACHE, source.source.replace("/", "___")), None))
     listed = [of_cache(folder, snapshot) for folder, snapshot in cached]
-    return [file for files, _ in listed for file in files], [link for _, links in listed for link in links]
+    return [file for files, _ in listed for file in files], [
+        link for _, links in listed for link in links
+    ]
 
 
 def bring(

@@ -44,7 +44,9 @@ class ForwardStop:
         self.ranks_began = False
         self._signalled: set[int] = set()
         for name in NAMES:
-            if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            if (
+                signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN
+            ):  # as nohup leaves SIGHUP
                 signal.signal(signal.Signals[name], self._forward)
 
     @property
@@ -129,7 +131,9 @@ def publish_killed(store: "TCPStore", killed: dict[int, int], *, new_oom_kills: 
         return
 
 
-def killed_verdict(rank: int, number: int, beat: dict[str, Any], *, new_oom_kills: int) -> dict[str, Any]:
+def killed_verdict(
+    rank: int, number: int, beat: dict[str, Any], *, new_oom_kills: int
+) -> dict[str, Any]:
     """The words of the error that ends all ranks, as the heartbeat takes them; `beat`: the last of the killed rank."""
     host = socket.gethostname()
     name = signal.Signals(number).name
@@ -138,7 +142,17 @@ def killed_verdict(rank: int, number: int, beat: dict[str, Any], *, new_oom_kill
     if cause == "oom-kill":
         why += f"; {CAUSES['oom-kill']}"
     failed_rank = {"rank": rank, "host": host}
-    failed_rank |= {"phase": beat.get("phase") or None, "collective": beat.get("collective") or None}
+    failed_rank |= {
+        "phase": beat.get("phase") or None,
+        "collective": beat.get("collective") or None,
+    }
     what = f"rank {rank} on {host} was killed by {name}"
     where = f"rank {rank}: {beat['place']}" if beat.get("place") else ""
-    return {"what": what, "where": where, "why": why, "fix": AGAIN, "cause": cause, "failed_rank": failed_rank}
+    return {
+        "what": what,
+        "where": where,
+        "why": why,
+        "fix": AGAIN,
+        "cause": cause,
+        "failed_rank": failed_rank,
+    }

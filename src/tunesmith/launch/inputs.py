@@ -27,7 +27,11 @@ def recipe_inputs(run: Run) -> list[Path]:
 
 def hub_sources(run: Run) -> list[Source]:
     """The sources of rows that are on the Hub."""
-    return [source for source in (*run.data.train, *run.data.validation) if not os.path.isabs(source.source)]
+    return [
+        source
+        for source in (*run.data.train, *run.data.validation)
+        if not os.path.isabs(source.source)
+    ]
 
 
 def caches() -> dict[str, Path]:
@@ -36,7 +40,10 @@ def caches() -> dict[str, Path]:
 
     datasets = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
     found = {"HF_HUB_CACHE": Path(constants.HF_HUB_CACHE), "HF_DATASETS_CACHE": Path(datasets)}
-    return {name: path.expanduser().absolute() for name, path in (found | {"TUNESMITH_CACHE": cache_folder()}).items()}
+    return {
+        name: path.expanduser().absolute()
+        for name, path in (found | {"TUNESMITH_CACHE": cache_folder()}).items()
+    }
 
 
 def find_secrets() -> dict[str, str]:

@@ -101,7 +101,9 @@ class Job:
             file = io.TextIOWrapper(open_regular(log), encoding="utf-8", errors="replace")
         except OSError as error:
             fix = f"tunesmith status {shell_path(self.name or self.run_dir)}"
-            raise MachineError("there is no log yet", where=str(log), why=error.strerror or "", fix=fix) from None
+            raise MachineError(
+                "there is no log yet", where=str(log), why=error.strerror or "", fix=fix
+            ) from None
         with file:
             over = not follow
             while True:
@@ -123,7 +125,11 @@ class Job:
 
     def later_job(self) -> "Job | None":
         """The newest job of this run directory, where this one is an earlier job of it."""
-        jobs = [job for job in all_jobs() if os.path.realpath(job.run_dir) == os.path.realpath(self.run_dir)]
+        jobs = [
+            job
+            for job in all_jobs()
+            if os.path.realpath(job.run_dir) == os.path.realpath(self.run_dir)
+        ]
         is_earlier = self.name in [job.name for job in jobs[:-1]]
         return jobs[-1] if is_earlier else None
 
@@ -139,13 +145,17 @@ class Job:
         """UsageError where the job waits or runs, so that no second one is launched beside it."""
         if (state := self.state()).at_work:
             fix = f"tunesmith stop {shell_word(self.name)}; or output_dir=runs/another-name"
-            raise UsageError(f"{self.name} is at work already", where=self.run_dir, why=state.text, fix=fix)
+            raise UsageError(
+                f"{self.name} is at work already", where=self.run_dir, why=state.text, fix=fix
+            )
 
 
 def is_locked(run_dir: Path) -> bool:
     """Whether a process of this machine holds the run directory."""
     try:
-        handle = os.open(run_dir / LOCK, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of that name would be waited for
+        handle = os.open(
+            run_dir / LOCK, os.O_RDONLY | os.O_NONBLOCK
+        )  # a pipe of that name would be waited for
     except OSError:
         return False
     try:
@@ -180,7 +190,9 @@ def safe_value(value: str, where: str) -> str:
 def name_of_run(kind: str, run_dir: str) -> str:
     """A job's name for a run directory, which others of that name do not share: `swarm-my-run-1f3a5c`."""
     slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(run_dir).lower())[:30].strip("-")
-    return "-".join(filter(None, (kind, slug, hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6])))
+    return "-".join(
+        filter(None, (kind, slug, hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6]))
+    )
 
 
 def agent_words(recipe: Path, *, debug: bool = False, **flags: object) -> list[str]:
@@ -210,12 +222,18 @@ def write_recipe(run: Run) -> Path:
 
 def state_folder() -> Path:
     """The user's folder of jobs: below `$XDG_STATE_HOME`, else `~/.local/state`; created for the user alone."""
-    folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "tunesmith" / "jobs"
+    folder = (
+        Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+        / "tunesmith"
+        / "jobs"
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         fix = "export XDG_STATE_HOME=/a/folder/of/yours"
-        raise MachineError("jobs cannot be noted", where=str(folder), why=error.strerror or "", fix=fix) from error
+        raise MachineError(
+            "jobs cannot be noted", where=str(folder), why=error.strerror or "", fix=fix
+        ) from error
     return folder
 
 
@@ -230,7 +248,11 @@ def all_jobs() -> list[Job]:
     for file in sorted(state_folder().glob("*.json"), key=lambda path: path.stat().st_mtime):
         with suppress(OSError, ValueError, TypeError, KeyError):
             kind = file.stem.partition("-")[0]
-            found.append(vars(import_module(f"tunesmith.launch.{kind}"))[KINDS[kind]](**json.loads(file.read_bytes())))
+            found.append(
+                vars(import_module(f"tunesmith.launch.{kind}"))[KINDS[kind]](
+                    **json.loads(file.read_bytes())
+                )
+            )
     return found
 
 
@@ -245,4 +267,9 @@ def find_job(word: str) -> Job:
         return Job("", place)
     known = ", ".join(job.name for job in jobs[-5:]) or "none"
     what = f"{word} is neither a job of {getpass.getuser()} nor a run directory"
-    raise UsageError(what, where="command line", why=f"known jobs: {known}", fix="tunesmith status lists all jobs")
+    raise UsageError(
+        what,
+        where="command line",
+        why=f"known jobs: {known}",
+        fix="tunesmith status lists all jobs",
+    )

@@ -53,12 +53,19 @@ def detach(run: Run, words: Sequence[str]) -> LocalJob:
     log = Path(run.output_dir, FOLDER, "output.log")
     streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with log.open("wb") as file:
-        agent = subprocess.Popen([sys.executable, *words], stdout=file, **streams, start_new_session=True)
+        agent = subprocess.Popen(
+            [sys.executable, *words], stdout=file, **streams, start_new_session=True
+        )
     details = {"pid": str(agent.pid), "created": str(psutil.Process(agent.pid).create_time())}
     job = LocalJob(f"local-{agent.pid}", run.output_dir, log=str(log), details=details)
     save_job(job)
     with suppress(subprocess.TimeoutExpired):
         if code := agent.wait(BEGINS):
             said = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-            raise RunError(f"it ended at once, with {code}", where=str(log), why=said, fix=f"cat {shell_path(log)}")
+            raise RunError(
+                f"it ended at once, with {code}",
+                where=str(log),
+                why=said,
+                fix=f"cat {shell_path(log)}",
+            )
     return job

@@ -36,7 +36,13 @@ from tunesmith.heartbeat import AGAIN, refuses_connections
 from tunesmith.host_files import available_cores, oom_kills
 from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
-from tunesmith.launch.rendezvous import BACKEND, find_endpoint, hold_store, reach_store, register_backend
+from tunesmith.launch.rendezvous import (
+    BACKEND,
+    find_endpoint,
+    hold_store,
+    reach_store,
+    register_backend,
+)
 from tunesmith.run_directory import FAILURE, FINAL, STOPPED
 from tunesmith.signals import RESTART, ignore_stop_signals
 
@@ -55,15 +61,32 @@ LOG = "TORCH_CPP_LOG_LEVEL"
 def parser() -> argparse.ArgumentParser:
     """The agent's flags; the words after `--` are those of `tunesmith`."""
     p = argparse.ArgumentParser(prog="python -m tunesmith.launch.node", description=__doc__)
-    p.add_argument("--nodes", default="1", metavar="N|MIN:MAX", help="nodes of the run (default: 1)")
-    p.add_argument("--ranks", default="auto", metavar="N|auto", help="of this node; auto: one a GPU, else one")
-    p.add_argument("--endpoint", default="127.0.0.1:0", metavar="HOST:PORT", help="of the node that holds the store")
+    p.add_argument(
+        "--nodes", default="1", metavar="N|MIN:MAX", help="nodes of the run (default: 1)"
+    )
+    p.add_argument(
+        "--ranks", default="auto", metavar="N|auto", help="of this node; auto: one a GPU, else one"
+    )
+    p.add_argument(
+        "--endpoint",
+        default="127.0.0.1:0",
+        metavar="HOST:PORT",
+        help="of the node that holds the store",
+    )
     p.add_argument("--id", default="tunesmith", help="of the run, where several share an endpoint")
     p.add_argument("--address", help="of this node (default: that which routes to HOST)")
-    p.add_argument("--restarts", type=int, default=0, metavar="K", help="start failed ranks again, at most K times")
+    p.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="K",
+        help="start failed ranks again, at most K times",
+    )
     code = "exit code of a run that stopped with all saved (75); 0 for Swarm, which starts any other again"
     p.add_argument("--stopped", type=int, default=EXIT_STOPPED, metavar="CODE", help=code)
-    p.add_argument("--debug", action="store_true", help="collect what ranks and NCCL say on every node")
+    p.add_argument(
+        "--debug", action="store_true", help="collect what ranks and NCCL say on every node"
+    )
     p.add_argument("words", nargs="+", metavar="-- train RECIPE", help="the command of each rank")
     return p
 
@@ -76,7 +99,9 @@ def run_agent(argv: Sequence[str] | None = None) -> int:
     except TunesmithError as error:
         print(error.text(), file=sys.stderr)
         code = error.exit_code
-    if argv is None:  # a caller's signals are its own, and what it starts would inherit that they are ignored
+    if (
+        argv is None
+    ):  # a caller's signals are its own, and what it starts would inherit that they are ignored
         ignore_stop_signals()
     return args.stopped if code == EXIT_STOPPED else code
 
@@ -93,7 +118,9 @@ def run_node(args: argparse.Namespace) -> int:
     return run_program(args, ranks, ["-m", "tunesmith", *args.words], out)
 
 
-def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], out: Path | None) -> int:
+def run_program(
+    args: argparse.Namespace, ranks: int, program: Sequence[str], out: Path | None
+) -> int:
     """Start `program` (a script or `-m` a module, and its words) as the ranks of this node, and wait -> exit code.
 
     Args:
@@ -102,14 +129,18 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     """
     host, _, port = args.endpoint.rpartition(":")
     if not host or not port.isdecimal():
-        raise UsageError(f"{args.endpoint} is not HOST:PORT", where="--endpoint", fix="--endpoint 10.0.0.1:29500")
+        raise UsageError(
+            f"{args.endpoint} is not HOST:PORT", where="--endpoint", fix="--endpoint 10.0.0.1:29500"
+        )
     from tunesmith.launch.elastic import ForwardStop, install_agent  # with torch
 
     before = ended_at(out)
     stop = ForwardStop()
     endpoint = find_endpoint(host.strip("[]"), int(port), args.address)
     prepare_environment(ranks, endpoint.interface)
-    store, endpoint = hold_store(endpoint) if endpoint.is_here else (reach_store(endpoint), endpoint)
+    store, endpoint = (
+        hold_store(endpoint) if endpoint.is_here else (reach_store(endpoint), endpoint)
+    )
     register_backend(store, endpoint)
     install_agent(store, stop, is_short=lambda: bool(smaller_after(out, before)))
     launcher = ["--nnodes", args.nodes, "--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND]
@@ -117,7 +148,9 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     launcher += ["--max-restarts", str(args.restarts)]
     # Its own handlers would kill ranks that save for longer than half a minute.
     launcher += ["--signals-to-handle", "SIGQUIT"]
-    with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as folder:  # torch leaves its own behind
+    with tempfile.TemporaryDirectory(
+        prefix="tunesmith-ranks-"
+    ) as folder:  # torch leaves its own behind
         launcher += ["--log-dir", folder, *(say_all(Path(folder)) if args.debug else [])]
         try:
             code = run_ranks([*launcher, "--rdzv-id", args.id, *program], store, stop)
@@ -125,11 +158,22 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
             if smaller:  # once: then memory is short without it
                 before, again = ended_at(out), f"train.micro_batch={smaller}"
                 print(f"starting again with {again!r}", file=sys.stderr)
-                code = run_ranks([*launcher, "--rdzv-id", f"{args.id}-again", *program, again], store, stop)
+                code = run_ranks(
+                    [*launcher, "--rdzv-id", f"{args.id}-again", *program, again], store, stop
+                )
         finally:
             if args.debug:
-                target, nodes = (out or Path()) / FOLDER / "debug.tar.gz", int(args.nodes.rpartition(":")[2])
-                end = collect_logs(store, Path(folder), endpoint.address, nodes, target if endpoint.is_here else None)
+                target, nodes = (
+                    (out or Path()) / FOLDER / "debug.tar.gz",
+                    int(args.nodes.rpartition(":")[2]),
+                )
+                end = collect_logs(
+                    store,
+                    Path(folder),
+                    endpoint.address,
+                    nodes,
+                    target if endpoint.is_here else None,
+                )
                 print(end, file=sys.stderr)
     if code in (EXIT_FAILED, EXIT_OK) and ended_at(out)[STOPPED] > before[STOPPED]:
         return EXIT_STOPPED
@@ -187,7 +231,11 @@ def told_exit_code(error: "ChildFailedError", kills: int, stop: "ForwardStop") -
         name = signal.Signals(-failure.exitcode).name
         kernel = f"; cause: oom-kill: {CAUSES['oom-kill']}" if oom_kills() > kills else ""
         print(f"error: rank {rank} was killed by {name}{kernel}", file=sys.stderr)
-    return failure.exitcode if failure.exitcode in (EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED) else EXIT_FAILED
+    return (
+        failure.exitcode
+        if failure.exitcode in (EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED)
+        else EXIT_FAILED
+    )
 
 
 def ended_at(out: Path | None) -> dict[str, float]:
@@ -210,7 +258,9 @@ def smaller_after(out: Path | None, before: Mapping[str, float]) -> str:
 def prepare_environment(ranks: int, interface: str) -> None:
     """Variables that each rank needs, unless they are set: threads, the interface to listen on, and beside
     NCCL_IB_HCA the one that joins the functions of a port."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))  # torch's launcher would set 1
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, available_cores() // ranks))
+    )  # torch's launcher would set 1
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, interface)
     if "NCCL_IB_HCA" in os.environ:
@@ -224,7 +274,9 @@ def count_gpus() -> int:
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return len([name for name in named.partition("-1")[0].split(",") if name.strip()])
     try:
-        output = subprocess.check_output(GPUS, stderr=subprocess.DEVNULL, text=True, errors="replace", timeout=20)
+        output = subprocess.check_output(
+            GPUS, stderr=subprocess.DEVNULL, text=True, errors="replace", timeout=20
+        )
     except (OSError, subprocess.SubprocessError):
         return 0
     # Other lines are no GPUs: an empty one, or `No devices were found`.
@@ -234,7 +286,9 @@ def count_gpus() -> int:
 def positive(text: str, where: str) -> int:
     """A count of at least 1; UsageError for any other text."""
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{text} is not a whole number of at least 1", where=where, fix=f"{where} 2")
+        raise UsageError(
+            f"{text} is not a whole number of at least 1", where=where, fix=f"{where} 2"
+        )
     return int(text)
 
 

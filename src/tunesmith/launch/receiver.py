@@ -30,9 +30,16 @@ class Receiver:
         for device in sorted(glob.glob("/sys/class/infiniband/*")):
             if "ACTIVE" in _text(device + "/ports/1/state"):
                 names = [os.path.basename(path) for path in glob.glob(device + "/device/net/*")]
-                rdma[os.path.basename(device)] = {name: _text("/sys/class/net/" + name + "/mtu") for name in names}
+                rdma[os.path.basename(device)] = {
+                    name: _text("/sys/class/net/" + name + "/mtu") for name in names
+                }
         gpu = os.path.exists("/dev/nvidiactl")
-        return {"host": socket.gethostname(), "user": [os.getuid(), os.getgid()], "gpu": gpu, "rdma": rdma}
+        return {
+            "host": socket.gethostname(),
+            "user": [os.getuid(), os.getgid()],
+            "gpu": gpu,
+            "rdma": rdma,
+        }
 
     def run(self, words: List[str], given: str = "") -> List[Any]:  # noqa: UP006
         """A command's exit code, output and errors."""
@@ -40,16 +47,28 @@ class Receiver:
             done = subprocess.run(words, input=given.encode(), capture_output=True, check=False)
         except OSError as error:
             return [127, "", f"{words[0]}: {error.strerror}"]
-        return [done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")]
+        return [
+            done.returncode,
+            done.stdout.decode(errors="replace"),
+            done.stderr.decode(errors="replace"),
+        ]
 
     def have(self, files: List[List[Any]]) -> List[Optional[List[int]]]:  # noqa: UP006,UP045
         """For each [place, bytes, SHA-256, whether its name tells its content] the pieces that are there; null: all."""
         found: List[Optional[List[int]]] = []  # noqa: UP006,UP045
         for place, size, digest, named in files:
-            if os.path.isfile(place) and os.path.getsize(place) == size and (named or _digest(place) == digest):
+            if (
+                os.path.isfile(place)
+                and os.path.getsize(place) == size
+                and (named or _digest(place) == digest)
+            ):
                 found.append(None)
             else:
-                found.append(sorted({int(line) for line in _text(_partial(place, digest) + ".pieces").split()}))
+                found.append(
+                    sorted(
+                        {int(line) for line in _text(_partial(place, digest) + ".pieces").split()}
+                    )
+                )
         return found
 
     def put(self, place: str, digest: str, index: int, start: int, count: int) -> bool:

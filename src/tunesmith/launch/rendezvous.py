@@ -49,13 +49,17 @@ def find_endpoint(host: str, port: int, address: str | None = None) -> Endpoint:
         host = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         fix = "give an address, or add the name to /etc/hosts of every node"
-        raise MachineError(f"{host} is no known host", where="--endpoint", why=str(error), fix=fix) from None
+        raise MachineError(
+            f"{host} is no known host", where="--endpoint", why=str(error), fix=fix
+        ) from None
     interfaces = own_addresses()
     if address is None:
         address = host if host in interfaces else route_to(host)
     if address not in interfaces:
         fix = f"one of {', '.join(a for a in interfaces if '.' in a)}"
-        raise MachineError(f"no interface of this node has the address {address}", where="--address", fix=fix)
+        raise MachineError(
+            f"no interface of this node has the address {address}", where="--address", fix=fix
+        )
     return Endpoint(host, port, address, interfaces[address])
 
 
@@ -63,7 +67,11 @@ def own_addresses() -> dict[str, str]:
     """Each address of this node -> its interface."""
     import psutil
 
-    return {a.address.partition("%")[0]: name for name, found in psutil.net_if_addrs().items() for a in found}
+    return {
+        a.address.partition("%")[0]: name
+        for name, found in psutil.net_if_addrs().items()
+        for a in found
+    }
 
 
 def family_of(address: str) -> socket.AddressFamily:
@@ -79,7 +87,9 @@ def route_to(host: str) -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         fix = f"connect the nodes, and look: ip route get {shell_word(host)}"
-        raise MachineError(f"no route to {host}", where="--endpoint", why=error.strerror or "", fix=fix) from None
+        raise MachineError(
+            f"no route to {host}", where="--endpoint", why=error.strerror or "", fix=fix
+        ) from None
 
 
 def hold_store(endpoint: Endpoint) -> "tuple[TCPStore, Endpoint]":
@@ -89,11 +99,23 @@ def hold_store(endpoint: Endpoint) -> "tuple[TCPStore, Endpoint]":
     try:
         listener = socket.create_server(endpoint[:2], family=family_of(endpoint.host), backlog=1024)
     except OSError as error:
-        why, fix = error.strerror or "", "another job may use this port: give --endpoint another one"
-        raise MachineError("the ranks' store cannot listen", where=endpoint.place, why=why, fix=fix) from None
+        why, fix = (
+            error.strerror or "",
+            "another job may use this port: give --endpoint another one",
+        )
+        raise MachineError(
+            "the ranks' store cannot listen", where=endpoint.place, why=why, fix=fix
+        ) from None
     host, port = listener.getsockname()[:2]
     descriptor = listener.detach()
-    store = TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=ANSWER, master_listen_fd=descriptor)
+    store = TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=ANSWER,
+        master_listen_fd=descriptor,
+    )
     return store, endpoint._replace(port=port)
 
 
@@ -103,20 +125,31 @@ def reach_store(endpoint: Endpoint) -> "TCPStore":
 
     host, port, *_ = endpoint
     try:
-        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=JOIN))
+        store = TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=JOIN)
+        )
     except DistError as error:
         fix = f"start the run on that node too; tunesmith doctor --pair {shell_word(host)} says what stands between"
         why = str(error).partition("\n")[0][:200]
-        raise MachineError(f"no answer in {JOIN:.0f} s", where=endpoint.place, why=why, fix=fix) from None
+        raise MachineError(
+            f"no answer in {JOIN:.0f} s", where=endpoint.place, why=why, fix=fix
+        ) from None
     store.set_timeout(ANSWER)
     return store
 
 
 def register_backend(store: "TCPStore", endpoint: Endpoint) -> None:
     """Let torch's elastic launcher meet through `store`, by the name BACKEND."""
-    from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo, rendezvous_handler_registry
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousInfo,
+        RendezvousStoreInfo,
+        rendezvous_handler_registry,
+    )
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+        DynamicRendezvousHandler,
+        RendezvousTimeout,
+    )
 
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # no second store
 
@@ -138,9 +171,14 @@ def register_backend(store: "TCPStore", endpoint: Endpoint) -> None:
     def create(parameters: "RendezvousParameters") -> Rendezvous:
         # Ranks go by the nodes' names: rank 0, which writes metrics and final/, is with the store, where the run was launched.
         name, run_id = f"{int(not endpoint.is_here)} {endpoint.address}", parameters.run_id
-        backend, limits = C10dRendezvousBackend(store, run_id), RendezvousTimeout(join=timedelta(seconds=JOIN))
+        backend, limits = (
+            C10dRendezvousBackend(store, run_id),
+            RendezvousTimeout(join=timedelta(seconds=JOIN)),
+        )
         nodes = parameters.min_nodes, parameters.max_nodes
-        return Rendezvous.from_backend(run_id, store, backend, *nodes, local_addr=name, timeout=limits)
+        return Rendezvous.from_backend(
+            run_id, store, backend, *nodes, local_addr=name, timeout=limits
+        )
 
     with suppress(ValueError):  # registered before
         rendezvous_handler_registry.register(BACKEND, create)

@@ -62,7 +62,10 @@ class Connection:
         if host and not _HOST.fullmatch(host):
             fix = "--hosts spark-b, or an address, as ssh takes it"
             raise UsageError(f"{host!r} is no host", where="--hosts", fix=fix)
-        program = Path(__file__).with_name("receiver.py").read_bytes() + b"\nReceiver(sys.stdin.buffer).serve()\n"
+        program = (
+            Path(__file__).with_name("receiver.py").read_bytes()
+            + b"\nReceiver(sys.stdin.buffer).serve()\n"
+        )
         boot = f"import sys;exec(sys.stdin.buffer.read({len(program)}))"
         there, pipe = [*SSH, "--", host, f"exec python3 -c {shlex.quote(boot)}"], subprocess.PIPE
         self.host, self.name = host, host or "this node"
@@ -70,16 +73,23 @@ class Connection:
             words = there if host else [sys.executable, "-c", boot]
             self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe)
         except OSError as error:
-            what, fix = f"{words[0]} cannot be started: {error.strerror}", "apt-get install openssh-client"
+            what, fix = (
+                f"{words[0]} cannot be started: {error.strerror}",
+                "apt-get install openssh-client",
+            )
             raise MachineError(what, fix=fix) from None
         self._send([program])
 
     def ask(self, command: str, data: Iterable[bytes] = (), **arguments: Any) -> Any:
         """The answer to one command of `Receiver`, whose bytes, if it takes any, are `data`."""
-        line = self._send([json.dumps({"do": command, **arguments}).encode() + b"\n"], data, answer=True)
+        line = self._send(
+            [json.dumps({"do": command, **arguments}).encode() + b"\n"], data, answer=True
+        )
         answer = json.loads(line)
         if "error" in answer:
-            fix = f"df -h and ls -ld there: {shell_command(['ssh', self.host] if self.host else [])}"
+            fix = (
+                f"df -h and ls -ld there: {shell_command(['ssh', self.host] if self.host else [])}"
+            )
             raise MachineError(f"{self.name}: {answer['error']}", where=command, fix=fix)
         return answer["ok"]
 
@@ -92,7 +102,9 @@ class Connection:
             raise MachineError(what, where=where, why=why, fix="tunesmith doctor")
         return str(out)
 
-    def _send(self, first: Iterable[bytes], data: Iterable[bytes] = (), *, answer: bool = False) -> bytes:
+    def _send(
+        self, first: Iterable[bytes], data: Iterable[bytes] = (), *, answer: bool = False
+    ) -> bytes:
         """Write both; the line that comes, if one is awaited. Where the connection breaks, what ssh says of it."""
         process = self.process
         assert process.stdin is not None
@@ -110,7 +122,9 @@ class Connection:
         said = process.stderr.read().decode(errors="replace").strip().splitlines()
         fix = f"ssh {shell_word(self.host)} python3 --version; if it asks for a password: ssh-copy-id {shell_word(self.host)}"
         why = said[-1][:300] if said else "it closed the connection"
-        raise MachineError(f"{self.name} cannot be reached by ssh", where=self.name, why=why, fix=fix)
+        raise MachineError(
+            f"{self.name} cannot be reached by ssh", where=self.name, why=why, fix=fix
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -132,28 +146,44 @@ def by_content(path: Path) -> tuple[str, list[ShippedFile]]:
     place = str(cache_folder("shipped").absolute() / folder / path.name)
     places = [os.path.normpath(os.path.join(place, inner)) for inner, _ in listed]
     rows = zip(files, places, listed, strict=True)
-    return place, [ShippedFile(file, there, file.stat().st_size, digest, True) for file, there, (_, digest) in rows]
+    return place, [
+        ShippedFile(file, there, file.stat().st_size, digest, True)
+        for file, there, (_, digest) in rows
+    ]
 
 
 def by_place(path: Path) -> ShippedFile:
     """A file that has the same path on every node, and may be another one there."""
     named = bool(_LFS.fullmatch(path.name))
-    return ShippedFile(path, str(path), path.stat().st_size, path.name if named else digest_of_file(path), named)
+    return ShippedFile(
+        path, str(path), path.stat().st_size, path.name if named else digest_of_file(path), named
+    )
 
 
-def of_cache(folder: Path, snapshot: Path | None = None) -> tuple[list[ShippedFile], list[tuple[str, str]]]:
+def of_cache(
+    folder: Path, snapshot: Path | None = None
+) -> tuple[list[ShippedFile], list[tuple[str, str]]]:
     """The files and links (place, target) of a repository's folder in the Hub's cache, or of one snapshot of it, which have
     the same place on every node."""
 
     def belongs(path: Path) -> bool:
         is_ref = path.parent.name == "refs" and path.is_file()
-        return snapshot is None or snapshot in path.parents or (is_ref and path.read_text() == snapshot.name)
+        return (
+            snapshot is None
+            or snapshot in path.parents
+            or (is_ref and path.read_text() == snapshot.name)
+        )
 
     paths = [path for path in folder.rglob("*") if belongs(path)]
     links = [(str(path), os.readlink(path)) for path in paths if path.is_symlink()]
     real = {path for path in paths if path.is_file() and not path.is_symlink()}
-    real |= {Path(os.path.normpath(os.path.join(os.path.dirname(place), target))) for place, target in links}
-    return [by_place(path) for path in sorted(real) if path.suffix not in (".incomplete", ".lock")], links
+    real |= {
+        Path(os.path.normpath(os.path.join(os.path.dirname(place), target)))
+        for place, target in links
+    }
+    return [
+        by_place(path) for path in sorted(real) if path.suffix not in (".incomplete", ".lock")
+    ], links
 
 
 def place_here(files: Iterable[ShippedFile]) -> None:
@@ -181,7 +211,9 @@ def ship(files: Sequence[ShippedFile], host: str, progress: FetchProgress) -> in
         states = first.ask("have", files=[[f.place, f.size, f.digest, f.named] for f in distinct])
     work: queue.SimpleQueue[tuple[ShippedFile, int]] = queue.SimpleQueue()
     left, total = dict[str, int](), 0
-    for file, state in ((file, state) for file, state in zip(distinct, states, strict=True) if state is not None):
+    for file, state in (
+        (file, state) for file, state in zip(distinct, states, strict=True) if state is not None
+    ):
         missing = [index for index in range(max(1, -(-file.size // PIECE))) if index not in state]
         left[file.place] = len(missing)
         total += sum(_bounds(file, index)[1] for index in missing)
@@ -205,13 +237,19 @@ def ship(files: Sequence[ShippedFile], host: str, progress: FetchProgress) -> in
                     left[file.place] -= index != SEAL
                     last = not left[file.place]
                 if last and not connection.ask("seal", place=file.place, digest=file.digest):
-                    what, fix = f"{file.source} is not what arrived on {host}", "start the same command again"
+                    what, fix = (
+                        f"{file.source} is not what arrived on {host}",
+                        "start the same command again",
+                    )
                     raise MachineError(what, where=file.place, fix=fix)
 
     streams = min(STREAMS, work.qsize(), max(2, available_cores()))
     if not streams:
         return 0
-    with progress.transfer(f"files to {host}", total, 0, "sending") as advance, ThreadPoolExecutor(streams) as pool:
+    with (
+        progress.transfer(f"files to {host}", total, 0, "sending") as advance,
+        ThreadPoolExecutor(streams) as pool,
+    ):
         jobs = [pool.submit(carry) for _ in range(streams)]
         try:
             for job in as_completed(jobs):
@@ -227,7 +265,11 @@ def _bounds(file: ShippedFile, index: int) -> tuple[int, int]:
 
 
 def _blocks(
-    file: ShippedFile, start: int, count: int, stop: threading.Event, advance: Callable[[int], object]
+    file: ShippedFile,
+    start: int,
+    count: int,
+    stop: threading.Event,
+    advance: Callable[[int], object],
 ) -> Iterator[bytes]:
     """A piece's bytes; it breaks off where another stream has failed, or the file is shorter than it was."""
     with file.source.open("rb") as opened:
@@ -251,7 +293,9 @@ def require_image(image: str) -> str:
     if code:
         build = shell_command(["docker", "build", "-f", "docker/Dockerfile", "-t", image, "."])
         what, why = f"there is no image {image} here", complaint.strip()[-300:]
-        raise MachineError(what, where="--image", why=why, fix=f"{build}, in a clone; or --image NAME")
+        raise MachineError(
+            what, where="--image", why=why, fix=f"{build}, in a clone; or --image NAME"
+        )
     return str(image_id).strip()
 
 
@@ -264,7 +308,9 @@ def ship_image(image: str, host: str) -> str:
         if lacks:
             _pump(["docker", "save", image], [*SSH, "--", host, "docker load"], host)
         with Connection(host) as there:
-            there.run("docker", "tag", image_id, image)  # fails where what was loaded has another id
+            there.run(
+                "docker", "tag", image_id, image
+            )  # fails where what was loaded has another id
     return image_id
 
 
@@ -283,4 +329,9 @@ def _pump(giver: Sequence[str], taker: Sequence[str], host: str) -> None:
         complaint = target.communicate()[1].decode(errors="replace").strip()
     if source.returncode or target.returncode:
         fix = f"ssh {shell_word(host)} docker ps: you must be in the docker group there"
-        raise MachineError(f"the image cannot be brought to {host}", where="docker load", why=complaint[-300:], fix=fix)
+        raise MachineError(
+            f"the image cannot be brought to {host}",
+            where="docker load",
+            why=complaint[-300:],
+            fix=fix,
+        )

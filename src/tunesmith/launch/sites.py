@@ -26,8 +26,21 @@ from tunesmith.config.names import nearest
 from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError, UsageError
 
-DIRECTIVES = ("partition", "account", "qos", "time", "constraint", "mem", "cpus_per_task")  # passed on to sbatch
-WANTED = {"setup": "a list of lines", "sbatch": "a list of options", "environment": "NAME: value", "exclusive": "true"}
+DIRECTIVES = (
+    "partition",
+    "account",
+    "qos",
+    "time",
+    "constraint",
+    "mem",
+    "cpus_per_task",
+)  # passed on to sbatch
+WANTED = {
+    "setup": "a list of lines",
+    "sbatch": "a list of options",
+    "environment": "NAME: value",
+    "exclusive": "true",
+}
 Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 Name = Annotated[str, Predicate(str.isidentifier), Predicate(str.isascii)]
 Text = Annotated[str, BeforeValidator(str)]
@@ -61,7 +74,9 @@ def read_site(name: str | None) -> Site:
     file = sites_file()
     if not file.is_file():
         fix = f"write it: {name}: {{partition: gpu, account: my-project}}"
-        raise UsageError(f"there is no site {name!r}: the file of sites is missing", where=str(file), fix=fix)
+        raise UsageError(
+            f"there is no site {name!r}: the file of sites is missing", where=str(file), fix=fix
+        )
     sites = dict(read_file(file).children())
     if name not in sites:
         near = nearest(name, sites)
@@ -69,10 +84,15 @@ def read_site(name: str | None) -> Site:
         raise UsageError(f"there is no site {name!r}", where=str(file), fix=fix)
     given = dict(sites[name].children())
     try:  # in JSON a list is a tuple
-        return TypeAdapter(Site).validate_json(json.dumps({key: node.plain() for key, node in given.items()}))
+        return TypeAdapter(Site).validate_json(
+            json.dumps({key: node.plain() for key, node in given.items()})
+        )
     except ValidationError as error:
         key, known = str(error.errors()[0]["loc"][0]), [spec.name for spec in fields(Site)]
-        what, fix = f"{key} takes {WANTED.get(key, 'one word or number')}", f"see {key} in docs/slurm.md"
+        what, fix = (
+            f"{key} takes {WANTED.get(key, 'one word or number')}",
+            f"see {key} in docs/slurm.md",
+        )
         if key not in known:
             what, near = f"there is no key {key!r} in a site", nearest(key, known)
             fix = f"did you mean {near}?" if near else f"a site has {', '.join(known)}"
@@ -81,4 +101,8 @@ def read_site(name: str | None) -> Site:
 
 def sites_file() -> Path:
     """`$XDG_CONFIG_HOME/tunesmith/sites.yaml`, else below `~/.config`."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "tunesmith" / "sites.yaml"
+    return (
+        Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+        / "tunesmith"
+        / "sites.yaml"
+    )

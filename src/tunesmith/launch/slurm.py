@@ -23,7 +23,16 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError, is_secret_name, mask
 from tunesmith.host_files import write_atomically
 from tunesmith.launch.inputs import hub_sources, recipe_inputs
-from tunesmith.launch.jobs import FOLDER, Job, State, all_jobs, last_step, safe_value, save_job, write_recipe
+from tunesmith.launch.jobs import (
+    FOLDER,
+    Job,
+    State,
+    all_jobs,
+    last_step,
+    safe_value,
+    save_job,
+    write_recipe,
+)
 from tunesmith.launch.sites import DIRECTIVES, Site
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.shapes import config_of_model
@@ -33,10 +42,20 @@ from tunesmith.shell import shell_word
 
 SCRIPT, LOG = "slurm.sh", "slurm"  # names in the folder `launch` of the run directory
 WARNING = 300  # seconds before the time limit at which the run is asked to save, at least; a short limit has less
-STEP_AND_CLOCK = 60  # of them for the step under way, and for Slurm's clock, which goes by the minute
+STEP_AND_CLOCK = (
+    60  # of them for the step under way, and for Slurm's clock, which goes by the minute
+)
 # Bytes/s of a checkpoint where none of the run is there to be measured: a shared disk that several nodes write to.
 ASSUMED_DISK = 1e9
-WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+WAITING = (
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
+)
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
 # Variables of the submitting shell that the job gets, but for those with the name or the form of a secret.
 EXPORTED = re.compile(
@@ -135,7 +154,9 @@ class SlurmJob(Job):
 
     def state(self) -> State:
         id_ = self.details["id"]
-        code, text, why = _slurm("squeue", "--noheader", "--states=all", "--jobs", id_, "--format=%T|%r|%M|%l|%N")
+        code, text, why = _slurm(
+            "squeue", "--noheader", "--states=all", "--jobs", id_, "--format=%T|%r|%M|%l|%N"
+        )
         if code and "Invalid job id" not in why:
             fix = "sinfo, on a login node of the cluster"
             raise MachineError("Slurm does not answer", where="squeue", why=why, fix=fix)
@@ -144,7 +165,9 @@ class SlurmJob(Job):
             return State("waiting", f"{found[0]}: {found[1]}")
         if found[0] and found[0] not in ENDED:
             step = last_step(self.run_dir) or "before the first step"
-            return State("running", f"{step}; {found[0]} for {found[2]} of {found[3]} on {found[4]}")
+            return State(
+                "running", f"{step}; {found[0]} for {found[2]} of {found[3]} on {found[4]}"
+            )
         phase, said = super().state()
         return State("ended" if found[0] else phase, f"{found[0]} {said}".strip())
 
@@ -161,7 +184,9 @@ class SlurmJob(Job):
         # To a running job's steps alone: the script waits for them.
         code, _, why = _slurm("scancel", *["--signal=TERM"] * (state.phase == "running"), id_)
         if code:
-            raise MachineError("scancel failed", where=id_, why=why, fix=f"scancel {shell_word(id_)}")
+            raise MachineError(
+                "scancel failed", where=id_, why=why, fix=f"scancel {shell_word(id_)}"
+            )
         return "asked to save and end" if state.phase == "running" else "taken out of the queue"
 
 
@@ -170,7 +195,11 @@ def render_script(run: Run, request: Request) -> str:
     site = request.site
     if "\\" in run.output_dir:
         fix = "output_dir=runs/my-run"
-        raise UsageError("a backslash in the path of the log means something to Slurm", where="output_dir", fix=fix)
+        raise UsageError(
+            "a backslash in the path of the log means something to Slurm",
+            where="output_dir",
+            fix=fix,
+        )
     folder = run.output_dir.replace("%", "%%")  # Slurm fills in %
     name = f"{folder}/{FOLDER}/{LOG}-%j.log"
     directives = {
@@ -179,8 +208,15 @@ def render_script(run: Run, request: Request) -> str:
         "gpus-per-node": site.gpus_per_node if site.gpus_per_node != "0" else None,
         "signal": f"B:USR1@{warning_of(request)}",
     }  # fmt: skip
-    lines = [f"--{key}={_directive_word(value, f'--{key}')}" for key, value in directives.items() if value is not None]
-    lines += ["--requeue" if request.max_requeues else "--no-requeue", *["--exclusive"] * site.exclusive]
+    lines = [
+        f"--{key}={_directive_word(value, f'--{key}')}"
+        for key, value in directives.items()
+        if value is not None
+    ]
+    lines += [
+        "--requeue" if request.max_requeues else "--no-requeue",
+        *["--exclusive"] * site.exclusive,
+    ]
     lines += [safe_value(line, "--sbatch-arg") for line in site.sbatch]
     values = {
         "python": shlex.quote("python3" if site.container else sys.executable), "run": _shell_word(run.output_dir, "output_dir"),
@@ -210,7 +246,11 @@ def ranks_of(site: Site) -> int:
     """Ranks of a node: one a GPU, without GPUs one. UsageError where the GPUs are not `8` or `h100:8`."""
     found = re.fullmatch(r"(?:[\w.-]+:)?(\d{1,3})", site.gpus_per_node or "", re.ASCII)
     if not found:
-        what = f"{site.gpus_per_node} is not a number of GPUs" if site.gpus_per_node else "how many GPUs of each node?"
+        what = (
+            f"{site.gpus_per_node} is not a number of GPUs"
+            if site.gpus_per_node
+            else "how many GPUs of each node?"
+        )
         fix = "--gpus-per-node 8, or h100:8, or 0 to train on CPUs"
         raise UsageError(what, where="--gpus-per-node", fix=fix)
     return max(int(found[1]), 1)
@@ -223,7 +263,9 @@ def warning_of(request: Request) -> int:
     wanted = request.warning or min(by_size, limit // 4 or by_size)
     if limit and wanted > limit // 2:
         what = f"of {limit} s the run would save for {wanted} s"
-        raise UsageError(what, where="--warn-before", fix=f"a longer --time, or --warn-before {limit // 4}")
+        raise UsageError(
+            what, where="--warn-before", fix=f"a longer --time, or --warn-before {limit // 4}"
+        )
     return wanted
 
 
@@ -239,7 +281,11 @@ def warn_of_short_limit(request: Request) -> str:
         return ""
     limit = limit_seconds(request.site.time) if request.site.time else 0
     longer = f"--time {math.ceil(2 * needed / 60)}"  # minutes: half of it may be left for saving
-    fix = f"--warn-before {needed}" if not limit or needed <= limit // 2 else f"{longer} --warn-before {needed}"
+    fix = (
+        f"--warn-before {needed}"
+        if not limit or needed <= limit // 2
+        else f"{longer} --warn-before {needed}"
+    )
     return f"warning: saving may take {needed} s, and the run is asked to save {wanted} s before the time limit; fix: {fix}"
 
 
@@ -266,7 +312,11 @@ def limit_seconds(text: str) -> int:
     """A time limit in Slurm's forms, in seconds: `90` minutes, `2:30` minutes, `2:30:00`, `1-12`, `1-12:30:00`."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
     if not found:
-        raise UsageError(f"{text} is no time limit", where="--time", fix="--time 90 (minutes), 12:00:00 or 2-00:00:00")
+        raise UsageError(
+            f"{text} is no time limit",
+            where="--time",
+            fix="--time 90 (minutes), 12:00:00 or 2-00:00:00",
+        )
     days, *parts = (int(part) if part else None for part in found.groups())
     first, second, third = (part or 0 for part in parts)
     if days is not None or parts[2] is not None:  # hours come first
@@ -279,19 +329,25 @@ def check_reach(run: Run, site: Site) -> None:
     recipe_inputs(run)
     from tunesmith.hub.fetch import cached_model, local_model, repo_cache
 
-    own = {"HF_HOME", "HF_HUB_CACHE"} & {*site.environment}  # another cache, which this machine may not see
+    own = {"HF_HOME", "HF_HUB_CACHE"} & {
+        *site.environment
+    }  # another cache, which this machine may not see
     missing = [s.source for s in hub_sources(run) if not repo_cache(s.source, "dataset").exists()]
     if local_model(run.model) is None and cached_model(run.model) is None:
         missing.insert(0, run.model.name)
     if missing and not own:
         why = "nodes often have no way to the Hub, and the job gets no token: Slurm would keep it on its disk"
         fix = f"tunesmith fetch RECIPE, into {hub_home()}, which the nodes must see"
-        raise UsageError(f"not fetched yet: {', '.join(missing)}", where="the Hub's cache", why=why, fix=fix)
+        raise UsageError(
+            f"not fetched yet: {', '.join(missing)}", where="the Hub's cache", why=why, fix=fix
+        )
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if run.log.wandb and os.environ.get("WANDB_API_KEY") and not netrc.is_file():
         why = "Slurm would keep it on its controller's disk"
         fix = "wandb login, which writes ~/.netrc for the nodes; or export WANDB_MODE=offline; or log.wandb=false"
-        raise UsageError("WANDB_API_KEY is not sent to the job", where="log.wandb", why=why, fix=fix)
+        raise UsageError(
+            "WANDB_API_KEY is not sent to the job", where="log.wandb", why=why, fix=fix
+        )
 
 
 def hub_home() -> str:
@@ -326,14 +382,20 @@ def _slurm(*command: str) -> tuple[int, str, str]:
     if shutil.which(command[0]) is None:
         fix = "run it on a login node of the cluster"
         raise MachineError(f"this machine has no {command[0]}", where="PATH", fix=fix)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
     return done.returncode, done.stdout, done.stderr.strip().rpartition("\n")[2]
 
 
 def _directive_word(value: str, where: str) -> str:
     """A value as one word of an #SBATCH line, whose reader knows quotes and the backslash, but neither $ nor `."""
     safe_value(value, where)
-    return value if re.fullmatch(r"[\w./:=,%@+-]+", value) else '"' + re.sub(r'([\\"])', r"\\\1", value) + '"'
+    return (
+        value
+        if re.fullmatch(r"[\w./:=,%@+-]+", value)
+        else '"' + re.sub(r'([\\"])', r"\\\1", value) + '"'
+    )
 
 
 def _shell_word(value: str, where: str) -> str:
@@ -348,7 +410,13 @@ def _container_words(run: Run, site: Site) -> list[str]:
     for path in paths:
         if ":" in path or "," in path:
             fix = "rename it: Pyxis separates mounts by these"
-            raise UsageError(f"a path with : or , cannot be mounted: {path}", where="--container", fix=fix)
+            raise UsageError(
+                f"a path with : or , cannot be mounted: {path}", where="--container", fix=fix
+            )
     mounts = ",".join(f"{path}:{path}" for path in dict.fromkeys(paths))
-    flags = [f"--container-image={site.container}", f"--container-mounts={mounts}", "--no-container-mount-home"]
+    flags = [
+        f"--container-image={site.container}",
+        f"--container-mounts={mounts}",
+        "--no-container-mount-home",
+    ]
     return [_shell_word(flag, "--container") for flag in flags]

@@ -49,12 +49,20 @@ class Stack:
 
     def values(self) -> dict[str, Any]:
         """The stack file's content."""
-        flags = {"nodes": self.nodes, "endpoint": self.endpoint, "id": self.name, "restarts": self.restarts}
+        flags = {
+            "nodes": self.nodes,
+            "endpoint": self.endpoint,
+            "id": self.name,
+            "restarts": self.restarts,
+        }
         shared = [(self.run_dir, self.run_dir), *zip(self.cache, (HUB, DATASETS), strict=True)]
         user, group = map(str, self.user)
         service = {
             "image": self.image,
-            "command": ["python", *agent_words(recipe_file(self.run_dir), debug=self.debug, stopped=0, **flags)],
+            "command": [
+                "python",
+                *agent_words(recipe_file(self.run_dir), debug=self.debug, stopped=0, **flags),
+            ],
             "user": f"{user}:{group}",
             "init": True,
             "working_dir": "/tmp",
@@ -72,10 +80,16 @@ class Stack:
             "ulimits": {"memlock": -1, "stack": 64 << 20},
             "volumes": [
                 *({"type": "bind", "source": place, "target": path} for place, path in shared),
-                *({"type": "bind", "source": place, "target": path, "read_only": True} for place, path in self.mounts),
+                *(
+                    {"type": "bind", "source": place, "target": path, "read_only": True}
+                    for place, path in self.mounts
+                ),
                 {"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM}},
             ],
-            "secrets": [{"source": s, "target": s, "uid": user, "gid": group, "mode": 0o400} for s, _ in self.secrets],
+            "secrets": [
+                {"source": s, "target": s, "uid": user, "gid": group, "mode": 0o400}
+                for s, _ in self.secrets
+            ],
             "labels": {LABEL: self.name},
             "deploy": self._deploy(),
         }
@@ -89,13 +103,19 @@ class Stack:
     def _deploy(self) -> dict[str, Any]:
         again = {"condition": "on-failure", "delay": "5s", "max_attempts": self.restarts}
         specs = [
-            {"discrete_resource_spec": {"kind": kind, "value": count}} for kind, count in filter(None, [self.gpus])
+            {"discrete_resource_spec": {"kind": kind, "value": count}}
+            for kind, count in filter(None, [self.gpus])
         ]
         return {
             "mode": "replicated",
             "replicas": self.nodes,
-            "placement": {"max_replicas_per_node": 1, "constraints": [f"node.id!={node}" for node in self.excluded]},
-            "restart_policy": again if self.restarts else {"condition": "none"},  # 0 attempts would be any number
+            "placement": {
+                "max_replicas_per_node": 1,
+                "constraints": [f"node.id!={node}" for node in self.excluded],
+            },
+            "restart_policy": again
+            if self.restarts
+            else {"condition": "none"},  # 0 attempts would be any number
             "labels": {LABEL: self.name},
             **({"resources": {"reservations": {"generic_resources": specs}}} if specs else {}),
         }
@@ -111,7 +131,9 @@ class Stack:
                 more = YAML(typ="safe", pure=True).load(extra.read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError, YAMLError) as error:
                 why = str(error).splitlines()[0]
-                raise UsageError("the extra file cannot be read", where=str(extra), why=why, fix="correct it") from None
+                raise UsageError(
+                    "the extra file cannot be read", where=str(extra), why=why, fix="correct it"
+                ) from None
             if not isinstance(more, Mapping):
                 fix = "services: {ranks: {volumes: [...]}}"
                 raise UsageError("the extra file is not a stack file", where=str(extra), fix=fix)
@@ -142,7 +164,10 @@ def _quoted(value: Any) -> Any:
 
 def _laid_over(base: Any, more: Any, key: str = "") -> Any:
     if isinstance(base, dict) and isinstance(more, Mapping):
-        return {**base, **{name: _laid_over(base.get(name), value, str(name)) for name, value in more.items()}}
+        return {
+            **base,
+            **{name: _laid_over(base.get(name), value, str(name)) for name, value in more.items()},
+        }
     if isinstance(base, list) and isinstance(more, list) and key not in _REPLACED:
         return [*base, *more]
     return more

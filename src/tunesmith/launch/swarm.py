@@ -49,12 +49,19 @@ class SwarmJob(Job):
     def manager(self) -> Connection:
         """A connection to a node that takes commands for the swarm; MachineError where none is reached."""
         fix = "start docker on the node that manages the swarm, or: docker node promote NODE"
-        fault = MachineError("no node that manages the swarm is reached", where=self.details["hosts"], fix=fix)
+        fault = MachineError(
+            "no node that manages the swarm is reached", where=self.details["hosts"], fix=fix
+        )
         for host in self.hosts():
             try:
                 with ExitStack() as stack:
                     connection = stack.enter_context(Connection(host))
-                    if connection.run("docker", "info", "--format", "{{.Swarm.ControlAvailable}}").strip() == "true":
+                    if (
+                        connection.run(
+                            "docker", "info", "--format", "{{.Swarm.ControlAvailable}}"
+                        ).strip()
+                        == "true"
+                    ):
                         stack.pop_all()
                         return connection
             except MachineError as error:
@@ -78,7 +85,10 @@ class SwarmJob(Job):
             return State("gone", f"{error.what}: {error.why or error.where}")
         if tasks is None:
             return super().state()
-        said = [f"{task['Node'] or 'no node'} {task['CurrentState'].lower()} {task['Error']}".strip() for task in tasks]
+        said = [
+            f"{task['Node'] or 'no node'} {task['CurrentState'].lower()} {task['Error']}".strip()
+            for task in tasks
+        ]
         states = {task["CurrentState"].split()[0] for task in tasks}
         text = "; ".join(filter(None, [*said, last_step(self.run_dir)]))
         if "Running" in states:
@@ -94,7 +104,14 @@ class SwarmJob(Job):
         if not known:
             yield from super().read_log(follow=follow)
             return
-        words = ["docker", "service", "logs", "--raw", *(["--follow"] if follow else []), self.service]
+        words = [
+            "docker",
+            "service",
+            "logs",
+            "--raw",
+            *(["--follow"] if follow else []),
+            self.service,
+        ]
         command = [*SSH, "--", there, shlex.join(words)] if there else words
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             assert process.stdout is not None
@@ -119,22 +136,32 @@ class SwarmJob(Job):
             tasks = self.tasks(manager)
             if tasks:
                 say(f"the ranks are asked to save and end; they have {GRACE // 60} minutes for it")
-                manager.run("docker", "service", "update", "--detach", "--replicas", "0", self.service)
+                manager.run(
+                    "docker", "service", "update", "--detach", "--replicas", "0", self.service
+                )
             began = time.monotonic()
             said_at = began
             while tasks and time.monotonic() - began < GRACE + 60:
                 time.sleep(POLL)
-                down = manager.run("docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}").splitlines()
+                down = manager.run(
+                    "docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}"
+                ).splitlines()
                 lost = {line.split()[1] for line in down if not line.startswith("Ready")}
                 left = self.tasks(manager) or []
-                tasks = [t for t in left if t["CurrentState"].split()[0] not in ENDED and t["Node"] not in lost]
+                tasks = [
+                    t
+                    for t in left
+                    if t["CurrentState"].split()[0] not in ENDED and t["Node"] not in lost
+                ]
                 if tasks and time.monotonic() - said_at >= PROGRESS:
                     said_at = time.monotonic()
                     nodes = ", ".join(sorted(task["Node"] or "no node" for task in tasks))
                     step = last_step(self.run_dir) or "before the first step"
                     say(f"after {said_at - began:.0f} s ranks are at work on {nodes}; {step}")
         lost_hosts = self.clean()
-        return f"ended and removed; {Job.state(self).text}" + "".join(f"; {host} is not reached" for host in lost_hosts)
+        return f"ended and removed; {Job.state(self).text}" + "".join(
+            f"; {host} is not reached" for host in lost_hosts
+        )
 
     def clean(self) -> list[str]:
         """Remove the service, secrets, configs and networks that carry our label, and such containers on each node; the nodes
@@ -148,7 +175,9 @@ class SwarmJob(Job):
             try:
                 with Connection(host) as node:
                     deadline = time.monotonic() + 20  # seconds that Swarm has for it
-                    while found := node.run("docker", "ps", "--all", "--quiet", "--filter", mark).split():
+                    while found := node.run(
+                        "docker", "ps", "--all", "--quiet", "--filter", mark
+                    ).split():
                         time.sleep(POLL)
                         if time.monotonic() > deadline:
                             node.ask("run", words=["docker", "rm", "--force", *found])
@@ -160,7 +189,9 @@ class SwarmJob(Job):
 def in_swarm() -> bool:
     """Whether this node is in a swarm; not where docker is not installed or does not answer."""
     with Connection("") as here:
-        code, state, _ = here.ask("run", words=["docker", "info", "--format", "{{.Swarm.LocalNodeState}}"])
+        code, state, _ = here.ask(
+            "run", words=["docker", "info", "--format", "{{.Swarm.LocalNodeState}}"]
+        )
     return code == 0 and state.strip() == "active"
 
 
@@ -172,30 +203,48 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
         swarm = json.loads(here.run("docker", "info", "--format", "{{json .Swarm}}"))
     if swarm["LocalNodeState"] != "active":
         fix = "docker swarm init --advertise-addr ADDRESS-ON-THE-CABLE, and on the other node the line that it prints"
-        raise MachineError("this node is in no swarm", where="docker info", why=swarm["LocalNodeState"], fix=fix)
+        raise MachineError(
+            "this node is in no swarm", where="docker info", why=swarm["LocalNodeState"], fix=fix
+        )
     manager = "" if swarm["ControlAvailable"] else _address(swarm["RemoteManagers"][0]["Addr"])
     with Connection(manager) as connection:
         ids = connection.run("docker", "node", "ls", "--quiet").split()
-        listed = {node["ID"]: node for node in json.loads(connection.run("docker", "node", "inspect", *ids))}
+        listed = {
+            node["ID"]: node
+            for node in json.loads(connection.run("docker", "node", "inspect", *ids))
+        }
     up = [node for node in ids if listed[node]["Status"]["State"] == "ready"]
     up = [node for node in up if listed[node]["Spec"]["Availability"] == "active"]
     chosen = {swarm["NodeID"]: ""}
     for host in hosts:
         with Connection(host) as connection:
-            chosen.setdefault(connection.run("docker", "info", "--format", "{{.Swarm.NodeID}}").strip(), host)
+            chosen.setdefault(
+                connection.run("docker", "info", "--format", "{{.Swarm.NodeID}}").strip(), host
+            )
     for node in () if hosts else up[:]:
         if len(chosen) < (count or len(up)):
             chosen.setdefault(node, "")
     names = {node: about["Description"]["Hostname"] for node, about in listed.items()}
     away = [names.get(node, host) for node, host in chosen.items() if node not in up]
     if away or len(chosen) != (count or len(chosen)):
-        what = f"{away[0]} is not ready in this swarm" if away else f"--nodes {count}, and there are {len(chosen)}"
+        what = (
+            f"{away[0]} is not ready in this swarm"
+            if away
+            else f"--nodes {count}, and there are {len(chosen)}"
+        )
         fix = "docker swarm join on each, and as many --hosts as --nodes"
         raise MachineError(what, where="docker node ls", fix=fix)
     nodes = []
     for node, host in chosen.items():
-        address = _address(listed[node].get("ManagerStatus", {}).get("Addr", "")) or listed[node]["Status"]["Addr"]
-        specs = [s for r in listed[node]["Description"]["Resources"].get("GenericResources", ()) for s in r.values()]
+        address = (
+            _address(listed[node].get("ManagerStatus", {}).get("Addr", ""))
+            or listed[node]["Status"]["Addr"]
+        )
+        specs = [
+            s
+            for r in listed[node]["Description"]["Resources"].get("GenericResources", ())
+            for s in r.values()
+        ]
         found = [s for s in specs if s["Kind"] in GPU]  # a count, or one entry a GPU with its UUID
         count_here = sum(s["Value"] if isinstance(s["Value"], int) else 1 for s in found)
         gpus = (found[0]["Kind"], count_here) if count_here else None

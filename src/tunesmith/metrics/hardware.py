@@ -30,7 +30,11 @@ MEASURED = "measured"  # how the source of a peak begins that no data sheet stat
 # the figure "with sparsity", half of it). The first pattern that fits the device's name wins; laptop parts share the
 # names of desktop ones at other clocks and are left out.
 _PEAKS: tuple[tuple[str, float, str], ...] = (
-    (r"\bRTX PRO 6000 .*Max-Q\b", 438.9, "data sheet: 3,511 TOPS of fp4 with sparsity, an eighth of it"),
+    (
+        r"\bRTX PRO 6000 .*Max-Q\b",
+        438.9,
+        "data sheet: 3,511 TOPS of fp4 with sparsity, an eighth of it",
+    ),
     (r"laptop|max-q", 0.0, ""),
     (r"\bRTX PRO 6000 .*Server\b", 468.0, "product page: 234 of TF32, twice that"),
     (r"\bRTX PRO 6000\b", 503.8, "RTX Blackwell PRO white paper"),
@@ -51,7 +55,11 @@ _PEAKS: tuple[tuple[str, float, str], ...] = (
     (r"\bA10G\b", 70.0, "A10G data sheet"),
     (r"\bA10\b", 125.0, "A10 data sheet"),
     (r"\bRTX A6000\b", 154.8, "Ampere GA102 white paper"),
-    (r"\bRTX 6000 Ada\b", 364.2, "RTX 6000 Ada data sheet: 1,457 of fp8 with sparsity, a quarter of it"),
+    (
+        r"\bRTX 6000 Ada\b",
+        364.2,
+        "RTX 6000 Ada data sheet: 1,457 of fp8 with sparsity, a quarter of it",
+    ),
     (r"\bRTX 5090(?! ?D)\b", 209.5, "RTX Blackwell white paper"),
     (r"\bRTX 4090(?! ?D)\b", 165.2, "Ada white paper"),
     (r"\bRTX 3090\b(?! ?Ti)", 71.0, "Ampere GA102 white paper"),
@@ -95,7 +103,9 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     chip = torch.cuda.get_device_properties(device)
     known = peak_of(chip.name)
     if known.tflops is None and chip.is_integrated:
-        return Peak(matmul_tflops(device, dtype), f"{MEASURED} at the start of this run, dense {dtype}")
+        return Peak(
+            matmul_tflops(device, dtype), f"{MEASURED} at the start of this run, dense {dtype}"
+        )
     return known
 
 
@@ -117,7 +127,9 @@ def bf16_slowdown(device: torch.device) -> float:
     GFLOP/s a thread). There it takes a tenth of a second.
     """
     x = torch.randn(256, 256, device=device)
-    wide, narrow = (min(timeit.repeat(partial(torch.mm, y, y), number=1, repeat=3)) for y in (x, x.bfloat16()))
+    wide, narrow = (
+        min(timeit.repeat(partial(torch.mm, y, y), number=1, repeat=3)) for y in (x, x.bfloat16())
+    )
     return ratio(narrow, wide)
 
 
@@ -176,6 +188,8 @@ def _commit() -> str | None:
     """The git commit of the working directory, with "+" if tracked files differ from it; None outside a repository."""
     words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        return subprocess.check_output(words, stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
+        return subprocess.check_output(
+            words, stderr=subprocess.DEVNULL, text=True, timeout=5
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None

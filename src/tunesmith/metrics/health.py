@@ -22,10 +22,20 @@ from tunesmith.metrics.sink import Sink
 from tunesmith.ranks import Ranks
 from tunesmith.units import ratio
 
-SIZE = {"cuda": 2048, "cpu": 384}  # of the short product: some 0.05 ms on an H100, 1 to 4 ms on a CPU core
-TIMES = {"cuda": 16, "cpu": 5}  # products a check; the quickest counts on a CPU, where others take turns
+SIZE = {
+    "cuda": 2048,
+    "cpu": 384,
+}  # of the short product: some 0.05 ms on an H100, 1 to 4 ms on a CPU core
+TIMES = {
+    "cuda": 16,
+    "cpu": 5,
+}  # products a check; the quickest counts on a CPU, where others take turns
 EVERY = 60.0  # seconds between checks: below 0.05 % of a run
-SLOW, PEAK_SHARE, THROTTLED = 0.7, 1 / 3, 0.2  # of the best check, of the chip's peak; of the time by a limit on cores
+SLOW, PEAK_SHARE, THROTTLED = (
+    0.7,
+    1 / 3,
+    0.2,
+)  # of the best check, of the chip's peak; of the time by a limit on cores
 IN_A_ROW = 3  # slow checks that are named
 
 Sources = dict[str, Callable[[], float]]
@@ -46,7 +56,12 @@ class Gauges:
     """
 
     def __init__(
-        self, device: torch.device, *, links: bool = False, every: float = 1.0, root: Path = Path("/")
+        self,
+        device: torch.device,
+        *,
+        links: bool = False,
+        every: float = 1.0,
+        root: Path = Path("/"),
     ) -> None:
         self.every, gpu = every, _GPU if device.type == "cuda" else {}
         self.gauges: Sources = {name: partial(gauge, device) for name, gauge in gpu.items()}
@@ -60,9 +75,17 @@ class Gauges:
         now = time.monotonic()
         if now - self._at >= self.every:
             counted, seconds, self._at = _ask(self.counters), max(now - self._at, 1e-9), now
-            grown = {name: max(0.0, n - self._counted[name]) for name, n in counted.items() if name in self._counted}
+            grown = {
+                name: max(0.0, n - self._counted[name])
+                for name, n in counted.items()
+                if name in self._counted
+            }
             rates = {f"{name}_bytes_per_second": value / seconds for name, value in grown.items()}
-            self._last = {"host_memory_percent": unavailable_percent(), **_ask(self.gauges), **rates}
+            self._last = {
+                "host_memory_percent": unavailable_percent(),
+                **_ask(self.gauges),
+                **rates,
+            }
             self._counted = counted
         return self._last
 
@@ -107,8 +130,13 @@ def nvlink_bytes(handle: Any) -> int:
     """Bytes of data that a GPU's NVLinks sent and received; NVML counts them in KiB."""
     import pynvml
 
-    fields = [pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX]
-    values = pynvml.nvmlDeviceGetFieldValues(handle, [(field, 2**32 - 1) for field in fields])  # of all links
+    fields = [
+        pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
+        pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
+    ]
+    values = pynvml.nvmlDeviceGetFieldValues(
+        handle, [(field, 2**32 - 1) for field in fields]
+    )  # of all links
     if any(value.nvmlReturn for value in values):
         raise OSError("no NVLink")
     return 1024 * sum(value.value.ullVal for value in values)
@@ -132,16 +160,29 @@ class ChipCheck:
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, peak: Peak, *, every: float = EVERY, root: Path = Path("/")
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        peak: Peak,
+        *,
+        every: float = EVERY,
+        root: Path = Path("/"),
     ) -> None:
         self.device, self.peak, self.every, self.root = device, peak, every, root
-        size, dtype = SIZE[device.type], dtype if device.type == "cuda" else torch.float32  # bf16 may be emulated
+        size, dtype = (
+            SIZE[device.type],
+            dtype if device.type == "cuda" else torch.float32,
+        )  # bf16 may be emulated
         self.work = 2 * size**3 * (TIMES["cuda"] if device.type == "cuda" else 1)
-        self.left, self.right = (torch.ones(size, size, device=device, dtype=dtype).mul_(0.01) for _ in range(2))
+        self.left, self.right = (
+            torch.ones(size, size, device=device, dtype=dtype).mul_(0.01) for _ in range(2)
+        )
         self.out = torch.empty_like(self.left)
         self.best, self.slow, self.warned = 0.0, 0, False
         self._at = self._stat_at = time.monotonic()
-        self._taken: Callable[[], float | None] | None = None  # seconds of the check that is under way
+        self._taken: Callable[[], float | None] | None = (
+            None  # seconds of the check that is under way
+        )
         self._throttled = throttled_seconds(root)
 
     def first(self) -> Reading:
@@ -179,7 +220,9 @@ class ChipCheck:
 
     def _read(self, seconds: float) -> Reading:
         now, throttled = time.monotonic(), throttled_seconds(self.root)
-        share = (throttled - self._throttled) / max(now - self._stat_at, 1e-9) / torch.get_num_threads()
+        share = (
+            (throttled - self._throttled) / max(now - self._stat_at, 1e-9) / torch.get_num_threads()
+        )
         self._at, self._stat_at, self._throttled = now, now, throttled
         reading = Reading(ratio(self.work, seconds) / 1e12, share)
         self.best = max(self.best, reading.tflops)
@@ -193,7 +236,9 @@ class ChipCheck:
         self.slow = self.slow + 1 if share < SLOW else 0
         what = ""
         if reading.throttled > THROTTLED:
-            cores = f"its control group may use {available_cores(self.root)} of {os.cpu_count()} cores"
+            cores = (
+                f"its control group may use {available_cores(self.root)} of {os.cpu_count()} cores"
+            )
             what = f"this process was throttled {reading.throttled:.0%} of the time: {cores}; fix: a higher limit"
         elif self.peak.tflops and reading.tflops < PEAK_SHARE * self.peak.tflops:
             figures = f"{reading.tflops:.0f} TFLOP/s where its peak is {self.peak.tflops:.0f}"
@@ -227,7 +272,11 @@ def clock_reason(device: torch.device) -> str:
         import pynvml
 
         mask = pynvml.nvmlDeviceGetCurrentClocksEventReasons(_nvml_device(device))
-        return next(text for name, text in _REASONS.items() if mask & pynvml.__dict__[f"nvmlClocksEventReason{name}"])
+        return next(
+            text
+            for name, text in _REASONS.items()
+            if mask & pynvml.__dict__[f"nvmlClocksEventReason{name}"]
+        )
     stuck = "a low-power state that nvidia-smi does not show; fix: shut down, pull the plug for 30 s, start again"
     return f"no reason is shown, as in {stuck}"
 
@@ -237,15 +286,22 @@ def throttled_seconds(root: Path = Path("/")) -> float:
     total = 0.0
     for group in control_groups("cpu", root):
         with contextlib.suppress(OSError, ValueError):
-            stat = dict(line.split() for line in (group / "cpu.stat").read_text(encoding="ascii").splitlines())
-            total += int(stat.get("throttled_usec", 0)) / 1e6 + int(stat.get("throttled_time", 0)) / 1e9
+            stat = dict(
+                line.split()
+                for line in (group / "cpu.stat").read_text(encoding="ascii").splitlines()
+            )
+            total += (
+                int(stat.get("throttled_usec", 0)) / 1e6 + int(stat.get("throttled_time", 0)) / 1e9
+            )
     return total
 
 
 class Health:
     """Gauges and checks of this rank's machine; what is wrong goes to the sinks as a warning."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, peak: Peak, ranks: Ranks, sink: Sink) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, peak: Peak, ranks: Ranks, sink: Sink
+    ) -> None:
         self.ranks, self.sink = ranks, sink
         self.gauges = Gauges(device, links=ranks.world > 1)
         self.chip = ChipCheck(device, dtype, peak)
@@ -274,9 +330,14 @@ class Health:
 
 def describe_slow_host(hosts: Sequence[str], readings: Sequence[Reading]) -> str:
     """A line that names the host whose chips are slower than those of the others; empty where all are alike."""
-    speeds = {host: max(r.tflops for h, r in zip(hosts, readings, strict=True) if h == host) for host in hosts}
+    speeds = {
+        host: max(r.tflops for h, r in zip(hosts, readings, strict=True) if h == host)
+        for host in hosts
+    }
     slowest = min(speeds, key=speeds.__getitem__)
-    others = statistics.median([speed for host, speed in speeds.items() if host != slowest] or [0.0])
+    others = statistics.median(
+        [speed for host, speed in speeds.items() if host != slowest] or [0.0]
+    )
     if not speeds[slowest] or speeds[slowest] >= SLOW * others:  # 0: the clock stood still there
         return ""
     what = f"{slowest} computes at {speeds[slowest] / others:.0%} of the speed of the others"

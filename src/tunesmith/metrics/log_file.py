@@ -35,7 +35,9 @@ class LogFile(logging.Handler):
     def write(self, text: str) -> None:
         """Write each line of a text; OSError where the disk is full."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        lines = "".join(f"{now}  {row}\n" for row in text.splitlines()).encode(errors="backslashreplace")
+        lines = "".join(f"{now}  {row}\n" for row in text.splitlines()).encode(
+            errors="backslashreplace"
+        )
         if self._file is None:
             self._early += lines
         else:
@@ -69,7 +71,13 @@ class LogFile(logging.Handler):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         PACKAGE.removeHandler(self)
         if error is not None:
-            text = error.text() if isinstance(error, TunesmithError) else f"{type(error).__name__}: {error}"
+            text = (
+                error.text()
+                if isinstance(error, TunesmithError)
+                else f"{type(error).__name__}: {error}"
+            )
             with contextlib.suppress(OSError):
-                self.write(text.removeprefix("error: ") if isinstance(error, StoppedError) else text)
+                self.write(
+                    text.removeprefix("error: ") if isinstance(error, StoppedError) else text
+                )
         self.close()

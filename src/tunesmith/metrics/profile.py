@@ -40,11 +40,24 @@ class Profiler:
         if not settings.enabled or (settings.ranks != "all" and rank not in settings.ranks):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        steps = schedule(wait=settings.wait, warmup=settings.warmup, active=settings.active, repeat=settings.cycles)
-        self._trace = tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}", use_gzip=True)
+        steps = schedule(
+            wait=settings.wait,
+            warmup=settings.warmup,
+            active=settings.active,
+            repeat=settings.cycles,
+        )
+        self._trace = tensorboard_trace_handler(
+            str(folder), worker_name=f"rank{rank}", use_gzip=True
+        )
         kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
-        what: dict[str, Any] = {"profile_memory": True, "record_shapes": True, "with_stack": settings.stacks}
-        self._profile = profile(activities=kinds, schedule=steps, on_trace_ready=self._write, **what)
+        what: dict[str, Any] = {
+            "profile_memory": True,
+            "record_shapes": True,
+            "with_stack": settings.stacks,
+        }
+        self._profile = profile(
+            activities=kinds, schedule=steps, on_trace_ready=self._write, **what
+        )
 
     def __enter__(self) -> Self:
         if self._profile is not None:
@@ -79,9 +92,12 @@ class Profiler:
             with (self.folder / f"memory-{name}.pickle").open("wb") as out:
                 pickle.dump({"segments": torch.cuda.memory_snapshot(), "device_traces": []}, out)
         summary: dict[str, Any] = {**summarise(events), "peak_bytes": peaks}
-        (self.folder / f"summary-{name}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        (self.folder / f"summary-{name}.json").write_text(
+            json.dumps(summary, indent=1), encoding="utf-8"
+        )
         rows = [
-            f"{o['name']:<60.60} {o['ms']:>14,.1f} {o['share']:>9.2%} {o['calls']:>9,}" for o in summary["operations"]
+            f"{o['name']:<60.60} {o['ms']:>14,.1f} {o['share']:>9.2%} {o['calls']:>9,}"
+            for o in summary["operations"]
         ]
         table = [f"{'operation':<60} {'own time, ms':>14} {'share':>9} {'calls':>9}", *rows]
         if (busy := summary["gpu_busy_share"]) is not None:
@@ -99,7 +115,9 @@ def summarise(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     operations = [event for event in events if event.get("cat") == "cpu_op"]
     work = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     times, calls = Counter[str](), Counter[str]()
-    launched = {event["args"].get("External id"): event["name"] for event in operations} if work else {}
+    launched = (
+        {event["args"].get("External id"): event["name"] for event in operations} if work else {}
+    )
     for event in work:
         name = launched.get(event["args"].get("External id"), event["name"])
         times[name] += event["dur"]
@@ -118,7 +136,10 @@ def summarise(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         calls[event["name"]] += event["name"] != inside  # one that calls itself is one call
         around.append((event["ts"] + event["dur"], event["name"]))
     whole = sum(times.values()) or 1.0
-    top = [{"name": n, "calls": calls[n], "ms": t / 1e3, "share": t / whole} for n, t in times.most_common(TOP)]
+    top = [
+        {"name": n, "calls": calls[n], "ms": t / 1e3, "share": t / whole}
+        for n, t in times.most_common(TOP)
+    ]
     idle = idle_share((event["ts"], event["ts"] + event["dur"]) for event in work)
     return {"operations": top, "gpu_busy_share": None if idle is None else 1 - idle}
 
@@ -148,9 +169,16 @@ def _write_memory(events: Sequence[Mapping[str, Any]], out: Path) -> dict[str, i
         kind = values["Device Type"]  # c10::DeviceType
         device = {0: "CPU", 1: "GPU"}.get(kind, f"device type {kind}")
         number = f" {values['Device Id']}" if values["Device Id"] >= 0 else ""
-        track = {"name": f"{device}{number} allocated", "ph": "C", "ts": event["ts"], "pid": event["pid"]}
+        track = {
+            "name": f"{device}{number} allocated",
+            "ph": "C",
+            "ts": event["ts"],
+            "pid": event["pid"],
+        }
         counters.append(track | {"args": {"bytes": values["Total Allocated"]}})
-        peaks[f"{device}{number}"] = max(values["Total Allocated"], peaks.get(f"{device}{number}", 0))
+        peaks[f"{device}{number}"] = max(
+            values["Total Allocated"], peaks.get(f"{device}{number}", 0)
+        )
     with gzip.open(out, "wt", encoding="utf-8") as file:
         json.dump({"displayTimeUnit": "ms", "traceEvents": counters}, file)
     return peaks

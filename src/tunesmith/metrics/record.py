@@ -46,7 +46,9 @@ class StepRecord:
     step_seconds: float  # wall time of the whole step
     data_seconds: float  # the part of it spent waiting for data
     tokens_per_second: float  # `tokens / step_seconds`
-    mfu: float | None  # model FLOPs per second over the peak, from 0 to 1; None where no peak is known
+    mfu: (
+        float | None
+    )  # model FLOPs per second over the peak, from 0 to 1; None where no peak is known
     memory_gib: float  # peak memory so far: allocated on the GPU, else resident in RAM
     mfu_peak_tflops: float | None = None  # the peak that `mfu` was taken against
     gpu_utilization: float | None = None  # percent, GPU only
@@ -54,11 +56,21 @@ class StepRecord:
     gpu_clock_mhz: float | None = None  # GPU only
     gpu_temperature_celsius: float | None = None  # GPU only
     host_memory_percent: float | None = None  # of this rank's host: 100 less the available share
-    network_bytes_per_second: float | None = None  # several ranks: sent and received by this rank's host
-    nvlink_bytes_per_second: float | None = None  # several ranks: sent and received by this rank's GPU
-    product_tflops: float | None = None  # of a short product on this rank's chip, where it was timed after this step
-    idle_share: float | None = None  # several data ranks: share of their time without work, by micro batches' cost
-    val_loss: float | None = None  # loss on the held-out rows, where it was measured after this step
+    network_bytes_per_second: float | None = (
+        None  # several ranks: sent and received by this rank's host
+    )
+    nvlink_bytes_per_second: float | None = (
+        None  # several ranks: sent and received by this rank's GPU
+    )
+    product_tflops: float | None = (
+        None  # of a short product on this rank's chip, where it was timed after this step
+    )
+    idle_share: float | None = (
+        None  # several data ranks: share of their time without work, by micro batches' cost
+    )
+    val_loss: float | None = (
+        None  # loss on the held-out rows, where it was measured after this step
+    )
     # Further metrics of the method, by names that no field has. On disk they follow the other values.
     extra: Mapping[str, float] = field(default_factory=dict)
 
@@ -69,7 +81,9 @@ class StepRecord:
     def values(self) -> dict[str, int | float | None]:
         """Name -> value in the order of the fields, then `extra`; an optional value that was not measured is left out."""
         named = {name: self.__dict__[name] for name in _NAMES}
-        return {name: v for name, v in named.items() if v is not None or name not in _OPTIONAL} | dict(self.extra)
+        return {
+            name: v for name, v in named.items() if v is not None or name not in _OPTIONAL
+        } | dict(self.extra)
 
     def to_plain(self) -> dict[str, int | float | str | None]:
         """`values()` as strict JSON can hold them: non-finite floats are strings."""
@@ -103,7 +117,9 @@ class StepRecord:
             elif right or (value is None and name in _MAY_BE_NULL):
                 known[name] = value if whole or value is None else float(value)
             else:
-                raise TypeError(f"{name} is {value!r}, which is no {'whole number' if whole else 'number'}")
+                raise TypeError(
+                    f"{name} is {value!r}, which is no {'whole number' if whole else 'number'}"
+                )
         return cls(**known, extra=extra)
 
     @classmethod
@@ -158,7 +174,9 @@ def checked_values(row: Any) -> dict[str, int | float | None]:
             fits = True
             number = number if _is_measured(number) else None
         if not fits:
-            raise ValueError(f"{name} is {_brief(value)}, which is no {'count' if name in _WHOLE else 'number'}")
+            raise ValueError(
+                f"{name} is {_brief(value)}, which is no {'count' if name in _WHOLE else 'number'}"
+            )
         values[name] = number
     return values
 

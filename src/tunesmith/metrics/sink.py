@@ -189,7 +189,10 @@ class TensorBoardSink(Sink):
         try:
             self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=10)
         except OSError as error:
-            what, fix = "TensorBoard's events cannot be written", "log.tensorboard_dir=FOLDER, or log.tensorboard=false"
+            what, fix = (
+                "TensorBoard's events cannot be written",
+                "log.tensorboard_dir=FOLDER, or log.tensorboard=false",
+            )
             raise MachineError(what, where=str(self.folder), why=str(error), fix=fix) from None
         self._writer.add_text("recipe", f"```yaml\n{dump(run)}```", global_step=resumed_at)
 
@@ -203,7 +206,9 @@ class TensorBoardSink(Sink):
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for number, row in enumerate(rows, start=1):
-            shown = "\n\n".join(f"**{name}**\n\n{_verbatim(text)}" for name, text in row._asdict().items())
+            shown = "\n\n".join(
+                f"**{name}**\n\n{_verbatim(text)}" for name, text in row._asdict().items()
+            )
             self._writer.add_text(f"sample/{number}", shown, global_step=step)
 
     def text(self, title: str, body: str) -> None:

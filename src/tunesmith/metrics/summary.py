@@ -17,19 +17,31 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank 
 VLLM_DEFAULT_RANK = 16
 
 
-def write_failure(folder: Path, error: TunesmithError, *, last_step: int, next_command: str) -> None:
+def write_failure(
+    folder: Path, error: TunesmithError, *, last_step: int, next_command: str
+) -> None:
     """Write failure.json: what stopped the run, where, why, its last step, and `error.fix` or else `next_command`; the likely
     cause, and the rank that failed, null where they are not known; and the smaller micro batch to go on with, if any."""
     next_ = error.fix or next_command
-    failure = {"what": error.what, "where": error.where, "why": error.why, "last_step": last_step, "next": next_}
-    failed_rank = {name: error.failed_rank.get(name) for name in ("rank", "host", "phase", "collective")}
+    failure = {
+        "what": error.what,
+        "where": error.where,
+        "why": error.why,
+        "last_step": last_step,
+        "next": next_,
+    }
+    failed_rank = {
+        name: error.failed_rank.get(name) for name in ("rank", "host", "phase", "collective")
+    }
     failure |= {"cause": error.cause or None, **failed_rank}
     if error.smaller:
         failure["smaller"] = error.smaller
     write_atomically(folder / FAILURE, json.dumps(failure, indent=2) + "\n")
 
 
-def closing_summary(run: Run, *, steps: int, seconds: float = 0.0, finished_before: bool = False) -> str:
+def closing_summary(
+    run: Run, *, steps: int, seconds: float = 0.0, finished_before: bool = False
+) -> str:
     """The closing summary as plain text: figures of all starts of the run, files written, next commands.
 
     `seconds` of training: 0 takes the sum of the recorded steps. `finished_before`: this start did nothing.
@@ -60,13 +72,19 @@ def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     }
     tail = records[-max(1, len(records) // 10) :]
     if len(tail) > 1:  # one batch's loss is noisy
-        rows["loss"] += f" (mean of the last {len(tail)}: {sum(r.loss for r in tail) / len(tail):.4f})"
+        rows["loss"] += (
+            f" (mean of the last {len(tail)}: {sum(r.loss for r in tail) / len(tail):.4f})"
+        )
     if known := [r for r in steady if r.mfu is not None]:
-        share = ratio(sum((r.mfu or 0.0) * r.step_seconds for r in known), sum(r.step_seconds for r in known))
+        share = ratio(
+            sum((r.mfu or 0.0) * r.step_seconds for r in known), sum(r.step_seconds for r in known)
+        )
         rows["speed"] += f", {share:.1%} MFU of {known[-1].mfu_peak_tflops or 0:,.0f} TFLOP/s"
     if measured := [(r.val_loss, r.step) for r in records if r.val_loss is not None]:
         best, at = min(measured)
-        rows["val_loss"] = f"{measured[0][0]:.4f} -> {measured[-1][0]:.4f}, best {best:.4f} at step {at}"
+        rows["val_loss"] = (
+            f"{measured[0][0]:.4f} -> {measured[-1][0]:.4f}, best {best:.4f} at step {at}"
+        )
     rows["peak memory"] = f"{max(r.memory_gib for r in records):.1f} GiB"
     return [f"{name:<12}{text}" for name, text in rows.items()]
 
@@ -108,4 +126,7 @@ def _next(run: Run, folder: Path) -> list[str]:
     least = next((rank for rank in VLLM_RANKS if rank >= run.adapter.rank), run.adapter.rank)
     rank = f" --max-lora-rank {least}" if least > VLLM_DEFAULT_RANK else ""
     adapter = shell_word(f"{whole.name}={folder / FINAL}")
-    return [*rows, f"  vllm serve {shell_word(run.model.name)} --enable-lora{rank} --lora-modules {adapter}"]
+    return [
+        *rows,
+        f"  vllm serve {shell_word(run.model.name)} --enable-lora{rank} --lora-modules {adapter}",
+    ]

@@ -37,7 +37,12 @@ class Terminal(Sink):
     """
 
     def __init__(
-        self, log: LogFile, *, total_steps: int | None, steps_per_epoch: int, stream: TextIO | None = None
+        self,
+        log: LogFile,
+        *,
+        total_steps: int | None,
+        steps_per_epoch: int,
+        stream: TextIO | None = None,
     ) -> None:
         self.log, self.total, self.steps_per_epoch = log, total_steps, steps_per_epoch
         self.stream = stream or sys.stderr
@@ -49,11 +54,15 @@ class Terminal(Sink):
 
     def open(self, run: Run, resumed_at: int) -> None:
         self.log.open()
-        self._every = Cadence(run.log.every, total=self.total, steps_per_epoch=self.steps_per_epoch, seconds=0.0)
+        self._every = Cadence(
+            run.log.every, total=self.total, steps_per_epoch=self.steps_per_epoch, seconds=0.0
+        )
         self._seconds = run.train.duration.seconds
         self._started = time.monotonic()
         console = Console(file=self.stream)
-        notebook = self.stream is sys.stderr and console.is_jupyter and find_spec("ipywidgets") is not None
+        notebook = (
+            self.stream is sys.stderr and console.is_jupyter and find_spec("ipywidgets") is not None
+        )
         if notebook or is_terminal(self.stream):
             self._progress = Progress(
                 TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("{task.fields[status]}"),
@@ -61,13 +70,18 @@ class Terminal(Sink):
                 # rich would refresh a notebook from a thread of its own, and take what the cell prints meanwhile with it.
                 auto_refresh=not notebook,
             )  # fmt: skip
-            whole, done = float(self.total) if self.total else self._seconds, resumed_at if self.total else 0
+            whole, done = (
+                float(self.total) if self.total else self._seconds,
+                resumed_at if self.total else 0,
+            )
             fields: dict[str, Any] = {"step": str(resumed_at), "status": "", "left": "?"}
             self._task = self._progress.add_task("", total=whole, completed=done, **fields)
             self._progress.start()
 
     def step(self, record: StepRecord) -> None:
-        if self._steps == 1:  # the first step compiles and warms up, so its time is not that of the others
+        if (
+            self._steps == 1
+        ):  # the first step compiles and warms up, so its time is not that of the others
             self._recent.clear()
         self._steps += 1
         self._recent.append(record.step_seconds)
@@ -76,15 +90,21 @@ class Terminal(Sink):
         loss, speed = f"loss {record.loss:.4f}", f"{record.tokens_per_second:,.0f} tok/s"
         left = "?"
         if self.total is not None:  # by the mean of the last 20 steps
-            left = format_seconds((self.total - record.step) * sum(self._recent) / len(self._recent))
+            left = format_seconds(
+                (self.total - record.step) * sum(self._recent) / len(self._recent)
+            )
         elif self._seconds is not None:
             left = format_seconds(max(0.0, self._seconds - elapsed))
         if self._progress is not None:
             done = float(record.step) if self.total else elapsed
-            self._progress.update(self._task, completed=done, step=count, status=f"{loss}  {speed}", left=left)
+            self._progress.update(
+                self._task, completed=done, step=count, status=f"{loss}  {speed}", left=left
+            )
             if self._progress.console.is_jupyter and self._due_to_show():
                 self._progress.refresh()
-        if not (self._every.due(record.step, elapsed) or self._steps == 1 or record.step == self.total):
+        if not (
+            self._every.due(record.step, elapsed) or self._steps == 1 or record.step == self.total
+        ):
             return
         mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
         figures = f"lr {record.learning_rate:.2e}  grad {record.grad_norm:.3g}  {speed}{mfu}"

@@ -30,7 +30,9 @@ class Tracker(NamedTuple):
     options: Callable[[Path, str | None], dict[str, Any]]
     run_id: Callable[[Any], str]  # of the tracker's own run object
     setup: str  # how to set it up, for an error
-    project: str = ""  # the variable that names the project, where accelerate's class does not read it
+    project: str = (
+        ""  # the variable that names the project, where accelerate's class does not read it
+    )
 
 
 TRACKERS = {
@@ -50,7 +52,11 @@ TRACKERS = {
     ),
     "trackio": Tracker(
         # It finds a run by its name, so a new one gets a name of its own.
-        lambda folder, known: {"name": known or f"{folder.name}-{token_hex(3)}", "resume": "allow", "embed": False},
+        lambda folder, known: {
+            "name": known or f"{folder.name}-{token_hex(3)}",
+            "resume": "allow",
+            "embed": False,
+        },
         lambda run: run.name,
         "hf auth login, or unset TRACKIO_SPACE_ID to write to this machine",
         "TRACKIO_PROJECT",
@@ -62,7 +68,11 @@ TRACKERS = {
         "COMET_PROJECT_NAME",
     ),
     "swanlab": Tracker(
-        lambda folder, known: {"id": known, "resume": "must" if known else None, "experiment_name": folder.name},
+        lambda folder, known: {
+            "id": known,
+            "resume": "must" if known else None,
+            "experiment_name": folder.name,
+        },
         lambda run: run.id,
         "swanlab login, or SWANLAB_MODE=offline",
     ),
@@ -102,7 +112,10 @@ class TrackerSink(Sink):
         # What a killed run reported after its checkpoint is not reported twice, if it comes out the same.
         with suppress(OSError, RunError):
             for record in read_records(self.folder / METRICS) if known else ():
-                self._sent |= {("train", record.step, record.loss), ("validation", record.step, record.val_loss)}
+                self._sent |= {
+                    ("train", record.step, record.loss),
+                    ("validation", record.step, record.val_loss),
+                }
         try:
             with redirect_stdout(sys.stderr):  # stdout is for answers
                 self._tracker = self._thread.submit(self._start, run, known).result()
@@ -110,7 +123,9 @@ class TrackerSink(Sink):
             self._thread.shutdown(wait=False)
             what, asked = f"{self.name} did not start", asked_by(run, self.name)
             fix = f"{kind.setup}; or {asked['fix']}"
-            raise MachineError(what, where=asked["where"], why=first_line(error), fix=fix) from error
+            raise MachineError(
+                what, where=asked["where"], why=first_line(error), fix=fix
+            ) from error
         kept.write_text(kind.run_id(self._tracker.tracker) + "\n")
 
     def _start(self, run: Run, known: str | None) -> Any:
@@ -133,13 +148,24 @@ class TrackerSink(Sink):
             tracker.tracker.define_metric("train/*", step_metric="train/step")
             tracker.tracker.define_metric("validation/*", step_metric="train/step")
             tracker.store_init_configuration(to_mapping(run))
-        elif known is None or self.name != "mlflow":  # which refuses a changed parameter, such as a longer duration
+        elif (
+            known is None or self.name != "mlflow"
+        ):  # which refuses a changed parameter, such as a longer duration
             tracker.store_init_configuration(flatten(run))
         return tracker
 
     def step(self, record: StepRecord) -> None:
-        values = {f"train/{name}": v for name, v in record.values().items() if name not in ("step", "val_loss")}
-        self._report("train", record.step, record.loss, {name: v for name, v in values.items() if v is not None})
+        values = {
+            f"train/{name}": v
+            for name, v in record.values().items()
+            if name not in ("step", "val_loss")
+        }
+        self._report(
+            "train",
+            record.step,
+            record.loss,
+            {name: v for name, v in values.items() if v is not None},
+        )
 
     def validation(self, step: int, loss: float) -> None:
         self._report("validation", step, loss, {"validation/loss": loss})
@@ -148,7 +174,9 @@ class TrackerSink(Sink):
         def report(tracker: Any) -> None:
             import wandb
 
-            table = wandb.Table(columns=["step", *SampleAnswer._fields], data=[[step, *row] for row in rows])
+            table = wandb.Table(
+                columns=["step", *SampleAnswer._fields], data=[[step, *row] for row in rows]
+            )
             tracker.log({"samples": table, "train/step": step})
 
         if self.name == "wandb":
@@ -165,7 +193,9 @@ class TrackerSink(Sink):
         if (part, step, loss) in self._sent:
             return
         if self.name == "wandb":
-            self._thread.submit(self._call, lambda tracker: tracker.log(values | {"train/step": step}))
+            self._thread.submit(
+                self._call, lambda tracker: tracker.log(values | {"train/step": step})
+            )
         else:
             self._thread.submit(self._call, lambda tracker: tracker.log(values, step=step))
 

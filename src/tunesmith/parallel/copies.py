@@ -46,12 +46,18 @@ class GradientSum:
     """
 
     def __init__(
-        self, parts: Iterable[ParameterState], group: dist.ProcessGroup | None, *, beside_backward: bool
+        self,
+        parts: Iterable[ParameterState],
+        group: dist.ProcessGroup | None,
+        *,
+        beside_backward: bool,
     ) -> None:
         self.group = group
         self.is_last_backward = False
         self.pending: deque[PendingSum] = deque()
-        self.begun: set[str] = set()  # names of the parameters whose gradients are summed, or on the way
+        self.begun: set[str] = (
+            set()
+        )  # names of the parameters whose gradients are summed, or on the way
         if group is None or not beside_backward:
             return
         for part in parts:

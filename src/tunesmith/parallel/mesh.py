@@ -50,7 +50,10 @@ class Mesh:
             return cls()
         ranks = torch.arange(shape.world).view(*shape)
         # init_device_mesh would give the groups torch's own time limit, half an hour: a slow save may take longer.
-        groups = [_group_of(ranks.movedim(dim, -1).flatten(0, -2).tolist()) for dim in range(len(DIMENSIONS))]
+        groups = [
+            _group_of(ranks.movedim(dim, -1).flatten(0, -2).tolist())
+            for dim in range(len(DIMENSIONS))
+        ]
         # To torch, meshes of the same ranks and names are equal, whatever their groups are. DTensor's cache would hand out an
         # earlier one, whose groups are gone with its training or, worse, have given their names to other ranks.
         number = next(MADE)
@@ -78,7 +81,11 @@ class Mesh:
 def _group_of(every: list[list[int]]) -> dist.ProcessGroup:
     """This rank's of groups that have all ranks between them; a collective call."""
     world = dist.group.WORLD
-    return world if world and len(every) == 1 else dist.new_subgroups_by_enumeration(every, timeout=PATIENCE)[0]
+    return (
+        world
+        if world and len(every) == 1
+        else dist.new_subgroups_by_enumeration(every, timeout=PATIENCE)[0]
+    )
 
 
 ALONE = Mesh()
@@ -93,7 +100,9 @@ def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | No
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     flat = torch.cat([tensor.flatten().to(wide) for tensor in tensors])
     dist.all_reduce(flat, group=group)
-    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, total in zip(
+        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(total.view_as(tensor))
 
 
@@ -106,7 +115,11 @@ def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
         for shard in range(1, world // tensor + 1)
         if world % (shard * tensor) == 0
     ]
-    shapes = [s for s in shapes if parallel.shard in ("auto", s.shard) and parallel.replicate in ("auto", s.replicate)]
+    shapes = [
+        s
+        for s in shapes
+        if parallel.shard in ("auto", s.shard) and parallel.replicate in ("auto", s.replicate)
+    ]
     if not shapes:
         sizes = " x ".join(f"{name} {size}" for name, size in vars(parallel).items())
         what = f"the recipe's parallel does not fit {world} rank{'s' if world > 1 else ''}: {sizes}"
@@ -134,10 +147,19 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     train, cut, key = run.train, shape.tensor, "parallel.tensor"
     known = ARCHITECTURES.get(spec.model_type, Architecture("")).fused
     block = scheme_of(run.model).block  # weights that share a scale stay together
-    widths = (spec.heads, spec.kv_heads, spec.intermediate / block, spec.heads * spec.head_dim / block)
+    widths = (
+        spec.heads,
+        spec.kv_heads,
+        spec.intermediate / block,
+        spec.heads * spec.head_dim / block,
+    )
     # Rows of 8-bit moments must be whole blocks of 256, which B of an adapter has not; `check_blocks` looks at each.
     rows = (spec.hidden, spec.intermediate / cut, spec.heads * spec.head_dim / cut)
-    ragged = cut > 1 if run.adapter.kind == "lora" else shape.shard * cut > 1 and any(n % 256 for n in rows)
+    ragged = (
+        cut > 1
+        if run.adapter.kind == "lora"
+        else shape.shard * cut > 1 and any(n % 256 for n in rows)
+    )
     for what, where, wrong, fix in (
         ("a ready-made nf4 base", key, bool(spec.quantized) and cut > 1, "1"),
         ("8-bit moments", "train.optimizer", train.optimizer == "adamw-8bit" and ragged, "adamw"),
@@ -149,4 +171,6 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     ):  # fmt: skip
         if wrong:
             why = f"the ranks make {shape.describe()}, and each would hold a part of what goes together"
-            raise RecipeError(f"{what} cannot be cut over ranks", where=where, why=why, fix=f"{where}={fix}")
+            raise RecipeError(
+                f"{what} cannot be cut over ranks", where=where, why=why, fix=f"{where}={fix}"
+            )

@@ -35,7 +35,9 @@ HALF = (torch.bfloat16, torch.float16)
 READERS = ("token_scores", "generate")
 
 
-def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype, *, offload: bool = False) -> None:
+def shard_model(
+    root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype, *, offload: bool = False
+) -> None:
     """Shard a model on meta as its recipe needs, after all that changes its modules and before its weights are there.
 
     16-bit weights trained in full become fp32 shards, their own masters, of which the forward gathers copies in

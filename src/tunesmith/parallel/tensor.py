@@ -69,7 +69,9 @@ def cut_model(root: TrainModel, mesh: Mesh) -> frozenset[str]:
         ("an adapter on the head", "adapter.target", isinstance(root.head, Lora)),
     ):
         if present:
-            raise RecipeError(f"{what} has no tensor parallelism", where=where, fix=f"leave it out, or {KEY}: 1")
+            raise RecipeError(
+                f"{what} has no tensor parallelism", where=where, fix=f"leave it out, or {KEY}: 1"
+            )
     for module in list(model.modules()):
         cutter.cut(module)
     cutter.cut_ends(model.get_input_embeddings(), root.head)
@@ -82,35 +84,53 @@ def reduce_gradients(grads: Mapping[str, Tensor], partial: Collection[str], mesh
 
     A collective call, once a step, before the norm. Gradients are DTensors, or this rank's parts of them.
     """
-    all_reduce_together([local_part(grad) for name, grad in grads.items() if name in partial], mesh.tensor_group)
+    all_reduce_together(
+        [local_part(grad) for name, grad in grads.items() if name in partial], mesh.tensor_group
+    )
 
 
 def _check_family(model: PreTrainedModel) -> None:
     kind, plan = model.config.model_type, model.config.base_model_tp_plan or {}
     others = {plan[key] for key in plan.keys() - {*PLAN, "embed_tokens"}}
     same = PLAN.items() <= plan.items() and others <= {"replicated_with_grad_allreduce"}
-    fused = [sum(isinstance(m, mixin) for m in model.modules()) for mixin in (FusedAttention, FusedMLP)]
+    fused = [
+        sum(isinstance(m, mixin) for m in model.modules()) for mixin in (FusedAttention, FusedMLP)
+    ]
     summed = [m for name, m in model.named_modules() if name.endswith(("o_proj", "down_proj"))]
-    if not same or fused != [model.config.num_hidden_layers] * 2 or any(m.bias is not None for m in summed):
+    if (
+        not same
+        or fused != [model.config.num_hidden_layers] * 2
+        or any(m.bias is not None for m in summed)
+    ):
         known = ", ".join(name for name, family in ARCHITECTURES.items() if family.fused)
         why = f"it is known for {known} with an MLP of silu and no bias behind attention or MLP"
         fix = f"{KEY}: 1; parallel.shard divides the memory of any family"
-        raise ModelError(f"how to cut this {kind} over ranks is not known", where=KEY, why=why, fix=fix)
+        raise ModelError(
+            f"how to cut this {kind} over ranks is not known", where=KEY, why=why, fix=fix
+        )
 
 
 def _check_sizes(model: Any, size: int) -> None:
     config = model.config
-    counts = {"attention heads": config.num_attention_heads, "key-value heads": config.num_key_value_heads}
+    counts = {
+        "attention heads": config.num_attention_heads,
+        "key-value heads": config.num_key_value_heads,
+    }
     counts["MLP columns"] = config.intermediate_size
     for name, layer in model.named_modules():
-        if isinstance(layer, Nf4Linear) and name.endswith(("0.self_attn.o_proj", "0.mlp.down_proj")):
+        if isinstance(layer, Nf4Linear) and name.endswith(
+            ("0.self_attn.o_proj", "0.mlp.down_proj")
+        ):
             # No block of weights with one scale reaches into another row, of this layer and of those it follows.
             whole = layer.in_features % BLOCK == layer.out_features % BLOCK == 0
             counts[f"nf4 blocks in a row of {name}"] = layer.in_features // BLOCK if whole else 1
     if wrong := [f"{count:,} {name}" for name, count in counts.items() if count % size]:
         common = math.gcd(*counts.values())
         fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
-        what, why = f"{size} ranks cannot cut this model", f"it has {' and '.join(wrong)}, of which each takes as many"
+        what, why = (
+            f"{size} ranks cannot cut this model",
+            f"it has {' and '.join(wrong)}, of which each takes as many",
+        )
         raise RecipeError(what, where=KEY, why=why, fix=f"{KEY}: {' or '.join(fitting)}")
 
 
@@ -160,7 +180,9 @@ class _Cutter:
             self.mix(module, mixin)
             for name, _ in list(module.named_parameters(recurse=False)):
                 self.cut_parameter(module, name, ROWS)
-        head.out_features = -(-head.out_features // self.group.size)  # alike on every rank, as chunks go by it
+        head.out_features = -(
+            -head.out_features // self.group.size
+        )  # alike on every rank, as chunks go by it
         embedding.first = head.out_features * self.group.rank
         head.shard = VocabularyShard(embedding.first, self.group.name)
 
@@ -174,9 +196,13 @@ class _Cutter:
         if old not in self.made:
             part = old.detach()
             if dim is not None:
-                part = part.chunk(self.group.size, dim)[self.group.rank].clone(memory_format=torch.contiguous_format)
+                part = part.chunk(self.group.size, dim)[self.group.rank].clone(
+                    memory_format=torch.contiguous_format
+                )
             whole: dict[str, Any] = {"shape": old.shape, "stride": old.stride(), "run_check": False}
-            tensor = DTensor.from_local(part, self.mesh, [Replicate() if dim is None else Shard(dim)], **whole)
+            tensor = DTensor.from_local(
+                part, self.mesh, [Replicate() if dim is None else Shard(dim)], **whole
+            )
             self.made[old] = nn.Parameter(tensor, requires_grad=old.requires_grad)
             if dim is None:
                 self.partial.add(self.made[old])
@@ -239,11 +265,17 @@ class CutEmbedding(nn.Module):
         """ids: all positions, [1, n]; returns this rank's positions, [1, n / ranks, width]."""
         own: Any = self
         weight, size = local_part(own.weight), self.tensor_group.size
-        assert ids.shape[1] % size == 0, f"micro batches must have a multiple of {size} tokens, for {KEY}: {size}"
+        assert ids.shape[1] % size == 0, (
+            f"micro batches must have a multiple of {size} tokens, for {KEY}: {size}"
+        )
         rows = ids - self.first
         inside = (rows >= 0) & (rows < len(weight))
-        padding = -1 if own.padding_idx is None else own.padding_idx - self.first  # its row gets no gradient
-        y = F.embedding(rows.where(inside, 0), weight, padding if 0 <= padding < len(weight) else None)
+        padding = (
+            -1 if own.padding_idx is None else own.padding_idx - self.first
+        )  # its row gets no gradient
+        y = F.embedding(
+            rows.where(inside, 0), weight, padding if 0 <= padding < len(weight) else None
+        )
         return _scatter(y * inside.unsqueeze(2), self.tensor_group)
 
 

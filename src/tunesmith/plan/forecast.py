@@ -35,7 +35,9 @@ from tunesmith.runtime.plan import Machine, MeshShape, RunPlan, Saving
 from tunesmith.units import Size
 
 EIGHT_BIT_SPEED = 1.44  # of whole steps, beside bf16: 794 and 551 TFLOP/s, LoRA of an 8B on an H200
-UPDATE_BYTES = 46  # that an update moves for a parameter: norm 4, clipping 8, AdamW 28, 16-bit copy 6
+UPDATE_BYTES = (
+    46  # that an update moves for a parameter: norm 4, clipping 8, AdamW 28, 16-bit copy 6
+)
 # Of the time: what a mesh must gain over one with fewer cuts or shards or within the nodes, or a micro batch over that of
 # `auto`, which knows of no link. Forecasts differ from what was measured by as much.
 BETTER = 0.95
@@ -70,7 +72,11 @@ class Ring(NamedTuple):
 
 
 def measure_work(
-    run: Run, spec: ModelSpec, tokens: TokenSet | None, length: int | None = None, schedule: BatchSchedule | None = None
+    run: Run,
+    spec: ModelSpec,
+    tokens: TokenSet | None,
+    length: int | None = None,
+    schedule: BatchSchedule | None = None,
 ) -> Workload:
     """From the recipe's tokens; without them every example has `length` tokens, or fills `data.seq_len`."""
     seq_len, steps = run.data.seq_len, None
@@ -82,17 +88,26 @@ def measure_work(
     else:
         supervised = min(length or seq_len, seq_len)
         lengths = np.array([supervised])
-        most = resolve.step_units(run) * (supervised if run.train.global_batch.unit == "examples" else seq_len)
-        step, source = StepSize(most, most), f"not known, taken as {supervised:,} tokens each, all with a label"
+        most = resolve.step_units(run) * (
+            supervised if run.train.global_batch.unit == "examples" else seq_len
+        )
+        step, source = (
+            StepSize(most, most),
+            f"not known, taken as {supervised:,} tokens each, all with a label",
+        )
         if run.train.duration.unit == "steps":
             steps = int(run.train.duration.amount)
     kind: Literal["full", "lora"] = "lora" if run.adapter.kind == "lora" else "full"
     count, shapes = adapter_parameters(spec, run.adapter), (spec, replace(spec, heads=0))
     count *= kind == "lora"
-    whole, products = (flops(s, lengths, supervised, trained=kind, adapter_parameters=count) for s in shapes)
+    whole, products = (
+        flops(s, lengths, supervised, trained=kind, adapter_parameters=count) for s in shapes
+    )
     total = float(lengths.sum())
     kept = float(kept_probabilities(lengths).sum()) / total
-    return Workload(step, int(lengths.max()), steps, whole / total, 1 - products / whole, kept, source)
+    return Workload(
+        step, int(lengths.max()), steps, whole / total, 1 - products / whole, kept, source
+    )
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,11 @@ class Forecast:
     @property
     def order(self) -> tuple[bool, bool, float]:
         """The least is the fastest with memory to spare, as the estimate errs; then what fits; then the nearest to it."""
-        return not self.fits, self.tight, (self.step_seconds or 0.0) if self.fits else self.phases["step"]
+        return (
+            not self.fits,
+            self.tight,
+            (self.step_seconds or 0.0) if self.fits else self.phases["step"],
+        )
 
 
 def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> "Planner":
@@ -138,7 +157,9 @@ def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -
         device, size, ("varlen" if device == "cuda" else "products", "assumed"), (compiles and device == "cuda", "assumed"),
         scaling, size, chip.integrated,
     )  # fmt: skip
-    trained = adapter_parameters(spec, run.adapter) if run.adapter.kind == "lora" else spec.parameters
+    trained = (
+        adapter_parameters(spec, run.adapter) if run.adapter.kind == "lora" else spec.parameters
+    )
     return Planner(run, spec, cluster, work, machine, trained)
 
 
@@ -173,7 +194,11 @@ class Planner:
         plan = savings.warn_of_overrun(best.plan, self.machine, resumed=resumed)
         if warning := self.warn_of_exposed_gathers(best):
             plan = replace(plan, warnings=(*plan.warnings, warning))
-        how = "the fastest by the forecast" if best.step_seconds else "the first that fits, as no speed is known here"
+        how = (
+            "the fastest by the forecast"
+            if best.step_seconds
+            else "the first that fits, as no speed is known here"
+        )
         return replace(plan, why={**plan.why, "mesh": f"{how}, of {count} that the ranks can make"})
 
     def warn_of_exposed_gathers(self, forecast: Forecast) -> str | None:
@@ -193,9 +218,7 @@ class Planner:
         fix = f"train.global_batch='{Size(amount, batch.unit)}'"
         if run.train.micro_batch != "auto":
             fix += " train.micro_batch=auto"
-        what = (
-            f"a step gives each rank {share:,.0f} tokens, and {forecast.hides_from:,} would hide the gathers of shards"
-        )
+        what = f"a step gives each rank {share:,.0f} tokens, and {forecast.hides_from:,} would hide the gathers of shards"
         waiting = f"ranks wait for them {exposed / forecast.step_seconds:.0%} of the time"
         return f"warning: {what}: {waiting}; fix: {fix}, which makes fewer and larger steps"
 
@@ -213,11 +236,18 @@ class Planner:
 
         def order(forecast: Forecast) -> tuple[bool, bool, bool, float]:
             fails, tight, cost = forecast.order
-            return fails, tight, forecast.fits and not forecast.step_seconds and crosses_nodes(forecast), cost
+            return (
+                fails,
+                tight,
+                forecast.fits and not forecast.step_seconds and crosses_nodes(forecast),
+                cost,
+            )
 
         forecasts = [self.fastest(mesh) for mesh in self.meshes()]
         *rank, least = min(map(order, forecasts))
-        near_best = [f for f in forecasts if order(f)[:3] == tuple(rank) and BETTER * f.order[2] <= least]
+        near_best = [
+            f for f in forecasts if order(f)[:3] == tuple(rank) and BETTER * f.order[2] <= least
+        ]
         first = min(near_best, key=crosses_nodes)
         return sorted(forecasts, key=lambda f: (f is not first, *order(f)))
 
@@ -228,9 +258,19 @@ class Planner:
         if links and free and auto.step_seconds and not self.run.train.optimizer_in_backward:
             limit = resolve.MAX_TOKENS[self.machine.device.partition(":")[0]]
             most = min(limit, resolve.rank_step(self.run, self.work.step, mesh).largest)
-            sizes = [self.run.data.seq_len << k for k in range(16) if self.run.data.seq_len << k <= most]
-        best = min((self.forecast(mesh, Size(size, "tokens")) for size in sizes), key=lambda f: f.order, default=auto)
-        return best if (*best.order[:2], best.order[2]) < (*auto.order[:2], BETTER * auto.order[2]) else auto
+            sizes = [
+                self.run.data.seq_len << k for k in range(16) if self.run.data.seq_len << k <= most
+            ]
+        best = min(
+            (self.forecast(mesh, Size(size, "tokens")) for size in sizes),
+            key=lambda f: f.order,
+            default=auto,
+        )
+        return (
+            best
+            if (*best.order[:2], best.order[2]) < (*auto.order[:2], BETTER * auto.order[2])
+            else auto
+        )
 
     def forecast(self, mesh: MeshShape, size: Size | None = None) -> Forecast:
         """Memory and time of a mesh, with the recipe's micro batch or one of `size`."""
@@ -242,8 +282,14 @@ class Planner:
             before=self.before, mesh=mesh,
         )  # fmt: skip
         plan = replace(plan, savings=partial(self._savings, plan))
-        memory, (needed, room), units = plan.memory, savings.memory_needs(plan, machine), resolve.step_units(run)
-        largest = max(spec.head_matmul, spec.hidden * spec.intermediate)  # of the tensors, which come and go one by one
+        memory, (needed, room), units = (
+            plan.memory,
+            savings.memory_needs(plan, machine),
+            resolve.step_units(run),
+        )
+        largest = max(
+            spec.head_matmul, spec.hidden * spec.intermediate
+        )  # of the tensors, which come and go one by one
         phases = {
             "load": memory.weights + largest * DTYPES[run.model.dtype].itemsize,
             "step": memory.total - memory.copies,
@@ -254,7 +300,9 @@ class Planner:
         count = max(1, math.ceil(tokens / memory.tokens - 1e-9))  # of micro batches
         tokens = count * (plan.layout.pad_to or 0) or tokens
         sent = self._sent(self._rings(plan, tokens, count).values())
-        seconds, hidden, most = self._seconds(plan, tokens, count) if self.cluster.chip.tflops else ({}, 0.0, 0)
+        seconds, hidden, most = (
+            self._seconds(plan, tokens, count) if self.cluster.chip.tflops else ({}, 0.0, 0)
+        )
         step, clock = sum(seconds.values()) or None, run.train.duration.seconds
         hours = clock / 3600 if clock else work.steps * step / 3600 if work.steps and step else None
         idle = 1 - units / (mesh.data * -(-units // mesh.data))
@@ -262,13 +310,30 @@ class Planner:
         keys = " ".join(f"parallel.{name}={count}" for name, count in mesh._asdict().items())
         keys += f" train.micro_batch='{size}'" if size else ""
         speed = step and work.step.mean / step
-        return Forecast(plan, fits, tight, room, phases, idle, sent, seconds, hidden, most, step, speed, hours, keys)
+        return Forecast(
+            plan,
+            fits,
+            tight,
+            room,
+            phases,
+            idle,
+            sent,
+            seconds,
+            hidden,
+            most,
+            step,
+            speed,
+            hours,
+            keys,
+        )
 
     def with_tensor(self) -> Forecast | None:
         """What `parallel.tensor=auto` makes of the run, if the recipe keeps to 1 and it fits."""
         if self.run.parallel.tensor != 1 or self.cluster.per_node == 1:
             return None
-        best = replace(self, run=replace(self.run, parallel=replace(self.run.parallel, tensor="auto"))).ranked()[0]
+        best = replace(
+            self, run=replace(self.run, parallel=replace(self.run.parallel, tensor="auto"))
+        ).ranked()[0]
         return best if best.fits and best.plan.mesh.tensor > 1 else None
 
     def _savings(self, plan: RunPlan) -> Sequence[Saving]:
@@ -279,10 +344,16 @@ class Planner:
 
     def _rings(self, plan: RunPlan, tokens: float, count: int) -> dict[str, Ring]:
         """What the groups of a rank gather and reduce in a step of `tokens`, in `count` micro batches."""
-        spec, (replicate, shard, tensor), itemsize = self.spec, plan.mesh, DTYPES[self.run.model.dtype].itemsize
+        spec, (replicate, shard, tensor), itemsize = (
+            self.spec,
+            plan.mesh,
+            DTYPES[self.run.model.dtype].itemsize,
+        )
         estimator = resolve.MemoryEstimator(self.run, spec, self.machine, self.trained, plan.mesh)
         layers, ends = estimator.weights(itemsize)
-        gradients = 4 * estimator.trained_here  # in fp32; of a model trained in full, of this rank's shards
+        gradients = (
+            4 * estimator.trained_here
+        )  # in fp32; of a model trained in full, of this rank's shards
         # Sums over a tensor group, each a scatter and a gather of all tokens: two of a layer forward and two backward, those
         # of the forward again where it is recomputed; and of the embedding and the head's gradient.
         sums = 4 * spec.layers + 2 * plan.recomputed_layers + 2
@@ -301,11 +372,15 @@ class Planner:
             "gradients": Ring(1, 2 * gradients, *copies),
         }
 
-    def _seconds(self, plan: RunPlan, tokens: float, count: int) -> tuple[dict[str, float], float, int]:
+    def _seconds(
+        self, plan: RunPlan, tokens: float, count: int
+    ) -> tuple[dict[str, float], float, int]:
         """Of such a step: its seconds by part, hidden ones, and tokens of `hides_from`."""
         run, chip = self.run, self.cluster.chip
         estimator = resolve.MemoryEstimator(run, self.spec, self.machine, self.trained, plan.mesh)
-        rate = (chip.tflops or 0.0) * 1e12 * (EIGHT_BIT_SPEED if plan.base.startswith("fp8") else 1.0)
+        rate = (
+            (chip.tflops or 0.0) * 1e12 * (EIGHT_BIT_SPEED if plan.base.startswith("fp8") else 1.0)
+        )
         token = self.work.operations / rate / plan.mesh.tensor
         again = resolve.RECOMPUTE_COST[run.adapter.kind] * plan.recomputed_layers / self.spec.layers
         bandwidth = 1e9 * chip.bandwidth if chip.bandwidth else math.inf
@@ -320,7 +395,9 @@ class Planner:
         }
         sent = {}
         for name, ring in rings.items():
-            sent[name] = ring.sent / self.cluster.bandwidth(ring.ranks, ring.stride) if ring.sent else 0.0
+            sent[name] = (
+                ring.sent / self.cluster.bandwidth(ring.ranks, ring.stride) if ring.sent else 0.0
+            )
             if name.startswith("gather"):
                 sent[name] += self._shard_bytes_read(ring) / bandwidth
         forward = tokens * token / count / (2 if self.lora else 3)
@@ -336,7 +413,9 @@ class Planner:
             "shards": count * exposed,
             "gradients": exposed_sum,
         }
-        of_micro_batch = beside_forward + beside_backward + sent["gather first"] + sent["reduce last"]
+        of_micro_batch = (
+            beside_forward + beside_backward + sent["gather first"] + sent["reduce last"]
+        )
         hidden = count * (of_micro_batch - exposed) + sent["gradients"] - exposed_sum
         hiding_passes = max(beside_forward / forward, beside_backward / backward)
         return compute | shown, hidden, math.ceil(hiding_passes * tokens / count)
@@ -374,5 +453,10 @@ class Planner:
 
     def enough_nodes(self) -> Cluster | None:
         """The smallest of some larger clusters on which the recipe fits; None where none does."""
-        larger = (replace(self.cluster, nodes=self.cluster.nodes * times) for times in (2, 4, 8, 16, 32))
-        return next((c for c in larger if c.chip.network and replace(self, cluster=c).ranked()[0].fits), None)
+        larger = (
+            replace(self.cluster, nodes=self.cluster.nodes * times) for times in (2, 4, 8, 16, 32)
+        )
+        return next(
+            (c for c in larger if c.chip.network and replace(self, cluster=c).ranked()[0].fits),
+            None,
+        )

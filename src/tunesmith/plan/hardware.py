@@ -69,7 +69,9 @@ class Cluster:
         of all its members in a node."""
         inside = self.inside(ranks, stride)
         link, across = self.chip.link or 0.0, inside * (self.chip.network or 0.0)
-        return 1e9 * (link if ranks * stride <= self.per_node else min(across, link) if inside > 1 else across)
+        return 1e9 * (
+            link if ranks * stride <= self.per_node else min(across, link) if inside > 1 else across
+        )
 
 
 def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
@@ -80,7 +82,11 @@ def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
         cluster = _look()
     elif found is None or name not in CHIPS or "0" in found.groups():
         near = nearest(name, CHIPS)
-        fix = f"did you mean --on {near}?" if near else f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
+        fix = (
+            f"did you mean --on {near}?"
+            if near
+            else f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
+        )
         raise UsageError(f"there is no machine {text!r} in the table", where="--on", fix=fix)
     else:
         counts = [int(count) for count in found.groups()[:2] if count]
@@ -91,8 +97,14 @@ def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
     for word in assume:
         figure, _, number = word.partition("=")
         if figure not in ASSUMED or not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
-            raise UsageError(f"{word} is no figure of a machine", where="--assume", fix=f"{', '.join(ASSUMED)}=NUMBER")
-        given |= {figure: float(number)} | ({"source": "as --assume says"} if figure == "tflops" else {})
+            raise UsageError(
+                f"{word} is no figure of a machine",
+                where="--assume",
+                fix=f"{', '.join(ASSUMED)}=NUMBER",
+            )
+        given |= {figure: float(number)} | (
+            {"source": "as --assume says"} if figure == "tflops" else {}
+        )
     chip = replace(cluster.chip, **given)
     if not chip.gib:
         what, fix = f"nvidia-smi does not say how much memory {chip.name} has", "--assume gib=24"
@@ -130,7 +142,9 @@ def _nvidia_gpus() -> list[tuple[str, str]]:
     """Name and memory of each GPU, the memory as nvidia-smi writes it: MiB or why there is no number."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        output = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, errors="replace", timeout=20)
+        output = subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, errors="replace", timeout=20
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     gpus = []

@@ -71,19 +71,28 @@ class RunSummary:
     @property
     def learned(self) -> dict[str, Any]:
         """The keys of the recipe that change what is learned, without the seed."""
-        return {k: v for k, v in leaves(self.files.recipe).items() if k != "train.seed" and not is_free(k)}
+        return {
+            k: v
+            for k, v in leaves(self.files.recipe).items()
+            if k != "train.seed" and not is_free(k)
+        }
 
     @property
     def machine(self) -> str:
         """What the speed depends on beside the recipe: processor, GPUs, threads, torch."""
         env = self.files.env
-        return json.dumps([env.get(name) for name in ("cpu", "cpu_threads", "gpus", "torch", "hosts")])
+        return json.dumps(
+            [env.get(name) for name in ("cpu", "cpu_threads", "gpus", "torch", "hosts")]
+        )
 
 
 def summaries_of(runs: Sequence[RunFiles]) -> list[RunSummary]:
     """The figures of each run; runs of one name are labelled by their folder."""
     names = [run.name for run in runs]
-    return [_summarize(run, run.name if names.count(run.name) == 1 else shown(run.folder)) for run in runs]
+    return [
+        _summarize(run, run.name if names.count(run.name) == 1 else shown(run.folder))
+        for run in runs
+    ]
 
 
 def _summarize(run: RunFiles, label: str) -> RunSummary:
@@ -94,15 +103,27 @@ def _summarize(run: RunFiles, label: str) -> RunSummary:
         return sum(known(column(name)[start:]))
 
     steps, losses, val = column("step"), known(column("loss")), column("val_loss")
-    found = RunSummary(run, label, int((steps or [0])[-1] or 0), total("tokens"), total("step_seconds"))
-    found.validations = [(int(s or 0), v) for s, v in zip(steps, val, strict=True) if known([v]) and v is not None]
+    found = RunSummary(
+        run, label, int((steps or [0])[-1] or 0), total("tokens"), total("step_seconds")
+    )
+    found.validations = [
+        (int(s or 0), v) for s, v in zip(steps, val, strict=True) if known([v]) and v is not None
+    ]
     found.best = min(((v, s) for s, v in found.validations), default=None)
-    found.loss = Spread.of(losses[-max(min(10, len(losses)), len(losses) // 10) :] if losses else [])
+    found.loss = Spread.of(
+        losses[-max(min(10, len(losses)), len(losses) // 10) :] if losses else []
+    )
     start = 1 if len(steps) > 1 else 0
     if seconds := total("step_seconds", start):
-        found.speed = Spread.of(known(column("tokens_per_second")[start:]), total("tokens", start) / seconds)
+        found.speed = Spread.of(
+            known(column("tokens_per_second")[start:]), total("tokens", start) / seconds
+        )
         found.waiting = total("data_seconds", start) / seconds
-        shares = [(m, s) for m, s in zip(column("mfu")[start:], column("step_seconds")[start:], strict=True) if m and s]
+        shares = [
+            (m, s)
+            for m, s in zip(column("mfu")[start:], column("step_seconds")[start:], strict=True)
+            if m and s
+        ]
         found.mfu = sum(m * s for m, s in shares) / sum(s for _, s in shares) if shares else None
     found.memory_gib = max(known(column("memory_gib")), default=None)
     return found
@@ -171,38 +192,61 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
     if len(measured) < 2:
         why = "A training loss is measured on the rows that are being learned: it does not tell which model is better."
         fix = "Give the recipes the same held-out rows: data.validation, or data.hold_out: 5 %."
-        return Verdict("none", "Which is better cannot be said", [*(f"{text}." for text in absent), why, fix])
-    if len({run.validated_on for run in measured}) > 1 or not measured[0].files.env.get("validation_hash"):
-        on = [f"{run.label}: {str(run.files.env.get('validation_hash') or 'unknown')[:12]}" for run in measured]
+        return Verdict(
+            "none", "Which is better cannot be said", [*(f"{text}." for text in absent), why, fix]
+        )
+    if len({run.validated_on for run in measured}) > 1 or not measured[0].files.env.get(
+        "validation_hash"
+    ):
+        on = [
+            f"{run.label}: {str(run.files.env.get('validation_hash') or 'unknown')[:12]}"
+            for run in measured
+        ]
         few = [f"{run.label}: {run.validated_on[1] or 'all'}" for run in measured]
         why = f"Hash of the held-out rows: {', '.join(on)}; taken of them: {', '.join(few)}."
         fix = "Measure each on the same rows: tunesmith eval RUN --data held-out.jsonl."
         told = all(run.validated_on[0] for run in measured)
-        rows = "val_loss was measured on different rows" if told else "it is not known what val_loss was measured on"
+        rows = (
+            "val_loss was measured on different rows"
+            if told
+            else "it is not known what val_loss was measured on"
+        )
         return Verdict("none", f"Not comparable: {rows}", [why, fix])
     groups: dict[str, list[RunSummary]] = {}
     for run in measured:
         groups.setdefault(json.dumps(run.learned, sort_keys=True), []).append(run)
-    scored = ((group, Spread.of([run.best[0] for run in group if run.best])) for group in groups.values())
-    ranking = sorted((Contender(group, score) for group, score in scored if score), key=lambda c: c.score.mean)
+    scored = (
+        (group, Spread.of([run.best[0] for run in group if run.best])) for group in groups.values()
+    )
+    ranking = sorted(
+        (Contender(group, score) for group, score in scored if score), key=lambda c: c.score.mean
+    )
     first = ranking[0]
     best = tuple(i for i, run in enumerate(runs) if run in first.runs)
     more = [*(f"{text}." for text in absent), *_cautions(measured, first)]
     if len(ranking) == 1:
         seeds = len({run.seed for run in measured})
         why = f"These are {len(measured)} runs of one recipe with {seeds} seed{'s' * (seeds > 1)}: val_loss {first}."
-        return Verdict("equal", "One recipe: the difference is the seed's or the machine's", [why, *more])
+        return Verdict(
+            "equal", "One recipe: the difference is the seed's or the machine's", [why, *more]
+        )
     second = ranking[1]
     gap, (least, noise) = second.score.mean - first.score.mean, _noise(ranking)
     against = f"lowest val_loss {first} against {second} of {second.name}"
     if any(run.files.state == "running" for run in (*first.runs, *second.runs)):
         kind, headline = "none", f"So far {first.name} is ahead: {against}"
     elif least is None:
-        kind, headline = "none", f"{first.name} has the lower val_loss, and the noise is not known: {against}"
+        kind, headline = (
+            "none",
+            f"{first.name} has the lower val_loss, and the noise is not known: {against}",
+        )
     elif gap <= least:
         kind, headline = "equal", f"No difference that can be told from noise: {against}"
     else:
-        kind, headline = "better", f"{first.name} {'is' if len(first.runs) == 1 else 'are'} better: {against}"
+        kind, headline = (
+            "better",
+            f"{first.name} {'is' if len(first.runs) == 1 else 'are'} better: {against}",
+        )
     reasons = [_difference(first.runs[0], second.runs[0]), f"{gap:.4f} apart. {noise}", *more]
     return Verdict(kind, headline, reasons, best if kind == "better" else ())
 
@@ -210,10 +254,16 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
 def _alone(run: RunSummary) -> Verdict:
     if not run.best:
         fix = "Without held-out rows nothing tells how good the model is: data.hold_out: 5 %."
-        return Verdict("alone", f"{run.label}: {run.files.state} at step {run.steps}, without a val_loss", [fix])
+        return Verdict(
+            "alone",
+            f"{run.label}: {run.files.state} at step {run.steps}, without a val_loss",
+            [fix],
+        )
     (start, at), (value, step) = run.validations[0], run.best
     headline = f"{run.label}: {run.files.state} at step {run.steps}, lowest val_loss {value:.4f} at step {step}"
-    return Verdict("alone", headline, [f"The first one was {at:.4f} at step {start}.", *_cautions([run], None)])
+    return Verdict(
+        "alone", headline, [f"The first one was {at:.4f} at step {start}.", *_cautions([run], None)]
+    )
 
 
 def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
@@ -221,20 +271,32 @@ def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
     first, second = ranking[:2]
     if repeated := [one.score for one in ranking if one.score.count > 1]:
         freedom = sum(score.count - 1 for score in repeated)
-        deviation = math.sqrt(sum(score.deviation**2 * (score.count - 1) for score in repeated) / freedom)
+        deviation = math.sqrt(
+            sum(score.deviation**2 * (score.count - 1) for score in repeated) / freedom
+        )
         times = STUDENT[freedom - 1] if freedom <= len(STUDENT) else NOISES
         least = times * deviation * math.sqrt(1 / first.score.count + 1 / second.score.count)
         seeds = f"from seed to seed val_loss differs by {deviation:.4f} (standard deviation over a recipe's seeds)"
-        return least, f"Noise: {seeds}; once in 20 times seeds alone make a difference above {least:.4f}."
+        return (
+            least,
+            f"Noise: {seeds}; once in 20 times seeds alone make a difference above {least:.4f}.",
+        )
     run = first.runs[0]
     folder = run.files.folder
     seed = (run.seed if run.seed is not None else 42) + 1
     recipe, output = shell_path(shown(folder / RECIPE)), shell_path(shown(f"{folder}-seed-{seed}"))
     again = f"tunesmith train {recipe} train.seed={seed} output_dir={output}"
     once = f"Each has one seed, and another one moves val_loss too; to see how far: `{again}`"
-    found = [w for one in (first, second) if (w := wobble([v for _, v in one.runs[0].validations])) is not None]
+    found = [
+        w
+        for one in (first, second)
+        if (w := wobble([v for _, v in one.runs[0].validations])) is not None
+    ]
     if not found:
-        return None, f"There are too few validations to see how val_loss moves from one to the next. {once}"
+        return (
+            None,
+            f"There are too few validations to see how val_loss moves from one to the next. {once}",
+        )
     least = NOISES * math.sqrt(2) * max(found)
     text = f"Noise: from one validation to the next val_loss moves by {max(found):.4f} around its trend"
     return least, f"{text}; a difference counts above {least:.4f}. {once}"
@@ -243,9 +305,16 @@ def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
 def _difference(one: RunSummary, other: RunSummary) -> str:
     """What two runs differ in, and what follows; and their val_loss after the same steps, if they took unequal ones."""
     learned = [found for found in differing_keys([one, other]) if found.learns]
-    keys = {f"`{key}`": " ({} against {})".format(*map(json.dumps, values)) for key, values, _ in learned}
+    keys = {
+        f"`{key}`": " ({} against {})".format(*map(json.dumps, values))
+        for key, values, _ in learned
+    }
     others = {"data_hash": "the training rows", "model_hash": "the base's weights"}
-    keys |= {name: "" for key, name in others.items() if one.files.env.get(key) != other.files.env.get(key)}
+    keys |= {
+        name: ""
+        for key, name in others.items()
+        if one.files.env.get(key) != other.files.env.get(key)
+    }
     text = "Their recipes differ in nothing that changes what is learned."
     if len(keys) == 1:
         text = "They differ in {}{} alone.".format(*next(iter(keys.items())))
@@ -270,7 +339,10 @@ def _cautions(runs: Sequence[RunSummary], first: Contender | None) -> list[str]:
     for run in runs:
         value, step = run.best or (0.0, 0)
         last = run.validations[-1][1] if run.validations else value
-        if last > value + NOISES * (wobble([v for _, v in run.validations]) or 0.0) and last > value:
+        if (
+            last > value + NOISES * (wobble([v for _, v in run.validations]) or 0.0)
+            and last > value
+        ):
             text = f"{run.label} ends at val_loss {last:.4f}"
             said.append(f"{text}, above that of step {step}, whose checkpoint is kept.")
     early = [run for run in runs if run.files.state != "finished"]
@@ -280,10 +352,14 @@ def _cautions(runs: Sequence[RunSummary], first: Contender | None) -> list[str]:
         return said
     winner, others = first.runs[0].loss, [run for run in runs if run not in first.runs]
     if lower := [run for run in others if run.loss and winner and _clearly_lower(run.loss, winner)]:
-        said.append(f"{lower[0].label} has the lower training loss: it fits its own rows better, not those held out.")
+        said.append(
+            f"{lower[0].label} has the lower training loss: it fits its own rows better, not those held out."
+        )
     if max(run.tokens for run in runs) > (1 + APART) * min(run.tokens for run in runs):
         amounts = ", ".join(f"{run.label} {run.tokens:,.0f}" for run in runs)
         said.append(f"They learned from unequal numbers of tokens: {amounts}.")
     if len({run.machine for run in runs}) > 1:
-        said.append("Machines, threads or versions of torch differ: speed and memory are not comparable.")
+        said.append(
+            "Machines, threads or versions of torch differ: speed and memory are not comparable."
+        )
     return said

@@ -35,7 +35,16 @@ MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart
 SPAN = 40  # a smoothed curve averages over one in so many of the steps, and at least 5
 PROMPTS, LOG_LINES, KEYS_IN_BOARD, RAW_RUNS = 6, 20, 3, 4
-VERSIONS = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "bitsandbytes")
+VERSIONS = (
+    "tunesmith",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "bitsandbytes",
+)
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
 STATIC = ("uPlot.min.css", "plots.css", "report.css", "uPlot.iife.min.js", "plots.js", "report.js")
 MAIN = {  # curves that are shown at once: name -> title, unit, from zero, smoothed
@@ -44,19 +53,31 @@ MAIN = {  # curves that are shown at once: name -> title, unit, from zero, smoot
 }  # fmt: skip
 
 
-def write_report(runs: Sequence[RunFiles], output: Path, *, markdown: bool = False, note: str = "") -> None:
+def write_report(
+    runs: Sequence[RunFiles], output: Path, *, markdown: bool = False, note: str = ""
+) -> None:
     """Write the report of runs to a file. UsageError if that is there and no report; MachineError if it cannot be written.
 
     `note`: a paragraph below the verdict, such as what the runs were chosen from.
     """
     try:
-        if output.exists() and MARK not in output.read_text(encoding="utf-8", errors="replace")[:200]:
+        if (
+            output.exists()
+            and MARK not in output.read_text(encoding="utf-8", errors="replace")[:200]
+        ):
             fix = "--output another-name.html"
-            raise UsageError("this file is there and no report of tunesmith", where=str(output), fix=fix)
+            raise UsageError(
+                "this file is there and no report of tunesmith", where=str(output), fix=fix
+            )
         output.write_text(render_report(runs, markdown=markdown, note=note), encoding="utf-8")
     except OSError as error:
-        what, fix = "the report cannot be written", "--output FILE in a folder that you may write to"
-        raise MachineError(what, where=str(output), why=error.strerror or str(error), fix=fix) from error
+        what, fix = (
+            "the report cannot be written",
+            "--output FILE in a folder that you may write to",
+        )
+        raise MachineError(
+            what, where=str(output), why=error.strerror or str(error), fix=fix
+        ) from error
 
 
 def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str = "") -> str:
@@ -69,7 +90,8 @@ def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str
     if markdown:
         return env.get_template("report.md.j2").render(context)
     static = {
-        name: (resources.files("tunesmith.report") / "static" / name).read_text(encoding="utf-8") for name in STATIC
+        name: (resources.files("tunesmith.report") / "static" / name).read_text(encoding="utf-8")
+        for name in STATIC
     }
     # Only these scripts run: text of a run that looks like one does not.
     script = f"{static['uPlot.iife.min.js']}\n{static['plots.js']}\n{static['report.js']}"
@@ -85,11 +107,17 @@ def _context(runs: list[RunSummary]) -> dict[str, Any]:
     profiles = [(run, read_profiles(run.files.folder)) for run in runs]
     damaged = [(run.label, [*run.files.damaged, *faults]) for run, (_, faults) in profiles]
     damaged = [(label, files) for label, files in damaged if files]
-    env = [leaves({k: v for k, v in run.files.env.items() if k not in ("command", *HASHES)}) for run in runs]
+    env = [
+        leaves({k: v for k, v in run.files.env.items() if k not in ("command", *HASHES)})
+        for run in runs
+    ]
     names = dict.fromkeys(key for one in env for key in one if not key.endswith(".why"))
     environment = [(key, [one.get(key) for one in env]) for key in names]
     # The lowest val_loss first, where they can be compared.
-    order = sorted(range(len(runs)), key=lambda i: (runs[i].best or (math.inf,))[0] if verdict.kind != "none" else 0)
+    order = sorted(
+        range(len(runs)),
+        key=lambda i: (runs[i].best or (math.inf,))[0] if verdict.kind != "none" else 0,
+    )
     return {
         "runs": runs, "verdict": verdict, "keys": keys, "board": order,
         "board_keys": [one for one in keys if one.learns][:KEYS_IN_BOARD],
@@ -109,7 +137,9 @@ def _mean(run: RunSummary, name: str) -> Spread | None:
 
 FIGURES = {  # rows of the table of figures
     "state": lambda run: f"{run.files.state} at step {run.steps}",
-    "val_loss, lowest": lambda run: f"{run.best[0]:.4f} at step {run.best[1]}" if run.best else None,
+    "val_loss, lowest": lambda run: (
+        f"{run.best[0]:.4f} at step {run.best[1]}" if run.best else None
+    ),
     "val_loss, last": lambda run: run.validations[-1][1] if run.validations else None,
     "training loss, mean of the last steps": lambda run: run.loss,
     "tokens/s, without the first step": lambda run: run.speed,
@@ -127,7 +157,9 @@ FIGURES = {  # rows of the table of figures
 
 def _charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     """What plots.js draws: the main curves, then every other number of the records."""
-    names = dict.fromkeys([*MAIN, *(name for run in runs for name in run.files.columns if name not in NO_CHART)])
+    names = dict.fromkeys(
+        [*MAIN, *(name for run in runs for name in run.files.columns if name not in NO_CHART)]
+    )
     charts = []
     for name in names:
         title, unit, zero, smoothed = MAIN.get(name, (name, "", False, False))
@@ -157,33 +189,62 @@ def _series(run: RunSummary, index: int, name: str, smoothed: bool) -> list[dict
 def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     """For each prompt: (run, step, answer) before training, once where all runs agree, and after; the steps between."""
     found = []
-    for prompt in list(dict.fromkeys(row["prompt"] for run in runs for row in run.files.samples))[:PROMPTS]:
-        rows = [(run.label, [r for r in run.files.samples if r["prompt"] == prompt]) for run in runs]
+    for prompt in list(dict.fromkeys(row["prompt"] for run in runs for row in run.files.samples))[
+        :PROMPTS
+    ]:
+        rows = [
+            (run.label, [r for r in run.files.samples if r["prompt"] == prompt]) for run in runs
+        ]
         rows = [(label, answers) for label, answers in rows if answers]
-        expected = next((row["expected"] for _, answers in rows for row in answers if row.get("expected")), None)
+        expected = next(
+            (row["expected"] for _, answers in rows for row in answers if row.get("expected")), None
+        )
         first = [(label, a[0]["step"], a[0]["answer"]) for label, a in rows if a[0]["step"] == 0]
         if len(first) > 1 and len({answer for *_, answer in first}) == 1:
             first = [("", *first[0][1:])]
         last = [(label, a[-1]["step"], a[-1]["answer"]) for label, a in rows if a[-1]["step"] > 0]
         middle = [(label, row) for label, a in rows for row in a if 0 < row["step"] < a[-1]["step"]]
         between = [(label, row["step"], row["answer"]) for label, row in middle]
-        found.append({"prompt": prompt, "expected": expected, "before": first, "after": last, "between": between})
+        found.append(
+            {
+                "prompt": prompt,
+                "expected": expected,
+                "before": first,
+                "after": last,
+                "between": between,
+            }
+        )
     return found
 
 
 def _rank_rows(run: RunFiles) -> dict[str, Any]:
     """Mean and maximum of what each rank measured of itself."""
     ranks: dict[int, Columns] = {0: run.columns} | run.ranks
-    names = list(dict.fromkeys(name for columns in run.ranks.values() for name in columns if name not in NO_CHART))
-    rows = {rank: [known(columns.get(name, [])) for name in names] for rank, columns in sorted(ranks.items())}
-    cells = {rank: [(Spread.of(one), max(one, default=None)) for one in row] for rank, row in rows.items()}
+    names = list(
+        dict.fromkeys(
+            name for columns in run.ranks.values() for name in columns if name not in NO_CHART
+        )
+    )
+    rows = {
+        rank: [known(columns.get(name, [])) for name in names]
+        for rank, columns in sorted(ranks.items())
+    }
+    cells = {
+        rank: [(Spread.of(one), max(one, default=None)) for one in row]
+        for rank, row in rows.items()
+    }
     return {"names": names, "rows": cells}
 
 
 def _end(run: RunSummary) -> dict[str, Any]:
     """How a run ended, where it did not finish, its warnings and the end of its log."""
     files = run.files
-    return {"run": run, "told": how_it_ended(files), "warnings": files.warnings, "log": files.log_tail[-LOG_LINES:]}
+    return {
+        "run": run,
+        "told": how_it_ended(files),
+        "warnings": files.warnings,
+        "log": files.log_tail[-LOG_LINES:],
+    }
 
 
 def _reproduce(run: RunSummary) -> dict[str, Any]:
@@ -192,10 +253,16 @@ def _reproduce(run: RunSummary) -> dict[str, Any]:
     text = None
     with suppress(OSError):
         text = read_bytes(recipe).decode(errors="replace")
-    words = [Path(word).name if i == 0 else str(word) for i, word in enumerate(env.get("command") or ())]
+    words = [
+        Path(word).name if i == 0 else str(word) for i, word in enumerate(env.get("command") or ())
+    ]
     if words[:1] in (["__main__.py"], ["tunesmith"]):
         words = ["tunesmith", *words[1:]]
-    versions = [f"{name}=={env[name].partition('+')[0]}" for name in VERSIONS if isinstance(env.get(name), str)]
+    versions = [
+        f"{name}=={env[name].partition('+')[0]}"
+        for name in VERSIONS
+        if isinstance(env.get(name), str)
+    ]
     return {
         "run": run,
         "command": shell_command(words) if words else None,

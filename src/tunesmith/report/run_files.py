@@ -49,11 +49,24 @@ Columns = dict[str, list[float | None]]
 
 # Of the records: counts and positions, no curves.
 NO_CHART = ("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops")
-FAILURE_FIELDS = ("what", "where", "why", "cause", "rank", "host", "phase", "collective", "last_step", "next")
+FAILURE_FIELDS = (
+    "what",
+    "where",
+    "why",
+    "cause",
+    "rank",
+    "host",
+    "phase",
+    "collective",
+    "last_step",
+    "next",
+)
 LINES = 512  # of a file that are parsed at a time: what one bad line spoils
 LOG_LINES, WARNINGS = 200, 20  # the newest
 _RANK = re.compile(r"metrics-rank(\d+)\.jsonl")
-_STOPPED = re.compile(r"  stopped (?:by|after) ")  # the last word of a run that a signal ended, in log.txt
+_STOPPED = re.compile(
+    r"  stopped (?:by|after) "
+)  # the last word of a run that a signal ended, in log.txt
 
 
 class DamagedFile(NamedTuple):
@@ -168,7 +181,9 @@ def _parse_together(lines: list[bytes]) -> list[Block] | None:
         return None
     blocks = _blocks_of(rows)
     whole = all(
-        is_column(name, values) for names, columns in blocks for name, values in zip(names, columns, strict=True)
+        is_column(name, values)
+        for names, columns in blocks
+        for name, values in zip(names, columns, strict=True)
     )
     return blocks if whole else None
 
@@ -183,7 +198,9 @@ def _blocks_of(rows: list[dict[str, Any]]) -> list[Block]:
 
 def holds_run(folder: Path) -> bool:
     """Whether there is a run to read: some file of it, or a process that has begun one."""
-    return any((folder / name).is_file() for name in (METRICS, RECIPE, IDENTITY, LOG)) or is_locked(folder)
+    return any((folder / name).is_file() for name in (METRICS, RECIPE, IDENTITY, LOG)) or is_locked(
+        folder
+    )
 
 
 class RunFiles:
@@ -215,7 +232,10 @@ class RunFiles:
         self.state = "killed"
         self.revision = 0
         self.ranks: dict[int, Columns] = {}
-        self._metrics, self._log = JsonlColumns(self.folder / METRICS), AppendedLines(self.folder / LOG)
+        self._metrics, self._log = (
+            JsonlColumns(self.folder / METRICS),
+            AppendedLines(self.folder / LOG),
+        )
         self._of_ranks: dict[int, JsonlColumns] = {}
         self._seen: dict[str, tuple[int, int, int]] = {}
         self._faults: dict[str, Part[Any]] = {}
@@ -234,9 +254,13 @@ class RunFiles:
         tables = {METRICS: self._metrics} | {
             f"metrics-rank{rank}.jsonl": table for rank, table in self._of_ranks.items()
         }
-        parts = {name: Part(None, table.fault, table.skipped or None) for name, table in tables.items()}
+        parts = {
+            name: Part(None, table.fault, table.skipped or None) for name, table in tables.items()
+        }
         parts |= {LOG: Part(None, self._log.fault)} | self._faults
-        return [DamagedFile(name, lines, fault) for name, (_, fault, lines) in parts.items() if fault]
+        return [
+            DamagedFile(name, lines, fault) for name, (_, fault, lines) in parts.items() if fault
+        ]
 
     def refresh(self) -> bool:
         """Read what was written since the last look; whether anything changed."""
@@ -260,8 +284,15 @@ class RunFiles:
         anew, lines = self._log.read()
         if anew:
             self.log_tail, self.warnings = [], []
-        self.log_tail = [*self.log_tail, *(line.decode(errors="replace") for line in lines[-LOG_LINES:])][-LOG_LINES:]
-        told = [line.decode(errors="replace").partition("warning: ")[2] for line in lines if b"warning: " in line]
+        self.log_tail = [
+            *self.log_tail,
+            *(line.decode(errors="replace") for line in lines[-LOG_LINES:]),
+        ][-LOG_LINES:]
+        told = [
+            line.decode(errors="replace").partition("warning: ")[2]
+            for line in lines
+            if b"warning: " in line
+        ]
         self.warnings = list(dict.fromkeys([*self.warnings, *map(str.strip, told)]))[-WARNINGS:]
         return anew or bool(lines)
 
@@ -290,7 +321,9 @@ class RunFiles:
         except ValueError as error:
             self._faults[name] = Part(None, str(error))
         last = (self.columns.get("step") or [0])[-1] or 0
-        return "finished" if manifest and manifest["step"] >= last else "killed"  # final/ may be of a shorter run
+        return (
+            "finished" if manifest and manifest["step"] >= last else "killed"
+        )  # final/ may be of a shorter run
 
 
 def how_it_ended(run: RunFiles) -> dict[str, Any]:
@@ -306,7 +339,13 @@ def how_it_ended(run: RunFiles) -> dict[str, Any]:
             fix=f"tunesmith train {shell_path(shown(run.folder / RECIPE))}   # goes on from the newest checkpoint",
         )  # fmt: skip
         end = killed_before(run.folder) or unknown
-        told = {"what": end.what, "where": end.where, "why": end.why, "cause": end.cause, "next": end.fix}
+        told = {
+            "what": end.what,
+            "where": end.where,
+            "why": end.why,
+            "cause": end.cause,
+            "next": end.fix,
+        }
     return {name: value for name, value in told.items() if value not in (None, "")}
 
 
@@ -324,13 +363,17 @@ def read_profiles(folder: Path) -> tuple[list[dict[str, Any]], list[DamagedFile]
     for path in sorted(folder.glob(PROFILES)):
         name = shown(path.name)
         try:
-            profiles.append({"name": name.removeprefix("summary-").removesuffix(".json"), **read_profile(path)})
+            profiles.append(
+                {"name": name.removeprefix("summary-").removesuffix(".json"), **read_profile(path)}
+            )
         except (OSError, ValueError) as error:
             damaged.append(DamagedFile(f"profile/{name}", None, reason_of(error)))
     return profiles, damaged
 
 
-def downsample(x: Sequence[float | None], y: Sequence[float | None], points: int) -> tuple[list[float], list[float]]:
+def downsample(
+    x: Sequence[float | None], y: Sequence[float | None], points: int
+) -> tuple[list[float], list[float]]:
     """At most `points` + 2 points of a curve, with the lowest and the highest of each stretch, the first and the last.
 
     A spike survives, which a mean would hide. Where either is None, NaN or infinite there is no point.

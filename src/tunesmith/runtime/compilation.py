@@ -44,7 +44,10 @@ sys.exit(compiler_fault(torch.device(sys.argv[1])) or 0)"""
 def select_compile(choice: str, device: torch.device) -> tuple[bool, str]:
     """Whether `train.compile` (auto, on or off) compiles layers on `device`, and why."""
     if device.type != "cuda" or choice == "off":
-        return choice == "on", "on a CPU it gains nothing" if choice == "auto" else "as train.compile says"
+        return (
+            choice == "on",
+            "on a CPU it gains nothing" if choice == "auto" else "as train.compile says",
+        )
     fault, assembler = probe_compiler(device)
     if choice == "on":
         return True, f"as train.compile says{assembler}"
@@ -79,7 +82,9 @@ def compiler_fault(device: torch.device) -> str:
     try:
         right = torch.allclose(torch.compile(F.silu)(x), F.silu(x))
     except Exception as error:  # whatever a compiler may raise, training goes on without it
-        said = re.search(r"ptxas (?:fatal|error).*", str(error))  # below Triton's first line, which names no reason
+        said = re.search(
+            r"ptxas (?:fatal|error).*", str(error)
+        )  # below Triton's first line, which names no reason
         return f"the compiler does not run here: {said[0] if said else first_line(error)}"
     return "" if right else "the compiler runs here and gives wrong results"
 
@@ -87,9 +92,17 @@ def compiler_fault(device: torch.device) -> str:
 def runs_with(assembler: str, device: torch.device) -> bool:
     """Whether the compiler runs with that ptxas, in a process of its own: a failed compile leaves worker processes behind
     that keep their environment."""
-    command, env = [sys.executable, "-c", ATTEMPT, str(device)], {**os.environ, **dict.fromkeys(ASSEMBLERS, assembler)}
+    command, env = (
+        [sys.executable, "-c", ATTEMPT, str(device)],
+        {**os.environ, **dict.fromkeys(ASSEMBLERS, assembler)},
+    )
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(command, env=env, capture_output=True, timeout=300, check=False).returncode == 0
+        return (
+            subprocess.run(
+                command, env=env, capture_output=True, timeout=300, check=False
+            ).returncode
+            == 0
+        )
     return False
 
 
@@ -98,7 +111,11 @@ def assemblers() -> list[str]:
     toolkits = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
     toolkits += sorted(glob("/usr/local/cuda*"), reverse=True)
     toolkits += sorted(glob(f"{Path(torch.__file__).parents[1]}/nvidia/*"), reverse=True)
-    found = [*map(os.environ.get, ASSEMBLERS), shutil.which("ptxas"), *(f"{each}/bin/ptxas" for each in toolkits)]
+    found = [
+        *map(os.environ.get, ASSEMBLERS),
+        shutil.which("ptxas"),
+        *(f"{each}/bin/ptxas" for each in toolkits),
+    ]
     files = [os.path.realpath(path) for path in found if path and os.access(path, os.X_OK)]
     return list(dict.fromkeys(files))
 
@@ -112,7 +129,9 @@ def use_persistent_cache() -> str:
     """
     if CACHE not in os.environ:
         with contextlib.suppress(OSError):  # a home that is read only
-            os.environ[CACHE] = str(private_folder(cache_folder(f"compiled-{os.getuid()}")) / socket.gethostname())
+            os.environ[CACHE] = str(
+                private_folder(cache_folder(f"compiled-{os.getuid()}")) / socket.gethostname()
+            )
     return os.environ.get(CACHE, "")
 
 
@@ -128,7 +147,9 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
-def compile_layers(layers: Sequence[nn.Module], *, varied: bool, backend: str | Callable[..., Any] = "inductor") -> int:
+def compile_layers(
+    layers: Sequence[nn.Module], *, varied: bool, backend: str | Callable[..., Any] = "inductor"
+) -> int:
     """Compile each decoder layer in place, at its first forward in training; returns how many.
 
     `varied`: the number of tokens differs from micro batch to micro batch. `backend`: torch.compile's.
@@ -177,7 +198,9 @@ def compile_apart(name: str, backend: str | Callable[..., Any] = "inductor") -> 
     The compiler keeps graphs by the code of a function and its name. In a shared place the second shape would make it
     dynamic, and so give other kernels, and other bits, than a run of that shape alone.
     """
-    return torch.compile(FunctionType(_forward.__code__.replace(co_name=name), _forward.__globals__), backend=backend)
+    return torch.compile(
+        FunctionType(_forward.__code__.replace(co_name=name), _forward.__globals__), backend=backend
+    )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -29,16 +29,24 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         return
     if os.environ.get(WORKSPACE) not in CHOICES:
         if torch.cuda.is_initialized():
-            what, why = "cuBLAS cannot change its workspace any more", f"CUDA was started without {WORKSPACE}"
+            what, why = (
+                "cuBLAS cannot change its workspace any more",
+                f"CUDA was started without {WORKSPACE}",
+            )
             fix = f"start Python with {WORKSPACE}={CHOICES[0]} in its environment, or train.deterministic=false"
             raise MachineError(what, where="train.deterministic", why=why, fix=fix)
         os.environ[WORKSPACE] = CHOICES[0]
-    mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    mode, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     memory: Any = torch.utils.deterministic
     fills = memory.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True)
-        memory.fill_uninitialized_memory = False  # it writes over every new tensor, and shows bugs alone
+        memory.fill_uninitialized_memory = (
+            False  # it writes over every new tensor, and shows bugs alone
+        )
         yield
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warns)

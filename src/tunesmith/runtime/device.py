@@ -50,7 +50,11 @@ def host_budget(ranks: Collection[int] = ()) -> HostBudget:
 
 def choose_device() -> torch.device:
     """CUDA where there is one, else the CPU; the allocator is prepared before its first use."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     prepare_allocator(device)
     return device
 
@@ -73,7 +77,9 @@ def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
     return unified_budget(figures) + idle
 
 
-def prepare_allocator(device: torch.device, cuda: Any = torch.cuda, configure: Any = private.set_allocator) -> None:
+def prepare_allocator(
+    device: torch.device, cuda: Any = torch.cuda, configure: Any = private.set_allocator
+) -> None:
     """Set up the allocator of a GPU before its first allocation; `cuda` is torch.cuda.
 
     An integrated GPU gets a limit, so that an overrun raises torch.OutOfMemoryError and does not freeze the machine. A
@@ -83,8 +89,13 @@ def prepare_allocator(device: torch.device, cuda: Any = torch.cuda, configure: A
     if is_integrated(device, cuda):
         limit = free_memory(device, cuda) + cuda.memory_allocated(device)
         share = min(1.0, limit / cuda.get_device_properties(device).total_memory)
-        cuda.set_per_process_memory_fraction(share, device.index)  # None is the current device; `cuda` is refused
-    elif device.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        cuda.set_per_process_memory_fraction(
+            share, device.index
+        )  # None is the current device; `cuda` is refused
+    elif (
+        device.type == "cuda"
+        and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    ):
         configure("expandable_segments:True")
 
 

@@ -15,10 +15,14 @@ from tunesmith.host_files import available_cores
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more on 64 bit
 NEVER = 2**31 - 1
-CACHED_SHAPES = "128"  # between the two that were measured; a cached shape holds about half a megabyte
+CACHED_SHAPES = (
+    "128"  # between the two that were measured; a cached shape holds about half a megabyte
+)
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 NAMED = "as the environment says"
-SAMPLE_SECONDS = 0.06  # six ticks a core: enough to tell a core that computes from one that does not
+SAMPLE_SECONDS = (
+    0.06  # six ticks a core: enough to tell a core that computes from one that does not
+)
 
 
 def keep_freed_pages() -> bool:
@@ -30,7 +34,10 @@ def keep_freed_pages() -> bool:
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD) and libc.mallopt(M_TRIM_THRESHOLD, NEVER))
+    return bool(
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        and libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+    )
 
 
 def return_freed_memory() -> None:
@@ -89,7 +96,9 @@ def prepare_threads() -> str:
     before = _read_stat()
     time.sleep(SAMPLE_SECONDS)
     cores = measure_cores(before, _read_stat())
-    if (cores.busy or cores.allowed < cores.total) and not any(name in os.environ for name in WAITING):
+    if (cores.busy or cores.allowed < cores.total) and not any(
+        name in os.environ for name in WAITING
+    ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     count, why = cores.threads()
     if not named:
@@ -106,7 +115,12 @@ def keep_threads(before: int | None) -> str:
     import torch
 
     why, now = prepare_threads(), torch.get_num_threads()
-    if before is not None and before != now and why != NAMED and max(before, now) < 2 * min(before, now):
+    if (
+        before is not None
+        and before != now
+        and why != NAMED
+        and max(before, now) < 2 * min(before, now)
+    ):
         torch.set_num_threads(before)
         return "those of the checkpoint"
     return why
@@ -119,15 +133,25 @@ def _read_stat() -> str:
 def measure_cores(before: str, after: str, root: Path = Path("/")) -> Cores:
     """`before` and `after` are two readings of /proc/stat; `root` is where /proc and /sys are looked for."""
     cpus = os.sched_getaffinity(0)
-    siblings = (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus)
-    total = len({file.read_text(encoding="ascii") if file.exists() else str(file) for file in siblings})
+    siblings = (
+        root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus
+    )
+    total = len(
+        {file.read_text(encoding="ascii") if file.exists() else str(file) for file in siblings}
+    )
     first, last = _ticks(before, cpus), _ticks(after, cpus)
     idle, ticks = (late - early for early, late in zip(first, last, strict=True))
-    return Cores(total, round(total * (1 - idle / ticks)) if ticks else 0, min(total, available_cores(root)))
+    return Cores(
+        total, round(total * (1 - idle / ticks)) if ticks else 0, min(total, available_cores(root))
+    )
 
 
 def _ticks(stat: str, cpus: set[int]) -> tuple[int, int]:
     """Idle ticks and all ticks since boot of these processors, from the text of /proc/stat."""
     lines = (line.split() for line in stat.splitlines())
-    rows = [list(map(int, counts[:8])) for name, *counts in lines if name[:3] == "cpu" and name[3:] in map(str, cpus)]
+    rows = [
+        list(map(int, counts[:8]))
+        for name, *counts in lines
+        if name[:3] == "cpu" and name[3:] in map(str, cpus)
+    ]
     return sum(row[3] + row[4] for row in rows), sum(map(sum, rows))

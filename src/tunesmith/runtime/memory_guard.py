@@ -41,7 +41,10 @@ LONGEST = 30.0  # seconds of `stop.takes` that count
 RARELY, OFTEN = 1.0, 0.12  # seconds between two looks: at most a thousandth of a core
 FASTEST = 4 << 30  # bytes a second that memory is filled with: page faults of one process
 AGAIN = 2.0  # seconds between two times that page cache is dropped while MemFree is below the least
-PAUSE, LONGEST_PAUSE = 30.0, 480.0  # else: the first, doubled where a drop brought nothing, up to the second
+PAUSE, LONGEST_PAUSE = (
+    30.0,
+    480.0,
+)  # else: the first, doubled where a drop brought nothing, up to the second
 WORTH = 2 << 30  # bytes of page cache that are worth it
 MOST_FILES = 10_000  # that are opened for it: a folder of rows may hold millions
 
@@ -95,7 +98,13 @@ class MemoryGuard:
         clock: Callable[[], float] = time.monotonic,
         unified: bool | None = None,
     ) -> None:
-        self.stop, self.ranks, self.read, self.clock, self.unified = stop, ranks, read, clock, unified
+        self.stop, self.ranks, self.read, self.clock, self.unified = (
+            stop,
+            ranks,
+            read,
+            clock,
+            unified,
+        )
         self.files, self.make_room = files, make_room
         self.others: deque[tuple[float, int]] = deque()  # time, and what this process did not take
         self.pause = PAUSE
@@ -126,9 +135,14 @@ class MemoryGuard:
             return RARELY
         if self.unified is None and torch.cuda.is_initialized():
             self.unified = is_integrated(torch.device("cuda", torch.cuda.current_device()))
-        allocator = torch.cuda.memory_reserved() if self.unified and torch.cuda.is_initialized() else 0
+        allocator = (
+            torch.cuda.memory_reserved() if self.unified and torch.cuda.is_initialized() else 0
+        )
         own = own_memory(self.ranks.heartbeat.local_processes()) + allocator
-        floor = memory_floor(figures.limit or figures.total, unified=bool(self.unified)) + self.stop.saving
+        floor = (
+            memory_floor(figures.limit or figures.total, unified=bool(self.unified))
+            + self.stop.saving
+        )
         left, growth = figures.room - floor, self._growth(-figures.room - own)
         why = ""
         if left < growth:
@@ -181,12 +195,29 @@ class MemoryGuard:
         phase, host = self.ranks.heartbeat.doing, socket.gethostname()
         reserved = f"; the GPU's allocator {gib(allocator)} GiB" if allocator else ""
         text = f"{phase}, on {host}: {why}. {figures.describe()}{reserved}"
-        record: dict[str, Any] = {"phase": phase, "host": host, "floor_bytes": floor, "allocator_bytes": allocator}
+        record: dict[str, Any] = {
+            "phase": phase,
+            "host": host,
+            "floor_bytes": floor,
+            "allocator_bytes": allocator,
+        }
         record |= figures.as_record()
-        self.stop.shortage = Shortage(text, record)  # at once: to see who holds it takes a tenth of a second
+        self.stop.shortage = Shortage(
+            text, record
+        )  # at once: to see who holds it takes a tenth of a second
         ranks, several = self.ranks.heartbeat.local_processes(), self.ranks.world > 1
         ours, others = largest_processes(ranks)
-        ours = [holder._replace(name=f"rank {ranks[holder.pid]}" if several else holder.name) for holder in ours]
-        record |= {"processes": [h._asdict() for h in ours], "other_processes": [h._asdict() for h in others]}
-        run, rest = (", ".join(f"{h.name} ({h.pid}) {gib(h.bytes)}" for h in held) for held in (ours, others))
-        self.stop.ask(Shortage(f"{text}; this run holds: {run} GiB; others hold most: {rest} GiB", record))
+        ours = [
+            holder._replace(name=f"rank {ranks[holder.pid]}" if several else holder.name)
+            for holder in ours
+        ]
+        record |= {
+            "processes": [h._asdict() for h in ours],
+            "other_processes": [h._asdict() for h in others],
+        }
+        run, rest = (
+            ", ".join(f"{h.name} ({h.pid}) {gib(h.bytes)}" for h in held) for held in (ours, others)
+        )
+        self.stop.ask(
+            Shortage(f"{text}; this run holds: {run} GiB; others hold most: {rest} GiB", record)
+        )

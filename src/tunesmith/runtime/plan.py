@@ -101,7 +101,9 @@ class MemoryEstimate:
     activations: int = 0  # what the layers keep for the backward
     recomputed_layer: int = 0  # of it, for each that recomputes
     gathered: int = 0  # weights whose shards FSDP has gathered, and gradients on the way to theirs
-    workspace: int = 0  # there for a moment: one layer's gradients, a chunk of logits, the embeddings' rows
+    workspace: int = (
+        0  # there for a moment: one layer's gradients, a chunk of logits, the embeddings' rows
+    )
     host: int = 0  # in the host's memory, by train.cpu_offload; in none of the sums
     free: int = 0  # what there was before anything was built
     least: int = 0  # what a step on the longest example alone takes, before any gradient is there
@@ -117,8 +119,20 @@ class MemoryEstimate:
 
     def describe(self) -> str:
         """The parts, in GiB."""
-        names = ("weights", "gradients", "optimizer", "gathered", "activations", "workspace", "host")
-        parts = [(name, vars(self)[name]) for name in names if name not in ("gathered", "host") or vars(self)[name]]
+        names = (
+            "weights",
+            "gradients",
+            "optimizer",
+            "gathered",
+            "activations",
+            "workspace",
+            "host",
+        )
+        parts = [
+            (name, vars(self)[name])
+            for name in names
+            if name not in ("gathered", "host") or vars(self)[name]
+        ]
         return ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts) + " GiB"
 
 
@@ -146,13 +160,17 @@ class RunPlan:
     compiled: bool = False
     deterministic: bool = False
     recomputed_layers: int = 0
-    fp32_gradients: bool = False  # those of linear layers' weights are added up in fp32 by the products that make them
+    fp32_gradients: bool = (
+        False  # those of linear layers' weights are added up in fp32 by the products that make them
+    )
     cpu_offload: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     layout: MicroBatchLayout = ONE_EXAMPLE
     memory: MemoryEstimate = MemoryEstimate()
     mesh: MeshShape = ONE
-    savings: Callable[[], Sequence[Saving]] = tuple  # planned when advice is asked for: it takes some 0.3 s
+    savings: Callable[[], Sequence[Saving]] = (
+        tuple  # planned when advice is asked for: it takes some 0.3 s
+    )
     trial_peak: int = 0
     why: Mapping[str, str] = field(default_factory=dict)
 
@@ -170,7 +188,9 @@ class RunPlan:
             "loss": "chunked, compiled" if self.compiled else "chunked",
             "base": self.base,
             "compile": "per layer" if self.compiled else "off",
-            "recompute": {0: "none", self.layers: "full"}.get(count, f"{count} of {self.layers} layers"),
+            "recompute": {0: "none", self.layers: "full"}.get(
+                count, f"{count} of {self.layers} layers"
+            ),
             "micro batch": f"{size.amount:,} {size.unit}",
             **{part: taken for part, taken in more.items() if taken},
         }
@@ -179,7 +199,9 @@ class RunPlan:
         """The advice for a run that does not fit; `resumed`: it has a checkpoint, `recompute`: that may help."""
         found = [s for s in self.savings() if recompute or not s.keys.startswith("train.recompute")]
         free = [s for s in found if s.resumes]
-        keys = " or ".join(f"{s.keys} ({s.total / 2**30:.1f} GiB)" for s in (resumed and free) or found)
+        keys = " or ".join(
+            f"{s.keys} ({s.total / 2**30:.1f} GiB)" for s in (resumed and free) or found
+        )
         fresh = " with --fresh" if keys and resumed and not free else ""
         return f"{keys}{fresh}" or "a smaller model, or a device with more memory"
 

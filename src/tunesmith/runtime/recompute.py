@@ -67,7 +67,9 @@ class OffloadedLayer(nn.Module):
         forward = super().forward
         if not (self.training and own.recomputed):
             return forward(hidden, *args, **kwargs)
-        if not hidden.requires_grad:  # over frozen embeddings; this form recomputes for inputs with a gradient only
+        if (
+            not hidden.requires_grad
+        ):  # over frozen embeddings; this form recomputes for inputs with a gradient only
             hidden = hidden.detach().requires_grad_()
         with save_on_cpu(pin_memory=hidden.is_cuda):
             return checkpoint(partial(forward, **kwargs), hidden, *args, use_reentrant=True)
@@ -121,7 +123,9 @@ def calibrate_recompute(
     if estimate.total > budget * 3 // 4:
         trial = max(trial, total - max(1, total // 8))
     model.train()
-    while trial < count and (trial or count > total):  # what the last trial leads to is measured, unless it is 0
+    while trial < count and (
+        trial or count > total
+    ):  # what the last trial leads to is measured, unless it is 0
         count = trial
         recompute_layers(layers, count)
         meter.restart()
@@ -131,7 +135,9 @@ def calibrate_recompute(
             except torch.OutOfMemoryError as error:
                 if count == total or shares:
                     what = f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory"
-                    why = f"with {count} of {total} layers recomputed; {str(error).partition('.')[0]}"
+                    why = (
+                        f"with {count} of {total} layers recomputed; {str(error).partition('.')[0]}"
+                    )
                     fix = plan.less_memory(recompute=False)
                     raise MachineError(what, where="train.micro_batch", why=why, fix=fix) from error
                 activations = None  # others have taken memory since the plan was made
@@ -144,7 +150,9 @@ def calibrate_recompute(
         activations, peak = (max(figures) for figures in zip(*measured, strict=True))
         more = activations * (estimate.tokens / tokens - 1)  # in the largest micro batch
         room = budget - estimate.optimizer - estimate.copies - peak - more
-        trial = revise_recomputed(count, total, activations + more, estimate.recomputed_layer, room=room)
+        trial = revise_recomputed(
+            count, total, activations + more, estimate.recomputed_layer, room=room
+        )
     recompute_layers(layers, trial)
     model.train(training)
     return replace(plan, recomputed_layers=trial, trial_peak=meter.before)
@@ -160,7 +168,9 @@ def _trial(model: nn.Module, batch: Batch, meter: MemoryMeter) -> float:
     return activations
 
 
-def revise_recomputed(count: int, layers: int, activations: float, recomputed_layer: float, *, room: float) -> int:
+def revise_recomputed(
+    count: int, layers: int, activations: float, recomputed_layer: float, *, room: float
+) -> int:
     """How many of `layers` to recompute, where `count` of them do and all together keep `activations` bytes.
 
     A recomputed layer keeps `recomputed_layer` bytes; `room` bytes are left, or missing where it is negative.

@@ -31,25 +31,43 @@ from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_memory, host_budget, is_integrated
 from tunesmith.runtime.host import return_freed_memory
-from tunesmith.runtime.plan import ONE, Machine, MemoryEstimate, MeshShape, MicroBatchLayout, RunPlan, needs_fsdp
+from tunesmith.runtime.plan import (
+    ONE,
+    Machine,
+    MemoryEstimate,
+    MeshShape,
+    MicroBatchLayout,
+    RunPlan,
+    needs_fsdp,
+)
 from tunesmith.runtime.savings import USABLE_ON_CPU, find_savings, moved_to_host, refuse_offload
 from tunesmith.units import Size
 
 if TYPE_CHECKING:
-    from tunesmith.hub.model_files import ModelFiles  # with Transformers, which a plan can do without
+    from tunesmith.hub.model_files import (
+        ModelFiles,
+    )  # with Transformers, which a plan can do without
 
 MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
-USABLE = 0.9  # of the free memory, to plan with: the rest is the allocator's, and the estimate's error
+USABLE = (
+    0.9  # of the free memory, to plan with: the rest is the allocator's, and the estimate's error
+)
 # Operations in the time of a byte: an H200 reaches 700 TFLOP/s (in 8 bits twice that) and 4 TB/s, and other discrete cards
 # lie between 150 and 300; a GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on
 # an H200 and as 922 on a GB10, which prefers larger micro batches.
-OPERATIONS_PER_BYTE = {False: (175, 350), True: (407, 832)}  # by Machine.integrated: in 16 bits, in 8 bits
+OPERATIONS_PER_BYTE = {
+    False: (175, 350),
+    True: (407, 832),
+}  # by Machine.integrated: in 16 bits, in 8 bits
 # Layers that FSDP2 has gathered at once: one in use, the next one, and the flat buffer that a gather arrives in.
 GATHERED_LAYERS = 3
 # 16-bit gradients of copies are summed in fp32 pieces of so many elements, so many of them at a time.
 GRADIENT_PIECE = 1 << 24
 GRADIENT_PIECES = 4
-RECOMPUTE_COST = {"none": 1 / 3, "lora": 1 / 2}  # a second forward, as a share of a step: 2 of 6 operations, or of 4
+RECOMPUTE_COST = {
+    "none": 1 / 3,
+    "lora": 1 / 2,
+}  # a second forward, as a share of a step: 2 of 6 operations, or of 4
 # Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a usual step...
 ROW_MULTIPLE = 128
 # Without expandable segments (device.prepare_allocator) each length leaves blocks of its own in the allocator, which no other
@@ -86,14 +104,21 @@ def probe_machine(
     else:
         free, size, limit = free_memory(device), card_bytes(device), None
     scaling = scheme_of(run.model).select_scaling(device, shapes)
-    backend, compiles = attention_backend(run, files, device), compilation.select_compile(run.train.compile, device)
+    backend, compiles = (
+        attention_backend(run, files, device),
+        compilation.select_compile(run.train.compile, device),
+    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return Machine(str(device), free, backend, compiles, scaling, size, is_integrated(device), name, limit)
+    return Machine(
+        str(device), free, backend, compiles, scaling, size, is_integrated(device), name, limit
+    )
 
 
 def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:
     """The plan of a model that is only asked: nothing compiled or recomputed, no base in 8 bits."""
-    return RunPlan(str(device), attention_backend(run, files, device)[0], run.model.dtype, files.spec.layers)
+    return RunPlan(
+        str(device), attention_backend(run, files, device)[0], run.model.dtype, files.spec.layers
+    )
 
 
 def resolve_plan(
@@ -117,9 +142,15 @@ def resolve_plan(
 
     def plan_of(changed: Run) -> RunPlan:
         """The plan of a recipe that differs in what `find_savings` changes."""
-        count = trained if changed.adapter.kind == run.adapter.kind else adapter_parameters(spec, changed.adapter)
+        count = (
+            trained
+            if changed.adapter.kind == run.adapter.kind
+            else adapter_parameters(spec, changed.adapter)
+        )
         share = changed.train.global_batch.amount / run.train.global_batch.amount
-        size = rank_step(changed, StepSize(step.mean * share, math.ceil(step.largest * share)), mesh)
+        size = rank_step(
+            changed, StepSize(step.mean * share, math.ceil(step.largest * share)), mesh
+        )
         estimator = MemoryEstimator(changed, spec, machine, count, mesh, probabilities)
         return estimator.plan(size, min(longest, changed.data.seq_len), before)
 
@@ -127,7 +158,9 @@ def resolve_plan(
     plan = plan_of(run)
     # Less than a tenth would not be worth a change.
     below = min(int(plan.memory.free * usable_share(machine.device)), plan.memory.total * 9 // 10)
-    return replace(plan, savings=partial(find_savings, run, plan, plan_of, below=below, longest=longest))
+    return replace(
+        plan, savings=partial(find_savings, run, plan, plan_of, below=below, longest=longest)
+    )
 
 
 def usable_share(device: str) -> float:
@@ -193,7 +226,12 @@ class MemoryEstimator:
         train = self.run.train
         has_masters = DTYPES[self.run.model.dtype] in HALF and train.master_weights == "fp32"
         in_full = self.run.adapter.kind == "none" and not train.optimizer_in_backward
-        return has_masters and in_full and self.mesh.world == 1 and self.machine.device.startswith("cuda")
+        return (
+            has_masters
+            and in_full
+            and self.mesh.world == 1
+            and self.machine.device.startswith("cuda")
+        )
 
     @property
     def moved(self) -> tuple[str, ...]:
@@ -207,11 +245,16 @@ class MemoryEstimator:
         counted.
         """
         spec, cut = self.spec, self.mesh.tensor
-        matrices, tables = spec.layers * spec.layer_matmul, spec.head_matmul * (1 if spec.tied else 2)
+        matrices, tables = (
+            spec.layers * spec.layer_matmul,
+            spec.head_matmul * (1 if spec.tied else 2),
+        )
         rest, width = spec.parameters - matrices - tables, self.scheme.weight_bytes
         if width is None:
             width = itemsize
-        return int(-(-matrices // cut) * width) + self.scales, int((-(-tables // cut) + rest) * itemsize)
+        return int(-(-matrices // cut) * width) + self.scales, int(
+            (-(-tables // cut) + rest) * itemsize
+        )
 
     @property
     def scales(self) -> int:
@@ -222,7 +265,9 @@ class MemoryEstimator:
         spec, cut, scheme = self.spec, self.mesh.tensor, self.scheme
         if not scheme.scale_bytes:
             return 0
-        columns = spec.layers * spec.hidden * (spec.heads * spec.head_dim + spec.intermediate) * (cut > 1)
+        columns = (
+            spec.layers * spec.hidden * (spec.heads * spec.head_dim + spec.intermediate) * (cut > 1)
+        )
         rows = spec.layers * spec.layer_matmul - columns
         return int((rows * scheme.scale_bytes + columns * 4 / scheme.block) / cut)
 
@@ -231,35 +276,61 @@ class MemoryEstimator:
         """Trained parameters of one rank. Those of an adapter are whole on every data rank, all others are sharded."""
         cut, adapter = self.mesh.tensor, self.run.adapter
         if adapter.kind == "lora":
-            return self.trained - adapter_parameters(self.spec, adapter) + adapter_parameters(self.spec, adapter, cut)
+            return (
+                self.trained
+                - adapter_parameters(self.spec, adapter)
+                + adapter_parameters(self.spec, adapter, cut)
+            )
         return -(-sum(self.weights(1)) * self.trained // (self.spec.parameters * self.mesh.shard))
 
     def plan(self, step: StepSize, longest: int, before: Size | None) -> RunPlan:
         """The plan of a rank whose share of a step is `step`, whether it fits or not."""
-        run, machine, train, (compiled, compile_why) = self.run, self.machine, self.run.train, self.machine.compiles
+        run, machine, train, (compiled, compile_why) = (
+            self.run,
+            self.machine,
+            self.run.train,
+            self.machine.compiles,
+        )
         size, why = train.micro_batch, "as train.micro_batch says"
-        if train.optimizer_in_backward:  # an update in the backward leaves no place for a second micro batch
+        if (
+            train.optimizer_in_backward
+        ):  # an update in the backward leaves no place for a second micro batch
             size = Size(-(-train.global_batch.amount // self.mesh.data), train.global_batch.unit)
             why = "the whole global batch"
-        elif size == "auto" and before is not None and not self.overrun(self.tokens_of(before, step, longest)):
+        elif (
+            size == "auto"
+            and before is not None
+            and not self.overrun(self.tokens_of(before, step, longest))
+        ):
             size, why = before, "that of the checkpoint"
         by_examples = size != "auto" and size.unit == "examples"
         # Where every step has the same tokens, one padded shape serves all micro batches.
-        fixed = compiled and run.data.pack and train.global_batch.unit == "tokens" and not by_examples
+        fixed = (
+            compiled and run.data.pack and train.global_batch.unit == "tokens" and not by_examples
+        )
         if size == "auto":
-            tokens, why = self.fastest_micro_batch(step, fixed=fixed), "the least time by the estimate"
+            tokens, why = (
+                self.fastest_micro_batch(step, fixed=fixed),
+                "the least time by the estimate",
+            )
         else:
             tokens = self.tokens_of(size, step, longest)
         memory = self.estimate(tokens)
-        memory = replace(memory, least=self.least_bytes(min(tokens, longest), memory.recomputed_layers))
+        memory = replace(
+            memory, least=self.least_bytes(min(tokens, longest), memory.recomputed_layers)
+        )
         if size == "auto" or size.unit == "tokens":
             size = Size(max(tokens, longest) if fixed else tokens, "tokens")
         bucket = self.length_bucket(tokens if run.data.pack else longest)
         layout = MicroBatchLayout(size, multiple=bucket)
         if compiled:
-            multiple = 1 if fixed else max(bucket, ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8)
+            multiple = (
+                1 if fixed else max(bucket, ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8)
+            )
             bound = -(-longest // DOCUMENT_BLOCK) * DOCUMENT_BLOCK
-            layout = MicroBatchLayout(size, pad_to=size.amount if fixed else None, multiple=multiple, bound=bound)
+            layout = MicroBatchLayout(
+                size, pad_to=size.amount if fixed else None, multiple=multiple, bound=bound
+            )
         base = self.scheme.storage(machine.scaling[0], run.model.dtype)
         return RunPlan(
             machine.device, machine.attention[0], base, self.spec.layers, compiled, train.deterministic,
@@ -285,7 +356,12 @@ class MemoryEstimator:
 
     def estimate(self, tokens: int) -> MemoryEstimate:
         """Memory of a micro batch of `tokens`, padding counted, with the fewest recomputed layers that fit."""
-        run, spec, cut, itemsize = self.run, self.spec, self.mesh.tensor, DTYPES[self.run.model.dtype].itemsize
+        run, spec, cut, itemsize = (
+            self.run,
+            self.spec,
+            self.mesh.tensor,
+            DTYPES[self.run.model.dtype].itemsize,
+        )
         lora, trained = run.adapter.kind == "lora", self.trained_here
         # Sharded 16-bit weights that are trained in full are fp32, their own masters.
         masters = self.sharded and not lora and run.train.master_weights == "fp32"
@@ -325,10 +401,16 @@ class MemoryEstimator:
             - workspace
             - ends
         )
-        named = {"auto": fewest_recomputed(room, spec.layers, layer, recomputed_layer), "none": 0, "full": spec.layers}
+        named = {
+            "auto": fewest_recomputed(room, spec.layers, layer, recomputed_layer),
+            "none": 0,
+            "full": spec.layers,
+        }
         given = run.train.recompute
         recomputed = min(given if isinstance(given, int) else named[given], spec.layers)
-        if recomputed == spec.layers:  # otherwise the last layer's activations are gone when the first one recomputes
+        if (
+            recomputed == spec.layers
+        ):  # otherwise the last layer's activations are gone when the first one recomputes
             again = self._backward_bytes(tokens, itemsize) + layer - recomputed_layer
             workspace = max(workspace, again)
         return MemoryEstimate(
@@ -351,23 +433,38 @@ class MemoryEstimator:
         family = ARCHITECTURES.get(spec.model_type)
         more = 0 if self.machine.compiles[0] or (family is not None and family.fused) else 1
         # Of what a tensor group keeps, only the normed inputs are whole: gathered before attention and MLP.
-        wide, heads = -(-spec.intermediate // cut), spec.head_dim * (spec.heads + 2 * spec.kv_heads) // cut
+        wide, heads = (
+            -(-spec.intermediate // cut),
+            spec.head_dim * (spec.heads + 2 * spec.kv_heads) // cut,
+        )
         kept: float = 2 * spec.hidden + (3 + more) * (-(-spec.hidden // cut) + wide) + heads
         if self.machine.attention[0] == "products" and spec.attention_softcap is None:
             kept += spec.heads * self.probabilities / cut
         factors = 0
-        if adapter.kind == "lora":  # x A^T of seven layers; each A and B once more, in the dtype of the products
+        if (
+            adapter.kind == "lora"
+        ):  # x A^T of seven layers; each A and B once more, in the dtype of the products
             kept += 7 * adapter.rank
-            factors = adapter_parameters(spec, replace(adapter, modules_to_save=()), cut) // spec.layers
-        if adapter.dropout:  # each of these layers has an input of its own, and a mask: a byte a number on a GPU
-            outs, mask = spec.heads * spec.head_dim // cut, 1 if self.machine.device == "cpu" else 1 / itemsize
+            factors = (
+                adapter_parameters(spec, replace(adapter, modules_to_save=()), cut) // spec.layers
+            )
+        if (
+            adapter.dropout
+        ):  # each of these layers has an input of its own, and a mask: a byte a number on a GPU
+            outs, mask = (
+                spec.heads * spec.head_dim // cut,
+                1 if self.machine.device == "cpu" else 1 / itemsize,
+            )
             kept += 3 * spec.hidden + outs + mask * (5 * spec.hidden + outs + wide)
         return int(kept * tokens + factors) * itemsize
 
     def _head_bytes(self, tokens: int, itemsize: int) -> int:
         """A chunk of logits: raw, in fp32, and their raw gradient; of a trained head the fp32 sum of its gradients too, and
         one chunk's."""
-        trained, vocabulary = self.run.adapter.kind == "none", -(-self.spec.vocab // self.mesh.tensor)
+        trained, vocabulary = (
+            self.run.adapter.kind == "none",
+            -(-self.spec.vocab // self.mesh.tensor),
+        )
         device, card = torch.device(self.machine.device), self.machine.card_bytes
         chunk = min(tokens, chunk_size(vocabulary, tokens, device, trained=trained, card=card))
         # fp32 logits are scored in place, and on a CPU all are, a few rows at a time.
@@ -425,15 +522,24 @@ class MemoryEstimator:
         seq = self.run.data.seq_len
         limit = MAX_TOKENS[torch.device(self.machine.device).type]
         most = max(seq, min(limit, math.ceil(step.largest / seq) * seq))
-        return min(range(most // seq * seq, 0, -seq), key=lambda tokens: self._cost(tokens, step, fixed=fixed))
+        return min(
+            range(most // seq * seq, 0, -seq),
+            key=lambda tokens: self._cost(tokens, step, fixed=fixed),
+        )
 
     def _cost(self, tokens: int, step: StepSize, *, fixed: bool) -> float:
         """Time of an optimizer step, in units of one without fixed cost and recompute; huge where it does not fit."""
         memory = self.estimate(tokens)
-        work = 1 + RECOMPUTE_COST[self.run.adapter.kind] * memory.recomputed_layers / self.spec.layers
+        work = (
+            1 + RECOMPUTE_COST[self.run.adapter.kind] * memory.recomputed_layers / self.spec.layers
+        )
         micro_batches = math.ceil(step.mean / tokens)
         padded = micro_batches * tokens / step.mean if fixed else 1.0
-        return work * padded + self.pass_tokens * micro_batches / step.mean + 1e6 * self.overrun(tokens)
+        return (
+            work * padded
+            + self.pass_tokens * micro_batches / step.mean
+            + 1e6 * self.overrun(tokens)
+        )
 
     @property
     def pass_tokens(self) -> float:

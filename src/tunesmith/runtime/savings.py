@@ -44,7 +44,9 @@ def find_savings(
                 continue
             if (total := plan_of(changed).memory.total) <= below:
                 changes = differences(run, changed)
-                words = {c.key: c.new if isinstance(c.new, str) else json.dumps(c.new) for c in changes}
+                words = {
+                    c.key: c.new if isinstance(c.new, str) else json.dumps(c.new) for c in changes
+                }
                 keys = " ".join(f"{key}={shell_word(word)}" for key, word in words.items())
                 return [Saving(keys, total, all(change.allowed for change in changes))]
         return []
@@ -53,7 +55,9 @@ def find_savings(
     found, as_adapter = [saving for kind in changes for saving in smallest(kind)], smallest(adapter)
     if not found:
         kinds = changes if as_adapter else [*changes, adapter]
-        together = itertools.chain(itertools.combinations(kinds, 2), itertools.combinations(kinds, 3))
+        together = itertools.chain(
+            itertools.combinations(kinds, 2), itertools.combinations(kinds, 3)
+        )
         found = next((savings for several in together if (savings := smallest(*several))), [])
     return (*found, *as_adapter)
 
@@ -72,7 +76,13 @@ def _changes(run: Run, plan: RunPlan, longest: int) -> list[list[Keys]]:
         [{"train.master_weights": "stochastic"}],
         [{"train.optimizer_in_backward": True, "train.clip_norm": None}],
         [{"model.quantize": "nf4"}],
-        [{"adapter.kind": "lora", "train.master_weights": "fp32", "train.optimizer_in_backward": False}],
+        [
+            {
+                "adapter.kind": "lora",
+                "train.master_weights": "fp32",
+                "train.optimizer_in_backward": False,
+            }
+        ],
     ]
 
 
@@ -96,7 +106,9 @@ def _with_keys(run: Run, keys: Iterable[tuple[str, Any]]) -> Run:
     return run
 
 
-def refuse_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False, where: str = "", more: str = "") -> None:
+def refuse_overrun(
+    plan: RunPlan, machine: Machine, *, resumed: bool = False, where: str = "", more: str = ""
+) -> None:
     """MachineError where a plan needs more memory than there is, with `more` advice; `where`: not the plan's device."""
     needed, there = memory_needs(plan, machine)
     if there and needed > there:
@@ -104,8 +116,12 @@ def refuse_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False, wh
         ranks = f"{plan.mesh.describe()}, " if plan.mesh.world > 1 else ""
         how = f"{ranks}micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
         fix = _ways_to_fit(plan, machine, resumed=resumed) + more
-        place = ", ".join(filter(None, [plan.device, machine.limit.describe() if machine.limit else ""]))
-        raise MachineError(what, where=where or place, why=f"{plan.memory.describe()}; {how}", fix=fix)
+        place = ", ".join(
+            filter(None, [plan.device, machine.limit.describe() if machine.limit else ""])
+        )
+        raise MachineError(
+            what, where=where or place, why=f"{plan.memory.describe()}; {how}", fix=fix
+        )
 
 
 def warn_of_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -> RunPlan:
@@ -115,7 +131,9 @@ def warn_of_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -
         return plan
     what = f"it needs about {needed / 2**30:.1f} GiB, on a CPU up to a quarter more"
     place = f" ({machine.limit.describe()})" if machine.limit and machine.limit.name else ""
-    text = f"warning: the run may not fit: {what}, and {there / 2**30:.1f} GiB can be had now{place}"
+    text = (
+        f"warning: the run may not fit: {what}, and {there / 2**30:.1f} GiB can be had now{place}"
+    )
     fix = _ways_to_fit(plan, machine, resumed=resumed)
     return replace(plan, warnings=(*plan.warnings, f"{text}; fix: {fix}"))
 
@@ -144,11 +162,16 @@ def refuse_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
     """RecipeError where `train.cpu_offload` asks for what a GPU or the mesh cannot have; on a CPU it has no effect."""
     key, moved = "train.cpu_offload", moved_to_host(run, machine)
     if moved and machine.integrated:
-        what, why = "this GPU shares the host's memory", "what is moved to the host takes the same memory there"
+        what, why = (
+            "this GPU shares the host's memory",
+            "what is moved to the host takes the same memory there",
+        )
         raise RecipeError(what, where=key, why=why, fix=f"{key}=[]")
     if "parameters" in moved and mesh.world == 1:
         what, why = "one process offloads no parameters", "FSDP2 offloads what it shards over ranks"
-        raise RecipeError(what, where=key, why=why, fix=f"{key}=[], or {key}=[activations], or several ranks")
+        raise RecipeError(
+            what, where=key, why=why, fix=f"{key}=[], or {key}=[activations], or several ranks"
+        )
 
 
 def moved_to_host(run: Run, machine: Machine) -> tuple[str, ...]:

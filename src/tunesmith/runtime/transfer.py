@@ -44,7 +44,9 @@ class Snapshot:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._device = next((t.device for t in self._tensors.values() if t.is_cuda), torch.device("cpu"))
+        self._device = next(
+            (t.device for t in self._tensors.values() if t.is_cuda), torch.device("cpu")
+        )
         self._copied = _record_event(self._device)
 
     def on_host(self) -> dict[str, Tensor]:

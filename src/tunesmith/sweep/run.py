@@ -65,13 +65,25 @@ class SweepRun:
         return self.losses[max(self.losses)] if self.losses else math.inf
 
     def plain(self) -> dict[str, Any]:
-        losses = {str(step): loss if math.isfinite(loss) else None for step, loss in self.losses.items()}
-        about = {"name": self.name, "run_dir": self.run.output_dir, "values": self.values, "state": self.state}
+        losses = {
+            str(step): loss if math.isfinite(loss) else None for step, loss in self.losses.items()
+        }
+        about = {
+            "name": self.name,
+            "run_dir": self.run.output_dir,
+            "values": self.values,
+            "state": self.state,
+        }
         return {**about, "step": self.step, "loss": losses.get(str(self.step)), "losses": losses}
 
 
 def run_sweep(
-    recipe: str | Path, space: Space, search: Search, *, say: Callable[[str], None], argv: list[str] | None = None
+    recipe: str | Path,
+    space: Space,
+    search: Search,
+    *,
+    say: Callable[[str], None],
+    argv: list[str] | None = None,
 ) -> dict[str, Any]:
     """Train the candidates of `space` over one base; what sweep.json holds. Errors are those of `train`.
 
@@ -90,7 +102,9 @@ def run_sweep(
             if ranks.leads:
                 if is_run(folder := Path(base.output_dir)):
                     what = "output_dir holds a run, and a sweep has its runs below it"
-                    raise UsageError(what, where=str(folder), fix=shell_word(f"output_dir={folder}-sweep"))
+                    raise UsageError(
+                        what, where=str(folder), fix=shell_word(f"output_dir={folder}-sweep")
+                    )
                 stack.enter_context(claim_run_dir(folder))
         sweep = Sweep(recipe, base, space, search, stop, ranks, say, argv)
         sweep.search_best()
@@ -128,13 +142,23 @@ class Sweep:
     argv: list[str] | None
 
     def __post_init__(self) -> None:
-        self.folder, self.candidates, self.stopped = Path(self.base.output_dir), list[SweepRun](), ""
-        asked = {"recipe": to_mapping(self.base), "keys": self.space.plain(), "search": {**vars(self.search), **METHOD}}
+        self.folder, self.candidates, self.stopped = (
+            Path(self.base.output_dir),
+            list[SweepRun](),
+            "",
+        )
+        asked = {
+            "recipe": to_mapping(self.base),
+            "keys": self.space.plain(),
+            "search": {**vars(self.search), **METHOD},
+        }
         self.asked: dict[str, Any] = json.loads(json.dumps(asked))  # as it is read back
         with self.ranks.together():
             before = self._read() if self.ranks.leads else {}
         before = self.ranks.share(before)
-        self.diverged = {c["name"]: c["step"] for c in before.get("candidates", ()) if c["state"] == "diverged"}
+        self.diverged = {
+            c["name"]: c["step"] for c in before.get("candidates", ()) if c["state"] == "diverged"
+        }
         self.fixed: dict[str, Any] = before.get("fixed") or {}
         self.fixed = self.fixed or self._fix()
 
@@ -151,7 +175,11 @@ class Sweep:
         search = known["asked"].get("search") if known else None
         if isinstance(search, dict) and not self.space.ranges:
             search.update(METHOD)  # of lists nothing is drawn, whatever an earlier version noted
-        if differ := [name for name, value in self.asked.items() if known and known["asked"].get(name) != value]:
+        if differ := [
+            name
+            for name, value in self.asked.items()
+            if known and known["asked"].get(name) != value
+        ]:
             what, fix = (
                 "this folder holds another sweep",
                 f"{shell_word(f'output_dir={self.folder}-2')}, or delete that folder",
@@ -162,7 +190,9 @@ class Sweep:
     @cached_property
     def shared(self) -> SharedBase:
         """The base, loaded when the first candidate has steps to train."""
-        wide = [word for key in ("adapter.rank", "adapter.dropout") for word in self.space.widest(key)]
+        wide = [
+            word for key in ("adapter.rank", "adapter.dropout") for word in self.space.widest(key)
+        ]
         widest = load_recipe(self.recipe, [*self.space.fixed, *wide])
         return SharedBase(self._pinned(widest) if self.fixed else widest, self.ranks, self.say)
 
@@ -173,16 +203,29 @@ class Sweep:
         count = self.search.candidates if self.space.ranges else len(self.space.grid())
         per_epoch = first.data.schedule.steps_per_epoch(0)
         interval = Cadence(every, total=total, steps_per_epoch=per_epoch, seconds=0.0).interval
-        warmups = [Length.parse(text) for text in self.space.choices.get("train.warmup", ())] or [run.train.warmup]
-        warmup = max(warmup_steps(replace(run.train, warmup=one), total, per_epoch) for one in warmups)
+        warmups = [Length.parse(text) for text in self.space.choices.get("train.warmup", ())] or [
+            run.train.warmup
+        ]
+        warmup = max(
+            warmup_steps(replace(run.train, warmup=one), total, per_epoch) for one in warmups
+        )
         rungs = rung_steps(total, count, interval, self.search.rungs, warmup)
         if not rungs and self.search.rungs is None:
-            self.say("every candidate trains to its end: too few of them, or of steps, to stop some (see --rungs)")
+            self.say(
+                "every candidate trains to its end: too few of them, or of steps, to stop some (see --rungs)"
+            )
         if rungs and (not interval or rungs[0] % interval):
             every = Length(rungs[0], "steps")
-            self.say(f"validate.every is {every} in the recipe of each candidate: they are compared there")
+            self.say(
+                f"validate.every is {every} in the recipe of each candidate: they are compared there"
+            )
         micro_batch = str(first.plan.layout.micro_batch)
-        return {"steps": total, "rungs": rungs, "micro_batch": micro_batch, "validate_every": every and str(every)}
+        return {
+            "steps": total,
+            "rungs": rungs,
+            "micro_batch": micro_batch,
+            "validate_every": every and str(every),
+        }
 
     def _pinned(self, run: Run) -> Run:
         """The recipe with what the sweep has fixed, so that `train` alone gives the same bits anywhere."""
@@ -193,10 +236,14 @@ class Sweep:
     def add(self, values: dict[str, str]) -> SweepRun:
         """Make a candidate; its folder's name tells its number and values."""
         values = self.ranks.share(values)
-        run = load_recipe(self.recipe, [*self.space.fixed, *(f"{key}={value}" for key, value in values.items())])
+        run = load_recipe(
+            self.recipe, [*self.space.fixed, *(f"{key}={value}" for key, value in values.items())]
+        )
         words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
         name = f"{len(self.candidates) + 1:02d}-" + re.sub(r"[^\w.+-]+", "_", words)[:80]
-        self.candidates.append(SweepRun(name, values, replace(self._pinned(run), output_dir=str(self.folder / name))))
+        self.candidates.append(
+            SweepRun(name, values, replace(self._pinned(run), output_dir=str(self.folder / name)))
+        )
         return self.candidates[-1]
 
     def search_best(self) -> None:
@@ -242,7 +289,9 @@ class Sweep:
                 self.write()
                 raise
             except (NonFiniteError, OtherRankError) as error:
-                if not isinstance(error, NonFiniteError) and not isinstance(error.__cause__, NonFiniteError):
+                if not isinstance(error, NonFiniteError) and not isinstance(
+                    error.__cause__, NonFiniteError
+                ):
                     raise
                 found = out
             assert found is not None
@@ -250,7 +299,9 @@ class Sweep:
         candidate.losses[candidate.step] = loss
         self.write()
         seconds = format_seconds(time.perf_counter() - began)
-        self.say(f"{candidate.name}: step {candidate.step}  {self.compared} {loss:.4f}  {candidate.state}  {seconds}")
+        self.say(
+            f"{candidate.name}: step {candidate.step}  {self.compared} {loss:.4f}  {candidate.state}  {seconds}"
+        )
         return loss
 
     @property
@@ -267,7 +318,9 @@ class Sweep:
 
     def _read_loss(self, folder: Path, until: int | None) -> tuple[int, float, str] | None:
         final = step_of(folder / FINAL)
-        saved = [c.step for c in list_checkpoints(folder) if find_damage(c.path, contents=False) is None]
+        saved = [
+            c.step for c in list_checkpoints(folder) if find_damage(c.path, contents=False) is None
+        ]
         if final is None and (until is None or max(saved, default=0) < until):
             return None
         records = {record.step: record for record in read_records(folder / METRICS)}
@@ -297,5 +350,10 @@ class Sweep:
         ended = [candidate for candidate in self.candidates if candidate.state == "finished"]
         best = min(ended, key=lambda candidate: candidate.loss, default=None)
         candidates = [candidate.plain() for candidate in self.candidates]
-        about = {"asked": self.asked, "fixed": self.fixed, "compared_by": self.compared, "stopped": self.stopped}
+        about = {
+            "asked": self.asked,
+            "fixed": self.fixed,
+            "compared_by": self.compared,
+            "stopped": self.stopped,
+        }
         return {**about, "best": best and best.name, "candidates": candidates}

@@ -26,7 +26,9 @@ class Search:
     candidates: int = 16
 
 
-def rung_steps(total: int, count: int, interval: int, rungs: int | None = None, warmup: int = 0) -> list[int]:
+def rung_steps(
+    total: int, count: int, interval: int, rungs: int | None = None, warmup: int = 0
+) -> list[int]:
     """The steps after which the worse half of `count` candidates stops: r, 2r, 4r, ..., about half of `total`.
 
     There are `rungs`, or as many as leave one candidate if that is less. None: RUNGS at most, so that two candidates are left
@@ -41,7 +43,9 @@ def rung_steps(total: int, count: int, interval: int, rungs: int | None = None, 
     return [step for step in (first << k for k in range(halvings)) if step >= least]
 
 
-def halve(candidates: Sequence[C], rungs: Sequence[int], measure: Callable[[C, int | None], float]) -> None:
+def halve(
+    candidates: Sequence[C], rungs: Sequence[int], measure: Callable[[C, int | None], float]
+) -> None:
     """Train all for the first rung, the better half for the next one, and so on; those that are left to the end.
 
     `measure(candidate, step)` trains up to that step (None: to the end) and returns the loss there, infinite where it

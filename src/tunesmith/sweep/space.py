@@ -80,7 +80,10 @@ class Space:
 
     def grid(self) -> list[dict[str, str]]:
         """Every combination of the listed values, the last key changing fastest."""
-        return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
+        return [
+            dict(zip(self.choices, values, strict=True))
+            for values in itertools.product(*self.choices.values())
+        ]
 
     def draw(self, count: int, seed: int) -> list[dict[str, str]]:
         """So many candidates at random, each listed value as likely as the others."""
@@ -130,7 +133,9 @@ def read_space(words: Sequence[str]) -> Space:
             continue
         check_varied(key)
         if key in choices or key in ranges:
-            raise RecipeError(f"{key} is given twice", where="command line", fix=shell_word(f"{key}={text}"))
+            raise RecipeError(
+                f"{key} is given twice", where="command line", fix=shell_word(f"{key}={text}")
+            )
         if found:
             ranges[key] = _read_range(key, *found.groups())
         else:
@@ -154,7 +159,9 @@ def _check_each_once(key: str, values: Sequence[str]) -> None:
     if repeated:
         what = f"{key} has a value twice: {repeated[0]}"
         fix = shell_word(f"{key}={','.join(different.values())}")
-        raise RecipeError(what, where=f"command line: {key}", why="two candidates would be one", fix=fix)
+        raise RecipeError(
+            what, where=f"command line: {key}", why="two candidates would be one", fix=fix
+        )
 
 
 def _as_number(text: str) -> float | str:
@@ -195,7 +202,12 @@ def check_varied(key: str) -> None:
         known = not section or section in keys()
         fix = suggest_key(section, name) if known else f"one of {', '.join(VARIED)}"
         raise RecipeError(f"unknown key {key}", where="command line", fix=fix)
-    why = REASONS[max((start for start in REASONS if f"{key}.".startswith(f"{start}." if start else "")), key=len)]
+    why = REASONS[
+        max(
+            (start for start in REASONS if f"{key}.".startswith(f"{start}." if start else "")),
+            key=len,
+        )
+    ]
     fix = f"a sweep may vary {', '.join(VARIED)}; for {key} run `tunesmith train` once a value"
     raise RecipeError(f"a sweep cannot vary {key}", where="command line", why=why, fix=fix)
 
@@ -209,6 +221,12 @@ def _read_range(key: str, low: str, high: str) -> Range:
     except ValueError:
         ends = (0, 0)
     if not ends[0] < ends[1] or not kinds & {int, float}:
-        form = f"{key}=LOW..HIGH, {'whole numbers' if whole else 'numbers'}" if kinds & {int, float} else f"{key}=a,b"
-        raise RecipeError(f"{low}..{high} is no range of {key}", where=f"command line: {key}", fix=form)
+        form = (
+            f"{key}=LOW..HIGH, {'whole numbers' if whole else 'numbers'}"
+            if kinds & {int, float}
+            else f"{key}=a,b"
+        )
+        raise RecipeError(
+            f"{low}..{high} is no range of {key}", where=f"command line: {key}", fix=form
+        )
     return Range(ends[0], ends[1], whole)

@@ -16,7 +16,9 @@ ORDER = ("finished", "stopped", "diverged", "waiting")
 
 def sweep_page(outcome: Mapping[str, Any]) -> Path | None:
     """Write the report of all candidates beside sweep.json, and return its place; None where no candidate has begun."""
-    runs = [RunFiles(folder) for c in outcome["candidates"] if holds_run(folder := Path(c["run_dir"]))]
+    runs = [
+        RunFiles(folder) for c in outcome["candidates"] if holds_run(folder := Path(c["run_dir"]))
+    ]
     if not runs:
         return None
     page = runs[0].folder.parent / "report.html"
@@ -29,9 +31,13 @@ def sweep_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
     candidates, compared = outcome["candidates"], outcome["compared_by"]
     keys = list(candidates[0]["values"]) if candidates else []
     rows = [["", *(key.rpartition(".")[2] for key in keys), "step", compared, ""]]
-    for c in sorted(candidates, key=lambda c: (ORDER.index(c["state"]), -c["step"], c["loss"] or 0.0)):
+    for c in sorted(
+        candidates, key=lambda c: (ORDER.index(c["state"]), -c["step"], c["loss"] or 0.0)
+    ):
         loss = "-" if c["loss"] is None else f"{c['loss']:.4f}"
-        rows.append([c["name"].partition("-")[0], *c["values"].values(), str(c["step"]), loss, c["state"]])
+        rows.append(
+            [c["name"].partition("-")[0], *c["values"].values(), str(c["step"]), loss, c["state"]]
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -23,20 +23,41 @@ from tunesmith.config.dump import flatten, leaves
 from tunesmith.config.paths import is_place
 from tunesmith.config.schema import Run
 from tunesmith.data.prepare import TrainingData
-from tunesmith.errors import DataError, MachineError, ModelError, OtherRankError, RecipeError, UsageError
+from tunesmith.errors import (
+    DataError,
+    MachineError,
+    ModelError,
+    OtherRankError,
+    RecipeError,
+    UsageError,
+)
 from tunesmith.hub.model_files import ModelFiles
-from tunesmith.model.safetensors_files import ENDS_AND_MIDDLE, read_header, read_headers, sampled_digest
+from tunesmith.model.safetensors_files import (
+    ENDS_AND_MIDDLE,
+    read_header,
+    read_headers,
+    sampled_digest,
+)
 from tunesmith.packages import installed_versions
 from tunesmith.ranks import Ranks
 from tunesmith.shell import shell_word
 from tunesmith.units import Size
 
-MAY_DIFFER = ("train.micro_batch",)  # and what names a place: the ranks take the smallest micro batch of all
+MAY_DIFFER = (
+    "train.micro_batch",
+)  # and what names a place: the ranks take the smallest micro batch of all
 NEXT_LINE = "\n         "  # below `  where: `
 NAMES = 4  # of ranks or nodes that an error lists
 SHORT = 12  # characters of a digest that an error shows
 # What a copy of config.json may have otherwise while the model is the same.
-NOT_COMPUTED = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+NOT_COMPUTED = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
 
 
 class Compared(NamedTuple):
@@ -61,7 +82,9 @@ def agree_on_recipe(run: Run, ranks: Ranks) -> Run:
     if differences := find_differences(ranks, versions):
         what = f"the ranks have different versions of {', '.join(differences)}"
         fix = "install the same versions on every node; tunesmith doctor --pair HOST compares them"
-        end_all_ranks(ranks, MachineError(what, where=lines_by_key(differences), fix=fix, cause="version"))
+        end_all_ranks(
+            ranks, MachineError(what, where=lines_by_key(differences), fix=fix, cause="version")
+        )
     if differences := find_differences(ranks, recipes):
         key = next(iter(differences))
         what = f"the ranks have different recipes: {', '.join([*differences][:NAMES])}"
@@ -101,13 +124,17 @@ def software_versions() -> dict[str, Compared]:
     return {name: Compared(version, version) for name, version in versions.items()}
 
 
-def smallest_micro_batch(ranks: Ranks, sizes: Sequence[Size | Literal["auto"]]) -> Size | Literal["auto"]:
+def smallest_micro_batch(
+    ranks: Ranks, sizes: Sequence[Size | Literal["auto"]]
+) -> Size | Literal["auto"]:
     """The smallest of those that ranks state, or `auto`: all must make the same micro batches of the global batch."""
     stated = [size for size in sizes if isinstance(size, Size)]
     if not stated:
         return "auto"
     if len({size.unit for size in stated}) > 1:
-        differences = find_differences(ranks, [{"train.micro_batch": Compared(str(s), str(s))} for s in sizes])
+        differences = find_differences(
+            ranks, [{"train.micro_batch": Compared(str(s), str(s))} for s in sizes]
+        )
         what = "the ranks have micro batches in examples and in tokens, which cannot be compared"
         fix = f"on every node train.micro_batch='{stated[0]}'"
         end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
@@ -115,7 +142,13 @@ def smallest_micro_batch(ranks: Ranks, sizes: Sequence[Size | Literal["auto"]]) 
 
 
 def check_same_inputs(
-    run: Run, start: Start, files: ModelFiles, data: TrainingData, ranks: Ranks, *, drawn: bool = False
+    run: Run,
+    start: Start,
+    files: ModelFiles,
+    data: TrainingData,
+    ranks: Ranks,
+    *,
+    drawn: bool = False,
 ) -> None:
     """ModelError or DataError where ranks read another base model, adapter, tokenizer, template or other rows; a
     collective call. `drawn`: the weights are drawn, and there are none in `files.folder`."""
@@ -131,7 +164,9 @@ def check_same_inputs(
     names = [key.partition(":")[0] for key in differences]
     what = f"the ranks do not read the same {', '.join(dict.fromkeys(names))}"
     error: UsageError
-    if any(name.startswith("data.") for name in names) and not any(name.startswith("model.") for name in names):
+    if any(name.startswith("data.") for name in names) and not any(
+        name.startswith("model.") for name in names
+    ):
         fix = "copy the same files of rows and template to every node"
         error = DataError(what, where=lines_by_key(differences), fix=fix)
     else:
@@ -140,7 +175,9 @@ def check_same_inputs(
     end_all_ranks(ranks, error)
 
 
-def model_parts(run: Run, start: Start, files: ModelFiles, data: TrainingData) -> dict[str, Compared]:
+def model_parts(
+    run: Run, start: Start, files: ModelFiles, data: TrainingData
+) -> dict[str, Compared]:
     """The base model by its configuration, the tokenizer, and the adapter to begin with."""
     parts = {}
     for key, value in leaves(files.config.to_dict()).items():
@@ -148,9 +185,13 @@ def model_parts(run: Run, start: Start, files: ModelFiles, data: TrainingData) -
             text = json.dumps(value, default=str)
             parts[f"model.name: {key} of config.json"] = Compared(text, text)
     digest = data.tokenizer_hash
-    parts["model.tokenizer"] = Compared(digest, f"{len(files.tokenizer):,} tokens ({digest[:SHORT]})")
+    parts["model.tokenizer"] = Compared(
+        digest, f"{len(files.tokenizer):,} tokens ({digest[:SHORT]})"
+    )
     if run.adapter.from_ is not None and start.found is None:
-        digest = sampled_digest(read_header(find_adapter(run.adapter.from_) / WEIGHTS), ENDS_AND_MIDDLE)
+        digest = sampled_digest(
+            read_header(find_adapter(run.adapter.from_) / WEIGHTS), ENDS_AND_MIDDLE
+        )
         parts["adapter.from"] = Compared(digest, f"{run.adapter.from_} ({digest[:SHORT]})")
     return parts
 
@@ -182,7 +223,9 @@ def data_parts(data: TrainingData) -> dict[str, Compared]:
     }
     if data.validation is not None:
         digest = f"{data.validation_digest} {data.validation.counts.digest}"
-        parts["data.validation"] = Compared(digest, f"{data.validation.counts.kept:,} rows ({digest[:SHORT]})")
+        parts["data.validation"] = Compared(
+            digest, f"{data.validation.counts.kept:,} rows ({digest[:SHORT]})"
+        )
     return parts
 
 
@@ -197,7 +240,10 @@ def find_differences(ranks: Ranks, every: Sequence[Mapping[str, Compared]]) -> d
         for rank, part in enumerate(parts):
             holders.setdefault(part.digest, []).append(rank)
         if len(holders) > 1:
-            sides = [f"{parts[group[0]].text} on {name_places(ranks, group)}" for group in holders.values()]
+            sides = [
+                f"{parts[group[0]].text} on {name_places(ranks, group)}"
+                for group in holders.values()
+            ]
             differences[key] = ", ".join(sides)
     return differences
 

@@ -101,7 +101,9 @@ class Session:
         if self.run.adapter.kind == "none":
             return flops(self.files.spec, lengths, supervised, trained="full")
         adapter = sum(p.numel() for p in self.optimizer.params.values())
-        return flops(self.files.spec, lengths, supervised, trained="lora", adapter_parameters=adapter)
+        return flops(
+            self.files.spec, lengths, supervised, trained="lora", adapter_parameters=adapter
+        )
 
     def memory_gib(self) -> float:
         """Peak memory of this start so far, GiB; what the trial of memory reset in the allocator's statistics counts."""
@@ -116,12 +118,16 @@ class Session:
         mesh = f"{self.mesh.shape.describe()}, {self.plan.why['mesh']}"
         lines = [f"{self.ranks.world} ranks on {hosts}: {mesh}; idle share of a step: {idle:.1%}"]
         if self.run.log.samples and self.data.validation is not None and self.mesh.shape.tensor > 1:
-            lines.append("no sample answers at validation: a model that is cut over a tensor group does not generate")
+            lines.append(
+                "no sample answers at validation: a model that is cut over a tensor group does not generate"
+            )
         return lines
 
     def loader(self, start_step: int) -> Loader:
         """Global batches from step `start_step` (0 for the first) to the end of the run, on the device."""
-        return make_loader(self.data, self.files, self.plan, start_step, self.total_steps, self.mesh)
+        return make_loader(
+            self.data, self.files, self.plan, start_step, self.total_steps, self.mesh
+        )
 
 
 def build(
@@ -146,7 +152,10 @@ def build(
     if torch.cuda.is_initialized():
         free_device_memory()  # of an earlier run of this process
     device, before = choose_device(), start.progress or Progress()
-    with ranks.together(), ranks.node_leader_first():  # what one of a node downloads and tokenises, the others find
+    with (
+        ranks.together(),
+        ranks.node_leader_first(),
+    ):  # what one of a node downloads and tokenises, the others find
         check_machine(run, device, say)
         check_inputs(run, start)
         resumes = start.found is not None
@@ -209,7 +218,9 @@ def build(
     peak = hardware.find_peak(device, DTYPES[run.model.dtype])
     if peak.tflops and not peak.published:
         say(f"MFU is taken against {peak.tflops:.0f} TFLOP/s, {peak.source}")
-    session = Session(run, files, data, root, optimizer, plan, total_steps, hashes, peak, ranks, mesh)
+    session = Session(
+        run, files, data, root, optimizer, plan, total_steps, hashes, peak, ranks, mesh
+    )
     if run.train.optimizer_in_backward and (total_steps is None or before.step < total_steps):
         check_one_micro_batch(run, session.loader(before.step).batch(before.step))
     return session
@@ -241,7 +252,9 @@ def plan_model(
         if needed > there:
             what = f"the host needs {size_text(needed)} for what is offloaded, and {size_text(there)} can be had"
             fix = "train.cpu_offload=[], or more nodes"
-            raise MachineError(what, where="train.cpu_offload", why=f"{ranks.local_world} ranks are on it", fix=fix)
+            raise MachineError(
+                what, where="train.cpu_offload", why=f"{ranks.local_world} ranks are on it", fix=fix
+            )
     ranks.heartbeat.phase("loading the model")
     return model, plan
 
@@ -303,7 +316,9 @@ def fill_steps(data: TrainingData, say: Callable[[str], None]) -> TrainingData:
     data = data.repeated(steps or 0)
     if data.schedule is not short:
         last = short.steps_per_epoch(0)
-        say(f"step {last} would be short: rows are repeated within an epoch, and every step is full")
+        say(
+            f"step {last} would be short: rows are repeated within an epoch, and every step is full"
+        )
     return data
 
 
@@ -312,14 +327,24 @@ def describe_micro_batch(start: Start, run: Run, plan: RunPlan) -> list[str]:
     before, now = start.micro_batch, plan.layout.micro_batch
     if before is None or now == before:
         return []
-    why = "which no longer fits" if run.train.micro_batch == "auto" else f"train.micro_batch='{before}' keeps it"
+    why = (
+        "which no longer fits"
+        if run.train.micro_batch == "auto"
+        else f"train.micro_batch='{before}' keeps it"
+    )
     effect = "dropout falls elsewhere" if run.adapter.dropout else "sums are rounded otherwise"
-    return [f"the micro batch is {now}, and was {before}, {why}: numbers differ from a run that kept it, as {effect}"]
+    return [
+        f"the micro batch is {now}, and was {before}, {why}: numbers differ from a run that kept it, as {effect}"
+    ]
 
 
 def describe_rounding(start: Start, run: Run) -> list[str]:
     """A line for the user where a checkpoint is of a version that drew the noise of stochastic rounding otherwise."""
-    if run.train.master_weights != "stochastic" or start.progress is None or start.progress.rounding == COUNTER:
+    if (
+        run.train.master_weights != "stochastic"
+        or start.progress is None
+        or start.progress.rounding == COUNTER
+    ):
         return []
     return ["stochastic rounding: this version draws other noise than the one that wrote the checkpoint: weights are "
             "rounded as well on average, but not to the same bits"]  # fmt: skip
@@ -330,7 +355,11 @@ def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) ->
 
     A CPU that only emulates products in bf16 is warned of.
     """
-    if run.model.dtype == "bf16" and device.type == "cpu" and (slowdown := hardware.bf16_slowdown(device)) > SLOW:
+    if (
+        run.model.dtype == "bf16"
+        and device.type == "cpu"
+        and (slowdown := hardware.bf16_slowdown(device)) > SLOW
+    ):
         why = f"bf16 products take {slowdown:.0f} times as long as fp32's on this CPU"
         say(f"warning: {why}, which only emulates them; fix: model.dtype=fp32")
     if run.train.cpu_offload and device.type == "cpu":
@@ -339,9 +368,18 @@ def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) ->
         packages.bitsandbytes("8-bit moments", "train.optimizer")
     scheme_of(run.model).check_device(device)
     if run.model.dtype == "fp16" and device.type == "cpu":
-        what, why = "fp16 cannot be trained on a CPU", "its matmuls are emulated, hundreds of times slower than bf16"
-        raise MachineError(what, where="model.dtype", why=why, fix="model.dtype=bf16, or model.dtype=fp32")
-    if run.model.dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        what, why = (
+            "fp16 cannot be trained on a CPU",
+            "its matmuls are emulated, hundreds of times slower than bf16",
+        )
+        raise MachineError(
+            what, where="model.dtype", why=why, fix="model.dtype=bf16, or model.dtype=fp32"
+        )
+    if (
+        run.model.dtype == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(False)
+    ):
         why = f"{torch.cuda.get_device_name(device)} is older than Ampere"
         fix = "model.dtype=fp16 (the loss is scaled), or model.dtype=fp32"
         raise MachineError("this GPU has no bf16", where="model.dtype", why=why, fix=fix)
@@ -376,12 +414,19 @@ def check_disk(run: Run, trained: int, ranks: Ranks) -> None:
 
 
 def make_loader(
-    data: TrainingData, files: ModelFiles, plan: RunPlan, start: int = 0, stop: int | None = None, mesh: Mesh = ALONE
+    data: TrainingData,
+    files: ModelFiles,
+    plan: RunPlan,
+    start: int = 0,
+    stop: int | None = None,
+    mesh: Mesh = ALONE,
 ) -> Loader:
     """Global batches in the plan's layout, from step `start` up to `stop`; iterating puts this rank's share of them on the
     device."""
     device, layout = torch.device(plan.device), plan.layout.multiple_of(plan.mesh.tensor)
-    cost = attention_weight(files.spec, trained="full" if data.run.adapter.kind == "none" else "lora")
+    cost = attention_weight(
+        files.spec, trained="full" if data.run.adapter.kind == "none" else "lora"
+    )
     return Loader(
         data.train, data.schedule, **vars(layout), pad_id=files.pad_id, start_step=start, stop_step=stop,
         share=(mesh.data_rank, mesh.shape.data), attention_weight=cost,
@@ -393,7 +438,10 @@ def first_batches(loader: Loader, device: torch.device, tokens: int) -> list[Bat
     """Micro batches from the first step on, the largest of a step first, on the device, until they hold so many tokens;
     epochs repeat."""
     found: list[Batch] = []
-    steps = (sorted(loader.batch(step).micro, key=lambda micro: -micro.input_ids.numel()) for step in itertools.count())
+    steps = (
+        sorted(loader.batch(step).micro, key=lambda micro: -micro.input_ids.numel())
+        for step in itertools.count()
+    )
     for batch in itertools.chain.from_iterable(steps):
         found.append(batch.to(device))
         if sum(batch.tokens for batch in found) >= tokens:
@@ -407,7 +455,9 @@ def check_one_micro_batch(run: Run, batch: GlobalBatch) -> None:
     if run.train.optimizer_in_backward and len(batch.micro) > 1:
         what = f"step {batch.step + 1} takes {len(batch.micro)} micro batches, and {key} needs one"
         why = "each parameter is updated as soon as its gradient is there, so gradients cannot be accumulated"
-        raise UsageError(what, where=key, why=why, fix=f"a smaller train.global_batch, or {key}=false")
+        raise UsageError(
+            what, where=key, why=why, fix=f"a smaller train.global_batch, or {key}=false"
+        )
 
 
 def make_optimizer(run: Run, model: TrainModel, start: Start, ranks: Ranks) -> Optimizer:
@@ -420,19 +470,31 @@ def make_optimizer(run: Run, model: TrainModel, start: Start, ranks: Ranks) -> O
     elif start.found and start.progress:
         saved, where = start.progress, str(start.found.path)
         with read_optimizer(start.found.path) as tensors:
-            optimizer.load_state_dict(tensors, scale=saved.loss_scale, growth_tracker=saved.good_steps, where=where)
+            optimizer.load_state_dict(
+                tensors, scale=saved.loss_scale, growth_tracker=saved.good_steps, where=where
+            )
     return optimizer
 
 
 def write_identity(session: Session, argv: list[str] | None) -> None:
     """Write env.json, which makes the directory a run's, and config.yaml: what was run, on what, from which data."""
     out, plan = Path(session.run.output_dir), session.plan
-    found = {"recipe_hash": digest(session.run), **session.hashes, "template": session.data.template.name}
-    choices = {part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()}
+    found = {
+        "recipe_hash": digest(session.run),
+        **session.hashes,
+        "template": session.data.template.name,
+    }
+    choices = {
+        part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()
+    }
     why = plan.why.get("threads", "only the host's part runs on the CPU")
     choices["threads"] = {"taken": str(torch.get_num_threads()), "why": why}
     peak = {"mfu_peak": session.peak._asdict()}
-    ranks = {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts} if session.ranks.world > 1 else {}
+    ranks = (
+        {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts}
+        if session.ranks.world > 1
+        else {}
+    )
     env = {**hardware.describe_machine(argv), **found, **peak, "choices": choices, **ranks}
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))
     write_atomically(out / RECIPE, dump(session.run))

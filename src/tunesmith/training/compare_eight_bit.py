@@ -49,7 +49,9 @@ class LossChange(NamedTuple):
         return f"{losses}, on {self.tokens:,} tokens of the data"
 
 
-def compare_with_bf16(root: TrainModel, batches: Sequence[Batch], mesh: Mesh, ranks: Ranks) -> LossChange:
+def compare_with_bf16(
+    root: TrainModel, batches: Sequence[Batch], mesh: Mesh, ranks: Ranks
+) -> LossChange:
     """Measure the loss of the base alone on `batches`, the same on all ranks, in bf16 and in 8 bits. A collective call.
 
     Returns the figures of the rank whose loss changed most, on every rank.
@@ -73,7 +75,9 @@ def mean_loss(model: TrainModel, batches: Sequence[Batch]) -> float:
     model.eval()
     outputs = [model(batch) for batch in batches]
     model.train(training)
-    return sum(float(output.loss) for output in outputs) / sum(output.denominator for output in outputs)
+    return sum(float(output.loss) for output in outputs) / sum(
+        output.denominator for output in outputs
+    )
 
 
 @contextmanager
@@ -102,4 +106,6 @@ def read_dense_weight(layer: EightBitLinear, mesh: Mesh, ranks: Ranks) -> Tensor
     if mesh.data_group is None:
         return rows
     rows = F.pad(rows, (0, 0, 0, each - len(rows)))
-    return collective("all_gather_into_tensor", rows, data_ranks, mesh.data_group.group_name)[:count]
+    return collective("all_gather_into_tensor", rows, data_ranks, mesh.data_group.group_name)[
+        :count
+    ]

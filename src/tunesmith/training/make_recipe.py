@@ -36,7 +36,10 @@ from tunesmith.shell import shell_command, shell_path
 from tunesmith.units import Length, Share, Size
 
 LOOK = 2000  # rows whose tokens are counted, spread over the file
-FEW_ROWS, MOST_HELD = 20, 500  # with fewer rows none are held out; more make a validation longer, hardly more exact
+FEW_ROWS, MOST_HELD = (
+    20,
+    500,
+)  # with fewer rows none are held out; more make a validation longer, hardly more exact
 SEQ_LEN, SEQ_LEN_STEP = 2048, 256
 # Epochs as OpenAI's fine-tuning chooses them: three, fewer of many rows, more of few ("Data preparation and analysis for
 # chat model fine-tuning", cookbook.openai.com). Of few rows more are seen here: a new adapter needs steps, not only rows.
@@ -76,7 +79,9 @@ class MadeRecipe:
             write_atomically(self.path, self.text)
 
 
-def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> MadeRecipe:
+def make_recipe(
+    model: str, data: str, overrides: Mapping[str, Any] | Sequence[str] = ()
+) -> MadeRecipe:
     """Look at the rows of a file or Hub data set, and make a recipe that trains a model on them.
 
     Args:
@@ -96,29 +101,44 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
         "data.train.source": data,
         "output_dir": f"runs/{_short_name(data)}-{_short_name(model)}",
     }
-    asked = build_run(resolve_paths(_over(chosen, layer)))  # its rules are checked when the format is known
-    if twice := {"model.name", "data.train.source"} & given or (len(asked.data.train) != 1 and {"data.train"}):
-        what, fix = f"{min(twice)} is given beside --model and --data", "give only those, or write a recipe"
+    asked = build_run(
+        resolve_paths(_over(chosen, layer))
+    )  # its rules are checked when the format is known
+    if twice := {"model.name", "data.train.source"} & given or (
+        len(asked.data.train) != 1 and {"data.train"}
+    ):
+        what, fix = (
+            f"{min(twice)} is given beside --model and --data",
+            "give only those, or write a recipe",
+        )
         raise RecipeError(what, where=f"{layer.where}: {min(twice)}", fix=fix)
     source = _with_split(asked.data.train[0])
     rows = read_rows(source)
     layout = detect(rows, source, any_format="data.train.format" not in given)
     renamed = {name: column for name, column in layout.columns.items() if name != column}
     source = replace(source, format=layout.format, columns=renamed)  # type: ignore[arg-type]
-    found = f"{Path(data).name if is_local(data) else data}: {len(rows):,} rows, {layout.describe()}"
+    found = (
+        f"{Path(data).name if is_local(data) else data}: {len(rows):,} rows, {layout.describe()}"
+    )
     hold_out = asked.data.hold_out
     if "data.hold_out" not in given and not asked.data.validation and len(rows) >= FEW_ROWS:
-        hold_out = Share(5.0, "%") if len(rows) * 0.05 <= MOST_HELD else Share(MOST_HELD, "examples")
+        hold_out = (
+            Share(5.0, "%") if len(rows) * 0.05 <= MOST_HELD else Share(MOST_HELD, "examples")
+        )
     count = count_held_out(hold_out, len(rows)) if hold_out else 0
     spec, lengths = _look_at_tokens(asked, source, rows)
     limit = spec.position_limit or spec.context
 
     why = {"data.train": found}
     chosen |= {"data.train.split": source.split} if source.split else {}
-    chosen |= {"data.train.format": layout.format} | ({"data.train.columns": renamed} if renamed else {})
+    chosen |= {"data.train.format": layout.format} | (
+        {"data.train.columns": renamed} if renamed else {}
+    )
     if hold_out:
         chosen["data.hold_out"] = str(hold_out)
-        why["data.hold_out"] = f"{count:,} of {len(rows):,} rows, drawn by the seed, to measure val_loss on"
+        why["data.hold_out"] = (
+            f"{count:,} of {len(rows):,} rows, drawn by the seed, to measure val_loss on"
+        )
     elif not asked.data.validation:
         why["data.train"] += "; too few to hold some out"
     chosen["data.seq_len"], why["data.seq_len"] = _choose_seq_len(lengths, limit)
@@ -131,17 +151,29 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
     lora = asked.adapter.kind == "lora"
     rate = FULL_RATE * (LORA_RATE if lora else 1) * (WIDTH / spec.hidden) ** WIDTH_EXPONENT
     chosen["train.learning_rate"] = min(MOST_RATE, float(f"{rate:.0e}"))
-    method = "LoRA takes about ten times the rate of full fine-tuning" if lora else "a tenth of what LoRA takes"
+    method = (
+        "LoRA takes about ten times the rate of full fine-tuning"
+        if lora
+        else "a tenth of what LoRA takes"
+    )
     why["train.learning_rate"] = f"{method}, and wide models less than narrow ones"
 
     tree = _over(chosen | {"output_dir": chosen.pop("output_dir")}, layer)
     run = checked(tree)
     path = Path(f"{run.output_dir}.yaml")
     why |= {key: "given on the command line" for key in why if key in given and key != "data.train"}
-    words = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
+    words = (
+        [f"{key}={value}" for key, value in overrides.items()]
+        if isinstance(overrides, Mapping)
+        else overrides
+    )
     command = shell_command(["tunesmith", "train", "--model", model, "--data", data, *words])
-    head = "".join(f"{line}\n" for line in (schema_line(), *(f"# {line}" for line in command.splitlines())))
-    return MadeRecipe(run, path, head + to_yaml(resolve_paths(tree, beside=path.parent).plain(), why), found)
+    head = "".join(
+        f"{line}\n" for line in (schema_line(), *(f"# {line}" for line in command.splitlines()))
+    )
+    return MadeRecipe(
+        run, path, head + to_yaml(resolve_paths(tree, beside=path.parent).plain(), why), found
+    )
 
 
 def _over(chosen: Mapping[str, Any], layer: Node) -> Node:
@@ -150,11 +182,16 @@ def _over(chosen: Mapping[str, Any], layer: Node) -> Node:
 
 def _with_split(source: Source) -> Source:
     """The source with `train` as its split where it has several and none is named."""
-    splits = [] if source.split is not None or is_local(source.source) else list(open_splits(source))
+    splits = (
+        [] if source.split is not None or is_local(source.source) else list(open_splits(source))
+    )
     if len(splits) < 2:
         return source
     if "train" not in splits:
-        what, why = f"{source.source} has no split named train", f"its splits are {', '.join(splits)}"
+        what, why = (
+            f"{source.source} has no split named train",
+            f"its splits are {', '.join(splits)}",
+        )
         raise DataError(what, where=source.source, why=why, fix=f"name one: --split {splits[0]}")
     return replace(source, split="train")
 
@@ -162,11 +199,15 @@ def _with_split(source: Source) -> Source:
 def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelSpec, np.ndarray]:
     """The model's spec, and how many tokens each of some rows becomes, spread over all."""
     files = read_model_files(fetch.fetch_for_tokens(run.model), run.model)
-    data = replace(run.data, train=(source,), seq_len=sys.maxsize, too_long="truncate", train_on="all")
+    data = replace(
+        run.data, train=(source,), seq_len=sys.maxsize, too_long="truncate", train_on="all"
+    )
     template = select_template(data, files.tokenizer, eos_ids(files.folder, files.tokenizer))
     spans = [range(n, n + 1) for n in sorted({n * len(rows) // LOOK for n in range(LOOK)})]
     rows = rows.take(spans) if len(rows) > LOOK else rows
-    return files.spec, tokenize([(source, rows)], data, template, files.tokenizer, cache=None, what="a sample").lengths
+    return files.spec, tokenize(
+        [(source, rows)], data, template, files.tokenizer, cache=None, what="a sample"
+    ).lengths
 
 
 def _choose_seq_len(lengths: np.ndarray, context: int) -> tuple[int, str]:
@@ -176,11 +217,16 @@ def _choose_seq_len(lengths: np.ndarray, context: int) -> tuple[int, str]:
     if longest <= SEQ_LEN:
         wanted, why = longest, f"the longest of {looked_at} has {longest:,} tokens"
     else:
-        wanted, why = max(SEQ_LEN, most), f"99 % of {looked_at} have up to {most:,} tokens, the longest {longest:,}"
+        wanted, why = (
+            max(SEQ_LEN, most),
+            f"99 % of {looked_at} have up to {most:,} tokens, the longest {longest:,}",
+        )
     return min(context, -(-wanted // SEQ_LEN_STEP) * SEQ_LEN_STEP), why
 
 
-def _choose_steps(chosen: dict[str, Any], why: dict[str, str], asked: Run, given: set[str], examples: int) -> None:
+def _choose_steps(
+    chosen: dict[str, Any], why: dict[str, str], asked: Run, given: set[str], examples: int
+) -> None:
     """Add epochs, the global batch and the intervals for so many examples; what is given stands, and counts."""
     epochs = min(MOST_EPOCHS, max(EPOCHS, -(-FEWEST_SEEN // examples)))
     if examples * EPOCHS > MOST_SEEN:
@@ -195,7 +241,9 @@ def _choose_steps(chosen: dict[str, Any], why: dict[str, str], asked: Run, given
     steps = int(duration.amount) if duration.unit == "steps" else None
     if duration.unit == "epochs" and batch.unit == "examples":
         steps = round(-(-examples // batch.amount) * duration.amount)
-        why["train.global_batch"] = f"{steps:,} optimizer steps; few rows take small batches, to make {STEPS} or more"
+        why["train.global_batch"] = (
+            f"{steps:,} optimizer steps; few rows take small batches, to make {STEPS} or more"
+        )
     if steps is not None:
         every = f"{max((n for n in INTERVALS if n * 5 <= steps), default=INTERVALS[0])} steps"
         chosen |= {"validate.every": every, "checkpoint.every": every}

@@ -21,11 +21,22 @@ def main(words: list[str]) -> None:
         case ["pip", "sync", "--python", python, "--require-hashes", requirements]:
             folder = Path(python).parents[1]
             (folder / "synced.txt").write_text(Path(requirements).read_text())
-        case ["pip", "install", "--quiet", "--python", python, "--no-deps", "--no-build-isolation", source]:
+        case [
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            python,
+            "--no-deps",
+            "--no-build-isolation",
+            source,
+        ]:
             assert (Path(source) / "pyproject.toml").is_file()
             for name in NAMES:
                 script = Path(python).with_name(name)
-                script.write_text(f"#!{python}\nimport sys\nprint('{name} of', sys.prefix, *sys.argv[1:])\n")
+                script.write_text(
+                    f"#!{python}\nimport sys\nprint('{name} of', sys.prefix, *sys.argv[1:])\n"
+                )
                 script.chmod(0o755)
         case _:
             sys.exit(f"uv: not known here: {words}")

@@ -38,17 +38,29 @@ with tempfile.TemporaryDirectory(prefix="tunesmith-doctor-") as folder:
 def ask(host: str, module: str, call: str, word: str) -> "subprocess.Popen[str]":
     """Start a function of the files that are sent on the other node, with one word as its argument."""
     files = {name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SENT}
-    command = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=10", host, f"python3 - {shlex.quote(word)}"]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as program:  # a pipe would break where ssh ends at once
+    command = [
+        "ssh",
+        "-oBatchMode=yes",
+        "-oConnectTimeout=10",
+        host,
+        f"python3 - {shlex.quote(word)}",
+    ]
+    with tempfile.TemporaryFile(
+        "w+", encoding="utf-8"
+    ) as program:  # a pipe would break where ssh ends at once
         program.write(PROGRAM.format(files=files, module=module, call=call))
         program.seek(0)
-        return subprocess.Popen(command, stdin=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, stdin=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
 
 def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list[dict[str, Any]]]:
     """All findings, and the properties of this node and, if it was reached, of the other one."""
     if not host.isprintable() or host[:1] in ("", "-") or " " in host:
-        raise UsageError(f"{host!r} is not a host", where="--pair", fix="tunesmith doctor --pair spark-b")
+        raise UsageError(
+            f"{host!r} is not a host", where="--pair", fix="tunesmith doctor --pair spark-b"
+        )
     asked = ask(host, "checks", "answer_peer", sys.executable)
     here = examine(System(folders=folders), pair=True)
     try:
@@ -58,12 +70,18 @@ def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list
         out, said = "", "no answer in time"
     found = [Finding(**row) for row in here["findings"]]
     if not out.startswith("{"):
-        case = next(key for key in TEXTS if key.startswith("ssh/") and key[4:] != "ok" and key[4:] in said)
+        case = next(
+            key for key in TEXTS if key.startswith("ssh/") and key[4:] != "ok" and key[4:] in said
+        )
         found.append(replace(say(case, host, said=said.strip().rpartition("\n")[2]), host=host))
         return found, [here["properties"]]
     there = loads(out)
     ours, theirs = here["properties"], there["properties"]
-    both = [say("ssh/ok", host), *_compare(ours, theirs, host), *_clock_and_speed(ours, theirs, host)]
+    both = [
+        say("ssh/ok", host),
+        *_compare(ours, theirs, host),
+        *_clock_and_speed(ours, theirs, host),
+    ]
     found += [Finding(**row) for row in there["findings"]]
     return [*found, *(replace(f, host="the pair") for f in both)], [ours, theirs]
 
@@ -72,14 +90,24 @@ def _compare(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Fin
     """What must be the same on both, and the swarm and the subnet that they must share."""
     mine, other, python = here["versions"], there["versions"], sys.executable
     wrong = [name for name in mine if mine[name] and other[name] and mine[name] != other[name]]
-    found = [say(f"versions/{name}", host, here=mine[name], there=other[name], python=python) for name in wrong]
+    found = [
+        say(f"versions/{name}", host, here=mine[name], there=other[name], python=python)
+        for name in wrong
+    ]
     if differ := sorted({*here["packages"]} ^ {*there["packages"]}):
         names = " ".join(sorted({line.partition(" ")[0] for line in differ}))
         found.append(say("packages/differ", host, differ=", ".join(differ[:4]), names=names))
     if not found:
-        found.append(say("versions/ok", versions=", ".join(f"{name} {mine[name]}" for name in mine if mine[name])))
+        found.append(
+            say(
+                "versions/ok",
+                versions=", ".join(f"{name} {mine[name]}" for name in mine if mine[name]),
+            )
+        )
     if here["managers"] and there["managers"]:
-        found.append(say("swarm/one" if {*here["managers"]} & {*there["managers"]} else "swarm/two", host))
+        found.append(
+            say("swarm/one" if {*here["managers"]} & {*there["managers"]} else "swarm/two", host)
+        )
     if here["cable"] and there["cable"] and not shared_address(here, there):
         found.append(say("address/apart", host))
     return found
@@ -102,7 +130,9 @@ def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> 
     try:
         assert asked.stdout is not None
         port, clock = asked.stdout.readline().split()
-        ahead = max(0.0, float(clock) - time.time()) + min(0.0, float(clock) - sent)  # it was asked between the two
+        ahead = max(0.0, float(clock) - time.time()) + min(
+            0.0, float(clock) - sent
+        )  # it was asked between the two
         case, way = "off" if abs(ahead) > SKEW else "ok", "ahead of" if ahead > 0 else "behind"
         found.append(say(f"time/{case}", host, seconds=abs(ahead), way=way))
         gbs, trip, idle = measure_speed(address, int(port))

@@ -20,7 +20,10 @@ def serve_speed() -> None:
     """On the other node: print port and time, take in what is sent to the address (the first word), end within LIMIT."""
     signal.alarm(LIMIT)
     family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
-    with socket.create_server((sys.argv[1], 0), family=family) as server, ThreadPoolExecutor(STREAMS) as pool:
+    with (
+        socket.create_server((sys.argv[1], 0), family=family) as server,
+        ThreadPoolExecutor(STREAMS) as pool,
+    ):
         print(server.getsockname()[1], time.time(), flush=True)
         echo = server.accept()[0]
         echo.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
