@@ -26,6 +26,7 @@ from tunesmith.errors import (
     RecipeError,
     RunError,
     ShortOfMemoryError,
+    StoppedError,
     UsageError,
 )
 from tunesmith.metrics.record import read_records
@@ -357,6 +358,24 @@ def test_layers_are_compiled_once_a_rank_as_in_a_run_alone(
     candidate = outcome["candidates"][1]
     assert numbers(train_alone(candidate, tmp_path)) == numbers(candidate["run_dir"])
     assert of_rank(8) == count > 0
+
+
+def test_a_signal_before_the_validation_of_a_rung_loses_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The checkpoint of the rung's step is saved, and its record is not written: the next start measures and writes it."""
+    file, train_step = write_recipe(tiny, tmp_path), Trainer.train_step
+
+    def signalled(trainer: Trainer, batch: Any) -> Any:
+        if batch.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", signalled)
+        with pytest.raises(StoppedError, match="step 2 is saved"):
+            sweep(file)
+    assert_equals_train(sweep(file), tmp_path)
 
 
 def test_the_words_of_several_ranks(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

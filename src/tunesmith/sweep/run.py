@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.run_dir import claim_run_dir, is_run
 from tunesmith.checkpoint.state import find_damage, list_checkpoints, step_of
 from tunesmith.config.dump import to_mapping
@@ -318,14 +319,17 @@ class Sweep:
 
     def _read_loss(self, folder: Path, until: int | None) -> tuple[int, float, str] | None:
         final = step_of(folder / FINAL)
-        saved = [
-            c.step for c in list_checkpoints(folder) if find_damage(c.path, contents=False) is None
-        ]
-        if final is None and (until is None or max(saved, default=0) < until):
+        checkpoints = list_checkpoints(folder)
+        saved = [c.step for c in checkpoints if find_damage(c.path, contents=False) is None]
+        newest = max(saved, default=0)
+        if final is None and (until is None or newest < until):
             return None
         records = {record.step: record for record in read_records(folder / METRICS)}
         step = final if final is not None and (until is None or final < until) else until
         assert step is not None
+        # A signal may have cut off the validation: the next start measures and writes the record.
+        if step == newest and step not in records and not _is_validated(folder, step):
+            return None
         if step not in records or (self.compared == "val_loss" and records[step].val_loss is None):
             what = f"a candidate's records hold no {self.compared} of step {step}"
             fix = f"rm -r {shell_path(folder)}   # the same command trains this candidate again"
@@ -357,3 +361,8 @@ class Sweep:
             "stopped": self.stopped,
         }
         return {**about, "best": best and best.name, "candidates": candidates}
+
+
+def _is_validated(folder: Path, step: int) -> bool:
+    """Whether the validation due at a checkpoint's step was done before it was written."""
+    return Progress.read(folder / f"checkpoint-{step}").validated
