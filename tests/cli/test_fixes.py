@@ -39,7 +39,7 @@ COMMAND = re.compile(
 QUOTED = re.compile(r"^(shell_word|shell_path|shell_command|_new_name|_jq_key)\(")
 PLAIN = (
     "numbers[i]",
-    "code",
+    "likely_encoding",
     "needed",
     "SECONDS",
     "folder",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from recipes import make_run
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
-from tunesmith.data.loader import Loader
+from tunesmith.data.micro_batches import MicroBatches
 from tunesmith.errors import MachineError, NonFiniteError, UsageError
 from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.run import train
@@ -164,7 +164,11 @@ def test_in_the_backward_a_second_pass_is_refused_before_the_first_step(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Stands for a loader whose rows have a fixed length that a global batch does not fit.
-    monkeypatch.setattr(Loader, "_groups", lambda self, step, members: [members[:1], members[1:]])
+    def two_groups(self: MicroBatches, step: int) -> list[list[int]]:
+        examples = [int(i) for i in self.schedule.examples(step)]
+        return [examples[:1], examples[1:]]
+
+    monkeypatch.setattr(MicroBatches, "_groups_of_one_rank", two_groups)
     with pytest.raises(UsageError, match="step 1 takes 2 micro batches") as caught:
         go(full(tiny, tmp_path, "run", optimizer_in_backward=True))
     assert "train.global_batch" in caught.value.fix

@@ -102,7 +102,7 @@ class Loader(AbstractContextManager["Loader"]):
     prefetcher: BatchPrefetcher | None = None
 
     def __post_init__(self) -> None:
-        longest = int(self.tokens.lengths.max()) if len(self.tokens) else 0
+        longest = int(self.tokens.lengths.max(initial=0))
         rooms = [room for room in (self.pad_to, self.bound) if room is not None]
         if rooms and min(rooms) < longest:
             raise ValueError(

@@ -142,7 +142,7 @@ def private_folder(folder: Path) -> Path:
     is_open_to_others = stat.S_IMODE(status.st_mode) & 0o077
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or is_open_to_others:
         what, why = "this folder is not yours alone", "compiled code is kept there and run"
-        fix = f"rm -r {shell_path(folder)}, or export {CACHE}=/a/folder/of/yours"
+        fix = f"rm -r {shell_path(folder)}, or export TORCHINDUCTOR_CACHE_DIR=/a/folder/of/yours"
         raise MachineError(what, where=str(folder), why=why, fix=fix)
     return folder
 
