@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,9 @@ def test_the_cache_lies_in_the_users_folder_unless_it_is_said(monkeypatch, tmp_p
     monkeypatch.delenv(compilation.CACHE)
     monkeypatch.delenv("TUNESMITH_CACHE", raising=False)
     own_folder = tmp_path / "tunesmith" / f"compiled-{os.getuid()}"
+    assert compilation.use_persistent_cache() == str(own_folder / socket.gethostname())
+    set_by_torch = str(Path(tempfile.gettempdir()) / "torchinductor_root")
+    monkeypatch.setenv(compilation.CACHE, set_by_torch)
     assert compilation.use_persistent_cache() == str(own_folder / socket.gethostname())
     monkeypatch.setenv(compilation.CACHE, "/elsewhere")
     assert compilation.use_persistent_cache() == "/elsewhere"

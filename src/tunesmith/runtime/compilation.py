@@ -14,6 +14,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from glob import glob
@@ -127,7 +128,9 @@ def use_persistent_cache() -> str:
     keep it in the same place as a single process. Nodes that share a home have a folder each: they may have other chips,
     and locks of files are slow there.
     """
-    if CACHE not in os.environ:
+    # Some imports of torch set the variable to torch's own default.
+    of_torch = str(Path(tempfile.gettempdir()) / "torchinductor_")
+    if os.environ.get(CACHE, of_torch).startswith(of_torch):
         with contextlib.suppress(OSError):  # a home that is read only
             os.environ[CACHE] = str(
                 private_folder(cache_folder(f"compiled-{os.getuid()}")) / socket.gethostname()
