@@ -32,9 +32,8 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 CONTENDERS = {
     "tunesmith": {},
     "trl default": {},
-    "trl best": {
-        "gradient_checkpointing": False
-    },  # the fastest of its settings on a CPU that we know
+    # The fastest of its settings on a CPU that we know
+    "trl best": {"gradient_checkpointing": False},
 }
 
 
@@ -90,9 +89,8 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
             return SequentialSampler(self.train_dataset)
 
         def training_step(self, model: Any, inputs: Any, *rest: Any, **kw: Any) -> Any:
-            seen.append(
-                inputs["attention_mask"].sum()
-            )  # read at the end, so that nothing here waits for the device
+            # Read at the end, so that nothing here waits for the device
+            seen.append(inputs["attention_mask"].sum())
             return super().training_step(model, inputs, *rest, **kw)
 
     class Clock(TrainerCallback):

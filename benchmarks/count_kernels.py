@@ -271,9 +271,8 @@ class Counter:
                 graph.run(*inputs)
                 graph._update_scheduler()
                 for fused in graph.scheduler.nodes:
-                    if not isinstance(
-                        fused.node, ir.ExternKernel | ir.MultiOutput
-                    ):  # these are counted above
+                    # These are counted above
+                    if not isinstance(fused.node, ir.ExternKernel | ir.MultiOutput):
                         count.add(int(fused.get_read_write_buffers_sizes()))
         return make_boxed_func(module.forward)
 
@@ -288,9 +287,8 @@ def count_operator(node: torch.fx.Node, count: Count, mode: FakeTensorMode) -> N
         size = bytes_of(args, node.meta["val"])
         count.launches.append(Launch(ATTENTION, size, kernels=ATTENTION_KERNELS[schema.name]))
         return
-    if (
-        schema.name == "tunesmith::add_weight_gradient"
-    ):  # one product on a GPU, which reads what it adds to
+    # One product on a GPU, which reads what it adds to
+    if schema.name == "tunesmith::add_weight_gradient":
         gradient, _, dy, x = args
         operations = 2 * gradient.numel() * len(dy)
         size = bytes_of(gradient, gradient, dy, x)

@@ -57,13 +57,14 @@ ODD = [
     [[]], [1, 2], ["x"], {"a": {"b": [None]}}, "x" * 70_000,
 ]  # fmt: skip
 DEEP = 100_000
+# The commands that load no model
 READERS = (
     "report",
     "report --markdown",
     "watch --json",
     "live page",
     "status",
-)  # the commands that load no model
+)
 
 
 @dataclass

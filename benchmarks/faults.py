@@ -34,10 +34,11 @@ NODES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
 PORT = 29555
 RANKS = 2  # a node
 STEPS, EVERY, GAP = 160, 10, 25  # of a run; between checkpoints, and at least between faults
+# Seconds that a start may take; that a launcher may live on after its ranks
 START, LEFT = (
     150.0,
     20.0,
-)  # seconds that a start may take; that a launcher may live on after its ranks
+)
 COMPARED = (
     "step",
     "loss",
@@ -106,9 +107,8 @@ class Pair:
             agent.wait()
         for space in self.spaces.values():
             sh(f"ip netns del {space}", check=False)
-        for node in (
-            NODES if self.own_disks and not kind else ()
-        ):  # an interrupted measurement goes on
+        # An interrupted measurement goes on
+        for node in NODES if self.own_disks and not kind else ():
             sh(f"umount -l {self.disk(node)}", check=False)
 
     def disk(self, node: str) -> Path:
@@ -349,9 +349,8 @@ def strike(fault: Fault, pair: Pair, last: int) -> dict[str, Any]:
     pair.wait_for_step(last + GAP)
     pids, step = pair.ranks(), pair.records()[-1]["step"]
     assert len(pids) == 2 * RANKS, pids
-    earlier = {
-        node: len(pair.printed(node)) for node in NODES
-    }  # of a launcher that has started ranks again
+    # Of a launcher that has started ranks again
+    earlier = {node: len(pair.printed(node)) for node in NODES}
     began = time.time()
     fault.strike(pair)
     if not fault.goes_on:
@@ -405,9 +404,8 @@ def measure(
     it whenever it has grown, so that an interrupted measurement goes on where it was."""
     fault = FAULTS[name]
     while len(entry["times"]) < times:
-        last = max(
-            (record["step"] for record in pair.records()), default=0
-        )  # the next start cuts it back
+        # The next start cuts it back
+        last = max((record["step"] for record in pair.records()), default=0)
         if not pair.runs():
             pair.start(fault.options, fault.sysctl)
         entry["times"].append(strike(fault, pair, last))
@@ -503,9 +501,8 @@ def main() -> None:
         return
     if unknown := [fault for fault in a.faults if fault not in FAULTS]:
         p.error(f"no fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(1)
-    )  # so that `timeout` leaves no namespaces behind
+    # So that `timeout` leaves no namespaces behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     found = json.loads(a.json.read_text()) if a.json and a.json.exists() else {"faults": {}}
     with contextlib.ExitStack() as stack:
         folder = a.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -110,9 +110,8 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             root, _ = build_model(run, files, plan, mesh=mesh)
             found["held"] = held([*root.parameters(), *root.buffers()])
         full = run.adapter.kind == "none"
-        wide = (
-            max(p.numel() for p in root.parameters()) * 4
-        )  # fp32, as shards, masters and moments are
+        # fp32, as shards, masters and moments are
+        wide = max(p.numel() for p in root.parameters()) * 4
         start = Start()
         if case.endswith("resumed"):
             start = Start(
@@ -145,9 +144,8 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             else:
                 export.write_model_files(None, run, root, {})
         if start.found:
-            with phase(
-                "export", wide + wide // mesh.shape.shard
-            ):  # DCP reads a part whole, beside the tensor
+            # DCP reads a part whole, beside the tensor
+            with phase("export", wide + wide // mesh.shape.shard):
                 if ranks.leads:
                     sharded.export_sharded(
                         folder / "run" / "checkpoint-1", folder / "exported", run

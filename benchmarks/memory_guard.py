@@ -195,9 +195,8 @@ def cost(looks: int = 2000) -> dict[str, float]:
     from tunesmith.runtime.memory_guard import OFTEN, RARELY, MemoryGuard
     from tunesmith.signals import StopRequest
 
-    ticks = itertools.count(
-        0.0, OFTEN
-    )  # it looks back over the last seconds: as many looks as these have in a run
+    # It looks back over the last seconds: as many looks as these have in a run
+    ticks = itertools.count(0.0, OFTEN)
     guard = MemoryGuard(StopRequest(), Ranks(), clock=lambda: next(ticks))
     began = time.thread_time()
     for _ in range(looks):

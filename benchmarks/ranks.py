@@ -257,11 +257,12 @@ def train_all(
             process.terminate()
             process.wait()
     if process.returncode or seen < len(wanted):
+        # Not torchrun's
         said = (
             (folder / "stderr")
             .read_text(errors="replace")
             .partition("torch/distributed/elastic")[0]
-        )  # not torchrun's
+        )
         sys.exit(f"{wanted[seen:][:1]} failed:\n{said[-4000:]}")
 
 

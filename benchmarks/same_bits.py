@@ -210,11 +210,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 ON_SMOLLM2 = ("lora-packed", "lora-unpacked", "full", "full-8bit", "qlora", "resumed")
 TINY: dict[str, Any] = {  # over COMMON, under a recipe of the tiny Llama
+    # Its tokens are single bytes
     "data": {
         "train": [CHATS, TASKS],
         "seq_len": 1024,
         "too_long": "drop",
-    },  # its tokens are single bytes
+    },
     "train": {"global_batch": "8 examples", "micro_batch": "2048 tokens"},
 }
 RANKS = {
@@ -227,15 +228,17 @@ RANKS = {
     "shards-resumed": 2,
 }
 CANDIDATES = {"sweep": ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8", "--rungs", "2"]}
+# Recipes that resume -> the first half of the run
 BEGUN = {
     "resumed": "begun",
     "shards-resumed": "shards-begun",
-}  # recipes that resume -> the first half of the run
+}
 RESUMED = {begun: resumed for resumed, begun in BEGUN.items()}
+# What golden.py writes: one file, and no run
 GOLDEN_FILES = {
     "plans": golden.PLANS,
     "help": golden.HELP,
-}  # what golden.py writes: one file, and no run
+}
 WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper kelp larch maple nettle osier pine quartz reed".split()
 
 
@@ -342,9 +345,8 @@ class Recorder:
         values["model"]["name"] = str(self.tiny) if small else self.smollm2
         values["output_dir"] = "run"
         write_rows(self.output / name)
-        (self.output / name / "recipe.yaml").write_text(
-            json.dumps(values, indent=1)
-        )  # JSON is YAML
+        # JSON is YAML
+        (self.output / name / "recipe.yaml").write_text(json.dumps(values, indent=1))
         self.train(name, "recipe.yaml", *words)
 
     def begin(self, name: str) -> None:
@@ -462,9 +464,8 @@ class Record:
         if not (folder / PLACES).is_file():
             sys.exit(f"{folder} is no record: it has no {PLACES}")
         places = json.loads((folder / PLACES).read_text())
-        self.places = sorted(
-            places.items(), key=lambda pair: -len(pair[0])
-        )  # one may be the beginning of another
+        # One may be the beginning of another
+        self.places = sorted(places.items(), key=lambda pair: -len(pair[0]))
 
     def text(self, path: Path) -> str:
         text = path.read_text(encoding="utf-8")

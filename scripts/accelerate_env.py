@@ -15,13 +15,14 @@ from tunesmith.config.schema import Parallel
 
 PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 DTYPE_FLAGS = {"bf16": "bfloat16", "fp16": "float16"}
+# 1 to 5 as numbers
 STRATEGIES = (
     "FULL_SHARD",
     "SHARD_GRAD_OP",
     "NO_SHARD",
     "HYBRID_SHARD",
     "HYBRID_SHARD_ZERO2",
-)  # 1 to 5 as numbers
+)
 SIZES = {"DP_REPLICATE_SIZE": "replicate", "DP_SHARD_SIZE": "shard", "TP_SIZE": "tensor"}
 
 # Values that ask for nothing: accelerate sets most variables in every launch.

@@ -99,10 +99,11 @@ def launch_command(config: str, script: str, *flags: str) -> list[str]:
         str(HERE / "configs" / config),
     ]
     command += [*place_flags(find_place(script, ranks), ranks), str(HERE / script), *flags]
+    # torchrun, below accelerate, would read them too
     for name in (
         "PET_NNODES",
         "PET_NPROC_PER_NODE",
-    ):  # torchrun, below accelerate, would read them too
+    ):
         os.environ.pop(name, None)
     return command
 
@@ -158,9 +159,8 @@ def find_place(script: str, ranks: int) -> Place:
         os.environ.setdefault(name, interface)
     if devices := rdma_devices():
         os.environ.setdefault("NCCL_IB_HCA", ",".join(devices))
-    if (
-        "NCCL_IB_HCA" in os.environ
-    ):  # both functions of the port as one device: 161 in place of 98 Gb/s, as others measured
+    # Both functions of the port as one device: 161 in place of 98 Gb/s, as others measured
+    if "NCCL_IB_HCA" in os.environ:
         os.environ.setdefault("NCCL_IB_MERGE_NICS", "1")
     network = network_of(interface)
     nodes = wanted or 2
@@ -300,9 +300,8 @@ def meet(
                     f"PET_NNODES={len(calls)}",
                 )
             if len(calls) == nodes and all(len(call.heard) == nodes for call in calls.values()):
-                over = min(
-                    over, now + AFTER
-                )  # until then it calls for those that have not heard all
+                # Until then it calls for those that have not heard all
+                over = min(over, now + AFTER)
     if over == float("inf"):
         what = (
             f"only {', '.join(calls)} of {nodes} nodes called in {patience:.0f} s on {own.network}"

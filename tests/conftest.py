@@ -30,9 +30,8 @@ os.environ.setdefault("NO_COLOR", "1")
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/tunesmith-tests-{os.getuid()}"
 )
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # cuBLAS reads it once, before the tests that need it
+# cuBLAS reads it once, before the tests that need it
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Files, or tests of a file, that start processes, compile, or train for long: `make quick` leaves them out.
 SLOW = """

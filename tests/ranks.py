@@ -54,9 +54,8 @@ def forkserver() -> Any:
         if family.fused
     ]
     preload += ["packaging.requirements", "pydantic.dataclasses", "numpy.ma"]
-    if (
-        not torch.cuda.is_available()
-    ):  # bitsandbytes asks a GPU for its kind, after which no process can be forked
+    # Bitsandbytes asks a GPU for its kind, after which no process can be forked
+    if not torch.cuda.is_available():
         preload.append("bitsandbytes")
     context.set_forkserver_preload(preload)
     return context

@@ -18,11 +18,12 @@ import pytest; sys.exit(pytest.main(sys.argv[2:]))"""
 def collected(*, hidden: list[str], marks: str) -> set[str]:
     """Names of the tests that a pytest of its own finds with these packages hidden; it must find them without an error."""
     words = ["-m", marks, "--collect-only", "-p", "no:cacheprovider", str(TESTS)]
+    # -vv lists them in another form
     env = {
         **os.environ,
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTEST_ADDOPTS": "",
-    }  # -vv lists them in another form
+    }
     command = [sys.executable, "-c", COLLECT, " ".join(hidden), *words]
     done = subprocess.run(
         command, cwd=TESTS.parent, env=env, capture_output=True, text=True, check=False

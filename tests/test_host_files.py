@@ -67,11 +67,12 @@ def test_a_text_buffer_is_no_terminal() -> None:
     ("groups", "files", "cores"),
     [
         ("0::/", {"cpu.max": "200000 100000\n"}, 2),
+        # A parent's limit counts
         (
             "0::/a/b",
             {"a/cpu.max": "350000 100000\n", "a/b/cpu.max": "max 100000\n"},
             3,
-        ),  # a parent's limit counts
+        ),
         ("0::/", {"cpu.max": "max 100000\n"}, 8),
         ("0::/", {"cpu.max": "50000 100000\n"}, 1),
         ("4:memory:/x\n3:cpu,cpuacct:/docker/1", {"cpu,cpuacct/cpu.cfs_quota_us": "400000\n"}, 4),

@@ -129,9 +129,8 @@ def test_a_base_in_8_bits_answers_prompts_of_any_length(device, tiny, tmp_path):
         ids = torch.arange(length, device=device).unsqueeze(0) % 250
         with torch.no_grad():
             got, expected = (one.model.model(input_ids=ids).logits for one in (session, dense))
-        assert (
-            error(got, expected) < 0.15
-        )  # e4m3 has 4 bits: 3 % a value, over seven products of two blocks
+        # e4m3 has 4 bits: 3 % a value, over seven products of two blocks
+        assert error(got, expected) < 0.15
 
 
 @cpu_and_gpu

@@ -144,12 +144,13 @@ def test_a_rank_takes_its_gpu_or_the_only_one_that_it_is_shown(
 def test_nccls_watchdog_ends_no_process_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("tunesmith.ranks.choose_gpu", lambda local_rank, local_world: None)
+    # And no MASTER_ADDR
     rank = {
         "RANK": "0",
         "WORLD_SIZE": "2",
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1",
-    }  # and no MASTER_ADDR
+    }
     names = [f"TORCH_NCCL_{name}" for name in WATCHDOG]
     with mock.patch.dict(os.environ, rank | {names[0]: "3"}):
         os.environ.pop("MASTER_ADDR", None)

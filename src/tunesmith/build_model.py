@@ -153,9 +153,8 @@ def fill_parameters(
 ) -> None:
     """Give a materialised model its values: the base's weights, then the first values of the adapter."""
     if weights == "random":
-        stored = load.build_on_meta(
-            files.config, run.model, rows=embedding_rows(run, files)
-        )  # as in a checkpoint
+        # As in a checkpoint
+        stored = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
         shapes = dict(stored.named_parameters())
         random_init.init_random_weights(
             model, shapes, seed=run.train.seed, convert=load_hooks(model)

@@ -37,21 +37,20 @@ from tunesmith.errors import (
 )
 from tunesmith.host_files import oom_kills
 
-STUCK = (
-    30 * 60.0
-)  # seconds without progress: a micro batch or a token takes seconds on a machine that holds the model
+# Seconds without progress: a micro batch or a token takes seconds on a machine that holds the model
+STUCK = 30 * 60.0
 MISSED = 4  # beats in a row, after which a rank is blamed for a connection that broke
 AGREED = (OtherRankError, StoppedError, NonFiniteError)  # which all ranks raise at the same step
+# Seconds that the main thread has to end: in a collective it cannot; once it knows the fault
 GRACE, ENDING = (
     3.0,
     60.0,
-)  # seconds that the main thread has to end: in a collective it cannot; once it knows the fault
+)
 REFUSAL = 2.0  # seconds in which a machine that is up refuses a connection
 GONE = ("Z", "X")  # states of a process
 AGAIN = "start the same command again: it goes on from the newest checkpoint"
-_BROKEN = re.compile(
-    r"gloo|nccl|^Dist\w+Error", re.IGNORECASE
-)  # torch's errors of a collective and of a store
+# torch's errors of a collective and of a store
+_BROKEN = re.compile(r"gloo|nccl|^Dist\w+Error", re.IGNORECASE)
 
 
 @dataclass
@@ -224,9 +223,8 @@ class Heartbeat:
         self._closing.set()
         self._wake.set()
         self._talker.join(GRACE)
-        if (
-            self._talker.is_alive()
-        ):  # a thread in a call to a mute store would crash an interpreter that ends
+        # A thread in a call to a mute store would crash an interpreter that ends
+        if self._talker.is_alive():
             atexit.register(_leave)
 
     def _mind_time(self) -> None:
@@ -283,9 +281,8 @@ class Heartbeat:
             verdict = self.store.compare_set("verdict", "-", json.dumps(found))
         if verdict != b"-":
             words = json.loads(verdict)
-            teller = words.pop(
-                "teller", None
-            )  # a rank that raises the error: it is told where that arrives
+            # A rank that raises the error: it is told where that arrives
+            teller = words.pop("teller", None)
             first = self.store.add(f"told/{self.local[0]}", 1) == 1
             self._decide(words, tells=teller == self.rank if teller in self.local else first)
             for mute in (
@@ -320,9 +317,8 @@ class Heartbeat:
         """The fault that the beats show, in the words of an error; empty: none. `ended`: ranks without a process."""
         if ended:
             self._ended_at = self._ended_at or self.clock
-            if (
-                self.clock - self._ended_at < self.interval
-            ):  # the others have yet to tell what they wait in
+            # The others have yet to tell what they wait in
+            if self.clock - self._ended_at < self.interval:
                 return {}
             if (kills := oom_kills() - self.kills) > 0:
                 why, cause = (
@@ -337,9 +333,8 @@ class Heartbeat:
         waits = bool(self._broken or self.own.collective)
         missed = [r for r, beat in enumerate(self.beats) if waits or not beat.done]
         if any(self._silent(r, limit) for r in missed):
-            gone = [
-                r for r in missed if self._silent(r, limit / 2)
-            ]  # the ranks of a node do not beat at once
+            # The ranks of a node do not beat at once
+            gone = [r for r in missed if self._silent(r, limit / 2)]
             why, cause = self._likely_cause(
                 "it was killed or stopped, its machine is down, or the network to it is cut"
             )

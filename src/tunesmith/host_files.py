@@ -153,9 +153,8 @@ def control_groups(controller: str, root: Path = Path("/"), process: str = "self
             if controllers and controller not in controllers.split(","):
                 continue
             base = root / "sys/fs/cgroup" / controllers
-            group = base / own.lstrip(
-                "/"
-            )  # in a container it may not be there, and its limit is that of `base`
+            # In a container it may not be there, and its limit is that of `base`
+            group = base / own.lstrip("/")
             found += [folder for folder in (group, *group.parents) if folder.is_relative_to(base)]
     return found
 

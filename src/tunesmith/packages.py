@@ -17,9 +17,8 @@ def pip_install(package: str) -> str:
     from packaging.requirements import Requirement
 
     stated: list[str] = []
-    with suppress(
-        importlib.metadata.PackageNotFoundError
-    ):  # run from a source tree that is not installed
+    # Run from a source tree that is not installed
+    with suppress(importlib.metadata.PackageNotFoundError):
         stated = importlib.metadata.requires("tunesmith") or []
     versions = [
         str(needed.specifier) for needed in map(Requirement, stated) if needed.name == package

@@ -204,9 +204,8 @@ def join_ranks() -> Iterator[Ranks]:
         heartbeat.stopped_code = EXIT_OK
     try:
         with heartbeat:
-            heartbeat.phase(
-                "joining the ranks", JOIN
-            )  # gloo waits for ever behind a wrong interface
+            # Gloo waits for ever behind a wrong interface
+            heartbeat.phase("joining the ranks", JOIN)
             backend, names = (
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
                 dist.PrefixStore(group, store),
@@ -220,9 +219,8 @@ def join_ranks() -> Iterator[Ranks]:
                 heartbeat.gpu_is_busy = lambda: not stream.query()
             yield Ranks(rank, world, local_rank, local_world, tuple(hosts), (0,) * world, heartbeat)
     finally:
-        if (
-            heartbeat.fault is None and dist.is_initialized()
-        ):  # a group that a rank has left may wait for it
+        # A group that a rank has left may wait for it
+        if heartbeat.fault is None and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -231,9 +229,8 @@ def choose_gpu(local_rank: int, local_world: int) -> None:
     import torch
 
     count, shown = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if count < local_world and not (
-        count == 1 and shown
-    ):  # Slurm's --gpus-per-task shows each rank its own
+    # Slurm's --gpus-per-task shows each rank its own
+    if count < local_world and not (count == 1 and shown):
         what, fix = (
             f"{local_world} ranks on a node with {count} GPUs",
             f"one rank a GPU: --nproc-per-node {count}",

@@ -147,9 +147,8 @@ def read_object(path: Path) -> dict[str, Any]:
     raise ValueError("it holds no JSON object")
 
 
-Shape = Mapping[
-    str, Callable[[Any], bool]
-]  # key -> whether a value is of its type; null is, for every key
+# Key -> whether a value is of its type; null is, for every key
+Shape = Mapping[str, Callable[[Any], bool]]
 
 
 def _read_shaped(path: Path, shape: Shape) -> Part[dict[str, Any] | None]:

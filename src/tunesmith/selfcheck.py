@@ -50,15 +50,17 @@ from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import ratio
 
+# adapter, model.quantize
 KINDS = {
     "lora": ("lora", "none"),
     "full": ("none", "none"),
     "nf4 lora": ("lora", "nf4"),
-}  # adapter, model.quantize
+}
+# Of a run. Those after RESUMED are taken again from its checkpoint; the last shows the moments
 STEPS, RESUMED = (
     4,
     2,
-)  # of a run. Those after RESUMED are taken again from its checkpoint; the last shows the moments
+)
 # Largest relative difference of the first step, of the others, and of resumed ones. In fp32 meshes differ in the order of
 # their sums, and AdamW's first updates, as large for a small gradient as for a large one, may widen that: up to 3e-7 was
 # seen. A GPU's kernels choose their order by shape, and attention's varies: its limits are estimates. bf16 rounds to 8
@@ -179,9 +181,8 @@ class SelfCheck:
         # fp32 has the tighter tolerance; on GPUs bf16 takes the kernels of a real run.
         dtypes = [dtype for dtype in ("fp32", "bf16") if (dtype, self.device.type) in TOLERANCE]
         self.kinds = [(name, dtype) for dtype in dtypes for name in KINDS]
-        self.make_mesh = cache(
-            Mesh.of
-        )  # once for all runs on it: its process groups take sockets and NCCL's memory
+        # Once for all runs on it: its process groups take sockets and NCCL's memory
+        self.make_mesh = cache(Mesh.of)
         self.rows: list[CheckRow] = []
         self.alone: dict[Kind, list[StepRecord]] = {}  # of one process with one micro batch a step
         self.inputs: dict[Kind, Any] = {}  # of its first step
@@ -327,9 +328,8 @@ class SelfCheck:
                 digests.setdefault(part, []).append(digest)
             if copies := [same for same in digests.values() if len(same) > 1]:
                 self.equal(COPIES, len(copies), sum(len({*same}) == 1 for same in copies))
-        if (
-            scheme_of(run.model) is NF4
-        ):  # at a resume its base is made as at the start, and its adapter as LoRA's
+        # At a resume its base is made as at the start, and its adapter as LoRA's
+        if scheme_of(run.model) is NF4:
             return
         if ranks.local_rank == 0:  # as if the last steps had never been
             shutil.rmtree(out / f"checkpoint-{STEPS}", ignore_errors=True)
@@ -448,9 +448,8 @@ def run_checks(say: Callable[[CheckRow], None]) -> dict[str, Any]:
         with join_ranks() as ranks:
             check.folder, check.kinds = ranks.share((folder, check.kinds))
             with ranks.together():
-                if (
-                    ranks.local_rank == 0 and not check.folder.exists()
-                ):  # on a disk that rank 0 does not see
+                # On a disk that rank 0 does not see
+                if ranks.local_rank == 0 and not check.folder.exists():
                     check.folder.mkdir()
                     stack.callback(shutil.rmtree, check.folder, ignore_errors=True)
                     write_inputs(check.folder, STEPS * check.batch)

@@ -58,10 +58,11 @@ class StopRequest:
         # Python lets only the main thread take signals; elsewhere (a notebook's worker) the caller keeps its own.
         if threading.current_thread() is not threading.main_thread():
             return self
+        # Without `__exit__` an exception from here would leave the handlers
         held, self._held = (
             self._held,
             True,
-        )  # without `__exit__` an exception from here would leave the handlers
+        )
         for name in NAMES[:2] if self._interactive else NAMES:
             number = signal.Signals[name]
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -136,9 +137,8 @@ class StopRequest:
                 name, now = signal.Signals(byte[0]).name, time.monotonic()
                 if name == "SIGINT" and now - pressed > ONE_PRESS:
                     pressed, self.now, self._strike = now, True, True
-                    os.kill(
-                        os.getpid(), signal.SIGINT
-                    )  # the handler may have run before `_strike` was set
+                    # The handler may have run before `_strike` was set
+                    os.kill(os.getpid(), signal.SIGINT)
                 elif name not in told:
                     told.add(name)
                     again = "; press again to stop now" if name == "SIGINT" else ""
@@ -149,9 +149,8 @@ class StopRequest:
     def _leave(self) -> None:
         _entered.remove(self)
         signal.set_wakeup_fd(self._wakeup)
-        os.close(
-            self._writer
-        )  # ends the watcher, whose own signal comes while the handler is still there
+        # Ends the watcher, whose own signal comes while the handler is still there
+        os.close(self._writer)
         try:
             self._watcher.join(1.0)
         finally:

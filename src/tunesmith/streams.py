@@ -36,10 +36,11 @@ class LastingStream(io.TextIOWrapper):
     def __init__(self, stream: io.TextIOWrapper) -> None:
         stream.flush()
         self.output = LastingOutput(stream.fileno(), "w", closefd=False)
+        # `python -u`
         buffer, lines = (
             io.BufferedWriter(self.output),
             stream.line_buffering or stream.write_through,
-        )  # `python -u`
+        )
         super().__init__(
             buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=lines
         )

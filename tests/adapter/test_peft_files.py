@@ -68,9 +68,8 @@ def test_the_configuration_is_what_peft_would_write(adapter, tiny, tmp_path, mon
     model = AutoModelForCausalLM.from_pretrained(tiny)
     lora.attach_lora(model, adapter, seed=3)
     with monkeypatch.context() as patch:
-        patch.setitem(
-            sys.modules, "peft", None
-        )  # importing it while training runs stops the training for a second
+        # Importing it while training runs stops the training for a second
+        patch.setitem(sys.modules, "peft", None)
         peft_files.write_adapter(
             tmp_path, *peft_files.adapter_files(model, adapter, "someone/tiny-llama", "v1")
         )

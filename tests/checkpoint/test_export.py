@@ -198,9 +198,8 @@ def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
     root = TrainModel(model, METHODS["sft"], layers="model.layers", attention_backend="products")
     out = folder / "checkpoint"
     out.mkdir()
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # what is free already would hide as much of what is taken next
+    # What is free already would hide as much of what is taken next
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     write_checkpoint(run, root, {}, optimizer, Progress(), out)

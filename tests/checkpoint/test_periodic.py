@@ -40,9 +40,8 @@ class Watched:
     """A run seen from outside: its Trainer, and the steps at which each thread's write of optimizer state began."""
 
     trainer: Trainer | None = None
-    wrote: list[tuple[str, int, int]] = field(
-        default_factory=list
-    )  # thread, step written, last step recorded by then
+    # thread, step written, last step recorded by then
+    wrote: list[tuple[str, int, int]] = field(default_factory=list)
 
     def step(self) -> int:
         assert self.trainer is not None

@@ -113,9 +113,8 @@ def test_one_process_opens_and_exports_what_two_ranks_wrote(tiny, tmp_path, caps
     assert main(["export", str(tmp_path / "run" / "final"), "--output", str(tmp_path / "no")]) == 2
     assert "needs no export" in capsys.readouterr().err
 
-    AutoConfig.from_pretrained(saved).save_pretrained(
-        saved
-    )  # as an earlier version wrote it: the new keys alone
+    # As an earlier version wrote it: the new keys alone
+    AutoConfig.from_pretrained(saved).save_pretrained(saved)
     assert "rope_theta" not in json.loads((saved / "config.json").read_text())
     state.write_manifest(saved, 6, state.flush_files(saved))
     assert main(["export", str(saved), "--output", str(tmp_path / "older")]) == 0

@@ -36,9 +36,8 @@ def assert_told(
     assert [fact for fact in case.facts if fact not in message] == [], err
     assert "Traceback" not in err
     assert "internal error" not in err
-    report = case.kind == "script" or case.name.startswith(
-        "data verb, nothing"
-    )  # what these show is their answer
+    # What these show is their answer
+    report = case.kind == "script" or case.name.startswith("data verb, nothing")
     assert report or out == ""
     assert snapshot(world.folder) == before
 

@@ -170,9 +170,8 @@ def test_what_is_forced_goes_on(world: World, capsys: Capture) -> None:
     code, _, err = started(world.again("checkpoint.resume=force"), capsys)
     assert code == EXIT_OK, err
     assert [r["step"] for r in records(world.out)] == list(range(1, 9))
-    code, _, err = started(
-        world.again("train.duration=10 steps"), capsys
-    )  # from here on these are its data
+    # From here on these are its data
+    code, _, err = started(world.again("train.duration=10 steps"), capsys)
     assert code == EXIT_OK, err
 
 

@@ -164,10 +164,11 @@ def test_on_a_gpu_the_trial_of_the_compiler_is_within_what_cold_times(
 def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
     """The second process finds what the first has compiled, so its first step is much shorter."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
+    # Few graphs: compiling is what takes time
     changes = {
         "train": {"compile": "on"},
         "model": {"attention": "eager"},
-    }  # few graphs: compiling is what takes time
+    }
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False, **changes)))
     # In a process of its own, as a compile cache of its own needs.
     done = run_warm(

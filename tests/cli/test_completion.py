@@ -129,9 +129,8 @@ def test_a_tab_completes_the_line(shell: str, place: Path) -> None:
         for line, wanted in COMPLETED.items():
             os.write(terminal, f"{line}\t".encode())
             shown = read_until(terminal, wanted.rstrip())
-            os.write(
-                terminal, b"\x15\x15" if shell == "bash" else b"\x15"
-            )  # ctrl-U empties the line
+            # ctrl-U empties the line
+            os.write(terminal, b"\x15\x15" if shell == "bash" else b"\x15")
             assert wanted.rstrip() in shown, (line, shown)
     finally:
         os.write(terminal, b"\x15exit\n")

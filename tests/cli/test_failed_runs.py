@@ -96,9 +96,8 @@ def test_a_full_disk(
     """At the first checkpoint or a later one: exit 1, whole ones stay, and with room the run ends as it should."""
     import tunesmith.training.build
 
-    monkeypatch.setattr(
-        tunesmith.training.build, "check_disk", lambda *given: None
-    )  # it would refuse to begin
+    # It would refuse to begin
+    monkeypatch.setattr(tunesmith.training.build, "check_disk", lambda *given: None)
     ballast = small_disk / "ballast"
     words = world.train(output_dir=str(small_disk / "run"), train={"duration": "6 steps"})
     ballast.write_bytes(bytes((1024 - held) << 10))

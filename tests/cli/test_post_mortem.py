@@ -95,9 +95,8 @@ def test_the_kernels_end_for_want_of_memory_is_told_by_the_next_start(
     process = start(recipe)
     wait_for(lambda: steps_of(out) > 6, process)
     (little_memory / "cgroup.procs").write_text(str(process.pid))
-    Path(f"/proc/{process.pid}/oom_score_adj").write_text(
-        "1000"
-    )  # the first that the kernel takes of this group
+    # The first that the kernel takes of this group
+    Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
     hog = f"open('{little_memory}/cgroup.procs', 'w').write('0')\nheld = [bytearray(50_000_000) for _ in range(100)]"
     process.send_signal(signal.SIGSTOP)  # or its guard would stop it in time
     subprocess.run([sys.executable, "-c", hog], check=False)
@@ -125,9 +124,8 @@ def test_a_machine_that_was_started_again_and_another_host_are_told(recipe: Path
         "restarted",
     )
     (out / RUNNING).write_text(json.dumps(note | {"host": "elsewhere"}))
-    (out / "metrics.jsonl").write_text(
-        '{"step": 5}\n' * 9000 + '{"step": 8}\n{"step": 9'
-    )  # the last line is torn
+    # The last line is torn
+    (out / "metrics.jsonl").write_text('{"step": 5}\n' * 9000 + '{"step": 8}\n{"step": 9')
     told = killed_before(out)
     assert told is not None
     assert told.what == "the last start was killed after step 8"

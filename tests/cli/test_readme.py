@@ -129,9 +129,8 @@ def stand_ins(words: list[str], tiny: Path) -> list[str]:
         return [*words, f"model.name={tiny}"]
     if verb == "train" and words[1] in shipped():
         return [*words, f"model.name={tiny}", *own_rows(words[1]), "train.duration=2 steps"]
-    if (
-        verb == "train" and "--data" in words
-    ):  # the run of a recipe that is made is named after model and data
+    # The run of a recipe that is made is named after model and data
+    if verb == "train" and "--data" in words:
         named = any(word.startswith("output_dir=") for word in words)
         return [
             *words,
@@ -191,9 +190,8 @@ def test_every_command_runs(
             if page == "README.md" and (
                 "data.train.source=rows.jsonl" in words or words[0] == "merge"
             ):
-                shutil.rmtree(
-                    place / "runs"
-                )  # what follows is another run: on the recipe's own rows, or to be watched
+                # What follows is another run: on the recipe's own rows, or to be watched
+                shutil.rmtree(place / "runs")
     assert run_count >= PAGES[page]
     if page != "README.md":
         return

@@ -231,10 +231,11 @@ def test_generate_reads_stdin_and_writes_stdout(
         {"conversations": [{"from": "human", "value": "d"}]},
         {"prompt": [{"role": "user", "content": "e"}]},
         {"text": "f é"},
+        # Half a character, which UTF-8 cannot hold: written as its escape
         {
             "prompt": "g",
             "half": "\ud83d",
-        },  # half a character, which UTF-8 cannot hold: written as its escape
+        },
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join(map(json.dumps, asked))))
     monkeypatch.setattr(sys, "__stdout__", sys.stdout)  # as in a process of its own
@@ -357,9 +358,8 @@ def test_neither_side_of_a_chat_sees_an_answer_of_the_other(
     assert base["base"] != tuned["tuned"]
     assert turns("first\nsecond\n", "--side-by-side") == {**base, **tuned}
     alone = turns("second\n")
-    assert (
-        alone["tuned"] != tuned["tuned"][1:]
-    )  # what was said before counts, until it is forgotten
+    # What was said before counts, until it is forgotten
+    assert alone["tuned"] != tuned["tuned"][1:]
     assert turns("first\n/reset\nsecond\n") == alone
     assert "all forgotten" in capsys.readouterr().err
 

@@ -174,10 +174,11 @@ def test_paths(recipe: Path) -> None:
     run = load_recipe(
         recipe, ["model.name=org/model", "data.train.source=more.csv", "adapter.from=org/adapter"]
     )
+    # Hub ids: no such folder here
     assert (run.model.name, run.adapter.from_) == (
         "org/model",
         "org/adapter",
-    )  # Hub ids: no such folder here
+    )
     assert run.data.train[0].source == str(here / "more.csv")
     assert load_recipe(recipe, ["model.name=small.gguf"]).model.name == str(here / "small.gguf")
     assert load_recipe(recipe, ["model.name=~/model"]).model.name == str(Path.home() / "model")

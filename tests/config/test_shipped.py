@@ -103,9 +103,8 @@ def test_values_of_the_slurm_guide() -> None:
         True,
         "on",
     )
-    assert (
-        full.train.optimizer == "adamw-8bit"
-    )  # ours: fp32 moments would leave memory for few activations
+    # ours: fp32 moments would leave memory for few activations
+    assert full.train.optimizer == "adamw-8bit"
     # 2 data-parallel ranks (16 GPUs, tensor parallel over 8) x 4 packed rows of 1024 tokens
     assert full.train.global_batch == Size(2 * 4 * 1024, "tokens")
     assert (lora.adapter.rank, lora.adapter.alpha, lora.train.learning_rate) == (16, 32.0, 3e-4)

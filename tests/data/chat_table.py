@@ -47,11 +47,12 @@ def _schema(name: str) -> dict[str, Any]:
 
 
 TOOLS = [_schema("weather"), _schema("time")]
+# Stand for the form's own words, put into contents
 END, HEAD, BOS = (
     "\0END\0",
     "\0HEAD\0",
     "\0BOS\0",
-)  # stand for the form's own words, put into contents
+)
 
 LONG = "The ferry leaves at noon, and the last one back at six. " * 120
 

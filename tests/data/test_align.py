@@ -36,9 +36,8 @@ def test_every_cut_of_a_text(kind: str, text: str) -> None:
         (found,) = aligner.encode([text], [[CharSpan(cut, len(text))]], set())
         assert found.ids.tolist() == whole.ids
         assert found.trained.tolist() == [s >= cut for s, _ in whole.offsets]
-        if (
-            kind == "bytes"
-        ):  # cut offsets do not show a token that goes over the edge by blanks alone
+        # Cut offsets do not show a token that goes over the edge by blanks alone
+        if kind == "bytes":
             assert found.spanning_tokens == sum(s < cut < e for s, e in whole.offsets)
 
 

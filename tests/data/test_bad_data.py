@@ -219,9 +219,8 @@ def test_a_file_that_may_not_be_read(write, monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(self: Path, *args: object, **keys: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(
-        Path, "open", refuse
-    )  # root may read everything, so a mode of 000 would prove nothing
+    # Root may read everything, so a mode of 000 would prove nothing
+    monkeypatch.setattr(Path, "open", refuse)
     assert_refused(Source(source=name), "cannot be read", "a.jsonl", "ls -l")
 
 

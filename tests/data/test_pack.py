@@ -25,9 +25,8 @@ def test_every_item_once_and_no_bin_too_full(case: tuple[int, list[int]]) -> Non
     # number of items longer than half a bin.
     least = max(-(-sum(lengths) // capacity), sum(2 * n > capacity for n in lengths))
     assert len(bins) >= least
-    if (
-        all(3 * n <= capacity for n in lengths) and lengths
-    ):  # small items: all bins but one are over 3/4 full
+    # Small items: all bins but one are over 3/4 full
+    if all(3 * n <= capacity for n in lengths) and lengths:
         assert len(bins) <= -(-sum(lengths) * 4 // (3 * capacity)) + 1
     assert bins == best_fit_decreasing(np.asarray(lengths), capacity)
 

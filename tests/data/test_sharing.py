@@ -235,9 +235,8 @@ def test_micro_steps_are_alike_in_cost(pack: bool, weight: float, world: int) ->
     for step in range(4):
         ranks = all_ranks(tokens, course, world, step, **layout)
         balanced = idle([[cost(m, weight) for m in batch.micro] for batch in ranks])
-        assert ranks[0].idle_share == pytest.approx(
-            balanced, abs=1e-12
-        )  # the same sums in another order
+        # The same sums in another order
+        assert ranks[0].idle_share == pytest.approx(balanced, abs=1e-12)
         alone = [
             cost(m, weight) for m in Loader(tokens, course, pad_id=0, **layout).batch(step).micro
         ]

@@ -71,9 +71,8 @@ def expected(
     mask = []
     for id_, (s, e) in zip(whole.ids, whole.offsets, strict=True):
         inside = any(a <= s < b and e <= b for a, b in spans)
-        ends_here = id_ == end_id and any(
-            s == b - len(end) for _, b in spans
-        )  # it may swallow blanks after it
+        # It may swallow blanks after it
+        ends_here = id_ == end_id and any(s == b - len(end) for _, b in spans)
         mask.append(inside or ends_here)
     clean = [id_ for piece in pieces for id_ in piece] == whole.ids
     if clean:  # then the segments' own tokens are the truth, without any offsets
@@ -211,9 +210,8 @@ def test_a_conversation_is_rendered_as_often_as_its_mask_needs(
 
         return call
 
-    thinking = (
-        {"reasoning_content": "hm"} if form == "qwen3" else {}
-    )  # left out of all turns but the last
+    # Left out of all turns but the last
+    thinking = {"reasoning_content": "hm"} if form == "qwen3" else {}
     messages = [message for n in "abc" for message in (user(n), answer(n * 3, **thinking))]
     for name in ("render", "generate"):
         monkeypatch.setattr(jinja2.Template, name, counted(getattr(jinja2.Template, name)))

@@ -214,9 +214,8 @@ def test_the_first_n(make) -> None:
     assert len(some) == 5
     assert [some.where(i) for i in range(5)] == [tokens.where(i) for i in range(5)]
     assert some.counts.tokens == int(tokens.lengths[:5].sum())
-    assert (
-        equal(tokens.first(99), make(alpaca(3), alpaca(4), seq_len=256)) is False
-    )  # it says that it is a part
+    # It says that it is a part
+    assert equal(tokens.first(99), make(alpaca(3), alpaca(4), seq_len=256)) is False
     assert len(tokens.first(99)) == 7
 
 

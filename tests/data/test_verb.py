@@ -156,9 +156,8 @@ def test_prepare_stops_on_a_broken_contract(recipe, tiny: Path) -> None:
 
 def test_validation_rows_that_are_trained_on_are_told(recipe, tiny: Path, write) -> None:
     held = "  validation: {source: held.jsonl, format: alpaca}\n"
-    write(
-        "held.jsonl", alpaca(9) + alpaca(70)[len(alpaca(68)) :] + alpaca(2)
-    )  # 9 and 2 known rows, 2 new ones
+    # 9 and 2 known rows, 2 new ones
+    write("held.jsonl", alpaca(9) + alpaca(70)[len(alpaca(68)) :] + alpaca(2))
     data = prepared(recipe(alpaca(60), held), tiny)
     assert data.overlap.count == 11
     assert (data.overlap.where[-12:], data.overlap.earlier[-12:]) == (

@@ -27,9 +27,8 @@ class Repo:
     gated: bool = False  # resolve answers 401 without a token, 403 with one
     granted: str = ""  # the token that a gated repository lets in
     failing: int = 0  # so many answers 503 come first
-    cut: list[int] = field(
-        default_factory=list
-    )  # the next downloads of a large file break off after so many bytes
+    # The next downloads of a large file break off after so many bytes
+    cut: list[int] = field(default_factory=list)
     stall: int = 0  # so many downloads of a large file send half of it and then nothing
     bad_byte: bool = False  # one byte of a large file is changed on the way
     ignores_range: bool = False

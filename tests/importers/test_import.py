@@ -66,9 +66,8 @@ def their_keys(path: Path) -> list[str]:
 
 def comments(text: str) -> str:
     """The comments of a recipe on one line: they are wrapped."""
-    return " ".join(re.findall(r"^ *# (.*)$", text, re.M)).replace(
-        "- ", "-"
-    )  # also broken at hyphens
+    # Also broken at hyphens
+    return " ".join(re.findall(r"^ *# (.*)$", text, re.M)).replace("- ", "-")
 
 
 def named(key: str, told: str) -> bool:
@@ -137,9 +136,8 @@ def test_the_full_configuration_of_70b(tmp_path: Path) -> None:
         None,
     )
     assert (run.train.weight_decay, run.train.learning_rate, run.train.seed) == (0.01, 2e-5, 42)
-    assert (
-        str(run.train.global_batch) == "8192 tokens"
-    )  # 4 packed rows of 1024 on each of 2 replicas of 8 ranks
+    # 4 packed rows of 1024 on each of 2 replicas of 8 ranks
+    assert str(run.train.global_batch) == "8192 tokens"
     assert (run.parallel.tensor, run.parallel.shard, run.parallel.replicate) == (8, 2, 1)
     assert (run.data.train_on, run.data.seq_len, run.data.pack) == ("all", 1024, True)
     assert [s.split for s in (*run.data.train, *run.data.validation)] == [

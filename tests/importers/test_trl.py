@@ -115,9 +115,8 @@ def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
         script.dataset_train_split,
     )
     assert run.data.validation[0].split == script.dataset_test_split
-    assert (
-        run.data.train_on == "all"
-    )  # neither of TRL's two losses on the answer alone is asked for
+    # Neither of TRL's two losses on the answer alone is asked for
+    assert run.data.train_on == "all"
 
     config = trl.get_peft_config(model)
     assert (run.adapter.rank, run.adapter.alpha, run.adapter.dropout) == (

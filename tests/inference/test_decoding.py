@@ -57,10 +57,11 @@ def test_greedy_batches_answer_as_peft_does_one_by_one(
     peft = peft_model(tiny)
     decoding = Decoding(max_new_tokens=12)
     long = answer_batch(opened.model, opened.tokenizer, prompts[:1], decoding, stops=set())[0].ids
+    # A random model seldom ends by itself; this token ends some answers and not all
     stops = {
         long[5],
         256,
-    }  # a random model seldom ends by itself; this token ends some answers and not all
+    }
     settings = GenerationConfig(
         max_new_tokens=12, do_sample=False, eos_token_id=sorted(stops), pad_token_id=257
     )

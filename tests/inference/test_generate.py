@@ -46,10 +46,11 @@ ENDED = [TURN, {"role": "assistant", "content": "b"}]
     [
         ({"messages": [TURN]}, False),
         ({"messages": ENDED}, True),
+        # Another name of the same role
         (
             {"messages": [TURN, {"role": "gpt", "content": "b"}]},
             True,
-        ),  # another name of the same role
+        ),
         ({"conversations": [{"from": "human", "value": "a"}]}, False),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, True),
         ({"prompt": "a"}, False),

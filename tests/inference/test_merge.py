@@ -272,9 +272,8 @@ def test_force_replaces_an_earlier_merge_once_the_check_is_passed(
     link.symlink_to(out)
     merge(run, out, device="cpu")
     before = (out / "model.safetensors").stat().st_ino
-    out.rename(
-        tmp_path / ".out.old"
-    )  # as a kill leaves it between the renames of a merge that replaces it
+    # As a kill leaves it between the renames of a merge that replaces it
+    out.rename(tmp_path / ".out.old")
     with pytest.raises(UsageError, match="holds an earlier merge"):
         merge(run, out, device="cpu")
     with monkeypatch.context() as patch:
@@ -453,6 +452,7 @@ GOOD, BAD = (
     [
         ("fp32", Difference(9e-5, 0.0, 1.0), LARGE, SMALL, 5.0, None, True),
         ("fp32", Difference(1.1e-4, 0.0, 1.0), LARGE, SMALL, 5.0, None, False),
+        # Logits twice as large
         (
             "fp32",
             Difference(1.9e-4, 0.0, 1.0),
@@ -461,7 +461,8 @@ GOOD, BAD = (
             20.0,
             None,
             True,
-        ),  # logits twice as large
+        ),
+        # Below a tenth of what was taught
         (
             "bf16",
             Difference(2.0, 0.04, 0.9),
@@ -470,8 +471,9 @@ GOOD, BAD = (
             20.0,
             GOOD,
             True,
-        ),  # below a tenth of what was taught
+        ),
         ("bf16", Difference(2.0, 0.06, 0.9), LARGE, SMALL, 20.0, GOOD, False),
+        # One weight is not what it should be
         (
             "bf16",
             Difference(2.0, 0.04, 0.9),
@@ -480,7 +482,7 @@ GOOD, BAD = (
             20.0,
             BAD,
             False,
-        ),  # one weight is not what it should be
+        ),
         ("bf16", Difference(0.1, 9e-5, 1.0), SMALL, SMALL, 20.0, GOOD, True),  # below the floor
         ("bf16", LARGE, LARGE, SMALL, 20.0, GOOD, False),  # the base's answers
     ],

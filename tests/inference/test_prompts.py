@@ -116,10 +116,11 @@ def test_one_prompt_in_training_and_use(
     run = replace(loaded.run, data=data)
     unanswered = {k: v for k, v in values.items() if k not in ("completion", "output")}
     unanswered |= {"messages": TURNS[:1]} if form == "messages" else {}
+    # And the folder alone
     for location in (
         replace(loaded.location, run=run),
         replace(loaded.location, run=None),
-    ):  # and the folder alone
+    ):
         used = replace(
             loaded,
             tokenizer=saved,

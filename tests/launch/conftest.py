@@ -195,9 +195,9 @@ def build(
     ]
     words = [*offline, "-f", str(context / "docker" / file), "-t", image, str(context)]
     done = call({**env, "DOCKER_BUILDKIT": kit}, client, "build", *words, check=False)
-    if (
-        kit == "1"
-    ):  # which tells on stderr: the step, the seconds since its start, the line; at the end what failed once more
+    # Which tells on stderr: the step, the seconds since its start, the line; at the end what failed
+    # once more
+    if kit == "1":
         done.stdout = re.sub(r"(?m)^#\d+ [\d.]+ ", "", done.stderr.partition("\n------\n")[0])
     return done
 

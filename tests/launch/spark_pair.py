@@ -156,9 +156,8 @@ touch {b}/ready; exec sleep infinity"""
         }
         for name, text in stands.items():
             self.tell(name, text.replace("{state}", str(self.state)))
-            self.sh(
-                f"install -m 755 {self.state}/{name} /usr/local/bin/{name}"
-            )  # inside: an overlay's upper folder is its own
+            # inside: an overlay's upper folder is its own
+            self.sh(f"install -m 755 {self.state}/{name} /usr/local/bin/{name}")
         managers = [{"NodeID": "m", "Addr": "192.168.177.1:2377"}]
         swarm = {"LocalNodeState": "active", "NodeAddr": self.address, "Error": "", "RemoteManagers": managers,
                  "ControlAvailable": self.letter == "a"}  # fmt: skip

@@ -360,6 +360,7 @@ class Pair:
 def write_bare_image(tar: Path) -> None:
     """An image with no files, for containers that get this machine's /usr by a mount: nothing is downloaded."""
     with tarfile.open(tar, "w") as archive:
+        # /sbin/docker-init is docker's own
         for folder in (
             "usr",
             "etc",
@@ -369,7 +370,7 @@ def write_bare_image(tar: Path) -> None:
             "tmp",
             "run",
             "sbin",
-        ):  # /sbin/docker-init is docker's own
+        ):
             entry = tarfile.TarInfo(folder)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder == "tmp" else 0o755
             archive.addfile(entry)

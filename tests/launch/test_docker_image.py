@@ -142,9 +142,8 @@ def standin_wheels(wheels: list[Path], **carried: str) -> list[Path]:
         )
         made.append(wheel(STANDINS, name, versions[name], files))
     taken = {file.name.partition("-")[0] for file in made}
-    small = (
-        file for file in wheels if file.stat().st_size < 2 << 20
-    )  # those of the build backend are
+    # Those of the build backend are
+    small = (file for file in wheels if file.stat().st_size < 2 << 20)
     return [*made, *(file for file in small if file.name.partition("-")[0].lower() not in taken)]
 
 

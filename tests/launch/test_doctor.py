@@ -318,9 +318,8 @@ def test_without_a_cable_the_swarm_takes_the_addresses_of_ssh() -> None:
     assert "ADDRESS=10.0.0.1\n" in scripts["a"]
     assert "netplan" not in scripts["a"]
     assert "MANAGER=10.0.0.1\nADDRESS=10.0.0.2\n" in scripts["b"]
-    alone = fix_scripts(found, [facts("a", reached=["192.168.9.9", "10.0.0.1"])], "b")[
-        "a"
-    ]  # of a terminal over ssh
+    # Of a terminal over ssh
+    alone = fix_scripts(found, [facts("a", reached=["192.168.9.9", "10.0.0.1"])], "b")["a"]
     assert "swarm init" not in alone
 
 

@@ -129,10 +129,11 @@ def test_each_variable_of_an_old_config_is_honoured_or_named_as_ignored(tmp_path
         "each in one line"
     )
     silent = {n for n in env if not any(line.startswith(f"{n}=") for line in found.lines)}
+    # The others say what they switch on
     switches = {
         "ACCELERATE_USE_FSDP",
         "ACCELERATE_USE_PARALLELISM_CONFIG",
-    }  # the others say what they switch on
+    }
     neutral = {
         n for n in silent if env[n].lower() in NOTHING or DEFAULTS.get(n) == env[n] or env[n] == "1"
     }

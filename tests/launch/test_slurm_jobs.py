@@ -157,9 +157,8 @@ def holders_of(canary: str, *folders: Path) -> list[str]:
 def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
     cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = (
-        cluster.home / "runs" / 'a run\'s `touch made` #1 "x" 100%j'
-    )  # a name that would break a script
+    # A name that would break a script
+    out = cluster.home / "runs" / 'a run\'s `touch made` #1 "x" 100%j'
     train_keys = {"duration": "12 steps", "compile": "off"}
     job = cluster.launch(tiny, out, "--gpus-per-node", "2", "--mem", "1G", train=train_keys)
     cluster.wait_for(lambda: records(out) or "exit code" in log_of(out), out)
@@ -173,9 +172,8 @@ def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
     assert "exit code 0" in followed
     assert "COMPLETED done, step 12" in cluster.tunesmith("status", f"slurm-{job}")
     assert (out / "final" / "manifest.json").is_file()
-    forgotten = slurm.SlurmJob(
-        "slurm-99", str(out), details={"id": "99"}
-    )  # as Slurm forgets a job after some minutes
+    # As Slurm forgets a job after some minutes
+    forgotten = slurm.SlurmJob("slurm-99", str(out), details={"id": "99"})
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
     assert forgotten.state() == ("ended", f"done, {last_step(out)}")
     closed = cluster.folder / "closed.conf"
@@ -207,9 +205,8 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     out = cluster.home / "long" / "run"
     job = cluster.launch(tiny, out, "--warn-before", "100", **UNENDING)
     cluster.wait_for(lambda: len(records(out)) > 20, out)
-    cluster.run(
-        "scontrol", "update", f"jobid={job}", "TimeLimit=2"
-    )  # Slurm gives the warning up to a minute early
+    # Slurm gives the warning up to a minute early
+    cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=2")
     cluster.wait_for(lambda: "back into the queue" in log_of(out), out)
     assert "exit code 75; back into the queue, 1 of at most 5 times" in log_of(out)
     first = json.loads((out / "stopped.json").read_text())
@@ -217,9 +214,8 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     assert first["step"] == len(records(out)) > 20
     cluster.start_again(job, out)
 
-    cluster.wait_for(
-        lambda: len(records(out)) > first["step"] + 30, out
-    )  # there is a newer checkpoint
+    # There is a newer checkpoint
+    cluster.wait_for(lambda: len(records(out)) > first["step"] + 30, out)
     assert f"resuming from step {first['step']:,} of" in log_of(out)
     cluster.pair("crash", "2")
     cluster.wait_for((out / "failure.json").exists, out)

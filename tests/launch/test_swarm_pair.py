@@ -309,9 +309,8 @@ def test_a_launcher_that_ends_early_leaves_nothing_on_the_other_node(
     ) as outer:
         assert outer.stderr is not None
         assert any(marker in line for line in outer.stderr)
-        inner = (
-            Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
-        )  # nsenter forks
+        # Nsenter forks
+        inner = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
         os.kill(int(inner[0]), how)
         outer.wait(60)
     wait_until("nothing is left", lambda: what_is_left(pair) == "", 60)

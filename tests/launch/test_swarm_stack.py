@@ -69,9 +69,8 @@ def test_what_swarm_is_asked_for():
     recipe = ["--", "train", "/home/u/runs/mine/launch/recipe.yaml"]
     assert service["command"] == ["python", "-m", "tunesmith.launch.node", *agent, *recipe]
     assert service["user"] == "1000:1001"
-    assert (
-        service["environment"]["NVIDIA_MOFED"] == "enabled"
-    )  # devices, ipc and privileged would be ignored by Swarm
+    # devices, ipc and privileged would be ignored by Swarm
+    assert service["environment"]["NVIDIA_MOFED"] == "enabled"
     assert service["environment"]["HF_TOKEN_PATH"] == "/run/secrets/HF_TOKEN"
     assert not {"devices", "ipc", "shm_size", "privileged", "cap_add", "ports", "entrypoint"} & {
         *service

@@ -97,9 +97,8 @@ def test_the_description_is_an_allow_list(monkeypatch: pytest.MonkeyPatch) -> No
     text = json.dumps(found)
     assert "hf_abc" not in text
     assert "its-value" not in text
-    assert found["torch"] == importlib.metadata.version(
-        "torch"
-    )  # `torch.__version__` may add +cu130 to it
+    # `torch.__version__` may add +cu130 to it
+    assert found["torch"] == importlib.metadata.version("torch")
     assert found["memory_gib"] > 0.5
 
 

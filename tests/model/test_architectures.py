@@ -32,9 +32,8 @@ def test_hidden_states_and_the_row_give_the_models_logits(model) -> None:
         logits = nn.functional.linear(hidden, model.lm_head.weight) * row.logit_scale
         if row.final_softcap is not None:
             logits = row.final_softcap * torch.tanh(logits / row.final_softcap)
-        torch.testing.assert_close(
-            logits, model(ids).logits, rtol=1e-6, atol=1e-6
-        )  # multiplied against divided
+        # Multiplied against divided
+        torch.testing.assert_close(logits, model(ids).logits, rtol=1e-6, atol=1e-6)
 
 
 def test_layers_and_head_are_where_the_engine_looks(model) -> None:

@@ -45,9 +45,8 @@ def test_weights_are_fixed_by_seed_and_name(bare: Path, tmp_path: Path) -> None:
         assert torch.equal(first[name], full[name]), "an adapter changes no base weight"
         assert not torch.equal(first[name], other[name])
     every = torch.cat([full[name].flatten() for name in matrices])
-    assert every.std().item() == pytest.approx(
-        0.02, rel=4 / (2 * len(every)) ** 0.5
-    )  # 4 of its own errors
+    # 4 of its own errors
+    assert every.std().item() == pytest.approx(0.02, rel=4 / (2 * len(every)) ** 0.5)
     assert abs(every.mean().item()) < 4 * 0.02 / len(every) ** 0.5
     flat = [full[name].flatten()[:2048] for name in matrices]
     assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])

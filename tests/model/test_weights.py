@@ -392,9 +392,8 @@ def measure(folder: Path) -> list[tuple[str, int, int]]:
         spec = Model(name="x", dtype=dtype)
         model = load.build_on_meta(load.load_config(folder, spec), spec)
         load.materialise(model, torch.device("cpu"))
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # what is free already would hide as much of what is taken next
+        # What is free already would hide as much of what is taken next
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
         load_weights(model, folder)

@@ -147,9 +147,8 @@ def test_stochastic_rounding_keeps_the_expectation_and_passes_nan() -> None:
     rounded = round_stochastically(value, noise_like(value)).float()
     assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
     share = float((rounded > 1).float().mean())
-    assert share == pytest.approx(
-        0.3, abs=4 * math.sqrt(0.3 * 0.7 / len(value))
-    )  # four standard errors
+    # Four standard errors
+    assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / len(value)))
     odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0])
     odd = round_stochastically(odd, noise_like(odd))
     assert torch.isnan(odd[0])
@@ -402,9 +401,8 @@ def test_the_norm_of_16_bit_gradients_is_taken_in_fp32() -> None:
     named = [("w", nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16)))]
     named[0][1].grad = torch.full((1000,), 1.0, dtype=torch.bfloat16)
     optimizer = Optimizer(named, Train(clip_norm=None, master_weights="stochastic"))
-    assert float(advance(optimizer, 0.0, 0)) == pytest.approx(
-        math.sqrt(1000), rel=1e-6
-    )  # in bf16 it would be 31.625
+    # In bf16 it would be 31.625
+    assert float(advance(optimizer, 0.0, 0)) == pytest.approx(math.sqrt(1000), rel=1e-6)
 
 
 class Tied(nn.Module):
@@ -506,9 +504,8 @@ def test_on_cuda_no_step_waits_for_the_device_and_one_that_is_not_finite_changes
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.start_step(1e-2, step)
         loss = model(ids) * (math.nan if step == 5 else 1.0)
-        torch.cuda.set_sync_debug_mode(
-            "error" if step > 1 else "default"
-        )  # the first steps compile and allocate
+        # The first steps compile and allocate
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
         try:
             loss.backward()
             norm = optimizer.step()

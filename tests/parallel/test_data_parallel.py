@@ -82,9 +82,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, shards of a tensor group": ({}, {"shard": 2, "tensor": 2}),
     "full, shards of a tensor group": (merge(FULL, BITES), {"shard": 2, "tensor": 2}),
 }
-AUTO = {
-    "full, tensor": {"replicate": 1, "shard": 1, "tensor": "auto"}
-}  # the recipe of a case that has `auto`
+# The recipe of a case that has `auto`
+AUTO = {"full, tensor": {"replicate": 1, "shard": 1, "tensor": "auto"}}
 # First step and others. fp32: sums in another order. bf16: gradients of micro batches are rounded before they are summed.
 TOLERANCES = dict.fromkeys(
     ("full, bf16 with masters", "full, tensor, bf16 with masters"), (2e-3, 2e-2)

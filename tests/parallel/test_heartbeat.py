@@ -92,22 +92,19 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
                     if fault in ("kill", "stop"):
                         os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
                     elif fault in ERRORS:
-                        raise ERRORS[fault] from ERRORS[
-                            fault
-                        ]  # as the trainer's are that need no other words
+                        # As the trainer's are that need no other words
+                        raise ERRORS[fault] from ERRORS[fault]
                     elif fault in ("hang", "nccl"):
                         time.sleep(1000)
                 if step == 20 and fault == "gpu":
-                    time.sleep(
-                        1000
-                    )  # of ranks 0 and 2: on a GPU a collective is waited for in any line
+                    # Of ranks 0 and 2: on a GPU a collective is waited for in any line
+                    time.sleep(1000)
                 if step == 20 and fault == "known to all":
                     with ranks.together():
                         if ranks.rank == 1:
                             raise ERRORS["disk"]
-            time.sleep(
-                ranks.rank
-            )  # one that ends early is not missed, and the store waits for the last
+            # One that ends early is not missed, and the store waits for the last
+            time.sleep(ranks.rank)
     except (TunesmithError, Interrupted) as error:
         code = error.exit_code if isinstance(error, TunesmithError) else 75
         (folder / f"raised-{env['RANK']}").write_text(f"{type(error).__name__}: {error}")
@@ -207,12 +204,13 @@ def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(
     [
         ("data", DataError.exit_code, 1, "failed: row 7 is broken"),
         ("disk", CheckpointError.exit_code, 1, "failed: the disk is full"),
+        # A launcher would start the others again at any other code
         (
             "signal",
             75,
             0,
             "was stopped by a signal",
-        ),  # a launcher would start the others again at any other code
+        ),
     ],
 )
 def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(

@@ -120,9 +120,8 @@ def test_rows_of_added_tokens_are_those_of_one_process(mesh, tiny, tmp_path):
     alone = grown(tiny, tmp_path, {})
     known, new = np.split(alone["embedding"], [272])
     assert len(new) > 64
-    np.testing.assert_allclose(
-        new, known.mean(0)[None].repeat(len(new), 0), rtol=1e-4, atol=1e-7
-    )  # fp32 sums of 272 rows
+    # fp32 sums of 272 rows
+    np.testing.assert_allclose(new, known.mean(0)[None].repeat(len(new), 0), rtol=1e-4, atol=1e-7)
     world = int(torch.tensor(list(mesh.values())).prod())
     for found in run_ranks(world, grown, tiny, tmp_path, mesh):
         assert all(np.array_equal(found[name], alone[name]) for name in alone)
@@ -139,9 +138,8 @@ def peaks(
         return resident()
 
     with join_ranks() as ranks:
-        built(
-            model.with_name("small"), folder, mesh, changes, ranks.world
-        )  # code that is loaded once
+        # Code that is loaded once
+        built(model.with_name("small"), folder, mesh, changes, ranks.world)
         before = begin()
         run, root = built(model, folder, mesh, changes, ranks.world)
         found.append((status("VmHWM") - before, status("VmRSS") - before))
@@ -152,10 +150,11 @@ def peaks(
 
 
 MIB = 1 << 20
+# Of the largest tensors, embedding and head: 80 MiB in bf16, 160 in fp32
 WIDTH, ROWS = (
     1024,
     40_000,
-)  # of the largest tensors, embedding and head: 80 MiB in bf16, 160 in fp32
+)
 
 
 def write_models(tiny: Path, folder: Path, rows: int, columns: int = 1024) -> None:
@@ -173,9 +172,8 @@ def write_models(tiny: Path, folder: Path, rows: int, columns: int = 1024) -> No
             ).bfloat16()
         model.to_empty(device="cpu")
         for parameter in model.parameters():
-            parameter.data.uniform_(
-                -0.1, 0.1
-            )  # Transformers draws normal ones in fp32, for seconds
+            # Transformers draws normal ones in fp32, for seconds
+            parameter.data.uniform_(-0.1, 0.1)
         model.save_pretrained(folder / name)
         for file in tiny.glob("*token*"):
             (folder / name / file.name).write_bytes(file.read_bytes())
@@ -270,11 +268,12 @@ def quantized(
 ) -> list[tuple[dict[str, Any], str]]:
     """Of each mesh: this rank's layers made dense from the whole codes, which part of the whole layer each is, and the bytes
     that were read of it; and what the start says of the model."""
+    # Not a multiple of a block, of a row or of a shard
     found, read, nf4.PIECE = (
         [],
         Counter(),
         3000,
-    )  # not a multiple of a block, of a row or of a shard
+    )
 
     def counting(file: Any, entry: Any, memory: memoryview, offset: int = 0) -> None:
         read[entry.name] += len(memory)

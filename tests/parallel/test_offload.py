@@ -83,9 +83,8 @@ def test_offloaded_runs_have_the_bits_of_those_that_are_not(tiny, tmp_path):
         assert moved[0] == plain[0], name
         assert plain[1:] == (0, 0)
         assert moved[1] == 1, name
-        assert moved[2] >= 2 * 2 * 2, (
-            name
-        )  # two layers, two steps, and more than one micro batch in each
+        # Two layers, two steps, and more than one micro batch in each
+        assert moved[2] >= 2 * 2 * 2, name
 
 
 # ---- one rank, on a CPU and on a GPU ----
@@ -190,6 +189,5 @@ def test_what_is_offloaded_lies_on_the_host_and_trains_alike(kind, device, mesh,
         assert [loss for pair in on_host for loss in pair] == pytest.approx(
             [n for pair in on_device for n in pair], rel=1e-5
         )
-        assert (
-            kept[0] - kept[6] >= 0.9 * LAYERS * TOKENS[device.type] * WIDTH * 4
-        )  # the input of each layer, fp32
+        # The input of each layer, fp32
+        assert kept[0] - kept[6] >= 0.9 * LAYERS * TOKENS[device.type] * WIDTH * 4

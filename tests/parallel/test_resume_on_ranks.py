@@ -29,10 +29,11 @@ from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 
 FULL, LORA = {"adapter": {"kind": "none"}}, {}
+# With fp32 masters: of copies in the optimizer, of shards the shards
 BF16 = {
     **FULL,
     "model": {"dtype": "bf16"},
-}  # with fp32 masters: of copies in the optimizer, of shards the shards
+}
 # Sums over ranks are taken in another order on another mesh: 6 steps in fp32 move a loss by about 1e-6 of itself.
 ROUNDING = 1e-5
 BY_FILE = -1  # in place of a rank: the file `stop` asks for it

@@ -44,11 +44,12 @@ SMALL = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
 }  # fmt: skip
+# Whole ones of nf4 on each of two ranks
 OF_BLOCKS = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "head_dim": 16,
-}  # whole ones of nf4 on each of two ranks
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"tie_word_embeddings": True},
@@ -344,9 +345,8 @@ def quantized(folder: Path) -> tuple[int, float]:
                 assert torch.equal(read_dense_weight(layer, mesh, ranks), part), name
         change = compare_with_bf16(root, [batch()], mesh, ranks)
         after, denominator = root(batch())[:2]
-        assert change.before * denominator == pytest.approx(
-            float(expected), rel=2**-8
-        )  # sums in bf16
+        # Sums in bf16
+        assert change.before * denominator == pytest.approx(float(expected), rel=2**-8)
         assert change.after * denominator == pytest.approx(float(after), rel=1e-6)
         return count, change.relative
 
@@ -414,9 +414,8 @@ def compiled() -> tuple[float, list[int]]:
     with join_ranks():
         root, mesh = build("qwen3", ADAPTER), Mesh.of(MeshShape(tensor=2), "cpu")
         partial = cut_model(root, mesh)
-        recompute_layers(
-            root.layers, 2
-        )  # plain ones would be another kind to compile; `test_compilation.py` has both
+        # Plain ones would be another kind to compile; `test_compilation.py` has both
+        recompute_layers(root.layers, 2)
         compile_layers(root.layers, varied=True, backend="aot_eager")
         largest, graphs = max(differences(root, partial, mesh, build("qwen3", ADAPTER))), []
         for lengths in ((7, 9, 8), (30, 2), (6, 4, 4)):
@@ -430,7 +429,8 @@ def compiled() -> tuple[float, list[int]]:
 def test_compiled_layers_are_equal_and_take_any_length():
     for largest, (_, *later) in run_ranks(2, compiled):
         assert largest < TOLERANCE
+        # The first batch of another length makes the number of tokens a variable
         assert later == [
             0,
             0,
-        ]  # the first batch of another length makes the number of tokens a variable
+        ]

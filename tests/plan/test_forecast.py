@@ -367,10 +367,11 @@ def test_groups_over_nodes_come_first_where_they_gain() -> None:
 
 def test_near_equal_meshes_stay_within_the_nodes() -> None:
     """70B, LoRA, 2 x 8: shards of all 16 ranks are as fast by the forecast as those of a node, and nothing is gained."""
+    # 8 shards recompute a little
     run = {
         "train": {"global_batch": "32 examples"},
         "adapter": {"rank": 16},
-    }  # 8 shards recompute a little
+    }
     made = planner("llama3-70b", "2x8xh100", run)
     shards = {f.plan.mesh: f for f in made.ranked()}
     over_nodes, within = shards[MeshShape(1, 16, 1)], shards[MeshShape(2, 8, 1)]
@@ -428,9 +429,8 @@ def test_a_share_too_short_to_hide_the_gathers_is_named_with_the_batch_that_hide
 
 def test_replicas_are_taken_where_shards_gain_little() -> None:
     """Two Sparks with a model that each of them holds."""
-    few = FULL | {
-        "train": {"global_batch": "8 examples"}
-    }  # the sum of the gradients is a large part of a step
+    # The sum of the gradients is a large part of a step
+    few = FULL | {"train": {"global_batch": "8 examples"}}
     for shape, changes in (("llama3-8b", {}), ("llama3-3b", FULL), ("llama3-3b", few)):
         found = planner(shape, "2x-dgx-spark", changes).ranked()
         assert found[0].plan.mesh == MeshShape(2, 1, 1)

@@ -102,11 +102,12 @@ def dequantized(a, b, scale_a, scale_b):
 @pytest.mark.parametrize(
     ("product", "kind", "why"),
     [
+        # torch's own, and the one of torch 2.11 on a CPU
         (
             scaled_mm,
             TENSOR_WISE,
             "matmuls run here",
-        ),  # torch's own, and the one of torch 2.11 on a CPU
+        ),
         (
             refuse_row_wise,
             TENSOR_WISE,

@@ -32,9 +32,8 @@ def adapted(layers: list[nn.Linear]) -> list[lora.Lora]:
     for number, layer in enumerate(made):
         torch.manual_seed(number)
         nn.init.normal_(layer.lora_A, std=0.2)
-        nn.init.normal_(
-            layer.lora_B, std=0.2
-        )  # with B = 0 the gradient of A is zero and proves nothing
+        # With B = 0 the gradient of A is zero and proves nothing
+        nn.init.normal_(layer.lora_B, std=0.2)
         if layer.weight.dtype is torch.float64:
             layer.double()
     return made

@@ -113,9 +113,8 @@ def test_it_is_small(tiny):
     stored = sum(
         t.numel() * t.element_size() for t in (layer.weight, layer.absmax, layer.nested_absmax)
     )
-    assert (
-        stored / layer.dense().numel() <= 0.52
-    )  # 4 bits, and 8 bits a block of 64 with 32 a block of 256
+    # 4 bits, and 8 bits a block of 64 with 32 a block of 256
+    assert stored / layer.dense().numel() <= 0.52
 
 
 def test_the_head_the_embedding_and_the_norms_stay_dense(tiny):

@@ -121,9 +121,8 @@ def test_a_damaged_file_is_told_and_the_rest_is_shown(
         assert main(["report", str(folder), str(whole), "--output", f"{page}.html"]) == 0
         assert main(["report", str(folder), "--markdown", "--output", f"{page}.md"]) == 0
         assert name in capsys.readouterr().err
-        assert main(["status", str(folder)]) == (
-            2 if name == "env.json" else 0
-        )  # which says whose directory it is
+        # Which says whose directory it is
+        assert main(["status", str(folder)]) == (2 if name == "env.json" else 0)
         assert main(["watch", str(folder), str(whole), "--json"]) == 0
     out, err = capsys.readouterr()
     assert "internal error" not in err

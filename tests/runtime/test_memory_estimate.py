@@ -32,13 +32,13 @@ CONFIG = {
 }  # fmt: skip
 LORA, FULL = {"adapter": {"rank": 4, "alpha": 8}}, {"adapter": {"kind": "none"}}
 NF4 = LORA | {"model": {"quantize": "nf4"}}
+# words: the peak is in the backward of a layer, or at the head, in four equal chunks
 FEW, MANY = (
     1024,
     37376,
-)  # words: the peak is in the backward of a layer, or at the head, in four equal chunks
-ROTARY = (
-    2 * TOKENS * 64 * 4
-)  # cosines and sines of a batch: a thousandth of what a real model keeps
+)
+# Cosines and sines of a batch: a thousandth of what a real model keeps
+ROTARY = 2 * TOKENS * 64 * 4
 
 
 class Measured(NamedTuple):

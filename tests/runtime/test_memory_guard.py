@@ -113,9 +113,8 @@ def test_on_unified_memory_page_cache_is_dropped_before_a_stop(
     )  # there the kernel may use it as it likes
     assert elsewhere.until(30) is None
     assert elsewhere.dropped == []
-    full = replace(
-        SPARK, available=9 * GIB, free=7 * GIB, cached=GIB
-    )  # a run that fills the machine, as planned
+    # A run that fills the machine, as planned
+    full = replace(SPARK, available=9 * GIB, free=7 * GIB, cached=GIB)
     busy = Pretended(lambda now: full, monkeypatch, unified=True)
     assert busy.until(30) is None
     assert busy.dropped == []

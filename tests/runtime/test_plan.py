@@ -501,6 +501,5 @@ def test_a_large_card_has_room_for_larger_chunks_of_logits():
     small = planned(recipe(**step), LLAMA, 139, card_bytes=24 << 30).memory.workspace
     large = planned(recipe(**step), LLAMA, 138, card_bytes=141 << 30).memory.workspace
     assert large == 2048 * vocabulary * 8  # bytes: raw logits, their fp32 form, the raw gradient
-    assert small == 2 * 16384 * (
-        2 * 14336 + 3 * 4096
-    )  # the backward of a layer: 512 logits take less
+    # The backward of a layer: 512 logits take less
+    assert small == 2 * 16384 * (2 * 14336 + 3 * 4096)

@@ -44,9 +44,8 @@ def test_an_adapter_opens_in_peft(to_save: list[str], tiny: Path, tmp_path: Path
     with torch.no_grad():
         expected = theirs(IDS).logits
     assert expected.shape[-1] == 279
-    columns = (
-        279 if "lm_head" in to_save else 272
-    )  # PEFT draws new rows of a frozen head; ours are the mean
+    # PEFT draws new rows of a frozen head; ours are the mean
+    columns = 279 if "lm_head" in to_save else 272
     assert torch.allclose(ours(final)[..., :columns], expected[..., :columns], atol=1e-5)
     alone = Path(shutil.copytree(final, tmp_path / "elsewhere"))  # without the recipe beside it
     assert torch.equal(ours(alone), ours(final))

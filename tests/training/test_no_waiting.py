@@ -31,10 +31,11 @@ ASKING = {
     "aten::unique",
     "aten::item",
 }
+# What stands for the GPU's own kernel
 INSIDE = {
     "tunesmith_test::varlen",
     "tunesmith_test::varlen_backward",
-}  # what stands for the GPU's own kernel
+}
 
 
 class Asked(TorchDispatchMode):

@@ -229,9 +229,8 @@ def test_any_signal_at_any_moment_changes_no_number(
         ignored, before = chance.choice([None, "SIGHUP", "SIGINT"]), lines(tmp_path / "cut")
         pid = starter.start(cut, ignored=ignored, unread=chance.random() < 0.5)
         deadline = time.monotonic() + 60
-        while (
-            names[0] == "SIGKILL" and lines(tmp_path / "cut") <= before
-        ):  # so that the kills come to an end
+        # So that the kills come to an end
+        while names[0] == "SIGKILL" and lines(tmp_path / "cut") <= before:
             assert time.monotonic() < deadline, "no step within a minute"
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.1 if names[0] == "SIGKILL" else 0.6))
@@ -257,9 +256,8 @@ def test_any_signal_at_any_moment_changes_no_number(
         json.loads((tmp_path / name / "final" / "manifest.json").read_text())["files"]
         for name in ("cut", "run")
     ]
-    cards = [
-        found.pop("README.md") for found in files
-    ]  # they tell the time that it took, and the run's folder
+    # They tell the time that it took, and the run's folder
+    cards = [found.pop("README.md") for found in files]
     assert files[0] == files[1]
     assert all(card["bytes"] for card in cards)
 

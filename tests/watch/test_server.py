@@ -193,9 +193,8 @@ def test_it_ends_at_once_and_leaves_nothing(
         assert process.wait(TIME) == 0
         assert time.monotonic() - began < 30  # an open page does not hold it
         assert process.stdout is not None
-        assert (
-            process.stdout.read().count("\n") == 1
-        )  # the second of the two lines that it began with
+        # The second of the two lines that it began with
+        assert process.stdout.read().count("\n") == 1
     assert not children
     assert not [*tmp_path.iterdir()]
 

@@ -41,9 +41,8 @@ class Lora(nn.Module):
 
     weight: Any  # of the base; its shape and dtype are those of how it is stored
     bias: Any  # nn.Parameter or None
-    dense: Callable[
-        ..., Tensor
-    ]  # the base weight [out_features, in_features], in the matmuls' dtype
+    # The base weight [out_features, in_features], in the matmuls' dtype
+    dense: Callable[..., Tensor]
     frozen_weight: Callable[..., FrozenWeight]
     in_features: int
     out_features: int

@@ -94,9 +94,8 @@ class BenchReport:
     fill_share: float  # non-padding tokens of all computed ones
     padding: str  # where the other tokens come from; empty below 1 %
     published_peak_tflops: float | None
-    mfu_of_published_peak: (
-        float | None
-    )  # FLOPs of the model a second (no recomputation), over the data sheet's peak
+    # FLOPs of the model a second (no recomputation), over the data sheet's peak
+    mfu_of_published_peak: float | None
     measured_peak_tflops: float
     mfu_of_measured_peak: float  # the same, over the dense product measured in this run
     mfu_of_fp8_peak: float | None  # the same, over the measured fp8 product, where the base is fp8
@@ -110,9 +109,8 @@ class BenchReport:
     graphs_compiled_after_step_3: int  # of them in later steps, where a steady run has none
     # Allocated on the GPU from the build, with its trial of memory, to the last timed step; on a CPU resident in RAM.
     peak_memory_gib: float
-    checkpoint_stall_seconds: (
-        float | None
-    )  # how long an adapter's checkpoint holds up the loop; None for full runs
+    # How long an adapter's checkpoint holds up the loop; None for full runs
+    checkpoint_stall_seconds: float | None
     gpu_power_watts: float | None
     first_loss: float
     last_loss: float
@@ -190,12 +188,10 @@ class Observed:
     """What is seen from outside while the loop runs."""
 
     build_seconds: float
-    graphs: list[
-        int
-    ]  # compiled so far: before the build, then after each step up to the last timed one
-    padded: dict[int, int] = field(
-        default_factory=dict
-    )  # step, from 1 -> tokens computed, padding counted
+    # Compiled so far: before the build, then after each step up to the last timed one
+    graphs: list[int]
+    # step, from 1 -> tokens computed, padding counted
+    padded: dict[int, int] = field(default_factory=dict)
     memory_gib: float = 0.0  # peak at the end of the timed steps
     stall: float | None = None  # seconds that a checkpoint held up the loop
 
@@ -247,10 +243,11 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
     session.model.train()
     with session.loader(0) as loader, ExitStack() as stack:
         for step in trainer.steps(counted(loader)):
+            # Read its numbers now: the next step's work must not count for this one
             if step in (
                 1,
                 timed,
-            ):  # read its numbers now: the next step's work must not count for this one
+            ):
                 trainer.metrics.flush()
             if step <= timed:
                 seen.graphs.append(graphs_compiled())

@@ -158,9 +158,8 @@ def bring_folder(
     another one of that name. Where it is already, only what is missing is copied. A collective call."""
     if not any(ranks.dir_leaders):
         return
-    identity = [
-        place.parent / name for name in (IDENTITY, RECIPE)
-    ]  # in this order: the first makes it a run's
+    # In this order: the first makes it a run's
+    identity = [place.parent / name for name in (IDENTITY, RECIPE)]
     with ranks.together():
         texts = (
             [path.read_bytes() for path in (place / MANIFEST, *identity)]

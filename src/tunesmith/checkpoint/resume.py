@@ -166,9 +166,8 @@ def _bring_records(output_dir: Path, ranks: Ranks, say: Callable[[str], None]) -
         )
         sizes = [(path.name, path.stat().st_size) for path in own if ranks.leads_dir]
     every = ranks.gather(dict(sizes))
-    records = [
-        files.get(RECORDS[0], 0) for files in every
-    ]  # each step is a line: the longest one goes furthest
+    # Each step is a line: the longest one goes furthest
+    records = [files.get(RECORDS[0], 0) for files in every]
     if (source := records.index(max(records))) != 0:
         copy_files(
             ranks, output_dir, [*every[source]] if ranks.leads else [], {}, say=say, source=source

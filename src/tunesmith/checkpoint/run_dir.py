@@ -165,9 +165,8 @@ def missing_folders(output_dir: Path) -> list[Path]:
 
 def remove_unused(created: list[Path]) -> None:
     """Remove the folders that a start created, if nothing was written into them: a refused start leaves no trace."""
-    with contextlib.suppress(
-        OSError
-    ):  # something lies in it, or another start creates the same folders at this moment
+    # Something lies in it, or another start creates the same folders at this moment
+    with contextlib.suppress(OSError):
         for folder in created:
             folder.rmdir()
 
@@ -225,9 +224,8 @@ def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
                 fix="use another folder: output_dir=runs/my-run",
             )
     place = free_name(here)
-    old.sort(
-        key=lambda path: path.name == IDENTITY
-    )  # last: what a kill leaves here is still a run's
+    # last: what a kill leaves here is still a run's
+    old.sort(key=lambda path: path.name == IDENTITY)
     try:
         place.mkdir()
         for path in old:

@@ -331,9 +331,8 @@ def _read(folder: Path, tensors: dict[str, Tensor], ranks: Ranks = ONE_PROCESS) 
     """Read into tensors, each rank what it holds of them."""
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.filterwarnings(
-                "ignore", "torch.distributed is disabled"
-            )  # it says so of `no_dist`
+            # It says so of `no_dist`
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load({**tensors}, storage_reader=_PartsReader(folder, ranks), no_dist=True)
     except CheckpointException as error:
         cause = error.failures[0][0]

@@ -27,14 +27,12 @@ from tunesmith.shell import shell_path
 
 CARD = "README.md"
 PART = ".distcp"  # the end of a file's name that holds what one rank has of a checkpoint
-ANNOUNCED_BYTES = (
-    1 << 30
-)  # comparing the checksums of as much takes a second or two, so more is announced
+# Comparing the checksums of as much takes a second or two, so more is announced
+ANNOUNCED_BYTES = 1 << 30
 HASHING_THREADS = 4  # one hashes 0.7 to 2 GB/s, a local disk reads no more than a few of them hash
 ELSEWHERE = ": a rank wrote it, maybe on another node's disk"
-Entries = dict[
-    str, dict[str, Any]
-]  # of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
+# Of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
+Entries = dict[str, dict[str, Any]]
 # Writes files into an empty folder; returns the entries of those that it hashed as it wrote them.
 Fill = Callable[[Path], Entries | None]
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -302,9 +300,8 @@ def prune(run_dir: Path, keep: int, *, latest: int, keep_step: int | None) -> No
     kept = {keep_step, *[c.step for c in found if c.step <= latest][:keep]}
     for checkpoint in found:
         if checkpoint.step not in kept:
-            hidden = (
-                run_dir / f".{checkpoint.path.name}.old"
-            )  # the next start removes it if a kill comes in between
+            # The next start removes it if a kill comes in between
+            hidden = run_dir / f".{checkpoint.path.name}.old"
             remove(hidden)
             checkpoint.path.rename(hidden)
             remove(hidden)

@@ -257,9 +257,8 @@ def ablate(args: argparse.Namespace, recipe: "Run") -> None:
 
     changes = dict(ablation.variants(recipe, gpu=torch.cuda.is_available()))
     words = [word.strip() for word in args.only.split(",")] if args.only else []
-    named = {
-        name: {name, change.partition("=")[0]} for name, change in changes.items()
-    }  # by name, or by the key
+    # By name, or by the key
+    named = {name: {name, change.partition("=")[0]} for name, change in changes.items()}
     if unknown := [word for word in words if not any(word in names for names in named.values())]:
         what = f"there is no variant {unknown[0]!r} of this recipe"
         fix = f"choose from: {', '.join(changes)}; or name a key that they change"

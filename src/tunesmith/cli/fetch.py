@@ -159,9 +159,8 @@ def _dataset(source: "Source", progress: "FetchProgress", *, dry: bool) -> dict[
             "bytes": size,
         }
         if not fetch.repo_cache(source.source, "dataset").exists():
-            fetch.check_cache_room(
-                source.source, 2 * size
-            )  # as it is on the Hub, and as an Arrow table
+            # As it is on the Hub, and as an Arrow table
+            fetch.check_cache_room(source.source, 2 * size)
     if not dry:
         from tunesmith.data.source import read_rows
 

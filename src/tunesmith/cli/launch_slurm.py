@@ -51,9 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the script and write its recipe; submit nothing",
     )
-    parser.add_argument(
-        "--seeds", help=argparse.SUPPRESS
-    )  # removed: `_check_removed` says what to use
+    # removed: `_check_removed` says what to use
+    parser.add_argument("--seeds", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:

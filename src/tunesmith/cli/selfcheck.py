@@ -34,9 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = "start so many ranks here (default: one a GPU, without GPUs 2); not under torchrun, which starts them"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--report", type=Path, help=argparse.SUPPRESS
-    )  # of ranks that `launch` has started
+    # Of ranks that `launch` has started
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,9 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 def start_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
     """Start ranks here by torchrun and wait for their report; they print the table unless `quiet`."""
-    env = os.environ | {
-        "OMP_NUM_THREADS": str(max(1, available_cores() // world))
-    }  # torchrun would set 1
+    # Torchrun would set 1
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // world))}
     started = [
         "torch.distributed.run",
         "--standalone",

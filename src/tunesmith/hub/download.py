@@ -28,9 +28,8 @@ from tunesmith.hub.hub_calls import retry
 WORKERS = 4
 SECONDS_BETWEEN_LINES = 10.0
 
-Advance = Callable[
-    [int], None
-]  # so many bytes arrived (negative: thrown away); called from several threads
+# So many bytes arrived (negative: thrown away); called from several threads
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)

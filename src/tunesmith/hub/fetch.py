@@ -40,13 +40,14 @@ from tunesmith.model.safetensors_files import (
 )
 from tunesmith.model.spec import ModelSpec, check_seq_len, read_spec
 
+# One of these is needed
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
     "spiece.model",
     "tekken.json",
-)  # one of these is needed
+)
 SUPPORT = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "spiece.model", "tekken.json", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",

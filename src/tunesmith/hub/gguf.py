@@ -98,10 +98,11 @@ def _convert(file: Path, dtype: str, made: Path) -> None:
         logging.set_verbosity(level)
     # Written file by file rather than by save_pretrained, which refuses a model that was loaded from a quantised file.
     config = model.config.to_dict()
+    # The weights are plain now, and the path is of this machine
     for key in (
         "quantization_config",
         "_name_or_path",
-    ):  # the weights are plain now, and the path is of this machine
+    ):
         config.pop(key, None)
     config |= {"dtype": str(kept).removeprefix("torch."), "architectures": [type(model).__name__]}
     # named_parameters and named_buffers name a shared tensor once, and no buffer of these families is in a checkpoint

@@ -173,10 +173,11 @@ def answer_batch(
             (input_ids.shape[0],), cancelled(), device=input_ids.device, dtype=torch.bool
         )
 
+    # None from the checkpoint
     settings, model.generation_config = (
         model.generation_config,
         GenerationConfig(),
-    )  # none from the checkpoint
+    )
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with evaluating(model), torch.random.fork_rng(devices=devices):

@@ -32,9 +32,8 @@ from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.run_directory import IDENTITY
 
 ROW_TOKENS = 4096  # of a packed row that is scored
-Progress = Callable[
-    [str, int, int], None
-]  # called with what is counted, how many are done, and the total
+# Called with what is counted, how many are done, and the total
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

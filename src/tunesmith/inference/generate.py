@@ -129,9 +129,8 @@ def _make_prompt(
             raise DataError(
                 what, where=where, why=why, fix="end it with the turn to answer, or with the answer"
             )
-        sample = replace(
-            sample, untrained=frozenset()
-        )  # an answer that is not trained on is an answer too
+        # An answer that is not trained on is an answer too
+        sample = replace(sample, untrained=frozenset())
     reference = None
     if answered:
         # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are compared in the

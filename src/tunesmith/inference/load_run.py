@@ -44,16 +44,13 @@ _PART_OF_RUN = re.compile(r"^(final|checkpoint-\d+)$")
 class RunLocation:
     """What a path stands for, read from small files alone."""
 
-    kind: Literal[
-        "adapter", "full", "base"
-    ]  # PEFT files over a base; a whole model that a run wrote; a plain model
-    folder: (
-        Path | None
-    )  # the tokenizer and the adapter or model; None for a base that is not a run's
+    # PEFT files over a base; a whole model that a run wrote; a plain model
+    kind: Literal["adapter", "full", "base"]
+    # The tokenizer and the adapter or model; None for a base that is not a run's
+    folder: Path | None
     base: Model  # the base model; for `full`, the one it was trained from
-    run: Run | None = field(
-        default=None, repr=False
-    )  # the resolved recipe beside it, if there is one
+    # The resolved recipe beside it, if there is one
+    run: Run | None = field(default=None, repr=False)
     note: str = ""  # which of several candidates was taken, and why
 
     @property
@@ -66,9 +63,8 @@ class RunLocation:
 class LoadedModel:
     """A model ready to answer: in eval mode, with an attention that takes padding masks."""
 
-    train_model: "TrainModel" = field(
-        repr=False
-    )  # the root of training, for losses; see `training_attention`
+    # The root of training, for losses; see `training_attention`
+    train_model: "TrainModel" = field(repr=False)
     tokenizer: "PreTrainedTokenizerBase" = field(repr=False)  # the saved one, with a padding token
     template: "Template" = field(repr=False)  # the saved one
     location: RunLocation
@@ -169,9 +165,8 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
     """A checkpoint, an adapter or a model; `note` is given by `_in_run`, which has checked for damage."""
     recipe, run, where = folder.parent / RECIPE, None, str(folder)
     if _PART_OF_RUN.match(folder.name) and recipe.is_file():
-        run = load_recipe(
-            recipe, ignored=REMOVED
-        )  # a base in 8 bits is read in bf16, and so is one that was in int8
+        # A base in 8 bits is read in bf16, and so is one that was in int8
+        run = load_recipe(recipe, ignored=REMOVED)
         if not note and (damage := state.find_damage(folder, contents=False)):
             fix = f"give the run directory {folder.parent}, which takes the newest whole one"
             raise CheckpointError(
@@ -331,9 +326,8 @@ def undeleted(location: RunLocation) -> Iterator[None]:
     except Exception as error:
         fault = error
     folder = location.folder
-    if (
-        location.run and folder and not (folder / state.MANIFEST).is_file()
-    ):  # the first file that is deleted
+    # The first file that is deleted
+    if location.run and folder and not (folder / state.MANIFEST).is_file():
         why = "its run goes on, and keeps only the newest ones (checkpoint.keep)"
         what, fix = (
             f"{folder.name} was deleted while it was read",
@@ -376,7 +370,6 @@ def _template(
         and env.is_file()
         and any(source.format == "prompt-completion" for source in run.data.train)
     ):
-        chosen.raw |= "template" not in read_json(
-            env
-        )  # of the time when those were never written through a template
+        # Of the time when those were never written through a template
+        chosen.raw |= "template" not in read_json(env)
     return chosen

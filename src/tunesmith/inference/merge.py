@@ -86,10 +86,11 @@ def merge(
         MachineError: no room on the disk.
         CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
     """
+    # A loop of links stays as it is
     location, goal = (
         locate_run(path),
         Path(os.path.realpath(output)),
-    )  # a loop of links stays as it is
+    )
     if location.kind != "adapter":
         where = str(location.folder or path)
         why = (

@@ -200,9 +200,8 @@ def passed_variables(rdma_devices: Sequence[str]) -> dict[str, str]:
         if PASSED_ON.fullmatch(name) and not is_secret_name(name)
     }
     if rdma_devices:
-        passed.setdefault(
-            "NCCL_IB_HCA", "=" + ",".join(rdma_devices)
-        )  # exact names; a port of a Spark has two
+        # Exact names; a port of a Spark has two
+        passed.setdefault("NCCL_IB_HCA", "=" + ",".join(rdma_devices))
     if "NCCL_IB_HCA" in passed:
         passed.setdefault(*MERGE_NICS)
     return passed

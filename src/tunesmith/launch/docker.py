@@ -135,9 +135,8 @@ def find_mounts(run: Run) -> list[Mount]:
     folders = [Path(folder) for folder in (run.output_dir, run.log.tensorboard_dir) if folder]
     mounts = [Mount(folder, writable=True) for folder in [*folders, *caches().values()]]
     inputs = recipe_inputs(run)
-    for folder in filter(
-        Path.is_dir, list(inputs)
-    ):  # links out of it, as a snapshot of the Hub's cache has them
+    # Links out of it, as a snapshot of the Hub's cache has them
+    for folder in filter(Path.is_dir, list(inputs)):
         links = filter(Path.is_symlink, folder.rglob("*"))
         inputs += [Path(os.path.abspath(link.parent / link.readlink())) for link in links]
     for path in dict.fromkeys(inputs):
@@ -176,9 +175,8 @@ def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = Fal
         "--init",
     ]
     words += [*LIMITS, "--security-opt=no-new-privileges", f"--user={os.getuid()}:{os.getgid()}"]
-    words += [
-        f"--group-add={group}" for group in os.getgroups() if group
-    ]  # a group alone may read a file
+    # A group alone may read a file
+    words += [f"--group-add={group}" for group in os.getgroups() if group]
     words += ["--gpus=all"] if GPU.exists() else []
     words += [f"--mount={mount.text()}" for mount in mounts]
     paths = {**caches(), "HF_TOKEN_PATH": Path(SECRETS, "HF_TOKEN")}

@@ -44,9 +44,8 @@ class ForwardStop:
         self.ranks_began = False
         self._signalled: set[int] = set()
         for name in NAMES:
-            if (
-                signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN
-            ):  # as nohup leaves SIGHUP
+            # As nohup leaves SIGHUP
+            if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN:
                 signal.signal(signal.Signals[name], self._forward)
 
     @property

@@ -153,9 +153,8 @@ class Job:
 def is_locked(run_dir: Path) -> bool:
     """Whether a process of this machine holds the run directory."""
     try:
-        handle = os.open(
-            run_dir / LOCK, os.O_RDONLY | os.O_NONBLOCK
-        )  # a pipe of that name would be waited for
+        # A pipe of that name would be waited for
+        handle = os.open(run_dir / LOCK, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return False
     try:

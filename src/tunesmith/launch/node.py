@@ -99,9 +99,8 @@ def run_agent(argv: Sequence[str] | None = None) -> int:
     except TunesmithError as error:
         print(error.text(), file=sys.stderr)
         code = error.exit_code
-    if (
-        argv is None
-    ):  # a caller's signals are its own, and what it starts would inherit that they are ignored
+    # A caller's signals are its own, and what it starts would inherit that they are ignored
+    if argv is None:
         ignore_stop_signals()
     return args.stopped if code == EXIT_STOPPED else code
 
@@ -258,9 +257,8 @@ def smaller_after(out: Path | None, before: Mapping[str, float]) -> str:
 def prepare_environment(ranks: int, interface: str) -> None:
     """Variables that each rank needs, unless they are set: threads, the interface to listen on, and beside
     NCCL_IB_HCA the one that joins the functions of a port."""
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(1, available_cores() // ranks))
-    )  # torch's launcher would set 1
+    # torch's launcher would set 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, interface)
     if "NCCL_IB_HCA" in os.environ:

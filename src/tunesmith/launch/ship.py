@@ -308,9 +308,8 @@ def ship_image(image: str, host: str) -> str:
         if lacks:
             _pump(["docker", "save", image], [*SSH, "--", host, "docker load"], host)
         with Connection(host) as there:
-            there.run(
-                "docker", "tag", image_id, image
-            )  # fails where what was loaded has another id
+            # Fails where what was loaded has another id
+            there.run("docker", "tag", image_id, image)
     return image_id
 
 

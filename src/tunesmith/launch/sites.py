@@ -26,6 +26,7 @@ from tunesmith.config.names import nearest
 from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError, UsageError
 
+# Passed on to sbatch
 DIRECTIVES = (
     "partition",
     "account",
@@ -34,7 +35,7 @@ DIRECTIVES = (
     "constraint",
     "mem",
     "cpus_per_task",
-)  # passed on to sbatch
+)
 WANTED = {
     "setup": "a list of lines",
     "sbatch": "a list of options",

@@ -329,9 +329,8 @@ def check_reach(run: Run, site: Site) -> None:
     recipe_inputs(run)
     from tunesmith.hub.fetch import cached_model, local_model, repo_cache
 
-    own = {"HF_HOME", "HF_HUB_CACHE"} & {
-        *site.environment
-    }  # another cache, which this machine may not see
+    # Another cache, which this machine may not see
+    own = {"HF_HOME", "HF_HUB_CACHE"} & {*site.environment}
     missing = [s.source for s in hub_sources(run) if not repo_cache(s.source, "dataset").exists()]
     if local_model(run.model) is None and cached_model(run.model) is None:
         missing.insert(0, run.model.name)

@@ -22,20 +22,23 @@ from tunesmith.metrics.sink import Sink
 from tunesmith.ranks import Ranks
 from tunesmith.units import ratio
 
+# Of the short product: some 0.05 ms on an H100, 1 to 4 ms on a CPU core
 SIZE = {
     "cuda": 2048,
     "cpu": 384,
-}  # of the short product: some 0.05 ms on an H100, 1 to 4 ms on a CPU core
+}
+# Products a check; the quickest counts on a CPU, where others take turns
 TIMES = {
     "cuda": 16,
     "cpu": 5,
-}  # products a check; the quickest counts on a CPU, where others take turns
+}
 EVERY = 60.0  # seconds between checks: below 0.05 % of a run
+# Of the best check, of the chip's peak; of the time by a limit on cores
 SLOW, PEAK_SHARE, THROTTLED = (
     0.7,
     1 / 3,
     0.2,
-)  # of the best check, of the chip's peak; of the time by a limit on cores
+)
 IN_A_ROW = 3  # slow checks that are named
 
 Sources = dict[str, Callable[[], float]]
@@ -134,9 +137,8 @@ def nvlink_bytes(handle: Any) -> int:
         pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
         pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
     ]
-    values = pynvml.nvmlDeviceGetFieldValues(
-        handle, [(field, 2**32 - 1) for field in fields]
-    )  # of all links
+    # Of all links
+    values = pynvml.nvmlDeviceGetFieldValues(handle, [(field, 2**32 - 1) for field in fields])
     if any(value.nvmlReturn for value in values):
         raise OSError("no NVLink")
     return 1024 * sum(value.value.ullVal for value in values)
@@ -169,10 +171,11 @@ class ChipCheck:
         root: Path = Path("/"),
     ) -> None:
         self.device, self.peak, self.every, self.root = device, peak, every, root
+        # bf16 may be emulated
         size, dtype = (
             SIZE[device.type],
             dtype if device.type == "cuda" else torch.float32,
-        )  # bf16 may be emulated
+        )
         self.work = 2 * size**3 * (TIMES["cuda"] if device.type == "cuda" else 1)
         self.left, self.right = (
             torch.ones(size, size, device=device, dtype=dtype).mul_(0.01) for _ in range(2)

@@ -46,9 +46,8 @@ class StepRecord:
     step_seconds: float  # wall time of the whole step
     data_seconds: float  # the part of it spent waiting for data
     tokens_per_second: float  # `tokens / step_seconds`
-    mfu: (
-        float | None
-    )  # model FLOPs per second over the peak, from 0 to 1; None where no peak is known
+    # Model FLOPs per second over the peak, from 0 to 1; None where no peak is known
+    mfu: float | None
     memory_gib: float  # peak memory so far: allocated on the GPU, else resident in RAM
     mfu_peak_tflops: float | None = None  # the peak that `mfu` was taken against
     gpu_utilization: float | None = None  # percent, GPU only

@@ -79,9 +79,8 @@ class Terminal(Sink):
             self._progress.start()
 
     def step(self, record: StepRecord) -> None:
-        if (
-            self._steps == 1
-        ):  # the first step compiles and warms up, so its time is not that of the others
+        # The first step compiles and warms up, so its time is not that of the others
+        if self._steps == 1:
             self._recent.clear()
         self._steps += 1
         self._recent.append(record.step_seconds)

@@ -55,9 +55,8 @@ class GradientSum:
         self.group = group
         self.is_last_backward = False
         self.pending: deque[PendingSum] = deque()
-        self.begun: set[str] = (
-            set()
-        )  # names of the parameters whose gradients are summed, or on the way
+        # Names of the parameters whose gradients are summed, or on the way
+        self.begun: set[str] = set()
         if group is None or not beside_backward:
             return
         for part in parts:

@@ -180,9 +180,8 @@ class _Cutter:
             self.mix(module, mixin)
             for name, _ in list(module.named_parameters(recurse=False)):
                 self.cut_parameter(module, name, ROWS)
-        head.out_features = -(
-            -head.out_features // self.group.size
-        )  # alike on every rank, as chunks go by it
+        # Alike on every rank, as chunks go by it
+        head.out_features = -(-head.out_features // self.group.size)
         embedding.first = head.out_features * self.group.rank
         head.shard = VocabularyShard(embedding.first, self.group.name)
 
@@ -270,9 +269,8 @@ class CutEmbedding(nn.Module):
         )
         rows = ids - self.first
         inside = (rows >= 0) & (rows < len(weight))
-        padding = (
-            -1 if own.padding_idx is None else own.padding_idx - self.first
-        )  # its row gets no gradient
+        # Its row gets no gradient
+        padding = -1 if own.padding_idx is None else own.padding_idx - self.first
         y = F.embedding(
             rows.where(inside, 0), weight, padding if 0 <= padding < len(weight) else None
         )

@@ -287,9 +287,8 @@ class Planner:
             savings.memory_needs(plan, machine),
             resolve.step_units(run),
         )
-        largest = max(
-            spec.head_matmul, spec.hidden * spec.intermediate
-        )  # of the tensors, which come and go one by one
+        # Of the tensors, which come and go one by one
+        largest = max(spec.head_matmul, spec.hidden * spec.intermediate)
         phases = {
             "load": memory.weights + largest * DTYPES[run.model.dtype].itemsize,
             "step": memory.total - memory.copies,
@@ -351,9 +350,8 @@ class Planner:
         )
         estimator = resolve.MemoryEstimator(self.run, spec, self.machine, self.trained, plan.mesh)
         layers, ends = estimator.weights(itemsize)
-        gradients = (
-            4 * estimator.trained_here
-        )  # in fp32; of a model trained in full, of this rank's shards
+        # In fp32; of a model trained in full, of this rank's shards
+        gradients = 4 * estimator.trained_here
         # Sums over a tensor group, each a scatter and a gather of all tokens: two of a layer forward and two backward, those
         # of the forward again where it is recomputed; and of the embedding and the head's gradient.
         sums = 4 * spec.layers + 2 * plan.recomputed_layers + 2

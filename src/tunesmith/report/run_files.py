@@ -64,9 +64,8 @@ FAILURE_FIELDS = (
 LINES = 512  # of a file that are parsed at a time: what one bad line spoils
 LOG_LINES, WARNINGS = 200, 20  # the newest
 _RANK = re.compile(r"metrics-rank(\d+)\.jsonl")
-_STOPPED = re.compile(
-    r"  stopped (?:by|after) "
-)  # the last word of a run that a signal ended, in log.txt
+# The last word of a run that a signal ended, in log.txt
+_STOPPED = re.compile(r"  stopped (?:by|after) ")
 
 
 class DamagedFile(NamedTuple):
@@ -321,9 +320,8 @@ class RunFiles:
         except ValueError as error:
             self._faults[name] = Part(None, str(error))
         last = (self.columns.get("step") or [0])[-1] or 0
-        return (
-            "finished" if manifest and manifest["step"] >= last else "killed"
-        )  # final/ may be of a shorter run
+        # final/ may be of a shorter run
+        return "finished" if manifest and manifest["step"] >= last else "killed"
 
 
 def how_it_ended(run: RunFiles) -> dict[str, Any]:

@@ -83,9 +83,8 @@ def compiler_fault(device: torch.device) -> str:
     try:
         right = torch.allclose(torch.compile(F.silu)(x), F.silu(x))
     except Exception as error:  # whatever a compiler may raise, training goes on without it
-        said = re.search(
-            r"ptxas (?:fatal|error).*", str(error)
-        )  # below Triton's first line, which names no reason
+        # Below Triton's first line, which names no reason
+        said = re.search(r"ptxas (?:fatal|error).*", str(error))
         return f"the compiler does not run here: {said[0] if said else first_line(error)}"
     return "" if right else "the compiler runs here and gives wrong results"
 

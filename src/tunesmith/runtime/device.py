@@ -89,9 +89,8 @@ def prepare_allocator(
     if is_integrated(device, cuda):
         limit = free_memory(device, cuda) + cuda.memory_allocated(device)
         share = min(1.0, limit / cuda.get_device_properties(device).total_memory)
-        cuda.set_per_process_memory_fraction(
-            share, device.index
-        )  # None is the current device; `cuda` is refused
+        # None is the current device; `cuda` is refused
+        cuda.set_per_process_memory_fraction(share, device.index)
     elif (
         device.type == "cuda"
         and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()

@@ -41,10 +41,11 @@ LONGEST = 30.0  # seconds of `stop.takes` that count
 RARELY, OFTEN = 1.0, 0.12  # seconds between two looks: at most a thousandth of a core
 FASTEST = 4 << 30  # bytes a second that memory is filled with: page faults of one process
 AGAIN = 2.0  # seconds between two times that page cache is dropped while MemFree is below the least
+# else: the first, doubled where a drop brought nothing, up to the second
 PAUSE, LONGEST_PAUSE = (
     30.0,
     480.0,
-)  # else: the first, doubled where a drop brought nothing, up to the second
+)
 WORTH = 2 << 30  # bytes of page cache that are worth it
 MOST_FILES = 10_000  # that are opened for it: a folder of rows may hold millions
 
@@ -202,9 +203,8 @@ class MemoryGuard:
             "allocator_bytes": allocator,
         }
         record |= figures.as_record()
-        self.stop.shortage = Shortage(
-            text, record
-        )  # at once: to see who holds it takes a tenth of a second
+        # At once: to see who holds it takes a tenth of a second
+        self.stop.shortage = Shortage(text, record)
         ranks, several = self.ranks.heartbeat.local_processes(), self.ranks.world > 1
         ours, others = largest_processes(ranks)
         ours = [

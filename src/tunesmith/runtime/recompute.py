@@ -67,9 +67,8 @@ class OffloadedLayer(nn.Module):
         forward = super().forward
         if not (self.training and own.recomputed):
             return forward(hidden, *args, **kwargs)
-        if (
-            not hidden.requires_grad
-        ):  # over frozen embeddings; this form recomputes for inputs with a gradient only
+        # Over frozen embeddings; this form recomputes for inputs with a gradient only
+        if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
         with save_on_cpu(pin_memory=hidden.is_cuda):
             return checkpoint(partial(forward, **kwargs), hidden, *args, use_reentrant=True)
@@ -123,9 +122,8 @@ def calibrate_recompute(
     if estimate.total > budget * 3 // 4:
         trial = max(trial, total - max(1, total // 8))
     model.train()
-    while trial < count and (
-        trial or count > total
-    ):  # what the last trial leads to is measured, unless it is 0
+    # What the last trial leads to is measured, unless it is 0
+    while trial < count and (trial or count > total):
         count = trial
         recompute_layers(layers, count)
         meter.restart()

@@ -44,9 +44,10 @@ from tunesmith.runtime.savings import USABLE_ON_CPU, find_savings, moved_to_host
 from tunesmith.units import Size
 
 if TYPE_CHECKING:
+    # With Transformers, which a plan can do without
     from tunesmith.hub.model_files import (
         ModelFiles,
-    )  # with Transformers, which a plan can do without
+    )
 
 MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
 USABLE = (
@@ -55,19 +56,21 @@ USABLE = (
 # Operations in the time of a byte: an H200 reaches 700 TFLOP/s (in 8 bits twice that) and 4 TB/s, and other discrete cards
 # lie between 150 and 300; a GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on
 # an H200 and as 922 on a GB10, which prefers larger micro batches.
+# By Machine.integrated: in 16 bits, in 8 bits
 OPERATIONS_PER_BYTE = {
     False: (175, 350),
     True: (407, 832),
-}  # by Machine.integrated: in 16 bits, in 8 bits
+}
 # Layers that FSDP2 has gathered at once: one in use, the next one, and the flat buffer that a gather arrives in.
 GATHERED_LAYERS = 3
 # 16-bit gradients of copies are summed in fp32 pieces of so many elements, so many of them at a time.
 GRADIENT_PIECE = 1 << 24
 GRADIENT_PIECES = 4
+# A second forward, as a share of a step: 2 of 6 operations, or of 4
 RECOMPUTE_COST = {
     "none": 1 / 3,
     "lora": 1 / 2,
-}  # a second forward, as a share of a step: 2 of 6 operations, or of 4
+}
 # Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a usual step...
 ROW_MULTIPLE = 128
 # Without expandable segments (device.prepare_allocator) each length leaves blocks of its own in the allocator, which no other
@@ -292,9 +295,8 @@ class MemoryEstimator:
             self.machine.compiles,
         )
         size, why = train.micro_batch, "as train.micro_batch says"
-        if (
-            train.optimizer_in_backward
-        ):  # an update in the backward leaves no place for a second micro batch
+        # An update in the backward leaves no place for a second micro batch
+        if train.optimizer_in_backward:
             size = Size(-(-train.global_batch.amount // self.mesh.data), train.global_batch.unit)
             why = "the whole global batch"
         elif (
@@ -408,9 +410,8 @@ class MemoryEstimator:
         }
         given = run.train.recompute
         recomputed = min(given if isinstance(given, int) else named[given], spec.layers)
-        if (
-            recomputed == spec.layers
-        ):  # otherwise the last layer's activations are gone when the first one recomputes
+        # Otherwise the last layer's activations are gone when the first one recomputes
+        if recomputed == spec.layers:
             again = self._backward_bytes(tokens, itemsize) + layer - recomputed_layer
             workspace = max(workspace, again)
         return MemoryEstimate(
@@ -441,16 +442,14 @@ class MemoryEstimator:
         if self.machine.attention[0] == "products" and spec.attention_softcap is None:
             kept += spec.heads * self.probabilities / cut
         factors = 0
-        if (
-            adapter.kind == "lora"
-        ):  # x A^T of seven layers; each A and B once more, in the dtype of the products
+        # X A^T of seven layers; each A and B once more, in the dtype of the products
+        if adapter.kind == "lora":
             kept += 7 * adapter.rank
             factors = (
                 adapter_parameters(spec, replace(adapter, modules_to_save=()), cut) // spec.layers
             )
-        if (
-            adapter.dropout
-        ):  # each of these layers has an input of its own, and a mask: a byte a number on a GPU
+        # Each of these layers has an input of its own, and a mask: a byte a number on a GPU
+        if adapter.dropout:
             outs, mask = (
                 spec.heads * spec.head_dim // cut,
                 1 if self.machine.device == "cpu" else 1 / itemsize,

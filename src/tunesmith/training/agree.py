@@ -43,9 +43,8 @@ from tunesmith.ranks import Ranks
 from tunesmith.shell import shell_word
 from tunesmith.units import Size
 
-MAY_DIFFER = (
-    "train.micro_batch",
-)  # and what names a place: the ranks take the smallest micro batch of all
+# And what names a place: the ranks take the smallest micro batch of all
+MAY_DIFFER = ("train.micro_batch",)
 NEXT_LINE = "\n         "  # below `  where: `
 NAMES = 4  # of ranks or nodes that an error lists
 SHORT = 12  # characters of a digest that an error shows

@@ -152,10 +152,11 @@ def build(
     if torch.cuda.is_initialized():
         free_device_memory()  # of an earlier run of this process
     device, before = choose_device(), start.progress or Progress()
+    # What one of a node downloads and tokenises, the others find
     with (
         ranks.together(),
         ranks.node_leader_first(),
-    ):  # what one of a node downloads and tokenises, the others find
+    ):
         check_machine(run, device, say)
         check_inputs(run, start)
         resumes = start.found is not None

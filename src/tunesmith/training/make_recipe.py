@@ -36,10 +36,11 @@ from tunesmith.shell import shell_command, shell_path
 from tunesmith.units import Length, Share, Size
 
 LOOK = 2000  # rows whose tokens are counted, spread over the file
+# With fewer rows none are held out; more make a validation longer, hardly more exact
 FEW_ROWS, MOST_HELD = (
     20,
     500,
-)  # with fewer rows none are held out; more make a validation longer, hardly more exact
+)
 SEQ_LEN, SEQ_LEN_STEP = 2048, 256
 # Epochs as OpenAI's fine-tuning chooses them: three, fewer of many rows, more of few ("Data preparation and analysis for
 # chat model fine-tuning", cookbook.openai.com). Of few rows more are seen here: a new adapter needs steps, not only rows.
@@ -101,9 +102,8 @@ def make_recipe(
         "data.train.source": data,
         "output_dir": f"runs/{_short_name(data)}-{_short_name(model)}",
     }
-    asked = build_run(
-        resolve_paths(_over(chosen, layer))
-    )  # its rules are checked when the format is known
+    # Its rules are checked when the format is known
+    asked = build_run(resolve_paths(_over(chosen, layer)))
     if twice := {"model.name", "data.train.source"} & given or (
         len(asked.data.train) != 1 and {"data.train"}
     ):

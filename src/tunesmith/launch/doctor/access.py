@@ -27,9 +27,10 @@ def check_model(model: Model) -> list[Finding]:
             info = HfApi().model_info(
                 model.name, revision=model.revision, files_metadata=True, timeout=WAIT
             )
+            # 401: gated
             get_hf_file_metadata(
                 hf_hub_url(model.name, "config.json", revision=info.sha), timeout=WAIT
-            )  # 401: gated
+            )
     except TunesmithError as error:
         case = "hub/unreachable" if "cannot be reached" in error.what else "model/refused"
         case = "licence/gated" if "gated" in error.what else case

@@ -14,10 +14,11 @@ from typing import Any
 
 from tunesmith.launch.doctor.system import FAULT, GIB, Finding, System, say
 
+# The resource that a swarm's tasks ask for
 TOML, RESOURCE = (
     "/etc/nvidia-container-runtime/config.toml",
     "NVIDIA_GPU",
-)  # the resource that a swarm's tasks ask for
+)
 TORCH_SECONDS = 30.0  # for torch to be imported and the GPU to be loaded
 GB10_TFLOPS = 92  # dense bf16, measured on a DGX Spark
 Findings = Iterator[Finding]
@@ -89,9 +90,8 @@ def _torch(s: System) -> Findings:
         cuda=first["cuda"],
         said=said,
     )
-    if (
-        case == "ok"
-    ):  # a capped clock shows under load alone, and a state that nvidia-smi does not show in the speed
+    # A capped clock shows under load alone, and a state that nvidia-smi does not show in the speed
+    if case == "ok":
         words = [*(word.strip() for word in told[-1]["load"].split(",")), "", "", "", ""]
         clock, top, watts = (float(re.sub(r"[^\d.]", "", word) or 0) for word in words[:3])
         # A clock that nvidia-smi does not say is 0 here.
@@ -190,9 +190,8 @@ def _daemon(s: System) -> Findings:
 def _swarm_resource(s: System) -> Findings:
     found = re.search(r'^\s*swarm-resource\s*=\s*"(.*)"', s.read(TOML), re.M)
     names = found[1].replace(" ", "").split(",") if found else []
-    case = (
-        "absent" if not found else "ok" if f"DOCKER_RESOURCE_{RESOURCE}" in names else "other"
-    )  # what docker sets
+    # What docker sets
+    case = "absent" if not found else "ok" if f"DOCKER_RESOURCE_{RESOURCE}" in names else "other"
     yield say(f"swarm-resource/{case}", value=", ".join(names))
 
 
@@ -230,9 +229,8 @@ def _cable(s: System) -> Findings:
         "/run/NetworkManager/*/*",
         "/etc/NetworkManager/*/*",
     )
-    texts = map(
-        s.read, ["/etc/network/interfaces", *glob("/etc/netplan/*.yaml")]
-    )  # the last are root's alone
+    # The last are root's alone
+    texts = map(s.read, ["/etc/network/interfaces", *glob("/etc/netplan/*.yaml")])
     kept = " ".join([*texts, *(path for place in places for path in glob(place))])
     lost = " and ".join(row["name"] for row in rows if row["addresses"] and row["name"] not in kept)
     yield say(

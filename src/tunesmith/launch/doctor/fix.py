@@ -22,11 +22,12 @@ def fix_scripts(found: list[Finding], nodes: list[dict[str, Any]], peer: str) ->
     template = Path(__file__).with_name("fix.sh").read_text(encoding="utf-8")
     ends, pieces = cable_addresses(nodes), re.split(r"^#@ ([\w-]+)\n", template, flags=re.M)
     parts, scripts = dict(zip(pieces[1::2], pieces[2::2], strict=True)), {}
+    # By ssh, here and there: where there is no cable
     reached = [
         *(nodes[1]["reached"] if nodes[1:] else []),
         "",
         "",
-    ]  # by ssh, here and there: where there is no cable
+    ]
     places = [
         next(iter(end.values()), address).partition("/")[0]
         for end, address in zip(ends, reached, strict=False)

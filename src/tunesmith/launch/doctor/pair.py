@@ -130,9 +130,8 @@ def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> 
     try:
         assert asked.stdout is not None
         port, clock = asked.stdout.readline().split()
-        ahead = max(0.0, float(clock) - time.time()) + min(
-            0.0, float(clock) - sent
-        )  # it was asked between the two
+        # It was asked between the two
+        ahead = max(0.0, float(clock) - time.time()) + min(0.0, float(clock) - sent)
         case, way = "off" if abs(ahead) > SKEW else "ok", "ahead of" if ahead > 0 else "behind"
         found.append(say(f"time/{case}", host, seconds=abs(ahead), way=way))
         gbs, trip, idle = measure_speed(address, int(port))

@@ -18,10 +18,11 @@ OK, FAULT, GIB = "ok", "fault", 1 << 30
 TEXTS: dict[str, list[str]] = json.loads(
     Path(__file__).with_name("findings.json").read_text(encoding="utf-8")
 )
+# Values in a fix that are a fix themselves, and several words: names of packages
 UNQUOTED = (
     "fix",
     "names",
-)  # values in a fix that are a fix themselves, and several words: names of packages
+)
 VERSIONS = """import importlib.metadata as m, json
 print(json.dumps({name: next((d.version for d in m.distributions(name=name)), "") for name in ("tunesmith", "torch")}))"""
 SMI = (
@@ -29,9 +30,8 @@ SMI = (
     "--query-gpu=name,uuid,driver_version,compute_cap,memory.total",
     "--format=csv,noheader",
 )
-_FUNCTION = re.compile(
-    r"en[pP].*s\d+(f\d+)np\d+$"
-)  # enp1s0f1np1 and enP2p1s0f1np1: two functions of one port
+# enp1s0f1np1 and enP2p1s0f1np1: two functions of one port
+_FUNCTION = re.compile(r"en[pP].*s\d+(f\d+)np\d+$")
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,8 @@ class System:
         found: dict[str, list[dict[str, Any]]] = {}
         for name in sorted({n for n in names if _FUNCTION.match(n)} | {*devices}, key=str.lower):
             fits, base = _FUNCTION.match(name), f"/sys/class/net/{name}"
-            mtu, speed = (
-                int(self.read(f"{base}/{part}") or -1) for part in ("mtu", "speed")
-            )  # speed in Mb/s
+            # Speed in Mb/s
+            mtu, speed = (int(self.read(f"{base}/{part}") or -1) for part in ("mtu", "speed"))
             row = {
                 "name": name,
                 "up": self.read(f"{base}/operstate") == "up",
