@@ -40,7 +40,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Example
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.runtime.resolve import inference_plan
+from tunesmith.planning.resolve import inference_plan
 from tunesmith.training.run import train
 
 

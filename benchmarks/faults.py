@@ -297,7 +297,7 @@ FAULTS = {
 
 
 def write_recipe(folder: Path) -> None:
-    from tunesmith.selfcheck import write_inputs
+    from tunesmith.bench.selfcheck import write_inputs
 
     write_inputs(folder, 64)
     recipe = {
@@ -335,7 +335,7 @@ def wait_for_end(pair: Pair, pids: dict[int, int], began: float, after: float) -
 
 def whole_steps(pair: Pair) -> list[int]:
     """The checkpoints that lie whole on node-a's disk."""
-    from tunesmith.checkpoint.state import find_damage, list_checkpoints
+    from tunesmith.checkpoint.manifest import find_damage, list_checkpoints
 
     return [
         found.step

@@ -42,8 +42,8 @@ from tunesmith.config.schema import Run
 from tunesmith.loss import chunk_size, even_chunk_size
 from tunesmith.model.shapes import find_shape
 from tunesmith.model.spec import ModelSpec, adapter_parameters, read_spec
-from tunesmith.plan.forecast import measure_work, plan_on_paper
-from tunesmith.plan.hardware import read_cluster
+from tunesmith.planning.forecast import measure_work, plan_on_paper
+from tunesmith.planning.machines import read_cluster
 from tunesmith.units import Size
 
 SUPERVISED = 0.74  # of the tokens of alpaca rows as chats

@@ -1,6 +1,6 @@
 """What the command line prints and promises, as files: the plans of all shipped recipes and the help pages of all verbs.
 
-    python benchmarks/same_bits.py plans --write     # tests/plan/golden/plans.json
+    python benchmarks/same_bits.py plans --write     # tests/planning/golden/plans.json
     python benchmarks/same_bits.py help --write      # tests/cli/golden/help.txt
 
 Tests hold both files, so that a change of a plan or an option is seen in its diff. `same_bits.py record` writes them for
@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PLANS = ROOT / "tests" / "plan" / "golden" / "plans.json"
+PLANS = ROOT / "tests" / "planning" / "golden" / "plans.json"
 HELP = ROOT / "tests" / "cli" / "golden" / "help.txt"
 COLUMNS = "100"
 
-# Each chip of machines.json alone, the machines that shipped recipes are for, and a CPU with as much memory everywhere.
+# Each chip of chips.json alone, the machines that shipped recipes are for, and a CPU with as much memory everywhere.
 MACHINES: dict[str, list[str]] = {
     "cpu": ["here", "--assume", "gib=64"],
     "dgx-spark": ["dgx-spark"],
@@ -42,7 +42,7 @@ MACHINES: dict[str, list[str]] = {
     "rtx-4090": ["rtx-4090"],
     "rtx-5090": ["rtx-5090"],
 }
-# Sentences, and what machines.json says already.
+# Sentences, and what chips.json says already.
 LEFT_OUT = (
     "machines.",
     "work.source",

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.metrics.hardware import Peak, describe_machine
+from tunesmith.host.chips import Peak
+from tunesmith.metrics.hardware import describe_machine
 from tunesmith.metrics.health import EVERY, ChipCheck
 
 

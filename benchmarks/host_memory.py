@@ -65,16 +65,16 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
     import torch
 
     from tunesmith.build_model import build_model
-    from tunesmith.checkpoint import export, sharded, state
+    from tunesmith.checkpoint import contents, manifest, sharded
     from tunesmith.checkpoint.resume import Progress, Start
     from tunesmith.config.load import load_recipe
+    from tunesmith.distributed.ranks import join_ranks
+    from tunesmith.distributed.vocab_parallel import local_part
     from tunesmith.hub.model_files import read_model_files
     from tunesmith.model.safetensors_files import read_headers
     from tunesmith.parallel.mesh import Mesh, possible_shapes
+    from tunesmith.planning.resolve import inference_plan
     from tunesmith.quant.scaled_matmul import TENSOR_WISE
-    from tunesmith.ranks import join_ranks
-    from tunesmith.runtime.resolve import inference_plan
-    from tunesmith.sharded import local_part
     from tunesmith.training.build import make_optimizer
 
     def held(tensors: Any) -> int:
@@ -115,7 +115,7 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
         start = Start()
         if case.endswith("resumed"):
             start = Start(
-                found=state.SavedCheckpoint(folder / "checkpoint-1", 1), progress=Progress()
+                found=manifest.SavedCheckpoint(folder / "checkpoint-1", 1), progress=Progress()
             )
         if start.found or (mesh.shape.tensor > 1 and not full):
             with phase("resume", wide) as found:
@@ -133,16 +133,16 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
                 if full:
                     fill = sharded.fill_together(*values, ranks=writer.ranks, copy=False)
                 else:
-                    fill, _ = export.fill_adapter(*values, False)
+                    fill, _ = contents.fill_adapter(*values, False)
                     if ranks.leads:
                         found["held"] = 3 * sum(p.numel() * 4 for _, p in root.trained_parameters())
                 writer.write(fill if full or ranks.leads else lambda place: None, 1, keep_step=None)
         with phase("final"):
             if ranks.leads:
-                with state.writing(folder / "final", 1) as place:
-                    export.write_model_files(place, run, root, {})
+                with manifest.writing(folder / "final", 1) as place:
+                    contents.write_model_files(place, run, root, {})
             else:
-                export.write_model_files(None, run, root, {})
+                contents.write_model_files(None, run, root, {})
         if start.found:
             # DCP reads a part whole, beside the tensor
             with phase("export", wide + wide // mesh.shape.shard):
@@ -184,11 +184,11 @@ def write_checkpoint(folder: Path) -> None:
     import torch
 
     from tunesmith.build_model import build_model
-    from tunesmith.checkpoint import export
+    from tunesmith.checkpoint import contents
     from tunesmith.config.load import load_recipe
     from tunesmith.hub.model_files import read_model_files
     from tunesmith.optim.optimizer import Optimizer
-    from tunesmith.runtime.resolve import inference_plan
+    from tunesmith.planning.resolve import inference_plan
 
     run = load_recipe(folder / "recipe.yaml", FULL)
     files = read_model_files(folder / "model", run.model)
@@ -197,7 +197,7 @@ def write_checkpoint(folder: Path) -> None:
     for part in optimizer.parts.values():
         part.state = part.initial_state()
     (folder / "checkpoint-1").mkdir()
-    export.write_optimizer(folder / "checkpoint-1", optimizer.state_dict())
+    contents.write_optimizer(folder / "checkpoint-1", optimizer.state_dict())
 
 
 def torchrun(count: int, *words: str) -> None:

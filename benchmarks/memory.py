@@ -21,8 +21,8 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
-from tunesmith.runtime.plan import Machine
-from tunesmith.runtime.resolve import USABLE, MemoryEstimator
+from tunesmith.planning.resolve import USABLE, MemoryEstimator
+from tunesmith.planning.run_plan import Machine
 
 MODELS = ("llama3-3b", "mistral-7b", "llama3-8b", "qwen3-8b", "llama3-70b")
 METHODS = {

@@ -191,9 +191,9 @@ def measure(
 
 def cost(looks: int = 2000) -> dict[str, float]:
     """Microseconds of processor time of a look at this machine's figures, and its share of a step's time."""
-    from tunesmith.ranks import Ranks
+    from tunesmith.distributed.ranks import Ranks
+    from tunesmith.host.signals import StopRequest
     from tunesmith.runtime.memory_guard import OFTEN, RARELY, MemoryGuard
-    from tunesmith.signals import StopRequest
 
     # It looks back over the last seconds: as many looks as these have in a run
     ticks = itertools.count(0.0, OFTEN)

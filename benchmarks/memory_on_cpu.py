@@ -52,12 +52,12 @@ def measure(
     from tunesmith.checkpoint.resume import Start
     from tunesmith.config.load import load_recipe
     from tunesmith.data.prepare import prepare_data
+    from tunesmith.distributed.ranks import ONE_PROCESS
+    from tunesmith.host.chips import Peak
+    from tunesmith.host.signals import StopRequest
     from tunesmith.hub.model_files import read_model_files
-    from tunesmith.metrics.hardware import Peak
     from tunesmith.metrics.sink import Sinks
     from tunesmith.model.tokenizer import eos_ids
-    from tunesmith.ranks import ONE_PROCESS
-    from tunesmith.signals import StopRequest
     from tunesmith.training.build import Session, make_optimizer, plan_model
     from tunesmith.training.stop_control import StopControl
     from tunesmith.training.trainer import Trainer

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.host.packages import bitsandbytes
 from tunesmith.model.attention import attend, select_attention_backend
 from tunesmith.model.documents import Documents
-from tunesmith.packages import bitsandbytes
 from tunesmith.quant.eight_bit import select_scaling
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight, FrozenWeight

@@ -92,7 +92,7 @@ def write_base(folder: Path, name: str, *, saved_by_5: bool) -> None:
     """A random model of the family with a byte tokenizer, its config.json as on the Hub, or as Transformers 5 saves it."""
     from safetensors.torch import save_file
 
-    from tunesmith.checkpoint.export import weights_of
+    from tunesmith.checkpoint.contents import weights_of
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from conftest import byte_tokenizer

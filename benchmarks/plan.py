@@ -17,9 +17,9 @@ from generated import table, write_or_check
 from tunesmith.config.load import load_recipe
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import read_spec
-from tunesmith.plan.forecast import measure_work, plan_on_paper
-from tunesmith.plan.hardware import read_cluster
-from tunesmith.runtime.resolve import checkpoint_bytes
+from tunesmith.planning.forecast import measure_work, plan_on_paper
+from tunesmith.planning.machines import read_cluster
+from tunesmith.planning.resolve import checkpoint_bytes
 
 
 class Row(NamedTuple):

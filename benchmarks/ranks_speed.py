@@ -70,9 +70,9 @@ def contend(a: argparse.Namespace) -> None:
     """Train in this process, or as one of two; the last line of rank 0's stdout is its report."""
     from tunesmith.checkpoint.resume import Start
     from tunesmith.config.load import from_mapping
+    from tunesmith.distributed.ranks import join_ranks
+    from tunesmith.host.signals import StopRequest
     from tunesmith.metrics.sink import Sinks
-    from tunesmith.ranks import join_ranks
-    from tunesmith.signals import StopRequest
     from tunesmith.training.build import build
     from tunesmith.training.stop_control import StopControl
     from tunesmith.training.trainer import Trainer

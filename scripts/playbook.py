@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate_env import LauncherSettings, read_launcher
-from tunesmith.checkpoint.run_dir import (
+from tunesmith.checkpoint.claim import (
     LOCK,
     SCRIPT_ROWS,
     SCRIPT_TEMPLATE,
@@ -39,6 +39,13 @@ from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping
 from tunesmith.config.names import keys
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
+from tunesmith.distributed.ranks import (
+    JOIN,
+    is_launched,
+    refuse_many_ranks,
+    started_as,
+    told_once_a_node,
+)
 from tunesmith.errors import (
     EXIT_OK,
     EXIT_USAGE,
@@ -47,9 +54,8 @@ from tunesmith.errors import (
     TunesmithError,
     UsageError,
 )
-from tunesmith.host_files import refuse_many_ranks, write_atomically
+from tunesmith.host.files import write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
-from tunesmith.ranks import JOIN, is_launched, started_as, told_once_a_node
 from tunesmith.units import Length, Size, ratio
 
 # The playbook's text as a chat template: a row without an input keeps the empty field. The space before the response

@@ -33,76 +33,16 @@ os.environ.setdefault(
 # cuBLAS reads it once, before the tests that need it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Files, or tests of a file, that start processes, compile, or train for long: `make quick` leaves them out.
-SLOW = """
-bench/test_count_kernels.py bench/test_measure.py bench/test_shape.py checkpoint/test_export.py
-checkpoint/test_periodic.py checkpoint/test_sharded.py cli/test_selfcheck.py cli/test_bad_hub.py cli/test_bad_inputs.py cli/test_bad_runs.py cli/test_bad_streams.py
-cli/test_bench.py cli/test_broken_builds.py cli/test_campaign.py cli/test_damaged_runs.py cli/test_failed_runs.py cli/test_foreign_folders.py cli/test_log_file.py
-cli/test_memory_limits.py
-cli/test_playbook.py cli/test_readme.py cli/test_serving.py data/test_workers.py hub/test_fetch_verb.py launch/test_swarm_pair.py
-hub/test_hub.py hub/test_own_data.py hub/test_push.py inference/test_checksums.py inference/test_evaluate.py inference/test_load_run.py
-inference/test_merge.py launch/test_nix.py model/test_weights.py optim/test_weight_gradients.py parallel/test_data_parallel.py
-parallel/test_adapter_on_ranks.py parallel/test_disks.py parallel/test_eight_bit_ranks.py parallel/test_offload.py parallel/test_few_examples.py parallel/test_gathers.py parallel/test_ranks_that_differ.py parallel/test_sample_answers.py parallel/test_hangs.py parallel/test_memory_trial.py parallel/test_host_memory.py parallel/test_heartbeat.py parallel/test_resume_on_ranks.py parallel/test_tensor.py parity/test_batches.py
-parity/test_curves.py parity/test_optimizers.py quant/test_eight_bit_base.py
-runtime/test_compilation.py runtime/test_determinism.py runtime/test_host.py
-sweep/test_sweep.py test_gpu_marks.py test_house.py test_notebook.py test_on_devices.py test_public_api.py training/test_added_tokens.py
-launch/test_slurm_jobs.py training/test_from_python.py training/test_going_on.py training/test_stop_while_loading.py training/test_no_waiting.py training/test_resume.py training/test_older_runs.py
-bench/test_first_gpu.py::test_the_micro_timings_run_and_tell_what_failed
-checkpoint/test_state.py::test_kill_9_at_any_moment_leaves_a_whole_newest_one
-checkpoint/test_umask.py::test_a_run_and_a_merge
-config/test_dump.py::test_round_trip data/test_bad_data.py::test_a_hub_that_refuses
-data/test_splits.py::test_a_run_validates_on_them_and_resumes_with_the_same
-data/test_loader.py::test_the_wait_for_a_copy_is_a_wait_for_data
-data/test_pack.py::test_every_item_once_and_no_bin_too_full data/test_pack.py::test_it_is_best_fit_decreasing
-data/test_refusals.py::test_trls_templates_and_their_training_twins
-data/test_source.py::test_a_file_that_is_cut_while_it_is_read_is_named
-data/test_source.py::test_slices_are_those_of_datasets data/test_template.py::test_any_words_in_any_turn
-metrics/test_sinks.py::test_tensorboard_purges_what_a_run_repeats
-model/test_mutations.py::test_a_damaged_adapter_loads_or_is_refused_by_name
-model/test_mutations.py::test_a_damaged_model_loads_or_is_refused_by_name
-optim/test_optimizer.py::test_compiled_rounding_is_the_plain_one_in_two_graphs
-quant/test_frozen_matmul.py::test_the_compiled_operator_gives_the_same_numbers
-test_loss.py::test_bf16_head_sums_its_gradient_in_fp32
-training/test_make_recipe.py::test_an_edited_recipe_is_not_overwritten
-training/test_make_recipe.py::test_rows_of_ones_own_are_trained_on
-training/test_make_recipe.py::test_the_option_that_an_error_names_is_the_way_on
-training/test_make_recipe.py::test_the_same_command_resumes
-training/test_train.py::test_a_run_by_the_clock_ends_with_everything_written
-training/test_train.py::test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers
-training/test_train.py::test_metrics_read_one_step_later_are_the_same
-plan/test_golden_plans.py bench/test_same_bits.py parallel/test_torchrun.py watch/test_page.py watch/test_server.py
-launch/test_old_ways.py launch/test_doctor_pair.py
-launch/test_docker_image.py launch/test_node.py launch/test_local.py
-launch/test_short_of_memory.py::test_one_rank_takes_its_own_place_once
-launch/test_short_of_memory.py::test_a_device_that_is_full_gets_half_the_micro_batch_once
-launch/test_doctor_clusters.py::test_scripts_make_a_real_swarm
-training/test_memory_stop.py::test_a_real_process_that_takes_all_memory_of_a_control_group
-cli/test_post_mortem.py metrics/test_health.py::test_other_ranks_write_records_of_their_own metrics/test_health.py::test_a_limit_on_cores_is_named_with_the_time_it_took
-importers/test_import.py::test_the_recipe_trains importers/test_import.py::test_no_key_is_dropped importers/test_trl.py::test_batch_schedule_rate_and_adapter_are_trls
-launch/test_docker.py::test_a_run_in_a_container_stops_resumes_and_leaves_nothing
-launch/test_docker.py::test_a_detached_run_is_seen_followed_and_stopped
-cli/test_fixes.py::test_a_pasted_command_does_what_it_says cli/test_fixes.py::test_commands_of_ours_that_are_pasted
-training/test_still_clock.py::test_a_run_and_a_bench
-""".split()
-
-
-# Files that take a minute or more: they begin first, so that no worker is left alone with one of them at the end.
-LONG = """
-launch/test_slurm_jobs.py launch/test_swarm_pair.py launch/test_docker.py launch/test_docker_image.py parallel/test_data_parallel.py
-runtime/test_compilation.py cli/test_broken_builds.py cli/test_bench.py launch/test_local.py parallel/test_resume_on_ranks.py
-cli/test_bad_streams.py training/test_resume.py parallel/test_disks.py launch/test_old_ways.py hub/test_push.py
-parallel/test_host_memory.py cli/test_readme.py launch/test_doctor_pair.py
-""".split()
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {}
-    for item in items:
-        file = str(item.path.relative_to(Path(__file__).parent))
-        if slow := file in SLOW or f"{file}::{item.name.partition('[')[0]}" in SLOW:
-            item.add_marker(pytest.mark.slow)
-        place[item] = LONG.index(file) if file in LONG else len(LONG) + (not slow)
-    items.sort(key=place.__getitem__)
+    """Long files begin first, so that no worker is left alone with one of them at the end; then the slow ones."""
+
+    def order(item: pytest.Item) -> int:
+        if item.get_closest_marker("long"):
+            return 0
+        return 1 if item.get_closest_marker("slow") else 2
+
+    items.sort(key=order)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -86,7 +86,7 @@ def built_model(run: Run, folder: Path, **options: Any) -> TrainModel:
 
     from tunesmith.build_model import build_model
     from tunesmith.hub.model_files import read_model_files
-    from tunesmith.runtime.resolve import inference_plan
+    from tunesmith.planning.resolve import inference_plan
 
     files = read_model_files(folder, run.model)
     model, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")), **options)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.checkpoint import state
+from tunesmith.checkpoint import manifest
 from tunesmith.config.dump import dump
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
@@ -77,6 +77,6 @@ def make_run(folder: Path, base: Path, tuned: Any, *, step: int = 3, **changes: 
 def write_checkpoint(place: Path, base: Path, tuned: Any, step: int) -> None:
     from transformers import AutoTokenizer
 
-    with state.writing(place, step) as inside:
+    with manifest.writing(place, step) as inside:
         tuned.save_pretrained(inside)
         AutoTokenizer.from_pretrained(base).save_pretrained(inside)

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 OPTIONAL = (  # some in Transformers' reach, some only in that of our tests
     "bitsandbytes datasets gguf hypothesis jsonschema nbclient nbformat peft pyte tensorboard trl wandb xdist".split()

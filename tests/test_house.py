@@ -8,7 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tunesmith.cli.main import VERBS
+
+pytestmark = pytest.mark.slow
 
 SOURCE = Path(__file__).parents[1] / "src" / "tunesmith"
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -107,6 +107,7 @@ def test_a_tied_head_gets_both_gradients():
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bf16_head_sums_its_gradient_in_fp32():
     """4,096 equal rows, one a chunk: a bf16 sum of them would stop growing at 256 times the first."""
     hidden = torch.ones(4096, 1, dtype=torch.bfloat16)

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
 from recipes import recipe
 from tunesmith.config.dump import to_yaml
+
+pytestmark = pytest.mark.slow
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "first-tune.ipynb"
 

@@ -26,14 +26,17 @@ from tunesmith.hub.model_files import read_model_files
 from tunesmith.inference.decoding import sample_answers
 from tunesmith.model.attention import attend
 from tunesmith.model.documents import Documents
+from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
+from tunesmith.planning.resolve import inference_plan
+from tunesmith.planning.run_plan import MemoryEstimate, RunPlan
 from tunesmith.quant.eight_bit import select_scaling
 from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
-from tunesmith.runtime.plan import MemoryEstimate, RunPlan
-from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, recompute_layers
-from tunesmith.runtime.resolve import inference_plan
+from tunesmith.runtime.recompute import recompute_layers
 from tunesmith.training.build import Session, build
+
+pytestmark = pytest.mark.slow
 
 
 def error(got: Tensor, expected: Tensor) -> float:

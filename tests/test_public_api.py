@@ -15,6 +15,8 @@ import pytest
 import tunesmith
 from ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 FUNCTIONS = ["evaluate", "generate", "load_run", "merge", "train"]
 
 

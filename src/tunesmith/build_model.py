@@ -12,6 +12,7 @@ from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_weights
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
@@ -24,21 +25,16 @@ from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.shard import shard_model
 from tunesmith.parallel.tensor import cut_model
+from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
+from tunesmith.planning.resolve import USABLE
+from tunesmith.planning.run_plan import RunPlan
 from tunesmith.quant.frozen_linear import load_hooks
 from tunesmith.quant.scaled_matmul import SCALING_RECIPES
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
-from tunesmith.runtime.plan import RunPlan
-from tunesmith.runtime.recompute import (
-    MemoryMeter,
-    calibrate_recompute,
-    offload_inputs,
-    recompute_layers,
-)
-from tunesmith.runtime.resolve import USABLE
+from tunesmith.runtime.recompute import offload_inputs, recompute_layers
 
 Weights = Literal["stored", "random"]
 
@@ -127,7 +123,8 @@ def build_model(
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
     if probe is not None and run.train.recompute == "auto" and device.type == "cuda":
-        budget, meter = int(plan.memory.free * USABLE), MemoryMeter(device)
+        budget = int(plan.memory.free * USABLE)
+        meter = MemoryMeter(device)
         shares = mesh.shape.shard > 1 or mesh.shape.tensor > 1
         plan = calibrate_recompute(
             root, plan, probe, meter, budget=budget, ranks=ranks, shares=shares

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.sharded import ShardedHead, VocabularyShard, local_part, shard_of
+from tunesmith.distributed.vocab_parallel import ShardedHead, VocabularyShard, local_part, shard_of
 from tunesmith.units import ceil_div
 
 Shard = VocabularyShard | None

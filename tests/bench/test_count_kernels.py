@@ -12,6 +12,8 @@ from tunesmith.model.shapes import find_shape
 from tunesmith.model.spec import read_spec
 from warm import run_warm
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

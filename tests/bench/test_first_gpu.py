@@ -250,6 +250,7 @@ def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
+@pytest.mark.slow
 def test_the_micro_timings_run_and_tell_what_failed(tmp_path: Path) -> None:
     """A CPU lacks the fp32 output of a bf16 product, and our kernels in Triton."""
     out = tmp_path / "micro.json"

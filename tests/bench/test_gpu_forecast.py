@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tunesmith.host.chips import CHIPS
 from tunesmith.model.shapes import SHAPES
-from tunesmith.plan.hardware import CHIPS
 from warm import run_warm
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # behind tests: both have ranks.py

@@ -15,7 +15,8 @@ from tunesmith.bench.measure import BenchPlan, BenchReport, Measured, fp8_matmul
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
-from tunesmith.metrics.hardware import Peak, matmul_tflops
+from tunesmith.host.chips import Peak
+from tunesmith.metrics.hardware import matmul_tflops
 from tunesmith.model import spec
 from tunesmith.training import compare_eight_bit
 from tunesmith.training.build import Session, write_identity
@@ -24,7 +25,7 @@ from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import Length
 
-pytestmark = pytest.mark.usefixtures("small_peak")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_peak")]
 
 
 def run_plan(plan: BenchPlan, folder: Path, name: str = "measured") -> Measured:

@@ -14,6 +14,8 @@ import same_bits
 
 import tunesmith
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(tunesmith.__file__).parents[2]
 
 

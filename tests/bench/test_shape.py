@@ -13,6 +13,8 @@ from tunesmith.bench.measure import BenchPlan, measure
 from tunesmith.bench.shape import shape_recipe, write_shape
 from tunesmith.model.shapes import SHAPES
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 16,
     "num_key_value_heads": 2, "vocab_size": 384,

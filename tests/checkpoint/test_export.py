@@ -14,12 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from ranks import run_ranks
 from recipes import built_model, make_run
-from tunesmith.checkpoint.export import tokenizer_files, write_checkpoint, write_model_files
+from tunesmith.checkpoint.contents import tokenizer_files, write_checkpoint, write_model_files
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.data.template import select_template
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.save_tensors import PIECE, save_tensors
+
+pytestmark = pytest.mark.slow
 
 gpu = [
     pytest.mark.gpu,

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from recipes import make_run
-from tunesmith.checkpoint import state
+from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.model_card import loss_curve, model_card
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Model, Run, Source
@@ -73,7 +73,7 @@ def test_the_manifest_covers_it_and_it_may_be_edited(trained: Run) -> None:
     before = (final / "README.md").read_text()
     try:
         (final / "README.md").write_text("---\nlicense: mit\n---\nMy words\n")
-        assert state.find_damage(final) is None
+        assert manifest.find_damage(final) is None
         assert locate_run(final).kind == "adapter"
     finally:
         (final / "README.md").write_text(before)

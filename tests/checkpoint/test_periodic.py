@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from recipes import make_run
-from tunesmith.checkpoint import export, nodes, state
-from tunesmith.checkpoint.state import Writer
+from tunesmith.checkpoint import contents, manifest, replicate
+from tunesmith.checkpoint.manifest import Writer
 from tunesmith.errors import NonFiniteError, RunError, StoppedError
 from tunesmith.runtime.transfer import Snapshot
 from tunesmith.training.async_metrics import StepOutput
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 from waiting import wait_for
+
+pytestmark = pytest.mark.slow
 
 CLOCKS = (
     "step_seconds",
@@ -77,10 +79,10 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, seen: Watched, steps: int = 2) ->
     monkeypatch.setattr(Writer, "_write", late)
 
 
-def contents(folder: Path) -> dict[str, Any]:
+def saved_files(folder: Path) -> dict[str, Any]:
     """Every file of a checkpoint but its manifest; of the last record what no clock says."""
     found: dict[str, Any] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != state.MANIFEST):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != manifest.MANIFEST):
         found[path.relative_to(folder).as_posix()] = path.read_bytes()
     progress = json.loads(found["state/progress.json"])
     record = {k: v for k, v in progress.pop("record").items() if k not in CLOCKS}
@@ -124,8 +126,8 @@ def test_it_holds_what_a_run_that_waits_writes(
         here, there = (
             tmp_path / name / "run" / f"checkpoint-{step}" for name in ("waits", "runs on")
         )
-        assert state.find_damage(there) is None
-        assert contents(here) == contents(there)
+        assert manifest.find_damage(there) is None
+        assert saved_files(here) == saved_files(there)
 
 
 def test_a_model_trained_in_full_is_written_while_the_loop_waits(
@@ -145,7 +147,7 @@ def test_a_model_trained_in_full_is_written_while_the_loop_waits(
     monkeypatch.setattr(Writer, "write", noted)
     train(make_run(tiny, tmp_path, adapter={"kind": "none"}), say=lambda text: None)
     assert written == [2, 4, 6, 8]
-    found = nodes.newest_checkpoint(tmp_path / "run", pytest.fail)
+    found = replicate.newest_checkpoint(tmp_path / "run", pytest.fail)
     assert found is not None
     assert found.step == 8
 
@@ -166,7 +168,7 @@ def test_without_room_for_a_copy_the_loop_waits(
     )
     result = train(make_run(tiny, tmp_path, checkpoint={"keep": 9}), say=told.append)
     assert result.steps == 8
-    assert sorted(f.step for f in state.list_checkpoints(tmp_path / "run")) == [2, 4, 6, 8]
+    assert sorted(f.step for f in manifest.list_checkpoints(tmp_path / "run")) == [2, 4, 6, 8]
     assert "no room on the device for a copy" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -174,7 +176,7 @@ def spoil(
     monkeypatch: pytest.MonkeyPatch, step: int, then: Callable[[], None] = lambda: None
 ) -> None:
     """Writing the checkpoint of `step` runs into a full disk."""
-    write, calls = export.write_optimizer, []
+    write, calls = contents.write_optimizer, []
 
     def full(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         calls.append(folder.name)
@@ -183,7 +185,7 @@ def spoil(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(folder, tensors)
 
-    monkeypatch.setattr(export, "write_optimizer", full)
+    monkeypatch.setattr(contents, "write_optimizer", full)
 
 
 def failed(run_dir: Path) -> dict[str, Any]:
@@ -219,7 +221,7 @@ def test_a_full_disk_behind_the_steps_ends_the_run_as_one_in_the_loop_does(
             with pytest.raises(RunError) as caught:
                 train(make_run(tiny, tmp_path / name), say=lambda text: None)
         out = tmp_path / name / "run"
-        assert nodes.newest_checkpoint(out, pytest.fail).step == 2  # type: ignore[union-attr]
+        assert replicate.newest_checkpoint(out, pytest.fail).step == 2  # type: ignore[union-attr]
         assert not list(out.glob(".*.partial"))
         told.append(
             (caught.value.text().replace(str(out), "RUN"), caught.value.exit_code, failed(out))
@@ -262,7 +264,7 @@ def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
     assert isinstance(caught.value, NonFiniteError) == (fault == "numbers")
     found = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert "checkpoint-4" in found["why" if fault == "numbers" else "next"]
-    assert state.find_damage(tmp_path / "run" / "checkpoint-4") is None
+    assert manifest.find_damage(tmp_path / "run" / "checkpoint-4") is None
 
 
 def test_a_stop_waits_for_the_write_and_saves_its_own_step(
@@ -285,7 +287,7 @@ def test_a_stop_waits_for_the_write_and_saves_its_own_step(
     ]
     assert [
         f.step
-        for f in state.list_checkpoints(tmp_path / "run")
-        if state.find_damage(f.path) is None
+        for f in manifest.list_checkpoints(tmp_path / "run")
+        if manifest.find_damage(f.path) is None
     ] == [5, 4]
     assert not [t for t in threading.enumerate() if t.name.startswith("tunesmith-")]

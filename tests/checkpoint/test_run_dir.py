@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.checkpoint.run_dir import IDENTITY, check_run_dir, claim_run_dir
+from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir
 from tunesmith.errors import UsageError
 
 

@@ -18,11 +18,13 @@ from transformers import AutoConfig
 
 from ranks import run_ranks
 from recipes import make_run
-from tunesmith.checkpoint import sharded, state
+from tunesmith.checkpoint import manifest, sharded
 from tunesmith.cli.main import main
 from tunesmith.errors import TunesmithError
 from tunesmith.inference.load_run import load_run
 from tunesmith.training.run import train
+
+pytestmark = pytest.mark.slow
 
 SMALL = 20_000  # bytes: less than a rank's part of the checkpoint
 
@@ -64,8 +66,8 @@ def flip(file: Path) -> None:
 def whole(run_dir: Path) -> list[int]:
     return [
         found.step
-        for found in state.list_checkpoints(run_dir)
-        if state.find_damage(found.path) is None
+        for found in manifest.list_checkpoints(run_dir)
+        if manifest.find_damage(found.path) is None
     ]
 
 
@@ -116,7 +118,7 @@ def test_one_process_opens_and_exports_what_two_ranks_wrote(tiny, tmp_path, caps
     # As an earlier version wrote it: the new keys alone
     AutoConfig.from_pretrained(saved).save_pretrained(saved)
     assert "rope_theta" not in json.loads((saved / "config.json").read_text())
-    state.write_manifest(saved, 6, state.flush_files(saved))
+    manifest.write_manifest(saved, 6, manifest.flush_files(saved))
     assert main(["export", str(saved), "--output", str(tmp_path / "older")]) == 0
     assert json.loads((tmp_path / "older" / "config.json").read_text())["rope_theta"] == 10000.0
     part = next((saved / "state").glob("*.distcp"))
@@ -129,7 +131,7 @@ def test_one_process_opens_and_exports_what_two_ranks_wrote(tiny, tmp_path, caps
 def files_read_to_hash(model: Path, folder: Path) -> list[str]:
     """Names of the files that this rank reads for their checksums in one start, checkpoint by checkpoint."""
     names = []
-    digest = state.digest_of_file
+    digest = manifest.digest_of_file
 
     def noted(path: Path) -> str:
         if path.parent.parent.name.strip(".").startswith(
@@ -138,11 +140,11 @@ def files_read_to_hash(model: Path, folder: Path) -> list[str]:
             names.append(path.name)
         return digest(path)
 
-    state.digest_of_file = noted
+    manifest.digest_of_file = noted
     try:
         start(model, folder)
     finally:
-        state.digest_of_file = digest
+        manifest.digest_of_file = digest
     return names
 
 

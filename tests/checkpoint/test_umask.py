@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipes import make_run
-from tunesmith.host_files import follow_umask
+from tunesmith.host.files import follow_umask
 from tunesmith.inference.merge import merge
 from tunesmith.training.run import train
 
@@ -28,6 +28,7 @@ def modes(folder: Path) -> set[int]:
     return {path.stat().st_mode & 0o777 for path in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "none"])
 def test_a_run_and_a_merge(
     kind: str, mode: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

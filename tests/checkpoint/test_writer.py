@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.checkpoint import state
-from tunesmith.checkpoint.state import Writer
+from tunesmith.checkpoint import manifest
+from tunesmith.checkpoint.manifest import Writer
 from tunesmith.errors import CheckpointError
 
 
@@ -50,7 +50,7 @@ def writer(tmp_path: Path, synced: list[str]) -> Iterator[Writer]:
 
 def whole(run_dir: Path) -> list[int]:
     return sorted(
-        f.step for f in state.list_checkpoints(run_dir) if state.find_damage(f.path) is None
+        f.step for f in manifest.list_checkpoints(run_dir) if manifest.find_damage(f.path) is None
     )
 
 

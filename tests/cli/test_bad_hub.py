@@ -20,6 +20,8 @@ import pytest
 from cli.bad_world import TURNS, World, snapshot, told
 from hub.standin import Repo, StandIn
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz0123456789"
 CHILD = """
 import contextlib, io, json, os, sys, traceback

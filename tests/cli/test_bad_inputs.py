@@ -15,6 +15,8 @@ from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_USAGE
 from warm import run_warm
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {str(case): case for case in ALL}
 AS_PROCESS = ("recipe: unknown key", "model: cut-off weights", "script: no such data")
 

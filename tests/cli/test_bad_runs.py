@@ -25,6 +25,8 @@ from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, UsageError
 from tunesmith.training.run import train
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 
 
@@ -78,7 +80,7 @@ def resealed(name: str, content: bytes) -> Callable[[World], None]:
     """A checkpoint that is whole by its manifest, as one of another version may be, and that cannot be read."""
 
     def spoil(world: World) -> None:
-        from tunesmith.checkpoint.state import flush_files, write_manifest
+        from tunesmith.checkpoint.manifest import flush_files, write_manifest
 
         world.write(f"run/checkpoint-4/{name}", content)
         folder = world.out / "checkpoint-4"
@@ -193,12 +195,12 @@ def test_a_torn_checkpoint_is_passed_over(
     name: str, tear: str, world: World, begun: Path, capsys: Capture
 ) -> None:
     """The run goes on from the one before, says so, and ends with the numbers of a run that was never torn."""
-    from tunesmith.checkpoint import nodes
+    from tunesmith.checkpoint import replicate
 
     world.begun()
     TEARS[tear](world.out / "checkpoint-4" / name)
     said: list[str] = []
-    found = nodes.newest_checkpoint(world.out, said.append)
+    found = replicate.newest_checkpoint(world.out, said.append)
     if (name, tear) == ("manifest.json", "flipped") and found is not None and found.step == 4:
         return  # a flipped bit in the whitespace of the manifest leaves it as it was
     assert found is not None

@@ -16,8 +16,10 @@ import pytest
 from cli.bad_world import World, records, snapshot, told
 from recipes import write_rows
 from tunesmith.cli.main import main
-from tunesmith.signals import NAMES
+from tunesmith.host.signals import NAMES
 from warm import CLOSED, Warm, run_warm, take_terminal
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 

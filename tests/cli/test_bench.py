@@ -24,7 +24,7 @@ from tunesmith.errors import RunError, UsageError
 from tunesmith.model.shapes import SHAPES, Shape
 from warm import run_python, run_warm
 
-pytestmark = pytest.mark.usefixtures("small_peak")
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("small_peak")]
 Capture = pytest.CaptureFixture[str]
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 8,

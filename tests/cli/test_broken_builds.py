@@ -17,21 +17,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from ranks import environment_of, forkserver, free_port, run_ranks
-from tunesmith import build_model, selfcheck
-from tunesmith.data.loader import GlobalBatch, Loader
-from tunesmith.data.schedule import BatchSchedule
-from tunesmith.errors import OtherRankError, RunError
-from tunesmith.methods.base import TrainModel
-from tunesmith.methods.sft import SupervisedFineTuning
-from tunesmith.model.fused import FusedNorm
-from tunesmith.optim import optimizer
-from tunesmith.optim.adamw import ParameterState
-from tunesmith.parallel import tensor
-from tunesmith.parallel.copies import GradientSum
-from tunesmith.parallel.mesh import MeshShape
-from tunesmith.quant import nf4
-from tunesmith.ranks import SECONDS
-from tunesmith.selfcheck import (
+from tunesmith import build_model
+from tunesmith.bench import selfcheck
+from tunesmith.bench.selfcheck import (
     ALIKE,
     CHANGED,
     COPIES,
@@ -42,8 +30,23 @@ from tunesmith.selfcheck import (
     RESUME,
     SelfCheck,
 )
-from tunesmith.sharded import local_part
+from tunesmith.data.loader import GlobalBatch, Loader
+from tunesmith.data.schedule import BatchSchedule
+from tunesmith.distributed.ranks import SECONDS
+from tunesmith.distributed.vocab_parallel import local_part
+from tunesmith.errors import OtherRankError, RunError
+from tunesmith.methods.base import TrainModel
+from tunesmith.methods.sft import SupervisedFineTuning
+from tunesmith.model.fused import FusedNorm
+from tunesmith.optim import optimizer
+from tunesmith.optim.adamw import ParameterState
+from tunesmith.parallel import tensor
+from tunesmith.parallel.copies import GradientSum
+from tunesmith.parallel.mesh import MeshShape
+from tunesmith.quant import nf4
 from tunesmith.training import agree, build, trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def rank() -> int:

@@ -18,6 +18,8 @@ from time_limit import time_limit
 from tunesmith.cli.main import main
 from warm import run_warm
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 120  # a hang
 FIRST, _, LAST = os.environ.get("CAMPAIGN", "60").rpartition("-")
 SEEDS = range(int(FIRST or 0), int(LAST) + bool(FIRST))

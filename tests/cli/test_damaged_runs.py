@@ -12,6 +12,8 @@ from damaged_runs import READERS, complete, describe, try_seed
 from cli.bad_world import World
 from tunesmith.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 SEEDS = range(1000, 1060)
 
 

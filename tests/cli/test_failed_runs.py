@@ -18,11 +18,13 @@ from cli.bad_world import Capture, World, records, snapshot, started, told
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
-from tunesmith.runtime.plan import Machine, RunPlan, Saving
-from tunesmith.runtime.resolve import probe_machine
+from tunesmith.planning.resolve import probe_machine
+from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.training import build
 from tunesmith.training.result import failure_of
 from warm import run_warm
+
+pytestmark = pytest.mark.slow
 
 SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 

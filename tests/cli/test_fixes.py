@@ -16,7 +16,7 @@ import pytest
 
 import playbook
 from cli.fixes import Fix, collect
-from tunesmith.checkpoint.run_dir import check_run_dir
+from tunesmith.checkpoint.claim import check_run_dir
 from tunesmith.cli import main as command_line
 from tunesmith.config.layers import override_layer
 from tunesmith.config.load import load_recipe
@@ -24,8 +24,8 @@ from tunesmith.config.names import keys
 from tunesmith.config.schema import Source
 from tunesmith.data.source import read_rows
 from tunesmith.errors import TunesmithError
+from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.launch.doctor.system import TEXTS, say
-from tunesmith.shell import shell_command, shell_path, shell_word
 from tunesmith.sweep.space import read_space
 
 PROGRAMS = (
@@ -273,6 +273,7 @@ CASES: dict[str, tuple[Callable[[Path], Callable[[], object]], str, Callable[[Pa
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_pasted_command_does_what_it_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -313,6 +314,7 @@ def test_keys_that_are_proposed_can_be_given(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_commands_of_ours_that_are_pasted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

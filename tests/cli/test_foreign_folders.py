@@ -15,6 +15,8 @@ import pytest
 from cli.bad_world import Capture, World, started
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
 
+pytestmark = pytest.mark.slow
+
 STEP = b'{"step": 1, "loss": 2.5}\n'
 
 

@@ -16,6 +16,8 @@ from tunesmith.metrics.log_file import LogFile
 from tunesmith.training.trainer import Trainer
 from warm import run_warm
 
+pytestmark = pytest.mark.slow
+
 TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 
 

@@ -23,6 +23,8 @@ from tunesmith.config.dump import dump
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
 from warm import run_warm
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 740 << 20
 
 

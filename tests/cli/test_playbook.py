@@ -30,6 +30,8 @@ from tunesmith.config.schema import Data, Run, Source
 from tunesmith.errors import UsageError
 from tunesmith.metrics.record import StepRecord
 
+pytestmark = pytest.mark.slow
+
 SCRIPT_FOLDER = Path(__file__).parents[2] / "scripts"
 FULL, LORA, BIG, QLORA = SCRIPTS
 COMMON = (

@@ -17,18 +17,20 @@ import pytest
 
 from control_groups import control_group
 from recipes import make_run
-from tunesmith import packages
-from tunesmith.checkpoint.killed import killed_before
+from tunesmith.checkpoint.previous_crash import killed_before
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.dump import dump
+from tunesmith.distributed.ranks import ONE_PROCESS
 from tunesmith.errors import CheckpointError, MachineError
-from tunesmith.host_files import oom_kills
+from tunesmith.host import packages
+from tunesmith.host.memory import oom_kills
 from tunesmith.inference.load_run import load_run
-from tunesmith.ranks import ONE_PROCESS
-from tunesmith.run_directory import RUNNING
+from tunesmith.run_dir import RUNNING
 from tunesmith.training.result import stopped_by
 from waiting import wait_for
 from warm import Warm
+
+pytestmark = pytest.mark.slow
 
 LONG = {"train": {"duration": "100000 steps"}, "checkpoint": {"every": "5 steps", "keep": 1}}
 

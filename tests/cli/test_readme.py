@@ -23,6 +23,8 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import copy_of, shipped
 from tunesmith.model.shapes import SHAPES, Shape
 
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 # How many commands of ours each page has, at least: a page whose blocks are not found would pass unread.

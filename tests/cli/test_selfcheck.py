@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 from recipes import recipe
+from tunesmith.bench.selfcheck import KINDS, CheckRow, meshes_of
 from tunesmith.cli.main import main
 from tunesmith.cli.selfcheck import print_row, verdict
 from tunesmith.config.dump import to_yaml
 from tunesmith.parallel.mesh import MeshShape
-from tunesmith.selfcheck import KINDS, CheckRow, meshes_of
 from warm import fork_ranks, run_warm
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,6 +23,8 @@ from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
 from warm import Warm, take_terminal
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["--max-new-tokens", "6", "--device", "cpu"]
 
 
@@ -180,7 +182,7 @@ def test_a_stopped_job_names_a_command_that_works(
 ) -> None:  # fmt: skip
     """--resume needs a file, and excludes --force."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tunesmith.signals.StopRequest.requested", lambda _: True)
+    monkeypatch.setattr("tunesmith.host.signals.StopRequest.requested", lambda _: True)
     assert (
         main(["generate", str(run), "--input", str(rows), "--output", output, *more, *SHORT])
         == EXIT_STOPPED

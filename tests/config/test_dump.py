@@ -69,6 +69,7 @@ def runs(draw: st.DrawFn) -> Run:
     )
 
 
+@pytest.mark.slow
 @given(runs())
 @settings(deadline=None)
 def test_round_trip(run: Run) -> None:

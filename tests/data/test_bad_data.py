@@ -295,6 +295,7 @@ class _Gate(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "what", "fix"),
     [

@@ -322,6 +322,7 @@ def test_batches_are_copied_in_the_thread_and_claimed_where_they_are_taken(make)
     assert {name for name, _ in shelf.taken} == {threading.current_thread().name}
 
 
+@pytest.mark.slow
 def test_the_wait_for_a_copy_is_a_wait_for_data(make) -> None:
     """What is slow in the thread shows in data_seconds, where the loop was quicker; what was ready costs nothing."""
     tokens = make(alpaca(40), seq_len=256)

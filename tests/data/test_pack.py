@@ -14,6 +14,7 @@ cases = st.integers(1, 300).flatmap(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(cases)
 def test_every_item_once_and_no_bin_too_full(case: tuple[int, list[int]]) -> None:
@@ -31,6 +32,7 @@ def test_every_item_once_and_no_bin_too_full(case: tuple[int, list[int]]) -> Non
     assert bins == best_fit_decreasing(np.asarray(lengths), capacity)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(cases)
 def test_it_is_best_fit_decreasing(case: tuple[int, list[int]]) -> None:

@@ -177,6 +177,7 @@ def test_an_end_that_is_no_token_of_its_own_is_refused() -> None:
 # --- public templates -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_trls_templates_and_their_training_twins(capsys: pytest.CaptureFixture[str]) -> None:
     """TRL ships public templates, and twins of them with {% generation %} set by hand: an independent judge.
 

@@ -112,6 +112,7 @@ def test_unlike_tool_arguments_survive(write) -> None:
 bound = st.one_of(st.none(), st.integers(-130, 130))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(n=st.integers(1, 120), start=bound, stop=bound, percent=st.booleans())
 def test_slices_are_those_of_datasets(
@@ -201,6 +202,7 @@ print(chr(10).join(told))
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
     """In a process of its own: a file that was mapped killed it without a word (SIGBUS)."""
     import pyarrow.csv as pc

@@ -97,6 +97,7 @@ def test_it_excludes_validation_rows_of_their_own(tiny: Path, tmp_path: Path) ->
     assert run.data.hold_out == Share(5, "%")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [True, False])
 def test_a_run_validates_on_them_and_resumes_with_the_same(
     tiny: Path, tmp_path: Path, pack: bool

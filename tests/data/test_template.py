@@ -288,6 +288,7 @@ WORDS = st.sampled_from(
 CONTENT = st.lists(WORDS | st.text(max_size=3), max_size=6).map("".join)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["chatml", "llama3", "gemma", "mistral", "phi", "qwen3", "tagged"])
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

@@ -19,7 +19,7 @@ from tunesmith.data.formats import Text
 from tunesmith.data.source import read_rows
 from tunesmith.data.tokens import TokenSet, tokenize
 from tunesmith.errors import DataError
-from tunesmith.host_files import ABANDONED
+from tunesmith.host.files import ABANDONED
 
 
 def equal(a: TokenSet, b: TokenSet) -> bool:

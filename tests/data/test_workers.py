@@ -27,6 +27,8 @@ from tunesmith.data.workers import encode_batches
 from tunesmith.errors import DataError, MachineError
 from warm import Warm
 
+pytestmark = pytest.mark.slow
+
 Made = list[subprocess.Popen[bytes]]
 
 

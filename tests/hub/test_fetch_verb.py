@@ -12,6 +12,8 @@ from warm import read_hub_settings, run_warm
 
 from .standin import COMMIT, Repo, StandIn
 
+pytestmark = pytest.mark.slow
+
 NAME = "someone/tiny"
 RECIPE = """
 model: {{name: {model}, dtype: fp32}}

@@ -16,6 +16,8 @@ from warm import read_hub_settings, run_warm
 
 from .standin import COMMIT, Repo, StandIn, sha256
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz0123456789"
 NAME = "someone/tiny"
 

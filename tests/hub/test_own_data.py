@@ -6,9 +6,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from warm import read_hub_settings, run_warm
 
 from .standin import Repo, StandIn
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_model_from_the_hub_learns_a_file_of_ones_own(tiny: Path, tmp_path: Path) -> None:

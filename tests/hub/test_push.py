@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
 from recipes import make_run
-from tunesmith.checkpoint.state import flush_files, prune, write_manifest
+from tunesmith.checkpoint.manifest import flush_files, prune, write_manifest
 from tunesmith.config.load import load_recipe
 from tunesmith.hub import hub_calls
 from tunesmith.inference.merge import merge
@@ -20,6 +20,8 @@ from tunesmith.training.run import train
 from warm import read_hub_settings, run_warm
 
 from .upload_standin import TOKEN, UploadHub
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 MINE = "ada/my-run"
 

@@ -231,6 +231,7 @@ def test_an_accelerate_config_changes_a_recipe(tmp_path: Path) -> None:
     assert run.model.name == "meta-llama/Llama-3.1-8B-Instruct"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_answers")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_the_recipe_trains(
@@ -308,6 +309,7 @@ def test_a_key_that_is_spelt_like_our_name_of_another(tmp_path: Path) -> None:
     assert (remark.value, remark.why) == ("7", "not known to this import: look up what it does")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", sorted(BASES))
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())

@@ -79,6 +79,7 @@ def _our_source() -> str:
     return "".join(path.read_text() for path in Path(importers.__file__).parent.glob("*.py"))
 
 
+@pytest.mark.slow
 def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
     import torch
     from transformers import get_scheduler

@@ -11,9 +11,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from runs import make_run, peft_model
-from tunesmith.checkpoint import state
+from tunesmith.checkpoint import manifest
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, ModelError
 from warm import run_warm
+
+pytestmark = pytest.mark.slow
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -155,9 +157,9 @@ def test_another_whole_checkpoint_is_named(copied: Path) -> None:
     shutil.copytree(copied / "lora" / "final", copied / "lora" / "checkpoint-2")
     flip(copied / "lora" / "final" / WEIGHTS)
     with pytest.raises(ModelError) as caught:
-        state.check_sums(copied / "lora" / "final")
+        manifest.check_sums(copied / "lora" / "final")
     assert str(copied / "lora" / "checkpoint-2") in caught.value.fix
-    state.check_sums(copied / "lora" / "checkpoint-2")
+    manifest.check_sums(copied / "lora" / "checkpoint-2")
 
 
 @pytest.mark.parametrize("manifest", [None, "{", "[]", '{"files": {"a": 1}}', '{"version": 3}'])
@@ -166,8 +168,8 @@ def test_a_folder_without_a_manifest_of_ours_is_opened(
 ) -> None:
     (tmp_path / "weights").write_bytes(b"x")
     if manifest is not None:
-        (tmp_path / state.MANIFEST).write_text(manifest)
-    state.check_sums(tmp_path)
+        (tmp_path / manifest.MANIFEST).write_text(manifest)
+    manifest.check_sums(tmp_path)
 
 
 def test_an_edited_folder_is_opened_without_its_manifest(copied: Path) -> None:
@@ -178,7 +180,7 @@ def test_an_edited_folder_is_opened_without_its_manifest(copied: Path) -> None:
     flip(edited / WEIGHTS)
     with pytest.raises(ModelError, match="do not match"):
         load_run(edited, device="cpu")
-    (edited / state.MANIFEST).unlink()
+    (edited / manifest.MANIFEST).unlink()
     load_run(edited, device="cpu")
 
 
@@ -186,9 +188,9 @@ def test_the_time_of_large_files_is_announced(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    state.check_sums(copied / "lora" / "final", say=lines.append)
+    manifest.check_sums(copied / "lora" / "final", say=lines.append)
     assert lines == []
-    monkeypatch.setattr(state, "ANNOUNCED_BYTES", 1000)
-    state.check_sums(copied / "lora" / "final", say=lines.append)
+    monkeypatch.setattr(manifest, "ANNOUNCED_BYTES", 1000)
+    manifest.check_sums(copied / "lora" / "final", say=lines.append)
     assert len(lines) == 1
     assert "checksums" in lines[0]

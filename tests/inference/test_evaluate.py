@@ -26,6 +26,8 @@ from tunesmith.metrics.record import read_records
 from tunesmith.runtime import compilation
 from tunesmith.training.run import train
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs import make_run, peft_model, write_checkpoint
 from tunesmith.build_model import build_model
-from tunesmith.checkpoint import state
+from tunesmith.checkpoint import manifest
 from tunesmith.data import builtin_templates
 from tunesmith.data.formats import Conversation
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, TunesmithError
 from tunesmith.inference.load_run import load_run, locate_run
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_a_checkpoint_deleted_while_it_is_read_is_told(
 
     def while_the_run_goes_on(*args: Any, **options: Any) -> Any:
         built = build_model(*args, **options) if late else None
-        state.prune(run, 1, latest=0, keep_step=None)
+        manifest.prune(run, 1, latest=0, keep_step=None)
         return built or build_model(*args, **options)
 
     monkeypatch.setattr("tunesmith.build_model.build_model", while_the_run_goes_on)

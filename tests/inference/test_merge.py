@@ -21,6 +21,8 @@ from tunesmith.inference.load_run import load_run
 from tunesmith.inference.merge import merge
 from tunesmith.inference.merge_check import Difference, ExactCheck
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tiny: Path, tmp_path: Path) -> Path:

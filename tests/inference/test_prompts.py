@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from conftest import CHATML, byte_tokenizer
 from recipes import make_run as recipe_run
 from runs import make_run, peft_model
-from tunesmith.checkpoint.export import tokenizer_files
+from tunesmith.checkpoint.contents import tokenizer_files
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.source import from_list, read_rows
 from tunesmith.data.template import select_template

@@ -49,14 +49,14 @@ MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: {kib} kB\nC
 # Let a process and what it becomes read the memory of another place than this machine.
 FED = """
 import os, pathlib
-import tunesmith.host_memory as memory
+import tunesmith.host.memory as memory
 read = memory.read_memory
 memory.read_memory = lambda *_: read(pathlib.Path(os.environ["FED"]))
 """
 # Steps of a tenth of a second: while a cluster takes its time, a run makes hundreds of them in place of thousands.
 SLOW = """
 import time
-from tunesmith.heartbeat import Heartbeat
+from tunesmith.distributed.heartbeat import Heartbeat
 progress = Heartbeat.progress
 def slowly(self, step=None):
     time.sleep(0 if step is None else 0.1)

@@ -27,6 +27,8 @@ from tunesmith.errors import MachineError, UsageError
 from tunesmith.launch import docker
 from waiting import wait_for
 
+pytestmark = pytest.mark.long
+
 IMAGE = "tunesmith-test/host"
 
 # Every flag that `docker create` may be given, and the values that are not paths or names.
@@ -288,6 +290,7 @@ def command_lines() -> str:
     return "\n".join(found)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_container_stops_resumes_and_leaves_nothing(
     place: Place, daemon: dict[str, str]
 ) -> None:
@@ -326,6 +329,7 @@ def test_a_run_in_a_container_stops_resumes_and_leaves_nothing(
     )
 
 
+@pytest.mark.slow
 def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[str, str]) -> None:
     out = place.folder / "run"
     launch = ("launch", "docker", "recipe.yaml", f"--image={IMAGE}", "--detach")

@@ -24,6 +24,8 @@ from launch.conftest import (
     requirements,
 )
 
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
 
 def test_the_cpu_image_runs_as_any_user(daemon: dict[str, str], cpu_image: str) -> None:
     """The command is the first process, so that signals reach it, in a home that can be written; nothing of pip is left."""

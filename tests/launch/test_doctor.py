@@ -17,7 +17,8 @@ import pytest
 from hub.standin import Repo, StandIn
 from launch.spark_pair import TORCH
 from tunesmith.errors import MachineError
-from tunesmith.launch.doctor import speed
+from tunesmith.host.chips import peak_of
+from tunesmith.launch.doctor import checks, speed
 from tunesmith.launch.doctor.checks import examine
 from tunesmith.launch.doctor.fix import cable_addresses, fix_scripts
 from tunesmith.launch.doctor.system import FAULT, OK, TEXTS, VERSIONS, Finding, System
@@ -327,3 +328,8 @@ def test_every_value_of_the_template_is_set() -> None:
     text = (ROOM / "fix.sh").read_text()
     used = set(re.findall(r"\$\{?([A-Z_]+)", text)) - {"SUDO_USER"}
     assert used == {"PEER", "NETPLAN", "FUNCTIONS", "UUIDS", "ADDRESS", "MANAGER"}
+
+
+def test_the_speed_of_a_spark_is_that_of_the_table() -> None:
+    """checks.py has it a second time, as it runs where the rest of tunesmith may be missing."""
+    assert peak_of("NVIDIA GB10").tflops == checks.GB10_TFLOPS

@@ -27,6 +27,7 @@ def wrong(report: dict) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.swarm
 @pytest.mark.skipif(missing_tools() != "", reason=missing_tools())
 def test_scripts_make_a_real_swarm() -> None:

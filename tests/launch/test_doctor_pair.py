@@ -19,10 +19,14 @@ from tunesmith.launch.doctor.pair import PROGRAM, SENT
 missing = [
     tool for tool in NEEDED if shutil.which(tool, path=f"{os.environ['PATH']}:{SBIN}") is None
 ]
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or bool(missing),
-    reason=f"needs root and {', '.join(missing) or 'nothing else'} (make cluster-tools)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or bool(missing),
+        reason=f"needs root and {', '.join(missing) or 'nothing else'} (make cluster-tools)",
+    ),
+]
 
 
 class Case(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 
 from tunesmith.launch.jobs import Job, save_job
 from tunesmith.launch.local import LocalJob
-from tunesmith.run_directory import STOP_FILE, STOPPED
+from tunesmith.run_dir import STOP_FILE, STOPPED
 
 GONE = {"pid": "0", "created": "never"}
 

@@ -19,6 +19,8 @@ from tunesmith.training.run import train
 from waiting import wait_for
 from warm import Warm, fork_ranks, run_warm
 
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
 LONG = {
     "train": {"duration": "100000 steps", "schedule": "constant"}, "checkpoint": {"every": "1000 steps", "keep": 1},
 }  # fmt: skip

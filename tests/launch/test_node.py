@@ -26,6 +26,8 @@ from tunesmith.launch.debug import collect_logs
 from tunesmith.launch.rendezvous import find_endpoint, hold_store
 from waiting import wait_for
 
+pytestmark = pytest.mark.slow
+
 TIME = 300  # seconds, on a busy machine
 
 
@@ -78,7 +80,13 @@ def test_an_agent_joins_the_functions_of_a_port_where_devices_are_named(
 
 
 @pytest.mark.parametrize(
-    ("output", "count"), [("0\n1\n", 2), ("0\n\n", 1), ("No devices were found\n", 0), ("", 0)]
+    ("output", "count"),
+    [
+        ("0, NVIDIA H200, 143771\n1, NVIDIA H200, 143771\n", 2),
+        ("0, NVIDIA GB10, [N/A]\n\n", 1),
+        ("No devices were found\n", 0),
+        ("", 0),
+    ],
 )
 def test_lines_of_nvidia_smi_that_name_no_gpu_are_not_counted(
     output: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -24,6 +24,8 @@ from playbook import SCRIPTS
 from ranks import free_port, run_ranks
 from tunesmith.config.schema import Parallel
 
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
 FOLDER = Path(__file__).parents[2] / "scripts"
 FULL, LORA, BIG, QLORA = SCRIPTS
 TIME = 300  # seconds, for processes that load torch on a busy machine

@@ -14,14 +14,14 @@ import pytest
 
 from launch.conftest import FED, available
 from recipes import recipe
+from tunesmith.host.signals import NAMES
 from tunesmith.launch import elastic, node
-from tunesmith.signals import NAMES
 from waiting import wait_for
 
 # One rank's device is full in step 6, with the first micro batch or with any.
 FULL = """
 import os, sys
-from tunesmith.heartbeat import Heartbeat
+from tunesmith.distributed.heartbeat import Heartbeat
 progress = Heartbeat.progress
 def fill(self, step=None):
     progress(self, step)
@@ -39,6 +39,7 @@ def steps(out: Path) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_one_rank_takes_its_own_place_once(tiny: Path, tmp_path: Path) -> None:
     out, file, root = tmp_path / "run", tmp_path / "recipe.yaml", tmp_path / "root"
@@ -156,6 +157,7 @@ def test_what_ended_the_first_start_takes_no_restart_from_the_second(
     assert short_after_start == [False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "enough"), [(1, False), (2, True)], ids=["one rank, never enough", "two ranks"]
 )

@@ -31,6 +31,8 @@ CANARIES = {"HF_TOKEN": "hf_CANARY0123456789", "WANDB_API_KEY": "canary-of-wandb
 LIMIT = 300  # seconds, for two nodes that load torch on a busy machine
 missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
 pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.slurm,
     pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)}: make cluster-tools"),
     pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),

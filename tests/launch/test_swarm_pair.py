@@ -29,6 +29,8 @@ from launch.swarm_pair import (
 from recipes import merge, recipe
 
 pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.swarm,
     pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "-"),
 ]

@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from recipes import built_model, make_run
+from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.checkpoint.resume import Start
-from tunesmith.checkpoint.run_dir import claim_run_dir
 from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.data.schedule import BatchSchedule
+from tunesmith.host.signals import StopRequest
 from tunesmith.methods.base import MethodOutput, TrainModel, supervised_positions
 from tunesmith.metrics.sink import Sinks
-from tunesmith.signals import StopRequest
 from tunesmith.training.build import build
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer

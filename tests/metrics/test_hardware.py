@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tunesmith.metrics.hardware import Peak, describe_machine, find_peak, memory_gib, peak_of
+from tunesmith.host.chips import Peak, peak_of
+from tunesmith.metrics.hardware import describe_machine, find_peak, memory_gib
 
 
 @pytest.mark.parametrize(

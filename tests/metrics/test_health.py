@@ -15,7 +15,7 @@ import torch
 from control_groups import control_group
 from ranks import run_ranks
 from recipes import make_run
-from tunesmith.metrics.hardware import Peak
+from tunesmith.host.chips import Peak
 from tunesmith.metrics.health import (
     ChipCheck,
     Gauges,
@@ -191,10 +191,11 @@ def a_tenth_of_a_core() -> Iterator[str]:
         yield str(group / "cgroup.procs")
 
 
+@pytest.mark.slow
 def test_a_limit_on_cores_is_named_with_the_time_it_took(a_tenth_of_a_core: str) -> None:
     code = """
         import os, pathlib, sys, time, torch
-        from tunesmith.metrics.hardware import Peak
+        from tunesmith.host.chips import Peak
         from tunesmith.metrics.health import ChipCheck
         torch.set_num_threads(1)
         pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
@@ -231,6 +232,7 @@ def train_for(steps: int, model: Path, folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_other_ranks_write_records_of_their_own(tiny: Path, tmp_path: Path) -> None:
     for steps in (2, 3):
         run_ranks(2, train_for, steps, tiny, tmp_path)

@@ -18,7 +18,7 @@ import pytest
 from records import RUN, record
 from tunesmith.config.schema import Log, Run, Train
 from tunesmith.errors import MachineError
-from tunesmith.host_files import is_terminal
+from tunesmith.host.streams import is_terminal
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.sink import JsonlSink, SampleAnswer, Sink, Sinks, TensorBoardSink
@@ -96,6 +96,7 @@ def test_tensorboard_has_each_measured_value_under_its_name(tmp_path: Path, run:
     assert "12 checks" in texts["contract/text_summary"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("resumed_at", "steps"), [(3, [1, 2, 3, 4]), (0, [1])])
 def test_tensorboard_purges_what_a_run_repeats(
     tmp_path: Path, run: Run, resumed_at: int, steps: list[int]

@@ -57,6 +57,7 @@ def outcome(use: Callable[[], Any], what: str) -> str:
     return "refused"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", ["50GB", "100KB"], ids=["one file", "shards"])
 def test_a_damaged_model_loads_or_is_refused_by_name(
     shards: str, tiny: Path, tmp_path: Path
@@ -78,6 +79,7 @@ def test_a_damaged_model_loads_or_is_refused_by_name(
     assert min(found["loaded"], found["refused"]) > 5, found
 
 
+@pytest.mark.slow
 def test_a_damaged_adapter_loads_or_is_refused_by_name(tiny: Path, tmp_path: Path) -> None:
     peft_model(tiny).save_pretrained(tmp_path / "good")
     spec = Model(name=str(tiny), dtype="fp32")

@@ -24,6 +24,8 @@ from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.model.weights import load_weights
 
+pytestmark = pytest.mark.slow
+
 FP32 = Model(name="here", dtype="fp32")
 
 

@@ -335,6 +335,7 @@ def test_found_inf_on_the_device_does_what_the_check_on_the_host_does(case: str)
     assert not torch.equal(ends[0][0], params(dtype)[0][1])
 
 
+@pytest.mark.slow
 def test_compiled_rounding_is_the_plain_one_in_two_graphs() -> None:
     """One graph for vectors and one for matrices of every size, made before the first step."""
     shapes, graphs = [(5,), (8, 8), (3, 7), (300, 2), (64,)], 0

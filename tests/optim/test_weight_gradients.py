@@ -22,9 +22,12 @@ from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.spec import read_spec
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import accumulate_in_fp32, fp32_gradients
-from tunesmith.runtime.plan import ONE, Machine, MeshShape
-from tunesmith.runtime.resolve import MemoryEstimator, inference_plan
+from tunesmith.parallel.mesh_shape import ONE, MeshShape
+from tunesmith.planning.resolve import MemoryEstimator, inference_plan
+from tunesmith.planning.run_plan import Machine
 from tunesmith.training.run import train
+
+pytestmark = pytest.mark.slow
 
 
 class Block(nn.Module):

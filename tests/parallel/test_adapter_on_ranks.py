@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,16 +15,18 @@ from ranks import gathered, run_ranks
 from recipes import make_run
 from tunesmith.adapter import lora, peft_files
 from tunesmith.build_model import build_model
-from tunesmith.checkpoint import export
+from tunesmith.checkpoint import contents
 from tunesmith.checkpoint.resume import OPTIMIZER, Progress, Start
+from tunesmith.distributed.ranks import Ranks, join_ranks
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model import save_tensors
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
 from tunesmith.parallel.mesh import Mesh, possible_shapes
-from tunesmith.ranks import Ranks, join_ranks
-from tunesmith.runtime.resolve import inference_plan
+from tunesmith.planning.resolve import inference_plan
 from tunesmith.training.build import make_optimizer
+
+pytestmark = pytest.mark.slow
 
 # Embedding and head are tied: the trained embedding is a tensor of its own, cut by the vocabulary.
 ADAPTER = {"adapter": {"rank": 4, "modules_to_save": ["embed_tokens", "norm"]}}
@@ -62,9 +65,9 @@ def write_all(
                 for field in ("exp_avg", "exp_avg_sq"):
                     copy_whole(part.whole(part.state[field]), drawn(f"{name}.{field}", part.param))
             state = optimizer.state_dict()
-            fill, copied = export.fill_adapter(run, root, {}, state, Progress(), ranks.leads)
+            fill, copied = contents.fill_adapter(run, root, {}, state, Progress(), ranks.leads)
             assert copied == ranks.leads
-            export.write_model_files(place / "final" if ranks.leads else None, run, root, {})
+            contents.write_model_files(place / "final" if ranks.leads else None, run, root, {})
             if ranks.leads:
                 root.model.requires_grad_(False)
                 for parameter in root.model.parameters():
@@ -76,7 +79,7 @@ def write_all(
     return sizes
 
 
-def contents(place: Path) -> list[bytes]:
+def saved_files(place: Path) -> list[bytes]:
     files = (
         peft_files.WEIGHTS,
         OPTIMIZER,
@@ -92,9 +95,9 @@ def test_an_adapter_is_written_as_by_one_process_and_whole_on_rank_0_alone(tiny,
         (place / "final").mkdir(parents=True)
     run_ranks(1, write_all, tiny, tmp_path, [{}], places[-1:])
     first, *others = run_ranks(4, write_all, tiny, tmp_path, MESHES, places[:-1])
-    alone = contents(places[-1])
+    alone = saved_files(places[-1])
     for mesh, place in zip(MESHES, places, strict=False):
-        assert contents(place) == alone, mesh
+        assert saved_files(place) == alone, mesh
     values = load_file(places[-1] / peft_files.WEIGHTS)
     assert len(values) == 2 * 14 + 1 + 5  # A and B, the embedding, the norms
     assert all(value.abs().max() > 0 for value in values.values())

@@ -20,6 +20,8 @@ from tunesmith.training import build
 from tunesmith.training.run import train
 from untied import write_untied
 
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
 LARGE = 1000  # elements of a gradient that is summed beside the backward: matrices of these small models
 STEPS = 2  # the second shows the first update; `test_resume_on_ranks.py` and `selfcheck` take more
 Numbers = list[tuple[float, float, float]]

@@ -14,11 +14,13 @@ import pytest
 
 from ranks import run_ranks
 from recipes import make_run
-from tunesmith.checkpoint import nodes, state
+from tunesmith.checkpoint import manifest, replicate
 from tunesmith.checkpoint.sharded import RanksWriter
+from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
-from tunesmith.ranks import join_ranks
 from tunesmith.training.run import train
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
 LORA: dict[str, Any] = {}
@@ -83,7 +85,7 @@ def files_of(checkpoint: Path) -> set[str]:
 
 
 def parts_of(checkpoint: Path) -> set[str]:
-    return {name for name in files_of(checkpoint) if name.endswith(state.PART)}
+    return {name for name in files_of(checkpoint) if name.endswith(manifest.PART)}
 
 
 def steps_in(run_dir: Path) -> list[int]:
@@ -115,7 +117,7 @@ def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(
         assert [len(parts) for parts in split] == [len(layout) // 2] * 2
         assert not split[0] & split[1]
     assert files_of(a / "checkpoint-4") - split[0] == files_of(b / "checkpoint-4") - split[1]
-    assert state.find_damage(a / "final") is None
+    assert manifest.find_damage(a / "final") is None
     own = {path.name for path in b.iterdir()} - {p.name for p in a.iterdir()}
     assert own == {f"metrics-rank{rank}.jsonl" for rank, node in enumerate(layout) if node == "b"}
     assert not {"final", "metrics.jsonl", "log.txt"} & {path.name for path in b.iterdir()}
@@ -128,12 +130,12 @@ def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(
     assert (b / "final" / name).read_bytes() == (
         tmp_path / "w" / "run" / "final" / name
     ).read_bytes()
-    assert state.step_of(a / "final") == 4  # of the first start
+    assert manifest.step_of(a / "final") == 4  # of the first start
     assert parts_of(a / "checkpoint-4") == parts_of(b / "checkpoint-4") == split[0] | split[1]
     assert "no shared disk: the nodes of rank" in (b / "log.txt").read_text()
 
     assert go(layout, tiny, tmp_path, 6, mesh, what) == ["finished"] * len(layout)
-    assert state.step_of(a / "final") == 6
+    assert manifest.step_of(a / "final") == 6
     assert files_of(a / "final") == files_of(b / "final")
     assert (a / "final" / name).read_bytes() == (b / "final" / name).read_bytes()
 
@@ -149,7 +151,7 @@ def test_an_adapter_outlives_a_machine(tiny, tmp_path):
         shutil.rmtree(tmp_path / lost)
         assert go("ab", tiny, tmp_path, 6, {"replicate": 2}, LORA)[0] == (4, whole[1][4:]), lost
         assert steps_in(tmp_path / "a" / "run") == steps
-        assert state.find_damage(tmp_path / "a" / "run" / "final") is None
+        assert manifest.find_damage(tmp_path / "a" / "run" / "final") is None
         said = (tmp_path / "a" / "run" / "log.txt").read_text()
         assert f"are copied to other nodes from rank {rank} on" in said
 
@@ -254,7 +256,7 @@ def write_until_killed(folder: Path, seconds: float) -> None:
     on_node(folder, "ab")
     out = Path("run")
     with join_ranks() as joined:
-        ranks = nodes.find_dir_leaders(joined, out, lambda: out.mkdir(exist_ok=True))
+        ranks = replicate.find_dir_leaders(joined, out, lambda: out.mkdir(exist_ok=True))
         (out / "env.json").write_text("{}")
         (out / "config.yaml").write_text("")
         writer = RanksWriter(out, 1, None, sync=lambda: None, ranks=ranks)
@@ -267,7 +269,7 @@ def write_until_killed(folder: Path, seconds: float) -> None:
 
                 def fill(place: Path, step: int = step, again: int = again) -> None:
                     (place / "state").mkdir(exist_ok=True)
-                    (place / "state" / f"__{ranks.rank}_0{state.PART}").write_bytes(
+                    (place / "state" / f"__{ranks.rank}_0{manifest.PART}").write_bytes(
                         bytes([step % 256, again]) * 9_000
                     )
                     if ranks.leads:
@@ -282,8 +284,8 @@ def look(folder: Path) -> tuple[int, set[bytes]]:
     on_node(folder, "ab")
     out, said = Path("run"), []
     with join_ranks() as joined:
-        ranks = nodes.find_dir_leaders(joined, out, lambda: None)
-        found = nodes.newest_checkpoint(out, said.append, ranks)
+        ranks = replicate.find_dir_leaders(joined, out, lambda: None)
+        found = replicate.newest_checkpoint(out, said.append, ranks)
     assert found is not None, said
     assert not said
     return found.step, {
@@ -308,24 +310,24 @@ def test_kill_9_at_any_moment_leaves_one_whole_over_the_nodes(tmp_path):
 def pass_files(folder: Path, fault: str) -> Any:
     """Rank 1 wants a file of 200 KB, an empty one and one in a folder from rank 0, in chunks of 1,000 bytes."""
     node = on_node(folder, "ab")
-    nodes.CHUNK = 1000
+    replicate.CHUNK = 1000
     out, names = Path("run"), ["big", "empty", "state/small"]
     with join_ranks() as joined:
-        ranks = nodes.find_dir_leaders(joined, out, lambda: (out / "state").mkdir(parents=True))
+        ranks = replicate.find_dir_leaders(joined, out, lambda: (out / "state").mkdir(parents=True))
         if node == "a":
             for name, size in zip(names, (200_001, 0, 7), strict=True):
                 (out / name).write_bytes(os.urandom(size))
-        entries = ranks.share(state.flush_files(out))
+        entries = ranks.share(manifest.flush_files(out))
         if fault == "damaged" and node == "a":
             (out / "big").write_bytes(os.urandom(200_001))
         if fault == "full" and node == "b":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
         try:
-            nodes.copy_files(ranks, out, names if node == "b" else [], entries)
+            replicate.copy_files(ranks, out, names if node == "b" else [], entries)
         except TunesmithError as error:
             return f"{type(error).__name__}: {error}", sorted(files_of(out))
-        return state.flush_files(out)
+        return manifest.flush_files(out)
 
 
 def test_files_go_to_another_node_whole_or_not_at_all(tmp_path):

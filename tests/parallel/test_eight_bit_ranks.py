@@ -22,18 +22,20 @@ from recipes import make_run
 from tunesmith.build_model import build_model
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Train
+from tunesmith.distributed.ranks import join_ranks
+from tunesmith.distributed.torch_private import local_slices
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError, TunesmithError
 from tunesmith.optim import adamw
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.shard import sharded_modules
-from tunesmith.private import local_slices
 from tunesmith.quant import eight_bit
 from tunesmith.quant.eight_bit import EightBitLinear
-from tunesmith.ranks import join_ranks
-from tunesmith.sharded import local_part
 from tunesmith.training import build, compare_eight_bit
 from tunesmith.training.run import train
+
+pytestmark = pytest.mark.slow
 
 TOLERATED = compare_eight_bit.TOLERANCE
 

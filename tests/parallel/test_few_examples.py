@@ -11,6 +11,8 @@ from ranks import run_ranks
 from recipes import make_run
 from tunesmith.training.run import train
 
+pytestmark = pytest.mark.slow
+
 FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
 HEAD: dict[str, Any] = {"adapter": {"target": ["q_proj", "down_proj", "lm_head"]}}
 # Sums over ranks are taken in another order: 3 steps in fp32 move a loss by about 1e-6 of itself.

@@ -12,13 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ranks import run_ranks
 from recipes import make_run, merge
 from tunesmith.checkpoint.resume import Start
+from tunesmith.distributed.ranks import join_ranks
+from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
-from tunesmith.ranks import join_ranks
-from tunesmith.signals import StopRequest
 from tunesmith.training.build import build
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from untied import write_untied
+
+pytestmark = pytest.mark.slow
 
 ONE_MICRO_BATCH = {
     "train": {"duration": "1 steps", "warmup": "0 steps", "micro_batch": "1024 tokens"},

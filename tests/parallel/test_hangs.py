@@ -13,14 +13,16 @@ import pytest
 
 from ranks import environment_of, forkserver, free_port, run_ranks
 from recipes import make_run
-from tunesmith import heartbeat
-from tunesmith.checkpoint import export
+from tunesmith.checkpoint import contents
 from tunesmith.checkpoint.sharded import RanksWriter
+from tunesmith.distributed import heartbeat
+from tunesmith.distributed.heartbeat import Heartbeat
 from tunesmith.errors import TunesmithError
-from tunesmith.heartbeat import Heartbeat
 from tunesmith.training import answer_sampler, checkpoint_saver, trainer, validation
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
+
+pytestmark = pytest.mark.slow
 
 FULL: dict[str, Any] = {"adapter": {"kind": "none"}, "parallel": {"shard": 2}}
 LORA: dict[str, Any] = {"parallel": {"replicate": 2}}
@@ -31,7 +33,7 @@ PLACES = {  # phase -> the function that it is struck in
     "validation": (validation, "validation_loss"),
     "sample answers": (answer_sampler, "sample_answers"),
     "saving": (RanksWriter, "_write"),
-    "saving final/": (export, "write_model_files"),
+    "saving final/": (contents, "write_model_files"),
 }
 
 

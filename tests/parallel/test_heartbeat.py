@@ -20,6 +20,9 @@ from typing import Any
 import pytest
 
 from ranks import environment_of, forkserver, free_port
+from tunesmith.distributed.heartbeat import Heartbeat
+from tunesmith.distributed.ranks import SECONDS, heartbeat_limit, join_ranks, meet
+from tunesmith.distributed.torch_private import collective, current_collective
 from tunesmith.errors import (
     CheckpointError,
     DataError,
@@ -27,11 +30,10 @@ from tunesmith.errors import (
     OtherRankError,
     TunesmithError,
 )
-from tunesmith.heartbeat import Heartbeat
+from tunesmith.host.signals import Interrupted
 from tunesmith.metrics.summary import write_failure
-from tunesmith.private import collective, current_collective
-from tunesmith.ranks import SECONDS, heartbeat_limit, join_ranks, meet
-from tunesmith.signals import Interrupted
+
+pytestmark = pytest.mark.slow
 
 HOST = socket.gethostname()
 LIMIT = 3  # seconds without a heartbeat
@@ -59,7 +61,7 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from tunesmith.private import collective
+    from tunesmith.distributed.torch_private import collective
 
     torch.set_num_threads(1)
     sys.stderr = (folder / f"stderr-{env['RANK']}").open("w")
@@ -266,7 +268,7 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch):
     import torch.distributed as dist
 
     monkeypatch.setenv(SECONDS, "1")
-    monkeypatch.setattr("tunesmith.ranks.JOIN", 0.2)
+    monkeypatch.setattr("tunesmith.distributed.ranks.JOIN", 0.2)
     monkeypatch.setenv("MASTER_ADDR", "node-a")
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(MachineError, match="rank 1"):

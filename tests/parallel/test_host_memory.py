@@ -17,19 +17,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ranks import gathered, run_ranks
 from recipes import make_run, merge
 from tunesmith.build_model import build_model
-from tunesmith.checkpoint import export
+from tunesmith.checkpoint import contents
+from tunesmith.checkpoint.manifest import SavedCheckpoint
 from tunesmith.checkpoint.resume import Progress, Start
-from tunesmith.checkpoint.state import SavedCheckpoint
+from tunesmith.distributed.ranks import ONE_PROCESS, join_ranks
+from tunesmith.distributed.torch_private import local_slices
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model import save_tensors, weights
 from tunesmith.model.safetensors_files import read_into
 from tunesmith.parallel.mesh import Mesh, possible_shapes
-from tunesmith.private import local_slices
+from tunesmith.planning.resolve import inference_plan
 from tunesmith.quant import nf4
 from tunesmith.quant.frozen_weight import Nf4Weight
-from tunesmith.ranks import ONE_PROCESS, join_ranks
-from tunesmith.runtime.resolve import inference_plan
 from tunesmith.training.build import make_optimizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 FULL = {"adapter": {"kind": "none"}}
 # 3 divides no size of the model: shards are uneven.
@@ -71,10 +73,10 @@ def write_all(
     with join_ranks() as ranks:
         for mesh, changes, place in cases:
             run, root = built(model, folder, mesh, changes, ranks.world)
-            export.write_model_files(place if ranks.leads else None, run, root, {})
+            contents.write_model_files(place if ranks.leads else None, run, root, {})
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def saved_files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
 
@@ -92,12 +94,12 @@ def test_final_of_any_mesh_is_that_of_one_process_byte_for_byte(world, tiny, tmp
                 place = tmp_path / f"{dtype} {index}"
                 place.mkdir()
                 cases.append((mesh, changes, place))
-                expected.append(contents(alone))
+                expected.append(saved_files(alone))
     assert len(cases) == (2 if world == 3 else 10)
     run_ranks(world, write_all, tiny, tmp_path, cases)
     for (mesh, changes, place), wanted in zip(cases, expected, strict=True):
-        assert contents(place).keys() == wanted.keys()
-        assert contents(place) == wanted, f"{mesh} {changes}"
+        assert saved_files(place).keys() == wanted.keys()
+        assert saved_files(place) == wanted, f"{mesh} {changes}"
 
 
 def grown(model: Path, folder: Path, mesh: dict[str, int]) -> dict[str, np.ndarray]:
@@ -144,7 +146,7 @@ def peaks(
         run, root = built(model, folder, mesh, changes, ranks.world)
         found.append((status("VmHWM") - before, status("VmRSS") - before))
         before = begin()
-        export.write_model_files(folder if ranks.leads else None, run, root, {})
+        contents.write_model_files(folder if ranks.leads else None, run, root, {})
         found.append((status("VmHWM") - before, status("VmRSS") - before))
     return found
 
@@ -215,7 +217,7 @@ def write_state(model: Path, place: Path) -> None:
     for part in optimizer.parts.values():
         part.state = {name: value + 1 for name, value in part.initial_state().items()}
         part.state["exp_avg"].view(-1).copy_(torch.arange(part.weight.numel()))
-    export.write_optimizer(place, optimizer.state_dict())
+    contents.write_optimizer(place, optimizer.state_dict())
 
 
 def resumed(model: Path, folder: Path, mesh: dict[str, int]) -> tuple[int, int, bool]:

@@ -10,10 +10,12 @@ import torch
 
 from ranks import run_ranks
 from runtime.test_plan import Alike, Small, trial_plan
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks, join_ranks
 from tunesmith.errors import MachineError, TunesmithError
-from tunesmith.ranks import ONE_PROCESS, Ranks, join_ranks
-from tunesmith.runtime.plan import MemoryEstimate
-from tunesmith.runtime.recompute import calibrate_recompute
+from tunesmith.planning.calibrate import calibrate_recompute
+from tunesmith.planning.run_plan import MemoryEstimate
+
+pytestmark = pytest.mark.slow
 
 LAYER = 41_200  # bytes that a layer of `Alike` keeps, which has eight
 

@@ -24,6 +24,7 @@ from recipes import make_run, merge
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Model
 from tunesmith.data.batch import Batch
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import load
@@ -32,11 +33,13 @@ from tunesmith.model.weights import copy_whole
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel import shard
 from tunesmith.parallel.mesh import DIMENSIONS, Mesh
-from tunesmith.runtime import recompute, resolve
-from tunesmith.runtime.plan import MeshShape
+from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.planning import resolve
+from tunesmith.runtime import recompute
 from tunesmith.runtime.recompute import offload_inputs, recompute_layers
-from tunesmith.sharded import local_part
 from tunesmith.training.run import train
+
+pytestmark = pytest.mark.slow
 
 FULL, LORA = {"adapter": {"kind": "none"}}, {"adapter": {"kind": "lora"}}
 OFFLOADED = {"train": {"cpu_offload": ["parameters", "activations"], "recompute": "full"}}

@@ -13,8 +13,10 @@ from conftest import byte_tokenizer, write_tiny_llama
 from ranks import run_ranks
 from recipes import make_run, write_rows
 from tunesmith.errors import EXIT_USAGE, TunesmithError
-from tunesmith.packages import installed_versions
+from tunesmith.host.packages import installed_versions
 from tunesmith.training.run import train
+
+pytestmark = pytest.mark.slow
 
 STEPS = {"duration": "3 steps", "schedule": "constant", "micro_batch": "128 tokens"}
 FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
@@ -77,7 +79,7 @@ def test_another_key_of_the_recipe(layout, tiny, tmp_path):
 
 
 def test_one_rank_of_a_node_is_named_where_the_others_agree():
-    from tunesmith.ranks import Ranks
+    from tunesmith.distributed.ranks import Ranks
     from tunesmith.training.agree import Compared, find_differences
 
     ranks = Ranks(0, 4, hosts=("node-a", "node-a", "node-b", "node-b"), dir_leaders=(0,) * 4)

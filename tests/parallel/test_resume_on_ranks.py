@@ -18,15 +18,17 @@ from torch.distributed.tensor import DTensor
 
 from ranks import run_ranks
 from recipes import make_run
-from tunesmith.checkpoint import nodes, sharded
+from tunesmith.checkpoint import replicate, sharded
 from tunesmith.checkpoint.resume import decide_start
+from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import OtherRankError, StoppedError
-from tunesmith.ranks import join_ranks
-from tunesmith.signals import Shortage
+from tunesmith.host.signals import Shortage
 from tunesmith.training.async_metrics import StepOutput
 from tunesmith.training.build import build
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 FULL, LORA = {"adapter": {"kind": "none"}}, {}
 # With fp32 masters: of copies in the optimizer, of shards the shards
@@ -129,7 +131,7 @@ def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(
     out = tmp_path / "run"
     said = json.loads((out / "stopped.json").read_text())
     assert (said["signal"], said["step"]) == (None if by == BY_FILE else "SIGTERM", 3)
-    found = nodes.newest_checkpoint(out, pytest.fail)
+    found = replicate.newest_checkpoint(out, pytest.fail)
     assert found is not None
     assert found.step == 3
     (out / "stop").touch()  # of an earlier start

@@ -11,13 +11,15 @@ import pytest
 
 from ranks import run_ranks
 from recipes import make_run
-from tunesmith import ranks as ranks_module
 from tunesmith.checkpoint.resume import Start
+from tunesmith.distributed import ranks as ranks_module
 from tunesmith.inference.decoding import SAMPLE_TOKENS, AnswerClock, sample_answers
 from tunesmith.parallel import mesh
 from tunesmith.training import answer_sampler
 from tunesmith.training.build import build
 from tunesmith.training.run import train
+
+pytestmark = pytest.mark.slow
 
 
 def answers_of_unequal_length(model: Path, folder: Path) -> list[str]:

@@ -14,11 +14,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ranks import gathered, run_ranks
-from tunesmith import private
 from tunesmith.adapter import lora
 from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.config.schema import Adapter, Model, Train
 from tunesmith.data.batch import Batch
+from tunesmith.distributed import torch_private
+from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel, supervised_positions
@@ -34,11 +35,12 @@ from tunesmith.quant.frozen_linear import load_hooks
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight
 from tunesmith.quant.scaled_matmul import ROW_WISE
-from tunesmith.ranks import join_ranks
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
 from tunesmith.training import compare_eight_bit
 from tunesmith.training.compare_eight_bit import compare_with_bf16, read_dense_weight
+
+pytestmark = pytest.mark.slow
 
 SMALL = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -419,9 +421,9 @@ def compiled() -> tuple[float, list[int]]:
         compile_layers(root.layers, varied=True, backend="aot_eager")
         largest, graphs = max(differences(root, partial, mesh, build("qwen3", ADAPTER))), []
         for lengths in ((7, 9, 8), (30, 2), (6, 4, 4)):
-            before = private.graphs_compiled()
+            before = torch_private.graphs_compiled()
             root(batch(lengths)).loss.backward()
-            graphs.append(private.graphs_compiled() - before)
+            graphs.append(torch_private.graphs_compiled() - before)
         return largest, graphs
 
 

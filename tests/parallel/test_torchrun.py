@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from ranks import run_ranks
 from recipes import make_run, merge, recipe
-from tunesmith.checkpoint import nodes
+from tunesmith.checkpoint import replicate
 from tunesmith.training.run import train
 from warm import Warm, fork_ranks
+
+pytestmark = pytest.mark.slow
 
 CHANGES = {
     "adapter": {"kind": "none"}, "parallel": {"shard": 2},
@@ -89,7 +92,7 @@ def test_torchrun_starts_a_killed_rank_again_and_a_sigterm_to_it_saves(tiny: Pat
     assert printed.count("error: rank 1 on") == 1, printed
     assert printed.count("stopped by SIGTERM: step") == 1, printed
     stopped = json.loads((out / "stopped.json").read_text())
-    found = nodes.newest_checkpoint(out, lambda text: None)
+    found = replicate.newest_checkpoint(out, lambda text: None)
     assert found is not None
     assert stopped["signal"] == "SIGTERM"
     assert stopped["step"] == found.step == records(out)[-1]["step"]

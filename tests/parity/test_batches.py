@@ -16,6 +16,8 @@ from tunesmith.data.prepare import prepare_data
 from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 from tunesmith.units import Size
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LAYOUTS = [(pack, examples) for pack in (True, False) for examples in (64, 8, 1)]
 

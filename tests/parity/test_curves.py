@@ -24,6 +24,8 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.training.run import train
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH, RATE = 50, 4, 1e-3
 CPU = torch.device("cpu")
 

@@ -19,6 +19,8 @@ from tunesmith.errors import MachineError, NonFiniteError, UsageError
 from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.run import train
 
+pytestmark = pytest.mark.slow
+
 SAME = ("step", "loss", "learning_rate", "tokens", "supervised_tokens", "examples")
 INSIDE = {"clip_norm": None, "optimizer_in_backward": True}
 

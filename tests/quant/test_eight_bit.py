@@ -11,7 +11,7 @@ from devices import cpu_and_gpu
 from tunesmith.adapter import lora, peft_files
 from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.config.schema import Adapter
-from tunesmith.private import scaled_mm
+from tunesmith.distributed.torch_private import scaled_mm
 from tunesmith.quant import eight_bit, nf4, scaled_matmul
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_linear import parameter_count

@@ -15,6 +15,8 @@ from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.training import compare_eight_bit
 from tunesmith.training.build import Session, build, first_batches
 
+pytestmark = pytest.mark.slow
+
 
 def begin(tiny: Path, folder: Path) -> tuple[Session, list[str]]:
     for name, rows in (("train", 24), ("held", 8)):

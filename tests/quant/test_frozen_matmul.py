@@ -119,6 +119,7 @@ def test_every_kind_answers_as_the_weight_it_stands_for(kind):
         assert distance(got[name], gradient) < (tolerance if name == "x" else 0.01), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
 def test_the_compiled_operator_gives_the_same_numbers(kind):
     layers = kinds()[kind]

@@ -14,7 +14,7 @@ from time_limit import time_limit
 from tunesmith.cli.main import main
 from tunesmith.metrics.record import newest_record
 from tunesmith.report.run_files import RunFiles
-from tunesmith.run_directory import read_manifest, read_running
+from tunesmith.run_dir import read_manifest, read_running
 from watching import add_steps, write_run
 
 HUGE = "9" * 400

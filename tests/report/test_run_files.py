@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from recipes import make_run
 from records import RUN, record
-from tunesmith.checkpoint.run_dir import claim_run_dir
+from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.config.dump import to_mapping
 from tunesmith.errors import UsageError
 from tunesmith.metrics.record import cut_back

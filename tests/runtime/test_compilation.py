@@ -28,15 +28,17 @@ from tunesmith.adapter import lora
 from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.config.schema import Adapter
 from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.distributed.torch_private import graphs_compiled
 from tunesmith.errors import MachineError
 from tunesmith.loss import loss_and_grad
 from tunesmith.model import attention, fused
 from tunesmith.model.documents import Documents
-from tunesmith.private import graphs_compiled
 from tunesmith.quant import eight_bit, nf4
 from tunesmith.runtime import compilation
 from tunesmith.runtime.compilation import compile_layers, compile_loss, select_compile
 from tunesmith.runtime.recompute import recompute_layers
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(autouse=True)

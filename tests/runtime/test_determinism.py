@@ -19,6 +19,8 @@ from tunesmith.metrics.record import StepRecord
 from tunesmith.runtime.determinism import WORKSPACE, deterministic_algorithms
 from tunesmith.training.run import train
 
+pytestmark = pytest.mark.slow
+
 ON = {"deterministic": True}
 
 

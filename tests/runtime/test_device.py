@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from recipes import make_run
-from tunesmith import private
 from tunesmith.checkpoint.resume import Start
-from tunesmith.host_memory import MemoryFigures, MemoryLimit
+from tunesmith.distributed import torch_private
+from tunesmith.host.memory import MemoryFigures, MemoryLimit
 from tunesmith.runtime import device
 from tunesmith.runtime.device import (
     choose_device,
@@ -172,9 +172,9 @@ def test_an_integrated_gpu_is_told_from_others() -> None:
 
 def test_this_torch_takes_the_setting() -> None:
     """Its name has moved before; a CPU's allocator ignores the option."""
-    private.set_allocator("expandable_segments:False")
+    torch_private.set_allocator("expandable_segments:False")
     with pytest.raises((RuntimeError, ValueError)):
-        private.set_allocator("expandable_segments")
+        torch_private.set_allocator("expandable_segments")
 
 
 @pytest.mark.gpu

@@ -20,6 +20,8 @@ from tunesmith.runtime.host import (
     prepare_threads,
 )
 
+pytestmark = pytest.mark.slow
+
 PROBE = """
 import torch
 from tunesmith.runtime.host import keep_freed_pages

@@ -21,8 +21,8 @@ from tunesmith.config.load import from_mapping
 from tunesmith.data.batch import Example, collate
 from tunesmith.model.documents import kept_probabilities
 from tunesmith.model.spec import read_spec
-from tunesmith.runtime.plan import Machine, MemoryEstimate
-from tunesmith.runtime.resolve import MemoryEstimator, inference_plan
+from tunesmith.planning.resolve import MemoryEstimator, inference_plan
+from tunesmith.planning.run_plan import Machine, MemoryEstimate
 
 TOKENS, LAYERS = 1024, 4
 CONFIG = {

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from page_cache import resident
-from tunesmith.heartbeat import Heartbeat
-from tunesmith.host_memory import MemoryFigures, memory_floor
-from tunesmith.ranks import Ranks
+from tunesmith.distributed.heartbeat import Heartbeat
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.host.memory import MemoryFigures, memory_floor
+from tunesmith.host.signals import StopRequest
 from tunesmith.runtime import memory_guard
 from tunesmith.runtime.memory_guard import OFTEN, RARELY, MemoryGuard, drop_page_cache
-from tunesmith.signals import StopRequest
 
 GIB, MIB = 2**30, 2**20
 LAPTOP = MemoryFigures(

@@ -15,8 +15,9 @@ from tunesmith.data.schedule import StepSize
 from tunesmith.errors import RecipeError
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters, read_spec
-from tunesmith.runtime.plan import Machine, MemoryEstimate, MeshShape, RunPlan
-from tunesmith.runtime.resolve import MemoryEstimator, resolve_plan
+from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.planning.resolve import MemoryEstimator, resolve_plan
+from tunesmith.planning.run_plan import Machine, MemoryEstimate, RunPlan
 from tunesmith.training import build
 
 SPEC: ModelSpec = read_spec(SHAPES["llama3-8b"].config, where="test")

@@ -22,15 +22,11 @@ from tunesmith.errors import MachineError
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
-from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
-from tunesmith.runtime.recompute import (
-    MemoryMeter,
-    calibrate_recompute,
-    recompute_layers,
-    revise_recomputed,
-)
-from tunesmith.runtime.resolve import LENGTHS, MemoryEstimator, fewest_recomputed, resolve_plan
-from tunesmith.runtime.savings import refuse_overrun
+from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute, revise_recomputed
+from tunesmith.planning.resolve import LENGTHS, MemoryEstimator, fewest_recomputed, resolve_plan
+from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
+from tunesmith.planning.savings import refuse_overrun
+from tunesmith.runtime.recompute import recompute_layers
 from tunesmith.units import Size
 
 GIB = 2**30
@@ -258,7 +254,7 @@ def test_the_plan_is_told_in_the_words_of_the_field():
 
 
 def test_a_plan_needs_no_torch():
-    code = "import sys, tunesmith.runtime.plan, tunesmith.quant.schemes; sys.exit('torch' in sys.modules)"
+    code = "import sys, tunesmith.planning.run_plan, tunesmith.quant.schemes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -14,13 +14,13 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
 from tunesmith.errors import EXIT_USAGE, MachineError
-from tunesmith.host_memory import MemoryLimit
+from tunesmith.host.memory import MemoryLimit
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import read_spec
-from tunesmith.runtime.plan import Machine, RunPlan
-from tunesmith.runtime.resolve import USABLE, probe_machine, resolve_plan
-from tunesmith.runtime.savings import ALLOCATABLE, refuse_overrun, warn_of_overrun
+from tunesmith.planning.resolve import USABLE, probe_machine, resolve_plan
+from tunesmith.planning.run_plan import Machine, RunPlan
+from tunesmith.planning.savings import ALLOCATABLE, refuse_overrun, warn_of_overrun
 from tunesmith.units import Size
 
 GIB = 2**30

@@ -15,7 +15,7 @@ import torch
 
 from ranks import run_ranks
 from recipes import merge, recipe
-from tunesmith.checkpoint.state import list_checkpoints
+from tunesmith.checkpoint.manifest import list_checkpoints
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
@@ -29,10 +29,10 @@ from tunesmith.errors import (
     StoppedError,
     UsageError,
 )
+from tunesmith.host.signals import Shortage
 from tunesmith.metrics.record import read_records
 from tunesmith.report.run_files import RunFiles
-from tunesmith.run_directory import SWEEP
-from tunesmith.signals import Shortage
+from tunesmith.run_dir import SWEEP
 from tunesmith.sweep import run as sweep_module
 from tunesmith.sweep import shared_base
 from tunesmith.sweep.run import run_sweep
@@ -42,6 +42,8 @@ from tunesmith.sweep.table import sweep_lines
 from tunesmith.training.run import start_run, train
 from tunesmith.training.trainer import Trainer
 from warm import Warm, run_warm
+
+pytestmark = pytest.mark.slow
 
 SAME = (
     "step",

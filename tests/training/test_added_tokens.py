@@ -15,6 +15,8 @@ from tunesmith.errors import ModelError
 from tunesmith.inference.load_run import load_run
 from tunesmith.training.run import train
 
+pytestmark = pytest.mark.slow
+
 NEW = [f"<tool-{i}>" for i in range(20)]  # the tokenizer has 259 tokens, the embedding 272 rows
 IDS = torch.tensor([[*range(60, 80), 259, 278]])
 SHORT = {"train": {"duration": "3 steps"}, "model": {"added_tokens": NEW}, "held": False}

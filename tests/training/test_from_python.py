@@ -14,6 +14,8 @@ from recipes import recipe
 from tunesmith.config.dump import to_yaml
 from tunesmith.metrics.record import StepRecord, read_records
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def recipe_file(tiny: Path, tmp_path: Path) -> Path:

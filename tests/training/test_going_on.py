@@ -17,10 +17,12 @@ from recipes import make_run, merge
 from tunesmith.errors import DataError, ModelError, RecipeError, TunesmithError
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.model.safetensors_files import weights_digest
-from tunesmith.runtime import resolve
+from tunesmith.planning import resolve
 from tunesmith.training import trainer
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -219,7 +221,7 @@ def test_fewer_validation_examples_and_checkpoints_without_hashes_go_on(
     assert identity["validation_hash"] == progress(tmp_path, 5)["validation_hash"], (
         "of all rows, whatever is measured"
     )
-    from tunesmith.checkpoint.state import flush_files, write_manifest
+    from tunesmith.checkpoint.manifest import flush_files, write_manifest
 
     file = tmp_path / "run" / "checkpoint-5" / "state" / "progress.json"
     new = ("validation_hash", "model_hash", "micro_batch")

@@ -97,6 +97,7 @@ def start(data: str, *words: str) -> list[str]:
     return ["train", "--model", "small", "--data", data, *SMALL, *words]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", FILES)
 def test_rows_of_ones_own_are_trained_on(data: str, home: Path, capsys: Capture) -> None:
     name = f"runs/{Path(data).stem}-small"
@@ -164,6 +165,7 @@ output_dir: runs/my-faq-small
     assert 30 < int(longest) < 120
 
 
+@pytest.mark.slow
 def test_the_same_command_resumes(home: Path, capsys: Capture) -> None:
     made = make_recipe("small", "faq.csv", [*SMALL, "checkpoint.every=1 steps"])
 
@@ -185,6 +187,7 @@ def test_the_same_command_resumes(home: Path, capsys: Capture) -> None:
     assert decide_start(made.run, warn=print).finished == 3
 
 
+@pytest.mark.slow
 def test_an_edited_recipe_is_not_overwritten(home: Path, capsys: Capture) -> None:
     assert main(start("faq.csv")) == EXIT_OK
     recipe = home / "runs/faq-small.yaml"
@@ -221,6 +224,7 @@ def test_a_refused_start_leaves_no_trace(
     assert not (home / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_option_that_an_error_names_is_the_way_on(home: Path, capsys: Capture) -> None:
     rows = ["question,answer,response", *(f"question {i},short {i},long {i}" for i in range(24))]
     (home / "two.csv").write_text("\n".join(rows) + "\n")

@@ -14,7 +14,7 @@ import pytest
 
 from recipes import make_run
 from tunesmith.errors import ShortOfMemoryError
-from tunesmith.host_memory import MemoryFigures
+from tunesmith.host.memory import MemoryFigures
 from tunesmith.methods.base import TrainModel
 from tunesmith.report.run_files import RunFiles, how_it_ended
 from tunesmith.runtime.memory_guard import MemoryGuard
@@ -134,6 +134,7 @@ def test_the_micro_batch_of_the_next_start(
     assert half_micro_batch(make_run(tiny, tmp_path, **changes), kept) == word
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_real_process_that_takes_all_memory_of_a_control_group(tmp_path: Path) -> None:
     """benchmarks/memory_guard.py does it 20 times, and goes on with each run."""

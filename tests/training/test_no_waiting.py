@@ -18,11 +18,13 @@ from devices import cpu_and_gpu
 from recipes import make_run, merge, write_rows
 from tunesmith.checkpoint.resume import Start
 from tunesmith.data.loader import GlobalBatch
+from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
-from tunesmith.signals import StopRequest
 from tunesmith.training.build import build
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
+
+pytestmark = pytest.mark.slow
 
 ASKING = {
     "aten::_local_scalar_dense",

@@ -13,6 +13,8 @@ from tunesmith.config.load import from_mapping
 from tunesmith.training.run import train
 from warm import run_warm
 
+pytestmark = pytest.mark.slow
+
 LAST_KEY = (
     "  deterministic: false\n"  # of train, in what was written then; `fast_paths` stood below it
 )

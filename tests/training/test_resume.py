@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 
 from recipes import make_run, recipe
-from tunesmith.checkpoint import export, nodes, state
+from tunesmith.checkpoint import contents, manifest, replicate
 from tunesmith.errors import ModelError, StoppedError
-from tunesmith.signals import NAMES, StopRequest
+from tunesmith.host.signals import NAMES, StopRequest
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SAME = (
     "step",
@@ -45,7 +47,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from tunesmith.config.load import from_mapping
 from tunesmith.errors import TunesmithError
-from tunesmith.signals import NAMES, StopRequest
+from tunesmith.host.signals import NAMES, StopRequest
 from tunesmith.training import run
 import peft
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -202,7 +204,7 @@ def test_a_signal_saves_exits_75_and_resume_goes_on(
         recorded = lines(tmp_path / "cut")
         os.kill(pid, signal.Signals[name])
         assert starter.wait() == 75, name
-        found = nodes.newest_checkpoint(tmp_path / "cut", pytest.fail)
+        found = replicate.newest_checkpoint(tmp_path / "cut", pytest.fail)
         assert found is not None
         # It begins to save within one step; a step may end while the signal is on its way.
         assert recorded <= found.step <= recorded + 3
@@ -323,7 +325,7 @@ def test_a_stop_inside_code_that_c_runs_keeps_the_exit_code(tmp_path: Path) -> N
     (tmp_path / "stopped.py").write_text("""
 import ctypes, sys
 from tunesmith.errors import StoppedError
-from tunesmith.signals import StopRequest
+from tunesmith.host.signals import StopRequest
 run = ctypes.pythonapi.PyRun_String
 run.restype, run.argtypes = ctypes.py_object, (ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object)
 try:
@@ -386,7 +388,7 @@ def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(
     with pytest.raises(StoppedError, match="stopped after step 5: step 4 is saved") as caught:
         train(run, say=lambda text: said.append((time.monotonic(), text)))
     assert caught.value.where.endswith("checkpoint-4")
-    assert state.find_damage(tmp_path / "run" / "checkpoint-4") is None
+    assert manifest.find_damage(tmp_path / "run" / "checkpoint-4") is None
     assert not (tmp_path / "run" / "failure.json").exists()
     again = False
     train(run, say=lambda text: None)
@@ -399,7 +401,7 @@ def test_ctrl_c_while_final_is_written(
     presses: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One lets it be written; the second stops, and the next start writes it."""
-    write, said = export.write_model_files, list[str]()
+    write, said = contents.write_model_files, list[str]()
 
     def pressed(folder: Path, *args: Any) -> None:
         for _ in range(presses if folder.name == ".final.partial" else 0):
@@ -407,7 +409,7 @@ def test_ctrl_c_while_final_is_written(
             time.sleep(0.4)
         write(folder, *args)
 
-    monkeypatch.setattr(export, "write_model_files", pressed)
+    monkeypatch.setattr(contents, "write_model_files", pressed)
     run = make_run(tiny, tmp_path)
     stopped = (
         contextlib.nullcontext()
@@ -418,9 +420,9 @@ def test_ctrl_c_while_final_is_written(
         train(run, say=said.append)
     assert "SIGINT: stopping after final/ is written; press again to stop now" in said
     assert (tmp_path / "run" / "final").exists() == (presses == 1)
-    monkeypatch.setattr(export, "write_model_files", write)
+    monkeypatch.setattr(contents, "write_model_files", write)
     train(run, say=said.append)
-    assert state.find_damage(tmp_path / "run" / "final") is None
+    assert manifest.find_damage(tmp_path / "run" / "final") is None
 
 
 def test_two_sigints_of_one_press_and_repeated_signals_of_a_scheduler_are_one_stop() -> None:

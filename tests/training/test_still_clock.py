@@ -28,6 +28,7 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeit, "default_timer", lambda: 1000.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("still")
 @pytest.mark.parametrize(
     "words", [["train"], ["bench", "--steps", "2", "--warmup", "1"]], ids=lambda words: words[0]

@@ -14,9 +14,11 @@ import pytest
 
 from recipes import recipe
 from tunesmith.config.schema import Run
-from tunesmith.run_directory import RUNNING, STOP_FILE
+from tunesmith.run_dir import RUNNING, STOP_FILE
 from waiting import TIME, wait_for
 from warm import Warm, fork_ranks, run_warm
+
+pytestmark = pytest.mark.slow
 
 LOADED = "loaded"  # a file of the run directory that lets the load end
 

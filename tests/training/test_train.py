@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from recipes import make_run
-from tunesmith.checkpoint import state
+from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.resume import Start
+from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.log_file import LogFile
-from tunesmith.signals import StopRequest
 from tunesmith.training import answer_sampler
 from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.async_metrics import AsyncMetrics
@@ -59,7 +59,7 @@ def test_run_directory_and_record(tiny: Path, tmp_path: Path) -> None:
     assert [r["step"] for r in records if "val_loss" in r] == [4, 8]
     assert records[-1]["loss"] < records[0]["loss"]
     for place in ("checkpoint-6", "checkpoint-8", "final"):
-        assert state.find_damage(out / place) is None
+        assert manifest.find_damage(out / place) is None
         assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
             p.name for p in (out / place).iterdir()
         }
@@ -71,6 +71,7 @@ def test_run_directory_and_record(tiny: Path, tmp_path: Path) -> None:
     assert not (out / "failure.json").exists()
 
 
+@pytest.mark.slow
 def test_metrics_read_one_step_later_are_the_same(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,11 +116,12 @@ def test_metrics_read_one_step_later_are_the_same(
     }
 
 
+@pytest.mark.slow
 def test_a_run_by_the_clock_ends_with_everything_written(tiny: Path, tmp_path: Path) -> None:
     result = go(tiny, tmp_path, train={"duration": "1 s"}, validate={"every": "5 steps"})
     assert 1.0 <= result.seconds < 10.0
     assert result.steps >= 2
-    assert state.step_of(tmp_path / "run" / "final") == result.steps
+    assert manifest.step_of(tmp_path / "run" / "final") == result.steps
     assert lines(tmp_path)[-1]["step"] == result.steps
 
 
@@ -133,7 +135,7 @@ def test_patience_ends_a_run_that_no_longer_learns(tiny: Path, tmp_path: Path) -
     measured = [r["val_loss"] for r in lines(tmp_path)]
     assert len(measured) == result.steps
     assert min(measured[-3:]) >= min(measured[:-3])
-    assert state.step_of(tmp_path / "run" / "final") == result.steps
+    assert manifest.step_of(tmp_path / "run" / "final") == result.steps
 
 
 def test_a_finished_run_goes_on_when_it_is_made_longer(tiny: Path, tmp_path: Path) -> None:
@@ -200,6 +202,7 @@ def test_the_last_answers_need_not_wait_for_what_others_took(
     assert last == answer_sampler.ANSWER_SECONDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masters", ["fp32", "stochastic"])
 def test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers(
     masters: str, tiny: Path, tmp_path: Path

@@ -12,11 +12,13 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from recipes import recipe
-from tunesmith.run_directory import STOP_FILE
+from tunesmith.run_dir import STOP_FILE
 from tunesmith.training.trainer import Trainer
 from waiting import wait_for
 from warm import Warm
 from watching import TIME, add_steps, watching, write_run
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

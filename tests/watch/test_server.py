@@ -21,6 +21,8 @@ from tunesmith.cli.main import main
 from waiting import wait_for
 from watching import TIME, add_steps, ask, get, iter_events, port_of, watching, write_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

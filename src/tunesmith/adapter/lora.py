@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.config.schema import Adapter
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
@@ -25,7 +26,6 @@ from tunesmith.quant.frozen_linear import linear_names
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import DenseWeight, FrozenWeight
 from tunesmith.quant.nf4 import Nf4Linear
-from tunesmith.sharded import local_part
 
 ALL_LINEAR = "all-linear"
 # A module trained in full keeps its base values in buffers of this prefix.

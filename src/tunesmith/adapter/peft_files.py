@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
+from tunesmith.distributed.torch_private import local_slices
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError, first_line
-from tunesmith.host_files import refuse_special_files
+from tunesmith.host.files import refuse_special_files
 from tunesmith.model.safetensors_files import read_header, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
-from tunesmith.private import local_slices
-from tunesmith.sharded import local_part
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

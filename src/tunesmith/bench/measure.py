@@ -22,17 +22,17 @@ from tunesmith.build_model import Weights
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Checkpoint, Log, Run, Validate
 from tunesmith.data.loader import GlobalBatch
+from tunesmith.distributed.torch_private import graphs_compiled, scaled_mm
 from tunesmith.errors import TunesmithError
+from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.hardware import MATMUL_SIZE, matmul_tflops, seconds_of
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.terminal import Terminal
-from tunesmith.private import graphs_compiled, scaled_mm
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.runtime.determinism import deterministic_algorithms
-from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, build
 from tunesmith.training.run import print_line
 from tunesmith.training.stop_control import StopControl

@@ -21,7 +21,7 @@ from tunesmith.config.schema import Model, Run
 from tunesmith.errors import RunError
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.summary import run_figures
-from tunesmith.run_directory import METRICS, read_env
+from tunesmith.run_dir import METRICS, read_env
 
 WIDTH, HEIGHT = 60, 8  # of the loss curve, in characters
 _BLOCKS = " ▁▂▃▄▅▆▇█"

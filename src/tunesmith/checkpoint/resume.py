@@ -5,14 +5,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.checkpoint.nodes import bring_folder, copies_in, copy_files, newest_checkpoint
-from tunesmith.checkpoint.run_dir import TRACKER_IDS, restore
-from tunesmith.checkpoint.state import SavedCheckpoint, step_of
+from tunesmith.checkpoint.claim import TRACKER_IDS, restore
+from tunesmith.checkpoint.manifest import SavedCheckpoint, step_of
+from tunesmith.checkpoint.replicate import bring_folder, copies_in, copy_files, newest_checkpoint
 from tunesmith.config.dump import differences, is_free
 from tunesmith.config.load import load_recipe
 from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Run, Train
 from tunesmith.data.schedule import BatchSchedule
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import (
     CheckpointError,
     DataError,
@@ -23,8 +24,7 @@ from tunesmith.errors import (
 )
 from tunesmith.metrics.record import StepRecord
 from tunesmith.optim.lr_schedule import scheduled_rate
-from tunesmith.ranks import ONE_PROCESS, Ranks
-from tunesmith.run_directory import BEST, FINAL, METRICS, RECIPE, SAMPLES
+from tunesmith.run_dir import BEST, FINAL, METRICS, RECIPE, SAMPLES
 from tunesmith.units import Size
 
 PROGRESS = "state/progress.json"

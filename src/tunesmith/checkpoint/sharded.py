@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
-from tunesmith.checkpoint.export import (
+from tunesmith.checkpoint.contents import (
     OptimizerState,
     TokenizerFiles,
     read_optimizer,
@@ -38,11 +38,22 @@ from tunesmith.checkpoint.export import (
     write_config,
     write_optimizer,
 )
+from tunesmith.checkpoint.manifest import (
+    CARD,
+    MANIFEST,
+    PART,
+    Entries,
+    Fill,
+    Writer,
+    prune,
+    writing,
+)
 from tunesmith.checkpoint.model_card import model_card
-from tunesmith.checkpoint.nodes import copy_files, seal_together
+from tunesmith.checkpoint.replicate import copy_files, seal_together
 from tunesmith.checkpoint.resume import DELETE, Progress
-from tunesmith.checkpoint.state import CARD, MANIFEST, PART, Entries, Fill, Writer, prune, writing
 from tunesmith.config.schema import Run
+from tunesmith.distributed.ranks import ONE_PROCESS, PATIENCE, Ranks
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import (
     EXIT_FAILED,
     CheckpointError,
@@ -50,15 +61,13 @@ from tunesmith.errors import (
     TunesmithError,
     first_line,
 )
-from tunesmith.host_memory import available_memory
+from tunesmith.host.memory import available_memory
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.save_tensors import save_sharded
 from tunesmith.optim.optimizer import Optimizer
-from tunesmith.ranks import ONE_PROCESS, PATIENCE, Ranks
 from tunesmith.runtime.device import is_integrated
-from tunesmith.sharded import local_part
 
 STATE, METADATA = "state", ".metadata"
 FITS = 0.7  # of the host's free memory may hold a copy

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.check import COLUMNS
+from tunesmith.distributed.ranks import refuse_many_ranks
 from tunesmith.errors import RunError, UsageError
-from tunesmith.host_files import refuse_many_ranks
 from tunesmith.model.shapes import SHAPES, find_shape
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import add_decoding, add_run, decoding_of, stdin_lines
 from tunesmith.errors import TunesmithError, UsageError
-from tunesmith.signals import StopRequest
+from tunesmith.host.signals import StopRequest
 
 if TYPE_CHECKING:
     from tunesmith.inference.decoding import Decoding

@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> None:
     found, output = locate_run(args.checkpoint), Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError("--output is not an empty folder", where=str(output), fix="name a new one")
+    from tunesmith.checkpoint.manifest import check_sums
     from tunesmith.checkpoint.sharded import export_sharded, is_sharded
-    from tunesmith.checkpoint.state import check_sums
 
     folder = found.folder
     if folder is None or found.run is None or not is_sharded(folder):

@@ -12,7 +12,7 @@ from rich.filesize import decimal as size_text
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.shell import shell_path, shell_word
+from tunesmith.host.shell import shell_path, shell_word
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Source
@@ -198,7 +198,7 @@ def _remove_elsewhere(pattern: str, hosts: str, *, dry: bool) -> list[dict[str, 
     """Delete what the pattern names from the Hub's cache and the shipped files of other nodes, which need python3 alone."""
     from huggingface_hub import constants
 
-    from tunesmith.host_files import cache_folder
+    from tunesmith.host.files import cache_folder
     from tunesmith.launch.ship import Connection
 
     repo, found = pattern.replace("/", "--"), []

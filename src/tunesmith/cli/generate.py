@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
     if done == len(rows) and args.resume:
         print(f"all {done} rows are already in {output}", file=sys.stderr)
         return
+    from tunesmith.host.signals import StopRequest
     from tunesmith.inference.generate import generate
     from tunesmith.inference.load_run import load_run
-    from tunesmith.signals import StopRequest
 
     decoding, stop = options.decoding_of(args), StopRequest(interactive=True)
     loaded = load_run(location, device=args.device)

@@ -20,10 +20,10 @@ from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.shipped import schema_line, shipped
 from tunesmith.errors import UsageError, mask_words
-from tunesmith.host_files import from_here, write_atomically
+from tunesmith.host.files import from_here, write_atomically
+from tunesmith.host.shell import shell_path
 from tunesmith.importers.source_config import TOOLS, read_command, read_config
 from tunesmith.importers.tools import translate
-from tunesmith.shell import shell_path
 
 TAKES_COMMAND = True  # words after `--` are not ours to parse
 

@@ -13,7 +13,7 @@ Signals and exit codes are those of `train`: ctrl-C saves after the present step
 import argparse
 
 from tunesmith.cli.launch_local import add_launched, announce, launched_recipe
-from tunesmith.shell import shell_word
+from tunesmith.host.shell import shell_word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

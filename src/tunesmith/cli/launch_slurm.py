@@ -17,8 +17,8 @@ import sys
 from tunesmith.cli.launch_local import add_launched, launched_recipe
 from tunesmith.cli.options import whole_number
 from tunesmith.errors import UsageError
-from tunesmith.host_files import from_here
-from tunesmith.shell import shell_command, shell_word
+from tunesmith.host.files import from_here
+from tunesmith.host.shell import shell_command, shell_word
 
 TEXTS = {
     "partition": "", "account": "", "qos": "", "constraint": "such as h100",

@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from tunesmith.host.signals import StopRequest
     from tunesmith.launch.deploy import launch_on_swarm
-    from tunesmith.signals import StopRequest
 
     recipe, hosts = launched_recipe(args), [host for host in args.hosts.split(",") if host]
     with StopRequest():

@@ -34,11 +34,11 @@ from tunesmith.errors import (
     first_line,
     is_out_of_memory,
 )
-from tunesmith.host_memory import MemoryLimit, process_limits, suspected_limit
-from tunesmith.packages import pip_install
+from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
+from tunesmith.host.packages import pip_install
+from tunesmith.host.signals import RESTART, ignore_stop_signals
+from tunesmith.host.streams import fault_of, lasting
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
-from tunesmith.signals import RESTART, ignore_stop_signals
-from tunesmith.streams import fault_of, lasting
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE

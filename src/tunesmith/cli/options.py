@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from tunesmith.config.check import COLUMNS
 from tunesmith.errors import DataError, UsageError
-from tunesmith.host_files import is_terminal
-from tunesmith.shell import shell_word
+from tunesmith.host.shell import shell_word
+from tunesmith.host.streams import is_terminal
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run

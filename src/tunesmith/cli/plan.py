@@ -25,7 +25,7 @@ from tunesmith.errors import EXIT_OK, TunesmithError
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Run
     from tunesmith.data.tokens import TokenSet
-    from tunesmith.plan.forecast import Forecast, Planner
+    from tunesmith.planning.forecast import Forecast, Planner
 
 GIB = 2**30
 
@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tunesmith.config.load import load_recipe
     from tunesmith.model.spec import check_seq_len, read_spec
-    from tunesmith.plan.forecast import measure_work, plan_on_paper
-    from tunesmith.plan.hardware import read_cluster
-    from tunesmith.runtime.resolve import checkpoint_bytes
-    from tunesmith.runtime.savings import refuse_overrun
+    from tunesmith.planning.forecast import measure_work, plan_on_paper
+    from tunesmith.planning.machines import read_cluster
+    from tunesmith.planning.resolve import checkpoint_bytes
+    from tunesmith.planning.savings import refuse_overrun
 
     cluster, recipe = read_cluster(args.on, args.assume), load_recipe(args.recipe, args.overrides)
     config, where, folder = _config(recipe.model)
@@ -112,7 +112,7 @@ def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
 def _cached(recipe: "Run", folder: Path) -> "TokenSet | None":
     """The tokens of a recipe, if the token cache has them; no rows are downloaded."""
     from tunesmith.data.source import is_local
-    from tunesmith.host_files import cache_folder
+    from tunesmith.host.files import cache_folder
     from tunesmith.hub import fetch
 
     cache, names = cache_folder("tokens"), [source.source for source in recipe.data.train]
@@ -152,9 +152,9 @@ def _cost(planner: "Planner", forecast: "Forecast", price: float) -> float | Non
 
 def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> list[str]:
     """A table of the meshes, and what the first of them does."""
-    from tunesmith.plan.forecast import BETTER
+    from tunesmith.planning.forecast import BETTER
+    from tunesmith.planning.resolve import checkpoint_bytes
     from tunesmith.quant.schemes import scheme_of
-    from tunesmith.runtime.resolve import checkpoint_bytes
 
     chip, work, best = planner.cluster.chip, planner.work, found[0]
     size, copies = checkpoint_bytes(planner.run, planner.trained)

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from tunesmith.errors import UsageError
-from tunesmith.shell import shell_path
+from tunesmith.host.shell import shell_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> None:
     if (folder := location.folder) is None:
         fix = "name a run directory, or a folder of model files"
         raise UsageError(f"{args.run} holds no files to push", where=args.run, fix=fix)
+    from tunesmith.checkpoint.manifest import CARD, MANIFEST, check_sums
     from tunesmith.checkpoint.model_card import is_hub_id, model_card
-    from tunesmith.checkpoint.state import CARD, MANIFEST, check_sums
     from tunesmith.hub.push import push_files
     from tunesmith.model.older_readers import CONFIG, TOKENIZER_CONFIG, for_older_readers
 

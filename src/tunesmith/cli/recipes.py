@@ -17,8 +17,8 @@ from tunesmith.config.names import nearest
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import copy_of, purpose, shipped
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.quant.schemes import NF4, scheme_of
-from tunesmith.shell import shell_command, shell_path, shell_word
 
 WIDE = 130  # columns of a terminal that leave 60 for what a recipe is for
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tunesmith.cli.options import tell_left_out
 from tunesmith.errors import UsageError
-from tunesmith.run_directory import shown
+from tunesmith.run_dir import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

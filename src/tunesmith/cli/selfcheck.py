@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import whole_number
+from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
-from tunesmith.host_files import available_cores
-from tunesmith.ranks import started_as
-from tunesmith.runtime.plan import MeshShape
+from tunesmith.host.cores import available_cores
+from tunesmith.parallel.mesh_shape import MeshShape
 
 if TYPE_CHECKING:
-    from tunesmith.selfcheck import CheckRow
+    from tunesmith.bench.selfcheck import CheckRow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if env is None and world > 1:
         report = start_ranks(world, quiet=args.json)
     else:
-        from tunesmith.selfcheck import run_checks
+        from tunesmith.bench.selfcheck import run_checks
 
         report = run_checks(say=(lambda row: None) if args.json else print_row)
     if args.report is not None:

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from tunesmith.cli.options import whole_number
 from tunesmith.config.load import load_recipe
+from tunesmith.distributed.ranks import started_as, told_once_a_node
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED, UsageError
-from tunesmith.host_files import from_here
-from tunesmith.ranks import started_as, told_once_a_node
-from tunesmith.run_directory import SWEEP, read_sweep
-from tunesmith.signals import StopRequest
-from tunesmith.streams import lasting
+from tunesmith.host.files import from_here
+from tunesmith.host.signals import StopRequest
+from tunesmith.host.streams import lasting
+from tunesmith.run_dir import SWEEP, read_sweep
 from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import check_count, read_space
 

@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 
 from tunesmith.cli.options import add_recipe, chosen_recipe
+from tunesmith.distributed.ranks import started_as, told_once_a_node
+from tunesmith.host.signals import StopRequest
+from tunesmith.host.streams import lasting
 from tunesmith.metrics.log_file import LogFile
-from tunesmith.ranks import started_as, told_once_a_node
-from tunesmith.run_directory import LOG
-from tunesmith.signals import StopRequest
-from tunesmith.streams import lasting
+from tunesmith.run_dir import LOG
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

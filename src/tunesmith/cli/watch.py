@@ -18,7 +18,7 @@ from typing import Any
 
 from tunesmith.cli.options import tell_left_out
 from tunesmith.errors import UsageError
-from tunesmith.shell import shell_command, shell_path, shell_word
+from tunesmith.host.shell import shell_command, shell_path, shell_word
 
 # `host:runs/x` as scp reads it; no host begins with a dash, which ssh would take for an option.
 _REMOTE_RUN = re.compile(r"((?!-)[\w.@%\[\]-]+):(.+)", re.ASCII)

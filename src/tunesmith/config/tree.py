@@ -19,7 +19,7 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import BaseResolver, VersionedResolver
 
 from tunesmith.errors import RecipeError
-from tunesmith.shell import shell_path
+from tunesmith.host.shell import shell_path
 
 Scalar = str | int | float | bool | None
 

@@ -17,7 +17,7 @@ from tunesmith.config.names import keys, nearest, other_tools, suggest_key, with
 from tunesmith.config.schema import Run, is_section
 from tunesmith.config.tree import Node, scalar
 from tunesmith.errors import RecipeError
-from tunesmith.shell import shell_word
+from tunesmith.host.shell import shell_word
 from tunesmith.units import Length, Share, Size
 
 if TYPE_CHECKING:

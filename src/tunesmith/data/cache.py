@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from tunesmith.data.batch import Example
-from tunesmith.host_files import remove_abandoned
+from tunesmith.host.files import remove_abandoned
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from tunesmith.config.schema import Source
 from tunesmith.data.formats import convert_row
 from tunesmith.data.source import Rows
 from tunesmith.errors import DataError
-from tunesmith.host_files import from_here
-from tunesmith.shell import shell_word
+from tunesmith.host.files import from_here
+from tunesmith.host.shell import shell_word
 
 # Rows looked at, spread over the file.
 SAMPLE = 200

@@ -32,8 +32,8 @@ from typing import Any, BinaryIO
 
 from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
 from tunesmith.errors import DataError, first_line
-from tunesmith.host_memory import drop_pages, open_uncached
-from tunesmith.shell import shell_path, shell_word
+from tunesmith.host.memory import drop_pages, open_uncached
+from tunesmith.host.shell import shell_path, shell_word
 
 log = logging.getLogger(__name__)
 

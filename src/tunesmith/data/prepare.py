@@ -24,8 +24,8 @@ from tunesmith.data.tokens import (
     tokenizer_hash,
 )
 from tunesmith.errors import DataError
-from tunesmith.host_files import cache_folder, from_here
-from tunesmith.host_memory import available_memory
+from tunesmith.host.files import cache_folder, from_here
+from tunesmith.host.memory import available_memory
 
 # Of an epoch's order: indices, random keys and their sort, 8 bytes each.
 BYTES_PER_EXAMPLE = 32

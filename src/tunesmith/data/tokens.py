@@ -23,7 +23,7 @@ from tunesmith.data.source import Rows
 from tunesmith.data.template import Template
 from tunesmith.data.workers import encode_batches
 from tunesmith.errors import DataError, TunesmithError
-from tunesmith.host_files import is_terminal
+from tunesmith.host.streams import is_terminal
 
 log = logging.getLogger(__name__)
 

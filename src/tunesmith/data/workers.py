@@ -19,7 +19,7 @@ from queue import SimpleQueue
 
 from tunesmith.data.encode import EncodedRow, RowBatch, RowEncoder
 from tunesmith.errors import MachineError, TunesmithError
-from tunesmith.host_files import available_cores
+from tunesmith.host.cores import available_cores
 
 # A worker takes about a second to start.
 ROWS_EACH = 5_000

@@ -22,7 +22,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from rich.filesize import decimal as size_text
 
 from tunesmith.errors import ModelError
-from tunesmith.host_files import is_terminal
+from tunesmith.host.streams import is_terminal
 from tunesmith.hub.hub_calls import retry
 
 WORKERS = 4

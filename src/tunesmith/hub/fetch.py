@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.host_files import cache_folder, refuse_full_disk, refuse_special_files
+from tunesmith.host.files import cache_folder, refuse_full_disk, refuse_special_files
 from tunesmith.hub.download import FetchProgress, RemoteFile, download
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry

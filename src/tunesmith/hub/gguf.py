@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tunesmith.errors import MachineError, ModelError
-from tunesmith.host_files import cache_folder, follow_umask, remove_abandoned
-from tunesmith.host_memory import open_uncached
+from tunesmith.host.files import cache_folder, follow_umask, remove_abandoned
+from tunesmith.host.memory import open_uncached
+from tunesmith.host.packages import require
 from tunesmith.model.safetensors_files import unreadable_file
-from tunesmith.packages import require
 
 MAGIC = b"GGUF"
 LAYOUT = 1  # goes up when what is written changes, so that older conversions are made again

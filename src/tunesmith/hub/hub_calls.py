@@ -17,7 +17,7 @@ from huggingface_hub.utils import (
 )
 
 from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault, mask
-from tunesmith.shell import shell_word
+from tunesmith.host.shell import shell_word
 
 TRIES = 5  # in a row without progress
 PAUSE = 1.0  # seconds before the second try; doubles

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from tunesmith.errors import UsageError, first_line
+from tunesmith.host.shell import shell_word
 from tunesmith.importers.source_config import SourceKey, table
 from tunesmith.importers.translation import Translation
-from tunesmith.shell import shell_word
 
 # What PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named.
 PEFT_TARGETS = ["q_proj", "v_proj"]

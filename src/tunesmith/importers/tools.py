@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.config.names import other_tools
 from tunesmith.errors import UsageError
+from tunesmith.host.shell import shell_path
 from tunesmith.importers.common import (
     NAME_ROWS,
     PEFT_TARGETS,
@@ -19,7 +20,6 @@ from tunesmith.importers.common import (
 )
 from tunesmith.importers.source_config import SourceConfig, SourceKey
 from tunesmith.importers.translation import Translation
-from tunesmith.shell import shell_path
 
 
 def translate(

@@ -29,7 +29,7 @@ from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, loc
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.parallel.mesh import ALONE, Mesh
-from tunesmith.run_directory import IDENTITY
+from tunesmith.run_dir import IDENTITY
 
 ROW_TOKENS = 4096  # of a packed row that is scored
 # Called with what is counted, how many are done, and the total

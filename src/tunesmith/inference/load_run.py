@@ -17,15 +17,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.checkpoint import state
+from tunesmith.checkpoint import manifest
 from tunesmith.config.load import load_recipe
 from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
+from tunesmith.host.shell import shell_path
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.quant.schemes import DENSE, scheme_of
-from tunesmith.run_directory import FINAL, IDENTITY, RECIPE
-from tunesmith.shell import shell_path
+from tunesmith.run_dir import FINAL, IDENTITY, RECIPE
 
 if TYPE_CHECKING:
     import torch
@@ -144,10 +144,10 @@ def _no_model(path: Path, what: str) -> UsageError:
 def _in_run(folder: Path) -> RunLocation:
     """final/, else the newest whole checkpoint that holds model files."""
     skipped: list[str] = []
-    for candidate in (folder / FINAL, *(found.path for found in state.list_checkpoints(folder))):
+    for candidate in (folder / FINAL, *(found.path for found in manifest.list_checkpoints(folder))):
         if not candidate.is_dir():
             continue
-        damage = state.find_damage(candidate, contents=False)
+        damage = manifest.find_damage(candidate, contents=False)
         if damage is None and any(
             (candidate / name).is_file() for name in ("adapter_config.json", "config.json")
         ):
@@ -167,7 +167,7 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
     if _PART_OF_RUN.match(folder.name) and recipe.is_file():
         # A base in 8 bits is read in bf16, and so is one that was in int8
         run = load_recipe(recipe, ignored=REMOVED)
-        if not note and (damage := state.find_damage(folder, contents=False)):
+        if not note and (damage := manifest.find_damage(folder, contents=False)):
             fix = f"give the run directory {folder.parent}, which takes the newest whole one"
             raise CheckpointError(
                 f"{folder} is not whole", where=where, why=damage, fix=fix, cause="damaged"
@@ -239,7 +239,7 @@ def load_run(
     from tunesmith.hub.fetch import fetch
     from tunesmith.hub.model_files import read_model_files
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer
-    from tunesmith.runtime.resolve import inference_plan
+    from tunesmith.planning.resolve import inference_plan
 
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     names = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
@@ -252,9 +252,9 @@ def load_run(
     with undeleted(location):
         folder, adapter = location.folder, Adapter(kind="none")
         if folder and location.kind == "base" and folder != Path(location.base.name):
-            state.check_sums(folder, reads=_is_read_beside_base)
+            manifest.check_sums(folder, reads=_is_read_beside_base)
         elif folder:
-            state.check_sums(folder)
+            manifest.check_sums(folder)
         if location.kind == "adapter" and folder:
             adapter = replace(read_adapter(folder), from_=str(folder))
         # Without a run's own recipe one is made up; it needs a source and an output_dir, and neither is read or written.
@@ -270,7 +270,7 @@ def load_run(
         )
         weights = folder if location.kind == "full" and folder else fetch(location.base)
         if weights != folder:
-            state.check_sums(weights)  # a base may be a model that an earlier run wrote
+            manifest.check_sums(weights)  # a base may be a model that an earlier run wrote
         files = read_model_files(weights, run.model)
         saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
         if saved:
@@ -327,7 +327,7 @@ def undeleted(location: RunLocation) -> Iterator[None]:
         fault = error
     folder = location.folder
     # The first file that is deleted
-    if location.run and folder and not (folder / state.MANIFEST).is_file():
+    if location.run and folder and not (folder / manifest.MANIFEST).is_file():
         why = "its run goes on, and keeps only the newest ones (checkpoint.keep)"
         what, fix = (
             f"{folder.name} was deleted while it was read",

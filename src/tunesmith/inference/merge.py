@@ -23,8 +23,8 @@ from tunesmith.adapter.lora import Lora, LoraLinear, disabled, merged_weight
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
-from tunesmith.host_files import existing_folder, follow_umask, refuse_full_disk
-from tunesmith.host_memory import available_memory
+from tunesmith.host.files import existing_folder, follow_umask, refuse_full_disk
+from tunesmith.host.memory import available_memory
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference import merge_check
 from tunesmith.inference.load_run import Dtype, LoadedModel, RunLocation, load_run, locate_run

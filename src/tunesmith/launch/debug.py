@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import mask
-from tunesmith.host_files import write_atomically
+from tunesmith.host.files import write_atomically
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

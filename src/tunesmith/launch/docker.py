@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import EXIT_FAILED, MachineError, UsageError, is_secret_name, mask
+from tunesmith.host.shell import shell_word
+from tunesmith.host.signals import NAMES
 from tunesmith.launch.inputs import SECRETS, caches, find_secrets, recipe_inputs
 from tunesmith.launch.jobs import (
     Job,
@@ -29,8 +31,6 @@ from tunesmith.launch.jobs import (
     save_job,
     write_recipe,
 )
-from tunesmith.shell import shell_word
-from tunesmith.signals import NAMES
 
 GPU = Path("/dev/nvidiactl")
 # Variables that mean the same in the container, and whose values `docker inspect` may show.

@@ -17,12 +17,12 @@ from torch.distributed import PrefixStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
+from tunesmith.distributed.heartbeat import AGAIN
+from tunesmith.distributed.ranks import HEARTBEAT_NAME
+from tunesmith.distributed.torch_private import set_elastic_agent
 from tunesmith.errors import CAUSES, StoppedError
-from tunesmith.heartbeat import AGAIN
-from tunesmith.host_files import oom_kills
-from tunesmith.private import set_elastic_agent
-from tunesmith.ranks import HEARTBEAT_NAME
-from tunesmith.signals import NAMES
+from tunesmith.host.memory import oom_kills
+from tunesmith.host.signals import NAMES
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

@@ -6,7 +6,7 @@ from pathlib import Path
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import UsageError
-from tunesmith.host_files import cache_folder
+from tunesmith.host.files import cache_folder
 
 SECRETS = "/run/secrets"  # in a container: the files with tokens; docker/entrypoint.sh exports the trackers' from there
 TRACKER_KEYS = ("WANDB_API_KEY", "COMET_API_KEY", "SWANLAB_API_KEY", "MLFLOW_TRACKING_TOKEN")

@@ -20,13 +20,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tunesmith.checkpoint.run_dir import LAUNCH, check_run_dir, is_run
+from tunesmith.checkpoint.claim import LAUNCH, check_run_dir, is_run
 from tunesmith.config.dump import dump
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host_files import write_atomically
+from tunesmith.host.files import write_atomically
+from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.metrics.record import newest_record
-from tunesmith.run_directory import (
+from tunesmith.run_dir import (
     FAILURE,
     FINAL,
     LOCK,
@@ -38,7 +39,6 @@ from tunesmith.run_directory import (
     read_failure,
     read_stopped,
 )
-from tunesmith.shell import shell_path, shell_word
 
 # kind -> its class, in launch/<kind>.py
 KINDS = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}

@@ -11,8 +11,8 @@ from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
+from tunesmith.host.shell import shell_path
 from tunesmith.launch.jobs import FOLDER, Job, State, save_job
-from tunesmith.shell import shell_path
 
 BEGINS = 1.0  # seconds in which a start that cannot work has ended
 

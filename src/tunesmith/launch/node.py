@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config.load import load_recipe
+from tunesmith.distributed.heartbeat import AGAIN, refuses_connections
 from tunesmith.errors import (
     CAUSES,
     EXIT_FAILED,
@@ -32,8 +32,10 @@ from tunesmith.errors import (
     UsageError,
     first_line,
 )
-from tunesmith.heartbeat import AGAIN, refuses_connections
-from tunesmith.host_files import available_cores, oom_kills
+from tunesmith.host.chips import list_gpus
+from tunesmith.host.cores import available_cores
+from tunesmith.host.memory import oom_kills
+from tunesmith.host.signals import RESTART, ignore_stop_signals
 from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
 from tunesmith.launch.rendezvous import (
@@ -43,8 +45,7 @@ from tunesmith.launch.rendezvous import (
     reach_store,
     register_backend,
 )
-from tunesmith.run_directory import FAILURE, FINAL, STOPPED
-from tunesmith.signals import RESTART, ignore_stop_signals
+from tunesmith.run_dir import FAILURE, FINAL, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 
 # NCCL takes the functions of one port for one device: 161 in place of 98 Gb/s between two Sparks, by a report of their users.
 MERGE_NICS = ("NCCL_IB_MERGE_NICS", "1")
-GPUS = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
 LOG = "TORCH_CPP_LOG_LEVEL"
 
 
@@ -271,14 +271,7 @@ def count_gpus() -> int:
     """GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return len([name for name in named.partition("-1")[0].split(",") if name.strip()])
-    try:
-        output = subprocess.check_output(
-            GPUS, stderr=subprocess.DEVNULL, text=True, errors="replace", timeout=20
-        )
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    # Other lines are no GPUs: an empty one, or `No devices were found`.
-    return len([line for line in output.splitlines() if line.strip().isdecimal()])
+    return len(list_gpus())
 
 
 def positive(text: str, where: str) -> int:

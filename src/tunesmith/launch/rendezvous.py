@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.errors import MachineError
-from tunesmith.shell import shell_word
+from tunesmith.host.shell import shell_word
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

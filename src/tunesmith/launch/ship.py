@@ -24,11 +24,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-from tunesmith.checkpoint.state import digest_of_file
+from tunesmith.checkpoint.manifest import digest_of_file
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host_files import available_cores, cache_folder
+from tunesmith.host.cores import available_cores
+from tunesmith.host.files import cache_folder
+from tunesmith.host.shell import shell_command, shell_word
 from tunesmith.hub.download import FetchProgress
-from tunesmith.shell import shell_command, shell_word
 
 # No connection is shared or left open, no agent or port goes along, and a dead link is given up after 15 seconds.
 SSH = ["ssh", "-T", *(f"-o{option}" for option in (

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith import __version__
-from tunesmith.checkpoint.state import list_checkpoints, seconds_to_write
+from tunesmith.checkpoint.manifest import list_checkpoints, seconds_to_write
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError, is_secret_name, mask
-from tunesmith.host_files import write_atomically
+from tunesmith.host.files import write_atomically
+from tunesmith.host.shell import shell_word
 from tunesmith.launch.inputs import hub_sources, recipe_inputs
 from tunesmith.launch.jobs import (
     FOLDER,
@@ -37,8 +38,7 @@ from tunesmith.launch.sites import DIRECTIVES, Site
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.shapes import config_of_model
 from tunesmith.model.spec import read_spec
-from tunesmith.run_directory import STOP_FILE
-from tunesmith.shell import shell_word
+from tunesmith.run_dir import STOP_FILE
 
 SCRIPT, LOG = "slurm.sh", "slurm"  # names in the folder `launch` of the run directory
 WARNING = 300  # seconds before the time limit at which the run is asked to save, at least; a short limit has less
@@ -301,7 +301,7 @@ def saving_seconds(run: Run) -> float:
     config = read_json(file) if file.is_file() else config_of_model(run.model.name)
     if config is None:
         return 0.0
-    from tunesmith.runtime.resolve import checkpoint_bytes  # loads torch
+    from tunesmith.planning.resolve import checkpoint_bytes  # loads torch
 
     spec = read_spec(config, where=run.model.name, trust_remote_code=run.model.trust_remote_code)
     size, _ = checkpoint_bytes(run, spec.parameters)

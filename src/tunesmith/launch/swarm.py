@@ -17,7 +17,7 @@ from tunesmith.launch.jobs import POLL, Job, State, last_step
 from tunesmith.launch.rendezvous import own_addresses
 from tunesmith.launch.ship import SSH, Connection
 from tunesmith.launch.stack import GRACE, LABEL, SERVICE
-from tunesmith.run_directory import STOPPED
+from tunesmith.run_dir import STOPPED
 
 GPU = ("NVIDIA_GPU", "NVIDIA-GPU")  # generic resources, as guides name them
 PROGRESS = 10.0  # seconds between two lines of a stop that waits

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.data.batch import IGNORE, Batch
 from tunesmith.data.loader import GlobalBatch
+from tunesmith.distributed.vocab_parallel import compute_with_head
 from tunesmith.errors import ModelError
 from tunesmith.loss import (
     LossAndGradFn,
@@ -26,7 +27,6 @@ from tunesmith.loss import (
 from tunesmith.model import attention
 from tunesmith.model.documents import Documents
 from tunesmith.quant.frozen_linear import parameter_count
-from tunesmith.sharded import compute_with_head
 
 
 class MethodOutput(NamedTuple):

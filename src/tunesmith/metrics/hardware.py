@@ -12,84 +12,19 @@ import timeit
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunesmith.errors import mask_words
-from tunesmith.host_files import physical_memory
-from tunesmith.packages import installed_versions
+from tunesmith.host.chips import MEASURED, Peak, peak_of
+from tunesmith.host.memory import physical_memory
+from tunesmith.host.packages import installed_versions
 from tunesmith.units import ratio
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # of the measured peak
 ROUND_SECONDS, ROUNDS = 0.2, 5
-MEASURED = "measured"  # how the source of a peak begins that no data sheet states
-
-# Dense bf16 / fp16 tensor-core peaks with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets (where a sheet states
-# the figure "with sparsity", half of it). The first pattern that fits the device's name wins; laptop parts share the
-# names of desktop ones at other clocks and are left out.
-_PEAKS: tuple[tuple[str, float, str], ...] = (
-    (
-        r"\bRTX PRO 6000 .*Max-Q\b",
-        438.9,
-        "data sheet: 3,511 TOPS of fp4 with sparsity, an eighth of it",
-    ),
-    (r"laptop|max-q", 0.0, ""),
-    (r"\bRTX PRO 6000 .*Server\b", 468.0, "product page: 234 of TF32, twice that"),
-    (r"\bRTX PRO 6000\b", 503.8, "RTX Blackwell PRO white paper"),
-    (r"\bGB10\b", 92.0, f"{MEASURED} on a DGX Spark, dense bf16"),
-    (r"\bGB[23]00\b", 2500.0, "GB200 and GB300 NVL72 data sheets: 360 PFLOPS with sparsity for 72"),
-    (r"\bB[23]00\b", 2250.0, "HGX B200 and B300 data sheets: 36 PFLOPS with sparsity for 8"),
-    (r"\bH[12]00 NVL\b", 835.5, "H100 NVL and H200 NVL data sheets: 1,671 with sparsity"),
-    (r"\bH[18]00 PCIe\b", 756.5, "H100 and H800 PCIe data sheets: 1,513 with sparsity"),
-    (r"\bGH200\b|\bH200\b", 989.5, "H200 data sheet: 1,979 with sparsity"),
-    (r"\bH[18]00\b", 989.5, "H100 SXM data sheet: 1,979 with sparsity"),
-    (r"\bH20\b", 148.0, "H20 data sheet"),
-    (r"\bA[18]00\b", 312.0, "A100 data sheet"),
-    (r"\bL40S\b", 362.0, "L40S data sheet"),
-    (r"\bL40\b", 181.0, "L40 data sheet"),
-    (r"\bL4\b", 121.0, "L4 data sheet"),
-    (r"\bA40\b", 149.7, "A40 data sheet"),
-    (r"\bA30\b", 165.0, "A30 data sheet"),
-    (r"\bA10G\b", 70.0, "A10G data sheet"),
-    (r"\bA10\b", 125.0, "A10 data sheet"),
-    (r"\bRTX A6000\b", 154.8, "Ampere GA102 white paper"),
-    (
-        r"\bRTX 6000 Ada\b",
-        364.2,
-        "RTX 6000 Ada data sheet: 1,457 of fp8 with sparsity, a quarter of it",
-    ),
-    (r"\bRTX 5090(?! ?D)\b", 209.5, "RTX Blackwell white paper"),
-    (r"\bRTX 4090(?! ?D)\b", 165.2, "Ada white paper"),
-    (r"\bRTX 3090\b(?! ?Ti)", 71.0, "Ampere GA102 white paper"),
-)
-# A MIG slice is named after its compute slices: `NVIDIA H100 PCIe MIG 1g.10gb`, or `MIG 1c.2g.20gb` for a part of two.
-_MIG = re.compile(r"\bMIG (?:(\d)c\.)?(\d)g\.")
-
-
-class Peak(NamedTuple):
-    """What MFU is taken against: dense bf16 TFLOP/s, None where unknown, and where the figure is from."""
-
-    tflops: float | None = None
-    source: str = ""
-
-    @property
-    def published(self) -> bool:
-        return self.tflops is not None and not self.source.startswith(MEASURED)
-
-
-def peak_of(name: str) -> Peak:
-    """Dense bf16 peak of a GPU by its name; that of a MIG slice is its share of compute slices.
-
-    The share errs by up to a tenth, upwards: 1g of an A100 has 14 of 108 multiprocessors, and counts a seventh.
-    """
-    found = (row for row in _PEAKS if re.search(row[0], name, re.IGNORECASE))
-    _, tflops, source = next(found, ("", 0.0, ""))
-    if tflops and (mig := _MIG.search(name)):
-        slices, of = int(mig[1] or mig[2]), 4 if re.search(r"\bA30\b|\bRTX PRO\b", name) else 7
-        return Peak(tflops * slices / of, f"{source}; {slices} of {of} MIG slices")
-    return Peak(tflops or None, source)
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:

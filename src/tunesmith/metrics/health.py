@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tunesmith.host_files import available_cores, control_groups
-from tunesmith.host_memory import unavailable_percent
-from tunesmith.metrics.hardware import Peak
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.host.chips import Peak
+from tunesmith.host.cores import available_cores, control_groups
+from tunesmith.host.memory import unavailable_percent
 from tunesmith.metrics.sink import Sink
-from tunesmith.ranks import Ranks
 from tunesmith.units import ratio
 
 # Of the short product: some 0.05 ms on an H100, 1 to 4 ms on a CPU core

@@ -16,8 +16,8 @@ from types import NoneType
 from typing import Any, Self
 
 from tunesmith.errors import RunError
-from tunesmith.host_files import write_atomically
-from tunesmith.run_directory import (
+from tunesmith.host.files import write_atomically
+from tunesmith.run_dir import (
     LARGEST,
     LARGEST_COUNT,
     METRICS,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
-from tunesmith.host_files import from_here, write_atomically
+from tunesmith.host.files import from_here, write_atomically
+from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.terminal import format_seconds
-from tunesmith.run_directory import FAILURE, FINAL, IDENTITY, LOG, METRICS, RECIPE
-from tunesmith.shell import shell_path, shell_word
+from tunesmith.run_dir import FAILURE, FINAL, IDENTITY, LOG, METRICS, RECIPE
 from tunesmith.units import ratio
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from tunesmith.config.schema import Run
-from tunesmith.host_files import is_terminal
+from tunesmith.host.streams import is_terminal
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import SampleAnswer, Sink

@@ -18,7 +18,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RunError, first_line
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.sink import SampleAnswer, Sink
-from tunesmith.run_directory import METRICS
+from tunesmith.run_dir import METRICS
 
 PROJECT = "tunesmith"
 

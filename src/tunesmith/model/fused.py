@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.model.architectures import ARCHITECTURES, Architecture
 from tunesmith.model.attention import attend
 from tunesmith.model.documents import Documents
-from tunesmith.sharded import local_part
 
 Project = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
 

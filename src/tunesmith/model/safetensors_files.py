@@ -20,8 +20,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from tunesmith.errors import ModelError
-from tunesmith.host_files import refuse_special_files
-from tunesmith.shell import shell_path, shell_word
+from tunesmith.host.files import refuse_special_files
+from tunesmith.host.shell import shell_path, shell_word
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -18,9 +18,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tunesmith.distributed.torch_private import local_slices
 from tunesmith.model.safetensors_files import INDEX
 from tunesmith.model.weights import STORED
-from tunesmith.private import local_slices
 
 NAMES = {dtype: name for name, dtype in STORED.items()}
 PIECE = 64 << 20  # bytes on the host at a time: enough for a disk's full speed

@@ -7,7 +7,7 @@ from transformers import AddedToken, AutoTokenizer, PretrainedConfig, PreTrained
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.host_files import refuse_special_files
+from tunesmith.host.files import refuse_special_files
 from tunesmith.model.load import one_line
 from tunesmith.model.safetensors_files import read_json
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
+from tunesmith.distributed.torch_private import local_slices
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
-from tunesmith.host_memory import drop_pages, open_uncached
+from tunesmith.host.memory import drop_pages, open_uncached
 from tunesmith.model.safetensors_files import Entry, read_header, read_headers, read_into
-from tunesmith.private import local_slices
-from tunesmith.sharded import local_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # slow, and a plan needs none

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from tunesmith import packages
 from tunesmith.config.schema import Train
+from tunesmith.distributed.torch_private import local_slices
+from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
 from tunesmith.errors import MachineError, RecipeError, first_line
-from tunesmith.private import local_slices
-from tunesmith.sharded import local_part, sharding_groups
+from tunesmith.host import packages
 from tunesmith.units import ceil_div
 
 HALF = (torch.bfloat16, torch.float16)

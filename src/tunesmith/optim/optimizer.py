@@ -24,12 +24,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tunesmith.config.schema import Train
+from tunesmith.distributed.torch_private import local_slices
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import CheckpointError
 from tunesmith.model.weights import StoredTensor
 from tunesmith.optim.adamw import HALF, AdamWUpdate, ParameterState
 from tunesmith.optim.weight_gradients import Fp32GradientLinear
-from tunesmith.private import local_slices
-from tunesmith.sharded import local_part
 
 # Over which a parameter is sharded.
 Groups = tuple[dist.ProcessGroup, ...]

@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.optim.adamw import HALF, ParameterState
 from tunesmith.parallel.mesh import all_reduce_together
-from tunesmith.runtime.resolve import GRADIENT_PIECE, GRADIENT_PIECES
-from tunesmith.sharded import local_part
 
+# 16-bit gradients of copies are summed in fp32 pieces of so many elements, so many of them at a time.
+GRADIENT_PIECE = 1 << 24
+GRADIENT_PIECES = 4
 LARGE = 1 << 16  # elements of a gradient that is worth a collective of its own: 256 KiB in fp32
 
 

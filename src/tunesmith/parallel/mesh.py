@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tunesmith.config.schema import Parallel, Run
+from tunesmith.distributed.ranks import PATIENCE
 from tunesmith.errors import RecipeError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture
 from tunesmith.model.spec import ModelSpec
+from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.ranks import PATIENCE
-from tunesmith.runtime.plan import ONE, MeshShape
 
 DIMENSIONS = ("replicate", "shard", "tensor")
 MADE = itertools.count()  # meshes of this process

@@ -22,13 +22,13 @@ from torch.distributed.fsdp import (
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Run
+from tunesmith.distributed.torch_private import let_codes_be_sharded
+from tunesmith.distributed.vocab_parallel import GatheredHead
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.fused import add_mixin
 from tunesmith.model.load import widen
 from tunesmith.parallel.mesh import Mesh
-from tunesmith.private import let_codes_be_sharded
-from tunesmith.runtime.plan import needs_fsdp
-from tunesmith.sharded import GatheredHead
+from tunesmith.parallel.mesh_shape import needs_fsdp
 
 HALF = (torch.bfloat16, torch.float16)
 # Methods of the root, beside its forward, that read parameters.

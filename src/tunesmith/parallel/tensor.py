@@ -21,15 +21,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 
 from tunesmith.adapter.lora import Lora
+from tunesmith.distributed.torch_private import collective
+from tunesmith.distributed.vocab_parallel import ShardedHead, VocabularyShard, local_part
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.fused import FusedAttention, FusedMLP, FusedNorm, add_mixin
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
-from tunesmith.private import collective
 from tunesmith.quant.frozen_linear import FrozenLinear, TensorShard
 from tunesmith.quant.nf4 import BLOCK, Nf4Linear
-from tunesmith.sharded import ShardedHead, VocabularyShard, local_part
 
 KEY = "parallel.tensor"
 ROWS, COLUMNS = 0, 1  # dimensions of a weight [out_features, in_features]

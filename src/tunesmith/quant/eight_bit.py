@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tunesmith.distributed.torch_private import collective, local_slices
+from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.weights import StoredTensor
-from tunesmith.private import collective, local_slices
 from tunesmith.quant.frozen_linear import FrozenLinear, linear_names
 from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight, FrozenWeight
 from tunesmith.quant.scaled_matmul import (
@@ -23,7 +24,6 @@ from tunesmith.quant.scaled_matmul import (
     find_scale,
     round_to_e4m3,
 )
-from tunesmith.sharded import local_part, sharding_groups
 
 ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
 PIECE = 1 << 22  # weights rounded at a time: they are in fp32 then

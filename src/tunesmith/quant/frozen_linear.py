@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.model.weights import Hook, StoredTensor
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import FrozenWeight
-from tunesmith.sharded import local_part
 
 
 class TensorShard(NamedTuple):

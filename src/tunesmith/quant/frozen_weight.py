@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith import packages
+from tunesmith.host import packages
 from tunesmith.quant.scaled_matmul import E4M3, TENSOR_WISE, quantize, scaled_matmul
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}

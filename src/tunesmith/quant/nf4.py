@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.distributed.torch_private import collective, local_slices
+from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
 from tunesmith.errors import MachineError, ModelError, first_line
 from tunesmith.model.weights import StoredTensor, copy_whole
-from tunesmith.private import collective, local_slices
 from tunesmith.quant.frozen_linear import FrozenLinear, linear_names
 from tunesmith.quant.frozen_weight import FrozenWeight, Nf4Encoding, Nf4Weight, nf4_functions
-from tunesmith.sharded import local_part, sharding_groups
 from tunesmith.units import ceil_div
 
 BLOCK = 64  # weights that share a scale

@@ -13,9 +13,9 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from tunesmith.config.dump import is_free, leaves
+from tunesmith.host.shell import shell_path
 from tunesmith.report.run_files import RunFiles, known
-from tunesmith.run_directory import RECIPE, shown
-from tunesmith.shell import shell_path
+from tunesmith.run_dir import RECIPE, shown
 
 NOISES = 2.0  # standard errors above which a difference counts: about 95 % of a normal distribution
 # The same of Student's t, from 1 degree of freedom.

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from tunesmith.config.dump import leaves
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.report.compare import RunSummary, Spread, differing_keys, judge, summaries_of
 from tunesmith.report.run_files import (
@@ -28,8 +29,7 @@ from tunesmith.report.run_files import (
     read_profiles,
     smooth,
 )
-from tunesmith.run_directory import RECIPE, read_bytes, shown
-from tunesmith.shell import shell_command, shell_path, shell_word
+from tunesmith.run_dir import RECIPE, read_bytes, shown
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart

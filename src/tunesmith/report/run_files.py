@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
-from tunesmith.checkpoint.killed import killed_before
+from tunesmith.checkpoint.previous_crash import killed_before
 from tunesmith.config.dump import leaves
 from tunesmith.errors import RunError, UsageError
+from tunesmith.host.shell import shell_path
 from tunesmith.launch.jobs import is_locked
 from tunesmith.metrics.record import checked_values, is_column
-from tunesmith.run_directory import (
+from tunesmith.run_dir import (
     FAILURE,
     FINAL,
     IDENTITY,
@@ -43,7 +44,6 @@ from tunesmith.run_directory import (
     reason_of,
     shown,
 )
-from tunesmith.shell import shell_path
 
 Columns = dict[str, list[float | None]]
 

@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.distributed.torch_private import mark_varying, restart_compiler
 from tunesmith.errors import MachineError, first_line
-from tunesmith.host_files import cache_folder
+from tunesmith.host.files import cache_folder
+from tunesmith.host.shell import shell_path
 from tunesmith.loss import LossAndGradFn
 from tunesmith.model.documents import Documents
 from tunesmith.model.fused import add_mixin
-from tunesmith.private import mark_varying, restart_compiler
-from tunesmith.shell import shell_path
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # What Triton reads for its assembler; from 3.6 on the second for Blackwell (sm_100 and later), and the first for others.

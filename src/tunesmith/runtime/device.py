@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tunesmith import private
-from tunesmith.host_files import physical_memory
-from tunesmith.host_memory import (
+from tunesmith.distributed import torch_private
+from tunesmith.host.memory import (
     MemoryLimit,
     available_memory,
     memory_floor,
     memory_limits,
+    physical_memory,
     read_memory,
     unified_budget,
 )
@@ -78,7 +78,7 @@ def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
 
 
 def prepare_allocator(
-    device: torch.device, cuda: Any = torch.cuda, configure: Any = private.set_allocator
+    device: torch.device, cuda: Any = torch.cuda, configure: Any = torch_private.set_allocator
 ) -> None:
     """Set up the allocator of a GPU before its first allocation; `cuda` is torch.cuda.
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from tunesmith.host_files import available_cores
+from tunesmith.host.cores import available_cores
 
 # Parameters of glibc's mallopt(3), from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from tunesmith.host_memory import (
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.host.memory import (
     ROOT,
     MemoryFigures,
     drop_pages,
@@ -29,9 +30,8 @@ from tunesmith.host_memory import (
     read_memory,
     unified_budget,
 )
-from tunesmith.ranks import Ranks
+from tunesmith.host.signals import Shortage, StopRequest
 from tunesmith.runtime.device import is_integrated
-from tunesmith.signals import Shortage, StopRequest
 
 # MemFree on unified memory, below which page cache is dropped, and where that did not help: 2.6 GiB was the least that a load
 # passed with, and allocations failed at 2.5 although 22 were available. Less is enough where a run can take no more than less.

@@ -16,12 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tunesmith.checkpoint.claim import claim_run_dir, is_run
+from tunesmith.checkpoint.manifest import find_damage, list_checkpoints, step_of
 from tunesmith.checkpoint.resume import Progress
-from tunesmith.checkpoint.run_dir import claim_run_dir, is_run
-from tunesmith.checkpoint.state import find_damage, list_checkpoints, step_of
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
+from tunesmith.distributed.ranks import Ranks, refuse_many_ranks, started_as
 from tunesmith.errors import (
     NonFiniteError,
     OtherRankError,
@@ -31,14 +32,13 @@ from tunesmith.errors import (
     StoppedError,
     UsageError,
 )
-from tunesmith.host_files import refuse_many_ranks, write_atomically
+from tunesmith.host.files import write_atomically
+from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.optim.lr_schedule import warmup_steps
-from tunesmith.ranks import Ranks, started_as
-from tunesmith.run_directory import FINAL, METRICS, SWEEP, read_sweep, reason_of
-from tunesmith.shell import shell_path, shell_word
-from tunesmith.signals import StopRequest
+from tunesmith.run_dir import FINAL, METRICS, SWEEP, read_sweep, reason_of
 from tunesmith.sweep.search import Search, halve, rung_steps
 from tunesmith.sweep.shared_base import SharedBase
 from tunesmith.sweep.space import Space, check_count

@@ -16,7 +16,7 @@ from tunesmith.build_model import init_adapter
 from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
 from tunesmith.config.schema import Adapter, Run
 from tunesmith.data.schedule import BatchSchedule
-from tunesmith.ranks import Ranks
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_device_memory
 from tunesmith.runtime.host import keep_threads

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tunesmith.config.names import keys, suggest_key
 from tunesmith.config.typed import members
 from tunesmith.errors import RecipeError
-from tunesmith.shell import shell_word
+from tunesmith.host.shell import shell_word
 
 if TYPE_CHECKING:
     from numpy.random import RandomState

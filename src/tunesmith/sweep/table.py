@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.host_files import from_here
+from tunesmith.host.files import from_here
+from tunesmith.host.shell import shell_path
 from tunesmith.report.page import write_report
 from tunesmith.report.run_files import RunFiles, holds_run
-from tunesmith.run_directory import FINAL, RECIPE
-from tunesmith.shell import shell_path
+from tunesmith.run_dir import FINAL, RECIPE
 
 ORDER = ("finished", "stopped", "diverged", "waiting")
 

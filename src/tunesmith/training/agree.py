@@ -17,12 +17,13 @@ import torch
 
 import tunesmith
 from tunesmith.adapter.peft_files import WEIGHTS, find_adapter
+from tunesmith.checkpoint.manifest import sums_of_weights
 from tunesmith.checkpoint.resume import Start
-from tunesmith.checkpoint.state import sums_of_weights
 from tunesmith.config.dump import flatten, leaves
 from tunesmith.config.paths import is_place
 from tunesmith.config.schema import Run
 from tunesmith.data.prepare import TrainingData
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import (
     DataError,
     MachineError,
@@ -31,6 +32,8 @@ from tunesmith.errors import (
     RecipeError,
     UsageError,
 )
+from tunesmith.host.packages import installed_versions
+from tunesmith.host.shell import shell_word
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.model.safetensors_files import (
     ENDS_AND_MIDDLE,
@@ -38,9 +41,6 @@ from tunesmith.model.safetensors_files import (
     read_headers,
     sampled_digest,
 )
-from tunesmith.packages import installed_versions
-from tunesmith.ranks import Ranks
-from tunesmith.shell import shell_word
 from tunesmith.units import Size
 
 # And what names a place: the ranks take the smallest micro batch of all

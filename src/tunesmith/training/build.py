@@ -16,13 +16,12 @@ import torch
 from rich.filesize import decimal as size_text
 from transformers import PreTrainedModel
 
-from tunesmith import packages
 from tunesmith.adapter.peft_files import find_adapter, read_adapter
 from tunesmith.build_model import Weights, build_model, count_trained, define_model
-from tunesmith.checkpoint.export import read_optimizer
+from tunesmith.checkpoint.contents import read_optimizer
+from tunesmith.checkpoint.manifest import check_sums
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start, check_unchanged, describe_resume
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
-from tunesmith.checkpoint.state import check_sums
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
@@ -31,9 +30,12 @@ from tunesmith.data.files import check_data_file
 from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source import is_local
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host_files import existing_folder, refuse_full_disk, write_atomically
-from tunesmith.host_memory import available_memory
+from tunesmith.host import packages
+from tunesmith.host.chips import Peak
+from tunesmith.host.files import existing_folder, refuse_full_disk, write_atomically
+from tunesmith.host.memory import available_memory
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods.base import TrainModel
@@ -46,17 +48,17 @@ from tunesmith.model.tokenizer import eos_ids
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
 from tunesmith.parallel.mesh import ALONE, Mesh
-from tunesmith.plan.forecast import Planner, measure_work
-from tunesmith.plan.hardware import cluster_of
+from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.planning.forecast import Planner, measure_work
+from tunesmith.planning.machines import cluster_of
+from tunesmith.planning.resolve import checkpoint_bytes, probe_machine
+from tunesmith.planning.run_plan import Machine, RunPlan
 from tunesmith.quant.eight_bit import eight_bit_shapes
 from tunesmith.quant.scaled_matmul import SCALING_RECIPES
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.ranks import ONE_PROCESS, Ranks
-from tunesmith.run_directory import IDENTITY, RECIPE
+from tunesmith.run_dir import IDENTITY, RECIPE
 from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
-from tunesmith.runtime.plan import Machine, MeshShape, RunPlan
-from tunesmith.runtime.resolve import checkpoint_bytes, probe_machine
 from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.training.agree import check_same_inputs
 from tunesmith.training.compare_eight_bit import PROBE_TOKENS, TOLERANCE, compare_with_bf16
@@ -77,7 +79,7 @@ class Session:
     plan: RunPlan  # what was decided for this machine, and why
     total_steps: int | None  # optimizer steps of the whole run; None where it ends by the clock
     hashes: Mapping[str, Any]  # of base and data, by their names in `Progress`
-    peak: hardware.Peak  # of one rank, what MFU is taken against
+    peak: Peak  # of one rank, what MFU is taken against
     ranks: Ranks = ONE_PROCESS
     mesh: Mesh = ALONE  # how the ranks share the work
 

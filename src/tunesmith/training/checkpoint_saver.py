@@ -4,15 +4,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tunesmith.checkpoint import export, state
+from tunesmith.checkpoint import contents, manifest
+from tunesmith.checkpoint.manifest import Fill, Writer
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.sharded import RanksWriter, fill_together, fits_twice
-from tunesmith.checkpoint.state import Fill, Writer
-from tunesmith.heartbeat import STUCK
+from tunesmith.distributed.heartbeat import STUCK
 from tunesmith.metrics.sink import Sinks
-from tunesmith.run_directory import FINAL
-from tunesmith.runtime.resolve import checkpoint_bytes
+from tunesmith.planning.resolve import checkpoint_bytes
+from tunesmith.run_dir import FINAL
 from tunesmith.training.build import Session
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence
@@ -60,10 +60,10 @@ class CheckpointSaver:
         else:
             self.writer = Writer(self.out, keep, saved_step, sync=sinks.flush)
         # Made once, in the main thread: later the tokenizer is in use.
-        self.tokenizer: export.TokenizerFiles = {}
+        self.tokenizer: contents.TokenizerFiles = {}
         if self.ranks.leads:
             template = session.data.template
-            self.tokenizer = export.tokenizer_files(session.files.tokenizer, template, self.out)
+            self.tokenizer = contents.tokenizer_files(session.files.tokenizer, template, self.out)
         self.cadence = Cadence(
             self.run.checkpoint.every,
             total=session.total_steps,
@@ -122,7 +122,7 @@ class CheckpointSaver:
         parts = (self.run, session.model, self.tokenizer, optimizer, self.progress)
         if self.run.adapter.kind == "lora":
             # Rank 0 writes an adapter. The others only give it their parts here.
-            save_fn, is_copied = export.fill_adapter(*parts, copy and self.ranks.leads)
+            save_fn, is_copied = contents.fill_adapter(*parts, copy and self.ranks.leads)
             if not self.ranks.leads:
                 return lambda folder: None, copy
             if copy and not is_copied:
@@ -132,7 +132,7 @@ class CheckpointSaver:
         if isinstance(self.writer, RanksWriter):
             is_copied = copy and fits_twice(optimizer, session.model, self.ranks, session.device)
             return fill_together(*parts, ranks=self.writer.ranks, copy=is_copied), is_copied
-        return partial(export.write_checkpoint, *parts), False
+        return partial(contents.write_checkpoint, *parts), False
 
     def write_final(self) -> None:
         """Write final/: the model or adapter without the training state."""
@@ -140,12 +140,12 @@ class CheckpointSaver:
         self.ranks.heartbeat.phase("saving final/", self.time_limit())
         if not self.ranks.leads:
             # Takes part in gathering what ranks share, and writes nothing.
-            export.write_model_files(None, self.run, model, {})
+            contents.write_model_files(None, self.run, model, {})
             return
-        with state.writing(self.out / FINAL, self.progress.step) as folder:
-            export.write_model_files(folder, self.run, model, self.tokenizer)
+        with manifest.writing(self.out / FINAL, self.progress.step) as folder:
+            contents.write_model_files(folder, self.run, model, self.tokenizer)
             card = model_card(self.run.model, self.run, self.out)
-            (folder / state.CARD).write_text(card, encoding="utf-8")
+            (folder / manifest.CARD).write_text(card, encoding="utf-8")
 
     def time_limit(self) -> float:
         """Seconds that a rank may wait for a save: by its bytes at SLOWEST_DISK, and no less than

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tunesmith.adapter import lora
 from tunesmith.data.batch import Batch
-from tunesmith.heartbeat import STUCK
+from tunesmith.distributed.heartbeat import STUCK
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.distributed.torch_private import collective
 from tunesmith.methods.base import TrainModel
 from tunesmith.parallel.mesh import Mesh
-from tunesmith.private import collective
 from tunesmith.quant.eight_bit import EightBitLinear
-from tunesmith.ranks import Ranks
 
 PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
 # Relative change of the loss. Rounding to e4m3 changed that of SmolLM2-135M by 1.2 to 2.2 % on 4,500 tokens of alpaca

@@ -27,12 +27,12 @@ from tunesmith.data.splits import count_held_out
 from tunesmith.data.template import select_template
 from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.host_files import from_here, write_atomically
+from tunesmith.host.files import from_here, write_atomically
+from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
-from tunesmith.shell import shell_command, shell_path
 from tunesmith.units import Length, Share, Size
 
 LOOK = 2000  # rows whose tokens are counted, spread over the file

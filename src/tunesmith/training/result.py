@@ -12,6 +12,8 @@ import torch
 
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.schema import Run
+from tunesmith.distributed.heartbeat import AGAIN
+from tunesmith.distributed.ranks import Ranks, is_launched
 from tunesmith.errors import (
     EXIT_OK,
     NonFiniteError,
@@ -23,15 +25,13 @@ from tunesmith.errors import (
     disk_fault,
     is_out_of_memory,
 )
-from tunesmith.heartbeat import AGAIN
-from tunesmith.host_files import write_atomically
-from tunesmith.host_memory import suspected_limit
+from tunesmith.host.files import write_atomically
+from tunesmith.host.memory import suspected_limit
+from tunesmith.host.shell import shell_path
+from tunesmith.host.signals import END, SHORT, Shortage
 from tunesmith.metrics.record import StepRecord
-from tunesmith.ranks import Ranks, is_launched
-from tunesmith.run_directory import RECIPE, STOP_FILE, STOPPED
-from tunesmith.runtime.plan import RunPlan
-from tunesmith.shell import shell_path
-from tunesmith.signals import END, SHORT, Shortage
+from tunesmith.planning.run_plan import RunPlan
+from tunesmith.run_dir import RECIPE, STOP_FILE, STOPPED
 from tunesmith.units import Size
 
 # An error names no more rows than these.

@@ -12,14 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from tunesmith import packages
-from tunesmith.checkpoint.killed import killed_before, note_running
-from tunesmith.checkpoint.nodes import find_dir_leaders
+from tunesmith.checkpoint.claim import claim_run_dir, is_run, put_aside, stop_requested_at, sweep
+from tunesmith.checkpoint.previous_crash import killed_before, note_running
+from tunesmith.checkpoint.replicate import find_dir_leaders
 from tunesmith.checkpoint.resume import Start, decide_start
-from tunesmith.checkpoint.run_dir import claim_run_dir, is_run, put_aside, stop_requested_at, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
+from tunesmith.distributed.ranks import (
+    ONE_PROCESS,
+    Ranks,
+    is_launched,
+    join_ranks,
+    refuse_many_ranks,
+    started_as,
+)
 from tunesmith.errors import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -33,7 +40,10 @@ from tunesmith.errors import (
     UsageError,
     first_line,
 )
-from tunesmith.host_files import cache_folder, refuse_many_ranks, refuse_special_files
+from tunesmith.host import packages
+from tunesmith.host.files import cache_folder, refuse_special_files
+from tunesmith.host.signals import StopRequest
+from tunesmith.host.streams import lasting
 from tunesmith.hub.fetch import repo_cache
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
@@ -50,12 +60,9 @@ from tunesmith.metrics.summary import write_failure
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.parallel.mesh import possible_shapes
-from tunesmith.ranks import ONE_PROCESS, Ranks, is_launched, join_ranks, started_as
-from tunesmith.run_directory import FAILURE, LOG, METRICS, SAMPLES, STOP_FILE, STOPPED
+from tunesmith.run_dir import FAILURE, LOG, METRICS, SAMPLES, STOP_FILE, STOPPED
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
-from tunesmith.signals import StopRequest
-from tunesmith.streams import lasting
 from tunesmith.training.agree import agree_on_recipe
 from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.result import Result, how_to_resume, stopped_twice, write_stopped

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.schema import Run
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import StoppedError
-from tunesmith.ranks import ONE_PROCESS, Ranks
-from tunesmith.run_directory import STOP_FILE
-from tunesmith.signals import StopRequest
+from tunesmith.host.signals import StopRequest
+from tunesmith.run_dir import STOP_FILE
 from tunesmith.training.result import stopped_by
 from tunesmith.training.step_scalars import RankStatus
 

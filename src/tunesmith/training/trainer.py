@@ -16,8 +16,8 @@ import torch
 
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start
 from tunesmith.data.loader import GlobalBatch
+from tunesmith.distributed.heartbeat import STUCK
 from tunesmith.errors import TunesmithError
-from tunesmith.heartbeat import STUCK
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks
 from tunesmith.optim.lr_schedule import scheduled_rate

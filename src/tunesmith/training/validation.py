@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 from tunesmith.checkpoint.resume import Progress
-from tunesmith.heartbeat import STUCK
-from tunesmith.host_files import write_atomically
+from tunesmith.distributed.heartbeat import STUCK
+from tunesmith.host.files import write_atomically
 from tunesmith.inference.evaluate import validation_loss
 from tunesmith.metrics.sink import Sinks
-from tunesmith.run_directory import BEST
+from tunesmith.run_dir import BEST
 from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.build import Session
 from tunesmith.training.stop_control import StopControl

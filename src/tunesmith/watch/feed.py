@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.dump import leaves
 from tunesmith.errors import UsageError
+from tunesmith.host.shell import shell_word
 from tunesmith.launch.jobs import Job, find_job
 from tunesmith.report.run_files import (
     NO_CHART,
@@ -23,8 +24,7 @@ from tunesmith.report.run_files import (
     known,
     smooth,
 )
-from tunesmith.run_directory import shown
-from tunesmith.shell import shell_word
+from tunesmith.run_dir import shown
 from tunesmith.units import Length
 
 # Seconds between two looks at a job that waits.

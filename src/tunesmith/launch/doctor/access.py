@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import TunesmithError
-from tunesmith.host_files import existing_folder
+from tunesmith.host.files import existing_folder
 from tunesmith.launch.doctor.system import GIB, Finding, say
 
 WAIT = 5.0  # seconds for the Hub

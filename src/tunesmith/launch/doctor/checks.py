@@ -20,7 +20,7 @@ TOML, RESOURCE = (
     "NVIDIA_GPU",
 )
 TORCH_SECONDS = 30.0  # for torch to be imported and the GPU to be loaded
-GB10_TFLOPS = 92  # dense bf16, measured on a DGX Spark
+GB10_TFLOPS = 92  # as in host/chips.json, which the other node of a pair may lack
 Findings = Iterator[Finding]
 # A short load of 100 MB; nvidia-smi looks on in its second half.
 LOAD = """

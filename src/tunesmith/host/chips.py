@@ -1,0 +1,101 @@
+"""What is known of GPUs by their names, and the GPUs that nvidia-smi lists. Importable without torch.
+
+chips.json has all figures, each with its source: `machines`, for which a run can be planned, and `peaks`, the dense bf16
+and fp16 tensor-core peaks with fp32 accumulation from NVIDIA's data sheets (where a sheet states the figure "with
+sparsity", half of it). A link reaches 80 % of what is published for it, as the cable between two Sparks does (20 of
+25 GB/s): no other link was measured.
+"""
+
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One GPU and its links, with what is not known as None.
+
+    `gib` is what a process can have, `tflops` what whole steps reach in bf16. GB/s: `bandwidth` of the memory, `link` to a
+    neighbor in the node and `network` to another node, one direction of one GPU. `fp8`: whether it multiplies fp8.
+    """
+
+    name: str
+    gib: float
+    bandwidth: float | None = None
+    tflops: float | None = None
+    link: float | None = None
+    network: float | None = None
+    integrated: bool = False
+    fp8: bool = True
+    source: str = "not known"  # of tflops
+    sources: str = ""  # of the other figures
+
+
+class Peak(NamedTuple):
+    """What MFU is taken against: dense bf16 TFLOP/s, None where unknown, and where the figure is from."""
+
+    tflops: float | None = None
+    source: str = ""
+
+    @property
+    def published(self) -> bool:
+        return self.tflops is not None and not self.source.startswith(MEASURED)
+
+
+class ListedGpu(NamedTuple):
+    """One GPU as nvidia-smi lists it; `memory` is MiB, or the words that stand in place of a number."""
+
+    number: str
+    name: str
+    memory: str
+
+
+MEASURED = "measured"  # how the source of a peak begins that no data sheet states
+TABLE = json.loads(Path(__file__).with_name("chips.json").read_text(encoding="utf-8"))
+CHIPS: dict[str, Chip] = {name: Chip(**figures) for name, figures in TABLE["machines"].items()}
+# A MIG slice is named after its compute slices: `NVIDIA H100 PCIe MIG 1g.10gb`, or `MIG 1c.2g.20gb` for a part of two.
+_MIG = re.compile(r"\bMIG (?:(\d)c\.)?(\d)g\.")
+
+
+def peak_of(name: str) -> Peak:
+    """Dense bf16 peak of a GPU by its name; that of a MIG slice is its share of compute slices.
+
+    The first pattern of the table that fits the name wins. Laptop parts share the names of desktop ones at other clocks
+    and have no peak. The share of a slice errs by up to a tenth, upwards: 1g of an A100 has 14 of 108 multiprocessors, and
+    counts a seventh.
+    """
+    for row in TABLE["peaks"]:
+        if re.search(row["pattern"], name, re.IGNORECASE):
+            break
+    else:
+        return Peak()
+    tflops, source = row["tflops"], row["source"]
+    slice_name = _MIG.search(name)
+    if tflops and slice_name:
+        slices = int(slice_name[1] or slice_name[2])
+        slices_of_chip = 4 if re.search(r"\bA30\b|\bRTX PRO\b", name) else 7
+        share = tflops * slices / slices_of_chip
+        return Peak(share, f"{source}; {slices} of {slices_of_chip} MIG slices")
+    return Peak(tflops or None, source)
+
+
+def list_gpus() -> list[ListedGpu]:
+    """The GPUs of this machine by nvidia-smi, which does not start CUDA on them; none where it is missing or fails."""
+    command = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, errors="replace", timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    gpus = []
+    for line in output.splitlines():
+        number, _, rest = line.partition(",")
+        name, _, memory = rest.rpartition(",")
+        # Other lines are no GPUs: an empty one, or `No devices were found`.
+        if number.strip().isdecimal():
+            gpus.append(ListedGpu(number.strip(), name.strip(), memory.strip()))
+    return gpus

@@ -1,0 +1,98 @@
+"""What this machine offers: a cache folder, room on the disk, memory, a terminal; files written whole, and what is none."""
+
+import os
+import shutil
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from tunesmith.errors import MachineError, ModelError
+
+ABANDONED = 3 * 24 * 3600  # seconds; nothing is tokenised or converted for so long
+
+
+def cache_folder(*parts: str) -> Path:
+    """`parts` below `$TUNESMITH_CACHE`, else `$XDG_CACHE_HOME/tunesmith`, else `~/.cache/tunesmith`; not created."""
+    own, base = os.environ.get("TUNESMITH_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    root = Path(own) if own else Path(base or "~/.cache") / "tunesmith"
+    return root.expanduser().joinpath(*parts)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file in one move, so that a reader, a crash or a full disk leaves the old content or the new.
+
+    Text is written as UTF-8, first to `.NAME.PID.partial`, so several processes may write at once. An OSError leaves
+    the old file and no temporary one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def refuse_special_files(path: Path) -> None:
+    """Raise ModelError where `path`, or what a folder of that name holds, is a pipe, a socket or a device.
+
+    Opening or reading one may never end. Links, such as those of the Hub's cache, are followed.
+    """
+    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    kinds |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.exists() and (kind := kinds.get(stat.S_IFMT(file.stat().st_mode))):
+            fix = "put the file itself there, or name another place"
+            raise ModelError(f"{file.name} is {kind}, not a file", where=str(file), fix=fix)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file below `folder` the mode that a new file gets there; safetensors writes its own with 600."""
+    probe = folder / ".mode"  # the umask cannot be read without setting it, for all threads
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+def from_here(path: str | Path) -> str:
+    """A path below the working directory as a user there writes it; any other, and a Hub id, as it is."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
+
+
+def remove_abandoned(cache: Path) -> None:
+    """Delete the hidden folders of a cache that killed processes left behind: those made longer ago than ABANDONED."""
+    for folder in cache.glob(".*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > ABANDONED:
+                shutil.rmtree(folder)
+
+
+def existing_folder(path: Path) -> Path:
+    """The path itself or its nearest parent that is a folder: where what does not exist yet would be created."""
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str = "") -> None:
+    """Raise MachineError unless the disk of `path`, which need not exist yet, has `needed` bytes free for `what`."""
+    from rich.filesize import decimal as size_text
+
+    free = shutil.disk_usage(existing_folder(path)).free
+    if needed > free:
+        figures = (
+            f"{size_text(needed)} needed, {size_text(free)} free, {size_text(needed - free)} short"
+        )
+        raise MachineError(
+            f"no room on the disk for {what}: {figures}",
+            where=str(path),
+            why=why,
+            fix=fix,
+            cause="disk",
+        )

@@ -1,0 +1,368 @@
+"""The host's memory at one moment, and who holds it: the one place that reads /proc and /sys for it."""
+
+import os
+import resource
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BufferedReader
+from pathlib import Path
+from typing import NamedTuple
+
+from tunesmith.host.cores import control_groups
+
+ROOT = Path("/")
+BLOCK = 2 << 20  # bytes: what a GPU's driver asks the kernel for on unified memory
+PAGE = os.sysconf("SC_PAGE_SIZE")
+LARGE_ORDER = (BLOCK // PAGE).bit_length() - 1  # of /proc/buddyinfo
+# The floor: what a save takes of the host (pieces of 64 MiB, measured: docs/ranks.md), and what grows while a micro batch
+# ends. A fiftieth of the memory, within these.
+LEAST, MOST, SHARE = 128 << 20, 1 << 30, 50
+# On unified memory: a GB10 of 122 GiB froze with 7.7, 6.1 and 0.3 GiB available, and once with 12.7. A twelfth, up to this.
+UNIFIED, UNIFIED_SHARE = 8 << 30, 12
+# Of a control group's memory: limits, use, and the names of its page cache, by version 2 and version 1.
+_GROUPS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
+    (("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file")),
+    (
+        ("memory.limit_in_bytes",),
+        "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
+# Limits of one process: what a shell calls each, and the line of /proc/self/status that counts against it.
+_PROCESS_LIMITS = (
+    ("ulimit -v", resource.RLIMIT_AS, "VmSize:"),
+    ("ulimit -d", resource.RLIMIT_DATA, "VmData:"),
+)
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """A limit on the memory of this process.
+
+    Attributes:
+        name: what sets it, as a user knows it; empty for the machine itself.
+        size: in bytes.
+        used: bytes that count against it now, without page cache that the kernel can drop.
+        own: those of them that the processes of this run hold.
+        ranks: how many processes of this run share it.
+        of_process: whether it bounds one process, whose allocations then fail; otherwise the kernel kills.
+    """
+
+    name: str
+    size: int
+    used: int
+    own: int
+    ranks: int = 1
+    of_process: bool = False
+
+    def describe(self) -> str:
+        """The limit in a clause; empty for the machine."""
+        if not self.name:
+            return ""
+        shared = f", which {self.ranks} ranks share" if self.ranks > 1 else ""
+        return f"{self.name} of {gib(self.size)} GiB{shared}"
+
+    def fix(self, more: int) -> str:
+        """How to raise it so that each rank can have `more` bytes; empty for the machine."""
+        if not self.name:
+            return ""
+        if self.of_process:
+            return raise_process_limit(self.name)
+        enough = -(-(self.size + self.ranks * more) // (1 << 20))
+        options = (
+            f"docker run --memory={enough}m, sbatch --mem={enough}M, systemd MemoryMax={enough}M"
+        )
+        return f"a limit of {enough} MiB for the control group ({options})"
+
+
+@dataclass(frozen=True)
+class MemoryFigures:
+    """Bytes of the host's memory, as /proc/meminfo and /proc/buddyinfo tell them.
+
+    `limit` and `used` are those of the control group with the least room, of this process's and their parents: what its
+    processes hold, without the page cache that the kernel drops before it kills. None: there is no limit.
+    """
+
+    total: int
+    available: int  # without swapping
+    free: int  # in use for nothing, not even page cache
+    cached: int  # page cache, without shared memory
+    shared: int  # shared memory and tmpfs, which only a swap can make room of
+    locked: int  # in no way to be moved: mlock, pinned
+    large_blocks: int  # of `free`, in blocks of BLOCK and more
+    limit: int | None = None
+    used: int | None = None
+
+    @property
+    def room(self) -> int:
+        """What this process can still take before the kernel kills."""
+        group = (
+            self.available if self.limit is None or self.used is None else self.limit - self.used
+        )
+        return max(0, min(self.available, group))
+
+    def as_record(self) -> dict[str, int | None]:
+        """The figures as `stopped.json` has them."""
+        return {f"{name}_bytes": value for name, value in vars(self).items()}
+
+    def describe(self) -> str:
+        """The figures in a clause, in GiB."""
+        group = (
+            f"; control group {gib(self.used)} of {gib(self.limit)} GiB"
+            if self.limit and self.used
+            else ""
+        )
+        return (
+            f"MemAvailable {gib(self.available)} of {gib(self.total)}, MemFree {gib(self.free)} "
+            f"({gib(self.large_blocks)} in blocks of 2 MiB), page cache {gib(self.cached)}, shared memory "
+            f"{gib(self.shared)}, locked {gib(self.locked)} GiB{group}"
+        )
+
+
+class Holder(NamedTuple):
+    """A process and the memory that it holds: its proportional share, or what is resident where that may not be read."""
+
+    pid: int
+    name: str
+    bytes: int
+
+
+def gib(size: int | None) -> str:
+    """Bytes as a number of GiB."""
+    return f"{(size or 0) / 2**30:.2f}"
+
+
+def read_memory(root: Path = ROOT) -> MemoryFigures | None:
+    """The figures of now; /proc and /sys are below `root`. None on a system without them, such as macOS."""
+    try:
+        text = _read(f"{root}/proc/meminfo")
+        info = {
+            name: int(value) * 1024
+            for name, value in (line.split()[:2] for line in text.splitlines())
+        }
+        total, available, free = info["MemTotal:"], info["MemAvailable:"], info["MemFree:"]
+    except (OSError, ValueError, KeyError):
+        return None
+    shared = info.get("Shmem:", 0)
+    cached = max(0, info.get("Cached:", 0) + info.get("Buffers:", 0) - shared)
+    large = 0
+    with suppress(OSError, ValueError):  # containers may hide it
+        for line in _read(f"{root}/proc/buddyinfo").splitlines():
+            counts = map(int, line.split()[4 + LARGE_ORDER :])
+            large += sum(count * BLOCK << order for order, count in enumerate(counts))
+    groups: list[tuple[int, int]] = []
+    with suppress(OSError):  # no control groups here
+        folders = _group_folders(root, _read(f"{root}/proc/self/cgroup"))
+        groups = [
+            found
+            for folder, version in folders
+            if (found := _group(folder, *_GROUPS[version], total))
+        ]
+    limit, used = min(groups, key=lambda group: group[0] - group[1], default=(None, None))
+    return MemoryFigures(
+        total, available, free, cached, shared, info.get("Unevictable:", 0), large, limit, used
+    )
+
+
+def memory_floor(total: int, *, unified: bool) -> int:
+    """Bytes that stay free where `total` is all that there is, of the machine or its control group."""
+    return (
+        min(UNIFIED, total // UNIFIED_SHARE) if unified else min(max(LEAST, total // SHARE), MOST)
+    )
+
+
+def unified_budget(figures: MemoryFigures) -> int:
+    """Bytes that a run can allocate where the GPU shares the host's memory.
+
+    A quarter of the floor more than the floor is left: the driver's context and the process grow beside the allocator.
+    """
+    floor = memory_floor(figures.limit or figures.total, unified=True)
+    return max(0, figures.room - floor * 5 // 4)
+
+
+def memory_limits(ranks: Collection[int] = (), root: Path = ROOT) -> list[MemoryLimit]:
+    """Every limit on the memory of this process; empty on a system without /proc, such as macOS.
+
+    `ranks` are the process ids of the run's ranks on this host. Ranks share the machine, and control groups that hold them
+    both; the limits of a process are its own.
+    """
+    figures = read_memory(root)
+    if figures is None:
+        return []
+    processes = {os.getpid(), *ranks}
+    used = figures.total - figures.available
+    limits = [MemoryLimit("", figures.total, used, own_memory(processes, root), len(processes))]
+    members: dict[str, set[int]] = {}
+    for process in processes:
+        name = "self" if process == os.getpid() else str(process)
+        for path in control_groups("memory", root, name):
+            members.setdefault(str(path), set()).add(process)
+    with suppress(OSError):  # no control groups here
+        for folder, version in _group_folders(root, _read(f"{root}/proc/self/cgroup")):
+            limit = _group(folder, *_GROUPS[version], figures.total)
+            if limit is not None:
+                sharing = members[folder]
+                name, own = f"control group {folder}", own_memory(sharing, root)
+                limits.append(MemoryLimit(name, *limit, own, len(sharing)))
+    return limits + process_limits(root)
+
+
+def process_limits(root: Path = ROOT) -> list[MemoryLimit]:
+    """The limits that `ulimit` sets on this process, and what counts against them."""
+    limits = []
+    with suppress(OSError, ValueError):  # macOS
+        lines = _read(f"{root}/proc/self/status").splitlines()
+        sizes = {
+            line.split()[0]: int(line.split()[1]) << 10 for line in lines if line.endswith(" kB")
+        }
+        for name, kind, counted in _PROCESS_LIMITS:
+            size, _ = resource.getrlimit(kind)
+            if size != resource.RLIM_INFINITY:
+                used = sizes.get(counted, 0)
+                limits.append(MemoryLimit(name, size, used, used, of_process=True))
+    return limits
+
+
+def suspected_limit() -> MemoryLimit | None:
+    """The limit of this process that an allocation may have failed for: the one with the least room, if any is smaller
+    than the machine's memory."""
+    figures = read_memory()
+    total = figures.total if figures else 0
+    limits = [limit for limit in process_limits() if limit.size < total]
+    return min(limits, key=lambda limit: limit.size - limit.used, default=None)
+
+
+def raise_process_limit(name: str) -> str:
+    """The command that lifts a limit that `ulimit` has set, or who can do so."""
+    kinds = {limit: kind for limit, kind, _ in _PROCESS_LIMITS}
+    _, hard = resource.getrlimit(kinds[name])
+    if hard == resource.RLIM_INFINITY or os.geteuid() == 0:
+        return f"{name} unlimited"
+    where = "leave out the command that sets it, or have it raised in /etc/security/limits.conf"
+    return f"{name} unlimited in a new shell (this one may not raise it); {where}"
+
+
+@lru_cache(8)
+def _group_folders(root: Path, text: str) -> list[tuple[str, int]]:
+    """The control groups of /proc/self/cgroup (`text`) that may bound memory, and 0 for version 2, 1 for version 1."""
+    versions = enumerate(usage for _, usage, _ in _GROUPS)
+    return [
+        (str(f), v)
+        for v, usage in versions
+        for f in control_groups("memory", root)
+        if (f / usage).exists()
+    ]
+
+
+def _group(
+    folder: str, limits: tuple[str, ...], usage: str, cache: tuple[str, ...], total: int
+) -> tuple[int, int] | None:
+    """Limit and use of a control group; None where it has no limit."""
+    with suppress(OSError, ValueError):
+        texts = [_read(f"{folder}/{name}").strip() for name in limits]
+        limit = min(int(text) if text != "max" else total for text in texts)
+        if limit < total:
+            stat = dict(line.split() for line in _read(f"{folder}/memory.stat").splitlines())
+            return limit, max(
+                0, int(_read(f"{folder}/{usage}")) - sum(int(stat[name]) for name in cache)
+            )
+    return None
+
+
+def _read(path: str) -> str:
+    handle = os.open(path, os.O_RDONLY)  # a fifth of the time that a file object takes
+    parts = []
+    try:
+        # Small blocks, which a process has room for that is at its limit.
+        while part := os.read(handle, 4096):
+            parts.append(part)
+    finally:
+        os.close(handle)
+    return b"".join(parts).decode("utf-8", "replace")
+
+
+def drop_pages(handle: int, start: int = 0, size: int = 0) -> None:
+    """Tell the kernel that a file's pages (`size` 0: all from `start` on) are not needed again, where it can be told.
+
+    Pages that are not on the disk yet, or that a process maps, stay.
+    """
+    if hasattr(os, "posix_fadvise"):  # Linux; macOS has no such call
+        os.posix_fadvise(handle, start, size, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def open_uncached(path: Path) -> Iterator[BufferedReader]:
+    """The open file, closed at the end; no page of it stays in the page cache."""
+    with path.open("rb") as file:
+        try:
+            yield file
+        finally:
+            drop_pages(file.fileno())
+
+
+def own_memory(pids: Collection[int], root: Path = ROOT) -> int:
+    """Bytes of these processes that are resident, without files that they map."""
+    pages = 0
+    for pid in pids:
+        with suppress(OSError, ValueError):  # it has ended
+            resident, shared = _read(f"{root}/proc/{pid}/statm").split()[1:3]
+            pages += int(resident) - int(shared)
+    return pages * PAGE
+
+
+def largest_processes(
+    ours: Collection[int], count: int = 4, root: Path = ROOT
+) -> tuple[list[Holder], list[Holder]]:
+    """The processes `ours`, and the `count` of others that hold the most memory, each the largest first."""
+    found = []
+    for folder in (root / "proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError, IndexError):  # it has ended
+            resident = int(_read(f"{folder}/statm").split()[1]) * PAGE
+            found.append(Holder(int(folder.name), _read(f"{folder}/comm").strip(), resident))
+    others = sorted((h for h in found if h.pid not in ours), key=lambda holder: -holder.bytes)[
+        : 2 * count
+    ]
+    largest = [h for h in found if h.pid in ours] + others
+    for index, holder in enumerate(largest):
+        with suppress(OSError, ValueError, StopIteration):  # another user's
+            lines = _read(f"{root}/proc/{holder.pid}/smaps_rollup").splitlines()
+            share = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+            largest[index] = holder._replace(bytes=share)
+    largest.sort(key=lambda holder: -holder.bytes)
+    return [h for h in largest if h.pid in ours], [h for h in largest if h.pid not in ours][:count]
+
+
+def available_memory(root: Path = ROOT) -> int:
+    """Bytes of host memory that this process can use without swapping."""
+    if figures := read_memory(root):
+        return min(
+            [figures.room, *(max(0, limit.size - limit.used) for limit in process_limits(root))]
+        )
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def unavailable_percent(root: Path = ROOT) -> float:
+    """100 less the available share of the host's memory."""
+    import psutil
+
+    figures = read_memory(root) or psutil.virtual_memory()
+    return 100.0 * (1 - figures.available / figures.total)
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """Processes of this machine that the kernel has ended since it booted because no memory was left; /proc is below `root`."""
+    with suppress(OSError, ValueError):
+        lines = (root / "proc/vmstat").read_text(encoding="ascii").splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return 0
+
+
+def physical_memory() -> int:
+    """Bytes of host memory, in use or not."""
+    import psutil
+
+    return int(psutil.virtual_memory().total)

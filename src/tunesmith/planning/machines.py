@@ -1,0 +1,126 @@
+"""The machines that a run is planned for: `2x8xh100`, `2x-dgx-spark`, `here`. Importable without torch.
+
+host/chips.json has the figures, each with its source.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tunesmith.config.names import nearest
+from tunesmith.errors import UsageError
+from tunesmith.host.chips import CHIPS, Chip, list_gpus
+from tunesmith.host.memory import available_memory, read_memory, unified_budget
+
+# What nvidia-smi writes for the memory of a GPU that shares the host's, as GB10 does.
+NO_MEMORY_OF_ITS_OWN = ("[N/A]", "N/A", "[Not Supported]")
+ASSUMED = ("gib", "bandwidth", "tflops", "link", "network")  # figures that --assume may give
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """So many nodes of so many GPUs."""
+
+    chip: Chip
+    nodes: int = 1
+    per_node: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.per_node
+
+    def describe(self) -> str:
+        """`2 x 8 x NVIDIA H200`."""
+        return " x ".join([*(str(n) for n in (self.nodes, self.per_node) if n > 1), self.chip.name])
+
+    def inside(self, ranks: int, stride: int) -> int:
+        """Those of a group of `ranks`, `stride` apart, that are on one node."""
+        return min(ranks, max(1, self.per_node // stride))
+
+    def bandwidth(self, ranks: int, stride: int) -> float:
+        """Bytes/s of each rank of such a group in a ring; one over several nodes crosses between them through the network
+        of all its members in a node."""
+        inside = self.inside(ranks, stride)
+        link, across = self.chip.link or 0.0, inside * (self.chip.network or 0.0)
+        return 1e9 * (
+            link if ranks * stride <= self.per_node else min(across, link) if inside > 1 else across
+        )
+
+
+def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
+    """The machines that `--on` names, with the figures of `--assume NAME=NUMBER`; UsageError if one is missing or unknown."""
+    found = re.fullmatch(r"(?:(\d+)x)?-?(?:(\d+)x)?-?([a-z][a-z0-9-]*)", text.lower())
+    name = found[3] if found else text
+    if name == "here":
+        cluster = _look()
+    elif found is None or name not in CHIPS or "0" in found.groups():
+        near = nearest(name, CHIPS)
+        fix = (
+            f"did you mean --on {near}?"
+            if near
+            else f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
+        )
+        raise UsageError(f"there is no machine {text!r} in the table", where="--on", fix=fix)
+    else:
+        counts = [int(count) for count in found.groups()[:2] if count]
+        if len(counts) < 2:  # a Spark has one GPU: two of them are two nodes
+            counts = [*counts, 1] if CHIPS[name].integrated else [1, *counts]
+        cluster = Cluster(CHIPS[name], *counts)
+    given: dict[str, Any] = {}
+    for word in assume:
+        figure, _, number = word.partition("=")
+        if figure not in ASSUMED or not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
+            raise UsageError(
+                f"{word} is no figure of a machine",
+                where="--assume",
+                fix=f"{', '.join(ASSUMED)}=NUMBER",
+            )
+        given |= {figure: float(number)} | (
+            {"source": "as --assume says"} if figure == "tflops" else {}
+        )
+    chip = replace(cluster.chip, **given)
+    if not chip.gib:
+        what, fix = f"nvidia-smi does not say how much memory {chip.name} has", "--assume gib=24"
+        raise UsageError(what, where="--on here", fix=fix)
+    for figure, count in (("link", cluster.per_node), ("network", cluster.nodes)):
+        if count > 1 and vars(chip)[figure] is None:
+            what = f"the {figure} of {chip.name} is not known"
+            fix = f"--assume {figure}=GB/s, one direction of one GPU, as it is reached"
+            raise UsageError(what, where="--on", fix=fix)
+    return replace(cluster, chip=chip)
+
+
+def cluster_of(name: str, nodes: int = 1, per_node: int = 1, gib: float = 0.0) -> Cluster:
+    """GPUs that are there, by their name; one that is not in the table, or whose link is not, without a speed."""
+    chip = next((chip for chip in CHIPS.values() if chip.name == name), Chip(name, gib))
+    if (per_node > 1 and chip.link is None) or (nodes > 1 and chip.network is None):
+        chip = replace(chip, tflops=None)
+    return Cluster(chip, nodes, per_node)
+
+
+def _look() -> Cluster:
+    """This machine, as nvidia-smi describes it, which touches no GPU; without a GPU its CPU."""
+    gpus = list_gpus()
+    if not gpus:
+        return Cluster(Chip("cpu", available_memory() / 2**30))
+    _, name, memory = gpus[0]
+    cluster = cluster_of(name, 1, len(gpus), _gpu_gib(memory))
+    in_table = any(chip.name == name for chip in CHIPS.values())
+    if cluster.chip.integrated or (memory in NO_MEMORY_OF_ITS_OWN and not in_table):
+        return replace(cluster, chip=replace(cluster.chip, gib=_shared_gib(), integrated=True))
+    return cluster
+
+
+def _gpu_gib(memory: str) -> float:
+    """What a process can have of a GPU's memory, of which a CUDA context takes 0.6 GiB; 0 where no number is given."""
+    try:
+        return float(memory) / 1024 - 0.6
+    except ValueError:
+        return 0.0
+
+
+def _shared_gib() -> float:
+    """What a run can have of memory that the GPU shares with the host."""
+    figures = read_memory()
+    return (unified_budget(figures) if figures else available_memory()) / 2**30

@@ -1,0 +1,158 @@
+"""`plan` and `train` choose the mesh and the micro batch by one function: on paper, and where the ranks are."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tunesmith.config.load import from_mapping
+from tunesmith.config.schema import Run
+from tunesmith.distributed.heartbeat import Heartbeat
+from tunesmith.errors import MachineError
+from tunesmith.host.chips import Chip
+from tunesmith.model.shapes import SHAPES
+from tunesmith.model.spec import read_spec
+from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.planning.forecast import Planner, measure_work, plan_on_paper
+from tunesmith.planning.machines import Cluster, cluster_of, read_cluster
+from tunesmith.planning.run_plan import RunPlan
+from tunesmith.training import build
+from tunesmith.units import Size
+
+FULL = {"adapter": {"kind": "none"}}
+AUTO = {"parallel": {"tensor": "auto"}}
+FOUR, MANY = {"train": {"global_batch": "4 examples"}}, {"train": {"global_batch": "32 examples"}}
+# Shape, machines, recipe -> the mesh.
+RUNS = {
+    "70B in full": ("llama3-70b", "2x8xh100", FULL | AUTO | MANY, (1, 2, 8)),
+    "70B in full, 4 examples": ("llama3-70b", "2x8xh100", FULL | AUTO | FOUR, (1, 2, 8)),
+    "70B, LoRA": ("llama3-70b", "2x8xh100", AUTO | MANY, (2, 4, 2)),
+    "70B, LoRA, 8 GPUs set to one copy": ("llama3-70b", "8xh100", {"parallel": {"tensor": "auto", "replicate": 1}} | MANY, None),
+    "70B, LoRA, Sparks": ("llama3-70b", "2x-dgx-spark", AUTO | MANY, (1, 2, 1)),
+    "70B, nf4, one Spark": ("llama3-70b", "dgx-spark", {"model": {"name": "m", "quantize": "nf4"}} | MANY, (1, 1, 1)),
+    "8B, LoRA, Sparks": ("llama3-8b", "2x-dgx-spark", MANY, (2, 1, 1)),
+    "8B on fp8, which is not cut": ("llama3-8b", "8xh200", AUTO | MANY | {"model": {"name": "m", "quantize": "fp8"}}, (8, 1, 1)),
+    "3B in full, Sparks": ("llama3-3b", "2x-dgx-spark", FULL | MANY, (2, 1, 1)),
+}  # fmt: skip
+
+
+def make(shape: str, recipe: dict) -> tuple[Run, object, SimpleNamespace]:
+    """A recipe, its model's spec, and tokens of 512 examples of 1,000 to 2,048 tokens."""
+    values = {
+        "data": {"train": {"source": "rows.jsonl"}},
+        "output_dir": "out",
+        "model": {"name": "m"},
+    } | recipe
+    run = from_mapping(values, where="test", base=Path.cwd())
+    lengths = np.random.default_rng(0).integers(1000, 2049, 512)
+    counts = SimpleNamespace(supervised=int(lengths.sum()), longest=int(lengths.max()))
+    tokens = SimpleNamespace(lengths=lengths, repeats=np.ones(512), counts=counts)
+    return run, read_spec(SHAPES[shape].config, where=shape), tokens
+
+
+def planned_in_training(
+    monkeypatch: pytest.MonkeyPatch,
+    planner: Planner,
+    tokens: SimpleNamespace,
+    before: str | None = None,
+) -> RunPlan:
+    """What `train` plans on ranks whose machine is the planner's, each with a GPU of its name."""
+    cluster = planner.cluster
+    machine = replace(planner.machine, name=cluster.chip.name, device="cuda:1")
+    monkeypatch.setattr(build, "define_model", lambda run, files: None)
+    monkeypatch.setattr(build, "count_trained", lambda run, model: planner.trained)
+    monkeypatch.setattr(build, "probe_machine", lambda *_: machine)
+    monkeypatch.setattr(build, "eight_bit_shapes", lambda *_: [])
+    ranks = SimpleNamespace(
+        together=nullcontext, gather=lambda value: [value] * cluster.world, rank=min(1, cluster.world - 1), world=cluster.world,
+        local_world=cluster.per_node, name=str, heartbeat=Heartbeat(),
+    )  # fmt: skip
+    start = SimpleNamespace(micro_batch=Size(int(before.split()[0]), "tokens") if before else None)
+    data = SimpleNamespace(train=tokens, schedule=None)
+    files = SimpleNamespace(spec=planner.spec)
+    return build.plan_model(planner.run, start, files, data, torch.device("cuda:1"), ranks)[1]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_train_takes_what_plan_puts_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, on, recipe, mesh = RUNS[name]
+    run, spec, tokens = make(shape, recipe)
+    planner = plan_on_paper(run, spec, read_cluster(on), measure_work(run, spec, tokens))  # type: ignore[arg-type]
+    best = planner.ranked()[0]
+    taken = planned_in_training(monkeypatch, planner, tokens)
+    assert best.fits
+    assert (taken.mesh, taken.layout, taken.memory) == (
+        best.plan.mesh,
+        best.plan.layout,
+        best.plan.memory,
+    )
+    assert mesh is None or taken.mesh == MeshShape(*mesh)
+    assert taken.why["mesh"].startswith("the fastest by the forecast, of ")
+
+
+def test_without_a_speed_the_first_mesh_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is not in the table: as many copies as fit, then the fewest shards, and cuts where shards do not do."""
+    for gib, mesh in ((100, (8, 1, 1)), (40, (4, 2, 1)), (14, None)):
+        run, spec, tokens = make(
+            "llama3-70b", AUTO | MANY | {"model": {"name": "m", "quantize": "nf4"}}
+        )
+        cluster = Cluster(Chip("NVIDIA Other", gib), 1, 8)
+        planner = plan_on_paper(run, spec, cluster, measure_work(run, spec, tokens))  # type: ignore[arg-type]
+        taken = planned_in_training(monkeypatch, planner, tokens)
+        first = next(f for f in map(planner.fastest, planner.meshes()) if f.fits and not f.tight)
+        assert taken.mesh == first.plan.mesh == MeshShape(*(mesh or first.plan.mesh))
+        assert "no speed is known" in taken.why["mesh"]
+        assert taken.layout == first.plan.layout
+
+
+def test_a_gpu_of_the_table_without_its_link_has_no_speed() -> None:
+    assert cluster_of("NVIDIA L40S", 2, 4).chip.tflops is None
+    assert cluster_of("NVIDIA L40S", 1, 4) == read_cluster("4xl40s")
+    assert cluster_of("NVIDIA Other", 1, 4) == Cluster(Chip("NVIDIA Other", 0.0), 1, 4)
+
+
+def test_a_resumed_run_keeps_its_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, spec, tokens = make("llama3-70b", FULL | AUTO | MANY)
+    planner = plan_on_paper(run, spec, read_cluster("2x8xh100"), measure_work(run, spec, tokens))  # type: ignore[arg-type]
+    size = planner.ranked()[0].plan.layout.micro_batch
+    other = size.amount // 2
+    kept = planned_in_training(monkeypatch, planner, tokens, before=f"{other} tokens")
+    assert kept.layout.micro_batch == Size(other, "tokens")
+    assert kept.why["micro batch"].startswith("that of the checkpoint")
+
+
+def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """8 ranks of a node offload a 16th each of 16 bytes a parameter."""
+    train = {"train": {"global_batch": "32 examples", "cpu_offload": ["parameters"]}}
+    run, spec, tokens = make("llama3-8b", FULL | train | {"parallel": {"shard": 16}})
+    planner = plan_on_paper(run, spec, read_cluster("2x8xh100"), measure_work(run, spec, tokens))  # type: ignore[arg-type]
+    host = 8 * planner.ranked()[0].plan.memory.host
+    assert host == pytest.approx(8 * spec.parameters, rel=1e-6)
+    monkeypatch.setattr(build, "available_memory", lambda: host)
+    assert planned_in_training(monkeypatch, planner, tokens).cpu_offload == ("parameters",)
+    monkeypatch.setattr(build, "available_memory", lambda: host - 1)
+    with pytest.raises(
+        MachineError, match=r"the host needs 64.2 GB for what is offloaded, and 64.2 GB"
+    ) as refused:
+        planned_in_training(monkeypatch, planner, tokens)
+    assert (refused.value.where, refused.value.why) == ("train.cpu_offload", "8 ranks are on it")
+
+
+def test_train_refuses_what_fits_no_mesh_and_names_tensor_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, spec, tokens = make("llama3-70b", FULL | MANY)
+    planner = plan_on_paper(run, spec, read_cluster("2x8xh100"), measure_work(run, spec, tokens))  # type: ignore[arg-type]
+    if planner.ranked()[0].fits:
+        pytest.fail("the case is too small to be refused")
+    with pytest.raises(MachineError, match="the run does not fit") as refused:
+        planned_in_training(monkeypatch, planner, tokens)
+    assert refused.value.fix.startswith("parallel.tensor=auto (")

@@ -1,0 +1,539 @@
+"""The forecast of a run for machines that are not here: memory by hand for every layout, time, and what hides behind what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tunesmith.config.load import from_mapping
+from tunesmith.config.schema import Run
+from tunesmith.errors import RecipeError
+from tunesmith.host.chips import CHIPS, Chip
+from tunesmith.loss import chunk_size
+from tunesmith.model.shapes import SHAPES
+from tunesmith.model.spec import adapter_parameters, flops, read_spec
+from tunesmith.parallel.copies import GRADIENT_PIECE, GRADIENT_PIECES
+from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.planning.forecast import (
+    EIGHT_BIT_SPEED,
+    Forecast,
+    Planner,
+    measure_work,
+    plan_on_paper,
+)
+from tunesmith.planning.machines import Cluster, read_cluster
+from tunesmith.planning.resolve import GATHERED_LAYERS
+from warm import run_warm
+
+P, LAYERS, MATRICES, TABLE = 70_553_706_496, 80, 855_638_016, 128256 * 8192  # Llama 3.1 70B
+NORMS = P - LAYERS * MATRICES - 2 * TABLE
+FULL = {"adapter": {"kind": "none"}, "train": {"global_batch": "16 examples", "recompute": "full"}}
+
+
+def recipe(changes: dict, **parallel: int | str) -> Run:
+    values = {"data": {"train": {"source": "rows.jsonl"}}, "output_dir": "out"} | changes
+    values["model"] = {"name": "m", **changes.get("model", {})}
+    run = from_mapping(values, where="test", base=Path.cwd())
+    return replace(run, parallel=replace(run.parallel, **parallel))
+
+
+def planner(
+    shape: str, on: str, changes: dict, *, length: int | None = None, **parallel: int | str
+) -> Planner:
+    run, spec = recipe(changes, **parallel), read_spec(SHAPES[shape].config, where=shape)
+    return plan_on_paper(run, spec, read_cluster(on), measure_work(run, spec, None, length))
+
+
+def forecast(shape: str, on: str, mesh: tuple[int, int, int], changes: dict) -> Forecast:
+    return planner(shape, on, changes).forecast(MeshShape(*mesh))
+
+
+def test_full_fine_tuning_holds_fp32_shards_of_what_its_tensor_group_cuts() -> None:
+    """70B over 2 shards x 8: a weight is 4 bytes, its gradient 4, its moments 8; layers are gathered in bf16."""
+    memory = forecast("llama3-70b", "2x8xh100", (1, 2, 8), FULL).plan.memory
+    cut = (P - NORMS) // 8 + NORMS
+    # Norms are on every rank; the shares of weights and of trained parameters are rounded up.
+    assert memory.weights == pytest.approx(4 * cut / 2, abs=8)
+    assert memory.gradients == pytest.approx(4 * cut / 2, abs=8)
+    assert memory.optimizer == pytest.approx(8 * cut / 2, abs=16)
+    layer, head = MATRICES // 8, TABLE // 8
+    # Of the head the weight, its gradient, and that in fp32 on its way to the shards.
+    assert memory.gathered == pytest.approx(
+        2 * GATHERED_LAYERS * layer + (2 + 2 * 4) * layer + (2 + 2 + 4) * head, abs=8
+    )
+
+
+def test_copies_trained_in_full_hold_what_one_process_holds() -> None:
+    """16-bit weights and fp32 masters. Those that are rounded stochastically sum their gradients in pieces."""
+    one, copies = (
+        forecast("llama3-3b", "2x-dgx-spark", mesh, FULL).plan.memory
+        for mesh in ((1, 1, 1), (2, 1, 1))
+    )
+    assert (copies.weights, copies.static, copies.gathered) == (one.weights, one.static, 0)
+    rounded = FULL | {"train": FULL["train"] | {"master_weights": "stochastic"}}
+    one, copies = (
+        forecast("llama3-3b", "2x-dgx-spark", mesh, rounded).plan.memory
+        for mesh in ((1, 1, 1), (2, 1, 1))
+    )
+    pieces = 4 * GRADIENT_PIECE * GRADIENT_PIECES
+    assert (one.gathered, copies.gathered) == (0, pieces)
+    assert copies.static - pieces == one.static
+
+
+def test_a_sharded_adapter_run_shards_the_frozen_layers_alone() -> None:
+    one, two, copies = (
+        forecast("llama3-8b", "2x-dgx-spark", m, {}).plan.memory
+        for m in ((1, 1, 1), (1, 2, 1), (2, 1, 1))
+    )
+    spec = read_spec(SHAPES["llama3-8b"].config, where="")
+    adapter = 4 * adapter_parameters(spec, recipe({}).adapter)
+    layers = spec.layers * spec.layer_matmul
+    ends = spec.parameters - layers  # embedding, norms and head: whole on every rank
+    assert (one.weights, two.weights) == (
+        2 * spec.parameters + adapter,
+        layers + 2 * ends + adapter,
+    )
+    assert (one.gradients, one.optimizer, one.copies) == (two.gradients, two.optimizer, two.copies)
+    assert (two.gathered, one.gathered) == (GATHERED_LAYERS * 2 * spec.layer_matmul, 0)
+    assert vars(copies) == vars(one), "a replica holds what one process does"
+
+
+def test_tensor_parallelism_keeps_the_normed_inputs_whole() -> None:
+    run = {"train": {"recompute": "none", "micro_batch": "4096 tokens"}}
+    one, eight = (forecast("llama3-70b", "8xh100", (8 // t, 1, t), run).plan.memory for t in (1, 8))
+    hidden, heads, wide = 8192, 128 * (64 + 2 * 8), 28672
+    # The ends: the last norm's input, and the gradient of its output, which is whole. Seven products of 8 numbers with A, and
+    # A and B themselves, in bf16.
+    spec, products = read_spec(SHAPES["llama3-70b"].config, where=""), 7 * 8
+    factors = [2 * adapter_parameters(spec, recipe({}).adapter, cut) for cut in (1, 8)]
+    assert one.activations == factors[0] + 2 * 4096 * (
+        LAYERS * (5 * hidden + heads + 3 * wide + products) + 2 * hidden
+    )
+    assert eight.activations == factors[1] + 2 * 4096 * (
+        LAYERS * (2 * hidden + (3 * hidden + heads + 3 * wide) // 8 + products)
+        + hidden
+        + hidden // 8
+    )
+    chunk = min(4096, chunk_size(128256 // 8, 4096, torch.device("cuda"), card=79 << 30))
+    head, backward = (2 * 2 + 4) * 128256 // 8 * chunk, 2 * (2 * wide // 8 + 3 * hidden) * 4096
+    assert eight.workspace == max(head, backward)
+
+
+def test_a_tensor_group_cuts_some_scales_of_nf4_out_of_their_blocks() -> None:
+    """Those of o and down, along their inputs: fp32 for 64 weights, where 8 bits and a 256th of fp32 were."""
+    run = {"model": {"quantize": "nf4"}}
+    one, eight, shards = (
+        forecast("llama3-70b", "8xh100", mesh, run).plan.memory
+        for mesh in ((8, 1, 1), (1, 1, 8), (1, 8, 1))
+    )
+    adapter = [
+        4
+        * adapter_parameters(
+            read_spec(SHAPES["llama3-70b"].config, where=""), recipe({}).adapter, n
+        )
+        for n in (1, 8)
+    ]
+    matrices, columns = LAYERS * MATRICES, LAYERS * 8192 * (8192 + 28672)
+    codes, tables, nested = (
+        matrices // 2,
+        2 * (P - matrices),
+        matrices / 64 + matrices * 4 / (64 * 256),
+    )
+    assert one.weights == pytest.approx(adapter[0] + codes + tables + nested, abs=8)
+    more = columns * (4 / 64 - 1 / 64 - 4 / (64 * 256))
+    norms = 2 * NORMS * 7 / 8  # whole on every rank
+    assert eight.weights == pytest.approx(
+        adapter[1] + norms + (codes + tables + nested + more) / 8, abs=16
+    )
+    assert shards.weights == pytest.approx(adapter[0] + codes / 8 + tables + nested, abs=16), (
+        "scales stay whole"
+    )
+
+
+def tensors(shape: str, on: str, changes: dict, **spec: object) -> set[int]:
+    """The sizes of a tensor group that `auto` may take."""
+    made = planner(shape, on, changes, tensor="auto")
+    return {mesh.tensor for mesh in replace(made, spec=replace(made.spec, **spec)).meshes()}
+
+
+def test_the_meshes_of_a_cluster() -> None:
+    found = planner("llama3-70b", "2x8xh100", {}, tensor="auto").meshes()
+    assert len(found) == len({*found}) == 5 + 4 + 3 + 2  # shards of 16, 8, 4 and 2 ranks
+    assert all(mesh.world == 16 and mesh.tensor <= 8 for mesh in found)
+    assert found == sorted(found, key=lambda mesh: (mesh.tensor, mesh.shard)), (
+        "the fewest cuts and shards first"
+    )
+    assert {mesh.tensor for mesh in planner("llama3-70b", "2x8xh100", {}).meshes()} == {1}, (
+        "as the recipe says"
+    )
+    assert planner("llama3-70b", "2x8xh100", {}, tensor=8, shard=2).meshes() == [MeshShape(1, 2, 8)]
+    assert planner("llama3-70b", "2x8xh100", {}, tensor="auto", shard=8, replicate=1).meshes() == [
+        MeshShape(1, 8, 2)
+    ]
+
+
+def test_auto_cuts_what_can_be_cut_evenly() -> None:
+    nf4 = {"model": {"quantize": "nf4"}}
+    assert tensors("qwen3-8b", "2x8xh100", nf4) == {1, 2, 4, 8}
+    # 3B has 24 heads, which 16 ranks cannot share, and other families are not cut.
+    assert tensors("llama3-3b", "16xh100", {}) == {1, 2, 4, 8}
+    assert tensors("llama3-3b", "8xh100", {}, model_type="gemma") == {1}
+    # 14336 / 8 = 1792 is 28 blocks of nf4, 28 / 8 is no whole number of them.
+    assert tensors("llama3-8b", "8xh100", nf4, intermediate=1792) == {1, 2, 4}
+    assert tensors("llama3-8b", "8xh100", nf4, quantized="bnb-nf4") == {1}
+    assert tensors(
+        "llama3-8b",
+        "8xh100",
+        {"train": {"optimizer_in_backward": True, "clip_norm": None}, "adapter": {"kind": "none"}},
+    ) == {1}
+    assert tensors("llama3-8b", "8xh100", {"model": {"quantize": "fp8"}}) == {1, 2, 4, 8}
+
+
+REFUSED = {
+    "does not fit 16 ranks": {"shard": 5},
+    "64 heads, 8 of keys and values": {"tensor": 3, "world": "3xh100"},
+    "a layer over the nodes, which have 8 ranks each": {"tensor": 16},
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_mesh_that_cannot_be(text: str) -> None:
+    parallel = dict(REFUSED[text])
+    with pytest.raises(RecipeError, match=text) as refused:
+        planner("llama3-70b", parallel.pop("world", "2x8xh100"), {}, **parallel).meshes()
+    assert "auto" in refused.value.fix
+
+
+def test_a_recipe_that_keeps_to_one_tensor_rank_is_told_of_auto() -> None:
+    """70B in full: 16 shards do not fit with fp32 masters, 2 shards of 8 ranks that compute a layer together do."""
+    made = planner("llama3-70b", "2x8xh100", FULL)
+    best = made.with_tensor()
+    assert best is not None
+    auto = planner("llama3-70b", "2x8xh100", FULL, tensor="auto").ranked()[0]
+    assert (best.keys, best.step_seconds, best.phases) == (
+        auto.keys,
+        auto.step_seconds,
+        auto.phases,
+    )
+    nearest = made.ranked()[0]
+    assert nearest.fits or nearest.plan.less_memory().startswith("parallel.tensor=auto (")
+    assert planner("llama3-8b", "2x-dgx-spark", {}).with_tensor() is None, "a node has one rank"
+    assert planner("llama3-70b", "2x8xh100", FULL, tensor=8).with_tensor() is None
+
+
+def test_a_step_of_one_rank_takes_its_operations_at_the_rate_of_the_chip() -> None:
+    keys = {"global_batch": "16384 tokens", "micro_batch": "16384 tokens", "recompute": "none"}
+    found = forecast("llama3-8b", "h200", (1, 1, 1), {"train": keys})
+    spec, run = read_spec(SHAPES["llama3-8b"].config, where=""), recipe({})
+    work = flops(
+        spec,
+        [2048] * 8,
+        16384,
+        trained="lora",
+        adapter_parameters=adapter_parameters(spec, run.adapter),
+    )
+    seconds = found.seconds
+    assert seconds["products"] + seconds["attention"] == pytest.approx(work / 551e12)
+    assert seconds["attention"] == pytest.approx(12 * 32 * 4096 * 8 * 2048 * 2049 / 2 / 551e12)
+    assert found.step_seconds == pytest.approx(sum(seconds.values()))
+    assert found.tokens_per_second == pytest.approx(16384 / sum(seconds.values()))
+    assert (found.hidden_seconds, found.idle_share) == (0, 0)
+    again = forecast("llama3-8b", "h200", (1, 1, 1), {"train": keys | {"recompute": "full"}})
+    assert again.seconds["recompute"] == pytest.approx(work / 551e12 / 2), (
+        "a second forward is half of two passes"
+    )
+    eight_bit = forecast(
+        "llama3-8b", "h200", (1, 1, 1), {"train": keys, "model": {"quantize": "fp8"}}
+    )
+    assert seconds["products"] / eight_bit.seconds["products"] == pytest.approx(EIGHT_BIT_SPEED)
+    assert (
+        forecast("llama3-8b", "a100-80gb", (1, 1, 1), {"model": {"quantize": "fp8"}}).plan.base
+        == "bf16"
+    )
+
+
+def test_gathers_hide_behind_compute_as_far_as_they_are_shorter() -> None:
+    """70B in bf16 over two Sparks: half of 137 GB each way, at 20 GB/s."""
+    runs = {}
+    for tokens in (512, 16384):
+        keys = {
+            "global_batch": f"{2 * tokens} tokens",
+            "micro_batch": f"{tokens} tokens",
+            "recompute": "full",
+        }
+        runs[tokens] = forecast(
+            "llama3-70b",
+            "2x-dgx-spark",
+            (1, 2, 1),
+            {"train": keys, "data": {"train": {"source": "r.jsonl"}, "seq_len": 512}},
+        )
+    # Half of a layer goes over the cable, after half of it was read and written: the rank's own shard.
+    layer = 2 * MATRICES / 2 / 20e9 + 2 * MATRICES / 226e9
+    gather = (LAYERS - 1) * layer
+    long, short = runs[16384], runs[512]
+    assert long.seconds["shards"] == pytest.approx(layer), (
+        "of the first layer; embedding and head are whole"
+    )
+    assert long.hidden_seconds == pytest.approx(2 * gather)
+    # In each pass all layers are read and written once, but the last one, which stays for the backward.
+    assert long.seconds["shard copies"] == pytest.approx(
+        (2 * LAYERS - 1) * 2 * 2 * MATRICES / 226e9
+    )
+    assert short.seconds["shard copies"] == long.seconds["shard copies"]
+    forward = (short.seconds["products"] + short.seconds["attention"]) / 2
+    exposed = layer + (gather - forward) + max(0, gather - 2 * forward)
+    assert short.seconds["shards"] == pytest.approx(exposed)
+    assert short.hidden_seconds == pytest.approx(layer + 2 * gather - exposed)
+
+
+def test_trained_in_full_only_the_embedding_is_exposed_beside_the_first_layer() -> None:
+    """8B over two Sparks, 16,384 tokens: the embedding is gathered first and reduced last, the head behind the layers."""
+    keys = {"global_batch": "32768 tokens", "micro_batch": "16384 tokens", "recompute": "full"}
+    found = forecast("llama3-8b", "2x-dgx-spark", (1, 2, 1), FULL | {"train": keys})
+    spec = read_spec(SHAPES["llama3-8b"].config, where="")
+    layer, table = spec.layer_matmul, spec.head_matmul
+    norms = spec.parameters - spec.layers * layer - 2 * table
+    first = layer + table + norms
+    # bf16 over the cable, from fp32 shards that are read and written as bf16.
+    gather = 2 * first / 2 / 20e9 + (4 + 2) * first / 2 / 226e9
+    reduce = 4 * (table + norms) / 2 / 20e9
+    assert found.seconds["shards"] == pytest.approx(gather + reduce)
+    gathered = (2 * spec.layers - 1) * layer + 2 * table + norms
+    reduced = spec.parameters
+    copies = 2 * 2 * gathered + (2 + 4) * reduced
+    assert found.seconds["shard copies"] == pytest.approx(copies / 226e9)
+
+
+def test_bytes_over_each_link_are_those_of_the_rings() -> None:
+    """70B, LoRA, 32 examples of 2,048 tokens."""
+    keys = {
+        "train": {"global_batch": "32 examples", "micro_batch": "4096 tokens", "recompute": "full"}
+    }
+    adapter = 4 * adapter_parameters(
+        read_spec(SHAPES["llama3-70b"].config, where=""), recipe({}).adapter
+    )
+    layers = 2 * LAYERS * MATRICES
+    # Over two Sparks: half of each layer in the forward and again in the backward, but for the last one, and A and B's
+    # gradients there and back.
+    pair = forecast("llama3-70b", "2x-dgx-spark", (1, 2, 1), keys).sent
+    passes = 8  # micro batches of a rank
+    assert pair["link"] == 0
+    assert pair["network"] == pytest.approx(
+        passes * layers * (2 - 1 / LAYERS) / 2 + 2 * adapter / 2
+    )
+    # Tensor groups stay on a node: 6 sums a layer and two more, each a scatter and a gather of 2 bytes a channel; what
+    # is left for the network is the adapter's gradients.
+    both = forecast("llama3-70b", "2x8xh100", (2, 1, 8), keys).sent
+    here = 4 * adapter_parameters(
+        read_spec(SHAPES["llama3-70b"].config, where=""), recipe({}).adapter, 8
+    )
+    assert both["link"] == pytest.approx(2 * (6 * LAYERS + 2) * 16 * 2048 * 8192 * 2 * 7 / 8)
+    assert both["network"] == pytest.approx(2 * here / 2)
+
+
+def test_a_group_is_as_fast_as_its_slowest_link() -> None:
+    cluster = read_cluster("2x8xh100")
+    link, network = 360e9, 40e9
+    for ranks, stride, expected in (
+        (8, 1, link),
+        (2, 4, link),
+        (2, 8, network),  # one rank of each node, through its own network card
+        (4, 4, 2 * network),
+        (16, 1, 8 * network),
+    ):
+        assert cluster.bandwidth(ranks, stride) == pytest.approx(expected)
+
+
+def test_a_global_batch_that_does_not_fill_the_ranks_leaves_some_idle() -> None:
+    run = {"train": {"global_batch": "4 examples"}}
+    few, many = (
+        forecast("llama3-8b", on, (n, 1, 1), run) for on, n in (("4xh100", 4), ("2x8xh100", 16))
+    )
+    assert (few.idle_share, many.idle_share) == (0, 0.75)
+    assert many.seconds["products"] == few.seconds["products"]
+
+
+def test_groups_over_nodes_come_first_where_they_gain() -> None:
+    """70B in full, 8-bit moments, on 2 x 8: copies of 4 x 2 on a node fit, but recompute nearly all layers."""
+    train = {
+        "global_batch": "32768 tokens", "optimizer": "adamw-8bit", "master_weights": "stochastic", "clip_norm": None,
+    }  # fmt: skip
+    run = {"adapter": {"kind": "none"}, "train": train}
+    first, *others = planner("llama3-70b", "2x8xh100", run, tensor="auto").ranked()
+    assert first.plan.mesh.shard * first.plan.mesh.tensor > 8
+    within_nodes = [
+        f for f in others if f.fits and not f.tight and f.plan.mesh.shard * f.plan.mesh.tensor <= 8
+    ]
+    assert within_nodes
+    assert all(first.order[2] <= 0.95 * f.order[2] for f in within_nodes)
+
+
+def test_near_equal_meshes_stay_within_the_nodes() -> None:
+    """70B, LoRA, 2 x 8: shards of all 16 ranks are as fast by the forecast as those of a node, and nothing is gained."""
+    # 8 shards recompute a little
+    run = {
+        "train": {"global_batch": "32 examples"},
+        "adapter": {"rank": 16},
+    }
+    made = planner("llama3-70b", "2x8xh100", run)
+    shards = {f.plan.mesh: f for f in made.ranked()}
+    over_nodes, within = shards[MeshShape(1, 16, 1)], shards[MeshShape(2, 8, 1)]
+    assert over_nodes.order < within.order
+    assert next(iter(shards)) == MeshShape(2, 8, 1)
+
+
+def test_without_a_speed_groups_over_nodes_come_last() -> None:
+    run, spec = (
+        recipe({"model": {"quantize": "nf4"}}),
+        read_spec(SHAPES["llama3-70b"].config, where=""),
+    )
+    cluster = Cluster(Chip("NVIDIA Other", 46), 2, 8)
+    found = plan_on_paper(run, spec, cluster, measure_work(run, spec, None, None)).ranked()
+    crossing = [f.plan.mesh.shard * f.plan.mesh.tensor > 8 for f in found if f.fits and not f.tight]
+    assert crossing == sorted(crossing)
+    assert len({*crossing}) == 2
+
+
+# Tokens of an example, data.seq_len and train.global_batch -> the batch that the warning names, or None.
+EXPOSED: dict[tuple[int, int, str], str | None] = {
+    (180, 2048, "4 examples"): "18 examples",
+    (180, 2048, "32 examples"): None,
+    (2048, 2048, "4 examples"): None,
+    (512, 512, "1024 tokens"): "4096 tokens",
+}
+
+
+@pytest.mark.parametrize(("length", "seq_len", "batch"), EXPOSED)
+def test_a_share_too_short_to_hide_the_gathers_is_named_with_the_batch_that_hides_them(
+    length: int, seq_len: int, batch: str
+) -> None:
+    """70B, LoRA, two Sparks. With the batch that the warning names, nothing is left to warn of."""
+    wanted = EXPOSED[length, seq_len, batch]
+    data = {"data": {"train": {"source": "rows.jsonl"}, "seq_len": seq_len}}
+    made = planner(
+        "llama3-70b", "2x-dgx-spark", data | {"train": {"global_batch": batch}}, length=length
+    )
+    best = made.ranked()[0]
+    warning = made.warn_of_exposed_gathers(best)
+    if wanted is None:
+        assert warning is None
+        assert made.choose().warnings == ()
+        return
+    assert warning is not None
+    assert f"train.global_batch='{wanted}'" in warning
+    assert made.choose().warnings == (warning,), "train prints it"
+    larger = planner(
+        "llama3-70b", "2x-dgx-spark", data | {"train": {"global_batch": wanted}}, length=length
+    )
+    mended = larger.ranked()[0]
+    assert larger.warn_of_exposed_gathers(mended) is None
+    assert mended.tokens_per_second > 1.5 * best.tokens_per_second
+
+
+def test_replicas_are_taken_where_shards_gain_little() -> None:
+    """Two Sparks with a model that each of them holds."""
+    # The sum of the gradients is a large part of a step
+    few = FULL | {"train": {"global_batch": "8 examples"}}
+    for shape, changes in (("llama3-8b", {}), ("llama3-3b", FULL), ("llama3-3b", few)):
+        found = planner(shape, "2x-dgx-spark", changes).ranked()
+        assert found[0].plan.mesh == MeshShape(2, 1, 1)
+        assert found[0].fits
+    assert planner("llama3-70b", "2x-dgx-spark", {}).ranked()[0].plan.mesh == MeshShape(1, 2, 1)
+
+
+def test_a_larger_micro_batch_is_taken_where_it_spares_gathers() -> None:
+    run = FULL | {"train": {"global_batch": "16 examples", "recompute": "auto"}}
+    made = planner("llama3-70b", "2x8xh100", run, tensor="auto")
+    other = [f for f in map(made.fastest, made.meshes()) if "train.micro_batch=" in f.keys]
+    assert other
+    for found in other:
+        auto = made.forecast(found.plan.mesh)
+        assert (auto.fits, auto.tight) != (found.fits, found.tight) or found.order[
+            2
+        ] < 0.95 * auto.order[2]
+
+
+def test_what_does_not_fit_comes_last_and_has_its_savings() -> None:
+    made = planner("llama3-70b", "dgx-spark", {})
+    nearest = made.ranked()[0]
+    assert not nearest.fits
+    assert "model.quantize=nf4" in nearest.plan.less_memory()
+    assert made.enough_nodes() == Cluster(CHIPS["dgx-spark"], 2)
+    nf4 = planner("llama3-70b", "dgx-spark", {"model": {"quantize": "nf4"}}).ranked()[0]
+    assert nf4.fits
+    assert nf4.phases["save"] - nf4.phases["step"] == 12 * made.trained
+
+
+def test_without_tokens_examples_are_as_long_as_said() -> None:
+    """In steps the duration is known, in epochs it is not."""
+    short = planner("llama3-8b", "h200", {"train": {"duration": "10 steps"}}, length=100)
+    assert (short.work.step.mean, short.work.longest, short.work.steps) == (6400, 100, 10)
+    found = short.forecast(MeshShape())
+    assert found.hours == pytest.approx(10 * found.step_seconds / 3600)
+    filled = planner("llama3-8b", "h200", {})
+    assert (filled.work.step.mean, filled.forecast(MeshShape()).hours) == (64 * 2048, None)
+    assert (
+        planner("llama3-8b", "h200", {"train": {"duration": "2 h"}}).forecast(MeshShape()).hours
+        == 2
+    )
+
+
+WITHOUT_TRANSFORMERS = """
+import sys
+others = {"transformers", "datasets", "peft"}
+for name in [name for name in sys.modules if name.partition(".")[0] in {"tunesmith", *others}]:
+    del sys.modules[name]
+sys.modules |= dict.fromkeys(others)  # an import of them fails
+import tunesmith.planning.forecast
+"""
+
+
+def test_a_forecast_needs_no_transformers() -> None:
+    done = run_warm([], program=WITHOUT_TRANSFORMERS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_lengths_of_real_examples_count() -> None:
+    from types import SimpleNamespace
+
+    run, spec = (
+        recipe({"train": {"global_batch": "4 examples"}}),
+        read_spec(SHAPES["llama3-8b"].config, where=""),
+    )
+    lengths = np.array([100, 200, 300, 400] * 10)
+    counts = SimpleNamespace(supervised=int(lengths.sum()) // 2)
+    tokens = SimpleNamespace(lengths=lengths, repeats=np.ones(len(lengths)), counts=counts)
+    work = measure_work(run, spec, tokens, None)  # type: ignore[arg-type]
+    assert (work.step.mean, work.longest, work.steps) == (1000, 400, 10)
+    assert work.operations < measure_work(run, spec, None, 400).operations, (
+        "half of the positions have a label"
+    )
+
+
+def test_a_base_in_fp8_takes_half_from_the_start() -> None:
+    dense, fp8 = (
+        forecast("llama3-8b", "h200", (1, 1, 1), {"model": {"quantize": q}})
+        for q in ("none", "fp8")
+    )
+    spec = read_spec(SHAPES["llama3-8b"].config, where="test")
+    assert dense.plan.memory.weights - fp8.plan.memory.weights == spec.layers * spec.layer_matmul
+    assert dense.phases["load"] - fp8.phases["load"] == spec.layers * spec.layer_matmul
+    shards = [
+        forecast("llama3-70b", "2x8xh100", (1, 16, 1), {"model": {"quantize": q}})
+        for q in ("none", "fp8")
+    ]
+    sent = [one.sent["network"] for one in shards]
+    assert 0.5 < sent[1] / sent[0] < 0.6, (
+        "embedding, head and the adapter's gradients are as before"
+    )
+
+
+def test_a_base_in_fp8_is_never_dense() -> None:
+    """70B is 141 GB in bf16, more than a Spark has."""
+    found = forecast("llama3-70b", "dgx-spark", (1, 1, 1), {"model": {"quantize": "fp8"}})
+    assert max(found.phases.values()) < found.room < 141e9
+    assert found.fits

@@ -1,0 +1,360 @@
+"""`tunesmith plan`: the table, JSON, exit codes, and where lengths are from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
+
+import pytest
+from huggingface_hub import constants
+
+from recipes import recipe
+from tunesmith.cli import plan as cli_plan
+from tunesmith.cli.main import main
+from tunesmith.config.dump import to_yaml
+from tunesmith.errors import UsageError
+from tunesmith.host import chips
+from tunesmith.host.chips import CHIPS, Chip
+from tunesmith.host.memory import MemoryFigures
+from tunesmith.model.shapes import SHAPES, config_of_model
+from tunesmith.model.spec import read_spec
+from tunesmith.planning import machines
+from tunesmith.planning.machines import Cluster, read_cluster
+from warm import run_warm
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+NAMES = {
+    "2x8xh100": (2, 8, "h100"), "8xh100": (1, 8, "h100"), "1x-h200": (1, 1, "h200"), "H200": (1, 1, "h200"),
+    "4xa100-80gb": (1, 4, "a100-80gb"), "2x-dgx-spark": (2, 1, "dgx-spark"), "dgx-spark": (1, 1, "dgx-spark"),
+    "2xrtx-4090": (1, 2, "rtx-4090"), "16x8xh200": (16, 8, "h200"),
+}  # fmt: skip
+REFUSED = {
+    "8xh10": ("there is no machine '8xh10'", "did you mean --on h100?"),
+    "0xh100": ("there is no machine '0xh100'", ""),
+    "large": ("there is no machine 'large'", "as in 8xh100 or 2x8xh100; or here"),
+    "2x4xl40s": ("the network of NVIDIA L40S is not known", "--assume network=GB/s"),
+    "2x2x-dgx-spark": ("the link of NVIDIA GB10 is not known", "--assume link=GB/s"),
+}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A recipe of 70B, of whose model only config.json is there."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPES["llama3-70b"].config))
+    values = {
+        "model": {"name": "model"},
+        "data": {"train": {"source": "rows.jsonl"}},
+        "train": {"duration": "100 steps"},
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(values | {"output_dir": "runs/none"}))
+    return file
+
+
+@pytest.mark.parametrize("text", NAMES)
+def test_machines_by_name(text: str) -> None:
+    nodes, per_node, chip = NAMES[text]
+    assert read_cluster(text) == Cluster(CHIPS[chip], nodes, per_node)
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_machines_that_are_not_known(text: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        read_cluster(text)
+    assert REFUSED[text][0] in str(refused.value)
+    assert REFUSED[text][1] in refused.value.fix
+
+
+def test_every_figure_has_a_source() -> None:
+    for chip in CHIPS.values():
+        assert all(figure in chip.sources for figure in ("gib", "bandwidth"))
+        assert chip.source.startswith(("measured", "assumed"))
+        assert all(
+            figure in chip.sources for figure in ("link", "network") if getattr(chip, figure)
+        )
+        assert machines.ASSUMED == ("gib", "bandwidth", "tflops", "link", "network")
+
+
+def test_the_h100_follows_from_the_h200() -> None:
+    """Products (75 % of a step) and attention (11 %) are as fast; the rest waits for memory."""
+    h100, h200 = CHIPS["h100"], CHIPS["h200"]
+    slower = 0.75 + 0.11 + 0.14 * h200.bandwidth / h100.bandwidth
+    assert h100.tflops == round(h200.tflops / slower)
+
+
+def test_given_figures_win() -> None:
+    found = read_cluster("2x4xl40s", ["network=5", "tflops=150"]).chip
+    assert (found.network, found.tflops, found.source) == (5.0, 150.0, "as --assume says")
+    for word in ("network", "speed=3", "tflops=fast", "tflops=0"):
+        with pytest.raises(UsageError, match="is no figure of a machine"):
+            read_cluster("h100", [word])
+
+
+def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = "0, NVIDIA H200, 143771\n1, NVIDIA H200, 143771\n"
+    smi = SimpleNamespace(
+        check_output=lambda *_, **__: shown,
+        DEVNULL=None,
+        SubprocessError=subprocess.SubprocessError,
+    )
+    monkeypatch.setattr(chips, "subprocess", smi)
+    assert read_cluster("here") == Cluster(CHIPS["h200"], 1, 2)
+    shown = "0, NVIDIA T4, 15360\n"
+    assert read_cluster("here") == Cluster(Chip("NVIDIA T4", 14.4), 1, 1)
+    shown = "0, NVIDIA T4, [Insufficient Permissions]\n"
+    with pytest.raises(UsageError, match="does not say how much memory NVIDIA T4 has") as refused:
+        read_cluster("here")
+    assert refused.value.fix == "--assume gib=24"
+    assert read_cluster("here", ["gib=24"]).chip.gib == 24.0
+
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError("nvidia-smi")
+
+    smi.check_output = missing
+    cpu = read_cluster("here")
+    assert (cpu.chip.name, cpu.world, cpu.chip.tflops) == ("cpu", 1, None)
+    assert cpu.describe() == "cpu"
+    assert Cluster(CHIPS["h200"], 11, 8).describe() == "11 x 8 x NVIDIA H200"
+
+
+# What nvidia-smi prints, and the GPUs with GiB of one that a plan begins with. 116 GiB are available, of 121.7.
+SMI_OUTPUTS = {
+    "a Spark": ("0, NVIDIA GB10, [N/A]\n", "NVIDIA GB10: 106 GiB, 55 TFLOP/s"),
+    "a Spark of another driver": ("0, NVIDIA GB10, [Not Supported]\n", "NVIDIA GB10: 106 GiB, "),
+    "a Spark that tells nobody": (
+        "0, NVIDIA GB10, [Insufficient Permissions]\n",
+        "NVIDIA GB10: 106 GiB, ",
+    ),
+    "no memory of its own": ("0, NVIDIA Jetson Thor, [N/A]\n", "NVIDIA Jetson Thor: 106 GiB, "),
+    "an H100 in slices": (
+        "0, NVIDIA H100 80GB HBM3, [Insufficient Permissions]\n",
+        "NVIDIA H100 80GB HBM3: 79 GiB, ",
+    ),
+    "empty lines": ("\n0, NVIDIA H200, 143771\n\n", "NVIDIA H200: 139 GiB, "),
+    "several": ("0, NVIDIA H200, 143771\n1, NVIDIA H200, [N/A]\n", "2 x NVIDIA H200: 139 GiB, "),
+    "no device": ("No devices were found\n", "cpu: "),
+    "nothing": ("", "cpu: "),
+}
+
+
+@pytest.mark.parametrize("case", SMI_OUTPUTS)
+def test_a_plan_for_this_machine_whatever_nvidia_smi_prints(
+    case: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, first = SMI_OUTPUTS[case]
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{output}END\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(smi.parent), prepend=os.pathsep)
+    figures = MemoryFigures(
+        int(121.7 * GIB), 116 * GIB, free=110 * GIB, cached=GIB, shared=0, locked=0, large_blocks=0
+    )
+    monkeypatch.setattr(machines, "read_memory", lambda: figures)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    assert main(["plan", str(file)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(first)
+    assert "internal error" not in shown.err
+
+
+def test_the_table_and_what_the_first_takes(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(llama), "--on", "2x8xh100", "--price", "2.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 x 8 x NVIDIA H100 80GB HBM3: 79 GiB, 520 TFLOP/s in whole steps")
+    assert "(assumed: the H200's 551" in lines[0]
+    assert lines[1] == (
+        "examples: not known, taken as 2,048 tokens each, all with a label; 131,072 tokens a step, 100 steps"
+    )
+    first = lines[3].split()
+    assert lines[3].count(" x ") == 2
+    assert float(first[-2].replace(",", "")) > 10_000
+    said = "\n".join(lines)
+    for part in (
+        "memory of a rank: weights",
+        " to load, ",
+        "seconds of a step: products",
+        "disk: ",
+        " USD",
+        "a rank sends in a step: ",
+        " GB over its network",
+        "to have it elsewhere: ",
+    ):
+        assert part in said
+    assert (
+        f"parallel.replicate={first[0]} parallel.shard={first[2]} parallel.tensor={first[4]}"
+        in said
+    )
+    assert "does not fit" in said
+
+
+def test_a_plan_starts_no_gpu(llama: Path) -> None:
+    """Where there is one; without any, a look at it would raise."""
+    code = f"""import sys, torch
+from tunesmith.cli import plan as cli_plan
+from tunesmith.cli.main import main
+assert main(["plan", {str(llama)!r}, "--on", "2x8xh100"]) == 0
+print(torch.cuda.is_initialized())"""
+    assert run_warm([], program=code).stdout.splitlines()[-1] == "False"
+
+
+def test_without_tokens_the_hours_of_an_epoch_are_not_known(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(llama), "--on", "2x8xh100", "train.duration=1 epochs"]) == 0
+    assert (
+        "hours: not known, as no tokens are cached; train.duration='500 steps' gives them"
+        in capsys.readouterr().out
+    )
+
+
+def examples_with_a_price() -> list[str]:
+    lines = [
+        *(cli_plan.__doc__ or "").splitlines(),
+        *(ROOT / "docs" / "plan.md").read_text().splitlines(),
+    ]
+    return [
+        line.partition("#")[0].strip()
+        for line in lines
+        if line.strip().startswith("tunesmith plan ") and "--price" in line
+    ]
+
+
+@pytest.mark.parametrize("example", examples_with_a_price())
+def test_an_example_with_a_price_prints_it(
+    example: str, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is typed, on a machine without the recipe's model and data: the model's config.json alone is brought."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(llama.parent / "cache"))
+    words = shlex.split(example)[1:]
+    assert main([*words, f"model.name={llama.parent / 'model'}"]) == 0
+    assert re.search(r"the run: [\d.,]+ h, [\d,]+ USD", capsys.readouterr().out)
+
+
+def test_both_places_have_an_example_with_a_price() -> None:
+    assert len(examples_with_a_price()) == 2
+
+
+def test_a_price_that_is_not_known_is_said(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(llama), "--price", "2.5"]
+    assert main([*words, "--on", "2x8xh100", "train.duration=1 epochs"]) == 0
+    assert "hours and price: not known, as no tokens are cached" in capsys.readouterr().out
+    assert main([*words, "--on", "2x8xh100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cost_usd"] > 0
+    for price in ("0", "-1", "nan", "inf", "much"):
+        assert main([*words[:3], price, "--on", "2x8xh100"]) == 2
+        assert "--price" in capsys.readouterr().err
+
+
+def test_json_has_everything(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(llama), "--on", "2x-dgx-spark", "--json", "--length", "300"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    best = found["meshes"][0]
+    assert best["plan"]["mesh"] == {"replicate": 1, "shard": 2, "tensor": 1}
+    assert (best["fits"], found["meshes"][1]["fits"]) == (True, False)
+    assert best["step_seconds"] == pytest.approx(sum(best["seconds"].values()))
+    assert best["phases"]["step"] <= best["room"]
+    assert found["work"]["longest"] == 300
+    assert found["machines"]["chip"]["network"] == 20
+
+
+def test_a_base_in_fp8_on_a_gpu_without_fp8_is_planned_in_bf16(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An A100 had a base in int8 alone."""
+    command = ["plan", "llama3.1-8b-lora", "--on", "a100-80gb"]
+    shown = []
+    for quantize in ("none", "fp8"):
+        assert main([*command, f"model.quantize={quantize}"]) == 0
+        shown.append(capsys.readouterr().out.splitlines())
+    warnings = [line for line in shown[1] if line.startswith("warning: the base stays in bf16")]
+    assert len(warnings) == 1
+    assert "A100" in warnings[0]
+    assert "model.quantize=nf4" in warnings[0]
+    assert [line for line in shown[1] if line not in warnings] == shown[0]
+
+
+def test_what_does_not_fit_ends_with_2_and_what_to_change(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(llama), "--on", "dgx-spark"]) == 2
+    shown = capsys.readouterr()
+    assert "does not fit" in shown.out
+    assert "error: the run does not fit: it needs about" in shown.err
+    assert "fix: model.quantize=nf4 (" in shown.err
+    assert "2 nodes: 2 x NVIDIA GB10" in shown.err
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")))
+def test_a_recipe_that_ships_is_planned_without_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no cache"))
+    assert main(["plan", name, "--on", "2x8xh100"]) == 0
+    assert "2 x 8 x NVIDIA H100" in capsys.readouterr().out
+
+
+def test_a_4_bit_repository_is_planned_as_one() -> None:
+    stored = config_of_model("unsloth/Meta-Llama-3.1-70B-bnb-4bit")
+    plain = config_of_model("meta-llama/Llama-3.1-70B-Instruct")
+    assert stored is not None
+    assert plain == SHAPES["llama3-70b"].config
+    assert read_spec(stored, where="test") != read_spec(plain, where="test")
+    assert config_of_model("someone/model") is None
+
+
+def test_on_a_cpu_memory_alone_is_told(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    words = ["plan", str(file), "--on", "here"]
+    if Path("/usr/bin/nvidia-smi").exists():
+        pytest.skip("there is a GPU here")
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "cpu: " in shown
+    assert "for times --assume tflops=NUMBER" in shown
+    assert re.search(r"^1 x 1 x 1 .* - +- +0%$", shown, re.MULTILINE)
+    assert main([*words, "--assume", "tflops=0.1"]) == 0
+    assert "the run: " in capsys.readouterr().out
+
+
+def test_lengths_come_from_the_token_cache_if_it_has_them(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    for _ in range(2):
+        assert main(["plan", str(file), "--on", "h100"]) == 0
+        assert "examples: not known" in capsys.readouterr().out
+        assert not list((tmp_path / "cache").glob("tokens/*")), "a plan tokenises nothing"
+        (tmp_path / "cache" / "tokens").mkdir(parents=True, exist_ok=True)
+    assert main(["data", str(file)]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(file), "--on", "h100"]) == 0
+    assert "examples: 48 in the token cache, " in capsys.readouterr().out
+    assert main(["plan", str(file), "data.seq_len=64", "--on", "h100"]) == 0
+    assert "examples: not known" in capsys.readouterr().out
