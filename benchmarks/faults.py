@@ -439,26 +439,20 @@ def end(pair: Pair, *, stop: bool = False) -> dict[str, int]:
 
 def rows(found: dict[str, Any]) -> Iterator[str]:
     """The table of docs/ranks.md."""
-    yield (
-        "| fault | times | heartbeat limit | every rank has ended after | launchers of node-a; of node-b | their exit codes"
-        " | failure.json | resumed run |"
-    )
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| fault | heartbeat limit | all ranks have ended after | exit codes of the launchers | failure.json | resumed run |"
+    yield "|---|---|---|---|---|---|"
     for entry in found["faults"].values():
         times = entry["times"]
 
         def spread(key: str, times: list[dict[str, Any]] = times) -> str:
-            values = [run["seconds"].get(key) for run in times]
-            known = [value for value in values if value is not None]
-            if not known:
+            seconds = [run["seconds"][key] for run in times if run["seconds"].get(key) is not None]
+            if not seconds:
                 return f"not in {LEFT:.0f} s"
-            return (
-                f"{min(known):.1f} to {max(known):.1f} s" if len(known) > 1 else f"{known[0]:.1f} s"
-            )
+            if len(seconds) == 1:
+                return f"{seconds[0]:.1f} s"
+            return f"{min(seconds):.1f} to {max(seconds):.1f} s"
 
-        said = {f["what"] for run in times for f in run["failure.json"].values()} or {
-            "none: it was asked to stop"
-        }
+        messages = {f["what"] for run in times for f in run["failure.json"].values()} or {"none"}
         ended = [[run["codes"][node] for node in NODES] for run in times if "codes" in run] or [
             [*entry["codes at the end"].values()]
         ]
@@ -469,13 +463,13 @@ def rows(found: dict[str, Any]) -> Iterator[str]:
             entry["resumed"],
             entry["resumed"]["largest relative difference of the loss"],
         )
-        equal = "equal bit for bit" if resumed["equal bit for bit"] else f"losses within {loss:.0e}"
-        launchers = f"{spread('node-a')}; {spread('node-b')}"
+        equal = "equal" if resumed["equal bit for bit"] else f"losses within {loss:.0e}"
+        after = spread("ranks")
         if "goes on" in times[0]["seconds"]:
-            launchers = f"{times[0]['ranks']} ranks go on after {spread('goes on')}"
+            after += f"; {times[0]['ranks']} ranks continue after {spread('goes on')}"
         yield (
-            f"| {entry['what']} | {len(times)} | {entry['heartbeat_seconds']:g} s | {spread('ranks')} | {launchers} |"
-            f" {', '.join(codes)} | {'; or '.join(sorted(said))} | {equal} |"
+            f"| {entry['what']} | {entry['heartbeat_seconds']:g} s | {after} | {', '.join(codes)} |"
+            f" {'; or '.join(sorted(messages))} | {equal} |"
         )
 
 

@@ -244,15 +244,20 @@ def measured(folder: Path, case: str, count: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown; of each the largest figure of the ranks."""
-    lines = [
-        "| checkpoint in bf16 | case | mesh | phase | left | bound | peak |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """A row for each case in Markdown: `peak / bound` of each phase, both of the rank where they are largest."""
+    cases: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
-        figures = " | ".join(f"{max(row[key]):,}" for key in ("held_mib", "bound_mib", "peak_mib"))
-        what = f"{row['shape']}, {row['gib']} GiB | {row['case']} | {row['mesh']} | {row['phase']}"
-        lines.append(f"| {what} | {figures}{'' if row['within'] else ', exceeded'} |")
+        mesh = " x ".join(axis for axis in row["mesh"].split(" x ") if not axis.endswith(" 1"))
+        case = (f"{row['shape']}, {row['gib']} GiB", row["case"], mesh)
+        exceeded = "" if row["within"] else ", exceeded"
+        figures = f"{max(row['peak_mib']):,} / {max(row['bound_mib']):,}{exceeded}"
+        cases.setdefault(case, {})[row["phase"]] = figures
+    lines = [
+        f"| checkpoint in bf16 | case | mesh | {' | '.join(PHASES)} |",
+        "|---" * (3 + len(PHASES)) + "|",
+    ]
+    for case, phases in cases.items():
+        lines.append(f"| {' | '.join((*case, *(phases.get(phase, '') for phase in PHASES)))} |")
     return "\n".join(lines)
 
 

@@ -543,37 +543,31 @@ def measure(
 
 
 def table(file: Path) -> None:
-    """Print a row for each cluster, target and phase."""
+    """Print a row for each cluster and target: of each phase the seconds to a new step, the causes, the number of kills."""
     rows = [row for row in json.loads(file.read_text()) if "missed" not in row]
-    print(
-        "| cluster | killed | while | times | went on | failure.json: cause | seconds to a new step | losses |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| cluster | killed | {' | '.join(f'while {phase}' for phase in PHASES)} |")
+    print("|---" * (2 + len(PHASES)) + "|")
     for cluster in ("slurm", "swarm"):
         for target in TARGETS:
+            cells = []
             for phase in PHASES:
                 key = {"cluster": cluster, "target": target, "phase": phase}
-                some = [row for row in rows if key.items() <= row.items()]
-                if not some:
-                    continue
-                ways = "; ".join(sorted({row["went_on"] for row in some}))
-                causes = (
-                    ", ".join(
-                        sorted({f["cause"] or "none" for row in some for f in row["failure"]})
-                    )
-                    or "none written"
-                )
-                seconds = [row["seconds"] for row in some if row["seconds"] is not None]
-                names = {True: "equal bit for bit", False: "DIFFERENT"}
-                equal = "; ".join(sorted({names.get(row["equal"], row["equal"]) for row in some}))
-                span = (
-                    f"{min(seconds):.0f} to {max(seconds):.0f}"
-                    if seconds
-                    else "killed again before"
-                )
-                print(
-                    f"| {cluster} | {target} | {phase} | {len(some)} | {ways} | {causes} | {span} | {equal} |"
-                )
+                cells.append(summary([row for row in rows if key.items() <= row.items()]))
+            if any(cells):
+                print(f"| {cluster} | {target} | {' | '.join(cells)} |")
+
+
+def summary(kills: list[dict[str, Any]]) -> str:
+    """A cell of the table."""
+    if not kills:
+        return ""
+    seconds = [row["seconds"] for row in kills if row["seconds"] is not None]
+    span = f"{min(seconds):.0f} to {max(seconds):.0f} s" if seconds else "killed again before"
+    if len(seconds) == 1:
+        span = f"{seconds[0]:.0f} s"
+    causes = sorted({failure["cause"] or "none" for row in kills for failure in row["failure"]})
+    different = ", losses DIFFER" if any(row["equal"] is False for row in kills) else ""
+    return f"{span}; {', '.join(causes) or 'no file'} ({len(kills)}){different}"
 
 
 def main() -> None:

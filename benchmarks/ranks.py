@@ -319,36 +319,54 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def largest(rows: list[dict[str, Any]]) -> str:
+    """The largest difference of the loss in the first step and in all; empty without rows."""
+    if not rows:
+        return ""
+    return " / ".join(f"{max(row[key] for row in rows):.0e}" for key in ("loss_first", "loss_all"))
+
+
 def tables(files: list[Path]) -> str:
-    """The page's tables, one for each model and dtype, from the JSON files."""
+    """The page's table: a row for each kind of mesh, with the largest difference of its rows in the JSON files."""
     rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
-    text = ""
-    for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rows):
-        here = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
-        plain = [row for row in here if "dropout" not in row["trained"]]
-        columns = [what for what in TRAINED if any(row["trained"] == what for row in plain)]
-        cells: dict[tuple[int, str], dict[str, str]] = {}
-        for row in plain:
-            case = Case(**{k: row[k] for k in Case.__dataclass_fields__})
-            mesh = f"{case.mesh}, compiled" if case.compile == "on" else case.mesh
-            cell = f"{row['loss_first']:.0e} / {row['loss_all']:.0e}"
-            cells.setdefault((case.ranks, mesh), {})[case.trained] = cell
-        text += f"\n**{model}, {dtype}**\n\n| ranks | mesh | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}\n"
-        for (world, mesh), found in sorted(
-            cells.items(), key=lambda item: ("compiled" in item[0][1], item[0][0])
-        ):
-            text += f"| {world} | {mesh} | {' | '.join(found.get(column, '') for column in columns)} |\n"
-        norm = max(max(row["norm_first"], row["norm_all"]) for row in plain)
-        clipped, steps = (sum(row[key] for row in plain) for key in ("clipped", "steps"))
-        text += f"\nLargest difference of a gradient norm: {norm:.0e}. Steps whose gradient was clipped: {clipped} of {steps}.\n"
-        if dropped := [row for row in here if "dropout" in row["trained"]]:
-            text += "\n| dropout 0.1, LoRA | beside | loss, first / all |\n|---|---|---|\n"
-        for row in dropped:
-            mesh = Case(**{k: row[k] for k in Case.__dataclass_fields__}).mesh
-            text += (
-                f"| {mesh} | {row['beside']} | {row['loss_first']:.0e} / {row['loss_all']:.0e} |\n"
-            )
+    without_dropout = [row for row in rows if "dropout" not in row["trained"]]
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for row in without_dropout:
+        compiled = ", compiled" if row["compile"] == "on" else ""
+        settings.setdefault(f"{row['model']}, {row['dtype']}{compiled}", []).append(row)
+    kinds = sorted(
+        {kind_of_mesh(row) for row in without_dropout}, key=lambda kind: (kind.count(" x "), kind)
+    )
+    lines = [["mesh", *settings], ["---"] * (1 + len(settings))]
+    for kind in kinds:
+        cells = [
+            largest([row for row in of_setting if kind_of_mesh(row) == kind])
+            for of_setting in settings.values()
+        ]
+        lines.append([kind, *cells])
+    norms = [
+        f"{max(max(row['norm_first'], row['norm_all']) for row in of_setting):.0e}"
+        for of_setting in settings.values()
+    ]
+    lines.append(["gradient norm, all meshes", *norms])
+    text = "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    clipped, steps = (sum(row[key] for row in without_dropout) for key in ("clipped", "steps"))
+    text += f"\nSteps whose gradient was clipped: {clipped:,} of {steps:,}.\n"
+    with_dropout = [row for row in rows if "dropout" in row["trained"]]
+    if with_dropout:
+        one_process = largest([row for row in with_dropout if row["beside"] == "one process"])
+        copies = largest([row for row in with_dropout if row["beside"] != "one process"])
+        text += (
+            f"LoRA with dropout 0.1: {copies} for shards beside the same number of copies, "
+            f"{one_process} for copies and tensor\ngroups beside one process.\n"
+        )
     return text + "\n"
+
+
+def kind_of_mesh(row: dict[str, Any]) -> str:
+    """The axes of a row's mesh, without their sizes."""
+    axes = [axis for axis in ("replicate", "shard", "tensor") if row[axis] > 1]
+    return " x ".join(axes) or "one process"
 
 
 def write_page(check: bool, page: Path, files: list[Path]) -> int:
