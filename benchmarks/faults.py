@@ -2,7 +2,7 @@
 
     sudo python benchmarks/faults.py --times 4 --json docs/measurements/faults.json   # every fault
     sudo python benchmarks/faults.py link --seconds 60                                # one, with the default heartbeat
-    python benchmarks/faults.py --table docs/measurements/faults.json                 # the table of docs/ranks.md
+    python benchmarks/faults.py --table docs/measurements/faults.json                 # the table of docs/measurements/ranks.md
 
 It needs root, iproute2 and util-linux. Two nodes, two ranks each, a switch between them; gloo on CPUs, full fine-tuning
 of a small Llama, two shards and two copies, a sharded checkpoint every 10 steps. A fault strikes the unmodified ranks from
@@ -438,7 +438,7 @@ def end(pair: Pair, *, stop: bool = False) -> dict[str, int]:
 
 
 def rows(found: dict[str, Any]) -> Iterator[str]:
-    """The table of docs/ranks.md."""
+    """The table of docs/measurements/ranks.md."""
     yield "| fault | heartbeat limit | all ranks have ended after | exit codes of the launchers | failure.json | resumed run |"
     yield "|---|---|---|---|---|---|"
     for entry in found["faults"].values():

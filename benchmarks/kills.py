@@ -2,7 +2,7 @@
 
     sudo python benchmarks/kills.py slurm --times 20 --json docs/measurements/kills.json
     sudo python benchmarks/kills.py swarm --times 20 --json docs/measurements/kills.json
-    python benchmarks/kills.py table --json docs/measurements/kills.json     # the table of docs/ranks.md
+    python benchmarks/kills.py table --json docs/measurements/kills.json     # the table of docs/measurements/ranks.md
 
 It needs root and `make cluster-tools`. Both clusters are those of the tests: two nodes in network namespaces of one machine,
 with the real daemons. A small random Llama is trained in full by one rank a node, with a checkpoint every ten steps. By a
