@@ -3,7 +3,7 @@
     python benchmarks/host_memory.py --tokenizer DIR --ranks 4 --gib 4 --json out.json
     python benchmarks/host_memory.py --tokenizer DIR --ranks 4 --gib 1 --cases "full, shards, resumed"
     python benchmarks/host_memory.py --tokenizer DIR --ranks 4 --gib 1 --cases "full, shards" --shape llama3-3b
-    python benchmarks/host_memory.py --write docs/ranks.md --json out.json
+    python benchmarks/host_memory.py --write docs/measurements/ranks.md --json out.json
 
 The checkpoint is random, of a true shape with as many layers as make the size, bf16 in files of 1 GB. The ranks are started
 by torchrun on this machine, on its CPU with gloo. Counted is the peak of all resident pages in a phase (VmHWM of
