@@ -1,7 +1,7 @@
 """Training in control groups of less and less memory: which limit is refused, which is warned of, and which runs through?
 
     sudo python benchmarks/memory_limits.py --model SMOLLM2.gguf --json docs/measurements/memory-limits.json
-    python benchmarks/memory_limits.py --write docs/memory.md     # the table, from that file
+    python benchmarks/memory_limits.py --write docs/measurements/README.md     # the table, from that file
 
 Each run is an unmodified `tunesmith train` of two steps, alone in a control group (version 1 or 2, made by root) with a
 limit of its own. `--model` is a .gguf file or a Transformers folder. Exit code 3: no such group can be made here.
