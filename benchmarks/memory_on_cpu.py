@@ -1,7 +1,7 @@
 """The memory estimate beside what training takes on a CPU: growth of the resident memory in two steps.
 
     python benchmarks/memory_on_cpu.py --model SMOLLM2_FP32 --data rows.json --json docs/measurements/memory-on-cpu.json
-    python benchmarks/memory_on_cpu.py --write docs/plan.md       # the table, from that file
+    python benchmarks/memory_on_cpu.py --write docs/measurements/README.md  # the table, from that file
 
 Each case runs in a process of its own: two steps on the first rows of the file (alpaca-like JSON), several micro batches
 each, by the trainer's own loop. The estimate is the one that `train` plans with. Counted from before the model is built,

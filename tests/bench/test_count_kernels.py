@@ -38,7 +38,7 @@ def test_the_operations_are_those_of_the_formula_and_recompute_leaves_out_the_la
     assert again["tera_operations"] - kept["tera_operations"] == pytest.approx(
         base - down, rel=0.01
     )
-    # The table of docs/performance.md: those of a GPU, without the copies that a CPU makes.
+    # The table of docs/measurements/README.md: those of a GPU, without the copies that a CPU makes.
     assert (counts["bf16, forward"]["kernels"], kept["kernels"], again["kernels"]) == (36, 52, 85)
     assert_terms_are_parts(kept)
 
