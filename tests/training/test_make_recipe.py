@@ -385,7 +385,7 @@ def test_a_hub_data_set_is_read_from_its_train_split(
     made = make_recipe("small", "me/rows")
     assert (made.run.data.train[0].source, made.run.data.train[0].split) == ("me/rows", "train")
     assert made.path.name == "rows-small.yaml"
-    assert made.found.startswith("me/rows: 40 rows")
+    assert made.about_data.startswith("me/rows: 40 rows")
     splits["dev"] = splits.pop("train")
     with pytest.raises(DataError, match="no split named train") as refused:
         make_recipe("small", "me/rows")

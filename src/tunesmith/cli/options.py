@@ -181,7 +181,7 @@ def chosen_recipe(
     ]
     with fixes_as_options():
         made = make_recipe(args.model, args.data[0], words)
-    say(made.found)
+    say(made.about_data)
     return made.run, made
 
 

@@ -1,11 +1,14 @@
-"""What all ranks of a run must have alike, compared before the first collective that a difference would spoil.
+"""What all ranks of a run must have alike, compared before the first collective that a difference
+would spoil.
 
-Ranks that differ do not fail by themselves. With another learning rate copies of the model drift apart, with another base
-the shards of a weight come from two models, and with other row counts the ranks wait for ever, each in another collective.
-What is compared are values and digests, a few kilobytes a rank. A difference ends all ranks with exit code 2.
+Ranks that differ do not fail by themselves. With another learning rate copies of the model drift
+apart, with another base the shards of a weight come from two models, and with other row counts the
+ranks wait for ever, each in another collective. What is compared are values and digests, a few
+kilobytes a rank. A difference ends all ranks with exit code 2.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -70,33 +73,39 @@ MISSING = Compared("not there", "not there")
 
 
 def agree_on_recipe(run: Run, ranks: Ranks) -> Run:
-    """The recipe that all ranks follow: this one, with the smallest `train.micro_batch` of the ranks. A collective call.
+    """The recipe that all ranks follow: this one, with the smallest `train.micro_batch` of the
+    ranks. A collective call.
 
     MachineError where their software differs, RecipeError where a key does.
     """
     if ranks.world == 1:
         return run
-    own = software_versions(), recipe_values(run), run.train.micro_batch
-    versions, recipes, micro_batches = zip(*ranks.gather(own), strict=True)
-    if differences := find_differences(ranks, versions):
+    of_rank = (software_versions(), recipe_values(run), run.train.micro_batch)
+    versions, recipes, micro_batches = zip(*ranks.gather(of_rank), strict=True)
+    differences = find_differences(ranks, versions)
+    if differences:
         what = f"the ranks have different versions of {', '.join(differences)}"
         fix = "install the same versions on every node; tunesmith doctor --pair HOST compares them"
         end_all_ranks(
             ranks, MachineError(what, where=lines_by_key(differences), fix=fix, cause="version")
         )
-    if differences := find_differences(ranks, recipes):
+    differences = find_differences(ranks, recipes)
+    if differences:
         key = next(iter(differences))
         what = f"the ranks have different recipes: {', '.join([*differences][:NAMES])}"
         word = shell_word(f"{key}={recipes[0].get(key, MISSING).text}")
         fix = "the same recipe and the same options on every node"
-        fix += f", such as {word}" if key in recipes[0] else ""
+        if key in recipes[0]:
+            fix += f", such as {word}"
         end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
     size = smallest_micro_batch(ranks, micro_batches)
     return replace(run, train=replace(run.train, micro_batch=size))
 
 
 def recipe_values(run: Run) -> dict[str, Compared]:
-    """The keys of a recipe that must be alike, and their values; those that name a place are left out."""
+    """The keys of a recipe that must be alike, and their values; those that name a place are left
+    out.
+    """
     values = {}
     for key, value in flatten(run).items():
         if key not in MAY_DIFFER and not is_place(key):
@@ -126,7 +135,9 @@ def software_versions() -> dict[str, Compared]:
 def smallest_micro_batch(
     ranks: Ranks, sizes: Sequence[Size | Literal["auto"]]
 ) -> Size | Literal["auto"]:
-    """The smallest of those that ranks state, or `auto`: all must make the same micro batches of the global batch."""
+    """The smallest of those that ranks state, or `auto`: all must make the same micro batches of
+    the global batch.
+    """
     stated = [size for size in sizes if isinstance(size, Size)]
     if not stated:
         return "auto"
@@ -149,15 +160,17 @@ def check_same_inputs(
     *,
     drawn: bool = False,
 ) -> None:
-    """ModelError or DataError where ranks read another base model, adapter, tokenizer, template or other rows; a
-    collective call. `drawn`: the weights are drawn, and there are none in `files.folder`."""
+    """ModelError or DataError where ranks read another base model, adapter, tokenizer, template or
+    other rows; a collective call. `drawn`: the weights are drawn, and there are none in
+    `files.folder`.
+    """
     if ranks.world == 1:
         return
     with ranks.together():
-        own = model_parts(run, start, files, data) | data_parts(data)
-        own |= {} if drawn else weight_parts(files)
-    every = ranks.gather(own)
-    differences = find_differences(ranks, every)
+        parts = model_parts(run, start, files, data) | data_parts(data)
+        if not drawn:
+            parts |= weight_parts(files)
+    differences = find_differences(ranks, ranks.gather(parts))
     if not differences:
         return
     names = [key.partition(":")[0] for key in differences]
@@ -198,11 +211,13 @@ def model_parts(
 def weight_parts(files: ModelFiles) -> dict[str, Compared]:
     """The base's weights by their `sampled_digest`, which takes milliseconds for 70B.
 
-    It misses a change that leaves both ends and the middle of every tensor as they were; of more than 4,096 tensors it
-    looks at every n-th. A folder with a manifest of ours has the checksums of its files too, which miss nothing.
+    It misses a change that leaves both ends and the middle of every tensor as they were; of more
+    than 4,096 tensors it looks at every n-th. A folder with a manifest of ours has the checksums of
+    its files too, which miss nothing.
     """
-    entries = [entry for found in read_headers(files.folder).values() for entry in found]
-    digest, sums = sampled_digest(entries, ENDS_AND_MIDDLE), sums_of_weights(files.folder)
+    entries = list(itertools.chain.from_iterable(read_headers(files.folder).values()))
+    digest = sampled_digest(entries, ENDS_AND_MIDDLE)
+    sums = sums_of_weights(files.folder)
     name = files.model.name
     return {
         "model.name: weights": Compared(digest, f"{name} ({digest[:SHORT]})"),
@@ -228,11 +243,16 @@ def data_parts(data: TrainingData) -> dict[str, Compared]:
     return parts
 
 
-def find_differences(ranks: Ranks, every: Sequence[Mapping[str, Compared]]) -> dict[str, str]:
-    """How the ranks differ, by key: `1e-4 on node-a, 2e-4 on node-b`. `every` has the parts of each rank."""
+def find_differences(
+    ranks: Ranks, parts_of_ranks: Sequence[Mapping[str, Compared]]
+) -> dict[str, str]:
+    """How the ranks differ, by key: `1e-4 on node-a, 2e-4 on node-b`.
+
+    `parts_of_ranks` has those of each rank.
+    """
     differences = {}
-    for key in dict.fromkeys(key for parts in every for key in parts):
-        parts = [own.get(key, MISSING) for own in every]
+    for key in dict.fromkeys(itertools.chain.from_iterable(parts_of_ranks)):
+        parts = [of_rank.get(key, MISSING) for of_rank in parts_of_ranks]
         if not all(part.digest for part in parts):
             continue
         holders: dict[str, list[int]] = {}

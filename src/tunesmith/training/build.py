@@ -1,16 +1,19 @@
-"""The composition root: a recipe becomes a Session, in the order in which faults are cheapest to find.
+"""The composition root: a recipe becomes a Session, in the order in which faults are cheapest to
+find.
 
-machine -> model files -> data and token contract -> model on meta -> plan -> weights -> optimizer -> checkpoint
+machine -> model files -> data and token contract -> model on meta -> plan -> weights -> optimizer
+-> checkpoint
 """
 
 import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.filesize import decimal as size_text
@@ -98,7 +101,9 @@ class Session:
         return self.peak.tflops * self.ranks.world if self.peak.tflops else None
 
     def flops(self, examples: Sequence[int], supervised: int) -> float:
-        """Floating-point operations of a step on these examples, of which `supervised` positions carry a label."""
+        """Floating-point operations of a step on these examples, of which `supervised` positions
+        carry a label.
+        """
         lengths = self.data.schedule.lengths[examples]
         if self.run.adapter.kind == "none":
             return flops(self.files.spec, lengths, supervised, trained="full")
@@ -108,7 +113,9 @@ class Session:
         )
 
     def memory_gib(self) -> float:
-        """Peak memory of this start so far, GiB; what the trial of memory reset in the allocator's statistics counts."""
+        """Peak memory of this start so far, GiB; what the trial of memory reset in the allocator's
+        statistics counts.
+        """
         return max(hardware.memory_gib(self.device), self.plan.trial_peak / 2**30)
 
     def describe_ranks(self, step: int) -> list[str]:
@@ -126,7 +133,9 @@ class Session:
         return lines
 
     def loader(self, start_step: int) -> Loader:
-        """Global batches from step `start_step` (0 for the first) to the end of the run, on the device."""
+        """Global batches from step `start_step` (0 for the first) to the end of the run, on the
+        device.
+        """
         return make_loader(
             self.data, self.files, self.plan, start_step, self.total_steps, self.mesh
         )
@@ -148,56 +157,42 @@ def build(
     Args:
         say: takes one line for the user about each choice made here; `why` asks for its reason too.
         weights: "random" draws them on the device; `model.name` is then a folder that needs none.
-        measured: for figures alone: no room is asked for checkpoints, and rows are repeated so that no step is short.
-        ranks, make_mesh: those that share the run, each building its Session at the same time, and what makes their mesh.
+        measured: for figures alone: no room is asked for checkpoints, and rows are repeated so that
+            no step is short.
+        ranks, make_mesh: those that share the run, each building its Session at the same time, and
+            what makes their mesh.
     """
     if torch.cuda.is_initialized():
         free_device_memory()  # of an earlier run of this process
-    device, before = choose_device(), start.progress or Progress()
-    # What one of a node downloads and tokenises, the others find
-    with (
-        ranks.together(),
-        ranks.node_leader_first(),
-    ):
+    device = choose_device()
+    # What one rank of a node downloads and tokenizes, the others read from the cache.
+    with ranks.together(), ranks.node_leader_first():
         check_machine(run, device, say)
         check_inputs(run, start)
+        files, hashes = read_base(run, start, ranks, weights=weights, say=say)
+        # Nothing is learned in a measurement, and a run that began keeps the rows that it began
+        # with.
         resumes = start.found is not None
-        limited = None if resumes else run.data.seq_len
-        folder = Path(run.model.name)
-        if weights == "stored":
-            folder = fetch.fetch(run.model, progress=say, seq_len=limited)
-            if ranks.local_rank == 0:
-                check_sums(folder, say=say)  # the base may be a model that an earlier run wrote
-        files = read_model_files(folder, run.model)
-        if limited is not None:
-            check_seq_len(files.spec, limited, where=f"{folder}/config.json")
-        hashes = {"model_hash": weights_digest(folder) if weights == "stored" else None}
-        # Nothing is learned in a measurement, and a run that began goes on with the rows that it began with.
         cut_answers: CutAnswers = "warn" if measured or resumes else "refuse"
         data = read_data(run, start, files, hashes, say, cut_answers)
-        data = fill_steps(data, say) if measured else data
+        if measured:
+            data = fill_steps(data, say)
     check_same_inputs(run, start, files, data, ranks, drawn=weights == "random")
-    total_steps = data.schedule.steps(run.train.duration)
     torch.manual_seed(run.train.seed)
-    saved = start.found.path if start.found else None
-
-    def load_base(refused: str = "") -> tuple[TrainModel, RunPlan, Mesh]:
-        """Plan the run, with a base in 8 bits unless that was `refused`, and load its model."""
-        model, plan = plan_model(run, start, files, data, device, ranks, refused)
-        mesh = make_mesh(plan.mesh, device.type)
-        if not measured:
-            with ranks.together():
-                check_disk(run, count_trained(run, model), ranks)
-        [largest] = first_batches(make_loader(data, files, plan), device, 1)
-        root, plan = build_model(
-            run, files, plan, model=model,
-            weights="random" if weights == "random" else saved if run.adapter.kind == "none" else None,
-            adapter=saved if run.adapter.kind == "lora" else None,
-            probe=largest, mesh=mesh, ranks=ranks,
-        )  # fmt: skip
-        return root, plan, mesh
-
-    root, plan, mesh = load_base()
+    load = partial(
+        load_model,
+        run,
+        start,
+        files,
+        data,
+        device,
+        ranks,
+        weights=weights,
+        measured=measured,
+        make_mesh=make_mesh,
+    )
+    root, plan, mesh = load()
+    # Random weights have no file to compare with.
     if plan.base in SCALING_RECIPES and weights == "stored":
         batches = first_batches(make_loader(data, files, plan), device, PROBE_TOKENS)
         change = compare_with_bf16(root, batches, mesh, ranks)
@@ -205,28 +200,104 @@ def build(
             reason = f"{plan.why['base']}; {change.layers} layers: {change.describe()}"
             plan = replace(plan, why={**plan.why, "base": reason})
         else:
+            dropped = f"{plan.base} was tried and dropped: it changes the loss by more than {TOLERANCE:.0%}"
+            # Both hold memory that the second model needs. A base in bf16 leaves room for another
+            # micro batch.
             del root, batches
             free_device_memory()
-            dropped = f"{plan.base} was tried and dropped: it changes the loss by more than {TOLERANCE:.0%}"
-            root, plan, mesh = load_base(f"{dropped}: {change.describe()}")
+            root, plan, mesh = load(refused=f"{dropped}: {change.describe()}")
     optimizer = make_optimizer(run, root, start, ranks)
-    if scheme_of(run.model).has_fp8_matmuls and plan.base not in SCALING_RECIPES:
-        say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
-    changes = [*describe_micro_batch(start, run, plan), *describe_rounding(start, run)]
-    for text in (*plan.warnings, root.describe(), *plan.describe(why=why), *changes):
-        say(text)
+    progress = start.progress or Progress()
     if device.type == "cpu":
-        plan = replace(plan, why={**plan.why, "threads": keep_threads(before.threads)})
-        say(f"threads: {torch.get_num_threads()}, {plan.why['threads']}")
+        plan = replace(plan, why={**plan.why, "threads": keep_threads(progress.threads)})
     peak = hardware.find_peak(device, DTYPES[run.model.dtype])
-    if peak.tflops and not peak.published:
-        say(f"MFU is taken against {peak.tflops:.0f} TFLOP/s, {peak.source}")
+    for line in describe_session(run, start, root, plan, peak, why=why):
+        say(line)
+    total_steps = data.schedule.steps(run.train.duration)
     session = Session(
         run, files, data, root, optimizer, plan, total_steps, hashes, peak, ranks, mesh
     )
-    if run.train.optimizer_in_backward and (total_steps is None or before.step < total_steps):
-        check_one_micro_batch(run, session.loader(before.step).batch(before.step))
+    is_over = total_steps is not None and progress.step >= total_steps
+    if run.train.optimizer_in_backward and not is_over:
+        check_one_micro_batch(run, session.loader(progress.step).batch(progress.step))
     return session
+
+
+def read_base(
+    run: Run, start: Start, ranks: Ranks, *, weights: Weights, say: Callable[[str], None]
+) -> tuple[ModelFiles, dict[str, Any]]:
+    """The files of the base, brought from the Hub where they are missing, and the hash of its
+    weights.
+    """
+    # A resumed run's rows were cut to this length when it began.
+    seq_len = None if start.found else run.data.seq_len
+    folder = Path(run.model.name)
+    if weights == "stored":
+        folder = fetch.fetch(run.model, progress=say, seq_len=seq_len)
+        if ranks.local_rank == 0:
+            check_sums(folder, say=say)  # the base may be a model that an earlier run wrote
+    files = read_model_files(folder, run.model)
+    if seq_len is not None:
+        check_seq_len(files.spec, seq_len, where=f"{folder}/config.json")
+    return files, {"model_hash": weights_digest(folder) if weights == "stored" else None}
+
+
+def load_model(
+    run: Run,
+    start: Start,
+    files: ModelFiles,
+    data: TrainingData,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    weights: Weights,
+    measured: bool,
+    make_mesh: Callable[[MeshShape, str], Mesh],
+    refused: str = "",
+) -> tuple[TrainModel, RunPlan, Mesh]:
+    """Plan the run and load its model: without an fp8 base if that was `refused`, for the reason in
+    it.
+    """
+    model, plan = plan_model(run, start, files, data, device, ranks, refused)
+    mesh = make_mesh(plan.mesh, device.type)
+    if not measured:
+        with ranks.together():
+            check_disk(run, count_trained(run, model), ranks)
+    checkpoint = start.found.path if start.found else None
+    is_full = run.adapter.kind == "none"
+    base_weights: Path | Literal["random"] | None = checkpoint if is_full else None
+    if weights == "random":
+        base_weights = "random"
+    [largest] = first_batches(make_loader(data, files, plan), device, 1)
+    root, plan = build_model(
+        run,
+        files,
+        plan,
+        model=model,
+        weights=base_weights,
+        adapter=None if is_full else checkpoint,
+        probe=largest,
+        mesh=mesh,
+        ranks=ranks,
+    )
+    return root, plan, mesh
+
+
+def describe_session(
+    run: Run, start: Start, root: TrainModel, plan: RunPlan, peak: Peak, *, why: bool
+) -> Iterator[str]:
+    """A line for the user about each choice; with `why`, its reason too."""
+    if scheme_of(run.model).has_fp8_matmuls and plan.base not in SCALING_RECIPES:
+        yield f"warning: the base stays in {plan.base}: {plan.why['base']}"
+    yield from plan.warnings
+    yield root.describe()
+    yield from plan.describe(why=why)
+    yield from describe_micro_batch(start, run, plan)
+    yield from describe_rounding(start, run)
+    if "threads" in plan.why:
+        yield f"threads: {torch.get_num_threads()}, {plan.why['threads']}"
+    if peak.tflops and not peak.published:
+        yield f"MFU is taken against {peak.tflops:.0f} TFLOP/s, {peak.source}"
 
 
 def plan_model(
@@ -238,7 +309,9 @@ def plan_model(
     ranks: Ranks,
     refused: str = "",
 ) -> tuple[PreTrainedModel, RunPlan]:
-    """The model on meta, and what each of the ranks will do, on which mesh; why no base in 8 bits will do, if it is `refused`."""
+    """The model on meta, and what each of the ranks will do, on which mesh; why no base in 8 bits
+    will do, if it is `refused`.
+    """
     with ranks.together():
         model = define_model(run, files)
         shapes = eight_bit_shapes(model)
@@ -263,25 +336,31 @@ def plan_model(
 
 
 def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
-    """The machine that all ranks plan for: as each of them, with the least memory. MachineError where they differ in
-    more: ranks that compute otherwise would not give equal numbers."""
+    """The machine that all ranks plan for: as each of them, with the least memory.
+
+    Raises:
+        MachineError: they differ in more. Ranks that compute otherwise would not give equal
+            numbers.
+    """
     first = machines[0]
-    for rank, other in enumerate(machines):
+    for rank, machine in enumerate(machines):
         for part in ("attention", "compiles", "scaling", "integrated"):
-            if (own := getattr(other, part)) != (led := getattr(first, part)):
-                what = f"{ranks.name(rank)} and {ranks.name(0)} differ: {part} {own}, and {led}"
-                fix = "make the nodes alike, or set what differs in the recipe, such as train.compile=off"
-                raise MachineError(what, why="all ranks must compute alike", fix=fix)
-    name = first.name if len({m.name for m in machines}) == 1 else ""
-    free = min(m.free_bytes for m in machines)
+            value, first_value = getattr(machine, part), getattr(first, part)
+            if value != first_value:
+                raise MachineError(
+                    f"{ranks.name(rank)} and {ranks.name(0)} differ: {part} {value}, and {first_value}",
+                    why="all ranks must compute alike",
+                    fix="make the nodes alike, or set what differs in the recipe, such as train.compile=off",
+                )
+    have_one_name = len({machine.name for machine in machines}) == 1
     tightest = min(machines, key=lambda machine: machine.card_bytes)
     return replace(
         first,
-        free_bytes=free,
+        free_bytes=min(machine.free_bytes for machine in machines),
         card_bytes=tightest.card_bytes,
         limit=tightest.limit,
         device=machines[ranks.rank].device,
-        name=name,
+        name=first.name if have_one_name else "",
     )
 
 
@@ -293,32 +372,39 @@ def read_data(
     say: Callable[[str], None],
     cut_answers: CutAnswers,
 ) -> TrainingData:
-    """Prepare the data, add its hashes to the base's, compare all with the checkpoint, and say what is trained on."""
-    for text in files.describe():
-        say(text)
+    """Prepare the data, add its hashes to the base's, compare all with the checkpoint, and say what
+    is trained on.
+    """
+    for line in files.describe():
+        say(line)
     check_unchanged(start, run, hashes)
     data = prepare_data(
-        run, files.tokenizer, eos_ids(files.folder, files.tokenizer), files.vocab_rows,
-        cut_answers=cut_answers, position_limit=files.spec.position_limit,
-    )  # fmt: skip
+        run,
+        files.tokenizer,
+        eos_ids(files.folder, files.tokenizer),
+        files.vocab_rows,
+        cut_answers=cut_answers,
+        position_limit=files.spec.position_limit,
+    )
     hashes |= {"data_hash": data.digest, "validation_hash": data.validation_digest}
     check_unchanged(start, run, hashes)
     say(data.describe())
     limit = files.spec.position_limit or files.spec.context
-    if (longest := int(data.train.lengths.max())) > limit:
+    longest = int(data.train.lengths.max())
+    if longest > limit:
         text = f"the longest example has {longest:,} tokens, and the model was made for {limit:,}"
         say(f"warning: {text}; fix: data.seq_len={limit}")
-    for text in describe_resume(start, run, data.schedule):
-        say(text)
+    for line in describe_resume(start, run, data.schedule):
+        say(line)
     return data
 
 
 def fill_steps(data: TrainingData, say: Callable[[str], None]) -> TrainingData:
     """The data with rows repeated within an epoch where a step of the run would be short."""
-    short, steps = data.schedule, data.schedule.steps(data.run.train.duration)
-    data = data.repeated(steps or 0)
-    if data.schedule is not short:
-        last = short.steps_per_epoch(0)
+    schedule = data.schedule
+    data = data.repeated(schedule.steps(data.run.train.duration) or 0)
+    if data.schedule is not schedule:
+        last = schedule.steps_per_epoch(0)
         say(
             f"step {last} would be short: rows are repeated within an epoch, and every step is full"
         )
@@ -327,69 +413,69 @@ def fill_steps(data: TrainingData, say: Callable[[str], None]) -> TrainingData:
 
 def describe_micro_batch(start: Start, run: Run, plan: RunPlan) -> list[str]:
     """A line for the user where a resumed run takes another micro batch than before."""
-    before, now = start.micro_batch, plan.layout.micro_batch
-    if before is None or now == before:
+    previous, now = start.micro_batch, plan.layout.micro_batch
+    if previous is None or now == previous:
         return []
-    why = (
-        "which no longer fits"
-        if run.train.micro_batch == "auto"
-        else f"train.micro_batch='{before}' keeps it"
-    )
+    why = f"train.micro_batch='{previous}' keeps it"
+    if run.train.micro_batch == "auto":
+        why = "which no longer fits"
     effect = "dropout falls elsewhere" if run.adapter.dropout else "sums are rounded otherwise"
     return [
-        f"the micro batch is {now}, and was {before}, {why}: numbers differ from a run that kept it, as {effect}"
+        f"the micro batch is {now}, and was {previous}, {why}: "
+        f"numbers differ from a run that kept it, as {effect}"
     ]
 
 
 def describe_rounding(start: Start, run: Run) -> list[str]:
-    """A line for the user where a checkpoint is of a version that drew the noise of stochastic rounding otherwise."""
-    if (
-        run.train.master_weights != "stochastic"
-        or start.progress is None
-        or start.progress.rounding == COUNTER
-    ):
+    """A line for the user where a checkpoint is of a version that drew the noise of stochastic
+    rounding otherwise.
+    """
+    if run.train.master_weights != "stochastic" or start.progress is None:
         return []
-    return ["stochastic rounding: this version draws other noise than the one that wrote the checkpoint: weights are "
-            "rounded as well on average, but not to the same bits"]  # fmt: skip
+    if start.progress.rounding == COUNTER:
+        return []
+    return [
+        "stochastic rounding: this version draws other noise than the one that wrote the checkpoint: "
+        "weights are rounded as well on average, but not to the same bits"
+    ]
 
 
 def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) -> None:
-    """Refuse a dtype that the device has no matmuls for, and packages that are not installed, before anything is fetched.
+    """Refuse a dtype that the device has no matmuls for, and packages that are not installed.
 
-    A CPU that only emulates products in bf16 is warned of.
+    It comes before anything is fetched. A CPU that only emulates products in bf16 is warned of.
     """
-    if (
-        run.model.dtype == "bf16"
-        and device.type == "cpu"
-        and (slowdown := hardware.bf16_slowdown(device)) > SLOW
-    ):
-        why = f"bf16 products take {slowdown:.0f} times as long as fp32's on this CPU"
-        say(f"warning: {why}, which only emulates them; fix: model.dtype=fp32")
+    dtype = run.model.dtype
+    if dtype == "bf16" and device.type == "cpu":
+        slowdown = hardware.bf16_slowdown(device)
+        if slowdown > SLOW:
+            why = f"bf16 products take {slowdown:.0f} times as long as fp32's on this CPU"
+            say(f"warning: {why}, which only emulates them; fix: model.dtype=fp32")
     if run.train.cpu_offload and device.type == "cpu":
         say("warning: train.cpu_offload has no effect on a CPU: all is in the host's memory")
     if run.train.optimizer == "adamw-8bit":
         packages.bitsandbytes("8-bit moments", "train.optimizer")
     scheme_of(run.model).check_device(device)
-    if run.model.dtype == "fp16" and device.type == "cpu":
-        what, why = (
-            "fp16 cannot be trained on a CPU",
-            "its matmuls are emulated, hundreds of times slower than bf16",
-        )
+    if dtype == "fp16" and device.type == "cpu":
         raise MachineError(
-            what, where="model.dtype", why=why, fix="model.dtype=bf16, or model.dtype=fp32"
+            "fp16 cannot be trained on a CPU",
+            where="model.dtype",
+            why="its matmuls are emulated, hundreds of times slower than bf16",
+            fix="model.dtype=bf16, or model.dtype=fp32",
         )
-    if (
-        run.model.dtype == "bf16"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(False)
-    ):
-        why = f"{torch.cuda.get_device_name(device)} is older than Ampere"
-        fix = "model.dtype=fp16 (the loss is scaled), or model.dtype=fp32"
-        raise MachineError("this GPU has no bf16", where="model.dtype", why=why, fix=fix)
+    if dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise MachineError(
+            "this GPU has no bf16",
+            where="model.dtype",
+            why=f"{torch.cuda.get_device_name(device)} is older than Ampere",
+            fix="model.dtype=fp16 (the loss is scaled), or model.dtype=fp32",
+        )
 
 
 def check_inputs(run: Run, start: Start) -> None:
-    """Refuse packages, data files, a tokenizer and an adapter that are missing, before the Hub is asked for the model."""
+    """Refuse packages, data files, a tokenizer and an adapter that are missing, before the Hub is
+    asked for the model.
+    """
     for name in trackers_of(run):
         packages.require(name, **asked_by(run, name))
     for source in (*run.data.train, *run.data.validation):
@@ -404,16 +490,22 @@ def check_inputs(run: Run, start: Start) -> None:
 
 
 def check_disk(run: Run, trained: int, ranks: Ranks) -> None:
-    """Refuse to begin a run whose checkpoints cannot be written; `trained` counts the trained parameters.
+    """Refuse to begin a run whose checkpoints cannot be written; `trained` counts the trained
+    parameters.
 
     Of a model trained in full each node that shares no disk holds the parts of its own ranks.
     """
     size, copies = checkpoint_bytes(run, trained)
-    size = size if run.adapter.kind == "lora" else size // len({*ranks.dir_leaders})
+    if run.adapter.kind != "lora":
+        size //= len({*ranks.dir_leaders})
+    out = Path(run.output_dir)
+    # Beside those that are kept there are the one being written, the best one, and final/.
+    keep = shutil.disk_usage(existing_folder(out)).free // max(size, 1) - 3
+    fix = "output_dir on a larger disk; df -h lists them"
+    if keep >= 1:
+        fix = f"checkpoint.keep={keep}, or {fix}"
     why = f"one takes {size_text(size)}, and {copies} may be there at once"
-    fits = shutil.disk_usage(existing_folder(Path(run.output_dir))).free // max(size, 1) - 3
-    fix = f"{f'checkpoint.keep={fits}, or ' if fits >= 1 else ''}output_dir on a larger disk; df -h lists them"
-    refuse_full_disk(Path(run.output_dir), size * copies, what="the checkpoints", why=why, fix=fix)
+    refuse_full_disk(out, size * copies, what="the checkpoints", why=why, fix=fix)
 
 
 def make_loader(
@@ -424,36 +516,46 @@ def make_loader(
     stop: int | None = None,
     mesh: Mesh = ALONE,
 ) -> Loader:
-    """Global batches in the plan's layout, from step `start` up to `stop`; iterating puts this rank's share of them on the
-    device."""
-    device, layout = torch.device(plan.device), plan.layout.multiple_of(plan.mesh.tensor)
-    cost = attention_weight(
-        files.spec, trained="full" if data.run.adapter.kind == "none" else "lora"
-    )
+    """Global batches in the plan's layout, from step `start` up to `stop`.
+
+    Iterating puts this rank's share of them on the device.
+    """
+    device = torch.device(plan.device)
+    layout = plan.layout.multiple_of(plan.mesh.tensor)
+    trained: Literal["full", "lora"] = "full" if data.run.adapter.kind == "none" else "lora"
     return Loader(
-        data.train, data.schedule, **vars(layout), pad_id=files.pad_id, start_step=start, stop_step=stop,
-        share=(mesh.data_rank, mesh.shape.data), attention_weight=cost,
+        data.train,
+        data.schedule,
+        **vars(layout),
+        pad_id=files.pad_id,
+        start_step=start,
+        stop_step=stop,
+        share=(mesh.data_rank, mesh.shape.data),
+        attention_weight=attention_weight(files.spec, trained=trained),
         prefetcher=DevicePrefetcher(device) if device.type == "cuda" else None,
-    )  # fmt: skip
+    )
 
 
 def first_batches(loader: Loader, device: torch.device, tokens: int) -> list[Batch]:
-    """Micro batches from the first step on, the largest of a step first, on the device, until they hold so many tokens;
-    epochs repeat."""
-    found: list[Batch] = []
-    steps = (
-        sorted(loader.batch(step).micro, key=lambda micro: -micro.input_ids.numel())
-        for step in itertools.count()
-    )
-    for batch in itertools.chain.from_iterable(steps):
-        found.append(batch.to(device))
-        if sum(batch.tokens for batch in found) >= tokens:
-            break
-    return found
+    """Micro batches on the device until they hold so many tokens: from the first step on, the
+    largest of a step first.
+
+    Epochs repeat.
+    """
+    batches: list[Batch] = []
+    for step in itertools.count():
+        micro_batches = loader.batch(step).micro
+        for batch in sorted(micro_batches, key=lambda batch: -batch.input_ids.numel()):
+            batches.append(batch.to(device))
+            if sum(batch.tokens for batch in batches) >= tokens:
+                return batches
+    raise AssertionError("unreachable: epochs repeat")
 
 
 def check_one_micro_batch(run: Run, batch: GlobalBatch) -> None:
-    """Refuse a step of several backwards where `train.optimizer_in_backward` updates the weights in the first."""
+    """Refuse a step of several backwards where `train.optimizer_in_backward` updates the weights in
+    the first.
+    """
     key = "train.optimizer_in_backward"
     if run.train.optimizer_in_backward and len(batch.micro) > 1:
         what = f"step {batch.step + 1} takes {len(batch.micro)} micro batches, and {key} needs one"
@@ -464,7 +566,9 @@ def check_one_micro_batch(run: Run, batch: GlobalBatch) -> None:
 
 
 def make_optimizer(run: Run, model: TrainModel, start: Start, ranks: Ranks) -> Optimizer:
-    """The optimizer over everything that is trained, in the state of the checkpoint if there is one."""
+    """The optimizer over everything that is trained, in the state of the checkpoint if there is
+    one.
+    """
     scale = LOSS_SCALE if run.model.dtype == "fp16" else None
     optimizer = Optimizer(model.trained_parameters(), run.train, loss_scale=scale)
     optimizer.use_fp32_gradients(fp32_gradients(model.model))
@@ -480,24 +584,21 @@ def make_optimizer(run: Run, model: TrainModel, start: Start, ranks: Ranks) -> O
 
 
 def write_identity(session: Session, argv: list[str] | None) -> None:
-    """Write env.json, which makes the directory a run's, and config.yaml: what was run, on what, from which data."""
-    out, plan = Path(session.run.output_dir), session.plan
-    found = {
-        "recipe_hash": digest(session.run),
-        **session.hashes,
-        "template": session.data.template.name,
-    }
-    choices = {
-        part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()
-    }
+    """Write env.json, which makes the directory a run's, and config.yaml: what was run, on what,
+    from which data.
+    """
+    plan = session.plan
+    choices = {}
+    for part, choice in plan.choices.items():
+        choices[part] = {"taken": choice, "why": plan.why[part]}
     why = plan.why.get("threads", "only the host's part runs on the CPU")
     choices["threads"] = {"taken": str(torch.get_num_threads()), "why": why}
-    peak = {"mfu_peak": session.peak._asdict()}
-    ranks = (
-        {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts}
-        if session.ranks.world > 1
-        else {}
-    )
-    env = {**hardware.describe_machine(argv), **found, **peak, "choices": choices, **ranks}
+    env = hardware.describe_machine(argv)
+    env |= {"recipe_hash": digest(session.run), **session.hashes}
+    env |= {"template": session.data.template.name, "mfu_peak": session.peak._asdict()}
+    env["choices"] = choices
+    if session.ranks.world > 1:
+        env |= {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts}
+    out = Path(session.run.output_dir)
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))
     write_atomically(out / RECIPE, dump(session.run))

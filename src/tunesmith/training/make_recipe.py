@@ -33,33 +33,40 @@ from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
-from tunesmith.units import Length, Share, Size
+from tunesmith.units import Length, Share, Size, ceil_div
 
 LOOK = 2000  # rows whose tokens are counted, spread over the file
-# With fewer rows none are held out; more make a validation longer, hardly more exact
-FEW_ROWS, MOST_HELD = (
-    20,
-    500,
-)
-SEQ_LEN, SEQ_LEN_STEP = 2048, 256
-# Epochs as OpenAI's fine-tuning chooses them: three, fewer of many rows, more of few ("Data preparation and analysis for
-# chat model fine-tuning", cookbook.openai.com). Of few rows more are seen here: a new adapter needs steps, not only rows.
-EPOCHS, MOST_EPOCHS, FEWEST_SEEN, MOST_SEEN = 3, 10, 500, 25_000
+FEW_ROWS = 20  # with fewer none are held out
+MOST_HELD_OUT = 500  # more rows make a validation longer, hardly more exact
+SEQ_LEN = 2048
+SEQ_LEN_STEP = 256
+# Epochs as OpenAI's fine-tuning chooses them: three, fewer of many rows, more of few ("Data
+# preparation and analysis for chat model fine-tuning", cookbook.openai.com). Of few rows more are
+# seen here: a new adapter needs steps, not only rows.
+EPOCHS = 3
+MOST_EPOCHS = 10
+FEWEST_SEEN = 500  # examples
+MOST_SEEN = 25_000  # examples
 STEPS = 100  # a smaller batch where it takes that to make so many steps
 INTERVALS = (10, 25, 50, 100, 200, 500)  # steps between validations: about five in a run
-# Full fine-tuning's rate at width 2000, how many times that is for LoRA, and how it falls with the width: Thinking
-# Machines, "LoRA Without Regret" (2025), fitted on Llama models; no more than small models take.
-FULL_RATE, LORA_RATE, WIDTH, WIDTH_EXPONENT, MOST_RATE = 5e-5, 10, 2000, 0.781, 1e-3
+# Full fine-tuning's rate at width 2000, how many times that is for LoRA, and how it falls with the
+# width: Thinking Machines, "LoRA Without Regret" (2025), fitted on Llama models; no more than small
+# models take.
+FULL_RATE = 5e-5
+LORA_RATE = 10
+WIDTH = 2000
+WIDTH_EXPONENT = 0.781
+MOST_RATE = 1e-3
 
 
 @dataclass(frozen=True)
 class MadeRecipe:
-    """A recipe that was made, the file that keeps it, its text, and a line on what was found in the data."""
+    """A recipe that was made, the file that keeps it, its text, and a line about the data."""
 
     run: Run
     path: Path
     text: str
-    found: str
+    about_data: str
 
     @property
     def name(self) -> str:
@@ -68,11 +75,16 @@ class MadeRecipe:
 
     def check_file(self) -> None:
         """Raise RecipeError if the file is there and says something else: it may have been edited."""
-        if self.path.exists() and (changes := differences(load_recipe(self.path), self.run)):
-            what = f"{self.name} is there, and is not what this command makes"
-            why = "it was edited, or the command or the data is another; it is not overwritten"
-            fix = f"train it as it stands: tunesmith train {self.name}; or begin another: output_dir=runs/NAME"
-            raise RecipeError(what, where="\n         ".join(map(str, changes)), why=why, fix=fix)
+        if not self.path.exists():
+            return
+        changes = differences(load_recipe(self.path), self.run)
+        if changes:
+            raise RecipeError(
+                f"{self.name} is there, and is not what this command makes",
+                where="\n         ".join(map(str, changes)),
+                why="it was edited, or the command or the data is another; it is not overwritten",
+                fix=f"train it as it stands: tunesmith train {self.name}; or begin another: output_dir=runs/NAME",
+            )
 
     def write_file(self) -> None:
         """Write the file, unless it is there; can be called after each step."""
@@ -87,93 +99,96 @@ def make_recipe(
 
     Args:
         model: as in `model.name`.
-        data: as in `data.train.source`; format and columns are found by looking, unless `overrides` give them.
-        overrides: as for `load_recipe`; they are written into the recipe, and what is chosen here follows them.
+        data: as in `data.train.source`; format and columns are found by looking, unless `overrides`
+            give them.
+        overrides: as for `load_recipe`; they are written into the recipe, and what is chosen here
+            follows them.
 
     Raises:
         UsageError: something is wrong or ambiguous; the fix says what to give.
     """
     layer = override_layer(overrides)
-    given = {key for key, _ in layer.places()}
+    given_keys = {key for key, _ in layer.places()}
     chosen: dict[str, Any] = {
         "model.name": model,
         "adapter.rank": 16,
         "adapter.alpha": 32,  # both are dropped where `adapter.kind: none` is asked for
         "data.train.source": data,
-        "output_dir": f"runs/{_short_name(data)}-{_short_name(model)}",
     }
-    # Its rules are checked when the format is known
-    asked = build_run(resolve_paths(_over(chosen, layer)))
-    if twice := {"model.name", "data.train.source"} & given or (
-        len(asked.data.train) != 1 and {"data.train"}
-    ):
-        what, fix = (
-            f"{min(twice)} is given beside --model and --data",
-            "give only those, or write a recipe",
+    output_dir = f"runs/{_short_name(data)}-{_short_name(model)}"
+    # Its rules are checked when the format is known.
+    draft = build_run(resolve_paths(_over({**chosen, "output_dir": output_dir}, layer)))
+    given_twice = {"model.name", "data.train.source"} & given_keys
+    if len(draft.data.train) != 1:
+        given_twice = given_twice or {"data.train"}
+    if given_twice:
+        raise RecipeError(
+            f"{min(given_twice)} is given beside --model and --data",
+            where=f"{layer.where}: {min(given_twice)}",
+            fix="give only those, or write a recipe",
         )
-        raise RecipeError(what, where=f"{layer.where}: {min(twice)}", fix=fix)
-    source = _with_split(asked.data.train[0])
+    source = _with_split(draft.data.train[0])
     rows = read_rows(source)
-    layout = detect(rows, source, any_format="data.train.format" not in given)
+    layout = detect(rows, source, any_format="data.train.format" not in given_keys)
     renamed = {name: column for name, column in layout.columns.items() if name != column}
     source = replace(source, format=layout.format, columns=renamed)  # type: ignore[arg-type]
-    found = (
-        f"{Path(data).name if is_local(data) else data}: {len(rows):,} rows, {layout.describe()}"
-    )
-    hold_out = asked.data.hold_out
-    if "data.hold_out" not in given and not asked.data.validation and len(rows) >= FEW_ROWS:
-        hold_out = (
-            Share(5.0, "%") if len(rows) * 0.05 <= MOST_HELD else Share(MOST_HELD, "examples")
-        )
-    count = count_held_out(hold_out, len(rows)) if hold_out else 0
-    spec, lengths = _look_at_tokens(asked, source, rows)
+    data_name = Path(data).name if is_local(data) else data
+    about_data = f"{data_name}: {len(rows):,} rows, {layout.describe()}"
+    hold_out = draft.data.hold_out
+    chooses_hold_out = "data.hold_out" not in given_keys and not draft.data.validation
+    if chooses_hold_out and len(rows) >= FEW_ROWS:
+        hold_out = Share(5.0, "%")
+        if len(rows) * 0.05 > MOST_HELD_OUT:
+            hold_out = Share(MOST_HELD_OUT, "examples")
+    held_out = count_held_out(hold_out, len(rows)) if hold_out else 0
+    spec, lengths = _look_at_tokens(draft, source, rows)
     limit = spec.position_limit or spec.context
 
-    why = {"data.train": found}
-    chosen |= {"data.train.split": source.split} if source.split else {}
-    chosen |= {"data.train.format": layout.format} | (
-        {"data.train.columns": renamed} if renamed else {}
-    )
+    why = {"data.train": about_data}
+    if source.split:
+        chosen["data.train.split"] = source.split
+    chosen["data.train.format"] = layout.format
+    if renamed:
+        chosen["data.train.columns"] = renamed
     if hold_out:
         chosen["data.hold_out"] = str(hold_out)
-        why["data.hold_out"] = (
-            f"{count:,} of {len(rows):,} rows, drawn by the seed, to measure val_loss on"
-        )
-    elif not asked.data.validation:
+        drawn = f"{held_out:,} of {len(rows):,} rows, drawn by the seed"
+        why["data.hold_out"] = f"{drawn}, to measure val_loss on"
+    elif not draft.data.validation:
         why["data.train"] += "; too few to hold some out"
     chosen["data.seq_len"], why["data.seq_len"] = _choose_seq_len(lengths, limit)
     too_long = float(np.mean(lengths > chosen["data.seq_len"]))
-    if too_long > MOST_CUT and "data.seq_len" not in given:
+    if too_long > MOST_CUT and "data.seq_len" not in given_keys:
         chosen["data.too_long"] = "drop"
         shown = f"{too_long:.0%} of the rows looked at are longer than the {limit:,} tokens that the model takes"
         why["data.too_long"] = f"{shown}; cut there, their answers would have no end"
-    _choose_steps(chosen, why, asked, given, len(rows) - count)
-    lora = asked.adapter.kind == "lora"
-    rate = FULL_RATE * (LORA_RATE if lora else 1) * (WIDTH / spec.hidden) ** WIDTH_EXPONENT
+    _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out)
+    rate = FULL_RATE * (WIDTH / spec.hidden) ** WIDTH_EXPONENT
+    method = "a tenth of what LoRA takes"
+    if draft.adapter.kind == "lora":
+        rate *= LORA_RATE
+        method = "LoRA takes about ten times the rate of full fine-tuning"
     chosen["train.learning_rate"] = min(MOST_RATE, float(f"{rate:.0e}"))
-    method = (
-        "LoRA takes about ten times the rate of full fine-tuning"
-        if lora
-        else "a tenth of what LoRA takes"
-    )
     why["train.learning_rate"] = f"{method}, and wide models less than narrow ones"
 
-    tree = _over(chosen | {"output_dir": chosen.pop("output_dir")}, layer)
+    tree = _over({**chosen, "output_dir": output_dir}, layer)
     run = checked(tree)
+    for key in given_keys & why.keys() - {"data.train"}:
+        why[key] = "given on the command line"
     path = Path(f"{run.output_dir}.yaml")
-    why |= {key: "given on the command line" for key in why if key in given and key != "data.train"}
-    words = (
-        [f"{key}={value}" for key, value in overrides.items()]
-        if isinstance(overrides, Mapping)
-        else overrides
-    )
-    command = shell_command(["tunesmith", "train", "--model", model, "--data", data, *words])
-    head = "".join(
-        f"{line}\n" for line in (schema_line(), *(f"# {line}" for line in command.splitlines()))
-    )
-    return MadeRecipe(
-        run, path, head + to_yaml(resolve_paths(tree, beside=path.parent).plain(), why), found
-    )
+    head = [schema_line()]
+    for line in _command(model, data, overrides).splitlines():
+        head.append(f"# {line}")
+    body = to_yaml(resolve_paths(tree, beside=path.parent).plain(), why)
+    return MadeRecipe(run, path, "\n".join([*head, body]), about_data)
+
+
+def _command(model: str, data: str, overrides: Mapping[str, Any] | Sequence[str]) -> str:
+    """The command line that makes this recipe."""
+    words = overrides
+    if isinstance(overrides, Mapping):
+        words = [f"{key}={value}" for key, value in overrides.items()]
+    return shell_command(["tunesmith", "train", "--model", model, "--data", data, *words])
 
 
 def _over(chosen: Mapping[str, Any], layer: Node) -> Node:
@@ -182,17 +197,18 @@ def _over(chosen: Mapping[str, Any], layer: Node) -> Node:
 
 def _with_split(source: Source) -> Source:
     """The source with `train` as its split where it has several and none is named."""
-    splits = (
-        [] if source.split is not None or is_local(source.source) else list(open_splits(source))
-    )
+    if source.split is not None or is_local(source.source):
+        return source
+    splits = list(open_splits(source))
     if len(splits) < 2:
         return source
     if "train" not in splits:
-        what, why = (
+        raise DataError(
             f"{source.source} has no split named train",
-            f"its splits are {', '.join(splits)}",
+            where=source.source,
+            why=f"its splits are {', '.join(splits)}",
+            fix=f"name one: --split {splits[0]}",
         )
-        raise DataError(what, where=source.source, why=why, fix=f"name one: --split {splits[0]}")
     return replace(source, split="train")
 
 
@@ -203,54 +219,71 @@ def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelSpec, np
         run.data, train=(source,), seq_len=sys.maxsize, too_long="truncate", train_on="all"
     )
     template = select_template(data, files.tokenizer, eos_ids(files.folder, files.tokenizer))
-    spans = [range(n, n + 1) for n in sorted({n * len(rows) // LOOK for n in range(LOOK)})]
-    rows = rows.take(spans) if len(rows) > LOOK else rows
-    return files.spec, tokenize(
+    if len(rows) > LOOK:
+        numbers = sorted({n * len(rows) // LOOK for n in range(LOOK)})
+        rows = rows.take([range(number, number + 1) for number in numbers])
+    tokens = tokenize(
         [(source, rows)], data, template, files.tokenizer, cache=None, what="a sample"
-    ).lengths
+    )
+    return files.spec, tokens.lengths
 
 
 def _choose_seq_len(lengths: np.ndarray, context: int) -> tuple[int, str]:
     """Room for the longest example, or where that is above SEQ_LEN for 99 % of them; and why."""
-    longest, most = int(lengths.max()), int(np.quantile(lengths, 0.99, method="higher"))
+    longest = int(lengths.max())
     looked_at = f"the {len(lengths):,} rows looked at"
     if longest <= SEQ_LEN:
-        wanted, why = longest, f"the longest of {looked_at} has {longest:,} tokens"
+        seq_len = longest
+        why = f"the longest of {looked_at} has {longest:,} tokens"
     else:
-        wanted, why = (
-            max(SEQ_LEN, most),
-            f"99 % of {looked_at} have up to {most:,} tokens, the longest {longest:,}",
-        )
-    return min(context, -(-wanted // SEQ_LEN_STEP) * SEQ_LEN_STEP), why
+        most = int(np.quantile(lengths, 0.99, method="higher"))
+        seq_len = max(SEQ_LEN, most)
+        why = f"99 % of {looked_at} have up to {most:,} tokens, the longest {longest:,}"
+    return min(context, ceil_div(seq_len, SEQ_LEN_STEP) * SEQ_LEN_STEP), why
 
 
 def _choose_steps(
-    chosen: dict[str, Any], why: dict[str, str], asked: Run, given: set[str], examples: int
+    chosen: dict[str, Any], why: dict[str, str], draft: Run, given_keys: set[str], examples: int
 ) -> None:
-    """Add epochs, the global batch and the intervals for so many examples; what is given stands, and counts."""
-    epochs = min(MOST_EPOCHS, max(EPOCHS, -(-FEWEST_SEEN // examples)))
+    """Add epochs, the global batch and the intervals for so many examples; what is given stands,
+    and counts.
+    """
+    epochs = min(MOST_EPOCHS, max(EPOCHS, ceil_div(FEWEST_SEEN, examples)))
     if examples * EPOCHS > MOST_SEEN:
         epochs = max(1, MOST_SEEN // examples)
-    duration = asked.train.duration if "train.duration" in given else Length(epochs, "epochs")
-    seen = examples * duration.amount if duration.unit == "epochs" else examples * epochs
-    batch = asked.train.global_batch
-    if "train.global_batch" not in given:
-        batch = Size(next((b for b in (64, 32, 16, 8, 4, 2) if b * STEPS <= seen), 1), "examples")
-    chosen |= {"train.duration": str(duration), "train.global_batch": str(batch)}
+    duration = draft.train.duration
+    if "train.duration" not in given_keys:
+        duration = Length(epochs, "epochs")
+    if duration.unit == "epochs":
+        examples_seen = examples * duration.amount
+    else:
+        examples_seen = examples * epochs
+    batch = draft.train.global_batch
+    if "train.global_batch" not in given_keys:
+        sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size * STEPS <= examples_seen]
+        batch = Size(max(sizes, default=1), "examples")
+    chosen["train.duration"] = str(duration)
+    chosen["train.global_batch"] = str(batch)
     why["train.duration"] = f"{examples:,} examples; of fewer each is seen more often, of many once"
-    steps = int(duration.amount) if duration.unit == "steps" else None
     if duration.unit == "epochs" and batch.unit == "examples":
-        steps = round(-(-examples // batch.amount) * duration.amount)
+        steps = round(ceil_div(examples, batch.amount) * duration.amount)
         why["train.global_batch"] = (
             f"{steps:,} optimizer steps; few rows take small batches, to make {STEPS} or more"
         )
-    if steps is not None:
-        every = f"{max((n for n in INTERVALS if n * 5 <= steps), default=INTERVALS[0])} steps"
-        chosen |= {"validate.every": every, "checkpoint.every": every}
+    elif duration.unit == "steps":
+        steps = int(duration.amount)
+    else:
+        return  # how many steps a run by the clock or by tokens takes is not known
+    intervals = [interval for interval in INTERVALS if interval * 5 <= steps]
+    every = f"{max(intervals, default=INTERVALS[0])} steps"
+    chosen["validate.every"] = every
+    chosen["checkpoint.every"] = every
 
 
 def _short_name(name: str) -> str:
-    """`HuggingFaceTB/SmolLM2-135M-Instruct` -> `smollm2-135m-instruct`, `data/My FAQ.csv` -> `my-faq`."""
+    """`HuggingFaceTB/SmolLM2-135M-Instruct` -> `smollm2-135m-instruct`, `data/My FAQ.csv` ->
+    `my-faq`.
+    """
     path = Path(name.rstrip("/"))
     stem = path.stem if path.suffix.lower() in (*DATA_SUFFIXES, ".gguf") else path.name
     return re.sub(r"[^a-z0-9._]+", "-", stem.lower()).strip("-.") or "data"
