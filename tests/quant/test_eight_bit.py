@@ -12,6 +12,7 @@ from tunesmith.adapter import lora, peft_files
 from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import scaled_mm
+from tunesmith.errors import ModelError
 from tunesmith.quant import eight_bit, nf4, scaled_matmul
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_linear import parameter_count
@@ -311,3 +312,12 @@ def test_a_product_is_that_of_the_rounded_factors(device):
     assert (
         got - expected
     ).norm() < 0.01 * expected.norm()  # a GPU's fast accumulation keeps fewer bits of partial sums
+
+
+def test_a_weight_that_is_stored_in_parts_is_refused_with_the_way_on() -> None:
+    layer = EightBitLinear(torch.nn.Linear(32, 16, bias=False, device="meta"), TENSOR_WISE)
+    parts = {"": torch.zeros(256, 1, dtype=torch.uint8), "absmax": torch.zeros(8)}
+    with pytest.raises(ModelError, match=r"layer\.weight\.absmax") as caught:
+        layer.load(parts, "layer.weight")
+    assert caught.value.where == "layer.weight"
+    assert "model.quantize=none" in caught.value.fix

@@ -151,8 +151,12 @@ class EightBitLinear(FrozenLinear):
         dense = stored[""]
         if len(stored) > 1:
             more = ", ".join(f"{name}.{suffix}" for suffix in stored if suffix)
-            why = "model.quantize: fp8 takes a dense one"
-            raise ModelError(f"its weight is stored with {more}", where=name, why=why)
+            raise ModelError(
+                f"its weight is stored with {more}",
+                where=name,
+                why="model.quantize: fp8 takes a dense one",
+                fix="the model before it was quantized, or model.quantize=none",
+            )
         self.quantize(dense)
         self.stored = dense if isinstance(dense, StoredTensor) else None
 

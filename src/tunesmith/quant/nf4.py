@@ -231,11 +231,13 @@ class Nf4Linear(FrozenLinear):
             state = nf4_functions().QuantState.from_dict(scales, device=codes.device)
         except (KeyError, ValueError, AssertionError) as error:
             what = f"its bitsandbytes tensors are not complete: {error}"
-            raise ModelError(what, where=where) from error
+            fix = "copy the files again; of a model on the Hub: tunesmith fetch MODEL"
+            raise ModelError(what, where=where, fix=fix) from error
         shape = (self.out_features, self.in_features)
         if state.quant_type != "nf4" or tuple(state.shape) != shape:
             what = f"stored as {state.quant_type} of shape {tuple(state.shape)}"
-            raise ModelError(f"{what}, and nf4 of shape {shape} is needed", where=where)
+            what += f", and nf4 of shape {shape} is needed"
+            raise ModelError(what, where=where, fix="the model before it was quantized")
         copy_whole(self.weight, codes.contiguous().view(torch.uint8).view(-1, 1))
         if state.nested:
             nested = state.state2
