@@ -46,7 +46,7 @@ done
 collect_results() {
   local commit=
   [ -f "$folder/commit" ] && commit=$(cat "$folder/commit")
-  "$python" benchmarks/first_gpu_results.py --stage "$stage" --work "$work" --output "$out/results-$stage.json" \
+  "$python" benchmarks/speed/first_gpu_results.py --stage "$stage" --work "$work" --output "$out/results-$stage.json" \
     --commit "$commit" >>"$log" 2>&1
 }
 
@@ -134,7 +134,7 @@ if [ -n "${RECIPE:-}" ]; then
   resume=("$RECIPE")
 fi
 
-step device 25 "$python" benchmarks/device_facts.py --output "$work/device.json"
+step device 25 "$python" benchmarks/speed/device_facts.py --output "$work/device.json"
 case $stage in
 A)
   bench 8b-bf16 120 llama3-8b
@@ -148,7 +148,7 @@ B)
   # Most of the tests' time is compiling, on the host; each worker has two processes for that, not one for each core.
   TORCHINDUCTOR_COMPILE_THREADS=2 step tests 140 "$python" -m pytest -m gpu -n 6 -vv -rs -p no:cacheprovider \
     --junitxml "$work/tests.xml"
-  step micro 75 "$python" benchmarks/micro.py "$work/micro.json" "${micro[@]}"
+  step micro 75 "$python" benchmarks/speed/micro.py "$work/micro.json" "${micro[@]}"
   bench 8b-bf16-profile 90 llama3-8b "${profile[@]}"
   bench 8b-fp8-profile 95 llama3-8b model.quantize=fp8 "${profile[@]}"
   bench 8b-cold 130 llama3-8b --cold --steps 5
@@ -157,10 +157,10 @@ C)
   ablation bases 150 'base in fp8,base in nf4' llama3-8b
   bench own-batch 55 llama3-8b "${own_batch[@]}"
   bench least-memory 50 llama3-8b "${least_memory[@]}" --steps 6 --warmup 3
-  step kill-and-resume 65 "$python" benchmarks/kill_and_resume.py "${resume[@]}" --json "$work/kill-and-resume.json"
+  step kill-and-resume 65 "$python" benchmarks/faults/kill_and_resume.py "${resume[@]}" --json "$work/kill-and-resume.json"
   # FlashAttention 3 and 4 run where first_gpu_prep.sh was given their wheels; else this compares nothing, and says so.
   set_bench_words llama3-8b --steps 6 --warmup 3
-  step attention 80 "$python" benchmarks/ablation.py --only 'FlashAttention 3' 'FlashAttention 4' --rounds 1 \
+  step attention 80 "$python" benchmarks/speed/ablation.py --only 'FlashAttention 3' 'FlashAttention 4' --rounds 1 \
     --json "$work/attention.json" "${bench_words[@]}"
   ;;
 esac

@@ -25,7 +25,7 @@ def test_the_operations_are_those_of_the_formula_and_recompute_leaves_out_the_la
     tmp_path,
 ):
     words = ["--bases", "bf16", "--tokens", "256", "--json", tmp_path / "counts.json"]
-    done = run_warm(words, program=ROOT / "benchmarks/count_kernels.py")
+    done = run_warm(words, program=ROOT / "benchmarks/speed/count_kernels.py")
     assert done.returncode == 0, done.stderr
     counts = json.loads((tmp_path / "counts.json").read_text())["counts"]
     spec = read_spec(find_shape("llama3-8b").config, where="test")

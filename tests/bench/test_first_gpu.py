@@ -255,7 +255,7 @@ def test_the_micro_timings_run_and_tell_what_failed(tmp_path: Path) -> None:
     """A CPU lacks the fp32 output of a bf16 product, and our kernels in Triton."""
     out = tmp_path / "micro.json"
     words = [out, "--tokens", "64", "--divide", "16", "--repeat", "1"]
-    done = run_warm(words, program=BENCHMARKS / "micro.py")
+    done = run_warm(words, program=BENCHMARKS / "speed" / "micro.py")
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["milliseconds"]
     failed = {name for name, value in found.items() if isinstance(value, str)}

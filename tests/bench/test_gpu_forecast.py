@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_goals import GOALS, device_key
+from gpu_rates import PRODUCTS_OF_MICRO, RATES, SKINNY_OF_MICRO, read_results, with_measured
 
 from tunesmith.host.chips import CHIPS
 from tunesmith.model.shapes import SHAPES
 from warm import run_warm
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # behind tests: both have ranks.py
-from gpu_goals import GOALS, device_key
-from gpu_rates import PRODUCTS_OF_MICRO, RATES, SKINNY_OF_MICRO, read_results, with_measured
 
 ROOT = Path(__file__).parents[2]
 torch_2_13 = pytest.mark.skipif(
@@ -51,7 +49,7 @@ def session(**reports: Any) -> dict[str, Any]:
 
 
 def run_forecast(*words: object) -> subprocess.CompletedProcess[str]:
-    return run_warm(list(words), program=ROOT / "benchmarks/forecast.py")
+    return run_warm(list(words), program=ROOT / "benchmarks/speed/forecast.py")
 
 
 def test_every_goal_is_of_a_shape_and_of_devices_that_are_known() -> None:
@@ -86,7 +84,7 @@ def test_goals_rates_and_terms_need_no_torch() -> None:
     code = "import sys, gpu_goals, gpu_rates, kernel_terms; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=ROOT / "benchmarks",
+        cwd=ROOT / "benchmarks" / "speed",
         capture_output=True,
         text=True,
         check=True,
@@ -109,7 +107,7 @@ def test_measured_figures_take_the_place_of_assumed_ones() -> None:
 
 
 def test_the_names_are_those_of_micro() -> None:
-    source = (ROOT / "benchmarks/micro.py").read_text(encoding="utf-8")
+    source = (ROOT / "benchmarks/speed/micro.py").read_text(encoding="utf-8")
     source = re.sub(r"timed\(\s+", "timed(", source)
     for product in (*PRODUCTS_OF_MICRO, *SKINNY_OF_MICRO):
         assert f'timed(f"{product}, {{shape}}"' in source

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # behind tests: both have ranks.py
 from kernel_terms import ATTENTION, OTHER, PRODUCTS, SKINNY, terms_of
+from torch.profiler import ProfilerActivity, profile
 
 # (kernel, operator, shapes of its inputs, term). Names of kernels are cuBLAS's, CUTLASS's,
 # FlashAttention's and torch's, as traces of torch on Hopper have them.

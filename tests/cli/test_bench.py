@@ -257,11 +257,11 @@ def test_a_variant_that_a_recipe_has_not_is_refused(
 def test_plain_code_in_place_of_a_technique_shares_its_turns(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """benchmarks/ablation.py: both variants ran, on other code, which gives the same loss in fp32."""
+    """benchmarks/speed/ablation.py: both variants ran, on other code, which gives the same loss in fp32."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
     names = ["grouped adapters", "fused modules"]
-    script = str(Path(__file__).parents[2] / "benchmarks" / "ablation.py")
+    script = str(Path(__file__).parents[2] / "benchmarks" / "speed" / "ablation.py")
     words = ["--only", *names, "--rounds", 1, "--json", out, file, "--steps", 2, "--warmup", 0]
     monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
     monkeypatch.setattr(ablation.subprocess, "run", partial(run_python, prepare=take_small_peak))

@@ -20,5 +20,5 @@ def test_help_pages_change_only_in_a_diff(tmp_path):
     now.write_text(done.stdout, encoding="utf-8")
     difference = "\n".join(text_apart(golden.HELP, now))
     assert not difference, (
-        f"where it is meant: python benchmarks/same_bits.py help --write\n{difference}"
+        f"where it is meant: python benchmarks/parity/same_bits.py help --write\n{difference}"
     )

@@ -88,7 +88,9 @@ def test_the_tables_of_ranks_are_those_that_were_measured() -> None:
     files = sorted((ROOT / "docs" / "measurements").glob("ranks-*.json"))
     assert files
     done = run_warm(
-        ["--check", "docs/ranks.md", *files], program=ROOT / "benchmarks/ranks.py", cwd=ROOT
+        ["--check", "docs/ranks.md", *files],
+        program=ROOT / "benchmarks/parity/losses_on_ranks.py",
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
 
@@ -96,6 +98,8 @@ def test_the_tables_of_ranks_are_those_that_were_measured() -> None:
 @pytest.mark.parametrize("name", ["memory", "plan"])
 def test_the_table_is_what_the_estimate_says(name: str) -> None:
     done = run_warm(
-        ["--check", f"docs/{name}.md"], program=ROOT / "benchmarks" / f"{name}.py", cwd=ROOT
+        ["--check", f"docs/{name}.md"],
+        program=ROOT / "benchmarks" / "tables" / f"{name}.py",
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """What ranks say and do when one of them is killed, stopped, stuck or fails: real processes on this machine, with gloo.
 
-`benchmarks/faults.py` does the same with torchrun on two nodes, and cuts the cable between them.
+`benchmarks/faults/faults.py` does the same with torchrun on two nodes, and cuts the cable between them.
 """
 
 from __future__ import annotations

@@ -24,5 +24,5 @@ def test_plans_of_shipped_recipes_change_only_in_a_diff():
         values_apart(json.loads(golden.PLANS.read_text(encoding="utf-8")), plans)
     )
     assert not difference, (
-        f"golden | now; where it is meant: python benchmarks/same_bits.py plans --write\n{difference}"
+        f"golden | now; where it is meant: python benchmarks/parity/same_bits.py plans --write\n{difference}"
     )

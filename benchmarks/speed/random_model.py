@@ -1,0 +1,56 @@
+"""Write a model of a true shape with random weights, so that `tunesmith train` itself can be timed without a download.
+
+python benchmarks/speed/random_model.py --shape llama3-8b --tokenizer DIR --output random-8b
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+
+from tunesmith.bench.shape import write_shape
+from tunesmith.checkpoint.contents import weights_of
+from tunesmith.config.schema import Model
+from tunesmith.model import load, random_init
+from tunesmith.model.shapes import SHAPES
+
+
+def write_random_model(
+    folder: Path, shape: str, tokenizer: str, layers: int | None, file_size: str = "5GB"
+) -> int:
+    """Draw the weights on the device and save a Transformers folder in files of `file_size`; their bytes together."""
+    folder.mkdir(parents=True)
+    write_shape(
+        folder,
+        dict(SHAPES[shape].config) | ({"num_hidden_layers": layers} if layers else {}),
+        tokenizer,
+    )
+    recipe = Model(name=str(folder))
+    model = load.build_on_meta(load.load_config(folder, recipe), recipe)
+    stored = dict(model.state_dict())
+    load.materialise(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    random_init.init_random_weights(model, stored, seed=0)
+    save_torch_state_dict(weights_of(model), folder, max_shard_size=file_size)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def main() -> None:
+    """Write one folder and say its size."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--shape", required=True, choices=list(SHAPES))
+    p.add_argument("--tokenizer", required=True)
+    p.add_argument("--output", required=True, type=Path)
+    p.add_argument("--layers", type=int, help="only so many decoder layers")
+    a = p.parse_args()
+    size = write_random_model(a.output, a.shape, a.tokenizer, a.layers)
+    print(json.dumps({"folder": str(a.output), "gib": round(size / 2**30, 2)}))
+
+
+if __name__ == "__main__":
+    main()

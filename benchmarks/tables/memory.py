@@ -1,0 +1,107 @@
+"""The table of docs/memory.md: device memory by model and method, from the estimate that plans a run.
+
+    python benchmarks/tables/memory.py --write docs/memory.md
+    python benchmarks/tables/memory.py --check docs/memory.md      # exit status 1 if the page differs from the estimate
+
+Nothing is downloaded or allocated: shapes are those of `tunesmith bench --shape`, models are built on meta.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from generated import table, write_or_check
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tunesmith.adapter.lora import attach_lora, count_adapter_parameters
+from tunesmith.config.load import from_mapping
+from tunesmith.config.schema import Run
+from tunesmith.model.shapes import SHAPES
+from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.planning.resolve import USABLE, MemoryEstimator
+from tunesmith.planning.run_plan import Machine
+
+MODELS = ("llama3-3b", "mistral-7b", "llama3-8b", "qwen3-8b", "llama3-70b")
+METHODS = {
+    "full": {"adapter": {"kind": "none"}},
+    "full, 8-bit moments, stochastic rounding": {
+        "adapter": {"kind": "none"},
+        "train": {"optimizer": "adamw-8bit", "master_weights": "stochastic"},
+    },
+    "LoRA r 16": {"adapter": {"rank": 16, "alpha": 32}},
+    "QLoRA r 16 (nf4)": {"adapter": {"rank": 16, "alpha": 32}, "model": {"quantize": "nf4"}},
+}
+CARDS = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9, "Spark": 119 * 2**30, "141 GB": 141e9}
+
+
+def recipe(name: str, method: dict[str, dict[str, object]], recompute: str) -> Run:
+    """A recipe of sequence length 2,048 on the model `name`."""
+    values = {
+        "model": {"name": name, **method.get("model", {})},
+        "adapter": method["adapter"],
+        "data": {"train": {"source": "rows.jsonl"}},
+        "train": {"recompute": recompute, **method.get("train", {})},
+        "output_dir": "runs/none",
+    }
+    return from_mapping(values, where="memory.py", base=Path.cwd())
+
+
+def trained_parameters(name: str, run: Run, spec: ModelSpec) -> int:
+    """Parameters that the recipe trains."""
+    if run.adapter.kind == "none":
+        return spec.parameters
+    values = dict(SHAPES[name].config)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    attach_lora(model, run.adapter, seed=run.train.seed)
+    return count_adapter_parameters(model, run.adapter)
+
+
+def rows() -> Iterator[tuple[str, ...]]:
+    """A row for each model and method."""
+    machine = Machine("cuda", 0, ("varlen", ""), (True, ""))
+    for name in MODELS:
+        spec = read_spec(SHAPES[name].config, where=name)
+        for method, keys in METHODS.items():
+            least = recipe(name, keys, "full")
+            trained = trained_parameters(name, least, spec)
+            cases = (
+                (least, 2048),
+                (recipe(name, keys, "none"), 2048),
+                (recipe(name, keys, "none"), 16384),
+            )
+            bytes_ = [
+                MemoryEstimator(run, spec, machine, trained).estimate(tokens).total
+                for run, tokens in cases
+            ]
+            cards = [card for card, size in CARDS.items() if bytes_[0] <= size * USABLE]
+            model = SHAPES[name].source.partition("/")[2]
+            yield (
+                model,
+                method,
+                f"{trained / 1e6:,.0f} M",
+                *(f"{b / 2**30:,.0f}" for b in bytes_),
+                (*cards, "several")[0],
+            )
+
+
+def page() -> str:
+    """The table in Markdown."""
+    head = (
+        "model",
+        "method",
+        "trained",
+        "GiB, at least",
+        "GiB, 2,048 tokens",
+        "GiB, 16,384 tokens",
+        "smallest GPU",
+    )
+    return table(head, rows())
+
+
+if __name__ == "__main__":
+    sys.exit(write_or_check(__doc__, "benchmarks/tables/memory.py", page))
