@@ -17,6 +17,7 @@ from typing import Any
 
 from tunesmith.model.architectures import ARCHITECTURES
 
+FORKS = os.environ.get("TUNESMITH_TESTS_FORK") != "0"
 LIMIT = 300  # seconds that all ranks together may take
 
 
@@ -37,7 +38,13 @@ def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def forkserver() -> Any:
-    """The context of processes that are forked with torch and Transformers loaded."""
+    """The context of processes that are forked with torch and Transformers loaded.
+
+    With TUNESMITH_TESTS_FORK=0 each starts as an interpreter of its own: slower by the seconds of these imports, and as a
+    user's process does.
+    """
+    if not FORKS:
+        return multiprocessing.get_context("spawn")
     import torch
 
     context = multiprocessing.get_context("forkserver")

@@ -1,5 +1,13 @@
-"""The command line, or another program, in a process of its own that starts at once: forked from the one that `ranks` forks
-its ranks from, which has torch and Transformers loaded. For tests to which how Python starts is nothing.
+"""The command line, or another program, in a process of its own that starts at once.
+
+Importing torch and Transformers takes seconds, and the suite starts some two thousand processes. They are forked from one
+that has imported both and done nothing else: `multiprocessing`'s fork server, the one that `ranks.py` forks its ranks from.
+`_run` then does what exec leaves to a new process: streams, environment, folder and words; `Forked` does the same for the
+ranks that a launcher starts, in the place of one private method of Popen. What differs from a user's process: modules are
+loaded before the environment is set, so a setting that a module reads when it is imported has to be read again (`prepare`),
+and nothing of Python's own start is seen. Tests of that start their own interpreter.
+
+TUNESMITH_TESTS_FORK=0 starts an interpreter for each instead; `test_warm.py` shows that both ways give the same.
 """
 
 from __future__ import annotations
@@ -21,7 +29,7 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ranks import forkserver
+from ranks import FORKS, forkserver
 
 ENTRIES = {
     "tunesmith": "tunesmith.cli.main:main",
@@ -173,6 +181,8 @@ class Forked(subprocess.Popen[Any]):
 
 def fork_ranks() -> None:
     """`prepare` of a launcher: the agent and the ranks that it starts are forked from it, in sessions of their own."""
+    if not FORKS:
+        return
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     subprocess.Popen = subprocess_handler.Popen = Forked  # type: ignore[misc]
