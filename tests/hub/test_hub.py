@@ -334,12 +334,12 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch) -> Non
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     screen, file, lines = Terminal(), io.StringIO(), []
-    for stream, say in ((screen, None), (file, None), (screen, lines.append)):
+    for stream, info in ((screen, None), (file, None), (screen, lines.append)):
         monkeypatch.setattr(sys, "stderr", stream)
-        progress = FetchProgress(say)
+        progress = FetchProgress(info)
         with progress.transfer("a/b", 2000, 500) as advance:
             advance(1500)
     assert "a/b" in screen.getvalue()
-    assert "2.0/2.0 kB" in screen.getvalue()
+    assert "2.00k/2.00k" in screen.getvalue()
     assert lines == ["fetching a/b: 2.0 kB, 500 bytes there already"]
     assert file.getvalue() == lines[0] + "\n"

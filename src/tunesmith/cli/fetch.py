@@ -122,7 +122,7 @@ def _model(model: "Model", progress: "FetchProgress", *, dry: bool, update: bool
     if folder is None:
         plan = fetch.plan_download(model, progress)
         row |= {
-            "licence": plan.listing.licence,
+            "licence": plan.listing.license,
             "gated": plan.listing.gated,
             "revision": plan.listing.commit,
         }
@@ -153,7 +153,7 @@ def _dataset(source: "Source", progress: "FetchProgress", *, dry: bool) -> dict[
         listing = fetch.list_repo(source.source, source.revision, "dataset", progress)
         size = sum(file.size for file in listing.files.values())
         row |= {
-            "licence": listing.licence,
+            "licence": listing.license,
             "gated": listing.gated,
             "revision": listing.commit,
             "bytes": size,

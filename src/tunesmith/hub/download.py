@@ -1,8 +1,10 @@
-"""Download files into the Hub's cache so that an interrupted download resumes where it stopped.
+"""Download large files into the Hub's cache so that an interrupted download resumes.
 
-Bytes arrive in a part file beside the cache's blobs, which becomes the blob `blobs/<etag>` when its hash is the one that
-the Hub states; huggingface_hub then makes the snapshot. Its own download (2.4) compares no hashes and starts anew:
-killed at 90 % of a 500 MB file, it fetched 500 MB again and left 440 MB behind; this module fetched 49 MB.
+`snapshot_download` of huggingface_hub brings the small files and links the snapshot. It does not
+bring the large ones, because it (2.4) neither goes on with a file that an earlier process began nor
+compares hashes: killed at 90 % of a 500 MB file, it fetched 500 MB again and left 440 MB behind;
+this module fetched 49 MB. Here the bytes arrive in a part file beside the cache's blobs, which
+becomes the blob `blobs/<sha256>` when its hash is the one that the Hub states.
 """
 
 import hashlib
@@ -14,11 +16,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import constants, get_session
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 from rich.filesize import decimal as size_text
 
 from tunesmith.errors import ModelError
@@ -29,17 +30,27 @@ WORKERS = 4
 SECONDS_BETWEEN_LINES = 10.0
 
 # So many bytes arrived (negative: thrown away); called from several threads
-Advance = Callable[[int], None]
+Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the Hub. `size` in bytes; `etag` names its blob in the cache: sha256, or git's blob hash where small."""
+    """A file on the Hub.
+
+    Attributes:
+        size: in bytes.
+        etag: names its blob in the cache: the SHA-256 of a large file, git's hash of a small one.
+    """
 
     name: str
     url: str
     size: int
     etag: str
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the Hub keeps it outside git."""
+        return len(self.etag) == hashlib.sha256().digest_size * 2
 
     def part(self, storage: Path) -> Path:
         """The file of its bytes until all have arrived; tools for the cache know the ending."""
@@ -54,116 +65,120 @@ class RemoteFile:
 
 
 class FetchProgress:
-    """Tells what a fetch does, by `say` or on stderr: with a bar if that is a terminal, else a line in ten seconds."""
+    """Shows what a fetch does on stderr, or by a function that takes one line.
 
-    def __init__(self, say: Callable[[str], None] | None = None) -> None:
-        self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
-        self._bar = say is None and is_terminal(sys.stderr)
+    Bytes are shown by a bar if stderr is a terminal, else by a line every ten seconds.
+    """
+
+    def __init__(self, info: Callable[[str], None] | None = None) -> None:
+        self.info = info or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._has_bar = info is None and is_terminal(sys.stderr)
 
     @contextmanager
     def transfer(
         self, what: str, total: int, done: int, doing: str = "fetching"
     ) -> Iterator[Advance]:
         """While bytes of `what` arrive: `total` of them, of which `done` are there already."""
-        if self._bar:
-            from rich.console import Console
-            from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
-
-            columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
-            with Progress(*columns, console=Console(stderr=True)) as bar:
-                task = bar.add_task(what, total=total, completed=done)
-                yield lambda count: bar.advance(task, count)
+        if self._has_bar:
+            with tqdm(
+                desc=what, total=total, initial=done, unit="B", unit_scale=True, file=sys.stderr
+            ) as bar:
+                yield bar.update
             return
-        told = time.monotonic()
+        last_line = time.monotonic()
 
         def advance(count: int) -> None:
-            nonlocal done, told
+            nonlocal done, last_line
             done += count
-            if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                self.say(f"  {size_text(done)} of {size_text(total)}")
+            if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                self.info(f"  {size_text(done)} of {size_text(total)}")
 
-        self.say(
-            f"{doing} {what}: {size_text(total)}"
-            + (f", {size_text(done)} there already" if done else "")
-        )
+        there = f", {size_text(done)} there already" if done else ""
+        self.info(f"{doing} {what}: {size_text(total)}{there}")
         yield advance
 
 
-def download(files: Sequence[RemoteFile], storage: Path, advance: Advance) -> None:
-    """Download files to the blobs of `storage`, a repository's folder in the cache; those that are there are skipped.
+def download_large_files(files: Sequence[RemoteFile], storage: Path, advance: Advance) -> None:
+    """Download the large ones of `files` to the blobs of `storage`, a repository's folder in the
+    cache; those that are there are skipped.
 
     Raises the first error of any file; the parts of all stay.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(WORKERS) as pool:
-        jobs = [pool.submit(_download_blob, file, storage, advance, stop) for file in files]
+        jobs = [
+            pool.submit(_download_blob, file, storage, advance, stop)
+            for file in files
+            if file.is_large
+        ]
         try:
             for job in as_completed(jobs):
                 job.result()
         finally:
-            stop.set()  # ctrl-C or an error: the others end at their next chunk and keep their parts
+            # Ctrl-C or an error: the others end at their next chunk and keep their parts.
+            stop.set()
             pool.shutdown(cancel_futures=True)
 
 
 def _download_blob(
     file: RemoteFile, storage: Path, advance: Advance, stop: threading.Event
 ) -> None:
-    blob, part = storage / "blobs" / file.etag, file.part(storage)
+    blob = storage / "blobs" / file.etag
+    part = file.part(storage)
+    # The lock of huggingface_hub, whose other processes may download the same file.
     lock = storage.parent / ".locks" / storage.name / f"{file.etag}.lock"
-    for folder in (blob.parent, lock.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         if blob.exists():
             return
         retry(lambda: _receive(file, part, advance, stop), lambda: file.arrived(storage))
         if stop.is_set():
             return
-        # Git's blob hash is the sha1 of a header and the bytes.
-        git = len(file.etag) == 40
-        empty = (
-            hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-            if git
-            else hashlib.sha256()
-        )
-        with part.open("rb") as bytes_:
-            digest = hashlib.file_digest(bytes_, lambda: empty).hexdigest()
+        with part.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != file.etag:
             part.unlink()
-            what, why = (
-                "its hash is not the one that the Hub states",
-                "a proxy or a failing disk changed it",
-            )
-            fix = "start again; the damaged part was deleted"
             raise ModelError(
-                f"{file.name} arrived damaged: {what}", where=file.url, why=why, fix=fix
+                f"{file.name} arrived damaged: its hash is not the one that the Hub states",
+                where=file.url,
+                why="a proxy or a failing disk changed it",
+                fix="start again; the damaged part was deleted",
             )
         part.replace(blob)
 
 
 def _receive(file: RemoteFile, part: Path, advance: Advance, stop: threading.Event) -> None:
-    """Append to the part until it has the file's size; ConnectionResetError where the server ends early."""
-    with part.open("ab") as out:
-        have = out.tell()
-        if have >= file.size:
+    """Append to the part until it has the file's size.
+
+    ConnectionResetError where the server ends early.
+    """
+    with part.open("ab") as stream:
+        offset = stream.tell()
+        if offset >= file.size:
             return
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | (
-            {"Range": f"bytes={have}-"} if have else {}
-        )
-        how: dict[str, Any] = {
-            "follow_redirects": True,
-            "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
-        }
-        with get_session().stream("GET", file.url, headers=headers, **how) as response:
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+        with get_session().stream(
+            "GET",
+            file.url,
+            headers=headers,
+            follow_redirects=True,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        ) as response:
             hf_raise_for_status(response)
-            if have and response.status_code != 206:  # the server sends the whole file: start over
-                out.truncate(0)
-                advance(-have)
-            # As they come: what is collected to a larger chunk is lost when the connection breaks.
+            # Without 206 the server ignores the range and sends the whole file.
+            if offset and response.status_code != 206:
+                stream.truncate(0)
+                advance(-offset)
+            # Chunks as they come: one that is still being collected to a fixed size is lost when
+            # the connection breaks.
             for chunk in response.iter_bytes():
                 if stop.is_set():
                     return
-                out.write(chunk)
+                stream.write(chunk)
                 advance(len(chunk))
-        if out.seek(0, 2) < file.size:
+        if stream.seek(0, 2) < file.size:
             raise ConnectionResetError(f"{file.name} ended early")

@@ -1,13 +1,14 @@
 """Get a model's folder: a local one, a .gguf file converted once, the Hub's cache, the Hub.
 
-Licence, config, access and disk are checked before the first large byte. Only the files that training needs are
-downloaded: of several formats of the weights, safetensors. And what the caches hold: listed, and removed from them.
+License, config, access and disk are checked before the first large byte. Only the files that
+training needs are downloaded: of several formats of the weights, safetensors. And what the caches
+hold: listed, and removed from them.
 """
 
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,7 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.host.files import cache_folder, refuse_full_disk, refuse_special_files
-from tunesmith.hub.download import FetchProgress, RemoteFile, download
+from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_files
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
 from tunesmith.model.safetensors_files import (
@@ -49,9 +50,22 @@ TOKENIZER = (
     "tekken.json",
 )
 SUPPORT = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "spiece.model", "tekken.json", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "*.jinja",
+    "README.md",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 MOST_PER_NUMBER = 8  # parameters for each stored number, at most; nf4 has two
 MARGIN = 64 << 20  # bytes to leave free
 
@@ -63,7 +77,8 @@ def fetch(
     update: bool = False,
     seq_len: int | None = None,
 ) -> Path:
-    """A folder with config.json, safetensors and, unless `model.tokenizer` names another, a tokenizer.
+    """A folder with config.json, safetensors and, unless `model.tokenizer` names another, a
+    tokenizer.
 
     Args:
         model: the recipe's block; `name` is a folder, a .gguf file or a Hub id.
@@ -71,38 +86,44 @@ def fetch(
         update: ask the Hub for a newer commit although the cache is complete.
         seq_len: nothing large is downloaded of a model with fewer positions (RecipeError).
 
-    ModelError where the model cannot be had or read, MachineError where the disk or a package is missing.
+    ModelError where the model cannot be had or read, MachineError where the disk or a package is
+    missing.
     """
     if not isinstance(progress, FetchProgress):
         progress = FetchProgress(progress)
-    if (found := local_model(model)) is None:
-        found = None if update else cached_model(model)
-        return found or download_model(plan_download(model, progress, seq_len), progress)
-    if found.suffix == ".gguf" and found.is_file():
-        return convert_gguf(found, model.dtype, progress.say)
-    check_folder(found, model)
-    return found
+    path = local_model(model)
+    if path is None:
+        snapshot = None if update else cached_model(model)
+        return snapshot or download_model(plan_download(model, progress, seq_len), progress)
+    if path.suffix == ".gguf" and path.is_file():
+        return convert_gguf(path, model.dtype, progress.info)
+    check_folder(path, model)
+    return path
 
 
 def local_model(model: Model) -> Path | None:
-    """The local folder or .gguf file that `model.name` is, or None for a Hub id; ModelError for a path to nothing."""
-    path = Path(os.path.expanduser(model.name))
+    """The local folder or .gguf file that `model.name` is, or None for a Hub id; ModelError for a
+    path to nothing."""
+    name = model.name
+    path = Path(os.path.expanduser(name))
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
-        what = f"{path.name} is a file, but neither a folder nor a .gguf file"
-        raise ModelError(what, where=str(path), fix=f"name its folder: model.name: {path.parent}")
-    if (
-        model.name.endswith(".gguf")
-        or model.name.startswith((".", "/", "~"))
-        or model.name.count("/") > 1
-    ):
-        fix = "correct the path, or give a Hub id: owner/name"
-        raise ModelError(f"there is nothing at {model.name}", where="model.name", fix=fix)
+        raise ModelError(
+            f"{path.name} is a file, but neither a folder nor a .gguf file",
+            where=str(path),
+            fix=f"name its folder: model.name: {path.parent}",
+        )
+    if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"there is nothing at {name}",
+            where="model.name",
+            fix="correct the path, or give a Hub id: owner/name",
+        )
     try:
-        validate_repo_id(model.name)
+        validate_repo_id(name)
     except HFValidationError as error:
-        raise hub_error(error, model.name, model.revision) from error
+        raise hub_error(error, name, model.revision) from error
     return None
 
 
@@ -115,74 +136,96 @@ def cached_model(model: Model) -> Path | None:
     read_spec(
         read_json(folder / "config.json"), where=config, trust_remote_code=model.trust_remote_code
     )
-    weights = indexed_files(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
-    if not all((folder / name).exists() for name in weights) or (
-        model.tokenizer is None and not _tokenizer_in(folder)
-    ):
+    weights = [SINGLE]
+    if (folder / INDEX).exists():
+        weights = indexed_files(folder / INDEX)
+    if not all((folder / name).exists() for name in weights):
+        return None
+    if model.tokenizer is None and not _has_tokenizer(folder):
         return None
     check_folder(folder, model)
     return folder
 
 
 def check_folder(folder: Path, model: Model) -> ModelSpec:
-    """The spec of a folder's model; ModelError names the file that is missing, cut off or broken."""
+    """The spec of a folder's model; ModelError names the file that is missing, cut off or
+    broken."""
     refuse_special_files(folder)
-    headers, config = read_headers(folder), folder / "config.json"
+    headers = read_headers(folder)
+    config = folder / "config.json"
     spec = read_spec(
         read_json(config), where=str(config), trust_remote_code=model.trust_remote_code
     )
     stored = sum(math.prod(entry.shape) for entries in headers.values() for entry in entries)
-    if spec.parameters > MOST_PER_NUMBER * stored:  # before modules of that size are made
-        what = (
-            f"config.json describes {spec.parameters:,} parameters, and the weights have {stored:,}"
+    # Before modules of that size are made.
+    if spec.parameters > MOST_PER_NUMBER * stored:
+        described = f"config.json describes {spec.parameters:,} parameters"
+        raise ModelError(
+            f"{described}, and the weights have {stored:,}",
+            where=str(config),
+            why="the weights and config.json do not describe the same model",
+            fix="fetch the model again, or correct config.json",
         )
-        why = "the weights and config.json do not describe the same model"
-        fix = "fetch the model again, or correct config.json"
-        raise ModelError(what, where=str(config), why=why, fix=fix)
-    if model.tokenizer is None and not _tokenizer_in(folder):
-        fix = "copy the tokenizer's files there, or set model.tokenizer to a folder or Hub id that has one"
-        why = f"none of {', '.join(TOKENIZER)}"
-        raise ModelError("the folder has no tokenizer", where=str(folder), why=why, fix=fix)
+    if model.tokenizer is None and not _has_tokenizer(folder):
+        raise ModelError(
+            "the folder has no tokenizer",
+            where=str(folder),
+            why=f"none of {', '.join(TOKENIZER)}",
+            fix="copy the tokenizer's files there, or set model.tokenizer to a folder or Hub id "
+            "that has one",
+        )
     return spec
 
 
-def _tokenizer_in(folder: Path) -> bool:
+def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER)
 
 
 @dataclass(frozen=True)
 class RepoListing:
-    """A repository as the Hub describes it: its commit, licence, whether it is gated, and its files by name."""
+    """A repository as the Hub describes it: its commit, license, whether it is gated, and its files
+    by name."""
 
     commit: str
-    licence: str
+    license: str
     gated: bool
     files: dict[str, RemoteFile]
 
 
 def list_repo(repo: str, revision: str | None, kind: str, progress: FetchProgress) -> RepoListing:
-    """Ask the Hub about a repository (`kind`: model or dataset) and show its licence; raises as `hub_calls` does."""
+    """Ask the Hub about a repository (`kind`: model or dataset) and show its license; raises as
+    `hub_calls` does."""
     with hub_calls(repo, revision, kind):
         info: Any = retry(
             lambda: HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=True)
         )
-    card = info.card_data.to_dict() if info.card_data is not None else {}
-    tags = [t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")]
-    stated = card.get("license_name") or card.get("license") or (tags[0] if tags else "not stated")
-    licence = ", ".join(stated) if isinstance(stated, list) else str(stated)
-    progress.say(
-        f"{repo}: licence {licence}{', gated' if info.gated else ''} ({repo_page(repo, kind)})"
-    )
+    license_name = _stated_license(info)
+    gated = bool(info.gated)
+    suffix = ", gated" if gated else ""
+    progress.info(f"{repo}: licence {license_name}{suffix} ({repo_page(repo, kind)})")
     files = {}
     for file in info.siblings or ():
-        name, url = (
-            file.rfilename,
-            hf_hub_url(repo, file.rfilename, repo_type=kind, revision=info.sha),
-        )
-        files[name] = RemoteFile(
-            name, url, file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or ""
-        )
-    return RepoListing(info.sha, licence, bool(info.gated), files)
+        name = file.rfilename
+        etag = file.lfs.sha256 if file.lfs else file.blob_id or ""
+        url = hf_hub_url(repo, name, repo_type=kind, revision=info.sha)
+        files[name] = RemoteFile(name, url, file.size or 0, etag)
+    return RepoListing(info.sha, license_name, gated, files)
+
+
+def _stated_license(info: Any) -> str:
+    """What a repository's card says, else its tags."""
+    card = {}
+    if info.card_data is not None:
+        card = info.card_data.to_dict()
+    stated = card.get("license_name") or card.get("license")
+    if isinstance(stated, list):
+        return ", ".join(stated)
+    if stated:
+        return str(stated)
+    for tag in info.tags or ():
+        if tag.startswith("license:"):
+            return str(tag.removeprefix("license:"))
+    return "not stated"
 
 
 @dataclass(frozen=True)
@@ -209,43 +252,50 @@ class DownloadPlan:
 def plan_download(
     model: Model, progress: FetchProgress, seq_len: int | None = None
 ) -> DownloadPlan:
-    """Ask the Hub what the model is, and check it (licence, format, config, shards) before a large download."""
-    listing, page = list_repo(model.name, model.revision, "model", progress), repo_page(model.name)
+    """Ask the Hub what the model is, and check it (license, format, config, shards) before a large
+    download."""
+    listing = list_repo(model.name, model.revision, "model", progress)
+    page = repo_page(model.name)
     names = {name for name in listing.files if "/" not in name}
     if not {INDEX, SINGLE} & names:
         raise no_safetensors(sorted(names), name=model.name, where=page, repo=True)
     if "config.json" not in names:
-        what, why = (
+        raise ModelError(
             "the repository has weights and no config.json",
-            "nothing says which model they are of",
+            where=page,
+            why="nothing says which model they are of",
+            fix="take another revision, or a repository in the form of Transformers",
         )
-        fix = "take another revision, or a repository in the form of Transformers"
-        raise ModelError(what, where=page, why=why, fix=fix)
 
-    def small(name: str) -> Path:
+    def small_file(name: str) -> Path:
         with hub_calls(model.name, model.revision):
             return Path(retry(lambda: hf_hub_download(model.name, name, revision=listing.commit)))
 
     where = f"{page}/blob/{listing.commit}/config.json"
-    spec = read_spec(
-        read_json(small("config.json")), where=where, trust_remote_code=model.trust_remote_code
-    )
+    config = read_json(small_file("config.json"))
+    spec = read_spec(config, where=where, trust_remote_code=model.trust_remote_code)
     if seq_len is not None:
         check_seq_len(spec, seq_len, where=where)
-    weights = indexed_files(small(INDEX)) if INDEX in names else [SINGLE]
-    if lost := [name for name in weights if name not in listing.files]:
+    weights = [SINGLE]
+    if INDEX in names:
+        weights = indexed_files(small_file(INDEX))
+    lost = [name for name in weights if name not in listing.files]
+    if lost:
         what = f"{len(lost)} weight files that the index names are not there: {', '.join(lost[:3])}"
         raise ModelError(what, where=page, fix="take another revision, or tell the model's owner")
-    patterns = (*SUPPORT, INDEX, *(("*.py",) if model.trust_remote_code else ()))
-    wanted = sorted(n for n in names if any(fnmatch(n, p) for p in patterns)) + weights
+    patterns = [*SUPPORT, INDEX]
+    if model.trust_remote_code:
+        patterns.append("*.py")
+    support = sorted(n for n in names if any(fnmatch(n, pattern) for pattern in patterns))
+    wanted = support + weights
     left_out = tuple(
         n for n in listing.files if n not in wanted and not n.endswith((".md", ".gitattributes"))
     )
     files = tuple(listing.files[name] for name in wanted)
-    if unknown := [file.name for file in files if not file.etag]:
-        raise ModelError(
-            f"the server states no hash of {unknown[0]}", where=page, fix="check HF_ENDPOINT"
-        )
+    for file in files:
+        if not file.etag:
+            what = f"the server states no hash of {file.name}"
+            raise ModelError(what, where=page, fix="check HF_ENDPOINT")
     return DownloadPlan(model, listing, files, left_out, repo_cache(model.name))
 
 
@@ -261,57 +311,77 @@ def check_cache_room(name: str, missing: int) -> None:
 
 
 def download_model(plan: DownloadPlan, progress: FetchProgress) -> Path:
-    """Download what is missing of a plan, and return the snapshot's folder, checked; raises as `fetch`."""
+    """Download what is missing of a plan, and return the snapshot's folder, checked; raises as
+    `fetch`."""
     model = plan.model
     check_cache_room(model.name, plan.missing)
-    names = [file.name for file in plan.files]
-    with hub_calls(model.name, model.revision):
-        if plan.missing:
-            with progress.transfer(model.name, plan.total, plan.total - plan.missing) as advance:
-                download(plan.files, plan.storage, advance)
-        made = Path(
-            retry(
-                lambda: snapshot_download(model.name, revision=model.revision, allow_patterns=names)
-            )
+    if plan.missing:
+        arrived = plan.total - plan.missing
+        # The bar begins outside `hub_calls`, which silences those of huggingface_hub.
+        with (
+            progress.transfer(model.name, plan.total, arrived) as advance,
+            hub_calls(model.name, model.revision),
+        ):
+            download_large_files(plan.files, plan.storage, advance)
+            # The small ones, which follow at once.
+            advance(plan.missing)
+    folder = _download_snapshot(
+        model.name, model.revision, patterns=[file.name for file in plan.files]
+    )
+    check_folder(folder, model)
+    return folder
+
+
+def _download_snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The snapshot's folder with the files of these patterns: those in the cache are linked, the
+    others downloaded."""
+    with hub_calls(repo, revision):
+        return Path(
+            retry(lambda: snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
         )
-    check_folder(made, model)
-    return made
 
 
 def tokenizer_folder(model: Model, folder: Path) -> Path:
-    """The folder of a recipe's tokenizer: the model's own `folder`, or that of `model.tokenizer`, fetched if needed."""
+    """The folder of a recipe's tokenizer: the model's own `folder`, or that of `model.tokenizer`,
+    fetched if needed."""
     return folder if model.tokenizer is None else fetch_without_weights(model.tokenizer)
 
 
 def fetch_for_tokens(model: Model) -> Path:
-    """A folder with a model's configuration and tokenizer; of one that is not on this machine, without its weights."""
+    """A folder with a model's configuration and tokenizer; of one that is not on this machine,
+    without its weights."""
     if local_model(model) is not None:
         return fetch(model)
     return cached_model(model) or fetch_without_weights(model.name, model.revision)
 
 
 def fetch_without_weights(name: str, revision: str | None = None) -> Path:
-    """A local folder, or that of a Hub id's tokenizer and configuration, fetched if needed; ModelError for neither."""
+    """A local folder, or that of a Hub id's tokenizer and configuration, fetched if needed;
+    ModelError for neither."""
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     with hub_calls(name, revision):
-        if (cached := cached_without_weights(name, revision)) is not None:
-            return cached
-        return Path(
-            retry(lambda: snapshot_download(name, revision=revision, allow_patterns=list(SUPPORT)))
-        )
+        cached = cached_without_weights(name, revision)
+    return cached or _download_snapshot(name, revision, SUPPORT)
 
 
 def cached_without_weights(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a Hub id's tokenizer and configuration in the Hub's cache, without asking the Hub; None if not there."""
+    """The folder of a Hub id's tokenizer and configuration in the Hub's cache, without asking the
+    Hub; None if not there."""
     cached = try_to_load_from_cache(name, "tokenizer_config.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
 
 
 @dataclass(frozen=True)
 class CachedItem:
-    """One thing in a cache. `kind` is model, dataset or converted; size in bytes; used: seconds since the epoch."""
+    """One thing in a cache.
+
+    Attributes:
+        kind: model, dataset, converted or shipped.
+        size: in bytes.
+        used: seconds since the epoch.
+    """
 
     name: str
     kind: str
@@ -323,21 +393,27 @@ class CachedItem:
 def cached_items() -> list[CachedItem]:
     """Everything in the caches, the largest first; parts of unfinished downloads counted."""
     # Not scan_cache_dir: it leaves out a repository of which no file is complete yet.
-    hub, items = Path(constants.HF_HUB_CACHE), []
-    places = [
-        ("model", hub, "models--"),
-        ("dataset", hub, "datasets--"),
-        ("converted", cache_folder("models"), ""),
-    ]
-    places += [("shipped", cache_folder("shipped"), "")]
-    for kind, cache, prefix in places:
-        for folder in filter(Path.is_dir, cache.glob(f"{prefix}*")):
-            name = folder.name.removeprefix(prefix).replace("--", "/") if prefix else folder.name
-            # Links are not followed, so that a blob counts once.
-            files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
-            used = max((file.st_atime for file in files), default=folder.stat().st_mtime)
-            items.append(CachedItem(name, kind, sum(file.st_size for file in files), used, folder))
+    hub = Path(constants.HF_HUB_CACHE)
+    items = _items_in(hub, "model", "models--")
+    items += _items_in(hub, "dataset", "datasets--")
+    items += _items_in(cache_folder("models"), "converted")
+    items += _items_in(cache_folder("shipped"), "shipped")
     return sorted(items, key=lambda item: -item.size)
+
+
+def _items_in(cache: Path, kind: str, prefix: str = "") -> list[CachedItem]:
+    """The folders of a cache whose names begin with `prefix`."""
+    items = []
+    for folder in filter(Path.is_dir, cache.glob(f"{prefix}*")):
+        name = folder.name
+        if prefix:
+            name = name.removeprefix(prefix).replace("--", "/")
+        # Links are not followed, so that a blob counts once.
+        files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+        used = max((file.st_atime for file in files), default=folder.stat().st_mtime)
+        size = sum(file.st_size for file in files)
+        items.append(CachedItem(name, kind, size, used, folder))
+    return items
 
 
 def remove_cached(item: CachedItem) -> None:

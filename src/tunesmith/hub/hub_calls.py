@@ -1,11 +1,11 @@
-"""Calls of huggingface_hub: without its bars, tried again while the network fails, and with errors in a user's terms."""
+"""Calls of huggingface_hub: quiet, tried again while the network fails, with errors in a user's
+terms."""
 
 import errno
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import constants, errors, get_token
@@ -22,7 +22,11 @@ from tunesmith.host.shell import shell_word
 TRIES = 5  # in a row without progress
 PAUSE = 1.0  # seconds before the second try; doubles
 TRANSIENT = (408, 429, 500, 502, 503, 504)
-DISK_FIX = "make room (tunesmith fetch --list), or put the Hub's cache on another disk: export HF_HOME=/path"
+DISK_FIX = (
+    "make room (tunesmith fetch --list), or put the Hub's cache on another disk: "
+    "export HF_HOME=/path"
+)
+LOGIN = "hf auth login (or set HF_TOKEN)"
 
 # The root of the HTTP library's errors: httpx's up to huggingface_hub 1.x, httpx2's from 2.x on.
 TRANSPORT: type[Exception] = errors.HfHubHTTPError.__mro__[1]
@@ -32,36 +36,46 @@ T = TypeVar("T")
 
 def repo_page(repo: str, kind: str = "model") -> str:
     """The address of a repository's page."""
-    return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    folder = "datasets/" if kind == "dataset" else ""
+    return f"{constants.ENDPOINT}/{folder}{repo}"
 
 
 def retry(call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
-    """Call until it succeeds, pausing longer after each busy or failing server and each broken connection.
+    """Call until it succeeds, with a longer pause after each busy server and broken connection.
 
-    When a failed call got further, by the figure that `progress` gives, the count of tries starts anew.
+    When a failed call got further, by the number that `progress` gives, the tries count anew.
     """
-    failures, before = 0, progress()
+    failures = 0
+    reached = progress()
     while True:
         try:
             return call()
         except (TRANSPORT, ConnectionResetError) as error:
-            if (
-                isinstance(error, errors.HfHubHTTPError)
-                and error.response.status_code not in TRANSIENT
-            ):
+            if http_status(error) not in (0, *TRANSIENT):
                 raise
-            failures, before = 1 if (reached := progress()) > before else failures + 1, reached
+            failures += 1
+            previous = reached
+            reached = progress()
+            if reached > previous:
+                failures = 1
             if failures >= TRIES:
                 raise
         time.sleep(PAUSE * 2 ** (failures - 1))
 
 
+def http_status(error: Exception) -> int:
+    """The status of the Hub's answer; 0 where there was none."""
+    return error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+
+
 @contextmanager
 def hub_calls(repo: str, revision: str | None = None, kind: str = "model") -> Iterator[None]:
-    """Silence huggingface_hub's bars and warnings inside, and raise its errors as ours; see `hub_error`."""
-    level, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    """Silence huggingface_hub's bars and warnings inside, and raise its errors as ours; see
+    `hub_error`."""
+    level = logging.get_verbosity()
+    had_bars = not are_progress_bars_disabled()
     logging.set_verbosity(logging.ERROR)
-    if bars:
+    if had_bars:
         disable_progress_bars()
     try:
         yield
@@ -69,7 +83,7 @@ def hub_calls(repo: str, revision: str | None = None, kind: str = "model") -> It
         raise hub_error(error, repo, revision, kind) from error
     finally:
         logging.set_verbosity(level)
-        if bars:
+        if had_bars:
             enable_progress_bars()
 
 
@@ -77,98 +91,130 @@ def hub_error(
     error: Exception, repo: str, revision: str | None, kind: str = "model"
 ) -> TunesmithError:
     """The error for a user: what the Hub, the network or the disk refused, and what to do."""
-    page, store, why, cause = repo_page(repo, kind), str(Path(constants.HF_HUB_CACHE)), "", ""
-    token, login = _token() is not None, "log in: hf auth login (or set HF_TOKEN)"
-    where, status = (
-        page,
-        error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0,
-    )
-    if isinstance(error, errors.GatedRepoError):  # before RepositoryNotFoundError, which it is too
-        whom = "the account of your token" if token else "you: there is no token"
-        what = f"{repo} is gated, and access has not been granted to {whom}"
-        fix, cause = f"ask for access on {page}" + ("" if token else f", then {login}"), "licence"
-    elif isinstance(error, errors.RevisionNotFoundError):
-        what, fix = f"{repo} has no revision {revision!r}", f"take one from {page}/tree/main"
-    elif isinstance(error, errors.DisabledRepoError):
-        what, fix = f"{repo} was disabled on the Hub", "take another model"
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        what, fix = (
-            f"no {kind} {repo} is visible to you on the Hub",
-            f"check the name; for a private one {login}",
-        )
-        why = "it does not exist, or it is private" + ("" if token else " and there is no token")
-    elif status in (401, 403):
-        what = f"the Hub refuses access to {repo} ({status})"
-        why = (
-            "the token is not valid, or has no right to read this repository"
-            if token
-            else "there is no token"
-        )
-        fix, cause = (
-            f"{login}; a fine-grained token needs read access to gated repositories",
-            "licence",
-        )
-    elif status:
-        what, why, fix = (
-            f"the Hub answers {status}",
-            clean(error),
-            "start again later; what has arrived is kept",
+    cache_error = _cache_error(error, repo)
+    if cache_error is not None:
+        return cache_error
+    if isinstance(error, errors.HfHubHTTPError):
+        refusal = _refusal(error, repo, revision, kind)
+    elif isinstance(error, errors.OfflineModeIsEnabled) or _is_missing_offline(error):
+        refusal = ModelError(
+            f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads",
+            where=constants.HF_HUB_CACHE,
+            fix=f"HF_HUB_OFFLINE=0 tunesmith fetch {shell_word(repo)}",
         )
     elif isinstance(error, errors.HFValidationError):
-        what, where = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id", "model.name"
-        fix = "give an existing path, or owner/name as on the Hub"
-    elif isinstance(error, errors.OfflineModeIsEnabled) or _is_missing_offline(error):
-        what, where = (
-            f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads",
-            store,
+        return _names_no_model(repo)
+    else:
+        refusal = ModelError(
+            f"the Hub cannot be reached for {repo}",
+            where=repo_page(repo, kind),
+            why=f"{type(error).__name__}: {clean(error)}",
+            fix="check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; "
+            "what has arrived is kept",
         )
-        fix = f"HF_HUB_OFFLINE=0 tunesmith fetch {shell_word(repo)}"
-    elif fault := disk_fault(error):
+    # A name without an owner is taken for a mistyped path.
+    if kind == "model" and "/" not in repo:
+        return _names_no_model(repo, refusal.why, refusal.cause)
+    return refusal
+
+
+def _names_no_model(name: str, why: str = "", cause: str = "") -> ModelError:
+    return ModelError(
+        f"{name!r} is neither a folder, a .gguf file, nor a Hub id",
+        where="model.name",
+        why=why,
+        fix="give an existing path, or owner/name as on the Hub",
+        cause=cause,
+    )
+
+
+def _refusal(
+    error: errors.HfHubHTTPError, repo: str, revision: str | None, kind: str
+) -> ModelError:
+    """The error where the Hub answered that it does not hand out the repository."""
+    page = repo_page(repo, kind)
+    login = f"log in: {LOGIN}"
+    has_token = _token() is not None
+    why = ""
+    cause = ""
+    # Before RepositoryNotFoundError, which a GatedRepoError is too.
+    if isinstance(error, errors.GatedRepoError):
+        account = "the account of your token" if has_token else "you: there is no token"
+        what = f"{repo} is gated, and access has not been granted to {account}"
+        fix = f"ask for access on {page}"
+        if not has_token:
+            fix += f", then {login}"
+        cause = "licence"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        what = f"{repo} has no revision {revision!r}"
+        fix = f"take one from {page}/tree/main"
+    elif isinstance(error, errors.DisabledRepoError):
+        what = f"{repo} was disabled on the Hub"
+        fix = "take another model"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        what = f"no {kind} {repo} is visible to you on the Hub"
+        why = "it does not exist, or it is private"
+        if not has_token:
+            why += " and there is no token"
+        fix = f"check the name; for a private one {login}"
+    elif http_status(error) in (401, 403):
+        what = f"the Hub refuses access to {repo} ({http_status(error)})"
+        why = "there is no token"
+        if has_token:
+            why = "the token is not valid, or has no right to read this repository"
+        fix = f"{login}; a fine-grained token needs read access to gated repositories"
+        cause = "licence"
+    else:
+        what = f"the Hub answers {http_status(error)}"
+        why = clean(error)
+        fix = "start again later; what has arrived is kept"
+    return ModelError(what, where=page, why=why, fix=fix, cause=cause)
+
+
+def _cache_error(error: Exception, repo: str) -> MachineError | None:
+    """The error where the cache's disk is full or may not be written; None for other errors."""
+    if isinstance(error, errors.HfHubHTTPError):
+        return None
+    fault = disk_fault(error)
+    if fault:
         return MachineError(
             f"{repo} cannot be stored: {fault}",
-            where=store,
+            where=constants.HF_HUB_CACHE,
             why=clean(error),
             fix=DISK_FIX,
             cause="disk",
         )
-    elif isinstance(error, OSError) and error.errno in (
-        errno.EACCES,
-        errno.EROFS,
-        errno.EPERM,
-        errno.ENOTDIR,
-    ):
-        fix = "point HF_HOME at a folder of yours: export HF_HOME=/path"
+    denied = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+    if isinstance(error, OSError) and error.errno in denied:
         return MachineError(
-            "the Hub's cache cannot be written", where=store, why=clean(error), fix=fix
+            "the Hub's cache cannot be written",
+            where=constants.HF_HUB_CACHE,
+            why=clean(error),
+            fix="point HF_HOME at a folder of yours: export HF_HOME=/path",
         )
-    else:
-        what, why = (
-            f"the Hub cannot be reached for {repo}",
-            f"{type(error).__name__}: {clean(error)}",
-        )
-        fix = (
-            "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; what has arrived is kept"
-        )
-    if kind == "model" and "/" not in repo:
-        what, where = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id", "model.name"
-        fix = "give an existing path, or owner/name as on the Hub"
-    return ModelError(what, where=where, why=why, fix=fix, cause=cause)
+    return None
 
 
 def _is_missing_offline(error: Exception) -> bool:
-    """Whether a download of several files found nothing in the cache and was not allowed to ask the Hub."""
+    """Whether a download of several files found nothing in the cache and was not allowed to ask
+    the Hub."""
     return constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError)
 
 
 def _token() -> str | None:
     try:
         return get_token()
-    except OSError:  # HF_HOME is a file, or may not be read; writing to the cache reports the same
+    # HF_HOME is a file, or may not be read; writing to the cache reports the same.
+    except OSError:
         return None
 
 
 def clean(error: BaseException | str) -> str:
-    """An error in one line, without tokens and without the query of an address, which may carry a signature."""
-    text = mask(re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", " ".join(str(error).split())))
+    """An error in one line, without tokens and without the query of an address, which may carry a
+    signature."""
+    one_line = " ".join(str(error).split())
+    text = mask(re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", one_line))
     token = _token()
-    return (text.replace(token, "***") if token else text)[:300]
+    if token:
+        text = text.replace(token, "***")
+    return text[:300]

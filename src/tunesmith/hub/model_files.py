@@ -33,28 +33,30 @@ class ModelFiles:
 
     def describe(self) -> list[str]:
         """Lines for the user where tokenizer and embedding differ in size; none where they fit."""
-        known, tokens = int(self.config.vocab_size), len(self.tokenizer)
-        sizes = f"the tokenizer has {tokens:,} tokens, and the model's embedding {known:,} rows"
-        if tokens <= known:
+        embedding_rows = int(self.config.vocab_size)
+        tokens = len(self.tokenizer)
+        if tokens <= embedding_rows:
             return []
+        sizes = f"the tokenizer has {tokens:,} tokens, and the model's embedding"
+        sizes += f" {embedding_rows:,} rows"
         if self.model.added_tokens:
-            return [
-                f"{sizes}: rows are added for {', '.join(self.model.added_tokens)}, each the mean of the others"
-            ]
+            names = ", ".join(self.model.added_tokens)
+            return [f"{sizes}: rows are added for {names}, each the mean of the others"]
         return [
-            f"warning: {sizes}: text with a token beyond them is refused; model.added_tokens adds rows"
+            f"warning: {sizes}: text with a token beyond them is refused; "
+            "model.added_tokens adds rows"
         ]
 
 
 def read_model_files(folder: Path, model: Model) -> ModelFiles:
-    """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them, or ModelError."""
+    """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them,
+    or ModelError."""
     config = load.load_config(folder, model)
-    found = spec.read_spec(
+    model_spec = spec.read_spec(
         config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code
     )
     # Transformers fills in max_position_embeddings where the file has none.
-    stated = load.read_stated_spec(folder, model)
-    found = replace(found, position_limit=stated.position_limit)
-    return ModelFiles(
-        folder, model, config, found, load_tokenizer(tokenizer_folder(model, folder), model)
-    )
+    stated_spec = load.read_stated_spec(folder, model)
+    model_spec = replace(model_spec, position_limit=stated_spec.position_limit)
+    tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
+    return ModelFiles(folder, model, config, model_spec, tokenizer)

@@ -5,14 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging
 from rich.filesize import decimal as size_text
 
 from tunesmith.errors import UsageError
-from tunesmith.hub.hub_calls import TRANSPORT, clean, repo_page, retry
-
-LOGIN = "hf auth login (or set HF_TOKEN)"
+from tunesmith.hub.hub_calls import LOGIN, TRANSPORT, clean, http_status, repo_page, retry
 
 
 def push_files(
@@ -21,9 +19,11 @@ def push_files(
     """Commit files to a repository, which is made if there is none; return the address of its page.
 
     Args:
-        files: path in the repository -> the file or its contents. What is there unchanged is not sent again.
+        files: path in the repository -> the file or its contents. What is there unchanged is not
+            sent again.
         to: `owner/name`, or a name of the token's own account.
-        public: whether a repository that is made is public; an existing public one is refused without it.
+        public: whether a repository that is made is public; an existing public one is refused
+            without it.
         revision: the branch, made if there is none; None: main.
 
     UsageError where it cannot be done: the files there are then as they were before.
@@ -31,39 +31,40 @@ def push_files(
     if get_token() is None:
         raise UsageError("there is no token to push with", where="HF_TOKEN", fix=LOGIN)
     logging.set_verbosity_error()
-    api, additions = HfApi(), [CommitOperationAdd(name, content) for name, content in files.items()]
+    api = HfApi()
+    additions = [CommitOperationAdd(name, content) for name, content in files.items()]
     try:
         repo = to if "/" in to else f"{retry(api.whoami)['name']}/{to}"
         retry(lambda: api.create_repo(repo, private=not public, exist_ok=True))
         private = api.repo_info(repo).private
         if not private and not public:
-            fix = "add --public, or name another repository: --to NAME"
             raise UsageError(
-                f"{repo} is public, and a push is private", where=repo_page(repo), fix=fix
+                f"{repo} is public, and a push is private",
+                where=repo_page(repo),
+                fix="add --public, or name another repository: --to NAME",
             )
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        before = api.repo_info(repo, revision=revision).sha
-        size, seen = (
-            size_text(sum(added.upload_info.size for added in additions)),
-            "private" if private else "public",
-        )
-        print(f"pushing {len(files)} files ({size}) to {repo}, {seen}", file=sys.stderr, flush=True)
-        made = api.create_commit(repo, additions, commit_message=message, revision=revision)
+        previous_commit = api.repo_info(repo, revision=revision).sha
+        size = size_text(sum(addition.upload_info.size for addition in additions))
+        visibility = "private" if private else "public"
+        text = f"pushing {len(files)} files ({size}) to {repo}, {visibility}"
+        print(text, file=sys.stderr, flush=True)
+        commit = api.create_commit(repo, additions, commit_message=message, revision=revision)
     except (TRANSPORT, HFValidationError, OSError) as error:
         raise _push_error(error, to) from error
-    print(
-        "nothing new: it holds these files" if made.oid == before else f"commit {made.oid[:12]}",
-        file=sys.stderr,
-    )
+    if commit.oid == previous_commit:
+        print("nothing new: it holds these files", file=sys.stderr)
+    else:
+        print(f"commit {commit.oid[:12]}", file=sys.stderr)
     return repo_page(repo) + (f"/tree/{revision}" if revision else "")
 
 
 def _push_error(error: Exception, to: str) -> UsageError:
     """What the Hub or the network refused, and what to do."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    changed = f"{to} was changed by somebody else meanwhile", "start again"
-    known = {
+    status = http_status(error)
+    changed_meanwhile = (f"{to} was changed by somebody else meanwhile", "start again")
+    answers = {
         0: (
             "the Hub cannot be reached",
             "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again",
@@ -73,19 +74,21 @@ def _push_error(error: Exception, to: str) -> UsageError:
             f"the token may not write to {to}",
             f"take one that may: {constants.ENDPOINT}/settings/tokens",
         ),
-        409: changed,
-        412: changed,
+        409: changed_meanwhile,
+        412: changed_meanwhile,
         429: ("the Hub asks to wait: too many requests", "start again in a few minutes"),
     }
-    again = (
-        "correct what it names, then start again" if 400 <= status < 500 else "start again later"
-    )
-    what, fix = known.get(status, (f"the Hub answers {status}", again))
     if isinstance(error, OfflineModeIsEnabled):
-        what, fix = "HF_HUB_OFFLINE forbids uploads", "HF_HUB_OFFLINE=0 tunesmith push ..."
+        what = "HF_HUB_OFFLINE forbids uploads"
+        fix = "HF_HUB_OFFLINE=0 tunesmith push ..."
     elif isinstance(error, HFValidationError):
-        what, fix = (
-            f"{to!r} is no name of a repository",
-            "--to owner/name, of letters, digits, -, _ and .",
-        )
+        what = f"{to!r} is no name of a repository"
+        fix = "--to owner/name, of letters, digits, -, _ and ."
+    elif status in answers:
+        what, fix = answers[status]
+    else:
+        what = f"the Hub answers {status}"
+        fix = "start again later"
+        if 400 <= status < 500:
+            fix = "correct what it names, then start again"
     return UsageError(what, where=constants.ENDPOINT, why=clean(error), fix=fix)
