@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from report.written import falling, write_run
-from tunesmith.report.compare import Spread, Verdict, differing_keys, judge, summaries_of, wobble
+from tunesmith.report.compare import (
+    Spread,
+    Verdict,
+    differing_keys,
+    judge,
+    summaries_of,
+    validation_noise,
+)
 
 
 def verdict(*runs) -> Verdict:
@@ -204,14 +211,14 @@ def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
     )
 
 
-def test_wobble_is_the_noise_and_not_the_trend() -> None:
+def test_validation_noise_is_the_noise_and_not_the_trend() -> None:
     """Of a line with normal noise of 0.05, seed 0: 400 points, of which the second half estimates it to some 5 %."""
     draw = random.Random(0)
-    assert wobble([3 - 0.01 * i + draw.gauss(0, 0.05) for i in range(400)]) == pytest.approx(
-        0.05, rel=0.15
-    )
-    assert wobble([3 - 0.5 * i for i in range(20)]) == pytest.approx(0, abs=1e-12)
-    assert wobble([1 + math.exp(-i) for i in range(12)]) < 2e-3, (
+    assert validation_noise(
+        [3 - 0.01 * i + draw.gauss(0, 0.05) for i in range(400)]
+    ) == pytest.approx(0.05, rel=0.15)
+    assert validation_noise([3 - 0.5 * i for i in range(20)]) == pytest.approx(0, abs=1e-12)
+    assert validation_noise([1 + math.exp(-i) for i in range(12)]) < 2e-3, (
         "the bend of a curve that settles is no noise"
     )
-    assert wobble([1.0, 2.0, 3.0, 4.0]) is None
+    assert validation_noise([1.0, 2.0, 3.0, 4.0]) is None

@@ -1,15 +1,16 @@
-"""The report: runs -> one HTML page that needs nothing from outside, or Markdown; both are written from one context."""
+"""The report: runs -> one HTML page that needs nothing from outside, or Markdown; both are written
+from one context."""
 
 import base64
 import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -24,8 +25,8 @@ from tunesmith.report.run_files import (
     Columns,
     RunFiles,
     downsample,
+    finite,
     how_it_ended,
-    known,
     read_profiles,
     smooth,
 )
@@ -34,7 +35,10 @@ from tunesmith.run_dir import RECIPE, read_bytes, shown
 MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart
 SPAN = 40  # a smoothed curve averages over one in so many of the steps, and at least 5
-PROMPTS, LOG_LINES, KEYS_IN_BOARD, RAW_RUNS = 6, 20, 3, 4
+PROMPTS = 6  # whose answers are shown
+LOG_LINES = 20
+KEYS_IN_BOARD = 3
+RAW_RUNS = 4  # at most, whose curves are drawn raw beside the smoothed ones
 VERSIONS = (
     "tunesmith",
     "torch",
@@ -47,36 +51,51 @@ VERSIONS = (
 )
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
 STATIC = ("uPlot.min.css", "plots.css", "report.css", "uPlot.iife.min.js", "plots.js", "report.js")
-MAIN = {  # curves that are shown at once: name -> title, unit, from zero, smoothed
-    "loss": ("Training loss", "", False, True), "val_loss": ("Validation loss", "", False, False),
-    "tokens_per_second": ("Speed", "tokens/s", True, True), "memory_gib": ("Peak memory", "GiB", True, False),
-}  # fmt: skip
+
+
+class Chart(NamedTuple):
+    """How a number of the records is drawn; `zero`: its axis begins there."""
+
+    title: str
+    unit: str = ""
+    zero: bool = False
+    smoothed: bool = False
+
+
+# Curves that are shown at once.
+MAIN = {
+    "loss": Chart("Training loss", smoothed=True),
+    "val_loss": Chart("Validation loss"),
+    "tokens_per_second": Chart("Speed", "tokens/s", zero=True, smoothed=True),
+    "memory_gib": Chart("Peak memory", "GiB", zero=True),
+}
 
 
 def write_report(
     runs: Sequence[RunFiles], output: Path, *, markdown: bool = False, note: str = ""
 ) -> None:
-    """Write the report of runs to a file. UsageError if that is there and no report; MachineError if it cannot be written.
+    """Write the report of runs to a file.
+
+    UsageError if that is there and no report; MachineError if it cannot be written.
 
     `note`: a paragraph below the verdict, such as what the runs were chosen from.
     """
     try:
-        if (
-            output.exists()
-            and MARK not in output.read_text(encoding="utf-8", errors="replace")[:200]
-        ):
-            fix = "--output another-name.html"
-            raise UsageError(
-                "this file is there and no report of tunesmith", where=str(output), fix=fix
-            )
+        if output.exists():
+            start = output.read_text(encoding="utf-8", errors="replace")[:200]
+            if MARK not in start:
+                raise UsageError(
+                    "this file is there and no report of tunesmith",
+                    where=str(output),
+                    fix="--output another-name.html",
+                )
         output.write_text(render_report(runs, markdown=markdown, note=note), encoding="utf-8")
     except OSError as error:
-        what, fix = (
-            "the report cannot be written",
-            "--output FILE in a folder that you may write to",
-        )
         raise MachineError(
-            what, where=str(output), why=error.strerror or str(error), fix=fix
+            "the report cannot be written",
+            where=str(output),
+            why=error.strerror or str(error),
+            fix="--output FILE in a folder that you may write to",
         ) from error
 
 
@@ -84,67 +103,99 @@ def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str
     """The page as text."""
     loader = PackageLoader("tunesmith.report", "templates")
     env = Environment(loader=loader, autoescape=not markdown, undefined=StrictUndefined)
-    env.trim_blocks = env.lstrip_blocks = True
+    env.trim_blocks = True
+    env.lstrip_blocks = True
     env.filters |= {"value": _value, "figure": _figure, "cell": _cell, "fenced": _fenced}
     context = _context(summaries_of(runs)) | {"note": note, "mark": MARK}
     if markdown:
         return env.get_template("report.md.j2").render(context)
-    static = {
-        name: (resources.files("tunesmith.report") / "static" / name).read_text(encoding="utf-8")
-        for name in STATIC
-    }
-    # Only these scripts run: text of a run that looks like one does not.
+    folder = resources.files("tunesmith.report") / "static"
+    static = {name: (folder / name).read_text(encoding="utf-8") for name in STATIC}
     script = f"{static['uPlot.iife.min.js']}\n{static['plots.js']}\n{static['report.js']}"
+    # Only these scripts run: text of a run that looks like one does not.
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    styles = Markup("\n".join(text for name, text in static.items() if name.endswith(".css")))
-    data = Markup(json.dumps(context["charts"], allow_nan=False).replace("<", "\\u003c"))
-    context |= {"script": Markup(script), "allowed": allowed, "styles": styles, "data": data}
+    styles = "\n".join(text for name, text in static.items() if name.endswith(".css"))
+    # Nor does "</script>" in a text end the data.
+    data = json.dumps(context["charts"], allow_nan=False).replace("<", "\\u003c")
+    context |= {
+        "script": Markup(script),
+        "allowed": allowed,
+        "styles": Markup(styles),
+        "data": Markup(data),
+    }
     return env.get_template("report.html.j2").render(context)
 
 
 def _context(runs: list[RunSummary]) -> dict[str, Any]:
-    verdict, keys = judge(runs), differing_keys(runs)
-    profiles = [(run, read_profiles(run.files.folder)) for run in runs]
-    damaged = [(run.label, [*run.files.damaged, *faults]) for run, (_, faults) in profiles]
-    damaged = [(label, files) for label, files in damaged if files]
-    env = [
-        leaves({k: v for k, v in run.files.env.items() if k not in ("command", *HASHES)})
-        for run in runs
-    ]
-    names = dict.fromkeys(key for one in env for key in one if not key.endswith(".why"))
-    environment = [(key, [one.get(key) for one in env]) for key in names]
+    verdict = judge(runs)
+    keys = differing_keys(runs)
+    profiles = []
+    damaged = []
+    for run in runs:
+        summaries, damaged_profiles = read_profiles(run.files.folder)
+        if summaries:
+            profiles.append((run, summaries))
+        damaged_files = [*run.files.damaged, *damaged_profiles]
+        if damaged_files:
+            damaged.append((run.label, damaged_files))
+    board = list(range(len(runs)))
     # The lowest val_loss first, where they can be compared.
-    order = sorted(
-        range(len(runs)),
-        key=lambda i: (runs[i].best or (math.inf,))[0] if verdict.kind != "none" else 0,
-    )
+    if verdict.kind != "none":
+        board.sort(key=lambda i: (runs[i].best or (math.inf,))[0])
     return {
-        "runs": runs, "verdict": verdict, "keys": keys, "board": order,
-        "board_keys": [one for one in keys if one.learns][:KEYS_IN_BOARD],
-        "figures": [(name, [give(run) for run in runs]) for name, give in FIGURES.items()],
-        "environment": [(key, values, len({str(value) for value in values}) > 1) for key, values in environment],
-        "charts": _charts(runs), "samples": _samples_of(runs), "time_text": format_seconds,
+        "runs": runs,
+        "verdict": verdict,
+        "keys": keys,
+        "board": board,
+        "board_keys": [difference for difference in keys if difference.learns][:KEYS_IN_BOARD],
+        "figures": [(name, [figure(run) for run in runs]) for name, figure in FIGURES.items()],
+        "environment": _environment(runs),
+        "charts": _charts(runs),
+        "samples": _samples_of(runs),
+        "time_text": format_seconds,
         "ranks": [(run, _rank_rows(run.files)) for run in runs if run.files.ranks],
-        "profiles": [(run, summaries) for run, (summaries, _) in profiles if summaries],
+        "profiles": profiles,
         "damaged": damaged,
-        "ends": [_end(run) for run in runs], "reproduce": [_reproduce(run) for run in runs],
-    }  # fmt: skip
+        "ends": [_end(run) for run in runs],
+        "reproduce": [_reproduce(run) for run in runs],
+    }
+
+
+def _environment(runs: Sequence[RunSummary]) -> list[tuple[str, list[Any], bool]]:
+    """The rows of env.json: name, a value a run, whether they differ."""
+    environments = []
+    for run in runs:
+        env = {k: v for k, v in run.files.env.items() if k not in ("command", *HASHES)}
+        environments.append(leaves(env))
+    rows = []
+    for name in dict.fromkeys(name for env in environments for name in env):
+        if not name.endswith(".why"):
+            values = [env.get(name) for env in environments]
+            rows.append((name, values, len({str(value) for value in values}) > 1))
+    return rows
 
 
 def _mean(run: RunSummary, name: str) -> Spread | None:
-    return Spread.of(known(run.files.columns.get(name, [])))
+    return Spread.from_values(finite(run.files.columns.get(name, [])))
 
 
-FIGURES = {  # rows of the table of figures
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+def _lowest(run: RunSummary) -> str | None:
+    return f"{run.best[0]:.4f} at step {run.best[1]}" if run.best else None
+
+
+# Rows of the table of figures.
+FIGURES: dict[str, Callable[[RunSummary], Any]] = {
     "state": lambda run: f"{run.files.state} at step {run.steps}",
-    "val_loss, lowest": lambda run: (
-        f"{run.best[0]:.4f} at step {run.best[1]}" if run.best else None
-    ),
-    "val_loss, last": lambda run: run.validations[-1][1] if run.validations else None,
+    "val_loss, lowest": _lowest,
+    "val_loss, last": lambda run: run.val_losses[-1] if run.validations else None,
     "training loss, mean of the last steps": lambda run: run.loss,
     "tokens/s, without the first step": lambda run: run.speed,
-    "MFU": lambda run: f"{run.mfu:.1%}" if run.mfu is not None else None,
-    "waiting for data": lambda run: f"{run.waiting:.1%}" if run.waiting is not None else None,
+    "MFU": lambda run: _percent(run.mfu),
+    "waiting for data": lambda run: _percent(run.waiting),
     "peak memory, GiB": lambda run: run.memory_gib,
     "tokens learned from": lambda run: f"{run.tokens:,.0f}",
     "time of the steps": lambda run: format_seconds(run.seconds),
@@ -157,55 +208,83 @@ FIGURES = {  # rows of the table of figures
 
 def _charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     """What plots.js draws: the main curves, then every other number of the records."""
-    names = dict.fromkeys(
-        [*MAIN, *(name for run in runs for name in run.files.columns if name not in NO_CHART)]
-    )
+    names = dict.fromkeys(MAIN)
+    for run in runs:
+        names |= dict.fromkeys(name for name in run.files.columns if name not in NO_CHART)
     charts = []
     for name in names:
-        title, unit, zero, smoothed = MAIN.get(name, (name, "", False, False))
-        series = [line for i, run in enumerate(runs) for line in _series(run, i, name, smoothed)]
-        if len(runs) > RAW_RUNS and smoothed:  # many raw lines hide each other
-            series = [one for one in series if not one["faint"]]
+        chart = MAIN.get(name, Chart(name))
+        series = []
+        for index, run in enumerate(runs):
+            series += _series(run, index, name, chart.smoothed)
+        # Many raw lines hide each other.
+        if len(runs) > RAW_RUNS and chart.smoothed:
+            series = [line for line in series if not line["faint"]]
         if series:
-            chart = {"title": title, "unit": unit, "zero": zero, "series": series}
-            charts.append(chart | {"place": "main" if name in MAIN else "more"})
+            charts.append(
+                {
+                    "title": chart.title,
+                    "unit": chart.unit,
+                    "zero": chart.zero,
+                    "series": series,
+                    "place": "main" if name in MAIN else "more",
+                }
+            )
     return charts
 
 
 def _series(run: RunSummary, index: int, name: str, smoothed: bool) -> list[dict[str, Any]]:
-    steps, values = run.files.columns.get("step", []), run.files.columns.get(name, [])
+    steps = run.files.columns.get("step", [])
+    values = run.files.columns.get(name, [])
     span = max(5, len(values) // SPAN)
-    smoothed = smoothed and len(values) >= 3 * span
-    lines = [(f"{run.label}, raw" if smoothed else run.label, values, smoothed)]
-    lines += [(run.label, smooth(values, span), False)] if smoothed else []
+    # Label, values, whether it is faint.
+    lines = [(run.label, values, False)]
+    if smoothed and len(values) >= 3 * span:
+        lines = [
+            (f"{run.label}, raw", values, True),
+            (run.label, smooth(values, span), False),
+        ]
     series: list[dict[str, Any]] = []
-    for label, found, faint in lines:
-        x, y = downsample(steps, found, POINTS)
-        about = {"label": label, "run": index, "faint": faint, "dots": 2 * len(x) < len(steps)}
-        series += [about | {"x": x, "y": [float(f"{value:.6g}") for value in y]}] if x else []
+    for label, line, faint in lines:
+        x, y = downsample(steps, line, POINTS)
+        if x:
+            series.append(
+                {
+                    "label": label,
+                    "run": index,
+                    "faint": faint,
+                    "dots": 2 * len(x) < len(steps),
+                    "x": x,
+                    "y": [float(f"{value:.6g}") for value in y],
+                }
+            )
     return series
 
 
 def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
-    """For each prompt: (run, step, answer) before training, once where all runs agree, and after; the steps between."""
-    found = []
-    for prompt in list(dict.fromkeys(row["prompt"] for run in runs for row in run.files.samples))[
-        :PROMPTS
-    ]:
-        rows = [
-            (run.label, [r for r in run.files.samples if r["prompt"] == prompt]) for run in runs
-        ]
-        rows = [(label, answers) for label, answers in rows if answers]
-        expected = next(
-            (row["expected"] for _, answers in rows for row in answers if row.get("expected")), None
-        )
-        first = [(label, a[0]["step"], a[0]["answer"]) for label, a in rows if a[0]["step"] == 0]
+    """For each prompt: (run, step, answer) before training, once where all runs agree, and after;
+    the steps between."""
+    prompts = dict.fromkeys(row["prompt"] for run in runs for row in run.files.samples)
+    samples = []
+    for prompt in [*prompts][:PROMPTS]:
+        expected = None
+        first = []
+        between = []
+        last = []
+        for run in runs:
+            rows = [row for row in run.files.samples if row["prompt"] == prompt]
+            for row in rows:
+                expected = expected or row.get("expected")
+                answer = (run.label, row["step"], row["answer"])
+                if 0 < row["step"] < rows[-1]["step"]:
+                    between.append(answer)
+                if row is rows[0] and row["step"] == 0:
+                    first.append(answer)
+                if row is rows[-1] and row["step"] > 0:
+                    last.append(answer)
         if len(first) > 1 and len({answer for *_, answer in first}) == 1:
             first = [("", *first[0][1:])]
-        last = [(label, a[-1]["step"], a[-1]["answer"]) for label, a in rows if a[-1]["step"] > 0]
-        middle = [(label, row) for label, a in rows for row in a if 0 < row["step"] < a[-1]["step"]]
-        between = [(label, row["step"], row["answer"]) for label, row in middle]
-        found.append(
+        samples.append(
             {
                 "prompt": prompt,
                 "expected": expected,
@@ -214,26 +293,22 @@ def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
                 "between": between,
             }
         )
-    return found
+    return samples
 
 
 def _rank_rows(run: RunFiles) -> dict[str, Any]:
     """Mean and maximum of what each rank measured of itself."""
+    names = dict.fromkeys(name for columns in run.ranks.values() for name in columns)
+    shown_names = [name for name in names if name not in NO_CHART]
     ranks: dict[int, Columns] = {0: run.columns} | run.ranks
-    names = list(
-        dict.fromkeys(
-            name for columns in run.ranks.values() for name in columns if name not in NO_CHART
-        )
-    )
-    rows = {
-        rank: [known(columns.get(name, [])) for name in names]
-        for rank, columns in sorted(ranks.items())
-    }
-    cells = {
-        rank: [(Spread.of(one), max(one, default=None)) for one in row]
-        for rank, row in rows.items()
-    }
-    return {"names": names, "rows": cells}
+    rows = {}
+    for rank, columns in sorted(ranks.items()):
+        cells = []
+        for name in shown_names:
+            values = finite(columns.get(name, []))
+            cells.append((Spread.from_values(values), max(values, default=None)))
+        rows[rank] = cells
+    return {"names": shown_names, "rows": rows}
 
 
 def _end(run: RunSummary) -> dict[str, Any]:
@@ -241,7 +316,7 @@ def _end(run: RunSummary) -> dict[str, Any]:
     files = run.files
     return {
         "run": run,
-        "told": how_it_ended(files),
+        "fields": how_it_ended(files),
         "warnings": files.warnings,
         "log": files.log_tail[-LOG_LINES:],
     }
@@ -249,24 +324,29 @@ def _end(run: RunSummary) -> dict[str, Any]:
 
 def _reproduce(run: RunSummary) -> dict[str, Any]:
     """What it takes to make a run again; each part is None where env.json does not have it."""
-    env, recipe = run.files.env, run.files.folder / RECIPE
+    env = run.files.env
+    recipe = run.files.folder / RECIPE
     text = None
     with suppress(OSError):
         text = read_bytes(recipe).decode(errors="replace")
-    words = [
-        Path(word).name if i == 0 else str(word) for i, word in enumerate(env.get("command") or ())
-    ]
-    if words[:1] in (["__main__.py"], ["tunesmith"]):
-        words = ["tunesmith", *words[1:]]
-    versions = [
-        f"{name}=={env[name].partition('+')[0]}"
-        for name in VERSIONS
-        if isinstance(env.get(name), str)
-    ]
+    command = None
+    if env.get("command"):
+        program, *words = map(str, env["command"])
+        program = Path(program).name
+        # As of `python -m tunesmith`.
+        if program == "__main__.py":
+            program = "tunesmith"
+        command = shell_command([program, *words])
+    versions = []
+    for name in VERSIONS:
+        if isinstance(env.get(name), str):
+            # Without the build, such as +cu128, which the package index does not have.
+            versions.append(f"{name}=={env[name].partition('+')[0]}")
+    output = shell_word(shown(f"output_dir={run.files.folder}-again"))
     return {
         "run": run,
-        "command": shell_command(words) if words else None,
-        "again": f"tunesmith train {shell_path(shown(recipe))} {shell_word(shown(f'output_dir={run.files.folder}-again'))}",
+        "command": command,
+        "again": f"tunesmith train {shell_path(shown(recipe))} {output}",
         "commit": env.get("commit"),
         "versions": f"pip install {' '.join(versions)}" if versions else None,
         "hashes": {name.replace("_", " "): env[name] for name in HASHES if env.get(name)},
@@ -279,15 +359,22 @@ def _value(value: Any) -> str:
     """A value of a recipe or of env.json as text; a long list in JSON."""
     if value is None:
         return "–"
-    return str(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _figure(value: Any) -> str:
-    """A figure: text as it is, a mean with its standard deviation, a dash for what was not measured."""
-    if isinstance(value, Spread):
-        spread = f" ± {_digits(value.deviation)} (n = {value.count:,})" if value.count > 1 else ""
-        return _digits(value.mean) + spread
-    return "–" if value is None else value if isinstance(value, str) else _digits(value)
+    """A figure: text as it is, a mean with its standard deviation, a dash for what was not
+    measured."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Spread):
+        return _digits(value)
+    mean = _digits(value.mean)
+    if value.count == 1:
+        return mean
+    return f"{mean} ± {_digits(value.deviation)} (n = {value.count:,})"
 
 
 def _digits(value: float) -> str:

@@ -19,9 +19,9 @@ from tunesmith.report.run_files import (
     DamagedFile,
     RunFiles,
     downsample,
+    finite,
     holds_run,
     how_it_ended,
-    known,
     smooth,
 )
 from tunesmith.run_dir import shown
@@ -199,7 +199,7 @@ class WatchedRun:
         try:
             duration = Length.parse(self.files.recipe["train"]["duration"])
             if duration.seconds:
-                trained_seconds = sum(known(columns.get("step_seconds", [])))
+                trained_seconds = sum(finite(columns.get("step_seconds", [])))
                 return _share(trained_seconds, duration.seconds)
             if duration.unit == "epochs":
                 return _share(_newest(columns.get("epoch", [])) or 0.0, duration.amount)
