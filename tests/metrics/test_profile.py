@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recipes import make_run
 from tunesmith.config.schema import Profile
 from tunesmith.errors import UsageError
-from tunesmith.metrics.profile import Profiler, idle_share, summarise
+from tunesmith.metrics.profile import Profiler, idle_share, summarize
 
 CPU = torch.device("cpu")
 
@@ -154,7 +154,7 @@ def test_the_time_of_kernels_goes_to_the_operation_that_launched_them() -> None:
             "args": {"External id": number},
         }
 
-    found = summarise(
+    found = summarize(
         [
             event("cpu_op", "aten::mm", 0, 5, 1),
             event("cpu_op", "aten::add", 5, 5, 2),

@@ -24,77 +24,99 @@ from tunesmith.host.packages import installed_versions
 from tunesmith.units import ratio
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # of the measured peak
-ROUND_SECONDS, ROUNDS = 0.2, 5
+ROUND_SECONDS = 0.2
+ROUNDS = 5
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """The peak that MFU is taken against, without a figure where none is known.
 
-    Only 16-bit types on CUDA have one: fp32's depends on whether TF32 is allowed, and no CPU publishes a peak that its
-    clock under AVX-512 holds. An integrated chip without a row of its own is measured; it takes about two seconds.
+    Only 16-bit types on CUDA have one: fp32's depends on whether TF32 is allowed, and no CPU
+    publishes a peak that its clock under AVX-512 holds. An integrated chip without a row of its own
+    is measured; it takes about two seconds.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return Peak()
     chip = torch.cuda.get_device_properties(device)
-    known = peak_of(chip.name)
-    if known.tflops is None and chip.is_integrated:
-        return Peak(
-            matmul_tflops(device, dtype), f"{MEASURED} at the start of this run, dense {dtype}"
-        )
-    return known
+    peak = peak_of(chip.name)
+    if peak.tflops is not None or not chip.is_integrated:
+        return peak
+    tflops = matmul_tflops(device, dtype)
+    return Peak(tflops, f"{MEASURED} at the start of this run, dense {dtype}")
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
-    """The measured peak: TFLOP/s of a dense product [size, size] x [size, size] in `dtype`, the median of ROUNDS.
+    """The measured peak: TFLOP/s of a dense product [size, size] x [size, size] in `dtype`, the
+    median of ROUNDS.
 
-    Few chips hold the clock of their published peak under load. Random numbers, as zeros draw less power.
+    Few chips hold the clock of their published peak under load.
     """
     n = size or MATMUL_SIZE[device.type]
-    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    # Random numbers: zeros draw less power.
+    left = torch.randn(n, n, device=device, dtype=dtype)
+    right = torch.randn(n, n, device=device, dtype=dtype)
     out = torch.empty(n, n, device=device, dtype=dtype)
     return ratio(2 * n**3, seconds_of(lambda: torch.mm(left, right, out=out))) / 1e12
 
 
 def bf16_slowdown(device: torch.device) -> float:
-    """How many times as long a product in bf16 takes as one in fp32: below 1, except on CPUs that emulate bf16.
+    """How many times as long a product in bf16 takes as one in fp32: below 1, except on CPUs that
+    emulate bf16.
 
-    A CPU without AVX-512 or AMX took 198 times as long for this product of 256^3, and 85 times for one of 1024^3 (0.9 and 79
-    GFLOP/s a thread). There it takes a tenth of a second.
+    A CPU without AVX-512 or AMX took 198 times as long for this product of 256^3, and 85 times for
+    one of 1024^3 (0.9 and 79 GFLOP/s a thread). There it takes a tenth of a second.
     """
     x = torch.randn(256, 256, device=device)
-    wide, narrow = (
-        min(timeit.repeat(partial(torch.mm, y, y), number=1, repeat=3)) for y in (x, x.bfloat16())
-    )
-    return ratio(narrow, wide)
+    seconds = {}
+    for matrix in (x, x.bfloat16()):
+        product = partial(torch.mm, matrix, matrix)
+        seconds[matrix.dtype] = min(timeit.repeat(product, number=1, repeat=3))
+    return ratio(seconds[torch.bfloat16], seconds[torch.float32])
 
 
 def seconds_of(product: Callable[[], Tensor]) -> float:
-    """Seconds of one product, 0 where the clock did not move: the median of ROUNDS rounds of about ROUND_SECONDS each, after a warm-up."""
-    from torch.utils.benchmark import Timer  # a tenth of a second, which most runs can spare
+    """Seconds of one product, 0 where the clock did not move.
+
+    The median of ROUNDS rounds of about ROUND_SECONDS each, after a warm-up.
+    """
+    # The import takes a tenth of a second, which most runs can spare.
+    from torch.utils.benchmark import Timer
 
     timer = Timer("product()", globals={"product": product}, num_threads=torch.get_num_threads())
     mean = timer.timeit(2).mean
+    # The clock stood still, for which torch's timer puts a nanosecond: rounds of that would never
+    # end.
     if mean < 1e-9:
-        return 0.0  # the clock stood still, for which torch's timer puts a nanosecond: rounds of that would never end
-    count = max(1, round(ROUND_SECONDS / mean))  # on a GPU, waiting once per round costs nothing
+        return 0.0
+    # On a GPU, waiting once per round costs nothing.
+    count = max(1, round(ROUND_SECONDS / mean))
     return statistics.median(timer.timeit(count).mean for _ in range(ROUNDS))
 
 
 def memory_gib(device: torch.device | None = None) -> float:
-    """Peak memory of this process so far, GiB: allocated on the CUDA device, else resident in RAM."""
+    """Peak memory of this process so far, GiB: allocated on the CUDA device, else resident in
+    RAM."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
+    # Bytes on macOS, KiB on Linux.
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Software, hardware and command for env.json: an allow-list, which never dumps the environment, with argv masked."""
+    """Software, hardware and command for env.json: an allow-list, which never dumps the
+    environment, with argv masked."""
     gpus = []
-    for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
-        size, capability = round(gpu.total_memory / 2**30, 1), f"{gpu.major}.{gpu.minor}"
-        about = {"name": gpu.name, "memory_gib": size, "capability": capability}
-        gpus.append(about | {"peak_tflops_bf16": peak_of(gpu.name).tflops})
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": gpu.name,
+                "memory_gib": round(gpu.total_memory / 2**30, 1),
+                "capability": f"{gpu.major}.{gpu.minor}",
+                "peak_tflops_bf16": peak_of(gpu.name).tflops,
+            }
+        )
     return {
         "python": platform.python_version(),
         **installed_versions(),
@@ -111,16 +133,19 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The processor's name from /proc/cpuinfo, or the architecture (on ARM, which has no name there)."""
+    """The processor's name from /proc/cpuinfo, or the architecture (on ARM, which has no name
+    there)."""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(errors="replace")
-        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            return found[1].strip()
+        match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        if match:
+            return match[1].strip()
     return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
-    """The git commit of the working directory, with "+" if tracked files differ from it; None outside a repository."""
+    """The git commit of the working directory, with "+" if tracked files differ from it; None
+    outside a repository."""
     words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.check_output(

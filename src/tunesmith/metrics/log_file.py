@@ -16,13 +16,15 @@ PACKAGE = logging.getLogger("tunesmith")
 class LogFile(logging.Handler):
     """Lines are kept in memory until `open`, since a start that is refused writes nothing.
 
-    As a context it also writes what the package logs as a warning, unless the program has set logging up, and the error
-    that ends the run, and closes the file. A line is one write, without a buffer, so that a signal's handler may write.
+    As a context it also writes what the package logs as a warning, unless the program has set
+    logging up, and the error that ends the run, and closes the file. A line is one write, without a
+    buffer, so that a signal's handler may write.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         super().__init__(logging.WARNING)
-        self.path, self.say = path, self.write
+        self.path = path
+        self.show = self.write
         self._file: int | None = None
         self._early = b""
 
@@ -35,27 +37,27 @@ class LogFile(logging.Handler):
     def write(self, text: str) -> None:
         """Write each line of a text; OSError where the disk is full."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        lines = "".join(f"{now}  {row}\n" for row in text.splitlines()).encode(
-            errors="backslashreplace"
-        )
+        rows = "".join(f"{now}  {row}\n" for row in text.splitlines())
+        lines = rows.encode(errors="backslashreplace")
         if self._file is None:
             self._early += lines
         else:
             os.write(self._file, lines)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.say(f"warning: {record.getMessage()}")
+        self.show(f"warning: {record.getMessage()}")
 
-    def with_log(self, say: Callable[[str], None]) -> Callable[[str], None]:
-        """A function that shows a text by `say` and writes it, as far as the disk takes it; warnings go there too."""
+    def with_log(self, show: Callable[[str], None]) -> Callable[[str], None]:
+        """A function that shows a text by `show` and writes it, as far as the disk takes it;
+        warnings go there too."""
 
-        def both(text: str) -> None:
-            say(text)
+        def show_and_write(text: str) -> None:
+            show(text)
             with contextlib.suppress(OSError):
                 self.write(text)
 
-        self.say = both
-        return both
+        self.show = show_and_write
+        return show_and_write
 
     def close(self) -> None:
         super().close()
@@ -71,13 +73,12 @@ class LogFile(logging.Handler):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         PACKAGE.removeHandler(self)
         if error is not None:
-            text = (
-                error.text()
-                if isinstance(error, TunesmithError)
-                else f"{type(error).__name__}: {error}"
-            )
+            text = f"{type(error).__name__}: {error}"
+            if isinstance(error, TunesmithError):
+                text = error.text()
+            # A stop with everything saved is no error.
+            if isinstance(error, StoppedError):
+                text = text.removeprefix("error: ")
             with contextlib.suppress(OSError):
-                self.write(
-                    text.removeprefix("error: ") if isinstance(error, StoppedError) else text
-                )
+                self.write(text)
         self.close()

@@ -5,8 +5,10 @@ In its folder, `output_dir/profile/` for a training run, each rank r writes for 
     rank<r>.<time>.pt.trace.json.gz   the trace, for ui.perfetto.dev
     memory-rank<r>-<cycle>.json.gz    allocated bytes over time as counter tracks, for Perfetto
     memory-rank<r>-<cycle>.pickle     GPU only: the allocator's segments, for pytorch.org/memory_viz
-    top-rank<r>-<cycle>.txt           the ten operations with the most time of their own; on a GPU its idle time
-    summary-rank<r>-<cycle>.json      the same for programs, with the peak of each memory track: `tunesmith report` shows it
+    top-rank<r>-<cycle>.txt           the ten operations with the most time of their own; on a GPU
+                                      its idle time
+    summary-rank<r>-<cycle>.json      the same for programs, with the peak of each memory track:
+                                      `tunesmith report` shows it
 """
 
 import gzip
@@ -26,13 +28,16 @@ TOP = 10  # operations of a table
 
 
 class Profiler:
-    """Context around the training loop; call `step()` after each optimizer step. Costs nothing when not enabled.
+    """Context around the training loop; call `step()` after each optimizer step. Costs nothing when
+    not enabled.
 
     `traces` and `tables` are the files written so far, one of each per cycle.
     """
 
     def __init__(self, settings: Profile, folder: Path, *, rank: int, device: torch.device) -> None:
-        self.folder, self.rank, self.device = folder, rank, device
+        self.folder = folder
+        self.rank = rank
+        self.device = device
         self.traces: list[Path] = []
         self.tables: list[Path] = []
         self._steps_left = (settings.wait + settings.warmup + settings.active) * settings.cycles
@@ -40,23 +45,24 @@ class Profiler:
         if not settings.enabled or (settings.ranks != "all" and rank not in settings.ranks):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        steps = schedule(
-            wait=settings.wait,
-            warmup=settings.warmup,
-            active=settings.active,
-            repeat=settings.cycles,
-        )
         self._trace = tensorboard_trace_handler(
             str(folder), worker_name=f"rank{rank}", use_gzip=True
         )
-        kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
-        what: dict[str, Any] = {
-            "profile_memory": True,
-            "record_shapes": True,
-            "with_stack": settings.stacks,
-        }
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
         self._profile = profile(
-            activities=kinds, schedule=steps, on_trace_ready=self._write, **what
+            activities=activities,
+            schedule=schedule(
+                wait=settings.wait,
+                warmup=settings.warmup,
+                active=settings.active,
+                repeat=settings.cycles,
+            ),
+            on_trace_ready=self._write,
+            profile_memory=True,
+            record_shapes=True,
+            with_stack=settings.stacks,
         )
 
     def __enter__(self) -> Self:
@@ -65,7 +71,8 @@ class Profiler:
         return self
 
     def step(self) -> None:
-        """An optimizer step is done. The profiler stops after its last cycle, so that later steps run at full speed."""
+        """An optimizer step is done. The profiler stops after its last cycle, so that later steps
+        run at full speed."""
         if self._profile is None:
             return
         self._profile.step()
@@ -75,14 +82,16 @@ class Profiler:
 
     def __exit__(self, *_: object) -> None:
         if self._profile is not None:
-            running, self._profile = self._profile, None
+            running = self._profile
+            self._profile = None
             running.stop()
 
-    def _write(self, done: profile) -> None:
-        """Called by torch at the end of each cycle, and of a cycle that the run's end cuts short."""
-        before = set(self.folder.glob("*.pt.trace.json.gz"))
-        self._trace(done)
-        (trace,) = set(self.folder.glob(f"rank{self.rank}.*.pt.trace.json.gz")) - before
+    def _write(self, cycle: profile) -> None:
+        """Called by torch at the end of each cycle, also of one that the run's end cuts short."""
+        # torch puts the time into the trace's name and does not return it.
+        older_traces = set(self.folder.glob("*.pt.trace.json.gz"))
+        self._trace(cycle)
+        (trace,) = set(self.folder.glob(f"rank{self.rank}.*.pt.trace.json.gz")) - older_traces
         self.traces.append(trace)
         name = f"rank{self.rank}-{len(self.traces)}"
         with gzip.open(trace, "rt", encoding="utf-8") as file:
@@ -91,65 +100,98 @@ class Profiler:
         if self.device.type == "cuda":
             with (self.folder / f"memory-{name}.pickle").open("wb") as out:
                 pickle.dump({"segments": torch.cuda.memory_snapshot(), "device_traces": []}, out)
-        summary: dict[str, Any] = {**summarise(events), "peak_bytes": peaks}
-        (self.folder / f"summary-{name}.json").write_text(
-            json.dumps(summary, indent=1), encoding="utf-8"
+        summary = {**summarize(events), "peak_bytes": peaks}
+        text = json.dumps(summary, indent=1)
+        (self.folder / f"summary-{name}.json").write_text(text, encoding="utf-8")
+        table = self.folder / f"top-{name}.txt"
+        table.write_text(_table(summary), encoding="utf-8")
+        self.tables.append(table)
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    """The operations of a summary as text."""
+    lines = [f"{'operation':<60} {'own time, ms':>14} {'share':>9} {'calls':>9}"]
+    for operation in summary["operations"]:
+        lines.append(
+            f"{operation['name']:<60.60} {operation['ms']:>14,.1f} "
+            f"{operation['share']:>9.2%} {operation['calls']:>9,}"
         )
-        rows = [
-            f"{o['name']:<60.60} {o['ms']:>14,.1f} {o['share']:>9.2%} {o['calls']:>9,}"
-            for o in summary["operations"]
-        ]
-        table = [f"{'operation':<60} {'own time, ms':>14} {'share':>9} {'calls':>9}", *rows]
-        if (busy := summary["gpu_busy_share"]) is not None:
-            table.append(f"GPU idle: {1 - busy:.2%} of the time from the first kernel to the last")
-        self.tables.append(self.folder / f"top-{name}.txt")
-        self.tables[-1].write_text("\n".join(table) + "\n", encoding="utf-8")
+    busy = summary["gpu_busy_share"]
+    if busy is not None:
+        lines.append(f"GPU idle: {1 - busy:.2%} of the time from the first kernel to the last")
+    return "\n".join(lines) + "\n"
 
 
-def summarise(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The operations of a trace with the most time of their own, and the share of the time in which the GPU was busy.
+def summarize(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The operations of a trace with the most time of their own, and the share of the time in which
+    the GPU was busy.
 
-    On a GPU an operation's time is that of the kernels it launched, elsewhere its time without that of operations inside it.
-    Counted from the trace: torch's `key_averages` takes a minute for 150,000 operations, this a fifth of a second.
+    On a GPU an operation's time is that of the kernels it launched, elsewhere its time without that
+    of operations inside it. Counted from the trace: torch's `key_averages` takes a minute for
+    150,000 operations, this a fifth of a second.
     """
     operations = [event for event in events if event.get("cat") == "cpu_op"]
-    work = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    times, calls = Counter[str](), Counter[str]()
-    launched = (
-        {event["args"].get("External id"): event["name"] for event in operations} if work else {}
-    )
-    for event in work:
-        name = launched.get(event["args"].get("External id"), event["name"])
-        times[name] += event["dur"]
-        calls[name] += 1
-    around: list[tuple[float, str]] = []  # (end, name) of the operations that an operation lies in
-    thread = None
-    for event in sorted(() if work else operations, key=lambda e: (e["tid"], e["ts"], -e["dur"])):
-        around = around if event["tid"] == thread else []
-        thread = event["tid"]
-        while around and around[-1][0] <= event["ts"]:
-            around.pop()
-        inside = around[-1][1] if around else None
-        if inside:
-            times[inside] -= event["dur"]
-        times[event["name"]] += event["dur"]
-        calls[event["name"]] += event["name"] != inside  # one that calls itself is one call
-        around.append((event["ts"] + event["dur"], event["name"]))
-    whole = sum(times.values()) or 1.0
-    top = [
-        {"name": n, "calls": calls[n], "ms": t / 1e3, "share": t / whole}
-        for n, t in times.most_common(TOP)
+    kernels = [
+        event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
     ]
-    idle = idle_share((event["ts"], event["ts"] + event["dur"]) for event in work)
+    if kernels:
+        times, calls = _kernel_times(kernels, operations)
+    else:
+        times, calls = _own_times(operations)
+    total = sum(times.values()) or 1.0
+    top = []
+    for name, time in times.most_common(TOP):
+        top.append({"name": name, "calls": calls[name], "ms": time / 1e3, "share": time / total})
+    idle = idle_share((event["ts"], event["ts"] + event["dur"]) for event in kernels)
     return {"operations": top, "gpu_busy_share": None if idle is None else 1 - idle}
 
 
+def _kernel_times(
+    kernels: Sequence[Mapping[str, Any]], operations: Sequence[Mapping[str, Any]]
+) -> tuple[Counter[str], Counter[str]]:
+    """Microseconds on the GPU and kernels, by the operations that launched them."""
+    times = Counter[str]()
+    calls = Counter[str]()
+    names = {event["args"].get("External id"): event["name"] for event in operations}
+    for kernel in kernels:
+        name = names.get(kernel["args"].get("External id"), kernel["name"])
+        times[name] += kernel["dur"]
+        calls[name] += 1
+    return times, calls
+
+
+def _own_times(operations: Sequence[Mapping[str, Any]]) -> tuple[Counter[str], Counter[str]]:
+    """Microseconds without those of operations inside, and calls, by operation."""
+    times = Counter[str]()
+    calls = Counter[str]()
+    # (end, name) of the operations that the next one may lie in, the innermost last.
+    enclosing: list[tuple[float, str]] = []
+    thread = None
+    for event in sorted(operations, key=lambda e: (e["tid"], e["ts"], -e["dur"])):
+        name = event["name"]
+        if event["tid"] != thread:
+            thread = event["tid"]
+            enclosing = []
+        while enclosing and enclosing[-1][0] <= event["ts"]:
+            enclosing.pop()
+        parent = enclosing[-1][1] if enclosing else None
+        if parent:
+            times[parent] -= event["dur"]
+        times[name] += event["dur"]
+        # One that calls itself is one call.
+        calls[name] += name != parent
+        enclosing.append((event["ts"] + event["dur"], name))
+    return times, calls
+
+
 def idle_share(spans: Iterable[tuple[float, float]]) -> float | None:
-    """Share of the time from the first start to the last end that no span (start, end) covers; None without spans."""
+    """Share of the time from the first start to the last end that no span (start, end) covers; None
+    without spans."""
     ordered = sorted(spans)
     if not ordered:
         return None
-    first, latest, idle = ordered[0][0], ordered[0][1], 0.0
+    first, latest = ordered[0]
+    idle = 0.0
     for start, end in ordered:
         idle += max(0.0, start - latest)
         latest = max(latest, end)
@@ -157,28 +199,32 @@ def idle_share(spans: Iterable[tuple[float, float]]) -> float | None:
 
 
 def _write_memory(events: Sequence[Mapping[str, Any]], out: Path) -> dict[str, int]:
-    """Write counter tracks of allocated bytes, one per device, made from the allocation events of a trace.
+    """Write counter tracks of allocated bytes, one per device, made from the allocation events of a
+    trace.
 
     Returns the most bytes of each device. On a CPU they count from the start of the trace.
     """
-    counters, peaks = [], dict[str, int]()
+    counters = []
+    peaks: dict[str, int] = {}
     for event in events:
         if event.get("name") != "[memory]":
             continue
         values = event["args"]
         kind = values["Device Type"]  # c10::DeviceType
         device = {0: "CPU", 1: "GPU"}.get(kind, f"device type {kind}")
-        number = f" {values['Device Id']}" if values["Device Id"] >= 0 else ""
-        track = {
-            "name": f"{device}{number} allocated",
-            "ph": "C",
-            "ts": event["ts"],
-            "pid": event["pid"],
-        }
-        counters.append(track | {"args": {"bytes": values["Total Allocated"]}})
-        peaks[f"{device}{number}"] = max(
-            values["Total Allocated"], peaks.get(f"{device}{number}", 0)
+        if values["Device Id"] >= 0:
+            device += f" {values['Device Id']}"
+        allocated = values["Total Allocated"]
+        counters.append(
+            {
+                "name": f"{device} allocated",
+                "ph": "C",
+                "ts": event["ts"],
+                "pid": event["pid"],
+                "args": {"bytes": allocated},
+            }
         )
+        peaks[device] = max(allocated, peaks.get(device, 0))
     with gzip.open(out, "wt", encoding="utf-8") as file:
         json.dump({"displayTimeUnit": "ms", "traceEvents": counters}, file)
     return peaks

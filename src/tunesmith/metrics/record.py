@@ -1,8 +1,10 @@
-"""One record per step, and `metrics.jsonl`, the file of them: every other view of a run is made from it.
+"""One record per step, and `metrics.jsonl`, the file of them.
 
-A record is one line of strict JSON. Floats are written by `repr`, so they read back bit for bit; NaN and the
-infinities, which JSON lacks, become the strings "NaN", "Infinity" and "-Infinity". A killed process leaves at most a
-partial last line.
+Every other view of a run is made from it.
+
+A record is one line of strict JSON. Floats are written by `repr`, so they read back bit for bit;
+NaN and the infinities, which JSON lacks, become the strings "NaN", "Infinity" and "-Infinity". A
+killed process leaves at most a partial last line.
 """
 
 import contextlib
@@ -33,56 +35,75 @@ TAIL = 1 << 16  # bytes of metrics.jsonl that hold its last line
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one optimizer step did. Counts are those of the global batch, over all ranks."""
+    """What one optimizer step did. Counts are those of the global batch, over all ranks.
 
-    step: int  # optimizer steps taken, this one included; the first step is 1
-    epoch: float  # passes over the training rows, such as 1.25
-    loss: float  # mean over the supervised tokens, measured before the step's update
-    learning_rate: float  # of this step's update
-    grad_norm: float  # L2 norm over all trained parameters before clipping, tied ones once
-    tokens: int  # non-padding input tokens
-    supervised_tokens: int  # positions whose label enters the loss
+    Attributes:
+        step: optimizer steps taken, this one included; the first step is 1.
+        epoch: passes over the training rows, such as 1.25.
+        loss: mean over the supervised tokens, measured before the step's update.
+        learning_rate: of this step's update.
+        grad_norm: L2 norm over all trained parameters before clipping, tied ones once.
+        tokens: non-padding input tokens.
+        supervised_tokens: positions whose label enters the loss.
+        step_seconds: wall time of the whole step.
+        data_seconds: the part of it spent waiting for data.
+        tokens_per_second: `tokens / step_seconds`.
+        mfu: model FLOPs per second over the peak, from 0 to 1; None where no peak is known.
+        memory_gib: peak memory so far: allocated on the GPU, else resident in RAM.
+        mfu_peak_tflops: the peak that `mfu` was taken against.
+        gpu_utilization: percent. This and the other gauges of a GPU: GPU only.
+        host_memory_percent: of this rank's host: 100 less the available share.
+        network_bytes_per_second: several ranks: sent and received by this rank's host.
+        nvlink_bytes_per_second: several ranks: sent and received by this rank's GPU.
+        product_tflops: of a short product on this rank's chip, where it was timed after this step.
+        idle_share: several data ranks: share of their time without work, by micro batches' cost.
+        val_loss: loss on the held-out rows, where it was measured after this step.
+        extra: further metrics of the method, by names that no field has. On disk they follow the
+            other values.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
     examples: int
-    step_seconds: float  # wall time of the whole step
-    data_seconds: float  # the part of it spent waiting for data
-    tokens_per_second: float  # `tokens / step_seconds`
-    # Model FLOPs per second over the peak, from 0 to 1; None where no peak is known
+    step_seconds: float
+    data_seconds: float
+    tokens_per_second: float
     mfu: float | None
-    memory_gib: float  # peak memory so far: allocated on the GPU, else resident in RAM
-    mfu_peak_tflops: float | None = None  # the peak that `mfu` was taken against
-    gpu_utilization: float | None = None  # percent, GPU only
-    gpu_power_watts: float | None = None  # GPU only
-    gpu_clock_mhz: float | None = None  # GPU only
-    gpu_temperature_celsius: float | None = None  # GPU only
-    host_memory_percent: float | None = None  # of this rank's host: 100 less the available share
-    network_bytes_per_second: float | None = (
-        None  # several ranks: sent and received by this rank's host
-    )
-    nvlink_bytes_per_second: float | None = (
-        None  # several ranks: sent and received by this rank's GPU
-    )
-    product_tflops: float | None = (
-        None  # of a short product on this rank's chip, where it was timed after this step
-    )
-    idle_share: float | None = (
-        None  # several data ranks: share of their time without work, by micro batches' cost
-    )
-    val_loss: float | None = (
-        None  # loss on the held-out rows, where it was measured after this step
-    )
-    # Further metrics of the method, by names that no field has. On disk they follow the other values.
+    memory_gib: float
+    # Optional from here on, `_OPTIONAL`: left out of a record where they were not measured.
+    mfu_peak_tflops: float | None = None
+    gpu_utilization: float | None = None
+    gpu_power_watts: float | None = None
+    gpu_clock_mhz: float | None = None
+    gpu_temperature_celsius: float | None = None
+    host_memory_percent: float | None = None
+    network_bytes_per_second: float | None = None
+    nvlink_bytes_per_second: float | None = None
+    product_tflops: float | None = None
+    idle_share: float | None = None
+    val_loss: float | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if taken := [name for name in self.extra if name in self.__dataclass_fields__]:
-            raise ValueError(f"{', '.join(taken)} in `extra`: the record has a field of that name")
+        clashes = [name for name in self.extra if name in self.__dataclass_fields__]
+        if clashes:
+            names = ", ".join(clashes)
+            raise ValueError(f"{names} in `extra`: the record has a field of that name")
 
     def values(self) -> dict[str, int | float | None]:
-        """Name -> value in the order of the fields, then `extra`; an optional value that was not measured is left out."""
-        named = {name: self.__dict__[name] for name in _NAMES}
-        return {
-            name: v for name, v in named.items() if v is not None or name not in _OPTIONAL
-        } | dict(self.extra)
+        """Name -> value in the order of the fields, then `extra`; an optional value that was not
+        measured is left out."""
+        values = {}
+        for name in _NAMES:
+            value = self.__dict__[name]
+            if value is not None or name not in _OPTIONAL:
+                values[name] = value
+        return values | dict(self.extra)
 
     def to_plain(self) -> dict[str, int | float | str | None]:
         """`values()` as strict JSON can hold them: non-finite floats are strings."""
@@ -95,31 +116,31 @@ class StepRecord:
 
     @classmethod
     def from_plain(cls, values: Any) -> Self:
-        """The record that `to_plain` made. Unknown names go to `extra` if their value is a number, else they are skipped.
+        """The record that `to_plain` made. Unknown names go to `extra` if their value is a number,
+        else they are skipped.
 
         ValueError for a missing name; TypeError for what is no dict, or a value of another type.
         """
         if not isinstance(values, dict):
             raise TypeError("not a JSON object")
-        if missing := [name for name in _NAMES if name not in values and name not in _OPTIONAL]:
+        missing = [name for name in _NAMES if name not in values and name not in _OPTIONAL]
+        if missing:
             raise ValueError(f"no value for {', '.join(missing)}")
-        known: dict[str, Any] = {}
+        own_values: dict[str, Any] = {}
         extra: dict[str, float] = {}
-        for name, given in values.items():
-            whole = name in _WHOLE
-            value = float(given) if given in _NON_FINITE and not whole else given
-            right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if right and not whole and isinstance(value, int) and not is_number(value):
-                raise TypeError(f"{name} is a number that no float holds")
+        for name, value in values.items():
+            number = _parse_number(name, value)
             if name not in cls.__dataclass_fields__:
-                extra |= {name: value} if right else {}
-            elif right or (value is None and name in _MAY_BE_NULL):
-                known[name] = value if whole or value is None else float(value)
-            else:
-                raise TypeError(
-                    f"{name} is {value!r}, which is no {'whole number' if whole else 'number'}"
-                )
-        return cls(**known, extra=extra)
+                if number is not None:
+                    extra[name] = number
+                continue
+            if number is None and not (value is None and name in _MAY_BE_NULL):
+                kind = "whole number" if name in _WHOLE else "number"
+                raise TypeError(f"{name} is {value!r}, which is no {kind}")
+            if number is not None and name not in _WHOLE:
+                number = float(number)
+            own_values[name] = number
+        return cls(**own_values, extra=extra)
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Self:
@@ -138,44 +159,69 @@ _WHOLE = frozenset({"step", "tokens", "supervised_tokens", "examples"})
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")  # as both json.dumps and float() spell them
 
 
+def _parse_number(name: str, value: Any) -> int | float | None:
+    """The number that a value of this name is, NaN and the infinities by their names.
+
+    None for what is no number.
+    """
+    # A bool is an int to Python.
+    if isinstance(value, bool):
+        return None
+    if name in _WHOLE:
+        return value if isinstance(value, int) else None
+    if isinstance(value, str) and value in _NON_FINITE:
+        return float(value)
+    if isinstance(value, int) and not is_number(value):
+        raise TypeError(f"{name} is a number that no float holds")
+    return value if isinstance(value, int | float) else None
+
+
 def read_records(path: str | Path) -> list[StepRecord]:
-    """All records of a metrics.jsonl, without a partial last line (of a run that still writes, or was killed).
+    """All records of a metrics.jsonl, without a partial last line (of a run that still writes, or
+    was killed).
 
     RunError names an unreadable line before the last by file:line.
     """
-    path, records = Path(path), []
+    path = Path(path)
+    records = []
     lines = read_bytes(path).splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
             records.append(StepRecord.from_json(line))
-        except (ValueError, TypeError) as error:  # JSON and UTF-8 both raise ValueError
+        # JSON and UTF-8 both raise ValueError.
+        except (ValueError, TypeError) as error:
             if number < len(lines):
-                what, where = "a line of the metrics cannot be read", f"{path}:{number}"
-                raise RunError(what, where=where, why=str(error), fix="remove that line") from None
+                raise RunError(
+                    "a line of the metrics cannot be read",
+                    where=f"{path}:{number}",
+                    why=str(error),
+                    fix="remove that line",
+                ) from None
     return records
 
 
 def checked_values(row: Any) -> dict[str, int | float | None]:
-    """The numbers of one parsed line, for readers of a run of any version; ValueError for what is no record.
+    """The numbers of one parsed line, for readers of a run of any version; ValueError for what is
+    no record.
 
-    A name that no field has may hold anything: what is no number becomes None. Fields other than `step` may be absent.
+    A name that no field has may hold anything: what is no number becomes None. Fields other than
+    `step` may be absent.
     """
     if not isinstance(row, dict) or "step" not in row:
         raise ValueError("it is no JSON object with a step")
     values: dict[str, int | float | None] = {}
     for name, value in row.items():
-        number = float(value) if isinstance(value, str) and value in _NON_FINITE else value
+        number = value
+        if isinstance(value, str) and value in _NON_FINITE:
+            number = float(value)
         if name in _WHOLE:
-            fits = is_count(value)
+            if not is_count(value):
+                raise ValueError(f"{name} is {_brief(value)}, which is no count")
         elif name in _NAMES:
-            fits = _is_measured(number) or (value is None and name in _MAY_BE_NULL)
-        else:
-            fits = True
-            number = number if _is_measured(number) else None
-        if not fits:
-            raise ValueError(
-                f"{name} is {_brief(value)}, which is no {'count' if name in _WHOLE else 'number'}"
-            )
+            if not _is_measured(number) and not (value is None and name in _MAY_BE_NULL):
+                raise ValueError(f"{name} is {_brief(value)}, which is no number")
+        elif not _is_measured(number):
+            number = None
         values[name] = number
     return values
 
@@ -191,7 +237,8 @@ def _brief(value: Any) -> str:
 
 
 def is_column(name: str, values: Sequence[Any]) -> bool:
-    """Whether all values of one name are plain numbers in range, seen without looking at each in Python."""
+    """Whether all values of one name are plain numbers in range, seen without looking at each in
+    Python."""
     kinds = set(map(type, values))
     if name in _WHOLE:
         return kinds == {int} and min(values) >= 0 and max(values) <= LARGEST_COUNT
@@ -202,7 +249,8 @@ def is_column(name: str, values: Sequence[Any]) -> bool:
 
 
 def newest_record(folder: Path) -> dict[str, int | float | None]:
-    """The last whole record of a run directory's metrics.jsonl, read from the file's end alone; empty without one."""
+    """The last whole record of a run directory's metrics.jsonl, read from the file's end alone;
+    empty without one."""
     try:
         with open_regular(folder / METRICS) as file:
             size = file.seek(0, os.SEEK_END)
@@ -222,16 +270,21 @@ def _step_of(line: bytes) -> int:
 
 
 def cut_back(path: str | Path, step: int, step_of: Callable[[bytes], int] = _step_of) -> int:
-    """Remove from a metrics.jsonl, in one move, the records after `step` and every unreadable line; return how many.
+    """Remove from a metrics.jsonl, in one move, the records after `step` and every unreadable line;
+    return how many.
 
-    Lines that stay are not changed by a byte. A missing file stays missing. `step_of` reads the step of a line.
+    Lines that stay are not changed by a byte. A missing file stays missing. `step_of` reads the
+    step of a line.
     """
-    path, kept = Path(path), []
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    path = Path(path)
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    remaining = []
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             if line.endswith(b"\n") and 0 <= step_of(line) <= step:
-                kept.append(line)
-    if len(kept) < len(lines):
-        write_atomically(path, b"".join(kept))
-    return len(lines) - len(kept)
+                remaining.append(line)
+    if len(remaining) < len(lines):
+        write_atomically(path, b"".join(remaining))
+    return len(lines) - len(remaining)

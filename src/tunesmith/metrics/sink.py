@@ -1,7 +1,8 @@
-"""What a run reports, as one small class: the loop calls `Sinks`, which passes every event to each sink in turn.
+"""What a run reports, as one small class: the loop calls `Sinks`, which passes every event to each
+sink in turn.
 
-A sink shows and never computes; metrics.jsonl is the only one that a resume reads back. Rank 0 has all of them. The
-terminal and the trackers have files of their own beside this one.
+A sink shows and never computes; metrics.jsonl is the only one that a resume reads back. Rank 0 has
+all of them. The terminal and the trackers have files of their own beside this one.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ class Sink:
     """The events of a run; a sink overrides those it shows."""
 
     def open(self, run: Run, resumed_at: int) -> None:
-        """Called before the first step. `resumed_at`: step of the checkpoint that the run resumes from, 0 for none."""
+        """Called before the first step. `resumed_at`: step of the checkpoint that the run resumes
+        from, 0 for none."""
 
     def step(self, record: StepRecord) -> None:
         """A step is done. `val_loss` is set where the held-out rows were measured after it."""
@@ -44,7 +46,8 @@ class Sink:
         """Something to read: the recipe, the token contract, a warning."""
 
     def flush(self) -> None:
-        """Called before a checkpoint becomes valid: everything reported so far must survive a crash from here on.
+        """Called before a checkpoint becomes valid: everything reported so far must survive a crash
+        from here on.
 
         May run in the thread that writes the checkpoint, while the loop reports the next step.
         """
@@ -75,7 +78,8 @@ class Sinks(Sink):
         self.all = list(sinks)
 
     def open(self, run: Run, resumed_at: int) -> None:
-        """Open all, last first: one that may be refused comes before the run's own files are touched."""
+        """Open all, last first: one that may be refused comes before the run's own files are
+        touched."""
         for sink in reversed(self.all):
             sink.open(run, resumed_at)
 
@@ -107,7 +111,8 @@ class Sinks(Sink):
 
 
 class JsonlSink(Sink):
-    """metrics.jsonl: one line per step, cut back to the checkpoint's step on resume, synced to the disk by `flush`."""
+    """metrics.jsonl: one line per step, cut back to the checkpoint's step on resume, synced to the
+    disk by `flush`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,8 +126,8 @@ class JsonlSink(Sink):
         self._file.write(record.to_json() + "\n")
 
     def flush(self) -> None:
-        # The file is line-buffered, so the kernel has every whole line; the Python file object is not safe to flush in
-        # one thread while another writes.
+        # The file is line-buffered, so the kernel has every whole line; the Python file object is
+        # not safe to flush in one thread while another writes.
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -134,7 +139,8 @@ class JsonlSink(Sink):
 
 
 class SamplesSink(Sink):
-    """samples.jsonl: a line for each answer of the model to a held-out prompt; step 0 is before training."""
+    """samples.jsonl: a line for each answer of the model to a held-out prompt; step 0 is before
+    training."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -151,8 +157,12 @@ class SamplesSink(Sink):
 
 
 class RankSink(Sink):
-    """metrics-rank<r>.jsonl of a rank other than 0: the same records with its own waits, memory and gauges. Nothing is read back
-    from it, so a disk that takes no more ends no run here. Warnings go to the rank's own terminal or log."""
+    """metrics-rank<r>.jsonl of a rank other than 0: the same records with its own waits, memory and
+    gauges.
+
+    Nothing is read back from it, so a disk that takes no more ends no run here. Warnings go to the
+    rank's own terminal or log.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / f"metrics-rank{rank}.jsonl"
@@ -170,7 +180,8 @@ class RankSink(Sink):
 
 
 class TensorBoardSink(Sink):
-    """TensorBoard events: `train/<record name>`, `validation/loss`, the recipe and sample answers as text.
+    """TensorBoard events: `train/<record name>`, `validation/loss`, the recipe and sample answers as
+    text.
 
     A `shared` folder may hold other runs' events, which a fresh start must not hide.
     """
@@ -185,15 +196,18 @@ class TensorBoardSink(Sink):
         from tunesmith.config.dump import dump
 
         # purge_step=n makes TensorBoard hide every older event from step n on.
-        purge = resumed_at + 1 if resumed_at else None if self.shared else 0
+        purge_step = None if self.shared else 0
+        if resumed_at:
+            purge_step = resumed_at + 1
         try:
-            self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=10)
+            self._writer = SummaryWriter(str(self.folder), purge_step=purge_step, flush_secs=10)
         except OSError as error:
-            what, fix = (
+            raise MachineError(
                 "TensorBoard's events cannot be written",
-                "log.tensorboard_dir=FOLDER, or log.tensorboard=false",
-            )
-            raise MachineError(what, where=str(self.folder), why=str(error), fix=fix) from None
+                where=str(self.folder),
+                why=str(error),
+                fix="log.tensorboard_dir=FOLDER, or log.tensorboard=false",
+            ) from None
         self._writer.add_text("recipe", f"```yaml\n{dump(run)}```", global_step=resumed_at)
 
     def step(self, record: StepRecord) -> None:
@@ -206,10 +220,8 @@ class TensorBoardSink(Sink):
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for number, row in enumerate(rows, start=1):
-            shown = "\n\n".join(
-                f"**{name}**\n\n{_verbatim(text)}" for name, text in row._asdict().items()
-            )
-            self._writer.add_text(f"sample/{number}", shown, global_step=step)
+            parts = [f"**{name}**\n\n{_verbatim(text)}" for name, text in row._asdict().items()]
+            self._writer.add_text(f"sample/{number}", "\n\n".join(parts), global_step=step)
 
     def text(self, title: str, body: str) -> None:
         self._writer.add_text(title, _verbatim(body))

@@ -1,4 +1,5 @@
-"""Progress for a person: a bar on a terminal, plain lines elsewhere, and log.txt with every line that is due."""
+"""Progress for a person: a bar on a terminal, plain lines elsewhere, and log.txt with every line
+that is due."""
 
 import sys
 import time
@@ -44,7 +45,9 @@ class Terminal(Sink):
         steps_per_epoch: int,
         stream: TextIO | None = None,
     ) -> None:
-        self.log, self.total, self.steps_per_epoch = log, total_steps, steps_per_epoch
+        self.log = log
+        self.total = total_steps
+        self.steps_per_epoch = steps_per_epoch
         self.stream = stream or sys.stderr
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -60,76 +63,93 @@ class Terminal(Sink):
         self._seconds = run.train.duration.seconds
         self._started = time.monotonic()
         console = Console(file=self.stream)
-        notebook = (
+        is_notebook = (
             self.stream is sys.stderr and console.is_jupyter and find_spec("ipywidgets") is not None
         )
-        if notebook or is_terminal(self.stream):
-            self._progress = Progress(
-                TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(), TextColumn("left {task.fields[left]}"), console=console,
-                # rich would refresh a notebook from a thread of its own, and take what the cell prints meanwhile with it.
-                auto_refresh=not notebook,
-            )  # fmt: skip
-            whole, done = (
-                float(self.total) if self.total else self._seconds,
-                resumed_at if self.total else 0,
-            )
-            fields: dict[str, Any] = {"step": str(resumed_at), "status": "", "left": "?"}
-            self._task = self._progress.add_task("", total=whole, completed=done, **fields)
-            self._progress.start()
+        if not is_notebook and not is_terminal(self.stream):
+            return
+        self._progress = Progress(
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            console=console,
+            # rich would refresh a notebook from a thread of its own, and take what the cell prints
+            # meanwhile with it.
+            auto_refresh=not is_notebook,
+        )
+        fields: dict[str, Any] = {"step": str(resumed_at), "status": "", "left": "?"}
+        self._task = self._progress.add_task(
+            "",
+            total=self.total or self._seconds,
+            completed=resumed_at if self.total else 0,
+            **fields,
+        )
+        self._progress.start()
 
     def step(self, record: StepRecord) -> None:
-        # The first step compiles and warms up, so its time is not that of the others
+        # The first step compiles and warms up, so its time is not that of the others.
         if self._steps == 1:
             self._recent.clear()
         self._steps += 1
         self._recent.append(record.step_seconds)
         elapsed = time.monotonic() - self._started
         count = f"{record.step}/{self.total}" if self.total else str(record.step)
-        loss, speed = f"loss {record.loss:.4f}", f"{record.tokens_per_second:,.0f} tok/s"
-        left = "?"
-        if self.total is not None:  # by the mean of the last 20 steps
-            left = format_seconds(
-                (self.total - record.step) * sum(self._recent) / len(self._recent)
-            )
-        elif self._seconds is not None:
-            left = format_seconds(max(0.0, self._seconds - elapsed))
+        loss = f"loss {record.loss:.4f}"
+        speed = f"{record.tokens_per_second:,.0f} tok/s"
+        left = self._left(record.step, elapsed)
         if self._progress is not None:
-            done = float(record.step) if self.total else elapsed
             self._progress.update(
-                self._task, completed=done, step=count, status=f"{loss}  {speed}", left=left
+                self._task,
+                completed=record.step if self.total else elapsed,
+                step=count,
+                status=f"{loss}  {speed}",
+                left=left,
             )
-            if self._progress.console.is_jupyter and self._due_to_show():
+            if self._progress.console.is_jupyter and self._may_show():
                 self._progress.refresh()
-        if not (
-            self._every.due(record.step, elapsed) or self._steps == 1 or record.step == self.total
-        ):
+        is_last = record.step == self.total
+        if not (self._every.due(record.step, elapsed) or self._steps == 1 or is_last):
             return
         mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
-        figures = f"lr {record.learning_rate:.2e}  grad {record.grad_norm:.3g}  {speed}{mfu}"
-        line = f"step {count}  {loss}  {figures}  {record.memory_gib:.1f} GiB  left {left}"
+        rates = f"lr {record.learning_rate:.2e}  grad {record.grad_norm:.3g}  {speed}{mfu}"
+        line = f"step {count}  {loss}  {rates}  {record.memory_gib:.1f} GiB  left {left}"
         self.log.write(line)
-        # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have every line.
-        if self._progress is None and (self._due_to_show() or record.step == self.total):
+        # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have
+        # every line.
+        if self._progress is None and (self._may_show() or is_last):
             self._show(line)
 
-    def _due_to_show(self) -> bool:
+    def _left(self, step: int, elapsed: float) -> str:
+        """The time to the end of the run, by the mean of the last 20 steps or by the clock."""
+        if self.total is not None:
+            seconds = (self.total - step) * sum(self._recent) / len(self._recent)
+        elif self._seconds is not None:
+            seconds = max(0.0, self._seconds - elapsed)
+        else:
+            return "?"
+        return format_seconds(seconds)
+
+    def _may_show(self) -> bool:
         """Whether the last time was long enough ago, and from now on this one is the last."""
         now = time.monotonic()
-        if due := now - self._shown_at >= 1 / LINES_A_SECOND:
-            self._shown_at = now
-        return due
+        if now - self._shown_at < 1 / LINES_A_SECOND:
+            return False
+        self._shown_at = now
+        return True
 
     def validation(self, step: int, loss: float) -> None:
-        self._tell(f"step {step}  val_loss {loss:.4f}")
+        self._show_and_log(f"step {step}  val_loss {loss:.4f}")
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for row in rows:
             self.log.write(f"step {step}  sample  {row.prompt!r} -> {row.answer!r}")
 
     def text(self, title: str, body: str) -> None:
-        if title != "recipe":  # config.yaml lies beside the log
-            self._tell(body)
+        # The log needs no recipe: config.yaml lies beside it.
+        if title != "recipe":
+            self._show_and_log(body)
 
     def close(self) -> None:
         if self._progress is not None:
@@ -137,7 +157,7 @@ class Terminal(Sink):
             self._progress.stop()
             self._progress = None
 
-    def _tell(self, text: str) -> None:
+    def _show_and_log(self, text: str) -> None:
         self._show(text)
         self.log.write(text)
 

@@ -1,7 +1,9 @@
-"""Experiment trackers (W&B, MLflow, Trackio, Comet and others), driven through accelerate's classes by one sink.
+"""Experiment trackers (W&B, MLflow, Trackio, Comet and others), driven through accelerate's classes
+by one sink.
 
-A tracker is set up by its own files and variables, such as WANDB_PROJECT, MLFLOW_TRACKING_URI or TRACKIO_SPACE_ID.
-`<tracker>-id.txt` in the run directory holds the id of its run, which a resumed run continues.
+A tracker is set up by its own files and variables, such as WANDB_PROJECT, MLFLOW_TRACKING_URI or
+TRACKIO_SPACE_ID. `<tracker>-id.txt` in the run directory holds the id of its run, which a resumed
+run continues.
 """
 
 import os
@@ -24,36 +26,44 @@ PROJECT = "tunesmith"
 
 
 class Tracker(NamedTuple):
-    """How one tracker's run is begun, continued and named."""
+    """How one tracker's run is begun, continued and named.
 
-    # (run directory, id of the run to continue or None) -> what accelerate's class hands to the tracker
+    Attributes:
+        options: (run directory, id of the run to continue or None) -> what accelerate's class hands
+            to the tracker.
+        run_id: of the tracker's own run object.
+        setup: how to set it up, for an error.
+        project: the variable that names the project, where accelerate's class does not read it.
+    """
+
     options: Callable[[Path, str | None], dict[str, Any]]
-    run_id: Callable[[Any], str]  # of the tracker's own run object
-    setup: str  # how to set it up, for an error
-    project: str = (
-        ""  # the variable that names the project, where accelerate's class does not read it
-    )
+    run_id: Callable[[Any], str]
+    setup: str
+    project: str = ""
 
 
 TRACKERS = {
     "wandb": Tracker(
-        lambda folder, known: (
-            {"id": known, "resume": "allow" if known else None, "dir": str(folder)}
-            | {"name": os.environ.get("WANDB_NAME", folder.name)}
-        ),
+        lambda folder, run_id: {
+            "id": run_id,
+            "resume": "allow" if run_id else None,
+            "dir": str(folder),
+            "name": os.environ.get("WANDB_NAME", folder.name),
+        },
         lambda run: run.id,
         "wandb login, or WANDB_MODE=offline",
         "WANDB_PROJECT",
     ),
     "mlflow": Tracker(
-        lambda folder, known: {"run_id": known, "run_name": folder.name},
+        lambda folder, run_id: {"run_id": run_id, "run_name": folder.name},
         lambda run: run.info.run_id,
-        "set MLFLOW_TRACKING_URI to a server that answers, or to a database such as sqlite:///mlflow.db",
+        "set MLFLOW_TRACKING_URI to a server that answers, or to a database such as "
+        "sqlite:///mlflow.db",
     ),
     "trackio": Tracker(
         # It finds a run by its name, so a new one gets a name of its own.
-        lambda folder, known: {
-            "name": known or f"{folder.name}-{token_hex(3)}",
+        lambda folder, run_id: {
+            "name": run_id or f"{folder.name}-{token_hex(3)}",
             "resume": "allow",
             "embed": False,
         },
@@ -62,15 +72,15 @@ TRACKERS = {
         "TRACKIO_PROJECT",
     ),
     "comet_ml": Tracker(
-        lambda folder, known: {"experiment_key": known},
+        lambda folder, run_id: {"experiment_key": run_id},
         lambda experiment: experiment.get_key(),
         "comet login, or COMET_START_ONLINE=0",
         "COMET_PROJECT_NAME",
     ),
     "swanlab": Tracker(
-        lambda folder, known: {
-            "id": known,
-            "resume": "must" if known else None,
+        lambda folder, run_id: {
+            "id": run_id,
+            "resume": "must" if run_id else None,
             "experiment_name": folder.name,
         },
         lambda run: run.id,
@@ -80,92 +90,104 @@ TRACKERS = {
 
 
 def trackers_of(run: Run) -> list[str]:
-    """The trackers that a recipe asks for; `log.wandb` is short for one of them."""
-    return list(dict.fromkeys((*(["wandb"] if run.log.wandb else []), *run.log.trackers)))
+    """The trackers that a recipe wants; `log.wandb` is short for one of them."""
+    names = list(run.log.trackers)
+    if run.log.wandb:
+        names.insert(0, "wandb")
+    return list(dict.fromkeys(names))
 
 
-def asked_by(run: Run, name: str) -> dict[str, str]:
-    """The key that asks for a tracker, and how to do without it: `where` and `fix` of an error."""
+def key_and_fix(run: Run, name: str) -> dict[str, str]:
+    """The key that names a tracker, and how to do without it: `where` and `fix` of an error."""
     if name in run.log.trackers:
         return {"where": "log.trackers", "fix": f"take {name} out of log.trackers"}
     return {"where": f"log.{name}", "fix": f"log.{name}=false"}
 
 
 class TrackerSink(Sink):
-    """One tracker: the recipe as its config, `train/<record name>` and `validation/loss` at their steps.
+    """One tracker: the recipe as its config, `train/<record name>` and `validation/loss` at their
+    steps.
 
-    Its calls are made one by one in a thread of its own, so that a slow server does not hold up a step. After the first
-    call that fails the tracker is left alone: each further one may wait for minutes.
-    `name` is a key of TRACKERS; `folder` the run directory, with metrics.jsonl as the run before left it; `warn` takes a
-    line for the user.
+    Its calls are made one by one in a thread of its own, so that a slow server does not hold up a
+    step. After the first call that fails the tracker is left alone: each further one may wait for
+    minutes.
+
+    Args:
+        name: a key of TRACKERS.
+        folder: the run directory, with metrics.jsonl as the run before left it.
+        warn: takes a line for the user.
     """
 
     def __init__(self, name: str, folder: Path, warn: Callable[[str], None]) -> None:
-        self.name, self.folder, self.warn = name, folder, warn
+        self.name = name
+        self.folder = folder
+        self.warn = warn
         self._tracker: Any = None
+        # (part, step, loss) of the reports that the tracker has from an earlier start.
         self._sent: set[tuple[str, int, float | None]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     def open(self, run: Run, resumed_at: int) -> None:
-        kept, kind = self.folder / f"{self.name}-id.txt", TRACKERS[self.name]
-        known = kept.read_text().strip() if resumed_at and kept.exists() else None
-        # What a killed run reported after its checkpoint is not reported twice, if it comes out the same.
+        tracker = TRACKERS[self.name]
+        id_file = self.folder / f"{self.name}-id.txt"
+        run_id = None
+        if resumed_at and id_file.exists():
+            run_id = id_file.read_text().strip()
+        # What a killed run reported after its checkpoint is not reported twice, if it comes out the
+        # same.
         with suppress(OSError, RunError):
-            for record in read_records(self.folder / METRICS) if known else ():
-                self._sent |= {
-                    ("train", record.step, record.loss),
-                    ("validation", record.step, record.val_loss),
-                }
+            for record in read_records(self.folder / METRICS) if run_id else ():
+                self._sent.add(("train", record.step, record.loss))
+                self._sent.add(("validation", record.step, record.val_loss))
         try:
-            with redirect_stdout(sys.stderr):  # stdout is for answers
-                self._tracker = self._thread.submit(self._start, run, known).result()
+            # stdout is for answers.
+            with redirect_stdout(sys.stderr):
+                self._tracker = self._thread.submit(self._start, run, run_id).result()
         except Exception as error:
             self._thread.shutdown(wait=False)
-            what, asked = f"{self.name} did not start", asked_by(run, self.name)
-            fix = f"{kind.setup}; or {asked['fix']}"
+            key = key_and_fix(run, self.name)
             raise MachineError(
-                what, where=asked["where"], why=first_line(error), fix=fix
+                f"{self.name} did not start",
+                where=key["where"],
+                why=first_line(error),
+                fix=f"{tracker.setup}; or {key['fix']}",
             ) from error
-        kept.write_text(kind.run_id(self._tracker.tracker) + "\n")
+        id_file.write_text(tracker.run_id(self._tracker.tracker) + "\n")
 
-    def _start(self, run: Run, known: str | None) -> Any:
+    def _start(self, run: Run, run_id: str | None) -> Any:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
         from accelerate.utils import patch_environment
 
-        # accelerate's classes log through its process state. Made now, and as that of one process, whatever launched
-        # this one: with a LOCAL_RANK it would start a process group.
+        # accelerate's classes log through its process state. Made now, and as that of one process,
+        # whatever launched this one: with a LOCAL_RANK it would start a process group.
         with patch_environment(local_rank=-1):
             PartialState()
-        if self.name == "mlflow":  # its own 7 tries wait 4 minutes for a server that is gone
+        # Its own 7 tries wait 4 minutes for a server that is gone.
+        if self.name == "mlflow":
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        kind = TRACKERS[self.name]
-        options = kind.options(self.folder, known)
-        tracker = LOGGER_TYPE_TO_CLASS[self.name](os.environ.get(kind.project, PROJECT), **options)
+        settings = TRACKERS[self.name]
+        project = os.environ.get(settings.project, PROJECT)
+        options = settings.options(self.folder, run_id)
+        tracker = LOGGER_TYPE_TO_CLASS[self.name](project, **options)
         tracker.start()
         if self.name == "wandb":
-            # W&B's own step may not decrease, and a resumed run repeats the steps after its checkpoint.
+            # W&B's own step may not decrease, and a resumed run repeats the steps after its
+            # checkpoint.
             tracker.tracker.define_metric("train/*", step_metric="train/step")
             tracker.tracker.define_metric("validation/*", step_metric="train/step")
             tracker.store_init_configuration(to_mapping(run))
-        elif (
-            known is None or self.name != "mlflow"
-        ):  # which refuses a changed parameter, such as a longer duration
+        # MLflow refuses a changed parameter, such as a longer duration.
+        elif run_id is None or self.name != "mlflow":
             tracker.store_init_configuration(flatten(run))
         return tracker
 
     def step(self, record: StepRecord) -> None:
-        values = {
-            f"train/{name}": v
-            for name, v in record.values().items()
-            if name not in ("step", "val_loss")
-        }
-        self._report(
-            "train",
-            record.step,
-            record.loss,
-            {name: v for name, v in values.items() if v is not None},
-        )
+        values = {}
+        for name, value in record.values().items():
+            if name not in ("step", "val_loss") and value is not None:
+                values[f"train/{name}"] = value
+        self._report("train", record.step, record.loss, values)
 
     def validation(self, step: int, loss: float) -> None:
         self._report("validation", step, loss, {"validation/loss": loss})

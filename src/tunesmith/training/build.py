@@ -43,7 +43,7 @@ from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
-from tunesmith.metrics.trackers import asked_by, trackers_of
+from tunesmith.metrics.trackers import key_and_fix, trackers_of
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.model.spec import attention_weight, check_seq_len, flops
@@ -477,7 +477,7 @@ def check_inputs(run: Run, start: Start) -> None:
     asked for the model.
     """
     for name in trackers_of(run):
-        packages.require(name, **asked_by(run, name))
+        packages.require(name, **key_and_fix(run, name))
     for source in (*run.data.train, *run.data.validation):
         if is_local(source.source):
             check_data_file(Path(source.source).expanduser())
