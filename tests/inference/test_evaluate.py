@@ -155,7 +155,7 @@ def test_exact_match_reads_rows_by_the_columns_that_were_trained(
     source = {"source": str(rows), "format": "prompt-completion", "columns": columns}
     make_run(tmp_path / "run", tiny, peft_model(tiny), data={"train": source})
     found = evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=4, device="cpu")
-    assert [(score.rows, score.asked) for score in found.scores.values()] == [(2, 2), (2, 2)]
+    assert [(score.rows, score.answered) for score in found.scores.values()] == [(2, 2), (2, 2)]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_without_data_the_score_is_the_run_s_own_validation_loss(
     found = evaluate(tmp_path / "run", exact_match=True, max_new_tokens=2, device="cpu")
     assert found.scores["tuned"].loss == pytest.approx(measured, rel=1e-6)
     assert found.scores["base"].loss != pytest.approx(measured, rel=1e-6)
-    assert (found.scores["tuned"].rows, found.scores["tuned"].asked) == (3, 3)
+    assert (found.scores["tuned"].rows, found.scores["tuned"].answered) == (3, 3)
     assert ("30 %" in found.data) == bool(changes)
     assert (
         evaluate(tmp_path / "run", max_examples=2, base=False, device="cpu").scores["tuned"].rows
@@ -292,4 +292,4 @@ def test_asking_a_model_neither_compiles_nor_tries_the_compiler(
     assert len(list(generate(loaded, ROWS[:1], Decoding(2)))) == 1
     rows = write_rows(tmp_path / "held.jsonl", ROWS[:2])
     found = evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=2, device="cpu")
-    assert found.scores["tuned"].asked == 2
+    assert found.scores["tuned"].answered == 2

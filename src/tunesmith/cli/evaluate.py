@@ -69,13 +69,13 @@ def run(args: argparse.Namespace) -> None:
             "dropped": found.dropped,
             "cut": found.cut,
         }
-        for (
-            name,
-            score,
-        ) in found.scores.items():  # JSON has neither NaN nor infinity: such values become null
+        for name, score in found.scores.items():
+            values = asdict(score)
+            values["asked"] = values.pop("answered")
+            # JSON has neither NaN nor infinity: such values become null.
             finite = {
                 k: None if isinstance(v, float) and not math.isfinite(v) else v
-                for k, v in asdict(score).items()
+                for k, v in values.items()
             }
             about[name] = finite
         print(json.dumps(about, indent=2))
@@ -92,11 +92,11 @@ def run(args: argparse.Namespace) -> None:
         *(f"{s.perplexity:.3f}" if s.perplexity < math.inf else "above 1e308" for s in scores),
     )
     table.add_row("token accuracy", *(f"{s.token_accuracy:.2%}" for s in scores))
-    matches = [(s.exact_match, s.asked) for s in scores if s.exact_match is not None]
+    matches = [(s.exact_match, s.answered) for s in scores if s.exact_match is not None]
     if matches:
         table.add_row(
             "exact match",
-            *(f"{share:.1%} ({share * asked:.0f}/{asked})" for share, asked in matches),
+            *(f"{share:.1%} ({share * answered:.0f}/{answered})" for share, answered in matches),
         )
     table.add_row("rows", *(str(s.rows) for s in scores))
     table.add_row("supervised tokens", *(str(s.tokens) for s in scores))

@@ -1,8 +1,9 @@
 """Token ids in, answers out: batched decoding with Transformers' `generate`.
 
-Prompts are sorted by length inside a window of a few batches. Windows start at fixed rows and each batch has its own
-seed, so a job that is stopped and resumed gives the same answers as an uninterrupted one. Generation settings that ship
-with a model (a repetition penalty, a default temperature) are ignored.
+Prompts are sorted by length inside a window of a few batches. Windows start at fixed rows and each
+batch has its own seed, so a job that is stopped and resumed gives the same answers as an
+uninterrupted one. Generation settings that ship with a model (a repetition penalty, a default
+temperature) are ignored.
 """
 
 import math
@@ -34,55 +35,56 @@ WINDOW_BATCHES = 4  # a larger window sorts better; a resumed job computes one w
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen; UsageError for a value out of range, or a sampling option without a temperature."""
+    """How tokens are chosen; UsageError for a value out of range, or a sampling option without a
+    temperature.
+
+    Attributes:
+        temperature: 0 is greedy; above, the logits are divided by it and a token is drawn.
+        top_p: draw from the smallest set of tokens whose probabilities sum to this (1: from all).
+        top_k: draw from the k most likely tokens (0: from all).
+        seed: of the draws.
+    """
 
     max_new_tokens: int = 256
-    temperature: float = (
-        0.0  # 0 is greedy; above, the logits are divided by it and a token is drawn
-    )
-    top_p: float = (
-        1.0  # draw from the smallest set of tokens whose probabilities sum to this (1: from all)
-    )
-    top_k: int = 0  # draw from the k most likely tokens (0: from all)
-    seed: int = 0  # of the draws
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        rules = (
-            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            (
-                "--temperature",
-                self.temperature,
-                0 <= self.temperature < float("inf"),
-                "0 (greedy) or above",
-            ),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("--top-k", self.top_k, self.top_k >= 0, "0 (off) or above"),
-            ("--seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
-        )
-        for name, value, holds, allowed in rules:
-            if not holds:
-                raise UsageError(
-                    f"{name} {value} is out of range", where=name, fix=f"give {allowed}"
-                )
+        def check(option: str, value: float, is_allowed: bool, allowed: str) -> None:
+            if not is_allowed:
+                what = f"{option} {value} is out of range"
+                raise UsageError(what, where=option, fix=f"give {allowed}")
+
+        check("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
+        is_finite = 0 <= self.temperature < math.inf
+        check("--temperature", self.temperature, is_finite, "0 (greedy) or above")
+        check("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("--top-k", self.top_k, self.top_k >= 0, "0 (off) or above")
+        fits = 0 <= self.seed < 2**63
+        check("--seed", self.seed, fits, "a whole number from 0 to 2^63 - 1")
         if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
-            what, why = (
-                "--top-p and --top-k have no effect",
-                "at temperature 0 the most likely token is always taken",
-            )
             raise UsageError(
-                what, where="--temperature", why=why, fix="add --temperature 1.0, or leave both out"
+                "--top-p and --top-k have no effect",
+                where="--temperature",
+                why="at temperature 0 the most likely token is always taken",
+                fix="add --temperature 1.0, or leave both out",
             )
 
     def describe(self) -> str:
         """One line for a log: `greedy, up to 256 new tokens`."""
-        options = (
-            f"temperature {self.temperature:g}, top-p {self.top_p:g}, top-k {self.top_k or 'off'}"
-        )
-        how = f"sampled at {options}, seed {self.seed}" if self.temperature > 0 else "greedy"
-        return f"{how}, up to {self.max_new_tokens} new tokens"
+        method = "greedy"
+        if self.temperature > 0:
+            method = (
+                f"sampled at temperature {self.temperature:g}, top-p {self.top_p:g}, "
+                f"top-k {self.top_k or 'off'}, seed {self.seed}"
+            )
+        return f"{method}, up to {self.max_new_tokens} new tokens"
 
     def config(self, **tokens: Any) -> GenerationConfig:
-        """Transformers' form, with every setting that a model might bring along at its neutral value."""
+        """Transformers' form, with every setting that a model might bring along at its neutral
+        value."""
         if self.temperature > 0:
             tokens |= {
                 "do_sample": True,
@@ -94,11 +96,17 @@ class Decoding:
 
 
 class Answer(NamedTuple):
-    """What a model wrote."""
+    """What a model wrote.
 
-    text: str  # without special tokens
-    ids: list[int]  # without the stop token
-    finished: bool  # it ended by a stop token; False when cut at `max_new_tokens` or cancelled
+    Attributes:
+        text: without special tokens.
+        ids: without the stop token.
+        finished: it ended by a stop token; False when cut at `max_new_tokens` or cancelled.
+    """
+
+    text: str
+    ids: list[int]
+    finished: bool
 
 
 class _Streamer(TextStreamer):
@@ -147,37 +155,30 @@ def answer_batch(
         model: its attention must take a padding mask (sdpa or eager; not the one for packed rows).
         stops: ids that end an answer.
         write: gets the text as it comes; for a single prompt only.
-        cancelled: asked after each token; once true, the answers end there and are returned as they are.
+        cancelled: called after each token; once true, the answers end there and are returned as
+            they are.
         generate: takes the place of the model's own, for a sharded root.
-        synced: whether all ranks answer together, as each gathers weights from the others: none ends before the last.
+        synced: whether all ranks answer together, as each gathers weights from the others: none
+            ends before the last.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
-    known, last = model.get_input_embeddings().weight.shape[0], max(map(max, prompts))
-    if last >= known:
-        what = f"a prompt holds {tokenizer.convert_ids_to_tokens(last)}, a token that the model has no embedding of"
-        why = f"its id is {last:,}, and the embedding has {known:,} rows"
-        raise UsageError(
-            what, why=why, fix="write that text otherwise, or use the model's own tokenizer"
-        )
+    _check_embedded(model, tokenizer, max(map(max, prompts)))
     rows = [torch.tensor(prompt, dtype=torch.long, device=model.device) for prompt in prompts]
+    ones = [torch.ones_like(row) for row in rows]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-    mask = pad_sequence(
-        [torch.ones_like(row) for row in rows], batch_first=True, padding_side="left"
-    )
+    mask = pad_sequence(ones, batch_first=True, padding_side="left")
 
     def ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        input_ids[
-            :, -1
-        ].cpu()  # the token is there, so that `cancelled` may go by a clock; `generate` waits for it anyway
+        # Waits until the token is there, so that `cancelled` may go by a clock; `generate` waits
+        # for it anyway.
+        input_ids[:, -1].cpu()
         return torch.full(
             (input_ids.shape[0],), cancelled(), device=input_ids.device, dtype=torch.bool
         )
 
-    # None from the checkpoint
-    settings, model.generation_config = (
-        model.generation_config,
-        GenerationConfig(),
-    )
+    # None from the checkpoint.
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with evaluating(model), torch.random.fork_rng(devices=devices):
@@ -190,11 +191,25 @@ def answer_batch(
                 ),
                 stopping_criteria=StoppingCriteriaList([ended]),
                 streamer=_Streamer(tokenizer, write) if write else None,
-                synced_gpus=synced,  # Transformers' own guess does not see FSDP2
+                # Transformers' own guess does not see FSDP2.
+                synced_gpus=synced,
             )
     finally:
         model.generation_config = settings
     return [cut_answer(tokenizer, row, stops) for row in out[:, ids.shape[1] :].tolist()]
+
+
+def _check_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: int) -> None:
+    """UsageError where the model has no embedding of a token id."""
+    embedding_rows = model.get_input_embeddings().weight.shape[0]
+    if token < embedding_rows:
+        return
+    name = tokenizer.convert_ids_to_tokens(token)
+    raise UsageError(
+        f"a prompt holds {name}, a token that the model has no embedding of",
+        why=f"its id is {token:,}, and the embedding has {embedding_rows:,} rows",
+        fix="write that text otherwise, or use the model's own tokenizer",
+    )
 
 
 def cut_answer(
@@ -223,60 +238,71 @@ def answer_all(
     start: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Answer]]:
-    """Answer many prompts, with an fp32 adapter merged; yield (index, answer) in their order, from index `start` on.
+    """Answer many prompts, with an fp32 adapter merged; yield (index, answer) in their order, from
+    index `start` on.
 
-    The batches do not depend on `start`: the window that holds it is computed whole. Once `cancelled` says so, the
-    current window is given up and the iterator ends.
+    The batches do not depend on `start`: the window that holds it is computed whole. Once
+    `cancelled` says so, the current window is given up and the iterator ends.
     """
     window = batch_size * WINDOW_BATCHES
     with merged_meanwhile(model):
         for first in range(start // window * window, len(prompts), window):
-            order = sorted(
-                range(first, min(first + window, len(prompts))), key=lambda i: (len(prompts[i]), i)
-            )
-            done: dict[int, Answer] = {}
-            for rows in (order[at : at + batch_size] for at in range(0, len(order), batch_size)):
+            end = min(first + window, len(prompts))
+            by_length = sorted(range(first, end), key=lambda i: (len(prompts[i]), i))
+            answers: dict[int, Answer] = {}
+            for offset in range(0, len(by_length), batch_size):
+                rows = by_length[offset : offset + batch_size]
                 if max(rows) < start:
                     continue
-                seeded = replace(decoding, seed=(decoding.seed * 1_000_003 + min(rows)) % 2**63)
-                batch = [prompts[i] for i in rows]
-                answers = answer_batch(
-                    model, tokenizer, batch, seeded, stops=stops, cancelled=cancelled
+                seed = (decoding.seed * 1_000_003 + min(rows)) % 2**63
+                batch = answer_batch(
+                    model,
+                    tokenizer,
+                    [prompts[i] for i in rows],
+                    replace(decoding, seed=seed),
+                    stops=stops,
+                    cancelled=cancelled,
                 )
                 if cancelled():
                     return
-                done.update(zip(rows, answers, strict=True))
-            yield from ((i, done[i]) for i in sorted(done) if i >= start)
+                answers.update(zip(rows, batch, strict=True))
+            for i in sorted(answers):
+                if i >= start:
+                    yield i, answers[i]
 
 
 @contextmanager
 def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
-    """Merge an fp32 model's adapter into its weights inside the block: fewer matmuls a token, equal up to rounding.
+    """Merge an fp32 model's adapter into its weights inside the block: fewer matmuls a token, equal
+    up to rounding.
 
-    In bf16 merged weights would be rounded once more and could answer differently; a 4-bit base cannot take them.
+    In bf16 merged weights would be rounded once more and could answer differently; a 4-bit base
+    cannot take them.
     """
-    layers = [
-        m
-        for _, m in loras(model)
-        if isinstance(m, LoraLinear) and m.enabled and m.weight.dtype == torch.float32
-    ]
-    weights = [module.weight for module in layers]
+    layers = []
+    for _, layer in loras(model):
+        if isinstance(layer, LoraLinear) and layer.enabled and layer.weight.dtype == torch.float32:
+            layers.append(layer)
+    weights = [layer.weight for layer in layers]
     try:
-        for module in layers:
-            module.weight = torch.nn.Parameter(merged_weight(module), requires_grad=False)
-            module.enabled = False
+        for layer in layers:
+            layer.weight = torch.nn.Parameter(merged_weight(layer), requires_grad=False)
+            layer.enabled = False
         yield
     finally:
-        for module, weight in zip(layers, weights, strict=True):
-            module.weight, module.enabled = weight, True
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight = weight
+            layer.enabled = True
 
 
 class AnswerClock:
-    """Ends sample answers that would take more than `allowed` seconds, by what their first tokens took.
+    """Ends sample answers that would take more than `allowed` seconds, by what their first tokens
+    took.
 
-    Of one rank by two: the first comes after the prompts were read. Of ranks that answer together by one: a rank whose
-    answers have ended is asked no more, so that only the first token finds all of them, and what takes the time there is
-    to gather the weights, for prompts and for a token alike.
+    Of one rank by two: the first comes after the prompts were read. Of ranks that answer together
+    by one: a rank whose answers have ended is called no more, so that only the first token finds
+    all of them, and what takes the time there is to gather the weights, for prompts and for a token
+    alike.
 
     Attributes:
         predicted: seconds that all tokens would take; None before it is judged.
@@ -291,8 +317,12 @@ class AnswerClock:
         agree: Callable[[bool], bool] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`generated` is called after each token; `agree` makes one verdict of those of ranks that answer together."""
-        self.allowed, self.generated, self.agree, self.now = allowed, generated, agree, now
+        """`generated` is called after each token; `agree` makes one verdict of those of ranks that
+        answer together."""
+        self.allowed = allowed
+        self.generated = generated
+        self.agree = agree
+        self.now = now
         self.predicted: float | None = None
         self.late = False
         self.began = now()
@@ -309,8 +339,8 @@ class AnswerClock:
         self.seconds.append(self.elapsed)
         tokens = len(self.seconds) - 1
         if tokens == (1 if self.agree else 2):
-            *_, before, last = self.seconds
-            self.predicted = last + (SAMPLE_TOKENS - tokens) * (last - before)
+            *_, previous, last = self.seconds
+            self.predicted = last + (SAMPLE_TOKENS - tokens) * (last - previous)
             self.late = self.predicted > self.allowed
             if self.agree:
                 self.late = self.agree(self.late)
@@ -326,37 +356,43 @@ def sample_answers(
     synced: bool = False,
     clock: AnswerClock | None = None,
 ) -> list[SampleAnswer]:
-    """Greedy answers to examples of a run in progress, none if the `clock` ends them; the training attention is set again.
+    """Greedy answers to examples of a run in progress, none if the `clock` ends them; the training
+    attention is set again.
 
-    All are answered in one batch: the weights, which shards gather and nf4 makes dense, are needed once a token.
-    `synced` as for `answer_batch`.
+    All are answered in one batch: the weights, which shards gather and nf4 makes dense, are needed
+    once a token. `synced` as for `answer_batch`.
     """
     clock = clock or AnswerClock()
-    # What stands before the first supervised token is the prompt; an example that is supervised whole has none.
-    turns = [
-        (e.ids[:start].tolist(), e, start)
-        for e in examples
-        if (start := int(e.trained.argmax())) > 1
-    ]
-    if not turns:
+    prompts = []
+    expected = []
+    for example in examples:
+        # What stands before the first supervised token is the prompt; an example that is supervised
+        # whole has none.
+        start = int(example.trained.argmax())
+        if start > 1:
+            prompts.append(example.ids[:start].tolist())
+            # As many tokens of the row's own answer, up to the end of its first turn.
+            answer_ids = example.ids[start : start + SAMPLE_TOKENS].tolist()
+            expected.append(cut_answer(tokenizer, answer_ids, stops).text)
+    if not prompts:
         return []
-    model, decoding = train_model.model, Decoding(max_new_tokens=SAMPLE_TOKENS)
-
     train_model.use_inference_attention()
     try:
         answers = answer_batch(
-            model, tokenizer, [ids for ids, _, _ in turns], decoding,
-            stops=stops, cancelled=clock.after_token, generate=train_model.generate, synced=synced,
-        )  # fmt: skip
+            train_model.model,
+            tokenizer,
+            prompts,
+            Decoding(max_new_tokens=SAMPLE_TOKENS),
+            stops=stops,
+            cancelled=clock.after_token,
+            generate=train_model.generate,
+            synced=synced,
+        )
     finally:
         train_model.use_training_attention()
     if clock.late:
         return []
-    # The same number of tokens of the row's own answer, up to the end of its first turn.
-    rows = [example.ids[start : start + SAMPLE_TOKENS].tolist() for _, example, start in turns]
-    expected = [cut_answer(tokenizer, row, stops).text for row in rows]
-    found = zip(turns, answers, expected, strict=True)
-    return [
-        SampleAnswer(decode(tokenizer, ids), answer.text, wanted)
-        for (ids, _, _), answer, wanted in found
-    ]
+    samples = []
+    for prompt, answer, reference in zip(prompts, answers, expected, strict=True):
+        samples.append(SampleAnswer(decode(tokenizer, prompt), answer.text, reference))
+    return samples

@@ -1,8 +1,8 @@
 """How good a model is on held-out rows: loss, perplexity, token accuracy, exact match.
 
-Loss and accuracy are teacher-forced over the supervised tokens, by the same `TrainModel` and packed batches that
-training uses: there is no second formula. They are sums over all tokens divided once, so they do not depend on the
-batching. Exact match generates greedily and compares texts.
+Loss and accuracy are teacher-forced over the supervised tokens, by the same `TrainModel` and packed
+batches that training uses: there is no second formula. They are sums over all tokens divided once,
+so they do not depend on the batching. Exact match generates greedily and compares texts.
 """
 
 import math
@@ -30,6 +30,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.run_dir import IDENTITY
+from tunesmith.units import ceil_div
 
 ROW_TOKENS = 4096  # of a packed row that is scored
 # Called with what is counted, how many are done, and the total
@@ -37,37 +38,51 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Score:
-    """One model on one file."""
+class EvalResult:
+    """One model on one file.
+
+    Attributes:
+        tokens: supervised ones.
+        loss: mean cross-entropy over them, in nats.
+        perplexity: exp(loss).
+        token_accuracy: share of them that are the most likely token given all true tokens before.
+        exact_match: share of `answered` rows whose greedy answer is the reference.
+        answered: rows answered for exact match.
+    """
 
     rows: int
-    tokens: int  # supervised tokens
-    loss: float  # mean cross-entropy over them, in nats
-    perplexity: float  # exp(loss)
-    token_accuracy: (
-        float  # share of them that are the most likely token given all true tokens before
-    )
-    exact_match: float | None = None  # share of `asked` rows whose greedy answer is the reference
-    asked: int = 0  # rows answered for exact match
+    tokens: int
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    exact_match: float | None = None
+    answered: int = 0
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found."""
+    """What `evaluate` measured.
 
-    scores: dict[str, Score]  # `base` and `tuned`, or `model` for a plain model
-    data: str  # the rows that were scored, and where they are from
+    Attributes:
+        scores: of `base` and `tuned`, or of `model` for a plain model.
+        data: the rows that were scored, and where they are from.
+        dropped: rows left out, because they are longer than the recipe's seq_len.
+        cut: rows shortened for the same reason.
+    """
+
+    scores: dict[str, EvalResult]
+    data: str
     rows: int
-    dropped: int  # rows left out, because they are longer than the recipe's seq_len
-    cut: int  # rows shortened for the same reason
+    dropped: int
+    cut: int
 
 
 def packed(tokens: TokenSet, *, capacity: int, pad_id: int, multiple: int = 1) -> Iterator[Batch]:
-    """Batches of one packed row, padded to a multiple of `multiple` tokens: of `capacity` at most, or the longest
-    example's if it has more."""
+    """Batches of one packed row, padded to a multiple of `multiple` tokens: of `capacity` at most,
+    or the longest example's if it has more."""
     lengths = tokens.lengths
     for row in best_fit_decreasing(lengths, max(capacity, int(lengths.max(initial=0)))):
-        length = -(-int(lengths[row].sum()) // multiple) * multiple
+        length = ceil_div(int(lengths[row].sum()), multiple) * multiple
         yield collate([[tokens[i] for i in row]], length=length, pad_id=pad_id)
 
 
@@ -82,51 +97,63 @@ def validation_loss(
     mesh: Mesh = ALONE,
     scored: Callable[[], object] = lambda: None,
 ) -> tuple[float, int] | None:
-    """The method's mean loss over `tokens`, each once, in packed rows of `micro_tokens`, and what its sum is divided by.
+    """The method's mean loss over `tokens`, each once, in packed rows of `micro_tokens`, and what
+    its sum is divided by.
 
-    For SFT these are nats and supervised tokens. None once `cancelled` says so, which is asked before each row. The data
-    ranks of `mesh` take the rows in turn, all as many: some may end with an empty one. `scored` is called after each.
+    For SFT these are nats and supervised tokens. None once `cancelled`, which is called before each
+    row, says so. The data ranks of `mesh` take the rows in turn, all as many: some may end with an
+    empty one. `scored` is called after each.
     """
-    total, count, ranks = 0.0, 0, mesh.shape.data
+    total = 0.0
+    denominator = 0
+    ranks = mesh.shape.data
     batches = packed(tokens, capacity=micro_tokens, pad_id=pad_id, multiple=mesh.shape.tensor)
     empty = collate([[]], length=mesh.shape.tensor, pad_id=pad_id)
     with evaluating(train_model):
-        while row := list(islice(batches, ranks)):
+        for turn in iter(lambda: list(islice(batches, ranks)), []):
             if cancelled():
                 return None
-            batch = row[mesh.data_rank] if mesh.data_rank < len(row) else empty
-            made = train_model(batch.to(device))
-            total, count = total + made.loss.double().item(), count + made.denominator
+            batch = turn[mesh.data_rank] if mesh.data_rank < len(turn) else empty
+            output = train_model(batch.to(device))
+            total += output.loss.double().item()
+            denominator += output.denominator
             scored()
     if ranks > 1:
-        sums = torch.tensor([total, count], dtype=torch.float64, device=device)
+        sums = torch.tensor([total, denominator], dtype=torch.float64, device=device)
         dist.all_reduce(sums, group=mesh.data_group)
-        total, count = float(sums[0]), int(sums[1])
-    return (total / count if count else math.nan), count
+        total = float(sums[0])
+        denominator = int(sums[1])
+    return (total / denominator if denominator else math.nan), denominator
 
 
 def score(
     train_model: TrainModel, tokens: TokenSet, *, pad_id: int, progress: Progress = lambda *_: None
-) -> Score:
+) -> EvalResult:
     """Loss, perplexity and token accuracy of every supervised token, each example once."""
-    total, hits, count, rows = 0.0, 0, 0, 0
+    total = 0.0
+    hits = 0
+    count = 0
+    rows = 0
     progress("rows scored", 0, len(tokens))
     with evaluating(train_model):
         for batch in packed(tokens, capacity=ROW_TOKENS, pad_id=pad_id):
-            losses, right = train_model.token_scores(batch.to(train_model.model.device))
+            losses, correct = train_model.token_scores(batch.to(train_model.model.device))
             total += losses.double().sum().item()
-            hits += int(right.sum())
+            hits += int(correct.sum())
             count += batch.supervised
             rows += batch.examples
             progress("rows scored", rows, len(tokens))
     if count == 0:
-        return Score(rows, 0, math.nan, math.nan, math.nan)
+        return EvalResult(rows, 0, math.nan, math.nan, math.nan)
     loss = total / count
-    return Score(rows, count, loss, math.exp(loss) if loss < 709 else math.inf, hits / count)
+    # exp overflows a double from 709.8 on.
+    perplexity = math.exp(loss) if loss < 709 else math.inf
+    return EvalResult(rows, count, loss, perplexity, hits / count)
 
 
 def is_exact_match(answer: str, reference: str) -> bool:
-    """Equal texts, after removing outer whitespace and making every run of whitespace one space; case counts."""
+    """Equal texts, after removing outer whitespace and making every run of whitespace one space;
+    case counts."""
     return answer.split() == reference.split()
 
 
@@ -151,20 +178,24 @@ def evaluate(
 
     Args:
         path: as for `load_run`; `base` scores the base of it too.
-        data: a file or a Hub id; rows with answers, of which `split` and `max_examples` take a part. None takes the rows
-            that the run itself validates on: `data.validation`, or what `data.hold_out` drew.
-        format_name, columns: how the rows of `data` are read, as for `generate`; by the columns of the first row.
+        data: a file or a Hub id; rows with answers, of which `split` and `max_examples` take a
+            part. None takes the rows that the run itself validates on: `data.validation`, or what
+            `data.hold_out` drew.
+        format_name, columns: how the rows of `data` are read, as for `generate`; by the columns of
+            the first row.
         exact_match: also answer every row greedily and compare texts.
-        max_new_tokens, batch_size: for exact match: longest answer in tokens, and rows answered at once.
+        max_new_tokens, batch_size: for exact match: longest answer in tokens, and rows answered at
+            once.
     """
     location = locate_run(path)
     if data is None:
         parts, name = _held_out(location, path)
     else:
         source = Source(source=str(data), split=split, max_examples=max_examples)
-        rows, name = read_rows(source), source.source
-        found = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
-        parts = [(replace(source, format=found.format, columns=found.columns), rows)]
+        rows = read_rows(source)
+        name = source.source
+        like = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
+        parts = [(replace(source, format=like.format, columns=like.columns), rows)]
     if exact_match and all(source.format == "text" for source, _ in parts):
         raise _no_answers(name, "rows of the format text were read")
     loaded = load_run(location, device=device)
@@ -172,25 +203,24 @@ def evaluate(
     if data is None:
         tokens = _first_held_out(tokens, location, max_examples)
 
-    def scored(loaded: LoadedModel) -> Score:
-        answers = (
-            _answers(loaded, tokens, parts, max_new_tokens, batch_size) if exact_match else None
-        )
+    def score_model(loaded: LoadedModel) -> EvalResult:
+        # Before the loss, so that a broken row is reported first.
+        if exact_match:
+            answers = _answers(loaded, tokens, parts, max_new_tokens, batch_size)
         with loaded.training_attention() as train_model:
             result = score(train_model, tokens, pad_id=loaded.pad_id, progress=progress)
-        return (
-            result
-            if answers is None
-            else _with_matches(result, answers, len(tokens), name, progress)
-        )
+        if exact_match:
+            result = _with_matches(result, answers, len(tokens), name, progress)
+        return result
 
-    scores = {"model" if location.kind == "base" else "tuned": scored(loaded)}
+    scores = {"model" if location.kind == "base" else "tuned": score_model(loaded)}
     if base and location.kind == "adapter":
         with disabled(loaded.model):
-            scores = {"base": scored(loaded), **scores}
+            scores = {"base": score_model(loaded), **scores}
     elif base and location.kind == "full":
-        del loaded  # one model at a time
-        scores = {"base": scored(load_run(path, device=device, base_only=True)), **scores}
+        # One model at a time.
+        del loaded
+        scores = {"base": score_model(load_run(path, device=device, base_only=True)), **scores}
     counts = tokens.counts
     return Evaluation(scores, name, counts.rows, counts.dropped + counts.emptied, counts.cut)
 
@@ -199,12 +229,14 @@ def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]
     """The rows that a run validates on, and their name for the user."""
     run = location.run
     if run is None or not (run.data.validation or run.data.hold_out):
-        why = (
-            "its recipe has neither data.validation nor data.hold_out" if run else "it is not a run"
-        )
-        fix = "name a file with answers that it was not trained on: --data FILE"
+        why = "it is not a run"
+        if run:
+            why = "its recipe has neither data.validation nor data.hold_out"
         raise UsageError(
-            f"{path} has no held-out rows of its own", where="--data", why=why, fix=fix
+            f"{path} has no held-out rows of its own",
+            where="--data",
+            why=why,
+            fix="name a file with answers that it was not trained on: --data FILE",
         )
     data = run.data if run.data.hold_out else replace(run.data, train=())
     _, parts = read_splits(data, run.train.seed)
@@ -213,15 +245,21 @@ def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]
 
 
 def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) -> TokenSet:
-    """The first `count` of the examples that the run validated on; UsageError where they are not the same any more."""
-    run, folder = location.run, location.folder
-    about = folder.parent / IDENTITY if folder else None
-    known = read_json(about).get("validation_hash") if about and about.is_file() else None
-    if known not in (None, tokens.counts.digest):
-        why = "the file, the template or the tokenizer has changed: with data.hold_out, others would be held out now"
-        fix = "undo the change, or name rows that it was not trained on: --data FILE"
+    """The first `count` of the examples that the run validated on; UsageError where they are not
+    the same any more."""
+    run = location.run
+    validation_hash = None
+    if location.folder:
+        identity = location.folder.parent / IDENTITY
+        if identity.is_file():
+            validation_hash = read_json(identity).get("validation_hash")
+    if validation_hash not in (None, tokens.counts.digest):
         raise UsageError(
-            "these are not the rows that the run held out", where="--data", why=why, fix=fix
+            "these are not the rows that the run held out",
+            where="--data",
+            why="the file, the template or the tokenizer has changed: with data.hold_out, "
+            "others would be held out now",
+            fix="undo the change, or name rows that it was not trained on: --data FILE",
         )
     if run and run.validate.max_examples is not None:
         tokens = tokens.first(run.validate.max_examples)
@@ -229,47 +267,61 @@ def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) 
 
 
 def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
-    sources = tuple(source for source, _ in parts)
-    data = (
-        loaded.run.data if loaded.run else Data(train=sources, seq_len=min(loaded.context, 1 << 20))
-    )
+    if loaded.run:
+        data = loaded.run.data
+    else:
+        sources = tuple(source for source, _ in parts)
+        data = Data(train=sources, seq_len=min(loaded.context, 1 << 20))
     tokens = tokenize(parts, data, loaded.template, loaded.tokenizer, cache=None, what="eval")
     if not len(tokens):
-        what = f"none of the {tokens.counts.rows} rows can be scored"
-        why = f"all are longer than data.seq_len: {data.seq_len}"
-        raise UsageError(what, where=name, why=why, fix="give shorter rows")
+        raise UsageError(
+            f"none of the {tokens.counts.rows} rows can be scored",
+            where=name,
+            why=f"all are longer than data.seq_len: {data.seq_len}",
+            fix="give shorter rows",
+        )
     return tokens
 
 
 def _answers(
     loaded: LoadedModel, tokens: TokenSet, parts: SourceRows, max_new_tokens: int, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Answers to the rows that `tokens` are of; broken rows are told at the call."""
-    found = []
+    """Answers to the rows that `tokens` are of; broken rows are reported at the call."""
+    answers = []
     for (source, rows), part in zip(parts, tokens.parts, strict=True):
-        kept = part.arrays.rows.tolist()
-        asked = rows if len(kept) == len(rows) else rows.take([range(i, i + 1) for i in kept])
-        how: dict[str, Any] = {
-            "format_name": source.format,
-            "columns": source.columns,
-            "batch_size": batch_size,
-        }
-        found.append(generate(loaded, asked, Decoding(max_new_tokens), **how))
-    return chain.from_iterable(found)
+        # Rows that are too long have no tokens, and get no answer.
+        indices = part.arrays.rows.tolist()
+        is_whole = len(indices) == len(rows)
+        answers.append(
+            generate(
+                loaded,
+                rows if is_whole else rows.take([range(i, i + 1) for i in indices]),
+                Decoding(max_new_tokens),
+                format_name=source.format,
+                columns=source.columns,
+                batch_size=batch_size,
+            )
+        )
+    return chain.from_iterable(answers)
 
 
 def _with_matches(
-    result: Score, answers: Iterator[dict[str, Any]], count: int, name: str, progress: Progress
-) -> Score:
+    result: EvalResult,
+    answers: Iterator[dict[str, Any]],
+    count: int,
+    name: str,
+    progress: Progress,
+) -> EvalResult:
     matches = []
     progress("answers", 0, count)
-    for done, row in enumerate(answers, 1):
-        if "reference" in row:  # a row with an empty answer has none
+    for number, row in enumerate(answers, 1):
+        # A row with an empty answer has no reference.
+        if "reference" in row:
             matches.append(is_exact_match(row["output"], row["reference"]))
-        progress("answers", done, count)
+        progress("answers", number, count)
     if not matches:
         raise _no_answers(name, "every answer is empty")
-    return replace(result, exact_match=sum(matches) / len(matches), asked=len(matches))
+    return replace(result, exact_match=sum(matches) / len(matches), answered=len(matches))
 
 
 def _no_answers(where: str, why: str) -> UsageError:

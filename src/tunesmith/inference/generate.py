@@ -1,7 +1,8 @@
 """Rows in, rows with a trained model's answers out; prompts are rendered as in training.
 
-A row may have any format that trains, with its answer or without. The last assistant turn, the output or the
-completion is taken off and kept as the reference; a row that has none is prompted as it is.
+A row may have any format that trains, with its answer or without. The last assistant turn, the
+output or the completion is taken off and kept as the reference; a row that has none is prompted as
+it is.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ _ANSWER_COLUMN = {
     "sharegpt": "conversations",
 }
 _ANSWER_ROLES = [name for name, role in ROLES.items() if role in ("assistant", "call")]
-PLACEHOLDER = "?"  # stands in for an answer that is to come, so that the row converts; a prompt ends before it
+# Stands in for an answer that is to come, so that the row converts; a prompt ends before it.
+PLACEHOLDER = "?"
 
 
 def generate(
@@ -46,99 +48,134 @@ def generate(
         loaded: from `load_run`.
         rows: such as `[{"prompt": "Hello"}]`; an answer that a row holds is not shown to the model.
         decoding: how tokens are chosen; None is greedy, up to 256 tokens.
-        format_name, columns: how rows are read, as `format` and `columns` of a recipe; without columns as in training,
-            where a row has the columns of one of the run's sources. `auto` looks at the columns of each row.
+        format_name, columns: how rows are read, as `format` and `columns` of a recipe; without
+            columns as in training, where a row has the columns of one of the run's sources. `auto`
+            looks at the columns of each row.
         batch_size: rows answered at once; with sampling, it changes what is drawn.
         start: the first row to answer; the answers are those of a job that began at row 0.
-        cancelled: asked after each token; once true, the iterator ends after the rows already answered.
+        cancelled: called after each token; once true, the iterator ends after the rows already
+            answered.
 
     Returns:
-        an iterator over the rows from `start` on, in their order, each with `output` added, and `reference` where it
-        held an answer.
+        an iterator over the rows from `start` on, in their order, each with `output` added, and
+        `reference` where it held an answer.
 
     Raises:
-        DataError: at the call, not in the iterator: a broken row, or a prompt that leaves no room for its answer.
+        DataError: at the call, not in the iterator: a broken row, or a prompt that leaves no room
+            for its answer.
     """
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
-    pairs = [_make_prompt(rows, i, loaded, format_name, columns) for i in range(len(rows))]
-    prompts, references = [ids for ids, _ in pairs], [reference for _, reference in pairs]
-    lengths, room = list(map(len, prompts)), loaded.context - decoding.max_new_tokens
-    if (longest := max(lengths, default=0)) > room:
-        count, fix = (
-            sum(n > room for n in lengths),
-            "shorten these rows, or give a smaller --max-new-tokens",
+    prompts = []
+    references = []
+    for i in range(len(rows)):
+        ids, reference = _make_prompt(rows, i, loaded, format_name, columns)
+        prompts.append(ids)
+        references.append(reference)
+    lengths = [len(ids) for ids in prompts]
+    longest = max(lengths, default=0)
+    room = loaded.context - decoding.max_new_tokens
+    if longest > room:
+        count = sum(length > room for length in lengths)
+        raise DataError(
+            f"{count} of {len(prompts)} prompts are too long: the longest has {longest} tokens",
+            where=rows.where(lengths.index(longest)),
+            why=f"the model's context is {loaded.context} tokens; "
+            f"{decoding.max_new_tokens} are kept for the answer",
+            fix="shorten these rows, or give a smaller --max-new-tokens",
         )
-        what = f"{count} of {len(prompts)} prompts are too long: the longest has {longest} tokens"
-        why = f"the model's context is {loaded.context} tokens; {decoding.max_new_tokens} are kept for the answer"
-        raise DataError(what, where=rows.where(lengths.index(longest)), why=why, fix=fix)
-    options: dict[str, Any] = {"batch_size": batch_size, "start": start, "cancelled": cancelled}
     answers = answer_all(
-        loaded.model, loaded.tokenizer, prompts, decoding, stops=loaded.template.end_ids, **options
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        decoding,
+        stops=loaded.template.end_ids,
+        batch_size=batch_size,
+        start=start,
+        cancelled=cancelled,
     )
-    return (
-        {**rows[i], "output": answer.text}
-        | ({} if references[i] is None else {"reference": references[i]})
-        for i, answer in answers
-    )
+
+    # The rows are checked at the call, and answered as the caller iterates.
+    def with_answers() -> Iterator[dict[str, Any]]:
+        for i, answer in answers:
+            row = {**rows[i], "output": answer.text}
+            if references[i] is not None:
+                row["reference"] = references[i]
+            yield row
+
+    return with_answers()
 
 
 def row_source(
     row: dict[str, Any],
     where: str,
-    known: Sequence[Source],
+    sources: Sequence[Source],
     format_name: str,
     columns: Mapping[str, str] | None,
 ) -> Source:
-    """How to read a row: as told, else as the known source whose columns it has, else by its own columns."""
-    named = [s for s in known if format_name in ("auto", s.format)]
-    fits = [s for s in named if s.columns.get(_KEY_COLUMN[s.format], _KEY_COLUMN[s.format]) in row]
-    if columns is None and fits:
-        return max(fits, key=lambda source: len(source.columns.values() & row.keys()))
-    columns, name = columns or {}, format_name
+    """How to read a row: as `format_name` and `columns` say, else as the one of `sources` whose
+    columns it has, else by its own columns."""
+    if columns is None:
+        fitting = []
+        for source in sources:
+            if format_name in ("auto", source.format):
+                key_column = _KEY_COLUMN[source.format]
+                if source.columns.get(key_column, key_column) in row:
+                    fitting.append(source)
+        if fitting:
+            return max(fitting, key=lambda source: len(source.columns.values() & row.keys()))
+        columns = {}
+    name = format_name
     if name == "auto":
-        name = next(
-            (form for form, column in _KEY_COLUMN.items() if column in columns or column in row), ""
-        )
+        matching = (f for f, column in _KEY_COLUMN.items() if column in columns or column in row)
+        name = next(matching, "")
     if not name:
-        why = f"its columns are {', '.join(map(repr, row)) or 'none'}; looked for {', '.join(_KEY_COLUMN.values())}"
-        fix = "say which is which: --columns prompt=question --columns completion=answer, or give --format"
-        raise DataError("the format of the row is unknown", where=where, why=why, fix=fix)
-    if unknown := [column for column in columns if column not in COLUMNS[name]]:
-        fix = f"its columns are {', '.join(COLUMNS[name])}: write one of them before the ="
-        raise UsageError(
-            f"{unknown[0]} is not a column of format {name}", where="--columns", fix=fix
+        row_columns = ", ".join(map(repr, row)) or "none"
+        raise DataError(
+            "the format of the row is unknown",
+            where=where,
+            why=f"its columns are {row_columns}; looked for {', '.join(_KEY_COLUMN.values())}",
+            fix="say which is which: --columns prompt=question --columns completion=answer, "
+            "or give --format",
         )
+    for column in columns:
+        if column not in COLUMNS[name]:
+            raise UsageError(
+                f"{column} is not a column of format {name}",
+                where="--columns",
+                fix=f"its columns are {', '.join(COLUMNS[name])}: write one of them before the =",
+            )
     return Source(source=where, format=name, columns=dict(columns))  # type: ignore[arg-type]
 
 
 def _make_prompt(
     rows: Rows, i: int, loaded: LoadedModel, format_name: str, columns: Mapping[str, str] | None
 ) -> tuple[list[int], str | None]:
-    """The token ids up to where row i's answer starts (with the run's system message), and the answer that it holds."""
-    row, where = rows[i], rows.where(i)
+    """The token ids up to where row i's answer starts (with the run's system message), and the
+    answer that it holds."""
+    row = rows[i]
+    where = rows.where(i)
     source = row_source(row, where, loaded.location.sources, format_name, columns)
-    complete, answered = _with_answer(row, source)
-    sample = convert_row(complete, source, where=where, system=loaded.system)
+    complete_row, is_answered = _with_answer(row, source)
+    sample = convert_row(complete_row, source, where=where, system=loaded.system)
     if isinstance(sample, Conversation):
-        if (role := sample.messages[-1]["role"]) != "assistant":
-            what, why = (
-                "the conversation ends with neither a question nor an answer",
-                f"the last role is {role}",
-            )
+        role = sample.messages[-1]["role"]
+        if role != "assistant":
             raise DataError(
-                what, where=where, why=why, fix="end it with the turn to answer, or with the answer"
+                "the conversation ends with neither a question nor an answer",
+                where=where,
+                why=f"the last role is {role}",
+                fix="end it with the turn to answer, or with the answer",
             )
-        # An answer that is not trained on is an answer too
+        # An answer that is not trained on is an answer too.
         sample = replace(sample, untrained=frozenset())
     reference = None
-    if answered:
-        # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are compared in the
-        # form in which the model writes them.
+    if is_answered:
+        # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims
+        # are compared in the form in which the model writes them.
         example = loaded.template.encode(sample, "last", where=where)
-        reference = cut_answer(
-            loaded.tokenizer, example.ids[example.trained].tolist(), loaded.template.end_ids
-        ).text
+        answer_ids = example.ids[example.trained].tolist()
+        reference = cut_answer(loaded.tokenizer, answer_ids, loaded.template.end_ids).text
     return list(loaded.template.prompt(sample)), reference
 
 
@@ -149,16 +186,18 @@ def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], b
     column = _ANSWER_COLUMN.get(source.format, "messages")
     column = source.columns.get(column, column)
     value: Any = row.get(column)
-    later = {"role": "assistant", "content": PLACEHOLDER}
+    role_key = "role"
+    placeholder = {"role": "assistant", "content": PLACEHOLDER}
     if source.format in ("alpaca", "prompt-completion"):
         if value not in (None, ""):
             return row, True
-        as_messages = isinstance(row.get(source.columns.get("prompt", "prompt")), list)
-        return {**row, column: [later] if as_messages else PLACEHOLDER}, False
-    role = "role"
+        # A prompt of messages is completed by messages.
+        has_messages = isinstance(row.get(source.columns.get("prompt", "prompt")), list)
+        return {**row, column: [placeholder] if has_messages else PLACEHOLDER}, False
     if source.format == "sharegpt":
-        role, later = "from", {"from": "gpt", "value": PLACEHOLDER}
+        role_key = "from"
+        placeholder = {"from": "gpt", "value": PLACEHOLDER}
     last = value[-1] if isinstance(value, list) and value else None
-    if not isinstance(last, dict) or last.get(role) in _ANSWER_ROLES:
+    if not isinstance(last, dict) or last.get(role_key) in _ANSWER_ROLES:
         return row, True
-    return {**row, column: [*value, later]}, False
+    return {**row, column: [*value, placeholder]}, False

@@ -6,8 +6,9 @@
          a model's folder     Transformers files
          a recipe, a Hub id, a .gguf   the plain base model (only where a command takes one)
 
-`locate_run` reads small files only, so that a wrong path is reported before torch is imported; `load_run` loads. The
-chat template is always the saved one: the prompt in use is the prompt that was trained.
+`locate_run` reads small files only, so that a wrong path is reported before torch is imported;
+`load_run` loads. The chat template is always the saved one: the prompt in use is the prompt that
+was trained.
 """
 
 import re
@@ -42,16 +43,21 @@ _PART_OF_RUN = re.compile(r"^(final|checkpoint-\d+)$")
 
 @dataclass(frozen=True)
 class RunLocation:
-    """What a path stands for, read from small files alone."""
+    """What a path stands for, read from small files alone.
 
-    # PEFT files over a base; a whole model that a run wrote; a plain model
+    Attributes:
+        kind: PEFT files over a base; a whole model that a run wrote; a plain model.
+        folder: the tokenizer and the adapter or model; None for a base that is not a run's.
+        base: the base model; for `full`, the one it was trained from.
+        run: the resolved recipe beside it, if there is one.
+        note: which of several candidates was chosen, and why.
+    """
+
     kind: Literal["adapter", "full", "base"]
-    # The tokenizer and the adapter or model; None for a base that is not a run's
     folder: Path | None
-    base: Model  # the base model; for `full`, the one it was trained from
-    # The resolved recipe beside it, if there is one
+    base: Model
     run: Run | None = field(default=None, repr=False)
-    note: str = ""  # which of several candidates was taken, and why
+    note: str = ""
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -61,14 +67,21 @@ class RunLocation:
 
 @dataclass
 class LoadedModel:
-    """A model ready to answer: in eval mode, with an attention that takes padding masks."""
+    """A model ready to answer: in eval mode, with an attention that takes padding masks.
 
-    # The root of training, for losses; see `training_attention`
+    Attributes:
+        train_model: the root of training, for losses; see `training_attention`.
+        tokenizer: the saved one, with a padding token.
+        template: the saved one.
+        weights: the folder the weights were read from: the base's, or for kind `full` the trained
+            ones.
+    """
+
     train_model: "TrainModel" = field(repr=False)
-    tokenizer: "PreTrainedTokenizerBase" = field(repr=False)  # the saved one, with a padding token
-    template: "Template" = field(repr=False)  # the saved one
+    tokenizer: "PreTrainedTokenizerBase" = field(repr=False)
+    template: "Template" = field(repr=False)
     location: RunLocation
-    weights: Path  # the folder the weights were read from: the base's, or for kind `full` the trained ones
+    weights: Path
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -95,7 +108,8 @@ class LoadedModel:
 
     @contextmanager
     def training_attention(self) -> "Iterator[TrainModel]":
-        """The root with the attention backend of training, for losses; that of inference again afterwards."""
+        """The root with the attention backend of training, for losses; that of inference again
+        afterwards."""
         self.train_model.use_training_attention()
         try:
             yield self.train_model
@@ -104,27 +118,29 @@ class LoadedModel:
 
 
 def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
-    """Find what `path`, one of the forms in the module's docstring, stands for; with `base_only` the base of it.
+    """Find what `path`, one of the forms in the module's docstring, stands for; with `base_only`
+    the base of it.
 
     Raises:
         UsageError: there is no such path, or it is none of these.
-        CheckpointError: a run directory without a finished checkpoint, or a damaged one that was named.
+        CheckpointError: a run directory without a finished checkpoint, or a damaged one that was
+            named.
     """
     place = Path(path)
     if place.is_dir():
         location = _in_run(place) if (place / RECIPE).is_file() else _in_folder(place)
     elif place.is_file() and place.suffix in (".yaml", ".yml"):
         run = load_recipe(place, ignored=REMOVED)
-        location = RunLocation(
-            "base", None, run.model, run, f"the base of the recipe {path}: {run.model.name}"
-        )
+        note = f"the base of the recipe {path}: {run.model.name}"
+        location = RunLocation("base", None, run.model, run, note)
     elif place.is_file() and place.suffix == ".gguf":
         location = RunLocation("base", None, Model(name=str(path)))
     elif _HUB_ID.match(str(path)) and not place.parent.is_dir():
         location = RunLocation("base", None, Model(name=str(path)), note=f"{path} on the Hub")
+    elif place.is_file():
+        raise _no_model(place, f"{path} is a {place.suffix or 'nameless'} file, not a model")
     else:
-        what = f"{path} is a {place.suffix or 'nameless'} file, not a model"
-        raise _no_model(place, what if place.is_file() else f"there is no {path}")
+        raise _no_model(place, f"there is no {path}")
     if base_only and location.kind != "base":
         return replace(location, kind="base", note=f"the base of {path}: {location.base.name}")
     return location
@@ -134,43 +150,58 @@ def _no_model(path: Path, what: str) -> UsageError:
     """The error for a path that stands for nothing; it names the folders there."""
     folder = path if path.is_dir() else path.parent
     names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    fix = f"{folder} holds: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-    why = "a run directory, checkpoint, adapter, model folder, recipe (.yaml), .gguf file or Hub id is needed"
+    fix = "give the output_dir of a run"
+    if names:
+        more = ", ..." if len(names) > 8 else ""
+        fix = f"{folder} holds: {', '.join(names[:8])}{more}"
     return UsageError(
-        what, where=str(path), why=why, fix=fix if names else "give the output_dir of a run"
+        what,
+        where=str(path),
+        why="a run directory, checkpoint, adapter, model folder, recipe (.yaml), .gguf file or "
+        "Hub id is needed",
+        fix=fix,
     )
 
 
 def _in_run(folder: Path) -> RunLocation:
     """final/, else the newest whole checkpoint that holds model files."""
     skipped: list[str] = []
-    for candidate in (folder / FINAL, *(found.path for found in manifest.list_checkpoints(folder))):
+    checkpoints = [checkpoint.path for checkpoint in manifest.list_checkpoints(folder)]
+    for candidate in (folder / FINAL, *checkpoints):
         if not candidate.is_dir():
             continue
         damage = manifest.find_damage(candidate, contents=False)
-        if damage is None and any(
-            (candidate / name).is_file() for name in ("adapter_config.json", "config.json")
-        ):
-            note = f"from {candidate}" + (f" (skipped {'; '.join(skipped)})" if skipped else "")
+        configs = (candidate / "adapter_config.json", candidate / "config.json")
+        if damage is None and any(config.is_file() for config in configs):
+            note = f"from {candidate}"
+            if skipped:
+                note += f" (skipped {'; '.join(skipped)})"
             return _in_folder(candidate, note=note)
         skipped.append(f"{candidate.name}: {damage or 'holds training state only'}")
-    why = "; ".join(skipped) or "neither final/ nor a checkpoint-N/ is there"
-    fix = f"go on with it: tunesmith train {shell_path(folder / RECIPE)}"
     raise CheckpointError(
-        "this run has no finished checkpoint", where=str(folder), why=why, fix=fix
+        "this run has no finished checkpoint",
+        where=str(folder),
+        why="; ".join(skipped) or "neither final/ nor a checkpoint-N/ is there",
+        fix=f"go on with it: tunesmith train {shell_path(folder / RECIPE)}",
     )
 
 
 def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
-    """A checkpoint, an adapter or a model; `note` is given by `_in_run`, which has checked for damage."""
-    recipe, run, where = folder.parent / RECIPE, None, str(folder)
+    """A checkpoint, an adapter or a model; `note` is set by `_in_run`, which has checked for
+    damage."""
+    recipe = folder.parent / RECIPE
+    run = None
     if _PART_OF_RUN.match(folder.name) and recipe.is_file():
-        # A base in 8 bits is read in bf16, and so is one that was in int8
+        # A base in 8 bits is read in bf16, and so is one that was in int8.
         run = load_recipe(recipe, ignored=REMOVED)
-        if not note and (damage := manifest.find_damage(folder, contents=False)):
-            fix = f"give the run directory {folder.parent}, which takes the newest whole one"
+        damage = None if note else manifest.find_damage(folder, contents=False)
+        if damage:
             raise CheckpointError(
-                f"{folder} is not whole", where=where, why=damage, fix=fix, cause="damaged"
+                f"{folder} is not whole",
+                where=str(folder),
+                why=damage,
+                fix=f"give the run directory {folder.parent}, which takes the newest whole one",
+                cause="damaged",
             )
     if (folder / "adapter_config.json").is_file():
         base = run.model if run else _base_of_adapter(folder / "adapter_config.json")
@@ -179,11 +210,11 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
         base = run.model if run else Model(name=str(folder), dtype=_stored_dtype(folder))
         return RunLocation("full" if run else "base", folder, base, run, note)
     if (folder / "state").is_dir():
-        what, fix = (
+        raise CheckpointError(
             "this checkpoint holds training state only",
-            "give the run directory, which takes one with a model",
+            where=str(folder),
+            fix=f"give the run directory, which takes one with a model: {folder.parent}",
         )
-        raise CheckpointError(what, where=where, fix=f"{fix}: {folder.parent}")
     raise _no_model(
         folder, f"{folder} holds no model: no config.yaml, adapter_config.json or config.json"
     )
@@ -191,10 +222,14 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
 
 def _base_of_adapter(file: Path) -> Model:
     values = read_json(file)
-    name, revision = values.get("base_model_name_or_path"), values.get("revision")
+    name = values.get("base_model_name_or_path")
+    revision = values.get("revision")
     if not isinstance(name, str) or not name:
-        where, fix = f"{file}: base_model_name_or_path", "write the base's Hub id or folder there"
-        raise ModelError("the adapter does not name its base model", where=where, fix=fix)
+        raise ModelError(
+            "the adapter does not name its base model",
+            where=f"{file}: base_model_name_or_path",
+            fix="write the base's Hub id or folder there",
+        )
     return Model(
         name=name,
         revision=revision if isinstance(revision, str) else None,
@@ -203,7 +238,8 @@ def _base_of_adapter(file: Path) -> Model:
 
 
 def _stored_dtype(folder: Path) -> Dtype:
-    """What a model folder's config.json says its weights are; bf16 where it does not say, or is on the Hub."""
+    """What a model folder's config.json says its weights are; bf16 where it does not say, or is on
+    the Hub."""
     config = folder / "config.json"
     values = read_json(config) if config.is_file() else {}
     names: dict[str, Dtype] = {"float16": "fp16", "float32": "fp32"}
@@ -222,65 +258,36 @@ def load_run(
     >>> tunesmith.load_run("runs/my-run")
 
     Args:
-        path: as for `locate_run`, or what it found.
+        path: as for `locate_run`, or its result.
         device: None takes the GPU where there is one.
         base_only: the base of it, with the tuned model's template, without what was trained.
         dtype: of weights and products; None takes the run's or the model's own.
 
     Raises:
         UsageError, CheckpointError: as `locate_run`; the run deleted this checkpoint meanwhile.
-        ModelError: the base is missing, gated, damaged, or does not fit the adapter; a file differs from its checksum.
+        ModelError: the base is missing, gated, damaged, or does not fit the adapter; a file differs
+            from its checksum.
         MachineError: there is no such device, or the CPU's memory cannot hold the weights.
     """
     import torch
 
-    from tunesmith.adapter.peft_files import read_adapter
     from tunesmith.build_model import build_model
     from tunesmith.hub.fetch import fetch
-    from tunesmith.hub.model_files import read_model_files
-    from tunesmith.model.tokenizer import eos_ids, load_tokenizer
+    from tunesmith.model.tokenizer import eos_ids
     from tunesmith.planning.resolve import inference_plan
 
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    names = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
-    if device is not None and str(device) not in names:
-        why = f"this machine has {', '.join(names)}"
-        raise MachineError(
-            f"there is no device {device}", where="--device", why=why, fix="name one of these"
-        )
+    place = torch.device(_select_device(device))
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     with undeleted(location):
-        folder, adapter = location.folder, Adapter(kind="none")
-        if folder and location.kind == "base" and folder != Path(location.base.name):
-            manifest.check_sums(folder, reads=_is_read_beside_base)
-        elif folder:
-            manifest.check_sums(folder)
-        if location.kind == "adapter" and folder:
-            adapter = replace(read_adapter(folder), from_=str(folder))
-        # Without a run's own recipe one is made up; it needs a source and an output_dir, and neither is read or written.
-        run = location.run or Run(
-            model=location.base, data=Data(train=(Source(source="none"),)), output_dir="."
-        )
-        model = replace(run.model, dtype=dtype or run.model.dtype)
-        run = replace(
-            run,
-            model=model,
-            adapter=adapter,
-            train=replace(run.train, recompute="none", compile="off"),
-        )
+        folder = location.folder
+        _check_sums(location)
+        run = _inference_recipe(location, dtype)
         weights = folder if location.kind == "full" and folder else fetch(location.base)
+        # A base may be a model that an earlier run wrote.
         if weights != folder:
-            manifest.check_sums(weights)  # a base may be a model that an earlier run wrote
-        files = read_model_files(weights, run.model)
+            manifest.check_sums(weights)
         saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
-        if saved:
-            tokenizer = load_tokenizer(saved, run.model)
-            if location.run is None and adapter.modules_to_save:
-                # The adapter's tokenizer tells which rows the base lacks, as for PEFT's AutoPeftModel.
-                added = tokenizer.convert_ids_to_tokens(range(files.spec.vocab, len(tokenizer)))
-                run = replace(run, model=replace(run.model, added_tokens=tuple(added)))
-            files = replace(files, model=run.model, tokenizer=tokenizer)
-        place = torch.device(device or names[0])
+        run, files = _read_files(location, run, weights, saved)
         _check_room(files, place)
         train_model, _ = build_model(run, files, inference_plan(run, files, place))
         train_model.eval()
@@ -288,6 +295,74 @@ def load_run(
         ends = eos_ids(saved or weights, files.tokenizer) | eos_ids(weights, files.tokenizer)
         template = _template(location, files.tokenizer, ends, saved)
         return LoadedModel(train_model, files.tokenizer, template, location, weights)
+
+
+def _select_device(device: "str | torch.device | None") -> str:
+    """The name of a device of this machine; the GPU where none is named."""
+    import torch
+
+    names = ["cpu"]
+    if torch.cuda.device_count():
+        names = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
+    if device is None:
+        return names[0]
+    if str(device) not in names:
+        raise MachineError(
+            f"there is no device {device}",
+            where="--device",
+            why=f"this machine has {', '.join(names)}",
+            fix="name one of these",
+        )
+    return str(device)
+
+
+def _check_sums(location: RunLocation) -> None:
+    """Compare the files that are read of the location's folder with their checksums."""
+    folder = location.folder
+    if folder is None:
+        return
+    if location.kind == "base" and folder != Path(location.base.name):
+        manifest.check_sums(folder, reads=_is_read_beside_base)
+    else:
+        manifest.check_sums(folder)
+
+
+def _inference_recipe(location: RunLocation, dtype: Dtype | None) -> Run:
+    """The recipe by which the model is built: the run's, without what is for training only."""
+    from tunesmith.adapter.peft_files import read_adapter
+
+    # Without a run's own recipe one is made up; it needs a source and an output_dir, and neither is
+    # read or written.
+    run = location.run or Run(
+        model=location.base, data=Data(train=(Source(source="none"),)), output_dir="."
+    )
+    adapter = Adapter(kind="none")
+    if location.kind == "adapter" and location.folder:
+        adapter = replace(read_adapter(location.folder), from_=str(location.folder))
+    return replace(
+        run,
+        model=replace(run.model, dtype=dtype or run.model.dtype),
+        adapter=adapter,
+        train=replace(run.train, recompute="none", compile="off"),
+    )
+
+
+def _read_files(
+    location: RunLocation, run: Run, weights: Path, saved: Path | None
+) -> "tuple[Run, ModelFiles]":
+    """The model's files with the `saved` tokenizer, and the recipe with the tokens that it adds."""
+    from tunesmith.hub.model_files import read_model_files
+    from tunesmith.model.tokenizer import load_tokenizer
+
+    files = read_model_files(weights, run.model)
+    if saved is None:
+        return run, files
+    tokenizer = load_tokenizer(saved, run.model)
+    if location.run is None and run.adapter.modules_to_save:
+        # The adapter's tokenizer tells which rows the base lacks, as for PEFT's AutoPeftModel.
+        added = tokenizer.convert_ids_to_tokens(range(files.spec.vocab, len(tokenizer)))
+        run = replace(run, model=replace(run.model, added_tokens=tuple(added)))
+    return run, replace(files, model=run.model, tokenizer=tokenizer)
 
 
 def _is_read_beside_base(name: str) -> bool:
@@ -303,37 +378,39 @@ def _check_room(files: "ModelFiles", device: "torch.device") -> None:
     model = files.model
     if device.type != "cpu" or scheme_of(model) is not DENSE:
         return
-    needed, budget = files.spec.parameters * DTYPES[model.dtype].itemsize, host_budget()
+    needed = files.spec.parameters * DTYPES[model.dtype].itemsize
+    budget = host_budget()
     if needed <= budget.ceiling:
         return
-    weights, room = f"{needed / 2**30:.1f} GiB", f"{budget.ceiling / 2**30:.1f} GiB"
-    what = f"the model does not fit: its weights take {weights}, and {room} can be used"
-    where = ", ".join(filter(None, ["cpu", budget.limit.describe()]))
-    why = f"{files.spec.parameters:,} parameters in {model.dtype}"
-    fix = (
-        budget.limit.fix(needed * 5 // 4 - budget.free)
-        or "a smaller model, or a machine with more memory"
+    weights = f"{needed / 2**30:.1f} GiB"
+    room = f"{budget.ceiling / 2**30:.1f} GiB"
+    fix = budget.limit.fix(needed * 5 // 4 - budget.free)
+    raise MachineError(
+        f"the model does not fit: its weights take {weights}, and {room} can be used",
+        where=", ".join(filter(None, ["cpu", budget.limit.describe()])),
+        why=f"{files.spec.parameters:,} parameters in {model.dtype}",
+        fix=fix or "a smaller model, or a machine with more memory",
     )
-    raise MachineError(what, where=where, why=why, fix=fix)
 
 
 @contextmanager
 def undeleted(location: RunLocation) -> Iterator[None]:
-    """CheckpointError where a run that goes on deletes the checkpoint in the block: some of its files went unread."""
+    """CheckpointError where a run that goes on deletes the checkpoint in the block: some of its
+    files went unread."""
     fault: Exception | None = None
     try:
         yield
     except Exception as error:
         fault = error
     folder = location.folder
-    # The first file that is deleted
+    # The manifest is the first file that is deleted.
     if location.run and folder and not (folder / manifest.MANIFEST).is_file():
-        why = "its run goes on, and keeps only the newest ones (checkpoint.keep)"
-        what, fix = (
+        raise CheckpointError(
             f"{folder.name} was deleted while it was read",
-            f"give the run directory: {folder.parent}",
-        )
-        raise CheckpointError(what, where=str(folder), why=why, fix=fix) from fault
+            where=str(folder),
+            why="its run goes on, and keeps only the newest ones (checkpoint.keep)",
+            fix=f"give the run directory: {folder.parent}",
+        ) from fault
     if fault:
         raise fault
 
@@ -345,31 +422,33 @@ def _template(
     from tunesmith.data import builtin_templates
     from tunesmith.data.template import Template, select_template
 
-    jinja, run = tokenizer.chat_template, location.run
+    jinja = tokenizer.chat_template
+    run = location.run
     data = run.data if run else Data(train=(Source(source="none"),))
-    if saved is not None:  # a run whose folder has no chat template was trained without one
-        raw = (
-            builtin_templates.is_raw(jinja)
-            if isinstance(jinja, str)
-            else jinja is None and run is not None
-        )
-        data = replace(data, template="raw" if raw else "auto", system=None if raw else data.system)
-    chosen = select_template(data, tokenizer, ends)
-    if saved is not None and chosen.jinja is not None and "message.input" in chosen.jinja:
-        # One of our own texts, with instruction and input apart: rows must reach it in that form, as in training.
-        alpaca = any(chosen.jinja == builtin_templates.alpaca(bos=bos) for bos in (True, False))
-        chosen = Template(
-            tokenizer, ends, jinja=chosen.jinja, name="alpaca" if alpaca else "pattern"
-        )
-    # A base model without a template is given prompts as they stand; its chats take the alpaca text.
-    chosen.raw |= run is None and jinja is None
-    env = saved.parent / IDENTITY if saved else None
-    if (
-        run
-        and env
-        and env.is_file()
-        and any(source.format == "prompt-completion" for source in run.data.train)
-    ):
-        # Of the time when those were never written through a template
-        chosen.raw |= "template" not in read_json(env)
-    return chosen
+    if saved is not None:
+        # A run whose folder has no chat template was trained without one.
+        is_raw = jinja is None and run is not None
+        if isinstance(jinja, str):
+            is_raw = builtin_templates.is_raw(jinja)
+        if is_raw:
+            data = replace(data, template="raw", system=None)
+        else:
+            data = replace(data, template="auto")
+    template = select_template(data, tokenizer, ends)
+    if saved is not None and template.jinja is not None and "message.input" in template.jinja:
+        # One of our own texts, with instruction and input apart: rows must reach it in that form,
+        # as in training.
+        alpaca_texts = [builtin_templates.alpaca(bos=bos) for bos in (True, False)]
+        name = "alpaca" if template.jinja in alpaca_texts else "pattern"
+        template = Template(tokenizer, ends, jinja=template.jinja, name=name)
+    # A base model without a template is given prompts as they stand; its chats take the alpaca
+    # text.
+    template.raw |= run is None and jinja is None
+    if run and saved and (saved.parent / IDENTITY).is_file():
+        formats = [source.format for source in run.data.train]
+        env = saved.parent / IDENTITY
+        # An env.json without `template` is of the time when prompts with completions were never
+        # written through a template.
+        if "prompt-completion" in formats:
+            template.raw |= "template" not in read_json(env)
+    return template

@@ -1,12 +1,14 @@
-"""Whether a merged model answers like the adapter over its base: what is compared, and what is required.
+"""Whether a merged model answers like the adapter over its base: what is compared, and what is
+required.
 
-fp32    They differ by rounding only: the largest logit difference is at most 1e-4 for logits up to 10, in proportion
-        above.
-bf16    Every merged weight is rounded once more, and 16-bit matmuls are noisy themselves. So three things are required.
-fp16    In fp32 arithmetic the merge answers like the adapter (the rule above). The written weights are that merge,
-        rounded once. In the written type the mean KL divergence is small beside what the training changed, or beside
-        the noise of the type: the merged model against itself with another attention kernel. The first two need room
-        for the model in fp32; where there is none, the result says so.
+fp32    They differ by rounding only: the largest logit difference is at most 1e-4 for logits up to
+        10, in proportion above.
+bf16    Every merged weight is rounded once more, and 16-bit matmuls are noisy themselves. So three
+fp16    things are required. In fp32 arithmetic the merge answers like the adapter (the rule above).
+        The written weights are that merge, rounded once. In the written type the mean KL divergence
+        is small beside what the training changed, or beside the noise of the type: the merged model
+        against itself with another attention kernel. The first two need room for the model in fp32;
+        where there is none, the result says so.
 """
 
 from collections.abc import Sequence
@@ -38,39 +40,62 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two sets of logits over the same positions are apart."""
+    """How far two sets of logits over the same positions are apart.
 
-    max_logit: float  # largest absolute difference of any logit
-    mean_kl: float  # Kullback-Leibler divergence of the second from the first, in nats, mean over positions
-    agreement: float  # share of positions where both have the same most likely token
+    Attributes:
+        max_logit: largest absolute difference of any logit.
+        mean_kl: Kullback-Leibler divergence of the second from the first, in nats, mean over
+            positions.
+        agreement: share of positions where both have the same most likely token.
+    """
+
+    max_logit: float
+    mean_kl: float
+    agreement: float
 
 
 @dataclass(frozen=True)
 class ExactCheck:
-    """The merge in fp32, and the written weights compared with it."""
+    """The merge in fp32, and the written weights compared with it.
 
-    difference: Difference  # adapter against merge, both in fp32 arithmetic
-    largest: float  # largest absolute logit there
+    Attributes:
+        difference: adapter against merge, both in fp32 arithmetic.
+        largest: largest absolute logit there.
+        off: values further from the fp32 merge than one rounding explains.
+    """
+
+    difference: Difference
+    largest: float
     tensors: int
     values: int
-    off: int  # values further from the fp32 merge than one rounding explains
+    off: int
 
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """What was compared, and the result."""
+    """What was compared, and the result.
 
-    dtype: str  # of the written weights, and of the matmuls of the next three
-    merged: (
-        Difference  # the written folder, loaded by Transformers, against the adapter over its base
-    )
-    base: Difference  # the base against the adapter over it: the size of what the training changed
-    noise: Difference  # the merged model with another attention kernel against itself
-    largest: float  # largest absolute logit, the scale of `max_logit`
-    positions: int  # token positions compared
-    probes: str  # where the prompts came from
-    exact: ExactCheck | None  # None for fp32 itself, or where there is no room
-    rules: tuple[tuple[str, bool], ...]  # each requirement in words, and whether it holds
+    Attributes:
+        dtype: of the written weights, and of the matmuls of the next three.
+        merged: the written folder, loaded by Transformers, against the adapter over its base.
+        base: the base against the adapter over it: the size of what the training changed.
+        noise: the merged model with another attention kernel against itself.
+        largest: largest absolute logit, the scale of `max_logit`.
+        positions: token positions compared.
+        probes: where the prompts came from.
+        exact: None for fp32 itself, or where there is no room.
+        rules: each requirement in words, and whether it holds.
+    """
+
+    dtype: str
+    merged: Difference
+    base: Difference
+    noise: Difference
+    largest: float
+    positions: int
+    probes: str
+    exact: ExactCheck | None
+    rules: tuple[tuple[str, bool], ...]
 
     @property
     def passed(self) -> bool:
@@ -78,19 +103,27 @@ class MergeCheck:
 
 
 def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
-    """Compare logits, prompt by prompt: fp32 [tokens, vocabulary] each, on the CPU; CheckpointError if not finite."""
-    largest, kl, same, positions = 0.0, 0.0, 0, 0
+    """Compare logits, prompt by prompt: fp32 [tokens, vocabulary] each, on the CPU; CheckpointError
+    if not finite."""
+    largest = 0.0
+    kl = 0.0
+    agreeing = 0
+    positions = 0
     for p, q in zip(reference, other, strict=True):
         if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
-            why = "the adapter diverged, or the weights are too large for fp16"
-            fix = "merge with --dtype bf16 or fp32, or take an earlier checkpoint"
-            raise CheckpointError("the logits are not finite", why=why, fix=fix)
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+            raise CheckpointError(
+                "the logits are not finite",
+                why="the adapter diverged, or the weights are too large for fp16",
+                fix="merge with --dtype bf16 or fp32, or take an earlier checkpoint",
+            )
+        log_p = p.double().log_softmax(-1)
+        log_q = q.double().log_softmax(-1)
         largest = max(largest, (p - q).abs().max().item())
         kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
         positions += len(p)
-    return Difference(largest, max(kl / positions, 0.0), same / positions)
+    # Rounding may leave the divergence of equal models a little below 0.
+    return Difference(largest, max(kl / positions, 0.0), agreeing / positions)
 
 
 def merge_rules(
@@ -105,11 +138,9 @@ def merge_rules(
     if dtype == "fp32":
         return (_fp32_rule("", merged, largest),)
     limit = max(KL_SHARE * base.mean_kl, KL_NOISE * noise.mean_kl, KL_FLOOR)
-    parts = (
-        f"{KL_SHARE:.0%} of base against adapter, {KL_NOISE:g} x the noise of {dtype}, {KL_FLOOR:g}"
-    )
-    text = f"in {dtype}: mean KL {merged.mean_kl:.2g}, at most {limit:.2g} (the largest of {parts})"
-    rules = [(text, merged.mean_kl <= limit)]
+    parts = f"{KL_SHARE:.0%} of base against adapter, {KL_NOISE:g} x the noise of {dtype}"
+    text = f"in {dtype}: mean KL {merged.mean_kl:.2g}, at most {limit:.2g}"
+    rules = [(f"{text} (the largest of {parts}, {KL_FLOOR:g})", merged.mean_kl <= limit)]
     if exact is not None:
         rules.append(_fp32_rule("in fp32: ", exact.difference, exact.largest))
         count = f"{exact.values:,} in {exact.tensors} tensors"
@@ -118,10 +149,10 @@ def merge_rules(
     return tuple(rules)
 
 
-def _fp32_rule(prefix: str, found: Difference, largest: float) -> tuple[str, bool]:
+def _fp32_rule(prefix: str, difference: Difference, largest: float) -> tuple[str, bool]:
     limit = FP32_LIMIT * max(1.0, largest / 10)
-    text = f"{prefix}largest logit difference {found.max_logit:.1e}, at most {limit:.1e} (logits reach {largest:.0f})"
-    return text, found.max_logit <= limit
+    text = f"{prefix}largest logit difference {difference.max_logit:.1e}, at most {limit:.1e}"
+    return f"{text} (logits reach {largest:.0f})", difference.max_logit <= limit
 
 
 @torch.no_grad()
@@ -136,35 +167,42 @@ def largest_logit(logits: Sequence[torch.Tensor]) -> float:
 
 
 def probe_prompts(loaded: LoadedModel) -> tuple[list[list[int]], str]:
-    """A few prompts as token ids, and where they come from: the run's held-out or training rows, else SENTENCES."""
-    data = loaded.run.data if loaded.run else None
-    if data is not None:
-        for name, source in [
-            *(("validation", s) for s in data.validation[:1]),
-            ("training", data.train[0]),
-        ]:
-            prompts = []
-            try:
-                rows = read_rows(source)
-                for i in range(min(PROBES, len(rows))):
-                    sample = convert_row(rows[i], source, where=rows.where(i), system=data.system)
-                    example = loaded.template.encode(sample, data.train_on, where=rows.where(i))
-                    prompts.append(example.ids[:PROBE_TOKENS].tolist())
-            except TunesmithError:
-                continue  # the data need not be on the machine that merges
-            return prompts, f"{len(prompts)} {name} rows"
+    """A few prompts as token ids, and where they come from: the run's held-out or training rows,
+    else SENTENCES."""
+    sources = []
+    if loaded.run:
+        data = loaded.run.data
+        sources = [("validation", source) for source in data.validation[:1]]
+        sources.append(("training", data.train[0]))
+    for name, source in sources:
+        prompts = []
+        try:
+            rows = read_rows(source)
+            for i in range(min(PROBES, len(rows))):
+                sample = convert_row(rows[i], source, where=rows.where(i), system=data.system)
+                example = loaded.template.encode(sample, data.train_on, where=rows.where(i))
+                prompts.append(example.ids[:PROBE_TOKENS].tolist())
+        # The data need not be on the machine that merges.
+        except TunesmithError:
+            continue
+        return prompts, f"{len(prompts)} {name} rows"
     prompts = [loaded.tokenizer(text)["input_ids"][:PROBE_TOKENS] for text in SENTENCES]
     return prompts, f"{len(prompts)} built-in sentences"
 
 
 @torch.no_grad()
 def count_off(written: PreTrainedModel, merge: PreTrainedModel) -> tuple[int, int, int]:
-    """Compare a written 16-bit model with a merge in fp32: (tensors, values, values off by more than half a last bit)."""
-    weights, off = dict(merge.named_parameters()), 0
-    for name, weight in weights.items():
-        found = written.get_parameter(name)
-        info = torch.finfo(found.dtype)
+    """Compare a written 16-bit model with a merge in fp32: (tensors, values, values off by more
+    than half a last bit)."""
+    tensors = 0
+    values = 0
+    off = 0
+    for name, exact in merge.named_parameters():
+        rounded = written.get_parameter(name)
+        info = torch.finfo(rounded.dtype)
         # 1.01: two machines may sum B A in another order before the rounding.
-        bound = weight.abs() * (1.01 * info.eps / 2) + info.smallest_normal * info.eps
-        off += int(((found.cpu().float() - weight).abs() > bound).sum())
-    return len(weights), sum(weight.numel() for weight in weights.values()), off
+        bound = exact.abs() * (1.01 * info.eps / 2) + info.smallest_normal * info.eps
+        off += int(((rounded.cpu().float() - exact).abs() > bound).sum())
+        tensors += 1
+        values += exact.numel()
+    return tensors, values, off

@@ -144,7 +144,7 @@ class StepRecord:
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Self:
-        """Read what `to_json` wrote; raises as `from_plain`, and ValueError for what is not JSON."""
+        """Read what `to_json` wrote; raises as `from_plain`, and ValueError for no JSON."""
         try:
             values = json.loads(line)
         except RecursionError:

@@ -180,8 +180,7 @@ class RankSink(Sink):
 
 
 class TensorBoardSink(Sink):
-    """TensorBoard events: `train/<record name>`, `validation/loss`, the recipe and sample answers as
-    text.
+    """TensorBoard events: `train/<record name>`, `validation/loss`, the recipe and sample answers.
 
     A `shared` folder may hold other runs' events, which a fresh start must not hide.
     """
