@@ -162,13 +162,11 @@ def test_another_whole_checkpoint_is_named(copied: Path) -> None:
     manifest.check_sums(copied / "lora" / "checkpoint-2")
 
 
-@pytest.mark.parametrize("manifest", [None, "{", "[]", '{"files": {"a": 1}}', '{"version": 3}'])
-def test_a_folder_without_a_manifest_of_ours_is_opened(
-    manifest: str | None, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"files": {"a": 1}}', '{"version": 3}'])
+def test_a_folder_without_a_manifest_of_ours_is_opened(text: str | None, tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"x")
-    if manifest is not None:
-        (tmp_path / manifest.MANIFEST).write_text(manifest)
+    if text is not None:
+        (tmp_path / manifest.MANIFEST).write_text(text)
     manifest.check_sums(tmp_path)
 
 

@@ -53,11 +53,9 @@ def retry(call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         except (TRANSPORT, ConnectionResetError) as error:
             if http_status(error) not in (0, *TRANSIENT):
                 raise
-            failures += 1
             previous = reached
             reached = progress()
-            if reached > previous:
-                failures = 1
+            failures = 1 if reached > previous else failures + 1
             if failures >= TRIES:
                 raise
         time.sleep(PAUSE * 2 ** (failures - 1))

@@ -37,8 +37,10 @@ class ModelFiles:
         tokens = len(self.tokenizer)
         if tokens <= embedding_rows:
             return []
-        sizes = f"the tokenizer has {tokens:,} tokens, and the model's embedding"
-        sizes += f" {embedding_rows:,} rows"
+        sizes = (
+            f"the tokenizer has {tokens:,} tokens, "
+            f"and the model's embedding {embedding_rows:,} rows"
+        )
         if self.model.added_tokens:
             names = ", ".join(self.model.added_tokens)
             return [f"{sizes}: rows are added for {names}, each the mean of the others"]

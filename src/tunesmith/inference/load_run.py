@@ -280,7 +280,10 @@ def load_run(
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     with undeleted(location):
         folder = location.folder
-        _check_sums(location)
+        if folder and location.kind == "base" and folder != Path(location.base.name):
+            manifest.check_sums(folder, reads=_is_read_beside_base)
+        elif folder:
+            manifest.check_sums(folder)
         run = _inference_recipe(location, dtype)
         weights = folder if location.kind == "full" and folder else fetch(location.base)
         # A base may be a model that an earlier run wrote.
@@ -314,17 +317,6 @@ def _select_device(device: "str | torch.device | None") -> str:
             fix="name one of these",
         )
     return str(device)
-
-
-def _check_sums(location: RunLocation) -> None:
-    """Compare the files that are read of the location's folder with their checksums."""
-    folder = location.folder
-    if folder is None:
-        return
-    if location.kind == "base" and folder != Path(location.base.name):
-        manifest.check_sums(folder, reads=_is_read_beside_base)
-    else:
-        manifest.check_sums(folder)
 
 
 def _inference_recipe(location: RunLocation, dtype: Dtype | None) -> Run:

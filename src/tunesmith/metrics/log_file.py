@@ -74,11 +74,11 @@ class LogFile(logging.Handler):
         PACKAGE.removeHandler(self)
         if error is not None:
             text = f"{type(error).__name__}: {error}"
-            if isinstance(error, TunesmithError):
-                text = error.text()
-            # A stop with everything saved is no error.
             if isinstance(error, StoppedError):
-                text = text.removeprefix("error: ")
+                # With everything saved a stop is no error.
+                text = error.text().removeprefix("error: ")
+            elif isinstance(error, TunesmithError):
+                text = error.text()
             with contextlib.suppress(OSError):
                 self.write(text)
         self.close()

@@ -134,10 +134,16 @@ def summarize(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     kernels = [
         event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
     ]
+    times = Counter[str]()  # microseconds
+    calls = Counter[str]()
     if kernels:
-        times, calls = _kernel_times(kernels, operations)
+        launchers = {event["args"].get("External id"): event["name"] for event in operations}
+        for kernel in kernels:
+            name = launchers.get(kernel["args"].get("External id"), kernel["name"])
+            times[name] += kernel["dur"]
+            calls[name] += 1
     else:
-        times, calls = _own_times(operations)
+        _count_own_times(operations, times, calls)
     total = sum(times.values()) or 1.0
     top = []
     for name, time in times.most_common(TOP):
@@ -146,24 +152,10 @@ def summarize(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"operations": top, "gpu_busy_share": None if idle is None else 1 - idle}
 
 
-def _kernel_times(
-    kernels: Sequence[Mapping[str, Any]], operations: Sequence[Mapping[str, Any]]
-) -> tuple[Counter[str], Counter[str]]:
-    """Microseconds on the GPU and kernels, by the operations that launched them."""
-    times = Counter[str]()
-    calls = Counter[str]()
-    names = {event["args"].get("External id"): event["name"] for event in operations}
-    for kernel in kernels:
-        name = names.get(kernel["args"].get("External id"), kernel["name"])
-        times[name] += kernel["dur"]
-        calls[name] += 1
-    return times, calls
-
-
-def _own_times(operations: Sequence[Mapping[str, Any]]) -> tuple[Counter[str], Counter[str]]:
-    """Microseconds without those of operations inside, and calls, by operation."""
-    times = Counter[str]()
-    calls = Counter[str]()
+def _count_own_times(
+    operations: Sequence[Mapping[str, Any]], times: Counter[str], calls: Counter[str]
+) -> None:
+    """Add the time of each operation without that of operations inside it."""
     # (end, name) of the operations that the next one may lie in, the innermost last.
     enclosing: list[tuple[float, str]] = []
     thread = None
@@ -171,7 +163,7 @@ def _own_times(operations: Sequence[Mapping[str, Any]]) -> tuple[Counter[str], C
         name = event["name"]
         if event["tid"] != thread:
             thread = event["tid"]
-            enclosing = []
+            enclosing.clear()
         while enclosing and enclosing[-1][0] <= event["ts"]:
             enclosing.pop()
         parent = enclosing[-1][1] if enclosing else None
@@ -181,7 +173,6 @@ def _own_times(operations: Sequence[Mapping[str, Any]]) -> tuple[Counter[str], C
         # One that calls itself is one call.
         calls[name] += name != parent
         enclosing.append((event["ts"] + event["dur"], name))
-    return times, calls
 
 
 def idle_share(spans: Iterable[tuple[float, float]]) -> float | None:

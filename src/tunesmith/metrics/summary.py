@@ -65,7 +65,6 @@ def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     """The numbers of a run, a line each; `seconds` as in `closing_summary`."""
     if not records:
         return ["no step was taken"]
-    first = records[0]
     last = records[-1]
     examples = sum(r.examples for r in records)
     tokens = sum(r.tokens for r in records)
@@ -75,7 +74,7 @@ def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
         "time": format_seconds(seconds or sum(r.step_seconds for r in records)),
         "tokens": f"{tokens:,} without padding, {supervised:,} of them supervised",
         "speed": _speed(records),
-        "loss": f"{first.loss:.4f} -> {last.loss:.4f}",
+        "loss": f"{records[0].loss:.4f} -> {last.loss:.4f}",
     }
     # One batch's loss is noisy.
     tail = records[-max(1, len(records) // 10) :]

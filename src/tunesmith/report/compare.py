@@ -237,9 +237,12 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
     if len(ranking) == 1:
         seeds = len({run.seed for run in measured})
         plural = "s" if seeds > 1 else ""
-        runs_text = f"These are {len(measured)} runs of one recipe with {seeds} seed{plural}"
         headline = "One recipe: the difference is the seed's or the machine's"
-        return Verdict("equal", headline, [f"{runs_text}: val_loss {first}.", *cautions])
+        why = (
+            f"These are {len(measured)} runs of one recipe with {seeds} seed{plural}: "
+            f"val_loss {first}."
+        )
+        return Verdict("equal", headline, [why, *cautions])
     verdict = _compare_groups(ranking, cautions)
     if verdict.kind == "better":
         best = tuple(i for i, run in enumerate(runs) if run in first.runs)
@@ -261,8 +264,8 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
         return Verdict("none", headline, reasons)
     if gap <= threshold:
         return Verdict("equal", f"No difference that can be told from noise: {against}", reasons)
-    verb = "is" if len(first.runs) == 1 else "are"
-    return Verdict("better", f"{first.name} {verb} better: {against}", reasons)
+    is_are = "is" if len(first.runs) == 1 else "are"
+    return Verdict("better", f"{first.name} {is_are} better: {against}", reasons)
 
 
 def _alone(run: RunSummary) -> Verdict:
@@ -318,8 +321,7 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
     recipe = shell_path(shown(run.files.folder / RECIPE))
     output = shell_path(shown(f"{run.files.folder}-seed-{seed}"))
     command = f"tunesmith train {recipe} train.seed={seed} output_dir={output}"
-    advice = "Each has one seed, and another one moves val_loss too; to see how far: "
-    advice += f"`{command}`"
+    advice = f"Each has one seed, and another one moves val_loss too; to see how far: `{command}`"
     noises = []
     for group in ranking[:2]:
         noise = validation_noise(group.runs[0].val_losses)
@@ -341,9 +343,11 @@ def _seed_noise(repeated: Sequence[Spread], first: Spread, second: Spread) -> tu
     deviation = math.sqrt(squares / freedom)
     errors = STUDENT[freedom - 1] if freedom <= len(STUDENT) else STANDARD_ERRORS
     threshold = errors * deviation * math.sqrt(1 / first.count + 1 / second.count)
-    text = f"Noise: from seed to seed val_loss differs by {deviation:.4f} (standard deviation over "
-    text += "a recipe's seeds); once in 20 times seeds alone make a difference above "
-    return threshold, f"{text}{threshold:.4f}."
+    return threshold, (
+        f"Noise: from seed to seed val_loss differs by {deviation:.4f} "
+        "(standard deviation over a recipe's seeds); "
+        f"once in 20 times seeds alone make a difference above {threshold:.4f}."
+    )
 
 
 def _difference(first: RunSummary, second: RunSummary) -> str:
@@ -366,15 +370,19 @@ def _difference(first: RunSummary, second: RunSummary) -> str:
         listed = ", ".join(names[:4])
         if len(names) > 4:
             listed += ", ..."
-        text = f"They differ in {len(names)} things ({listed}): "
-        text += "which of them did it, this comparison cannot say."
+        text = (
+            f"They differ in {len(names)} things ({listed}): "
+            "which of them did it, this comparison cannot say."
+        )
     first_losses = dict(first.validations)
     second_losses = dict(second.validations)
     common_steps = first_losses.keys() & second_losses.keys()
     if first.steps != second.steps and common_steps:
         step = max(common_steps)
-        text += f" After step {step}, the last that both were measured at: "
-        text += f"{first_losses[step]:.4f} against {second_losses[step]:.4f}."
+        text += (
+            f" After step {step}, the last that both were measured at: "
+            f"{first_losses[step]:.4f} against {second_losses[step]:.4f}."
+        )
     return text
 
 
@@ -393,16 +401,19 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None) -> list[str]:
         last = run.val_losses[-1]
         noise = validation_noise(run.val_losses) or 0.0
         if last > lowest + STANDARD_ERRORS * noise and last > lowest:
-            text = f"{run.label} ends at val_loss {last:.4f}"
-            cautions.append(f"{text}, above that of step {step}, whose checkpoint is kept.")
+            cautions.append(
+                f"{run.label} ends at val_loss {last:.4f}, "
+                f"above that of step {step}, whose checkpoint is kept."
+            )
     unfinished = [
         f"{run.label} ({run.files.state} at step {run.steps})"
         for run in runs
         if run.files.state != "finished"
     ]
     if unfinished:
-        text = f"Not at their end: {', '.join(unfinished)}."
-        cautions.append(f"{text} Their val_loss might go on falling.")
+        cautions.append(
+            f"Not at their end: {', '.join(unfinished)}. Their val_loss might go on falling."
+        )
     if first is None:
         return cautions
     best_loss = first.runs[0].loss
