@@ -75,7 +75,7 @@ def write_recipe(base: Path, folder: Path, /, **changes: Any) -> Path:
 
 
 def sweep(file: Path, words: list[str] = WORDS, search: Search = HALVING) -> dict[str, Any]:
-    return run_sweep(file, read_space(words), search, say=silent)
+    return run_sweep(file, read_space(words), search, announce=silent)
 
 
 def numbers(folder: str | Path) -> list[tuple[Any, ...]]:
@@ -257,7 +257,7 @@ def test_the_default_waits_for_the_longest_warmup(
         said: list[str] = []
         space = read_space([f"train.warmup=0 steps,{longest} steps", "adapter.rank=2,4"])
         outcome = run_sweep(
-            write_recipe(tiny, tmp_path, **changes), space, Search(), say=said.append
+            write_recipe(tiny, tmp_path, **changes), space, Search(), announce=said.append
         )
         assert outcome["fixed"]["rungs"] == rungs
         assert any("every candidate trains to its end" in text for text in said) == (not rungs)

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int | None:
 
         if early.requested():
             raise early.not_begun()
-    found = run_sweep(args.recipe, space, search, say=say, argv=sys.argv)
+    found = run_sweep(args.recipe, space, search, announce=say, argv=sys.argv)
     if leads:
         sys.stdout = lasting(sys.stdout)
         page = sweep_page(found)

@@ -1,7 +1,8 @@
 """A sweep: candidates over one base, each a run directory of its own below the recipe's output_dir.
 
-sweep.json there holds what was fixed at the start (steps of the rungs, micro batch, interval of validation) and what came
-out. Where a candidate stands is read from its own directory: the command that is started again finds what is done.
+sweep.json there holds what was fixed at the start (steps of the rungs, micro batch, interval of
+validation) and what came out. Where a candidate stands is read from its own directory, so that the
+command that is started again finds what is done.
 """
 
 import json
@@ -14,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.checkpoint.claim import claim_run_dir, is_run
 from tunesmith.checkpoint.manifest import find_damage, list_checkpoints, step_of
@@ -46,19 +47,26 @@ from tunesmith.training.run import joined, start_run
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence, Length, Size
 
-# How candidates of a range are drawn and stopped, in sweep.json beside the search: others were to be had once.
+# How candidates of a range are drawn and stopped, in sweep.json beside the search. An earlier
+# version had other ways, so that a sweep of it must not go on as one of these.
 METHOD = {"sampler": "random", "pruner": "halving"}
 
 
 @dataclass
 class SweepRun:
-    """One candidate of a sweep, and what is known of it: `losses` by step, infinite where it diverged."""
+    """One candidate of a sweep, and where it stands.
+
+    Attributes:
+        values: of the keys that vary, as a recipe writes them.
+        losses: by step; infinite where it diverged.
+        state: waiting, then stopped, finished or diverged.
+    """
 
     name: str
     values: dict[str, str]
     run: Run
     losses: dict[int, float] = field(default_factory=dict)
-    state: str = "waiting"  # then stopped, finished or diverged
+    state: str = "waiting"
     step: int = 0
 
     @property
@@ -66,16 +74,28 @@ class SweepRun:
         return self.losses[max(self.losses)] if self.losses else math.inf
 
     def plain(self) -> dict[str, Any]:
-        losses = {
-            str(step): loss if math.isfinite(loss) else None for step, loss in self.losses.items()
-        }
-        about = {
+        """What sweep.json holds of it."""
+        losses: dict[str, float | None] = {}
+        for step, loss in self.losses.items():
+            # JSON has no infinity.
+            losses[str(step)] = loss if math.isfinite(loss) else None
+        return {
             "name": self.name,
             "run_dir": self.run.output_dir,
             "values": self.values,
             "state": self.state,
+            "step": self.step,
+            "loss": losses.get(str(self.step)),
+            "losses": losses,
         }
-        return {**about, "step": self.step, "loss": losses.get(str(self.step)), "losses": losses}
+
+
+class Standing(NamedTuple):
+    """How far a candidate has come: its loss after `step`, infinite where it diverged."""
+
+    step: int
+    loss: float
+    state: str
 
 
 def run_sweep(
@@ -83,50 +103,73 @@ def run_sweep(
     space: Space,
     search: Search,
     *,
-    say: Callable[[str], None],
+    announce: Callable[[str], None],
     argv: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Train the candidates of `space` over one base; what sweep.json holds. Errors are those of `train`.
+    """Train the candidates of `space` over one base; what sweep.json holds. Errors are of `train`.
 
-    A candidate whose loss is not finite is out; any other error ends the sweep, which the same command goes on with.
+    A candidate whose loss is not finite is out; any other error ends the sweep, which the same
+    command goes on with.
+
+    Args:
+        announce: takes a line of text for the user.
     """
     check_count(space, search.candidates)
-    base = load_recipe(recipe, space.fixed, say=say)
+    base = load_recipe(recipe, space.fixed, say=announce)
     check_sweep(base, space, search)
     if started_as() is None:
         refuse_many_ranks("sweep")
-    ends = [{key: str(end)} for key, span in space.ranges.items() for end in (span.low, span.high)]
-    for values in [*space.grid(), *ends]:  # a wrong value is found before anything is loaded
-        load_recipe(recipe, [*space.fixed, *(f"{key}={value}" for key, value in values.items())])
+    # A wrong value is found before anything is loaded.
+    combinations = space.grid()
+    for key, span in space.ranges.items():
+        combinations += [{key: str(span.low)}, {key: str(span.high)}]
+    for values in combinations:
+        load_candidate(recipe, space, values)
     with joined(base) as (stop, ranks), ExitStack() as stack:
         with ranks.together():
             if ranks.leads:
-                if is_run(folder := Path(base.output_dir)):
-                    what = "output_dir holds a run, and a sweep has its runs below it"
+                folder = Path(base.output_dir)
+                if is_run(folder):
                     raise UsageError(
-                        what, where=str(folder), fix=shell_word(f"output_dir={folder}-sweep")
+                        "output_dir holds a run, and a sweep has its runs below it",
+                        where=str(folder),
+                        fix=shell_word(f"output_dir={folder}-sweep"),
                     )
                 stack.enter_context(claim_run_dir(folder))
-        sweep = Sweep(recipe, base, space, search, stop, ranks, say, argv)
+        sweep = Sweep(recipe, base, space, search, stop, ranks, announce, argv)
         sweep.search_best()
         return sweep.outcome()
 
 
+def load_candidate(recipe: str | Path, space: Space, values: dict[str, str]) -> Run:
+    """The recipe with the fixed words of the sweep, and with these values of the keys that vary."""
+    words = [f"{key}={value}" for key, value in values.items()]
+    return load_recipe(recipe, [*space.fixed, *words])
+
+
 def check_sweep(run: Run, space: Space, search: Search) -> None:
     """RecipeError where the recipe cannot be swept over one base."""
-    train, data, seeds = run.train, run.data, "train.seed" in {*space.choices, *space.ranges}
-    for wrong, where, what, fix in (
-        (run.adapter.kind != "lora", "adapter.kind", "full fine-tuning has no base that stays", "adapter.kind=lora"),
-        (run.parallel.tensor != 1, "parallel.tensor", "a sweep cuts no adapter over a group", "parallel.tensor=1"),
-        (train.duration.seconds, "train.duration", "a sweep counts steps, not time", "train.duration='500 steps'"),
-        (seeds and data.hold_out, "train.seed", "the seed draws the held-out rows too", "data.validation in place of hold_out"),
-        (seeds and run.model.added_tokens, "train.seed", "the seed draws the added tokens too", "one train.seed"),
-        (not (data.validation or data.hold_out or search.rungs == 0), "data.validation",
-         "no rows are held out, and val_loss stops candidates",
-         "data.hold_out='5 %', or --to-the-end, which compares training losses"),
-    ):  # fmt: skip
-        if wrong:
-            raise RecipeError(what, where=where, fix=fix)
+    has_validation = run.data.validation or run.data.hold_out
+    varies_seed = "train.seed" in space.choices or "train.seed" in space.ranges
+    if run.adapter.kind != "lora":
+        what = "full fine-tuning has no base that stays"
+        raise RecipeError(what, where="adapter.kind", fix="adapter.kind=lora")
+    if run.parallel.tensor != 1:
+        what = "a sweep cuts no adapter over a group"
+        raise RecipeError(what, where="parallel.tensor", fix="parallel.tensor=1")
+    if run.train.duration.seconds:
+        what = "a sweep counts steps, not time"
+        raise RecipeError(what, where="train.duration", fix="train.duration='500 steps'")
+    if varies_seed and run.data.hold_out:
+        what = "the seed draws the held-out rows too"
+        raise RecipeError(what, where="train.seed", fix="data.validation in place of hold_out")
+    if varies_seed and run.model.added_tokens:
+        what = "the seed draws the added tokens too"
+        raise RecipeError(what, where="train.seed", fix="one train.seed")
+    if not has_validation and search.rungs != 0:
+        what = "no rows are held out, and val_loss stops candidates"
+        fix = "data.hold_out='5 %', or --to-the-end, which compares training losses"
+        raise RecipeError(what, where="data.validation", fix=fix)
 
 
 @dataclass(eq=False)
@@ -139,209 +182,236 @@ class Sweep:
     search: Search
     stop: StopRequest
     ranks: Ranks
-    say: Callable[[str], None]
+    announce: Callable[[str], None]
     argv: list[str] | None
 
     def __post_init__(self) -> None:
-        self.folder, self.candidates, self.stopped = (
-            Path(self.base.output_dir),
-            list[SweepRun](),
-            "",
-        )
-        asked = {
+        self.folder = Path(self.base.output_dir)
+        self.candidates: list[SweepRun] = []
+        self.stopped = ""
+        request = {
             "recipe": to_mapping(self.base),
             "keys": self.space.plain(),
             "search": {**vars(self.search), **METHOD},
         }
-        self.asked: dict[str, Any] = json.loads(json.dumps(asked))  # as it is read back
+        # As it is read back: a tuple becomes a list.
+        self.request: dict[str, Any] = json.loads(json.dumps(request))
+        previous: dict[str, Any] = {}
         with self.ranks.together():
-            before = self._read() if self.ranks.leads else {}
-        before = self.ranks.share(before)
-        self.diverged = {
-            c["name"]: c["step"] for c in before.get("candidates", ()) if c["state"] == "diverged"
-        }
-        self.fixed: dict[str, Any] = before.get("fixed") or {}
-        self.fixed = self.fixed or self._fix()
+            if self.ranks.leads:
+                previous = self._read()
+        previous = self.ranks.share(previous)
+        self.diverged: dict[str, int] = {}
+        for candidate in previous.get("candidates", ()):
+            if candidate["state"] == "diverged":
+                self.diverged[candidate["name"]] = candidate["step"]
+        self.fixed: dict[str, Any] = previous.get("fixed") or {}
+        if not self.fixed:
+            self.fixed = self._fix()
 
     def _read(self) -> dict[str, Any]:
-        """What an earlier start of the same sweep wrote; UsageError where it was another one."""
+        """What an earlier start of this sweep wrote; UsageError where it was another one."""
         file = self.folder / SWEEP
-        known: dict[str, Any] = {}
+        # A link that leads nowhere is not overwritten either.
+        if not os.path.lexists(file):
+            return {}
+        fix = f"{shell_word(f'output_dir={self.folder}-2')}, or delete that folder"
         try:
-            known = read_sweep(file) if os.path.lexists(file) else {}
+            previous = read_sweep(file)
         except (OSError, ValueError) as error:
             what = "sweep.json is damaged, or no sweep wrote it"
-            fix = f"{shell_word(f'output_dir={self.folder}-2')}, or delete that folder"
             raise UsageError(what, where=str(file), why=reason_of(error), fix=fix) from error
-        search = known["asked"].get("search") if known else None
+        request = previous["asked"]
+        search = request.get("search")
         if isinstance(search, dict) and not self.space.ranges:
-            search.update(METHOD)  # of lists nothing is drawn, whatever an earlier version noted
-        if differ := [
-            name
-            for name, value in self.asked.items()
-            if known and known["asked"].get(name) != value
-        ]:
-            what, fix = (
-                "this folder holds another sweep",
-                f"{shell_word(f'output_dir={self.folder}-2')}, or delete that folder",
-            )
-            raise UsageError(what, where=str(file), why=f"its {', '.join(differ)} differ", fix=fix)
-        return known
+            # Of lists nothing is drawn, whatever an earlier version noted.
+            search.update(METHOD)
+        differences = [name for name, value in self.request.items() if request.get(name) != value]
+        if differences:
+            what = "this folder holds another sweep"
+            why = f"its {', '.join(differences)} differ"
+            raise UsageError(what, where=str(file), why=why, fix=fix)
+        return previous
 
     @cached_property
     def shared(self) -> SharedBase:
         """The base, loaded when the first candidate has steps to train."""
-        wide = [
-            word for key in ("adapter.rank", "adapter.dropout") for word in self.space.widest(key)
-        ]
-        widest = load_recipe(self.recipe, [*self.space.fixed, *wide])
-        return SharedBase(self._pinned(widest) if self.fixed else widest, self.ranks, self.say)
+        # Rank and dropout are what a candidate's memory depends on.
+        words = [*self.space.widest("adapter.rank"), *self.space.widest("adapter.dropout")]
+        widest = load_recipe(self.recipe, [*self.space.fixed, *words])
+        if self.fixed:
+            widest = self._pinned(widest)
+        return SharedBase(widest, self.ranks, self.announce)
 
     def _fix(self) -> dict[str, Any]:
         """What all candidates share, and a sweep that goes on must find as it was."""
-        first, run = self.shared.first, self.base
-        total, every = first.total_steps or 0, run.validate.every
+        first = self.shared.first
+        run = self.base
+        total = first.total_steps or 0
         count = self.search.candidates if self.space.ranges else len(self.space.grid())
         per_epoch = first.data.schedule.steps_per_epoch(0)
-        interval = Cadence(every, total=total, steps_per_epoch=per_epoch, seconds=0.0).interval
-        warmups = [Length.parse(text) for text in self.space.choices.get("train.warmup", ())] or [
-            run.train.warmup
-        ]
-        warmup = max(
-            warmup_steps(replace(run.train, warmup=one), total, per_epoch) for one in warmups
+        warmups = [run.train.warmup]
+        if "train.warmup" in self.space.choices:
+            warmups = [Length.parse(text) for text in self.space.choices["train.warmup"]]
+        longest_warmup = max(
+            warmup_steps(replace(run.train, warmup=warmup), total, per_epoch) for warmup in warmups
         )
-        rungs = rung_steps(total, count, interval, self.search.rungs, warmup)
+        every = run.validate.every
+        interval = Cadence(every, total=total, steps_per_epoch=per_epoch, seconds=0.0).interval
+        rungs = rung_steps(total, count, interval, self.search.rungs, longest_warmup)
         if not rungs and self.search.rungs is None:
-            self.say(
-                "every candidate trains to its end: too few of them, or of steps, to stop some (see --rungs)"
-            )
+            few = "too few of them, or of steps, to stop some (see --rungs)"
+            self.announce(f"every candidate trains to its end: {few}")
         if rungs and (not interval or rungs[0] % interval):
             every = Length(rungs[0], "steps")
-            self.say(
-                f"validate.every is {every} in the recipe of each candidate: they are compared there"
-            )
-        micro_batch = str(first.plan.layout.micro_batch)
+            where = "in the recipe of each candidate: they are compared there"
+            self.announce(f"validate.every is {every} {where}")
         return {
             "steps": total,
             "rungs": rungs,
-            "micro_batch": micro_batch,
+            "micro_batch": str(first.plan.layout.micro_batch),
             "validate_every": every and str(every),
         }
 
     def _pinned(self, run: Run) -> Run:
-        """The recipe with what the sweep has fixed, so that `train` alone gives the same bits anywhere."""
-        every, size = self.fixed["validate_every"], Size.parse(self.fixed["micro_batch"])
-        validate = replace(run.validate, every=every and Length.parse(every))
-        return replace(run, validate=validate, train=replace(run.train, micro_batch=size))
+        """The recipe with what the sweep has fixed.
 
-    def add(self, values: dict[str, str]) -> SweepRun:
-        """Make a candidate; its folder's name tells its number and values."""
+        So `train` alone, with a candidate's recipe, gives the same bits anywhere.
+        """
+        every = self.fixed["validate_every"]
+        micro_batch = Size.parse(self.fixed["micro_batch"])
+        return replace(
+            run,
+            validate=replace(run.validate, every=every and Length.parse(every)),
+            train=replace(run.train, micro_batch=micro_batch),
+        )
+
+    def add(self, values: dict[str, str]) -> None:
+        """Add a candidate; its folder's name holds its number and values."""
         values = self.ranks.share(values)
-        run = load_recipe(
-            self.recipe, [*self.space.fixed, *(f"{key}={value}" for key, value in values.items())]
-        )
+        run = load_candidate(self.recipe, self.space, values)
         words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
-        name = f"{len(self.candidates) + 1:02d}-" + re.sub(r"[^\w.+-]+", "_", words)[:80]
-        self.candidates.append(
-            SweepRun(name, values, replace(self._pinned(run), output_dir=str(self.folder / name)))
-        )
-        return self.candidates[-1]
+        label = re.sub(r"[^\w.+-]+", "_", words)[:80]
+        name = f"{len(self.candidates) + 1:02d}-{label}"
+        run = replace(self._pinned(run), output_dir=str(self.folder / name))
+        self.candidates.append(SweepRun(name, values, run))
 
     def search_best(self) -> None:
         """Train the candidates, as far as the search asks for."""
         if self.space.ranges:
-            values = self.space.draw(self.search.candidates, self.base.train.seed)
+            combinations = self.space.draw(self.search.candidates, self.base.train.seed)
         else:
-            values = self.space.grid()
-        candidates = [self.add(of_one) for of_one in values]
+            combinations = self.space.grid()
+        for values in combinations:
+            self.add(values)
         self.write()
-        halve(candidates, self.fixed["rungs"], self.measure)
+        halve(self.candidates, self.fixed["rungs"], self.measure)
 
     def measure(self, candidate: SweepRun, until: int | None) -> float:
-        """The loss of a candidate after step `until`, or at its end, trained as far as it has to be; infinite where it
-        diverged."""
-        began, out_at = time.perf_counter(), self.diverged.get(candidate.name, math.inf)
-        out = (until or self.fixed["steps"], math.inf, "diverged")
-        found = out if out[0] >= out_at else self._reached(candidate, until)
-        if found is None:
-            stop = StopControl(
-                self.stop,
-                Path(candidate.run.output_dir),
-                self.ranks,
-                announce=self.say,
-                retry_with_smaller_batch=False,  # all candidates share one micro batch
-            )
-            base = self.shared.build
-            try:
-                start_run(
-                    candidate.run,
-                    stop,
-                    self.ranks,
-                    say=None,
-                    argv=self.argv,
-                    build=base,
-                    pause_after=until,
-                )
-                found = self._reached(candidate, until)
-            except StoppedError as error:
-                if isinstance(error, ShortOfMemoryError):
-                    error.fix += f"; the micro batch stays at {self.fixed['micro_batch']}, as for all candidates"
-                self.stopped = error.what
-                self.write()
-                raise
-            except (NonFiniteError, OtherRankError) as error:
-                if not isinstance(error, NonFiniteError) and not isinstance(
-                    error.__cause__, NonFiniteError
-                ):
-                    raise
-                found = out
-            assert found is not None
-        candidate.step, loss, candidate.state = found
-        candidate.losses[candidate.step] = loss
+        """The loss of a candidate after step `until` (None: at its end); infinite if it diverged.
+
+        It is trained as far as it has to be for that.
+        """
+        began = time.perf_counter()
+        end = until or self.fixed["steps"]
+        diverged = Standing(end, math.inf, "diverged")
+        standing: Standing | None = diverged
+        if end < self.diverged.get(candidate.name, math.inf):
+            standing = self._standing(candidate, until)
+        if standing is None:
+            standing = diverged
+            if self._train(candidate, until):
+                standing = self._standing(candidate, until)
+        assert standing is not None
+        candidate.step = standing.step
+        candidate.state = standing.state
+        candidate.losses[standing.step] = standing.loss
         self.write()
+        loss = f"{self.compared} {standing.loss:.4f}"
         seconds = format_seconds(time.perf_counter() - began)
-        self.say(
-            f"{candidate.name}: step {candidate.step}  {self.compared} {loss:.4f}  {candidate.state}  {seconds}"
+        self.announce(
+            f"{candidate.name}: step {standing.step}  {loss}  {standing.state}  {seconds}"
         )
-        return loss
+        return standing.loss
+
+    def _train(self, candidate: SweepRun, until: int | None) -> bool:
+        """Train a candidate up to step `until`, or to its end; False where its loss diverged."""
+        stop = StopControl(
+            self.stop,
+            Path(candidate.run.output_dir),
+            self.ranks,
+            announce=self.announce,
+            # All candidates share one micro batch.
+            retry_with_smaller_batch=False,
+        )
+        build = self.shared.build
+        try:
+            start_run(
+                candidate.run,
+                stop,
+                self.ranks,
+                say=None,
+                argv=self.argv,
+                build=build,
+                pause_after=until,
+            )
+        except StoppedError as error:
+            if isinstance(error, ShortOfMemoryError):
+                micro_batch = self.fixed["micro_batch"]
+                error.fix += f"; the micro batch stays at {micro_batch}, as for all candidates"
+            self.stopped = error.what
+            self.write()
+            raise
+        except (NonFiniteError, OtherRankError) as error:
+            # All ranks see such a loss; those but rank 0 raise an OtherRankError from it.
+            if not any(isinstance(e, NonFiniteError) for e in (error, error.__cause__)):
+                raise
+            return False
+        return True
 
     @property
     def compared(self) -> str:
         return "val_loss" if self.base.data.validation or self.base.data.hold_out else "loss"
 
-    def _reached(self, candidate: SweepRun, until: int | None) -> tuple[int, float, str] | None:
-        """Step, loss and state of a candidate that has come so far, by rank 0's directory; a collective call."""
-        found: tuple[int, float, str] | None = None
+    def _standing(self, candidate: SweepRun, until: int | None) -> Standing | None:
+        """Where a candidate stands, or None if it has not come so far; a collective call."""
+        standing: Standing | None = None
         with self.ranks.together():
             if self.ranks.leads:
-                found = self._read_loss(Path(candidate.run.output_dir), until)
-        return self.ranks.share(found)
+                standing = self._read_standing(Path(candidate.run.output_dir), until)
+        return self.ranks.share(standing)
 
-    def _read_loss(self, folder: Path, until: int | None) -> tuple[int, float, str] | None:
+    def _read_standing(self, folder: Path, until: int | None) -> Standing | None:
+        """Where the run directory of a candidate stands, or None if it has not come so far."""
         final = step_of(folder / FINAL)
-        checkpoints = list_checkpoints(folder)
-        saved = [c.step for c in checkpoints if find_damage(c.path, contents=False) is None]
-        newest = max(saved, default=0)
-        if final is None and (until is None or newest < until):
+        newest = 0
+        for checkpoint in list_checkpoints(folder):
+            if find_damage(checkpoint.path, contents=False) is None:
+                newest = checkpoint.step
+                break
+        step = until
+        if until is None or (final is not None and final < until):
+            step = final
+        if step is None or (final is None and newest < step):
             return None
         records = {record.step: record for record in read_records(folder / METRICS)}
-        step = final if final is not None and (until is None or final < until) else until
-        assert step is not None
-        # A signal may have cut off the validation: the next start measures and writes the record.
-        if step == newest and step not in records and not _is_validated(folder, step):
-            return None
-        if step not in records or (self.compared == "val_loss" and records[step].val_loss is None):
+        record = records.get(step)
+        if record is None and step == newest:
+            # A signal may have cut off the validation, and the next start measures and writes the
+            # record.
+            progress = Progress.read(folder / f"checkpoint-{step}")
+            if not progress.validated:
+                return None
+        if record is not None and self.compared == "loss":
+            last = list(records.values())[-max(1, len(records) // 10) :]
+            return Standing(step, sum(record.loss for record in last) / len(last), "finished")
+        if record is None or record.val_loss is None:
             what = f"a candidate's records hold no {self.compared} of step {step}"
             fix = f"rm -r {shell_path(folder)}   # the same command trains this candidate again"
             raise RunError(what, where=str(folder / METRICS), why="somebody changed them", fix=fix)
-        if self.compared == "loss":
-            last = list(records.values())[-max(1, len(records) // 10) :]
-            return step, sum(record.loss for record in last) / len(last), "finished"
-        loss = records[step].val_loss
-        assert loss is not None
-        if not math.isfinite(loss):
-            return step, math.inf, "diverged"
-        return step, loss, "finished" if step == final else "stopped"
+        if not math.isfinite(record.val_loss):
+            return Standing(step, math.inf, "diverged")
+        return Standing(step, record.val_loss, "finished" if step == final else "stopped")
 
     def write(self) -> None:
         """Write sweep.json."""
@@ -351,18 +421,13 @@ class Sweep:
 
     def outcome(self) -> dict[str, Any]:
         """What came out so far: plain values, the best candidate's name among them."""
-        ended = [candidate for candidate in self.candidates if candidate.state == "finished"]
-        best = min(ended, key=lambda candidate: candidate.loss, default=None)
-        candidates = [candidate.plain() for candidate in self.candidates]
-        about = {
-            "asked": self.asked,
+        finished = [candidate for candidate in self.candidates if candidate.state == "finished"]
+        best = min(finished, key=lambda candidate: candidate.loss, default=None)
+        return {
+            "asked": self.request,
             "fixed": self.fixed,
             "compared_by": self.compared,
             "stopped": self.stopped,
+            "best": best and best.name,
+            "candidates": [candidate.plain() for candidate in self.candidates],
         }
-        return {**about, "best": best and best.name, "candidates": candidates}
-
-
-def _is_validated(folder: Path, step: int) -> bool:
-    """Whether the validation due at a checkpoint's step was done before it was written."""
-    return Progress.read(folder / f"checkpoint-{step}").validated

@@ -30,8 +30,8 @@ class SharedBase:
     `space.VARIED` alone.
     """
 
-    def __init__(self, widest: Run, ranks: Ranks, say: Callable[[str], None]) -> None:
-        self.first = build(widest, Start(), say=say, ranks=ranks)
+    def __init__(self, widest: Run, ranks: Ranks, announce: Callable[[str], None]) -> None:
+        self.first = build(widest, Start(), say=announce, ranks=ranks)
         self.compiled: dict[tuple[int, float, float], Callable[..., Any]] = {}
 
     def build(
@@ -59,7 +59,8 @@ class SharedBase:
                 peft_files.load_adapter(root.model, start.found.path)
         self._use_graphs_of(run.adapter)
         if first.device.type == "cuda":
-            free_device_memory()  # of the last run
+            # Of the last run.
+            free_device_memory()
         optimizer = make_optimizer(run, root, start, ranks)
         for text in (root.describe(), *first.plan.describe(why=why)):
             say(text)

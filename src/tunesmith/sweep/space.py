@@ -1,7 +1,8 @@
 """Which keys of a recipe a sweep varies, over which values; importable without torch.
 
-`key=a,b,c` lists values, `key=1e-5..1e-3` is a range that is drawn from, `key=a` sets the recipe for all candidates.
-One base is loaded, and the rows are prepared once: only what training makes anew may vary.
+`key=a,b,c` lists values, `key=1e-5..1e-3` is a range that is drawn from, `key=a` sets the recipe
+for all candidates. One base is loaded, and the rows are prepared once: only what training makes
+anew may vary.
 """
 
 import contextlib
@@ -21,10 +22,21 @@ if TYPE_CHECKING:
     from numpy.random import RandomState
 
 VARIED = (
-    "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora", "train.learning_rate", "train.min_learning_rate",
-    "train.schedule", "train.warmup", "train.optimizer", "train.betas", "train.eps", "train.weight_decay", "train.clip_norm",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.dropout",
+    "adapter.rslora",
+    "train.learning_rate",
+    "train.min_learning_rate",
+    "train.schedule",
+    "train.warmup",
+    "train.optimizer",
+    "train.betas",
+    "train.eps",
+    "train.weight_decay",
+    "train.clip_norm",
     "train.seed",
-)  # fmt: skip
+)
 # Why the others may not: by the longest beginning of the key.
 REASONS = {
     "": "it does not change what is learned",
@@ -37,8 +49,10 @@ REASONS = {
     "train.master_weights": "an adapter is fp32",
     "validate": "candidates are compared by the same validation",
 }
-LIMIT = 1000  # candidates of one sweep
-LOG_FROM = 10.0  # a range whose ends are so many times apart is drawn from on a logarithmic scale
+# Candidates of one sweep.
+LIMIT = 1000
+# A range whose ends are so many times apart is drawn from on a logarithmic scale.
+LOG_FROM = 10.0
 _NUMBER = r"([-+]?\d[\d_]*(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 _RANGE = re.compile(rf"{_NUMBER}\s*\.\.\s*{_NUMBER}")
 
@@ -55,8 +69,9 @@ class Range(NamedTuple):
         return self.low > 0 and self.high / self.low >= LOG_FROM
 
     def draw(self, generator: "RandomState") -> str:
-        """A number of the range, as a recipe writes it; on a logarithmic scale where `log` says so."""
-        margin = 0.5 if self.whole else 0.0  # so that the ends are drawn as often as the others
+        """A number of the range, as a recipe writes it; on a logarithmic scale if `log` is true."""
+        # The ends of whole numbers are drawn as often as the others.
+        margin = 0.5 if self.whole else 0.0
         low, high = self.low - margin, self.high + margin
         if self.log:
             value = math.exp(generator.uniform(math.log(low), math.log(high)))
@@ -72,7 +87,12 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """What a sweep tries: `fixed` words hold for all candidates; `choices` and `ranges` are by key."""
+    """What a sweep tries.
+
+    Attributes:
+        fixed: words that hold for all candidates.
+        choices, ranges: by key.
+    """
 
     fixed: tuple[str, ...]
     choices: Mapping[str, tuple[str, ...]]
@@ -102,70 +122,80 @@ class Space:
 
     def plain(self) -> dict[str, list[str] | str]:
         """By key the listed values, or the range, as text."""
-        return {
-            **{k: list(values) for k, values in self.choices.items()},
-            **{k: str(r) for k, r in self.ranges.items()},
-        }
+        plain: dict[str, list[str] | str] = {}
+        for key, values in self.choices.items():
+            plain[key] = list(values)
+        for key, span in self.ranges.items():
+            plain[key] = str(span)
+        return plain
 
     def widest(self, key: str) -> list[str]:
         """The word that gives `key` the largest of its values; none where it does not vary."""
         if key in self.ranges:
             return [f"{key}={self.ranges[key].high}"]
-        return [f"{key}={max(self.choices[key], key=_size)}"] if key in self.choices else []
+        if key in self.choices:
+            return [f"{key}={max(self.choices[key], key=_size)}"]
+        return []
 
 
 def _size(text: str) -> float:
     try:
         return float(text)
-    except ValueError:  # which the recipe refuses
+    except ValueError:
+        # The recipe's own check names the word.
         return 0.0
 
 
 def read_space(words: Sequence[str]) -> Space:
-    """The words after the recipe. RecipeError for a key that may not vary, with the reason, or a range that is none."""
-    fixed, choices, ranges = [], dict[str, tuple[str, ...]](), dict[str, Range]()
+    """The words after the recipe.
+
+    RecipeError for a key that may not vary, with the reason, and for a range that is none.
+    """
+    fixed: list[str] = []
+    choices: dict[str, tuple[str, ...]] = {}
+    ranges: dict[str, Range] = {}
     for word in words:
         key, _, text = map(str.strip, word.partition("="))
         values = split_values(text)
-        found = _RANGE.fullmatch(text)
-        if len(values) < 2 and not found:
+        match = _RANGE.fullmatch(text)
+        if len(values) < 2 and not match:
             fixed.append(word)
             continue
         check_varied(key)
         if key in choices or key in ranges:
-            raise RecipeError(
-                f"{key} is given twice", where="command line", fix=shell_word(f"{key}={text}")
-            )
-        if found:
-            ranges[key] = _read_range(key, *found.groups())
+            fix = shell_word(f"{key}={text}")
+            raise RecipeError(f"{key} is given twice", where="command line", fix=fix)
+        if match:
+            ranges[key] = _read_range(key, *match.groups())
         else:
             _check_each_once(key, values)
             choices[key] = tuple(values)
     if not choices and not ranges:
-        what, fix = "no key varies", "such as train.learning_rate=1e-4,3e-4,1e-3 adapter.rank=8,32"
-        raise RecipeError(what, where="command line", fix=fix)
+        fix = "such as train.learning_rate=1e-4,3e-4,1e-3 adapter.rank=8,32"
+        raise RecipeError("no key varies", where="command line", fix=fix)
     return Space(tuple(fixed), choices, ranges)
 
 
 def _check_each_once(key: str, values: Sequence[str]) -> None:
-    """RecipeError where a value is listed twice, also as another form of the same number: 1e-4 and 0.0001."""
-    different = dict[float | str, str]()
+    """RecipeError where a value is listed twice, also as another form of it: 1e-4 and 0.0001."""
+    different: dict[float | str, str] = {}
     repeated = []
     for value in values:
-        if _as_number(value) in different:
+        number = _as_number(value)
+        if number in different:
             repeated.append(value)
         else:
-            different[_as_number(value)] = value
+            different[number] = value
     if repeated:
         what = f"{key} has a value twice: {repeated[0]}"
         fix = shell_word(f"{key}={','.join(different.values())}")
-        raise RecipeError(
-            what, where=f"command line: {key}", why="two candidates would be one", fix=fix
-        )
+        why = "two candidates would be one"
+        raise RecipeError(what, where=f"command line: {key}", why=why, fix=fix)
 
 
 def _as_number(text: str) -> float | str:
     """The number that a text is, or the text without blanks."""
+    # A float holds no whole number above 2**53 exactly, and seeds may be larger.
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
@@ -173,22 +203,28 @@ def _as_number(text: str) -> float | str:
 
 
 def check_count(space: Space, candidates: int) -> None:
-    """RecipeError for more candidates than anybody trains; `candidates` is how many are drawn where there is a range."""
+    """RecipeError for more candidates than anybody trains.
+
+    candidates: how many are drawn if there is a range.
+    """
     combinations = math.prod(len(values) for values in space.choices.values())
-    count = max(combinations, candidates if space.ranges else 0)
+    count = combinations
+    why = f"{combinations:,} combinations of the listed values"
+    if space.ranges and candidates > combinations:
+        count = candidates
+        why = "--candidates draws them"
     if count > LIMIT:
         what = f"a sweep of {count:,} candidates; it takes {LIMIT:,} at most"
-        why = (
-            f"{combinations:,} combinations of the listed values"
-            if combinations == count
-            else "--candidates draws them"
-        )
-        fix = "list fewer values, or draw some of a range: train.learning_rate=1e-5..1e-3 --candidates 16"
+        example = "train.learning_rate=1e-5..1e-3 --candidates 16"
+        fix = f"list fewer values, or draw some of a range: {example}"
         raise RecipeError(what, where="command line", why=why, fix=fix)
 
 
 def split_values(text: str) -> list[str]:
-    """The values between commas, but for commas within brackets or quotes: `[0.9, 0.99], [0.9, 0.95]` are two."""
+    """The values between commas, but for commas within brackets or quotes.
+
+    `[0.9, 0.99], [0.9, 0.95]` are two values.
+    """
     parts = re.findall(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,\[{"'])+""", text)
     return [part.strip() for part in parts if part.strip()]
 
@@ -199,34 +235,31 @@ def check_varied(key: str) -> None:
         return
     if key not in keys():
         section, _, name = key.rpartition(".")
-        known = not section or section in keys()
-        fix = suggest_key(section, name) if known else f"one of {', '.join(VARIED)}"
+        fix = f"one of {', '.join(VARIED)}"
+        if not section or section in keys():
+            fix = suggest_key(section, name)
         raise RecipeError(f"unknown key {key}", where="command line", fix=fix)
-    why = REASONS[
-        max(
-            (start for start in REASONS if f"{key}.".startswith(f"{start}." if start else "")),
-            key=len,
-        )
-    ]
+    beginnings = [start for start in REASONS if not start or f"{key}.".startswith(f"{start}.")]
+    why = REASONS[max(beginnings, key=len)]
     fix = f"a sweep may vary {', '.join(VARIED)}; for {key} run `tunesmith train` once a value"
     raise RecipeError(f"a sweep cannot vary {key}", where="command line", why=why, fix=fix)
 
 
 def _read_range(key: str, low: str, high: str) -> Range:
     """The lower and the higher number, of a key that takes one."""
-    kinds = {*members(keys()[key][1])}
-    whole = int in kinds and float not in kinds
-    try:
-        ends = (int(low), int(high)) if whole else (float(low), float(high))
-    except ValueError:
-        ends = (0, 0)
-    if not ends[0] < ends[1] or not kinds & {int, float}:
-        form = (
-            f"{key}=LOW..HIGH, {'whole numbers' if whole else 'numbers'}"
-            if kinds & {int, float}
-            else f"{key}=a,b"
-        )
-        raise RecipeError(
-            f"{low}..{high} is no range of {key}", where=f"command line: {key}", fix=form
-        )
-    return Range(ends[0], ends[1], whole)
+    types = members(keys()[key][1])
+    whole = int in types and float not in types
+    if whole:
+        fix = f"{key}=LOW..HIGH, whole numbers"
+        number: type[float] = int
+    elif float in types:
+        fix = f"{key}=LOW..HIGH, numbers"
+        number = float
+    else:
+        fix = f"{key}=a,b"
+        number = float
+    with contextlib.suppress(ValueError):
+        span = Range(number(low), number(high), whole)
+        if span.low < span.high and (whole or float in types):
+            return span
+    raise RecipeError(f"{low}..{high} is no range of {key}", where=f"command line: {key}", fix=fix)

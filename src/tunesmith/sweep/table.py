@@ -1,4 +1,4 @@
-"""What a sweep found, for a person: a table, the best candidate, what it was chosen from, and the recipe to copy."""
+"""The outcome of a sweep as text: a table, the best candidate and where its files lie."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,10 +15,12 @@ ORDER = ("finished", "stopped", "diverged", "waiting")
 
 
 def sweep_page(outcome: Mapping[str, Any]) -> Path | None:
-    """Write the report of all candidates beside sweep.json, and return its place; None where no candidate has begun."""
-    runs = [
-        RunFiles(folder) for c in outcome["candidates"] if holds_run(folder := Path(c["run_dir"]))
-    ]
+    """Write the report of all candidates beside sweep.json, and return its path.
+
+    None where no candidate has begun.
+    """
+    folders = [Path(candidate["run_dir"]) for candidate in outcome["candidates"]]
+    runs = [RunFiles(folder) for folder in folders if holds_run(folder)]
     if not runs:
         return None
     page = runs[0].folder.parent / "report.html"
@@ -27,17 +29,25 @@ def sweep_page(outcome: Mapping[str, Any]) -> Path | None:
 
 
 def sweep_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of an outcome, as sweep.json holds it: those that came furthest first, then by loss; then the best one."""
-    candidates, compared = outcome["candidates"], outcome["compared_by"]
-    keys = list(candidates[0]["values"]) if candidates else []
-    rows = [["", *(key.rpartition(".")[2] for key in keys), "step", compared, ""]]
-    for c in sorted(
-        candidates, key=lambda c: (ORDER.index(c["state"]), -c["step"], c["loss"] or 0.0)
-    ):
-        loss = "-" if c["loss"] is None else f"{c['loss']:.4f}"
-        rows.append(
-            [c["name"].partition("-")[0], *c["values"].values(), str(c["step"]), loss, c["state"]]
-        )
+    """A table of an outcome, as sweep.json holds it, and then the best candidate.
+
+    The candidates that came furthest come first; of these the one with the least loss.
+    """
+
+    def rank(candidate: Mapping[str, Any]) -> tuple[int, int, float]:
+        return ORDER.index(candidate["state"]), -candidate["step"], candidate["loss"] or 0.0
+
+    candidates = outcome["candidates"]
+    keys = candidates[0]["values"] if candidates else ()
+    names = [key.rpartition(".")[2] for key in keys]
+    rows = [["", *names, "step", outcome["compared_by"], ""]]
+    for candidate in sorted(candidates, key=rank):
+        number = candidate["name"].partition("-")[0]
+        loss = "-"
+        if candidate["loss"] is not None:
+            loss = f"{candidate['loss']:.4f}"
+        values = candidate["values"].values()
+        rows.append([number, *values, str(candidate["step"]), loss, candidate["state"]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -46,14 +56,15 @@ def sweep_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
 
 def best_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
     """The best candidate, what it was chosen from, and where its adapter and its recipe lie."""
-    candidates, compared = outcome["candidates"], outcome["compared_by"]
-    states = Counter(c["state"] for c in candidates)
-    chosen = ", ".join(f"{states[state]} {state}" for state in ORDER if states[state])
+    candidates = outcome["candidates"]
+    states = Counter(candidate["state"] for candidate in candidates)
+    counts = ", ".join(f"{states[state]} {state}" for state in ORDER if states[state])
     best = next((c for c in candidates if c["name"] == outcome["best"]), None)
     if best is None:
-        yield f"no candidate trained to the end: {chosen}"
+        yield f"no candidate trained to the end: {counts}"
         return
     folder = Path(from_here(best["run_dir"]))
-    yield f"best: {best['name']}, {compared} {best['loss']:.4f} after step {best['step']}; of {len(candidates)}: {chosen}"
+    loss = f"{outcome['compared_by']} {best['loss']:.4f} after step {best['step']}"
+    yield f"best: {best['name']}, {loss}; of {len(candidates)}: {counts}"
     yield f"adapter: {folder / FINAL}; try it: tunesmith chat {shell_path(folder)}"
     yield f"recipe to copy: {folder / RECIPE}"
