@@ -177,7 +177,7 @@ def main() -> None:
     report: dict[str, Any] = {"command": sys.argv, "left_out": left_out}
     if len(commands) > 1:
         runs = run_in_turns(
-            commands, rounds=options.rounds, say=lambda text: print(text, flush=True)
+            commands, rounds=options.rounds, announce=lambda text: print(text, flush=True)
         )
         table = table_of(runs)
         print(*lines_of(table, changes), sep="\n")

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_peak")]
 def run_plan(plan: BenchPlan, folder: Path, name: str = "measured") -> Measured:
     out = folder / name
     out.mkdir()
-    return measure(plan, out, say=lambda text: None)
+    return measure(plan, out, announce=lambda text: None)
 
 
 def consistent(found: BenchReport) -> None:
@@ -150,7 +150,7 @@ def test_no_timed_step_is_short(tiny: Path, tmp_path: Path) -> None:
     )
     assert not any("repeated" in text for text in told)
     (tmp_path / "measured").mkdir()
-    found = measure(plan, tmp_path / "measured", say=told.append).figures
+    found = measure(plan, tmp_path / "measured", announce=told.append).figures
     assert (found.fill_share, found.tokens, found.padding) == (1.0, 6 * 256, "")
     assert any("step 3 would be short: rows are repeated" in text for text in told)
 

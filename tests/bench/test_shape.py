@@ -47,7 +47,7 @@ def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path
         "all-linear",
     )
     found = measure(
-        BenchPlan(run, steps=2, warmup=1, weights="random"), out, say=lambda text: None
+        BenchPlan(run, steps=2, warmup=1, weights="random"), out, announce=lambda text: None
     ).figures
     assert found.tokens > 0
     # Untrained: near the entropy of an even guess among the rows of the head, ln 384 = 5.95.

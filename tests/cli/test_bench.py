@@ -219,7 +219,7 @@ def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(
     ]
     bad = [sys.executable, "-c", "import sys; sys.exit('error: no memory')"]
     said: list[str] = []
-    found = ablation.run_in_turns({"as given": good, "other": bad}, rounds=2, say=said.append)
+    found = ablation.run_in_turns({"as given": good, "other": bad}, rounds=2, announce=said.append)
     assert list(ablation.table_of(found)) == ["as given"]
     assert (len(found["as given"]), len(found["other"])) == (2, 0)
     assert any("other failed with 1" in text and "no memory" in text for text in said)

@@ -308,7 +308,7 @@ def failed_checks(kind: str, mesh: MeshShape, change: Callable[[], None]) -> dic
         shape == ONE or check_mesh(self, kind, shape, *more)
     )
     change()
-    report = selfcheck.run_checks(say=lambda row: None)
+    report = selfcheck.run_checks(lambda row: None)
     return {
         row["check"].rpartition(": ")[2]: row for row in report["checks"] if row["passed"] is False
     }

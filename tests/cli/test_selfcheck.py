@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def a_row(check: str, mesh: MeshShape | None, passed: bool | None, **more: Any) 
     return CheckRow(
         check,
         mesh,
-        **{"step": None, "expected": "1", "found": "2", "tolerance": "", "meaning": ""} | more,
+        **{"step": None, "expected": "1", "actual": "2", "tolerance": "", "meaning": ""} | more,
         passed=passed,
     )
 
@@ -81,7 +80,7 @@ def test_a_failed_check_says_where_what_and_what_to_do(capsys):
     more = {
         "step": 3,
         "expected": "2.5",
-        "found": "2.75",
+        "actual": "2.75",
         "tolerance": "1e-04",
         "meaning": "layers are cut wrongly",
     }
@@ -95,14 +94,14 @@ def test_a_failed_check_says_where_what_and_what_to_do(capsys):
     assert table.split() == ["lora:", "loss", "step", "3", "2.5", "2.75", "1e-04", "FAIL"]
     assert meaning == "  layers are cut wrongly"
     report = {"passed": False, "ranks": 2, "hosts": ["a"], "device": "CPU", "seconds": 9.0}
-    said = verdict(report | {"checks": [asdict(row) for row in rows]})
+    said = verdict(report | {"checks": [row.plain() for row in rows]})
     assert said.splitlines() == [
         "1 of 2 checks failed: 2 ranks on a (CPU), 9 s; a run here would learn something else",
         "  fix: `parallel` of a recipe can choose replicate 2 x shard 1 x tensor 1; report what `tunesmith selfcheck --json` says",
     ]
     rows.append(a_row("torch of rank 1 on b", None, False))
     assert "install the same packages on every node" in verdict(
-        report | {"checks": [asdict(row) for row in rows]}
+        report | {"checks": [row.plain() for row in rows]}
     )
 
 

@@ -1,7 +1,7 @@
 """What each technique brings: the same steps again, with one key of the recipe changed at a time.
 
-Every variant runs in a process of its own, in turns, several rounds; the median counts. A shared machine drifts by more
-than most techniques bring, so compare only within one call.
+Every variant runs in a process of its own, in turns, several rounds; the median counts. A shared
+machine drifts by more than most techniques bring, so compare only within one call.
 """
 
 import json
@@ -21,29 +21,35 @@ BASELINE = "as given"
 
 
 def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
-    """(name, key=value) of what may be changed in a recipe; the value is the other one than the recipe's."""
-    train, model, lora = run.train, run.model, run.adapter.kind == "lora"
+    """(name, key=value) of what may be changed in a recipe to another value than its own."""
+    train = run.train
+    model = run.model
     if train.compile == "on" or (gpu and train.compile == "auto"):
         yield "not compiled", "train.compile=off"
-    if run.data.pack and train.global_batch.unit == "examples":  # tokens need packed rows
+    # A batch in tokens needs packed rows.
+    if run.data.pack and train.global_batch.unit == "examples":
         yield "not packed", "data.pack=false"
     if train.recompute != "full":
         yield "recomputed", "train.recompute=full"
     if model.dtype != "fp32" and scheme_of(model) is DENSE:
         yield "fp32", "model.dtype=fp32"
-    for base in SCHEMES if lora else ():
+    if run.adapter.kind != "lora":
+        return
+    for base in SCHEMES:
         if base != model.quantize:
-            yield {"none": "dense base"}.get(base, f"base in {base}"), f"model.quantize={base}"
+            name = "dense base" if base == "none" else f"base in {base}"
+            yield name, f"model.quantize={base}"
 
 
 def run_in_turns(
-    commands: Mapping[str, Sequence[str]], *, rounds: int, say: Callable[[str], None]
+    commands: Mapping[str, Sequence[str]], *, rounds: int, announce: Callable[[str], None]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run each command `rounds` times, in turns; it writes its report to the file that follows as `--json FILE`.
+    """Run each command `rounds` times, in turns; the reports by name.
 
-    Returns the reports by name. A command that fails is told to `say` with the end of what it wrote, and leaves none.
+    A command writes its report to the file that follows as `--json FILE`. One that fails is
+    reported to `announce` with the end of what it wrote, and leaves none.
     """
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    reports: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory(prefix="tunesmith-turns-") as folder:
         file = Path(folder) / "report.json"
         for turn in range(1, rounds + 1):
@@ -52,42 +58,43 @@ def run_in_turns(
                     [*command, "--json", str(file)], capture_output=True, text=True, check=False
                 )
                 if done.returncode:
-                    say(f"round {turn}: {name} failed with {done.returncode}\n{done.stderr[-800:]}")
+                    failure = f"failed with {done.returncode}\n{done.stderr[-800:]}"
+                    announce(f"round {turn}: {name} {failure}")
                     continue
-                found[name].append(json.loads(file.read_text(encoding="utf-8")))
-                say(
-                    f"round {turn}: {name:26} {found[name][-1]['figures']['tokens_per_second']:10,.0f} tokens/s"
-                )
-    return found
+                report = json.loads(file.read_text(encoding="utf-8"))
+                reports[name].append(report)
+                speed = report["figures"]["tokens_per_second"]
+                announce(f"round {turn}: {name:26} {speed:10,.0f} tokens/s")
+    return reports
 
 
-def table_of(found: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Of each variant: median tokens/s, ratio to the baseline, peak GiB, last loss; RunError where the baseline failed."""
+def table_of(reports: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Of each variant: median tokens/s, ratio to the baseline, peak GiB, last loss.
+
+    RunError where the baseline failed.
+    """
     table: dict[str, dict[str, float]] = {}
-    for name, reports in found.items():
-        if runs := [report["figures"] for report in reports]:
-            speed = statistics.median(figures["tokens_per_second"] for figures in runs)
-            peak = max(figures["peak_memory_gib"] for figures in runs)
+    for name, variant_reports in reports.items():
+        runs = [report["figures"] for report in variant_reports]
+        if runs:
             table[name] = {
-                "tokens_per_second": speed,
-                "peak_memory_gib": peak,
+                "tokens_per_second": statistics.median(run["tokens_per_second"] for run in runs),
+                "peak_memory_gib": max(run["peak_memory_gib"] for run in runs),
                 "last_loss": runs[-1]["last_loss"],
             }
     if BASELINE not in table:
         what = "the recipe itself could not be measured; its messages are above"
-        raise RunError(
-            what,
-            where="bench --ablation",
-            fix="run bench without --ablation and fix what it reports",
-        )
+        fix = "run bench without --ablation and fix what it reports"
+        raise RunError(what, where="bench --ablation", fix=fix)
     for row in table.values():
         row["of_baseline"] = ratio(row["tokens_per_second"], table[BASELINE]["tokens_per_second"])
     return table
 
 
 def lines_of(table: Mapping[str, Mapping[str, float]], changes: Mapping[str, str]) -> Iterator[str]:
-    """The table as text; `changes` tells what each variant has changed."""
+    """The table as text; `changes` holds what each variant has changed."""
     yield f"{'':26} {'tokens/s':>10} {'of recipe':>10} {'GiB':>6} {'loss':>8}"
     for name, row in table.items():
-        figures = f"{row['tokens_per_second']:10,.0f} {row['of_baseline']:10.1%} {row['peak_memory_gib']:6.1f}"
-        yield f"{name:26} {figures} {row['last_loss']:8.4f}  {changes[name]}"
+        speed = f"{row['tokens_per_second']:10,.0f} {row['of_baseline']:10.1%}"
+        figures = f"{speed} {row['peak_memory_gib']:6.1f} {row['last_loss']:8.4f}"
+        yield f"{name:26} {figures}  {changes[name]}"

@@ -1,6 +1,7 @@
-"""The measured run: a Session in a folder of its own, the Trainer's own steps, their figures and these as a table.
+"""The measured run: a Session in a folder of its own, the Trainer's own steps, and their figures.
 
-    build -> warm-up -> timed steps -> [profiled steps] -> two adapter checkpoints -> measured peak -> BenchReport
+    build -> warm-up -> timed steps -> [profiled steps] -> two adapter checkpoints
+    -> measured peak -> BenchReport
 
 It is `train` without its end: no validation, no periodic checkpoints, nothing kept.
 """
@@ -39,15 +40,19 @@ from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import Length, ratio
 
-FULL = 0.99  # of the computed tokens; more padding is explained
-STEADY = 3  # a shape that first comes after this step should find its graph
+# Of the computed tokens; more padding is explained.
+FULL = 0.99
+# A shape that first comes after this step should find its graph.
+STEADY = 3
 
 
 @dataclass(frozen=True)
 class BenchPlan:
     """What to measure: of the user's recipe `steps` timed steps, after `warmup` others.
 
-    weights: "stored" reads the model's files, "random" draws them. traces: folder for the profiles of further steps.
+    Attributes:
+        weights: "stored" reads the model's files, "random" draws them.
+        traces: folder for the profiles of further steps.
     """
 
     run: Run
@@ -58,14 +63,15 @@ class BenchPlan:
 
     def measured_run(self, folder: Path) -> Run:
         """The recipe for the steps to measure, without validation, checkpoints and logs."""
-        run, profile = self.run, replace(self.run.profile, enabled=self.traces is not None)
-        profiled = (
-            (profile.wait + profile.warmup + profile.active) * profile.cycles * profile.enabled
-        )
+        run = self.run
+        profile = replace(run.profile, enabled=self.traces is not None)
+        steps = self.warmup + self.steps
+        if profile.enabled:
+            steps += (profile.wait + profile.warmup + profile.active) * profile.cycles
         return replace(
             run,
             data=replace(run.data, validation=(), hold_out=None),
-            train=replace(run.train, duration=Length(self.warmup + self.steps + profiled, "steps")),
+            train=replace(run.train, duration=Length(steps, "steps")),
             validate=Validate(every=None),
             checkpoint=Checkpoint(every=None),
             log=Log(every=run.log.every, tensorboard=False, samples=0),
@@ -76,107 +82,107 @@ class BenchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """Speeds are means over the timed steps, which took `seconds` together; shares are between 0 and 1."""
+    """Speeds are means over the timed steps, which took `seconds` together.
+
+    Shares are between 0 and 1.
+
+    Attributes:
+        quantize: how the base was stored: none, nf4, an fp8 form, or bf16 where fp8 was given up.
+        recomputed_layers: decoder layers whose forward runs again in the backward.
+        tokens: non-padding tokens of the timed steps.
+        samples_times_seq_len_per_second: often called tokens/s: each example counted as if it
+            filled `seq_len`.
+        fill_share: non-padding tokens of all computed ones.
+        padding: where the other tokens come from; empty below 1 %.
+        mfu_of_published_peak: FLOPs of the model a second (no recomputation), over the data
+            sheet's peak.
+        mfu_of_measured_peak: the same, over the dense product measured in this run.
+        mfu_of_fp8_peak: the same, over the measured fp8 product, where the base is fp8.
+        data_wait_share: of the step time, spent waiting for data.
+        build_seconds: from the recipe to a model that is ready: rows, weights, optimizer; on a GPU
+            also a trial micro batch, compiled.
+        first_step_seconds: the first step alone, with what it compiles.
+        graphs_compiled: in build and steps.
+        graphs_compiled_after_step_3: of them in later steps, where a steady run has none.
+        peak_memory_gib: allocated on the GPU from the build, with its trial of memory, to the last
+            timed step; on a CPU resident in RAM.
+        checkpoint_stall_seconds: how long an adapter's checkpoint holds up the loop; None for full
+            runs.
+    """
 
     device: str
     dtype: str
-    quantize: str  # how the base was stored: none, nf4, an fp8 form, or bf16 where fp8 was given up
+    quantize: str
     micro_batch: str
-    recomputed_layers: int  # decoder layers whose forward runs again in the backward
+    recomputed_layers: int
     steps: int
     seconds: float
-    tokens: int  # non-padding tokens of the timed steps
+    tokens: int
     tokens_per_second: float
     supervised_tokens_per_second: float
-    samples_times_seq_len_per_second: (
-        float  # often called tokens/s: each example counted as if it filled `seq_len`
-    )
-    fill_share: float  # non-padding tokens of all computed ones
-    padding: str  # where the other tokens come from; empty below 1 %
+    samples_times_seq_len_per_second: float
+    fill_share: float
+    padding: str
     published_peak_tflops: float | None
-    # FLOPs of the model a second (no recomputation), over the data sheet's peak
     mfu_of_published_peak: float | None
     measured_peak_tflops: float
-    mfu_of_measured_peak: float  # the same, over the dense product measured in this run
-    mfu_of_fp8_peak: float | None  # the same, over the measured fp8 product, where the base is fp8
+    mfu_of_measured_peak: float
+    mfu_of_fp8_peak: float | None
     step_seconds_p50: float
     step_seconds_p95: float
-    data_wait_share: float  # of the step time, spent waiting for data
-    # From the recipe to a model that is ready: rows, weights, optimizer; on a GPU also a trial micro batch, compiled.
+    data_wait_share: float
     build_seconds: float
-    first_step_seconds: float  # the first step alone, with what it compiles
-    graphs_compiled: int  # in build and steps
-    graphs_compiled_after_step_3: int  # of them in later steps, where a steady run has none
-    # Allocated on the GPU from the build, with its trial of memory, to the last timed step; on a CPU resident in RAM.
+    first_step_seconds: float
+    graphs_compiled: int
+    graphs_compiled_after_step_3: int
     peak_memory_gib: float
-    # How long an adapter's checkpoint holds up the loop; None for full runs
     checkpoint_stall_seconds: float | None
     gpu_power_watts: float | None
     first_loss: float
     last_loss: float
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """(name, value with unit, remark) of each line of the table; what was not measured has no line."""
-        yield (
-            "non-padding tokens",
-            f"{self.tokens_per_second:,.0f} /s",
-            f"{self.tokens:,} in {self.seconds:.1f} s",
-        )
-        yield (
-            "supervised tokens",
-            f"{self.supervised_tokens_per_second:,.0f} /s",
-            "positions that enter the loss",
-        )
-        quoted = f"{self.samples_times_seq_len_per_second:,.0f} /s"
-        yield "samples x seq_len", quoted, "what others quote; counts tokens that do not exist"
-        yield (
-            "fill",
-            f"{self.fill_share:.2%}",
-            self.padding or "of the computed tokens are no padding",
-        )
+        """(name, value with unit, remark) of each line of the table.
+
+        What was not measured has no line.
+        """
+        speed = f"{self.tokens_per_second:,.0f} /s"
+        yield "non-padding tokens", speed, f"{self.tokens:,} in {self.seconds:.1f} s"
+        speed = f"{self.supervised_tokens_per_second:,.0f} /s"
+        yield "supervised tokens", speed, "positions that enter the loss"
+        speed = f"{self.samples_times_seq_len_per_second:,.0f} /s"
+        yield "samples x seq_len", speed, "what others quote; counts tokens that do not exist"
+        padding = self.padding or "of the computed tokens are no padding"
+        yield "fill", f"{self.fill_share:.2%}", padding
         if self.mfu_of_published_peak is not None:
             peak = f"of {self.published_peak_tflops:g} TFLOP/s"
             yield "MFU, published peak", f"{self.mfu_of_published_peak:.1%}", peak
-        again = (
-            f"; {self.recomputed_layers} layers recomputed, not counted"
-            if self.recomputed_layers
-            else ""
-        )
-        measured = (
-            f"of {self.measured_peak_tflops:.3g} TFLOP/s, {self.dtype} products in this run{again}"
-        )
-        yield "MFU, measured peak", f"{self.mfu_of_measured_peak:.1%}", measured
+        peak = f"of {self.measured_peak_tflops:.3g} TFLOP/s, {self.dtype} products in this run"
+        if self.recomputed_layers:
+            peak += f"; {self.recomputed_layers} layers recomputed, not counted"
+        yield "MFU, measured peak", f"{self.mfu_of_measured_peak:.1%}", peak
         if self.mfu_of_fp8_peak is not None:
             yield "MFU, fp8 peak", f"{self.mfu_of_fp8_peak:.1%}", "of the fp8 products in this run"
         spread = ratio(self.step_seconds_p95, self.step_seconds_p50)
         steps = f"p95 {self.step_seconds_p95:.3f} s, p95/p50 {spread:.3f}, {self.steps} steps"
         yield "step time, median", f"{self.step_seconds_p50:.3f} s", steps
         yield "waiting for data", f"{self.data_wait_share:.2%}", "of the step"
-        yield (
-            "first step",
-            f"{self.first_step_seconds:.1f} s",
-            f"after a build of {self.build_seconds:.1f} s",
-        )
-        yield (
-            "graphs compiled",
-            str(self.graphs_compiled),
-            f"{self.graphs_compiled_after_step_3} after step 3",
-        )
+        build = f"after a build of {self.build_seconds:.1f} s"
+        yield "first step", f"{self.first_step_seconds:.1f} s", build
+        later = f"{self.graphs_compiled_after_step_3} after step 3"
+        yield "graphs compiled", str(self.graphs_compiled), later
         where = "resident in RAM" if self.device == "cpu" else "allocated on the GPU"
         yield "peak memory", f"{self.peak_memory_gib:.1f} GiB", where
         if self.gpu_power_watts is not None:
             yield "power, mean", f"{self.gpu_power_watts:.0f} W", ""
         if self.checkpoint_stall_seconds is not None:
-            yield (
-                "adapter checkpoint",
-                f"{self.checkpoint_stall_seconds * 1000:.0f} ms",
-                "holds up the loop",
-            )
+            stall = f"{self.checkpoint_stall_seconds * 1000:.0f} ms"
+            yield "adapter checkpoint", stall, "holds up the loop"
         yield "loss", f"{self.last_loss:.4f}", f"{self.first_loss:.4f} at the first timed step"
 
 
 class Measured(NamedTuple):
-    """The figures of a run, and the profiler's files: one trace and one table of operations per cycle."""
+    """The figures of a run, and the profiler's files: a trace and a table of operations per cycle."""
 
     figures: BenchReport
     traces: list[Path]
@@ -185,21 +191,30 @@ class Measured(NamedTuple):
 
 @dataclass
 class Observed:
-    """What is seen from outside while the loop runs."""
+    """What is seen from outside while the loop runs.
+
+    Attributes:
+        graphs: compiled so far: before the build, then after each step up to the last timed one.
+        padded: step, from 1 -> tokens computed, padding counted.
+        memory_gib: peak at the end of the timed steps.
+        stall: seconds that a checkpoint held up the loop.
+    """
 
     build_seconds: float
-    # Compiled so far: before the build, then after each step up to the last timed one
     graphs: list[int]
-    # step, from 1 -> tokens computed, padding counted
     padded: dict[int, int] = field(default_factory=dict)
-    memory_gib: float = 0.0  # peak at the end of the timed steps
-    stall: float | None = None  # seconds that a checkpoint held up the loop
+    memory_gib: float = 0.0
+    stall: float | None = None
 
 
-def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print_line) -> Measured:
+def measure(
+    plan: BenchPlan, folder: Path, *, announce: Callable[[str], None] = print_line
+) -> Measured:
     """Run a recipe's steps and measure them.
 
-    `folder` is an empty one for what the run writes; `say` takes a line about each thing chosen before the first step.
+    Args:
+        folder: an empty one for what the run writes.
+        announce: takes a line about each thing chosen before the first step.
 
     Raises:
         UsageError: the recipe, data, model or machine is wrong.
@@ -207,13 +222,13 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
     """
     run = plan.measured_run(folder)
     with deterministic_algorithms(run.train.deterministic):
-        began, graphs = time.perf_counter(), [graphs_compiled()]
-        session = build(run, Start(), say=say, weights=plan.weights, measured=True)
+        graphs = [graphs_compiled()]
+        began = time.perf_counter()
+        session = build(run, Start(), say=announce, weights=plan.weights, measured=True)
         seen = Observed(time.perf_counter() - began, graphs)
         per_epoch = session.data.schedule.steps_per_epoch(0)
-        sinks = Sinks(
-            [Terminal(LogFile(), total_steps=session.total_steps, steps_per_epoch=per_epoch)]
-        )
+        total = session.total_steps
+        sinks = Sinks([Terminal(LogFile(), total_steps=total, steps_per_epoch=per_epoch)])
         trainer = Trainer(session, Start(), sinks, StopControl(StopRequest(), folder))
         profiler = Profiler(run.profile, plan.traces or folder, rank=0, device=session.device)
         sinks.open(run, 0)
@@ -225,15 +240,17 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
             raise trainer.as_failure(error) from error
         finally:
             sinks.close()
-        records = trainer.metrics.records[plan.warmup : plan.warmup + plan.steps]
-        figures = _report(session, records, trainer.metrics.records[0].step_seconds, seen)
+        records = trainer.metrics.records
+        timed = records[plan.warmup : plan.warmup + plan.steps]
+        figures = _report(session, timed, records[0].step_seconds, seen)
         return Measured(figures, profiler.traces, profiler.tables)
 
 
 def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Observed) -> None:
-    """The trainer's own loop over warm-up, timed and profiled steps, then two adapter checkpoints."""
-    session, checkpoints = trainer.session, trainer.checkpoints
-    timed = plan.warmup + plan.steps
+    """The trainer's own loop over all steps, then two adapter checkpoints."""
+    session = trainer.session
+    checkpoints = trainer.checkpoints
+    last_timed = plan.warmup + plan.steps
 
     def counted(batches: Iterable[GlobalBatch]) -> Iterator[GlobalBatch]:
         for batch in batches:
@@ -243,22 +260,22 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
     session.model.train()
     with session.loader(0) as loader, ExitStack() as stack:
         for step in trainer.steps(counted(loader)):
-            # Read its numbers now: the next step's work must not count for this one
-            if step in (
-                1,
-                timed,
-            ):
+            # Read its numbers now: the next step's work must not count for this one.
+            if step in (1, last_timed):
                 trainer.metrics.flush()
-            if step <= timed:
+            if step <= last_timed:
                 seen.graphs.append(graphs_compiled())
-            if step == timed:
+            if step == last_timed:
                 seen.memory_gib = session.memory_gib()
                 stack.enter_context(profiler)
-            elif step > timed:
+            elif step > last_timed:
                 profiler.step()
-    if session.run.adapter.kind == "lora":  # a full one takes as long as the disk does
-        for _ in range(2):  # the first in a process imports what it needs
-            checkpoints.writer.saved_step = None  # the same step would not be saved twice
+    # A full model's checkpoint takes as long as the disk does.
+    if session.run.adapter.kind == "lora":
+        # The first in a process imports what it needs.
+        for _ in range(2):
+            # The same step would not be saved twice.
+            checkpoints.writer.saved_step = None
             checkpoints.save_periodic()
             seen.stall = checkpoints.stalls[-1]
             checkpoints.writer.wait()
@@ -267,23 +284,24 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
 def _report(
     session: Session, records: list[StepRecord], first_step_seconds: float, seen: Observed
 ) -> BenchReport:
-    """Figures of the timed steps; the peak is measured here, on the chip as warm as the steps have left it."""
-    run, device, seconds = session.run, session.device, sum(r.step_seconds for r in records)
-    tokens, padded = sum(r.tokens for r in records), sum(seen.padded[r.step] for r in records)
+    """Figures of the timed steps.
+
+    The peak is measured here, on the chip as warm as the steps have left it.
+    """
+    run = session.run
+    device = session.device
+    step_seconds = [r.step_seconds for r in records]
+    seconds = sum(step_seconds)
+    percentiles = np.percentile(step_seconds, [50, 95]).tolist()
+    tokens = sum(r.tokens for r in records)
+    padded = sum(seen.padded[r.step] for r in records)
     examples = session.data.schedule.examples
-    work = sum(
-        session.flops(examples(record.step - 1), record.supervised_tokens) for record in records
-    )
-    tflops = ratio(work, seconds) / 1e12
-    published, measured = (
-        session.peak.tflops if session.peak.published else None,
-        matmul_tflops(device, session.dtype),
-    )
+    flops = sum(session.flops(examples(r.step - 1), r.supervised_tokens) for r in records)
+    tflops = ratio(flops, seconds) / 1e12
+    measured_peak = matmul_tflops(device, session.dtype)
+    published_peak = session.peak.tflops if session.peak.published else None
     quantize = "none" if scheme_of(run.model) is DENSE else session.plan.base
-    fp8 = fp8_matmul_tflops(device) if quantize.startswith("fp8") else None
-    p50, p95 = (
-        float(value) for value in np.percentile([r.step_seconds for r in records], [50, 95])
-    )
+    fp8_peak = fp8_matmul_tflops(device) if quantize.startswith("fp8") else None
     watts = [r.gpu_power_watts for r in records if r.gpu_power_watts is not None]
     return BenchReport(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -301,13 +319,13 @@ def _report(
         ),
         fill_share=tokens / padded,
         padding=_padding(session, records, tokens, padded),
-        published_peak_tflops=published,
-        mfu_of_published_peak=tflops / published if published else None,
-        measured_peak_tflops=measured,
-        mfu_of_measured_peak=ratio(tflops, measured),
-        mfu_of_fp8_peak=tflops / fp8 if fp8 else None,
-        step_seconds_p50=p50,
-        step_seconds_p95=p95,
+        published_peak_tflops=published_peak,
+        mfu_of_published_peak=tflops / published_peak if published_peak else None,
+        measured_peak_tflops=measured_peak,
+        mfu_of_measured_peak=ratio(tflops, measured_peak),
+        mfu_of_fp8_peak=tflops / fp8_peak if fp8_peak else None,
+        step_seconds_p50=percentiles[0],
+        step_seconds_p95=percentiles[1],
         data_wait_share=ratio(sum(r.data_seconds for r in records), seconds),
         build_seconds=seen.build_seconds,
         first_step_seconds=first_step_seconds,
@@ -323,28 +341,37 @@ def _report(
 
 
 def _padding(session: Session, records: list[StepRecord], tokens: int, padded: int) -> str:
-    """What the padding of the timed steps comes from and what mends it, in words; "" below 1 %."""
-    run, layout, schedule = session.run, session.plan.layout, session.data.schedule
+    """What the padding of the timed steps comes from and what fixes it, in words; "" below 1 %."""
     if tokens >= FULL * padded:
         return ""
-    if not run.data.pack:
+    if not session.run.data.pack:
         return "rows are padded to the longest of their micro batch: data.pack=true"
-    seq_len = run.data.seq_len
+    seq_len = session.run.data.seq_len
+    pad_to = session.plan.layout.pad_to
+    schedule = session.data.schedule
     room = sum(len(schedule.rows(record.step - 1)) for record in records) * seq_len
-    if layout.pad_to is None or tokens < FULL * room:
-        return f"examples fill {tokens / room:.1%} of packed rows of {seq_len:,}: another data.seq_len, more rows"
-    return f"every micro batch is padded to {layout.pad_to:,} tokens: a train.global_batch of whole micro batches"
+    if pad_to is None or tokens < FULL * room:
+        what = f"examples fill {tokens / room:.1%} of packed rows of {seq_len:,}"
+        return f"{what}: another data.seq_len, more rows"
+    what = f"every micro batch is padded to {pad_to:,} tokens"
+    return f"{what}: a train.global_batch of whole micro batches"
 
 
 def fp8_matmul_tflops(device: torch.device) -> float | None:
-    """The same with fp8 (e4m3) factors, scaled by rows, else by tensor; None where the device has neither."""
+    """`matmul_tflops` with fp8 (e4m3) factors, scaled by rows, else by tensor.
+
+    None where the device has neither.
+    """
     if device.type != "cuda":
         return None
     n = MATMUL_SIZE["cuda"]
     left, right = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
-    product = partial(scaled_mm, left, right.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    matmul = partial(scaled_mm, left, right.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
     for rows in (n, 1):
-        a, b = torch.ones(rows, 1, device=device), torch.ones(1, rows, device=device)
-        with contextlib.suppress(RuntimeError, ValueError):  # this chip lacks that product
-            return ratio(2 * n**3, seconds_of(partial(product, scale_a=a, scale_b=b))) / 1e12
+        scale_a = torch.ones(rows, 1, device=device)
+        scale_b = torch.ones(1, rows, device=device)
+        # A chip that lacks this product raises.
+        with contextlib.suppress(RuntimeError, ValueError):
+            seconds = seconds_of(partial(matmul, scale_a=scale_a, scale_b=scale_b))
+            return ratio(2 * n**3, seconds) / 1e12
     return None

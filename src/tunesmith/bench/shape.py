@@ -1,4 +1,4 @@
-"""A shape as a recipe: a model folder with config and tokenizer but no weights, and a recipe that trains it."""
+"""A shape as a recipe: a model folder with config and tokenizer but no weights, and its recipe."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,40 +17,48 @@ BATCH = "16384 tokens"
 
 
 def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
-    """Write a model without weights into an existing folder: config.json with the tokenizer's ids, and the tokenizer.
+    """Write config.json, with the tokenizer's ids, and the tokenizer into an existing folder.
 
-    A vocabulary that is too small for the ids of the tokenizer (a Hub id or a folder) grows to its size; the change is
-    returned in words. ModelError if the tokenizer or the config cannot be read.
+    A vocabulary that is too small for the ids of the tokenizer (a Hub id or a folder) grows to its
+    size; the change is returned in words. ModelError if the tokenizer or the config cannot be read.
     """
     spec.read_spec(config, where="--shape")
-    found = load_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
-    changed, rows = "", config["vocab_size"]
-    if len(found) > rows:
-        changed = f"vocabulary of {len(found):,} in place of {rows:,}: the tokenizer's ids must fit"
-        config = {**config, "vocab_size": len(found)}
-    ids = {
-        "bos_token_id": found.bos_token_id,
-        "eos_token_id": found.eos_token_id,
-        "pad_token_id": found.pad_token_id,
+    loaded = load_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
+    values = {
+        **config,
+        "bos_token_id": loaded.bos_token_id,
+        "eos_token_id": loaded.eos_token_id,
+        "pad_token_id": loaded.pad_token_id,
     }
-    (folder / "config.json").write_text(json.dumps({**config, **ids}, indent=1), encoding="utf-8")
-    found.save_pretrained(folder)
-    return changed
+    change = ""
+    size = len(loaded)
+    rows = config["vocab_size"]
+    if size > rows:
+        values["vocab_size"] = size
+        change = f"vocabulary of {size:,} in place of {rows:,}: the tokenizer's ids must fit"
+    (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+    loaded.save_pretrained(folder)
+    return change
 
 
 def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]) -> Run:
-    """The checked recipe of a shape whose model folder is `folder`; its file is written beside that folder.
+    """The checked recipe of a shape whose model folder is `folder`.
 
-    data, rows: the rows (a file or a Hub id), and their format. Raises as `load_recipe`, and UsageError if an override names
-    another model or tokenizer.
+    Its file is written beside that folder. Raises as `load_recipe`, and UsageError if an override
+    names another model or tokenizer.
+
+    Args:
+        data: the rows, a file or a Hub id.
+        rows: their format.
     """
-    source = {"source": str(Path(data).resolve()) if Path(data).exists() else data, "format": rows}
+    if Path(data).exists():
+        data = str(Path(data).resolve())
     values = {
         "model": {"name": str(folder)},
-        "data": {"train": source},
+        "data": {"train": {"source": data, "format": rows}},
         "train": {"global_batch": BATCH},
+        "output_dir": str(folder.parent / "run"),
     }
-    values["output_dir"] = str(folder.parent / "run")
     file = folder.parent / "shape.yaml"
     file.write_text(to_yaml(values), encoding="utf-8")
     run = load_recipe(file, overrides)

@@ -270,7 +270,7 @@ def ablate(args: argparse.Namespace, recipe: "Run") -> None:
     commands = {
         name: command_of(args, args.steps, args.warmup, change) for name, change in chosen.items()
     }
-    found = ablation.run_in_turns(commands, rounds=args.rounds, say=partial(print, flush=True))
+    found = ablation.run_in_turns(commands, rounds=args.rounds, announce=partial(print, flush=True))
     table = ablation.table_of(found)
     print(*ablation.lines_of(table, chosen), sep="\n")
     if args.json:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         from tunesmith.bench.selfcheck import run_checks
 
-        report = run_checks(say=(lambda row: None) if args.json else print_row)
+        report = run_checks((lambda row: None) if args.json else print_row)
     if args.report is not None:
         if leads:
             args.report.write_text(json.dumps(report), encoding="utf-8")
@@ -102,7 +102,7 @@ def print_row(row: "CheckRow") -> None:
         f"step {row.step}" if row.step else "",
     )
     line = (
-        f"{row.check:<76} {step:>6} {row.expected:>11} {row.found:>11} {row.tolerance:>6} {result}"
+        f"{row.check:<76} {step:>6} {row.expected:>11} {row.actual:>11} {row.tolerance:>6} {result}"
     )
     print(line.rstrip() + (f"\n  {row.meaning}" if row.meaning else ""), flush=True)
 
