@@ -17,7 +17,7 @@ from devices import take_small_peak
 from recipes import make_run, recipe
 from tunesmith.bench import ablation
 from tunesmith.bench.measure import BenchReport
-from tunesmith.cli.bench import refuse_eager
+from tunesmith.cli.bench import check_compiles
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.errors import RunError, UsageError
@@ -154,9 +154,9 @@ def test_on_a_gpu_the_trial_of_the_compiler_is_within_what_cold_times(
         "tunesmith.runtime.compilation.select_compile", lambda *_: pytest.fail("it was tried")
     )
     monkeypatch.setattr("tunesmith.runtime.device.choose_device", lambda: torch.device("cuda"))
-    refuse_eager(make_run(tiny, tmp_path))
+    check_compiles(make_run(tiny, tmp_path))
     with pytest.raises(UsageError, match="--cold measures compilation"):
-        refuse_eager(make_run(tiny, tmp_path, train={"compile": "off"}))
+        check_compiles(make_run(tiny, tmp_path, train={"compile": "off"}))
 
 
 @pytest.mark.slow

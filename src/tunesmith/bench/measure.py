@@ -182,7 +182,7 @@ class BenchReport:
 
 
 class Measured(NamedTuple):
-    """The figures of a run, and the profiler's files: a trace and a table of operations per cycle."""
+    """The figures of a run, and the profiler's files: a trace and a table per cycle."""
 
     figures: BenchReport
     traces: list[Path]

@@ -1,8 +1,9 @@
 """`tunesmith bench`: how fast a recipe trains here, and what share of the chip's speed that is.
 
-The steps are those of `train`, on real rows; nothing is kept. --shape takes a model's true shape with random weights
-that are drawn on the device, so nothing is downloaded; its tokenizer may be any that fits the vocabulary. A shape comes
-with a recipe (LoRA of rank 8 on all linear layers, seq_len 2048, packed, 16,384 tokens per step), and key=value wins.
+The steps are those of `train`, on real rows; nothing is kept. --shape takes a model's true shape
+with random weights that are drawn on the device, so nothing is downloaded; its tokenizer may be any
+that fits the vocabulary. A shape comes with a recipe (LoRA of rank 8 on all linear layers, seq_len
+2048, packed, 16,384 tokens per step), and key=value wins.
 """
 
 import argparse
@@ -30,12 +31,13 @@ EPILOG = f"""shapes: {", ".join(f"{name} ({shape.source})" for name, shape in SH
 
 example:
   tunesmith bench smollm2-135m-lora data.train.source=rows.jsonl data.train.format=alpaca
-  tunesmith bench --shape llama3-8b --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct --data rows.json --json 8b.json
-  tunesmith bench --shape llama3-3b --tokenizer DIR --data rows.json adapter.kind=none --profile traces
+  tunesmith bench --shape llama3-8b --data rows.json --json 8b.json \\
+    --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
+  tunesmith bench --shape llama3-3b --tokenizer DIR --data rows.json adapter.kind=none
   tunesmith bench my-recipe.yaml --ablation --only data.pack,train.recompute --json ablation.json
 """
-# Options of a shape -> (key that a recipe has for it, example; empty where the option may be left out)
-OF_SHAPE = {
+# Options of a shape -> (key that a recipe has for it, example; empty if it may be left out).
+SHAPE_OPTIONS = {
     "tokenizer": ("model.tokenizer", "HuggingFaceTB/SmolLM2-135M-Instruct"),
     "data": ("data.train.source", "rows.json"),
     "format": ("data.train.format", ""),
@@ -99,79 +101,69 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     refuse_many_ranks("bench")
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-", ignore_cleanup_errors=True) as name:
-        recipe = recipe_of(args, Path(name) / "model")
+        folder = Path(name)
+        recipe = recipe_of(args, folder / "model")
         if args.ablation:
             ablate(args, recipe)
             return
         if args.cold:
-            refuse_eager(recipe)
-            # Both are read when something is compiled, and this process does nothing after the command.
-            os.environ |= {
-                "TORCHINDUCTOR_CACHE_DIR": f"{name}/cache",
-                "TRITON_CACHE_DIR": f"{name}/cache/triton",
-            }
-        figures, report, lines = bench(args, recipe, Path(name))
+            check_compiles(recipe)
+            # Both are read when something is compiled, and this process does nothing after the
+            # command.
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{name}/cache"
+            os.environ["TRITON_CACHE_DIR"] = f"{name}/cache/triton"
+        figures, report, lines = bench(args, recipe, folder)
     print_figures(figures, lines, plain=args.plain)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that contradict each other, before anything heavy is imported."""
-    recipes = [word for word in args.words if "=" not in word]
-    usage = "tunesmith bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
-    folder, traces = Path(args.json or ".").parent, Path(args.profile or ".")
-    beside = args.ablation and bool(args.cold or args.profile)
+    """UsageError for arguments that contradict each other, before anything heavy is imported."""
+    check_source(args)
+    for option, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):
+        number = vars(args)[option]
+        if number < least:
+            what = f"--{option} {number} is out of range"
+            raise UsageError(what, where=f"--{option}", fix=f"give at least {least}")
+    if args.only and not args.ablation:
+        what = "--only chooses variants of --ablation"
+        raise UsageError(what, where="--only", fix="add --ablation")
+    if args.ablation and (args.cold or args.profile):
+        fix = "remove --cold and --profile, or --ablation"
+        raise UsageError("--ablation times whole runs only", where="--ablation", fix=fix)
+    folder = Path(args.json or ".").parent
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}", where="--json", fix=f"mkdir -p {folder}")
+    traces = Path(args.profile or ".")
+    if traces.is_file():
+        fix = "name a folder for the traces"
+        raise UsageError(f"{traces} is a file", where="--profile", fix=fix)
+
+
+def check_source(args: argparse.Namespace) -> None:
+    """UsageError unless the words name one recipe, or one shape with what it needs."""
     if args.shape is not None:
         find_shape(args.shape)
-    problems = [  # (whether, where, what, fix)
-        (len(recipes) > 1, "command line", f"several recipes: {', '.join(recipes)}", usage),
-        (
-            not recipes and args.shape is None,
-            "command line",
-            "bench needs a recipe or a shape",
-            usage,
-        ),
-        (args.steps < 1, "--steps", f"--steps {args.steps} is out of range", "give at least 1"),
-        (args.warmup < 0, "--warmup", f"--warmup {args.warmup} is out of range", "give at least 0"),
-        (args.rounds < 1, "--rounds", f"--rounds {args.rounds} is out of range", "give at least 1"),
-        (
-            bool(args.only) and not args.ablation,
-            "--only",
-            "--only chooses variants of --ablation",
-            "add --ablation",
-        ),
-        (
-            beside,
-            "--ablation",
-            "--ablation times whole runs only",
-            "remove --cold and --profile, or --ablation",
-        ),
-        (not folder.is_dir(), "--json", f"there is no folder {folder}", f"mkdir -p {folder}"),
-        (traces.is_file(), "--profile", f"{traces} is a file", "name a folder for the traces"),
-    ]
+    recipes = [word for word in args.words if "=" not in word]
+    where = "command line"
+    usage = "tunesmith bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
     if args.shape is not None and recipes:
-        what = f"both a recipe ({recipes[0]}) and --shape {args.shape}, which comes with a recipe of its own"
-        problems.insert(
-            0,
-            (
-                True,
-                "command line",
-                what,
-                "remove one of the two; give keys of a shape as key=value",
-            ),
-        )
-    for option, (key, example) in OF_SHAPE.items():
-        where, given = f"--{option}", vars(args)[option]
-        if args.shape is None:
-            what = f"{where} goes with --shape: a recipe has a key for it"
-            problems.append((given is not None, where, what, f"{key}={given}"))
-        else:
-            missing = given is None and bool(example)
-            problems.append((missing, "--shape", f"--shape needs {where}", f"{where} {example}"))
-    for wrong, where, what, fix in problems:
-        if wrong:
-            raise UsageError(what, where=where, fix=fix)
+        shape = f"--shape {args.shape}, which comes with a recipe of its own"
+        fix = "remove one of the two; give keys of a shape as key=value"
+        raise UsageError(f"both a recipe ({recipes[0]}) and {shape}", where=where, fix=fix)
+    if len(recipes) > 1:
+        raise UsageError(f"several recipes: {', '.join(recipes)}", where=where, fix=usage)
+    if not recipes and args.shape is None:
+        raise UsageError("bench needs a recipe or a shape", where=where, fix=usage)
+    for option, (key, example) in SHAPE_OPTIONS.items():
+        flag = f"--{option}"
+        value = vars(args)[option]
+        if args.shape is None and value is not None:
+            what = f"{flag} goes with --shape: a recipe has a key for it"
+            raise UsageError(what, where=flag, fix=f"{key}={value}")
+        if args.shape is not None and value is None and example:
+            raise UsageError(f"--shape needs {flag}", where="--shape", fix=f"{flag} {example}")
 
 
 def recipe_of(args: argparse.Namespace, folder: Path) -> "Run":
@@ -180,35 +172,37 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> "Run":
     if args.shape is None:
         from tunesmith.config.load import load_recipe
 
-        return load_recipe(next(word for word in args.words if "=" not in word), overrides)
+        (recipe,) = [word for word in args.words if "=" not in word]
+        return load_recipe(recipe, overrides)
     from tunesmith.bench.shape import shape_recipe, write_shape
 
     folder.mkdir()
-    checked = shape_recipe(
-        folder, data=args.data, rows=args.format or "alpaca", overrides=overrides
-    )
-    if changed := write_shape(folder, find_shape(args.shape).config, args.tokenizer):
-        print(f"warning: {args.shape} with a {changed}", file=sys.stderr, flush=True)
-    return checked
+    rows = args.format or "alpaca"
+    recipe = shape_recipe(folder, data=args.data, rows=rows, overrides=overrides)
+    change = write_shape(folder, find_shape(args.shape).config, args.tokenizer)
+    if change:
+        print(f"warning: {args.shape} with a {change}", file=sys.stderr, flush=True)
+    return recipe
 
 
-def refuse_eager(recipe: "Run") -> None:
-    """UsageError for --cold where nothing is compiled. The compiler itself is tried later, within what is timed."""
+def check_compiles(recipe: "Run") -> None:
+    """UsageError for --cold where nothing is compiled.
+
+    The compiler itself is tried later, within what is timed.
+    """
     import torch
 
-    if recipe.train.compile != "on" and (
-        recipe.train.compile == "off" or not torch.cuda.is_available()
-    ):
-        what = f"--cold measures compilation, and train.compile {recipe.train.compile} compiles nothing here"
+    mode = recipe.train.compile
+    if mode == "off" or (mode != "on" and not torch.cuda.is_available()):
+        what = f"--cold measures compilation, and train.compile {mode} compiles nothing here"
         raise UsageError(what, where="--cold", fix="train.compile=on, or remove --cold")
 
 
 def bench(
     args: argparse.Namespace, recipe: "Run", folder: Path
 ) -> "tuple[BenchReport, dict[str, Any], list[str]]":
-    """Measure in `folder`; the figures, the report for --json, and the lines that follow the table."""
+    """Measure in `folder`: figures, the report for --json, and the lines that follow the table."""
     from tunesmith.bench.measure import BenchPlan, measure
-    from tunesmith.config.dump import to_mapping
     from tunesmith.metrics import hardware
     from tunesmith.runtime.device import free_device_memory
 
@@ -216,18 +210,9 @@ def bench(
     plan = BenchPlan(recipe, args.steps, args.warmup, "random" if args.shape else "stored", traces)
     (folder / "run").mkdir()
     measured = measure(plan, folder / "run")
-    values = to_mapping(recipe)
-    if args.shape:  # its name instead of its temporary folder
-        name = f"shape {args.shape} ({find_shape(args.shape).source})"
-        config = json.loads((Path(recipe.model.name) / "config.json").read_text(encoding="utf-8"))
-        values["model"] |= {
-            "name": name,
-            "tokenizer": args.tokenizer,
-            "vocab_size": config["vocab_size"],
-        }
-        del values["output_dir"]
-    report: dict[str, Any] = {"figures": vars(measured.figures), "recipe": values}
-    report |= {
+    report: dict[str, Any] = {
+        "figures": vars(measured.figures),
+        "recipe": recipe_values(args, recipe),
         "machine": hardware.describe_machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -241,64 +226,96 @@ def bench(
         lines += [f"trace: {trace}" for trace in measured.traces]
     if args.cold:
         free_device_memory()
-        report["cold"] = cold = first_steps(report["figures"], args, folder / "warm.json")
+        cold = first_steps(report["figures"], args, folder / "warm.json")
+        report["cold"] = cold
         # The build counts too: on a GPU its trial of memory is what compiles first.
-        empty = f"{cold['build_seconds']:.1f} + {cold['first_step_seconds']:.1f} s with an empty compile cache"
-        warm = f"{cold['warm_build_seconds']:.1f} + {cold['warm_first_step_seconds']:.1f} s with a warm one"
-        lines.append(f"build and first step: {empty}, {warm}")
+        empty = f"{cold['build_seconds']:.1f} + {cold['first_step_seconds']:.1f} s"
+        warm = f"{cold['warm_build_seconds']:.1f} + {cold['warm_first_step_seconds']:.1f} s"
+        caches = f"{empty} with an empty compile cache, {warm} with a warm one"
+        lines.append(f"build and first step: {caches}")
     return measured.figures, report, lines
 
 
+def recipe_values(args: argparse.Namespace, recipe: "Run") -> dict[str, Any]:
+    """The recipe as plain values; a shape has its name instead of its temporary folder."""
+    from tunesmith.config.dump import to_mapping
+
+    values = to_mapping(recipe)
+    if args.shape:
+        config = json.loads((Path(recipe.model.name) / "config.json").read_text(encoding="utf-8"))
+        values["model"] |= {
+            "name": f"shape {args.shape} ({find_shape(args.shape).source})",
+            "tokenizer": args.tokenizer,
+            "vocab_size": config["vocab_size"],
+        }
+        del values["output_dir"]
+    return values
+
+
 def ablate(args: argparse.Namespace, recipe: "Run") -> None:
-    """Measure a recipe and its variants in turns; print the table, and write it with every report to --json."""
+    """Measure a recipe and its variants in turns; print the table, and write it to --json."""
     import torch
 
     from tunesmith.bench import ablation
 
-    changes = dict(ablation.variants(recipe, gpu=torch.cuda.is_available()))
-    words = [word.strip() for word in args.only.split(",")] if args.only else []
-    # By name, or by the key
-    named = {name: {name, change.partition("=")[0]} for name, change in changes.items()}
-    if unknown := [word for word in words if not any(word in names for names in named.values())]:
-        what = f"there is no variant {unknown[0]!r} of this recipe"
-        fix = f"choose from: {', '.join(changes)}; or name a key that they change"
-        raise UsageError(what, where="--only", fix=fix)
-    taken = {
-        name: change for name, change in changes.items() if not words or named[name] & {*words}
-    }
-    chosen = {ablation.BASELINE: "", **taken}
-    commands = {
-        name: command_of(args, args.steps, args.warmup, change) for name, change in chosen.items()
-    }
-    found = ablation.run_in_turns(commands, rounds=args.rounds, announce=partial(print, flush=True))
-    table = ablation.table_of(found)
-    print(*ablation.lines_of(table, chosen), sep="\n")
+    variants = dict(ablation.variants(recipe, gpu=torch.cuda.is_available()))
+    changes = {ablation.BASELINE: "", **variants}
+    if args.only:
+        changes = {ablation.BASELINE: "", **choose_variants(variants, args.only)}
+    commands = {}
+    for name, change in changes.items():
+        commands[name] = command_of(args, args.steps, args.warmup, change)
+    announce = partial(print, flush=True)
+    reports = ablation.run_in_turns(commands, rounds=args.rounds, announce=announce)
+    table = ablation.table_of(reports)
+    print(*ablation.lines_of(table, changes), sep="\n")
     if args.json:
-        report = {"command": sys.argv, "changes": chosen, "table": table, "runs": found}
+        report = {"command": sys.argv, "changes": changes, "table": table, "runs": reports}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def command_of(args: argparse.Namespace, steps: int, warmup: int, *changes: str) -> list[str]:
-    """The command that measures the same in a new process, with other steps and with `changes` (key=value)."""
-    command = [sys.executable, "-m", "tunesmith", "bench", *args.words, *filter(None, changes)]
-    for option in ("shape", *OF_SHAPE):
+def choose_variants(variants: dict[str, str], only: str) -> dict[str, str]:
+    """Those that --only names, by their name or by the key that they change."""
+    words = [word.strip() for word in only.split(",")]
+    labels = {name: {name, change.partition("=")[0]} for name, change in variants.items()}
+    for word in words:
+        if not any(word in names for names in labels.values()):
+            what = f"there is no variant {word!r} of this recipe"
+            fix = f"choose from: {', '.join(variants)}; or name a key that they change"
+            raise UsageError(what, where="--only", fix=fix)
+    return {name: change for name, change in variants.items() if labels[name] & {*words}}
+
+
+def command_of(args: argparse.Namespace, steps: int, warmup: int, change: str = "") -> list[str]:
+    """The command that measures the same in a new process, with other steps and with `change`."""
+    command = [sys.executable, "-m", "tunesmith", "bench", *args.words]
+    if change:
+        command.append(change)
+    for option in ("shape", *SHAPE_OPTIONS):
         if vars(args)[option] is not None:
             command += [f"--{option}", vars(args)[option]]
     return [*command, "--steps", str(steps), "--warmup", str(warmup)]
 
 
 def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -> dict[str, float]:
-    """Seconds of build and first step here, and in a new process that finds what this one has compiled."""
+    """Seconds of build and first step here, and in a new process.
+
+    That one finds what this one has compiled.
+    """
     command = command_of(args, 1, 0)
     done = subprocess.run([*command, "--json", str(file)], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
-        what = f"the run with a warm compile cache ended with {done.returncode}; its messages are above"
-        raise RunError(
-            what, where=" ".join(command), fix="run that command by itself, or remove --cold"
-        )
+        ended = f"ended with {done.returncode}; its messages are above"
+        what = f"the run with a warm compile cache {ended}"
+        fix = "run that command by itself, or remove --cold"
+        raise RunError(what, where=" ".join(command), fix=fix)
     warm = json.loads(file.read_text(encoding="utf-8"))["figures"]
-    names = ("first_step_seconds", "build_seconds")
-    return {name: figures[name] for name in names} | {f"warm_{name}": warm[name] for name in names}
+    return {
+        "first_step_seconds": figures["first_step_seconds"],
+        "build_seconds": figures["build_seconds"],
+        "warm_first_step_seconds": warm["first_step_seconds"],
+        "warm_build_seconds": warm["build_seconds"],
+    }
 
 
 def print_figures(figures: "BenchReport", lines: Sequence[str], *, plain: bool) -> None:
@@ -306,11 +323,11 @@ def print_figures(figures: "BenchReport", lines: Sequence[str], *, plain: bool) 
     from rich.console import Console
     from rich.table import Table
 
-    plain = plain or not sys.stdout.isatty()
-    console = Console(width=160, no_color=True, force_terminal=False) if plain else Console()
-    print(
-        f"{figures.device}, {figures.dtype}, base {figures.quantize}, micro batch {figures.micro_batch}"
-    )
+    console = Console()
+    if plain or not sys.stdout.isatty():
+        console = Console(width=160, no_color=True, force_terminal=False)
+    base = f"base {figures.quantize}, micro batch {figures.micro_batch}"
+    print(f"{figures.device}, {figures.dtype}, {base}")
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(style="bold", justify="right")
@@ -318,4 +335,5 @@ def print_figures(figures: "BenchReport", lines: Sequence[str], *, plain: bool) 
     for row in figures.rows():
         table.add_row(*row)
     console.print(table)
-    print(*lines, sep="\n", end="\n" if lines else "")
+    for line in lines:
+        print(line)

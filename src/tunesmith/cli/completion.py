@@ -1,9 +1,10 @@
 """Print the tab completion of commands, options, recipes and recipe keys for a shell.
 
 examples:
-  source <(tunesmith completion bash)                                                  # in this shell
-  tunesmith completion bash > ~/.local/share/bash-completion/completions/tunesmith     # in every new one
-  tunesmith completion zsh > ~/.zfunc/_tunesmith                                       # with fpath+=~/.zfunc before compinit
+  source <(tunesmith completion bash)               # in this shell
+  # in every new one:
+  tunesmith completion bash > ~/.local/share/bash-completion/completions/tunesmith
+  tunesmith completion zsh > ~/.zfunc/_tunesmith    # with fpath+=~/.zfunc before compinit
   tunesmith completion fish > ~/.config/fish/completions/tunesmith.fish
 """
 
@@ -16,7 +17,8 @@ from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
 from tunesmith.config.shipped import shipped
 
-# Two functions for each shell: recipes and files, and those with keys before them. Behind `=` stands a value or a file.
+# Two functions for each shell: recipes and files, and those with keys before them. Behind `=` stands
+# a value or a file.
 FUNCTIONS = {
     "bash": """\
 _tunesmith_recipe() { compgen -W "RECIPES" -- "$1"; compgen -f -- "$1"; }
@@ -26,14 +28,19 @@ _tunesmith_key() {
 }""",
     "zsh": """\
 _tunesmith_recipe() { compadd -- RECIPES; _files }
-_tunesmith_key() { if compset -P 1 '*='; then _files; else compadd -S '' -- KEYS; _tunesmith_recipe; fi }""",
+_tunesmith_key() {
+  if compset -P 1 '*='; then _files; else compadd -S '' -- KEYS; _tunesmith_recipe; fi
+}""",
     "fish": """\
 function _tunesmith_recipe; string join \\n RECIPES; __fish_complete_path (commandline -ct); end
 function _tunesmith_key; string join \\n KEYS; _tunesmith_recipe; end""",
 }
 # bash sets a space behind a word that is complete, but a key is followed by its value.
 NO_SPACE = """
-_tunesmith() { _shtab_tunesmith "$@"; [[ ${#COMPREPLY[@]} == 1 && $COMPREPLY == *= ]] && compopt -o nospace; }
+_tunesmith() {
+  _shtab_tunesmith "$@"
+  [[ ${#COMPREPLY[@]} == 1 && $COMPREPLY == *= ]] && compopt -o nospace
+}
 complete -o bashdefault -F _tunesmith tunesmith"""
 
 
@@ -45,24 +52,32 @@ def run(args: argparse.Namespace) -> None:
     import shtab
 
     top = argparse.ArgumentParser(prog="tunesmith")
-    verbs: dict[str, Any] = {"": top.add_subparsers()}
+    groups: dict[str, Any] = {"": top.add_subparsers()}
     for verb, (module, purpose) in VERBS.items():
-        first, _, name = verb.rpartition(" ")
-        if first not in verbs:  # `launch`, before its kinds
-            verbs[first] = verbs[""].add_parser(first, help=purpose).add_subparsers()
-        parser = verbs[first].add_parser(name, help=purpose, description=purpose)
+        group, _, name = verb.rpartition(" ")
+        # `launch`, before its kinds.
+        if group not in groups:
+            groups[group] = groups[""].add_parser(group, help=purpose).add_subparsers()
+        parser = groups[group].add_parser(name, help=purpose, description=purpose)
         import_module(module).add_arguments(parser)
+        # shtab reads an attribute of each action.
+        action: Any
         for action in parser._actions:
-            shown = str(action.metavar or action.dest)
-            completed: Any = action  # shtab reads an attribute of it
-            if "key=value" in shown or shown.partition("|")[0] in ("recipe", "RECIPE", "name"):
-                name = f"_tunesmith_{'key' if 'key=value' in shown else 'recipe'}"
-                completed.complete = {"bash": name, "zsh": name, "fish": f"({name})"}
-            elif shown in ("FILE", "RUN", "DIR", "DIR_OR_ID"):
-                completed.complete = shtab.FILE
-    named = " ".join(f"{key}=" for key, (_, hint) in keys().items() if not is_section(hint))
-    functions = FUNCTIONS[args.shell].replace("RECIPES", " ".join(shipped())).replace("KEYS", named)
-    print(
-        shtab.complete(top, args.shell, preamble=functions)
-        + (NO_SPACE if args.shell == "bash" else "")
-    )
+            metavar = str(action.metavar or action.dest)
+            if "key=value" in metavar:
+                action.complete = _by_function("_tunesmith_key")
+            elif metavar.partition("|")[0] in ("recipe", "RECIPE", "name"):
+                action.complete = _by_function("_tunesmith_recipe")
+            elif metavar in ("FILE", "RUN", "DIR", "DIR_OR_ID"):
+                action.complete = shtab.FILE
+    words = " ".join(f"{key}=" for key, (_, hint) in keys().items() if not is_section(hint))
+    functions = FUNCTIONS[args.shell].replace("RECIPES", " ".join(shipped())).replace("KEYS", words)
+    script = shtab.complete(top, args.shell, preamble=functions)
+    if args.shell == "bash":
+        script += NO_SPACE
+    print(script)
+
+
+def _by_function(name: str) -> dict[str, str]:
+    """What shtab takes for an argument that a function of the shell completes."""
+    return {"bash": name, "zsh": name, "fish": f"({name})"}

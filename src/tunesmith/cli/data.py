@@ -1,12 +1,12 @@
 """Show what a recipe trains on, token by token, before it trains.
 
-Supervised tokens are green, or without colours between ⟦ and ⟧. Below them: counts, lengths, packing, the number of
-optimizer steps, and the token contract. The exit code is 2 where the contract is broken.
-Of a model on the Hub only the tokenizer and the configuration are downloaded.
+Supervised tokens are green, or without colors between ⟦ and ⟧. Below them: counts, lengths, packing,
+the number of optimizer steps, and the token contract. The exit code is 2 where the contract is
+broken. Of a model on the Hub only the tokenizer and the configuration are downloaded.
 
 examples:
   tunesmith data smollm2-135m-lora
-  tunesmith data --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv     # before training on rows of your own
+  tunesmith data --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv    # rows of your own
   tunesmith data my-recipe.yaml data.train_on=last --rows 10
   tunesmith data my-recipe.yaml --json > tokens.json
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.cli.options import add_recipe, chosen_recipe
+from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from tunesmith.data.prepare import TrainingData
     from tunesmith.data.tokens import TokenSet
 
-_BARS = 16  # of the length histogram
-_ROW_TOKENS = 800  # tokens of a row that are shown
+# Of the length histogram.
+_BARS = 16
+# Tokens of a row that are shown.
+_ROW_TOKENS = 800
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,26 +84,28 @@ def print_data(
 
     from tunesmith.data.source import is_local
 
-    # A file or a pipe has no width; rich would assume 80 columns and fold the tables.
-    console = console or Console(
-        highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160
-    )
+    if console is None:
+        # A file or a pipe has no width; rich would assume 80 columns and fold the tables.
+        width = None if sys.stdout.isatty() else 160
+        console = Console(highlight=False, soft_wrap=True, width=width)
     _print_rows(console, prepared.train, tokenizer, rows)
     console.print(prepared.describe_template(), markup=False)
     counts = _table("what is trained on", "source", "figures", text=(1,))
     for split, part in prepared.sources():
         name = part.counts.source
-        counts.add_row(
-            f"{split}: {Path(name).name if is_local(name) else name}",
-            "\n".join(prepared.figures(part)),
-        )
+        if is_local(name):
+            name = Path(name).name
+        counts.add_row(f"{split}: {name}", "\n".join(prepared.figures(part)))
     console.print(counts)
     bars = histogram(prepared.train)
     most = max((n for _, _, n in bars), default=1)
     lengths = _table("tokens of an example", "from - to", "examples", "", text=(2,))
-    lengths.columns[0].no_wrap, lengths.columns[2].max_width = True, 40
+    lengths.columns[0].no_wrap = True
+    lengths.columns[2].max_width = 40
     for low, high, n in bars:
-        lengths.add_row(f"{low:,} - {high:,}", f"{n:,}", Bar(most, 0, n and max(n, most / 40)))
+        # A few examples are seen too, beside many.
+        bar = Bar(most, 0, n and max(n, most / 40))
+        lengths.add_row(f"{low:,} - {high:,}", f"{n:,}", bar)
     console.print(lengths)
     console.print(prepared.describe_schedule(), markup=False)
     for warning in prepared.warnings():
@@ -111,60 +116,76 @@ def print_data(
 def segments(
     tokens: TokenSet, tokenizer: Any, i: int, limit: int = _ROW_TOKENS
 ) -> list[tuple[str, bool, bool]]:
-    """Example i as (text, supervised, special) stretches; of one longer than `limit` tokens the beginning and the end."""
-    ids, trained, special = (
-        tokens[i].ids.tolist(),
-        tokens[i].trained.tolist(),
-        set(tokenizer.all_special_ids),
-    )
-    kinds = [(supervised, token in special) for supervised, token in zip(trained, ids, strict=True)]
-    half, long = limit // 2, len(ids) > limit
+    """Example i as (text, supervised, special) stretches.
 
-    def decode(
-        end: int,
-    ) -> str:  # whole: alone, a piece of a character or a leading space is something else
-        return str(
-            tokenizer.decode(
-                ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
+    Of an example longer than `limit` tokens these are the beginning and the end.
+    """
+    ids = tokens[i].ids.tolist()
+    special_ids = set(tokenizer.all_special_ids)
+    kinds = []
+    for token, is_supervised in zip(ids, tokens[i].trained.tolist(), strict=True):
+        kinds.append((is_supervised, token in special_ids))
+
+    def decode(end: int) -> str:
+        # From the start: a token alone may be a piece of a character, or lose its leading space.
+        text = tokenizer.decode(
+            ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        return str(text)
 
-    out: list[tuple[str, bool, bool]] = []
-    for start, stop in ((0, half), (len(ids) - half, len(ids))) if long else ((0, len(ids)),):
+    ranges = [(0, len(ids))]
+    if len(ids) > limit:
+        half = limit // 2
+        ranges = [(0, half), (len(ids) - half, len(ids))]
+    stretches: list[tuple[str, bool, bool]] = []
+    last_stop = 0
+    for start, stop in ranges:
         if start:
-            out.append((f"\n… {start - half:,} tokens …\n", False, False))
-        begin, before = start, decode(start)
-        for at in range(start + 1, stop + 1):
-            if at == stop or kinds[at] != kinds[begin]:
-                text = decode(at)
-                out.append((text[len(before) :], *kinds[begin]))
-                begin, before = at, text
-    return out
+            stretches.append((f"\n… {start - last_stop:,} tokens …\n", False, False))
+        last_stop = stop
+        first = start
+        prefix = decode(start)
+        for end in range(start + 1, stop + 1):
+            if end == stop or kinds[end] != kinds[first]:
+                text = decode(end)
+                stretches.append((text[len(prefix) :], *kinds[first]))
+                first = end
+                prefix = text
+    return stretches
 
 
 def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) -> None:
     from rich.text import Text
 
-    coloured = (
-        console.color_system is not None and not console.no_color and "NO_COLOR" not in os.environ
-    )
+    has_colors = console.color_system is not None and not console.no_color
+    if "NO_COLOR" in os.environ:
+        has_colors = False
     for i in range(min(count, len(tokens))):
         example = tokens[i]
-        title = f"{tokens.where(i)}: {len(example.ids):,} tokens, {int(example.trained.sum()):,} supervised"
+        supervised = f"{int(example.trained.sum()):,} supervised"
+        title = f"{tokens.where(i)}: {len(example.ids):,} tokens, {supervised}"
         console.print(Text(f"── {title}"))
-        text, inside = Text(), False
-        for piece, supervised, special in segments(tokens, tokenizer, i):
-            if not coloured and supervised != inside:
-                text.append("⟦" if supervised else "⟧")
-                inside = supervised
-            style = ("bold green" if supervised else "dim") + (" reverse" if special else "")
-            text.append(piece, style=style if coloured else "")
-        console.print(text.append("⟧" if inside else ""))
+        text = Text()
+        is_inside = False
+        for piece, is_supervised, is_special in segments(tokens, tokenizer, i):
+            if has_colors:
+                style = "bold green" if is_supervised else "dim"
+                if is_special:
+                    style += " reverse"
+                text.append(piece, style=style)
+                continue
+            if is_supervised != is_inside:
+                text.append("⟦" if is_supervised else "⟧")
+                is_inside = is_supervised
+            text.append(piece)
+        if is_inside:
+            text.append("⟧")
+        console.print(text)
     console.print()
 
 
 def _table(title: str, *columns: str, text: tuple[int, ...] = ()) -> Table:
-    """A table of a first column and those numbered `text`, which wrap, and columns of figures, which never do."""
+    """A table whose first column, and those numbered `text`, wrap; figures never do."""
     from rich import box
     from rich.table import Table
 
@@ -183,7 +204,7 @@ def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
     if not len(tokens):
         return []
     top = int(tokens.lengths.max())
-    step = max(1, -(-top // _BARS))
+    step = max(1, ceil_div(top, _BARS))
     counts = np.bincount((tokens.lengths - 1) // step)
     return [(k * step + 1, min((k + 1) * step, top), int(n)) for k, n in enumerate(counts)]
 
@@ -194,38 +215,41 @@ def _contracts_table(prepared: TrainingData) -> Table:
     table = _table("token contract", "check", "result", text=(1,))
     for contract in prepared.contracts:
         for check in contract.checks:
-            note, checked = f"; {check.note}" if check.note else "", f"{check.checked:,} {check.of}"
-            result = Text(f"holds: {checked}{note}", style="green" if check.checked else "")
+            checked = f"{check.checked:,} {check.of}"
             if check.broken:
-                broken = f"BROKEN: {check.broken:,} of {checked}, first in {check.where}"
-                result = Text(f"{broken}\n{check.why}\nfix: {check.fix}", style="red")
+                what = f"BROKEN: {check.broken:,} of {checked}, first in {check.where}"
+                result = Text(f"{what}\n{check.why}\nfix: {check.fix}", style="red")
+            else:
+                result = Text(f"holds: {checked}", style="green" if check.checked else "")
+                if check.note:
+                    result.append(f"; {check.note}")
             table.add_row(f"{contract.split}: {check.name}", result)
     return table
 
 
 def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
     """The same as plain values, for --json."""
-    train, names = prepared.train, ("text", "supervised", "special")
-    shown = []
+    train = prepared.train
+    examples = []
     for i in range(min(rows, len(train))):
-        parts = [
-            dict(zip(names, part, strict=True))
-            for part in segments(train, tokenizer, i, limit=1 << 30)
-        ]
-        shown.append({"where": train.where(i), "tokens": len(train[i].ids), "segments": parts})
+        parts = []
+        for text, supervised, special in segments(train, tokenizer, i, limit=1 << 30):
+            parts.append({"text": text, "supervised": supervised, "special": special})
+        examples.append({"where": train.where(i), "tokens": len(train[i].ids), "segments": parts})
+    checks = []
+    for contract in prepared.contracts:
+        for check in contract.checks:
+            checks.append({"split": contract.split, **asdict(check)})
+    validation = [part for split, part in prepared.sources() if split == "validation"]
     return {
         "template": {"name": prepared.template.name, "end_ids": sorted(prepared.template.end_ids)},
         "train": [{**asdict(part.counts), "weight": part.weight} for part in train.parts],
-        "validation": [
-            asdict(part.counts) for split, part in prepared.sources() if split == "validation"
-        ],
+        "validation": [asdict(part.counts) for part in validation],
         "lengths": [{"from": low, "to": high, "examples": n} for low, high, n in histogram(train)],
         "schedule": asdict(prepared.schedule.summary(prepared.run.train.duration)),
         "duplicates": asdict(prepared.duplicates),
         "overlap": asdict(prepared.overlap),
         "warnings": prepared.warnings(),
-        "contract": [
-            {"split": c.split, **asdict(check)} for c in prepared.contracts for check in c.checks
-        ],
-        "rows": shown,
+        "contract": checks,
+        "rows": examples,
     }

@@ -5,8 +5,9 @@ example:
   tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl --resume
   echo '{"prompt": "Say hello"}' | tunesmith generate runs/my-run --input - --output -
 
-Each output row is the input row with `output` added, and `reference` where the row held an answer. Rows are written
-as they are ready, in the order of the input; ctrl-C keeps what is written, and --resume goes on from there.
+Each output row is the input row with `output` added, and `reference` where the row held an answer.
+Rows are written as they are ready, in the order of the input; ctrl-C keeps what is written, and
+--resume goes on from there.
 """
 
 import argparse
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
     location = locate_run(args.run, base_only=args.base)
     rows = _read_input(args.input)
     output = None if args.output == "-" else Path(args.output)
-    done, size = _kept_rows(output, rows, args)
+    check_output(output, args)
+    done, size = _answered_rows(output, rows, args)
     if done == len(rows) and args.resume:
         print(f"all {done} rows are already in {output}", file=sys.stderr)
         return
@@ -69,15 +71,20 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.generate import generate
     from tunesmith.inference.load_run import load_run
 
-    decoding, stop = options.decoding_of(args), StopRequest(interactive=True)
+    decoding = options.decoding_of(args)
+    stop = StopRequest(interactive=True)
     loaded = load_run(location, device=args.device)
-    how = {
-        "format_name": args.format_name,
-        "columns": dict(args.columns) or None,
-        "batch_size": args.batch_size,
-    }
     with options.fixes_as_options():
-        answers = generate(loaded, rows, decoding, **how, start=done, cancelled=stop.requested)
+        answers = generate(
+            loaded,
+            rows,
+            decoding,
+            format_name=args.format_name,
+            columns=dict(args.columns) or None,
+            batch_size=args.batch_size,
+            start=done,
+            cancelled=stop.requested,
+        )
     if location.note:
         print(location.note, file=sys.stderr)
     print(f"{len(rows) - done} rows, {decoding.describe()}", file=sys.stderr)
@@ -93,12 +100,14 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        what = disk_fault(error) or f"{name} cannot be written: {first_line(error)}"
-        fix = "make room (df -h)" if disk_fault(error) else "name another file"
+        what = disk_fault(error)
+        fix = "make room (df -h)"
+        if what is None:
+            what = f"{name} cannot be written: {first_line(error)}"
+            fix = "name another file"
+        why = f"{done} of {len(rows)} rows are in it"
         fix += f", then start the same command again{_with_resume(output, args)}"
-        raise RunError(
-            what, where=str(name), why=f"{done} of {len(rows)} rows are in it", fix=fix
-        ) from error
+        raise RunError(what, where=str(name), why=why, fix=fix) from error
     if done < len(rows):
         again = _with_resume(output, args)
         go_on = f"; to go on, start the same command again{again}" if again else ""
@@ -106,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _with_resume(output: Path | None, args: argparse.Namespace) -> str:
-    """What the command needs to go on with its output; nothing where that is no file, which cannot be gone on with."""
+    """What the command needs to go on with its output; nothing if that is no file."""
     if output is None or not output.is_file():
         return ""
     return " with --resume" + (" in place of --force" if args.force else "")
@@ -117,92 +126,107 @@ def _record(row: dict[str, Any]) -> str:
 
 
 def _open_output(output: Path | None, size: int) -> AbstractContextManager[IO[str]]:
-    """The file, of which the first `size` bytes are kept, or stdout; a lone surrogate is written as its JSON escape."""
+    """Stdout, or the file, of which the first `size` bytes stay."""
     if output is None:
         return nullcontext(sys.stdout)
     output.parent.mkdir(parents=True, exist_ok=True)
     if size:
         os.truncate(output, size)
+    # UTF-8 has no lone surrogate: it is written as its JSON escape.
     return output.open("a" if size else "w", encoding="utf-8", errors="backslashreplace")
 
 
 def _read_input(name: str) -> Rows:
     """Rows of a file, or JSON lines from stdin; DataError where there is none, or one is broken."""
     if name != "-":
-        path, fix = Path(name), "name a jsonl, json, csv or parquet file, or - for stdin"
+        path = Path(name)
         if not path.is_file():
+            fix = "name a jsonl, json, csv or parquet file, or - for stdin"
             raise DataError(f"there is no file {name}", where=name, fix=fix)
         return read_rows(Source(source=str(path.absolute())))
-    rows, fix = [], 'send one JSON object a line: {"prompt": "..."}'
+    fix = 'send one JSON object a line: {"prompt": "..."}'
+    rows = []
     for number, line in options.stdin_lines():
+        row = None
+        why = ""
         try:
-            row, why = json.loads(line), ""
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            row, why = None, str(error)
+            why = str(error)
         if not isinstance(row, dict):
-            raise DataError(
-                "the line is not a JSON object", where=f"stdin:{number}", why=why, fix=fix
-            )
+            what = "the line is not a JSON object"
+            raise DataError(what, where=f"stdin:{number}", why=why, fix=fix)
         rows.append(row)
     if not rows:
         raise DataError("stdin holds no rows", where="stdin", fix=fix)
     return from_list(rows, "stdin")
 
 
-def _kept_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> tuple[int, int]:
-    """How many rows of the output --resume keeps, and their bytes; an output that may not be written is refused.
-
-    Its last line may be the beginning of a record, or lack its line break: it is written again.
-    """
-    where, special = (
-        "--output",
-        output is None or (output.exists() and not output.is_file() and not output.is_dir()),
-    )
-    if special and args.resume:
-        raise UsageError(
-            "--resume needs an output file", where=f"{where} {args.output}", fix="name a file"
-        )
+def check_output(output: Path | None, args: argparse.Namespace) -> None:
+    """UsageError or MachineError for an output that cannot be written, or gone on with."""
+    where = "--output"
+    is_stream = output is None or (output.exists() and not (output.is_file() or output.is_dir()))
+    if is_stream and args.resume:
+        place = f"{where} {args.output}"
+        raise UsageError("--resume needs an output file", where=place, fix="name a file")
     if output is None:
-        return 0, 0
+        return
     if args.input != "-" and output.exists() and output.samefile(args.input):
         raise UsageError("input and output are the same file", where=where, fix="name another file")
     if output.is_dir():
         raise UsageError(f"{output} is a folder", where=where, fix="name a file in it")
     nearest = next(place for place in (output, *output.absolute().parents) if place.exists())
-    usable = nearest == output or nearest.is_dir()
-    if not usable or not os.access(nearest, os.W_OK):
-        why = f"you may not write to {nearest}" if usable else f"{nearest} is a file, not a folder"
-        what, fix = f"{output} cannot be written", "name a file that you may write"
+    why = ""
+    if nearest != output and not nearest.is_dir():
+        why = f"{nearest} is a file, not a folder"
+    elif not os.access(nearest, os.W_OK):
+        why = f"you may not write to {nearest}"
+    if why:
+        what = f"{output} cannot be written"
+        fix = "name a file that you may write"
         raise MachineError(what, where=f"{where} {output}", why=why, fix=fix)
-    if nearest != output or args.force or output.stat().st_size == 0:
+
+
+def _answered_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> tuple[int, int]:
+    """How many rows of the output --resume leaves there, and their bytes.
+
+    Its last line may be the beginning of a record, or lack its line break: it is written again.
+    """
+    if output is None or not output.exists() or args.force or output.stat().st_size == 0:
         return 0, 0
     if not args.resume:
         fix = "add --resume to go on with it, --force to overwrite it, or name another file"
-        raise UsageError(f"{output} is already there", where=where, fix=fix)
+        raise UsageError(f"{output} is already there", where="--output", fix=fix)
     *lines, last = output.read_bytes().split(b"\n")
-    torn = not last or (len(lines) < len(rows) and _begins_answer_to(last, rows[len(lines)]))
-    for i, line in enumerate(lines if torn else [*lines, last]):
-        if i >= len(rows) or i == len(lines) or not _is_answer_to(line, rows[i]):
-            what = "the output answers other rows than the input holds"
-            fix = "name its own input, or --force in place of --resume"
-            raise UsageError(what, where=f"{output}:{i + 1}", fix=fix)
+    matching = 0
+    end = min(len(lines), len(rows))
+    while matching < end and _is_answer_to(lines[matching], rows[matching]):
+        matching += 1
+    is_torn = matching < len(rows) and _begins_answer_to(last, rows[matching])
+    if matching < len(lines) or (last and not is_torn):
+        what = "the output answers other rows than the input holds"
+        fix = "name its own input, or --force in place of --resume"
+        raise UsageError(what, where=f"{output}:{matching + 1}", fix=fix)
     return len(lines), sum(len(line) + 1 for line in lines)
 
 
 def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
-    fields = json.loads(json.dumps(row, default=str)).items()
     try:
-        written = json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return False
-    asked = {name: value for name, value in fields if name not in ("output", "reference")}
-    return isinstance(written, dict) and "output" in written and asked.items() <= written.items()
+    if not isinstance(record, dict) or "output" not in record:
+        return False
+    # As the record was written: a date of the row is text there.
+    fields = json.loads(json.dumps(row, default=str))
+    fields.pop("output", None)
+    fields.pop("reference", None)
+    return bool(fields.items() <= record.items())
 
 
 def _begins_answer_to(line: bytes, row: dict[str, Any]) -> bool:
     """Whether an incomplete line is the beginning of the record that answers `row`."""
-    before = dict(takewhile(lambda item: item[0] != "output", row.items()))
-    head = (
-        _record({**before, "output": ""}).removesuffix('"}\n').encode("utf-8", "backslashreplace")
-    )
-    return line.startswith(head) or head.startswith(line)
+    fields = dict(takewhile(lambda item: item[0] != "output", row.items()))
+    record = _record({**fields, "output": ""}).removesuffix('"}\n')
+    start = record.encode("utf-8", "backslashreplace")
+    return line.startswith(start) or start.startswith(line)
