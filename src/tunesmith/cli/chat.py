@@ -5,7 +5,8 @@ example:
   tunesmith chat runs/my-run --side-by-side
   echo "What do you know?" | tunesmith chat runs/my-run
 
-ctrl-C ends an answer. Without a terminal every line of stdin is a question, and only answers go to stdout.
+ctrl-C ends an answer. Without a terminal every line of stdin is a question, and only answers go to
+stdout.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import add_decoding, add_run, decoding_of, stdin_lines
+from tunesmith.cli.options import add_decoding, add_run, decoding_of, notify, stdin_lines
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.host.signals import StopRequest
 
@@ -32,7 +33,8 @@ COMMANDS = "/reset forgets what was said, /quit leaves"
 AT_THE_START = "--base, --side-by-side and --system are set at the start"
 BASE = "base"
 TUNED = "tuned"
-COLUMNS = 80  # a terminal this wide shows two answers beside each other
+# A terminal this wide shows two answers beside each other.
+COLUMNS = 80
 # A model's escape sequences must not drive the terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x9b]")
 
@@ -65,11 +67,6 @@ def run(args: argparse.Namespace) -> None:
     chat.talk()
 
 
-def notify(text: str) -> None:
-    """A note to the user beside the answers: on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 class Chat:
     """Reads lines, and shows the answers of the loaded model, of its base, or of both."""
 
@@ -94,7 +91,8 @@ class Chat:
         # Each side sees its own answers alone, as in a chat of its own.
         self.turns: dict[str, list[tuple[str, str]]] = {}
         self._forget()
-        self.base: LoadedModel | None = None  # of a full fine-tune, once it is asked
+        # Of a full fine-tune, once it is asked.
+        self.base: LoadedModel | None = None
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     def talk(self) -> None:
@@ -129,7 +127,8 @@ class Chat:
         interrupted = False
         while True:
             try:
-                if line := input("you> ").strip():
+                line = input("you> ").strip()
+                if line:
                     yield line
                 interrupted = False
             except (EOFError, KeyboardInterrupt) as error:

@@ -17,8 +17,8 @@ from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
 from tunesmith.config.shipped import shipped
 
-# Two functions for each shell: recipes and files, and those with keys before them. Behind `=` stands
-# a value or a file.
+# Two functions for each shell: recipes and files, and those with keys before them. Behind `=`
+# stands a value or a file.
 FUNCTIONS = {
     "bash": """\
 _tunesmith_recipe() { compgen -W "RECIPES" -- "$1"; compgen -f -- "$1"; }

@@ -1,8 +1,8 @@
 """Show what a recipe trains on, token by token, before it trains.
 
-Supervised tokens are green, or without colors between ⟦ and ⟧. Below them: counts, lengths, packing,
-the number of optimizer steps, and the token contract. The exit code is 2 where the contract is
-broken. Of a model on the Hub only the tokenizer and the configuration are downloaded.
+Supervised tokens are green, or without colors between ⟦ and ⟧. Below them: counts, lengths,
+packing, the number of optimizer steps, and the token contract. The exit code is 2 where the
+contract is broken. Of a model on the Hub only the tokenizer and the configuration are downloaded.
 
 examples:
   tunesmith data smollm2-135m-lora
@@ -18,11 +18,10 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.cli.options import add_recipe, chosen_recipe
+from tunesmith.cli.options import add_recipe, chosen_recipe, notify
 from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    recipe, _ = chosen_recipe(args, partial(print, file=sys.stderr))
+    recipe, _ = chosen_recipe(args, notify)
     from tunesmith.data.prepare import prepare_data
     from tunesmith.hub import fetch
     from tunesmith.model.load import load_config, read_stated_spec

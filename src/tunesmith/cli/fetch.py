@@ -1,4 +1,4 @@
-"""`tunesmith fetch`: check licence, access and disk, then download a model and a recipe's data; manage the cache."""
+"""Check license, access and disk, then download a model and a recipe's data; manage the cache."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from rich.filesize import decimal as size_text
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.host.shell import shell_command, shell_path, shell_word
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Source
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 EPILOG = """examples:
   tunesmith fetch smollm2-135m-lora              # the model and the data of a recipe
-  tunesmith fetch Qwen/Qwen3-8B --dry-run        # licence, access, sizes and room; downloads nothing
+  tunesmith fetch Qwen/Qwen3-8B --dry-run        # license, access, sizes; downloads nothing
   tunesmith fetch --list
   tunesmith fetch --remove Qwen/Qwen3-8B
-  tunesmith fetch --remove 'meta-llama/*' --hosts spark-b   # here and there; with --dry-run only shown
+  tunesmith fetch --remove 'meta-llama/*' --hosts spark-b --dry-run     # here and there
 
-An interrupted download resumes where it stopped. HF_HOME names the cache, HF_TOKEN is your access token.
+An interrupted download resumes where it stopped. HF_HOME names the cache, HF_TOKEN is your access
+token.
 """
 
 
@@ -90,25 +91,28 @@ def _wanted(args: argparse.Namespace) -> "tuple[Model, list[Source]]":
 
     if args.name in shipped() or Path(args.name).suffix in (".yaml", ".yml"):
         if args.revision is not None:
-            fix = f"tunesmith fetch {shell_word(args.name)} {shell_word(f'model.revision={args.revision}')}"
-            raise UsageError("a recipe has its own revision", where="--revision", fix=fix)
+            command = shell_command(
+                ["tunesmith", "fetch", args.name, f"model.revision={args.revision}"]
+            )
+            raise UsageError("a recipe has its own revision", where="--revision", fix=command)
         from tunesmith.data.source import is_local
 
         recipe = load_recipe(args.name, args.overrides)
-        distinct = {
-            (s.source, s.name, s.revision): s for s in (*recipe.data.train, *recipe.data.validation)
-        }
-        return recipe.model, [s for s in distinct.values() if not is_local(s.source)]
+        sources = {}
+        for source in (*recipe.data.train, *recipe.data.validation):
+            if not is_local(source.source):
+                sources[source.source, source.name, source.revision] = source
+        return recipe.model, list(sources.values())
     if args.overrides:
-        fix = f"tunesmith fetch {shell_word(args.name)} --revision REVISION; key=value goes with a recipe"
-        raise UsageError(
-            f"{args.overrides[0]!r} belongs to no recipe", where="command line", fix=fix
-        )
+        command = f"tunesmith fetch {shell_word(args.name)} --revision REVISION"
+        what = f"{args.overrides[0]!r} belongs to no recipe"
+        fix = f"{command}; key=value goes with a recipe"
+        raise UsageError(what, where="command line", fix=fix)
     return Model(name=args.name, revision=args.revision), []
 
 
 def _model(model: "Model", progress: "FetchProgress", *, dry: bool, update: bool) -> dict[str, Any]:
-    """Fetch a model, or with `dry` only look; what was found, with sizes in bytes."""
+    """Fetch a model, or with `dry` only look; a row of the output, with sizes in bytes."""
     from tunesmith.hub import fetch
 
     row: dict[str, Any] = {
@@ -118,28 +122,32 @@ def _model(model: "Model", progress: "FetchProgress", *, dry: bool, update: bool
         "bytes": None,
         "missing_bytes": 0,
     }
-    folder = fetch.local_model(model) or (None if update else fetch.cached_model(model))
+    folder = fetch.local_model(model)
+    if folder is None and not update:
+        folder = fetch.cached_model(model)
     if folder is None:
         plan = fetch.plan_download(model, progress)
-        row |= {
-            "licence": plan.listing.license,
-            "gated": plan.listing.gated,
-            "revision": plan.listing.commit,
-        }
-        row |= {"bytes": plan.total, "missing_bytes": plan.missing, "left_out": list(plan.left_out)}
+        row["licence"] = plan.listing.license
+        row["gated"] = plan.listing.gated
+        row["revision"] = plan.listing.commit
+        row["bytes"] = plan.total
+        row["missing_bytes"] = plan.missing
+        row["left_out"] = list(plan.left_out)
         fetch.check_cache_room(model.name, plan.missing)
-        folder = None if dry else fetch.download_model(plan, progress)
+        if not dry:
+            folder = fetch.download_model(plan, progress)
     elif folder.is_file() and not dry:
         folder = fetch.fetch(model, progress=progress)
     if folder is not None and folder.is_dir():
         spec = fetch.check_folder(folder, model)
-        row |= {"type": spec.model_type, "parameters": spec.parameters}
-        row["bytes"] = row["bytes"] or sum(
-            f.stat().st_size for f in folder.iterdir() if f.is_file()
-        )
+        row["type"] = spec.model_type
+        row["parameters"] = spec.parameters
+        if not row["bytes"]:
+            row["bytes"] = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
     if model.tokenizer is not None and not dry:
         fetch.fetch_without_weights(model.tokenizer)
-    return row | {"folder": None if folder is None else str(folder)}
+    row["folder"] = None if folder is None else str(folder)
+    return row
 
 
 def _dataset(source: "Source", progress: "FetchProgress", *, dry: bool) -> dict[str, Any]:
@@ -152,14 +160,12 @@ def _dataset(source: "Source", progress: "FetchProgress", *, dry: bool) -> dict[
     if not constants.HF_HUB_OFFLINE:
         listing = fetch.list_repo(source.source, source.revision, "dataset", progress)
         size = sum(file.size for file in listing.files.values())
-        row |= {
-            "licence": listing.license,
-            "gated": listing.gated,
-            "revision": listing.commit,
-            "bytes": size,
-        }
+        row["licence"] = listing.license
+        row["gated"] = listing.gated
+        row["revision"] = listing.commit
+        row["bytes"] = size
         if not fetch.repo_cache(source.source, "dataset").exists():
-            # As it is on the Hub, and as an Arrow table
+            # As it is on the Hub, and as an Arrow table.
             fetch.check_cache_room(source.source, 2 * size)
     if not dry:
         from tunesmith.data.source import read_rows
@@ -169,16 +175,21 @@ def _dataset(source: "Source", progress: "FetchProgress", *, dry: bool) -> dict[
 
 
 def _line(row: dict[str, Any]) -> str:
-    said = [
-        row["kind"],
-        row["licence"] and f"licence {row['licence']}",
-        row["bytes"] and size_text(row["bytes"]),
-    ]
+    """A row as text."""
+    parts = [row["name"], row["kind"]]
+    if row["licence"]:
+        parts.append(f"licence {row['licence']}")
+    if row["bytes"]:
+        parts.append(size_text(row["bytes"]))
     if row.get("missing_bytes") and row["folder"] is None:
-        said += [f"{size_text(row['missing_bytes'])} to download"]
-    said += [f"{row['parameters'] / 1e9:.2f} B parameters" if row.get("parameters") else ""]
-    said += [f"{row['rows']} rows" if "rows" in row else "", row.get("folder")]
-    return "  ".join(filter(None, [row["name"], *said]))
+        parts.append(f"{size_text(row['missing_bytes'])} to download")
+    if row.get("parameters"):
+        parts.append(f"{row['parameters'] / 1e9:.2f} B parameters")
+    if "rows" in row:
+        parts.append(f"{row['rows']} rows")
+    if row.get("folder"):
+        parts.append(row["folder"])
+    return "  ".join(parts)
 
 
 def _list(*, as_json: bool) -> None:
@@ -186,79 +197,77 @@ def _list(*, as_json: bool) -> None:
 
     items = cached_items()
     if as_json:
-        print(json.dumps([dataclasses.asdict(i) for i in items], indent=2, default=str))
+        rows = [dataclasses.asdict(item) for item in items]
+        print(json.dumps(rows, indent=2, default=str))
         return
-    width = max((len(i.name) for i in items), default=0)
+    width = max((len(item.name) for item in items), default=0)
     for item in items:
         print(f"{item.name:<{width}}  {item.kind:<9}  {size_text(item.size):>10}  {item.folder}")
-    print(f"{len(items)} in the caches, {size_text(sum(i.size for i in items))}", file=sys.stderr)
+    total = size_text(sum(item.size for item in items))
+    print(f"{len(items)} in the caches, {total}", file=sys.stderr)
 
 
 def _remove_elsewhere(pattern: str, hosts: str, *, dry: bool) -> list[dict[str, Any]]:
-    """Delete what the pattern names from the Hub's cache and the shipped files of other nodes, which need python3 alone."""
+    """Delete what the pattern names from other nodes: from the Hub's cache and the shipped files.
+
+    They need python3 alone.
+    """
     from huggingface_hub import constants
 
     from tunesmith.host.files import cache_folder
     from tunesmith.launch.ship import Connection
 
-    repo, found = pattern.replace("/", "--"), []
+    repo = pattern.replace("/", "--")
+    names_in = {
+        constants.HF_HUB_CACHE: [f"models--{repo}", f"datasets--{repo}"],
+        cache_folder("shipped"): [pattern],
+    }
+    rows = []
     for host in filter(None, hosts.split(",")):
-        in_hub, shipped = [f"models--{repo}", f"datasets--{repo}"], [pattern]
-        for folder, names in {
-            constants.HF_HUB_CACHE: in_hub,
-            cache_folder("shipped"): shipped,
-        }.items():
-            named = [word for name in names for word in ("-o", "-name", name)][1:]
-            words = [
-                "find",
-                str(folder),
-                "-maxdepth",
-                "1",
-                "-mindepth",
-                "1",
-                "(",
-                *named,
-                ")",
-                "-prune",
-                "-print",
-            ]
-            with Connection(
-                host
-            ) as connection:  # a node that has no such folder has nothing to delete
-                shown = connection.ask(
-                    "run", words=words + ([] if dry else ["-exec", "rm", "-rf", "--", "{}", "+"])
-                )[1]
-            about = {"kind": f"{host}:", "bytes": 0, "removed": not dry}
-            found += [{"name": Path(line).name, **about} for line in shown.splitlines()]
-    return found
+        for folder, names in names_in.items():
+            patterns = []
+            for name in names:
+                patterns += ["-o", "-name", name]
+            words = ["find", str(folder), "-maxdepth", "1", "-mindepth", "1"]
+            words += ["(", *patterns[1:], ")", "-prune", "-print"]
+            if not dry:
+                words += ["-exec", "rm", "-rf", "--", "{}", "+"]
+            with Connection(host) as connection:
+                # On a node that has no such folder `find` fails: there is nothing to delete.
+                output = connection.ask("run", words=words)[1]
+            for line in output.splitlines():
+                name = Path(line).name
+                rows.append({"name": name, "kind": f"{host}:", "bytes": 0, "removed": not dry})
+    return rows
 
 
 def _remove(name: str, *, dry: bool, as_json: bool, elsewhere: list[dict[str, Any]]) -> None:
+    """Delete what the pattern names from the caches here; print what goes, here and elsewhere."""
     from tunesmith.hub.fetch import cached_items, remove_cached
 
-    items = cached_items()
-    chosen = [item for item in items if fnmatchcase(item.name, name)]
-    if not chosen and not elsewhere:
-        near = nearest(name, [item.name for item in items])
+    cached = cached_items()
+    items = [item for item in cached if fnmatchcase(item.name, name)]
+    if not items and not elsewhere:
+        near = nearest(name, [item.name for item in cached])
         fix = f"did you mean {near}?" if near else "tunesmith fetch --list"
         raise UsageError(f"the caches hold no {name}", where="--remove", fix=fix)
-    for item in () if dry else chosen:
-        try:
-            remove_cached(item)
-        except OSError as error:
-            what = f"cannot delete {name}: {error.strerror}"
-            raise MachineError(
-                what, where=str(item.folder), fix=f"ls -ld {shell_path(item.folder)}"
-            ) from error
+    if not dry:
+        for item in items:
+            try:
+                remove_cached(item)
+            except OSError as error:
+                what = f"cannot delete {name}: {error.strerror}"
+                fix = f"ls -ld {shell_path(item.folder)}"
+                raise MachineError(what, where=str(item.folder), fix=fix) from error
     if as_json:
-        done = elsewhere + [
-            {"name": i.name, "kind": i.kind, "bytes": i.size, "removed": not dry} for i in chosen
-        ]
-        print(json.dumps(done, indent=2))
-    else:
-        for row in elsewhere:
-            print(f"{'would remove' if dry else 'removed'} {row['kind']} {row['name']}")
-        for item in chosen:
-            print(
-                f"{'would remove' if dry else 'removed'} {item.kind} {item.name}  {size_text(item.size)}"
-            )
+        rows = elsewhere.copy()
+        for item in items:
+            size = item.size
+            rows.append({"name": item.name, "kind": item.kind, "bytes": size, "removed": not dry})
+        print(json.dumps(rows, indent=2))
+        return
+    verb = "would remove" if dry else "removed"
+    for row in elsewhere:
+        print(f"{verb} {row['kind']} {row['name']}")
+    for item in items:
+        print(f"{verb} {item.kind} {item.name}  {size_text(item.size)}")

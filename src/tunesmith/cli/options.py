@@ -1,4 +1,4 @@
-"""What several commands share: options, the types of their values, the lines of standard input, a count of progress."""
+"""What several commands share: options and their types, notes, lines of stdin, a progress count."""
 
 import argparse
 import io
@@ -12,16 +12,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config.check import COLUMNS
+from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import is_terminal
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from tunesmith.config.schema import Run
     from tunesmith.inference.decoding import Decoding
     from tunesmith.training.make_recipe import MadeRecipe
 
-SECONDS_BETWEEN_LINES = 10.0  # of progress
+# Of progress, without a terminal.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def notify(text: str) -> None:
+    """A note to the user, on stderr: stdout is for answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def stay_silent(text: str) -> None:
+    """In place of `notify`, where nobody listens."""
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks to the user: of several ranks rank 0 does."""
+    ranks = started_as()
+    return ranks is None or ranks["RANK"] == 0
+
+
+def removed_option(option: str, *, fix: str, why: str = "") -> UsageError:
+    """The error for an option that an earlier version had, with what to type instead."""
+    return UsageError(
+        f"--{option} was removed", where=f"command line: --{option}", why=why, fix=fix
+    )
 
 
 def whole_number(text: str) -> int:
@@ -43,31 +69,38 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def tell_left_out(errors: Sequence[UsageError], *, shown: int) -> None:
-    """Say which of several runs could not be opened; where none of them could, the first error is raised."""
+    """Print which of several runs could not be opened; if none could, raise the first error."""
     if errors and not shown:
         raise errors[0]
     for error in errors:
-        print(f"left out: {error.where}: {error.what}", file=sys.stderr, flush=True)
+        notify(f"left out: {error.where}: {error.what}")
 
 
 def column_names(text: str) -> list[tuple[str, str]]:
-    """`prompt=question,completion=answer`, or a mapping as recipes write it: `{prompt: question, completion: answer}`."""
-    pairs = [pair.partition("=") for pair in re.split(r",(?=[\w-]+=)", text)]
-    given = [(name.strip(), column.strip()) for name, _, column in pairs]
+    """`prompt=question,completion=answer`, or a mapping as recipes write it.
+
+    That is `{prompt: question, completion: answer}`.
+    """
     if text.lstrip().startswith("{"):
         from tunesmith.config.tree import read_value
 
-        given = list(read_value(text, where="--columns", base=Path()).plain().items())
-    if not all(isinstance(part, str) and part for pair in given for part in pair):
-        raise argparse.ArgumentTypeError(f"{text} is not name=column, such as prompt=question")
-    return given
+        pairs = list(read_value(text, where="--columns", base=Path()).plain().items())
+    else:
+        pairs = []
+        # A column's name may hold a comma.
+        for pair in re.split(r",(?=[\w-]+=)", text):
+            name, _, column = pair.partition("=")
+            pairs.append((name.strip(), column.strip()))
+    for pair in pairs:
+        if not all(isinstance(part, str) and part for part in pair):
+            raise argparse.ArgumentTypeError(f"{text} is not name=column, such as prompt=question")
+    return pairs
 
 
 def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
-    """How rows are read (`format_name`, `columns`) and how many are answered at once (`batch_size`)."""
-    look = (
-        "what a row looks like (default: as in training where its columns fit, else by their names)"
-    )
+    """How rows are read (`format_name`, `columns`) and how many are answered at once."""
+    default = "as in training where its columns fit, else by their names"
+    look = f"what a row looks like (default: {default})"
     parser.add_argument(
         "--format", choices=("auto", *COLUMNS), default="auto", dest="format_name", help=look
     )
@@ -89,15 +122,14 @@ def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
     )
 
 
-# `columns: {name: column, ...}`, whose names may be in double quotes
+# `columns: {name: column, ...}`, whose names may be in double quotes.
 _COLUMNS = re.compile(r"""\bcolumns: (\{(?:"(?:[^"\\]|\\.)*"|[^}"])*\})""")
 
 
 def _columns_option(mapping: str) -> str:
     """The option for a mapping as recipes write it."""
-    return "--columns " + shell_word(
-        ",".join(f"{name}={column}" for name, column in column_names(mapping))
-    )
+    pairs = ",".join(f"{name}={column}" for name, column in column_names(mapping))
+    return f"--columns {shell_word(pairs)}"
 
 
 @contextmanager
@@ -118,20 +150,20 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's"
     )
-    own = parser.add_argument_group("without a recipe: look at rows of your own, and make one")
-    own.add_argument("--model", metavar="NAME", help="Hub id, folder or .gguf file")
-    own.add_argument(
+    rows = parser.add_argument_group("without a recipe: look at rows of your own, and make one")
+    rows.add_argument("--model", metavar="NAME", help="Hub id, folder or .gguf file")
+    rows.add_argument(
         "--data",
         metavar="FILE",
         action="append",
         help="json, jsonl, csv, parquet, arrow, or a Hub id",
     )
-    own.add_argument(
+    rows.add_argument(
         "--split", metavar="SPLIT", help="of a Hub data set, or a slice such as train[:1000]"
     )
-    own.add_argument("--format", choices=COLUMNS, help="what a row looks like, where unclear")
+    rows.add_argument("--format", choices=COLUMNS, help="what a row looks like, where unclear")
     names = "which columns are meant, where unclear: prompt=question,completion=answer"
-    own.add_argument(
+    rows.add_argument(
         "--columns",
         type=column_names,
         action="extend",
@@ -142,64 +174,62 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_recipe(
-    args: argparse.Namespace, say: Callable[[str], None]
+    args: argparse.Namespace, announce: Callable[[str], None]
 ) -> "tuple[Run, MadeRecipe | None]":
-    """The recipe that the options of `add_recipe` name; or one that is made, in its file's form too."""
+    """The recipe that the options of `add_recipe` name.
+
+    Where they make one, also its file's form.
+
+    Args:
+        announce: takes a line about what is chosen.
+    """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
-    given = [
-        f"--{name}" for name in ("model", "data", "split", "format", "columns") if vars(args)[name]
-    ]
-    named = words[0] if words and not (given and "=" in words[0]) else None
-    example = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
-    if named is not None and given:
-        what, fix = (
-            f"a recipe and {given[0]} exclude each other",
-            f"leave out {named}, or {', '.join(given)}",
-        )
-        why = f"{given[0]} is of those that make a recipe; keys of one that is there are given as key=value"
-        raise UsageError(what, where="command line", why=why, fix=fix)
-    if named is not None:
+    names = ("model", "data", "split", "format", "columns")
+    options = [f"--{name}" for name in names if vars(args)[name]]
+    # Beside these options the first word may be a key=value already.
+    if words and not (options and "=" in words[0]):
+        if options:
+            what = f"a recipe and {options[0]} exclude each other"
+            keys = "keys of one that is there are given as key=value"
+            why = f"{options[0]} is of those that make a recipe; {keys}"
+            fix = f"leave out {words[0]}, or {', '.join(options)}"
+            raise UsageError(what, where="command line", why=why, fix=fix)
         from tunesmith.config.load import load_recipe
 
-        return load_recipe(named, words[1:], say=say), None
+        return load_recipe(words[0], words[1:], say=announce), None
     if not args.model or len(args.data or ()) != 1:
         what = "a recipe is needed, or one --model and one --data to make it from"
         if args.data and not args.model:
             what += "; --model is missing"
         elif args.model and not args.data:
             what += "; --data is missing"
-        raise UsageError(
-            what, where="command line", fix=f"tunesmith recipes lists recipes; or {example}"
-        )
+        example = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
+        fix = f"tunesmith recipes lists recipes; or {example}"
+        raise UsageError(what, where="command line", fix=fix)
     from tunesmith.training.make_recipe import make_recipe
 
-    how = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
-    words += [
-        f"data.train.{key}={json.dumps(value, ensure_ascii=False)}"
-        for key, value in how.items()
-        if value
-    ]
+    keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
+    for key, value in keys_of_rows.items():
+        if value:
+            words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
     with fixes_as_options():
-        made = make_recipe(args.model, args.data[0], words)
-    say(made.about_data)
-    return made.run, made
+        recipe = make_recipe(args.model, args.data[0], words)
+    announce(recipe.about_data)
+    return recipe.run, recipe
 
 
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     """How tokens are chosen; greedy unless a temperature is given."""
-    for flag, value, metavar, text in (
-        ("--max-new-tokens", max_new_tokens, "N", f"longest answer (default: {max_new_tokens})"),
-        (
-            "--temperature",
-            0.0,
-            "T",
-            "0 is greedy (default); 1.0 draws from the model's own probabilities",
-        ),
-        ("--top-p", 1.0, "P", "with a temperature: draw from the likeliest tokens that make up P"),
-        ("--top-k", 0, "K", "with a temperature: draw from the K likeliest tokens"),
-        ("--seed", 0, "N", "of the draws (default: 0)"),
-    ):
-        parser.add_argument(flag, type=type(value), default=value, metavar=metavar, help=text)
+    longest = f"longest answer (default: {max_new_tokens})"
+    temperature = "0 is greedy (default); 1.0 draws from the model's own probabilities"
+    top_p = "with a temperature: draw from the likeliest tokens that make up P"
+    top_k = "with a temperature: draw from the K likeliest tokens"
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=longest)
+    add("--temperature", type=float, default=0.0, metavar="T", help=temperature)
+    add("--top-p", type=float, default=1.0, metavar="P", help=top_p)
+    add("--top-k", type=int, default=0, metavar="K", help=top_k)
+    add("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
 
 
 def decoding_of(args: argparse.Namespace) -> "Decoding":
@@ -210,21 +240,25 @@ def decoding_of(args: argparse.Namespace) -> "Decoding":
 
 
 def stdin_lines() -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of every line that is not blank; UTF-8 in any locale, else DataError."""
+    """(number from 1, text) of every line that is not blank.
+
+    It is read as UTF-8 in any locale, else DataError.
+    """
     stream = sys.stdin.buffer if isinstance(sys.stdin, io.TextIOWrapper) else sys.stdin
     for number, line in enumerate(stream, 1):
-        try:
-            text = (
-                line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if isinstance(line, bytes)
-                else line
-            )
-        except UnicodeDecodeError as error:
-            why = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}: {error.reason}"
-            fix = "convert it first: iconv -f latin1 -t utf-8 rows.jsonl | tunesmith ..."
-            raise DataError(
-                "the line is not UTF-8 text", where=f"stdin:{number}", why=why, fix=fix
-            ) from None
+        text = line
+        if isinstance(line, bytes):
+            try:
+                # A byte order mark is no part of the first line.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}"
+                raise DataError(
+                    "the line is not UTF-8 text",
+                    where=f"stdin:{number}",
+                    why=f"{byte}: {error.reason}",
+                    fix="convert it first: iconv -f latin1 -t utf-8 rows.jsonl | tunesmith ...",
+                ) from None
         if text.strip():
             yield number, text
 
@@ -232,11 +266,21 @@ def stdin_lines() -> Iterator[tuple[int, str]]:
 class ProgressCounter:
     """A count that goes up, on stderr: a bar on a terminal, a line every ten seconds elsewhere.
 
-    `progress("answers", 7, 100)` in its block; another name starts another count, from where its first call says.
+    `progress("answers", 7, 100)` in its block; another name starts another count, from where its
+    first call says.
     """
 
+    def __init__(self) -> None:
+        self._what = ""
+        self._done = 0
+        self._total = 0
+        self._start = 0
+        self._began = 0.0
+        self._printed = 0.0
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
     def __enter__(self) -> "ProgressCounter":
-        self._what, self._done, self._start, self._bar = "", 0, 0, None
         if is_terminal(sys.stderr):
             from rich.console import Console
             from rich.progress import (
@@ -247,13 +291,13 @@ class ProgressCounter:
                 TimeRemainingColumn,
             )
 
-            columns = (
+            self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
+                console=Console(stderr=True),
             )
-            self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
         return self
 
@@ -261,29 +305,29 @@ class ProgressCounter:
         """`done` of `total` are done."""
         now = time.monotonic()
         if what != self._what:
-            self._line()
-            self._what, self._start, self._began, self._printed = what, done, now, now
-            self._task = (
-                self._bar.add_task(what, total=total, completed=done) if self._bar else None
-            )
-        self._done, self._total = done, total
-        if self._bar and self._task is not None:
+            self._print_line()
+            self._what = what
+            self._start = done
+            self._began = now
+            self._printed = now
+            if self._bar is not None:
+                self._task = self._bar.add_task(what, total=total, completed=done)
+        self._done = done
+        self._total = total
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done)
         elif now - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = now
-            self._line()
+            self._print_line()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._bar:
+        if self._bar is not None:
             self._bar.stop()
         elif kind is None:
-            self._line()
+            self._print_line()
 
-    def _line(self) -> None:
+    def _print_line(self) -> None:
         if self._bar is None and self._done > self._start:
-            rate = (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)
-            print(
-                f"{self._what}: {self._done}/{self._total}  {rate:.1f}/s",
-                file=sys.stderr,
-                flush=True,
-            )
+            seconds = max(time.monotonic() - self._began, 1e-9)
+            rate = (self._done - self._start) / seconds
+            notify(f"{self._what}: {self._done}/{self._total}  {rate:.1f}/s")

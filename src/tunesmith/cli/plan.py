@@ -1,14 +1,16 @@
-"""Forecast what a recipe takes on machines that need not be here: memory, time, cost, and how ranks share the work.
+"""Forecast what a recipe takes on machines that need not be here: memory, time, cost, parallelism.
 
-Only the model's config.json is needed, and not even that for the models of recipes that ship: no network, token or
-license. Lengths are those of the token cache if it has the recipe's rows (`tunesmith data` puts them there). No GPU is
-touched. The exit code is 2 where nothing fits.
+Only the model's config.json is needed, and not even that for the models of recipes that ship: no
+network, token or license. Lengths are those of the token cache if it has the recipe's rows
+(`tunesmith data` puts them there). No GPU is touched. The exit code is 2 where nothing fits.
 
 examples:
-  tunesmith plan llama3.3-70b-full train.duration='500 steps' --on 2x8xh100 --price 2.5    # USD for a GPU and hour
+  # USD for a GPU and hour
+  tunesmith plan llama3.3-70b-full train.duration='500 steps' --on 2x8xh100 --price 2.5
   tunesmith plan my-recipe.yaml parallel.tensor=8 --on 8xh100 --json
-  tunesmith plan llama3.1-8b-lora --on 2x-dgx-spark --length 180     # tokens of an example, where they are not known
-  tunesmith plan my-recipe.yaml                                      # on this machine
+  # tokens of an example, where they are not known
+  tunesmith plan llama3.1-8b-lora --on 2x-dgx-spark --length 180
+  tunesmith plan my-recipe.yaml        # on this machine
 """
 
 import argparse
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import whole_number
 from tunesmith.errors import EXIT_OK, TunesmithError
+from tunesmith.quant.schemes import scheme_of
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Run
@@ -39,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ...; here (default): this machine"
     parser.add_argument("--on", default="here", metavar="MACHINES", help=machines)
-    figures = "a figure of the GPUs: gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
+    names = "gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
+    figures = f"a figure of the GPUs: {names}"
     parser.add_argument(
         "--assume", action="append", default=[], metavar="NAME=NUMBER", help=figures
     )
@@ -58,69 +62,69 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.model.spec import check_seq_len, read_spec
     from tunesmith.planning.forecast import measure_work, plan_on_paper
     from tunesmith.planning.machines import read_cluster
-    from tunesmith.planning.resolve import checkpoint_bytes
     from tunesmith.planning.savings import refuse_overrun
 
-    cluster, recipe = read_cluster(args.on, args.assume), load_recipe(args.recipe, args.overrides)
+    cluster = read_cluster(args.on, args.assume)
+    recipe = load_recipe(args.recipe, args.overrides)
     config, where, folder = _config(recipe.model)
     spec = read_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
     check_seq_len(spec, recipe.data.seq_len, where=where)
-    tokens = None if args.length or folder is None else _cached(recipe, folder)
+    tokens = None
+    if folder is not None and not args.length:
+        tokens = _cached_tokens(recipe, folder)
     work = measure_work(recipe, spec, tokens, args.length)
     planner = plan_on_paper(recipe, spec, cluster, work)
-    found = planner.ranked()
+    forecasts = planner.ranked()
+    best = forecasts[0]
     if args.json:
-        rows = [
-            {**vars(f), "plan": {**vars(f.plan), "mesh": f.plan.mesh._asdict(), "savings": None}}
-            for f in found
-        ]
-        size, _ = checkpoint_bytes(recipe, planner.trained)
-        about = {"machines": vars(cluster), "work": work._asdict(), "checkpoint_bytes": size}
-        if args.price:
-            about["cost_usd"] = _cost(planner, found[0], args.price)
-        print(json.dumps({**about, "meshes": rows}, indent=1, default=vars))
+        print(json.dumps(_report(planner, forecasts, args.price), indent=1, default=vars))
     else:
-        print(*_lines(planner, found, args.price), sep="\n")
-    if not found[0].fits:
+        print(*_table(planner, forecasts), sep="\n")
+        if best.fits:
+            print(*_details(planner, forecasts, args.price), sep="\n")
+    if not best.fits:
         larger = planner.enough_nodes()
         more = f"; or {larger.nodes} nodes: {larger.describe()}" if larger else ""
-        refuse_overrun(found[0].plan, planner.machine, where=cluster.describe(), more=more)
+        refuse_overrun(best.plan, planner.machine, where=cluster.describe(), more=more)
     return EXIT_OK
 
 
 def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
-    """What a model's config.json says, where that is from, and the folder with it and the tokenizer, if there is one.
+    """What a model's config.json says, where that is from, and the folder that holds it, if any.
 
-    The shapes of models of recipes that ship are here: they take no network, no token and no license.
+    The folder holds the tokenizer too. The shapes of models of recipes that ship are in the
+    package: they take no network, no token and no license.
     """
     from tunesmith.hub import fetch
     from tunesmith.model.safetensors_files import read_json
     from tunesmith.model.shapes import config_of_model
 
     path = fetch.local_model(model)
-    in_package = config_of_model(model.name) if path is None and model.revision is None else None
-    if in_package is not None and fetch.cached_without_weights(model.name) is None:
-        return in_package, model.name, None
+    if path is None and model.revision is None:
+        in_package = config_of_model(model.name)
+        if in_package is not None and fetch.cached_without_weights(model.name) is None:
+            return in_package, model.name, None
     is_gguf = path is not None and path.is_file()
-    folder = (
-        fetch.fetch(model) if is_gguf else fetch.fetch_without_weights(model.name, model.revision)
-    )
+    if is_gguf:
+        folder = fetch.fetch(model)
+    else:
+        folder = fetch.fetch_without_weights(model.name, model.revision)
     file = folder / "config.json"
     return read_json(file), str(file), folder
 
 
-def _cached(recipe: "Run", folder: Path) -> "TokenSet | None":
+def _cached_tokens(recipe: "Run", folder: Path) -> "TokenSet | None":
     """The tokens of a recipe, if the token cache has them; no rows are downloaded."""
     from tunesmith.data.source import is_local
     from tunesmith.host.files import cache_folder
     from tunesmith.hub import fetch
 
-    cache, names = cache_folder("tokens"), [source.source for source in recipe.data.train]
-    if not (
-        cache.exists()
-        and all(is_local(n) or fetch.repo_cache(n, "dataset").exists() for n in names)
-    ):
+    cache = cache_folder("tokens")
+    if not cache.exists():
         return None
+    for source in recipe.data.train:
+        if not is_local(source.source) and not fetch.repo_cache(source.source, "dataset").exists():
+            return None
     from tunesmith.data.splits import read_splits
     from tunesmith.data.template import select_template
     from tunesmith.data.tokens import tokenize
@@ -150,86 +154,114 @@ def _cost(planner: "Planner", forecast: "Forecast", price: float) -> float | Non
     return forecast.hours * price * planner.cluster.world if forecast.hours else None
 
 
-def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> list[str]:
-    """A table of the meshes, and what the first of them does."""
-    from tunesmith.planning.forecast import BETTER
+def _report(planner: "Planner", forecasts: "list[Forecast]", price: float | None) -> dict[str, Any]:
+    """What --json prints."""
     from tunesmith.planning.resolve import checkpoint_bytes
-    from tunesmith.quant.schemes import scheme_of
 
-    chip, work, best = planner.cluster.chip, planner.work, found[0]
-    size, copies = checkpoint_bytes(planner.run, planner.trained)
-    speed = (
-        f"{chip.tflops:.0f} TFLOP/s in whole steps"
-        if chip.tflops
-        else "for times --assume tflops=NUMBER"
-    )
+    meshes = []
+    for forecast in forecasts:
+        plan = vars(forecast.plan) | {"mesh": forecast.plan.mesh._asdict(), "savings": None}
+        meshes.append(vars(forecast) | {"plan": plan})
+    size, _ = checkpoint_bytes(planner.run, planner.trained)
+    report = {
+        "machines": vars(planner.cluster),
+        "work": planner.work._asdict(),
+        "checkpoint_bytes": size,
+    }
+    if price:
+        report["cost_usd"] = _cost(planner, forecasts[0], price)
+    return report | {"meshes": meshes}
+
+
+def _table(planner: "Planner", forecasts: "list[Forecast]") -> list[str]:
+    """The machines, the examples, and a row for each mesh."""
+    chip = planner.cluster.chip
+    work = planner.work
+    speed = "for times --assume tflops=NUMBER"
+    if chip.tflops:
+        speed = f"{chip.tflops:.0f} TFLOP/s in whole steps"
+    machines = planner.cluster.describe()
+    steps = work.steps or "an unknown number of"
     lines = [
-        f"{planner.cluster.describe()}: {chip.gib:.0f} GiB, {speed} ({chip.source})",
-        f"examples: {work.source}; {work.step.mean:,.0f} tokens a step, {work.steps or 'an unknown number of'} steps",
+        f"{machines}: {chip.gib:.0f} GiB, {speed} ({chip.source})",
+        f"examples: {work.source}; {work.step.mean:,.0f} tokens a step, {steps} steps",
         "replicate x shard x tensor     micro batch  recompute      GiB   step s  tokens/s   idle",
     ]
-    for f in found:
-        memory = f"{f.plan.recomputed_layers:4} of {f.plan.layers:<3} {f.phases['step'] / GIB:8.1f}"
-        known = f.step_seconds and f.tokens_per_second
-        speed = (
-            f"{f.step_seconds:8.2f} {f.tokens_per_second:9,.0f}" if known else f"{'-':>8} {'-':>9}"
-        )
-        shape = f"{' x '.join(map(str, f.plan.mesh)):<26} {f.plan.choices['micro batch']:>15}"
-        lines.append(
-            f"{shape} {memory} {f'{speed} {f.idle_share:6.0%}' if f.fits else ' does not fit'}"
-        )
-    if scheme_of(planner.run.model).has_fp8_matmuls and best.plan.base != "fp8":
-        what = f"the base stays in {best.plan.base}: {best.plan.why['base']}"
+    for forecast in forecasts:
+        plan = forecast.plan
+        mesh = " x ".join(map(str, plan.mesh))
+        memory = forecast.phases["step"] / GIB
+        recompute = f"{plan.recomputed_layers:4} of {plan.layers:<3}"
+        figures = f"{'-':>8} {'-':>9}"
+        if forecast.step_seconds and forecast.tokens_per_second:
+            figures = f"{forecast.step_seconds:8.2f} {forecast.tokens_per_second:9,.0f}"
+        figures += f" {forecast.idle_share:6.0%}"
+        if not forecast.fits:
+            figures = " does not fit"
+        micro_batch = plan.choices["micro batch"]
+        lines.append(f"{mesh:<26} {micro_batch:>15} {recompute} {memory:8.1f} {figures}")
+    best = forecasts[0].plan
+    if scheme_of(planner.run.model).has_fp8_matmuls and best.base != "fp8":
+        what = f"the base stays in {best.base}: {best.why['base']}"
         lines.append(f"warning: {what}; to save memory: model.quantize=nf4")
-    if not best.fits:
-        return lines
-    seconds = ", ".join(
-        f"{part} {value:.2f}" for part, value in best.seconds.items() if value >= 0.005
-    )
-    phases = ", ".join(f"{needed / GIB:.1f} to {phase}" for phase, needed in best.phases.items())
-    sent = [
-        f"{amount / 1e9:,.2f} GB over its {name}" for name, amount in best.sent.items() if amount
-    ]
-    hidden = (
-        f"; communication hidden behind them {best.hidden_seconds:.2f}"
-        if best.hidden_seconds
-        else ""
-    )
-    if any(f.fits and (f.step_seconds or 0) < (best.step_seconds or 0) for f in found):
+    return lines
+
+
+def _details(planner: "Planner", forecasts: "list[Forecast]", price: float | None) -> list[str]:
+    """What the first mesh does: memory, seconds of a step, what is sent, disk, hours."""
+    from tunesmith.planning.forecast import BETTER
+    from tunesmith.planning.resolve import checkpoint_bytes
+
+    best = forecasts[0]
+    step_seconds = best.step_seconds or 0
+    lines = []
+    if any(f.fits and (f.step_seconds or 0) < step_seconds for f in forecasts):
         lines.append(
-            f"first is not the fastest: more cuts or shards, or groups over nodes, must gain {1 - BETTER:.0%}"
+            "first is not the fastest: more cuts or shards, or groups over nodes, "
+            f"must gain {1 - BETTER:.0%}"
         )
-    lines += [
-        f"memory of a rank: {best.plan.memory.describe()}; it takes {phases}, of {best.room / GIB:.1f} GiB",
-        *([f"seconds of a step: {seconds}{hidden}"] if best.step_seconds else []),
-        *([f"a rank sends in a step: {', '.join(sent)}"] if sent else []),
-        f"disk: {size / 1e9:.1f} GB a checkpoint, at most {copies} at once",
-    ]
+    phases = ", ".join(f"{needed / GIB:.1f} to {phase}" for phase, needed in best.phases.items())
+    room = f"of {best.room / GIB:.1f} GiB"
+    lines.append(f"memory of a rank: {best.plan.memory.describe()}; it takes {phases}, {room}")
+    if best.step_seconds:
+        parts = [f"{part} {value:.2f}" for part, value in best.seconds.items() if value >= 0.005]
+        lines.append(f"seconds of a step: {', '.join(parts)}")
+        if best.hidden_seconds:
+            lines[-1] += f"; communication hidden behind them {best.hidden_seconds:.2f}"
+    amounts = [f"{sent / 1e9:,.2f} GB over its {link}" for link, sent in best.sent.items() if sent]
+    if amounts:
+        lines.append(f"a rank sends in a step: {', '.join(amounts)}")
+    size, copies = checkpoint_bytes(planner.run, planner.trained)
+    lines.append(f"disk: {size / 1e9:.1f} GB a checkpoint, at most {copies} at once")
     if best.hides_from:
         lines.append(
-            f"shards: gathers hide in micro batches of {best.hides_from:,} tokens, and hold up smaller ones"
+            f"shards: gathers hide in micro batches of {best.hides_from:,} tokens, "
+            "and hold up smaller ones"
         )
-    if warning := planner.warn_of_exposed_gathers(best):
+    warning = planner.warn_of_exposed_gathers(best)
+    if warning:
         lines.append(warning)
-    what = "hours and price" if price else "hours"
+    lines += _hours(planner, best, price)
+    cut = planner.with_tensor()
+    if cut and (cut.step_seconds or 0) < BETTER * step_seconds:
+        shape = f"{cut.plan.mesh.describe()}, {cut.step_seconds:.2f} s a step"
+        lines.append(f"parallel.tensor=auto is faster: {shape}")
+    if planner.cluster.world > 1:
+        elsewhere = f"to have it elsewhere: {best.keys}"
+        lines.append(f"`train` takes the first on these machines; {elsewhere}")
+    return lines
+
+
+def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[str]:
+    """How long the run takes and what it costs, or what is missing for that."""
     if best.hours:
         cost = f", {_cost(planner, best, price):,.0f} USD" if price else ""
-        lines.append(f"the run: {best.hours:,.2f} h{cost}, without validation and checkpoints")
-    elif best.step_seconds:
-        lines.append(
-            f"{what}: not known, as no tokens are cached; train.duration='500 steps' gives them"
-        )
-    elif price:
-        lines.append(
-            f"{what}: not known, as the speed of this machine is not; --assume tflops=100 gives them"
-        )
-    if (other := planner.with_tensor()) and (other.step_seconds or 0) < BETTER * (
-        best.step_seconds or 0
-    ):
-        shape = other.plan.mesh.describe()
-        lines.append(f"parallel.tensor=auto is faster: {shape}, {other.step_seconds:.2f} s a step")
-    if planner.cluster.world > 1:
-        lines.append(
-            f"`train` takes the first on these machines; to have it elsewhere: {best.keys}"
-        )
-    return lines
+        return [f"the run: {best.hours:,.2f} h{cost}, without validation and checkpoints"]
+    if best.step_seconds:
+        what = "hours and price" if price else "hours"
+        fix = "train.duration='500 steps' gives them"
+        return [f"{what}: not known, as no tokens are cached; {fix}"]
+    if price:
+        why = "as the speed of this machine is not"
+        return [f"hours and price: not known, {why}; --assume tflops=100 gives them"]
+    return []
