@@ -1,7 +1,7 @@
-"""Say what stands in the way of a run on this machine, a pair of nodes or a Slurm cluster, with the command that mends it.
+"""Find problems of a run on this machine, a pair of nodes or a Slurm cluster, and print their fixes.
 
-With a recipe, also whether its model can be had: token, licence, room. `--fix` prints one script for each host, for
-review; nothing is changed. Exit code 0: no fault; 1: at least one.
+With a recipe, also whether its model can be had: token, license, room. `--fix` prints one script
+for each host, for review; nothing is changed. Exit code 0: no fault; 1: at least one.
 
 examples:
   tunesmith doctor smollm2-135m-lora
@@ -13,11 +13,15 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, UsageError
+
+if TYPE_CHECKING:
+    from tunesmith.launch.doctor.system import Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slurm", action="store_true", help="the cluster that sinfo and srun reach from here"
     )
     parser.add_argument(
-        "--fix", action="store_true", help="print a script for each host that mends it"
+        "--fix", action="store_true", help="print a script for each host that fixes it"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -47,45 +51,54 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.launch.doctor.system import FAULT, OK, Finding, System
 
     if args.slurm and args.fix:
-        raise UsageError(
-            "a cluster is its administrator's to mend",
-            where="--fix",
-            fix="tunesmith doctor --slurm",
-        )
+        what = "a cluster is its administrator's to fix"
+        raise UsageError(what, where="--fix", fix="tunesmith doctor --slurm")
     begin = time.monotonic()
     recipe = load_recipe(args.recipe, []) if args.recipe else None
     folders = (recipe.output_dir if recipe else ".",)
     nodes: list[dict[str, Any]] = []
     if args.slurm:
-        found = check_slurm(Path.cwd())
+        findings = check_slurm(Path.cwd())
     elif args.pair:
-        found, nodes = check_pair(args.pair, folders)
+        findings, nodes = check_pair(args.pair, folders)
     else:
         report = examine(System(folders=folders), pair=False)
-        found, nodes = [Finding(**row) for row in report["findings"]], [report["properties"]]
-    found += check_model(recipe.model) if recipe else []
-    found = [replace(f, host=f.host or os.uname().nodename) for f in found]
-    faults, seconds = sum(f.level == FAULT for f in found), round(time.monotonic() - begin, 1)
-    scripts = fix_scripts(found, nodes, args.pair or "") if args.fix else {}
+        findings = [Finding(**row) for row in report["findings"]]
+        nodes = [report["properties"]]
+    if recipe:
+        findings += check_model(recipe.model)
+    here = os.uname().nodename
+    findings = [replace(finding, host=finding.host or here) for finding in findings]
+    seconds = round(time.monotonic() - begin, 1)
+    faults = sum(finding.level == FAULT for finding in findings)
+    scripts = fix_scripts(findings, nodes, args.pair or "") if args.fix else {}
     if args.json:
-        told = {
+        values = {
             "passed": not faults,
             "seconds": seconds,
-            "findings": [asdict(f) for f in found],
+            "findings": [asdict(finding) for finding in findings],
             "fix": scripts,
         }
-        print(json.dumps(told, indent=1))
+        print(json.dumps(values, indent=1))
     elif args.fix:
         print("\n".join(f"# ---- {host} ----\n{script}" for host, script in scripts.items()))
     else:
-        for f, host in zip(found, ["", *(f.host for f in found)], strict=False):
-            rows = [*([f.host] if f.host != host else []), f"  {f.level:<9}{f.check:<16}{f.what}"]
-            rows += [
-                f"{'':<11}{word:<16}{text}"
-                for word, text in (("why", f.why), ("fix", f.fix))
-                if text
-            ]
-            print("\n".join(rows))
-        warnings = sum(f.level not in (FAULT, OK) for f in found)
-        print(f"{len(found)} checks in {seconds} s: {faults} faults, {warnings} warnings")
+        print_findings(findings)
+        warnings = sum(finding.level not in (FAULT, OK) for finding in findings)
+        counts = f"{faults} faults, {warnings} warnings"
+        print(f"{len(findings)} checks in {seconds} s: {counts}")
     return EXIT_FAILED if faults else EXIT_OK
+
+
+def print_findings(findings: "Sequence[Finding]") -> None:
+    """The findings, below the name of each host."""
+    host = ""
+    for finding in findings:
+        if finding.host != host:
+            host = finding.host
+            print(host)
+        print(f"  {finding.level:<9}{finding.check:<16}{finding.what}")
+        if finding.why:
+            print(f"{'':<11}{'why':<16}{finding.why}")
+        if finding.fix:
+            print(f"{'':<11}{'fix':<16}{finding.fix}")

@@ -1,31 +1,36 @@
 """How good a run is on a held-out file, beside its base.
 
 example:
-  tunesmith eval runs/my-run                          # on the rows that the run itself held out
+  tunesmith eval runs/my-run                # on the rows that the run itself held out
   tunesmith eval runs/my-run --data held-out.jsonl --exact-match --max-examples 100
-  tunesmith eval runs/my-run --data held-out.csv --columns prompt=question --columns completion=answer
+  tunesmith eval runs/my-run --data held-out.csv --columns prompt=question,completion=answer
   tunesmith eval runs/my-run --no-base --json
 
-Loss, perplexity and token accuracy are over the supervised tokens, given all true tokens before, computed as in
-training. Exact match answers greedily and compares with the row's answer after removing outer whitespace and making
-every run of whitespace one space.
+Loss, perplexity and token accuracy are over the supervised tokens, given all true tokens before,
+computed as in training. Exact match answers greedily and compares with the row's answer after
+removing outer whitespace and making every run of whitespace one space.
 """
 
 import argparse
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import ProgressCounter, add_rows, add_run, fixes_as_options, whole_number
 from tunesmith.errors import UsageError
 
+if TYPE_CHECKING:
+    from tunesmith.inference.evaluate import Score
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    data_help = "rows with answers: jsonl, json, csv, parquet, or a Hub id (default: the rows that the run held out)"
-    parser.add_argument("--data", metavar="FILE", help=data_help)
+    files = "jsonl, json, csv, parquet, or a Hub id"
+    data = f"rows with answers: {files} (default: the rows that the run held out)"
+    parser.add_argument("--data", metavar="FILE", help=data)
     parser.add_argument(
         "--split", metavar="SPLIT", help="of a Hub dataset, or a slice such as train[:100]"
     )
@@ -48,62 +53,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
-    locate_run(args.run)  # a wrong path is reported before torch is imported
+    # A wrong path is reported before torch is imported.
+    locate_run(args.run)
     from tunesmith.inference.evaluate import evaluate
 
-    options = {
-        name: value for name, value in vars(args).items() if name not in ("run", "data", "json")
-    }
-    options["columns"] = dict(args.columns) or None
-    given = {"split": args.split, "columns": args.columns, "format": args.format_name != "auto"}
-    if args.data is None and (name := next((name for name, value in given.items() if value), "")):
-        raise UsageError(
-            f"--{name} is for the rows of --data", where=f"--{name}", fix="add --data FILE"
-        )
+    if args.data is None:
+        check_rows_of_the_run(args)
+    options = vars(args) | {"columns": dict(args.columns) or None}
+    for name in ("run", "data", "json"):
+        del options[name]
     with ProgressCounter() as progress, fixes_as_options():
-        found = evaluate(args.run, args.data, progress=progress, **options)
+        result = evaluate(args.run, args.data, progress=progress, **options)
     if args.json:
-        about: dict[str, Any] = {
+        report: dict[str, Any] = {
             "run": args.run,
-            "data": found.data,
-            "dropped": found.dropped,
-            "cut": found.cut,
+            "data": result.data,
+            "dropped": result.dropped,
+            "cut": result.cut,
         }
-        for name, score in found.scores.items():
+        for name, score in result.scores.items():
             values = asdict(score)
             values["asked"] = values.pop("answered")
-            # JSON has neither NaN nor infinity: such values become null.
-            finite = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v
-                for k, v in values.items()
-            }
-            about[name] = finite
-        print(json.dumps(about, indent=2))
+            for key, value in values.items():
+                # JSON has neither NaN nor infinity.
+                if isinstance(value, float) and not math.isfinite(value):
+                    values[key] = None
+            report[name] = values
+        print(json.dumps(report, indent=2))
         return
+    print(f"rows: {result.data}", file=sys.stderr)
+    print_scores(result.scores)
+    for count, what in ((result.dropped, "dropped"), (result.cut, "cut short")):
+        if count:
+            rows = f"{count} of {result.rows} rows were {what}"
+            print(f"{rows}: longer than the recipe's seq_len", file=sys.stderr)
+
+
+def check_rows_of_the_run(args: argparse.Namespace) -> None:
+    """UsageError for options of --data, where the rows are those that the run held out."""
+    option = ""
+    if args.split:
+        option = "--split"
+    elif args.columns:
+        option = "--columns"
+    elif args.format_name != "auto":
+        option = "--format"
+    if option:
+        what = f"{option} is for the rows of --data"
+        raise UsageError(what, where=option, fix="add --data FILE")
+
+
+def print_scores(scores_of: "Mapping[str, EvalResult]") -> None:
+    """A table with a column for each model."""
     from rich.console import Console
     from rich.table import Table
 
-    print(f"rows: {found.data}", file=sys.stderr)
-    scores = found.scores.values()
-    table = Table("", *found.scores)
-    table.add_row("loss (nats a token)", *(f"{s.loss:.4f}" for s in scores))
-    table.add_row(
-        "perplexity",
-        *(f"{s.perplexity:.3f}" if s.perplexity < math.inf else "above 1e308" for s in scores),
-    )
-    table.add_row("token accuracy", *(f"{s.token_accuracy:.2%}" for s in scores))
-    matches = [(s.exact_match, s.answered) for s in scores if s.exact_match is not None]
+    scores = scores_of.values()
+    table = Table("", *scores_of)
+    table.add_row("loss (nats a token)", *(f"{score.loss:.4f}" for score in scores))
+    perplexities = []
+    for score in scores:
+        is_finite = score.perplexity < math.inf
+        perplexities.append(f"{score.perplexity:.3f}" if is_finite else "above 1e308")
+    table.add_row("perplexity", *perplexities)
+    table.add_row("token accuracy", *(f"{score.token_accuracy:.2%}" for score in scores))
+    matches = []
+    for score in scores:
+        share = score.exact_match
+        if share is not None:
+            matches.append(f"{share:.1%} ({share * score.answered:.0f}/{score.answered})")
     if matches:
-        table.add_row(
-            "exact match",
-            *(f"{share:.1%} ({share * answered:.0f}/{answered})" for share, answered in matches),
-        )
-    table.add_row("rows", *(str(s.rows) for s in scores))
-    table.add_row("supervised tokens", *(str(s.tokens) for s in scores))
+        table.add_row("exact match", *matches)
+    table.add_row("rows", *(str(score.rows) for score in scores))
+    table.add_row("supervised tokens", *(str(score.tokens) for score in scores))
     Console().print(table)
-    for count, what in ((found.dropped, "dropped"), (found.cut, "cut short")):
-        if count:
-            print(
-                f"{count} of {found.rows} rows were {what}: longer than the recipe's seq_len",
-                file=sys.stderr,
-            )

@@ -1,13 +1,13 @@
 """Train a recipe in a container of this machine: on its GPUs, one rank each, else in one process.
 
 examples:
-  docker build -f docker/Dockerfile -t tunesmith .                 # once, in a clone
+  docker build -f docker/Dockerfile -t tunesmith .       # once, in a clone
   tunesmith launch docker my-recipe.yaml
   tunesmith launch docker my-recipe.yaml --detach train.duration='2 h'
-  tunesmith launch docker my-recipe.yaml --render                  # prints the command, starts nothing
+  tunesmith launch docker my-recipe.yaml --render        # prints the command, starts nothing
 
-The container sees the files of the recipe, the run directory and the caches, each at its own path, and works as you.
-Signals and exit codes are those of `train`: ctrl-C saves after the present step and exits with 75.
+The container sees the files of the recipe, the run directory and the caches, each at its own path,
+and works as you. Signals and exit codes are those of `train`: ctrl-C saves after the present step and exits with 75.
 """
 
 import argparse
@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = launched_recipe(args)
     if args.render:
-        words = docker.create_words(
-            docker.docker_job(recipe), args.image, docker.find_mounts(recipe), debug=args.debug
-        )
+        job = docker.docker_job(recipe)
+        mounts = docker.find_mounts(recipe)
+        words = docker.create_words(job, args.image, mounts, debug=args.debug)
         print("docker run --rm", *map(shell_word, words), sep=" \\\n  ")
         return 0
     job = docker.start_container(recipe, args.image, debug=args.debug)

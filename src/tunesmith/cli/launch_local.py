@@ -1,20 +1,21 @@
-"""Train a recipe on the GPUs of this machine, one rank each; without GPUs in one process, or as many as --ranks says.
+"""Train a recipe on the GPUs of this machine, one rank each.
+
+Without GPUs it trains in one process, or in as many as --ranks says.
 
 examples:
   tunesmith launch local my-recipe.yaml
-  tunesmith launch local my-recipe.yaml --detach train.duration='2 h'     # goes on when the terminal is closed
+  # goes on when the terminal is closed
+  tunesmith launch local my-recipe.yaml --detach train.duration='2 h'
   tunesmith logs -f runs/my-run
-  tunesmith stop runs/my-run                                               # saves; the same launch goes on from there
+  tunesmith stop runs/my-run          # saves; the same launch goes on from there
 
 Signals and exit codes are those of `train`: ctrl-C saves after the present step and exits with 75.
 """
 
 import argparse
-import sys
-from functools import partial
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import whole_number
+from tunesmith.cli.options import notify, whole_number
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
@@ -40,9 +41,8 @@ def add_launched(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's"
     )
-    debug = (
-        "collect what ranks and NCCL say on every node in launch/debug.tar.gz of the run directory"
-    )
+    archive = "launch/debug.tar.gz of the run directory"
+    debug = f"collect what ranks and NCCL say on every node in {archive}"
     parser.add_argument("--debug", action="store_true", help=debug)
 
 
@@ -50,14 +50,13 @@ def launched_recipe(args: argparse.Namespace) -> "Run":
     """What the words of `add_launched` name."""
     from tunesmith.config.load import load_recipe
 
-    return load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
+    return load_recipe(args.recipe, args.overrides, say=notify)
 
 
 def announce(job: "Job", doing: str) -> None:
-    """Say how to follow and stop what was launched."""
-    print(
-        f"{job.name} {doing}; its log: tunesmith logs -f {job.name}; to stop it: tunesmith stop {job.name}"
-    )
+    """Print how to follow and stop what was launched."""
+    log = f"its log: tunesmith logs -f {job.name}"
+    print(f"{job.name} {doing}; {log}; to stop it: tunesmith stop {job.name}")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,36 +3,43 @@
 examples:
   tunesmith launch slurm my-recipe.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00
   tunesmith launch slurm my-recipe.yaml --site alps
-  tunesmith launch slurm my-recipe.yaml --gpus-per-node 8 --render       # print the script; submit nothing
+  tunesmith launch slurm my-recipe.yaml --gpus-per-node 8 --render    # print it; submit nothing
   tunesmith logs -f runs/my-run
-  tunesmith stop runs/my-run                                             # saves; the same launch goes on from there
+  tunesmith stop runs/my-run             # saves; the same launch goes on from there
 
-Before the time limit the run saves, and the job goes back into the queue and goes on, at most --max-requeues times. Tokens
-are not sent: fetch the model first (`tunesmith fetch`), and log in to trackers on the shared home. See docs/slurm.md.
+Before the time limit the run saves, and the job goes back into the queue and goes on, at most
+--max-requeues times. Tokens are not sent: fetch the model first (`tunesmith fetch`), and log in to
+trackers on the shared home. See docs/slurm.md.
 """
 
 import argparse
-import sys
 
 from tunesmith.cli.launch_local import add_launched, launched_recipe
-from tunesmith.cli.options import whole_number
-from tunesmith.errors import UsageError
+from tunesmith.cli.options import notify, removed_option, whole_number
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_command, shell_word
 
-TEXTS = {
-    "partition": "", "account": "", "qos": "", "constraint": "such as h100",
-    "time": "limit: 90 (minutes), 12:00:00, 2-00:00:00", "mem": "of a node, such as 500G; 0 is all",
-    "cpus_per_task": "of a node", "gpus_per_node": "such as 8 or h100:8; 0 trains on CPUs",
+# Settings of a site, each an option too: key -> its help.
+SETTINGS = {
+    "partition": "",
+    "account": "",
+    "qos": "",
+    "constraint": "such as h100",
+    "time": "limit: 90 (minutes), 12:00:00, 2-00:00:00",
+    "mem": "of a node, such as 500G; 0 is all",
+    "cpus_per_task": "of a node",
+    "gpus_per_node": "such as 8 or h100:8; 0 trains on CPUs",
     "container": "image for Pyxis, which has tunesmith in it",
-}  # fmt: skip
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
     parser.add_argument("--nodes", type=whole_number, default=1, metavar="N", help="default: 1")
-    for key, text in TEXTS.items():
-        metavar = key.rpartition("_")[2].upper() if key != "gpus_per_node" else "[TYPE:]N"
+    for key, text in SETTINGS.items():
+        metavar = key.rpartition("_")[2].upper()
+        if key == "gpus_per_node":
+            metavar = "[TYPE:]N"
         parser.add_argument(f"--{key.replace('_', '-')}", metavar=metavar, help=text)
     parser.add_argument("--exclusive", action="store_true", help="whole nodes")
     parser.add_argument(
@@ -40,18 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a profile of ~/.config/tunesmith/sites.yaml; flags win over it",
     )
-    arg = "any other option of sbatch, as it is: --sbatch-arg=--reservation=tuesday"
-    parser.add_argument("--sbatch-arg", action="append", default=[], metavar="OPTION", help=arg)
-    requeues = "times that it may go back into the queue, at a time limit or after a lost node; 0: never (default: 5)"
+    other = "any other option of sbatch, as it is: --sbatch-arg=--reservation=tuesday"
+    parser.add_argument("--sbatch-arg", action="append", default=[], metavar="OPTION", help=other)
+    reasons = "at a time limit or after a lost node; 0: never (default: 5)"
+    requeues = f"times that it may go back into the queue, {reasons}"
     parser.add_argument("--max-requeues", type=_count, default=5, metavar="N", help=requeues)
-    before = "save so long before the time limit (default: by the size of a checkpoint, from 300 on; a quarter of a short limit)"
-    parser.add_argument("--warn-before", type=whole_number, metavar="SECONDS", help=before)
+    default = "by the size of a checkpoint, from 300 on; a quarter of a short limit"
+    warning = f"save so long before the time limit (default: {default})"
+    parser.add_argument("--warn-before", type=whole_number, metavar="SECONDS", help=warning)
     parser.add_argument(
         "--render",
         action="store_true",
         help="print the script and write its recipe; submit nothing",
     )
-    # removed: `_check_removed` says what to use
+    # Removed: `_check_removed` gives the command to use.
     parser.add_argument("--seeds", help=argparse.SUPPRESS)
 
 
@@ -62,12 +71,13 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.jobs import write_recipe
     from tunesmith.launch.sites import read_site
 
-    recipe, site = launched_recipe(args), read_site(args.site)
+    recipe = launched_recipe(args)
+    site = read_site(args.site)
     _check_removed(args, recipe.output_dir)
-    given = {key: value for key in TEXTS if (value := vars(args)[key]) is not None}
+    settings = {key: vars(args)[key] for key in SETTINGS if vars(args)[key] is not None}
     site = replace(
         site,
-        **given,
+        **settings,
         exclusive=site.exclusive or args.exclusive,
         sbatch=(*site.sbatch, *args.sbatch_arg),
     )
@@ -75,18 +85,20 @@ def run(args: argparse.Namespace) -> None:
     request = slurm.Request(
         site, args.nodes, args.max_requeues, args.warn_before, saving, args.debug
     )
-    if text := slurm.warn_of_short_limit(request):
-        print(text, file=sys.stderr)
+    warning = slurm.warn_of_short_limit(request)
+    if warning:
+        notify(warning)
     script = slurm.render_script(recipe, request)
     if args.render:
-        print(f"recipe: {write_recipe(recipe)}", file=sys.stderr)
+        notify(f"recipe: {write_recipe(recipe)}")
         print(script, end="")
         return
     slurm.check_reach(recipe, site)
     job = slurm.submit(recipe, request)
     print(f"job {job.details['id']}; log: {job.log}")
-    text = f"follow it: tunesmith logs -f {shell_word(job.name)}; stop it: tunesmith stop {shell_word(job.name)}; queue: squeue --me"
-    print(text, file=sys.stderr)
+    name = shell_word(job.name)
+    stop = f"stop it: tunesmith stop {name}; queue: squeue --me"
+    notify(f"follow it: tunesmith logs -f {name}; {stop}")
 
 
 def _check_removed(args: argparse.Namespace, output_dir: str) -> None:
@@ -97,12 +109,9 @@ def _check_removed(args: argparse.Namespace, output_dir: str) -> None:
     for override in args.overrides:
         if not override.startswith(("train.seed=", "output_dir=")):
             words.append(override)
-    options = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("recipe", "overrides", "seeds")
-    }
-    for name, value in options.items():
+    for name, value in vars(args).items():
+        if name in ("recipe", "overrides", "seeds"):
+            continue
         option = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(option)
@@ -112,13 +121,9 @@ def _check_removed(args: argparse.Namespace, output_dir: str) -> None:
             words.append(f"{option}={value}")
     seeds = shell_command(args.seeds.split(","))
     launch = f"tunesmith launch slurm {shell_command(words)}"
-    own_output = f"output_dir={shell_word(f'{from_here(output_dir)}-seed')}$seed"
-    raise UsageError(
-        "--seeds was removed",
-        where="command line: --seeds",
-        why="a launch is one run",
-        fix=f"for seed in {seeds}; do {launch} train.seed=$seed {own_output}; done",
-    )
+    output = f"output_dir={shell_word(f'{from_here(output_dir)}-seed')}$seed"
+    fix = f"for seed in {seeds}; do {launch} train.seed=$seed {output}; done"
+    raise removed_option("seeds", why="a launch is one run", fix=fix)
 
 
 def _count(text: str) -> int:

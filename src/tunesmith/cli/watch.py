@@ -1,22 +1,20 @@
-"""Watch runs as they go, on a page that only this machine reaches; finished runs too, and several to compare.
+"""Watch runs as they go, on a page that only this machine reaches; finished runs too, and several.
 
 examples:
-  tunesmith watch runs/my-run                       # prints an address to open in a browser; ctrl-C ends it
-  tunesmith watch runs/rank-16 runs/rank-64         # side by side
+  tunesmith watch runs/my-run        # prints an address to open in a browser; ctrl-C ends it
+  tunesmith watch runs/rank-16 runs/rank-64     # side by side
 """
 
 import argparse
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunesmith.cli.options import tell_left_out
+from tunesmith.cli.options import notify, removed_option, tell_left_out
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 
@@ -32,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help=as_json)
     browser = "open the page in the browser of this desktop"
     output.add_argument("--open", action="store_true", help=browser)
-    # Removed: `_check_removed` says what to use.
+    # Removed: `_check_removed` gives the command to use.
     parser.add_argument("--terminal", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -41,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.watch.feed import open_run, to_json
 
     with suppress(KeyboardInterrupt), _ended_by_signals():
-        wait_notice = None if args.json else partial(print, file=sys.stderr, flush=True)
+        wait_notice = None if args.json else notify
         runs = []
         left_out: list[UsageError] = []
         for word in args.runs:
@@ -55,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             from tunesmith.watch.server import serve_page
 
-            serve_page(runs, lambda address: _tell(address, browser=args.open))
+            serve_page(runs, lambda address: _print_address(address, browser=args.open))
 
 
 def _check_removed(args: argparse.Namespace) -> None:
@@ -63,11 +61,8 @@ def _check_removed(args: argparse.Namespace) -> None:
     if args.terminal:
         page = shell_command(["tunesmith", "watch", *args.runs])
         log = f"tunesmith logs -f {shell_path(args.runs[0])}"
-        raise UsageError(
-            "--terminal was removed",
-            where="command line: --terminal",
-            fix=f"{page} prints the address of a page; in the terminal: {log}",
-        )
+        fix = f"{page} prints the address of a page; in the terminal: {log}"
+        raise removed_option("terminal", fix=fix)
     for word in args.runs:
         match = _REMOTE_RUN.fullmatch(word)
         if match is None or Path(word).exists():
@@ -104,8 +99,8 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _tell(address: str, *, browser: bool) -> None:
-    """Say where the page is, and over ssh how to reach it from the user's own machine."""
+def _print_address(address: str, *, browser: bool) -> None:
+    """Print where the page is, and over ssh how to reach it from the user's own machine."""
     print(f"watching: {address}", flush=True)
     print("only this machine reaches it, with this address; ctrl-C ends it", flush=True)
     connection = os.environ.get("SSH_CONNECTION", "").split()
@@ -113,7 +108,7 @@ def _tell(address: str, *, browser: bool) -> None:
         port = address.split(":")[2].partition("/")[0]
         login = f"{os.environ.get('USER', 'root')}@{connection[2]}"
         command = f"ssh -N -L {port}:127.0.0.1:{port} {login}"
-        print(f"on your own machine first: {command}", file=sys.stderr)
+        notify(f"on your own machine first: {command}")
     if browser:
         import webbrowser
 
