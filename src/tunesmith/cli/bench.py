@@ -34,6 +34,7 @@ example:
   tunesmith bench --shape llama3-8b --data rows.json --json 8b.json \\
     --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
   tunesmith bench --shape llama3-3b --tokenizer DIR --data rows.json adapter.kind=none
+  tunesmith bench my-recipe.yaml --profile traces
   tunesmith bench my-recipe.yaml --ablation --only data.pack,train.recompute --json ablation.json
 """
 # Options of a shape -> (key that a recipe has for it, example; empty if it may be left out).

@@ -1,4 +1,4 @@
-"""Find problems of a run on this machine, a pair of nodes or a Slurm cluster, and print their fixes.
+"""Find problems of a run on this machine, a pair of nodes or a Slurm cluster, and their fixes.
 
 With a recipe, also whether its model can be had: token, license, room. `--fix` prints one script
 for each host, for review; nothing is changed. Exit code 0: no fault; 1: at least one.

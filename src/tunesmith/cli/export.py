@@ -3,8 +3,9 @@
 example:
   tunesmith export runs/my-run/checkpoint-200 --output my-model
 
-A model trained in full on several ranks is saved as the part of each rank. Here one process puts the parts together, one
-tensor in memory at a time. final/ is such a model already, and so is every checkpoint of one process.
+A model trained in full on several ranks is saved as the part of each rank. Here one process puts
+the parts together, one tensor in memory at a time. final/ is such a model already, and so is every
+checkpoint of one process.
 """
 
 import argparse
@@ -25,35 +26,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
-    found, output = locate_run(args.checkpoint), Path(args.output)
+    location = locate_run(args.checkpoint)
+    output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError("--output is not an empty folder", where=str(output), fix="name a new one")
     from tunesmith.checkpoint.manifest import check_sums
     from tunesmith.checkpoint.sharded import export_sharded, is_sharded
 
-    folder = found.folder
-    if folder is None or found.run is None or not is_sharded(folder):
-        why = "only a checkpoint of a model trained in full on several ranks is in parts"
-        fix = (
-            "merge puts an adapter into its base"
-            if found.kind == "adapter"
-            else "use the folder as it is"
-        )
+    folder = location.folder
+    if folder is None or location.run is None or not is_sharded(folder):
+        fix = "use the folder as it is"
+        if location.kind == "adapter":
+            fix = "merge puts an adapter into its base"
         raise UsageError(
             f"{args.checkpoint} needs no export",
             where=str(folder or args.checkpoint),
-            why=why,
+            why="only a checkpoint of a model trained in full on several ranks is in parts",
             fix=fix,
         )
     check_sums(folder, reads=lambda name: True)
-    export_sharded(folder, output, found.run)
+    export_sharded(folder, output, location.run)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     if args.json:
-        print(
-            json.dumps({"checkpoint": str(folder), "output": str(output), "bytes": size}, indent=2)
-        )
+        report = {"checkpoint": str(folder), "output": str(output), "bytes": size}
+        print(json.dumps(report, indent=2))
     else:
-        print(
-            f"{output}: {size / 2**20:.0f} MiB in {found.run.model.dtype}; Transformers loads it as it is"
-        )
+        weights = f"{size / 2**20:.0f} MiB in {location.run.model.dtype}"
+        print(f"{output}: {weights}; Transformers loads it as it is")
         print(f"next: tunesmith chat {output}")

@@ -1,29 +1,34 @@
 """Turn the configuration of another tool into a recipe, and name each key that it cannot carry.
 
-Reads a torchtune, Axolotl or LLaMA-Factory YAML, an accelerate config, and a TRL command line or the file that holds it.
+Reads a torchtune, Axolotl or LLaMA-Factory YAML, an accelerate config, and a TRL command line or
+the file that holds it.
 
 examples:
-  tunesmith import qlora.yml --world 2                      # writes qlora-recipe.yaml; 2 GPUs trained it
-  tunesmith import sft.yaml data.train.source=rows.jsonl data.train.format=alpaca   # keys of the recipe win over the file
-  tunesmith import fsdp.yaml --extends llama3.1-8b-lora     # an accelerate config names no model and no data
-  tunesmith import --world 1 -- trl sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara
+  tunesmith import qlora.yml --world 2            # writes qlora-recipe.yaml; 2 GPUs trained it
+  # keys of the recipe win over the file
+  tunesmith import sft.yaml data.train.source=rows.jsonl data.train.format=alpaca
+  # an accelerate config names no model and no data
+  tunesmith import fsdp.yaml --extends llama3.1-8b-lora
+  tunesmith import --world 1 -- \\
+    trl sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara
 """
 
 import argparse
 import json
 import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from tunesmith.cli.options import whole_number
+from tunesmith.cli.options import notify, whole_number
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.shipped import schema_line, shipped
 from tunesmith.errors import UsageError, mask_words
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_path
-from tunesmith.importers.source_config import TOOLS, read_command, read_config
+from tunesmith.importers.source_config import TOOLS, SourceConfig, read_command, read_config
 from tunesmith.importers.tools import translate
+from tunesmith.importers.translation import Note
 
 TAKES_COMMAND = True  # words after `--` are not ours to parse
 
@@ -57,50 +62,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    name, *given = [*args.command[:1], *args.words] or [""]
+    name, *words = [*args.command[:1], *args.words] or [""]
     if not name:
-        what = "there is no file and no command to import"
-        raise UsageError(what, where="command line", fix="tunesmith import --help")
-    if args.command:
-        source = read_command(
-            [(word, "command line") for word in args.command], "command line", Path.cwd()
-        )
-    else:
-        source = read_config(Path(name), args.tool)
-    extends = (
-        args.extends if args.extends in (None, *shipped()) else str(Path(args.extends).resolve())
-    )
-    layer = override_layer(given)
-    overrides = {
-        key.strip(): value.strip() for key, _, value in (text.partition("=") for text in given)
-    }
+        fix = "tunesmith import --help"
+        raise UsageError("there is no file and no command to import", where="command line", fix=fix)
+    source = read_source(name, args)
+    extends = args.extends
+    if extends not in (None, *shipped()):
+        extends = str(Path(extends).resolve())
+    layer = override_layer(words)
+    pairs = (word.partition("=") for word in words)
+    overrides = {key.strip(): value.strip() for key, _, value in pairs}
     recipe = translate(source, overrides, args.world, extends)
     path = args.output or Path(f"{Path(name).stem}-recipe.yaml")
     if path.exists() and not args.force:
-        raise UsageError(
-            "this file is there already",
-            where=str(path),
-            fix="name another: --output RECIPE; or --force",
-        )
+        fix = "name another: --output RECIPE; or --force"
+        raise UsageError("this file is there already", where=str(path), fix=fix)
     tree = merge_layers(recipe.tree(), layer, None)
     if extends:
-        load_recipe(
-            extends, {key: value for key, value in tree.plain().items() if key != "extends"}
-        )
+        values = tree.plain()
+        values.pop("extends", None)
+        load_recipe(extends, values)
     else:
         checked(tree)
-    head = f"{schema_line()}\n# from {source.tool}: {json.dumps(shlex.join(mask_words([*args.words, *args.command])))}"
+    # Quoted as JSON, a line break of the command stays within the comment.
+    origin = json.dumps(shlex.join(mask_words([*args.words, *args.command])))
+    head = f"{schema_line()}\n# from {source.tool}: {origin}"
     write_atomically(path, recipe.text(tree, head, path.resolve().parent))
     print(f"{path}: {len(recipe.values)} values from {source.tool}")
-    for differs, title in ((True, "differs:"), (False, "needs nothing in the recipe:")):
-        rows = [
-            f"  {r.key}: {r.value}  ({r.origin})\n      {r.why}"
-            for r in recipe.notes
-            if r.differs is differs
-        ]
-        print("\n".join(["", title, *(rows or ["  nothing"])]))
+    print_notes("differs:", [note for note in recipe.notes if note.differs])
+    print_notes("needs nothing in the recipe:", [n for n in recipe.notes if not n.differs])
     here = shell_path(from_here(path))
-    print(
-        f"\nsee what it learns from: tunesmith data {here}; then: tunesmith train {here}",
-        file=sys.stderr,
-    )
+    notify(f"\nsee what it learns from: tunesmith data {here}; then: tunesmith train {here}")
+
+
+def read_source(name: str, args: argparse.Namespace) -> SourceConfig:
+    """The configuration to import: of the command after `--`, or of the file."""
+    if args.command:
+        command = [(word, "command line") for word in args.command]
+        return read_command(command, "command line", Path.cwd())
+    return read_config(Path(name), args.tool)
+
+
+def print_notes(title: str, notes: Sequence[Note]) -> None:
+    """What was not carried over key by key, and why."""
+    print(f"\n{title}")
+    for note in notes:
+        print(f"  {note.key}: {note.value}  ({note.origin})\n      {note.why}")
+    if not notes:
+        print("  nothing")

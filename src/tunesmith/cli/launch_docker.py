@@ -1,4 +1,4 @@
-"""Train a recipe in a container of this machine: on its GPUs, one rank each, else in one process.
+"""Train a recipe in a container of this machine: on its GPUs, one rank each, or in one process.
 
 examples:
   docker build -f docker/Dockerfile -t tunesmith .       # once, in a clone
@@ -7,7 +7,8 @@ examples:
   tunesmith launch docker my-recipe.yaml --render        # prints the command, starts nothing
 
 The container sees the files of the recipe, the run directory and the caches, each at its own path,
-and works as you. Signals and exit codes are those of `train`: ctrl-C saves after the present step and exits with 75.
+and works as you. Signals and exit codes are those of `train`: ctrl-C saves after the present step
+and exits with 75.
 """
 
 import argparse

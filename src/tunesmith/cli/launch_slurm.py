@@ -1,4 +1,4 @@
-"""Train a recipe on nodes of a Slurm cluster: writes a batch script, submits it, and says where the log is.
+"""Train a recipe on nodes of a Slurm cluster: writes a batch script, submits it, names the log.
 
 examples:
   tunesmith launch slurm my-recipe.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00

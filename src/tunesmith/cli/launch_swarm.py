@@ -1,4 +1,4 @@
-"""Train a recipe on the nodes of a Docker swarm, such as two Sparks on a cable, from any one of them.
+"""Train a recipe on the nodes of a Docker swarm, such as two Sparks on a cable, from any of them.
 
 examples:
   tunesmith launch swarm my-recipe.yaml                     # on all nodes that are ready

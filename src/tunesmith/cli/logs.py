@@ -2,7 +2,7 @@
 
 examples:
   tunesmith logs slurm-1234
-  tunesmith logs -f runs/my-run       # follow it until the run has ended; ctrl-C leaves the run alone
+  tunesmith logs -f runs/my-run     # follow it until the run has ended; ctrl-C leaves the run alone
 """
 
 import argparse

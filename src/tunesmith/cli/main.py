@@ -1,10 +1,11 @@
-"""The command line: finds the command, imports only that one, and ends with a message and an exit code.
+"""The command line: finds the command, imports only that one, ends with a message and an exit code.
 
-Each command is a module of this package with `add_arguments(parser)` and `run(args)`, which returns an exit code unless
-that is 0. Its docstring begins its help page and its `EPILOG`, if any, ends it; one of the two holds an example that works.
+Each command is a module of this package with `add_arguments(parser)` and `run(args)`, which returns
+an exit code unless that is 0. Its docstring begins its help page and its `EPILOG`, if any, ends it;
+one of the two holds an example that works.
 
-Exit codes: 0 done, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130 interrupted before
-there was anything to save, 141 nobody reads the output any more.
+Exit codes: 0 done, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130
+interrupted before there was anything to save, 141 nobody reads the output any more.
 """
 
 import argparse
@@ -40,10 +41,11 @@ from tunesmith.host.signals import RESTART, ignore_stop_signals
 from tunesmith.host.streams import fault_of, lasting
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+# 128 + SIGINT and 128 + SIGPIPE, as shells count.
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
-# command -> (module, what it does); written here, so that `tunesmith --help` imports none of them
+# command -> (module, what it does); written here, so that `tunesmith --help` imports none of them.
 VERBS = {
     "train": ("tunesmith.cli.train", "fine-tune a model from a recipe"),
     "sweep": ("tunesmith.cli.sweep", "train many adapters over one base, and name the best"),
@@ -62,7 +64,7 @@ VERBS = {
     "stop": ("tunesmith.cli.stop", "ask a launched run to save and end"),
     "watch": ("tunesmith.cli.watch", "follow runs on a live page, and compare them"),
     "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
-    "fetch": ("tunesmith.cli.fetch", "check licence and disk, then download model and data"),
+    "fetch": ("tunesmith.cli.fetch", "check license and disk, then download model and data"),
     "data": ("tunesmith.cli.data", "see the tokens that a recipe trains on"),
     "plan": (
         "tunesmith.cli.plan",
@@ -76,7 +78,7 @@ VERBS = {
     ),
     "doctor": (
         "tunesmith.cli.doctor",
-        "say what stands in the way on this machine, a pair or a cluster, and what mends it",
+        "find problems of this machine, a pair or a cluster, and print their fixes",
     ),
     "selfcheck": (
         "tunesmith.cli.selfcheck",
@@ -100,7 +102,7 @@ VERBS = {
     "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }
 
-# with torch
+# Those that load torch in this process.
 COMPUTING = {
     "train",
     "sweep",
@@ -113,14 +115,10 @@ COMPUTING = {
     "export",
     "plan",
 }
-
-# Torch or Transformers, in this process or the ranks that it starts
-LOADING = COMPUTING | {
-    "data",
-    "launch local",
-}
-# A process that has loaded torch and Transformers takes 0.97 GiB of address space and 0.31 of data (measured). With less
-# their C++ code aborts, and no message can be shown.
+# Those that load torch or Transformers, in this process or the ranks that it starts.
+LOADING = COMPUTING | {"data", "launch local"}
+# A process that has loaded torch and Transformers takes 0.97 GiB of address space and 0.31 of data
+# (measured). With less their C++ code aborts, and no message can be shown.
 LEAST_LIMITS = {"ulimit -v": 1 << 30, "ulimit -d": 384 << 20}
 
 _NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a place that you may write to")
@@ -132,9 +130,13 @@ _PATH_FAULTS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with our errors: the nearest option or recipe key, exit code 2, and no usage page above the message."""
+    """argparse with our errors: exit code 2, and no usage page above the message.
 
-    words: Sequence[str] = ()  # what is parsed
+    The message names the nearest option or recipe key.
+    """
+
+    # What is parsed.
+    words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
         fix = f"{self.prog} --help"
@@ -142,22 +144,22 @@ class Parser(argparse.ArgumentParser):
             word = message.removeprefix("unrecognized arguments: ").split()[0]
             options: list[str] = []
             for action in self._actions:
-                if action.help != argparse.SUPPRESS:  # hidden: an option that was removed
+                # A hidden option is one that was removed.
+                if action.help != argparse.SUPPRESS:
                     options += action.option_strings
             near = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
+            takes_keys = any("key=value" in str(action.metavar) for action in self._actions)
             if near:
                 fix = f"did you mean {near[0]}? see {fix}"
-            elif word.startswith("--") and any(
-                "key=value" in str(action.metavar) for action in self._actions
-            ):
+            elif word.startswith("--") and takes_keys:
                 from tunesmith.config.typed import suggest_override
 
-                values = {
-                    option: value
-                    for option, value in pairwise(self.words)
-                    if not value.startswith("-")
-                }
-                if override := suggest_override(word, values.get(word)):
+                value = None
+                for option, following in pairwise(self.words):
+                    if option == word and not following.startswith("-"):
+                        value = following
+                override = suggest_override(word, value)
+                if override:
                     fix = f"recipe keys are written without dashes: {override}"
         raise UsageError(message, where=f"command line: {self.prog}", fix=fix)
 
@@ -169,48 +171,61 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def framed(command: Callable[[], int], *, process: bool) -> int:
-    """Run a command; whatever ends it becomes a message and an exit code. `process`: the process ends with it."""
+    """Run a command; whatever ends it becomes a message and an exit code.
+
+    process: whether the process ends with it.
+    """
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115  it lives as long as the process
-    sys.stdout, sys.stderr = lasting(sys.stdout, raises=True), lasting(sys.stderr)
-    # bitsandbytes warns of a CPU kernel that it would fetch from the Hub; the user has asked for none.
+    sys.stdout = lasting(sys.stdout, raises=True)
+    sys.stderr = lasting(sys.stderr)
+    # bitsandbytes warns of a CPU kernel that it would fetch from the Hub, unasked.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    bound_product_caches()  # one of the two is read when torch is loaded
+    # One of the two is read when torch is loaded.
+    bound_product_caches()
     failure: BaseException | None = None
     try:
         code = command()
         sys.stdout.flush()
-    except SystemExit as stop:  # argparse ends --help so, and rich where no one reads
-        code = stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_OK
+    except SystemExit as stop:
+        # argparse ends --help so, and rich where no one reads.
+        code = EXIT_FAILED if stop.code else EXIT_OK
+        if isinstance(stop.code, int):
+            code = stop.code
     except KeyboardInterrupt as error:
-        code, failure = EXIT_INTERRUPTED, error
+        code = EXIT_INTERRUPTED
+        failure = error
     except Exception as error:
-        known = error if isinstance(error, TunesmithError) else _machine_error(error)
-        code, failure = known.exit_code if known else EXIT_FAILED, error
-    if isinstance(fault_of(sys.stdout), BrokenPipeError):  # as in `tunesmith recipes | head -1`
-        code, failure = EXIT_BROKEN_PIPE, None
-    short = _shortage(failure) if process else None
-    if process and short is None:
-        ignore_stop_signals()  # a process that takes this one's place would ignore them too
+        failure = error
+        reported = error if isinstance(error, TunesmithError) else _machine_error(error)
+        code = reported.exit_code if reported else EXIT_FAILED
+    # As in `tunesmith recipes | head -1`.
+    if isinstance(fault_of(sys.stdout), BrokenPipeError):
+        code = EXIT_BROKEN_PIPE
+        failure = None
+    low_memory = _low_memory(failure) if process else None
+    if process and low_memory is None:
+        # Else a process that takes this one's place would ignore them too.
+        ignore_stop_signals()
     if failure is not None:
         _report(failure)
-    if short is not None:
-        end_at_once(short, code)
+    if low_memory is not None:
+        end_at_once(low_memory, code)
     return code
 
 
-def _shortage(failure: BaseException | None) -> TunesmithError | None:
+def _low_memory(failure: BaseException | None) -> TunesmithError | None:
     """The error of a run whose memory was short, of the host or the device, or None."""
     for error in (failure, failure and failure.__cause__):
-        if isinstance(error, TunesmithError) and (
-            error.smaller or isinstance(error, ShortOfMemoryError)
-        ):
+        if isinstance(error, ShortOfMemoryError):
+            return error
+        if isinstance(error, TunesmithError) and error.smaller:
             return error
     return None
 
 
 def end_at_once(error: TunesmithError, code: int) -> NoReturn:
-    """End this process, or become the next start of the run, once where a launcher has asked for it."""
+    """End this process, or become the next start of the run, once, if a launcher asks for that."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     if os.environ.pop(RESTART, "") and error.smaller:
@@ -228,7 +243,9 @@ def _dispatch(words: list[str]) -> int:
         print(f"tunesmith {__version__}")
         return EXIT_OK
     verb, *rest = words
-    if kinds := [name for name in VERBS if name.startswith(f"{verb} ")]:  # `launch local`
+    # As of `launch local`.
+    kinds = [name for name in VERBS if name.startswith(f"{verb} ")]
+    if kinds:
         verb = " ".join(words[:2])
         if rest[:1] in ([], ["-h"], ["--help"]):
             print(_overview(kinds))
@@ -249,10 +266,11 @@ def _dispatch(words: list[str]) -> int:
     )
     module.add_arguments(parser)
     parser.words = rest
-    if "TAKES_COMMAND" in vars(module):  # argparse loses a `--` before which no positional stands
-        cut = rest.index("--") if "--" in rest else len(rest)
-        args = parser.parse_intermixed_args(rest[:cut])
-        args.command = rest[cut + 1 :]
+    if "TAKES_COMMAND" in vars(module):
+        # argparse loses a `--` before which no positional stands.
+        end = rest.index("--") if "--" in rest else len(rest)
+        args = parser.parse_intermixed_args(rest[:end])
+        args.command = rest[end + 1 :]
     else:
         args = parser.parse_intermixed_args(rest)
     if verb in LOADING:
@@ -263,11 +281,12 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _check_process_limits() -> None:
-    """Refuse a limit of this process under which torch cannot be loaded."""
+    """MachineError for a limit of this process under which torch cannot be loaded."""
     for limit in process_limits():
-        if limit.size < LEAST_LIMITS[limit.name]:
-            least = f"{LEAST_LIMITS[limit.name] >> 20} MiB are needed to load torch and Transformers, and a model's on top"
-            raise _limit_error(limit, why=least)
+        least = LEAST_LIMITS[limit.name]
+        if limit.size < least:
+            needed = f"{least >> 20} MiB are needed to load torch and Transformers"
+            raise _limit_error(limit, why=f"{needed}, and a model's on top")
 
 
 def _limit_error(limit: MemoryLimit, *, why: str) -> MachineError:
@@ -302,38 +321,38 @@ def _report(error: BaseException) -> None:
     trace = "".join(traceback.format_exception(error))
     if os.environ.get("TUNESMITH_DEBUG") == "1":
         print(trace, file=sys.stderr)
-    if isinstance(error, OtherRankError):  # that rank tells it
+    # That rank reports it.
+    if isinstance(error, OtherRankError):
         return
-    known = (
-        error
-        if isinstance(error, TunesmithError)
-        else _machine_error(error) or _internal_error(error, trace)
-    )
-    print(known.text(), file=sys.stderr)
+    if not isinstance(error, TunesmithError):
+        error = _machine_error(error) or _internal_error(error, trace)
+    print(error.text(), file=sys.stderr)
 
 
 def _machine_error(error: BaseException) -> MachineError | None:
-    """What this machine lacks, met where nothing checked for it: room on a disk, a permission, a package."""
-    if (
-        isinstance(error, ModuleNotFoundError)
-        and error.name
-        and not error.name.startswith("tunesmith")
-    ):
-        package = error.name.partition(".")[0]
-        return MachineError(f"the Python package {package} is missing", fix=pip_install(package))
+    """What this machine lacks, met where nothing checked for it: room on a disk, a package."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package and not package.startswith("tunesmith"):
+            what = f"the Python package {package} is missing"
+            return MachineError(what, fix=pip_install(package))
     if is_out_of_memory(error):
-        if (limit := suspected_limit()) is not None:
-            return _limit_error(limit, why=first_line(error)[:300])
-        fix = "a smaller batch (--batch-size), a model of fewer or smaller weights, or a machine with more"
-        return MachineError(
-            "out of memory", where="this machine", why=first_line(error)[:300], fix=fix
-        )
-    where = str(error.filename or "") if isinstance(error, OSError) else ""
-    if (full := disk_fault(error)) is not None:
+        why = first_line(error)[:300]
+        limit = suspected_limit()
+        if limit is not None:
+            return _limit_error(limit, why=why)
+        fix = "a smaller batch (--batch-size), a model of fewer or smaller weights"
+        fix += ", or a machine with more"
+        return MachineError("out of memory", where="this machine", why=why, fix=fix)
+    where = ""
+    if isinstance(error, OSError):
+        where = str(error.filename or "")
+    full_disk = disk_fault(error)
+    if full_disk is not None:
+        if error is fault_of(sys.stdout):
+            where = "standard output"
         fix = "make room (df -h), then start the same command again"
-        return MachineError(
-            full, where="standard output" if error is fault_of(sys.stdout) else where, fix=fix
-        )
+        return MachineError(full_disk, where=where, fix=fix)
     if not isinstance(error, OSError) or not where or error.errno not in _PATH_FAULTS:
         return None
     what, fix = _PATH_FAULTS[error.errno]

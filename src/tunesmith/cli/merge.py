@@ -4,8 +4,9 @@ example:
   tunesmith merge runs/my-run --output merged
   tunesmith merge runs/my-run --output merged --dtype fp32 --json
 
-The folder is plain Transformers: weights in safetensors, tokenizer, chat template. It gets its name only after
-Transformers has loaded it and answered like the adapter; otherwise it is kept as OUTPUT.rejected and the exit code is 1.
+The folder is plain Transformers: weights in safetensors, tokenizer, chat template. It gets its name
+only after Transformers has loaded it and answered like the adapter; otherwise it is kept as
+OUTPUT.rejected and the exit code is 1.
 """
 
 import argparse
@@ -37,11 +38,11 @@ def run(args: argparse.Namespace) -> None:
 
     from tunesmith.inference.merge import merge
 
-    done = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)
+    merged = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)
     if args.json:
-        print(json.dumps(asdict(done), indent=2))
+        print(json.dumps(asdict(merged), indent=2))
         return
-    check = done.merge_check
+    check = merged.merge_check
     table = Table("against the adapter", "max logit diff", "mean KL (nats)", "same top token")
     rows = [
         ("merged", check.merged),
@@ -53,16 +54,14 @@ def run(args: argparse.Namespace) -> None:
     for name, diff in rows:
         table.add_row(name, f"{diff.max_logit:.3g}", f"{diff.mean_kl:.3g}", f"{diff.agreement:.2%}")
     Console().print(table)
-    print(
-        f"largest logit difference {check.merged.max_logit:.3g}, over {check.positions} positions of {check.probes}"
-    )
+    positions = f"{check.positions} positions of {check.probes}"
+    print(f"largest logit difference {check.merged.max_logit:.3g}, over {positions}")
     for text, _ in check.rules:
         print(f"passed: {text}")
     if check.exact is None and check.dtype != "fp32":
         print("not compared in fp32: no room in memory for the model in fp32")
-    if done.note:
-        print(done.note)
-    print(
-        f"{done.output}: {done.bytes / 2**20:.0f} MiB in {done.dtype}; Transformers loads it as it is"
-    )
-    print(f"next: tunesmith chat {done.output}")
+    if merged.note:
+        print(merged.note)
+    weights = f"{merged.bytes / 2**20:.0f} MiB in {merged.dtype}"
+    print(f"{merged.output}: {weights}; Transformers loads it as it is")
+    print(f"next: tunesmith chat {merged.output}")

@@ -4,8 +4,9 @@ example:
   tunesmith push runs/my-run
   tunesmith push runs/my-run-merged --to my-team/faq-bot --public
 
-A run directory is pushed as its final/, or as its newest whole checkpoint without the training state. The repository is
-private unless --public is given; pushed again, only what has changed is sent.
+A run directory is pushed as its final/, or as its newest whole checkpoint without the training
+state. The repository is private unless --public is given; pushed again, only what has changed is
+sent.
 """
 
 import argparse
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run, undeleted
 
     location = locate_run(args.run)
-    if (folder := location.folder) is None:
+    folder = location.folder
+    if folder is None:
         fix = "name a run directory, or a folder of model files"
         raise UsageError(f"{args.run} holds no files to push", where=args.run, fix=fix)
     from tunesmith.checkpoint.manifest import CARD, MANIFEST, check_sums
@@ -47,33 +49,29 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.model.older_readers import CONFIG, TOKENIZER_CONFIG, for_older_readers
 
     if location.kind == "adapter" and not is_hub_id(location.base.name):
-        what, why = (
-            "the adapter's base is a folder of this machine",
-            f"its files name {location.base.name}",
-        )
-        fix = f"tunesmith merge {shell_path(args.run)} --output DIR, then tunesmith push DIR; or train with the base's Hub id"
+        what = "the adapter's base is a folder of this machine"
+        why = f"its files name {location.base.name}"
+        merge = f"tunesmith merge {shell_path(args.run)} --output DIR, then tunesmith push DIR"
+        fix = f"{merge}; or train with the base's Hub id"
         raise UsageError(what, where=str(folder), why=why, fix=fix)
-    name = (folder.parent if location.run else folder).resolve().name
-    message = f"Push {name}" + (f"/{folder.name}" if location.run else "")
+    if location.run:
+        name = folder.parent.resolve().name
+        message = f"Push {name}/{folder.name}"
+    else:
+        name = folder.resolve().name
+        message = f"Push {name}"
     with undeleted(location):
         check_sums(folder)
-        paths = {
-            path.relative_to(folder).as_posix(): path
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
         files: dict[str, Path | bytes] = {}
-        kept = (
-            n
-            for n in paths
-            if not n.startswith(("state/", ".")) and "/." not in n and n != MANIFEST
-        )
-        files |= {n: paths[n] for n in kept}
-        for config in {
-            CONFIG,
-            TOKENIZER_CONFIG,
-        } & files.keys():  # of an earlier version, which wrote the new keys alone
-            files[config] = for_older_readers(config, paths[config].read_bytes())
+        for path in sorted(folder.rglob("*")):
+            file = path.relative_to(folder).as_posix()
+            is_hidden = file.startswith(".") or "/." in file
+            if path.is_file() and not (is_hidden or file.startswith("state/") or file == MANIFEST):
+                files[file] = path
+        for config in (CONFIG, TOKENIZER_CONFIG):
+            # An earlier version wrote the new keys alone.
+            if config in files:
+                files[config] = for_older_readers(config, (folder / config).read_bytes())
         if CARD not in files and location.kind != "base":
             files[CARD] = model_card(location.base, location.run, folder.parent).encode()
         page = push_files(

@@ -1,11 +1,11 @@
-"""Compare runs on one page: which is better and why, curves, recipes, speed, memory, answers, how to reproduce.
+"""Compare runs on one page: which is better and why, curves, recipes, speed, memory, answers.
 
 examples:
   tunesmith report runs/my-run
   tunesmith report runs/lr-1e-4 runs/lr-1e-3 --output comparison.html
   tunesmith report runs/* --markdown            # for a pull request or a wiki
 
-The page is one file that opens offline. It takes running, finished, failed and copied runs.
+The page is one file that opens offline, and says how to reproduce the runs. It takes running, finished, failed and copied runs.
 """
 
 import argparse
@@ -39,11 +39,10 @@ def run(args: argparse.Namespace) -> None:
         except UsageError as error:
             left_out.append(error)
     tell_left_out(left_out, shown=len(runs))
-    note = (
-        f"Left out: {'; '.join(f'{error.where}: {error.what}' for error in left_out)}"
-        if left_out
-        else ""
-    )
+    note = ""
+    if left_out:
+        reasons = "; ".join(f"{error.where}: {error.what}" for error in left_out)
+        note = f"Left out: {reasons}"
     write_report(runs, output, markdown=args.markdown, note=shown(note))
     summaries = summaries_of(runs)
     for summary in summaries:
@@ -52,8 +51,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"damaged: {summary.label}: {file}", file=sys.stderr)
     verdict = judge(summaries)
     print("\n".join([verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]))
-    print(
-        f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser"
-        if not args.markdown
-        else output
-    )
+    if args.markdown:
+        print(output)
+    else:
+        print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser")

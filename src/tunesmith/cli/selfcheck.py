@@ -1,13 +1,14 @@
 """Check on this machine, or on these ranks, that several ranks train as one process does.
 
-It trains a small random model of its own for a few steps: on one process, and on a mesh of each kind that the ranks can
-make (replicate, shard, tensor, and their mixtures). It takes a minute or two and needs no network. Exit code 0: all checks
-passed; 1: one did not.
+It trains a small random model of its own for a few steps: on one process, and on a mesh of each
+kind that the ranks can make (replicate, shard, tensor, and their mixtures). It takes a minute or
+two and needs no network. Exit code 0: all checks passed; 1: one did not.
 
 example:
   tunesmith selfcheck
   tunesmith selfcheck --ranks 4
-  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint NODE:29500 -m tunesmith selfcheck
+  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint NODE:29500 \\
+    -m tunesmith selfcheck
 """
 
 import argparse
@@ -31,23 +32,29 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    ranks = "start so many ranks here (default: one a GPU, without GPUs 2); not under torchrun, which starts them"
+    default = "default: one a GPU, without GPUs 2"
+    ranks = f"start so many ranks here ({default}); not under torchrun, which starts them"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    # Of ranks that `launch` has started
+    # Of ranks that `start_ranks` has started.
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     env = started_as()
-    if env is None and args.ranks is None:
-        import torch
+    if env is not None:
+        world = env["WORLD_SIZE"]
+        is_main_process = env["RANK"] == 0
+        if args.ranks not in (None, world):
+            what = f"--ranks {args.ranks}, and this is one of {world} ranks that are there already"
+            raise UsageError(what, where="--ranks", fix="leave it out under torchrun")
+    else:
+        world = args.ranks
+        is_main_process = True
+        if world is None:
+            import torch
 
-        args.ranks = torch.cuda.device_count() or 2
-    leads, world = not env or env["RANK"] == 0, env["WORLD_SIZE"] if env else args.ranks
-    if args.ranks not in (None, world):
-        what = f"--ranks {args.ranks}, and this is one of {world} ranks that are there already"
-        raise UsageError(what, where="--ranks", fix="leave it out under torchrun")
+            world = torch.cuda.device_count() or 2
     if env is None and world > 1:
         report = start_ranks(world, quiet=args.json)
     else:
@@ -55,69 +62,68 @@ def run(args: argparse.Namespace) -> int:
 
         report = run_checks((lambda row: None) if args.json else print_row)
     if args.report is not None:
-        if leads:
+        if is_main_process:
             args.report.write_text(json.dumps(report), encoding="utf-8")
-        return EXIT_OK  # else torchrun would end in a traceback
-    if leads:
+        # Else torchrun would end in a traceback.
+        return EXIT_OK
+    if is_main_process:
         print(json.dumps(report, indent=1) if args.json else verdict(report))
     return EXIT_OK if report["passed"] else EXIT_FAILED
 
 
 def start_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
-    """Start ranks here by torchrun and wait for their report; they print the table unless `quiet`."""
-    # Torchrun would set 1
+    """Start ranks here by torchrun and wait for their report.
+
+    They print the table unless `quiet`.
+    """
+    # Torchrun would set 1.
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // world))}
-    started = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(world),
-        "-m",
-        "tunesmith",
-        "selfcheck",
-    ]
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    words += ["-m", "tunesmith", "selfcheck"]
     with tempfile.TemporaryDirectory(prefix="tunesmith-selfcheck-") as folder:
         file = Path(folder) / "report.json"
-        command = [
-            sys.executable,
-            "-m",
-            *started,
-            *(["--json"] if quiet else []),
-            "--report",
-            str(file),
-        ]
+        command = [sys.executable, "-m", *words, "--report", str(file)]
+        if quiet:
+            command.append("--json")
         done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
         if file.is_file():
             return dict(json.loads(file.read_text(encoding="utf-8")))
-    said = re.search(r"^error: .*(?:\n  .*)*", done.stderr, re.M)  # the rest is torchrun's
-    why = said[0].removeprefix("error: ") if said else done.stderr.strip().rpartition("\n")[2]
-    fix = f"python -m {' '.join(started)} shows all that they say"
+    # Around a rank's own error stands what torchrun writes.
+    match = re.search(r"^error: .*(?:\n  .*)*", done.stderr, re.M)
+    why = done.stderr.strip().rpartition("\n")[2]
+    if match:
+        why = match[0].removeprefix("error: ")
+    fix = f"python -m {' '.join(words)} shows all that they say"
     raise RunError("the ranks ended before the checks were done", why=why, fix=fix)
 
 
 def print_row(row: "CheckRow") -> None:
     """A line of the table, as soon as it is known, and below a failed check what it means."""
-    result, step = (
-        {True: "pass", False: "FAIL", None: ""}[row.passed],
-        f"step {row.step}" if row.step else "",
-    )
-    line = (
-        f"{row.check:<76} {step:>6} {row.expected:>11} {row.actual:>11} {row.tolerance:>6} {result}"
-    )
-    print(line.rstrip() + (f"\n  {row.meaning}" if row.meaning else ""), flush=True)
+    step = f"step {row.step}" if row.step else ""
+    figures = f"{step:>6} {row.expected:>11} {row.actual:>11} {row.tolerance:>6}"
+    result = {True: "pass", False: "FAIL", None: ""}[row.passed]
+    print(f"{row.check:<76} {figures} {result}".rstrip(), flush=True)
+    if row.meaning:
+        print(f"  {row.meaning}", flush=True)
 
 
 def verdict(report: dict[str, Any]) -> str:
     """The last lines."""
     judged = [row for row in report["checks"] if row["passed"] is not None]
-    where = f"{report['ranks']} ranks on {', '.join(report['hosts'])} ({report['device']}), {report['seconds']:.0f} s"
+    ranks = f"{report['ranks']} ranks on {', '.join(report['hosts'])}"
+    where = f"{ranks} ({report['device']}), {report['seconds']:.0f} s"
     if report["passed"]:
         return f"all {len(judged)} checks passed: {where}"
-    failed = [row["mesh"] and tuple(row["mesh"]) for row in judged if not row["passed"]]
+    failures = [row for row in judged if not row["passed"]]
+    # As tuples: in a report that was read from its file a mesh is a list.
     meshes = dict.fromkeys(tuple(row["mesh"]) for row in judged if row["mesh"])
-    sound = [MeshShape(*mesh).describe() for mesh in meshes if mesh not in failed]
+    for row in failures:
+        if row["mesh"]:
+            meshes.pop(tuple(row["mesh"]), None)
+    sound = [MeshShape(*mesh).describe() for mesh in meshes]
     fix = f"`parallel` of a recipe can choose {', or '.join(sound) or 'no other mesh'}"
-    if None in failed:
+    if any(row["mesh"] is None for row in failures):
         fix = "install the same packages on every node, and check again"
-    what = f"{len(failed)} of {len(judged)} checks failed: {where}; a run here would learn something else"
-    return f"{what}\n  fix: {fix}; report what `tunesmith selfcheck --json` says"
+    what = f"{len(failures)} of {len(judged)} checks failed: {where}"
+    report_it = "report what `tunesmith selfcheck --json` says"
+    return f"{what}; a run here would learn something else\n  fix: {fix}; {report_it}"

@@ -21,15 +21,15 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.jobs import all_jobs, find_job
 
     jobs = [find_job(word) for word in args.jobs] or all_jobs()
-    found = [(job, job.state()) for job in jobs]
+    states = [job.state() for job in jobs]
     if args.json:
-        rows = [
-            {"job": j.name, "run_dir": j.run_dir, "log": j.log, **state._asdict()}
-            for j, state in found
-        ]
+        rows = []
+        for job, state in zip(jobs, states, strict=True):
+            row = {"job": job.name, "run_dir": job.run_dir, "log": job.log, **state._asdict()}
+            rows.append(row)
         print(json.dumps(rows, indent=1))
         return
-    for job, state in found:
+    for job, state in zip(jobs, states, strict=True):
         print(f"{job.name or '-':<24} {state.phase:<8} {state.text}\n{'':<24} {job.run_dir}")
     if not jobs:
         print("no job was launched yet: tunesmith launch local RECIPE --detach")

@@ -6,8 +6,9 @@ examples:
 """
 
 import argparse
-import sys
 import time
+
+from tunesmith.cli.options import notify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,11 +24,11 @@ def run(args: argparse.Namespace) -> None:
     job = find_job(args.job)
     name = job.name or job.run_dir
 
-    def say(text: str) -> None:
-        print(f"{name}: {text}", file=sys.stderr, flush=True)
-
-    print(f"{name}: {job.stop(say)}", flush=True)
+    outcome = job.stop(lambda text: notify(f"{name}: {text}"))
+    print(f"{name}: {outcome}", flush=True)
     if args.wait:
-        while (state := job.state()).at_work:
+        state = job.state()
+        while state.at_work:
             time.sleep(POLL)
+            state = job.state()
         print(f"{state.phase}: {state.text}")
