@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal as size_text
 
+from tunesmith.cli.options import add_overrides
 from tunesmith.config.names import nearest
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
@@ -37,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE|MODEL",
         help="a recipe, or a Hub id, folder or .gguf file",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--revision", help="branch, tag or commit of a model that is named without a recipe"
     )

@@ -15,7 +15,7 @@ Signals and exit codes are those of `train`: ctrl-C saves after the present step
 import argparse
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import notify, whole_number
+from tunesmith.cli.options import RECIPE_HELP, add_overrides, notify, whole_number
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
@@ -36,11 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_launched(parser: argparse.ArgumentParser) -> None:
     """The recipe that a launcher takes."""
-    recipe = "a recipe file, or the name of one that ships (see `tunesmith recipes`)"
-    parser.add_argument("recipe", metavar="RECIPE", help=recipe)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's"
-    )
+    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    add_overrides(parser)
     archive = "launch/debug.tar.gz of the run directory"
     debug = f"collect what ranks and NCCL say on every node in {archive}"
     parser.add_argument("--debug", action="store_true", help=debug)

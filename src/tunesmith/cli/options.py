@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tunesmith.inference.decoding import Decoding
     from tunesmith.training.make_recipe import MadeRecipe
 
+RECIPE_HELP = "a recipe file, or the name of one that ships (see `tunesmith recipes`)"
 # Of progress, without a terminal.
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -143,13 +144,17 @@ def fixes_as_options() -> Iterator[None]:
         raise
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """A recipe with overrides; or a model and rows, from which one is made."""
-    recipe = "a recipe file, or the name of one that ships (see `tunesmith recipes`)"
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=recipe)
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Keys that win over a recipe's."""
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's"
     )
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """A recipe with overrides; or a model and rows, from which one is made."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=RECIPE_HELP)
+    add_overrides(parser)
     rows = parser.add_argument_group("without a recipe: look at rows of your own, and make one")
     rows.add_argument("--model", metavar="NAME", help="Hub id, folder or .gguf file")
     rows.add_argument(

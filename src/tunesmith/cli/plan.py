@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import whole_number
+from tunesmith.cli.options import add_overrides, whole_number
 from tunesmith.errors import EXIT_OK, TunesmithError
 from tunesmith.quant.schemes import scheme_of
 
@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", metavar="RECIPE", help="a recipe file, or the name of one that ships"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's"
-    )
+    add_overrides(parser)
     machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ...; here (default): this machine"
     parser.add_argument("--on", default="here", metavar="MACHINES", help=machines)
     names = "gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"

@@ -25,6 +25,7 @@ from tunesmith.cli.options import whole_number
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
 from tunesmith.host.cores import available_cores
+from tunesmith.host.shell import shell_command
 from tunesmith.parallel.mesh_shape import MeshShape
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def start_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
     why = done.stderr.strip().rpartition("\n")[2]
     if match:
         why = match[0].removeprefix("error: ")
-    fix = f"python -m {' '.join(words)} shows all that they say"
+    fix = f"{shell_command(['python', '-m', *words])} shows all that they say"
     raise RunError("the ranks ended before the checks were done", why=why, fix=fix)
 
 

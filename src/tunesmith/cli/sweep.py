@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.cli.options import (
+    RECIPE_HELP,
     is_main_process,
     notify,
     removed_option,
@@ -40,8 +41,7 @@ REMOVED = ("sampler", "pruner")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    recipe = "a recipe file, or the name of one that ships (see `tunesmith recipes`)"
-    parser.add_argument("recipe", metavar="RECIPE", help=recipe)
+    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
     words = "key=a,b,c lists values, key=LOW..HIGH is a range, key=value sets the recipe"
     parser.add_argument("words", nargs="+", metavar="key=values", help=words)
     default = "default: 2, after 8 updates and the warmup"
