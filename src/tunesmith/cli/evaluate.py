@@ -23,7 +23,7 @@ from tunesmith.cli.options import ProgressCounter, add_rows, add_run, fixes_as_o
 from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
-    from tunesmith.inference.evaluate import Score
+    from tunesmith.inference.evaluate import EvalResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
