@@ -25,7 +25,7 @@ from tunesmith.config.schema import Source
 from tunesmith.data.source import read_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
-from tunesmith.launch.doctor.system import TEXTS, say
+from tunesmith.launch.doctor.system import TEXTS, finding
 from tunesmith.sweep.space import read_space
 
 PROGRAMS = (
@@ -215,7 +215,7 @@ def test_the_doctors_fixes_are_lines_of_a_shell(tmp_path: Path) -> None:
             name: 1.0 if name in numbers else "a-b" if name in ("fix", "names") else HOSTILE
             for name in names
         }
-        command = say(case, host=HOSTILE, **values).fix.partition("    (")[0]
+        command = finding(case, host=HOSTILE, **values).fix.partition("    (")[0]
         if command:
             bash = subprocess.run(
                 ["bash", "-n", "-c", command], capture_output=True, text=True, check=False

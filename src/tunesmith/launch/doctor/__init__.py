@@ -1,1 +1,1 @@
-"""What stands in the way of a run on this machine, on a pair of nodes or on a Slurm cluster, and what mends it."""
+"""Problems of a machine, a pair of nodes or a Slurm cluster that a run would meet, and their fixes."""

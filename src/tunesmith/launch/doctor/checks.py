@@ -7,285 +7,390 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from glob import glob
 from typing import Any
 
-from tunesmith.launch.doctor.system import FAULT, GIB, Finding, System, say
+from tunesmith.launch.doctor.system import FAULT, GIB, Finding, System, finding
 
-# The resource that a swarm's tasks ask for
-TOML, RESOURCE = (
-    "/etc/nvidia-container-runtime/config.toml",
-    "NVIDIA_GPU",
+TOML = "/etc/nvidia-container-runtime/config.toml"
+# The generic resource that a swarm's tasks ask for
+RESOURCE = "NVIDIA_GPU"
+# For torch to be imported and the GPU to be loaded
+TORCH_SECONDS = 30.0
+# As in host/chips.json, which the other node of a pair may lack
+GB10_TFLOPS = 92
+# Where an interface's address is stored over a reboot. Their names hold that of the interface;
+# their text is often root's alone.
+NETWORK_FILES = (
+    "/run/systemd/network/*",
+    "/etc/systemd/network/*",
+    "/run/NetworkManager/*/*",
+    "/etc/NetworkManager/*/*",
 )
-TORCH_SECONDS = 30.0  # for torch to be imported and the GPU to be loaded
-GB10_TFLOPS = 92  # as in host/chips.json, which the other node of a pair may lack
-Findings = Iterator[Finding]
-# A short load of 100 MB; nvidia-smi looks on in its second half.
+TOOL_FOLDERS = (
+    "/usr/local/cuda/bin",
+    "/usr/local/bin",
+    "/usr/bin",
+    "/usr/sbin",
+    "/snap/bin",
+    "/opt/*/bin",
+)
+# Prints what torch was built for, then the same with the speed and clocks under a short load of
+# 100 MB. nvidia-smi looks in the second half of it.
 LOAD = """
 import json, subprocess, time, torch
-told = {"cuda": torch.version.cuda, "archs": torch.cuda.get_arch_list(), "load": ""}
-print(json.dumps(told), flush=True)
+report = {"cuda": torch.version.cuda, "archs": torch.cuda.get_arch_list(), "load": ""}
+print(json.dumps(report), flush=True)
 x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
 x @ x
 torch.cuda.synchronize()
-smi = "sleep 1; nvidia-smi -i 0 --query-gpu=clocks.sm,clocks.max.sm,power.draw,pstate --format=csv,noheader,nounits"
-begin, count, look = time.monotonic(), 0, subprocess.Popen(["sh", "-c", smi], stdout=subprocess.PIPE, text=True)
+query = "--query-gpu=clocks.sm,clocks.max.sm,power.draw,pstate --format=csv,noheader,nounits"
+command = ["sh", "-c", "sleep 1; nvidia-smi -i 0 " + query]
+look = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+begin = time.monotonic()
+count = 0
 while look.poll() is None and time.monotonic() < begin + 10:
     for _ in range(10):
         x @ x
     torch.cuda.synchronize()
     count += 10
-told["tflops"] = 2 * 4096**3 * count / max(time.monotonic() - begin, 1e-9) / 1e12
-print(json.dumps(told | {"load": look.communicate(timeout=5)[0].strip()}))
+report["tflops"] = 2 * 4096**3 * count / max(time.monotonic() - begin, 1e-9) / 1e12
+report["load"] = look.communicate(timeout=5)[0].strip()
+print(json.dumps(report))
 """
+Check = Callable[[System], Iterator[Finding]]
 
 
-def _driver(s: System) -> Findings:
-    code, out, said = s.smi
-    if s.gpus:
-        name, _, driver, capability, _ = s.gpus[0]
-        major = driver.partition(".")[0]  # may be `[N/A]`
-        case = "old" if capability == "12.1" and major.isdecimal() and int(major) < 580 else "ok"
-        yield say(
-            f"driver/{case}", count=len(s.gpus), name=name, driver=driver, capability=capability
+def _driver(system: System) -> Iterator[Finding]:
+    code, out, errors = system.smi
+    if system.gpus:
+        name, _, driver, capability, _ = system.gpus[0]
+        # The version may be `[N/A]`
+        major = driver.partition(".")[0]
+        # 12.1 is the GB10, which older drivers do not know.
+        is_old = capability == "12.1" and major.isdecimal() and int(major) < 580
+        yield finding(
+            "driver/old" if is_old else "driver/ok",
+            count=len(system.gpus),
+            name=name,
+            driver=driver,
+            capability=capability,
         )
+    elif code != 127:
+        yield finding("driver/fails", said=errors or out)
+    elif system.has_nvidia:
+        yield finding("driver/absent")
     else:
-        case = "fails" if code != 127 else "absent" if s.has_nvidia else "none"
-        yield say(f"driver/{case}", said=said or out)
+        yield finding("driver/none")
 
 
-def _torch(s: System) -> Findings:
+def _torch(system: System) -> Iterator[Finding]:
     """Whether torch was built for the chip and runs on it, and what the chip does under load."""
-    version, python = s.versions["torch"], s.python
-    if not version or not s.gpus:
-        yield say("torch/cpu" if version else "torch/absent", version=version, python=python)
+    version = system.versions["torch"]
+    python = system.python
+    if not version:
+        yield finding("torch/absent", python=python)
         return
-    code, out, said = s.run(python, "-c", LOAD, limit=TORCH_SECONDS)
-    told = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    first: dict[str, Any] = told[0] if told else {"archs": [], "cuda": ""}
-    capability = s.gpus[0][3].replace(".", "")
-    chip = int(capability) if capability.isdecimal() else None  # `[N/A]` and the like
-    # Code for sm_120 runs on sm_121: the same major version, no newer minor one. PTX is compiled at the first start.
-    archs = [
-        (kind, int(number))
-        for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(first["archs"]))
-    ]
-    fits = chip is None or any(
-        n <= chip and (kind == "compute" or n // 10 == chip // 10) for kind, n in archs
-    )
-    case = (
-        "broken" if not told else "without-cuda" if not first["cuda"] else "gpu" if code else "ok"
-    )
-    case = case if fits or case in ("broken", "without-cuda") else "chip"
-    said, shown = said.rpartition("\n")[2], " ".join(first["archs"])
-    shown_chip = "?" if chip is None else chip
-    yield say(
+    if not system.gpus:
+        yield finding("torch/cpu", version=version)
+        return
+    code, out, errors = system.run(python, "-c", LOAD, limit=TORCH_SECONDS)
+    reports = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    build: dict[str, Any] = {"archs": [], "cuda": ""}
+    if reports:
+        build = reports[0]
+    # A driver may say `[N/A]`
+    capability = system.gpus[0][3].replace(".", "")
+    chip = int(capability) if capability.isdecimal() else None
+    if not reports:
+        case = "broken"
+    elif not build["cuda"]:
+        case = "without-cuda"
+    elif chip is not None and not _has_code_for(chip, build["archs"]):
+        case = "chip"
+    elif code:
+        case = "gpu"
+    else:
+        case = "ok"
+    yield finding(
         f"torch/{case}",
         version=version,
         python=python,
-        chip=shown_chip,
-        archs=shown,
-        cuda=first["cuda"],
-        said=said,
+        chip="?" if chip is None else chip,
+        archs=" ".join(build["archs"]),
+        cuda=build["cuda"],
+        said=errors.rpartition("\n")[2],
     )
-    # A capped clock shows under load alone, and a state that nvidia-smi does not show in the speed
     if case == "ok":
-        words = [*(word.strip() for word in told[-1]["load"].split(",")), "", "", "", ""]
-        clock, top, watts = (float(re.sub(r"[^\d.]", "", word) or 0) for word in words[:3])
-        # A clock that nvidia-smi does not say is 0 here.
-        low = 0 < clock < 0.6 * top or (
-            "GB10" in s.gpus[0][0] and told[-1]["tflops"] < 0.6 * GB10_TFLOPS
-        )
-        values = {
-            "clock": clock,
-            "top": top,
-            "watts": watts,
-            "state": words[3],
-            "tflops": told[-1]["tflops"],
-        }
-        yield say("clock/low" if low else "clock/ok", **values)
+        yield _clock(system.gpus[0][0], reports[-1])
 
 
-def _memory(s: System) -> Findings:
-    kb = dict(re.findall(r"^(\w+): +(\d+) kB", s.read("/proc/meminfo"), re.M))
-    names = ("MemAvailable", "MemTotal", "MemFree", "Cached", "Shmem", "Mlocked")
-    gib = {name: int(kb.get(name, 0)) / 2**20 for name in names}
-    free, total, empty, cached, *_ = gib.values()
-    # The driver states no memory of the GPU's own.
-    unified = any(
-        "GB10" in gpu[0] or "N/A" in gpu[4] or "Not Supported" in gpu[4] for gpu in s.gpus
+def _has_code_for(chip: int, archs: list[str]) -> bool:
+    """Whether torch's `sm_120` and `compute_90` have code that runs on a chip, which is 121."""
+    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(archs)):
+        arch = int(number)
+        # Code for sm_120 runs on sm_121: the same major version, and no newer minor one. compute_
+        # is PTX, which the driver compiles for any later chip at the first start.
+        is_fitting = kind == "compute" or arch // 10 == chip // 10
+        if arch <= chip and is_fitting:
+            return True
+    return False
+
+
+def _clock(gpu: str, report: dict[str, Any]) -> Finding:
+    """What the GPU of this name did under the load."""
+    clock, top, watts, state, *_ = [*report["load"].split(","), "", "", "", ""]
+    # A figure that nvidia-smi does not give is 0 here.
+    values = [float(re.sub(r"[^\d.]", "", text) or 0) for text in (clock, top, watts)]
+    is_capped = 0 < values[0] < 0.6 * values[1]
+    # nvidia-smi does not show every low-power state: one shows in the speed alone.
+    is_slow = "GB10" in gpu and report["tflops"] < 0.6 * GB10_TFLOPS
+    return finding(
+        "clock/low" if is_capped or is_slow else "clock/ok",
+        clock=values[0],
+        top=values[1],
+        watts=values[2],
+        state=state.strip(),
+        tflops=report["tflops"],
     )
-    case = (
-        "none"
-        if free < 2
-        else "low"
-        if free < total / 4
-        else "cache"
-        if unified and empty < 8 < cached
-        else "ok"
+
+
+def _memory(system: System) -> Iterator[Finding]:
+    kib = dict(re.findall(r"^(\w+): +(\d+) kB", system.read("/proc/meminfo"), re.M))
+
+    def gib(name: str) -> float:
+        return int(kib.get(name, 0)) / 2**20
+
+    free = gib("MemAvailable")
+    total = gib("MemTotal")
+    # Where the GPU shares the host's memory, the driver states no memory of its own.
+    is_unified = any(
+        "GB10" in name or "N/A" in memory or "Not Supported" in memory
+        for name, _, _, _, memory in system.gpus
     )
-    shown = ", ".join(f"{name} {gib[name]:.1f}" for name in names[2:])
-    yield say(f"memory/{case}", free=free, total=total, breakdown=shown)
+    if free < 2:
+        case = "none"
+    elif free < total / 4:
+        case = "low"
+    elif is_unified and gib("MemFree") < 8 < gib("Cached"):
+        case = "cache"
+    else:
+        case = "ok"
+    names = ("MemFree", "Cached", "Shmem", "Mlocked")
+    breakdown = ", ".join(f"{name} {gib(name):.1f}" for name in names)
+    yield finding(f"memory/{case}", free=free, total=total, breakdown=breakdown)
 
 
-def _disk(s: System) -> Findings:
-    for folder in s.folders:
+def _disk(system: System) -> Iterator[Finding]:
+    for folder in system.folders:
         path = os.path.abspath(os.path.expanduser(folder))
         while not os.path.isdir(path):
             path = os.path.dirname(path)
         free = shutil.disk_usage(path).free / GIB
-        yield say(
-            f"disk/{'none' if free < 2 else 'low' if free < 20 else 'ok'}", free=free, folder=folder
-        )
+        if free < 2:
+            case = "none"
+        elif free < 20:
+            case = "low"
+        else:
+            case = "ok"
+        yield finding(f"disk/{case}", free=free, folder=folder)
 
 
-def _docker(s: System) -> Findings:
-    said = s.docker.get("refused", "")
-    case = (
-        "absent"
-        if s.docker.get("absent")
-        else "group"
-        if "permission denied" in said
-        else "down"
-        if said
-        else "ok"
-    )
-    yield say(f"docker/{case}", said=said, version=s.docker.get("ServerVersion"))
+def _docker(system: System) -> Iterator[Finding]:
+    reason = system.docker.get("refused", "")
+    if system.docker.get("absent"):
+        case = "absent"
+    elif "permission denied" in reason:
+        case = "group"
+    elif reason:
+        case = "down"
+    else:
+        case = "ok"
+    yield finding(f"docker/{case}", said=reason, version=system.docker.get("ServerVersion"))
 
 
-def _toolkit(s: System) -> Findings:
-    version = re.search(r"(\d+)\.(\d+)\.\d+", s.run("nvidia-ctk", "--version")[1])
-    legacy = re.search(r'^\s*mode\s*=\s*"legacy"', s.read(TOML), re.M)
-    case = (
-        "absent"
-        if not version
-        else "swarm"
-        if version.group(1, 2) == ("1", "18") and not legacy
-        else "ok"
-    )
-    yield say(f"toolkit/{case}", version=version and version[0])
+def _toolkit(system: System) -> Iterator[Finding]:
+    version = re.search(r"(\d+)\.(\d+)\.\d+", system.run("nvidia-ctk", "--version")[1])
+    if not version:
+        yield finding("toolkit/absent")
+        return
+    # The legacy mode of 1.18 knows Swarm's resources.
+    is_legacy = re.search(r'^\s*mode\s*=\s*"legacy"', system.read(TOML), re.M)
+    is_blind = version.group(1, 2) == ("1", "18") and not is_legacy
+    yield finding("toolkit/swarm" if is_blind else "toolkit/ok", version=version[0])
 
 
-def _daemon(s: System) -> Findings:
+def _daemon(system: System) -> Iterator[Finding]:
     try:
-        config = dict(json.loads(s.read("/etc/docker/daemon.json") or "{}"))
+        config = dict(json.loads(system.read("/etc/docker/daemon.json") or "{}"))
     except (ValueError, TypeError) as error:
-        yield say("daemon.json/broken", said=error)
+        yield finding("daemon.json/broken", said=error)
         return
-    offered = [str(entry).split("=") for entry in config.get("node-generic-resources") or []]
-    named, uuids = (
-        sorted(e[-1].strip() for e in offered if e[0].strip() == RESOURCE),
-        sorted(gpu[1] for gpu in s.gpus),
-    )
-    runtime = (
-        "nvidia" in (config.get("runtimes") or {}) and config.get("default-runtime") == "nvidia"
-    )
-    old = s.docker.get("DefaultRuntime", "nvidia") != "nvidia"
-    case = "runtime" if not runtime else "resource" if named != uuids else "old" if old else "ok"
-    yield say(f"daemon.json/{case}", named=", ".join(named) or "nothing", uuids=", ".join(uuids))
+    # NAME=VALUE; one entry a GPU
+    entries = [str(entry).split("=") for entry in config.get("node-generic-resources") or []]
+    named = sorted(parts[-1].strip() for parts in entries if parts[0].strip() == RESOURCE)
+    uuids = sorted(uuid for _, uuid, _, _, _ in system.gpus)
+    has_runtime = "nvidia" in (config.get("runtimes") or {})
+    if not has_runtime or config.get("default-runtime") != "nvidia":
+        yield finding("daemon.json/runtime")
+    elif named != uuids:
+        shown = ", ".join(named) or "nothing"
+        yield finding("daemon.json/resource", named=shown, uuids=", ".join(uuids))
+    elif system.docker.get("DefaultRuntime", "nvidia") != "nvidia":
+        # The daemon reads its file when it starts.
+        yield finding("daemon.json/old")
+    else:
+        yield finding("daemon.json/ok")
 
 
-def _swarm_resource(s: System) -> Findings:
-    found = re.search(r'^\s*swarm-resource\s*=\s*"(.*)"', s.read(TOML), re.M)
-    names = found[1].replace(" ", "").split(",") if found else []
-    # What docker sets
-    case = "absent" if not found else "ok" if f"DOCKER_RESOURCE_{RESOURCE}" in names else "other"
-    yield say(f"swarm-resource/{case}", value=", ".join(names))
+def _swarm_resource(system: System) -> Iterator[Finding]:
+    line = re.search(r'^\s*swarm-resource\s*=\s*"(.*)"', system.read(TOML), re.M)
+    if not line:
+        yield finding("swarm-resource/absent")
+        return
+    names = line[1].replace(" ", "").split(",")
+    # Docker puts this in front of the resource's name in the variable that it sets.
+    is_right = f"DOCKER_RESOURCE_{RESOURCE}" in names
+    case = "ok" if is_right else "other"
+    yield finding(f"swarm-resource/{case}", value=", ".join(names))
 
 
-def _swarm(s: System) -> Findings:
-    swarm = s.docker.get("Swarm") or {}
-    case = "ok" if (state := swarm.get("LocalNodeState")) == "active" else "absent"
-    yield say(
-        f"swarm/{case}", address=swarm.get("NodeAddr"), state=state, said=swarm.get("Error", "")
-    )
+def _swarm(system: System) -> Iterator[Finding]:
+    swarm = system.docker.get("Swarm") or {}
+    state = swarm.get("LocalNodeState")
+    if state == "active":
+        yield finding("swarm/ok", address=swarm.get("NodeAddr"))
+    else:
+        yield finding("swarm/absent", state=state, said=swarm.get("Error", ""))
 
 
-def _image(s: System) -> Findings:
-    shown = s.run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}")[1]
-    tags = re.findall(r"nvcr\.io/nvidia/pytorch:(\d\d\.\d\d)", shown)
+def _image(system: System) -> Iterator[Finding]:
+    images = system.run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}")[1]
+    tags = re.findall(r"nvcr\.io/nvidia/pytorch:(\d\d\.\d\d)", images)
     old = sorted(tag for tag in tags if tag < "26.02")
-    yield say("image/old" if old else "image/ok", old=", ".join(old), count=len(tags))
+    yield finding("image/old" if old else "image/ok", old=", ".join(old), count=len(tags))
 
 
-def _cable(s: System) -> Findings:
+def _cable(system: System) -> Iterator[Finding]:
     """The port of the cable: both functions up, MTU 9000, an address that lasts, a GID of each."""
-    if not s.cable:
-        yield say("cable/absent")
+    functions = system.cable
+    if not functions:
+        yield finding("cable/absent")
         return
-    names, rows = " and ".join(row["name"] for row in s.cable), s.cable
-    speeds = ", ".join(f"{row['speed'] // 1000} Gb/s" for row in rows)
-    down = [say("cable/down", **row) for row in rows if not row["up"]]
-    yield from down or [say("cable/ok", names=names, speeds=speeds)]
-    yield from [say("mtu/other", **row) for row in rows if row["mtu"] != 9000] or [
-        say("mtu/ok", names=names)
-    ]
-    shown = ", ".join(f"{address} on {row['name']}" for row in rows for address in row["addresses"])
-    places = (
-        "/run/systemd/network/*",
-        "/etc/systemd/network/*",
-        "/run/NetworkManager/*/*",
-        "/etc/NetworkManager/*/*",
-    )
-    # The last are root's alone
-    texts = map(s.read, ["/etc/network/interfaces", *glob("/etc/netplan/*.yaml")])
-    kept = " ".join([*texts, *(path for place in places for path in glob(place))])
-    lost = " and ".join(row["name"] for row in rows if row["addresses"] and row["name"] not in kept)
-    yield say(
-        f"address/{'none' if not shown else 'lost' if lost else 'ok'}",
-        names=names,
-        shown=shown,
-        lost=lost,
-    )
-    forced, wrong, indexes = os.environ.get("NCCL_IB_GID_INDEX"), [], []
-    for row in (row for row in rows if row["device"]):
-        ipv4 = [i for i, gid in row["gids"].items() if ":ffff:" in gid]
-        index = (ipv4 or [*row["gids"], -1])[0]
-        indexes.append(f"{index} on {row['device']}")
-        if index < 0 or (forced and int(forced) not in row["gids"]):
-            wrong.append(
-                say("gid/none" if index < 0 else "gid/forced", **row, forced=forced, index=index)
-            )
-    yield from wrong or ([say("gid/ok", indexes=", ".join(indexes))] if indexes else [])
+    names = " and ".join(function["name"] for function in functions)
+    down = [finding("cable/down", **function) for function in functions if not function["up"]]
+    speeds = ", ".join(f"{function['speed'] // 1000} Gb/s" for function in functions)
+    yield from down or [finding("cable/ok", names=names, speeds=speeds)]
+    wrong_mtu = [function for function in functions if function["mtu"] != 9000]
+    for function in wrong_mtu:
+        yield finding("mtu/other", **function)
+    if not wrong_mtu:
+        yield finding("mtu/ok", names=names)
+    yield _address(system, functions, names)
+    yield from _gids(functions)
 
 
-def _tools(s: System) -> Findings:
+def _address(system: System, functions: list[dict[str, Any]], names: str) -> Finding:
+    """Whether the functions of the cable have addresses that outlast a reboot."""
+    stored = [path for pattern in NETWORK_FILES for path in glob(pattern)]
+    for file in ("/etc/network/interfaces", *glob("/etc/netplan/*.yaml")):
+        stored.append(system.read(file))
+    settings = " ".join(stored)
+    shown = []
+    lost = []
+    for function in functions:
+        name = function["name"]
+        shown += [f"{address} on {name}" for address in function["addresses"]]
+        if function["addresses"] and name not in settings:
+            lost.append(name)
+    if not shown:
+        return finding("address/none", names=names)
+    return finding(
+        "address/lost" if lost else "address/ok", shown=", ".join(shown), lost=" and ".join(lost)
+    )
+
+
+def _gids(functions: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Whether each RDMA device has a RoCE v2 address, and NCCL is not sent to another index."""
+    forced = os.environ.get("NCCL_IB_GID_INDEX")
+    indexes = []
+    is_right = True
+    for function in functions:
+        device, gids = function["device"], function["gids"]
+        if not device:
+            continue
+        ipv4 = [index for index, gid in gids.items() if ":ffff:" in gid]
+        index = next(iter(ipv4 or gids), None)
+        indexes.append(f"{index} on {device}")
+        if index is None:
+            yield finding("gid/none", **function)
+        elif forced and int(forced) not in gids:
+            yield finding("gid/forced", **function, forced=forced, index=index)
+        else:
+            continue
+        is_right = False
+    if indexes and is_right:
+        yield finding("gid/ok", indexes=", ".join(indexes))
+
+
+def _tools(system: System) -> Iterator[Finding]:
     """What launchers call over ssh must be on the PATH of a shell that is no login shell."""
-    tools = ["docker", "ip", *(["nvidia-smi"] if s.has_nvidia else [])]
-    for tool in (missing := [tool for tool in tools if not shutil.which(tool, path=s.path)]):
-        folders = (
-            "/usr/local/cuda/bin",
-            "/usr/local/bin",
-            "/usr/bin",
-            "/usr/sbin",
-            "/snap/bin",
-            "/opt/*/bin",
-        )
-        usual = [path for folder in folders for path in glob(f"{folder}/{tool}")]
-        place = (s.run("bash", "-lc", f"command -v {tool}")[1].splitlines() or usual or [""])[-1]
-        yield say("tools/hidden" if place else "tools/absent", tool=tool, path=s.path, place=place)
+    tools = ["docker", "ip"]
+    if system.has_nvidia:
+        tools.append("nvidia-smi")
+    missing = [tool for tool in tools if not shutil.which(tool, path=system.path)]
+    for tool in missing:
+        usual = [path for folder in TOOL_FOLDERS for path in glob(f"{folder}/{tool}")]
+        of_login = system.run("bash", "-lc", f"command -v {tool}")[1].splitlines()
+        place = (of_login or usual or [""])[-1]
+        case = "hidden" if place else "absent"
+        yield finding(f"tools/{case}", tool=tool, path=system.path, place=place)
     if not missing:
-        yield say("tools/ok", tools=", ".join(tools))
+        yield finding("tools/ok", tools=", ".join(tools))
 
 
-def examine(s: System, *, pair: bool) -> dict[str, Any]:
-    """The findings of this machine, and properties that a pair compares. Faults of Docker stop a pair alone."""
-    nvidia = (_toolkit, _daemon, _swarm_resource) if s.gpus else ()
-    answers = () if "refused" in s.docker else (*((_swarm,) if pair else ()), _image)
-    checks = (_docker, *nvidia, *answers) if pair or not s.docker.get("absent") else ()
-    found = [f for check in (_driver, _torch, _memory, _disk) for f in check(s)]
-    docker = [f for check in checks for f in check(s)]
-    found += [replace(f, level="warning") if f.level == FAULT and not pair else f for f in docker]
-    found += [f for check in ((_cable, _tools) if pair else ()) for f in check(s)]
-    managers = [row["Addr"] for row in (s.docker.get("Swarm") or {}).get("RemoteManagers") or []]
-    properties = {"host": (host := os.uname().nodename), "versions": s.versions, "packages": s.packages, "cable": s.cable,
-             "interfaces": s.interfaces, "managers": managers, "uuids": [gpu[1] for gpu in s.gpus],
-             "reached": os.environ.get("SSH_CONNECTION", "").split()[::2]}  # fmt: skip
-    return {"findings": [asdict(replace(f, host=host)) for f in found], "properties": properties}
+def examine(system: System, *, pair: bool) -> dict[str, Any]:
+    """The findings of this machine, and properties that a pair compares.
+
+    Only a pair needs Docker: without one its faults are warnings.
+    """
+    docker = system.docker
+    checks: list[Check] = [_driver, _torch, _memory, _disk]
+    docker_checks: list[Check] = []
+    if pair or not docker.get("absent"):
+        docker_checks.append(_docker)
+        if system.gpus:
+            docker_checks += [_toolkit, _daemon, _swarm_resource]
+        if "refused" not in docker:
+            docker_checks += [_swarm, _image] if pair else [_image]
+    cable_checks: list[Check] = [_cable, _tools] if pair else []
+    findings = [result for check in checks for result in check(system)]
+    for check in docker_checks:
+        for result in check(system):
+            is_warning = result.level == FAULT and not pair
+            findings.append(replace(result, level="warning") if is_warning else result)
+    findings += [result for check in cable_checks for result in check(system)]
+    host = os.uname().nodename
+    managers = (docker.get("Swarm") or {}).get("RemoteManagers") or []
+    properties = {
+        "host": host,
+        "versions": system.versions,
+        "packages": system.packages,
+        "cable": system.cable,
+        "interfaces": system.interfaces,
+        "managers": [manager["Addr"] for manager in managers],
+        "uuids": [uuid for _, uuid, _, _, _ in system.gpus],
+        # Both ends of the ssh connection, by which a node without a cable is reached
+        "reached": os.environ.get("SSH_CONNECTION", "").split()[::2],
+    }
+    return {
+        "findings": [asdict(replace(result, host=host)) for result in findings],
+        "properties": properties,
+    }
 
 
 def answer_peer() -> None:
-    """On the other node: print what `examine` finds. The first word of the command line is the interpreter of the runs."""
+    """On the other node: print what `examine` says; the first word is the runs' interpreter."""
     print(json.dumps(examine(System(python=sys.argv[1]), pair=True)))

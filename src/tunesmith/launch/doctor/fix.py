@@ -1,4 +1,4 @@
-"""One ordered script for each host that mends what was found there; printed for review, never run."""
+"""One ordered script for each host that fixes what the checks report; for review, never run."""
 
 import ipaddress
 import re
@@ -10,92 +10,123 @@ from typing import Any
 from tunesmith.errors import MachineError
 from tunesmith.launch.doctor.system import OK, Finding
 
-# check -> the parts of fix.sh, which stand there in their order
+# check -> the parts of fix.sh that fix it. A script has them in the order of fix.sh.
 PARTS = {
-    "ssh": "keys", "cable": "cable", "mtu": "cable", "address": "cable", "gid": "cable", "toolkit": "toolkit restart",
-    "daemon.json": "daemon restart", "swarm-resource": "swarm-resource restart", "docker": "group", "swarm": "swarm",
-}  # fmt: skip
+    "ssh": ("keys",),
+    "cable": ("cable",),
+    "mtu": ("cable",),
+    "address": ("cable",),
+    "gid": ("cable",),
+    "toolkit": ("toolkit", "restart"),
+    "daemon.json": ("daemon", "restart"),
+    "swarm-resource": ("swarm-resource", "restart"),
+    "docker": ("group",),
+    "swarm": ("swarm",),
+}
 
 
-def fix_scripts(found: list[Finding], nodes: list[dict[str, Any]], peer: str) -> dict[str, str]:
-    """Host -> script. `nodes` are the properties of this machine and of the peer, if it was reached; `peer` is its ssh name."""
+def fix_scripts(findings: list[Finding], nodes: list[dict[str, Any]], peer: str) -> dict[str, str]:
+    """Host -> script.
+
+    Args:
+        nodes: the properties of this machine and of the peer, if it was reached.
+        peer: its ssh name.
+    """
     template = Path(__file__).with_name("fix.sh").read_text(encoding="utf-8")
-    ends, pieces = cable_addresses(nodes), re.split(r"^#@ ([\w-]+)\n", template, flags=re.M)
-    parts, scripts = dict(zip(pieces[1::2], pieces[2::2], strict=True)), {}
-    # By ssh, here and there: where there is no cable
-    reached = [
-        *(nodes[1]["reached"] if nodes[1:] else []),
-        "",
-        "",
-    ]
-    places = [
-        next(iter(end.values()), address).partition("/")[0]
-        for end, address in zip(ends, reached, strict=False)
-    ]
+    head, *pieces = re.split(r"^#@ ([\w-]+)\n", template, flags=re.M)
+    parts = dict(zip(pieces[::2], pieces[1::2], strict=True))
+    ends = cable_addresses(nodes)
+    # Where there is no cable: the addresses of the ssh connection, here and there
+    fallbacks = ["", ""]
+    if len(nodes) > 1:
+        fallbacks = [*nodes[1]["reached"], *fallbacks]
+    addresses = []
+    for end, fallback in zip(ends, fallbacks, strict=False):
+        addresses.append(next(iter(end.values()), fallback).partition("/")[0])
+    scripts = {}
     for index, (properties, end) in enumerate(zip(nodes, ends, strict=True)):
-        hosts = (properties["host"], "the pair", "" if index else peer)
-        wrong = {f.check for f in found if f.level != OK and f.host in hosts}
-        chosen = {part for check in wrong for part in PARTS.get(check, "").split()} - (
-            {"cable"} if not end else set()
-        )
-        chosen |= {
-            "end",
-            *({"join" if index else "init"} if "swarm" in chosen and places[0] else ()),
-        }
-        text = pieces[0] + "".join(parts[name] for name in parts if name in chosen)
-        rows = [
-            f"    {name}: {{dhcp4: false, mtu: 9000, addresses: [{place}]}}"
-            for name, place in end.items()
-        ]
+        is_first = index == 0
+        hosts = [properties["host"], "the pair"]
+        # A peer that ssh does not reach is under its ssh name; the key is made here.
+        if is_first:
+            hosts.append(peer)
+        chosen = {"end"}
+        for finding in findings:
+            if finding.level != OK and finding.host in hosts:
+                chosen.update(PARTS.get(finding.check, ()))
+        if not end:
+            chosen.discard("cable")
+        if "swarm" in chosen and addresses[0]:
+            chosen.add("init" if is_first else "join")
+        text = head + "".join(part for name, part in parts.items() if name in chosen)
         values = {
-            "PEER": peer, "MANAGER": places[0], "ADDRESS": places[index],
-            "FUNCTIONS": " ".join(end), "NETPLAN": "\n".join(["network:", "  version: 2", "  ethernets:", *rows]),
-            "UUIDS": " ".join(known_word(uuid, r"[\w-]+") for uuid in properties["uuids"]),
-        }  # fmt: skip
-        needed = [
-            f"{name}={shlex.quote(value)}"
+            "PEER": peer,
+            "MANAGER": addresses[0],
+            "ADDRESS": addresses[index],
+            "FUNCTIONS": " ".join(end),
+            "NETPLAN": _netplan(end),
+            "UUIDS": " ".join(require_word(uuid, r"[\w-]+") for uuid in properties["uuids"]),
+        }
+        assignments = [
+            f"{name}={shlex.quote(value)}\n"
             for name, value in values.items()
             if re.search(rf"\${name}\b", text)
         ]
-        scripts[properties["host"]] = text.replace(
-            "# VALUES\n", "".join(f"{line}\n" for line in needed)
-        )
+        scripts[properties["host"]] = text.replace("# VALUES\n", "".join(assignments))
     return scripts
 
 
+def _netplan(end: dict[str, str]) -> str:
+    """The file of netplan that gives the functions of the cable their addresses."""
+    lines = ["network:", "  version: 2", "  ethernets:"]
+    for name, address in end.items():
+        lines.append(f"    {name}: {{dhcp4: false, mtu: 9000, addresses: [{address}]}}")
+    return "\n".join(lines)
+
+
 def cable_addresses(nodes: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """For each node {function of the cable: address/prefix}: what it has, else one of the other end's or of a free subnet."""
-    places = [
-        place
-        for properties in nodes
-        for places in properties["interfaces"].values()
-        for place in places
-    ]
-    taken = [ipaddress.IPv4Interface(place).network for place in places]
-    nets = (ipaddress.IPv4Network(f"192.168.{n % 256}.0/24") for n in count(177))
-    free = (net for net in nets if not any(net.overlaps(other) for other in taken))
+    """For each node {function of the cable: address/prefix}.
+
+    The address is what the function has, else one in the subnet of the other end's function, else
+    one in a subnet that no interface of the nodes is in.
+    """
+    used = []
+    for properties in nodes:
+        for addresses in properties["interfaces"].values():
+            used += [ipaddress.IPv4Interface(address).network for address in addresses]
+    candidates = (ipaddress.IPv4Network(f"192.168.{n % 256}.0/24") for n in count(177))
+    free_subnets = (net for net in candidates if not any(net.overlaps(other) for other in used))
     ends: list[dict[str, str]] = [{} for _ in nodes]
+    # A function is linked to the one at the same place of the other end.
     for functions in zip(*(properties["cable"] for properties in nodes), strict=False):
-        had = [
-            [a for a in map(ipaddress.IPv4Interface, f["addresses"]) if not a.is_link_local]
-            for f in functions
+        present = [_usable_addresses(function) for function in functions]
+        every = [address for addresses in present for address in addresses]
+        subnet = every[0].network if every else next(free_subnets)
+        in_subnet = [
+            [address for address in addresses if address.network == subnet] for addresses in present
         ]
-        net = next((a.network for own in had for a in own), None) or next(free)
-        kept = [next((a for a in own if a.network == net), None) for own in had]
-        hosts = (ip for ip in net.hosts() if ip not in [a.ip for a in kept if a])
-        for end, function, own in zip(ends, functions, kept, strict=True):
-            end[known_word(function["name"], r"[\w.-]{1,15}")] = str(
-                own or f"{next(hosts)}/{net.prefixlen}"
-            )
+        taken_ips = {addresses[0].ip for addresses in in_subnet if addresses}
+        free_ips = (ip for ip in subnet.hosts() if ip not in taken_ips)
+        for end, function, addresses in zip(ends, functions, in_subnet, strict=True):
+            # Linux bounds the name of an interface to 15 bytes.
+            name = require_word(function["name"], r"[\w.-]{1,15}")
+            address = next(iter(addresses), None) or f"{next(free_ips)}/{subnet.prefixlen}"
+            end[name] = str(address)
     return ends
 
 
-def known_word(word: str, form: str) -> str:
-    """A word that a machine told and that goes into a script; MachineError unless it has the form of such a word."""
+def _usable_addresses(function: dict[str, Any]) -> list[ipaddress.IPv4Interface]:
+    """Those of a function but for 169.254.0.0/16, which each start may choose anew."""
+    addresses = [ipaddress.IPv4Interface(text) for text in function["addresses"]]
+    return [address for address in addresses if not address.is_link_local]
+
+
+def require_word(word: str, form: str) -> str:
+    """A word from a machine that goes into a script; MachineError unless it has its form."""
     if not re.fullmatch(form, word):
         raise MachineError(
             f"{word!r} is no name of an interface or GPU",
             where="doctor --fix",
-            fix="mend it by hand",
+            fix="fix it by hand",
         )
     return word

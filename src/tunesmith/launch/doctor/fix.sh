@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What `tunesmith doctor` found on this machine, mended in order. Read it first; it asks before it restarts Docker.
+# Fixes what `tunesmith doctor` found on this machine, in order. Read it first; it asks before it restarts Docker.
 set -euo pipefail
 [ "$(id -u)" != 0 ] || sudo() { "$@"; }
 # VALUES

@@ -1,6 +1,7 @@
 """A pair of nodes: the same checks on both at once, and what only the two show together."""
 
 import ipaddress
+import json
 import shlex
 import subprocess
 import sys
@@ -8,18 +9,18 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
-from json import loads
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import UsageError
 from tunesmith.launch.doctor.checks import TORCH_SECONDS, examine
 from tunesmith.launch.doctor.speed import LIMIT, measure_speed
-from tunesmith.launch.doctor.system import TEXTS, Finding, System, say
+from tunesmith.launch.doctor.system import TEXTS, Finding, System, finding
 
 SENT = ("system.py", "checks.py", "speed.py", "findings.json")
 SKEW = 2.0  # seconds between the clocks
-# The other node needs ssh and python3 alone: the checks are imported from a folder that is gone before they run.
+# The other node needs ssh and python3 alone: the checks are imported from a folder that is gone
+# before they run.
 PROGRAM = """
 import pathlib, sys, tempfile
 with tempfile.TemporaryDirectory(prefix="tunesmith-doctor-") as folder:
@@ -36,18 +37,12 @@ with tempfile.TemporaryDirectory(prefix="tunesmith-doctor-") as folder:
 
 
 def ask(host: str, module: str, call: str, word: str) -> "subprocess.Popen[str]":
-    """Start a function of the files that are sent on the other node, with one word as its argument."""
+    """Start a function of the files that are sent on the other node, with one word for it."""
     files = {name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SENT}
-    command = [
-        "ssh",
-        "-oBatchMode=yes",
-        "-oConnectTimeout=10",
-        host,
-        f"python3 - {shlex.quote(word)}",
-    ]
-    with tempfile.TemporaryFile(
-        "w+", encoding="utf-8"
-    ) as program:  # a pipe would break where ssh ends at once
+    remote = f"python3 - {shlex.quote(word)}"
+    command = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=10", host, remote]
+    # A file, as a pipe would break where ssh ends at once.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as program:
         program.write(PROGRAM.format(files=files, module=module, call=call))
         program.seek(0)
         return subprocess.Popen(
@@ -57,91 +52,130 @@ def ask(host: str, module: str, call: str, word: str) -> "subprocess.Popen[str]"
 
 def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list[dict[str, Any]]]:
     """All findings, and the properties of this node and, if it was reached, of the other one."""
-    if not host.isprintable() or host[:1] in ("", "-") or " " in host:
+    is_host = host and host.isprintable() and " " not in host
+    # ssh would take -oProxyCommand=... for an option.
+    if not is_host or host.startswith("-"):
         raise UsageError(
             f"{host!r} is not a host", where="--pair", fix="tunesmith doctor --pair spark-b"
         )
-    asked = ask(host, "checks", "answer_peer", sys.executable)
+    peer = ask(host, "checks", "answer_peer", sys.executable)
     here = examine(System(folders=folders), pair=True)
     try:
-        out, said = asked.communicate(timeout=TORCH_SECONDS + LIMIT)
+        out, errors = peer.communicate(timeout=TORCH_SECONDS + LIMIT)
     except subprocess.TimeoutExpired:
-        asked.kill()
-        out, said = "", "no answer in time"
-    found = [Finding(**row) for row in here["findings"]]
+        peer.kill()
+        out = ""
+        errors = "no answer in time"
+    findings = [Finding(**row) for row in here["findings"]]
     if not out.startswith("{"):
-        case = next(
-            key for key in TEXTS if key.startswith("ssh/") and key[4:] != "ok" and key[4:] in said
-        )
-        found.append(replace(say(case, host, said=said.strip().rpartition("\n")[2]), host=host))
-        return found, [here["properties"]]
-    there = loads(out)
-    ours, theirs = here["properties"], there["properties"]
+        return [*findings, _why_ssh_failed(host, errors)], [here["properties"]]
+    there = json.loads(out)
+    properties = [here["properties"], there["properties"]]
     both = [
-        say("ssh/ok", host),
-        *_compare(ours, theirs, host),
-        *_clock_and_speed(ours, theirs, host),
+        finding("ssh/ok", host),
+        *_compare(*properties, host),
+        *_clock_and_speed(*properties, host),
     ]
-    found += [Finding(**row) for row in there["findings"]]
-    return [*found, *(replace(f, host="the pair") for f in both)], [ours, theirs]
+    findings += [Finding(**row) for row in there["findings"]]
+    findings += [replace(result, host="the pair") for result in both]
+    return findings, properties
+
+
+def _why_ssh_failed(host: str, errors: str) -> Finding:
+    """The first `ssh/WORDS` whose words are in what ssh said; the last of them has no words."""
+    cases = [key.removeprefix("ssh/") for key in TEXTS if key.startswith("ssh/")]
+    case = next(words for words in cases if words != "ok" and words in errors)
+    said = errors.strip().rpartition("\n")[2]
+    return replace(finding(f"ssh/{case}", host, said=said), host=host)
 
 
 def _compare(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Finding]:
     """What must be the same on both, and the swarm and the subnet that they must share."""
-    mine, other, python = here["versions"], there["versions"], sys.executable
-    wrong = [name for name in mine if mine[name] and other[name] and mine[name] != other[name]]
-    found = [
-        say(f"versions/{name}", host, here=mine[name], there=other[name], python=python)
-        for name in wrong
-    ]
-    if differ := sorted({*here["packages"]} ^ {*there["packages"]}):
-        names = " ".join(sorted({line.partition(" ")[0] for line in differ}))
-        found.append(say("packages/differ", host, differ=", ".join(differ[:4]), names=names))
-    if not found:
-        found.append(
-            say(
-                "versions/ok",
-                versions=", ".join(f"{name} {mine[name]}" for name in mine if mine[name]),
-            )
-        )
+    findings = []
+    for name, version in here["versions"].items():
+        other = there["versions"][name]
+        # One that is missing has a finding of its own.
+        if version and other and version != other:
+            values = {"here": version, "there": other, "python": sys.executable}
+            findings.append(finding(f"versions/{name}", host, **values))
+    differing = sorted({*here["packages"]} ^ {*there["packages"]})
+    if differing:
+        names = sorted({package.partition(" ")[0] for package in differing})
+        differ = ", ".join(differing[:4])
+        findings.append(finding("packages/differ", host, differ=differ, names=" ".join(names)))
+    if not findings:
+        versions = [f"{name} {version}" for name, version in here["versions"].items() if version]
+        findings.append(finding("versions/ok", versions=", ".join(versions)))
     if here["managers"] and there["managers"]:
-        found.append(
-            say("swarm/one" if {*here["managers"]} & {*there["managers"]} else "swarm/two", host)
-        )
+        is_shared = not {*here["managers"]}.isdisjoint(there["managers"])
+        findings.append(finding("swarm/one" if is_shared else "swarm/two", host))
     if here["cable"] and there["cable"] and not shared_address(here, there):
-        found.append(say("address/apart", host))
-    return found
+        findings.append(finding("address/apart", host))
+    return findings
 
 
 def shared_address(here: dict[str, Any], there: dict[str, Any]) -> str:
-    """The other node's address on the cable, in a subnet of this one's; empty where there is none."""
-    near = [ipaddress.ip_interface(a).network for row in here["cable"] for a in row["addresses"]]
-    far = [ipaddress.ip_interface(a) for row in there["cable"] for a in row["addresses"]]
-    return next((str(address.ip) for address in far if address.network in near), "")
+    """The other node's address on the cable, in a subnet of this one's; empty: there is none."""
+    near = {address.network for address in _cable_addresses(here)}
+    for address in _cable_addresses(there):
+        if address.network in near:
+            return str(address.ip)
+    return ""
+
+
+def _cable_addresses(
+    properties: dict[str, Any],
+) -> list[ipaddress.IPv4Interface | ipaddress.IPv6Interface]:
+    functions = properties["cable"]
+    return [ipaddress.ip_interface(text) for row in functions for text in row["addresses"]]
 
 
 def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Finding]:
-    """The clock there beside this one, and what plain TCP reaches and means; RDMA does not show here."""
+    """The clock there beside this one, and what plain TCP reaches and means.
+
+    RDMA, which NCCL uses over the cable, does not show here.
+    """
     cable = shared_address(here, there)
+    # Without a cable the way that ssh takes, whose end there is the last of `reached`
     address = cable or (there["reached"] or [host])[-1]
-    sent, asked, found = time.time(), ask(host, "speed", "serve_speed", address), []
-    deadline = threading.Timer(LIMIT, asked.kill)
+    findings = []
+    sent_at = time.time()
+    peer = ask(host, "speed", "serve_speed", address)
+    deadline = threading.Timer(LIMIT, peer.kill)
     deadline.start()
     try:
-        assert asked.stdout is not None
-        port, clock = asked.stdout.readline().split()
-        # It was asked between the two
-        ahead = max(0.0, float(clock) - time.time()) + min(0.0, float(clock) - sent)
-        case, way = "off" if abs(ahead) > SKEW else "ok", "ahead of" if ahead > 0 else "behind"
-        found.append(say(f"time/{case}", host, seconds=abs(ahead), way=way))
+        assert peer.stdout is not None
+        port, clock = peer.stdout.readline().split()
+        findings.append(_clock(host, sent_at, float(clock), time.time()))
         gbs, trip, idle = measure_speed(address, int(port))
     except (OSError, ValueError) as error:
         subnet = f"{address.rpartition('.')[0]}.0/24"
-        return [*found, say("speed/blocked", host, address=address, said=error, subnet=subnet)]
+        blocked = finding("speed/blocked", host, address=address, said=error, subnet=subnet)
+        return [*findings, blocked]
     finally:
         deadline.cancel()
-        asked.kill()
-        asked.wait()
-    slow, fast = ("slow", "rail" if 1.5 < gbs < 1.9 else "cable") if cable else ("ethernet", "ok")
-    case = "busy" if idle < 0.25 else slow if gbs < 0.15 else fast
-    return [*found, say(f"speed/{case}", gbs=gbs, trip=trip, address=address)]
+        peer.kill()
+        peer.wait()
+    # 1 Gb/s Ethernet carries 0.12 GB/s.
+    is_ethernet = gbs < 0.15
+    if idle < 0.25:
+        case = "busy"
+    elif is_ethernet:
+        case = "slow" if cable else "ethernet"
+    elif not cable:
+        case = "ok"
+    elif 1.5 < gbs < 1.9:
+        # 13 to 14 Gb/s: the cable was plugged in while the machines ran.
+        case = "rail"
+    else:
+        case = "cable"
+    return [*findings, finding(f"speed/{case}", gbs=gbs, trip=trip, address=address)]
+
+
+def _clock(host: str, sent_at: float, clock: float, answered_at: float) -> Finding:
+    """How far the other node's clock is off; it was read between two readings of this one's."""
+    if clock > answered_at:
+        seconds, way = clock - answered_at, "ahead of"
+    else:
+        seconds, way = max(0.0, sent_at - clock), "behind"
+    return finding("time/off" if seconds > SKEW else "time/ok", host, seconds=seconds, way=way)

@@ -1,4 +1,7 @@
-"""What one machine is: its commands and files. With the standard library alone, as pair.py sends it to the other node."""
+"""One machine's commands, files and properties, and the findings that a report is made of.
+
+Standard library alone: pair.py sends this file to the other node, which need not have tunesmith.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,39 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-OK, FAULT, GIB = "ok", "fault", 1 << 30
+OK = "ok"
+FAULT = "fault"
+GIB = 1 << 30
+# `check/case` -> level, what, why, fix
 TEXTS: dict[str, list[str]] = json.loads(
     Path(__file__).with_name("findings.json").read_text(encoding="utf-8")
 )
 # Values in a fix that are a fix themselves, and several words: names of packages
-UNQUOTED = (
-    "fix",
-    "names",
-)
-VERSIONS = """import importlib.metadata as m, json
-print(json.dumps({name: next((d.version for d in m.distributions(name=name)), "") for name in ("tunesmith", "torch")}))"""
+UNQUOTED = ("fix", "names")
+# `distributions` rather than `version`: a source tree that is not installed has none, and that is
+# no error here.
+VERSIONS = """
+import importlib.metadata, json
+versions = {"tunesmith": "", "torch": ""}
+for name in versions:
+    for distribution in importlib.metadata.distributions(name=name):
+        versions[name] = distribution.version
+        break
+print(json.dumps(versions))
+"""
 SMI = (
     "nvidia-smi",
     "--query-gpu=name,uuid,driver_version,compute_cap,memory.total",
     "--format=csv,noheader",
 )
-# enp1s0f1np1 and enP2p1s0f1np1: two functions of one port
+# A Spark's ConnectX port is two network functions, as the GB10 reaches it over two PCIe links:
+# enp1s0f1np1 and enP2p1s0f1np1 are one port.
 _FUNCTION = re.compile(r"en[pP].*s\d+(f\d+)np\d+$")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `level` is ok, warning or fault; `fix` is the command that mends it."""
+    """One line of the report. `level` is ok, warning or fault; `fix` is a command."""
 
     check: str
     level: str
@@ -46,23 +59,26 @@ class Finding:
     host: str = ""
 
 
-def say(key: str, host: str = "", **values: Any) -> Finding:
-    """The finding that findings.json has under `check/case`."""
-    level, *texts = TEXTS[key]
-    what, why, fix = texts
-    what, why = (text.format(host=host, **values) for text in (what, why))
+def finding(key: str, host: str = "", **values: Any) -> Finding:
+    """The finding that findings.json has under `check/case`, with the values filled in."""
+    level, what, why, fix = TEXTS[key]
+    values["host"] = host
     # shlex alone: the other node of a pair has this file, and not the rest of tunesmith.
-    quoted = {
-        name: shlex.quote(str(value))
-        for name, value in {"host": host, **values}.items()
-        if name not in UNQUOTED
+    words = {
+        name: value if name in UNQUOTED else shlex.quote(str(value))
+        for name, value in values.items()
     }
-    fix = fix.format(**quoted, **{name: values[name] for name in UNQUOTED if name in values})
-    return Finding(key.partition("/")[0], level, what, why, fix)
+    check = key.partition("/")[0]
+    return Finding(check, level, what.format(**values), why.format(**values), fix.format(**words))
 
 
 class System:
-    """Access to a machine's commands and files. `python` is the interpreter of the runs, if it is there."""
+    """Access to this machine's commands and files; what it is asked for is looked up once.
+
+    Args:
+        python: the interpreter of the runs; plain python3 where it is not on this machine.
+        folders: where runs write.
+    """
 
     def __init__(self, python: str = sys.executable, folders: tuple[str, ...] = ()):
         self.path = os.environ.get("PATH", os.defpath)
@@ -70,21 +86,31 @@ class System:
         self.folders = (os.environ.get("HF_HOME") or "~/.cache/huggingface", *folders)
 
     def read(self, path: str) -> str:
-        """A file's text; empty where it is not there or may not be read. A GID that is not set is EINVAL."""
+        """A file's text; empty where it is not there or may not be read.
+
+        To read a GID that is not set fails with EINVAL.
+        """
         try:
             return Path(path).read_text(encoding="utf-8", errors="replace").strip()
         except OSError:
             return ""
 
     def run(self, *command: str, limit: float = 10.0) -> tuple[int, str, str]:
-        """Exit code, stdout, stderr; 127: there is no such command, 124: it took more than `limit` seconds."""
+        """Exit code, stdout, stderr.
+
+        127: there is no such command; 124: it cannot be started, or took more than `limit` seconds.
+        """
+        # A user's PATH often lacks the folders of `ip` and `dockerd`; messages are matched in
+        # English.
         env = {**os.environ, "PATH": f"{self.path}:/usr/sbin:/sbin", "LC_ALL": "C"}
         try:
             done = subprocess.run(
                 command, env=env, capture_output=True, text=True, timeout=limit, check=False
             )
+        except FileNotFoundError as error:
+            return 127, "", str(error)
         except (OSError, subprocess.TimeoutExpired) as error:
-            return 127 if isinstance(error, FileNotFoundError) else 124, "", str(error)
+            return 124, "", str(error)
         return done.returncode, done.stdout.strip(), done.stderr.strip()
 
     @functools.cached_property
@@ -95,40 +121,48 @@ class System:
     @functools.cached_property
     def gpus(self) -> list[list[str]]:
         """Name, UUID, driver, compute capability and memory of each GPU."""
-        rows = [[word.strip() for word in line.split(",")] for line in self.smi[1].splitlines()]
-        return [row for row in rows if self.smi[0] == 0 and len(row) == 5]
+        code, out, _ = self.smi
+        if code:
+            return []
+        rows = [re.split(r"\s*,\s*", line.strip()) for line in out.splitlines()]
+        # Empty lines and warnings are no rows.
+        return [row for row in rows if len(row) == 5]
 
     @property
     def has_nvidia(self) -> bool:
-        """Whether the machine has an NVIDIA device or its kernel module, whatever nvidia-smi says."""
-        vendors = map(
-            self.read, ("/proc/driver/nvidia/version", *glob("/sys/bus/pci/devices/*/vendor"))
-        )
-        return any(text.startswith(("NVRM", "0x10de")) for text in vendors)
+        """Whether there is an NVIDIA device or its kernel module, whatever nvidia-smi says."""
+        files = ["/proc/driver/nvidia/version", *glob("/sys/bus/pci/devices/*/vendor")]
+        # 0x10de is NVIDIA's PCI vendor id.
+        return any(self.read(file).startswith(("NVRM", "0x10de")) for file in files)
 
     @functools.cached_property
     def docker(self) -> dict[str, Any]:
         """`docker info`; where it does not answer only `refused`, the reason, and `absent`."""
-        code, out, said = self.run("docker", "info", "--format", "{{json .}}")
+        code, out, errors = self.run("docker", "info", "--format", "{{json .}}")
         info = json.loads(out) if out.startswith("{") else {}
-        refused = {"refused": "; ".join(info.get("ServerErrors") or [said]), "absent": code == 127}
-        return info if code == 0 and info.get("ServerVersion") else refused
+        # Some versions exit with 0 though the daemon does not answer.
+        if code == 0 and info.get("ServerVersion"):
+            return info
+        return {"refused": "; ".join(info.get("ServerErrors") or [errors]), "absent": code == 127}
 
     @functools.cached_property
     def versions(self) -> dict[str, str]:
         """What must be the same on both nodes."""
+        versions = {"tunesmith": "", "torch": ""}
         code, out, _ = self.run(self.python, "-c", VERSIONS)
-        found = json.loads(out) if code == 0 else {"tunesmith": "", "torch": ""}
-        found["python"] = self.run(self.python, "--version")[1].removeprefix("Python ")
-        return {
-            **found,
-            "driver": self.gpus[0][2] if self.gpus else "",
-            "kernel": os.uname().release,
-        }
+        if code == 0:
+            versions = json.loads(out)
+        versions["python"] = self.run(self.python, "--version")[1].removeprefix("Python ")
+        versions["driver"] = self.gpus[0][2] if self.gpus else ""
+        versions["kernel"] = os.uname().release
+        return versions
 
     @functools.cached_property
     def packages(self) -> list[str]:
-        """The packages of the running kernel, the driver and RDMA, with versions; empty without dpkg."""
+        """The packages of the running kernel, the driver and RDMA, with versions.
+
+        Empty without dpkg.
+        """
         _, out, _ = self.run(
             "dpkg-query", "-W", "-f", "${db:Status-Abbrev} ${Package} ${Version}\n"
         )
@@ -142,47 +176,54 @@ class System:
     @functools.cached_property
     def interfaces(self) -> dict[str, list[str]]:
         """Interface -> its IPv4 addresses with prefixes."""
-        rows = [row for row in json.loads(self.run("ip", "-j", "-4", "addr")[1] or "[]") if row]
-        return {
-            row["ifname"]: [f"{a['local']}/{a['prefixlen']}" for a in row["addr_info"]]
-            for row in rows
-        }
+        rows = json.loads(self.run("ip", "-j", "-4", "addr")[1] or "[]")
+        addresses = {}
+        # iproute2 prints an empty object for each interface that the filter leaves out.
+        for row in filter(None, rows):
+            places = [f"{entry['local']}/{entry['prefixlen']}" for entry in row["addr_info"]]
+            addresses[row["ifname"]] = places
+        return addresses
 
     @functools.cached_property
     def cable(self) -> list[dict[str, Any]]:
-        """The network functions of the port with the cable: the first port with one that is up, else the first."""
-        devices = {
-            path.split("/")[-1]: path.split("/")[4]
-            for path in glob("/sys/class/infiniband/*/device/net/*")
-        }
-        names = {path.split("/")[-1] for path in glob("/sys/class/net/en*")}
-        found: dict[str, list[dict[str, Any]]] = {}
-        for name in sorted({n for n in names if _FUNCTION.match(n)} | {*devices}, key=str.lower):
-            fits, base = _FUNCTION.match(name), f"/sys/class/net/{name}"
-            # Speed in Mb/s
-            mtu, speed = (int(self.read(f"{base}/{part}") or -1) for part in ("mtu", "speed"))
-            row = {
+        """The network functions of the port with the cable.
+
+        That is the first port with a function that is up, else the first port.
+        """
+        # /sys/class/infiniband/DEVICE/device/net/NAME
+        paths = [path.split("/") for path in glob("/sys/class/infiniband/*/device/net/*")]
+        devices = {parts[-1]: parts[4] for parts in paths}
+        interfaces = [os.path.basename(path) for path in glob("/sys/class/net/en*")]
+        names = {*devices, *filter(_FUNCTION.match, interfaces)}
+        ports: dict[str, list[dict[str, Any]]] = {}
+        for name in sorted(names, key=str.lower):
+            base = f"/sys/class/net/{name}"
+            device = devices.get(name, "")
+            function = {
                 "name": name,
                 "up": self.read(f"{base}/operstate") == "up",
-                "mtu": mtu,
-                "speed": speed,
+                "mtu": int(self.read(f"{base}/mtu") or -1),
+                # Mb/s
+                "speed": int(self.read(f"{base}/speed") or -1),
+                "addresses": self.interfaces.get(name, []),
+                "device": device,
+                "gids": self.gids(device),
             }
-            row |= {"addresses": self.interfaces.get(name, []), "device": devices.get(name, "")}
-            found.setdefault(fits[1] if fits else name, []).append(
-                row | {"gids": self.gids(str(row["device"]))}
-            )
-        ports = [*found.values()]
-        return next(
-            (port for port in ports if any(row["up"] for row in port)), ports[0] if ports else []
-        )
+            match = _FUNCTION.match(name)
+            port = match[1] if match else name
+            ports.setdefault(port, []).append(function)
+        for functions in ports.values():
+            if any(function["up"] for function in functions):
+                return functions
+        return next(iter(ports.values()), [])
 
     def gids(self, device: str) -> dict[int, str]:
-        """{index: GID} of RoCE v2 in the table of a device."""
+        """{index: GID} of RoCE v2 in the table of a device; empty without a device."""
+        if not device:
+            return {}
         base = f"/sys/class/infiniband/{device}/ports/1"
-        types = glob(f"{base}/gid_attrs/types/*") if device else []
-        indexes = sorted(int(path.split("/")[-1]) for path in types if self.read(path) == "RoCE v2")
-        return {
-            index: gid
-            for index in indexes
-            if (gid := self.read(f"{base}/gids/{index}")).strip(":0")
-        }
+        types = glob(f"{base}/gid_attrs/types/*")
+        indexes = [int(os.path.basename(file)) for file in types if self.read(file) == "RoCE v2"]
+        gids = {index: self.read(f"{base}/gids/{index}") for index in sorted(indexes)}
+        # An entry that is not in use is all zeros.
+        return {index: gid for index, gid in gids.items() if gid.strip(":0")}
