@@ -161,7 +161,7 @@ def test_status_and_stop_of_a_run_that_nobody_launched(place: Callable[..., Path
 def patient() -> None:
     from tunesmith.launch import local
 
-    local.BEGINS = float(TIME)
+    local.START_TIMEOUT = float(TIME)
     fork_ranks()
 
 

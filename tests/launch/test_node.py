@@ -23,7 +23,7 @@ from recipes import recipe
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.launch import node
 from tunesmith.launch.debug import collect_logs
-from tunesmith.launch.rendezvous import find_endpoint, hold_store
+from tunesmith.launch.rendezvous import find_endpoint, start_store
 from waiting import wait_for
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def test_a_port_that_is_taken_is_named():
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(MachineError, match="cannot listen") as caught:
-            hold_store(find_endpoint("127.0.0.1", port))
+            start_store(find_endpoint("127.0.0.1", port))
     assert str(port) in caught.value.where
 
 
@@ -147,7 +147,7 @@ def test_logs_of_one_node_and_of_one_that_is_missing(
 ) -> None:
     from torch.distributed import TCPStore
 
-    monkeypatch.setattr("tunesmith.launch.debug.PATIENCE", 0.2)
+    monkeypatch.setattr("tunesmith.launch.debug.COLLECT_TIMEOUT", 0.2)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank.log").write_text("said")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

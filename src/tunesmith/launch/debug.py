@@ -1,6 +1,7 @@
-"""`--debug` of a launch: what each rank and NCCL say on every node, in one archive beside the run.
+"""`--debug` of a launch: what ranks and NCCL print on every node, in one archive beside the run.
 
-The nodes need no common disk: each sends its archive to the node that holds the ranks' store, through that store.
+The nodes need no common disk: each sends its archive to the node that holds the ranks' store,
+through that store.
 """
 
 import io
@@ -16,33 +17,40 @@ from tunesmith.host.files import write_atomically
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-LARGEST = 7 << 20  # bytes of a node's archive: the store takes values of 8 MiB
-NEWEST = 4 << 20  # bytes of a file's end that are kept
-PATIENCE = 15.0  # seconds for the archives of the other nodes
+MAX_ARCHIVE = 7 << 20  # bytes of a node's archive: the store takes values of 8 MiB
+FILE_TAIL = 4 << 20  # bytes at a file's end that are collected
+COLLECT_TIMEOUT = 15.0  # seconds for the archives of the other nodes
 
 
-def say_all(folder: Path) -> list[str]:
+def enable_debug_logs(folder: Path) -> list[str]:
     """Have NCCL and the ranks write files in `folder`; the words for torch's launcher."""
     os.environ |= {
         "NCCL_DEBUG": "INFO",
         "NCCL_DEBUG_FILE": f"{folder}/nccl-%h-%p.log",
         "TUNESMITH_DEBUG": "1",
     }
+    # Both streams of each rank go to the terminal and to a file.
     return ["--tee", "3"]
 
 
 def pack_logs(folder: Path, prefix: str) -> bytes:
-    """The ends of a folder's files as a .tar.gz, tokens masked, below `prefix`; the newest files that fit in LARGEST."""
+    """The ends of a folder's files as a .tar.gz, tokens masked, below `prefix`.
+
+    Where they are more than MAX_ARCHIVE bytes, the newest that fit.
+    """
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for file in sorted(
-            (p for p in folder.rglob("*") if p.is_file()), key=lambda p: -p.stat().st_mtime
-        ):
-            text = mask(file.read_bytes()[-NEWEST:].decode(errors="replace")).encode()
-            about = tarfile.TarInfo(f"{prefix}/{file.relative_to(folder)}")
-            about.size, about.mtime = len(text), file.stat().st_mtime
-            archive.addfile(about, io.BytesIO(text))
-            if packed.tell() > LARGEST - NEWEST:
+        for file in files:
+            tail = file.read_bytes()[-FILE_TAIL:].decode(errors="replace")
+            text = mask(tail).encode()
+            member = tarfile.TarInfo(f"{prefix}/{file.relative_to(folder)}")
+            member.size = len(text)
+            member.mtime = file.stat().st_mtime
+            archive.addfile(member, io.BytesIO(text))
+            # Another one may not fit.
+            if packed.tell() > MAX_ARCHIVE - FILE_TAIL:
                 break
     return packed.getvalue()
 
@@ -50,29 +58,39 @@ def pack_logs(folder: Path, prefix: str) -> bytes:
 def collect_logs(
     store: "TCPStore", folder: Path, name: str, nodes: int, target: Path | None
 ) -> str:
-    """Send this node's logs to the one that holds the store, which writes all of them to `target`; a line on it there.
+    """Send this node's logs to the node that holds the store, which writes all nodes' to `target`.
 
-    A node that does not answer within PATIENCE seconds is left out, and named by its number.
+    A node that does not answer within COLLECT_TIMEOUT seconds is left out, and counted.
+
+    Args:
+        name: of this node.
+        target: the archive, on the node that holds the store; None on others.
+
+    Returns:
+        A line for the terminal; empty on others.
     """
-    own = pack_logs(folder, name)
+    archive_here = pack_logs(folder, name)
     if target is None:
-        store.set(f"debug/{store.add('debug', 1)}", own)  # type: ignore[arg-type]
+        number = store.add("debug", 1)
+        store.set(f"debug/{number}", archive_here)  # type: ignore[arg-type]
         return ""
-    others, end = [f"debug/{number}" for number in range(1, nodes)], time.monotonic() + PATIENCE
-    while not store.check(others) and time.monotonic() < end:
+    keys = [f"debug/{number}" for number in range(1, nodes)]
+    deadline = time.monotonic() + COLLECT_TIMEOUT
+    while not store.check(keys) and time.monotonic() < deadline:
         time.sleep(0.1)
-    here = [key for key in others if store.check([key])]
+    # `get` would wait for a key that is not there.
+    archives = [archive_here, *(store.get(key) for key in keys if store.check([key]))]
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for part in (own, *map(store.get, here)):
-            with tarfile.open(fileobj=io.BytesIO(part), mode="r:gz") as node:
-                for member in node:
-                    archive.addfile(member, node.extractfile(member))
+    with tarfile.open(fileobj=packed, mode="w:gz") as joined:
+        for part in archives:
+            with tarfile.open(fileobj=io.BytesIO(part), mode="r:gz") as archive:
+                for member in archive:
+                    joined.addfile(member, archive.extractfile(member))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, packed.getvalue())
-    missing = (
-        f"; {len(others) - len(here)} of {nodes} nodes sent nothing"
-        if len(here) < len(others)
-        else ""
-    )
-    return f"logs of {len(here) + 1} node{'s' if here else ''}: {target}{missing}"
+    plural = "s" if len(archives) > 1 else ""
+    line = f"logs of {len(archives)} node{plural}: {target}"
+    missing = nodes - len(archives)
+    if missing:
+        line += f"; {missing} of {nodes} nodes sent nothing"
+    return line

@@ -77,7 +77,7 @@ def launch_on_swarm(
     job = SwarmJob(
         stack.name, stack.run_dir, details={"hosts": ",".join(node.address for node in chosen)}
     )
-    job.refuse_another()
+    job.check_ended()
     files, links = hub_files(run)
     files += [file for *_, found in shipped for file in found]
     recipe = write_recipe(run)

@@ -1,4 +1,5 @@
-"""torch's elastic agent of a node, which names ranks that a signal killed, and starts none after a stop was asked for.
+"""torch's elastic agent of a node, with two things added: it names ranks that a signal killed, and
+starts none after a stop signal.
 
 The heartbeats of other nodes cannot see why a rank of this node is silent: its agent can.
 """
@@ -27,12 +28,16 @@ from tunesmith.host.signals import NAMES
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-READ = 2.5  # seconds in which the ranks of other nodes read the verdict: they look once a second
-AGENT_IS_GONE = (RuntimeError, ValueError)  # torch's errors of a store
+# Seconds in which the ranks of other nodes read the verdict: they look once a second
+READ_TIME = 2.5
+# torch's errors of a store
+STORE_ERRORS = (RuntimeError, ValueError)
 
 
 class ForwardStop:
-    """Hands stop signals on to the ranks of this node, from when it is made. Before there are any it ends the agent.
+    """Hands stop signals on to the ranks of this node, from when it is created.
+
+    Before there are any a signal ends the agent.
 
     Attributes:
         number: of the last stop signal; 0: none came.
@@ -44,12 +49,12 @@ class ForwardStop:
         self.ranks_began = False
         self._signalled: set[int] = set()
         for name in NAMES:
-            # As nohup leaves SIGHUP
+            # nohup ignores SIGHUP for its command, which stays so.
             if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN:
                 signal.signal(signal.Signals[name], self._forward)
 
     @property
-    def asked(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether a stop signal came."""
         return self.number > 0
 
@@ -60,14 +65,16 @@ class ForwardStop:
 
     def reach_new_ranks(self) -> None:
         """Hand the signal on to ranks that were being started when it came."""
-        if self.asked:
+        if self.is_requested:
             self._send(again=False)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         name = signal.Signals(number).name
-        line = f"{name} came to the node agent on {socket.gethostname()}, which hands it on to its ranks\n"
-        os.write(sys.stderr.fileno(), line.encode())  # print could be in the middle of another line
+        agent = f"the node agent on {socket.gethostname()}"
+        line = f"{name} came to {agent}, which hands it on to its ranks\n"
+        # The signal may have come in the middle of a print, which cannot be entered again.
+        os.write(sys.stderr.fileno(), line.encode())
         self._send(again=True)
         if not self.ranks_began:
             raise self.not_begun("the other nodes had not joined yet")
@@ -82,16 +89,19 @@ class ForwardStop:
 
 
 def install_agent(store: "TCPStore", stop: ForwardStop, *, is_short: Callable[[], bool]) -> None:
-    """Let torch's launcher use the agent of this module, with the store of the ranks and the signals of this process.
+    """Let torch's launcher use the agent of this module.
 
-    `is_short`: whether the ranks that have ended had too little memory, and would have it again.
+    Args:
+        store: of the ranks of all nodes.
+        stop: the stop signals of this process.
+        is_short: whether the ranks that have ended had too little memory, and would have it again.
     """
 
     class Agent(LocalElasticAgent):
-        """torch's own, with eyes for signals."""
+        """torch's own, which sees signals: those to itself, and those that killed a rank."""
 
         def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-            if stop.asked:
+            if stop.is_requested:
                 raise stop.not_begun("the ranks were to be started again")
             stop.ranks_began = True
             self._oom_kills = oom_kills()
@@ -100,55 +110,74 @@ def install_agent(store: "TCPStore", stop: ForwardStop, *, is_short: Callable[[]
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             stop.reach_new_ranks()
             result: RunResult = super()._monitor_workers(worker_group)
-            if result.state == WorkerState.FAILED:
-                if stop.asked or is_short():
-                    self._remaining_restarts = 0
-                codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
-                killed = {rank: -code for rank, code in codes.items() if code < 0}
-                if killed and (worker_group.group_world_size or 1) > 1:
-                    publish_killed(store, killed, new_oom_kills=oom_kills() - self._oom_kills)
+            if result.state != WorkerState.FAILED:
+                return result
+            if stop.is_requested or is_short():
+                self._remaining_restarts = 0
+            signals = {}
+            for rank, failure in result.failures.items():
+                # As of subprocess: a signal is a negative exit code.
+                if failure.exitcode < 0:
+                    signals[rank] = -failure.exitcode
+            nodes = worker_group.group_world_size or 1
+            if signals and nodes > 1:
+                publish_killed(store, signals, new_oom_kills=oom_kills() - self._oom_kills)
             return result
 
     set_elastic_agent(Agent)
 
 
-def publish_killed(store: "TCPStore", killed: dict[int, int], *, new_oom_kills: int) -> None:
-    """Tell the ranks of other nodes which ranks of this one were killed, by which signals, and wait until they know.
+def publish_killed(store: "TCPStore", signals: dict[int, int], *, new_oom_kills: int) -> None:
+    """Tell the ranks of other nodes which rank of this one was killed, and wait until they know.
 
-    The store may be gone with its node, and ranks may not have met yet: then nobody waits for the verdict.
+    The store may be gone with its node, and ranks may not have met yet: then nobody waits for the
+    verdict.
+
+    Args:
+        signals: the ranks that were killed, and the numbers of the signals.
+        new_oom_kills: of the kernel, since the ranks were started.
     """
     try:
         if not store.check([HEARTBEAT_NAME]):
             return
-        verdicts = PrefixStore(store.get(HEARTBEAT_NAME).decode(), store)
-        rank = min(killed)
-        beat = json.loads(verdicts.get(f"beat/{rank}"))
-        verdict = json.dumps(killed_verdict(rank, killed[rank], beat, new_oom_kills=new_oom_kills))
-        verdicts.compare_set("verdict", "-", verdict)
-        sleep(READ)
-    except AGENT_IS_GONE:
+        heartbeats = PrefixStore(store.get(HEARTBEAT_NAME).decode(), store)
+        rank = min(signals)
+        beat = json.loads(heartbeats.get(f"beat/{rank}"))
+        verdict = killed_verdict(rank, signals[rank], beat, new_oom_kills=new_oom_kills)
+        # The first verdict stands: a rank may have seen the fault before.
+        heartbeats.compare_set("verdict", "-", json.dumps(verdict))
+        sleep(READ_TIME)
+    except STORE_ERRORS:
         return
 
 
 def killed_verdict(
     rank: int, number: int, beat: dict[str, Any], *, new_oom_kills: int
 ) -> dict[str, Any]:
-    """The words of the error that ends all ranks, as the heartbeat takes them; `beat`: the last of the killed rank."""
+    """The error that ends all ranks, in the fields that their heartbeats expect.
+
+    Args:
+        number: of the signal.
+        beat: the last of the killed rank.
+    """
     host = socket.gethostname()
     name = signal.Signals(number).name
-    cause = "oom-kill" if number == signal.SIGKILL and new_oom_kills > 0 else "killed"
+    cause = "killed"
     why = f"its node agent saw {name}"
-    if cause == "oom-kill":
-        why += f"; {CAUSES['oom-kill']}"
-    failed_rank = {"rank": rank, "host": host}
-    failed_rank |= {
+    if number == signal.SIGKILL and new_oom_kills > 0:
+        cause = "oom-kill"
+        why += f"; {CAUSES[cause]}"
+    where = ""
+    if beat.get("place"):
+        where = f"rank {rank}: {beat['place']}"
+    failed_rank = {
+        "rank": rank,
+        "host": host,
         "phase": beat.get("phase") or None,
         "collective": beat.get("collective") or None,
     }
-    what = f"rank {rank} on {host} was killed by {name}"
-    where = f"rank {rank}: {beat['place']}" if beat.get("place") else ""
     return {
-        "what": what,
+        "what": f"rank {rank} on {host} was killed by {name}",
         "where": where,
         "why": why,
         "fix": AGAIN,

@@ -1,7 +1,8 @@
 """Launched runs, as `status`, `logs` and `stop` find them again: by name, or by run directory.
 
-A launch leaves one small file in the user's state folder: which kind it is, where the run directory and its log are, and
-what that kind needs to find it. It holds no token. A run that nobody launched is found by its directory all the same.
+A launch leaves one small file in the user's state folder: which kind it is, where the run directory
+and its log are, and what that kind needs to find it. It holds no token. A run that nobody launched
+is found by its directory all the same.
 """
 
 import fcntl
@@ -42,7 +43,8 @@ from tunesmith.run_dir import (
 
 # kind -> its class, in launch/<kind>.py
 KINDS = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}
-FOLDER = LAUNCH  # in the run directory: what launches write there; runs do not touch it
+# In the run directory: what launches write there; runs do not touch it.
+FOLDER = LAUNCH
 POLL = 0.5  # seconds between two looks at a log that is followed
 
 
@@ -76,10 +78,12 @@ class Job:
     details: dict[str, str] = field(default_factory=dict)
 
     def state(self) -> State:
-        """What the run directory says; of a job after which another one was launched there, that alone."""
-        if later := self.later_job():
+        """What the run directory says; where another job was launched there since, that alone."""
+        later = self.later_job()
+        if later:
             return State("ended", f"{later.name} was launched in its run directory since")
-        out, step = Path(self.run_dir), last_step(self.run_dir)
+        out = Path(self.run_dir)
+        step = last_step(out)
         if is_locked(out):
             return State("running", step or "before the first step")
         if (out / FINAL / MANIFEST).is_file():
@@ -87,10 +91,11 @@ class Job:
         endings = ((FAILURE, "failed", read_failure), (STOPPED, "stopped, saved", read_stopped))
         for name, word, read in endings:
             if self.has_written(name):
-                what = (read(out).value or {}).get("what") or ""
-                return State("ended", ", ".join(filter(None, (word, what, step))))
-        again = "the same command goes on" if step else "nothing was begun"
-        return State("gone", f"{step or 'no step'}: no process is at work here; {again}")
+                record = read(out).value or {}
+                return State("ended", ", ".join(filter(None, (word, record.get("what"), step))))
+        if step:
+            return State("gone", f"{step}: no process is at work here; the same command goes on")
+        return State("gone", "no step: no process is at work here; nothing was begun")
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
         """The log's text, in pieces; `follow`: until the job has ended."""
@@ -105,45 +110,52 @@ class Job:
                 "there is no log yet", where=str(log), why=error.strerror or "", fix=fix
             ) from None
         with file:
-            over = not follow
+            is_over = not follow
             while True:
-                if text := file.read():
+                text = file.read()
+                if text:
                     yield text
-                elif over:
+                elif is_over:
                     return
                 else:
                     time.sleep(POLL)
-                    over = not self.state().at_work  # what came since is read once more
+                    # The end of the log is read once more after the job has ended.
+                    is_over = not self.state().at_work
 
     def has_written(self, name: str) -> bool:
-        """Whether the run directory has this file, and not from before this job was launched."""
+        """Whether the run directory has this file, and it is not from before the launch."""
+        file = Path(self.run_dir, name)
         try:
-            written_at = Path(self.run_dir, name).stat().st_mtime
-            return written_at >= (state_folder() / f"{self.name}.json").stat().st_mtime
-        except OSError:  # of the job's note: nobody launched it, or it is not of this machine
-            return Path(self.run_dir, name).is_file()
+            launched_at = (state_folder() / f"{self.name}.json").stat().st_mtime
+            return file.stat().st_mtime >= launched_at
+        except OSError:
+            # Nobody launched the job, or on another machine: there is no note of it here.
+            return file.is_file()
 
     def later_job(self) -> "Job | None":
         """The newest job of this run directory, where this one is an earlier job of it."""
-        jobs = [
-            job
-            for job in all_jobs()
-            if os.path.realpath(job.run_dir) == os.path.realpath(self.run_dir)
-        ]
+        run_dir = os.path.realpath(self.run_dir)
+        jobs = [job for job in all_jobs() if os.path.realpath(job.run_dir) == run_dir]
         is_earlier = self.name in [job.name for job in jobs[:-1]]
         return jobs[-1] if is_earlier else None
 
-    def stop(self, say: Callable[[str], None] = lambda text: None) -> str:
-        """Ask it to save and end, by the file `stop` in its directory; what was done, in a line. `say` takes lines while that
-        takes its time."""
+    def stop(self, notify: Callable[[str], None] = lambda text: None) -> str:
+        """Ask it to save and end, by the file `stop` in its directory.
+
+        notify: takes lines while that takes its time.
+
+        Returns:
+            What was done, in a line.
+        """
         if self.later_job() or not is_locked(Path(self.run_dir)):
             return f"nothing to stop: {self.state().text}"
         Path(self.run_dir, STOP_FILE).touch()
         return "asked to save and end, by the file stop in its run directory"
 
-    def refuse_another(self) -> None:
-        """UsageError where the job waits or runs, so that no second one is launched beside it."""
-        if (state := self.state()).at_work:
+    def check_ended(self) -> None:
+        """UsageError where the job waits or runs: no second one is launched beside it."""
+        state = self.state()
+        if state.at_work:
             fix = f"tunesmith stop {shell_word(self.name)}; or output_dir=runs/another-name"
             raise UsageError(
                 f"{self.name} is at work already", where=self.run_dir, why=state.text, fix=fix
@@ -151,9 +163,9 @@ class Job:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a process of this machine holds the run directory."""
+    """Whether a process of this machine has locked the run directory."""
     try:
-        # A pipe of that name would be waited for
+        # To open a pipe of that name would wait for its other end.
         handle = os.open(run_dir / LOCK, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return False
@@ -169,16 +181,21 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def last_step(run_dir: str | Path) -> str:
-    """`step 120, loss 1.234` of the newest record; empty before the first. Reads the end of the file alone."""
+    """`step 120, loss 1.234` of the newest record; empty before the first.
+
+    It reads the end of the file alone.
+    """
     record = newest_record(Path(run_dir))
-    loss = record.get("loss")
-    return f"step {record['step']}, loss {loss:.4g}" if loss is not None else ""
+    if record.get("loss") is None:
+        return ""
+    return f"step {record['step']}, loss {record['loss']:.4g}"
 
 
 def safe_value(value: str, where: str) -> str:
-    """The value, if it may stand in a script or a stack file: UsageError where it holds a control character.
+    """The value, if it may stand in a script or a stack file.
 
-    A newline would end the line that quotes it; the others change what a terminal shows of the script.
+    UsageError where it holds a control character: a newline would end the line that quotes it; the
+    others change what a terminal shows of the script.
     """
     if not value.isprintable():
         what = f"a line break or control character in {value!r}"
@@ -187,17 +204,20 @@ def safe_value(value: str, where: str) -> str:
 
 
 def name_of_run(kind: str, run_dir: str) -> str:
-    """A job's name for a run directory, which others of that name do not share: `swarm-my-run-1f3a5c`."""
+    """A job's name for a run directory, which no other directory has: `swarm-my-run-1f3a5c`."""
     slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(run_dir).lower())[:30].strip("-")
-    return "-".join(
-        filter(None, (kind, slug, hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6]))
-    )
+    digest = hashlib.sha256(os.fsencode(run_dir)).hexdigest()
+    return "-".join(filter(None, (kind, slug, digest[:6])))
 
 
 def agent_words(recipe: Path, *, debug: bool = False, **flags: object) -> list[str]:
-    """The words after `python` that start the node agent on a recipe; `flags` are those of `launch/node.py`."""
-    given = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-    return ["-m", "tunesmith.launch.node", *given, *["--debug"] * debug, "--", "train", str(recipe)]
+    """The words after `python` that start the node agent on a recipe; `flags` are its own."""
+    words = ["-m", "tunesmith.launch.node"]
+    for flag, value in flags.items():
+        words += [f"--{flag}", str(value)]
+    if debug:
+        words.append("--debug")
+    return [*words, "--", "train", str(recipe)]
 
 
 def recipe_file(run_dir: str) -> Path:
@@ -206,7 +226,10 @@ def recipe_file(run_dir: str) -> Path:
 
 
 def write_recipe(run: Run) -> Path:
-    """Write the resolved recipe into the run directory, for the nodes; MachineError if that is not possible."""
+    """Write the resolved recipe into the run directory, for the nodes.
+
+    MachineError where it cannot be written.
+    """
     file = recipe_file(safe_value(run.output_dir, "output_dir"))
     check_run_dir(Path(run.output_dir))
     try:
@@ -220,18 +243,20 @@ def write_recipe(run: Run) -> Path:
 
 
 def state_folder() -> Path:
-    """The user's folder of jobs: below `$XDG_STATE_HOME`, else `~/.local/state`; created for the user alone."""
-    folder = (
-        Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-        / "tunesmith"
-        / "jobs"
-    )
+    """The user's folder of jobs: below `$XDG_STATE_HOME`, else `~/.local/state`.
+
+    It is created for the user alone.
+    """
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    folder = state / "tunesmith" / "jobs"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        fix = "export XDG_STATE_HOME=/a/folder/of/yours"
         raise MachineError(
-            "jobs cannot be noted", where=str(folder), why=error.strerror or "", fix=fix
+            "jobs cannot be noted",
+            where=str(folder),
+            why=error.strerror or "",
+            fix="export XDG_STATE_HOME=/a/folder/of/yours",
         ) from error
     return folder
 
@@ -243,16 +268,15 @@ def save_job(job: Job) -> None:
 
 def all_jobs() -> list[Job]:
     """The noted jobs, the newest last; a note that cannot be read is left out."""
-    found = []
+    jobs = []
     for file in sorted(state_folder().glob("*.json"), key=lambda path: path.stat().st_mtime):
+        kind = file.stem.partition("-")[0]
+        # A file of somebody else's, or of another version
         with suppress(OSError, ValueError, TypeError, KeyError):
-            kind = file.stem.partition("-")[0]
-            found.append(
-                vars(import_module(f"tunesmith.launch.{kind}"))[KINDS[kind]](
-                    **json.loads(file.read_bytes())
-                )
-            )
-    return found
+            job_class = KINDS[kind]
+            module = import_module(f"tunesmith.launch.{kind}")
+            jobs.append(vars(module)[job_class](**json.loads(file.read_bytes())))
+    return jobs
 
 
 def find_job(word: str) -> Job:
@@ -264,11 +288,11 @@ def find_job(word: str) -> Job:
             return job
     if is_run(Path(word)) or is_locked(Path(word)):
         return Job("", place)
-    known = ", ".join(job.name for job in jobs[-5:]) or "none"
+    newest = ", ".join(job.name for job in jobs[-5:]) or "none"
     what = f"{word} is neither a job of {getpass.getuser()} nor a run directory"
     raise UsageError(
         what,
         where="command line",
-        why=f"known jobs: {known}",
+        why=f"known jobs: {newest}",
         fix="tunesmith status lists all jobs",
     )

@@ -1,4 +1,7 @@
-"""`launch local`: the ranks of this machine, in the foreground, or in the background beyond the terminal's end."""
+"""`launch local`: the ranks of this machine, in the foreground or in the background.
+
+In the background they outlive the terminal.
+"""
 
 import os
 import signal
@@ -7,28 +10,31 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
 from tunesmith.host.shell import shell_path
 from tunesmith.launch.jobs import FOLDER, Job, State, save_job
 
-BEGINS = 1.0  # seconds in which a start that cannot work has ended
+START_TIMEOUT = 1.0  # seconds in which a start that cannot work has ended
 
 
 class LocalJob(Job):
-    """Processes of one machine. `details`: the agent's `pid` and when it was `created`, as a PID is used again."""
+    """Processes of one machine.
+
+    `details`: the agent's `pid` and when it was `created`, as a PID is used again.
+    """
 
     def state(self) -> State:
-        if self.is_alive():
-            found = super().state()
-            return found if found.phase == "running" else State("running", "starts")
-        return super().state()
+        state = super().state()
+        # The agent runs before a rank locks the run directory.
+        if self.is_alive() and state.phase != "running":
+            return State("running", "starts")
+        return state
 
-    def stop(self, say: Callable[[str], None] = lambda text: None) -> str:
+    def stop(self, notify: Callable[[str], None] = lambda text: None) -> str:
         if not self.is_alive():
-            return super().stop(say)
+            return super().stop(notify)
         os.kill(int(self.details["pid"]), signal.SIGTERM)
         return "asked to save and end"
 
@@ -38,34 +44,39 @@ class LocalJob(Job):
 
         with suppress(psutil.Error):
             process = psutil.Process(int(self.details["pid"]))
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            return alive and str(process.create_time()) == self.details["created"]
+            is_same = str(process.create_time()) == self.details["created"]
+            return is_same and process.status() != psutil.STATUS_ZOMBIE
         return False
 
 
 def detach(run: Run, words: Sequence[str]) -> LocalJob:
-    """Start the node agent, by the words of `agent_words`, in a session of its own: it outlives this terminal, and SIGHUP.
+    """Start the node agent, by the words of `agent_words`, so that it outlives this terminal.
 
     RunError if it has ended with a fault at once; what it said is in its log.
     """
     import psutil
 
     log = Path(run.output_dir, FOLDER, "output.log")
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with log.open("wb") as file:
         agent = subprocess.Popen(
-            [sys.executable, *words], stdout=file, **streams, start_new_session=True
+            [sys.executable, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # Otherwise SIGHUP comes with the terminal's end.
+            start_new_session=True,
         )
     details = {"pid": str(agent.pid), "created": str(psutil.Process(agent.pid).create_time())}
     job = LocalJob(f"local-{agent.pid}", run.output_dir, log=str(log), details=details)
     save_job(job)
     with suppress(subprocess.TimeoutExpired):
-        if code := agent.wait(BEGINS):
-            said = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+        code = agent.wait(START_TIMEOUT)
+        if code:
+            text = log.read_text(encoding="utf-8", errors="replace").strip()
             raise RunError(
                 f"it ended at once, with {code}",
                 where=str(log),
-                why=said,
+                why=text.rpartition("\n")[2],
                 fix=f"cat {shell_path(log)}",
             )
     return job

@@ -1,8 +1,8 @@
-"""How the nodes of a run find each other: torch's elastic rendezvous over one store, bound to one address.
+"""How the nodes of a run find each other: torch's elastic rendezvous over one store at one address.
 
-torchrun's own backend listens on every interface, and its nodes exchange pickles through that store; and it makes a second
-store for the ranks, which a node that comes back cannot reach. Here one store serves both. It is held by the node that has
-the endpoint's address, and listens there alone.
+torchrun's own backend listens on every interface, and its nodes exchange pickles through that
+store; and it makes a second store for the ranks, which a node that comes back cannot reach. Here
+one store serves both. It is on the node that has the endpoint's address, and listens there alone.
 """
 
 import os
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousParameters
 
 BACKEND = "tunesmith"
-JOIN = 600.0  # seconds that a node waits for the others
-ANSWER = timedelta(seconds=60)  # in which the store answers
+JOIN_TIMEOUT = timedelta(minutes=10)  # in which all nodes join
+ANSWER_TIMEOUT = timedelta(minutes=1)  # in which the store answers
 
 
 class Endpoint(NamedTuple):
-    """Where the store is, and the address by which this node reaches it, of the interface of that name."""
+    """Where the store is, and the address and interface by which this node reaches it."""
 
     host: str
     port: int
@@ -43,8 +43,13 @@ class Endpoint(NamedTuple):
 
 
 def find_endpoint(host: str, port: int, address: str | None = None) -> Endpoint:
-    """The endpoint as this node sees it; `address` is this node's own, where the route does not tell. MachineError if the
-    name does not resolve, or no interface has the address."""
+    """The endpoint as this node sees it.
+
+    MachineError if the name does not resolve, or no interface has the address.
+
+    Args:
+        address: of this node; None: the one that packets to the host carry.
+    """
     try:
         host = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
@@ -52,7 +57,7 @@ def find_endpoint(host: str, port: int, address: str | None = None) -> Endpoint:
         raise MachineError(
             f"{host} is no known host", where="--endpoint", why=str(error), fix=fix
         ) from None
-    interfaces = own_addresses()
+    interfaces = local_addresses()
     if address is None:
         address = host if host in interfaces else route_to(host)
     if address not in interfaces:
@@ -63,15 +68,16 @@ def find_endpoint(host: str, port: int, address: str | None = None) -> Endpoint:
     return Endpoint(host, port, address, interfaces[address])
 
 
-def own_addresses() -> dict[str, str]:
+def local_addresses() -> dict[str, str]:
     """Each address of this node -> its interface."""
     import psutil
 
-    return {
-        a.address.partition("%")[0]: name
-        for name, found in psutil.net_if_addrs().items()
-        for a in found
-    }
+    interfaces = {}
+    for name, addresses in psutil.net_if_addrs().items():
+        for entry in addresses:
+            # A link-local IPv6 address ends with its interface: fe80::1%eth0.
+            interfaces[entry.address.partition("%")[0]] = name
+    return interfaces
 
 
 def family_of(address: str) -> socket.AddressFamily:
@@ -83,6 +89,7 @@ def route_to(host: str) -> str:
     """The address of this node that packets to `host` carry; nothing is sent."""
     try:
         with socket.socket(family_of(host), socket.SOCK_DGRAM) as probe:
+            # Of UDP: it only looks up the route.
             probe.connect((host, 9))
             return str(probe.getsockname()[0])
     except OSError as error:
@@ -92,49 +99,54 @@ def route_to(host: str) -> str:
         ) from None
 
 
-def hold_store(endpoint: Endpoint) -> "tuple[TCPStore, Endpoint]":
-    """The store, held by this process, and the endpoint with its port: 0 takes a free one. MachineError if it is taken."""
+def start_store(endpoint: Endpoint) -> "tuple[TCPStore, Endpoint]":
+    """The store in this process, and the endpoint with its port: 0 takes a free one.
+
+    MachineError if the port is not free.
+    """
     from torch.distributed import TCPStore
 
     try:
-        listener = socket.create_server(endpoint[:2], family=family_of(endpoint.host), backlog=1024)
-    except OSError as error:
-        why, fix = (
-            error.strerror or "",
-            "another job may use this port: give --endpoint another one",
+        # TCPStore itself would listen on every interface.
+        listener = socket.create_server(
+            (endpoint.host, endpoint.port), family=family_of(endpoint.host), backlog=1024
         )
+    except OSError as error:
         raise MachineError(
-            "the ranks' store cannot listen", where=endpoint.place, why=why, fix=fix
+            "the ranks' store cannot listen",
+            where=endpoint.place,
+            why=error.strerror or "",
+            fix="another job may use this port: give --endpoint another one",
         ) from None
     host, port = listener.getsockname()[:2]
-    descriptor = listener.detach()
     store = TCPStore(
         host,
         port,
         is_master=True,
         wait_for_workers=False,
-        timeout=ANSWER,
-        master_listen_fd=descriptor,
+        timeout=ANSWER_TIMEOUT,
+        # The store closes it.
+        master_listen_fd=listener.detach(),
     )
     return store, endpoint._replace(port=port)
 
 
-def reach_store(endpoint: Endpoint) -> "TCPStore":
-    """A connection to the store that another node holds; MachineError if there is none within JOIN seconds."""
+def connect_store(endpoint: Endpoint) -> "TCPStore":
+    """A connection to the store on another node; MachineError if none answers in JOIN_TIMEOUT."""
     from torch.distributed import DistError, TCPStore
 
-    host, port, *_ = endpoint
+    host, port = endpoint.host, endpoint.port
     try:
-        store = TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=JOIN)
-        )
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=JOIN_TIMEOUT)
     except DistError as error:
-        fix = f"start the run on that node too; tunesmith doctor --pair {shell_word(host)} says what stands between"
-        why = str(error).partition("\n")[0][:200]
+        doctor = f"tunesmith doctor --pair {shell_word(host)}"
         raise MachineError(
-            f"no answer in {JOIN:.0f} s", where=endpoint.place, why=why, fix=fix
+            f"no answer in {JOIN_TIMEOUT.total_seconds():.0f} s",
+            where=endpoint.place,
+            why=str(error).partition("\n")[0][:200],
+            fix=f"start the run on that node too; {doctor} says what stands between",
         ) from None
-    store.set_timeout(ANSWER)
+    store.set_timeout(ANSWER_TIMEOUT)
     return store
 
 
@@ -151,7 +163,8 @@ def register_backend(store: "TCPStore", endpoint: Endpoint) -> None:
         RendezvousTimeout,
     )
 
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # no second store
+    # No second store: the ranks get this one.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
     class Rendezvous(DynamicRendezvousHandler):
         """torch's own, whose ranks get the store of the nodes."""
@@ -164,21 +177,24 @@ def register_backend(store: "TCPStore", endpoint: Endpoint) -> None:
             return True
 
         def next_rendezvous(self) -> "RendezvousInfo":
-            found = super().next_rendezvous()
+            info = super().next_rendezvous()
             place = RendezvousStoreInfo(endpoint.host, endpoint.port)
-            return RendezvousInfo(found.store, found.rank, found.world_size, place)
+            return RendezvousInfo(info.store, info.rank, info.world_size, place)
 
     def create(parameters: "RendezvousParameters") -> Rendezvous:
-        # Ranks go by the nodes' names: rank 0, which writes metrics and final/, is with the store, where the run was launched.
-        name, run_id = f"{int(not endpoint.is_here)} {endpoint.address}", parameters.run_id
-        backend, limits = (
-            C10dRendezvousBackend(store, run_id),
-            RendezvousTimeout(join=timedelta(seconds=JOIN)),
-        )
-        nodes = parameters.min_nodes, parameters.max_nodes
+        # torch numbers the nodes by their names in order. Rank 0, which writes metrics and final/,
+        # must be with the store, where the run was launched: its node's name begins with 0.
+        order = 0 if endpoint.is_here else 1
         return Rendezvous.from_backend(
-            run_id, store, backend, *nodes, local_addr=name, timeout=limits
+            parameters.run_id,
+            store,
+            C10dRendezvousBackend(store, parameters.run_id),
+            parameters.min_nodes,
+            parameters.max_nodes,
+            local_addr=f"{order} {endpoint.address}",
+            timeout=RendezvousTimeout(join=JOIN_TIMEOUT),
         )
 
-    with suppress(ValueError):  # registered before
+    # ValueError: an earlier run of this process has registered it.
+    with suppress(ValueError):
         rendezvous_handler_registry.register(BACKEND, create)

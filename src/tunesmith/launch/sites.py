@@ -1,4 +1,4 @@
-"""Site profiles: what a cluster wants of each job, written once in `~/.config/tunesmith/sites.yaml`.
+"""Site profiles: what a cluster wants of each job, in `~/.config/tunesmith/sites.yaml`.
 
     alps:
       partition: gpu
@@ -9,12 +9,13 @@
       environment: {NCCL_IB_HCA: mlx5}
       sbatch: [--reservation=tuesday]         # directives, as they are
 
-The flags of `tunesmith launch slurm` win over a profile. `setup` and `sbatch` are the user's own lines and stand in the script
-unchanged; every other value is quoted there.
+The flags of `tunesmith launch slurm` win over a profile. `setup` and `sbatch` are the user's own
+lines and stand in the script unchanged; every other value is quoted there.
 """
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -27,21 +28,15 @@ from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError, UsageError
 
 # Passed on to sbatch
-DIRECTIVES = (
-    "partition",
-    "account",
-    "qos",
-    "time",
-    "constraint",
-    "mem",
-    "cpus_per_task",
-)
-WANTED = {
+DIRECTIVES = ("partition", "account", "qos", "time", "constraint", "mem", "cpus_per_task")
+# What a key takes that is not one word or number
+EXPECTED = {
     "setup": "a list of lines",
     "sbatch": "a list of options",
     "environment": "NAME: value",
     "exclusive": "true",
 }
+# YAML reads `account: 4711` as a number.
 Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 Name = Annotated[str, Predicate(str.isidentifier), Predicate(str.isascii)]
 Text = Annotated[str, BeforeValidator(str)]
@@ -69,41 +64,47 @@ class Site:
 
 
 def read_site(name: str | None) -> Site:
-    """The profile of that name, or an empty one without a name; RecipeError with the line of what is wrong in the file."""
+    """The profile of that name, or an empty one without a name.
+
+    RecipeError with the line of what is wrong in the file; UsageError where it has no such site.
+    """
     if name is None:
         return Site()
     file = sites_file()
     if not file.is_file():
-        fix = f"write it: {name}: {{partition: gpu, account: my-project}}"
         raise UsageError(
-            f"there is no site {name!r}: the file of sites is missing", where=str(file), fix=fix
+            f"there is no site {name!r}: the file of sites is missing",
+            where=str(file),
+            fix=f"write it: {name}: {{partition: gpu, account: my-project}}",
         )
     sites = dict(read_file(file).children())
     if name not in sites:
-        near = nearest(name, sites)
-        fix = f"did you mean {near}?" if near else f"one of {', '.join(sites)}"
-        raise UsageError(f"there is no site {name!r}", where=str(file), fix=fix)
-    given = dict(sites[name].children())
-    try:  # in JSON a list is a tuple
-        return TypeAdapter(Site).validate_json(
-            json.dumps({key: node.plain() for key, node in given.items()})
-        )
+        what = f"there is no site {name!r}"
+        raise UsageError(what, where=str(file), fix=_suggest(name, sites, "one of"))
+    nodes = dict(sites[name].children())
+    values = {key: node.plain() for key, node in nodes.items()}
+    try:
+        # Strict mode takes no list for a tuple; in JSON there is no other form of one.
+        return TypeAdapter(Site).validate_json(json.dumps(values))
     except ValidationError as error:
-        key, known = str(error.errors()[0]["loc"][0]), [spec.name for spec in fields(Site)]
-        what, fix = (
-            f"{key} takes {WANTED.get(key, 'one word or number')}",
-            f"see {key} in docs/slurm.md",
-        )
-        if key not in known:
-            what, near = f"there is no key {key!r} in a site", nearest(key, known)
-            fix = f"did you mean {near}?" if near else f"a site has {', '.join(known)}"
-        raise RecipeError(what, where=given[key].where, fix=fix) from None
+        key = str(error.errors()[0]["loc"][0])
+        keys = [spec.name for spec in fields(Site)]
+        if key in keys:
+            what = f"{key} takes {EXPECTED.get(key, 'one word or number')}"
+            fix = f"see {key} in docs/slurm.md"
+        else:
+            what = f"there is no key {key!r} in a site"
+            fix = _suggest(key, keys, "a site has")
+        raise RecipeError(what, where=nodes[key].where, fix=fix) from None
+
+
+def _suggest(word: str, words: Collection[str], otherwise: str) -> str:
+    """The fix for a word that is none of `words`."""
+    near = nearest(word, words)
+    return f"did you mean {near}?" if near else f"{otherwise} {', '.join(words)}"
 
 
 def sites_file() -> Path:
     """`$XDG_CONFIG_HOME/tunesmith/sites.yaml`, else below `~/.config`."""
-    return (
-        Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-        / "tunesmith"
-        / "sites.yaml"
-    )
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+    return config / "tunesmith" / "sites.yaml"

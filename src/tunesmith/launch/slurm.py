@@ -360,7 +360,7 @@ def submit(run: Run, request: Request) -> SlurmJob:
     """Write recipe and script, submit it, and note the job; MachineError in sbatch's words where it refuses."""
     for job in all_jobs():
         if isinstance(job, SlurmJob) and job.run_dir == run.output_dir:
-            job.refuse_another()
+            job.check_ended()
     text = render_script(run, request)
     script = write_recipe(run).with_name(SCRIPT)
     write_atomically(script, text)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tunesmith.errors import MachineError
 from tunesmith.launch.jobs import POLL, Job, State, last_step
-from tunesmith.launch.rendezvous import own_addresses
+from tunesmith.launch.rendezvous import local_addresses
 from tunesmith.launch.ship import SSH, Connection
 from tunesmith.launch.stack import GRACE, LABEL, SERVICE
 from tunesmith.run_dir import STOPPED
@@ -43,7 +43,7 @@ class SwarmJob(Job):
 
     def hosts(self) -> list[str]:
         """The nodes as `Connection` takes them, this one first."""
-        own = own_addresses()
+        own = local_addresses()
         return sorted("" if host in own else host for host in self.details["hosts"].split(","))
 
     def manager(self) -> Connection:

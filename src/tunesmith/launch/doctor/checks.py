@@ -141,7 +141,8 @@ def _has_code_for(chip: int, archs: list[str]) -> bool:
 
 def _clock(gpu: str, report: dict[str, Any]) -> Finding:
     """What the GPU of this name did under the load."""
-    clock, top, watts, state, *_ = [*report["load"].split(","), "", "", "", ""]
+    columns: list[str] = report["load"].split(",")
+    clock, top, watts, state, *_ = [*columns, "", "", "", ""]
     # A figure that nvidia-smi does not give is 0 here.
     values = [float(re.sub(r"[^\d.]", "", text) or 0) for text in (clock, top, watts)]
     is_capped = 0 < values[0] < 0.6 * values[1]

@@ -70,15 +70,14 @@ def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list
     if not out.startswith("{"):
         return [*findings, _why_ssh_failed(host, errors)], [here["properties"]]
     there = json.loads(out)
-    properties = [here["properties"], there["properties"]]
-    both = [
-        finding("ssh/ok", host),
-        *_compare(*properties, host),
-        *_clock_and_speed(*properties, host),
-    ]
+    ours = here["properties"]
+    theirs = there["properties"]
+    both = [finding("ssh/ok", host)]
+    both += _compare(ours, theirs, host)
+    both += _clock_and_speed(ours, theirs, host)
     findings += [Finding(**row) for row in there["findings"]]
     findings += [replace(result, host="the pair") for result in both]
-    return findings, properties
+    return findings, [ours, theirs]
 
 
 def _why_ssh_failed(host: str, errors: str) -> Finding:
