@@ -16,7 +16,7 @@ import pytest
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.hub.download import FetchProgress
 from tunesmith.launch import ship as module
-from tunesmith.launch.ship import Connection, by_content, of_cache, place_here, ship
+from tunesmith.launch.ship import Connection, by_content, cached_files, place_here, ship
 from waiting import wait_for
 
 QUIET = FetchProgress(lambda text: None)
@@ -112,10 +112,10 @@ def test_a_snapshot_of_the_hubs_cache_keeps_its_links(tmp_path: Path):
     (repo / "refs").mkdir()
     (repo / "refs/main").write_text("222")
     (repo / "refs/old").write_text("111")
-    files, links = of_cache(repo, new)
+    files, links = cached_files(repo, new)
     assert {Path(file.place).name: file.named for file in files} == {"1" * 64: True, "main": False}
     assert links == [(str(new / "model.safetensors"), f"../../blobs/{'1' * 64}")]
-    assert len(of_cache(repo)[0]) == 4
+    assert len(cached_files(repo)[0]) == 4
 
 
 def test_this_nodes_copy_does_not_change_with_its_source(tmp_path: Path):
@@ -158,13 +158,13 @@ def test_a_launcher_that_ends_leaves_no_process_on_the_other_node(
     program = f"""
 import time
 from tunesmith.launch import ship
-slow = ship._blocks
+slow = ship._Transfer._blocks
 def blocks(*words):
     for block in slow(*words):
         print("sending", flush=True)
         time.sleep(0.5)
         yield block
-ship._blocks = blocks
+ship._Transfer._blocks = blocks
 ship.ship(ship.by_content(__import__("pathlib").Path({str(big(tmp_path / "rows.jsonl", 40 << 20))!r}))[1], "spark-b",
           ship.FetchProgress(lambda text: None))
 """

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.errors import UsageError
-from tunesmith.launch.deploy import passed_variables, refuse_exposed
+from tunesmith.launch.deploy import check_exposed, passed_variables
 from tunesmith.launch.stack import LABEL, SERVICE, Stack
 
 PLAIN = Stack(
@@ -200,8 +200,8 @@ def test_folders_with_keys_and_tokens_are_refused(
     (tmp_path / "link").symlink_to(tmp_path / name)
     for path in (tmp_path / name, tmp_path / "link"):
         with pytest.raises(UsageError, match="not given to a container"):
-            refuse_exposed(path)
-    refuse_exposed(tmp_path / "runs" / "mine")
+            check_exposed(path)
+    check_exposed(tmp_path / "runs" / "mine")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_folders_with_keys_and_tokens_are_refused(
 def test_the_systems_folders_are_refused(path: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/u")
     with pytest.raises(UsageError, match="is private"):
-        refuse_exposed(Path(path))
+        check_exposed(Path(path))
 
 
 MERGED = {"NCCL_IB_HCA": "=rocep1s0f1,roceP2p1s0f1", "NCCL_IB_MERGE_NICS": "1"}

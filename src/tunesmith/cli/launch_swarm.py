@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
             extra=args.stack_extra,
             render=args.render,
             debug=args.debug,
-            say=notify,
+            notify=notify,
         )
     if job is not None:
         announce(job, "is deployed")

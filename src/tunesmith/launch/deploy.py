@@ -1,6 +1,7 @@
-"""`launch swarm`: bring a run to nodes that share no disk, and hand it to Swarm, which starts it again where it fails.
+"""`launch swarm`: bring a run to nodes that share no disk, and start it as a service of Swarm.
 
-Files, model and image go over the cable, from this node alone; then the launcher ends.
+Files, model and image go over the cable, from this node alone; then the launcher ends. Swarm restarts
+a run that fails.
 """
 
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, TunesmithError, UsageError, is_secret_name
@@ -23,7 +25,7 @@ from tunesmith.launch.ship import (
     ShippedFile,
     by_content,
     by_place,
-    of_cache,
+    cached_files,
     place_here,
     require_image,
     ship,
@@ -32,13 +34,16 @@ from tunesmith.launch.ship import (
 from tunesmith.launch.stack import LABEL, Stack
 from tunesmith.launch.swarm import GPU, SwarmJob, SwarmNode, find_nodes, in_swarm
 
+# Variables of this environment that the ranks get
 PASSED_ON = re.compile(
-    r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS|WANDB_(PROJECT|ENTITY|MODE)"
+    r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS"
+    r"|WANDB_(PROJECT|ENTITY|MODE)"
 )
-SYSTEM = [
-    Path("/", name)
-    for name in "bin boot dev etc lib lib64 proc run sbin sys usr var/run var/lib/docker".split()
-]
+SYSTEM_FOLDERS = (
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr"),
+    *("/var/run", "/var/lib/docker"),
+)
+PRIVATE_NAMES = (".ssh", ".docker", ".gnupg", ".netrc")  # in the home folder
 
 
 def launch_on_swarm(
@@ -51,156 +56,204 @@ def launch_on_swarm(
     extra: Path | None = None,
     render: bool = False,
     debug: bool = False,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> SwarmJob | None:
-    """Bring all that a run needs to the nodes, and start it there; raises what `find_nodes`, `fetch` and `ship` do. A launch
-    that fails leaves no service or secret. `render`: print the stack file instead, without secrets."""
-    for path in (out := Path(run.output_dir).absolute(), *recipe_inputs(run)):
-        refuse_exposed(path)
+    """Bring all that a run needs to the nodes, and start it there.
+
+    A launch that fails leaves no service or secret.
+
+    Args:
+        nodes, hosts: as of `find_nodes`.
+        extra: a file of the user's that is laid over the stack file.
+        render: print the stack file instead, without secrets.
+
+    Raises:
+        What `find_nodes`, `fetch` and `ship` do.
+    """
+    out = Path(run.output_dir).absolute()
+    inputs = recipe_inputs(run)
+    for path in (out, *inputs):
+        check_exposed(path)
     if render and not in_swarm():
-        stack = stack_without_swarm(out, hosts, nodes, restarts, say)
+        stack = stack_without_swarm(out, hosts, nodes, restarts, notify)
     else:
         chosen, excluded, manager = find_nodes(hosts, nodes)
+        # Before large files are read, fetched and sent.
         if not render:
-            require_image(image)  # before large files are read, fetched and sent
-        stack = replace(plan_stack(out, chosen, restarts, say), excluded=tuple(excluded))
-    shipped = [(path, *by_content(path)) for path in recipe_inputs(run)]
-    stack = replace(
-        stack,
-        image=image,
-        debug=debug,
-        mounts=tuple((place, str(path)) for path, place, _ in shipped),
-    )
+            require_image(image)
+        stack = replace(plan_stack(out, chosen, restarts, notify), excluded=tuple(excluded))
+    files: list[ShippedFile] = []
+    mounts = []
+    for path in inputs:
+        place, inside = by_content(path)
+        files += inside
+        mounts.append((place, str(path)))
+    stack = replace(stack, image=image, debug=debug, mounts=tuple(mounts))
     if render:
         print(stack.text(extra), end="")
         return None
-    job = SwarmJob(
-        stack.name, stack.run_dir, details={"hosts": ",".join(node.address for node in chosen)}
-    )
+    addresses = ",".join(node.address for node in chosen)
+    job = SwarmJob(stack.name, stack.run_dir, details={"hosts": addresses})
     job.check_ended()
-    files, links = hub_files(run)
-    files += [file for *_, found in shipped for file in found]
+    _prepare_nodes(run, job, chosen, files, stack.cache, notify)
+    # Swarm asks no registry for an id.
+    [image_id] = {ship_image(image, node.host) for node in chosen}
+    _start_service(job, replace(stack, image=image_id), manager, extra)
+    return job
+
+
+def _prepare_nodes(
+    run: Run,
+    job: SwarmJob,
+    nodes: Sequence[SwarmNode],
+    inputs: Sequence[ShippedFile],
+    cache: Sequence[str],
+    notify: Callable[[str], None],
+) -> None:
+    """Bring the files of a run to all nodes: its inputs, what it has of the Hub, and its note."""
+    cached, links = hub_files(run)
     recipe = write_recipe(run)
     save_job(job)
+    files = [*cached, *inputs]
     place_here(files)
+    # By the note `status`, `logs` and `stop` work on each node.
     files += [by_place(recipe), by_place(state_folder() / f"{job.name}.json")]
-    for node in chosen:
-        bring(files, links, [str(recipe.parent), *stack.cache], node, say)
-    [image_id] = {ship_image(image, node.host) for node in chosen}
-    stack = replace(stack, image=image_id)  # Swarm asks no registry for an id
+    for node in nodes:
+        bring(files, links, [str(recipe.parent), *cache], node, notify)
+
+
+def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Path | None) -> None:
+    """Have the swarm start the stack; where that fails nothing of it stays."""
     try:
-        job.clean()  # of an earlier launch
+        # What an earlier launch has left.
+        job.clean()
         with Connection(manager) as connection:
-            stack = replace(stack, secrets=tuple(make_secrets(stack.name, connection)))
-            words = (
-                "docker",
-                "stack",
-                "deploy",
-                "--resolve-image",
-                "never",
-                "--compose-file",
-                "-",
-                stack.name,
-            )
-            connection.run(*words, given=stack.text(extra))
+            stack = replace(stack, secrets=create_secrets(stack.name, connection))
+            text = stack.text(extra)
+            flags = ("--resolve-image", "never", "--compose-file", "-")
+            connection.run("docker", "stack", "deploy", *flags, stack.name, text=text)
     except BaseException:
         with suppress(TunesmithError):
             job.clean()
         raise
-    return job
 
 
-def refuse_exposed(path: Path) -> None:
-    """UsageError for what no container may have: the system, and a folder with keys, tokens or the docker socket."""
+def check_exposed(path: Path) -> None:
+    """UsageError for what no container may have: the system, keys, tokens, docker's socket."""
     from huggingface_hub import constants
 
     home = Path.home()
-    own = [home / name for name in (".ssh", ".docker", ".gnupg", ".netrc")]
+    private = [Path(folder) for folder in SYSTEM_FOLDERS]
+    private += [home / name for name in PRIVATE_NAMES]
+    private += [Path(constants.HF_TOKEN_PATH), home]
+    # A link is checked by its own name too.
     for place in (path, path.resolve()):
-        for folder in (*SYSTEM, *own, Path(constants.HF_TOKEN_PATH), home):
-            if folder.is_relative_to(place) or (folder != home and place.is_relative_to(folder)):
-                why, fix = (
-                    f"{folder} is private",
-                    "name a folder of its own, and copy there what is needed",
-                )
+        for folder in private:
+            is_above = folder.is_relative_to(place)
+            # A run's folder may be in the home folder.
+            is_inside = folder != home and place.is_relative_to(folder)
+            if is_above or is_inside:
                 raise UsageError(
-                    f"{path} is not given to a container", where=str(path), why=why, fix=fix
+                    f"{path} is not given to a container",
+                    where=str(path),
+                    why=f"{folder} is private",
+                    fix="name a folder of its own, and copy there what is needed",
                 )
 
 
 def plan_stack(
-    out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callable[[str], None]
+    out: Path, nodes: Sequence[SwarmNode], restarts: int, notify: Callable[[str], None]
 ) -> Stack:
-    """The stack of a run directory on these nodes, which are looked at; without image, mounts and secrets. `say` takes
-    warnings; MachineError where the nodes differ in a way that the run would meet."""
+    """The stack of a run directory on these nodes, without image, mounts and secrets.
+
+    The nodes are looked at. MachineError where they differ in a way that the run would meet.
+
+    notify: takes warnings.
+    """
     looks = []
     for node in nodes:
         with Connection(node.host) as connection:
             looks.append(connection.ask("look"))
-    for node, found in zip(nodes, looks, strict=True):
-        if found["user"] != looks[0]["user"]:
-            what, why = (
-                f"you are user {found['user']} on {found['host']}",
-                f"here you are {looks[0]['user']}",
-            )
-            raise MachineError(
-                what,
-                where="uid and gid",
-                why=why,
-                fix="use accounts of the same numbers: usermod -u",
-            )
-        if node.gpus != nodes[0].gpus or (found["gpu"] and not node.gpus):
-            what = f"{found['host']} offers the swarm {node.gpus or 'no GPU'}"
-            why, fix = (
-                f"this node {nodes[0].gpus or 'none'}",
-                "tunesmith doctor --fix, on each node",
-            )
-            raise MachineError(what, where="docker node inspect", why=why, fix=fix)
-        for name in [
-            name for links in found["rdma"].values() for name, mtu in links.items() if mtu != "9000"
-        ]:
-            say(
-                f"warning: {name} on {found['host']} has not MTU 9000, and is slow: ip link set {name} mtu 9000"
-            )
-    passed = passed_variables(sorted({device for found in looks for device in found["rdma"]}))
-    address = route_to(nodes[1].address) if nodes[1:] else "127.0.0.1"
+    devices = set()
+    for node, look in zip(nodes, looks, strict=True):
+        _check_alike(node, look, nodes[0], looks[0])
+        for device, mtus in look["rdma"].items():
+            devices.add(device)
+            for name, mtu in mtus.items():
+                if mtu != "9000":
+                    what = f"{name} on {look['host']} has not MTU 9000, and is slow"
+                    notify(f"warning: {what}: ip link set {name} mtu 9000")
+    address = route_to(nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
+    # A port that is free now.
     with socket.socket(family_of(address)) as probe:
         probe.bind((address, 0))
-        endpoint = Endpoint(address, probe.getsockname()[1], address, "").place
-    cache = str(caches()["HF_HUB_CACHE"]), str(caches()["HF_DATASETS_CACHE"])
+        endpoint = Endpoint(address, probe.getsockname()[1], address, "")
+    folders = caches()
     return Stack(
-        name=name_of_run("swarm", str(out)), run_dir=str(out), image="", nodes=len(nodes), endpoint=endpoint,
-        restarts=restarts, cache=cache, user=tuple(looks[0]["user"]), gpus=nodes[0].gpus,
-        environment=tuple(sorted(passed.items())),
-    )  # fmt: skip
+        name=name_of_run("swarm", str(out)),
+        run_dir=str(out),
+        image="",
+        nodes=len(nodes),
+        endpoint=endpoint.place,
+        restarts=restarts,
+        cache=(str(folders["HF_HUB_CACHE"]), str(folders["HF_DATASETS_CACHE"])),
+        user=tuple(looks[0]["user"]),
+        gpus=nodes[0].gpus,
+        environment=tuple(sorted(passed_variables(sorted(devices)).items())),
+    )
+
+
+def _check_alike(
+    node: SwarmNode, look: dict[str, Any], here: SwarmNode, look_here: dict[str, Any]
+) -> None:
+    """MachineError where a node has other users or GPUs than this one; `look`: of `Receiver`."""
+    # Files of the run belong to one user on all nodes.
+    if look["user"] != look_here["user"]:
+        raise MachineError(
+            f"you are user {look['user']} on {look['host']}",
+            where="uid and gid",
+            why=f"here you are {look_here['user']}",
+            fix="use accounts of the same numbers: usermod -u",
+        )
+    offers_no_gpu = look["gpu"] and not node.gpus
+    if node.gpus != here.gpus or offers_no_gpu:
+        raise MachineError(
+            f"{look['host']} offers the swarm {node.gpus or 'no GPU'}",
+            where="docker node inspect",
+            why=f"this node {here.gpus or 'none'}",
+            fix="tunesmith doctor --fix, on each node",
+        )
 
 
 def stack_without_swarm(
-    out: Path, hosts: Sequence[str], count: int | None, restarts: int, say: Callable[[str], None]
+    out: Path, hosts: Sequence[str], count: int | None, restarts: int, notify: Callable[[str], None]
 ) -> Stack:
-    """The stack for as many nodes as the flags name, all as this one; nothing is asked of Docker or of another node."""
+    """The stack for as many nodes as the flags name, all as this one.
+
+    Nothing is asked of Docker or of another node.
+    """
     nodes = count or 1 + len(hosts)
     gpus = count_gpus()
     here = SwarmNode("", "", (GPU[0], gpus) if gpus else None)
-    stack = plan_stack(out, [here], restarts, say)
-    say(
-        f"warning: this node is in no swarm, or docker does not answer: rendered for --nodes {nodes} such as this one"
-    )
+    stack = plan_stack(out, [here], restarts, notify)
+    what = "this node is in no swarm, or docker does not answer"
+    notify(f"warning: {what}: rendered for --nodes {nodes} such as this one")
     if nodes == 1:
         return stack
+    # The address that others reach is not to be seen here.
     port = stack.endpoint.rpartition(":")[2]
     return replace(stack, nodes=nodes, endpoint=f"{socket.gethostname()}:{port}")
 
 
 def passed_variables(rdma_devices: Sequence[str]) -> dict[str, str]:
-    """The variables of this environment that ranks get, and those that NCCL needs for RDMA unless they are set here."""
+    """The variables that ranks get: of this environment, and those that NCCL needs for RDMA."""
     passed = {
         name: value
         for name, value in os.environ.items()
         if PASSED_ON.fullmatch(name) and not is_secret_name(name)
     }
     if rdma_devices:
-        # Exact names; a port of a Spark has two
+        # `=`: exact names. A port of a Spark has two.
         passed.setdefault("NCCL_IB_HCA", "=" + ",".join(rdma_devices))
     if "NCCL_IB_HCA" in passed:
         passed.setdefault(*MERGE_NICS)
@@ -208,35 +261,51 @@ def passed_variables(rdma_devices: Sequence[str]) -> dict[str, str]:
 
 
 def hub_files(run: Run) -> tuple[list[ShippedFile], list[tuple[str, str]]]:
-    """Get what a recipe names from the Hub into this node's cache -> its files and links (place, target) there."""
+    """Get what a recipe names from the Hub into this node's cache.
+
+    Returns:
+        The files, and the links (place, target), as they are to be on every node.
+    """
     models = filter(None, (run.model.name, run.model.tokenizer, run.adapter.from_))
-    names, sources = [name for name in models if not os.path.isabs(name)], hub_sources(run)
+    names = [name for name in models if not os.path.isabs(name)]
+    sources = hub_sources(run)
+    # The imports below take seconds.
     if not names and not sources:
         return [], []
     from datasets import config
 
     from tunesmith.data.source import read_rows
-    from tunesmith.hub.fetch import fetch, fetch_without_weights, repo_cache
+    from tunesmith.hub.fetch import repo_cache
 
-    cached: list[tuple[Path, Path | None]] = []
+    files: list[ShippedFile] = []
+    links: list[tuple[str, str]] = []
+
+    def add(folder: Path, snapshot: Path | None = None) -> None:
+        cached, linked = cached_files(folder, snapshot)
+        files.extend(cached)
+        links.extend(linked)
+
     for name in names:
-        if name == run.model.name:
-            snapshot = fetch(run.model)
-        elif name == run.model.tokenizer:
-            snapshot = fetch_without_weights(name)
-        else:
-            from tunesmith.adapter.peft_files import find_adapter  # which loads torch
-
-            snapshot = find_adapter(name)
-        cached.append((repo_cache(name), snapshot))
+        add(repo_cache(name), _fetch_snapshot(run, name))
     for source in sources:
+        # Which loads it into the caches.
         read_rows(source)
-        cached.append((repo_cache(source.source, "dataset"), None))
-        cached.append((Path(config.HF_DATASETS_CACHE, source.source.replace("/", "___")), None))
-    listed = [of_cache(folder, snapshot) for folder, snapshot in cached]
-    return [file for files, _ in listed for file in files], [
-        link for _, links in listed for link in links
-    ]
+        add(repo_cache(source.source, "dataset"))
+        add(Path(config.HF_DATASETS_CACHE, source.source.replace("/", "___")))
+    return files, links
+
+
+def _fetch_snapshot(run: Run, name: str) -> Path:
+    """The folder of a model, tokenizer or adapter of the recipe in the Hub's cache."""
+    from tunesmith.hub.fetch import fetch, fetch_without_weights
+
+    if name == run.model.name:
+        return fetch(run.model)
+    if name == run.model.tokenizer:
+        return fetch_without_weights(name)
+    from tunesmith.adapter.peft_files import find_adapter  # loads torch
+
+    return find_adapter(name)
 
 
 def bring(
@@ -244,31 +313,38 @@ def bring(
     links: Sequence[tuple[str, str]],
     folders: Sequence[str],
     node: SwarmNode,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
-    """Make a node's folders, and bring it the files and links; MachineError where a folder cannot be written to."""
+    """Make a node's folders, and bring it the files and links.
+
+    MachineError where a folder cannot be written to.
+    """
     from tunesmith.hub.download import FetchProgress
 
     with Connection(node.host) as connection:
         for folder in folders:
             connection.run("mkdir", "-p", folder)
             connection.run("test", "-w", folder)
+    # This node has them.
     if not node.host:
         return
-    sent = ship(files, node.host, FetchProgress())
+    sent_bytes = ship(files, node.host, FetchProgress())
     with Connection(node.host) as connection:
         for place, target in links:
             connection.run("mkdir", "-p", os.path.dirname(place))
             connection.run("ln", "-sfn", target, place)
-    say(f"{node.host}: {sent:,} bytes sent")
+    notify(f"{node.host}: {sent_bytes:,} bytes sent")
 
 
-def make_secrets(name: str, manager: Connection) -> list[tuple[str, str]]:
-    """Give the swarm the Hub's token and the keys of trackers that the user has -> as `Stack.secrets`. They go by standard
-    input: not to a file, a command line or a log."""
-    made = []
+def create_secrets(name: str, manager: Connection) -> tuple[tuple[str, str], ...]:
+    """Give the swarm the Hub's token and the user's keys of trackers -> as `Stack.secrets`.
+
+    They go by standard input: not to a file, a command line or a log.
+    """
+    label = f"{LABEL}={name}"
+    secrets = []
     for source, content in find_secrets().items():
-        made.append((source, f"{name}-{source.lower()}-{time.time_ns()}"))
-        words = ("docker", "secret", "create", "--label", f"{LABEL}={name}", made[-1][1], "-")
-        manager.run(*words, given=content)
-    return made
+        secret = f"{name}-{source.lower()}-{time.time_ns()}"
+        manager.run("docker", "secret", "create", "--label", label, secret, "-", text=content)
+        secrets.append((source, secret))
+    return tuple(secrets)

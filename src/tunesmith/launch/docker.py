@@ -1,7 +1,8 @@
 """`launch docker`: the ranks of this machine in a container.
 
-It sees what the recipe reads and writes, each at its own path, and the caches of the Hub and of tunesmith: nothing else of
-the user's files. Tokens reach it in files that are deleted as soon as it runs; the container keeps what was mounted.
+It sees what the recipe reads and writes, each at its own path, and the caches of the Hub and of
+tunesmith: nothing else of the user's files. Tokens reach it in files that are deleted as soon as it
+runs; the container keeps what was mounted.
 """
 
 import csv
@@ -35,13 +36,21 @@ from tunesmith.launch.jobs import (
 GPU = Path("/dev/nvidiactl")
 # Variables that mean the same in the container, and whose values `docker inspect` may show.
 PASSED = re.compile(
-    r"HF_HUB_OFFLINE|HF_ENDPOINT|(HTTPS?|NO)_PROXY|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|(NCCL|WANDB)_\w+",
+    r"HF_HUB_OFFLINE|HF_ENDPOINT|(HTTPS?|NO)_PROXY|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS"
+    r"|(NCCL|WANDB)_\w+",
     re.I,
 )
-# /dev/shm is a bound, not an allocation: NCCL's buffers between ranks. `docker stop` waits until a large model is saved.
-LIMITS = ("--shm-size=16g", "--ulimit=memlock=-1", "--ulimit=stack=67108864", "--stop-timeout=3600")
+LIMITS = (
+    # A bound of /dev/shm, not an allocation: NCCL's buffers between ranks
+    "--shm-size=16g",
+    "--ulimit=memlock=-1",
+    "--ulimit=stack=67108864",
+    # `docker stop` waits until a large model is saved.
+    "--stop-timeout=3600",
+)
 TOOLKIT = "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
-FAULTS = {  # words of docker -> what is wrong, and its fix
+# Words of docker -> what is wrong, and its fix
+FAULTS = {
     "permission denied while trying": (
         "you may not use Docker",
         "sudo usermod -aG docker $USER, then log in again",
@@ -62,12 +71,12 @@ class Mount(NamedTuple):
     target: str = ""
 
     def text(self) -> str:
-        """The value of docker's --mount, which is a line of CSV: a comma in a name stays in the name."""
+        """The value of docker's --mount: a line of CSV, so that a comma in a name stays there."""
         fields = ["type=bind", f"source={self.path}", f"target={self.target or self.path}"]
+        if not self.writable:
+            fields.append("readonly")
         line = io.StringIO()
-        csv.writer(line, lineterminator="").writerow(
-            fields if self.writable else [*fields, "readonly"]
-        )
+        csv.writer(line, lineterminator="").writerow(fields)
         return line.getvalue()
 
 
@@ -77,19 +86,26 @@ class DockerJob(Job):
     def container(self) -> State | None:
         """What Docker says of it; None where it has none of that name."""
         form = "--format={{.State.Status}} {{.State.ExitCode}}"
-        found = _docker("inspect", "--type=container", form, self.name, check=False)
-        if found.returncode:
+        inspected = _docker("inspect", "--type=container", form, self.name, check=False)
+        if inspected.returncode:
             return None
-        status, code = found.stdout.split()
+        status, code = inspected.stdout.split()
         if status in ("exited", "dead"):
             return State("ended", f"exit code {code}")
-        return State("waiting" if status == "created" else "running", "starts")
+        if status == "created":
+            return State("waiting", "starts")
+        return State("running", "starts")
 
     def state(self) -> State:
-        container, run = self.container(), super().state()
-        return run if container is None or container.phase == run.phase else container
+        container = self.container()
+        run = super().state()
+        # Where both agree, the run directory says more.
+        if container is None or container.phase == run.phase:
+            return run
+        return container
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
+        # The container is removed when somebody has waited for its end.
         if self.container() is None:
             yield from super().read_log(follow=False)
             return
@@ -99,9 +115,10 @@ class DockerJob(Job):
         ) as logs:
             yield from logs.stdout or ()
 
-    def stop(self, say: Callable[[str], None] = lambda text: None) -> str:
-        if (container := self.container()) is None or container.phase != "running":
-            return super().stop(say)
+    def stop(self, notify: Callable[[str], None] = lambda text: None) -> str:
+        container = self.container()
+        if container is None or container.phase != "running":
+            return super().stop(notify)
         _docker("kill", "--signal=SIGTERM", self.name)
         return "asked to save and end"
 
@@ -116,53 +133,59 @@ def _docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]
         raise MachineError(
             "docker is not installed", where="PATH", fix="sudo apt-get install docker.io"
         ) from None
+    if done.returncode == 0:
+        return done
+    where = f"docker {words[0]}"
     why = mask(done.stderr.strip())[:600]
-    known = [fault for said, fault in FAULTS.items() if said in why]
-    if done.returncode and (known or check):
-        what, fix = (
-            known[0]
-            if known
-            else (f"docker {words[0]} failed", "docker info says how Docker is set up")
-        )
-        raise MachineError(what, where=f"docker {words[0]}", why=why, fix=fix)
+    for text, (what, fix) in FAULTS.items():
+        if text in why:
+            raise MachineError(what, where=where, why=why, fix=fix)
+    if check:
+        fix = "docker info says how Docker is set up"
+        raise MachineError(f"{where} failed", where=where, why=why, fix=fix)
     return done
 
 
 def find_mounts(run: Run) -> list[Mount]:
-    """What the container sees of this machine; UsageError where that would show it keys, the Hub's token or Docker."""
-    from huggingface_hub import constants
+    """What the container sees of this machine.
 
+    UsageError where that would show it keys, the Hub's token or Docker.
+    """
     folders = [Path(folder) for folder in (run.output_dir, run.log.tensorboard_dir) if folder]
     mounts = [Mount(folder, writable=True) for folder in [*folders, *caches().values()]]
     inputs = recipe_inputs(run)
-    # Links out of it, as a snapshot of the Hub's cache has them
+    # A snapshot of the Hub's cache is links to files beside it.
     for folder in filter(Path.is_dir, list(inputs)):
-        links = filter(Path.is_symlink, folder.rglob("*"))
-        inputs += [Path(os.path.abspath(link.parent / link.readlink())) for link in links]
+        for link in filter(Path.is_symlink, folder.rglob("*")):
+            inputs.append(Path(os.path.abspath(link.parent / link.readlink())))
     for path in dict.fromkeys(inputs):
         if not any(path.is_relative_to(mount.path) for mount in mounts):
             mounts.append(Mount(path))
-    private = [
-        Path("~/.ssh").expanduser(),
-        Path(constants.HF_TOKEN_PATH),
-        Path("/var/run/docker.sock"),
-    ]
-    for path in (mount.path.resolve() for mount in mounts):
-        if shown := [hidden for hidden in private if hidden.resolve().is_relative_to(path)]:
-            what, why = (
-                f"the container would see {shown[0]}",
-                "a folder is mounted with all that is in it",
-            )
-            raise UsageError(
-                what, where=str(path), why=why, fix="name a folder that does not hold it"
-            )
+    for mount in mounts:
+        _check_private(mount.path.resolve())
     return mounts
 
 
-def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = False) -> list[str]:
-    """The words that `docker create` takes, each one argument; UsageError for a value that cannot be one.
+def _check_private(path: Path) -> None:
+    """UsageError where a path is above keys, the Hub's token or Docker's socket."""
+    from huggingface_hub import constants
 
-    The working directory is only a name there: what the run tells of paths starts from it, as here.
+    token = Path(constants.HF_TOKEN_PATH)
+    for private in (Path("~/.ssh").expanduser(), token, Path("/var/run/docker.sock")):
+        if private.resolve().is_relative_to(path):
+            raise UsageError(
+                f"the container would see {private}",
+                where=str(path),
+                why="a folder is mounted with all that is in it",
+                fix="name a folder that does not hold it",
+            )
+
+
+def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = False) -> list[str]:
+    """The words that `docker create` takes; UsageError for a value that cannot be an argument.
+
+    The working directory is only a name in the container: what the run prints of paths starts from
+    it, as here.
     """
     if not re.fullmatch(r"\w[\w.:/@-]*", image, re.ASCII):
         raise UsageError(
@@ -173,20 +196,22 @@ def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = Fal
         f"--label=tunesmith.run_dir={job.run_dir}",
         f"--workdir={os.getcwd()}",
         "--init",
+        *LIMITS,
+        "--security-opt=no-new-privileges",
+        f"--user={os.getuid()}:{os.getgid()}",
     ]
-    words += [*LIMITS, "--security-opt=no-new-privileges", f"--user={os.getuid()}:{os.getgid()}"]
-    # A group alone may read a file
+    # A file may be readable for a group alone.
     words += [f"--group-add={group}" for group in os.getgroups() if group]
-    words += ["--gpus=all"] if GPU.exists() else []
+    if GPU.exists():
+        words.append("--gpus=all")
     words += [f"--mount={mount.text()}" for mount in mounts]
     paths = {**caches(), "HF_TOKEN_PATH": Path(SECRETS, "HF_TOKEN")}
     words += [f"--env={name}={path}" for name, path in paths.items()]
-    named = {
-        name: value
-        for name, value in os.environ.items()
-        if PASSED.fullmatch(name) and not is_secret_name(name)
-    }
-    words += [f"--env={name}" for name, value in sorted(named.items()) if mask(value) == value]
+    for name, value in sorted(os.environ.items()):
+        is_secret = is_secret_name(name) or mask(value) != value
+        # Docker takes the value from its own environment: it is on no command line.
+        if PASSED.fullmatch(name) and not is_secret:
+            words.append(f"--env={name}")
     words += [image, "python", *agent_words(recipe_file(job.run_dir), debug=debug, ranks="auto")]
     return [safe_value(word, word.partition("=")[0]) for word in words]
 
@@ -199,33 +224,45 @@ def docker_job(run: Run) -> DockerJob:
 @contextmanager
 def _secret_files() -> Iterator[list[Mount]]:
     """What `find_secrets` has, in files that only this user can read, gone when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:  # 0700
-        files = {Path(folder, name): value for name, value in find_secrets().items()}
-        for file, value in files.items():
+    mounts = []
+    # Its mode is 0700.
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
+        for name, value in find_secrets().items():
+            file = Path(folder, name)
             file.touch(mode=0o600)
             file.write_text(value, encoding="utf-8")
-        yield [Mount(file, target=f"{SECRETS}/{file.name}") for file in files]
+            mounts.append(Mount(file, target=f"{SECRETS}/{name}"))
+        yield mounts
 
 
 def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
-    """Start the run in a container that outlives this process. UsageError or MachineError before anything runs."""
-    job, mounts = docker_job(run), find_mounts(run)
+    """Start the run in a container that outlives this process.
+
+    UsageError or MachineError before anything runs.
+    """
+    job = docker_job(run)
+    mounts = find_mounts(run)
+    # Wrong values end it here, before a file is written.
     create_words(job, image, mounts)
-    if (before := job.container()) is not None and before.phase == "running":
+    previous = job.container()
+    if previous is not None and previous.phase == "running":
         fix = f"tunesmith stop {shell_word(job.name)}, or another one: output_dir=runs/my-run"
         raise UsageError(
             "a container trains in this run directory already", where=job.name, fix=fix
         )
     if _docker("image", "inspect", image, check=False).returncode:
-        fix = f"in a clone: docker build -f docker/Dockerfile -t {shell_word(image)} . (see docs/docker.md)"
+        build = f"docker build -f docker/Dockerfile -t {shell_word(image)} ."
         raise MachineError(
-            f"there is no image {image} on this machine", where="docker image inspect", fix=fix
+            f"there is no image {image} on this machine",
+            where="docker image inspect",
+            fix=f"in a clone: {build} (see docs/docker.md)",
         )
     write_recipe(run)
     for mount in mounts:
+        # Docker mounts only what is there.
         if mount.writable:
             mount.path.mkdir(parents=True, exist_ok=True)
-    if before is not None:
+    if previous is not None:
         _docker("rm", job.name)
     with _secret_files() as secrets:
         _docker("create", *create_words(job, image, [*mounts, *secrets], debug=debug))
@@ -239,14 +276,23 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
 
 
 def follow_container(job: DockerJob) -> int:
-    """Show what a container says until it ends, hand stop signals on to it, and remove it -> its exit code."""
-    for number in map(signal.Signals.__getitem__, NAMES):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-            signal.signal(
-                number, lambda got, _: _docker("kill", f"--signal={got}", job.name, check=False)
-            )
-    # In a session of its own: ctrl-C comes to this process, and what the run says while it saves is still shown.
+    """Show what a container prints until it ends, and remove it -> its exit code.
+
+    Stop signals go on to the container.
+    """
+
+    def forward(number: int, frame: object) -> None:
+        _docker("kill", f"--signal={number}", job.name, check=False)
+
+    for name in NAMES:
+        number = signal.Signals[name]
+        # nohup ignores SIGHUP for its command, which stays so.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, forward)
+    # In a session of its own: ctrl-C comes to this process alone, and what the run prints while it
+    # saves is still shown.
     subprocess.run(["docker", "logs", "--follow", job.name], start_new_session=True, check=False)
     code = int(_docker("wait", job.name).stdout)
     _docker("rm", job.name)
+    # 128 and a signal's number: the container was killed.
     return code if code < 128 else EXIT_FAILED

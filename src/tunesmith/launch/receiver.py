@@ -1,7 +1,8 @@
-"""The other node's side of `ship`: a program for its plain python3 (3.8 or newer), which ssh hands over and runs there.
+"""The other node's side of `ship`: a program for its plain python3 (3.8 or newer), sent by ssh.
 
-It imports the standard library alone. It reads a JSON command a line, some followed by bytes, answers each with a JSON line,
-and ends when its input does or nothing comes for QUIET seconds: a launcher that was killed leaves nothing here.
+It imports the standard library alone. It reads a JSON command a line, some followed by bytes,
+answers each with a JSON line, and ends when its input does or nothing comes for QUIET seconds: a
+launcher that was killed leaves nothing here.
 """
 
 import glob
@@ -19,32 +20,32 @@ BLOCK = 1 << 20  # bytes
 
 
 class Receiver:
-    """Each public method but `serve` is a command; its arguments come as JSON, and so goes what it returns."""
+    """Each public method but `serve` is a command; arguments and results are JSON."""
 
     def __init__(self, data: BinaryIO) -> None:
         self.data = data
 
     def look(self) -> Dict[str, Any]:  # noqa: UP006
-        """Who this is, and its RDMA devices whose link is up, with the MTU of each one's network interfaces."""
+        """Who this is, and {RDMA device whose link is up: {its network interface: MTU}}."""
         rdma = {}
         for device in sorted(glob.glob("/sys/class/infiniband/*")):
             if "ACTIVE" in _text(device + "/ports/1/state"):
-                names = [os.path.basename(path) for path in glob.glob(device + "/device/net/*")]
-                rdma[os.path.basename(device)] = {
-                    name: _text("/sys/class/net/" + name + "/mtu") for name in names
-                }
-        gpu = os.path.exists("/dev/nvidiactl")
+                mtus = {}
+                for path in glob.glob(device + "/device/net/*"):
+                    name = os.path.basename(path)
+                    mtus[name] = _text("/sys/class/net/" + name + "/mtu")
+                rdma[os.path.basename(device)] = mtus
         return {
             "host": socket.gethostname(),
             "user": [os.getuid(), os.getgid()],
-            "gpu": gpu,
+            "gpu": os.path.exists("/dev/nvidiactl"),
             "rdma": rdma,
         }
 
-    def run(self, words: List[str], given: str = "") -> List[Any]:  # noqa: UP006
+    def run(self, words: List[str], text: str = "") -> List[Any]:  # noqa: UP006
         """A command's exit code, output and errors."""
         try:
-            done = subprocess.run(words, input=given.encode(), capture_output=True, check=False)
+            done = subprocess.run(words, input=text.encode(), capture_output=True, check=False)
         except OSError as error:
             return [127, "", f"{words[0]}: {error.strerror}"]
         return [
@@ -54,22 +55,20 @@ class Receiver:
         ]
 
     def have(self, files: List[List[Any]]) -> List[Optional[List[int]]]:  # noqa: UP006,UP045
-        """For each [place, bytes, SHA-256, whether its name tells its content] the pieces that are there; null: all."""
-        found: List[Optional[List[int]]] = []  # noqa: UP006,UP045
+        """For each [place, bytes, SHA-256, whether its name tells its content] the pieces here.
+
+        None: the file is here.
+        """
+        pieces: List[Optional[List[int]]] = []  # noqa: UP006,UP045
         for place, size, digest, named in files:
-            if (
-                os.path.isfile(place)
-                and os.path.getsize(place) == size
-                and (named or _digest(place) == digest)
-            ):
-                found.append(None)
+            has_size = os.path.isfile(place) and os.path.getsize(place) == size
+            if has_size and (named or _digest(place) == digest):
+                pieces.append(None)
             else:
-                found.append(
-                    sorted(
-                        {int(line) for line in _text(_partial(place, digest) + ".pieces").split()}
-                    )
-                )
-        return found
+                journal = _text(_partial(place, digest) + ".pieces")
+                # A piece that two attempts have brought is there twice.
+                pieces.append(sorted({int(line) for line in journal.split()}))
+        return pieces
 
     def put(self, place: str, digest: str, index: int, start: int, count: int) -> bool:
         """Write piece `index` of a file at `start`: the `count` bytes that follow the command."""
@@ -80,6 +79,7 @@ class Receiver:
             while count:
                 signal.alarm(QUIET)
                 block = self.data.read(min(count, BLOCK))
+                # The launcher is gone. The piece is not in the journal, and is sent again.
                 if not block:
                     sys.exit(1)
                 file.write(block)
@@ -88,20 +88,24 @@ class Receiver:
             journal.write(f"{index}\n")
         return True
 
-    def seal(self, place: str, digest: str) -> bool:
+    def commit(self, place: str, digest: str) -> bool:
         """Give a file its name if its content is what was to be sent; else remove it."""
         partial = _partial(place, digest)
-        whole = _digest(partial) == digest
+        is_whole = _digest(partial) == digest
         os.unlink(partial + ".pieces")
-        os.replace(partial, place) if whole else os.unlink(partial)
-        return whole
+        if is_whole:
+            os.replace(partial, place)
+        else:
+            os.unlink(partial)
+        return is_whole
 
     def serve(self) -> None:
         """Answer commands until the input ends."""
         while True:
             signal.alarm(QUIET)
             line = self.data.readline()
-            signal.alarm(0)  # a command may hash for minutes
+            # A command may hash for minutes.
+            signal.alarm(0)
             if not line:
                 return
             command = json.loads(line)
@@ -112,16 +116,19 @@ class Receiver:
                 answer = {"error": f"{error.filename}: {error.strerror}"}
             sys.stdout.write(json.dumps(answer) + "\n")
             sys.stdout.flush()
-            if "error" in answer and name == "put":  # its bytes are still in the input
+            # Its bytes are still in the input, where the next command would be read.
+            if "error" in answer and name == "put":
                 return
 
 
 def _partial(place: str, digest: str) -> str:
+    """Where a file is written until it is whole."""
     head, name = os.path.split(place)
     return os.path.join(head, f".{name[:200]}.{digest[:16]}.partial")
 
 
 def _text(path: str) -> str:
+    """A file's text; empty where there is none."""
     try:
         with open(path) as file:
             return file.read().strip()
@@ -130,8 +137,8 @@ def _text(path: str) -> str:
 
 
 def _digest(path: str) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(BLOCK), b""):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,8 +1,9 @@
-"""The stack file of a run on a Docker swarm: one service, one task a node, whose ranks meet by themselves.
+"""The stack file of a run on a Docker swarm: one service of one task a node.
 
-Swarm passes no devices to a container (moby/swarmkit#1244): with NVIDIA's runtime as the default one, NVIDIA_MOFED=enabled
-asks it for /dev/infiniband. It ignores `ipc` and `shm_size`: shared memory is a tmpfs mount. No ssh server, no docker
-socket, no folder with a token is in the container; it runs as the user who launched it.
+Swarm passes no devices to a container (moby/swarmkit#1244): with NVIDIA's runtime as the default
+one, NVIDIA_MOFED=enabled asks it for /dev/infiniband. Swarm ignores `ipc` and `shm_size`: shared
+memory is a tmpfs mount. No ssh server, no docker socket, no folder with a token is in the
+container; it runs as the user who launched it.
 """
 
 from collections.abc import Mapping
@@ -19,17 +20,26 @@ LABEL = "tunesmith.job"  # on all that a launch makes: clean-up removes nothing 
 SERVICE = "ranks"
 SHM = 16 << 30  # bytes at most; what is not used takes no memory
 GRACE = 3600  # seconds that the ranks have to save
-HUB, DATASETS = "/cache/hub", "/cache/datasets"  # in the container
-_REPLACED = ("command", "entrypoint")  # lists that an extra file replaces; it adds to others
+# In the container
+HUB = "/cache/hub"
+DATASETS = "/cache/datasets"
+# Lists that an extra file replaces; it adds to others.
+_REPLACED = ("command", "entrypoint")
 
 
 @dataclass(frozen=True)
 class Stack:
     """What a stack file is made of.
 
-    `endpoint`: HOST:PORT that the ranks meet at. `gpus`: (kind, count) of the generic resource that each node has, or None.
-    `excluded`: ids of the swarm's nodes that get no task. `mounts`: (place on each node, path in the container) of what the
-    recipe reads. `secrets`: (file below SECRETS, the secret's name). `debug`: collect logs. `environment`: of the user.
+    Attributes:
+        endpoint: HOST:PORT that the ranks meet at.
+        cache: the folders of HUB and DATASETS on each node.
+        gpus: (kind, count) of the generic resource that each node has, or None.
+        excluded: ids of the swarm's nodes that get no task.
+        mounts: (place on each node, path in the container) of what the recipe reads.
+        secrets: (file below SECRETS, the secret's name).
+        environment: of the user.
+        debug: collect logs.
     """
 
     name: str
@@ -49,108 +59,136 @@ class Stack:
 
     def values(self) -> dict[str, Any]:
         """The stack file's content."""
-        flags = {
-            "nodes": self.nodes,
-            "endpoint": self.endpoint,
-            "id": self.name,
-            "restarts": self.restarts,
-        }
-        shared = [(self.run_dir, self.run_dir), *zip(self.cache, (HUB, DATASETS), strict=True)]
-        user, group = map(str, self.user)
-        service = {
-            "image": self.image,
-            "command": [
-                "python",
-                *agent_words(recipe_file(self.run_dir), debug=self.debug, stopped=0, **flags),
-            ],
-            "user": f"{user}:{group}",
-            "init": True,
-            "working_dir": "/tmp",
-            "stop_grace_period": f"{GRACE}s",
-            "environment": {
-                "HOME": "/tmp",
-                "HF_HUB_CACHE": HUB,
-                "HF_DATASETS_CACHE": DATASETS,
-                "TUNESMITH_CACHE": f"{self.run_dir}/launch/cache",
-                "NVIDIA_MOFED": "enabled",
-                "HF_TOKEN_PATH": f"{SECRETS}/HF_TOKEN",
-                **dict(self.environment),
-            },
-            "networks": ["host"],
-            "ulimits": {"memlock": -1, "stack": 64 << 20},
-            "volumes": [
-                *({"type": "bind", "source": place, "target": path} for place, path in shared),
-                *(
-                    {"type": "bind", "source": place, "target": path, "read_only": True}
-                    for place, path in self.mounts
-                ),
-                {"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM}},
-            ],
-            "secrets": [
-                {"source": s, "target": s, "uid": user, "gid": group, "mode": 0o400}
-                for s, _ in self.secrets
-            ],
-            "labels": {LABEL: self.name},
-            "deploy": self._deploy(),
-        }
         return {
             "version": "3.8",
-            "services": {SERVICE: service},
+            "services": {SERVICE: self._service()},
             "networks": {"host": {"external": True, "name": "host"}},
             "secrets": {source: {"external": True, "name": name} for source, name in self.secrets},
         }
 
-    def _deploy(self) -> dict[str, Any]:
-        again = {"condition": "on-failure", "delay": "5s", "max_attempts": self.restarts}
-        specs = [
-            {"discrete_resource_spec": {"kind": kind, "value": count}}
-            for kind, count in filter(None, [self.gpus])
+    def _service(self) -> dict[str, Any]:
+        words = agent_words(
+            recipe_file(self.run_dir),
+            debug=self.debug,
+            # Swarm would start a run again that was stopped and saved, which ends with 75.
+            stopped=0,
+            nodes=self.nodes,
+            endpoint=self.endpoint,
+            id=self.name,
+            restarts=self.restarts,
+        )
+        user, group = map(str, self.user)
+        environment = {
+            "HOME": "/tmp",
+            "HF_HUB_CACHE": HUB,
+            "HF_DATASETS_CACHE": DATASETS,
+            "TUNESMITH_CACHE": f"{self.run_dir}/launch/cache",
+            "NVIDIA_MOFED": "enabled",
+            "HF_TOKEN_PATH": f"{SECRETS}/HF_TOKEN",
+        }
+        secrets = [
+            {"source": source, "target": source, "uid": user, "gid": group, "mode": 0o400}
+            for source, _ in self.secrets
         ]
         return {
+            "image": self.image,
+            "command": ["python", *words],
+            "user": f"{user}:{group}",
+            "init": True,
+            "working_dir": "/tmp",
+            "stop_grace_period": f"{GRACE}s",
+            "environment": environment | dict(self.environment),
+            "networks": ["host"],
+            # RDMA locks the memory of its buffers.
+            "ulimits": {"memlock": -1, "stack": 64 << 20},
+            "volumes": self._volumes(),
+            "secrets": secrets,
+            "labels": {LABEL: self.name},
+            "deploy": self._deploy(),
+        }
+
+    def _volumes(self) -> list[dict[str, Any]]:
+        hub, datasets = self.cache
+        volumes: list[dict[str, Any]] = []
+        for place, path in ((self.run_dir, self.run_dir), (hub, HUB), (datasets, DATASETS)):
+            volumes.append({"type": "bind", "source": place, "target": path})
+        for place, path in self.mounts:
+            volumes.append({"type": "bind", "source": place, "target": path, "read_only": True})
+        volumes.append({"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM}})
+        return volumes
+
+    def _deploy(self) -> dict[str, Any]:
+        # Swarm reads 0 attempts as any number of them.
+        restart_policy: dict[str, Any] = {"condition": "none"}
+        if self.restarts:
+            restart_policy = {
+                "condition": "on-failure",
+                "delay": "5s",
+                "max_attempts": self.restarts,
+            }
+        deploy: dict[str, Any] = {
             "mode": "replicated",
             "replicas": self.nodes,
             "placement": {
                 "max_replicas_per_node": 1,
                 "constraints": [f"node.id!={node}" for node in self.excluded],
             },
-            "restart_policy": again
-            if self.restarts
-            else {"condition": "none"},  # 0 attempts would be any number
+            "restart_policy": restart_policy,
             "labels": {LABEL: self.name},
-            **({"resources": {"reservations": {"generic_resources": specs}}} if specs else {}),
         }
+        if self.gpus:
+            kind, count = self.gpus
+            spec = {"discrete_resource_spec": {"kind": kind, "value": count}}
+            deploy["resources"] = {"reservations": {"generic_resources": [spec]}}
+        return deploy
 
     def text(self, extra: Path | None = None) -> str:
-        """The file; `extra` is a file of the user's whose content is laid over it. UsageError for a value with a line break."""
+        """The file; UsageError for a value with a line break.
+
+        extra: a file of the user's whose content is laid over it.
+        """
         from ruamel.yaml import YAML
-        from ruamel.yaml.error import YAMLError
 
         values = _quoted(self.values())
         if extra is not None:
-            try:
-                more = YAML(typ="safe", pure=True).load(extra.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, YAMLError) as error:
-                why = str(error).splitlines()[0]
-                raise UsageError(
-                    "the extra file cannot be read", where=str(extra), why=why, fix="correct it"
-                ) from None
-            if not isinstance(more, Mapping):
-                fix = "services: {ranks: {volumes: [...]}}"
-                raise UsageError("the extra file is not a stack file", where=str(extra), fix=fix)
-            values = _laid_over(values, more)
+            values = _laid_over(values, _read_extra(extra))
         for kind in ("networks", "secrets", "configs", "volumes"):
-            for made in values.get(kind, {}).values():
-                if not made.get("external"):
-                    made.setdefault("labels", {})[LABEL] = self.name
-        yaml, out = YAML(), StringIO()
+            for entry in values.get(kind, {}).values():
+                if not entry.get("external"):
+                    entry.setdefault("labels", {})[LABEL] = self.name
+        yaml = YAML()
+        # No text is broken into lines.
         yaml.width = 1 << 20
+        out = StringIO()
         yaml.dump(values, out)
         return out.getvalue()
 
 
+def _read_extra(file: Path) -> Mapping[str, Any]:
+    """The content of a user's stack file; UsageError where it is none."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        values = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UsageError(
+            "the extra file cannot be read",
+            where=str(file),
+            why=str(error).splitlines()[0],
+            fix="correct it",
+        ) from None
+    if not isinstance(values, Mapping):
+        fix = "services: {ranks: {volumes: [...]}}"
+        raise UsageError("the extra file is not a stack file", where=str(file), fix=fix)
+    return values
+
+
 def _quoted(value: Any) -> Any:
-    """The same with each text in quotes (docker reads YAML 1.1, where `on` is true), one line long, and `$` doubled, which
-    docker would otherwise take for a variable."""
+    """The same with each text in quotes, one line long, and with `$` doubled.
+
+    docker reads YAML 1.1, where a plain `on` is true, and takes `$NAME` for a variable.
+    """
     from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
     if isinstance(value, dict):
@@ -163,11 +201,12 @@ def _quoted(value: Any) -> Any:
 
 
 def _laid_over(base: Any, more: Any, key: str = "") -> Any:
+    """`base` with the keys of `more` merged into it; `key`: the one that both are the value of."""
     if isinstance(base, dict) and isinstance(more, Mapping):
-        return {
-            **base,
-            **{name: _laid_over(base.get(name), value, str(name)) for name, value in more.items()},
-        }
+        merged = dict(base)
+        for name, value in more.items():
+            merged[name] = _laid_over(base.get(name), value, str(name))
+        return merged
     if isinstance(base, list) and isinstance(more, list) and key not in _REPLACED:
         return [*base, *more]
     return more

@@ -1,6 +1,7 @@
 """A run on a Docker swarm as a job, from any of its nodes, and the nodes that a run can take.
 
-Commands that only a manager takes go to one by ssh. Docker's own command line is used on every node, with its rights.
+Commands that only a manager takes go to one by ssh. Docker's own command line is used on every
+node, with the user's rights.
 """
 
 import json
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from tunesmith.errors import MachineError
 from tunesmith.launch.jobs import POLL, Job, State, last_step
@@ -19,14 +21,24 @@ from tunesmith.launch.ship import SSH, Connection
 from tunesmith.launch.stack import GRACE, LABEL, SERVICE
 from tunesmith.run_dir import STOPPED
 
-GPU = ("NVIDIA_GPU", "NVIDIA-GPU")  # generic resources, as guides name them
-PROGRESS = 10.0  # seconds between two lines of a stop that waits
-ENDED = {"Complete", "Failed", "Shutdown", "Rejected", "Orphaned", "Remove"}  # states of a task
+# Generic resources, as guides name them
+GPU = ("NVIDIA_GPU", "NVIDIA-GPU")
+# Seconds between two lines of a stop that waits
+NOTIFY_EVERY = 10.0
+# Seconds that Swarm has to remove containers before they are removed by force
+REMOVE_TIMEOUT = 20.0
+# States of a task
+ENDED = {"Complete", "Failed", "Shutdown", "Rejected", "Orphaned", "Remove"}
 
 
 @dataclass(frozen=True)
 class SwarmNode:
-    """A node of the swarm as `Connection` takes it, its address, the kind and count of its GPUs as a generic resource."""
+    """A node of the swarm.
+
+    Attributes:
+        host: as `Connection` takes it.
+        gpus: kind and count of them as a generic resource; None: it has none.
+    """
 
     host: str
     address: str
@@ -43,39 +55,46 @@ class SwarmJob(Job):
 
     def hosts(self) -> list[str]:
         """The nodes as `Connection` takes them, this one first."""
-        own = local_addresses()
-        return sorted("" if host in own else host for host in self.details["hosts"].split(","))
+        local = local_addresses()
+        return sorted("" if host in local else host for host in self.details["hosts"].split(","))
 
     def manager(self) -> Connection:
-        """A connection to a node that takes commands for the swarm; MachineError where none is reached."""
-        fix = "start docker on the node that manages the swarm, or: docker node promote NODE"
-        fault = MachineError(
-            "no node that manages the swarm is reached", where=self.details["hosts"], fix=fix
+        """A connection to a node that takes commands for the swarm.
+
+        MachineError where none is reached.
+        """
+        unreached = MachineError(
+            "no node that manages the swarm is reached",
+            where=self.details["hosts"],
+            fix="start docker on the node that manages the swarm, or: docker node promote NODE",
         )
         for host in self.hosts():
             try:
                 with ExitStack() as stack:
-                    connection = stack.enter_context(Connection(host))
-                    if (
-                        connection.run(
-                            "docker", "info", "--format", "{{.Swarm.ControlAvailable}}"
-                        ).strip()
-                        == "true"
-                    ):
+                    node = stack.enter_context(Connection(host))
+                    is_manager = node.run(
+                        "docker", "info", "--format", "{{.Swarm.ControlAvailable}}"
+                    )
+                    if is_manager.strip() == "true":
+                        # The caller closes it.
                         stack.pop_all()
-                        return connection
+                        return node
             except MachineError as error:
-                fault = error
-        raise fault
+                unreached = error
+        raise unreached
 
     def tasks(self, manager: Connection) -> list[dict[str, str]] | None:
-        """The newest task of each slot: Node, CurrentState, Error; None where there is no such service."""
+        """The newest task of each slot: Node, CurrentState, Error; None: there is no service."""
         words = ["docker", "service", "ps", "--no-trunc", "--format", "{{json .}}", self.service]
         code, out, _ = manager.ask("run", words=words)
+        if code:
+            return None
         slots: dict[str, dict[str, str]] = {}
-        for task in map(json.loads, out.splitlines()):
+        for line in out.splitlines():
+            task = json.loads(line)
+            # The newest of a slot comes first. An older one is ` \_ NAME`.
             slots.setdefault(task["Name"].split()[-1], task)
-        return None if code else list(slots.values())
+        return list(slots.values())
 
     def state(self) -> State:
         try:
@@ -85,105 +104,124 @@ class SwarmJob(Job):
             return State("gone", f"{error.what}: {error.why or error.where}")
         if tasks is None:
             return super().state()
-        said = [
-            f"{task['Node'] or 'no node'} {task['CurrentState'].lower()} {task['Error']}".strip()
-            for task in tasks
-        ]
-        states = {task["CurrentState"].split()[0] for task in tasks}
-        text = "; ".join(filter(None, [*said, last_step(self.run_dir)]))
-        if "Running" in states:
-            return State("running", text)
-        if not states <= ENDED:
-            return State("waiting", text)
-        stopped = ["stopped, saved"] if self.has_written(STOPPED) else []
-        return State("ended", "; ".join(filter(None, [*said, *stopped, last_step(self.run_dir)])))
+        states = {_state_of(task) for task in tasks}
+        texts = []
+        for task in tasks:
+            node = task["Node"] or "no node"
+            texts.append(f"{node} {task['CurrentState'].lower()} {task['Error']}".strip())
+        has_ended = states <= ENDED
+        if has_ended and self.has_written(STOPPED):
+            texts.append("stopped, saved")
+        text = "; ".join(filter(None, [*texts, last_step(self.run_dir)]))
+        if has_ended:
+            return State("ended", text)
+        return State("running" if "Running" in states else "waiting", text)
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
         with self.manager() as manager:
-            there, known = manager.host, self.tasks(manager) is not None
-        if not known:
+            host = manager.host
+            tasks = self.tasks(manager)
+        if tasks is None:
             yield from super().read_log(follow=follow)
             return
-        words = [
-            "docker",
-            "service",
-            "logs",
-            "--raw",
-            *(["--follow"] if follow else []),
-            self.service,
-        ]
-        command = [*SSH, "--", there, shlex.join(words)] if there else words
+        command = ["docker", "service", "logs", "--raw"]
+        if follow:
+            command.append("--follow")
+        command.append(self.service)
+        if host:
+            command = [*SSH, "--", host, shlex.join(command)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             assert process.stdout is not None
             os.set_blocking(process.stdout.fileno(), False)
-            over, quiet = False, 0
+            is_over = False
+            quiet_polls = 0
             try:
                 while True:
-                    if text := process.stdout.read():
+                    text = process.stdout.read()
+                    if text:
                         yield text.decode(errors="replace")
-                    elif over or process.poll() is not None:
+                    elif is_over or process.poll() is not None:
                         return
-                    else:  # docker goes on to wait when all tasks have ended
-                        quiet += 1
-                        over = follow and quiet % 4 == 0 and not self.state().at_work
+                    else:
+                        # docker follows on when all tasks have ended. Their state is asked for
+                        # less often, as that takes an ssh connection.
+                        quiet_polls += 1
+                        if follow and quiet_polls % 4 == 0:
+                            is_over = not self.state().at_work
                         time.sleep(POLL)
             finally:
                 process.kill()
 
-    def stop(self, say: Callable[[str], None] = lambda text: None) -> str:
-        """Ask the ranks to save, wait for their end, and remove what the launch made on all nodes."""
+    def stop(self, notify: Callable[[str], None] = lambda text: None) -> str:
+        """Ask the ranks to save, wait for their end, and remove what the launch made everywhere."""
         with self.manager() as manager:
             tasks = self.tasks(manager)
             if tasks:
-                say(f"the ranks are asked to save and end; they have {GRACE // 60} minutes for it")
+                notify(
+                    f"the ranks are asked to save and end; they have {GRACE // 60} minutes for it"
+                )
                 manager.run(
                     "docker", "service", "update", "--detach", "--replicas", "0", self.service
                 )
             began = time.monotonic()
-            said_at = began
+            notified_at = began
             while tasks and time.monotonic() - began < GRACE + 60:
                 time.sleep(POLL)
-                down = manager.run(
-                    "docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}"
-                ).splitlines()
-                lost = {line.split()[1] for line in down if not line.startswith("Ready")}
-                left = self.tasks(manager) or []
-                tasks = [
-                    t
-                    for t in left
-                    if t["CurrentState"].split()[0] not in ENDED and t["Node"] not in lost
-                ]
-                if tasks and time.monotonic() - said_at >= PROGRESS:
-                    said_at = time.monotonic()
+                tasks = self.tasks_at_work(manager)
+                if tasks and time.monotonic() - notified_at >= NOTIFY_EVERY:
+                    notified_at = time.monotonic()
                     nodes = ", ".join(sorted(task["Node"] or "no node" for task in tasks))
                     step = last_step(self.run_dir) or "before the first step"
-                    say(f"after {said_at - began:.0f} s ranks are at work on {nodes}; {step}")
+                    seconds = notified_at - began
+                    notify(f"after {seconds:.0f} s ranks are at work on {nodes}; {step}")
         lost_hosts = self.clean()
-        return f"ended and removed; {Job.state(self).text}" + "".join(
-            f"; {host} is not reached" for host in lost_hosts
-        )
+        line = f"ended and removed; {Job.state(self).text}"
+        return "; ".join([line, *(f"{host} is not reached" for host in lost_hosts)])
+
+    def tasks_at_work(self, manager: Connection) -> list[dict[str, str]]:
+        """The tasks that have not ended, but for those of nodes that are lost."""
+        rows = manager.run("docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}")
+        lost = {row.split()[1] for row in rows.splitlines() if not row.startswith("Ready")}
+        tasks = self.tasks(manager) or []
+        return [task for task in tasks if _state_of(task) not in ENDED and task["Node"] not in lost]
 
     def clean(self) -> list[str]:
-        """Remove the service, secrets, configs and networks that carry our label, and such containers on each node; the nodes
-        that are not reached."""
-        mark, lost = f"label={LABEL}={self.name}", []
+        """Remove what carries our label -> the nodes that are not reached.
+
+        That is the service, secrets, configs and networks of the swarm, and containers of each
+        node.
+        """
+        mark = f"label={LABEL}={self.name}"
         with self.manager() as manager:
             for kind in ("service", "secret", "config", "network"):
-                if found := manager.run("docker", kind, "ls", "--quiet", "--filter", mark).split():
-                    manager.run("docker", kind, "rm", *found)
+                ids = manager.run("docker", kind, "ls", "--quiet", "--filter", mark).split()
+                if ids:
+                    manager.run("docker", kind, "rm", *ids)
+        lost_hosts = []
         for host in self.hosts():
             try:
                 with Connection(host) as node:
-                    deadline = time.monotonic() + 20  # seconds that Swarm has for it
-                    while found := node.run(
-                        "docker", "ps", "--all", "--quiet", "--filter", mark
-                    ).split():
-                        time.sleep(POLL)
-                        if time.monotonic() > deadline:
-                            node.ask("run", words=["docker", "rm", "--force", *found])
+                    _remove_containers(node, mark)
             except MachineError:
-                lost.append(host)
-        return lost
+                lost_hosts.append(host)
+        return lost_hosts
+
+
+def _state_of(task: dict[str, str]) -> str:
+    """`Running` of `Running 3 minutes ago`."""
+    return task["CurrentState"].split()[0]
+
+
+def _remove_containers(node: Connection, mark: str) -> None:
+    """Wait until Swarm has removed a node's containers with this label, or remove them."""
+    deadline = time.monotonic() + REMOVE_TIMEOUT
+    while True:
+        ids = node.run("docker", "ps", "--all", "--quiet", "--filter", mark).split()
+        if not ids:
+            return
+        time.sleep(POLL)
+        if time.monotonic() > deadline:
+            node.ask("run", words=["docker", "rm", "--force", *ids])
 
 
 def in_swarm() -> bool:
@@ -196,60 +234,90 @@ def in_swarm() -> bool:
 
 
 def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode], list[str], str]:
-    """The nodes to train on, this one first; the ids of the swarm's other nodes; the manager as `Connection` takes it.
+    """The nodes to train on, this one first; the ids of the swarm's other nodes; the manager.
 
-    `hosts` names the others; without, all that are ready are taken. MachineError unless they are `count`."""
+    MachineError unless they are `count`.
+
+    Args:
+        hosts: the other nodes; empty: all that are ready, up to `count`.
+
+    Returns:
+        The manager is as `Connection` takes it.
+    """
     with Connection("") as here:
         swarm = json.loads(here.run("docker", "info", "--format", "{{json .Swarm}}"))
     if swarm["LocalNodeState"] != "active":
-        fix = "docker swarm init --advertise-addr ADDRESS-ON-THE-CABLE, and on the other node the line that it prints"
         raise MachineError(
-            "this node is in no swarm", where="docker info", why=swarm["LocalNodeState"], fix=fix
+            "this node is in no swarm",
+            where="docker info",
+            why=swarm["LocalNodeState"],
+            fix="docker swarm init --advertise-addr ADDRESS-ON-THE-CABLE, "
+            "and on the other node the line that it prints",
         )
-    manager = "" if swarm["ControlAvailable"] else _address(swarm["RemoteManagers"][0]["Addr"])
+    manager = ""
+    if not swarm["ControlAvailable"]:
+        manager = _address(swarm["RemoteManagers"][0]["Addr"])
     with Connection(manager) as connection:
         ids = connection.run("docker", "node", "ls", "--quiet").split()
-        listed = {
-            node["ID"]: node
-            for node in json.loads(connection.run("docker", "node", "inspect", *ids))
-        }
-    up = [node for node in ids if listed[node]["Status"]["State"] == "ready"]
-    up = [node for node in up if listed[node]["Spec"]["Availability"] == "active"]
+        inspected = json.loads(connection.run("docker", "node", "inspect", *ids))
+    infos = {info["ID"]: info for info in inspected}
+    ready = [id_ for id_ in ids if _is_ready(infos[id_])]
+    # Node id -> the host that ssh takes, as far as it was named
     chosen = {swarm["NodeID"]: ""}
-    for host in hosts:
-        with Connection(host) as connection:
-            chosen.setdefault(
-                connection.run("docker", "info", "--format", "{{.Swarm.NodeID}}").strip(), host
-            )
-    for node in () if hosts else up[:]:
-        if len(chosen) < (count or len(up)):
-            chosen.setdefault(node, "")
-    names = {node: about["Description"]["Hostname"] for node, about in listed.items()}
-    away = [names.get(node, host) for node, host in chosen.items() if node not in up]
-    if away or len(chosen) != (count or len(chosen)):
-        what = (
-            f"{away[0]} is not ready in this swarm"
-            if away
-            else f"--nodes {count}, and there are {len(chosen)}"
-        )
-        fix = "docker swarm join on each, and as many --hosts as --nodes"
-        raise MachineError(what, where="docker node ls", fix=fix)
+    if hosts:
+        for host in hosts:
+            with Connection(host) as connection:
+                id_ = connection.run("docker", "info", "--format", "{{.Swarm.NodeID}}").strip()
+            chosen.setdefault(id_, host)
+    else:
+        for id_ in ready:
+            if len(chosen) < (count or len(ready)):
+                chosen.setdefault(id_, "")
+    _check_chosen(chosen, infos, ready, count)
     nodes = []
-    for node, host in chosen.items():
-        address = (
-            _address(listed[node].get("ManagerStatus", {}).get("Addr", ""))
-            or listed[node]["Status"]["Addr"]
-        )
-        specs = [
-            s
-            for r in listed[node]["Description"]["Resources"].get("GenericResources", ())
-            for s in r.values()
-        ]
-        found = [s for s in specs if s["Kind"] in GPU]  # a count, or one entry a GPU with its UUID
-        count_here = sum(s["Value"] if isinstance(s["Value"], int) else 1 for s in found)
-        gpus = (found[0]["Kind"], count_here) if count_here else None
-        nodes.append(SwarmNode("" if node == swarm["NodeID"] else host or address, address, gpus))
-    return nodes, [node for node in ids if node not in chosen], manager
+    for id_, host in chosen.items():
+        info = infos[id_]
+        # The Status of a manager may have 0.0.0.0.
+        manager_address = _address(info.get("ManagerStatus", {}).get("Addr", ""))
+        address = manager_address or info["Status"]["Addr"]
+        is_here = id_ == swarm["NodeID"]
+        nodes.append(SwarmNode("" if is_here else host or address, address, _gpus_of(info)))
+    excluded = [id_ for id_ in ids if id_ not in chosen]
+    return nodes, excluded, manager
+
+
+def _is_ready(info: dict[str, Any]) -> bool:
+    """Whether a node is up and takes tasks; `info`: of `docker node inspect`."""
+    return info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
+
+
+def _check_chosen(
+    chosen: dict[str, str], infos: dict[str, dict[str, Any]], ready: list[str], count: int | None
+) -> None:
+    """MachineError unless all chosen nodes are ready in this swarm, and they are `count`."""
+    fix = "docker swarm join on each, and as many --hosts as --nodes"
+    for id_, host in chosen.items():
+        if id_ not in ready:
+            name = infos[id_]["Description"]["Hostname"] if id_ in infos else host
+            what = f"{name} is not ready in this swarm"
+            raise MachineError(what, where="docker node ls", fix=fix)
+    if count and len(chosen) != count:
+        what = f"--nodes {count}, and there are {len(chosen)}"
+        raise MachineError(what, where="docker node ls", fix=fix)
+
+
+def _gpus_of(info: dict[str, Any]) -> tuple[str, int] | None:
+    """Kind and count of the GPUs that a node offers the swarm; None: none."""
+    kind = ""
+    count = 0
+    for resource in info["Description"]["Resources"].get("GenericResources", ()):
+        # {"DiscreteResourceSpec": {"Kind": ..., "Value": 2}}, or a NamedResourceSpec for each GPU,
+        # whose value is its UUID.
+        for spec in resource.values():
+            if spec["Kind"] in GPU:
+                kind = kind or spec["Kind"]
+                count += spec["Value"] if isinstance(spec["Value"], int) else 1
+    return (kind, count) if count else None
 
 
 def _address(endpoint: str) -> str:
