@@ -1,8 +1,9 @@
 """`launch slurm`: a batch script for one run; submitted, and found again.
 
-Each node starts one node agent. The script names the head node by Slurm's own means, asks the ranks to save before the time
-limit, and puts itself back into the queue. Nothing of the submitting shell's environment enters the job but the variables that
-the script shows: Slurm keeps a job's environment on the controller's disk, where a token would stay.
+Each node starts one node agent. The script names the head node by Slurm's own means, asks the ranks
+to save before the time limit, and puts itself back into the queue. Nothing of the submitting
+shell's environment enters the job but the variables that the script shows: Slurm keeps a job's
+environment on the controller's disk, where a token would stay.
 """
 
 import math
@@ -40,14 +41,18 @@ from tunesmith.model.shapes import config_of_model
 from tunesmith.model.spec import read_spec
 from tunesmith.run_dir import STOP_FILE
 
-SCRIPT, LOG = "slurm.sh", "slurm"  # names in the folder `launch` of the run directory
-WARNING = 300  # seconds before the time limit at which the run is asked to save, at least; a short limit has less
-STEP_AND_CLOCK = (
-    60  # of them for the step under way, and for Slurm's clock, which goes by the minute
-)
-# Bytes/s of a checkpoint where none of the run is there to be measured: a shared disk that several nodes write to.
+# Names in the folder `launch` of the run directory
+SCRIPT = "slurm.sh"
+LOG = "slurm"
+# Seconds before the time limit at which the run is asked to save, at least; a short limit has less
+WARNING = 300
+# Of them for the step under way, and for Slurm's clock, which goes by the minute
+STEP_AND_CLOCK = 60
+# Bytes/s of a checkpoint where none of the run is there to be measured: a shared disk that several
+# nodes write to
 ASSUMED_DISK = 1e9
-WAITING = (
+# States of a job. Slurm has more, which are those of a job that runs.
+WAITING = {
     "PENDING",
     "CONFIGURING",
     "REQUEUED",
@@ -55,24 +60,42 @@ WAITING = (
     "REQUEUE_FED",
     "SPECIAL_EXIT",
     "RESV_DEL_HOLD",
-)
-ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
-# Variables of the submitting shell that the job gets, but for those with the name or the form of a secret.
+}
+ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+}
+# Variables of the submitting shell that the job gets, but for those with the name or the form of a
+# secret.
 EXPORTED = re.compile(
-    r"PATH|LD_LIBRARY_PATH|PYTHONPATH|XDG_CACHE_HOME|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|TOKEN_PATH|ENDPOINT)"
-    r"|WANDB_(PROJECT|ENTITY|MODE|BASE_URL|NAME)|TUNESMITH_(CACHE|DEBUG|HEARTBEAT_SECONDS)|(NCCL|GLOO|UCX)_[A-Z0-9_]+"
+    r"PATH|LD_LIBRARY_PATH|PYTHONPATH|XDG_CACHE_HOME"
+    r"|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|TOKEN_PATH|ENDPOINT)"
+    r"|WANDB_(PROJECT|ENTITY|MODE|BASE_URL|NAME)"
+    r"|TUNESMITH_(CACHE|DEBUG|HEARTBEAT_SECONDS)|(NCCL|GLOO|UCX)_[A-Z0-9_]+"
 )
 
 # The same for every job: the values are above it in the script.
 BODY = r"""
 say() { echo "$(date +%FT%T) job $SLURM_JOB_ID: $*"; }
 newest() { ls -d "$run"/checkpoint-*/manifest.json 2>/dev/null | sort -V | tail -n 1; }
-address_of() { getent ahostsv4 "$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')" | awk 'NR == 1 {print $1}'; }
+address_of() {
+    local name
+    name=$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    getent ahostsv4 "$name" | awk 'NR == 1 {print $1}'
+}
 
 export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1  # what is above is for every node
 attempt=${SLURM_RESTART_COUNT:-0}
 stop_file=$run/launch/stop-$SLURM_JOB_ID  # of `tunesmith stop`
-if [ "$attempt" -gt "$max_requeues" ]; then  # Slurm itself requeues after a lost node, without a bound
+# Slurm itself requeues after a lost node, without a bound.
+if [ "$attempt" -gt "$max_requeues" ]; then
     say "requeued $attempt times, which is more than $max_requeues: it ends here"
     exit 1
 fi
@@ -86,18 +109,25 @@ host=127.0.0.1 port=$((20000 + SLURM_JOB_ID % 10000))
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
     host=$(address_of "${nodes[0]}")
-    case $host in 127.*)  # the node's own hosts file: what the other nodes reach is the address of the route to them
-        host=$(ip -4 route get "$(address_of "${nodes[1]}")" | sed -n 's/.* src \([^ ]*\).*/\1/p') ;;
+    # From the node's own hosts file: what the other nodes reach is the address of the route to
+    # them.
+    case $host in 127.*)
+        host=$(ip -4 route get "$(address_of "${nodes[1]}")" |
+            sed -n 's/.* src \([^ ]*\).*/\1/p') ;;
     esac
 fi
 
-say "start $attempt on $SLURM_JOB_NODELIST, GPUs of a node: ${SLURM_GPUS_ON_NODE:-none}, rendezvous $host:$port"
-before=$(newest) requeue= asked= srun=
-trap 'requeue=1; say "the time limit is near: the run saves and ends"; kill -USR1 $srun' USR1  # srun hands it on
-# Slurm sends SIGTERM to the steps too. After the warning it is the time limit; else scancel, after which no job starts again.
-trap '[ -n "$requeue" ] || asked=scancel; say "SIGTERM: the run saves and ends"' TERM
-srun --kill-on-bad-exit=1 --wait=120 --mpi=none --ntasks-per-node=1 "${container[@]}" "$python" -m tunesmith.launch.node \
-    --nodes "$SLURM_JOB_NUM_NODES" --ranks "$ranks" --endpoint "$host:$port" --id "$SLURM_JOB_ID" "${debug[@]}" \
+say "start $attempt on $SLURM_JOB_NODELIST, GPUs of a node: ${SLURM_GPUS_ON_NODE:-none}," \
+    "rendezvous $host:$port"
+previous=$(newest) requeue= stopped_by= srun=
+# srun hands the signal on.
+trap 'requeue=1; say "the time limit is near: the run saves and ends"; kill -USR1 $srun' USR1
+# Slurm sends SIGTERM to the steps too. After the warning it is the time limit; else scancel, after
+# which no job starts again.
+trap '[ -n "$requeue" ] || stopped_by=scancel; say "SIGTERM: the run saves and ends"' TERM
+srun --kill-on-bad-exit=1 --wait=120 --mpi=none --ntasks-per-node=1 "${container[@]}" \
+    "$python" -m tunesmith.launch.node --nodes "$SLURM_JOB_NUM_NODES" --ranks "$ranks" \
+    --endpoint "$host:$port" --id "$SLURM_JOB_ID" "${debug[@]}" \
     -- train "$run/launch/recipe.yaml" &
 srun=$!
 while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done
@@ -109,20 +139,22 @@ if [ "$code" -eq 0 ] && [ ! -e "$run/final/manifest.json" ]; then code=1; fi
 trap '' TERM
 if [ -e "$stop_file" ]; then
     rm -f "$stop_file"
-    asked=stop
+    stopped_by=stop
 fi
-# A lost node or a killed process fails the run (1; 137 and 143 where a launcher itself was killed by SIGKILL or SIGTERM). One
-# that had come further before it failed is worth another start: at the same place it would fail again.
+# A lost node or a killed process fails the run (1; 137 and 143 where a launcher itself was killed
+# by SIGKILL or SIGTERM). One that had come further before it failed is worth another start: at the
+# same place it would fail again.
 now=$(newest)
 case $code in 1 | 137 | 143)
-    if [ -n "$now" ] && [ "$now" != "$before" ]; then requeue=1; fi ;;
+    if [ -n "$now" ] && [ "$now" != "$previous" ]; then requeue=1; fi ;;
 esac
 how=
 case $code in
 137) how=" (a process was killed by SIGKILL: by somebody, or for want of memory)" ;;
 143) how=" (a process was killed by SIGTERM)" ;;
 esac
-if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ -n "$requeue" ] && [ -z "$asked" ] && [ "$attempt" -lt "$max_requeues" ]; then
+if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ -n "$requeue" ] && [ -z "$stopped_by" ] \
+    && [ "$attempt" -lt "$max_requeues" ]; then
     say "exit code $code$how; back into the queue, $((attempt + 1)) of at most $max_requeues times"
     scontrol requeue "$SLURM_JOB_ID"
 else
@@ -136,9 +168,11 @@ exit "$code"
 class Request:
     """One submission: a run, on so many nodes.
 
-    `warning`: seconds before the time limit at which all ranks are asked to save; None: 300, or more where saving takes
-    longer, but no more than a quarter of the limit. `saving`: seconds that a checkpoint takes, as far as that is known.
-    `debug`: the agents collect what ranks and NCCL say.
+    Attributes:
+        warning: seconds before the time limit at which all ranks are asked to save; None: 300, or
+            more where saving takes longer, but no more than a quarter of the limit.
+        saving: seconds that a checkpoint takes, as far as that is known.
+        debug: the agents collect what ranks and NCCL print.
     """
 
     site: Site
@@ -154,146 +188,200 @@ class SlurmJob(Job):
 
     def state(self) -> State:
         id_ = self.details["id"]
-        code, text, why = _slurm(
-            "squeue", "--noheader", "--states=all", "--jobs", id_, "--format=%T|%r|%M|%l|%N"
-        )
-        if code and "Invalid job id" not in why:
+        form = "--format=%T|%r|%M|%l|%N"
+        code, out, errors = _slurm("squeue", "--noheader", "--states=all", "--jobs", id_, form)
+        # Slurm forgets a job some minutes after its end.
+        if code and "Invalid job id" not in errors:
             fix = "sinfo, on a login node of the cluster"
-            raise MachineError("Slurm does not answer", where="squeue", why=why, fix=fix)
-        found = (text.splitlines() or [""])[-1].split("|")
-        if found[0] in WAITING:
-            return State("waiting", f"{found[0]}: {found[1]}")
-        if found[0] and found[0] not in ENDED:
-            step = last_step(self.run_dir) or "before the first step"
-            return State(
-                "running", f"{step}; {found[0]} for {found[2]} of {found[3]} on {found[4]}"
-            )
-        phase, said = super().state()
-        return State("ended" if found[0] else phase, f"{found[0]} {said}".strip())
+            raise MachineError("Slurm does not answer", where="squeue", why=errors, fix=fix)
+        if not out.strip():
+            return super().state()
+        name, reason, elapsed, limit, nodes = out.splitlines()[-1].split("|")
+        if name in WAITING:
+            return State("waiting", f"{name}: {reason}")
+        if name in ENDED:
+            return State("ended", f"{name} {super().state().text}".strip())
+        step = last_step(self.run_dir) or "before the first step"
+        return State("running", f"{step}; {name} for {elapsed} of {limit} on {nodes}")
 
-    def stop(self, say: Callable[[str], None] = lambda text: None) -> str:
-        id_, state = self.details["id"], self.state()
-        if not state.at_work:
+    def stop(self, notify: Callable[[str], None] = lambda text: None) -> str:
+        id_ = self.details["id"]
+        phase = self.state().phase
+        if phase == "waiting":
+            _cancel(id_)
+            return "taken out of the queue"
+        if phase != "running":
             return "it has ended already"
-        if state.phase == "running":
-            # The first is for the script, which does not requeue; the second tells a stop from Slurm's own SIGTERM.
-            out = Path(self.run_dir)
-            for file in (out / FOLDER / f"{STOP_FILE}-{id_}", out / STOP_FILE):
-                with suppress(OSError):
-                    file.touch()
-        # To a running job's steps alone: the script waits for them.
-        code, _, why = _slurm("scancel", *["--signal=TERM"] * (state.phase == "running"), id_)
-        if code:
-            raise MachineError(
-                "scancel failed", where=id_, why=why, fix=f"scancel {shell_word(id_)}"
-            )
-        return "asked to save and end" if state.phase == "running" else "taken out of the queue"
+        # The first is for the script, which does not requeue; the second tells a stop from Slurm's
+        # own SIGTERM.
+        out = Path(self.run_dir)
+        for file in (out / FOLDER / f"{STOP_FILE}-{id_}", out / STOP_FILE):
+            with suppress(OSError):
+                file.touch()
+        # To the job's steps alone: the script waits for them.
+        _cancel("--signal=TERM", id_)
+        return "asked to save and end"
+
+
+def _cancel(*words: str) -> None:
+    """Run scancel; MachineError where it fails. The last word is the job's id."""
+    code, _, errors = _slurm("scancel", *words)
+    if code:
+        id_ = words[-1]
+        fix = f"scancel {shell_word(id_)}"
+        raise MachineError("scancel failed", where=id_, why=errors, fix=fix)
 
 
 def render_script(run: Run, request: Request) -> str:
-    """The batch script. Every value from a recipe or flag stands in a quoted word of a directive or of an assignment."""
+    """The batch script.
+
+    Every value from a recipe or flag stands in a quoted word of a directive or of an assignment.
+    """
+    site = request.site
+    lines = [
+        "#!/bin/bash -l",
+        f"# Written by tunesmith {__version__}: tunesmith launch slurm --help",
+    ]
+    lines += [f"#SBATCH {directive}" for directive in _directives(run, request)]
+    lines.append("")
+    exports = _job_environment(site) | site.environment
+    for key, value in sorted(exports.items()):
+        lines.append(f"export {key}={_shell_word(value, key)}")
+    lines += [safe_value(line, "setup of the site") for line in site.setup]
+    # A container has its own interpreter.
+    python = "python3" if site.container else sys.executable
+    debug = "--debug" if request.debug else ""
+    lines += [
+        f"python={shlex.quote(python)}",
+        f"run={_shell_word(run.output_dir, 'output_dir')}",
+        f"ranks={ranks_of(site)}",
+        f"max_requeues={request.max_requeues}",
+        f"debug=({debug})",
+        f"container=({' '.join(_container_words(run, site))})",
+    ]
+    return "\n".join([*lines, BODY])
+
+
+def _directives(run: Run, request: Request) -> list[str]:
+    """The options of sbatch, each one line."""
     site = request.site
     if "\\" in run.output_dir:
-        fix = "output_dir=runs/my-run"
         raise UsageError(
             "a backslash in the path of the log means something to Slurm",
             where="output_dir",
-            fix=fix,
+            fix="output_dir=runs/my-run",
         )
-    folder = run.output_dir.replace("%", "%%")  # Slurm fills in %
-    name = f"{folder}/{FOLDER}/{LOG}-%j.log"
-    directives = {
-        "job-name": Path(run.output_dir).name, "output": name, "open-mode": "append", "nodes": str(request.nodes),
-        "ntasks-per-node": "1", "export": "NONE", **{key.replace("_", "-"): vars(site)[key] for key in DIRECTIVES},
-        "gpus-per-node": site.gpus_per_node if site.gpus_per_node != "0" else None,
-        "signal": f"B:USR1@{warning_of(request)}",
-    }  # fmt: skip
+    # Slurm fills in %j.
+    folder = run.output_dir.replace("%", "%%")
+    options: dict[str, str | None] = {
+        "job-name": Path(run.output_dir).name,
+        "output": f"{folder}/{FOLDER}/{LOG}-%j.log",
+        "open-mode": "append",
+        "nodes": str(request.nodes),
+        "ntasks-per-node": "1",
+        "export": "NONE",
+    }
+    for key in DIRECTIVES:
+        options[key.replace("_", "-")] = vars(site)[key]
+    if site.gpus_per_node != "0":
+        options["gpus-per-node"] = site.gpus_per_node
+    # B: to the script alone
+    options["signal"] = f"B:USR1@{warning_of(request)}"
     lines = [
         f"--{key}={_directive_word(value, f'--{key}')}"
-        for key, value in directives.items()
+        for key, value in options.items()
         if value is not None
     ]
-    lines += [
-        "--requeue" if request.max_requeues else "--no-requeue",
-        *["--exclusive"] * site.exclusive,
-    ]
-    lines += [safe_value(line, "--sbatch-arg") for line in site.sbatch]
-    values = {
-        "python": shlex.quote("python3" if site.container else sys.executable), "run": _shell_word(run.output_dir, "output_dir"),
-        "ranks": str(ranks_of(site)), "max_requeues": str(request.max_requeues),
-        "debug": "(--debug)" if request.debug else "()",
-        "container": f"({' '.join(_container_words(run, site))})",
-    }  # fmt: skip
+    lines.append("--requeue" if request.max_requeues else "--no-requeue")
+    if site.exclusive:
+        lines.append("--exclusive")
+    return lines + [safe_value(line, "--sbatch-arg") for line in site.sbatch]
+
+
+def _job_environment(site: Site) -> dict[str, str]:
+    """The variables of this environment that the job gets."""
     environment = {}
     for key, value in os.environ.items():
         is_of_this_system = site.container and "PATH" in key
         is_secret = is_secret_name(key) or mask(value) != value
         if EXPORTED.fullmatch(key) and not is_of_this_system and not is_secret:
             environment[key] = value
-    if site.container:  # its home is another
+    # A container's home is another.
+    if site.container:
         environment["HF_HOME"] = hub_home()
-    exports = (environment | site.environment).items()
-    return "\n".join([
-        "#!/bin/bash -l", f"# Written by tunesmith {__version__}: tunesmith launch slurm --help",
-        *(f"#SBATCH {line}" for line in lines), "",
-        *(f"export {key}={_shell_word(value, key)}" for key, value in sorted(exports)),
-        *(safe_value(line, "setup of the site") for line in site.setup),
-        *(f"{key}={value}" for key, value in values.items()), BODY,
-    ])  # fmt: skip
+    return environment
 
 
 def ranks_of(site: Site) -> int:
-    """Ranks of a node: one a GPU, without GPUs one. UsageError where the GPUs are not `8` or `h100:8`."""
-    found = re.fullmatch(r"(?:[\w.-]+:)?(\d{1,3})", site.gpus_per_node or "", re.ASCII)
-    if not found:
-        what = (
-            f"{site.gpus_per_node} is not a number of GPUs"
-            if site.gpus_per_node
-            else "how many GPUs of each node?"
-        )
-        fix = "--gpus-per-node 8, or h100:8, or 0 to train on CPUs"
-        raise UsageError(what, where="--gpus-per-node", fix=fix)
-    return max(int(found[1]), 1)
+    """Ranks of a node: one a GPU, without GPUs one.
+
+    UsageError where the GPUs are not `8` or `h100:8`.
+    """
+    gpus = site.gpus_per_node or ""
+    match = re.fullmatch(r"(?:[\w.-]+:)?(\d{1,3})", gpus, re.ASCII)
+    if match:
+        return max(int(match[1]), 1)
+    what = f"{gpus} is not a number of GPUs" if gpus else "how many GPUs of each node?"
+    fix = "--gpus-per-node 8, or h100:8, or 0 to train on CPUs"
+    raise UsageError(what, where="--gpus-per-node", fix=fix)
 
 
 def warning_of(request: Request) -> int:
     """Seconds before the time limit at which the ranks are asked to save."""
-    limit = limit_seconds(request.site.time) if request.site.time else 0
-    by_size = max(WARNING, seconds_to_save(request))
-    wanted = request.warning or min(by_size, limit // 4 or by_size)
-    if limit and wanted > limit // 2:
-        what = f"of {limit} s the run would save for {wanted} s"
+    limit = _time_limit(request)
+    seconds = request.warning
+    if not seconds:
+        seconds = max(WARNING, seconds_to_save(request))
+        if limit >= 4:
+            seconds = min(seconds, limit // 4)
+    if limit and seconds > limit // 2:
         raise UsageError(
-            what, where="--warn-before", fix=f"a longer --time, or --warn-before {limit // 4}"
+            f"of {limit} s the run would save for {seconds} s",
+            where="--warn-before",
+            fix=f"a longer --time, or --warn-before {limit // 4}",
         )
-    return wanted
+    return seconds
+
+
+def _time_limit(request: Request) -> int:
+    """Seconds; 0: the partition's limit."""
+    return limit_seconds(request.site.time) if request.site.time else 0
 
 
 def seconds_to_save(request: Request) -> int:
-    """Seconds that the run needs before the limit, 0 where that is not known: a disk may be half as fast the next time."""
-    return STEP_AND_CLOCK + math.ceil(2 * request.saving) if request.saving else 0
+    """Seconds that the run needs before the limit; 0 where that is not known."""
+    if not request.saving:
+        return 0
+    # A disk may be half as fast the next time.
+    return STEP_AND_CLOCK + math.ceil(2 * request.saving)
 
 
 def warn_of_short_limit(request: Request) -> str:
-    """A line for the user where the last checkpoint may not be whole before the time limit; empty where it will be."""
-    needed, wanted = seconds_to_save(request), warning_of(request)
-    if needed <= wanted:
+    """A line where the last checkpoint may not be whole before the time limit; else empty."""
+    needed = seconds_to_save(request)
+    warning = warning_of(request)
+    if needed <= warning:
         return ""
-    limit = limit_seconds(request.site.time) if request.site.time else 0
-    longer = f"--time {math.ceil(2 * needed / 60)}"  # minutes: half of it may be left for saving
-    fix = (
-        f"--warn-before {needed}"
-        if not limit or needed <= limit // 2
-        else f"{longer} --warn-before {needed}"
+    limit = _time_limit(request)
+    fix = f"--warn-before {needed}"
+    # Half of the limit may be left for saving. --time is in minutes.
+    if limit and needed > limit // 2:
+        fix = f"--time {math.ceil(2 * needed / 60)} {fix}"
+    return (
+        f"warning: saving may take {needed} s, and the run is asked to save {warning} s "
+        f"before the time limit; fix: {fix}"
     )
-    return f"warning: saving may take {needed} s, and the run is asked to save {wanted} s before the time limit; fix: {fix}"
 
 
 def saving_seconds(run: Run) -> float:
-    """Seconds that writing a checkpoint of the run takes: as many as the newest one in its directory took, else by its
-    bytes at ASSUMED_DISK; 0 for an adapter, and where the model's shape is not at hand."""
+    """Seconds that writing a checkpoint of the run takes.
+
+    As many as the newest one in its directory took, else by its bytes at ASSUMED_DISK; 0 for an
+    adapter, and where the model's shape is not at hand.
+    """
     for checkpoint in list_checkpoints(Path(run.output_dir)):
-        if (seconds := seconds_to_write(checkpoint.path)) is not None:
+        seconds = seconds_to_write(checkpoint.path)
+        if seconds is not None:
             return seconds
     if run.adapter.kind != "none":
         return 0.0
@@ -309,43 +397,55 @@ def saving_seconds(run: Run) -> float:
 
 
 def limit_seconds(text: str) -> int:
-    """A time limit in Slurm's forms, in seconds: `90` minutes, `2:30` minutes, `2:30:00`, `1-12`, `1-12:30:00`."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
-    if not found:
-        raise UsageError(
-            f"{text} is no time limit",
-            where="--time",
-            fix="--time 90 (minutes), 12:00:00 or 2-00:00:00",
-        )
-    days, *parts = (int(part) if part else None for part in found.groups())
-    first, second, third = (part or 0 for part in parts)
-    if days is not None or parts[2] is not None:  # hours come first
-        return ((days or 0) * 24 + first) * 3600 + second * 60 + third
+    """Seconds of a time limit in Slurm's forms.
+
+    They are `90` minutes, `2:30` minutes, `2:30:00`, `1-12`, `1-12:30:00`.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
+    if not match:
+        fix = "--time 90 (minutes), 12:00:00 or 2-00:00:00"
+        raise UsageError(f"{text} is no time limit", where="--time", fix=fix)
+    has_days = match[1] is not None
+    has_three_parts = match[4] is not None
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    if has_days or has_three_parts:
+        return (days * 24 + first) * 3600 + second * 60 + third
     return first * 60 + second
 
 
 def check_reach(run: Run, site: Site) -> None:
-    """Refuse now what the job would fail on after it has waited in the queue: UsageError says what to fetch or log in to."""
+    """UsageError for what the job would fail on after it has waited in the queue.
+
+    It says what to fetch or log in to.
+    """
     recipe_inputs(run)
     from tunesmith.hub.fetch import cached_model, local_model, repo_cache
 
-    # Another cache, which this machine may not see
-    own = {"HF_HOME", "HF_HUB_CACHE"} & {*site.environment}
-    missing = [s.source for s in hub_sources(run) if not repo_cache(s.source, "dataset").exists()]
+    missing = [
+        source.source
+        for source in hub_sources(run)
+        if not repo_cache(source.source, "dataset").exists()
+    ]
     if local_model(run.model) is None and cached_model(run.model) is None:
         missing.insert(0, run.model.name)
-    if missing and not own:
-        why = "nodes often have no way to the Hub, and the job gets no token: Slurm would keep it on its disk"
-        fix = f"tunesmith fetch RECIPE, into {hub_home()}, which the nodes must see"
+    # Another cache, which this machine may not see
+    has_own_cache = bool({"HF_HOME", "HF_HUB_CACHE"} & site.environment.keys())
+    if missing and not has_own_cache:
         raise UsageError(
-            f"not fetched yet: {', '.join(missing)}", where="the Hub's cache", why=why, fix=fix
+            f"not fetched yet: {', '.join(missing)}",
+            where="the Hub's cache",
+            why="nodes often have no way to the Hub, and the job gets no token: "
+            "Slurm would keep it on its disk",
+            fix=f"tunesmith fetch RECIPE, into {hub_home()}, which the nodes must see",
         )
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if run.log.wandb and os.environ.get("WANDB_API_KEY") and not netrc.is_file():
-        why = "Slurm would keep it on its controller's disk"
-        fix = "wandb login, which writes ~/.netrc for the nodes; or export WANDB_MODE=offline; or log.wandb=false"
         raise UsageError(
-            "WANDB_API_KEY is not sent to the job", where="log.wandb", why=why, fix=fix
+            "WANDB_API_KEY is not sent to the job",
+            where="log.wandb",
+            why="Slurm would keep it on its controller's disk",
+            fix="wandb login, which writes ~/.netrc for the nodes; "
+            "or export WANDB_MODE=offline; or log.wandb=false",
         )
 
 
@@ -357,7 +457,10 @@ def hub_home() -> str:
 
 
 def submit(run: Run, request: Request) -> SlurmJob:
-    """Write recipe and script, submit it, and note the job; MachineError in sbatch's words where it refuses."""
+    """Write recipe and script, submit it, and note the job.
+
+    MachineError in sbatch's words where it refuses.
+    """
     for job in all_jobs():
         if isinstance(job, SlurmJob) and job.run_dir == run.output_dir:
             job.check_ended()
@@ -365,11 +468,12 @@ def submit(run: Run, request: Request) -> SlurmJob:
     script = write_recipe(run).with_name(SCRIPT)
     write_atomically(script, text)
     # The flag too, because SBATCH_EXPORT of the environment wins over the script.
-    code, told, why = _slurm("sbatch", "--parsable", "--export=NONE", str(script))
+    code, out, errors = _slurm("sbatch", "--parsable", "--export=NONE", str(script))
     if code:
         fix = "sinfo shows partitions and limits"
-        raise MachineError("sbatch refuses the job", where=str(script), why=why, fix=fix)
-    id_ = told.strip().partition(";")[0]
+        raise MachineError("sbatch refuses the job", where=str(script), why=errors, fix=fix)
+    # ID, or ID;CLUSTER
+    id_ = out.strip().partition(";")[0]
     log = Path(run.output_dir, FOLDER, f"{LOG}-{id_}.log")
     job = SlurmJob(f"slurm-{id_}", run.output_dir, log=str(log), details={"id": id_})
     save_job(job)
@@ -388,13 +492,15 @@ def _slurm(*command: str) -> tuple[int, str, str]:
 
 
 def _directive_word(value: str, where: str) -> str:
-    """A value as one word of an #SBATCH line, whose reader knows quotes and the backslash, but neither $ nor `."""
+    """A value as one word of an #SBATCH line.
+
+    Its reader knows quotes and the backslash, but neither $ nor `.
+    """
     safe_value(value, where)
-    return (
-        value
-        if re.fullmatch(r"[\w./:=,%@+-]+", value)
-        else '"' + re.sub(r'([\\"])', r"\\\1", value) + '"'
-    )
+    if re.fullmatch(r"[\w./:=,%@+-]+", value):
+        return value
+    escaped = re.sub(r'([\\"])', r"\\\1", value)
+    return f'"{escaped}"'
 
 
 def _shell_word(value: str, where: str) -> str:
@@ -402,7 +508,10 @@ def _shell_word(value: str, where: str) -> str:
 
 
 def _container_words(run: Run, site: Site) -> list[str]:
-    """Flags of Pyxis for srun, quoted: the image, and what the run reads and writes mounted at the same paths."""
+    """Flags of Pyxis for srun, quoted: the image, and what the run reads and writes.
+
+    The paths in the container are the same.
+    """
     if not site.container:
         return []
     paths = [*map(str, recipe_inputs(run)), str(Path(run.output_dir).parent), hub_home()]
