@@ -1,7 +1,7 @@
 """`launch swarm`: bring a run to nodes that share no disk, and start it as a service of Swarm.
 
-Files, model and image go over the cable, from this node alone; then the launcher ends. Swarm restarts
-a run that fails.
+Files, model and image go over the cable, from this node alone; then the launcher ends. Swarm
+restarts a run that fails.
 """
 
 import os

@@ -251,11 +251,11 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
             "a container trains in this run directory already", where=job.name, fix=fix
         )
     if _docker("image", "inspect", image, check=False).returncode:
-        build = f"docker build -f docker/Dockerfile -t {shell_word(image)} ."
         raise MachineError(
             f"there is no image {image} on this machine",
             where="docker image inspect",
-            fix=f"in a clone: {build} (see docs/docker.md)",
+            fix=f"in a clone: docker build -f docker/Dockerfile -t {shell_word(image)} . "
+            "(see docs/docker.md)",
         )
     write_recipe(run)
     for mount in mounts:

@@ -139,12 +139,12 @@ def connect_store(endpoint: Endpoint) -> "TCPStore":
     try:
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=JOIN_TIMEOUT)
     except DistError as error:
-        doctor = f"tunesmith doctor --pair {shell_word(host)}"
         raise MachineError(
             f"no answer in {JOIN_TIMEOUT.total_seconds():.0f} s",
             where=endpoint.place,
             why=str(error).partition("\n")[0][:200],
-            fix=f"start the run on that node too; {doctor} says what stands between",
+            fix=f"start the run on that node too; tunesmith doctor --pair {shell_word(host)} "
+            "says what stands between",
         ) from None
     store.set_timeout(ANSWER_TIMEOUT)
     return store

@@ -105,11 +105,11 @@ class Connection:
         self._send(chain([line], data))
         answer = json.loads(self._read_line())
         if "error" in answer:
-            shell = shell_command(["ssh", self.host] if self.host else [])
             raise MachineError(
                 f"{self.name}: {answer['error']}",
                 where=command,
-                fix=f"df -h and ls -ld there: {shell}",
+                fix="df -h and ls -ld there: "
+                f"{shell_command(['ssh', self.host] if self.host else [])}",
             )
         return answer["ok"]
 
@@ -149,12 +149,12 @@ class Connection:
         assert self.process.stderr is not None
         self.process.kill()
         errors = self.process.stderr.read().decode(errors="replace").strip()
-        host = shell_word(self.host)
         return MachineError(
             f"{self.name} cannot be reached by ssh",
             where=self.name,
             why=errors.rpartition("\n")[2][:300] or "it closed the connection",
-            fix=f"ssh {host} python3 --version; if it asks for a password: ssh-copy-id {host}",
+            fix=f"ssh {shell_word(self.host)} python3 --version; "
+            f"if it asks for a password: ssh-copy-id {shell_word(self.host)}",
         )
 
     def __enter__(self) -> Self:

@@ -1,1 +1,1 @@
-"""Problems of a machine, a pair of nodes or a Slurm cluster that a run would meet, and their fixes."""
+"""Problems that a run would meet on a machine, a pair of nodes or a Slurm cluster, and fixes."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from glob import glob
 from typing import Any
 
-from tunesmith.launch.doctor.system import FAULT, GIB, Finding, System, finding
+from tunesmith.launch.doctor.system import FAULT, GIB, Finding, Gpu, System, finding
 
 TOML = "/etc/nvidia-container-runtime/config.toml"
 # The generic resource that a swarm's tasks ask for
@@ -60,24 +60,19 @@ report["tflops"] = 2 * 4096**3 * count / max(time.monotonic() - begin, 1e-9) / 1
 report["load"] = look.communicate(timeout=5)[0].strip()
 print(json.dumps(report))
 """
-Check = Callable[[System], Iterator[Finding]]
+Findings = Iterator[Finding]
+Check = Callable[[System], Findings]
 
 
-def _driver(system: System) -> Iterator[Finding]:
+def _driver(system: System) -> Findings:
     code, out, errors = system.smi
     if system.gpus:
-        name, _, driver, capability, _ = system.gpus[0]
-        # The version may be `[N/A]`
-        major = driver.partition(".")[0]
+        gpu = system.gpus[0]
+        major = gpu.driver.partition(".")[0]
         # 12.1 is the GB10, which older drivers do not know.
-        is_old = capability == "12.1" and major.isdecimal() and int(major) < 580
-        yield finding(
-            "driver/old" if is_old else "driver/ok",
-            count=len(system.gpus),
-            name=name,
-            driver=driver,
-            capability=capability,
-        )
+        is_old = gpu.capability == "12.1" and major.isdecimal() and int(major) < 580
+        case = "old" if is_old else "ok"
+        yield finding(f"driver/{case}", count=len(system.gpus), **gpu._asdict())
     elif code != 127:
         yield finding("driver/fails", said=errors or out)
     elif system.has_nvidia:
@@ -86,7 +81,7 @@ def _driver(system: System) -> Iterator[Finding]:
         yield finding("driver/none")
 
 
-def _torch(system: System) -> Iterator[Finding]:
+def _torch(system: System) -> Findings:
     """Whether torch was built for the chip and runs on it, and what the chip does under load."""
     version = system.versions["torch"]
     python = system.python
@@ -101,8 +96,8 @@ def _torch(system: System) -> Iterator[Finding]:
     build: dict[str, Any] = {"archs": [], "cuda": ""}
     if reports:
         build = reports[0]
-    # A driver may say `[N/A]`
-    capability = system.gpus[0][3].replace(".", "")
+    gpu = system.gpus[0]
+    capability = gpu.capability.replace(".", "")
     chip = int(capability) if capability.isdecimal() else None
     if not reports:
         case = "broken"
@@ -124,7 +119,7 @@ def _torch(system: System) -> Iterator[Finding]:
         said=errors.rpartition("\n")[2],
     )
     if case == "ok":
-        yield _clock(system.gpus[0][0], reports[-1])
+        yield _clock(gpu, reports[-1])
 
 
 def _has_code_for(chip: int, archs: list[str]) -> bool:
@@ -139,15 +134,15 @@ def _has_code_for(chip: int, archs: list[str]) -> bool:
     return False
 
 
-def _clock(gpu: str, report: dict[str, Any]) -> Finding:
-    """What the GPU of this name did under the load."""
+def _clock(gpu: Gpu, report: dict[str, Any]) -> Finding:
+    """What the GPU did under the load."""
     columns: list[str] = report["load"].split(",")
     clock, top, watts, state, *_ = [*columns, "", "", "", ""]
     # A figure that nvidia-smi does not give is 0 here.
     values = [float(re.sub(r"[^\d.]", "", text) or 0) for text in (clock, top, watts)]
     is_capped = 0 < values[0] < 0.6 * values[1]
     # nvidia-smi does not show every low-power state: one shows in the speed alone.
-    is_slow = "GB10" in gpu and report["tflops"] < 0.6 * GB10_TFLOPS
+    is_slow = "GB10" in gpu.name and report["tflops"] < 0.6 * GB10_TFLOPS
     return finding(
         "clock/low" if is_capped or is_slow else "clock/ok",
         clock=values[0],
@@ -158,7 +153,7 @@ def _clock(gpu: str, report: dict[str, Any]) -> Finding:
     )
 
 
-def _memory(system: System) -> Iterator[Finding]:
+def _memory(system: System) -> Findings:
     kib = dict(re.findall(r"^(\w+): +(\d+) kB", system.read("/proc/meminfo"), re.M))
 
     def gib(name: str) -> float:
@@ -168,8 +163,8 @@ def _memory(system: System) -> Iterator[Finding]:
     total = gib("MemTotal")
     # Where the GPU shares the host's memory, the driver states no memory of its own.
     is_unified = any(
-        "GB10" in name or "N/A" in memory or "Not Supported" in memory
-        for name, _, _, _, memory in system.gpus
+        "GB10" in gpu.name or "N/A" in gpu.memory or "Not Supported" in gpu.memory
+        for gpu in system.gpus
     )
     if free < 2:
         case = "none"
@@ -184,7 +179,7 @@ def _memory(system: System) -> Iterator[Finding]:
     yield finding(f"memory/{case}", free=free, total=total, breakdown=breakdown)
 
 
-def _disk(system: System) -> Iterator[Finding]:
+def _disk(system: System) -> Findings:
     for folder in system.folders:
         path = os.path.abspath(os.path.expanduser(folder))
         while not os.path.isdir(path):
@@ -199,7 +194,7 @@ def _disk(system: System) -> Iterator[Finding]:
         yield finding(f"disk/{case}", free=free, folder=folder)
 
 
-def _docker(system: System) -> Iterator[Finding]:
+def _docker(system: System) -> Findings:
     reason = system.docker.get("refused", "")
     if system.docker.get("absent"):
         case = "absent"
@@ -212,7 +207,7 @@ def _docker(system: System) -> Iterator[Finding]:
     yield finding(f"docker/{case}", said=reason, version=system.docker.get("ServerVersion"))
 
 
-def _toolkit(system: System) -> Iterator[Finding]:
+def _toolkit(system: System) -> Findings:
     version = re.search(r"(\d+)\.(\d+)\.\d+", system.run("nvidia-ctk", "--version")[1])
     if not version:
         yield finding("toolkit/absent")
@@ -223,7 +218,7 @@ def _toolkit(system: System) -> Iterator[Finding]:
     yield finding("toolkit/swarm" if is_blind else "toolkit/ok", version=version[0])
 
 
-def _daemon(system: System) -> Iterator[Finding]:
+def _daemon(system: System) -> Findings:
     try:
         config = dict(json.loads(system.read("/etc/docker/daemon.json") or "{}"))
     except (ValueError, TypeError) as error:
@@ -232,7 +227,7 @@ def _daemon(system: System) -> Iterator[Finding]:
     # NAME=VALUE; one entry a GPU
     entries = [str(entry).split("=") for entry in config.get("node-generic-resources") or []]
     named = sorted(parts[-1].strip() for parts in entries if parts[0].strip() == RESOURCE)
-    uuids = sorted(uuid for _, uuid, _, _, _ in system.gpus)
+    uuids = sorted(gpu.uuid for gpu in system.gpus)
     has_runtime = "nvidia" in (config.get("runtimes") or {})
     if not has_runtime or config.get("default-runtime") != "nvidia":
         yield finding("daemon.json/runtime")
@@ -246,7 +241,7 @@ def _daemon(system: System) -> Iterator[Finding]:
         yield finding("daemon.json/ok")
 
 
-def _swarm_resource(system: System) -> Iterator[Finding]:
+def _swarm_resource(system: System) -> Findings:
     line = re.search(r'^\s*swarm-resource\s*=\s*"(.*)"', system.read(TOML), re.M)
     if not line:
         yield finding("swarm-resource/absent")
@@ -258,7 +253,7 @@ def _swarm_resource(system: System) -> Iterator[Finding]:
     yield finding(f"swarm-resource/{case}", value=", ".join(names))
 
 
-def _swarm(system: System) -> Iterator[Finding]:
+def _swarm(system: System) -> Findings:
     swarm = system.docker.get("Swarm") or {}
     state = swarm.get("LocalNodeState")
     if state == "active":
@@ -267,14 +262,14 @@ def _swarm(system: System) -> Iterator[Finding]:
         yield finding("swarm/absent", state=state, said=swarm.get("Error", ""))
 
 
-def _image(system: System) -> Iterator[Finding]:
+def _image(system: System) -> Findings:
     images = system.run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}")[1]
     tags = re.findall(r"nvcr\.io/nvidia/pytorch:(\d\d\.\d\d)", images)
     old = sorted(tag for tag in tags if tag < "26.02")
     yield finding("image/old" if old else "image/ok", old=", ".join(old), count=len(tags))
 
 
-def _cable(system: System) -> Iterator[Finding]:
+def _cable(system: System) -> Findings:
     """The port of the cable: both functions up, MTU 9000, an address that lasts, a GID of each."""
     functions = system.cable
     if not functions:
@@ -313,7 +308,7 @@ def _address(system: System, functions: list[dict[str, Any]], names: str) -> Fin
     )
 
 
-def _gids(functions: list[dict[str, Any]]) -> Iterator[Finding]:
+def _gids(functions: list[dict[str, Any]]) -> Findings:
     """Whether each RDMA device has a RoCE v2 address, and NCCL is not sent to another index."""
     forced = os.environ.get("NCCL_IB_GID_INDEX")
     indexes = []
@@ -336,7 +331,7 @@ def _gids(functions: list[dict[str, Any]]) -> Iterator[Finding]:
         yield finding("gid/ok", indexes=", ".join(indexes))
 
 
-def _tools(system: System) -> Iterator[Finding]:
+def _tools(system: System) -> Findings:
     """What launchers call over ssh must be on the PATH of a shell that is no login shell."""
     tools = ["docker", "ip"]
     if system.has_nvidia:
@@ -352,27 +347,31 @@ def _tools(system: System) -> Iterator[Finding]:
         yield finding("tools/ok", tools=", ".join(tools))
 
 
+def _run(system: System, checks: list[Check]) -> list[Finding]:
+    return [result for check in checks for result in check(system)]
+
+
 def examine(system: System, *, pair: bool) -> dict[str, Any]:
     """The findings of this machine, and properties that a pair compares.
 
     Only a pair needs Docker: without one its faults are warnings.
     """
     docker = system.docker
-    checks: list[Check] = [_driver, _torch, _memory, _disk]
     docker_checks: list[Check] = []
     if pair or not docker.get("absent"):
         docker_checks.append(_docker)
         if system.gpus:
             docker_checks += [_toolkit, _daemon, _swarm_resource]
+        if pair and "refused" not in docker:
+            docker_checks.append(_swarm)
         if "refused" not in docker:
-            docker_checks += [_swarm, _image] if pair else [_image]
-    cable_checks: list[Check] = [_cable, _tools] if pair else []
-    findings = [result for check in checks for result in check(system)]
-    for check in docker_checks:
-        for result in check(system):
-            is_warning = result.level == FAULT and not pair
-            findings.append(replace(result, level="warning") if is_warning else result)
-    findings += [result for check in cable_checks for result in check(system)]
+            docker_checks.append(_image)
+    findings = _run(system, [_driver, _torch, _memory, _disk])
+    for result in _run(system, docker_checks):
+        is_warning = result.level == FAULT and not pair
+        findings.append(replace(result, level="warning") if is_warning else result)
+    if pair:
+        findings += _run(system, [_cable, _tools])
     host = os.uname().nodename
     managers = (docker.get("Swarm") or {}).get("RemoteManagers") or []
     properties = {
@@ -382,7 +381,7 @@ def examine(system: System, *, pair: bool) -> dict[str, Any]:
         "cable": system.cable,
         "interfaces": system.interfaces,
         "managers": [manager["Addr"] for manager in managers],
-        "uuids": [uuid for _, uuid, _, _, _ in system.gpus],
+        "uuids": [gpu.uuid for gpu in system.gpus],
         # Both ends of the ssh connection, by which a node without a cable is reached
         "reached": os.environ.get("SSH_CONNECTION", "").split()[::2],
     }

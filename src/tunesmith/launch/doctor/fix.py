@@ -99,26 +99,22 @@ def cable_addresses(nodes: list[dict[str, Any]]) -> list[dict[str, str]]:
     ends: list[dict[str, str]] = [{} for _ in nodes]
     # A function is linked to the one at the same place of the other end.
     for functions in zip(*(properties["cable"] for properties in nodes), strict=False):
-        present = [_usable_addresses(function) for function in functions]
-        every = [address for addresses in present for address in addresses]
-        subnet = every[0].network if every else next(free_subnets)
-        in_subnet = [
-            [address for address in addresses if address.network == subnet] for addresses in present
-        ]
-        taken_ips = {addresses[0].ip for addresses in in_subnet if addresses}
-        free_ips = (ip for ip in subnet.hosts() if ip not in taken_ips)
-        for end, function, addresses in zip(ends, functions, in_subnet, strict=True):
+        present = [ipaddress.IPv4Interface(a) for row in functions for a in row["addresses"]]
+        # 169.254.0.0/16 may be another address at each start.
+        present = [address for address in present if not address.is_link_local]
+        subnet = present[0].network if present else next(free_subnets)
+        used_ips = [address.ip for address in present]
+        free_ips = (ip for ip in subnet.hosts() if ip not in used_ips)
+        for end, function in zip(ends, functions, strict=True):
             # Linux bounds the name of an interface to 15 bytes.
             name = require_word(function["name"], r"[\w.-]{1,15}")
-            address = next(iter(addresses), None) or f"{next(free_ips)}/{subnet.prefixlen}"
-            end[name] = str(address)
+            for address in function["addresses"]:
+                if ipaddress.IPv4Interface(address).network == subnet:
+                    end[name] = address
+                    break
+            else:
+                end[name] = f"{next(free_ips)}/{subnet.prefixlen}"
     return ends
-
-
-def _usable_addresses(function: dict[str, Any]) -> list[ipaddress.IPv4Interface]:
-    """Those of a function but for 169.254.0.0/16, which each start may choose anew."""
-    addresses = [ipaddress.IPv4Interface(text) for text in function["addresses"]]
-    return [address for address in addresses if not address.is_link_local]
 
 
 def require_word(word: str, form: str) -> str:

@@ -115,18 +115,15 @@ def _compare(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Fin
 
 def shared_address(here: dict[str, Any], there: dict[str, Any]) -> str:
     """The other node's address on the cable, in a subnet of this one's; empty: there is none."""
-    near = {address.network for address in _cable_addresses(here)}
-    for address in _cable_addresses(there):
-        if address.network in near:
+    near, far = (
+        [ipaddress.IPv4Interface(text) for row in node["cable"] for text in row["addresses"]]
+        for node in (here, there)
+    )
+    subnets = {address.network for address in near}
+    for address in far:
+        if address.network in subnets:
             return str(address.ip)
     return ""
-
-
-def _cable_addresses(
-    properties: dict[str, Any],
-) -> list[ipaddress.IPv4Interface | ipaddress.IPv6Interface]:
-    functions = properties["cable"]
-    return [ipaddress.ip_interface(text) for row in functions for text in row["addresses"]]
 
 
 def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Finding]:

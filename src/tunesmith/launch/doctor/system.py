@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 OK = "ok"
 FAULT = "fault"
@@ -72,6 +72,16 @@ def finding(key: str, host: str = "", **values: Any) -> Finding:
     return Finding(check, level, what.format(**values), why.format(**values), fix.format(**words))
 
 
+class Gpu(NamedTuple):
+    """A GPU in the words of nvidia-smi; one that it does not know may be `[N/A]`."""
+
+    name: str
+    uuid: str
+    driver: str
+    capability: str
+    memory: str
+
+
 class System:
     """Access to this machine's commands and files; what it is asked for is looked up once.
 
@@ -119,14 +129,14 @@ class System:
         return self.run(*SMI)
 
     @functools.cached_property
-    def gpus(self) -> list[list[str]]:
-        """Name, UUID, driver, compute capability and memory of each GPU."""
+    def gpus(self) -> list[Gpu]:
+        """The GPUs that nvidia-smi lists; none where it fails."""
         code, out, _ = self.smi
         if code:
             return []
         rows = [re.split(r"\s*,\s*", line.strip()) for line in out.splitlines()]
         # Empty lines and warnings are no rows.
-        return [row for row in rows if len(row) == 5]
+        return [Gpu(*row) for row in rows if len(row) == len(Gpu._fields)]
 
     @property
     def has_nvidia(self) -> bool:
@@ -153,7 +163,7 @@ class System:
         if code == 0:
             versions = json.loads(out)
         versions["python"] = self.run(self.python, "--version")[1].removeprefix("Python ")
-        versions["driver"] = self.gpus[0][2] if self.gpus else ""
+        versions["driver"] = self.gpus[0].driver if self.gpus else ""
         versions["kernel"] = os.uname().release
         return versions
 
