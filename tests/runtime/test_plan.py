@@ -69,7 +69,7 @@ def planned(
     kept = Size.parse(before) if before else None
     machine = gpu(gib, **found)
     plan = resolve_plan(
-        run, spec, machine, trained=trained, step=size, longest=longest, before=kept
+        run, spec, machine, trained=trained, step=size, longest=longest, previous_micro_batch=kept
     )
     refuse_overrun(plan, machine, resumed=kept is not None)
     return plan

@@ -44,7 +44,9 @@ def plan_of(
     trained = spec.parameters if run.adapter.kind == "none" else spec.parameters // 400
     parts = {"device": "cuda:0", "attention": ("varlen", ""), "compiles": (True, "")} | found
     machine = Machine(free_bytes=int(gib * GIB), card_bytes=int(gib * GIB), **parts)
-    plan = resolve_plan(run, spec, machine, trained=trained, step=STEP, longest=2000, before=before)
+    plan = resolve_plan(
+        run, spec, machine, trained=trained, step=STEP, longest=2000, previous_micro_batch=before
+    )
     refuse_overrun(plan, machine, resumed=before is not None)
     return plan
 

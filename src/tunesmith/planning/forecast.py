@@ -1,20 +1,23 @@
-"""Forecast memory and time of a run on machines that need not be here, for every mesh that their ranks can make.
+"""Forecast memory and time of a run on machines that need not be here, for every mesh of ranks.
 
-Memory, micro batch and recompute are what `train` plans by, in `planning/resolve.py`. Time is a sum over an optimizer step
-of the busiest rank: products and attention at what whole steps reach on the chip, layers that recompute, the fixed cost of
-a pass, the update at the memory's bandwidth, FSDP2's copies, and communication.
+Memory, micro batch and recompute are what `train` plans by, in `planning/resolve.py`. Time is a sum
+over an optimizer step of the busiest rank: products and attention at what whole steps reach on the
+chip, layers that recompute, the fixed cost of a pass, the update at the memory's bandwidth, FSDP2's
+copies, and communication.
 
-Gathers of shards and reductions into them hide behind the compute of their pass as far as they are shorter, except that of
-the first layer, and those of an embedding that is trained: the forward begins and the backward ends with it. A head that
-shares its weight with the embedding goes with that. Nothing hides tensor parallelism's gathers and scatters, nor the sum of
-an adapter's gradients.
+Gathers of shards and reductions into them hide behind the compute of their pass as far as they are
+shorter, except that of the first layer, and those of an embedding that is trained: the forward
+begins and the backward ends with it. A head that shares its weight with the embedding goes with
+that. Nothing hides tensor parallelism's gathers and scatters, nor the sum of an adapter's
+gradients.
 
-FSDP2 copies what it gathers out of one flat buffer into the weights, and gradients into the buffer of their reduction, in
-the stream that computes. Shards are copied into the gather's buffer in the stream of the gather, and count as a part of it.
+FSDP2 copies what it gathers out of one flat buffer into the weights, and gradients into the buffer
+of their reduction, in the stream that computes. Shards are copied into the gather's buffer in the
+stream of the gather, and count as a part of it.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -33,21 +36,28 @@ from tunesmith.planning import resolve, savings
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.units import Size
+from tunesmith.units import Size, ceil_div
 
-EIGHT_BIT_SPEED = 1.44  # of whole steps, beside bf16: 794 and 551 TFLOP/s, LoRA of an 8B on an H200
-UPDATE_BYTES = (
-    46  # that an update moves for a parameter: norm 4, clipping 8, AdamW 28, 16-bit copy 6
-)
-# Of the time: what a mesh must gain over one with fewer cuts or shards or within the nodes, or a micro batch over that of
-# `auto`, which knows of no link. Forecasts differ from what was measured by as much.
+# Of whole steps, beside bf16: 794 and 551 TFLOP/s, LoRA of an 8B on an H200.
+EIGHT_BIT_SPEED = 1.44
+# Bytes that an update moves for a parameter: norm 4, clipping 8, AdamW 28, 16-bit copy 6.
+UPDATE_BYTES = 46
+# Of the time: what a mesh must gain over one with fewer shards or tensor ranks or within the nodes,
+# or a micro batch over that of `auto`, which knows of no link. Forecasts differ from what was
+# measured by as much.
 BETTER = 0.95
 
 
 class Workload(NamedTuple):
-    """What a run trains on. `steps`: None where not known; `operations`: floating-point, of a token; `attention`: its
-    share of them; `probabilities`: that a head keeps of a token on a CPU, on average; `source`: what the lengths of
-    examples are from."""
+    """What a run trains on.
+
+    Attributes:
+        steps: None where not known.
+        operations: floating-point ones, of a token.
+        attention: the share of attention in them.
+        probabilities: that a head keeps of a token on a CPU, on average.
+        source: what the lengths of examples are from.
+    """
 
     step: StepSize
     longest: int
@@ -58,8 +68,11 @@ class Workload(NamedTuple):
     source: str
 
 
-class Ring(NamedTuple):
-    """A gather or reduction of `size` bytes among `ranks`, `stride` apart, so many `times` a step."""
+class Collective(NamedTuple):
+    """A gather or reduction of `size` bytes in a ring of `ranks`, `stride` apart.
+
+    It comes so many `times` a step.
+    """
 
     times: int
     size: float
@@ -72,6 +85,29 @@ class Ring(NamedTuple):
         return self.size * (self.ranks - 1) / self.ranks
 
 
+class Collectives(NamedTuple):
+    """What the groups of a rank gather and reduce in a step."""
+
+    tensor_parallel: Collective
+    gather: Collective
+    gather_head: Collective
+    gather_first: Collective
+    reduce: Collective
+    reduce_last: Collective
+    gradients: Collective
+
+
+class StepTime(NamedTuple):
+    """Seconds of an optimizer step by part, and the communication that they hide.
+
+    The gathers of shards hide wholly in micro batches of `hides_from` tokens or more.
+    """
+
+    parts: dict[str, float]
+    hidden: float
+    hides_from: int
+
+
 def measure_work(
     run: Run,
     spec: ModelSpec,
@@ -79,52 +115,71 @@ def measure_work(
     length: int | None = None,
     schedule: BatchSchedule | None = None,
 ) -> Workload:
-    """From the recipe's tokens; without them every example has `length` tokens, or fills `data.seq_len`."""
-    seq_len, steps = run.data.seq_len, None
+    """From the recipe's tokens.
+
+    Without them every example has `length` tokens, or fills `data.seq_len`.
+    """
+    steps = None
     if tokens is not None:
-        lengths, supervised = tokens.lengths, tokens.counts.supervised
+        lengths = tokens.lengths
+        supervised = tokens.counts.supervised
         schedule = schedule or BatchSchedule(lengths, run.data, run.train, repeats=tokens.repeats)
-        step, steps = schedule.step_size(), schedule.steps(run.train.duration)
+        step = schedule.step_size()
+        steps = schedule.steps(run.train.duration)
         source = f"{len(lengths):,} in the token cache, {lengths.mean():,.0f} tokens on average"
     else:
+        seq_len = run.data.seq_len
         supervised = min(length or seq_len, seq_len)
         lengths = np.array([supervised])
-        most = resolve.step_units(run) * (
-            supervised if run.train.global_batch.unit == "examples" else seq_len
-        )
-        step, source = (
-            StepSize(most, most),
-            f"not known, taken as {supervised:,} tokens each, all with a label",
-        )
+        unit_tokens = supervised if run.train.global_batch.unit == "examples" else seq_len
+        step_tokens = resolve.step_units(run) * unit_tokens
+        step = StepSize(step_tokens, step_tokens)
+        source = f"not known, taken as {supervised:,} tokens each, all with a label"
         if run.train.duration.unit == "steps":
             steps = int(run.train.duration.amount)
-    kind: Literal["full", "lora"] = "lora" if run.adapter.kind == "lora" else "full"
-    count, shapes = adapter_parameters(spec, run.adapter), (spec, replace(spec, heads=0))
-    count *= kind == "lora"
-    whole, products = (
-        flops(s, lengths, supervised, trained=kind, adapter_parameters=count) for s in shapes
-    )
+    trained: Literal["full", "lora"] = "full"
+    adapter_weights = 0
+    if run.adapter.kind == "lora":
+        trained = "lora"
+        adapter_weights = adapter_parameters(spec, run.adapter)
+
+    def operations(spec: ModelSpec) -> float:
+        return flops(spec, lengths, supervised, trained=trained, adapter_parameters=adapter_weights)
+
+    everything = operations(spec)
+    products = operations(replace(spec, heads=0))
     total = float(lengths.sum())
-    kept = float(kept_probabilities(lengths).sum()) / total
     return Workload(
-        step, int(lengths.max()), steps, whole / total, 1 - products / whole, kept, source
+        step,
+        longest=int(lengths.max()),
+        steps=steps,
+        operations=everything / total,
+        attention=1 - products / everything,
+        probabilities=float(kept_probabilities(lengths).sum()) / total,
+        source=source,
     )
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a mesh makes of a run.
+    """What a mesh makes of a run. None: a speed or a count is not known.
 
-    `phases`: bytes of a rank, of which it can have `room`; `idle_share` of the data ranks, as a step has too few examples;
-    `sent`: bytes a step that a rank sends over its link in the node and over its network. `seconds` of an optimizer step
-    by part, and the communication that they hide, that of shards wholly in micro batches of `hides_from` tokens or more.
-    `shard copies` among them are FSDP2's copies of gathered weights and of gradients.
-    None: a speed or a count is not known.
+    Attributes:
+        tight: it fits with less to spare than the estimate may err.
+        room: bytes that a rank can have.
+        phases: bytes that a rank needs, by phase.
+        idle_share: of the data ranks, as a step has too few examples.
+        sent: bytes a step that a rank sends over its link in the node and over its network.
+        seconds: of an optimizer step by part; `shard copies` are FSDP2's copies of gathered weights
+            and of gradients.
+        hidden_seconds: of the communication that they hide.
+        hides_from: tokens of a micro batch that wholly hides the gathers of shards.
+        keys: of the recipe, which make a run of it.
     """
 
     plan: RunPlan
     fits: bool
-    tight: bool  # it fits with less to spare than the estimate may err
+    tight: bool
     room: int
     phases: dict[str, int]
     idle_share: float
@@ -135,41 +190,53 @@ class Forecast:
     step_seconds: float | None
     tokens_per_second: float | None
     hours: float | None
-    keys: str  # of the recipe, which make a run of it
+    keys: str
 
     @property
     def order(self) -> tuple[bool, bool, float]:
-        """The least is the fastest with memory to spare, as the estimate errs; then what fits; then the nearest to it."""
-        return (
-            not self.fits,
-            self.tight,
-            (self.step_seconds or 0.0) if self.fits else self.phases["step"],
-        )
+        """The least is the fastest with memory to spare; then what fits; then the nearest to it."""
+        cost: float = self.phases["step"]
+        if self.fits:
+            cost = self.step_seconds or 0.0
+        return not self.fits, self.tight, cost
 
 
 def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> "Planner":
-    """The planner for machines that are not here: everything is assumed to work which the chip has."""
-    chip, compiles = cluster.chip, run.train.compile != "off"
-    device, size = ("cpu" if chip.name == "cpu" else "cuda"), int(chip.gib * 2**30)
+    """The planner for machines that are not here.
+
+    Everything is assumed to work which the chip has.
+    """
+    chip = cluster.chip
+    is_cpu = chip.name == "cpu"
+    size = int(chip.gib * 2**30)
     scaling: tuple[str | None, str] = (None, "")
     if scheme_of(run.model).has_fp8_matmuls:
         scaling = ("fp8", "assumed") if chip.fp8 else (None, f"{chip.name} has no fp8 matmuls")
     machine = Machine(
-        device, size, ("varlen" if device == "cuda" else "products", "assumed"), (compiles and device == "cuda", "assumed"),
-        scaling, size, chip.integrated,
-    )  # fmt: skip
-    trained = (
-        adapter_parameters(spec, run.adapter) if run.adapter.kind == "lora" else spec.parameters
+        device="cpu" if is_cpu else "cuda",
+        free_bytes=size,
+        attention=("products" if is_cpu else "varlen", "assumed"),
+        compiles=(run.train.compile != "off" and not is_cpu, "assumed"),
+        scaling=scaling,
+        card_bytes=size,
+        integrated=chip.integrated,
     )
+    trained = spec.parameters
+    if run.adapter.kind == "lora":
+        trained = adapter_parameters(spec, run.adapter)
     return Planner(run, spec, cluster, work, machine, trained)
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Forecasts of a recipe for every mesh of a cluster's ranks, and the choice between them, in `plan` and in `train`.
+    """Forecasts of a recipe for every mesh of a cluster's ranks, and the choice between them.
 
-    `machine` is that of each rank, `trained` counts the parameters that all of them train; `before`: the micro batch of
-    the checkpoint that a run goes on from, as for `resolve_plan`.
+    Both `plan` and `train` choose by it.
+
+    Attributes:
+        machine: that of each rank.
+        trained: parameters that all ranks train.
+        previous_micro_batch: of the checkpoint that a run goes on from, as for `resolve_plan`.
     """
 
     run: Run
@@ -178,10 +245,10 @@ class Planner:
     work: Workload
     machine: Machine
     trained: int
-    before: Size | None = None
+    previous_micro_batch: Size | None = None
 
     @property
-    def lora(self) -> bool:
+    def trains_adapter(self) -> bool:
         return self.run.adapter.kind == "lora"
 
     def meshes(self) -> list[MeshShape]:
@@ -189,23 +256,27 @@ class Planner:
 
     def choose(self) -> RunPlan:
         """What each rank does: by the first mesh of `ranked`; MachineError where none fits."""
-        best, count = self.ranked()[0], len(self.meshes())
-        resumed = self.before is not None
+        best = self.ranked()[0]
+        resumed = self.previous_micro_batch is not None
         savings.refuse_overrun(best.plan, self.machine, resumed=resumed)
         plan = savings.warn_of_overrun(best.plan, self.machine, resumed=resumed)
-        if warning := self.warn_of_exposed_gathers(best):
+        warning = self.warn_of_exposed_gathers(best)
+        if warning:
             plan = replace(plan, warnings=(*plan.warnings, warning))
-        how = (
-            "the fastest by the forecast"
-            if best.step_seconds
-            else "the first that fits, as no speed is known here"
-        )
-        return replace(plan, why={**plan.why, "mesh": f"{how}, of {count} that the ranks can make"})
+        reason = "the first that fits, as no speed is known here"
+        if best.step_seconds:
+            reason = "the fastest by the forecast"
+        reason = f"{reason}, of {len(self.meshes())} that the ranks can make"
+        return replace(plan, why={**plan.why, "mesh": reason})
 
     def warn_of_exposed_gathers(self, forecast: Forecast) -> str | None:
-        """A warning where ranks wait for the gathers of shards as their share of a step is too short to hide them, with the
-        key that mends it; None where they wait for less than a twentieth of the time, or as the memory has no room."""
-        run, mesh = self.run, forecast.plan.mesh
+        """A warning where a rank's share of a step is too short to hide the gathers of shards.
+
+        It names the key that makes it longer. None where ranks wait for them less than a twentieth
+        of the time, and where micro batches are as short for want of memory.
+        """
+        run = self.run
+        mesh = forecast.plan.mesh
         exposed = forecast.seconds.get("shards", 0.0)
         if not forecast.step_seconds or exposed <= (1 - BETTER) * forecast.step_seconds:
             return None
@@ -214,248 +285,323 @@ class Planner:
             return None
         batch = run.train.global_batch
         # Each data rank takes whole examples, or whole rows of seq_len.
-        unit = mesh.data * (run.data.seq_len if batch.unit == "tokens" else 1)
+        unit = mesh.data
+        if batch.unit == "tokens":
+            unit *= run.data.seq_len
         amount = math.ceil(batch.amount * forecast.hides_from / share / unit) * unit
         fix = f"train.global_batch='{Size(amount, batch.unit)}'"
         if run.train.micro_batch != "auto":
             fix += " train.micro_batch=auto"
-        what = f"a step gives each rank {share:,.0f} tokens, and {forecast.hides_from:,} would hide the gathers of shards"
-        waiting = f"ranks wait for them {exposed / forecast.step_seconds:.0%} of the time"
-        return f"warning: {what}: {waiting}; fix: {fix}, which makes fewer and larger steps"
+        return (
+            f"warning: a step gives each rank {share:,.0f} tokens, and {forecast.hides_from:,} "
+            "would hide the gathers of shards: ranks wait for them "
+            f"{exposed / forecast.step_seconds:.0%} of the time; "
+            f"fix: {fix}, which makes fewer and larger steps"
+        )
 
     def ranked(self) -> list[Forecast]:
         """Every mesh: first those that fit, the fastest first, then the nearest to fitting.
 
-        One with more shards or cuts, or with groups that reach over nodes, must gain BETTER over others. The seconds of such a
-        group count what its slow link leaves exposed. Where no speed is known, those that fit stay in the order of
-        `meshes_for`, with groups over nodes behind.
+        One with more shards or tensor ranks, or with groups that reach over nodes, must gain BETTER
+        over others. The seconds of such a group count what its slow link leaves exposed. Where no
+        speed is known, those that fit stay in the order of `meshes_for`, with groups over nodes
+        behind.
         """
-
-        def crosses_nodes(forecast: Forecast) -> bool:
-            mesh = forecast.plan.mesh
-            return mesh.shard * mesh.tensor > self.cluster.per_node
-
-        def order(forecast: Forecast) -> tuple[bool, bool, bool, float]:
-            fails, tight, cost = forecast.order
-            return (
-                fails,
-                tight,
-                forecast.fits and not forecast.step_seconds and crosses_nodes(forecast),
-                cost,
-            )
-
         forecasts = [self.fastest(mesh) for mesh in self.meshes()]
-        *rank, least = min(map(order, forecasts))
-        near_best = [
-            f for f in forecasts if order(f)[:3] == tuple(rank) and BETTER * f.order[2] <= least
-        ]
-        first = min(near_best, key=crosses_nodes)
-        return sorted(forecasts, key=lambda f: (f is not first, *order(f)))
+        *best_class, least_cost = min(map(self._order, forecasts))
+        contenders = []
+        for forecast in forecasts:
+            *forecast_class, cost = self._order(forecast)
+            if forecast_class == best_class and BETTER * cost <= least_cost:
+                contenders.append(forecast)
+        # `meshes_for` has those with the fewest tensor ranks and shards first, and `min` takes the
+        # first of equal ones.
+        first = min(contenders, key=self._crosses_nodes)
+        others = [forecast for forecast in forecasts if forecast is not first]
+        return [first, *sorted(others, key=self._order)]
+
+    def _crosses_nodes(self, forecast: Forecast) -> bool:
+        mesh = forecast.plan.mesh
+        return mesh.shard * mesh.tensor > self.cluster.per_node
+
+    def _order(self, forecast: Forecast) -> tuple[bool, bool, bool, float]:
+        """`Forecast.order`; of those that fit at an unknown speed, groups over nodes come last."""
+        fails, tight, cost = forecast.order
+        has_no_speed = forecast.fits and not forecast.step_seconds
+        return fails, tight, has_no_speed and self._crosses_nodes(forecast), cost
 
     def fastest(self, mesh: MeshShape) -> Forecast:
         """A mesh with the micro batch that `train` takes, or with another that is faster."""
-        auto, sizes = self.forecast(mesh), []
-        links, free = mesh.world > 1, self.run.train.micro_batch == "auto" and self.before is None
-        if links and free and auto.step_seconds and not self.run.train.optimizer_in_backward:
-            limit = resolve.MAX_TOKENS[self.machine.device.partition(":")[0]]
-            most = min(limit, resolve.rank_step(self.run, self.work.step, mesh).largest)
-            sizes = [
-                self.run.data.seq_len << k for k in range(16) if self.run.data.seq_len << k <= most
-            ]
-        best = min(
-            (self.forecast(mesh, Size(size, "tokens")) for size in sizes),
-            key=lambda f: f.order,
-            default=auto,
-        )
-        return (
-            best
-            if (*best.order[:2], best.order[2]) < (*auto.order[:2], BETTER * auto.order[2])
-            else auto
-        )
+        auto = self.forecast(mesh)
+        train = self.run.train
+        if train.micro_batch != "auto" or self.previous_micro_batch is not None:
+            return auto
+        # Without links `auto` is the fastest already; an update in the backward takes the whole
+        # global batch at once.
+        if mesh.world == 1 or not auto.step_seconds or train.optimizer_in_backward:
+            return auto
+        limit = resolve.MAX_TOKENS[self.machine.device.partition(":")[0]]
+        largest = min(limit, resolve.rank_step(self.run, self.work.step, mesh).largest)
+        best = auto
+        fails, tight, cost = auto.order
+        least = (fails, tight, BETTER * cost)
+        tokens = self.run.data.seq_len
+        while tokens <= largest:
+            forecast = self.forecast(mesh, Size(tokens, "tokens"))
+            if forecast.order < least:
+                best = forecast
+                least = forecast.order
+            tokens *= 2
+        return best
 
     def forecast(self, mesh: MeshShape, size: Size | None = None) -> Forecast:
         """Memory and time of a mesh, with the recipe's micro batch or one of `size`."""
-        run, spec, machine, work = self.run, self.spec, self.machine, self.work
-        run = replace(run, train=replace(run.train, micro_batch=size)) if size else run
+        run = self.run
+        keys = " ".join(f"parallel.{name}={ranks}" for name, ranks in mesh._asdict().items())
+        if size:
+            run = replace(run, train=replace(run.train, micro_batch=size))
+            keys += f" train.micro_batch='{size}'"
+        work = self.work
         plan = resolve.resolve_plan(
-            run, spec, machine,
-            trained=self.trained, step=work.step, longest=work.longest, probabilities=work.probabilities,
-            before=self.before, mesh=mesh,
-        )  # fmt: skip
+            run,
+            self.spec,
+            self.machine,
+            trained=self.trained,
+            step=work.step,
+            longest=work.longest,
+            probabilities=work.probabilities,
+            previous_micro_batch=self.previous_micro_batch,
+            mesh=mesh,
+        )
         plan = replace(plan, savings=partial(self._savings, plan))
-        memory, (needed, room), units = (
-            plan.memory,
-            savings.memory_needs(plan, machine),
-            resolve.step_units(run),
-        )
-        # Of the tensors, which come and go one by one
-        largest = max(spec.head_matmul, spec.hidden * spec.intermediate)
-        phases = {
-            "load": memory.weights + largest * DTYPES[run.model.dtype].itemsize,
-            "step": memory.total - memory.copies,
-            # An adapter's copies are written beside the next steps; a whole model between two, tensor by tensor.
-            "save": memory.total if self.lora else memory.static + 4 * largest * (mesh.world > 1),
-        }
+        needed, room = savings.memory_needs(plan, self.machine)
+
         tokens = resolve.rank_step(run, work.step, mesh).mean
-        count = max(1, math.ceil(tokens / memory.tokens - 1e-9))  # of micro batches
-        tokens = count * (plan.layout.pad_to or 0) or tokens
-        sent = self._sent(self._rings(plan, tokens, count).values())
-        seconds, hidden, most = (
-            self._seconds(plan, tokens, count) if self.cluster.chip.tflops else ({}, 0.0, 0)
-        )
-        step, clock = sum(seconds.values()) or None, run.train.duration.seconds
-        hours = clock / 3600 if clock else work.steps * step / 3600 if work.steps and step else None
-        idle = 1 - units / (mesh.data * -(-units // mesh.data))
-        fits, tight = needed <= room, needed > room * resolve.USABLE / savings.ALLOCATABLE
-        keys = " ".join(f"parallel.{name}={count}" for name, count in mesh._asdict().items())
-        keys += f" train.micro_batch='{size}'" if size else ""
-        speed = step and work.step.mean / step
+        micro_batches = max(1, math.ceil(tokens / plan.memory.tokens - 1e-9))
+        if plan.layout.pad_to:
+            tokens = micro_batches * plan.layout.pad_to
+        collectives = self._collectives(plan, tokens, micro_batches)
+        time = StepTime({}, hidden=0.0, hides_from=0)
+        if self.cluster.chip.tflops:
+            time = self._step_time(plan, tokens, micro_batches, collectives)
+        step_seconds = sum(time.parts.values()) or None
+
+        hours = None
+        if run.train.duration.seconds:
+            hours = run.train.duration.seconds / 3600
+        elif work.steps and step_seconds:
+            hours = work.steps * step_seconds / 3600
+        units = resolve.step_units(run)
         return Forecast(
             plan,
-            fits,
-            tight,
-            room,
-            phases,
-            idle,
-            sent,
-            seconds,
-            hidden,
-            most,
-            step,
-            speed,
-            hours,
-            keys,
+            fits=needed <= room,
+            tight=needed > room * resolve.USABLE / savings.ALLOCATABLE,
+            room=room,
+            phases=self._phase_bytes(plan),
+            idle_share=1 - units / (mesh.data * ceil_div(units, mesh.data)),
+            sent=self._sent(collectives),
+            seconds=time.parts,
+            hidden_seconds=time.hidden,
+            hides_from=time.hides_from,
+            step_seconds=step_seconds,
+            tokens_per_second=step_seconds and work.step.mean / step_seconds,
+            hours=hours,
+            keys=keys,
         )
 
     def with_tensor(self) -> Forecast | None:
         """What `parallel.tensor=auto` makes of the run, if the recipe keeps to 1 and it fits."""
-        if self.run.parallel.tensor != 1 or self.cluster.per_node == 1:
+        parallel = self.run.parallel
+        if parallel.tensor != 1 or self.cluster.per_node == 1:
             return None
-        best = replace(
-            self, run=replace(self.run, parallel=replace(self.run.parallel, tensor="auto"))
-        ).ranked()[0]
-        return best if best.fits and best.plan.mesh.tensor > 1 else None
+        run = replace(self.run, parallel=replace(parallel, tensor="auto"))
+        best = replace(self, run=run).ranked()[0]
+        if best.fits and best.plan.mesh.tensor > 1:
+            return best
+        return None
 
     def _savings(self, plan: RunPlan) -> Sequence[Saving]:
         """Those of a plan, and before them `parallel.tensor=auto`, which changes no result."""
-        best = self.with_tensor()
-        own = [Saving("parallel.tensor=auto", best.plan.memory.total, True)] if best else []
-        return (*own, *plan.savings())
+        with_tensor = self.with_tensor()
+        if with_tensor is None:
+            return plan.savings()
+        total = with_tensor.plan.memory.total
+        return (Saving("parallel.tensor=auto", total, resumes=True), *plan.savings())
 
-    def _rings(self, plan: RunPlan, tokens: float, count: int) -> dict[str, Ring]:
-        """What the groups of a rank gather and reduce in a step of `tokens`, in `count` micro batches."""
-        spec, (replicate, shard, tensor), itemsize = (
-            self.spec,
-            plan.mesh,
-            DTYPES[self.run.model.dtype].itemsize,
-        )
-        estimator = resolve.MemoryEstimator(self.run, spec, self.machine, self.trained, plan.mesh)
-        layers, ends = estimator.weights(itemsize)
-        # In fp32; of a model trained in full, of this rank's shards
-        gradients = 4 * estimator.trained_here
-        # Sums over a tensor group, each a scatter and a gather of all tokens: two of a layer forward and two backward, those
-        # of the forward again where it is recomputed; and of the embedding and the head's gradient.
-        sums = 4 * spec.layers + 2 * plan.recomputed_layers + 2
-        copies = (replicate * shard, tensor) if self.lora else (replicate, tensor * shard)
-        head = 0 if self.lora or spec.tied else itemsize * -(-spec.head_matmul // tensor)
-        embedding = 0 if self.lora else ends - head
-        in_fp32 = 0 if self.lora else 4 / itemsize
+    def _phase_bytes(self, plan: RunPlan) -> dict[str, int]:
+        memory = plan.memory
+        # Of the tensors, which come and go one by one
+        largest = max(self.spec.head_matmul, self.spec.hidden * self.spec.intermediate)
+        # An adapter's copies are written beside the next steps; a whole model between two, tensor
+        # by tensor.
+        save = memory.total
+        if not self.trains_adapter:
+            save = memory.static
+            if plan.mesh.world > 1:
+                save += 4 * largest
         return {
-            "tensor parallel": Ring(1, 2 * sums * tokens * spec.hidden * itemsize, tensor, 1),
-            # In each pass: of all layers but one, as the last stays for the backward, and nothing hides the first one's.
-            "gather": Ring(2 * count, layers * (1 - 1 / spec.layers), shard, tensor),
-            "gather head": Ring(count, head, shard, tensor),
-            "gather first": Ring(count, embedding + layers / spec.layers, shard, tensor),
-            "reduce": Ring(count, (layers + head) * in_fp32, shard, tensor),
-            "reduce last": Ring(count, embedding * in_fp32, shard, tensor),
-            "gradients": Ring(1, 2 * gradients, *copies),
+            "load": memory.weights + largest * DTYPES[self.run.model.dtype].itemsize,
+            "step": memory.total - memory.copies,
+            "save": save,
         }
 
-    def _seconds(
-        self, plan: RunPlan, tokens: float, count: int
-    ) -> tuple[dict[str, float], float, int]:
-        """Of such a step: its seconds by part, hidden ones, and tokens of `hides_from`."""
-        run, chip = self.run, self.cluster.chip
-        estimator = resolve.MemoryEstimator(run, self.spec, self.machine, self.trained, plan.mesh)
-        rate = (
-            (chip.tflops or 0.0) * 1e12 * (EIGHT_BIT_SPEED if plan.base.startswith("fp8") else 1.0)
+    def _estimator(self, mesh: MeshShape) -> resolve.MemoryEstimator:
+        return resolve.MemoryEstimator(self.run, self.spec, self.machine, self.trained, mesh)
+
+    def _collectives(self, plan: RunPlan, tokens: float, micro_batches: int) -> Collectives:
+        """Those of a step of `tokens`, in so many micro batches."""
+        spec = self.spec
+        replicate, shard, tensor = plan.mesh
+        itemsize = DTYPES[self.run.model.dtype].itemsize
+        estimator = self._estimator(plan.mesh)
+        layers, ends = estimator.weights(itemsize)
+        # Sums over a tensor group, each a scatter and a gather of all tokens: two of a layer
+        # forward and two backward, those of the forward again where it is recomputed; and of the
+        # embedding and the head's gradient.
+        sums = 4 * spec.layers + 2 * plan.recomputed_layers + 2
+        # In fp32; of a model trained in full, of this rank's shards.
+        gradients = 2 * 4 * estimator.trained_here
+        head = 0
+        embedding = 0
+        in_fp32 = 0.0
+        if self.trains_adapter:
+            # Neither embedding nor head is sharded, and a frozen base has no gradients.
+            sum_of_gradients = Collective(1, gradients, replicate * shard, tensor)
+        else:
+            if not spec.tied:
+                head = itemsize * ceil_div(spec.head_matmul, tensor)
+            embedding = ends - head
+            in_fp32 = 4 / itemsize
+            sum_of_gradients = Collective(1, gradients, replicate, tensor * shard)
+
+        def of_shards(times: int, size: float) -> Collective:
+            return Collective(times, size, shard, tensor)
+
+        return Collectives(
+            tensor_parallel=Collective(1, 2 * sums * tokens * spec.hidden * itemsize, tensor, 1),
+            # In each pass: of all layers but one, as the last stays for the backward, and nothing
+            # hides the first one's.
+            gather=of_shards(2 * micro_batches, layers * (1 - 1 / spec.layers)),
+            gather_head=of_shards(micro_batches, head),
+            gather_first=of_shards(micro_batches, embedding + layers / spec.layers),
+            reduce=of_shards(micro_batches, (layers + head) * in_fp32),
+            reduce_last=of_shards(micro_batches, embedding * in_fp32),
+            gradients=sum_of_gradients,
         )
-        token = self.work.operations / rate / plan.mesh.tensor
-        again = resolve.RECOMPUTE_COST[run.adapter.kind] * plan.recomputed_layers / self.spec.layers
-        bandwidth = 1e9 * chip.bandwidth if chip.bandwidth else math.inf
-        rings = self._rings(plan, tokens, count)
+
+    def _step_time(
+        self, plan: RunPlan, tokens: float, micro_batches: int, collectives: Collectives
+    ) -> StepTime:
+        """The time of a step of `tokens`, in so many micro batches."""
+        chip = self.cluster.chip
+        assert chip.tflops is not None
+        estimator = self._estimator(plan.mesh)
+        rate = chip.tflops * 1e12
+        if plan.base.startswith("fp8"):
+            rate *= EIGHT_BIT_SPEED
+        token_seconds = self.work.operations / rate / plan.mesh.tensor
+        recompute_cost = resolve.RECOMPUTE_COST[self.run.adapter.kind]
+        recompute = recompute_cost * plan.recomputed_layers / self.spec.layers
         compute = {
-            "products": tokens * token * (1 - self.work.attention),
-            "attention": tokens * token * self.work.attention,
-            "recompute": tokens * token * again,
-            "fixed cost of passes": count * estimator.pass_tokens * token,
-            "update": UPDATE_BYTES * estimator.trained_here / bandwidth,
-            "shard copies": self._copied_bytes(rings) / bandwidth,
+            "products": tokens * token_seconds * (1 - self.work.attention),
+            "attention": tokens * token_seconds * self.work.attention,
+            "recompute": tokens * token_seconds * recompute,
+            "fixed cost of passes": micro_batches * estimator.pass_tokens * token_seconds,
+            "update": UPDATE_BYTES * estimator.trained_here / self._memory_bandwidth,
+            "shard copies": self._copied_bytes(collectives) / self._memory_bandwidth,
         }
-        sent = {}
-        for name, ring in rings.items():
-            sent[name] = (
-                ring.sent / self.cluster.bandwidth(ring.ranks, ring.stride) if ring.sent else 0.0
-            )
-            if name.startswith("gather"):
-                sent[name] += self._shard_bytes_read(ring) / bandwidth
-        forward = tokens * token / count / (2 if self.lora else 3)
-        backward = (1 + again) * tokens * token / count - forward
-        beside_forward = sent["gather"] + sent["gather head"]
-        beside_backward = sent["gather"] + sent["reduce"]
-        exposed = sent["gather first"] + sent["reduce last"]
+
+        gather = self._gather_seconds(collectives.gather)
+        gather_head = self._gather_seconds(collectives.gather_head)
+        gather_first = self._gather_seconds(collectives.gather_first)
+        reduce = self._transfer_seconds(collectives.reduce)
+        reduce_last = self._transfer_seconds(collectives.reduce_last)
+        gradients = self._transfer_seconds(collectives.gradients)
+
+        # A frozen weight has no gradient of its own: two matmuls a token in place of three.
+        passes = 2 if self.trains_adapter else 3
+        forward = tokens * token_seconds / micro_batches / passes
+        backward = (1 + recompute) * tokens * token_seconds / micro_batches - forward
+        beside_forward = gather + gather_head
+        beside_backward = gather + reduce
+        exposed = gather_first + reduce_last
         exposed += max(0.0, beside_forward - forward) + max(0.0, beside_backward - backward)
         # Gradients of copies are summed beside the last backward, those of an adapter after it.
-        exposed_sum = sent["gradients"] if self.lora else max(0.0, sent["gradients"] - backward)
-        shown = {
-            "tensor parallel": sent["tensor parallel"],
-            "shards": count * exposed,
+        exposed_sum = gradients
+        if not self.trains_adapter:
+            exposed_sum = max(0.0, gradients - backward)
+        communication = {
+            "tensor parallel": self._transfer_seconds(collectives.tensor_parallel),
+            "shards": micro_batches * exposed,
             "gradients": exposed_sum,
         }
-        of_micro_batch = (
-            beside_forward + beside_backward + sent["gather first"] + sent["reduce last"]
-        )
-        hidden = count * (of_micro_batch - exposed) + sent["gradients"] - exposed_sum
+        of_micro_batch = beside_forward + beside_backward + gather_first + reduce_last
         hiding_passes = max(beside_forward / forward, beside_backward / backward)
-        return compute | shown, hidden, math.ceil(hiding_passes * tokens / count)
+        return StepTime(
+            compute | communication,
+            hidden=micro_batches * (of_micro_batch - exposed) + gradients - exposed_sum,
+            hides_from=math.ceil(hiding_passes * tokens / micro_batches),
+        )
 
-    def _copied_bytes(self, rings: Mapping[str, Ring]) -> float:
-        """Bytes that a step reads and writes to copy gathered weights out of FSDP2's buffers, and gradients into them."""
-        itemsize = DTYPES[self.run.model.dtype].itemsize
-        copied = 0.0
-        for name, ring in rings.items():
-            if ring.ranks == 1:
-                continue
-            if name.startswith("gather"):
-                copied += 2 * ring.times * ring.size
-            elif name.startswith("reduce"):  # read in the weights' dtype, written in fp32
-                copied += (1 + itemsize / 4) * ring.times * ring.size
-        return copied
+    @property
+    def _memory_bandwidth(self) -> float:
+        """Bytes/s; without an end where it is not known, so that nothing waits for it."""
+        bandwidth = self.cluster.chip.bandwidth
+        return 1e9 * bandwidth if bandwidth else math.inf
 
-    def _shard_bytes_read(self, ring: Ring) -> float:
-        """Bytes that one gather reads and writes to copy this rank's shards into its buffer."""
-        if ring.ranks == 1:
+    def _transfer_seconds(self, collective: Collective) -> float:
+        """Of all that one collective sends."""
+        if not collective.sent:
+            return 0.0
+        return collective.sent / self.cluster.bandwidth(collective.ranks, collective.stride)
+
+    def _gather_seconds(self, gather: Collective) -> float:
+        """Of one gather, with the copy of this rank's shards into its buffer."""
+        copy_seconds = self._shard_copy_bytes(gather) / self._memory_bandwidth
+        return self._transfer_seconds(gather) + copy_seconds
+
+    def _copied_bytes(self, collectives: Collectives) -> float:
+        """Bytes that a step moves to copy weights out of FSDP2's buffers, and gradients into them.
+
+        Each is read and written.
+        """
+        if collectives.gather.ranks == 1:
             return 0.0
         itemsize = DTYPES[self.run.model.dtype].itemsize
-        is_master = not self.lora and self.run.train.master_weights == "fp32"
-        read = 4 / itemsize if is_master else 1.0
-        return (read + 1) * ring.size / ring.ranks
+        copied = 0.0
+        for gather in (collectives.gather, collectives.gather_head, collectives.gather_first):
+            copied += 2 * gather.times * gather.size
+        # Read in the weights' dtype, written in fp32.
+        for reduce in (collectives.reduce, collectives.reduce_last):
+            copied += (1 + itemsize / 4) * reduce.times * reduce.size
+        return copied
 
-    def _sent(self, rings: Iterable[Ring]) -> dict[str, float]:
+    def _shard_copy_bytes(self, gather: Collective) -> float:
+        """Bytes that one gather reads and writes to copy this rank's shards into its buffer."""
+        if gather.ranks == 1:
+            return 0.0
+        read = 1.0
+        if not self.trains_adapter and self.run.train.master_weights == "fp32":
+            read = 4 / DTYPES[self.run.model.dtype].itemsize
+        return (read + 1) * gather.size / gather.ranks
+
+    def _sent(self, collectives: Collectives) -> dict[str, float]:
         """Bytes that a rank sends in a step over its `link` in the node and over its `network`."""
         sent = {"link": 0.0, "network": 0.0}
-        for ring in rings:
-            inside = self.cluster.inside(ring.ranks, ring.stride)
-            sent["link"] += ring.times * ring.sent * (inside > 1)
-            sent["network"] += ring.times * ring.sent / inside * (inside < ring.ranks)
+        for collective in collectives:
+            inside = self.cluster.inside(collective.ranks, collective.stride)
+            if inside > 1:
+                sent["link"] += collective.times * collective.sent
+            if inside < collective.ranks:
+                sent["network"] += collective.times * collective.sent / inside
         return sent
 
     def enough_nodes(self) -> Cluster | None:
         """The smallest of some larger clusters on which the recipe fits; None where none does."""
-        larger = (
-            replace(self.cluster, nodes=self.cluster.nodes * times) for times in (2, 4, 8, 16, 32)
-        )
-        return next(
-            (c for c in larger if c.chip.network and replace(self, cluster=c).ranked()[0].fits),
-            None,
-        )
+        if not self.cluster.chip.network:
+            return None
+        for times in (2, 4, 8, 16, 32):
+            larger = replace(self.cluster, nodes=self.cluster.nodes * times)
+            if replace(self, cluster=larger).ranked()[0].fits:
+                return larger
+        return None

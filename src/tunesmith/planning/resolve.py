@@ -1,12 +1,14 @@
-"""Resolve what `auto` means on a machine: compile, attention backend, micro batch, and how many layers recompute.
+"""Resolve what `auto` means on a machine: compile, attention backend, micro batch, and recompute.
 
-Micro batch and recompute are chosen together, for the least time: a larger micro batch spreads the fixed cost of a
-forward and backward, a smaller one leaves memory for activations. `recompute.py` corrects the estimate on a GPU.
+Micro batch and recompute are chosen together, for the least time: a larger micro batch spreads the
+fixed cost of a forward and backward, a smaller one leaves memory for activations. `calibrate.py`
+corrects the estimate on a GPU.
 
-Activations per token and layer of a Llama-like block, in elements: five vectors of the hidden width (the block's input, the
-sum after attention, the two normed inputs, attention's output), q, k and v, and three of the MLP's width (gate, up, and
-their product). Where neither a compiler nor our own modules do the work, one more of each. A recomputed layer keeps its
-input alone. At 16,384 tokens of an 8B LoRA run this comes to 68 GiB; 69 were measured on an H200.
+Activations per token and layer of a Llama-like block, in elements: five vectors of the hidden width
+(the block's input, the sum after attention, the two normed inputs, attention's output), q, k and v,
+and three of the MLP's width (gate, up, and their product). Where neither a compiler nor our own
+modules do the work, one more of each. A recomputed layer keeps its input alone. At 16,384 tokens of
+an 8B LoRA run this comes to 68 GiB; 69 were measured on an H200.
 """
 
 from __future__ import annotations
@@ -35,47 +37,45 @@ from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_memory, host_budget, is_integrated
 from tunesmith.runtime.host import return_freed_memory
-from tunesmith.units import Size
+from tunesmith.units import Size, ceil_div
 
 if TYPE_CHECKING:
     # With Transformers, which a plan can do without
-    from tunesmith.hub.model_files import (
-        ModelFiles,
-    )
+    from tunesmith.hub.model_files import ModelFiles
 
 MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
-USABLE = (
-    0.9  # of the free memory, to plan with: the rest is the allocator's, and the estimate's error
-)
-# Operations in the time of a byte: an H200 reaches 700 TFLOP/s (in 8 bits twice that) and 4 TB/s, and other discrete cards
-# lie between 150 and 300; a GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on
-# an H200 and as 922 on a GB10, which prefers larger micro batches.
-# By Machine.integrated: in 16 bits, in 8 bits
+# Of the free memory, to plan with: the rest is the allocator's, and the estimate's error.
+USABLE = 0.9
+# Operations in the time of a byte, in 16 bits and in 8, by Machine.integrated. An H200 reaches 700
+# TFLOP/s (in 8 bits twice that) and 4 TB/s, and other discrete cards lie between 150 and 300; a
+# GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on an
+# H200 and as 922 on a GB10, which prefers larger micro batches.
 OPERATIONS_PER_BYTE = {
     False: (175, 350),
     True: (407, 832),
 }
-# Layers that FSDP2 has gathered at once: one in use, the next one, and the flat buffer that a gather arrives in.
+# Layers that FSDP2 has gathered at once: one in use, the next one, and the flat buffer that a
+# gather arrives in.
 GATHERED_LAYERS = 3
-# A second forward, as a share of a step: 2 of 6 operations, or of 4
-RECOMPUTE_COST = {
-    "none": 1 / 3,
-    "lora": 1 / 2,
-}
-# Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a usual step...
+# A second forward, as a share of a step: 2 of 6 operations, or of 4.
+RECOMPUTE_COST = {"none": 1 / 3, "lora": 1 / 2}
+# Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a
+# usual step...
 ROW_MULTIPLE = 128
-# Without expandable segments (device.prepare_allocator) each length leaves blocks of its own in the allocator, which no other
-# length fits. So rows of varied steps are padded to one of at least so many lengths, and fewer than twice as many.
-LENGTHS = 16
 # ... and the longest document is stated in blocks of the attention kernel.
 DOCUMENT_BLOCK = 128
+# Without expandable segments (device.prepare_allocator) each length leaves blocks of its own in the
+# allocator, which no other length fits. So rows of varied steps are padded to one of at least so
+# many lengths, and fewer than twice as many.
+LENGTHS = 16
 
 
 def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tuple[str, str]:
-    """How attention is computed in a run (`eager`: by Transformers, on padded rows), and why."""
+    """How attention is computed, and why; `eager`: by Transformers, on padded rows."""
     if run.model.attention == "eager":
         return "eager", "as model.attention says"
-    softcap, dtype = files.spec.attention_softcap is not None, DTYPES[run.model.dtype]
+    softcap = files.spec.attention_softcap is not None
+    dtype = DTYPES[run.model.dtype]
     return attention.select_attention_backend(device, dtype, files.spec.head_dim, softcap=softcap)
 
 
@@ -86,33 +86,39 @@ def probe_machine(
     shapes: Sequence[tuple[int, int]] = (),
     ranks: Collection[int] = (),
 ) -> Machine:
-    """What this machine has for a run, found by trying: backends, compiler, memory, 8-bit matmuls.
+    """What this machine has for a run, learned by trying: backends, compiler, memory, fp8 matmuls.
 
-    `shapes` are those of `eight_bit.eight_bit_shapes`, tried with many rows, few and one. `ranks` are the process ids of the
-    run's ranks on this host, which share its memory.
+    Args:
+        shapes: those of `eight_bit.eight_bit_shapes`, tried with many rows, few and one.
+        ranks: process ids of the run's ranks on this host, which share its memory.
     """
     # Before the products are tried: torch keeps their memory, for the model to use.
+    limit = None
     if device.type == "cpu":
         return_freed_memory()  # of reading the rows and the model's files
         free, size, limit = host_budget(ranks)
     else:
-        free, size, limit = free_memory(device), card_bytes(device), None
+        free = free_memory(device)
+        size = card_bytes(device)
     scaling = scheme_of(run.model).select_scaling(device, shapes)
-    backend, compiles = (
-        attention_backend(run, files, device),
-        compilation.select_compile(run.train.compile, device),
-    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return Machine(
-        str(device), free, backend, compiles, scaling, size, is_integrated(device), name, limit
+        str(device),
+        free,
+        attention=attention_backend(run, files, device),
+        compiles=compilation.select_compile(run.train.compile, device),
+        scaling=scaling,
+        card_bytes=size,
+        integrated=is_integrated(device),
+        name=name,
+        limit=limit,
     )
 
 
 def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:
-    """The plan of a model that is only asked: nothing compiled or recomputed, no base in 8 bits."""
-    return RunPlan(
-        str(device), attention_backend(run, files, device)[0], run.model.dtype, files.spec.layers
-    )
+    """The plan of a model that only answers: nothing compiled or recomputed, no base in 8 bits."""
+    backend, _ = attention_backend(run, files, device)
+    return RunPlan(str(device), backend, run.model.dtype, files.spec.layers)
 
 
 def resolve_plan(
@@ -124,29 +130,32 @@ def resolve_plan(
     step: StepSize,
     longest: int,
     probabilities: float = 0.0,
-    before: Size | None = None,
+    previous_micro_batch: Size | None = None,
     mesh: MeshShape = ONE,
 ) -> RunPlan:
     """Resolve every `auto` of a recipe by what the machine has, whether it fits or not.
 
-    `trained` counts trained parameters, `step` the tokens of an optimizer step, both of all ranks; `longest` those of the
-    longest example; `probabilities` as in `MemoryEstimator`. `auto` keeps the micro batch that a resumed run had `before`
-    while it fits: dropout and the order of sums depend on it. `machine` and the plan are those of each rank of the `mesh`.
+    Args:
+        machine: that of each rank; the plan is each rank's, too.
+        trained: trained parameters of all ranks.
+        step: tokens of an optimizer step, of all ranks.
+        longest: tokens of the longest example.
+        probabilities: as in `MemoryEstimator`.
+        previous_micro_batch: of the start that a resumed run goes on from. `auto` keeps it while it
+            fits: dropout and the order of sums depend on it.
     """
 
     def plan_of(changed: Run) -> RunPlan:
         """The plan of a recipe that differs in what `find_savings` changes."""
-        count = (
-            trained
-            if changed.adapter.kind == run.adapter.kind
-            else adapter_parameters(spec, changed.adapter)
-        )
+        count = trained
+        if changed.adapter.kind != run.adapter.kind:
+            count = adapter_parameters(spec, changed.adapter)
         share = changed.train.global_batch.amount / run.train.global_batch.amount
-        size = rank_step(
-            changed, StepSize(step.mean * share, math.ceil(step.largest * share)), mesh
-        )
+        size = StepSize(step.mean * share, math.ceil(step.largest * share))
         estimator = MemoryEstimator(changed, spec, machine, count, mesh, probabilities)
-        return estimator.plan(size, min(longest, changed.data.seq_len), before)
+        return estimator.plan(
+            rank_step(changed, size, mesh), min(longest, changed.data.seq_len), previous_micro_batch
+        )
 
     refuse_offload(run, machine, mesh)
     plan = plan_of(run)
@@ -163,30 +172,38 @@ def usable_share(device: str) -> float:
 
 
 def checkpoint_bytes(run: Run, trained: int) -> tuple[int, int]:
-    """Bytes of one checkpoint of `trained` parameters on the disk, and how many checkpoints may be there at once."""
+    """Bytes of one checkpoint of `trained` parameters, and how many of them the disk may hold."""
     width = 4 if run.adapter.kind == "lora" else DTYPES[run.model.dtype].itemsize
     size = int(trained * (width + checkpoint_bytes_per_parameter(run.train, width)))
     return size, run.checkpoint.keep + 3  # the one being written, the best one, and final/
 
 
 def step_units(run: Run) -> int:
-    """What an optimizer step has, and no rank shares with another: examples, or packed rows where tokens are counted."""
+    """What an optimizer step has, and no rank shares with another.
+
+    Examples, or packed rows where the recipe counts tokens.
+    """
     size = run.train.global_batch
-    return size.amount if size.unit == "examples" else max(1, size.amount // run.data.seq_len)
+    if size.unit == "examples":
+        return size.amount
+    return max(1, size.amount // run.data.seq_len)
 
 
 def rank_step(run: Run, step: StepSize, mesh: MeshShape) -> StepSize:
     """What the busiest data rank takes of a step."""
     units = step_units(run)
-    share = -(-units // mesh.data) / units
+    share = ceil_div(units, mesh.data) / units
     return StepSize(step.mean * share, math.ceil(step.largest * share))
 
 
 @dataclass(frozen=True)
 class MemoryEstimator:
-    """Estimates memory and time of one micro batch on one rank; `trained` counts the trained parameters of all.
+    """Estimates memory and time of one micro batch on one rank.
 
-    `probabilities`: those of attention that a head keeps of a token, on average (`documents.kept_probabilities`).
+    Attributes:
+        trained: trained parameters of all ranks.
+        probabilities: those of attention that a head keeps of a token, on average
+            (`documents.kept_probabilities`).
     """
 
     run: Run
@@ -197,13 +214,17 @@ class MemoryEstimator:
     probabilities: float = 0.0
 
     @property
+    def trains_adapter(self) -> bool:
+        return self.run.adapter.kind == "lora"
+
+    @property
     def sharded(self) -> bool:
         """Whether the base goes through `fully_shard`."""
         return needs_fsdp(self.run, self.mesh, offload="parameters" in self.moved)
 
     @property
     def scheme(self) -> Scheme:
-        """How the base is stored: as the recipe says, but dense where the machine lacks fp8 matmuls."""
+        """How the base is stored: as the recipe says, but dense without its fp8 matmuls."""
         scheme = scheme_of(self.run.model)
         if scheme.has_fp8_matmuls and self.machine.scaling[0] is None:
             return DENSE
@@ -213,19 +234,15 @@ class MemoryEstimator:
     def fp32_gradients(self) -> bool:
         """Whether linear layers add up their weights' gradients in fp32: wherever that works.
 
-        It does for 16-bit weights with fp32 masters, trained in full on one GPU. Several ranks reduce the gradients that
-        autograd makes; an update in the backward frees each gradient at once; on a CPU no product of 16-bit matrices adds
-        into an fp32 one.
+        It does for 16-bit weights with fp32 masters, trained in full on one GPU. Several ranks
+        reduce the gradients that autograd makes; an update in the backward frees each gradient at
+        once; on a CPU no product of 16-bit matrices adds into an fp32 one.
         """
         train = self.run.train
         has_masters = DTYPES[self.run.model.dtype] in HALF and train.master_weights == "fp32"
         in_full = self.run.adapter.kind == "none" and not train.optimizer_in_backward
-        return (
-            has_masters
-            and in_full
-            and self.mesh.world == 1
-            and self.machine.device.startswith("cuda")
-        )
+        on_one_gpu = self.mesh.world == 1 and self.machine.device.startswith("cuda")
+        return has_masters and in_full and on_one_gpu
 
     @property
     def moved(self) -> tuple[str, ...]:
@@ -233,242 +250,292 @@ class MemoryEstimator:
         return moved_to_host(self.run, self.machine)
 
     def weights(self, itemsize: float) -> tuple[int, int]:
-        """Bytes of the base that a tensor-parallel rank computes with: of all layers' matrices, and of what else there is.
+        """Bytes of the base that a tensor-parallel rank computes with.
 
-        Tensor-parallel ranks cut everything but norms and biases. The scales of a base in fp8, 4 bytes a row, are not
-        counted.
+        Of all layers' matrices, and of what else there is. Tensor-parallel ranks shard everything
+        but norms and biases. The scales of a base in fp8, 4 bytes a row, are not counted.
         """
-        spec, cut = self.spec, self.mesh.tensor
-        matrices, tables = (
-            spec.layers * spec.layer_matmul,
-            spec.head_matmul * (1 if spec.tied else 2),
-        )
-        rest, width = spec.parameters - matrices - tables, self.scheme.weight_bytes
+        spec = self.spec
+        tensor = self.mesh.tensor
+        matrices = spec.layers * spec.layer_matmul
+        tables = spec.head_matmul if spec.tied else 2 * spec.head_matmul
+        rest = spec.parameters - matrices - tables
+        width = self.scheme.weight_bytes
         if width is None:
             width = itemsize
-        return int(-(-matrices // cut) * width) + self.scales, int(
-            (-(-tables // cut) + rest) * itemsize
-        )
+        layers = int(ceil_div(matrices, tensor) * width) + self.scales
+        ends = int((ceil_div(tables, tensor) + rest) * itemsize)
+        return layers, ends
 
     @property
     def scales(self) -> int:
         """Bytes of a base's scales on a tensor-parallel rank.
 
-        Those of o and down, which are cut along their inputs, are no longer in one piece, and in fp32.
+        Those of o and down, which are sharded along their inputs, are no longer in one piece, and
+        in fp32.
         """
-        spec, cut, scheme = self.spec, self.mesh.tensor, self.scheme
+        spec = self.spec
+        tensor = self.mesh.tensor
+        scheme = self.scheme
         if not scheme.scale_bytes:
             return 0
-        columns = (
-            spec.layers * spec.hidden * (spec.heads * spec.head_dim + spec.intermediate) * (cut > 1)
-        )
-        rows = spec.layers * spec.layer_matmul - columns
-        return int((rows * scheme.scale_bytes + columns * 4 / scheme.block) / cut)
+        rowwise = 0
+        if tensor > 1:
+            inputs = spec.heads * spec.head_dim + spec.intermediate
+            rowwise = spec.layers * spec.hidden * inputs
+        others = spec.layers * spec.layer_matmul - rowwise
+        return int((others * scheme.scale_bytes + rowwise * 4 / scheme.block) / tensor)
 
     @property
     def trained_here(self) -> int:
-        """Trained parameters of one rank. Those of an adapter are whole on every data rank, all others are sharded."""
-        cut, adapter = self.mesh.tensor, self.run.adapter
-        if adapter.kind == "lora":
-            return (
-                self.trained
-                - adapter_parameters(self.spec, adapter)
-                + adapter_parameters(self.spec, adapter, cut)
-            )
-        return -(-sum(self.weights(1)) * self.trained // (self.spec.parameters * self.mesh.shard))
+        """Trained parameters of one rank.
 
-    def plan(self, step: StepSize, longest: int, before: Size | None) -> RunPlan:
+        Those of an adapter are whole on every data rank, all others are sharded.
+        """
+        tensor = self.mesh.tensor
+        adapter = self.run.adapter
+        if self.trains_adapter:
+            whole = adapter_parameters(self.spec, adapter)
+            return self.trained - whole + adapter_parameters(self.spec, adapter, tensor)
+        weights = sum(self.weights(1))
+        return ceil_div(weights * self.trained, self.spec.parameters * self.mesh.shard)
+
+    def plan(self, step: StepSize, longest: int, previous_micro_batch: Size | None) -> RunPlan:
         """The plan of a rank whose share of a step is `step`, whether it fits or not."""
-        run, machine, train, (compiled, compile_why) = (
-            self.run,
-            self.machine,
-            self.run.train,
-            self.machine.compiles,
-        )
-        size, why = train.micro_batch, "as train.micro_batch says"
-        # An update in the backward leaves no place for a second micro batch
+        run = self.run
+        train = run.train
+        machine = self.machine
+        compiled, compile_reason = machine.compiles
+        size = train.micro_batch
+        size_reason = "as train.micro_batch says"
         if train.optimizer_in_backward:
-            size = Size(-(-train.global_batch.amount // self.mesh.data), train.global_batch.unit)
-            why = "the whole global batch"
-        elif (
-            size == "auto"
-            and before is not None
-            and not self.overrun(self.tokens_of(before, step, longest))
-        ):
-            size, why = before, "that of the checkpoint"
-        by_examples = size != "auto" and size.unit == "examples"
+            # An update in the backward leaves no place for a second micro batch.
+            amount = ceil_div(train.global_batch.amount, self.mesh.data)
+            size = Size(amount, train.global_batch.unit)
+            size_reason = "the whole global batch"
+        elif size == "auto" and previous_micro_batch is not None:
+            previous_tokens = self.tokens_of(previous_micro_batch, step, longest)
+            if not self.overrun(previous_tokens):
+                size = previous_micro_batch
+                size_reason = "that of the checkpoint"
         # Where every step has the same tokens, one padded shape serves all micro batches.
-        fixed = (
-            compiled and run.data.pack and train.global_batch.unit == "tokens" and not by_examples
-        )
+        by_examples = size != "auto" and size.unit == "examples"
+        has_equal_steps = run.data.pack and train.global_batch.unit == "tokens"
+        fixed = compiled and has_equal_steps and not by_examples
         if size == "auto":
-            tokens, why = (
-                self.fastest_micro_batch(step, fixed=fixed),
-                "the least time by the estimate",
-            )
+            tokens = self.fastest_micro_batch(step, fixed=fixed)
+            size_reason = "the least time by the estimate"
         else:
             tokens = self.tokens_of(size, step, longest)
         memory = self.estimate(tokens)
-        memory = replace(
-            memory, least=self.least_bytes(min(tokens, longest), memory.recomputed_layers)
-        )
-        if size == "auto" or size.unit == "tokens":
+        least = self.least_bytes(min(tokens, longest), memory.recomputed_layers)
+        memory = replace(memory, least=least)
+        if not by_examples:
             size = Size(max(tokens, longest) if fixed else tokens, "tokens")
-        bucket = self.length_bucket(tokens if run.data.pack else longest)
-        layout = MicroBatchLayout(size, multiple=bucket)
-        if compiled:
-            multiple = (
-                1 if fixed else max(bucket, ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8)
-            )
-            bound = -(-longest // DOCUMENT_BLOCK) * DOCUMENT_BLOCK
-            layout = MicroBatchLayout(
-                size, pad_to=size.amount if fixed else None, multiple=multiple, bound=bound
-            )
-        base = self.scheme.storage(machine.scaling[0], run.model.dtype)
+        assert size != "auto"
+        recompute_reason = "as train.recompute says"
+        if train.recompute == "auto":
+            recompute_reason = "as few as fit"
+        why = {
+            "attention": machine.attention[1],
+            "loss": "head and loss on supervised positions alone",
+            "base": machine.scaling[1] or "as the recipe says",
+            "compile": compile_reason,
+            "kernels": "as train.deterministic says",
+            "recompute": recompute_reason,
+            "weight gradients": "16-bit weights with fp32 masters on one GPU: the products add "
+            "them up, unrounded",
+            "cpu offload": f"as train.cpu_offload says: {memory.host / 2**30:.1f} GiB of the "
+            "host's memory a rank",
+            "micro batch": f"{size_reason}: about {memory.total / 2**30:.1f} of "
+            f"{memory.free / 2**30:.1f} GiB",
+        }
         return RunPlan(
-            machine.device, machine.attention[0], base, self.spec.layers, compiled, train.deterministic,
-            memory.recomputed_layers, self.fp32_gradients, self.moved, layout=layout, memory=memory, mesh=self.mesh,
-            why={
-                "attention": machine.attention[1],
-                "loss": "head and loss on supervised positions alone",
-                "base": machine.scaling[1] or "as the recipe says",
-                "compile": compile_why,
-                "kernels": "as train.deterministic says",
-                "recompute": "as few as fit" if train.recompute == "auto" else "as train.recompute says",
-                "weight gradients": "16-bit weights with fp32 masters on one GPU: the products add them up, unrounded",
-                "cpu offload": f"as train.cpu_offload says: {memory.host / 2**30:.1f} GiB of the host's memory a rank",
-                "micro batch": f"{why}: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB",
-            },
-        )  # fmt: skip
+            machine.device,
+            machine.attention[0],
+            base=self.scheme.storage(machine.scaling[0], run.model.dtype),
+            layers=self.spec.layers,
+            compiled=compiled,
+            deterministic=train.deterministic,
+            recomputed_layers=memory.recomputed_layers,
+            fp32_gradients=self.fp32_gradients,
+            cpu_offload=self.moved,
+            layout=self._layout(size, tokens, longest, fixed=fixed),
+            memory=memory,
+            mesh=self.mesh,
+            why=why,
+        )
+
+    def _layout(self, size: Size, tokens: int, longest: int, *, fixed: bool) -> MicroBatchLayout:
+        """The shapes of micro batches of `size`, which have up to so many tokens."""
+        packed = self.run.data.pack
+        bucket = self.length_bucket(tokens if packed else longest)
+        compiled, _ = self.machine.compiles
+        if not compiled:
+            return MicroBatchLayout(size, multiple=bucket)
+        bound = ceil_div(longest, DOCUMENT_BLOCK) * DOCUMENT_BLOCK
+        if fixed:
+            return MicroBatchLayout(size, pad_to=size.amount, bound=bound)
+        multiple = ROW_MULTIPLE if packed else DOCUMENT_BLOCK // 8
+        return MicroBatchLayout(size, multiple=max(bucket, multiple), bound=bound)
 
     def length_bucket(self, longest: int) -> int:
-        """The power of two that lengths of rows, `longest` tokens at most, are rounded up to a multiple of."""
+        """A power of two: lengths of rows are rounded up to a multiple of it.
+
+        longest: tokens of the longest row.
+        """
         if not self.machine.integrated:
             return 1
         return 1 << max(0, (longest // LENGTHS).bit_length() - 1)
 
     def estimate(self, tokens: int) -> MemoryEstimate:
-        """Memory of a micro batch of `tokens`, padding counted, with the fewest recomputed layers that fit."""
-        run, spec, cut, itemsize = (
-            self.run,
-            self.spec,
-            self.mesh.tensor,
-            DTYPES[self.run.model.dtype].itemsize,
-        )
-        lora, trained = run.adapter.kind == "lora", self.trained_here
-        # Sharded 16-bit weights that are trained in full are fp32, their own masters.
-        masters = self.sharded and not lora and run.train.master_weights == "fp32"
-        # An adapter's weights are fp32 and not in the base; while its checkpoint is written, they and the moments are
-        # there twice.
-        width, copies = (4, 12 * trained) if lora else (4 if masters else itemsize, 0)
-        base = self.base_bytes(width if masters else itemsize)
-        adapter = width * trained * lora
+        """Memory of a micro batch of `tokens`, padding counted.
+
+        With the fewest recomputed layers that fit.
+        """
+        run = self.run
+        spec = self.spec
+        itemsize = DTYPES[run.model.dtype].itemsize
+        trained = self.trained_here
+        # An adapter's weights are fp32 and not in the base; while its checkpoint is written, they
+        # and the moments are there twice.
+        width = itemsize
+        base_width = itemsize
+        adapter = 0
+        copies = 0
+        if self.trains_adapter:
+            width = 4
+            adapter = width * trained
+            copies = 12 * trained
+        elif self.sharded and run.train.master_weights == "fp32":
+            # Sharded 16-bit weights that are trained in full are fp32, their own masters.
+            width = 4
+            base_width = width
+        base = self.base_bytes(base_width)
         gradients = width * trained
         if self.fp32_gradients:
             gradients += (4 - width) * spec.layers * spec.layer_matmul
-        state, host = int(trained * state_bytes_per_parameter(run.train, width)), 0
-        gathered = self.gathered_bytes(itemsize)
+        state = int(trained * state_bytes_per_parameter(run.train, width))
+        host = 0
         if "parameters" in self.moved:
-            _, outside_layers = self.weights(itemsize)
-            staying = outside_layers if lora else 0
-            host = base - staying
-            base = staying
-            if not lora:
-                host, state, gradients = host + state, 0, 0
+            if self.trains_adapter:
+                _, outside_layers = self.weights(itemsize)
+                host = base - outside_layers
+                base = outside_layers
+            else:
+                host = base + state
+                base = 0
+                state = 0
+                gradients = 0
 
         layer = self._layer_bytes(tokens, itemsize)
-        layer_input = -(-spec.hidden // cut) * itemsize * tokens
+        layer_input = ceil_div(spec.hidden, self.mesh.tensor) * itemsize * tokens
         recomputed_layer = 0 if "activations" in self.moved else layer_input
+        input_on_host = layer_input - recomputed_layer
         # The last norm's input, and the gradient of its output.
-        ends = (spec.hidden + -(-spec.hidden // cut)) * itemsize * tokens
-        workspace = max(self._head_bytes(tokens, itemsize), self._backward_bytes(tokens, itemsize))
-        workspace += layer_input - recomputed_layer  # of the layer that is recomputed
+        ends = (spec.hidden + ceil_div(spec.hidden, self.mesh.tensor)) * itemsize * tokens
+        backward = self._backward_bytes(tokens, itemsize)
+        # The input of the layer that is recomputed comes back from the host.
+        workspace = max(self._head_bytes(tokens, itemsize), backward) + input_on_host
 
-        room = (
-            int(self.machine.free_bytes * usable_share(self.machine.device))
-            - base
-            - adapter
-            - state
-            - copies
-            - gathered
-            - workspace
-            - ends
-        )
-        named = {
-            "auto": fewest_recomputed(room, spec.layers, layer, recomputed_layer),
-            "none": 0,
-            "full": spec.layers,
-        }
-        given = run.train.recompute
-        recomputed = min(given if isinstance(given, int) else named[given], spec.layers)
-        # Otherwise the last layer's activations are gone when the first one recomputes
+        gathered = self.gathered_bytes(itemsize)
+        usable = int(self.machine.free_bytes * usable_share(self.machine.device))
+        room = usable - base - adapter - state - copies - gathered - workspace - ends
+        recompute = run.train.recompute
+        if recompute == "auto":
+            recomputed = fewest_recomputed(room, spec.layers, layer, recomputed_layer)
+        elif recompute == "none":
+            recomputed = 0
+        elif recompute == "full":
+            recomputed = spec.layers
+        else:
+            recomputed = min(recompute, spec.layers)
+        # Otherwise the last layer's activations are gone when the first one recomputes.
         if recomputed == spec.layers:
-            again = self._backward_bytes(tokens, itemsize) + layer - recomputed_layer
-            workspace = max(workspace, again)
+            workspace = max(workspace, backward + layer - recomputed_layer)
+        activations = (spec.layers - recomputed) * layer + recomputed * recomputed_layer + ends
         return MemoryEstimate(
-            tokens=tokens, recomputed_layers=recomputed, weights=base + adapter, gradients=gradients,
-            optimizer=state - gradients, copies=copies, gathered=gathered,
-            activations=(spec.layers - recomputed) * layer + recomputed * recomputed_layer + ends,
-            recomputed_layer=recomputed_layer, workspace=workspace,
-            host=host + (layer_input - recomputed_layer) * recomputed, free=self.machine.free_bytes,
-        )  # fmt: skip
+            tokens=tokens,
+            recomputed_layers=recomputed,
+            weights=base + adapter,
+            gradients=gradients,
+            optimizer=state - gradients,
+            copies=copies,
+            gathered=gathered,
+            activations=activations,
+            recomputed_layer=recomputed_layer,
+            workspace=workspace,
+            host=host + input_on_host * recomputed,
+            free=self.machine.free_bytes,
+        )
 
     def least_bytes(self, tokens: int, recomputed_layers: int) -> int:
-        """What the forward of a micro batch of `tokens` takes in a later step: the moments are there, gradients are not."""
+        """What the forward of a micro batch of `tokens` takes in a later step.
+
+        The moments are there, gradients are not.
+        """
         run = replace(self.run, train=replace(self.run.train, recompute=recomputed_layers))
         memory = replace(self, run=run).estimate(tokens)
         return memory.total - memory.gradients - memory.copies
 
     def _layer_bytes(self, tokens: int, itemsize: int) -> int:
-        """What a layer that does not recompute keeps for the backward: see the docstring of this file."""
-        spec, adapter, cut = self.spec, self.run.adapter, self.mesh.tensor
+        """What a layer that does not recompute keeps: see the docstring of this file."""
+        spec = self.spec
+        adapter = self.run.adapter
+        tensor = self.mesh.tensor
         family = ARCHITECTURES.get(spec.model_type)
-        more = 0 if self.machine.compiles[0] or (family is not None and family.fused) else 1
-        # Of what a tensor group keeps, only the normed inputs are whole: gathered before attention and MLP.
-        wide, heads = (
-            -(-spec.intermediate // cut),
-            spec.head_dim * (spec.heads + 2 * spec.kv_heads) // cut,
-        )
-        kept: float = 2 * spec.hidden + (3 + more) * (-(-spec.hidden // cut) + wide) + heads
+        is_fused = self.machine.compiles[0] or (family is not None and family.fused)
+        vectors = 3 if is_fused else 4
+        # Of what a tensor group keeps, only the normed inputs are whole: gathered before attention
+        # and MLP.
+        wide = ceil_div(spec.intermediate, tensor)
+        heads = spec.head_dim * (spec.heads + 2 * spec.kv_heads) // tensor
+        elements: float = 2 * spec.hidden + vectors * (ceil_div(spec.hidden, tensor) + wide) + heads
         if self.machine.attention[0] == "products" and spec.attention_softcap is None:
-            kept += spec.heads * self.probabilities / cut
+            elements += spec.heads * self.probabilities / tensor
         factors = 0
-        # X A^T of seven layers; each A and B once more, in the dtype of the products
-        if adapter.kind == "lora":
-            kept += 7 * adapter.rank
-            factors = (
-                adapter_parameters(spec, replace(adapter, modules_to_save=()), cut) // spec.layers
-            )
-        # Each of these layers has an input of its own, and a mask: a byte a number on a GPU
+        # X A^T of seven layers; each A and B once more, in the dtype of the products.
+        if self.trains_adapter:
+            elements += 7 * adapter.rank
+            of_layers = replace(adapter, modules_to_save=())
+            factors = adapter_parameters(spec, of_layers, tensor) // spec.layers
+        # Each of these layers has an input of its own, and a mask: a byte a number on a GPU.
         if adapter.dropout:
-            outs, mask = (
-                spec.heads * spec.head_dim // cut,
-                1 if self.machine.device == "cpu" else 1 / itemsize,
-            )
-            kept += 3 * spec.hidden + outs + mask * (5 * spec.hidden + outs + wide)
-        return int(kept * tokens + factors) * itemsize
+            attention_width = spec.heads * spec.head_dim // tensor
+            mask = 1 if self.machine.device == "cpu" else 1 / itemsize
+            elements += 3 * spec.hidden + attention_width
+            elements += mask * (5 * spec.hidden + attention_width + wide)
+        return int(elements * tokens + factors) * itemsize
 
     def _head_bytes(self, tokens: int, itemsize: int) -> int:
-        """A chunk of logits: raw, in fp32, and their raw gradient; of a trained head the fp32 sum of its gradients too, and
-        one chunk's."""
-        trained, vocabulary = (
-            self.run.adapter.kind == "none",
-            -(-self.spec.vocab // self.mesh.tensor),
-        )
-        device, card = torch.device(self.machine.device), self.machine.card_bytes
+        """A chunk of logits: raw, in fp32, and their raw gradient.
+
+        Of a trained head the fp32 sum of its gradients too, and one chunk's.
+        """
+        trained = self.run.adapter.kind == "none"
+        vocabulary = ceil_div(self.spec.vocab, self.mesh.tensor)
+        device = torch.device(self.machine.device)
+        card = self.machine.card_bytes
         chunk = min(tokens, chunk_size(vocabulary, tokens, device, trained=trained, card=card))
+        hidden = self.spec.hidden if trained else 0
         # fp32 logits are scored in place, and on a CPU all are, a few rows at a time.
-        half, hidden = itemsize < 4 and device.type != "cpu", self.spec.hidden * trained
-        logits = (2 * itemsize + 4 * half) * chunk
-        return vocabulary * (4 * hidden + max(logits, itemsize * ((1 + half) * chunk + hidden)))
+        has_wide_logits = itemsize < 4 and device.type != "cpu"
+        logits = 2 * itemsize * chunk
+        gradients = itemsize * (chunk + hidden)
+        if has_wide_logits:
+            logits += 4 * chunk
+            gradients += itemsize * chunk
+        return vocabulary * (4 * hidden + max(logits, gradients))
 
     def _backward_bytes(self, tokens: int, itemsize: int) -> int:
         """What the backward of a layer adds to its activations, while no chunk of logits is there.
 
-        Gradients of three hidden vectors, and those of gate, up and their product, as the product itself goes; or that of
-        the product beside one weight's gradient, nf4's weight made dense, or the transposed codes of fp8's.
+        Gradients of three hidden vectors, and those of gate, up and their product, as the product
+        itself goes; or that of the product beside one weight's gradient, nf4's weight made dense,
+        or the transposed codes of fp8's.
         """
-        hidden, wide = self.spec.hidden, -(-self.spec.intermediate // self.mesh.tensor)
+        hidden = self.spec.hidden
+        wide = ceil_div(self.spec.intermediate, self.mesh.tensor)
         weight = self.scheme.backward_elements(hidden * wide, itemsize)
         if self.run.adapter.kind == "none":
             weight = hidden * wide
@@ -477,59 +544,63 @@ class MemoryEstimator:
     def base_bytes(self, itemsize: float) -> int:
         """Bytes of the base on one rank; of a frozen one only the layers are sharded."""
         layers, ends = self.weights(itemsize)
-        scales = self.scales - self.scales // self.mesh.shard  # buffers, which FSDP2 leaves whole
-        if self.run.adapter.kind == "lora":
-            return -(-layers // self.mesh.shard) + ends + scales
-        return -(-(layers + ends) // self.mesh.shard) + scales
+        # Scales are buffers, which FSDP2 leaves whole.
+        scales = self.scales - self.scales // self.mesh.shard
+        if self.trains_adapter:
+            return ceil_div(layers, self.mesh.shard) + ends + scales
+        return ceil_div(layers + ends, self.mesh.shard) + scales
 
     def gathered_bytes(self, itemsize: int) -> int:
-        """What is there for a moment beside parameters and gradients of this rank: GATHERED_LAYERS, embedding and head of a
-        model trained in full, and gradients on their way to the shards.
+        """What is there for a moment beside parameters and gradients of this rank.
 
-        Those of a layer are there in its dtype, and in fp32 on the way; the reduction of the layer before may not be done.
+        GATHERED_LAYERS, embedding and head of a model trained in full, and gradients on their way
+        to the shards. Those of a layer are there in its dtype, and in fp32 on the way; the
+        reduction of the layer before may not be done.
         """
-        layers, ends = self.weights(itemsize)
-        lora = self.run.adapter.kind == "lora"
         if not self.sharded:
-            has_sixteen_bits = itemsize < 4 and self.run.train.master_weights == "stochastic"
-            is_summed = self.mesh.data > 1 and not lora and has_sixteen_bits
-            return 4 * GRADIENT_PIECE * GRADIENT_PIECES * is_summed
+            if self.mesh.data == 1 or self.trains_adapter:
+                return 0
+            has_16_bit_gradients = itemsize < 4 and self.run.train.master_weights == "stochastic"
+            return 4 * GRADIENT_PIECE * GRADIENT_PIECES if has_16_bit_gradients else 0
+        layers, ends = self.weights(itemsize)
         gathered = GATHERED_LAYERS * layers // self.spec.layers
-        if lora:
+        if self.trains_adapter:
             return gathered
-        gradients = (itemsize + 2 * 4) * layers // itemsize // self.spec.layers
+        gathered += (itemsize + 2 * 4) * layers // itemsize // self.spec.layers
         if self.spec.tied:
-            return gathered + gradients + 2 * ends
-        # The head's gradient is reduced at once, beside all activations; the embedding's when they are gone.
-        head = -(-self.spec.head_matmul // self.mesh.tensor)
-        return gathered + gradients + head * (2 * itemsize + 4)
+            return gathered + 2 * ends
+        # The head's gradient is reduced at once, beside all activations; the embedding's when they
+        # are gone.
+        head = ceil_div(self.spec.head_matmul, self.mesh.tensor)
+        return gathered + head * (2 * itemsize + 4)
 
     def fastest_micro_batch(self, step: StepSize, *, fixed: bool) -> int:
-        """Tokens of the micro batch with the least time, in whole `seq_len`; the largest of equal ones.
+        """Tokens of the micro batch with the least time, in whole `seq_len`; the largest of equal.
 
-        `fixed`: every micro batch is padded to one size, so that a step should be a whole number of them.
+        fixed: every micro batch is padded to one size, so that a step should be a whole number of
+        them.
         """
-        seq = self.run.data.seq_len
+        seq_len = self.run.data.seq_len
         limit = MAX_TOKENS[torch.device(self.machine.device).type]
-        most = max(seq, min(limit, math.ceil(step.largest / seq) * seq))
-        return min(
-            range(most // seq * seq, 0, -seq),
-            key=lambda tokens: self._cost(tokens, step, fixed=fixed),
-        )
+        largest = min(limit, math.ceil(step.largest / seq_len) * seq_len)
+        largest = max(seq_len, largest // seq_len * seq_len)
+        # `min` takes the first of equal ones.
+        candidates = range(largest, 0, -seq_len)
+        return min(candidates, key=lambda tokens: self._cost(tokens, step, fixed=fixed))
 
     def _cost(self, tokens: int, step: StepSize, *, fixed: bool) -> float:
-        """Time of an optimizer step, in units of one without fixed cost and recompute; huge where it does not fit."""
+        """Time of an optimizer step, in units of one without fixed cost and recompute.
+
+        Huge where it does not fit.
+        """
         memory = self.estimate(tokens)
-        work = (
-            1 + RECOMPUTE_COST[self.run.adapter.kind] * memory.recomputed_layers / self.spec.layers
-        )
+        cost_of_recompute = RECOMPUTE_COST[self.run.adapter.kind]
+        work = 1 + cost_of_recompute * memory.recomputed_layers / self.spec.layers
         micro_batches = math.ceil(step.mean / tokens)
-        padded = micro_batches * tokens / step.mean if fixed else 1.0
-        return (
-            work * padded
-            + self.pass_tokens * micro_batches / step.mean
-            + 1e6 * self.overrun(tokens)
-        )
+        if fixed:
+            work *= micro_batches * tokens / step.mean
+        fixed_cost = self.pass_tokens * micro_batches / step.mean
+        return work + fixed_cost + 1e6 * self._overrun(memory)
 
     @property
     def pass_tokens(self) -> float:
@@ -539,23 +610,34 @@ class MemoryEstimator:
         return scheme.traffic_bytes * operations / 4  # the operations of a token
 
     def tokens_of(self, size: Size, step: StepSize, longest: int) -> int:
-        """The most tokens of a micro batch, padding counted, where the longest example has `longest`."""
+        """The most tokens of a micro batch, padding counted.
+
+        longest: tokens of the longest example.
+        """
         if size.unit == "tokens":
             return size.amount
-        rows = size.amount * longest  # without packing each is padded to the longest
-        return min(rows, max(step.largest, longest)) if self.run.data.pack else rows
+        tokens = size.amount * longest  # without packing each row is padded to the longest
+        if self.run.data.pack:
+            return min(tokens, max(step.largest, longest))
+        return tokens
 
     def overrun(self, tokens: int) -> float:
         """0 where a micro batch fits, else how many times the memory that it may take it needs."""
-        memory = self.estimate(tokens)
+        return self._overrun(self.estimate(tokens))
+
+    def _overrun(self, memory: MemoryEstimate) -> float:
         needed = memory.activations + memory.workspace
         room = int(memory.free * usable_share(self.machine.device)) - memory.static
         return needed / max(room, 1) if needed > room else 0.0
 
 
 def fewest_recomputed(room: float, layers: int, layer: int, recomputed_layer: int) -> int:
-    """The fewest of `layers` to recompute so that the activations fit into `room` bytes; all where they never do.
+    """The fewest of `layers` to recompute so that the activations fit; all where they never do.
 
-    `layer` and `recomputed_layer` are the bytes that one layer keeps, and keeps if it recomputes.
+    Args:
+        room: bytes for the activations.
+        layer: bytes that one layer keeps.
+        recomputed_layer: bytes that it keeps if it recomputes.
     """
-    return min(layers, max(0, math.ceil((layers * layer - room) / (layer - recomputed_layer))))
+    missing = layers * layer - room
+    return min(layers, max(0, math.ceil(missing / (layer - recomputed_layer))))
