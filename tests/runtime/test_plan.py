@@ -304,7 +304,14 @@ class Small:
     """A device of `size` bytes: what autograd has saved counts, and more than `size` of it is an error."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.now, self.most, self.tries, self.before, self.refused = size, 0, 0, 0, 0, 0
+        self.size, self.now, self.most, self.tries, self.previous_peak, self.refused = (
+            size,
+            0,
+            0,
+            0,
+            0,
+            0,
+        )
 
     def allocated(self) -> int:
         return self.now
@@ -438,7 +445,7 @@ def test_the_peak_before_a_restart_is_kept():
     found = []
     for _ in range(3):
         meter.restart()
-        found.append(meter.before)
+        found.append(meter.previous_peak)
     assert (found, asked) == ([7, 7, 7], ["emptied", "reset"] * 3)
 
 

@@ -16,10 +16,16 @@ from tunesmith.runtime.recompute import recompute_layers
 
 
 class MemoryMeter:
-    """Bytes that torch's allocator has on one GPU: now, at most since `restart`, and at most `before` the last restart."""
+    """Bytes that torch's allocator has on one GPU: now, and at most since `restart`.
+
+    Attributes:
+        previous_peak: at most before the last restart.
+    """
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
-        self.device, self.cuda, self.before = device, cuda, 0
+        self.device = device
+        self.cuda = cuda
+        self.previous_peak = 0
 
     def allocated(self) -> int:
         return int(self.cuda.memory_allocated(self.device))
@@ -28,7 +34,7 @@ class MemoryMeter:
         return int(self.cuda.max_memory_allocated(self.device))
 
     def restart(self) -> None:
-        self.before = max(self.before, self.peak())
+        self.previous_peak = max(self.previous_peak, self.peak())
         self.cuda.empty_cache()
         self.cuda.reset_peak_memory_stats(self.device)
 
@@ -43,66 +49,89 @@ def calibrate_recompute(
     ranks: Ranks = ONE_PROCESS,
     shares: bool = False,
 ) -> RunPlan:
-    """Set how many of the model's `layers` are recomputed by forwards and backwards of `batch`; the plan with this number.
+    """Set how many of the model's `layers` are recomputed, by forwards and backwards of `batch`.
 
-    The model has its weights and no optimizer yet; its gradients are dropped. `budget` bytes may be allocated in all.
-    The first trial is the estimate's where that leaves a quarter of the budget, more than it was ever off. Elsewhere it
-    keeps the activations of an eighth of the layers at most, and of fewer where the estimate says so; fewer layers recompute
-    only as far as the measured peak, with what they are measured to keep more, is within the budget: on an integrated GPU
-    a trial that ran out of memory would freeze the machine, on another it leaves the allocator in pieces.
+    The first trial is the estimate's where that leaves a quarter of the budget, more than it was
+    ever off. Elsewhere it keeps the activations of an eighth of the layers at most, and of fewer
+    where the estimate says so. Fewer layers recompute only as far as the measured peak, with what
+    they are measured to keep more, is within the budget: on an integrated GPU a trial that ran out
+    of memory would freeze the machine, on another it leaves the allocator in pieces.
 
-    A collective call of `ranks`, with the same plan and as large a batch: all take the number that suits the one with the
-    least room. `shares`: they need each other within a forward or backward.
+    A collective call of `ranks`, with the same plan and as large a batch: all take the number that
+    suits the one with the least room.
 
-    MachineError, with the plan's advice, where the micro batch does not fit although every layer is recomputed; and where a
-    rank runs out of memory while others wait for its part, which cannot try again.
+    Args:
+        model: with its weights and without an optimizer; its gradients are dropped.
+        budget: bytes that may be allocated in all.
+        shares: the ranks need each other within a forward or backward.
+
+    Returns:
+        The plan with this number.
+
+    Raises:
+        MachineError: with the plan's advice, where the micro batch does not fit although every
+            layer is recomputed; and where a rank runs out of memory while others wait for its part,
+            which cannot try again.
     """
-    layers, estimate, training = model.layers, plan.memory, model.training
-    total, tokens = len(layers), batch.input_ids.numel()
-    trial, count = estimate.recomputed_layers, total + 1
+    layers = model.layers
+    total = len(layers)
+    estimate = plan.memory
+    tokens = batch.input_ids.numel()
+    count = estimate.recomputed_layers
     if estimate.total > budget * 3 // 4:
-        trial = max(trial, total - max(1, total // 8))
+        count = max(count, total - max(1, total // 8))
+    was_training = model.training
     model.train()
-    # What the last trial leads to is measured, unless it is 0
-    while trial < count and (trial or count > total):
-        count = trial
+    while True:
         recompute_layers(layers, count)
         meter.restart()
+        activations = None
         with nullcontext() if shares else ranks.together():
             try:
                 activations = _trial(model, batch, meter)
             except torch.OutOfMemoryError as error:
                 if count == total or shares:
-                    what = f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory"
-                    why = (
-                        f"with {count} of {total} layers recomputed; {str(error).partition('.')[0]}"
-                    )
-                    fix = plan.less_memory(recompute=False)
-                    raise MachineError(what, where="train.micro_batch", why=why, fix=fix) from error
-                activations = None  # others have taken memory since the plan was made
+                    raise MachineError(
+                        f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory",
+                        where="train.micro_batch",
+                        why=f"with {count} of {total} layers recomputed; "
+                        f"{str(error).partition('.')[0]}",
+                        fix=plan.less_memory(recompute=False),
+                    ) from error
             finally:
                 model.zero_grad(set_to_none=True)
-        measured = ranks.gather((activations, meter.peak()))
-        if None in (kept for kept, _ in measured):
-            trial, count = total, total + 1
+        by_rank = ranks.gather((activations, meter.peak()))
+        peak = max(peak for _, peak in by_rank)
+        measured = [activations for activations, _ in by_rank if activations is not None]
+        if len(measured) < len(by_rank):
+            # Others have taken memory since the plan was made.
+            count = total
             continue
-        activations, peak = (max(figures) for figures in zip(*measured, strict=True))
-        more = activations * (estimate.tokens / tokens - 1)  # in the largest micro batch
+        activations = max(measured)
+        # What the largest micro batch keeps beyond this one.
+        more = activations * (estimate.tokens / tokens - 1)
         room = budget - estimate.optimizer - estimate.copies - peak - more
-        trial = revise_recomputed(
+        revised = revise_recomputed(
             count, total, activations + more, estimate.recomputed_layer, room=room
         )
-    recompute_layers(layers, trial)
-    model.train(training)
-    return replace(plan, recomputed_layers=trial, trial_peak=meter.before)
+        # Fewer layers are measured before they are believed, except none at all.
+        if revised >= count or revised == 0:
+            break
+        count = revised
+    recompute_layers(layers, revised)
+    model.train(was_training)
+    return replace(plan, recomputed_layers=revised, trial_peak=meter.previous_peak)
 
 
 def _trial(model: nn.Module, batch: Batch, meter: MemoryMeter) -> float:
-    """Forward and backward; the bytes that the forward kept. A function of its own, so that a loss whose backward
-    failed is freed, with its graph, before the next trial."""
-    before = meter.allocated()
+    """Forward and backward; the bytes that the forward kept for it.
+
+    A function of its own, so that a loss whose backward failed is freed, with its graph, before the
+    next trial.
+    """
+    at_start = meter.allocated()
     loss = model(batch).loss
-    activations = meter.allocated() - before
+    activations = meter.allocated() - at_start
     loss.backward()
     return activations
 
@@ -110,13 +139,17 @@ def _trial(model: nn.Module, batch: Batch, meter: MemoryMeter) -> float:
 def revise_recomputed(
     count: int, layers: int, activations: float, recomputed_layer: float, *, room: float
 ) -> int:
-    """How many of `layers` to recompute, where `count` of them do and all together keep `activations` bytes.
+    """How many of `layers` to recompute, by a trial in which `count` of them did.
 
-    A recomputed layer keeps `recomputed_layer` bytes; `room` bytes are left, or missing where it is negative.
+    Args:
+        activations: bytes that all layers together kept.
+        recomputed_layer: bytes that one that recomputes keeps.
+        room: bytes that were left, or missing where it is negative.
     """
     if count == layers:
         return count  # what a layer keeps that is not recomputed was not measured
-    saving = (activations - count * recomputed_layer) / (layers - count) - recomputed_layer
+    kept_layer = (activations - count * recomputed_layer) / (layers - count)
+    saving = kept_layer - recomputed_layer
     if saving <= 0:
         return count
     return min(layers, max(0, count - math.floor(room / saving)))

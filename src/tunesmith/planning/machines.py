@@ -1,6 +1,6 @@
-"""The machines that a run is planned for: `2x8xh100`, `2x-dgx-spark`, `here`. Importable without torch.
+"""The machines that a run is planned for: `2x8xh100`, `2x-dgx-spark`, `here`.
 
-host/chips.json has the figures, each with its source.
+Importable without torch. host/chips.json has the figures, each with its source.
 """
 
 import re
@@ -32,74 +32,109 @@ class Cluster:
 
     def describe(self) -> str:
         """`2 x 8 x NVIDIA H200`."""
-        return " x ".join([*(str(n) for n in (self.nodes, self.per_node) if n > 1), self.chip.name])
+        counts = [str(count) for count in (self.nodes, self.per_node) if count > 1]
+        return " x ".join([*counts, self.chip.name])
 
     def inside(self, ranks: int, stride: int) -> int:
         """Those of a group of `ranks`, `stride` apart, that are on one node."""
         return min(ranks, max(1, self.per_node // stride))
 
     def bandwidth(self, ranks: int, stride: int) -> float:
-        """Bytes/s of each rank of such a group in a ring; one over several nodes crosses between them through the network
-        of all its members in a node."""
+        """Bytes/s of each rank of such a group in a ring.
+
+        One over several nodes crosses between them through the network of all its members in a
+        node.
+        """
+        link = self.chip.link or 0.0
+        if ranks * stride <= self.per_node:
+            return 1e9 * link
         inside = self.inside(ranks, stride)
-        link, across = self.chip.link or 0.0, inside * (self.chip.network or 0.0)
-        return 1e9 * (
-            link if ranks * stride <= self.per_node else min(across, link) if inside > 1 else across
-        )
+        across = inside * (self.chip.network or 0.0)
+        if inside > 1:
+            return 1e9 * min(across, link)
+        return 1e9 * across
 
 
 def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
-    """The machines that `--on` names, with the figures of `--assume NAME=NUMBER`; UsageError if one is missing or unknown."""
-    found = re.fullmatch(r"(?:(\d+)x)?-?(?:(\d+)x)?-?([a-z][a-z0-9-]*)", text.lower())
-    name = found[3] if found else text
-    if name == "here":
-        cluster = _look()
-    elif found is None or name not in CHIPS or "0" in found.groups():
-        near = nearest(name, CHIPS)
-        fix = (
-            f"did you mean --on {near}?"
-            if near
-            else f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
+    """The machines that `--on` names, with the figures of `--assume NAME=NUMBER`.
+
+    UsageError if a figure is missing or a name unknown.
+    """
+    cluster = _parse_cluster(text)
+    chip = replace(cluster.chip, **_assumed_figures(assume))
+    if not chip.gib:
+        raise UsageError(
+            f"nvidia-smi does not say how much memory {chip.name} has",
+            where="--on here",
+            fix="--assume gib=24",
         )
+    missing = ""
+    if cluster.per_node > 1 and chip.link is None:
+        missing = "link"
+    elif cluster.nodes > 1 and chip.network is None:
+        missing = "network"
+    if missing:
+        raise UsageError(
+            f"the {missing} of {chip.name} is not known",
+            where="--on",
+            fix=f"--assume {missing}=GB/s, one direction of one GPU, as it is reached",
+        )
+    return replace(cluster, chip=chip)
+
+
+def _parse_cluster(text: str) -> Cluster:
+    """`here`, or `2x8xh100` by the table of chips; in upper or lower case."""
+    match = re.fullmatch(r"(?:(\d+)x)?-?(?:(\d+)x)?-?([a-z][a-z0-9-]*)", text.lower())
+    name = match[3] if match else text
+    if name == "here":
+        return this_machine()
+    if match is None or name not in CHIPS or "0" in match.groups():
+        near = nearest(name, CHIPS)
+        fix = f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
+        if near:
+            fix = f"did you mean --on {near}?"
         raise UsageError(f"there is no machine {text!r} in the table", where="--on", fix=fix)
-    else:
-        counts = [int(count) for count in found.groups()[:2] if count]
-        if len(counts) < 2:  # a Spark has one GPU: two of them are two nodes
-            counts = [*counts, 1] if CHIPS[name].integrated else [1, *counts]
-        cluster = Cluster(CHIPS[name], *counts)
-    given: dict[str, Any] = {}
+    counts = [int(count) for count in match.groups()[:2] if count]
+    if len(counts) == 2:
+        nodes, per_node = counts
+        return Cluster(CHIPS[name], nodes, per_node)
+    count = counts[0] if counts else 1
+    # A Spark has one GPU: two of them are two nodes.
+    if CHIPS[name].integrated:
+        return Cluster(CHIPS[name], nodes=count)
+    return Cluster(CHIPS[name], per_node=count)
+
+
+def _assumed_figures(assume: Sequence[str]) -> dict[str, Any]:
+    """Fields of a `Chip`, of the words `NAME=NUMBER`."""
+    figures: dict[str, Any] = {}
     for word in assume:
-        figure, _, number = word.partition("=")
-        if figure not in ASSUMED or not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
+        name, _, number = word.partition("=")
+        is_number = re.fullmatch(r"\d+(\.\d+)?", number) and float(number) > 0
+        if name not in ASSUMED or not is_number:
             raise UsageError(
                 f"{word} is no figure of a machine",
                 where="--assume",
                 fix=f"{', '.join(ASSUMED)}=NUMBER",
             )
-        given |= {figure: float(number)} | (
-            {"source": "as --assume says"} if figure == "tflops" else {}
-        )
-    chip = replace(cluster.chip, **given)
-    if not chip.gib:
-        what, fix = f"nvidia-smi does not say how much memory {chip.name} has", "--assume gib=24"
-        raise UsageError(what, where="--on here", fix=fix)
-    for figure, count in (("link", cluster.per_node), ("network", cluster.nodes)):
-        if count > 1 and vars(chip)[figure] is None:
-            what = f"the {figure} of {chip.name} is not known"
-            fix = f"--assume {figure}=GB/s, one direction of one GPU, as it is reached"
-            raise UsageError(what, where="--on", fix=fix)
-    return replace(cluster, chip=chip)
+        figures[name] = float(number)
+        if name == "tflops":
+            figures["source"] = "as --assume says"
+    return figures
 
 
 def cluster_of(name: str, nodes: int = 1, per_node: int = 1, gib: float = 0.0) -> Cluster:
-    """GPUs that are there, by their name; one that is not in the table, or whose link is not, without a speed."""
+    """GPUs that are there, by their name.
+
+    Without a speed where the table lacks the GPU, or the link that they need.
+    """
     chip = next((chip for chip in CHIPS.values() if chip.name == name), Chip(name, gib))
     if (per_node > 1 and chip.link is None) or (nodes > 1 and chip.network is None):
         chip = replace(chip, tflops=None)
     return Cluster(chip, nodes, per_node)
 
 
-def _look() -> Cluster:
+def this_machine() -> Cluster:
     """This machine, as nvidia-smi describes it, which touches no GPU; without a GPU its CPU."""
     gpus = list_gpus()
     if not gpus:
@@ -113,7 +148,10 @@ def _look() -> Cluster:
 
 
 def _gpu_gib(memory: str) -> float:
-    """What a process can have of a GPU's memory, of which a CUDA context takes 0.6 GiB; 0 where no number is given."""
+    """What a process can have of a GPU's memory, of which a CUDA context takes 0.6 GiB.
+
+    0 where no number is given.
+    """
     try:
         return float(memory) / 1024 - 0.6
     except ValueError:

@@ -32,7 +32,7 @@ from tunesmith.optim.adamw import HALF, checkpoint_bytes_per_parameter, state_by
 from tunesmith.parallel.copies import GRADIENT_PIECE, GRADIENT_PIECES
 from tunesmith.parallel.mesh_shape import ONE, MeshShape, needs_fsdp
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
-from tunesmith.planning.savings import USABLE_ON_CPU, find_savings, moved_to_host, refuse_offload
+from tunesmith.planning.savings import USABLE_ON_CPU, check_offload, find_savings, moved_to_host
 from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_memory, host_budget, is_integrated
@@ -157,7 +157,7 @@ def resolve_plan(
             rank_step(changed, size, mesh), min(longest, changed.data.seq_len), previous_micro_batch
         )
 
-    refuse_offload(run, machine, mesh)
+    check_offload(run, machine, mesh)
     plan = plan_of(run)
     # Less than a tenth would not be worth a change.
     below = min(int(plan.memory.free * usable_share(machine.device)), plan.memory.total * 9 // 10)

@@ -1,27 +1,32 @@
-"""What a run will do on a machine: one frozen value, resolved before anything is built. Importable without torch."""
+"""What a run will do on a machine: one frozen value, resolved before anything is built.
+
+Importable without torch.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.host.memory import MemoryLimit
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
-from tunesmith.units import Size
-
-if TYPE_CHECKING:
-    pass
+from tunesmith.units import Size, ceil_div
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan depends on, as `resolve.probe_machine` finds it: memory, and findings with their reasons.
+    """What a plan depends on, as `resolve.probe_machine` finds it.
 
-    `free_bytes` can be had now. `card_bytes` is all memory of a GPU, which an `integrated` one shares with the host; on a CPU
-    the most that this rank could ever have, within its `limit` (0: not known). `attention` names the backend, `compiles` tells whether layers are compiled, `scaling` is that
-    of an 8-bit base or None.
+    Attributes:
+        free_bytes: can be had now.
+        attention, compiles, scaling: the attention backend, whether layers are compiled, and the
+            scaling recipe of an 8-bit base or None; each with its reason.
+        card_bytes: all memory of a GPU, which an `integrated` one shares with the host; on a CPU
+            the most that this rank could ever have, within its `limit`. 0: not known.
+        name: of the GPU, as the driver has it.
+        limit: of a CPU: what bounds its memory.
     """
 
     device: str
@@ -31,13 +36,13 @@ class Machine:
     scaling: tuple[str | None, str] = (None, "")
     card_bytes: int = 0
     integrated: bool = False
-    name: str = ""  # of the GPU, as the driver has it
-    limit: MemoryLimit | None = None  # of a CPU: what bounds its memory
+    name: str = ""
+    limit: MemoryLimit | None = None
 
 
 @dataclass(frozen=True)
 class MicroBatchLayout:
-    """How examples are laid out in micro batches; the fields are arguments of `data.loader.Loader`."""
+    """How examples are laid out in micro batches; the fields are arguments of `Loader`."""
 
     micro_batch: Size
     pad_to: int | None = None
@@ -45,8 +50,10 @@ class MicroBatchLayout:
     bound: int | None = None
 
     def multiple_of(self, tensor: int) -> MicroBatchLayout:
-        """The layout whose micro batches can be cut into `tensor` equal parts."""
-        pad_to = None if self.pad_to is None else -(-self.pad_to // tensor) * tensor
+        """The layout whose micro batches can be sharded into `tensor` equal parts."""
+        pad_to = self.pad_to
+        if pad_to is not None:
+            pad_to = ceil_div(pad_to, tensor) * tensor
         return replace(self, pad_to=pad_to, multiple=math.lcm(self.multiple, tensor))
 
 
@@ -55,23 +62,38 @@ ONE_EXAMPLE = MicroBatchLayout(Size(1, "examples"))
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the device while it trains on a micro batch of `tokens`, padding counted, by part."""
+    """Bytes on the device while it trains on a micro batch of `tokens`, padding counted, by part.
+
+    Attributes:
+        recomputed_layers: decoder layers that recompute in the backward.
+        weights: of the base and the adapter.
+        gradients: as the backward makes them, in the dtype of the weights.
+        optimizer: what the first optimizer step adds: moments, fp32 masters and gradients.
+        copies: of an adapter and its moments while its checkpoint is written; without room training
+            waits.
+        activations: what the layers keep for the backward.
+        recomputed_layer: the part of it of one layer that recomputes.
+        gathered: weights whose shards FSDP has gathered, and gradients on the way to theirs.
+        workspace: there for a moment: one layer's gradients, a chunk of logits, the embeddings'
+            rows.
+        host: in the host's memory, by train.cpu_offload; in none of the sums.
+        free: what there was before anything was built.
+        least: what a step on the longest example alone takes, before any gradient is there.
+    """
 
     tokens: int = 0
-    recomputed_layers: int = 0  # decoder layers that recompute in the backward
-    weights: int = 0  # of the base and the adapter
-    gradients: int = 0  # as the backward makes them, in the dtype of the weights
-    optimizer: int = 0  # what the first optimizer step adds: moments, fp32 masters and gradients
-    copies: int = 0  # of an adapter and its moments while its checkpoint is written; without room training waits
-    activations: int = 0  # what the layers keep for the backward
-    recomputed_layer: int = 0  # of it, for each that recomputes
-    gathered: int = 0  # weights whose shards FSDP has gathered, and gradients on the way to theirs
-    workspace: int = (
-        0  # there for a moment: one layer's gradients, a chunk of logits, the embeddings' rows
-    )
-    host: int = 0  # in the host's memory, by train.cpu_offload; in none of the sums
-    free: int = 0  # what there was before anything was built
-    least: int = 0  # what a step on the longest example alone takes, before any gradient is there
+    recomputed_layers: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    copies: int = 0
+    activations: int = 0
+    recomputed_layer: int = 0
+    gathered: int = 0
+    workspace: int = 0
+    host: int = 0
+    free: int = 0
+    least: int = 0
 
     @property
     def static(self) -> int:
@@ -84,25 +106,31 @@ class MemoryEstimate:
 
     def describe(self) -> str:
         """The parts, in GiB."""
-        names = (
-            "weights",
-            "gradients",
-            "optimizer",
-            "gathered",
-            "activations",
-            "workspace",
-            "host",
-        )
-        parts = [
-            (name, vars(self)[name])
-            for name in names
-            if name not in ("gathered", "host") or vars(self)[name]
-        ]
-        return ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts) + " GiB"
+        sizes = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "gathered": self.gathered,
+            "activations": self.activations,
+            "workspace": self.workspace,
+            "host": self.host,
+        }
+        parts = []
+        for name, size in sizes.items():
+            is_rare = name in ("gathered", "host")
+            if size or not is_rare:
+                parts.append(f"{name} {size / 2**30:.1f}")
+        return ", ".join(parts) + " GiB"
 
 
 class Saving(NamedTuple):
-    """A change of the recipe, as words of the command line; the bytes that the run then needs; whether a resumed run may."""
+    """A change of the recipe.
+
+    Attributes:
+        keys: as words of the command line.
+        total: bytes that the run then needs.
+        resumes: whether a run that is resumed may change them.
+    """
 
     keys: str
     total: int
@@ -113,9 +141,16 @@ class Saving(NamedTuple):
 class RunPlan:
     """What a run does on its machine, and why, by part. The defaults are those of inference.
 
-    `base` is how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8. Of the model's decoder
-    `layers`, `recomputed_layers` recompute in the backward. `trial_peak` is the most bytes that were allocated before
-    the last trial of memory, which begins the allocator's statistics anew. `savings` finds changes that need less memory than this plan.
+    Attributes:
+        base: how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8.
+        layers: decoder layers of the model.
+        recomputed_layers: those of them that recompute in the backward.
+        fp32_gradients: those of linear layers' weights are added up in fp32 by the products that
+            make them.
+        savings: finds changes that need less memory than this plan. It is called when advice is
+            asked for, as it takes some 0.3 s.
+        trial_peak: the most bytes that were allocated before the last trial of memory, which begins
+            the allocator's statistics anew.
     """
 
     device: str
@@ -125,56 +160,70 @@ class RunPlan:
     compiled: bool = False
     deterministic: bool = False
     recomputed_layers: int = 0
-    fp32_gradients: bool = (
-        False  # those of linear layers' weights are added up in fp32 by the products that make them
-    )
+    fp32_gradients: bool = False
     cpu_offload: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     layout: MicroBatchLayout = ONE_EXAMPLE
     memory: MemoryEstimate = MemoryEstimate()
     mesh: MeshShape = ONE
-    savings: Callable[[], Sequence[Saving]] = (
-        tuple  # planned when advice is asked for: it takes some 0.3 s
-    )
+    savings: Callable[[], Sequence[Saving]] = tuple
     trial_peak: int = 0
     why: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def choices(self) -> dict[str, str]:
         """What was decided, by part, as env.json holds it."""
-        size, count = self.layout.micro_batch, self.recomputed_layers
-        more = {
-            "kernels": "deterministic" if self.deterministic else "",
-            "weight gradients": "added up in fp32" if self.fp32_gradients else "",
-            "cpu offload": ", ".join(self.cpu_offload),
-        }
-        return {
+        size = self.layout.micro_batch
+        recompute = f"{self.recomputed_layers} of {self.layers} layers"
+        if self.recomputed_layers == self.layers:
+            recompute = "full"
+        elif self.recomputed_layers == 0:
+            recompute = "none"
+        choices = {
             "attention": self.attention,
             "loss": "chunked, compiled" if self.compiled else "chunked",
             "base": self.base,
             "compile": "per layer" if self.compiled else "off",
-            "recompute": {0: "none", self.layers: "full"}.get(
-                count, f"{count} of {self.layers} layers"
-            ),
+            "recompute": recompute,
             "micro batch": f"{size.amount:,} {size.unit}",
-            **{part: taken for part, taken in more.items() if taken},
         }
+        if self.deterministic:
+            choices["kernels"] = "deterministic"
+        if self.fp32_gradients:
+            choices["weight gradients"] = "added up in fp32"
+        if self.cpu_offload:
+            choices["cpu offload"] = ", ".join(self.cpu_offload)
+        return choices
 
     def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:
-        """The advice for a run that does not fit; `resumed`: it has a checkpoint, `recompute`: that may help."""
-        found = [s for s in self.savings() if recompute or not s.keys.startswith("train.recompute")]
-        free = [s for s in found if s.resumes]
-        keys = " or ".join(
-            f"{s.keys} ({s.total / 2**30:.1f} GiB)" for s in (resumed and free) or found
-        )
-        fresh = " with --fresh" if keys and resumed and not free else ""
-        return f"{keys}{fresh}" or "a smaller model, or a device with more memory"
+        """The advice for a run that does not fit.
+
+        Args:
+            resumed: it has a checkpoint.
+            recompute: that may help.
+        """
+        savings = []
+        for saving in self.savings():
+            if recompute or not saving.keys.startswith("train.recompute"):
+                savings.append(saving)
+        if not savings:
+            return "a smaller model, or a device with more memory"
+        resumable = [saving for saving in savings if saving.resumes]
+        if resumed and resumable:
+            savings = resumable
+        keys = " or ".join(f"{saving.keys} ({saving.total / 2**30:.1f} GiB)" for saving in savings)
+        return f"{keys} with --fresh" if resumed and not resumable else keys
 
     def describe(self, *, why: bool = False) -> list[str]:
-        """One line, `attention backend: varlen; loss: chunked; ...`; with `why` one line a choice, with its reason."""
+        """One line, `attention backend: varlen; loss: chunked; ...`.
+
+        With `why` one line a choice, with its reason.
+        """
         labels = {"attention": "attention backend"}
-        taken = {part: f"{labels.get(part, part)}: {value}" for part, value in self.choices.items()}
+        choices = {
+            part: f"{labels.get(part, part)}: {value}" for part, value in self.choices.items()
+        }
         if not why:
-            return ["; ".join(taken.values())]
-        width = max(map(len, taken.values()))
-        return [f"{text:<{width}}  {self.why[part]}" for part, text in taken.items()]
+            return ["; ".join(choices.values())]
+        width = max(map(len, choices.values()))
+        return [f"{text:<{width}}  {self.why[part]}" for part, text in choices.items()]
