@@ -210,14 +210,14 @@ def leave_partial_gradients_unadded() -> None:
 
 
 def forget_that_norms_have_partial_gradients() -> None:
-    original = tensor._Cutter.cut
+    original = tensor._ModelSharder.shard_module
 
-    def cut(self, module):
+    def shard_module(self, module):
         original(self, module)
         if isinstance(module, FusedNorm):
             self.partial.discard(module.weight)
 
-    tensor._Cutter.cut = cut
+    tensor._ModelSharder.shard_module = shard_module
 
 
 def count_whole_parameters_once_a_rank() -> None:
@@ -233,13 +233,13 @@ def count_whole_parameters_once_a_rank() -> None:
 
 
 def begin_the_vocabulary_one_token_late() -> None:
-    original = tensor._Cutter.cut_ends
+    original = tensor._ModelSharder.shard_ends
 
-    def cut_ends(self, embedding, head):
+    def shard_ends(self, embedding, head):
         original(self, embedding, head)
         embedding.first += self.group.rank
 
-    tensor._Cutter.cut_ends = cut_ends
+    tensor._ModelSharder.shard_ends = shard_ends
 
 
 def read_another_ranks_moments() -> None:
@@ -328,12 +328,12 @@ def give_a_rank_another_model_file() -> None:
 
 
 def cut_keys_by_columns() -> None:
-    original = tensor._Cutter.cut_linear
+    original = tensor._ModelSharder.shard_linear
 
-    def cut_linear(self, layer, dim):
+    def shard_linear(self, layer, dim):
         original(self, layer, tensor.COLUMNS if layer.out_features == 256 else dim)  # k and v
 
-    tensor._Cutter.cut_linear = cut_linear
+    tensor._ModelSharder.shard_linear = shard_linear
 
 
 def fail_on_rank_1() -> None:

@@ -1,12 +1,14 @@
 """The sum of gradients over ranks that hold whole parameters.
 
-Of a model trained in full the large gradients are summed beside the last backward of a step: as soon as one is complete,
-its all-reduce begins. All others, and those of an adapter, are summed in one piece after it.
+Of a model trained in full the large gradients are summed beside the last backward of a step: as
+soon as one is complete, its all-reduce begins. All others, and those of an adapter, are summed in
+one piece after it.
 
-torch's DistributedDataParallel does not fit. Its buckets have the weights' dtype, in which gradients of micro batches would
-be added up and reduced: a reduction in 16 bits was off by 3.6e-2 in the loss. Here fp32 gradients are reduced where they
-lie, without a bucket to copy them into, and 16-bit ones in fp32 pieces. As in DistributedDataParallel (Li et al. 2020,
-arXiv:2006.15704), all ranks must complete their gradients in the same order, which the same graph does.
+torch's DistributedDataParallel does not fit. Its buckets have the weights' dtype, in which
+gradients of micro batches would be added up and reduced: a reduction in 16 bits was off by 3.6e-2
+in the loss. Here fp32 gradients are reduced where they lie, without a bucket to copy them into, and
+16-bit ones in fp32 pieces. As in DistributedDataParallel (Li et al. 2020, arXiv:2006.15704), all
+ranks must complete their gradients in the same order, which the same graph does.
 """
 
 from collections import deque
@@ -22,7 +24,8 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.optim.adamw import HALF, ParameterState
 from tunesmith.parallel.mesh import all_reduce_together
 
-# 16-bit gradients of copies are summed in fp32 pieces of so many elements, so many of them at a time.
+# 16-bit gradients of copies are summed in fp32 pieces of so many elements, so many of them at a
+# time.
 GRADIENT_PIECE = 1 << 24
 GRADIENT_PIECES = 4
 LARGE = 1 << 16  # elements of a gradient that is worth a collective of its own: 256 KiB in fp32
@@ -39,8 +42,9 @@ class PendingSum(NamedTuple):
 class GradientSum:
     """Sums the gradients of a step over the ranks of `group`; does nothing where that is None.
 
-    Its methods are collective calls: `start` before the last backward of a step, `finish` after it. Make it after the
-    optimizer, whose hooks move gradients into those of fp32 masters and must run first.
+    Its methods are collective calls: `start` before the last backward of a step, `finish` after it.
+    Make it after the optimizer, whose hooks move gradients into those of fp32 masters and must run
+    first.
 
     Args:
         parts: the optimizer's, of all trained parameters.
@@ -57,7 +61,7 @@ class GradientSum:
         self.group = group
         self.is_last_backward = False
         self.pending: deque[PendingSum] = deque()
-        # Names of the parameters whose gradients are summed, or on the way
+        # Names of the parameters whose gradients are summed, or on the way.
         self.begun: set[str] = set()
         if group is None or not beside_backward:
             return
@@ -79,6 +83,7 @@ class GradientSum:
             return
         self.begun.add(part.name)
         for piece in gradient.view(-1).split(GRADIENT_PIECE):
+            # Added up in 16 bits, the sum over ranks would be rounded once a rank.
             total = piece.float() if piece.dtype in HALF else piece
             work = dist.all_reduce(total, group=self.group, async_op=True)
             assert work is not None
@@ -88,7 +93,10 @@ class GradientSum:
 
     @torch.no_grad()
     def finish(self, gradients: Mapping[str, Tensor]) -> None:
-        """Sum what is left of a step's gradients, by the parameter's name; all are complete afterwards."""
+        """Sum what is left of a step's gradients, by the parameter's name.
+
+        All are complete afterwards.
+        """
         while self.pending:
             self._complete_oldest()
         rest = [gradient for name, gradient in gradients.items() if name not in self.begun]

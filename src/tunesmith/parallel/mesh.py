@@ -1,7 +1,8 @@
 """How the ranks of a run share its work: replicate x shard x tensor.
 
-Ranks are numbered with `tensor` fastest and `replicate` slowest, so that the ranks that talk most are neighbours: those
-of a tensor group on one node, and those of a shard group as near as they can be.
+Ranks are numbered with `tensor` fastest and `replicate` slowest, so that the ranks that talk most
+are neighbors: those of a tensor group on one node, and those of a shard group as near as they can
+be.
 """
 
 import itertools
@@ -22,17 +23,21 @@ from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.quant.schemes import scheme_of
 
 DIMENSIONS = ("replicate", "shard", "tensor")
-MADE = itertools.count()  # meshes of this process
+MESH_NUMBERS = itertools.count()  # of the meshes of this process
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a run by dimension, as this rank sees them. The default is one process, without a process group.
+    """The ranks of a run by dimension, as this rank sees them.
+
+    The default is one process, without a process group.
 
     Attributes:
         device_mesh: [replicate, shard, tensor]; None for one process.
-        data_group: the ranks whose micro batches make the global batch, with this one; None where it is alone.
-        tensor_group: those that compute each layer together with this one; None where it computes them alone.
+        data_group: the ranks whose micro batches make the global batch, with this one; None where
+            it is alone.
+        tensor_group: those that compute each layer together with this one; None where it computes
+            them alone.
         data_rank, tensor_rank: this one's number in them.
     """
 
@@ -49,19 +54,29 @@ class Mesh:
         if shape.world == 1:
             return cls()
         ranks = torch.arange(shape.world).view(*shape)
-        # init_device_mesh would give the groups torch's own time limit, half an hour: a slow save may take longer.
-        groups = [
-            _group_of(ranks.movedim(dim, -1).flatten(0, -2).tolist())
-            for dim in range(len(DIMENSIONS))
-        ]
-        # To torch, meshes of the same ranks and names are equal, whatever their groups are. DTensor's cache would hand out an
-        # earlier one, whose groups are gone with its training or, worse, have given their names to other ranks.
-        number = next(MADE)
+        # init_device_mesh would give the groups torch's own time limit, half an hour: a slow save
+        # may take longer.
+        groups = []
+        for dimension in range(len(DIMENSIONS)):
+            groups.append(_group_of(ranks.movedim(dimension, -1).flatten(0, -2).tolist()))
+        # To torch, meshes of the same ranks and names are equal, whatever their groups are.
+        # DTensor's cache would hand out an earlier one, whose groups are gone with its training or,
+        # worse, have given their names to other ranks.
+        number = next(MESH_NUMBERS)
         names = tuple(f"{name}-{number}" for name in DIMENSIONS)
-        mesh = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
-        data = _group_of(ranks.flatten(0, 1).T.tolist()) if shape.data > 1 else None
-        tensor = groups[2] if shape.tensor > 1 else None
-        return cls(shape, mesh, data, tensor, *divmod(dist.get_rank(), shape.tensor))
+        device_mesh = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
+        data_group = None
+        if shape.data > 1:
+            data_group = _group_of(ranks.flatten(0, 1).T.tolist())
+        data_rank, tensor_rank = divmod(dist.get_rank(), shape.tensor)
+        return cls(
+            shape,
+            device_mesh,
+            data_group,
+            tensor_group=groups[2] if shape.tensor > 1 else None,
+            data_rank=data_rank,
+            tensor_rank=tensor_rank,
+        )
 
     @property
     def sharding(self) -> DeviceMesh:
@@ -70,22 +85,22 @@ class Mesh:
 
     @property
     def tensor(self) -> DeviceMesh:
-        """[tensor]: what `cut_model` cuts parameters over."""
+        """[tensor]: what `apply_tensor_parallel` shards parameters over."""
         return self._dimensions(2, 3)
 
     def _dimensions(self, start: int, stop: int) -> DeviceMesh:
         assert self.device_mesh is not None
-        return self.device_mesh[(self.device_mesh.mesh_dim_names or ())[start:stop]]
+        names = self.device_mesh.mesh_dim_names or ()
+        return self.device_mesh[names[start:stop]]
 
 
-def _group_of(every: list[list[int]]) -> dist.ProcessGroup:
+def _group_of(rank_lists: list[list[int]]) -> dist.ProcessGroup:
     """This rank's of groups that have all ranks between them; a collective call."""
     world = dist.group.WORLD
-    return (
-        world
-        if world and len(every) == 1
-        else dist.new_subgroups_by_enumeration(every, timeout=PATIENCE)[0]
-    )
+    if world and len(rank_lists) == 1:
+        return world
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=PATIENCE)
+    return group
 
 
 ALONE = Mesh()
@@ -93,84 +108,111 @@ ALONE = Mesh()
 
 @torch.no_grad()
 def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Sum each tensor over a group, in place and in one piece, in fp32 or wider; nothing where the group is None. A
-    collective call with the same shapes, in the same order, on all its ranks."""
+    """Sum each tensor over a group, in place and in one piece, in fp32 or wider.
+
+    A collective call with the same shapes, in the same order, on all ranks of the group; nothing
+    where that is None.
+    """
     if group is None or not tensors:
         return
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     flat = torch.cat([tensor.flatten().to(wide) for tensor in tensors])
     dist.all_reduce(flat, group=group)
-    for tensor, total in zip(
-        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
-    ):
+    totals = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, total in zip(tensors, totals, strict=True):
         tensor.copy_(total.view_as(tensor))
 
 
 def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
-    """The meshes of `world` ranks that a recipe allows, those with the fewest cuts first, of them those with the fewest
-    shards; RecipeError if there is none."""
-    shapes = [
-        MeshShape(world // (shard * tensor), shard, tensor)
-        for tensor in (range(1, world + 1) if parallel.tensor == "auto" else [parallel.tensor])
-        for shard in range(1, world // tensor + 1)
-        if world % (shard * tensor) == 0
-    ]
-    shapes = [
-        s
-        for s in shapes
-        if parallel.shard in ("auto", s.shard) and parallel.replicate in ("auto", s.replicate)
-    ]
+    """The meshes of `world` ranks that a recipe allows; RecipeError if there is none.
+
+    Those with the fewest tensor ranks first, of them those with the fewest shards.
+    """
+    shapes = []
+    for tensor in range(1, world + 1) if parallel.tensor == "auto" else [parallel.tensor]:
+        for shard in range(1, world // tensor + 1):
+            replicate, rest = divmod(world, shard * tensor)
+            has_shard = parallel.shard in ("auto", shard)
+            has_replicate = parallel.replicate in ("auto", replicate)
+            if has_shard and has_replicate and not rest:
+                shapes.append(MeshShape(replicate, shard, tensor))
     if not shapes:
         sizes = " x ".join(f"{name} {size}" for name, size in vars(parallel).items())
-        what = f"the recipe's parallel does not fit {world} rank{'s' if world > 1 else ''}: {sizes}"
-        fix = "parallel.replicate=auto parallel.shard=auto parallel.tensor=1, or as many ranks as they multiply to"
-        raise RecipeError(what, where="parallel", fix=fix)
+        ranks = f"{world} rank{'s' if world > 1 else ''}"
+        raise RecipeError(
+            f"the recipe's parallel does not fit {ranks}: {sizes}",
+            where="parallel",
+            fix="parallel.replicate=auto parallel.shard=auto parallel.tensor=1, or as many ranks "
+            "as they multiply to",
+        )
     return shapes
 
 
 def meshes_for(run: Run, spec: ModelSpec, world: int, per_node: int) -> list[MeshShape]:
-    """Those of `possible_shapes` that compute this run on nodes of `per_node` ranks; RecipeError if there is none."""
-    found, refused = [], []
+    """Those of `possible_shapes` that compute this run on nodes of `per_node` ranks.
+
+    RecipeError if there is none: that of the first shape.
+    """
+    shapes = []
+    errors = []
     for shape in possible_shapes(run.parallel, world):
         try:
             check_mesh(run, spec, shape, per_node)
-            found.append(shape)
+            shapes.append(shape)
         except RecipeError as error:
-            refused.append(error)
-    if not found:
-        raise refused[0]
-    return found
+            errors.append(error)
+    if not shapes:
+        raise errors[0]
+    return shapes
 
 
 def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> None:
-    """Refuse, by a RecipeError, what a mesh does not compute, before anything is loaded."""
-    train, cut, key = run.train, shape.tensor, "parallel.tensor"
-    known = ARCHITECTURES.get(spec.model_type, Architecture("")).fused
-    block = scheme_of(run.model).block  # weights that share a scale stay together
-    widths = (
-        spec.heads,
-        spec.kv_heads,
-        spec.intermediate / block,
-        spec.heads * spec.head_dim / block,
+    """RecipeError for what a mesh does not compute, before anything is loaded."""
+    tensor = shape.tensor
+    if tensor > 1 and spec.quantized:
+        raise _cannot_shard("a ready-made nf4 base", shape)
+    if run.train.optimizer == "adamw-8bit" and _has_ragged_moments(run, spec, shape):
+        raise _cannot_shard("8-bit moments", shape, where="train.optimizer", fix="adamw")
+    if tensor == 1:
+        return
+    if run.train.optimizer_in_backward:
+        key = "train.optimizer_in_backward"
+        raise _cannot_shard("updates in the backward", shape, where=key, fix="false")
+    if not ARCHITECTURES.get(spec.model_type, Architecture("")).fused:
+        raise _cannot_shard(f"the layers of this {spec.model_type}", shape)
+    if per_node % tensor:
+        what = f"a layer over the nodes, which have {per_node} ranks each,"
+        raise _cannot_shard(what, shape, fix="auto")
+    # Weights that share a scale stay together.
+    block = scheme_of(run.model).block
+    attention_blocks = spec.heads * spec.head_dim / block
+    widths = (spec.heads, spec.kv_heads, spec.intermediate / block, attention_blocks)
+    if any(width % tensor for width in widths):
+        heads = f"{spec.heads} heads, {spec.kv_heads} of keys and values"
+        what = f"{heads}, and an MLP of {spec.intermediate:,} columns"
+        raise _cannot_shard(what, shape, fix="auto")
+
+
+def _has_ragged_moments(run: Run, spec: ModelSpec, shape: MeshShape) -> bool:
+    """Whether a rank's rows of 8-bit moments are no whole blocks of 256.
+
+    B of an adapter has no such rows; `check_blocks` looks at each parameter.
+    """
+    tensor = shape.tensor
+    if run.adapter.kind == "lora":
+        return tensor > 1
+    if shape.shard * tensor == 1:
+        return False
+    rows = (spec.hidden, spec.intermediate / tensor, spec.heads * spec.head_dim / tensor)
+    return any(row % 256 for row in rows)
+
+
+def _cannot_shard(
+    what: str, shape: MeshShape, *, where: str = "parallel.tensor", fix: str = "1"
+) -> RecipeError:
+    return RecipeError(
+        f"{what} cannot be cut over ranks",
+        where=where,
+        why=f"the ranks make {shape.describe()}, and each would hold a part of what goes together",
+        fix=f"{where}={fix}",
     )
-    # Rows of 8-bit moments must be whole blocks of 256, which B of an adapter has not; `check_blocks` looks at each.
-    rows = (spec.hidden, spec.intermediate / cut, spec.heads * spec.head_dim / cut)
-    ragged = (
-        cut > 1
-        if run.adapter.kind == "lora"
-        else shape.shard * cut > 1 and any(n % 256 for n in rows)
-    )
-    for what, where, wrong, fix in (
-        ("a ready-made nf4 base", key, bool(spec.quantized) and cut > 1, "1"),
-        ("8-bit moments", "train.optimizer", train.optimizer == "adamw-8bit" and ragged, "adamw"),
-        ("updates in the backward", "train.optimizer_in_backward", train.optimizer_in_backward and cut > 1, "false"),
-        (f"the layers of this {spec.model_type}", key, cut > 1 and not known, "1"),
-        (f"a layer over the nodes, which have {per_node} ranks each,", key, per_node % cut > 0, "auto"),
-        (f"{spec.heads} heads, {spec.kv_heads} of keys and values, and an MLP of {spec.intermediate:,} columns", key,
-         cut > 1 and any(width % cut for width in widths), "auto"),
-    ):  # fmt: skip
-        if wrong:
-            why = f"the ranks make {shape.describe()}, and each would hold a part of what goes together"
-            raise RecipeError(
-                f"{what} cannot be cut over ranks", where=where, why=why, fix=f"{where}={fix}"
-            )

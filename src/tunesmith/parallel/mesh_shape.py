@@ -35,8 +35,8 @@ ONE = MeshShape()
 def needs_fsdp(run: Run, mesh: MeshShape, *, offload: bool) -> bool:
     """Whether a model goes through FSDP2's `fully_shard`: its shards do, and what is offloaded.
 
-    So do copies that are updated within the backward: FSDP2 sums a gradient over them before it calls the hook that updates
-    the weight. Other copies are whole, and compute as one process does.
+    So do copies that are updated within the backward: FSDP2 sums a gradient over them before it
+    calls the hook that updates the weight. Other copies are whole, and compute as one process does.
     """
     if mesh.world == 1:
         return False

@@ -1,8 +1,9 @@
-"""Data parallelism: a copy of the model on each rank, or shards of one (FSDP2), or copies of shards (HSDP).
+"""Data parallelism: a copy of the model on each rank, or shards of one (FSDP2), or both (HSDP).
 
-Shards go through `fully_shard`. Copies do not: each rank computes as one process does, and `copies.py` sums the gradients.
-An adapter is small: its parameters stay whole on every rank, and their gradients are summed in one piece at the end of a
-step. Its frozen base is sharded without them, so that nothing keeps room for gradients that never come.
+Shards go through `fully_shard`. Copies do not: each rank computes as one process does, and
+`copies.py` sums the gradients. An adapter is small: its parameters stay whole on every rank, and
+their gradients are summed in one piece at the end of a step. Its frozen base is sharded without
+them, so that nothing keeps room for gradients that never come.
 
 Zhao et al. 2023, arXiv:2304.11277 (FSDP); PyTorch's `fully_shard`.
 """
@@ -32,54 +33,69 @@ from tunesmith.parallel.mesh_shape import needs_fsdp
 
 HALF = (torch.bfloat16, torch.float16)
 # Methods of the root, beside its forward, that read parameters.
-READERS = ("token_scores", "generate")
+PARAMETER_READERS = ("token_scores", "generate")
 
 
 def shard_model(
     root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype, *, offload: bool = False
 ) -> None:
-    """Shard a model on meta as its recipe needs, after all that changes its modules and before its weights are there.
+    """Shard a model on meta as its recipe needs.
 
-    16-bit weights trained in full become fp32 shards, their own masters, of which the forward gathers copies in
-    `compute`. The last layer stays gathered, as the backward begins with it. With `offload` the shards stay in the host's
-    memory, with their gradients and moments, and a copy of each group comes to the device when it is used.
+    After all that changes its modules and before its weights are there. 16-bit weights trained in
+    full become fp32 shards, their own masters, of which the forward gathers copies in `compute`.
+    The last layer stays gathered, as the backward begins with it. With `offload` the shards stay in
+    the host's memory, with their gradients and moments, and a copy of each group comes to the
+    device when it is used.
 
-    Of a frozen base only the layers are sharded. Embedding, last norm and head are whole on every rank: nothing would hide
-    their gather, and it would spare no memory, as they stay gathered from the start of a forward to the end of its backward.
+    Of a frozen base only the layers are sharded. Embedding, last norm and head are whole on every
+    rank: nothing would hide their gather, and it would spare no memory, as they stay gathered from
+    the start of a forward to the end of its backward.
     """
-    adapter = run.adapter.kind == "lora"
     if not needs_fsdp(run, mesh.shape, offload=offload):
         return
-    if not adapter and run.train.master_weights == "fp32":
-        widen(root)
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute if compute in HALF and not adapter else None,
-        reduce_dtype=torch.float32 if compute in HALF else None,
-        cast_forward_inputs=False,  # rotary tables are fp32
-    )
+    is_half = compute in HALF
+    param_dtype = None
+    ignored = None
+    if run.adapter.kind == "lora":
+        ignored = whole_parameters(root, run)
+    else:
+        if run.train.master_weights == "fp32":
+            widen(root)
+        if is_half:
+            param_dtype = compute
     pinned = mesh.sharding.device_type == "cuda"
     options: dict[str, Any] = {
-        "mesh": mesh.sharding, "mp_policy": policy, "ignored_params": whole_parameters(root, run) if adapter else None,
+        "mesh": mesh.sharding,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=param_dtype,
+            reduce_dtype=torch.float32 if is_half else None,
+            cast_forward_inputs=False,  # rotary tables are fp32
+        ),
+        "ignored_params": ignored,
         "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
-    }  # fmt: skip
+    }
     let_codes_be_sharded()
     *layers, last = root.layers
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(last, **options, reshard_after_forward=False)
-    if not adapter:
+    if run.adapter.kind == "none":
         shard_ends(root, options)
     fully_shard(root, **options, reshard_after_forward=False)
     for module in sharded_modules(root):
-        # The loss is divided by the global batch's denominator, so gradients are summed; gloo knows no scaled sum.
+        # The loss is divided by the global batch's denominator, so gradients are summed; gloo knows
+        # no scaled sum.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    for name in READERS:
+    for name in PARAMETER_READERS:
         register_fsdp_forward_method(root, name)
 
 
 def whole_parameters(root: TrainModel, run: Run) -> set[nn.Parameter]:
-    """Those of a model with an adapter that every rank holds whole: what is trained, and all outside the layers."""
+    """Those of a model with an adapter that every rank holds whole.
+
+    What is trained, and all outside the layers.
+    """
     whole = {parameter for parameter in root.parameters() if parameter.requires_grad}
     for module in lora.modules_to_save(root.model, run.adapter):
         whole |= set(module.parameters(recurse=False))
@@ -88,10 +104,11 @@ def whole_parameters(root: TrainModel, run: Run) -> set[nn.Parameter]:
 
 
 def shard_ends(root: TrainModel, options: dict[str, Any]) -> None:
-    """Make embedding and head, trained in full, groups of their own, where they do not share a weight.
+    """Make embedding and head, trained in full, groups of their own.
 
-    The head's gather then runs beside the last layers and its reduction beside the backward; in the root's group both would
-    hold up the step. The embedding's backward does not read its weight. A shared weight stays in the root's group.
+    The head's gather then runs beside the last layers and its reduction beside the backward; in the
+    root's group both would hold up the step. The embedding's backward does not read its weight. A
+    weight that they share stays in the root's group.
     """
     embedding: Any = root.model.get_input_embeddings()
     head: Any = root.head
@@ -110,9 +127,10 @@ def sharded_modules(root: nn.Module) -> list[FSDPModule]:
 
 
 def reduce_in(root: nn.Module, mesh: Mesh, *, last: bool) -> None:
-    """Say whether the coming backward, of a model that FSDP2 trains in full, is the `last` of its step.
+    """Say whether the coming backward is the `last` of its step; for a model that FSDP2 trains.
 
-    Shards are reduced in each, as whole gradients would take the memory that sharding saves; copies only in the last.
+    Shards are reduced in each, as whole gradients would take the memory that sharding saves; copies
+    only in the last.
     """
     for module in sharded_modules(root):
         module.set_requires_all_reduce(last)
