@@ -1,9 +1,9 @@
-"""What is known of GPUs by their names, and the GPUs that nvidia-smi lists. Importable without torch.
+"""What is known of GPUs by their names, and the GPUs that nvidia-smi lists.
 
-chips.json has all figures, each with its source: `machines`, for which a run can be planned, and `peaks`, the dense bf16
-and fp16 tensor-core peaks with fp32 accumulation from NVIDIA's data sheets (where a sheet states the figure "with
-sparsity", half of it). A link reaches 80 % of what is published for it, as the cable between two Sparks does (20 of
-25 GB/s): no other link was measured.
+Importable without torch. chips.json has all figures, each with its source: `machines`, for which a run can be planned, and
+`peaks`, the dense bf16 and fp16 tensor-core peaks with fp32 accumulation from NVIDIA's data sheets
+(where a sheet states the figure "with sparsity", half of it). A link reaches 80 % of what is
+published for it, as the cable between two Sparks does (20 of 25 GB/s): no other link was measured.
 """
 
 import json
@@ -18,8 +18,15 @@ from typing import NamedTuple
 class Chip:
     """One GPU and its links, with what is not known as None.
 
-    `gib` is what a process can have, `tflops` what whole steps reach in bf16. GB/s: `bandwidth` of the memory, `link` to a
-    neighbor in the node and `network` to another node, one direction of one GPU. `fp8`: whether it multiplies fp8.
+    Attributes:
+        gib: what a process can have.
+        bandwidth: of the memory, GB/s.
+        tflops: what whole steps reach in bf16.
+        link, network: to a neighbor in the node and to another node, GB/s in one direction of one
+            GPU.
+        fp8: whether it multiplies fp8.
+        source: of tflops.
+        sources: of the other figures.
     """
 
     name: str
@@ -30,12 +37,12 @@ class Chip:
     network: float | None = None
     integrated: bool = False
     fp8: bool = True
-    source: str = "not known"  # of tflops
-    sources: str = ""  # of the other figures
+    source: str = "not known"
+    sources: str = ""
 
 
 class Peak(NamedTuple):
-    """What MFU is taken against: dense bf16 TFLOP/s, None where unknown, and where the figure is from."""
+    """What MFU is measured by: dense bf16 TFLOP/s, None where unknown, and their source."""
 
     tflops: float | None = None
     source: str = ""
@@ -46,7 +53,7 @@ class Peak(NamedTuple):
 
 
 class ListedGpu(NamedTuple):
-    """One GPU as nvidia-smi lists it; `memory` is MiB, or the words that stand in place of a number."""
+    """One GPU as nvidia-smi lists it; `memory` is MiB, or words in place of a number."""
 
     number: str
     name: str
@@ -56,16 +63,17 @@ class ListedGpu(NamedTuple):
 MEASURED = "measured"  # how the source of a peak begins that no data sheet states
 TABLE = json.loads(Path(__file__).with_name("chips.json").read_text(encoding="utf-8"))
 CHIPS: dict[str, Chip] = {name: Chip(**figures) for name, figures in TABLE["machines"].items()}
-# A MIG slice is named after its compute slices: `NVIDIA H100 PCIe MIG 1g.10gb`, or `MIG 1c.2g.20gb` for a part of two.
+# A MIG slice is named after its compute slices: `NVIDIA H100 PCIe MIG 1g.10gb`, or `MIG 1c.2g.20gb`
+# for a part of two.
 _MIG = re.compile(r"\bMIG (?:(\d)c\.)?(\d)g\.")
 
 
 def peak_of(name: str) -> Peak:
     """Dense bf16 peak of a GPU by its name; that of a MIG slice is its share of compute slices.
 
-    The first pattern of the table that fits the name wins. Laptop parts share the names of desktop ones at other clocks
-    and have no peak. The share of a slice errs by up to a tenth, upwards: 1g of an A100 has 14 of 108 multiprocessors, and
-    counts a seventh.
+    The first pattern of the table that fits the name wins. Laptop parts share the names of desktop
+    ones at other clocks and have no peak. The share of a slice errs by up to a tenth, upwards: 1g
+    of an A100 has 14 of 108 multiprocessors, and counts a seventh.
     """
     for row in TABLE["peaks"]:
         if re.search(row["pattern"], name, re.IGNORECASE):
@@ -83,7 +91,10 @@ def peak_of(name: str) -> Peak:
 
 
 def list_gpus() -> list[ListedGpu]:
-    """The GPUs of this machine by nvidia-smi, which does not start CUDA on them; none where it is missing or fails."""
+    """The GPUs of this machine by nvidia-smi, which does not start CUDA on them.
+
+    None where it is missing or fails.
+    """
     command = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.check_output(

@@ -1,4 +1,4 @@
-"""What this machine offers: a cache folder, room on the disk, memory, a terminal; files written whole, and what is none."""
+"""Files and folders of this machine: the cache, writes that are whole, room on the disk."""
 
 import os
 import shutil
@@ -9,21 +9,31 @@ from pathlib import Path
 
 from tunesmith.errors import MachineError, ModelError
 
-ABANDONED = 3 * 24 * 3600  # seconds; nothing is tokenised or converted for so long
+ABANDONED = 3 * 24 * 3600  # seconds; nothing is tokenized or converted for so long
+SPECIAL_FILES = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def cache_folder(*parts: str) -> Path:
-    """`parts` below `$TUNESMITH_CACHE`, else `$XDG_CACHE_HOME/tunesmith`, else `~/.cache/tunesmith`; not created."""
-    own, base = os.environ.get("TUNESMITH_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    root = Path(own) if own else Path(base or "~/.cache") / "tunesmith"
+    """`parts` below our cache folder; not created.
+
+    That is `$TUNESMITH_CACHE`, else `$XDG_CACHE_HOME/tunesmith`, else `~/.cache/tunesmith`.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tunesmith"
+    if os.environ.get("TUNESMITH_CACHE"):
+        root = Path(os.environ["TUNESMITH_CACHE"])
     return root.expanduser().joinpath(*parts)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file in one move, so that a reader, a crash or a full disk leaves the old content or the new.
+    """Replace a file in one move: after a crash or on a full disk it is the old one or the new.
 
-    Text is written as UTF-8, first to `.NAME.PID.partial`, so several processes may write at once. An OSError leaves
-    the old file and no temporary one.
+    Text is written as UTF-8, first to `.NAME.PID.partial`, so several processes may write at once.
+    An OSError leaves the old file and no temporary one.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -38,20 +48,25 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def refuse_special_files(path: Path) -> None:
-    """Raise ModelError where `path`, or what a folder of that name holds, is a pipe, a socket or a device.
+    """ModelError where `path`, or a file of that folder, is a pipe, a socket or a device.
 
     Opening or reading one may never end. Links, such as those of the Hub's cache, are followed.
     """
-    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-    kinds |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.exists() and (kind := kinds.get(stat.S_IFMT(file.stat().st_mode))):
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in files:
+        if not file.exists():
+            continue
+        kind = SPECIAL_FILES.get(stat.S_IFMT(file.stat().st_mode))
+        if kind is not None:
             fix = "put the file itself there, or name another place"
             raise ModelError(f"{file.name} is {kind}, not a file", where=str(file), fix=fix)
 
 
 def follow_umask(folder: Path) -> None:
-    """Give every file below `folder` the mode that a new file gets there; safetensors writes its own with 600."""
+    """Give every file below `folder` the mode that a new file gets there.
+
+    safetensors writes its own with 600.
+    """
     probe = folder / ".mode"  # the umask cannot be read without setting it, for all threads
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
@@ -67,7 +82,7 @@ def from_here(path: str | Path) -> str:
 
 
 def remove_abandoned(cache: Path) -> None:
-    """Delete the hidden folders of a cache that killed processes left behind: those made longer ago than ABANDONED."""
+    """Delete the hidden folders of a cache that killed processes left behind ABANDONED ago."""
     for folder in cache.glob(".*"):
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > ABANDONED:
@@ -75,24 +90,29 @@ def remove_abandoned(cache: Path) -> None:
 
 
 def existing_folder(path: Path) -> Path:
-    """The path itself or its nearest parent that is a folder: where what does not exist yet would be created."""
+    """The path itself or its nearest parent that is a folder.
+
+    What does not exist yet would be created there.
+    """
     path = path.expanduser().absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str = "") -> None:
-    """Raise MachineError unless the disk of `path`, which need not exist yet, has `needed` bytes free for `what`."""
+    """MachineError unless the disk of `path` has `needed` bytes free for `what`.
+
+    The path need not exist yet.
+    """
     from rich.filesize import decimal as size_text
 
     free = shutil.disk_usage(existing_folder(path)).free
-    if needed > free:
-        figures = (
-            f"{size_text(needed)} needed, {size_text(free)} free, {size_text(needed - free)} short"
-        )
-        raise MachineError(
-            f"no room on the disk for {what}: {figures}",
-            where=str(path),
-            why=why,
-            fix=fix,
-            cause="disk",
-        )
+    if needed <= free:
+        return
+    raise MachineError(
+        f"no room on the disk for {what}: {size_text(needed)} needed, {size_text(free)} free, "
+        f"{size_text(needed - free)} short",
+        where=str(path),
+        why=why,
+        fix=fix,
+        cause="disk",
+    )

@@ -1,4 +1,4 @@
-"""The host's memory at one moment, and who holds it: the one place that reads /proc and /sys for it."""
+"""The host's memory at one moment, and who holds it: what /proc and /sys say of it."""
 
 import os
 import resource
@@ -11,27 +11,50 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.host.cores import control_groups
+from tunesmith.units import ceil_div
 
 ROOT = Path("/")
 BLOCK = 2 << 20  # bytes: what a GPU's driver asks the kernel for on unified memory
 PAGE = os.sysconf("SC_PAGE_SIZE")
 LARGE_ORDER = (BLOCK // PAGE).bit_length() - 1  # of /proc/buddyinfo
-# The floor: what a save takes of the host (pieces of 64 MiB, measured: docs/ranks.md), and what grows while a micro batch
-# ends. A fiftieth of the memory, within these.
-LEAST, MOST, SHARE = 128 << 20, 1 << 30, 50
-# On unified memory: a GB10 of 122 GiB froze with 7.7, 6.1 and 0.3 GiB available, and once with 12.7. A twelfth, up to this.
-UNIFIED, UNIFIED_SHARE = 8 << 30, 12
-# Of a control group's memory: limits, use, and the names of its page cache, by version 2 and version 1.
-_GROUPS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
-    (("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file")),
-    (
-        ("memory.limit_in_bytes",),
-        "memory.usage_in_bytes",
-        ("total_active_file", "total_inactive_file"),
+# The floor: what a save takes of the host (pieces of 64 MiB, measured: docs/ranks.md), and what
+# grows while a micro batch ends. A fiftieth of the memory, within these.
+LEAST_FLOOR = 128 << 20
+MOST_FLOOR = 1 << 30
+FLOOR_SHARE = 50
+# On unified memory: a GB10 of 122 GiB froze with 7.7, 6.1 and 0.3 GiB available, and once with
+# 12.7. A twelfth, up to this.
+MOST_UNIFIED_FLOOR = 8 << 30
+UNIFIED_FLOOR_SHARE = 12
+
+
+class GroupFiles(NamedTuple):
+    """The files of a control group that say what memory it may have, and has.
+
+    Attributes:
+        cache: lines of memory.stat: the page cache in what is used.
+    """
+
+    limits: tuple[str, ...]
+    usage: str
+    cache: tuple[str, ...]
+
+
+GROUP_VERSIONS = (
+    GroupFiles(
+        limits=("memory.max", "memory.high"),
+        usage="memory.current",
+        cache=("active_file", "inactive_file"),
+    ),
+    GroupFiles(
+        limits=("memory.limit_in_bytes",),
+        usage="memory.usage_in_bytes",
+        cache=("total_active_file", "total_inactive_file"),
     ),
 )
-# Limits of one process: what a shell calls each, and the line of /proc/self/status that counts against it.
-_PROCESS_LIMITS = (
+# Limits of one process: what a shell calls each, and the line of /proc/self/status that counts
+# against it.
+PROCESS_LIMITS = (
     ("ulimit -v", resource.RLIMIT_AS, "VmSize:"),
     ("ulimit -d", resource.RLIMIT_DATA, "VmData:"),
 )
@@ -47,7 +70,8 @@ class MemoryLimit:
         used: bytes that count against it now, without page cache that the kernel can drop.
         own: those of them that the processes of this run hold.
         ranks: how many processes of this run share it.
-        of_process: whether it bounds one process, whose allocations then fail; otherwise the kernel kills.
+        of_process: whether it bounds one process, whose allocations then fail; otherwise the kernel
+            kills.
     """
 
     name: str
@@ -70,7 +94,7 @@ class MemoryLimit:
             return ""
         if self.of_process:
             return raise_process_limit(self.name)
-        enough = -(-(self.size + self.ranks * more) // (1 << 20))
+        enough = ceil_div(self.size + self.ranks * more, 1 << 20)
         options = (
             f"docker run --memory={enough}m, sbatch --mem={enough}M, systemd MemoryMax={enough}M"
         )
@@ -79,29 +103,37 @@ class MemoryLimit:
 
 @dataclass(frozen=True)
 class MemoryFigures:
-    """Bytes of the host's memory, as /proc/meminfo and /proc/buddyinfo tell them.
+    """Bytes of the host's memory, as /proc/meminfo and /proc/buddyinfo have them.
 
-    `limit` and `used` are those of the control group with the least room, of this process's and their parents: what its
-    processes hold, without the page cache that the kernel drops before it kills. None: there is no limit.
+    Attributes:
+        available: without swapping.
+        free: in use for nothing, not even page cache.
+        cached: page cache, without shared memory.
+        shared: shared memory and tmpfs, which only a swap can make room of.
+        locked: in no way to be moved: mlock, pinned.
+        large_blocks: of `free`, in blocks of BLOCK and more.
+        limit, used: those of the control group with the least room, of this process's and their
+            parents: what its processes hold, without the page cache that the kernel drops before it
+            kills. None: there is no limit.
     """
 
     total: int
-    available: int  # without swapping
-    free: int  # in use for nothing, not even page cache
-    cached: int  # page cache, without shared memory
-    shared: int  # shared memory and tmpfs, which only a swap can make room of
-    locked: int  # in no way to be moved: mlock, pinned
-    large_blocks: int  # of `free`, in blocks of BLOCK and more
+    available: int
+    free: int
+    cached: int
+    shared: int
+    locked: int
+    large_blocks: int
     limit: int | None = None
     used: int | None = None
 
     @property
     def room(self) -> int:
         """What this process can still take before the kernel kills."""
-        group = (
-            self.available if self.limit is None or self.used is None else self.limit - self.used
-        )
-        return max(0, min(self.available, group))
+        room = self.available
+        if self.limit is not None and self.used is not None:
+            room = min(room, self.limit - self.used)
+        return max(0, room)
 
     def as_record(self) -> dict[str, int | None]:
         """The figures as `stopped.json` has them."""
@@ -109,20 +141,21 @@ class MemoryFigures:
 
     def describe(self) -> str:
         """The figures in a clause, in GiB."""
-        group = (
-            f"; control group {gib(self.used)} of {gib(self.limit)} GiB"
-            if self.limit and self.used
-            else ""
-        )
+        group = ""
+        if self.limit and self.used:
+            group = f"; control group {gib(self.used)} of {gib(self.limit)} GiB"
         return (
             f"MemAvailable {gib(self.available)} of {gib(self.total)}, MemFree {gib(self.free)} "
-            f"({gib(self.large_blocks)} in blocks of 2 MiB), page cache {gib(self.cached)}, shared memory "
-            f"{gib(self.shared)}, locked {gib(self.locked)} GiB{group}"
+            f"({gib(self.large_blocks)} in blocks of 2 MiB), page cache {gib(self.cached)}, "
+            f"shared memory {gib(self.shared)}, locked {gib(self.locked)} GiB{group}"
         )
 
 
 class Holder(NamedTuple):
-    """A process and the memory that it holds: its proportional share, or what is resident where that may not be read."""
+    """A process and the memory that it holds.
+
+    Its proportional share, or what is resident where that may not be read.
+    """
 
     pid: int
     name: str
@@ -135,58 +168,70 @@ def gib(size: int | None) -> str:
 
 
 def read_memory(root: Path = ROOT) -> MemoryFigures | None:
-    """The figures of now; /proc and /sys are below `root`. None on a system without them, such as macOS."""
+    """The figures of now; None on a system without /proc, such as macOS.
+
+    /proc and /sys are below `root`.
+    """
+    sizes = {}
     try:
-        text = _read(f"{root}/proc/meminfo")
-        info = {
-            name: int(value) * 1024
-            for name, value in (line.split()[:2] for line in text.splitlines())
-        }
-        total, available, free = info["MemTotal:"], info["MemAvailable:"], info["MemFree:"]
+        for line in _read(f"{root}/proc/meminfo").splitlines():
+            name, kib = line.split()[:2]
+            sizes[name] = int(kib) * 1024
+        total = sizes["MemTotal:"]
+        available = sizes["MemAvailable:"]
+        free = sizes["MemFree:"]
     except (OSError, ValueError, KeyError):
         return None
-    shared = info.get("Shmem:", 0)
-    cached = max(0, info.get("Cached:", 0) + info.get("Buffers:", 0) - shared)
-    large = 0
-    with suppress(OSError, ValueError):  # containers may hide it
-        for line in _read(f"{root}/proc/buddyinfo").splitlines():
-            counts = map(int, line.split()[4 + LARGE_ORDER :])
-            large += sum(count * BLOCK << order for order, count in enumerate(counts))
-    groups: list[tuple[int, int]] = []
-    with suppress(OSError):  # no control groups here
-        folders = _group_folders(root, _read(f"{root}/proc/self/cgroup"))
-        groups = [
-            found
-            for folder, version in folders
-            if (found := _group(folder, *_GROUPS[version], total))
-        ]
+    shared = sizes.get("Shmem:", 0)
+    cached = sizes.get("Cached:", 0) + sizes.get("Buffers:", 0) - shared
+    groups = _group_limits(root, total).values()
     limit, used = min(groups, key=lambda group: group[0] - group[1], default=(None, None))
     return MemoryFigures(
-        total, available, free, cached, shared, info.get("Unevictable:", 0), large, limit, used
+        total,
+        available,
+        free,
+        cached=max(0, cached),
+        shared=shared,
+        locked=sizes.get("Unevictable:", 0),
+        large_blocks=_large_blocks(root),
+        limit=limit,
+        used=used,
     )
+
+
+def _large_blocks(root: Path) -> int:
+    """Bytes that are free in blocks of BLOCK and more."""
+    size = 0
+    with suppress(OSError, ValueError):  # containers may hide it
+        # `Node 0, zone Normal`, and the free blocks of one page, of two, of four, ...
+        for line in _read(f"{root}/proc/buddyinfo").splitlines():
+            for order, count in enumerate(line.split()[4 + LARGE_ORDER :]):
+                size += int(count) * BLOCK << order
+    return size
 
 
 def memory_floor(total: int, *, unified: bool) -> int:
-    """Bytes that stay free where `total` is all that there is, of the machine or its control group."""
-    return (
-        min(UNIFIED, total // UNIFIED_SHARE) if unified else min(max(LEAST, total // SHARE), MOST)
-    )
+    """Bytes that stay free where `total` is all that there is, of the machine or its group."""
+    if unified:
+        return min(MOST_UNIFIED_FLOOR, total // UNIFIED_FLOOR_SHARE)
+    return min(max(LEAST_FLOOR, total // FLOOR_SHARE), MOST_FLOOR)
 
 
 def unified_budget(figures: MemoryFigures) -> int:
     """Bytes that a run can allocate where the GPU shares the host's memory.
 
-    A quarter of the floor more than the floor is left: the driver's context and the process grow beside the allocator.
+    A quarter of the floor more than the floor is left: the driver's context and the process grow
+    beside the allocator.
     """
     floor = memory_floor(figures.limit or figures.total, unified=True)
     return max(0, figures.room - floor * 5 // 4)
 
 
 def memory_limits(ranks: Collection[int] = (), root: Path = ROOT) -> list[MemoryLimit]:
-    """Every limit on the memory of this process; empty on a system without /proc, such as macOS.
+    """Every limit on the memory of this process; none on a system without /proc, such as macOS.
 
-    `ranks` are the process ids of the run's ranks on this host. Ranks share the machine, and control groups that hold them
-    both; the limits of a process are its own.
+    `ranks` are the process ids of the run's ranks on this host. Ranks share the machine, and
+    control groups that hold them both; the limits of a process are its own.
     """
     figures = read_memory(root)
     if figures is None:
@@ -197,15 +242,12 @@ def memory_limits(ranks: Collection[int] = (), root: Path = ROOT) -> list[Memory
     members: dict[str, set[int]] = {}
     for process in processes:
         name = "self" if process == os.getpid() else str(process)
-        for path in control_groups("memory", root, name):
-            members.setdefault(str(path), set()).add(process)
-    with suppress(OSError):  # no control groups here
-        for folder, version in _group_folders(root, _read(f"{root}/proc/self/cgroup")):
-            limit = _group(folder, *_GROUPS[version], figures.total)
-            if limit is not None:
-                sharing = members[folder]
-                name, own = f"control group {folder}", own_memory(sharing, root)
-                limits.append(MemoryLimit(name, *limit, own, len(sharing)))
+        for folder in control_groups("memory", root, name):
+            members.setdefault(str(folder), set()).add(process)
+    for group, (size, group_used) in _group_limits(root, figures.total).items():
+        sharing = members[group]
+        own = own_memory(sharing, root)
+        limits.append(MemoryLimit(f"control group {group}", size, group_used, own, len(sharing)))
     return limits + process_limits(root)
 
 
@@ -213,21 +255,24 @@ def process_limits(root: Path = ROOT) -> list[MemoryLimit]:
     """The limits that `ulimit` sets on this process, and what counts against them."""
     limits = []
     with suppress(OSError, ValueError):  # macOS
-        lines = _read(f"{root}/proc/self/status").splitlines()
-        sizes = {
-            line.split()[0]: int(line.split()[1]) << 10 for line in lines if line.endswith(" kB")
-        }
-        for name, kind, counted in _PROCESS_LIMITS:
+        sizes = {}
+        for line in _read(f"{root}/proc/self/status").splitlines():
+            if line.endswith(" kB"):
+                name, kib = line.split()[:2]
+                sizes[name] = int(kib) << 10
+        for command, kind, counted in PROCESS_LIMITS:
             size, _ = resource.getrlimit(kind)
             if size != resource.RLIM_INFINITY:
                 used = sizes.get(counted, 0)
-                limits.append(MemoryLimit(name, size, used, used, of_process=True))
+                limits.append(MemoryLimit(command, size, used, used, of_process=True))
     return limits
 
 
 def suspected_limit() -> MemoryLimit | None:
-    """The limit of this process that an allocation may have failed for: the one with the least room, if any is smaller
-    than the machine's memory."""
+    """The limit of this process that an allocation may have failed for.
+
+    The one with the least room, if any is smaller than the machine's memory.
+    """
     figures = read_memory()
     total = figures.total if figures else 0
     limits = [limit for limit in process_limits() if limit.size < total]
@@ -236,7 +281,7 @@ def suspected_limit() -> MemoryLimit | None:
 
 def raise_process_limit(name: str) -> str:
     """The command that lifts a limit that `ulimit` has set, or who can do so."""
-    kinds = {limit: kind for limit, kind, _ in _PROCESS_LIMITS}
+    kinds = {command: kind for command, kind, _ in PROCESS_LIMITS}
     _, hard = resource.getrlimit(kinds[name])
     if hard == resource.RLIM_INFINITY or os.geteuid() == 0:
         return f"{name} unlimited"
@@ -244,30 +289,43 @@ def raise_process_limit(name: str) -> str:
     return f"{name} unlimited in a new shell (this one may not raise it); {where}"
 
 
+def _group_limits(root: Path, total: int) -> dict[str, tuple[int, int]]:
+    """Limit and use of the control groups that bound the memory of this process, by folder.
+
+    total: the machine's memory; a group that may have as much has no limit.
+    """
+    limits = {}
+    with suppress(OSError):  # no control groups here
+        for folder, files in _group_folders(root, _read(f"{root}/proc/self/cgroup")):
+            group = _read_group(folder, files, total)
+            if group is not None:
+                limits[folder] = group
+    return limits
+
+
 @lru_cache(8)
-def _group_folders(root: Path, text: str) -> list[tuple[str, int]]:
-    """The control groups of /proc/self/cgroup (`text`) that may bound memory, and 0 for version 2, 1 for version 1."""
-    versions = enumerate(usage for _, usage, _ in _GROUPS)
-    return [
-        (str(f), v)
-        for v, usage in versions
-        for f in control_groups("memory", root)
-        if (f / usage).exists()
-    ]
+def _group_folders(root: Path, text: str) -> list[tuple[str, GroupFiles]]:
+    """The control groups that may bound memory; `text` is what /proc/self/cgroup holds now."""
+    groups = []
+    for files in GROUP_VERSIONS:
+        for folder in control_groups("memory", root):
+            if (folder / files.usage).exists():
+                groups.append((str(folder), files))
+    return groups
 
 
-def _group(
-    folder: str, limits: tuple[str, ...], usage: str, cache: tuple[str, ...], total: int
-) -> tuple[int, int] | None:
+def _read_group(folder: str, files: GroupFiles, total: int) -> tuple[int, int] | None:
     """Limit and use of a control group; None where it has no limit."""
     with suppress(OSError, ValueError):
-        texts = [_read(f"{folder}/{name}").strip() for name in limits]
-        limit = min(int(text) if text != "max" else total for text in texts)
+        limit = total
+        for name in files.limits:
+            text = _read(f"{folder}/{name}").strip()
+            if text != "max":
+                limit = min(limit, int(text))
         if limit < total:
             stat = dict(line.split() for line in _read(f"{folder}/memory.stat").splitlines())
-            return limit, max(
-                0, int(_read(f"{folder}/{usage}")) - sum(int(stat[name]) for name in cache)
-            )
+            cached = sum(int(stat[name]) for name in files.cache)
+            return limit, max(0, int(_read(f"{folder}/{files.usage}")) - cached)
     return None
 
 
@@ -284,9 +342,9 @@ def _read(path: str) -> str:
 
 
 def drop_pages(handle: int, start: int = 0, size: int = 0) -> None:
-    """Tell the kernel that a file's pages (`size` 0: all from `start` on) are not needed again, where it can be told.
+    """Tell the kernel that a file's pages are not needed again, where it can be told.
 
-    Pages that are not on the disk yet, or that a process maps, stay.
+    Pages that are not on the disk yet, or that a process maps, stay. `size` 0: all from `start` on.
     """
     if hasattr(os, "posix_fadvise"):  # Linux; macOS has no such call
         os.posix_fadvise(handle, start, size, os.POSIX_FADV_DONTNEED)
@@ -315,31 +373,40 @@ def own_memory(pids: Collection[int], root: Path = ROOT) -> int:
 def largest_processes(
     ours: Collection[int], count: int = 4, root: Path = ROOT
 ) -> tuple[list[Holder], list[Holder]]:
-    """The processes `ours`, and the `count` of others that hold the most memory, each the largest first."""
-    found = []
+    """The processes `ours`, and the `count` of others that hold the most, the largest first."""
+    holders = []
     for folder in (root / "proc").glob("[0-9]*"):
         with suppress(OSError, ValueError, IndexError):  # it has ended
             resident = int(_read(f"{folder}/statm").split()[1]) * PAGE
-            found.append(Holder(int(folder.name), _read(f"{folder}/comm").strip(), resident))
-    others = sorted((h for h in found if h.pid not in ours), key=lambda holder: -holder.bytes)[
-        : 2 * count
-    ]
-    largest = [h for h in found if h.pid in ours] + others
-    for index, holder in enumerate(largest):
-        with suppress(OSError, ValueError, StopIteration):  # another user's
-            lines = _read(f"{root}/proc/{holder.pid}/smaps_rollup").splitlines()
-            share = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-            largest[index] = holder._replace(bytes=share)
-    largest.sort(key=lambda holder: -holder.bytes)
-    return [h for h in largest if h.pid in ours], [h for h in largest if h.pid not in ours][:count]
+            name = _read(f"{folder}/comm").strip()
+            holders.append(Holder(int(folder.name), name, resident))
+    holders.sort(key=lambda holder: holder.bytes, reverse=True)
+    of_run = [holder for holder in holders if holder.pid in ours]
+    # The kernel walks all pages of a process for its share: the shares of a few are read.
+    others = [holder for holder in holders if holder.pid not in ours][: 2 * count]
+    return _by_share(of_run, root), _by_share(others, root)[:count]
+
+
+def _by_share(holders: list[Holder], root: Path) -> list[Holder]:
+    """Processes with their proportional shares, the largest first."""
+    with_shares = [_with_share(holder, root) for holder in holders]
+    return sorted(with_shares, key=lambda holder: holder.bytes, reverse=True)
+
+
+def _with_share(holder: Holder, root: Path) -> Holder:
+    with suppress(OSError, ValueError):  # another user's
+        for line in _read(f"{root}/proc/{holder.pid}/smaps_rollup").splitlines():
+            if line.startswith("Pss:"):
+                return holder._replace(bytes=int(line.split()[1]) * 1024)
+    return holder
 
 
 def available_memory(root: Path = ROOT) -> int:
     """Bytes of host memory that this process can use without swapping."""
-    if figures := read_memory(root):
-        return min(
-            [figures.room, *(max(0, limit.size - limit.used) for limit in process_limits(root))]
-        )
+    figures = read_memory(root)
+    if figures is not None:
+        limits = process_limits(root)
+        return min([figures.room, *(max(0, limit.size - limit.used) for limit in limits)])
     import psutil
 
     return int(psutil.virtual_memory().available)
@@ -353,8 +420,11 @@ def unavailable_percent(root: Path = ROOT) -> float:
     return 100.0 * (1 - figures.available / figures.total)
 
 
-def oom_kills(root: Path = Path("/")) -> int:
-    """Processes of this machine that the kernel has ended since it booted because no memory was left; /proc is below `root`."""
+def oom_kills(root: Path = ROOT) -> int:
+    """Processes of this machine that the kernel has ended for want of memory since it booted.
+
+    /proc is below `root`.
+    """
     with suppress(OSError, ValueError):
         lines = (root / "proc/vmstat").read_text(encoding="ascii").splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))

@@ -2,34 +2,14 @@
 
 from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import MachineError
 
-
-def pip_install(package: str) -> str:
-    """The command that installs `package` in a version that works: `pip install 'bitsandbytes>=0.50'`.
-
-    The version is read from the metadata of tunesmith's own extras; a package that they do not name has none.
-    """
-    import importlib.metadata  # slow to import, and needed only here
-
+if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-    stated: list[str] = []
-    # Run from a source tree that is not installed
-    with suppress(importlib.metadata.PackageNotFoundError):
-        stated = importlib.metadata.requires("tunesmith") or []
-    versions = [
-        str(needed.specifier) for needed in map(Requirement, stated) if needed.name == package
-    ]
-    return (
-        f"pip install '{package}{versions[0]}'"
-        if versions and versions[0]
-        else f"pip install {package}"
-    )
-
-
+# What decides the numbers of a run.
 COMPUTE = (
     "tunesmith",
     "torch",
@@ -42,48 +22,67 @@ COMPUTE = (
 )
 
 
+def pip_install(package: str) -> str:
+    """The command that installs `package` in a version that works: `pip install 'peft>=0.18'`.
+
+    A package that tunesmith's own metadata does not name has no version.
+    """
+    for requirement in _requirements():
+        if requirement.name == package and requirement.specifier:
+            return f"pip install '{package}{requirement.specifier}'"
+    return f"pip install {package}"
+
+
+def _requirements() -> "list[Requirement]":
+    """What tunesmith's own metadata requires, with its extras.
+
+    None in a source tree that is not installed.
+    """
+    import importlib.metadata  # slow to import, and needed only here
+
+    from packaging.requirements import Requirement
+
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return [Requirement(text) for text in importlib.metadata.requires("tunesmith") or []]
+    return []
+
+
 @cache
 def installed_versions() -> dict[str, str]:
     """The versions of what computes, by name; one that is not installed is left out."""
     import importlib.metadata
 
-    found = {}
+    versions = {}
     for name in COMPUTE:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def refuse_unfit_versions() -> None:
-    """Raise MachineError where an installed package is not of a version that tunesmith's own metadata allows."""
-    import importlib.metadata
-
-    from packaging.requirements import Requirement
-
+    """MachineError where a package is not of a version that tunesmith's own metadata allows."""
     installed = installed_versions()
-    with suppress(importlib.metadata.PackageNotFoundError):
-        for needed in map(Requirement, importlib.metadata.requires("tunesmith") or []):
-            version = installed.get(needed.name)
-            if (
-                version
-                and not needed.marker
-                and not needed.specifier.contains(version, prereleases=True)
-            ):
-                what, fix = (
-                    f"{needed.name} {version} is installed, and {needed} is needed",
-                    f"pip install '{needed}'",
-                )
-                raise MachineError(what, where="the Python environment", fix=fix, cause="version")
+    for requirement in _requirements():
+        version = installed.get(requirement.name)
+        # Those of extras and of other platforms have a marker.
+        if version is None or requirement.marker:
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            raise MachineError(
+                f"{requirement.name} {version} is installed, and {requirement} is needed",
+                where="the Python environment",
+                fix=f"pip install '{requirement}'",
+                cause="version",
+            )
 
 
 def require(package: str, *, where: str, fix: str) -> None:
-    """Raise MachineError unless `package` is installed, without importing it; `fix` is another way out."""
+    """MachineError unless `package` is installed; it is not imported. `fix` is another way out."""
     from importlib.util import find_spec
 
     if find_spec(package) is None:
-        raise MachineError(
-            f"{package} is not installed", where=where, fix=f"{pip_install(package)}, or {fix}"
-        )
+        fix = f"{pip_install(package)}, or {fix}"
+        raise MachineError(f"{package} is not installed", where=where, fix=fix)
 
 
 def bitsandbytes(what: str, where: str) -> Any:
@@ -94,7 +93,6 @@ def bitsandbytes(what: str, where: str) -> Any:
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        raise MachineError(
-            f"{what} need bitsandbytes", where=where, fix=pip_install("bitsandbytes")
-        ) from error
+        fix = pip_install("bitsandbytes")
+        raise MachineError(f"{what} need bitsandbytes", where=where, fix=fix) from error
     return bitsandbytes.functional

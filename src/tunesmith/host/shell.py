@@ -1,4 +1,4 @@
-"""Words of commands that a user is told to paste into a shell: a name of a file or a key runs nothing there."""
+"""Words of commands that a user pastes into a shell: no name of a file or key runs there."""
 
 import os
 import shlex
@@ -32,7 +32,7 @@ def _escaped(letter: str) -> str:
         return _ESCAPES[letter]
     if letter.isprintable():
         return letter
-    # A byte of a name that is no UTF-8 comes as a lone surrogate; the shell is given the byte itself.
+    # A byte of a name that is no UTF-8 comes as a lone surrogate; the shell gets the byte itself.
     is_byte = "\udc80" <= letter <= "\udcff"
     code = letter.encode("utf-8", "surrogateescape" if is_byte else "surrogatepass")
     return "".join(f"\\{byte:03o}" for byte in code)

@@ -1,4 +1,7 @@
-"""Standard streams that outlive their readers: a closed pipe or descriptor, a terminal that is gone, a full disk."""
+"""Standard streams that outlive their readers.
+
+A closed pipe or descriptor, a terminal that is gone, a full disk.
+"""
 
 import io
 import os
@@ -10,7 +13,8 @@ from typing import Any, TextIO
 class LastingOutput(io.FileIO):
     """The descriptor of a standard stream: what cannot be written is dropped.
 
-    With `raises` the first error is raised, and kept in `raised`: for the output that a command is there for.
+    With `raises` the first error is raised, and kept in `raised`: for the output that a command is
+    there for.
     """
 
     raises = False
@@ -18,10 +22,10 @@ class LastingOutput(io.FileIO):
 
     def write(self, data: Any, /) -> int:
         try:
-            while (
-                count := super().write(data)
-            ) is None:  # a non-blocking pipe or terminal whose reader is behind
+            count = super().write(data)
+            while count is None:  # a non-blocking pipe or terminal whose reader is behind
                 select.select([], [self], [])
+                count = super().write(data)
         except OSError as error:
             if self.raises and self.raised is None:
                 self.raised = error
@@ -36,18 +40,20 @@ class LastingStream(io.TextIOWrapper):
     def __init__(self, stream: io.TextIOWrapper) -> None:
         stream.flush()
         self.output = LastingOutput(stream.fileno(), "w", closefd=False)
-        # `python -u`
-        buffer, lines = (
-            io.BufferedWriter(self.output),
-            stream.line_buffering or stream.write_through,
-        )
         super().__init__(
-            buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=lines
+            io.BufferedWriter(self.output),
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            # `python -u` writes through.
+            line_buffering=stream.line_buffering or stream.write_through,
         )
 
 
 def lasting(stream: TextIO | None, *, raises: bool = False) -> TextIO:
-    """The lasting form of Python's own stdout or stderr; another stream (a notebook's, a test's) stays what it is."""
+    """The lasting form of Python's own stdout or stderr.
+
+    Another stream (a notebook's, a test's) stays what it is.
+    """
     if stream is None:  # closed by the caller (`2>&-`): the next file opened would take its number
         return open(os.devnull, "w", encoding="utf-8")
     if isinstance(stream, io.TextIOWrapper) and stream in (sys.__stdout__, sys.__stderr__):
@@ -63,7 +69,10 @@ def fault_of(stream: TextIO) -> OSError | None:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether `stream` can draw a progress bar: what rich says, which knows TERM, FORCE_COLOR and TTY_COMPATIBLE."""
+    """Whether `stream` can draw a progress bar.
+
+    What rich says, which knows TERM, FORCE_COLOR and TTY_COMPATIBLE.
+    """
     from rich.console import Console
 
     return Console(file=stream).is_interactive

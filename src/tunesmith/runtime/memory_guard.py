@@ -1,8 +1,9 @@
-"""Stops a run before the host's memory is used up: below a floor all ranks save and end, and the user reads who holds it.
+"""Stops a run before the host's memory is used up.
 
-A kernel without memory kills the largest process, which is the one that trains; on unified memory (GB10) the driver fails
-first and the machine freezes, without a kill. A thread looks at the figures, once a second while there is room and up to 8
-times as often near the floor. A look takes about 0.1 ms.
+Below a floor all ranks save and end, and the user reads who holds the memory. A kernel without
+memory kills the largest process, which is the one that trains; on unified memory (GB10) the driver
+fails first and the machine freezes, without a kill. A thread looks at the figures, once a second
+while there is room and up to 8 times as often near the floor. A look takes about 0.1 ms.
 """
 
 import os
@@ -21,6 +22,7 @@ import torch
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.memory import (
     ROOT,
+    Holder,
     MemoryFigures,
     drop_pages,
     gib,
@@ -33,28 +35,33 @@ from tunesmith.host.memory import (
 from tunesmith.host.signals import Shortage, StopRequest
 from tunesmith.runtime.device import is_integrated
 
-# MemFree on unified memory, below which page cache is dropped, and where that did not help: 2.6 GiB was the least that a load
-# passed with, and allocations failed at 2.5 although 22 were available. Less is enough where a run can take no more than less.
-UNIFIED_FREE, UNIFIED_FREE_LEAST = 8 << 30, 3 << 30
-AHEAD = 3.0  # seconds that a save and the end take, on a busy machine; before it `stop.takes`
-LONGEST = 30.0  # seconds of `stop.takes` that count
-RARELY, OFTEN = 1.0, 0.12  # seconds between two looks: at most a thousandth of a core
+# MemFree on unified memory, below which page cache is dropped, and below which the run ends where
+# that did not help: 2.6 GiB was the least that a load passed with, and allocations failed at 2.5
+# although 22 were available. Less is enough where a run can take no more than less.
+UNIFIED_FREE = 8 << 30
+UNIFIED_FREE_LEAST = 3 << 30
+# Seconds that a save and the end take, on a busy machine; before it comes `stop.takes`.
+AHEAD = 3.0
+LONGEST_WORK = 30.0  # seconds of `stop.takes` that count
+# Seconds between two looks, at most and at least: at most a thousandth of a core.
+RARELY = 1.0
+OFTEN = 0.12
 FASTEST = 4 << 30  # bytes a second that memory is filled with: page faults of one process
-AGAIN = 2.0  # seconds between two times that page cache is dropped while MemFree is below the least
-# else: the first, doubled where a drop brought nothing, up to the second
-PAUSE, LONGEST_PAUSE = (
-    30.0,
-    480.0,
-)
+# Seconds between two times that page cache is dropped: while MemFree is below the least; else the
+# second, doubled where a drop brought nothing, up to the third.
+AGAIN = 2.0
+PAUSE = 30.0
+LONGEST_PAUSE = 480.0
 WORTH = 2 << 30  # bytes of page cache that are worth it
 MOST_FILES = 10_000  # that are opened for it: a folder of rows may hold millions
 
 
 def drop_page_cache(paths: Sequence[Path], root: Path = ROOT) -> None:
-    """Turn page cache into free memory: that of the files below `paths`, and as root that of all files.
+    """Turn page cache into free memory: that of the files below `paths`, and as root that of all.
 
-    The first needs no right, and neither takes memory: beside a full allocator there is none to take. The kernel's own
-    switches took GB10s through every load, and give free memory in large blocks.
+    The first needs no right, and neither takes memory: beside a full allocator there is none to
+    take. The kernel's own switches took GB10s through every load, and give free memory in large
+    blocks.
     """
     for file in islice(_files_below(paths), MOST_FILES):
         with suppress(OSError):  # it was removed, or may not be read
@@ -84,8 +91,13 @@ class MemoryGuard:
     """Watches the host's memory in a thread, from the load to the save, and asks `stop` for a stop.
 
     Attributes:
-        files: that the run reads and writes, and folders of them; their page cache is dropped on unified memory.
+        files: that the run reads and writes, and folders of them; their page cache is dropped on
+            unified memory.
         unified: whether the GPU shares the host's memory; None until one is in use.
+        others: times, and what this process did not take then.
+        pause: seconds between two times that page cache is dropped.
+        dropped_at: when that was done last.
+        still_short: MemFree was below the least before that, and after it.
     """
 
     def __init__(
@@ -99,18 +111,17 @@ class MemoryGuard:
         clock: Callable[[], float] = time.monotonic,
         unified: bool | None = None,
     ) -> None:
-        self.stop, self.ranks, self.read, self.clock, self.unified = (
-            stop,
-            ranks,
-            read,
-            clock,
-            unified,
-        )
-        self.files, self.make_room = files, make_room
-        self.others: deque[tuple[float, int]] = deque()  # time, and what this process did not take
+        self.stop = stop
+        self.ranks = ranks
+        self.files = files
+        self.read = read
+        self.make_room = make_room
+        self.clock = clock
+        self.unified = unified
+        self.others: deque[tuple[float, int]] = deque()
         self.pause = PAUSE
-        self.dropped = -LONGEST_PAUSE  # when page cache was dropped last
-        self.still_short = False  # MemFree was below the least before that, and after it
+        self.dropped_at = -LONGEST_PAUSE
+        self.still_short = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
 
@@ -130,59 +141,80 @@ class MemoryGuard:
             wait = self.look()
 
     def look(self) -> float:
-        """Read the figures once, and ask for a stop where it is time; seconds until the next look is due."""
+        """Read the figures once, and ask for a stop where it is time.
+
+        Returns:
+            Seconds until the next look is due.
+        """
         figures = self.read()
         if figures is None:
             return RARELY
-        if self.unified is None and torch.cuda.is_initialized():
-            self.unified = is_integrated(torch.device("cuda", torch.cuda.current_device()))
-        allocator = (
-            torch.cuda.memory_reserved() if self.unified and torch.cuda.is_initialized() else 0
-        )
-        own = own_memory(self.ranks.heartbeat.local_processes()) + allocator
-        floor = (
-            memory_floor(figures.limit or figures.total, unified=bool(self.unified))
-            + self.stop.saving
-        )
-        left, growth = figures.room - floor, self._growth(-figures.room - own)
-        why = ""
+        allocator = self._allocator_bytes()
+        this_run = own_memory(self.ranks.heartbeat.local_processes()) + allocator
+        floor = memory_floor(figures.limit or figures.total, unified=bool(self.unified))
+        floor += self.stop.saving
+        left = figures.room - floor
+        growth = self._growth(-figures.room - this_run)
+        reason = ""
         if left < growth:
-            why = f"{gib(figures.room)} GiB can be had, and the floor is {gib(floor)} GiB"
-            why += f"; others took {gib(growth)} GiB in {self.ahead:.0f} s" if left >= 0 else ""
+            reason = f"{gib(figures.room)} GiB can be had, and the floor is {gib(floor)} GiB"
+            if left >= 0:
+                reason += f"; others took {gib(growth)} GiB in {self.ahead:.0f} s"
         elif self.unified:
-            # The driver alone needs free memory, for what the allocator may still take: all else drops page cache itself.
-            wanted = min(UNIFIED_FREE, unified_budget(figures))
-            if figures.free < wanted and figures.cached > WORTH:
-                least = min(UNIFIED_FREE_LEAST, wanted)
-                why = self._drop(figures, least)
+            # The driver alone needs free memory, for what the allocator may still take: all else
+            # drops page cache itself.
+            enough = min(UNIFIED_FREE, unified_budget(figures))
+            if figures.free < enough and figures.cached > WORTH:
+                least = min(UNIFIED_FREE_LEAST, enough)
+                reason = self._drop(figures, least)
                 left = min(left, max(0, figures.free - least))
-        if why:
-            self._ask(why, figures, floor, allocator)
+        if reason:
+            self._ask(reason, figures, floor, allocator)
         return min(RARELY, max(OFTEN, (left - growth) / FASTEST))
+
+    def _allocator_bytes(self) -> int:
+        """What torch's allocator has of the host's memory: on unified memory alone."""
+        if not torch.cuda.is_initialized():
+            return 0
+        if self.unified is None:
+            self.unified = is_integrated(torch.device("cuda", torch.cuda.current_device()))
+        return torch.cuda.memory_reserved() if self.unified else 0
 
     @property
     def ahead(self) -> float:
-        """Seconds that a stop takes; the first step compiles, and says nothing of those that follow."""
-        return AHEAD + min(self.stop.takes, LONGEST)
+        """Seconds that a stop takes.
+
+        The first step compiles, and says nothing of those that follow.
+        """
+        return AHEAD + min(self.stop.takes, LONGEST_WORK)
 
     def _growth(self, others: int) -> int:
-        """What others took in as long as a stop takes, by a figure that grows as they take memory: they may do so again."""
-        now, ahead = self.clock(), self.ahead
+        """What others took in as long as a stop takes: they may do so again.
+
+        others: a figure that grows as they take memory.
+        """
+        now = self.clock()
         self.others.append((now, others))
-        while len(self.others) > 2 and self.others[1][0] <= now - ahead:
+        while len(self.others) > 2 and self.others[1][0] <= now - self.ahead:
             self.others.popleft()
         least = min(value for _, value in self.others)
-        return int((others - least) / max(1.0, (now - self.others[0][0]) / ahead))
+        spans = (now - self.others[0][0]) / self.ahead
+        return int((others - least) / max(1.0, spans))
 
     def _drop(self, figures: MemoryFigures, least: int) -> str:
-        """Let the kernel give up page cache where it is time; why the run must end, where that has not helped."""
-        since = self.clock() - self.dropped
+        """Let the kernel give up page cache where it is time.
+
+        Returns:
+            Why the run must end, where that has not helped.
+        """
+        since = self.clock() - self.dropped_at
         critical = figures.free < least
         if since < (AGAIN if critical else self.pause):
             return ""
         if critical and self.still_short:
-            return f"MemFree is {gib(figures.free)} GiB, and dropping page cache leaves it below {gib(least)} GiB"
-        self.dropped = self.clock()
+            free = f"MemFree is {gib(figures.free)} GiB"
+            return f"{free}, and dropping page cache leaves it below {gib(least)} GiB"
+        self.dropped_at = self.clock()
         self.make_room(self.files)
         after = self.read() or figures
         self.still_short = critical and after.free < least
@@ -192,32 +224,33 @@ class MemoryGuard:
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
         return ""
 
-    def _ask(self, why: str, figures: MemoryFigures, floor: int, allocator: int) -> None:
-        phase, host = self.ranks.heartbeat.doing, socket.gethostname()
+    def _ask(self, reason: str, figures: MemoryFigures, floor: int, allocator: int) -> None:
+        """Ask for a stop, and tell the user who holds the memory."""
+        phase = self.ranks.heartbeat.doing
+        host = socket.gethostname()
         reserved = f"; the GPU's allocator {gib(allocator)} GiB" if allocator else ""
-        text = f"{phase}, on {host}: {why}. {figures.describe()}{reserved}"
+        text = f"{phase}, on {host}: {reason}. {figures.describe()}{reserved}"
         record: dict[str, Any] = {
             "phase": phase,
             "host": host,
             "floor_bytes": floor,
             "allocator_bytes": allocator,
+            **figures.as_record(),
         }
-        record |= figures.as_record()
-        # At once: to see who holds it takes a tenth of a second
+        # At once: to see who holds it takes a tenth of a second.
         self.stop.shortage = Shortage(text, record)
-        ranks, several = self.ranks.heartbeat.local_processes(), self.ranks.world > 1
+        ranks = self.ranks.heartbeat.local_processes()
         ours, others = largest_processes(ranks)
-        ours = [
-            holder._replace(name=f"rank {ranks[holder.pid]}" if several else holder.name)
-            for holder in ours
-        ]
+        if self.ranks.world > 1:
+            ours = [process._replace(name=f"rank {ranks[process.pid]}") for process in ours]
+        # In one step: the main thread may write the record at any moment.
         record |= {
-            "processes": [h._asdict() for h in ours],
-            "other_processes": [h._asdict() for h in others],
+            "processes": [process._asdict() for process in ours],
+            "other_processes": [process._asdict() for process in others],
         }
-        run, rest = (
-            ", ".join(f"{h.name} ({h.pid}) {gib(h.bytes)}" for h in held) for held in (ours, others)
-        )
-        self.stop.ask(
-            Shortage(f"{text}; this run holds: {run} GiB; others hold most: {rest} GiB", record)
-        )
+        text += f"; this run holds: {_names(ours)} GiB; others hold most: {_names(others)} GiB"
+        self.stop.ask(Shortage(text, record))
+
+
+def _names(processes: Sequence[Holder]) -> str:
+    return ", ".join(f"{name} ({pid}) {gib(size)}" for pid, name, size in processes)
