@@ -1,7 +1,7 @@
 """From a recipe to its model: the whole order of changes, in one function that reads as a list."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -35,12 +35,12 @@ from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
 from tunesmith.runtime.recompute import offload_inputs, recompute_layers
+from tunesmith.units import ceil_div
 
 Weights = Literal["stored", "random"]
 
-ROW_MULTIPLE = (
-    64  # tensor cores want the vocabulary, a dimension of the head's product, in multiples of this
-)
+# Tensor cores want the vocabulary, a dimension of the head's product, in multiples of this.
+ROW_MULTIPLE = 64
 
 
 def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
@@ -56,12 +56,14 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
 def embedding_rows(run: Run, files: ModelFiles) -> int:
     """Rows of embedding and head.
 
-    Where tokens were added, a multiple of 64 in a model trained in full, which the head's product is fast with; with an
-    adapter as many as the tokenizer has tokens: to so many PEFT and its users resize the base.
+    Where tokens were added, a multiple of 64 in a model trained in full, which the head's product
+    is fast with; with an adapter as many as the tokenizer has tokens: to so many PEFT and its users
+    resize the base.
     """
     rows = files.vocab_rows
-    grows = rows > files.config.vocab_size and run.adapter.kind == "none"
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE if grows else rows
+    if run.adapter.kind == "none" and rows > files.config.vocab_size:
+        rows = ceil_div(rows, ROW_MULTIPLE) * ROW_MULTIPLE
+    return rows
 
 
 def count_trained(run: Run, model: nn.Module) -> int:
@@ -87,14 +89,19 @@ def build_model(
 
     Args:
         model: from `define_model`, on meta; it is changed in place. None makes it.
-        weights: folder of the safetensors files, None for `files.folder`; `random` draws them, to measure speed.
+        weights: folder of the safetensors files, None for `files.folder`; `random` draws them, to
+            measure speed.
         adapter: folder of the checkpoint whose adapter training resumes from.
-        probe: a micro batch of the run, one of the largest, on the plan's device, the same at every start: recompute is
-            calibrated on it.
+        probe: a micro batch of the run, one of the largest, on the plan's device, the same at every
+            start: recompute is calibrated on it.
         mesh, ranks: those that share the model; building it is then a collective call.
 
-    Returns the root module, and the plan, corrected by what was measured on `probe`. ModelError or RecipeError where
-    files and recipe do not fit each other; MachineError where the GPU's memory is too small.
+    Returns:
+        The root module, and the plan, corrected by what was measured on `probe`.
+
+    Raises:
+        ModelError, RecipeError: files and recipe do not fit each other.
+        MachineError: the GPU's memory is too small.
     """
     device = torch.device(plan.device)
     if device.type == "cpu":
@@ -104,12 +111,13 @@ def build_model(
     model = model or define_model(run, files)
     if plan.base in SCALING_RECIPES:
         convert_to_eight_bit(model, plan.base, skip=lora.modules_to_save(model, run.adapter))
-    logits: dict[str, Any] = {
-        "softcap": files.spec.final_softcap,
-        "logit_scale": files.spec.logit_scale,
-    }
     root = TrainModel(
-        model, METHODS[run.method], layers=LAYERS, attention_backend=plan.attention, **logits
+        model,
+        METHODS[run.method],
+        layers=LAYERS,
+        attention_backend=plan.attention,
+        softcap=files.spec.final_softcap,
+        logit_scale=files.spec.logit_scale,
     )
     root.partial_gradients = cut_model(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
@@ -133,24 +141,26 @@ def build_model(
 
 
 def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> None:
-    """Shard a model on meta, and give what is left of it on this rank its memory, on the device or the host."""
-    device, on_host = torch.device(plan.device), "parameters" in plan.cpu_offload
+    """Shard a model on meta, and give this rank's part its memory, on the device or the host."""
+    device = torch.device(plan.device)
+    on_host = "parameters" in plan.cpu_offload
     if "activations" in plan.cpu_offload:
         offload_inputs(root.layers)
     shard_model(root, mesh, run, DTYPES[run.model.dtype], offload=on_host)
     if run.train.optimizer == "adamw-8bit":
         check_blocks(root.trained_parameters())
     load.materialise(root.model, device, shards=torch.device("cpu") if on_host else None)
-    # FSDP lays its padding into the shards now: tensors taken from them before would be left behind.
+    # FSDP lays its padding into the shards now: tensors taken out of them earlier would be left
+    # behind.
     root.to(None if on_host else device)
 
 
 def fill_parameters(
     run: Run, files: ModelFiles, model: nn.Module, weights: Path | Literal["random"], ranks: Ranks
 ) -> None:
-    """Give a materialised model its values: the base's weights, then the first values of the adapter."""
+    """Give a materialized model its values: the base's weights, then those of the adapter."""
     if weights == "random":
-        # As in a checkpoint
+        # The parameters as in a checkpoint.
         stored = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
         shapes = dict(stored.named_parameters())
         random_init.init_random_weights(
@@ -159,16 +169,20 @@ def fill_parameters(
     elif is_sharded(weights):
         read_sharded_weights(model, weights, ranks)
     else:
-        known = int(files.config.vocab_size) if run.model.added_tokens else None
+        grow_from = int(files.config.vocab_size) if run.model.added_tokens else None
         load_weights(
-            model, weights, skip=lora.is_adapter_weight, convert=load_hooks(model), grow_from=known
+            model,
+            weights,
+            skip=lora.is_adapter_weight,
+            convert=load_hooks(model),
+            grow_from=grow_from,
         )
     if run.adapter.kind == "lora":
         init_adapter(run, model)
 
 
 def init_adapter(run: Run, model: nn.Module) -> None:
-    """Give the adapter of a model its first values: drawn ones, or those of `adapter.from`."""
+    """Give the adapter of a model its first values: random ones, or those of `adapter.from`."""
     lora.init_lora(model, run.adapter, seed=run.train.seed)
     if run.adapter.from_ is not None:
         peft_files.load_adapter(model, peft_files.find_adapter(run.adapter.from_))

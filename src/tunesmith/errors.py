@@ -75,14 +75,12 @@ class TunesmithError(Exception):
         failed_rank: Mapping[str, object] = {},
     ) -> None:
         super().__init__(what)
-        self.what, self.where, self.why, self.fix, self.failed_rank = (
-            what,
-            where,
-            why,
-            fix,
-            dict(failed_rank),
-        )
+        self.what = what
+        self.where = where
+        self.why = why
+        self.fix = fix
         self.cause = cause or self.cause
+        self.failed_rank = dict(failed_rank)
 
     def __str__(self) -> str:
         return self.text()
@@ -92,22 +90,25 @@ class TunesmithError(Exception):
         return self.text().splitlines()
 
     def text(self) -> str:
-        """The block for the terminal: a line each for what, where, why, the likely cause and the fix, cut where one is endless."""
-        cause = f"{self.cause}: {CAUSES[self.cause]}" if self.cause else ""
+        """The block for the terminal: a line each, if there is something to say.
+
+        What, where, why, the likely cause and the fix, cut where one is endless.
+        """
         rows = {
-            "error": self.what,
-            "  where": self.where,
-            "  why": self.why,
-            "  cause": cause,
-            "  fix": self.fix,
+            "where": self.where,
+            "why": self.why,
+            "cause": f"{self.cause}: {CAUSES[self.cause]}" if self.cause else "",
+            "fix": self.fix,
         }
-        return "\n".join(
-            f"{name}: {row:.2000}" for name, row in rows.items() if row or name == "error"
-        )
+        lines = [f"error: {self.what:.2000}"]
+        for name, row in rows.items():
+            if row:
+                lines.append(f"  {name}: {row:.2000}")
+        return "\n".join(lines)
 
 
 class UsageError(TunesmithError):
-    """Found before the first step: the command, recipe, data, model, licence or disk."""
+    """Found before the first step: the command, recipe, data, model, license or disk."""
 
     exit_code = EXIT_USAGE
 
@@ -157,12 +158,17 @@ class StoppedError(TunesmithError):
 
 
 class StoppedEarlyError(StoppedError):
-    """A signal stopped this process without a save, as before its first step; other ranks may not know of it."""
+    """A signal stopped this process without a save, as before its first step.
+
+    Other ranks may not know of it.
+    """
 
 
 class ShortOfMemoryError(StoppedError):
-    """The host's memory is nearly used up; everything is saved. The process ends at once: Python's own end takes a second,
-    on a busy machine five."""
+    """The host's memory is nearly used up; everything is saved.
+
+    The process ends at once: Python's own end takes a second, on a busy machine five.
+    """
 
     cause = "memory"
 
@@ -183,14 +189,16 @@ _DISK = {
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """Why the disk takes no more data, or None; libraries in Rust give the error number only in their message."""
+    """Why the disk takes no more data, or None."""
     if isinstance(error, OSError):
         return _DISK.get(error.errno or 0)
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    return _DISK.get(int(said[1])) if said else None
+    # Libraries in Rust give the number only in their message.
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return _DISK.get(int(match[1])) if match else None
 
 
-# What other libraries say where an allocation fails: torch, the dynamic linker, safetensors, C++ and Python's threads.
+# What other libraries say where an allocation fails: torch, the dynamic linker, safetensors, C++ and
+# Python's threads.
 _OUT_OF_MEMORY = (
     "tried to allocate",
     "failed to map segment from shared object",
@@ -215,30 +223,44 @@ def first_line(error: BaseException) -> str:
 _WORD_OF_A_NAME = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SECRET_WORDS = {"passphrase", "auth"}
 _SECRET_PARTS = ("secret", "passw", "credential", "apikey")  # also inside a word: DBPASSWORD
-_BEFORE_KEY = {"api", "access", "private", "auth", "account", "signing", "encryption", "license"}
+_WORDS_BEFORE_KEY = {
+    "api",
+    "access",
+    "private",
+    "auth",
+    "account",
+    "signing",
+    "encryption",
+    "license",
+}
 # `pad_token` and the like are words of a tokenizer.
-_PLAIN_TOKENS = {
-    "pad", "eos", "bos", "unk", "sep", "cls", "mask", "image", "video", "audio", "start", "begin", "end", "stop", "special",
-    "eot", "eom", "user", "assistant", "system", "think", "next", "first", "last", "per", "each", "non", "new",
-}  # fmt: skip
+_PLAIN_TOKENS = set(
+    "pad eos bos unk sep cls mask image video audio start begin end stop special eot eom user "
+    "assistant system think next first last per each non new".split()
+)
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether the name of a key or of a variable says that its value is a secret: HF_TOKEN, wandb_api_key, hubToken."""
-    words = [word.lower() for word in _WORD_OF_A_NAME.findall(name)]
-    for before, word in zip(["", *words], words, strict=False):
+    """Whether the name of a key or of a variable says that its value is a secret.
+
+    HF_TOKEN, wandb_api_key, hubToken.
+    """
+    previous = ""
+    for word in map(str.lower, _WORD_OF_A_NAME.findall(name)):
         if word in _SECRET_WORDS or any(part in word for part in _SECRET_PARTS):
             return True
-        if word == "key" and (before in _BEFORE_KEY or name.isupper()):
+        if word == "key" and (previous in _WORDS_BEFORE_KEY or name.isupper()):
             return True
-        if word.endswith("token") and before not in _PLAIN_TOKENS:
+        if word.endswith("token") and previous not in _PLAIN_TOKENS:
             return True
+        previous = word
     return False
 
 
 def mask_words(words: Iterable[str]) -> list[str]:
-    """The words of a command; the values of flags and variables with the name of a secret are replaced by ***."""
-    masked, after_secret_flag = list[str](), False
+    """The words of a command, with *** for the values of secret flags and variables."""
+    masked = []
+    after_secret_flag = False
     for word in words:
         name, equals, _ = word.partition("=")
         is_flag = name.startswith("-")

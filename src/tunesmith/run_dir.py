@@ -1,13 +1,15 @@
 """The files of a run directory: their names, and what a reader may take from each.
 
-Whoever shows, compares or continues a run reads its small files here. A run may have been killed while it wrote, copied in
-part, edited by hand, or written by another version, so nothing in it is believed unchecked:
+Whoever shows, compares or continues a run reads its small files here. A run may have been killed
+while it wrote, copied in part, edited by hand, or written by another version, so nothing in it is
+believed unchecked:
 
     open_regular   a pipe or a device is never opened: reading one may never end
     parse_json     no NaN, no lone surrogates, no endless nesting, no number that a float cannot hold
     read_*         the values whose type is right, and a sentence on what is wrong with the rest
 
-A file that is not there is no fault: most of them come late or never. The records' own types are in `metrics/record.py`.
+A file that is not there is no fault: most of them come late or never. The records' own types are in
+`metrics/record.py`.
 """
 
 import json
@@ -48,18 +50,23 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Part(NamedTuple, Generic[T]):
-    """What a reader may take from a file, and what is wrong with the file, empty for nothing."""
+    """What a reader may take from a file.
+
+    Attributes:
+        fault: what is wrong with the file; empty for nothing.
+        lines: that were skipped, of a file of lines.
+    """
 
     value: T
     fault: str = ""
-    lines: int | None = None  # that were skipped, of a file of lines
+    lines: int | None = None
 
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading, links followed; OSError for anything else, without waiting.
 
-    Opening a pipe waits for a writer, and a device may do anything, so the kind is looked at before. O_NONBLOCK is for what
-    takes the file's place in between.
+    Opening a pipe waits for a writer, and a device may do anything, so the kind is looked at before.
+    O_NONBLOCK is for what takes the file's place in between.
     """
     _check_regular(path.stat().st_mode, path)
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -83,7 +90,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def shown(path: str | Path) -> str:
-    """A path as text that any file and page can hold: bytes of a name that are not UTF-8 are replaced."""
+    """A path as text that any file and page can hold.
+
+    Bytes of a name that are not UTF-8 are replaced.
+    """
     return os.fsencode(path).decode(errors="replace")
 
 
@@ -110,11 +120,9 @@ def _check_numbers(value: Any) -> None:
 
 def is_number(value: Any) -> bool:
     """A finite number up to LARGEST; true and false are none."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and -LARGEST <= value <= LARGEST
-    )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -LARGEST <= value <= LARGEST
 
 
 def is_count(value: Any) -> bool:
@@ -136,18 +144,21 @@ def is_mapping(value: Any) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; OSError where it cannot be read, ValueError where it holds something else."""
+    """A JSON file that holds an object.
+
+    OSError where it cannot be read, ValueError where it holds something else.
+    """
     with open_regular(path) as file:
         text = file.read(LARGEST_FILE + 1)
     if len(text) > LARGEST_FILE:
         raise ValueError("it is larger than 64 MiB")
     value = parse_json(text)
-    if isinstance(value, dict):
-        return value
-    raise ValueError("it holds no JSON object")
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    return value
 
 
-# Key -> whether a value is of its type; null is, for every key
+# Key -> whether a value is of its type; null is, for every key.
 Shape = Mapping[str, Callable[[Any], bool]]
 
 
@@ -159,14 +170,16 @@ def _read_shaped(path: Path, shape: Shape) -> Part[dict[str, Any] | None]:
         return Part(None)
     except (OSError, ValueError) as error:
         return Part(None, reason_of(error))
-    wrong = [
-        name
-        for name, fits in shape.items()
-        if values.get(name) is not None and not fits(values[name])
-    ]
-    for name in wrong:
-        del values[name]
-    return Part(values, f"of another type: {', '.join(wrong)}" if wrong else "")
+    wrong = []
+    for name, is_of_type in shape.items():
+        if values.get(name) is not None and not is_of_type(values[name]):
+            wrong.append(name)
+            del values[name]
+    return Part(values, _wrong_types(wrong))
+
+
+def _wrong_types(names: list[str]) -> str:
+    return f"of another type: {', '.join(names)}" if names else ""
 
 
 def reason_of(error: OSError | ValueError) -> str:
@@ -176,8 +189,23 @@ def reason_of(error: OSError | ValueError) -> str:
     return str(error)
 
 
-_ENV_TEXTS = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "bitsandbytes", "python",
-              "cpu", "commit", "data_hash", "validation_hash", "model_hash", "recipe_hash")  # fmt: skip
+_ENV_TEXTS = (
+    "tunesmith",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "bitsandbytes",
+    "python",
+    "cpu",
+    "commit",
+    "data_hash",
+    "validation_hash",
+    "model_hash",
+    "recipe_hash",
+)
 _ENV: Shape = {**dict.fromkeys(_ENV_TEXTS, is_text), "command": is_texts}
 _FAILURE_TEXTS = ("what", "where", "why", "cause", "host", "phase", "collective", "next")
 _FAILURE: Shape = {
@@ -216,9 +244,14 @@ def read_stopped(folder: Path) -> Part[dict[str, Any] | None]:
 
 
 def read_running(folder: Path) -> dict[str, Any] | None:
-    """The note of a start that is at work or was killed; None where it is not there or lacks something."""
-    values = _read_shaped(folder / RUNNING, _NOTE).value
-    return values if values and all(values.get(name) is not None for name in _NOTE) else None
+    """The note of a start that is at work or was killed.
+
+    None where it is not there or lacks something.
+    """
+    values = _read_shaped(folder / RUNNING, _NOTE).value or {}
+    if any(values.get(name) is None for name in _NOTE):
+        return None
+    return values
 
 
 def read_recipe(folder: Path) -> Part[dict[str, Any]]:
@@ -238,30 +271,28 @@ def read_recipe(folder: Path) -> Part[dict[str, Any]]:
         return Part({}, error.why or error.what)
     if _SURROGATE.search(json.dumps(values, ensure_ascii=False)):
         return Part({}, "a text in it is no Unicode")
-    wrong = [
-        name
-        for name in _SECTIONS
-        if values.get(name) is not None and not isinstance(values[name], dict)
-    ]
-    for name in wrong:
-        del values[name]
+    wrong = []
+    for name in _SECTIONS:
+        if values.get(name) is not None and not isinstance(values[name], dict):
+            wrong.append(name)
+            del values[name]
     for section, name in _COUNTS:
         if name in values.get(section, {}) and not is_count(values[section][name] or 0):
             wrong.append(f"{section}.{name}")
             del values[section][name]
-    return Part(values, f"of another type: {', '.join(wrong)}" if wrong else "")
+    return Part(values, _wrong_types(wrong))
 
 
-_SECTIONS = tuple(
+_SECTIONS = [
     name for name, (_, hint) in keys().items() if "." not in name and schema.is_section(hint)
-)
+]
 _COUNTS = (("train", "seed"), ("validate", "max_examples"))  # that a comparison of runs goes by
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """manifest.json of final/ or of a checkpoint: `step`, and `files` as {"path": {"bytes": n, "sha256": "..."}}.
+    """manifest.json of final/ or of a checkpoint; None where it is not there.
 
-    None where it is not there; ValueError where it is damaged.
+    `step`, and `files` as {"path": {"bytes": n, "sha256": "..."}}. ValueError where it is damaged.
     """
     try:
         values = read_object(folder / MANIFEST)
@@ -273,11 +304,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not is_count(values.get("step")) or not isinstance(files, dict):
         raise ValueError("it lacks `step` or `files`")
     for name, entry in files.items():
-        if (
-            not isinstance(entry, dict)
-            or not is_count(entry.get("bytes"))
-            or not is_text(entry.get("sha256"))
-        ):
+        if not is_mapping(entry) or not is_count(entry.get("bytes")):
+            raise ValueError(f"it lacks the size or the checksum of {name:.80}")
+        if not is_text(entry.get("sha256")):
             raise ValueError(f"it lacks the size or the checksum of {name:.80}")
         if "\0" in name:
             raise ValueError("a file's name in it holds a zero byte")
@@ -289,15 +318,16 @@ def is_sample(row: Any) -> bool:
     if not isinstance(row, dict) or not is_count(row.get("step")):
         return False
     expected = row.get("expected")
-    return (
-        is_text(row.get("prompt"))
-        and is_text(row.get("answer"))
-        and (expected is None or is_text(expected))
-    )
+    if expected is not None and not is_text(expected):
+        return False
+    return is_text(row.get("prompt")) and is_text(row.get("answer"))
 
 
 def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
-    """The answers of samples.jsonl in the order of their steps. A last line without its end may still be written."""
+    """The answers of samples.jsonl in the order of their steps.
+
+    A last line without its end may still be written.
+    """
     try:
         lines = read_bytes(folder / SAMPLES).splitlines(keepends=True)
     except FileNotFoundError:
@@ -322,13 +352,14 @@ def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
 
 
 def read_profile(path: Path) -> dict[str, Any]:
-    """A summary of `profile/`: `gpu_busy_share`, `peak_bytes` and `operations`; OSError or ValueError where it is damaged."""
+    """A summary of `profile/`: `gpu_busy_share`, `peak_bytes` and `operations`.
+
+    OSError or ValueError where it is damaged.
+    """
     values = read_object(path)
-    busy, peaks, operations = (
-        values.get("gpu_busy_share"),
-        values.get("peak_bytes"),
-        values.get("operations"),
-    )
+    busy = values.get("gpu_busy_share")
+    peaks = values.get("peak_bytes")
+    operations = values.get("operations")
     if busy is not None and not is_number(busy):
         raise ValueError("gpu_busy_share is no number")
     if not isinstance(peaks, dict) or not all(map(is_number, peaks.values())):
@@ -347,12 +378,8 @@ def _is_operation(row: Any) -> bool:
 def read_sweep(path: Path) -> dict[str, Any]:
     """sweep.json; OSError where it cannot be read, ValueError where it is torn or no sweep's."""
     values = read_object(path)
-    for name, fits in {
-        "asked": is_mapping,
-        "fixed": _is_fixed,
-        "candidates": _are_candidates,
-    }.items():
-        if not fits(values.get(name)):
+    for name, is_of_form in SWEEP_FORM.items():
+        if not is_of_form(values.get(name)):
             raise ValueError(f"`{name}` is missing or of another form")
     return values
 
@@ -362,14 +389,13 @@ def _is_fixed(fixed: Any) -> bool:
         return False
     if not fixed:  # until the first candidate begins
         return True
-    rungs, every = fixed.get("rungs"), fixed.get("validate_every", 0)
+    rungs = fixed.get("rungs")
     if not isinstance(rungs, list) or not all(map(is_count, rungs)):
         return False
-    return (
-        is_count(fixed.get("steps"))
-        and is_text(fixed.get("micro_batch"))
-        and (every is None or is_text(every))
-    )
+    every = fixed.get("validate_every", 0)
+    if every is not None and not is_text(every):
+        return False
+    return is_count(fixed.get("steps")) and is_text(fixed.get("micro_batch"))
 
 
 def _are_candidates(rows: Any) -> bool:
@@ -377,9 +403,9 @@ def _are_candidates(rows: Any) -> bool:
 
 
 def _is_candidate(row: Any) -> bool:
-    return (
-        isinstance(row, dict)
-        and is_text(row.get("name"))
-        and is_text(row.get("state"))
-        and is_count(row.get("step"))
-    )
+    if not isinstance(row, dict) or not is_count(row.get("step")):
+        return False
+    return is_text(row.get("name")) and is_text(row.get("state"))
+
+
+SWEEP_FORM = {"asked": is_mapping, "fixed": _is_fixed, "candidates": _are_candidates}

@@ -1,7 +1,7 @@
-"""The grammars of a recipe: lengths (`200 steps`, `2 epochs`, `10 min`, `3 %`), sizes (`64 examples`) and shares (`5 %`).
+"""The grammars of a recipe: lengths, sizes and shares.
 
-Each is an amount and a unit, read from text and printed back in the same form. `Cadence` tells when an interval has
-passed.
+`200 steps`, `2 epochs`, `10 min`, `3 %`; `64 examples`; `5 %`. Each is an amount and a unit, read
+from text and printed back in the same form. `Cadence` tells when an interval has passed.
 """
 
 import math
@@ -14,15 +14,29 @@ SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 MOST = 10**9  # of any unit: more steps, tokens of a batch or seconds than anybody trains
 
 _ALIASES = {
-    "step": "steps", "epoch": "epochs", "sec": "s", "second": "s", "seconds": "s", "minute": "min", "minutes": "min",
-    "hour": "h", "hours": "h", "percent": "%", "example": "examples", "rows": "examples", "token": "tokens",
-}  # fmt: skip
+    "step": "steps",
+    "epoch": "epochs",
+    "sec": "s",
+    "second": "s",
+    "seconds": "s",
+    "minute": "min",
+    "minutes": "min",
+    "hour": "h",
+    "hours": "h",
+    "percent": "%",
+    "example": "examples",
+    "rows": "examples",
+    "token": "tokens",
+}
 _NUMBER = r"[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _FORM = re.compile(rf"^\s*({_NUMBER})\s*([A-Za-z%]+)\s*$")
 
 
 def ratio(amount: float, divisor: float) -> float:
-    """`amount / divisor`; 0 where the divisor is 0: a clock that stood still between two looks measures no rate."""
+    """`amount / divisor`; 0 where the divisor is 0.
+
+    A clock that stood still between two looks measures no rate.
+    """
     return amount / divisor if divisor else 0.0
 
 
@@ -41,26 +55,30 @@ class _Amount:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read an amount and a unit; raise ValueError with the allowed units otherwise."""
-        found = _FORM.match(text)
-        unit = _ALIASES.get(found[2].lower(), found[2].lower()) if found else ""
-        if not found or unit not in cls.units:
+        match = _FORM.match(text)
+        unit = ""
+        if match is not None:
+            unit = match[2].lower()
+            unit = _ALIASES.get(unit, unit)
+        if match is None or unit not in cls.units:
             listed = f"write a number and one of {', '.join(cls.units)}, such as '{cls.example}'"
             raise ValueError(f"{reprlib.repr(text)} is not a {cls.__name__.lower()}: {listed}")
-        amount = float(found[1].replace("_", ""))
+        amount = float(match[1].replace("_", ""))
         if amount > MOST:
             raise ValueError(f"{reprlib.repr(text)} is too much: at most {MOST:,} {unit}")
-        if (unit in ("steps", *Size.units) and amount != int(amount)) or (
-            unit in Size.units and amount < 1
-        ):
-            raise ValueError(
-                f"{text!r}: {unit} are whole{' and at least 1' if unit in Size.units else ''}"
-            )
-        return cls(int(amount) if unit in Size.units else amount, unit)
+        if unit in Size.units:
+            if amount != int(amount) or amount < 1:
+                raise ValueError(f"{text!r}: {unit} are whole and at least 1")
+            return cls(int(amount), unit)
+        if unit == "steps" and amount != int(amount):
+            raise ValueError(f"{text!r}: {unit} are whole")
+        return cls(amount, unit)
 
     def __str__(self) -> str:
-        return (
-            f"{int(self.amount) if self.amount == int(self.amount) else self.amount!r} {self.unit}"
-        )
+        amount = int(self.amount)
+        if amount == self.amount:
+            return f"{amount} {self.unit}"
+        return f"{self.amount!r} {self.unit}"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
@@ -84,12 +102,15 @@ class Length(_Amount):
     (Length(amount=3.0, unit='%'), '2 h')
     """
 
-    units, example = ("steps", "epochs", "s", "min", "h", "%"), "200 steps"
+    units = ("steps", "epochs", "s", "min", "h", "%")
+    example = "200 steps"
 
     @property
     def seconds(self) -> float | None:
         """The length in seconds, or None where it is counted in steps, epochs or percent."""
-        return self.amount * SECONDS[self.unit] if self.unit in SECONDS else None
+        if self.unit not in SECONDS:
+            return None
+        return self.amount * SECONDS[self.unit]
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,8 @@ class Size(_Amount):
     Size(amount=64, unit='examples')
     """
 
-    units, example = ("examples", "tokens"), "64 examples"
+    units = ("examples", "tokens")
+    example = "64 examples"
     amount: int
 
 
@@ -112,11 +134,15 @@ class Share(_Amount):
     Share(amount=5.0, unit='%')
     """
 
-    units, example = ("%", "examples"), "5 %"
+    units = ("%", "examples")
+    example = "5 %"
 
     def of(self, rows: int) -> int:
         """How many of so many rows: a percentage rounded up."""
-        return math.ceil(rows * self.amount / 100 - 1e-9) if self.unit == "%" else int(self.amount)
+        if self.unit != "%":
+            return int(self.amount)
+        # Less than nothing is taken off, as the division of floats may err upwards.
+        return math.ceil(rows * self.amount / 100 - 1e-9)
 
 
 class Cadence:
@@ -125,8 +151,13 @@ class Cadence:
     def __init__(
         self, every: Length | None, *, total: int | None, steps_per_epoch: int, seconds: float
     ) -> None:
-        self.interval, self.period, self.last = 0, every.seconds if every else None, seconds
-        if every is not None and self.period is None:
+        self.interval = 0  # steps
+        self.period = None  # seconds
+        self.last = seconds
+        if every is None:
+            return
+        self.period = every.seconds
+        if self.period is None:
             steps = {
                 "steps": 1.0,
                 "epochs": float(steps_per_epoch),
@@ -135,9 +166,13 @@ class Cadence:
             self.interval = max(1, round(every.amount * steps[every.unit]))
 
     def due(self, step: int, seconds: float) -> bool:
-        """Whether it is due after `step`, `seconds` into the training; by the clock, counted from the last time."""
-        if self.period is not None:
-            due = seconds - self.last >= self.period
-            self.last = seconds if due else self.last
-            return due
-        return self.interval > 0 and step % self.interval == 0
+        """Whether it is due after `step`, `seconds` into the training.
+
+        By the clock, counted from the last time.
+        """
+        if self.period is None:
+            return self.interval > 0 and step % self.interval == 0
+        if seconds - self.last < self.period:
+            return False
+        self.last = seconds
+        return True

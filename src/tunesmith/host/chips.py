@@ -1,9 +1,10 @@
 """What is known of GPUs by their names, and the GPUs that nvidia-smi lists.
 
-Importable without torch. chips.json has all figures, each with its source: `machines`, for which a run can be planned, and
-`peaks`, the dense bf16 and fp16 tensor-core peaks with fp32 accumulation from NVIDIA's data sheets
-(where a sheet states the figure "with sparsity", half of it). A link reaches 80 % of what is
-published for it, as the cable between two Sparks does (20 of 25 GB/s): no other link was measured.
+Importable without torch. chips.json has all figures, each with its source: `machines`, for which a
+run can be planned, and `peaks`, the dense bf16 and fp16 tensor-core peaks with fp32 accumulation
+from NVIDIA's data sheets (where a sheet states the figure "with sparsity", half of it). A link
+reaches 80 % of what is published for it, as the cable between two Sparks does (20 of 25 GB/s): no
+other link was measured.
 """
 
 import json

@@ -77,8 +77,13 @@ def follow_umask(folder: Path) -> None:
 
 
 def from_here(path: str | Path) -> str:
-    """A path below the working directory as a user there writes it; any other, and a Hub id, as it is."""
-    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
+    """A path below the working directory as a user there writes it.
+
+    Any other, and a Hub id, as it is.
+    """
+    if Path(path).is_relative_to(Path.cwd()):
+        return os.path.relpath(path)
+    return str(path)
 
 
 def remove_abandoned(cache: Path) -> None:

@@ -1,9 +1,10 @@
 """torch.compile where it pays.
 
-Every decoder layer is compiled by itself: the layers are alike, so one graph serves all, and the first step takes seconds
-instead of the minutes of a whole model. Shapes that would make another graph are held fixed or marked as dynamic: the
-longest document is one number for the whole run, the number of documents is dynamic, and so is the number of tokens
-where steps differ in it (`global_batch` in examples). On a CPU it gained nothing (SmolLM2-135M, 2 cores).
+Every decoder layer is compiled by itself: the layers are alike, so one graph serves all, and the
+first step takes seconds instead of the minutes of a whole model. Shapes that would make another
+graph are fixed or marked as dynamic: the longest document is one number for the whole run, the
+number of documents is dynamic, and so is the number of tokens where steps differ in it
+(`global_batch` in examples). On a CPU it gained nothing (SmolLM2-135M, 2 cores).
 """
 
 import contextlib
@@ -35,20 +36,22 @@ from tunesmith.model.documents import Documents
 from tunesmith.model.fused import add_mixin
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
-# What Triton reads for its assembler; from 3.6 on the second for Blackwell (sm_100 and later), and the first for others.
+# What Triton reads for its assembler; from 3.6 on the second for Blackwell (sm_100 and later), and
+# the first for others.
 ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
-# A program that exits with 0 where the compiler runs on the device that its argument names
+# A program that exits with 0 where the compiler runs on the device that its argument names.
 ATTEMPT = """import sys, torch; from tunesmith.runtime.compilation import compiler_fault
 sys.exit(compiler_fault(torch.device(sys.argv[1])) or 0)"""
 
 
 def select_compile(choice: str, device: torch.device) -> tuple[bool, str]:
     """Whether `train.compile` (auto, on or off) compiles layers on `device`, and why."""
-    if device.type != "cuda" or choice == "off":
-        return (
-            choice == "on",
-            "on a CPU it gains nothing" if choice == "auto" else "as train.compile says",
-        )
+    if choice == "off":
+        return False, "as train.compile says"
+    if device.type != "cuda":
+        if choice == "on":
+            return True, "as train.compile says"
+        return False, "on a CPU it gains nothing"
     fault, assembler = probe_compiler(device)
     if choice == "on":
         return True, f"as train.compile says{assembler}"
@@ -57,95 +60,104 @@ def select_compile(choice: str, device: torch.device) -> tuple[bool, str]:
 
 @cache
 def probe_compiler(device: torch.device) -> tuple[str, str]:
-    """Why the compiler does not run on a device, or ""; and the assembler that was put in place of Triton's, in words."""
+    """Why the compiler does not run on a device, or ""; and which assembler stands for Triton's."""
     fault = compiler_fault(device)
     if "ptxas" not in fault.lower():
         return fault, ""
-    tried = assemblers()
-    if (path := next((path for path in tried if runs_with(path, device)), None)) is None:
-        paths = f"so do {', '.join(tried)}" if tried else "no CUDA toolkit was found beside it"
-        return f"{fault}; {paths}; install a newer CUDA toolkit, or set {ASSEMBLERS[0]}", ""
+    paths = assemblers()
+    path = next((path for path in paths if runs_with(path, device)), None)
+    if path is None:
+        others = f"so do {', '.join(paths)}" if paths else "no CUDA toolkit was found beside it"
+        return f"{fault}; {others}; install a newer CUDA toolkit, or set {ASSEMBLERS[0]}", ""
     os.environ |= dict.fromkeys(ASSEMBLERS, path)
     restart_compiler()
-    if fault := compiler_fault(device):
+    fault = compiler_fault(device)
+    if fault:
         settings = " ".join(f"{name}={path}" for name in ASSEMBLERS)
         return f"{fault}; in a new process it runs: start again with {settings}", ""
     return "", f", with {path} in place of Triton's own assembler, which does not know it"
 
 
 def compiler_fault(device: torch.device) -> str:
-    """Why the compiler does not run on a device, or "": found by trying a small function.
+    """Why the compiler does not run on a device, or "", by trying a small function.
 
-    New chips come before the assembler that Triton ships knows them, and a C compiler is not on every machine.
+    New chips come before the assembler that Triton ships knows them, and a C compiler is not on
+    every machine.
     """
     use_persistent_cache()
     x = torch.linspace(-1, 1, 64, device=device)
     try:
-        right = torch.allclose(torch.compile(F.silu)(x), F.silu(x))
+        is_right = torch.allclose(torch.compile(F.silu)(x), F.silu(x))
     except Exception as error:  # whatever a compiler may raise, training goes on without it
-        # Below Triton's first line, which names no reason
-        said = re.search(r"ptxas (?:fatal|error).*", str(error))
-        return f"the compiler does not run here: {said[0] if said else first_line(error)}"
-    return "" if right else "the compiler runs here and gives wrong results"
+        # Below Triton's first line, which names no reason.
+        match = re.search(r"ptxas (?:fatal|error).*", str(error))
+        reason = match[0] if match else first_line(error)
+        return f"the compiler does not run here: {reason}"
+    return "" if is_right else "the compiler runs here and gives wrong results"
 
 
 def runs_with(assembler: str, device: torch.device) -> bool:
-    """Whether the compiler runs with that ptxas, in a process of its own: a failed compile leaves worker processes behind
-    that keep their environment."""
-    command, env = (
-        [sys.executable, "-c", ATTEMPT, str(device)],
-        {**os.environ, **dict.fromkeys(ASSEMBLERS, assembler)},
-    )
+    """Whether the compiler runs with that ptxas, in a process of its own.
+
+    A failed compile leaves worker processes behind that keep their environment.
+    """
+    command = [sys.executable, "-c", ATTEMPT, str(device)]
+    env = os.environ | dict.fromkeys(ASSEMBLERS, assembler)
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        return (
-            subprocess.run(
-                command, env=env, capture_output=True, timeout=300, check=False
-            ).returncode
-            == 0
-        )
+        done = subprocess.run(command, env=env, capture_output=True, timeout=300, check=False)
+        return done.returncode == 0
     return False
 
 
 def assemblers() -> list[str]:
-    """Every ptxas here: as the user set it, on PATH, of CUDA_HOME, below /usr/local (newest first), in NVIDIA's wheels."""
+    """Every ptxas here, each once.
+
+    As the user set it, on PATH, of CUDA_HOME, below /usr/local (newest first), in NVIDIA's wheels.
+    """
     toolkits = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
     toolkits += sorted(glob("/usr/local/cuda*"), reverse=True)
     toolkits += sorted(glob(f"{Path(torch.__file__).parents[1]}/nvidia/*"), reverse=True)
-    found = [
-        *map(os.environ.get, ASSEMBLERS),
-        shutil.which("ptxas"),
-        *(f"{each}/bin/ptxas" for each in toolkits),
-    ]
-    files = [os.path.realpath(path) for path in found if path and os.access(path, os.X_OK)]
+    paths = [os.environ.get(name) for name in ASSEMBLERS]
+    paths.append(shutil.which("ptxas"))
+    paths += [f"{toolkit}/bin/ptxas" for toolkit in toolkits]
+    files = [os.path.realpath(path) for path in paths if path and os.access(path, os.X_OK)]
     return list(dict.fromkeys(files))
 
 
 def use_persistent_cache() -> str:
-    """Keep compiled code in our cache folder, unless TORCHINDUCTOR_CACHE_DIR is set; returns the folder.
+    """Keep compiled code in our cache folder, unless TORCHINDUCTOR_CACHE_DIR is set.
 
-    /tmp, torch's default, is often emptied, and so it remains only where our folder cannot be written. Launched ranks
-    keep it in the same place as a single process. Nodes that share a home have a folder each: they may have other chips,
-    and locks of files are slow there.
+    /tmp, torch's default, is often emptied, and so it remains only where our folder cannot be
+    written. Launched ranks keep it in the same place as a single process. Nodes that share a home
+    have a folder each: they may have other chips, and locks of files are slow there.
+
+    Returns:
+        The folder.
     """
     # Some imports of torch set the variable to torch's own default.
-    of_torch = str(Path(tempfile.gettempdir()) / "torchinductor_")
-    if os.environ.get(CACHE, of_torch).startswith(of_torch):
+    torch_default = str(Path(tempfile.gettempdir()) / "torchinductor_")
+    if os.environ.get(CACHE, torch_default).startswith(torch_default):
         with contextlib.suppress(OSError):  # a home that is read only
-            os.environ[CACHE] = str(
-                private_folder(cache_folder(f"compiled-{os.getuid()}")) / socket.gethostname()
-            )
+            folder = private_folder(cache_folder(f"compiled-{os.getuid()}"))
+            os.environ[CACHE] = str(folder / socket.gethostname())
     return os.environ.get(CACHE, "")
 
 
 def private_folder(folder: Path) -> Path:
-    """The folder, created if needed; MachineError where another user owns it or can write to it: what is there is run."""
+    """The folder, created if needed; MachineError where another user owns it or can write to it.
+
+    What is there is run.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     is_open_to_others = stat.S_IMODE(status.st_mode) & 0o077
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or is_open_to_others:
-        what, why = "this folder is not yours alone", "compiled code is kept there and run"
-        fix = f"rm -r {shell_path(folder)}, or export TORCHINDUCTOR_CACHE_DIR=/a/folder/of/yours"
-        raise MachineError(what, where=str(folder), why=why, fix=fix)
+        raise MachineError(
+            "this folder is not yours alone",
+            where=str(folder),
+            why="compiled code is kept there and run",
+            fix=f"rm -r {shell_path(folder)}, or export {CACHE}=/a/folder/of/yours",
+        )
     return folder
 
 
@@ -154,20 +166,26 @@ def compile_layers(
 ) -> int:
     """Compile each decoder layer in place, at its first forward in training; returns how many.
 
-    `varied`: the number of tokens differs from micro batch to micro batch. `backend`: torch.compile's.
+    Args:
+        varied: the number of tokens differs from micro batch to micro batch.
+        backend: torch.compile's.
     """
     use_persistent_cache()
     shared = torch.compile(_forward, backend=backend)
     for layer in layers:
         compiled_layer: Any = layer
         add_mixin(compiled_layer, CompiledLayer)
-        compiled_layer.compiled, compiled_layer.varied = shared, varied
+        compiled_layer.compiled = shared
+        compiled_layer.varied = varied
     return len(layers)
 
 
 class CompiledLayer(nn.Module):
-    """A layer whose forward is compiled while it trains. Generation and validation have other shapes in every batch
-    and no backward to fuse: they run uncompiled."""
+    """A layer whose forward is compiled while it trains.
+
+    Generation and validation have other shapes in every batch and no backward to fuse: they run
+    uncompiled.
+    """
 
     compiled: Callable[..., Any]
     varied: bool
@@ -178,14 +196,15 @@ class CompiledLayer(nn.Module):
             return super().forward(*args, **kwargs)
         hidden, *rest = args
         if not hidden.requires_grad:
-            # The first layer over frozen embeddings: a gradient that nobody reads costs a thousandth of the step, and a
-            # graph of its own for one layer would double what there is to compile.
+            # The first layer over frozen embeddings: a gradient that nobody reads costs a
+            # thousandth of the step, and a graph of its own for one layer would double what there
+            # is to compile.
             args = (hidden.detach().requires_grad_(), *rest)
         mark_varying(documents.cu_seqlens, 0)
         if self.varied:
-            n = args[0].shape[1]
+            length = args[0].shape[1]
             for tensor in _tensors((args, kwargs)):
-                if tensor.dim() > 1 and tensor.shape[1] == n:
+                if tensor.dim() > 1 and tensor.shape[1] == length:
                     mark_varying(tensor, 1)
         return self.compiled(self, args, kwargs)
 
@@ -195,26 +214,31 @@ def _forward(layer: CompiledLayer, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def compile_apart(name: str, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
-    """The compiled forward of layers with graphs of its own, for `CompiledLayer.compiled`: one for each shape of an adapter.
+    """The compiled forward of layers with graphs of its own, for `CompiledLayer.compiled`.
 
-    The compiler keeps graphs by the code of a function and its name. In a shared place the second shape would make it
-    dynamic, and so give other kernels, and other bits, than a run of that shape alone.
+    One for each shape of an adapter. The compiler keeps graphs by the code of a function and its
+    name. In a shared place the second shape would make it dynamic, and so give other kernels, and
+    other bits, than a run of that shape alone.
     """
-    return torch.compile(
-        FunctionType(_forward.__code__.replace(co_name=name), _forward.__globals__), backend=backend
-    )
+    code = _forward.__code__.replace(co_name=name)
+    return torch.compile(FunctionType(code, _forward.__globals__), backend=backend)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, tuple):
+        for part in value:
             yield from _tensors(part)
 
 
 def compile_loss(loss_and_grad_fn: LossAndGradFn) -> LossAndGradFn:
-    """The loss of a chunk of logits as one or two kernels; chunks differ in their number of positions."""
+    """The loss of a chunk of logits as one or two kernels.
+
+    Chunks differ in their number of positions.
+    """
     compiled: LossAndGradFn = torch.compile(loss_and_grad_fn)
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """What `train.deterministic` turns on: equal steps come out bit for bit alike on a GPU too.
 
-By default FlashAttention's backward and sums by index add up in the order in which thread blocks end. For both torch has
-a second, deterministic form (attention_backward.cu asks the flag), and an operator that has none raises. Inductor then
-times no kernels against each other, and cuBLAS takes a workspace of fixed size.
+By default FlashAttention's backward and sums by index add up in the order in which thread blocks
+end. For both torch has a second, deterministic form (attention_backward.cu asks the flag), and an
+operator that has none raises. Inductor then times no kernels against each other, and cuBLAS takes a
+workspace of fixed size.
 """
 
 import os
@@ -20,33 +21,32 @@ CHOICES = (":4096:8", ":16:8")  # those that NVIDIA calls deterministic; the fir
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Have torch compute deterministically inside the block, if `wanted`, and restore its settings afterwards.
+    """Have torch compute deterministically inside the block, if `wanted`.
 
-    MachineError after the first use of CUDA: cuBLAS reads its variable, which stays set, only once.
+    Its settings are restored afterwards. MachineError after the first use of CUDA: cuBLAS reads its
+    variable, which stays set, only once.
     """
     if not wanted:
         yield
         return
     if os.environ.get(WORKSPACE) not in CHOICES:
         if torch.cuda.is_initialized():
-            what, why = (
+            raise MachineError(
                 "cuBLAS cannot change its workspace any more",
-                f"CUDA was started without {WORKSPACE}",
+                where="train.deterministic",
+                why=f"CUDA was started without {WORKSPACE}",
+                fix=f"start Python with {WORKSPACE}={CHOICES[0]} in its environment, or "
+                "train.deterministic=false",
             )
-            fix = f"start Python with {WORKSPACE}={CHOICES[0]} in its environment, or train.deterministic=false"
-            raise MachineError(what, where="train.deterministic", why=why, fix=fix)
         os.environ[WORKSPACE] = CHOICES[0]
-    mode, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    mode = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     fills = memory.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True)
-        memory.fill_uninitialized_memory = (
-            False  # it writes over every new tensor, and shows bugs alone
-        )
+        # It writes over every new tensor, and shows bugs alone.
+        memory.fill_uninitialized_memory = False
         yield
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warns)

@@ -18,11 +18,16 @@ from tunesmith.host.memory import (
     unified_budget,
 )
 
+ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+
 
 class HostBudget(NamedTuple):
-    """Bytes of the host's memory that a rank can allocate beside what it holds: now, and if all other programs gave way.
+    """Bytes of the host's memory that a rank can allocate beside what it holds.
 
-    `limit` is what bounds the second figure.
+    Attributes:
+        free: now.
+        ceiling: if all other programs gave way.
+        limit: what bounds the second figure.
     """
 
     free: int
@@ -31,15 +36,17 @@ class HostBudget(NamedTuple):
 
 
 def host_budget(ranks: Collection[int] = ()) -> HostBudget:
-    """The share of this process in the host's memory; `ranks` are the process ids of the run's ranks on this host.
+    """The share of this process in the host's memory.
 
-    The floor is left out: a run that comes below it is stopped (memory_guard).
+    `ranks` are the process ids of the run's ranks on this host. The floor is left out: a run that
+    comes below it is stopped (memory_guard).
     """
     limits = memory_limits(ranks)
     if not limits:  # macOS
         machine = MemoryLimit("", physical_memory(), 0, 0)
         return HostBudget(available_memory(), machine.size, machine)
-    free, ceilings = [], []
+    free = []
+    ceilings = []
     for limit in limits:
         floor = 0 if limit.of_process else memory_floor(limit.size, unified=False)
         free.append((limit.size - floor - limit.used) // limit.ranks)
@@ -50,11 +57,9 @@ def host_budget(ranks: Collection[int] = ()) -> HostBudget:
 
 def choose_device() -> torch.device:
     """CUDA where there is one, else the CPU; the allocator is prepared before its first use."""
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     prepare_allocator(device)
     return device
 
@@ -65,7 +70,10 @@ def is_integrated(device: torch.device, cuda: Any = torch.cuda) -> bool:
 
 
 def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
-    """Bytes that can be allocated on `device` beside those that are; of the host's memory those above the floor."""
+    """Bytes that can be allocated on `device` beside those that are.
+
+    Of the host's memory those above the floor.
+    """
     if device.type == "cpu":
         return host_budget().free
     # In the allocator's hands since an earlier run.
@@ -82,24 +90,22 @@ def prepare_allocator(
 ) -> None:
     """Set up the allocator of a GPU before its first allocation; `cuda` is torch.cuda.
 
-    An integrated GPU gets a limit, so that an overrun raises torch.OutOfMemoryError and does not freeze the machine. A
-    discrete one gets expandable segments, unless the user has set the allocator's variable: they waste less where
-    micro batches differ in length, but gave driver errors on GB10.
+    An integrated GPU gets a limit, so that an overrun raises torch.OutOfMemoryError and does not
+    freeze the machine. A discrete one gets expandable segments, unless the user has set the
+    allocator's variable: they waste less where micro batches differ in length, but gave driver
+    errors on GB10.
     """
     if is_integrated(device, cuda):
         limit = free_memory(device, cuda) + cuda.memory_allocated(device)
         share = min(1.0, limit / cuda.get_device_properties(device).total_memory)
-        # None is the current device; `cuda` is refused
+        # None is the current device; torch takes no `cuda` without an index here.
         cuda.set_per_process_memory_fraction(share, device.index)
-    elif (
-        device.type == "cuda"
-        and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
-    ):
+    elif device.type == "cuda" and not ALLOCATOR_VARIABLES & os.environ.keys():
         configure("expandable_segments:True")
 
 
 def free_device_memory(cuda: Any = torch.cuda) -> None:
-    """Give back the memory that ended runs of this process still hold, and begin a GPU's peak anew."""
+    """Give back what ended runs of this process still hold, and begin a GPU's peak anew."""
     torch.compiler.reset()  # compiled layers may keep their model alive
     gc.collect()
     if cuda.is_initialized():

@@ -12,32 +12,32 @@ from typing import NamedTuple
 from tunesmith.host.cores import available_cores
 
 # Parameters of glibc's mallopt(3), from malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more on 64 bit
 NEVER = 2**31 - 1
-CACHED_SHAPES = (
-    "128"  # between the two that were measured; a cached shape holds about half a megabyte
-)
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-NAMED = "as the environment says"
-SAMPLE_SECONDS = (
-    0.06  # six ticks a core: enough to tell a core that computes from one that does not
-)
+# Between the two that were measured; a cached shape holds about half a megabyte.
+CACHED_SHAPES = "128"
+# Variables that say how libgomp's threads wait.
+WAIT_VARIABLES = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+BY_ENVIRONMENT = "as the environment says"
+# Six ticks a core: enough to tell a core that computes from one that does not.
+SAMPLE_SECONDS = 0.06
 
 
 def keep_freed_pages() -> bool:
     """Let malloc keep what is freed; returns whether it was done: on Linux with glibc.
 
-    By default glibc returns blocks above 128 KiB to the kernel at once, which zeroes them again at the next allocation.
-    Keeping them more than halves the kernel's time in a LoRA step of SmolLM2-135M; peak memory does not change.
+    By default glibc returns blocks above 128 KiB to the kernel at once, which zeroes them again at
+    the next allocation. Keeping them more than halves the kernel's time in a LoRA step of
+    SmolLM2-135M; peak memory does not change.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
-    libc = ctypes.CDLL(None)
-    return bool(
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
-        and libc.mallopt(M_TRIM_THRESHOLD, NEVER)
-    )
+    mallopt = ctypes.CDLL(None).mallopt
+    if not mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD):
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
 def return_freed_memory() -> None:
@@ -51,18 +51,24 @@ def return_freed_memory() -> None:
 
 
 def bound_product_caches() -> None:
-    """Keep oneDNN's and its wrapper's caches of matmul shapes small; call it before the first matmul.
+    """Keep oneDNN's and its wrapper's caches of matmul shapes small.
 
-    Rows of varied length make new shapes in every step, and both caches keep 1,024 of them: six layers of SmolLM2-135M
-    grew from 0.8 to 2.5 GiB in 60 steps of LoRA; bounded to 64 they ended at 1.0, to 256 at 1.3, at the same speed.
-    Variables that are set stay as they are.
+    Call it before the first matmul.
+    Rows of varied length make new shapes in every step, and both caches keep 1,024 of them: six
+    layers of SmolLM2-135M grew from 0.8 to 2.5 GiB in 60 steps of LoRA; bounded to 64 they ended at
+    1.0, to 256 at 1.3, at the same speed. Variables that are set stay as they are.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", CACHED_SHAPES)
     os.environ.setdefault("LRU_CACHE_CAPACITY", CACHED_SHAPES)
 
 
 class Cores(NamedTuple):
-    """The physical cores that a process is bound to: how many, how many of them compute, and its share of their time."""
+    """The physical cores that a process is bound to.
+
+    Attributes:
+        busy: those that compute now.
+        allowed: as many as its share of their time makes.
+    """
 
     total: int
     busy: int
@@ -71,87 +77,97 @@ class Cores(NamedTuple):
     def threads(self) -> tuple[int, str]:
         """How many threads to compute with, and why: one a core, as far as they are free.
 
-        All threads of a product wait for the slowest, and beside a busy core that one takes twice as long: busy cores
-        are left out as long as more than half are free, and beyond that sharing all of them is faster.
+        All threads of a product wait for the slowest, and beside a busy core that one takes twice
+        as long: busy cores are left out as long as more than half are free, and beyond that sharing
+        all of them is faster.
         """
         if self.allowed < self.total:
             return self.allowed, f"this process's share of the time of {self.total} cores"
         if 0 < self.busy < self.total / 2:
-            why = f"{self.busy} of {self.total} cores are busy; OMP_NUM_THREADS={self.total} takes all of them"
+            busy = f"{self.busy} of {self.total} cores are busy"
+            why = f"{busy}; OMP_NUM_THREADS={self.total} takes all of them"
             return self.total - self.busy, why
         return self.total, "one a core"
 
 
 @cache
 def prepare_threads() -> str:
-    """Set how many threads torch computes with and how they wait; returns why so many. Call it before torch is loaded.
+    """Set how many threads torch computes with and how they wait; returns why so many.
 
-    libgomp's threads wait in a loop, for milliseconds: on a busy machine that takes the very core which the thread that
-    is waited for needs. Beside a busy core they sleep at once, which would cost a quiet machine a third of its speed.
-    Variables that are set stay.
+    Call it before torch is loaded. libgomp's threads wait in a loop, for milliseconds: on a busy
+    machine that takes the very core which the thread that is waited for needs. Beside a busy core
+    they sleep at once, which would cost a quiet machine a third of its speed. Variables that are
+    set stay.
     """
-    named = any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    has_count = any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     if "torch" in sys.modules or sys.platform != "linux":
-        return NAMED if named else "as torch chose"
-    before = _read_stat()
+        return BY_ENVIRONMENT if has_count else "as torch chose"
+    first = _read_stat()
     time.sleep(SAMPLE_SECONDS)
-    cores = measure_cores(before, _read_stat())
-    if (cores.busy or cores.allowed < cores.total) and not any(
-        name in os.environ for name in WAITING
-    ):
+    cores = measure_cores(first, _read_stat())
+    shares_cores = cores.busy > 0 or cores.allowed < cores.total
+    if shares_cores and not WAIT_VARIABLES & os.environ.keys():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if has_count:
+        return BY_ENVIRONMENT
     count, why = cores.threads()
-    if not named:
-        os.environ["OMP_NUM_THREADS"] = str(count)
-    return NAMED if named else why
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    return why
 
 
-def keep_threads(before: int | None) -> str:
-    """Give a resumed run the threads that it had `before` (None: not known); returns why so many.
+def keep_threads(previous: int | None) -> str:
+    """Give a resumed run the threads of its `previous` start; returns why so many.
 
-    A sum over a whole tensor is split by threads, and another number of them rounds it otherwise. Numbers within a factor of
-    two may be those of one machine, more or less busy; others are left, and so are those that the environment names.
+    A sum over a whole tensor is split by threads, and another number of them rounds it otherwise.
+    Numbers within a factor of two may be those of one machine, more or less busy; others are left,
+    and so are those that the environment names. None: not known.
     """
     import torch
 
-    why, now = prepare_threads(), torch.get_num_threads()
-    if (
-        before is not None
-        and before != now
-        and why != NAMED
-        and max(before, now) < 2 * min(before, now)
-    ):
-        torch.set_num_threads(before)
-        return "those of the checkpoint"
-    return why
+    why = prepare_threads()
+    now = torch.get_num_threads()
+    if previous is None or previous == now or why == BY_ENVIRONMENT:
+        return why
+    if max(previous, now) >= 2 * min(previous, now):
+        return why
+    torch.set_num_threads(previous)
+    return "those of the checkpoint"
 
 
 def _read_stat() -> str:
     return Path("/proc/stat").read_text(encoding="ascii")
 
 
-def measure_cores(before: str, after: str, root: Path = Path("/")) -> Cores:
-    """`before` and `after` are two readings of /proc/stat; `root` is where /proc and /sys are looked for."""
+def measure_cores(first: str, second: str, root: Path = Path("/")) -> Cores:
+    """Cores by two readings of /proc/stat.
+
+    /proc and /sys are below `root`.
+    """
     cpus = os.sched_getaffinity(0)
-    siblings = (
-        root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus
-    )
-    total = len(
-        {file.read_text(encoding="ascii") if file.exists() else str(file) for file in siblings}
-    )
-    first, last = _ticks(before, cpus), _ticks(after, cpus)
-    idle, ticks = (late - early for early, late in zip(first, last, strict=True))
-    return Cores(
-        total, round(total * (1 - idle / ticks)) if ticks else 0, min(total, available_cores(root))
-    )
+    # Processors of one physical core have the same list of siblings.
+    physical = set()
+    for cpu in cpus:
+        file = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        physical.add(file.read_text(encoding="ascii") if file.exists() else str(file))
+    total = len(physical)
+    first_idle, first_ticks = _ticks(first, cpus)
+    second_idle, second_ticks = _ticks(second, cpus)
+    ticks = second_ticks - first_ticks
+    busy = 0
+    if ticks:
+        busy = round(total * (1 - (second_idle - first_idle) / ticks))
+    return Cores(total, busy, min(total, available_cores(root)))
 
 
 def _ticks(stat: str, cpus: set[int]) -> tuple[int, int]:
     """Idle ticks and all ticks since boot of these processors, from the text of /proc/stat."""
-    lines = (line.split() for line in stat.splitlines())
-    rows = [
-        list(map(int, counts[:8]))
-        for name, *counts in lines
-        if name[:3] == "cpu" and name[3:] in map(str, cpus)
-    ]
-    return sum(row[3] + row[4] for row in rows), sum(map(sum, rows))
+    idle = 0
+    total = 0
+    for line in stat.splitlines():
+        name, *counts = line.split()
+        if name[:3] == "cpu" and name[3:] in map(str, cpus):
+            # user nice system idle iowait irq softirq steal; what follows counts in user, too.
+            ticks = [int(count) for count in counts[:8]]
+            idle += ticks[3] + ticks[4]
+            total += sum(ticks)
+    return idle, total

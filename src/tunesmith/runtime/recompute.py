@@ -1,8 +1,9 @@
 """Recompute a layer's forward in the backward instead of keeping its activations: memory for time.
 
-`torch.utils.checkpoint` on the forward of a decoder layer, instead of Transformers' flag, which wraps differently from
-version to version. One layer of 32 costs a third of that layer's time, a hundredth of the step's. How many layers
-recompute is estimated by `resolve.py`, which errs by what a compiler decides to keep; on a GPU a trial corrects it.
+`torch.utils.checkpoint` on the forward of a decoder layer, instead of Transformers' flag, which
+wraps differently from version to version. One layer of 32 costs a third of that layer's time, a
+hundredth of the step's. How many layers recompute is estimated by `resolve.py`, which errs by what
+a compiler decides to keep; on a GPU a trial corrects it.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from tunesmith.model.fused import add_mixin
 def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
     """Recompute the first `count` layers and no others. It may be called again with another count.
 
-    The first ones: they recompute at the end of the backward, when the activations of the others are freed.
+    The first ones: they recompute at the end of the backward, when the activations of the others
+    are freed.
     """
     for number, layer in enumerate(layers):
         recomputed: Any = layer
@@ -29,7 +31,10 @@ def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
 
 
 class RecomputedLayer(nn.Module):
-    """A layer whose forward runs again in the backward where `recomputed` is set. In eval mode it runs as before."""
+    """A layer whose forward runs again in the backward where `recomputed` is set.
+
+    In eval mode it runs once.
+    """
 
     recomputed: bool
 
@@ -37,12 +42,16 @@ class RecomputedLayer(nn.Module):
         forward = super().forward
         if not self.training or not self.recomputed or isinstance(self, OffloadedLayer):
             return forward(*args, **kwargs)
-        # The batch's documents and the rotary tables travel in kwargs; both are made once a batch and kept anyway.
+        # The batch's documents and the rotary tables travel in kwargs; both are made once a batch
+        # and stay anyway.
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def offload_inputs(layers: Sequence[nn.Module]) -> None:
-    """Keep the inputs of those `layers` that recompute in the host's memory until the backward; after compiling them."""
+    """Keep the inputs of those `layers` that recompute in the host's memory until the backward.
+
+    Call it after compiling them.
+    """
     for layer in layers:
         add_mixin(layer, OffloadedLayer)
 
@@ -50,16 +59,16 @@ def offload_inputs(layers: Sequence[nn.Module]) -> None:
 class OffloadedLayer(nn.Module):
     """A `RecomputedLayer` whose input waits on the host, around all that is compiled.
 
-    The reentrant form of checkpoint saves its inputs as tensors, which a hook can move; the other's closure keeps them. On
-    a CPU the input is copied.
+    The reentrant form of checkpoint saves its inputs as tensors, which a hook can move; the other's
+    closure keeps them. On a CPU the input is copied.
     """
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        own: Any = self
+        layer: Any = self
         forward = super().forward
-        if not (self.training and own.recomputed):
+        if not (self.training and layer.recomputed):
             return forward(hidden, *args, **kwargs)
-        # Over frozen embeddings; this form recomputes for inputs with a gradient only
+        # Over frozen embeddings; this form recomputes for inputs with a gradient only.
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
         with save_on_cpu(pin_memory=hidden.is_cuda):

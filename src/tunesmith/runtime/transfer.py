@@ -1,7 +1,9 @@
-"""Transfers between host and device without waiting: batches go ahead of the step, metrics and copies come back later.
+"""Transfers between host and device without waiting.
 
-A stream runs its work in issue order: `.item()` would wait for the next step's kernels as well, so values are copied to
-pinned memory and an event says when they are there. On a CPU all work is done when a call returns: there are no events.
+Batches go ahead of the step, metrics and copies come back later. A stream runs its work in issue
+order: `.item()` would wait for the next step's kernels as well, so values are copied to pinned
+memory and an event says when they are there. On a CPU all work is done when a call returns: there
+are no events.
 """
 
 from collections.abc import Mapping
@@ -14,11 +16,16 @@ from tunesmith.data.batch import Batch
 
 def _record_event(device: torch.device) -> torch.cuda.Event | None:
     """A CUDA event after the work of the device's current stream so far; None on a CPU."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_stream(device).record_event()
 
 
 class AsyncScalars:
-    """0-d tensors of one device on their way to the host; they may change afterwards. `read` waits for their step only."""
+    """0-d tensors of one device on their way to the host; they may change afterwards.
+
+    `read` waits for their step only.
+    """
 
     def __init__(self, *values: Tensor) -> None:
         # float64 holds every fp32 exactly, so that one copy can carry both.
@@ -29,47 +36,57 @@ class AsyncScalars:
         self._copied = _record_event(stacked.device)
 
     def read(self) -> list[float]:
-        """The values, in the order given."""
+        """The values, in the order of the arguments."""
         if self._copied is not None:
             self._copied.synchronize()
         return [float(value) for value in self._host.tolist()]
 
 
 class Snapshot:
-    """Copies of tensors at this point of the stream, made on their own device without waiting for it.
+    """Copies of tensors at this point of the stream, made on their own device without waiting.
 
-    They take as much memory there as the tensors, which may be on the host and on one GPU, until `on_host` is called;
-    torch.OutOfMemoryError where there is no room for them.
+    They take as much memory there as the tensors, which may be on the host and on one GPU, until
+    `on_host` is called; torch.OutOfMemoryError where there is no room for them.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._device = next(
-            (t.device for t in self._tensors.values() if t.is_cuda), torch.device("cpu")
-        )
+        devices = [tensor.device for tensor in self._tensors.values() if tensor.is_cuda]
+        self._device = devices[0] if devices else torch.device("cpu")
         self._copied = _record_event(self._device)
 
     def on_host(self) -> dict[str, Tensor]:
-        """The copies, contiguous and in host memory. Call it once, from any thread, which then waits for them."""
-        tensors, self._tensors = self._tensors, {}
+        """The copies, contiguous and in host memory.
+
+        Call it once, from any thread, which then waits for them.
+        """
+        tensors = self._tensors
+        self._tensors = {}
         if self._copied is None:
             return {name: tensor.contiguous() for name, tensor in tensors.items()}
         self._copied.synchronize()
-        # On a stream of its own: on the current one the copies would queue up behind the step that now runs. Each is
-        # done when `.cpu()` returns, so that the memory may go back to the pool of the stream that allocated it.
+        # On a stream of its own: on the current one the copies would queue up behind the step that
+        # now runs. Each is done when `.cpu()` returns, so that the memory may go back to the pool
+        # of the stream that allocated it.
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
             return {name: tensors.pop(name).cpu().contiguous() for name in list(tensors)}
 
 
 class DevicePrefetcher:
-    """Copies micro batches to a GPU in the thread that makes them; `claim` is for the thread that takes them."""
+    """Copies micro batches to a GPU in the thread that makes them.
+
+    `claim` is for the thread that takes them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch on the device. The copy is waited for here, where nothing waits for this thread."""
+        """The batch on the device.
+
+        The copy is waited for here, where nothing waits for this thread.
+        """
         # A new thread's current device is 0, whatever the main thread has chosen.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             placed = batch.each(Tensor.pin_memory).to(self._device)
@@ -77,8 +94,11 @@ class DevicePrefetcher:
         return placed
 
     def claim(self, batch: Batch) -> None:
-        """Tell the allocator that the current stream reads the batch: else the prefetcher's stream, which owns the
-        memory, reuses it as soon as Python frees the batch."""
+        """Tell the allocator that the current stream reads the batch.
+
+        Else the prefetcher's stream, which owns the memory, reuses it as soon as Python frees the
+        batch.
+        """
         stream = torch.cuda.current_stream(self._device)
         for tensor in batch.tensors().values():
             tensor.record_stream(stream)
