@@ -1,14 +1,15 @@
 """tunesmith: fine-tune open-weight language models on the hardware that people have.
 
 >>> import tunesmith
->>> result = tunesmith.train("my-recipe.yaml", {"train.learning_rate": 2e-4, "output_dir": "runs/from-python"})
+>>> changes = {"train.learning_rate": 2e-4, "output_dir": "runs/from-python"}
+>>> result = tunesmith.train("my-recipe.yaml", changes)
 >>> loaded = tunesmith.load_run(result.output_dir)
 >>> next(tunesmith.generate(loaded, [{"prompt": "Hello"}]))["output"]
 >>> tunesmith.evaluate(result.output_dir, "held-out.jsonl").scores["tuned"].loss
 >>> tunesmith.merge(result.output_dir, "merged")
 
-What a user can fix is raised as a `TunesmithError`, whose text says what, where, why and the fix; `tunesmith.errors`
-has the whole tree.
+What a user can fix is raised as a `TunesmithError`, whose text says what, where, why and the fix;
+`tunesmith.errors` has the whole tree.
 """
 
 from importlib import import_module
@@ -35,32 +36,41 @@ __all__ = [
     "StepRecord",
     "StoppedError",
     "TunesmithError",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load_run",
+    "merge",
+    "train",
 ]
-__all__ += ["__version__", "evaluate", "generate", "load_run", "merge", "train"]
 __version__ = "0.1.0"
 
-# Where each lies. No module of these names is directly below the package: importing one would replace the function.
+# Where each lies. No module of these names is directly below the package: importing one would
+# replace the function.
 _MODULES = {
-    "training.run": ("train",),
-    "training.result": ("Result",),
-    "metrics.record": ("StepRecord",),
-    "inference.load_run": ("load_run", "LoadedModel"),
-    "inference.generate": ("generate",),
-    "inference.decoding": ("Decoding",),
-    "inference.evaluate": ("evaluate", "Evaluation"),
-    "inference.merge": ("merge", "Merged"),
+    "train": "training.run",
+    "Result": "training.result",
+    "StepRecord": "metrics.record",
+    "load_run": "inference.load_run",
+    "LoadedModel": "inference.load_run",
+    "generate": "inference.generate",
+    "Decoding": "inference.decoding",
+    "evaluate": "inference.evaluate",
+    "Evaluation": "inference.evaluate",
+    "merge": "inference.merge",
+    "Merged": "inference.merge",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that `import tunesmith` does not import torch."""
-    for module, names in _MODULES.items():
-        if name in names:
-            host = import_module(f"{__name__}.runtime.host")
-            host.bound_product_caches()
-            host.prepare_threads()
-            return vars(import_module(f"{__name__}.{module}"))[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a public name at its first use, so that `import tunesmith` does not import torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Both set variables that torch and its libraries read when they are loaded.
+    host = import_module(f"{__name__}.runtime.host")
+    host.bound_product_caches()
+    host.prepare_threads()
+    return vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
 
 
 def __dir__() -> list[str]:

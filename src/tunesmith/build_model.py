@@ -44,7 +44,10 @@ ROW_MULTIPLE = 64
 
 
 def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
-    """The model on meta, as the recipe trains it: quantized layers, adapter and fused modules, but no weights."""
+    """The model on meta, as the recipe trains it.
+
+    Quantized layers, adapter and fused modules, but no weights.
+    """
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
     scheme_of(run.model).replace_linears(model, DTYPES[run.model.dtype])
     if run.adapter.kind == "lora":

@@ -15,7 +15,8 @@
     │   └── ShortOfMemoryError  the same, because the host's memory is short
     └── OtherRankError        the exit code of the rank that failed, which tells why
 
-Every error says what is wrong, where (file:line, key or step), why, and the command or edit that fixes it.
+Every error says what is wrong, where (file:line, key or step), why, and the command or edit that
+fixes it.
 """
 
 import errno
@@ -54,10 +55,11 @@ class TunesmithError(Exception):
         why: the reason; empty if `what` says it.
         fix: the command or edit that fixes it.
         cause: the likely one, a name of CAUSES; empty where none is known.
-        failed_rank: of a failed rank, for failure.json: its `rank`, `host`, `phase` and `collective`.
+        failed_rank: of a failed rank, for failure.json: `rank`, `host`, `phase` and `collective`.
 
     Attributes:
-        smaller: where memory was short, the micro batch to go on with; empty where it cannot be smaller.
+        smaller: where memory was short, the micro batch to go on with; empty where it cannot be
+            smaller.
     """
 
     exit_code = EXIT_FAILED
@@ -86,7 +88,7 @@ class TunesmithError(Exception):
         return self.text()
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython and Jupyter show: the text in place of a traceback. The name is IPython's."""
+        """What IPython and Jupyter show in place of a traceback. The name is IPython's."""
         return self.text().splitlines()
 
     def text(self) -> str:
@@ -197,7 +199,7 @@ def disk_fault(error: BaseException) -> str | None:
     return _DISK.get(int(match[1])) if match else None
 
 
-# What other libraries say where an allocation fails: torch, the dynamic linker, safetensors, C++ and
+# What other libraries say where an allocation fails: torch, the dynamic linker, safetensors, C++,
 # Python's threads.
 _OUT_OF_MEMORY = (
     "tried to allocate",
@@ -215,7 +217,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error without secrets, or the error's type if it has no message."""
+    """The first line of another library's error, without secrets; its type if it says nothing."""
     lines = str(error).strip().splitlines()
     return mask(lines[0]) if lines else type(error).__name__
 
@@ -234,10 +236,36 @@ _WORDS_BEFORE_KEY = {
     "license",
 }
 # `pad_token` and the like are words of a tokenizer.
-_PLAIN_TOKENS = set(
-    "pad eos bos unk sep cls mask image video audio start begin end stop special eot eom user "
-    "assistant system think next first last per each non new".split()
-)
+_PLAIN_TOKENS = {
+    "pad",
+    "eos",
+    "bos",
+    "unk",
+    "sep",
+    "cls",
+    "mask",
+    "image",
+    "video",
+    "audio",
+    "start",
+    "begin",
+    "end",
+    "stop",
+    "special",
+    "eot",
+    "eom",
+    "user",
+    "assistant",
+    "system",
+    "think",
+    "next",
+    "first",
+    "last",
+    "per",
+    "each",
+    "non",
+    "new",
+}
 
 
 def is_secret_name(name: str) -> bool:

@@ -5,7 +5,7 @@ while it wrote, copied in part, edited by hand, or written by another version, s
 believed unchecked:
 
     open_regular   a pipe or a device is never opened: reading one may never end
-    parse_json     no NaN, no lone surrogates, no endless nesting, no number that a float cannot hold
+    parse_json     no NaN, lone surrogates, endless nesting, or number that a float cannot hold
     read_*         the values whose type is right, and a sentence on what is wrong with the rest
 
 A file that is not there is no fault: most of them come late or never. The records' own types are in
@@ -65,7 +65,7 @@ class Part(NamedTuple, Generic[T]):
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading, links followed; OSError for anything else, without waiting.
 
-    Opening a pipe waits for a writer, and a device may do anything, so the kind is looked at before.
+    Opening a pipe waits for a writer, and a device may do anything, so the kind is looked at first.
     O_NONBLOCK is for what takes the file's place in between.
     """
     _check_regular(path.stat().st_mode, path)
@@ -98,7 +98,10 @@ def shown(path: str | Path) -> str:
 
 
 def parse_json(text: bytes) -> Any:
-    """A JSON value; ValueError for what is not strict JSON, or holds a number that no run writes."""
+    """A JSON value.
+
+    ValueError for what is not strict JSON, or holds a number that no run writes.
+    """
     from pydantic_core import from_json
 
     value = from_json(text, allow_inf_nan=False)
@@ -153,9 +156,9 @@ def read_object(path: Path) -> dict[str, Any]:
     if len(text) > LARGEST_FILE:
         raise ValueError("it is larger than 64 MiB")
     value = parse_json(text)
-    if not isinstance(value, dict):
-        raise ValueError("it holds no JSON object")
-    return value
+    if isinstance(value, dict):
+        return value
+    raise ValueError("it holds no JSON object")
 
 
 # Key -> whether a value is of its type; null is, for every key.
@@ -255,9 +258,10 @@ def read_running(folder: Path) -> dict[str, Any] | None:
 
 
 def read_recipe(folder: Path) -> Part[dict[str, Any]]:
-    """config.yaml as plain values, without sections that are no mapping; empty where it is not there.
+    """config.yaml as plain values, without sections that are no mapping.
 
-    It is not checked against the schema: the run may be of another version.
+    Empty where it is not there. It is not checked against the schema: the run may be of another
+    version.
     """
     path = folder / RECIPE
     try:
@@ -314,7 +318,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def is_sample(row: Any) -> bool:
-    """Whether a line of samples.jsonl holds a step, a prompt and an answer; `expected` may be absent."""
+    """Whether a line of samples.jsonl has a step, a prompt and an answer; maybe `expected`."""
     if not isinstance(row, dict) or not is_count(row.get("step")):
         return False
     expected = row.get("expected")
