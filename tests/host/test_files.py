@@ -49,11 +49,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(
 def test_a_disk_with_too_little_room_is_refused_with_the_figures(tmp_path: Path) -> None:
     place = tmp_path / "not" / "there" / "yet"
     free = shutil.disk_usage(tmp_path).free
-    files.refuse_full_disk(place, 1, what="the model", fix="-")
+    files.require_disk_space(place, 1, what="the model", fix="-")
     with pytest.raises(
         MachineError, match=r"no room on the disk for the model: .* short"
     ) as caught:
-        files.refuse_full_disk(
+        files.require_disk_space(
             place, free * 2, what="the model", why="it is large", fix="take a larger disk"
         )
     assert (caught.value.where, caught.value.fix) == (str(place), "take a larger disk")

@@ -25,7 +25,7 @@ from tunesmith.model.spec import read_spec
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute, revise_recomputed
 from tunesmith.planning.resolve import LENGTHS, MemoryEstimator, fewest_recomputed, resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
-from tunesmith.planning.savings import refuse_overrun
+from tunesmith.planning.savings import check_memory_fits
 from tunesmith.runtime.recompute import recompute_layers
 from tunesmith.units import Size
 
@@ -71,7 +71,7 @@ def planned(
     plan = resolve_plan(
         run, spec, machine, trained=trained, step=size, longest=longest, previous_micro_batch=kept
     )
-    refuse_overrun(plan, machine, resumed=kept is not None)
+    check_memory_fits(plan, machine, resumed=kept is not None)
     return plan
 
 

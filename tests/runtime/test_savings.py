@@ -20,7 +20,7 @@ from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import read_spec
 from tunesmith.planning.resolve import USABLE, probe_machine, resolve_plan
 from tunesmith.planning.run_plan import Machine, RunPlan
-from tunesmith.planning.savings import ALLOCATABLE, refuse_overrun, warn_of_overrun
+from tunesmith.planning.savings import ALLOCATABLE, check_memory_fits, warn_of_overrun
 from tunesmith.units import Size
 
 GIB = 2**30
@@ -47,7 +47,7 @@ def plan_of(
     plan = resolve_plan(
         run, spec, machine, trained=trained, step=STEP, longest=2000, previous_micro_batch=before
     )
-    refuse_overrun(plan, machine, resumed=before is not None)
+    check_memory_fits(plan, machine, resumed=before is not None)
     return plan
 
 
@@ -146,7 +146,7 @@ def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> 
     unknown = Machine("cpu", GIB, ("sdpa", ""), (False, ""))
     spec = read_spec(SHAPES["llama3-3b"].config, where="test")
     plan = resolve_plan(run, spec, unknown, trained=spec.parameters, step=STEP, longest=2000)
-    refuse_overrun(plan, unknown)
+    check_memory_fits(plan, unknown)
     assert plan.memory.total > GIB
 
 

@@ -18,7 +18,7 @@ from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError, first_line
-from tunesmith.host.files import refuse_special_files
+from tunesmith.host.files import check_regular_files
 from tunesmith.model.safetensors_files import read_header, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
@@ -174,7 +174,7 @@ def read_adapter(folder: Path) -> Adapter:
 
     ModelError where that is missing, broken or not plain LoRA.
     """
-    refuse_special_files(folder)
+    check_regular_files(folder)
     file = folder / CONFIG
     if not file.exists():
         what = f"there is no {CONFIG}"

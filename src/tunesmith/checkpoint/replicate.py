@@ -37,7 +37,7 @@ from tunesmith.checkpoint.manifest import (
 )
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import CheckpointError, MachineError
-from tunesmith.host.files import refuse_full_disk, write_atomically
+from tunesmith.host.files import require_disk_space, write_atomically
 from tunesmith.host.memory import open_uncached
 from tunesmith.run_dir import IDENTITY, RECIPE
 
@@ -255,7 +255,7 @@ def copy_files(
                     fix="start on the node that has it too",
                 )
         size = sum(size for _, _, target, size, _ in moves if target == ranks.rank)
-        refuse_full_disk(
+        require_disk_space(
             folder, size, what="files of other nodes", fix="make room there and start again"
         )
     givers, total = sorted({giver for _, giver, *_ in moves}), sum(size for *_, size, _ in moves)

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.model.spec import check_seq_len, read_spec
     from tunesmith.planning.forecast import measure_work, plan_on_paper
     from tunesmith.planning.machines import read_cluster
-    from tunesmith.planning.savings import refuse_overrun
+    from tunesmith.planning.savings import check_memory_fits
 
     cluster = read_cluster(args.on, args.assume)
     recipe = load_recipe(args.recipe, args.overrides)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if not best.fits:
         larger = planner.enough_nodes()
         more = f"; or {larger.nodes} nodes: {larger.describe()}" if larger else ""
-        refuse_overrun(best.plan, planner.machine, where=cluster.describe(), more=more)
+        check_memory_fits(best.plan, planner.machine, where=cluster.describe(), more=more)
     return EXIT_OK
 
 

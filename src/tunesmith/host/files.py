@@ -47,7 +47,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
-def refuse_special_files(path: Path) -> None:
+def check_regular_files(path: Path) -> None:
     """ModelError where `path`, or a file of that folder, is a pipe, a socket or a device.
 
     Opening or reading one may never end. Links, such as those of the Hub's cache, are followed.
@@ -103,7 +103,7 @@ def existing_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str = "") -> None:
+def require_disk_space(path: Path, needed: int, *, what: str, fix: str, why: str = "") -> None:
     """MachineError unless the disk of `path` has `needed` bytes free for `what`.
 
     The path need not exist yet.

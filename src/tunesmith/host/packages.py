@@ -59,7 +59,7 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def refuse_unfit_versions() -> None:
+def check_versions() -> None:
     """MachineError where a package is not of a version that tunesmith's own metadata allows."""
     installed = installed_versions()
     for requirement in _requirements():

@@ -27,7 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.host.files import cache_folder, refuse_full_disk, refuse_special_files
+from tunesmith.host.files import cache_folder, check_regular_files, require_disk_space
 from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_files
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
@@ -150,7 +150,7 @@ def cached_model(model: Model) -> Path | None:
 def check_folder(folder: Path, model: Model) -> ModelSpec:
     """The spec of a folder's model; ModelError names the file that is missing, cut off or
     broken."""
-    refuse_special_files(folder)
+    check_regular_files(folder)
     headers = read_headers(folder)
     config = folder / "config.json"
     spec = read_spec(
@@ -307,7 +307,7 @@ def repo_cache(repo: str, kind: str = "model") -> Path:
 def check_cache_room(name: str, missing: int) -> None:
     """Raise MachineError unless the cache's disk has room for `missing` bytes."""
     if missing:
-        refuse_full_disk(Path(constants.HF_HUB_CACHE), missing + MARGIN, what=name, fix=DISK_FIX)
+        require_disk_space(Path(constants.HF_HUB_CACHE), missing + MARGIN, what=name, fix=DISK_FIX)
 
 
 def download_model(plan: DownloadPlan, progress: FetchProgress) -> Path:

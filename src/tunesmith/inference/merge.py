@@ -26,7 +26,7 @@ from tunesmith.adapter.lora import Lora, LoraLinear, disabled, merged_weight
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
-from tunesmith.host.files import existing_folder, follow_umask, refuse_full_disk
+from tunesmith.host.files import existing_folder, follow_umask, require_disk_space
 from tunesmith.host.memory import available_memory
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference import merge_check
@@ -150,7 +150,7 @@ def _check_room(goal: Path, base: Model, dtype: Dtype) -> None:
     parameters = spec.read_spec(read_json(config), where=str(config)).parameters
     needed = round(parameters * DTYPES[dtype].itemsize * ROOM)
     fix = "free some space, or write to another disk with --output"
-    refuse_full_disk(goal, needed, what="the merged model", fix=fix)
+    require_disk_space(goal, needed, what="the merged model", fix=fix)
 
 
 def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from tunesmith.errors import ModelError
-from tunesmith.host.files import refuse_special_files
+from tunesmith.host.files import check_regular_files
 from tunesmith.host.shell import shell_path, shell_word
 
 INDEX = "model.safetensors.index.json"
@@ -72,7 +72,7 @@ def read_header(file: Path) -> list[Entry]:
 
     The library checks its header (no gaps, overlaps or names twice) against the file's size.
     """
-    refuse_special_files(file)
+    check_regular_files(file)
     try:
         with safe_open(file, framework="np"):
             pass
@@ -127,7 +127,7 @@ def read_json(
     where = str(file)
     why = ""
     fix = f"correct the file, or {again}"
-    refuse_special_files(file)
+    check_regular_files(file)
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(value, dict):

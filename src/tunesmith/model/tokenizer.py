@@ -7,7 +7,7 @@ from transformers import AddedToken, AutoTokenizer, PretrainedConfig, PreTrained
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.host.files import refuse_special_files
+from tunesmith.host.files import check_regular_files
 from tunesmith.model.load import one_line
 from tunesmith.model.safetensors_files import read_json
 
@@ -16,7 +16,7 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     """A recipe's tokenizer, with added tokens and a padding token; ModelError where it is missing
     or broken.
     """
-    refuse_special_files(folder)
+    check_regular_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         tokenizer("a")  # a setting of a wrong type shows in use only

@@ -258,7 +258,7 @@ class Planner:
         """What each rank does: by the first mesh of `ranked`; MachineError where none fits."""
         best = self.ranked()[0]
         resumed = self.previous_micro_batch is not None
-        savings.refuse_overrun(best.plan, self.machine, resumed=resumed)
+        savings.check_memory_fits(best.plan, self.machine, resumed=resumed)
         plan = savings.warn_of_overrun(best.plan, self.machine, resumed=resumed)
         warning = self.warn_of_exposed_gathers(best)
         if warning:

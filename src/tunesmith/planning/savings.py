@@ -134,7 +134,7 @@ def _with_keys(run: Run, keys: Keys) -> Run:
     return run
 
 
-def refuse_overrun(
+def check_memory_fits(
     plan: RunPlan, machine: Machine, *, resumed: bool = False, where: str = "", more: str = ""
 ) -> None:
     """MachineError where a plan needs more memory than there is.

@@ -37,7 +37,7 @@ from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host import packages
 from tunesmith.host.chips import Peak
-from tunesmith.host.files import existing_folder, refuse_full_disk, write_atomically
+from tunesmith.host.files import existing_folder, require_disk_space, write_atomically
 from tunesmith.host.memory import available_memory
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
@@ -505,7 +505,7 @@ def check_disk(run: Run, trained: int, ranks: Ranks) -> None:
     if keep >= 1:
         fix = f"checkpoint.keep={keep}, or {fix}"
     why = f"one takes {size_text(size)}, and {copies} may be there at once"
-    refuse_full_disk(out, size * copies, what="the checkpoints", why=why, fix=fix)
+    require_disk_space(out, size * copies, what="the checkpoints", why=why, fix=fix)
 
 
 def make_loader(

@@ -41,7 +41,7 @@ from tunesmith.errors import (
     first_line,
 )
 from tunesmith.host import packages
-from tunesmith.host.files import cache_folder, refuse_special_files
+from tunesmith.host.files import cache_folder, check_regular_files
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import lasting
 from tunesmith.hub.fetch import repo_cache
@@ -111,7 +111,7 @@ def train(
     elif overrides:
         fix = "give the recipe's file, or dataclasses.replace it"
         raise UsageError("a checked recipe takes no overrides", fix=fix)
-    packages.refuse_unfit_versions()
+    packages.check_versions()
     if started_as() is None:
         refuse_many_ranks("train")
     with joined(run) as (request, ranks):
@@ -258,7 +258,7 @@ def open_run_dir(
     def claim() -> None:
         # Only here, where it is created if it is not there: a network file system remembers for a
         # while what was not there.
-        refuse_special_files(out)
+        check_regular_files(out)
         marks.append(stack.enter_context(claim_run_dir(out)))
         old_stop_requests.append(stop_requested_at(out))
 
