@@ -46,7 +46,7 @@ class Shortage(NamedTuple):
 
 
 class StopRequest:
-    """A context that notes the first stop signal in `signal`, and a `shortage` of memory.
+    """A context that notes the first stop signal in `signal`, and in `shortage` that memory is short.
 
     Before `hold` a signal raises a KeyboardInterrupt, which libraries let pass, and the context
     ends with StoppedError whatever a library made of it. From `hold` on signals are deferred: the
@@ -123,11 +123,11 @@ class StopRequest:
     def requested(self) -> bool:
         return self.signal is not None or self.shortage is not None
 
-    def ask(self, shortage: Shortage) -> None:
+    def ask(self, low_memory: Shortage) -> None:
         """Ask for a stop from another thread, as a signal would."""
-        self.shortage = shortage
+        self.shortage = low_memory
         if self._log is not None:
-            self._log(f"memory is short: stopping after {self.doing}. {shortage.text}")
+            self._log(f"memory is short: stopping after {self.doing}. {low_memory.text}")
         if not self._deferred and self._previous_handlers:
             # Any signal that has our handler, which raises in the main thread.
             _thread.interrupt_main(next(iter(self._previous_handlers)))
