@@ -12,7 +12,7 @@
     │   └── CheckpointError
     ├── StoppedError          exit 75: a signal came, everything is saved, start again to resume
     │   ├── StoppedEarlyError   before the first step: there was nothing to save
-    │   └── ShortOfMemoryError  the same, because the host's memory is short
+    │   └── LowMemoryError      the same, because the host's memory is short
     └── OtherRankError        the exit code of the rank that failed, which tells why
 
 Every error says what is wrong, where (file:line, key or step), why, and the command or edit that
@@ -166,7 +166,7 @@ class StoppedEarlyError(StoppedError):
     """
 
 
-class ShortOfMemoryError(StoppedError):
+class LowMemoryError(StoppedError):
     """The host's memory is nearly used up; everything is saved.
 
     The process ends at once: Python's own end takes a second, on a busy machine five.

@@ -22,7 +22,7 @@ from tunesmith.checkpoint import replicate, sharded
 from tunesmith.checkpoint.resume import decide_start
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import OtherRankError, StoppedError
-from tunesmith.host.signals import Shortage
+from tunesmith.host.signals import LowMemory
 from tunesmith.training.async_metrics import StepOutput
 from tunesmith.training.build import build
 from tunesmith.training.run import train
@@ -74,7 +74,7 @@ def start(
             (self.out / "stop").touch()
         elif stop == (SHORT + self.session.ranks.rank, batch.step + 1):
             self.stop.request.ask(
-                Shortage("training, on spark-b: 0.10 GiB can be had", {"host": "spark-b"})
+                LowMemory("training, on spark-b: 0.10 GiB can be had", {"host": "spark-b"})
             )
         return step(self, batch)
 

@@ -64,7 +64,7 @@ class Pretended:
         while self.now < seconds:
             wait = self.guard.look()
             self.looks += 1
-            if self.stop.shortage is not None:
+            if self.stop.low_memory is not None:
                 return self.now
             self.now += wait
         return None
@@ -223,7 +223,7 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
     there.guard.ranks.heartbeat.phase("loading the model")
     there.stop.saving = GIB
     there.until(1)
-    text, record = there.stop.shortage or ("", {})
+    text, record = there.stop.low_memory or ("", {})
     assert text.startswith("loading the model, on ")
     for word in (
         "0.10 GiB can be had",
@@ -264,7 +264,7 @@ def test_the_ranks_of_a_host_are_no_others(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(memory_guard, "own_memory", lambda pids: asked.append(sorted(pids)) or GIB)
     there.guard.ranks = Ranks(1, 4, 1, 3, ("a", "a", "a", "b"), (0,) * 4, heartbeat)
     there.until(1)
-    text, record = there.stop.shortage or ("", {})
+    text, record = there.stop.low_memory or ("", {})
     assert asked == [sorted((parent, os.getpid()))]
     assert {process["name"] for process in record["processes"]} == {"rank 0", "rank 1"}
     assert f"rank 0 ({parent}) " in text

@@ -22,14 +22,14 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import (
     EXIT_STOPPED,
     EXIT_USAGE,
+    LowMemoryError,
     NonFiniteError,
     RecipeError,
     RunError,
-    ShortOfMemoryError,
     StoppedError,
     UsageError,
 )
-from tunesmith.host.signals import Shortage
+from tunesmith.host.signals import LowMemory
 from tunesmith.metrics.record import read_records
 from tunesmith.report.run_files import RunFiles
 from tunesmith.run_dir import SWEEP
@@ -466,13 +466,13 @@ def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch(
 
     def short(trainer: Trainer, batch: Any) -> Any:
         if batch.step == 1:
-            trainer.stop.request.shortage = Shortage("no room", {})
+            trainer.stop.request.low_memory = LowMemory("no room", {})
         return train_step(trainer, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", short)
         patch.setattr("tunesmith.training.result.is_launched", lambda: True)
-        with pytest.raises(ShortOfMemoryError, match="memory is short: step 1 is saved") as caught:
+        with pytest.raises(LowMemoryError, match="memory is short: step 1 is saved") as caught:
             sweep(file, words)
     size = json.loads((tmp_path / "sweep" / SWEEP).read_text())["fixed"]["micro_batch"]
     assert caught.value.fix.endswith(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from recipes import make_run
-from tunesmith.errors import ShortOfMemoryError
+from tunesmith.errors import LowMemoryError
 from tunesmith.host.memory import MemoryFigures
 from tunesmith.methods.base import TrainModel
 from tunesmith.report.run_files import RunFiles, how_it_ended
@@ -51,7 +51,7 @@ class Feed:
     def run_short(self) -> None:
         self.figures = NONE
         self.guards[-1]._thread.join(60)
-        assert self.guards[-1].stop.shortage is not None
+        assert self.guards[-1].stop.low_memory is not None
 
 
 def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
@@ -71,7 +71,7 @@ def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
     train(make_run(tiny, tmp_path, output_dir=str(tmp_path / "whole"), **changes), say=None)
     monkeypatch.setattr(TrainModel, "forward", counted)
     with pytest.raises(
-        ShortOfMemoryError, match=r"because memory is short: step \d is saved"
+        LowMemoryError, match=r"because memory is short: step \d is saved"
     ) as caught:
         train(run, say=feed.said.append)
     out, error = tmp_path / "run", caught.value
@@ -110,7 +110,7 @@ def test_memory_that_is_short_while_the_model_loads_ends_the_start(
         return build_model(*args, **options)
 
     monkeypatch.setitem(start.build.__globals__, "build_model", built)
-    with pytest.raises(ShortOfMemoryError, match="memory is short before the first step") as caught:
+    with pytest.raises(LowMemoryError, match="memory is short before the first step") as caught:
         train(make_run(tiny, tmp_path), say=None)
     assert caught.value.exit_code == 75
     assert caught.value.why.startswith("loading the model, on ")

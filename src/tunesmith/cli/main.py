@@ -26,9 +26,9 @@ from tunesmith import __version__
 from tunesmith.errors import (
     EXIT_FAILED,
     EXIT_OK,
+    LowMemoryError,
     MachineError,
     OtherRankError,
-    ShortOfMemoryError,
     TunesmithError,
     UsageError,
     disk_fault,
@@ -217,7 +217,7 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
 def _low_memory(failure: BaseException | None) -> TunesmithError | None:
     """The error of a run whose memory was short, of the host or the device, or None."""
     for error in (failure, failure and failure.__cause__):
-        if isinstance(error, ShortOfMemoryError):
+        if isinstance(error, LowMemoryError):
             return error
         if isinstance(error, TunesmithError) and error.smaller:
             return error

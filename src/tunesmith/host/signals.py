@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
-from tunesmith.errors import ShortOfMemoryError, StoppedEarlyError, StoppedError
+from tunesmith.errors import LowMemoryError, StoppedEarlyError, StoppedError
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 SHORT = "stopped because memory is short"
@@ -35,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
     """
 
 
-class Shortage(NamedTuple):
+class LowMemory(NamedTuple):
     """Memory is short: the phase, the figures and who holds it.
 
     In words, and as stopped.json has them.
@@ -46,7 +46,7 @@ class Shortage(NamedTuple):
 
 
 class StopRequest:
-    """A context that notes the first stop signal in `signal`, and in `shortage` that memory is short.
+    """A context that notes the first stop signal in `signal`, and in `low_memory` that memory is short.
 
     Before `hold` a signal raises a KeyboardInterrupt, which libraries let pass, and the context
     ends with StoppedError whatever a library made of it. From `hold` on signals are deferred: the
@@ -63,7 +63,7 @@ class StopRequest:
 
     def __init__(self, *, interactive: bool = False) -> None:
         self.signal: str | None = None
-        self.shortage: Shortage | None = None
+        self.low_memory: LowMemory | None = None
         self.now = False
         self.doing = "this step"
         self.takes = 0.0
@@ -121,11 +121,11 @@ class StopRequest:
             raise self.not_begun()
 
     def requested(self) -> bool:
-        return self.signal is not None or self.shortage is not None
+        return self.signal is not None or self.low_memory is not None
 
-    def ask(self, low_memory: Shortage) -> None:
+    def ask(self, low_memory: LowMemory) -> None:
         """Ask for a stop from another thread, as a signal would."""
-        self.shortage = low_memory
+        self.low_memory = low_memory
         if self._log is not None:
             self._log(f"memory is short: stopping after {self.doing}. {low_memory.text}")
         if not self._deferred and self._previous_handlers:
@@ -136,10 +136,10 @@ class StopRequest:
         """The error of a stop before the first step."""
         why = "there was nothing to save yet"
         fix = "start the same command again"
-        if self.shortage is not None:
-            return ShortOfMemoryError(
+        if self.low_memory is not None:
+            return LowMemoryError(
                 f"{SHORT} before the first step",
-                why=f"{self.shortage.text}; {why}",
+                why=f"{self.low_memory.text}; {why}",
                 fix=f"{END}, then {fix}",
             )
         what = f"stopped by {self.signal} before the first step"
@@ -149,7 +149,7 @@ class StopRequest:
         """The handler of the signals, in the main thread."""
         is_first = self.signal is None
         # `ask` interrupts by a signal that nobody has sent: it is not noted.
-        if self.shortage is not None and is_first and not self._deferred:
+        if self.low_memory is not None and is_first and not self._deferred:
             raise Interrupted
         if is_first:
             self.signal = signal.Signals(number).name

@@ -32,7 +32,7 @@ from tunesmith.host.memory import (
     read_memory,
     unified_budget,
 )
-from tunesmith.host.signals import Shortage, StopRequest
+from tunesmith.host.signals import LowMemory, StopRequest
 from tunesmith.runtime.device import is_integrated
 
 # MemFree on unified memory, below which page cache is dropped, and below which the run ends where
@@ -137,7 +137,7 @@ class MemoryGuard:
 
     def _watch(self) -> None:
         wait = 0.0
-        while not self._closing.wait(wait) and self.stop.shortage is None:
+        while not self._closing.wait(wait) and self.stop.low_memory is None:
             wait = self.look()
 
     def look(self) -> float:
@@ -238,7 +238,7 @@ class MemoryGuard:
             **figures.as_record(),
         }
         # At once: to see who holds it takes a tenth of a second.
-        self.stop.shortage = Shortage(text, record)
+        self.stop.low_memory = LowMemory(text, record)
         ranks = self.ranks.heartbeat.local_processes()
         ours, others = largest_processes(ranks)
         if self.ranks.world > 1:
@@ -249,7 +249,7 @@ class MemoryGuard:
             "other_processes": [process._asdict() for process in others],
         }
         text += f"; this run holds: {_names(ours)} GiB; others hold most: {_names(others)} GiB"
-        self.stop.ask(Shortage(text, record))
+        self.stop.ask(LowMemory(text, record))
 
 
 def _names(processes: Sequence[Holder]) -> str:

@@ -25,11 +25,11 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import Ranks, refuse_many_ranks, started_as
 from tunesmith.errors import (
+    LowMemoryError,
     NonFiniteError,
     OtherRankError,
     RecipeError,
     RunError,
-    ShortOfMemoryError,
     StoppedError,
     UsageError,
 )
@@ -356,7 +356,7 @@ class Sweep:
                 pause_after=until,
             )
         except StoppedError as error:
-            if isinstance(error, ShortOfMemoryError):
+            if isinstance(error, LowMemoryError):
                 micro_batch = self.fixed["micro_batch"]
                 error.fix += f"; the micro batch stays at {micro_batch}, as for all candidates"
             self.stopped = error.what

@@ -16,9 +16,9 @@ from tunesmith.distributed.heartbeat import AGAIN
 from tunesmith.distributed.ranks import Ranks, is_launched
 from tunesmith.errors import (
     EXIT_OK,
+    LowMemoryError,
     NonFiniteError,
     RunError,
-    ShortOfMemoryError,
     StoppedError,
     TunesmithError,
     UsageError,
@@ -28,7 +28,7 @@ from tunesmith.errors import (
 from tunesmith.host.files import write_atomically
 from tunesmith.host.memory import suspected_limit
 from tunesmith.host.shell import shell_path
-from tunesmith.host.signals import END, SHORT, Shortage
+from tunesmith.host.signals import END, SHORT, LowMemory
 from tunesmith.metrics.record import StepRecord
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.run_dir import RECIPE, STOP_FILE, STOPPED
@@ -163,7 +163,7 @@ def non_finite_error(
 
 
 def stopped_by(
-    requests: Sequence[tuple[Shortage | None, str | None]],
+    requests: Sequence[tuple[LowMemory | None, str | None]],
     run: Run,
     progress: Progress,
     ranks: Ranks,
@@ -207,7 +207,7 @@ def stopped_by(
         if smaller:
             fix += f"; or with train.micro_batch='{smaller}'"
         record |= {"reason": "memory", "next": fix, "smaller": smaller, "figures": shortage.record}
-        error = ShortOfMemoryError(SHORT + outcome, where=where, why=shortage.text, fix=fix)
+        error = LowMemoryError(SHORT + outcome, where=where, why=shortage.text, fix=fix)
         error.smaller = smaller
     elif is_by_file:
         record |= {"reason": "file", "next": fix}

@@ -70,7 +70,7 @@ class StopControl:
 
     def drops_step(self) -> bool:
         """Whether to leave a step in its middle, for want of memory; several ranks end it first."""
-        return self.ranks.world == 1 and self.request.shortage is not None
+        return self.ranks.world == 1 and self.request.low_memory is not None
 
     def cancels_validation(self) -> bool:
         """Whether to leave a validation in its middle; several ranks agree in the next step."""
@@ -86,6 +86,6 @@ class StopControl:
 
     def error(self, run: Run, progress: Progress, ranks: Ranks) -> StoppedError:
         """The end of the run by this stop, on all ranks; a collective call. See `stopped_by`."""
-        requests = ranks.gather((self.request.shortage, self.request.signal))
+        requests = ranks.gather((self.request.low_memory, self.request.signal))
         retry = self.retry_with_smaller_batch
         return stopped_by(requests, run, progress, ranks, retry_with_smaller_batch=retry)
