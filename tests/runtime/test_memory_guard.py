@@ -51,7 +51,7 @@ class Pretended:
     ) -> None:
         self.now, self.looks, self.dropped = 0.0, 0, list[float]()
         self.stop = StopRequest()
-        self.stop.hold()
+        self.stop.defer_signals()
         held = (lambda pids: own(self.now).total) if own else (lambda pids: GIB)
         monkeypatch.setattr(memory_guard, "own_memory", held)
         self.guard = MemoryGuard(

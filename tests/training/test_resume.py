@@ -304,7 +304,7 @@ def test_a_stop_that_a_library_swallows_is_not_lost() -> None:
             with contextlib.suppress(BaseException):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)
-            stop.hold()
+            stop.defer_signals()
             pytest.fail("it went on")
 
     def made_another_error() -> None:
@@ -428,7 +428,7 @@ def test_ctrl_c_while_final_is_written(
 def test_two_sigints_of_one_press_and_repeated_signals_of_a_scheduler_are_one_stop() -> None:
     said: list[str] = []
     with StopRequest() as stop:
-        stop.hold(said.append)
+        stop.defer_signals(said.append)
         for name in ("SIGINT", "SIGINT", "SIGTERM", "SIGTERM", "SIGHUP"):
             os.kill(os.getpid(), signal.Signals[name])
             time.sleep(0.01)
@@ -443,7 +443,7 @@ def test_a_signal_of_the_callers_own_is_left_to_it() -> None:
     before = signal.signal(number, lambda *_: came.append(1))
     try:
         with StopRequest() as stop:
-            stop.hold(said.append)
+            stop.defer_signals(said.append)
             for each in (number, signal.SIGINT):
                 os.kill(os.getpid(), each)
                 time.sleep(0.05)
@@ -457,7 +457,7 @@ def test_a_forked_worker_is_not_the_run() -> None:
     """A pool ends its workers with SIGTERM: that stops them, and the run says nothing."""
     said: list[str] = []
     with StopRequest() as stop:
-        stop.hold(said.append)
+        stop.defer_signals(said.append)
         if (pid := os.fork()) == 0:
             time.sleep(60)
             os._exit(0)

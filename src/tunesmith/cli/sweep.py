@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int | None:
     announce = notify if speaks else stay_silent
     with StopRequest() as early:
         early.doing = "the libraries are loaded"
-        early.hold(announce)
+        early.defer_signals(announce)
         from tunesmith.sweep.run import run_sweep
         from tunesmith.sweep.table import sweep_lines, sweep_page
 

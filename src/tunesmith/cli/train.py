@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     with StopRequest() as early:
         # They load for seconds, and an exception inside torch's C++ code would abort.
         early.doing = "the libraries are loaded"
-        early.hold(announce)
+        early.defer_signals(announce)
         with told_once_a_node():
             recipe, new_file = chosen_recipe(args, announce)
             if new_file is not None:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     # The run has ended well, whether or not someone reads this.
     sys.stdout = lasting(sys.stdout)
     with StopRequest() as late:
-        late.hold()
+        late.defer_signals()
         if args.json:
             print(json.dumps(result.values()))
         else:

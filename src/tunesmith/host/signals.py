@@ -48,8 +48,8 @@ class LowMemory(NamedTuple):
 class StopRequest:
     """A context that notes the first stop signal in `signal`, and in `low_memory` that memory is short.
 
-    Before `hold` a signal raises a KeyboardInterrupt, which libraries let pass, and the context
-    ends with StoppedError whatever a library made of it. From `hold` on signals are deferred: the
+    Before `defer_signals` a signal raises a KeyboardInterrupt, which libraries let pass, and the context
+    ends with StoppedError whatever a library made of it. From `defer_signals` on signals are deferred: the
     caller looks at `signal` and ends by itself; a second ctrl-C sets `now` and raises the same.
 
     Attributes:
@@ -108,7 +108,7 @@ class StopRequest:
             fix = "start the same command again"
             raise StoppedError(f"stopped by {self.signal}", fix=fix) from error
 
-    def hold(self, log: Callable[[str], None] | None = None) -> None:
+    def defer_signals(self, log: Callable[[str], None] | None = None) -> None:
         """Defer signals: from here on there is something to save, and the loop ends the run.
 
         When a signal comes, `log` takes a line at once, in another thread. Deferred already, the

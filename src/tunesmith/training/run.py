@@ -229,7 +229,7 @@ def start_run(
             for text in session.describe_ranks(trainer.first_step):
                 say(text)
         # From here on the loop answers signals.
-        stop.hold(say)
+        stop.defer_signals(say)
         with report_failure(trainer, say, callback) if ranks.leads else defer_to_rank_0(trainer):
             result = trainer.fit()
             sinks.close()

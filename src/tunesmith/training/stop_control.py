@@ -25,7 +25,7 @@ class StopControl:
     Attributes:
         request: the signals of this process, and its shortage of memory.
         run_dir: rank 0 looks for the file `stop` there.
-        announce: takes a line as soon as a stop is requested; None: `hold` says who does.
+        announce: takes a line as soon as a stop is requested; None: `defer_signals` says who does.
         retry_with_smaller_batch: for want of memory another start may take half the micro batch.
         is_agreed: all ranks know that one of them is asked to stop.
         write_failed: all ranks know that a checkpoint could not be written on one of them.
@@ -39,9 +39,9 @@ class StopControl:
     is_agreed: bool = field(default=False, init=False)
     write_failed: bool = field(default=False, init=False)
 
-    def hold(self, say: Callable[[str], None]) -> None:
+    def defer_signals(self, say: Callable[[str], None]) -> None:
         """From here on the loop ends the run, not the handler of a signal."""
-        self.request.hold(self.announce or say)
+        self.request.defer_signals(self.announce or say)
 
     def is_requested(self) -> bool:
         """Whether this rank is asked to stop, by the file `stop` too if it is rank 0."""
