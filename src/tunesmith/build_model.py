@@ -24,7 +24,7 @@ from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.shard import shard_model
-from tunesmith.parallel.tensor import cut_model
+from tunesmith.parallel.tensor import apply_tensor_parallel
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
 from tunesmith.planning.resolve import USABLE
 from tunesmith.planning.run_plan import RunPlan
@@ -122,7 +122,7 @@ def build_model(
         softcap=files.spec.final_softcap,
         logit_scale=files.spec.logit_scale,
     )
-    root.partial_gradients = cut_model(root, mesh)
+    root.partial_gradients = apply_tensor_parallel(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
     if plan.compiled:
         compilation.compile_layers(root.layers, varied=plan.layout.pad_to is None)

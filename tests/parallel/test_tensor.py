@@ -28,7 +28,7 @@ from tunesmith.model.fused import fuse_modules
 from tunesmith.model.weights import copy_whole, load_weights
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.mesh import Mesh, MeshShape
-from tunesmith.parallel.tensor import cut_model, reduce_gradients
+from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
 from tunesmith.quant import nf4
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_linear import load_hooks
@@ -151,7 +151,7 @@ def compare(tensor: int, cases: list[tuple[str, Adapter | None, int]]) -> dict[s
         mesh, found = Mesh.of(MeshShape(tensor=tensor), "cpu"), {}
         for name, adapter, recomputed in cases:
             root = build(name, adapter)
-            partial = cut_model(root, mesh)
+            partial = apply_tensor_parallel(root, mesh)
             recompute_layers(root.layers, recomputed)
             found[f"{name}, {adapter}, {recomputed}"] = max(
                 differences(root, partial, mesh, build(name, adapter))
@@ -191,7 +191,7 @@ def sharded() -> dict[str, float]:
         mesh, found = Mesh.of(MeshShape(1, 2, 2), "cpu"), {}
         for name, adapter in (("llama-odd", None), ("qwen3", ADAPTER)):
             root = build(name, adapter)
-            partial = cut_model(root, mesh)
+            partial = apply_tensor_parallel(root, mesh)
             ignored = {p for _, p in root.trained_parameters()} if adapter else set()
             for module in (*root.layers, root):
                 fully_shard(module, mesh=mesh.sharding, ignored_params=ignored)
@@ -222,7 +222,7 @@ def updated(adapter: Adapter | None) -> dict[str, float]:
         mesh, roots, norms = Mesh.of(MeshShape(tensor=2), "cpu"), [], []
         for cut in (True, False):
             root = build("qwen3", adapter)
-            partial = cut_model(root, mesh) if cut else frozenset()
+            partial = apply_tensor_parallel(root, mesh) if cut else frozenset()
             optimizer = Optimizer(root.trained_parameters(), train)
             for step in range(2):
                 optimizer.start_step(1e-2, step)
@@ -251,7 +251,7 @@ def scored() -> dict[str, float]:
             root = build("llama-odd", None)
             root.softcap, root.logit_scale = 3.0, 0.7
             if cut:
-                cut_model(root, Mesh.of(MeshShape(tensor=2), "cpu"))
+                apply_tensor_parallel(root, Mesh.of(MeshShape(tensor=2), "cpu"))
             losses, hits = root.token_scores(batch())
             index, targets = supervised_positions(batch())
             logprobs = root.logprobs(root.hidden(batch()).index_select(0, index), targets)
@@ -274,7 +274,7 @@ def loaded() -> dict[str, float]:
         lora.attach_lora(model, SAVED, seed=5)
         root = rooted(model)
         mesh = Mesh.of(MeshShape(tensor=2), "cpu")
-        partial = cut_model(root, mesh)
+        partial = apply_tensor_parallel(root, mesh)
         assert all(p.is_meta for p in model.parameters())
         load.materialise(root.double(), torch.device("cpu"))
         whole = dict(alone.model.named_parameters())
@@ -309,7 +309,7 @@ def quantized(folder: Path) -> tuple[int, float]:
         nf4.replace_linears(model, torch.bfloat16)
         lora.attach_lora(model, ADAPTER, seed=1)
         nf4.replace_linears(whole, torch.bfloat16)
-        cut_model(rooted(model), mesh)
+        apply_tensor_parallel(rooted(model), mesh)
         for each in (model, whole):
             load.materialise(each, torch.device("cpu"))
         count, nested = 0, []
@@ -331,7 +331,7 @@ def quantized(folder: Path) -> tuple[int, float]:
         lora.attach_lora(eight, ADAPTER, seed=1)
         count += convert_to_eight_bit(eight, ROW_WISE)
         root = rooted(eight)
-        cut_model(root, mesh)
+        apply_tensor_parallel(root, mesh)
         load.materialise(eight, torch.device("cpu"))
         load_weights(eight, folder, skip=lora.is_adapter_weight, convert=load_hooks(eight))
         lora.init_lora(eight, ADAPTER, seed=1)
@@ -367,7 +367,7 @@ def refused() -> list[str]:
 
         def attempt(model: PreTrainedModel, **options: Any) -> None:
             try:
-                cut_model(rooted(model, **options), mesh)
+                apply_tensor_parallel(rooted(model, **options), mesh)
             except TunesmithError as error:
                 texts.append(error.text())
 
@@ -390,7 +390,7 @@ def refused() -> list[str]:
         fine = rooted(causal_lm("llama"))
         plan = fine.model.config.base_model_tp_plan  # Transformers 5.17 names a tied embedding
         fine.model.config.base_model_tp_plan = {**plan, "embed_tokens": "embedding_rowwise"}
-        cut_model(fine, mesh)
+        apply_tensor_parallel(fine, mesh)
         weight = fine.layers[0].mlp.up_proj.weight
         assert isinstance(weight, DTensor)
         with pytest.raises(AssertionError):
@@ -415,7 +415,7 @@ def compiled() -> tuple[float, list[int]]:
     """The largest difference, and the graphs that batches of other lengths add."""
     with join_ranks():
         root, mesh = build("qwen3", ADAPTER), Mesh.of(MeshShape(tensor=2), "cpu")
-        partial = cut_model(root, mesh)
+        partial = apply_tensor_parallel(root, mesh)
         # Plain ones would be another kind to compile; `test_compilation.py` has both
         recompute_layers(root.layers, 2)
         compile_layers(root.layers, varied=True, backend="aot_eager")

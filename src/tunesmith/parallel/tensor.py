@@ -53,7 +53,7 @@ class TensorGroup(NamedTuple):
     rank: int
 
 
-def cut_model(root: TrainModel, mesh: Mesh) -> frozenset[str]:
+def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
     """Shard a model over the tensor group, in place.
 
     With its adapter and fused modules, before all else that wraps it; on meta or not (a quantized
@@ -96,7 +96,7 @@ def reduce_gradients(grads: Mapping[str, Tensor], partial: Collection[str], mesh
     """Sum the gradients of the `partial` parameters over the tensor group, in place.
 
     A collective call, once a step, before the norm. Gradients are DTensors, or this rank's parts of
-    them; `partial` is what `cut_model` returned.
+    them; `partial` is what `apply_tensor_parallel` returned.
     """
     parts = [local_part(grad) for name, grad in grads.items() if name in partial]
     all_reduce_together(parts, mesh.tensor_group)
