@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.host.packages import bitsandbytes
+from tunesmith.host.packages import bnb_functional
 from tunesmith.model.attention import attend, select_attention_backend
 from tunesmith.model.documents import Documents
 from tunesmith.quant.eight_bit import select_scaling
@@ -177,7 +177,7 @@ def main() -> None:
                 lambda d=documents: attend(*heads, d).sum().backward(),
             )
     try:
-        nf4 = bitsandbytes("nf4", "this script")
+        nf4 = bnb_functional("nf4", "this script")
         packed = nf4.quantize_4bit(
             draw(28672 // args.divide, 8192 // args.divide), quant_type="nf4"
         )

@@ -85,7 +85,7 @@ def require(package: str, *, where: str, fix: str) -> None:
         raise MachineError(f"{package} is not installed", where=where, fix=fix)
 
 
-def bitsandbytes(what: str, where: str) -> Any:
+def bnb_functional(what: str, where: str) -> Any:
     """`bitsandbytes.functional`, or a MachineError that says how to install it.
 
     `what` needs it, in the plural ("nf4 weights"); `where` is the recipe key that asks for it.

@@ -217,7 +217,7 @@ class AdamWUpdate:
         self._step_key: tuple[int, Tensor] | None = None
         self.functional: Any = None
         if train.optimizer == "adamw-8bit":
-            self.functional = packages.bitsandbytes("8-bit moments", "train.optimizer")
+            self.functional = packages.bnb_functional("8-bit moments", "train.optimizer")
             # The values of the 256 codes; v is never negative, and has all of them above zero.
             exp_avg_codes = self.functional.create_dynamic_map(signed=True).to(device)
             exp_avg_sq_codes = self.functional.create_dynamic_map(signed=False).to(device)

@@ -28,7 +28,7 @@ Update = tuple[Tensor, Tensor] | None  # of low rank: its two factors
 
 def nf4_functions() -> Any:
     """`bitsandbytes.functional`, or a MachineError that says how to install it."""
-    return packages.bitsandbytes("nf4 weights", "model.quantize")
+    return packages.bnb_functional("nf4 weights", "model.quantize")
 
 
 class FrozenWeight(ABC):

@@ -454,7 +454,7 @@ def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) ->
     if run.train.cpu_offload and device.type == "cpu":
         say("warning: train.cpu_offload has no effect on a CPU: all is in the host's memory")
     if run.train.optimizer == "adamw-8bit":
-        packages.bitsandbytes("8-bit moments", "train.optimizer")
+        packages.bnb_functional("8-bit moments", "train.optimizer")
     scheme_of(run.model).check_device(device)
     if dtype == "fp16" and device.type == "cpu":
         raise MachineError(
