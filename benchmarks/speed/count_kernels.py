@@ -59,7 +59,7 @@ from tunesmith.build_model import define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.model import attention
 from tunesmith.model.documents import Documents
-from tunesmith.model.load import materialise
+from tunesmith.model.load import materialize
 from tunesmith.model.shapes import find_shape
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.quant import frozen_matmul
@@ -325,7 +325,7 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
     # A CPU multiplies dB in another order, and copies it.
     b_of_cuda = patch.object(frozen_matmul, "gradient_of_b", lambda dy, xa: dy.T @ xa, create=True)
     with fake, patch.object(attention, "varlen_attn", attention_of_cuda), b_of_cuda, INDUCTOR:
-        materialise(model, torch.device("cpu"))
+        materialize(model, torch.device("cpu"))
         for name, p in model.named_parameters():  # made outside the mode
             module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             setattr(

@@ -152,7 +152,7 @@ def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> None:
     shard_model(root, mesh, run, DTYPES[run.model.dtype], offload=on_host)
     if run.train.optimizer == "adamw-8bit":
         check_blocks(root.trained_parameters())
-    load.materialise(root.model, device, shards=torch.device("cpu") if on_host else None)
+    load.materialize(root.model, device, shards=torch.device("cpu") if on_host else None)
     # FSDP lays its padding into the shards now: tensors taken out of them earlier would be left
     # behind.
     root.to(None if on_host else device)

@@ -92,7 +92,7 @@ def test_the_folder_is_what_transformers_reads_from_the_file(
         "the weights' mode is that of the rest"
     )
     model = load.build_on_meta(load.load_config(folder, spec), spec)
-    load.materialise(model, torch.device("cpu"))
+    load.materialize(model, torch.device("cpu"))
     load_weights(model, folder)
     theirs = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32

@@ -20,7 +20,7 @@ def ours(folder: Path, dtype: str = "fp32", **more):
     spec = Model(name=str(folder), dtype=dtype)
     built = load.build_on_meta(load.load_config(folder, spec), spec, **more)
     assert all(p.is_meta for p in built.parameters())
-    load.materialise(built, torch.device("cpu"))
+    load.materialize(built, torch.device("cpu"))
     load_weights(built, folder)
     return built.eval()
 

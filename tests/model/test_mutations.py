@@ -38,7 +38,7 @@ def use_model(folder: Path) -> None:
     files = read_model_files(fetch(model, progress=lambda text: None), model)
     eos_ids(folder, files.tokenizer)
     built = load.build_on_meta(files.config, model, rows=files.vocab_rows)
-    load.materialise(built, torch.device("cpu"))
+    load.materialize(built, torch.device("cpu"))
     load_weights(built, folder)
 
 
@@ -84,7 +84,7 @@ def test_a_damaged_adapter_loads_or_is_refused_by_name(tiny: Path, tmp_path: Pat
     peft_model(tiny).save_pretrained(tmp_path / "good")
     spec = Model(name=str(tiny), dtype="fp32")
     base = load.build_on_meta(load.load_config(tiny, spec), spec)
-    load.materialise(base, torch.device("cpu"))
+    load.materialize(base, torch.device("cpu"))
     load_weights(base, tiny)
     lora.attach_lora(base, peft_files.read_adapter(tmp_path / "good"), seed=0)
     keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora")

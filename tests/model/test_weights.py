@@ -36,7 +36,7 @@ def folder(tiny: Path, tmp_path: Path) -> Path:
 
 def filled(folder: Path, rows: int | None = None, **more):
     model = load.build_on_meta(load.load_config(folder, FP32), FP32, rows=rows)
-    load.materialise(model, torch.device("cpu"))
+    load.materialize(model, torch.device("cpu"))
     load_weights(model, folder, **more)
     return model
 
@@ -106,7 +106,7 @@ def test_dtypes_are_converted_as_torch_does(folder: Path, stored: str, dtype: st
     rewrite(folder, lambda t: {n: v.to(getattr(torch, stored)) for n, v in t.items()})
     spec = Model(name="here", dtype=dtype)
     model = load.build_on_meta(load.load_config(folder, spec), spec)
-    load.materialise(model, torch.device("cpu"))
+    load.materialize(model, torch.device("cpu"))
     load_weights(model, folder)
     for name, tensor in load_file(folder / "model.safetensors").items():
         assert torch.equal(model.get_parameter(name), tensor.to(DTYPES[dtype]))
@@ -148,7 +148,7 @@ def test_a_hook_gets_the_tensor_and_its_companions(folder: Path) -> None:
 def test_memory_of_its_own_is_not_touched_by_skipped_names(folder: Path) -> None:
     model = load.build_on_meta(load.load_config(folder, FP32), FP32)
     model.model.layers[0].mlp.extra = torch.nn.Parameter(torch.full((2,), 5.0))
-    load.materialise(model, torch.device("cpu"))
+    load.materialize(model, torch.device("cpu"))
     load_weights(model, folder, skip=lambda n: n.endswith("extra"))
     assert model.model.layers[0].mlp.extra.tolist() == [5.0, 5.0]
     with pytest.raises(ModelError, match=r"1 tensors are missing: model.layers.0.mlp.extra"):
@@ -393,7 +393,7 @@ def measure(folder: Path) -> list[tuple[str, int, int]]:
     for dtype in ("bf16", "fp32"):
         spec = Model(name="x", dtype=dtype)
         model = load.build_on_meta(load.load_config(folder, spec), spec)
-        load.materialise(model, torch.device("cpu"))
+        load.materialize(model, torch.device("cpu"))
         # What is free already would hide as much of what is taken next
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

@@ -147,7 +147,7 @@ def built(run: Any, mesh: Mesh, device: torch.device, offload: bool) -> TrainMod
     if offload:
         offload_inputs(root.layers)
     shard.shard_model(root, mesh, run, torch.float32, offload=offload)
-    load.materialise(model, device, shards=torch.device("cpu") if offload else None)
+    load.materialize(model, device, shards=torch.device("cpu") if offload else None)
     root.to(None if offload else device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

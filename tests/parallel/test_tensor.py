@@ -276,7 +276,7 @@ def loaded() -> dict[str, float]:
         mesh = Mesh.of(MeshShape(tensor=2), "cpu")
         partial = apply_tensor_parallel(root, mesh)
         assert all(p.is_meta for p in model.parameters())
-        load.materialise(root.double(), torch.device("cpu"))
+        load.materialize(root.double(), torch.device("cpu"))
         whole = dict(alone.model.named_parameters())
         for name, parameter in model.named_parameters():
             if not lora.is_adapter_weight(name):
@@ -311,7 +311,7 @@ def quantized(folder: Path) -> tuple[int, float]:
         nf4.replace_linears(whole, torch.bfloat16)
         apply_tensor_parallel(rooted(model), mesh)
         for each in (model, whole):
-            load.materialise(each, torch.device("cpu"))
+            load.materialize(each, torch.device("cpu"))
         count, nested = 0, []
         for name, layer in whole.named_modules():
             if isinstance(layer, nf4.Nf4Linear):
@@ -332,7 +332,7 @@ def quantized(folder: Path) -> tuple[int, float]:
         count += convert_to_eight_bit(eight, ROW_WISE)
         root = rooted(eight)
         apply_tensor_parallel(root, mesh)
-        load.materialise(eight, torch.device("cpu"))
+        load.materialize(eight, torch.device("cpu"))
         load_weights(eight, folder, skip=lora.is_adapter_weight, convert=load_hooks(eight))
         lora.init_lora(eight, ADAPTER, seed=1)
         for name, layer in eight.named_modules():

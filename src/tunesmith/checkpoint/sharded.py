@@ -298,7 +298,7 @@ def _named(model: TrainModel, optimizer: OptimizerState) -> dict[str, Tensor]:
 
 
 def read_sharded_weights(model: nn.Module, folder: Path, ranks: Ranks = ONE_PROCESS) -> None:
-    """Fill a materialised model, or this rank's shards of it, in its own dtype; a collective call of `ranks`, whose nodes
+    """Fill a materialized model, or this rank's shards of it, in its own dtype; a collective call of `ranks`, whose nodes
     get what they lack from each other.
 
     CheckpointError if it cannot be read; MachineError where the disk has no room for files of other nodes.

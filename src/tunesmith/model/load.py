@@ -1,6 +1,6 @@
 """From a folder to a model without weights: its config, the model on meta, its memory.
 
-`build_on_meta` builds the modules without memory for their matrices; `materialise` gives each
+`build_on_meta` builds the modules without memory for their matrices; `materialize` gives each
 parameter its memory, which `weights.load_weights` or `random_init` initialises. `to_empty` would
 break tied weights and leave the buffers (rotary frequencies), which are in no checkpoint,
 uninitialised.
@@ -140,7 +140,7 @@ def widen(model: nn.Module) -> None:
     _replace(model, fp32)
 
 
-def materialise(model: nn.Module, device: torch.device, shards: torch.device | None = None) -> None:
+def materialize(model: nn.Module, device: torch.device, shards: torch.device | None = None) -> None:
     """Give every parameter on meta its memory on `device`, uninitialised; move the real ones and
     all buffers there.
 

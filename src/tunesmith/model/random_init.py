@@ -39,7 +39,7 @@ def init_random_weights(
     seed: int,
     convert: Mapping[str, Hook] | None = None,
 ) -> None:
-    """Initialise a materialised model as `load_weights` loads one, from tensors that are drawn one
+    """Initialise a materialized model as `load_weights` loads one, from tensors that are drawn one
     at a time.
 
     `checkpoint` has what a checkpoint would hold: name -> a tensor (on meta) of that shape and

@@ -151,7 +151,7 @@ def load_weights(
     convert: Mapping[str, Hook] | None = None,
     grow_from: int | None = None,
 ) -> None:
-    """Load a materialised model's parameters from a folder's safetensors files.
+    """Load a materialized model's parameters from a folder's safetensors files.
 
     Args:
         model: every parameter has its memory.
