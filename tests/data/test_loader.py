@@ -293,7 +293,7 @@ class Shelf:
     def __call__(self, batch: Batch) -> Batch:
         if len(self.put) == self.fails_at:
             raise MemoryError("no room on the shelf")
-        placed = batch.each(torch.Tensor.clone)
+        placed = batch.map_tensors(torch.Tensor.clone)
         self.put.append((threading.current_thread().name, placed))
         return placed
 

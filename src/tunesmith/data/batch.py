@@ -72,7 +72,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`: not copied if there already, without blocking if pinned."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {
@@ -82,7 +82,7 @@ class Batch:
             "cu_seqlens": self.cu_seqlens,
         }
 
-    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return replace(
             self,
             input_ids=change(self.input_ids),

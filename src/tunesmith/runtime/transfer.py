@@ -89,7 +89,7 @@ class DevicePrefetcher:
         """
         # A new thread's current device is 0, whatever the main thread has chosen.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            placed = batch.each(Tensor.pin_memory).to(self._device)
+            placed = batch.map_tensors(Tensor.pin_memory).to(self._device)
             self._stream.synchronize()
         return placed
 
