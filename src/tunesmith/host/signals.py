@@ -46,11 +46,12 @@ class LowMemory(NamedTuple):
 
 
 class StopRequest:
-    """A context that notes the first stop signal in `signal`, and in `low_memory` that memory is short.
+    """A context that notes the first stop signal, and in `low_memory` that memory is short.
 
-    Before `defer_signals` a signal raises a KeyboardInterrupt, which libraries let pass, and the context
-    ends with StoppedError whatever a library made of it. From `defer_signals` on signals are deferred: the
-    caller looks at `signal` and ends by itself; a second ctrl-C sets `now` and raises the same.
+    Before `defer_signals` a signal raises a KeyboardInterrupt, which libraries let pass, and the
+    context ends with StoppedError whatever a library made of it. From `defer_signals` on signals
+    are deferred: the caller looks at `signal` and ends by itself; a second ctrl-C sets `now` and
+    raises the same.
 
     Attributes:
         doing: what is completed before the stop, as a user reads it.
