@@ -69,7 +69,7 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
     try:
         with join_ranks() as ranks:
             heartbeat, value = ranks.heartbeat, torch.ones(10)
-            heartbeat.on_fault = lambda error, step: write_failure(
+            heartbeat.report.on_fault = lambda error, step: write_failure(
                 make_folder(folder / f"failure-{ranks.rank}"),
                 error,
                 last_step=step,
@@ -79,9 +79,11 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
                 time.sleep(2.5 * LIMIT)  # a load, a compile or a save, which the others wait for
             heartbeat.phase("training", 2.0 if fault in ("hang", "gpu") else None)
             if fault == "gpu":
-                heartbeat.gpu_is_busy = lambda: ranks.rank != 1
+                heartbeat.probes.gpu_is_busy = lambda: ranks.rank != 1
             if fault == "nccl" and ranks.rank == 0:
-                heartbeat.find_error = lambda: "NCCL: REMOTE_ERROR" if heartbeat.step == 20 else ""
+                heartbeat.probes.find_error = lambda: (
+                    "NCCL: REMOTE_ERROR" if heartbeat.activity.step == 20 else ""
+                )
             for step in range(40 if fault in ("none", "slow") else 1_000_000):
                 if fault == "stop":  # that of the operators in compiled and tensor-parallel layers
                     value = collective("all_reduce", value, "sum", dist.group.WORLD.group_name)
@@ -141,9 +143,9 @@ def test_the_last_beat_is_written_at_once():
     for key, value in {"verdict": "-", "beat/0": "{}"}.items():
         store.set(key, value)
     heartbeat = Heartbeat(0, [HOST], [0], store)
-    heartbeat.interval = 20.0
+    heartbeat.peers.clock.interval = 20.0
     with heartbeat:
-        while not heartbeat.own.count:
+        while not heartbeat.peers.own.count:
             time.sleep(0.01)
         ended = time.monotonic()
     assert time.monotonic() - ended < 4
@@ -281,7 +283,7 @@ def test_one_process_has_nobody_to_watch():
         heartbeat.progress(3)
         error = ValueError("own")
         assert heartbeat.verdict(error) is error
-    assert heartbeat.fault is None
+    assert heartbeat.report.fault is None
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "nan", "inf", "-3", ""])

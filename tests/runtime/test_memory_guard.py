@@ -257,8 +257,8 @@ def test_the_ranks_of_a_host_are_no_others(monkeypatch: pytest.MonkeyPatch) -> N
     for rank, process in enumerate(
         (f"{space} {parent}", f"{space} {os.getpid()}", f"pid:[1] {os.getpid()}", f"{space} 1")
     ):
-        heartbeat.beats[rank].process = process
-    assert heartbeat.local_processes() == {parent: 0, os.getpid(): 1}
+        heartbeat.peers.beats[rank].process = process
+    assert heartbeat.peers.local_processes() == {parent: 0, os.getpid(): 1}
     there = Pretended(lambda now: replace(LAPTOP, available=100 * MIB), monkeypatch, unified=False)
     asked: list[list[int]] = []
     monkeypatch.setattr(memory_guard, "own_memory", lambda pids: asked.append(sorted(pids)) or GIB)

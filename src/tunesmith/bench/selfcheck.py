@@ -313,8 +313,8 @@ class SelfCheck:
         what = kind.name if kind.dtype == "fp32" else f"{kind.name} {kind.dtype}"
         self.part = f"{what}, {shape.describe()}: "
         self.mesh = shape
-        ranks.heartbeat.part = self.part
-        ranks.heartbeat.longest = STUCK_SECONDS
+        ranks.heartbeat.activity.phase_prefix = self.part
+        ranks.heartbeat.activity.longest_limit = STUCK_SECONDS
         ranks.heartbeat.phase("build")
         try:
             yield

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunesmith.distributed.heartbeat import AGAIN
+from tunesmith.distributed.diagnosis import AGAIN
 from tunesmith.errors import RunError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.memory import oom_kills

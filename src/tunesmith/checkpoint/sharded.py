@@ -101,7 +101,7 @@ class RanksWriter(Writer):
 
     def wait(self) -> None:
         """As `Writer.wait`; the heartbeat tells meanwhile what the writing thread waits for."""
-        with self.ranks.heartbeat.waits_for(self._thread):
+        with self.ranks.heartbeat.activity.waits_for(self._thread):
             super().wait()
 
     def _write(self, fill: Fill, step: int, keep_step: int | None) -> None:

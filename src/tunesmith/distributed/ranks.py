@@ -1,8 +1,9 @@
 """The ranks of one run: which of them this process is, and what they agree on.
 
-Whoever starts the ranks (torchrun does) sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-What one rank decides alone, by its clock, a signal or an error, leaves the others waiting for it in a collective: every
-such decision is shared first. The functions here take any Python value and are for what comes before and after a step.
+Whoever starts the ranks (torchrun does) sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT. What one rank decides alone, by its clock, a signal or an error, leaves
+the others waiting for it in a collective: every such decision is shared first. The functions here
+take any Python value and are for what comes before and after a step.
 """
 
 import json
@@ -11,14 +12,15 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tunesmith.distributed.heartbeat import Heartbeat, refuses_connections
+from tunesmith.distributed.activity import Probes
+from tunesmith.distributed.heartbeat import UNDECIDED, Heartbeat, refuses_connections
 from tunesmith.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -33,28 +35,33 @@ from tunesmith.errors import (
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# A collective may wait for a rank that compiles, loads or saves; one that is gone is found by its heartbeat.
+# A collective may wait for a rank that compiles, loads or saves; one that is gone is found by its
+# heartbeat.
 PATIENCE = timedelta(hours=24)
-HEARTBEAT_NAME = (
-    "heartbeat"  # a key of the launcher's store: the prefix of the keys of these ranks' heartbeats
-)
+# A key of the launcher's store: the prefix of the keys of these ranks' heartbeats.
+HEARTBEAT_NAME = "heartbeat"
 SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
 JOIN = 600.0  # seconds that the ranks have to find each other, as long as torchrun gives its nodes
-# NCCL's watchdog would end a process by SIGABRT, before a rank has told what happened, where a collective or kernel failed or
-# it stood still for minutes. Its sign to dump stays in the launcher's store for the ranks that start again.
+# NCCL's watchdog would end a process by SIGABRT, before a rank has reported what happened, where a
+# collective or kernel failed or it stood still for minutes. Its sign to dump stays in the
+# launcher's store for the ranks that start again.
 WATCHDOG = ("ASYNC_ERROR_HANDLING", "RETHROW_CUDA_ERRORS", "ENABLE_MONITORING", "DUMP_ON_TIMEOUT")
-# Where torchrun and accelerate, srun, Open MPI, and other MPIs say how many ranks there are. SLURM_NTASKS does not tell:
-# a batch script without srun has it too, and is one process.
+# Where torchrun and accelerate, srun, Open MPI, and other MPIs say how many ranks there are.
+# SLURM_NTASKS does not say it: a batch script without srun has it too, and is one process.
 RANKS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the ranks of a run. The defaults are a run of one process, where nothing has to be shared.
+    """This process among the ranks of a run. The defaults are a run of one process.
 
-    `hosts` names the host of each rank; `heartbeat` watches over them. `dir_leaders` has for each rank the one that writes
-    the run directory that it sees: rank 0, unless nodes share no disk (`checkpoint.nodes.find_dir_leaders`).
+    Attributes:
+        hosts: the name of each rank's host.
+        dir_leaders: for each rank the one that writes the run directory that it sees: rank 0,
+            unless nodes share no disk (`checkpoint.replicate.find_dir_leaders`).
+        heartbeat: watches over the ranks.
+        group: the process group that they share values over; None is the default one.
     """
 
     rank: int = 0
@@ -64,7 +71,7 @@ class Ranks:
     hosts: tuple[str, ...] = ("",)
     dir_leaders: tuple[int, ...] = (0,)
     heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
-    group: Any = None  # the process group that they share values over; None is the default one
+    group: Any = None
 
     @property
     def leads(self) -> bool:
@@ -96,30 +103,31 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks leave the block, or none: an error of one ends the block on all, after all have come to its end.
+        """All ranks leave the block, or none: an error of one ends it on all, at its end.
 
-        It must hold no collective. The lowest rank that failed raises its own error and tells it; the others raise
-        `OtherRankError`, which says nothing and has the exit code."""
+        It must hold no collective. The lowest rank that failed raises its own error and reports
+        it; the others raise `OtherRankError`, which says nothing and has the exit code.
+        """
         error: BaseException | None = None
         try:
             yield
         except BaseException as caught:  # a signal's KeyboardInterrupt too
             error = caught
-        code = _exit_code_of(error)
-        found = [
-            (rank, *said) for rank, said in enumerate(self.gather((code, str(error)))) if said[0]
-        ]
-        if not found:
-            return
-        rank, code, text = found[0]
-        if error is not None and rank == self.rank:
-            self.heartbeat.agreed = error
-            raise error
-        raise OtherRankError(f"{self.name(rank)} failed: {text}", exit_code=code) from error
+        outcomes = self.gather((_exit_code_of(error), str(error)))
+        for rank, (code, text) in enumerate(outcomes):
+            if not code:
+                continue
+            if error is not None and rank == self.rank:
+                self.heartbeat.agreed = error
+                raise error
+            raise OtherRankError(f"{self.name(rank)} failed: {text}", exit_code=code) from error
 
     @contextmanager
     def node_leader_first(self) -> Iterator[None]:
-        """Let one rank of each node run the block, without a collective, before its others: they find what it has cached."""
+        """Let one rank of each node run the block before its others, which find what it cached.
+
+        The block itself must hold no collective.
+        """
         if self.local_rank:
             self.gather(None)
         try:
@@ -134,44 +142,55 @@ def _exit_code_of(error: BaseException | None) -> int:
         return EXIT_OK
     if isinstance(error, KeyboardInterrupt):  # a stop signal
         return EXIT_STOPPED
-    return error.exit_code if isinstance(error, TunesmithError) else EXIT_FAILED
+    if isinstance(error, TunesmithError):
+        return error.exit_code
+    return EXIT_FAILED
 
 
 ONE_PROCESS = Ranks()
 
 
 def started_as() -> dict[str, int] | None:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them; None where this process is alone."""
-    found = {
-        name: os.environ.get(name, "")
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    }
-    if not all(value.isdecimal() for value in found.values()) or int(found["WORLD_SIZE"]) < 2:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them.
+
+    None where this process is alone.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    texts = [os.environ.get(name, "") for name in names]
+    if not all(text.isdecimal() for text in texts):
         return None
-    return {name: int(value) for name, value in found.items()}
+    numbers = {name: int(text) for name, text in zip(names, texts, strict=True)}
+    return numbers if numbers["WORLD_SIZE"] > 1 else None
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or what stands in for it, started this process, and starts it again on an exit code other than 0."""
+    """Whether torchrun, or what stands in for it, started this process.
+
+    It starts it again on an exit code other than 0.
+    """
     return started_as() is not None or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @contextmanager
 def told_once_a_node() -> Iterator[None]:
-    """Before the ranks join, each finds the same faults of the command and recipe: one of a node tells them."""
+    """Let one rank of a node report a fault of the command or recipe, which each finds alone.
+
+    For what happens before the ranks join.
+    """
     try:
         yield
     except UsageError as error:
-        if (started_as() or {"LOCAL_RANK": 0})["LOCAL_RANK"]:
+        environment = started_as()
+        if environment is not None and environment["LOCAL_RANK"]:
             raise OtherRankError(error.what, exit_code=error.exit_code) from error
         raise
 
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Join the other ranks for the time of the block, if this process was started as one of several."""
-    env = started_as()
-    if env is None:
+    """Join the other ranks for the time of the block, if this process is one of several."""
+    environment = started_as()
+    if environment is None:
         yield Ranks()
         return
     import torch
@@ -180,138 +199,171 @@ def join_ranks() -> Iterator[Ranks]:
 
     from tunesmith.distributed.torch_private import current_collective, find_nccl_error
 
-    rank, world, local_rank, local_world = env.values()
-    cuda, limit = torch.cuda.is_available(), timedelta(seconds=heartbeat_limit())
-    if cuda:
+    rank, world, local_rank, local_world = environment.values()
+    limit = timedelta(seconds=heartbeat_limit())
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
         choose_gpu(local_rank, local_world)
-        os.environ.update({f"TORCH_NCCL_{name}": "0" for name in WATCHDOG} | os.environ)
+        for name in WATCHDOG:
+            os.environ.setdefault(f"TORCH_NCCL_{name}", "0")
     try:
         store, _, _ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))
         group, hosts = meet(store, rank, world)
-        own = dist.TCPStore(
+        # A client of its own, whose timeout is the limit of the heartbeat.
+        heartbeat_store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             timeout=limit,
         )
-        own.set(HEARTBEAT_NAME, group)
+        heartbeat_store.set(HEARTBEAT_NAME, group)
     except (RuntimeError, ValueError) as error:  # torch's, of a network and of an environment
         raise _apart(
             "the store of the ranks cannot be used", rank, world, why=first_line(error)
         ) from error
-    local = range(rank - local_rank, rank - local_rank + local_world)
-    heartbeat = Heartbeat(rank, hosts, local, dist.PrefixStore(group, own))
-    heartbeat.current_collective = current_collective
-    heartbeat.store_is_closed = partial(refuses_connections, own.host, own.port)
+    probes = Probes(
+        current_collective=current_collective,
+        store_is_closed=partial(refuses_connections, heartbeat_store.host, heartbeat_store.port),
+    )
+    heartbeat = Heartbeat(
+        rank,
+        hosts,
+        range(rank - local_rank, rank - local_rank + local_world),
+        dist.PrefixStore(group, heartbeat_store),
+        probes,
+    )
     if is_launched():  # the launcher would start a rank of any other exit code again
-        heartbeat.stopped_code = EXIT_OK
+        heartbeat.report.stopped_code = EXIT_OK
     try:
         with heartbeat:
-            # Gloo waits for ever behind a wrong interface
+            # Gloo waits for ever behind a wrong interface.
             heartbeat.phase("joining the ranks", JOIN)
-            backend, names = (
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                dist.PrefixStore(group, store),
-            )
             dist.init_process_group(
-                backend, store=names, rank=rank, world_size=world, timeout=PATIENCE
+                "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
+                store=dist.PrefixStore(group, store),
+                rank=rank,
+                world_size=world,
+                timeout=PATIENCE,
             )
             heartbeat.phase("start")
-            if cuda:
-                heartbeat.find_error, stream = find_nccl_error, torch.cuda.current_stream()
-                heartbeat.gpu_is_busy = lambda: not stream.query()
+            if has_cuda:
+                stream = torch.cuda.current_stream()
+                probes.find_error = find_nccl_error
+                probes.gpu_is_busy = lambda: not stream.query()
             yield Ranks(rank, world, local_rank, local_world, tuple(hosts), (0,) * world, heartbeat)
     finally:
-        # A group that a rank has left may wait for it
-        if heartbeat.fault is None and dist.is_initialized():
+        # A group that a rank has left may wait for it.
+        if heartbeat.report.fault is None and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def choose_gpu(local_rank: int, local_world: int) -> None:
-    """Take this rank's GPU of the node, or the only one that its process is shown; MachineError where there are too few."""
+    """Take this rank's GPU of the node, or the only one that its process is shown.
+
+    MachineError where there are too few.
+    """
     import torch
 
-    count, shown = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    # Slurm's --gpus-per-task shows each rank its own
-    if count < local_world and not (count == 1 and shown):
-        what, fix = (
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if count >= local_world:
+        torch.cuda.set_device(local_rank)
+    # Slurm's --gpus-per-task shows each rank its own.
+    elif count == 1 and visible:
+        torch.cuda.set_device(0)
+    else:
+        raise MachineError(
             f"{local_world} ranks on a node with {count} GPUs",
-            f"one rank a GPU: --nproc-per-node {count}",
+            where=f"CUDA_VISIBLE_DEVICES={visible}",
+            fix=f"one rank a GPU: --nproc-per-node {count}",
         )
-        raise MachineError(what, where=f"CUDA_VISIBLE_DEVICES={shown or ''}", fix=fix)
-    torch.cuda.set_device(local_rank if count >= local_world else 0)
 
 
 def heartbeat_limit() -> float:
-    """Seconds after which a rank without beats is gone. MachineError where the environment names no such number."""
+    """Seconds after which a rank without beats is gone.
+
+    MachineError where the environment names no such number.
+    """
     text = os.environ.get(SECONDS, "60")
-    with suppress(ValueError):
-        if 1 <= (seconds := float(text)) < inf:
-            return seconds
-    raise MachineError(
-        "not a number of seconds from 1",
-        where=f"environment: {SECONDS}={text}",
-        fix=f"unset {SECONDS}",
-    )
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds < inf:
+        raise MachineError(
+            "not a number of seconds from 1",
+            where=f"environment: {SECONDS}={text}",
+            fix=f"unset {SECONDS}",
+        )
+    return seconds
 
 
 def meet(store: "Store", rank: int, world: int) -> tuple[str, list[str]]:
-    """Find the ranks that were started together: a new name for them, which prefixes their keys, and each one's host.
+    """Find the ranks that were started together.
 
-    torchrun 2.13 keeps one store over its restarts, with the addresses of earlier ranks: whoever starts first would
-    connect to those, and fail or wait for ever; and its nodes may count their restarts differently. So each rank says
-    who it is and agrees to the list that rank 0 reads, and all go on when rank 0 has seen that every one agrees; MachineError
-    if they have not after JOIN seconds."""
+    Returns a new name for them, which prefixes their keys, and each one's host.
+
+    torchrun 2.13 keeps one store over its restarts, with the addresses of earlier ranks: whoever
+    starts first would connect to those, and fail or wait for ever; and its nodes may count their
+    restarts differently. So each rank says who it is and agrees to the list that rank 0 reads, and
+    all go on when rank 0 has seen that every one agrees; MachineError if they have not after JOIN
+    seconds.
+    """
 
     def read(key: str) -> str:
+        # `get` alone would wait for a key that nobody has written yet.
         return store.get(key).decode() if store.check([key]) else ""
 
-    me, deadline = f"{socket.gethostname()} {uuid.uuid4().hex}", time.monotonic() + JOIN
-    store.set(f"hello/{rank}", me)
+    own_name = f"{socket.gethostname()} {uuid.uuid4().hex}"
+    deadline = time.monotonic() + JOIN
+    store.set(f"hello/{rank}", own_name)
     while time.monotonic() < deadline:
-        if rank == 0 and all(hellos := [read(f"hello/{r}") for r in range(world)]):
-            store.set("list", json.dumps(hellos))
-        members = json.loads(listed := read("list") or "[]")
-        if members[rank : rank + 1] == [me]:
-            hosts, name = [member.split()[0] for member in members], members[0].split()[1]
+        if rank == 0:
+            hellos = [read(f"hello/{other}") for other in range(world)]
+            if all(hellos):
+                store.set("list", json.dumps(hellos))
+        listed = read("list")
+        members = json.loads(listed or "[]")
+        # Any other list is of an earlier start.
+        if members[rank : rank + 1] == [own_name]:
+            name = members[0].split()[1]
             store.set(f"agreed/{rank}", listed)
-            if rank == 0 and all(read(f"agreed/{r}") == listed for r in range(world)):
-                for key, value in {
-                    "verdict": "-",
-                    **{f"beat/{r}": "{}" for r in range(world)},
-                }.items():
-                    store.set(f"{name}/{key}", value)  # a PrefixStore's way to write them
+            if rank == 0 and all(read(f"agreed/{other}") == listed for other in range(world)):
+                # As a PrefixStore would write them.
+                store.set(f"{name}/verdict", UNDECIDED)
+                for other in range(world):
+                    store.set(f"{name}/beat/{other}", "{}")
                 store.set("go", name)
             if read("go") == name:
-                return name, hosts
+                return name, [member.split()[0] for member in members]
         time.sleep(0.05)
-    missing = (
-        ", ".join(str(r) for r in range(world) if not read(f"hello/{r}")) or "that was there before"
-    )
+    silent = [str(other) for other in range(world) if not read(f"hello/{other}")]
+    missing = ", ".join(silent) or "that was there before"
     raise _apart(f"no word of rank {missing} in {JOIN:.0f} s", rank, world)
 
 
 def _apart(what: str, rank: int, world: int, why: str = "") -> MachineError:
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    fix = "start the launcher on every node, with the same address and the same number of nodes"
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return MachineError(
-        what, where=f"rank {rank} of {world}, MASTER_ADDR and MASTER_PORT {place}", why=why, fix=fix
+        what,
+        where=f"rank {rank} of {world}, MASTER_ADDR and MASTER_PORT {address}",
+        why=why,
+        fix="start the launcher on every node, with the same address and the same number of nodes",
     )
 
 
 def refuse_many_ranks(command: str) -> None:
-    """Raise MachineError where this process is one of several that would each do all of `command` alone."""
+    """MachineError where this process is one of several that would each do all of `command`."""
     for name in RANKS:
-        if (count := os.environ.get(name, "")).isdecimal() and int(count) > 1:
-            what = f"this process is one of {count}, and cannot find the others"
-            alone, several = (
-                f"tunesmith {command} ...",
-                f"torchrun --nproc-per-node N -m tunesmith {command} ...",
-            )
-            by = several if command in ("train", "sweep") else alone
-            fix = f"{by}, without another launcher; unset {name} if it is left over"
-            where, why = (
-                f"environment: {name}={count}",
-                "each of them would work alone, on all rows",
-            )
-            raise MachineError(what, where=where, why=why, fix=fix)
+        text = os.environ.get(name, "")
+        if not text.isdecimal() or int(text) < 2:
+            continue
+        start = f"tunesmith {command} ..."
+        if command in ("train", "sweep"):
+            start = f"torchrun --nproc-per-node N -m tunesmith {command} ..."
+        raise MachineError(
+            f"this process is one of {text}, and cannot find the others",
+            where=f"environment: {name}={text}",
+            why="each of them would work alone, on all rows",
+            fix=f"{start}, without another launcher; unset {name} if it is left over",
+        )

@@ -1,4 +1,7 @@
-"""The private names of torch that the engine needs, here and nowhere else: a new release may move them."""
+"""The private names of torch that the engine needs, here and nowhere else.
+
+A new release of torch may move them.
+"""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The only fp8 matmul that torch 2.11 to 2.13 share on GPU and CPU (on a CPU, 2.11 scales tensor-wise only).
+# The only fp8 matmul that torch 2.11 to 2.13 share on GPU and CPU. On a CPU, 2.11 scales
+# tensor-wise only.
 scaled_mm = torch._scaled_mm
 
-# Sets the options of PYTORCH_ALLOC_CONF in a process that has begun; torch 2.11 deprecates the older name.
+# Sets the options of PYTORCH_ALLOC_CONF in a process that has begun. torch 2.11 deprecates the
+# older name.
 _newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
 set_allocator = _newer or torch.cuda.memory._set_allocator_settings
 
@@ -17,8 +22,12 @@ set_allocator = _newer or torch.cuda.memory._set_allocator_settings
 def collective(name: str, x: Tensor, *arguments: Any) -> Tensor:
     """The result of a collective as a new plain tensor, which torch.compile keeps in one graph.
 
-    `all_reduce` (op, group), `all_gather_into_tensor` (size, group) or `reduce_scatter_tensor` (op, size, group), by rows;
-    group: a process group's name. torch's functions around them were renamed between 2.11 and 2.13.
+    torch's functions around these operators were renamed between 2.11 and 2.13.
+
+    Args:
+        name: `all_reduce` (op, group), `all_gather_into_tensor` (size, group) or
+            `reduce_scatter_tensor` (op, size, group), by rows.
+        arguments: as in the parentheses; group: a process group's name.
     """
     operators: Any = torch.ops._c10d_functional
     operator = getattr(operators, name)
@@ -35,23 +44,34 @@ _entered: list[str] = []
 
 
 def current_collective() -> str:
-    """The collective that this process is in by `collective`, for the diagnosis of a run that hangs; else empty."""
+    """The collective that this process is in by `collective`; else empty.
+
+    For the diagnosis of a run that hangs.
+    """
     return _entered[-1] if _entered else ""
 
 
 def find_nccl_error() -> str:
-    """What NCCL has found wrong with a collective of any group, for which the GPU waits without raising it; else empty."""
+    """What NCCL has found wrong with a collective of any group; else empty.
+
+    The GPU waits for such a collective, and nothing raises the error.
+    """
     from torch.distributed import distributed_c10d
 
-    groups = [*distributed_c10d._world.pg_map]  # other threads may make some
+    # A list of its own, as other threads may make groups meanwhile.
+    groups = [*distributed_c10d._world.pg_map]
     backends = [group._get_backend(device) for group in groups for device in group._device_types]
     errors = {backend.get_error().name for backend in backends if backend.name() == "nccl"}
     return ", ".join(f"NCCL: {error}" for error in sorted(errors - {"SUCCESS"}))
 
 
 def mark_varying(tensor: Tensor, dim: int) -> None:
-    """Tell torch.compile that a dimension differs from call to call, so that no size of it makes a graph of its own."""
-    from torch._dynamo import maybe_mark_dynamic  # a slow import, for runs that compile only
+    """Tell torch.compile that a dimension differs from call to call.
+
+    Otherwise each size of it makes a graph of its own.
+    """
+    # A slow import, for runs that compile only.
+    from torch._dynamo import maybe_mark_dynamic
 
     maybe_mark_dynamic(tensor, dim)
 
@@ -64,7 +84,10 @@ def graphs_compiled() -> int:
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Which part of a DTensor's global shape this rank holds, dimension by dimension; of a plain tensor all."""
+    """Which part of a DTensor's global shape this rank holds, dimension by dimension.
+
+    Of a plain tensor all of it.
+    """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -77,7 +100,10 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def let_codes_be_sharded() -> None:
-    """Let FSDP of torch 2.11 shard frozen integers: it first makes each shard a parameter with gradients (pytorch#177844)."""
+    """Let FSDP of torch 2.11 shard frozen integers.
+
+    It first makes each shard a parameter with gradients (pytorch#177844).
+    """
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 
     def parameter(x: Tensor, requires_grad: bool = True) -> nn.Parameter:
@@ -88,7 +114,10 @@ def let_codes_be_sharded() -> None:
 
 
 def restart_compiler() -> None:
-    """Forget what torch.compile has made or failed to make, and end its workers: they keep the environment they began with."""
+    """Forget what torch.compile has made or failed to make, and end its workers.
+
+    Workers keep the environment that they began with.
+    """
     from torch._inductor.async_compile import CompiledTritonKernels, shutdown_compile_workers
 
     torch.compiler.reset()
@@ -97,7 +126,10 @@ def restart_compiler() -> None:
 
 
 def set_elastic_agent(agent: type) -> None:
-    """Let torch's elastic launcher start the ranks of this node by a subclass of its LocalElasticAgent."""
+    """Let torch's elastic launcher start the ranks of this node by `agent`.
+
+    agent: a subclass of its LocalElasticAgent.
+    """
     from torch.distributed.launcher import api
 
     vars(api)["LocalElasticAgent"] = agent

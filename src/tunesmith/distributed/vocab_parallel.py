@@ -23,17 +23,20 @@ def sharding_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """The groups whose ranks hold the other parts of a parameter; none where it is whole."""
     if not isinstance(param, DTensor):
         return ()
-    mesh, places = param.device_mesh, enumerate(param.placements)
+    mesh = param.device_mesh
     return tuple(
-        mesh.get_group(dim) for dim, at in places if not at.is_replicate() and mesh.size(dim) > 1
+        mesh.get_group(dim)
+        for dim, placement in enumerate(param.placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
     )
 
 
 class VocabularyShard(NamedTuple):
     """The tokens whose logits this rank has: as many as its output layer has rows, from `first` on.
 
-    Ranks share three numbers a position: the largest logit, the sum of the exponentials, and the target's logit, which one
-    of them has (Shoeybi et al. 2019, arXiv:1909.08053). Every method is a collective call.
+    Ranks share three numbers a position: the largest logit, the sum of the exponentials, and the
+    target's logit, which one of them has (Shoeybi et al. 2019, arXiv:1909.08053). Every method is a
+    collective call.
     """
 
     first: int
@@ -49,6 +52,7 @@ class VocabularyShard(NamedTuple):
         column, inside = self._columns(targets, logits)
         picked = logits.gather(1, column).where(inside, 0)
         largest = collective("all_reduce", logits.amax(-1, keepdim=True), "max", self.group)
+        # Less the largest, so that no exponential overflows.
         exps = logits.sub_(largest).exp_()
         sums = torch.cat([exps.sum(-1, keepdim=True), picked], 1)
         total, picked = collective("all_reduce", sums, "sum", self.group).split(1, 1)
@@ -60,15 +64,21 @@ class VocabularyShard(NamedTuple):
         probabilities.scatter_add_(1, column, -inside.to(probabilities.dtype))
 
     def most_likely(self, logits: Tensor) -> Tensor:
-        """The token with the largest logit, the first of several, int64 [c]; logits [c, own tokens]."""
+        """The token with the largest logit, the first of several, int64 [c].
+
+        logits: [c, own tokens].
+        """
         largest, token = logits.max(-1)
-        of_all = collective("all_reduce", largest, "max", self.group)
-        token = (token + self.first).where(largest == of_all, torch.iinfo(torch.int64).max)
+        global_largest = collective("all_reduce", largest, "max", self.group)
+        # Ranks that do not have it say a token that is larger than any.
+        none = torch.iinfo(torch.int64).max
+        token = (token + self.first).where(largest == global_largest, none)
         return collective("all_reduce", token, "min", self.group)
 
     def _columns(self, targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Each target's column in `logits`, [c, 1], and whether it is there at all."""
-        column, last = targets.unsqueeze(1) - self.first, logits.shape[1] - 1
+        column = targets.unsqueeze(1) - self.first
+        last = logits.shape[1] - 1
         return column.clamp(0, last), (column >= 0) & (column <= last)
 
 
@@ -84,7 +94,10 @@ def shard_of(head: nn.Module) -> VocabularyShard | None:
 
 
 class GatheredHead(nn.Module):
-    """An output layer that FSDP gathers for `compute`, as for its forward; a mixin of `nn.Linear`."""
+    """An output layer that FSDP gathers for `compute`, as for its forward.
+
+    A mixin of `nn.Linear`.
+    """
 
     def compute(
         self, function: Callable[..., Tensor], hidden: Tensor, *arguments: Any, **options: Any

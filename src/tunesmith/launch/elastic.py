@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from tunesmith.distributed.heartbeat import AGAIN
+from tunesmith.distributed.diagnosis import AGAIN
 from tunesmith.distributed.ranks import HEARTBEAT_NAME
 from tunesmith.distributed.torch_private import set_elastic_agent
 from tunesmith.errors import CAUSES, StoppedError

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config.load import load_recipe
-from tunesmith.distributed.heartbeat import AGAIN, refuses_connections
+from tunesmith.distributed.diagnosis import AGAIN
+from tunesmith.distributed.heartbeat import refuses_connections
 from tunesmith.errors import (
     CAUSES,
     EXIT_FAILED,

@@ -150,7 +150,7 @@ class MemoryGuard:
         if figures is None:
             return RARELY
         allocator = self._allocator_bytes()
-        this_run = own_memory(self.ranks.heartbeat.local_processes()) + allocator
+        this_run = own_memory(self.ranks.heartbeat.peers.local_processes()) + allocator
         floor = memory_floor(figures.limit or figures.total, unified=bool(self.unified))
         floor += self.stop.saving
         left = figures.room - floor
@@ -226,7 +226,7 @@ class MemoryGuard:
 
     def _ask(self, reason: str, figures: MemoryFigures, floor: int, allocator: int) -> None:
         """Ask for a stop, and tell the user who holds the memory."""
-        phase = self.ranks.heartbeat.doing
+        phase = self.ranks.heartbeat.activity.doing
         host = socket.gethostname()
         reserved = f"; the GPU's allocator {gib(allocator)} GiB" if allocator else ""
         text = f"{phase}, on {host}: {reason}. {figures.describe()}{reserved}"
@@ -239,7 +239,7 @@ class MemoryGuard:
         }
         # At once: to see who holds it takes a tenth of a second.
         self.stop.low_memory = LowMemory(text, record)
-        ranks = self.ranks.heartbeat.local_processes()
+        ranks = self.ranks.heartbeat.peers.local_processes()
         ours, others = largest_processes(ranks)
         if self.ranks.world > 1:
             ours = [process._replace(name=f"rank {ranks[process.pid]}") for process in ours]

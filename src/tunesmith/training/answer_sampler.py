@@ -1,7 +1,7 @@
 """Sample answers to held-out prompts while a run trains, if they cost little of its time."""
 
 from tunesmith.checkpoint.resume import Progress
-from tunesmith.distributed.heartbeat import STUCK
+from tunesmith.distributed.activity import STUCK
 from tunesmith.inference.decoding import AnswerClock, sample_answers
 from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.shard import sharded_modules

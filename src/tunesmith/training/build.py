@@ -315,7 +315,7 @@ def plan_model(
     with ranks.together():
         model = define_model(run, files)
         shapes = eight_bit_shapes(model)
-        machine = probe_machine(run, files, device, shapes, ranks.heartbeat.local_processes())
+        machine = probe_machine(run, files, device, shapes, ranks.heartbeat.peers.local_processes())
     machines, local = ranks.gather(machine), math.gcd(*ranks.gather(ranks.local_world))
     with ranks.together():
         machine, trained = common_machine(machines, ranks), count_trained(run, model)

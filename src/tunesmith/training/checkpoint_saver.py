@@ -9,7 +9,7 @@ from tunesmith.checkpoint.manifest import Fill, Writer
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.sharded import RanksWriter, fill_together, fits_twice
-from tunesmith.distributed.heartbeat import STUCK
+from tunesmith.distributed.activity import STUCK
 from tunesmith.metrics.sink import Sinks
 from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.run_dir import FINAL

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tunesmith.adapter import lora
 from tunesmith.data.batch import Batch
-from tunesmith.distributed.heartbeat import STUCK
+from tunesmith.distributed.activity import STUCK
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.torch_private import collective
 from tunesmith.methods.base import TrainModel

@@ -12,7 +12,7 @@ import torch
 
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.schema import Run
-from tunesmith.distributed.heartbeat import AGAIN
+from tunesmith.distributed.diagnosis import AGAIN
 from tunesmith.distributed.ranks import Ranks, is_launched
 from tunesmith.errors import (
     EXIT_OK,

@@ -138,7 +138,7 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
             stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
             stop = stack.enter_context(StopRequest())
             ranks = stack.enter_context(join_ranks())
-            ranks.heartbeat.stop_signal = lambda: stop.signal or ""
+            ranks.heartbeat.probes.stop_signal = lambda: stop.signal or ""
             stack.enter_context(MemoryGuard(stop, ranks, large_files(run)))
             yield stop, ranks
     except (StoppedEarlyError, OtherRankError) as error:
@@ -224,7 +224,7 @@ def start_run(
         trainer = Trainer(session, start, sinks, stop, pause_after=pause_after)
         stack.callback(trainer.checkpoints.writer.close)
         # On every rank: the one of each node that tells what ends them all leaves failure.json.
-        ranks.heartbeat.on_fault = partial(write_fault, out)
+        ranks.heartbeat.report.on_fault = partial(write_fault, out)
         if ranks.leads:
             for text in session.describe_ranks(trainer.first_step):
                 say(text)
@@ -283,7 +283,7 @@ def open_run_dir(
         if stop_requested_at(out) == old_stop_requests[0]:
             (out / STOP_FILE).unlink(missing_ok=True)
         stack.enter_context(note_running(out))
-        ranks.heartbeat.on_fault = partial(write_fault, out)
+        ranks.heartbeat.report.on_fault = partial(write_fault, out)
     return ranks, start
 
 
@@ -380,7 +380,7 @@ def report_failure(
             raise stopped_twice(trainer.out, step, writer.saved_step) from error
         failure = trainer.as_failure(error)
         resume = how_to_resume(writer.saved_step)
-        place = heartbeat.own_place()
+        place = heartbeat.peers.place_of(trainer.ranks.rank)
         if isinstance(caught, CheckpointError):
             # It was written in a thread, beside whatever the loop does when it learns of it.
             place["phase"] = "saving"

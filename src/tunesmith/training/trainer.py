@@ -16,7 +16,7 @@ import torch
 
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start
 from tunesmith.data.loader import GlobalBatch
-from tunesmith.distributed.heartbeat import STUCK
+from tunesmith.distributed.activity import STUCK
 from tunesmith.errors import TunesmithError
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from tunesmith.checkpoint.resume import Progress
-from tunesmith.distributed.heartbeat import STUCK
+from tunesmith.distributed.activity import STUCK
 from tunesmith.host.files import write_atomically
 from tunesmith.inference.evaluate import validation_loss
 from tunesmith.metrics.sink import Sinks
