@@ -117,15 +117,15 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             start = Start(
                 found=manifest.SavedCheckpoint(folder / "checkpoint-1", 1), progress=Progress()
             )
-        if start.found or (mesh.shape.tensor > 1 and not full):
+        if start.checkpoint or (mesh.shape.tensor > 1 and not full):
             with phase("resume", wide) as found:
                 optimizer = make_optimizer(run, root, start, ranks)
-                for part in optimizer.parts.values() if start.found is None else ():
+                for part in optimizer.parts.values() if start.checkpoint is None else ():
                     part.state = {name: value + 1 for name, value in part.initial_state().items()}
                 found["held"] = held(
                     t for part in optimizer.parts.values() for t in part.state.values()
                 )
-            if start.found is None:
+            if start.checkpoint is None:
                 del own["resume"]
             values = run, root, {}, optimizer.state_dict(), Progress()
             writer = sharded.RanksWriter(folder / "run", 1, None, sync=lambda: None, ranks=ranks)
@@ -143,7 +143,7 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
                     contents.write_model_files(place, run, root, {})
             else:
                 contents.write_model_files(None, run, root, {})
-        if start.found:
+        if start.checkpoint:
             # DCP reads a part whole, beside the tensor
             with phase("export", wide + wide // mesh.shape.shard):
                 if ranks.leads:

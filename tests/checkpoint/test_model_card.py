@@ -128,7 +128,7 @@ def test_a_broken_card_of_the_base_keeps_no_weights_from_the_disk(
 ) -> None:
     (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# base\n")
     text = model_card(Model(name=str(tmp_path)))
-    assert "The licence of the base model holds for this model too." in text
+    assert "The license of the base model holds for this model too." in text
     assert ModelCard(text).data.license is None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recipes import make_run
 from tunesmith.checkpoint import contents, manifest, replicate
-from tunesmith.checkpoint.manifest import Writer
+from tunesmith.checkpoint.writer import Writer
 from tunesmith.errors import NonFiniteError, RunError, StoppedError
 from tunesmith.runtime.transfer import Snapshot
 from tunesmith.training.async_metrics import StepOutput

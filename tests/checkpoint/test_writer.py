@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.checkpoint import manifest
-from tunesmith.checkpoint.manifest import Writer
+from tunesmith.checkpoint.writer import Writer
 from tunesmith.errors import CheckpointError
 
 

@@ -229,7 +229,7 @@ def resumed(model: Path, folder: Path, mesh: dict[str, int]) -> tuple[int, int, 
             run, root = built(model.with_name(name), folder, mesh, changes, ranks.world)
             ranks.gather(None)
             before = resident()
-            start = Start(found=SavedCheckpoint(folder / f"of {name}", 1), progress=Progress())
+            start = Start(checkpoint=SavedCheckpoint(folder / f"of {name}", 1), progress=Progress())
             optimizer = make_optimizer(run, root, start, ranks)
             peak, held = status("VmHWM") - before, status("VmRSS") - before
         right = all(

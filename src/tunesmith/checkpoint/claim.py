@@ -1,8 +1,10 @@
-"""The run directory as a place: whose files lie in it, who holds it, and how an earlier run is put aside.
+"""The run directory as a place: whose files lie in it, and which run holds it.
 
-A directory is a run's where it holds the env.json of a run. Before that is written, `.lock` says that a run began to
-write. Anywhere else a file with a name that a run writes is somebody else's, and a directory that holds nothing but folders
-is a place where somebody keeps folders: the start is refused and nothing is touched. Files of other names are never touched.
+A directory is a run's where it holds the env.json of a run. Before that is written, `.lock` says
+that a run began to write. Anywhere else a file with a name that a run writes is somebody else's,
+and a directory that holds nothing but folders is a place where somebody keeps folders: the start is
+refused and nothing is touched. Files of other names are never touched. An earlier run is put aside,
+never deleted.
 """
 
 import contextlib
@@ -34,51 +36,76 @@ from tunesmith.run_dir import (
 
 LAUNCH = "launch"  # a folder of what a launcher writes
 # What the playbook's scripts write into a run directory before its first start.
-SCRIPT_ROWS, SCRIPT_TEMPLATE = Path("data", "rows.jsonl"), Path("data", "template.jinja")
+SCRIPT_ROWS = Path("data", "rows.jsonl")
+SCRIPT_TEMPLATE = Path("data", "template.jinja")
+NAMED_FILES = 5  # in an error
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
 FILES = (
-    RECIPE, IDENTITY, METRICS, SAMPLES, LOG, FAILURE, STOPPED, RUNNING, BEST, *TRACKER_IDS
-)  # fmt: skip
+    RECIPE,
+    IDENTITY,
+    METRICS,
+    SAMPLES,
+    LOG,
+    FAILURE,
+    STOPPED,
+    RUNNING,
+    BEST,
+    *TRACKER_IDS,
+)
 BEFORE_IDENTITY = (RUNNING, STOPPED, FAILURE, METRICS, LOG, "tensorboard", *TRACKER_IDS)
+_RANK_METRICS = r"metrics-rank\d+\.jsonl"
+
+
+def _any_of(names: Iterable[str]) -> str:
+    """A pattern that matches each of the names."""
+    return "|".join(re.escape(name) for name in names)
+
+
 _LEFTOVER = re.compile(
-    rf"\.(?:{'|'.join(map(re.escape, FILES))})(?:\.\d+)?\.partial"
+    rf"\.(?:{_any_of(FILES)})(?:\.\d+)?\.partial"
     r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"
 )
-_MANY = r"final|tensorboard|profile|checkpoint-\d+|metrics-rank\d+\.jsonl"
-_WRITTEN = re.compile("|".join([*map(re.escape, FILES), _MANY, _LEFTOVER.pattern]))
+_WRITTEN = re.compile(
+    rf"{_any_of(FILES)}|final|tensorboard|profile|checkpoint-\d+|{_RANK_METRICS}"
+    rf"|{_LEFTOVER.pattern}"
+)
+_EARLY = re.compile(rf"{_any_of(BEFORE_IDENTITY)}|{_RANK_METRICS}|{_LEFTOVER.pattern}")
 
 
 def run_files(output_dir: Path) -> list[Path]:
-    """What lies in a directory under a name that a run writes, links and leftovers of a kill included."""
-    return (
-        sorted(p for p in output_dir.iterdir() if _WRITTEN.fullmatch(p.name))
-        if output_dir.is_dir()
-        else []
-    )
+    """What lies in a directory under a name that a run writes.
+
+    Links and leftovers of a kill are included.
+    """
+    if not output_dir.is_dir():
+        return []
+    return sorted(path for path in output_dir.iterdir() if _WRITTEN.fullmatch(path.name))
 
 
 def is_run(output_dir: Path) -> bool:
     """Whether a run wrote into this directory."""
-    lock, identity, metrics = output_dir / LOCK, output_dir / IDENTITY, output_dir / METRICS
+    lock = output_dir / LOCK
+    identity = output_dir / IDENTITY
+    metrics = output_dir / METRICS
     try:
         if identity.is_file():
             return "recipe_hash" in read_object(identity)
-        begun = (
-            lock.is_file()
-            and lock.read_bytes() == MARK
-            and not (metrics.exists() and metrics.stat().st_size)
-        )
+        if not lock.is_file() or lock.read_bytes() != MARK:
+            return False
+        # The first step is recorded after the identity is written.
+        if metrics.exists() and metrics.stat().st_size:
+            return False
     except (OSError, ValueError, TypeError):
         return False
-    early = re.compile(rf"{'|'.join(map(re.escape, BEFORE_IDENTITY))}|metrics-rank\d+\.jsonl")
-    return begun and all(
-        early.fullmatch(p.name) or _LEFTOVER.fullmatch(p.name) for p in run_files(output_dir)
-    )
+    return all(_EARLY.fullmatch(path.name) for path in run_files(output_dir))
 
 
 def stop_requested_at(output_dir: Path) -> int:
-    """When the file that asks a run to stop was last touched, in nanoseconds of its disk's clock; 0: it is not there."""
+    """When the file that asks a run to stop was last touched, by its disk's clock.
+
+    In nanoseconds; 0: it is not there.
+    """
     try:
         return (output_dir / STOP_FILE).stat().st_mtime_ns
     except OSError:
@@ -89,35 +116,45 @@ def check_run_dir(output_dir: Path) -> None:
     """UsageError where a run would mix its files with somebody else's."""
     names = [path.name for path in run_files(output_dir)]
     if names and not is_run(output_dir):
-        listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-        what = f"output_dir holds files that no run of tunesmith wrote: {listed}"
-        why = f"a run writes files of these names, and there is no {IDENTITY} of a run"
-        fix = "use another output_dir, such as output_dir=runs/my-run, or move these files away"
-        raise UsageError(what, where=str(output_dir), why=why, fix=fix)
-    if folders := _other_folders(output_dir):
-        listed = ", ".join(folders[:5]) + ", ..." * (len(folders) > 5)
-        what = f"output_dir is a folder of other folders, which no run of tunesmith wrote: {listed}"
-        why = "a run would put its files and checkpoints beside them"
-        fix = f"use a folder of its own: {shell_word(f'output_dir={output_dir}/my-run')}"
-        raise UsageError(what, where=str(output_dir), why=why, fix=fix)
+        raise UsageError(
+            f"output_dir holds files that no run of tunesmith wrote: {_first_names(names)}",
+            where=str(output_dir),
+            why=f"a run writes files of these names, and there is no {IDENTITY} of a run",
+            fix="use another output_dir, such as output_dir=runs/my-run, or move these files away",
+        )
+    folders = _other_folders(output_dir)
+    if folders:
+        raise UsageError(
+            "output_dir is a folder of other folders, which no run of tunesmith wrote: "
+            f"{_first_names(folders)}",
+            where=str(output_dir),
+            why="a run would put its files and checkpoints beside them",
+            fix=f"use a folder of its own: {shell_word(f'output_dir={output_dir}/my-run')}",
+        )
+
+
+def _first_names(names: list[str]) -> str:
+    text = ", ".join(names[:NAMED_FILES])
+    return f"{text}, ..." if len(names) > NAMED_FILES else text
 
 
 def _other_folders(output_dir: Path) -> list[str]:
     """The folders that no run wrote, of a directory that holds nothing but folders; else none."""
-    folders = []
     try:
         entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
     except OSError:
         return []  # `_lock` says why
+    folders = []
     for path in entries:
         if not path.is_dir():
             return []
-        # What is hidden, and `lost+found` of a disk, is nobody's work; the runs of a sweep lie below its own folder.
+        # What is hidden, and `lost+found` of a disk, is nobody's work.
         is_system = path.name.startswith(".") or path.name == "lost+found"
-        is_ours = (
-            path.name == LAUNCH or bool(_WRITTEN.fullmatch(path.name)) or _is_data_of_script(path)
-        )
-        if not is_system and not is_ours and not is_run(path):
+        is_of_run = path.name == LAUNCH or bool(_WRITTEN.fullmatch(path.name))
+        if is_system or is_of_run or _is_data_of_script(path):
+            continue
+        # The runs of a sweep lie below its own folder.
+        if not is_run(path):
             folders.append(path.name)
     return folders
 
@@ -125,22 +162,22 @@ def _other_folders(output_dir: Path) -> list[str]:
 def _is_data_of_script(folder: Path) -> bool:
     """Whether it is the folder of SCRIPT_ROWS and SCRIPT_TEMPLATE with nothing else in it."""
     names = {path.name for path in folder.iterdir()}
-    return folder.name == SCRIPT_ROWS.parent.name and names <= {
-        SCRIPT_ROWS.name,
-        SCRIPT_TEMPLATE.name,
-    }
+    script_names = {SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name}
+    return folder.name == SCRIPT_ROWS.parent.name and names <= script_names
 
 
 @contextlib.contextmanager
 def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
     """Create the run directory and lock it; remove what was created if no run wrote into it.
 
-    Yields a function that marks the directory as a run's, to be called before anything is written into it. UsageError
-    if it holds files that no run wrote; MachineError if it cannot be written or another run holds it.
+    Yields a function that marks the directory as a run's, to be called before anything is written
+    into it. UsageError if it holds files that no run wrote; MachineError if it cannot be written or
+    another run holds it.
     """
     check_run_dir(output_dir)
-    created, lock = missing_folders(output_dir), output_dir / LOCK
-    ours = not lock.exists()
+    created = missing_folders(output_dir)
+    lock = output_dir / LOCK
+    is_new = not lock.exists()
     handle = _lock(output_dir)
 
     def mark() -> None:
@@ -152,7 +189,7 @@ def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
         yield mark
     finally:
         with contextlib.suppress(OSError):
-            if not run_files(output_dir) and (ours or lock.read_bytes() == MARK):
+            if not run_files(output_dir) and (is_new or lock.read_bytes() == MARK):
                 lock.unlink()
         remove_unused(created)
         os.close(handle)
@@ -164,8 +201,11 @@ def missing_folders(output_dir: Path) -> list[Path]:
 
 
 def remove_unused(created: list[Path]) -> None:
-    """Remove the folders that a start created, if nothing was written into them: a refused start leaves no trace."""
-    # Something lies in it, or another start creates the same folders at this moment
+    """Remove the folders that a start created, if nothing was written into them.
+
+    A refused start leaves no trace.
+    """
+    # Something lies in it, or another start creates the same folders at this moment.
     with contextlib.suppress(OSError):
         for folder in created:
             folder.rmdir()
@@ -177,78 +217,82 @@ def _lock(output_dir: Path) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        what = f"the run directory cannot be written: {error.strerror}"
-        why, fix = (
-            "output_dir must be a folder that you may write to",
-            "choose another one: output_dir=runs/my-run",
-        )
-        raise MachineError(what, where=str(output_dir), why=why, fix=fix) from error
+        raise MachineError(
+            f"the run directory cannot be written: {error.strerror}",
+            where=str(output_dir),
+            why="output_dir must be a folder that you may write to",
+            fix="choose another one: output_dir=runs/my-run",
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
-        what, why = (
+        raise MachineError(
             "another run is writing to this run directory",
-            "two runs would overwrite each other's checkpoints",
-        )
-        fix = "wait for it, stop it, or choose another folder: output_dir=runs/my-run"
-        raise MachineError(what, where=str(output_dir), why=why, fix=fix) from error
-    if os.fstat(handle).st_nlink == 0:  # its holder has just removed the empty folder
+            where=str(output_dir),
+            why="two runs would overwrite each other's checkpoints",
+            fix="wait for it, stop it, or choose another folder: output_dir=runs/my-run",
+        ) from error
+    # The run that held it has just removed the empty folder.
+    if os.fstat(handle).st_nlink == 0:
         os.close(handle)
         return _lock(output_dir)
     return handle
 
 
 def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
-    """Move an earlier run to `<output_dir>.previous-<n>`, and return that; None if there was nothing to move.
+    """Move an earlier run to `<output_dir>.previous-<n>`, and return that.
 
-    What a run does not write stays where it is. A link is followed: the run stays on its disk. `inputs` are what the new
-    run reads: paths, and Hub ids, which are ignored. UsageError if one of them, or the working directory, would be moved;
-    MachineError if the folder cannot be, such as a mounted one.
+    None if there was nothing to move. What a run does not write stays where it is. A link is
+    followed: the run stays on its disk.
+
+    inputs: what the new run reads: paths, and Hub ids, which are ignored.
+
+    UsageError if one of them, or the working directory, would be moved; MachineError if the folder
+    cannot be, such as a mounted one.
     """
-    old, here = run_files(output_dir), output_dir.resolve()
-    if not old:
+    files = run_files(output_dir)
+    if not files:
         return None
     for path in (Path.cwd(), *map(Path, inputs)):
-        if path.exists() and any(
-            path.resolve().is_relative_to(os.path.realpath(moved)) for moved in old
-        ):
-            what, why = (
-                "starting over would move away what the new run reads",
-                f"{path} lies in the earlier run",
-            )
+        if path.exists() and any(_lies_in(path, file) for file in files):
             raise UsageError(
-                what,
+                "starting over would move away what the new run reads",
                 where=str(output_dir),
-                why=why,
+                why=f"{path} lies in the earlier run",
                 fix="use another folder: output_dir=runs/my-run",
             )
-    place = free_name(here)
-    # last: what a kill leaves here is still a run's
-    old.sort(key=lambda path: path.name == IDENTITY)
+    place = free_name(output_dir.resolve())
+    # The identity last: what a kill leaves here is still a run's.
+    files.sort(key=lambda path: path.name == IDENTITY)
     try:
         place.mkdir()
-        for path in old:
+        for path in files:
             path.rename(place / path.name)
     except OSError as error:
         with contextlib.suppress(OSError):
             place.rmdir()
-        what, fix = (
-            f"the earlier run cannot be moved to {place}",
-            "use another output_dir: output_dir=runs/my-run",
-        )
         raise MachineError(
-            what, where=str(output_dir), why=error.strerror or str(error), fix=fix
+            f"the earlier run cannot be moved to {place}",
+            where=str(output_dir),
+            why=error.strerror or str(error),
+            fix="use another output_dir: output_dir=runs/my-run",
         ) from error
     return place
 
 
+def _lies_in(path: Path, file: Path) -> bool:
+    """Whether `path` is `file` or lies in it, links followed."""
+    return path.resolve().is_relative_to(os.path.realpath(file))
+
+
 def restore(run_dir: Path) -> None:
-    """Give a whole folder its name back that a kill caught while it was being replaced or deleted."""
-    for old in run_files(run_dir):
-        place = run_dir / old.name[1:-4]
-        if old.suffix == ".old" and not place.exists() and find_damage(old) is None:
-            old.rename(place)
+    """Give a whole folder its name back that a kill caught while it was replaced or deleted."""
+    for path in run_files(run_dir):
+        # `.checkpoint-40.old` was `checkpoint-40`.
+        place = run_dir / path.stem.removeprefix(".")
+        if path.suffix == ".old" and not place.exists() and find_damage(path) is None:
+            path.rename(place)
 
 
 def sweep(run_dir: Path) -> None:

@@ -1,4 +1,7 @@
-"""The files of a checkpoint: PEFT's adapter or a Transformers model, the tokenizer, the optimizer's state."""
+"""The files of a checkpoint.
+
+PEFT's adapter or a Transformers model, the tokenizer, the optimizer's state.
+"""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.adapter import peft_files
-from tunesmith.checkpoint.manifest import Fill
 from tunesmith.checkpoint.resume import DELETE, OPTIMIZER, Progress
+from tunesmith.checkpoint.writer import Fill
 from tunesmith.config.schema import Run
 from tunesmith.data.template import Template
 from tunesmith.errors import CheckpointError, ModelError
@@ -30,13 +33,15 @@ OptimizerState = Mapping[str, Tensor]
 def tokenizer_files(
     tokenizer: PreTrainedTokenizerBase, template: Template, scratch: Path
 ) -> TokenizerFiles:
-    """The tokenizer's files, with the template in use as its chat template, so that inference prompts as training did.
+    """The tokenizer's files, with the template in use as its chat template.
 
-    Make them once, in the main thread: others use and change the tokenizer, and serialising a large vocabulary in a
-    background thread would hold the interpreter's lock. `scratch` is a folder for a temporary one, which `run_dir.sweep`
-    removes after a kill.
+    So inference prompts as training did. Make them once, in the main thread: others use and change
+    the tokenizer, and serializing a large vocabulary in a background thread would hold the
+    interpreter's lock.
+
+    scratch: a folder for a temporary one, which `claim.sweep` removes after a kill.
     """
-    before = tokenizer.chat_template
+    own_template = tokenizer.chat_template
     try:
         tokenizer.chat_template = template.jinja
         with tempfile.TemporaryDirectory(
@@ -47,7 +52,7 @@ def tokenizer_files(
             files = [path for path in Path(folder).rglob("*") if path.is_file()]
             return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     finally:
-        tokenizer.chat_template = before
+        tokenizer.chat_template = own_template
 
 
 def _write_tokenizer(folder: Path, files: TokenizerFiles) -> None:
@@ -60,17 +65,20 @@ def _write_tokenizer(folder: Path, files: TokenizerFiles) -> None:
 def write_model_files(
     folder: Path | None, run: Run, model: TrainModel, tokenizer: TokenizerFiles
 ) -> None:
-    """Write the adapter (PEFT) or the whole model (Transformers), by `adapter.kind`, and the tokenizer into a folder.
+    """Write the adapter (PEFT) or the whole model (Transformers), and the tokenizer, into a folder.
 
-    Where ranks hold parts all of them call it, and those that write nothing give no folder.
+    Which of both, `adapter.kind` says. Where ranks hold parts all of them call it, and those that
+    write nothing give no folder.
     """
     if run.adapter.kind == "none":
         save_sharded(folder, weights_of(model.model), DTYPES[run.model.dtype])
         if folder:
             write_config(folder, model, tokenizer)
         return
-    base = run.model.name, run.model.revision
-    peft_files.write_adapter(folder, *peft_files.adapter_files(model.model, run.adapter, *base))
+    tensors, settings = peft_files.adapter_files(
+        model.model, run.adapter, run.model.name, run.model.revision
+    )
+    peft_files.write_adapter(folder, tensors, settings)
     if folder:
         _write_tokenizer(folder, tokenizer)
 
@@ -85,11 +93,16 @@ def write_config(folder: Path, model: TrainModel, tokenizer: TokenizerFiles) -> 
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """What a model's checkpoint holds. A tied weight is there once, as the embedding: the name that bases have.
-    Transformers 4.57 does not find it under the head's."""
-    once, names = (dict(model.named_parameters(remove_duplicate=r)).keys() for r in (True, False))
-    state = model.state_dict()
-    return {name: state[name] for name in state if name not in names - once}
+    """What a model's checkpoint holds.
+
+    A tied weight is there once, as the embedding: the name that bases have. Transformers 4.57 does
+    not find it under the head's.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    names_of_tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if name not in names_of_tied
+    }
 
 
 def write_checkpoint(
@@ -100,7 +113,10 @@ def write_checkpoint(
     progress: Progress,
     folder: Path,
 ) -> None:
-    """Write all that a checkpoint holds into an existing, empty folder; `optimizer` is its state dict of tensors."""
+    """Write all that a checkpoint holds into an existing, empty folder.
+
+    optimizer: its state dict of tensors.
+    """
     write_model_files(folder, run, model, tokenizer)
     write_optimizer(folder, optimizer)
     progress.write(folder)
@@ -114,34 +130,46 @@ def fill_adapter(
     progress: Progress,
     copy: bool,
 ) -> tuple[Fill, bool]:
-    """What writes an adapter's checkpoint into a folder, once; a collective call where ranks hold parts.
+    """What writes an adapter's checkpoint into a folder, once.
 
-    With `copy` it writes the state of this moment, from any thread; else it must be called before the next step. Tensors
-    are copied on their own device, in stream order, so this does not wait for it; of those that ranks share, rank 0 gets one
-    after the other into its host's memory. Returned too: whether they were copied, for which the device may have no room.
+    A collective call where ranks hold parts. Tensors are copied on their own device, in stream
+    order, so this does not wait for it; of those that ranks share, rank 0 gets one after the other
+    into its host's memory.
+
+    Args:
+        copy: write the state of this moment, from any thread; else it must be called before the
+            next step.
+
+    Returns:
+        The function, and whether tensors were copied, for which the device may have no room.
     """
     tensors, settings = peft_files.adapter_files(
         model.model, run.adapter, run.model.name, run.model.revision
     )
-    progress = replace(progress)  # the caller's changes while a thread writes this one
-    whole = [gathered(tensors), gathered(optimizer)]
-    rest = [
-        {n: of[n] for n in of.keys() - own}
-        for of, own in zip((tensors, optimizer), whole, strict=True)
-    ]
-    copies: list[Snapshot] = []
-    with suppress(torch.OutOfMemoryError):
-        copies = [Snapshot(of) for of in rest] if copy else []
+    # The caller changes its own while a thread writes this one.
+    progress = replace(progress)
+    gathered_tensors = gathered(tensors)
+    gathered_moments = gathered(optimizer)
+    local_tensors: dict[str, Tensor] = {
+        name: tensors[name] for name in tensors.keys() - gathered_tensors
+    }
+    local_moments = {name: optimizer[name] for name in optimizer.keys() - gathered_moments}
+    snapshots: list[Snapshot] = []
+    if copy:
+        with suppress(torch.OutOfMemoryError):
+            snapshots = [Snapshot(local_tensors), Snapshot(local_moments)]
 
-    def fill(folder: Path) -> None:
-        others = [copied.on_host() for copied in copies] or rest
-        adapter, moments = (own | other for own, other in zip(whole, others, strict=True))
-        peft_files.write_adapter(folder, adapter, settings)
+    def save(folder: Path) -> None:
+        own_tensors = local_tensors
+        own_moments = local_moments
+        if snapshots:
+            own_tensors, own_moments = (snapshot.on_host() for snapshot in snapshots)
+        peft_files.write_adapter(folder, gathered_tensors | own_tensors, settings)
         _write_tokenizer(folder, tokenizer)
-        write_optimizer(folder, moments)
+        write_optimizer(folder, gathered_moments | own_moments)
         progress.write(folder)
 
-    return fill, bool(copies)
+    return save, bool(snapshots)
 
 
 def write_optimizer(folder: Path, tensors: OptimizerState) -> None:
@@ -153,10 +181,17 @@ def write_optimizer(folder: Path, tensors: OptimizerState) -> None:
 
 @contextmanager
 def read_optimizer(folder: Path) -> Iterator[dict[str, StoredTensor]]:
-    """The optimizer's tensors of a checkpoint, to be read in the block; CheckpointError if they cannot be."""
+    """The optimizer's tensors of a checkpoint, to be read in the block.
+
+    CheckpointError if they cannot be.
+    """
     try:
         with stored_tensors(folder / OPTIMIZER) as tensors:
             yield tensors
     except ModelError as error:
-        what, why = f"{folder.name} has no readable {OPTIMIZER}", f"{error.what} {error.why}"
-        raise CheckpointError(what, where=str(folder / OPTIMIZER), why=why, fix=DELETE) from error
+        raise CheckpointError(
+            f"{folder.name} has no readable {OPTIMIZER}",
+            where=str(folder / OPTIMIZER),
+            why=f"{error.what} {error.why}",
+            fix=DELETE,
+        ) from error

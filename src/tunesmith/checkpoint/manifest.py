@@ -1,8 +1,9 @@
 """Checkpoint folders that are either complete or absent.
 
-A checkpoint is written into a hidden folder beside its place, every file is flushed to the disk, then `manifest.json`
-(sizes and SHA-256 of all files) is written, then the folder is renamed. A kill at any moment leaves earlier checkpoints
-complete and at most one hidden folder, which the next start removes.
+A checkpoint is written into a hidden folder beside its place, every file is flushed to the disk,
+then `manifest.json` (sizes and SHA-256 of all files) is written, then the folder is renamed. A kill
+at any moment leaves earlier checkpoints complete and at most one hidden folder, which the next
+start removes.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,31 +29,33 @@ from tunesmith.run_dir import MANIFEST, read_manifest
 
 CARD = "README.md"
 PART = ".distcp"  # the end of a file's name that holds what one rank has of a checkpoint
-# Comparing the checksums of as much takes a second or two, so more is announced
+# Comparing the checksums of as much takes a second or two, so more is announced.
 ANNOUNCED_BYTES = 1 << 30
-HASHING_THREADS = 4  # one hashes 0.7 to 2 GB/s, a local disk reads no more than a few of them hash
+# One thread hashes 0.7 to 2 GB/s; a local disk reads no more than a few of them hash.
+HASHING_THREADS = 4
 ELSEWHERE = ": a rank wrote it, maybe on another node's disk"
 # Of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
 Entries = dict[str, dict[str, Any]]
-# Writes files into an empty folder; returns the entries of those that it hashed as it wrote them.
-Fill = Callable[[Path], Entries | None]
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A folder named checkpoint-<step>, and the step after which it was written."""
+    """A folder named checkpoint-<step>, and the step after which it was written.
+
+    Attributes:
+        source: the lowest rank whose directory held it at this start.
+    """
 
     path: Path
     step: int
-    source: int = 0  # the lowest rank whose directory held it at this start
+    source: int = 0
 
 
 def digest_of_file(path: Path) -> str:
     """SHA-256, hex."""
-    with open_uncached(
-        path
-    ) as file:  # on unified memory a checkpoint in the page cache would be in the GPU's way
+    # On unified memory a checkpoint in the page cache would be in the GPU's way.
+    with open_uncached(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -66,12 +69,18 @@ def flush_to_disk(path: Path) -> None:
 
 
 def flush_files(folder: Path, hashed: Entries | None = None) -> Entries:
-    """Flush every file of `folder`; its manifest's entries. Those in `hashed` are taken from there, and not read again."""
+    """Flush every file of `folder`; its manifest's entries.
+
+    hashed: entries of files that were hashed while they were written, and are not read again.
+    """
     follow_umask(folder)
     entries: Entries = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.name == MANIFEST:
+            continue
         flush_to_disk(path)
-        name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+        name = path.relative_to(folder).as_posix()
+        size = path.stat().st_size
         entry = (hashed or {}).get(name)
         if entry is None or entry["bytes"] != size:
             entry = {"bytes": size, "sha256": digest_of_file(path)}
@@ -88,20 +97,26 @@ def write_manifest(folder: Path, step: int, entries: Entries) -> None:
 
 
 def find_damage(folder: Path, *, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint's folder or `final/`, as a clause for a warning; None if it is complete.
+    """What is wrong with a checkpoint's folder or `final/`, as a clause for a warning.
 
-    With `contents` the SHA-256 of every file is compared too, not only its size.
+    None if it is complete.
+
+    contents: compare the SHA-256 of every file too, not only its size.
     """
-    return next((clause for _, clause in damaged_files(folder, contents=contents)), None)
+    for _, clause in damaged_files(folder, contents=contents):
+        return clause
+    return None
 
 
 def damaged_files(
     folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[str, str]]:
-    """Each file of a manifest that is missing or damaged, and a clause that says so; the manifest alone if it is.
+    """Each file of a manifest that is missing or damaged, and a clause that says so.
 
-    Of `share` (i, n) the contents are compared of every n-th file, the largest first, from the i-th on: n readers that see
-    one folder compare all of them together.
+    The manifest alone, if it is missing or damaged itself.
+
+    share: (i, n): the contents are compared of every n-th file, the largest first, from the i-th
+        on. So n readers that see one folder compare all of them together.
     """
     if not (folder / MANIFEST).is_file():
         yield MANIFEST, "it has no manifest.json: it was not finished"
@@ -110,20 +125,19 @@ def damaged_files(
     if entries is None:
         yield MANIFEST, "its manifest.json cannot be read"
         return
-    own, of = share
-    compared = (
-        set(sorted(entries, key=lambda name: (-entries[name][0], name))[own::of])
-        if contents
-        else set()
-    )
+    compared: set[str] = set()
+    if contents:
+        index, readers = share
+        largest_first = sorted(entries, key=lambda name: (-entries[name][0], name))
+        compared = set(largest_first[index::readers])
     for name, (size, digest) in entries.items():
-        if clause := _damage_of_file(folder, name, size, digest if name in compared else None):
+        clause = _damage_of_file(folder, name, size, digest if name in compared else None)
+        if clause:
             yield name, clause
 
 
 def _manifest_entries(folder: Path) -> dict[str, tuple[int, str]] | None:
-    """Bytes and SHA-256 of each file by the manifest of `folder`, without the card, which people edit; None where it cannot
-    be read."""
+    """Bytes and SHA-256 of each file by the manifest of `folder`; None where it cannot be read."""
     try:
         manifest = read_manifest(folder)
     except ValueError:
@@ -131,22 +145,28 @@ def _manifest_entries(folder: Path) -> dict[str, tuple[int, str]] | None:
     if manifest is None:
         return None
     entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    # People edit the card.
     entries.pop(CARD, None)
     return entries
 
 
 def sums_of_weights(folder: Path) -> str:
-    """SHA-256 of the checksums that a manifest of ours has of a model's weights; empty where there is none."""
-    sums = [
-        entry
-        for name, entry in sorted((_manifest_entries(folder) or {}).items())
-        if name.endswith(".safetensors")
-    ]
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest() if sums else ""
+    """SHA-256 of the checksums that a manifest of ours has of a model's weights.
+
+    Empty where there is none.
+    """
+    entries = _manifest_entries(folder) or {}
+    sums = [entries[name] for name in sorted(entries) if name.endswith(".safetensors")]
+    if not sums:
+        return ""
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def _damage_of_file(folder: Path, name: str, size: int, digest: str | None) -> str | None:
-    """What is wrong with a file of `size` bytes and the SHA-256 `digest` (None: not compared), as a clause, or None."""
+    """What is wrong with a file of `size` bytes, as a clause, or None.
+
+    digest: its SHA-256; None: it is not compared.
+    """
     path = folder / name
     if not path.is_file():
         return f"{name} is missing{ELSEWHERE if name.endswith(PART) else ''}"
@@ -177,22 +197,22 @@ def check_sums(
 
     ModelError names the first file that differs.
     """
-    entries = {
-        name: entry for name, entry in (_manifest_entries(folder) or {}).items() if reads(name)
-    }
-    total = sum(size for size, _ in entries.values())
+    entries = _manifest_entries(folder) or {}
+    names = [name for name in entries if reads(name)]
+    total = sum(entries[name][0] for name in names)
     if total > ANNOUNCED_BYTES:
         say(f"comparing the checksums of {folder}: {total / 2**30:.1f} GiB")
     with ThreadPoolExecutor(max_workers=min(HASHING_THREADS, available_cores())) as pool:
-        futures = {
-            name: pool.submit(_damage_of_file, folder, name, *entry)
-            for name, entry in entries.items()
-        }
-    for name, future in futures.items():
-        if clause := future.result():
-            why = f"it was damaged or edited after it was written: {MANIFEST} has the checksum of what was"
+        clauses = pool.map(lambda name: _damage_of_file(folder, name, *entries[name]), names)
+    for name, clause in zip(names, clauses, strict=True):
+        if clause:
             raise ModelError(
-                clause, where=str(folder / name), why=why, fix=_way_on(folder), cause="damaged"
+                clause,
+                where=str(folder / name),
+                why="it was damaged or edited after it was written: "
+                f"{MANIFEST} has the checksum of what was",
+                fix=_way_on(folder),
+                cause="damaged",
             )
 
 
@@ -209,11 +229,14 @@ def _way_on(folder: Path) -> str:
 
 
 def seconds_to_write(folder: Path) -> float | None:
-    """Seconds between the first file of a checkpoint that was written and its manifest, the last; None without one."""
+    """Seconds between the first file of a checkpoint that was written and its manifest, the last.
+
+    None where there is no manifest.
+    """
     if not is_sealed(folder):
         return None
-    times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
-    return max(0.0, (folder / MANIFEST).stat().st_mtime - min(times))
+    first = min(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
+    return max(0.0, (folder / MANIFEST).stat().st_mtime - first)
 
 
 def step_of(folder: Path) -> int | None:
@@ -228,50 +251,70 @@ def list_checkpoints(run_dir: Path) -> list[SavedCheckpoint]:
     """All folders named checkpoint-<step>, complete or not, newest first."""
     if not run_dir.is_dir():
         return []
-    named = [(p, _NAME.match(p.name)) for p in run_dir.iterdir() if p.is_dir()]
-    return sorted((SavedCheckpoint(p, int(m[1])) for p, m in named if m), key=lambda f: -f.step)
+    checkpoints = []
+    for path in run_dir.iterdir():
+        match = _NAME.match(path.name)
+        if match and path.is_dir():
+            checkpoints.append(SavedCheckpoint(path, int(match[1])))
+    return sorted(checkpoints, key=lambda checkpoint: -checkpoint.step)
 
 
 @contextmanager
 def writing(place: Path, step: int) -> Iterator[Path]:
-    """A folder to write into. It becomes `place` when the block ends, or is removed if the block raises.
+    """A folder to write into, which becomes `place` when the block ends.
 
-    A folder without a manifest that lies there is not a checkpoint: it is kept as `<place>.previous-<n>`. Where the disk
-    cannot be written, CheckpointError, and what was there before stays.
+    It is removed if the block raises. A folder without a manifest that lies there is not a
+    checkpoint: it stays, as `<place>.previous-<n>`. Where the disk cannot be written,
+    CheckpointError, and what was there before stays.
     """
-    partial, old = (place.with_name(f".{place.name}.{kind}") for kind in ("partial", "old"))
+    partial = place.with_name(f".{place.name}.partial")
+    replaced = place.with_name(f".{place.name}.old")
     try:
-        for leftover in (partial, old):
-            remove(leftover)
+        remove(partial)
+        remove(replaced)
         partial.mkdir(parents=True)
         yield partial
+        # Where ranks write a checkpoint together they have written it already.
         if not (partial / MANIFEST).exists():
             write_manifest(partial, step, flush_files(partial))
         if place.is_symlink() or place.exists():
-            place.rename(old if is_sealed(place) else free_name(place))
+            place.rename(replaced if is_sealed(place) else free_name(place))
         partial.rename(place)
         flush_to_disk(place.parent)
-        remove(old)
+        remove(replaced)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         fault = disk_fault(error)
         if not fault and not isinstance(error, OSError):
             raise
-        kept = [f.path.name for f in list_checkpoints(place.parent) if is_sealed(f.path)]
-        what = fault or f"cannot write {place.name}: {error}"
-        why = (
-            f"earlier checkpoints are complete: {', '.join(kept)}"
-            if kept
-            else "no checkpoint was written before"
-        )
-        room = "make room (checkpoint.keep=1 needs less)" if len(kept) > 1 else "make room"
-        fix = f"{room} and start the same command again: it resumes from the newest one"
-        where = " ".join([str(place), *vars(error).get("__notes__", [])])
-        raise CheckpointError(what, where=where, why=why, fix=fix) from error
+        raise _cannot_write(place, fault, error) from error
+
+
+def _cannot_write(place: Path, fault: str | None, error: BaseException) -> CheckpointError:
+    """fault: what is wrong with the disk, if that is known."""
+    checkpoints = [checkpoint.path for checkpoint in list_checkpoints(place.parent)]
+    complete = [path.name for path in checkpoints if is_sealed(path)]
+    why = "no checkpoint was written before"
+    if complete:
+        why = f"earlier checkpoints are complete: {', '.join(complete)}"
+    room = "make room"
+    if len(complete) > 1:
+        room = "make room (checkpoint.keep=1 needs less)"
+    # A note says on which rank it happened.
+    notes = vars(error).get("__notes__", [])
+    return CheckpointError(
+        fault or f"cannot write {place.name}: {error}",
+        where=" ".join([str(place), *notes]),
+        why=why,
+        fix=f"{room} and start the same command again: it resumes from the newest one",
+    )
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether a folder itself, not one that a link leads to, was written as a checkpoint; it may be damaged since."""
+    """Whether a folder was written as a checkpoint; it may be damaged since.
+
+    A link is none, whatever it leads to.
+    """
     return not folder.is_symlink() and (folder / MANIFEST).is_file()
 
 
@@ -282,87 +325,28 @@ def free_name(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link (not what it leads to) or a folder, its manifest first: a kill in between leaves nothing
-    that looks complete."""
+    """Delete a file, a link (not what it leads to) or a folder."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
+        # The manifest first: a kill in between leaves nothing that looks complete.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 
 def prune(run_dir: Path, keep: int, *, latest: int, keep_step: int | None) -> None:
-    """Delete checkpoints but the newest `keep`, counted from step `latest` down, and the one of `keep_step`.
+    """Delete checkpoints but the newest `keep`, from step `latest` down, and that of `keep_step`.
 
-    One later than `latest`, which was just written, is damaged: this run resumed from before it. A link, and a folder
-    without a manifest, are not ours to delete.
+    One later than `latest`, which was just written, is damaged: this run resumed from before it. A
+    link, and a folder without a manifest, are not ours to delete.
     """
-    found = [checkpoint for checkpoint in list_checkpoints(run_dir) if is_sealed(checkpoint.path)]
-    kept = {keep_step, *[c.step for c in found if c.step <= latest][:keep]}
-    for checkpoint in found:
-        if checkpoint.step not in kept:
-            # The next start removes it if a kill comes in between
-            hidden = run_dir / f".{checkpoint.path.name}.old"
-            remove(hidden)
-            checkpoint.path.rename(hidden)
-            remove(hidden)
-
-
-class Writer:
-    """Writes `checkpoint-<step>` into a run directory and deletes the oldest beyond `keep`.
-
-    An error of the background thread is raised unchanged by the next `write`, `write_async` or `wait`. A run waits before it ends, so that no thread
-    writes into a directory that another run may already hold.
-
-    Args:
-        saved_step: step of the newest complete checkpoint, at first of that which the run resumes from; or None.
-        sync: flushes to the disk what must be there before a checkpoint counts; called in the thread that writes.
-    """
-
-    def __init__(
-        self, run_dir: Path, keep: int, saved_step: int | None, *, sync: Callable[[], None]
-    ) -> None:
-        self.saved_step = saved_step
-        self._run_dir, self._keep, self._sync = run_dir, keep, sync
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tunesmith-checkpoint")
-        self._running: Future[None] | None = None
-
-    def write(self, fill: Fill, step: int, *, keep_step: int | None) -> None:
-        """Write a checkpoint now, after the one in progress; the one of `keep_step` stays however old it is.
-
-        CheckpointError if it cannot be written; what was there before stays.
-        """
-        self.wait()
-        self._write(fill, step, keep_step)
-
-    def write_async(self, fill: Fill, step: int, *, keep_step: int | None) -> None:
-        """As `write`, in the background thread."""
-        self.wait()
-        self._running = self._pool.submit(self._write, fill, step, keep_step)
-
-    def _write(self, fill: Fill, step: int, keep_step: int | None) -> None:
-        self._sync()
-        with writing(self._run_dir / f"checkpoint-{step}", step) as folder:
-            fill(folder)
-        self.saved_step = step
-        prune(self._run_dir, self._keep, latest=step, keep_step=keep_step)
-
-    @property
-    def failed(self) -> bool:
-        """Whether the last write has ended with an error, which `wait` raises."""
-        return (
-            self._running is not None
-            and self._running.done()
-            and self._running.exception() is not None
-        )
-
-    def wait(self) -> None:
-        """Wait for the write in progress, if there is one, and raise its error."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
-
-    def close(self) -> None:
-        """Let the write in progress finish, and end the thread; the run ends for another reason than an error of it."""
-        self._running = None
-        self._pool.shutdown()
+    checkpoints = [saved for saved in list_checkpoints(run_dir) if is_sealed(saved.path)]
+    newest = [saved.step for saved in checkpoints if saved.step <= latest][:keep]
+    for checkpoint in checkpoints:
+        if checkpoint.step in newest or checkpoint.step == keep_step:
+            continue
+        # The next start removes it if a kill comes in between.
+        hidden = run_dir / f".{checkpoint.path.name}.old"
+        remove(hidden)
+        checkpoint.path.rename(hidden)
+        remove(hidden)

@@ -1,6 +1,7 @@
 """The model card: the README.md beside the weights, as the Hub shows it.
 
-It is made from a run directory's own files (recipe, metrics.jsonl, env.json) and holds no path of this machine.
+It is made from a run directory's own files (recipe, metrics.jsonl, env.json) and holds no path of
+this machine.
 """
 
 import re
@@ -23,7 +24,9 @@ from tunesmith.metrics.record import read_records
 from tunesmith.metrics.summary import run_figures
 from tunesmith.run_dir import METRICS, read_env
 
-WIDTH, HEIGHT = 60, 8  # of the loss curve, in characters
+# Of the loss curve, in characters.
+WIDTH = 60
+HEIGHT = 8
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _FOLDERS = re.compile(
     r"^( *(?:- )?(?:name|tokenizer|from|source|template|\w+_dir): \"?)/(?:.*/)?", re.MULTILINE
@@ -41,38 +44,46 @@ def model_card(
         run, run_dir: the resolved recipe and its directory, where they are known.
         merged: dtype of the weights that an adapter was merged into.
     """
-    full = run is not None and run.adapter.kind == "none"
+    is_full = run is not None and run.adapter.kind == "none"
+    # In their order, without repetitions.
     sources = list(dict.fromkeys(source.source for source in run.data.train)) if run else []
-    licence = _licence(base)
+    license_keys = _license(base)
     data = ModelCardData(
         base_model=base.name if is_hub_id(base.name) else None,
         datasets=[name for name in sources if is_hub_id(name)] or None,
-        library_name="transformers" if full or merged else "peft",
+        library_name="transformers" if is_full or merged else "peft",
         pipeline_tag="text-generation",
-        tags=["tunesmith", "full" if full else "lora", *([run.method] if run else [])],
-        **licence,
+        tags=["tunesmith", "full" if is_full else "lora", *([run.method] if run else [])],
+        **license_keys,
     )
-    adapter = "with a LoRA adapter" + (f" merged into its weights ({merged})" if merged else "")
-    how = "trained in full" if full else adapter
-    text = [
+    how = "with a LoRA adapter"
+    if is_full:
+        how = "trained in full"
+    elif merged:
+        how += f" merged into its weights ({merged})"
+    paragraphs = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_shown(base.name)}, fine-tuned",
         f"`{_shown(base.name)}`, {how}.",
     ]
     if run:
-        trained_on = ", ".join(f"`{_shown(name)}`" for name in sources)
-        text += [f"Trained on {trained_on} with tunesmith.", *_training(run_dir)]
+        names = ", ".join(f"`{_shown(name)}`" for name in sources)
         recipe = _FOLDERS.sub(r"\1", dump(run))
-        text += [f"<details><summary>The recipe</summary>\n\n```yaml\n{recipe}```\n\n</details>"]
-    stated = licence.get("license_name") or licence.get("license")
-    whose = (
-        f"`{stated}`, the licence of the base model," if stated else "The licence of the base model"
-    )
-    return str(ModelCard("\n\n".join([*text, f"{whose} holds for this model too.\n"])))
+        paragraphs.append(f"Trained on {names} with tunesmith.")
+        paragraphs += _training(run_dir)
+        paragraphs.append(
+            f"<details><summary>The recipe</summary>\n\n```yaml\n{recipe}```\n\n</details>"
+        )
+    license_name = license_keys.get("license_name") or license_keys.get("license")
+    whose = "The license of the base model"
+    if license_name:
+        whose = f"`{license_name}`, the license of the base model,"
+    paragraphs.append(f"{whose} holds for this model too.\n")
+    return str(ModelCard("\n\n".join(paragraphs)))
 
 
 def _training(run_dir: Path) -> list[str]:
-    """Figures, machine and loss curve, from what the run wrote; nothing where that cannot be read."""
+    """Figures, machine and loss curve, from what the run wrote; nothing if it is unreadable."""
     with suppress(OSError, LookupError, TypeError, ValueError, ArithmeticError, RunError):
         records = read_records(run_dir / METRICS)
         env = read_env(run_dir).value
@@ -83,25 +94,39 @@ def _training(run_dir: Path) -> list[str]:
             f"{'hardware':<12}{machine}",
             f"{'versions':<12}{versions}",
         ]
-        blocks = figures, loss_curve([record.loss for record in records])
-        return ["```text\n{}\n```".format("\n".join(lines)) for lines in blocks]
+        curve = loss_curve([record.loss for record in records])
+        return ["```text\n{}\n```".format("\n".join(lines)) for lines in (figures, curve)]
     return []
 
 
 def loss_curve(losses: Sequence[float]) -> list[str]:
-    """The lines of a picture in characters: the mean losses of up to 60 stretches of steps, a column each."""
+    """The lines of a picture in characters.
+
+    A column is the mean loss of a stretch of steps; there are up to 60.
+    """
     width = min(WIDTH, len(losses))
-    edges = [len(losses) * i // width for i in range(width + 1)]
+    edges = [len(losses) * column // width for column in range(width + 1)]
     means = [fmean(losses[start:end]) for start, end in pairwise(edges)]
-    low, high = min(means), max(means)
+    low = min(means)
+    high = max(means)
+    span = (high - low) or 1.0
     # In eighths of a character; the lowest column keeps one, so that it is seen.
-    tall = [1 + round((mean - low) / ((high - low) or 1.0) * (8 * HEIGHT - 1)) for mean in means]
-    labels = {HEIGHT - 1: f"{high:.4f}", HEIGHT // 2: "loss", 0: f"{low:.4f}"}
-    rows = []
+    highest = 8 * HEIGHT - 1
+    heights = [1 + round((mean - low) / span * highest) for mean in means]
+    labels = [""] * HEIGHT
+    labels[0] = f"{low:.4f}"
+    labels[HEIGHT // 2] = "loss"
+    labels[HEIGHT - 1] = f"{high:.4f}"
+    lines = []
     for row in reversed(range(HEIGHT)):
-        cells = "".join(_BLOCKS[min(8, max(0, column - 8 * row))] for column in tall)
-        rows.append(f"{labels.get(row, ''):>9} |{cells}".rstrip())
-    return [*rows, f"{'':9} +{'-' * width}", f"{'':11}steps 1 to {len(losses)}"]
+        line = f"{labels[row]:>9} |"
+        for height in heights:
+            eighths = min(8, max(0, height - 8 * row))
+            line += _BLOCKS[eighths]
+        lines.append(line.rstrip())
+    lines.append(f"{'':9} +{'-' * width}")
+    lines.append(f"{'':11}steps 1 to {len(losses)}")
+    return lines
 
 
 def is_hub_id(name: str) -> bool:
@@ -116,15 +141,19 @@ def _shown(name: str) -> str:
     return name if is_hub_id(name) else Path(name).name
 
 
-def _licence(base: Model) -> dict[str, Any]:
-    """The keys about the licence in the card of the base, if it lies in its folder or the Hub's cache."""
-    known = is_hub_id(base.name) and try_to_load_from_cache(
-        base.name, "README.md", revision=base.revision
-    )
-    card = Path(known) if isinstance(known, str) else Path(base.name).expanduser() / "README.md"
-    stated: dict[str, Any] = {}
+def _license(base: Model) -> dict[str, Any]:
+    """The keys about the license in the card of the base.
+
+    Empty if that lies neither in its folder nor in the Hub's cache.
+    """
+    card = Path(base.name).expanduser() / "README.md"
+    if is_hub_id(base.name):
+        cached = try_to_load_from_cache(base.name, "README.md", revision=base.revision)
+        if isinstance(cached, str):
+            card = Path(cached)
+    metadata: dict[str, Any] = {}
     # None may be there, or what is no card: nothing in it may keep trained weights from the disk.
     with suppress(Exception):
-        stated = metadata_load(card) or {}
+        metadata = metadata_load(card) or {}
     keys = ("license", "license_name", "license_link")
-    return {key: stated[key] for key in keys if isinstance(stated.get(key), str)}
+    return {key: metadata[key] for key in keys if isinstance(metadata.get(key), str)}

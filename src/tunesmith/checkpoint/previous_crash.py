@@ -1,4 +1,7 @@
-"""What a start that is killed leaves behind, and the next one tells: `running.json`, which every other end removes."""
+"""What a start that is killed leaves behind, and the next one reports.
+
+It is `running.json`, which every other end removes.
+"""
 
 import contextlib
 import json
@@ -7,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tunesmith.distributed.diagnosis import AGAIN
 from tunesmith.errors import RunError
@@ -18,23 +22,25 @@ from tunesmith.run_dir import FAILURE, RUNNING, STOPPED, read_running
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-def _boot() -> str:
-    return BOOT.read_text().strip() if BOOT.exists() else ""  # not Linux
+def _boot_id() -> str:
+    """Differs after each start of the machine; empty where this is not Linux."""
+    return BOOT.read_text().strip() if BOOT.exists() else ""
 
 
 @contextlib.contextmanager
 def note_running(run_dir: Path) -> Iterator[None]:
-    """Leave a note in the run directory for the time of the block; a process that is killed cannot remove it."""
+    """Leave a note in the run directory for the time of the block.
+
+    A process that is killed cannot remove it.
+    """
     note = {
         "process": os.getpid(),
         "host": socket.gethostname(),
-        "boot": _boot(),
+        "boot": _boot_id(),
         "oom_kills": oom_kills(),
+        "began": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    write_atomically(
-        run_dir / RUNNING,
-        json.dumps(note | {"began": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1),
-    )
+    write_atomically(run_dir / RUNNING, json.dumps(note, indent=1))
     try:
         yield
     finally:
@@ -43,41 +49,40 @@ def note_running(run_dir: Path) -> Iterator[None]:
 
 
 def killed_before(run_dir: Path) -> RunError | None:
-    """The end of the last start of this directory, which nothing holds now, if it was killed and no other rank has said so:
-    after which step, and the likely cause as seen from here."""
+    """The end of the last start of this directory, if it was killed; nothing holds it now.
+
+    After which step, and the likely cause as seen from here. None too where another rank has
+    reported it.
+    """
     note = read_running(run_dir)
     if note is None:
         return None
-    where = f"process {note['process']} on {note['host']}, begun {note['began']}"
     if (run_dir / FAILURE).exists() or (run_dir / STOPPED).exists():
         return None
-    steps = newest_record(run_dir).get("step")
-    what = (
-        f"the last start was killed {f'after step {steps}' if steps else 'before its first step'}"
-    )
-    if note["host"] != socket.gethostname():
-        return RunError(
-            what,
-            where=where,
-            why="its host knows more: dmesg -T | grep -i oom",
-            fix=AGAIN,
-            cause="killed",
-        )
-    if note["boot"] != _boot():
-        return RunError(
-            what,
-            where=where,
-            why="this machine was started again since",
-            fix=AGAIN,
-            cause="restarted",
-        )
-    if (new := oom_kills() - note["oom_kills"]) > 0:
-        why = f"the kernel ended {new} of this machine's processes since then (dmesg -T | grep -i oom)"
-        return RunError(what, where=where, why=why, fix=AGAIN, cause="oom-kill")
+    step = newest_record(run_dir).get("step")
+    moment = f"after step {step}" if step else "before its first step"
+    why, cause = _likely_cause(note)
     return RunError(
-        what,
-        where=where,
-        why="the kernel has ended no process since then",
+        f"the last start was killed {moment}",
+        where=f"process {note['process']} on {note['host']}, begun {note['began']}",
+        why=why,
         fix=AGAIN,
-        cause="killed",
+        cause=cause,
     )
+
+
+def _likely_cause(note: dict[str, Any]) -> tuple[str, str]:
+    """Why that process was killed, and the name of the cause."""
+    if note["host"] != socket.gethostname():
+        return "its host knows more: dmesg -T | grep -i oom", "killed"
+    if note["boot"] != _boot_id():
+        return "this machine was started again since", "restarted"
+    # The kernel counts them from its start on.
+    kills = oom_kills() - note["oom_kills"]
+    if kills > 0:
+        return (
+            f"the kernel ended {kills} of this machine's processes since then "
+            "(dmesg -T | grep -i oom)",
+            "oom-kill",
+        )
+    return "the kernel has ended no process since then", "killed"

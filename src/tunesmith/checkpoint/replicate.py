@@ -1,9 +1,10 @@
 """Run directories of nodes that share no disk, taken as one.
 
-Each run directory has one rank that writes it (`Ranks.leads_dir`): rank 0, and where others do not see rank 0's, one of
-theirs. The manifest of a checkpoint is the same in all of them and lists all files. Each directory holds all but the
-parts that ranks elsewhere wrote, so a checkpoint is whole if some directory has each file. What a node lacks and needs
-is copied to it over the ranks' process group.
+Each run directory has one rank that writes it (`Ranks.leads_dir`): rank 0, and where others do not
+see rank 0's, one of theirs. The manifest of a checkpoint is the same in all of them and lists all
+files. Each directory holds all but the parts that ranks elsewhere wrote, so a checkpoint is whole
+if some directory has each file. What a node lacks and needs is copied to it over the ranks' process
+group.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import re
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,26 +46,54 @@ CHUNK = 16 << 20  # bytes of a file in memory while it is copied
 _COPY = re.compile(r"\.?checkpoint-(\d+)(?:\.partial|\.old)?")
 
 
+@dataclass(frozen=True)
+class Copy:
+    """A directory's copy of a checkpoint.
+
+    Attributes:
+        name: of its folder.
+        damage: its damaged files, with a clause each that says what is wrong.
+    """
+
+    name: str
+    damage: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A file that rank `source` sends to rank `target`."""
+
+    name: str
+    source: int
+    target: int
+    size: int
+    digest: str
+
+
 def find_dir_leaders(ranks: Ranks, folder: Path, claim: Callable[[], object]) -> Ranks:
     """The ranks, which now know who of them see the same `folder`; a collective call.
 
-    `claim` creates the folder: it is called on the lowest rank that sees it, once for each disk that has one.
+    claim: creates the folder; called on the lowest rank that sees it, once for each disk that has
+        one.
     """
-    leaders: dict[int, int] = {}
     if ranks.world == 1:
         claim()
         return ranks
-    while missing := [rank for rank in range(ranks.world) if rank not in leaders]:
+    leaders: dict[int, int] = {}
+    while len(leaders) < ranks.world:
+        missing = [rank for rank in range(ranks.world) if rank not in leaders]
+        lowest = missing[0]
+        # A new name each time: what an earlier start left behind must not be taken for it.
         token = folder / ranks.share(f".seen-{uuid.uuid4().hex}")
         with ranks.together():
-            if ranks.rank == missing[0]:
+            if ranks.rank == lowest:
                 claim()
                 token.touch()
-        seen = ranks.gather(token.exists())
+        sees_token = ranks.gather(token.exists())
         with ranks.together():
-            if ranks.rank == missing[0]:
+            if ranks.rank == lowest:
                 token.unlink()
-        leaders |= {rank: missing[0] for rank in missing if seen[rank]}
+        leaders |= {rank: lowest for rank in missing if sees_token[rank]}
     return replace(ranks, dir_leaders=tuple(leaders[rank] for rank in range(ranks.world)))
 
 
@@ -73,71 +102,96 @@ def newest_checkpoint(
 ) -> SavedCheckpoint | None:
     """The newest checkpoint that is whole over all nodes; a collective call.
 
-    Where a node lacks it or files of it, all but other ranks' parts are copied there. `warn` gets a line about that, and
-    about each damaged checkpoint that is skipped. MachineError if there is none, but one whose missing parts may lie on a
-    node that is not here.
+    Where a node lacks it or files of it, all but other ranks' parts are copied there.
+
+    warn: gets a line about that, and about each damaged checkpoint that is skipped.
+
+    MachineError if there is none, but one whose missing parts may lie on a node that is not here.
     """
-    own = copies_in(run_dir) if ranks.leads_dir else {}
-    keys = {key for keys in ranks.gather([*own]) for key in keys}
-    elsewhere = ""
+    own_copies = copies_in(run_dir) if ranks.leads_dir else {}
+    keys = {key for keys in ranks.gather([*own_copies]) for key in keys}
+    not_whole = ""
     for step, digest in sorted(keys, reverse=True):
-        place, copy = run_dir / f"checkpoint-{step}", own.get((step, digest))
-        owners = _compare_copies(ranks, run_dir, ranks.gather(copy.name if copy else None))
-        source, (_, first) = next(iter(owners.items()))
-        lost = [file for file in first if all(file in other for _, other in owners.values())]
+        place = run_dir / f"checkpoint-{step}"
+        own_copy = own_copies.get((step, digest))
+        names = ranks.gather(own_copy.name if own_copy else None)
+        copies = _compare_copies(ranks, run_dir, names)
+        source = min(copies)
+        lost = set(copies[source].damage)
+        for copy in copies.values():
+            lost &= copy.damage.keys()
         if not lost:
             with ranks.together():
-                if copy:
-                    _put_in_place(copy, place, owners[ranks.rank][1])
+                if own_copy:
+                    _put_in_place(own_copy, place, copies[ranks.rank].damage)
             bring_folder(ranks, place, source, wants=ranks.leads_dir, say=warn)
             return SavedCheckpoint(place, step, source)
-        if place.name in {name for name, _ in owners.values()}:  # others a kill left behind
-            clauses = [other[file] for file in lost for _, other in owners.values()]
-            apart = [clause for clause in clauses if not clause.endswith(ELSEWHERE)]
-            warn(f"{place.name} is skipped: {(apart or clauses)[0]}")
-            elsewhere = elsewhere or ("" if apart else f"{place.name} is not whole: {clauses[0]}")
+        # Of a folder that a kill left behind under another name nothing was expected.
+        if all(copy.name != place.name for copy in copies.values()):
+            continue
+        clauses = []
+        for file in copies[source].damage:
+            if file in lost:
+                clauses += [copy.damage[file] for copy in copies.values()]
+        certain = [clause for clause in clauses if not clause.endswith(ELSEWHERE)]
+        warn(f"{place.name} is skipped: {(certain or clauses)[0]}")
+        if not certain and not not_whole:
+            not_whole = f"{place.name} is not whole: {clauses[0]}"
     with ranks.together():
-        if elsewhere:
-            fix = "start on that node too, or copy its checkpoint's files into this one; --fresh starts over"
+        if not_whole:
             raise MachineError(
-                elsewhere, where=str(run_dir), why="without it the run would start over", fix=fix
+                not_whole,
+                where=str(run_dir),
+                why="without it the run would start over",
+                fix="start on that node too, or copy its checkpoint's files into this one; "
+                "--fresh starts over",
             )
     return None
 
 
-def _compare_copies(
-    ranks: Ranks, run_dir: Path, names: list[str | None]
-) -> dict[int, tuple[str, dict[str, str]]]:
-    """Of each rank that has a copy of a checkpoint in its directory: its name, and its damaged files with what is wrong.
+def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dict[int, Copy]:
+    """The copies of a checkpoint by the rank that writes the directory; a collective call.
 
-    `names` are those copies, rank by rank. All ranks that see a directory compare the checksums together, each of some
-    files: hundreds of gigabytes would take one of them minutes. A collective call.
+    All ranks that see a directory compare the checksums together, each of some files: hundreds of
+    gigabytes would take one of them minutes.
+
+    names: those of the copies, rank by rank; None where there is none.
     """
     leader = ranks.dir_leaders[ranks.rank]
-    readers = [rank for rank, of in enumerate(ranks.dir_leaders) if of == leader]
-    name, damage = names[leader], dict[str, str]()
+    readers = [rank for rank, reader in enumerate(ranks.dir_leaders) if reader == leader]
+    name = names[leader]
+    damage: dict[str, str] = {}
     with ranks.together():
         if name is not None:
-            damage = dict(
-                damaged_files(run_dir / name, share=(readers.index(ranks.rank), len(readers)))
-            )
-    owners = {rank: (name, dict[str, str]()) for rank, name in enumerate(names) if name is not None}
+            share = (readers.index(ranks.rank), len(readers))
+            damage = dict(damaged_files(run_dir / name, share=share))
+    copies = {rank: Copy(name, {}) for rank, name in enumerate(names) if name is not None}
     for reader, clauses in enumerate(ranks.gather(damage)):
-        if (owner := owners.get(ranks.dir_leaders[reader])) is not None:
-            owner[1].update(clauses)
-    return owners
+        copy = copies.get(ranks.dir_leaders[reader])
+        if copy is not None:
+            copy.damage.update(clauses)
+    return copies
 
 
 def copies_in(run_dir: Path) -> dict[tuple[int, str], Path]:
-    """The checkpoints of one directory by step and SHA-256 of the manifest, which is empty where there is none. Hidden ones
-    count only with a manifest: a kill caught them in a rename."""
-    found = {}
-    for path in sorted(run_dir.iterdir()) if run_dir.is_dir() else []:  # hidden ones first
-        if (match := _COPY.fullmatch(path.name)) and path.is_dir():
-            digest = digest_of_file(path / MANIFEST) if (path / MANIFEST).is_file() else ""
-            if digest or not path.name.startswith("."):
-                found[int(match[1]), digest] = path
-    return found
+    """The checkpoints of one directory by step and SHA-256 of the manifest.
+
+    That is empty where there is none. Hidden ones count only with a manifest: a kill caught them in
+    a rename.
+    """
+    copies: dict[tuple[int, str], Path] = {}
+    if not run_dir.is_dir():
+        return copies
+    # Sorted, hidden ones come first: a visible one with the same manifest takes their place.
+    for path in sorted(run_dir.iterdir()):
+        match = _COPY.fullmatch(path.name)
+        if not match or not path.is_dir():
+            continue
+        manifest = path / MANIFEST
+        digest = digest_of_file(manifest) if manifest.is_file() else ""
+        if digest or not path.name.startswith("."):
+            copies[int(match[1]), digest] = path
+    return copies
 
 
 def _put_in_place(copy: Path, place: Path, damage: Collection[str]) -> None:
@@ -154,55 +208,67 @@ def _put_in_place(copy: Path, place: Path, damage: Collection[str]) -> None:
 def bring_folder(
     ranks: Ranks, place: Path, source: int, *, wants: bool, say: Callable[[str], None]
 ) -> None:
-    """Copy a sealed folder, but no parts, from the directory of rank `source` to those of ranks that want it, in place of
-    another one of that name. Where it is already, only what is missing is copied. A collective call."""
+    """Copy a complete folder, but no parts, from the directory of rank `source`.
+
+    It goes to the directories of ranks that want it, in place of another one of that name. Where it
+    is already, only what is missing is copied. A collective call.
+    """
     if not any(ranks.dir_leaders):
         return
-    # In this order: the first makes it a run's
+    # In this order: the first makes the directory a run's.
     identity = [place.parent / name for name in (IDENTITY, RECIPE)]
+    texts: list[bytes] = []
     with ranks.together():
-        texts = (
-            [path.read_bytes() for path in (place / MANIFEST, *identity)]
-            if ranks.rank == source
-            else []
-        )
-    manifest, *texts = ranks.gather(texts)[source]
-    entries, lacks = json.loads(manifest)["files"], wants
+        if ranks.rank == source:
+            texts = [path.read_bytes() for path in (place / MANIFEST, *identity)]
+    manifest, *identity_texts = ranks.gather(texts)[source]
+    values = json.loads(manifest)
+    entries: Entries = values["files"]
+    folder = place
+    lacks_folder = False
     with ExitStack() as unfinished:
         with ranks.together():
-            if (place / MANIFEST).is_file():
-                lacks = wants and (place / MANIFEST).read_bytes() != manifest
-            for path, text in zip(identity, texts, strict=True) if lacks else ():
-                write_atomically(path, text)
-            folder = (
-                unfinished.enter_context(writing(place, json.loads(manifest)["step"]))
-                if lacks
-                else place
-            )
-            wanted = [
-                name
-                for name in entries
-                if not name.endswith(PART) and not (folder / name).is_file()
-            ]
-        copy_files(ranks, folder, wanted if wants else [], entries, say=say)
+            if wants:
+                has_folder = (place / MANIFEST).is_file()
+                lacks_folder = not has_folder or (place / MANIFEST).read_bytes() != manifest
+            if lacks_folder:
+                for path, text in zip(identity, identity_texts, strict=True):
+                    write_atomically(path, text)
+                folder = unfinished.enter_context(writing(place, values["step"]))
+            common = [name for name in entries if not name.endswith(PART)]
+            wanted = [name for name in common if wants and not (folder / name).is_file()]
+        copy_files(ranks, folder, wanted, entries, say=say)
         with ranks.together():
-            if lacks:
+            if lacks_folder:
                 write_atomically(folder / MANIFEST, manifest)
+        # No rank gives the folder its name before all have their files.
         finish = unfinished.pop_all()
     with ranks.together():
         finish.close()
 
 
 def seal_together(ranks: Ranks, folder: Path, step: int, hashed: Entries) -> None:
-    """Seal a checkpoint's folder on every node: each gets what rank 0 wrote, but no parts, and one manifest of all files;
-    a collective call. `hashed` are the entries of the parts that this rank wrote."""
-    parts = {name: entry for entries in ranks.gather(hashed) for name, entry in entries.items()}
+    """Make a checkpoint's folder complete on every node; a collective call.
+
+    Each gets what rank 0 wrote, but no parts, and one manifest of all files.
+
+    hashed: the entries of the parts that this rank wrote.
+    """
+    parts: Entries = {}
+    for entries_of_rank in ranks.gather(hashed):
+        parts |= entries_of_rank
+    own_entries: Entries = {}
     with ranks.together():
-        own = flush_files(folder, parts) if ranks.leads_dir else {}
-    every = ranks.gather(own)
-    entries = {name: entry for other in reversed(every) for name, entry in other.items()}
-    common = [name for name in every[0] if not name.endswith(PART) and name not in own]
-    copy_files(ranks, folder, common if ranks.leads_dir else [], entries)
+        if ranks.leads_dir:
+            own_entries = flush_files(folder, parts)
+    all_entries = ranks.gather(own_entries)
+    entries: Entries = {}
+    # Of a file that several have, the lowest rank's counts.
+    for entries_of_rank in reversed(all_entries):
+        entries |= entries_of_rank
+    common = [name for name in all_entries[0] if not name.endswith(PART)]
+    wanted = [name for name in common if ranks.leads_dir and name not in own_entries]
+    copy_files(ranks, folder, wanted, entries)
     with ranks.together():
         if ranks.leads_dir:
             write_manifest(folder, step, dict(sorted(entries.items())))
@@ -217,99 +283,130 @@ def copy_files(
     say: Callable[[str], None] = lambda text: None,
     source: int | None = None,
 ) -> None:
-    """Copy files below `folder` from a directory that has them, `source`'s or the first, to that of a rank that wants them;
-    a collective call. They appear there whole, with the SHA-256 of `entries`, of a manifest.
+    """Copy files below `folder` between directories; a collective call.
 
-    CheckpointError if no node has one, or it cannot be read, written or is damaged; MachineError where the disk has no room.
+    From a directory that has them to that of a rank that wants them. They appear there whole, with
+    the SHA-256 of `entries`.
+
+    Args:
+        entries: of a manifest.
+        source: the rank whose directory gives them; None: the first that has each.
+
+    CheckpointError if no node has one, or it cannot be read, written or is damaged; MachineError
+    where the disk has no room.
     """
-    wants = {
-        (name, ranks.dir_leaders[rank])
-        for rank, names in enumerate(ranks.gather([*wanted]))
-        for name in names
-    }
+    wants = set()
+    for rank, names in enumerate(ranks.gather([*wanted])):
+        wants |= {(name, ranks.dir_leaders[rank]) for name in names}
     if not wants:
         return
-    have: dict[str, tuple[int, str]] = {}
+    sums: dict[str, tuple[int, str]] = {}
     with ranks.together():
-        for name in (
-            {name for name, _ in wants} if ranks.leads_dir and source in (None, ranks.rank) else ()
-        ):
-            if (path := folder / name).is_file():
-                known = name in entries and name != CARD  # people edit it
-                have[name] = (
-                    path.stat().st_size,
-                    entries[name]["sha256"] if known else digest_of_file(path),
-                )
-    every, moves = ranks.gather(have), []
+        if ranks.leads_dir and source in (None, ranks.rank):
+            sums = _sums_of(folder, {name for name, _ in wants}, entries)
+    all_sums = ranks.gather(sums)
+    transfers: list[Transfer] = []
     with ranks.together():
         for name, target in sorted(wants):
-            giver = next(
-                (rank for rank, files in enumerate(every) if name in files and rank != target), None
-            )
-            if giver is not None:
-                moves.append((name, giver, target, *every[giver][name]))
+            givers = [
+                rank for rank, files in enumerate(all_sums) if name in files and rank != target
+            ]
+            if givers:
+                transfers.append(Transfer(name, givers[0], target, *all_sums[givers[0]][name]))
+            # Nobody may have written a card.
             elif name != CARD:
                 raise CheckpointError(
                     f"no node has {name}",
                     where=str(folder),
                     fix="start on the node that has it too",
                 )
-        size = sum(size for _, _, target, size, _ in moves if target == ranks.rank)
         require_disk_space(
-            folder, size, what="files of other nodes", fix="make room there and start again"
+            folder,
+            sum(transfer.size for transfer in transfers if transfer.target == ranks.rank),
+            what="files of other nodes",
+            fix="make room there and start again",
         )
-    givers, total = sorted({giver for _, giver, *_ in moves}), sum(size for *_, size, _ in moves)
-    names, where = (
-        ", ".join(map(ranks.name, givers)),
-        folder.name.strip(".").removesuffix(".partial"),
-    )
-    say(f"{where}: {len(moves)} files, {total:,} bytes, are copied to other nodes from {names}")
+    say(_announcement(ranks, folder, transfers))
     faults: list[OSError] = []
-    for name, giver, target, size, digest in moves:
-        if ranks.rank == giver:
-            _send(folder / name, size, target, ranks, faults)
-        elif ranks.rank == target:
-            _receive(folder / name, size, digest, giver, ranks, faults)
+    for transfer in transfers:
+        if ranks.rank == transfer.source:
+            _send(folder, transfer, ranks, faults)
+        elif ranks.rank == transfer.target:
+            _receive(folder, transfer, ranks, faults)
     with ranks.together():
         if faults:
-            what, fix = "a file cannot be copied to another node", "start the same command again"
-            raise CheckpointError(what, where=str(folder), why=str(faults[0]), fix=fix)
+            raise CheckpointError(
+                "a file cannot be copied to another node",
+                where=str(folder),
+                why=str(faults[0]),
+                fix="start the same command again",
+            )
 
 
-def _send(path: Path, size: int, target: int, ranks: Ranks, faults: list[OSError]) -> None:
+def _sums_of(folder: Path, names: set[str], entries: Entries) -> dict[str, tuple[int, str]]:
+    """Bytes and SHA-256 of those files that are here."""
+    sums = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            continue
+        # People edit the card, so its entry may not be true any more.
+        if name in entries and name != CARD:
+            digest = entries[name]["sha256"]
+        else:
+            digest = digest_of_file(path)
+        sums[name] = path.stat().st_size, digest
+    return sums
+
+
+def _announcement(ranks: Ranks, folder: Path, transfers: list[Transfer]) -> str:
+    """The line about files that are copied."""
+    sources = sorted({transfer.source for transfer in transfers})
+    total = sum(transfer.size for transfer in transfers)
+    place = folder.name.strip(".").removesuffix(".partial")
+    names = ", ".join(map(ranks.name, sources))
+    count = f"{len(transfers)} files, {total:,} bytes"
+    return f"{place}: {count}, are copied to other nodes from {names}"
+
+
+def _send(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError]) -> None:
+    path = folder / transfer.name
     with ExitStack() as stack:
         with _noted(faults):
             file = stack.enter_context(open_uncached(path))
-        for memory, chunk in _chunks(size):
+        for memory, chunk in _chunks(transfer.size):
             with _noted(faults):
                 if not faults and file.readinto(memory) < len(memory):
                     raise OSError(f"{path} became shorter while it was read")
-            dist.send(chunk, target, group=ranks.group)
+            dist.send(chunk, transfer.target, group=ranks.group)
 
 
-def _receive(
-    path: Path, size: int, digest: str, giver: int, ranks: Ranks, faults: list[OSError]
-) -> None:
-    partial, earlier, found = path.with_name(f".{path.name}.partial"), len(faults), hashlib.sha256()
+def _receive(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError]) -> None:
+    path = folder / transfer.name
+    partial = path.with_name(f".{path.name}.partial")
+    # Those of earlier files do not keep this one from being written.
+    faults_before = len(faults)
+    sha256 = hashlib.sha256()
     with _noted(faults), ExitStack() as stack:  # closing writes too
         with _noted(faults):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(partial.open("wb"))
-        for memory, chunk in _chunks(size):
-            dist.recv(chunk, giver, group=ranks.group)
-            found.update(memory)
+        for memory, chunk in _chunks(transfer.size):
+            dist.recv(chunk, transfer.source, group=ranks.group)
+            sha256.update(memory)
             with _noted(faults):
-                if len(faults) == earlier:
+                if len(faults) == faults_before:
                     file.write(memory)
     with _noted(faults):
-        if len(faults) == earlier:
-            if found.hexdigest() != digest:
-                raise OSError(
-                    f"what {ranks.name(giver)} sent of {path} does not match its checksum"
-                )
-            flush_to_disk(partial)
-            with open_uncached(partial):
-                partial.replace(path)
+        if len(faults) > faults_before:
+            return
+        if sha256.hexdigest() != transfer.digest:
+            sender = ranks.name(transfer.source)
+            raise OSError(f"what {sender} sent of {path} does not match its checksum")
+        flush_to_disk(partial)
+        # Leaves the page cache when it closes.
+        with open_uncached(partial):
+            partial.replace(path)
 
 
 def _chunks(size: int) -> Iterator[tuple[memoryview, torch.Tensor]]:

@@ -1,4 +1,7 @@
-"""How a start in a run directory begins, resumes or finds a finished run, and the state that a resume needs."""
+"""How a start in a run directory begins, resumes or finds a finished run.
+
+And the state that a resume needs.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -31,7 +34,7 @@ PROGRESS = "state/progress.json"
 OPTIMIZER = "state/optimizer.safetensors"
 RECORDS = (METRICS, SAMPLES, BEST, *TRACKER_IDS)
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
-JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is told
+JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is reported
 MIXED = "resuming would mix two runs in one set of numbers"
 COUNTER = "counter"  # `Progress.rounding`: noise by the index of an element
 FORCE = "or resume all the same with checkpoint.resume=force"
@@ -40,31 +43,46 @@ START_OVER = "start over with --fresh (the old run is put aside), or use another
 
 @dataclass
 class Progress:
-    """Where a run stands: all that a resumed run needs beside tensors. The fields are the keys of progress.json.
+    """Where a run stands: all that a resumed run needs beside tensors.
 
-    The hashes, `micro_batch` and `threads` are None in a checkpoint of an older version.
+    The fields are the keys of progress.json. The hashes, `micro_batch` and `threads` are None in a
+    checkpoint of an older version.
+
+    Attributes:
+        step: optimizer steps done.
+        seconds: training time so far, for durations by the clock.
+        record: of the last step; None before the first.
+        validated: whether the validation due at this step is done.
+        best_step, best_loss: of the best validation so far.
+        worse: validations since the best one.
+        loss_scale: fp16's.
+        good_steps: since it last changed.
+        ended: the duration that the run completed, as in its recipe; None before its end.
+        data_hash: sha256 (hex) of the training examples, as tokens.
+        validation_hash: of the held-out ones.
+        model_hash: of the base's weights, see `weights_digest`.
+        micro_batch: what one forward takes, such as `4096 tokens`.
+        threads: that torch computes with on the host.
+        rounding: how stochastic rounding gets its noise; None: there is none, or drawn by a
+            generator.
     """
 
-    step: int = 0  # optimizer steps done
-    seconds: float = 0.0  # training time so far, for durations by the clock
-    record: StepRecord | None = None  # of the last step; None before the first
-    validated: bool = True  # whether the validation due at this step is done
-    best_step: int | None = None  # of the best validation so far
+    step: int = 0
+    seconds: float = 0.0
+    record: StepRecord | None = None
+    validated: bool = True
+    best_step: int | None = None
     best_loss: float | None = None
-    worse: int = 0  # validations since the best one
-    loss_scale: float | None = None  # fp16's
-    good_steps: int = 0  # since it last changed
-    ended: str | None = (
-        None  # the duration that the run completed, as in its recipe; None before its end
-    )
-    data_hash: str | None = None  # sha256 (hex) of the training examples, as tokens
-    validation_hash: str | None = None  # of the held-out ones
-    model_hash: str | None = None  # of the base's weights, see `weights_digest`
-    micro_batch: str | None = None  # what one forward takes, such as `4096 tokens`
-    threads: int | None = None  # that torch computes with on the host
-    rounding: str | None = (
-        None  # how stochastic rounding gets its noise; None: there is none, or drawn by a generator
-    )
+    worse: int = 0
+    loss_scale: float | None = None
+    good_steps: int = 0
+    ended: str | None = None
+    data_hash: str | None = None
+    validation_hash: str | None = None
+    model_hash: str | None = None
+    micro_batch: str | None = None
+    threads: int | None = None
+    rounding: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write progress.json into a checkpoint's folder."""
@@ -80,104 +98,120 @@ class Progress:
             values = json.loads((folder / PROGRESS).read_text())
             return cls(**{**values, "record": StepRecord.from_plain(values["record"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
-            why = f"it has no key {error}" if isinstance(error, KeyError) else str(error)
-            what = f"{folder.name} has no readable {PROGRESS}"
-            raise CheckpointError(what, where=str(folder), why=why, fix=DELETE) from error
+            raise CheckpointError(
+                f"{folder.name} has no readable {PROGRESS}",
+                where=str(folder),
+                why=f"it has no key {error}" if isinstance(error, KeyError) else str(error),
+                fix=DELETE,
+            ) from error
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run starts: at step 0 (`found` is None), from a checkpoint, or not at all (`finished`: its last step).
+    """How a run starts.
 
-    `before` is the recipe that the checkpoint was written with.
+    Attributes:
+        checkpoint: where it resumes; None: it begins at step 0.
+        progress: of the checkpoint.
+        finished: the last step of a run that has nothing left to do.
+        previous_run: the recipe that the checkpoint was written with.
     """
 
-    found: SavedCheckpoint | None = None
+    checkpoint: SavedCheckpoint | None = None
     progress: Progress | None = None
     finished: int | None = None
-    before: Run | None = None
+    previous_run: Run | None = None
 
     @property
     def micro_batch(self) -> Size | None:
-        """What one forward took before, where it is known."""
-        return (
-            Size.parse(self.progress.micro_batch)
-            if self.progress and self.progress.micro_batch
-            else None
-        )
+        """What one forward took in the earlier start, where it is known."""
+        if self.progress is None or not self.progress.micro_batch:
+            return None
+        return Size.parse(self.progress.micro_batch)
 
 
 def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], None]) -> Start:
-    """Decide from the run directory, or from those of all nodes, how the run starts; a collective call.
+    """Decide from the run directory, or those of all nodes, how the run starts.
 
-    Afterwards each node has what all ranks read of the checkpoint, and rank 0's the records and final/ of a finished run.
-    RecipeError where keys differ from the recipe of the checkpoints and may not, or that recipe cannot be read.
+    A collective call. Afterwards each node has what all ranks read of the checkpoint, and rank 0's
+    the records and final/ of a finished run. RecipeError where keys differ from the recipe of the
+    checkpoints and may not, or that recipe cannot be read.
     """
     output_dir = Path(run.output_dir)
+    final_step: int | None = None
+    previous_run: Run | None = None
     with ranks.together():
-        final, before = _earlier_run(run, output_dir) if ranks.leads_dir else (None, None)
-    finals, recipes = ranks.gather(final), ranks.gather(before)
-    if not any(recipes):
+        if ranks.leads_dir:
+            final_step, previous_run = _earlier_run(run, output_dir)
+    final_steps = ranks.gather(final_step)
+    previous_runs = ranks.gather(previous_run)
+    if not any(previous_runs):
         return Start()
-    final = max((step for step in finals if step is not None), default=None)
-    found, progress = newest_checkpoint(output_dir, warn, ranks), None
-    if found is not None:
+    final_step = max((step for step in final_steps if step is not None), default=None)
+    checkpoint = newest_checkpoint(output_dir, warn, ranks)
+    progress: Progress | None = None
+    has_ended = False
+    if checkpoint is not None:
         with ranks.together():
-            progress = Progress.read(found.path)
-    ended = (
-        progress is not None
-        and progress.step == final
-        and progress.ended == str(run.train.duration)
-    )
-    if final is not None and (ended or found is None):
-        bring_folder(ranks, output_dir / FINAL, finals.index(final), wants=ranks.leads, say=warn)
-        return Start(finished=final)
-    if found is None:
+            progress = Progress.read(checkpoint.path)
+            # A longer duration than the one that it completed goes on.
+            is_last = progress.step == final_step
+            has_ended = is_last and progress.ended == str(run.train.duration)
+    if final_step is not None and (has_ended or checkpoint is None):
+        source = final_steps.index(final_step)
+        bring_folder(ranks, output_dir / FINAL, source, wants=ranks.leads, say=warn)
+        return Start(finished=final_step)
+    if checkpoint is None:
         warn("no checkpoint is complete: the run starts over")
         return Start()
     _bring_records(output_dir, ranks, warn)
-    return Start(found, progress, before=recipes[found.source])
+    return Start(checkpoint, progress, previous_run=previous_runs[checkpoint.source])
 
 
 def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
     """The step of final/, and the recipe of checkpoints, of one directory."""
     restore(output_dir)
-    final = step_of(output_dir / FINAL)
-    if not copies_in(output_dir) and final is None:
+    final_step = step_of(output_dir / FINAL)
+    if not copies_in(output_dir) and final_step is None:
         return None, None
-    before = _recipe_of(output_dir, forced=run.checkpoint.resume == "force")
-    refused = [c for c in differences(before, run) if not c.allowed]
-    if refused and run.checkpoint.resume != "force":
-        what, where = (
+    is_forced = run.checkpoint.resume == "force"
+    previous_run = _recipe_of(output_dir, forced=is_forced)
+    refused = [change for change in differences(previous_run, run) if not change.allowed]
+    if refused and not is_forced:
+        raise RecipeError(
             "the recipe differs from the one that this run began with",
-            "\n         ".join(map(str, refused)),
+            where="\n         ".join(map(str, refused)),
+            why=MIXED,
+            fix=f"{START_OVER}, {FORCE}",
         )
-        raise RecipeError(what, where=where, why=MIXED, fix=f"{START_OVER}, {FORCE}")
-    return final, before
+    return final_step, previous_run
 
 
 def _bring_records(output_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
-    """Copy what only rank 0 writes to rank 0's node, where another one has more of it; a collective call."""
+    """Copy what only rank 0 writes to rank 0's node, where another one has more of it.
+
+    A collective call.
+    """
+    sizes: dict[str, int] = {}
     with ranks.together():
-        own = (
-            [path for name in RECORDS if (path := output_dir / name).is_file()]
-            if any(ranks.dir_leaders)
-            else []
-        )
-        sizes = [(path.name, path.stat().st_size) for path in own if ranks.leads_dir]
-    every = ranks.gather(dict(sizes))
-    # Each step is a line: the longest one goes furthest
-    records = [files.get(RECORDS[0], 0) for files in every]
-    if (source := records.index(max(records))) != 0:
-        copy_files(
-            ranks, output_dir, [*every[source]] if ranks.leads else [], {}, say=say, source=source
-        )
+        # Where all see one directory there is nothing to copy.
+        if ranks.leads_dir and any(ranks.dir_leaders):
+            paths = [output_dir / name for name in RECORDS]
+            sizes = {path.name: path.stat().st_size for path in paths if path.is_file()}
+    all_sizes = ranks.gather(sizes)
+    # Each step is a line: the longest one goes furthest.
+    lengths = [sizes_of_rank.get(METRICS, 0) for sizes_of_rank in all_sizes]
+    source = lengths.index(max(lengths))
+    if source != 0:
+        wanted = [*all_sizes[source]] if ranks.leads else []
+        copy_files(ranks, output_dir, wanted, {}, say=say, source=source)
 
 
 def _recipe_of(output_dir: Path, *, forced: bool) -> Run:
-    """The recipe that the checkpoints were written with, without which they are neither resumed from nor deleted.
+    """The recipe that the checkpoints were written with.
 
-    What changed nothing that was learned is ignored where it was removed since, and with `forced` a removed base too.
+    Without it they are neither resumed from nor deleted. Keys that were removed since are ignored
+    where they changed nothing that was learned, and with `forced` a removed base too.
     """
     recipe = output_dir / RECIPE
     ignored = [key for key in REMOVED if forced or is_free(key)]
@@ -188,20 +222,23 @@ def _recipe_of(output_dir: Path, *, forced: bool) -> Run:
             error.what, where=error.where, why=error.why, fix=f"{START_OVER}, {FORCE}"
         ) from error
     except TunesmithError as error:
-        what, fix = (
-            f"the recipe that this run began with cannot be read: {error.what}",
-            f"undo the change in {recipe}",
-        )
         raise RecipeError(
-            what, where=error.where, why=error.why, fix=f"{fix}, or {START_OVER}"
+            f"the recipe that this run began with cannot be read: {error.what}",
+            where=error.where,
+            why=error.why,
+            fix=f"undo the change in {recipe}, or {START_OVER}",
         ) from error
 
 
 def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) -> None:
-    """ModelError or DataError where one of the hashes, by their names in `Progress`, is not the checkpoint's."""
-    known = vars(start.progress) if start.progress and run.checkpoint.resume != "force" else {}
+    """ModelError or DataError where a hash is not the checkpoint's.
+
+    hashes: by their names in `Progress`.
+    """
+    if start.progress is None or run.checkpoint.resume == "force":
+        return
     parts = {
-        "model_hash": ("base model", "model.name", (run.model.name,)),
+        "model_hash": ("base model", "model.name", [run.model.name]),
         "data_hash": ("training data", "data.train", [s.source for s in run.data.train]),
         "validation_hash": (
             "validation data",
@@ -209,63 +246,89 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
             [s.source for s in run.data.validation],
         ),
     }
-    for name, now in hashes.items():
-        before, (what, key, names) = known.get(name), parts[name]
-        if now is None or before in (None, now):
+    for name, digest in hashes.items():
+        previous = getattr(start.progress, name)
+        if digest is None or previous in (None, digest):
             continue
-        kind, how = (
-            (ModelError, "weights")
-            if name == "model_hash"
-            else (DataError, "rows, template or tokenizer")
+        part, key, sources = parts[name]
+        error: type[ModelError | DataError] = DataError
+        changed = "rows, template or tokenizer"
+        if name == "model_hash":
+            error = ModelError
+            changed = "weights"
+        raise error(
+            f"the {part} is not what this run began with",
+            where=f"{key}: {', '.join(sources)}",
+            why=f"its hash is {digest[:12]}, the checkpoint's is {previous[:12]}: "
+            f"{changed} were changed",
+            fix=f"undo the change, or {START_OVER}, {FORCE}",
         )
-        why = f"its hash is {now[:12]}, the checkpoint's is {str(before)[:12]}: {how} were changed"
-        what, fix = (
-            f"the {what} is not what this run began with",
-            f"undo the change, or {START_OVER}, {FORCE}",
-        )
-        raise kind(what, where=f"{key}: {', '.join(names)}", why=why, fix=fix)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is left of a run by its `train` section.
+
+    Attributes:
+        steps: of the whole run; of one by the clock, at the speed so far.
+        duration: in words.
+        learning_rate: of the next step.
+    """
+
+    steps: int
+    duration: str
+    learning_rate: float
 
 
 def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str]:
-    """Lines for the user: from which step the run goes on, its new duration, and what that does to the learning rate.
+    """Lines for the user about a resumed run.
 
-    RecipeError if the duration is shorter than before, and `checkpoint.resume` is not `force`.
+    From which step it goes on, its new duration, and what that does to the learning rate.
+    RecipeError if the duration is shorter than it was, and `checkpoint.resume` is not `force`.
     """
-    if not (start.found and start.progress and start.before):
+    progress = start.progress
+    if start.checkpoint is None or progress is None or start.previous_run is None:
         return []
-    old, new, done = start.before.train, run.train, start.progress
-    (before, was, planned), (after, now, rate) = (
-        _outlook(train, schedule, done) for train in (old, new)
-    )
-    lines = [
-        f"resuming from step {done.step:,} of {now if new.duration.seconds else after}, {start.found.path}"
-    ]
-    if old.duration != new.duration:
-        lines.append(f"train.duration: {was} -> {now}")
-    if after < before and run.checkpoint.resume != "force":
-        what, fix = (
+    previous_train = start.previous_run.train
+    previous = _outlook(previous_train, schedule, progress)
+    outlook = _outlook(run.train, schedule, progress)
+    end = outlook.duration if run.train.duration.seconds else outlook.steps
+    lines = [f"resuming from step {progress.step:,} of {end}, {start.checkpoint.path}"]
+    if previous_train.duration != run.train.duration:
+        lines.append(f"train.duration: {previous.duration} -> {outlook.duration}")
+    if outlook.steps < previous.steps and run.checkpoint.resume != "force":
+        raise RecipeError(
             "the run would be shorter than it began",
-            f"a longer train.duration, or {START_OVER}, {FORCE}",
+            where=lines[-1],
+            why=MIXED,
+            fix=f"a longer train.duration, or {START_OVER}, {FORCE}",
         )
-        raise RecipeError(what, where=lines[-1], why=MIXED, fix=fix)
-    if done.record and done.step < after and abs(rate - planned) > JUMP * new.learning_rate:
-        jump = f"{done.record.learning_rate:.2e} to {rate:.2e}"
-        lines.append(f"the learning rate jumps from {jump}: its schedule now spans {now}")
+    jump = abs(outlook.learning_rate - previous.learning_rate)
+    has_steps_left = progress.step < outlook.steps
+    if progress.record and has_steps_left and jump > JUMP * run.train.learning_rate:
+        rates = f"{progress.record.learning_rate:.2e} to {outlook.learning_rate:.2e}"
+        lines.append(
+            f"the learning rate jumps from {rates}: its schedule now spans {outlook.duration}"
+        )
     return lines
 
 
-def _outlook(train: Train, schedule: BatchSchedule, done: Progress) -> tuple[int, str, float]:
-    """The steps of a whole run (of one by the clock, at the speed so far), its duration in words, and the learning rate
-    of the step after `done`."""
-    total, unit = schedule.steps(train.duration), train.duration.unit
-    steps = total or round((train.duration.seconds or 0.0) * done.step / max(done.seconds, 1e-9))
-    text = (
-        f"{train.duration}"
-        if unit == "steps"
-        else f"{train.duration} ({'=' if total else 'about'} {steps:,} steps)"
-    )
-    per_epoch = schedule.steps_per_epoch(0)
+def _outlook(train: Train, schedule: BatchSchedule, progress: Progress) -> Outlook:
+    total = schedule.steps(train.duration)
+    text = str(train.duration)
+    if total:
+        steps = total
+        if train.duration.unit != "steps":
+            text += f" (= {steps:,} steps)"
+    else:
+        seconds = train.duration.seconds or 0.0
+        steps = round(seconds * progress.step / max(progress.seconds, 1e-9))
+        text += f" (about {steps:,} steps)"
     rate = scheduled_rate(
-        train, done.step, total=total, steps_per_epoch=per_epoch, seconds=done.seconds
+        train,
+        progress.step,
+        total=total,
+        steps_per_epoch=schedule.steps_per_epoch(0),
+        seconds=progress.seconds,
     )
-    return steps, text, rate
+    return Outlook(steps, text, rate)

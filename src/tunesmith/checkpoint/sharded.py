@@ -1,9 +1,10 @@
-"""Checkpoints of a model trained in full on several ranks: each writes what it holds, and any mesh reads it again.
+"""Checkpoints of a model trained in full on several ranks.
 
-torch.distributed.checkpoint (DCP) makes state/: a file or more of each rank, and `.metadata`, which says where in them
-each tensor's parts lie. `model.<name>` are the weights, or their fp32 masters; fp32 shards are their own. What copies
-have alike is there once. `optimizer.<name>.<field>` are the optimizer's tensors. Scalars are in optimizer.safetensors;
-config, tokenizer and progress lie beside it as in every checkpoint.
+Each rank writes what it holds, and any mesh reads it again. torch.distributed.checkpoint (DCP)
+makes state/: a file or more of each rank, and `.metadata`, which says where in them each tensor's
+parts lie. `model.<name>` are the weights, or their fp32 masters; fp32 shards are their own. What
+copies have alike is there once. `optimizer.<name>.<field>` are the optimizer's tensors. Scalars are
+in optimizer.safetensors; config, tokenizer and progress lie beside it as in every checkpoint.
 """
 
 import hashlib
@@ -38,19 +39,11 @@ from tunesmith.checkpoint.contents import (
     write_config,
     write_optimizer,
 )
-from tunesmith.checkpoint.manifest import (
-    CARD,
-    MANIFEST,
-    PART,
-    Entries,
-    Fill,
-    Writer,
-    prune,
-    writing,
-)
+from tunesmith.checkpoint.manifest import CARD, MANIFEST, PART, Entries, prune, writing
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.replicate import copy_files, seal_together
 from tunesmith.checkpoint.resume import DELETE, Progress
+from tunesmith.checkpoint.writer import Fill, Writer
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import ONE_PROCESS, PATIENCE, Ranks
 from tunesmith.distributed.vocab_parallel import local_part
@@ -69,7 +62,8 @@ from tunesmith.model.save_tensors import save_sharded
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.runtime.device import is_integrated
 
-STATE, METADATA = "state", ".metadata"
+STATE = "state"
+METADATA = ".metadata"
 FITS = 0.7  # of the host's free memory may hold a copy
 
 
@@ -79,11 +73,13 @@ def is_sharded(folder: Path) -> bool:
 
 
 class RanksWriter(Writer):
-    """Writes checkpoints with the other ranks, on every node that has a run directory of its own: the rank that leads a
-    directory makes, seals and renames the folder, and all fill it.
+    """Writes checkpoints with the other ranks, on every node that has a run directory of its own.
 
-    Every rank makes one, and calls its methods, at the same step as the others. `ranks` talk over a group of their own, as
-    a thread may use it beside the steps.
+    The rank that writes a directory makes, commits and renames the folder, and all write into it.
+    Every rank makes a writer, and calls its methods, at the same step as the others.
+
+    Attributes:
+        ranks: over a group of their own, as a thread may use it beside the steps.
     """
 
     def __init__(
@@ -97,63 +93,70 @@ class RanksWriter(Writer):
     ) -> None:
         super().__init__(run_dir, keep, saved_step, sync=sync)
         self.ranks = replace(ranks, group=dist.new_group(backend="gloo", timeout=PATIENCE))
-        self._thread: int | None = None  # that writes, or wrote last
+        # The identity of the thread that writes, or wrote last.
+        self._thread: int | None = None
 
     def wait(self) -> None:
-        """As `Writer.wait`; the heartbeat tells meanwhile what the writing thread waits for."""
+        """As `Writer.wait`; meanwhile the heartbeat says what the writing thread waits for."""
         with self.ranks.heartbeat.activity.waits_for(self._thread):
             super().wait()
 
-    def _write(self, fill: Fill, step: int, keep_step: int | None) -> None:
+    def _write(self, save: Fill, step: int, keep_step: int | None) -> None:
         self._thread = threading.get_ident()
         try:
-            self._write_together(fill, step, keep_step)
-        except OtherRankError as error:  # rank 0 tells it, as failure.json does
-            if self.ranks.leads:
-                fix = "start the same command again: it resumes from the newest checkpoint that is whole"
-                raise CheckpointError(error.what, where=f"checkpoint-{step}", fix=fix) from error
-            raise
+            self._write_on_all_ranks(save, step, keep_step)
+        except OtherRankError as error:
+            # Rank 0 reports it, as it writes failure.json.
+            if not self.ranks.leads:
+                raise
+            raise CheckpointError(
+                error.what,
+                where=f"checkpoint-{step}",
+                fix="start the same command again: it resumes from the newest checkpoint that is "
+                "whole",
+            ) from error
 
-    def _write_together(self, fill: Fill, step: int, keep_step: int | None) -> None:
+    def _write_on_all_ranks(self, save: Fill, step: int, keep_step: int | None) -> None:
         place = self._run_dir / f"checkpoint-{step}"
+        folder = place.with_name(f".{place.name}.partial")
         with ExitStack() as unfinished:
-            folder = place.with_name(f".{place.name}.partial")
             with self.ranks.together():
                 self._sync()
                 if self.ranks.leads_dir:
                     folder = unfinished.enter_context(writing(place, step))
-            with self.ranks.together():  # what collectives are in `fill` fail on all ranks alike
-                hashed = fill(folder) or {}
+            # The collectives in `save` fail on all ranks alike.
+            with self.ranks.together():
+                hashed = save(folder) or {}
             seal_together(self.ranks, folder, step, hashed)
             finish = unfinished.pop_all()
         with self.ranks.together():
             finish.close()
-        with self.ranks.together():  # no node deletes an older one before all have this one
+        # No node deletes an older one before all have this one.
+        with self.ranks.together():
             if self.ranks.leads_dir:
                 prune(self._run_dir, self._keep, latest=step, keep_step=keep_step)
         self.saved_step = step
 
 
 class _PartsReader(FileSystemReader):
-    """DCP's reader of files, which first copies those here that this node's ranks read and other nodes have."""
+    """DCP's reader, which first copies files here that this node's ranks read.
+
+    Those are the ones that other nodes have, and this one lacks.
+    """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         super().__init__(folder / STATE)
-        self.folder, self.ranks = folder, ranks
+        self.folder = folder
+        self.ranks = ranks
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         if self.ranks.world > 1:
-            read = {
-                f"{STATE}/{self.storage_data[item.storage_index].relative_path}"
-                for item in plan.items
-            }
+            names = set()
+            for item in plan.items:
+                names.add(f"{STATE}/{self.storage_data[item.storage_index].relative_path}")
+            wanted = [name for name in names if not (self.folder / name).is_file()]
             entries = json.loads((self.folder / MANIFEST).read_text())["files"]
-            copy_files(
-                self.ranks,
-                self.folder,
-                [n for n in read if not (self.folder / n).is_file()],
-                entries,
-            )
+            copy_files(self.ranks, self.folder, wanted, entries)
         return super().prepare_local_plan(plan)
 
 
@@ -161,7 +164,9 @@ class _HashedStream(io.RawIOBase):
     """A file that is written from its beginning to its end, and hashed on the way."""
 
     def __init__(self, file: io.IOBase) -> None:
-        self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
+        self.file = file
+        self.size = 0
+        self.sha256 = hashlib.sha256()
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
@@ -204,9 +209,8 @@ class _HashingFiles(FileSystem):
             }
 
 
-class _Files(FileSystemWriter):
-    """DCP's writer of files. Each rank hashes its own while it writes them; an error says why a disk took no more, on top
-    of which torch.save raises another one."""
+class _HashingWriter(FileSystemWriter):
+    """DCP's writer of files. Each rank hashes its own while it writes them."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -214,18 +218,17 @@ class _Files(FileSystemWriter):
 
     def parts(self) -> Entries:
         """The manifest's entries of what this rank wrote."""
-        return {
-            f"{STATE}/{name}": entry
-            for name, entry in self.fs.entries.items()
-            if name.endswith(PART)
-        }
+        entries = self.fs.entries.items()
+        return {f"{STATE}/{name}": entry for name, entry in entries if name.endswith(PART)}
 
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
+        """As DCP's; where the disk takes no more, the OSError that says why."""
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
+            # torch.save raises an error of its own on top of it.
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
@@ -235,11 +238,14 @@ class _Files(FileSystemWriter):
 def fits_twice(
     optimizer: OptimizerState, model: TrainModel, ranks: Ranks, device: torch.device
 ) -> bool:
-    """Whether the host of every rank holds a copy of what its ranks write; a collective call. An integrated GPU's memory is
-    the host's, where there is none to spare."""
-    size = sum(local_part(t).nbytes for t in _named(model, optimizer).values())
-    room = device.type == "cpu" or not is_integrated(device)
-    return all(ranks.gather(room and size * ranks.local_world < FITS * available_memory()))
+    """Whether the host of every rank has room for a copy of what its ranks write.
+
+    A collective call. An integrated GPU's memory is the host's, where there is none to spare.
+    """
+    size = sum(local_part(tensor).nbytes for tensor in _named(model, optimizer).values())
+    has_host_memory = device.type == "cpu" or not is_integrated(device)
+    fits = has_host_memory and size * ranks.local_world < FITS * available_memory()
+    return all(ranks.gather(fits))
 
 
 def fill_together(
@@ -252,28 +258,31 @@ def fill_together(
     ranks: Ranks,
     copy: bool,
 ) -> Fill:
-    """What a `RanksWriter` with these `ranks` writes a checkpoint with. With `copy` it is the state of this moment, which
-    any thread may write later; else it must be written before the next step."""
-    tensors, progress = _named(model, optimizer), replace(progress)
+    """What a `RanksWriter` with these `ranks` writes a checkpoint with.
+
+    copy: write the state of this moment, which any thread may do later; else it must be written
+        before the next step.
+    """
+    tensors = _named(model, optimizer)
+    progress = replace(progress)
     if copy:
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-    # Every rank reads all step counts. DCP would spread them over the parts, and every node would need all of these.
-    counts = [
-        name
-        for name, tensor in tensors.items()
-        if name.startswith("optimizer.") and tensor.dim() == 0
-    ]
-    scalars = {name.removeprefix("optimizer."): tensors.pop(name) for name in counts}
+    # Every rank reads all step counts. DCP would spread them over the parts, and every node would
+    # need all of these.
+    scalars = {}
+    for name, tensor in list(tensors.items()):
+        if name.startswith("optimizer.") and tensor.dim() == 0:
+            scalars[name.removeprefix("optimizer.")] = tensors.pop(name)
 
-    def fill(folder: Path) -> Entries:
-        files = _Files(folder / STATE)
+    def save(folder: Path) -> Entries:
+        writer = _HashingWriter(folder / STATE)
         with ranks.together():
             if ranks.leads:
                 write_config(folder, model, tokenizer)
                 write_optimizer(folder, scalars)
                 progress.write(folder)
         try:
-            dcp.save(tensors, storage_writer=files, process_group=ranks.group)
+            dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
         except CheckpointException as error:  # on all ranks alike, and not an Exception
             rank, (cause, _) = min(error.failures.items())
             if ranks.leads:
@@ -282,13 +291,16 @@ def fill_together(
             raise OtherRankError(
                 f"{ranks.name(rank)} failed: {cause}", exit_code=EXIT_FAILED
             ) from None
-        return files.parts()
+        return writer.parts()
 
-    return fill
+    return save
 
 
 def _named(model: TrainModel, optimizer: OptimizerState) -> dict[str, Tensor]:
-    """What ranks write, by its name in a checkpoint. An fp32 master takes the place of its 16-bit weight."""
+    """What ranks write, by its name in a checkpoint.
+
+    An fp32 master takes the place of its 16-bit weight.
+    """
     tensors = {f"model.{name}": tensor.detach() for name, tensor in weights_of(model.model).items()}
     for name, tensor in optimizer.items():
         weight, _, field = name.rpartition(".")
@@ -298,10 +310,10 @@ def _named(model: TrainModel, optimizer: OptimizerState) -> dict[str, Tensor]:
 
 
 def read_sharded_weights(model: nn.Module, folder: Path, ranks: Ranks = ONE_PROCESS) -> None:
-    """Fill a materialized model, or this rank's shards of it, in its own dtype; a collective call of `ranks`, whose nodes
-    get what they lack from each other.
+    """Load a materialized model, or this rank's shards of it, in its own dtype.
 
-    CheckpointError if it cannot be read; MachineError where the disk has no room for files of other nodes.
+    A collective call of `ranks`, whose nodes get what they lack from each other. CheckpointError if
+    it cannot be read; MachineError where the disk has no room for files of other nodes.
     """
     _read(folder, {f"model.{name}": tensor for name, tensor in weights_of(model).items()}, ranks)
 
@@ -315,24 +327,25 @@ def read_sharded_optimizer(
             if f"{name}.step" in scalars:
                 part.state = part.initial_state()
                 part.state["step"].copy_(scalars[f"{name}.step"].read())
-    apart = {*scalars, *(f"{name}.master" for name in optimizer.masters)}
-    _read(
-        folder,
-        {f"optimizer.{n}": t for n, t in optimizer.state_dict().items() if n not in apart},
-        ranks,
-    )
+    stored_elsewhere = {*scalars, *(f"{name}.master" for name in optimizer.masters)}
+    moments = {}
+    for name, tensor in optimizer.state_dict().items():
+        if name not in stored_elsewhere:
+            moments[f"optimizer.{name}"] = tensor
+    _read(folder, moments, ranks)
     _read(folder, {f"model.{name}": master for name, master in optimizer.masters.items()}, ranks)
-    optimizer.scale, optimizer.growth_tracker = progress.loss_scale, progress.good_steps
+    optimizer.scale = progress.loss_scale
+    optimizer.growth_tracker = progress.good_steps
 
 
 def _entries(folder: Path) -> dict[str, TensorStorageMetadata]:
     """The tensors of a checkpoint."""
     try:
-        found = FileSystemReader(folder / STATE).read_metadata().state_dict_metadata
+        metadata = FileSystemReader(folder / STATE).read_metadata().state_dict_metadata
     except Exception as error:  # pickle's are of many kinds
         raise _unreadable(folder, error) from error
     return {
-        name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)
+        name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)
     }
 
 
@@ -340,43 +353,55 @@ def _read(folder: Path, tensors: dict[str, Tensor], ranks: Ranks = ONE_PROCESS) 
     """Read into tensors, each rank what it holds of them."""
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            # It says so of `no_dist`
+            # DCP says so of `no_dist`.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load({**tensors}, storage_reader=_PartsReader(folder, ranks), no_dist=True)
     except CheckpointException as error:
         cause = error.failures[0][0]
-        raise (cause if isinstance(cause, TunesmithError) else _unreadable(folder, cause)) from None
+        if isinstance(cause, TunesmithError):
+            raise cause from None
+        raise _unreadable(folder, cause) from None
 
 
 def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
-    what = f"{folder.name} has no readable {STATE}/"
-    return CheckpointError(what, where=str(folder / STATE), why=first_line(error), fix=DELETE)
+    return CheckpointError(
+        f"{folder.name} has no readable {STATE}/",
+        where=str(folder / STATE),
+        why=first_line(error),
+        fix=DELETE,
+    )
 
 
 def export_sharded(folder: Path, output: Path, run: Run) -> None:
-    """Write a sharded checkpoint's model as Transformers' files into a new folder, one tensor in memory at a time;
-    CheckpointError if it cannot be read, or `output` not be written."""
-    stored = {
-        n.removeprefix("model."): e for n, e in _entries(folder).items() if n.startswith("model.")
-    }
-    dtype = DTYPES[run.model.dtype]
-    types = {
-        name: dtype if entry.properties.dtype.is_floating_point else None
-        for name, entry in stored.items()
-    }
-    shapes = {
-        name: torch.empty(stored[name].size, dtype=types[name], device="meta") for name in stored
-    }
+    """Write a sharded checkpoint's model as Transformers' files into a new folder.
+
+    One tensor is in memory at a time. CheckpointError if it cannot be read, or `output` not be
+    written.
+    """
+    stored: dict[str, TensorStorageMetadata] = {}
+    shapes: dict[str, Tensor] = {}
+    for key, entry in _entries(folder).items():
+        if not key.startswith("model."):
+            continue
+        name = key.removeprefix("model.")
+        dtype = entry.properties.dtype
+        # Masters are fp32 there.
+        if dtype.is_floating_point:
+            dtype = DTYPES[run.model.dtype]
+        stored[name] = entry
+        shapes[name] = torch.empty(entry.size, dtype=dtype, device="meta")
 
     def read(name: str) -> Tensor:
         tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
         _read(folder, {f"model.{name}": tensor})
         return tensor
 
-    with writing(output, int(json.loads((folder / MANIFEST).read_text())["step"])) as inside:
+    step = int(json.loads((folder / MANIFEST).read_text())["step"])
+    with writing(output, step) as inside:
         save_sharded(inside, shapes, read=read)
         for path in folder.iterdir():
             if path.is_file() and path.name != MANIFEST:
                 shutil.copyfile(path, inside / path.name)
-        write_for_older_readers(inside)  # a checkpoint of an earlier version has the new keys alone
+        # A checkpoint of an earlier version has the new keys alone.
+        write_for_older_readers(inside)
         (inside / CARD).write_text(model_card(run.model, run, folder.parent), encoding="utf-8")

@@ -55,8 +55,8 @@ class SharedBase:
             torch.manual_seed(run.train.seed)
             lora.replace_adapter(root.model, run.adapter)
             init_adapter(run, root.model)
-            if start.found:
-                peft_files.load_adapter(root.model, start.found.path)
+            if start.checkpoint:
+                peft_files.load_adapter(root.model, start.checkpoint.path)
         self._use_graphs_of(run.adapter)
         if first.device.type == "cuda":
             # Of the last run.

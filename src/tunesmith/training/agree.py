@@ -200,7 +200,7 @@ def model_parts(
     parts["model.tokenizer"] = Compared(
         digest, f"{len(files.tokenizer):,} tokens ({digest[:SHORT]})"
     )
-    if run.adapter.from_ is not None and start.found is None:
+    if run.adapter.from_ is not None and start.checkpoint is None:
         digest = sampled_digest(
             read_header(find_adapter(run.adapter.from_) / WEIGHTS), ENDS_AND_MIDDLE
         )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tunesmith.checkpoint.manifest import Writer
 from tunesmith.checkpoint.resume import Progress
+from tunesmith.checkpoint.writer import Writer
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.metrics.health import Health
 from tunesmith.metrics.record import StepRecord

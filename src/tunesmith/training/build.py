@@ -172,7 +172,7 @@ def build(
         files, hashes = read_base(run, start, ranks, weights=weights, say=say)
         # Nothing is learned in a measurement, and a run that began keeps the rows that it began
         # with.
-        resumes = start.found is not None
+        resumes = start.checkpoint is not None
         cut_answers: CutAnswers = "warn" if measured or resumes else "refuse"
         data = read_data(run, start, files, hashes, say, cut_answers)
         if measured:
@@ -230,7 +230,7 @@ def read_base(
     weights.
     """
     # A resumed run's rows were cut to this length when it began.
-    seq_len = None if start.found else run.data.seq_len
+    seq_len = None if start.checkpoint else run.data.seq_len
     folder = Path(run.model.name)
     if weights == "stored":
         folder = fetch.fetch(run.model, progress=say, seq_len=seq_len)
@@ -263,7 +263,7 @@ def load_model(
     if not measured:
         with ranks.together():
             check_disk(run, count_trained(run, model), ranks)
-    checkpoint = start.found.path if start.found else None
+    checkpoint = start.checkpoint.path if start.checkpoint else None
     is_full = run.adapter.kind == "none"
     base_weights: Path | Literal["random"] | None = checkpoint if is_full else None
     if weights == "random":
@@ -483,7 +483,7 @@ def check_inputs(run: Run, start: Start) -> None:
             check_data_file(Path(source.source).expanduser())
     if run.model.tokenizer is not None and Path(run.model.tokenizer).is_absolute():
         fetch.fetch_without_weights(run.model.tokenizer)
-    if run.adapter.from_ is not None and start.found is None:
+    if run.adapter.from_ is not None and start.checkpoint is None:
         adapter = find_adapter(run.adapter.from_)
         check_sums(adapter)
         read_adapter(adapter)
@@ -572,11 +572,11 @@ def make_optimizer(run: Run, model: TrainModel, start: Start, ranks: Ranks) -> O
     scale = LOSS_SCALE if run.model.dtype == "fp16" else None
     optimizer = Optimizer(model.trained_parameters(), run.train, loss_scale=scale)
     optimizer.use_fp32_gradients(fp32_gradients(model.model))
-    if start.found and start.progress and is_sharded(start.found.path):
-        read_sharded_optimizer(optimizer, start.found.path, start.progress, ranks)
-    elif start.found and start.progress:
-        saved, where = start.progress, str(start.found.path)
-        with read_optimizer(start.found.path) as tensors:
+    if start.checkpoint and start.progress and is_sharded(start.checkpoint.path):
+        read_sharded_optimizer(optimizer, start.checkpoint.path, start.progress, ranks)
+    elif start.checkpoint and start.progress:
+        saved, where = start.progress, str(start.checkpoint.path)
+        with read_optimizer(start.checkpoint.path) as tensors:
             optimizer.load_state_dict(
                 tensors, scale=saved.loss_scale, growth_tracker=saved.good_steps, where=where
             )

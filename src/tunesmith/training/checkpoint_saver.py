@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from tunesmith.checkpoint import contents, manifest
-from tunesmith.checkpoint.manifest import Fill, Writer
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.sharded import RanksWriter, fill_together, fits_twice
+from tunesmith.checkpoint.writer import Fill, Writer
 from tunesmith.distributed.activity import STUCK
 from tunesmith.metrics.sink import Sinks
 from tunesmith.planning.resolve import checkpoint_bytes
