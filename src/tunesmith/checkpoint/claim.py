@@ -215,6 +215,7 @@ def _lock(output_dir: Path) -> int:
     """An open handle on the lock file, locked for this process."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        # Not through a link, which may lead to somebody else's file.
         handle = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise MachineError(
@@ -255,7 +256,9 @@ def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
     if not files:
         return None
     for path in (Path.cwd(), *map(Path, inputs)):
-        if path.exists() and any(_lies_in(path, file) for file in files):
+        if path.exists() and any(
+            path.resolve().is_relative_to(os.path.realpath(file)) for file in files
+        ):
             raise UsageError(
                 "starting over would move away what the new run reads",
                 where=str(output_dir),
@@ -279,11 +282,6 @@ def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
             fix="use another output_dir: output_dir=runs/my-run",
         ) from error
     return place
-
-
-def _lies_in(path: Path, file: Path) -> bool:
-    """Whether `path` is `file` or lies in it, links followed."""
-    return path.resolve().is_relative_to(os.path.realpath(file))
 
 
 def restore(run_dir: Path) -> None:

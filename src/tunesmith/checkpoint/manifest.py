@@ -73,6 +73,7 @@ def flush_files(folder: Path, hashed: Entries | None = None) -> Entries:
 
     hashed: entries of files that were hashed while they were written, and are not read again.
     """
+    # safetensors writes its files with mode 600.
     follow_umask(folder)
     entries: Entries = {}
     for path in sorted(folder.rglob("*")):
@@ -128,6 +129,7 @@ def damaged_files(
     compared: set[str] = set()
     if contents:
         index, readers = share
+        # So that the readers' shares are alike in bytes.
         largest_first = sorted(entries, key=lambda name: (-entries[name][0], name))
         compared = set(largest_first[index::readers])
     for name, (size, digest) in entries.items():

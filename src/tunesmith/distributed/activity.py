@@ -16,14 +16,6 @@ from tunesmith.distributed.beats import Beat, RunClock
 STUCK = 30 * 60.0
 
 
-def _nothing() -> str:
-    return ""
-
-
-def _no() -> bool:
-    return False
-
-
 @dataclass
 class Probes:
     """What a heartbeat asks of the process around it; the defaults are a run of one process.
@@ -39,13 +31,14 @@ class Probes:
             it is there that they wait.
     """
 
-    current_collective: Callable[[], str] = _nothing
-    find_error: Callable[[], str] = _nothing
-    store_is_closed: Callable[[], bool] = _no
-    stop_signal: Callable[[], str] = _nothing
-    gpu_is_busy: Callable[[], bool] = _no
+    current_collective: Callable[[], str] = lambda: ""
+    find_error: Callable[[], str] = lambda: ""
+    store_is_closed: Callable[[], bool] = lambda: False
+    stop_signal: Callable[[], str] = lambda: ""
+    gpu_is_busy: Callable[[], bool] = lambda: False
 
 
+@dataclass(eq=False)
 class Activity:
     """What this rank does, noted by its main thread and sampled by the heartbeat's.
 
@@ -57,15 +50,14 @@ class Activity:
         waited_thread: the identity of the thread that the main thread waits for.
     """
 
-    def __init__(self, beat: Beat, clock: RunClock, probes: Probes) -> None:
-        self.beat = beat
-        self.clock = clock
-        self.probes = probes
-        self.step = 0
-        self.moved_at = 0.0
-        self.phase_prefix = ""
-        self.longest_limit = inf
-        self.waited_thread: int | None = None
+    beat: Beat
+    clock: RunClock
+    probes: Probes
+    step: int = 0
+    moved_at: float = 0.0
+    phase_prefix: str = ""
+    longest_limit: float = inf
+    waited_thread: int | None = None
 
     def phase(self, name: str, limit: float | None = None) -> None:
         """Begin a part of the run; see `Heartbeat.phase`."""

@@ -6,11 +6,11 @@ import os
 import socket
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 
-GONE = ("Z", "X")  # states of a process that has ended
+ENDED_STATES = ("Z", "X")  # states of a process that has ended
 NAMED_RANKS = 4  # of those that an error is about
 
 
@@ -37,6 +37,7 @@ class Beat:
     done: bool = False
 
 
+@dataclass(eq=False)
 class RunClock:
     """Seconds that this process ran, as far as its thread that advances the clock did.
 
@@ -44,10 +45,9 @@ class RunClock:
     counts at most as long as `interval`.
     """
 
-    def __init__(self, interval: float) -> None:
-        self.interval = interval
-        self.seconds = 0.0
-        self._last_turn = time.monotonic()
+    interval: float
+    seconds: float = 0.0
+    _last_turn: float = field(default_factory=time.monotonic)
 
     def advance(self) -> None:
         """Count the time since the last call."""
@@ -100,7 +100,7 @@ class Peers:
         return [
             rank
             for rank in self.local
-            if not self.beats[rank].done and self.process_state(rank) in GONE
+            if not self.beats[rank].done and self.process_state(rank) in ENDED_STATES
         ]
 
     def process_state(self, rank: int) -> str:

@@ -6,6 +6,7 @@ after the limit of its phase.
 """
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.distributed.activity import Activity, Probes
@@ -13,28 +14,29 @@ from tunesmith.distributed.beats import Peers
 from tunesmith.errors import RunError, StoppedEarlyError, TunesmithError, first_line
 from tunesmith.host.memory import oom_kills
 
-MISSED = 4  # beats in a row, after which a rank is blamed for a connection that broke
+MISSED_BEATS = 4  # beats in a row, after which a rank is blamed for a connection that broke
 AGAIN = "start the same command again: it goes on from the newest checkpoint"
 
 # Arguments of a RunError, and how it is reported; JSON in the store.
 ErrorFields = dict[str, Any]
 
 
+@dataclass(eq=False)
 class Diagnosis:
     """Looks for a fault in the beats that the peers have given.
 
     Attributes:
         broken: torch's words for a connection that broke; empty while none did.
         broken_at, ended_at: when that, and the end of a process, was first seen, by the clock.
+        first_oom_kills: those that the kernel had counted when the run began.
     """
 
-    def __init__(self, peers: Peers, probes: Probes) -> None:
-        self.peers = peers
-        self.probes = probes
-        self.broken = ""
-        self.broken_at = 0.0
-        self.ended_at = 0.0
-        self._oom_kills = oom_kills()
+    peers: Peers
+    probes: Probes
+    broken: str = ""
+    broken_at: float = 0.0
+    ended_at: float = 0.0
+    first_oom_kills: int = field(default_factory=oom_kills)
 
     def note_broken(self, text: str) -> None:
         """A connection broke: a rank that is silent for a few beats is to blame for it."""
@@ -57,7 +59,7 @@ class Diagnosis:
         peers = self.peers
         if ended:
             return self._killed(ended)
-        limit = MISSED * peers.clock.interval if self.broken else peers.limit
+        limit = MISSED_BEATS * peers.clock.interval if self.broken else peers.limit
         # A rank that is done beats no more. It is missed where another waits for it.
         is_waiting = bool(self.broken or peers.own.collective)
         expected = [rank for rank, beat in enumerate(peers.beats) if is_waiting or not beat.done]
@@ -86,7 +88,7 @@ class Diagnosis:
         if clock.seconds - self.ended_at < clock.interval:
             return {}
         what = f"{self.peers.names(ended)} was killed"
-        kills = oom_kills() - self._oom_kills
+        kills = oom_kills() - self.first_oom_kills
         if kills > 0:
             why = f"the kernel ended {kills} of this machine's processes since the run began"
             return self.fields(what, why, "oom-kill", gone=ended)

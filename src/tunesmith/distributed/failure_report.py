@@ -5,15 +5,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from tunesmith.distributed.diagnosis import ErrorFields
 from tunesmith.errors import EXIT_STOPPED, RunError, StoppedEarlyError, TunesmithError
 
 
-def _ignore(fault: TunesmithError, step: int) -> None:
-    pass
-
-
+@dataclass(eq=False)
 class FailureReport:
     """What ends this rank, if anything does.
 
@@ -29,15 +27,14 @@ class FailureReport:
             there was a step to save.
     """
 
-    def __init__(self) -> None:
-        self.fault: TunesmithError | None = None
-        self.fault_event = threading.Event()
-        self.decided_at = 0.0
-        self.is_ending = False
-        self.own_error: ErrorFields = {}
-        self.on_fault: Callable[[TunesmithError, int], object] = _ignore
-        self.stopped_code = EXIT_STOPPED
-        self._lock = threading.Lock()
+    fault: TunesmithError | None = None
+    fault_event: threading.Event = field(default_factory=threading.Event)
+    decided_at: float = 0.0
+    is_ending: bool = False
+    own_error: ErrorFields = field(default_factory=dict)
+    on_fault: Callable[[TunesmithError, int], object] = lambda fault, step: None
+    stopped_code: int = EXIT_STOPPED
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def decide(self, fields: ErrorFields, step: int, *, reports: bool, is_raised: bool) -> None:
         """Make the fault known to this rank.

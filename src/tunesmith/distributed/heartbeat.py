@@ -25,8 +25,8 @@ from math import inf
 from typing import Any
 
 from tunesmith.distributed.activity import Activity, Probes
-from tunesmith.distributed.beats import GONE, Peers
-from tunesmith.distributed.diagnosis import MISSED, Diagnosis, ErrorFields
+from tunesmith.distributed.beats import ENDED_STATES, Peers
+from tunesmith.distributed.diagnosis import MISSED_BEATS, Diagnosis, ErrorFields
 from tunesmith.distributed.failure_report import FailureReport
 from tunesmith.errors import (
     NonFiniteError,
@@ -165,7 +165,7 @@ class Heartbeat:
         """Whether every rank has said that it is done, or is silent."""
         peers = self.peers
         return all(
-            beat.done or peers.is_silent(rank, MISSED * peers.clock.interval)
+            beat.done or peers.is_silent(rank, MISSED_BEATS * peers.clock.interval)
             for rank, beat in enumerate(peers.beats)
         )
 
@@ -236,7 +236,7 @@ class Heartbeat:
         self._decide(fields, reports=reports)
         for rank in peers.local:
             is_mute = peers.is_silent(rank, peers.limit)
-            if is_mute and peers.process_state(rank) not in ("", *GONE):
+            if is_mute and peers.process_state(rank) not in ("", *ENDED_STATES):
                 # It would hold up the launcher for 30 s.
                 os.kill(peers.pid(rank), signal.SIGKILL)
 
