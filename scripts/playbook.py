@@ -43,8 +43,8 @@ from tunesmith.distributed.ranks import (
     JOIN,
     is_launched,
     refuse_many_ranks,
+    reported_once_a_node,
     started_as,
-    told_once_a_node,
 )
 from tunesmith.errors import (
     EXIT_OK,
@@ -588,7 +588,7 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
         say(f"accelerate: {line}")
     sharing = 1 if batches > args.gradient_accumulation_steps else env["WORLD_SIZE"]
     recipe = make_recipe(name, args, folder=folder, batches=batches, sharing=sharing, asked=asked)
-    with told_once_a_node():
+    with reported_once_a_node():
         if args.fresh and first:
             with claim_run_dir(folder):
                 unlink_final(folder)
@@ -600,7 +600,7 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
         say(f"Loading dataset with {args.dataset_size} samples...")
         rows = selection(args, say)
     with inputs(rows, folder, bos=bos, writes=env["LOCAL_RANK"] == 0):
-        with told_once_a_node():
+        with reported_once_a_node():
             # The rules that span several keys, and the paths, are those of every recipe.
             run = from_mapping(to_mapping(recipe), where=f"{name}.py", base=Path.cwd())
 

@@ -27,7 +27,7 @@ from tunesmith.cli.options import (
     whole_number,
 )
 from tunesmith.config.load import load_recipe
-from tunesmith.distributed.ranks import started_as, told_once_a_node
+from tunesmith.distributed.ranks import reported_once_a_node, started_as
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED, UsageError
 from tunesmith.host.files import from_here
 from tunesmith.host.signals import StopRequest
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    with told_once_a_node():
+    with reported_once_a_node():
         space, search = read_search(args)
     if args.ranks is not None and started_as() is None:
         return start_ranks(args, space)

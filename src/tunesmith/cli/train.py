@@ -24,7 +24,7 @@ from tunesmith.cli.options import (
     notify,
     stay_silent,
 )
-from tunesmith.distributed.ranks import told_once_a_node
+from tunesmith.distributed.ranks import reported_once_a_node
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import lasting
 from tunesmith.metrics.log_file import LogFile
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         # They load for seconds, and an exception inside torch's C++ code would abort.
         early.doing = "the libraries are loaded"
         early.defer_signals(announce)
-        with told_once_a_node():
+        with reported_once_a_node():
             recipe, new_file = chosen_recipe(args, announce)
             if new_file is not None:
                 new_file.check_file()

@@ -199,7 +199,7 @@ class Diagnosis:
             "fix": failure.fix,
             "cause": failure.cause,
             "smaller": failure.smaller,
-            "teller": peers.rank,
+            "reporter": peers.rank,
             # It is newer than the beat that the others have read.
             "failed_rank": peers.place_of(peers.rank),
         }

@@ -229,10 +229,10 @@ class Heartbeat:
     def _accept(self, fields: ErrorFields) -> None:
         """End by the fault that a rank has published, and end the ranks of this node that hang."""
         peers = self.peers
-        teller = fields.pop("teller", None)
-        is_first = self.store.add(f"told/{peers.local[0]}", 1) == 1
+        reporter = fields.pop("reporter", None)
+        is_first = self.store.add(f"reported/{peers.local[0]}", 1) == 1
         # A rank that raises the error reports it, where that arrives.
-        reports = teller == peers.rank if teller in peers.local else is_first
+        reports = reporter == peers.rank if reporter in peers.local else is_first
         self._decide(fields, reports=reports)
         for rank in peers.local:
             is_mute = peers.is_silent(rank, peers.limit)

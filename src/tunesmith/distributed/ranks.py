@@ -172,7 +172,7 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def told_once_a_node() -> Iterator[None]:
+def reported_once_a_node() -> Iterator[None]:
     """Let one rank of a node report a fault of the command or recipe, which each finds alone.
 
     For what happens before the ranks join.
