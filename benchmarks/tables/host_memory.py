@@ -131,12 +131,12 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             writer = sharded.RanksWriter(folder / "run", 1, None, sync=lambda: None, ranks=ranks)
             with phase("save", wide) as found:
                 if full:
-                    fill = sharded.fill_together(*values, ranks=writer.ranks, copy=False)
+                    save = sharded.sharded_save_function(*values, ranks=writer.ranks, copy=False)
                 else:
-                    fill, _ = contents.fill_adapter(*values, False)
+                    save, _ = contents.adapter_save_function(*values, False)
                     if ranks.leads:
                         found["held"] = 3 * sum(p.numel() * 4 for _, p in root.trained_parameters())
-                writer.write(fill if full or ranks.leads else lambda place: None, 1, keep_step=None)
+                writer.write(save if full or ranks.leads else lambda place: None, 1, keep_step=None)
         with phase("final"):
             if ranks.leads:
                 with manifest.writing(folder / "final", 1) as place:

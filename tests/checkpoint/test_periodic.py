@@ -66,7 +66,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, seen: Watched, steps: int = 2) ->
     """A write in the thread begins only after `steps` more steps were taken, where as many are to come."""
     write = Writer._write
 
-    def late(self: Writer, fill: Callable[[Path], None], step: int, keep_step: int | None) -> None:
+    def late(self: Writer, save: Callable[[Path], None], step: int, keep_step: int | None) -> None:
         name = threading.current_thread().name
         if name != "MainThread":
             until = time.monotonic() + 30
@@ -74,7 +74,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, seen: Watched, steps: int = 2) ->
                 assert time.monotonic() < until, "the training waits for the writer"
                 time.sleep(0.001)
         seen.wrote.append((name.partition("_")[0], step, seen.step()))
-        write(self, fill, step, keep_step)
+        write(self, save, step, keep_step)
 
     monkeypatch.setattr(Writer, "_write", late)
 
@@ -139,10 +139,10 @@ def test_a_model_trained_in_full_is_written_while_the_loop_waits(
     written, write = [], Writer.write
 
     def noted(
-        self: Writer, fill: Callable[[Path], None], step: int, *, keep_step: int | None
+        self: Writer, save: Callable[[Path], None], step: int, *, keep_step: int | None
     ) -> None:
         written.append(step)
-        write(self, fill, step, keep_step=keep_step)
+        write(self, save, step, keep_step=keep_step)
 
     monkeypatch.setattr(Writer, "write", noted)
     train(make_run(tiny, tmp_path, adapter={"kind": "none"}), say=lambda text: None)
@@ -240,11 +240,11 @@ def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
     begun, write, step = threading.Event(), Writer._write, Trainer.train_step
 
     def late(
-        self: Writer, fill: Callable[[Path], None], number: int, keep_step: int | None
+        self: Writer, save: Callable[[Path], None], number: int, keep_step: int | None
     ) -> None:
         assert begun.wait(30)
         time.sleep(0.2)
-        write(self, fill, number, keep_step)
+        write(self, save, number, keep_step)
 
     def broken(self: Trainer, batch: Any) -> StepOutput | None:
         if batch.step == 5:

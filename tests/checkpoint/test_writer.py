@@ -60,14 +60,14 @@ def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(
     for step in (1, 2):
         writer.write(quick, step, keep_step=None)
     assert writer.saved_step == 2
-    fill = Held()
-    writer.write_async(fill, 3, keep_step=None)
-    assert fill.begun.wait(30)
+    save = Held()
+    writer.write_async(save, 3, keep_step=None)
+    assert save.begun.wait(30)
     assert not writer.failed
     assert (writer.saved_step, whole(tmp_path)) == (2, [1, 2]), (
         "the older ones are needed until it is whole"
     )
-    fill.go.set()
+    save.go.set()
     writer.wait()
     assert (writer.saved_step, whole(tmp_path)) == (3, [2, 3])
     assert synced == ["", "checkpoint-1", "checkpoint-1,checkpoint-2"], (
@@ -91,14 +91,14 @@ def test_the_next_one_waits_and_the_spared_one_stays(writer: Writer, tmp_path: P
 def test_a_full_disk_in_the_thread_is_raised_in_the_loop(writer: Writer, tmp_path: Path) -> None:
     """The error is the very one that a write in the loop raises, once; what was whole stays."""
 
-    def fill(folder: Path) -> None:
+    def save(folder: Path) -> None:
         quick(folder)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     writer.write(quick, 1, keep_step=None)
     with pytest.raises(CheckpointError) as at_once:
-        writer.write(fill, 2, keep_step=None)
-    writer.write_async(fill, 2, keep_step=None)
+        writer.write(save, 2, keep_step=None)
+    writer.write_async(save, 2, keep_step=None)
     until = time.monotonic() + 30
     while not writer.failed and time.monotonic() < until:
         time.sleep(0.01)
@@ -113,9 +113,9 @@ def test_a_full_disk_in_the_thread_is_raised_in_the_loop(writer: Writer, tmp_pat
 
 
 def test_close_lets_it_end_and_keeps_its_fault_to_itself(writer: Writer, tmp_path: Path) -> None:
-    fill = Held()
-    writer.write_async(fill, 5, keep_step=None)
-    threading.Timer(0.1, fill.go.set).start()
+    save = Held()
+    writer.write_async(save, 5, keep_step=None)
+    threading.Timer(0.1, save.go.set).start()
     writer.close()
     assert (writer.saved_step, whole(tmp_path)) == (5, [5])
     other = Writer(tmp_path, 2, 5, sync=lambda: None)

@@ -65,14 +65,16 @@ def write_all(
                 for field in ("exp_avg", "exp_avg_sq"):
                     copy_whole(part.whole(part.state[field]), drawn(f"{name}.{field}", part.param))
             state = optimizer.state_dict()
-            fill, copied = contents.fill_adapter(run, root, {}, state, Progress(), ranks.leads)
+            save, copied = contents.adapter_save_function(
+                run, root, {}, state, Progress(), ranks.leads
+            )
             assert copied == ranks.leads
             contents.write_model_files(place / "final" if ranks.leads else None, run, root, {})
             if ranks.leads:
                 root.model.requires_grad_(False)
                 for parameter in root.model.parameters():
                     parameter.zero_()  # the copy was made before
-                fill(place)
+                save(place)
             sizes.append(
                 sum(t.nbytes for t in save_tensors.gathered(state).values() if not t.is_meta)
             )

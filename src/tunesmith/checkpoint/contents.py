@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.adapter import peft_files
 from tunesmith.checkpoint.resume import DELETE, OPTIMIZER, Progress
-from tunesmith.checkpoint.writer import Fill
+from tunesmith.checkpoint.writer import SaveFunction
 from tunesmith.config.schema import Run
 from tunesmith.data.template import Template
 from tunesmith.errors import CheckpointError, ModelError
@@ -122,14 +122,14 @@ def write_checkpoint(
     progress.write(folder)
 
 
-def fill_adapter(
+def adapter_save_function(
     run: Run,
     model: TrainModel,
     tokenizer: TokenizerFiles,
     optimizer: OptimizerState,
     progress: Progress,
     copy: bool,
-) -> tuple[Fill, bool]:
+) -> tuple[SaveFunction, bool]:
     """What writes an adapter's checkpoint into a folder, once.
 
     A collective call where ranks hold parts. Tensors are copied on their own device, in stream

@@ -43,7 +43,7 @@ from tunesmith.checkpoint.manifest import CARD, MANIFEST, PART, Entries, prune, 
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.replicate import copy_files, seal_together
 from tunesmith.checkpoint.resume import DELETE, Progress
-from tunesmith.checkpoint.writer import Fill, Writer
+from tunesmith.checkpoint.writer import SaveFunction, Writer
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import ONE_PROCESS, PATIENCE, Ranks
 from tunesmith.distributed.vocab_parallel import local_part
@@ -101,7 +101,7 @@ class RanksWriter(Writer):
         with self.ranks.heartbeat.activity.waits_for(self._thread):
             super().wait()
 
-    def _write(self, save: Fill, step: int, keep_step: int | None) -> None:
+    def _write(self, save: SaveFunction, step: int, keep_step: int | None) -> None:
         self._thread = threading.get_ident()
         try:
             self._write_on_all_ranks(save, step, keep_step)
@@ -116,7 +116,7 @@ class RanksWriter(Writer):
                 "whole",
             ) from error
 
-    def _write_on_all_ranks(self, save: Fill, step: int, keep_step: int | None) -> None:
+    def _write_on_all_ranks(self, save: SaveFunction, step: int, keep_step: int | None) -> None:
         place = self._run_dir / f"checkpoint-{step}"
         folder = place.with_name(f".{place.name}.partial")
         with ExitStack() as unfinished:
@@ -248,7 +248,7 @@ def fits_twice(
     return all(ranks.gather(fits))
 
 
-def fill_together(
+def sharded_save_function(
     run: Run,
     model: TrainModel,
     tokenizer: TokenizerFiles,
@@ -257,7 +257,7 @@ def fill_together(
     *,
     ranks: Ranks,
     copy: bool,
-) -> Fill:
+) -> SaveFunction:
     """What a `RanksWriter` with these `ranks` writes a checkpoint with.
 
     copy: write the state of this moment, which any thread may do later; else it must be written

@@ -7,7 +7,7 @@ from pathlib import Path
 from tunesmith.checkpoint.manifest import Entries, prune, writing
 
 # Writes files into an empty folder; returns the entries of those that it hashed as it wrote them.
-Fill = Callable[[Path], Entries | None]
+SaveFunction = Callable[[Path], Entries | None]
 
 
 class Writer:
@@ -34,7 +34,7 @@ class Writer:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tunesmith-checkpoint")
         self._running: Future[None] | None = None
 
-    def write(self, save: Fill, step: int, *, keep_step: int | None) -> None:
+    def write(self, save: SaveFunction, step: int, *, keep_step: int | None) -> None:
         """Write a checkpoint now, after the one in progress.
 
         keep_step: this checkpoint stays however old it is.
@@ -44,12 +44,12 @@ class Writer:
         self.wait()
         self._write(save, step, keep_step)
 
-    def write_async(self, save: Fill, step: int, *, keep_step: int | None) -> None:
+    def write_async(self, save: SaveFunction, step: int, *, keep_step: int | None) -> None:
         """As `write`, in the background thread."""
         self.wait()
         self._running = self._pool.submit(self._write, save, step, keep_step)
 
-    def _write(self, save: Fill, step: int, keep_step: int | None) -> None:
+    def _write(self, save: SaveFunction, step: int, keep_step: int | None) -> None:
         self._sync()
         with writing(self._run_dir / f"checkpoint-{step}", step) as folder:
             save(folder)

@@ -7,8 +7,8 @@ from pathlib import Path
 from tunesmith.checkpoint import contents, manifest
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.resume import Progress
-from tunesmith.checkpoint.sharded import RanksWriter, fill_together, fits_twice
-from tunesmith.checkpoint.writer import Fill, Writer
+from tunesmith.checkpoint.sharded import RanksWriter, fits_twice, sharded_save_function
+from tunesmith.checkpoint.writer import SaveFunction, Writer
 from tunesmith.distributed.activity import STUCK
 from tunesmith.metrics.sink import Sinks
 from tunesmith.planning.resolve import checkpoint_bytes
@@ -112,7 +112,7 @@ class CheckpointSaver:
         self.writer.write(save_fn, progress.step, keep_step=progress.best_step)
         self.longest_save = max(self.longest_save, time.perf_counter() - began)
 
-    def _prepare(self, *, copy: bool) -> tuple[Fill, bool]:
+    def _prepare(self, *, copy: bool) -> tuple[SaveFunction, bool]:
         """What writes the state of this moment, and whether it may run beside later steps.
 
         That takes a copy, which is made if `copy` asks for one and there is room for it.
@@ -122,7 +122,7 @@ class CheckpointSaver:
         parts = (self.run, session.model, self.tokenizer, optimizer, self.progress)
         if self.run.adapter.kind == "lora":
             # Rank 0 writes an adapter. The others only give it their parts here.
-            save_fn, is_copied = contents.fill_adapter(*parts, copy and self.ranks.leads)
+            save_fn, is_copied = contents.adapter_save_function(*parts, copy and self.ranks.leads)
             if not self.ranks.leads:
                 return lambda folder: None, copy
             if copy and not is_copied:
@@ -131,7 +131,7 @@ class CheckpointSaver:
             return save_fn, is_copied
         if isinstance(self.writer, RanksWriter):
             is_copied = copy and fits_twice(optimizer, session.model, self.ranks, session.device)
-            return fill_together(*parts, ranks=self.writer.ranks, copy=is_copied), is_copied
+            return sharded_save_function(*parts, ranks=self.writer.ranks, copy=is_copied), is_copied
         return partial(contents.write_checkpoint, *parts), False
 
     def write_final(self) -> None:
