@@ -77,6 +77,6 @@ def make_run(folder: Path, base: Path, tuned: Any, *, step: int = 3, **changes: 
 def write_checkpoint(place: Path, base: Path, tuned: Any, step: int) -> None:
     from transformers import AutoTokenizer
 
-    with manifest.writing(place, step) as inside:
+    with manifest.atomic_folder(place, step) as inside:
         tuned.save_pretrained(inside)
         AutoTokenizer.from_pretrained(base).save_pretrained(inside)

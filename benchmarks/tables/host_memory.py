@@ -139,7 +139,7 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
                 writer.write(save if full or ranks.leads else lambda place: None, 1, keep_step=None)
         with phase("final"):
             if ranks.leads:
-                with manifest.writing(folder / "final", 1) as place:
+                with manifest.atomic_folder(folder / "final", 1) as place:
                     contents.write_model_files(place, run, root, {})
             else:
                 contents.write_model_files(None, run, root, {})

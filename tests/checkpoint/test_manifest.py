@@ -18,7 +18,7 @@ from tunesmith.errors import CheckpointError
 
 def write(run: Path, step: int, text: str = "weights") -> Path:
     place = run / f"checkpoint-{step}"
-    with manifest.writing(place, step) as folder:
+    with manifest.atomic_folder(place, step) as folder:
         (folder / "a.bin").write_text(text * 10)
         (folder / "state").mkdir()
         (folder / "state" / "b.bin").write_text(text)
@@ -44,7 +44,7 @@ def test_nothing_of_it_stays_in_the_page_cache(tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(bytes(1 << 20))
     if resident(tmp_path / "other") < 200:
         pytest.skip("this file system does not cache")
-    with manifest.writing(tmp_path / "checkpoint-1", 1) as folder:
+    with manifest.atomic_folder(tmp_path / "checkpoint-1", 1) as folder:
         (folder / "weights").write_bytes(bytes(1 << 20))
     assert resident(tmp_path / "checkpoint-1" / "weights") == 0
     (tmp_path / "checkpoint-1" / "weights").read_bytes()
@@ -86,7 +86,7 @@ def test_an_error_in_the_block_leaves_no_trace_and_the_old_one(tmp_path: Path) -
     write(tmp_path, 5, "old")
 
     def fail() -> None:
-        with manifest.writing(tmp_path / "checkpoint-5", 5) as folder:
+        with manifest.atomic_folder(tmp_path / "checkpoint-5", 5) as folder:
             (folder / "a.bin").write_text("new")
             raise ZeroDivisionError
 
@@ -98,7 +98,10 @@ def test_an_error_in_the_block_leaves_no_trace_and_the_old_one(tmp_path: Path) -
 
 def test_a_full_disk_names_what_is_kept(tmp_path: Path) -> None:
     write(tmp_path, 5)
-    with pytest.raises(CheckpointError) as caught, manifest.writing(tmp_path / "checkpoint-6", 6):
+    with (
+        pytest.raises(CheckpointError) as caught,
+        manifest.atomic_folder(tmp_path / "checkpoint-6", 6),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.what == "the disk is full"
     assert "checkpoint-5" in caught.value.why
@@ -139,7 +142,7 @@ from pathlib import Path
 from tunesmith.checkpoint import manifest
 run = Path(sys.argv[1])
 for step in range(1, 100_000):
-    with manifest.writing(run / f"checkpoint-{step}", step) as folder:
+    with manifest.atomic_folder(run / f"checkpoint-{step}", step) as folder:
         for name in "abcd":
             (folder / name).write_bytes(bytes([step % 256]) * 50_000)
     manifest.prune(run, 2, latest=step, keep_step=None)

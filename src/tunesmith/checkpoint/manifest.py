@@ -262,7 +262,7 @@ def list_checkpoints(run_dir: Path) -> list[SavedCheckpoint]:
 
 
 @contextmanager
-def writing(place: Path, step: int) -> Iterator[Path]:
+def atomic_folder(place: Path, step: int) -> Iterator[Path]:
     """A folder to write into, which becomes `place` when the block ends.
 
     It is removed if the block raises. A folder without a manifest that lies there is not a

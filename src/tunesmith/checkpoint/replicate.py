@@ -26,6 +26,7 @@ from tunesmith.checkpoint.manifest import (
     PART,
     Entries,
     SavedCheckpoint,
+    atomic_folder,
     damaged_files,
     digest_of_file,
     flush_files,
@@ -34,7 +35,6 @@ from tunesmith.checkpoint.manifest import (
     is_sealed,
     remove,
     write_manifest,
-    writing,
 )
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import CheckpointError, MachineError
@@ -234,7 +234,7 @@ def bring_folder(
             if lacks_folder:
                 for path, text in zip(identity, identity_texts, strict=True):
                     write_atomically(path, text)
-                folder = unfinished.enter_context(writing(place, values["step"]))
+                folder = unfinished.enter_context(atomic_folder(place, values["step"]))
             common = [name for name in entries if not name.endswith(PART)]
             wanted = [name for name in common if wants and not (folder / name).is_file()]
         copy_files(ranks, folder, wanted, entries, say=say)

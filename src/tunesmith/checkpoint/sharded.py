@@ -39,7 +39,7 @@ from tunesmith.checkpoint.contents import (
     write_config,
     write_optimizer,
 )
-from tunesmith.checkpoint.manifest import CARD, MANIFEST, PART, Entries, prune, writing
+from tunesmith.checkpoint.manifest import CARD, MANIFEST, PART, Entries, atomic_folder, prune
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.replicate import copy_files, seal_together
 from tunesmith.checkpoint.resume import DELETE, Progress
@@ -123,7 +123,7 @@ class RanksWriter(Writer):
             with self.ranks.together():
                 self._sync()
                 if self.ranks.leads_dir:
-                    folder = unfinished.enter_context(writing(place, step))
+                    folder = unfinished.enter_context(atomic_folder(place, step))
             # The collectives in `save` fail on all ranks alike.
             with self.ranks.together():
                 hashed = save(folder) or {}
@@ -397,7 +397,7 @@ def export_sharded(folder: Path, output: Path, run: Run) -> None:
         return tensor
 
     step = int(json.loads((folder / MANIFEST).read_text())["step"])
-    with writing(output, step) as inside:
+    with atomic_folder(output, step) as inside:
         save_sharded(inside, shapes, read=read)
         for path in folder.iterdir():
             if path.is_file() and path.name != MANIFEST:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tunesmith.checkpoint.manifest import Entries, prune, writing
+from tunesmith.checkpoint.manifest import Entries, atomic_folder, prune
 
 # Writes files into an empty folder; returns the entries of those that it hashed as it wrote them.
 SaveFunction = Callable[[Path], Entries | None]
@@ -51,7 +51,7 @@ class Writer:
 
     def _write(self, save: SaveFunction, step: int, keep_step: int | None) -> None:
         self._sync()
-        with writing(self._run_dir / f"checkpoint-{step}", step) as folder:
+        with atomic_folder(self._run_dir / f"checkpoint-{step}", step) as folder:
             save(folder)
         self.saved_step = step
         prune(self._run_dir, self._keep, latest=step, keep_step=keep_step)

@@ -142,7 +142,7 @@ class CheckpointSaver:
             # Takes part in gathering what ranks share, and writes nothing.
             contents.write_model_files(None, self.run, model, {})
             return
-        with manifest.writing(self.out / FINAL, self.progress.step) as folder:
+        with manifest.atomic_folder(self.out / FINAL, self.progress.step) as folder:
             contents.write_model_files(folder, self.run, model, self.tokenizer)
             card = model_card(self.run.model, self.run, self.out)
             (folder / manifest.CARD).write_text(card, encoding="utf-8")
