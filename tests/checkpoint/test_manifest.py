@@ -152,7 +152,7 @@ for step in range(1, 100_000):
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_a_whole_newest_one(tmp_path: Path) -> None:
-    """Twelve kills at moments spread over writing, sealing, renaming and pruning."""
+    """Twelve kills at moments spread over writing, committing, renaming and pruning."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for number in range(12):
         run = tmp_path / str(number)

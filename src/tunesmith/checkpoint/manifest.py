@@ -235,7 +235,7 @@ def seconds_to_write(folder: Path) -> float | None:
 
     None where there is no manifest.
     """
-    if not is_sealed(folder):
+    if not is_complete(folder):
         return None
     first = min(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
     return max(0.0, (folder / MANIFEST).stat().st_mtime - first)
@@ -280,7 +280,7 @@ def atomic_folder(place: Path, step: int) -> Iterator[Path]:
         if not (partial / MANIFEST).exists():
             write_manifest(partial, step, flush_files(partial))
         if place.is_symlink() or place.exists():
-            place.rename(replaced if is_sealed(place) else free_name(place))
+            place.rename(replaced if is_complete(place) else free_name(place))
         partial.rename(place)
         flush_to_disk(place.parent)
         remove(replaced)
@@ -295,7 +295,7 @@ def atomic_folder(place: Path, step: int) -> Iterator[Path]:
 def _cannot_write(place: Path, fault: str | None, error: BaseException) -> CheckpointError:
     """fault: what is wrong with the disk, if that is known."""
     checkpoints = [checkpoint.path for checkpoint in list_checkpoints(place.parent)]
-    complete = [path.name for path in checkpoints if is_sealed(path)]
+    complete = [path.name for path in checkpoints if is_complete(path)]
     why = "no checkpoint was written before"
     if complete:
         why = f"earlier checkpoints are complete: {', '.join(complete)}"
@@ -312,7 +312,7 @@ def _cannot_write(place: Path, fault: str | None, error: BaseException) -> Check
     )
 
 
-def is_sealed(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a folder was written as a checkpoint; it may be damaged since.
 
     A link is none, whatever it leads to.
@@ -342,7 +342,7 @@ def prune(run_dir: Path, keep: int, *, latest: int, keep_step: int | None) -> No
     One later than `latest`, which was just written, is damaged: this run resumed from before it. A
     link, and a folder without a manifest, are not ours to delete.
     """
-    checkpoints = [saved for saved in list_checkpoints(run_dir) if is_sealed(saved.path)]
+    checkpoints = [saved for saved in list_checkpoints(run_dir) if is_complete(saved.path)]
     newest = [saved.step for saved in checkpoints if saved.step <= latest][:keep]
     for checkpoint in checkpoints:
         if checkpoint.step in newest or checkpoint.step == keep_step:

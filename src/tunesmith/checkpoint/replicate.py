@@ -32,7 +32,7 @@ from tunesmith.checkpoint.manifest import (
     flush_files,
     flush_to_disk,
     free_name,
-    is_sealed,
+    is_complete,
     remove,
     write_manifest,
 )
@@ -196,7 +196,7 @@ def copies_in(run_dir: Path) -> dict[tuple[int, str], Path]:
 
 def _put_in_place(copy: Path, place: Path, damage: Collection[str]) -> None:
     if copy != place:
-        if is_sealed(place):
+        if is_complete(place):
             remove(place)
         elif place.exists():
             place.rename(free_name(place))
@@ -247,7 +247,7 @@ def bring_folder(
         finish.close()
 
 
-def seal_together(ranks: Ranks, folder: Path, step: int, hashed: Entries) -> None:
+def commit_on_all_ranks(ranks: Ranks, folder: Path, step: int, hashed: Entries) -> None:
     """Make a checkpoint's folder complete on every node; a collective call.
 
     Each gets what rank 0 wrote, but no parts, and one manifest of all files.

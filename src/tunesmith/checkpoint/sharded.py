@@ -41,7 +41,7 @@ from tunesmith.checkpoint.contents import (
 )
 from tunesmith.checkpoint.manifest import CARD, MANIFEST, PART, Entries, atomic_folder, prune
 from tunesmith.checkpoint.model_card import model_card
-from tunesmith.checkpoint.replicate import copy_files, seal_together
+from tunesmith.checkpoint.replicate import commit_on_all_ranks, copy_files
 from tunesmith.checkpoint.resume import DELETE, Progress
 from tunesmith.checkpoint.writer import SaveFunction, Writer
 from tunesmith.config.schema import Run
@@ -127,7 +127,7 @@ class RanksWriter(Writer):
             # The collectives in `save` fail on all ranks alike.
             with self.ranks.together():
                 hashed = save(folder) or {}
-            seal_together(self.ranks, folder, step, hashed)
+            commit_on_all_ranks(self.ranks, folder, step, hashed)
             finish = unfinished.pop_all()
         with self.ranks.together():
             finish.close()
