@@ -128,11 +128,11 @@ def test_a_torn_one_of_a_later_step_takes_no_place(tmp_path: Path) -> None:
     assert [f.step for f in manifest.list_checkpoints(tmp_path)] == [4]
 
 
-def test_sweep_puts_back_a_folder_that_was_being_replaced(tmp_path: Path) -> None:
+def test_remove_leftovers_puts_back_a_folder_that_was_being_replaced(tmp_path: Path) -> None:
     write(tmp_path, 3).rename(tmp_path / ".checkpoint-3.old")
     (tmp_path / ".checkpoint-4.partial").mkdir()
     (tmp_path / ".best.json.partial").write_text("{")
-    claim.sweep(tmp_path)
+    claim.remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3"]
 
 
@@ -167,7 +167,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_newest_one(tmp_path: Path) -> None:
         child.send_signal(signal.SIGKILL)
         seen = max([seen, *map(int, child.stdout.read().split())])
         child.wait()
-        claim.sweep(run)
+        claim.remove_leftovers(run)
         found = replicate.newest_checkpoint(run, lambda _: None)
         assert found is not None
         assert found.step >= seen

@@ -293,7 +293,7 @@ def restore(run_dir: Path) -> None:
             path.rename(place)
 
 
-def sweep(run_dir: Path) -> None:
+def remove_leftovers(run_dir: Path) -> None:
     """Remove from a run's directory what a killed write left behind, after `restore`."""
     restore(run_dir)
     for path in run_files(run_dir):

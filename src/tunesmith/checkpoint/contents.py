@@ -39,7 +39,7 @@ def tokenizer_files(
     the tokenizer, and serializing a large vocabulary in a background thread would hold the
     interpreter's lock.
 
-    scratch: a folder for a temporary one, which `claim.sweep` removes after a kill.
+    scratch: a folder for a temporary one, which `claim.remove_leftovers` removes after a kill.
     """
     own_template = tokenizer.chat_template
     try:

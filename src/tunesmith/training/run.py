@@ -12,7 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from tunesmith.checkpoint.claim import claim_run_dir, is_run, put_aside, stop_requested_at, sweep
+from tunesmith.checkpoint.claim import (
+    claim_run_dir,
+    is_run,
+    put_aside,
+    remove_leftovers,
+    stop_requested_at,
+)
 from tunesmith.checkpoint.previous_crash import killed_before, note_running
 from tunesmith.checkpoint.replicate import find_dir_leaders
 from tunesmith.checkpoint.resume import Start, decide_start
@@ -402,7 +408,7 @@ def write_first_files(session: Session, start: Start, sinks: Sinks, argv: list[s
     """Open the sinks and write the first files of a start, now that nothing is left to check."""
     out = Path(session.run.output_dir)
     if session.ranks.leads_dir:
-        sweep(out)
+        remove_leftovers(out)
     sinks.open(session.run, resumed_at(start))
     if session.ranks.leads_dir:
         # Only rank 0 has a command line to tell.
