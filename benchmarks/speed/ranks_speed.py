@@ -106,7 +106,7 @@ def contend(a: argparse.Namespace) -> None:
         cpu_seconds = time.process_time() - began_cpu
         trainer.metrics.flush()
         timed = trainer.metrics.records[a.skip :]
-        if joined.leads:
+        if joined.is_main_process:
             rate = sum(r.tokens for r in timed) / sum(r.step_seconds for r in timed)
             cpu_rate = sum(r.tokens for r in timed) / cpu_seconds / joined.world
             report = {

@@ -134,11 +134,13 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
                     save = sharded.sharded_save_function(*values, ranks=writer.ranks, copy=False)
                 else:
                     save, _ = contents.adapter_save_function(*values, False)
-                    if ranks.leads:
+                    if ranks.is_main_process:
                         found["held"] = 3 * sum(p.numel() * 4 for _, p in root.trained_parameters())
-                writer.write(save if full or ranks.leads else lambda place: None, 1, keep_step=None)
+                writer.write(
+                    save if full or ranks.is_main_process else lambda place: None, 1, keep_step=None
+                )
         with phase("final"):
-            if ranks.leads:
+            if ranks.is_main_process:
                 with manifest.atomic_folder(folder / "final", 1) as place:
                     contents.write_model_files(place, run, root, {})
             else:
@@ -146,12 +148,12 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
         if start.checkpoint:
             # DCP reads a part whole, beside the tensor
             with phase("export", wide + wide // mesh.shape.shard):
-                if ranks.leads:
+                if ranks.is_main_process:
                     sharded.export_sharded(
                         folder / "run" / "checkpoint-1", folder / "exported", run
                     )
         every = ranks.gather(own)
-        if ranks.leads:
+        if ranks.is_main_process:
             found = {"mesh": mesh.shape.describe(), "ranks": every}
             (folder / "figures.json").write_text(json.dumps(found), encoding="utf-8")
 

@@ -66,11 +66,13 @@ def write_all(
                     copy_whole(part.whole(part.state[field]), drawn(f"{name}.{field}", part.param))
             state = optimizer.state_dict()
             save, copied = contents.adapter_save_function(
-                run, root, {}, state, Progress(), ranks.leads
+                run, root, {}, state, Progress(), ranks.is_main_process
             )
-            assert copied == ranks.leads
-            contents.write_model_files(place / "final" if ranks.leads else None, run, root, {})
-            if ranks.leads:
+            assert copied == ranks.is_main_process
+            contents.write_model_files(
+                place / "final" if ranks.is_main_process else None, run, root, {}
+            )
+            if ranks.is_main_process:
                 root.model.requires_grad_(False)
                 for parameter in root.model.parameters():
                     parameter.zero_()  # the copy was made before

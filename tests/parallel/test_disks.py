@@ -256,7 +256,7 @@ def write_until_killed(folder: Path, seconds: float) -> None:
     on_node(folder, "ab")
     out = Path("run")
     with join_ranks() as joined:
-        ranks = replicate.find_dir_leaders(joined, out, lambda: out.mkdir(exist_ok=True))
+        ranks = replicate.find_run_dir_writers(joined, out, lambda: out.mkdir(exist_ok=True))
         (out / "env.json").write_text("{}")
         (out / "config.yaml").write_text("")
         writer = RanksWriter(out, 1, None, sync=lambda: None, ranks=ranks)
@@ -272,7 +272,7 @@ def write_until_killed(folder: Path, seconds: float) -> None:
                     (place / "state" / f"__{ranks.rank}_0{manifest.PART}").write_bytes(
                         bytes([step % 256, again]) * 9_000
                     )
-                    if ranks.leads:
+                    if ranks.is_main_process:
                         (place / "progress").write_bytes(bytes([step % 256, again]))
 
                 writer.write(fill, step, keep_step=None)
@@ -284,7 +284,7 @@ def look(folder: Path) -> tuple[int, set[bytes]]:
     on_node(folder, "ab")
     out, said = Path("run"), []
     with join_ranks() as joined:
-        ranks = replicate.find_dir_leaders(joined, out, lambda: None)
+        ranks = replicate.find_run_dir_writers(joined, out, lambda: None)
         found = replicate.newest_checkpoint(out, said.append, ranks)
     assert found is not None, said
     assert not said
@@ -313,7 +313,9 @@ def pass_files(folder: Path, fault: str) -> Any:
     replicate.CHUNK = 1000
     out, names = Path("run"), ["big", "empty", "state/small"]
     with join_ranks() as joined:
-        ranks = replicate.find_dir_leaders(joined, out, lambda: (out / "state").mkdir(parents=True))
+        ranks = replicate.find_run_dir_writers(
+            joined, out, lambda: (out / "state").mkdir(parents=True)
+        )
         if node == "a":
             for name, size in zip(names, (200_001, 0, 7), strict=True):
                 (out / name).write_bytes(os.urandom(size))

@@ -73,7 +73,7 @@ def write_all(
     with join_ranks() as ranks:
         for mesh, changes, place in cases:
             run, root = built(model, folder, mesh, changes, ranks.world)
-            contents.write_model_files(place if ranks.leads else None, run, root, {})
+            contents.write_model_files(place if ranks.is_main_process else None, run, root, {})
 
 
 def saved_files(folder: Path) -> dict[str, bytes]:
@@ -146,7 +146,7 @@ def peaks(
         run, root = built(model, folder, mesh, changes, ranks.world)
         found.append((status("VmHWM") - before, status("VmRSS") - before))
         before = begin()
-        contents.write_model_files(folder if ranks.leads else None, run, root, {})
+        contents.write_model_files(folder if ranks.is_main_process else None, run, root, {})
         found.append((status("VmHWM") - before, status("VmRSS") - before))
     return found
 

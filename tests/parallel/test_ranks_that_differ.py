@@ -82,7 +82,7 @@ def test_one_rank_of_a_node_is_named_where_the_others_agree():
     from tunesmith.distributed.ranks import Ranks
     from tunesmith.training.agree import Compared, find_differences
 
-    ranks = Ranks(0, 4, hosts=("node-a", "node-a", "node-b", "node-b"), dir_leaders=(0,) * 4)
+    ranks = Ranks(0, 4, hosts=("node-a", "node-a", "node-b", "node-b"), run_dir_writers=(0,) * 4)
     parts = [{"seed": Compared("1", "1")}] * 3 + [{"seed": Compared("2", "2")}]
     differences = find_differences(ranks, parts)["seed"]
     assert (

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from tunesmith.adapter.peft_files import PLAIN, PREFIX, WEIGHTS, write_adapter
-from tunesmith.checkpoint.replicate import find_dir_leaders
+from tunesmith.checkpoint.replicate import find_run_dir_writers
 from tunesmith.checkpoint.resume import decide_start
 from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.config.load import from_mapping
@@ -322,7 +322,7 @@ class SelfCheck:
             raise
         except Exception as error:
             # All ranks raise it, and rank 0 reports it.
-            if isinstance(error, AGREED) and not ranks.leads:
+            if isinstance(error, AGREED) and not ranks.is_main_process:
                 raise OtherRankError(str(error), exit_code=EXIT_FAILED) from error
             text = f"{type(error).__name__}: {first_line(error)}"
             cause = error if isinstance(error, TunesmithError) else RunError(text)
@@ -409,7 +409,7 @@ class SelfCheck:
         digests = ranks.gather(digests_of(trainer))
         inputs = ranks.gather(first_inputs(trainer))
         records = trainer.metrics.records
-        if ranks.leads:
+        if ranks.is_main_process:
             reference = self.reference_records[kind]
             limits = (tolerance.first, tolerance.others)
             self.compare(LOSS, ["loss"], reference, records, *limits)
@@ -427,7 +427,7 @@ class SelfCheck:
             shutil.rmtree(out / "final", ignore_errors=True)
         ranks.gather(None)
         resumed = take_steps(run, ranks, self.make_mesh)
-        if ranks.leads:
+        if ranks.is_main_process:
             limits = (tolerance.resumed, tolerance.resumed)
             names = ["loss", "grad_norm"]
             self.compare(RESUME, names, records[RESUMED:], resumed.metrics.records, *limits)
@@ -460,7 +460,7 @@ class SelfCheck:
         """All ranks must run the same code; a collective call."""
         versions = {name: part.text for name, part in software_versions().items()}
         first, *others = ranks.gather(versions)
-        if ranks.leads:
+        if ranks.is_main_process:
             for rank, other in enumerate(others, 1):
                 for name in first | other:
                     if first.get(name) != other.get(name):
@@ -484,7 +484,7 @@ class SelfCheck:
             data[0].item()
             seconds.append(time.perf_counter() - began)
         rate = ratio(2 * (ranks.world - 1) / ranks.world * data.nbytes, min(seconds)) / 1e9
-        if ranks.leads:
+        if ranks.is_main_process:
             self.add(f"all-reduce of {MIB} MiB: bus bandwidth", "", f"{rate:.2f} GB/s", None)
 
 
@@ -514,11 +514,11 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     A resumed run writes nothing at its end.
     """
     out = Path(run.output_dir)
-    ranks = find_dir_leaders(ranks, out, lambda: out.mkdir(exist_ok=True))
+    ranks = find_run_dir_writers(ranks, out, lambda: out.mkdir(exist_ok=True))
     start = decide_start(run, ranks, warn=stay_silent)
     session = build(run, start, say=stay_silent, ranks=ranks, make_mesh=make_mesh)
     with ranks.together():
-        if ranks.leads_dir and not start.progress:
+        if ranks.is_run_dir_writer and not start.progress:
             write_identity(session, None)
     stop = StopControl(StopRequest(), out, ranks)
     trainer = Trainer(session, start, Sinks([]), stop)

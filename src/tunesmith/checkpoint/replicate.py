@@ -1,6 +1,6 @@
 """Run directories of nodes that share no disk, taken as one.
 
-Each run directory has one rank that writes it (`Ranks.leads_dir`): rank 0, and where others do not
+Each run directory has one rank that writes it (`Ranks.is_run_dir_writer`): rank 0, and where others do not
 see rank 0's, one of theirs. The manifest of a checkpoint is the same in all of them and lists all
 files. Each directory holds all but the parts that ranks elsewhere wrote, so a checkpoint is whole
 if some directory has each file. What a node lacks and needs is copied to it over the ranks' process
@@ -70,7 +70,7 @@ class Transfer:
     digest: str
 
 
-def find_dir_leaders(ranks: Ranks, folder: Path, claim: Callable[[], object]) -> Ranks:
+def find_run_dir_writers(ranks: Ranks, folder: Path, claim: Callable[[], object]) -> Ranks:
     """The ranks, which now know who of them see the same `folder`; a collective call.
 
     claim: creates the folder; called on the lowest rank that sees it, once for each disk that has
@@ -94,7 +94,7 @@ def find_dir_leaders(ranks: Ranks, folder: Path, claim: Callable[[], object]) ->
             if ranks.rank == lowest:
                 token.unlink()
         leaders |= {rank: lowest for rank in missing if sees_token[rank]}
-    return replace(ranks, dir_leaders=tuple(leaders[rank] for rank in range(ranks.world)))
+    return replace(ranks, run_dir_writers=tuple(leaders[rank] for rank in range(ranks.world)))
 
 
 def newest_checkpoint(
@@ -108,7 +108,7 @@ def newest_checkpoint(
 
     MachineError if there is none, but one whose missing parts may lie on a node that is not here.
     """
-    own_copies = copies_in(run_dir) if ranks.leads_dir else {}
+    own_copies = copies_in(run_dir) if ranks.is_run_dir_writer else {}
     keys = {key for keys in ranks.gather([*own_copies]) for key in keys}
     not_whole = ""
     for step, digest in sorted(keys, reverse=True):
@@ -124,7 +124,7 @@ def newest_checkpoint(
             with ranks.together():
                 if own_copy:
                     _put_in_place(own_copy, place, copies[ranks.rank].damage)
-            bring_folder(ranks, place, source, wants=ranks.leads_dir, say=warn)
+            bring_folder(ranks, place, source, wants=ranks.is_run_dir_writer, say=warn)
             return SavedCheckpoint(place, step, source)
         # Of a folder that a kill left behind under another name nothing was expected.
         if all(copy.name != place.name for copy in copies.values()):
@@ -157,8 +157,8 @@ def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dic
 
     names: those of the copies, rank by rank; None where there is none.
     """
-    leader = ranks.dir_leaders[ranks.rank]
-    readers = [rank for rank, reader in enumerate(ranks.dir_leaders) if reader == leader]
+    leader = ranks.run_dir_writers[ranks.rank]
+    readers = [rank for rank, reader in enumerate(ranks.run_dir_writers) if reader == leader]
     name = names[leader]
     damage: dict[str, str] = {}
     with ranks.together():
@@ -167,7 +167,7 @@ def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dic
             damage = dict(damaged_files(run_dir / name, share=share))
     copies = {rank: Copy(name, {}) for rank, name in enumerate(names) if name is not None}
     for reader, clauses in enumerate(ranks.gather(damage)):
-        copy = copies.get(ranks.dir_leaders[reader])
+        copy = copies.get(ranks.run_dir_writers[reader])
         if copy is not None:
             copy.damage.update(clauses)
     return copies
@@ -213,7 +213,7 @@ def bring_folder(
     It goes to the directories of ranks that want it, in place of another one of that name. Where it
     is already, only what is missing is copied. A collective call.
     """
-    if not any(ranks.dir_leaders):
+    if not any(ranks.run_dir_writers):
         return
     # In this order: the first makes the directory a run's.
     identity = [place.parent / name for name in (IDENTITY, RECIPE)]
@@ -259,7 +259,7 @@ def commit_on_all_ranks(ranks: Ranks, folder: Path, step: int, hashed: Entries) 
         parts |= entries_of_rank
     own_entries: Entries = {}
     with ranks.together():
-        if ranks.leads_dir:
+        if ranks.is_run_dir_writer:
             own_entries = flush_files(folder, parts)
     all_entries = ranks.gather(own_entries)
     entries: Entries = {}
@@ -267,10 +267,10 @@ def commit_on_all_ranks(ranks: Ranks, folder: Path, step: int, hashed: Entries) 
     for entries_of_rank in reversed(all_entries):
         entries |= entries_of_rank
     common = [name for name in all_entries[0] if not name.endswith(PART)]
-    wanted = [name for name in common if ranks.leads_dir and name not in own_entries]
+    wanted = [name for name in common if ranks.is_run_dir_writer and name not in own_entries]
     copy_files(ranks, folder, wanted, entries)
     with ranks.together():
-        if ranks.leads_dir:
+        if ranks.is_run_dir_writer:
             write_manifest(folder, step, dict(sorted(entries.items())))
 
 
@@ -297,12 +297,12 @@ def copy_files(
     """
     wants = set()
     for rank, names in enumerate(ranks.gather([*wanted])):
-        wants |= {(name, ranks.dir_leaders[rank]) for name in names}
+        wants |= {(name, ranks.run_dir_writers[rank]) for name in names}
     if not wants:
         return
     sums: dict[str, tuple[int, str]] = {}
     with ranks.together():
-        if ranks.leads_dir and source in (None, ranks.rank):
+        if ranks.is_run_dir_writer and source in (None, ranks.rank):
             sums = _sums_of(folder, {name for name, _ in wants}, entries)
     all_sums = ranks.gather(sums)
     transfers: list[Transfer] = []

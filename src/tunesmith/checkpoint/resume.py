@@ -141,7 +141,7 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], 
     final_step: int | None = None
     previous_run: Run | None = None
     with ranks.together():
-        if ranks.leads_dir:
+        if ranks.is_run_dir_writer:
             final_step, previous_run = _earlier_run(run, output_dir)
     final_steps = ranks.gather(final_step)
     previous_runs = ranks.gather(previous_run)
@@ -159,7 +159,7 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], 
             has_ended = is_last and progress.ended == str(run.train.duration)
     if final_step is not None and (has_ended or checkpoint is None):
         source = final_steps.index(final_step)
-        bring_folder(ranks, output_dir / FINAL, source, wants=ranks.leads, say=warn)
+        bring_folder(ranks, output_dir / FINAL, source, wants=ranks.is_main_process, say=warn)
         return Start(finished=final_step)
     if checkpoint is None:
         warn("no checkpoint is complete: the run starts over")
@@ -195,7 +195,7 @@ def _bring_records(output_dir: Path, ranks: Ranks, say: Callable[[str], None]) -
     sizes: dict[str, int] = {}
     with ranks.together():
         # Where all see one directory there is nothing to copy.
-        if ranks.leads_dir and any(ranks.dir_leaders):
+        if ranks.is_run_dir_writer and any(ranks.run_dir_writers):
             paths = [output_dir / name for name in RECORDS]
             sizes = {path.name: path.stat().st_size for path in paths if path.is_file()}
     all_sizes = ranks.gather(sizes)
@@ -203,7 +203,7 @@ def _bring_records(output_dir: Path, ranks: Ranks, say: Callable[[str], None]) -
     lengths = [sizes_of_rank.get(METRICS, 0) for sizes_of_rank in all_sizes]
     source = lengths.index(max(lengths))
     if source != 0:
-        wanted = [*all_sizes[source]] if ranks.leads else []
+        wanted = [*all_sizes[source]] if ranks.is_main_process else []
         copy_files(ranks, output_dir, wanted, {}, say=say, source=source)
 
 

@@ -107,7 +107,7 @@ class RanksWriter(Writer):
             self._write_on_all_ranks(save, step, keep_step)
         except OtherRankError as error:
             # Rank 0 reports it, as it writes failure.json.
-            if not self.ranks.leads:
+            if not self.ranks.is_main_process:
                 raise
             raise CheckpointError(
                 error.what,
@@ -122,7 +122,7 @@ class RanksWriter(Writer):
         with ExitStack() as unfinished:
             with self.ranks.together():
                 self._sync()
-                if self.ranks.leads_dir:
+                if self.ranks.is_run_dir_writer:
                     folder = unfinished.enter_context(atomic_folder(place, step))
             # The collectives in `save` fail on all ranks alike.
             with self.ranks.together():
@@ -133,7 +133,7 @@ class RanksWriter(Writer):
             finish.close()
         # No node deletes an older one before all have this one.
         with self.ranks.together():
-            if self.ranks.leads_dir:
+            if self.ranks.is_run_dir_writer:
                 prune(self._run_dir, self._keep, latest=step, keep_step=keep_step)
         self.saved_step = step
 
@@ -277,7 +277,7 @@ def sharded_save_function(
     def save(folder: Path) -> Entries:
         writer = _HashingWriter(folder / STATE)
         with ranks.together():
-            if ranks.leads:
+            if ranks.is_main_process:
                 write_config(folder, model, tokenizer)
                 write_optimizer(folder, scalars)
                 progress.write(folder)
@@ -285,7 +285,7 @@ def sharded_save_function(
             dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
         except CheckpointException as error:  # on all ranks alike, and not an Exception
             rank, (cause, _) = min(error.failures.items())
-            if ranks.leads:
+            if ranks.is_main_process:
                 cause.add_note(f"on {ranks.name(rank)}")
                 raise cause from None
             raise OtherRankError(

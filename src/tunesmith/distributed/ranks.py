@@ -58,8 +58,8 @@ class Ranks:
 
     Attributes:
         hosts: the name of each rank's host.
-        dir_leaders: for each rank the one that writes the run directory that it sees: rank 0,
-            unless nodes share no disk (`checkpoint.replicate.find_dir_leaders`).
+        run_dir_writers: for each rank the one that writes the run directory that it sees: rank 0,
+            unless nodes share no disk (`checkpoint.replicate.find_run_dir_writers`).
         heartbeat: watches over the ranks.
         group: the process group that they share values over; None is the default one.
     """
@@ -69,19 +69,19 @@ class Ranks:
     local_rank: int = 0
     local_world: int = 1
     hosts: tuple[str, ...] = ("",)
-    dir_leaders: tuple[int, ...] = (0,)
+    run_dir_writers: tuple[int, ...] = (0,)
     heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
     group: Any = None
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is rank 0, which speaks to the user and writes the run directory."""
         return self.rank == 0
 
     @property
-    def leads_dir(self) -> bool:
+    def is_run_dir_writer(self) -> bool:
         """Whether this rank writes the run directory that it sees."""
-        return self.dir_leaders[self.rank] == self.rank
+        return self.run_dir_writers[self.rank] == self.rank
 
     def name(self, rank: int) -> str:
         """A rank in words: `rank 3 on spark-b`."""

@@ -343,7 +343,7 @@ class Health:
         reading = self.chip.first()
         self._warn(self.chip.fault(reading))
         slow = describe_slow_host(self.ranks.hosts, self.ranks.gather(reading))
-        if slow and self.ranks.leads:
+        if slow and self.ranks.is_main_process:
             self.sink.text("health", f"warning: {slow}")
 
     def read(self) -> dict[str, float]:

@@ -127,7 +127,7 @@ def run_sweep(
         load_candidate(recipe, space, values)
     with joined(base) as (stop, ranks), ExitStack() as stack:
         with ranks.together():
-            if ranks.leads:
+            if ranks.is_main_process:
                 folder = Path(base.output_dir)
                 if is_run(folder):
                     raise UsageError(
@@ -198,7 +198,7 @@ class Sweep:
         self.request: dict[str, Any] = json.loads(json.dumps(request))
         previous: dict[str, Any] = {}
         with self.ranks.together():
-            if self.ranks.leads:
+            if self.ranks.is_main_process:
                 previous = self._read()
         previous = self.ranks.share(previous)
         self.diverged: dict[str, int] = {}
@@ -377,7 +377,7 @@ class Sweep:
         """Where a candidate stands, or None if it has not come so far; a collective call."""
         standing: Standing | None = None
         with self.ranks.together():
-            if self.ranks.leads:
+            if self.ranks.is_main_process:
                 standing = self._read_standing(Path(candidate.run.output_dir), until)
         return self.ranks.share(standing)
 
@@ -415,7 +415,7 @@ class Sweep:
 
     def write(self) -> None:
         """Write sweep.json."""
-        if self.ranks.leads:
+        if self.ranks.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / SWEEP, json.dumps(self.outcome(), indent=1))
 

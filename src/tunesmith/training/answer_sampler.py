@@ -42,7 +42,7 @@ class AnswerSampler:
         count = session.run.log.samples
         if not session.data.validation or count == 0 or session.mesh.shape.tensor > 1:
             return
-        if not (self.ranks.leads or self.is_sharded):
+        if not (self.ranks.is_main_process or self.is_sharded):
             return
         clock = AnswerClock(
             self.allowed_seconds(),

@@ -83,7 +83,7 @@ class AsyncMetrics:
         status = RankStatus(
             stop_requests=float(self.stop.is_requested()),
             failed_writes=float(self.writer.failed),
-            seconds=seconds if self.session.ranks.leads else 0.0,
+            seconds=seconds if self.session.ranks.is_main_process else 0.0,
         )
         scalars.all_reduce(status, self.session.mesh)
         return scalars

@@ -497,7 +497,7 @@ def check_disk(run: Run, trained: int, ranks: Ranks) -> None:
     """
     size, copies = checkpoint_bytes(run, trained)
     if run.adapter.kind != "lora":
-        size //= len({*ranks.dir_leaders})
+        size //= len({*ranks.run_dir_writers})
     out = Path(run.output_dir)
     # Beside those that are kept there are the one being written, the best one, and final/.
     keep = shutil.disk_usage(existing_folder(out)).free // max(size, 1) - 3

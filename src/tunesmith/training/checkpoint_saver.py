@@ -61,7 +61,7 @@ class CheckpointSaver:
             self.writer = Writer(self.out, keep, saved_step, sync=sinks.flush)
         # Made once, in the main thread: later the tokenizer is in use.
         self.tokenizer: contents.TokenizerFiles = {}
-        if self.ranks.leads:
+        if self.ranks.is_main_process:
             template = session.data.template
             self.tokenizer = contents.tokenizer_files(session.files.tokenizer, template, self.out)
         self.cadence = Cadence(
@@ -122,8 +122,10 @@ class CheckpointSaver:
         parts = (self.run, session.model, self.tokenizer, optimizer, self.progress)
         if self.run.adapter.kind == "lora":
             # Rank 0 writes an adapter. The others only give it their parts here.
-            save_fn, is_copied = contents.adapter_save_function(*parts, copy and self.ranks.leads)
-            if not self.ranks.leads:
+            save_fn, is_copied = contents.adapter_save_function(
+                *parts, copy and self.ranks.is_main_process
+            )
+            if not self.ranks.is_main_process:
                 return lambda folder: None, copy
             if copy and not is_copied:
                 text = "no room on the device for a copy: training waits while it is written"
@@ -138,7 +140,7 @@ class CheckpointSaver:
         """Write final/: the model or adapter without the training state."""
         model = self.session.model
         self.ranks.heartbeat.phase("saving final/", self.time_limit())
-        if not self.ranks.leads:
+        if not self.ranks.is_main_process:
             # Takes part in gathering what ranks share, and writes nothing.
             contents.write_model_files(None, self.run, model, {})
             return

@@ -219,11 +219,11 @@ def stopped_by(
             error.cause = "preempted"
     record["cause"] = error.cause or None
 
-    if ranks.leads:
+    if ranks.is_main_process:
         (out / STOP_FILE).unlink(missing_ok=True)
     if is_launched():
         error.exit_code = EXIT_OK
-    if ranks.leads_dir and (is_launched() or shortage):
+    if ranks.is_run_dir_writer and (is_launched() or shortage):
         write_atomically(out / STOPPED, json.dumps(record, indent=1))
     return error
 

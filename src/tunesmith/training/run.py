@@ -20,7 +20,7 @@ from tunesmith.checkpoint.claim import (
     stop_requested_at,
 )
 from tunesmith.checkpoint.previous_crash import killed_before, note_running
-from tunesmith.checkpoint.replicate import find_dir_leaders
+from tunesmith.checkpoint.replicate import find_run_dir_writers
 from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
@@ -198,7 +198,7 @@ def start_run(
     stream: TextIO | None = None
     callback = RecordCallback(on_record)
     with ExitStack() as stack:
-        if not ranks.leads:
+        if not ranks.is_main_process:
             say = stay_silent
         else:
             if say is None:
@@ -212,7 +212,7 @@ def start_run(
         with as_usage_error(ranks):
             session = build(run, start, say=say, why=why, ranks=ranks)
         with ranks.together(), as_usage_error(ranks):
-            if ranks.leads:
+            if ranks.is_main_process:
                 sinks = sinks_of(
                     run,
                     out,
@@ -231,12 +231,16 @@ def start_run(
         stack.callback(trainer.checkpoints.writer.close)
         # On every rank: the one of each node that tells what ends them all leaves failure.json.
         ranks.heartbeat.report.on_fault = partial(write_fault, out)
-        if ranks.leads:
+        if ranks.is_main_process:
             for text in session.describe_ranks(trainer.first_step):
                 say(text)
         # From here on the loop answers signals.
         stop.defer_signals(say)
-        with report_failure(trainer, say, callback) if ranks.leads else defer_to_rank_0(trainer):
+        with (
+            report_failure(trainer, say, callback)
+            if ranks.is_main_process
+            else defer_to_rank_0(trainer)
+        ):
             result = trainer.fit()
             sinks.close()
         return result
@@ -268,8 +272,8 @@ def open_run_dir(
         marks.append(stack.enter_context(claim_run_dir(out)))
         old_stop_requests.append(stop_requested_at(out))
 
-    ranks = find_dir_leaders(ranks, out, claim)
-    other_leaders = sorted({*ranks.dir_leaders} - {0})
+    ranks = find_run_dir_writers(ranks, out, claim)
+    other_leaders = sorted({*ranks.run_dir_writers} - {0})
     if other_leaders:
         names = ", ".join(ranks.name(rank) for rank in other_leaders)
         say(
@@ -282,7 +286,7 @@ def open_run_dir(
         say(crash.text().replace("error:", "warning:", 1))
     with as_usage_error():
         start = decide_start(run, ranks, warn=say)
-    if ranks.leads_dir and start.finished is None:
+    if ranks.is_run_dir_writer and start.finished is None:
         mark_as_run = marks[0]
         mark_as_run()
         # One that came since is for this start.
@@ -315,7 +319,7 @@ def put_earlier_runs_aside(
     """Where the user starts over: of each run directory, by the rank that leads it; collective."""
     place = None
     with ranks.together():
-        if ranks.leads_dir and (fresh or run.checkpoint.resume == "never"):
+        if ranks.is_run_dir_writer and (fresh or run.checkpoint.resume == "never"):
             place = put_aside(Path(run.output_dir), inputs_of(run).values())
     for rank, new_place in enumerate(ranks.gather(place)):
         if new_place:
@@ -336,7 +340,7 @@ def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
     try:
         yield
     except RunError as error:
-        if not ranks.leads:
+        if not ranks.is_main_process:
             raise
         raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
 
@@ -407,12 +411,12 @@ def report_failure(
 def write_first_files(session: Session, start: Start, sinks: Sinks, argv: list[str] | None) -> None:
     """Open the sinks and write the first files of a start, now that nothing is left to check."""
     out = Path(session.run.output_dir)
-    if session.ranks.leads_dir:
+    if session.ranks.is_run_dir_writer:
         remove_leftovers(out)
     sinks.open(session.run, resumed_at(start))
-    if session.ranks.leads_dir:
+    if session.ranks.is_run_dir_writer:
         # Only rank 0 has a command line to tell.
-        write_identity(session, argv if session.ranks.leads else None)
+        write_identity(session, argv if session.ranks.is_main_process else None)
         for name in (FAILURE, STOPPED):
             (out / name).unlink(missing_ok=True)
 

@@ -47,7 +47,7 @@ class StopControl:
         """Whether this rank is asked to stop, by the file `stop` too if it is rank 0."""
         if self.request.requested():
             return True
-        return self.ranks.leads and (self.run_dir / STOP_FILE).exists()
+        return self.ranks.is_main_process and (self.run_dir / STOP_FILE).exists()
 
     def is_due(self) -> bool:
         """Whether the run stops: this process is asked to or, once all ranks know, any of them."""

@@ -222,7 +222,7 @@ class Trainer:
         is_complete = self.duration.is_complete(progress) or self.validation.is_out_of_patience()
         if self.duration.is_over(progress) and not is_complete:
             self.checkpoints.save()
-            if self.ranks.leads:
+            if self.ranks.is_main_process:
                 write_paused(self.out, progress.step)
             return self.result()
         self.stop.request.doing = "final/ is written"

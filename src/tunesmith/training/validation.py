@@ -102,6 +102,6 @@ class Validation:
         return loss
 
     def _write_best(self, loss: float) -> None:
-        if self.session.ranks.leads:
+        if self.session.ranks.is_main_process:
             best = json.dumps({"step": self.progress.step, "val_loss": loss}, indent=1)
             write_atomically(Path(self.run.output_dir) / BEST, best)
