@@ -28,7 +28,7 @@ def test_one_process_shares_with_itself():
         assert ranks == Ranks()
         assert ranks.share("a") == "a"
         assert ranks.gather(1) == [1]
-        with pytest.raises(DataError), ranks.together():
+        with pytest.raises(DataError), ranks.raise_on_all_ranks():
             raise DataError("broken")
 
 
@@ -36,13 +36,13 @@ def shared() -> tuple[object, ...]:
     with join_ranks() as ranks:
         raised = None
         try:
-            with ranks.together():
+            with ranks.raise_on_all_ranks():
                 if ranks.rank >= 1:
                     raise DataError(f"rows of {ranks.rank}")
         except TunesmithError as error:
             raised = type(error).__name__, error.what, error.exit_code
         order = []
-        with ranks.node_leader_first():
+        with ranks.local_main_process_first():
             order.append(ranks.rank)
         mesh = Mesh.of(MeshShape(1, 2, 2), "cpu")
         groups: Any = [*distributed_c10d._world.pg_map]

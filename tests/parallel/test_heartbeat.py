@@ -104,7 +104,7 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
                     # Of ranks 0 and 2: on a GPU a collective is waited for in any line
                     time.sleep(1000)
                 if step == 20 and fault == "known to all":
-                    with ranks.together():
+                    with ranks.raise_on_all_ranks():
                         if ranks.rank == 1:
                             raise ERRORS["disk"]
             # One that ends early is not missed, and the store waits for the last

@@ -517,7 +517,7 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     ranks = find_run_dir_writers(ranks, out, lambda: out.mkdir(exist_ok=True))
     start = decide_start(run, ranks, warn=stay_silent)
     session = build(run, start, say=stay_silent, ranks=ranks, make_mesh=make_mesh)
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and not start.progress:
             write_identity(session, None)
     stop = StopControl(StopRequest(), out, ranks)
@@ -562,7 +562,7 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> dict[str, Any]:
                     check.check_mesh(kind, ONE, ONE_PROCESS)
         with join_ranks() as ranks:
             check.folder, check.kinds = ranks.share((folder, check.kinds))
-            with ranks.together():
+            with ranks.raise_on_all_ranks():
                 # On a disk that rank 0 does not see.
                 if ranks.local_rank == 0 and not check.folder.exists():
                     check.folder.mkdir()

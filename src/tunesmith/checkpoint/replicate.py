@@ -85,12 +85,12 @@ def find_run_dir_writers(ranks: Ranks, folder: Path, claim: Callable[[], object]
         lowest = missing[0]
         # A new name each time: what an earlier start left behind must not be taken for it.
         token = folder / ranks.share(f".seen-{uuid.uuid4().hex}")
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if ranks.rank == lowest:
                 claim()
                 token.touch()
         sees_token = ranks.gather(token.exists())
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if ranks.rank == lowest:
                 token.unlink()
         leaders |= {rank: lowest for rank in missing if sees_token[rank]}
@@ -121,7 +121,7 @@ def newest_checkpoint(
         for copy in copies.values():
             lost &= copy.damage.keys()
         if not lost:
-            with ranks.together():
+            with ranks.raise_on_all_ranks():
                 if own_copy:
                     _put_in_place(own_copy, place, copies[ranks.rank].damage)
             bring_folder(ranks, place, source, wants=ranks.is_run_dir_writer, say=warn)
@@ -137,7 +137,7 @@ def newest_checkpoint(
         warn(f"{place.name} is skipped: {(certain or clauses)[0]}")
         if not certain and not not_whole:
             not_whole = f"{place.name} is not whole: {clauses[0]}"
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if not_whole:
             raise MachineError(
                 not_whole,
@@ -161,7 +161,7 @@ def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dic
     readers = [rank for rank, reader in enumerate(ranks.run_dir_writers) if reader == leader]
     name = names[leader]
     damage: dict[str, str] = {}
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if name is not None:
             share = (readers.index(ranks.rank), len(readers))
             damage = dict(damaged_files(run_dir / name, share=share))
@@ -218,7 +218,7 @@ def bring_folder(
     # In this order: the first makes the directory a run's.
     identity = [place.parent / name for name in (IDENTITY, RECIPE)]
     texts: list[bytes] = []
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if ranks.rank == source:
             texts = [path.read_bytes() for path in (place / MANIFEST, *identity)]
     manifest, *identity_texts = ranks.gather(texts)[source]
@@ -227,7 +227,7 @@ def bring_folder(
     folder = place
     lacks_folder = False
     with ExitStack() as unfinished:
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if wants:
                 has_folder = (place / MANIFEST).is_file()
                 lacks_folder = not has_folder or (place / MANIFEST).read_bytes() != manifest
@@ -238,12 +238,12 @@ def bring_folder(
             common = [name for name in entries if not name.endswith(PART)]
             wanted = [name for name in common if wants and not (folder / name).is_file()]
         copy_files(ranks, folder, wanted, entries, say=say)
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if lacks_folder:
                 write_atomically(folder / MANIFEST, manifest)
         # No rank gives the folder its name before all have their files.
         finish = unfinished.pop_all()
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         finish.close()
 
 
@@ -258,7 +258,7 @@ def commit_on_all_ranks(ranks: Ranks, folder: Path, step: int, hashed: Entries) 
     for entries_of_rank in ranks.gather(hashed):
         parts |= entries_of_rank
     own_entries: Entries = {}
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer:
             own_entries = flush_files(folder, parts)
     all_entries = ranks.gather(own_entries)
@@ -269,7 +269,7 @@ def commit_on_all_ranks(ranks: Ranks, folder: Path, step: int, hashed: Entries) 
     common = [name for name in all_entries[0] if not name.endswith(PART)]
     wanted = [name for name in common if ranks.is_run_dir_writer and name not in own_entries]
     copy_files(ranks, folder, wanted, entries)
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer:
             write_manifest(folder, step, dict(sorted(entries.items())))
 
@@ -301,12 +301,12 @@ def copy_files(
     if not wants:
         return
     sums: dict[str, tuple[int, str]] = {}
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and source in (None, ranks.rank):
             sums = _sums_of(folder, {name for name, _ in wants}, entries)
     all_sums = ranks.gather(sums)
     transfers: list[Transfer] = []
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         for name, target in sorted(wants):
             givers = [
                 rank for rank, files in enumerate(all_sums) if name in files and rank != target
@@ -333,7 +333,7 @@ def copy_files(
             _send(folder, transfer, ranks, faults)
         elif ranks.rank == transfer.target:
             _receive(folder, transfer, ranks, faults)
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if faults:
             raise CheckpointError(
                 "a file cannot be copied to another node",

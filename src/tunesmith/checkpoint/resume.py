@@ -140,7 +140,7 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], 
     output_dir = Path(run.output_dir)
     final_step: int | None = None
     previous_run: Run | None = None
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer:
             final_step, previous_run = _earlier_run(run, output_dir)
     final_steps = ranks.gather(final_step)
@@ -152,7 +152,7 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], 
     progress: Progress | None = None
     has_ended = False
     if checkpoint is not None:
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             progress = Progress.read(checkpoint.path)
             # A longer duration than the one that it completed goes on.
             is_last = progress.step == final_step
@@ -193,7 +193,7 @@ def _bring_records(output_dir: Path, ranks: Ranks, say: Callable[[str], None]) -
     A collective call.
     """
     sizes: dict[str, int] = {}
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         # Where all see one directory there is nothing to copy.
         if ranks.is_run_dir_writer and any(ranks.run_dir_writers):
             paths = [output_dir / name for name in RECORDS]

@@ -120,19 +120,19 @@ class RanksWriter(Writer):
         place = self._run_dir / f"checkpoint-{step}"
         folder = place.with_name(f".{place.name}.partial")
         with ExitStack() as unfinished:
-            with self.ranks.together():
+            with self.ranks.raise_on_all_ranks():
                 self._sync()
                 if self.ranks.is_run_dir_writer:
                     folder = unfinished.enter_context(atomic_folder(place, step))
             # The collectives in `save` fail on all ranks alike.
-            with self.ranks.together():
+            with self.ranks.raise_on_all_ranks():
                 hashed = save(folder) or {}
             commit_on_all_ranks(self.ranks, folder, step, hashed)
             finish = unfinished.pop_all()
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             finish.close()
         # No node deletes an older one before all have this one.
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             if self.ranks.is_run_dir_writer:
                 prune(self._run_dir, self._keep, latest=step, keep_step=keep_step)
         self.saved_step = step
@@ -276,7 +276,7 @@ def sharded_save_function(
 
     def save(folder: Path) -> Entries:
         writer = _HashingWriter(folder / STATE)
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if ranks.is_main_process:
                 write_config(folder, model, tokenizer)
                 write_optimizer(folder, scalars)

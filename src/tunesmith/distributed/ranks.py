@@ -102,7 +102,7 @@ class Ranks:
         return values
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """All ranks leave the block, or none: an error of one ends it on all, at its end.
 
         It must hold no collective. The lowest rank that failed raises its own error and reports
@@ -123,7 +123,7 @@ class Ranks:
             raise OtherRankError(f"{self.name(rank)} failed: {text}", exit_code=code) from error
 
     @contextmanager
-    def node_leader_first(self) -> Iterator[None]:
+    def local_main_process_first(self) -> Iterator[None]:
         """Let one rank of each node run the block before its others, which find what it cached.
 
         The block itself must hold no collective.

@@ -86,7 +86,7 @@ def calibrate_recompute(
         recompute_layers(layers, count)
         meter.restart()
         activations = None
-        with nullcontext() if shares else ranks.together():
+        with nullcontext() if shares else ranks.raise_on_all_ranks():
             try:
                 activations = _trial(model, batch, meter)
             except torch.OutOfMemoryError as error:

@@ -126,7 +126,7 @@ def run_sweep(
     for values in combinations:
         load_candidate(recipe, space, values)
     with joined(base) as (stop, ranks), ExitStack() as stack:
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if ranks.is_main_process:
                 folder = Path(base.output_dir)
                 if is_run(folder):
@@ -197,7 +197,7 @@ class Sweep:
         # As it is read back: a tuple becomes a list.
         self.request: dict[str, Any] = json.loads(json.dumps(request))
         previous: dict[str, Any] = {}
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             if self.ranks.is_main_process:
                 previous = self._read()
         previous = self.ranks.share(previous)
@@ -376,7 +376,7 @@ class Sweep:
     def _standing(self, candidate: SweepRun, until: int | None) -> Standing | None:
         """Where a candidate stands, or None if it has not come so far; a collective call."""
         standing: Standing | None = None
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             if self.ranks.is_main_process:
                 standing = self._read_standing(Path(candidate.run.output_dir), until)
         return self.ranks.share(standing)

@@ -46,7 +46,7 @@ class SharedBase:
         """The Session of one of the runs, in place of the last one; arguments as of `build`."""
         first = self.first
         root = first.model
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train
             schedule = BatchSchedule(tokens.lengths, run.data, run.train, repeats=tokens.repeats)

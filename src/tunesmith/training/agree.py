@@ -166,7 +166,7 @@ def check_same_inputs(
     """
     if ranks.world == 1:
         return
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         parts = model_parts(run, start, files, data) | data_parts(data)
         if not drawn:
             parts |= weight_parts(files)

@@ -166,7 +166,7 @@ def build(
         free_device_memory()  # of an earlier run of this process
     device = choose_device()
     # What one rank of a node downloads and tokenizes, the others read from the cache.
-    with ranks.together(), ranks.node_leader_first():
+    with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
         check_machine(run, device, say)
         check_inputs(run, start)
         files, hashes = read_base(run, start, ranks, weights=weights, say=say)
@@ -261,7 +261,7 @@ def load_model(
     model, plan = plan_model(run, start, files, data, device, ranks, refused)
     mesh = make_mesh(plan.mesh, device.type)
     if not measured:
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             check_disk(run, count_trained(run, model), ranks)
     checkpoint = start.checkpoint.path if start.checkpoint else None
     is_full = run.adapter.kind == "none"
@@ -312,12 +312,12 @@ def plan_model(
     """The model on meta, and what each of the ranks will do, on which mesh; why no base in 8 bits
     will do, if it is `refused`.
     """
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         model = define_model(run, files)
         shapes = eight_bit_shapes(model)
         machine = probe_machine(run, files, device, shapes, ranks.heartbeat.peers.local_processes())
     machines, local = ranks.gather(machine), math.gcd(*ranks.gather(ranks.local_world))
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         machine, trained = common_machine(machines, ranks), count_trained(run, model)
         if refused:
             machine = replace(machine, scaling=(None, refused))

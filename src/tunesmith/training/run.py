@@ -211,7 +211,7 @@ def start_run(
             return Result(out, start.finished, finished_before=True)
         with as_usage_error(ranks):
             session = build(run, start, say=say, why=why, ranks=ranks)
-        with ranks.together(), as_usage_error(ranks):
+        with ranks.raise_on_all_ranks(), as_usage_error(ranks):
             if ranks.is_main_process:
                 sinks = sinks_of(
                     run,
@@ -262,7 +262,7 @@ def open_run_dir(
     out = Path(run.output_dir)
     marks: list[Callable[[], None]] = []
     old_stop_requests: list[int] = []
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         check_ranks(run, ranks)
 
     def claim() -> None:
@@ -318,7 +318,7 @@ def put_earlier_runs_aside(
 ) -> None:
     """Where the user starts over: of each run directory, by the rank that leads it; collective."""
     place = None
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and (fresh or run.checkpoint.resume == "never"):
             place = put_aside(Path(run.output_dir), inputs_of(run).values())
     for rank, new_place in enumerate(ranks.gather(place)):
