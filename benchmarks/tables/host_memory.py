@@ -100,7 +100,7 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
         def phase(name: str, largest: int = stored) -> Iterator[dict[str, int]]:
             """Note the peak of a block, and what is left of it; the block says what it `held`."""
             gc.collect()
-            ranks.gather(None)
+            ranks.all_gather_object(None)
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             before, own[name] = status("VmRSS"), {"held": 0, "largest": largest}
             yield own[name]
@@ -152,7 +152,7 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
                     sharded.export_sharded(
                         folder / "run" / "checkpoint-1", folder / "exported", run
                     )
-        every = ranks.gather(own)
+        every = ranks.all_gather_object(own)
         if ranks.is_main_process:
             found = {"mesh": mesh.shape.describe(), "ranks": every}
             (folder / "figures.json").write_text(json.dumps(found), encoding="utf-8")

@@ -26,8 +26,8 @@ from tunesmith.parallel.mesh import Mesh, MeshShape
 def test_one_process_shares_with_itself():
     with join_ranks() as ranks:
         assert ranks == Ranks()
-        assert ranks.share("a") == "a"
-        assert ranks.gather(1) == [1]
+        assert ranks.broadcast_object("a") == "a"
+        assert ranks.all_gather_object(1) == [1]
         with pytest.raises(DataError), ranks.raise_on_all_ranks():
             raise DataError("broken")
 
@@ -49,8 +49,8 @@ def shared() -> tuple[object, ...]:
         limits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
         assert find_nccl_error() == ""
         return (
-            ranks.share(ranks.rank),
-            ranks.gather(ranks.rank),
+            ranks.broadcast_object(ranks.rank),
+            ranks.all_gather_object(ranks.rank),
             raised,
             mesh.data_rank,
             mesh.tensor_rank,

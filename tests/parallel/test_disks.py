@@ -260,7 +260,7 @@ def write_until_killed(folder: Path, seconds: float) -> None:
         (out / "env.json").write_text("{}")
         (out / "config.yaml").write_text("")
         writer = RanksWriter(out, 1, None, sync=lambda: None, ranks=ranks)
-        ranks.gather(None)
+        ranks.all_gather_object(None)
         signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGKILL))
         for step in range(1, 100_000):
             if step == 2:
@@ -319,7 +319,7 @@ def pass_files(folder: Path, fault: str) -> Any:
         if node == "a":
             for name, size in zip(names, (200_001, 0, 7), strict=True):
                 (out / name).write_bytes(os.urandom(size))
-        entries = ranks.share(manifest.flush_files(out))
+        entries = ranks.broadcast_object(manifest.flush_files(out))
         if fault == "damaged" and node == "a":
             (out / "big").write_bytes(os.urandom(200_001))
         if fault == "full" and node == "b":

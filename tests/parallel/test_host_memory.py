@@ -136,7 +136,7 @@ def peaks(
     found = []
 
     def begin() -> int:
-        ranks.gather(None)
+        ranks.all_gather_object(None)
         return resident()
 
     with join_ranks() as ranks:
@@ -227,7 +227,7 @@ def resumed(model: Path, folder: Path, mesh: dict[str, int]) -> tuple[int, int, 
         for name in ("small", "large"):
             changes = merge(FULL, {"model": {"dtype": "bf16"}})
             run, root = built(model.with_name(name), folder, mesh, changes, ranks.world)
-            ranks.gather(None)
+            ranks.all_gather_object(None)
             before = resident()
             start = Start(checkpoint=SavedCheckpoint(folder / f"of {name}", 1), progress=Progress())
             optimizer = make_optimizer(run, root, start, ranks)

@@ -406,8 +406,8 @@ class SelfCheck:
         run = self.recipe(kind, shape, count=2)
         tolerance = TOLERANCE[kind.dtype, self.device.type]
         trainer = take_steps(run, ranks, self.make_mesh)
-        digests = ranks.gather(digests_of(trainer))
-        inputs = ranks.gather(first_inputs(trainer))
+        digests = ranks.all_gather_object(digests_of(trainer))
+        inputs = ranks.all_gather_object(first_inputs(trainer))
         records = trainer.metrics.records
         if ranks.is_main_process:
             reference = self.reference_records[kind]
@@ -425,7 +425,7 @@ class SelfCheck:
             out = Path(run.output_dir)
             shutil.rmtree(out / f"checkpoint-{STEPS}", ignore_errors=True)
             shutil.rmtree(out / "final", ignore_errors=True)
-        ranks.gather(None)
+        ranks.all_gather_object(None)
         resumed = take_steps(run, ranks, self.make_mesh)
         if ranks.is_main_process:
             limits = (tolerance.resumed, tolerance.resumed)
@@ -459,7 +459,7 @@ class SelfCheck:
     def compare_builds(self, ranks: Ranks) -> None:
         """All ranks must run the same code; a collective call."""
         versions = {name: part.text for name, part in software_versions().items()}
-        first, *others = ranks.gather(versions)
+        first, *others = ranks.all_gather_object(versions)
         if ranks.is_main_process:
             for rank, other in enumerate(others, 1):
                 for name in first | other:
@@ -477,7 +477,7 @@ class SelfCheck:
         seconds = []
         # The first one connects the ranks, and is slower.
         for _ in range(4):
-            ranks.gather(None)
+            ranks.all_gather_object(None)
             began = time.perf_counter()
             dist.all_reduce(data)
             # Waits for the device.
@@ -561,7 +561,7 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> dict[str, Any]:
                     check.reference(kind)
                     check.check_mesh(kind, ONE, ONE_PROCESS)
         with join_ranks() as ranks:
-            check.folder, check.kinds = ranks.share((folder, check.kinds))
+            check.folder, check.kinds = ranks.broadcast_object((folder, check.kinds))
             with ranks.raise_on_all_ranks():
                 # On a disk that rank 0 does not see.
                 if ranks.local_rank == 0 and not check.folder.exists():
@@ -570,7 +570,7 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> dict[str, Any]:
                     write_inputs(check.folder, STEPS * check.batch)
             if ranks.world > 1:
                 check_meshes(check, ranks)
-            rows = ranks.share(check.rows)
+            rows = ranks.broadcast_object(check.rows)
     return {
         "passed": all(row.passed is not False for row in rows),
         "ranks": ranks.world,
@@ -585,7 +585,7 @@ def check_meshes(check: SelfCheck, ranks: Ranks) -> None:
     """The checks of several ranks; a collective call."""
     check.compare_builds(ranks)
     # The largest tensor group must fit on the smallest node.
-    node = math.gcd(*ranks.gather(ranks.local_world))
+    node = math.gcd(*ranks.all_gather_object(ranks.local_world))
     for shape in meshes_of(ranks.world, node):
         for kind in check.kinds:
             with check.on(kind, shape, ranks):

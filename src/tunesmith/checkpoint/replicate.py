@@ -84,12 +84,12 @@ def find_run_dir_writers(ranks: Ranks, folder: Path, claim: Callable[[], object]
         missing = [rank for rank in range(ranks.world) if rank not in leaders]
         lowest = missing[0]
         # A new name each time: what an earlier start left behind must not be taken for it.
-        token = folder / ranks.share(f".seen-{uuid.uuid4().hex}")
+        token = folder / ranks.broadcast_object(f".seen-{uuid.uuid4().hex}")
         with ranks.raise_on_all_ranks():
             if ranks.rank == lowest:
                 claim()
                 token.touch()
-        sees_token = ranks.gather(token.exists())
+        sees_token = ranks.all_gather_object(token.exists())
         with ranks.raise_on_all_ranks():
             if ranks.rank == lowest:
                 token.unlink()
@@ -109,12 +109,12 @@ def newest_checkpoint(
     MachineError if there is none, but one whose missing parts may lie on a node that is not here.
     """
     own_copies = copies_in(run_dir) if ranks.is_run_dir_writer else {}
-    keys = {key for keys in ranks.gather([*own_copies]) for key in keys}
+    keys = {key for keys in ranks.all_gather_object([*own_copies]) for key in keys}
     not_whole = ""
     for step, digest in sorted(keys, reverse=True):
         place = run_dir / f"checkpoint-{step}"
         own_copy = own_copies.get((step, digest))
-        names = ranks.gather(own_copy.name if own_copy else None)
+        names = ranks.all_gather_object(own_copy.name if own_copy else None)
         copies = _compare_copies(ranks, run_dir, names)
         source = min(copies)
         lost = set(copies[source].damage)
@@ -166,7 +166,7 @@ def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dic
             share = (readers.index(ranks.rank), len(readers))
             damage = dict(damaged_files(run_dir / name, share=share))
     copies = {rank: Copy(name, {}) for rank, name in enumerate(names) if name is not None}
-    for reader, clauses in enumerate(ranks.gather(damage)):
+    for reader, clauses in enumerate(ranks.all_gather_object(damage)):
         copy = copies.get(ranks.run_dir_writers[reader])
         if copy is not None:
             copy.damage.update(clauses)
@@ -221,7 +221,7 @@ def bring_folder(
     with ranks.raise_on_all_ranks():
         if ranks.rank == source:
             texts = [path.read_bytes() for path in (place / MANIFEST, *identity)]
-    manifest, *identity_texts = ranks.gather(texts)[source]
+    manifest, *identity_texts = ranks.all_gather_object(texts)[source]
     values = json.loads(manifest)
     entries: Entries = values["files"]
     folder = place
@@ -255,13 +255,13 @@ def commit_on_all_ranks(ranks: Ranks, folder: Path, step: int, hashed: Entries) 
     hashed: the entries of the parts that this rank wrote.
     """
     parts: Entries = {}
-    for entries_of_rank in ranks.gather(hashed):
+    for entries_of_rank in ranks.all_gather_object(hashed):
         parts |= entries_of_rank
     own_entries: Entries = {}
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer:
             own_entries = flush_files(folder, parts)
-    all_entries = ranks.gather(own_entries)
+    all_entries = ranks.all_gather_object(own_entries)
     entries: Entries = {}
     # Of a file that several have, the lowest rank's counts.
     for entries_of_rank in reversed(all_entries):
@@ -296,7 +296,7 @@ def copy_files(
     where the disk has no room.
     """
     wants = set()
-    for rank, names in enumerate(ranks.gather([*wanted])):
+    for rank, names in enumerate(ranks.all_gather_object([*wanted])):
         wants |= {(name, ranks.run_dir_writers[rank]) for name in names}
     if not wants:
         return
@@ -304,7 +304,7 @@ def copy_files(
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and source in (None, ranks.rank):
             sums = _sums_of(folder, {name for name, _ in wants}, entries)
-    all_sums = ranks.gather(sums)
+    all_sums = ranks.all_gather_object(sums)
     transfers: list[Transfer] = []
     with ranks.raise_on_all_ranks():
         for name, target in sorted(wants):

@@ -143,8 +143,8 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], 
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer:
             final_step, previous_run = _earlier_run(run, output_dir)
-    final_steps = ranks.gather(final_step)
-    previous_runs = ranks.gather(previous_run)
+    final_steps = ranks.all_gather_object(final_step)
+    previous_runs = ranks.all_gather_object(previous_run)
     if not any(previous_runs):
         return Start()
     final_step = max((step for step in final_steps if step is not None), default=None)
@@ -198,7 +198,7 @@ def _bring_records(output_dir: Path, ranks: Ranks, say: Callable[[str], None]) -
         if ranks.is_run_dir_writer and any(ranks.run_dir_writers):
             paths = [output_dir / name for name in RECORDS]
             sizes = {path.name: path.stat().st_size for path in paths if path.is_file()}
-    all_sizes = ranks.gather(sizes)
+    all_sizes = ranks.all_gather_object(sizes)
     # Each step is a line: the longest one goes furthest.
     lengths = [sizes_of_rank.get(METRICS, 0) for sizes_of_rank in all_sizes]
     source = lengths.index(max(lengths))

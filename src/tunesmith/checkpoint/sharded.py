@@ -245,7 +245,7 @@ def fits_twice(
     size = sum(local_part(tensor).nbytes for tensor in _named(model, optimizer).values())
     has_host_memory = device.type == "cpu" or not is_integrated(device)
     fits = has_host_memory and size * ranks.local_world < FITS * available_memory()
-    return all(ranks.gather(fits))
+    return all(ranks.all_gather_object(fits))
 
 
 def sharded_save_function(

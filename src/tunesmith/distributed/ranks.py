@@ -87,11 +87,11 @@ class Ranks:
         """A rank in words: `rank 3 on spark-b`."""
         return f"rank {rank} on {self.hosts[rank]}"
 
-    def share(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's value, on every rank."""
-        return self.gather(value)[0]
+        return self.all_gather_object(value)[0]
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on every rank."""
         if self.world == 1:
             return [value]
@@ -113,7 +113,7 @@ class Ranks:
             yield
         except BaseException as caught:  # a signal's KeyboardInterrupt too
             error = caught
-        outcomes = self.gather((_exit_code_of(error), str(error)))
+        outcomes = self.all_gather_object((_exit_code_of(error), str(error)))
         for rank, (code, text) in enumerate(outcomes):
             if not code:
                 continue
@@ -129,12 +129,12 @@ class Ranks:
         The block itself must hold no collective.
         """
         if self.local_rank:
-            self.gather(None)
+            self.all_gather_object(None)
         try:
             yield
         finally:
             if not self.local_rank:
-                self.gather(None)
+                self.all_gather_object(None)
 
 
 def _exit_code_of(error: BaseException | None) -> int:

@@ -342,7 +342,7 @@ class Health:
         """The first check, on all ranks at once; a collective call."""
         reading = self.chip.first()
         self._warn(self.chip.fault(reading))
-        slow = describe_slow_host(self.ranks.hosts, self.ranks.gather(reading))
+        slow = describe_slow_host(self.ranks.hosts, self.ranks.all_gather_object(reading))
         if slow and self.ranks.is_main_process:
             self.sink.text("health", f"warning: {slow}")
 

@@ -100,7 +100,7 @@ def calibrate_recompute(
                     ) from error
             finally:
                 model.zero_grad(set_to_none=True)
-        by_rank = ranks.gather((activations, meter.peak()))
+        by_rank = ranks.all_gather_object((activations, meter.peak()))
         peak = max(peak for _, peak in by_rank)
         measured = [activations for activations, _ in by_rank if activations is not None]
         if len(measured) < len(by_rank):

@@ -200,7 +200,7 @@ class Sweep:
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_main_process:
                 previous = self._read()
-        previous = self.ranks.share(previous)
+        previous = self.ranks.broadcast_object(previous)
         self.diverged: dict[str, int] = {}
         for candidate in previous.get("candidates", ()):
             if candidate["state"] == "diverged":
@@ -288,7 +288,7 @@ class Sweep:
 
     def add(self, values: dict[str, str]) -> None:
         """Add a candidate; its folder's name holds its number and values."""
-        values = self.ranks.share(values)
+        values = self.ranks.broadcast_object(values)
         run = load_candidate(self.recipe, self.space, values)
         words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
         label = re.sub(r"[^\w.+-]+", "_", words)[:80]
@@ -379,7 +379,7 @@ class Sweep:
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_main_process:
                 standing = self._read_standing(Path(candidate.run.output_dir), until)
-        return self.ranks.share(standing)
+        return self.ranks.broadcast_object(standing)
 
     def _read_standing(self, folder: Path, until: int | None) -> Standing | None:
         """Where the run directory of a candidate stands, or None if it has not come so far."""

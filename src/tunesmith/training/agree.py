@@ -81,7 +81,7 @@ def agree_on_recipe(run: Run, ranks: Ranks) -> Run:
     if ranks.world == 1:
         return run
     of_rank = (software_versions(), recipe_values(run), run.train.micro_batch)
-    versions, recipes, micro_batches = zip(*ranks.gather(of_rank), strict=True)
+    versions, recipes, micro_batches = zip(*ranks.all_gather_object(of_rank), strict=True)
     differences = find_differences(ranks, versions)
     if differences:
         what = f"the ranks have different versions of {', '.join(differences)}"
@@ -170,7 +170,7 @@ def check_same_inputs(
         parts = model_parts(run, start, files, data) | data_parts(data)
         if not drawn:
             parts |= weight_parts(files)
-    differences = find_differences(ranks, ranks.gather(parts))
+    differences = find_differences(ranks, ranks.all_gather_object(parts))
     if not differences:
         return
     names = [key.partition(":")[0] for key in differences]

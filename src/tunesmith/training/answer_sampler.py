@@ -47,7 +47,7 @@ class AnswerSampler:
         clock = AnswerClock(
             self.allowed_seconds(),
             generated=heartbeat.progress,
-            agree=self.ranks.share if self.is_sharded else None,
+            agree=self.ranks.broadcast_object if self.is_sharded else None,
         )
         answers = sample_answers(
             session.model,

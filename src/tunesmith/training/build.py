@@ -316,7 +316,10 @@ def plan_model(
         model = define_model(run, files)
         shapes = eight_bit_shapes(model)
         machine = probe_machine(run, files, device, shapes, ranks.heartbeat.peers.local_processes())
-    machines, local = ranks.gather(machine), math.gcd(*ranks.gather(ranks.local_world))
+    machines, local = (
+        ranks.all_gather_object(machine),
+        math.gcd(*ranks.all_gather_object(ranks.local_world)),
+    )
     with ranks.raise_on_all_ranks():
         machine, trained = common_machine(machines, ranks), count_trained(run, model)
         if refused:

@@ -70,7 +70,7 @@ def compare_with_bf16(
             in_bf16 = mean_loss(root, batches)
         in_8_bits = mean_loss(root, batches)
     tokens = sum(batch.tokens for batch in batches)
-    losses = ranks.gather((in_bf16, in_8_bits))
+    losses = ranks.all_gather_object((in_bf16, in_8_bits))
     changes = [LossChange(*of_rank, tokens, len(layers)) for of_rank in losses]
     return max(changes, key=severity)
 

@@ -321,7 +321,7 @@ def put_earlier_runs_aside(
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and (fresh or run.checkpoint.resume == "never"):
             place = put_aside(Path(run.output_dir), inputs_of(run).values())
-    for rank, new_place in enumerate(ranks.gather(place)):
+    for rank, new_place in enumerate(ranks.all_gather_object(place)):
         if new_place:
             owner = f", of {ranks.name(rank)}" if rank else ""
             say(f"the earlier run is now in {new_place}{owner}")

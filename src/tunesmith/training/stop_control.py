@@ -59,7 +59,7 @@ class StopControl:
     def agree(self) -> None:
         """Share before the first step who is asked to stop; a collective call."""
         if self.ranks.world > 1:
-            self.is_agreed = any(self.ranks.gather(self.is_requested()))
+            self.is_agreed = any(self.ranks.all_gather_object(self.is_requested()))
 
     def agree_on(self, status: RankStatus) -> None:
         """Take over what a step's reduction has shared."""
@@ -86,6 +86,6 @@ class StopControl:
 
     def error(self, run: Run, progress: Progress, ranks: Ranks) -> StoppedError:
         """The end of the run by this stop, on all ranks; a collective call. See `stopped_by`."""
-        requests = ranks.gather((self.request.low_memory, self.request.signal))
+        requests = ranks.all_gather_object((self.request.low_memory, self.request.signal))
         retry = self.retry_with_smaller_batch
         return stopped_by(requests, run, progress, ranks, retry_with_smaller_batch=retry)
