@@ -16,7 +16,7 @@ from torch.testing._internal.distributed import fake_pg
 
 from ranks import run_ranks
 from tunesmith.cli.main import framed
-from tunesmith.distributed.ranks import PATIENCE, WATCHDOG, Ranks, choose_gpu, join_ranks
+from tunesmith.distributed.ranks import COLLECTIVE_TIMEOUT, WATCHDOG, Ranks, choose_gpu, join_ranks
 from tunesmith.distributed.torch_private import find_nccl_error
 from tunesmith.distributed.vocab_parallel import sharding_groups
 from tunesmith.errors import DataError, MachineError, OtherRankError, TunesmithError
@@ -69,7 +69,7 @@ def test_ranks_share_values_and_errors():
     assert [f[3] for f in found] == [0, 0, 1, 1]
     assert [f[4] for f in found] == [0, 1, 0, 1]
     assert [f[5] for f in found] == [
-        {PATIENCE}
+        {COLLECTIVE_TIMEOUT}
     ] * 4  # of all groups: torch gives a mesh's half an hour
 
 

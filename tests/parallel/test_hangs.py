@@ -96,7 +96,9 @@ def test_a_rank_that_stands_still_is_named_with_its_phase(phase, changes, tiny, 
 
 def be_slow(model: Path, folder: Path) -> list[float]:
     """The losses of a run whose rank 0 takes longer for its sample answers and for each save than a rank may stand still."""
-    answer_sampler.STUCK = checkpoint_saver.STUCK = trainer.STUCK = validation.STUCK = LIMIT
+    answer_sampler.STUCK_AFTER_S = checkpoint_saver.STUCK_AFTER_S = trainer.STUCK_AFTER_S = (
+        validation.STUCK_AFTER_S
+    ) = LIMIT
     checkpoint_saver.SLOWEST_DISK = 20_000.0  # bytes/s: the checkpoint of the adapter may take 6 s
     write, sample = RanksWriter._write, answer_sampler.sample_answers
 

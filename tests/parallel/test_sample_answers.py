@@ -25,7 +25,9 @@ pytestmark = pytest.mark.slow
 def answers_of_unequal_length(model: Path, folder: Path) -> list[str]:
     """What rank 0 answers that may stop at any token, and rank 1 that stops at none."""
     for module in (ranks_module, mesh):
-        module.PATIENCE = timedelta(seconds=20)  # that one waits for another which does not come
+        module.COLLECTIVE_TIMEOUT = timedelta(
+            seconds=20
+        )  # that one waits for another which does not come
     rank = int(os.environ["RANK"])
     run = make_run(model, folder, parallel={"shard": 2}, data={"template": "raw"})
     with ranks_module.join_ranks() as ranks:

@@ -45,7 +45,7 @@ from tunesmith.checkpoint.replicate import commit_on_all_ranks, copy_files
 from tunesmith.checkpoint.resume import DELETE, Progress
 from tunesmith.checkpoint.writer import SaveFunction, Writer
 from tunesmith.config.schema import Run
-from tunesmith.distributed.ranks import ONE_PROCESS, PATIENCE, Ranks
+from tunesmith.distributed.ranks import COLLECTIVE_TIMEOUT, ONE_PROCESS, Ranks
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import (
     EXIT_FAILED,
@@ -92,7 +92,9 @@ class RanksWriter(Writer):
         ranks: Ranks,
     ) -> None:
         super().__init__(run_dir, keep, saved_step, sync=sync)
-        self.ranks = replace(ranks, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+        self.ranks = replace(
+            ranks, group=dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        )
         # The identity of the thread that writes, or wrote last.
         self._thread: int | None = None
 

@@ -13,7 +13,7 @@ from tunesmith.distributed.beats import Beat, RunClock
 
 # Seconds without progress. On a machine that holds the model a micro batch or a token takes
 # seconds.
-STUCK = 30 * 60.0
+STUCK_AFTER_S = 30 * 60.0
 
 
 @dataclass

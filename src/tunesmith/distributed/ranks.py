@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # A collective may wait for a rank that compiles, loads or saves; one that is gone is found by its
 # heartbeat.
-PATIENCE = timedelta(hours=24)
+COLLECTIVE_TIMEOUT = timedelta(hours=24)
 # A key of the launcher's store: the prefix of the keys of these ranks' heartbeats.
 HEARTBEAT_NAME = "heartbeat"
 SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
@@ -243,7 +243,7 @@ def join_ranks() -> Iterator[Ranks]:
                 store=dist.PrefixStore(group, store),
                 rank=rank,
                 world_size=world,
-                timeout=PATIENCE,
+                timeout=COLLECTIVE_TIMEOUT,
             )
             heartbeat.phase("start")
             if has_cuda:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tunesmith.config.schema import Parallel, Run
-from tunesmith.distributed.ranks import PATIENCE
+from tunesmith.distributed.ranks import COLLECTIVE_TIMEOUT
 from tunesmith.errors import RecipeError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture
 from tunesmith.model.spec import ModelSpec
@@ -99,7 +99,7 @@ def _group_of(rank_lists: list[list[int]]) -> dist.ProcessGroup:
     world = dist.group.WORLD
     if world and len(rank_lists) == 1:
         return world
-    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=PATIENCE)
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=COLLECTIVE_TIMEOUT)
     return group
 
 

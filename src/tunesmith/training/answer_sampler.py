@@ -1,7 +1,7 @@
 """Sample answers to held-out prompts while a run trains, if they cost little of its time."""
 
 from tunesmith.checkpoint.resume import Progress
-from tunesmith.distributed.activity import STUCK
+from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.inference.decoding import AnswerClock, sample_answers
 from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.shard import sharded_modules
@@ -38,7 +38,7 @@ class AnswerSampler:
         """Hand answers to the sinks; a collective call where the model is sharded."""
         session = self.session
         heartbeat = self.ranks.heartbeat
-        heartbeat.phase("sample answers", STUCK)
+        heartbeat.phase("sample answers", STUCK_AFTER_S)
         count = session.run.log.samples
         if not session.data.validation or count == 0 or session.mesh.shape.tensor > 1:
             return

@@ -9,7 +9,7 @@ from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.sharded import RanksWriter, fits_twice, sharded_save_function
 from tunesmith.checkpoint.writer import SaveFunction, Writer
-from tunesmith.distributed.activity import STUCK
+from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.metrics.sink import Sinks
 from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.run_dir import FINAL
@@ -154,4 +154,4 @@ class CheckpointSaver:
         several times as long as the longest save of this start took."""
         trained = sum(parameter.numel() for parameter in self.session.optimizer.params.values())
         size, _ = checkpoint_bytes(self.run, trained)
-        return STUCK + max(size / SLOWEST_DISK, SLOWER * self.longest_save)
+        return STUCK_AFTER_S + max(size / SLOWEST_DISK, SLOWER * self.longest_save)

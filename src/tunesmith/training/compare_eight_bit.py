@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tunesmith.adapter import lora
 from tunesmith.data.batch import Batch
-from tunesmith.distributed.activity import STUCK
+from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.torch_private import collective
 from tunesmith.methods.base import TrainModel
@@ -62,7 +62,7 @@ def compare_with_bf16(
 
     Returns the figures of the rank whose loss changed most, on every rank.
     """
-    ranks.heartbeat.phase("comparing the base in 8 bits with bf16", STUCK)
+    ranks.heartbeat.phase("comparing the base in 8 bits with bf16", STUCK_AFTER_S)
     layers = [module for module in root.modules() if isinstance(module, EightBitLinear)]
     # Eager: graphs that read files would break at every layer, and would be made for two passes.
     with lora.disabled(root.model), torch.compiler.set_stance("force_eager"):

@@ -16,7 +16,7 @@ import torch
 
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start
 from tunesmith.data.loader import GlobalBatch
-from tunesmith.distributed.activity import STUCK
+from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.errors import TunesmithError
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks
@@ -194,9 +194,9 @@ class Trainer:
         """Tell the heartbeat that a step begins, and how long it may take."""
         heartbeat = self.ranks.heartbeat
         if self.progress.step == self.first_step:
-            heartbeat.phase("first step", STUCK + COMPILING)
+            heartbeat.phase("first step", STUCK_AFTER_S + COMPILING)
         else:
-            heartbeat.phase("training", STUCK)
+            heartbeat.phase("training", STUCK_AFTER_S)
         heartbeat.progress(self.progress.step)
 
     def validate(self) -> None:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from tunesmith.checkpoint.resume import Progress
-from tunesmith.distributed.activity import STUCK
+from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.host.files import write_atomically
 from tunesmith.inference.evaluate import validation_loss
 from tunesmith.metrics.sink import Sinks
@@ -79,7 +79,7 @@ class Validation:
     def _loss(self) -> float | None:
         session = self.session
         assert session.data.validation is not None
-        session.ranks.heartbeat.phase("validation", STUCK + COMPILING)
+        session.ranks.heartbeat.phase("validation", STUCK_AFTER_S + COMPILING)
         micro_batch = session.plan.layout.micro_batch
         if micro_batch.unit == "tokens":
             micro_tokens = micro_batch.amount
