@@ -42,8 +42,8 @@ from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, 
 from tunesmith.distributed.ranks import (
     JOIN,
     is_launched,
-    refuse_many_ranks,
     reported_once_a_node,
+    require_one_process,
     started_as,
 )
 from tunesmith.errors import (
@@ -175,7 +175,7 @@ def ranks_to_start(args: argparse.Namespace) -> int:
             )
             raise UsageError(what, where=f"--ranks {args.ranks}", fix=fix)
         return 1
-    refuse_many_ranks("train")
+    require_one_process("train")
     from tunesmith.launch.node import count_gpus
 
     return args.ranks or count_gpus() or 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.check import COLUMNS
-from tunesmith.distributed.ranks import refuse_many_ranks
+from tunesmith.distributed.ranks import require_one_process
 from tunesmith.errors import RunError, UsageError
 from tunesmith.model.shapes import SHAPES, find_shape
 
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_arguments(args)
-    refuse_many_ranks("bench")
+    require_one_process("bench")
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         recipe = recipe_of(args, folder / "model")

@@ -352,7 +352,7 @@ def _apart(what: str, rank: int, world: int, why: str = "") -> MachineError:
     )
 
 
-def refuse_many_ranks(command: str) -> None:
+def require_one_process(command: str) -> None:
     """MachineError where this process is one of several that would each do all of `command`."""
     for name in RANKS:
         text = os.environ.get(name, "")

@@ -23,7 +23,7 @@ from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.distributed.ranks import Ranks, refuse_many_ranks, started_as
+from tunesmith.distributed.ranks import Ranks, require_one_process, started_as
 from tunesmith.errors import (
     LowMemoryError,
     NonFiniteError,
@@ -118,7 +118,7 @@ def run_sweep(
     base = load_recipe(recipe, space.fixed, say=announce)
     check_sweep(base, space, search)
     if started_as() is None:
-        refuse_many_ranks("sweep")
+        require_one_process("sweep")
     # A wrong value is found before anything is loaded.
     combinations = space.grid()
     for key, span in space.ranges.items():

@@ -30,7 +30,7 @@ from tunesmith.distributed.ranks import (
     Ranks,
     is_launched,
     join_ranks,
-    refuse_many_ranks,
+    require_one_process,
     started_as,
 )
 from tunesmith.errors import (
@@ -119,7 +119,7 @@ def train(
         raise UsageError("a checked recipe takes no overrides", fix=fix)
     packages.check_versions()
     if started_as() is None:
-        refuse_many_ranks("train")
+        require_one_process("train")
     with joined(run) as (request, ranks):
         return start_run(
             run,
