@@ -1,10 +1,10 @@
 """Run directories of nodes that share no disk, taken as one.
 
-Each run directory has one rank that writes it (`Ranks.is_run_dir_writer`): rank 0, and where others do not
-see rank 0's, one of theirs. The manifest of a checkpoint is the same in all of them and lists all
-files. Each directory holds all but the parts that ranks elsewhere wrote, so a checkpoint is whole
-if some directory has each file. What a node lacks and needs is copied to it over the ranks' process
-group.
+Each run directory has one rank that writes it (`Ranks.is_run_dir_writer`): rank 0, and where others
+do not see rank 0's, one of theirs. The manifest of a checkpoint is the same in all of them and
+lists all files. Each directory holds all but the parts that ranks elsewhere wrote, so a checkpoint
+is whole if some directory has each file. What a node lacks and needs is copied to it over the
+ranks' process group.
 """
 
 import hashlib
@@ -79,9 +79,9 @@ def find_run_dir_writers(ranks: Ranks, folder: Path, claim: Callable[[], object]
     if ranks.world == 1:
         claim()
         return ranks
-    leaders: dict[int, int] = {}
-    while len(leaders) < ranks.world:
-        missing = [rank for rank in range(ranks.world) if rank not in leaders]
+    writers: dict[int, int] = {}
+    while len(writers) < ranks.world:
+        missing = [rank for rank in range(ranks.world) if rank not in writers]
         lowest = missing[0]
         # A new name each time: what an earlier start left behind must not be taken for it.
         token = folder / ranks.broadcast_object(f".seen-{uuid.uuid4().hex}")
@@ -93,8 +93,8 @@ def find_run_dir_writers(ranks: Ranks, folder: Path, claim: Callable[[], object]
         with ranks.raise_on_all_ranks():
             if ranks.rank == lowest:
                 token.unlink()
-        leaders |= {rank: lowest for rank in missing if sees_token[rank]}
-    return replace(ranks, run_dir_writers=tuple(leaders[rank] for rank in range(ranks.world)))
+        writers |= {rank: lowest for rank in missing if sees_token[rank]}
+    return replace(ranks, run_dir_writers=tuple(writers[rank] for rank in range(ranks.world)))
 
 
 def newest_checkpoint(
@@ -157,9 +157,9 @@ def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dic
 
     names: those of the copies, rank by rank; None where there is none.
     """
-    leader = ranks.run_dir_writers[ranks.rank]
-    readers = [rank for rank, reader in enumerate(ranks.run_dir_writers) if reader == leader]
-    name = names[leader]
+    writer = ranks.run_dir_writers[ranks.rank]
+    readers = [rank for rank, reader in enumerate(ranks.run_dir_writers) if reader == writer]
+    name = names[writer]
     damage: dict[str, str] = {}
     with ranks.raise_on_all_ranks():
         if name is not None:
