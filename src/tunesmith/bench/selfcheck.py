@@ -41,6 +41,7 @@ from tunesmith.errors import (
     first_line,
 )
 from tunesmith.host.signals import StopRequest
+from tunesmith.host.streams import stay_silent
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
@@ -48,7 +49,6 @@ from tunesmith.quant.nf4 import check_nf4
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.training.agree import software_versions
 from tunesmith.training.build import build, write_identity
-from tunesmith.training.run import stay_silent
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import ratio

@@ -213,7 +213,7 @@ def bench(
     measured = measure(plan, folder / "run")
     report: dict[str, Any] = {
         "figures": vars(measured.figures),
-        "recipe": recipe_values(args, recipe),
+        "recipe": plain_recipe(args, recipe),
         "machine": hardware.describe_machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -237,7 +237,7 @@ def bench(
     return measured.figures, report, lines
 
 
-def recipe_values(args: argparse.Namespace, recipe: "Run") -> dict[str, Any]:
+def plain_recipe(args: argparse.Namespace, recipe: "Run") -> dict[str, Any]:
     """The recipe as plain values; a shape has its name instead of its temporary folder."""
     from tunesmith.config.dump import to_mapping
 

@@ -34,10 +34,6 @@ def notify(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def stay_silent(text: str) -> None:
-    """In place of `notify`, where nobody listens."""
-
-
 def is_main_process() -> bool:
     """Whether this process speaks to the user: of several ranks rank 0 does."""
     ranks = started_as()

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = f"start so many ranks here ({default}); not under torchrun, which starts them"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    # Of ranks that `start_ranks` has started.
+    # Of ranks that `check_on_ranks` has started.
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
             world = torch.cuda.device_count() or 2
     if env is None and world > 1:
-        report = start_ranks(world, quiet=args.json)
+        report = check_on_ranks(world, quiet=args.json)
     else:
         from tunesmith.bench.selfcheck import run_checks
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK if report["passed"] else EXIT_FAILED
 
 
-def start_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
+def check_on_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
     """Start ranks here by torchrun and wait for their report.
 
     They print the table unless `quiet`.

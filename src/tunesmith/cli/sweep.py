@@ -23,7 +23,6 @@ from tunesmith.cli.options import (
     is_main_process,
     notify,
     removed_option,
-    stay_silent,
     whole_number,
 )
 from tunesmith.config.load import load_recipe
@@ -31,7 +30,7 @@ from tunesmith.distributed.ranks import reported_once_a_node, started_as
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED, UsageError
 from tunesmith.host.files import from_here
 from tunesmith.host.signals import StopRequest
-from tunesmith.host.streams import lasting
+from tunesmith.host.streams import lasting, stay_silent
 from tunesmith.run_dir import SWEEP, read_sweep
 from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import Space, check_count, read_space
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int | None:
     with reported_once_a_node():
         space, search = read_search(args)
     if args.ranks is not None and started_as() is None:
-        return start_ranks(args, space)
+        return sweep_on_ranks(args, space)
     speaks = is_main_process()
     announce = notify if speaks else stay_silent
     with StopRequest() as early:
@@ -112,7 +111,7 @@ def read_search(args: argparse.Namespace) -> tuple[Space, Search]:
     return space, search
 
 
-def start_ranks(args: argparse.Namespace, space: Space) -> int:
+def sweep_on_ranks(args: argparse.Namespace, space: Space) -> int:
     """Start the same sweep on several ranks of this machine; its exit code."""
     from tunesmith.launch.node import run_agent
 

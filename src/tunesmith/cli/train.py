@@ -22,11 +22,10 @@ from tunesmith.cli.options import (
     chosen_recipe,
     is_main_process,
     notify,
-    stay_silent,
 )
 from tunesmith.distributed.ranks import reported_once_a_node
 from tunesmith.host.signals import StopRequest
-from tunesmith.host.streams import lasting
+from tunesmith.host.streams import lasting, stay_silent
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.run_dir import LOG
 

@@ -49,7 +49,7 @@ from tunesmith.errors import (
 from tunesmith.host import packages
 from tunesmith.host.files import cache_folder, check_regular_files
 from tunesmith.host.signals import StopRequest
-from tunesmith.host.streams import lasting
+from tunesmith.host.streams import lasting, stay_silent
 from tunesmith.hub.fetch import repo_cache
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
@@ -325,10 +325,6 @@ def put_earlier_runs_aside(
         if new_place:
             owner = f", of {ranks.name(rank)}" if rank else ""
             say(f"the earlier run is now in {new_place}{owner}")
-
-
-def stay_silent(text: str) -> None:
-    """Where nobody listens."""
 
 
 @contextlib.contextmanager
