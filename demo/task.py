@@ -1,11 +1,12 @@
-"""The demo's task: an order, told in one line of plain English -> the same order as `key: value | key: value`.
+"""The demo's task: an order, told in one line of plain English -> the same order as `key: value |
+key: value`.
 
     Three striped mugs in teal for Mara Quill, please, to Tucson by Friday.
     name: Mara Quill | item: striped mugs | colour: teal | quantity: 3 | city: Tucson | day: Friday
 
-Rows are drawn from the lists below with a fixed seed. Held-out rows use names, items, colours and cities that no
-training row has, so a model that memorised answers scores nothing; it must learn to find the parts and to keep
-the form. The base model has never been told the form: it scores 0.
+Rows are drawn from the lists below with a fixed seed. Held-out rows use names, items, colours and
+cities that no training row has, so a model that memorised answers scores nothing; it must learn to
+find the parts and to keep the form. The base model has never been told the form: it scores 0.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Hold the build of an image to the torch that its base brings: pip must neither replace nor shadow it.
+"""Hold the build of an image to the torch that its base brings: pip must neither replace nor shadow
+it.
 
     python check_torch.py before FOLDER     # writes FOLDER/constraints.txt and FOLDER/torch.json; exit code 1 and one line
-                                            # where torch is older or newer than the pyproject.toml here asks for
+                                            # where torch is older or newer than the pyproject.toml
+                                            here asks for
     python check_torch.py after FOLDER      # exit code 1 and one line where torch is another one, or is gone
 
-NVIDIA's builds of torch know chips that those of the package index do not, and a wheel of the index is built for another
-CUDA. Constraints make pip choose other packages around them; the comparison finds what constraints do not, such as a wheel
-that carries files of torch.
+NVIDIA's builds of torch know chips that those of the package index do not, and a wheel of the index
+is built for another CUDA. Constraints make pip choose other packages around them; the comparison
+finds what constraints do not, such as a wheel that carries files of torch.
 """
 
 import hashlib
@@ -23,7 +25,9 @@ KEPT = ("torch", "torchvision", "torchaudio", "triton", "pytorch-triton")
 
 
 def look() -> dict[str, str]:
-    """Version, file and the file's hash of the torch that this Python imports; empty texts where it has none."""
+    """Version, file and the file's hash of the torch that this Python imports; empty texts where it
+    has none.
+    """
     try:
         version = distribution("torch").version
     except PackageNotFoundError:
@@ -35,7 +39,9 @@ def look() -> dict[str, str]:
 
 
 def version_fault(version: str, project: Path) -> str:
-    """Why a base's torch is none of those that `project` asks for, or nothing: pip would say so in a hundred lines."""
+    """Why a base's torch is none of those that `project` asks for, or nothing: pip would say so in
+    a hundred lines.
+    """
     wanted = re.search(r'"torch>=(\d+)\.(\d+)[^",]*,<(\d+)\.(\d+)"', project.read_text())
     found = re.match(r"(\d+)\.(\d+)", version)
     if wanted is None or found is None:

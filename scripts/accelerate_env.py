@@ -1,8 +1,9 @@
-"""What `accelerate launch` tells a script through its environment, in the words of the scripts' flags and of a recipe.
+"""What `accelerate launch` tells a script through its environment, in the words of the scripts'
+flags and of a recipe.
 
-accelerate writes its config file and its own flags into variables: ACCELERATE_*, FSDP_*, PARALLELISM_CONFIG_*,
-MEGATRON_LM_*. Each that asks for something is either honoured or named as ignored, with the reason, in one line. A flag of
-the script wins over a variable.
+accelerate writes its config file and its own flags into variables: ACCELERATE_*, FSDP_*,
+PARALLELISM_CONFIG_*, MEGATRON_LM_*. Each that asks for something is either honoured or named as
+ignored, with the reason, in one line. A flag of the script wins over a variable.
 """
 
 from __future__ import annotations
@@ -198,7 +199,9 @@ def _strategy(read: _Reader, world: int, local_world: int) -> None:
 
 
 def _sizes(read: _Reader, world: int) -> None:
-    """The mesh that a `parallelism_config` names, if its sizes multiply to the ranks that there are."""
+    """The mesh that a `parallelism_config` names, if its sizes multiply to the ranks that there
+    are.
+    """
     if not read.is_true("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return
     named = {key: read.take(f"PARALLELISM_CONFIG_{size}") or "1" for size, key in SIZES.items()}

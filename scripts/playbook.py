@@ -1,8 +1,8 @@
 """What the four DGX Spark playbook scripts beside this file share.
 
-`Llama3_8B_LoRA_finetuning.py` and the other three keep the names, flags, defaults, data selection, text and closing
-lines of the playbook. They turn their flags into one recipe (`make_recipe`) and call `train`. Each difference from the
-playbook is one line of `DIFFERENCES`, which `--help` shows.
+`Llama3_8B_LoRA_finetuning.py` and the other three keep the names, flags, defaults, data selection,
+text and closing lines of the playbook. They turn their flags into one recipe (`make_recipe`) and
+call `train`. Each difference from the playbook is one line of `DIFFERENCES`, which `--help` shows.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ from tunesmith.host.files import write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.units import Length, Size, ratio
 
-# The playbook's text as a chat template: a row without an input keeps the empty field. The space before the response
-# belongs to the response, because a byte-pair tokenizer joins it with the first word.
+# The playbook's text as a chat template: a row without an input keeps the empty field. The space
+# before the response belongs to the response, because a byte-pair tokenizer joins it with the first
+# word.
 TEMPLATE = """\
 {%- for message in messages %}
 {%- if message.role == 'user' %}
@@ -166,7 +167,9 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def ranks_to_start(args: argparse.Namespace) -> int:
-    """How many processes this one has to start in its place; 1: it trains itself, alone or as one of a launcher's."""
+    """How many processes this one has to start in its place; 1: it trains itself, alone or as one
+    of a launcher's.
+    """
     if is_launched() or "ACCELERATE_MIXED_PRECISION" in os.environ:
         if args.ranks and os.environ.get("TORCHELASTIC_RUN_ID") != SHARED:
             what, fix = (
@@ -182,7 +185,9 @@ def ranks_to_start(args: argparse.Namespace) -> int:
 
 
 def start_ranks(name: str, args: argparse.Namespace, words: Sequence[str], ranks: int) -> int:
-    """Run the script as `ranks` processes on this machine, as `tunesmith launch local` does -> exit code."""
+    """Run the script as `ranks` processes on this machine, as `tunesmith launch local` does -> exit
+    code.
+    """
     from tunesmith.launch import node
 
     flags = node.parser().parse_args(["--id", SHARED, "--", name])
@@ -212,7 +217,9 @@ def read_settings(name: str, args: argparse.Namespace, words: Sequence[str]) -> 
 
 
 def batches_a_step(args: argparse.Namespace) -> int:
-    """Batches of --batch_size that one optimizer step learns from: each process of a launcher takes its own."""
+    """Batches of --batch_size that one optimizer step learns from: each process of a launcher takes
+    its own.
+    """
     env = started_as()
     own = env is not None and os.environ.get("TORCHELASTIC_RUN_ID") != SHARED
     return int(args.gradient_accumulation_steps) * (env["WORLD_SIZE"] if env and own else 1)
@@ -369,7 +376,8 @@ def make_recipe(
             compile="on" if args.use_torch_compile else "off",
         ),
         parallel=asked.parallel,
-        # A full checkpoint holds every weight and the optimizer's two moments: fewer of them, further apart.
+        # A full checkpoint holds every weight and the optimizer's two moments: fewer of them,
+        # further apart.
         checkpoint=Checkpoint(
             every=Length(200 if mode == "full" else 25, "steps"),
             keep=1 if mode == "full" else 2,
@@ -383,7 +391,8 @@ def make_recipe(
 
 
 def selection(args: argparse.Namespace, say: Callable[[str], None] = print) -> list[dict[str, str]]:
-    """Their rows in their order: the first `dataset_size`, then `datasets.Dataset.shuffle(seed=42)`.
+    """Their rows in their order: the first `dataset_size`, then
+    `datasets.Dataset.shuffle(seed=42)`.
 
     That shuffle is the permutation that NumPy's PCG64 generator draws from the seed.
     """
@@ -421,7 +430,8 @@ def selection(args: argparse.Namespace, say: Callable[[str], None] = print) -> l
 def inputs(
     rows: Sequence[dict[str, str]], folder: Path, *, bos: bool, writes: bool = True
 ) -> Iterator[None]:
-    """The rows and the template in the run directory; as they were before, if the start is refused before its first step.
+    """The rows and the template in the run directory; as they were before, if the start is refused
+    before its first step.
 
     Args:
         writes: this rank writes them; another waits until they are there.
@@ -454,7 +464,9 @@ def inputs(
 
 
 def input_texts(rows: Sequence[dict[str, str]], *, bos: bool) -> dict[Path, str]:
-    """What the two files of the run directory hold, by their names there; `bos`: the tokenizer starts a text with one."""
+    """What the two files of the run directory hold, by their names there; `bos`: the tokenizer
+    starts a text with one.
+    """
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return {
         SCRIPT_ROWS: lines,
@@ -483,9 +495,12 @@ def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> 
 
 
 def look_at_model(recipe: Run) -> tuple[bool, int]:
-    """Whether the model's tokenizer puts a BOS token before a text, and how many parameters are trained.
+    """Whether the model's tokenizer puts a BOS token before a text, and how many parameters are
+    trained.
 
-    Weights that are not here are fetched later, when ranks have joined and one of a node fetches for all."""
+    Weights that are not here are fetched later, when ranks have joined and one of a node fetches
+    for all.
+    """
     from tunesmith.build_model import count_trained, define_model
     from tunesmith.hub.fetch import fetch_for_tokens
     from tunesmith.hub.model_files import read_model_files
@@ -512,7 +527,9 @@ def flags_of(name: str) -> set[str]:
 
 
 def not_here(fix: str, flags: Collection[str]) -> str:
-    """What to say after a fix that names flags or keys which this script lacks; empty where it has them all."""
+    """What to say after a fix that names flags or keys which this script lacks; empty where it has
+    them all.
+    """
     flags_in_fix = re.findall(r"(?<![\w-])--[a-z][\w-]*", fix)
     keys_in_fix = [
         word
@@ -526,7 +543,9 @@ def not_here(fix: str, flags: Collection[str]) -> str:
 
 
 def in_flags(text: str, accumulation: int, flags: Collection[str]) -> str:
-    """A warning or an error in the words of a script that has these `flags`; it divides the global batch by `accumulation`."""
+    """A warning or an error in the words of a script that has these `flags`; it divides the global
+    batch by `accumulation`.
+    """
 
     def flag(found: re.Match[str]) -> str:
         key, value = found[1], found[2] or found[3]
@@ -549,7 +568,9 @@ def in_flags(text: str, accumulation: int, flags: Collection[str]) -> str:
 
 
 def default_folder(name: str, args: argparse.Namespace) -> Path:
-    """Where a run without --output_dir goes: one name for each set of flags that changes what is trained."""
+    """Where a run without --output_dir goes: one name for each set of flags that changes what is
+    trained.
+    """
     free = {
         "output_dir",
         "log_dir",
@@ -679,7 +700,9 @@ def closing(records: Sequence[StepRecord], seconds: float) -> str:
 
 
 def warm_up(run: Run, rows: int, scratch: Path) -> Run:
-    """The same run for a twentieth of an epoch, as theirs, in a folder that is thrown away: it fills compile's cache."""
+    """The same run for a twentieth of an epoch, as theirs, in a folder that is thrown away: it
+    fills compile's cache.
+    """
     steps = math.ceil(0.05 * rows / run.train.global_batch.amount)
     return replace(
         run,
@@ -691,7 +714,9 @@ def warm_up(run: Run, rows: int, scratch: Path) -> Run:
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """UsageError where --output_dir holds somebody's files: rows are written there, and model files into its root."""
+    """UsageError where --output_dir holds somebody's files: rows are written there, and model files
+    into its root.
+    """
     # Those in the making are another node's.
     inputs = [
         path
@@ -722,7 +747,9 @@ def unlink_final(folder: Path) -> None:
 
 
 def link_final(folder: Path) -> None:
-    """Put the files of final/ into the folder itself too, as the playbook does: hard links, or copies."""
+    """Put the files of final/ into the folder itself too, as the playbook does: hard links, or
+    copies.
+    """
     for file in sorted((folder / "final").iterdir()):
         target = folder / file.name
         if file.name == "manifest.json" or not file.is_file():

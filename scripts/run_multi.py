@@ -1,18 +1,21 @@
-"""Run one of the scripts over all nodes: what run-multi-llama_3b, _8b and _70b start, on every node.
+"""Run one of the scripts over all nodes: what run-multi-llama_3b, _8b and _70b start, on every
+node.
 
     run_multi.py CONFIG SCRIPT [flags of the script]
 
-Adds to `accelerate launch --config_file CONFIG` what the playbook has typed into that file on each node: how many nodes there
-are, which of them this is, and where the first one listens. It finds them where it runs:
+Adds to `accelerate launch --config_file CONFIG` what the playbook has typed into that file on each
+node: how many nodes there are, which of them this is, and where the first one listens. It finds
+them where it runs:
 
-- in a Slurm step, one task a node (`srun --ntasks-per-node 1 run-multi-llama_70b`): Slurm says them;
-- behind a cable, as in the tasks of a Swarm stack: each node calls on the network of NCCL_SOCKET_IFNAME, else of the
-  ConnectX port that is up, until all have heard each other; the lowest address is the first node;
-- with neither: this machine alone.
+- in a Slurm step, one task a node (`srun --ntasks-per-node 1 run-multi-llama_70b`): Slurm says
+  them; - behind a cable, as in the tasks of a Swarm stack: each node calls on the network of
+  NCCL_SOCKET_IFNAME, else of the ConnectX port that is up, until all have heard each other; the
+  lowest address is the first node; - with neither: this machine alone.
 
-PET_NNODES (torchrun's name) says how many nodes to wait for: 2 unless it is set; 1 waits for none. PET_NPROC_PER_NODE says how
-many processes a node has: one a GPU unless it is set. With FINETUNING_CONTAINER set, on the host, it runs in that container, whose
-/workspace is this folder or the clone. It needs Python's own modules alone, as the host may have no others.
+PET_NNODES (torchrun's name) says how many nodes to wait for: 2 unless it is set; 1 waits for none.
+PET_NPROC_PER_NODE says how many processes a node has: one a GPU unless it is set. With
+FINETUNING_CONTAINER set, on the host, it runs in that container, whose /workspace is this folder or
+the clone. It needs Python's own modules alone, as the host may have no others.
 """
 
 from __future__ import annotations
@@ -109,7 +112,10 @@ def launch_command(config: str, script: str, *flags: str) -> list[str]:
 
 
 def enter_container(container: str, *words: str) -> list[str]:
-    """`docker exec` of this file in the container. Tokens go by name, so that no list of processes shows them."""
+    """`docker exec` of this file in the container.
+
+    Tokens go by name, so that no list of processes shows them.
+    """
     if shutil.which("docker") is None:
         raise Refused(
             "FINETUNING_CONTAINER is set, and there is no docker here", "unset FINETUNING_CONTAINER"
@@ -141,7 +147,9 @@ def place_flags(place: Place, ranks: int) -> list[str]:
 
 
 def find_place(script: str, ranks: int) -> Place:
-    """Where this node stands, by Slurm, by calling on the cable, or alone; sets what the ranks must know of the cable."""
+    """Where this node stands, by Slurm, by calling on the cable, or alone; sets what the ranks must
+    know of the cable.
+    """
     wanted = number("PET_NNODES")
     if (place := slurm_place()) is not None:
         return place
@@ -225,7 +233,9 @@ def named_interface() -> str | None:
 
 
 def cable() -> str | None:
-    """The first ConnectX port that is up, has an address and is not the way to the rest of the world."""
+    """The first ConnectX port that is up, has an address and is not the way to the rest of the
+    world.
+    """
     routes = Path("/proc/net/route").read_text(encoding="ascii").splitlines()[1:]
     outward = {row.split()[0] for row in routes if row.split()[1] == "00000000"}
     for path in sorted(NETWORKS.iterdir()):
@@ -276,10 +286,12 @@ def network_of(interface: str) -> ipaddress.IPv4Interface:
 def meet(
     own: ipaddress.IPv4Interface, nodes: int, script: str, ranks: int, patience: float = PATIENCE
 ) -> Place:
-    """Call on the network of `own` until `nodes` nodes that start this script have heard each other -> this one's place.
+    """Call on the network of `own` until `nodes` nodes that start this script have heard each other
+    -> this one's place.
 
-    A call says the port that the caller would listen on as the first node, its processes, and whom it has heard. Refused where
-    more nodes call, not all have called after `patience` seconds, or they start different numbers of processes.
+    A call says the port that the caller would listen on as the first node, its processes, and whom
+    it has heard. Refused where more nodes call, not all have called after `patience` seconds, or
+    they start different numbers of processes.
     """
     me, everybody = str(own.ip), str(own.network.broadcast_address)
     with socket.socket() as probe:
@@ -334,7 +346,9 @@ def datagrams(address: str, port: int) -> socket.socket:
 
 
 def listen(listening: socket.socket, own: ipaddress.IPv4Interface) -> dict[str, Call]:
-    """The calls of other nodes of the network that come in CALL_EVERY seconds, by the address that sent them."""
+    """The calls of other nodes of the network that come in CALL_EVERY seconds, by the address that
+    sent them.
+    """
     calls, until = {}, time.monotonic() + CALL_EVERY
     while (left := until - time.monotonic()) > 0:
         listening.settimeout(left)

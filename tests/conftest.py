@@ -1,4 +1,6 @@
-"""Models that tests train and read: a tiny random Llama, and SmolLM2-135M-Instruct from an installed wheel."""
+"""Models that tests train and read: a tiny random Llama, and SmolLM2-135M-Instruct from an
+installed wheel.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ import pytest
 
 pytest_plugins = ["devices", "rows", "varlen"]
 
-# A shell starts what runs in its background with SIGINT ignored, nohup with SIGHUP: so would be each process that a test
-# interrupts.
+# A shell starts what runs in its background with SIGINT ignored, nohup with SIGHUP: so would be
+# each process that a test interrupts.
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
@@ -35,7 +37,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files begin first, so that no worker is left alone with one of them at the end; then the slow ones."""
+    """Long files begin first, so that no worker is left alone with one of them at the end; then the
+    slow ones.
+    """
 
     def order(item: pytest.Item) -> int:
         if item.get_closest_marker("long"):
@@ -60,7 +64,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m gpu` only files that have such tests are imported: a machine with a GPU may lack what others need."""
+    """With `-m gpu` only files that have such tests are imported: a machine with a GPU may lack
+    what others need.
+    """
     if config.option.markexpr != "gpu" or collection_path.suffix != ".py":
         return None
     text = collection_path.read_text()
@@ -74,7 +80,9 @@ CHATML = (
 
 
 def byte_tokenizer(**special: str):
-    """A real fast tokenizer whose tokens are single bytes: nothing to download, every text round-trips."""
+    """A real fast tokenizer whose tokens are single bytes: nothing to download, every text
+    round-trips.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -90,7 +98,9 @@ def byte_tokenizer(**special: str):
 
 
 def write_tiny_llama(folder: Path, **sizes: int) -> Path:
-    """Write a random fp32 Llama (2 layers, width 64, 8 heads, 4 KV heads, tied head) with a byte tokenizer."""
+    """Write a random fp32 Llama (2 layers, width 64, 8 heads, 4 KV heads, tied head) with a byte
+    tokenizer.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -125,7 +135,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with one layer of width 512, so that rows cut in two are whole blocks of 8-bit moments and of nf4."""
+    """The same with one layer of width 512, so that rows cut in two are whole blocks of 8-bit
+    moments and of nf4.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,5 +1,5 @@
-"""Tests whose body runs on the CPU and, under `pytest -m gpu`, on a GPU: what only a GPU can fail is known to run.
-And what takes a CPU long for a reason of its own, made short.
+"""Tests whose body runs on the CPU and, under `pytest -m gpu`, on a GPU: what only a GPU can fail
+is known to run. And what takes a CPU long for a reason of its own, made short.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-# Beside an empty cache Inductor compiles a program for each set of vector instructions, and runs it in a process of its own,
-# to learn what the processor's own list says.
+# Beside an empty cache Inductor compiles a program for each set of vector instructions, and runs it
+# in a process of its own, to learn what the processor's own list says.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 gpu = [
@@ -27,7 +27,10 @@ cpu_and_gpu = pytest.mark.parametrize(
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """The device that a run takes. On the CPU attention goes the way of CUDA, by an operator of varlen's signature."""
+    """The device that a run takes.
+
+    On the CPU attention goes the way of CUDA, by an operator of varlen's signature.
+    """
     found = torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
     monkeypatch.setattr("tunesmith.training.build.choose_device", lambda: found)
     if found.type == "cpu":
@@ -37,7 +40,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 @pytest.fixture
 def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`bench` measures the peak on a small product: the usual one takes half a minute in bf16 on a CPU that has no bf16."""
+    """`bench` measures the peak on a small product: the usual one takes half a minute in bf16 on a
+    CPU that has no bf16.
+    """
     from tunesmith.metrics import hardware
 
     monkeypatch.setitem(hardware.MATMUL_SIZE, "cpu", 256)
@@ -66,7 +71,9 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is compiled is traced and then runs as it is, without the seconds that a C++ compiler takes."""
+    """What is compiled is traced and then runs as it is, without the seconds that a C++ compiler
+    takes.
+    """
     compiler = torch.compile
 
     def traced(*args: Any, **options: Any) -> Any:

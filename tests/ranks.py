@@ -1,6 +1,7 @@
 """Functions run by several ranks on this machine, with gloo: `run_ranks(4, function, argument)`.
 
-The ranks are forked from a process that has imported torch and transformers once, and rendezvous by a file.
+The ranks are forked from a process that has imported torch and transformers once, and rendezvous by
+a file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ LIMIT = 300  # seconds that all ranks together may take
 
 
 def free_port() -> int:
-    """One that nothing listens on, below those that the kernel gives to connections: none takes it before its use."""
+    """One that nothing listens on, below those that the kernel gives to connections: none takes it
+    before its use.
+    """
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -40,8 +43,8 @@ def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
 def forkserver() -> Any:
     """The context of processes that are forked with torch and Transformers loaded.
 
-    With TUNESMITH_TESTS_FORK=0 each starts as an interpreter of its own: slower by the seconds of these imports, and as a
-    user's process does.
+    With TUNESMITH_TESTS_FORK=0 each starts as an interpreter of its own: slower by the seconds of
+    these imports, and as a user's process does.
     """
     if not FORKS:
         return multiprocessing.get_context("spawn")
@@ -71,8 +74,8 @@ def forkserver() -> Any:
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(*arguments)` returns on each of `world` ranks, in their order.
 
-    `function` is a module's own, so that a rank can import it. AssertionError with the traceback of the first rank that
-    failed, or where the ranks take longer than LIMIT.
+    `function` is a module's own, so that a rank can import it. AssertionError with the traceback of
+    the first rank that failed, or where the ranks take longer than LIMIT.
     """
     context = forkserver()
     port, results = free_port(), context.SimpleQueue()

@@ -44,7 +44,9 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def recipe(model: Path, folder: Path, /, *, held: bool = True, **changes: Any) -> dict[str, Any]:
-    """A small recipe on the rows of `folder`, with held-out rows or without; `changes` are laid over it by section."""
+    """A small recipe on the rows of `folder`, with held-out rows or without; `changes` are laid
+    over it by section.
+    """
     train, held_out = folder / "train.jsonl", folder / "held.jsonl"
     if not train.exists():
         write_rows(train, 48)

@@ -1,4 +1,6 @@
-"""Fixtures for rows and tokens: a template small enough to see through: ChatML, byte tokens, the mask written down by hand."""
+"""Fixtures for rows and tokens: a template small enough to see through: ChatML, byte tokens, the
+mask written down by hand.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from tunesmith.data.tokens import TokenSet, tokenize
 
 
 class Simple:
-    """<|im_start|>role\\ncontent<|im_end|>\\n, with the assistant's content and end token supervised."""
+    """<|im_start|>role\\ncontent<|im_end|>\\n, with the assistant's content and end token
+    supervised.
+    """
 
     name = "simple"
     raw = False

@@ -1,4 +1,6 @@
-"""Run directories as `train` writes them, made in a moment: a tiny model, an adapter by PEFT itself with a drawn B."""
+"""Run directories as `train` writes them, made in a moment: a tiny model, an adapter by PEFT itself
+with a drawn B.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def peft_model(base: Path, *, seed: int = 0, std: float = 0.1, **options: Any) -
 
 
 def make_run(folder: Path, base: Path, tuned: Any, *, step: int = 3, **changes: Any) -> Run:
-    """config.yaml and a complete final/ for an adapter (a PEFT model) or a whole model (a Transformers one)."""
+    """config.yaml and a complete final/ for an adapter (a PEFT model) or a whole model (a
+    Transformers one).
+    """
     from peft import PeftModel
     from transformers import AutoTokenizer
 

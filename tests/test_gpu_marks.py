@@ -20,7 +20,9 @@ import pytest; sys.exit(pytest.main(sys.argv[2:]))"""
 
 
 def collected(*, hidden: list[str], marks: str) -> set[str]:
-    """Names of the tests that a pytest of its own finds with these packages hidden; it must find them without an error."""
+    """Names of the tests that a pytest of its own finds with these packages hidden; it must find
+    them without an error.
+    """
     words = ["-m", marks, "--collect-only", "-p", "no:cacheprovider", str(TESTS)]
     # -vv lists them in another form
     env = {

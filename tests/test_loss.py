@@ -1,4 +1,6 @@
-"""The chunked head and loss against plain logits and `F.cross_entropy`, values and gradients, in float64."""
+"""The chunked head and loss against plain logits and `F.cross_entropy`, values and gradients, in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -210,7 +212,9 @@ def test_a_chunk_on_a_gpu_is_whole_tiles_within_its_budget():
 
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 0.5)])
 def test_a_chunk_of_16_bit_logits_is_scored_as_in_fp64(softcap: float | None, scale: float) -> None:
-    """More rows than are scored together, with labels that are all but certain and all but impossible."""
+    """More rows than are scored together, with labels that are all but certain and all but
+    impossible.
+    """
     torch.manual_seed(3)
     raw = (torch.randn(37, 500) * 4).bfloat16()
     targets, weights = torch.randint(0, 500, (37,)), torch.rand(37) + 0.5
@@ -221,7 +225,9 @@ def test_a_chunk_of_16_bit_logits_is_scored_as_in_fp64(softcap: float | None, sc
     expected.backward()
     loss, grad = loss_and_grad(raw.clone(), targets, weights, softcap, scale)
     assert loss.dtype == torch.float32
-    # fp32 with an exponential of 20 units in the last place; a 16-bit loss would be off by a thousandth.
+    # fp32 with an exponential of 20 units in the last place; a 16-bit loss would be off by a
+    # thousandth.
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
-    # Half a unit in the last place of bf16, and the gradient's own cancellation where a label is all but certain.
+    # Half a unit in the last place of bf16, and the gradient's own cancellation where a label is
+    # all but certain.
     torch.testing.assert_close(grad.double(), exact.grad, rtol=2**-8, atol=1e-5)

@@ -1,4 +1,6 @@
-"""The notebook of the docs runs, and a run in a notebook looks as it should: in a real kernel, by nbclient."""
+"""The notebook of the docs runs, and a run in a notebook looks as it should: in a real kernel, by
+nbclient.
+"""
 
 from __future__ import annotations
 

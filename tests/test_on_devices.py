@@ -1,6 +1,8 @@
-"""The CUDA path against its own slower forms: each body runs on the CPU too, where it shows that the test itself runs.
+"""The CUDA path against its own slower forms: each body runs on the CPU too, where it shows that
+the test itself runs.
 
-On a GPU everything is bf16, which rounds to 8 bits (2^-9 = 0.2 % a value): tolerances are a few of those.
+On a GPU everything is bf16, which rounds to 8 bits (2^-9 = 0.2 % a value): tolerances are a few of
+those.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def session_of(tiny: Path, folder: Path, **changes: Any) -> Session:
-    """A built run in bf16 whose adapter does something: lora_B is drawn, as gradients of lora_A are zero where it is."""
+    """A built run in bf16 whose adapter does something: lora_B is drawn, as gradients of lora_A are
+    zero where it is.
+    """
     changes["model"] = {"dtype": "bf16", **changes.get("model", {})}
     session = build(make_run(tiny, folder, held=False, **changes), Start(), say=lambda text: None)
     source = torch.Generator().manual_seed(3)
@@ -79,7 +83,8 @@ def test_varlen_attention_and_its_gradients_are_those_of_plain_products(device, 
         assert error(got, expected) < 0.01
 
 
-# In 8 bits the last bit of a norm may round a whole row's values to other numbers, which in e4m3 are 6 % apart.
+# In 8 bits the last bit of a norm may round a whole row's values to other numbers, which in e4m3
+# are 6 % apart.
 @cpu_and_gpu
 @pytest.mark.parametrize(
     ("base", "tolerance"), [("none", 0.03), ("fp8", 0.1), ("nf4", 0.03)], ids=["bf16", "fp8", "nf4"]
@@ -164,8 +169,10 @@ def test_8_bit_products_of_true_shapes_run_for_every_number_of_rows(device, rows
 
 
 def fits(model: Any, batch: Any, recomputed: int) -> int:
-    """Bytes that torch reserves for a forward and backward, 0 where it ran out of them. It catches the error itself: a
-    traceback would keep the graph alive."""
+    """Bytes that torch reserves for a forward and backward, 0 where it ran out of them.
+
+    It catches the error itself: a traceback would keep the graph alive.
+    """
     recompute_layers(model.layers, recomputed)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -183,7 +190,9 @@ def fits(model: Any, batch: Any, recomputed: int) -> int:
     not torch.cuda.is_available(), reason="torch sees no CUDA GPU: a CPU's allocator has no limit"
 )
 def test_recompute_is_calibrated_without_running_out_of_memory(tmp_path):
-    """A limit halfway between what no and what every layer recomputed needs: the estimate says that all of it fits."""
+    """A limit halfway between what no and what every layer recomputed needs: the estimate says that
+    all of it fits.
+    """
     layers, tokens, device = 8, 8192, torch.device("cuda", 0)
     config = LlamaConfig(
         vocab_size=512, hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=16,

@@ -1,4 +1,6 @@
-"""What `import tunesmith` gives, as httpx holds it: the members that are there are those of `__all__`, typed, and no torch."""
+"""What `import tunesmith` gives, as httpx holds it: the members that are there are those of
+`__all__`, typed, and no torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.slow
 FUNCTIONS = ["evaluate", "generate", "load_run", "merge", "train"]
 
 
-# Every module is imported first, as a long session may have done: importing `package.name` sets the attribute `name`.
+# Every module is imported first, as a long session may have done: importing `package.name` sets the
+# attribute `name`.
 def members_after_all() -> list[tuple[str, str, str]]:
     """Of each member its name in the package, its kind and its own name."""
     found = pkgutil.walk_packages(tunesmith.__path__, "tunesmith.")
@@ -34,7 +37,8 @@ def members_after_all() -> list[tuple[str, str, str]]:
     ]
 
 
-# Each ignored line is an error, or mypy would say that the comment is unused: the names have types, not Any.
+# Each ignored line is an error, or mypy would say that the comment is unused: the names have types,
+# not Any.
 USER_SCRIPT = """
 from pathlib import Path
 
@@ -128,7 +132,8 @@ def test_a_user_script_passes_mypy_strict(tmp_path: Path) -> None:
     package = Path(tunesmith.__file__).parent
     assert (package / "py.typed").is_file(), "without it type checkers take the package as untyped"
     (tmp_path / "script.py").write_text(USER_SCRIPT)
-    # The libraries below are as `Any` to the script, whose types are ours; reading theirs would take a minute.
+    # The libraries below are as `Any` to the script, whose types are ours; reading theirs would
+    # take a minute.
     skipped = "torch transformers datasets peft numpy pyarrow rich tokenizers safetensors pydantic ruamel".split()
     rules = "".join(
         f"[mypy-{name}.*]\nfollow_imports = skip\nignore_missing_imports = true\n"

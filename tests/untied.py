@@ -10,7 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def write_untied(model: Path, folder: Path) -> Path:
-    """A random model of the shape in `model` and with its tokenizer, but with a head of its own, in a new folder."""
+    """A random model of the shape in `model` and with its tokenizer, but with a head of its own, in
+    a new folder.
+    """
     shutil.copytree(model, folder)
     torch.manual_seed(1)
     config = LlamaConfig.from_pretrained(model, tie_word_embeddings=False)

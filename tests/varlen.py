@@ -1,5 +1,7 @@
-"""torch's varlen attention has no CPU kernel. An operator of its signature takes its place here, with the arithmetic of our
-own products inside: what a compiler and a dispatcher see is what they see on a GPU.
+"""torch's varlen attention has no CPU kernel.
+
+An operator of its signature takes its place here, with the arithmetic of our own products inside:
+what a compiler and a dispatcher see is what they see on a GPU.
 """
 
 from __future__ import annotations

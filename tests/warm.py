@@ -1,13 +1,16 @@
 """The command line, or another program, in a process of its own that starts at once.
 
-Importing torch and Transformers takes seconds, and the suite starts some two thousand processes. They are forked from one
-that has imported both and done nothing else: `multiprocessing`'s fork server, the one that `ranks.py` forks its ranks from.
-`_run` then does what exec leaves to a new process: streams, environment, folder and words; `Forked` does the same for the
-ranks that a launcher starts, in the place of one private method of Popen. What differs from a user's process: modules are
-loaded before the environment is set, so a setting that a module reads when it is imported has to be read again (`prepare`),
-and nothing of Python's own start is seen. Tests of that start their own interpreter.
+Importing torch and Transformers takes seconds, and the suite starts some two thousand processes.
+They are forked from one that has imported both and done nothing else: `multiprocessing`'s fork
+server, the one that `ranks.py` forks its ranks from. `_run` then does what exec leaves to a new
+process: streams, environment, folder and words; `Forked` does the same for the ranks that a
+launcher starts, in the place of one private method of Popen. What differs from a user's process:
+modules are loaded before the environment is set, so a setting that a module reads when it is
+imported has to be read again (`prepare`), and nothing of Python's own start is seen. Tests of that
+start their own interpreter.
 
-TUNESMITH_TESTS_FORK=0 starts an interpreter for each instead; `test_warm.py` shows that both ways give the same.
+TUNESMITH_TESTS_FORK=0 starts an interpreter for each instead; `test_warm.py` shows that both ways
+give the same.
 """
 
 from __future__ import annotations
@@ -45,10 +48,11 @@ class Warm:
     Args:
         words: of the command line, after the program.
         env, cwd: of the process; the test's own where not said.
-        streams: file descriptors of stdin, stdout and stderr, or CLOSED; without one stdin is empty, and what is written is
-            kept for `communicate`.
+        streams: file descriptors of stdin, stdout and stderr, or CLOSED; without one stdin is
+            empty, and what is written is kept for `communicate`.
         prepare: a function that a process can import, called in it before anything else.
-        program: that runs in place of the command line: a module of ENTRIES, the file of a script, or code.
+        program: that runs in place of the command line: a module of ENTRIES, the file of a script,
+            or code.
     """
 
     def __init__(
@@ -117,14 +121,18 @@ def run_warm(words: Sequence[object], **options: Any) -> subprocess.CompletedPro
 
 
 def read_hub_settings() -> None:
-    """Before a command: huggingface_hub takes HF_HOME, HF_ENDPOINT and others of its environment as it is imported."""
+    """Before a command: huggingface_hub takes HF_HOME, HF_ENDPOINT and others of its environment as
+    it is imported.
+    """
     from huggingface_hub import constants
 
     importlib.reload(constants)
 
 
 def run_python(command: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
-    """In the place of `subprocess.run`: a program of Python to its end, forked; of its options `env`, `cwd` and `prepare` count."""
+    """In the place of `subprocess.run`: a program of Python to its end, forked; of its options
+    `env`, `cwd` and `prepare` count.
+    """
     assert command[0] == sys.executable, command
     count = 3 if command[1] == "-m" else 2
     given = {name: options[name] for name in ("env", "cwd", "prepare") if name in options}
@@ -155,13 +163,17 @@ def _text(file: Any) -> str:
 
 
 def take_terminal() -> None:
-    """Before a command: its standard input is the terminal that it runs on, whose ctrl-C and end reach it."""
+    """Before a command: its standard input is the terminal that it runs on, whose ctrl-C and end
+    reach it.
+    """
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 class Forked(subprocess.Popen[Any]):
-    """A Popen that forks `python -m MODULE` from its own process where it is one of ENTRIES; any other command as usual."""
+    """A Popen that forks `python -m MODULE` from its own process where it is one of ENTRIES; any
+    other command as usual.
+    """
 
     def _execute_child(self, args: Any, executable: Any, *others: Any) -> None:
         words = [args] if isinstance(args, str | bytes | os.PathLike) else list(args)
@@ -180,7 +192,9 @@ class Forked(subprocess.Popen[Any]):
 
 
 def fork_ranks() -> None:
-    """`prepare` of a launcher: the agent and the ranks that it starts are forked from it, in sessions of their own."""
+    """`prepare` of a launcher: the agent and the ranks that it starts are forked from it, in
+    sessions of their own.
+    """
     if not FORKS:
         return
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
@@ -191,7 +205,9 @@ def fork_ranks() -> None:
 def _become(
     module: str, words: list[str], env: dict[str, str] | None, streams: list[int]
 ) -> NoReturn:
-    """What exec leaves to a process that was forked: its streams, its environment, and no handler of a signal."""
+    """What exec leaves to a process that was forked: its streams, its environment, and no handler
+    of a signal.
+    """
     code: Any = 1
     try:
         for number in signal.valid_signals():

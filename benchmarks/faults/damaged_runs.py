@@ -1,11 +1,13 @@
-"""Damaged run directories under every command that reads one: no internal error, no hang, nothing in the directory changed.
+"""Damaged run directories under every command that reads one: no internal error, no hang, nothing
+in the directory changed.
 
     python benchmarks/faults/damaged_runs.py --mutations 500
     python benchmarks/faults/damaged_runs.py --mutations 500 --first 137 --last 137      # one of them again, with what was said
 
-A tiny model is trained for a few steps. Each seed copies that run, does one thing to one of its files, and runs `report` (both
-forms), `watch --json`, the page's own answers of a watcher that was open before, `status`, `eval` and `merge` on it, all in
-this process. The exit status is 1 if one of them ends with an internal error, takes longer than the limit, or changes a file.
+A tiny model is trained for a few steps. Each seed copies that run, does one thing to one of its
+files, and runs `report` (both forms), `watch --json`, the page's own answers of a watcher that was
+open before, `status`, `eval` and `merge` on it, all in this process. The exit status is 1 if one of
+them ends with an internal error, takes longer than the limit, or changes a file.
 """
 
 from __future__ import annotations
@@ -258,7 +260,9 @@ def look_at_page(watched: Any) -> None:
 def try_seed(
     seed: int, template: Path, folder: Path, names: Sequence[str] | None = None
 ) -> Iterator[Outcome]:
-    """Every command, or those of `names`, on one damaged copy of the run `template`, made in the new folder `folder`."""
+    """Every command, or those of `names`, on one damaged copy of the run `template`, made in the
+    new folder `folder`.
+    """
     from tunesmith.watch.feed import WatchedRun
 
     draw = random.Random(seed)

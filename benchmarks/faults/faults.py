@@ -1,13 +1,16 @@
-"""What a run on two nodes does when a part of it fails: `tunesmith train` under torchrun in two network namespaces.
+"""What a run on two nodes does when a part of it fails: `tunesmith train` under torchrun in two
+network namespaces.
 
-    sudo python benchmarks/faults/faults.py --times 4 --json docs/measurements/faults.json   # every fault
-    sudo python benchmarks/faults/faults.py link --seconds 60                                # one, with the default heartbeat
+    sudo python benchmarks/faults/faults.py --times 4 --json docs/measurements/faults.json   # every
+    fault sudo python benchmarks/faults/faults.py link --seconds 60                                #
+    one, with the default heartbeat
     python benchmarks/faults/faults.py --table docs/measurements/faults.json                 # the table of docs/measurements/ranks.md
 
-It needs root, iproute2 and util-linux. Two nodes, two ranks each, a switch between them; gloo on CPUs, full fine-tuning
-of a small Llama, two shards and two copies, a sharded checkpoint every 10 steps. A fault strikes the unmodified ranks from
-outside while they train. Once all have ended, the same command starts them again until the next fault, and at last to the
-end: then records and weights are compared with those of a run that nothing stopped.
+It needs root, iproute2 and util-linux. Two nodes, two ranks each, a switch between them; gloo on
+CPUs, full fine-tuning of a small Llama, two shards and two copies, a sharded checkpoint every 10
+steps. A fault strikes the unmodified ranks from outside while they train. Once all have ended, the
+same command starts them again until the next fault, and at last to the end: then records and
+weights are compared with those of a run that nothing stopped.
 
 A file that exists is added to. With --keep an interrupted measurement goes on where it was.
 """
@@ -63,7 +66,8 @@ def lives(pid: int) -> bool:
 
 
 class Pair:
-    """Two nodes: a network namespace with a card each, joined by a switch, and a launcher of two ranks in each.
+    """Two nodes: a network namespace with a card each, joined by a switch, and a launcher of two
+    ranks in each.
 
     With `own_disks` each node has a disk of its own at the run directory, of `MIB` MiB.
     """
@@ -123,7 +127,9 @@ class Pair:
         sh(f"ip -n {self.spaces['switch']} link set port-b {state}")
 
     def start(self, options: str, sysctl: str = "") -> None:
-        """The launchers of both nodes; {node}, {rank} and {address} in their options are those of each."""
+        """The launchers of both nodes; {node}, {rank} and {address} in their options are those of
+        each.
+        """
         run = self.folder / self.name / "run"
         run.mkdir(parents=True, exist_ok=True)
         for number, (node, address) in enumerate(NODES.items()):
@@ -312,7 +318,9 @@ def write_recipe(folder: Path) -> None:
 
 
 def wait_for_end(pair: Pair, pids: dict[int, int], began: float, after: float) -> dict[str, float]:
-    """Seconds from `began` to the end of all ranks, and of each launcher that ends in time; the others are killed."""
+    """Seconds from `began` to the end of all ranks, and of each launcher that ends in time; the
+    others are killed.
+    """
     ended: dict[str, float] = {}
     while len(ended) < 1 + len(NODES):
         now = time.time() - began
@@ -345,7 +353,9 @@ def whole_steps(pair: Pair) -> list[int]:
 
 
 def strike(fault: Fault, pair: Pair, last: int) -> dict[str, Any]:
-    """Let the fault happen some steps after the last one that was recorded before, and wait for the end of all ranks."""
+    """Let the fault happen some steps after the last one that was recorded before, and wait for the
+    end of all ranks.
+    """
     pair.wait_for_step(last + GAP)
     pids, step = pair.ranks(), pair.records()[-1]["step"]
     assert len(pids) == 2 * RANKS, pids
@@ -400,8 +410,10 @@ def compare(run: Path, whole: Path) -> dict[str, Any]:
 def measure(
     name: str, pair: Pair, times: int, whole: Path, entry: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Strike one run until `entry` has so many times, and complete it with what became of the run beside `whole`; yields
-    it whenever it has grown, so that an interrupted measurement goes on where it was."""
+    """Strike one run until `entry` has so many times, and complete it with what became of the run
+    beside `whole`; yields it whenever it has grown, so that an interrupted measurement goes on
+    where it was.
+    """
     fault = FAULTS[name]
     while len(entry["times"]) < times:
         # The next start cuts it back

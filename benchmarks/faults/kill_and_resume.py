@@ -1,12 +1,14 @@
-"""Kill a run with SIGKILL, start the same command again, and compare it with a run that nothing interrupted.
+"""Kill a run with SIGKILL, start the same command again, and compare it with a run that nothing
+interrupted.
 
     python benchmarks/faults/kill_and_resume.py RECIPE [key=value ...] [--json FILE]
     python benchmarks/faults/kill_and_resume.py --shape llama3-3b --layers 4 --tokenizer DIR --data rows.json [--json FILE]
 
-Both runs are `tunesmith train` with deterministic algorithms, STEPS steps and a checkpoint every CHECKPOINT_EVERY of them. The kill
-comes once the run is a step past its first complete checkpoint. Losses and gradient norms of all steps and the bytes of
-the final adapter are compared bit for bit. Exit status 1: they differ. A shape is a model of that width with random
-weights and `--layers` layers, written to disk first.
+Both runs are `tunesmith train` with deterministic algorithms, STEPS steps and a checkpoint every
+CHECKPOINT_EVERY of them. The kill comes once the run is a step past its first complete checkpoint.
+Losses and gradient norms of all steps and the bytes of the final adapter are compared bit for bit.
+Exit status 1: they differ. A shape is a model of that width with random weights and `--layers`
+layers, written to disk first.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def train(words: list[str], output_dir: Path) -> float:
 
 
 def train_until_killed(words: list[str], output_dir: Path) -> int:
-    """Start a run and kill it, with all its processes, a step after its first complete checkpoint; returns that step."""
+    """Start a run and kill it, with all its processes, a step after its first complete checkpoint;
+    returns that step.
+    """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     run = subprocess.Popen(
         train_command(words, output_dir), start_new_session=True, env=environment
@@ -86,7 +90,9 @@ def train_until_killed(words: list[str], output_dir: Path) -> int:
 
 
 def compare(whole: Path, resumed: Path) -> dict[str, Any]:
-    """How the two run directories differ: the records of all steps, and the files of the final weights."""
+    """How the two run directories differ: the records of all steps, and the files of the final
+    weights.
+    """
     records = list(zip(read_records(whole), read_records(resumed), strict=True))
     unequal_steps = [
         left["step"] for left, right in records if any(left[key] != right[key] for key in COMPARED)
@@ -108,7 +114,9 @@ def compare(whole: Path, resumed: Path) -> dict[str, Any]:
 
 
 def recipe_of_shape(options: argparse.Namespace, folder: Path) -> list[str]:
-    """A model of the shape with random weights and a recipe for it, written to `folder`; the words that name the recipe."""
+    """A model of the shape with random weights and a recipe for it, written to `folder`; the words
+    that name the recipe.
+    """
     from random_model import write_random_model
 
     write_random_model(folder / "model", options.shape, options.tokenizer, options.layers)

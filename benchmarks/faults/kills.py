@@ -1,14 +1,16 @@
-"""What becomes of a run on a real cluster when a part of it is killed: `tunesmith launch slurm` and `launch swarm`.
+"""What becomes of a run on a real cluster when a part of it is killed: `tunesmith launch slurm` and
+`launch swarm`.
 
     sudo python benchmarks/faults/kills.py slurm --times 20 --json docs/measurements/kills.json
     sudo python benchmarks/faults/kills.py swarm --times 20 --json docs/measurements/kills.json
     python benchmarks/faults/kills.py table --json docs/measurements/kills.json     # the table of docs/measurements/ranks.md
 
-It needs root and `make cluster-tools`. Both clusters are those of the tests: two nodes in network namespaces of one machine,
-with the real daemons. A small random Llama is trained in full by one rank a node, with a checkpoint every ten steps. By a
-seeded plan a rank, a node agent or a whole node is killed by SIGKILL while the model is loaded, while steps are taken or while
-a checkpoint is written. Then the run goes on by itself, or it has ended and the same command is given again. At the end all
-losses and gradient norms are compared with those of a run that nothing stopped.
+It needs root and `make cluster-tools`. Both clusters are those of the tests: two nodes in network
+namespaces of one machine, with the real daemons. A small random Llama is trained in full by one
+rank a node, with a checkpoint every ten steps. By a seeded plan a rank, a node agent or a whole
+node is killed by SIGKILL while the model is loaded, while steps are taken or while a checkpoint is
+written. Then the run goes on by itself, or it has ended and the same command is given again. At the
+end all losses and gradient norms are compared with those of a run that nothing stopped.
 
 A file that exists is added to.
 """
@@ -159,7 +161,9 @@ class Cluster:
         raise NotImplementedError
 
     def go_on(self) -> str:
-        """Wait until the run goes on by itself, or has ended and is started again; which of both, in a word."""
+        """Wait until the run goes on by itself, or has ended and is started again; which of both,
+        in a word.
+        """
         raise NotImplementedError
 
     def steps(self) -> int:
@@ -358,7 +362,9 @@ class SwarmCluster(Cluster):
 
 
 def plan(times: int, seed: int) -> list[tuple[str, str, int, float]]:
-    """Target, phase, node and a random share of the phase for each kill: all pairs in turn, in a random order."""
+    """Target, phase, node and a random share of the phase for each kill: all pairs in turn, in a
+    random order.
+    """
     rng = random.Random(seed)
     pairs = [(target, phase) for target in TARGETS for phase in PHASES]
     kills = []
@@ -462,7 +468,9 @@ def strike(
 
 
 def undisturbed(folder: Path, steps: int) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step of the same run on two ranks of this machine that nothing stops."""
+    """Loss and gradient norm of each step of the same run on two ranks of this machine that nothing
+    stops.
+    """
     write_inputs(folder)
     values = recipe_of(str(folder / "model"), str(folder / "train.jsonl"), str(folder / "whole"))
     values["train"]["duration"] = f"{steps} steps"
@@ -500,7 +508,9 @@ def started(
 def measure(
     kind: type[SlurmCluster | SwarmCluster], times: int, seed: int, minutes: float, file: Path
 ) -> None:
-    """Strike so many times, or as often as the minutes allow, then compare; the file is written after each kill."""
+    """Strike so many times, or as often as the minutes allow, then compare; the file is written
+    after each kill.
+    """
     kills, deadline = plan(times, seed), time.monotonic() + 60 * minutes
     earlier = json.loads(file.read_text()) if file.exists() else []
     rows: list[dict[str, Any]] = []
@@ -543,7 +553,9 @@ def measure(
 
 
 def table(file: Path) -> None:
-    """Print a row for each cluster and target: of each phase the seconds to a new step, the causes, the number of kills."""
+    """Print a row for each cluster and target: of each phase the seconds to a new step, the causes,
+    the number of kills.
+    """
     rows = [row for row in json.loads(file.read_text()) if "missed" not in row]
     print(f"| cluster | killed | {' | '.join(f'while {phase}' for phase in PHASES)} |")
     print("|---" * (2 + len(PHASES)) + "|")

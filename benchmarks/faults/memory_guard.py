@@ -1,12 +1,15 @@
-"""A training run beside a process that takes all memory, in a control group with a limit: is it stopped before the kernel kills?
+"""A training run beside a process that takes all memory, in a control group with a limit: is it
+stopped before the kernel kills?
 
-    sudo python benchmarks/faults/memory_guard.py --times 20 --json docs/measurements/memory-guard.json
+    sudo python benchmarks/faults/memory_guard.py --times 20 --json
+    docs/measurements/memory-guard.json
     python benchmarks/faults/memory_guard.py --cost                         # what a look at the figures takes
 
-Each time an unmodified `tunesmith train` and then a process that fills memory at a steady rate run in one control group
-(version 1 or 2, made by root). A time counts where the run ends with exit code 75, stopped.json says `memory`, and the kernel
-has killed nothing by then. The same command then goes on outside the group, and its records are compared bit for bit with
-those of a run that nothing stopped. Exit code 3: no such group can be made here.
+Each time an unmodified `tunesmith train` and then a process that fills memory at a steady rate run
+in one control group (version 1 or 2, made by root). A time counts where the run ends with exit code
+75, stopped.json says `memory`, and the kernel has killed nothing by then. The same command then
+goes on outside the group, and its records are compared bit for bit with those of a run that nothing
+stopped. Exit code 3: no such group can be made here.
 """
 
 from __future__ import annotations
@@ -191,7 +194,9 @@ def measure(
 
 
 def cost(looks: int = 2000) -> dict[str, float]:
-    """Microseconds of processor time of a look at this machine's figures, and its share of a step's time."""
+    """Microseconds of processor time of a look at this machine's figures, and its share of a step's
+    time.
+    """
     from tunesmith.distributed.ranks import Ranks
     from tunesmith.host.signals import StopRequest
     from tunesmith.runtime.memory_guard import OFTEN, RARELY, MemoryGuard

@@ -1,10 +1,13 @@
-"""Training in control groups of less and less memory: which limit is refused, which is warned of, and which runs through?
+"""Training in control groups of less and less memory: which limit is refused, which is warned of,
+and which runs through?
 
-    sudo python benchmarks/faults/memory_limits.py --model SMOLLM2.gguf --json docs/measurements/memory-limits.json
+    sudo python benchmarks/faults/memory_limits.py --model SMOLLM2.gguf --json
+    docs/measurements/memory-limits.json
     python benchmarks/faults/memory_limits.py --write docs/measurements/README.md     # the table, from that file
 
-Each run is an unmodified `tunesmith train` of two steps, alone in a control group (version 1 or 2, made by root) with a
-limit of its own. `--model` is a .gguf file or a Transformers folder. Exit code 3: no such group can be made here.
+Each run is an unmodified `tunesmith train` of two steps, alone in a control group (version 1 or 2,
+made by root) with a limit of its own. `--model` is a .gguf file or a Transformers folder. Exit code
+3: no such group can be made here.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ def write_recipe(folder: Path, model: str, case: str) -> Path:
 
 
 def measure(model: str, case: str, mib: int) -> dict[str, Any]:
-    """One run in a group of `mib` MiB: how it ended, and what it said of memory before its first step."""
+    """One run in a group of `mib` MiB: how it ended, and what it said of memory before its first
+    step.
+    """
     command = [sys.executable, "-m", "tunesmith", "train"]
     with tempfile.TemporaryDirectory(prefix="tunesmith-limits-") as name, group(mib) as made:
         folder = Path(name)

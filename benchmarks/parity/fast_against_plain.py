@@ -1,15 +1,18 @@
-"""The fast path beside the plain one on a real model in bf16: how far each lies from the same run in fp32.
+"""The fast path beside the plain one on a real model in bf16: how far each lies from the same run
+in fp32.
 
     python benchmarks/parity/fast_against_plain.py --model BF16_DIR --data rows.json --json out.json
 
-Plain is Transformers + PEFT + torch.optim: padded rows, torch's attention, whole logits. It runs twice, once on each
-step's rows together and once row by row: the same arithmetic rounded in another order, whose difference is the noise of
-bf16. The truth beside which both are held is our run of the very same weights in fp32, which the plain loop equals to
-1e-6 (parity.py). Told are the root mean square of the relative difference of the loss over all steps, its mean, which a
-bias would show in, and the mean of the last fifth.
+Plain is Transformers + PEFT + torch.optim: padded rows, torch's attention, whole logits. It runs
+twice, once on each step's rows together and once row by row: the same arithmetic rounded in another
+order, whose difference is the noise of bf16. The truth beside which both are held is our run of the
+very same weights in fp32, which the plain loop equals to 1e-6 (parity.py). Told are the root mean
+square of the relative difference of the loss over all steps, its mean, which a bias would show in,
+and the mean of the last fifth.
 
-nf4: the plain loop has the very weights that nf4 stands for (bitsandbytes makes them dense). fp8 and nf4 are also told
-beside our bf16 run: what the rounded base costs in loss. A curve that is already in the file is not run again.
+nf4: the plain loop has the very weights that nf4 stands for (bitsandbytes makes them dense). fp8
+and nf4 are also told beside our bf16 run: what the rounded base costs in loss. A curve that is
+already in the file is not run again.
 
     python benchmarks/parity/fast_against_plain.py --model BF16_DIR --sets rows.json:alpaca chats.json:sharegpt --json out.json
 
@@ -107,7 +110,8 @@ def apart(one: list[float], other: list[float]) -> dict[str, float]:
 def compare_bases(a: argparse.Namespace) -> None:
     """Loss curves of each base on each data set, and beside bf16's; a line each as it is there.
 
-    An fp8 base that `train` would drop for its first losses trains here too: the curve shows what was dropped.
+    An fp8 base that `train` would drop for its first losses trains here too: the curve shows what
+    was dropped.
     """
     compare_eight_bit.TOLERANCE = math.inf
     report: dict[str, Any] = {"command": sys.argv, "curves": {}, "difference": {}}

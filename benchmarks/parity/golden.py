@@ -1,13 +1,16 @@
-"""What the command line prints and promises, as files: the plans of all shipped recipes and the help pages of all verbs.
+"""What the command line prints and promises, as files: the plans of all shipped recipes and the
+help pages of all verbs.
 
     python benchmarks/parity/same_bits.py plans --write     # tests/planning/golden/plans.json
     python benchmarks/parity/same_bits.py help --write      # tests/cli/golden/help.txt
 
-Tests hold both files, so that a change of a plan or an option is seen in its diff. `same_bits.py record` writes them for
-any checkout, and `compare` names what differs. Both come from the command line alone (`main` with words, as a shell would
-give them), so that they mean the same before and after a refactoring.
+Tests hold both files, so that a change of a plan or an option is seen in its diff. `same_bits.py
+record` writes them for any checkout, and `compare` names what differs. Both come from the command
+line alone (`main` with words, as a shell would give them), so that they mean the same before and
+after a refactoring.
 
-Plans of recipes that ship need neither the network nor a GPU: the shapes of their models are in the package.
+Plans of recipes that ship need neither the network nor a GPU: the shapes of their models are in the
+package.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ PLANS = ROOT / "tests" / "planning" / "golden" / "plans.json"
 HELP = ROOT / "tests" / "cli" / "golden" / "help.txt"
 COLUMNS = "100"
 
-# Each chip of chips.json alone, the machines that shipped recipes are for, and a CPU with as much memory everywhere.
+# Each chip of chips.json alone, the machines that shipped recipes are for, and a CPU with as much
+# memory everywhere.
 MACHINES: dict[str, list[str]] = {
     "cpu": ["here", "--assume", "gib=64"],
     "dgx-spark": ["dgx-spark"],
@@ -73,10 +77,11 @@ def run_verb(words: list[str]) -> tuple[int, str]:
 
 
 def short_plan(code: int, plan: dict[str, Any]) -> dict[str, Any]:
-    """What a diff should show of `plan --json`: all that is known of the first mesh, and the order of the others.
+    """What a diff should show of `plan --json`: all that is known of the first mesh, and the order
+    of the others.
 
-    Zeros and empty values are left out, and numbers have 6 digits: another machine's numpy may round the last one
-    differently.
+    Zeros and empty values are left out, and numbers have 6 digits: another machine's numpy may
+    round the last one differently.
     """
     first, *others = plan["meshes"]
     summary: dict[str, Any] = {"exit": code}

@@ -1,4 +1,5 @@
-"""Losses of a recipe on several ranks beside those of one process: a table of what is trained x how ranks share it.
+"""Losses of a recipe on several ranks beside those of one process: a table of what is trained x how
+ranks share it.
 
     python benchmarks/parity/losses_on_ranks.py --model DIR --data rows.json --worlds 2 4 --json out.json
     python benchmarks/parity/losses_on_ranks.py --tensor --worlds 2 4 8 --json out.json           # a small Llama and rows that it makes
@@ -6,14 +7,16 @@
     python benchmarks/parity/losses_on_ranks.py --tensor --worlds 2 --compile on --json out.json
     python benchmarks/parity/losses_on_ranks.py --write docs/ranks.md out.json ...                # the tables of the page; --check compares
 
-Each row is `train` on ranks that torchrun starts on this machine, with gloo on a CPU, in fp32 unless asked otherwise: 20
-steps, in which the gradient is clipped. Printed: the largest relative difference of the loss and of the gradient norm to one
-uncompiled process, in the first step and in all. Rows of --data are alpaca-like JSON. Rows that are in the JSON file are not
-measured again, so a command that was stopped goes on where it was.
+Each row is `train` on ranks that torchrun starts on this machine, with gloo on a CPU, in fp32
+unless asked otherwise: 20 steps, in which the gradient is clipped. Printed: the largest relative
+difference of the loss and of the gradient norm to one uncompiled process, in the first step and in
+all. Rows of --data are alpaca-like JSON. Rows that are in the JSON file are not measured again, so
+a command that was stopped goes on where it was.
 
-With dropout the masks depend on which examples share a micro batch, and on its length: shards are compared with copies, and
-copies and tensor groups with one process. Neither bitsandbytes nor Transformers computes in float64: the latter's norm and
-rotary embedding are replaced, and nf4 is left out.
+With dropout the masks depend on which examples share a micro batch, and on its length: shards are
+compared with copies, and copies and tensor groups with one process. Neither bitsandbytes nor
+Transformers computes in float64: the latter's norm and rotary embedding are replaced, and nf4 is
+left out.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ BEGIN = "<!-- Written by: python benchmarks/parity/losses_on_ranks.py --write do
 END = "<!-- The end of what it writes. -->\n"
 FIGURES = {"loss_first": 1e-6, "loss_all": 1e-4, "norm_first": 1e-6, "norm_all": 1e-3}
 FLOAT64 = 1e-9  # of all figures
-# Heads, key-value heads and widths are divisible by 8, and the columns of a row-parallel layer are nf4 blocks of 64 on 8 ranks.
+# Heads, key-value heads and widths are divisible by 8, and the columns of a row-parallel layer are
+# nf4 blocks of 64 on 8 ranks.
 SMALL = {
     "vocab_size": 272, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 16,
     "num_key_value_heads": 8, "max_position_embeddings": 256, "tie_word_embeddings": True, "bos_token_id": None,
@@ -84,7 +88,9 @@ class Case:
 
 
 def cases(a: argparse.Namespace, model: str) -> list[Case]:
-    """The rows that were asked for, with one process first; without tensor parallelism unless asked."""
+    """The rows that were asked for, with one process first; without tensor parallelism unless
+    asked.
+    """
     dtype, found = "float64" if a.float64 else a.dtype, []
     for what in a.trained:
         if a.float64 and what in NO_FLOAT64:
@@ -104,7 +110,9 @@ def cases(a: argparse.Namespace, model: str) -> list[Case]:
 
 
 def write_small(folder: Path) -> None:
-    """A random Llama of the shape SMALL with a byte tokenizer, and rows.jsonl, as SFT learns to count."""
+    """A random Llama of the shape SMALL with a byte tokenizer, and rows.jsonl, as SFT learns to
+    count.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -214,7 +222,9 @@ def rank(folder: Path) -> None:
 def train_all(
     a: argparse.Namespace, folder: Path, world: int, wanted: list[Case]
 ) -> Iterator[tuple[Case, Curve, float]]:
-    """Train the cases of one number of ranks, in one start of them: each case, its curve and its seconds, as they come."""
+    """Train the cases of one number of ranks, in one start of them: each case, its curve and its
+    seconds, as they come.
+    """
     listed = {
         "float64": a.float64,
         "cases": [(asdict(case), recipe(a, folder, case)) for case in wanted],
@@ -327,7 +337,9 @@ def largest(rows: list[dict[str, Any]]) -> str:
 
 
 def tables(files: list[Path]) -> str:
-    """The page's table: a row for each kind of mesh, with the largest difference of its rows in the JSON files."""
+    """The page's table: a row for each kind of mesh, with the largest difference of its rows in the
+    JSON files.
+    """
     rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
     without_dropout = [row for row in rows if "dropout" not in row["trained"]]
     settings: dict[str, list[dict[str, Any]]] = {}

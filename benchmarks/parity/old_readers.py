@@ -1,9 +1,11 @@
-"""Logits of what tunesmith writes, read by Transformers 4.57 and 5.x: one small random model of every family.
+"""Logits of what tunesmith writes, read by Transformers 4.57 and 5.x: one small random model of
+every family.
 
     python3 -m venv old && old/bin/pip install 'transformers==4.57.*' torch==2.13.0 safetensors
     python benchmarks/parity/old_readers.py --old-python old/bin/python --json old-readers.json
 
-Each base is written twice: its config.json with the keys of the family's models on the Hub, and as Transformers 5 saves it.
+Each base is written twice: its config.json with the keys of the family's models on the Hub, and as
+Transformers 5 saves it.
 tunesmith trains one step of it in full, and one of a LoRA that it merges. Both interpreters read each written folder as plain
 Transformers does. `before`: 4.57 on the same folder with the config.json that Transformers 5 saves.
 """
@@ -23,8 +25,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, __version__
 from transformers.utils import logging
 
-# In fp32, with the same torch: only the order of sums may differ. Logits here reach 5 to 30, fp32 has 7 digits, and a wrong
-# rotary embedding moves them by 0.05 and more.
+# In fp32, with the same torch: only the order of sums may differ. Logits here reach 5 to 30, fp32
+# has 7 digits, and a wrong rotary embedding moves them by 0.05 and more.
 TOLERANCE = 1e-4
 LENGTH = (
     300  # beyond the windows, and beyond the `original_max_position_embeddings` of the small models
@@ -41,7 +43,8 @@ LLAMA3_SCALING = {
     "rope_type": "llama3",
 }  # fmt: skip
 
-# Per family, the keys that its models on the Hub have beside SIZES; a name after the model type tells variants apart.
+# Per family, the keys that its models on the Hub have beside SIZES; a name after the model type
+# tells variants apart.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 100000.0, "rope_scaling": None, "tie_word_embeddings": True, "rope_interleaved": False},
     "llama 3.1": {"rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING, "pretraining_tp": 1, "mlp_bias": False},
@@ -89,7 +92,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def write_base(folder: Path, name: str, *, saved_by_5: bool) -> None:
-    """A random model of the family with a byte tokenizer, its config.json as on the Hub, or as Transformers 5 saves it."""
+    """A random model of the family with a byte tokenizer, its config.json as on the Hub, or as
+    Transformers 5 saves it.
+    """
     from safetensors.torch import save_file
 
     from tunesmith.checkpoint.contents import weights_of
@@ -108,7 +113,8 @@ def write_base(folder: Path, name: str, *, saved_by_5: bool) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Large enough that attention looks at certain positions: a wrong rotation shows in the logits.
+            # Large enough that attention looks at certain positions: a wrong rotation shows in the
+            # logits.
             parameter.add_(torch.randn_like(parameter) * 0.15)
     save_file(weights_of(model), folder / "model.safetensors", {"format": "pt"})
     if saved_by_5:
@@ -138,7 +144,9 @@ def train_one_step(base: Path, output: Path, kind: str) -> None:
 
 
 def write_folders(work: Path, name: str, *, saved_by_5: bool) -> dict[str, Path]:
-    """The folders to be read: a full run's final/, a merge, and that final/ with the config of Transformers 5 alone."""
+    """The folders to be read: a full run's final/, a merge, and that final/ with the config of
+    Transformers 5 alone.
+    """
     import tunesmith
 
     base = work / "base"
@@ -153,7 +161,9 @@ def write_folders(work: Path, name: str, *, saved_by_5: bool) -> dict[str, Path]
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """Logits of a folder, its tokens and how it reads, by plain Transformers of whatever version this process has."""
+    """Logits of a folder, its tokens and how it reads, by plain Transformers of whatever version
+    this process has.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
@@ -167,7 +177,9 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 
 def read_all(python: str, folders: list[Path], scratch: Path) -> list[dict[str, Any]]:
-    """What `read_folder` gives of each folder in another interpreter, and last its version of Transformers."""
+    """What `read_folder` gives of each folder in another interpreter, and last its version of
+    Transformers.
+    """
     output = scratch / "read.pt"
     subprocess.run(
         [python, __file__, "--read", *map(str, folders), "--output", str(output)], check=True
@@ -177,7 +189,9 @@ def read_all(python: str, folders: list[Path], scratch: Path) -> list[dict[str, 
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> float | str:
-    """The largest difference of two readings' logits; in words where one of them failed or tokens differ."""
+    """The largest difference of two readings' logits; in words where one of them failed or tokens
+    differ.
+    """
     for reading in (one, other):
         if "error" in reading:
             return str(reading["error"])

@@ -1,10 +1,12 @@
-"""Loss curves of a real model beside a plain Transformers + PEFT loop and TRL: same rows, same order, fp32, no dropout.
+"""Loss curves of a real model beside a plain Transformers + PEFT loop and TRL: same rows, same
+order, fp32, no dropout.
 
     python benchmarks/parity/parity.py --model DIR --data rows.json --json out.json
 
-Each side begins with the same weights (for LoRA the adapter that ours draws, read by PEFT), takes the same rows in the
-same order at a constant rate, clips at 1.0, and gives the loss before each update. Rows are alpaca-like JSON, one text
-each, loss on every token. Printed: the largest relative difference at the first step and over all steps.
+Each side begins with the same weights (for LoRA the adapter that ours draws, read by PEFT), takes
+the same rows in the same order at a constant rate, clips at 1.0, and gives the loss before each
+update. Rows are alpaca-like JSON, one text each, loss on every token. Printed: the largest relative
+difference at the first step and over all steps.
 """
 
 from __future__ import annotations
@@ -97,7 +99,9 @@ def trl_curve(
 
 
 def examples_of(a: argparse.Namespace, tokenizer: Any) -> tuple[list[str], list[list[Example]]]:
-    """The first rows whose text fits, and the same as examples, batch by batch; every token is supervised."""
+    """The first rows whose text fits, and the same as examples, batch by batch; every token is
+    supervised.
+    """
     texts = [
         TEXT.format(r["instruction"], r.get("input") or "", r["output"])
         for r in json.loads(Path(a.data).read_text())

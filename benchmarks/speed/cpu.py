@@ -1,11 +1,13 @@
-"""Where the time of a step goes on a CPU: its products, the parts between them, and how its threads wait.
+"""Where the time of a step goes on a CPU: its products, the parts between them, and how its threads
+wait.
 
     python benchmarks/speed/cpu.py --model SMOLLM2 --data rows.json --dtype fp32 --json out.json
 
-`products`: GFLOP/s of the measured peak's own product and of each product of one layer, on one thread and on all.
-`parts`: milliseconds of norm, rotary embedding, SwiGLU and score, forward and backward, as they are and compiled.
-`waiting`: tokens/s of the same steps beside 0, 1 and 2 processes that compute without end, with OpenMP threads that wait in
-a loop and with threads that sleep. Rows are alpaca-like JSON.
+`products`: GFLOP/s of the measured peak's own product and of each product of one layer, on one
+thread and on all. `parts`: milliseconds of norm, rotary embedding, SwiGLU and score, forward and
+backward, as they are and compiled. `waiting`: tokens/s of the same steps beside 0, 1 and 2
+processes that compute without end, with OpenMP threads that wait in a loop and with threads that
+sleep. Rows are alpaca-like JSON.
 """
 
 from __future__ import annotations

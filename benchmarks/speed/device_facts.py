@@ -1,10 +1,11 @@
-"""One line of JSON about the device that figures are measured on: name, memory, copy bandwidth, one product, versions.
+"""One line of JSON about the device that figures are measured on: name, memory, copy bandwidth, one
+product, versions.
 
     python benchmarks/speed/device_facts.py [--output FILE]
 
-The copy counts the bytes that it reads and those that it writes. The product is 8192 x 8192 x 8192 in bf16 on a GPU
-(1024 on a CPU): what a chip reaches there is the ceiling of every other product. Numbers are random, since zeros draw less
-power and run faster.
+The copy counts the bytes that it reads and those that it writes. The product is 8192 x 8192 x 8192
+in bf16 on a GPU (1024 on a CPU): what a chip reaches there is the ceiling of every other product.
+Numbers are random, since zeros draw less power and run faster.
 """
 
 from __future__ import annotations

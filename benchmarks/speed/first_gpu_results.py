@@ -2,12 +2,14 @@
 
     python benchmarks/speed/first_gpu_results.py --stage A --work DIR --output results-A.json
 
-first_gpu.sh calls this after each step, so that a stage that is killed leaves the results of all steps before. DIR holds
-steps.tsv (name, exit status, seconds, limit: one line a step; `skipped` in place of a status where no time was left), the
-report NAME.json of each step, tests.xml of the GPU tests and the traces of the profiles.
+first_gpu.sh calls this after each step, so that a stage that is killed leaves the results of all
+steps before. DIR holds steps.tsv (name, exit status, seconds, limit: one line a step; `skipped` in
+place of a status where no time was left), the report NAME.json of each step, tests.xml of the GPU
+tests and the traces of the profiles.
 
-The file: `stage`, `date`, `commit`, `device` (device_facts.py), `steps` by name with their exit status, seconds, limit and
-report, and `goals`: the figure of each goal that the stage measured beside the goal for this device.
+The file: `stage`, `date`, `commit`, `device` (device_facts.py), `steps` by name with their exit
+status, seconds, limit and report, and `goals`: the figure of each goal that the stage measured
+beside the goal for this device.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def read_steps(work: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_report(work: Path, name: str) -> dict[str, Any] | None:
-    """What a step has written about itself; None where it wrote nothing, or was killed while it wrote."""
+    """What a step has written about itself; None where it wrote nothing, or was killed while it
+    wrote.
+    """
     if name == "tests":
         return read_tests(work / "tests.xml")
     file = work / f"{name}.json"
@@ -83,7 +87,9 @@ def read_tests(file: Path) -> dict[str, Any] | None:
 
 
 def read_profile(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Milliseconds of a profiled step by kind of kernel, as forecast.py counts them, and the most expensive operations."""
+    """Milliseconds of a profiled step by kind of kernel, as forecast.py counts them, and the most
+    expensive operations.
+    """
     terms = Counter[str]()
     for trace in report["profile"]["traces"]:
         with gzip.open(trace, "rt", encoding="utf-8") as file:
@@ -114,7 +120,9 @@ def read_device(work: Path) -> dict[str, Any]:
 def compare_with_goals(
     steps: Mapping[str, Mapping[str, Any]], device_name: str
 ) -> list[dict[str, Any]]:
-    """Non-padding tokens/s of each goal that was tried; None where the run failed, or has no goal on this device."""
+    """Non-padding tokens/s of each goal that was tried; None where the run failed, or has no goal
+    on this device.
+    """
     key = device_key(device_name)
     rows = []
     for goal in GOALS:

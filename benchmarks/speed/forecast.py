@@ -195,8 +195,8 @@ def optimizer_term(goal: Goal, setting: Setting, layout: Layout) -> Term:
     """A step's norm (4 bytes a parameter), clipping (8), AdamW (28).
 
     Of a model trained in full its bf16 copy too (6). With every micro batch a hook moves the bf16
-    gradient of embedding, norms and head into the master's: 2 + 4 bytes, and 4 more after the first.
-    The products of the layers add up theirs.
+    gradient of embedding, norms and head into the master's: 2 + 4 bytes, and 4 more after the
+    first. The products of the layers add up theirs.
     """
     spec = read_shape(goal)
     if goal.full:

@@ -1,15 +1,18 @@
-"""The share of time that data ranks wait for the costliest micro batch, from the batches alone: nothing is trained.
+"""The share of time that data ranks wait for the costliest micro batch, from the batches alone:
+nothing is trained.
 
     python benchmarks/speed/imbalance.py --data ROWS --tokenizer DIR [--ranks 2 16] [--shape llama3-8b] [--json FILE]
 
-A micro batch costs its tokens and its attention, by the model's FLOPs. Sharded ranks meet at every micro batch, so a micro
-step takes as long as its costliest. Three ways to share the examples of a step, packed into micro batches of `--tokens`:
+A micro batch costs its tokens and its attention, by the model's FLOPs. Sharded ranks meet at every
+micro batch, so a micro step takes as long as its costliest. Three ways to share the examples of a
+step, packed into micro batches of `--tokens`:
 
-    dealt      the examples are dealt to the ranks in order, and each rank packs its own (a distributed sampler)
-    in order   the micro batches of one rank are dealt in order
-    balanced   as the loader does
+    dealt      the examples are dealt to the ranks in order, and each rank packs its own (a
+    distributed sampler) in order   the micro batches of one rank are dealt in order balanced   as
+    the loader does
 
-Given are the mean over the steps of an epoch, and the number of micro batches that a rank takes a step.
+Given are the mean over the steps of an epoch, and the number of micro batches that a rank takes a
+step.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ from tunesmith.units import Size
 
 
 def attention_weight(spec: ModelSpec) -> float:
-    """FLOPs of one attended pair over those of a token's matmuls, for LoRA with three of four tokens supervised."""
+    """FLOPs of one attended pair over those of a token's matmuls, for LoRA with three of four
+    tokens supervised.
+    """
     one, two = (flops(spec, [n], 0, trained="lora") for n in (1, 2))  # 1 and 3 pairs
     pair = two - 2 * one
     return pair / (flops(spec, [1] * 4, 3, trained="lora") / 4 - pair)

@@ -2,9 +2,10 @@
 
     python benchmarks/speed/micro.py out.json [--tokens 16384] [--divide 1] [--repeat 20]
 
-Base, LoRA and fp8 products, base and LoRA widened to one product, weight gradients in fp32, whole groups forward and
-backward, attention, and the unpacking of nf4. A product that fails is noted
-with its error, and the others go on. `--divide` makes every width smaller, so that a CPU shows that all of them run.
+Base, LoRA and fp8 products, base and LoRA widened to one product, weight gradients in fp32, whole
+groups forward and backward, attention, and the unpacking of nf4. A product that fails is noted with
+its error, and the others go on. `--divide` makes every width smaller, so that a CPU shows that all
+of them run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ BF16 = torch.bfloat16
 
 
 class Timings:
-    """name -> milliseconds, the median of `repeat` calls after a first one that compiles and allocates; or an error."""
+    """name -> milliseconds, the median of `repeat` calls after a first one that compiles and
+    allocates; or an error.
+    """
 
     def __init__(self, device: torch.device, repeat: int) -> None:
         self.device, self.repeat = device, repeat

@@ -1,4 +1,5 @@
-"""Write a model of a true shape with random weights, so that `tunesmith train` itself can be timed without a download.
+"""Write a model of a true shape with random weights, so that `tunesmith train` itself can be timed
+without a download.
 
 python benchmarks/speed/random_model.py --shape llama3-8b --tokenizer DIR --output random-8b
 """
@@ -22,7 +23,9 @@ from tunesmith.model.shapes import SHAPES
 def write_random_model(
     folder: Path, shape: str, tokenizer: str, layers: int | None, file_size: str = "5GB"
 ) -> int:
-    """Draw the weights on the device and save a Transformers folder in files of `file_size`; their bytes together."""
+    """Draw the weights on the device and save a Transformers folder in files of `file_size`; their
+    bytes together.
+    """
     folder.mkdir(parents=True)
     write_shape(
         folder,

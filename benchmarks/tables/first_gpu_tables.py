@@ -3,8 +3,8 @@
     python benchmarks/tables/first_gpu_tables.py --write docs/measurements/README.md
     python benchmarks/tables/first_gpu_tables.py --check README.md       # exit status 1 if the page differs from the results
 
-The results are docs/measurements/gpu/DEVICE/results-A.json, -B.json and -C.json, as the stages wrote them. README.md gets
-the goals alone.
+The results are docs/measurements/gpu/DEVICE/results-A.json, -B.json and -C.json, as the stages
+wrote them. README.md gets the goals alone.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def write_or_check(usage: str | None, script: str, make: Callable[[], str]) -> int:
-    """The command line `--write FILE` or `--check FILE` of `script`, whose block in the page is `make()`.
+    """The command line `--write FILE` or `--check FILE` of `script`, whose block in the page is
+    `make()`.
 
     Returns the exit status: 1 where a checked page differs, 2, with `usage`, for other words.
     """

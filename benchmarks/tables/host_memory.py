@@ -1,19 +1,23 @@
-"""Host memory of each rank while it loads a model, resumes, and writes: its growth over what it had before.
+"""Host memory of each rank while it loads a model, resumes, and writes: its growth over what it had
+before.
 
     python benchmarks/tables/host_memory.py --tokenizer DIR --ranks 4 --gib 4 --json out.json
     python benchmarks/tables/host_memory.py --tokenizer DIR --ranks 4 --gib 1 --cases "full, shards, resumed"
     python benchmarks/tables/host_memory.py --tokenizer DIR --ranks 4 --gib 1 --cases "full, shards" --shape llama3-3b
     python benchmarks/tables/host_memory.py --write docs/measurements/ranks.md --json out.json
 
-The checkpoint is random, of a true shape with as many layers as make the size, bf16 in files of 1 GB. The ranks are started
-by torchrun on this machine, on its CPU with gloo. Counted is the peak of all resident pages in a phase (VmHWM of
-/proc/self/status, set back before it), mapped files and torch's own code included; the page cache is not in it. The bound is
-what the phase leaves on the rank (its shard, moments, or scales) and one tensor: the largest one that is read or written, as
-it is stored there; an export puts it together from the parts of the ranks, of which one more is in memory. No step is taken:
-there are no gradients, and moments only where a checkpoint brings them. The exit status is 1 if a rank exceeds its bound.
+The checkpoint is random, of a true shape with as many layers as make the size, bf16 in files of 1
+GB. The ranks are started by torchrun on this machine, on its CPU with gloo. Counted is the peak of
+all resident pages in a phase (VmHWM of /proc/self/status, set back before it), mapped files and
+torch's own code included; the page cache is not in it. The bound is what the phase leaves on the
+rank (its shard, moments, or scales) and one tensor: the largest one that is read or written, as it
+is stored there; an export puts it together from the parts of the ranks, of which one more is in
+memory. No step is taken: there are no gradients, and moments only where a checkpoint brings them.
+The exit status is 1 if a rank exceeds its bound.
 
-Phases: load; resume, from the optimizer's file of one process; save, a checkpoint within the loop (of an adapter that
-ranks share, rank 0's copy is what the phase leaves); final; export, of the saved checkpoint by rank 0.
+Phases: load; resume, from the optimizer's file of one process; save, a checkpoint within the loop
+(of an adapter that ranks share, rank 0's copy is what the phase leaves); final; export, of the
+saved checkpoint by rank 0.
 """
 
 from __future__ import annotations
@@ -182,7 +186,9 @@ def write_inputs(folder: Path, shape: str, gib: float, tokenizer: str) -> None:
 
 
 def write_checkpoint(folder: Path) -> None:
-    """checkpoint-1 as one process leaves it: the model's files and the optimizer's, with fp32 masters and moments."""
+    """checkpoint-1 as one process leaves it: the model's files and the optimizer's, with fp32
+    masters and moments.
+    """
     import torch
 
     from tunesmith.build_model import build_model
@@ -246,7 +252,9 @@ def measured(folder: Path, case: str, count: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A row for each case in Markdown: `peak / bound` of each phase, both of the rank where they are largest."""
+    """A row for each case in Markdown: `peak / bound` of each phase, both of the rank where they
+    are largest.
+    """
     cases: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         mesh = " x ".join(axis for axis in row["mesh"].split(" x ") if not axis.endswith(" 1"))

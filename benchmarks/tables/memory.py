@@ -1,9 +1,11 @@
-"""The table of docs/memory.md: device memory by model and method, from the estimate that plans a run.
+"""The table of docs/memory.md: device memory by model and method, from the estimate that plans a
+run.
 
     python benchmarks/tables/memory.py --write docs/memory.md
     python benchmarks/tables/memory.py --check docs/memory.md      # exit status 1 if the page differs from the estimate
 
-Nothing is downloaded or allocated: shapes are those of `tunesmith bench --shape`, models are built on meta.
+Nothing is downloaded or allocated: shapes are those of `tunesmith bench --shape`, models are built
+on meta.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""The memory estimate beside what training takes on a CPU: growth of the resident memory in two steps.
+"""The memory estimate beside what training takes on a CPU: growth of the resident memory in two
+steps.
 
     python benchmarks/tables/memory_on_cpu.py --model SMOLLM2_FP32 --data rows.json --json docs/measurements/memory-on-cpu.json
     python benchmarks/tables/memory_on_cpu.py --write docs/measurements/README.md  # the table, from that file
 
-Each case runs in a process of its own: two steps on the first rows of the file (alpaca-like JSON), several micro batches
-each, by the trainer's own loop. The estimate is the one that `train` plans with. Counted from before the model is built,
-when tokens are there: the peak of all resident pages (VmHWM of /proc/self/status) less those of files (RssFile), which are
-code. `tensors` is what torch had allocated of it at its peak, from its profiler in a second run: the allocator adds the rest.
+Each case runs in a process of its own: two steps on the first rows of the file (alpaca-like JSON),
+several micro batches each, by the trainer's own loop. The estimate is the one that `train` plans
+with. Counted from before the model is built, when tokens are there: the peak of all resident pages
+(VmHWM of /proc/self/status) less those of files (RssFile), which are code. `tensors` is what torch
+had allocated of it at its peak, from its profiler in a second run: the allocator adds the rest.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ CASES = {
 def measure(
     case: str, model: str, data: str, rows: int, folder: Path, *, profiled: bool
 ) -> dict[str, Any]:
-    """Figures of one case, in bytes; `profiled`: what torch allocated, in place of what is resident."""
+    """Figures of one case, in bytes; `profiled`: what torch allocated, in place of what is
+    resident.
+    """
     import numpy as np
     import torch
     from torch.profiler import ProfilerActivity, profile

@@ -1,4 +1,5 @@
-"""The table of docs/plan.md: what `tunesmith plan` forecasts for the recipes that ship, on the machines that they are for.
+"""The table of docs/plan.md: what `tunesmith plan` forecasts for the recipes that ship, on the
+machines that they are for.
 
     python benchmarks/tables/plan.py --write docs/plan.md
     python benchmarks/tables/plan.py --check docs/plan.md      # exit status 1 if the page differs from the forecast

@@ -64,7 +64,9 @@ def test_ours_opens_in_peft(adapter, tiny, tmp_path):
 
 @pytest.mark.parametrize("adapter", CASES.values(), ids=CASES.keys())
 def test_the_configuration_is_what_peft_would_write(adapter, tiny, tmp_path, monkeypatch):
-    """It is written without PEFT: read back by PEFT it must be the LoraConfig that one would build for this adapter."""
+    """It is written without PEFT: read back by PEFT it must be the LoraConfig that one would build
+    for this adapter.
+    """
     model = AutoModelForCausalLM.from_pretrained(tiny)
     lora.attach_lora(model, adapter, seed=3)
     with monkeypatch.context() as patch:

@@ -1,4 +1,6 @@
-"""The stages of the first half hour on a GPU: their commands, their limits, and what is left of a stage that is killed."""
+"""The stages of the first half hour on a GPU: their commands, their limits, and what is left of a
+stage that is killed.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ from warm import run_warm
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STAGES = ["A", "B", "C"]
-# In the place of Python. It notes its arguments, sleeps, leaves a file in the compile cache, writes a report, and fails for
-# the words in FAILS. What gathers the results, and a line of code, run in the real interpreter.
+# In the place of Python. It notes its arguments, sleeps, leaves a file in the compile cache, writes
+# a report, and fails for the words in FAILS. What gathers the results, and a line of code, run in
+# the real interpreter.
 STAND_IN = """#!{python}
 import json, os, pathlib, sys, time
 words = sys.argv[1:]
@@ -137,7 +140,8 @@ def test_every_command_of_a_stage_is_one_that_bench_takes(
             if shapes
             else recipe_of(args, tmp_path / "model")
         )
-        # Of a recipe that is trained on a CPU, full fine-tuning in place of an 8B's LoRA has its variants too.
+        # Of a recipe that is trained on a CPU, full fine-tuning in place of an 8B's LoRA has its
+        # variants too.
         if args.ablation:
             check_variants(args, run, gpu=shapes, folder=tmp_path / "model")
         checked += 1

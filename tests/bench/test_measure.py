@@ -35,7 +35,9 @@ def run_plan(plan: BenchPlan, folder: Path, name: str = "measured") -> Measured:
 
 
 def consistent(found: BenchReport) -> None:
-    """What must hold of any figures: counts over seconds, shares in [0, 1], the order of percentiles."""
+    """What must hold of any figures: counts over seconds, shares in [0, 1], the order of
+    percentiles.
+    """
     assert found.tokens_per_second * found.seconds == pytest.approx(found.tokens, rel=1e-12)
     assert 0 < found.supervised_tokens_per_second < found.tokens_per_second
     assert found.tokens_per_second <= found.samples_times_seq_len_per_second
@@ -90,7 +92,10 @@ def test_the_steps_are_those_of_train(tiny: Path, tmp_path: Path) -> None:
 def test_numbers_that_are_read_late_are_the_same(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: a step's numbers are read while the next one runs. Nothing is lost at the edges of the timed steps."""
+    """As on a GPU: a step's numbers are read while the next one runs.
+
+    Nothing is lost at the edges of the timed steps.
+    """
 
     class Late(Trainer):
         def __init__(self, *args: Any) -> None:
@@ -108,7 +113,9 @@ def test_numbers_that_are_read_late_are_the_same(
 
 
 def test_the_model_flops_are_those_of_the_formula(tiny: Path, tmp_path: Path) -> None:
-    """Reference: `spec.flops` over the rows that the steps took; layers that are recomputed do not count."""
+    """Reference: `spec.flops` over the rows that the steps took; layers that are recomputed do not
+    count.
+    """
     run = make_run(tiny, tmp_path, train={"recompute": "full"}, held=False)
     session = session_of(
         BenchPlan(run, steps=3, warmup=1).measured_run(tmp_path), Start(), say=lambda text: None
@@ -141,7 +148,9 @@ def bins(tiny: Path, folder: Path, size: str, micro: str) -> Run:
 
 @pytest.mark.usefixtures("eager_compiler")
 def test_no_timed_step_is_short(tiny: Path, tmp_path: Path) -> None:
-    """Four rows a step: the third of an epoch has three, and its micro batch is padded to the shape of the others."""
+    """Four rows a step: the third of an epoch has three, and its micro batch is padded to the shape
+    of the others.
+    """
     told: list[str] = []
     plan = BenchPlan(bins(tiny, tmp_path, "256 tokens", "256 tokens"), steps=6, warmup=1)
     schedule = session_of(plan.measured_run(tmp_path), Start(), say=told.append).data.schedule
@@ -205,7 +214,9 @@ def test_graphs_of_the_build_are_counted_too(
 def test_the_peak_of_the_trial_and_a_measured_peak_are_what_they_are(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trial of a GPU begins the allocator's statistics anew; and what was measured is not called published."""
+    """The trial of a GPU begins the allocator's statistics anew; and what was measured is not
+    called published.
+    """
 
     def build(*args: Any, **options: Any) -> Session:
         session = session_of(*args, **options)
@@ -260,7 +271,9 @@ def test_a_step_that_fails_says_where(
 
 
 def test_the_measured_peak_is_a_speed_of_products() -> None:
-    """Sanity by what a CPU core can do at all: between a megaflop and 100 TFLOP/s; fp8 has none here."""
+    """Sanity by what a CPU core can do at all: between a megaflop and 100 TFLOP/s; fp8 has none
+    here.
+    """
     assert 1e-6 < matmul_tflops(torch.device("cpu"), torch.float32, size=128) < 100
     assert fp8_matmul_tflops(torch.device("cpu")) is None
 
@@ -269,7 +282,9 @@ def test_the_measured_peak_is_a_speed_of_products() -> None:
 def test_the_base_is_named_as_it_was_held(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float
 ) -> None:
-    """Where fp8 was asked for and given up, the speed is bf16's and must not stand under fp8's name."""
+    """Where fp8 was asked for and given up, the speed is bf16's and must not stand under fp8's
+    name.
+    """
     monkeypatch.setattr(compare_eight_bit, "TOLERANCE", tolerance)
     run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
     found = run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path).figures

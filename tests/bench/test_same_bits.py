@@ -1,4 +1,6 @@
-"""`same_bits.py` records what ranks and a sweep write, finds a copy equal, and names the smallest change in it."""
+"""`same_bits.py` records what ranks and a sweep write, finds a copy equal, and names the smallest
+change in it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Each shape of the table, its sizes cut down, from config and tokenizer to random weights and steps."""
+"""Each shape of the table, its sizes cut down, from config and tokenizer to random weights and
+steps.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,9 @@ def head_only(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_a_tied_model_is_written_under_the_name_of_its_embedding(
     stored, tiny: Path, tmp_path: Path
 ) -> None:
-    """Transformers 4.57 leaves the embedding of a tied model on meta when the files hold the head alone."""
+    """Transformers 4.57 leaves the embedding of a tied model on meta when the files hold the head
+    alone.
+    """
     from peft import LoraConfig, get_peft_model
 
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
@@ -112,7 +114,9 @@ def test_a_full_run_writes_the_keys_that_older_readers_need(
 
 
 def test_a_file_is_the_one_that_the_library_writes(tmp_path: Path) -> None:
-    """Byte for byte, so whatever reads the library's files reads these; a small piece cuts tensors in several."""
+    """Byte for byte, so whatever reads the library's files reads these; a small piece cuts tensors
+    in several.
+    """
     torch.manual_seed(0)
     tensors = {
         "wide": torch.randn(33, 7, dtype=torch.float64),
@@ -139,7 +143,9 @@ def test_a_file_is_the_one_that_the_library_writes(tmp_path: Path) -> None:
 def test_a_large_model_is_written_in_several_files(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reference: the names and contents that `from_pretrained` reads back, and huggingface_hub's own index."""
+    """Reference: the names and contents that `from_pretrained` reads back, and huggingface_hub's
+    own index.
+    """
     from huggingface_hub import save_torch_state_dict
 
     monkeypatch.setattr("tunesmith.model.save_tensors.SHARD", "50KB")
@@ -174,10 +180,13 @@ def status(key: str) -> int:
 
 
 def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
-    """A full checkpoint: bytes of memory that it took, of the model, of its largest tensor, and written."""
+    """A full checkpoint: bytes of memory that it took, of the model, of its largest tensor, and
+    written.
+    """
 
     def elsewhere(meta: torch.Tensor) -> torch.Tensor:
-        # On a CPU: nothing is in memory until somebody makes the tensor contiguous, as a GPU's is not until it is copied.
+        # On a CPU: nothing is in memory until somebody makes the tensor contiguous, as a GPU's is
+        # not until it is copied.
         if device == "cpu":
             return torch.full((1,) * meta.dim(), 0.5).expand(meta.shape)
         return torch.randn(meta.shape, device=device)
@@ -218,7 +227,8 @@ def test_the_host_holds_one_tensor_of_a_full_checkpoint(device: str, tmp_path: P
     ((peak, size, largest, written),) = run_ranks(1, write_large, tmp_path, device)
     assert size > 100 << 20
     assert written > 4 * size
-    # One tensor made contiguous, or one piece that came from the GPU; the rest is code that is imported meanwhile.
+    # One tensor made contiguous, or one piece that came from the GPU; the rest is code that is
+    # imported meanwhile.
     assert peak < max(largest, PIECE) + (24 << 20), (
         f"{peak / 2**20:.0f} MiB for {written / 2**20:.0f} MiB written"
     )

@@ -1,4 +1,6 @@
-"""A periodic checkpoint of an adapter holds the state of its step, though it is written while later steps run."""
+"""A periodic checkpoint of an adapter holds the state of its step, though it is written while later
+steps run.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ CLOCKS = (
 
 @dataclass
 class Watched:
-    """A run seen from outside: its Trainer, and the steps at which each thread's write of optimizer state began."""
+    """A run seen from outside: its Trainer, and the steps at which each thread's write of optimizer
+    state began.
+    """
 
     trainer: Trainer | None = None
     # thread, step written, last step recorded by then
@@ -63,7 +67,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 def slow_down(monkeypatch: pytest.MonkeyPatch, seen: Watched, steps: int = 2) -> None:
-    """A write in the thread begins only after `steps` more steps were taken, where as many are to come."""
+    """A write in the thread begins only after `steps` more steps were taken, where as many are to
+    come.
+    """
     write = Writer._write
 
     def late(self: Writer, save: Callable[[Path], None], step: int, keep_step: int | None) -> None:
@@ -197,7 +203,9 @@ def failed(run_dir: Path) -> dict[str, Any]:
 def test_a_save_that_fails_while_steps_go_on_is_told_as_saving(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop learns of it between two saves: the disk is full only once the step after the save is recorded."""
+    """The loop learns of it between two saves: the disk is full only once the step after the save
+    is recorded.
+    """
     records = tmp_path / "run" / "metrics.jsonl"
     spoil(monkeypatch, 20, then=lambda: wait_for(lambda: records.read_bytes().count(b"\n") >= 21))
     changes = {"train": {"duration": "60 steps"}, "checkpoint": {"every": "20 steps"}}
@@ -236,7 +244,9 @@ def test_a_full_disk_behind_the_steps_ends_the_run_as_one_in_the_loop_does(
 def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
     fault: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Step 6 fails while checkpoint-4 is still written: it is whole in the end, and it is the one named."""
+    """Step 6 fails while checkpoint-4 is still written: it is whole in the end, and it is the one
+    named.
+    """
     begun, write, step = threading.Event(), Writer._write, Trainer.train_step
 
     def late(

@@ -30,7 +30,10 @@ SMALL = 20_000  # bytes: less than a rank's part of the checkpoint
 
 
 def start(model: Path, folder: Path, fault: str = "", copy: bool = True) -> dict[str, Any]:
-    """One start on this rank. At the second checkpoint rank 1 runs into a limit of its files, or is killed."""
+    """One start on this rank.
+
+    At the second checkpoint rank 1 runs into a limit of its files, or is killed.
+    """
     run = make_run(
         model, folder, held=False, adapter={"kind": "none"}, parallel={"shard": 2},
         train={"duration": "6 steps"}, checkpoint={"keep": 9},
@@ -129,7 +132,9 @@ def test_one_process_opens_and_exports_what_two_ranks_wrote(tiny, tmp_path, caps
 
 
 def files_read_to_hash(model: Path, folder: Path) -> list[str]:
-    """Names of the files that this rank reads for their checksums in one start, checkpoint by checkpoint."""
+    """Names of the files that this rank reads for their checksums in one start, checkpoint by
+    checkpoint.
+    """
     names = []
     digest = manifest.digest_of_file
 
@@ -151,7 +156,9 @@ def files_read_to_hash(model: Path, folder: Path) -> list[str]:
 def test_each_rank_hashes_what_it_writes_and_a_share_at_a_resume(
     tiny: Path, tmp_path: Path
 ) -> None:
-    """Parts are hashed while they are written, so none is read again; at a resume no file is read by two ranks."""
+    """Parts are hashed while they are written, so none is read again; at a resume no file is read
+    by two ranks.
+    """
     saved = run_ranks(2, files_read_to_hash, tiny, tmp_path)
     parts = [path.name for path in (tmp_path / "run/checkpoint-6/state").glob("*.distcp")]
     assert len(parts) == 2

@@ -1,4 +1,6 @@
-"""Checkpoints written in the background: what is reported of them holds, whatever the thread is doing."""
+"""Checkpoints written in the background: what is reported of them holds, whatever the thread is
+doing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What goes wrong before the first step: recipes, rows, models, adapters, folders and command lines."""
+"""What goes wrong before the first step: recipes, rows, models, adapters, folders and command
+lines.
+"""
 
 from __future__ import annotations
 

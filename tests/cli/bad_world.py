@@ -1,4 +1,6 @@
-"""A user's folder in which one thing is wrong: files to spoil, commands to type, and what must be true afterwards."""
+"""A user's folder in which one thing is wrong: files to spoil, commands to type, and what must be
+true afterwards.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
 
 @dataclass
 class World:
-    """A folder with rows and a good small recipe; each method spoils a part, and returns its path or a command line.
+    """A folder with rows and a good small recipe; each method spoils a part, and returns its path
+    or a command line.
 
     tiny: the good model. template: a folder with a run of four of eight steps (see `begun`).
     """
@@ -76,7 +79,9 @@ class World:
         return self.train(tiny=self.model(spoil), **changes)
 
     def begun(self) -> Path:
-        """A copy of a run that took four of its steps: checkpoint-2, checkpoint-4, final; its recipe beside it."""
+        """A copy of a run that took four of its steps: checkpoint-2, checkpoint-4, final; its
+        recipe beside it.
+        """
         assert self.template is not None
         shutil.copytree(self.template, self.folder, dirs_exist_ok=True)
         for file in (self.folder / "recipe.yaml", self.out / "config.yaml"):
@@ -121,7 +126,9 @@ class World:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file, folder and link below `folder` with the hash of its content; a lock file is no content."""
+    """Every file, folder and link below `folder` with the hash of its content; a lock file is no
+    content.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -135,12 +142,14 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 class Case:
-    """One bad input: what is typed, the exit code, the place that is named, and facts that the message holds.
+    """One bad input: what is typed, the exit code, the place that is named, and facts that the
+    message holds.
 
     Args:
         make: spoils the world and returns the command line.
         where: a part of the place: a file with its line, a key, an option.
-        facts: names, numbers, commands and options that the error, its reason or its fix must contain; no sentences.
+        facts: names, numbers, commands and options that the error, its reason or its fix must
+            contain; no sentences.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""Random bad inputs: a good recipe, its rows, its model, its run or its command line, spoilt by what a seed draws."""
+"""Random bad inputs: a good recipe, its rows, its model, its run or its command line, spoilt by
+what a seed draws.
+"""
 
 from __future__ import annotations
 

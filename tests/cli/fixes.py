@@ -1,6 +1,8 @@
-"""Every fix that a message proposes, collected from the sources: the texts of `fix` arguments, variables and tables.
+"""Every fix that a message proposes, collected from the sources: the texts of `fix` arguments,
+variables and tables.
 
-What a fix takes in at run time, such as the name of a file, stands in it as a hostile name: see `collect`.
+What a fix takes in at run time, such as the name of a file, stands in it as a hostile name: see
+`collect`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ FINDINGS = ROOT / "src" / "tunesmith" / "launch" / "doctor" / "findings.json"
 
 
 class Fix(NamedTuple):
-    """The text of a fix: `parts` are text as it stands, and expressions, whose source is in a tuple of one."""
+    """The text of a fix: `parts` are text as it stands, and expressions, whose source is in a tuple
+    of one.
+    """
 
     place: str
     parts: tuple[str | tuple[str], ...]
@@ -73,7 +77,9 @@ def values_of_fix(node: ast.AST) -> Iterator[ast.expr]:
 
 
 def collect() -> list[Fix]:
-    """All fixes of the sources that are texts, then those of the doctor's table; a variable is met where it is set."""
+    """All fixes of the sources that are texts, then those of the doctor's table; a variable is met
+    where it is set.
+    """
     fixes = []
     for file in sorted(path for folder in SOURCES for path in folder.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):

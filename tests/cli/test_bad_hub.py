@@ -1,6 +1,8 @@
-"""A Hub that says no, through the command line: a stand-in server that speaks its protocol, and one child process.
+"""A Hub that says no, through the command line: a stand-in server that speaks its protocol, and one
+child process.
 
-The child imports the libraries once, because they read HF_ENDPOINT as they are imported, and runs every command there.
+The child imports the libraries once, because they read HF_ENDPOINT as they are imported, and runs
+every command there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Whatever is wrong before the first step: an exit code, what, where and a fix; and nothing is touched."""
+"""Whatever is wrong before the first step: an exit code, what, where and a fix; and nothing is
+touched.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What goes wrong with a run that has begun: torn files, changed recipes and data, full disks, NaN; and nothing is lost.
+"""What goes wrong with a run that has begun: torn files, changed recipes and data, full disks, NaN;
+and nothing is lost.
 
-Each start that is refused leaves every file as it was; each run that fails leaves failure.json and its last whole
-checkpoint, and the same command goes on from there once the fault is mended.
+Each start that is refused leaves every file as it was; each run that fails leaves failure.json and
+its last whole checkpoint, and the same command goes on from there once the fault is mended.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ pytestmark = pytest.mark.slow
 SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 
 
-# --- starts that are refused ----------------------------------------------------------------------------------------
+# --- starts that are refused
+# ----------------------------------------------------------------------------------------
 
 
 def foreign(world: World) -> None:
@@ -77,7 +79,9 @@ REFUSED: dict[str, tuple[Callable[[World], object], list[str], str, str, str]] =
 
 
 def resealed(name: str, content: bytes) -> Callable[[World], None]:
-    """A checkpoint that is whole by its manifest, as one of another version may be, and that cannot be read."""
+    """A checkpoint that is whole by its manifest, as one of another version may be, and that cannot
+    be read.
+    """
 
     def spoil(world: World) -> None:
         from tunesmith.checkpoint.manifest import flush_files, write_manifest
@@ -177,7 +181,8 @@ def test_what_is_forced_goes_on(world: World, capsys: Capture) -> None:
     assert code == EXIT_OK, err
 
 
-# --- torn checkpoints -----------------------------------------------------------------------------------------------
+# --- torn checkpoints
+# -----------------------------------------------------------------------------------------------
 
 WHOLE = ["adapter_config.json", "adapter_model.safetensors", "state/optimizer.safetensors", "state/progress.json",
          "tokenizer.json", "manifest.json"]  # fmt: skip
@@ -194,7 +199,9 @@ TEARS: dict[str, Callable[[Path], object]] = {
 def test_a_torn_checkpoint_is_passed_over(
     name: str, tear: str, world: World, begun: Path, capsys: Capture
 ) -> None:
-    """The run goes on from the one before, says so, and ends with the numbers of a run that was never torn."""
+    """The run goes on from the one before, says so, and ends with the numbers of a run that was
+    never torn.
+    """
     from tunesmith.checkpoint import replicate
 
     world.begun()
@@ -262,7 +269,8 @@ def test_rests_of_a_kill_are_swept_away(world: World, capsys: Capture) -> None:
     assert not list(world.out.glob(".*.partial"))
 
 
-# --- adapters to begin with -----------------------------------------------------------------------------------------
+# --- adapters to begin with
+# -----------------------------------------------------------------------------------------
 
 
 def grown(folder: Path) -> None:
@@ -313,7 +321,8 @@ def test_an_adapter_that_cannot_be_gone_on_from(name: str, world: World, capsys:
     assert snapshot(world.folder) == before
 
 
-# --- verbs on torn runs ---------------------------------------------------------------------------------------------
+# --- verbs on torn runs
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", ["chat", "generate", "eval", "merge"])
@@ -332,7 +341,8 @@ def test_verbs_take_the_newest_whole_one_and_refuse_a_torn_one_by_name(
     assert snapshot(world.folder) == before
 
 
-# --- caches ---------------------------------------------------------------------------------------------------------
+# --- caches
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spoil", ["a file", "torn", "foreign"])
@@ -353,7 +363,8 @@ def test_a_spoilt_token_cache_costs_time_only(
     assert spoil != "a file" or cache.read_text() == "mine"
 
 
-# --- files of a run that are not what they should be ----------------------------------------------------------------
+# --- files of a run that are not what they should be
+# ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "env.json", "log.txt"])

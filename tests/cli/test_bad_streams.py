@@ -1,4 +1,6 @@
-"""Standard streams that are closed, full or unread, and interrupts before there is anything to save."""
+"""Standard streams that are closed, full or unread, and interrupts before there is anything to
+save.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`tunesmith bench` as typed: a shape and a recipe end to end, what is written, and what is refused."""
+"""`tunesmith bench` as typed: a shape and a recipe end to end, what is written, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +185,9 @@ def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
 def test_an_ablation_end_to_end(
     tiny: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the recipe and what it changes each figure is there, the change was made, and one that fails costs only itself."""
+    """Of the recipe and what it changes each figure is there, the change was made, and one that
+    fails costs only itself.
+    """
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
     monkeypatch.setattr(ablation.subprocess, "run", partial(run_python, prepare=take_small_peak))
@@ -210,7 +214,9 @@ def test_an_ablation_end_to_end(
 def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(
     tmp_path: Path,
 ) -> None:
-    """Commands of other programs stand in for bench: what they write and how they end is all that counts."""
+    """Commands of other programs stand in for bench: what they write and how they end is all that
+    counts.
+    """
     figures = {"figures": {"tokens_per_second": 10.0, "peak_memory_gib": 1.0, "last_loss": 2.0}}
     good = [
         sys.executable,
@@ -257,7 +263,9 @@ def test_a_variant_that_a_recipe_has_not_is_refused(
 def test_plain_code_in_place_of_a_technique_shares_its_turns(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """benchmarks/speed/ablation.py: both variants ran, on other code, which gives the same loss in fp32."""
+    """benchmarks/speed/ablation.py: both variants ran, on other code, which gives the same loss in
+    fp32.
+    """
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
     names = ["grouped adapters", "fused modules"]

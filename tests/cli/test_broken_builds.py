@@ -1,4 +1,6 @@
-"""`tunesmith selfcheck` fails on builds that train wrongly: each is a change of the engine, made inside every rank."""
+"""`tunesmith selfcheck` fails on builds that train wrongly: each is a change of the engine, made
+inside every rank.
+"""
 
 from __future__ import annotations
 

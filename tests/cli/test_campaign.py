@@ -1,6 +1,7 @@
 """Random bad inputs: no traceback, no internal error, no hang, and no file of the user's touched.
 
-`CAMPAIGN=500 pytest tests/cli/test_campaign.py` takes 500 of them, from seed 0 on; `CAMPAIGN=317-317` one.
+`CAMPAIGN=500 pytest tests/cli/test_campaign.py` takes 500 of them, from seed 0 on;
+`CAMPAIGN=317-317` one.
 """
 
 from __future__ import annotations

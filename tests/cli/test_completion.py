@@ -41,7 +41,8 @@ NOT_OFFERED = {
     "tunesmith generate ru": "train",
     "tunesmith train --f": "--json",
 }
-# what a tab makes of it, where one thing alone is offered; a key has no space behind it, all else has
+# what a tab makes of it, where one thing alone is offered; a key has no space behind it, all else
+# has
 COMPLETED = {
     "tunesmith comple": "tunesmith completion ",
     "tunesmith train mine.yaml train.le": "tunesmith train mine.yaml train.learning_rate=",
@@ -89,7 +90,9 @@ def assert_offered(shell: str, line: str, offered: list[str]) -> None:
 
 @pytest.mark.parametrize("line", OFFERED)
 def test_bash_offers(line: str, place: Path) -> None:
-    """By the function that bash would call, with the words as bash parts them: `=` is one of its own."""
+    """By the function that bash would call, with the words as bash parts them: `=` is one of its
+    own.
+    """
     words = re.findall(r"=|[^\s=]+", line) + [""] * line.endswith(" ")
     script = """source ./bash; COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); compopt() { :; }
         name=$(complete -p tunesmith); name=${name##*-F }; ${name% tunesmith}; printf '%s\\n' "${COMPREPLY[@]}" """

@@ -1,4 +1,6 @@
-"""A sample of `benchmarks/faults/damaged_runs.py`: random damage under every command that reads a run directory."""
+"""A sample of `benchmarks/faults/damaged_runs.py`: random damage under every command that reads a
+run directory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Runs that fail after they began: numbers that are not finite, full disks; what was saved stays, and they go on."""
+"""Runs that fail after they began: numbers that are not finite, full disks; what was saved stays,
+and they go on.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ def test_a_learning_rate_that_blows_up_keeps_the_last_good_checkpoint(
 def test_a_full_disk(
     world: World, small_disk: Path, held: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the first checkpoint or a later one: exit 1, whole ones stay, and with room the run ends as it should."""
+    """At the first checkpoint or a later one: exit 1, whole ones stay, and with room the run ends
+    as it should.
+    """
     import tunesmith.training.build
 
     # It would refuse to begin
@@ -155,7 +159,9 @@ def test_a_fix_for_a_full_disk_is_one_that_helps(
 def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a machine of a megabyte; the model in full takes 18 bytes a parameter, and without masters and in 8 bits six."""
+    """On a machine of a megabyte; the model in full takes 18 bytes a parameter, and without masters
+    and in 8 bits six.
+    """
 
     def small(*args: Any) -> Machine:
         return replace(probe_machine(*args), card_bytes=1 << 20, free_bytes=1 << 20)
@@ -204,7 +210,9 @@ def small_files() -> None:
 
 
 def test_a_limit_on_the_size_of_files(world: World, capsys: Capture) -> None:
-    """Needs no root: what is written grows too large inside a checkpoint, of a run that has an earlier one."""
+    """Needs no root: what is written grows too large inside a checkpoint, of a run that has an
+    earlier one.
+    """
     run = world.begun()
     kept = snapshot(run / "checkpoint-4")
     done = run_warm(world.again(), prepare=small_files)

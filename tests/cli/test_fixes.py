@@ -1,4 +1,6 @@
-"""Every fix that a message proposes can be pasted: flags and keys exist, names are quoted, and commands do what they say."""
+"""Every fix that a message proposes can be pasted: flags and keys exist, names are quoted, and
+commands do what they say.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ PROGRAMS = (
 COMMAND = re.compile(
     rf"(?:(?<=^)|(?<=[\s(`]))(?:[A-Z_]+=\S+ )?({'|'.join(PROGRAMS)}) (?=[\w'\"<./-])"
 )
-# An expression in a command: quoted by one of the functions for it, or of a form in which nothing needs quotes.
+# An expression in a command: quoted by one of the functions for it, or of a form in which nothing
+# needs quotes.
 QUOTED = re.compile(r"^(shell_word|shell_path|shell_command|_new_name|_jq_key)\(")
 PLAIN = (
     "numbers[i]",
@@ -106,7 +109,9 @@ def kind_of(fix: Fix) -> str:
 
 
 def test_every_fix_is_of_a_known_kind() -> None:
-    """How many there are of each kind is shown with -rA; a collector that finds none would pass unread."""
+    """How many there are of each kind is shown with -rA; a collector that finds none would pass
+    unread.
+    """
     counts = Counter(kind_of(fix) for fix in FIXES)
     print(
         f"{len(FIXES)} fixes: {dict(counts)}; {sum(len(commands_of(fix.text)) for fix in FIXES)} commands"
@@ -206,7 +211,9 @@ def test_a_word_comes_back_from_a_shell(value: str, tmp_path: Path) -> None:
 
 
 def test_the_doctors_fixes_are_lines_of_a_shell(tmp_path: Path) -> None:
-    """Each as the doctor would say it of a machine with hostile names; remarks stand in brackets behind four spaces."""
+    """Each as the doctor would say it of a machine with hostile names; remarks stand in brackets
+    behind four spaces.
+    """
     checked = 0
     for case, texts in TEXTS.items():
         names = {name for text in texts for name in re.findall(r"{(\w+)", text)} - {"host"}
@@ -239,7 +246,9 @@ def file_of(folder: Path, suffix: str, content: bytes) -> Path:
 
 
 def reading(folder: Path, suffix: str, content: bytes) -> Callable[[], object]:
-    """Read rows from a file of that content, with a hostile name without its folder: it begins with a dash."""
+    """Read rows from a file of that content, with a hostile name without its folder: it begins with
+    a dash.
+    """
     name = file_of(folder, suffix, content).name
 
     def read() -> object:
@@ -318,7 +327,9 @@ def test_keys_that_are_proposed_can_be_given(tmp_path: Path) -> None:
 def test_commands_of_ours_that_are_pasted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`tunesmith` itself, started by the shell from the fix: a folder is made, then a recipe is copied over another."""
+    """`tunesmith` itself, started by the shell from the fix: a folder is made, then a recipe is
+    copied over another.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "tunesmith").symlink_to(Path(sys.prefix, "bin", "tunesmith"))

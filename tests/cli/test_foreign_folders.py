@@ -1,4 +1,6 @@
-"""A start in a folder that holds somebody's files: refused and nothing touched, or trained with each of them left as it was."""
+"""A start in a folder that holds somebody's files: refused and nothing touched, or trained with
+each of them left as it was.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""log.txt holds all that was shown: before the first step, warnings, the block of a failure, the stop, the summary."""
+"""log.txt holds all that was shown: before the first step, warnings, the block of a failure, the
+stop, the summary.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def test_a_failure_and_a_stop(
 
 
 def test_a_warning_of_the_package_in_a_process_of_its_own(world: World) -> None:
-    """A cache that cannot be written is told by logging, which shows it where no program has set it up."""
+    """A cache that cannot be written is told by logging, which shows it where no program has set it
+    up.
+    """
     cache = world.write("cache", "a file")
     done = run_warm(
         world.train("train.duration=2 steps"), env=os.environ | {"TUNESMITH_CACHE": str(cache)}

@@ -56,7 +56,9 @@ def _raising(error: BaseException) -> Callable[[], int]:
 
 
 def test_help_starts_at_once() -> None:
-    """Under 0.4 s with an interpreter's own start, best of three; and nothing heavy is imported on the way."""
+    """Under 0.4 s with an interpreter's own start, best of three; and nothing heavy is imported on
+    the way.
+    """
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -71,7 +73,9 @@ def test_help_starts_at_once() -> None:
 
 
 def test_help_of_each_verb() -> None:
-    """Every verb's help has an example, and comes before anything heavy is imported: in one process, not by any of them."""
+    """Every verb's help has an example, and comes before anything heavy is imported: in one
+    process, not by any of them.
+    """
     help_of_all = f"[print(main([*verb.split(), '--help']), end='\\0') for verb in {[*VERBS]}]"
     shown = _python("-c", MODULES.replace("main(sys.argv[1:])", help_of_all))
     *pages, rest = shown.stdout.split("\0")
@@ -251,7 +255,9 @@ def test_options_between_overrides(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_closed_pipe_is_quiet() -> None:
-    """`tunesmith recipes show ... | head -1`: no complaint, and the status of a process that SIGPIPE ended."""
+    """`tunesmith recipes show ... | head -1`: no complaint, and the status of a process that
+    SIGPIPE ended.
+    """
     script = (
         f"{sys.executable} -c 'import sys, time; from tunesmith.cli.main import main; time.sleep(0.5);"
         ' sys.exit(main(["recipes", "show", "mistral-7b-lora"]))\' | true; echo ${PIPESTATUS[0]}'

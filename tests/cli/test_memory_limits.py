@@ -1,4 +1,7 @@
-"""Limits on memory, real ones: a control group and `ulimit`. What cannot fit is refused before the first step."""
+"""Limits on memory, real ones: a control group and `ulimit`.
+
+What cannot fit is refused before the first step.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +156,10 @@ except MachineError as error:
 
 
 def test_weights_that_a_limit_cannot_hold_are_refused(model: Path) -> None:
-    """38 million parameters in fp32 take 150 MB. Of data, not of address space: the file is mapped before it is read."""
+    """38 million parameters in fp32 take 150 MB.
+
+    Of data, not of address space: the file is mapped before it is read.
+    """
     done = run_warm([model], program=LOADED_TWICE)
     assert done.returncode == EXIT_OK, done.stderr
     what, where, fix = json.loads(done.stdout)

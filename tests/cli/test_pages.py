@@ -1,4 +1,6 @@
-"""The pages of docs/ beside the code they speak of: rows and what they become, words of other tools, memory."""
+"""The pages of docs/ beside the code they speak of: rows and what they become, words of other
+tools, memory.
+"""
 
 from __future__ import annotations
 

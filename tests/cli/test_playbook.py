@@ -1,4 +1,6 @@
-"""The four playbook scripts: every flag has an effect, and rows, order, text and closing lines are theirs."""
+"""The four playbook scripts: every flag has an effect, and rows, order, text and closing lines are
+theirs.
+"""
 
 from __future__ import annotations
 
@@ -203,7 +205,8 @@ def test_the_recipe_holds_the_rules_of_every_recipe(script: str, tmp_path: Path)
     assert from_mapping(to_mapping(run), where=script, base=tmp_path) == run
 
 
-# --- rows, order, text ----------------------------------------------------------------------------------------------
+# --- rows, order, text
+# ----------------------------------------------------------------------------------------------
 
 ROWS = [
     {"instruction": f"say {i}", "input": "loudly" if i % 3 else "", "output": f"{i}!"}
@@ -244,7 +247,9 @@ THEIRS = (
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("row", ROWS[:2])
 def test_text_and_mask_are_theirs(tmp_path: Path, row: dict[str, str], bos: bool) -> None:
-    """Every token carries loss as in theirs; with `--train_on response` the answer and its end token alone."""
+    """Every token carries loss as in theirs; with `--train_on response` the answer and its end
+    token alone.
+    """
     from tunesmith.data.formats import convert_row
     from tunesmith.data.template import select_template
 
@@ -314,7 +319,8 @@ def test_ranks_wait_for_the_rows_of_their_node_and_leave_them_to_it(tmp_path: Pa
     assert not folder.exists()
 
 
-# --- where it goes, what is said ------------------------------------------------------------------------------------
+# --- where it goes, what is said
+# ------------------------------------------------------------------------------------
 
 
 def test_without_output_dir_each_set_of_training_flags_has_its_folder() -> None:
@@ -455,7 +461,8 @@ def test_each_file_is_its_own_script_and_shows_its_help_without_torch(script: st
     assert "torch" not in imported
 
 
-# --- end to end -----------------------------------------------------------------------------------------------------
+# --- end to end
+# -----------------------------------------------------------------------------------------------------
 
 
 def run_script(script: str, tiny: Path, data: Path, out: Path, *flags: str) -> int:

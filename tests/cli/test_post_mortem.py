@@ -1,5 +1,6 @@
-"""How a run ended is named with its likely cause: by the run, by the next start where the run could not, by a command that finds
-it before. Hangs and cut links: `parallel/test_heartbeat.py`; gated models: `hub/test_hub.py`; full disks and numbers that are not finite: `test_failed_runs.py`.
+"""How a run ended is named with its likely cause: by the run, by the next start where the run could
+not, by a command that finds it before. Hangs and cut links: `parallel/test_heartbeat.py`; gated
+models: `hub/test_hub.py`; full disks and numbers that are not finite: `test_failed_runs.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Progress without a terminal: one line at the end of each count, on stderr, and none where nothing was done."""
+"""Progress without a terminal: one line at the end of each count, on stderr, and none where nothing
+was done.
+"""
 
 from __future__ import annotations
 

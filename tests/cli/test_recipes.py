@@ -32,7 +32,9 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 def test_table_on_a_terminal(
     columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No word is broken: where the line is too short for all columns, the purpose stands for model and method."""
+    """No word is broken: where the line is too short for all columns, the purpose stands for model
+    and method.
+    """
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["recipes"]) == 0

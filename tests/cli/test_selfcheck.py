@@ -1,4 +1,6 @@
-"""`tunesmith selfcheck`: it passes here, and says what it found; `test_broken_builds.py` makes it fail."""
+"""`tunesmith selfcheck`: it passes here, and says what it found; `test_broken_builds.py` makes it
+fail.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`generate`, `chat`, `eval` and `merge` by their command lines: what is written, what goes where, and every wrong use."""
+"""`generate`, `chat`, `eval` and `merge` by their command lines: what is written, what goes where,
+and every wrong use.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# --- generate -------------------------------------------------------------------------------------------------------
+# --- generate
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_generate_adds_an_answer_to_every_row_in_order(
@@ -293,7 +296,8 @@ def test_ctrl_c_keeps_what_is_written(run: Path, tmp_path: Path) -> None:
     assert 0 < len(found) < 4000
 
 
-# --- chat -----------------------------------------------------------------------------------------------------------
+# --- chat
+# -----------------------------------------------------------------------------------------------------------
 
 
 def chat(monkeypatch: pytest.MonkeyPatch, text: str, *words: str) -> int:
@@ -413,7 +417,10 @@ ECHO = "hello\r\n"  # a question is on its way
 def on_a_terminal(
     command: list[str], steps: list[tuple[str, bytes]], *, columns: int
 ) -> tuple[str, int]:
-    """Run a command on a pseudo-terminal; for each step wait for a text, then type. All that was shown, and the exit code."""
+    """Run a command on a pseudo-terminal; for each step wait for a text, then type.
+
+    All that was shown, and the exit code.
+    """
     terminal, own = pty.openpty()
     fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")} | {
@@ -437,7 +444,8 @@ def on_a_terminal(
                 )
                 return shown, code
         seen = len(shown)
-        # A signal between the prompt and Python's wait for a key is only seen at the next key; no one types so fast.
+        # A signal between the prompt and Python's wait for a key is only seen at the next key; no
+        # one types so fast.
         time.sleep(0 if typed != b"\x03" else 0.15 if wanted == ECHO else 0.5)
         os.write(terminal, typed)
     raise AssertionError("unreachable")
@@ -469,7 +477,8 @@ def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(run: Path) -> None:
     assert "(stopped)" in shown
 
 
-# --- eval -----------------------------------------------------------------------------------------------------------
+# --- eval
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_eval_compares_base_and_tuned(
@@ -611,7 +620,8 @@ def test_eval_of_a_full_run_loads_its_base_after_it(
     assert "base" not in json.loads(capsys.readouterr().out)
 
 
-# --- merge ----------------------------------------------------------------------------------------------------------
+# --- merge
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_merge_prints_its_check_and_the_next_command(

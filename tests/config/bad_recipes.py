@@ -1,7 +1,7 @@
 """Recipes that must be refused, each with what the error says, where, and the fix: one table.
 
-A row is (name, recipe text, overrides, in `what`, in `where`, in `fix`). The text's lines count from 1; BASE is put
-before a text that begins with "+", and has 3 lines.
+A row is (name, recipe text, overrides, in `what`, in `where`, in `fix`). The text's lines count
+from 1; BASE is put before a text that begins with "+", and has 3 lines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Every wrong recipe is refused with what, where and the fix, and with the exit code of a usage error."""
+"""Every wrong recipe is refused with what, where and the fix, and with the exit code of a usage
+error.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def test_refused(bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_table_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base of all rows is a good recipe, so that each row is refused for its own fault; names are unique."""
+    """The base of all rows is a good recipe, so that each row is refused for its own fault; names
+    are unique.
+    """
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(BASE)
     assert load_recipe("r.yaml").model.name == "org/model"

@@ -15,7 +15,8 @@ from tunesmith.config.schema import Adapter, Data, Log, Model, Run, Source, Trai
 from tunesmith.config.tree import read_value
 from tunesmith.units import Length, Size
 
-# Text that YAML can hold: no lone surrogates, no control characters, which no file of UTF-8 YAML carries either.
+# Text that YAML can hold: no lone surrogates, no control characters, which no file of UTF-8 YAML
+# carries either.
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=30) | st.sampled_from(
     ["yes", "3e-4", "null", "~", "0x10", "1_0", "- a", "a: b", "#x", "*a", "&a", "!t", "%", "a\nb\n", " x ", "'", '"', "\\", "\t", "🙂", "\x85", "\u2028", "\ufeff", "\x07"]
 )  # fmt: skip
@@ -160,6 +161,8 @@ def test_duration_by_the_clock_and_in_other_units(run: Run) -> None:
 
 
 def test_digest_is_stable(run: Run) -> None:
-    """The same recipe has the same digest in another process and version: config.yaml of old runs must match."""
+    """The same recipe has the same digest in another process and version: config.yaml of old runs
+    must match.
+    """
     assert digest(run) == digest(load_recipe("llama3.1-8b-lora"))
     assert len(digest(run)) == 64

@@ -1,4 +1,6 @@
-"""What an editor is told of a recipe: every shipped one is valid, and what types and bounds refuse is not."""
+"""What an editor is told of a recipe: every shipped one is valid, and what types and bounds refuse
+is not.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ from .bad_recipes import _EXTENDS, _FORM, _KEYS, _PATHS, _RULES, _TYPES, BASE, B
 
 FILE = shipped()["smollm2-135m-lora"].with_name("schema.json")
 
-# Bad values that JSON Schema has no words for: 8.0 is an integer there, a number is finite as it is written, and amounts
-# and their roundness are read from text.
+# Bad values that JSON Schema has no words for: 8.0 is an integer there, a number is finite as it is
+# written, and amounts and their roundness are read from text.
 UNSAID = {
     "fraction", "infinite", "overflow", "not a number", "half an example", "half a step", "1e300 examples",
     "5,000 digits of steps",
@@ -39,7 +41,9 @@ def schema() -> Draft7Validator:
 
 
 def values_of(bad: Bad) -> Any:
-    """The recipe of a row with its overrides, as an editor would see it written; None if it cannot be read so far."""
+    """The recipe of a row with its overrides, as an editor would see it written; None if it cannot
+    be read so far.
+    """
     Path("r.yaml").write_text(bad.recipe, encoding="utf-8")
     try:
         return merge_layers(read_file(Path("r.yaml")), override_layer(bad.overrides), None).plain()
@@ -107,7 +111,9 @@ def test_what_extends_may_be_partial_and_clear(schema: Draft7Validator) -> None:
 def test_it_refuses_the_table_of_bad_recipes(
     schema: Draft7Validator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All wrong keys and types but the few of UNSAID; rules over several keys, paths and broken YAML are not its matter."""
+    """All wrong keys and types but the few of UNSAID; rules over several keys, paths and broken
+    YAML are not its matter.
+    """
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(BASE)
     schema.validate(read_file(Path("r.yaml")).plain())

@@ -1,4 +1,6 @@
-"""A recipe over another, and the command line over both: what a new source leaves behind, and what can be cleared."""
+"""A recipe over another, and the command line over both: what a new source leaves behind, and what
+can be cleared.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def child(text: str) -> Run:
 
 
 def test_a_new_source_keeps_only_the_keys_beside_it(parent: Path) -> None:
-    """In a child and on the command line, in any order; no validation rows are taken from other rows."""
+    """In a child and on the command line, in any order; no validation rows are taken from other
+    rows.
+    """
     rows, both = (
         Source(source="org/mine", format="text"),
         ["data.train.source=org/mine", "data.train.format=text"],
@@ -87,7 +91,9 @@ def test_the_same_name_in_another_folder_is_another_file(parent: Path) -> None:
 
 
 def test_validation_rows_of_their_own(parent: Path) -> None:
-    """A layer's own validation counts beside its new rows, and a new validation source is as new as one to train on."""
+    """A layer's own validation counts beside its new rows, and a new validation source is as new as
+    one to train on.
+    """
     own = child("data: {train: {source: org/mine}, validation: {source: org/held}}\n").data
     assert own.validation == (Source(source="org/held"),)
     assert load_recipe(parent, ["data.validation.source=org/held"]).data.validation == (
@@ -153,7 +159,9 @@ def test_what_a_new_source_leaves_behind_is_said(parent: Path) -> None:
     ],
 )
 def test_what_a_parent_gave_can_be_cleared(parent: Path, key: str, value: str) -> None:
-    """What a child or the command line may set back to nothing: the key's own empty value, or null where it takes one."""
+    """What a child or the command line may set back to nothing: the key's own empty value, or null
+    where it takes one.
+    """
     *sections, name = key.split(".")
     flow = (
         "".join(f"{section}: {{" for section in sections) + f"{name}: {value}" + "}" * len(sections)
@@ -180,7 +188,9 @@ def test_what_a_parent_gave_can_be_cleared(parent: Path, key: str, value: str) -
     ],
 )  # fmt: skip
 def test_no_value_is_not_the_default(parent: Path, key: str) -> None:
-    """`train.learning_rate=$LR` of an unset variable; a null in a file over another, and from Python."""
+    """`train.learning_rate=$LR` of an unset variable; a null in a file over another, and from
+    Python.
+    """
     *sections, name = key.split(".")
     lines = [f"{'  ' * depth}{section}:" for depth, section in enumerate(sections)]
     for empty in ("", " null", " ~"):
@@ -234,7 +244,9 @@ def test_null_where_null_is_a_value(parent: Path) -> None:
 
 
 def test_extends_is_followed_so_far(parent: Path) -> None:
-    """Each recipe is read within another's reading: without a bound, 1,500 of them end the interpreter's stack."""
+    """Each recipe is read within another's reading: without a bound, 1,500 of them end the
+    interpreter's stack.
+    """
     Path("0.yaml").write_text(BASE)
     for i in range(1, 1500):
         Path(f"{i}.yaml").write_text(f"extends: {i - 1}.yaml\n")

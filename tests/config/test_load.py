@@ -94,7 +94,9 @@ def test_overrides_in_order(recipe: Path) -> None:
 
 
 def test_overrides_of_a_mapping_keep_their_types(recipe: Path) -> None:
-    """From Python nothing is read as YAML: `on` and `null` in quotes are text, and a Path is a path."""
+    """From Python nothing is read as YAML: `on` and `null` in quotes are text, and a Path is a
+    path.
+    """
     overrides = {
         "train.learning_rate": 2e-4,
         "train.clip_norm": None,
@@ -138,7 +140,9 @@ def test_a_wrong_override_of_a_mapping_is_named(
 
 
 def test_overrides_of_sources(recipe: Path) -> None:
-    """A single source and a list of them take the same key, with the index left out where there is one."""
+    """A single source and a list of them take the same key, with the index left out where there is
+    one.
+    """
     for key in ("data.train.split", "data.train.0.split"):
         assert load_recipe(recipe, [f"{key}=train[:10%]"]).data.train[0].split == "train[:10%]"
     two = "data.train=[{source: a/b}, {source: c/d, weight: 2}]"
@@ -224,7 +228,9 @@ def test_from_mapping_takes_plain_values_only() -> None:
 
 
 def test_names_of_other_tools_lead_to_real_keys() -> None:
-    """Every line of the table begins with a key of the recipe, and no name in it is a key of the recipe's top."""
+    """Every line of the table begins with a key of the recipe, and no name in it is a key of the
+    recipe's top.
+    """
     table = other_tools("keys")
     assert len(table) >= 50
     for name, line in table.items():

@@ -1,4 +1,6 @@
-"""Every shipped recipe loads, and carries the values that its source gives; the reference page is up to date."""
+"""Every shipped recipe loads, and carries the values that its source gives; the reference page is
+up to date.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from tunesmith.units import Length, Size
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The four playbook scripts and the two files of the Slurm guide: (model, adapter, rank, alpha, batch, rate, rows).
-# Batch and rows of the 70B LoRA are ours: 4 examples, as in the script, are too few to hide the gathers of shards over a pair.
+# The four playbook scripts and the two files of the Slurm guide: (model, adapter, rank, alpha,
+# batch, rate, rows). Batch and rows of the 70B LoRA are ours: 4 examples, as in the script, are too
+# few to hide the gathers of shards over a pair.
 SCRIPTS = {
     "llama3.2-3b-full": (
         "meta-llama/Llama-3.2-3B-Instruct",

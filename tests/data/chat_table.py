@@ -1,7 +1,8 @@
-"""Conversations, and each template's form once more in plain Python: what must be learnt, written down as segments.
+"""Conversations, and each template's form once more in plain Python: what must be learnt, written
+down as segments.
 
-A form gives a list of (text, learnt). It shares no code and no method with the package: no Jinja, no marks. `None`
-says that the form cannot hold the conversation, and the package must refuse it.
+A form gives a list of (text, learnt). It shares no code and no method with the package: no Jinja,
+no marks. `None` says that the form cannot hold the conversation, and the package must refuse it.
 """
 
 from __future__ import annotations
@@ -528,7 +529,9 @@ FORMS: dict[str, tuple[Callable[[list[Message], Any], Segments], str, str, list[
 
 
 def conversations(end: str = "", head: str = "") -> Iterator[tuple[str, list[Message], Any]]:
-    """(name, messages, tools) of every conversation, with a form's own words where END, HEAD and BOS stand."""
+    """(name, messages, tools) of every conversation, with a form's own words where END, HEAD and
+    BOS stand.
+    """
     for name, (messages, tools) in CONVERSATIONS.items():
         yield name, _filled(messages, end, head), _filled(tools, end, head)
 

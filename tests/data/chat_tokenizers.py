@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-# Merges such as "\n" + " ", ":" + "\n\n" and "> " make tokens that lie across the start of an answer.
+# Merges such as "\n" + " ", ":" + "\n\n" and "> " make tokens that lie across the start of an
+# answer.
 _CORPUS = [
     "assistant\n  user\n\n The answer: \n\n### Response:\nThe <|x|> [INST] so [/INST] I see.\n\n\n```py\n    return 1\n",
     'user\n\nWhat is it? {"name": "weather", "parameters": {"place": "Oslo"}} model\n    indented\n: "so"\n]) -- done:',
@@ -17,9 +18,10 @@ _CORPUS = [
 def train(kind: str, special: tuple[str, ...], adds_bos: bool, strips: bool = False) -> Any:
     """A fast tokenizer.
 
-    kind: `bytes` (byte-level as Llama 3's, merging across words), `trimmed` (the same with cut offsets, and text
-        normalised to NFC, as Qwen's) or `pieces` (as SentencePiece's: blanks as "▁", bytes for what is unknown).
-    strips: special tokens swallow the blanks to their right, as Phi 3's.
+    kind: `bytes` (byte-level as Llama 3's, merging across words), `trimmed` (the same with cut
+    offsets, and text normalised to NFC, as Qwen's) or `pieces` (as SentencePiece's: blanks as "▁",
+    bytes for what is unknown). strips: special tokens swallow the blanks to their right, as Phi
+    3's.
     """
     from tokenizers import (
         AddedToken,

@@ -280,7 +280,9 @@ def test_answers_of_the_hub(
 
 
 class _Gate(BaseHTTPRequestHandler):
-    """The Hub's answer for what may not be read: the status is the first part of the path's repository name."""
+    """The Hub's answer for what may not be read: the status is the first part of the path's
+    repository name.
+    """
 
     def do_GET(self) -> None:
         status, code = (403, "GatedRepo") if "gated" in self.path else (401, "RepoNotFound")
@@ -304,7 +306,9 @@ class _Gate(BaseHTTPRequestHandler):
     ],
 )
 def test_a_hub_that_refuses(tmp_path: Path, name: str, what: str, fix: str) -> None:
-    """By the Hub's own protocol, against a server on this machine; in a process of its own, as HF_ENDPOINT is read once."""
+    """By the Hub's own protocol, against a server on this machine; in a process of its own, as
+    HF_ENDPOINT is read once.
+    """
     with ThreadingHTTPServer(("127.0.0.1", 0), _Gate) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = (

@@ -1,4 +1,6 @@
-"""Each clause of the token contract: what breaks it is named, and what holds says how much was checked."""
+"""Each clause of the token contract: what breaks it is named, and what holds says how much was
+checked.
+"""
 
 from __future__ import annotations
 

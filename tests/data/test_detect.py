@@ -1,4 +1,6 @@
-"""Rows of many shapes: which format is found, in which columns, and what is asked for instead of guessed."""
+"""Rows of many shapes: which format is found, in which columns, and what is asked for instead of
+guessed.
+"""
 
 from __future__ import annotations
 

@@ -79,7 +79,8 @@ def test_the_seed_and_the_epoch_fix_the_order() -> None:
     assert schedule().examples(3) != schedule(seed=43).examples(3)
     assert schedule().examples(3) != schedule().examples(67)  # the same place in the next epoch
     assert schedule(shuffle=False).examples(3) == list(range(24, 32))
-    # Written down once: raw Philox output may not change with numpy, and a resumed run depends on it.
+    # Written down once: raw Philox output may not change with numpy, and a resumed run depends on
+    # it.
     assert schedule(lengths=np.full(8, 5)).examples(0) == GOLDEN
 
 
@@ -138,7 +139,9 @@ def test_weights() -> None:
 
 
 def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
-    """(input, targets) of each document with a target, sorted: what a batch teaches, however it is laid out."""
+    """(input, targets) of each document with a target, sorted: what a batch teaches, however it is
+    laid out.
+    """
     ids, targets = batch.input_ids.flatten(), batch.targets.flatten()
     edges = batch.cu_seqlens.tolist()
     parts = [(ids[a:b].tolist(), targets[a:b].tolist()) for a, b in pairwise(edges)]
@@ -324,7 +327,9 @@ def test_batches_are_copied_in_the_thread_and_claimed_where_they_are_taken(make)
 
 @pytest.mark.slow
 def test_the_wait_for_a_copy_is_a_wait_for_data(make) -> None:
-    """What is slow in the thread shows in data_seconds, where the loop was quicker; what was ready costs nothing."""
+    """What is slow in the thread shows in data_seconds, where the loop was quicker; what was ready
+    costs nothing.
+    """
     tokens = make(alpaca(40), seq_len=256)
     c = schedule(lengths=tokens.lengths)
 

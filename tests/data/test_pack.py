@@ -22,8 +22,8 @@ def test_every_item_once_and_no_bin_too_full(case: tuple[int, list[int]]) -> Non
     bins = best_fit_decreasing(lengths, capacity)
     assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in b) <= capacity for b in bins)
-    # Johnson et al. 1974: at most 11/9 OPT + 4 bins; OPT is at least the total over the capacity and at least the
-    # number of items longer than half a bin.
+    # Johnson et al. 1974: at most 11/9 OPT + 4 bins; OPT is at least the total over the capacity
+    # and at least the number of items longer than half a bin.
     least = max(-(-sum(lengths) // capacity), sum(2 * n > capacity for n in lengths))
     assert len(bins) >= least
     # Small items: all bins but one are over 3/4 full
@@ -36,7 +36,9 @@ def test_every_item_once_and_no_bin_too_full(case: tuple[int, list[int]]) -> Non
 @settings(max_examples=200, deadline=None)
 @given(cases)
 def test_it_is_best_fit_decreasing(case: tuple[int, list[int]]) -> None:
-    """The same rooms as the definition: longest first, each into the fullest bin that has room, tried one by one."""
+    """The same rooms as the definition: longest first, each into the fullest bin that has room,
+    tried one by one.
+    """
     capacity, lengths = case
     rooms: list[int] = []
     for n in sorted(lengths, reverse=True):

@@ -1,4 +1,6 @@
-"""Templates and rows whose answers cannot be told for certain are refused; public templates are an outside judge."""
+"""Templates and rows whose answers cannot be told for certain are refused; public templates are an
+outside judge.
+"""
 
 from __future__ import annotations
 
@@ -174,14 +176,17 @@ def test_an_end_that_is_no_token_of_its_own_is_refused() -> None:
     assert "model.added_tokens" in caught.value.fix
 
 
-# --- public templates -----------------------------------------------------------------------------------------------
+# --- public templates
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_trls_templates_and_their_training_twins(capsys: pytest.CaptureFixture[str]) -> None:
-    """TRL ships public templates, and twins of them with {% generation %} set by hand: an independent judge.
+    """TRL ships public templates, and twins of them with {% generation %} set by hand: an
+    independent judge.
 
-    A twin may render otherwise (thinking kept, say); where it renders the same text, the masks must be the same.
+    A twin may render otherwise (thinking kept, say); where it renders the same text, the masks must
+    be the same.
     """
     spec = importlib.util.find_spec("trl")
     assert spec is not None

@@ -1,4 +1,6 @@
-"""What is valid but seldom meant is counted and told with its first place; turns that a row leaves untrained."""
+"""What is valid but seldom meant is counted and told with its first place; turns that a row leaves
+untrained.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +152,8 @@ def test_they_are_told_before_the_first_step(tiny: Path, tmp_path: Path) -> None
     )
 
 
-# --- "train": false ---------------------------------------------------------------------------------------------------
+# --- "train": false
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("say", [{"train": False}, {"weight": 0}, {"loss_weight": 0.0}])
@@ -208,7 +211,8 @@ def test_a_row_of_untrained_turns_alone_is_named(tiny: Path, tmp_path: Path) -> 
     assert caught.value.where.endswith("rows.jsonl:2")
 
 
-# --- how many of how many ---------------------------------------------------------------------------------------------
+# --- how many of how many
+# ---------------------------------------------------------------------------------------------
 
 
 def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:

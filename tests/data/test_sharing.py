@@ -1,4 +1,6 @@
-"""Ranks share the micro batches of a step: each example once, equally many micro batches, alike in cost."""
+"""Ranks share the micro batches of a step: each example once, equally many micro batches, alike in
+cost.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ SEQ = 64
 
 
 class Numbered:
-    """What a loader asks of tokens; every token of example i is i + 1, so that a batch tells whose it is."""
+    """What a loader asks of tokens; every token of example i is i + 1, so that a batch tells whose
+    it is.
+    """
 
     def __init__(self, lengths: list[int], *, pairs: bool = False) -> None:
         self.lengths = np.array(lengths, np.int64)
@@ -128,7 +132,8 @@ def test_ranks_share_a_step(
     for name in ("tokens", "supervised", "examples"):
         assert sum(getattr(m, name) for m in micro) == getattr(alone, name), name
 
-    # Equally many micro batches, as few as make room for those of one rank, with numbers of their own.
+    # Equally many micro batches, as few as make room for those of one rank, with numbers of their
+    # own.
     count = -(-len(alone.micro) // world)
     assert {len(batch.micro) for batch in ranks} == {count}
     assert sorted(b.first_micro + k for b in ranks for k in range(count)) == list(
@@ -174,7 +179,8 @@ def test_equal_input_gives_equal_micro_batches(pack: bool) -> None:
                 )
 
 
-# Examples of each micro batch and its rows' length, as one process laid them out before ranks shared them.
+# Examples of each micro batch and its rows' length, as one process laid them out before ranks
+# shared them.
 ONE_RANK = [
     (True, {"micro_batch": Size(128, "tokens")},
      [([11, 0, 8], 127), ([9, 1, 2], 128), ([10, 4, 3, 6, 5, 7], 102)]),
@@ -210,7 +216,9 @@ def test_one_rank_is_as_before(
 
 
 def test_idle_share_is_what_the_costs_of_all_ranks_say() -> None:
-    """Two micro steps on two ranks: by hand 60 and 50, then 40 and 35 tokens, so 15 of 200 are idle."""
+    """Two micro steps on two ranks: by hand 60 and 50, then 40 and 35 tokens, so 15 of 200 are
+    idle.
+    """
     lengths = [60, 50, 40, 35]
     ranks = all_ranks(
         Numbered(lengths),
@@ -226,7 +234,9 @@ def test_idle_share_is_what_the_costs_of_all_ranks_say() -> None:
 @pytest.mark.parametrize("weight", [0.0, 0.02])
 @pytest.mark.parametrize("world", [2, 5, 16])
 def test_micro_steps_are_alike_in_cost(pack: bool, weight: float, world: int) -> None:
-    """Less idle than one rank's micro batches dealt in order; and idle_share is by the definition of cost."""
+    """Less idle than one rank's micro batches dealt in order; and idle_share is by the definition
+    of cost.
+    """
     lengths = np.clip(
         np.random.default_rng(1).lognormal(2.5, 0.8, 256).astype(int), 4, SEQ
     ).tolist()
@@ -251,7 +261,9 @@ def idle(costs: list[list[float]]) -> float:
 
 
 def test_of_one_fixed_shape_attention_is_balanced() -> None:
-    """One long document costs as much attention as many short ones: 64 x 65 / 2 = 2080 pairs, 8 x 9 / 2 = 36."""
+    """One long document costs as much attention as many short ones: 64 x 65 / 2 = 2080 pairs, 8 x 9
+    / 2 = 36.
+    """
     lengths = [64, *[8] * 8]
     ranks = all_ranks(
         Numbered(lengths), schedule(lengths, "9 examples", pack=True), 2,
@@ -304,7 +316,9 @@ def test_balanced_bins(pairs: list[tuple[int, int]], count: int, room: int, most
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 16))
 def test_with_ample_room_no_bin_costs_much_more_than_the_mean(costs: list[int], count: int) -> None:
-    """List scheduling: the bin that ends last had the least cost before its last item (Graham, 1969)."""
+    """List scheduling: the bin that ends last had the least cost before its last item (Graham,
+    1969).
+    """
     bins = balanced_bins(
         np.array(costs, np.float64), np.ones(len(costs), int), count, room=10**6, most=10**6
     )
@@ -315,7 +329,9 @@ def test_with_ample_room_no_bin_costs_much_more_than_the_mean(costs: list[int], 
 
 
 def test_where_the_costliest_first_does_not_fit_best_fit_stays() -> None:
-    """3 + 3 and 2 + 2 + 2 fill two bins of 6; the costliest first puts a 3 into each, and the last 2 finds no room."""
+    """3 + 3 and 2 + 2 + 2 fill two bins of 6; the costliest first puts a 3 into each, and the last
+    2 finds no room.
+    """
     lengths = np.array([3, 3, 2, 2, 2]) * 2
     assert balanced_bins(lengths.astype(float), lengths, 2, room=12, most=5) is None
     assert len(best_fit_decreasing(lengths, 12)) == 2

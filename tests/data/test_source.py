@@ -99,7 +99,9 @@ def test_byte_order_mark_and_crlf(write) -> None:
 
 
 def test_unlike_tool_arguments_survive(write) -> None:
-    """Arrow would give each row the other's keys; JSON rows keep theirs, and Parquet's nulls are taken out again."""
+    """Arrow would give each row the other's keys; JSON rows keep theirs, and Parquet's nulls are
+    taken out again.
+    """
     rows = [{"arguments": {"city": "Rome"}}, {"arguments": {"x": None, "y": [1, {"z": 2}]}}]
     assert (
         list(read_rows(Source(source=write("a.jsonl", "\n".join(map(json.dumps, rows)))))) == rows

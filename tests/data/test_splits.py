@@ -102,7 +102,9 @@ def test_it_excludes_validation_rows_of_their_own(tiny: Path, tmp_path: Path) ->
 def test_a_run_validates_on_them_and_resumes_with_the_same(
     tiny: Path, tmp_path: Path, pack: bool
 ) -> None:
-    """Packing changes no row of either part; the resumed run ends with the uninterrupted one's records."""
+    """Packing changes no row of either part; the resumed run ends with the uninterrupted one's
+    records.
+    """
     lines: list[str] = []
 
     def run(name: str, duration: str) -> list[dict[str, object]]:

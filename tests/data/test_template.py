@@ -1,4 +1,6 @@
-"""Masks, token by token: conversations x templates x tokenizers against forms written down in plain Python."""
+"""Masks, token by token: conversations x templates x tokenizers against forms written down in plain
+Python.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def exact(tokenizer: Any) -> Any:
 def expected(
     core: Any, segments: list[tuple[str, bool]], end: str
 ) -> tuple[list[int], list[bool], bool]:
-    """ids and mask of the segments; the last says whether no token lies across an edge of two segments."""
+    """ids and mask of the segments; the last says whether no token lies across an edge of two
+    segments.
+    """
     whole = core.encode("".join(text for text, _ in segments), add_special_tokens=False)
     pieces = [core.encode(text, add_special_tokens=False).ids for text, _ in segments]
     spans, at = [], 0
@@ -143,7 +147,9 @@ def test_size_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_answers_after_an_end_token_are_learnt_from_the_prompt_in_use(
     form: str, smollm2_tokenizer: Any
 ) -> None:
-    """What `prompt` gives for a conversation is what stands before its last answer, and nothing of it is learnt."""
+    """What `prompt` gives for a conversation is what stands before its last answer, and nothing of
+    it is learnt.
+    """
     tokenizer = tokenizer_for(form, "bytes", smollm2_tokenizer)
     template = template_for(form, tokenizer)
     compared = 0
@@ -160,7 +166,8 @@ def test_answers_after_an_end_token_are_learnt_from_the_prompt_in_use(
         if example.ids[: len(prompt)].tolist() == prompt:
             assert first == len(prompt)
             compared += 1
-    # Llama 2's prompt ends with "]" and its answer begins with a blank: one token in this vocabulary.
+    # Llama 2's prompt ends with "]" and its answer begins with a blank: one token in this
+    # vocabulary.
     assert compared >= (1 if form == "llama2" else 20)
 
 
@@ -199,7 +206,9 @@ def test_given_messages_are_not_supervised(smollm2_tokenizer: Any) -> None:
 def test_a_conversation_is_rendered_as_often_as_its_mask_needs(
     form: str, train_on: Any, renders: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once as it is, once with sentinels, and each prompt of a supervised answer; tags make prompts unnecessary."""
+    """Once as it is, once with sentinels, and each prompt of a supervised answer; tags make prompts
+    unnecessary.
+    """
     template = template_for(form, tokenizer_for(form, "bytes", None))
     count = [0]
 
@@ -240,7 +249,9 @@ def test_a_token_across_the_start_is_left_out() -> None:
 
 
 def test_our_blocks_and_theirs_agree() -> None:
-    """Where a {% generation %} block holds the answer and its end token alone, Transformers' own mask is the same."""
+    """Where a {% generation %} block holds the answer and its end token alone, Transformers' own
+    mask is the same.
+    """
     jinja = (TEMPLATES / "tagged.jinja").read_text(encoding="utf-8")
     jinja = jinja.replace(
         "{{ message.content ~ '<|im_end|>\\n' }}{%- endgeneration -%}",
@@ -308,7 +319,9 @@ def test_any_words_in_any_turn(form: str, kind: str, turns: list[tuple[str, str]
 
 
 def test_a_date_in_the_template_stands_still() -> None:
-    """Rendered on another day, the same row gives the same tokens, and the saved template writes the same date."""
+    """Rendered on another day, the same row gives the same tokens, and the saved template writes
+    the same date.
+    """
     from tunesmith.data.builtin_templates import with_fixed_date
 
     llama = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}|{{ strftime_now( \"%Y\" ) }}"

@@ -50,7 +50,8 @@ def alpaca_row(instruction: str, extra: str, output: str) -> Conversation:
     return Conversation([user(both), answer(output)], instruction=(instruction, extra, output))
 
 
-# --- choice ---------------------------------------------------------------------------------------------------------
+# --- choice
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_auto_takes_the_tokenizers_template_or_the_alpaca_text() -> None:
@@ -171,7 +172,8 @@ def test_a_tokenizer_with_templates_by_name() -> None:
     assert "<tools>" not in learnt(template, Conversation([user("a"), answer("b")]))[0]
 
 
-# --- our own texts --------------------------------------------------------------------------------------------------
+# --- our own texts
+# --------------------------------------------------------------------------------------------------
 
 PLAIN = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -242,7 +244,8 @@ def test_alpaca_text_goes_on_for_several_turns() -> None:
         template.encode(Conversation([user("a"), user("b"), answer("c")]), "response", where="r")
 
 
-# --- raw rows -------------------------------------------------------------------------------------------------------
+# --- raw rows
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -291,7 +294,8 @@ def test_an_empty_completion_teaches_the_end_alone() -> None:
     )
 
 
-# --- tools in a ChatML that knows none ------------------------------------------------------------------------------
+# --- tools in a ChatML that knows none
+# ------------------------------------------------------------------------------
 
 CALLED = [
     user("Rain and time?"),

@@ -52,7 +52,9 @@ def test_examples_are_those_of_the_template(make, simple: Simple) -> None:
 def test_the_recipes_system_message_is_in_the_tokens_whoever_made_the_template(
     make, simple: Simple
 ) -> None:
-    """`eval` tokenises by a template that was loaded without the recipe: it must see what training saw."""
+    """`eval` tokenises by a template that was loaded without the recipe: it must see what training
+    saw.
+    """
     assert simple.tokenizer.decode(make(alpaca(1), system="Be.")[0].ids).startswith(
         "<|im_start|>system\nBe.<|im_end|>"
     )

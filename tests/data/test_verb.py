@@ -174,7 +174,9 @@ NAME = "a-long-name-of-questions.jsonl"
 
 @pytest.mark.parametrize("width", [40, 60, 80, 160, 200])
 def test_every_table_is_readable_at_any_width(tiny: Path, tmp_path: Path, width: int) -> None:
-    """No cell is cut or narrower than a word; a file's name is broken only where it is longer than its column."""
+    """No cell is cut or narrower than a word; a file's name is broken only where it is longer than
+    its column.
+    """
     import io
 
     from rich.console import Console

@@ -83,7 +83,9 @@ def _no_json(lines: list[str]) -> None:
 
 
 def _no_role_before_no_json(lines: list[str]) -> None:
-    """In one batch: the row that stands first is named, though it is converted after the other is read."""
+    """In one batch: the row that stands first is named, though it is converted after the other is
+    read.
+    """
     lines[1290] = json.dumps({"messages": [{"role": "king", "content": "a"}]})
     lines[1300] = "{oops"
 
@@ -100,7 +102,10 @@ def _too_long(lines: list[str]) -> None:
 def test_an_error_names_the_row_that_one_process_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made, spoil: Callable[[list[str]], None]
 ) -> None:
-    """This process itself finds the row that is too long. The workers have ended when the error comes."""
+    """This process itself finds the row that is too long.
+
+    The workers have ended when the error comes.
+    """
     lines = [json.dumps(line(i)) for i in range(1500)]
     spoil(lines)
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")

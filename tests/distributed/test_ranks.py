@@ -74,7 +74,9 @@ def test_ranks_share_values_and_errors():
 
 
 def test_a_later_training_of_a_process_takes_its_own_groups():
-    """Both tensor groups of rank 6 are ranks 6 and 7, but the group names of the first training are gone in the second."""
+    """Both tensor groups of rank 6 are ranks 6 and 7, but the group names of the first training are
+    gone in the second.
+    """
     for shape in (MeshShape(2, 2, 2), MeshShape(4, 1, 2)):
         dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=6, world_size=8)
         try:
@@ -168,7 +170,9 @@ def test_an_error_of_nccl_is_found_in_any_group(
     monkeypatch: pytest.MonkeyPatch, error: ErrorType, found: str
 ):
     def group(**errors: ErrorType | None) -> Any:
-        """A process group with a backend of each name, which has that error; gloo's has none to ask for."""
+        """A process group with a backend of each name, which has that error; gloo's has none to ask
+        for.
+        """
         backends = {
             name: mock.Mock(**{"get_error.return_value": value}) for name, value in errors.items()
         }

@@ -113,7 +113,9 @@ def test_the_room_of_a_control_group_is_its_limit_less_what_cannot_be_dropped(
 
 
 def test_ranks_share_the_machine_and_the_groups_that_hold_them(tmp_path: Path) -> None:
-    """Rank 0, this process, and rank 1 are in groups of their own within one of 1,000 MiB; a third is elsewhere."""
+    """Rank 0, this process, and rank 1 are in groups of their own within one of 1,000 MiB; a third
+    is elsewhere.
+    """
     page = memory.PAGE
     outer = {"memory.max": f"{1000 * MIB}", "memory.high": "max", "memory.current": f"{400 * MIB}"}
     inner = {"memory.max": f"{900 * MIB}", "memory.high": "max", "memory.current": f"{100 * MIB}"}

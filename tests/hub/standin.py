@@ -1,7 +1,8 @@
-"""A stand-in for the Hub on 127.0.0.1: the part of its protocol that fetching a model uses, and its ways to fail.
+"""A stand-in for the Hub on 127.0.0.1: the part of its protocol that fetching a model uses, and its
+ways to fail.
 
-Large files are answered with a redirect to another origin, as the Hub sends them to its content network; that origin
-notes whether a token reached it.
+Large files are answered with a redirect to another origin, as the Hub sends them to its content
+network; that origin notes whether a token reached it.
 """
 
 from __future__ import annotations

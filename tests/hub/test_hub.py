@@ -305,7 +305,9 @@ def test_without_a_network_or_cache(ask) -> None:
 def test_a_tokenizer_that_is_not_here_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`train --model --data` asks for it first, by a call whose error says nothing of being offline."""
+    """`train --model --data` asks for it first, by a call whose error says nothing of being
+    offline.
+    """
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE forbids downloads") as caught:

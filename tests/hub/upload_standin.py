@@ -1,4 +1,6 @@
-"""The part of the Hub's protocol that an upload uses, over real HTTP: what arrives is kept in `repos`."""
+"""The part of the Hub's protocol that an upload uses, over real HTTP: what arrives is kept in
+`repos`.
+"""
 
 from __future__ import annotations
 

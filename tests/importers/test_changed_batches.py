@@ -1,4 +1,6 @@
-"""Keys of other tools that change what a step learns from: carried, or named under `differs`, never under "needs nothing"."""
+"""Keys of other tools that change what a step learns from: carried, or named under `differs`, never
+under "needs nothing".
+"""
 
 from __future__ import annotations
 
@@ -188,7 +190,9 @@ def test_a_world_of_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_zeros_keep_their_meaning(tmp_path: Path) -> None:
-    """beta1 of 0 is no momentum; save_steps of 0 saves never; evaluation without a count goes by logging_steps."""
+    """beta1 of 0 is no momentum; save_steps of 0 saves never; evaluation without a count goes by
+    logging_steps.
+    """
     zeros = {"adam_beta1": 0.0, "save_strategy": "steps", "save_steps": 0}
     validated = {"eval_strategy": "steps", "logging_steps": 7, "val_size": 0.1}
     run = import_values(tmp_path, LLAMAFACTORY | zeros | validated, *ROWS)

@@ -1,4 +1,6 @@
-"""`tunesmith import`: each key of a file of another tool is in the recipe or in the list of what is not, and it trains."""
+"""`tunesmith import`: each key of a file of another tool is in the recipe or in the list of what is
+not, and it trains.
+"""
 
 from __future__ import annotations
 
@@ -237,7 +239,9 @@ def test_an_accelerate_config_changes_a_recipe(tmp_path: Path) -> None:
 def test_the_recipe_trains(
     path: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps on a tiny model, with what this machine lacks taken away: other ranks, rows of the Hub, and nf4."""
+    """Two steps on a tiny model, with what this machine lacks taken away: other ranks, rows of the
+    Hub, and nf4.
+    """
     from tunesmith.training.run import train
 
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
@@ -303,7 +307,9 @@ def test_a_data_set_for_validation_that_is_switched_off(nothing: Any, tmp_path: 
 
 
 def test_a_key_that_is_spelt_like_our_name_of_another(tmp_path: Path) -> None:
-    """`lora_rank` is our name for torchtune's model.lora_rank; at the top of its file torchtune does not read it."""
+    """`lora_rank` is our name for torchtune's model.lora_rank; at the top of its file torchtune
+    does not read it.
+    """
     draft = translated("torchtune", BASES["torchtune"] | {"lora_rank": 7}, tmp_path)
     remark = next(remark for remark in draft.notes if remark.key == "lora_rank")
     assert (remark.value, remark.why) == ("7", "not known to this import: look up what it does")
@@ -316,7 +322,9 @@ def test_a_key_that_is_spelt_like_our_name_of_another(tmp_path: Path) -> None:
 def test_no_key_is_dropped(
     tool: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Any keys, of the tool's table or none, with any values: refused in our form, or each one named."""
+    """Any keys, of the tool's table or none, with any values: refused in our form, or each one
+    named.
+    """
     own = [
         name
         for part in ("nothing", "differs")

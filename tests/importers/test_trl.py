@@ -1,4 +1,6 @@
-"""What is imported of a TRL command beside what TRL itself, as it is installed, makes of the same command."""
+"""What is imported of a TRL command beside what TRL itself, as it is installed, makes of the same
+command.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_the_defaults_are_those_that_are_installed(tmp_path: Path) -> None:
 
 
 def test_every_flag_of_trl_is_known() -> None:
-    """Each field of TRL's three classes is carried or in the table: `import` names no flag of TRL as unknown."""
+    """Each field of TRL's three classes is carried or in the table: `import` names no flag of TRL
+    as unknown.
+    """
     fields = [
         f.name
         for one in (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig)
@@ -138,7 +142,8 @@ def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
     )
     for step in range(total):
         ours = scheduled_rate(run.train, step, total=total, steps_per_epoch=total, seconds=0.0)
-        # Their warmup begins at 0 and ours at one step's rise, 1/12 of the rate; then both are the same cosine.
+        # Their warmup begins at 0 and ours at one step's rise, 1/12 of the rate; then both are the
+        # same cosine.
         assert ours - theirs.get_last_lr()[0] == pytest.approx(
             training.learning_rate / 12 if step < 12 else 0, abs=1e-12
         )

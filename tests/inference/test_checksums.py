@@ -1,4 +1,6 @@
-"""A file with one flipped bit is named before it is read, by every command that opens what a run has written."""
+"""A file with one flipped bit is named before it is read, by every command that opens what a run
+has written.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def flip(file: Path) -> None:
-    """Flip a bit near the end, where a weight's low bits or a template's last words are: the file still loads."""
+    """Flip a bit near the end, where a weight's low bits or a template's last words are: the file
+    still loads.
+    """
     data = bytearray(file.read_bytes())
     data[len(data) - 8] ^= 1
     file.write_bytes(data)

@@ -1,4 +1,6 @@
-"""Answers in batches against plain Transformers and PEFT, one prompt at a time; order, seeds, and a restart's sameness."""
+"""Answers in batches against plain Transformers and PEFT, one prompt at a time; order, seeds, and a
+restart's sameness.
+"""
 
 from __future__ import annotations
 
@@ -231,7 +233,9 @@ def test_the_clock_judges_all_tokens_by_the_first_two(allowed: float, late: bool
 def test_ranks_that_answer_together_judge_by_the_first_token_alone(
     allowed: float, late: bool
 ) -> None:
-    """A rank whose answers end with the first token would miss a later verdict, and leave the others waiting."""
+    """A rank whose answers end with the first token would miss a later verdict, and leave the
+    others waiting.
+    """
     times, asked = iter([10.0, 12.0, 12.1]), []
     clock = AnswerClock(
         allowed, agree=lambda own: asked.append(own) or own, now=lambda: next(times)

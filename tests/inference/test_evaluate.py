@@ -1,4 +1,6 @@
-"""Scores against plain Transformers, row by row; nothing about them depends on how rows are batched."""
+"""Scores against plain Transformers, row by row; nothing about them depends on how rows are
+batched.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def tokens(opened: LoadedModel) -> TokenSet:
 
 
 def reference(model: torch.nn.Module, examples: list[Example]) -> tuple[float, int, int]:
-    """Sum of the losses, number of hits and of tokens, by Transformers' own forward on each row alone."""
+    """Sum of the losses, number of hits and of tokens, by Transformers' own forward on each row
+    alone.
+    """
     total, hits, count = 0.0, 0, 0
     for example in examples:
         ids = torch.tensor(np.asarray(example.ids, dtype=np.int64))
@@ -237,7 +241,9 @@ def as_parquet(rows: list[dict[str, Any]], path: Path) -> None:
 def test_columns_are_those_of_the_run_or_as_told(
     tiny: Path, tmp_path: Path, ending: str, write: Any
 ) -> None:
-    """The same score of the same rows in any file, with the format's own names, the run's mapping, or a mapping given."""
+    """The same score of the same rows in any file, with the format's own names, the run's mapping,
+    or a mapping given.
+    """
     plain = [{"prompt": row["question"], "completion": row["answer"]} for row in QUESTIONS]
     rows = write_rows(tmp_path / "plain.jsonl", plain)
     columns = {"prompt": "question", "completion": "answer"}

@@ -1,4 +1,6 @@
-"""Rows in, rows with answers out: what is added, in which order, and what is refused before the first answer."""
+"""Rows in, rows with answers out: what is added, in which order, and what is refused before the
+first answer.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ def test_a_prompt_without_room_for_its_answer_is_refused_at_the_call(loaded: Loa
 def test_questions_alone_are_read_by_the_columns_that_were_trained(
     tiny: Path, tmp_path: Path
 ) -> None:
-    """Of two sources with the question's column the one whose other columns are there; the answer's may be missing."""
+    """Of two sources with the question's column the one whose other columns are there; the answer's
+    may be missing.
+    """
     columns = [
         {"prompt": "question", "completion": "answer"},
         {"prompt": "question", "completion": "reply"},

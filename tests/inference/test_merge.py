@@ -73,7 +73,9 @@ def test_the_folder_stands_alone(run: Path, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_the_keys_that_older_readers_need(tiny: Path, tmp_path: Path) -> None:
-    """Without `rope_theta` at the top Transformers 4.57 takes 10000; it has no class TokenizersBackend."""
+    """Without `rope_theta` at the top Transformers 4.57 takes 10000; it has no class
+    TokenizersBackend.
+    """
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     del config["rope_parameters"]
@@ -93,7 +95,9 @@ def test_the_keys_that_older_readers_need(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gemma_2_whose_attention_scores_are_capped(dtype: Any, tiny: Path, tmp_path: Path) -> None:
-    """sdpa computes no softcap: Transformers refuses it for this family, which answers and merges with eager attention."""
+    """sdpa computes no softcap: Transformers refuses it for this family, which answers and merges
+    with eager attention.
+    """
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     sizes = json.loads((base / "config.json").read_text())
     values = {
@@ -317,7 +321,9 @@ def _not_rejected_by_us(run: Path) -> Path:
 def test_force_replaces_nothing_that_no_merge_wrote(
     run: Path, make: Callable[[Path], Path]
 ) -> None:
-    """A checkpoint, somebody's file in a merged folder or in place of a rejected one, and an edited card."""
+    """A checkpoint, somebody's file in a merged folder or in place of a rejected one, and an edited
+    card.
+    """
     output = make(run)
     before = {p: p.read_bytes() for p in run.parent.rglob("*") if p.is_file()}
     with pytest.raises(UsageError, match="is not empty"):

@@ -1,4 +1,6 @@
-"""One prompt everywhere: its token ids in training, in generate, in eval, and by Transformers from the saved folder."""
+"""One prompt everywhere: its token ids in training, in generate, in eval, and by Transformers from
+the saved folder.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +152,9 @@ def test_one_prompt_in_training_and_use(
 def test_a_run_and_its_final_folder_elsewhere_ask_alike(
     tiny: Path, tmp_path: Path, model: str, choice: str
 ) -> None:
-    """Trained for two steps by `train`; the answers and the prompts of the run and of the copied folder are equal."""
+    """Trained for two steps by `train`; the answers and the prompts of the run and of the copied
+    folder are equal.
+    """
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
     if model == "base":

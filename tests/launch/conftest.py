@@ -1,4 +1,6 @@
-"""Fixtures for tests of launching: a Docker daemon, the CPU image, and a user who starts containers."""
+"""Fixtures for tests of launching: a Docker daemon, the CPU image, and a user who starts
+containers.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ import tunesmith.host.memory as memory
 read = memory.read_memory
 memory.read_memory = lambda *_: read(pathlib.Path(os.environ["FED"]))
 """
-# Steps of a tenth of a second: while a cluster takes its time, a run makes hundreds of them in place of thousands.
+# Steps of a tenth of a second: while a cluster takes its time, a run makes hundreds of them in
+# place of thousands.
 SLOW = """
 import time
 from tunesmith.distributed.heartbeat import Heartbeat
@@ -74,7 +77,9 @@ def available(root: Path, mib: int) -> None:
 def uninterrupted(
     model: Path, folder: Path, steps: int, ranks: int, changes: dict[str, Any] | None = None
 ) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step that UNENDING makes of a recipe in one go, on ranks of this machine."""
+    """Loss and gradient norm of each step that UNENDING makes of a recipe in one go, on ranks of
+    this machine.
+    """
     whole = merge(UNENDING, merge(changes or {}, {"train": {"duration": f"{steps} steps"}}))
     return run_ranks(ranks, _in_one_go, model, folder, whole)[0]
 
@@ -99,7 +104,9 @@ def requirements() -> list[str]:
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[dict[str, str]]:
-    """The environment of a daemon that has the image PYTHON; one process of the tests at a time has it."""
+    """The environment of a daemon that has the image PYTHON; one process of the tests at a time has
+    it.
+    """
     if fault := missing_tools():
         pytest.skip(fault)
     if not (KEPT / "python.tar").is_file():
@@ -108,7 +115,8 @@ def daemon() -> Iterator[dict[str, str]]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with docker_daemon(KEPT / "data") as env:
             if call(env, "docker", "image", "inspect", PYTHON, check=False).returncode:
-                # Bytecode of all packages would take longer than all else of a build; a run compiles what it imports.
+                # Bytecode of all packages would take longer than all else of a build; a run
+                # compiles what it imports.
                 call(
                     env,
                     "docker",
@@ -140,7 +148,9 @@ def call(
 
 
 def make_context(wheels: list[Path]) -> Path:
-    """What `docker build` is given: the files of the clone, and wheels, as links where they lie beside it."""
+    """What `docker build` is given: the files of the clone, and wheels, as links where they lie
+    beside it.
+    """
     folder = KEPT / "context"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -159,8 +169,10 @@ def make_context(wheels: list[Path]) -> Path:
 
 @functools.cache
 def builder() -> tuple[str, str]:
-    """A docker client, and DOCKER_BUILDKIT for it: 1 where it has BuildKit, which writes each layer once; else the classic
-    builder, which writes it four times and looks at all files of the base after each step."""
+    """A docker client, and DOCKER_BUILDKIT for it: 1 where it has BuildKit, which writes each layer
+    once; else the classic builder, which writes it four times and looks at all files of the base
+    after each step.
+    """
     clients = dict.fromkeys(
         filter(None, (shutil.which("docker", path=folder) for folder in os.get_exec_path()))
     )
@@ -204,7 +216,9 @@ def build(
 
 @pytest.fixture(scope="module")
 def wheels(daemon: dict[str, str]) -> list[Path]:
-    """The wheels of an offline build, for the image's Python; fetched again when the requirements change."""
+    """The wheels of an offline build, for the image's Python; fetched again when the requirements
+    change.
+    """
     import torch
 
     if "+cpu" not in torch.__version__:
@@ -265,7 +279,8 @@ def cpu_image(daemon: dict[str, str], wheels: list[Path]) -> str:
         )
     image = f"{CPU}:{total.hexdigest()[:12]}"
     if call(daemon, "docker", "image", "inspect", image, check=False).returncode:
-        # Each build is sent what it may need: the large wheels once, the small ones that torch needs among them twice.
+        # Each build is sent what it may need: the large wheels once, the small ones that torch
+        # needs among them twice.
         torch = [file for file in wheels if file.name.startswith("torch-")]
         small = [file for file in wheels if file.stat().st_size < 10 << 20]
         given = {"cpu.Dockerfile": {*torch, *small}, "Dockerfile": {*wheels} - {*torch}}

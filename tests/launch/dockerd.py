@@ -1,4 +1,6 @@
-"""A Docker daemon of the tests' own: in private namespaces, without a network, gone with the test that started it."""
+"""A Docker daemon of the tests' own: in private namespaces, without a network, gone with the test
+that started it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from pathlib import Path
 import pytest
 
 NEEDED = ("dockerd", "docker", "tini", "unshare", "setpriv")
-# A runc that asks for no more than this machine grants: without CAP_SYS_RESOURCE a limit cannot be raised, and a container
-# with `--ulimit memlock=-1` would not start. It adds the folders of this machine that every container is to have.
+# A runc that asks for no more than this machine grants: without CAP_SYS_RESOURCE a limit cannot be
+# raised, and a container with `--ulimit memlock=-1` would not start. It adds the folders of this
+# machine that every container is to have.
 RUNC = """#!/usr/bin/python3
 import json, os, resource, sys
 PLACES = {places}
@@ -55,9 +58,11 @@ def missing_tools() -> str:
 
 @contextlib.contextmanager
 def docker_daemon(data: Path | None = None, places: Sequence[str] = ()) -> Iterator[dict[str, str]]:
-    """The environment in which `docker` talks to a new daemon; on leaving, its containers and mounts are gone.
+    """The environment in which `docker` talks to a new daemon; on leaving, its containers and
+    mounts are gone.
 
-    `data` keeps its images for the next one. All containers see the folders `places` of this machine, and cannot write there.
+    `data` keeps its images for the next one. All containers see the folders `places` of this
+    machine, and cannot write there.
     """
     if fault := missing_tools():
         pytest.skip(fault)
@@ -78,7 +83,8 @@ def docker_daemon(data: Path | None = None, places: Sequence[str] = ()) -> Itera
             "builder": {"gc": {"enabled": True, "defaultKeepStorage": "6GB"}},
         }  # fmt: skip
         (place / "daemon.json").write_text(json.dumps(config))
-        # The daemon's fixed paths are empty ones of its own; the end of the first process ends the namespace and all in it.
+        # The daemon's fixed paths are empty ones of its own; the end of the first process ends the
+        # namespace and all in it.
         inside = (
             "for f in /etc/docker /run/docker /run/containerd; do mkdir -p $f; mount -t tmpfs tmpfs $f; done;"
             f" exec tini -s -- dockerd --config-file {place}/daemon.json"

@@ -1,8 +1,10 @@
-"""Two nodes that look like two DGX Sparks on a cable: network, mount and host-name namespaces of this machine.
+"""Two nodes that look like two DGX Sparks on a cable: network, mount and host-name namespaces of
+this machine.
 
-Real: the network (veth pairs with the names of the cable's functions), ssh with keys, files below /etc, the disks, users.
-From files in the formats of the real thing: /sys/class/infiniband, /proc/meminfo. Stand-ins on the PATH, which print what the
-real commands print: nvidia-smi, nvidia-ctk, docker, netplan, systemctl; and a package torch with CUDA, for there is no GPU.
+Real: the network (veth pairs with the names of the cable's functions), ssh with keys, files below
+/etc, the disks, users. From files in the formats of the real thing: /sys/class/infiniband,
+/proc/meminfo. Stand-ins on the PATH, which print what the real commands print: nvidia-smi,
+nvidia-ctk, docker, netplan, systemctl; and a package torch with CUDA, for there is no GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ case "$1" in info) cat {state}/docker-info ;; images) cat {state}/docker-images 
 [ "$1 $2" != "swarm init" ] || echo "$@" >{state}/swarm-init
 """
 CTK = "#!/bin/sh\ncat {state}/toolkit\n"
-# netplan's part that the script uses: addresses and MTU of `ethernets`, and the file that it leaves for networkd.
+# netplan's part that the script uses: addresses and MTU of `ethernets`, and the file that it leaves
+# for networkd.
 NETPLAN = """#!/bin/sh
 mkdir -p /run/systemd/network
 sed -nE 's/^ +([A-Za-z0-9]+): .*mtu: ([0-9]+).*addresses: .([0-9.]+.[0-9]+).*/\\1 \\2 \\3/p' /etc/netplan/60-tunesmith-cable.yaml |
@@ -261,7 +264,9 @@ def wait_until(true: object, seconds: float = 30) -> None:
 
 
 class SparkPair:
-    """`with SparkPair(folder) as pair: pair.doctor()`: the report of `doctor --pair spark-b` on spark-a."""
+    """`with SparkPair(folder) as pair: pair.doctor()`: the report of `doctor --pair spark-b` on
+    spark-a.
+    """
 
     def __init__(self, base: Path) -> None:
         self.a, self.b = Spark(base, "a"), Spark(base, "b")

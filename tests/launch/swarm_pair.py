@@ -1,13 +1,14 @@
-"""Two machines on a cable, made for real on one Linux machine: two dockerd, two ssh servers, two network namespaces.
+"""Two machines on a cable, made for real on one Linux machine: two dockerd, two ssh servers, two
+network namespaces.
 
     python tests/launch/swarm_pair.py up FOLDER      # prints how to run a command on a node; ends on ctrl-C
 
-Each node has its own network, hostname, processes, /home and Docker data; they see each other's address on `cable0` alone. A
-user without root's rights, TUNER, has ssh keys for both and is in the docker group. Needs root and the packages of
-`make cluster-tools`.
+Each node has its own network, hostname, processes, /home and Docker data; they see each other's
+address on `cable0` alone. A user without root's rights, TUNER, has ssh keys for both and is in the
+docker group. Needs root and the packages of `make cluster-tools`.
 
-What the kernel of a container may refuse is taken care of here, so that the product's stack file stays as it is: rlimits
-beyond this machine's own are lowered in the runtime.
+What the kernel of a container may refuse is taken care of here, so that the product's stack file
+stays as it is: rlimits beyond this machine's own are lowered in the runtime.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ StrictModes no
 PasswordAuthentication no
 AuthorizedKeysFile .ssh/authorized_keys
 """
-# runc with the rlimits that this machine's root may set: without CAP_SYS_RESOURCE it may not raise one.
+# runc with the rlimits that this machine's root may set: without CAP_SYS_RESOURCE it may not raise
+# one.
 RUNC = """#!/usr/bin/python3
 import json, os, resource, sys
 words = sys.argv[1:]
@@ -137,8 +139,11 @@ class Node:
         (d / "boot").write_text(self._boot())
 
     def _boot(self) -> str:
-        """The first process's script. The daemon's own places are this node's alone; /root, where an interpreter of
-        pyenv may be, is readable and holds nothing else."""
+        """The first process's script.
+
+        The daemon's own places are this node's alone; /root, where an interpreter of pyenv may be,
+        is readable and holds nothing else.
+        """
         d, python = self.folder, sys.base_prefix
         lines = [f"hostname {self.name}"]
         lines += [f"mount --bind {d}/{name} /etc/{name}" for name in ("hosts", "passwd", "group")]
@@ -157,8 +162,8 @@ class Node:
 
     def start(self) -> None:
         """Switch it on."""
-        # Killing the one outer process takes all others of the node with it. Not `ip netns exec`, which mounts /sys anew and
-        # hides the control groups of version 1.
+        # Killing the one outer process takes all others of the node with it. Not `ip netns exec`,
+        # which mounts /sys anew and hides the control groups of version 1.
         shutil.rmtree(self.folder / "exec", ignore_errors=True)
         (self.folder / "docker.pid").unlink(missing_ok=True)
         command = [
@@ -267,7 +272,9 @@ class Node:
 
 
 class Pair:
-    """Both nodes, up in a block; `nodes` of two daemons that are one swarm, whose manager is the first."""
+    """Both nodes, up in a block; `nodes` of two daemons that are one swarm, whose manager is the
+    first.
+    """
 
     def __init__(self, folder: Path, gpus: int = 0) -> None:
         self.folder, self.tag = folder, f"p{os.getpid()}"
@@ -358,7 +365,9 @@ class Pair:
 
 
 def write_bare_image(tar: Path) -> None:
-    """An image with no files, for containers that get this machine's /usr by a mount: nothing is downloaded."""
+    """An image with no files, for containers that get this machine's /usr by a mount: nothing is
+    downloaded.
+    """
     with tarfile.open(tar, "w") as archive:
         # /sbin/docker-init is docker's own
         for folder in (
@@ -387,8 +396,9 @@ def add_host_image(node: Node, name: str = "bare:1") -> None:
 
 
 def own_environment(variables: dict[str, str], site: str) -> dict[str, object]:
-    """What a user's own file adds to the stack, so that the image above runs this very checkout in this environment, with
-    these variables, and the modules of the folder `site` of each node."""
+    """What a user's own file adds to the stack, so that the image above runs this very checkout in
+    this environment, with these variables, and the modules of the folder `site` of each node.
+    """
     places = ["/usr", sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), site]
     mounts = [
         {"type": "bind", "source": place, "target": place, "read_only": True}

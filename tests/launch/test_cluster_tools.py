@@ -1,4 +1,7 @@
-"""`make cluster-tools` where it cannot install anything: one line says what is missing. It runs for real in CI."""
+"""`make cluster-tools` where it cannot install anything: one line says what is missing.
+
+It runs for real in CI.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ SCRIPT = ROOT / ".ci" / "cluster-tools"
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    """A folder of commands that is the whole PATH, and a copy of the script that has found no image."""
+    """A folder of commands that is the whole PATH, and a copy of the script that has found no
+    image.
+    """
     commands = tmp_path / "bin"
     commands.mkdir()
     for name in ("sh", "dirname", "tr", "id", "echo"):

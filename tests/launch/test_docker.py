@@ -248,7 +248,9 @@ def test_without_docker(
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A daemon whose image IMAGE has no files: its containers get this machine's, with this checkout in this environment."""
+    """A daemon whose image IMAGE has no files: its containers get this machine's, with this
+    checkout in this environment.
+    """
     root = Path(__file__).parents[2]
     places = ["/usr", sys.prefix, sys.base_prefix, str(root)]
     tar = tmp_path_factory.mktemp("image") / "host.tar"

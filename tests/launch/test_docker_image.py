@@ -28,7 +28,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_the_cpu_image_runs_as_any_user(daemon: dict[str, str], cpu_image: str) -> None:
-    """The command is the first process, so that signals reach it, in a home that can be written; nothing of pip is left."""
+    """The command is the first process, so that signals reach it, in a home that can be written;
+    nothing of pip is left.
+    """
     code = "import os, getpass, subprocess; open(os.path.expanduser('~/x'), 'w'); print(os.getpid(), os.getuid(), getpass.getuser());"
     code += "[subprocess.run(['tunesmith', word], check=True) for word in ('--version', 'recipes')]"
     run = ("docker", "run", "--rm", "--user", "54321:54321", cpu_image)
@@ -96,12 +98,16 @@ ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh"]
 
 @pytest.fixture(scope="module")
 def standin(daemon: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A base whose torch is as NVIDIA's alphas are: older than the torch of the index, and new enough."""
+    """A base whose torch is as NVIDIA's alphas are: older than the torch of the index, and new
+    enough.
+    """
     return make_standin(daemon, tmp_path_factory.mktemp("standin"), "2.11.0a0+standin.nv26.2")
 
 
 def make_standin(env: dict[str, str], folder: Path, torch: str) -> str:
-    """What docker/Dockerfile meets in NVIDIA's image: its own torch, its entry point, constraints of all its packages."""
+    """What docker/Dockerfile meets in NVIDIA's image: its own torch, its entry point, constraints
+    of all its packages.
+    """
     wheel(folder, "torch", torch, {"torch/__init__.py": f"__version__ = {torch!r}\n"})
     (folder / "Dockerfile").write_text(STANDIN.format(python=PYTHON))
     (folder / "nvidia_entrypoint.sh").write_text('#!/bin/sh\necho "a banner" >&2\nexec "$@"\n')
@@ -123,7 +129,9 @@ def make_standin(env: dict[str, str], folder: Path, torch: str) -> str:
 
 
 def standin_wheels(wheels: list[Path], **carried: str) -> list[Path]:
-    """Empty packages in place of each requirement, a newer torch among them; `carried`: one has a file of that text more."""
+    """Empty packages in place of each requirement, a newer torch among them; `carried`: one has a
+    file of that text more.
+    """
     shutil.rmtree(STANDINS, ignore_errors=True)
     STANDINS.mkdir()
     pinned = dict(

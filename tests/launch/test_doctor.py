@@ -1,4 +1,7 @@
-"""`tunesmith doctor`: its words, a recipe's model, the figures of a link, what goes into a script. No root is needed."""
+"""`tunesmith doctor`: its words, a recipe's model, the figures of a link, what goes into a script.
+
+No root is needed.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,10 @@ def test_torch_is_found_beside_a_source_tree_that_is_not_installed(tmp_path: Pat
 
 
 def doctor(*words: str, **env: str) -> dict:
-    """The report of a process of its own. Without docker and GPUs: they are other machines' business here."""
+    """The report of a process of its own.
+
+    Without docker and GPUs: they are other machines' business here.
+    """
     path = os.pathsep.join(
         p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "docker").exists()
     )
@@ -125,7 +131,9 @@ esac
 def test_figures_that_nvidia_smi_does_not_give(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither driver, compute capability, memory nor clock is a reason to fail; torch stands in for one with CUDA."""
+    """Neither driver, compute capability, memory nor clock is a reason to fail; torch stands in for
+    one with CUDA.
+    """
     smi = tmp_path / "nvidia-smi"
     smi.write_text(SMI.format(driver=missing, capability=missing, memory=missing))
     smi.chmod(0o755)
@@ -302,7 +310,9 @@ def test_no_name_becomes_a_command(name: str) -> None:
 
 
 def test_a_script_has_only_what_is_needed(tmp_path: Path) -> None:
-    """A commented line of the toolkit: no word of addresses, keys or swarms; and the name of a host is quoted."""
+    """A commented line of the toolkit: no word of addresses, keys or swarms; and the name of a host
+    is quoted.
+    """
     script = fix_scripts([Finding("swarm-resource", FAULT, "", host="a")], [facts("a")], "")["a"]
     assert "1i swarm-resource" in script
     assert not re.search("netplan|ssh|swarm init|daemon.json", script)

@@ -31,7 +31,10 @@ def wrong(report: dict) -> list[str]:
 @pytest.mark.swarm
 @pytest.mark.skipif(missing_tools() != "", reason=missing_tools())
 def test_scripts_make_a_real_swarm() -> None:
-    """In a swarm: green. Out of it: named. The printed scripts bring both into one, as a user who is not root."""
+    """In a swarm: green. Out of it: named.
+
+    The printed scripts bring both into one, as a user who is not root.
+    """
     with Pair(
         Path(tempfile.mkdtemp(prefix="td-"))
     ) as pair:  # short: a path of a socket ends at 108 bytes

@@ -1,4 +1,6 @@
-"""`tunesmith doctor --pair` on two nodes in namespaces: broken in every way that we can make, each named with its mend."""
+"""`tunesmith doctor --pair` on two nodes in namespaces: broken in every way that we can make, each
+named with its mend.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ pytestmark = [
 
 
 class Case(NamedTuple):
-    """One broken thing: a script on node `on` (in $S its stand-ins' answers), its undoing, and the finding it must make."""
+    """One broken thing: a script on node `on` (in $S its stand-ins' answers), its undoing, and the
+    finding it must make.
+    """
 
     turn: str  # cases of one turn are broken together
     on: str
@@ -105,7 +109,8 @@ CASES = {
     "no such host": Case("name", "a", "", "", "spark-c: ssh: fault", "nobody knows the name spark-c", "/etc/hosts"),
     "daemon.json is not JSON": Case("name", "a", *kept(DAEMON, f"echo '{{' >{DAEMON}"), "spark-a: daemon.json: fault", "no JSON object", "sudoedit"),
 }  # fmt: skip
-# What follows from a case on the side: the other end of a cable, what could not be looked at any more.
+# What follows from a case on the side: the other end of a cable, what could not be looked at any
+# more.
 CONSEQUENCES = {
     "network": {"spark-a: cable: fault"},
     "docker": {"the pair: versions: fault"},
@@ -209,7 +214,9 @@ def test_it_is_green_again(sparks: SparkPair, reports: Any) -> None:
 
 
 def test_a_user_who_is_not_in_the_group_docker(sparks: SparkPair) -> None:
-    """The real docker command, a socket of root's, and the checks as another node runs them: python3 alone."""
+    """The real docker command, a socket of root's, and the checks as another node runs them:
+    python3 alone.
+    """
     docker = next(
         (p for p in ("/usr/bin/docker", "/usr/local/bin/docker") if Path(p).exists()), None
     )
@@ -247,7 +254,10 @@ Server("/var/run/docker.sock", Handler).handle_request()
 
 
 def test_the_scripts_of_fix_mend_it(sparks: SparkPair, tmp_path: Path) -> None:
-    """Two Sparks out of the box: no address, MTU 1500, no runtime, no resource, no swarm. The scripts are run, and all is green."""
+    """Two Sparks out of the box: no address, MTU 1500, no runtime, no resource, no swarm.
+
+    The scripts are run, and all is green.
+    """
     inactive = INFO % ('"active"', '"inactive"')
     for node in (sparks.a, sparks.b):
         node.sh(f"""S={node.state}

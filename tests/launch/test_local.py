@@ -57,7 +57,10 @@ def losses(out: Path) -> list[float]:
 def place(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Path]]:
-    """Makes a recipe's file; jobs are noted below tmp_path. Whatever is left running at the end is killed."""
+    """Makes a recipe's file; jobs are noted below tmp_path.
+
+    Whatever is left running at the end is killed.
+    """
     forkserver()
     ensure_running()  # in another folder: what runs in this one is the test's
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -79,8 +82,10 @@ def place(
 def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(
     place: Callable[..., Path], tmp_path: Path
 ):
-    """Ctrl-C saves, kill -9 of the agent ends its ranks, and the next start goes on. The agent listens on loopback alone, and
-    leaves no process and no file behind."""
+    """Ctrl-C saves, kill -9 of the agent ends its ranks, and the next start goes on.
+
+    The agent listens on loopback alone, and leaves no process and no file behind.
+    """
     file, out = place(**LONG), tmp_path / "run"
     agent = start("launch", "local", file, "--ranks", "2")
     wait_for(lambda: steps(out) >= 3, agent)

@@ -1,7 +1,8 @@
-"""flake.nix with the real nix, which needs no daemon and no /nix here; `nix_stub` takes the place of nixpkgs and of uv.
+"""flake.nix with the real nix, which needs no daemon and no /nix here; `nix_stub` takes the place
+of nixpkgs and of uv.
 
-What is built runs: the checks, the dev shell and `nix run`. That the names exist in nixpkgs, and that a GPU is found,
-cannot be seen here; docs/nix.md says so.
+What is built runs: the checks, the dev shell and `nix run`. That the names exist in nixpkgs, and
+that a GPU is found, cannot be seen here; docs/nix.md says so.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ LIMIT = 300  # seconds; each command takes about one
 
 @dataclass(frozen=True)
 class Nix:
-    """A copy of the flake, a home and a cache in a folder of their own; the store is that of all tests here."""
+    """A copy of the flake, a home and a cache in a folder of their own; the store is that of all
+    tests here.
+    """
 
     store: Path
     root: Path
@@ -154,7 +157,9 @@ def test_an_unknown_name_of_nixpkgs_is_refused(nix: Nix):
 
 @pytest.mark.nix
 def test_the_lock_file_is_that_of_the_flake(nix: Nix):
-    """Without the stand-in: nix would have to ask the network for an input that the lock file does not hold."""
+    """Without the stand-in: nix would have to ask the network for an input that the lock file does
+    not hold.
+    """
     told = nix(
         "flake", "metadata", "--json", "--no-update-lock-file", f"path:{nix.flake}", stub=False
     )
@@ -266,7 +271,9 @@ def locked_versions(file: Path) -> dict[str, str]:
 
 
 def test_the_locked_packages_are_those_of_the_project():
-    """nix/requirements.txt: in the ranges of pyproject.toml, at the versions of constraints.txt, every one with a hash."""
+    """nix/requirements.txt: in the ranges of pyproject.toml, at the versions of constraints.txt,
+    every one with a hash.
+    """
     text = (ROOT / "nix" / "requirements.txt").read_text()
     locked = locked_versions(ROOT / "nix" / "requirements.txt")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

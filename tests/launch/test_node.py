@@ -1,4 +1,6 @@
-"""The node agent: what it needs of a node, and two nodes of two ranks in network namespaces of their own."""
+"""The node agent: what it needs of a node, and two nodes of two ranks in network namespaces of
+their own.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +164,9 @@ def test_logs_of_one_node_and_of_one_that_is_missing(
 def start_agent(
     space: str, out: Path, words: list[str], tiny: Path, **changes: Any
 ) -> subprocess.Popen[str]:
-    """The agent of one of two nodes with a rank each, in a network namespace; what it says goes to `said` in the folder."""
+    """The agent of one of two nodes with a rank each, in a network namespace; what it says goes to
+    `said` in the folder.
+    """
     out.mkdir(exist_ok=True)
     file = out / "recipe.yaml"
     values = recipe(tiny, out.parent, held=False, output_dir=str(out / "run"), **changes)
@@ -238,7 +242,9 @@ def test_a_launcher_that_loses_the_store_after_its_ranks_began_has_failed(
 def test_two_nodes_meet_on_the_cable_alone_stop_together_and_collect_their_logs(
     spaces: list[str], tiny: Path, tmp_path: Path
 ):
-    """Each node has a disk of its own; SIGTERM to the second node's agent saves on both, and the same command goes on."""
+    """Each node has a disk of its own; SIGTERM to the second node's agent saves on both, and the
+    same command goes on.
+    """
     changes = {
         "train": {"duration": "100000 steps"},
         "checkpoint": {"every": "1000 steps", "keep": 1},

@@ -1,4 +1,6 @@
-"""The playbook's old ways in: its scripts under `accelerate launch`, with its configs and run scripts, and on all GPUs."""
+"""The playbook's old ways in: its scripts under `accelerate launch`, with its configs and run
+scripts, and on all GPUs.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,8 @@ def opens(script: str, model: Path, out: Path) -> None:
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(out))
 
 
-# --- what accelerate's variables ask for ----------------------------------------------------------------------------
+# --- what accelerate's variables ask for
+# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OLD)
@@ -235,7 +238,8 @@ def test_nothing_is_typed_into_the_configs(name: str) -> None:
     assert found.parallel == Parallel(replicate=1, shard=2)
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training
+# -------------------------------------------------------------------------------------------------------
 
 
 def run_rank(env: dict[str, str], script: str, words: list[str]) -> int:
@@ -339,13 +343,16 @@ def test_another_launcher_says_how_many(
     assert "another launcher has started this script" in capsys.readouterr().err
 
 
-# --- where a node stands --------------------------------------------------------------------------------------------
+# --- where a node stands
+# --------------------------------------------------------------------------------------------
 
 
 def meet_all(
     addresses: list[str], nodes: int, ranks: list[int] | None = None, patience: float = 20.0
 ) -> list[Any]:
-    """What `meet` finds, or the text of its refusal, on each of these addresses of the loopback network at once."""
+    """What `meet` finds, or the text of its refusal, on each of these addresses of the loopback
+    network at once.
+    """
     found: list[Any] = [None] * len(addresses)
 
     def call(i: int) -> None:
@@ -494,7 +501,9 @@ def network(*words: str) -> None:
 
 @pytest.fixture
 def cable() -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a cable between their interfaces `port0`, 10.77.0.1 and 10.77.0.2."""
+    """Two network namespaces with a cable between their interfaces `port0`, 10.77.0.1 and
+    10.77.0.2.
+    """
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("network namespaces need root and iproute2 (make cluster-tools)")
     names = [f"cable-{os.getpid()}-{side}" for side in "ab"]

@@ -1,4 +1,6 @@
-"""`scripts/setup-cluster`: what would fail later fails first, in one block, before PyTorch is installed."""
+"""`scripts/setup-cluster`: what would fail later fails first, in one block, before PyTorch is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def test_it_fails_before_the_large_install_and_then_goes_on(tiny: Path, place: P
 
 
 def test_its_light_packages_are_those_of_the_package() -> None:
-    """Each with the bound of pyproject.toml: a lower one would be replaced, at the cost of a second install."""
+    """Each with the bound of pyproject.toml: a lower one would be replaced, at the cost of a second
+    install.
+    """
     text = (SCRIPT.parents[1] / "pyproject.toml").read_text()
     named = [
         word.strip("'")

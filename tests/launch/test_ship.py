@@ -1,4 +1,6 @@
-"""Files on another node: there whole or not at all, sent once, resumed where a launch was cut off, nothing left running."""
+"""Files on another node: there whole or not at all, sent once, resumed where a launch was cut off,
+nothing left running.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from tunesmith.launch.ship import Connection, by_content, cached_files, place_he
 from waiting import wait_for
 
 QUIET = FetchProgress(lambda text: None)
-# Takes ssh's words, runs the command here with another home: the other node. `tests/launch/test_swarm_pair.py` has a real one.
+# Takes ssh's words, runs the command here with another home: the other node.
+# `tests/launch/test_swarm_pair.py` has a real one.
 SSH = """#!/bin/sh
 for word; do last=$word; done
 echo "$@" >>"$SSH_LOG"
@@ -154,7 +157,9 @@ def test_a_path_is_no_command(tmp_path: Path):
 def test_a_launcher_that_ends_leaves_no_process_on_the_other_node(
     how: signal.Signals, tmp_path: Path
 ):
-    """While it sends: the source is a pipe-slow reader, so that it is surely in the middle of a piece."""
+    """While it sends: the source is a pipe-slow reader, so that it is surely in the middle of a
+    piece.
+    """
     program = f"""
 import time
 from tunesmith.launch import ship

@@ -1,4 +1,6 @@
-"""A launcher starts a run that stopped because memory is short once more, with half the micro batch, and then no more."""
+"""A launcher starts a run that stopped because memory is short once more, with half the micro
+batch, and then no more.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def test_one_rank_takes_its_own_place_once(tiny: Path, tmp_path: Path) -> None:
 
 
 def run_agent(out: Path) -> int:
-    """The exit code of a node's agent of two ranks; the signal handlers of this process are as before."""
+    """The exit code of a node's agent of two ranks; the signal handlers of this process are as
+    before.
+    """
     handlers = [signal.getsignal(signal.Signals[name]) for name in NAMES]
     try:
         words = ["-m", "tunesmith", "train", "my-recipe.yaml"]
@@ -136,7 +140,9 @@ def test_several_ranks_start_again_once(
 def test_what_ended_the_first_start_takes_no_restart_from_the_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank that is killed while the second start loads leaves failure.json as the first one wrote it."""
+    """A rank that is killed while the second start loads leaves failure.json as the first one wrote
+    it.
+    """
     is_short: list[Callable[[], bool]] = []
     short_after_start: list[bool] = []
 

@@ -1,4 +1,6 @@
-"""The batch script of `launch slurm` and the profiles of sites: what is in it, and that no value can add to it."""
+"""The batch script of `launch slurm` and the profiles of sites: what is in it, and that no value
+can add to it.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def parts(script: str) -> tuple[list[str], list[str], str]:
 
 
 def words_for_sbatch(line: str) -> list[str]:
-    """The words of a directive by the rules of Slurm's own reader: quotes, a backslash for any character, # for a comment."""
+    """The words of a directive by the rules of Slurm's own reader: quotes, a backslash for any
+    character, # for a comment.
+    """
     words, word, quote, escaped = list[str](), "", "", False
     for char in line.removeprefix("#SBATCH ") + " ":
         if escaped:
@@ -252,7 +256,9 @@ def test_the_warning_leaves_a_short_limit_time_to_train() -> None:
 
 
 def test_the_warning_comes_early_enough_for_a_large_checkpoint(run: Run, tmp_path: Path) -> None:
-    """70B in full: 705 GB at an assumed 1 GB/s, or as long as the newest checkpoint took; an adapter needs no more."""
+    """70B in full: 705 GB at an assumed 1 GB/s, or as long as the newest checkpoint took; an
+    adapter needs no more.
+    """
     run = replace(run, output_dir=str(tmp_path))
     assert slurm.saving_seconds(run) == 0.0
     recipe = load_recipe("llama3.3-70b-full", ["train.optimizer=adamw"])
@@ -445,7 +451,9 @@ def test_debug_reaches_the_agents_of_all_nodes(run: Run, debug: bool) -> None:
 def test_a_killed_job_goes_back_if_it_came_further_and_nobody_asked_to_stop(
     tmp_path: Path, code: int, case: str
 ) -> None:
-    """The script under bash, with a srun that is killed at once; `test_slurm_jobs.py` has Slurm's own."""
+    """The script under bash, with a srun that is killed at once; `test_slurm_jobs.py` has Slurm's
+    own.
+    """
     run = from_mapping(recipe(tmp_path, tmp_path, held=False), where="test", base=tmp_path)
     (tmp_path / "run/launch").mkdir(parents=True)
     (tmp_path / "bin").mkdir()

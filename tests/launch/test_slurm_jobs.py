@@ -1,4 +1,6 @@
-"""Jobs of a real Slurm of two nodes: submitted, watched, stopped by a time limit and by scancel, resumed, a node lost."""
+"""Jobs of a real Slurm of two nodes: submitted, watched, stopped by a time limit and by scancel,
+resumed, a node lost.
+"""
 
 from __future__ import annotations
 
@@ -89,10 +91,11 @@ class Cluster(NamedTuple):
             time.sleep(0.2)
 
     def start_again(self, job: str, out: Path) -> None:
-        """Let a requeued job run: Slurm 22.05 holds it for two minutes, and its old credential must have expired (4 s).
+        """Let a requeued job run: Slurm 22.05 holds it for two minutes, and its old credential must
+        have expired (4 s).
 
-        The signal that ended the old step waits for a node that was down, up to a minute: it would end the new one, which
-        has the same id.
+        The signal that ended the old step waits for a node that was down, up to a minute: it would
+        end the new one, which has the same id.
         """
         self.wait_for(lambda: self.queue(job) == "PENDING", out)
         time.sleep(6)
@@ -203,7 +206,9 @@ def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
 
 
 def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tiny: Path) -> None:
-    """One job: asked to save and requeued, its node lost and requeued, cancelled; in the end as if nothing had been."""
+    """One job: asked to save and requeued, its node lost and requeued, cancelled; in the end as if
+    nothing had been.
+    """
     out = cluster.home / "long" / "run"
     job = cluster.launch(tiny, out, "--warn-before", "100", **UNENDING)
     cluster.wait_for(lambda: len(records(out)) > 20, out)

@@ -1,4 +1,6 @@
-"""`launch swarm` on two real dockerd in two network namespaces that share no disk: started, followed, stopped, one of them lost."""
+"""`launch swarm` on two real dockerd in two network namespaces that share no disk: started,
+followed, stopped, one of them lost.
+"""
 
 from __future__ import annotations
 
@@ -225,7 +227,9 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
 def test_stop_saves_and_the_other_node_goes_on(
     pair: Pair, in_one_go: Callable[[int], list[tuple[float, float]]]
 ):
-    """Launched from the worker, with a model of the Hub that its cache alone has; stopped, launched again, short of memory."""
+    """Launched from the worker, with a model of the Hub that its cache alone has; stopped, launched
+    again, short of memory.
+    """
     a, b = pair.nodes
     cache = b.home / ".cache/huggingface/hub/models--lab--tiny"
     snapshot = cache / "snapshots" / ("c" * 40)

@@ -29,7 +29,9 @@ PLAIN = Stack(
 
 
 def read(text: str) -> Any:
-    """As docker does: YAML 1.1, then `$$` is a dollar sign, and a single one would begin a variable."""
+    """As docker does: YAML 1.1, then `$$` is a dollar sign, and a single one would begin a
+    variable.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -115,7 +117,9 @@ LINE = st.text(
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_no_value_adds_a_mount_a_service_a_variable_or_a_word(data: st.DataObject):
-    """Whatever a recipe's paths, the flags and the user's variables hold, it comes out as that one value and nothing else."""
+    """Whatever a recipe's paths, the flags and the user's variables hold, it comes out as that one
+    value and nothing else.
+    """
     draw = lambda: data.draw(LINE)  # noqa: E731
     stack = Stack(
         name=draw(), run_dir=draw(), image=draw(), nodes=2, endpoint=draw(), restarts=1, user=(1, 1), cache=(draw(), draw()),
@@ -156,7 +160,9 @@ def test_a_file_of_the_users_adds_mounts_and_variables_and_all_that_is_made_has_
 
 @pytest.mark.swarm
 def test_docker_reads_the_same(tmp_path: Path):
-    """Docker's own reader, which needs no daemon, with a folder that looks like a variable, a mapping and a boolean."""
+    """Docker's own reader, which needs no daemon, with a folder that looks like a variable, a
+    mapping and a boolean.
+    """
     if shutil.which("docker") is None:
         pytest.skip("lacks docker: make cluster-tools")
     stack = replace(

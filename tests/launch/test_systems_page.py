@@ -1,4 +1,6 @@
-"""docs/systems.md: its sums are those of its rows, and every command of ours in it is one that the command line takes."""
+"""docs/systems.md: its sums are those of its rows, and every command of ours in it is one that the
+command line takes.
+"""
 
 from __future__ import annotations
 

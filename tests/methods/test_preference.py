@@ -1,7 +1,9 @@
-"""A preference method fits the engine as it is: pairs as examples, two sequences a row, packed or not.
+"""A preference method fits the engine as it is: pairs as examples, two sequences a row, packed or
+not.
 
-The method lives here, in a test: it proves that a method owns its loss, its denominator and its metrics, and that the
-loop, the loader and the packing need not know it. Reference: Transformers' logits, one sequence at a time.
+The method lives here, in a test: it proves that a method owns its loss, its denominator and its
+metrics, and that the loop, the loader and the packing need not know it. Reference: Transformers'
+logits, one sequence at a time.
 """
 
 from __future__ import annotations
@@ -52,8 +54,10 @@ def sum_by_sequence(values: Tensor, index: Tensor, batch: Batch, count: int) -> 
 
 
 class SigmoidPreference:
-    """-log sigmoid(beta * (log p(chosen) - log p(rejected))), the mean over pairs (DPO's loss without a reference model:
-    Rafailov et al. 2023, arXiv:2305.18290, equation 7). An example is a pair: the chosen sequence, then the rejected."""
+    """-log sigmoid(beta * (log p(chosen) - log p(rejected))), the mean over pairs (DPO's loss
+    without a reference model: Rafailov et al. 2023, arXiv:2305.18290, equation 7). An example is a
+    pair: the chosen sequence, then the rejected.
+    """
 
     metrics = ("preference_accuracy", "preference_margin")
 
@@ -116,7 +120,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pairs_learn_the_same_in_any_layout(tiny, tmp_path, layout):
-    """fp32, sums of some hundred terms in another order: 1e-5 of the loss and of the largest gradient."""
+    """fp32, sums of some hundred terms in another order: 1e-5 of the loss and of the largest
+    gradient.
+    """
     run = make_run(tiny, tmp_path, adapter={"kind": "none"})
     model = built_model(run, tiny)
     model.method = SigmoidPreference()
@@ -168,8 +174,9 @@ class Pairs:
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_the_loop_trains_on_pairs_and_records_the_methods_metrics(tiny, tmp_path, pack):
-    """Four steps of the ordinary Trainer, by a reference that takes plain AdamW steps on Transformers' model; 1e-4: fp32
-    sums in another order, through four updates."""
+    """Four steps of the ordinary Trainer, by a reference that takes plain AdamW steps on
+    Transformers' model; 1e-4: fp32 sums in another order, through four updates.
+    """
     run = make_run(
         tiny,
         tmp_path,

@@ -142,7 +142,9 @@ def test_the_time_of_an_operation_is_torchs(tmp_path: Path) -> None:
 
 
 def test_the_time_of_kernels_goes_to_the_operation_that_launched_them() -> None:
-    """As Kineto writes them: a kernel has its operation's External id; two overlap here, one has no operation."""
+    """As Kineto writes them: a kernel has its operation's External id; two overlap here, one has no
+    operation.
+    """
 
     def event(kind: str, name: str, start: float, length: float, number: int | None) -> dict:
         return {

@@ -1,4 +1,6 @@
-"""Trackers through accelerate's classes: what they are told, once each, and what happens where they fail."""
+"""Trackers through accelerate's classes: what they are told, once each, and what happens where they
+fail.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from tunesmith.training.run import train
 
 @pytest.fixture
 def tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """accelerate's TensorBoard tracker stands for all of them: its package is always there, and its files read back."""
+    """accelerate's TensorBoard tracker stands for all of them: its package is always there, and its
+    files read back.
+    """
     options = {"logging_dir": str(tmp_path / "events")}
     row = Tracker(lambda folder, known: options, lambda writer: "id", "set it up")
     monkeypatch.setitem(TRACKERS, "tensorboard", row)
@@ -82,7 +86,9 @@ def test_each_step_is_reported_under_the_names_of_tensorboard(
 
 
 def test_a_step_that_is_repeated_is_reported_once(tmp_path: Path, tensorboard: str) -> None:
-    """Killed after step 5, resumed from checkpoint-3: steps 4 and 5 come out the same, and are known."""
+    """Killed after step 5, resumed from checkpoint-3: steps 4 and 5 come out the same, and are
+    known.
+    """
     report(tensorboard, tmp_path, range(1, 6))
     report(tensorboard, tmp_path, range(4, 8), resumed_at=3)
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1, 2, 3, 4, 5, 6, 7]

@@ -47,7 +47,9 @@ VARIANTS: dict[str, dict] = {
 
 
 def build(name: str, folder: Path, dtype: str = "float32") -> Path:
-    """Save a random model of the variant; norms and biases are drawn too, so that a lost one shows in the logits."""
+    """Save a random model of the variant; norms and biases are drawn too, so that a lost one shows
+    in the logits.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -21,7 +21,9 @@ OPTIONS = (
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of every value inside `value`, the outermost left out; of a long list or object, the first few."""
+    """The path of every value inside `value`, the outermost left out; of a long list or object, the
+    first few.
+    """
     items = list(
         value.items()
         if isinstance(value, dict)
@@ -58,7 +60,9 @@ def _option(text: bytes, draw: random.Random) -> bytes:
 
 
 def _bytes(data: bytes, draw: random.Random) -> bytes:
-    """Cut off, emptied, changed in a few bytes, in another encoding, nested, or preceded by something."""
+    """Cut off, emptied, changed in a few bytes, in another encoding, nested, or preceded by
+    something.
+    """
     start = draw.randrange(len(data))
     few = bytearray(data)
     for _ in range(draw.randrange(1, 6)):
@@ -82,7 +86,9 @@ def _header(data: bytes, draw: random.Random) -> bytes:
 
 
 def mutate(folder: Path, seed: int) -> str:
-    """Damage one file of `folder`, chosen by the seed; return what was done, for the message of a failing test."""
+    """Damage one file of `folder`, chosen by the seed; return what was done, for the message of a
+    failing test.
+    """
     draw = random.Random(seed)
     file = draw.choice(sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")))
     data = file.read_bytes()

@@ -1,4 +1,6 @@
-"""What an adapter trains, from a config alone, against the model on meta; and what tensor-parallel ranks have of it."""
+"""What an adapter trains, from a config alone, against the model on meta; and what tensor-parallel
+ranks have of it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def test_counted_as_on_the_model(name: str) -> None:
 
 
 def test_ranks_of_a_tensor_group_cut_b_of_columns_and_a_of_rows() -> None:
-    """By hand, for 64 channels of 8 heads and 4 key-value heads, a width of 96, rank 8, 3 layers and 2 ranks."""
+    """By hand, for 64 channels of 8 heads and 4 key-value heads, a width of 96, rank 8, 3 layers
+    and 2 ranks.
+    """
     whole = 64 * 5 + 64 + 64  # A of q, k, v, gate, up; B of o and down
     cut = (64 + 32 + 32 + 96 + 96) + (64 + 96)  # B of q, k, v, gate, up; A of o and down
     spec, _ = spec_of("llama")

@@ -1,4 +1,6 @@
-"""Packed attention against the plain softmax formula, written out with a mask over the whole block, in float64."""
+"""Packed attention against the plain softmax formula, written out with a mask over the whole block,
+in float64.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ RULES = {
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4), (4, 1)], ids=lambda h: f"{h[0]}-on-{h[1]}")
 def test_products_and_their_gradients_equal_the_formula(lengths, rule, heads, monkeypatch):
-    # Small blocks, so that documents of 37 and 70 tokens go through several; the first length keeps its probabilities.
+    # Small blocks, so that documents of 37 and 70 tokens go through several; the first length keeps
+    # its probabilities.
     monkeypatch.setattr(attention, "QUERIES", 16)
     monkeypatch.setattr(attention, "KEEP", 32)
     attention._future.cache_clear()
@@ -89,7 +92,9 @@ def test_sdpa_by_document_equals_the_products(window):
 
 
 def test_long_documents_never_hold_the_square_of_their_length():
-    """8,192 tokens of 4 heads: full scores would take 1 GiB in fp32; blocks of 128 queries take 16 MiB."""
+    """8,192 tokens of 4 heads: full scores would take 1 GiB in fp32; blocks of 128 queries take 16
+    MiB.
+    """
     largest = 0
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -163,7 +168,9 @@ def test_what_would_have_to_be_ignored_is_refused(options):
 
 
 def test_attention_dropout_keeps_the_mean():
-    """Dropout goes through SDPA: over many draws the mean is that of no dropout, to the mean's own error."""
+    """Dropout goes through SDPA: over many draws the mean is that of no dropout, to the mean's own
+    error.
+    """
     torch.manual_seed(4)
     q, k, v = (torch.randn(12, h, 4) for h in (2, 2, 2))
     plain = attend(q, k, v, documents([5, 7]))

@@ -1,6 +1,8 @@
-"""Which kernel of torch's attention over packed documents is taken: the first that is right, whatever torch and the machine have.
+"""Which kernel of torch's attention over packed documents is taken: the first that is right,
+whatever torch and the machine have.
 
-Only a GPU has the kernels. Here an operator with right or wrong arithmetic stands for them; it obeys torch's own switches.
+Only a GPU has the kernels. Here an operator with right or wrong arithmetic stands for them; it
+obeys torch's own switches.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ RIGHT, WRONG, REFUSES, NAN = "right", "wrong", "refuses", "no number in a gradie
 
 
 class Torch:
-    """torch's varlen attention: `kernels` says how each of them computes; one that is not named is not installed.
+    """torch's varlen attention: `kernels` says how each of them computes; one that is not named is
+    not installed.
 
     `obeys`: it has cuDNN too, and goes by what `sdpa_kernel` allows, as from 2.15 on.
     """

@@ -1,4 +1,6 @@
-"""The faster parts against Transformers' own modules: outputs and gradients, for every family with a row and without."""
+"""The faster parts against Transformers' own modules: outputs and gradients, for every family with
+a row and without.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def assert_same(ours, theirs, tolerance):
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", sorted(families.VARIANTS))
 def test_every_family_equals_eager_transformers(family, adapted, tmp_path):
-    """Packed, fused and through our attention, against Transformers' eager attention with its dense block mask."""
+    """Packed, fused and through our attention, against Transformers' eager attention with its dense
+    block mask.
+    """
     folder = families.build(family, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").train()
     if adapted:

@@ -1,4 +1,5 @@
-"""Folders damaged at random, by fixed seeds: each loads or is refused by name. No other error, no hang.
+"""Folders damaged at random, by fixed seeds: each loads or is refused by name. No other error, no
+hang.
 
 Of `train` and `generate` as a whole, 750 further seeds were run by hand in the same way.
 """

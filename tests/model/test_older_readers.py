@@ -1,4 +1,6 @@
-"""Written files have the keys that Transformers 4 reads, with the values that models on the Hub have there."""
+"""Written files have the keys that Transformers 4 reads, with the values that models on the Hub
+have there.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,9 @@ def test_a_broken_config_is_left_to_its_reader(text: str, tmp_path: Path) -> Non
 
 
 def test_a_tokenizer_names_a_class_that_transformers_4_has(tmp_path: Path) -> None:
-    """4.57 knows neither TokenizersBackend nor a list of extra_special_tokens (it calls .keys() of it)."""
+    """4.57 knows neither TokenizersBackend nor a list of extra_special_tokens (it calls .keys() of
+    it).
+    """
     byte_tokenizer().save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"

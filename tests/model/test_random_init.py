@@ -1,4 +1,6 @@
-"""Random weights: fixed by seed and name, shaped as Transformers starts a model, through the hooks of nf4 too."""
+"""Random weights: fixed by seed and name, shaped as Transformers starts a model, through the hooks
+of nf4 too.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ def test_biases_are_zero() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        # The counts of the models' own index files (total_size / 2 bytes); a tied head counted once.
+        # The counts of the models' own index files (total_size / 2 bytes); a tied head counted
+        # once.
         ("llama3-8b", 8_030_261_248), ("llama3-3b", 3_212_749_824), ("llama3-70b", 70_553_706_496),
         ("qwen3-8b", 8_190_735_360), ("mistral-7b", 7_248_023_552),
     ],

@@ -133,7 +133,9 @@ def test_published_parameter_counts(name: str, config: dict, billions: float) ->
 
 
 def test_flops_agree_with_a_counter_that_watches_the_products() -> None:
-    """torch's own counter sees 2 operations a product and all pairs of attention; we count the causal half."""
+    """torch's own counter sees 2 operations a product and all pairs of attention; we count the
+    causal half.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,6 @@
-"""Weights into memory: names, ties, growth, quantised companions, bounds on memory; and damaged files."""
+"""Weights into memory: names, ties, growth, quantised companions, bounds on memory; and damaged
+files.
+"""
 
 from __future__ import annotations
 
@@ -423,7 +425,8 @@ def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path) -> None:
     (found,) = run_ranks(1, measure, tmp_path)
     for dtype, extra, size in found:
         assert size > 90 << 20
-        # the stage of 16 MiB where dtypes differ, and what the allocator and lazily loaded code take
+        # the stage of 16 MiB where dtypes differ, and what the allocator and lazily loaded code
+        # take
         assert extra < (24 << 20), (
             f"{dtype}: {extra / 2**20:.1f} MiB beside a model of {size / 2**20:.0f} MiB"
         )

@@ -68,7 +68,8 @@ def test_fp32_follows_torch_adamw_with_decay_on_matrices_only() -> None:
         reference.step()
         reference.zero_grad()
     for (_, a), (_, b) in zip(ours, theirs, strict=True):
-        # The fused kernel multiplies in another order than the reference's: one rounding of fp32 a step.
+        # The fused kernel multiplies in another order than the reference's: one rounding of fp32 a
+        # step.
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
@@ -109,8 +110,9 @@ def noise_like(value: torch.Tensor) -> torch.Tensor:
 
 
 def test_noise_is_uniform_and_unlike_its_neighbours() -> None:
-    """2**20 numbers: the counts of 256 bins by chi-squared, and the correlation with what lies beside, below, in the next
-    step, and in another parameter, each within 4.5 standard errors."""
+    """2**20 numbers: the counts of 256 bins by chi-squared, and the correlation with what lies
+    beside, below, in the next step, and in another parameter, each within 4.5 standard errors.
+    """
     shape = (1024, 1024)
     value = torch.empty(shape, device="meta")
     noise = noise_like(value)
@@ -167,7 +169,8 @@ def test_stochastic_updates_follow_fp32_on_average() -> None:
         advance(ours, 1e-3, step)
         theirs.step()
     drift = half.detach().float() - full.detach()
-    # A weight's rounding errors are independent with variance <= spacing^2 / 4; their mean over 4,096 weights is small.
+    # A weight's rounding errors are independent with variance <= spacing^2 / 4; their mean over
+    # 4,096 weights is small.
     assert abs(float(drift.mean())) < 5e-4
     moved = float((full.detach() - start.float()).mean())
     assert abs(moved) > 20 * abs(float(drift.mean()))
@@ -238,7 +241,9 @@ def test_8bit_that_the_device_has_no_code_for_is_refused(monkeypatch: pytest.Mon
 def test_8bit_gradients_of_an_infinite_norm_are_all_nan_where_the_host_does_not_check(
     clip: float | None,
 ) -> None:
-    """bitsandbytes' CUDA kernel leaves a weight whose gradient is NaN; its CPU code does not, so here it is not run."""
+    """bitsandbytes' CUDA kernel leaves a weight whose gradient is NaN; its CPU code does not, so
+    here it is not run.
+    """
     named = [("w", nn.Parameter(torch.ones(80, 64))), ("b", nn.Parameter(torch.ones(5)))]
     optimizer = Optimizer(named, Train(clip_norm=clip, optimizer="adamw-8bit"))
     assert optimizer.checks_on_host
@@ -277,11 +282,12 @@ def test_8bit_updates_are_adamw_s_but_for_the_rounding_of_the_moments() -> None:
         reference.step()
         reference.zero_grad()
         if step == 0:
-            # The first update is made of the gradient alone, before any moment is rounded: fp32 to its last bits.
+            # The first update is made of the gradient alone, before any moment is rounded: fp32 to
+            # its last bits.
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     off = float((ours.detach() - theirs.detach()).norm() / (theirs.detach() - start).norm())
-    # Codes are 1 to 2 % apart near a block's largest value and further apart below it (section 2.1 of the paper); 1.4 %
-    # of the way was measured. In fp32 it would be below 1e-5.
+    # Codes are 1 to 2 % apart near a block's largest value and further apart below it (section 2.1
+    # of the paper); 1.4 % of the way was measured. In fp32 it would be below 1e-5.
     assert 1e-3 < off < 0.03
 
 

@@ -1,4 +1,6 @@
-"""Weight gradients that are added up in fp32 by their product, beside exact sums and beside the ordinary path."""
+"""Weight gradients that are added up in fp32 by their product, beside exact sums and beside the
+ordinary path.
+"""
 
 from __future__ import annotations
 
@@ -217,7 +219,9 @@ def test_it_is_taken_where_it_works(taken, device, mesh, changes, tiny: Path, tm
 def test_it_takes_no_more_memory_at_the_peak(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """All fp32 gradients are there at the end of a backward either way; with it they are there from the first one on."""
+    """All fp32 gradients are there at the end of a backward either way; with it they are there from
+    the first one on.
+    """
     on_gpu = estimator(tiny, tmp_path, "cuda:0", ONE)
     with_it = on_gpu.estimate(1024)
     monkeypatch.setattr(MemoryEstimator, "fp32_gradients", False)

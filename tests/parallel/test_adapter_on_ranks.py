@@ -1,4 +1,6 @@
-"""An adapter's files where ranks hold parts of it: written as one process writes them, and read again."""
+"""An adapter's files where ranks hold parts of it: written as one process writes them, and read
+again.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,9 @@ def drawn(name: str, like: Tensor) -> Tensor:
 def write_all(
     model: Path, folder: Path, meshes: list[dict[str, int]], places: list[Path]
 ) -> list[int]:
-    """A checkpoint and final/ of each mesh, with values drawn by name; the bytes of adapter and moments that this rank then
-    has for itself beside its own parts."""
+    """A checkpoint and final/ of each mesh, with values drawn by name; the bytes of adapter and
+    moments that this rank then has for itself beside its own parts.
+    """
     save_tensors.GATHERED = 4000  # some rows at a time
     sizes = []
     with join_ranks() as ranks:

@@ -86,7 +86,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 }
 # The recipe of a case that has `auto`
 AUTO = {"full, tensor": {"replicate": 1, "shard": 1, "tensor": "auto"}}
-# First step and others. fp32: sums in another order. bf16: gradients of micro batches are rounded before they are summed.
+# First step and others. fp32: sums in another order. bf16: gradients of micro batches are rounded
+# before they are summed.
 TOLERANCES = dict.fromkeys(
     ("full, bf16 with masters", "full, tensor, bf16 with masters"), (2e-3, 2e-2)
 )
@@ -198,7 +199,10 @@ def test_blocks_of_moments_and_of_nf4_are_those_of_one_process(world, wide, tmp_
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_a_base_in_8_bits_gives_the_numbers_of_one_process(world, tiny, tmp_path):
-    """In bf16: 9e-4 was seen. With one scale a tensor, torch 2.11's on a CPU, fp8 rounds by the rows of a micro batch."""
+    """In bf16: 9e-4 was seen.
+
+    With one scale a tensor, torch 2.11's on a CPU, fp8 rounds by the rows of a micro batch.
+    """
     coarse = select_scaling(torch.device("cpu")).recipe == TENSOR_WISE
     wide = {name: (5e-3, 1e-2) for name in ONE_SCALE_A_ROW if coarse}
     with mock.patch.dict(TOLERANCES, wide):

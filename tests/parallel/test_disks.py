@@ -1,4 +1,6 @@
-"""Nodes that share no disk: what each keeps, and that a run goes on whichever rank is on which of them."""
+"""Nodes that share no disk: what each keeps, and that a run goes on whichever rank is on which of
+them.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
 LORA: dict[str, Any] = {}
-# Sums over ranks are taken in another order on another mesh: 6 steps in fp32 move a loss by about 1e-6 of itself.
+# Sums over ranks are taken in another order on another mesh: 6 steps in fp32 move a loss by about
+# 1e-6 of itself.
 ROUNDING = 1e-5
 
 
 def on_node(folder: Path, layout: str) -> str:
-    """Make this process rank r of the node that `layout` names for it: `aabb` is two nodes of two ranks each."""
+    """Make this process rank r of the node that `layout` names for it: `aabb` is two nodes of two
+    ranks each.
+    """
     rank = int(os.environ["RANK"])
     node = layout[rank]
     local = {"LOCAL_RANK": layout[:rank].count(node), "LOCAL_WORLD_SIZE": layout.count(node)}
@@ -50,7 +55,9 @@ def start(
     changes: dict[str, Any],
     **options: Any,
 ) -> Any:
-    """One start on this rank, below its node's folder: (first step, losses and norms), or the error."""
+    """One start on this rank, below its node's folder: (first step, losses and norms), or the
+    error.
+    """
     on_node(folder, layout)
     changes = {
         "train": {
@@ -248,11 +255,14 @@ def test_a_full_disk_of_one_node_ends_all_in_a_few_steps(what, tiny, tmp_path):
         assert not list((tmp_path / node / "run").glob("*checkpoint*"))
 
 
-# ---- without a model: what lies in the directories, whenever the writers die ------------------------------------------
+# ---- without a model: what lies in the directories, whenever the writers die
+# ------------------------------------------
 
 
 def write_until_killed(folder: Path, seconds: float) -> None:
-    """Write checkpoint after checkpoint, each step twice as at the end of a run, on a node of its own; killed on the way."""
+    """Write checkpoint after checkpoint, each step twice as at the end of a run, on a node of its
+    own; killed on the way.
+    """
     on_node(folder, "ab")
     out = Path("run")
     with join_ranks() as joined:
@@ -308,7 +318,9 @@ def test_kill_9_at_any_moment_leaves_one_whole_over_the_nodes(tmp_path):
 
 
 def pass_files(folder: Path, fault: str) -> Any:
-    """Rank 1 wants a file of 200 KB, an empty one and one in a folder from rank 0, in chunks of 1,000 bytes."""
+    """Rank 1 wants a file of 200 KB, an empty one and one in a folder from rank 0, in chunks of
+    1,000 bytes.
+    """
     node = on_node(folder, "ab")
     replicate.CHUNK = 1000
     out, names = Path("run"), ["big", "empty", "state/small"]

@@ -43,7 +43,9 @@ TOLERATED = compare_eight_bit.TOLERANCE
 def start(
     model: Path, folder: Path, quantize: str, mesh: dict[str, int], fault: str, port: int
 ) -> dict[str, Any]:
-    """One start of 2 steps on this rank. fault: `rank 1` quantizes NaN there, `all` tolerates no change."""
+    """One start of 2 steps on this rank. fault: `rank 1` quantizes NaN there, `all` tolerates no
+    change.
+    """
     os.environ["MASTER_PORT"] = str(port)
     name = f"{quantize} {mesh} {fault}"
     run = make_run(
@@ -83,7 +85,9 @@ def starts(model: Path, folder: Path, cases: list[Any]) -> list[dict[str, Any]]:
 
 
 def test_all_ranks_fall_back_where_the_loss_of_one_moved_too_far(tiny, tmp_path):
-    """Copies would train on, each with another base; shards would wait for each other in different collectives."""
+    """Copies would train on, each with another base; shards would wait for each other in different
+    collectives.
+    """
     meshes, faults = ({"replicate": 2}, {"shard": 2}), ("", "rank 1", "all")
     cases = [(kind, mesh, "", free_port()) for kind in ("none", "fp8") for mesh in meshes]
     cases += [("fp8", mesh, fault, free_port()) for mesh in meshes for fault in faults[1:]]
@@ -111,7 +115,9 @@ def test_all_ranks_fall_back_where_the_loss_of_one_moved_too_far(tiny, tmp_path)
 
 
 def codes_of_a_rank(model: Path, folder: Path) -> list[tuple[str, int, int]]:
-    """Of each layer in 8 bits on shards: what this rank holds, and what its forward is given, in bytes a weight."""
+    """Of each layer in 8 bits on shards: what this rank holds, and what its forward is given, in
+    bytes a weight.
+    """
     changes = {"model": {"dtype": "bf16", "quantize": "fp8"}, "parallel": {"shard": 2}}
     run = make_run(model, folder, held=False, **changes)
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
@@ -148,7 +154,9 @@ def test_shards_of_an_fp8_base_are_held_and_gathered_in_a_byte_a_weight(tiny, tm
 
 
 def updated(dtype: torch.dtype, shape: tuple[int, int], dim: int) -> bool:
-    """Whether three updates of this rank's part of a matrix, cut along `dim`, have the bits of the whole one's."""
+    """Whether three updates of this rank's part of a matrix, cut along `dim`, have the bits of the
+    whole one's.
+    """
     recipe = Train(optimizer="adamw-8bit", clip_norm=None, weight_decay=0.1, compile="off")
     recipe = replace(recipe, master_weights="stochastic" if dtype is torch.bfloat16 else "fp32")
     with join_ranks() as ranks:
@@ -199,7 +207,9 @@ def updated(dtype: torch.dtype, shape: tuple[int, int], dim: int) -> bool:
     ids=["rows", "empty", "columns"],
 )
 def test_parts_of_whole_blocks_are_updated_as_the_whole_matrix(shape, dim, dtype):
-    """Three ranks: 11 rows each, two of them one row each, or 256 columns each. bf16 is rounded stochastically."""
+    """Three ranks: 11 rows each, two of them one row each, or 256 columns each. bf16 is rounded
+    stochastically.
+    """
     pytest.importorskip("bitsandbytes")
     assert run_ranks(3, updated, dtype, shape, dim) == [True] * 3
 

@@ -1,4 +1,6 @@
-"""A global batch that does not divide by the ranks, or has fewer examples than there are ranks, trains as one process."""
+"""A global batch that does not divide by the ranks, or has fewer examples than there are ranks,
+trains as one process.
+"""
 
 from __future__ import annotations
 

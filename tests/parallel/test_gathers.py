@@ -46,7 +46,9 @@ class Recorder(TorchDispatchMode):
 
 
 def collectives_of_a_step(model: Path, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """The collectives of one step, the elements of each part of the model, and which parameters are sharded."""
+    """The collectives of one step, the elements of each part of the model, and which parameters are
+    sharded.
+    """
     run = make_run(model, folder, held=False, **merge(ONE_MICRO_BATCH, changes))
     Path(run.output_dir).mkdir(exist_ok=True)
     with join_ranks() as ranks:
@@ -91,7 +93,8 @@ def test_a_head_is_gathered_beside_the_last_layer_and_reduced_first(untied, tmp_
     assert table == parts["lm_head"]
     # Forward: the root, the embedding, layers, the head. Backward: only the first layer.
     assert gathered == [norm, table, layer, layer, table, layer]
-    # The backward begins at the head. The root and the embedding, whose input has no gradient, come at its end.
+    # The backward begins at the head. The root and the embedding, whose input has no gradient, come
+    # at its end.
     assert reduced[:3] == [table, layer, layer]
     assert sorted(reduced[3:]) == sorted([norm, table])
 

@@ -95,7 +95,9 @@ def test_a_rank_that_stands_still_is_named_with_its_phase(phase, changes, tiny, 
 
 
 def be_slow(model: Path, folder: Path) -> list[float]:
-    """The losses of a run whose rank 0 takes longer for its sample answers and for each save than a rank may stand still."""
+    """The losses of a run whose rank 0 takes longer for its sample answers and for each save than a
+    rank may stand still.
+    """
     answer_sampler.STUCK_AFTER_S = checkpoint_saver.STUCK_AFTER_S = trainer.STUCK_AFTER_S = (
         validation.STUCK_AFTER_S
     ) = LIMIT

@@ -1,6 +1,8 @@
-"""What ranks say and do when one of them is killed, stopped, stuck or fails: real processes on this machine, with gloo.
+"""What ranks say and do when one of them is killed, stopped, stuck or fails: real processes on this
+machine, with gloo.
 
-`benchmarks/faults/faults.py` does the same with torchrun on two nodes, and cuts the cable between them.
+`benchmarks/faults/faults.py` does the same with torchrun on two nodes, and cuts the cable between
+them.
 """
 
 from __future__ import annotations
@@ -56,7 +58,10 @@ def failures(folder: Path) -> list[dict[str, Any]]:
 
 
 def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
-    """A rank whose steps are all-reduces; rank 1 is struck at step 20. What it prints goes to a file."""
+    """A rank whose steps are all-reduces; rank 1 is struck at step 20.
+
+    What it prints goes to a file.
+    """
     os.environ.update(env)
     import torch
     import torch.distributed as dist

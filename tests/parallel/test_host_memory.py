@@ -1,4 +1,6 @@
-"""What several ranks read of a checkpoint and write into final/: the bytes of one process, in bounded memory."""
+"""What several ranks read of a checkpoint and write into final/: the bytes of one process, in
+bounded memory.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def status(key: str) -> int:
 
 
 def resident() -> int:
-    """Resident memory, from which its peak is then counted; what malloc holds free would hide as much that is taken next."""
+    """Resident memory, from which its peak is then counted; what malloc holds free would hide as
+    much that is taken next.
+    """
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
@@ -68,7 +72,9 @@ def built(
 def write_all(
     model: Path, folder: Path, cases: list[tuple[dict[str, int], dict[str, Any], Path]]
 ) -> None:
-    """Load a model on a mesh and write it as final/ has it, case by case; a piece holds 15 rows or so."""
+    """Load a model on a mesh and write it as final/ has it, case by case; a piece holds 15 rows or
+    so.
+    """
     save_tensors.PIECE = save_tensors.GATHERED = weights.SLICE = 4000
     with join_ranks() as ranks:
         for mesh, changes, place in cases:
@@ -132,7 +138,9 @@ def test_rows_of_added_tokens_are_those_of_one_process(mesh, tiny, tmp_path):
 def peaks(
     model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, Any]
 ) -> list[tuple[int, int]]:
-    """Growth of this rank's resident memory at its peak, and what it holds afterwards: of loading and of writing final/."""
+    """Growth of this rank's resident memory at its peak, and what it holds afterwards: of loading
+    and of writing final/.
+    """
     found = []
 
     def begin() -> int:
@@ -160,7 +168,9 @@ WIDTH, ROWS = (
 
 
 def write_models(tiny: Path, folder: Path, rows: int, columns: int = 1024) -> None:
-    """`small`, and `large` with so many rows of embedding and head, in bf16; both have MLPs of so many columns."""
+    """`small`, and `large` with so many rows of embedding and head, in bf16; both have MLPs of so
+    many columns.
+    """
     shape = {
         "hidden_size": WIDTH,
         "intermediate_size": columns,
@@ -195,14 +205,17 @@ def write_models(tiny: Path, folder: Path, rows: int, columns: int = 1024) -> No
     ids=["full", "full, tensor", "lora", "nf4"],
 )
 def test_a_rank_holds_its_shard_and_one_tensor_at_most(mesh, changes, tiny, tmp_path):
-    """16 MiB to read or to write are at hand beside the shard: less than one tensor, and no tensor is whole. To quantize a whole
-    one to nf4 took 20 bytes a weight on a CPU, 240 MiB of the largest here."""
+    """16 MiB to read or to write are at hand beside the shard: less than one tensor, and no tensor
+    is whole. To quantize a whole one to nf4 took 20 bytes a weight on a CPU, 240 MiB of the largest
+    here.
+    """
     write_models(tiny, tmp_path, ROWS, 12_288 if "model" in changes else 1024)
     changes = merge(changes, {"model": {"dtype": "bf16"}})
     tensor = WIDTH * ROWS * 2
     for loading, final in run_ranks(4, peaks, tmp_path / "large", tmp_path, mesh, changes):
         peak, held = loading
-        # Less than the shards' bytes: a part goes where loading the small model has left free memory.
+        # Less than the shards' bytes: a part goes where loading the small model has left free
+        # memory.
         assert held > (60 * MIB if changes.keys() > {"model"} else 20 * MIB), "nothing was measured"
         assert peak < held + tensor
         assert final[0] < tensor
@@ -221,8 +234,9 @@ def write_state(model: Path, place: Path) -> None:
 
 
 def resumed(model: Path, folder: Path, mesh: dict[str, int]) -> tuple[int, int, bool]:
-    """Growth of this rank's resident memory at its peak, and what is left of it, while it reads the optimizer's file; and
-    whether it then has its slices of it."""
+    """Growth of this rank's resident memory at its peak, and what is left of it, while it reads the
+    optimizer's file; and whether it then has its slices of it.
+    """
     with join_ranks() as ranks:
         for name in ("small", "large"):
             changes = merge(FULL, {"model": {"dtype": "bf16"}})
@@ -248,7 +262,9 @@ def resumed(model: Path, folder: Path, mesh: dict[str, int]) -> tuple[int, int, 
     not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc"
 )
 def test_a_rank_reads_its_slices_of_one_process_s_optimizer(tiny, tmp_path):
-    """A mapped file would be resident beside the moments: 12 bytes a parameter more, and 8 are held."""
+    """A mapped file would be resident beside the moments: 12 bytes a parameter more, and 8 are
+    held.
+    """
     write_models(tiny, tmp_path, ROWS // 4)
     for name in ("small", "large"):
         run_ranks(1, write_state, tmp_path / name, tmp_path / f"of {name}")
@@ -268,8 +284,9 @@ BLOCK_MESHES = {
 def quantized(
     model: Path, folder: Path, meshes: list[dict[str, int]]
 ) -> list[tuple[dict[str, Any], str]]:
-    """Of each mesh: this rank's layers made dense from the whole codes, which part of the whole layer each is, and the bytes
-    that were read of it; and what the start says of the model."""
+    """Of each mesh: this rank's layers made dense from the whole codes, which part of the whole
+    layer each is, and the bytes that were read of it; and what the start says of the model.
+    """
     # Not a multiple of a block, of a row or of a shard
     found, read, nf4.PIECE = (
         [],
@@ -307,7 +324,10 @@ def quantized(
 def test_ranks_quantize_the_blocks_that_they_hold_to_the_bits_of_one_process(
     world, tiny, wide, tmp_path
 ):
-    """Of the tiny model most shards begin inside a block. A whole layer is read by nobody, except in copies."""
+    """Of the tiny model most shards begin inside a block.
+
+    A whole layer is read by nobody, except in copies.
+    """
     pytest.importorskip("bitsandbytes")
     model, meshes = tiny if world == 3 else wide, BLOCK_MESHES[world]
     (((alone, said),),) = run_ranks(1, quantized, model, tmp_path, [{}])

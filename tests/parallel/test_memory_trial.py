@@ -1,4 +1,6 @@
-"""The trial of memory on several ranks: all recompute as many layers as the one with the least room needs."""
+"""The trial of memory on several ranks: all recompute as many layers as the one with the least room
+needs.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Shared(Small):
 
 
 def trial(size: int, held: int, ranks: Ranks, *, shares: bool = False) -> int:
-    """How many layers recompute on a pretended device of `size` bytes, where `held` of the budget are taken already."""
+    """How many layers recompute on a pretended device of `size` bytes, where `held` of the budget
+    are taken already.
+    """
     model, meter, budget = Alike(), Shared(size, held), 10 * LAYER
     estimate = MemoryEstimate(128, 0, recomputed_layer=400)
     batch = SimpleNamespace(input_ids=torch.zeros(1, 128))
@@ -68,7 +72,9 @@ def test_copies_try_again_where_one_ran_out_of_memory():
 
 @pytest.mark.parametrize("shares", [True, False])
 def test_where_nothing_fits_all_ranks_end(shares):
-    """Of ranks that share a model none can try again: others may wait for a part of the one that has no room."""
+    """Of ranks that share a model none can try again: others may wait for a part of the one that
+    has no room.
+    """
     size = 5 * LAYER if shares else LAYER // 10
     assert run_ranks(2, trial_of_rank, [10**9, size], [0, 0], shares) == [
         "OtherRankError",

@@ -1,6 +1,8 @@
-"""CPU offload: shards, gradients and moments, and the inputs of recomputed layers, on the host. The numbers stay.
+"""CPU offload: shards, gradients and moments, and the inputs of recomputed layers, on the host. The
+numbers stay.
 
-On a CPU host and device are one: there the same code runs, and only a GPU shows that its memory is freed.
+On a CPU host and device are one: there the same code runs, and only a GPU shows that its memory is
+freed.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ CASES = {
 
 
 def offloaded(model: Path, folder: Path, cases: list[tuple[dict[str, Any], int]]) -> list[Any]:
-    """Loss, norm and validation loss of each step of each recipe, and what was offloaded, as if on a GPU."""
+    """Loss, norm and validation loss of each step of each recipe, and what was offloaded, as if on
+    a GPU.
+    """
     found, policy, hook = [], shard.CPUOffloadPolicy, save_on_cpu
     used: list[str] = []
     resolve.moved_to_host = lambda run, machine: run.train.cpu_offload  # type: ignore[assignment]
@@ -184,7 +188,8 @@ def test_what_is_offloaded_lies_on_the_host_and_trains_alike(kind, device, mesh,
             value.device.type for part in optimizer.parts.values() for value in part.state.values()
         }
         assert moments == {place if kind == "none" else device.type}
-    # The same products; on a GPU AdamW runs there or on the host, and its sums round in another order.
+    # The same products; on a GPU AdamW runs there or on the host, and its sums round in another
+    # order.
     on_device, on_host = losses[:3], losses[3:]
     if device.type == "cpu":
         assert on_host == on_device

@@ -1,4 +1,6 @@
-"""Ranks that would train on with another recipe, base or rows: found before the first step, on all of them."""
+"""Ranks that would train on with another recipe, base or rows: found before the first step, on all
+of them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
 
 
 def be_on_node(layout: str) -> str:
-    """Make this process a rank of the node that `layout` has for it: `aabb` is two nodes of two ranks each."""
+    """Make this process a rank of the node that `layout` has for it: `aabb` is two nodes of two
+    ranks each.
+    """
     rank = int(os.environ["RANK"])
     node = layout[rank]
     local = {"LOCAL_RANK": layout[:rank].count(node), "LOCAL_WORLD_SIZE": layout.count(node)}
@@ -40,8 +44,10 @@ def start(
     on_b: dict[str, Any],
     versions: dict[str, str],
 ) -> Any:
-    """Losses and norms of one start on this rank; or the error's type, exit code, `what` and `where`. `changes` are those of
-    the recipe on every node, `on_b` and `versions` what node b has otherwise."""
+    """Losses and norms of one start on this rank; or the error's type, exit code, `what` and
+    `where`. `changes` are those of the recipe on every node, `on_b` and `versions` what node b has
+    otherwise.
+    """
     node = be_on_node(layout)
     os.environ["TUNESMITH_CACHE"] = str(folder / "cache")
     changes = {"train": STEPS, "parallel": {"replicate": len(layout)}, **changes}
@@ -197,7 +203,9 @@ def test_another_adapter_to_begin_with(tiny, tmp_path):
 
 
 def test_places_and_micro_batches_may_differ(tiny, tmp_path):
-    """The ranks take the smallest micro batch: each of its own would leave out rows, or take them twice."""
+    """The ranks take the smallest micro batch: each of its own would leave out rows, or take them
+    twice.
+    """
     rows = write_rows(tmp_path / "moved.jsonl", 48)
     on_b = {
         "output_dir": str(tmp_path / "elsewhere"),

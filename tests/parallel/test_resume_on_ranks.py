@@ -1,4 +1,6 @@
-"""Stop several ranks, or start them again as more or fewer: the losses go on as if nothing had happened."""
+"""Stop several ranks, or start them again as more or fewer: the losses go on as if nothing had
+happened.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ BF16 = {
     **FULL,
     "model": {"dtype": "bf16"},
 }
-# Sums over ranks are taken in another order on another mesh: 6 steps in fp32 move a loss by about 1e-6 of itself.
+# Sums over ranks are taken in another order on another mesh: 6 steps in fp32 move a loss by about
+# 1e-6 of itself.
 ROUNDING = 1e-5
 BY_FILE = -1  # in place of a rank: the file `stop` asks for it
 SHORT = 100  # added to a rank: its host's memory is short
@@ -49,7 +52,9 @@ def start(
     changes: dict[str, Any],
     stop: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """One start of a run of 6 steps on this rank; `stop`: SIGTERM comes to one rank alone, (rank, step)."""
+    """One start of a run of 6 steps on this rank; `stop`: SIGTERM comes to one rank alone, (rank,
+    step).
+    """
     changes = dict(changes)
     settings = {
         "duration": "6 steps",
@@ -180,8 +185,9 @@ def test_another_mesh_goes_on_where_the_first_stopped(
 def resumed_state(
     model: Path, folder: Path, parallel: dict[str, Any], changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Weights or their masters, and moments, that this rank's mesh resumes with: whole arrays, by their names in a
-    checkpoint."""
+    """Weights or their masters, and moments, that this rank's mesh resumes with: whole arrays, by
+    their names in a checkpoint.
+    """
     run = make_run(
         model,
         folder,

@@ -1,4 +1,6 @@
-"""A model that is cut over ranks against the same model in one process, in float64: loss, gradients, updates, scores."""
+"""A model that is cut over ranks against the same model in one process, in float64: loss,
+gradients, updates, scores.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 9},
     "smollm3": {"pad_token_id": 3, "no_rope_layers": [1, 0]},
 }
-# Both sides add the same products in another order: 1e-14 of the largest value in float64. A sum that is left out shows
-# in the first digits.
+# Both sides add the same products in another order: 1e-14 of the largest value in float64. A sum
+# that is left out shows in the first digits.
 TOLERANCE = 1e-10
 ADAPTER = Adapter(rank=4, alpha=8.0)
 DROPPED = Adapter(rank=4, alpha=8.0, dropout=0.3)
@@ -204,7 +206,8 @@ def sharded() -> dict[str, float]:
                 if not adapter:
                     found[f"{name} {key}"] = difference(weight.detach(), whole[key])
             alone = build(name, adapter)
-            # The two data ranks take the same batch; only gradients that FSDP reduces are their sum.
+            # The two data ranks take the same batch; only gradients that FSDP reduces are their
+            # sum.
             found[name] = max(differences(root, partial, mesh, alone, copies=1 if adapter else 2))
         return found
 

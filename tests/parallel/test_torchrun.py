@@ -1,5 +1,6 @@
-"""A run under torchrun itself: it starts killed ranks again, and hands a SIGTERM of its own on to them. Its ranks are forked
-from it, which has torch loaded."""
+"""A run under torchrun itself: it starts killed ranks again, and hands a SIGTERM of its own on to
+them. Its ranks are forked from it, which has torch loaded.
+"""
 
 from __future__ import annotations
 

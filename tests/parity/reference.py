@@ -1,4 +1,6 @@
-"""The other side of a parity test: a plain Transformers + PEFT + torch.optim loop, padded rows, whole logits."""
+"""The other side of a parity test: a plain Transformers + PEFT + torch.optim loop, padded rows,
+whole logits.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ def padded(
 def loss_of(model: torch.nn.Module, examples: Sequence[Example], pad_id: int) -> torch.Tensor:
     """Mean cross-entropy over the trained tokens, from whole logits.
 
-    The logits are made in the model's type; their softmax is taken in float64, because torch's fp32 log-softmax over a
-    vocabulary of 49,152 on a CPU is itself off by 3e-6 (seen against float64), more than the bound that is tested.
+    The logits are made in the model's type; their softmax is taken in float64, because torch's fp32
+    log-softmax over a vocabulary of 49,152 on a CPU is itself off by 3e-6 (seen against float64),
+    more than the bound that is tested.
     """
     ids, mask, labels = padded(examples, pad_id)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -44,7 +47,9 @@ def loss_of(model: torch.nn.Module, examples: Sequence[Example], pad_id: int) ->
 
 
 def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> torch.nn.Module:
-    """A plain Transformers model, under PEFT if an adapter's folder is given; dropout off, ready to train."""
+    """A plain Transformers model, under PEFT if an adapter's folder is given; dropout off, ready to
+    train.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -1,6 +1,8 @@
-"""How a global batch is laid out changes nothing: 64 examples in one micro batch, in 8, in 64, packed and not.
+"""How a global batch is laid out changes nothing: 64 examples in one micro batch, in 8, in 64,
+packed and not.
 
-fp32; B is drawn at random, because with B = 0 the gradient of A is exactly zero and any two zeros agree.
+fp32; B is drawn at random, because with B = 0 the gradient of A is exactly zero and any two zeros
+agree.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Loss curves beside a plain Transformers + PEFT + torch.optim loop: same rows, same order, 50 optimizer steps.
+"""Loss curves beside a plain Transformers + PEFT + torch.optim loop: same rows, same order, 50
+optimizer steps.
 
-In fp32 the two sides round differently (fused products, packed rows, chunked loss), so the bound grows with the steps:
-1e-6 at the first, which is a few units in the last place of a mean over ~200 tokens, and 1e-4 after 50 updates. In
-float64, with norm, rotary and softmax of both sides in float64, the same formulas agree to 1e-9; a different formula
-would not.
+In fp32 the two sides round differently (fused products, packed rows, chunked loss), so the bound
+grows with the steps: 1e-6 at the first, which is a few units in the last place of a mean over ~200
+tokens, and 1e-4 after 50 updates. In float64, with norm, rotary and softmax of both sides in
+float64, the same formulas agree to 1e-9; a different formula would not.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def constant(model: Path, folder: Path, kind: str, *, pack: bool = True) -> Run:
 
 
 def batches(folder: Path) -> list[list[Example]]:
-    """The rows of the recipe as this test tokenises them: prompt untrained, completion and end token trained."""
+    """The rows of the recipe as this test tokenises them: prompt untrained, completion and end
+    token trained.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -103,7 +106,9 @@ def test_fp32_curve_is_transformers_and_peft_s(
 
 @pytest.fixture
 def all_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Transformers' norm and rotary embedding compute in fp32 even in a float64 model; here they do not."""
+    """Transformers' norm and rotary embedding compute in fp32 even in a float64 model; here they do
+    not.
+    """
     from transformers.models.llama import modeling_llama
 
     def norm(self, hidden_states):

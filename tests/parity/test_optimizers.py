@@ -1,4 +1,6 @@
-"""The other optimizers through the real `train`: 8-bit moments beside AdamW, and updates inside the backward."""
+"""The other optimizers through the real `train`: 8-bit moments beside AdamW, and updates inside the
+backward.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,8 @@ def test_8bit_curve_is_adamw_s_within_half_a_percent(kind: str, tiny: Path, tmp_
         assert ("torch.uint8" in held) == (optimizer == "adamw-8bit")
     plain, eight = curves
     furthest = max(abs(a - b) / a for a, b in zip(plain, eight, strict=True))
-    # Rounded moments shift each update a little; 0.2 % (full, to half the loss) and 0.003 % (LoRA) were measured.
+    # Rounded moments shift each update a little; 0.2 % (full, to half the loss) and 0.003 % (LoRA)
+    # were measured.
     assert 1e-7 < furthest < 5e-3
     assert plain[-1] < plain[0] - 0.2, "the loss did not fall: the curves prove nothing"
 
@@ -100,7 +103,9 @@ CASES: dict[str, dict[str, Any]] = {
 def test_in_the_backward_is_the_ordinary_run_bit_for_bit(
     case: str, tiny: Path, tmp_path: Path
 ) -> None:
-    """One micro batch, no clipping, a head tied to the embedding; weights and optimizer state are equal."""
+    """One micro batch, no clipping, a head tied to the embedding; weights and optimizer state are
+    equal.
+    """
     # In examples, as in the backward: micro batches in tokens lay the documents in another order.
     plain = full(tiny, tmp_path, "plain", **CASES[case], micro_batch="8 examples")
     inside = full(tiny, tmp_path, "inside", **CASES[case], optimizer_in_backward=True)

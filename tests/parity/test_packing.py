@@ -126,7 +126,9 @@ def test_gradients_are_the_same_in_every_layout(changes, tiny, tmp_path):
 
 
 def test_document_two_cannot_see_document_one(tiny, tmp_path):
-    """Another document 1 of the same length leaves the losses of document 2 as they were, bit by bit."""
+    """Another document 1 of the same length leaves the losses of document 2 as they were, bit by
+    bit.
+    """
     model, of, other = model_of(tiny, tmp_path), examples(), examples(seed=9)
     before = model.token_scores(collate([of], length=200, pad_id=0))[0]
     changed = [other[0], *of[1:]]

@@ -1,4 +1,6 @@
-"""`plan` and `train` choose the mesh and the micro batch by one function: on paper, and where the ranks are."""
+"""`plan` and `train` choose the mesh and the micro batch by one function: on paper, and where the
+ranks are.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ def test_train_takes_what_plan_puts_first(name: str, monkeypatch: pytest.MonkeyP
 
 
 def test_without_a_speed_the_first_mesh_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that is not in the table: as many copies as fit, then the fewest shards, and cuts where shards do not do."""
+    """A GPU that is not in the table: as many copies as fit, then the fewest shards, and cuts where
+    shards do not do.
+    """
     for gib, mesh in ((100, (8, 1, 1)), (40, (4, 2, 1)), (14, None)):
         run, spec, tokens = make(
             "llama3-70b", AUTO | MANY | {"model": {"name": "m", "quantize": "nf4"}}

@@ -1,4 +1,6 @@
-"""The forecast of a run for machines that are not here: memory by hand for every layout, time, and what hides behind what."""
+"""The forecast of a run for machines that are not here: memory by hand for every layout, time, and
+what hides behind what.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def forecast(shape: str, on: str, mesh: tuple[int, int, int], changes: dict) -> 
 
 
 def test_full_fine_tuning_holds_fp32_shards_of_what_its_tensor_group_cuts() -> None:
-    """70B over 2 shards x 8: a weight is 4 bytes, its gradient 4, its moments 8; layers are gathered in bf16."""
+    """70B over 2 shards x 8: a weight is 4 bytes, its gradient 4, its moments 8; layers are
+    gathered in bf16.
+    """
     memory = forecast("llama3-70b", "2x8xh100", (1, 2, 8), FULL).plan.memory
     cut = (P - NORMS) // 8 + NORMS
     # Norms are on every rank; the shares of weights and of trained parameters are rounded up.
@@ -68,7 +72,10 @@ def test_full_fine_tuning_holds_fp32_shards_of_what_its_tensor_group_cuts() -> N
 
 
 def test_copies_trained_in_full_hold_what_one_process_holds() -> None:
-    """16-bit weights and fp32 masters. Those that are rounded stochastically sum their gradients in pieces."""
+    """16-bit weights and fp32 masters.
+
+    Those that are rounded stochastically sum their gradients in pieces.
+    """
     one, copies = (
         forecast("llama3-3b", "2x-dgx-spark", mesh, FULL).plan.memory
         for mesh in ((1, 1, 1), (2, 1, 1))
@@ -106,8 +113,8 @@ def test_tensor_parallelism_keeps_the_normed_inputs_whole() -> None:
     run = {"train": {"recompute": "none", "micro_batch": "4096 tokens"}}
     one, eight = (forecast("llama3-70b", "8xh100", (8 // t, 1, t), run).plan.memory for t in (1, 8))
     hidden, heads, wide = 8192, 128 * (64 + 2 * 8), 28672
-    # The ends: the last norm's input, and the gradient of its output, which is whole. Seven products of 8 numbers with A, and
-    # A and B themselves, in bf16.
+    # The ends: the last norm's input, and the gradient of its output, which is whole. Seven
+    # products of 8 numbers with A, and A and B themselves, in bf16.
     spec, products = read_spec(SHAPES["llama3-70b"].config, where=""), 7 * 8
     factors = [2 * adapter_parameters(spec, recipe({}).adapter, cut) for cut in (1, 8)]
     assert one.activations == factors[0] + 2 * 4096 * (
@@ -124,7 +131,9 @@ def test_tensor_parallelism_keeps_the_normed_inputs_whole() -> None:
 
 
 def test_a_tensor_group_cuts_some_scales_of_nf4_out_of_their_blocks() -> None:
-    """Those of o and down, along their inputs: fp32 for 64 weights, where 8 bits and a 256th of fp32 were."""
+    """Those of o and down, along their inputs: fp32 for 64 weights, where 8 bits and a 256th of
+    fp32 were.
+    """
     run = {"model": {"quantize": "nf4"}}
     one, eight, shards = (
         forecast("llama3-70b", "8xh100", mesh, run).plan.memory
@@ -209,7 +218,9 @@ def test_a_mesh_that_cannot_be(text: str) -> None:
 
 
 def test_a_recipe_that_keeps_to_one_tensor_rank_is_told_of_auto() -> None:
-    """70B in full: 16 shards do not fit with fp32 masters, 2 shards of 8 ranks that compute a layer together do."""
+    """70B in full: 16 shards do not fit with fp32 masters, 2 shards of 8 ranks that compute a layer
+    together do.
+    """
     made = planner("llama3-70b", "2x8xh100", FULL)
     best = made.with_tensor()
     assert best is not None
@@ -271,7 +282,8 @@ def test_gathers_hide_behind_compute_as_far_as_they_are_shorter() -> None:
             (1, 2, 1),
             {"train": keys, "data": {"train": {"source": "r.jsonl"}, "seq_len": 512}},
         )
-    # Half of a layer goes over the cable, after half of it was read and written: the rank's own shard.
+    # Half of a layer goes over the cable, after half of it was read and written: the rank's own
+    # shard.
     layer = 2 * MATRICES / 2 / 20e9 + 2 * MATRICES / 226e9
     gather = (LAYERS - 1) * layer
     long, short = runs[16384], runs[512]
@@ -279,7 +291,8 @@ def test_gathers_hide_behind_compute_as_far_as_they_are_shorter() -> None:
         "of the first layer; embedding and head are whole"
     )
     assert long.hidden_seconds == pytest.approx(2 * gather)
-    # In each pass all layers are read and written once, but the last one, which stays for the backward.
+    # In each pass all layers are read and written once, but the last one, which stays for the
+    # backward.
     assert long.seconds["shard copies"] == pytest.approx(
         (2 * LAYERS - 1) * 2 * 2 * MATRICES / 226e9
     )
@@ -291,7 +304,9 @@ def test_gathers_hide_behind_compute_as_far_as_they_are_shorter() -> None:
 
 
 def test_trained_in_full_only_the_embedding_is_exposed_beside_the_first_layer() -> None:
-    """8B over two Sparks, 16,384 tokens: the embedding is gathered first and reduced last, the head behind the layers."""
+    """8B over two Sparks, 16,384 tokens: the embedding is gathered first and reduced last, the head
+    behind the layers.
+    """
     keys = {"global_batch": "32768 tokens", "micro_batch": "16384 tokens", "recompute": "full"}
     found = forecast("llama3-8b", "2x-dgx-spark", (1, 2, 1), FULL | {"train": keys})
     spec = read_spec(SHAPES["llama3-8b"].config, where="")
@@ -317,16 +332,16 @@ def test_bytes_over_each_link_are_those_of_the_rings() -> None:
         read_spec(SHAPES["llama3-70b"].config, where=""), recipe({}).adapter
     )
     layers = 2 * LAYERS * MATRICES
-    # Over two Sparks: half of each layer in the forward and again in the backward, but for the last one, and A and B's
-    # gradients there and back.
+    # Over two Sparks: half of each layer in the forward and again in the backward, but for the last
+    # one, and A and B's gradients there and back.
     pair = forecast("llama3-70b", "2x-dgx-spark", (1, 2, 1), keys).sent
     passes = 8  # micro batches of a rank
     assert pair["link"] == 0
     assert pair["network"] == pytest.approx(
         passes * layers * (2 - 1 / LAYERS) / 2 + 2 * adapter / 2
     )
-    # Tensor groups stay on a node: 6 sums a layer and two more, each a scatter and a gather of 2 bytes a channel; what
-    # is left for the network is the adapter's gradients.
+    # Tensor groups stay on a node: 6 sums a layer and two more, each a scatter and a gather of 2
+    # bytes a channel; what is left for the network is the adapter's gradients.
     both = forecast("llama3-70b", "2x8xh100", (2, 1, 8), keys).sent
     here = 4 * adapter_parameters(
         read_spec(SHAPES["llama3-70b"].config, where=""), recipe({}).adapter, 8
@@ -358,7 +373,9 @@ def test_a_global_batch_that_does_not_fill_the_ranks_leaves_some_idle() -> None:
 
 
 def test_groups_over_nodes_come_first_where_they_gain() -> None:
-    """70B in full, 8-bit moments, on 2 x 8: copies of 4 x 2 on a node fit, but recompute nearly all layers."""
+    """70B in full, 8-bit moments, on 2 x 8: copies of 4 x 2 on a node fit, but recompute nearly all
+    layers.
+    """
     train = {
         "global_batch": "32768 tokens", "optimizer": "adamw-8bit", "master_weights": "stochastic", "clip_norm": None,
     }  # fmt: skip
@@ -373,7 +390,9 @@ def test_groups_over_nodes_come_first_where_they_gain() -> None:
 
 
 def test_near_equal_meshes_stay_within_the_nodes() -> None:
-    """70B, LoRA, 2 x 8: shards of all 16 ranks are as fast by the forecast as those of a node, and nothing is gained."""
+    """70B, LoRA, 2 x 8: shards of all 16 ranks are as fast by the forecast as those of a node, and
+    nothing is gained.
+    """
     # 8 shards recompute a little
     run = {
         "train": {"global_batch": "32 examples"},
@@ -398,7 +417,8 @@ def test_without_a_speed_groups_over_nodes_come_last() -> None:
     assert len({*crossing}) == 2
 
 
-# Tokens of an example, data.seq_len and train.global_batch -> the batch that the warning names, or None.
+# Tokens of an example, data.seq_len and train.global_batch -> the batch that the warning names, or
+# None.
 EXPOSED: dict[tuple[int, int, str], str | None] = {
     (180, 2048, "4 examples"): "18 examples",
     (180, 2048, "32 examples"): None,

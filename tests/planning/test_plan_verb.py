@@ -126,7 +126,8 @@ def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Cluster(CHIPS["h200"], 11, 8).describe() == "11 x 8 x NVIDIA H200"
 
 
-# What nvidia-smi prints, and the GPUs with GiB of one that a plan begins with. 116 GiB are available, of 121.7.
+# What nvidia-smi prints, and the GPUs with GiB of one that a plan begins with. 116 GiB are
+# available, of 121.7.
 SMI_OUTPUTS = {
     "a Spark": ("0, NVIDIA GB10, [N/A]\n", "NVIDIA GB10: 106 GiB, 55 TFLOP/s"),
     "a Spark of another driver": ("0, NVIDIA GB10, [Not Supported]\n", "NVIDIA GB10: 106 GiB, "),
@@ -240,7 +241,9 @@ def examples_with_a_price() -> list[str]:
 def test_an_example_with_a_price_prints_it(
     example: str, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it is typed, on a machine without the recipe's model and data: the model's config.json alone is brought."""
+    """As it is typed, on a machine without the recipe's model and data: the model's config.json
+    alone is brought.
+    """
     monkeypatch.setenv("TUNESMITH_CACHE", str(llama.parent / "cache"))
     words = shlex.split(example)[1:]
     assert main([*words, f"model.name={llama.parent / 'model'}"]) == 0

@@ -35,7 +35,8 @@ def test_quantizing_keeps_every_element_within_half_a_step_of_e4m3():
         assert codes.dtype is torch.float8_e4m3fn
         assert scale.shape == ((1, 1) if per_tensor else (64, 1))
         error = (codes.float() * scale - x).abs()
-        # 3 bits of mantissa: 2^-4 of the element; below 2^-6 of the scale's unit the steps are 2^-9 apart.
+        # 3 bits of mantissa: 2^-4 of the element; below 2^-6 of the scale's unit the steps are 2^-9
+        # apart.
         assert bool((error <= torch.maximum(x.abs() * 2**-4, scale * 2**-10) * 1.001).all())
 
 
@@ -135,7 +136,9 @@ def test_the_scaling_is_found_by_trying_the_models_shapes(product, kind, why, mo
 @pytest.mark.parametrize("n", [1, 7, 15, 16, 17, 31, 33, 257, 300])
 @pytest.mark.parametrize("kind", SCALING_RECIPES)
 def test_few_rows_are_padded_and_cut_again(kind, n, monkeypatch):
-    """Each row as if it was multiplied with others: rows do not see each other (unless they share a scale)."""
+    """Each row as if it was multiplied with others: rows do not see each other (unless they share a
+    scale).
+    """
 
     def product(a, b, **rest):
         assert len(a) >= LEAST_ROWS[kind]
@@ -151,7 +154,9 @@ def test_few_rows_are_padded_and_cut_again(kind, n, monkeypatch):
 
 
 def test_a_matmul_is_that_of_its_rounded_factors():
-    """Beside float64 on the same 8-bit numbers only the sum (fp32) and the result (bf16: 2^-9) are rounded."""
+    """Beside float64 on the same 8-bit numbers only the sum (fp32) and the result (bf16: 2^-9) are
+    rounded.
+    """
     kind = eight_bit.select_scaling(CPU).recipe
     assert kind is not None
     x, w = torch.randn(48, 64, dtype=torch.bfloat16), torch.randn(32, 64, dtype=torch.bfloat16)
@@ -255,7 +260,9 @@ def test_all_that_grows_with_the_weight_is_a_parameter():
 
 
 def two_copies(kind: str, w: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    """dy W by a second copy of W that is quantized as W^T, whose scales are then those of W's columns."""
+    """dy W by a second copy of W that is quantized as W^T, whose scales are then those of W's
+    columns.
+    """
     return scaled_matmul.scaled_matmul(
         kind, quantize(kind, dy), quantize(kind, w.T.contiguous()), dy.dtype
     )
@@ -272,7 +279,10 @@ SPREADS = {
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("kind", SCALING_RECIPES)
 def test_one_copy_of_the_weight_makes_dx_as_well_as_two(kind: str, spread: str) -> None:
-    """Each rounds both factors to 3 bits of mantissa: some 4 %. Gradients are small: here of 1e-7 and less."""
+    """Each rounds both factors to 3 bits of mantissa: some 4 %.
+
+    Gradients are small: here of 1e-7 and less.
+    """
     if kind == ROW_WISE and eight_bit.select_scaling(CPU).recipe != ROW_WISE:
         pytest.skip("torch 2.11 multiplies no factors that are scaled by row on a CPU")
     rows, columns, batch = SPREADS[spread]

@@ -1,4 +1,6 @@
-"""Grouped matmuls with frozen weights: equal to the plain formula, for every kind of weight, eager and compiled."""
+"""Grouped matmuls with frozen weights: equal to the plain formula, for every kind of weight, eager
+and compiled.
+"""
 
 from __future__ import annotations
 
@@ -105,8 +107,10 @@ def kinds() -> dict[str, list[lora.Lora]]:
 
 @pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
 def test_every_kind_answers_as_the_weight_it_stands_for(kind):
-    """bf16 keeps 8 bits: 2^-9 a rounding. fp8 rounds the input (and each output's gradient) to 3 bits of mantissa:
-    up to 2^-4 an element, about 3 % of a product's length, with a scale a tensor somewhat more."""
+    """bf16 keeps 8 bits: 2^-9 a rounding. fp8 rounds the input (and each output's gradient) to 3
+    bits of mantissa: up to 2^-4 an element, about 3 % of a product's length, with a scale a tensor
+    somewhat more.
+    """
     layers = kinds()[kind]
     tolerance = 0.01 if kind in ("dense", "nf4") else 0.05
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -115,7 +119,8 @@ def test_every_kind_answers_as_the_weight_it_stands_for(kind):
     for a, b in zip(ours, theirs, strict=True):
         assert distance(a, b) < tolerance
     for name, gradient in expected.items():
-        # The adapter's own gradients see no rounded input, only what the output's rounding left: nothing.
+        # The adapter's own gradients see no rounded input, only what the output's rounding left:
+        # nothing.
         assert distance(got[name], gradient) < (tolerance if name == "x" else 0.01), name
 
 
@@ -141,8 +146,10 @@ def test_the_compiled_operator_gives_the_same_numbers(kind):
 
 @pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
 def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
-    """Shapes, types and strides of the outputs, no output that shares memory with an input, and gradients in a graph:
-    a compiler lays out memory by these promises, and a broken one shows on a GPU only."""
+    """Shapes, types and strides of the outputs, no output that shares memory with an input, and
+    gradients in a graph: a compiler lays out memory by these promises, and a broken one shows on a
+    GPU only.
+    """
     layers = kinds()[kind]
     weights = [m.frozen_weight() for m in layers]
     x = torch.randn(40, 64, dtype=torch.bfloat16)

@@ -31,7 +31,8 @@ def theirs(folder, *, double: bool = True):
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    # Train mode: in eval mode bitsandbytes repacks its weights on some CPUs and answers differently.
+    # Train mode: in eval mode bitsandbytes repacks its weights on some CPUs and answers
+    # differently.
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, dtype=torch.float32
     ).train()
@@ -191,8 +192,9 @@ def test_a_bitsandbytes_that_cannot_pack_here_is_refused_before_anything_is_read
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("rows", [1, 3, FEW_ROWS])
 def test_a_few_rows_are_multiplied_with_the_weight_in_4_bits(rows, double, monkeypatch):
-    """What decoding asks of a layer: the same numbers as of the dense weight, which is not made. fp32, but for the order
-    of 128 sums."""
+    """What decoding asks of a layer: the same numbers as of the dense weight, which is not made.
+    fp32, but for the order of 128 sums.
+    """
     layer = layer_of(double)
     factors = torch.randn(8, 128), torch.randn(192, 8)
     x = torch.randn(rows, 128)

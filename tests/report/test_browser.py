@@ -1,4 +1,6 @@
-"""The report in a real Chromium that is offline: it draws, zooms, is read by keys, and is usable for all."""
+"""The report in a real Chromium that is offline: it draws, zooms, is read by keys, and is usable
+for all.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(
     browser: Any, report: Path, *, width: int = 1280, height: int = 800, scheme: str = "light"
 ) -> Any:
-    """The page, in a context that is offline; `page.said` is what went wrong, `page.asked` what it asked for."""
+    """The page, in a context that is offline; `page.said` is what went wrong, `page.asked` what it
+    asked for.
+    """
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
     )

@@ -96,8 +96,10 @@ def test_a_lower_training_loss_does_not_win_against_val_loss(tmp_path: Path) -> 
 
 
 def test_seeds_give_the_noise(tmp_path: Path) -> None:
-    """Pooled over both recipes: variances of 0.0002, so 0.0141, and so is the error of the difference of two means of two; with
-    2 degrees of freedom Student's t is beyond 4.30 once in 20 times: 0.0608."""
+    """Pooled over both recipes: variances of 0.0002, so 0.0141, and so is the error of the
+    difference of two means of two; with 2 degrees of freedom Student's t is beyond 4.30 once in 20
+    times: 0.0608.
+    """
     a = [
         write_run(tmp_path / f"a{s}", falling(2.0 + s * 0.02, jitter=0), recipe=rate(1e-3, s))
         for s in (0, 1)
@@ -186,7 +188,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
-    """2 slow tokens a second in the first step, then alternately 100 and 300; the mean is weighted by time."""
+    """2 slow tokens a second in the first step, then alternately 100 and 300; the mean is weighted
+    by time.
+    """
 
     def pace(step: int) -> float:
         return 2.0 if step == 1 else 100.0 if step % 2 else 300.0
@@ -212,7 +216,9 @@ def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
 
 
 def test_validation_noise_is_the_noise_and_not_the_trend() -> None:
-    """Of a line with normal noise of 0.05, seed 0: 400 points, of which the second half estimates it to some 5 %."""
+    """Of a line with normal noise of 0.05, seed 0: 400 points, of which the second half estimates
+    it to some 5 %.
+    """
     draw = random.Random(0)
     assert validation_noise(
         [3 - 0.01 * i + draw.gauss(0, 0.05) for i in range(400)]

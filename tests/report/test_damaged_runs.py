@@ -1,4 +1,6 @@
-"""Run directories that are damaged, under the commands that read one: each goes on with what is whole, and says what is not."""
+"""Run directories that are damaged, under the commands that read one: each goes on with what is
+whole, and says what is not.
+"""
 
 from __future__ import annotations
 

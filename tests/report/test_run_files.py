@@ -1,4 +1,6 @@
-"""A run directory as readers see it: while it grows, after each kind of end, and with damaged lines."""
+"""A run directory as readers see it: while it grows, after each kind of end, and with damaged
+lines.
+"""
 
 from __future__ import annotations
 
@@ -210,7 +212,9 @@ def test_downsampling_leaves_out_what_is_not_finite() -> None:
 
 
 def test_smoothing_is_the_mean_with_falling_weights() -> None:
-    """Against the definition: weights (1 - a)^age, summing to 1, of the values so far; a = 2 / (span + 1)."""
+    """Against the definition: weights (1 - a)^age, summing to 1, of the values so far; a = 2 /
+    (span + 1).
+    """
     values = [3.0, None, 1.0, 4.0, math.nan, 1.0, 5.0]
     known = [value for value in values if value is not None and math.isfinite(value)]
     for span in (1, 3, 10):

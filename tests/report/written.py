@@ -29,7 +29,9 @@ def write_run(
     samples: list[tuple[int, str, str]] = (),  # type: ignore[assignment]
     **changed: Any,
 ) -> RunFiles:
-    """A run with val_loss at the steps of `val`; `changed` are values of every record, or functions of the step."""
+    """A run with val_loss at the steps of `val`; `changed` are values of every record, or functions
+    of the step.
+    """
     folder.mkdir(parents=True)
     values = merge(to_mapping(RUN) | {"output_dir": str(folder)}, recipe or {})
     (folder / "config.yaml").write_text(to_yaml(values), encoding="utf-8")
@@ -52,7 +54,9 @@ def write_run(
 
 
 def falling(start: float, *, jitter: float = 0.01, steps: int = 40) -> dict[int, float]:
-    """val_loss every 4 steps, falling by 0.1 each time, alternately `jitter` above and below that line."""
+    """val_loss every 4 steps, falling by 0.1 each time, alternately `jitter` above and below that
+    line.
+    """
     return {
         step: start - step / 40 + jitter * (-1) ** (step // 4) for step in range(4, steps + 1, 4)
     }

@@ -1,4 +1,6 @@
-"""Compiled layers answer as plain ones do, all layers of a model share their graphs, and so do all batches."""
+"""Compiled layers answer as plain ones do, all layers of a model share their graphs, and so do all
+batches.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,8 @@ SIZES = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
-# (configuration, kinds of layers): a window below the bound of the batches, biases on q, k and v, norms of q and k, and
-# layers that do not rotate.
+# (configuration, kinds of layers): a window below the bound of the batches, biases on q, k and v,
+# norms of q and k, and layers that do not rotate.
 FAMILIES = {
     "llama": (lambda layers: LlamaConfig(**SIZES, num_hidden_layers=layers), 1),
     "mistral": (
@@ -86,7 +88,9 @@ FAMILIES = {
 
 
 def build(layers: int, family: str = "llama", *, base: str = "dense") -> Any:
-    """A model with adapters whose frozen weights are held as `base` says; in fp64 where that is dense, else in fp32."""
+    """A model with adapters whose frozen weights are held as `base` says; in fp64 where that is
+    dense, else in fp32.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family][0](layers))
     model = model.double() if base == "dense" else model.float()
@@ -114,7 +118,9 @@ def build(layers: int, family: str = "llama", *, base: str = "dense") -> Any:
 
 
 def batch(seed: int, *, length: int, bound: int = 32) -> Batch:
-    """One packed row of documents of 2 to `bound` tokens, up to `length` of them with padding after."""
+    """One packed row of documents of 2 to `bound` tokens, up to `length` of them with padding
+    after.
+    """
     random = np.random.default_rng(seed)
     examples, left = [], length - int(random.integers(0, 3))
     while left >= 2:
@@ -212,8 +218,9 @@ def test_quantised_bases_have_one_graph_too(base, family, recomputed):
 
 @pytest.mark.parametrize("base", ["dense", "fp8", "nf4"])
 def test_a_recomputed_layer_leaves_out_the_product_that_nobody_reads(base):
-    """down_proj's output goes into the sum after the layer, whose gradient needs no value: of the products of q/k/v, o,
-    gate/up and down the backward runs three again."""
+    """down_proj's output goes into the sum after the layer, whose gradient needs no value: of the
+    products of q/k/v, o, gate/up and down the backward runs three again.
+    """
     if base == "nf4":
         pytest.importorskip("bitsandbytes")
     model, b = build(2, base=base), batch(40, length=40)
@@ -276,13 +283,16 @@ def test_a_compiled_score_is_the_plain_one_for_every_size_of_chunk():
             loss_and_grad(raw, targets, None, None, 1.0),
             strict=True,
         ):
-            # The compiler keeps fp32 where the plain way does, in another order of adding: one bf16 rounding apart.
+            # The compiler keeps fp32 where the plain way does, in another order of adding: one bf16
+            # rounding apart.
             torch.testing.assert_close(got, expected, rtol=8e-3, atol=1e-6)
     assert graphs_compiled() == before + 1
 
 
 def test_a_compiled_score_scatters_nothing():
-    """A scatter's target must lie in memory: the compiler would write the whole chunk once more, in fp32."""
+    """A scatter's target must lie in memory: the compiler would write the whole chunk once more, in
+    fp32.
+    """
     targets: list[str] = []
 
     def noting(module: torch.fx.GraphModule, _: Any) -> Any:
@@ -358,7 +368,8 @@ def test_where_the_compiler_does_not_run_auto_goes_without_it_and_says_so(monkey
 REFUSAL = """PTXASError: PTXAS error: Internal Triton PTX codegen error
 `ptxas` stderr:
 ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'"""
-# In place of ATTEMPT where there is no GPU: does the assembler that Triton reads for Blackwell know one?
+# In place of ATTEMPT where there is no GPU: does the assembler that Triton reads for Blackwell know
+# one?
 ASSEMBLE = """import os, subprocess, sys
 sys.exit(subprocess.run([os.environ['TRITON_PTXAS_BLACKWELL_PATH'], '--gpu-name=sm_121a']).returncode)"""
 
@@ -375,7 +386,9 @@ def assembler(folder, *known):
 
 @pytest.fixture
 def blackwell(monkeypatch, tmp_path):
-    """A GPU that needs an assembler for sm_121a: the compiler runs with one in Triton's variables, and fails without."""
+    """A GPU that needs an assembler for sm_121a: the compiler runs with one in Triton's variables,
+    and fails without.
+    """
     own = assembler(tmp_path / "triton", "sm_90a")
 
     def compiled(function):
@@ -468,7 +481,9 @@ def attempt(cache: Path) -> object:
 
 
 def test_the_attempt_in_a_new_process_tells_by_its_exit_status_whether_the_compiler_runs(tmp_path):
-    """The real program on the CPU: with a C++ compiler, in a process that has torch loaded already, and without one."""
+    """The real program on the CPU: with a C++ compiler, in a process that has torch loaded already,
+    and without one.
+    """
     assert run_ranks(1, attempt, tmp_path / "a") == [0]
     command = [sys.executable, "-c", compilation.ATTEMPT, "cpu"]
     env = os.environ | {

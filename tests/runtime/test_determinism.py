@@ -1,4 +1,6 @@
-"""`train.deterministic`: on while a run lasts, off after it; equal numbers; what cannot be deterministic is named."""
+"""`train.deterministic`: on while a run lasts, off after it; equal numbers; what cannot be
+deterministic is named.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,10 @@ def test_it_is_on_inside_and_as_before_afterwards(before: tuple[bool, bool]) -> 
 
 
 def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVIDIA: only :4096:8 and :16:8 are deterministic. The environment is read once, so it stays for the next run."""
+    """NVIDIA: only :4096:8 and :16:8 are deterministic.
+
+    The environment is read once, so it stays for the next run.
+    """
     monkeypatch.setenv(WORKSPACE, ":0:0")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     with deterministic_algorithms(True):
@@ -133,8 +138,10 @@ def test_an_operator_that_cannot_is_named_with_the_key(
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_20_steps_resumed(deterministic: bool, tiny: Path, tmp_path: Path) -> None:
-    """Bitwise with the key. Without it, on a GPU, FlashAttention's backward sums in any order: gradients differ by bf16's rounding,
-    2**-8 of the largest, which 10 steps of rate 1e-3 turn into a thousandth of the loss."""
+    """Bitwise with the key. Without it, on a GPU, FlashAttention's backward sums in any order:
+    gradients differ by bf16's rounding, 2**-8 of the largest, which 10 steps of rate 1e-3 turn into
+    a thousandth of the loss.
+    """
     changes = {"duration": "20 steps", "deterministic": deterministic}
     for name in ("whole", "resumed"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,6 @@
-"""The allocator's limit on a GPU that shares the host's memory, and its segments on one that does not."""
+"""The allocator's limit on a GPU that shares the host's memory, and its segments on one that does
+not.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def test_a_rank_s_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_allocator_may_take_what_the_host_has_and_what_it_holds(
     reserved: int, gib: float
 ) -> None:
-    """MemAvailable has lost what this process took before, such as in an earlier run; and no share is above 1."""
+    """MemAvailable has lost what this process took before, such as in an earlier run; and no share
+    is above 1.
+    """
     for place in (GPU, torch.device("cuda")):
         assert prepared(Pretended(integrated=True, reserved=reserved), place) == [
             pytest.approx(gib / 119)

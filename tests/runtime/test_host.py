@@ -51,7 +51,9 @@ CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 def test_caches_of_shapes_are_bounded_unless_the_user_said_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What it brings is told in the docstring: a process's resident memory is too unsteady to be asserted."""
+    """What it brings is told in the docstring: a process's resident memory is too unsteady to be
+    asserted.
+    """
     for name in CACHES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(CACHES[1], "7")
@@ -95,7 +97,9 @@ def test_variables_and_a_torch_of_the_user_stay_as_they_are() -> None:
 def test_a_resumed_run_keeps_its_threads_unless_the_machine_is_another(
     named: dict[str, str], kept: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sum of a million numbers is rounded otherwise by another number of threads, so a clipped step is too."""
+    """A sum of a million numbers is rounded otherwise by another number of threads, so a clipped
+    step is too.
+    """
     own, found = torch.get_num_threads(), []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in named.items():

@@ -1,4 +1,5 @@
-"""The memory estimate beside the peak of what a training step allocates, tensor by tensor, on the CPU in fp32.
+"""The memory estimate beside the peak of what a training step allocates, tensor by tensor, on the
+CPU in fp32.
 
 Tolerance 3 %: kernels keep a number or two a row, which the estimate leaves out.
 """
@@ -51,7 +52,9 @@ class Measured(NamedTuple):
 
 
 def allocated(function) -> tuple[int, int]:
-    """Bytes of tensors that a call allocates: at most at one time, and those that are there after it."""
+    """Bytes of tensors that a call allocates: at most at one time, and those that are there after
+    it.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         function()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -124,9 +127,11 @@ def test_an_adapter_takes_what_is_estimated(
 
 @pytest.mark.parametrize("length", [64, 256, 512, 1024])
 def test_what_a_cpu_s_attention_keeps_goes_by_the_documents(length: int, tmp_path: Path) -> None:
-    """Probabilities of a block of 128 queries and all keys up to its end; of documents above 512 tokens none.
+    """Probabilities of a block of 128 queries and all keys up to its end; of documents above 512
+    tokens none.
 
-    Tolerance 1.5 %: frozen embeddings have no gradient, so the first of the four layers does not keep its input.
+    Tolerance 1.5 %: frozen embeddings have no gradient, so the first of the four layers does not
+    keep its input.
     """
     assert kept_probabilities(np.array([64, 128, 200, 512, 513])).tolist() == [
         64 * 64, 128 * 128, 128 * 128 + 72 * 200, 128 * (128 + 256 + 384 + 512), 0,
@@ -136,13 +141,17 @@ def test_what_a_cpu_s_attention_keeps_goes_by_the_documents(length: int, tmp_pat
 
 
 def test_a_large_rank_keeps_its_products_and_its_factors(tmp_path: Path) -> None:
-    """x A^T of seven layers, and each A and B once more, in the dtype of the products; tolerance as above."""
+    """x A^T of seven layers, and each A and B once more, in the dtype of the products; tolerance as
+    above.
+    """
     found = measure(tmp_path, {"adapter": {"rank": 64, "alpha": 64}}, FEW, "none")
     assert found.kept - ROTARY == pytest.approx(found.estimate.activations, rel=0.015)
 
 
 def test_dropout_gives_each_layer_of_an_adapter_its_own_input_and_mask(tmp_path: Path) -> None:
-    """Tolerance 4 %: the first layer's masks of q, k and v are not kept either, as their input needs no gradient."""
+    """Tolerance 4 %: the first layer's masks of q, k and v are not kept either, as their input
+    needs no gradient.
+    """
     found = measure(
         tmp_path, {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.1}}, FEW, "none", length=TOKENS
     )
@@ -150,7 +159,9 @@ def test_dropout_gives_each_layer_of_an_adapter_its_own_input_and_mask(tmp_path:
 
 
 def test_nf4_keeps_for_the_backward_what_a_dense_base_keeps(tmp_path: Path) -> None:
-    """Byte for byte: the dense weight is made again in the backward, and no scale of its own is kept."""
+    """Byte for byte: the dense weight is made again in the backward, and no scale of its own is
+    kept.
+    """
     dense, nf4 = (measure(tmp_path, keys, FEW, "none") for keys in (LORA, NF4))
     assert nf4.kept == dense.kept
 

@@ -29,7 +29,9 @@ Course = Callable[[float], MemoryFigures]  # the figures after so many seconds
 
 
 def falling(base: MemoryFigures, first: float, last: float, seconds: float) -> Course:
-    """MemAvailable falls from `first` to `last` GiB, steadily, and stays; so does MemFree, 1 GiB below."""
+    """MemAvailable falls from `first` to `last` GiB, steadily, and stays; so does MemFree, 1 GiB
+    below.
+    """
 
     def at(now: float) -> MemoryFigures:
         available = int((first + (last - first) * min(1.0, now / seconds)) * GIB)
@@ -70,11 +72,13 @@ class Pretended:
         return None
 
 
-# What GB10s recorded before they froze or their driver failed. Each with the second at which that was.
+# What GB10s recorded before they froze or their driver failed. Each with the second at which that
+# was.
 SPARKS = {
     # vllm#54200: 29 to 2.5 GiB in 9 seconds while an engine started.
     "collapse in 9 s": (falling(SPARK, 29, 2.5, 9), 9.0),
-    # dgx-spark-playbooks#116: 34.0 to 12.7 GiB in 1.5 seconds, when the driver failed for the first time.
+    # dgx-spark-playbooks#116: 34.0 to 12.7 GiB in 1.5 seconds, when the driver failed for the first
+    # time.
     "collapse in 1.5 s": (falling(SPARK, 34.0, 12.7, 1.5), 1.5),
     # vllm-ultimate-dgx-spark#9: the last samples before three freezes, of 124,546 MiB.
     "7,894 MiB left": (falling(SPARK, 20, 7894 / 1024, 600), 600.0),
@@ -82,7 +86,8 @@ SPARKS = {
     "288 MiB left": (falling(SPARK, 20, 288 / 1024, 600), 600.0),
     # vllm#46307: about 7 GiB available when the host hung.
     "7 GiB left": (falling(SPARK, 71, 7, 120), 120.0),
-    # vllm#54200: 22.5 GiB available, 19.8 of them page cache, and allocations failed, 75 times within one start.
+    # vllm#54200: 22.5 GiB available, 19.8 of them page cache, and allocations failed, 75 times
+    # within one start.
     "free memory gone, page cache stays": (
         lambda now: replace(
             SPARK, available=int(22.5 * GIB), free=int(2.5 * GIB), cached=int(19.8 * GIB)
@@ -120,7 +125,8 @@ def test_on_unified_memory_page_cache_is_dropped_before_a_stop(
     assert busy.dropped == []
 
 
-# MemAvailable, MemFree and page cache in GiB of a GB10 that trains for an hour and has nothing wrong.
+# MemAvailable, MemFree and page cache in GiB of a GB10 that trains for an hour and has nothing
+# wrong.
 STEADY = {
     "100 GiB in use": (11.0, 5.0, 6.0),
     "most of what is left is page cache": (11.0, 2.5, 8.5),
@@ -146,7 +152,9 @@ def test_a_full_gb10_trains_on_and_page_cache_is_dropped_rarely(
 def test_page_cache_that_comes_back_is_dropped_at_most_twice_a_minute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Free memory is 9 GiB after a drop, and a GiB a second of it becomes page cache again, down to 4."""
+    """Free memory is 9 GiB after a drop, and a GiB a second of it becomes page cache again, down to
+    4.
+    """
 
     def refilled(now: float) -> MemoryFigures:
         since = now - there.dropped[-1] if there.dropped else now
@@ -164,7 +172,9 @@ def test_page_cache_that_comes_back_is_dropped_at_most_twice_a_minute(
 def test_a_laptop_stops_while_there_is_room_to_save(
     rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`rate` GiB a second are taken by others, so that a stop which takes a second or two leaves some."""
+    """`rate` GiB a second are taken by others, so that a stop which takes a second or two leaves
+    some.
+    """
     there = Pretended(falling(LAPTOP, 9, 0, 9 / rate), monkeypatch, unified=False)
     asked = there.until(20 / rate)
     assert asked is not None
@@ -181,7 +191,9 @@ def test_a_control_group_has_a_floor_of_its_own(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_a_run_takes_itself_is_no_growth_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes gigabytes in a moment and gives them back; so may a build of something else, if enough stays."""
+    """A step takes gigabytes in a moment and gives them back; so may a build of something else, if
+    enough stays.
+    """
 
     def swinging(now: float) -> MemoryFigures:
         return replace(LAPTOP, available=9 * GIB if int(now) % 2 else 2 * GIB)
@@ -196,7 +208,9 @@ def test_what_a_run_takes_itself_is_no_growth_of_others(monkeypatch: pytest.Monk
 
 
 def test_a_run_of_long_micro_batches_stops_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It cannot stop before the end of one. 600 seconds, of a first step that compiles, are not taken for one."""
+    """It cannot stop before the end of one. 600 seconds, of a first step that compiles, are not
+    taken for one.
+    """
     found = []
     for takes in (0.0, 10.0, 600.0):
         there = Pretended(falling(LAPTOP, 9, 0, 90), monkeypatch, unified=False)
@@ -251,7 +265,9 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_ranks_of_a_host_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four ranks one is on another host, and one in a container, where the same number is another process."""
+    """Of four ranks one is on another host, and one in a container, where the same number is
+    another process.
+    """
     heartbeat = Heartbeat(1, ("a", "a", "a", "b"), range(3))
     space, parent = os.readlink("/proc/self/ns/pid"), os.getppid()
     for rank, process in enumerate(

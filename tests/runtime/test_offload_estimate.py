@@ -1,4 +1,6 @@
-"""`train.cpu_offload` in the plan: what leaves the device and what the host takes for it, and where it is refused."""
+"""`train.cpu_offload` in the plan: what leaves the device and what the host takes for it, and where
+it is refused.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ def plan(run: Run, mesh: MeshShape, found: Machine) -> RunPlan:
 def test_the_host_takes_the_shards_of_a_model_trained_in_full_with_their_gradients_and_moments() -> (
     None
 ):
-    """In fp32: 4 bytes of weight, 4 of gradient and 8 of moments. What is gathered stays on the device."""
+    """In fp32: 4 bytes of weight, 4 of gradient and 8 of moments.
+
+    What is gathered stays on the device.
+    """
     here, moved = estimate(recipe(FULL)), estimate(recipe(FULL, "parameters"))
     assert here.host == 0
     assert moved.host == pytest.approx(16 * SPEC.parameters / 8, abs=64)
@@ -90,7 +95,9 @@ def test_the_host_takes_the_frozen_shards_and_the_adapter_stays() -> None:
 
 
 def test_copies_whose_base_is_on_the_host_gather_its_layers() -> None:
-    """Without shards nothing is gathered on the device; with the base on the host each layer comes when it is used."""
+    """Without shards nothing is gathered on the device; with the base on the host each layer comes
+    when it is used.
+    """
     copies = MeshShape(8, 1, 1)
     assert estimate(recipe(LORA), copies).gathered == 0
     moved = estimate(recipe(LORA, "parameters"), copies)

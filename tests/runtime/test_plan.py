@@ -91,7 +91,9 @@ def test_in_80_gib_some_layers_recompute_and_one_fewer_would_not_fit():
 
 
 def test_a_smaller_micro_batch_is_taken_where_that_saves_recomputation():
-    """70B in nf4 on 139 GiB: at 16,384 tokens most layers would have to recompute, at 4,096 hardly any."""
+    """70B in nf4 on 139 GiB: at 16,384 tokens most layers would have to recompute, at 4,096 hardly
+    any.
+    """
     run = replace(recipe(**WHOLE_STEPS), model=Model(name="m", quantize="nf4"))
     plan = planned(run, LARGE, 139, trained=104_000_000)
     assert plan.layout.micro_batch.amount < 16384
@@ -104,7 +106,9 @@ def test_a_smaller_micro_batch_is_taken_where_that_saves_recomputation():
 
 
 def test_a_chip_with_slow_memory_takes_larger_micro_batches():
-    """A pass over the weights costs a GB10 more than twice the work of a token that it costs an H200."""
+    """A pass over the weights costs a GB10 more than twice the work of a token that it costs an
+    H200.
+    """
     run = replace(recipe(**WHOLE_STEPS), model=Model(name="m", quantize="nf4"))
     sizes = [
         planned(run, LARGE, 108, trained=104_000_000, integrated=i).layout.micro_batch.amount
@@ -301,7 +305,9 @@ def trial_plan(estimate: MemoryEstimate) -> RunPlan:
 
 
 class Small:
-    """A device of `size` bytes: what autograd has saved counts, and more than `size` of it is an error."""
+    """A device of `size` bytes: what autograd has saved counts, and more than `size` of it is an
+    error.
+    """
 
     def __init__(self, size: int) -> None:
         self.size, self.now, self.most, self.tries, self.previous_peak, self.refused = (
@@ -347,7 +353,9 @@ class Alike(torch.nn.Module):
 
 @pytest.mark.parametrize("estimated", [0, 3, 8])
 def test_a_trial_grows_from_few_kept_layers_and_never_runs_out(estimated):
-    """On a pretended GPU of any size that holds the micro batch at all: what the estimate says of it is not trusted."""
+    """On a pretended GPU of any size that holds the micro batch at all: what the estimate says of
+    it is not trusted.
+    """
     batch = SimpleNamespace(input_ids=torch.zeros(1, 128))
 
     def trial(size: float, budget: float) -> tuple[int, Small]:
@@ -389,7 +397,10 @@ def kept_without_recompute(model, batch) -> int:
 
 
 def test_a_trial_learns_from_few_layers_what_the_others_would_keep(tiny):
-    """On the real path: the saved tensors of a tiny model. The estimate says that nothing has to recompute."""
+    """On the real path: the saved tensors of a tiny model.
+
+    The estimate says that nothing has to recompute.
+    """
     model = built_model(replace(recipe(), model=Model(name=str(tiny), dtype="fp32")), tiny)
     batch = collate(
         [[Example(np.arange(2, 130, dtype=np.int32), np.arange(128) > 0)]], length=128, pad_id=0
@@ -407,13 +418,16 @@ def test_a_trial_learns_from_few_layers_what_the_others_would_keep(tiny):
     assert (count, meter.tries) == (0, 1)
     assert meter.most < 0.7 * kept_without_recompute(model, batch)
     assert trial(meter.most - 1)[0] == 2
-    # Where the estimate leaves much room, its own number is tried at once: a trial of another would compile for nothing.
+    # Where the estimate leaves much room, its own number is tried at once: a trial of another would
+    # compile for nothing.
     count, meter = trial(share=0.7)
     assert (count, meter.tries, meter.most) == (0, 1, kept_without_recompute(model, batch))
 
 
 def test_a_trial_on_a_short_micro_batch_leaves_room_for_the_largest(tiny):
-    """Steps differ in length, and the first one may be short: what it was measured to keep grows with the tokens."""
+    """Steps differ in length, and the first one may be short: what it was measured to keep grows
+    with the tokens.
+    """
     model = built_model(replace(recipe(), model=Model(name=str(tiny), dtype="fp32")), tiny)
     estimate = MemoryEstimate(tokens=128, recomputed_layer=128 * 64 * 4)
 
@@ -429,7 +443,8 @@ def test_a_trial_on_a_short_micro_batch_leaves_room_for_the_largest(tiny):
             ).recomputed_layers
 
     needed = kept_without_recompute(model, rows(128))
-    # A tenth less than all is needed: one layer of the two has to recompute, whichever batch the trial sees.
+    # A tenth less than all is needed: one layer of the two has to recompute, whichever batch the
+    # trial sees.
     assert [trial(tokens, needed * 9 // 10) for tokens in (128, 32)] == [1, 1]
 
 
@@ -482,9 +497,11 @@ def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():
 
 
 def test_what_a_trial_has_not_allocated_is_counted_once():
-    """LoRA: fp32 gradients and weights are there, two moments and a checkpoint's copies to come. Full bf16: gradients of
-    the layers' matrices are there in fp32, the others in bf16; the rest of their fp32 form, moments and master come with
-    the optimizer."""
+    """LoRA: fp32 gradients and weights are there, two moments and a checkpoint's copies to come.
+
+    Full bf16: gradients of the layers' matrices are there in fp32, the others in bf16; the rest of
+    their fp32 form, moments and master come with the optimizer.
+    """
     spec = read_spec(LLAMA, where="test")
     lora = MemoryEstimator(recipe(), spec, gpu(139), 100).estimate(2048)
     assert (lora.gradients, lora.optimizer, lora.copies) == (400, 100 * 8, 100 * 12)
@@ -496,7 +513,9 @@ def test_what_a_trial_has_not_allocated_is_counted_once():
 
 
 def test_a_large_card_has_room_for_larger_chunks_of_logits():
-    """The estimate and the loss take the same size, from the card's memory and not from what of it is free."""
+    """The estimate and the loss take the same size, from the card's memory and not from what of it
+    is free.
+    """
     vocabulary, step = (
         LLAMA["vocab_size"],
         {"micro_batch": Size(16384, "tokens"), "recompute": "none"},

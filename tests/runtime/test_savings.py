@@ -1,4 +1,6 @@
-"""A run that does not fit is refused with the keys that make it fit, each tried by the estimate that plans a run."""
+"""A run that does not fit is refused with the keys that make it fit, each tried by the estimate
+that plans a run.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,9 @@ def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(
 
 
 def test_what_fits_but_leaves_little_is_not_refused(recipe: Path) -> None:
-    """The planner aims below USABLE; a plan between that and ALLOCATABLE is tried, and has advice in case it fails."""
+    """The planner aims below USABLE; a plan between that and ALLOCATABLE is tried, and has advice
+    in case it fails.
+    """
     keys = {"train.recompute": "none", "train.micro_batch": "2048 tokens"}
     plan = plan_of(load_recipe(recipe, keys), "llama3-8b", 26)
     assert USABLE < plan.memory.total / plan.memory.free < ALLOCATABLE
@@ -151,7 +155,9 @@ def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> 
 
 
 def test_on_a_cpu_a_step_on_the_longest_example_counts(recipe: Path) -> None:
-    """The frozen weights fit, and with them nothing of a step: what the largest micro batch takes is not certain."""
+    """The frozen weights fit, and with them nothing of a step: what the largest micro batch takes
+    is not certain.
+    """
     run = load_recipe(recipe, {"model.dtype": "bf16"})
     busy = {"device": "cpu", "compiles": (False, "")}
     memory = plan_of(run, "llama3-3b", 60, **busy).memory
@@ -164,7 +170,9 @@ def test_on_a_cpu_a_step_on_the_longest_example_counts(recipe: Path) -> None:
 def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(
     recipe: Path, free: float, warned: bool
 ) -> None:
-    """A run took up to a quarter more than the estimate; what other programs hold now they may give back."""
+    """A run took up to a quarter more than the estimate; what other programs hold now they may give
+    back.
+    """
     run = load_recipe(
         recipe, FULL | {"train.recompute": "none", "train.micro_batch": "2048 tokens"}
     )

@@ -47,7 +47,9 @@ def test_numbers_that_are_not_finite_arrive_as_they_are() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_copies_are_as_the_tensors_were(device: torch.device) -> None:
-    """Whole blocks, views, 0-d and host tensors among those of a GPU; `state` of AdamW has all of these."""
+    """Whole blocks, views, 0-d and host tensors among those of a GPU; `state` of AdamW has all of
+    these.
+    """
     torch.manual_seed(0)
     block = torch.randn(300, 200, device=device)
     tensors = {

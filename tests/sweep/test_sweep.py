@@ -1,4 +1,6 @@
-"""Candidates over one base learn, bit for bit, what `train` of their recipes learns; kills and ranks included."""
+"""Candidates over one base learn, bit for bit, what `train` of their recipes learns; kills and
+ranks included.
+"""
 
 from __future__ import annotations
 
@@ -365,7 +367,9 @@ def test_layers_are_compiled_once_a_rank_as_in_a_run_alone(
 def test_a_signal_before_the_validation_of_a_rung_loses_nothing(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The checkpoint of the rung's step is saved, and its record is not written: the next start measures and writes it."""
+    """The checkpoint of the rung's step is saved, and its record is not written: the next start
+    measures and writes it.
+    """
     file, train_step = write_recipe(tiny, tmp_path), Trainer.train_step
 
     def signalled(trainer: Trainer, batch: Any) -> Any:
@@ -431,7 +435,9 @@ def test_removed_flags_name_what_takes_their_place(
 def test_a_sweep_of_an_earlier_version_goes_on(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Of lists, where it noted Optuna's defaults; of ranges, where Optuna's TPE drew, it is another sweep."""
+    """Of lists, where it noted Optuna's defaults; of ranges, where Optuna's TPE drew, it is another
+    sweep.
+    """
     recipe_file = write_recipe(tiny, tmp_path)
     lists = [WORDS[0], f"output_dir={tmp_path / 'lists'}"]
     ranges = ["train.learning_rate=1e-3..1e-2", f"output_dir={tmp_path / 'ranges'}"]
@@ -459,7 +465,10 @@ def test_a_sweep_of_an_earlier_version_goes_on(
 def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A launcher is given no smaller one: all candidates share it. Of several ranks sweep.json tells the stop."""
+    """A launcher is given no smaller one: all candidates share it.
+
+    Of several ranks sweep.json tells the stop.
+    """
     from tunesmith.launch import node
 
     file, words, train_step = write_recipe(tiny, tmp_path), WORDS[:1], Trainer.train_step

@@ -1,4 +1,6 @@
-"""Tokens that a recipe adds: rows of embedding and head are made for them alone, and others load what is written."""
+"""Tokens that a recipe adds: rows of embedding and head are made for them alone, and others load
+what is written.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`tunesmith.train` as a program calls it: overrides with types, records while it trains, what is shown, how it ends."""
+"""`tunesmith.train` as a program calls it: overrides with types, records while it trains, what is
+shown, how it ends.
+"""
 
 from __future__ import annotations
 

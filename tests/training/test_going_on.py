@@ -1,4 +1,6 @@
-"""What a start that goes on keeps, refuses and says: micro batch, base, data, duration, learning rate; and log.txt."""
+"""What a start that goes on keeps, refuses and says: micro batch, base, data, duration, learning
+rate; and log.txt.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def progress(folder: Path, step: int) -> dict[str, Any]:
     )
 
 
-# --- micro batch ----------------------------------------------------------------------------------------------------
+# --- micro batch
+# ----------------------------------------------------------------------------------------------------
 
 DROPOUT = {
     "adapter": {"dropout": 0.2},
@@ -73,7 +76,10 @@ def stopping(step: int) -> Callable[[StepRecord], object]:
 def test_other_free_memory_does_not_change_the_numbers(
     tiny: Path, tmp_path: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout they depend on the micro batch. Here the memory alone would choose another one after the stop."""
+    """With dropout they depend on the micro batch.
+
+    Here the memory alone would choose another one after the stop.
+    """
     chosen: list[int] = []
     fastest = resolve.MemoryEstimator.fastest_micro_batch
 
@@ -145,14 +151,17 @@ def test_other_noise_of_stochastic_rounding_is_told(
 
 
 def test_recompute_changes_no_number_with_dropout(tiny: Path, tmp_path: Path) -> None:
-    """So a resumed run may recompute other layers. checkpoint() restores the state of the random generator."""
+    """So a resumed run may recompute other layers. checkpoint() restores the state of the random
+    generator.
+    """
     for name in ("none", "full"):
         (tmp_path / name).mkdir()
         go(tiny, tmp_path / name, [], **merge(DROPOUT, {"train": {"recompute": name}}))
     assert numbers(tmp_path / "none") == numbers(tmp_path / "full")
 
 
-# --- base and data --------------------------------------------------------------------------------------------------
+# --- base and data
+# --------------------------------------------------------------------------------------------------
 
 
 def one_weight(base: Path) -> None:
@@ -257,7 +266,8 @@ def test_the_hash_of_weights_knows_tensors_and_not_places(own: Path, tmp_path: P
     assert weights_digest(tmp_path / "bf16") != before
 
 
-# --- duration and learning rate -------------------------------------------------------------------------------------
+# --- duration and learning rate
+# -------------------------------------------------------------------------------------
 
 # 48 rows in steps of 8: 6 steps an epoch.
 LONGER = [
@@ -319,7 +329,9 @@ def test_a_time_is_compared_by_the_speed_so_far(
 
 
 def test_a_jump_of_the_learning_rate_is_told(tiny: Path, tmp_path: Path, shown: list[str]) -> None:
-    """Cosine to 0 in 4 steps, after 2 of warm-up; stretched to 40 it stands near its peak of 1e-3 again."""
+    """Cosine to 0 in 4 steps, after 2 of warm-up; stretched to 40 it stands near its peak of 1e-3
+    again.
+    """
     go(tiny, tmp_path, [])
     last = read_records(tmp_path / "run" / "metrics.jsonl")[-1].learning_rate
     go(tiny, tmp_path, shown, train={"duration": "40 steps"})

@@ -1,7 +1,8 @@
-"""A step asks nothing of the device: every value that the host would wait for goes through one operator, and none does.
+"""A step asks nothing of the device: every value that the host would wait for goes through one
+operator, and none does.
 
-On a CPU there is nothing to wait for, but the operator that hands a tensor's value to Python is the same. On a GPU torch
-itself refuses whatever waits.
+On a CPU there is nothing to wait for, but the operator that hands a tensor's value to Python is the
+same. On a GPU torch itself refuses whatever waits.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ def assert_no_step_waits(trainer: Trainer, device: torch.device) -> None:
     steps = trainer.steps(batches)
 
     def step(batch: GlobalBatch) -> None:
-        """On a GPU the loop's, with the metrics of the step before; on a CPU reading them is what asks."""
+        """On a GPU the loop's, with the metrics of the step before; on a CPU reading them is what
+        asks.
+        """
         if on_gpu:
             next(steps)
         else:

@@ -1,4 +1,6 @@
-"""A run directory of the version before `train.fast_paths` and int8 were removed: resumed, asked, merged, reported."""
+"""A run directory of the version before `train.fast_paths` and int8 were removed: resumed, asked,
+merged, reported.
+"""
 
 from __future__ import annotations
 

@@ -38,8 +38,9 @@ SAME = (
     "val_loss",
 )
 
-# One process imports torch once and forks a child for each start: the kills hit real, whole processes. Signals that
-# come before the run can take them wait until it does, and those after its end are not delivered.
+# One process imports torch once and forks a child for each start: the kills hit real, whole
+# processes. Signals that come before the run can take them wait until it does, and those after its
+# end are not delivered.
 DRIVER = """
 import json, os, signal, sys
 import torch
@@ -106,7 +107,9 @@ class Starter:
     def start(
         self, values: dict[str, Any], *, ignored: str | None = None, unread: bool = False
     ) -> int:
-        """Start a run, with a signal ignored as by nohup, or with a closed pipe as stderr; its process id."""
+        """Start a run, with a signal ignored as by nohup, or with a closed pipe as stderr; its
+        process id.
+        """
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([values, ignored, unread]) + "\n")
         self.process.stdin.flush()
@@ -169,7 +172,8 @@ def test_kill_9_at_random_moments_changes_no_number(
     for number in range(kills):
         before, pid = lines(tmp_path / "cut"), starter.start(cut)
         deadline = time.monotonic() + 60
-        # At least one new step each time, so that the kills come to an end; then any moment of the next steps.
+        # At least one new step each time, so that the kills come to an end; then any moment of the
+        # next steps.
         while lines(tmp_path / "cut") <= before:
             assert time.monotonic() < deadline, "no step within a minute"
             time.sleep(0.002)
@@ -321,7 +325,9 @@ def test_a_stop_that_a_library_swallows_is_not_lost() -> None:
 
 
 def test_a_stop_inside_code_that_c_runs_keeps_the_exit_code(tmp_path: Path) -> None:
-    """`python -m` ends by SIGINT once a plain KeyboardInterrupt has passed PyRun_String, as while torch is imported."""
+    """`python -m` ends by SIGINT once a plain KeyboardInterrupt has passed PyRun_String, as while
+    torch is imported.
+    """
     (tmp_path / "stopped.py").write_text("""
 import ctypes, sys
 from tunesmith.errors import StoppedError
@@ -342,7 +348,9 @@ except StoppedError as error:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
-    """As nohup leaves SIGHUP, and a shell without job control the SIGINT of what runs in the background."""
+    """As nohup leaves SIGHUP, and a shell without job control the SIGINT of what runs in the
+    background.
+    """
     number = signal.Signals[name]
     before = signal.signal(number, signal.SIG_IGN)
     try:

@@ -1,4 +1,6 @@
-"""A clock that stands still between two looks, as one of a virtual machine that was paused may: no figure divides by it."""
+"""A clock that stands still between two looks, as one of a virtual machine that was paused may: no
+figure divides by it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from tunesmith.units import ratio
 
 @pytest.fixture
 def still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`time.perf_counter`, and what `timeit` measures by, do not move; the clocks that waits go by do."""
+    """`time.perf_counter`, and what `timeit` measures by, do not move; the clocks that waits go by
+    do.
+    """
     monkeypatch.setattr(time, "perf_counter", lambda: 1000.0)
     monkeypatch.setattr(timeit, "default_timer", lambda: 1000.0)
 

@@ -1,4 +1,6 @@
-"""A stop that comes while a run loads is kept: nothing is trained, by one process or by ranks that a launcher would restart."""
+"""A stop that comes while a run loads is kept: nothing is trained, by one process or by ranks that
+a launcher would restart.
+"""
 
 from __future__ import annotations
 

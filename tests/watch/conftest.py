@@ -14,7 +14,9 @@ CHROMIUM = Path("/usr/bin/chromium")
 
 
 class Visit:
-    """A page that is open: `page` is playwright's; `asked` the addresses it requested, `said` its console's messages."""
+    """A page that is open: `page` is playwright's; `asked` the addresses it requested, `said` its
+    console's messages.
+    """
 
     def __init__(self, page: Any) -> None:
         self.page, self.asked, self.said = page, list[str](), list[str]()
@@ -42,7 +44,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any) -> Any:
-    """Opens an address, and at the end holds that nothing was asked of another host and that no error was said."""
+    """Opens an address, and at the end holds that nothing was asked of another host and that no
+    error was said.
+    """
 
     @contextmanager
     def opening(address: str, *, width: int = 1280, scheme: str = "light") -> Iterator[Visit]:

@@ -1,4 +1,6 @@
-"""The page in a real Chromium: while a run trains, by mouse and by keyboard, on a phone, for a screen reader."""
+"""The page in a real Chromium: while a run trains, by mouse and by keyboard, on a phone, for a
+screen reader.
+"""
 
 from __future__ import annotations
 

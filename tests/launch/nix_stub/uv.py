@@ -1,7 +1,9 @@
 #!/usr/bin/python3
-"""Stands in for uv: makes the environment without the network, and refuses a word that it was not written for.
+"""Stands in for uv: makes the environment without the network, and refuses a word that it was not
+written for.
 
-`pip sync` notes its requirements file; `pip install` makes commands that print their own name and arguments.
+`pip sync` notes its requirements file; `pip install` makes commands that print their own name and
+arguments.
 """
 
 import os
