@@ -72,7 +72,7 @@ def planned_in_training(
     monkeypatch.setattr(build, "probe_machine", lambda *_: machine)
     monkeypatch.setattr(build, "eight_bit_shapes", lambda *_: [])
     ranks = SimpleNamespace(
-        together=nullcontext, gather=lambda value: [value] * cluster.world, rank=min(1, cluster.world - 1), world=cluster.world,
+        raise_on_all_ranks=nullcontext, all_gather_object=lambda value: [value] * cluster.world, rank=min(1, cluster.world - 1), world=cluster.world,
         local_world=cluster.per_node, name=str, heartbeat=Heartbeat(),
     )  # fmt: skip
     start = SimpleNamespace(micro_batch=Size(int(before.split()[0]), "tokens") if before else None)
