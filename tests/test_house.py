@@ -87,3 +87,48 @@ def test_the_files_that_the_docs_name_exist():
             assert (SOURCE / name).is_file() or (root / name).is_file(), f"{page.name}: {name}"
             checked += 1
     assert checked > 40
+
+
+# Each says that something was done, and not what is in there; or has a word of the field in its place.
+BANNED = {
+    "found": "the content: match, losses, checkpoint",
+    "made": "the content: recipe, plan, text",
+    "told": "reported_keys, or the content",
+    "given": "overrides, option, or the content",
+    "known": "the content: names, sizes",
+    "held": "the content: rows, lock",
+    "asked": "request, or the content",
+    "teller": "reporter",
+    "leads": "is_main_process",
+    "seal": "commit",
+    "mend": "fix",
+    "wobble": "validation_noise",
+    "cut_model": "apply_tensor_parallel",
+    "materialise": "materialize",
+    "Shortage": "LowMemory",
+}
+
+
+def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Variables, arguments, attributes, functions and classes, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.Attribute):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name, node.lineno
+
+
+def test_names_say_what_is_in_them():
+    """A list of identifiers that are not to come back, and what to write in their place."""
+    places = []
+    for file in FILES:
+        for name, line in identifiers(ast.parse(file.read_text(encoding="utf-8"))):
+            is_refusal = name.lstrip("_").startswith("refuse_")
+            if name in BANNED or is_refusal:
+                instead = BANNED.get(name, "check_... or require_...")
+                places.append(f"{file.relative_to(SOURCE)}:{line}: {name}; instead: {instead}")
+    assert places == []

@@ -162,7 +162,7 @@ def with_fixed_date(jinja: str) -> str:
     """The template with DATE in place of every `strftime_now(FORMAT)`; DataError if a format is not
     a literal.
     """
-    fixed = _TODAY.sub(lambda found: json.dumps(DATE.strftime(found[2])), jinja)
+    fixed = _TODAY.sub(lambda match: json.dumps(DATE.strftime(match[2])), jinja)
     if "strftime_now(" in fixed:
         what = "the chat template writes today's date in a way that cannot be fixed to one day"
         why = "a run that resumes tomorrow would train on another prompt"

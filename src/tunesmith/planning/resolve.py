@@ -441,15 +441,7 @@ class MemoryEstimator:
         gathered = self.gathered_bytes(itemsize)
         usable = int(self.machine.free_bytes * usable_share(self.machine.device))
         room = usable - base - adapter - state - copies - gathered - workspace - ends
-        recompute = run.train.recompute
-        if recompute == "auto":
-            recomputed = fewest_recomputed(room, spec.layers, layer, recomputed_layer)
-        elif recompute == "none":
-            recomputed = 0
-        elif recompute == "full":
-            recomputed = spec.layers
-        else:
-            recomputed = min(recompute, spec.layers)
+        recomputed = self._recomputed_layers(room, layer, recomputed_layer)
         # Otherwise the last layer's activations are gone when the first one recomputes.
         if recomputed == spec.layers:
             workspace = max(workspace, backward + layer - recomputed_layer)
@@ -468,6 +460,17 @@ class MemoryEstimator:
             host=host + input_on_host * recomputed,
             free=self.machine.free_bytes,
         )
+
+    def _recomputed_layers(self, room: int, layer: int, recomputed_layer: int) -> int:
+        """How many layers recompute: those that the recipe names, or as few as fit into `room`."""
+        recompute = self.run.train.recompute
+        if recompute == "auto":
+            return fewest_recomputed(room, self.spec.layers, layer, recomputed_layer)
+        if recompute == "none":
+            return 0
+        if recompute == "full":
+            return self.spec.layers
+        return min(recompute, self.spec.layers)
 
     def least_bytes(self, tokens: int, recomputed_layers: int) -> int:
         """What the forward of a micro batch of `tokens` takes in a later step.

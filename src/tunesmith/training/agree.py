@@ -182,7 +182,10 @@ def check_same_inputs(
         fix = "copy the same files of rows and template to every node"
         error = DataError(what, where=lines_by_key(differences), fix=fix)
     else:
-        fix = "copy the model's folder from one node to the others; of a model on the Hub take one commit: model.revision=COMMIT"
+        fix = (
+            "copy the model's folder from one node to the others; "
+            "of a model on the Hub take one commit: model.revision=COMMIT"
+        )
         error = ModelError(what, where=lines_by_key(differences), fix=fix)
     end_all_ranks(ranks, error)
 

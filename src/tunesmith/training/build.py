@@ -128,7 +128,8 @@ class Session:
         lines = [f"{self.ranks.world} ranks on {hosts}: {mesh}; idle share of a step: {idle:.1%}"]
         if self.run.log.samples and self.data.validation is not None and self.mesh.shape.tensor > 1:
             lines.append(
-                "no sample answers at validation: a model that is cut over a tensor group does not generate"
+                "no sample answers at validation: "
+                "a model that is cut over a tensor group does not generate"
             )
         return lines
 
@@ -200,12 +201,12 @@ def build(
             reason = f"{plan.why['base']}; {change.layers} layers: {change.describe()}"
             plan = replace(plan, why={**plan.why, "base": reason})
         else:
-            dropped = f"{plan.base} was tried and dropped: it changes the loss by more than {TOLERANCE:.0%}"
+            dropped = f"{plan.base} was tried and dropped: it changes the loss by more than"
             # Both hold memory that the second model needs. A base in bf16 leaves room for another
             # micro batch.
             del root, batches
             free_device_memory()
-            root, plan, mesh = load(refused=f"{dropped}: {change.describe()}")
+            root, plan, mesh = load(refused=f"{dropped} {TOLERANCE:.0%}: {change.describe()}")
     optimizer = make_optimizer(run, root, start, ranks)
     progress = start.progress or Progress()
     if device.type == "cpu":
@@ -329,7 +330,10 @@ def plan_model(
         plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
         needed, there = plan.memory.host * ranks.local_world, available_memory()
         if needed > there:
-            what = f"the host needs {size_text(needed)} for what is offloaded, and {size_text(there)} can be had"
+            what = (
+                f"the host needs {size_text(needed)} for what is offloaded, "
+                f"and {size_text(there)} can be had"
+            )
             fix = "train.cpu_offload=[], or more nodes"
             raise MachineError(
                 what, where="train.cpu_offload", why=f"{ranks.local_world} ranks are on it", fix=fix
@@ -351,9 +355,11 @@ def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
             value, first_value = getattr(machine, part), getattr(first, part)
             if value != first_value:
                 raise MachineError(
-                    f"{ranks.name(rank)} and {ranks.name(0)} differ: {part} {value}, and {first_value}",
+                    f"{ranks.name(rank)} and {ranks.name(0)} differ: "
+                    f"{part} {value}, and {first_value}",
                     why="all ranks must compute alike",
-                    fix="make the nodes alike, or set what differs in the recipe, such as train.compile=off",
+                    fix="make the nodes alike, or set what differs in the recipe, "
+                    "such as train.compile=off",
                 )
     have_one_name = len({machine.name for machine in machines}) == 1
     tightest = min(machines, key=lambda machine: machine.card_bytes)
@@ -438,8 +444,8 @@ def describe_rounding(start: Start, run: Run) -> list[str]:
     if start.progress.rounding == COUNTER:
         return []
     return [
-        "stochastic rounding: this version draws other noise than the one that wrote the checkpoint: "
-        "weights are rounded as well on average, but not to the same bits"
+        "stochastic rounding: this version draws other noise than the one that wrote the "
+        "checkpoint: weights are rounded as well on average, but not to the same bits"
     ]
 
 
@@ -562,7 +568,10 @@ def check_one_micro_batch(run: Run, batch: GlobalBatch) -> None:
     key = "train.optimizer_in_backward"
     if run.train.optimizer_in_backward and len(batch.micro) > 1:
         what = f"step {batch.step + 1} takes {len(batch.micro)} micro batches, and {key} needs one"
-        why = "each parameter is updated as soon as its gradient is there, so gradients cannot be accumulated"
+        why = (
+            "each parameter is updated as soon as its gradient is there, "
+            "so gradients cannot be accumulated"
+        )
         raise UsageError(
             what, where=key, why=why, fix=f"a smaller train.global_batch, or {key}=false"
         )

@@ -74,7 +74,7 @@ class MadeRecipe:
         return shell_path(from_here(self.path))
 
     def check_file(self) -> None:
-        """Raise RecipeError if the file is there and says something else: it may have been edited."""
+        """RecipeError if the file is there and says something else: it may have been edited."""
         if not self.path.exists():
             return
         changes = differences(load_recipe(self.path), self.run)
@@ -83,7 +83,8 @@ class MadeRecipe:
                 f"{self.name} is there, and is not what this command makes",
                 where="\n         ".join(map(str, changes)),
                 why="it was edited, or the command or the data is another; it is not overwritten",
-                fix=f"train it as it stands: tunesmith train {self.name}; or begin another: output_dir=runs/NAME",
+                fix=f"train it as it stands: tunesmith train {self.name}; "
+                "or begin another: output_dir=runs/NAME",
             )
 
     def write_file(self) -> None:
@@ -118,15 +119,7 @@ def make_recipe(
     output_dir = f"runs/{_short_name(data)}-{_short_name(model)}"
     # Its rules are checked when the format is known.
     draft = build_run(resolve_paths(_over({**chosen, "output_dir": output_dir}, layer)))
-    given_twice = {"model.name", "data.train.source"} & given_keys
-    if len(draft.data.train) != 1:
-        given_twice = given_twice or {"data.train"}
-    if given_twice:
-        raise RecipeError(
-            f"{min(given_twice)} is given beside --model and --data",
-            where=f"{layer.where}: {min(given_twice)}",
-            fix="give only those, or write a recipe",
-        )
+    _check_given_once(draft, given_keys, layer)
     source = _with_split(draft.data.train[0])
     rows = read_rows(source)
     layout = detect(rows, source, any_format="data.train.format" not in given_keys)
@@ -134,42 +127,18 @@ def make_recipe(
     source = replace(source, format=layout.format, columns=renamed)  # type: ignore[arg-type]
     data_name = Path(data).name if is_local(data) else data
     about_data = f"{data_name}: {len(rows):,} rows, {layout.describe()}"
-    hold_out = draft.data.hold_out
-    chooses_hold_out = "data.hold_out" not in given_keys and not draft.data.validation
-    if chooses_hold_out and len(rows) >= FEW_ROWS:
-        hold_out = Share(5.0, "%")
-        if len(rows) * 0.05 > MOST_HELD_OUT:
-            hold_out = Share(MOST_HELD_OUT, "examples")
-    held_out = count_held_out(hold_out, len(rows)) if hold_out else 0
-    spec, lengths = _look_at_tokens(draft, source, rows)
-    limit = spec.position_limit or spec.context
-
     why = {"data.train": about_data}
     if source.split:
         chosen["data.train.split"] = source.split
     chosen["data.train.format"] = layout.format
     if renamed:
         chosen["data.train.columns"] = renamed
-    if hold_out:
-        chosen["data.hold_out"] = str(hold_out)
-        drawn = f"{held_out:,} of {len(rows):,} rows, drawn by the seed"
-        why["data.hold_out"] = f"{drawn}, to measure val_loss on"
-    elif not draft.data.validation:
-        why["data.train"] += "; too few to hold some out"
-    chosen["data.seq_len"], why["data.seq_len"] = _choose_seq_len(lengths, limit)
-    too_long = float(np.mean(lengths > chosen["data.seq_len"]))
-    if too_long > MOST_CUT and "data.seq_len" not in given_keys:
-        chosen["data.too_long"] = "drop"
-        shown = f"{too_long:.0%} of the rows looked at are longer than the {limit:,} tokens that the model takes"
-        why["data.too_long"] = f"{shown}; cut there, their answers would have no end"
+
+    held_out = _choose_hold_out(chosen, why, draft, given_keys, len(rows))
+    spec, lengths = _look_at_tokens(draft, source, rows)
+    _choose_seq_len(chosen, why, given_keys, lengths, spec.position_limit or spec.context)
     _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out)
-    rate = FULL_RATE * (WIDTH / spec.hidden) ** WIDTH_EXPONENT
-    method = "a tenth of what LoRA takes"
-    if draft.adapter.kind == "lora":
-        rate *= LORA_RATE
-        method = "LoRA takes about ten times the rate of full fine-tuning"
-    chosen["train.learning_rate"] = min(MOST_RATE, float(f"{rate:.0e}"))
-    why["train.learning_rate"] = f"{method}, and wide models less than narrow ones"
+    _choose_rate(chosen, why, draft, spec.hidden)
 
     tree = _over({**chosen, "output_dir": output_dir}, layer)
     run = checked(tree)
@@ -181,6 +150,19 @@ def make_recipe(
         head.append(f"# {line}")
     body = to_yaml(resolve_paths(tree, beside=path.parent).plain(), why)
     return MadeRecipe(run, path, "\n".join([*head, body]), about_data)
+
+
+def _check_given_once(draft: Run, given_keys: set[str], layer: Node) -> None:
+    """RecipeError where an override names the model or the rows a second time."""
+    given_twice = {"model.name", "data.train.source"} & given_keys
+    if len(draft.data.train) != 1:
+        given_twice = given_twice or {"data.train"}
+    if given_twice:
+        raise RecipeError(
+            f"{min(given_twice)} is given beside --model and --data",
+            where=f"{layer.where}: {min(given_twice)}",
+            fix="give only those, or write a recipe",
+        )
 
 
 def _command(model: str, data: str, overrides: Mapping[str, Any] | Sequence[str]) -> str:
@@ -228,18 +210,64 @@ def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelSpec, np
     return files.spec, tokens.lengths
 
 
-def _choose_seq_len(lengths: np.ndarray, context: int) -> tuple[int, str]:
-    """Room for the longest example, or where that is above SEQ_LEN for 99 % of them; and why."""
+def _choose_hold_out(
+    chosen: dict[str, Any], why: dict[str, str], draft: Run, given_keys: set[str], rows: int
+) -> int:
+    """Add how many of the rows are held out for validation; returns their count."""
+    hold_out = draft.data.hold_out
+    is_open = "data.hold_out" not in given_keys and not draft.data.validation
+    if is_open and rows >= FEW_ROWS:
+        hold_out = Share(5.0, "%")
+        if rows * 0.05 > MOST_HELD_OUT:
+            hold_out = Share(MOST_HELD_OUT, "examples")
+    if not hold_out:
+        if not draft.data.validation:
+            why["data.train"] += "; too few to hold some out"
+        return 0
+    count = count_held_out(hold_out, rows)
+    chosen["data.hold_out"] = str(hold_out)
+    drawn = f"{count:,} of {rows:,} rows, drawn by the seed"
+    why["data.hold_out"] = f"{drawn}, to measure val_loss on"
+    return count
+
+
+def _choose_seq_len(
+    chosen: dict[str, Any],
+    why: dict[str, str],
+    given_keys: set[str],
+    lengths: np.ndarray,
+    context: int,
+) -> None:
+    """Add room for the longest example, or where that is above SEQ_LEN for 99 % of them."""
     longest = int(lengths.max())
     looked_at = f"the {len(lengths):,} rows looked at"
     if longest <= SEQ_LEN:
         seq_len = longest
-        why = f"the longest of {looked_at} has {longest:,} tokens"
+        reason = f"the longest of {looked_at} has {longest:,} tokens"
     else:
         most = int(np.quantile(lengths, 0.99, method="higher"))
         seq_len = max(SEQ_LEN, most)
-        why = f"99 % of {looked_at} have up to {most:,} tokens, the longest {longest:,}"
-    return min(context, ceil_div(seq_len, SEQ_LEN_STEP) * SEQ_LEN_STEP), why
+        reason = f"99 % of {looked_at} have up to {most:,} tokens, the longest {longest:,}"
+    seq_len = min(context, ceil_div(seq_len, SEQ_LEN_STEP) * SEQ_LEN_STEP)
+    chosen["data.seq_len"] = seq_len
+    why["data.seq_len"] = reason
+    too_long = float(np.mean(lengths > seq_len))
+    if too_long > MOST_CUT and "data.seq_len" not in given_keys:
+        chosen["data.too_long"] = "drop"
+        shown = f"{too_long:.0%} of the rows looked at are longer than the {context:,} tokens"
+        effect = "cut there, their answers would have no end"
+        why["data.too_long"] = f"{shown} that the model takes; {effect}"
+
+
+def _choose_rate(chosen: dict[str, Any], why: dict[str, str], draft: Run, hidden: int) -> None:
+    """Add the learning rate for a model of this width."""
+    rate = FULL_RATE * (WIDTH / hidden) ** WIDTH_EXPONENT
+    method = "a tenth of what LoRA takes"
+    if draft.adapter.kind == "lora":
+        rate = FULL_RATE * LORA_RATE * (WIDTH / hidden) ** WIDTH_EXPONENT
+        method = "LoRA takes about ten times the rate of full fine-tuning"
+    chosen["train.learning_rate"] = min(MOST_RATE, float(f"{rate:.0e}"))
+    why["train.learning_rate"] = f"{method}, and wide models less than narrow ones"
 
 
 def _choose_steps(
@@ -254,10 +282,9 @@ def _choose_steps(
     duration = draft.train.duration
     if "train.duration" not in given_keys:
         duration = Length(epochs, "epochs")
+    examples_seen: float = examples * epochs
     if duration.unit == "epochs":
         examples_seen = examples * duration.amount
-    else:
-        examples_seen = examples * epochs
     batch = draft.train.global_batch
     if "train.global_batch" not in given_keys:
         sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size * STEPS <= examples_seen]
