@@ -26,7 +26,7 @@ class MicroBatches:
     attention_weight: float
 
     def micro_steps(self, step: int) -> list[list[list[int]]]:
-        """The groups of a step: one for each data rank, in each micro step."""
+        """The groups of a step, the costliest first: one for each data rank, in each micro step."""
         groups = self._groups_of_one_rank(step)
         count = ceil_div(len(groups), self.data_ranks) * self.data_ranks
         if self.data_ranks > 1:

@@ -22,7 +22,7 @@ class Beat:
         count: beats so far.
         process: PID namespace and number.
         place: of the main thread, in words.
-        collective: what the main thread waits in, if it does.
+        collective: what the main thread waits in, if it does: a collective, or work of the GPU.
         idle: seconds without progress, which must not exceed `limit`.
         done: whether the rank has ended its work, and may be missed.
     """

@@ -5,7 +5,8 @@ loads and compiles too. So a thread of each rank writes a beat to the launcher's
 and reads those of the others (`beats`, `activity`). The first rank that sees a fault (`diagnosis`)
 publishes it; then all end with exit code 1, and one of each node reports it (`failure_report`).
 
-A rank without beats, or a store without answers, is gone after TUNESMITH_HEARTBEAT_SECONDS.
+A rank without beats, or a store without answers, is gone after TUNESMITH_HEARTBEAT_SECONDS
+(60 by default: `ranks.heartbeat_limit`).
 """
 
 import atexit

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 COLLECTIVE_TIMEOUT = timedelta(hours=24)
 # A key of the launcher's store: the prefix of the keys of these ranks' heartbeats.
 HEARTBEAT_NAME = "heartbeat"
+DEFAULT_LIMIT = "60"  # seconds without a beat after which a rank is gone
 SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
 JOIN = 600.0  # seconds that the ranks have to find each other, as long as torchrun gives its nodes
 # NCCL's watchdog would end a process by SIGABRT, before a rank has reported what happened, where a
@@ -284,7 +285,7 @@ def heartbeat_limit() -> float:
 
     MachineError where the environment names no such number.
     """
-    text = os.environ.get(SECONDS, "60")
+    text = os.environ.get(SECONDS, DEFAULT_LIMIT)
     try:
         seconds = float(text)
     except ValueError:

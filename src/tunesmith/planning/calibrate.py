@@ -120,6 +120,7 @@ def calibrate_recompute(
         count = revised
     recompute_layers(layers, revised)
     model.train(was_training)
+    # The allocator itself still counts the last trial's peak.
     return replace(plan, recomputed_layers=revised, trial_peak=meter.previous_peak)
 
 

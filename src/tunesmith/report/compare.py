@@ -215,7 +215,12 @@ class RunGroup(NamedTuple):
 
 
 def judge(runs: Sequence[RunSummary]) -> Verdict:
-    """Which run is better, and why, or why that cannot be said."""
+    """Which run is better, and why, or why that cannot be said.
+
+    It cannot where fewer than two runs have a val_loss, where they measured it on other rows or on
+    rows that are not known, while one still trains, and where the noise of the measure is not
+    known.
+    """
     if len(runs) == 1:
         return _alone(runs[0])
     measured = [run for run in runs if run.best]
