@@ -127,6 +127,15 @@ def test_seeds_give_the_noise(tmp_path: Path) -> None:
     )
 
 
+def test_one_recipe_on_edited_rows_is_two(tmp_path: Path) -> None:
+    """The file of rows was edited in between, and the recipe was not."""
+    good = write_run(tmp_path / "good", falling(2.0), env={"data_hash": "1" * 64})
+    bad = write_run(tmp_path / "bad", falling(2.5), env={"data_hash": "2" * 64})
+    judged = verdict(good, bad)
+    assert (judged.kind, judged.best) == ("better", (0,))
+    assert "They differ in the training rows alone." in judged.reasons
+
+
 def test_one_recipe_twice(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(s), falling(2.0 + s), recipe=rate(1e-3, s)) for s in (1, 2)]
     found = verdict(*runs)

@@ -23,6 +23,7 @@ from tunesmith.run_dir import RECIPE, shown
 STANDARD_ERRORS = 2.0
 # The same of Student's t, from 1 degree of freedom.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
 TOKEN_GAP = 0.02  # relative difference of the tokens learned from that is worth a sentence
 
 
@@ -90,9 +91,13 @@ class RunSummary:
 
     @property
     def learned(self) -> dict[str, Any]:
-        """The keys of the recipe that change what is learned, without the seed."""
+        """What changes what is learned: keys of the recipe without the seed, rows and weights."""
         keys = leaves(self.files.recipe)
-        return {k: v for k, v in keys.items() if k != "train.seed" and not is_free(k)}
+        learned = {k: v for k, v in keys.items() if k != "train.seed" and not is_free(k)}
+        # A file may have been edited between two runs of one recipe.
+        for name in HASHES_OF_INPUTS:
+            learned[name] = self.files.env.get(name)
+        return learned
 
     @property
     def machine(self) -> str:
@@ -364,7 +369,7 @@ def _difference(first: RunSummary, second: RunSummary) -> str:
         if difference.learns:
             values = " against ".join(json.dumps(value) for value in difference.values)
             differences[f"`{difference.key}`"] = f" ({values})"
-    for key, name in (("data_hash", "the training rows"), ("model_hash", "the base's weights")):
+    for key, name in HASHES_OF_INPUTS.items():
         if first.files.env.get(key) != second.files.env.get(key):
             differences[name] = ""
     names = list(differences)
