@@ -43,7 +43,7 @@ QUOTED = re.compile(r"^(shell_word|shell_path|shell_command|_new_name|_jq_key)\(
 PLAIN = (
     "numbers[i]",
     "likely_encoding",
-    "needed",
+    "requirement",
     "SECONDS",
     "folder",
     "name",

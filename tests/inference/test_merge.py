@@ -61,7 +61,7 @@ def test_the_folder_stands_alone(run: Path, tiny: Path, tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [tokenizer.eos_token_id]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "licence" in card
+    assert "license" in card
     assert str(tiny.parent) not in card
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = tokenizer("hello", return_tensors="pt")

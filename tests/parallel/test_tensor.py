@@ -351,8 +351,8 @@ def quantized(folder: Path) -> tuple[int, float]:
         change = compare_with_bf16(root, [batch()], mesh, ranks)
         after, denominator = root(batch())[:2]
         # Sums in bf16
-        assert change.before * denominator == pytest.approx(float(expected), rel=2**-8)
-        assert change.after * denominator == pytest.approx(float(after), rel=1e-6)
+        assert change.in_bf16 * denominator == pytest.approx(float(expected), rel=2**-8)
+        assert change.in_8_bits * denominator == pytest.approx(float(after), rel=1e-6)
         return count, change.relative
 
 

@@ -156,7 +156,7 @@ def private_folder(folder: Path) -> Path:
             "this folder is not yours alone",
             where=str(folder),
             why="compiled code is kept there and run",
-            fix=f"rm -r {shell_path(folder)}, or export {CACHE}=/a/folder/of/yours",
+            fix=f"rm -r {shell_path(folder)}, or export TORCHINDUCTOR_CACHE_DIR=/a/folder/of/yours",
         )
     return folder
 
