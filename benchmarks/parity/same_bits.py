@@ -249,7 +249,6 @@ WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper kelp larc
 
 
 # --- record
-# ---------------------------------------------------------------------------------------------------------
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -454,7 +453,6 @@ def record(a: argparse.Namespace) -> int:
 
 
 # --- compare
-# --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -746,7 +744,6 @@ def compare(args: argparse.Namespace) -> int:
 
 
 # --- golden files
-# -----------------------------------------------------------------------------------------------------
 
 
 def write_golden(a: argparse.Namespace) -> int:

@@ -32,7 +32,6 @@ SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 
 
 # --- starts that are refused
-# ----------------------------------------------------------------------------------------
 
 
 def foreign(world: World) -> None:
@@ -182,7 +181,6 @@ def test_what_is_forced_goes_on(world: World, capsys: Capture) -> None:
 
 
 # --- torn checkpoints
-# -----------------------------------------------------------------------------------------------
 
 WHOLE = ["adapter_config.json", "adapter_model.safetensors", "state/optimizer.safetensors", "state/progress.json",
          "tokenizer.json", "manifest.json"]  # fmt: skip
@@ -270,7 +268,6 @@ def test_rests_of_a_kill_are_swept_away(world: World, capsys: Capture) -> None:
 
 
 # --- adapters to begin with
-# -----------------------------------------------------------------------------------------
 
 
 def grown(folder: Path) -> None:
@@ -322,7 +319,6 @@ def test_an_adapter_that_cannot_be_gone_on_from(name: str, world: World, capsys:
 
 
 # --- verbs on torn runs
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", ["chat", "generate", "eval", "merge"])
@@ -342,7 +338,6 @@ def test_verbs_take_the_newest_whole_one_and_refuse_a_torn_one_by_name(
 
 
 # --- caches
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spoil", ["a file", "torn", "foreign"])
@@ -364,7 +359,6 @@ def test_a_spoilt_token_cache_costs_time_only(
 
 
 # --- files of a run that are not what they should be
-# ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "env.json", "log.txt"])

@@ -206,7 +206,6 @@ def test_the_recipe_holds_the_rules_of_every_recipe(script: str, tmp_path: Path)
 
 
 # --- rows, order, text
-# ----------------------------------------------------------------------------------------------
 
 ROWS = [
     {"instruction": f"say {i}", "input": "loudly" if i % 3 else "", "output": f"{i}!"}
@@ -320,7 +319,6 @@ def test_ranks_wait_for_the_rows_of_their_node_and_leave_them_to_it(tmp_path: Pa
 
 
 # --- where it goes, what is said
-# ------------------------------------------------------------------------------------
 
 
 def test_without_output_dir_each_set_of_training_flags_has_its_folder() -> None:
@@ -462,7 +460,6 @@ def test_each_file_is_its_own_script_and_shows_its_help_without_torch(script: st
 
 
 # --- end to end
-# -----------------------------------------------------------------------------------------------------
 
 
 def run_script(script: str, tiny: Path, data: Path, out: Path, *flags: str) -> int:

@@ -47,7 +47,6 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 
 # --- generate
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_generate_adds_an_answer_to_every_row_in_order(
@@ -297,7 +296,6 @@ def test_ctrl_c_keeps_what_is_written(run: Path, tmp_path: Path) -> None:
 
 
 # --- chat
-# -----------------------------------------------------------------------------------------------------------
 
 
 def chat(monkeypatch: pytest.MonkeyPatch, text: str, *words: str) -> int:
@@ -478,7 +476,6 @@ def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(run: Path) -> None:
 
 
 # --- eval
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_eval_compares_base_and_tuned(
@@ -621,7 +618,6 @@ def test_eval_of_a_full_run_loads_its_base_after_it(
 
 
 # --- merge
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_merge_prints_its_check_and_the_next_command(

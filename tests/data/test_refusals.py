@@ -177,7 +177,6 @@ def test_an_end_that_is_no_token_of_its_own_is_refused() -> None:
 
 
 # --- public templates
-# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

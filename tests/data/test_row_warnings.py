@@ -153,7 +153,6 @@ def test_they_are_told_before_the_first_step(tiny: Path, tmp_path: Path) -> None
 
 
 # --- "train": false
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("say", [{"train": False}, {"weight": 0}, {"loss_weight": 0.0}])
@@ -212,7 +211,6 @@ def test_a_row_of_untrained_turns_alone_is_named(tiny: Path, tmp_path: Path) -> 
 
 
 # --- how many of how many
-# ---------------------------------------------------------------------------------------------
 
 
 def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:

@@ -51,7 +51,6 @@ def alpaca_row(instruction: str, extra: str, output: str) -> Conversation:
 
 
 # --- choice
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_auto_takes_the_tokenizers_template_or_the_alpaca_text() -> None:
@@ -173,7 +172,6 @@ def test_a_tokenizer_with_templates_by_name() -> None:
 
 
 # --- our own texts
-# --------------------------------------------------------------------------------------------------
 
 PLAIN = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -245,7 +243,6 @@ def test_alpaca_text_goes_on_for_several_turns() -> None:
 
 
 # --- raw rows
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -295,7 +292,6 @@ def test_an_empty_completion_teaches_the_end_alone() -> None:
 
 
 # --- tools in a ChatML that knows none
-# ------------------------------------------------------------------------------
 
 CALLED = [
     user("Rain and time?"),

@@ -121,7 +121,6 @@ def opens(script: str, model: Path, out: Path) -> None:
 
 
 # --- what accelerate's variables ask for
-# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OLD)
@@ -239,7 +238,6 @@ def test_nothing_is_typed_into_the_configs(name: str) -> None:
 
 
 # --- training
-# -------------------------------------------------------------------------------------------------------
 
 
 def run_rank(env: dict[str, str], script: str, words: list[str]) -> int:
@@ -344,7 +342,6 @@ def test_another_launcher_says_how_many(
 
 
 # --- where a node stands
-# --------------------------------------------------------------------------------------------
 
 
 def meet_all(

@@ -55,7 +55,6 @@ def progress(folder: Path, step: int) -> dict[str, Any]:
 
 
 # --- micro batch
-# ----------------------------------------------------------------------------------------------------
 
 DROPOUT = {
     "adapter": {"dropout": 0.2},
@@ -161,7 +160,6 @@ def test_recompute_changes_no_number_with_dropout(tiny: Path, tmp_path: Path) ->
 
 
 # --- base and data
-# --------------------------------------------------------------------------------------------------
 
 
 def one_weight(base: Path) -> None:
@@ -267,7 +265,6 @@ def test_the_hash_of_weights_knows_tensors_and_not_places(own: Path, tmp_path: P
 
 
 # --- duration and learning rate
-# -------------------------------------------------------------------------------------
 
 # 48 rows in steps of 8: 6 steps an epoch.
 LONGER = [
