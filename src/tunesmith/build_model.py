@@ -17,7 +17,6 @@ from tunesmith.hub.model_files import ModelFiles
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import fused, load, random_init
-from tunesmith.model.architectures import LAYERS
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.weights import load_weights
 from tunesmith.optim.adamw import check_blocks
@@ -117,10 +116,7 @@ def build_model(
     root = TrainModel(
         model,
         METHODS[run.method],
-        layers=LAYERS,
         attention_backend=plan.attention,
-        softcap=files.spec.final_softcap,
-        logit_scale=files.spec.logit_scale,
     )
     root.partial_gradients = apply_tensor_parallel(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
@@ -128,7 +124,7 @@ def build_model(
         compilation.compile_layers(root.layers, varied=plan.layout.pad_to is None)
         root.loss_and_grad_fn = compilation.compile_loss(root.loss_and_grad_fn)
     if plan.fp32_gradients:
-        accumulate_in_fp32(model.get_submodule(LAYERS))
+        accumulate_in_fp32(model.get_submodule(root.layers_name))
     allocate(run, root, plan, mesh)
     fill_parameters(run, files, model, weights or files.folder, ranks)
     if adapter is not None:

@@ -206,7 +206,7 @@ def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
     state = ("exp_avg", "exp_avg_sq", "master")
     optimizer = {f"{n}.{k}": elsewhere(p) for n, p in model.named_parameters() for k in state}
     run = make_run(folder, folder, adapter={"kind": "none"})
-    root = TrainModel(model, METHODS["sft"], layers="model.layers", attention_backend="products")
+    root = TrainModel(model, METHODS["sft"], attention_backend="products")
     out = folder / "checkpoint"
     out.mkdir()
     # What is free already would hide as much of what is taken next

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.model import spec
-from tunesmith.model.architectures import ARCHITECTURES, LAYERS
+from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.decoder import find_decoder, find_layers
 
 from . import families
 
@@ -28,7 +29,7 @@ def test_hidden_states_and_the_row_give_the_models_logits(model) -> None:
     row = spec.read_spec(model.config.to_dict(), where="")
     ids = torch.randint(3, 128, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        hidden = model.base_model(ids).last_hidden_state
+        hidden = find_decoder(model)(ids).last_hidden_state
         logits = nn.functional.linear(hidden, model.lm_head.weight) * row.logit_scale
         if row.final_softcap is not None:
             logits = row.final_softcap * torch.tanh(logits / row.final_softcap)
@@ -37,7 +38,9 @@ def test_hidden_states_and_the_row_give_the_models_logits(model) -> None:
 
 
 def test_layers_and_head_are_where_the_engine_looks(model) -> None:
-    assert len(model.get_submodule(LAYERS)) == model.config.num_hidden_layers
+    assert find_layers(model) == "model.layers"
+    assert len(model.model.layers) == model.config.num_hidden_layers
+    assert find_decoder(model) is model.model
     assert model.get_output_embeddings() is model.lm_head
     assert model.lm_head.bias is None
 

@@ -144,9 +144,7 @@ def built(run: Any, mesh: Mesh, device: torch.device, offload: bool) -> TrainMod
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=1)
     fuse_modules(model, project=lora.project)
-    root = TrainModel(
-        model, METHODS["sft"], layers="model.layers", attention_backend="products"
-    ).train()
+    root = TrainModel(model, METHODS["sft"], attention_backend="products").train()
     recompute_layers(root.layers, LAYERS)
     if offload:
         offload_inputs(root.layers)

@@ -26,6 +26,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.model import load
+from tunesmith.model.decoder import Head
 from tunesmith.model.fused import fuse_modules
 from tunesmith.model.weights import copy_whole, load_weights
 from tunesmith.optim.optimizer import Optimizer
@@ -94,9 +95,7 @@ def causal_lm(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> 
 
 def rooted(model: PreTrainedModel, **options: Any) -> TrainModel:
     fuse_modules(model, project=lora.project)
-    return TrainModel(
-        model, METHODS["sft"], layers="model.layers", **{"attention_backend": "products", **options}
-    ).train()
+    return TrainModel(model, METHODS["sft"], **{"attention_backend": "products", **options}).train()
 
 
 def build(name: str, adapter: Adapter | None) -> TrainModel:
@@ -252,7 +251,7 @@ def scored() -> dict[str, float]:
         results = []
         for cut in (True, False):
             root = build("llama-odd", None)
-            root.softcap, root.logit_scale = 3.0, 0.7
+            root.logit_rule = Head(3.0, 0.7)
             if cut:
                 apply_tensor_parallel(root, Mesh.of(MeshShape(tensor=2), "cpu"))
             losses, hits = root.token_scores(batch())

@@ -25,6 +25,7 @@ from tunesmith.loss import (
     token_logprobs,
 )
 from tunesmith.model import attention
+from tunesmith.model.decoder import find_decoder, find_head, find_layers
 from tunesmith.model.documents import Documents
 from tunesmith.quant.frozen_linear import parameter_count
 
@@ -66,11 +67,8 @@ class TrainModel(nn.Module):
     Args:
         model: the causal LM; its parameters keep their names below `model.`.
         method: what the loss is.
-        layers: name of the module that holds the decoder layers.
         attention_backend: name of our block-diagonal attention's backend on the flattened batch
             (`attention.select_attention_backend`), or "eager" for Transformers' own on padded rows.
-        softcap: soft cap of the logits (Gemma 2), or None.
-        logit_scale: factor on the logits.
     """
 
     def __init__(
@@ -78,18 +76,14 @@ class TrainModel(nn.Module):
         model: PreTrainedModel,
         method: Method,
         *,
-        layers: str,
         attention_backend: str,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.method = method
-        self.layers_name = layers
+        self.layers_name = find_layers(model)
+        self.logit_rule = find_head(model)
         self.attention_backend = attention_backend
-        self.softcap = softcap
-        self.logit_scale = logit_scale
         self.loss_and_grad_fn: LossAndGradFn = loss_and_grad
         # Names of the parameters for `tensor.reduce_gradients`.
         self.partial_gradients: frozenset[str] = frozenset()
@@ -141,9 +135,8 @@ class TrainModel(nn.Module):
             options["documents"] = Documents(
                 batch.cu_seqlens, batch.max_seqlen, self.attention_backend
             )
-        output = self.model.base_model(
-            input_ids=ids, position_ids=positions, use_cache=False, **options
-        )
+        decoder = find_decoder(self.model)
+        output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **options)
         return output.last_hidden_state.flatten(0, 1)
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -164,8 +157,8 @@ class TrainModel(nn.Module):
 
     def _loss_options(self) -> dict[str, Any]:
         return {
-            "softcap": self.softcap,
-            "scale": self.logit_scale,
+            "softcap": self.logit_rule.softcap,
+            "scale": self.logit_rule.scale,
             "loss_and_grad_fn": self.loss_and_grad_fn,
         }
 
@@ -179,7 +172,11 @@ class TrainModel(nn.Module):
         index, targets = supervised_positions(batch)
         hidden = self.hidden(batch)[index]
         losses, hits = token_cross_entropy(
-            hidden, self.head, targets, softcap=self.softcap, scale=self.logit_scale
+            hidden,
+            self.head,
+            targets,
+            softcap=self.logit_rule.softcap,
+            scale=self.logit_rule.scale,
         )
         all_losses = losses.new_zeros(batch.targets.numel())
         all_losses[index] = losses

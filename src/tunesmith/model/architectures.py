@@ -8,8 +8,6 @@ No torch is imported here.
 from dataclasses import dataclass
 from typing import Literal
 
-LAYERS = "model.layers"  # path of the decoder layers in the causal LM, the same in every family
-
 
 @dataclass(frozen=True)
 class Architecture:

@@ -1,0 +1,137 @@
+"""Where the parts of a causal LM are: its decoder, its layers, and what it does to its logits.
+
+All of it is read off the model, on meta or not, so that a family needs no row of a table to run.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunesmith.errors import ModelError
+
+# Keys of the config that cap the logits, c * tanh(logits / c), and that scale them before the cap.
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+# Families that multiply by what others divide by.
+MULTIPLIES_BY_SCALING = ("hyperclovax",)
+
+# Of the largest logit, in fp32: what a product of another order rounds away is a thousandth of it.
+LOGITS_ERROR = 1e-3
+# Logits are made this large, or three times as large as the cap, where they are compared: those of
+# a random model are far below a cap of 30, and would look the same without it.
+LARGE_LOGIT = 100.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a causal LM does to the output of its last linear layer: cap(scale * (W h + b))."""
+
+    softcap: float | None = None  # c in c * tanh(logits / c); None: no cap
+    scale: float = 1.0
+
+    def logits(self, raw: Tensor) -> Tensor:
+        """The model's logits from those of its last linear layer, of any shape."""
+        scaled = raw * self.scale
+        if self.softcap is None:
+            return scaled
+        return self.softcap * torch.tanh(scaled / self.softcap)
+
+
+def find_decoder(causal_lm: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head, which returns the last hidden states.
+
+    It is not always `base_model`, which is the causal LM itself where the prefix of its class names
+    something else (llama4_text). ModelError where there is none.
+    """
+    embedding = causal_lm.get_input_embeddings()
+    # Outermost first: a decoder may hold another model (OPT).
+    for module in causal_lm.modules():
+        if module is causal_lm or not isinstance(module, PreTrainedModel):
+            continue
+        if any(part is embedding for part in module.modules()):
+            return module
+    raise ModelError(
+        f"{type(causal_lm).__name__} has no decoder apart from its head",
+        why="hidden states are computed first, and the head chunk by chunk in the loss",
+        fix="take a causal language model of Transformers",
+    )
+
+
+def find_layers(causal_lm: PreTrainedModel) -> str:
+    """Dotted name of the list of decoder layers in the causal LM: "model.layers", "transformer.h".
+
+    ModelError where none has as many entries as the config has layers.
+    """
+    decoder = find_decoder(causal_lm)
+    count = decoder.config.get_text_config().num_hidden_layers
+    largest = 0
+    layers = ""
+    for name, module in causal_lm.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != count:
+            continue
+        # Other lists may be as long by chance; the layers are what is largest.
+        size = sum(parameter.numel() for parameter in module.parameters())
+        if size > largest:
+            largest = size
+            layers = name
+    if not layers:
+        raise ModelError(
+            f"no list of {count} layers in {type(causal_lm).__name__}",
+            why="layers are recomputed, compiled and sharded one by one",
+            fix="take a causal language model of Transformers",
+        )
+    return layers
+
+
+def find_head(causal_lm: PreTrainedModel) -> Head:
+    """What the model does to its logits, as its config says; `head_fits` proves it."""
+    config = find_decoder(causal_lm).config.get_text_config()
+    softcap = None
+    for key in CAPS:
+        softcap = getattr(config, key, None) or softcap
+    divisors = DIVISORS
+    multipliers = MULTIPLIERS
+    if config.model_type in MULTIPLIES_BY_SCALING:
+        divisors = ()
+        multipliers = DIVISORS
+    scale = 1.0
+    # Attributes and not `to_dict`: MiniCPM3 computes its divisor in a property.
+    for key in multipliers:
+        scale *= getattr(config, key, None) or 1.0
+    for key in divisors:
+        scale *= 1.0 / (getattr(config, key, None) or 1.0)
+    return Head(softcap, scale)
+
+
+@torch.no_grad()
+def head_fits(causal_lm: PreTrainedModel, head: Head) -> bool:
+    """Whether the model's own logits are those of `head` on its last hidden states.
+
+    Args:
+        causal_lm: a small model with weights, in fp32 and in eval mode, with an attention that
+            takes rows without documents.
+    """
+    output_layer = causal_lm.get_output_embeddings()
+    if output_layer is None:
+        return False
+    vocabulary = causal_lm.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (1, 12), generator=torch.Generator().manual_seed(0))
+    hidden = find_decoder(causal_lm)(input_ids=ids, use_cache=False).last_hidden_state
+    raw = output_layer(hidden)
+    largest = LARGE_LOGIT
+    if head.softcap is not None:
+        largest = 3 * head.softcap
+    gain = largest / (raw * head.scale).abs().max()
+    hook = output_layer.register_forward_hook(lambda _module, _inputs, output: output * gain)
+    try:
+        logits = causal_lm(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    expected = head.logits(raw * gain)
+    if logits.shape != expected.shape:
+        return False
+    error = (logits - expected).abs().max()
+    return bool(error <= LOGITS_ERROR * expected.abs().max())
