@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -344,6 +345,9 @@ class Alike(torch.nn.Module):
         super().__init__()
         self.layers = torch.nn.ModuleList(torch.nn.Linear(100, 100) for _ in range(8))
 
+    def step_context(self, batch: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def forward(self, batch: object) -> MethodOutput:
         hidden = torch.ones(1, 100, requires_grad=True)
         for layer in self.layers:
@@ -473,6 +477,9 @@ def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():
         def __init__(self) -> None:
             super().__init__()
             self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(8))
+
+        def step_context(self, batch: object) -> AbstractContextManager[None]:
+            return nullcontext()
 
         def forward(self, batch: object) -> MethodOutput:
             loss = self.layers[0](torch.ones(1, 2)).sum()

@@ -391,7 +391,9 @@ class SelfCheck:
         session = trainer.session
         if session.run.adapter.kind == "lora":
             (micro,) = session.loader(0).batch(0).micro
-            session.model(micro.to(session.device)).loss.backward()
+            micro = micro.to(session.device)
+            with session.model.step_context(micro):
+                session.model(micro).loss.backward()
             count = 0
             for name, parameter in session.model.named_parameters():
                 if "lora_" in name and parameter.grad is not None and parameter.grad.any():

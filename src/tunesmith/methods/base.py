@@ -6,7 +6,8 @@ or head called from outside finds shards. A method (`sft.py`) is called by the r
 loss sum and what to divide it by, and owns no loop.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,7 +27,8 @@ from tunesmith.loss import (
 )
 from tunesmith.model import attention
 from tunesmith.model.decoder import find_decoder, find_head, find_layers
-from tunesmith.model.documents import Documents
+from tunesmith.model.documents import Documents, current_documents, use_documents
+from tunesmith.model.recurrent import run_by_document
 from tunesmith.quant.frozen_linear import parameter_count
 
 
@@ -69,6 +71,8 @@ class TrainModel(nn.Module):
         method: what the loss is.
         attention_backend: name of our block-diagonal attention's backend on the flattened batch
             (`attention.select_attention_backend`), or "eager" for Transformers' own on padded rows.
+        recurrent: class names of the layers that carry a state along the row, which run on one row
+            a document.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class TrainModel(nn.Module):
         method: Method,
         *,
         attention_backend: str,
+        recurrent: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -87,6 +92,8 @@ class TrainModel(nn.Module):
         self.loss_and_grad_fn: LossAndGradFn = loss_and_grad
         # Names of the parameters for `tensor.reduce_gradients`.
         self.partial_gradients: frozenset[str] = frozenset()
+        if attention_backend != "eager":
+            run_by_document(model, recurrent)
         self.use_training_attention()
 
     def use_training_attention(self) -> None:
@@ -117,9 +124,25 @@ class TrainModel(nn.Module):
             raise ModelError(what, fix="take a causal language model")
         return head
 
+    @contextmanager
+    def step_context(self, batch: Batch) -> Iterator[None]:
+        """Put it around forward and backward of a micro batch.
+
+        Layers that recompute run again in the backward, and some of them need to know its documents
+        then.
+        """
+        with use_documents(self._documents(batch)):
+            yield
+
     def forward(self, batch: Batch) -> MethodOutput:
         """The method's loss sum of this micro batch, local to the rank, and its denominator."""
         return self.method(self, batch)
+
+    def _documents(self, batch: Batch) -> Documents | None:
+        """None for padded rows, which Transformers' own attention takes."""
+        if self.attention_backend == "eager":
+            return None
+        return Documents(batch.cu_seqlens, batch.max_seqlen, self.attention_backend)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, [rows * length, width]; each document is computed as if it were
@@ -127,16 +150,18 @@ class TrainModel(nn.Module):
         ids = batch.input_ids
         positions = batch.position_ids
         options = {}
-        if self.attention_backend != "eager":
-            # One row: every layer but attention works position by position, and attention goes by
-            # the documents.
+        documents = current_documents()
+        if documents is None or documents.cu_seqlens is not batch.cu_seqlens:
+            documents = self._documents(batch)
+        if documents is not None:
+            # One row: attention and recurrent layers go by the documents, and every other layer
+            # works position by position.
             ids = ids.view(1, -1)
             positions = positions.view(1, -1)
-            options["documents"] = Documents(
-                batch.cu_seqlens, batch.max_seqlen, self.attention_backend
-            )
+            options["documents"] = documents
         decoder = find_decoder(self.model)
-        output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **options)
+        with use_documents(documents):
+            output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **options)
         return output.last_hidden_state.flatten(0, 1)
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

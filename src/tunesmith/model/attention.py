@@ -1,7 +1,7 @@
 """Block-diagonal causal attention: every document of a packed row sees itself and nothing else.
 
-The edges of the documents travel as one keyword argument, `documents`, through the model's forward.
-Three backends:
+The edges of the documents travel as one keyword argument, `documents`, through the model's forward;
+where a model does not pass it on, they are those of `current_documents`. Three backends:
 
 varlen CUDA, `torch.nn.attention.varlen`: cuDNN or FlashAttention on the flattened block, no
 padding, no mask. products grouped batched matrix products with an explicit softmax: on CPU several
@@ -28,7 +28,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.attention_kernels import choose_kernel
-from tunesmith.model.documents import KEEP, QUERIES, Documents, Group
+from tunesmith.model.documents import KEEP, QUERIES, Documents, Group, current_documents
 
 NAME = "tunesmith"
 
@@ -97,8 +97,8 @@ def documents_attention(
 ) -> tuple[Tensor, None]:
     """Attention as Transformers calls it.
 
-    ModelError where no documents were given, or the model asks for something that would have to be
-    ignored.
+    ModelError where neither the keyword nor the context names documents, or the model asks for
+    something that would have to be ignored.
 
     Args:
         query: [1, heads, n, d]; key and value: [1, kv heads, n, d].
@@ -106,6 +106,8 @@ def documents_attention(
     Returns:
         [1, n, heads, d], and None for the weights.
     """
+    if documents is None:
+        documents = current_documents()
     unknown = sorted(k for k, v in others.items() if v is not None and k not in HARMLESS)
     request = ""
     if unknown:

@@ -1,5 +1,12 @@
-"""Edges of the documents in a packed block, and their grouping by length for batched products."""
+"""Edges of the documents in a packed block, and their grouping by length.
 
+Documents reach attention as a keyword of the model's forward. Some models do not pass keywords on
+to their attention (Nemotron, StableLM), and recurrent layers get none: they read the documents of
+the batch that is computed now, `current_documents`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -61,6 +68,27 @@ class Documents:
     @cached_property
     def groups(self) -> list[Group]:
         """Documents grouped for `products`, made once a batch and used by every layer."""
+        return self._group_by_length(_fits_products)
+
+    @cached_property
+    def rows(self) -> list[Group]:
+        """Documents grouped for layers that run on one row a document, made once a batch."""
+        return self._group_by_length(_is_alike)
+
+    @cached_property
+    def places_in_rows(self) -> Tensor:
+        """int64 [n]: which token of all `rows`, one after another, each token of the block is."""
+        parts = []
+        for group in self.rows:
+            if group.tokens is None:
+                end = group.start + group.length
+                parts.append(torch.arange(group.start, end, device=self.cu_seqlens.device))
+            else:
+                parts.append(group.tokens)
+        return torch.cat(parts).argsort()
+
+    def _group_by_length(self, fits: Callable[[int, list[tuple[int, int]]], bool]) -> list[Group]:
+        """`fits` says of a document's length whether it joins a group of (length, start)s."""
         documents = []  # (length, start) of each
         for start, end in pairwise(self.edges):
             if end > start:
@@ -68,7 +96,7 @@ class Documents:
         documents.sort(reverse=True)
         groups: list[list[tuple[int, int]]] = []
         for length, start in documents:
-            if groups and _fits(length, groups[-1]):
+            if groups and fits(length, groups[-1]):
                 groups[-1].append((length, start))
             else:
                 groups.append([(length, start)])
@@ -87,11 +115,40 @@ class Documents:
         return Group(-1, len(members), longest, places.to(device), tokens.to(device))
 
 
-def _fits(length: int, group: list[tuple[int, int]]) -> bool:
+# The innermost last. A plain variable of the module: in the backward autograd runs layers again on
+# a thread of its own, which would not see a context variable, and torch.compile reads it in the
+# graph of a layer. No two threads compute batches at a time.
+_in_use: list[Documents | None] = []
+
+
+def current_documents() -> Documents | None:
+    """Documents of the packed batch that is computed now; None outside of `use_documents`."""
+    return _in_use[-1] if _in_use else None
+
+
+@contextmanager
+def use_documents(documents: Documents | None) -> Iterator[None]:
+    """Let layers compute these documents; None: rows are not packed.
+
+    Put it around the backward too: layers that recompute run again there.
+    """
+    _in_use.append(documents)
+    try:
+        yield
+    finally:
+        _in_use.pop()
+
+
+def _is_alike(length: int, group: list[tuple[int, int]]) -> bool:
+    longest, _ = group[0]
+    return length >= ALIKE * longest
+
+
+def _fits_products(length: int, group: list[tuple[int, int]]) -> bool:
     """Whether a document of no more tokens than those of the group is multiplied together with
     them.
     """
     longest, _ = group[0]
-    if longest > QUERIES or length < ALIKE * longest:
+    if longest > QUERIES or not _is_alike(length, group):
         return False
     return (len(group) + 1) * longest <= GROUP_TOKENS

@@ -131,9 +131,10 @@ def _trial(model: nn.Module, batch: Batch, meter: MemoryMeter) -> float:
     next trial.
     """
     at_start = meter.allocated()
-    loss = model(batch).loss
-    activations = meter.allocated() - at_start
-    loss.backward()
+    with model.step_context(batch):
+        loss = model(batch).loss
+        activations = meter.allocated() - at_start
+        loss.backward()
     return activations
 
 

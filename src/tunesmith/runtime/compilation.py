@@ -32,7 +32,7 @@ from tunesmith.errors import MachineError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.host.shell import shell_path
 from tunesmith.loss import LossAndGradFn
-from tunesmith.model.documents import Documents
+from tunesmith.model.documents import Documents, current_documents
 from tunesmith.model.fused import add_mixin
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -192,6 +192,8 @@ class CompiledLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         documents: Documents | None = kwargs.get("documents")
+        if documents is None:
+            documents = current_documents()
         if not self.training or documents is None:
             return super().forward(*args, **kwargs)
         hidden, *rest = args

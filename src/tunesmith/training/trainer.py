@@ -175,9 +175,10 @@ class Trainer:
             reduce_in(model, mesh, last=is_last)
             if is_last:
                 self.gradient_sum.start()
-            output = model(micro_batch)
-            self.ranks.heartbeat.progress()
-            (output.loss * loss_scale).backward()
+            with model.step_context(micro_batch):
+                output = model(micro_batch)
+                self.ranks.heartbeat.progress()
+                (output.loss * loss_scale).backward()
             loss = loss + output.loss.detach()
             metrics = {name: value + output.metrics[name] for name, value in metrics.items()}
         gradients = optimizer.gradients()
