@@ -9,6 +9,7 @@ import torch
 
 from tunesmith.errors import ModelError
 from tunesmith.model import attention
+from tunesmith.model import sinks as sinks_module
 from tunesmith.model.attention import attend
 from tunesmith.model.documents import QUERIES, Documents
 
@@ -108,7 +109,7 @@ def test_long_documents_never_hold_the_square_of_their_length():
     q, k, v = (torch.randn(8192, h, 4) for h in (4, 1, 1))
     with Watch(), torch.no_grad():
         out = attention._Products.forward(
-            _Context(), q, k, v, attention.Rule(documents([8192]), 0.5)
+            _Context(), q, k, v, attention.Rule(documents([8192]), 0.5), None
         )
     assert largest == 4 * QUERIES * 8192
     assert torch.isfinite(out).all()
@@ -154,11 +155,10 @@ def test_documents_are_grouped_when_alike_and_all_tokens_are_taken_once():
     "options",
     [
         {"documents": None},
-        {"s_aux": torch.zeros(1)},
         {"is_causal": False},
         {"position_bias": torch.zeros(1)},
     ],
-    ids=["no documents", "attention sinks", "not causal", "position bias"],
+    ids=["no documents", "not causal", "position bias"],
 )
 def test_what_would_have_to_be_ignored_is_refused(options):
     q = torch.zeros(1, 2, 4, 8)
@@ -178,3 +178,141 @@ def test_attention_dropout_keeps_the_mean():
     error = draws.std(0) / 800**0.5
     assert ((draws.mean(0) - plain).abs() < 6 * error + 1e-6).all()
     assert draws.std(0).max() > 0.1
+
+
+def formula_with_sinks(q, k, v, sinks, lengths, *, scale, window=None):
+    """`formula`, by one more key whose score is the sink and whose value is zero."""
+    groups = q.shape[1] // k.shape[1]
+    outputs = []
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    for length, end in zip(lengths, ends, strict=True):
+        keys = k[end - length : end].repeat_interleave(groups, 1)
+        values = v[end - length : end].repeat_interleave(groups, 1)
+        scores = torch.einsum("qhd,khd->hqk", q[end - length : end], keys) * scale
+        place = torch.arange(length)
+        distance = place[:, None] - place
+        seen = (distance >= 0) & (distance < (window or length))
+        scores = scores.masked_fill(~seen, float("-inf"))
+        column = sinks[:, None, None].expand(-1, length, 1)
+        probabilities = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+        outputs.append(torch.einsum("hqk,khd->qhd", probabilities, values))
+    return torch.cat(outputs)
+
+
+def draw_with_sinks(lengths):
+    torch.manual_seed(6)
+    n = sum(lengths)
+    shapes = (n, 6, 8), (n, 2, 8), (n, 2, 8), (6,)
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+def assert_same_gradients(ours, expected, inputs):
+    weight = torch.linspace(-1, 2, ours.numel(), dtype=ours.dtype).view_as(ours)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    got = torch.autograd.grad((ours * weight).sum(), inputs)
+    wanted = torch.autograd.grad((expected * weight).sum(), inputs)
+    for a, b in zip(got, wanted, strict=True):
+        assert b.abs().max() > 1e-3, "a zero reference proves nothing"
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_products_with_sinks_equal_the_formula(lengths, window, monkeypatch):
+    monkeypatch.setattr(attention, "QUERIES", 16)
+    monkeypatch.setattr(attention, "KEEP", 32)
+    attention._future.cache_clear()
+    q, k, v, sinks = draw_with_sinks(lengths)
+    ours = attend(q, k, v, documents(lengths), scale=0.3, window=window, sinks=sinks)
+    expected = formula_with_sinks(q, k, v, sinks, lengths, scale=0.3, window=window)
+    assert_same_gradients(ours, expected, (q, k, v, sinks))
+    attention._future.cache_clear()
+
+
+def dense_scores(q, k, edges, scale, window):
+    """[heads, n, n], minus infinity where a query does not see a key."""
+    lengths = edges.diff().tolist()
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    place = torch.arange(len(q))
+    distance = place[:, None] - place
+    seen = (owner[:, None] == owner) & (distance >= 0) & (distance < (window or len(q)))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    return scores.masked_fill(~seen, float("-inf"))
+
+
+def flash_forward(q, k, v, edges, *, longest, scale, window):
+    """What FlashAttention computes, written out: output and logsumexp [heads, n]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = dense_scores(q, k, edges, scale, window)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1), edges
+
+
+def flash_backward(d_out, q, k, v, out, lse, edges, state, *, longest, scale, window):
+    """FlashAttention 2's algorithm 2 (arXiv:2307.08691), from the output and the logsumexp alone."""
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(groups, 1) for x in (k, v))
+    probabilities = (dense_scores(q, keys, edges, scale, window) - lse.unsqueeze(2)).exp()
+    delta = (d_out * out).sum(-1).T.unsqueeze(2)
+    d_scores = probabilities * (torch.einsum("qhd,khd->hqk", d_out, values) - delta) * scale
+    dq = torch.einsum("hqk,khd->qhd", d_scores, keys)
+    dk = torch.einsum("hqk,qhd->khd", d_scores, q)
+    dv = torch.einsum("hqk,qhd->khd", probabilities, d_out)
+    return dq, dk.unflatten(1, (-1, groups)).sum(2), dv.unflatten(1, (-1, groups)).sum(2)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The varlen kernel by its formulas, in any precision; only a GPU has it."""
+    monkeypatch.setattr(sinks_module, "varlen_forward", flash_forward)
+    monkeypatch.setattr(sinks_module, "varlen_backward", flash_backward)
+
+    def varlen_attn(q, k, v, edges, _, longest, *__, scale, window_size, **others):
+        if q.shape[-1] != v.shape[-1] or q.shape[-1] > 32:
+            raise RuntimeError("the kernel takes heads of one width up to 32")
+        window = None if window_size[0] < 0 else window_size[0] + 1
+        return flash_forward(q, k, v, edges, longest=longest, scale=scale, window=window)[0]
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "_FITS_VARLEN", {})
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_sinks_around_the_varlen_kernel_equal_the_formula(window, kernel):
+    lengths = LENGTHS["mixed"]
+    q, k, v, sinks = draw_with_sinks(lengths)
+    packed = Documents(documents(lengths).cu_seqlens, max(lengths), "varlen")
+    ours = attend(q, k, v, packed, scale=0.3, window=window, sinks=sinks)
+    expected = formula_with_sinks(q, k, v, sinks, lengths, scale=0.3, window=window)
+    assert type(ours.grad_fn).__name__ != "_ProductsBackward"
+    assert {
+        attention.VarlenShape(q.device, q.dtype, 8, 8, has_sinks=True): True
+    } == attention._FITS_VARLEN
+    # The sink's sums are in fp32.
+    weight = torch.linspace(-1, 2, ours.numel(), dtype=ours.dtype).view_as(ours)
+    got = torch.autograd.grad((ours * weight).sum(), (q, k, v, sinks))
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v, sinks))
+    for a, b in zip((ours, *got), (expected, *wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("head_dim", "v_dim", "fits"), [(24, 16, True), (64, 64, False)])
+def test_a_layer_whose_heads_the_kernel_does_not_take_goes_another_way(
+    head_dim, v_dim, fits, kernel
+):
+    torch.manual_seed(7)
+    lengths = [5, 20, 1, 13]
+    q, k, v = (
+        torch.randn(39, heads, width, dtype=torch.float64, requires_grad=True)
+        for heads, width in ((4, head_dim), (2, head_dim), (2, v_dim))
+    )
+    packed = Documents(documents(lengths).cu_seqlens, max(lengths), "varlen")
+    ours = attend(q, k, v, packed, scale=0.2, window=8)
+    assert [*attention._FITS_VARLEN.values()] == [fits]
+    assert ours.shape == (39, 4, v_dim)
+    assert_same_gradients(ours, formula(q, k, v, lengths, scale=0.2, window=8), (q, k, v))
+
+
+def test_chunks_start_with_their_document():
+    cut = documents([5, 8, 17]).cut(8)
+    assert cut.edges == [0, 5, 13, 21, 29, 30]
+    assert cut.max_seqlen == 8

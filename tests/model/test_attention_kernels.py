@@ -96,9 +96,8 @@ def choose(machine: Torch, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[s
         nn.attention.register_flash_attention_impl(
             version, register_fn=lambda version=version: machine.register(version)
         )
-    return choose_kernel(
-        lambda: attention.find_varlen_fault(torch.device("cpu"), torch.bfloat16, 32)
-    )
+    shape = attention.VarlenShape(torch.device("cpu"), torch.bfloat16, 32, 32)
+    return choose_kernel(lambda: attention.find_varlen_fault(shape))
 
 
 @pytest.mark.parametrize(

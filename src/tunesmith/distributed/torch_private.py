@@ -65,6 +65,70 @@ def find_nccl_error() -> str:
     return ", ".join(f"NCCL: {error}" for error in sorted(errors - {"SUCCESS"}))
 
 
+def varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    edges: Tensor,
+    *,
+    longest: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is behind `varlen_attn`, causal: output, lse [heads, n] in fp32, random state.
+
+    The public function's backward takes its own output and lse; attention with a sink needs others.
+    """
+    left = -1 if window is None else window - 1
+    return torch.ops.torch_attn._varlen_attn(
+        q,
+        k,
+        v,
+        edges,
+        edges,
+        longest,
+        longest,
+        is_causal=window is None,
+        scale=scale,
+        window_size=[left, 0],
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def varlen_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    edges: Tensor,
+    random_state: Tensor,
+    *,
+    longest: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v for `varlen_forward`, with any output and lse in place of its own."""
+    left = -1 if window is None else window - 1
+    return torch.ops.torch_attn._varlen_attn_backward(
+        d_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        edges,
+        edges,
+        longest,
+        longest,
+        window is None,
+        random_state,
+        scale=scale,
+        window_size=[left, 0],
+    )
+
+
 def mark_varying(tensor: Tensor, dim: int) -> None:
     """Tell torch.compile that a dimension differs from call to call.
 

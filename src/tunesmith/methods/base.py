@@ -8,6 +8,7 @@ loss sum and what to divide it by, and owns no loop.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +27,7 @@ from tunesmith.loss import (
     token_logprobs,
 )
 from tunesmith.model import attention
+from tunesmith.model.chunked import prepare_chunked_attention
 from tunesmith.model.decoder import find_decoder, find_head, find_layers
 from tunesmith.model.documents import Documents, current_documents, use_documents
 from tunesmith.model.recurrent import run_by_document
@@ -92,7 +94,9 @@ class TrainModel(nn.Module):
         self.loss_and_grad_fn: LossAndGradFn = loss_and_grad
         # Names of the parameters for `tensor.reduce_gradients`.
         self.partial_gradients: frozenset[str] = frozenset()
+        self.chunk_size = None  # of layers with chunked attention, in tokens
         if attention_backend != "eager":
+            self.chunk_size = prepare_chunked_attention(model)
             run_by_document(model, recurrent)
         self.use_training_attention()
 
@@ -142,7 +146,10 @@ class TrainModel(nn.Module):
         """None for padded rows, which Transformers' own attention takes."""
         if self.attention_backend == "eager":
             return None
-        return Documents(batch.cu_seqlens, batch.max_seqlen, self.attention_backend)
+        documents = Documents(batch.cu_seqlens, batch.max_seqlen, self.attention_backend)
+        if self.chunk_size is None:
+            return documents
+        return replace(documents, chunks=documents.cut(self.chunk_size))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, [rows * length, width]; each document is computed as if it were

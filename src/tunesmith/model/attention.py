@@ -15,7 +15,7 @@ see each other. Generation therefore runs under another name ("sdpa"), never thi
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from torch.nn.attention.varlen import varlen_attn
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.attention_kernels import choose_kernel
 from tunesmith.model.documents import KEEP, QUERIES, Documents, Group, current_documents
+from tunesmith.model.sinks import varlen_with_sinks
 
 NAME = "tunesmith"
 
@@ -92,7 +93,9 @@ def documents_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     documents: Documents | None = None,
+    query_factor: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as Transformers calls it.
@@ -101,10 +104,12 @@ def documents_attention(
     something that would have to be ignored.
 
     Args:
-        query: [1, heads, n, d]; key and value: [1, kv heads, n, d].
+        query: [1, heads, n, d]; key and value: [1, kv heads, n, d]; value may have another d.
+        s_aux: attention sinks, [heads]: one more score of each head, without a value.
+        query_factor: [n], multiplies the queries (`chunked.TunedAttention`).
 
     Returns:
-        [1, n, heads, d], and None for the weights.
+        [1, n, heads, d of value], and None for the weights.
     """
     if documents is None:
         documents = current_documents()
@@ -121,6 +126,8 @@ def documents_attention(
             fix="set model.attention: eager",
         )
     assert documents is not None
+    if query_factor is not None:
+        query = (query * query_factor.unsqueeze(1)).to(query.dtype)
     out = attend(
         query.squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),
@@ -129,6 +136,7 @@ def documents_attention(
         scale=scaling,
         window=sliding_window,
         softcap=softcap,
+        sinks=s_aux,
         dropout=dropout,
     )
     return out.unsqueeze(0), None
@@ -143,19 +151,22 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention within each document.
 
     Args:
         q: [n, heads, d], with any strides.
-        k, v: [n, kv heads, d]; heads are a multiple of kv heads (grouped-query attention).
+        k, v: [n, kv heads, d]; heads are a multiple of kv heads (grouped-query attention), and the
+            width of v may differ (multi-head latent attention).
         scale: factor on the products; None takes d ** -0.5.
         window: how many tokens a query sees, itself counted; None sees all before it.
         softcap: c in c * tanh(score / c) (Gemma 2); None leaves scores as they are.
+        sinks: [heads], one more score of each head, without a value (GPT-OSS); None: there is none.
         dropout: probability of dropping an attention weight.
 
-    Returns [n, heads, d] in q's dtype.
+    Returns [n, heads, width of v] in q's dtype.
     """
     if window is not None and window >= documents.max_seqlen:
         window = None
@@ -163,17 +174,25 @@ def attend(
         scale = q.shape[-1] ** -0.5
     rule = Rule(documents, scale, window, softcap)
     if dropout:
-        if softcap is not None:
-            what = "attention dropout together with a soft cap is not supported"
+        if softcap is not None or sinks is not None:
+            what = "attention dropout together with a soft cap or sinks is not supported"
             raise ModelError(what, fix="set the model's attention_dropout to 0")
         return _sdpa(q, k, v, rule, dropout)
     backend = documents.backend
     if backend is None:
         backend, _ = select_attention_backend(q.device, q.dtype, q.shape[-1])
     if backend == "products" or softcap is not None:
-        return _products(q, k, v, rule)
-    if backend == "varlen" and (window is None or "window_size" in VARLEN):
-        return _varlen(q, k, v, rule)
+        return _products(q, k, v, rule, sinks)
+    # A run has one backend, and a layer may have heads that its kernel does not take: the full
+    # attention of Gemma 4 has heads of 512, its sliding attention of 256.
+    if (
+        backend == "varlen"
+        and (window is None or "window_size" in VARLEN)
+        and fits_varlen(q.device, q.dtype, q.shape[-1], v.shape[-1], sinks is not None)
+    ):
+        return _varlen(q, k, v, rule, sinks)
+    if sinks is not None:
+        return _products(q, k, v, rule, sinks)
     return _sdpa(q, k, v, rule)
 
 
@@ -192,37 +211,66 @@ def select_attention_backend(
             "products",
             "on a CPU batched products are faster than torch's attention per document",
         )
-    kernel, faults = choose_kernel(lambda: find_varlen_fault(device, dtype, head_dim))
+    shape = VarlenShape(device, dtype, head_dim, head_dim)
+    kernel, faults = choose_kernel(lambda: find_varlen_fault(shape))
+    _FITS_VARLEN[shape] = bool(kernel)
     if not kernel:
         return "sdpa", f"this GPU's varlen attention is not right in {dtype}: {'; '.join(faults)}"
     why = f"{kernel} over packed documents is right here, forward and backward"
     return "varlen", "; ".join([why, *faults])
 
 
-def find_varlen_fault(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+class VarlenShape(NamedTuple):
+    """What decides whether the varlen kernel takes a layer."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int  # of queries and keys
+    v_dim: int
+    has_sinks: bool = False
+
+
+_FITS_VARLEN: dict[VarlenShape, bool] = {}  # what was tried in this process
+
+
+@torch.compiler.assume_constant_result  # which takes no tuples
+def fits_varlen(
+    device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int, has_sinks: bool
+) -> bool:
+    """Whether this process's varlen kernel is right on layers of this shape, by trying once."""
+    shape = VarlenShape(device, dtype, head_dim, v_dim, has_sinks)
+    if shape not in _FITS_VARLEN:
+        _FITS_VARLEN[shape] = not find_varlen_fault(shape)
+    return _FITS_VARLEN[shape]
+
+
+def find_varlen_fault(shape: VarlenShape) -> str:
     """What is wrong with torch's varlen attention on a few packed documents, or "".
 
     It is compared with fp32 attention of each document alone.
     """
+    device, dtype, head_dim, v_dim, has_sinks = shape
     edges = [0, 40, 200, 456]
     documents = Documents(torch.tensor(edges, dtype=torch.int32, device=device), 256)
     rule = Rule(documents, head_dim**-0.5)
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(heads: int) -> Tensor:
-        return torch.randn(edges[-1], heads, head_dim, generator=generator, device=device).to(dtype)
+    def draw(heads: int, width: int) -> Tensor:
+        return torch.randn(edges[-1], heads, width, generator=generator, device=device).to(dtype)
 
-    q = draw(4)
-    k = draw(2)
-    v = draw(2)
-    d_out = draw(4)
+    inputs = [draw(4, head_dim), draw(2, head_dim), draw(2, v_dim)]
+    d_out = draw(4, v_dim)
+    if has_sinks:
+        # About as large as a score's logsumexp, so that sinks take a part that shows.
+        inputs.append(torch.linspace(0, 4, 4, device=device).to(dtype))
     try:
-        results = _output_and_gradients(_varlen, (q, k, v), d_out, rule)
+        results = _output_and_gradients("varlen", inputs, d_out, rule)
     except Exception as error:  # FlashAttention 4 is compiled here, by a compiler of its own
         return first_line(error)
     with sdpa_kernel(SDPBackend.MATH):
-        inputs = (q.float(), k.float(), v.float())
-        expected = _output_and_gradients(_sdpa, inputs, d_out.float(), rule)
+        inputs = [x.float() for x in inputs]
+        backend = "products" if has_sinks else "sdpa"
+        expected = _output_and_gradients(backend, inputs, d_out.float(), rule)
     errors = []
     for result, reference in zip(results, expected, strict=True):
         errors.append(float((result.float() - reference).norm() / reference.norm()))
@@ -233,18 +281,44 @@ def find_varlen_fault(device: torch.device, dtype: torch.dtype, head_dim: int) -
 
 
 def _output_and_gradients(
-    attention: Callable[[Tensor, Tensor, Tensor, Rule], Tensor],
-    inputs: tuple[Tensor, Tensor, Tensor],
-    d_out: Tensor,
-    rule: Rule,
+    backend: str, inputs: Sequence[Tensor], d_out: Tensor, rule: Rule
 ) -> list[Tensor]:
+    """Of q, k, v and, where there is a fourth input, sinks."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in inputs]
-        out = attention(leaves[0], leaves[1], leaves[2], rule)
+        q, k, v, *rest = leaves
+        sinks = rest[0] if rest else None
+        if backend == "varlen":
+            out = _varlen(q, k, v, rule, sinks)
+        elif backend == "products":
+            out = _products(q, k, v, rule, sinks)
+        else:
+            out = _sdpa(q, k, v, rule)
         return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> Tensor:
+    width = v.shape[-1]
+    if width < q.shape[-1]:
+        # The kernel takes one width: zeros add nothing to the output, and their part is cut off.
+        v = F.pad(v, (0, q.shape[-1] - width))
+    if sinks is None:
+        out = _plain_varlen(q, k, v, rule)
+    else:
+        out = varlen_with_sinks(
+            q,
+            k,
+            v,
+            sinks,
+            rule.documents.cu_seqlens,
+            longest=rule.documents.max_seqlen,
+            scale=rule.scale,
+            window=rule.window,
+        )
+    return out[..., :width]
+
+
+def _plain_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     documents, scale, window, _ = rule
     options: dict[str, Any] = {
         "is_causal": True,
@@ -289,19 +363,22 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> 
 
 
 @torch.compiler.disable  # as above
-def _products(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    return _Products.apply(q, k, v, rule)
+def _products(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None = None) -> Tensor:
+    return _Products.apply(q, k, v, rule, sinks)
 
 
 class _Products(torch.autograd.Function):
     """softmax(scale * q k^T + mask) v by batched products, one batch a group of documents.
 
     Queries that share a key head are stacked in one matrix, so keys and values are never repeated.
-    The backward is FlashAttention's: dS = P * (dO V^T - rowsum(dO * O)).
+    The backward is FlashAttention's: dS = P * (dO V^T - rowsum(dO * O)). A sink is a last column of
+    scores whose value is zero.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None
+    ) -> Tensor:
         ctx.rule = rule
         out = q.new_empty(*q.shape[:2], v.shape[2])
         saved: list[Tensor] = []
@@ -314,43 +391,54 @@ class _Products(torch.autograd.Function):
             results = []
             for block in _blocks(group.length, rule.window):
                 rows = queries[:, :, block.queries]
-                probabilities, _ = _probabilities(rows, keys[:, block.keys], block, rule)
-                result = torch.bmm(probabilities, values[:, block.keys])
+                probabilities, _ = _probabilities(rows, keys[:, block.keys], sinks, block, rule)
+                of_keys, _ = _split_sinks(probabilities, sinks)
+                result = torch.bmm(of_keys, values[:, block.keys])
                 results.append(result.view(*rows.shape[:3], -1))
                 if saves:
                     saved.append(probabilities)
             _scatter_back(out, _join(results), group)
-        ctx.save_for_backward(q, k, v, out, *saved)
+        ctx.save_for_backward(q, k, v, sinks, out, *saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *saved = ctx.saved_tensors
+        q, k, v, sinks, out, *saved = ctx.saved_tensors
         saved_probabilities = iter(saved)
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk = torch.empty_like(k, memory_format=torch.contiguous_format)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+        d_sinks = None
+        if sinks is not None:
+            d_sinks = torch.zeros_like(sinks, dtype=torch.promote_types(q.dtype, torch.float32))
         for group in ctx.rule.documents.groups:
             d_queries, d_keys, d_values = _group_gradients(
-                q, k, v, out, grads[0], group, ctx.rule, saved_probabilities
+                q, k, v, sinks, d_sinks, out, grads[0], group, ctx.rule, saved_probabilities
             )
             _scatter_back(dq, d_queries, group)
             _scatter_back(dk, d_keys.unsqueeze(1), group)
             _scatter_back(dv, d_values.unsqueeze(1), group)
-        return dq, dk, dv, None
+        if d_sinks is not None:
+            d_sinks = d_sinks.to(sinks.dtype)
+        return dq, dk, dv, None, d_sinks
 
 
 def _group_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
+    d_sinks: Tensor | None,
     out: Tensor,
     d_out: Tensor,
     group: Group,
     rule: Rule,
     saved_probabilities: Iterator[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a group's packed queries, keys and values; arguments are of the whole row."""
+    """Gradients of a group's packed queries, keys and values; arguments are of the whole row.
+
+    That of the sinks is added to `d_sinks`.
+    """
     queries = _pack_queries(q, group, k.shape[1], rule.scale)
     keys = _pack_keys(k, group)
     values = _pack_keys(v, group)
@@ -366,13 +454,19 @@ def _group_gradients(
         if is_saved:
             probabilities = next(saved_probabilities)
         else:
-            probabilities, d_cap = _probabilities(rows, keys[:, block.keys], block, rule)
+            probabilities, d_cap = _probabilities(rows, keys[:, block.keys], sinks, block, rule)
+        of_keys, of_sinks = _split_sinks(probabilities, sinks)
         d_rows = d_result[:, :, block.queries].flatten(1, 2)
         d_scores = torch.bmm(d_rows, values[:, block.keys].transpose(1, 2))
-        d_scores.sub_(delta[:, :, block.queries].flatten(1, 2)).mul_(probabilities)
+        delta_rows = delta[:, :, block.queries]
+        d_scores.sub_(delta_rows.flatten(1, 2)).mul_(of_keys)
         if d_cap is not None:
             d_scores.mul_(d_cap)
-        part = torch.bmm(probabilities.transpose(1, 2), d_rows)
+        if d_sinks is not None and of_sinks is not None:
+            d_sink_scores = of_sinks.view_as(delta_rows) * delta_rows
+            per_row = d_sink_scores.view(group.count, d_sinks.shape[0], -1)
+            d_sinks -= per_row.sum((0, 2), dtype=d_sinks.dtype)
+        part = torch.bmm(of_keys.transpose(1, 2), d_rows)
         d_values = _add_block(d_values, part, values, block)
         part = torch.bmm(d_scores.transpose(1, 2), rows.flatten(1, 2))
         d_keys = _add_block(d_keys, part, keys, block)
@@ -465,17 +559,26 @@ def _scatter_back(out: Tensor, packed: Tensor, group: Group) -> None:
         out.index_copy_(0, group.tokens, flat.to(out.dtype))
 
 
+def _split_sinks(probabilities: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The probabilities of the keys, and those of the sinks [batch, rows] if there are any."""
+    if sinks is None:
+        return probabilities, None
+    return probabilities[..., :-1], probabilities[..., -1]
+
+
 def _probabilities(
-    queries: Tensor, keys: Tensor, block: Block, rule: Rule
+    queries: Tensor, keys: Tensor, sinks: Tensor | None, block: Block, rule: Rule
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax of a block's masked scores, and the soft cap's derivative.
 
     Args:
         queries: [batch, heads a key head, rows, d], scaled.
         keys: [batch, keys, d].
+        sinks: [heads]; None: there are none.
 
     Returns:
-        [batch, heads a key head * rows, keys] each, or None without a cap.
+        [batch, heads a key head * rows, keys] each, or None without a cap. With sinks the first has
+        one more column, theirs.
     """
     _, _, window, softcap = rule
     offset = block.queries.start - block.keys.start  # which key is the first query's own
@@ -491,6 +594,10 @@ def _probabilities(
     if window is not None:
         ones = torch.ones(rows, keys.shape[1], dtype=torch.bool, device=scores.device)
         by_head.masked_fill_(ones.tril(offset - window), float("-inf"))
+    if sinks is not None:
+        documents = scores.shape[0] * queries.shape[1] // sinks.shape[0]
+        by_batch = sinks.to(scores.dtype).view(-1, queries.shape[1], 1).repeat(documents, 1, rows)
+        scores = torch.cat([scores, by_batch.view(*scores.shape[:2], 1)], -1)
     return scores.softmax(-1), d_cap
 
 

@@ -59,11 +59,22 @@ class Documents:
     max_seqlen: int  # an upper bound of the longest document, in tokens
     # Of attention, by `attention.select_attention_backend`; None: selected at the call.
     backend: str | None = None
+    # Those of layers with chunked attention, by `cut`; None: the model has no such layers.
+    chunks: "Documents | None" = None
 
     @cached_property
     def edges(self) -> list[int]:
         """`cu_seqlens` on the host; waits for the device, so varlen does not ask for it."""
         return self.cu_seqlens.tolist()
+
+    def cut(self, size: int) -> "Documents":
+        """The same tokens, with each document cut at multiples of `size` from its own start."""
+        edges = [0]
+        for start, end in pairwise(self.edges):
+            edges += range(start + size, end, size)
+            edges.append(end)
+        cu_seqlens = torch.tensor(edges, dtype=torch.int32).to(self.cu_seqlens.device)
+        return Documents(cu_seqlens, min(size, self.max_seqlen), self.backend)
 
     @cached_property
     def groups(self) -> list[Group]:
