@@ -92,8 +92,8 @@ def find_head(causal_lm: PreTrainedModel) -> Head:
     softcap = None
     for key in CAPS:
         softcap = getattr(config, key, None) or softcap
-    divisors = DIVISORS
-    multipliers = MULTIPLIERS
+    multipliers: tuple[str, ...] = MULTIPLIERS
+    divisors: tuple[str, ...] = DIVISORS
     if config.model_type in MULTIPLIES_BY_SCALING:
         divisors = ()
         multipliers = DIVISORS

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from tunesmith.data.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError
+from tunesmith.methods.base import TrainModel
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.runtime.recompute import recompute_layers
 
@@ -124,7 +124,7 @@ def calibrate_recompute(
     return replace(plan, recomputed_layers=revised, trial_peak=meter.previous_peak)
 
 
-def _trial(model: nn.Module, batch: Batch, meter: MemoryMeter) -> float:
+def _trial(model: TrainModel, batch: Batch, meter: MemoryMeter) -> float:
     """Forward and backward; the bytes that the forward kept for it.
 
     A function of its own, so that a loss whose backward failed is freed, with its graph, before the
