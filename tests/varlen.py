@@ -87,3 +87,5 @@ def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention, "select_attention_backend", lambda *_, **__: ("varlen", "for this test")
     )
+    # Which is what choosing it on a GPU has tried.
+    monkeypatch.setattr(attention, "fits_varlen", lambda *_: True)

@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tunesmith.data.batch import Batch
+from tunesmith.errors import ModelError
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
+from tunesmith.model.recurrent import run_by_document
 from tunesmith.runtime.recompute import recompute_layers
 
 pytestmark = pytest.mark.slow
@@ -110,6 +112,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "qwen3_next": (
         {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 24},
         ("Qwen3NextGatedDeltaNet",),
+    ),
+    # Its layer returns its last state beside the tokens.
+    "minimax": (
+        {**LOCAL_EXPERTS, "block_size": 8, "layer_types": DELTA["layer_types"]},
+        ("MiniMaxLightningAttention",),
     ),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, ("Lfm2ShortConv",)),
     "nemotron_h": (
@@ -250,3 +257,16 @@ def test_packed_documents_are_computed_as_if_alone(model_type: str) -> None:
     with torch.no_grad(), root.step_context(merged):
         leaked = root.logit_rule.logits(root.head(root.hidden(merged)))
     assert (leaked - expected_logits).abs().max() > 1e-3 * scale
+
+
+def test_recurrent_layers_refuse_what_would_leak() -> None:
+    """A training forward outside of `step_context`, and a class that the model has not."""
+    model = build("lfm2")
+    run_by_document(model, ["Lfm2ShortConv"])
+    ids = packed_batch().input_ids
+    with pytest.raises(ModelError, match="Lfm2ShortConv trains on unmarked documents"):
+        model(input_ids=ids)
+    expected = build("lfm2").eval()(input_ids=ids).logits
+    assert torch.equal(model.eval()(input_ids=ids).logits, expected)
+    with pytest.raises(ModelError, match="has no module of class MambaMixer"):
+        run_by_document(model, ["Lfm2ShortConv", "MambaMixer"])

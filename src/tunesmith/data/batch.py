@@ -59,6 +59,8 @@ class Batch:
         tokens: non-padding tokens.
         supervised: positions whose target is not IGNORE.
         examples: real examples (padding documents are none).
+        edges: `cu_seqlens` on the host, whichever device the tensors are on; empty where the host
+            does not know them, and has to read them from there.
     """
 
     input_ids: torch.Tensor
@@ -69,6 +71,7 @@ class Batch:
     tokens: int
     supervised: int
     examples: int
+    edges: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`: not copied if there already, without blocking if pinned."""
@@ -152,4 +155,5 @@ def collate(
         tokens=tokens,
         supervised=int((targets != IGNORE).sum()),
         examples=examples,
+        edges=tuple(edges),
     )

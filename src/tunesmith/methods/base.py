@@ -147,9 +147,13 @@ class TrainModel(nn.Module):
         if self.attention_backend == "eager":
             return None
         documents = Documents(batch.cu_seqlens, batch.max_seqlen, self.attention_backend)
+        if batch.edges:
+            documents.set_edges(batch.edges)
         if self.chunk_size is None:
             return documents
-        return replace(documents, chunks=documents.cut(self.chunk_size))
+        with_chunks = replace(documents, chunks=documents.cut(self.chunk_size))
+        with_chunks.set_edges(documents.edges)
+        return with_chunks
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, [rows * length, width]; each document is computed as if it were

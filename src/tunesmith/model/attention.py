@@ -213,7 +213,7 @@ def select_attention_backend(
         )
     shape = VarlenShape(device, dtype, head_dim, head_dim)
     kernel, faults = choose_kernel(lambda: find_varlen_fault(shape))
-    _FITS_VARLEN[shape] = bool(kernel)
+    _FITS_VARLEN[shape.on_any_device()] = bool(kernel)
     if not kernel:
         return "sdpa", f"this GPU's varlen attention is not right in {dtype}: {'; '.join(faults)}"
     why = f"{kernel} over packed documents is right here, forward and backward"
@@ -229,6 +229,10 @@ class VarlenShape(NamedTuple):
     v_dim: int
     has_sinks: bool = False
 
+    def on_any_device(self) -> "VarlenShape":
+        """The same on the devices of this type; a process computes on one of them."""
+        return self._replace(device=torch.device(self.device.type))
+
 
 _FITS_VARLEN: dict[VarlenShape, bool] = {}  # what was tried in this process
 
@@ -239,9 +243,10 @@ def fits_varlen(
 ) -> bool:
     """Whether this process's varlen kernel is right on layers of this shape, by trying once."""
     shape = VarlenShape(device, dtype, head_dim, v_dim, has_sinks)
-    if shape not in _FITS_VARLEN:
-        _FITS_VARLEN[shape] = not find_varlen_fault(shape)
-    return _FITS_VARLEN[shape]
+    key = shape.on_any_device()
+    if key not in _FITS_VARLEN:
+        _FITS_VARLEN[key] = not find_varlen_fault(shape)
+    return _FITS_VARLEN[key]
 
 
 def find_varlen_fault(shape: VarlenShape) -> str:

@@ -5,7 +5,7 @@ to their attention (Nemotron, StableLM), and recurrent layers get none: they rea
 the batch that is computed now, `current_documents`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,8 +64,15 @@ class Documents:
 
     @cached_property
     def edges(self) -> list[int]:
-        """`cu_seqlens` on the host; waits for the device, so varlen does not ask for it."""
+        """`cu_seqlens` on the host; waits for the device where `set_edges` did not state them."""
         return self.cu_seqlens.tolist()
+
+    def set_edges(self, edges: Sequence[int]) -> None:
+        """State what `cu_seqlens` holds.
+
+        A field would make torch.compile compile a layer again for each batch: it reads all fields.
+        """
+        vars(self)["edges"] = [*edges]
 
     def cut(self, size: int) -> "Documents":
         """The same tokens, with each document cut at multiples of `size` from its own start."""
@@ -73,8 +80,10 @@ class Documents:
         for start, end in pairwise(self.edges):
             edges += range(start + size, end, size)
             edges.append(end)
-        cu_seqlens = torch.tensor(edges, dtype=torch.int32).to(self.cu_seqlens.device)
-        return Documents(cu_seqlens, min(size, self.max_seqlen), self.backend)
+        cu_seqlens = self._on_device(torch.tensor(edges, dtype=torch.int32))
+        chunks = Documents(cu_seqlens, min(size, self.max_seqlen), self.backend)
+        chunks.set_edges(edges)
+        return chunks
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -122,8 +131,14 @@ class Documents:
         is_token = column < lengths
         places = is_token.flatten().nonzero().squeeze(1)
         tokens = (starts + column)[is_token]
+        return Group(-1, len(members), longest, self._on_device(places), self._on_device(tokens))
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host beside the tokens, without waiting for the device."""
         device = self.cu_seqlens.device
-        return Group(-1, len(members), longest, places.to(device), tokens.to(device))
+        if device.type != "cuda":
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # The innermost last. A plain variable of the module: in the backward autograd runs layers again on

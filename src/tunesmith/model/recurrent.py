@@ -97,7 +97,11 @@ def _select_rows(value: Any, documents: Documents, group: Group) -> Any:
 
 
 def _join_rows(outputs: list[Any], documents: Documents) -> Any:
-    """The outputs of all groups, [documents, length, ...] each, as [1, n, ...]."""
+    """The outputs of all groups, [documents, length, ...] each, as [1, n, ...].
+
+    None for what is not of each token: the state after the last one (MiniMax), which only
+    generation reads.
+    """
     first = outputs[0]
     if isinstance(first, tuple | list):
         return type(first)(
@@ -107,6 +111,8 @@ def _join_rows(outputs: list[Any], documents: Documents) -> Any:
         return None
     parts = []
     for group, output in zip(documents.rows, outputs, strict=True):
+        if output.shape[:2] != (group.count, group.length):
+            return None
         tokens = output.flatten(0, 1)
         if group.places is not None:
             tokens = tokens.index_select(0, group.places)
