@@ -163,10 +163,10 @@ def attention_term(spec: ModelSpec, rates: Rates, layout: Layout, gib: float) ->
     backward, of causal pairs.
     """
     forward, backward = rates.attention_ms
-    channels = spec.heads * spec.head_dim
-    size = layout.tokens * spec.layers * channels
+    channels = spec.layers[0].heads * spec.layers[0].head_dim
+    size = layout.tokens * spec.depth * channels
     scale = size / (ATTENTION_TOKENS * ATTENTION_LAYERS * ATTENTION_CHANNELS)
-    forwards = 1 + layout.recomputed_layers / spec.layers
+    forwards = 1 + layout.recomputed_layers / spec.depth
     operations = 2 * (2 * forwards + 5) * size * DOCUMENT / 2
     return Term(scale * (forwards * forward + backward), operations / 1e12, gib)
 
@@ -200,7 +200,7 @@ def optimizer_term(goal: Goal, setting: Setting, layout: Layout) -> Term:
     """
     spec = read_shape(goal)
     if goal.full:
-        hooked = spec.parameters - spec.layers * spec.layer_matmul
+        hooked = spec.parameters - spec.layer_matrices
         moved = spec.parameters * (4 + 8 + 28 + 6) + hooked * (6 + 10 * (layout.micro_batches - 1))
     else:
         moved = adapter_parameters(spec, goal_recipe(goal).adapter) * (4 + 8 + 28)

@@ -64,7 +64,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.on,
         " x ".join(map(str, found.plan.mesh)),
         f"{found.plan.memory.tokens:,}",
-        f"{found.plan.recomputed_layers} of {spec.layers}",
+        f"{found.plan.recomputed_layers} of {spec.depth}",
         f"{' / '.join(f'{bytes_ / 2**30:.0f}' for bytes_ in found.phases.values())} of {found.room / 2**30:.0f}",
         " / ".join(f"{bytes_ / 1e9:,.1f}" for bytes_ in found.sent.values()),
         f"{found.step_seconds:.1f}" if found.fits else "does not fit",

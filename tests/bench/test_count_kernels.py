@@ -29,12 +29,12 @@ def test_the_operations_are_those_of_the_formula_and_recompute_leaves_out_the_la
     assert done.returncode == 0, done.stderr
     counts = json.loads((tmp_path / "counts.json").read_text())["counts"]
     spec = read_spec(find_shape("llama3-8b").config, where="test")
-    base = 2 * 256 * spec.layer_matmul / 1e12
+    base = 2 * 256 * spec.layers[0].matmul / 1e12
     kept, again = counts["bf16, backward"], counts["bf16, recomputed, backward"]
     # An adapter of rank 8 adds half a percent forward, and twice that backward.
     assert base < counts["bf16, forward"]["tera_operations"] < 1.01 * base
     assert base < kept["tera_operations"] < 1.02 * base
-    down = 2 * 256 * spec.hidden * spec.intermediate / 1e12
+    down = 2 * 256 * spec.layers[0].largest / 1e12
     assert again["tera_operations"] - kept["tera_operations"] == pytest.approx(
         base - down, rel=0.01
     )

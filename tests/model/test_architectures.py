@@ -64,9 +64,9 @@ def test_what_reaches_attention_is_what_the_row_says(model, monkeypatch) -> None
     with torch.no_grad():
         model(torch.arange(3, 20)[None])
     found = spec.read_spec(model.config.to_dict(), where="")
-    assert len(seen) == found.layers
+    assert len(seen) == found.depth
     assert {softcap for softcap, _ in seen} == {found.attention_softcap}
-    assert tuple(window for _, window in seen) == found.windows
+    assert [window for _, window in seen] == [layer.window for layer in found.layers]
 
 
 def test_the_table_stays_small() -> None:

@@ -87,14 +87,14 @@ def test_counts_are_those_of_the_built_model(built) -> None:
         assert found.parameters == sum(p.numel() for p in built.parameters())
         layers = built.model.layers
         matrices = [m for m in layers[0].modules() if isinstance(m, nn.Linear)]
-        assert found.layer_matmul == sum(m.weight.numel() for m in matrices)
+        assert found.layers[0].matmul == sum(m.weight.numel() for m in matrices)
         assert found.head_matmul == built.lm_head.weight.numel()
         assert found.tied == (built.lm_head.weight is built.model.embed_tokens.weight)
         assert found.head_dim == layers[0].self_attn.head_dim
-        assert (found.layers, found.vocab) == (len(layers), 128)
+        assert (found.depth, found.vocab) == (len(layers), 128)
         kinds = config.get("layer_types") or getattr(built.config, "layer_types", None)
         if kinds:
-            assert [w is not None for w in found.windows] == [
+            assert [layer.window is not None for layer in found.layers] == [
                 k == "sliding_attention" for k in kinds
             ]
 
@@ -112,7 +112,8 @@ def test_windows_without_layer_types_are_the_config_classes() -> None:
         raw = {**families.SMALL, "model_type": kind, **extra}
         theirs = AutoConfig.for_model(kind, **{k: v for k, v in raw.items() if k != "model_type"})
         expected = tuple(8 if t == "sliding_attention" else None for t in theirs.layer_types)
-        assert spec.read_spec(raw, where="config.json").windows == expected, kind
+        found = spec.read_spec(raw, where="config.json")
+        assert tuple(layer.window for layer in found.layers) == expected, kind
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_flops_agree_with_a_counter_that_watches_the_products() -> None:
 
 def test_flops_of_parts() -> None:
     found = spec.read_spec({"model_type": "llama", **families.SMALL}, where="")
-    matmul = found.layers * found.layer_matmul
+    matmul = found.layer_matrices
     one = spec.flops(found, [1], 0, trained="full")
     assert one == 6 * matmul + 12 * 1 * 3 * 64
     assert spec.flops(found, [1], 1, trained="full") - one == 6 * found.head_matmul

@@ -98,14 +98,14 @@ def test_a_sharded_adapter_run_shards_the_frozen_layers_alone() -> None:
     )
     spec = read_spec(SHAPES["llama3-8b"].config, where="")
     adapter = 4 * adapter_parameters(spec, recipe({}).adapter)
-    layers = spec.layers * spec.layer_matmul
+    layers = spec.layer_matrices
     ends = spec.parameters - layers  # embedding, norms and head: whole on every rank
     assert (one.weights, two.weights) == (
         2 * spec.parameters + adapter,
         layers + 2 * ends + adapter,
     )
     assert (one.gradients, one.optimizer, one.copies) == (two.gradients, two.optimizer, two.copies)
-    assert (two.gathered, one.gathered) == (GATHERED_LAYERS * 2 * spec.layer_matmul, 0)
+    assert (two.gathered, one.gathered) == (GATHERED_LAYERS * 2 * spec.layers[0].matmul, 0)
     assert vars(copies) == vars(one), "a replica holds what one process does"
 
 
@@ -163,10 +163,15 @@ def test_a_tensor_group_cuts_some_scales_of_nf4_out_of_their_blocks() -> None:
     )
 
 
-def tensors(shape: str, on: str, changes: dict, **spec: object) -> set[int]:
+def tensors(
+    shape: str, on: str, changes: dict, *, intermediate: int = 0, **spec: object
+) -> set[int]:
     """The sizes of a tensor group that `auto` may take."""
     made = planner(shape, on, changes, tensor="auto")
-    return {mesh.tensor for mesh in replace(made, spec=replace(made.spec, **spec)).meshes()}
+    layer = made.spec.layers[0]
+    layer = replace(layer, intermediate=intermediate or layer.intermediate)
+    changed = replace(made.spec, layers=(layer,) * made.spec.depth, **spec)
+    return {mesh.tensor for mesh in replace(made, spec=changed).meshes()}
 
 
 def test_the_meshes_of_a_cluster() -> None:
@@ -310,14 +315,14 @@ def test_trained_in_full_only_the_embedding_is_exposed_beside_the_first_layer() 
     keys = {"global_batch": "32768 tokens", "micro_batch": "16384 tokens", "recompute": "full"}
     found = forecast("llama3-8b", "2x-dgx-spark", (1, 2, 1), FULL | {"train": keys})
     spec = read_spec(SHAPES["llama3-8b"].config, where="")
-    layer, table = spec.layer_matmul, spec.head_matmul
-    norms = spec.parameters - spec.layers * layer - 2 * table
+    layer, table = spec.layers[0].matmul, spec.head_matmul
+    norms = spec.parameters - spec.layer_matrices - 2 * table
     first = layer + table + norms
     # bf16 over the cable, from fp32 shards that are read and written as bf16.
     gather = 2 * first / 2 / 20e9 + (4 + 2) * first / 2 / 226e9
     reduce = 4 * (table + norms) / 2 / 20e9
     assert found.seconds["shards"] == pytest.approx(gather + reduce)
-    gathered = (2 * spec.layers - 1) * layer + 2 * table + norms
+    gathered = (2 * spec.depth - 1) * layer + 2 * table + norms
     reduced = spec.parameters
     copies = 2 * 2 * gathered + (2 + 4) * reduced
     assert found.seconds["shard copies"] == pytest.approx(copies / 226e9)
@@ -540,8 +545,8 @@ def test_a_base_in_fp8_takes_half_from_the_start() -> None:
         for q in ("none", "fp8")
     )
     spec = read_spec(SHAPES["llama3-8b"].config, where="test")
-    assert dense.plan.memory.weights - fp8.plan.memory.weights == spec.layers * spec.layer_matmul
-    assert dense.phases["load"] - fp8.phases["load"] == spec.layers * spec.layer_matmul
+    assert dense.plan.memory.weights - fp8.plan.memory.weights == spec.layer_matrices
+    assert dense.phases["load"] - fp8.phases["load"] == spec.layer_matrices
     shards = [
         forecast("llama3-70b", "2x8xh100", (1, 16, 1), {"model": {"quantize": q}})
         for q in ("none", "fp8")

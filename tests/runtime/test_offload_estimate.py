@@ -83,7 +83,7 @@ def test_the_host_takes_the_shards_of_a_model_trained_in_full_with_their_gradien
 def test_the_host_takes_the_frozen_shards_and_the_adapter_stays() -> None:
     here, moved = estimate(recipe(LORA)), estimate(recipe(LORA, "parameters"))
     adapter = 4 * adapter_parameters(SPEC, recipe(LORA).adapter)
-    layers = 2 * SPEC.layers * SPEC.layer_matmul
+    layers = 2 * SPEC.layer_matrices
     ends = 2 * SPEC.parameters - layers  # embedding, norms and head, which are not sharded
     assert moved.host == layers / 8
     assert (here.weights, moved.weights) == (moved.host + ends + adapter, ends + adapter)
@@ -101,7 +101,7 @@ def test_copies_whose_base_is_on_the_host_gather_its_layers() -> None:
     copies = MeshShape(8, 1, 1)
     assert estimate(recipe(LORA), copies).gathered == 0
     moved = estimate(recipe(LORA, "parameters"), copies)
-    assert moved.host == 2 * SPEC.layers * SPEC.layer_matmul
+    assert moved.host == 2 * SPEC.layer_matrices
     assert moved.gathered == estimate(recipe(LORA), SHARDS).gathered
 
 

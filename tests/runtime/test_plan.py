@@ -283,7 +283,7 @@ def test_trained_parameters_are_counted_on_meta(tiny, tmp_path, changes):
 
 def test_fewest_layers():
     for room in range(-10, 100, 7):
-        count = fewest_recomputed(room, 8, 10, 2)
+        count = fewest_recomputed(room, [10] * 8, 2)
 
         def activations(layers: int) -> int:
             return (8 - layers) * 10 + layers * 2
@@ -514,7 +514,7 @@ def test_what_a_trial_has_not_allocated_is_counted_once():
     assert (lora.gradients, lora.optimizer, lora.copies) == (400, 100 * 8, 100 * 12)
     full_run, count = replace(recipe(), adapter=Adapter(kind="none")), spec.parameters
     full = MemoryEstimator(full_run, spec, gpu(139), count).estimate(2048)
-    assert full.gradients == 2 * count + 2 * spec.layers * spec.layer_matmul
+    assert full.gradients == 2 * count + 2 * spec.layer_matrices
     assert full.gradients + full.optimizer == count * (4 + 8 + 4)
     assert lora.weights - full.weights == 400
 

@@ -10,7 +10,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Model, Run
 from tunesmith.errors import UsageError
 from tunesmith.hub.fetch import fetch_without_weights
-from tunesmith.model import spec
+from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.tokenizer import load_tokenizer
 
 BATCH = "16384 tokens"
@@ -22,7 +22,7 @@ def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
     A vocabulary that is too small for the ids of the tokenizer (a Hub id or a folder) grows to its
     size; the change is returned in words. ModelError if the tokenizer or the config cannot be read.
     """
-    spec.read_spec(config, where="--shape")
+    model_spec(config, where="--shape")
     loaded = load_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
     values = {
         **config,

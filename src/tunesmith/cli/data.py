@@ -49,13 +49,18 @@ def run(args: argparse.Namespace) -> None:
     recipe, _ = chosen_recipe(args, notify)
     from tunesmith.data.prepare import prepare_data
     from tunesmith.hub import fetch
-    from tunesmith.model.load import load_config, read_stated_spec
+    from tunesmith.model.load import load_config
+    from tunesmith.model.measured_spec import model_spec
+    from tunesmith.model.safetensors_files import read_json
     from tunesmith.model.spec import check_seq_len
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer, vocab_rows
 
     folder = fetch.fetch_for_tokens(recipe.model)
-    spec = read_stated_spec(folder, recipe.model)
-    check_seq_len(spec, recipe.data.seq_len, where=f"{folder}/config.json")
+    file = folder / "config.json"
+    spec = model_spec(
+        read_json(file), where=str(file), trust_remote_code=recipe.model.trust_remote_code
+    )
+    check_seq_len(spec, recipe.data.seq_len, where=str(file))
     tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
     rows = vocab_rows(load_config(folder, recipe.model), tokenizer, recipe.model)
     prepared = prepare_data(

@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tunesmith.config.load import load_recipe
-    from tunesmith.model.spec import check_seq_len, read_spec
+    from tunesmith.model.measured_spec import model_spec
+    from tunesmith.model.spec import check_seq_len
     from tunesmith.planning.forecast import measure_work, plan_on_paper
     from tunesmith.planning.machines import read_cluster
     from tunesmith.planning.savings import check_memory_fits
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     cluster = read_cluster(args.on, args.assume)
     recipe = load_recipe(args.recipe, args.overrides)
     config, where, folder = _config(recipe.model)
-    spec = read_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
+    spec = model_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
     check_seq_len(spec, recipe.data.seq_len, where=where)
     tokens = None
     if folder is not None and not args.length:

@@ -31,6 +31,7 @@ from tunesmith.host.files import cache_folder, check_regular_files, require_disk
 from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_files
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
+from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import (
     INDEX,
     SINGLE,
@@ -39,7 +40,7 @@ from tunesmith.model.safetensors_files import (
     read_headers,
     read_json,
 )
-from tunesmith.model.spec import ModelSpec, check_seq_len, read_spec
+from tunesmith.model.spec import ModelSpec, check_seq_len, check_supported
 
 # One of these is needed
 TOKENIZER = (
@@ -133,7 +134,7 @@ def cached_model(model: Model) -> Path | None:
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    read_spec(
+    model_spec(
         read_json(folder / "config.json"), where=config, trust_remote_code=model.trust_remote_code
     )
     weights = [SINGLE]
@@ -153,7 +154,7 @@ def check_folder(folder: Path, model: Model) -> ModelSpec:
     check_regular_files(folder)
     headers = read_headers(folder)
     config = folder / "config.json"
-    spec = read_spec(
+    spec = model_spec(
         read_json(config), where=str(config), trust_remote_code=model.trust_remote_code
     )
     stored = sum(math.prod(entry.shape) for entries in headers.values() for entry in entries)
@@ -273,7 +274,8 @@ def plan_download(
 
     where = f"{page}/blob/{listing.commit}/config.json"
     config = read_json(small_file("config.json"))
-    spec = read_spec(config, where=where, trust_remote_code=model.trust_remote_code)
+    check_supported(config, where, model.trust_remote_code)
+    spec = model_spec(config, where=where, trust_remote_code=model.trust_remote_code)
     if seq_len is not None:
         check_seq_len(spec, seq_len, where=where)
     weights = [SINGLE]

@@ -7,7 +7,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.config.schema import Model
 from tunesmith.hub.fetch import tokenizer_folder
-from tunesmith.model import load, spec
+from tunesmith.model import load
+from tunesmith.model.measured_spec import model_spec
+from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.spec import ModelSpec, stated_position_limit
 from tunesmith.model.tokenizer import load_tokenizer, vocab_rows
 
 
@@ -18,7 +21,7 @@ class ModelFiles:
     folder: Path
     model: Model
     config: PretrainedConfig
-    spec: spec.ModelSpec
+    spec: ModelSpec
     tokenizer: PreTrainedTokenizerBase
 
     @property
@@ -54,11 +57,11 @@ def read_model_files(folder: Path, model: Model) -> ModelFiles:
     """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them,
     or ModelError."""
     config = load.load_config(folder, model)
-    model_spec = spec.read_spec(
+    spec = model_spec(
         config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code
     )
     # Transformers fills in max_position_embeddings where the file has none.
-    stated_spec = load.read_stated_spec(folder, model)
-    model_spec = replace(model_spec, position_limit=stated_spec.position_limit)
+    limit = stated_position_limit(read_json(folder / "config.json"), spec.layers)
+    spec = replace(spec, position_limit=limit)
     tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
-    return ModelFiles(folder, model, config, model_spec, tokenizer)
+    return ModelFiles(folder, model, config, spec, tokenizer)

@@ -38,8 +38,8 @@ from tunesmith.inference.merge_check import (
     largest_logit,
     logits_of,
 )
-from tunesmith.model import spec
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.save_tensors import SHARD
@@ -147,7 +147,7 @@ def merge(
 def _check_room(goal: Path, base: Model, dtype: Dtype) -> None:
     """MachineError where the disk has no room for the merged model."""
     config = fetch(base) / "config.json"
-    parameters = spec.read_spec(read_json(config), where=str(config)).parameters
+    parameters = model_spec(read_json(config), where=str(config)).parameters
     needed = round(parameters * DTYPES[dtype].itemsize * ROOM)
     fix = "free some space, or write to another disk with --output"
     require_disk_space(goal, needed, what="the merged model", fix=fix)

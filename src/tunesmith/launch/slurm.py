@@ -36,9 +36,9 @@ from tunesmith.launch.jobs import (
     write_recipe,
 )
 from tunesmith.launch.sites import DIRECTIVES, Site
+from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.shapes import config_of_model
-from tunesmith.model.spec import read_spec
 from tunesmith.run_dir import STOP_FILE
 
 # Names in the folder `launch` of the run directory
@@ -391,7 +391,7 @@ def saving_seconds(run: Run) -> float:
         return 0.0
     from tunesmith.planning.resolve import checkpoint_bytes  # loads torch
 
-    spec = read_spec(config, where=run.model.name, trust_remote_code=run.model.trust_remote_code)
+    spec = model_spec(config, where=run.model.name, trust_remote_code=run.model.trust_remote_code)
     size, _ = checkpoint_bytes(run, spec.parameters)
     return size / ASSUMED_DISK
 

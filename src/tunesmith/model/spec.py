@@ -7,7 +7,7 @@ is read.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.config.schema import Adapter
@@ -51,16 +51,47 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One decoder layer, in widths and parameters.
+
+    Attributes:
+        mixing: how tokens reach each other: each sees the ones before it, or a state goes from
+            token to token. What has no attention counts as recurrent; its heads are 0, and an MLP
+            alone has no state either.
+        value_dim: channels of a head's values; `head_dim` are those of its queries and keys.
+        intermediate: the widest activation of a token; in a mixture of experts, of all experts that
+            the token goes to.
+        window: how many tokens back a position sees (itself counted); None: all.
+        chunk: attention stays within chunks of so many tokens; None: it does not.
+        matmul: parameters of the matrices that every token is multiplied with.
+        experts: parameters of the stacks of experts.
+        active: parameters that a token is multiplied with: `matmul` and its share of `experts`.
+        state: elements of the state that a token updates, in a recurrent layer.
+        largest: parameters of the largest matrix; of a stack of experts, the whole stack.
+    """
+
+    mixing: Literal["attention", "recurrent"]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    intermediate: int
+    matmul: int
+    active: int
+    largest: int
+    experts: int = 0
+    window: int | None = None
+    chunk: int | None = None
+    state: int = 0
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The shape of a decoder."""
 
     model_type: str
-    layers: int
+    layers: tuple[Layer, ...]
     hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocab: int
     tied: bool
     context: int  # the longest sequence that the model was made for, in tokens
@@ -68,10 +99,7 @@ class ModelSpec:
     # data.seq_len; None: it names none, or its layers see a window, which moves along with the
     # position.
     position_limit: int | None
-    # Per layer, how many tokens back a position sees (itself counted), or None for all.
-    windows: tuple[int | None, ...]
     parameters: int  # all of them, a tied head counted once
-    layer_matmul: int  # parameters of one layer's matrices, which every token is multiplied with
     # Parameters of the head's matrix, which every position with a label is multiplied with.
     head_matmul: int
     quantized: str | None  # "bnb-nf4" for a ready-made bitsandbytes 4-bit checkpoint
@@ -80,6 +108,35 @@ class ModelSpec:
     attention_softcap: float | None = None  # the same for attention scores
     # Logits are multiplied by it before the loss (and before `final_softcap`).
     logit_scale: float = 1.0
+    # Parameters of matrices outside the layers, without embedding and head.
+    other_matmul: int = 0
+    # What `measured_spec` measured the model by, as JSON; empty: the sizes are from the table.
+    measured: str = ""
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def widest(self) -> Layer:
+        """The layer with the widest activation."""
+        return max(self.layers, key=lambda layer: layer.intermediate)
+
+    @property
+    def head_dim(self) -> int:
+        """The most channels of a head, which the attention kernel has to take."""
+        return max(max(layer.head_dim, layer.value_dim) for layer in self.layers)
+
+    @property
+    def layer_matrices(self) -> int:
+        """Parameters of all layers' matrices, experts and all."""
+        return sum(layer.matmul + layer.experts for layer in self.layers)
+
+    @property
+    def active(self) -> int:
+        """Parameters that every token is multiplied with: embedding and head are not counted."""
+        return self.other_matmul + sum(layer.active for layer in self.layers)
 
 
 def read_spec(
@@ -104,10 +161,10 @@ def read_spec(
 
 
 def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> ModelSpec:
-    _check_supported(config, where, trust_remote_code)
+    check_supported(config, where, trust_remote_code)
     model_type = str(config["model_type"])
     family = ARCHITECTURES.get(model_type, Architecture("code of the repository"))
-    layers = _size(config, "num_hidden_layers", where)
+    depth = _size(config, "num_hidden_layers", where)
     hidden = _size(config, "hidden_size", where)
     intermediate = _size(config, "intermediate_size", where)
     heads = _size(config, "num_attention_heads", where)
@@ -136,24 +193,30 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
     logit_scale = 1.0
     if family.logits_scaling:
         logit_scale = 1.0 / config.get("logits_scaling", 1.0)
-    windows = _windows(config, family, layers)
+    windows = _windows(config, family, depth)
+    layer = Layer(
+        mixing="attention",
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim,
+        intermediate=intermediate,
+        matmul=matmul,
+        active=matmul,
+        largest=hidden * intermediate,
+    )
+    layers = tuple(replace(layer, window=window) for window in windows)
     return ModelSpec(
         model_type=model_type,
         layers=layers,
         hidden=hidden,
-        intermediate=intermediate,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
         vocab=vocab,
         tied=tied,
         context=_size(config, "max_position_embeddings", where, 2048),
-        position_limit=_position_limit(config, windows),
-        windows=windows,
-        parameters=vocab * hidden * tables + layers * (matmul + vectors) + hidden,
-        layer_matmul=matmul,
+        position_limit=stated_position_limit(config, layers),
+        parameters=vocab * hidden * tables + depth * (matmul + vectors) + hidden,
         head_matmul=vocab * hidden,
-        quantized=_quantized(config, where),
+        quantized=stored_quantization(config, where),
         final_softcap=final_softcap,
         attention_softcap=attention_softcap,
         logit_scale=logit_scale,
@@ -187,10 +250,8 @@ def _vector_parameters(
     return count
 
 
-def _check_supported(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> None:
-    """Raise ModelError, naming what the model is, unless it is a dense text decoder of a known
-    family.
-    """
+def check_decoder(config: Mapping[str, Any], where: str) -> None:
+    """ModelError for a config that names no type, or one of an encoder."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise ModelError(
@@ -200,6 +261,27 @@ def _check_supported(config: Mapping[str, Any], where: str, trust_remote_code: b
             fix="give the folder of a Transformers checkpoint; a PEFT adapter goes under "
             "`adapter.from`",
         )
+    if _is_encoder(kind.lower().replace("-", "_"), config):
+        raise ModelError(
+            f"{kind} is an encoder or encoder-decoder, which tunesmith does not train",
+            where=where,
+            fix=f"take a dense text decoder: {families_text()}",
+        )
+
+
+def _is_encoder(name: str, config: Mapping[str, Any]) -> bool:
+    """By its type, in small letters and underscores, and its keys."""
+    is_named_so = any(name.endswith(part) or name.startswith(f"{part}_") for part in _ENCODERS)
+    bidirectional = config.get("is_encoder_decoder") or config.get("use_bidirectional_attention")
+    return is_named_so or bool(bidirectional)
+
+
+def check_supported(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> None:
+    """Raise ModelError, naming what the model is, unless it is a dense text decoder of a known
+    family.
+    """
+    check_decoder(config, where)
+    kind = str(config["model_type"])
     other_kind = _other_kind(kind, config)
     if other_kind:
         fix = f"take a dense text decoder: {families_text()}"
@@ -229,13 +311,10 @@ def _other_kind(kind: str, config: Mapping[str, Any]) -> str:
         return "a multimodal model (text with images or sound)"
     if any(part in name for part in _STATE_SPACE):
         return "a state-space or recurrent model"
-    is_encoder = any(name.endswith(part) or name.startswith(f"{part}_") for part in _ENCODERS)
-    if is_encoder or config.get("is_encoder_decoder") or config.get("use_bidirectional_attention"):
-        return "an encoder or encoder-decoder"
     return ""
 
 
-def _quantized(config: Mapping[str, Any], where: str) -> str | None:
+def stored_quantization(config: Mapping[str, Any], where: str) -> str | None:
     """`bnb-nf4` for bitsandbytes' 4-bit NormalFloat checkpoints, None for plain ones.
 
     ModelError for every other kind.
@@ -288,16 +367,17 @@ def check_seq_len(spec: ModelSpec, seq_len: int, *, where: str) -> None:
         )
 
 
-def _position_limit(config: Mapping[str, Any], windows: tuple[int | None, ...]) -> int | None:
-    """`ModelSpec.position_limit`.
+def stated_position_limit(config: Mapping[str, Any], layers: Iterable[Layer]) -> int | None:
+    """`ModelSpec.position_limit` of a model with these layers.
 
     Where a config can be read in two ways (`max_position_embeddings` before or after the scaling)
     the larger length is taken.
     """
+    config = config.get("text_config") or config
     positions = config.get("max_position_embeddings")
     if positions is None:
         return None
-    if any(window is not None and window < positions for window in windows):
+    if any(layer.window is not None and layer.window < positions for layer in layers):
         return None
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     by_layer_type = [value for value in scaling.values() if isinstance(value, Mapping)]
@@ -351,15 +431,17 @@ def _windows(
 
 
 def adapter_parameters(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
-    """Parameters that an adapter trains, on each of `tensor` ranks that compute a layer together.
+    """Parameters that an adapter of a family in the table trains, on each of `tensor` ranks that
+    compute a layer together.
 
     Such a rank has A whole and its part of B in the layers that cut their outputs, the other way
     round in those that cut their inputs (o and down). A target of one layer counts as that of all.
     """
+    layer = spec.layers[0]
     hidden = spec.hidden
-    wide = spec.intermediate
-    q = spec.heads * spec.head_dim
-    kv = spec.kv_heads * spec.head_dim
+    wide = layer.intermediate
+    q = layer.heads * layer.head_dim
+    kv = layer.kv_heads * layer.head_dim
     # (width that every rank has whole, width that ranks share) of each linear layer.
     widths = {
         "q_proj": (hidden, q),
@@ -384,7 +466,7 @@ def adapter_parameters(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> in
     count = 0
     for name in targets & widths.keys():
         whole, shared = widths[name]
-        count += spec.layers * adapter.rank * (whole + ceil_div(shared, tensor))
+        count += spec.depth * adapter.rank * (whole + ceil_div(shared, tensor))
     tables = 0
     for name in adapter.modules_to_save:
         if _last_part(name) in ("embed_tokens", "lm_head"):
@@ -410,7 +492,8 @@ def flops(
     for the gradient of its input and 2 for its own; a frozen one has no third part. Unlike there,
     attention counts only the pairs that a causal mask (and a window) leaves, document by document,
     and the head only the positions that carry a label. Recomputation, norms, rotary embeddings and
-    the softmax are not counted.
+    the softmax are not counted. Of a mixture of experts those count that a token goes to, of a
+    recurrent layer the recurrence itself, not the products that a kernel makes of it by chunks.
 
     `documents` are lengths in tokens without padding; `supervised` counts the positions whose label
     enters the loss. Each of the `adapter_parameters` costs 6 per token.
@@ -418,19 +501,30 @@ def flops(
     lengths = list(documents)
     tokens = sum(lengths)
     per_parameter = 6 if trained == "full" else 4
-    products = spec.layers * spec.layer_matmul * tokens + spec.head_matmul * supervised
+    products = spec.active * tokens + spec.head_matmul * supervised
     matmul = per_parameter * products
-    pairs = 0  # of a query and a key that it sees, over all layers and documents
-    for window, layers in Counter(spec.windows).items():
-        for n in lengths:
-            most = n  # keys that a query sees
-            if window is not None:
-                most = min(n, window)
-            pairs += layers * (most * (most + 1) // 2 + (n - most) * most)
-    # Attention's q k^T and p v cost 2 operations each a pair and channel; their backward takes
-    # twice the forward.
-    attention = 3 * 4 * pairs * spec.heads * spec.head_dim
-    return float(matmul + attention + 6 * adapter_parameters * tokens)
+    attention = 0
+    recurrence = 0
+    for layer, count in Counter(spec.layers).items():
+        pairs = sum(_pairs(n, layer) for n in lengths)
+        # Attention's q k^T and p v cost 2 operations each a pair and channel; their backward takes
+        # twice the forward.
+        channels = layer.heads * (layer.head_dim + layer.value_dim)
+        attention += 3 * 2 * count * pairs * channels
+        # A token's update of a state, its decay and its reading: 2 operations an element each.
+        recurrence += 3 * 6 * count * layer.state * tokens
+    return float(matmul + attention + recurrence + 6 * adapter_parameters * tokens)
+
+
+def _pairs(length: int, layer: Layer) -> int:
+    """Pairs of a query and a key that it sees, in a document of so many tokens."""
+    if layer.chunk is not None and length > layer.chunk:
+        chunks, rest = divmod(length, layer.chunk)
+        return chunks * _pairs(layer.chunk, layer) + _pairs(rest, layer)
+    most = length  # keys that a query sees
+    if layer.window is not None:
+        most = min(length, layer.window)
+    return most * (most + 1) // 2 + (length - most) * most
 
 
 def attention_weight(spec: ModelSpec, *, trained: Literal["full", "lora"]) -> float:

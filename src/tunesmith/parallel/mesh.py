@@ -185,11 +185,12 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
         raise _cannot_shard(what, shape, fix="auto")
     # Weights that share a scale stay together.
     block = scheme_of(run.model).block
-    attention_blocks = spec.heads * spec.head_dim / block
-    widths = (spec.heads, spec.kv_heads, spec.intermediate / block, attention_blocks)
+    layer = spec.layers[0]  # those of a family in the table are alike
+    attention_blocks = layer.heads * layer.head_dim / block
+    widths = (layer.heads, layer.kv_heads, layer.intermediate / block, attention_blocks)
     if any(width % tensor for width in widths):
-        heads = f"{spec.heads} heads, {spec.kv_heads} of keys and values"
-        what = f"{heads}, and an MLP of {spec.intermediate:,} columns"
+        heads = f"{layer.heads} heads, {layer.kv_heads} of keys and values"
+        what = f"{heads}, and an MLP of {layer.intermediate:,} columns"
         raise _cannot_shard(what, shape, fix="auto")
 
 
@@ -203,7 +204,10 @@ def _has_ragged_moments(run: Run, spec: ModelSpec, shape: MeshShape) -> bool:
         return tensor > 1
     if shape.shard * tensor == 1:
         return False
-    rows = (spec.hidden, spec.intermediate / tensor, spec.heads * spec.head_dim / tensor)
+    rows = [float(spec.hidden)]
+    for layer in spec.layers:
+        rows.append(layer.intermediate / tensor)
+        rows.append(layer.heads * layer.head_dim / tensor)
     return any(row % 256 for row in rows)
 
 

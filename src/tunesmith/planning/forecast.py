@@ -147,7 +147,8 @@ def measure_work(
         return flops(spec, lengths, supervised, trained=trained, adapter_parameters=adapter_weights)
 
     everything = operations(spec)
-    products = operations(replace(spec, heads=0))
+    layers = tuple(replace(layer, heads=0) for layer in spec.layers)
+    products = operations(replace(spec, layers=layers))
     total = float(lengths.sum())
     return Workload(
         step,
@@ -431,7 +432,7 @@ class Planner:
     def _phase_bytes(self, plan: RunPlan) -> dict[str, int]:
         memory = plan.memory
         # Of the tensors, which come and go one by one
-        largest = max(self.spec.head_matmul, self.spec.hidden * self.spec.intermediate)
+        largest = max(self.spec.head_matmul, *(layer.largest for layer in self.spec.layers))
         # An adapter's copies are written beside the next steps; a whole model between two, tensor
         # by tensor.
         save = memory.total
@@ -458,7 +459,7 @@ class Planner:
         # Sums over a tensor group, each a scatter and a gather of all tokens: two of a layer
         # forward and two backward, those of the forward again where it is recomputed; and of the
         # embedding and the head's gradient.
-        sums = 4 * spec.layers + 2 * plan.recomputed_layers + 2
+        sums = 4 * spec.depth + 2 * plan.recomputed_layers + 2
         # In fp32; of a model trained in full, of this rank's shards.
         gradients = 2 * 4 * estimator.trained_here
         head = 0
@@ -481,9 +482,9 @@ class Planner:
             tensor_parallel=Collective(1, 2 * sums * tokens * spec.hidden * itemsize, tensor, 1),
             # In each pass: of all layers but one, as the last stays for the backward, and nothing
             # hides the first one's.
-            gather=of_shards(2 * micro_batches, layers * (1 - 1 / spec.layers)),
+            gather=of_shards(2 * micro_batches, layers * (1 - 1 / spec.depth)),
             gather_head=of_shards(micro_batches, head),
-            gather_first=of_shards(micro_batches, embedding + layers / spec.layers),
+            gather_first=of_shards(micro_batches, embedding + layers / spec.depth),
             reduce=of_shards(micro_batches, (layers + head) * in_fp32),
             reduce_last=of_shards(micro_batches, embedding * in_fp32),
             gradients=sum_of_gradients,
@@ -501,7 +502,7 @@ class Planner:
             rate *= EIGHT_BIT_SPEED
         token_seconds = self.work.operations / rate / plan.mesh.tensor
         recompute_cost = resolve.RECOMPUTE_COST[self.run.adapter.kind]
-        recompute = recompute_cost * plan.recomputed_layers / self.spec.layers
+        recompute = recompute_cost * plan.recomputed_layers / self.spec.depth
         compute = {
             "products": tokens * token_seconds * (1 - self.work.attention),
             "attention": tokens * token_seconds * self.work.attention,

@@ -118,7 +118,7 @@ def probe_machine(
 def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:
     """The plan of a model that only answers: nothing compiled or recomputed, no base in 8 bits."""
     backend, _ = attention_backend(run, files, device)
-    return RunPlan(str(device), backend, run.model.dtype, files.spec.layers)
+    return RunPlan(str(device), backend, run.model.dtype, files.spec.depth)
 
 
 def resolve_plan(
@@ -257,7 +257,7 @@ class MemoryEstimator:
         """
         spec = self.spec
         tensor = self.mesh.tensor
-        matrices = spec.layers * spec.layer_matmul
+        matrices = spec.layer_matrices
         tables = spec.head_matmul if spec.tied else 2 * spec.head_matmul
         rest = spec.parameters - matrices - tables
         width = self.scheme.weight_bytes
@@ -281,9 +281,10 @@ class MemoryEstimator:
             return 0
         rowwise = 0
         if tensor > 1:
-            inputs = spec.heads * spec.head_dim + spec.intermediate
-            rowwise = spec.layers * spec.hidden * inputs
-        others = spec.layers * spec.layer_matmul - rowwise
+            layer = spec.layers[0]
+            inputs = layer.heads * layer.head_dim + layer.intermediate
+            rowwise = spec.depth * spec.hidden * inputs
+        others = spec.layer_matrices - rowwise
         return int((others * scheme.scale_bytes + rowwise * 4 / scheme.block) / tensor)
 
     @property
@@ -354,7 +355,7 @@ class MemoryEstimator:
             machine.device,
             machine.attention[0],
             base=self.scheme.storage(machine.scaling[0], run.model.dtype),
-            layers=self.spec.layers,
+            layers=self.spec.depth,
             compiled=compiled,
             deterministic=train.deterministic,
             recomputed_layers=memory.recomputed_layers,
@@ -414,7 +415,7 @@ class MemoryEstimator:
         base = self.base_bytes(base_width)
         gradients = width * trained
         if self.fp32_gradients:
-            gradients += (4 - width) * spec.layers * spec.layer_matmul
+            gradients += (4 - width) * spec.layer_matrices
         state = int(trained * state_bytes_per_parameter(run.train, width))
         host = 0
         if "parameters" in self.moved:
@@ -428,7 +429,7 @@ class MemoryEstimator:
                 state = 0
                 gradients = 0
 
-        layer = self._layer_bytes(tokens, itemsize)
+        layers = self._layer_bytes(tokens, itemsize)
         layer_input = ceil_div(spec.hidden, self.mesh.tensor) * itemsize * tokens
         recomputed_layer = 0 if "activations" in self.moved else layer_input
         input_on_host = layer_input - recomputed_layer
@@ -441,11 +442,11 @@ class MemoryEstimator:
         gathered = self.gathered_bytes(itemsize)
         usable = int(self.machine.free_bytes * usable_share(self.machine.device))
         room = usable - base - adapter - state - copies - gathered - workspace - ends
-        recomputed = self._recomputed_layers(room, layer, recomputed_layer)
+        recomputed = self._recomputed_layers(room, layers, recomputed_layer)
         # Otherwise the last layer's activations are gone when the first one recomputes.
-        if recomputed == spec.layers:
-            workspace = max(workspace, backward + layer - recomputed_layer)
-        activations = (spec.layers - recomputed) * layer + recomputed * recomputed_layer + ends
+        if recomputed == spec.depth:
+            workspace = max(workspace, backward + max(layers) - recomputed_layer)
+        activations = sum(layers[recomputed:]) + recomputed * recomputed_layer + ends
         return MemoryEstimate(
             tokens=tokens,
             recomputed_layers=recomputed,
@@ -461,16 +462,16 @@ class MemoryEstimator:
             free=self.machine.free_bytes,
         )
 
-    def _recomputed_layers(self, room: int, layer: int, recomputed_layer: int) -> int:
+    def _recomputed_layers(self, room: int, layers: Sequence[int], recomputed_layer: int) -> int:
         """How many layers recompute: those that the recipe names, or as few as fit into `room`."""
         recompute = self.run.train.recompute
         if recompute == "auto":
-            return fewest_recomputed(room, self.spec.layers, layer, recomputed_layer)
+            return fewest_recomputed(room, layers, recomputed_layer)
         if recompute == "none":
             return 0
         if recompute == "full":
-            return self.spec.layers
-        return min(recompute, self.spec.layers)
+            return self.spec.depth
+        return min(recompute, self.spec.depth)
 
     def least_bytes(self, tokens: int, recomputed_layers: int) -> int:
         """What the forward of a micro batch of `tokens` takes in a later step.
@@ -481,34 +482,35 @@ class MemoryEstimator:
         memory = replace(self, run=run).estimate(tokens)
         return memory.total - memory.gradients - memory.copies
 
-    def _layer_bytes(self, tokens: int, itemsize: int) -> int:
-        """What a layer that does not recompute keeps: see the docstring of this file."""
+    def _layer_bytes(self, tokens: int, itemsize: int) -> list[int]:
+        """What each layer that does not recompute keeps: see the docstring of this file."""
         spec = self.spec
         adapter = self.run.adapter
         tensor = self.mesh.tensor
+        layer = spec.layers[0]  # those of a family in the table keep the same
         family = ARCHITECTURES.get(spec.model_type)
         is_fused = self.machine.compiles[0] or (family is not None and family.fused)
         vectors = 3 if is_fused else 4
         # Of what a tensor group keeps, only the normed inputs are whole: gathered before attention
         # and MLP.
-        wide = ceil_div(spec.intermediate, tensor)
-        heads = spec.head_dim * (spec.heads + 2 * spec.kv_heads) // tensor
+        wide = ceil_div(layer.intermediate, tensor)
+        heads = layer.head_dim * (layer.heads + 2 * layer.kv_heads) // tensor
         elements: float = 2 * spec.hidden + vectors * (ceil_div(spec.hidden, tensor) + wide) + heads
         if self.machine.attention[0] == "products" and spec.attention_softcap is None:
-            elements += spec.heads * self.probabilities / tensor
+            elements += layer.heads * self.probabilities / tensor
         factors = 0
         # X A^T of seven layers; each A and B once more, in the dtype of the products.
         if self.trains_adapter:
             elements += 7 * adapter.rank
             of_layers = replace(adapter, modules_to_save=())
-            factors = adapter_parameters(spec, of_layers, tensor) // spec.layers
+            factors = adapter_parameters(spec, of_layers, tensor) // spec.depth
         # Each of these layers has an input of its own, and a mask: a byte a number on a GPU.
         if adapter.dropout:
-            attention_width = spec.heads * spec.head_dim // tensor
+            attention_width = layer.heads * layer.head_dim // tensor
             mask = 1 if self.machine.device == "cpu" else 1 / itemsize
             elements += 3 * spec.hidden + attention_width
             elements += mask * (5 * spec.hidden + attention_width + wide)
-        return int(elements * tokens + factors) * itemsize
+        return [int(elements * tokens + factors) * itemsize] * spec.depth
 
     def _head_bytes(self, tokens: int, itemsize: int) -> int:
         """A chunk of logits: raw, in fp32, and their raw gradient.
@@ -538,10 +540,12 @@ class MemoryEstimator:
         or the transposed codes of fp8's.
         """
         hidden = self.spec.hidden
-        wide = ceil_div(self.spec.intermediate, self.mesh.tensor)
-        weight = self.scheme.backward_elements(hidden * wide, itemsize)
+        layer = self.spec.widest
+        wide = ceil_div(layer.intermediate, self.mesh.tensor)
+        largest = ceil_div(layer.largest, self.mesh.tensor)
+        weight = self.scheme.backward_elements(largest, itemsize)
         if self.run.adapter.kind == "none":
-            weight = hidden * wide
+            weight = largest
         return (3 * hidden * tokens + wide * tokens + max(wide * tokens, weight)) * itemsize
 
     def base_bytes(self, itemsize: float) -> int:
@@ -566,10 +570,10 @@ class MemoryEstimator:
             has_16_bit_gradients = itemsize < 4 and self.run.train.master_weights == "stochastic"
             return 4 * GRADIENT_PIECE * GRADIENT_PIECES if has_16_bit_gradients else 0
         layers, ends = self.weights(itemsize)
-        gathered = GATHERED_LAYERS * layers // self.spec.layers
+        gathered = GATHERED_LAYERS * layers // self.spec.depth
         if self.trains_adapter:
             return gathered
-        gathered += (itemsize + 2 * 4) * layers // itemsize // self.spec.layers
+        gathered += (itemsize + 2 * 4) * layers // itemsize // self.spec.depth
         if self.spec.tied:
             return gathered + 2 * ends
         # The head's gradient is reduced at once, beside all activations; the embedding's when they
@@ -598,7 +602,7 @@ class MemoryEstimator:
         """
         memory = self.estimate(tokens)
         cost_of_recompute = RECOMPUTE_COST[self.run.adapter.kind]
-        work = 1 + cost_of_recompute * memory.recomputed_layers / self.spec.layers
+        work = 1 + cost_of_recompute * memory.recomputed_layers / self.spec.depth
         micro_batches = math.ceil(step.mean / tokens)
         if fixed:
             work *= micro_batches * tokens / step.mean
@@ -634,13 +638,18 @@ class MemoryEstimator:
         return needed / max(room, 1) if needed > room else 0.0
 
 
-def fewest_recomputed(room: float, layers: int, layer: int, recomputed_layer: int) -> int:
-    """The fewest of `layers` to recompute so that the activations fit; all where they never do.
+def fewest_recomputed(room: float, layers: Sequence[int], recomputed_layer: int) -> int:
+    """The fewest layers to recompute, the first ones, so that the activations fit; all where they
+    never do.
 
     Args:
         room: bytes for the activations.
-        layer: bytes that one layer keeps.
-        recomputed_layer: bytes that it keeps if it recomputes.
+        layers: bytes that each layer keeps.
+        recomputed_layer: bytes that one keeps if it recomputes.
     """
-    missing = layers * layer - room
-    return min(layers, max(0, math.ceil(missing / (layer - recomputed_layer))))
+    missing = sum(layers) - room
+    for count, layer in enumerate(layers):
+        if missing <= 0:
+            return count
+        missing -= layer - recomputed_layer
+    return len(layers)

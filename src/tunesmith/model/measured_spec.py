@@ -1,0 +1,298 @@
+"""The spec of any decoder: read from config.json where the table has its family, else measured.
+
+To measure, the model is built without weights and run on meta: parameters are counted, and each
+layer is seen at work. That takes some seconds, so what was measured stays on the disk, by the
+config and the version of Transformers. Nothing heavy is imported for a family of the table, nor for
+a model that was measured before.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config.schema import Model
+from tunesmith.errors import ModelError
+from tunesmith.host.files import cache_folder, write_atomically
+from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.spec import (
+    Layer,
+    ModelSpec,
+    check_decoder,
+    read_spec,
+    stated_position_limit,
+    stored_quantization,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from tunesmith.model.meta_forward import LayerCall
+
+FORMAT = 1  # of the cached files
+# A whole number of the chunks that recurrent layers compute in: 64 tokens, of Mamba2 256.
+TOKENS = 256
+# What a config says beside the model's sizes.
+NO_SIZES = (
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+)
+# Keys whose product is the state of a recurrent layer: its heads, and the channels of a key (or of
+# the state) and of a value.
+STATES = (
+    ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),  # gated delta rule
+    ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),  # Nemotron-H
+    ("mamba_n_heads", "mamba_d_head", "mamba_d_state"),  # Bamba, Falcon-H1, Granite 4
+    ("n_mamba_heads", "mamba_headdim", "mamba_d_state"),  # Zamba2
+    ("num_heads", "head_dim", "state_size"),  # Mamba2
+)
+# Keys that say how many experts a token goes to, of models whose experts Transformers does not call
+# through its interface.
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_top_k", "top_k")
+
+
+def model_spec(
+    config: Mapping[str, Any], *, where: str, trust_remote_code: bool = False
+) -> ModelSpec:
+    """The spec of a parsed config.json, which errors call `where`.
+
+    It says nothing about whether this engine trains the model. Raises as `read_spec` for a family
+    of the table, else as `measure_spec`.
+    """
+    check_decoder(config, where)
+    runs_own_code = trust_remote_code and "auto_map" in config
+    if config["model_type"] in ARCHITECTURES or runs_own_code:
+        return read_spec(config, where=where, trust_remote_code=trust_remote_code)
+    return measure_spec(config, where=where)
+
+
+def measure_spec(config: Mapping[str, Any], *, where: str) -> ModelSpec:
+    """The spec of a model of Transformers, from its parsed config.json or `to_dict` of its config.
+
+    Of a checkpoint with images or sound it is that of the text model. Only code of Transformers
+    runs. ModelError where that cannot build the model, or the model does not run on meta.
+    """
+    quantized = stored_quantization(config, where)
+    sizes = {key: value for key, value in config.items() if key not in NO_SIZES}
+    sizes.pop("quantization_config", None)
+    text = json.dumps(sizes, sort_keys=True, default=str)
+    spec = _cached(text) or _measure(sizes, text, where)
+    limit = stated_position_limit(config, spec.layers)
+    return replace(spec, quantized=quantized, position_limit=limit, measured=text)
+
+
+def _cache_file(text: str) -> Path:
+    key = f"{FORMAT} {version('transformers')} {text}"
+    return cache_folder("specs") / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _cached(text: str) -> ModelSpec | None:
+    """What was measured of a config before; None where that is not there or not readable."""
+    try:
+        values = json.loads(_cache_file(text).read_text(encoding="utf-8"))
+        layers = tuple(Layer(**layer) for layer in values.pop("layers"))
+        return ModelSpec(layers=layers, **values)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _measure(sizes: Mapping[str, Any], text: str, where: str) -> ModelSpec:
+    """Build and run the model, and cache what is seen."""
+    from tunesmith.model.meta_forward import run_on_meta
+
+    config = text_config(sizes, where)
+    if config.model_type in ARCHITECTURES:
+        spec = read_spec(config.to_dict(), where=where)
+    else:
+        try:
+            model = build_to_measure(config)
+            spec = _count(model, run_on_meta(model, TOKENS))
+        except ModelError:
+            raise
+        # Code of 140 model types, on a config that may be absurd.
+        except Exception as error:
+            raise _cannot_measure(sizes, where, error) from error
+    file = _cache_file(text)
+    with suppress(OSError):  # a cache that cannot be written costs seconds
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(asdict(spec)))
+    return spec
+
+
+def text_config(sizes: Mapping[str, Any], where: str) -> "PretrainedConfig":
+    """The config of a model's text part, with all defaults; ModelError where Transformers does not
+    read it.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    values = dict(sizes)
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+        text: PretrainedConfig = config.get_text_config()
+    # Unknown types, and keys of the wrong kind, in many forms.
+    except Exception as error:
+        raise _cannot_measure(sizes, where, error) from error
+    if text is not config:
+        # The checkpoint is tied as the outer config says.
+        text.tie_word_embeddings = config.tie_word_embeddings
+    return text
+
+
+def build_to_measure(config: "PretrainedConfig", dtype: Any = "bf16") -> "PreTrainedModel":
+    """The model with all its parameters and buffers on meta; raises as `load.build_on_meta`."""
+    import torch
+
+    from tunesmith.model.load import build_on_meta
+
+    # `build_on_meta` computes buffers for real, and some models their parameters with them.
+    with torch.device("meta"):
+        model = build_on_meta(config, Model(name=config.model_type, dtype=dtype))
+    return model.to("meta")
+
+
+def _cannot_measure(config: Mapping[str, Any], where: str, error: Exception) -> ModelError:
+    text = " ".join(str(error).split())
+    return ModelError(
+        f"Transformers cannot build this {config['model_type']} from its config",
+        where=where,
+        why=f"{type(error).__name__}: {text[:300]}",
+        fix="take config.json from the model's page again: tunesmith fetch MODEL; "
+        "a newer type takes a newer Transformers",
+    )
+
+
+def _count(model: "PreTrainedModel", calls: "list[LayerCall]") -> ModelSpec:
+    """The spec of a model on meta, whose layers were seen to do `calls`."""
+    from tunesmith.model.meta_forward import decoder_layers
+
+    config = model.config.get_text_config()
+    values = config.to_dict()
+    layers = decoder_layers(model)
+    kinds = values.get("layer_types") or [""] * len(layers)
+    counted = []
+    for module, call, kind in zip(layers, calls, kinds, strict=True):
+        layer = _count_layer(module, call, values)
+        if kind == "chunked_attention":
+            layer = replace(layer, chunk=values["attention_chunk_size"])
+        counted.append(layer)
+    head = model.get_output_embeddings().weight
+    in_layers = sum(_matrices(module) for module in layers)
+    softcaps = [call.softcap for call in calls if call.softcap is not None]
+    return ModelSpec(
+        model_type=config.model_type,
+        layers=tuple(counted),
+        hidden=config.hidden_size,
+        vocab=head.shape[0],
+        tied=head is model.get_input_embeddings().weight,
+        context=values.get("max_position_embeddings") or 2048,
+        position_limit=None,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        head_matmul=head.numel(),
+        quantized=None,
+        attention_softcap=softcaps[0] if softcaps else None,
+        other_matmul=_matrices(model) - in_layers - head.numel(),
+    )
+
+
+def _count_layer(module: "nn.Module", call: "LayerCall", values: Mapping[str, Any]) -> Layer:
+    """One layer's widths and parameters; `values` are those of the config."""
+    from torch import nn
+
+    matmul = _matrices(module)
+    experts = 0
+    active = matmul
+    intermediate = 0
+    largest = 0
+    for name, weight in module.named_parameters():
+        if _is_matrix(name, weight):
+            largest = max(largest, weight.numel())
+            intermediate = max(intermediate, weight.shape[1])
+    for part in module.modules():
+        stacks = _stacks(part)
+        if not stacks:
+            continue
+        count = len(stacks[0])
+        per_token = call.experts_per_token or _first_of(values, EXPERTS_PER_TOKEN) or count
+        for stack in stacks:
+            experts += stack.numel()
+            active += stack.numel() * per_token // count
+            largest = max(largest, stack.numel())
+        hidden = values["hidden_size"]
+        # The smallest is down, or up alone: gate and up in one are twice as wide.
+        width = min(stack[0].numel() // hidden for stack in stacks)
+        intermediate = max(intermediate, per_token * width)
+    state = 0
+    # Every recurrent layer that STATES knows has a short convolution; an MLP alone has none.
+    if any(isinstance(part, nn.Conv1d) for part in module.modules()):
+        state = _state(values)
+    return Layer(
+        mixing="attention" if call.heads else "recurrent",
+        heads=call.heads,
+        kv_heads=call.kv_heads,
+        head_dim=call.head_dim,
+        value_dim=call.value_dim,
+        intermediate=intermediate,
+        matmul=matmul,
+        active=active,
+        largest=largest,
+        experts=experts,
+        window=call.window,
+        state=state,
+    )
+
+
+def _is_matrix(name: str, weight: "nn.Parameter") -> bool:
+    """Whether tokens are multiplied with this parameter: stacks of biases are no matrices."""
+    return weight.ndim == 2 and name.rpartition(".")[2] == "weight"
+
+
+def _matrices(model: "nn.Module") -> int:
+    """Parameters of a module's matrices; those of embeddings are looked up."""
+    from torch import nn
+
+    count = 0
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if _is_matrix(name, weight):
+                count += weight.numel()
+    return count
+
+
+def _stacks(module: "nn.Module") -> "list[nn.Parameter]":
+    """The matrices of all experts of a module that has some: [experts, out, in], or in, out."""
+    if not hasattr(module, "num_experts"):
+        return []
+    return [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
+
+
+def _state(values: Mapping[str, Any]) -> int:
+    """Elements of a recurrent layer's state, of a config's values; 0 where it keeps to none of
+    STATES.
+    """
+    for keys in STATES:
+        if all(isinstance(values.get(key), int) for key in keys):
+            state = 1
+            for key in keys:
+                state *= values[key]
+            return state
+    return 0
+
+
+def _first_of(values: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    for key in keys:
+        if values.get(key):
+            return int(values[key])
+    return None

@@ -1,0 +1,168 @@
+"""Sizes counted on the meta model, beside published ones and beside the table's formulas."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from tunesmith.errors import ModelError
+from tunesmith.model import measured_spec, spec
+from tunesmith.model.measured_spec import measure_spec, model_spec
+
+from . import families
+
+# config.json of Qwen/Qwen3-30B-A3B and openai/gpt-oss-20b; Transformers' defaults of `gpt_oss` and
+# `mixtral` are the sizes of gpt-oss-120b and Mixtral-8x7B.
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936, "tie_word_embeddings": False,
+}  # fmt: skip
+GPT_OSS_20B = {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active", "counts_embedding"),
+    [
+        # Model cards: 30.5B, 3.3B activated ("Qwen3 Technical Report", arXiv:2505.09388, table 2).
+        (QWEN3_30B_A3B, 30.5, 3.3, True),
+        # "gpt-oss-120b & gpt-oss-20b Model Card", arXiv:2508.10925, table 1: 20.91B, 3.61B active;
+        # 116.83B, 5.13B. Its active parameters leave the embedding out, but not the head.
+        (GPT_OSS_20B, 20.91, 3.61, False),
+        ({"model_type": "gpt_oss"}, 116.83, 5.13, False),
+        # "Mixtral of Experts", arXiv:2401.04088: 47B, 13B; 46.7B and 12.9B in the announcement.
+        ({"model_type": "mixtral"}, 46.7, 12.9, True),
+    ],
+    ids=["qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-120b", "mixtral"],
+)
+def test_published_sizes(config: dict, total: float, active: float, counts_embedding: bool) -> None:
+    """1 % of what is published; 2 % where that has two digits: Qwen's 3.3 are 3.35 by hand too."""
+    found = measure_spec(config, where="test")
+    tables = 2 if counts_embedding else 1
+    counted = found.active + tables * found.head_matmul
+    assert found.parameters / 1e9 == pytest.approx(total, rel=0.01)
+    assert counted / 1e9 == pytest.approx(active, rel=0.02 if active == 3.3 else 0.01)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3"])
+def test_measured_is_what_the_table_says(name: str) -> None:
+    """But for the caps of logits, which only the table has, and where attention is wider than the
+    MLP, which the table does not count.
+    """
+    config = AutoConfig.for_model(name, **{**families.SMALL, **families.VARIANTS.get(name, {})})
+    table = spec.read_spec(config.to_dict(), where=name)
+    model = measured_spec.build_to_measure(config)
+    from tunesmith.model.meta_forward import run_on_meta
+
+    found = measured_spec._count(model, run_on_meta(model, 64))
+    expected = replace(table, position_limit=None, final_softcap=None)
+    assert replace(found, layers=()) == replace(expected, layers=())
+    for measured, layer in zip(found.layers, table.layers, strict=True):
+        attention = layer.heads * layer.head_dim
+        widest = max(layer.intermediate, attention)
+        assert measured == replace(layer, intermediate=widest, largest=measured.largest)
+
+
+def test_layers_differ_where_the_config_says_so() -> None:
+    """Transformers' defaults of Gemma 4 (head_dim 256 in layers with a window, else 512), Qwen3.5
+    (three of four layers are recurrent) and Llama 4 (chunks of 8,192 but in every fourth layer).
+    """
+    gemma = measure_spec({"model_type": "gemma4_text"}, where="test")
+    assert {(layer.head_dim, layer.window) for layer in gemma.layers} == {(256, 512), (512, None)}
+    # Of 5.08B parameters 2.62B are embeddings: one is the head, the others are lookups.
+    assert gemma.parameters / 1e9 == pytest.approx(5.08, rel=0.01)
+    assert (gemma.active + gemma.head_matmul) / 1e9 == pytest.approx(5.08 - 2.62 + 0.6, rel=0.01)
+    assert gemma.head_dim == 512
+
+    qwen = measure_spec({"model_type": "qwen3_5_text"}, where="test")
+    assert [layer.mixing for layer in qwen.layers[:4]] == ["recurrent"] * 3 + ["attention"]
+    assert qwen.layers[0].state == 32 * 128 * 128  # heads, channels of keys and of values
+    assert qwen.layers[3].state == qwen.layers[0].heads == 0
+
+    llama = measure_spec({"model_type": "llama4_text"}, where="test")
+    assert [layer.chunk for layer in llama.layers[:4]] == [8192, 8192, 8192, None]
+
+
+def test_a_vision_checkpoint_is_its_text_model() -> None:
+    outer = measure_spec({"model_type": "qwen3_5"}, where="test")
+    inner = measure_spec({"model_type": "qwen3_5_text"}, where="test")
+    assert outer.layers == inner.layers
+    tied = measure_spec({"model_type": "qwen3_5", "tie_word_embeddings": True}, where="test")
+    assert outer.parameters - tied.parameters == outer.head_matmul
+
+
+def test_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By sizes alone; a file that is cut off is measured again."""
+    config = {"model_type": "olmo3", **families.SMALL}
+    first = measure_spec(config, where="test")
+    (file,) = measured_spec._cache_file("").parent.glob("*.json")
+    monkeypatch.setattr(measured_spec, "_measure", lambda *args: pytest.fail("measured again"))
+    assert measure_spec({**config, "eos_token_id": 5}, where="other") == first
+    monkeypatch.undo()
+    monkeypatch.setenv("TUNESMITH_CACHE", str(file.parent.parent))
+    file.write_text(file.read_text()[:-9])
+    assert measure_spec(config, where="test") == first
+    assert json.loads(file.read_text())["parameters"] == first.parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "no_such_type"}, "cannot build this no_such_type"),
+        ({"model_type": "olmo3", "hidden_size": "wide"}, "cannot build this olmo3"),
+        ({"model_type": "olmo3", "num_attention_heads": 0}, "cannot build this olmo3"),
+        ({"model_type": "bert"}, "an encoder"),
+        ({}, "names no model_type"),
+        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(config: dict, words: str) -> None:
+    with pytest.raises(ModelError, match=words) as caught:
+        model_spec(config, where="some/config.json")
+    assert caught.value.where == "some/config.json"
+    assert caught.value.fix
+
+
+def test_a_cached_spec_needs_nothing_heavy() -> None:
+    """Nor does a family of the table."""
+    config = {"model_type": "olmo3", **families.SMALL}
+    measure_spec(config, where="test")
+    script = f"""
+import sys
+from tunesmith.model.measured_spec import model_spec
+assert model_spec({config}, where="")
+assert model_spec({families.SMALL} | {{"model_type": "llama"}}, where="")
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_flops_count_windows_chunks_states_and_the_experts_of_a_token() -> None:
+    """By hand, for one layer of each kind and a document of 10 tokens."""
+    layer = spec.Layer("attention", 2, 2, 4, 6, intermediate=8, matmul=100, active=130, largest=60)
+    one = spec.ModelSpec(
+        "x", (layer,), hidden=8, vocab=16, tied=False, context=99, position_limit=None,
+        parameters=999, head_matmul=128, quantized=None, other_matmul=7,
+    )  # fmt: skip
+
+    def flops(**changes: object) -> float:
+        layers = (replace(layer, **changes),)
+        return spec.flops(replace(one, layers=layers), [10], 0, trained="full")
+
+    products = 6 * (130 + 7) * 10
+    pair = 6 * 2 * (4 + 6)
+    assert flops() == products + 55 * pair
+    assert flops(window=3) == products + (1 + 2 + 8 * 3) * pair
+    assert flops(chunk=4) == products + (10 + 10 + 3) * pair
+    assert flops(heads=0, state=5) == products + 18 * 5 * 10
