@@ -21,7 +21,7 @@ from tunesmith.build_model import build_model, count_trained, define_model
 from tunesmith.config.load import from_mapping
 from tunesmith.data.batch import Example, collate
 from tunesmith.model.documents import kept_probabilities
-from tunesmith.model.spec import read_spec
+from tunesmith.model.measured_spec import model_spec
 from tunesmith.planning.resolve import MemoryEstimator, inference_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate
 
@@ -70,8 +70,9 @@ def measure(
     *,
     micro_batches: int = 1,
     length: int = 8,
+    base: dict = CONFIG,
 ) -> Measured:
-    """The last of some micro batches of a step, of documents of one `length`."""
+    """The last of some micro batches of a step, of documents of one `length`, of a `base` config."""
     values = {
         "data": {"train": {"source": "rows.jsonl"}},
         "output_dir": "out",
@@ -80,13 +81,14 @@ def measure(
     values |= keys | {"model": {"name": "m", "dtype": "fp32", **keys.get("model", {})}}
     run, config = (
         from_mapping(values, where="test", base=folder),
-        CONFIG | {"vocab_size": vocabulary},
+        base | {"vocab_size": vocabulary},
     )
-    spec, device = read_spec(config, where="test"), torch.device("cpu")
+    spec, device = model_spec(config, where="test"), torch.device("cpu")
     made = AutoConfig.for_model(**config)
     files = SimpleNamespace(spec=spec, config=made, folder=folder, vocab_rows=vocabulary)
     plan = replace(
-        inference_plan(run, files, device), recomputed_layers=LAYERS if recompute == "full" else 0
+        inference_plan(run, files, device),
+        recomputed_layers=spec.depth if recompute == "full" else 0,
     )  # type: ignore[arg-type]
     model = define_model(run, files)  # type: ignore[arg-type]
     trained = count_trained(run, model)

@@ -117,7 +117,8 @@ def _measure(sizes: Mapping[str, Any], text: str, where: str) -> ModelSpec:
     else:
         try:
             model = build_to_measure(config)
-            spec = _count(model, run_on_meta(model, TOKENS))
+            calls, _ = run_on_meta(model, TOKENS)
+            spec = _count(model, calls)
         except ModelError:
             raise
         # Code of 140 model types, on a config that may be absurd.

@@ -44,21 +44,33 @@ class LayerCall:
 
 
 class Watch:
-    """The calls of a forward, layer by layer; `layer` is the one that runs."""
+    """The calls of a forward, layer by layer.
+
+    Attributes:
+        layer: the one that runs; `outside` where none does.
+        scale: how much larger a tensor that is kept is than it is here.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[LayerCall] = []
-        self.layer = LayerCall()  # what comes before the first
+        self.outside = LayerCall()
+        self.layer = self.outside
+        self.scale = 1
         # Alive until the end, so that no later storage gets the number of an earlier one.
-        self.storages = {StorageWeakRef(tensor.untyped_storage()) for tensor in model.parameters()}
-        self.storages |= {StorageWeakRef(tensor.untyped_storage()) for tensor in model.buffers()}
+        self.storages: set[StorageWeakRef] = set()
+        self.leave_out(model)
+
+    def leave_out(self, module: nn.Module) -> None:
+        """Parameters and buffers are there anyway."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            self.storages.add(StorageWeakRef(tensor.untyped_storage()))
 
     def enter(self, _module: nn.Module, _args: Any) -> None:
         self.layer = LayerCall()
         self.calls.append(self.layer)
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self.layer = LayerCall()
+        self.layer = self.outside
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd saves, unless its memory is there anyway."""
@@ -66,7 +78,7 @@ class Watch:
         reference = StorageWeakRef(storage)
         if reference not in self.storages:
             self.storages.add(reference)
-            self.layer.kept += storage.nbytes()
+            self.layer.kept += self.scale * storage.nbytes()
         return tensor
 
     def attention(
@@ -85,17 +97,23 @@ class Watch:
         self.layer.value_dim = value.shape[-1]
         self.layer.window = options.get("sliding_window")
         self.layer.softcap = options.get("softcap")
-        return KeptAttention.apply(query, key, value), None  # type: ignore[no-untyped-call]
+        return KeptAttention.apply(query, key, value), None
 
     def experts(
         self, module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         """Experts as Transformers calls them: [n, hidden] -> [n, hidden]."""
         self.layer.experts_per_token = top_k_index.shape[-1]
+        dtype = hidden.dtype
+        # On meta grouped products have no other type.
+        module.to(torch.bfloat16)
+        self.leave_out(module)
+        self.scale = dtype.itemsize // torch.bfloat16.itemsize
         output: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](
-            module, hidden, top_k_index, top_k_weights
+            module, hidden.bfloat16(), top_k_index, top_k_weights.bfloat16()
         )
-        return output
+        self.scale = 1
+        return output.to(dtype)
 
 
 class KeptAttention(torch.autograd.Function):
@@ -109,37 +127,51 @@ class KeptAttention(torch.autograd.Function):
         return output
 
 
-def run_on_meta(model: PreTrainedModel, tokens: int, *, training: bool = False) -> list[LayerCall]:
-    """What each decoder layer of a model on meta does with one document of so many tokens.
+def run_on_meta(
+    model: PreTrainedModel, tokens: int, *, training: bool = False
+) -> tuple[list[LayerCall], int]:
+    """What each decoder layer of a model on meta does with one document of so many tokens, and the
+    bytes that are kept outside of the layers.
 
-    The model cannot be trained after it: its attention and experts are replaced. ModelError where
+    The model cannot be trained after it: its attention and experts stay replaced. ModelError where
     it does not run on meta.
 
     Args:
         training: count what autograd keeps, of a model whose parameters that train are marked.
     """
+    model.to("meta")  # buffers too
     watch = Watch(model)
+    hooks = []
     for layer in decoder_layers(model):
-        layer.register_forward_pre_hook(watch.enter)
-        layer.register_forward_hook(watch.leave)
+        hooks.append(layer.register_forward_pre_hook(watch.enter))
+        hooks.append(layer.register_forward_hook(watch.leave))
     AttentionInterface.register(NAME, watch.attention)
     model.set_attn_implementation(NAME)
     if any(hasattr(module, "num_experts") for module in model.modules()):
         ALL_EXPERTS_FUNCTIONS.register(NAME, watch.experts)
         with_interface: Callable[[str], None] = model.set_experts_implementation
         with_interface(NAME)
-    embedding = model.get_input_embeddings()
     if training:
         # Of frozen embeddings the first layer would keep less than the others.
-        embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
-    model.to("meta")  # buffers too
+        embedding = model.get_input_embeddings()
+        hooks.append(embedding.register_forward_hook(_require_gradient))
     model.train(training)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     positions = torch.arange(tokens, device="meta")[None]
     counted = saved_tensors_hooks(watch.keep, lambda tensor: tensor) if training else nullcontext()
-    with torch.set_grad_enabled(training), counted:
-        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
-    return watch.calls
+    try:
+        with torch.set_grad_enabled(training), counted:
+            model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return watch.calls, watch.outside.kept
+
+
+def _require_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    if output.requires_grad:
+        return output
+    return output.requires_grad_()
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

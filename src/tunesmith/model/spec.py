@@ -129,6 +129,11 @@ class ModelSpec:
         return max(max(layer.head_dim, layer.value_dim) for layer in self.layers)
 
     @property
+    def linear_matrices(self) -> int:
+        """Parameters of all layers' matrices but the experts."""
+        return sum(layer.matmul for layer in self.layers)
+
+    @property
     def layer_matrices(self) -> int:
         """Parameters of all layers' matrices, experts and all."""
         return sum(layer.matmul + layer.experts for layer in self.layers)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tunesmith.config.schema import Parallel, Run
 from tunesmith.distributed.ranks import COLLECTIVE_TIMEOUT
 from tunesmith.errors import RecipeError
-from tunesmith.model.architectures import ARCHITECTURES, Architecture
+from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.spec import ModelSpec
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.quant.schemes import scheme_of
@@ -178,8 +178,14 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     if run.train.optimizer_in_backward:
         key = "train.optimizer_in_backward"
         raise _cannot_shard("updates in the backward", shape, where=key, fix="false")
-    if not ARCHITECTURES.get(spec.model_type, Architecture("")).fused:
-        raise _cannot_shard(f"the layers of this {spec.model_type}", shape)
+    family = ARCHITECTURES.get(spec.model_type)
+    if family is None or not family.fused:
+        raise RecipeError(
+            f"a layer of {spec.model_type} cannot be cut over {tensor} ranks",
+            where="parallel.tensor",
+            why=f"the ranks make {shape.describe()}; layers are cut of {_cut_families()}",
+            fix="parallel.tensor=1: copies and shards work for every type",
+        )
     if per_node % tensor:
         what = f"a layer over the nodes, which have {per_node} ranks each,"
         raise _cannot_shard(what, shape, fix="auto")
@@ -192,6 +198,11 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
         heads = f"{layer.heads} heads, {layer.kv_heads} of keys and values"
         what = f"{heads}, and an MLP of {layer.intermediate:,} columns"
         raise _cannot_shard(what, shape, fix="auto")
+
+
+def _cut_families() -> str:
+    """The types whose layers tensor parallelism cuts."""
+    return ", ".join(name for name, family in ARCHITECTURES.items() if family.fused)
 
 
 def _has_ragged_moments(run: Run, spec: ModelSpec, shape: MeshShape) -> bool:

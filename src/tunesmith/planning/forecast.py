@@ -29,11 +29,12 @@ from tunesmith.data.schedule import BatchSchedule, StepSize
 from tunesmith.data.tokens import TokenSet
 from tunesmith.model.documents import kept_probabilities
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.spec import ModelSpec, adapter_parameters, flops
+from tunesmith.model.spec import ModelSpec, flops
 from tunesmith.parallel.mesh import meshes_for
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning import resolve, savings
 from tunesmith.planning.machines import Cluster
+from tunesmith.planning.measured_layers import count_adapter
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import Size, ceil_div
@@ -141,7 +142,7 @@ def measure_work(
     adapter_weights = 0
     if run.adapter.kind == "lora":
         trained = "lora"
-        adapter_weights = adapter_parameters(spec, run.adapter)
+        adapter_weights = count_adapter(spec, run.adapter)
 
     def operations(spec: ModelSpec) -> float:
         return flops(spec, lengths, supervised, trained=trained, adapter_parameters=adapter_weights)
@@ -224,7 +225,7 @@ def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -
     )
     trained = spec.parameters
     if run.adapter.kind == "lora":
-        trained = adapter_parameters(spec, run.adapter)
+        trained = count_adapter(spec, run.adapter)
     return Planner(run, spec, cluster, work, machine, trained)
 
 

@@ -27,10 +27,11 @@ from tunesmith.loss import card_bytes, chunk_size
 from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.spec import ModelSpec, adapter_parameters
+from tunesmith.model.spec import Layer, ModelSpec
 from tunesmith.optim.adamw import HALF, checkpoint_bytes_per_parameter, state_bytes_per_parameter
 from tunesmith.parallel.copies import GRADIENT_PIECE, GRADIENT_PIECES
 from tunesmith.parallel.mesh_shape import ONE, MeshShape, needs_fsdp
+from tunesmith.planning.measured_layers import count_adapter, measure_kept
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
 from tunesmith.planning.savings import USABLE_ON_CPU, check_offload, find_savings, moved_to_host
 from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
@@ -149,7 +150,7 @@ def resolve_plan(
         """The plan of a recipe that differs in what `find_savings` changes."""
         count = trained
         if changed.adapter.kind != run.adapter.kind:
-            count = adapter_parameters(spec, changed.adapter)
+            count = count_adapter(spec, changed.adapter)
         share = changed.train.global_batch.amount / run.train.global_batch.amount
         size = StepSize(step.mean * share, math.ceil(step.largest * share))
         estimator = MemoryEstimator(changed, spec, machine, count, mesh, probabilities)
@@ -253,17 +254,20 @@ class MemoryEstimator:
         """Bytes of the base that a tensor-parallel rank computes with.
 
         Of all layers' matrices, and of what else there is. Tensor-parallel ranks shard everything
-        but norms and biases. The scales of a base in fp8, 4 bytes a row, are not counted.
+        but norms and biases. Experts are not quantized. The scales of a base in fp8, 4 bytes a row,
+        are not counted.
         """
         spec = self.spec
         tensor = self.mesh.tensor
-        matrices = spec.layer_matrices
+        matrices = spec.linear_matrices
+        experts = spec.layer_matrices - matrices
         tables = spec.head_matmul if spec.tied else 2 * spec.head_matmul
-        rest = spec.parameters - matrices - tables
+        rest = spec.parameters - matrices - experts - tables
         width = self.scheme.weight_bytes
         if width is None:
             width = itemsize
         layers = int(ceil_div(matrices, tensor) * width) + self.scales
+        layers += int(ceil_div(experts, tensor) * itemsize)
         ends = int((ceil_div(tables, tensor) + rest) * itemsize)
         return layers, ends
 
@@ -284,7 +288,7 @@ class MemoryEstimator:
             layer = spec.layers[0]
             inputs = layer.heads * layer.head_dim + layer.intermediate
             rowwise = spec.depth * spec.hidden * inputs
-        others = spec.layer_matrices - rowwise
+        others = spec.linear_matrices - rowwise
         return int((others * scheme.scale_bytes + rowwise * 4 / scheme.block) / tensor)
 
     @property
@@ -296,8 +300,8 @@ class MemoryEstimator:
         tensor = self.mesh.tensor
         adapter = self.run.adapter
         if self.trains_adapter:
-            whole = adapter_parameters(self.spec, adapter)
-            return self.trained - whole + adapter_parameters(self.spec, adapter, tensor)
+            whole = count_adapter(self.spec, adapter)
+            return self.trained - whole + count_adapter(self.spec, adapter, tensor)
         weights = sum(self.weights(1))
         return ceil_div(weights * self.trained, self.spec.parameters * self.mesh.shard)
 
@@ -415,7 +419,7 @@ class MemoryEstimator:
         base = self.base_bytes(base_width)
         gradients = width * trained
         if self.fp32_gradients:
-            gradients += (4 - width) * spec.layer_matrices
+            gradients += (4 - width) * spec.linear_matrices
         state = int(trained * state_bytes_per_parameter(run.train, width))
         host = 0
         if "parameters" in self.moved:
@@ -435,6 +439,9 @@ class MemoryEstimator:
         input_on_host = layer_input - recomputed_layer
         # The last norm's input, and the gradient of its output.
         ends = (spec.hidden + ceil_div(spec.hidden, self.mesh.tensor)) * itemsize * tokens
+        if spec.measured:
+            outside = measure_kept(spec, run.adapter, run.model.dtype).outside
+            ends = int((spec.hidden * itemsize + outside) * tokens)
         backward = self._backward_bytes(tokens, itemsize)
         # The input of the layer that is recomputed comes back from the host.
         workspace = max(self._head_bytes(tokens, itemsize), backward) + input_on_host
@@ -485,9 +492,28 @@ class MemoryEstimator:
     def _layer_bytes(self, tokens: int, itemsize: int) -> list[int]:
         """What each layer that does not recompute keeps: see the docstring of this file."""
         spec = self.spec
+        if not spec.measured:
+            return [self._block_bytes(spec.layers[0], tokens, itemsize)] * spec.depth
+        kept = measure_kept(spec, self.run.adapter, self.run.model.dtype)
+        sizes = []
+        for layer, by_token, constant in zip(
+            spec.layers, kept.by_token, kept.constant, strict=True
+        ):
+            size = int(by_token * tokens + constant)
+            # A compiler keeps what our own modules keep; not known of recurrences and experts.
+            is_plain = layer.heads and not layer.state and not layer.experts
+            if is_plain and self.machine.compiles[0]:
+                size = min(size, self._block_bytes(layer, tokens, itemsize))
+            elif self.machine.attention[0] == "products" and spec.attention_softcap is None:
+                size += int(layer.heads * self.probabilities * tokens) * itemsize
+            sizes.append(size)
+        return sizes
+
+    def _block_bytes(self, layer: Layer, tokens: int, itemsize: int) -> int:
+        """What a Llama-like layer keeps: see the docstring of this file."""
+        spec = self.spec
         adapter = self.run.adapter
         tensor = self.mesh.tensor
-        layer = spec.layers[0]  # those of a family in the table keep the same
         family = ARCHITECTURES.get(spec.model_type)
         is_fused = self.machine.compiles[0] or (family is not None and family.fused)
         vectors = 3 if is_fused else 4
@@ -503,14 +529,14 @@ class MemoryEstimator:
         if self.trains_adapter:
             elements += 7 * adapter.rank
             of_layers = replace(adapter, modules_to_save=())
-            factors = adapter_parameters(spec, of_layers, tensor) // spec.depth
+            factors = count_adapter(spec, of_layers, tensor) // spec.depth
         # Each of these layers has an input of its own, and a mask: a byte a number on a GPU.
         if adapter.dropout:
             attention_width = layer.heads * layer.head_dim // tensor
             mask = 1 if self.machine.device == "cpu" else 1 / itemsize
             elements += 3 * spec.hidden + attention_width
             elements += mask * (5 * spec.hidden + attention_width + wide)
-        return [int(elements * tokens + factors) * itemsize] * spec.depth
+        return int(elements * tokens + factors) * itemsize
 
     def _head_bytes(self, tokens: int, itemsize: int) -> int:
         """A chunk of logits: raw, in fp32, and their raw gradient.

@@ -1,0 +1,125 @@
+"""What training takes of a model that `measured_spec` measured: seen on meta, as its sizes are.
+
+The adapter is attached to the model on meta, and a forward of two lengths shows what autograd keeps
+of each layer: what grows with the tokens, and what does not. Recurrent layers are counted in plain
+PyTorch, on one long document; their kernels keep less. It takes seconds, so it is cached on the
+disk.
+"""
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+from tunesmith.adapter import lora
+from tunesmith.config.schema import Adapter
+from tunesmith.errors import ModelError
+from tunesmith.host.files import cache_folder, write_atomically
+from tunesmith.model.fused import fuse_modules
+from tunesmith.model.measured_spec import TOKENS, build_to_measure, text_config
+from tunesmith.model.meta_forward import run_on_meta
+from tunesmith.model.spec import ModelSpec, adapter_parameters
+
+FORMAT = 1  # of the cached files
+
+
+@dataclass(frozen=True)
+class KeptByLayers:
+    """What training keeps of each decoder layer for the backward.
+
+    Attributes:
+        by_token: bytes for a token, of each layer. Probabilities of attention are not among them.
+        constant: bytes for any number of tokens, of each layer.
+        outside: bytes for a token, beside the layers: rotary tables, the last norm.
+        adapter: parameters that the adapter trains; 0 where the model is trained in full.
+    """
+
+    by_token: tuple[float, ...]
+    constant: tuple[float, ...]
+    outside: float
+    adapter: int
+
+
+def count_adapter(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
+    """Parameters that an adapter trains, on each of `tensor` ranks that compute a layer together.
+
+    RecipeError for a target that a measured model does not have.
+    """
+    if not spec.measured:
+        return adapter_parameters(spec, adapter, tensor)
+    return measure_kept(spec, adapter, "bf16").adapter
+
+
+def measure_kept(spec: ModelSpec, adapter: Adapter, dtype: str) -> KeptByLayers:
+    """What each layer of a measured model keeps, with products in `dtype`.
+
+    RecipeError for a target that the model does not have; ModelError where it does not run on meta.
+    """
+    # Only these change what is kept.
+    same = Adapter(kind=adapter.kind)
+    if adapter.kind == "lora":
+        same = replace(
+            same,
+            rank=adapter.rank,
+            dropout=adapter.dropout,
+            target=adapter.target,
+            modules_to_save=adapter.modules_to_save,
+        )
+    return _measure_once(spec.measured, same, dtype)
+
+
+@lru_cache(maxsize=32)
+def _measure_once(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
+    key = [FORMAT, version("transformers"), version("torch"), sizes, asdict(adapter), dtype]
+    name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()
+    file = cache_folder("specs") / f"{name}.json"
+    cached = _read(file)
+    if cached is not None:
+        return cached
+    kept = _measure(sizes, adapter, dtype)
+    with suppress(OSError):  # a cache that cannot be written costs seconds
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(asdict(kept)))
+    return kept
+
+
+def _read(file: Path) -> KeptByLayers | None:
+    """What a cached file holds; None where it is not there or not readable."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        by_token = tuple(values.pop("by_token"))
+        constant = tuple(values.pop("constant"))
+        return KeptByLayers(by_token, constant, **values)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
+    values = json.loads(sizes)
+    model = build_to_measure(text_config(values, where="config.json"), dtype)
+    trained = 0
+    if adapter.kind == "lora":
+        lora.attach_lora(model, adapter, seed=0)
+        trained = lora.count_adapter_parameters(model, adapter)
+    fuse_modules(model, project=lora.project)
+    try:
+        short, short_outside = run_on_meta(model, TOKENS, training=True)
+        long, long_outside = run_on_meta(model, 2 * TOKENS, training=True)
+    # Code of 140 model types.
+    except Exception as error:
+        raise ModelError(
+            f"the memory of this {values['model_type']} cannot be measured",
+            why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            fix="plan and train on this machine with train.micro_batch and train.recompute set",
+        ) from error
+    by_token = []
+    constant = []
+    for first, second in zip(short, long, strict=True):
+        slope = (second.kept - first.kept) / TOKENS
+        by_token.append(slope)
+        constant.append(first.kept - slope * TOKENS)
+    outside = (long_outside - short_outside) / TOKENS
+    return KeptByLayers(tuple(by_token), tuple(constant), outside, trained)
