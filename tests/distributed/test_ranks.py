@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
+from threading import Timer
 from typing import Any
 from unittest import mock
 
@@ -16,10 +19,19 @@ from torch.testing._internal.distributed import fake_pg
 
 from ranks import run_ranks
 from tunesmith.cli.main import framed
-from tunesmith.distributed.ranks import COLLECTIVE_TIMEOUT, WATCHDOG, Ranks, choose_gpu, join_ranks
+from tunesmith.distributed.ranks import (
+    COLLECTIVE_TIMEOUT,
+    REPORT_S,
+    WATCHDOG,
+    Ranks,
+    choose_gpu,
+    join_ranks,
+    reported_once_a_node,
+)
 from tunesmith.distributed.torch_private import find_nccl_error
 from tunesmith.distributed.vocab_parallel import sharding_groups
-from tunesmith.errors import DataError, MachineError, OtherRankError, TunesmithError
+from tunesmith.errors import DataError, MachineError, OtherRankError, RecipeError, TunesmithError
+from tunesmith.host.signals import StopRequest
 from tunesmith.parallel.mesh import Mesh, MeshShape
 
 
@@ -187,3 +199,17 @@ def test_an_error_of_nccl_is_found_in_any_group(
     ]
     monkeypatch.setattr(distributed_c10d, "_world", mock.Mock(pg_map=dict.fromkeys(groups)))
     assert find_nccl_error() == found
+
+
+def test_a_rank_leaves_the_report_to_the_first_of_its_node(monkeypatch: pytest.MonkeyPatch):
+    """A launcher stops all ranks as soon as one ends, and would stop it before it has reported."""
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    pause = 0.5
+    with StopRequest() as request:
+        request.defer_signals()
+        Timer(pause, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        start = time.monotonic()
+        with pytest.raises(OtherRankError), reported_once_a_node():
+            raise RecipeError("no such key")
+        assert pause - 0.1 < time.monotonic() - start < REPORT_S / 2

@@ -31,6 +31,7 @@ from tunesmith.errors import (
     UsageError,
     first_line,
 )
+from tunesmith.host.signals import wait_for_signal
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -43,6 +44,8 @@ HEARTBEAT_NAME = "heartbeat"
 DEFAULT_LIMIT = "60"  # seconds without a beat after which a rank is gone
 SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
 JOIN = 600.0  # seconds that the ranks have to find each other, as long as torchrun gives its nodes
+# Seconds that a rank leaves to the one of its node that reports the fault of both.
+REPORT_S = 10.0
 # NCCL's watchdog would end a process by SIGABRT, before a rank has reported what happened, where a
 # collective or kernel failed or it stood still for minutes. Its sign to dump stays in the
 # launcher's store for the ranks that start again.
@@ -176,13 +179,15 @@ def is_launched() -> bool:
 def reported_once_a_node() -> Iterator[None]:
     """Let one rank of a node report a fault of the command or recipe, which each finds alone.
 
-    For what happens before the ranks join.
+    For what happens before the ranks join. The others wait for it to end: a launcher stops all
+    ranks as soon as one ends, which would stop the one that has the fault to report.
     """
     try:
         yield
     except UsageError as error:
         environment = started_as()
         if environment is not None and environment["LOCAL_RANK"]:
+            wait_for_signal(REPORT_S)
             raise OtherRankError(error.what, exit_code=error.exit_code) from error
         raise
 

@@ -207,6 +207,13 @@ def _leave_all() -> None:
 os.register_at_fork(after_in_child=_leave_all)
 
 
+def wait_for_signal(seconds: float) -> None:
+    """Wait until a stop signal comes that a StopRequest defers, at most so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not any(request.requested() for request in _entered):
+        time.sleep(0.05)
+
+
 def ignore_stop_signals() -> None:
     """Ignore them from here on.
 
