@@ -14,13 +14,10 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
 from tunesmith.host.files import cache_folder, write_atomically
-from tunesmith.model.fused import fuse_modules
 from tunesmith.model.measured_spec import TOKENS, build_to_measure, text_config
-from tunesmith.model.meta_forward import run_on_meta
 from tunesmith.model.spec import ModelSpec, adapter_parameters
 
 FORMAT = 1  # of the cached files
@@ -98,6 +95,11 @@ def _read(file: Path) -> KeptByLayers | None:
 
 
 def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
+    # Here, as a plan of a family in the table needs no Transformers.
+    from tunesmith.adapter import lora
+    from tunesmith.model.fused import fuse_modules
+    from tunesmith.model.meta_forward import run_on_meta
+
     values = json.loads(sizes)
     model = build_to_measure(text_config(values, where="config.json"), dtype)
     trained = 0
