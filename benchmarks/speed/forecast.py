@@ -144,7 +144,7 @@ def count_goal_layer(
 def layer_terms(goal: Goal, setting: Setting, layout: Layout) -> dict[str, Term]:
     """The terms of all layers in one micro batch; attention has no time yet."""
     key = GoalKey(goal.shape, goal.base, goal.full)
-    layers = read_shape(goal).layers
+    layers = len(read_shape(goal).layers)
     terms = {name: Term() for name in TERMS}
     layers_by_kind = {False: layers - layout.recomputed_layers, True: layout.recomputed_layers}
     for recomputed, layer_count in layers_by_kind.items():
@@ -266,7 +266,7 @@ def rows_beside(expected: Forecast, report: Mapping[str, Any]) -> list[Row]:
 def print_beside(goal: Goal, layout: Layout, rows: Sequence[Row]) -> None:
     """A table of the rows, and the term that is furthest from its forecast."""
     total = Row("a step", sum(row.forecast for row in rows), sum(row.measured for row in rows))
-    print(f"\n{goal.title}: {describe_layout(layout, read_shape(goal).layers)}\n")
+    print(f"\n{goal.title}: {describe_layout(layout, len(read_shape(goal).layers))}\n")
     print("| term | forecast, ms | measured, ms | measured / forecast |")
     print("|---|---|---|---|")
     for row in (*rows, total):
@@ -332,7 +332,7 @@ def print_forecasts(goals: Sequence[Goal], setting: Setting) -> dict[str, Any]:
         cells = [
             goal.title,
             f"{layout.micro_batches} x {layout.tokens:,}",
-            f"{layout.recomputed_layers} of {read_shape(goal).layers}",
+            f"{layout.recomputed_layers} of {len(read_shape(goal).layers)}",
             *(f"{best.terms[name].ms:,.0f}" for name in names),
             *(f"{speed:,.0f}" for speed in speeds),
             f"{target:,}",
