@@ -8,7 +8,6 @@ loss sum and what to divide it by, and owns no loop.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -151,9 +150,7 @@ class TrainModel(nn.Module):
             documents.set_edges(batch.edges)
         if self.chunk_size is None:
             return documents
-        with_chunks = replace(documents, chunks=documents.cut(self.chunk_size))
-        with_chunks.set_edges(documents.edges)
-        return with_chunks
+        return documents.with_chunks(self.chunk_size)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, [rows * length, width]; each document is computed as if it were

@@ -65,8 +65,10 @@ def find_layers(causal_lm: PreTrainedModel) -> str:
 
     ModelError where none has as many entries as the config has layers.
     """
-    decoder = find_decoder(causal_lm)
-    count = decoder.config.get_text_config().num_hidden_layers
+    config = find_decoder(causal_lm).config.get_text_config()
+    count = config.num_hidden_layers
+    if config.model_type == "longcat_flash":  # it counts the two attentions of a layer
+        count = config.num_layers
     largest = 0
     layers = ""
     for name, module in causal_lm.named_modules():

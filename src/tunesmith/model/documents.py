@@ -7,7 +7,7 @@ the batch that is computed now, `current_documents`.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -73,6 +73,12 @@ class Documents:
         A field would make torch.compile compile a layer again for each batch: it reads all fields.
         """
         vars(self)["edges"] = [*edges]
+
+    def with_chunks(self, size: int) -> "Documents":
+        """The same documents, with those of layers with chunked attention beside them."""
+        documents = replace(self, chunks=self.cut(size))
+        documents.set_edges(self.edges)
+        return documents
 
     def cut(self, size: int) -> "Documents":
         """The same tokens, with each document cut at multiples of `size` from its own start."""

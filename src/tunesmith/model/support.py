@@ -1,0 +1,412 @@
+"""Whether and how this engine trains a model, measured on its twin.
+
+Two documents in one packed row must come out as each of them alone under Transformers' own
+attention, in logits and in every gradient. Layers that carry something from one document to the
+next are named by it, and run on one row a document. Where that does not hold, padded rows are
+tried; where that fails too, the model is refused with the figures.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tunesmith.errors import ModelError
+from tunesmith.model import attention
+from tunesmith.model.chunked import prepare_chunked_attention
+from tunesmith.model.decoder import find_decoder, find_head, find_layers
+from tunesmith.model.documents import Documents, use_documents
+from tunesmith.model.load import one_line
+from tunesmith.model.recurrent import run_by_document
+from tunesmith.model.twin import VOCAB, build_twin
+
+# Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
+LENGTHS = (13, 22)
+# Differences of logits and gradients in fp32, relative to the largest value. Sums in another order
+# differ by 1e-6 to 4e-5 (small gradients of recurrent layers); the least leak that was seen, by
+# 1e-2.
+TOLERANCE = 1e-4
+# Of a module's output: what reaches it from the other document.
+LEAK = 1e-5
+# A twin takes one or two seconds.
+SECONDS = 60.0
+# Ids below have a meaning in some configs: padding, begin, end.
+FIRST_ID = 3
+
+State = Literal["tuned", "packed", "padded", "refused"]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The largest differences from each document alone, relative to the largest value."""
+
+    logits: float
+    gradients: float
+
+    def are_rounding(self) -> bool:
+        return max(self.logits, self.gradients) <= TOLERANCE
+
+    def describe(self) -> str:
+        return f"logits differ by {self.logits:.1e}, gradients by {self.gradients:.1e}"
+
+
+@dataclass(frozen=True)
+class Support:
+    """How a model trains.
+
+    Attributes:
+        state: "tuned": packed, by the forwards that this engine has written; "packed": documents
+            share rows; "padded": one document a row; "refused": not at all.
+        why: the reason, for the user.
+        recurrent: class names of the layers that run on one row a document.
+        dead_targets: names of linear layers, within a decoder layer, whose weight is read past
+            their forward: an adapter there would get no gradient.
+        errors: of the layout that is taken, or of padded rows where none is.
+    """
+
+    state: State
+    why: str = ""
+    recurrent: tuple[str, ...] = ()
+    dead_targets: tuple[str, ...] = ()
+    errors: Errors | None = None
+
+
+TUNED = Support("tuned", "this engine's own forwards, held to Transformers' by tests")
+
+
+@dataclass
+class Outcome:
+    """What a twin computes: logits of all tokens, and the gradient of their loss."""
+
+    logits: Tensor  # fp32 [n, vocabulary]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def errors(self, expected: "Outcome") -> Errors:
+        largest_gradient = max(
+            float(gradient.abs().max()) for gradient in expected.gradients.values()
+        )
+        worst = 0.0
+        for name, gradient in expected.gradients.items():
+            scale = max(float(gradient.abs().max()), 1e-3 * largest_gradient)
+            worst = max(worst, _difference(self.gradients[name], gradient) / scale)
+        scale = float(expected.logits.abs().max())
+        return Errors(_difference(self.logits, expected.logits) / scale, worst)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference; infinite where a value is not a number."""
+    difference = float((one - other).abs().max())
+    return difference if difference == difference else float("inf")
+
+
+def measure_support(
+    config: PretrainedConfig, *, trust_remote_code: bool = False, seconds: float = SECONDS
+) -> Support:
+    """How a model of this config trains, in a second or two, on the CPU.
+
+    `config` is that of a text model. ModelError where no twin can be made of it, or the twin takes
+    more than `seconds`.
+    """
+    twin = build_twin(config, trust_remote_code=trust_remote_code)
+    threads = torch.get_num_threads()
+    # Sums of a thread's share in one order, wherever this runs.
+    torch.set_num_threads(1)
+    try:
+        with _deadline(twin, seconds), torch.enable_grad():
+            return _measure(twin)
+    except _OutOfTimeError as error:
+        raise ModelError(
+            f"the small model of this {config.model_type} takes more than {seconds:.0f} s",
+            why="on it is measured how the model trains",
+            fix="take config.json from the model's page again: tunesmith fetch MODEL",
+        ) from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _OutOfTimeError(BaseException):
+    """No Exception: what models raise is caught as a fault of theirs."""
+
+
+def _measure(twin: PreTrainedModel) -> Support:
+    ids = torch.randint(
+        FIRST_ID, VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)
+    )
+    try:
+        with _watch_linears(twin) as linears:
+            alone = _run_alone(twin, ids)
+    except Exception as error:
+        return Support("refused", f"its twin does not run: {one_line(error)}")
+    unused = linears.unused(alone.gradients)
+    if unused:
+        return Support("refused", f"no token of a text passes {unused}: it attends to an encoder")
+    dead_targets = linears.dead_targets()
+    try:
+        padded = _run_padded(twin, ids).errors(alone)
+        fault = ""
+    except Exception as error:
+        padded = Errors(float("inf"), float("inf"))
+        fault = one_line(error)
+    why = ""
+    try:
+        # Before the first packed run, which puts its rules on the layers.
+        chunk_size = prepare_chunked_attention(twin)
+        twin.set_attn_implementation(attention.register())
+        recurrent = find_recurrent(twin, ids)
+        run_by_document(twin, recurrent)
+        errors = _run_packed(twin, ids, chunk_size).errors(alone)
+        if errors.are_rounding():
+            why = "documents share rows"
+            if recurrent:
+                why = f"documents share rows; {', '.join(recurrent)} run on one row a document"
+            return Support("packed", why, recurrent, dead_targets, errors)
+        why = errors.describe()
+    except Exception as error:
+        why = one_line(error)
+    if padded.are_rounding():
+        return Support(
+            "padded",
+            f"one document a row: packed rows are not each document alone ({why})",
+            dead_targets=dead_targets,
+            errors=padded,
+        )
+    return Support(
+        "refused",
+        f"a document padded on the right is not the document alone: {fault or padded.describe()}",
+        errors=None if fault else padded,
+    )
+
+
+def _run_alone(twin: PreTrainedModel, ids: Tensor) -> Outcome:
+    """Each document by itself, as Transformers computes it."""
+    outputs = []
+    for document in ids.split(LENGTHS):
+        positions = torch.arange(len(document))[None]
+        output = twin(input_ids=document[None], position_ids=positions, use_cache=False)
+        outputs.append(output.logits[0])
+    return _backward(twin, torch.cat(outputs), ids)
+
+
+def _run_padded(twin: PreTrainedModel, ids: Tensor) -> Outcome:
+    """One document a row, padded on the right, without a mask, as `TrainModel` does."""
+    longest = max(LENGTHS)
+    rows = [F.pad(document, (0, longest - len(document))) for document in ids.split(LENGTHS)]
+    positions = torch.arange(longest).expand(len(LENGTHS), -1)
+    hidden = _hidden(twin, torch.stack(rows), positions)
+    tokens = [row[:length] for row, length in zip(hidden, LENGTHS, strict=True)]
+    return _backward(twin, _logits(twin, torch.cat(tokens)), ids)
+
+
+def _run_packed(twin: PreTrainedModel, ids: Tensor, chunk_size: int | None = None) -> Outcome:
+    """All documents in one row, under this engine's attention, as `TrainModel` does."""
+    documents = packed_documents(LENGTHS, chunk_size)
+    with use_documents(documents):
+        hidden = _hidden(twin, ids[None], _positions(), documents=documents)
+        return _backward(twin, _logits(twin, hidden[0]), ids)
+
+
+def packed_documents(lengths: tuple[int, ...], chunk_size: int | None) -> Documents:
+    """Documents of these lengths, one after another."""
+    edges = [0]
+    for length in lengths:
+        edges.append(edges[-1] + length)
+    documents = Documents(torch.tensor(edges, dtype=torch.int32), max(lengths), "products")
+    documents.set_edges(edges)
+    if chunk_size is None:
+        return documents
+    return documents.with_chunks(chunk_size)
+
+
+def _positions() -> Tensor:
+    """Positions in each document: int64 [1, n]."""
+    return torch.cat([torch.arange(length) for length in LENGTHS])[None]
+
+
+def _hidden(twin: PreTrainedModel, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
+    decoder = find_decoder(twin)
+    output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **options)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _logits(twin: PreTrainedModel, hidden: Tensor) -> Tensor:
+    head = twin.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(twin).__name__} has no head apart from its decoder")
+    return find_head(twin).logits(head(hidden))
+
+
+def _backward(twin: PreTrainedModel, logits: Tensor, ids: Tensor) -> Outcome:
+    """Logits [n, vocabulary] and the gradients of a loss of all of them."""
+    twin.zero_grad()
+    targets = ids.roll(-1)
+    F.cross_entropy(logits, targets, reduction="sum").backward()
+    gradients = {}
+    for name, parameter in twin.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad.clone()
+        else:
+            gradients[name] = torch.zeros_like(parameter)
+    return Outcome(logits.detach(), gradients)
+
+
+@torch.no_grad()
+def find_recurrent(twin: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
+    """Class names of the layers through which the first document reaches the second.
+
+    With another first document, such a layer gets the same second document and returns another.
+    The innermost are named: what holds them does the same.
+    """
+    documents = packed_documents(LENGTHS, None)
+    others = ids.clone()
+    others[: LENGTHS[0]] = (ids[: LENGTHS[0]] - FIRST_ID + 1) % (VOCAB - FIRST_ID) + FIRST_ID
+    first: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    second: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    with use_documents(documents):
+        for row, seen in ((ids, first), (others, second)):
+            with _watch_modules(twin, seen):
+                _hidden(twin, row[None], _positions(), documents=documents)
+    leaking = []
+    for name, (inputs, outputs) in first.items():
+        other_inputs, other_outputs = second[name]
+        if not inputs or not outputs or len(inputs) != len(other_inputs):
+            continue
+        same_input = all(map(_is_same, inputs, other_inputs))
+        same_output = all(map(_is_same, outputs, other_outputs))
+        if same_input and not same_output:
+            leaking.append(name)
+    classes = []
+    for name in leaking:
+        holds_another = any(other.startswith(f"{name}.") for other in leaking)
+        if not holds_another:
+            classes.append(type(twin.get_submodule(name)).__name__)
+    return tuple(dict.fromkeys(classes))
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    largest = float(one.abs().max())
+    return _difference(one, other) <= LEAK * max(largest, 1e-6)
+
+
+@contextmanager
+def _watch_modules(
+    twin: PreTrainedModel, seen: dict[str, tuple[list[Tensor], list[Tensor]]]
+) -> Iterator[None]:
+    """Note of each module below a layer what the second document is on its way in and out."""
+    hooks = []
+
+    def second_document(values: Any) -> list[Tensor]:
+        tensors = []
+        for value in values:
+            if isinstance(value, tuple | list):
+                tensors += second_document(value)
+            elif (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and value.shape[:2] == (1, sum(LENGTHS))
+            ):
+                tensors.append(value[:, LENGTHS[0] :].clone())
+        return tensors
+
+    def watch(name: str, module: nn.Module) -> None:
+        def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not isinstance(output, tuple | list):
+                output = (output,)
+            inputs = second_document((*args, *kwargs.values()))
+            seen[name] = (inputs, second_document(output))
+
+        hooks.append(module.register_forward_hook(note, with_kwargs=True))
+
+    for name, module in twin.get_submodule(find_layers(twin)).named_modules():
+        if name:
+            watch(f"{find_layers(twin)}.{name}", module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class LinearCalls:
+    """Which linear layers of a model's decoder layers pass a gradient on through their forward."""
+
+    def __init__(self, twin: PreTrainedModel) -> None:
+        self.prefix = f"{find_layers(twin)}."
+        self.names: list[str] = []
+        self.called: set[str] = set()
+        self.alive: set[str] = set()
+        self.hooks: list[Any] = []
+        for name, module in twin.named_modules():
+            if isinstance(module, nn.Linear) and name.startswith(self.prefix):
+                self.names.append(name)
+                self.hooks.append(module.register_forward_hook(self._note(name)))
+
+    def _note(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def note_gradient(gradient: Tensor) -> None:
+            if bool(gradient.any()):
+                self.alive.add(name)
+
+        def note(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.called.add(name)
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(note_gradient)
+
+        return note
+
+    def unused(self, gradients: dict[str, Tensor]) -> str:
+        """A layer that attends to another model, which is not there; "" where there is none."""
+        for name in self.names:
+            weight = gradients.get(f"{name}.weight")
+            is_idle = name not in self.called and weight is not None and not bool(weight.any())
+            if is_idle and ("encoder_attn" in name or "crossattention" in name):
+                return target_of(name, self.prefix)
+        return ""
+
+    def dead_targets(self) -> tuple[str, ...]:
+        """Names, within a layer, of those that pass none on in any layer: their weight is read
+        past the forward (Mamba's dt_proj), or they only select (an indexer).
+        """
+        alive = {target_of(name, self.prefix) for name in self.alive}
+        targets = dict.fromkeys(target_of(name, self.prefix) for name in self.names)
+        return tuple(target for target in targets if target not in alive)
+
+
+@contextmanager
+def _watch_linears(twin: PreTrainedModel) -> Iterator[LinearCalls]:
+    calls = LinearCalls(twin)
+    try:
+        yield calls
+    finally:
+        for hook in calls.hooks:
+            hook.remove()
+
+
+def target_of(name: str, prefix: str) -> str:
+    """A module's name within its layer, without numbers: "mixer.dt_proj", "mlp.experts.w1"."""
+    parts = name.removeprefix(prefix).split(".")
+    return ".".join(part for part in parts if not part.isdigit())
+
+
+@contextmanager
+def _deadline(twin: nn.Module, seconds: float) -> Iterator[None]:
+    """Raise from the next module that starts once the seconds are over."""
+    end = time.monotonic() + seconds
+
+    def check(_module: nn.Module, _args: Any) -> None:
+        if time.monotonic() > end:
+            raise _OutOfTimeError
+
+    hooks = [module.register_forward_pre_hook(check) for module in twin.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

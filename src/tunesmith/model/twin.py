@@ -1,0 +1,504 @@
+"""A tiny twin of a model: its class and its config, each kind of layer once, small in every width.
+
+What a family of models needs is measured on the twin in a second or two. Windows and chunks are
+shorter than the documents that are measured, and nothing is dropped out, so that what the layers do
+shows. The sizes go by the names of the config's keys; a type whose keys mean something else has its
+own in HINTS.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from tunesmith.errors import ModelError
+
+VOCAB = 64
+HIDDEN = 64
+HEADS = 4
+HEAD_DIM = 16
+KV_HEADS = 2
+WINDOW = 8  # of attention, in tokens; also of chunks, and of what an indexer selects
+RANK = 16  # of the projections of latent attention
+STATE = 8  # channels of the state of a recurrent layer
+POSITIONS = 128
+FEWEST_LAYERS = 2
+MOST_LAYERS = 10
+# A twin that is larger has a size that no key below names.
+MOST_PARAMETERS = 50_000_000
+# Spread of the weights: 0.02, as most are drawn with, would hide what a layer does behind the
+# residual.
+SPREAD = 0.1
+
+# Keys by what they become. Those of a group have one value in every model.
+_SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (
+        VOCAB,
+        (
+            "vocab_size",
+            "vocab_size_per_layer_input",
+            "decoder_vocab_size",
+            "unpadded_vocab_size",
+            "ngram_vocab_size_base",
+            "encoder_hash_byte_group_vocab",
+        ),
+    ),
+    (
+        HIDDEN,
+        (
+            "hidden_size",
+            "d_model",
+            "n_embd",
+            "emb_dim",
+            "embedding_dim",
+            "embedding_size",
+            "word_embed_proj_dim",
+            "dim_model",
+            "lru_width",
+            "input_embedding_size",
+            "output_embedding_size",
+        ),
+    ),
+    (
+        48,
+        (
+            "intermediate_size",
+            "intermediate_size_mlp",
+            "dense_intermediate_size",
+            "ffn_dim",
+            "ffn_hidden_size",
+            "dim_ff",
+            "dff",
+            "n_inner",
+            "decoder_ffn_dim",
+            "encoder_ffn_dim",
+            "feed_forward_size",
+            "d_inner",
+        ),
+    ),
+    (
+        24,
+        (
+            "moe_intermediate_size",
+            "expert_ffn_hidden_size",
+            "shared_expert_intermediate_size",
+            "shared_experts_intermediate_size",
+            "shared_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+            "qk_head_dim",
+        ),
+    ),
+    (
+        128,
+        (
+            "max_position_embeddings",
+            "n_positions",
+            "n_ctx",
+            "max_seq_len",
+            "model_max_length",
+            "context_length",
+            "original_max_position_embeddings",
+            # Twice the hidden size.
+            "mamba_d_ssm",
+            "attention_hidden_size",
+        ),
+    ),
+    (
+        HEADS,
+        (
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "attention_heads",
+            "decoder_attention_heads",
+            "encoder_attention_heads",
+            "num_decoder_attention_heads",
+            "num_encoder_attention_heads",
+            "swa_num_attention_heads",
+            "linear_num_heads",
+            "linear_num_value_heads",
+            "index_n_heads",
+            "num_experts",
+            "num_local_experts",
+            "n_routed_experts",
+            "moe_num_experts",
+        ),
+    ),
+    (
+        HEAD_DIM,
+        (
+            "head_dim",
+            "dim_head",
+            "d_head",
+            "kv_channels",
+            "swa_head_dim",
+            "global_head_dim",
+            "linear_head_dim",
+            "mamba_d_head",
+            "mamba_head_dim",
+            "mamba_headdim",
+            "qk_nope_head_dim",
+            "index_head_dim",
+            "attention_head_size",
+            "query_pre_attn_scalar",
+            "kv_lora_rank",
+            "q_lora_rank",
+            "o_lora_rank",
+            "gated_norm_rank",
+            "laurel_rank",
+            "adapter_rank",
+            "hc_lowrank",
+            "d_rel",
+            "router_hidden_size",
+        ),
+    ),
+    (
+        STATE,
+        (
+            "mamba_n_heads",
+            "mamba_num_heads",
+            "n_mamba_heads",
+            "mamba_d_state",
+            "ssm_state_size",
+            "state_size",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "qk_rope_head_dim",
+            "rotary_dim",
+            "hidden_size_per_layer_input",
+            "ple_embed_dim",
+        ),
+    ),
+    (12, ("v_head_dim",)),
+    (32, ("attention_head_dim",)),
+    (
+        WINDOW,
+        (
+            "sliding_window",
+            "sliding_window_size",
+            "window_size",
+            "attention_window_size",
+            "local_attention",
+            "attention_chunk_size",
+            "keep_window_size",
+            "mamba_chunk_size",
+            "chunk_size",
+            "block_size",
+            "index_topk",
+            "index_block_size",
+            "rel_extent",
+            "prompt_length",
+            "log_scaling_n_floor",
+        ),
+    ),
+    (4, ("floor_scale", "mamba_dt_rank", "time_step_rank")),
+    (
+        2,
+        (
+            "attn_layer_period",
+            "expert_layer_period",
+            "index_topk_blocks",
+            "num_blocks",
+            "num_layers_per_stack",
+            "block_multiple_of",
+        ),
+    ),
+    (
+        1,
+        (
+            "attn_layer_offset",
+            "expert_layer_offset",
+            "n_group",
+            "topk_group",
+            "num_expert_group",
+            "num_nextn_predict_layers",
+            "zero_expert_num",
+            "split_ngram_parts",
+        ),
+    ),
+)
+SIZES = {key: size for size, keys in _SIZES for key in keys}
+# Keys that count layers.
+DEPTHS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_decoder_layers",
+    "num_encoder_layers",
+)
+# As many as heads, one, or fewer.
+KV_HEADS_OF = {
+    "num_key_value_heads": "num_attention_heads",
+    "num_kv_heads": "num_attention_heads",
+    "kv_n_heads": "n_heads",
+    "swa_num_key_value_heads": "swa_num_attention_heads",
+    "linear_num_key_heads": "linear_num_value_heads",
+    "num_query_groups": "num_attention_heads",
+}
+PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
+GROUPS = ("n_groups", "mamba_n_groups", "mamba_ngroups", "o_groups")
+# Lists of the layers that are of one kind, by their number.
+LISTS_OF_LAYERS = (
+    "attn_layer_indices",
+    "full_attn_idxs",
+    "mlp_only_layers",
+    "moe_layers",
+    "hybrid_layer_ids",
+    "global_attn_layers",
+)
+# So many layers at the start, or at the end, are of another kind.
+FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+LAST_LAYERS = ("num_kv_shared_layers",)
+# Types whose layers of one kind share weights: two of each.
+SHARING = ("zamba", "zamba2")
+# Keys that say by a period what `layer_types` says by layer.
+PERIODS = (
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "no_rope_layer_interval",
+    "layer_group_size",
+    "interleave_moe_layer_step",
+    "global_attn_every_n_layers",
+)
+# Of a config: ids of tokens, which the small vocabulary does not have.
+TOKEN_IDS = ("_token_id", "_index")
+# Keys that say how a checkpoint was written, and not what the model computes.
+NO_SIZES = ("quantization_config", "dtype", "torch_dtype", "_name_or_path", "auto_map", "id2label")
+
+# What the names of the keys do not tell.
+HINTS: dict[str, dict[str, Any]] = {
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "dots3_note_text": {"head_dim": 24},  # the sliding layers' parts together
+}
+
+
+def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The twin of a model of this config: fp32, on the CPU, in train mode, with eager attention.
+
+    ModelError where Transformers cannot build it, or a size of it does not shrink.
+    """
+    from tunesmith.model.load import one_line
+
+    def build() -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            shrink(config),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=trust_remote_code,
+        )
+        return model
+
+    try:
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in build().parameters())
+    # Code of 190 model types, on a config that may be absurd.
+    except Exception as error:
+        raise _no_twin(config, one_line(error)) from error
+    if parameters > MOST_PARAMETERS:
+        raise _no_twin(config, f"it would have {parameters:,} parameters")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = build()
+        except Exception as error:
+            raise _no_twin(config, one_line(error)) from error
+        _spread_weights(model)
+    return model.train()
+
+
+def _no_twin(config: PretrainedConfig, why: str) -> ModelError:
+    return ModelError(
+        f"no small model can be made of this {config.model_type}",
+        why=f"{why}; on one it is measured how the model trains",
+        fix="take config.json from the model's page again: tunesmith fetch MODEL; "
+        "a newer type takes a newer Transformers",
+    )
+
+
+@torch.no_grad()
+def _spread_weights(model: PreTrainedModel) -> None:
+    """Draw what a constructor leaves so small that it would not show: matrices, zeros, biases."""
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter) * SPREAD
+        if parameter.ndim == 1:
+            parameter.add_(noise)
+        elif parameter.std() < SPREAD / 2:
+            parameter.copy_(noise)
+
+
+def shrink(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the twin of a model of this one."""
+    values = config.to_dict()
+    model_type = values.pop("model_type")
+    for key in NO_SIZES:
+        values.pop(key, None)
+    each = 2 if model_type in SHARING else 1
+    layers = choose_layers(values, config.num_hidden_layers, each=each)
+    small = _shrink_values(values, layers, config.num_hidden_layers)
+    small |= HINTS.get(model_type, {})
+    return type(config)(**small)
+
+
+def choose_layers(values: Mapping[str, Any], depth: int, *, each: int = 1) -> list[int]:
+    """The first layers of each kind, in their order: `each` of every kind, and two at least.
+
+    Layers are of one kind where everything that the config says by layer is the same.
+    """
+    kinds: dict[str, list[int]] = {}
+    for index in range(depth):
+        kinds.setdefault(str(_layer_kind(values, index, depth)), []).append(index)
+    chosen = sorted(index for layers in kinds.values() for index in layers[:each])[:MOST_LAYERS]
+    others = [index for index in range(depth) if index not in chosen]
+    missing = max(0, FEWEST_LAYERS - len(chosen))
+    return sorted([*chosen, *others[:missing]])
+
+
+def _layer_kind(values: Mapping[str, Any], index: int, depth: int) -> list[Any]:
+    kind: list[Any] = []
+    for key, value in values.items():
+        if key in LISTS_OF_LAYERS and isinstance(value, list):
+            kind.append(index in value)
+        elif isinstance(value, list) and len(value) == depth:
+            kind.append(value[index])
+        elif key == "per_layer_config" and isinstance(value, dict):
+            kind.append(_of_layer(value, index))
+        elif key in FIRST_LAYERS and isinstance(value, int):
+            kind.append(index < value)
+        elif key in LAST_LAYERS and isinstance(value, int):
+            kind.append(index >= depth - value)
+    return kind
+
+
+def _of_layer(by_layer: Mapping[Any, Any], index: int) -> Any:
+    """The entry of a mapping whose keys are numbers of layers, as text with leading zeros."""
+    for key, value in by_layer.items():
+        if int(key) == index:
+            return value
+    return None
+
+
+def _shrink_values(values: Mapping[str, Any], layers: list[int], depth: int) -> dict[str, Any]:
+    small: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in LISTS_OF_LAYERS and isinstance(value, list):
+            small[key] = [place for place, index in enumerate(layers) if index in value]
+        elif isinstance(value, list) and len(value) == depth and depth > 1:
+            small[key] = [_shrink_value(key, value[index], values) for index in layers]
+        elif key == "per_layer_config" and isinstance(value, dict):
+            small[key] = _cut_by_layer(value, layers)
+        elif key in FIRST_LAYERS and isinstance(value, int):
+            small[key] = sum(index < value for index in layers)
+        elif key in LAST_LAYERS and isinstance(value, int):
+            small[key] = sum(index >= depth - value for index in layers)
+        elif key in DEPTHS and isinstance(value, int):
+            small[key] = len(layers)
+        elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+            small[key] = _shrink_rotary(value, values)
+        else:
+            small[key] = _shrink_value(key, value, values)
+    return small
+
+
+def _cut_by_layer(by_layer: Mapping[Any, Any], layers: list[int]) -> dict[str, Any]:
+    """What a config says of single layers, for the chosen ones under their new numbers."""
+    small = {}
+    for place, index in enumerate(layers):
+        of_layer = _of_layer(by_layer, index)
+        if of_layer is not None:
+            small[str(place)] = _shrink_values(of_layer, [], 0)
+    # The heads of such layers are wider (Gemma 4).
+    for of_layer in small.values():
+        if "head_dim" in of_layer:
+            of_layer["head_dim"] = 2 * HEAD_DIM
+    return small
+
+
+def _shrink_value(key: str, value: Any, values: Mapping[str, Any]) -> Any:
+    """The value of one key; `values` are those beside it."""
+    if isinstance(value, dict) and ("hidden_size" in value or key.endswith("_config")):
+        inner = {name: part for name, part in value.items() if name != "model_type"}
+        return _shrink_values(inner, list(range(FEWEST_LAYERS)), 0)
+    if key.endswith(TOKEN_IDS) and value is not None:
+        return {"bos_token_id": 1, "eos_token_id": 2}.get(key, 0)
+    if _is_dropout(key) and isinstance(value, float):
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    if key in KV_HEADS_OF:
+        return _few_heads(key, value, values)
+    if key in PER_TOKEN:
+        return min(value, 2)
+    if key in GROUPS:
+        return min(value, 2)
+    if key in PERIODS:
+        return min(value, FEWEST_LAYERS)
+    if key in ("head_dim", "v_head_dim") and value:
+        return _head_width(value, values)
+    if key in SIZES and value > 0:
+        return SIZES[key]
+    return value
+
+
+def _is_dropout(key: str) -> bool:
+    return "drop" in key or key.endswith("pdrop")
+
+
+def _few_heads(key: str, value: int, values: Mapping[str, Any]) -> int:
+    heads = values.get(KV_HEADS_OF[key], values.get("num_attention_heads"))
+    if value == heads:
+        return HEADS
+    return min(value, KV_HEADS)
+
+
+def _head_width(value: int, values: Mapping[str, Any]) -> int:
+    """A head's channels; latent attention names them in parts, and some of them twice."""
+    nope = values.get("qk_nope_head_dim")
+    rope = values.get("qk_rope_head_dim")
+    if not nope or not rope:
+        return HEAD_DIM
+    if value == rope:
+        return SIZES["qk_rope_head_dim"]
+    if value == nope + rope:
+        return SIZES["qk_nope_head_dim"] + SIZES["qk_rope_head_dim"]
+    return HEAD_DIM
+
+
+def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the rotary embedding; a mapping by kind of layer has them inside."""
+    small: dict[str, Any] = {}
+    head_dim = HEAD_DIM
+    if values.get("qk_rope_head_dim"):
+        head_dim = SIZES["qk_rope_head_dim"]
+    part = rotary.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
+    frequencies = int(head_dim * part) // 2
+    for key, value in rotary.items():
+        if isinstance(value, dict):
+            small[key] = _shrink_rotary(value, values)
+        elif key in ("long_factor", "short_factor"):
+            small[key] = value[:frequencies]
+        elif key == "mrope_section":
+            side = frequencies // len(value)
+            small[key] = [frequencies - side * (len(value) - 1), *[side] * (len(value) - 1)]
+        elif key == "original_max_position_embeddings":
+            small[key] = POSITIONS
+        else:
+            small[key] = value
+    return small
+
+
+def twin_config(values: Mapping[str, Any]) -> PretrainedConfig:
+    """The config of a model type with some values, for those that have no config.json at hand."""
+    config: PretrainedConfig = AutoConfig.for_model(**values)
+    return config.get_text_config()
