@@ -64,6 +64,7 @@ from tunesmith.model import attention
 from tunesmith.model.documents import Documents
 from tunesmith.model.load import materialize
 from tunesmith.model.shapes import find_shape
+from tunesmith.model.support import TUNED
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.quant import frozen_matmul
 from tunesmith.quant.scaled_matmul import ROW_WISE
@@ -326,7 +327,9 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
     config = AutoConfig.for_model(**{**find_shape(shape).config, "num_hidden_layers": 1})
     torch.compiler.reset()
     counter, fake = Counter(), FakeTensorMode(allow_non_fake_inputs=True)
-    model = define_model(run, SimpleNamespace(config=config, vocab_rows=config.vocab_size))  # type: ignore[arg-type]
+    model = define_model(
+        run, SimpleNamespace(config=config, vocab_rows=config.vocab_size, support=TUNED)
+    )  # type: ignore[arg-type]
     if run.adapter.kind == "none":  # as on one GPU
         accumulate_in_fp32(model.model.layers)
     # A CPU multiplies dB in another order, and copies it.

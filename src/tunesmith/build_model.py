@@ -27,7 +27,7 @@ from tunesmith.parallel.tensor import apply_tensor_parallel
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
 from tunesmith.planning.resolve import USABLE
 from tunesmith.planning.run_plan import RunPlan
-from tunesmith.quant.frozen_linear import load_hooks
+from tunesmith.quant.frozen_linear import load_hooks, set_bypassed
 from tunesmith.quant.scaled_matmul import SCALING_RECIPES
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.runtime import compilation
@@ -48,6 +48,7 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
     Quantized layers, adapter and fused modules, but no weights.
     """
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
+    set_bypassed(model, files.support.dead_targets)
     scheme_of(run.model).replace_linears(model, DTYPES[run.model.dtype])
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=run.train.seed)
@@ -117,6 +118,7 @@ def build_model(
         model,
         METHODS[run.method],
         attention_backend=plan.attention,
+        recurrent=files.support.recurrent,
     )
     root.partial_gradients = apply_tensor_parallel(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)

@@ -22,7 +22,12 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
-from tunesmith.quant.frozen_linear import linear_names
+from tunesmith.quant.frozen_linear import (
+    is_bypassed,
+    is_plain_linear,
+    linear_names,
+    parameter_count,
+)
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import DenseWeight, FrozenWeight
 from tunesmith.quant.nf4 import Nf4Linear
@@ -206,6 +211,7 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     if isinstance(targets, str):
         targets = (targets,)
     endings = {target: f".{target}" for target in targets}
+    _check_bypassed(model, endings)
     all_names = linear_names(model, head=True)
     names = _match(endings, all_names, "adapter.target", "linear layer named")
     in_both = set(names).intersection(to_save)
@@ -217,6 +223,52 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
             fix="take it out of one of the two",
         )
     return names
+
+
+def _check_bypassed(model: nn.Module, endings: Mapping[str, str]) -> None:
+    """RecipeError for a target whose adapter would get no gradient."""
+    for name, module in model.named_modules():
+        if not is_bypassed(module):
+            continue
+        for wanted, ending in endings.items():
+            if name == wanted or name.endswith(ending):
+                raise RecipeError(
+                    f"an adapter on {wanted!r} would learn nothing",
+                    where="adapter.target",
+                    why="the model reads this layer's weight past its forward, or only selects "
+                    "by it: measured on a small model of its class, it gets no gradient",
+                    fix=f"take it out, or use {ALL_LINEAR}",
+                )
+
+
+def describe_left_out(model: nn.Module) -> str:
+    """A line for the user: the matrices of the layers that `all-linear` does not reach; "" where it
+    reaches all.
+    """
+    names: dict[str, None] = {}
+    bypassed: dict[str, None] = {}
+    parameters = 0
+    for name, module in model.named_modules():
+        words = [word for word in name.split(".") if not word.isdigit()]
+        if isinstance(module, nn.Embedding) or words[-1:] == ["lm_head"] or is_plain_linear(module):
+            continue
+        if is_bypassed(module):
+            bypassed[words[-1]] = None
+            continue
+        for key, weight in module.named_parameters(recurse=False):
+            if weight.ndim >= 2:
+                parameters += weight.numel()
+                part = words[-1:] if key == "weight" else [*words[-1:], key]
+                names[".".join(part)] = None
+    parts = []
+    if names:
+        share = parameters / parameter_count(model)
+        parts.append(f"{', '.join(names)}, which are no linear layers ({share:.0%} of the model)")
+    if bypassed:
+        parts.append(f"{', '.join(bypassed)}, where it would get no gradient")
+    if not parts:
+        return ""
+    return f"the adapter leaves out {'; '.join(parts)}"
 
 
 def _match(endings: Mapping[str, str], names: Sequence[str], key: str, described: str) -> list[str]:

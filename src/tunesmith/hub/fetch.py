@@ -31,7 +31,7 @@ from tunesmith.host.files import cache_folder, check_regular_files, require_disk
 from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_files
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
-from tunesmith.model.measured_spec import model_spec
+from tunesmith.model.measured_spec import model_spec, text_config
 from tunesmith.model.safetensors_files import (
     INDEX,
     SINGLE,
@@ -274,8 +274,12 @@ def plan_download(
 
     where = f"{page}/blob/{listing.commit}/config.json"
     config = read_json(small_file("config.json"))
-    check_supported(config, where, model.trust_remote_code)
+    check_supported(config, where)
     spec = model_spec(config, where=where, trust_remote_code=model.trust_remote_code)
+    if spec.measured:  # of Transformers' own code, so whether it trains is known before its weights
+        from tunesmith.model.support import find_support
+
+        find_support(text_config(config, where), model, where=where)
     if seq_len is not None:
         check_seq_len(spec, seq_len, where=where)
     weights = [SINGLE]

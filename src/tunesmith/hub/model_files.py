@@ -11,6 +11,7 @@ from tunesmith.model import load
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.spec import ModelSpec, stated_position_limit
+from tunesmith.model.support import Support, find_support
 from tunesmith.model.tokenizer import load_tokenizer, vocab_rows
 
 
@@ -22,6 +23,7 @@ class ModelFiles:
     model: Model
     config: PretrainedConfig
     spec: ModelSpec
+    support: Support  # how its layers train, by measurement where the table has no row for them
     tokenizer: PreTrainedTokenizerBase
 
     @property
@@ -63,5 +65,6 @@ def read_model_files(folder: Path, model: Model) -> ModelFiles:
     # Transformers fills in max_position_embeddings where the file has none.
     limit = stated_position_limit(read_json(folder / "config.json"), spec.layers)
     spec = replace(spec, position_limit=limit)
+    support = find_support(config, model, where=f"{folder}/config.json")
     tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
-    return ModelFiles(folder, model, config, spec, tokenizer)
+    return ModelFiles(folder, model, config, spec, support, tokenizer)

@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
+from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.safetensors_files import read_json
-from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.model.spec import check_supported, read_spec, stored_quantization
 
 
 def load_config(folder: Path, model: Model) -> PretrainedConfig:
@@ -29,8 +30,13 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
     recipe cannot train.
     """
     file = folder / "config.json"
-    spec = read_stated_spec(folder, model)
-    if spec.quantized and model.quantize != "nf4":
+    stated = read_json(file)
+    check_supported(stated, str(file))
+    runs_own_code = model.trust_remote_code and "auto_map" in stated
+    if stated["model_type"] in ARCHITECTURES or runs_own_code:
+        # As it stands there, without the defaults of Transformers.
+        read_spec(stated, where=str(file), trust_remote_code=model.trust_remote_code)
+    if stored_quantization(stated, str(file)) and model.quantize != "nf4":
         raise ModelError(
             "the checkpoint is already in bitsandbytes nf4",
             where=str(file),
@@ -47,14 +53,6 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
             why=one_line(error),
             fix="correct the named key, or fetch it again: tunesmith fetch MODEL",
         ) from error
-
-
-def read_stated_spec(folder: Path, model: Model) -> ModelSpec:
-    """The spec of config.json as it stands there, without the defaults of Transformers; raises as
-    `read_spec`.
-    """
-    file = folder / "config.json"
-    return read_spec(read_json(file), where=str(file), trust_remote_code=model.trust_remote_code)
 
 
 def one_line(error: BaseException) -> str:

@@ -164,12 +164,19 @@ def build_to_measure(config: "PretrainedConfig", dtype: Any = "bf16") -> "PreTra
 
 def _cannot_measure(config: Mapping[str, Any], where: str, error: Exception) -> ModelError:
     text = " ".join(str(error).split())
+    why = f"{type(error).__name__}: {text[:300]}"
+    fix = (
+        "take config.json from the model's page again: tunesmith fetch MODEL; "
+        "a newer type takes a newer Transformers"
+    )
+    if "auto_map" in config:
+        why = f"its repository ships its own code, which runs only when trusted; {why}"
+        fix = "read that code and set model.trust_remote_code: true"
     return ModelError(
         f"Transformers cannot build this {config['model_type']} from its config",
         where=where,
-        why=f"{type(error).__name__}: {text[:300]}",
-        fix="take config.json from the model's page again: tunesmith fetch MODEL; "
-        "a newer type takes a newer Transformers",
+        why=why,
+        fix=fix,
     )
 
 

@@ -1,8 +1,8 @@
 """What a model is, read from its config.json alone: shape, parameter counts, the work of one step.
 
-Nothing heavy is imported. A config that this engine cannot train (mixture of experts, images,
-encoders, state-space layers, other quantization) is refused here, by name, before a byte of weights
-is read.
+Nothing heavy is imported. A config that names an encoder, images or sound, or another quantization
+is refused here, by name, before a byte of weights is read; whether the layers of any other model
+train is measured, in `support`.
 """
 
 from collections import Counter
@@ -15,8 +15,6 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_text
 from tunesmith.units import ceil_div
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_EXPERT_MODELS = ("mixtral", "dbrx", "gpt_oss", "deepseek_v2", "deepseek_v3", "arctic")
 _MODALITIES = ("vision_config", "audio_config", "vision_tower", "image_token_id")
 _MULTIMODAL = ("llava", "mllama", "paligemma", "idefics3", "gemma3", "gemma3n", "llama4")
 _ENCODERS = (
@@ -32,22 +30,6 @@ _ENCODERS = (
     "whisper",
     "clip",
 )
-_STATE_SPACE = (
-    "mamba",
-    "rwkv",
-    "xlstm",
-    "jamba",
-    "zamba",
-    "bamba",
-    "falcon_h1",
-    "recurrent_gemma",
-    "nemotron_h",
-)
-_REASONS = {
-    "phi": "Phi-1 to Phi-2 have a head with a bias, which the loss does not compute; "
-    "Phi-3, 3.5 and 4 work",
-    "gpt2": "GPT-2 stores its linear layers transposed",
-}
 
 
 @dataclass(frozen=True)
@@ -147,11 +129,10 @@ class ModelSpec:
 def read_spec(
     config: Mapping[str, Any], *, where: str, trust_remote_code: bool = False
 ) -> ModelSpec:
-    """The spec of a parsed config.json, which errors call `where`.
+    """The spec of a parsed config.json of a family in the table, which errors call `where`.
 
     `trust_remote_code` takes a type that is not in the table, as Llama's shape, when its repository
-    ships the code. ModelError where it is no decoder that this engine trains, or a size is missing
-    or impossible.
+    ships the code. ModelError where it is another type, or a size is missing or impossible.
     """
     try:
         return _read_sizes(config, where, trust_remote_code)
@@ -166,8 +147,14 @@ def read_spec(
 
 
 def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> ModelSpec:
-    check_supported(config, where, trust_remote_code)
+    check_supported(config, where)
     model_type = str(config["model_type"])
+    if model_type not in ARCHITECTURES and not (trust_remote_code and "auto_map" in config):
+        raise ModelError(
+            f"the sizes of {model_type} are not read from its config alone",
+            where=where,
+            fix=f"take one of: {families_text()}",
+        )
     family = ARCHITECTURES.get(model_type, Architecture("code of the repository"))
     depth = _size(config, "num_hidden_layers", where)
     hidden = _size(config, "hidden_size", where)
@@ -270,7 +257,7 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
         raise ModelError(
             f"{kind} is an encoder or encoder-decoder, which tunesmith does not train",
             where=where,
-            fix=f"take a dense text decoder: {families_text()}",
+            fix=f"take a text decoder, such as {families_text()}",
         )
 
 
@@ -281,42 +268,18 @@ def _is_encoder(name: str, config: Mapping[str, Any]) -> bool:
     return is_named_so or bool(bidirectional)
 
 
-def check_supported(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> None:
-    """Raise ModelError, naming what the model is, unless it is a dense text decoder of a known
-    family.
-    """
+def check_supported(config: Mapping[str, Any], where: str) -> None:
+    """Raise ModelError, naming what the model is, for an encoder and for images or sound."""
     check_decoder(config, where)
     kind = str(config["model_type"])
-    other_kind = _other_kind(kind, config)
-    if other_kind:
-        fix = f"take a dense text decoder: {families_text()}"
-        what = f"{kind} is {other_kind}, which tunesmith does not train"
-        raise ModelError(what, where=where, fix=fix)
-    ships_code = "auto_map" in config
-    if kind in ARCHITECTURES or (trust_remote_code and ships_code):
-        return
-    what = f"{kind} is not among the families that tunesmith is tested with"
-    why = ""
-    fix = f"take one of: {families_text()}"
-    if ships_code:
-        why = "its repository ships its own code, which runs only when trusted"
-        fix = f"read that code and set model.trust_remote_code: true, or {fix}"
-    raise ModelError(what, where=where, why=_REASONS.get(kind, why), fix=fix)
-
-
-def _other_kind(kind: str, config: Mapping[str, Any]) -> str:
-    """What a config is when it is no dense text decoder, else an empty string."""
     name = kind.lower().replace("-", "_")
-    for key in _EXPERTS:
-        if (config.get(key) or 0) > 1:
-            return f"a mixture of {config[key]} experts"
-    if "moe" in name or name in _EXPERT_MODELS:
-        return "a mixture of experts"
     if any(key in config for key in _MODALITIES) or name.endswith("_vl") or name in _MULTIMODAL:
-        return "a multimodal model (text with images or sound)"
-    if any(part in name for part in _STATE_SPACE):
-        return "a state-space or recurrent model"
-    return ""
+        raise ModelError(
+            f"{kind} is a multimodal model (text with images or sound), "
+            "which tunesmith does not train",
+            where=where,
+            fix=f"take a text decoder, such as {families_text()}",
+        )
 
 
 def stored_quantization(config: Mapping[str, Any], where: str) -> str | None:

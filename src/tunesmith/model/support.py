@@ -6,10 +6,14 @@ next are named by it, and run on one row a document. Where that does not hold, p
 tried; where that fails too, the model is refused with the figures.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,15 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
+from tunesmith.host.files import cache_folder, write_atomically
 from tunesmith.model import attention
+from tunesmith.model.architectures import ARCHITECTURES, families_text
 from tunesmith.model.chunked import prepare_chunked_attention
 from tunesmith.model.decoder import find_decoder, find_head, find_layers
 from tunesmith.model.documents import Documents, use_documents
 from tunesmith.model.load import one_line
 from tunesmith.model.recurrent import run_by_document
-from tunesmith.model.twin import VOCAB, build_twin
+from tunesmith.model.twin import NO_SIZES, VOCAB, build_twin
 
+FORMAT = 1  # of the cached files; what is measured, and how, counts
 # Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
 LENGTHS = (13, 22)
 # Differences of logits and gradients in fp32, relative to the largest value. Sums in another order
@@ -76,6 +84,19 @@ class Support:
     dead_targets: tuple[str, ...] = ()
     errors: Errors | None = None
 
+    def describe(self) -> list[str]:
+        """Lines for the user where a model trains otherwise than one that this engine is tuned
+        for.
+        """
+        if self.state == "padded":
+            return [f"warning: slower than packed rows: {self.why}"]
+        if self.recurrent:
+            return [
+                f"{', '.join(self.recurrent)}: recurrent layers run on one row a document, "
+                "padded to a common length"
+            ]
+        return []
+
 
 TUNED = Support("tuned", "this engine's own forwards, held to Transformers' by tests")
 
@@ -103,6 +124,62 @@ def _difference(one: Tensor, other: Tensor) -> float:
     """The largest difference; infinite where a value is not a number."""
     difference = float((one - other).abs().max())
     return difference if difference == difference else float("inf")
+
+
+def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Support:
+    """How a model trains, of its config, which errors call `where`.
+
+    What was measured before is read from the disk; the code of a repository, which may change, is
+    measured each time. ModelError for a model that is refused, with the figures.
+    """
+    text_config = config.get_text_config()
+    if text_config.model_type in ARCHITECTURES:
+        return TUNED
+    runs_own_code = model.trust_remote_code and hasattr(config, "auto_map")
+    try:
+        if runs_own_code:
+            support = measure_support(text_config, trust_remote_code=True)
+        else:
+            support = _measure_once(text_config)
+    except ModelError as error:
+        error.where = error.where or where
+        raise
+    if support.state == "refused":
+        raise ModelError(
+            f"{text_config.model_type} does not train here",
+            where=where,
+            why=support.why,
+            fix=f"tunesmith models names the types that do, among them {families_text()}",
+        )
+    return support
+
+
+def _measure_once(config: PretrainedConfig) -> Support:
+    """What was measured of this config before, or is measured now and cached."""
+    sizes = {key: value for key, value in config.to_dict().items() if key not in NO_SIZES}
+    key = [FORMAT, version("transformers"), version("torch"), sizes]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    file = cache_folder("support") / f"{name}.json"
+    cached = _read_cached(file)
+    if cached is not None:
+        return cached
+    support = measure_support(config)
+    with suppress(OSError):  # a cache that cannot be written costs seconds
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(asdict(support)))
+    return support
+
+
+def _read_cached(file: Path) -> Support | None:
+    """What a cached file holds; None where it is not there or not readable."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        errors = values.pop("errors")
+        for name in ("recurrent", "dead_targets"):
+            values[name] = tuple(values[name])
+        return Support(errors=Errors(**errors) if errors else None, **values)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def measure_support(

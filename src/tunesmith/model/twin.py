@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
 
@@ -274,7 +274,17 @@ PERIODS = (
 # Of a config: ids of tokens, which the small vocabulary does not have.
 TOKEN_IDS = ("_token_id", "_index")
 # Keys that say how a checkpoint was written, and not what the model computes.
-NO_SIZES = ("quantization_config", "dtype", "torch_dtype", "_name_or_path", "auto_map", "id2label")
+NO_SIZES = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "id2label",
+    "label2id",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+)
 
 # What the names of the keys do not tell.
 HINTS: dict[str, dict[str, Any]] = {
@@ -348,7 +358,12 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     layers = choose_layers(values, config.num_hidden_layers, each=each)
     small = _shrink_values(values, layers, config.num_hidden_layers)
     small |= HINTS.get(model_type, {})
-    return type(config)(**small)
+    twin: PretrainedConfig = type(config)(**small)
+    # Of a repository's own code, which is looked up by them.
+    twin.name_or_path = config.name_or_path
+    if hasattr(config, "auto_map"):
+        twin.auto_map = config.auto_map
+    return twin
 
 
 def choose_layers(values: Mapping[str, Any], depth: int, *, each: int = 1) -> list[int]:
@@ -496,9 +511,3 @@ def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict
         else:
             small[key] = value
     return small
-
-
-def twin_config(values: Mapping[str, Any]) -> PretrainedConfig:
-    """The config of a model type with some values, for those that have no config.json at hand."""
-    config: PretrainedConfig = AutoConfig.for_model(**values)
-    return config.get_text_config()

@@ -14,13 +14,13 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from tunesmith.config.schema import Adapter
+from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError
 from tunesmith.host.files import cache_folder, write_atomically
 from tunesmith.model.measured_spec import TOKENS, build_to_measure, text_config
 from tunesmith.model.spec import ModelSpec, adapter_parameters
 
-FORMAT = 1  # of the cached files
+FORMAT = 2  # of the cached files
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,15 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
     from tunesmith.adapter import lora
     from tunesmith.model.fused import fuse_modules
     from tunesmith.model.meta_forward import run_on_meta
+    from tunesmith.model.support import find_support
+    from tunesmith.quant.frozen_linear import set_bypassed
 
     values = json.loads(sizes)
-    model = build_to_measure(text_config(values, where="config.json"), dtype)
+    config = text_config(values, where="config.json")
+    support = find_support(config, Model(name=config.model_type), where="config.json")
+    model = build_to_measure(config, dtype)
     trained = 0
+    set_bypassed(model, support.dead_targets)
     if adapter.kind == "lora":
         lora.attach_lora(model, adapter, seed=0)
         trained = lora.count_adapter_parameters(model, adapter)

@@ -75,6 +75,8 @@ def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tupl
     """How attention is computed, and why; `eager`: by Transformers, on padded rows."""
     if run.model.attention == "eager":
         return "eager", "as model.attention says"
+    if files.support.state == "padded":
+        return "eager", files.support.why
     softcap = files.spec.attention_softcap is not None
     dtype = DTYPES[run.model.dtype]
     return attention.select_attention_backend(device, dtype, files.spec.head_dim, softcap=softcap)

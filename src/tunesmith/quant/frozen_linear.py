@@ -1,7 +1,7 @@
 """Linear layers with a quantized weight that is not trained, and what a model asks about them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -108,8 +108,42 @@ def load_hooks(model: nn.Module) -> dict[str, Hook]:
     return hooks
 
 
+BYPASSED = "is_bypassed"  # an attribute of a linear layer
+
+
+def is_bypassed(module: nn.Module) -> bool:
+    """Whether other code reads the weight of a linear layer past its forward."""
+    return BYPASSED in vars(module)
+
+
+def set_bypassed(model: nn.Module, targets: Collection[str]) -> None:
+    """Mark the linear layers whose weight other code reads past their forward.
+
+    `targets` are names within a decoder layer, without the numbers in them ("mixer.dt_proj").
+    """
+    endings = tuple(f".{target}" for target in targets)
+    for name, module in model.named_modules():
+        words = ".".join(word for word in name.split(".") if not word.isdigit())
+        if isinstance(module, nn.Linear) and words.endswith(endings):
+            vars(module)[BYPASSED] = True
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is y = x W^T + b and nothing else, so that another may stand in for it.
+
+    Routers and stacks of Transformers derive from `nn.Linear` too, with a forward of their own; and
+    of some linear layers only the weight is read (`set_bypassed`).
+    """
+    if isinstance(module, FrozenLinear):
+        return True
+    if not isinstance(module, nn.Linear) or is_bypassed(module):
+        return False
+    [owner, *_] = (base for base in type(module).__mro__ if "forward" in vars(base))
+    return owner is nn.Linear or owner.__module__.startswith("tunesmith.")
+
+
 def linear_names(model: nn.Module, *, head: bool) -> list[str]:
-    """Full names of the linear layers, dense and quantized, in the model's order.
+    """Full names of the plain linear layers, dense and quantized, in the model's order.
 
     With the output layer if `head`.
     """
@@ -120,7 +154,7 @@ def linear_names(model: nn.Module, *, head: bool) -> list[str]:
         left_out = model.get_output_embeddings()
     names = []
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, FrozenLinear)) and module is not left_out:
+        if is_plain_linear(module) and module is not left_out:
             names.append(name)
     return names
 

@@ -199,6 +199,9 @@ def model_parts(
         if key.partition(".")[0] not in NOT_COMPUTED:
             text = json.dumps(value, default=str)
             parts[f"model.name: {key} of config.json"] = Compared(text, text)
+    support = files.support
+    text = ", ".join([support.state, *support.recurrent])
+    parts["model.name: how its layers train"] = Compared(text, text)
     digest = data.tokenizer_hash
     parts["model.tokenizer"] = Compared(
         digest, f"{len(files.tokenizer):,} tokens ({digest[:SHORT]})"

@@ -19,6 +19,7 @@ import torch
 from rich.filesize import decimal as size_text
 from transformers import PreTrainedModel
 
+from tunesmith.adapter import lora
 from tunesmith.adapter.peft_files import find_adapter, read_adapter
 from tunesmith.build_model import Weights, build_model, count_trained, define_model
 from tunesmith.checkpoint.contents import read_optimizer
@@ -34,7 +35,7 @@ from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source import is_local
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import MachineError, UsageError
+from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.host import packages
 from tunesmith.host.chips import Peak
 from tunesmith.host.files import existing_folder, require_disk_space, write_atomically
@@ -171,6 +172,8 @@ def build(
         check_machine(run, device, say)
         check_inputs(run, start)
         files, hashes = read_base(run, start, ranks, weights=weights, say=say)
+        session_run = run
+        run = lay_out_rows(run, files, say)
         # Nothing is learned in a measurement, and a run that began keeps the rows that it began
         # with.
         resumes = start.checkpoint is not None
@@ -216,12 +219,37 @@ def build(
         say(line)
     total_steps = data.schedule.steps(run.train.duration)
     session = Session(
-        run, files, data, root, optimizer, plan, total_steps, hashes, peak, ranks, mesh
+        session_run, files, data, root, optimizer, plan, total_steps, hashes, peak, ranks, mesh
     )
     is_over = total_steps is not None and progress.step >= total_steps
     if run.train.optimizer_in_backward and not is_over:
         check_one_micro_batch(run, session.loader(progress.step).batch(progress.step))
     return session
+
+
+def lay_out_rows(run: Run, files: ModelFiles, say: Callable[[str], None]) -> Run:
+    """The recipe with one document a row, where the model's layers do not keep packed documents
+    apart.
+
+    RecipeError where its steps are counted in tokens, which only packed rows fill.
+    """
+    support = files.support
+    for line in support.describe():
+        say(line)
+    if support.state != "padded":
+        return run
+    if run.train.global_batch.unit == "tokens":
+        raise RecipeError(
+            f"train.global_batch counts tokens, and {files.config.model_type} trains unpacked",
+            where="train.global_batch",
+            why=support.why,
+            fix="train.global_batch: 64 examples",
+        )
+    return replace(
+        run,
+        data=replace(run.data, pack=False),
+        model=replace(run.model, attention="eager"),
+    )
 
 
 def read_base(
@@ -292,6 +320,10 @@ def describe_session(
         yield f"warning: the base stays in {plan.base}: {plan.why['base']}"
     yield from plan.warnings
     yield root.describe()
+    if run.adapter.kind == "lora" and run.adapter.target == lora.ALL_LINEAR:
+        left_out = lora.describe_left_out(root.model)
+        if left_out:
+            yield left_out
     yield from plan.describe(why=why)
     yield from describe_micro_batch(start, run, plan)
     yield from describe_rounding(start, run)
