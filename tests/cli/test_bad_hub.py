@@ -61,9 +61,7 @@ def repos(tiny: Path) -> dict[str, Repo]:
         "someone/no-config": less("config.json"),
         "someone/no-tokenizer": less("tokenizer.json"),
         "someone/broken-config": less("config.json", **{"config.json": b"{"}),
-        "someone/experts": less(
-            "config.json", **{"config.json": b'{"model_type": "mixtral", "num_local_experts": 8}'}
-        ),
+        "someone/encoder": less("config.json", **{"config.json": b'{"model_type": "roberta"}'}),
         "someone/fine": good,
         "someone/gated-rows": Repo({"train.jsonl": row}, gated=True, granted="another"),
     }
@@ -116,7 +114,7 @@ HUB: dict[str, tuple[str, str, str | None, str, str, str]] = {
     "no config.json": ("train", "someone/no-config", None, "config.json", "", ""),
     "no tokenizer": ("train", "someone/no-tokenizer", None, "tokenizer", "", "model.tokenizer"),
     "a broken config.json": ("train", "someone/broken-config", None, "", "", ""),
-    "a mixture of experts": ("train", "someone/experts", None, "mixture of 8 experts", "", "dense"),
+    "an encoder": ("train", "someone/encoder", None, "roberta is an encoder", "", "text decoder"),
     "no such data set": ("rows", "someone/no-rows", None, "someone/no-rows", "", ""),
     "401: gated data set": ("rows", "someone/gated-rows", None, "gated", "", "HF_TOKEN"),
     "chat, 401": ("chat", "someone/gated", None, "gated", "someone/gated", "HF_TOKEN"),

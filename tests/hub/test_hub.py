@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from tunesmith.errors import ModelError
 from tunesmith.hub.fetch import fetch_without_weights
@@ -259,9 +260,9 @@ def test_other_repositories_are_told_apart(ask, files, others, words) -> None:
 
 
 def test_a_kind_that_is_not_trained_is_refused_before_its_weights_come(ask, files) -> None:
-    config = json.loads(files["config.json"]) | {"model_type": "mixtral", "num_local_experts": 8}
-    with StandIn({NAME: Repo(files | {"config.json": json.dumps(config).encode()})}) as hub:
-        assert_refused(ask(hub)[0], "a mixture of 8 experts", "llama")
+    config = AutoConfig.for_model("modernbert-decoder").to_json_string().encode()
+    with StandIn({NAME: Repo(files | {"config.json": config})}) as hub:
+        assert_refused(ask(hub)[0], "modernbert-decoder does not train here", "llama")
         assert not [s for s in hub.seen if "model.safetensors" in s.path]
 
 

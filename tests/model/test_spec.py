@@ -15,13 +15,6 @@ from tunesmith.model import spec
 from . import families
 
 REFUSED = {
-    "mixture of 8 experts": {"model_type": "mixtral", "num_local_experts": 8},
-    "mixture of 60 experts": {"model_type": "qwen2_moe", "num_experts": 60},
-    "mixture of 128 experts": {"model_type": "qwen3_moe", "num_experts": 128},
-    "mixture of 256 experts": {"model_type": "deepseek_v3", "n_routed_experts": 256},
-    "mixture of 32 experts": {"model_type": "gpt_oss", "num_local_experts": 32},
-    "mixture of experts": {"model_type": "phimoe"},
-    "mixture of 16 experts": {"model_type": "llama4", "num_local_experts": 16},
     "multimodal model": {"model_type": "gemma3", "vision_config": {}, "text_config": {}},
     "multimodal": {"model_type": "qwen2_5_vl", "vision_config": {}},
     "a multimodal": {"model_type": "llava"},
@@ -31,13 +24,7 @@ REFUSED = {
     "encoder or": {"model_type": "modernbert"},
     "encoder-decoder": {"model_type": "t5", "is_encoder_decoder": True},
     "an encoder or": {"model_type": "gemma3_text", "use_bidirectional_attention": True},
-    "state-space": {"model_type": "mamba2"},
-    "recurrent": {"model_type": "rwkv"},
-    "state-space or": {"model_type": "falcon_h1"},
-    "a head with a bias": {"model_type": "phi"},
-    "transposed": {"model_type": "gpt2"},
-    "not among the families": {"model_type": "brand_new"},
-    "trust_remote_code": {"model_type": "brand_new", "auto_map": {"AutoConfig": "x.Y"}},
+    "not read from its config alone": {"model_type": "brand_new"},
     "no model_type": {"architectures": ["LlamaForCausalLM"]},
     "quantized with gptq": {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
     "quantized with awq": {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},

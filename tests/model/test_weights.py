@@ -334,7 +334,7 @@ BAD = {
     "more layers than anybody can build": (lambda f: config(f, num_hidden_layers=10**7), "config.json describes"),
     "a number of 5,000 digits": (lambda f: (f / "config.json").write_text(f'{{"a": {"1" * 5000}}}'), "cannot be read"),
     "config in brackets": (lambda f: (f / "config.json").write_text("[" * 20000), "config.json cannot be read"),
-    "text for a number": (lambda f: config(f, num_experts="8"), "a value of the config"),
+    "text for a number": (lambda f: config(f, attention_dropout="much"), "a value of the config"),
     "quantization as a list": (lambda f: config(f, quantization_config=[1]), "a value of the config"),
     "unread type": (unread_type, "type that cannot be read"),
     "unread type, tied twice": (unread_tied_head, "type that cannot be read"),

@@ -64,6 +64,7 @@ VERBS = {
     "stop": ("tunesmith.cli.stop", "ask a launched run to save and end"),
     "watch": ("tunesmith.cli.watch", "follow runs on a live page, and compare them"),
     "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
+    "models": ("tunesmith.cli.models", "say which model types train here, and how"),
     "fetch": ("tunesmith.cli.fetch", "check license and disk, then download model and data"),
     "data": ("tunesmith.cli.data", "see the tokens that a recipe trains on"),
     "plan": (

@@ -264,8 +264,9 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
 def _is_encoder(name: str, config: Mapping[str, Any]) -> bool:
     """By its type, in small letters and underscores, and its keys."""
     is_named_so = any(name.endswith(part) or name.startswith(f"{part}_") for part in _ENCODERS)
-    bidirectional = config.get("is_encoder_decoder") or config.get("use_bidirectional_attention")
-    return is_named_so or bool(bidirectional)
+    # "vision": between the tokens of an image alone.
+    bidirectional = config.get("use_bidirectional_attention") in (True, "all")
+    return is_named_so or bidirectional or bool(config.get("is_encoder_decoder"))
 
 
 def check_supported(config: Mapping[str, Any], where: str) -> None:

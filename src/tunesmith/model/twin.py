@@ -295,7 +295,9 @@ HINTS: dict[str, dict[str, Any]] = {
 
 
 def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The twin of a model of this config: fp32, on the CPU, in train mode, with eager attention.
+    """The twin of a model of this config: fp32, on the CPU, with eager attention.
+
+    It is in eval mode: some experts are drawn at random in training (PhiMoE).
 
     ModelError where Transformers cannot build it, or a size of it does not shrink.
     """
@@ -325,7 +327,7 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
         except Exception as error:
             raise _no_twin(config, one_line(error)) from error
         _spread_weights(model)
-    return model.train()
+    return model.eval()
 
 
 def _no_twin(config: PretrainedConfig, why: str) -> ModelError:

@@ -1,0 +1,215 @@
+"""Measure how every causal model type of Transformers trains: packed, padded or not at all.
+
+    python benchmarks/parity/families.py              # print each type, and compare with the table that ships
+    python benchmarks/parity/families.py llama4_text  # some types
+    python benchmarks/parity/families.py --write      # the table, and docs/models.md from it
+
+Each type's own config is shrunk to a twin (`model/twin.py`), and two documents in one row are
+compared with each of them alone under Transformers' own attention, in logits and every gradient
+(`model/support.py`). It ends with 1, and names the types, where one trains otherwise than the table
+says: a release of Transformers has changed it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tunesmith.errors import ModelError
+from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.model_types import FILE, ModelType, read_model_types
+from tunesmith.model.spec import check_supported
+from tunesmith.model.support import TUNED, Errors, measure_support
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/models.md"
+# What a type's default config leaves out, and every published model of it has.
+COMPLETE: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 5e5, "clip_qkv": 8}},
+    "deepseek_v2": {"n_group": 8, "topk_group": 3, "num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+}
+# What a verdict rests on; its figures differ from machine to machine.
+VERDICT = ("state", "recurrent", "dead_targets", "text")
+HEADER = """# Models
+
+Every type of causal language model that Transformers {transformers} has, as this engine trains it. `tunesmith models`
+prints the same table, and `tunesmith models FOLDER` measures the model of a folder on its own config.
+
+- **tuned**: documents share rows, and the engine's own forwards compute them.
+- **packed**: documents share rows, under Transformers' forwards. Where layers are named, they carry a state along the row
+  and run on one row a document.
+- **padded**: one document a row, which is slower: these layers do not keep packed documents apart.
+- **refused**: an encoder, or a model that a text alone does not train.
+
+{counts}. Measured on a tiny twin of each type, in fp32: the largest difference of two packed (or padded) documents from each
+document alone, in logits and gradients, relative to the largest value. `make families` measures them again.
+
+| type | state | logits | gradients | |
+|---|---|---|---|---|
+"""
+
+
+def default_config(model_type: str) -> PretrainedConfig:
+    """The config of a type as Transformers makes it, complete."""
+    config: PretrainedConfig = CONFIG_MAPPING[model_type](**COMPLETE.get(model_type, {}))
+    return config
+
+
+def measure_type(model_type: str) -> tuple[ModelType, float]:
+    """One type, and the seconds that it took."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    try:
+        entry = _measure(model_type)
+    except ModelError as error:
+        entry = ModelType(model_type, "refused", _one_line(f"{error.what}: {error.why}"))
+    # A config class may raise anything on its own defaults.
+    except Exception as error:
+        entry = ModelType(model_type, "refused", _one_line(f"its default config: {error}"))
+    return entry, time.monotonic() - start
+
+
+def _measure(model_type: str) -> ModelType:
+    config = default_config(model_type)
+    check_supported(config.to_dict(), model_type)
+    text = config.get_text_config()
+    if text.model_type in ARCHITECTURES:
+        support = replace(measure_support(text), state="tuned", why=TUNED.why)
+    else:
+        support = measure_support(text)
+    errors = support.errors or Errors(float("nan"), float("nan"))
+    entry = ModelType(
+        model_type,
+        support.state,
+        _one_line(support.why),
+        support.recurrent,
+        support.dead_targets,
+        float(f"{errors.logits:.1e}") if support.errors else None,
+        float(f"{errors.gradients:.1e}") if support.errors else None,
+    )
+    if text.model_type != model_type:
+        entry = replace(entry, text=text.model_type)
+    return entry
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:160]
+
+
+def as_json(entries: list[ModelType]) -> str:
+    """The table that ships: a line for each type."""
+    versions = {name: version(name) for name in ("transformers", "torch")}
+    lines = []
+    for entry in entries:
+        values = {key: value for key, value in vars(entry).items() if value not in (None, (), "")}
+        name = values.pop("model_type")
+        lines.append(f"{json.dumps(name)}: {json.dumps(values)}")
+    types = ",\n".join(lines)
+    return f'{{"versions": {json.dumps(versions)},\n"types": {{\n{types}\n}}}}\n'
+
+
+def as_page(entries: list[ModelType]) -> str:
+    """docs/models.md."""
+    lines = []
+    for entry in entries:
+        figures = ["", ""]
+        if entry.logits is not None:
+            figures = [f"{entry.logits:.0e}", f"{entry.gradients:.0e}"]
+        note = ""
+        if entry.state in ("padded", "refused"):
+            note = entry.why
+        elif entry.recurrent:
+            note = f"by document: {', '.join(entry.recurrent)}"
+        if entry.text:
+            note = f"text model: `{entry.text}`" + (f"; {note}" if note else "")
+        cells = [f"`{entry.model_type}`", entry.state, *figures, note.replace("|", "/")]
+        lines.append(f"| {' | '.join(cells)} |")
+    header = HEADER.format(counts=count(entries), transformers=version("transformers"))
+    return header + "\n".join(lines) + "\n"
+
+
+def count(entries: list[ModelType]) -> str:
+    """How many types there are of each state."""
+    counts = Counter(entry.state for entry in entries)
+    states = ", ".join(
+        f"{counts[state]} {state}" for state in ("tuned", "packed", "padded", "refused")
+    )
+    return f"{len(entries)} types: {states}"
+
+
+def find_changes(entries: list[ModelType], table: dict[str, ModelType]) -> list[str]:
+    """A line for each type that trains otherwise than the table says."""
+    changes = []
+    for entry in entries:
+        before = table.get(entry.model_type)
+        if before is None:
+            changes.append(f"{entry.model_type}: new; {entry.state}")
+            continue
+        for key in VERDICT:
+            if getattr(entry, key) != getattr(before, key):
+                changes.append(
+                    f"{entry.model_type}: {key} was {getattr(before, key)!r}, is {getattr(entry, key)!r}"
+                )
+    return changes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="model types; all if left out")
+    parser.add_argument("--write", action="store_true", help="write the table and docs/models.md")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    names = options.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    start = time.monotonic()
+    entries = []
+    with ProcessPoolExecutor(options.processes) as pool:
+        for entry, seconds in pool.map(measure_type, names):
+            entries.append(entry)
+            figures = ""
+            if entry.logits is not None:
+                figures = f"logits {entry.logits:.1e}, gradients {entry.gradients:.1e}"
+            print(
+                f"{entry.model_type:24} {entry.state:8} {seconds:5.1f} s  {figures}  {entry.why}",
+                flush=True,
+            )
+    print(f"{count(entries)}; {time.monotonic() - start:.0f} s")
+    if options.write:
+        FILE.write_text(as_json(entries), encoding="utf-8")
+        PAGE.write_text(as_page(entries), encoding="utf-8")
+        return
+    changes = find_changes(entries, read_model_types())
+    if not options.types:
+        lost = set(read_model_types()) - set(names)
+        changes += [f"{name}: gone from Transformers" for name in sorted(lost)]
+    for change in changes:
+        print(f"changed: {change}", file=sys.stderr)
+    sys.exit(bool(changes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Say which model types train here, and how.
+
+examples:
+  tunesmith models                    # all types that Transformers has
+  tunesmith models qwen3_5_text       # one of them, with what was measured
+  tunesmith models ./my-model         # a folder with config.json: measured now, on this config
+  tunesmith models --json             # for scripts
+
+tuned: documents share rows, and this engine's own forwards compute them. packed: documents share
+rows, under Transformers' forwards. padded: one document a row. refused: not at all, and why.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tunesmith.model.model_types import (
+    ModelType,
+    find_model_type,
+    measured_with,
+    read_model_types,
+)
+
+# Kernels of recurrent layers; without them they are computed by plain PyTorch.
+KERNELS = "flash-linear-attention"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", nargs="?", help="a model type, or a folder with config.json; all types if left out"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.name is None:
+        types = list(read_model_types().values())
+        if args.json:
+            print(json.dumps([as_row(entry) for entry in types], indent=1))
+        else:
+            print_table(types)
+        return
+    entry = measure_folder(Path(args.name)) if is_folder(args.name) else find_model_type(args.name)
+    if args.json:
+        print(json.dumps(as_row(entry), indent=1))
+    else:
+        print_one(entry)
+
+
+def is_folder(name: str) -> bool:
+    """Whether a word names a place, and no model type."""
+    return "/" in name or Path(name).is_dir()
+
+
+def measure_folder(folder: Path) -> ModelType:
+    """How the model of a folder trains, measured on its own config."""
+    from tunesmith.config.schema import Model
+    from tunesmith.errors import ModelError
+    from tunesmith.model.load import load_config
+    from tunesmith.model.support import find_support
+
+    model = Model(name=str(folder))
+    config = load_config(folder, model)
+    text_type = config.get_text_config().model_type
+    try:
+        support = find_support(config, model, where=f"{folder}/config.json")
+    except ModelError as error:
+        return ModelType(text_type, "refused", f"{error.what}: {error.why}")
+    errors = support.errors
+    return ModelType(
+        text_type,
+        support.state,
+        support.why,
+        support.recurrent,
+        support.dead_targets,
+        errors.logits if errors else None,
+        errors.gradients if errors else None,
+    )
+
+
+def missing_here(entry: ModelType) -> str:
+    """What this machine lacks that would make the type faster; "" where nothing."""
+    if entry.recurrent and find_spec("fla") is None:
+        return KERNELS
+    return ""
+
+
+def as_row(entry: ModelType) -> dict[str, Any]:
+    """A type as JSON has it."""
+    row = dict(vars(entry))
+    row["missing"] = missing_here(entry)
+    return row
+
+
+def print_table(types: Iterable[ModelType]) -> None:
+    """All types, those that train best first."""
+    order = ("tuned", "packed", "padded", "refused")
+    rows = sorted(types, key=lambda entry: (order.index(entry.state), entry.model_type))
+    width = max(len(entry.model_type) for entry in rows)
+    for entry in rows:
+        print(f"{entry.model_type.ljust(width)}  {entry.state.ljust(7)}  {entry.why}")
+    counts = Counter(entry.state for entry in rows)
+    counted = ", ".join(f"{counts[state]} {state}" for state in order)
+    versions = ", ".join(f"{name} {version}" for name, version in measured_with().items())
+    print(f"\n{len(rows)} types: {counted}; measured with {versions}", file=sys.stderr)
+
+
+def print_one(entry: ModelType) -> None:
+    """What was measured of one type."""
+    lines = {
+        "state": entry.state,
+        "why": entry.why,
+        "text model": entry.text,
+        "run one row a document": ", ".join(entry.recurrent),
+        "no adapter on": ", ".join(entry.dead_targets),
+        "missing here": missing_here(entry),
+    }
+    if entry.logits is not None and entry.gradients is not None:
+        lines["largest difference"] = f"logits {entry.logits:.1e}, gradients {entry.gradients:.1e}"
+    print(entry.model_type)
+    for name, value in lines.items():
+        if value:
+            print(f"  {name}: {value}")
