@@ -2,6 +2,7 @@
 # make quick   the tests without the slow ones, under 90 seconds
 # make test    every test, as CI runs them
 # make check   lint, format, types, import floors, house rules, generated pages
+# make families  how every model type of Transformers trains, measured, against the table that ships
 # make picture  the picture of the README: a run in a terminal of 80 columns
 # make torch-matrix  the tests without the slow ones on the lowest and the newest torch that is supported
 # make cluster-tools  install what the tests on real Slurm, Swarm, Docker, Nix and Chromium need (root, Debian or Ubuntu)
@@ -24,7 +25,7 @@ WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
 # Beside the version of constraints.txt: the lowest that is supported, and the newest.
 TORCHES ?= 2.11 2.15
 
-.PHONY: demo picture quick test check cluster-tools clean torch-matrix
+.PHONY: demo picture families quick test check cluster-tools clean torch-matrix
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py
@@ -34,6 +35,9 @@ picture: $(VENV)/dev.stamp
 
 quick: $(VENV)/dev.stamp
 	$(PYTEST) auto -m 'not slow'
+
+families: $(VENV)/dev.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/parity/families.py --processes $$(getconf _NPROCESSORS_ONLN)
 
 test: $(VENV)/dev.stamp
 	$(PYTEST) $(WORKERS)
