@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.names import text_part
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.spec import check_supported, read_spec, stored_quantization
 
@@ -28,15 +30,21 @@ from tunesmith.model.spec import check_supported, read_spec, stored_quantization
 def load_config(folder: Path, model: Model) -> PretrainedConfig:
     """The model's configuration; ModelError where it is missing, broken, or of a kind that the
     recipe cannot train.
+
+    Of a vision-language model it is that of the text model, as `text_part` describes.
     """
     file = folder / "config.json"
     stated = read_json(file)
     check_supported(stated, str(file))
+    if stated["model_type"] in COMPOSITES:
+        quantized = None
+    else:
+        quantized = stored_quantization(stated, str(file))
     runs_own_code = model.trust_remote_code and "auto_map" in stated
     if stated["model_type"] in ARCHITECTURES or runs_own_code:
         # As it stands there, without the defaults of Transformers.
         read_spec(stated, where=str(file), trust_remote_code=model.trust_remote_code)
-    if stored_quantization(stated, str(file)) and model.quantize != "nf4":
+    if quantized and model.quantize != "nf4":
         raise ModelError(
             "the checkpoint is already in bitsandbytes nf4",
             where=str(file),
@@ -44,7 +52,8 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
             fix="set model.quantize: nf4, or take the unquantized model",
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        return text_part(config)
     # Transformers raises many kinds here, its own strict-dataclass errors among them.
     except Exception as error:
         raise ModelError(

@@ -19,6 +19,7 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.host.files import cache_folder, write_atomically
 from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.names import text_part
 from tunesmith.model.spec import (
     Layer,
     ModelSpec,
@@ -140,14 +141,10 @@ def text_config(sizes: Mapping[str, Any], where: str) -> "PretrainedConfig":
     values = dict(sizes)
     try:
         config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
-        text: PretrainedConfig = config.get_text_config()
+        return text_part(config)
     # Unknown types, and keys of the wrong kind, in many forms.
     except Exception as error:
         raise _cannot_measure(sizes, where, error) from error
-    if text is not config:
-        # The checkpoint is tied as the outer config says.
-        text.tie_word_embeddings = config.tie_word_embeddings
-    return text
 
 
 def build_to_measure(config: "PretrainedConfig", dtype: Any = "bf16") -> "PreTrainedModel":

@@ -2,7 +2,8 @@
 
 Nothing heavy is imported. A config that names an encoder, images or sound, or another quantization
 is refused here, by name, before a byte of weights is read; whether the layers of any other model
-train is measured, in `support`.
+train is measured, in `support`. Of some vision-language models the text model is trained
+(`composite.py`).
 """
 
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_text
+from tunesmith.model.composite import COMPOSITES
 from tunesmith.units import ceil_div
 
 _MODALITIES = ("vision_config", "audio_config", "vision_tower", "image_token_id")
@@ -273,6 +275,9 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
     """Raise ModelError, naming what the model is, for an encoder and for images or sound."""
     check_decoder(config, where)
     kind = str(config["model_type"])
+    if kind in COMPOSITES:
+        _check_composite(config, where)
+        return
     name = kind.lower().replace("-", "_")
     if any(key in config for key in _MODALITIES) or name.endswith("_vl") or name in _MULTIMODAL:
         raise ModelError(
@@ -280,6 +285,33 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
             "which tunesmith does not train",
             where=where,
             fix=f"take a text decoder, such as {families_text()}",
+        )
+
+
+def _check_composite(config: Mapping[str, Any], where: str) -> None:
+    """ModelError unless the text model of a vision-language model of a known family can be
+    trained.
+    """
+    kind = str(config["model_type"])
+    text = config.get("text_config") or {}
+    types = COMPOSITES[kind].text_types
+    text_type = text.get("model_type", types[0])
+    if text_type not in types:
+        raise ModelError(
+            f"the text model of this {kind} is a {text_type}, which tunesmith does not train",
+            where=where,
+            fix=f"take a {kind} with {' or '.join(types)}",
+        )
+    check_decoder({"model_type": text_type, **text}, where)
+    stored = config.get("quantization_config") or text.get("quantization_config")
+    if stored:
+        method = stored.get("quant_method", "an unnamed method")
+        raise ModelError(
+            f"the weights of this {kind} are quantized with {method}",
+            where=where,
+            why="of a vision-language model plain weights alone are read",
+            fix="take the unquantized model; model.quantize: nf4 then quantizes its text model as "
+            "it is loaded",
         )
 
 

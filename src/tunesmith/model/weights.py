@@ -19,6 +19,7 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.host.memory import drop_pages, open_uncached
+from tunesmith.model.names import Pieces, assign_names
 from tunesmith.model.safetensors_files import Entry, read_header, read_headers, read_into
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class StoredTensor:
         """Read into `target` (contiguous) from element `begin` on, converting to its dtype and
         device.
         """
+        if self._file.closed:
+            with open_uncached(self._entry.file) as file:
+                StoredTensor(self._entry, file).into(target, begin)
+            return
         flat = target.view(-1)
         itemsize = self.dtype.itemsize
         if target.device.type == "cpu" and target.dtype == self.dtype:
@@ -83,9 +88,6 @@ class StoredTensor:
 
         A slice of each dimension has both ends. After `load_weights` the file is opened again.
         """
-        if self._file.closed:
-            with open_uncached(self._entry.file) as file:
-                return StoredTensor(self._entry, file)[slices]
         part = torch.empty([span.stop - span.start for span in slices], dtype=self.dtype)
         self._fill(part, slices)
         return part
@@ -122,6 +124,66 @@ class StoredTensor:
     def _read(self, flat: torch.Tensor, offset: int) -> None:
         if flat.numel():
             read_into(self._file, self._entry, flat.view(torch.uint8).numpy().data, offset)
+
+
+class JoinedTensor(StoredTensor):
+    """A tensor of the model that is stored in pieces, read as one; in memory there is a piece of
+    it, or SLICE bytes of one that is read into a tensor of another type.
+    """
+
+    def __init__(self, pieces: Pieces, files: Mapping[Path, BufferedReader]) -> None:
+        self.name = pieces.name
+        self.shape = torch.Size(pieces.shape)
+        self.dtype = STORED[pieces.dtype]
+        self._pieces = []
+        for piece in pieces.pieces:
+            self._pieces.append((piece, StoredTensor(piece.entry, files[piece.entry.file])))
+
+    def into(self, target: torch.Tensor, begin: int = 0) -> None:
+        """As `StoredTensor.into`, for whole rows."""
+        width = math.prod(self.shape[1:])
+        first = begin // width
+        rows = slice(first, first + target.numel() // width)
+        columns = (slice(0, size) for size in self.shape[1:])
+        self._fill(target.view(-1, *self.shape[1:]), (rows, *columns))
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
+        part = torch.empty([span.stop - span.start for span in slices], dtype=self.dtype)
+        self._fill(part, slices)
+        return part
+
+    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
+        for piece, stored in self._pieces:
+            in_local = []
+            in_piece = []
+            for wanted, region in zip(slices, piece.region, strict=True):
+                start = max(wanted.start, region.start)
+                stop = min(wanted.stop, region.stop)
+                in_local.append(slice(start - wanted.start, stop - wanted.start))
+                in_piece.append(slice(start - region.start, stop - region.start))
+            if any(span.stop <= span.start for span in in_local):
+                continue
+            target = local[tuple(in_local)]
+            if piece.stacked:
+                target = target.squeeze(0)
+                in_piece = in_piece[1:]
+            if target.shape == stored.shape and target.is_contiguous():
+                stored.into(target)
+            else:
+                target.copy_(stored[tuple(in_piece)])
+
+
+def stored_tensor(entry: Entry | Pieces, files: Mapping[Path, BufferedReader]) -> StoredTensor:
+    """What is stored of a parameter, to be read from files that are open."""
+    if isinstance(entry, Pieces):
+        return JoinedTensor(entry, files)
+    return StoredTensor(entry, files[entry.file])
+
+
+def _entries_of(entry: Entry | Pieces) -> list[Entry]:
+    if isinstance(entry, Pieces):
+        return [piece.entry for piece in entry.pieces]
+    return [entry]
 
 
 @contextmanager
@@ -178,14 +240,15 @@ def load_weights(
             targets[name] = buffer
 
     headers = read_headers(folder)
-    groups, unexpected = _group_entries(headers, {*targets, *hooks}, hooks)
-    _drop_tied_copies(groups, targets, str(folder))
+    names = assign_names(model, headers, {*targets, *hooks}, hooks)
+    groups = names.groups
+    drop_tied_copies(groups, targets, str(folder))
     growing: dict[int, int | None] = {}
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
         if end is not None:
             for parameter in end.parameters(recurse=False):
                 growing[id(parameter)] = grow_from
-    _check_complete(groups, targets, hooks, unexpected, growing, str(folder))
+    _check_complete(groups, targets, hooks, names.unexpected, growing, str(folder))
 
     def place(name: str) -> tuple[Path, int]:
         entry = groups[name][""]
@@ -196,28 +259,11 @@ def load_weights(
         for name in (*sorted(groups.keys() - hooks.keys(), key=place), *hooks):
             stored = {}
             for suffix, entry in groups[name].items():
-                stored[suffix] = StoredTensor(entry, files[entry.file])
+                stored[suffix] = stored_tensor(entry, files)
             if name in hooks:
                 hooks[name](stored)
             else:
                 _read_parameter(stored[""], targets[name])
-
-
-def _group_entries(
-    headers: Mapping[Path, Sequence[Entry]], names: set[str], hooks: Mapping[str, Hook]
-) -> tuple[dict[str, dict[str, Entry]], list[str]]:
-    """What is stored of each of the model's names, by suffix, and the entries without a place."""
-    groups: dict[str, dict[str, Entry]] = {}
-    unexpected = []
-    for entries in headers.values():
-        for entry in entries:
-            name, suffix = _target_name(entry.name, names, hooks)
-            if name:
-                groups.setdefault(name, {})[suffix] = entry
-            # Old Llama checkpoints hold the frequencies.
-            elif not entry.name.endswith("rotary_emb.inv_freq"):
-                unexpected.append(entry.name)
-    return groups, unexpected
 
 
 def _read_parameter(stored: StoredTensor, target: torch.Tensor) -> None:
@@ -247,24 +293,8 @@ def copy_whole(target: torch.Tensor, whole: torch.Tensor) -> None:
     local_part(target).copy_(whole)
 
 
-def _target_name(stored: str, wanted: set[str], hooks: Mapping[str, Hook]) -> tuple[str, str]:
-    """The model's name for a stored tensor, and the companion suffix; ("", "") when it has no
-    place.
-
-    A checkpoint saved from the backbone alone lacks the prefix `model.`; one saved from a wrapper
-    has it twice.
-    """
-    for name in (stored, f"model.{stored}", stored.removeprefix("model.")):
-        if name in wanted:
-            return name, ""
-        for cut in range(len(name)):
-            if name[cut] == "." and name[:cut] in hooks:
-                return name[:cut], name[cut + 1 :]
-    return "", ""
-
-
-def _drop_tied_copies(
-    groups: dict[str, dict[str, Entry]], targets: Mapping[str, torch.Tensor], where: str
+def drop_tied_copies(
+    groups: dict[str, dict[str, Entry | Pieces]], targets: Mapping[str, torch.Tensor], where: str
 ) -> None:
     """Of names that share a parameter leave one; two in a checkpoint must be equal."""
     first_names: dict[int, str] = {}
@@ -281,9 +311,11 @@ def _drop_tied_copies(
         del groups[name]
 
 
-def _equal(a: Entry, b: Entry) -> bool:
+def _equal(a: Entry | Pieces, b: Entry | Pieces) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
+    if isinstance(a, Pieces) or isinstance(b, Pieces):
+        return False  # an embedding and a head are single tensors
     if a.dtype not in STORED:
         return True  # `_check_complete` refuses the one that stays
     with open_uncached(a.file) as a_file, open_uncached(b.file) as b_file:
@@ -296,7 +328,7 @@ def _equal(a: Entry, b: Entry) -> bool:
 
 
 def _check_complete(
-    groups: dict[str, dict[str, Entry]],
+    groups: dict[str, dict[str, Entry | Pieces]],
     targets: Mapping[str, torch.Tensor],
     hooks: Mapping[str, Hook],
     unexpected: list[str],
@@ -333,7 +365,8 @@ def _check_complete(
 
     unreadable = []
     for group in groups.values():
-        unreadable += [entry.name for entry in group.values() if entry.dtype not in STORED]
+        for stored_entry in group.values():
+            unreadable += [e.name for e in _entries_of(stored_entry) if e.dtype not in STORED]
     _check_none(unreadable, "tensors have a type that cannot be read", where)
 
 

@@ -1,0 +1,249 @@
+"""Names on the disk: which stored tensor is which parameter, or which part of one.
+
+A checkpoint may name its tensors otherwise than the model that is built of it. A vision-language
+model's folder has the text model under a prefix, and tensors of other parts beside it. Experts are
+stored one by one where the model has them in one stack. The rules for the second are Transformers'
+own (`get_model_conversion_mapping`).
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.errors import ModelError
+from tunesmith.model.composite import (
+    COMPOSITES,
+    Composite,
+    is_stored_text_name,
+    stored_text_name,
+)
+from tunesmith.model.safetensors_files import Entry
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
+
+Region = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor that is part of a parameter.
+
+    Attributes:
+        region: the part; a slice of each of the parameter's dimensions, with both ends.
+        stacked: the tensor lacks the parameter's first dimension, of which `region` has one index.
+    """
+
+    entry: Entry
+    region: Region
+    stacked: bool
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A parameter that is stored as several tensors; the attributes are those of an `Entry`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def file(self) -> Path:
+        """Of the first piece, as `start`: in this order parameters are read."""
+        return self.pieces[0].entry.file
+
+    @property
+    def start(self) -> int:
+        return self.pieces[0].entry.start
+
+
+@dataclass
+class StoredNames:
+    """What a checkpoint's tensors are to a model.
+
+    Attributes:
+        groups: parameter -> what is stored of it: itself under "", its companions (scales) under
+            their suffixes.
+        aside: tensors of other parts of the checkpoint, which the model does not have.
+        unexpected: names that have no place.
+    """
+
+    groups: dict[str, dict[str, Entry | Pieces]] = field(default_factory=dict)
+    aside: list[Entry] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
+    """The config of the text model: of a composite's own, else the config itself.
+
+    Its `composite` is then the model type of the whole, and its name the folder of the whole.
+    """
+    text: PretrainedConfig = config.get_text_config()
+    if text is config:
+        return config
+    # The checkpoint is tied as the outer config says: Mistral 3's inner one says otherwise.
+    text.tie_word_embeddings = config.tie_word_embeddings
+    text.name_or_path = config.name_or_path
+    text.composite = config.model_type
+    return text
+
+
+def composite_of(config: "PretrainedConfig") -> Composite | None:
+    """The family of the vision-language model that a text model is part of; None: of none."""
+    return COMPOSITES.get(getattr(config, "composite", ""))
+
+
+def assign_names(
+    model: "PreTrainedModel",
+    headers: Mapping[Path, Sequence[Entry]],
+    wanted: Collection[str],
+    companions: Collection[str] = (),
+) -> StoredNames:
+    """Assign the tensors of a checkpoint to a model's parameters.
+
+    Args:
+        wanted: names of the model's parameters, `companions` among them.
+        companions: those that may be stored with companions.
+
+    ModelError where several tensors are one parameter in a way that is not read here.
+    """
+    is_composite = composite_of(model.config) is not None
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    names = StoredNames()
+    rest: list[Entry] = []
+    for entry in (entry for entries in headers.values() for entry in entries):
+        stored = stored_text_name(entry.name) if is_composite else entry.name
+        name, suffix = _target_name(stored, wanted, companions)
+        if name:
+            names.groups.setdefault(name, {})[suffix] = entry
+        # Old Llama checkpoints hold the frequencies.
+        elif not entry.name.endswith("rotary_emb.inv_freq"):
+            rest.append(entry)
+    if rest:
+        rest = _assign_converted(model, rest, wanted, names)
+    for entry in rest:
+        is_ignored = any(re.search(pattern, entry.name) for pattern in ignored)
+        if is_ignored or (is_composite and not is_stored_text_name(entry.name)):
+            names.aside.append(entry)
+        else:
+            names.unexpected.append(entry.name)
+    return names
+
+
+def _target_name(
+    stored: str, wanted: Collection[str], companions: Collection[str]
+) -> tuple[str, str]:
+    """The model's name for a stored tensor, and the companion suffix; ("", "") when it has no
+    place.
+
+    A checkpoint saved from the backbone alone lacks the prefix `model.`; one saved from a wrapper
+    has it twice.
+    """
+    for name in (stored, f"model.{stored}", stored.removeprefix("model.")):
+        if name in wanted:
+            return name, ""
+        for cut in range(len(name)):
+            if name[cut] == "." and name[:cut] in companions:
+                return name[:cut], name[cut + 1 :]
+    return "", ""
+
+
+def _assign_converted(
+    model: "PreTrainedModel", entries: Iterable[Entry], wanted: Collection[str], names: StoredNames
+) -> list[Entry]:
+    """Assign what Transformers renames or joins as it loads; returns the entries that it does not
+    know.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    is_composite = composite_of(model.config) is not None
+    parts: dict[str, dict[str, list[Entry]]] = {}
+    rest = []
+    for entry in entries:
+        stored = stored_text_name(entry.name) if is_composite else entry.name
+        renamed, pattern = rename_source_key(stored, renamings, converters)
+        name, _ = _target_name(renamed, wanted, ())
+        if not name:
+            rest.append(entry)
+        elif pattern is None:
+            names.groups.setdefault(name, {})[""] = entry
+        else:
+            parts.setdefault(name, {}).setdefault(pattern, []).append(entry)
+    for name, sources in parts.items():
+        rule = by_pattern[next(iter(sources))]
+        names.groups.setdefault(name, {})[""] = _join(name, rule, sources)
+    return rest
+
+
+def _join(name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[Entry]]) -> Pieces:
+    """The parameter that a rule of Transformers makes of the entries of each of its patterns."""
+    from transformers.core_model_loading import dot_natural_key
+
+    merges, dim = _read_operations(name, rule, sources)
+    pieces = []
+    offset = 0  # along the dimension that is concatenated
+    shape: list[int] = []
+    for pattern in rule.source_patterns:
+        entries = sorted(sources.get(pattern, ()), key=lambda entry: dot_natural_key(entry.name))
+        stacks = [entries] if merges else [[entry] for entry in entries]
+        for stack in stacks:
+            for index, entry in enumerate(stack):
+                shape = [len(stack), *entry.shape] if merges else list(entry.shape)
+                region = [slice(0, size) for size in shape]
+                if merges:
+                    region[0] = slice(index, index + 1)
+                if dim is not None:
+                    region[dim] = slice(offset, offset + shape[dim])
+                pieces.append(Piece(entry, tuple(region), stacked=merges))
+            if stack and dim is not None:
+                offset += shape[dim]
+    if dim is not None:
+        shape[dim] = offset
+    entries = [piece.entry for piece in pieces]
+    # An expert too few of one kind, or one of another shape.
+    if sum(math.prod(entry.shape) for entry in entries) != math.prod(shape):
+        raise _cannot_join(name, sources, "they do not fill one tensor")
+    return Pieces(name, entries[0].dtype, tuple(shape), tuple(pieces))
+
+
+def _read_operations(
+    name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[Entry]]
+) -> tuple[bool, int | None]:
+    """Whether a rule stacks the tensors of each pattern, and the dimension along which it
+    concatenates; None: it does not.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    merges = False
+    dim: int | None = None
+    for operation in rule.operations:
+        if isinstance(operation, MergeModulelist) and operation.dim == 0 and dim is None:
+            merges = True
+        elif isinstance(operation, Concatenate):
+            dim = operation.dim
+        else:
+            raise _cannot_join(name, sources, type(operation).__name__)
+    if len(rule.target_patterns) > 1 or (dim is None and len(sources) > 1):
+        raise _cannot_join(name, sources, "one tensor for several parameters")
+    return merges, dim
+
+
+def _cannot_join(name: str, sources: Mapping[str, Sequence[Entry]], why: str) -> ModelError:
+    first = next(iter(sources.values()))[0]
+    count = sum(len(entries) for entries in sources.values())
+    return ModelError(
+        f"{count} stored tensors do not make {name}: {first.name}, ...",
+        where=str(first.file),
+        why=why,
+        fix="fetch the model again: tunesmith fetch MODEL",
+    )
