@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+import tunesmith
+from recipes import built_model, make_run
+from tunesmith.adapter import lora
+from tunesmith.checkpoint.contents import write_model_files
 from tunesmith.config.schema import Model
+from tunesmith.inference.load_run import load_run
+from tunesmith.inference.merge import merge
 from tunesmith.model import load
+from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.weights import load_weights
 
 from . import vision_models
+
+pytestmark = pytest.mark.slow
 
 IDS = torch.randint(3, 100, (1, 24), generator=torch.Generator().manual_seed(1))
 
@@ -36,9 +47,36 @@ def whole(folder: Path) -> PreTrainedModel:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def stored(folder: Path) -> dict[str, Tensor]:
+    tensors = {}
+    for file in folder.glob("model*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def is_text(name: str) -> bool:
+    return "language_model." in name or name.startswith("lm_head")
+
+
+def check_rest_is_untouched(written: Path, base: Path) -> None:
+    """The same names, and equal bytes of what is not of the text model, which has changed."""
+    after = stored(written)
+    before = stored(base)
+    assert after.keys() == before.keys()
+    assert any(not is_text(name) for name in before)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) != is_text(name), name
+
+
 @pytest.fixture(scope="module", params=sorted(vision_models.FAMILIES))
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vision_models.build(request.param, tmp_path_factory.mktemp(request.param))
+def folder(
+    request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return vision_models.build(request.param, tmp_path_factory.mktemp(request.param), tiny)
+
+
+def test_every_family_is_here() -> None:
+    assert vision_models.FAMILIES.keys() == COMPOSITES.keys()
 
 
 def test_logits_are_those_of_the_whole_model(folder: Path) -> None:
@@ -47,3 +85,52 @@ def test_logits_are_those_of_the_whole_model(folder: Path) -> None:
     assert torch.equal(logits(text), logits(whole(folder)))
     tied = text.get_input_embeddings().weight is text.get_output_embeddings().weight
     assert tied == text.config.tie_word_embeddings
+
+
+def test_an_adapter_is_peft_s_on_the_whole_model(folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    run = make_run(folder, tmp_path)
+    model = built_model(run, folder)
+    with torch.no_grad():
+        for _, layer in lora.loras(model.model):
+            nn.init.normal_(layer.lora_B, std=0.1)
+    model.eval().use_inference_attention()
+    write_model_files(tmp_path, run, model, {})
+    expected = logits(model.model)
+    theirs = PeftModel.from_pretrained(whole(folder), tmp_path)
+    # The update is added in another order.
+    torch.testing.assert_close(logits(theirs), expected, atol=2e-6, rtol=0)
+    assert (expected - logits(whole(folder))).abs().max() > 1e-3
+    again = load_run(tmp_path, device="cpu")
+    assert torch.equal(logits(again.model), expected)
+
+
+def test_a_model_trained_in_full_is_the_whole_model_again(folder: Path, tmp_path: Path) -> None:
+    run = make_run(folder, tmp_path, adapter={"kind": "none"})
+    model = built_model(run, folder)
+    with torch.no_grad():
+        for tensor in model.model.state_dict().values():
+            tensor.add_(0.01)
+    model.eval().use_inference_attention()
+    written = tmp_path / "written"
+    written.mkdir()
+    write_model_files(written, run, model, {})
+    check_rest_is_untouched(written, folder)
+    assert torch.equal(logits(whole(written)), logits(model.model))
+    assert torch.equal(logits(read(written)), logits(model.model))
+    config = json.loads((written / "config.json").read_text())
+    assert (
+        config["vision_config"] == json.loads((folder / "config.json").read_text())["vision_config"]
+    )
+    assert (written / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "gemma3"])
+def test_train_and_merge(model_type: str, tiny: Path, tmp_path: Path) -> None:
+    base = vision_models.build(model_type, tmp_path / "base", tiny)
+    changes = {"train": {"duration": "2 steps"}, "checkpoint": {"every": "1 step"}}
+    result = tunesmith.train(make_run(base, tmp_path, held=False, **changes))
+    assert result.steps == 2
+    done = merge(result.output_dir, tmp_path / "merged", device="cpu")
+    assert done.merge_check.passed

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 TEXT: dict[str, Any] = {
-    "vocab_size": 128,
+    "vocab_size": 272,  # of the tests' tokenizer
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -52,7 +52,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             **WINDOWS,
             "num_kv_shared_layers": 0,
             "global_head_dim": 32,
-            "vocab_size_per_layer_input": 128,
+            "vocab_size_per_layer_input": 272,
             "hidden_size_per_layer_input": 8,
         },
         {**VISION, "num_key_value_heads": 2, "head_dim": 16},
@@ -78,11 +78,14 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def build(model_type: str, folder: Path, **text: Any) -> Path:
-    """Save a random model; norms and biases are drawn too, so that a lost one shows in the logits.
+def build(model_type: str, folder: Path, tokenizer: Path, **text: Any) -> Path:
+    """Save a random model with the tokenizer of another; norms and biases are drawn too, so that a
+    lost one shows in the logits.
 
     `text`: further settings of the text part.
     """
+    import shutil
+
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -95,5 +98,8 @@ def build(model_type: str, folder: Path, **text: Any) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.05)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="200KB")
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    (folder / "preprocessor_config.json").write_text("{}")
     return folder

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
+from tunesmith.model.names import name_in_text
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
 from tunesmith.quant.frozen_linear import (
@@ -210,6 +211,8 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     targets = adapter.target
     if isinstance(targets, str):
         targets = (targets,)
+    # An adapter of a vision-language model names its layers in there.
+    targets = tuple(name_in_text(model, target) for target in targets)
     endings = {target: f".{target}" for target in targets}
     _check_bypassed(model, endings)
     all_names = linear_names(model, head=True)
@@ -301,7 +304,8 @@ def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             names.append(name)
-    endings = {name: name for name in adapter.modules_to_save}
+    saved = [name_in_text(model, name) for name in adapter.modules_to_save]
+    endings = {name: name for name in saved}
     return _match(endings, names, "adapter.modules_to_save", "module with weights of its own named")
 
 

@@ -6,6 +6,7 @@ never ignored.
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError, first_line
 from tunesmith.host.files import check_regular_files
+from tunesmith.model.names import is_in_whole, name_in_text, name_in_whole
 from tunesmith.model.safetensors_files import read_header, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
@@ -91,20 +93,7 @@ def adapter_files(
     """
     adapted = {name for name, _ in lora.loras(model)}
     trained = {name for name, _, _ in lora.saved_parameters(model)}
-    targets = {last_part(name) for name in adapted}
-    to_save = {last_part(name) for name in trained}
-    # Last parts, but full names where PEFT would match other modules by a last part too.
-    matched_by_target = set()
-    matched_by_saved = set()
-    for name, module in model.named_modules():
-        if last_part(name) in targets and not isinstance(module, nn.ModuleList):
-            matched_by_target.add(name)
-        if name.endswith(tuple(to_save)):
-            matched_by_saved.add(name)
-    if matched_by_target != adapted:
-        targets = adapted
-    if matched_by_saved != trained:
-        to_save = trained
+    targets, to_save = _peft_modules(model, adapted, trained)
     is_whole = adapter.alpha == int(adapter.alpha)
     settings = PLAIN | {
         "base_model_name_or_path": base_name,
@@ -117,6 +106,33 @@ def adapter_files(
         "modules_to_save": sorted(to_save) or None,
     }
     return _peft_tensors(model), settings
+
+
+def _peft_modules(
+    model: nn.Module, adapted: set[str], trained: set[str]
+) -> tuple[set[str], set[str]]:
+    """What PEFT is to match the adapted modules by, and those trained in full.
+
+    Last parts of names, but full names where it would match other modules by a last part too. In
+    the vision-language model that a text model is part of, those are the vision tower's.
+    """
+    if is_in_whole(model):
+        in_whole = partial(name_in_whole, model)
+        return set(map(in_whole, adapted)), set(map(in_whole, trained))
+    targets = {last_part(name) for name in adapted}
+    to_save = {last_part(name) for name in trained}
+    matched_by_target = set()
+    matched_by_saved = set()
+    for name, module in model.named_modules():
+        if last_part(name) in targets and not isinstance(module, nn.ModuleList):
+            matched_by_target.add(name)
+        if name.endswith(tuple(to_save)):
+            matched_by_saved.add(name)
+    if matched_by_target != adapted:
+        targets = adapted
+    if matched_by_saved != trained:
+        to_save = trained
+    return targets, to_save
 
 
 def last_part(name: str) -> str:
@@ -141,11 +157,13 @@ def write_adapter(
 
 def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters by PEFT's names."""
-    layers = list(lora.loras(model))
-    tensors = {f"{PREFIX}{name}.lora_A.weight": layer.lora_A for name, layer in layers}
-    tensors |= {f"{PREFIX}{name}.lora_B.weight": layer.lora_B for name, layer in layers}
+    layers = {}
+    for name, layer in lora.loras(model):
+        layers[PREFIX + name_in_whole(model, name)] = layer
+    tensors = {f"{name}.lora_A.weight": layer.lora_A for name, layer in layers.items()}
+    tensors |= {f"{name}.lora_B.weight": layer.lora_B for name, layer in layers.items()}
     for name, module, key in lora.saved_parameters(model):
-        tensors[f"{PREFIX}{name}.{key}"] = module.get_parameter(key)
+        tensors[f"{PREFIX}{name_in_whole(model, name)}.{key}"] = module.get_parameter(key)
     return tensors
 
 
@@ -280,7 +298,7 @@ def _is_base(model: nn.Module, name: str, stored: StoredTensor) -> bool:
 
     PEFT adds embedding and head when one of them carries an adapter.
     """
-    base_name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    base_name = name_in_text(model, name.removeprefix(PREFIX).replace(".base_layer.", "."))
     parameter = dict(model.named_parameters(remove_duplicate=False)).get(base_name)
     if parameter is None or parameter.shape != stored.shape:
         return False

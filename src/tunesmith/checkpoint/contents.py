@@ -23,6 +23,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.save_tensors import gathered, save_sharded, save_tensors
+from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.model.weights import StoredTensor, stored_tensors
 from tunesmith.runtime.transfer import Snapshot
 
@@ -71,21 +72,22 @@ def write_model_files(
     write nothing give no folder.
     """
     if run.adapter.kind == "none":
-        save_sharded(folder, weights_of(model.model), DTYPES[run.model.dtype])
+        tensors = in_stored_form(model.model, weights_of(model.model))
+        save_sharded(folder, tensors, DTYPES[run.model.dtype])
         if folder:
             write_config(folder, model, tokenizer)
         return
-    tensors, settings = peft_files.adapter_files(
+    adapter_tensors, settings = peft_files.adapter_files(
         model.model, run.adapter, run.model.name, run.model.revision
     )
-    peft_files.write_adapter(folder, tensors, settings)
+    peft_files.write_adapter(folder, adapter_tensors, settings)
     if folder:
         _write_tokenizer(folder, tokenizer)
 
 
 def write_config(folder: Path, model: TrainModel, tokenizer: TokenizerFiles) -> None:
     """Write a whole model's files but its weights."""
-    model.model.config.save_pretrained(folder)
+    write_model_config(model.model, folder)
     if model.model.generation_config is not None:
         model.model.generation_config.save_pretrained(folder)
     _write_tokenizer(folder, tokenizer)

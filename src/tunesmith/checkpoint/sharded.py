@@ -55,10 +55,13 @@ from tunesmith.errors import (
     first_line,
 )
 from tunesmith.host.memory import available_memory
+from tunesmith.hub.fetch import fetch
 from tunesmith.methods.base import TrainModel
+from tunesmith.model import load
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.save_tensors import save_sharded
+from tunesmith.model.stored_form import in_stored_form, is_stored_otherwise
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.runtime.device import is_integrated
 
@@ -377,8 +380,8 @@ def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
 def export_sharded(folder: Path, output: Path, run: Run) -> None:
     """Write a sharded checkpoint's model as Transformers' files into a new folder.
 
-    One tensor is in memory at a time. CheckpointError if it cannot be read, or `output` not be
-    written.
+    One tensor is in memory at a time; where experts are written singly, two stacks of them.
+    CheckpointError if it cannot be read, or `output` not be written.
     """
     stored: dict[str, TensorStorageMetadata] = {}
     shapes: dict[str, Tensor] = {}
@@ -400,7 +403,9 @@ def export_sharded(folder: Path, output: Path, run: Run) -> None:
 
     step = int(json.loads((folder / MANIFEST).read_text())["step"])
     with atomic_folder(output, step) as inside:
-        save_sharded(inside, shapes, read=read)
+        model = load.build_on_meta(load.load_config(folder, run.model), run.model)
+        base = fetch(run.model) if is_stored_otherwise(model) else None
+        save_sharded(inside, in_stored_form(model, shapes, base), read=read)
         for path in folder.iterdir():
             if path.is_file() and path.name != MANIFEST:
                 shutil.copyfile(path, inside / path.name)

@@ -53,6 +53,7 @@ TOKENIZER = (
 SUPPORT = (
     "config.json",
     "generation_config.json",
+    "*processor_config.json",  # of images, for whoever reads what is written
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

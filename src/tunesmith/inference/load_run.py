@@ -242,6 +242,8 @@ def _stored_dtype(folder: Path) -> Dtype:
     the Hub."""
     config = folder / "config.json"
     values = read_json(config) if config.is_file() else {}
+    # A vision-language model may say it of its parts alone.
+    values = {**(values.get("text_config") or {}), **values}
     names: dict[str, Dtype] = {"float16": "fp16", "float32": "fp32"}
     return names.get(str(values.get("dtype") or values.get("torch_dtype")), "bf16")
 

@@ -11,18 +11,27 @@ check, where there is room.
 
 import gc
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as hf_logging
 
 from tunesmith.adapter.lora import Lora, LoraLinear, disabled, merged_weight
+from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
@@ -38,11 +47,13 @@ from tunesmith.inference.merge_check import (
     largest_logit,
     logits_of,
 )
+from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.older_readers import write_for_older_readers
-from tunesmith.model.safetensors_files import read_json
-from tunesmith.model.save_tensors import SHARD
+from tunesmith.model.safetensors_files import read_headers, read_json
+from tunesmith.model.save_tensors import save_sharded
+from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.quant.nf4 import Nf4Linear
 from tunesmith.quant.schemes import NF4, scheme_of
 
@@ -146,8 +157,13 @@ def merge(
 
 def _check_room(goal: Path, base: Model, dtype: Dtype) -> None:
     """MachineError where the disk has no room for the merged model."""
-    config = fetch(base) / "config.json"
-    parameters = model_spec(read_json(config), where=str(config)).parameters
+    folder = fetch(base)
+    config = read_json(folder / "config.json")
+    parameters = model_spec(config, where=f"{folder}/config.json").parameters
+    if config["model_type"] in COMPOSITES:
+        # Images and sound are copied.
+        entries = chain.from_iterable(read_headers(folder).values())
+        parameters = sum(math.prod(entry.shape) for entry in entries)
     needed = round(parameters * DTYPES[dtype].itemsize * ROOM)
     fix = "free some space, or write to another disk with --output"
     require_disk_space(goal, needed, what="the merged model", fix=fix)
@@ -265,9 +281,10 @@ def _check_exactly(
 def _reload(folder: Path) -> PreTrainedModel:
     """The written folder as any Transformers user loads it; every weight must come from the files,
     and all of them."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True
-    )
+    auto_class: Any = AutoModelForCausalLM
+    if read_json(folder / "config.json")["model_type"] in COMPOSITES:
+        auto_class = AutoModelForImageTextToText
+    model, info = auto_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
     wrong_keys = {}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
@@ -278,7 +295,8 @@ def _reload(folder: Path) -> PreTrainedModel:
             where=str(folder),
             why=str(wrong_keys),
         )
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
@@ -354,7 +372,10 @@ def write_merged(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     # The checkpoint's sampling defaults are copied unread: save_pretrained refuses some that models
     # do ship.
     loaded.model.generation_config = GenerationConfig()
-    loaded.model.save_pretrained(folder, max_shard_size=SHARD)
+    model = loaded.model
+    model.config.dtype = DTYPES[dtype]
+    save_sharded(folder, in_stored_form(model, weights_of(model)))
+    write_model_config(model, folder)
     loaded.tokenizer.save_pretrained(folder)
     write_for_older_readers(folder)
     settings["eos_token_id"] = sorted(loaded.template.end_ids)

@@ -21,6 +21,7 @@ from tunesmith.data.formats import convert_row
 from tunesmith.data.source import read_rows
 from tunesmith.errors import CheckpointError, TunesmithError
 from tunesmith.inference.load_run import LoadedModel
+from tunesmith.model.names import name_in_whole
 
 FP32_LIMIT = 1e-4
 KL_SHARE = 0.1  # of what the training changed
@@ -198,7 +199,7 @@ def count_off(written: PreTrainedModel, merge: PreTrainedModel) -> tuple[int, in
     values = 0
     off = 0
     for name, exact in merge.named_parameters():
-        rounded = written.get_parameter(name)
+        rounded = written.get_parameter(name_in_whole(merge, name))
         info = torch.finfo(rounded.dtype)
         # 1.01: two machines may sum B A in another order before the rounding.
         bound = exact.abs() * (1.01 * info.eps / 2) + info.smallest_normal * info.eps

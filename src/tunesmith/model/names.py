@@ -8,7 +8,7 @@ own (`get_model_conversion_mapping`).
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from tunesmith.model.composite import (
 from tunesmith.model.safetensors_files import Entry
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.core_model_loading import WeightConverter
 
@@ -77,6 +78,12 @@ class StoredNames:
     aside: list[Entry] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
 
+    def stored(self) -> Iterator[tuple[str, Entry | Pieces]]:
+        """Each parameter that is stored, by its name, without companions."""
+        for name, group in self.groups.items():
+            if "" in group:
+                yield name, group[""]
+
 
 def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
     """The config of the text model: of a composite's own, else the config itself.
@@ -96,6 +103,30 @@ def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
 def composite_of(config: "PretrainedConfig") -> Composite | None:
     """The family of the vision-language model that a text model is part of; None: of none."""
     return COMPOSITES.get(getattr(config, "composite", ""))
+
+
+def name_in_whole(model: "nn.Module", name: str) -> str:
+    """The name that a module or parameter has in the vision-language model that a text model is
+    part of; its own for every other model.
+    """
+    composite = _composite_of_model(model)
+    return composite.name_in_whole(name) if composite else name
+
+
+def name_in_text(model: "nn.Module", name: str) -> str:
+    """The opposite of `name_in_whole`; a name of the text model's own stays as it is."""
+    composite = _composite_of_model(model)
+    return composite.name_in_text(name) if composite else name
+
+
+def is_in_whole(model: "nn.Module") -> bool:
+    """Whether a model is the text model of a vision-language model."""
+    return _composite_of_model(model) is not None
+
+
+def _composite_of_model(model: "nn.Module") -> Composite | None:
+    config = getattr(model, "config", None)
+    return composite_of(config) if config is not None else None
 
 
 def assign_names(

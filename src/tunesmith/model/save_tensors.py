@@ -7,8 +7,10 @@ tensor at a time.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,48 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tunesmith.distributed.torch_private import local_slices
-from tunesmith.model.safetensors_files import INDEX
+from tunesmith.host.memory import drop_pages, open_uncached
+from tunesmith.model.safetensors_files import INDEX, Entry, read_into
 from tunesmith.model.weights import STORED
 
 NAMES = {dtype: name for name, dtype in STORED.items()}
 PIECE = 64 << 20  # bytes on the host at a time: enough for a disk's full speed
 GATHERED = 16 << 20  # bytes of one collective, which may take as much again
 SHARD = "5GB"
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """A part of a tensor that is written as a tensor of its own: an expert of a stack.
+
+    Attributes:
+        name: of the whole tensor.
+        region: a slice of each dimension, with both ends.
+        stacked: the first dimension, of which `region` has one index, is not written.
+    """
+
+    name: str
+    tensor: Tensor
+    region: tuple[slice, ...]
+    stacked: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = tuple(span.stop - span.start for span in self.region)
+        return sizes[1:] if self.stacked else sizes
+
+
+# What is written as a tensor; an `Entry` is copied from its file, byte for byte.
+Source = Tensor | TensorPart | Entry
 
 
 def save_tensors(
     path: Path | None,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Source],
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
-    read: Callable[[str], Tensor] | None = None,
+    read: Read | None = None,
 ) -> None:
     """Write tensors of any device and strides: the bytes that `safetensors.torch.save_file` writes.
 
@@ -42,41 +71,95 @@ def save_tensors(
 
     Args:
         path: of rank 0; None on the others.
+        tensors: by their names; parts of tensors, and tensors of other files, among them.
         dtype: to write DTensors in, None for their own; other tensors keep theirs.
         read: the tensors are on meta, and it returns the values of each by its name when its turn
             comes.
     """
-    dtypes = {name: _written_dtype(tensor, dtype) for name, tensor in tensors.items()}
-    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    written = {name: _written_form(source, dtype) for name, source in tensors.items()}
+    names = sorted(tensors, key=lambda name: (-written[name].itemsize, name))
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = dict(metadata)
     end = 0
     for name in names:
         start = end
-        end = start + tensors[name].numel() * dtypes[name].itemsize
+        end = start + written[name].size
         header[name] = {
-            "dtype": NAMES[dtypes[name]],
-            "shape": list(tensors[name].shape),
+            "dtype": written[name].dtype,
+            "shape": list(written[name].shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that every tensor is aligned
+    # The experts of a layer take turns, of two stacks.
+    read_part = lru_cache(maxsize=2)(read) if read else None
     with path.open("wb") if path else nullcontext() as file:
         if file is not None:
             file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            tensor = read(name) if read else tensors[name].detach()
-            parts: Iterable[Tensor] = [tensor]
-            if isinstance(tensor, DTensor):
-                parts = _gathered_rows(tensor, dtypes[name])
-            for part in parts:
+            source = tensors[name]
+            if isinstance(source, Entry):
                 if file is not None:
-                    file.writelines(_pieces(part, dtypes[name]))
+                    file.writelines(_file_pieces(source))
+                continue
+            region: tuple[slice, ...] = ()
+            if isinstance(source, TensorPart):
+                region = source.region
+                tensor = read_part(source.name) if read_part else source.tensor.detach()
+            else:
+                tensor = read(name) if read else source.detach()
+            written_dtype = _written_dtype(source, dtype)
+            for part in _parts(tensor, region, written_dtype):
+                if file is not None:
+                    file.writelines(_pieces(part, written_dtype))
 
 
-def _gathered_rows(tensor: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The rows of a tensor in `dtype`, up to GATHERED bytes at a time; on ranks but 0 no values.
+@dataclass(frozen=True)
+class _Form:
+    """How a tensor is written: its dtype as safetensors names it, its shape, and the bytes of an
+    element and of all.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    itemsize: int
+    size: int
+
+
+def _written_form(source: Source, dtype: torch.dtype | None) -> _Form:
+    if isinstance(source, Entry):
+        itemsize = source.size // max(1, math.prod(source.shape))
+        return _Form(source.dtype, source.shape, itemsize, source.size)
+    written_dtype = _written_dtype(source, dtype)
+    shape = tuple(source.shape)
+    itemsize = written_dtype.itemsize
+    return _Form(NAMES[written_dtype], shape, itemsize, math.prod(shape) * itemsize)
+
+
+def _parts(tensor: Tensor, region: tuple[slice, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+    """What is written of a tensor: the `region` of it, or all; of a DTensor some rows at a time."""
+    if not isinstance(tensor, DTensor):
+        yield tensor[region] if region else tensor
+        return
+    rows = region[0] if region else slice(0, len(tensor))
+    for part in _gathered_rows(tensor, dtype, rows):
+        yield part[(slice(None), *region[1:])]
+
+
+def _file_pieces(entry: Entry) -> Iterator[memoryview]:
+    """The bytes of a stored tensor."""
+    with open_uncached(entry.file) as file:
+        for offset in range(0, entry.size, PIECE):
+            piece = memoryview(bytearray(min(PIECE, entry.size - offset)))
+            read_into(file, entry, piece, offset)
+            yield piece
+        drop_pages(file.fileno(), entry.start, entry.size)
+
+
+def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator[Tensor]:
+    """The rows `span` of a tensor in `dtype`, up to GATHERED bytes at a time; on ranks but 0 no
+    values.
 
     Each piece holds until the next. Not `full_tensor`: with gloo its peak was twice the tensor, on
     every rank. Of the ranks that hold a row one gives it and the others zeros; they are summed as
@@ -84,7 +167,8 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """
     local = tensor.to_local()
     local_rows, *columns = local_slices(tensor)
-    row_count, *row_shape = tensor.shape
+    row_shape = tensor.shape[1:]
+    row_count = span.stop - span.start
     # Of all ranks, or for an adapter this rank's tensor group: the others do as this one.
     mesh = tensor.device_mesh
     group = mesh.get_group() if mesh.ndim == 1 else None
@@ -94,8 +178,8 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
     buffer = torch.empty(
         min(rows_per_piece, row_count), *row_shape, dtype=dtype, device=local.device
     )
-    for begin in range(0, row_count, rows_per_piece):
-        rows = buffer[: row_count - begin].zero_()
+    for begin in range(span.start, span.stop, rows_per_piece):
+        rows = buffer[: span.stop - begin].zero_()
         start = max(begin, local_rows.start)
         stop = min(begin + len(rows), local_rows.stop)
         if gives and start < stop:
@@ -126,12 +210,13 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(tensor, DTensor):
             if dist.get_rank():
                 place = "meta"
-            pieces = _gathered_rows(tensor, tensor.dtype)
+            pieces = _gathered_rows(tensor, tensor.dtype, slice(0, len(tensor)))
             whole[name] = torch.cat([piece.to(place, copy=True) for piece in pieces])
     return whole
 
 
-def _written_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def _written_dtype(source: Tensor | TensorPart, dtype: torch.dtype | None) -> torch.dtype:
+    tensor = source.tensor if isinstance(source, TensorPart) else source
     if dtype and isinstance(tensor, DTensor):
         return dtype
     return tensor.dtype
@@ -145,19 +230,19 @@ def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
 
 def save_sharded(
     folder: Path | None,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Source],
     dtype: torch.dtype | None = None,
-    read: Callable[[str], Tensor] | None = None,
+    read: Read | None = None,
 ) -> None:
-    """Write a model's tensors by their Transformers names.
+    """Write a model's tensors by their names.
 
     They go to model.safetensors, or files of up to SHARD and their index. `folder`, `dtype` and
     `read` as `path`, `dtype` and `read` of `save_tensors`.
     """
     shapes = {}
-    for name, tensor in tensors.items():
-        written_dtype = _written_dtype(tensor, dtype)
-        shapes[name] = torch.empty(tensor.shape, dtype=written_dtype, device="meta")
+    for name, source in tensors.items():
+        size = _written_form(source, dtype).size
+        shapes[name] = torch.empty(size, dtype=torch.uint8, device="meta")
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
         path = folder / file if folder else None

@@ -1,0 +1,133 @@
+"""Write a model in the form of the checkpoint that it was loaded from.
+
+Tensors get the names that they have there, experts are written one by one where they are stored so,
+and what the model does not have (a vision tower, draft heads) is copied byte for byte. A reader of
+the base then reads what was trained.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from tunesmith.errors import ModelError
+from tunesmith.model.composite import STORED_PREFIXES
+from tunesmith.model.names import Pieces, assign_names, composite_of
+from tunesmith.model.safetensors_files import INDEX, SINGLE, read_headers, read_json
+from tunesmith.model.save_tensors import Source, TensorPart
+
+CONFIG = "config.json"
+# How images become inputs.
+PROCESSORS = "*processor_config.json"
+
+
+def is_stored_otherwise(model: PreTrainedModel) -> bool:
+    """Whether a model's base may hold other tensors than the model has."""
+    # Old names of norms, which every model has a rule for, are not written.
+    has_rules = bool(get_model_conversion_mapping(model, add_legacy=False))
+    return has_rules or composite_of(model.config) is not None
+
+
+def in_stored_form(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path | None = None
+) -> dict[str, Source]:
+    """The tensors of a model as its base stores them.
+
+    Args:
+        tensors: by the model's own names; on meta or DTensors too. Tied ones are there once.
+        folder: of the base; None: the one that the model's config was read from.
+
+    ModelError where the model is part of a larger one whose files are gone.
+    """
+    if not is_stored_otherwise(model):
+        return dict(tensors)
+    composite = composite_of(model.config)
+    folder = folder or Path(model.config.name_or_path)
+    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+        if composite is None:
+            return dict(tensors)  # Transformers reads these names too
+        raise ModelError(
+            "the base model's files are gone",
+            where=str(folder),
+            why="the tensors of images and sound are copied from there when a model is written",
+            fix="put the folder back, and start the same command again",
+        )
+    headers = read_headers(folder)
+    names = assign_names(model, headers, tensors.keys())
+    written: dict[str, Source] = {}
+    stored_names = []
+    for name, entry in names.stored():
+        if isinstance(entry, Pieces):
+            for piece in entry.pieces:
+                part = TensorPart(name, tensors[name], piece.region, piece.stacked)
+                written[piece.entry.name] = part
+        else:
+            written[entry.name] = tensors[name]
+            stored_names.append(entry.name)
+    for name in tensors.keys() - names.groups.keys():
+        # A head that is not tied any more; an embedding that was stored as the head.
+        stored = _stored_like(name, stored_names) if composite else name
+        written[stored] = tensors[name]
+    for aside in names.aside:
+        written[aside.name] = aside
+    # On every rank in one order: writing is a collective call.
+    return dict(sorted(written.items()))
+
+
+def _stored_like(name: str, stored_names: list[str]) -> str:
+    """The name on the disk of a tensor of the text model, beside others that are there."""
+    for stored_prefix, prefix in STORED_PREFIXES:
+        if not any(other.startswith(stored_prefix) for other in stored_names):
+            continue
+        if name.startswith(prefix):
+            return stored_prefix + name.removeprefix(prefix)
+        if stored_prefix.startswith("language_model."):
+            return f"language_model.{name}"
+    return name
+
+
+def write_model_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write config.json; of a model that is part of a larger one that of the whole, and what else
+    the whole needs.
+
+    It is the base's own, but for the dtype of the weights, tied weights and rows of the embedding.
+    """
+    if composite_of(model.config) is None:
+        model.config.save_pretrained(folder)
+        return
+    base = Path(model.config.name_or_path)
+    config = read_json(base / CONFIG)
+    changed = _updated(config, model)
+    if changed == config:
+        shutil.copyfile(base / CONFIG, folder / CONFIG)
+    else:
+        text = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+    for file in base.glob(PROCESSORS):
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _updated(config: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """The whole model's config with what training changed."""
+    dtype = str(model.config.dtype).removeprefix("torch.")
+    changed = dict(config)
+    text = dict(config.get("text_config") or {})
+    for values in (changed, text):
+        for key in ("dtype", "torch_dtype"):
+            if key in values:
+                values[key] = dtype
+    if not {"dtype", "torch_dtype"} & changed.keys():
+        changed["dtype"] = dtype
+    if changed.get("tie_word_embeddings") != model.config.tie_word_embeddings:
+        changed["tie_word_embeddings"] = model.config.tie_word_embeddings
+    if text.get("vocab_size") != model.config.vocab_size:
+        text["vocab_size"] = model.config.vocab_size
+    if text:
+        changed["text_config"] = text
+    return changed
