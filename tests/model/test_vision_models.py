@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-import tunesmith
+import vision_models
+from ranks import run_ranks
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
-from tunesmith.checkpoint.contents import write_model_files
+from tunesmith.checkpoint.contents import weights_of, write_model_files
+from tunesmith.cli.main import main
 from tunesmith.config.schema import Model
+from tunesmith.errors import ModelError
 from tunesmith.inference.load_run import load_run
 from tunesmith.inference.merge import merge
 from tunesmith.model import load
 from tunesmith.model.composite import COMPOSITES
+from tunesmith.model.safetensors_files import Entry
+from tunesmith.model.stored_form import in_stored_form
 from tunesmith.model.weights import load_weights
-
-from . import vision_models
+from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
 
@@ -126,11 +131,80 @@ def test_a_model_trained_in_full_is_the_whole_model_again(folder: Path, tmp_path
     assert (written / "preprocessor_config.json").is_file()
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "gemma3"])
-def test_train_and_merge(model_type: str, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "adapter"),
+    [("qwen3_5_moe", {}), ("gemma3", {"modules_to_save": ["embed_tokens"]})],
+    ids=["Qwen 3.5 MoE", "Gemma 3, whose head is not tied any more"],
+)
+def test_train_and_merge(
+    model_type: str, adapter: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
     base = vision_models.build(model_type, tmp_path / "base", tiny)
-    changes = {"train": {"duration": "2 steps"}, "checkpoint": {"every": "1 step"}}
-    result = tunesmith.train(make_run(base, tmp_path, held=False, **changes))
+    changes = {"train": {"duration": "2 steps"}, "adapter": adapter}
+    result = train(make_run(base, tmp_path, held=False, **changes), say=None)
     assert result.steps == 2
     done = merge(result.output_dir, tmp_path / "merged", device="cpu")
     assert done.merge_check.passed
+    before, after = stored(base), stored(tmp_path / "merged")
+    heads = {"language_model.lm_head.weight"} if adapter else set()
+    assert after.keys() == before.keys() | heads
+    for name, tensor in before.items():
+        assert is_text(name) or torch.equal(after[name], tensor), name
+
+
+def test_the_base_is_needed_to_write(tiny: Path, tmp_path: Path) -> None:
+    base = vision_models.build("gemma3", tmp_path / "base", tiny)
+    model = read(base)
+    shutil.rmtree(base)
+    with pytest.raises(ModelError, match="the base model's files are gone"):
+        in_stored_form(model, weights_of(model))
+
+
+def test_keys_of_layers_that_share_them_are_not_read(tiny: Path, tmp_path: Path) -> None:
+    """Gemma 4's checkpoints hold them all the same; what is written does too."""
+    types = ["sliding_attention", "full_attention"] * 2
+    layers = {"num_hidden_layers": 4, "layer_types": types, "num_kv_shared_layers": 2}
+    base = vision_models.build("gemma4", tmp_path, tiny, **layers)
+    file = max(base.glob("model-*.safetensors"))
+    name = "model.language_model.layers.3.self_attn.k_proj.weight"
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    assert name not in index["weight_map"]
+    unread = torch.ones(32, 64)
+    tensors = load_file(file) | {name: unread}
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+    model = read(base)
+    assert torch.equal(logits(model), logits(whole(base)))
+    entry = in_stored_form(model, weights_of(model))[name]
+    assert isinstance(entry, Entry)
+
+
+def train_on_ranks(base: Path, folder: Path) -> list[float]:
+    run = make_run(
+        base, folder, held=False, adapter={"kind": "none"}, parallel={"shard": 2},
+        train={"duration": "3 steps"}, checkpoint={"every": "2 steps"},
+    )  # fmt: skip
+    return [record.loss for record in train(run, say=None).records]
+
+
+def test_two_ranks_write_experts_and_vision_tower(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each holds half of a stack of experts; `final/` and an export of their checkpoint are alike."""
+    base = vision_models.build("qwen3_5_moe", tmp_path / "base", tiny)
+    losses = run_ranks(2, train_on_ranks, base, tmp_path)
+    assert losses[0] == losses[1]
+    run = tmp_path / "run"
+    check_rest_is_untouched(run / "final", base)
+    assert main(["export", str(run / "checkpoint-3"), "--output", str(tmp_path / "out")]) == 0
+    final = stored(run / "final")
+    exported = stored(tmp_path / "out")
+    assert exported.keys() == final.keys()
+    assert all(torch.equal(exported[name], final[name]) for name in final)
+    assert torch.equal(
+        logits(whole(tmp_path / "out")), logits(load_run(run / "checkpoint-3").model)
+    )
+
+    one = train(make_run(base, tmp_path, held=False, adapter={"kind": "none"},
+                         output_dir=str(tmp_path / "one"), train={"duration": "3 steps"}), say=None)  # fmt: skip
+    assert [record.loss for record in one.records] == pytest.approx(losses[0], rel=1e-5)

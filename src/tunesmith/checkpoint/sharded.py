@@ -396,7 +396,10 @@ def export_sharded(folder: Path, output: Path, run: Run) -> None:
         stored[name] = entry
         shapes[name] = torch.empty(entry.size, dtype=dtype, device="meta")
 
-    def read(name: str) -> Tensor:
+    names = {id(shape): name for name, shape in shapes.items()}
+
+    def read(shape: Tensor) -> Tensor:
+        name = names[id(shape)]
         tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
         _read(folder, {f"model.{name}": tensor})
         return tensor

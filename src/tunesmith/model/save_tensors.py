@@ -29,7 +29,7 @@ NAMES = {dtype: name for name, dtype in STORED.items()}
 PIECE = 64 << 20  # bytes on the host at a time: enough for a disk's full speed
 GATHERED = 16 << 20  # bytes of one collective, which may take as much again
 SHARD = "5GB"
-Read = Callable[[str], Tensor]
+Read = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,10 @@ class TensorPart:
     """A part of a tensor that is written as a tensor of its own: an expert of a stack.
 
     Attributes:
-        name: of the whole tensor.
         region: a slice of each dimension, with both ends.
         stacked: the first dimension, of which `region` has one index, is not written.
     """
 
-    name: str
     tensor: Tensor
     region: tuple[slice, ...]
     stacked: bool
@@ -73,8 +71,7 @@ def save_tensors(
         path: of rank 0; None on the others.
         tensors: by their names; parts of tensors, and tensors of other files, among them.
         dtype: to write DTensors in, None for their own; other tensors keep theirs.
-        read: the tensors are on meta, and it returns the values of each by its name when its turn
-            comes.
+        read: the tensors are on meta, and it returns the values of each when its turn comes.
     """
     written = {name: _written_form(source, dtype) for name, source in tensors.items()}
     names = sorted(tensors, key=lambda name: (-written[name].itemsize, name))
@@ -106,9 +103,9 @@ def save_tensors(
             region: tuple[slice, ...] = ()
             if isinstance(source, TensorPart):
                 region = source.region
-                tensor = read_part(source.name) if read_part else source.tensor.detach()
+                tensor = read_part(source.tensor) if read_part else source.tensor.detach()
             else:
-                tensor = read(name) if read else source.detach()
+                tensor = read(source) if read else source.detach()
             written_dtype = _written_dtype(source, dtype)
             for part in _parts(tensor, region, written_dtype):
                 if file is not None:

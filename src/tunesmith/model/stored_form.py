@@ -64,7 +64,7 @@ def in_stored_form(
     for name, entry in names.stored():
         if isinstance(entry, Pieces):
             for piece in entry.pieces:
-                part = TensorPart(name, tensors[name], piece.region, piece.stacked)
+                part = TensorPart(tensors[name], piece.region, piece.stacked)
                 written[piece.entry.name] = part
         else:
             written[entry.name] = tensors[name]
