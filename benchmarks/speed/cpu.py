@@ -27,7 +27,7 @@ from against_trl import neighbours
 
 from tunesmith.loss import loss_and_grad
 from tunesmith.metrics.hardware import matmul_tflops, seconds_of
-from tunesmith.model.fused import rms_norm, rotate, swiglu
+from tunesmith.model.fused_functions import rms_norm, rotate, swiglu
 
 WIDTH, MLP, HEADS, KV_HEADS, VOCABULARY, LAYERS = 576, 1536, 9, 3, 49152, 30  # SmolLM2-135M
 HEAD = WIDTH // HEADS

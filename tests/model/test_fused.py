@@ -17,7 +17,8 @@ from tunesmith.config.schema import Adapter
 from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.documents import Documents
-from tunesmith.model.fused import fuse_modules, rms_norm, rotate, swiglu
+from tunesmith.model.fused import fuse_modules
+from tunesmith.model.fused_functions import rms_norm, rotate, swiglu
 
 from . import families
 
@@ -70,7 +71,8 @@ def test_every_family_equals_eager_transformers(family, adapted, tmp_path):
     fused = copy.deepcopy(model)
     theirs = run(model, ids, positions, weight)
     changed = fuse_modules(fused, project=lora.project)
-    assert (changed > 0) == bool(ARCHITECTURES[family.split("-")[0]].fused)
+    if ARCHITECTURES[family.split("-")[0]].tensor_parallel:
+        assert changed > 0
     fused.set_attn_implementation(attention.register())
     # fp32 sums in another order, through three layers and an attention.
     assert_same(run(fused, ids, positions, weight, documents=documents), theirs, 3e-5)

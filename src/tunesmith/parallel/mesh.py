@@ -179,7 +179,7 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
         key = "train.optimizer_in_backward"
         raise _cannot_shard("updates in the backward", shape, where=key, fix="false")
     family = ARCHITECTURES.get(spec.model_type)
-    if family is None or not family.fused:
+    if family is None or not family.tensor_parallel:
         raise RecipeError(
             f"a layer of {spec.model_type} cannot be cut over {tensor} ranks",
             where="parallel.tensor",
@@ -202,7 +202,7 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
 
 def _cut_families() -> str:
     """The types whose layers tensor parallelism cuts."""
-    return ", ".join(name for name, family in ARCHITECTURES.items() if family.fused)
+    return ", ".join(name for name, family in ARCHITECTURES.items() if family.tensor_parallel)
 
 
 def _has_ragged_moments(run: Run, spec: ModelSpec, shape: MeshShape) -> bool:

@@ -104,9 +104,12 @@ def reduce_gradients(grads: Mapping[str, Tensor], partial: Collection[str], mesh
 
 def _check_family(model: PreTrainedModel) -> None:
     """ModelError unless Transformers shards this family as we do, and all its layers are fused."""
-    if _has_known_plan(model) and _is_fused(model) and not _has_bias_of_a_sum(model):
+    family = ARCHITECTURES.get(model.config.model_type)
+    is_listed = family is not None and family.tensor_parallel
+    is_alike = _has_known_plan(model) and _is_fused(model)
+    if is_listed and is_alike and not _has_bias_of_a_sum(model):
         return
-    families = ", ".join(name for name, family in ARCHITECTURES.items() if family.fused)
+    families = ", ".join(name for name, family in ARCHITECTURES.items() if family.tensor_parallel)
     raise ModelError(
         f"how to cut this {model.config.model_type} over ranks is not known",
         where=KEY,
