@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tunesmith.distributed.vocab_parallel import local_part
@@ -38,12 +39,16 @@ def fuse_modules(model: nn.Module, *, project: Project = separately) -> int:
     count = 0
     module: Any
     for module in model.modules():
+        if not _is_candidate(module):
+            continue
         module_class: Any = type(module)
         reference = _reference_of(module_class)
         if reference is None:
             continue
         mixin = MIXINS.get(reference, FusedAttention)
         if mixin is FusedMLP and not _is_silu(module.act_fn):
+            continue
+        if mixin is FusedJoinedMLP and not _is_silu(module.activation_fn):
             continue
         if mixin is FusedAttention:
             module.form = ATTENTIONS[reference]
@@ -60,24 +65,42 @@ def _is_silu(activation: nn.Module) -> bool:
     return isinstance(activation, nn.SiLU | SiLUActivation)
 
 
+def _is_candidate(module: nn.Module) -> bool:
+    """Whether it has what all attentions, MLPs or norms here have, and its forward may be a copy.
+
+    References are not imported for the sake of the others.
+    """
+    if type(module).forward.__module__.startswith(("torch.", "tunesmith.")):
+        return False
+    return any(hasattr(module, name) for name in ("o_proj", "down_proj", "weight"))
+
+
 @cache
 def _reference_of(module_class: Any) -> str | None:
     """The key of ATTENTIONS or MIXINS whose code the class runs; None where it runs none."""
     code = forward_code(module_class)
-    return None if code is None else _references().get(code)
+    if code is None:
+        return None
+    # The class itself and its neighbors first: most runs import no other reference.
+    references = sorted(
+        (*MIXINS, *ATTENTIONS),
+        key=lambda reference: _module_name(reference) != module_class.__module__,
+    )
+    for reference in references:
+        if code == _reference_code(reference):
+            return reference
+    return None
+
+
+def _module_name(reference: str) -> str:
+    family, _, _ = reference.partition(".")
+    return f"transformers.models.{family}.modeling_{family}"
 
 
 @cache
-def _references() -> dict[Hashable, str]:
-    """Code of a reference -> its key."""
-    references = {}
-    for reference in (*ATTENTIONS, *MIXINS):
-        family, _, name = reference.partition(".")
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        code = forward_code(getattr(module, name))
-        if code is not None:
-            references[code] = reference
-    return references
+def _reference_code(reference: str) -> Hashable | None:
+    _, _, name = reference.partition(".")
+    return forward_code(getattr(importlib.import_module(_module_name(reference)), name))
 
 
 def add_mixin(module: nn.Module, mixin: type[nn.Module]) -> None:
@@ -105,14 +128,26 @@ class AttentionForm(NamedTuple):
     window: Literal["none", "config", "layer"] = "none"
     # Its module says by `use_rope` whether it rotates q and k.
     rope_by_layer: bool = False
+    # An angle turns neighboring channels; cos and sin still have the two halves of most models.
+    pairs: bool = False
+    # q_proj has twice as many rows: of each head the query, and a gate on its output.
+    gated: bool = False
+    # Queries grow with the logarithm of the position, beyond the length of pre-training.
+    grows: bool = False
 
 
 ATTENTIONS = {
     "llama.LlamaAttention": AttentionForm(),
     "mistral.MistralAttention": AttentionForm(window="config"),
+    "ministral3.Ministral3Attention": AttentionForm(window="config", grows=True),
     "qwen2.Qwen2Attention": AttentionForm(window="layer"),
     "qwen3.Qwen3Attention": AttentionForm(head_norms="head", window="layer"),
+    "qwen3_next.Qwen3NextAttention": AttentionForm(head_norms="head", gated=True),
     "smollm3.SmolLM3Attention": AttentionForm(window="layer", rope_by_layer=True),
+    "gemma3.Gemma3Attention": AttentionForm(head_norms="head", window="layer"),
+    "olmo2.Olmo2Attention": AttentionForm(head_norms="projection"),
+    "olmo3.Olmo3Attention": AttentionForm(head_norms="projection", window="layer"),
+    "glm4.Glm4Attention": AttentionForm(pairs=True),
 }
 
 
@@ -155,16 +190,18 @@ class FusedAttention(nn.Module):
             others["documents"] = documents
             return super().forward(hidden_states, position_embeddings, attention_mask, **others)
         form = self.form
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        projected = self.project(hidden_states.flatten(0, -2), layers)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
-        if form.head_norms == "head":
-            q = self.q_norm(q)
-            k = self.k_norm(k)
+        q, k, v, gate = self._heads(hidden_states.flatten(0, -2))
         if not form.rope_by_layer or self.use_rope:
             cos, sin = (t.flatten(0, -2) for t in position_embeddings)
-            q = rotate(q, cos, sin)
-            k = rotate(k, cos, sin)
+            if form.pairs:
+                cos = _by_pairs(cos)
+                sin = _by_pairs(sin)
+            k = rotate(k, cos, sin, pairs=form.pairs)
+            if form.grows:
+                growth = _query_growth(others["position_ids"], self.config)
+                cos = (cos * growth).to(cos.dtype)
+                sin = (sin * growth).to(sin.dtype)
+            q = rotate(q, cos, sin, pairs=form.pairs)
         window = None
         if form.window == "config":
             window = self.config.sliding_window
@@ -172,7 +209,45 @@ class FusedAttention(nn.Module):
             window = self.sliding_window
         dropout = self.attention_dropout if self.training else 0.0
         out = attend(q, k, v, documents, scale=self.scaling, window=window, dropout=dropout)
+        if gate is not None:
+            out = out * torch.sigmoid(gate)
         return self.o_proj(out.flatten(1)).view_as(hidden_states), None
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v and, where there is one, the gate of an input [n, width]: [n, heads, head_dim]
+        each.
+        """
+        form = self.form
+        q, k, v = self.project(x, (self.q_proj, self.k_proj, self.v_proj))
+        if form.head_norms == "projection":
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        gate = None
+        if form.gated:
+            q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
+        else:
+            q = q.unflatten(-1, (-1, self.head_dim))
+        k = k.unflatten(-1, (-1, self.head_dim))
+        v = v.unflatten(-1, (-1, self.head_dim))
+        if form.head_norms == "head":
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        return q, k, v, gate
+
+
+def _by_pairs(angles: Tensor) -> Tensor:
+    """cos or sin of two halves alike, [n, width], with each angle twice in a row."""
+    return angles[..., : angles.shape[-1] // 2].repeat_interleave(2, -1)
+
+
+def _query_growth(positions: Tensor, config: Any) -> Tensor:
+    """Ministral 3's factor on the queries, 1 up to the length of pre-training.
+
+    positions: [1, n]; returns [n, 1] in fp32.
+    """
+    rope = config.rope_parameters
+    lengths = torch.floor(positions.squeeze(0) / rope["original_max_position_embeddings"])
+    return (1 + rope["llama_4_scaling_beta"] * torch.log(1 + lengths)).unsqueeze(1)
 
 
 class FusedMLP(nn.Module):
@@ -189,6 +264,17 @@ class FusedMLP(nn.Module):
         return self.down_proj(swiglu(gate, up))
 
 
+class FusedJoinedMLP(nn.Module):
+    """A gated MLP whose gate and up are one linear layer."""
+
+    gate_up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(swiglu(gate, up))
+
+
 class FusedNorm(nn.Module):
     """An RMSNorm that keeps its input and one number a row for the backward."""
 
@@ -199,7 +285,29 @@ class FusedNorm(nn.Module):
         return rms_norm(hidden_states, local_part(self.weight), self.variance_epsilon)
 
 
+class FusedWideNorm(FusedNorm):
+    """One that multiplies by its weight in fp32."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = local_part(self.weight)
+        return rms_norm(hidden_states, weight, self.variance_epsilon, wide=True)
+
+
+class FusedZeroCenteredNorm(nn.Module):
+    """One whose weight is the difference from 1."""
+
+    weight: nn.Parameter
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, local_part(self.weight), self.eps, wide=True, offset=1.0)
+
+
 MIXINS: dict[str, type[nn.Module]] = {
     "llama.LlamaMLP": FusedMLP,
     "llama.LlamaRMSNorm": FusedNorm,
+    "phi3.Phi3MLP": FusedJoinedMLP,
+    "gemma.GemmaRMSNorm": FusedZeroCenteredNorm,
+    "olmo2.Olmo2RMSNorm": FusedWideNorm,
+    "helium.HeliumRMSNorm": FusedWideNorm,
 }

@@ -1,4 +1,5 @@
-"""Rotary embedding, SwiGLU and RMSNorm, each with a backward of its own that keeps little.
+"""Rotary embedding, gated activations and RMSNorm, each with a backward of its own that keeps
+little.
 
 Inside torch.compile they are plain formulas, which the compiler fuses better than a hand-written
 backward. They compute in the input's dtype where Transformers does, and in fp32 (fp64 for fp64
@@ -12,39 +13,67 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) in Transformers' layout, halves instead
-    of pairs.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, pairs: bool = False) -> Tensor:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of the first `width` channels of a head.
 
-    x: [n, heads, d]; cos, sin: [n, d], both halves alike.
+    Args:
+        x: [n, heads, d].
+        cos, sin: [n, width]. Each angle occurs twice, where the two channels are that it turns.
+        pairs: an angle turns neighbors, as in the paper; else a channel of the first half and one
+            of the second, as in most models of Transformers.
+
+    Returns [n, heads, d] in x's dtype.
     """
     cos = cos.unsqueeze(1)
     sin = sin.unsqueeze(1)
     if torch.compiler.is_compiling():
-        half = x.shape[-1] // 2
-        return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
-    return _Rotate.apply(x, cos, sin)
+        return _rotate_formula(x, cos, sin, pairs)
+    return _Rotate.apply(x, cos, sin, pairs)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate_halves(x, cos, sin)
+        ctx.pairs = pairs
+        return _rotate_parts(x, cos, sin, pairs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        # The inverse of a rotation is its transpose.
-        return _rotate_halves(grads[0], cos, -sin), None, None
+        # The inverse of a rotation is its transpose; also where it scales.
+        return _rotate_parts(grads[0], cos, -sin, ctx.pairs), None, None, None
 
 
-def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return out
+def _rotate_formula(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
+    width = cos.shape[-1]
+    rotated = x[..., :width]
+    if pairs:
+        turned = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), -1).flatten(-2)
+    else:
+        half = width // 2
+        turned = torch.cat((-rotated[..., half:], rotated[..., :half]), -1)
+    out = (rotated * cos + turned * sin).to(x.dtype)
+    if width == x.shape[-1]:
+        return out
+    return torch.cat((out, x[..., width:]), -1)
+
+
+def _rotate_parts(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
+    width = cos.shape[-1]
+    first = slice(width // 2)
+    second = slice(width // 2, None)
+    if pairs:
+        first = slice(0, None, 2)
+        second = slice(1, None, 2)
+    rotated = x[..., :width]
+    out = rotated * cos
+    out[..., first].addcmul_(rotated[..., second], sin[..., first], value=-1)
+    out[..., second].addcmul_(rotated[..., first], sin[..., second])
+    out = out.to(x.dtype)  # some models have cos and sin in fp32
+    if width == x.shape[-1]:
+        return out
+    return torch.cat((out, x[..., width:]), -1)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -69,34 +98,53 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(d_silu, gate), d_up
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps), the mean and root in fp32.
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, wide: bool = False, offset: float = 0.0
+) -> Tensor:
+    """(offset + weight) * x / sqrt(mean(x^2) + eps), the mean and root in fp32.
 
     Zhang and Sennrich 2019, arXiv:1910.07467.
+
+    Args:
+        wide: multiply in fp32 and round once (OLMo 2, Gemma); else the normed x is rounded to its
+            own dtype before it meets the weight (Llama).
+        offset: with `wide`; 1.0 of weights that are centered at zero (Gemma).
     """
-    if torch.compiler.is_compiling():
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return weight * (wide * scale).to(x.dtype)
-    return _RMSNorm.apply(x, weight, eps)
+    if not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x, weight, eps, wide, offset)
+    x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    if wide:
+        return (x_wide * scale * (weight.to(scale.dtype) + offset)).to(x.dtype)
+    return weight * (x_wide * scale).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, wide: bool, offset: float
+    ) -> Tensor:
+        x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        ctx.wide = wide
+        ctx.offset = offset
+        normed = x_wide * scale
+        if wide:
+            return normed.mul_(weight.to(scale.dtype) + offset).to(x.dtype)
+        return normed.to(x.dtype).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        wide = x.to(scale.dtype) * scale  # the normed input
-        d_wide = (grads[0] * weight).to(scale.dtype)
+        normed = x.to(scale.dtype) * scale
+        if ctx.wide:
+            d_normed = grads[0].to(scale.dtype) * (weight.to(scale.dtype) + ctx.offset)
+        else:
+            d_normed = (grads[0] * weight).to(scale.dtype)
         d_weight = None
         if ctx.needs_input_grad[1]:
-            d_weight = (grads[0].to(scale.dtype) * wide).flatten(0, -2).sum(0).to(weight.dtype)
-        inner = (d_wide * wide).mean(-1, keepdim=True)
-        dx = d_wide.addcmul_(wide, inner, value=-1).mul_(scale).to(x.dtype)
-        return dx, d_weight, None
+            d_weight = (grads[0].to(scale.dtype) * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        inner = (d_normed * normed).mean(-1, keepdim=True)
+        dx = d_normed.addcmul_(normed, inner, value=-1).mul_(scale).to(x.dtype)
+        return dx, d_weight, None, None, None
