@@ -18,9 +18,13 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Glm4Config,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
+    Olmo3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     SmolLM3Config,
 )
@@ -61,7 +65,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 # (configuration, kinds of layers): a window below the bound of the batches, biases on q, k and v,
-# norms of q and k, and layers that do not rotate.
+# norms of q and k, layers that do not rotate, and the forms of families without a row.
 FAMILIES = {
     "llama": (lambda layers: LlamaConfig(**SIZES, num_hidden_layers=layers), 1),
     "mistral": (
@@ -83,6 +87,41 @@ FAMILIES = {
     "smollm3": (
         lambda layers: SmolLM3Config(**SIZES, num_hidden_layers=layers, no_rope_layer_interval=3),
         2,
+    ),
+    "ministral3": (
+        lambda layers: Ministral3Config(
+            **SIZES,
+            num_hidden_layers=layers,
+            head_dim=8,
+            sliding_window=8,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 8,
+            },
+        ),
+        1,
+    ),
+    "olmo3, two windows": (
+        lambda layers: Olmo3Config(
+            **SIZES,
+            num_hidden_layers=layers,
+            sliding_window=8,
+            layer_types=["full_attention", *["sliding_attention"] * (layers - 1)],
+        ),
+        2,
+    ),
+    "glm4": (lambda layers: Glm4Config(**SIZES, num_hidden_layers=layers, head_dim=8), 1),
+    "qwen3.5, without recurrence": (
+        lambda layers: Qwen3_5TextConfig(
+            **SIZES,
+            num_hidden_layers=layers,
+            head_dim=8,
+            layer_types=["full_attention"] * layers,
+        ),
+        1,
     ),
 }
 
