@@ -379,3 +379,78 @@ def test_all_leaves_out_what_is_given() -> None:
     template = select_template(data(), chat_tokenizer(), {2})
     sample = Conversation([user("a"), answer("b"), user("c"), answer("d")], prompt_messages=3)
     assert learnt(template, sample, "all")[1] == "d<|im_end|>\n"
+
+
+# --- arguments of a template
+
+# Reads one argument in a macro, one behind its own default; `content` and `loop` are no arguments.
+THINKS = """
+{%- macro header() %}{% if greeting is not defined %}{% set greeting = 'Hi' %}{% endif %}{{ greeting }}{% endmacro %}
+{%- set thinks = thinks if thinks is defined else true %}
+{{- header() }}
+{%- for m in messages %}
+{%- set content = m.content %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ ('' if thinks else '\\\\') + content + '<|im_end|>' }}{% endgeneration %}
+{%- else %}{{ content + '<|im_end|>' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + ('<think>' if thinks else '\\\\') }}{% endif %}"""
+
+
+def test_arguments_reach_rows_prompts_and_what_is_saved() -> None:
+    row = Conversation([user("a"), answer("b")])
+    tokenizer = chat_tokenizer(THINKS)
+    assert tokenizer.decode(select_template(data(), tokenizer, {2}).prompt(row)).endswith("<think>")
+    arguments = {"thinks": False, "greeting": 'Say "{%- x -%}"\n'}
+    template = select_template(data(template_args=arguments), tokenizer, {2})
+    prompt = 'Say "{%- x -%}"\n<|im_start|>user\na<|im_end|><|im_start|>assistant\n\\'
+    assert learnt(template, row) == (f"{prompt}b<|im_end|>", "b<|im_end|>")
+    assert tokenizer.decode(template.prompt(row)) == prompt
+    assert "argument thinks is false" in template.describe()
+    saved = chat_tokenizer(template.jinja)
+    served = saved.apply_chat_template(
+        row.messages[:1], add_generation_prompt=True, tokenize=False, thinks=True
+    )
+    assert served == prompt, "a server's own argument changes nothing"
+    assert select_template(data(), saved, {2}).jinja == template.jinja
+
+
+@pytest.mark.parametrize("opening", ["", "\n", "\n\n"])
+def test_arguments_leave_the_rest_of_a_template_alone(opening: str) -> None:
+    """Also where it opens with a line break, and where a trained one is assigned anew."""
+    tokenizer = chat_tokenizer(opening + "{{ greeting }}" + CHATML)
+    first = select_template(data(template_args={"greeting": 1e-5}), tokenizer, {2})
+    row = Conversation([user("a"), answer("b")])
+    plain = learnt(select_template(data(), tokenizer, {2}), row)
+    assert learnt(first, row)[0] == plain[0].replace(opening, f"{opening}1e-05", 1)
+    again = select_template(data(template_args={"greeting": -2}), chat_tokenizer(first.jinja), {2})
+    afresh = select_template(data(template_args={"greeting": -2}), tokenizer, {2})
+    assert again.jinja == afresh.jinja
+
+
+@pytest.mark.parametrize(
+    ("template", "jinja", "name", "why"),
+    [
+        ("auto", THINKS, "think", "it takes greeting, thinks"),
+        ("auto", THINKS, "content", "it takes greeting, thinks"),
+        ("auto", THINKS, "messages", "it takes greeting, thinks"),
+        ("auto", CHATML, "thinks", "it takes none"),
+        ("own.jinja", THINKS, "bos_token", "it takes greeting, thinks"),
+        ("auto", None, "thinks", "it takes none"),
+    ],
+)
+def test_an_argument_that_the_template_does_not_read_is_refused(
+    tmp_path: Path, template: str, jinja: str | None, name: str, why: str
+) -> None:
+    tokenizer = chat_tokenizer(jinja)
+    if template.endswith(".jinja"):
+        (tmp_path / template).write_text(str(jinja))
+        template = str(tmp_path / template)
+    for form in ("messages", "text") if jinja else ("messages",):
+        with pytest.raises(DataError, match=f"takes no argument {name}") as caught:
+            select_template(data(form, template, template_args={name: False}), tokenizer, {2})
+        assert caught.value.where == f"data.template_args.{name}"
+        assert caught.value.why == why
+    assert caught.value.fix == "did you mean thinks?" or name != "think"
+    with pytest.raises(DataError, match="a raw prompt"):
+        select_template(data("text", template_args={name: False}), base(), {2})

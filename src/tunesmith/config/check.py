@@ -202,6 +202,12 @@ def _template(run: Run) -> Iterator[Problem]:
             fix = f"did you mean {near}?"
         what = f"is a file that does not exist: {data.template}"
         yield Problem("data.template", what, fix)
+    if data.template in ("raw", "alpaca") and data.template_args:
+        yield Problem(
+            "data.template_args",
+            f"has no effect with data.template: {data.template}",
+            fix="remove it, or data.template: chat",
+        )
     formats = {source.format for source in (*data.train, *data.validation)}
     with_turns = sorted(formats - {"prompt-completion", "text"})
     if data.template == "raw" and with_turns:

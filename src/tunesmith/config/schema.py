@@ -139,6 +139,11 @@ class Data:
         " turns), `chat`, `alpaca`, "
         "`raw` (prompt and completion as they stand) or a Jinja file",
     )
+    template_args: dict[str, bool | int | float | str] = key(
+        {},
+        "arguments of the chat template, such as `{enable_thinking: false}`; saved with the"
+        " trained model as a part of its template",
+    )
     system: str | None = key(None, "system message for rows without one")
     seq_len: AtLeastTwo = key(2048, "longest example and length of a packed row, in tokens")
     pack: bool = key(

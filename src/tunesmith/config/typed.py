@@ -284,7 +284,8 @@ def type_in_words(hint: Any) -> str:
         are_texts = str in members(inside[0]) or literal_words(inside[0])
         return f"a list of {'texts' if are_texts else 'whole numbers'}"
     if origin is dict:
-        return "a mapping of texts to texts"
+        values = inside[1]
+        return f"a mapping of texts to {'texts' if values is str else 'values'}"
     if hint in _FORMS:
         return _FORMS[hint]
     if is_dataclass(hint):

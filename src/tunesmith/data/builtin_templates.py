@@ -138,12 +138,12 @@ def with_tools(jinja: str) -> str:
 
 def either(condition: str, this: str, that: str) -> str:
     """One template out of two. `condition` ends with an open `if` block."""
-    this = _keep_newlines(this)
-    that = _keep_newlines(that)
+    this = keep_newlines(this)
+    that = keep_newlines(that)
     return f"{condition}{this}{{% else %}}{that}{{% endif %}}"
 
 
-def _keep_newlines(text: str) -> str:
+def keep_newlines(text: str) -> str:
     """A template such that it renders the same within a block as alone."""
     # `trim_blocks` removes the newline after a block's tag.
     first = "\n" if text.startswith("\n") else ""

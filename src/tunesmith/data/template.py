@@ -10,6 +10,7 @@ the format text always do: a BOS where the tokenizer itself adds one, once, and 
 end.
 """
 
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from tunesmith.data.align import Aligned, Aligner, CharSpan
 from tunesmith.data.batch import Example
 from tunesmith.data.formats import Completion, Conversation, Sample, Text, with_system
 from tunesmith.data.loss_mask import RENDER_ERRORS, AssistantMask
+from tunesmith.data.template_args import assign_arguments, split_arguments, with_arguments
 from tunesmith.errors import DataError, ModelError
 
 TrainOn = Literal["response", "last", "all"]
@@ -29,7 +31,7 @@ TrainOn = Literal["response", "last", "all"]
 _PLAIN = frozenset({"prompt-completion", "text"})
 # Formats whose rows may hold tool calls.
 _WITH_TOOLS = frozenset({"messages", "sharegpt"})
-# What errors call a template.
+# What errors call a template that is no file.
 _TITLES = {
     "chat": "the tokenizer's chat template",
     "alpaca": "the alpaca text",
@@ -55,17 +57,26 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
     formats = {source.format for source in (*data.train, *data.validation)}
     may_have_tools = bool(formats & _WITH_TOOLS)
     chat_template = _own_template(tokenizer, tools=may_have_tools)
+    if chat_template is not None and data.template in ("auto", "chat"):
+        chat_template = _with_arguments(chat_template, data, tokenizer, "chat")
     needs_none = chat_template is None and bool(formats) and formats <= _PLAIN
     if data.template == "raw" or (data.template == "auto" and needs_none):
+        why = "the tokenizer has no chat template"
+        if data.template == "raw":
+            why = "data.template is raw"
         if data.system is not None:
-            why = "the tokenizer has no chat template"
-            if data.template == "raw":
-                why = "data.template is raw"
             raise DataError(
                 "a raw prompt has no system message",
                 where="data.system",
                 why=why,
                 fix="remove data.system, or data.template=alpaca",
+            )
+        if data.template_args:
+            raise DataError(
+                "a raw prompt has no template that takes arguments",
+                where="data.template_args",
+                why=why,
+                fix="remove data.template_args, or data.template=FILE.jinja",
             )
         return Template(tokenizer, eos_ids, jinja=None, name="raw")
     if data.template == "auto" and formats == {"text"}:
@@ -88,9 +99,23 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and bos in _added_before(tokenizer)
         jinja = builtin_templates.alpaca(bos=adds_bos)
+        jinja = _with_arguments(jinja, data, tokenizer, "alpaca")
         return Template(tokenizer, eos_ids, jinja=jinja, name="alpaca")
     path = Path(data.template).expanduser()
-    return Template(tokenizer, eos_ids, jinja=_read_template(path, tokenizer), name=path.name)
+    jinja = _with_arguments(_read_template(path, tokenizer), data, tokenizer, path.name)
+    return Template(tokenizer, eos_ids, jinja=jinja, name=path.name)
+
+
+def _with_arguments(jinja: str, data: Data, tokenizer: Any, name: str) -> str:
+    """The template `name` with `data.template_args`; DataError for one that it does not take."""
+    return with_arguments(
+        jinja, data.template_args, title=_title(name), special_tokens=tokenizer.special_tokens_map
+    )
+
+
+def _title(name: str) -> str:
+    """What errors call a template."""
+    return _TITLES.get(name, f"the template {name}")
 
 
 class Template:
@@ -133,8 +158,7 @@ class Template:
         self._mask: AssistantMask | None = None
         self.end_ids = self._eos_ids
         if self.jinja is not None:
-            title = _TITLES.get(name, f"the template {name}")
-            self._mask = AssistantMask(tokenizer, self.jinja, title, self._eos_ids)
+            self._mask = AssistantMask(tokenizer, self.jinja, _title(name), self._eos_ids)
             self.end_ids = self._mask.end_ids
         self._bos = _added_before(tokenizer)
         if self.raw:
@@ -156,7 +180,8 @@ class Template:
             return self
         if self._mask.tools or not _is_chatml(self._mask):
             return self
-        jinja = builtin_templates.with_tools(self.jinja)
+        arguments, jinja = split_arguments(self.jinja)
+        jinja = assign_arguments(builtin_templates.with_tools(jinja), arguments)
         template = Template(self.tokenizer, self._eos_ids, jinja=jinja, name=self.name)
         template._has_fixed_date = self._has_fixed_date
         return template
@@ -175,6 +200,9 @@ class Template:
         parts = [_DESCRIPTIONS.get(self.name, f"{self.name}: a chat template from a file")]
         if builtin_templates.HERMES in (self.jinja or ""):
             parts.append("tool calls in Hermes' form (plain ChatML has none)")
+        arguments, _ = split_arguments(self.jinja or "")
+        for argument, value in arguments.items():
+            parts.append(f"its argument {argument} is {json.dumps(value)}, also in what is saved")
         if self._has_fixed_date:
             date = f"{builtin_templates.DATE:%d %b %Y}"
             parts.append(f"its date is fixed at {date}, in every start and in what is saved")

@@ -425,9 +425,10 @@ def _template(
         if isinstance(jinja, str):
             is_raw = builtin_templates.is_raw(jinja)
         if is_raw:
-            data = replace(data, template="raw", system=None)
+            data = replace(data, template="raw", template_args={}, system=None)
         else:
-            data = replace(data, template="auto")
+            # Its arguments are a part of the saved template.
+            data = replace(data, template="auto", template_args={})
     template = select_template(data, tokenizer, ends)
     if saved is not None and template.jinja is not None and "message.input" in template.jinja:
         # One of our own texts, with instruction and input apart: rows must reach it in that form,
