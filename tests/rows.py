@@ -30,6 +30,7 @@ class Simple:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.end_ids = frozenset({tokenizer.eos_token_id})
+        self.earlier_end_ids: frozenset[int] = frozenset()
         self.encoded = 0
 
     def describe(self) -> str:

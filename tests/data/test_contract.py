@@ -107,6 +107,15 @@ def test_a_missing_end_token(simple: Simple) -> None:
     assert_broken(simple, given(simple, ([70, 71], [0, 1]), ([end, 71, end], [0, 1, 1])))
 
 
+def test_an_end_of_earlier_answers_stands_behind_them(simple: Simple) -> None:
+    """It is not supervised, belongs to the same row, and ends no last answer."""
+    simple.earlier_end_ids = frozenset({75})
+    end = simple.tokenizer.eos_token_id
+    assert_holds(simple, given(simple, ([70, 71, 75, 72, end], [0, 1, 0, 1, 1])))
+    assert_broken(simple, given(simple, ([70, 71, 75, 72, 73], [0, 1, 0, 1, 1])))
+    assert_broken(simple, given(simple, ([70, 71], [0, 1]), ([75, 71, end], [0, 1, 1])))
+
+
 def test_a_cut_answer_need_not_end(simple: Simple) -> None:
     """It is counted by a rule of its own; an earlier answer of the same row must end."""
     error = assert_broken(simple, given(simple, ([70, 71, 72], [0, 1, 1]), cut=True))

@@ -148,11 +148,13 @@ def check_tokens(
         )
         return Contract(split, (is_empty,))
     end_ids = sorted(template.end_ids)
+    earlier_end_ids = sorted(template.earlier_end_ids)
     bos = tokenizer.bos_token_id
     rules = _rules(tokens, tokenizer, end_ids, vocab_size, position_limit)
     checks = [Check(rule.name, 0, rule.of, note=rule.note) for rule in rules]
     for chunk in _chunks(tokens):
-        for n, faults in enumerate(_find_faults(chunk, end_ids, bos, vocab_size)):
+        all_faults = _find_faults(chunk, end_ids, earlier_end_ids, bos, vocab_size)
+        for n, faults in enumerate(all_faults):
             check = checks[n]
             if len(faults.tokens) and not check.broken:
                 fault = int(faults.tokens[0])
@@ -298,7 +300,7 @@ def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
 
 
 def _find_faults(
-    chunk: _Chunk, end_ids: list[int], bos: int | None, vocab: int
+    chunk: _Chunk, end_ids: list[int], earlier_end_ids: list[int], bos: int | None, vocab: int
 ) -> Iterator[_Faults]:
     """For each rule, how many things of a chunk it checks, and the tokens that break it."""
     ids = chunk.arrays.ids
@@ -313,7 +315,7 @@ def _find_faults(
     supervised_per_row = np.add.reduceat(predicted, starts)
     yield _Faults(len(starts), starts[supervised_per_row == 0])
 
-    answers, cut_off = _answers_without_end(chunk, end_ids)
+    answers, cut_off = _answers_without_end(chunk, end_ids, earlier_end_ids)
     yield answers
 
     # The second of two BOS.
@@ -339,15 +341,23 @@ def _find_faults(
         yield nothing
 
 
-def _answers_without_end(chunk: _Chunk, end_ids: list[int]) -> tuple[_Faults, np.ndarray]:
-    """The last token of each supervised stretch that ends no answer; those cut at seq_len apart."""
+def _answers_without_end(
+    chunk: _Chunk, end_ids: list[int], earlier_end_ids: list[int]
+) -> tuple[_Faults, np.ndarray]:
+    """The last token of each supervised stretch that ends no answer; those cut at seq_len apart.
+
+    earlier_end_ids: as of a template; these stand behind a stretch.
+    """
     ids = chunk.arrays.ids
     is_row_end = np.zeros(len(ids), np.bool_)
     is_row_end[chunk.arrays.offsets[1:] - 1] = True
     next_trained = np.append(chunk.arrays.trained[1:], False)
     is_stretch_end = chunk.arrays.trained & (is_row_end | ~next_trained)
     stretch_ends = np.flatnonzero(is_stretch_end)
-    stops = stretch_ends[~np.isin(ids[stretch_ends], end_ids)]
+    next_ids = np.append(ids[1:], -1)
+    ends_answer = np.isin(ids[stretch_ends], end_ids)
+    ends_answer |= ~is_row_end[stretch_ends] & np.isin(next_ids[stretch_ends], earlier_end_ids)
+    stops = stretch_ends[~ends_answer]
 
     # At the end of a row, what the template writes after an end token may be supervised too.
     rows = chunk.examples_of(stops)

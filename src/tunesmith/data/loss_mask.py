@@ -12,7 +12,8 @@ can tell the template's words from the user's. Sentinels can:
    generation prompt, has after its last text must stand at the same place of the conversation. What
    the template writes between there and the answer's text (an empty thinking block, a tool call's
    tag) is the model's to write: supervised.
-3. An answer ends with the first end token after its last text. What follows is not supervised.
+3. An answer ends with the first end token after its last text (`answer_ends`). What follows is not
+   supervised.
 
 A template with {% generation %} says itself where answers are; the sentinels check it, and a prompt
 is rendered only where a block opens before its answer's text. Whatever cannot be proven is refused
@@ -20,16 +21,17 @@ with a DataError, never guessed.
 """
 
 import re
-import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from tunesmith.data.align import CharSpan
+from tunesmith.data.answer_ends import AnswerEnds
 from tunesmith.data.sentinels import POSITIONS, Field, Message, Messages, Sentinel, Sentinels, Tools
+from tunesmith.data.template_args import names_of_arguments
 from tunesmith.errors import DataError, first_line
 
 # What a template may end in; the last two where it calls itself, or writes a text beyond all
@@ -50,12 +52,6 @@ _FIX_TAGS = (
     "move the {% generation %} tags in the template: all of each answer with its end token,"
     " and nothing else"
 )
-
-
-def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of some texts; of several at one place, the longest. Of none, nothing."""
-    longest_first = sorted(words, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 class _Rendering(NamedTuple):
@@ -87,6 +83,25 @@ class _Rendering(NamedTuple):
         """Where in the text sentinel n stands; -1 stands for the beginning of the text."""
         return self.sentinels[n].at if n >= 0 else 0
 
+    def tail(self, i: int) -> str | None:
+        """What stands after the texts of message i, up to the next text.
+
+        None where the end of its last text is not known.
+        """
+        last = -1
+        seen = set()
+        for n in self.of_message(i):
+            # A text that is there again is quoted by the next message.
+            if self.sentinels[n][:2] not in seen:
+                last = n
+            seen.add(self.sentinels[n][:2])
+        if last < 0 or self.sentinels[last].side != "e":
+            return None
+        next_text = len(self.text)
+        if last + 1 < len(self.sentinels):
+            next_text = self.place(last + 1)
+        return self.text[self.place(last) : next_text]
+
 
 # Of one {% generation %} block: the characters [start, end) that it wrote.
 _Block = tuple[int, int]
@@ -103,21 +118,20 @@ _PROBE_TURNS = [
     {"role": "assistant", "content": "four"},
 ]
 _PROBE_THINKING = [_PROBE_TURN[0], {**_PROBE_TURN[1], "reasoning_content": "three"}]
+_CALL = {
+    "type": "function",
+    "id": "call00001",
+    "function": {"name": "look", "arguments": {"at": "six"}},
+}
 _PROBE_CALL: list[Message] = [
     _PROBE_TURN[0],
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {
-                "type": "function",
-                "id": "call00001",
-                "function": {"name": "look", "arguments": {"at": "six"}},
-            }
-        ],
-    },
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "five"},
     _PROBE_TURN[1],
+]
+_PROBE_CALLS: list[Message] = [
+    _PROBE_TURN[0],
+    {"role": "assistant", "content": "", "tool_calls": [_CALL, {**_CALL, "id": "call00002"}]},
 ]
 _PROBE_TOOLS: list[dict[str, Any]] = [
     {
@@ -140,8 +154,7 @@ class AssistantMask:
 
     Attributes:
         tagged: whether the template has {% generation %} blocks.
-        end_tokens: text and id of each token that may end an answer: those of `eos_ids`, and the
-            template's own.
+        ends: what may end an answer.
         reasoning, tools: whether the template shows thinking and tool calls.
     """
 
@@ -153,12 +166,7 @@ class AssistantMask:
         # Until they are known, the probe looks for every text with every position.
         self.reasoning = False
         self.tools = False
-        self.end_ids = frozenset(eos_ids)
-        self.end_tokens: dict[str, int] = {}
-        for id_ in sorted(eos_ids):
-            text = tokenizer.decode([id_])
-            if text:
-                self.end_tokens[text] = id_
+        self.ends = AnswerEnds(tokenizer, eos_ids)
         self._probe()
 
     def render(
@@ -222,7 +230,7 @@ class AssistantMask:
             inserted = Sentinels(word, position)
             marked_messages, marked_tools = inserted.insert(messages, tools)
             marked_text = self.render(marked_messages, marked_tools, where=where)
-            plain_text, sentinels = inserted.strip(marked_text)
+            plain_text, sentinels = self._strip(inserted, marked_text)
             if plain_text != text:
                 continue
             shown.update(sentinel.field for sentinel in sentinels)
@@ -231,7 +239,7 @@ class AssistantMask:
                     text, sentinels, inserted, marked_messages, marked_tools, frozenset()
                 )
             missing = [field for n, field in enumerate(inserted.fields) if n not in shown]
-            if all(self._may_drop(field) and not self._end_token(field.text) for field in missing):
+            if all(self._may_drop(field) and not self._has_end(field.text) for field in missing):
                 break
         if rendering is None:
             raise self._error(
@@ -240,6 +248,33 @@ class AssistantMask:
                 where,
             )
         return rendering._replace(shown=frozenset(shown))
+
+    def _strip(self, inserted: Sentinels, marked_text: str) -> tuple[str, list[Sentinel]]:
+        """The rendering without sentinels, and those of the texts where they stand first.
+
+        Behind a call's end its name may stand again: gpt-oss and Gemma 4 write it before the
+        call's result.
+        """
+        text, sentinels = inserted.strip(marked_text)
+        if inserted.position != "both":
+            return text, sentinels
+        first_ones: list[Sentinel] = []
+        seen = set()
+        ended = set()
+        last_of_message: dict[int, int] = {}
+        for n, sentinel in enumerate(sentinels):
+            field = inserted.fields[sentinel.field]
+            is_repeated = sentinel[:2] in seen
+            if is_repeated and field.kind == "tool_calls" and field.message not in ended:
+                last = last_of_message[field.message]
+                if self.ends.search(text, sentinels[last].at, sentinels[last + 1].at):
+                    ended.add(field.message)
+            if is_repeated and field.message in ended:
+                continue
+            first_ones.append(sentinel)
+            seen.add(sentinel[:2])
+            last_of_message[field.message] = n
+        return text, first_ones
 
     def _may_drop(self, field: Field) -> bool:
         return field.kind == "reasoning_content" and self.reasoning
@@ -270,16 +305,27 @@ class AssistantMask:
         self._check_complete(rendering, where)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         blocks_of = self._blocks_of_answers(rendering, blocks, answers, where)
+        if not self.tagged and answers:
+            rendering = self._with_next_turn(rendering, answers[-1])
         spans = []
         for i in answers:
             if wanted is not None and i not in wanted:
                 continue
+            is_last = i == answers[-1]
             if self.tagged:
-                spans += self._tagged_answer(rendering, i, blocks_of[i], where)
+                spans += self._tagged_answer(rendering, i, is_last, blocks_of[i], where)
             else:
-                is_last = i == answers[-1]
                 spans.append(self._answer(rendering, i, is_last, where))
-        return text, spans
+        return rendering.text, spans
+
+    def _with_next_turn(self, rendering: _Rendering, i: int) -> _Rendering:
+        """The rendering; where message i, the last answer, lacks an end, with the next turn's."""
+        is_call = bool(rendering.messages[i].get("tool_calls"))
+        next_turn = self.ends.next_turn.get(is_call)
+        place = rendering.place(len(rendering.sentinels) - 1)
+        if next_turn is None or self.ends.search(rendering.text, place):
+            return rendering
+        return rendering._replace(text=rendering.text + next_turn)
 
     def _check_complete(self, rendering: _Rendering, where: str) -> None:
         """DataError for a template that drops words, and for words that hide where they end."""
@@ -300,10 +346,10 @@ class AssistantMask:
                 )
                 raise self._error(f"drops {dropped}", where, why, fix)
             is_open = n in rendering.shown and sentinels_of[n] < 2
-            if is_open and self._end_token(field.text):
+            if is_open and self._has_end(field.text):
                 what = f"rewrites {message}, whose text holds an end token"
                 raise self._error(what, where, "the end of the message cannot be told")
-        if any(map(self._end_token, rendering.inserted.argument_names)):
+        if any(map(self._has_end, rendering.inserted.argument_names)):
             what = "writes a call whose argument is named with an end token"
             raise self._error(what, where, "the end of the call cannot be told")
 
@@ -328,7 +374,7 @@ class AssistantMask:
         limit = len(text)
         if last_sentinel + 1 < len(rendering.sentinels):
             limit = rendering.place(last_sentinel + 1)
-        end = self._end_token(text, texts_end, limit)
+        end = self.ends.search(text, texts_end, limit, is_last=is_last)
         if end is None:
             fix = (
                 "give a template that ends answers: data.template=FILE.jinja;"
@@ -336,7 +382,7 @@ class AssistantMask:
             )
             what = f"writes no end token after message {i + 1}, an answer"
             raise self._error(what, where, self._no_end(), fix)
-        return CharSpan(start, end.end(), end.start())
+        return self._through(start, end)
 
     def _start_of_answer(
         self,
@@ -367,8 +413,16 @@ class AssistantMask:
                 " prompt",
                 where,
                 f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}",
+                self._fix_prompt(),
             )
         return prompt_at + len(header)
+
+    def _fix_prompt(self) -> str:
+        """The ways on where rows and prompts differ; many templates switch thinking in prompts."""
+        names = names_of_arguments(self.jinja, self.tokenizer.special_tokens_map)
+        if not names:
+            return _FIX
+        return f"set what the template takes in data.template_args ({', '.join(names)}); or {_FIX}"
 
     def _prompt(self, rendering: _Rendering, i: int, where: str) -> tuple[int | None, str]:
         """What the model is given before message i, after the last text of the prompt.
@@ -384,7 +438,7 @@ class AssistantMask:
         marked_prompt = self.render(
             rendering.messages[:i], rendering.tools, generate=True, where=where
         )
-        prompt, prompt_sentinels = rendering.inserted.strip(marked_prompt)
+        prompt, prompt_sentinels = self._strip(rendering.inserted, marked_prompt)
         indices = rendering.of_message(i)
         candidates = [indices[0] - 1] if indices else range(-1, len(rendering.sentinels))
         if prompt_sentinels:
@@ -400,14 +454,17 @@ class AssistantMask:
         anchor = anchors[0] if len(anchors) == 1 else None
         return anchor, prompt
 
-    def _end_token(
-        self, text: str, begin: int = 0, limit: int = sys.maxsize
-    ) -> re.Match[str] | None:
-        """The first end token in text[begin:limit]; of several at one place, the longest."""
-        return _any_of(self.end_tokens).search(text, begin, limit)
+    def _through(self, start: int, end: re.Match[str]) -> CharSpan:
+        """An answer's last characters with the end token; up to it, where generation goes on."""
+        if end[0] in self.ends.earlier:
+            return CharSpan(start, end.start())
+        return CharSpan(start, end.end(), end.start())
+
+    def _has_end(self, text: str) -> bool:
+        return self.ends.search(text, is_last=False) is not None
 
     def _no_end(self) -> str:
-        end_tokens = ", ".join(self.end_tokens) or "none"
+        end_tokens = ", ".join(self.ends.stops) or "none"
         return f"the model would never learn to stop; end tokens: {end_tokens}"
 
     def _blocks_of_answers(
@@ -450,7 +507,7 @@ class AssistantMask:
         return self._error(what, where, fix=_FIX_TAGS)
 
     def _tagged_answer(
-        self, rendering: _Rendering, i: int, blocks: list[_Block], where: str
+        self, rendering: _Rendering, i: int, is_last: bool, blocks: list[_Block], where: str
     ) -> list[CharSpan]:
         """The spans of message i, within its blocks: the last one ends with the end token."""
         if not blocks:
@@ -461,9 +518,10 @@ class AssistantMask:
         end = None
         for start, stop in blocks:
             # The end token stands after the answer's texts.
-            end = self._end_token(rendering.text, max([start, *texts]), stop)
+            after_texts = max([start, *texts])
+            end = self.ends.search(rendering.text, after_texts, stop, is_last=is_last)
             if end is not None:
-                spans.append(CharSpan(start, end.end(), end.start()))
+                spans.append(self._through(start, end))
                 break
             spans.append(CharSpan(start, stop))
         if end is None:
@@ -492,9 +550,9 @@ class AssistantMask:
             raise self._error(f"drops the {dropped}", "data.template", why, fix)
         self.reasoning = self._shows_all(self._try(_PROBE_THINKING))
         self.tools = self._shows_all(self._try(_PROBE_CALL, _PROBE_TOOLS))
+        self._find_ends()
         rendering = self._try(_PROBE_TURNS)
         if rendering is not None:
-            self._find_end(rendering)
             self._check_generation_prompt(rendering)
 
     def _try(self, messages: Messages, tools: Tools = None) -> _Rendering | None:
@@ -508,29 +566,25 @@ class AssistantMask:
     def _shows_all(self, rendering: _Rendering | None) -> bool:
         return rendering is not None and len(rendering.shown) == len(rendering.inserted.fields)
 
-    def _find_end(self, rendering: _Rendering) -> None:
-        """Where generation's end tokens do not end both answers, add the one token that does."""
-        added = {t.content: id_ for id_, t in self.tokenizer.added_tokens_decoder.items()}
-        places = [sentinel.at for sentinel in rendering.sentinels]
-        next_places = [*places[1:], len(rendering.text)]
-        has_end = True
-        first_tokens = set()
-        for sentinel, next_place in zip(rendering.sentinels, next_places, strict=False):
-            is_answer = rendering.field(sentinel).message % 2 == 1
-            if not is_answer or sentinel.side != "e":
-                continue
-            # What the template writes after an answer, up to the next text.
-            tail = rendering.text[sentinel.at : next_place]
-            if not self._end_token(tail):
-                has_end = False
-            token = _any_of(added).search(tail)
-            first_tokens.add(token[0] if token else "")
-        if has_end or len(first_tokens) != 1:
+    def _find_ends(self) -> None:
+        """Find out what ends answers, where generation's end tokens do not."""
+        turns = self._try(_PROBE_TURNS)
+        if turns is not None:
+            question, earlier, last = (turns.tail(i) for i in (2, 1, 3))
+            if question is not None and earlier is not None and last is not None:
+                self.ends.read_turns(question, earlier, last)
+        if not self.tools or self.tagged:
             return
-        end = first_tokens.pop()
-        if end:
-            self.end_tokens[end] = added[end]
-            self.end_ids |= {added[end]}
+        with_result = self._try(_PROBE_CALL, _PROBE_TOOLS)
+        # Some templates take one call in a message.
+        calls = self._try(_PROBE_CALLS, _PROBE_TOOLS) or self._try(_PROBE_CALL[:2], _PROBE_TOOLS)
+        if with_result is None or calls is None:
+            return
+        call = with_result.tail(1)
+        last_calls = calls.tail(1)
+        if call is not None and last_calls is not None:
+            start = calls.place(calls.of_message(1)[0])
+            self.ends.read_call(call, last_calls, calls.text[start:])
 
     def _check_generation_prompt(self, rendering: _Rendering) -> None:
         """DataError for a template without generation prompt whose answers have a header.

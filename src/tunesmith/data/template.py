@@ -129,6 +129,8 @@ class Template:
             another way than the texts themselves.
         raw: whether prompt and completion stand as they are.
         end_ids: ids of the tokens that may end an answer, at which generation must stop.
+        earlier_end_ids: of those that end only answers before the last one: not supervised, and
+            generation does not stop there.
     """
 
     def __init__(
@@ -157,9 +159,11 @@ class Template:
             self._raw_end = tokenizer.eos_token_id
         self._mask: AssistantMask | None = None
         self.end_ids = self._eos_ids
+        self.earlier_end_ids: frozenset[int] = frozenset()
         if self.jinja is not None:
             self._mask = AssistantMask(tokenizer, self.jinja, _title(name), self._eos_ids)
-            self.end_ids = self._mask.end_ids
+            self.end_ids |= frozenset(self._mask.ends.stops.values())
+            self.earlier_end_ids = frozenset(self._mask.ends.earlier.values())
         self._bos = _added_before(tokenizer)
         if self.raw:
             self.jinja = self._raw_jinja()
@@ -208,6 +212,12 @@ class Template:
             parts.append(f"its date is fixed at {date}, in every start and in what is saved")
         ends = [repr(self.tokenizer.decode([id_])) for id_ in sorted(self.end_ids)]
         parts.append(f"answers end with {', '.join(ends)}")
+        if self._mask.ends.earlier:
+            earlier = ", ".join(map(repr, self._mask.ends.earlier))
+            parts.append(f"earlier ones with {earlier}, where generation goes on: not supervised")
+        if self._mask.ends.next_turn:
+            tokens = ", ".join(map(repr, self._mask.ends.next_turn.values()))
+            parts.append(f"a last one gets the next turn's {tokens}")
         if self._mask.tagged:
             parts.append("loss mask by its {% generation %} blocks")
         else:

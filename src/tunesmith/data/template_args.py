@@ -54,7 +54,7 @@ def with_arguments(
     if not arguments:
         return jinja
     assigned, template = split_arguments(jinja)
-    names = _names_of_arguments(template, special_tokens)
+    names = names_of_arguments(template, special_tokens)
     for name in arguments:
         if name in names:
             continue
@@ -93,7 +93,7 @@ def split_arguments(jinja: str) -> tuple[dict[str, Argument], str]:
     return assigned, jinja[end:].removeprefix("\n")
 
 
-def _names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]:
+def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]:
     """What a template reads and leaves to its caller; nothing where it is not valid Jinja."""
     import jinja2
     from jinja2 import meta
