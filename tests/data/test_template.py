@@ -324,7 +324,7 @@ def test_a_date_in_the_template_stands_still() -> None:
     """
     from tunesmith.data.builtin_templates import with_fixed_date
 
-    llama = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}|{{ strftime_now( \"%Y\" ) }}"
+    llama = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}|{{ strftime_now ( \"%Y\" ) }}"
     fixed = with_fixed_date(llama)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = fixed

@@ -454,3 +454,16 @@ def test_an_argument_that_the_template_does_not_read_is_refused(
     assert caught.value.fix == "did you mean thinks?" or name != "think"
     with pytest.raises(DataError, match="a raw prompt"):
         select_template(data("text", template_args={name: False}), base(), {2})
+
+
+def test_a_date_of_ones_own() -> None:
+    tokenizer = chat_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    dated = data(template_args={"strftime_now": "2031-02-03"})
+    template = select_template(dated, tokenizer, {2})
+    row = Conversation([user("a"), answer("b")])
+    assert learnt(template, row)[0].startswith("03 Feb 2031<|im_start|>")
+    assert template.jinja == select_template(data(), chat_tokenizer(template.jinja), {2}).jinja
+    with pytest.raises(DataError, match="takes no argument strftime_now"):
+        select_template(dated, chat_tokenizer(template.jinja), {2})
+    with pytest.raises(DataError, match="3 Feb is not a date"):
+        select_template(data(template_args={"strftime_now": "3 Feb"}), tokenizer, {2})

@@ -153,17 +153,22 @@ def keep_newlines(text: str) -> str:
 
 # Templates such as Llama 3.1's write the day of the rendering. Tokens must not depend on the day of
 # a resume, and the prompt in use must be the one that was trained. This is the day that Llama's own
-# template falls back to.
+# template falls back to; data.template_args.strftime_now sets another one.
 DATE = datetime.date(2024, 7, 26)
-_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_TODAY = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 
 
-def with_fixed_date(jinja: str) -> str:
-    """The template with DATE in place of every `strftime_now(FORMAT)`; DataError if a format is not
-    a literal.
+def writes_today(jinja: str) -> bool:
+    """Whether a template writes the day of the rendering."""
+    return re.search(r"strftime_now\s*\(", jinja) is not None
+
+
+def with_fixed_date(jinja: str, date: datetime.date = DATE) -> str:
+    """The template with `date` in place of every `strftime_now(FORMAT)`; DataError if a format is
+    not a literal.
     """
-    fixed = _TODAY.sub(lambda match: json.dumps(DATE.strftime(match[2])), jinja)
-    if "strftime_now(" in fixed:
+    fixed = _TODAY.sub(lambda match: json.dumps(date.strftime(match[2])), jinja)
+    if writes_today(fixed):
         what = "the chat template writes today's date in a way that cannot be fixed to one day"
         why = "a run that resumes tomorrow would train on another prompt"
         fix = "save the template to a file, write a date in it, and name the file in data.template"

@@ -142,7 +142,7 @@ class Template:
         self.jinja = jinja
         self._has_fixed_date = False
         if jinja is not None:
-            self._has_fixed_date = "strftime_now(" in jinja
+            self._has_fixed_date = builtin_templates.writes_today(jinja)
             self.jinja = builtin_templates.with_fixed_date(jinja)
         self._aligner = Aligner(tokenizer)
         if not eos_ids and tokenizer.eos_token_id is None:
@@ -209,7 +209,10 @@ class Template:
             parts.append(f"its argument {argument} is {json.dumps(value)}, also in what is saved")
         if self._has_fixed_date:
             date = f"{builtin_templates.DATE:%d %b %Y}"
-            parts.append(f"its date is fixed at {date}, in every start and in what is saved")
+            parts.append(
+                f"its date is fixed at {date}, in every start and in what is saved"
+                " (data.template_args.strftime_now: another)"
+            )
         ends = [repr(self.tokenizer.decode([id_])) for id_ in sorted(self.end_ids)]
         parts.append(f"answers end with {', '.join(ends)}")
         if self._mask.ends.earlier:

@@ -4,15 +4,18 @@ They are written as assignments in front of it. So rows and prompts get the same
 cache and a comparison of ranks see them, and whoever renders the saved template gets what was
 trained: a server passes arguments of its own (llama.cpp says `enable_thinking` unasked), and these
 assignments come after them.
+
+`strftime_now`, which writes the day of the rendering, takes a date here: 2026-05-01.
 """
 
+import datetime
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from tunesmith.config.names import nearest
-from tunesmith.data.builtin_templates import keep_newlines
+from tunesmith.data.builtin_templates import keep_newlines, with_fixed_date, writes_today
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 # What a recipe can give: the literals that JSON and Jinja write alike.
 Argument = bool | int | float | str
 
+_TODAY = "strftime_now"
 _MARK = "{#- data.template_args -#}"
 _ASSIGNMENT = re.compile(r"""\{%- set (\w+) = ("(?:[^"\\]|\\.)*"|[\w.+-]+) %\}""")
 # What the renderer passes itself, beside the special tokens.
@@ -31,7 +35,7 @@ _OF_RENDERER = frozenset(
         "documents",
         "add_generation_prompt",
         "raise_exception",
-        "strftime_now",
+        _TODAY,
     }
 )
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
@@ -67,7 +71,22 @@ def with_arguments(
             why=why,
             fix=fix,
         )
-    return assign_arguments(template, {**assigned, **arguments})
+    assigned |= arguments
+    if _TODAY in assigned:
+        template = with_fixed_date(template, _read_date(assigned.pop(_TODAY)))
+    return assign_arguments(template, assigned)
+
+
+def _read_date(value: Argument) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(str(value))
+    except ValueError as error:
+        raise DataError(
+            f"{value} is not a date",
+            where=f"data.template_args.{_TODAY}",
+            why=str(error),
+            fix=f"write {_TODAY}: 2026-05-01",
+        ) from error
 
 
 def assign_arguments(jinja: str, arguments: Mapping[str, Argument]) -> str:
@@ -111,7 +130,10 @@ def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]
     # Jinja calls each name undeclared that is assigned in a branch or a loop; an argument is read
     # before any assignment.
     undeclared = meta.find_undeclared_variables(tree) - _OF_RENDERER - set(special_tokens)
-    return sorted(name for name in undeclared if first_use[name] == "load")
+    names = [name for name in undeclared if first_use[name] == "load"]
+    if writes_today(jinja):
+        names.append(_TODAY)
+    return sorted(names)
 
 
 def _as_if(match: re.Match[str]) -> str:
