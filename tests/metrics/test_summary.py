@@ -74,6 +74,13 @@ def test_the_next_commands_are_whole_and_quoted(run: Run, folder: Path) -> None:
     ]
 
 
+def test_a_served_adapter_gets_the_template_of_training(run: Run, folder: Path) -> None:
+    (folder / "final").mkdir(exist_ok=True)
+    (folder / "final" / "chat_template.jinja").write_text("{{ messages }}")
+    command = f"vllm serve org/base --enable-lora --chat-template '{folder}/final/chat_template."
+    assert last_lines(closing(run, folder))[-1].startswith(command)
+
+
 def test_the_next_commands_work_inside_the_run_directory(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,5 +152,10 @@ def _next(run: Run, folder: Path) -> list[str]:
     if adapter.rank > VLLM_DEFAULT_RANK:
         accepted = [rank for rank in VLLM_RANKS if rank >= adapter.rank]
         command += f" --max-lora-rank {min(accepted, default=adapter.rank)}"
+    # vLLM reads the base's tokenizer, whose template has neither the arguments nor the date of
+    # training, if it has one at all.
+    template = folder / FINAL / "chat_template.jinja"
+    if template.is_file():
+        command += f" --chat-template {shell_path(template)}"
     modules = shell_word(f"{absolute.name}={folder / FINAL}")
     return [*rows, f"{command} --lora-modules {modules}"]
