@@ -41,7 +41,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "alpaca": ("alpaca", {"instruction": ASKED, "input": "", "output": SAID}),
 }
 MODELS = {"chat": CHATML, "base": None}
-CHOICES = ("auto", "chat", "alpaca", "file", "raw")
+CHOICES = ("auto", "chat", "alpaca", "file", "arguments", "raw")
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     f"### Instruction:\n{ASKED}\n\n### Response:\n"
@@ -50,6 +50,7 @@ WRITTEN = {
     "chat": f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n",
     "alpaca": ALPACA,
     "file": f"<|pad|>[{ASKED}]",
+    "arguments": f"<|pad|>[{ASKED}]2031 no ",
     "raw": ASKED,
 }
 
@@ -79,13 +80,20 @@ def test_one_prompt_in_training_and_use(
 ) -> None:
     form, values = ROWS[row]
     file = tmp_path / "own.jinja"
-    file.write_text(
+    jinja = (
         "{% for m in messages %}{{ '<|pad|>[' + m.content + ']' if m.role == 'user' else m.content + '<|im_end|>' }}"
         "{% endfor %}"
     )
+    if choice == "arguments":
+        jinja = jinja.replace("']'", "']' + strftime_now('%Y') + ' ' + opening")
+    file.write_text(jinja)
     source = Source(source=str(tmp_path / "rows.jsonl"), format=form)  # type: ignore[arg-type]
     Path(source.source).write_text(json.dumps(values) + "\n")
-    data = Data(train=(source,), template=str(file) if choice == "file" else choice)
+    data = Data(train=(source,), template=choice)
+    if choice in ("file", "arguments"):
+        data = replace(data, template=str(file))
+    if choice == "arguments":
+        data = replace(data, template_args={"opening": "no ", "strftime_now": "2031-02-03"})
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = MODELS[model]
     stops = {tokenizer.eos_token_id}
