@@ -467,3 +467,14 @@ def test_a_date_of_ones_own() -> None:
         select_template(dated, chat_tokenizer(template.jinja), {2})
     with pytest.raises(DataError, match="3 Feb is not a date"):
         select_template(data(template_args={"strftime_now": "3 Feb"}), tokenizer, {2})
+
+
+def test_a_prompt_unlike_rows_names_the_arguments_that_may_mend_it() -> None:
+    """Nemotron's prompt opens a thought, and rows without one are written without."""
+    untagged = re.sub(r"{% (end)?generation %}", "", THINKS)
+    row = Conversation([user("a"), answer("b")])
+    with pytest.raises(DataError, match="other than its generation prompt") as caught:
+        select_template(data(), chat_tokenizer(untagged), {2}).encode(row, "last", where="r")
+    assert "data.template_args (greeting, thinks)" in caught.value.fix
+    template = select_template(data(template_args={"thinks": False}), chat_tokenizer(untagged), {2})
+    assert learnt(template, row)[1] == "b<|im_end|>"
