@@ -1,5 +1,6 @@
 """From a recipe to its model: the whole order of changes, in one function that reads as a list."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from tunesmith.checkpoint.sharded import is_sharded, read_sharded_weights
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
+from tunesmith.errors import RecipeError
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
@@ -114,6 +116,8 @@ def build_model(
     model = model or define_model(run, files)
     if plan.base in SCALING_RECIPES:
         convert_to_eight_bit(model, plan.base, skip=lora.modules_to_save(model, run.adapter))
+    if plan.attention == "eager" and run.data.pack:
+        _check_eager(model, files.support.recurrent)
     root = TrainModel(
         model,
         METHODS[run.method],
@@ -139,6 +143,25 @@ def build_model(
             root, plan, probe, meter, budget=budget, ranks=ranks, shares=shares
         )
     return root, plan
+
+
+def _check_eager(model: PreTrainedModel, recurrent: Collection[str]) -> None:
+    """RecipeError for Transformers' own attention on layers that do not tell packed documents apart
+    by their positions.
+    """
+    layer_types = getattr(model.config, "layer_types", None) or ()
+    kind = ""
+    if recurrent:
+        kind = "recurrent layers"
+    elif "chunked_attention" in layer_types:
+        kind = "chunked attention"
+    if kind:
+        raise RecipeError(
+            f"model.attention: eager does not keep documents apart in the {kind} of this model",
+            where="model.attention",
+            why="Transformers' own masks mark documents for plain attention only",
+            fix="model.attention=auto, or data.pack=false",
+        )
 
 
 def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> None:

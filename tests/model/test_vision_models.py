@@ -20,7 +20,7 @@ from tunesmith.adapter import lora
 from tunesmith.checkpoint.contents import weights_of, write_model_files
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Model
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RecipeError
 from tunesmith.inference.load_run import load_run
 from tunesmith.inference.merge import merge
 from tunesmith.model import load
@@ -208,3 +208,15 @@ def test_two_ranks_write_experts_and_vision_tower(
     one = train(make_run(base, tmp_path, held=False, adapter={"kind": "none"},
                          output_dir=str(tmp_path / "one"), train={"duration": "3 steps"}), say=None)  # fmt: skip
     assert [record.loss for record in one.records] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"), [("qwen3_5", "recurrent layers"), ("llama4", "chunked attention")]
+)
+def test_eager_attention_is_refused_where_documents_would_leak(
+    model_type: str, words: str, tiny: Path, tmp_path: Path
+) -> None:
+    base = vision_models.build(model_type, tmp_path / "base", tiny)
+    run = make_run(base, tmp_path, model={"attention": "eager"})
+    with pytest.raises(RecipeError, match=f"keep documents apart in the {words}"):
+        built_model(run, base)
