@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.config.schema import Model
 from tunesmith.model import load
@@ -52,3 +53,16 @@ def test_logits_are_from_pretraineds(family: Path) -> None:
     mine = ours(family)
     with torch.no_grad():
         assert torch.equal(mine(ids).logits, theirs(ids).logits)
+
+
+def test_stacks_of_zeros_take_no_memory() -> None:
+    """Llama 4 makes its experts so: here 2 GiB, of which the process would grow."""
+    config = AutoConfig.for_model(
+        "llama4_text", **families.SMALL | {"hidden_size": 1024, "intermediate_size": 8192},
+        num_local_experts=32, intermediate_size_mlp=64, head_dim=16, interleave_moe_layer_step=2,
+    )  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = load.build_on_meta(config, Model(name="here", dtype="fp32"))
+    assert model.get_parameter("model.layers.1.feed_forward.experts.gate_up_proj").is_meta
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 1 << 20, "KiB"

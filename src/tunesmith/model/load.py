@@ -70,8 +70,14 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
+# Elements from which on a tensor of zeros is a matrix: Llama 4's stacks of experts are made so, of
+# 2.7 GB a layer in Scout. Buffers are far smaller.
+LARGE = 1 << 26
+
+
 class _MatricesOnMeta(TorchFunctionMode):
-    """Allocate `torch.empty` (the modules' matrices) on meta, and compute everything else for real.
+    """Allocate `torch.empty` and large `torch.zeros` (the modules' matrices) on meta, and compute
+    everything else for real.
 
     `torch.device("meta")` would lose the rotary frequencies and scales of embeddings, which
     constructors compute and no checkpoint holds.
@@ -81,7 +87,10 @@ class _MatricesOnMeta(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
+        is_matrix = func is torch.empty
+        if func is torch.zeros and args:
+            is_matrix = torch.empty(*args, device="meta").numel() >= LARGE
+        if is_matrix and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
