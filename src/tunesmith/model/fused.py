@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.model.attention import attend
 from tunesmith.model.documents import Documents
-from tunesmith.model.fused_functions import rms_norm, rotate, swiglu
+from tunesmith.model.fused_functions import geglu, rms_norm, rotate, swiglu
 from tunesmith.model.same_code import forward_code
 
 Project = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
@@ -46,23 +46,26 @@ def fuse_modules(model: nn.Module, *, project: Project = separately) -> int:
         if reference is None:
             continue
         mixin = MIXINS.get(reference, FusedAttention)
-        if mixin is FusedMLP and not _is_silu(module.act_fn):
-            continue
-        if mixin is FusedJoinedMLP and not _is_silu(module.activation_fn):
-            continue
         if mixin is FusedAttention:
             module.form = ATTENTIONS[reference]
+        elif issubclass(mixin, FusedMLP | FusedJoinedMLP):
+            activation: Any = getattr(module, mixin.activation)
+            if type(activation) not in _gated_activations():
+                continue
+            module.gated = _gated_activations()[type(activation)]
         add_mixin(module, mixin)
         module.project = project
         count += 1
     return count
 
 
-def _is_silu(activation: nn.Module) -> bool:
-    """Transformers has a class of its own for `silu`, and torch's for `swish`."""
-    from transformers.activations import SiLUActivation
+@cache
+def _gated_activations() -> dict[type, Callable[[Tensor, Tensor], Tensor]]:
+    """Class of an MLP's activation -> function of gate and up."""
+    from transformers.activations import ACT2FN
 
-    return isinstance(activation, nn.SiLU | SiLUActivation)
+    functions = {"silu": swiglu, "swish": swiglu, "gelu_pytorch_tanh": geglu}
+    return {type(ACT2FN[name]): function for name, function in functions.items()}
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -134,6 +137,8 @@ class AttentionForm(NamedTuple):
     gated: bool = False
     # Queries grow with the logarithm of the position, beyond the length of pre-training.
     grows: bool = False
+    softcap: bool = False  # scores are capped
+    joined: bool = False  # q, k and v are one linear layer
 
 
 ATTENTIONS = {
@@ -144,10 +149,12 @@ ATTENTIONS = {
     "qwen3.Qwen3Attention": AttentionForm(head_norms="head", window="layer"),
     "qwen3_next.Qwen3NextAttention": AttentionForm(head_norms="head", gated=True),
     "smollm3.SmolLM3Attention": AttentionForm(window="layer", rope_by_layer=True),
+    "gemma2.Gemma2Attention": AttentionForm(window="layer", softcap=True),
     "gemma3.Gemma3Attention": AttentionForm(head_norms="head", window="layer"),
     "olmo2.Olmo2Attention": AttentionForm(head_norms="projection"),
     "olmo3.Olmo3Attention": AttentionForm(head_norms="projection", window="layer"),
     "glm4.Glm4Attention": AttentionForm(pairs=True),
+    "phi3.Phi3Attention": AttentionForm(window="config", joined=True),
 }
 
 
@@ -157,17 +164,20 @@ class FusedAttention(nn.Module):
     group = ("q_proj", "k_proj", "v_proj")  # layers of one input
     form: AttentionForm
     project: Project
-    # Of Transformers' class. A norm or window is there where the form has one.
+    # Of Transformers' class; each is there where the form has it.
     config: Any
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
+    qkv_proj: nn.Module
     o_proj: nn.Module
     q_norm: nn.Module
     k_norm: nn.Module
     head_dim: int
     scaling: float
+    num_key_value_heads: int
     sliding_window: int | None
+    attn_logit_softcapping: float | None
     attention_dropout: float
     use_rope: bool
 
@@ -207,8 +217,16 @@ class FusedAttention(nn.Module):
             window = self.config.sliding_window
         elif form.window == "layer":
             window = self.sliding_window
-        dropout = self.attention_dropout if self.training else 0.0
-        out = attend(q, k, v, documents, scale=self.scaling, window=window, dropout=dropout)
+        out = attend(
+            q,
+            k,
+            v,
+            documents,
+            scale=self.scaling,
+            window=window,
+            softcap=self.attn_logit_softcapping if form.softcap else None,
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
         if gate is not None:
             out = out * torch.sigmoid(gate)
         return self.o_proj(out.flatten(1)).view_as(hidden_states), None
@@ -218,7 +236,12 @@ class FusedAttention(nn.Module):
         each.
         """
         form = self.form
-        q, k, v = self.project(x, (self.q_proj, self.k_proj, self.v_proj))
+        if form.joined:
+            width = self.num_key_value_heads * self.head_dim
+            qkv = self.qkv_proj(x)
+            q, k, v = qkv.split([qkv.shape[-1] - 2 * width, width, width], -1)
+        else:
+            q, k, v = self.project(x, (self.q_proj, self.k_proj, self.v_proj))
         if form.head_norms == "projection":
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -253,26 +276,30 @@ def _query_growth(positions: Tensor, config: Any) -> Tensor:
 class FusedMLP(nn.Module):
     """A gated MLP whose gate and up come from one reading of the input."""
 
+    activation = "act_fn"  # its name in Transformers' class
     group = ("gate_proj", "up_proj")
     project: Project
+    gated: Callable[[Tensor, Tensor], Tensor]
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x, (self.gate_proj, self.up_proj))
-        return self.down_proj(swiglu(gate, up))
+        return self.down_proj(self.gated(gate, up))
 
 
 class FusedJoinedMLP(nn.Module):
     """A gated MLP whose gate and up are one linear layer."""
 
+    activation = "activation_fn"
+    gated: Callable[[Tensor, Tensor], Tensor]
     gate_up_proj: nn.Module
     down_proj: nn.Module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(swiglu(gate, up))
+        return self.down_proj(self.gated(gate, up))
 
 
 class FusedNorm(nn.Module):

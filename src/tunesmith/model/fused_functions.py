@@ -80,22 +80,38 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202); keeps the two inputs only."""
     if torch.compiler.is_compiling():
         return F.silu(gate) * up
-    return _SwiGLU.apply(gate, up)
+    return _Gated.apply(gate, up, False)
 
 
-class _SwiGLU(torch.autograd.Function):
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, by the formula with tanh (same paper); keeps the two inputs only."""
+    if torch.compiler.is_compiling():
+        return F.gelu(gate, approximate="tanh") * up
+    return _Gated.apply(gate, up, True)
+
+
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.gelu = gelu
+        return _activate(gate, gelu).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        silu = F.silu(gate)
-        d_up = grads[0] * silu
-        d_silu = torch.mul(grads[0], up, out=silu)
-        return torch.ops.aten.silu_backward(d_silu, gate), d_up
+        activated = _activate(gate, ctx.gelu)
+        d_up = grads[0] * activated
+        d_activated = torch.mul(grads[0], up, out=activated)
+        if ctx.gelu:
+            d_gate = torch.ops.aten.gelu_backward(d_activated, gate, approximate="tanh")
+        else:
+            d_gate = torch.ops.aten.silu_backward(d_activated, gate)
+        return d_gate, d_up, None
+
+
+def _activate(gate: Tensor, gelu: bool) -> Tensor:
+    return F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)
 
 
 def rms_norm(

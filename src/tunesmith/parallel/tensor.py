@@ -113,7 +113,7 @@ def _check_family(model: PreTrainedModel) -> None:
     raise ModelError(
         f"how to cut this {model.config.model_type} over ranks is not known",
         where=KEY,
-        why=f"it is known for {families} with an MLP of silu and no bias behind attention or MLP",
+        why=f"it is known for {families} with a gated MLP and no bias behind attention or MLP",
         fix=f"{KEY}: 1; parallel.shard divides the memory of any family",
     )
 
