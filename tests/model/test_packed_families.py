@@ -1,8 +1,8 @@
 """Packed documents in many families: equal to each document alone under Transformers' own eager
 attention.
 
-Windows and chunks are shorter than the documents, so that each rule shows. The models are in fp32;
-what they differ by is the order of sums.
+Windows and chunks are shorter than the documents, so that each rule shows. Modules are fused as in
+a run. The models are in fp32; what they differ by is the order of sums.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tunesmith.data.batch import Batch
 from tunesmith.errors import ModelError
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
+from tunesmith.model.fused import fuse_modules
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.runtime.recompute import recompute_layers
 
@@ -239,6 +240,7 @@ def test_packed_documents_are_computed_as_if_alone(model_type: str) -> None:
     cotangent = torch.randn(sum(LENGTHS), 64, generator=torch.Generator().manual_seed(2))
     expected_logits, expected = alone(model, batch, cotangent)
     recurrent = FAMILIES[model_type][1]
+    fuse_modules(model)
     root = TrainModel(
         model, METHODS["sft"], attention_backend="products", recurrent=recurrent
     ).train()
