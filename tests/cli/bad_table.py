@@ -101,6 +101,7 @@ DATA = [
     Case("data", "a template that does not parse", lambda w: w.spoilt(template("{% for m in %}"), data={"train": {"source": str(w.write("m.jsonl", line(messages=TURNS))), "format": "messages"}}), "m.jsonl:1", "data.template="),
     Case("data", "a chat template where there is none", lambda w: w.spoilt(no_template, data={"template": "chat"}), "data.template", "alpaca"),
     Case("data", "tools that the template ignores", lambda w: w.spoilt(template(PLAIN), data={"seq_len": 512, "train": {"source": str(w.write("m.jsonl", line(messages=TURNS, tools=TOOLS))), "format": "messages"}}), "m.jsonl:1", "data.template=FILE.jinja"),
+    Case("data", "an argument that the template does not take", lambda w: w.train(data={"template_args": {"enable_thinking": False}}), "data.template_args.enable_thinking", "remove"),
     Case("data", "no template file", lambda w: w.train(data={"template": "mine.jinja"}), "recipe.yaml:", "alpaca"),
     Case("data", "data verb, broken row", lambda w: ["data", *w.rows("a.jsonl", GOOD + "oops\n")[1:]], "a.jsonl:2", "not JSON", "sed -n 2p"),
     Case("data", "data verb, nothing to learn", lambda w: ["data", *w.rows("a.jsonl", line(prompt="a" * 500, completion="b") * 4)[1:]], "a.jsonl", "token contract", "seq_len"),

@@ -573,7 +573,7 @@ class AssistantMask:
             question, earlier, last = (turns.tail(i) for i in (2, 1, 3))
             if question is not None and earlier is not None and last is not None:
                 self.ends.read_turns(question, earlier, last)
-        if not self.tools or self.tagged:
+        if not self.tools:
             return
         with_result = self._try(_PROBE_CALL, _PROBE_TOOLS)
         # Some templates take one call in a message.
