@@ -55,6 +55,11 @@ def test_published_sizes(config: dict, total: float, active: float, counts_embed
     assert counted / 1e9 == pytest.approx(active, rel=0.02 if active == 3.3 else 0.01)
 
 
+def test_an_infinite_number_is_read_as_transformers_writes_it():
+    config = {"model_type": "mamba2", "time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    assert measured_spec.text_config(config, "test").time_step_limit == [0.0, float("inf")]
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3"])
 def test_measured_is_what_the_table_says(name: str) -> None:
     """But for the caps of logits, which only the table has, and where attention is wider than the

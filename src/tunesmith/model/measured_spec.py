@@ -138,13 +138,26 @@ def text_config(sizes: Mapping[str, Any], where: str) -> "PretrainedConfig":
     """
     from transformers import AutoConfig, PretrainedConfig
 
-    values = dict(sizes)
+    values = _decode_floats(sizes)
     try:
         config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
         return text_part(config)
     # Unknown types, and keys of the wrong kind, in many forms.
     except Exception as error:
         raise _cannot_measure(sizes, where, error) from error
+
+
+def _decode_floats(value: Any) -> Any:
+    """A value of config.json with Transformers' form of what JSON has no number for,
+    `{"__float__": "Infinity"}`, as a float.
+    """
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _decode_floats(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_decode_floats(part) for part in value]
+    return value
 
 
 def build_to_measure(config: "PretrainedConfig", dtype: Any = "bf16") -> "PreTrainedModel":
