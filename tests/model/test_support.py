@@ -127,6 +127,13 @@ def test_a_target_that_gets_no_gradient_is_left_out_or_refused():
     assert "learn nothing" in caught.value.what
 
 
+def test_a_model_without_linear_layers_takes_no_adapter():
+    model = AutoModelForCausalLM.from_config(twin.shrink(config_of("gpt2", n_head=4)))
+    with pytest.raises(RecipeError) as caught:
+        lora.attach_lora(model, Adapter(), seed=0)
+    assert caught.value.fix == "adapter.kind=none trains it in full"
+
+
 def test_a_router_that_derives_from_a_linear_layer_takes_no_adapter():
     model = AutoModelForCausalLM.from_config(twin.shrink(config_of("llama4_text")))
     assert not [name for name in linear_names(model, head=True) if name.endswith("router")]

@@ -141,6 +141,13 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     """
     model.requires_grad_(False)
     names = target_names(model, adapter)
+    if not names and not adapter.modules_to_save:
+        raise RecipeError(
+            f"{type(model).__name__} has no linear layer that takes an adapter",
+            where="adapter.target",
+            why="its layers multiply by code of their own",
+            fix="adapter.kind=none trains it in full",
+        )
     for name in names:
         base = model.get_submodule(name)
         if isinstance(base, Nf4Linear):

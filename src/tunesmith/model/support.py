@@ -89,7 +89,7 @@ class Support:
         for.
         """
         if self.state == "padded":
-            return [f"warning: slower than packed rows: {self.why}"]
+            return [f"warning: {self.why}; it is slower than packed rows"]
         if self.recurrent:
             return [
                 f"{', '.join(self.recurrent)}: recurrent layers run on one row a document, "
@@ -245,7 +245,7 @@ def _measure(twin: PreTrainedModel) -> Support:
             return Support("packed", why, recurrent, dead_targets, errors)
         why = errors.describe()
     except Exception as error:
-        why = one_line(error)
+        why = error.what if isinstance(error, ModelError) else one_line(error)
     if padded.are_rounding():
         return Support(
             "padded",
