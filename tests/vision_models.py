@@ -78,20 +78,30 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def build(model_type: str, folder: Path, tokenizer: Path, **text: Any) -> Path:
+def build(
+    model_type: str,
+    folder: Path,
+    tokenizer: Path,
+    *,
+    whole: dict[str, Any] | None = None,
+    **text: Any,
+) -> Path:
     """Save a random model with the tokenizer of another; norms and biases are drawn too, so that a
     lost one shows in the logits.
 
-    `text`: further settings of the text part.
+    `whole`, `text`: further settings of the whole and of the text part.
     """
     import shutil
 
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    own_text, vision, whole = FAMILIES[model_type]
+    own_text, vision, own_whole = FAMILIES[model_type]
     config = AutoConfig.for_model(
-        model_type, text_config={**TEXT, **own_text, **text}, vision_config=vision, **whole
+        model_type,
+        text_config={**TEXT, **own_text, **text},
+        vision_config=vision,
+        **{**own_whole, **(whole or {})},
     )
     torch.manual_seed(3)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)

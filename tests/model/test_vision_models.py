@@ -26,7 +26,7 @@ from tunesmith.inference.merge import merge
 from tunesmith.model import load
 from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.safetensors_files import Entry
-from tunesmith.model.stored_form import in_stored_form
+from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.model.weights import load_weights
 from tunesmith.training.run import train
 
@@ -158,6 +158,22 @@ def test_the_base_is_needed_to_write(tiny: Path, tmp_path: Path) -> None:
     shutil.rmtree(base)
     with pytest.raises(ModelError, match="the base model's files are gone"):
         in_stored_form(model, weights_of(model))
+
+
+def test_a_head_of_its_own_is_not_tied_by_default(tiny: Path, tmp_path: Path) -> None:
+    """As in Mistral Small 3.1, whose config.json says nothing of it."""
+    base = vision_models.build(
+        "mistral3", tmp_path / "base", tiny, whole={"tie_word_embeddings": False}
+    )
+    config = json.loads((base / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(config))
+    model = read(base)
+    assert torch.equal(logits(model), logits(whole(base)))
+    assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
+    write_model_config(model, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written == {**config, "tie_word_embeddings": False}
 
 
 def test_keys_of_layers_that_share_them_are_not_read(tiny: Path, tmp_path: Path) -> None:

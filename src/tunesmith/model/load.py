@@ -8,6 +8,9 @@ uninitialised.
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.composite import COMPOSITES
+from tunesmith.model.composite import COMPOSITES, stored_text_name
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.names import text_part
-from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.safetensors_files import (
+    ENDS_AND_MIDDLE,
+    read_headers,
+    read_json,
+    sampled_digest,
+)
 from tunesmith.model.spec import check_supported, read_spec, stored_quantization
 
 
@@ -53,7 +61,7 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-        return text_part(config)
+        text = text_part(config)
     # Transformers raises many kinds here, its own strict-dataclass errors among them.
     except Exception as error:
         raise ModelError(
@@ -62,6 +70,25 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
             why=one_line(error),
             fix="correct the named key, or fetch it again: tunesmith fetch MODEL",
         ) from error
+    if text is not config and text.tie_word_embeddings:
+        text.tie_word_embeddings = not _stores_other_head(folder)
+    return text
+
+
+def _stores_other_head(folder: Path) -> bool:
+    """Whether a vision-language checkpoint holds a head that is not the embedding; False where its
+    weights are not there.
+
+    Mistral Small 3.1 says nothing of tied weights, which means tied by default, and has a head of
+    its own. Transformers does not tie it then.
+    """
+    ends = {}
+    with suppress(ModelError):  # the files of the tokenizer alone
+        for entry in chain.from_iterable(read_headers(folder).values()):
+            name = stored_text_name(entry.name)
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                ends[name] = sampled_digest([replace(entry, name="")], ENDS_AND_MIDDLE)
+    return len(set(ends.values())) == 2
 
 
 def one_line(error: BaseException) -> str:
