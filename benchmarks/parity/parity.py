@@ -121,6 +121,17 @@ def examples_of(a: argparse.Namespace, tokenizer: Any) -> tuple[list[str], list[
     ]
 
 
+def write_first_adapter(run: Run, folder: Path) -> Path:
+    """The adapter that a run begins with, in PEFT's files."""
+    files = read_model_files(Path(run.model.name), run.model)
+    built, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")))
+    folder.mkdir()
+    peft_files.write_adapter(
+        folder, *peft_files.adapter_files(built.model, run.adapter, run.model.name, None)
+    )
+    return folder
+
+
 def compare(ours: list[float], theirs: list[float]) -> dict[str, float]:
     """Largest relative difference at the first step and over all."""
     apart = [abs(x - y) / abs(y) for x, y in zip(ours, theirs, strict=True)]
@@ -153,16 +164,7 @@ def main() -> None:
         rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
         for kind in a.kinds:
             run = recipe(a, rows, folder / f"run-{kind}", kind)
-            adapter = None
-            if kind == "lora":
-                adapter = folder / "first"
-                adapter.mkdir()
-                files = read_model_files(Path(a.model), run.model)
-                begun, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")))
-                peft_files.write_adapter(
-                    adapter, *peft_files.adapter_files(begun.model, run.adapter, a.model, None)
-                )
-                del begun
+            adapter = write_first_adapter(run, folder / "first") if kind == "lora" else None
             curves = {"tunesmith": [r.loss for r in train(run, say=lambda text: None).records]}
             if "peft" in a.against:
                 curves["peft"] = curve(

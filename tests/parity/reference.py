@@ -4,7 +4,7 @@ whole logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -46,14 +46,16 @@ def loss_of(model: torch.nn.Module, examples: Sequence[Example], pad_id: int) ->
     return total / (targets != IGNORE).sum()
 
 
-def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> torch.nn.Module:
+def load(
+    folder: Path, adapter: Path | None, dtype: torch.dtype, attention: str = "sdpa"
+) -> torch.nn.Module:
     """A plain Transformers model, under PEFT if an adapter's folder is given; dropout off, ready to
     train.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     if adapter is not None:
         model = PeftModel.from_pretrained(
             model, adapter, is_trainable=True, autocast_adapter_dtype=False
@@ -71,14 +73,24 @@ def curve(
     clip: float = 1.0,
 ) -> list[float]:
     """Loss before each update of AdamW at a constant rate, one batch a step."""
+    return list(train_steps(model, batches, rate=rate, pad_id=pad_id, clip=clip))
+
+
+def train_steps(
+    model: torch.nn.Module,
+    batches: Sequence[Sequence[Example]],
+    *,
+    rate: float,
+    pad_id: int,
+    clip: float = 1.0,
+) -> Iterator[float]:
+    """The same, one step for each value that is taken."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    losses = []
     for batch in batches:
         loss = loss_of(model, batch, pad_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
+        yield float(loss.detach())

@@ -1,0 +1,325 @@
+"""Loss curves and speed of ten types of models beside a plain Transformers + PEFT loop: one type of
+each kind of layer.
+
+    python benchmarks/parity/families_curves.py --json out.json
+    python benchmarks/parity/families_curves.py gpt_oss lfm2       # some types
+    python benchmarks/parity/families_curves.py --rounds 0         # the curves alone
+
+Each type is a small random model (width 256, fp32) with a byte tokenizer. Windows and chunks are
+shorter than the rows. Both sides begin with the same weights (for LoRA the adapter that ours draws,
+read by PEFT), take the same rows in the same order at a constant rate and clip at 1.0. The plain
+side pads rows and uses sdpa, or eager attention where a type has no other. Printed: the largest
+relative difference of the loss, and tokens per second of both sides, which take turns of a few
+steps; their ratio is the median over pairs of the same step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from parity import compare, examples_of, recipe, write_first_adapter
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "parity"))
+from reference import load, train_steps
+
+from tunesmith.data.batch import Example
+from tunesmith.training.run import train
+
+BASE: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "pad_token_id": 257,
+}
+WINDOWS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+LOCAL_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+SPREAD = 0.05  # of what is added to each weight, so that no layer hides behind its residual
+RATES = {"lora": 1e-3, "none": 2e-4}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A type's settings over BASE.
+
+    Attributes:
+        kind: what is special about its layers.
+        attention: of the plain side.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    attention: str = "sdpa"
+
+
+FAMILIES = {
+    "ministral3": Family(
+        "fused modules of a near copy",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "llama_4_scaling_beta": 0.5,
+            }
+        },
+    ),
+    "qwen3_5_text": Family(
+        "gated delta rule",
+        {
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+    ),
+    "nemotron_h": Family(
+        "Mamba 2, experts",
+        {
+            "layers_block_type": ["mamba", "mlp", "moe", "attention"],
+            "ssm_state_size": 32,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 64,
+            "n_groups": 2,
+            "chunk_size": 32,
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 128,
+            "moe_shared_expert_intermediate_size": 128,
+        },
+    ),
+    "lfm2": Family("short convolutions", {"layer_types": ["conv", "full_attention"] * 2}),
+    "llama4_text": Family(
+        "chunked attention, experts",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 128,
+            "intermediate_size_mlp": 512,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 32,
+            "floor_scale": 16,
+        },
+    ),
+    "gpt_oss": Family(
+        "attention sinks, experts",
+        {**WINDOWS, **LOCAL_EXPERTS, "intermediate_size": 128},
+        attention="eager",
+    ),
+    "gemma4_text": Family(
+        "heads of two widths, shared keys and values",
+        {
+            **WINDOWS,
+            "num_kv_shared_layers": 2,
+            "global_head_dim": 64,
+            "vocab_size_per_layer_input": 1024,
+            "hidden_size_per_layer_input": 32,
+        },
+    ),
+    "deepseek_v3": Family(
+        "latent attention, experts",
+        {
+            "num_key_value_heads": 8,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 128,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 64,
+            "q_lora_rank": 64,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 24,
+            "head_dim": 16,
+        },
+    ),
+    "qwen3_moe": Family("experts", EXPERTS),
+    "falcon": Family("one document a row", {"alibi": False, "new_decoder_architecture": True}),
+}
+
+
+def write_model(model_type: str, folder: Path) -> Path:
+    """A random model of a type with a byte tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    config = AutoConfig.for_model(model_type, **{**BASE, **FAMILIES[model_type].settings})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * SPREAD)
+    model.save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(file: Path, count: int) -> Path:
+    """Alpaca rows, all different, of varied length: how to count."""
+    rows = []
+    for i in range(count):
+        step = i % 7 + 1
+        numbers = [str(i + k * step) for k in range(4 + 5 * i % 37)]
+        rows.append(
+            {"instruction": f"Count from {i} by {step}", "input": "", "output": " ".join(numbers)}
+        )
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    return file
+
+
+@dataclass
+class Turn:
+    """Steps of one side: loss and wall seconds of each."""
+
+    losses: list[float]
+    seconds: list[float]
+
+
+class Pair:
+    """One type and one kind of training, on both sides."""
+
+    def __init__(self, model: Path, folder: Path, kind: str, options: argparse.Namespace) -> None:
+        from transformers import AutoTokenizer
+
+        folder.mkdir()
+        self.folder = folder
+        self.kind = kind
+        self.attention = FAMILIES[model.name].attention
+        self.options = argparse.Namespace(**vars(options))
+        self.options.model = str(model)
+        self.options.rate = RATES[kind]
+        self.options.data = write_rows(folder / "alpaca.json", 2 * options.steps * options.batch)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        self.pad_id = tokenizer.pad_token_id
+        texts, self.batches = examples_of(self.options, tokenizer)
+        self.rows = folder / "rows.jsonl"
+        self.rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        self.adapter: Path | None = None
+        if kind == "lora":
+            run = recipe(self.options, self.rows, folder / "unused", kind)
+            self.adapter = write_first_adapter(run, folder / "first")
+
+    def ours(self, steps: int) -> Turn:
+        """A run of so many steps, from the first weights on."""
+        self.options.steps = steps
+        with tempfile.TemporaryDirectory(dir=self.folder) as out:
+            run = recipe(self.options, self.rows, Path(out) / "run", self.kind)
+            records = train(run, say=None).records
+        return Turn([r.loss for r in records], [r.step_seconds for r in records])
+
+    def plain(self, steps: int) -> Turn:
+        """The same steps of a plain loop."""
+        model = load(Path(self.options.model), self.adapter, torch.float32, self.attention)
+        turn = Turn([], [])
+        start = time.perf_counter()
+        for loss in train_steps(
+            model, self.batches[:steps], rate=self.options.rate, pad_id=self.pad_id
+        ):
+            turn.losses.append(loss)
+            turn.seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+        return turn
+
+
+def compare_curves(pair: Pair, steps: int) -> dict[str, Any]:
+    """The losses of both sides, and their differences."""
+    ours, plain = pair.ours(steps), pair.plain(steps)
+    return {"difference": compare(ours.losses, plain.losses), "ours": ours.losses,
+            "plain": plain.losses}  # fmt: skip
+
+
+def compare_speed(pair: Pair, rounds: int, steps: int) -> dict[str, float]:
+    """Non-padding tokens per second: medians over the steps of all rounds but each round's first."""
+    tokens = [count_tokens(batch) for batch in pair.batches[1:steps]]
+    ours, plain, ratios = [], [], []
+    for number in range(rounds):
+        # Each side begins every other round: what else the machine does slows both.
+        if number % 2 == 0:
+            one, other = pair.ours(steps), pair.plain(steps)
+        else:
+            other, one = pair.plain(steps), pair.ours(steps)
+        for count, fast, slow in zip(tokens, one.seconds[1:], other.seconds[1:], strict=True):
+            ours.append(count / fast)
+            plain.append(count / slow)
+            ratios.append(slow / fast)
+    return {
+        "ours": statistics.median(ours),
+        "plain": statistics.median(plain),
+        "ratio": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+    }
+
+
+def count_tokens(batch: Sequence[Example]) -> int:
+    return sum(len(example.ids) for example in batch)
+
+
+def main() -> None:
+    """LoRA and full, of each type."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("types", nargs="*", metavar="TYPE", help=f"of {', '.join(FAMILIES)}")
+    p.add_argument("--kinds", nargs="+", default=["lora", "none"], choices=["lora", "none"])
+    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--batch", type=int, default=4)
+    p.add_argument("--seq", type=int, default=256)
+    p.add_argument("--rounds", type=int, default=3, help="of the comparison of speed")
+    p.add_argument("--round-steps", type=int, default=5)
+    p.add_argument("--json", help="write the figures here, after each row")
+    options = p.parse_args()
+    report: dict[str, Any] = {
+        "command": [Path(word).name for word in sys.argv],
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "threads": torch.get_num_threads(),
+        "rows": [],
+    }
+    for model_type in options.types or FAMILIES:
+        with tempfile.TemporaryDirectory() as name:
+            model = write_model(model_type, Path(name) / model_type)
+            for kind in options.kinds:
+                pair = Pair(model, Path(name) / kind, kind, options)
+                row = {"type": model_type, "kind": FAMILIES[model_type].kind, "trained": kind,
+                       "loss": compare_curves(pair, options.steps)}  # fmt: skip
+                difference = row["loss"]["difference"]
+                text = f"{model_type:14}{kind:5} first {difference['first']:.1e}  all {difference['all']:.1e}  "
+                text += f"loss {row['loss']['plain'][0]:.4f} -> {row['loss']['plain'][-1]:.4f}"
+                if options.rounds:
+                    speed = compare_speed(pair, options.rounds, options.round_steps)
+                    row["tokens_per_second"] = speed
+                    text += f"  tokens/s {speed['ours']:,.0f} beside {speed['plain']:,.0f}: {speed['ratio']:.2f} x"
+                report["rows"].append(row)
+                print(text, flush=True)
+                if options.json:
+                    Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
