@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from parity import compare, examples_of, recipe, write_first_adapter
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "parity"))
@@ -281,6 +282,13 @@ def count_tokens(batch: Sequence[Example]) -> int:
     return sum(len(example.ids) for example in batch)
 
 
+def as_json(report: dict[str, Any]) -> str:
+    """A line for each row."""
+    rows = ",\n".join(json.dumps(row) for row in report["rows"])
+    head = json.dumps({key: value for key, value in report.items() if key != "rows"})
+    return f'{head[:-1]},\n"rows": [\n{rows}\n]}}\n'
+
+
 def main() -> None:
     """LoRA and full, of each type."""
     p = argparse.ArgumentParser(
@@ -293,7 +301,7 @@ def main() -> None:
     p.add_argument("--seq", type=int, default=256)
     p.add_argument("--rounds", type=int, default=3, help="of the comparison of speed")
     p.add_argument("--round-steps", type=int, default=5)
-    p.add_argument("--json", help="write the figures here, after each row")
+    p.add_argument("--json", help="add the figures to this file, after each row")
     options = p.parse_args()
     report: dict[str, Any] = {
         "command": [Path(word).name for word in sys.argv],
@@ -301,6 +309,9 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "rows": [],
     }
+    file = Path(options.json) if options.json else None
+    if file and file.exists():
+        report["rows"] = json.loads(file.read_text(encoding="utf-8"))["rows"]
     for model_type in options.types or FAMILIES:
         with tempfile.TemporaryDirectory() as name:
             model = write_model(model_type, Path(name) / model_type)
@@ -315,10 +326,13 @@ def main() -> None:
                     speed = compare_speed(pair, options.rounds, options.round_steps)
                     row["tokens_per_second"] = speed
                     text += f"  tokens/s {speed['ours']:,.0f} beside {speed['plain']:,.0f}: {speed['ratio']:.2f} x"
-                report["rows"].append(row)
                 print(text, flush=True)
-                if options.json:
-                    Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+                earlier = [
+                    r for r in report["rows"] if (r["type"], r["trained"]) != (model_type, kind)
+                ]
+                report["rows"] = [*earlier, row]
+                if file:
+                    file.write_text(as_json(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
