@@ -109,6 +109,13 @@ def test_a_refused_model_is_named_with_its_figures(monkeypatch: pytest.MonkeyPat
     assert "tunesmith models" in caught.value.fix
 
 
+def test_a_weight_that_a_fused_kernel_takes_has_no_adapter():
+    """The kernel of Mamba 2, which is not installed here, multiplies with `out_proj` itself; PEFT
+    refuses an adapter on it.
+    """
+    assert support.measure_support(config_of("mamba2")).dead_targets == ("mixer.out_proj",)
+
+
 def tiny_mamba() -> torch.nn.Module:
     model = AutoModelForCausalLM.from_config(twin.shrink(config_of("mamba")))
     set_bypassed(model, ("mixer.dt_proj",))

@@ -245,8 +245,8 @@ def _check_bypassed(model: nn.Module, endings: Mapping[str, str]) -> None:
                 raise RecipeError(
                     f"an adapter on {wanted!r} would learn nothing",
                     where="adapter.target",
-                    why="the model reads this layer's weight past its forward, or only selects "
-                    "by it: measured on a small model of its class, it gets no gradient",
+                    why="the model reads this layer's weight past its forward (a fused kernel of "
+                    "Mamba does), or only selects by it: measured on a small model of its class",
                     fix=f"take it out, or use {ALL_LINEAR}",
                 )
 

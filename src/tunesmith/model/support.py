@@ -9,7 +9,7 @@ tried; where that fails too, the model is refused with the figures.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -33,7 +33,7 @@ from tunesmith.model.load import one_line
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.twin import NO_SIZES, VOCAB, build_twin
 
-FORMAT = 1  # of the cached files; what is measured, and how, counts
+FORMAT = 2  # of the cached files; what is measured, and how, counts
 # Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
 LENGTHS = (13, 22)
 # Differences of logits and gradients in fp32, relative to the largest value. Sums in another order
@@ -74,7 +74,7 @@ class Support:
         why: the reason, for the user.
         recurrent: class names of the layers that run on one row a document.
         dead_targets: names of linear layers, within a decoder layer, whose weight is read past
-            their forward: an adapter there would get no gradient.
+            their forward, here or by a fused kernel: an adapter there would get no gradient.
         errors: of the layout that is taken, or of padded rows where none is.
     """
 
@@ -236,6 +236,8 @@ def _measure(twin: PreTrainedModel) -> Support:
         chunk_size = prepare_chunked_attention(twin)
         twin.set_attn_implementation(attention.register())
         recurrent = find_recurrent(twin, ids)
+        bypassed = find_bypassed(twin, recurrent, ids)
+        dead_targets = tuple(dict.fromkeys((*dead_targets, *bypassed)))
         run_by_document(twin, recurrent)
         errors = _run_packed(twin, ids, chunk_size).errors(alone)
         if errors.are_rounding():
@@ -364,6 +366,69 @@ def find_recurrent(twin: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
         if not holds_another:
             classes.append(type(twin.get_submodule(name)).__name__)
     return tuple(dict.fromkeys(classes))
+
+
+@torch.no_grad()
+def find_bypassed(
+    twin: PreTrainedModel, class_names: Collection[str], ids: Tensor
+) -> tuple[str, ...]:
+    """Names, within a layer, of the linear layers whose weight these classes hand to a kernel.
+
+    The fused kernels of Mamba multiply with `out_proj` themselves, in training alone: an adapter on
+    it is not computed. Where their package is missing, the layer falls back to the forwards of its
+    parts, so that gradients do not show it; the weight is read all the same.
+    """
+    layers = twin.get_submodule(find_layers(twin))
+    watched = {}
+    for module in layers.modules():
+        if type(module).__name__ not in class_names:
+            continue
+        for part in module.modules():
+            if type(part) is nn.Linear:
+                watched[part] = _WatchedLinear.watch(part)
+    if not watched:
+        return ()
+    documents = packed_documents(LENGTHS, None)
+    twin.train()
+    try:
+        with use_documents(documents):
+            _hidden(twin, ids[None], _positions(), documents=documents)
+        prefix = f"{find_layers(twin)}."
+        names = []
+        for name, module in twin.named_modules():
+            if module in watched and watched[module].is_read:
+                names.append(target_of(name, prefix))
+        return tuple(dict.fromkeys(names))
+    finally:
+        twin.eval()
+        for part in watched:
+            part.__class__ = nn.Linear
+
+
+class _WatchedLinear(nn.Linear):
+    """A linear layer that notes whether other code reads its weight."""
+
+    is_running = False
+    is_read = False
+
+    @classmethod
+    def watch(cls, linear: nn.Linear) -> "_WatchedLinear":
+        """The layer itself, watched until its class is set back."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.is_running = True
+        try:
+            return super().forward(x)
+        finally:
+            self.is_running = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and not self.is_running:
+            self.is_read = True
+        return super().__getattr__(name)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
