@@ -22,6 +22,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.data.batch import Example, collate
 from tunesmith.model.documents import kept_probabilities
 from tunesmith.model.measured_spec import model_spec
+from tunesmith.model.support import TUNED
 from tunesmith.planning.resolve import MemoryEstimator, inference_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate
 
@@ -85,7 +86,9 @@ def measure(
     )
     spec, device = model_spec(config, where="test"), torch.device("cpu")
     made = AutoConfig.for_model(**config)
-    files = SimpleNamespace(spec=spec, config=made, folder=folder, vocab_rows=vocabulary)
+    files = SimpleNamespace(
+        spec=spec, config=made, folder=folder, vocab_rows=vocabulary, support=TUNED
+    )
     plan = replace(
         inference_plan(run, files, device),
         recomputed_layers=spec.depth if recompute == "full" else 0,
