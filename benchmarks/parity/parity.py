@@ -38,7 +38,9 @@ TEXT = "### Instruction: {}\n\n### Input: {}\n\n### Response: {}"
 
 def recipe(a: argparse.Namespace, rows: Path, out: Path, kind: str) -> Run:
     """Ours: fixed order, constant rate, fp32."""
-    adapter = {"kind": "lora", "rank": 8, "alpha": 16} if kind == "lora" else {"kind": "none"}
+    adapter: dict[str, Any] = {"kind": "none"}
+    if kind == "lora":
+        adapter = {"kind": "lora", "rank": 8, "alpha": 16, "target": a.target}
     values = {
         "model": {"name": a.model, "dtype": "fp32"},
         "adapter": adapter,
@@ -151,6 +153,7 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=2)
     p.add_argument("--seq", type=int, default=160)
     p.add_argument("--rate", type=float, default=1e-4)
+    p.add_argument("--target", nargs="+", default="all-linear", help="of the adapter")
     p.add_argument("--json", help="write the curves here")
     a = p.parse_args()
     from transformers import AutoTokenizer

@@ -134,11 +134,22 @@ def test_a_target_that_gets_no_gradient_is_left_out_or_refused():
     assert "learn nothing" in caught.value.what
 
 
+def test_a_linear_layer_in_other_words_takes_an_adapter():
+    model = AutoModelForCausalLM.from_config(twin.shrink(config_of("falcon")))
+    names = lora.attach_lora(model, Adapter(rank=2), seed=0)
+    assert {name.rpartition(".")[2] for name in names} == {
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    }
+
+
 def test_a_model_without_linear_layers_takes_no_adapter():
     model = AutoModelForCausalLM.from_config(twin.shrink(config_of("gpt2", n_head=4)))
     with pytest.raises(RecipeError) as caught:
-        lora.attach_lora(model, Adapter(), seed=0)
-    assert caught.value.fix == "adapter.kind=none trains it in full"
+        lora.attach_lora(model, Adapter(rank=2), seed=0)
+    assert caught.value.where == "adapter.kind"
 
 
 def test_a_router_that_derives_from_a_linear_layer_takes_no_adapter():

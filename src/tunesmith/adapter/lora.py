@@ -141,13 +141,6 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     """
     model.requires_grad_(False)
     names = target_names(model, adapter)
-    if not names and not adapter.modules_to_save:
-        raise RecipeError(
-            f"{type(model).__name__} has no linear layer that takes an adapter",
-            where="adapter.target",
-            why="its layers multiply by code of their own",
-            fix="adapter.kind=none trains it in full",
-        )
     for name in names:
         base = model.get_submodule(name)
         if isinstance(base, Nf4Linear):
@@ -214,7 +207,15 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     """
     to_save = _names_to_save(model, adapter)
     if adapter.target == ALL_LINEAR:
-        return [name for name in linear_names(model, head=False) if name not in to_save]
+        linears = linear_names(model, head=False)
+        if not linears:
+            raise RecipeError(
+                f"{type(model).__name__} has no linear layer that an adapter can be put on",
+                where="adapter.kind",
+                why="its matrices are of other kinds (GPT-2's Conv1D, stacks of experts)",
+                fix="train all weights: adapter.kind: none",
+            )
+        return [name for name in linears if name not in to_save]
     targets = adapter.target
     if isinstance(targets, str):
         targets = (targets,)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -139,7 +139,28 @@ def is_plain_linear(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or is_bypassed(module):
         return False
     [owner, *_] = (base for base in type(module).__mro__ if "forward" in vars(base))
-    return owner is nn.Linear or owner.__module__.startswith("tunesmith.")
+    if owner is nn.Linear or owner.__module__.startswith("tunesmith."):
+        return True
+    return _computes_linear(owner)
+
+
+@cache
+@torch.no_grad()
+def _computes_linear(owner: type[nn.Linear]) -> bool:
+    """Whether a class's forward is y = x W^T + b in other words (Falcon's), tried on a small layer.
+
+    One that needs more than a weight and a bias, or returns more than y, is not.
+    """
+    with torch.random.fork_rng(devices=[]):
+        linear = nn.Linear(3, 2, device="cpu")
+    x = torch.arange(12.0, device="cpu").view(2, 2, 3)
+    try:
+        output = owner.forward(linear, x)
+    # Whatever a router's code raises without its own attributes.
+    except Exception:
+        return False
+    expected = linear(x)
+    return isinstance(output, Tensor) and torch.allclose(output, expected, atol=1e-5)
 
 
 def linear_names(model: nn.Module, *, head: bool) -> list[str]:
