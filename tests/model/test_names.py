@@ -107,11 +107,13 @@ def test_a_base_that_is_gone_leaves_the_names_of_the_model(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("without", "more", "words"),
     [
-        (NAME, {}, "they do not fill one tensor"),
-        (NAME.replace("up", "down"), {}, "tensors have another shape"),
+        (NAME, {}, "number 2 is missing of"),
+        (NAME.replace("up", "down"), {}, "number 2 is missing of"),
+        (NAME.replace("2.up", "3.down"), {}, "tensors have another shape"),
+        ("", {NAME.replace("up", "down"): torch.zeros(24, 64)}, "is \\[24, 64\\]"),
         ("", {"model.layers.1.mlp.extra.weight": torch.zeros(1)}, "belong nowhere"),
     ],
-    ids=["an expert's half", "an expert", "a tensor too much"],
+    ids=["an expert's half", "an expert", "the last", "a turned expert", "a tensor too much"],
 )
 def test_what_does_not_fit_is_named(
     without: str, more: dict[str, torch.Tensor], words: str, tmp_path: Path

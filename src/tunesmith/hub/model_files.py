@@ -63,8 +63,9 @@ def read_model_files(folder: Path, model: Model) -> ModelFiles:
         config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code
     )
     # Transformers fills in max_position_embeddings where the file has none.
-    limit = stated_position_limit(read_json(folder / "config.json"), spec.layers)
+    file = folder / "config.json"
+    limit = stated_position_limit(read_json(file), spec.layers, where=str(file))
     spec = replace(spec, position_limit=limit)
-    support = find_support(config, model, where=f"{folder}/config.json")
+    support = find_support(config, model, where=str(file))
     tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
     return ModelFiles(folder, model, config, spec, support, tokenizer)

@@ -32,7 +32,7 @@ from tunesmith.model.safetensors_files import (
     read_json,
     sampled_digest,
 )
-from tunesmith.model.spec import check_supported, read_spec, stored_quantization
+from tunesmith.model.spec import check_depth, check_supported, read_spec, stored_quantization
 
 
 def load_config(folder: Path, model: Model) -> PretrainedConfig:
@@ -70,6 +70,7 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
             why=one_line(error),
             fix="correct the named key, or fetch it again: tunesmith fetch MODEL",
         ) from error
+    check_depth(getattr(text, "num_hidden_layers", None), str(file))
     if text is not config and text.tie_word_embeddings:
         text.tie_word_embeddings = not _stores_other_head(folder)
     return text
@@ -145,12 +146,13 @@ def build_on_meta(
                 attn_implementation="eager" if model.attention == "eager" else None,
                 trust_remote_code=model.trust_remote_code,
             )
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    # Code of 190 model types, on a config that may be absurd.
+    except Exception as error:
         raise ModelError(
             f"Transformers cannot build this {config.model_type}",
-            where=f"{config.name_or_path}/config.json",
+            where=f"{config.name_or_path}/config.json" if config.name_or_path else "",
             why=one_line(error),
-            fix="correct the value there, or fetch the model again: tunesmith fetch MODEL",
+            fix="correct the value in config.json, or fetch the model again: tunesmith fetch MODEL",
         ) from error
     _replace(causal_lm, lambda parameter: parameter.to("meta"))
     return causal_lm

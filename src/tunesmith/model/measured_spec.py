@@ -24,6 +24,7 @@ from tunesmith.model.spec import (
     Layer,
     ModelSpec,
     check_decoder,
+    check_depth,
     read_spec,
     stated_position_limit,
     stored_quantization,
@@ -89,7 +90,7 @@ def measure_spec(config: Mapping[str, Any], *, where: str) -> ModelSpec:
     sizes.pop("quantization_config", None)
     text = json.dumps(sizes, sort_keys=True, default=str)
     spec = _cached(text) or _measure(sizes, text, where)
-    limit = stated_position_limit(config, spec.layers)
+    limit = stated_position_limit(config, spec.layers, where=where)
     return replace(spec, quantized=quantized, position_limit=limit, measured=text)
 
 
@@ -120,7 +121,8 @@ def _measure(sizes: Mapping[str, Any], text: str, where: str) -> ModelSpec:
             model = build_to_measure(config)
             calls, _ = run_on_meta(model, TOKENS)
             spec = _count(model, calls)
-        except ModelError:
+        except ModelError as error:
+            error.where = error.where or where
             raise
         # Code of 140 model types, on a config that may be absurd.
         except Exception as error:
@@ -141,10 +143,12 @@ def text_config(sizes: Mapping[str, Any], where: str) -> "PretrainedConfig":
     values = _decode_floats(sizes)
     try:
         config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
-        return text_part(config)
+        config = text_part(config)
     # Unknown types, and keys of the wrong kind, in many forms.
     except Exception as error:
         raise _cannot_measure(sizes, where, error) from error
+    check_depth(getattr(config, "num_hidden_layers", None), where)
+    return config
 
 
 def _decode_floats(value: Any) -> Any:

@@ -226,9 +226,17 @@ def _join(name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[Ent
     shape: list[int] = []
     for pattern in rule.source_patterns:
         entries = sorted(sources.get(pattern, ()), key=lambda entry: dot_natural_key(entry.name))
+        missing = _missing_number(entries) if merges else None
+        if missing is not None:
+            why = f"number {missing} is missing of {pattern}"
+            raise _cannot_join(name, sources, why)
         stacks = [entries] if merges else [[entry] for entry in entries]
         for stack in stacks:
             for index, entry in enumerate(stack):
+                # Of the same size it would be read into its place in another order.
+                if entry.shape != stack[0].shape:
+                    why = f"{entry.name} is {list(entry.shape)}, {stack[0].name} "
+                    raise _cannot_join(name, sources, f"{why}{list(stack[0].shape)}")
                 shape = [len(stack), *entry.shape] if merges else list(entry.shape)
                 region = [slice(0, size) for size in shape]
                 if merges:
@@ -245,6 +253,21 @@ def _join(name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[Ent
     if sum(math.prod(entry.shape) for entry in entries) != math.prod(shape):
         raise _cannot_join(name, sources, "they do not fill one tensor")
     return Pieces(name, entries[0].dtype, tuple(shape), tuple(pieces))
+
+
+def _missing_number(entries: Sequence[Entry]) -> int | None:
+    """The first number that is missing of entries whose names differ by a number alone; None where
+    they count from 0 on.
+    """
+    numbers = set()
+    for parts in zip(*(entry.name.split(".") for entry in entries), strict=False):
+        if len(set(parts)) > 1 and all(part.isdigit() for part in parts):
+            numbers = {int(part) for part in parts}
+            break
+    for number in range(len(numbers)):
+        if number not in numbers:
+            return number
+    return None
 
 
 def _read_operations(

@@ -33,6 +33,40 @@ _ENCODERS = (
     "clip",
 )
 
+# Keys that count decoder layers.
+DECODER_DEPTHS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+)
+_WIDTHS = (
+    "vocab_size",
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "intermediate_size",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+    "head_dim",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+)
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+# A model is built layer by layer to be measured, if on meta: ten thousand layers take many minutes.
+# The deepest that are published have 162.
+MOST_LAYERS = 400
+# Frequencies and masks of so many channels are computed for real. Vocabularies have 262,144 tokens.
+MOST_WIDTH = 10_000_000
+_FETCH_CONFIG = "take config.json from the model's page again: tunesmith fetch MODEL"
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -144,7 +178,7 @@ def read_spec(
             "a value of the config is not one that its key can have",
             where=where,
             why=f"{type(error).__name__}: {error}"[:300],
-            fix="take config.json from the model's page again: tunesmith fetch MODEL",
+            fix=_FETCH_CONFIG,
         ) from error
 
 
@@ -207,7 +241,7 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
         vocab=vocab,
         tied=tied,
         context=_size(config, "max_position_embeddings", where, 2048),
-        position_limit=stated_position_limit(config, layers),
+        position_limit=stated_position_limit(config, layers, where=where),
         parameters=vocab * hidden * tables + depth * (matmul + vectors) + hidden,
         head_matmul=vocab * hidden,
         quantized=stored_quantization(config, where),
@@ -245,7 +279,9 @@ def _vector_parameters(
 
 
 def check_decoder(config: Mapping[str, Any], where: str) -> None:
-    """ModelError for a config that names no type, or one of an encoder."""
+    """ModelError for a config that names no type or one of an encoder, or has sizes that no model
+    has.
+    """
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise ModelError(
@@ -261,6 +297,77 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
             where=where,
             fix=f"take a text decoder, such as {families_text()}",
         )
+    _check_sizes(config, where)
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        _check_sizes(text, where)
+        _quantization_config(text, where)
+    if kind in COMPOSITES and not (text and isinstance(text, Mapping)):
+        raise ModelError(
+            "the config has no text_config" if text is None else f"text_config is {text!r:.100}",
+            where=where,
+            why=f"of a {kind} the text model is trained, which it describes",
+            fix=_FETCH_CONFIG,
+        )
+
+
+def check_depth(layers: Any, where: str) -> None:
+    """ModelError for more layers than any model has; they may be counted by a list."""
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ModelError(
+            f"the config describes {layers:,} layers, and {MOST_LAYERS:,} are the most",
+            where=where,
+            fix=_FETCH_CONFIG,
+        )
+
+
+def _check_sizes(config: Mapping[str, Any], where: str) -> None:
+    """ModelError for a number that no model has: it would take hours or all memory to build, or
+    fail in a step.
+
+    What is no number is left to Transformers, which knows the kinds of each key.
+    """
+    for key, value in config.items():
+        if "dropout" not in key or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not 0 <= value < 1:
+            raise ModelError(
+                f"{key} is {value}: it must be at least 0 and below 1",
+                where=where,
+                fix=_FETCH_CONFIG,
+            )
+    _check_experts(config, where)
+    for key in (*DECODER_DEPTHS, *_WIDTHS):
+        value = config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        most = MOST_LAYERS if key in DECODER_DEPTHS else MOST_WIDTH
+        # Another width of 0 may say that there is no such part.
+        least = 1 if key in (*DECODER_DEPTHS, "vocab_size", "hidden_size") else 0
+        if not least <= value <= most:
+            raise ModelError(
+                f"{key} is {value:,}: it must be a whole number from {least} to {most:,}",
+                where=where,
+                fix=_FETCH_CONFIG,
+            )
+
+
+def _check_experts(config: Mapping[str, Any], where: str) -> None:
+    """ModelError where a token goes to no expert, or to more than there are."""
+    for experts_key in _EXPERTS:
+        for key in _EXPERTS_PER_TOKEN:
+            experts = config.get(experts_key)
+            per_token = config.get(key)
+            if not isinstance(experts, int) or not isinstance(per_token, int):
+                continue
+            # 0 experts: a dense model of a family that may have some (Granite 4).
+            if experts > 0 and not 1 <= per_token <= experts:
+                raise ModelError(
+                    f"{key} is {per_token:,}, and {experts_key} is {experts:,}",
+                    where=where,
+                    why="each token goes to one expert at least, and to each of them once at most",
+                    fix=_FETCH_CONFIG,
+                )
 
 
 def _is_encoder(name: str, config: Mapping[str, Any]) -> bool:
@@ -293,7 +400,7 @@ def _check_composite(config: Mapping[str, Any], where: str) -> None:
     trained.
     """
     kind = str(config["model_type"])
-    text = config.get("text_config") or {}
+    text = config["text_config"]
     types = COMPOSITES[kind].text_types
     text_type = text.get("model_type", types[0])
     if text_type not in types:
@@ -303,7 +410,7 @@ def _check_composite(config: Mapping[str, Any], where: str) -> None:
             fix=f"take a {kind} with {' or '.join(types)}",
         )
     check_decoder({"model_type": text_type, **text}, where)
-    stored = config.get("quantization_config") or text.get("quantization_config")
+    stored = _quantization_config(config, where) or _quantization_config(text, where)
     if stored:
         method = stored.get("quant_method", "an unnamed method")
         raise ModelError(
@@ -315,12 +422,24 @@ def _check_composite(config: Mapping[str, Any], where: str) -> None:
         )
 
 
+def _quantization_config(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """How the weights are quantized; empty where they are not. ModelError for no mapping."""
+    stored = config.get("quantization_config") or {}
+    if not isinstance(stored, Mapping):
+        raise ModelError(
+            f"quantization_config is {stored!r:.100}: it must be a mapping",
+            where=where,
+            fix=_FETCH_CONFIG,
+        )
+    return stored
+
+
 def stored_quantization(config: Mapping[str, Any], where: str) -> str | None:
     """`bnb-nf4` for bitsandbytes' 4-bit NormalFloat checkpoints, None for plain ones.
 
     ModelError for every other kind.
     """
-    stored = config.get("quantization_config")
+    stored = _quantization_config(config, where)
     if not stored:
         return None
     method = str(stored.get("quant_method", ""))
@@ -348,7 +467,7 @@ def _size(config: Mapping[str, Any], name: str, where: str, default: int | None 
         raise ModelError(
             f"{name} is {shown}: it must be a whole number above 0",
             where=where,
-            fix="take config.json from the model's page again: tunesmith fetch MODEL",
+            fix=_FETCH_CONFIG,
         )
     return value
 
@@ -368,13 +487,28 @@ def check_seq_len(spec: ModelSpec, seq_len: int, *, where: str) -> None:
         )
 
 
-def stated_position_limit(config: Mapping[str, Any], layers: Iterable[Layer]) -> int | None:
-    """`ModelSpec.position_limit` of a model with these layers.
+def stated_position_limit(
+    config: Mapping[str, Any], layers: Iterable[Layer], *, where: str
+) -> int | None:
+    """`ModelSpec.position_limit` of a model with these layers; errors call its config `where`.
 
     Where a config can be read in two ways (`max_position_embeddings` before or after the scaling)
-    the larger length is taken.
+    the larger length is taken. ModelError where its rotary parameters are none.
     """
-    config = config.get("text_config") or config
+    try:
+        return _position_limit(config.get("text_config") or config, layers)
+    # Text where a number belongs, a factor that is infinite, a list.
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise ModelError(
+            "the positions or rotary parameters of the config are not numbers by name",
+            where=where,
+            why=f"{type(error).__name__}: {error}"[:300],
+            fix="correct max_position_embeddings, rope_parameters or rope_scaling; or "
+            f"{_FETCH_CONFIG}",
+        ) from error
+
+
+def _position_limit(config: Mapping[str, Any], layers: Iterable[Layer]) -> int | None:
     positions = config.get("max_position_embeddings")
     if positions is None:
         return None
