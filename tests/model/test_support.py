@@ -149,7 +149,8 @@ def test_a_model_without_linear_layers_takes_no_adapter():
     model = AutoModelForCausalLM.from_config(twin.shrink(config_of("gpt2", n_head=4)))
     with pytest.raises(RecipeError) as caught:
         lora.attach_lora(model, Adapter(rank=2), seed=0)
-    assert caught.value.where == "adapter.kind"
+    assert caught.value.where == "adapter.target"
+    assert "adapter.kind=none" in caught.value.fix
 
 
 def test_a_router_that_derives_from_a_linear_layer_takes_no_adapter():

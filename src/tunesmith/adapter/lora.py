@@ -137,10 +137,17 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     """Put an adapter on the model in place, freeze all else, and return the adapted layers' names.
 
     On the meta device call `init_lora` once the weights are there. RecipeError for a target or
-    module to save that the model does not have.
+    module to save that the model does not have, and where nothing would train.
     """
     model.requires_grad_(False)
     names = target_names(model, adapter)
+    if not names and not adapter.modules_to_save:
+        raise RecipeError(
+            f"{type(model).__name__} has no layer that takes an adapter",
+            where="adapter.target",
+            why="LoRA is put on torch's own linear layers, and its are of other classes",
+            fix="adapter.kind=none trains the model in full",
+        )
     for name in names:
         base = model.get_submodule(name)
         if isinstance(base, Nf4Linear):
@@ -208,13 +215,6 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     to_save = _names_to_save(model, adapter)
     if adapter.target == ALL_LINEAR:
         linears = linear_names(model, head=False)
-        if not linears:
-            raise RecipeError(
-                f"{type(model).__name__} has no linear layer that an adapter can be put on",
-                where="adapter.kind",
-                why="its matrices are of other kinds (GPT-2's Conv1D, stacks of experts)",
-                fix="train all weights: adapter.kind: none",
-            )
         return [name for name in linears if name not in to_save]
     targets = adapter.target
     if isinstance(targets, str):

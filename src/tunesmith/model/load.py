@@ -64,11 +64,11 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
         text = text_part(config)
     # Transformers raises many kinds here, its own strict-dataclass errors among them.
     except Exception as error:
+        fix = "correct the named key, or fetch it again: tunesmith fetch MODEL"
+        if "auto_map" in stated and not model.trust_remote_code:
+            fix = "read the code that it ships and set model.trust_remote_code: true"
         raise ModelError(
-            "Transformers cannot read the config",
-            where=str(file),
-            why=one_line(error),
-            fix="correct the named key, or fetch it again: tunesmith fetch MODEL",
+            "Transformers cannot read the config", where=str(file), why=one_line(error), fix=fix
         ) from error
     check_depth(getattr(text, "num_hidden_layers", None), str(file))
     if text is not config and text.tie_word_embeddings:

@@ -57,7 +57,9 @@ _WIDTHS = (
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
+    "attention_chunk_size",
 )
+_NEVER_0 = ("vocab_size", "hidden_size", "attention_chunk_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 # A model is built layer by layer to be measured, if on meta: ten thousand layers take many minutes.
@@ -343,7 +345,7 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
             continue
         most = MOST_LAYERS if key in DECODER_DEPTHS else MOST_WIDTH
         # Another width of 0 may say that there is no such part.
-        least = 1 if key in (*DECODER_DEPTHS, "vocab_size", "hidden_size") else 0
+        least = 1 if key in (*DECODER_DEPTHS, *_NEVER_0) else 0
         if not least <= value <= most:
             raise ModelError(
                 f"{key} is {value:,}: it must be a whole number from {least} to {most:,}",
