@@ -116,9 +116,9 @@ def read(folder: Path) -> None:
     build_on_meta(config, model)
 
 
-def failure_of(call: Callable[[], object]) -> ModelError:
+def failure_of(call: Callable[..., object], *args: object, **options: object) -> ModelError:
     with pytest.raises(ModelError) as caught:
-        call()
+        call(*args, **options)
     return caught.value
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_config_is_refused(
     model_type: str, values: dict[str, Any], fact: str, tmp_path: Path
 ):
     write(tmp_path, model_type, values)
-    error = failure_of(lambda: read(tmp_path))
+    error = failure_of(read, tmp_path)
     assert fact in f"{error.what} {error.why} {error.fix}"
     assert str(tmp_path) in error.where
     assert error.fix
@@ -146,7 +146,7 @@ def test_a_plan_refuses_what_it_cannot_count(tmp_path: Path):
         if "pad_token_id" in values:
             continue
         stated = write(tmp_path, model_type, values)
-        error = failure_of(lambda: model_spec(stated, where="here"))
+        error = failure_of(model_spec, stated, where="here")
         assert (error.where, bool(error.fix)) == ("here", True), values
         refused += 1
     assert refused == len(CASES) - 1
