@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -13,19 +14,39 @@ from transformers import AutoTokenizer
 from recipes import rows
 from tunesmith.bench.measure import BenchPlan, measure
 from tunesmith.bench.shape import shape_recipe, write_shape
+from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.shapes import SHAPES
 
 pytestmark = pytest.mark.slow
 
+DELTA = {
+    "full_attention_interval": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25},
+}  # fmt: skip
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 16,
     "num_key_value_heads": 2, "vocab_size": 384,
 }  # fmt: skip
+# Of shapes that have other sizes too.
+OTHER_SIZES: dict[str, dict[str, Any]] = {
+    "gemma-4-31b": {"global_head_dim": 32, "num_global_key_value_heads": 2},
+    "nemotron-3-nano": {
+        "hybrid_override_pattern": "ME*E", "num_hidden_layers": 4, "mamba_num_heads": 4, "mamba_head_dim": 32,
+        "n_groups": 2, "ssm_state_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+    },
+    "qwen3.5-9b": DELTA,
+    "qwen3.5-4b": DELTA,
+}  # fmt: skip
+# Linear layers of one family on nf4 are those of any other: the families of the table will do.
+CASES = [(name, "none") for name in SHAPES]
+for name, shape in SHAPES.items():
+    if shape.config["model_type"] in ARCHITECTURES:
+        CASES.append((name, "nf4"))
 
 
 @pytest.mark.usefixtures("small_peak")
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "quantize"), CASES)
 def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path) -> None:
     if quantize == "nf4":
         pytest.importorskip("bitsandbytes")
@@ -33,7 +54,7 @@ def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path
     folder.mkdir()
     out.mkdir()
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(40)))
-    write_shape(folder, {**SHAPES[name].config, **SIZES}, str(tiny))
+    write_shape(folder, {**SHAPES[name].config, **SIZES, **OTHER_SIZES.get(name, {})}, str(tiny))
     assert not list(folder.glob("*.safetensors"))
     keys = ["data.seq_len=128", "train.global_batch=256 tokens", "train.micro_batch=256 tokens"]
     run = shape_recipe(

@@ -4,6 +4,8 @@ up to date.
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,13 +59,30 @@ SCRIPTS = {
 
 
 def test_all_load() -> None:
-    assert len(shipped()) >= 11
+    assert len(shipped()) >= 18
     for name, path in shipped().items():
         run = load_recipe(name)
         assert run == load_recipe(path)
         assert run.output_dir == str(Path.cwd() / "runs" / name)
         assert len(purpose(path)) > 20
         assert run.data.validation, f"{name} has no held-out rows"
+
+
+def test_what_a_recipe_says_of_a_spark_is_its_plan() -> None:
+    """Memory of a step and tokens a second, rounded; the golden plans hold the figures."""
+    plans = json.loads((ROOT / "tests/planning/golden/plans.json").read_text())
+    said = 0
+    for name, path in shipped().items():
+        command = f"tunesmith plan {re.escape(name)} --on dgx-spark"
+        pattern = rf"^# A DGX Spark: (\d+) GiB, ([\d,]+) tokens/s \({command}\)$"
+        line = re.search(pattern, path.read_text(), re.MULTILINE)
+        if line:
+            plan = plans[f"{name} on dgx-spark"]
+            assert round(plan["phases.step"] / 2**30) == int(line[1]), name
+            rounded = float(f"{plan['tokens_per_second']:.2g}")
+            assert rounded == int(line[2].replace(",", "")), name
+            said += 1
+    assert said >= 7
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

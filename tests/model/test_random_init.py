@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from recipes import built_model, make_run
 from tunesmith.config.schema import Run
-from tunesmith.model import spec
+from tunesmith.model import measured_spec, spec
 from tunesmith.model.load import build_on_meta
 from tunesmith.model.random_init import init_weight
 from tunesmith.model.shapes import SHAPES
@@ -98,3 +98,19 @@ def test_a_shape_has_the_parameters_of_its_model(
     (tmp_path / "config.json").write_text(json.dumps(config))
     built = build_on_meta(AutoConfig.from_pretrained(tmp_path), make_run(tmp_path, tmp_path).model)
     assert sum(p.numel() for p in built.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        # As the models' pages and files say: of checkpoints with images, the text model.
+        ("qwen3.5-9b", 8.95), ("qwen3.5-4b", 4.2), ("gemma-4-31b", 30.7), ("ministral-3-8b", 8.49),
+        ("glm-4-9b", 9.4), ("olmo-3-7b", 7.3), ("nemotron-3-nano", 31.6),
+    ],
+)  # fmt: skip
+def test_a_measured_shape_has_the_size_of_its_model(name: str, billions: float) -> None:
+    config = measured_spec.text_config(SHAPES[name].config, where=name)
+    model = measured_spec.build_to_measure(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    digits = len(str(billions).partition(".")[2])
+    assert round(parameters / 1e9, digits) == billions

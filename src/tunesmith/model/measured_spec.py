@@ -142,12 +142,16 @@ def text_config(sizes: Mapping[str, Any], where: str) -> "PretrainedConfig":
 
     values = _decode_floats(sizes)
     try:
-        config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
-        config = text_part(config)
+        whole: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+        config = text_part(whole)
     # Unknown types, and keys of the wrong kind, in many forms.
     except Exception as error:
         raise _cannot_measure(sizes, where, error) from error
     check_depth(getattr(config, "num_hidden_layers", None), where)
+    # Ids of tokens are no sizes, and a family's default may be beyond a small vocabulary.
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None and padding >= config.vocab_size:
+        config.pad_token_id = None
     return config
 
 

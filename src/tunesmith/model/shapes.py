@@ -2,8 +2,10 @@
 arithmetic.
 
 Token ids are left out: they depend on the tokenizer. `mistral-7b` is version 0.3, which has no
-sliding window. The models of all recipes that ship are among them, so that a run of one is planned
-without the Hub.
+sliding window. Of a checkpoint with images it is the text model's part. Where no copy of the file
+itself was at hand, the values are those that libraries give for the model; the recipes name them,
+and the parameters they make are the published ones. The models of all recipes that ship are among
+them, so that a run of one is planned without the Hub.
 """
 
 import json
