@@ -13,7 +13,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import byte_tokenizer
 from recipes import WORDS
 from tunesmith.checkpoint.resume import decide_start
 from tunesmith.cli.main import main
@@ -21,6 +23,7 @@ from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import schema_line
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError, RecipeError, StoppedError
+from tunesmith.model import twin
 from tunesmith.training.make_recipe import make_recipe
 from tunesmith.training.run import train
 
@@ -395,3 +398,28 @@ def test_a_hub_data_set_is_read_from_its_train_split(
     )
     with pytest.raises(RecipeError, match=r"model\.name is empty"):
         make_recipe("", "me/rows")
+
+
+@pytest.mark.parametrize(("model_type", "packs"), [("lfm2", True), ("falcon", False)])
+def test_a_family_without_a_row_gets_a_recipe_that_trains(
+    model_type: str, packs: bool, home: Path, capsys: Capture
+) -> None:
+    """A hybrid, whose recurrent layers are told where a document begins, and one on padded rows."""
+    config = twin.shrink(AutoConfig.for_model(model_type))
+    tokenizer = byte_tokenizer()
+    config.vocab_size = 272
+    config.max_position_embeddings = 2048
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    AutoModelForCausalLM.from_config(config).save_pretrained(home / model_type)
+    tokenizer.save_pretrained(home / model_type)
+    assert main(["train", "--model", model_type, "--data", "faq.csv", *SMALL]) == EXIT_OK
+    assert f"recipe: runs/faq-{model_type}.yaml" in capsys.readouterr().err
+    recipe = load_recipe(home / f"runs/faq-{model_type}.yaml")
+    assert recipe.data.pack is packs
+    assert (recipe.train.learning_rate, recipe.adapter.rank) == (1e-3, 16)
+    assert recipe.train.global_batch.unit == "examples"
+    text = (home / f"runs/faq-{model_type}.yaml").read_text()
+    reason = f"  # {model_type} does not keep packed examples apart\n  pack: false"
+    assert (reason in text) is not packs
+    assert (home / f"runs/faq-{model_type}/final/adapter_model.safetensors").is_file()

@@ -30,8 +30,7 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.hub import fetch
-from tunesmith.hub.model_files import read_model_files
-from tunesmith.model.spec import ModelSpec
+from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.units import Length, Share, Size, ceil_div
 
@@ -135,8 +134,12 @@ def make_recipe(
         chosen["data.train.columns"] = renamed
 
     held_out = _choose_hold_out(chosen, why, draft, given_keys, len(rows))
-    spec, lengths = _look_at_tokens(draft, source, rows)
+    files, lengths = _look_at_tokens(draft, source, rows)
+    spec = files.spec
     _choose_seq_len(chosen, why, given_keys, lengths, spec.position_limit or spec.context)
+    if files.support.state == "padded" and "data.pack" not in given_keys:
+        chosen["data.pack"] = False
+        why["data.pack"] = f"{spec.model_type} does not keep packed examples apart"
     _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out)
     _choose_rate(chosen, why, draft, spec.hidden)
 
@@ -194,8 +197,8 @@ def _with_split(source: Source) -> Source:
     return replace(source, split="train")
 
 
-def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelSpec, np.ndarray]:
-    """The model's spec, and how many tokens each of some rows becomes, spread over all."""
+def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelFiles, np.ndarray]:
+    """The model's files, and how many tokens each of some rows becomes, spread over all."""
     files = read_model_files(fetch.fetch_for_tokens(run.model), run.model)
     data = replace(
         run.data, train=(source,), seq_len=sys.maxsize, too_long="truncate", train_on="all"
@@ -207,7 +210,7 @@ def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelSpec, np
     tokens = tokenize(
         [(source, rows)], data, template, files.tokenizer, cache=None, what="a sample"
     )
-    return files.spec, tokens.lengths
+    return files, tokens.lengths
 
 
 def _choose_hold_out(
