@@ -20,7 +20,7 @@ from tunesmith.host.files import cache_folder, write_atomically
 from tunesmith.model.measured_spec import TOKENS, build_to_measure, text_config
 from tunesmith.model.spec import ModelSpec, adapter_parameters
 
-FORMAT = 3  # of the cached files; which modules are fused counts
+FORMAT = 4  # of the cached files; which modules are fused, and which adapted, counts
 
 
 @dataclass(frozen=True)
