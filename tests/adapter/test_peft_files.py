@@ -9,12 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipes import built_model, make_run
 from tunesmith.adapter import lora, peft_files
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
+from tunesmith.model import twin
 
 CASES = {
     "all-linear": Adapter(rank=4, alpha=12),
@@ -60,6 +61,30 @@ def test_ours_opens_in_peft(adapter, tiny, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny-llama", "v1")
     assert str(tiny) not in (tmp_path / "adapter_config.json").read_text()
+
+
+def test_an_adapter_that_peft_takes_for_another_is_named(tmp_path):
+    """The shared experts of DeepSeek-V3: PEFT leaves their adapters out."""
+    small = twin.shrink(AutoConfig.for_model("deepseek_v3"))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "base")
+    differences = []
+    for target in ("all-linear", ("q_a_proj", "o_proj")):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        adapter = Adapter(rank=2, target=target)
+        lora.attach_lora(model, adapter, seed=0)
+        randomise(model)
+        peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, adapter, "x", None))
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        theirs = PeftModel.from_pretrained(base, tmp_path)
+        difference = (logits(theirs) - logits(model)).abs().max()
+        is_misread = bool(difference > 1e-3 * logits(model).abs().max())
+        differences.append(is_misread)
+        warning = peft_files.describe_misread(model)
+        assert bool(warning) == is_misread
+        if is_misread:
+            assert "down_proj, gate_proj, up_proj of a deepseek_v3" in warning
+    assert differences == [True, False]
 
 
 @pytest.mark.parametrize("adapter", CASES.values(), ids=CASES.keys())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
@@ -133,6 +134,40 @@ def _peft_modules(
     if matched_by_saved != trained:
         to_save = trained
     return targets, to_save
+
+
+def describe_misread(model: PreTrainedModel) -> str:
+    """A warning where PEFT reads the adapter otherwise than it is trained; "" where it does not.
+
+    Of many models with experts PEFT 0.21 takes gate_proj, up_proj and down_proj for the experts' of
+    older files, and drops the adapters of linear layers of these names (shared experts, dense first
+    layers).
+    """
+    # Only stacks of experts are concerned, and importing PEFT takes a second.
+    if not any(parameter.ndim == 3 for parameter in model.parameters()):
+        return ""
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # an older PEFT, which converts nothing
+        return ""
+    adapted = {last_part(name) for name, _ in lora.loras(model)}
+    config = LoraConfig(target_modules=sorted(adapted))
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError as error:
+        return f"warning: PEFT does not open this adapter: {error}"
+    read = set(config.target_modules)
+    if adapted <= read:
+        return ""
+    fix = "use it merged (tunesmith merge)"
+    if read:
+        fix += f", or set adapter.target: [{', '.join(sorted(read))}]"
+    return (
+        f"warning: PEFT takes {', '.join(sorted(adapted - read))} of a {model.config.model_type} "
+        f"for its experts and does not load these adapters; {fix}"
+    )
 
 
 def last_part(name: str) -> str:

@@ -20,7 +20,7 @@ from rich.filesize import decimal as size_text
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.peft_files import find_adapter, read_adapter
+from tunesmith.adapter.peft_files import describe_misread, find_adapter, read_adapter
 from tunesmith.build_model import Weights, build_model, count_trained, define_model
 from tunesmith.checkpoint.contents import read_optimizer
 from tunesmith.checkpoint.manifest import check_sums
@@ -324,6 +324,10 @@ def describe_session(
         left_out = lora.describe_left_out(root.model)
         if left_out:
             yield left_out
+    if run.adapter.kind == "lora":
+        misread = describe_misread(root.model)
+        if misread:
+            yield misread
     yield from plan.describe(why=why)
     yield from describe_micro_batch(start, run, plan)
     yield from describe_rounding(start, run)
