@@ -21,8 +21,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, copies": (LORA, COPY),
-    "lora, shards": (LORA, SHARD),
-    "full, copies": (FULL, COPY),
     "full, shards": (FULL, SHARD),
 }
 
