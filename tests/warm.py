@@ -113,10 +113,12 @@ class Warm:
         return _text(self._kept[1]), _text(self._kept[2])
 
 
-def run_warm(words: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
-    """`tunesmith WORDS` to its end, or that of `program`."""
+def run_warm(
+    words: Sequence[object], *, timeout: float = 120, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """`tunesmith WORDS` to its end, or that of `program`, within `timeout` seconds."""
     started = Warm(words, **options)
-    out, err = started.communicate()
+    out, err = started.communicate(timeout)
     return subprocess.CompletedProcess(words, started.wait(), out, err)
 
 

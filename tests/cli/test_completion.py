@@ -30,7 +30,7 @@ OFFERED = {
     "tunesmith train mine.yaml train.le": ["train.learning_rate="],
     "tunesmith train mine.yaml train.seed=3 train.cl": ["train.clip_norm="],
     "tunesmith recipes ": ["list", "show", "copy"],
-    "tunesmith recipes show qw": ["qwen3-8b-lora"],
+    "tunesmith recipes show qw": ["qwen3-8b-lora", "qwen3.5-9b-lora"],
     "tunesmith generate ru": ["runs"],
     "tunesmith generate runs --input ro": ["rows.jsonl"],
     "tunesmith generate runs --format sh": ["sharegpt"],
@@ -47,7 +47,7 @@ COMPLETED = {
     "tunesmith comple": "tunesmith completion ",
     "tunesmith train mine.yaml train.le": "tunesmith train mine.yaml train.learning_rate=",
     "tunesmith train mine.yaml data.train.source=ro": "tunesmith train mine.yaml data.train.source=rows.jsonl",
-    "tunesmith recipes show qw": "tunesmith recipes show qwen3-8b-lora ",
+    "tunesmith recipes show qwen3-": "tunesmith recipes show qwen3-8b-lora ",
     "tunesmith train mine.yaml --fre": "tunesmith train mine.yaml --fresh ",
 }
 

@@ -80,5 +80,6 @@ def test_ci_runs_it_before_check_and_test() -> None:
     assert [line[:2] for line in words] == [
         ["make", "cluster-tools"],
         ["make", "check"],
+        ["make", "families"],
         ["make", "test"],
     ]

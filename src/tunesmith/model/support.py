@@ -27,7 +27,7 @@ from tunesmith.host.files import cache_folder, write_atomically
 from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES, families_text
 from tunesmith.model.chunked import prepare_chunked_attention
-from tunesmith.model.decoder import find_decoder, find_head, find_layers
+from tunesmith.model.decoder import find_decoder, find_head, find_layers, head_fits
 from tunesmith.model.documents import Documents, use_documents
 from tunesmith.model.load import one_line
 from tunesmith.model.recurrent import run_by_document
@@ -220,6 +220,8 @@ def _measure(twin: PreTrainedModel) -> Support:
             alone = _run_alone(twin, ids)
     except Exception as error:
         return Support("refused", f"its twin does not run: {one_line(error)}")
+    if twin.get_output_embeddings() is None or not head_fits(twin, find_head(twin)):
+        return Support("refused", "its logits are not those of its last linear layer")
     unused = linears.unused(alone.gradients)
     if unused:
         return Support("refused", f"no token of a text passes {unused}: it attends to an encoder")
