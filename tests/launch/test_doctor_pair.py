@@ -206,11 +206,25 @@ def test_nothing_else_is_named(turn: str, reports: Any) -> None:
     assert named <= expected, json.dumps(reports(turn)["findings"], indent=1)
 
 
+def not_ok(sparks: SparkPair) -> set[str]:
+    """What doctor finds wrong with the pair.
+
+    It is asked again where that is the speed alone: its 20 seconds may not suffice where the tests
+    of other workers take the processors.
+    """
+    faults: set[str] = set()
+    for _ in range(3):
+        faults = {line for line in lines(sparks.doctor()) if not line.endswith(": ok")}
+        if faults != {"the pair: speed: fault"}:
+            break
+    return faults
+
+
 def test_it_is_green_again(sparks: SparkPair, reports: Any) -> None:
     """So that each finding above came from its case, and not from an earlier one."""
     for turn in {case.turn for case in CASES.values()}:
         reports(turn)
-    assert {line for line in lines(sparks.doctor()) if not line.endswith(": ok")} == set()
+    assert not_ok(sparks) == set()
 
 
 def test_a_user_who_is_not_in_the_group_docker(sparks: SparkPair) -> None:
@@ -305,7 +319,7 @@ sed -i 's/^swarm-resource.*/#swarm-resource = "DOCKER_RESOURCE_GPU"/' {TOML}""")
     )
     for node in (sparks.a, sparks.b):  # the stand-in does not know that it joined
         node.sh(f"S={node.state}; {INFO % ('inactive', 'active')}")
-    assert {line for line in lines(sparks.doctor()) if not line.endswith(": ok")} == set()
+    assert not_ok(sparks) == set()
 
 
 def test_a_host_is_no_option(sparks: SparkPair) -> None:
