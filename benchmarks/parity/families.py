@@ -6,8 +6,9 @@
 
 Each type's own config is shrunk to a twin (`model/twin.py`), and two documents in one row are
 compared with each of them alone under Transformers' own attention, in logits and every gradient
-(`model/support.py`). It ends with 1, and names the types, where one trains otherwise than the table
-says: a release of Transformers has changed it.
+(`model/support.py`). What its memory is planned by must be measurable on meta
+(`model/measured_spec.py`). It ends with 1, and names the types, where one trains otherwise than the
+table says: a release of Transformers has changed it.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.measured_spec import measure_spec
 from tunesmith.model.model_types import FILE, ModelType, read_model_types
 from tunesmith.model.spec import check_supported
 from tunesmith.model.support import TUNED, Errors, measure_support
+from tunesmith.model.twin import shrink
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/models.md"
@@ -85,7 +88,8 @@ def measure_type(model_type: str) -> tuple[ModelType, float]:
     try:
         entry = _measure(model_type)
     except ModelError as error:
-        entry = ModelType(model_type, "refused", _one_line(f"{error.what}: {error.why}"))
+        reasons = [reason for reason in (error.what, error.why) if reason]
+        entry = ModelType(model_type, "refused", _one_line(": ".join(reasons)))
     # A config class may raise anything on its own defaults.
     except Exception as error:
         entry = ModelType(model_type, "refused", _one_line(f"its default config: {error}"))
@@ -100,6 +104,9 @@ def _measure(model_type: str) -> ModelType:
         support = replace(measure_support(text), state="tuned", why=TUNED.why)
     else:
         support = measure_support(text)
+    if support.state != "refused":
+        # What its memory is planned by; ModelError where it does not run on meta.
+        measure_spec(shrink(text).to_dict(), where=model_type)
     errors = support.errors or Errors(float("nan"), float("nan"))
     entry = ModelType(
         model_type,

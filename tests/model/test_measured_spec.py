@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoConfig
 
 from tunesmith.errors import ModelError
-from tunesmith.model import measured_spec, spec
+from tunesmith.model import measured_spec, spec, twin
+from tunesmith.model.decoder import find_layers
 from tunesmith.model.measured_spec import measure_spec, model_spec
 
 from . import families
@@ -53,6 +54,19 @@ def test_published_sizes(config: dict, total: float, active: float, counts_embed
     counted = found.active + tables * found.head_matmul
     assert found.parameters / 1e9 == pytest.approx(total, rel=0.01)
     assert counted / 1e9 == pytest.approx(active, rel=0.02 if active == 3.3 else 0.01)
+
+
+@pytest.mark.parametrize("name", ["glm_moe_dsa", "gptj"])
+def test_a_model_that_reads_its_mask_or_positions_is_measured(name: str):
+    config = twin.shrink(AutoConfig.for_model(name))
+    assert measure_spec(config.to_dict(), where="test").depth == config.num_hidden_layers
+
+
+def test_a_layer_of_several_sublayers_is_one():
+    """LongCat's `num_hidden_layers` counts the two attentions of each layer."""
+    model = twin.build_twin(AutoConfig.for_model("longcat_flash"))
+    layers = model.get_submodule(find_layers(model))
+    assert len(layers) == model.config.num_layers < model.config.num_hidden_layers
 
 
 def test_an_infinite_number_is_read_as_transformers_writes_it():

@@ -76,6 +76,20 @@ def test_a_twin_has_each_kind_of_layer_once_and_windows_shorter_than_documents()
     assert small.get_text_config().per_layer_config["full_attention"].head_dim == 32
 
 
+def test_a_twin_sends_tokens_to_fewer_experts_than_it_has():
+    """Gemma 4 has a key of its own for them."""
+    config = config_of(
+        "gemma4_text",
+        enable_moe_block=True,
+        num_experts=128,
+        top_k_experts=8,
+        moe_intermediate_size=704,
+    )
+    small = twin.shrink(config)
+    assert small.top_k_experts < small.num_experts
+    assert support.measure_support(config).state == "packed"
+
+
 def test_a_twin_that_takes_for_ever_is_given_up():
     with pytest.raises(ModelError) as caught:
         support.measure_support(config_of("mixtral"), seconds=0.0)

@@ -66,9 +66,8 @@ def find_layers(causal_lm: PreTrainedModel) -> str:
     ModelError where none has as many entries as the config has layers.
     """
     config = find_decoder(causal_lm).config.get_text_config()
-    count = config.num_hidden_layers
-    if config.model_type == "longcat_flash":  # it counts the two attentions of a layer
-        count = config.num_layers
+    # Where a config has both, the other counts the sublayers (LongCat's two attentions of a layer).
+    count = getattr(config, "num_layers", config.num_hidden_layers)
     largest = 0
     layers = ""
     for name, module in causal_lm.named_modules():

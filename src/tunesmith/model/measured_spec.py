@@ -21,6 +21,7 @@ from tunesmith.host.files import cache_folder, write_atomically
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.names import text_part
 from tunesmith.model.spec import (
+    EXPERTS_PER_TOKEN,
     Layer,
     ModelSpec,
     check_decoder,
@@ -61,7 +62,7 @@ STATES = (
 )
 # Keys that say how many experts a token goes to, of models whose experts Transformers does not call
 # through its interface.
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_top_k", "top_k")
+PER_TOKEN = (*EXPERTS_PER_TOKEN, "top_k")
 
 
 def model_spec(
@@ -200,11 +201,11 @@ def _cannot_measure(config: Mapping[str, Any], where: str, error: Exception) -> 
 
 def _count(model: "PreTrainedModel", calls: "list[LayerCall]") -> ModelSpec:
     """The spec of a model on meta, whose layers were seen to do `calls`."""
-    from tunesmith.model.meta_forward import decoder_layers
+    from tunesmith.model.decoder import find_layers
 
     config = model.config.get_text_config()
     values = config.to_dict()
-    layers = decoder_layers(model)
+    layers = list(model.get_submodule(find_layers(model)).children())
     kinds = values.get("layer_types") or [""] * len(layers)
     counted = []
     for module, call, kind in zip(layers, calls, kinds, strict=True):
@@ -249,7 +250,7 @@ def _count_layer(module: "nn.Module", call: "LayerCall", values: Mapping[str, An
         if not stacks:
             continue
         count = len(stacks[0])
-        per_token = call.experts_per_token or _first_of(values, EXPERTS_PER_TOKEN) or count
+        per_token = call.experts_per_token or _first_of(values, PER_TOKEN) or count
         for stack in stacks:
             experts += stack.numel()
             active += stack.numel() * per_token // count

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from tunesmith.errors import ModelError
+from tunesmith.model.decoder import find_layers
 
 NAME = "tunesmith-sizes"
 
@@ -139,10 +139,24 @@ def run_on_meta(
     Args:
         training: count what autograd keeps, of a model whose parameters that train are marked.
     """
+    try:
+        return _run(model, tokens, None, training=training)
+    # Indexers read a mask, and attention of a model's own would find documents in the positions,
+    # which have no values here. With a whole mask neither happens; but recurrent layers read its
+    # values too.
+    except (RuntimeError, TypeError):
+        mask = torch.zeros(1, 1, tokens, tokens, device="meta")
+        return _run(model, tokens, mask, training=training)
+
+
+def _run(
+    model: PreTrainedModel, tokens: int, mask: Tensor | None, *, training: bool
+) -> tuple[list[LayerCall], int]:
+    """One try, with a mask [1, 1, tokens, tokens] or none."""
     model.to("meta")  # buffers too
     watch = Watch(model)
     hooks = []
-    for layer in decoder_layers(model):
+    for layer in model.get_submodule(find_layers(model)).children():
         hooks.append(layer.register_forward_pre_hook(watch.enter))
         hooks.append(layer.register_forward_hook(watch.leave))
     AttentionInterface.register(NAME, watch.attention)
@@ -161,7 +175,13 @@ def run_on_meta(
     counted = saved_tensors_hooks(watch.keep, lambda tensor: tensor) if training else nullcontext()
     try:
         with torch.set_grad_enabled(training), counted:
-            model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
+            model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=1,
+            )
     finally:
         for hook in hooks:
             hook.remove()
@@ -172,26 +192,3 @@ def _require_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
     if output.requires_grad:
         return output
     return output.requires_grad_()
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers: of those with as many entries as the config has layers, the
-    largest.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    layers = nn.ModuleList()
-    most = 0
-    for module in model.modules():
-        if not isinstance(module, nn.ModuleList) or len(module) != count:
-            continue
-        size = sum(parameter.numel() for parameter in module.parameters())
-        if size > most:
-            most = size
-            layers = module
-    if not layers:
-        raise ModelError(
-            f"no list of {count} layers in {type(model).__name__}",
-            why="parameters and memory are counted layer by layer",
-            fix="take a causal language model of Transformers",
-        )
-    return layers

@@ -86,7 +86,7 @@ def _select_rows(value: Any, documents: Documents, group: Group) -> Any:
         raise ModelError(
             f"a recurrent layer takes an argument of shape {list(value.shape)}",
             why=f"its documents can be told apart in [1, {n}, ...] only",
-            fix="set model.attention: eager",
+            fix="set model.attention: eager and data.pack: false",
         )
     row = value.squeeze(0)
     if group.places is None or group.tokens is None:

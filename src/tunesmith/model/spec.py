@@ -61,7 +61,14 @@ _WIDTHS = (
 )
 _NEVER_0 = ("vocab_size", "hidden_size", "attention_chunk_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
 # A model is built layer by layer to be measured, if on meta: ten thousand layers take many minutes.
 # The deepest that are published have 162.
 MOST_LAYERS = 400
@@ -357,7 +364,7 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
 def _check_experts(config: Mapping[str, Any], where: str) -> None:
     """ModelError where a token goes to no expert, or to more than there are."""
     for experts_key in _EXPERTS:
-        for key in _EXPERTS_PER_TOKEN:
+        for key in EXPERTS_PER_TOKEN:
             experts = config.get(experts_key)
             per_token = config.get(key)
             if not isinstance(experts, int) or not isinstance(per_token, int):

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
+from tunesmith.model.spec import DECODER_DEPTHS, EXPERTS_PER_TOKEN
 
 VOCAB = 64
 HIDDEN = 64
@@ -22,9 +23,9 @@ KV_HEADS = 2
 WINDOW = 8  # of attention, in tokens; also of chunks, and of what an indexer selects
 RANK = 16  # of the projections of latent attention
 STATE = 8  # channels of the state of a recurrent layer
-POSITIONS = 128
+POSITIONS = 512  # `measured_spec` runs a twin too, on up to so many tokens
 FEWEST_LAYERS = 2
-MOST_LAYERS = 10
+MOST_KINDS = 10
 # A twin that is larger has a size that no key below names.
 MOST_PARAMETERS = 50_000_000
 # Spread of the weights: 0.02, as most are drawn with, would hide what a layer does behind the
@@ -90,7 +91,7 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        128,
+        POSITIONS,
         (
             "max_position_embeddings",
             "n_positions",
@@ -99,11 +100,9 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
             "model_max_length",
             "context_length",
             "original_max_position_embeddings",
-            # Twice the hidden size.
-            "mamba_d_ssm",
-            "attention_hidden_size",
         ),
     ),
+    (2 * HIDDEN, ("mamba_d_ssm", "attention_hidden_size")),
     (
         HEADS,
         (
@@ -221,16 +220,7 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
 )
 SIZES = {key: size for size, keys in _SIZES for key in keys}
 # Keys that count layers.
-DEPTHS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "decoder_layers",
-    "encoder_layers",
-    "num_decoder_layers",
-    "num_encoder_layers",
-)
+DEPTHS = (*DECODER_DEPTHS, "encoder_layers", "num_encoder_layers")
 # As many as heads, one, or fewer.
 KV_HEADS_OF = {
     "num_key_value_heads": "num_attention_heads",
@@ -240,13 +230,6 @@ KV_HEADS_OF = {
     "linear_num_key_heads": "linear_num_value_heads",
     "num_query_groups": "num_attention_heads",
 }
-PER_TOKEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_top_k",
-    "moe_k",
-)
 GROUPS = ("n_groups", "mamba_n_groups", "mamba_ngroups", "o_groups")
 # Lists of the layers that are of one kind, by their number.
 LISTS_OF_LAYERS = (
@@ -274,7 +257,7 @@ PERIODS = (
 # Of a config: ids of tokens, which the small vocabulary does not have.
 TOKEN_IDS = ("_token_id", "_index")
 # Keys that say how a checkpoint was written, and not what the model computes.
-NO_SIZES = (
+NOT_COPIED = (
     "_name_or_path",
     "architectures",
     "auto_map",
@@ -354,7 +337,7 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     """The config of the twin of a model of this one."""
     values = config.to_dict()
     model_type = values.pop("model_type")
-    for key in NO_SIZES:
+    for key in NOT_COPIED:
         values.pop(key, None)
     each = 2 if model_type in SHARING else 1
     layers = choose_layers(values, config.num_hidden_layers, each=each)
@@ -376,7 +359,7 @@ def choose_layers(values: Mapping[str, Any], depth: int, *, each: int = 1) -> li
     kinds: dict[str, list[int]] = {}
     for index in range(depth):
         kinds.setdefault(str(_layer_kind(values, index, depth)), []).append(index)
-    chosen = sorted(index for layers in kinds.values() for index in layers[:each])[:MOST_LAYERS]
+    chosen = sorted(index for layers in kinds.values() for index in layers[:each])[:MOST_KINDS]
     others = [index for index in range(depth) if index not in chosen]
     missing = max(0, FEWEST_LAYERS - len(chosen))
     return sorted([*chosen, *others[:missing]])
@@ -455,7 +438,7 @@ def _shrink_value(key: str, value: Any, values: Mapping[str, Any]) -> Any:
         return value
     if key in KV_HEADS_OF:
         return _few_heads(key, value, values)
-    if key in PER_TOKEN:
+    if key in EXPERTS_PER_TOKEN:
         return min(value, 2)
     if key in GROUPS:
         return min(value, 2)
