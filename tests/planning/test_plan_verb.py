@@ -60,6 +60,34 @@ def llama(tmp_path: Path) -> Path:
     return file
 
 
+FALCON = {
+    "model_type": "falcon", "architectures": ["FalconForCausalLM"], "hidden_size": 64, "num_attention_heads": 4,
+    "num_hidden_layers": 2, "vocab_size": 272, "new_decoder_architecture": False,
+}  # fmt: skip
+
+
+def test_a_type_that_packs_nothing_is_planned_unpacked(
+    llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`train` lays its rows out so, whatever the recipe says."""
+    (llama.parent / "model" / "config.json").write_text(json.dumps(FALCON))
+    words = ["plan", str(llama), "--on", "h100", "--length", "64", "--json", "data.seq_len=128"]
+    plans = []
+    for keys in ([], ["data.pack=false", "model.attention=eager"]):
+        assert main([*words, "train.global_batch=8 examples", *keys]) == 0
+        plans.append(json.loads(capfd.readouterr().out))
+    assert plans[0] == plans[1]
+
+
+def test_a_batch_of_tokens_is_refused_for_it(
+    llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (llama.parent / "model" / "config.json").write_text(json.dumps(FALCON))
+    words = ["plan", str(llama), "--on", "h100", "data.seq_len=128"]
+    assert main([*words, "train.global_batch=1024 tokens"]) == 2
+    assert "falcon trains unpacked" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("text", NAMES)
 def test_machines_by_name(text: str) -> None:
     nodes, per_node, chip = NAMES[text]

@@ -58,15 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tunesmith.config.load import load_recipe
     from tunesmith.model.measured_spec import model_spec
+    from tunesmith.model.model_types import read_model_types
     from tunesmith.model.spec import check_seq_len
     from tunesmith.planning.forecast import measure_work, plan_on_paper
     from tunesmith.planning.machines import read_cluster
+    from tunesmith.planning.run_plan import one_document_a_row
     from tunesmith.planning.savings import check_memory_fits
 
     cluster = read_cluster(args.on, args.assume)
     recipe = load_recipe(args.recipe, args.overrides)
     config, where, folder = _config(recipe.model)
     spec = model_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
+    model_type = read_model_types().get(spec.model_type)
+    if model_type is not None and model_type.state == "padded":
+        recipe = one_document_a_row(recipe, spec.model_type, model_type.why)
     check_seq_len(spec, recipe.data.seq_len, where=where)
     tokens = None
     if folder is not None and not args.length:

@@ -10,9 +10,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from tunesmith.config.schema import Run
+from tunesmith.errors import RecipeError
 from tunesmith.host.memory import MemoryLimit
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.units import Size, ceil_div
+
+
+def one_document_a_row(run: Run, model_type: str, why: str) -> Run:
+    """The recipe with unpacked rows, for a type whose layers do not keep packed documents apart.
+
+    RecipeError where its steps are counted in tokens, which only packed rows fill.
+    """
+    if run.train.global_batch.unit == "tokens":
+        raise RecipeError(
+            f"train.global_batch counts tokens, and {model_type} trains unpacked",
+            where="train.global_batch",
+            why=why,
+            fix="train.global_batch: 64 examples",
+        )
+    return replace(
+        run,
+        data=replace(run.data, pack=False),
+        model=replace(run.model, attention="eager"),
+    )
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source import is_local
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import MachineError, RecipeError, UsageError
+from tunesmith.errors import MachineError, UsageError
 from tunesmith.host import packages
 from tunesmith.host.chips import Peak
 from tunesmith.host.files import existing_folder, require_disk_space, write_atomically
@@ -56,7 +56,7 @@ from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.forecast import Planner, measure_work
 from tunesmith.planning.machines import cluster_of
 from tunesmith.planning.resolve import checkpoint_bytes, probe_machine
-from tunesmith.planning.run_plan import Machine, RunPlan
+from tunesmith.planning.run_plan import Machine, RunPlan, one_document_a_row
 from tunesmith.quant.eight_bit import eight_bit_shapes
 from tunesmith.quant.scaled_matmul import SCALING_RECIPES
 from tunesmith.quant.schemes import scheme_of
@@ -238,18 +238,7 @@ def lay_out_rows(run: Run, files: ModelFiles, say: Callable[[str], None]) -> Run
         say(line)
     if support.state != "padded":
         return run
-    if run.train.global_batch.unit == "tokens":
-        raise RecipeError(
-            f"train.global_batch counts tokens, and {files.config.model_type} trains unpacked",
-            where="train.global_batch",
-            why=support.why,
-            fix="train.global_batch: 64 examples",
-        )
-    return replace(
-        run,
-        data=replace(run.data, pack=False),
-        model=replace(run.model, attention="eager"),
-    )
+    return one_document_a_row(run, files.config.model_type, support.why)
 
 
 def read_base(
