@@ -3,12 +3,20 @@ interrupted.
 
     python benchmarks/faults/kill_and_resume.py RECIPE [key=value ...] [--json FILE]
     python benchmarks/faults/kill_and_resume.py --shape llama3-3b --layers 4 --tokenizer DIR --data rows.json [--json FILE]
+    python benchmarks/faults/kill_and_resume.py RECIPE [key=value ...] --kills 30 [--seed 0] [--json FILE]
+    python benchmarks/faults/kill_and_resume.py --family qwen3_5 --adapter lora --kills 30 [--json FILE]
 
 Both runs are `tunesmith train` with deterministic algorithms, STEPS steps and a checkpoint every
 CHECKPOINT_EVERY of them. The kill comes once the run is a step past its first complete checkpoint.
 Losses and gradient norms of all steps and the bytes of the final adapter are compared bit for bit.
 Exit status 1: they differ. A shape is a model of that width with random weights and `--layers`
-layers, written to disk first.
+layers, written to disk first; a family is a tiny random one of the tests (`vision_models.FAMILIES`,
+whose text model is trained, or llama).
+
+With `--kills N` the run is LONG_STEPS steps long with a checkpoint every LONG_CHECKPOINT_EVERY, and
+is killed N times at random moments, between its first step and its end: up to KILLS_A_RUN times
+before it may finish, in as many run directories as that takes. Each is compared in the same way,
+and the optimizer's state in its last checkpoint too.
 """
 
 from __future__ import annotations
@@ -16,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -26,15 +35,20 @@ from typing import Any
 
 STEPS = 12
 CHECKPOINT_EVERY = 4
+LONG_STEPS = 120
+LONG_CHECKPOINT_EVERY = 7
+KILLS_A_RUN = 6
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "examples")
 DEADLINE = 600.0  # seconds for a run
 
 
-def train_command(words: list[str], output_dir: Path) -> list[str]:
+def train_command(words: list[str], output_dir: Path, *, is_long: bool = False) -> list[str]:
     """`tunesmith train` of the recipe and keys in `words`, into `output_dir`."""
+    steps = LONG_STEPS if is_long else STEPS
+    every = LONG_CHECKPOINT_EVERY if is_long else CHECKPOINT_EVERY
     keys = [
-        f"train.duration={STEPS} steps",
-        f"checkpoint.every={CHECKPOINT_EVERY} steps",
+        f"train.duration={steps} steps",
+        f"checkpoint.every={every} steps",
         "train.deterministic=true",
         "validate.every=null",
         "log.tensorboard=false",
@@ -54,10 +68,11 @@ def read_records(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in complete_lines]
 
 
-def train(words: list[str], output_dir: Path) -> float:
+def train(words: list[str], output_dir: Path, *, is_long: bool = False) -> float:
     """Run to the end; returns the seconds. SystemExit where the run fails."""
     began = time.monotonic()
-    completed = subprocess.run(train_command(words, output_dir), timeout=DEADLINE, check=False)
+    command = train_command(words, output_dir, is_long=is_long)
+    completed = subprocess.run(command, timeout=DEADLINE, check=False)
     if completed.returncode:
         raise SystemExit(f"the run in {output_dir} ended with {completed.returncode}")
     return time.monotonic() - began
@@ -87,6 +102,87 @@ def train_until_killed(words: list[str], output_dir: Path) -> int:
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     return steps_done
+
+
+def last_line(output_dir: Path) -> str:
+    """The last line of the records, whole or not; "" where there is none."""
+    file = output_dir / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return lines[-1] if lines else ""
+
+
+def train_and_kill(words: list[str], output_dir: Path, delay: float) -> int | None:
+    """Start a run, and kill it with all its processes `delay` seconds after its first record.
+
+    Returns the last step that it had recorded; None where it had ended before.
+    """
+    before = last_line(output_dir)
+    command = train_command(words, output_dir, is_long=True)
+    run = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + DEADLINE
+    while run.poll() is None and last_line(output_dir) == before and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(delay)
+    if run.poll() is not None:
+        if run.returncode:
+            raise SystemExit(f"the run in {output_dir} ended with {run.returncode}")
+        return None
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    records = read_records(output_dir)
+    return records[-1]["step"] if records else 0
+
+
+def training_seconds(output_dir: Path) -> float:
+    """Seconds of all steps of a run."""
+    return sum(float(record["step_seconds"]) for record in read_records(output_dir))
+
+
+def kill_at_random(words: list[str], folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Kill runs `kills` times in all, let each finish, and compare it with one that ran undisturbed."""
+    rng = random.Random(seed)
+    whole = folder / "whole"
+    train(words, whole, is_long=True)
+    seconds = training_seconds(whole)
+    killed_at: list[list[int]] = []
+    reports = []
+    while sum(map(len, killed_at)) < kills:
+        output_dir = folder / f"killed-{len(killed_at)}"
+        steps: list[int] = []
+        left = kills - sum(map(len, killed_at))
+        while len(steps) < min(KILLS_A_RUN, left):
+            step = train_and_kill(words, output_dir, rng.uniform(0, seconds))
+            if step is None:
+                break
+            steps.append(step)
+        train(words, output_dir, is_long=True)
+        killed_at.append(steps)
+        report = compare(whole, output_dir)
+        report["unequal_optimizer"] = optimizer_state(whole) != optimizer_state(output_dir)
+        reports.append(report)
+    unequal = [
+        report
+        for report in reports
+        if report["unequal_steps"] or report["unequal_weight_files"] or report["unequal_optimizer"]
+    ]
+    return {
+        "kills": sum(map(len, killed_at)),
+        "killed_at_steps": killed_at,
+        "steps": LONG_STEPS,
+        "checkpoint_every": LONG_CHECKPOINT_EVERY,
+        "runs": len(reports),
+        "unequal_runs": unequal,
+        "equal": not unequal,
+    }
+
+
+def optimizer_state(output_dir: Path) -> bytes:
+    """The optimizer's file of a run's last checkpoint."""
+    last = LONG_STEPS - LONG_STEPS % LONG_CHECKPOINT_EVERY
+    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    if not checkpoints or int(checkpoints[-1].name.split("-")[1]) < last:
+        raise SystemExit(f"{output_dir} has no checkpoint-{last}")
+    return (checkpoints[-1] / "state" / "optimizer.safetensors").read_bytes()
 
 
 def compare(whole: Path, resumed: Path) -> dict[str, Any]:
@@ -135,32 +231,69 @@ def recipe_of_shape(options: argparse.Namespace, folder: Path) -> list[str]:
     return [str(file)]
 
 
-def main() -> None:
-    """Three starts in two run directories, and one line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("words", nargs="*", metavar="RECIPE | key=value")
-    parser.add_argument("--shape")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokenizer")
-    parser.add_argument("--data")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_intermixed_args()
-    if bool(options.words) == bool(options.shape):
-        parser.error("give a recipe, or --shape with --tokenizer and --data")
-    with tempfile.TemporaryDirectory(prefix="tunesmith-resume-") as name:
-        folder = Path(name)
-        words = options.words or recipe_of_shape(options, folder)
-        whole_seconds = train(words, folder / "whole")
-        killed_at = train_until_killed(words, folder / "resumed")
-        resumed_seconds = train(words, folder / "resumed")
-        report = {"killed_at_step": killed_at, **compare(folder / "whole", folder / "resumed")}
+def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
+    """A tiny random model of the family and a recipe for it, written to `folder`; the words that
+    name the recipe.
+    """
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+    import vision_models
+    from conftest import write_tiny_llama
+    from recipes import recipe
+
+    model = write_tiny_llama(folder / "tiny")
+    if options.family != "llama":
+        # The last of four layers of Llama 4 attends to the whole document.
+        text = {"num_hidden_layers": 4, "floor_scale": 4} if options.family == "llama4" else {}
+        model = vision_models.build(options.family, folder / "model", model, **text)
+    values = recipe(model, folder, held=False, adapter={"kind": options.adapter})
+    file = folder / "recipe.json"  # JSON is YAML
+    file.write_text(json.dumps(values), encoding="utf-8")
+    return [str(file)]
+
+
+def kill_once(words: list[str], folder: Path) -> dict[str, Any]:
+    """Kill a run a step after its first checkpoint, resume it, and compare."""
+    whole_seconds = train(words, folder / "whole")
+    killed_at = train_until_killed(words, folder / "resumed")
+    resumed_seconds = train(words, folder / "resumed")
+    report = {"killed_at_step": killed_at, **compare(folder / "whole", folder / "resumed")}
     report |= {
         "whole_seconds": round(whole_seconds, 1),
         "resumed_seconds": round(resumed_seconds, 1),
     }
     report["equal"] = not report["unequal_steps"] and not report["unequal_weight_files"]
+    return report
+
+
+def main() -> None:
+    """The starts, and one line of JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="RECIPE | key=value")
+    parser.add_argument("--shape")
+    parser.add_argument("--family")
+    parser.add_argument("--adapter", choices=("lora", "none"), default="lora")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--data")
+    parser.add_argument("--kills", type=int, metavar="N", help="at random moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_intermixed_args()
+    if sum(map(bool, (options.words, options.shape, options.family))) != 1:
+        parser.error("give a recipe, or --shape with --tokenizer and --data, or --family")
+    with tempfile.TemporaryDirectory(prefix="tunesmith-resume-") as name:
+        folder = Path(name)
+        words = options.words
+        if options.shape:
+            words = recipe_of_shape(options, folder)
+        elif options.family:
+            words = recipe_of_family(options, folder)
+        if options.kills:
+            report = kill_at_random(words, folder, options.kills, options.seed)
+        else:
+            report = kill_once(words, folder)
     print(json.dumps(report))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
