@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -55,6 +56,7 @@ from tunesmith.errors import (
     UsageError,
 )
 from tunesmith.host.files import write_atomically
+from tunesmith.host.logger import LineFormatter, lines_on_stderr, stderr_only_from
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.units import Length, Size, ratio
 
@@ -567,6 +569,17 @@ def in_flags(text: str, accumulation: int, flags: Collection[str]) -> str:
     )
 
 
+class FlagFormatter(LineFormatter):
+    """A record as `in_flags` has it."""
+
+    def __init__(self, accumulation: int, flags: Collection[str]) -> None:
+        super().__init__()
+        self.accumulation, self.flags = accumulation, flags
+
+    def format(self, record: logging.LogRecord) -> str:
+        return in_flags(super().format(record), self.accumulation, self.flags)
+
+
 def default_folder(name: str, args: argparse.Namespace) -> Path:
     """Where a run without --output_dir goes: one name for each set of flags that changes what is
     trained.
@@ -625,21 +638,17 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
             # The rules that span several keys, and the paths, are those of every recipe.
             run = from_mapping(to_mapping(recipe), where=f"{name}.py", base=Path.cwd())
 
-        from tunesmith.training.run import print_line, train
+        from tunesmith.training.run import train
 
         if args.use_torch_compile and (
             args.fresh or not any(folder.glob("checkpoint-*/manifest.json"))
         ):
             say("Running warmup for torch.compile()...")
-            with tempfile.TemporaryDirectory() as scratch:
-                train(warm_up(run, len(rows), Path(scratch)), say=lambda line: None)
+            with tempfile.TemporaryDirectory() as scratch, stderr_only_from():
+                train(warm_up(run, len(rows), Path(scratch)))
         say(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
-        result = train(
-            run,
-            fresh=args.fresh,
-            argv=sys.argv,
-            say=lambda line: print_line(in_flags(line, batches, flags)),
-        )
+        with lines_on_stderr(FlagFormatter(batches, flags)):
+            result = train(run, fresh=args.fresh, argv=sys.argv)
     if first:
         print(closing(read_records(folder / "metrics.jsonl"), result.seconds))
         if result.finished_before:

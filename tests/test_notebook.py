@@ -72,7 +72,7 @@ def test_a_run_in_a_notebook_draws_its_bar_and_stops_without_a_traceback(
         "def stop(record):\n    if record.step == 10:\n        signal.raise_signal(signal.SIGINT)  # as the stop button",
         "tunesmith.train('recipe.yaml', {'train.duration': '20 steps'}, on_record=stop)",
         "tunesmith.train('recipe.yaml', {'train.duration': '20 steps'}, on_record=lambda record: 1 / 0)",
-        "tunesmith.train('recipe.yaml', {'train.duration': '20 steps'}, say=None)",
+        "tunesmith.train('recipe.yaml', {'train.duration': '20 steps'}, quiet=True)",
     ]
     notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
     _, trained, _, stopped, mine, quiet = executed(notebook, tmp_path, allow_errors=True).cells

@@ -52,7 +52,7 @@ def session_of(tiny: Path, folder: Path, **changes: Any) -> Session:
     zero where it is.
     """
     changes["model"] = {"dtype": "bf16", **changes.get("model", {})}
-    session = build(make_run(tiny, folder, held=False, **changes), Start(), say=lambda text: None)
+    session = build(make_run(tiny, folder, held=False, **changes), Start())
     source = torch.Generator().manual_seed(3)
     for _, layer in lora.loras(session.model.model):
         layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=source) * 0.05)

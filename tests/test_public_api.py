@@ -51,7 +51,7 @@ def note(record: tunesmith.StepRecord) -> None:
     losses.append(record.loss)
 
 
-result: tunesmith.Result = tunesmith.train("recipe.yaml", {"train.learning_rate": 2e-4}, on_record=note, say=None)
+result: tunesmith.Result = tunesmith.train("recipe.yaml", {"train.learning_rate": 2e-4}, on_record=note, quiet=True)
 tunesmith.train("recipe.yaml", ["train.learning_rate=2e-4"])
 loaded: tunesmith.LoadedModel = tunesmith.load_run(result.output_dir)
 rows = tunesmith.generate(loaded, [{"prompt": "Hello"}], tunesmith.Decoding(max_new_tokens=8))

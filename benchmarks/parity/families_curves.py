@@ -261,7 +261,7 @@ class Pair:
                 return step(self, batch)
 
             with mock.patch.object(Trainer, "train_step", timed):
-                records = train(run, say=None).records
+                records = train(run, quiet=True).records
         # The last step has no next one that ends it; neither does its turn count for speed.
         seconds = [end - start for start, end in pairwise(clocks)]
         return Turn([r.loss for r in records], seconds)

@@ -128,7 +128,7 @@ def compare_bases(a: argparse.Namespace) -> None:
                 values["data"] |= {"train_on": "response", "allow_cut_answers": True}
                 run = from_mapping(values, where="bases", base=Path.cwd())
                 if quantize not in curves:
-                    curves[quantize] = [r.loss for r in train(run, say=lambda text: None).records]
+                    curves[quantize] = [r.loss for r in train(run, quiet=True).records]
             d = report["difference"][f"{Path(path).name}: {quantize}"] = apart(
                 curves[quantize], curves["none"]
             )
@@ -201,7 +201,7 @@ def main() -> None:
 
         def ours(dtype: str, quantize: str) -> list[float]:
             held = held_as(run, dtype, quantize, folder / f"run-{dtype}-{quantize}")
-            return [r.loss for r in train(held, say=lambda text: None).records]
+            return [r.loss for r in train(held, quiet=True).records]
 
         def plain(quantize: str, *, by_row: bool) -> list[float]:
             model = plain_model(Path(a.model), folder / "first", quantize)

@@ -210,7 +210,7 @@ def rank(folder: Path) -> None:
         out = folder / f"run-{index}"
         result = train(
             from_mapping({**values, "output_dir": str(out)}, where="ranks.py", base=folder),
-            say=None,
+            quiet=True,
         )
         if os.environ.get("RANK", "0") == "0":
             shutil.rmtree(out)

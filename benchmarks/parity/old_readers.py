@@ -140,7 +140,7 @@ def train_one_step(base: Path, output: Path, kind: str) -> None:
         "log": {"tensorboard": False, "samples": 0},
         "output_dir": str(output),
     }
-    train(from_mapping(values, where="old_readers", base=base.parent), say=None)
+    train(from_mapping(values, where="old_readers", base=base.parent), quiet=True)
 
 
 def write_folders(work: Path, name: str, *, saved_by_5: bool) -> dict[str, Path]:

@@ -168,7 +168,7 @@ def main() -> None:
         for kind in a.kinds:
             run = recipe(a, rows, folder / f"run-{kind}", kind)
             adapter = write_first_adapter(run, folder / "first") if kind == "lora" else None
-            curves = {"tunesmith": [r.loss for r in train(run, say=lambda text: None).records]}
+            curves = {"tunesmith": [r.loss for r in train(run, quiet=True).records]}
             if "peft" in a.against:
                 curves["peft"] = curve(
                     load(Path(a.model), adapter, torch.float32),

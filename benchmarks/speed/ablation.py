@@ -181,9 +181,7 @@ def main() -> None:
         print(f"{name} is left out: {reason}")
     report: dict[str, Any] = {"command": sys.argv, "left_out": left_out}
     if len(commands) > 1:
-        runs = run_in_turns(
-            commands, rounds=options.rounds, announce=lambda text: print(text, flush=True)
-        )
+        runs = run_in_turns(commands, rounds=options.rounds)
         table = table_of(runs)
         print(*lines_of(table, changes), sep="\n")
         report |= {"changes": changes, "table": table, "runs": runs}

@@ -92,7 +92,7 @@ def contend(a: argparse.Namespace) -> None:
             "log": {"tensorboard": False}, "output_dir": folder,
         }  # fmt: skip
         run = from_mapping(recipe, where="benchmark", base=Path(folder))
-        session = build(run, Start(), say=lambda text: None, measured=True, ranks=joined)
+        session = build(run, Start(), measured=True, ranks=joined)
         trainer = Trainer(
             session, Start(), Sinks([]), StopControl(StopRequest(), Path(folder), joined)
         )

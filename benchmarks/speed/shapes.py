@@ -52,7 +52,7 @@ def main() -> None:
         sys.exit(one(a.one, a.layers, [*bench, "--json", a.json]))
     cut = ["--layers", str(a.layers)] if a.layers else []
     commands = {name: [sys.executable, __file__, "--one", name, *cut, *bench] for name in a.shapes}
-    found = run_in_turns(commands, rounds=a.rounds, announce=lambda text: print(text, flush=True))
+    found = run_in_turns(commands, rounds=a.rounds)
     shares = {
         name: statistics.median(report["figures"]["mfu_of_measured_peak"] for report in reports)
         for name, reports in found.items()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from logged import logged_lines
 from recipes import make_run
 from tunesmith.bench.measure import BenchPlan, BenchReport, Measured, fp8_matmul_tflops, measure
 from tunesmith.checkpoint.resume import Start
@@ -31,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_peak")]
 def run_plan(plan: BenchPlan, folder: Path, name: str = "measured") -> Measured:
     out = folder / name
     out.mkdir()
-    return measure(plan, out, announce=lambda text: None)
+    return measure(plan, out)
 
 
 def consistent(found: BenchReport) -> None:
@@ -74,7 +75,7 @@ def test_the_steps_are_those_of_train(tiny: Path, tmp_path: Path) -> None:
     run = make_run(
         tiny, tmp_path, train={"duration": "7 steps"}, checkpoint={"every": None}, held=False
     )
-    result = train(run, say=lambda text: None)
+    result = train(run, quiet=True)
     found = run_plan(BenchPlan(run, steps=5, warmup=2), tmp_path).figures
     records = result.records
     assert (found.first_loss, found.last_loss) == (records[2].loss, records[6].loss)
@@ -117,9 +118,7 @@ def test_the_model_flops_are_those_of_the_formula(tiny: Path, tmp_path: Path) ->
     count.
     """
     run = make_run(tiny, tmp_path, train={"recompute": "full"}, held=False)
-    session = session_of(
-        BenchPlan(run, steps=3, warmup=1).measured_run(tmp_path), Start(), say=lambda text: None
-    )
+    session = session_of(BenchPlan(run, steps=3, warmup=1).measured_run(tmp_path), Start())
     schedule = session.data.schedule
     work = sum(
         spec.flops(
@@ -151,15 +150,16 @@ def test_no_timed_step_is_short(tiny: Path, tmp_path: Path) -> None:
     """Four rows a step: the third of an epoch has three, and its micro batch is padded to the shape
     of the others.
     """
-    told: list[str] = []
     plan = BenchPlan(bins(tiny, tmp_path, "256 tokens", "256 tokens"), steps=6, warmup=1)
-    schedule = session_of(plan.measured_run(tmp_path), Start(), say=told.append).data.schedule
+    with logged_lines() as told:
+        schedule = session_of(plan.measured_run(tmp_path), Start()).data.schedule
     assert [len(schedule.rows(step)) for step in range(7)] == [4, 4, 3, 4, 4, 3, 4], (
         "those of train"
     )
     assert not any("repeated" in text for text in told)
     (tmp_path / "measured").mkdir()
-    found = measure(plan, tmp_path / "measured", announce=told.append).figures
+    with logged_lines() as told:
+        found = measure(plan, tmp_path / "measured").figures
     assert (found.fill_share, found.tokens, found.padding) == (1.0, 6 * 256, "")
     assert any("step 3 would be short: rows are repeated" in text for text in told)
 
@@ -235,10 +235,10 @@ def test_the_peak_of_the_trial_and_a_measured_peak_are_what_they_are(
 def test_a_measured_peak_is_named_before_the_first_step(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
     measured = Peak(92.0, "measured on a DGX Spark, dense bf16")
     monkeypatch.setattr("tunesmith.metrics.hardware.find_peak", lambda device, dtype: measured)
-    session = session_of(make_run(tiny, tmp_path, held=False), Start(), say=told.append)
+    with logged_lines() as told:
+        session = session_of(make_run(tiny, tmp_path, held=False), Start())
     assert "MFU is taken against 92 TFLOP/s, measured on a DGX Spark, dense bf16" in told
     (out := Path(session.run.output_dir)).mkdir(exist_ok=True)
     write_identity(session, [])

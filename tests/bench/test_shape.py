@@ -69,9 +69,7 @@ def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path
         16,
         "all-linear",
     )
-    found = measure(
-        BenchPlan(run, steps=2, warmup=1, weights="random"), out, announce=lambda text: None
-    ).figures
+    found = measure(BenchPlan(run, steps=2, warmup=1, weights="random"), out).figures
     assert found.tokens > 0
     # Untrained: near the entropy of an even guess among the rows of the head, ln 384 = 5.95.
     assert found.first_loss == pytest.approx(5.95, abs=0.3)

@@ -31,7 +31,7 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     base = Path(shutil.copytree(tiny, folder / "my-base"))
     (base / "README.md").write_text(LICENCE)
     run = make_run(base, folder, data={"system": "/no_think"})
-    train(run, say=lambda text: None)
+    train(run, quiet=True)
     return run
 
 

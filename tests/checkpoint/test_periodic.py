@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from logged import logged_lines
 from recipes import make_run
 from tunesmith.checkpoint import contents, manifest, replicate
 from tunesmith.checkpoint.writer import Writer
@@ -116,10 +117,10 @@ def test_it_holds_what_a_run_that_waits_writes(
         (tmp_path / name).mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "write_async", Writer.write)
-        train(make_run(tiny, tmp_path / "waits", **changes), say=lambda text: None)
+        train(make_run(tiny, tmp_path / "waits", **changes), quiet=True)
     with monkeypatch.context() as patch:
         slow_down(patch, watched)
-        train(make_run(tiny, tmp_path / "runs on", **changes), say=lambda text: None)
+        train(make_run(tiny, tmp_path / "runs on", **changes), quiet=True)
     assert [(thread, step) for thread, step, _ in watched.wrote] == [
         ("tunesmith-checkpoint", 3),
         ("tunesmith-checkpoint", 6),
@@ -151,9 +152,11 @@ def test_a_model_trained_in_full_is_written_while_the_loop_waits(
         write(self, save, step, keep_step=keep_step)
 
     monkeypatch.setattr(Writer, "write", noted)
-    train(make_run(tiny, tmp_path, adapter={"kind": "none"}), say=lambda text: None)
+    train(make_run(tiny, tmp_path, adapter={"kind": "none"}), quiet=True)
     assert written == [2, 4, 6, 8]
-    found = replicate.newest_checkpoint(tmp_path / "run", pytest.fail)
+    with logged_lines() as lines:
+        found = replicate.newest_checkpoint(tmp_path / "run")
+    assert lines == []
     assert found is not None
     assert found.step == 8
 
@@ -161,7 +164,7 @@ def test_a_model_trained_in_full_is_written_while_the_loop_waits(
 def test_without_room_for_a_copy_the_loop_waits(
     tiny: Path, tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    init, told = Snapshot.__init__, []
+    init = Snapshot.__init__
 
     def full(self: Snapshot, tensors: Mapping[str, Tensor]) -> None:
         if any(name.endswith("exp_avg") for name in tensors):
@@ -172,7 +175,7 @@ def test_without_room_for_a_copy_the_loop_waits(
     monkeypatch.setattr(
         Writer, "write_async", lambda *args, **how: pytest.fail("there was no copy to write")
     )
-    result = train(make_run(tiny, tmp_path, checkpoint={"keep": 9}), say=told.append)
+    result = train(make_run(tiny, tmp_path, checkpoint={"keep": 9}), quiet=True)
     assert result.steps == 8
     assert sorted(f.step for f in manifest.list_checkpoints(tmp_path / "run")) == [2, 4, 6, 8]
     assert "no room on the device for a copy" in (tmp_path / "run" / "log.txt").read_text()
@@ -210,7 +213,7 @@ def test_a_save_that_fails_while_steps_go_on_is_told_as_saving(
     spoil(monkeypatch, 20, then=lambda: wait_for(lambda: records.read_bytes().count(b"\n") >= 21))
     changes = {"train": {"duration": "60 steps"}, "checkpoint": {"every": "20 steps"}}
     with pytest.raises(RunError):
-        train(make_run(tiny, tmp_path, held=False, **changes), say=lambda text: None)
+        train(make_run(tiny, tmp_path, held=False, **changes), quiet=True)
     failure = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert 20 < failure["last_step"] < 40, "before the next save would have waited for it"
     assert failure["phase"] == "saving"
@@ -227,16 +230,18 @@ def test_a_full_disk_behind_the_steps_ends_the_run_as_one_in_the_loop_does(
             if name == "waits":
                 patch.setattr(Writer, "write_async", Writer.write)
             with pytest.raises(RunError) as caught:
-                train(make_run(tiny, tmp_path / name), say=lambda text: None)
+                train(make_run(tiny, tmp_path / name), quiet=True)
         out = tmp_path / name / "run"
-        assert replicate.newest_checkpoint(out, pytest.fail).step == 2  # type: ignore[union-attr]
+        with logged_lines() as lines:
+            assert replicate.newest_checkpoint(out).step == 2  # type: ignore[union-attr]
+        assert lines == []
         assert not list(out.glob(".*.partial"))
         told.append(
             (caught.value.text().replace(str(out), "RUN"), caught.value.exit_code, failed(out))
         )
     assert told[0] == told[1]
     assert "earlier checkpoints are complete: checkpoint-2" in told[0][0]
-    result = train(make_run(tiny, tmp_path / "runs on"), say=lambda text: None)
+    result = train(make_run(tiny, tmp_path / "runs on"), quiet=True)
     assert (result.first_step, result.steps) == (2, 8)
 
 
@@ -270,7 +275,7 @@ def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
     monkeypatch.setattr(Writer, "_write", late)
     monkeypatch.setattr(Trainer, "train_step", broken)
     with pytest.raises(RunError) as caught:
-        train(make_run(tiny, tmp_path, checkpoint={"every": "4 steps"}), say=lambda text: None)
+        train(make_run(tiny, tmp_path, checkpoint={"every": "4 steps"}), quiet=True)
     assert isinstance(caught.value, NonFiniteError) == (fault == "numbers")
     found = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert "checkpoint-4" in found["why" if fault == "numbers" else "next"]
@@ -290,7 +295,7 @@ def test_a_stop_waits_for_the_write_and_saves_its_own_step(
 
     monkeypatch.setattr(Trainer, "train_step", stopped)
     with pytest.raises(StoppedError):
-        train(make_run(tiny, tmp_path, checkpoint={"every": "4 steps"}), say=lambda text: None)
+        train(make_run(tiny, tmp_path, checkpoint={"every": "4 steps"}), quiet=True)
     assert [(thread, step) for thread, step, _ in watched.wrote] == [
         ("tunesmith-checkpoint", 4),
         ("MainThread", 5),

@@ -52,7 +52,7 @@ def start(model: Path, folder: Path, fault: str = "", copy: bool = True) -> dict
         FileSystemWriter.write_data = faulty  # type: ignore[method-assign]
     sharded.FITS = sharded.FITS if copy else 0.0
     try:
-        result = train(run, say=None)
+        result = train(run, quiet=True)
     except TunesmithError as error:
         return {"error": type(error).__name__, "code": error.exit_code, "text": str(error)}
     finally:

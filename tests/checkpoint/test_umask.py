@@ -38,7 +38,7 @@ def test_a_run_and_a_merge(
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     log = {"tensorboard": True, "samples": 1}
     run = make_run(tiny, tmp_path, adapter={"kind": kind}, log=log, train={"duration": "3 steps"})
-    train(run, say=None)
+    train(run, quiet=True)
     assert modes(tmp_path / "run") == {mode}
     assert modes(tmp_path / "cache") == {mode}
     if kind == "lora":

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from cli.bad_table import cut, flip
 from cli.bad_world import Capture, World, records, snapshot, started
+from logged import logged_lines
 from recipes import write_rows
 from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, UsageError
@@ -134,7 +135,7 @@ def test_one_of_several_ranks_is_refused(
         code, parts, err = started([*world.again(), *words], capsys)
         bench, _, _ = started(["bench", *world.again()[1:]], capsys)
         with pytest.raises(UsageError, match=f"one of {count}, and cannot find the others"):
-            train(world.folder / "recipe.yaml", say=None)
+            train(world.folder / "recipe.yaml", quiet=True)
     assert code == bench == EXIT_USAGE, err
     assert f"one of {count}, and cannot find the others" in parts["error"]
     assert f"{name}={count}" in parts["where"]
@@ -204,8 +205,8 @@ def test_a_torn_checkpoint_is_passed_over(
 
     world.begun()
     TEARS[tear](world.out / "checkpoint-4" / name)
-    said: list[str] = []
-    found = replicate.newest_checkpoint(world.out, said.append)
+    with logged_lines() as said:
+        found = replicate.newest_checkpoint(world.out)
     if (name, tear) == ("manifest.json", "flipped") and found is not None and found.step == 4:
         return  # a flipped bit in the whitespace of the manifest leaves it as it was
     assert found is not None

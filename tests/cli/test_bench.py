@@ -212,7 +212,7 @@ def test_an_ablation_end_to_end(
 
 
 def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(
-    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Commands of other programs stand in for bench: what they write and how they end is all that
     counts.
@@ -224,11 +224,12 @@ def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(
         f"import sys; open(sys.argv[2], 'w').write({json.dumps(figures)!r})",
     ]
     bad = [sys.executable, "-c", "import sys; sys.exit('error: no memory')"]
-    said: list[str] = []
-    found = ablation.run_in_turns({"as given": good, "other": bad}, rounds=2, announce=said.append)
+    found = ablation.run_in_turns({"as given": good, "other": bad}, rounds=2)
+    shown = capsys.readouterr()
     assert list(ablation.table_of(found)) == ["as given"]
     assert (len(found["as given"]), len(found["other"])) == (2, 0)
-    assert any("other failed with 1" in text and "no memory" in text for text in said)
+    assert "round 1: other failed with 1\nerror: no memory" in shown.out
+    assert shown.err == ""
     with pytest.raises(RunError, match="could not be measured"):
         ablation.table_of({"as given": [], "other": found["as given"]})
 

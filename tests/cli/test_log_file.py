@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.bad_world import Capture, World, started
+from logged import logged_lines
 from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, RunError
 from tunesmith.metrics.log_file import LogFile
@@ -19,6 +20,8 @@ from tunesmith.training.trainer import Trainer
 from warm import run_warm
 
 pytestmark = pytest.mark.slow
+
+log = logging.getLogger("tunesmith.training.run")
 
 TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 
@@ -103,27 +106,40 @@ def test_lines_wait_for_the_file_and_errors_pass(tmp_path: Path) -> None:
     shown: list[str] = []
 
     def fail() -> None:
-        with LogFile(path) as log:
-            say = log.with_log(shown.append)
-            say("one\ntwo")
+        with logged_lines(shown.append), LogFile(path) as log_file:
+            log.info("one\ntwo")
             assert not path.exists()
-            log.open()
-            say("\udcff three")
+            log_file.open()
+            log.warning("\udcff three")
             raise ZeroDivisionError("by zero")
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert shown == ["one\ntwo", "\udcff three"]
-    assert logged(tmp_path) == ["one", "two", "\\udcff three", "ZeroDivisionError: by zero"]
-    with LogFile(tmp_path / "other.txt") as log:
-        log.write("never opened")
+    assert shown == ["one\ntwo", "warning: \udcff three"]
+    last = "ZeroDivisionError: by zero"
+    assert logged(tmp_path) == ["one", "two", "warning: \\udcff three", last]
+    with LogFile(tmp_path / "other.txt") as log_file:
+        log_file.write("never opened")
     assert not (tmp_path / "other.txt").exists()
 
 
-def test_a_program_that_has_set_up_logging_keeps_it(tmp_path: Path) -> None:
-    said: list[str] = []
-    with LogFile(tmp_path / "log.txt") as log:  # pytest has set it up
-        log.with_log(said.append)
-        logging.getLogger("tunesmith.data.cache").warning("w")
-        assert log not in logging.getLogger("tunesmith").handlers
-    assert said == []
+@pytest.mark.parametrize("full", [False, True])
+def test_a_line_that_the_disk_does_not_take_is_still_shown(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The progress of a run must be written, so a full disk ends it; what is logged need not be."""
+
+    def fails(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with logged_lines() as shown, LogFile(tmp_path / "log.txt") as log_file:
+        log_file.open()
+        if full:
+            monkeypatch.setattr(os, "write", fails)
+        log.info("one")
+        if full:
+            with pytest.raises(OSError, match="No space"):
+                log_file.write("two")
+    assert shown == ["one"]
+    monkeypatch.undo()
+    assert logged(tmp_path) == ([] if full else ["one"])

@@ -46,7 +46,7 @@ def values_of(bad: Bad) -> Any:
     """
     Path("r.yaml").write_text(bad.recipe, encoding="utf-8")
     try:
-        return merge_layers(read_file(Path("r.yaml")), override_layer(bad.overrides), None).plain()
+        return merge_layers(read_file(Path("r.yaml")), override_layer(bad.overrides)).plain()
     except RecipeError:
         return None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from logged import logged_lines
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import EXIT_USAGE, RecipeError
@@ -131,13 +132,15 @@ def test_lists_of_sources(parent: Path) -> None:
 
 
 def test_what_a_new_source_leaves_behind_is_said(parent: Path) -> None:
-    told: list[str] = []
-    load_recipe(parent, ["data.train.source=org/mine", "data.train.format=alpaca"], say=told.append)
+    others = ["data.train.source=org/mine", "data.train.format=alpaca"]
     Path("child.yaml").write_text("extends: parent.yaml\ndata: {validation: {source: org/held}}\n")
-    load_recipe("child.yaml", say=told.append)
-    load_recipe(
-        parent, ["data.train.split=train", "train.seed=1", "adapter.kind=none"], say=told.append
-    )
+    with logged_lines() as told:
+        load_recipe(parent, others, announce=True)
+        load_recipe("child.yaml", announce=True)
+        load_recipe(
+            parent, ["data.train.split=train", "train.seed=1", "adapter.kind=none"], announce=True
+        )
+        load_recipe(parent, others)
     beside = "data.train.split, data.train.columns, data.train.max_examples, data.train.weight"
     assert told == [
         f"command line names other rows, so it does not take {beside}, data.validation from the recipe that it changes",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from logged import logged_lines
 from recipes import make_run
 from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Data, Source
@@ -113,7 +114,9 @@ def test_a_run_validates_on_them_and_resumes_with_the_same(
             tiny, tmp_path, held=False, output_dir=str(tmp_path / name), train=given,
             data={"hold_out": "10 %", "pack": pack}, validate={"every": "4 steps"},
         )  # fmt: skip
-        train(recipe, say=lines.append)
+        with logged_lines() as logged:
+            train(recipe)
+        lines.extend(logged)
         assert load_recipe(tmp_path / name / "config.yaml") == recipe
         return [
             json.loads(line)
@@ -147,7 +150,7 @@ def test_other_held_out_rows_are_refused_on_resume(tiny: Path, tmp_path: Path) -
 
 
 def test_rows_that_are_there_twice_are_told(tiny: Path, tmp_path: Path) -> None:
-    path, lines = tmp_path / "rows.jsonl", list[str]()
+    path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": f"row {i % 20}"}) + "\n" for i in range(40)))
     values = {
         "model": {"name": str(tiny), "dtype": "fp32"},
@@ -159,7 +162,8 @@ def test_rows_that_are_there_twice_are_told(tiny: Path, tmp_path: Path) -> None:
         "train": {"duration": "1 steps"},
         "output_dir": str(tmp_path / "run"),
     }
-    train(from_mapping(values, where="test", base=tmp_path), say=lines.append)
+    with logged_lines() as lines:
+        train(from_mapping(values, where="test", base=tmp_path))
     told = next(line for line in "\n".join(lines).splitlines() if "are trained on too" in line)
     assert "validation examples are trained on too" in told
     assert told.endswith("delete the rows that are there twice")

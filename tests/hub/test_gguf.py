@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from logged import logged_lines
 from page_cache import resident
 from tunesmith.config.schema import Model
 from tunesmith.errors import MachineError, ModelError
@@ -81,8 +82,9 @@ def test_the_folder_is_what_transformers_reads_from_the_file(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    spec, notes = Model(name=str(file), dtype="fp32"), []
-    folder = fetch.fetch(spec, progress=notes.append)
+    spec = Model(name=str(file), dtype="fp32")
+    with logged_lines() as notes:
+        folder = fetch.fetch(spec)
     if resident(folder / "config.json"):  # where this file system caches
         assert resident(folder / "model.safetensors") == 0
     assert capfd.readouterr() == ("", ""), "no bars of the libraries"
@@ -108,10 +110,10 @@ def test_the_folder_is_what_transformers_reads_from_the_file(
         == "hello"
     )
 
-    notes.clear()
-    assert fetch.fetch(spec, progress=notes.append) == folder
+    with logged_lines() as notes:
+        assert fetch.fetch(spec) == folder
     assert not notes, "the second time nothing is converted"
-    other = fetch.fetch(Model(name=str(file), dtype="bf16"), progress=notes.append)
+    other = fetch.fetch(Model(name=str(file), dtype="bf16"))
     assert other != folder
     assert json.loads((other / "config.json").read_text())["dtype"] == "bfloat16"
     assert sorted(p.name for p in cache.iterdir()) == sorted([folder.name, other.name]), (
@@ -134,7 +136,7 @@ def test_bad_files_are_named(file: Path, cache: Path, tmp_path: Path) -> None:
         ("junk.gguf", b"GGUF" + bytes(range(200)), "cannot be read as a model"),
     ):
         with pytest.raises(ModelError, match=words) as caught:
-            fetch.fetch(bad(tmp_path, name, data), progress=print)
+            fetch.fetch(bad(tmp_path, name, data))
         assert caught.value.fix
         assert name in caught.value.where
     with pytest.raises(ModelError, match="there is nothing at"):
@@ -148,11 +150,11 @@ def test_a_missing_package_and_a_cache_that_cannot_be_written(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file"))
     with pytest.raises(MachineError, match="cannot be written") as caught:
-        fetch.fetch(Model(name=str(file)), progress=print)
+        fetch.fetch(Model(name=str(file)))
     assert "TUNESMITH_CACHE" in caught.value.fix
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MachineError, match="gguf is not installed") as caught:
-        fetch.fetch(Model(name=str(file)), progress=print)
+        fetch.fetch(Model(name=str(file)))
     assert (
         caught.value.fix
         == "pip install 'gguf>=0.17.1', or take the Hub's safetensors of this model"

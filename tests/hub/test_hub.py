@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoConfig
 
 from tunesmith.errors import ModelError
+from tunesmith.host.logger import lines_on_stderr
 from tunesmith.hub.fetch import fetch_without_weights
 from warm import read_hub_settings, run_warm
 
@@ -26,6 +27,7 @@ CLIENT = """
 import json, sys
 from tunesmith.config.schema import Model
 from tunesmith.errors import TunesmithError
+from tunesmith.host.logger import PACKAGE, StderrHandler
 from tunesmith.hub import download, fetch, hub_calls
 hub_calls.PAUSE = 0.01
 spec = json.loads(sys.argv[1])
@@ -44,6 +46,8 @@ if "kill_after" in spec:
     progress.transfer = lambda *_: contextlib.nullcontext(advance)
 else:
     progress = None
+PACKAGE.addHandler(StderrHandler())
+PACKAGE.setLevel("INFO")
 try:
     print(json.dumps({"folder": str(fetch.fetch(Model(**spec["model"]), progress=progress, update=spec.get("update", False)))}))
 except TunesmithError as error:
@@ -336,13 +340,13 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch) -> Non
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    screen, file, lines = Terminal(), io.StringIO(), []
-    for stream, info in ((screen, None), (file, None), (screen, lines.append)):
+    screen, file, unused = Terminal(), io.StringIO(), Terminal()
+    line = "fetching a/b: 2.0 kB, 500 bytes there already\n"
+    for stream, draws_bar in ((screen, True), (file, True), (unused, False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        progress = FetchProgress(info)
-        with progress.transfer("a/b", 2000, 500) as advance:
+        progress = FetchProgress(draws_bar=draws_bar)
+        with lines_on_stderr(), progress.transfer("a/b", 2000, 500) as advance:
             advance(1500)
     assert "a/b" in screen.getvalue()
     assert "2.00k/2.00k" in screen.getvalue()
-    assert lines == ["fetching a/b: 2.0 kB, 500 bytes there already"]
-    assert file.getvalue() == lines[0] + "\n"
+    assert file.getvalue() == unused.getvalue() == line

@@ -40,7 +40,7 @@ def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def finished(tiny: Path, folder: Path, **changes) -> Path:
     run = make_run(tiny, folder, held=False, train={"duration": "4 steps"}, **changes)
-    train(run, say=lambda text: None)
+    train(run, quiet=True)
     return (folder / "run").rename(folder / "my-run")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from logged import logged_lines
 from runs import make_run, peft_model
 from tunesmith.checkpoint import manifest
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, ModelError
@@ -189,10 +190,10 @@ def test_an_edited_folder_is_opened_without_its_manifest(copied: Path) -> None:
 def test_the_time_of_large_files_is_announced(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines: list[str] = []
-    manifest.check_sums(copied / "lora" / "final", say=lines.append)
-    assert lines == []
-    monkeypatch.setattr(manifest, "ANNOUNCED_BYTES", 1000)
-    manifest.check_sums(copied / "lora" / "final", say=lines.append)
+    with logged_lines() as lines:
+        manifest.check_sums(copied / "lora" / "final")
+        assert lines == []
+        monkeypatch.setattr(manifest, "ANNOUNCED_BYTES", 1000)
+        manifest.check_sums(copied / "lora" / "final")
     assert len(lines) == 1
     assert "checksums" in lines[0]

@@ -205,7 +205,7 @@ def test_merged_meanwhile_answers_alike_and_restores_every_bit(
 def test_sample_answers_take_one_forward_a_token_and_are_those_of_one_prompt_at_a_time(
     tiny: Path, tmp_path: Path
 ) -> None:
-    session = build(make_run(tiny, tmp_path), Start(), say=lambda text: None)
+    session = build(make_run(tiny, tmp_path), Start())
     assert session.data.validation is not None
     examples, calls = list(session.data.validation.first(4)), []
     hook = session.model.model.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -170,7 +170,7 @@ def test_a_run_and_its_final_folder_elsewhere_ask_alike(
     run = recipe_run(
         base, tmp_path, held=False, data={"template": choice}, train={"duration": "2 steps"}
     )
-    train(run, say=lambda _: None)
+    train(run, quiet=True)
     shutil.copytree(tmp_path / "run" / "final", tmp_path / "alone")
     asked = {"prompt": "Say amber 2 times: "}
     text = asked["prompt"] if "raw" in (choice, "raw" if model == "base" else "") else None

@@ -88,7 +88,7 @@ def _in_one_go(model: Path, folder: Path, changes: dict[str, Any]) -> list[tuple
     from tunesmith.training.run import train
 
     run = make_run(model, folder, held=False, output_dir=str(folder / "whole"), **changes)
-    return [(record.loss, record.grad_norm) for record in train(run, say=None).records]
+    return [(record.loss, record.grad_norm) for record in train(run, quiet=True).records]
 
 
 def requirements() -> list[str]:

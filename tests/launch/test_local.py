@@ -121,7 +121,7 @@ def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(
     changes = {**short, "checkpoint.resume": "force"}  # the run gets shorter
     finish("launch", "local", file, "--ranks", "2", *map("=".join, changes.items()))
     assert (out / "final" / "manifest.json").exists()
-    train(file, {**short, "output_dir": str(tmp_path / "alone")}, say=None)
+    train(file, {**short, "output_dir": str(tmp_path / "alone")}, quiet=True)
     assert len(losses(out)) == saved + 3
     # fp32: sums in another order
     assert losses(out) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)

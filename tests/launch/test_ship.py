@@ -21,7 +21,7 @@ from tunesmith.launch import ship as module
 from tunesmith.launch.ship import Connection, by_content, cached_files, place_here, ship
 from waiting import wait_for
 
-QUIET = FetchProgress(lambda text: None)
+QUIET = FetchProgress()
 # Takes ssh's words, runs the command here with another home: the other node.
 # `tests/launch/test_swarm_pair.py` has a real one.
 SSH = """#!/bin/sh
@@ -171,7 +171,7 @@ def blocks(*words):
         yield block
 ship._Transfer._blocks = blocks
 ship.ship(ship.by_content(__import__("pathlib").Path({str(big(tmp_path / "rows.jsonl", 40 << 20))!r}))[1], "spark-b",
-          ship.FetchProgress(lambda text: None))
+          ship.FetchProgress())
 """
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True

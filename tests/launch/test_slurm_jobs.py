@@ -197,7 +197,7 @@ def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
         make_run(
             tiny, out.parent, held=False, output_dir=str(out.parent / "one"), train=train_keys
         ),
-        say=None,
+        quiet=True,
     )
     # fp32 on two copies and on one: another order of sums (docs/ranks.md)
     assert [loss for loss, _ in records(out)] == pytest.approx(

@@ -190,7 +190,7 @@ def test_the_loop_trains_on_pairs_and_records_the_methods_metrics(tiny, tmp_path
             "warmup": "0 steps",
         },
     )
-    session, tokens = build(run, Start(), say=lambda text: None), Pairs(pairs(24))
+    session, tokens = build(run, Start()), Pairs(pairs(24))
     session.model.method = SigmoidPreference()
     session.data = replace(
         session.data, train=tokens, schedule=BatchSchedule(tokens.lengths, run.data, run.train)

@@ -111,7 +111,7 @@ def test_a_rank_that_is_not_there_is_refused(tiny: Path, tmp_path: Path) -> None
     from tunesmith.training.run import train
 
     with pytest.raises(UsageError, match="rank 3, and the ranks here are 0 to 0"):
-        train(make_run(tiny, tmp_path, profile={"enabled": True, "ranks": [3]}), say=None)
+        train(make_run(tiny, tmp_path, profile={"enabled": True, "ranks": [3]}), quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -179,7 +179,7 @@ def test_a_run_is_profiled_on_all_ranks_unless_told_otherwise(tiny: Path, tmp_pa
     settings = {"enabled": True, "wait": 0, "warmup": 1, "active": 2}
     train(
         make_run(tiny, tmp_path, held=False, train={"duration": "4 steps"}, profile=settings),
-        say=None,
+        quiet=True,
     )
     summary = json.loads((tmp_path / "run" / "profile" / "summary-rank0-1.json").read_text())
     assert len(summary["operations"]) == 10

@@ -165,7 +165,7 @@ def test_a_missing_package_is_told_before_the_model_is_looked_for(
     path = tmp_path / "recipe.yaml"
     path.write_text(to_yaml(recipe(tmp_path / "no-such-model", tmp_path, log=log)))
     with pytest.raises(MachineError) as raised:
-        train(path, say=None)
+        train(path, quiet=True)
     assert (raised.value.what, raised.value.where) == (f"{name} is not installed", where)
     assert raised.value.fix.startswith("pip install ")
     assert raised.value.fix.endswith(f", or {way_out}")

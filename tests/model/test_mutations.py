@@ -36,7 +36,7 @@ SECONDS = 30  # a load takes a tenth of one
 def use_model(folder: Path) -> None:
     """All that `train` reads of a model's folder."""
     model = Model(name=str(folder), dtype="fp32")
-    files = read_model_files(fetch(model, progress=lambda text: None), model)
+    files = read_model_files(fetch(model), model)
     eos_ids(folder, files.tokenizer)
     built = load.build_on_meta(files.config, model, rows=files.vocab_rows)
     load.materialize(built, torch.device("cpu"))

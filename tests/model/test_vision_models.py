@@ -141,7 +141,7 @@ def test_train_and_merge(
 ) -> None:
     base = vision_models.build(model_type, tmp_path / "base", tiny)
     changes = {"train": {"duration": "2 steps"}, "adapter": adapter}
-    result = train(make_run(base, tmp_path, held=False, **changes), say=None)
+    result = train(make_run(base, tmp_path, held=False, **changes), quiet=True)
     assert result.steps == 2
     done = merge(result.output_dir, tmp_path / "merged", device="cpu")
     assert done.merge_check.passed
@@ -200,7 +200,7 @@ def train_on_ranks(base: Path, folder: Path) -> list[float]:
         base, folder, held=False, adapter={"kind": "none"}, parallel={"shard": 2},
         train={"duration": "3 steps"}, checkpoint={"every": "2 steps"},
     )  # fmt: skip
-    return [record.loss for record in train(run, say=None).records]
+    return [record.loss for record in train(run, quiet=True).records]
 
 
 def test_two_ranks_write_experts_and_vision_tower(
@@ -222,7 +222,7 @@ def test_two_ranks_write_experts_and_vision_tower(
     )
 
     one = train(make_run(base, tmp_path, held=False, adapter={"kind": "none"},
-                         output_dir=str(tmp_path / "one"), train={"duration": "3 steps"}), say=None)  # fmt: skip
+                         output_dir=str(tmp_path / "one"), train={"duration": "3 steps"}), quiet=True)  # fmt: skip
     assert [record.loss for record in one.records] == pytest.approx(losses[0], rel=1e-5)
 
 

@@ -366,7 +366,7 @@ BAD = {
 
 
 def use(folder: Path) -> None:
-    found = fetch.fetch(Model(name=str(folder), dtype="fp32"), progress=lambda text: None)
+    found = fetch.fetch(Model(name=str(folder), dtype="fp32"))
     filled(found)
     load_tokenizer(found, FP32)
 

@@ -147,7 +147,7 @@ def go(tiny: Path, folder: Path, name: str, **changes: Any) -> list[dict[str, An
     run = make_run(
         tiny, folder, **settings, model={"dtype": dtype}, train={**given, **changes}, output_dir=out
     )
-    train(run, say=None)
+    train(run, quiet=True)
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
 
 

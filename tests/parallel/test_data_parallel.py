@@ -34,7 +34,7 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
         "validate": {"every": f"{STEPS} steps"}, "checkpoint": {"every": None},
     }  # fmt: skip
     with mock.patch.object(build, "PROBE_TOKENS", 256), mock.patch.object(copies, "LARGE", LARGE):
-        result = train(make_run(model, folder, **merge(base, changes)), say=None)
+        result = train(make_run(model, folder, **merge(base, changes)), quiet=True)
     return [(r.loss, r.grad_norm, r.val_loss or 0.0) for r in result.records]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from logged import logged_lines
 from ranks import run_ranks
 from recipes import make_run
 from tunesmith.checkpoint import manifest, replicate
@@ -71,7 +72,7 @@ def start(
     }
     run = make_run(model, folder, held=False, parallel=mesh, **changes)
     try:
-        result = train(run, say=None, **options)
+        result = train(run, quiet=True, **options)
     except TunesmithError as error:
         return f"{type(error).__name__}: {error}"
     if result.finished_before:
@@ -292,10 +293,10 @@ def write_until_killed(folder: Path, seconds: float) -> None:
 def look(folder: Path) -> tuple[int, set[bytes]]:
     """The newest checkpoint over both nodes, and what its files hold."""
     on_node(folder, "ab")
-    out, said = Path("run"), []
-    with join_ranks() as joined:
+    out = Path("run")
+    with logged_lines() as said, join_ranks() as joined:
         ranks = replicate.find_run_dir_writers(joined, out, lambda: None)
-        found = replicate.newest_checkpoint(out, said.append, ranks)
+        found = replicate.newest_checkpoint(out, ranks)
     assert found is not None, said
     assert not said
     return found.step, {

@@ -71,7 +71,7 @@ def start(
         mock.patch.object(eight_bit, "round_to_e4m3", wrongly if is_wrong_here else rounded),
         mock.patch.object(compare_eight_bit, "TOLERANCE", -1.0 if fault == "all" else TOLERATED),
     ):
-        result = train(run, say=None)
+        result = train(run, quiet=True)
     chosen = json.loads((folder / name / "env.json").read_text())["choices"]["base"]
     return {
         "numbers": [(r.loss, r.grad_norm) for r in result.records],
@@ -122,7 +122,7 @@ def codes_of_a_rank(model: Path, folder: Path) -> list[tuple[str, int, int]]:
     run = make_run(model, folder, held=False, **changes)
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
     with mock.patch.object(build, "PROBE_TOKENS", 256), join_ranks() as ranks:
-        session = build.build(run, Start(), say=lambda text: None, ranks=ranks)
+        session = build.build(run, Start(), ranks=ranks)
         sizes: list[tuple[str, int, int]] = []
 
         layers = [m for m in session.model.modules() if isinstance(m, EightBitLinear)]
@@ -216,7 +216,7 @@ def test_parts_of_whole_blocks_are_updated_as_the_whole_matrix(shape, dim, dtype
 
 def refused(model: Path, folder: Path, changes: dict[str, Any]) -> tuple[int, str]:
     try:
-        train(make_run(model, folder, held=False, **changes), say=None)
+        train(make_run(model, folder, held=False, **changes), quiet=True)
     except TunesmithError as error:
         return error.exit_code, error.text()
     return 0, ""

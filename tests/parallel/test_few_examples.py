@@ -29,7 +29,7 @@ def start(
     out = str(folder / f"run-{'-'.join(map(str, mesh.values()))}")
     result = train(
         make_run(model, folder, held=False, train=settings, parallel=mesh, output_dir=out, **what),
-        say=None,
+        quiet=True,
     )
     return [
         (r.loss, r.grad_norm, r.examples, r.tokens, r.idle_share or 0.0) for r in result.records

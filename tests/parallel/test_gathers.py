@@ -52,7 +52,7 @@ def collectives_of_a_step(model: Path, folder: Path, changes: dict[str, Any]) ->
     run = make_run(model, folder, held=False, **merge(ONE_MICRO_BATCH, changes))
     Path(run.output_dir).mkdir(exist_ok=True)
     with join_ranks() as ranks:
-        session = build(run, Start(), say=lambda text: None, ranks=ranks)
+        session = build(run, Start(), ranks=ranks)
         sharded = {
             name for name, p in session.model.model.named_parameters() if isinstance(p, DTensor)
         }

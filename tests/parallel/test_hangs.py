@@ -61,7 +61,7 @@ def stick(
     try:
         train(
             make_run(model, folder, train=STEPS, validate={"every": "2 steps"}, log=log, **changes),
-            say=None,
+            quiet=True,
         )
     except TunesmithError as error:
         sys.exit(error.exit_code)
@@ -123,7 +123,7 @@ def be_slow(model: Path, folder: Path) -> list[float]:
         answer_sampler.sample_answers = sample_slowly
     log = {"samples": 1, "tensorboard": False}
     changes = {"train": STEPS, "validate": {"every": "2 steps"}, "log": log, **LORA}
-    result = train(make_run(model, folder, checkpoint={"every": "4 steps"}, **changes), say=None)
+    result = train(make_run(model, folder, checkpoint={"every": "4 steps"}, **changes), quiet=True)
     return [record.loss for record in result.records]
 
 

@@ -66,7 +66,7 @@ def offloaded(model: Path, folder: Path, cases: list[tuple[dict[str, Any], int]]
     for changes, port in cases:
         os.environ["MASTER_PORT"] = str(port)
         used.clear()
-        result = train(make_run(model, folder, **changes), say=None)
+        result = train(make_run(model, folder, **changes), quiet=True)
         numbers = [(r.loss, r.grad_norm, r.val_loss) for r in result.records]
         found.append((numbers, used.count("policy"), used.count("input")))
     return found

@@ -59,7 +59,7 @@ def start(
             changes[section] = {**both, **values} if isinstance(both, dict) else values
     run = make_run(model, folder, held="data" in changes, **changes)
     try:
-        result = train(run, say=None)
+        result = train(run, quiet=True)
     except TunesmithError as error:
         return type(error).__name__, error.exit_code, error.what, error.where
     return [(record.loss, record.grad_norm) for record in result.records]
@@ -193,7 +193,7 @@ def test_another_adapter_to_begin_with(tiny, tmp_path):
             make_run(
                 tiny, tmp_path, held=False, train=STEPS | seed, output_dir=str(tmp_path / name)
             ),
-            say=None,
+            quiet=True,
         )
     first, second = (
         {"adapter": {"from": str(tmp_path / name / "final")}} for name in ("first", "second")

@@ -31,7 +31,7 @@ def answers_of_unequal_length(model: Path, folder: Path) -> list[str]:
     rank = int(os.environ["RANK"])
     run = make_run(model, folder, parallel={"shard": 2}, data={"template": "raw"})
     with ranks_module.join_ranks() as ranks:
-        session = build(run, Start(), say=lambda text: None, ranks=ranks)
+        session = build(run, Start(), ranks=ranks)
         assert session.data.validation is not None
         stops = set(range(session.files.vocab_rows)) if rank == 0 else set()
         examples = session.data.validation.first(2)
@@ -46,7 +46,7 @@ def steps_with_answers(model: Path, folder: Path) -> list[int]:
     run = make_run(
         model, folder, parallel={"shard": 2}, train={"duration": "4 steps"}, log={"samples": 1}
     )
-    train(run, say=None)
+    train(run, quiet=True)
     lines = (folder / "run" / "samples.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]
 
@@ -61,7 +61,9 @@ def answers_by_the_clock_of(
     """Whether there are answers where each rank has so many seconds for them, and the log."""
     answer_sampler.ANSWER_SECONDS = allowed[os.environ["RANK"]]
     steps = {"duration": "2 steps"}
-    train(make_run(model, folder, parallel={"shard": 2}, train=steps, log={"samples": 1}), say=None)
+    train(
+        make_run(model, folder, parallel={"shard": 2}, train=steps, log={"samples": 1}), quiet=True
+    )
     return (folder / "run" / "samples.jsonl").exists(), (folder / "run" / "log.txt").read_text()
 
 

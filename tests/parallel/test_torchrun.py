@@ -56,7 +56,7 @@ def start(
         CHANGES, {"train": {"duration": f"{steps} steps"}, "checkpoint": {"resume": "force"}}
     )
     result = train(
-        make_run(model, folder, held=False, output_dir=str(folder / name), **changes), say=None
+        make_run(model, folder, held=False, output_dir=str(folder / name), **changes), quiet=True
     )
     return result.first_step, [(record.loss, record.grad_norm) for record in result.records]
 
@@ -93,7 +93,7 @@ def test_torchrun_starts_a_killed_rank_again_and_a_sigterm_to_it_saves(tiny: Pat
     assert printed.count("error: rank 1 on") == 1, printed
     assert printed.count("stopped by SIGTERM: step") == 1, printed
     stopped = json.loads((out / "stopped.json").read_text())
-    found = replicate.newest_checkpoint(out, lambda text: None)
+    found = replicate.newest_checkpoint(out)
     assert found is not None
     assert stopped["signal"] == "SIGTERM"
     assert stopped["step"] == found.step == records(out)[-1]["step"]

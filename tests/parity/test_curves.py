@@ -96,7 +96,7 @@ def test_fp32_curve_is_transformers_and_peft_s(
 ) -> None:
     run = constant(tiny, tmp_path, kind, pack=packed)
     adapter = first_adapter(run, tmp_path) if kind == "lora" else None
-    ours = [record.loss for record in train(run, say=lambda text: None).records]
+    ours = [record.loss for record in train(run, quiet=True).records]
     theirs = curve(load(tiny, adapter, torch.float32), batches(tiny), rate=RATE, pad_id=0)
     first, most = furthest(ours, theirs)
     assert first <= 1e-6

@@ -43,7 +43,7 @@ def full(tiny: Path, folder: Path, name: str, /, dtype: str = "fp32", **changes:
 
 def go(run: Run) -> list[dict[str, Any]]:
     """Train; the records that lie in the run directory then."""
-    train(run, say=lambda text: None)
+    train(run, quiet=True)
     return [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").open()]
 
 
@@ -162,7 +162,7 @@ def test_in_the_backward_auto_takes_the_global_batch_in_one_pass(
 ) -> None:
     run = full(tiny, tmp_path, "run", **INSIDE | {"global_batch": global_batch})
     (tmp_path / "run").mkdir()
-    session = build(run, Start(), say=lambda text: None)
+    session = build(run, Start())
     with session.loader(0) as loader:
         assert [len(batch.micro) for batch in loader] == [1] * 8
 

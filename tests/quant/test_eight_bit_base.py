@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from logged import logged_lines
 from recipes import make_run, write_rows
 from tunesmith.checkpoint.resume import Start
 from tunesmith.quant import eight_bit
@@ -24,8 +25,8 @@ def begin(tiny: Path, folder: Path) -> tuple[Session, list[str]]:
     run = make_run(tiny, folder, held=False, train={"global_batch": "4 examples"})
     run = replace(run, model=replace(run.model, dtype="bf16", quantize="fp8"))
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
-    said: list[str] = []
-    return build(run, Start(), say=said.append), said
+    with logged_lines() as said:
+        return build(run, Start()), said
 
 
 def base(session: Session) -> tuple[str, str]:

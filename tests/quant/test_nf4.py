@@ -181,10 +181,10 @@ def test_a_bitsandbytes_that_cannot_pack_here_is_refused_before_anything_is_read
         train=Train(),
         output_dir=str(tmp_path),
     )
-    check_machine(run, torch.device("cpu"), print)
+    check_machine(run, torch.device("cpu"))
     monkeypatch.setattr(nf4.nf4_functions(), "quantize_4bit", refuse)
     with pytest.raises(MachineError) as caught:
-        check_machine(run, torch.device("cpu"), print)
+        check_machine(run, torch.device("cpu"))
     assert caught.value.where == "model.quantize"
     assert caught.value.why == "Attempted to use bitsandbytes native library functionality"
 

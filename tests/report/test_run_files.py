@@ -29,7 +29,7 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tunesmith.training.run import train
 
     run = make_run(tiny, tmp_path_factory.mktemp("report"), log={"samples": 1})
-    train(run, say=None)
+    train(run, quiet=True)
     return Path(run.output_dir)
 
 

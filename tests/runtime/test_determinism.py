@@ -73,7 +73,7 @@ def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def losses(run: Run, then: Callable[[StepRecord], object] = lambda record: None) -> list[float]:
-    return [record.loss for record in train(run, on_record=then, say=lambda text: None).records]
+    return [record.loss for record in train(run, on_record=then, quiet=True).records]
 
 
 def trained(run: Run) -> dict[str, torch.Tensor]:

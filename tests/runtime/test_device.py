@@ -163,7 +163,7 @@ def test_what_an_earlier_run_left_is_freed_before_the_next(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(build, "free_device_memory", lambda: order.append("freed"))
     monkeypatch.setattr(build, "choose_device", lambda: order.append("chosen") or CPU)
-    build.build(make_run(tiny, tmp_path), Start(), say=lambda text: None)
+    build.build(make_run(tiny, tmp_path), Start())
     assert order == ["freed", "chosen"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from logged import logged_lines
 from recipes import make_run
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
@@ -146,12 +147,9 @@ def test_on_a_cpu_offload_has_no_effect_and_that_is_said(tiny: Path, tmp_path: P
     run = recipe(FULL, "parameters", "activations")
     assert estimate(run, ONE, machine("cpu")) == estimate(recipe(FULL), ONE, machine("cpu"))
     assert plan(run, ONE, machine("cpu")).cpu_offload == ()
-    said: list[str] = []
-    build.check_machine(
-        make_run(tiny, tmp_path, train={"cpu_offload": ["activations"]}),
-        torch.device("cpu"),
-        said.append,
-    )
+    offloaded = make_run(tiny, tmp_path, train={"cpu_offload": ["activations"]})
+    with logged_lines() as said:
+        build.check_machine(offloaded, torch.device("cpu"))
     assert said == [
         "warning: train.cpu_offload has no effect on a CPU: all is in the host's memory"
     ]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from logged import logged_lines
 from ranks import run_ranks
 from recipes import merge, recipe
 from tunesmith.checkpoint.manifest import list_checkpoints
@@ -62,10 +63,6 @@ HALVING = Search(rungs=2)  # of the few steps here, which the default does not s
 WORDS = ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8"]
 
 
-def silent(text: str) -> None:
-    pass
-
-
 def write_recipe(base: Path, folder: Path, /, **changes: Any) -> Path:
     values = merge(
         recipe(base, folder),
@@ -77,7 +74,7 @@ def write_recipe(base: Path, folder: Path, /, **changes: Any) -> Path:
 
 
 def sweep(file: Path, words: list[str] = WORDS, search: Search = HALVING) -> dict[str, Any]:
-    return run_sweep(file, read_space(words), search, announce=silent)
+    return run_sweep(file, read_space(words), search)
 
 
 def numbers(folder: str | Path) -> list[tuple[Any, ...]]:
@@ -96,7 +93,7 @@ def train_alone(candidate: dict[str, Any], folder: Path) -> Path:
     out = folder / f"alone-{candidate['name']}"
     train(
         replace(load_recipe(Path(candidate["run_dir"], "config.yaml")), output_dir=str(out)),
-        say=None,
+        quiet=True,
     )
     return out
 
@@ -159,7 +156,7 @@ def test_the_best_is_named_and_a_stopped_one_goes_on_by_train(tiny: Path, tmp_pa
     stopped = next(c for c in outcome["candidates"] if c["step"] == 2)
     assert RunFiles(stopped["run_dir"]).state == "stopped"
     assert json.loads(Path(stopped["run_dir"], "stopped.json").read_text())["reason"] == "sweep"
-    result = train(load_recipe(Path(stopped["run_dir"], "config.yaml")), say=None)
+    result = train(load_recipe(Path(stopped["run_dir"], "config.yaml")), quiet=True)
     assert RunFiles(stopped["run_dir"]).state == "finished"
     assert (result.first_step, result.steps) == (2, 8)
     assert numbers(stopped["run_dir"]) == numbers(train_alone(stopped, tmp_path))
@@ -256,11 +253,9 @@ def test_the_default_waits_for_the_longest_warmup(
     monkeypatch.setattr(sweep_module, "halve", lambda *given: None)  # nothing is trained
     for longest, rungs in ((4, [8]), (5, [])):
         changes = {"train": {"duration": "16 steps"}, "output_dir": str(tmp_path / str(longest))}
-        said: list[str] = []
         space = read_space([f"train.warmup=0 steps,{longest} steps", "adapter.rank=2,4"])
-        outcome = run_sweep(
-            write_recipe(tiny, tmp_path, **changes), space, Search(), announce=said.append
-        )
+        with logged_lines() as said:
+            outcome = run_sweep(write_recipe(tiny, tmp_path, **changes), space, Search())
         assert outcome["fixed"]["rungs"] == rungs
         assert any("every candidate trains to its end" in text for text in said) == (not rungs)
 

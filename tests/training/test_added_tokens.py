@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from logged import logged_lines
 from recipes import make_run
 from tunesmith.errors import ModelError
 from tunesmith.inference.load_run import load_run
@@ -37,8 +38,8 @@ def test_an_adapter_opens_in_peft(to_save: list[str], tiny: Path, tmp_path: Path
     """AutoPeftModel resizes the base to the tokenizer beside the adapter, `len(tokenizer)` rows."""
     from peft import AutoPeftModelForCausalLM
 
-    lines: list[str] = []
-    train(make_run(tiny, tmp_path, adapter={"modules_to_save": to_save}, **SHORT), say=lines.append)
+    with logged_lines() as lines:
+        train(make_run(tiny, tmp_path, adapter={"modules_to_save": to_save}, **SHORT))
     assert any(
         "the tokenizer has 279 tokens, and the model's embedding 272 rows: rows are added" in x
         for x in lines
@@ -56,7 +57,7 @@ def test_an_adapter_opens_in_peft(to_save: list[str], tiny: Path, tmp_path: Path
 
 
 def test_a_whole_model_opens_in_transformers(tiny: Path, tmp_path: Path) -> None:
-    train(make_run(tiny, tmp_path, adapter={"kind": "none"}, **SHORT), say=lambda text: None)
+    train(make_run(tiny, tmp_path, adapter={"kind": "none"}, **SHORT), quiet=True)
     final = tmp_path / "run" / "final"
     theirs, told = AutoModelForCausalLM.from_pretrained(
         final, dtype=torch.float32, output_loading_info=True
@@ -91,7 +92,7 @@ def test_an_embedding_of_fewer_rows_than_the_config_says_is_refused(
         model={"added_tokens": added},
     )
     with pytest.raises(ModelError) as caught:
-        train(run, say=lambda text: None)
+        train(run, quiet=True)
     rows = 279 if added else 272
     assert f"[265, 64] in model.safetensors, [{rows}, 64] in the model" in caught.value.what
     assert "config.json" in caught.value.fix
@@ -105,13 +106,11 @@ def test_a_tokenizer_larger_than_the_embedding_is_told_and_gets_no_rows(
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(NEW)
     tokenizer.save_pretrained(base)
-    lines: list[str] = []
-    train(
-        make_run(
-            base, tmp_path, held=False, adapter={"kind": "none"}, train={"duration": "2 steps"}
-        ),
-        say=lines.append,
+    run = make_run(
+        base, tmp_path, held=False, adapter={"kind": "none"}, train={"duration": "2 steps"}
     )
+    with logged_lines() as lines:
+        train(run)
     assert any(
         x.startswith("warning: the tokenizer has 279 tokens, and the model's embedding 272 rows")
         for x in lines

@@ -4,17 +4,22 @@ shown, how it ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import signal
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import tunesmith
+from logged import logged_lines
 from recipes import recipe
 from tunesmith.config.dump import to_yaml
+from tunesmith.host.logger import PACKAGE
 from tunesmith.metrics.record import StepRecord, read_records
+from warm import run_python
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +40,7 @@ def test_each_record_is_handed_over_as_it_is_written(recipe_file: Path) -> None:
         seen.append(record)
 
     result = tunesmith.train(
-        recipe_file, {"train.duration": "5 steps", "train.seed": 7}, on_record=note, say=None
+        recipe_file, {"train.duration": "5 steps", "train.seed": 7}, on_record=note, quiet=True
     )
     assert seen == result.records
     assert [record.step for record in seen] == [1, 2, 3, 4, 5]
@@ -54,14 +59,14 @@ def test_what_on_record_raises_ends_the_run_unchanged(recipe_file: Path) -> None
             raise Pruned("not worth it")
 
     with pytest.raises(Pruned, match="not worth it") as raised:
-        tunesmith.train(recipe_file, on_record=prune, say=None)
+        tunesmith.train(recipe_file, on_record=prune, quiet=True)
     assert raised.value.__cause__ is None
     out = recipe_file.parent / "run"
     failure = json.loads((out / "failure.json").read_text())
     assert failure["what"] == "on_record raised Pruned: not worth it"
     assert failure["where"] == "step 5"
     assert "goes on from checkpoint-4" in failure["next"]
-    result = tunesmith.train(recipe_file, say=None)
+    result = tunesmith.train(recipe_file, quiet=True)
     assert (result.first_step, result.steps) == (4, 8)
     assert not (out / "failure.json").exists()
 
@@ -74,24 +79,56 @@ def test_a_signal_raised_in_on_record_saves_and_stops(recipe_file: Path) -> None
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(tunesmith.StoppedError, match="step 3 is saved") as raised:
-        tunesmith.train(recipe_file, on_record=stop, say=None)
+        tunesmith.train(recipe_file, on_record=stop, quiet=True)
     assert raised.value._render_traceback_()[0] == "stopped by SIGINT: step 3 is saved"
-    assert tunesmith.train(recipe_file, say=None).first_step == 3
+    assert tunesmith.train(recipe_file, quiet=True).first_step == 3
 
 
-@pytest.mark.parametrize("say", [None, "lines"])
-def test_what_is_shown(
-    recipe_file: Path, capfd: pytest.CaptureFixture[str], say: str | None
-) -> None:
-    told: list[str] = []
-    options: dict[str, Any] = {"say": told.append if say else None}
-    tunesmith.train(recipe_file, {"train.duration": "2 steps"}, **options)
+@pytest.mark.parametrize("setting", ["by default", "quiet", "own handler", "own handler, quiet"])
+def test_what_is_shown(recipe_file: Path, capfd: pytest.CaptureFixture[str], setting: str) -> None:
+    """Lines go to stderr, or to the program's handler in its place; `quiet` prints nothing."""
+    quiet = setting.endswith("quiet")
+    own_handler = logged_lines() if setting.startswith("own") else contextlib.nullcontext([])
+    with own_handler as taken:
+        tunesmith.train(recipe_file, {"train.duration": "2 steps"}, quiet=quiet)
     shown = capfd.readouterr()
     assert shown.out == ""
-    assert bool(told) == bool(say)
-    assert ("step 2/2" in shown.err) == bool(say)
-    assert say or shown.err == ""
-    assert "step 2/2" in (recipe_file.parent / "run" / "log.txt").read_text()
+    assert any("optimizer steps" in text for text in taken) == setting.startswith("own")
+    assert ("optimizer steps" in shown.err) == (setting == "by default")
+    assert ("step 2/2" in shown.err) != quiet
+    assert not quiet or shown.err == ""
+    log = (recipe_file.parent / "run" / "log.txt").read_text()
+    assert "optimizer steps" in log
+    assert "step 2/2" in log
+    assert (PACKAGE.handlers, PACKAGE.level, PACKAGE.propagate) == ([], logging.NOTSET, True)
+
+
+# What a program does before it trains -> whether its stderr has the line as it is, and as logging
+# has it.
+PROGRAMS = {
+    "pass": (True, False),
+    "logging.basicConfig()": (True, False),  # as Colab: a root logger at WARNING
+    "logging.basicConfig(level=logging.INFO)": (False, True),
+    "logging.basicConfig(); logging.getLogger('tunesmith').setLevel(logging.INFO)": (False, True),
+    "logging.getLogger('tunesmith').setLevel(logging.WARNING)": (False, False),
+    "logging.getLogger('tunesmith').addHandler(logging.NullHandler())": (False, False),
+}
+
+
+@pytest.mark.parametrize("setup", PROGRAMS)
+def test_a_program_that_has_set_up_logging_keeps_it(recipe_file: Path, setup: str) -> None:
+    program = f"""
+import logging
+import tunesmith
+{setup}
+tunesmith.train({str(recipe_file)!r}, {{"train.duration": "2 steps"}})
+"""
+    done = run_python([sys.executable, "-c", program])
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "optimizer steps" in line]
+    plain = [line for line in lines if not line.startswith("INFO:tunesmith.training.build:")]
+    assert (bool(plain), len(plain) < len(lines)) == PROGRAMS[setup]
+    assert done.stdout == ""
 
 
 def test_an_error_reads_well_in_python_and_in_a_notebook(recipe_file: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from logged import logged_lines
 from recipes import make_run, merge
 from tunesmith.errors import DataError, ModelError, RecipeError, TunesmithError
 from tunesmith.metrics.record import StepRecord, read_records
@@ -40,7 +41,11 @@ def shown() -> list[str]:
 
 def go(model: Path, folder: Path, shown: list[str], /, **changes: Any) -> Result:
     both = merge({"train": {"duration": "4 steps"}}, changes)
-    return train(make_run(model, folder, **both), say=lambda text: shown.extend(text.splitlines()))
+    with logged_lines() as lines:
+        try:
+            return train(make_run(model, folder, **both))
+        finally:
+            shown.extend("\n".join(lines).splitlines())
 
 
 def numbers(folder: Path) -> list[tuple[float, ...]]:
@@ -92,11 +97,12 @@ def test_other_free_memory_does_not_change_the_numbers(
         patch.setattr(resolve.MemoryEstimator, "fastest_micro_batch", choose)
         run = make_run(tiny, tmp_path / "cut", **DROPOUT)
         with pytest.raises(TunesmithError, match="stopped by SIGTERM"):
-            train(run, say=None, on_record=stopping(3))
+            train(run, quiet=True, on_record=stopping(3))
         kept = progress(tmp_path / "cut", 3)["micro_batch"]
-        train(run, say=shown.append)
+        with logged_lines() as lines:
+            train(run)
         assert chosen == [int(kept.split()[0])], "it is not chosen again"
-    assert not [line for line in shown if "numbers differ" in line]
+    assert not [line for line in lines if "numbers differ" in line]
     go(tiny, tmp_path / "whole", [], **DROPOUT)
     assert int(kept.split()[0]) > 128
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
@@ -347,11 +353,12 @@ def test_no_jump_is_told_where_there_is_none(tiny: Path, tmp_path: Path, shown: 
     (tmp_path / "stopped").mkdir()
     run = make_run(tiny, tmp_path / "stopped")
     with pytest.raises(TunesmithError, match="stopped by SIGTERM"):
-        train(run, say=None, on_record=stopping(3))
-    train(run, say=lambda text: shown.extend(text.splitlines()))
+        train(run, quiet=True, on_record=stopping(3))
+    with logged_lines() as lines:
+        train(run)
     assert not [
         line
-        for line in shown
+        for line in "\n".join(lines).splitlines()
         if "learning rate jumps" in line or line.startswith("train.duration: 8")
     ]
     assert f"resuming from step 3 of 8, {tmp_path / 'stopped' / 'run' / 'checkpoint-3'}" in shown

@@ -187,7 +187,7 @@ def test_the_same_command_resumes(home: Path, capsys: Capture) -> None:
     ]
     assert steps == [1, 2, 3]
     assert (home / "runs/faq-small.yaml").read_bytes() == began
-    assert decide_start(made.run, warn=print).finished == 3
+    assert decide_start(made.run).finished == 3
 
 
 @pytest.mark.slow

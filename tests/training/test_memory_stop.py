@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from logged import logged_lines
 from recipes import make_run
 from tunesmith.errors import LowMemoryError
 from tunesmith.host.memory import MemoryFigures
@@ -39,7 +40,7 @@ class Feed:
     """What the guard of a run reads; the run waits until it has read that memory is short."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.figures, self.said = ROOM, list[str]()
+        self.figures = ROOM
         self.guards: list[MemoryGuard] = []
 
         def made(*args: Any) -> MemoryGuard:
@@ -68,12 +69,13 @@ def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
 
     changes = {"train": {"micro_batch": "128 tokens"}, "adapter": {"dropout": 0.1}}
     run = make_run(tiny, tmp_path, **changes)
-    train(make_run(tiny, tmp_path, output_dir=str(tmp_path / "whole"), **changes), say=None)
+    train(make_run(tiny, tmp_path, output_dir=str(tmp_path / "whole"), **changes), quiet=True)
     monkeypatch.setattr(TrainModel, "forward", counted)
-    with pytest.raises(
-        LowMemoryError, match=r"because memory is short: step \d is saved"
-    ) as caught:
-        train(run, say=feed.said.append)
+    with (
+        pytest.raises(LowMemoryError, match=r"because memory is short: step \d is saved") as caught,
+        logged_lines() as lines,
+    ):
+        train(run)
     out, error = tmp_path / "run", caught.value
     stopped = json.loads((out / "stopped.json").read_text())
     step = stopped["step"]
@@ -89,13 +91,13 @@ def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
     told = how_it_ended(RunFiles(out))
     assert (stopped["cause"], told["reason"], told["cause"]) == ("memory", "memory", "memory")
     assert any(
-        text.startswith("memory is short: stopping after this step. training") for text in feed.said
+        text.startswith("memory is short: stopping after this step. training") for text in lines
     )
     assert len(records(out)) == step
     assert not (out / "failure.json").exists()
     feed.figures = ROOM
     monkeypatch.setattr(TrainModel, "forward", forward)
-    train(run, say=None)
+    train(run, quiet=True)
     assert records(out) == records(tmp_path / "whole")
     assert not (out / "stopped.json").exists()
 
@@ -111,7 +113,7 @@ def test_memory_that_is_short_while_the_model_loads_ends_the_start(
 
     monkeypatch.setitem(start.build.__globals__, "build_model", built)
     with pytest.raises(LowMemoryError, match="memory is short before the first step") as caught:
-        train(make_run(tiny, tmp_path), say=None)
+        train(make_run(tiny, tmp_path), quiet=True)
     assert caught.value.exit_code == 75
     assert caught.value.why.startswith("loading the model, on ")
     assert not (tmp_path / "run").exists(), "a start that saved nothing leaves nothing"

@@ -86,7 +86,7 @@ def trainer_of(tiny: Path, folder: Path, **changes) -> Trainer:
     base = {"train": batches, "checkpoint": {"every": None}}
     run = make_run(tiny, folder, held=False, **merge(base, changes))
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
-    session = build(run, Start(), say=lambda text: None)
+    session = build(run, Start())
     trainer = Trainer(session, Start(), Sinks([]), StopControl(StopRequest(), Path(run.output_dir)))
     trainer.metrics.reads_late = True  # this and the next line: as on CUDA
     trainer.session.optimizer.checks_on_host = False

@@ -32,7 +32,7 @@ def older_run(
         **changes,
     }
     values = recipe(tiny, folder, **keys)
-    train(from_mapping(values, where="test", base=folder), say=None)
+    train(from_mapping(values, where="test", base=folder), quiet=True)
     out = Path(values["output_dir"])
     text = (out / "config.yaml").read_text()
     assert LAST_KEY in text

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from logged import logged_lines
 from recipes import make_run, recipe
 from tunesmith.checkpoint import contents, manifest, replicate
 from tunesmith.errors import ModelError, StoppedError
@@ -66,16 +67,14 @@ for line in sys.stdin:
     recipe, ignored, unread = json.loads(line)
     pid = os.fork()
     if pid == 0:
-        say = lambda text: None
         if ignored:
             signal.signal(signal.Signals[ignored], signal.SIG_IGN)
         if unread:
             reader, writer = os.pipe()
             os.close(reader)
             os.dup2(writer, 2)
-            say = run.print_line
         try:
-            run.train(from_mapping(recipe, where="test", base=Path.cwd()), say=say)
+            run.train(from_mapping(recipe, where="test", base=Path.cwd()), quiet=not unread)
             os._exit(0)
         except TunesmithError as error:
             print(error, file=sys.stderr, flush=True) if not unread else None
@@ -208,7 +207,9 @@ def test_a_signal_saves_exits_75_and_resume_goes_on(
         recorded = lines(tmp_path / "cut")
         os.kill(pid, signal.Signals[name])
         assert starter.wait() == 75, name
-        found = replicate.newest_checkpoint(tmp_path / "cut", pytest.fail)
+        with logged_lines() as said:
+            found = replicate.newest_checkpoint(tmp_path / "cut")
+        assert said == []
         assert found is not None
         # It begins to save within one step; a step may end while the signal is on its way.
         assert recorded <= found.step <= recorded + 3
@@ -296,7 +297,7 @@ def test_a_stop_before_the_first_step_exits_75_wherever_it_comes(
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     stop_while(monkeypatch, place, name)
     with pytest.raises(StoppedError, match=f"{name} before the first step"):
-        train(make_run(tiny, tmp_path), say=lambda text: None)
+        train(make_run(tiny, tmp_path), quiet=True)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert not (tmp_path / "run" / "failure.json").exists()
@@ -383,9 +384,8 @@ def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
             busy(1.5)
             came = time.monotonic()
-            assert [came - at > 0.5 for at, text in said if "press again to stop now" in text] == [
-                True
-            ]
+            announced = [at for at, text in said if "press again to stop now" in text]
+            assert [came - at > 0.5 for at in announced] == [True]
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
             pytest.fail("it went on")
@@ -393,14 +393,15 @@ def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     run = make_run(tiny, tmp_path)
-    with pytest.raises(StoppedError, match="stopped after step 5: step 4 is saved") as caught:
-        train(run, say=lambda text: said.append((time.monotonic(), text)))
+    stopped = pytest.raises(StoppedError, match="stopped after step 5: step 4 is saved")
+    with stopped as caught, logged_lines(lambda text: said.append((time.monotonic(), text))):
+        train(run)
     assert caught.value.where.endswith("checkpoint-4")
     assert manifest.find_damage(tmp_path / "run" / "checkpoint-4") is None
     assert not (tmp_path / "run" / "failure.json").exists()
     again = False
-    train(run, say=lambda text: None)
-    train(make_run(tiny, tmp_path, output_dir=str(tmp_path / "whole")), say=lambda text: None)
+    train(run, quiet=True)
+    train(make_run(tiny, tmp_path, output_dir=str(tmp_path / "whole")), quiet=True)
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
 
 
@@ -409,7 +410,7 @@ def test_ctrl_c_while_final_is_written(
     presses: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One lets it be written; the second stops, and the next start writes it."""
-    write, said = contents.write_model_files, list[str]()
+    write = contents.write_model_files
 
     def pressed(folder: Path, *args: Any) -> None:
         for _ in range(presses if folder.name == ".final.partial" else 0):
@@ -424,19 +425,18 @@ def test_ctrl_c_while_final_is_written(
         if presses == 1
         else pytest.raises(StoppedError, match="step 8 is saved")
     )
-    with stopped:
-        train(run, say=said.append)
+    with stopped, logged_lines() as said:
+        train(run)
     assert "SIGINT: stopping after final/ is written; press again to stop now" in said
     assert (tmp_path / "run" / "final").exists() == (presses == 1)
     monkeypatch.setattr(contents, "write_model_files", write)
-    train(run, say=said.append)
+    train(run, quiet=True)
     assert manifest.find_damage(tmp_path / "run" / "final") is None
 
 
 def test_two_sigints_of_one_press_and_repeated_signals_of_a_scheduler_are_one_stop() -> None:
-    said: list[str] = []
-    with StopRequest() as stop:
-        stop.defer_signals(said.append)
+    with logged_lines() as said, StopRequest() as stop:
+        stop.defer_signals()
         for name in ("SIGINT", "SIGINT", "SIGTERM", "SIGTERM", "SIGHUP"):
             os.kill(os.getpid(), signal.Signals[name])
             time.sleep(0.01)
@@ -446,12 +446,12 @@ def test_two_sigints_of_one_press_and_repeated_signals_of_a_scheduler_are_one_st
 
 
 def test_a_signal_of_the_callers_own_is_left_to_it() -> None:
-    came, said = [], []
+    came = []
     number = signal.SIGRTMIN + 1  # without a name
     before = signal.signal(number, lambda *_: came.append(1))
     try:
-        with StopRequest() as stop:
-            stop.defer_signals(said.append)
+        with logged_lines() as said, StopRequest() as stop:
+            stop.defer_signals()
             for each in (number, signal.SIGINT):
                 os.kill(os.getpid(), each)
                 time.sleep(0.05)
@@ -463,9 +463,8 @@ def test_a_signal_of_the_callers_own_is_left_to_it() -> None:
 
 def test_a_forked_worker_is_not_the_run() -> None:
     """A pool ends its workers with SIGTERM: that stops them, and the run says nothing."""
-    said: list[str] = []
-    with StopRequest() as stop:
-        stop.defer_signals(said.append)
+    with logged_lines() as said, StopRequest() as stop:
+        stop.defer_signals()
         if (pid := os.fork()) == 0:
             time.sleep(60)
             os._exit(0)

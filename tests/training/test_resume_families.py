@@ -54,7 +54,7 @@ def train_until_stopped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", signalled)
         with pytest.raises(StoppedError):
-            train(run, say=None)
+            train(run, quiet=True)
 
 
 def figures(record: StepRecord) -> tuple[float, ...]:
@@ -67,10 +67,10 @@ def test_resumed_is_never_stopped(
     model_type: str, kind: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = vision_models.build(model_type, tmp_path / "model", tiny, **MODELS[model_type])
-    whole = train(run_of(model, tmp_path, kind, "whole"), say=None)
+    whole = train(run_of(model, tmp_path, kind, "whole"), quiet=True)
     cut = run_of(model, tmp_path, kind, "cut")
     train_until_stopped(cut, monkeypatch)
-    resumed = train(cut, say=None)
+    resumed = train(cut, quiet=True)
     assert STOP_AFTER <= resumed.first_step < 6
     expected = [figures(record) for record in whole.records if record.step > resumed.first_step]
     assert [figures(record) for record in resumed.records] == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from logged import logged_lines
 from recipes import make_run
 from tunesmith.metrics import hardware
 from tunesmith.training.build import check_machine
@@ -22,7 +23,7 @@ def test_the_products_are_compared():
 )
 def test_only_emulated_products_are_warned_of(slowdown, dtype, warned, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "bf16_slowdown", lambda device: slowdown)
-    found: list[str] = []
-    check_machine(make_run(tiny, tmp_path, model={"dtype": dtype}), CPU, found.append)
+    with logged_lines() as found:
+        check_machine(make_run(tiny, tmp_path, model={"dtype": dtype}), CPU)
     assert [text for text in found if "85 times" in text and "model.dtype=fp32" in text] == found
     assert bool(found) == warned

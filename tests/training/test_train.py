@@ -37,7 +37,7 @@ TIMES = (
 
 
 def go(tiny: Path, folder: Path, **changes: Any) -> Result:
-    return train(make_run(tiny, folder, **changes), say=lambda text: None)
+    return train(make_run(tiny, folder, **changes), quiet=True)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def test_metrics_read_one_step_later_are_the_same(
     go(tiny, at_once, **changes)
     run = make_run(tiny, later, **changes)
     Path(run.output_dir).mkdir()
-    session = build(run, Start(), say=lambda text: None)
+    session = build(run, Start())
     sinks = sinks_of(
         run,
         Path(run.output_dir),

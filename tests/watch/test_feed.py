@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from logged import logged_lines
 from records import record
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import save_job
@@ -165,13 +166,11 @@ def test_a_job_in_a_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(UsageError, match="slurm-7 has not begun") as caught:
             open_run(word)
         assert caught.value.why == "PENDING: Resources"
-    said: list[str] = []
-
-    def begin(text: str) -> None:
-        said.append(text)
-        shutil.copytree(made, folder, dirs_exist_ok=True)
-
-    assert open_run("slurm-7", begin).files.columns["step"] == [1, 2, 3]
+    monkeypatch.setattr(
+        feed.time, "sleep", lambda _: shutil.copytree(made, folder, dirs_exist_ok=True)
+    )
+    with logged_lines() as said:
+        assert open_run("slurm-7", wait=True).files.columns["step"] == [1, 2, 3]
     assert said == ["slurm-7 has not begun: PENDING: Resources; waiting for it, ctrl-C ends that"]
 
 

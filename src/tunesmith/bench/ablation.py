@@ -8,7 +8,7 @@ import json
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,12 @@ def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
 
 
 def run_in_turns(
-    commands: Mapping[str, Sequence[str]], *, rounds: int, announce: Callable[[str], None]
+    commands: Mapping[str, Sequence[str]], *, rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Run each command `rounds` times, in turns; the reports by name.
 
-    A command writes its report to the file that follows as `--json FILE`. One that fails is
-    reported to `announce` with the end of what it wrote, and leaves none.
+    A command writes its report to the file that follows as `--json FILE`. Its speed is printed on
+    stdout; of one that fails the end of what it wrote, and it leaves no report.
     """
     reports: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory(prefix="tunesmith-turns-") as folder:
@@ -59,12 +59,12 @@ def run_in_turns(
                 )
                 if done.returncode:
                     failure = f"failed with {done.returncode}\n{done.stderr[-800:]}"
-                    announce(f"round {turn}: {name} {failure}")
+                    print(f"round {turn}: {name} {failure}", flush=True)
                     continue
                 report = json.loads(file.read_text(encoding="utf-8"))
                 reports[name].append(report)
                 speed = report["figures"]["tokens_per_second"]
-                announce(f"round {turn}: {name:26} {speed:10,.0f} tokens/s")
+                print(f"round {turn}: {name:26} {speed:10,.0f} tokens/s", flush=True)
     return reports
 
 

@@ -9,7 +9,7 @@ It is `train` without its end: no validation, no periodic checkpoints, nothing k
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,7 +35,6 @@ from tunesmith.metrics.terminal import Terminal
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.training.build import Session, build
-from tunesmith.training.run import print_line
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import Length, ratio
@@ -207,14 +206,10 @@ class Observed:
     stall: float | None = None
 
 
-def measure(
-    plan: BenchPlan, folder: Path, *, announce: Callable[[str], None] = print_line
-) -> Measured:
+def measure(plan: BenchPlan, folder: Path) -> Measured:
     """Run a recipe's steps and measure them.
 
-    Args:
-        folder: an empty one for what the run writes.
-        announce: takes a line about each thing chosen before the first step.
+    folder: an empty one for what the run writes.
 
     Raises:
         UsageError: the recipe, data, model or machine is wrong.
@@ -224,7 +219,7 @@ def measure(
     with deterministic_algorithms(run.train.deterministic):
         graphs = [graphs_compiled()]
         began = time.perf_counter()
-        session = build(run, Start(), say=announce, weights=plan.weights, measured=True)
+        session = build(run, Start(), weights=plan.weights, measured=True)
         seen = Observed(time.perf_counter() - began, graphs)
         per_epoch = session.data.schedule.steps_per_epoch(0)
         total = session.total_steps

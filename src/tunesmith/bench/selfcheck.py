@@ -40,8 +40,8 @@ from tunesmith.errors import (
     TunesmithError,
     first_line,
 )
+from tunesmith.host.logger import stderr_only_from
 from tunesmith.host.signals import StopRequest
-from tunesmith.host.streams import stay_silent
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
@@ -517,8 +517,9 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     """
     out = Path(run.output_dir)
     ranks = find_run_dir_writers(ranks, out, lambda: out.mkdir(exist_ok=True))
-    start = decide_start(run, ranks, warn=stay_silent)
-    session = build(run, start, say=stay_silent, ranks=ranks, make_mesh=make_mesh)
+    with stderr_only_from("tunesmith.data"):
+        start = decide_start(run, ranks)
+        session = build(run, start, ranks=ranks, make_mesh=make_mesh)
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and not start.progress:
             write_identity(session, None)

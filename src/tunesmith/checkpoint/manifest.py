@@ -9,10 +9,10 @@ start removes.
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +26,8 @@ from tunesmith.host.files import follow_umask
 from tunesmith.host.memory import open_uncached
 from tunesmith.host.shell import shell_path
 from tunesmith.run_dir import MANIFEST, read_manifest
+
+log = logging.getLogger(__name__)
 
 CARD = "README.md"
 PART = ".distcp"  # the end of a file's name that holds what one rank has of a checkpoint
@@ -179,23 +181,17 @@ def _damage_of_file(folder: Path, name: str, size: int, digest: str | None) -> s
     return None
 
 
-def _print_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def check_sums(
     folder: Path,
     *,
     reads: Callable[[str], bool] = lambda name: not name.startswith("state/"),
-    say: Callable[[str], None] = _print_to_stderr,
 ) -> None:
     """Compare the files that are about to be read with the checksums in the folder's manifest.
 
-    A folder without a manifest of ours, such as an adapter from elsewhere, passes.
+    A folder without a manifest of ours, such as an adapter from elsewhere, passes. More than
+    ANNOUNCED_BYTES are announced.
 
-    Args:
-        reads: whether a file of the manifest is read; by default all but the training state are.
-        say: takes a line where there is more than ANNOUNCED_BYTES to compare.
+    reads: whether a file of the manifest is read; by default all but the training state are.
 
     ModelError names the first file that differs.
     """
@@ -203,7 +199,7 @@ def check_sums(
     names = [name for name in entries if reads(name)]
     total = sum(entries[name][0] for name in names)
     if total > ANNOUNCED_BYTES:
-        say(f"comparing the checksums of {folder}: {total / 2**30:.1f} GiB")
+        log.info(f"comparing the checksums of {folder}: {total / 2**30:.1f} GiB")
     with ThreadPoolExecutor(max_workers=min(HASHING_THREADS, available_cores())) as pool:
         clauses = pool.map(lambda name: _damage_of_file(folder, name, *entries[name]), names)
     for name, clause in zip(names, clauses, strict=True):

@@ -9,6 +9,7 @@ ranks' process group.
 
 import hashlib
 import json
+import logging
 import re
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -41,6 +42,8 @@ from tunesmith.errors import CheckpointError, MachineError
 from tunesmith.host.files import require_disk_space, write_atomically
 from tunesmith.host.memory import open_uncached
 from tunesmith.run_dir import IDENTITY, RECIPE
+
+log = logging.getLogger(__name__)
 
 CHUNK = 16 << 20  # bytes of a file in memory while it is copied
 _COPY = re.compile(r"\.?checkpoint-(\d+)(?:\.partial|\.old)?")
@@ -97,14 +100,11 @@ def find_run_dir_writers(ranks: Ranks, folder: Path, claim: Callable[[], object]
     return replace(ranks, run_dir_writers=tuple(writers[rank] for rank in range(ranks.world)))
 
 
-def newest_checkpoint(
-    run_dir: Path, warn: Callable[[str], None], ranks: Ranks = ONE_PROCESS
-) -> SavedCheckpoint | None:
+def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> SavedCheckpoint | None:
     """The newest checkpoint that is whole over all nodes; a collective call.
 
-    Where a node lacks it or files of it, all but other ranks' parts are copied there.
-
-    warn: gets a line about that, and about each damaged checkpoint that is skipped.
+    Where a node lacks it or files of it, all but other ranks' parts are copied there. That is
+    logged, and each damaged checkpoint that is skipped.
 
     MachineError if there is none, but one whose missing parts may lie on a node that is not here.
     """
@@ -124,7 +124,7 @@ def newest_checkpoint(
             with ranks.raise_on_all_ranks():
                 if own_copy:
                     _put_in_place(own_copy, place, copies[ranks.rank].damage)
-            bring_folder(ranks, place, source, wants=ranks.is_run_dir_writer, say=warn)
+            bring_folder(ranks, place, source, wants=ranks.is_run_dir_writer)
             return SavedCheckpoint(place, step, source)
         # Of a folder that a kill left behind under another name nothing was expected.
         if all(copy.name != place.name for copy in copies.values()):
@@ -134,7 +134,7 @@ def newest_checkpoint(
             if file in lost:
                 clauses += [copy.damage[file] for copy in copies.values()]
         certain = [clause for clause in clauses if not clause.endswith(ELSEWHERE)]
-        warn(f"{place.name} is skipped: {(certain or clauses)[0]}")
+        log.info(f"{place.name} is skipped: {(certain or clauses)[0]}")
         if not certain and not not_whole:
             not_whole = f"{place.name} is not whole: {clauses[0]}"
     with ranks.raise_on_all_ranks():
@@ -205,9 +205,7 @@ def _put_in_place(copy: Path, place: Path, damage: Collection[str]) -> None:
         (place / name).unlink(missing_ok=True)
 
 
-def bring_folder(
-    ranks: Ranks, place: Path, source: int, *, wants: bool, say: Callable[[str], None]
-) -> None:
+def bring_folder(ranks: Ranks, place: Path, source: int, *, wants: bool) -> None:
     """Copy a complete folder, but no parts, from the directory of rank `source`.
 
     It goes to the directories of ranks that want it, in place of another one of that name. Where it
@@ -237,7 +235,7 @@ def bring_folder(
                 folder = unfinished.enter_context(atomic_folder(place, values["step"]))
             common = [name for name in entries if not name.endswith(PART)]
             wanted = [name for name in common if wants and not (folder / name).is_file()]
-        copy_files(ranks, folder, wanted, entries, say=say)
+        copy_files(ranks, folder, wanted, entries, announce=True)
         with ranks.raise_on_all_ranks():
             if lacks_folder:
                 write_atomically(folder / MANIFEST, manifest)
@@ -280,7 +278,7 @@ def copy_files(
     wanted: Collection[str],
     entries: Entries,
     *,
-    say: Callable[[str], None] = lambda text: None,
+    announce: bool = False,
     source: int | None = None,
 ) -> None:
     """Copy files below `folder` between directories; a collective call.
@@ -290,6 +288,7 @@ def copy_files(
 
     Args:
         entries: of a manifest.
+        announce: log a line about it.
         source: the rank whose directory gives them; None: the first that has each.
 
     CheckpointError if no node has one, or it cannot be read, written or is damaged; MachineError
@@ -326,7 +325,8 @@ def copy_files(
             what="files of other nodes",
             fix="make room there and start again",
         )
-    say(_announcement(ranks, folder, transfers))
+    if announce:
+        log.info(_announcement(ranks, folder, transfers))
     faults: list[OSError] = []
     for transfer in transfers:
         if ranks.rank == transfer.source:

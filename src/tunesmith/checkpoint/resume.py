@@ -4,7 +4,8 @@ And the state that a resume needs.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from tunesmith.metrics.record import StepRecord
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.run_dir import BEST, FINAL, METRICS, RECIPE, SAMPLES
 from tunesmith.units import Size
+
+log = logging.getLogger(__name__)
 
 PROGRESS = "state/progress.json"
 OPTIMIZER = "state/optimizer.safetensors"
@@ -130,7 +133,7 @@ class Start:
         return Size.parse(self.progress.micro_batch)
 
 
-def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], None]) -> Start:
+def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
     """Decide from the run directory, or those of all nodes, how the run starts.
 
     A collective call. Afterwards each node has what all ranks read of the checkpoint, and rank 0's
@@ -148,7 +151,7 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], 
     if not any(previous_runs):
         return Start()
     final_step = max((step for step in final_steps if step is not None), default=None)
-    checkpoint = newest_checkpoint(output_dir, warn, ranks)
+    checkpoint = newest_checkpoint(output_dir, ranks)
     progress: Progress | None = None
     has_ended = False
     if checkpoint is not None:
@@ -159,12 +162,12 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], 
             has_ended = is_last and progress.ended == str(run.train.duration)
     if final_step is not None and (has_ended or checkpoint is None):
         source = final_steps.index(final_step)
-        bring_folder(ranks, output_dir / FINAL, source, wants=ranks.is_main_process, say=warn)
+        bring_folder(ranks, output_dir / FINAL, source, wants=ranks.is_main_process)
         return Start(finished=final_step)
     if checkpoint is None:
-        warn("no checkpoint is complete: the run starts over")
+        log.info("no checkpoint is complete: the run starts over")
         return Start()
-    _bring_records(output_dir, ranks, warn)
+    _bring_records(output_dir, ranks)
     return Start(checkpoint, progress, previous_run=previous_runs[checkpoint.source])
 
 
@@ -187,7 +190,7 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
     return final_step, previous_run
 
 
-def _bring_records(output_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
+def _bring_records(output_dir: Path, ranks: Ranks) -> None:
     """Copy what only rank 0 writes to rank 0's node, where another one has more of it.
 
     A collective call.
@@ -204,7 +207,7 @@ def _bring_records(output_dir: Path, ranks: Ranks, say: Callable[[str], None]) -
     source = lengths.index(max(lengths))
     if source != 0:
         wanted = [*all_sizes[source]] if ranks.is_main_process else []
-        copy_files(ranks, output_dir, wanted, {}, say=say, source=source)
+        copy_files(ranks, output_dir, wanted, {}, announce=True, source=source)
 
 
 def _recipe_of(output_dir: Path, *, forced: bool) -> Run:

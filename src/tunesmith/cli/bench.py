@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,8 +265,7 @@ def ablate(args: argparse.Namespace, recipe: "Run") -> None:
     commands = {}
     for name, change in changes.items():
         commands[name] = command_of(args, args.steps, args.warmup, change)
-    announce = partial(print, flush=True)
-    reports = ablation.run_in_turns(commands, rounds=args.rounds, announce=announce)
+    reports = ablation.run_in_turns(commands, rounds=args.rounds)
     table = ablation.table_of(reports)
     print(*ablation.lines_of(table, changes), sep="\n")
     if args.json:

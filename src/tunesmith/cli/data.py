@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.cli.options import add_recipe, chosen_recipe, notify
+from tunesmith.cli.options import add_recipe, chosen_recipe
 from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    recipe, _ = chosen_recipe(args, notify)
+    recipe, _ = chosen_recipe(args)
     from tunesmith.data.prepare import prepare_data
     from tunesmith.hub import fetch
     from tunesmith.model.load import load_config

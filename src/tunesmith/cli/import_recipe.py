@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     if path.exists() and not args.force:
         fix = "name another: --output RECIPE; or --force"
         raise UsageError("this file is there already", where=str(path), fix=fix)
-    tree = merge_layers(recipe.tree(), layer, None)
+    tree = merge_layers(recipe.tree(), layer)
     if extends:
         values = tree.plain()
         values.pop("extends", None)

@@ -15,7 +15,7 @@ Signals and exit codes are those of `train`: ctrl-C saves after the present step
 import argparse
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import RECIPE_HELP, add_overrides, notify, whole_number
+from tunesmith.cli.options import RECIPE_HELP, add_overrides, whole_number
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
@@ -47,7 +47,7 @@ def launched_recipe(args: argparse.Namespace) -> "Run":
     """What the words of `add_launched` name."""
     from tunesmith.config.load import load_recipe
 
-    return load_recipe(args.recipe, args.overrides, say=notify)
+    return load_recipe(args.recipe, args.overrides, announce=True)
 
 
 def announce(job: "Job", doing: str) -> None:

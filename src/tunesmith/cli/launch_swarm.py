@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from tunesmith.cli.launch_local import add_launched, announce, launched_recipe
-from tunesmith.cli.options import notify, whole_number
+from tunesmith.cli.options import whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,6 @@ def run(args: argparse.Namespace) -> None:
             extra=args.stack_extra,
             render=args.render,
             debug=args.debug,
-            notify=notify,
         )
     if job is not None:
         announce(job, "is deployed")

@@ -35,6 +35,7 @@ from tunesmith.errors import (
     first_line,
     is_out_of_memory,
 )
+from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
 from tunesmith.host.signals import RESTART, ignore_stop_signals
@@ -171,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return framed(lambda: _dispatch(words), process=argv is None)
 
 
+@lines_on_stderr()
 def framed(command: Callable[[], int], *, process: bool) -> int:
     """Run a command; whatever ends it becomes a message and an exit code.
 

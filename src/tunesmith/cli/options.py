@@ -3,10 +3,11 @@
 import argparse
 import io
 import json
+import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from tunesmith.config.check import COLUMNS
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, UsageError
+from tunesmith.host.logger import PACKAGE
 from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import is_terminal
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from tunesmith.config.schema import Run
     from tunesmith.inference.decoding import Decoding
     from tunesmith.training.make_recipe import MadeRecipe
+
+log = logging.getLogger(__name__)
 
 RECIPE_HELP = "a recipe file, or the name of one that ships (see `tunesmith recipes`)"
 # Of progress, without a terminal.
@@ -38,6 +42,12 @@ def is_main_process() -> bool:
     """Whether this process speaks to the user: of several ranks rank 0 does."""
     ranks = started_as()
     return ranks is None or ranks["RANK"] == 0
+
+
+def leave_lines_to_rank_0() -> None:
+    """On another rank log warnings alone, until the command ends."""
+    if not is_main_process():
+        PACKAGE.setLevel(logging.WARNING)
 
 
 def removed_option(option: str, *, fix: str, why: str = "") -> UsageError:
@@ -174,15 +184,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_recipe(
-    args: argparse.Namespace, announce: Callable[[str], None]
-) -> "tuple[Run, MadeRecipe | None]":
-    """The recipe that the options of `add_recipe` name.
+def chosen_recipe(args: argparse.Namespace) -> "tuple[Run, MadeRecipe | None]":
+    """The recipe that the options of `add_recipe` name, with a line logged about what is chosen.
 
     Where they make one, also its file's form.
-
-    Args:
-        announce: takes a line about what is chosen.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
     names = ("model", "data", "split", "format", "columns")
@@ -197,7 +202,7 @@ def chosen_recipe(
             raise UsageError(what, where="command line", why=why, fix=fix)
         from tunesmith.config.load import load_recipe
 
-        return load_recipe(words[0], words[1:], say=announce), None
+        return load_recipe(words[0], words[1:], announce=True), None
     if not args.model or len(args.data or ()) != 1:
         what = "a recipe is needed, or one --model and one --data to make it from"
         if args.data and not args.model:
@@ -215,7 +220,7 @@ def chosen_recipe(
             words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
     with fixes_as_options():
         recipe = make_recipe(args.model, args.data[0], words)
-    announce(recipe.about_data)
+    log.info(recipe.about_data)
     return recipe.run, recipe
 
 

@@ -8,8 +8,6 @@ examples:
 import argparse
 import time
 
-from tunesmith.cli.options import notify
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -23,8 +21,7 @@ def run(args: argparse.Namespace) -> None:
 
     job = find_job(args.job)
     name = job.name or job.run_dir
-
-    outcome = job.stop(lambda text: notify(f"{name}: {text}"))
+    outcome = job.stop()
     print(f"{name}: {outcome}", flush=True)
     if args.wait:
         state = job.state()

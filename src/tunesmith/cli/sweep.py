@@ -21,7 +21,7 @@ from pathlib import Path
 from tunesmith.cli.options import (
     RECIPE_HELP,
     is_main_process,
-    notify,
+    leave_lines_to_rank_0,
     removed_option,
     whole_number,
 )
@@ -30,7 +30,7 @@ from tunesmith.distributed.ranks import reported_once_a_node, started_as
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED, UsageError
 from tunesmith.host.files import from_here
 from tunesmith.host.signals import StopRequest
-from tunesmith.host.streams import lasting, stay_silent
+from tunesmith.host.streams import lasting
 from tunesmith.run_dir import SWEEP, read_sweep
 from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import Space, check_count, read_space
@@ -63,18 +63,17 @@ def run(args: argparse.Namespace) -> int | None:
         space, search = read_search(args)
     if args.ranks is not None and started_as() is None:
         return sweep_on_ranks(args, space)
-    speaks = is_main_process()
-    announce = notify if speaks else stay_silent
+    leave_lines_to_rank_0()
     with StopRequest() as early:
         early.doing = "the libraries are loaded"
-        early.defer_signals(announce)
+        early.defer_signals()
         from tunesmith.sweep.run import run_sweep
         from tunesmith.sweep.table import sweep_lines, sweep_page
 
         if early.requested():
             raise early.not_begun()
-    outcome = run_sweep(args.recipe, space, search, announce=announce, argv=sys.argv)
-    if not speaks:
+    outcome = run_sweep(args.recipe, space, search, argv=sys.argv)
+    if not is_main_process():
         return None
     # The sweep has ended well, whether or not someone reads this.
     sys.stdout = lasting(sys.stdout)

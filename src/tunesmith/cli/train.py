@@ -13,6 +13,7 @@ command goes on. ctrl-C again stops at once: the same command goes on from the n
 
 import argparse
 import json
+import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -21,13 +22,15 @@ from tunesmith.cli.options import (
     add_recipe,
     chosen_recipe,
     is_main_process,
-    notify,
+    leave_lines_to_rank_0,
 )
 from tunesmith.distributed.ranks import reported_once_a_node
 from tunesmith.host.signals import StopRequest
-from tunesmith.host.streams import lasting, stay_silent
+from tunesmith.host.streams import lasting
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.run_dir import LOG
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,42 +45,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    speaks = is_main_process()
-    log = LogFile()
-    announce = log.with_log(notify if speaks else stay_silent)
-    with StopRequest() as early:
+    leave_lines_to_rank_0()
+    log_file = LogFile()
+    with StopRequest() as early, log_file.attached():
         # They load for seconds, and an exception inside torch's C++ code would abort.
         early.doing = "the libraries are loaded"
-        early.defer_signals(announce)
+        early.defer_signals()
         with reported_once_a_node():
-            recipe, new_file = chosen_recipe(args, announce)
+            recipe, new_file = chosen_recipe(args)
             if new_file is not None:
                 new_file.check_file()
         if new_file is not None:
             name = new_file.name
-            announce(f"recipe: {name} (to change it, edit it, then: tunesmith train {name})")
+            log.info(f"recipe: {name} (to change it, edit it, then: tunesmith train {name})")
         from tunesmith.metrics.summary import closing_summary
         from tunesmith.training.run import train
 
         if early.requested():
             raise early.not_begun()
 
-    log.path = Path(recipe.output_dir, LOG)
+    log_file.path = Path(recipe.output_dir, LOG)
 
     def write_files(record: object) -> None:
         """Write the recipe's file, and the notes so far: a start that is refused leaves none."""
         with suppress(OSError):
-            log.open()
+            log_file.open()
         if new_file is not None:
             new_file.write_file()
 
     result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=write_files)
-    if not speaks:
+    if not is_main_process():
         return
     # The run has ended well, whether or not someone reads this.
     sys.stdout = lasting(sys.stdout)
     with StopRequest() as late:
-        late.defer_signals()
+        late.defer_signals(announce=False)
         if args.json:
             print(json.dumps(result.values()))
         else:
@@ -91,5 +93,5 @@ def run(args: argparse.Namespace) -> None:
             if not result.finished_before:
                 write_files(None)
                 with suppress(OSError):
-                    log.write(text)
-    log.close()
+                    log_file.write(text)
+    log_file.close()

@@ -39,12 +39,11 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.watch.feed import open_run, to_json
 
     with suppress(KeyboardInterrupt), _ended_by_signals():
-        wait_notice = None if args.json else notify
         runs = []
         left_out: list[UsageError] = []
         for word in args.runs:
             try:
-                runs.append(open_run(word, wait_notice))
+                runs.append(open_run(word, wait=not args.json))
             except UsageError as error:
                 left_out.append(error)
         tell_left_out(left_out, shown=len(runs))

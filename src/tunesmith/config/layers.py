@@ -6,9 +6,10 @@ nothing from the layers below, because the split, the columns and the held-out r
 mean nothing in another. Every value keeps the place it came from.
 """
 
+import logging
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +20,17 @@ from tunesmith.config.paths import resolve_paths
 from tunesmith.config.tree import MAX_DEPTH, Node, read_value, wrap
 from tunesmith.errors import RecipeError
 
+log = logging.getLogger(__name__)
+
 COMMAND_LINE = "command line"
 FROM_PYTHON = "overrides"
 _KEY = re.compile(rf"[\w-]+(\.[^.\s]+){{0,{MAX_DEPTH}}}")
 
 
-def merge_layers(lower: Node, upper: Node, say: Callable[[str], None] | None) -> Node:
+def merge_layers(lower: Node, upper: Node, *, announce: bool = False) -> Node:
     """The upper layer over the lower.
 
-    `say` takes a line about what a new source of rows leaves behind.
+    announce: log a line about what a new source of rows leaves behind.
     """
     merged = _merge(lower, upper)
     remaining = {key for tree in (upper, merged) for key, _ in tree.places()}
@@ -37,8 +40,8 @@ def merge_layers(lower: Node, upper: Node, say: Callable[[str], None] | None) ->
             dropped.append(key)
     # Of a section that is dropped as a whole, its own name is enough.
     shown = [key for key in dropped if key.rpartition(".")[0] not in dropped]
-    if shown and say:
-        say(
+    if shown and announce:
+        log.info(
             f"{upper.where} names other rows, so it does not take {', '.join(shown)} from the"
             " recipe that it changes"
         )

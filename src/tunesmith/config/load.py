@@ -7,7 +7,7 @@ Every value keeps the place it came from, so an error names the file and line, o
 command line.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def load_recipe(
     recipe: str | Path,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
-    say: Callable[[str], None] | None = None,
+    announce: bool = False,
     ignored: Collection[str] = (),
 ) -> Run:
     """Read a recipe, apply overrides, check it; RecipeError or MachineError names what is wrong,
@@ -39,13 +39,13 @@ def load_recipe(
         recipe: a file, or the name of a recipe that ships.
         overrides: `{"key.sub": value}`, each value as it is, or texts `key.sub=value`, the value in
             YAML 1.2; all of them are one layer.
-        say: takes a line for each layer that names other rows, about the keys that it leaves
+        announce: log a line for each layer that names other rows, about the keys that it leaves
             behind.
         ignored: keys whose removed values are ignored, see `without_removed`; for a recipe of an
             older run.
     """
-    tree = _read_layers(locate_recipe(recipe, base=Path(), where=str(recipe)), (), say)
-    return checked(merge_layers(tree, override_layer(overrides), say), ignored)
+    tree = _read_layers(locate_recipe(recipe, base=Path(), where=str(recipe)), (), announce)
+    return checked(merge_layers(tree, override_layer(overrides), announce=announce), ignored)
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
@@ -65,7 +65,7 @@ def checked(tree: Node, ignored: Collection[str] = ()) -> Run:
     return run
 
 
-def _read_layers(path: Path, seen: tuple[Path, ...], say: Callable[[str], None] | None) -> Node:
+def _read_layers(path: Path, seen: tuple[Path, ...], announce: bool) -> Node:
     """The file's tree over those of the recipes that it extends."""
     tree = read_file(path)
     assert isinstance(tree.value, dict)
@@ -90,4 +90,4 @@ def _read_layers(path: Path, seen: tuple[Path, ...], say: Callable[[str], None] 
         what = f"more than {MAX_EXTENDS} recipes extend each other"
         fix = "put several of them into one file"
         raise RecipeError(what, where=extends.where, fix=fix)
-    return merge_layers(_read_layers(base, chain, say), tree, say)
+    return merge_layers(_read_layers(base, chain, announce), tree, announce=announce)

@@ -429,7 +429,7 @@ def _encode_rows(
         console = Console(stderr=True)
         starts = track(starts, description=title, console=console, transient=True)
     else:
-        log.info("%s", title)
+        log.debug("%s", title)
     batches = (_read_batch(rows, start) for start in starts)
     for batch, examples in encode_batches(encode, batches, rows=len(rows)):
         yield from zip(itertools.count(batch.first), batch.places, examples, strict=False)

@@ -8,16 +8,18 @@ with the SIGINT of its background jobs. A forked child has the handlers that its
 """
 
 import _thread
+import logging
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
 from tunesmith.errors import LowMemoryError, StoppedEarlyError, StoppedError
+
+log = logging.getLogger(__name__)
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 SHORT = "stopped because memory is short"
@@ -72,7 +74,7 @@ class StopRequest:
         self._interactive = interactive
         self._deferred = interactive
         self._force_exit = False  # the next signal raises
-        self._log: Callable[[str], None] | None = None
+        self._announces = False
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -109,14 +111,14 @@ class StopRequest:
             fix = "start the same command again"
             raise StoppedError(f"stopped by {self.signal}", fix=fix) from error
 
-    def defer_signals(self, log: Callable[[str], None] | None = None) -> None:
+    def defer_signals(self, *, announce: bool = True) -> None:
         """Defer signals: from here on there is something to save, and the loop ends the run.
 
-        When a signal comes, `log` takes a line at once, in another thread. Deferred already, the
-        loop that comes sees a signal of before.
+        When a signal comes, `announce` logs a line at once, in another thread. Deferred already,
+        the loop that comes sees a signal of before.
         """
         deferred = self._deferred
-        self._log = log
+        self._announces = announce
         self._deferred = True
         if self.requested() and not deferred:  # a library swallowed the KeyboardInterrupt
             raise self.not_begun()
@@ -127,8 +129,8 @@ class StopRequest:
     def ask(self, low_memory: LowMemory) -> None:
         """Ask for a stop from another thread, as a signal would."""
         self.low_memory = low_memory
-        if self._log is not None:
-            self._log(f"memory is short: stopping after {self.doing}. {low_memory.text}")
+        if self._announces:
+            log.info(f"memory is short: stopping after {self.doing}. {low_memory.text}")
         if not self._deferred and self._previous_handlers:
             # Any signal that has our handler, which raises in the main thread.
             _thread.interrupt_main(next(iter(self._previous_handlers)))
@@ -181,8 +183,8 @@ class StopRequest:
                     if name == "SIGINT":
                         last_press = now
                         again = "; press again to stop now"
-                    if self._log is not None:
-                        self._log(f"{name}: stopping after {self.doing}{again}")
+                    if self._announces:
+                        log.info(f"{name}: stopping after {self.doing}{again}")
 
     def _leave(self) -> None:
         _entered.remove(self)

@@ -76,7 +76,3 @@ def is_terminal(stream: TextIO) -> bool:
     from rich.console import Console
 
     return Console(file=stream).is_interactive
-
-
-def stay_silent(text: str) -> None:
-    """In place of what prints a line, where nobody listens."""

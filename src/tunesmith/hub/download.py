@@ -8,6 +8,7 @@ becomes the blob `blobs/<sha256>` when its hash is the one that the Hub states.
 """
 
 import hashlib
+import logging
 import sys
 import threading
 import time
@@ -25,6 +26,8 @@ from rich.filesize import decimal as size_text
 from tunesmith.errors import ModelError
 from tunesmith.host.streams import is_terminal
 from tunesmith.hub.hub_calls import retry
+
+log = logging.getLogger(__name__)
 
 WORKERS = 4
 SECONDS_BETWEEN_LINES = 10.0
@@ -65,14 +68,13 @@ class RemoteFile:
 
 
 class FetchProgress:
-    """Shows what a fetch does on stderr, or by a function that takes one line.
+    """Shows the bytes of a fetch: a bar if stderr is a terminal, else a line every ten seconds.
 
-    Bytes are shown by a bar if stderr is a terminal, else by a line every ten seconds.
+    draws_bar: False: lines on a terminal too.
     """
 
-    def __init__(self, info: Callable[[str], None] | None = None) -> None:
-        self.info = info or (lambda text: print(text, file=sys.stderr, flush=True))
-        self._has_bar = info is None and is_terminal(sys.stderr)
+    def __init__(self, *, draws_bar: bool = True) -> None:
+        self._has_bar = draws_bar and is_terminal(sys.stderr)
 
     @contextmanager
     def transfer(
@@ -92,10 +94,10 @@ class FetchProgress:
             done += count
             if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
-                self.info(f"  {size_text(done)} of {size_text(total)}")
+                log.info(f"  {size_text(done)} of {size_text(total)}")
 
         there = f", {size_text(done)} there already" if done else ""
-        self.info(f"{doing} {what}: {size_text(total)}{there}")
+        log.info(f"{doing} {what}: {size_text(total)}{there}")
         yield advance
 
 

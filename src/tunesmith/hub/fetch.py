@@ -5,10 +5,11 @@ training needs are downloaded: of several formats of the weights, safetensors. A
 hold: listed, and removed from them.
 """
 
+import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -41,6 +42,8 @@ from tunesmith.model.safetensors_files import (
     read_json,
 )
 from tunesmith.model.spec import ModelSpec, check_seq_len, check_supported
+
+log = logging.getLogger(__name__)
 
 # One of these is needed
 TOKENIZER = (
@@ -75,7 +78,7 @@ MARGIN = 64 << 20  # bytes to leave free
 def fetch(
     model: Model,
     *,
-    progress: FetchProgress | Callable[[str], None] | None = None,
+    progress: FetchProgress | None = None,
     update: bool = False,
     seq_len: int | None = None,
 ) -> Path:
@@ -84,21 +87,20 @@ def fetch(
 
     Args:
         model: the recipe's block; `name` is a folder, a .gguf file or a Hub id.
-        progress: shows what happens, or a function that takes one line; None: stderr.
+        progress: shows the bytes that arrive; None: a bar if stderr is a terminal.
         update: ask the Hub for a newer commit although the cache is complete.
         seq_len: nothing large is downloaded of a model with fewer positions (RecipeError).
 
     ModelError where the model cannot be had or read, MachineError where the disk or a package is
     missing.
     """
-    if not isinstance(progress, FetchProgress):
-        progress = FetchProgress(progress)
+    progress = progress or FetchProgress()
     path = local_model(model)
     if path is None:
         snapshot = None if update else cached_model(model)
         return snapshot or download_model(plan_download(model, progress, seq_len), progress)
     if path.suffix == ".gguf" and path.is_file():
-        return convert_gguf(path, model.dtype, progress.info)
+        return convert_gguf(path, model.dtype)
     check_folder(path, model)
     return path
 
@@ -204,7 +206,7 @@ def list_repo(repo: str, revision: str | None, kind: str, progress: FetchProgres
     license_name = _stated_license(info)
     gated = bool(info.gated)
     suffix = ", gated" if gated else ""
-    progress.info(f"{repo}: licence {license_name}{suffix} ({repo_page(repo, kind)})")
+    log.info(f"{repo}: licence {license_name}{suffix} ({repo_page(repo, kind)})")
     files = {}
     for file in info.siblings or ():
         name = file.rfilename

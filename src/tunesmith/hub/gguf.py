@@ -9,9 +9,9 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from tunesmith.errors import MachineError, ModelError
@@ -20,11 +20,13 @@ from tunesmith.host.memory import open_uncached
 from tunesmith.host.packages import require
 from tunesmith.model.safetensors_files import unreadable_file
 
+log = logging.getLogger(__name__)
+
 MAGIC = b"GGUF"
 LAYOUT = 1  # goes up when what is written changes, so that older conversions are made again
 
 
-def convert_gguf(file: Path, dtype: str, info: Callable[[str], None]) -> Path:
+def convert_gguf(file: Path, dtype: str) -> Path:
     """The Transformers folder of a .gguf file, its weights in `dtype` (`bf16`, ...), converted now
     or earlier.
 
@@ -52,7 +54,7 @@ def convert_gguf(file: Path, dtype: str, info: Callable[[str], None]) -> Path:
     if target.is_dir():
         return target
     require("gguf", where=str(file), fix="take the Hub's safetensors of this model")
-    info(f"converting {file.name} to {dtype} safetensors, once, in {target}")
+    log.info(f"converting {file.name} to {dtype} safetensors, once, in {target}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         remove_abandoned(cache)
@@ -83,14 +85,14 @@ def convert_gguf(file: Path, dtype: str, info: Callable[[str], None]) -> Path:
 def _convert(file: Path, dtype: str, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as hf_logging
 
     from tunesmith.model.dtypes import DTYPES
     from tunesmith.model.load import one_line
 
     torch_dtype = DTYPES[dtype]
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
     try:
         # Hides the bars that tqdm draws.
         with contextlib.redirect_stderr(io.StringIO()):
@@ -107,7 +109,7 @@ def _convert(file: Path, dtype: str, folder: Path) -> None:
             fix="download it again, or take the Hub's safetensors",
         ) from error
     finally:
-        logging.set_verbosity(level)
+        hf_logging.set_verbosity(level)
     # Written file by file, not by save_pretrained: it refuses a model that was loaded from a
     # quantized file.
     config = model.config.to_dict()

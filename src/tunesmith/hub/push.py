@@ -1,16 +1,18 @@
 """Upload files to a model repository, with the Hub's own client. A token is never shown."""
 
-import sys
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import logging
+from huggingface_hub.utils import logging as hf_logging
 from rich.filesize import decimal as size_text
 
 from tunesmith.errors import UsageError
 from tunesmith.hub.hub_calls import LOGIN, TRANSPORT, clean, http_status, repo_page, retry
+
+log = logging.getLogger(__name__)
 
 
 def push_files(
@@ -30,7 +32,7 @@ def push_files(
     """
     if get_token() is None:
         raise UsageError("there is no token to push with", where="HF_TOKEN", fix=LOGIN)
-    logging.set_verbosity_error()
+    hf_logging.set_verbosity_error()
     api = HfApi()
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
     try:
@@ -49,14 +51,14 @@ def push_files(
         size = size_text(sum(addition.upload_info.size for addition in additions))
         visibility = "private" if private else "public"
         text = f"pushing {len(files)} files ({size}) to {repo}, {visibility}"
-        print(text, file=sys.stderr, flush=True)
+        log.info(text)
         commit = api.create_commit(repo, additions, commit_message=message, revision=revision)
     except (TRANSPORT, HFValidationError, OSError) as error:
         raise _push_error(error, to) from error
     if commit.oid == previous_commit:
-        print("nothing new: it holds these files", file=sys.stderr)
+        log.info("nothing new: it holds these files")
     else:
-        print(f"commit {commit.oid[:12]}", file=sys.stderr)
+        log.info(f"commit {commit.oid[:12]}")
     return repo_page(repo) + (f"/tree/{revision}" if revision else "")
 
 

@@ -23,6 +23,7 @@ from tunesmith.data.source import read_rows
 from tunesmith.data.splits import SourceRows, read_splits
 from tunesmith.data.tokens import TokenSet, tokenize
 from tunesmith.errors import UsageError
+from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.generate import generate, row_source
 from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, locate_run
@@ -157,6 +158,7 @@ def is_exact_match(answer: str, reference: str) -> bool:
     return answer.split() == reference.split()
 
 
+@lines_by_default()
 def evaluate(
     path: str | Path,
     data: str | Path | None = None,

@@ -23,6 +23,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
+from tunesmith.host.logger import lines_by_default
 from tunesmith.host.shell import shell_path
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.quant.schemes import DENSE, scheme_of
@@ -248,6 +249,7 @@ def _stored_dtype(folder: Path) -> Dtype:
     return names.get(str(values.get("dtype") or values.get("torch_dtype")), "bf16")
 
 
+@lines_by_default()
 def load_run(
     path: str | Path | RunLocation,
     *,

@@ -36,6 +36,7 @@ from tunesmith.checkpoint.model_card import model_card
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
 from tunesmith.host.files import existing_folder, follow_umask, require_disk_space
+from tunesmith.host.logger import lines_by_default
 from tunesmith.host.memory import available_memory
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference import merge_check
@@ -76,6 +77,7 @@ class Merged:
     merge_check: MergeCheck
 
 
+@lines_by_default()
 def merge(
     path: str | Path,
     output: str | Path,

@@ -4,11 +4,12 @@ Files, model and image go over the cable, from this node alone; then the launche
 restarts a run that fails.
 """
 
+import logging
 import os
 import re
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from tunesmith.launch.ship import (
 from tunesmith.launch.stack import LABEL, Stack
 from tunesmith.launch.swarm import GPU, SwarmJob, SwarmNode, find_nodes, in_swarm
 
+log = logging.getLogger(__name__)
+
 # Variables of this environment that the ranks get
 PASSED_ON = re.compile(
     r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS"
@@ -56,7 +59,6 @@ def launch_on_swarm(
     extra: Path | None = None,
     render: bool = False,
     debug: bool = False,
-    notify: Callable[[str], None],
 ) -> SwarmJob | None:
     """Bring all that a run needs to the nodes, and start it there.
 
@@ -75,13 +77,13 @@ def launch_on_swarm(
     for path in (out, *inputs):
         check_exposed(path)
     if render and not in_swarm():
-        stack = stack_without_swarm(out, hosts, nodes, restarts, notify)
+        stack = stack_without_swarm(out, hosts, nodes, restarts)
     else:
         chosen, excluded, manager = find_nodes(hosts, nodes)
         # Before large files are read, fetched and sent.
         if not render:
             require_image(image)
-        stack = replace(plan_stack(out, chosen, restarts, notify), excluded=tuple(excluded))
+        stack = replace(plan_stack(out, chosen, restarts), excluded=tuple(excluded))
     files: list[ShippedFile] = []
     mounts = []
     for path in inputs:
@@ -95,7 +97,7 @@ def launch_on_swarm(
     addresses = ",".join(node.address for node in chosen)
     job = SwarmJob(stack.name, stack.run_dir, details={"hosts": addresses})
     job.check_ended()
-    _prepare_nodes(run, job, chosen, files, stack.cache, notify)
+    _prepare_nodes(run, job, chosen, files, stack.cache)
     # Swarm asks no registry for an id.
     [image_id] = {ship_image(image, node.host) for node in chosen}
     _start_service(job, replace(stack, image=image_id), manager, extra)
@@ -108,7 +110,6 @@ def _prepare_nodes(
     nodes: Sequence[SwarmNode],
     inputs: Sequence[ShippedFile],
     cache: Sequence[str],
-    notify: Callable[[str], None],
 ) -> None:
     """Bring the files of a run to all nodes: its inputs, what it has of the Hub, and its note."""
     cached, links = hub_files(run)
@@ -119,7 +120,7 @@ def _prepare_nodes(
     # By the note `status`, `logs` and `stop` work on each node.
     files += [by_place(recipe), by_place(state_folder() / f"{job.name}.json")]
     for node in nodes:
-        bring(files, links, [str(recipe.parent), *cache], node, notify)
+        bring(files, links, [str(recipe.parent), *cache], node)
 
 
 def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Path | None) -> None:
@@ -161,14 +162,10 @@ def check_exposed(path: Path) -> None:
                 )
 
 
-def plan_stack(
-    out: Path, nodes: Sequence[SwarmNode], restarts: int, notify: Callable[[str], None]
-) -> Stack:
+def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
     """The stack of a run directory on these nodes, without image, mounts and secrets.
 
     The nodes are looked at. MachineError where they differ in a way that the run would meet.
-
-    notify: takes warnings.
     """
     looks = []
     for node in nodes:
@@ -182,7 +179,7 @@ def plan_stack(
             for name, mtu in mtus.items():
                 if mtu != "9000":
                     what = f"{name} on {look['host']} has not MTU 9000, and is slow"
-                    notify(f"warning: {what}: ip link set {name} mtu 9000")
+                    log.warning(f"{what}: ip link set {name} mtu 9000")
     address = route_to(nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
     # A port that is free now.
     with socket.socket(family_of(address)) as probe:
@@ -225,9 +222,7 @@ def _check_alike(
         )
 
 
-def stack_without_swarm(
-    out: Path, hosts: Sequence[str], count: int | None, restarts: int, notify: Callable[[str], None]
-) -> Stack:
+def stack_without_swarm(out: Path, hosts: Sequence[str], count: int | None, restarts: int) -> Stack:
     """The stack for as many nodes as the flags name, all as this one.
 
     Nothing is asked of Docker or of another node.
@@ -235,9 +230,9 @@ def stack_without_swarm(
     nodes = count or 1 + len(hosts)
     gpus = count_gpus()
     here = SwarmNode("", "", (GPU[0], gpus) if gpus else None)
-    stack = plan_stack(out, [here], restarts, notify)
+    stack = plan_stack(out, [here], restarts)
     what = "this node is in no swarm, or docker does not answer"
-    notify(f"warning: {what}: rendered for --nodes {nodes} such as this one")
+    log.warning(f"{what}: rendered for --nodes {nodes} such as this one")
     if nodes == 1:
         return stack
     # The address that others reach is not to be seen here.
@@ -313,7 +308,6 @@ def bring(
     links: Sequence[tuple[str, str]],
     folders: Sequence[str],
     node: SwarmNode,
-    notify: Callable[[str], None],
 ) -> None:
     """Make a node's folders, and bring it the files and links.
 
@@ -333,7 +327,7 @@ def bring(
         for place, target in links:
             connection.run("mkdir", "-p", os.path.dirname(place))
             connection.run("ln", "-sfn", target, place)
-    notify(f"{node.host}: {sent_bytes:,} bytes sent")
+    log.info(f"{node.host}: {sent_bytes:,} bytes sent")
 
 
 def create_secrets(name: str, manager: Connection) -> tuple[tuple[str, str], ...]:

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -115,10 +115,10 @@ class DockerJob(Job):
         ) as logs:
             yield from logs.stdout or ()
 
-    def stop(self, notify: Callable[[str], None] = lambda text: None) -> str:
+    def stop(self) -> str:
         container = self.container()
         if container is None or container.phase != "running":
-            return super().stop(notify)
+            return super().stop()
         _docker("kill", "--signal=SIGTERM", self.name)
         return "asked to save and end"
 

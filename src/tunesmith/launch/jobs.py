@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -139,10 +139,8 @@ class Job:
         is_earlier = self.name in [job.name for job in jobs[:-1]]
         return jobs[-1] if is_earlier else None
 
-    def stop(self, notify: Callable[[str], None] = lambda text: None) -> str:
+    def stop(self) -> str:
         """Ask it to save and end, by the file `stop` in its directory.
-
-        notify: takes lines while that takes its time.
 
         Returns:
             What was done, in a line.

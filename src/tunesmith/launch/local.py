@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,9 +32,9 @@ class LocalJob(Job):
             return State("running", "starts")
         return state
 
-    def stop(self, notify: Callable[[str], None] = lambda text: None) -> str:
+    def stop(self) -> str:
         if not self.is_alive():
-            return super().stop(notify)
+            return super().stop()
         os.kill(int(self.details["pid"]), signal.SIGTERM)
         return "asked to save and end"
 

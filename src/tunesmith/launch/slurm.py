@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +203,7 @@ class SlurmJob(Job):
         step = last_step(self.run_dir) or "before the first step"
         return State("running", f"{step}; {name} for {elapsed} of {limit} on {nodes}")
 
-    def stop(self, notify: Callable[[str], None] = lambda text: None) -> str:
+    def stop(self) -> str:
         id_ = self.details["id"]
         phase = self.state().phase
         if phase == "waiting":

@@ -5,11 +5,12 @@ node, with the user's rights.
 """
 
 import json
+import logging
 import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from tunesmith.launch.rendezvous import local_addresses
 from tunesmith.launch.ship import SSH, Connection
 from tunesmith.launch.stack import GRACE, LABEL, SERVICE
 from tunesmith.run_dir import STOPPED
+
+log = logging.getLogger(__name__)
 
 # Generic resources, as guides name them
 GPU = ("NVIDIA_GPU", "NVIDIA-GPU")
@@ -152,13 +155,14 @@ class SwarmJob(Job):
             finally:
                 process.kill()
 
-    def stop(self, notify: Callable[[str], None] = lambda text: None) -> str:
+    def stop(self) -> str:
         """Ask the ranks to save, wait for their end, and remove what the launch made everywhere."""
         with self.manager() as manager:
             tasks = self.tasks(manager)
             if tasks:
-                notify(
-                    f"the ranks are asked to save and end; they have {GRACE // 60} minutes for it"
+                log.info(
+                    f"{self.name}: the ranks are asked to save and end; "
+                    f"they have {GRACE // 60} minutes for it"
                 )
                 manager.run(
                     "docker", "service", "update", "--detach", "--replicas", "0", self.service
@@ -173,7 +177,9 @@ class SwarmJob(Job):
                     nodes = ", ".join(sorted(task["Node"] or "no node" for task in tasks))
                     step = last_step(self.run_dir) or "before the first step"
                     seconds = notified_at - began
-                    notify(f"after {seconds:.0f} s ranks are at work on {nodes}; {step}")
+                    log.info(
+                        f"{self.name}: after {seconds:.0f} s ranks are at work on {nodes}; {step}"
+                    )
         lost_hosts = self.clean()
         line = f"ended and removed; {Job.state(self).text}"
         return "; ".join([line, *(f"{host} is not reached" for host in lost_hosts)])

@@ -4,27 +4,25 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 from tunesmith.errors import StoppedError, TunesmithError
-
-PACKAGE = logging.getLogger("tunesmith")
+from tunesmith.host.logger import PACKAGE, LineFormatter
 
 
 class LogFile(logging.Handler):
     """Lines are kept in memory until `open`, since a start that is refused writes nothing.
 
-    As a context it also writes what the package logs as a warning, unless the program has set
-    logging up, and the error that ends the run, and closes the file. A line is one write, without a
-    buffer, so that a signal's handler may write.
+    As a context it also writes what the package logs, and the error that ends the run, and closes
+    the file. A line is one write, without a buffer, so that a signal's handler may write.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
+        self.setFormatter(LineFormatter())
         self.path = path
-        self.show = self.write
         self._file: int | None = None
         self._early = b""
 
@@ -45,19 +43,18 @@ class LogFile(logging.Handler):
             os.write(self._file, lines)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.show(f"warning: {record.getMessage()}")
+        # As far as the disk takes it.
+        with contextlib.suppress(OSError):
+            self.write(self.format(record))
 
-    def with_log(self, show: Callable[[str], None]) -> Callable[[str], None]:
-        """A function that shows a text by `show` and writes it, as far as the disk takes it;
-        warnings go there too."""
-
-        def show_and_write(text: str) -> None:
-            show(text)
-            with contextlib.suppress(OSError):
-                self.write(text)
-
-        self.show = show_and_write
-        return show_and_write
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Write what the package logs in the block."""
+        PACKAGE.addHandler(self)
+        try:
+            yield
+        finally:
+            PACKAGE.removeHandler(self)
 
     def close(self) -> None:
         super().close()
@@ -66,8 +63,7 @@ class LogFile(logging.Handler):
             self._file = None
 
     def __enter__(self) -> Self:
-        if not PACKAGE.hasHandlers():
-            PACKAGE.addHandler(self)
+        PACKAGE.addHandler(self)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

@@ -6,11 +6,11 @@ command that is started again finds what is done.
 """
 
 import json
+import logging
 import math
 import os
 import re
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,7 +33,9 @@ from tunesmith.errors import (
     StoppedError,
     UsageError,
 )
+from tunesmith.host import signals
 from tunesmith.host.files import write_atomically
+from tunesmith.host.logger import stderr_only_from
 from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.record import read_records
@@ -46,6 +48,8 @@ from tunesmith.sweep.space import Space, check_count
 from tunesmith.training.run import joined, start_run
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence, Length, Size
+
+log = logging.getLogger(__name__)
 
 # How candidates of a range are drawn and stopped, in sweep.json beside the search. An earlier
 # version had other ways, so that a sweep of it must not go on as one of these.
@@ -103,19 +107,15 @@ def run_sweep(
     space: Space,
     search: Search,
     *,
-    announce: Callable[[str], None],
     argv: list[str] | None = None,
 ) -> dict[str, Any]:
     """Train the candidates of `space` over one base; what sweep.json holds. Errors are of `train`.
 
     A candidate whose loss is not finite is out; any other error ends the sweep, which the same
     command goes on with.
-
-    Args:
-        announce: takes a line of text for the user.
     """
     check_count(space, search.candidates)
-    base = load_recipe(recipe, space.fixed, say=announce)
+    base = load_recipe(recipe, space.fixed, announce=True)
     check_sweep(base, space, search)
     if started_as() is None:
         require_one_process("sweep")
@@ -136,7 +136,7 @@ def run_sweep(
                         fix=shell_word(f"output_dir={folder}-sweep"),
                     )
                 stack.enter_context(claim_run_dir(folder))
-        sweep = Sweep(recipe, base, space, search, stop, ranks, announce, argv)
+        sweep = Sweep(recipe, base, space, search, stop, ranks, argv)
         sweep.search_best()
         return sweep.outcome()
 
@@ -182,7 +182,6 @@ class Sweep:
     search: Search
     stop: StopRequest
     ranks: Ranks
-    announce: Callable[[str], None]
     argv: list[str] | None
 
     def __post_init__(self) -> None:
@@ -241,7 +240,7 @@ class Sweep:
         widest = load_recipe(self.recipe, [*self.space.fixed, *words])
         if self.fixed:
             widest = self._pinned(widest)
-        return SharedBase(widest, self.ranks, self.announce)
+        return SharedBase(widest, self.ranks)
 
     def _fix(self) -> dict[str, Any]:
         """What all candidates share, and a sweep that goes on must find as it was."""
@@ -261,11 +260,11 @@ class Sweep:
         rungs = rung_steps(total, count, interval, self.search.rungs, longest_warmup)
         if not rungs and self.search.rungs is None:
             few = "too few of them, or of steps, to stop some (see --rungs)"
-            self.announce(f"every candidate trains to its end: {few}")
+            log.info(f"every candidate trains to its end: {few}")
         if rungs and (not interval or rungs[0] % interval):
             every = Length(rungs[0], "steps")
             where = "in the recipe of each candidate: they are compared there"
-            self.announce(f"validate.every is {every} {where}")
+            log.info(f"validate.every is {every} {where}")
         return {
             "steps": total,
             "rungs": rungs,
@@ -329,9 +328,7 @@ class Sweep:
         self.write()
         loss = f"{self.compared} {standing.loss:.4f}"
         seconds = format_seconds(time.perf_counter() - began)
-        self.announce(
-            f"{candidate.name}: step {standing.step}  {loss}  {standing.state}  {seconds}"
-        )
+        log.info(f"{candidate.name}: step {standing.step}  {loss}  {standing.state}  {seconds}")
         return standing.loss
 
     def _train(self, candidate: SweepRun, until: int | None) -> bool:
@@ -340,21 +337,22 @@ class Sweep:
             self.stop,
             Path(candidate.run.output_dir),
             self.ranks,
-            announce=self.announce,
             # All candidates share one micro batch.
             retry_with_smaller_batch=False,
         )
         build = self.shared.build
         try:
-            start_run(
-                candidate.run,
-                stop,
-                self.ranks,
-                say=None,
-                argv=self.argv,
-                build=build,
-                pause_after=until,
-            )
+            # Its lines are in its own log.txt; a stop concerns the sweep.
+            with stderr_only_from(log.name, signals.__name__):
+                start_run(
+                    candidate.run,
+                    stop,
+                    self.ranks,
+                    quiet=True,
+                    argv=self.argv,
+                    build=build,
+                    pause_after=until,
+                )
         except StoppedError as error:
             if isinstance(error, LowMemoryError):
                 micro_batch = self.fixed["micro_batch"]

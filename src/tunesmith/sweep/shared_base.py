@@ -4,6 +4,7 @@ What a run draws depends on its seed, names, steps and micro batches alone, so a
 put on a base in use learns, to the last bit, what it would learn in a process of its own.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,8 @@ from tunesmith.runtime.device import free_device_memory
 from tunesmith.runtime.host import keep_threads
 from tunesmith.training.build import Session, build, make_optimizer
 
+log = logging.getLogger(__name__)
+
 
 class SharedBase:
     """A base that is loaded, quantized and prepared for training once.
@@ -30,8 +33,8 @@ class SharedBase:
     `space.VARIED` alone.
     """
 
-    def __init__(self, widest: Run, ranks: Ranks, announce: Callable[[str], None]) -> None:
-        self.first = build(widest, Start(), say=announce, ranks=ranks)
+    def __init__(self, widest: Run, ranks: Ranks) -> None:
+        self.first = build(widest, Start(), ranks=ranks)
         self.compiled: dict[tuple[int, float, float], Callable[..., Any]] = {}
 
     def build(
@@ -39,7 +42,6 @@ class SharedBase:
         run: Run,
         start: Start,
         *,
-        say: Callable[[str], None],
         why: bool = False,
         ranks: Ranks,
     ) -> Session:
@@ -51,7 +53,7 @@ class SharedBase:
             tokens = first.data.train
             schedule = BatchSchedule(tokens.lengths, run.data, run.train, repeats=tokens.repeats)
             for text in describe_resume(start, run, schedule):
-                say(text)
+                log.info(text)
             torch.manual_seed(run.train.seed)
             lora.replace_adapter(root.model, run.adapter)
             init_adapter(run, root.model)
@@ -63,7 +65,7 @@ class SharedBase:
             free_device_memory()
         optimizer = make_optimizer(run, root, start, ranks)
         for text in (root.describe(), *first.plan.describe(why=why)):
-            say(text)
+            log.info(text)
         if first.device.type == "cpu":
             keep_threads(start.progress.threads if start.progress else None)
         return replace(

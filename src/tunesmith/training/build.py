@@ -7,6 +7,7 @@ machine -> model files -> data and token contract -> model on meta -> plan -> we
 
 import itertools
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from tunesmith.host.chips import Peak
 from tunesmith.host.files import existing_folder, require_disk_space, write_atomically
 from tunesmith.host.memory import available_memory
 from tunesmith.hub import fetch
+from tunesmith.hub.download import FetchProgress
 from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
@@ -66,6 +68,8 @@ from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.training.agree import check_same_inputs
 from tunesmith.training.compare_eight_bit import PROBE_TOKENS, TOLERANCE, compare_with_bf16
+
+log = logging.getLogger(__name__)
 
 LOSS_SCALE = 2.0**16
 SLOW = 2.0  # a 16-bit product that takes so many times as long as one in fp32 is worth a warning
@@ -147,7 +151,6 @@ def build(
     run: Run,
     start: Start,
     *,
-    say: Callable[[str], None],
     why: bool = False,
     weights: Weights = "stored",
     measured: bool = False,
@@ -157,7 +160,7 @@ def build(
     """Make a Session, checking before each slow thing what can be checked without it.
 
     Args:
-        say: takes one line for the user about each choice made here; `why` asks for its reason too.
+        why: log the reason of each choice too.
         weights: "random" draws them on the device; `model.name` is then a folder that needs none.
         measured: for figures alone: no room is asked for checkpoints, and rows are repeated so that
             no step is short.
@@ -169,18 +172,18 @@ def build(
     device = choose_device()
     # What one rank of a node downloads and tokenizes, the others read from the cache.
     with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
-        check_machine(run, device, say)
+        check_machine(run, device)
         check_inputs(run, start)
-        files, hashes = read_base(run, start, ranks, weights=weights, say=say)
+        files, hashes = read_base(run, start, ranks, weights=weights)
         session_run = run
-        run = lay_out_rows(run, files, say)
+        run = lay_out_rows(run, files)
         # Nothing is learned in a measurement, and a run that began keeps the rows that it began
         # with.
         resumes = start.checkpoint is not None
         cut_answers: CutAnswers = "warn" if measured or resumes else "refuse"
-        data = read_data(run, start, files, hashes, say, cut_answers)
+        data = read_data(run, start, files, hashes, cut_answers)
         if measured:
-            data = fill_steps(data, say)
+            data = fill_steps(data)
     check_same_inputs(run, start, files, data, ranks, drawn=weights == "random")
     torch.manual_seed(run.train.seed)
     load = partial(
@@ -216,7 +219,7 @@ def build(
         plan = replace(plan, why={**plan.why, "threads": keep_threads(progress.threads)})
     peak = hardware.find_peak(device, DTYPES[run.model.dtype])
     for line in describe_session(run, start, root, plan, peak, why=why):
-        say(line)
+        log.info(line)
     total_steps = data.schedule.steps(run.train.duration)
     session = Session(
         session_run, files, data, root, optimizer, plan, total_steps, hashes, peak, ranks, mesh
@@ -227,7 +230,7 @@ def build(
     return session
 
 
-def lay_out_rows(run: Run, files: ModelFiles, say: Callable[[str], None]) -> Run:
+def lay_out_rows(run: Run, files: ModelFiles) -> Run:
     """The recipe with one document a row, where the model's layers do not keep packed documents
     apart.
 
@@ -235,14 +238,14 @@ def lay_out_rows(run: Run, files: ModelFiles, say: Callable[[str], None]) -> Run
     """
     support = files.support
     for line in support.describe():
-        say(line)
+        log.info(line)
     if support.state != "padded":
         return run
     return one_document_a_row(run, files.config.model_type, support.why)
 
 
 def read_base(
-    run: Run, start: Start, ranks: Ranks, *, weights: Weights, say: Callable[[str], None]
+    run: Run, start: Start, ranks: Ranks, *, weights: Weights
 ) -> tuple[ModelFiles, dict[str, Any]]:
     """The files of the base, brought from the Hub where they are missing, and the hash of its
     weights.
@@ -251,9 +254,9 @@ def read_base(
     seq_len = None if start.checkpoint else run.data.seq_len
     folder = Path(run.model.name)
     if weights == "stored":
-        folder = fetch.fetch(run.model, progress=say, seq_len=seq_len)
+        folder = fetch.fetch(run.model, progress=FetchProgress(draws_bar=False), seq_len=seq_len)
         if ranks.local_rank == 0:
-            check_sums(folder, say=say)  # the base may be a model that an earlier run wrote
+            check_sums(folder)  # the base may be a model that an earlier run wrote
     files = read_model_files(folder, run.model)
     if seq_len is not None:
         check_seq_len(files.spec, seq_len, where=f"{folder}/config.json")
@@ -403,14 +406,13 @@ def read_data(
     start: Start,
     files: ModelFiles,
     hashes: dict[str, Any],
-    say: Callable[[str], None],
     cut_answers: CutAnswers,
 ) -> TrainingData:
-    """Prepare the data, add its hashes to the base's, compare all with the checkpoint, and say what
+    """Prepare the data, add its hashes to the base's, compare all with the checkpoint, and log what
     is trained on.
     """
     for line in files.describe():
-        say(line)
+        log.info(line)
     check_unchanged(start, run, hashes)
     data = prepare_data(
         run,
@@ -422,24 +424,24 @@ def read_data(
     )
     hashes |= {"data_hash": data.digest, "validation_hash": data.validation_digest}
     check_unchanged(start, run, hashes)
-    say(data.describe())
+    log.info(data.describe())
     limit = files.spec.position_limit or files.spec.context
     longest = int(data.train.lengths.max())
     if longest > limit:
         text = f"the longest example has {longest:,} tokens, and the model was made for {limit:,}"
-        say(f"warning: {text}; fix: data.seq_len={limit}")
+        log.warning(f"{text}; fix: data.seq_len={limit}")
     for line in describe_resume(start, run, data.schedule):
-        say(line)
+        log.info(line)
     return data
 
 
-def fill_steps(data: TrainingData, say: Callable[[str], None]) -> TrainingData:
+def fill_steps(data: TrainingData) -> TrainingData:
     """The data with rows repeated within an epoch where a step of the run would be short."""
     schedule = data.schedule
     data = data.repeated(schedule.steps(data.run.train.duration) or 0)
     if data.schedule is not schedule:
         last = schedule.steps_per_epoch(0)
-        say(
+        log.info(
             f"step {last} would be short: rows are repeated within an epoch, and every step is full"
         )
     return data
@@ -474,7 +476,7 @@ def describe_rounding(start: Start, run: Run) -> list[str]:
     ]
 
 
-def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) -> None:
+def check_machine(run: Run, device: torch.device) -> None:
     """Refuse a dtype that the device has no matmuls for, and packages that are not installed.
 
     It comes before anything is fetched. A CPU that only emulates products in bf16 is warned of.
@@ -484,9 +486,9 @@ def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) ->
         slowdown = hardware.bf16_slowdown(device)
         if slowdown > SLOW:
             why = f"bf16 products take {slowdown:.0f} times as long as fp32's on this CPU"
-            say(f"warning: {why}, which only emulates them; fix: model.dtype=fp32")
+            log.warning(f"{why}, which only emulates them; fix: model.dtype=fp32")
     if run.train.cpu_offload and device.type == "cpu":
-        say("warning: train.cpu_offload has no effect on a CPU: all is in the host's memory")
+        log.warning("train.cpu_offload has no effect on a CPU: all is in the host's memory")
     if run.train.optimizer == "adamw-8bit":
         packages.bnb_functional("8-bit moments", "train.optimizer")
     scheme_of(run.model).check_device(device)

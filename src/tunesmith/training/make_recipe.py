@@ -177,7 +177,7 @@ def _command(model: str, data: str, overrides: Mapping[str, Any] | Sequence[str]
 
 
 def _over(chosen: Mapping[str, Any], layer: Node) -> Node:
-    return merge_layers(override_layer(chosen), layer, lambda line: None)
+    return merge_layers(override_layer(chosen), layer)
 
 
 def _with_split(source: Source) -> Source:

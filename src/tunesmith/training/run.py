@@ -4,6 +4,7 @@ claim the run directory -> decide where to start -> build -> Trainer.fit -> Resu
 """
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,8 +49,9 @@ from tunesmith.errors import (
 )
 from tunesmith.host import packages
 from tunesmith.host.files import cache_folder, check_regular_files
+from tunesmith.host.logger import default_level, lines_by_default, stderr_only_from
 from tunesmith.host.signals import StopRequest
-from tunesmith.host.streams import lasting, stay_silent
+from tunesmith.host.streams import lasting
 from tunesmith.hub.fetch import repo_cache
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
@@ -75,10 +77,7 @@ from tunesmith.training.result import Result, how_to_resume, stopped_twice, writ
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 
-
-def print_line(text: str) -> None:
-    """One line for the user, on stderr: stdout is for answers."""
-    print(text, file=sys.stderr, flush=True)
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -89,7 +88,7 @@ def train(
     fresh: bool = False,
     why: bool = False,
     argv: list[str] | None = None,
-    say: Callable[[str], None] | None = print_line,
+    quiet: bool = False,
 ) -> Result:
     """Train what a recipe describes, or resume it.
 
@@ -104,23 +103,29 @@ def train(
         on_record: called after each step. What it raises ends the run, is named in failure.json and
             raised unchanged; `signal.raise_signal(signal.SIGINT)` in it saves and stops.
         fresh: put an earlier run in `output_dir` aside and start over.
-        why, argv: say the reason of each choice for this machine; the command line, for env.json.
-        say: takes each line that is told before the first step; None shows nothing, then or later.
+        why, argv: log the reason of each choice for this machine; the command line, for env.json.
+        quiet: print nothing; log.txt has all lines.
+
+    What is chosen before the first step is logged to `logging.getLogger("tunesmith")`, by rank 0,
+    and printed on stderr unless that logger has a handler or logging is set up for INFO.
 
     Raises:
         UsageError: something is wrong with the recipe, data, model or machine; nothing was started.
         RunError: the run began and failed; failure.json says why.
         StoppedError: a signal, ctrl-C or the notebook's stop button came; everything is saved.
     """
-    if not isinstance(run, Run):
-        run = load_recipe(run, overrides, say=say)
-    elif overrides:
-        fix = "give the recipe's file, or dataclasses.replace it"
-        raise UsageError("a checked recipe takes no overrides", fix=fix)
-    packages.check_versions()
-    if started_as() is None:
-        require_one_process("train")
-    with joined(run) as (request, ranks):
+    with lines_by_default(level_of_process()), ExitStack() as stack:
+        if quiet:
+            stack.enter_context(stderr_only_from())
+        if not isinstance(run, Run):
+            run = load_recipe(run, overrides, announce=not quiet)
+        elif overrides:
+            fix = "give the recipe's file, or dataclasses.replace it"
+            raise UsageError("a checked recipe takes no overrides", fix=fix)
+        packages.check_versions()
+        if started_as() is None:
+            require_one_process("train")
+        request, ranks = stack.enter_context(joined(run))
         return start_run(
             run,
             StopControl(request, Path(run.output_dir), ranks),
@@ -129,8 +134,15 @@ def train(
             fresh=fresh,
             why=why,
             argv=argv,
-            say=say,
+            quiet=quiet,
         )
+
+
+def level_of_process(rank: int | None = None) -> int:
+    """The level to log at: other ranks leave to rank 0 what would be logged by all alike."""
+    if rank is None:
+        rank = (started_as() or {"RANK": 0})["RANK"]
+    return logging.INFO if rank == 0 else logging.WARNING
 
 
 @contextlib.contextmanager
@@ -179,38 +191,39 @@ def start_run(
     fresh: bool = False,
     why: bool = False,
     argv: list[str] | None = None,
-    say: Callable[[str], None] | None = print_line,
+    quiet: bool = False,
     build: Callable[..., Session] = build,
     pause_after: int | None = None,
 ) -> Result:
     """One start within `joined`, on each rank; the arguments are those of `train`.
 
-    Rank 0 speaks to the user and writes the records. The other ranks say nothing, write nothing but
-    checkpoints and records of their own, and take part in all else.
+    Rank 0 logs what a user reads and writes the records. The other ranks log warnings alone, write
+    nothing but checkpoints and records of their own, and take part in all else.
 
     Args:
+        quiet: show no progress; who calls decides what becomes of the lines that are logged.
         build: makes the Session, as the function of that name does.
         pause_after: leave the run, saved, after this step.
     """
     run = agree_on_recipe(run, ranks)
     out = Path(run.output_dir)
-    log = LogFile(out / LOG)
+    log_file = LogFile(out / LOG)
     stream: TextIO | None = None
     callback = RecordCallback(on_record)
     with ExitStack() as stack:
-        if not ranks.is_main_process:
-            say = stay_silent
-        else:
-            if say is None:
-                say = stay_silent
+        stack.enter_context(default_level(level_of_process(ranks.rank)))
+        if ranks.is_main_process:
+            if quiet:
                 stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(log)
-            say = log.with_log(say)
-        ranks, start = open_run_dir(run, ranks, stack, fresh=fresh, say=say)
+            stack.enter_context(log_file)
+        else:
+            # Its own disk may be full, and its cache damaged; all else rank 0 shows too.
+            stack.enter_context(stderr_only_from("tunesmith.data"))
+        ranks, start = open_run_dir(run, ranks, stack, fresh=fresh)
         if start.finished is not None:
             return Result(out, start.finished, finished_before=True)
         with as_usage_error(ranks):
-            session = build(run, start, say=say, why=why, ranks=ranks)
+            session = build(run, start, why=why, ranks=ranks)
         with ranks.raise_on_all_ranks(), as_usage_error(ranks):
             if ranks.is_main_process:
                 sinks = sinks_of(
@@ -218,7 +231,7 @@ def start_run(
                     out,
                     total_steps=session.total_steps,
                     steps_per_epoch=session.data.schedule.steps_per_epoch(0),
-                    log=log,
+                    log_file=log_file,
                     stream=stream,
                 )
                 sinks.all.append(callback)
@@ -233,13 +246,11 @@ def start_run(
         ranks.heartbeat.report.on_fault = partial(write_fault, out)
         if ranks.is_main_process:
             for text in session.describe_ranks(trainer.first_step):
-                say(text)
+                log.info(text)
         # From here on the loop answers signals.
-        stop.defer_signals(say)
+        stop.defer_signals()
         with (
-            report_failure(trainer, say, callback)
-            if ranks.is_main_process
-            else defer_to_rank_0(trainer)
+            report_failure(trainer, callback) if ranks.is_main_process else defer_to_rank_0(trainer)
         ):
             result = trainer.fit()
             sinks.close()
@@ -252,7 +263,6 @@ def open_run_dir(
     stack: ExitStack,
     *,
     fresh: bool,
-    say: Callable[[str], None],
 ) -> tuple[Ranks, Start]:
     """Claim the run directory, put an earlier run aside if asked to, and decide where to start.
 
@@ -276,16 +286,16 @@ def open_run_dir(
     other_leaders = sorted({*ranks.run_dir_writers} - {0})
     if other_leaders:
         names = ", ".join(ranks.name(rank) for rank in other_leaders)
-        say(
+        log.info(
             f"no shared disk: the nodes of {names} keep checkpoints of their own; "
             f"records and final/ are with {ranks.name(0)}"
         )
-    put_earlier_runs_aside(run, ranks, fresh=fresh, say=say)
+    put_earlier_runs_aside(run, ranks, fresh=fresh)
     crash = killed_before(out)
     if crash:
-        say(crash.text().replace("error:", "warning:", 1))
+        log.warning(crash.text().removeprefix("error: "))
     with as_usage_error():
-        start = decide_start(run, ranks, warn=say)
+        start = decide_start(run, ranks)
     if ranks.is_run_dir_writer and start.finished is None:
         mark_as_run = marks[0]
         mark_as_run()
@@ -314,7 +324,6 @@ def put_earlier_runs_aside(
     ranks: Ranks,
     *,
     fresh: bool,
-    say: Callable[[str], None],
 ) -> None:
     """Where the user starts over: of each run directory, by the rank that leads it; collective."""
     place = None
@@ -324,7 +333,7 @@ def put_earlier_runs_aside(
     for rank, new_place in enumerate(ranks.all_gather_object(place)):
         if new_place:
             owner = f", of {ranks.name(rank)}" if rank else ""
-            say(f"the earlier run is now in {new_place}{owner}")
+            log.info(f"the earlier run is now in {new_place}{owner}")
 
 
 @contextlib.contextmanager
@@ -366,7 +375,6 @@ def defer_to_rank_0(trainer: Trainer) -> Iterator[None]:
 @contextlib.contextmanager
 def report_failure(
     trainer: Trainer,
-    say: Callable[[str], None],
     callback: RecordCallback,
 ) -> Iterator[None]:
     """On rank 0: leave failure.json in the run directory where the block fails."""
@@ -398,7 +406,7 @@ def report_failure(
         try:
             write_failure(trainer.out, failure, last_step=step, next_command=resume)
         except OSError as write_error:
-            say(f"failure.json could not be written: {write_error.strerror}")
+            log.info(f"failure.json could not be written: {write_error.strerror}")
         if is_callback_error:
             raise
         raise failure from error
@@ -435,7 +443,7 @@ def sinks_of(
     *,
     total_steps: int | None,
     steps_per_epoch: int,
-    log: LogFile,
+    log_file: LogFile,
     stream: TextIO | None = None,
 ) -> Sinks:
     """The sinks that a recipe asks for.
@@ -443,7 +451,7 @@ def sinks_of(
     The terminal comes first, and metrics.jsonl before those that may be slow.
     """
     terminal = Terminal(
-        log,
+        log_file,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         stream=stream,

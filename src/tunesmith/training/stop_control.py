@@ -4,7 +4,6 @@ A signal, the file `stop` and a shortage of memory come to one rank. The ranks s
 reduction of each step (see `step_scalars`), and all stop after the same one.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,6 @@ class StopControl:
     Attributes:
         request: the signals of this process, and its shortage of memory.
         run_dir: rank 0 looks for the file `stop` there.
-        announce: takes a line as soon as a stop is requested; None: `defer_signals` says who does.
         retry_with_smaller_batch: for want of memory another start may take half the micro batch.
         is_agreed: all ranks know that one of them is asked to stop.
         write_failed: all ranks know that a checkpoint could not be written on one of them.
@@ -34,14 +32,13 @@ class StopControl:
     request: StopRequest
     run_dir: Path
     ranks: Ranks = ONE_PROCESS
-    announce: Callable[[str], None] | None = None
     retry_with_smaller_batch: bool = True
     is_agreed: bool = field(default=False, init=False)
     write_failed: bool = field(default=False, init=False)
 
-    def defer_signals(self, say: Callable[[str], None]) -> None:
+    def defer_signals(self) -> None:
         """From here on the loop ends the run, not the handler of a signal."""
-        self.request.defer_signals(self.announce or say)
+        self.request.defer_signals()
 
     def is_requested(self) -> bool:
         """Whether this rank is asked to stop, by the file `stop` too if it is rank 0."""

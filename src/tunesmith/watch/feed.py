@@ -1,11 +1,12 @@
 """What `watch` shows of runs: where each stands, its curves, its texts."""
 
 import json
+import logging
 import math
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from tunesmith.report.run_files import (
 )
 from tunesmith.run_dir import shown
 from tunesmith.units import Length
+
+log = logging.getLogger(__name__)
 
 # Seconds between two looks at a job that waits.
 QUEUE = 5.0
@@ -254,29 +257,29 @@ class WatchedRun:
                     yield column, rank, rank_x, columns[column]
 
 
-def open_run(word: str, notify: Callable[[str], None] | None = None) -> WatchedRun:
+def open_run(word: str, *, wait: bool = False) -> WatchedRun:
     """A run by its directory or by the name of its job; UsageError if it is none.
 
-    A job in a queue is waited for, and `notify` takes the reason; without it that is an error.
+    wait: wait for a job in a queue, and log the reason; else that is an error.
     """
     folder = Path(word)
     if not holds_run(folder):
-        folder = _wait_for_run(find_job(word), notify)
+        folder = _wait_for_run(find_job(word), wait=wait)
     return WatchedRun(folder)
 
 
-def _wait_for_run(job: Job, notify: Callable[[str], None] | None) -> Path:
+def _wait_for_run(job: Job, *, wait: bool) -> Path:
     """The run directory of a job, once there is a run in it."""
     folder = Path(job.run_dir)
     last_reason = ""
     while not holds_run(folder):
         state = job.state()
-        if notify is None or not state.at_work:
+        if not wait or not state.at_work:
             what = f"{job.name} has not begun"
             fix = f"tunesmith status {shell_word(job.name)}"
             raise UsageError(what, where=str(folder), why=state.text, fix=fix)
         if state.text != last_reason:
-            notify(f"{job.name} has not begun: {state.text}; waiting for it, ctrl-C ends that")
+            log.info(f"{job.name} has not begun: {state.text}; waiting for it, ctrl-C ends that")
         last_reason = state.text
         time.sleep(QUEUE)
     return folder
