@@ -123,7 +123,7 @@ import tunesmith
 {setup}
 tunesmith.train({str(recipe_file)!r}, {{"train.duration": "2 steps"}})
 """
-    done = run_python([sys.executable, "-c", program])
+    done = run_python([sys.executable, program])
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "optimizer steps" in line]
     plain = [line for line in lines if not line.startswith("INFO:tunesmith.training.build:")]
