@@ -1,0 +1,122 @@
+"""The package's lines on stderr: their text, who shows them, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tunesmith.cli.options import leave_lines_to_rank_0
+from tunesmith.host.logger import (
+    PACKAGE,
+    LineFormatter,
+    default_level,
+    lines_by_default,
+    lines_on_stderr,
+    stderr_only_from,
+)
+
+log = logging.getLogger("tunesmith.training.run")
+data_log = logging.getLogger("tunesmith.data.cache")
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _as_imported() -> Iterator[None]:
+    """Importing the package sets nothing up, and no block leaves anything behind."""
+    unset = ([], logging.NOTSET, True)
+    assert (PACKAGE.handlers, PACKAGE.level, PACKAGE.propagate) == unset
+    yield
+    assert (PACKAGE.handlers, PACKAGE.level, PACKAGE.propagate) == unset
+
+
+def test_a_line_is_shown_as_it_is(capsys: Capture) -> None:
+    with lines_on_stderr():
+        log.info("50% of 3 %s\n  and more")
+        log.warning("the disk %s is %d %% full", "/a", 97)
+        log.debug("never")
+    log.info("after the block")
+    assert capsys.readouterr() == (
+        "",
+        "50% of 3 %s\n  and more\nwarning: the disk /a is 97 % full\n",
+    )
+
+
+def test_stderr_is_the_one_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `lasting`, a progress bar or a notebook replaces it while a command runs."""
+    first, second = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", first)
+    with lines_on_stderr():
+        log.info("one")
+        monkeypatch.setattr(sys, "stderr", second)
+        log.info("two")
+    assert (first.getvalue(), second.getvalue()) == ("one\n", "two\n")
+
+
+def test_an_error_of_the_stream_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As print raises it: logging would print a traceback to the same stream, and go on."""
+
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(text)
+
+    monkeypatch.setattr(sys, "stderr", Broken())
+    with lines_on_stderr(), pytest.raises(BrokenPipeError):
+        log.info("one")
+
+
+def test_some_loggers_alone(capsys: Capture) -> None:
+    with lines_on_stderr():
+        with stderr_only_from("tunesmith.data"):
+            log.info("hidden")
+            data_log.warning("shown")
+            logging.getLogger("tunesmith.database").info("hidden")
+            with stderr_only_from("tunesmith.training"):
+                log.info("hidden by the outer block")
+                data_log.info("hidden by the inner block")
+        log.info("shown again")
+    assert capsys.readouterr().err == "warning: shown\nshown again\n"
+
+
+def test_the_form_of_an_inner_block(capsys: Capture) -> None:
+    class Capitals(LineFormatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return super().format(record).upper()
+
+    with lines_on_stderr():
+        with lines_on_stderr(Capitals()):
+            log.warning("one")
+        log.warning("two")
+    assert capsys.readouterr().err == "WARNING: ONE\nwarning: two\n"
+
+
+def test_another_rank_leaves_lines_to_rank_0(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2" if name.endswith("SIZE") else "1")
+    with lines_on_stderr():
+        leave_lines_to_rank_0()
+        log.info("of all ranks")
+        data_log.warning("of this one")
+    assert capsys.readouterr().err == "warning: of this one\n"
+
+
+def test_a_function_within_a_command_shows_nothing_twice(capsys: Capture) -> None:
+    with lines_on_stderr(), lines_by_default():
+        log.info("one")
+    with lines_by_default(), lines_by_default():
+        log.info("two")
+    assert capsys.readouterr().err == "one\ntwo\n"
+
+
+def test_a_root_logger_at_warning_gets_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    with default_level(logging.INFO):
+        log.info("one")
+    assert caplog.messages == []
+    with caplog.at_level(logging.INFO), default_level(logging.INFO):
+        log.info("two")
+    assert caplog.messages == ["two"]
