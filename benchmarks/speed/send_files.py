@@ -36,6 +36,7 @@ HOST = "spark-b"
 FOLDER = Path("/run/ship")  # on each node a file system of its own
 GROUP = Path("/sys/fs/cgroup/cpuacct/send-files")
 AES = ("-c", "aes128-gcm@openssh.com")
+CHACHA = ("-c", "chacha20-poly1305@openssh.com")  # what ssh chooses by itself
 STREAMS = 8
 CASES = {
     "large": "8 large files",
@@ -69,16 +70,13 @@ def send_by_rsync(files: Sequence[ship.ShippedFile], case: str, target: str) -> 
         process.stdin.write("\n".join(names))
         process.stdin.close()
         processes.append(process)
-    assert not any([process.wait() for process in processes])
+    assert not sum([process.wait() for process in processes])
 
 
 WAYS: dict[str, Callable[[Sequence[ship.ShippedFile], str], None]] = {
     "ship": functools.partial(send_by_ship, options=()),
-    "ship, aes128-gcm": functools.partial(send_by_ship, options=AES),
+    "ship, chacha20-poly1305": functools.partial(send_by_ship, options=CHACHA),
     "rsync, ssh, aes128-gcm": functools.partial(send_by_rsync, target=f"{HOST}:{FOLDER}/there/"),
-    "rsync, daemon without ssh": functools.partial(
-        send_by_rsync, target=f"rsync://{HOST}/there/there/"
-    ),
 }
 
 
@@ -178,16 +176,6 @@ def write_sources(folder: Path, large: int) -> None:
             (folder / name / f"model-{index:05}.safetensors").write_bytes(os.urandom(size))
 
 
-def start_daemon(node: Spark) -> subprocess.Popen[bytes]:
-    config = node.base / "rsyncd.conf"
-    lines = ["use chroot = no", "uid = root", "gid = root"]
-    lines += ["[there]", f"path = {FOLDER}", "read only = no"]
-    config.write_text("\n".join(lines) + "\n")
-    words = ["rsync", "--daemon", "--no-detach", f"--config={config}"]
-    words += [f"--log-file={node.base}/rsyncd.log"]
-    return subprocess.Popen(node.command(*words), stdin=subprocess.DEVNULL)
-
-
 def summary(rows: list[dict[str, object]], sizes: dict[str, int]) -> dict[str, dict[str, object]]:
     """Medians for each case and way; `ratio`: of `ship` to this one in the same pair."""
     table: dict[str, dict[str, object]] = {}
@@ -231,11 +219,8 @@ def main() -> None:
             node.sh(f"mkdir {FOLDER} && mount -t tmpfs -o size=5g tmpfs {FOLDER}")
         here = outside(pair.a, FOLDER)
         write_sources(here, args.mib << 20)
-        daemon = stack.enter_context(start_daemon(pair.b))
-        stack.callback(daemon.terminate)
-        servers = {pair.b.sshd.pid, daemon.pid}
-        for pid in servers:
-            enter_group(pid)
+        servers = {pair.b.sshd.pid}
+        enter_group(pair.b.sshd.pid)
         digests = {}
         for name in ("large", "small"):
             files = (here / name).iterdir()

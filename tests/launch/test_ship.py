@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,20 @@ def test_a_host_is_no_option_and_no_command(host: str, tmp_path: Path):
     with pytest.raises(UsageError, match="is no host"):
         Connection(host)
     assert not (tmp_path / "ssh.log").exists()
+
+
+def test_ssh_takes_the_cipher_that_is_preferred():
+    """The real ssh, which refuses a list that it does not know."""
+    ssh = shutil.which("ssh", path="/usr/bin:/usr/local/bin")
+    if ssh is None:
+        pytest.skip("needs ssh")
+    words = [ssh, *module.SSH[1:], "-G", "spark-b"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    [ciphers] = [line for line in done.stdout.splitlines() if line.startswith("ciphers ")]
+    names = ciphers.removeprefix("ciphers ").split(",")
+    assert names[0] == "aes128-gcm@openssh.com"
+    # A server without it gets another one.
+    assert "chacha20-poly1305@openssh.com" in names
 
 
 def test_a_path_is_no_command(tmp_path: Path):
