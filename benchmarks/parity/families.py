@@ -61,7 +61,7 @@ prints the same table, and `tunesmith models FOLDER` measures the model of a fol
 
 - **tuned**: documents share rows, and the engine's own forwards compute them.
 - **packed**: documents share rows, under Transformers' forwards. Where layers are named, they carry a state along the row
-  and run on one row a document.
+  and run on one row a document, or on a GPU in one call of kernels that take the documents' edges.
 - **padded**: one document a row, which is slower: these layers do not keep packed documents apart.
 - **refused**: an encoder, or a model that a text alone does not train.
 

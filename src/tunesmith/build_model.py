@@ -20,6 +20,8 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import fused, load, random_init
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.recurrent import use_packed_calls
+from tunesmith.model.recurrent_kernels import Trial, try_packed_calls
 from tunesmith.model.weights import load_weights
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
@@ -124,6 +126,8 @@ def build_model(
         attention_backend=plan.attention,
         recurrent=files.support.recurrent,
     )
+    root.recurrent_trials = try_recurrent_kernels(run, files, plan)
+    use_packed_calls(model, {name: trial.call for name, trial in root.recurrent_trials.items()})
     root.partial_gradients = apply_tensor_parallel(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
     if plan.compiled:
@@ -143,6 +147,16 @@ def build_model(
             root, plan, probe, meter, budget=budget, ranks=ranks, shares=shares
         )
     return root, plan
+
+
+def try_recurrent_kernels(run: Run, files: ModelFiles, plan: RunPlan) -> dict[str, Trial]:
+    """Which of a model's recurrent layers take packed rows in one call, on a GPU."""
+    device = torch.device(plan.device)
+    recurrent = files.support.recurrent
+    if not recurrent or device.type != "cuda" or plan.attention == "eager":
+        return {}
+    # As the layers are in Transformers: those of the run have adapters and quantized weights.
+    return try_packed_calls(load.build_on_meta(files.config, run.model), recurrent, device)
 
 
 def _check_eager(model: PreTrainedModel, recurrent: Collection[str]) -> None:

@@ -30,6 +30,7 @@ from tunesmith.model.chunked import prepare_chunked_attention
 from tunesmith.model.decoder import find_decoder, find_head, find_layers
 from tunesmith.model.documents import Documents, current_documents, use_documents
 from tunesmith.model.recurrent import run_by_document
+from tunesmith.model.recurrent_kernels import Trial
 from tunesmith.quant.frozen_linear import parameter_count
 
 
@@ -93,6 +94,8 @@ class TrainModel(nn.Module):
         self.loss_and_grad_fn: LossAndGradFn = loss_and_grad
         # Names of the parameters for `tensor.reduce_gradients`.
         self.partial_gradients: frozenset[str] = frozenset()
+        # What became of the kernels of recurrent layers, by class.
+        self.recurrent_trials: Mapping[str, Trial] = {}
         self.chunk_size = None  # of layers with chunked attention, in tokens
         if attention_backend != "eager":
             self.chunk_size = prepare_chunked_attention(model)

@@ -25,6 +25,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.composite import COMPOSITES, stored_text_name
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from tunesmith.model.names import text_part
 from tunesmith.model.safetensors_files import (
     ENDS_AND_MIDDLE,
@@ -155,6 +156,7 @@ def build_on_meta(
             fix="correct the value in config.json, or fetch the model again: tunesmith fetch MODEL",
         ) from error
     _replace(causal_lm, lambda parameter: parameter.to("meta"))
+    keep_kernels_to_gpus(causal_lm)
     return causal_lm
 
 

@@ -2,7 +2,7 @@
 
 Nothing is computed. Attention is replaced by a function that notes its sizes and keeps what a
 FlashAttention keeps; experts run as grouped products. All else runs as Transformers wrote it:
-recurrent layers in plain PyTorch, unless their kernels are installed.
+recurrent layers in plain PyTorch, whatever kernels are installed.
 """
 
 from collections.abc import Callable

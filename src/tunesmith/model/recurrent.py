@@ -1,22 +1,47 @@
-"""Recurrent layers of a packed batch: one row a document.
+"""Recurrent layers of a packed batch: all documents in one call of their kernels, or one row a
+document.
 
 A layer that carries a state along the row (Mamba, gated delta rule, short convolutions) would carry
 it from document to document. Padding on the right cannot reach what is to its left, so such a layer
 run on one row a document, padded to a common length, computes each document as if it were alone.
-That holds for all of them and for every kernel; those that take the edges of documents themselves
-differ in what they take, and several of Transformers' layers hand the edges on to half of their
-kernels only.
+That holds for all of them and for every kernel. Some kernels take the edges of documents
+themselves, which saves the padding; `recurrent_kernels.py` finds out which layers hand them on.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
-from tunesmith.model.documents import Documents, Group, current_documents
+from tunesmith.model.documents import Documents, Group, Spaced, current_documents
 from tunesmith.model.fused import add_mixin
+
+
+@dataclass(frozen=True)
+class PackedCall:
+    """How a layer is called on a row of documents so that its kernels keep them apart.
+
+    Attributes:
+        edges: the keyword by which its forward hands `cu_seqlens` on to its scan.
+        seq_idx: its forward takes the number of each token's document too, for its convolution.
+        gap: empty places after each document, for a convolution that takes no `seq_idx`: it has
+            reached the end of them before the next document begins.
+    """
+
+    edges: str
+    seq_idx: bool = True
+    gap: int = 0
+
+    def keywords(self, spaced: Spaced) -> dict[str, Any]:
+        """What the layer's forward is handed beside its own arguments."""
+        # With the edges on the host FLA need not ask the device for them.
+        keywords = {self.edges: spaced.edges, "cu_seqlens_cpu": spaced.edges_on_host}
+        if self.seq_idx:
+            keywords["seq_idx"] = spaced.seq_idx
+        return keywords
 
 
 def run_by_document(model: nn.Module, class_names: Collection[str]) -> None:
@@ -38,11 +63,26 @@ def run_by_document(model: nn.Module, class_names: Collection[str]) -> None:
         )
 
 
+def use_packed_calls(model: nn.Module, calls: Mapping[str, PackedCall | None]) -> None:
+    """Let the layers of these classes take all documents in one call, None: run on one row a
+    document; `run_by_document` first.
+    """
+    for module in model.modules():
+        if not isinstance(module, ByDocument):
+            continue
+        for base in type(module).__mro__:
+            if base.__name__ in calls:
+                module.packed_call = calls[base.__name__]
+
+
 class ByDocument(nn.Module):
-    """A layer that runs on one row a document where the context names documents.
+    """A layer that keeps the documents apart that the context names: by its kernels where it has a
+    `packed_call`, else on one row a document.
 
     In eval mode without documents (generation) it is the forward of Transformers' class.
     """
+
+    packed_call: PackedCall | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         documents = kwargs.pop("documents", None)
@@ -56,29 +96,70 @@ class ByDocument(nn.Module):
             )
         if documents is None:
             return super().forward(*args, **kwargs)
-        return _run_on_rows(super().forward, documents, args, kwargs)
+        return _run_apart(super().forward, self.packed_call, documents, args, kwargs)
 
 
 @torch.compiler.disable  # shapes follow the documents and change with every batch
-def _run_on_rows(
-    forward: Any, documents: Documents, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _run_apart(
+    forward: Callable[..., Any],
+    call: PackedCall | None,
+    documents: Documents,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     if len(documents.edges) == 2:
         return forward(*args, **kwargs)
+    if call is not None:
+        return _run_in_one_call(forward, call, documents, args, kwargs)
     outputs = []
     for group in documents.rows:
-        row_args = _select_rows(args, documents, group)
-        row_kwargs = _select_rows(kwargs, documents, group)
+
+        def as_rows(row: Tensor, group: Group = group) -> Tensor:
+            return _rows_of_group(row, group)
+
+        row_args = _change_tokens(args, documents, as_rows)
+        row_kwargs = _change_tokens(kwargs, documents, as_rows)
         outputs.append(forward(*row_args, **row_kwargs))
     return _join_rows(outputs, documents)
 
 
-def _select_rows(value: Any, documents: Documents, group: Group) -> Any:
-    """Every tensor [1, n, ...] in an argument as [documents, length, ...] of a group."""
+def _run_in_one_call(
+    forward: Callable[..., Any],
+    call: PackedCall,
+    documents: Documents,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    spaced = documents.spaced(call.gap)
+    if call.gap == 0:
+        return forward(*args, **kwargs, **call.keywords(spaced))
+
+    def open_gaps(row: Tensor) -> Tensor:
+        with_gaps = row.new_zeros(spaced.size, *row.shape[1:])
+        return with_gaps.index_copy(0, spaced.places, row).unsqueeze(0)
+
+    args = _change_tokens(args, documents, open_gaps)
+    kwargs = _change_tokens(kwargs, documents, open_gaps)
+    return _close_gaps(forward(*args, **kwargs, **call.keywords(spaced)), spaced)
+
+
+def _close_gaps(output: Any, spaced: Spaced) -> Any:
+    """The tokens of an output [1, size, ...] as [1, n, ...]; None for what is not of each token."""
+    if isinstance(output, tuple | list):
+        return type(output)(_close_gaps(part, spaced) for part in output)
+    if output is None or output.shape[:2] != (1, spaced.size):
+        return None
+    return output.index_select(1, spaced.places)
+
+
+def _change_tokens(value: Any, documents: Documents, change: Callable[[Tensor], Tensor]) -> Any:
+    """An argument with `change` of every tensor [1, n, ...] in it, which is called on its row
+    [n, ...].
+    """
     if isinstance(value, tuple | list):
-        return type(value)(_select_rows(part, documents, group) for part in value)
+        return type(value)(_change_tokens(part, documents, change) for part in value)
     if isinstance(value, dict):
-        return {name: _select_rows(part, documents, group) for name, part in value.items()}
+        return {name: _change_tokens(part, documents, change) for name, part in value.items()}
     n = documents.edges[-1]
     if not isinstance(value, Tensor) or value.dim() < 2 or n not in value.shape:
         return value
@@ -88,7 +169,11 @@ def _select_rows(value: Any, documents: Documents, group: Group) -> Any:
             why=f"its documents can be told apart in [1, {n}, ...] only",
             fix="set model.attention: eager and data.pack: false",
         )
-    row = value.squeeze(0)
+    return change(value.squeeze(0))
+
+
+def _rows_of_group(row: Tensor, group: Group) -> Tensor:
+    """The documents of a group in [n, ...], as [documents, length, ...]."""
     if group.places is None or group.tokens is None:
         return row[group.start : group.start + group.length].unsqueeze(0)
     padded = row.new_zeros(group.count * group.length, *row.shape[1:])

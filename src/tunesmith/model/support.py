@@ -35,7 +35,7 @@ from tunesmith.model.measured_spec import NO_SIZES
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.twin import VOCAB, build_twin
 
-FORMAT = 3  # of the cached files; what is measured, and how, counts
+FORMAT = 4  # of the cached files; what is measured, and how, counts
 # Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
 LENGTHS = (13, 22)
 # Differences of logits and gradients in fp32, relative to the largest value. Sums in another order
@@ -95,7 +95,7 @@ class Support:
         if self.recurrent:
             return [
                 f"{', '.join(self.recurrent)}: recurrent layers run on one row a document, "
-                "padded to a common length"
+                "padded to a common length, where their kernels do not take packed rows"
             ]
         return []
 

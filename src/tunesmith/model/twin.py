@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
+from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from tunesmith.model.spec import DECODER_DEPTHS, EXPERTS_PER_TOKEN
 
 VOCAB = 64
@@ -310,6 +311,7 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
         except Exception as error:
             raise _no_twin(config, one_line(error)) from error
         _spread_weights(model)
+    keep_kernels_to_gpus(model)
     return model.eval()
 
 

@@ -48,6 +48,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.metrics.trackers import key_and_fix, trackers_of
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.recurrent_kernels import describe_trials
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.model.spec import attention_weight, check_seq_len, flops
 from tunesmith.model.tokenizer import eos_ids
@@ -312,6 +313,7 @@ def describe_session(
         yield f"warning: the base stays in {plan.base}: {plan.why['base']}"
     yield from plan.warnings
     yield root.describe()
+    yield from describe_trials(root.recurrent_trials)
     if run.adapter.kind == "lora" and run.adapter.target == lora.ALL_LINEAR:
         left_out = lora.describe_left_out(root.model)
         if left_out:

@@ -1,0 +1,54 @@
+"""Kernels of recurrent layers are called for tensors of a GPU only.
+
+Where flash-linear-attention, causal-conv1d or mamba-ssm is installed, Transformers' layers call
+their kernels on every device, and these fail but on a GPU. What is measured on the CPU and on meta,
+and a run on the CPU, takes the PyTorch code that Transformers falls back to without them.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.integrations import hub_kernels
+
+
+def keep_kernels_to_gpus(model: nn.Module) -> None:
+    """Let the layers of this model's type choose between kernel and PyTorch by the device.
+
+    It holds for all models of the type in this process.
+    """
+    modules = set()
+    for part in model.modules():
+        for base in type(part).__mro__:
+            modules.add(sys.modules[base.__module__])
+    for module in modules:
+        for name, function in list(vars(module).items()):
+            if _calls_kernel(function):
+                setattr(module, name, _by_device(function, function.__wrapped__))
+
+
+def _calls_kernel(function: object) -> bool:
+    """Whether it is Transformers' wrapper, which calls a kernel in place of what it wraps."""
+    if not isinstance(function, FunctionType) or not hasattr(function, "__wrapped__"):
+        return False
+    return function.__globals__ is vars(hub_kernels)
+
+
+def _by_device(with_kernel: Callable[..., Any], in_pytorch: Callable[..., Any]) -> Any:
+    @wraps(with_kernel)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Edges that PyTorch's code does not go by are refused in there.
+        has_edges = kwargs.get("cu_seqlens") is not None or kwargs.get("seq_idx") is not None
+        if has_edges or runs_kernels(x):
+            return with_kernel(x, *args, **kwargs)
+        return in_pytorch(x, *args, **kwargs)
+
+    return run
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether kernels take this tensor."""
+    return x.is_cuda
