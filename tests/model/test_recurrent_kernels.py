@@ -210,7 +210,6 @@ class Kernels:
             norm_before_gate: bool = True,
         ) -> Tensor:
             assert headdim is not None
-            assert rmsnorm_weight is not None
             assert outproj_weight is not None
             assert not norm_before_gate
             heads = len(D)
@@ -234,9 +233,12 @@ class Kernels:
                 dt_softplus=True,
                 dt_limit=dt_limit,
             )
-            gated = (y.flatten(-2) * F.silu(z)).unflatten(-1, (ngroups, -1))
-            normed = gated * (gated.square().mean(-1, keepdim=True) + rmsnorm_eps).rsqrt()
-            return F.linear(normed.flatten(-2) * rmsnorm_weight, outproj_weight, outproj_bias)
+            gated = y.flatten(-2) * F.silu(z)
+            if rmsnorm_weight is not None:
+                groups = gated.unflatten(-1, (ngroups, -1))
+                normed = groups * (groups.square().mean(-1, keepdim=True) + rmsnorm_eps).rsqrt()
+                gated = normed.flatten(-2) * rmsnorm_weight
+            return F.linear(gated, outproj_weight, outproj_bias)
 
         return mamba_split_conv1d_scan_combined
 
@@ -330,6 +332,10 @@ CASES = [
     ("kimi_linear", ("fla", "causal_conv1d"), WITH_EDGES_AS_THEY_ARE),
     ("nemotron_h", ("mamba_ssm", "causal_conv1d"), WITH_SEQ_IDX),
     ("mamba2", ("mamba_ssm", "causal_conv1d"), WITH_SEQ_IDX),
+    ("granitemoehybrid", ("mamba_ssm", "causal_conv1d"), WITH_SEQ_IDX),
+    ("bamba", ("mamba_ssm", "causal_conv1d"), WITH_SEQ_IDX),
+    ("falcon_h1", ("mamba_ssm", "causal_conv1d"), WITH_SEQ_IDX),
+    ("zamba2", ("mamba_ssm", "causal_conv1d"), WITH_SEQ_IDX),
     ("lfm2", ("causal_conv1d",), WITH_SEQ_IDX),
     # causal-conv1d has no wheels.
     ("qwen3_5_text", ("fla",), WITH_GAPS),
