@@ -72,6 +72,8 @@ class Family:
         attention: of the plain side.
         without: keys of BASE that its config has under other names.
         target: of the adapter.
+        scales_scores: its attention divides scores by the root of the head's width; else their
+            scale is left to the weight of q_norm.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class Family:
     attention: str = "sdpa"
     without: tuple[str, ...] = ()
     target: str | list[str] = "all-linear"
+    scales_scores: bool = True
 
 
 FAMILIES = {
@@ -145,6 +148,7 @@ FAMILIES = {
             "vocab_size_per_layer_input": 1024,
             "hidden_size_per_layer_input": 32,
         },
+        scales_scores=False,
     ),
     "deepseek_v3": Family(
         "latent attention, experts",
@@ -189,6 +193,11 @@ def write_model(model_type: str, folder: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * SPREAD)
+        for name, parameter in model.named_parameters():
+            # Norms of ones would make scores as wide as the root of the head's width, attention
+            # close to a maximum, and rounding grow tenfold in five steps.
+            if not family.scales_scores and name.endswith("q_norm.weight"):
+                parameter.mul_(parameter.numel() ** -0.5)
     model.save_pretrained(folder)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))

@@ -18,7 +18,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
-from tunesmith.model import fused, load, random_init
+from tunesmith.model import fused, gpu_kernels, load, random_init
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.recurrent import use_packed_calls
 from tunesmith.model.recurrent_kernels import Trial, try_packed_calls
@@ -153,7 +153,7 @@ def try_recurrent_kernels(run: Run, files: ModelFiles, plan: RunPlan) -> dict[st
     """Which of a model's recurrent layers take packed rows in one call, on a GPU."""
     device = torch.device(plan.device)
     recurrent = files.support.recurrent
-    if not recurrent or device.type != "cuda" or plan.attention == "eager":
+    if not recurrent or not gpu_kernels.runs_kernels(device) or plan.attention == "eager":
         return {}
     # As the layers are in Transformers: those of the run have adapters and quantized weights.
     return try_packed_calls(load.build_on_meta(files.config, run.model), recurrent, device)

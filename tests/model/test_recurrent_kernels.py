@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.integrations import hub_kernels, use_kernel_func_from_hub_with_fallback
 
+import vision_models
+from logged import logged_lines
+from recipes import make_run
 from tunesmith.config.schema import Model
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
@@ -31,6 +35,7 @@ from tunesmith.model.measured_spec import measure_spec
 from tunesmith.model.recurrent import ByDocument, PackedCall, use_packed_calls
 from tunesmith.model.recurrent_kernels import Trial, describe_trials, try_packed_calls
 from tunesmith.model.support import measure_support
+from tunesmith.training.run import train
 
 from .test_packed_families import (
     BASE,
@@ -299,8 +304,8 @@ def install(
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of the CPU are taken for a GPU's, as the stand-ins take them."""
-    monkeypatch.setattr(gpu_kernels, "runs_kernels", lambda x: True)
+    """The CPU is taken for a GPU, as the stand-ins run on it."""
+    monkeypatch.setattr(gpu_kernels, "runs_kernels", lambda device: device.type == "cpu")
 
 
 def add_package(monkeypatch: pytest.MonkeyPatch, path: str, **functions: object) -> None:
@@ -450,6 +455,36 @@ def test_kernels_are_called_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> Non
     build_on_meta(config, Model(name="model"))
     model(ids)
     assert len(kernels.calls) == 1
-    monkeypatch.setattr(gpu_kernels, "runs_kernels", lambda x: True)
+    monkeypatch.setattr(gpu_kernels, "runs_kernels", lambda device: True)
     with pytest.raises(RuntimeError, match="0 active drivers"):
         model(ids)
+
+
+def test_a_run_takes_its_kernels(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the recipe on: tried on the layers of the base, used on those with adapters."""
+    model = vision_models.build("qwen3_5", tmp_path / "model", tiny)
+
+    def train_once(name: str) -> tuple[list[float], list[str]]:
+        run = make_run(
+            model,
+            tmp_path,
+            held=False,
+            adapter={"kind": "lora"},
+            train={"duration": "3 steps", "micro_batch": "128 tokens", "recompute": "full"},
+            output_dir=str(tmp_path / name),
+        )
+        with logged_lines() as lines:
+            losses = [record.loss for record in train(run).records]
+        return losses, list(lines)
+
+    expected, lines = train_once("without")
+    assert not any("in one call" in line for line in lines)
+    kernels = install(monkeypatch, build("qwen3_5_text"), ("fla",))
+    monkeypatch.setattr(gpu_kernels, "runs_kernels", lambda device: device.type == "cpu")
+    losses, lines = train_once("with")
+    assert any("Qwen3_5GatedDeltaNet: its kernels take all" in line for line in lines)
+    assert kernels.edges_seen()["chunk_gated_delta_rule"]["cu_seqlens"] is not None
+    # fp32; sums in another order.
+    assert losses == pytest.approx(expected, rel=1e-5)

@@ -11,6 +11,7 @@ from functools import wraps
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations import hub_kernels
 
@@ -42,13 +43,13 @@ def _by_device(with_kernel: Callable[..., Any], in_pytorch: Callable[..., Any]) 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Edges that PyTorch's code does not go by are refused in there.
         has_edges = kwargs.get("cu_seqlens") is not None or kwargs.get("seq_idx") is not None
-        if has_edges or runs_kernels(x):
+        if has_edges or runs_kernels(x.device):
             return with_kernel(x, *args, **kwargs)
         return in_pytorch(x, *args, **kwargs)
 
     return run
 
 
-def runs_kernels(x: Tensor) -> bool:
-    """Whether kernels take this tensor."""
-    return x.is_cuda
+def runs_kernels(device: torch.device) -> bool:
+    """Whether kernels take tensors of this device."""
+    return device.type == "cuda"
