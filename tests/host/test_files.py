@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +46,56 @@ def test_a_file_is_replaced_whole_or_not_at_all(
         files.write_atomically(path, "half")
     assert path.read_text(encoding="utf-8") == "éé"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    count: int
+    names: tuple[str, ...]
+
+
+def decode_figures(values: dict[str, Any]) -> Figures:
+    return Figures(names=tuple(values.pop("names")), **values)
+
+
+def test_what_was_measured_is_measured_again_where_its_file_is_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    measured = []
+
+    def measure() -> Figures:
+        measured.append(1)
+        return Figures(3, ("a", "b"))
+
+    def figures(*key: object) -> Figures:
+        return files.measure_once("specs", list(key), measure, decode_figures)
+
+    assert figures(1, {"a": Path("x")}) == figures(1, {"a": Path("x")}) == Figures(3, ("a", "b"))
+    assert len(measured) == 1
+    figures(2, {"a": Path("x")})
+    assert len(measured) == 2
+    for file in (tmp_path / "specs").iterdir():
+        file.unlink()
+    figures(1)
+    [file] = (tmp_path / "specs").iterdir()
+    whole = file.read_bytes()
+    bad = (b"", whole[:-1], b"\xff", b"7", b"null", b"[]", b"{}", b'{"names": 7}', b"[" * 100_000)
+    for content in (*bad, whole.replace(b"count", b"amount")):
+        file.write_bytes(content)
+        measured.clear()
+        assert figures(1) == Figures(3, ("a", "b"))
+        assert len(measured) == 1, content[:40]
+        assert file.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_costs_no_more_than_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    figures = files.measure_once("specs", [1], lambda: Figures(3, ()), decode_figures)
+    assert figures == Figures(3, ())
 
 
 def test_a_disk_with_too_little_room_is_refused_with_the_figures(tmp_path: Path) -> None:

@@ -122,15 +122,15 @@ def test_a_vision_checkpoint_is_its_text_model() -> None:
     assert outer.parameters - tied.parameters == outer.head_matmul
 
 
-def test_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By sizes alone; a file that is cut off is measured again."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     config = {"model_type": "olmo3", **families.SMALL}
     first = measure_spec(config, where="test")
-    (file,) = measured_spec._cache_file("").parent.glob("*.json")
-    monkeypatch.setattr(measured_spec, "_measure", lambda *args: pytest.fail("measured again"))
-    assert measure_spec({**config, "eos_token_id": 5}, where="other") == first
-    monkeypatch.undo()
-    monkeypatch.setenv("TUNESMITH_CACHE", str(file.parent.parent))
+    [file] = (tmp_path / "specs").iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(measured_spec, "_measure", lambda *args: pytest.fail("measured again"))
+        assert measure_spec({**config, "eos_token_id": 5}, where="other") == first
     file.write_text(file.read_text()[:-9])
     assert measure_spec(config, where="test") == first
     assert json.loads(file.read_text())["parameters"] == first.parameters

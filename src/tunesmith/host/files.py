@@ -1,13 +1,23 @@
 """Files and folders of this machine: the cache, writes that are whole, room on the disk."""
 
+import hashlib
+import json
 import os
 import shutil
 import stat
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunesmith.errors import MachineError, ModelError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Measured = TypeVar("Measured", bound="DataclassInstance")
 
 ABANDONED = 3 * 24 * 3600  # seconds; nothing is tokenized or converted for so long
 SPECIAL_FILES = {
@@ -45,6 +55,33 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def measure_once(
+    folder: str,
+    key: list[Any],
+    measure: Callable[[], Measured],
+    decode: Callable[[dict[str, Any]], Measured],
+) -> Measured:
+    """What `measure` returns, from the cache where it was measured with this key before.
+
+    A cached file that is torn, or that `decode` does not take, is measured again.
+
+    Args:
+        folder: below the cache folder.
+        key: all that the result depends on, as JSON; other values by their text.
+        decode: makes the dataclass of what `asdict` made of it and JSON kept: tuples are lists.
+    """
+    text = json.dumps(key, sort_keys=True, default=str)
+    file = cache_folder(folder) / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    # Not there, not JSON, without one of the fields, or a field of another kind.
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return decode(json.loads(file.read_text(encoding="utf-8")))
+    measured = measure()
+    with suppress(OSError):  # a cache that cannot be written costs seconds
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(asdict(measured)))
+    return measured
 
 
 def check_regular_files(path: Path) -> None:

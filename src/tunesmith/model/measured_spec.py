@@ -6,18 +6,15 @@ config and the version of Transformers. Nothing heavy is imported for a family o
 a model that was measured before.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.host.files import cache_folder, write_atomically
+from tunesmith.host.files import measure_once
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.names import text_part
 from tunesmith.model.spec import (
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 1  # of the cached files
+FORMAT = 2  # of the cached files
 # A whole number of the chunks that recurrent layers compute in: 64 tokens, of Mamba2 256.
 TOKENS = 256
 # What a config says beside the model's sizes.
@@ -90,49 +87,35 @@ def measure_spec(config: Mapping[str, Any], *, where: str) -> ModelSpec:
     sizes = {key: value for key, value in config.items() if key not in NO_SIZES}
     sizes.pop("quantization_config", None)
     text = json.dumps(sizes, sort_keys=True, default=str)
-    spec = _cached(text) or _measure(sizes, text, where)
+    key = [FORMAT, version("transformers"), sizes]
+    spec = measure_once("specs", key, lambda: _measure(sizes, where), _decode)
     limit = stated_position_limit(config, spec.layers, where=where)
     return replace(spec, quantized=quantized, position_limit=limit, measured=text)
 
 
-def _cache_file(text: str) -> Path:
-    key = f"{FORMAT} {version('transformers')} {text}"
-    return cache_folder("specs") / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+def _decode(values: dict[str, Any]) -> ModelSpec:
+    """The spec as the cache has it."""
+    layers = tuple(Layer(**layer) for layer in values.pop("layers"))
+    return ModelSpec(layers=layers, **values)
 
 
-def _cached(text: str) -> ModelSpec | None:
-    """What was measured of a config before; None where that is not there or not readable."""
-    try:
-        values = json.loads(_cache_file(text).read_text(encoding="utf-8"))
-        layers = tuple(Layer(**layer) for layer in values.pop("layers"))
-        return ModelSpec(layers=layers, **values)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _measure(sizes: Mapping[str, Any], text: str, where: str) -> ModelSpec:
-    """Build and run the model, and cache what is seen."""
+def _measure(sizes: Mapping[str, Any], where: str) -> ModelSpec:
+    """Build and run the model, and count what is seen."""
     from tunesmith.model.meta_forward import run_on_meta
 
     config = text_config(sizes, where)
     if config.model_type in ARCHITECTURES:
-        spec = read_spec(config.to_dict(), where=where)
-    else:
-        try:
-            model = build_to_measure(config)
-            calls, _ = run_on_meta(model, TOKENS)
-            spec = _count(model, calls)
-        except ModelError as error:
-            error.where = error.where or where
-            raise
-        # Code of 140 model types, on a config that may be absurd.
-        except Exception as error:
-            raise _cannot_measure(sizes, where, error) from error
-    file = _cache_file(text)
-    with suppress(OSError):  # a cache that cannot be written costs seconds
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(asdict(spec)))
-    return spec
+        return read_spec(config.to_dict(), where=where)
+    try:
+        model = build_to_measure(config)
+        calls, _ = run_on_meta(model, TOKENS)
+        return _count(model, calls)
+    except ModelError as error:
+        error.where = error.where or where
+        raise
+    # Code of 140 model types, on a config that may be absurd.
+    except Exception as error:
+        raise _cannot_measure(sizes, where, error) from error
 
 
 def text_config(sizes: Mapping[str, Any], where: str) -> "PretrainedConfig":

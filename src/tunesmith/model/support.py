@@ -6,15 +6,12 @@ next are named by it, and run on one row a document. Where that does not hold, p
 tried; where that fails too, the model is refused with the figures.
 """
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.host.files import cache_folder, write_atomically
+from tunesmith.host.files import measure_once
 from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES, families_text
 from tunesmith.model.chunked import prepare_chunked_attention
@@ -144,7 +141,11 @@ def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Suppo
         if runs_own_code:
             support = measure_support(text_config, trust_remote_code=True)
         else:
-            support = _measure_once(text_config)
+            sizes = text_config.to_dict()
+            for name in NO_SIZES:
+                sizes.pop(name, None)
+            key = [FORMAT, version("transformers"), version("torch"), sizes]
+            support = measure_once("support", key, lambda: measure_support(text_config), _decode)
     except ModelError as error:
         error.where = error.where or where
         raise
@@ -158,32 +159,12 @@ def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Suppo
     return support
 
 
-def _measure_once(config: PretrainedConfig) -> Support:
-    """What was measured of this config before, or is measured now and cached."""
-    sizes = {key: value for key, value in config.to_dict().items() if key not in NO_SIZES}
-    key = [FORMAT, version("transformers"), version("torch"), sizes]
-    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    file = cache_folder("support") / f"{name}.json"
-    cached = _read_cached(file)
-    if cached is not None:
-        return cached
-    support = measure_support(config)
-    with suppress(OSError):  # a cache that cannot be written costs seconds
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(asdict(support)))
-    return support
-
-
-def _read_cached(file: Path) -> Support | None:
-    """What a cached file holds; None where it is not there or not readable."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        errors = values.pop("errors")
-        for name in ("recurrent", "dead_targets"):
-            values[name] = tuple(values[name])
-        return Support(errors=Errors(**errors) if errors else None, **values)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+def _decode(values: dict[str, Any]) -> Support:
+    """What was measured, as the cache has it."""
+    errors = values.pop("errors")
+    for name in ("recurrent", "dead_targets"):
+        values[name] = tuple(values[name])
+    return Support(errors=Errors(**errors) if errors else None, **values)
 
 
 def measure_support(

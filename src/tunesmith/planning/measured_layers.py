@@ -6,17 +6,15 @@ PyTorch, on one long document; their kernels keep less. It takes seconds, so it 
 disk.
 """
 
-import hashlib
 import json
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError
-from tunesmith.host.files import cache_folder, write_atomically
+from tunesmith.host.files import measure_once
 from tunesmith.model.measured_spec import TOKENS, build_to_measure, text_config
 from tunesmith.model.spec import ModelSpec, adapter_parameters
 
@@ -65,33 +63,20 @@ def measure_kept(spec: ModelSpec, adapter: Adapter, dtype: str) -> KeptByLayers:
             target=adapter.target,
             modules_to_save=adapter.modules_to_save,
         )
-    return _measure_once(spec.measured, same, dtype)
+    return _measure_same(spec.measured, same, dtype)
 
 
 @lru_cache(maxsize=32)
-def _measure_once(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
+def _measure_same(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
     key = [FORMAT, version("transformers"), version("torch"), sizes, asdict(adapter), dtype]
-    name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()
-    file = cache_folder("specs") / f"{name}.json"
-    cached = _read(file)
-    if cached is not None:
-        return cached
-    kept = _measure(sizes, adapter, dtype)
-    with suppress(OSError):  # a cache that cannot be written costs seconds
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(asdict(kept)))
-    return kept
+    return measure_once("specs", key, lambda: _measure(sizes, adapter, dtype), _decode)
 
 
-def _read(file: Path) -> KeptByLayers | None:
-    """What a cached file holds; None where it is not there or not readable."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        by_token = tuple(values.pop("by_token"))
-        constant = tuple(values.pop("constant"))
-        return KeptByLayers(by_token, constant, **values)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+def _decode(values: dict[str, Any]) -> KeptByLayers:
+    """What was measured, as the cache has it."""
+    by_token = tuple(values.pop("by_token"))
+    constant = tuple(values.pop("constant"))
+    return KeptByLayers(by_token, constant, **values)
 
 
 def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
