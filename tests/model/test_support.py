@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from time_limit import time_limit
 from tunesmith.adapter import lora
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.model import support, twin
+from tunesmith.model import measured_spec, support, twin
 from tunesmith.model.model_types import read_model_types
+from tunesmith.planning.measured_layers import measure_kept
 from tunesmith.quant.frozen_linear import linear_names, set_bypassed
 
 # A type of each class; all of them: `make families`.
@@ -94,6 +96,40 @@ def test_a_twin_that_takes_for_ever_is_given_up():
     with pytest.raises(ModelError) as caught:
         support.measure_support(config_of("mixtral"), seconds=0.0)
     assert "takes more than 0 s" in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "gemma3n_text", "altup_num_inputs": 100_000},  # builds for ever
+        {"model_type": "falcon_mamba", "num_hidden_layers": 400},  # runs: a loop over the tokens
+    ],
+    ids=["builds", "runs"],
+)
+def test_sizes_that_take_for_ever_to_measure_are_given_up(
+    values: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    monkeypatch.setattr(measured_spec, "SECONDS", 1.0)
+    with time_limit(60, "measuring its sizes"), pytest.raises(ModelError) as caught:
+        measured_spec.measure_spec(values, where="some/config.json")
+    assert "takes more than 1 s" in caught.value.what
+    assert caught.value.where == "some/config.json"
+    assert "tunesmith fetch MODEL" in caught.value.fix
+
+
+def test_memory_that_takes_for_ever_to_measure_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    spec = measured_spec.measure_spec({"model_type": "mamba"}, where="config.json")
+    monkeypatch.setattr(measured_spec, "SECONDS", 0.0)
+    with pytest.raises(ModelError, match="measuring this mamba takes more than 0 s"):
+        measure_kept(spec, Adapter(rank=3), "fp32")
+
+
+def test_a_twin_that_builds_for_ever_is_given_up():
+    config = config_of("gemma3n_text", altup_num_inputs=100_000)
+    with time_limit(60, "building the twin"), pytest.raises(ModelError) as caught:
+        support.measure_support(config, seconds=1.0)
+    assert "takes more than 1 s" in caught.value.what
 
 
 def test_a_twin_that_does_not_shrink_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -29,6 +29,8 @@ from tunesmith.model.spec import (
 )
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 FORMAT = 2  # of the cached files
 # A whole number of the chunks that recurrent layers compute in: 64 tokens, of Mamba2 256.
 TOKENS = 256
+# Of one core. For 400 layers, the most that a config may have, Qwen3.5's MoE takes 6 on meta and 16
+# for the memory of training; FalconMamba, which loops over the tokens, takes 25 on meta.
+SECONDS = 300.0
 # What a config says beside the model's sizes.
 NO_SIZES = (
     "_name_or_path",
@@ -107,15 +112,24 @@ def _measure(sizes: Mapping[str, Any], where: str) -> ModelSpec:
     if config.model_type in ARCHITECTURES:
         return read_spec(config.to_dict(), where=where)
     try:
-        model = build_to_measure(config)
-        calls, _ = run_on_meta(model, TOKENS)
-        return _count(model, calls)
+        with limit_measuring(config.model_type):
+            model = build_to_measure(config)
+            calls, _ = run_on_meta(model, TOKENS)
+            return _count(model, calls)
     except ModelError as error:
         error.where = error.where or where
         raise
     # Code of 140 model types, on a config that may be absurd.
     except Exception as error:
         raise _cannot_measure(sizes, where, error) from error
+
+
+def limit_measuring(model_type: str) -> "AbstractContextManager[None]":
+    """ModelError where what is built and run on meta within takes more than SECONDS."""
+    from tunesmith.model.deadline import deadline
+
+    why = "the model is built and run once, without weights, to count what each layer takes"
+    return deadline(SECONDS, f"measuring this {model_type}", why=why)
 
 
 def text_config(sizes: Mapping[str, Any], where: str) -> "PretrainedConfig":

@@ -7,7 +7,6 @@ tried; where that fails too, the model is refused with the figures.
 """
 
 import math
-import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from tunesmith.host.files import measure_once
 from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES, families_text
 from tunesmith.model.chunked import prepare_chunked_attention
+from tunesmith.model.deadline import deadline
 from tunesmith.model.decoder import find_decoder, find_head, find_layers, head_fits
 from tunesmith.model.documents import Documents, use_documents
 from tunesmith.model.load import one_line
@@ -41,7 +41,7 @@ LENGTHS = (13, 22)
 TOLERANCE = 1e-4
 # Of a module's output: what reaches it from the other document.
 LEAK = 1e-5
-# A twin takes one or two seconds.
+# Of one core; a twin takes one or two.
 SECONDS = 60.0
 # Ids below have a meaning in some configs: padding, begin, end.
 FIRST_ID = 3
@@ -175,25 +175,17 @@ def measure_support(
     `config` is that of a text model. ModelError where no twin can be made of it, or the twin takes
     more than `seconds`.
     """
-    twin = build_twin(config, trust_remote_code=trust_remote_code)
     threads = torch.get_num_threads()
     # Sums of a thread's share in one order, wherever this runs.
     torch.set_num_threads(1)
+    what = f"the small model of this {config.model_type}"
     try:
-        with _deadline(twin, seconds), torch.enable_grad():
-            return _measure(twin)
-    except _OutOfTimeError as error:
-        raise ModelError(
-            f"the small model of this {config.model_type} takes more than {seconds:.0f} s",
-            why="on it is measured how the model trains",
-            fix="take config.json from the model's page again: tunesmith fetch MODEL",
-        ) from error
+        with deadline(seconds, what, why="on it is measured how the model trains"):
+            twin = build_twin(config, trust_remote_code=trust_remote_code)
+            with torch.enable_grad():
+                return _measure(twin)
     finally:
         torch.set_num_threads(threads)
-
-
-class _OutOfTimeError(BaseException):
-    """No Exception: what models raise is caught as a fault of theirs."""
 
 
 def _measure(twin: PreTrainedModel) -> Support:
@@ -522,20 +514,3 @@ def target_of(name: str, prefix: str) -> str:
     """A module's name within its layer, without numbers: "mixer.dt_proj", "mlp.experts.w1"."""
     parts = name.removeprefix(prefix).split(".")
     return ".".join(part for part in parts if not part.isdigit())
-
-
-@contextmanager
-def _deadline(twin: nn.Module, seconds: float) -> Iterator[None]:
-    """Raise from the next module that starts once the seconds are over."""
-    end = time.monotonic() + seconds
-
-    def check(_module: nn.Module, _args: Any) -> None:
-        if time.monotonic() > end:
-            raise _OutOfTimeError
-
-    hooks = [module.register_forward_pre_hook(check) for module in twin.modules()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -15,7 +15,7 @@ from typing import Any
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError
 from tunesmith.host.files import measure_once
-from tunesmith.model.measured_spec import TOKENS, build_to_measure, text_config
+from tunesmith.model.measured_spec import TOKENS, build_to_measure, limit_measuring, text_config
 from tunesmith.model.spec import ModelSpec, adapter_parameters
 
 FORMAT = 4  # of the cached files; which modules are fused, and which adapted, counts
@@ -90,23 +90,24 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
     values = json.loads(sizes)
     config = text_config(values, where="config.json")
     support = find_support(config, Model(name=config.model_type), where="config.json")
-    model = build_to_measure(config, dtype)
-    trained = 0
-    set_bypassed(model, support.dead_targets)
-    if adapter.kind == "lora":
-        lora.attach_lora(model, adapter, seed=0)
-        trained = lora.count_adapter_parameters(model, adapter)
-    fuse_modules(model, project=lora.project)
-    try:
-        short, short_outside = run_on_meta(model, TOKENS, training=True)
-        long, long_outside = run_on_meta(model, 2 * TOKENS, training=True)
-    # Code of 140 model types.
-    except Exception as error:
-        raise ModelError(
-            f"the memory of this {values['model_type']} cannot be measured",
-            why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            fix="plan and train on this machine with train.micro_batch and train.recompute set",
-        ) from error
+    with limit_measuring(config.model_type):
+        model = build_to_measure(config, dtype)
+        trained = 0
+        set_bypassed(model, support.dead_targets)
+        if adapter.kind == "lora":
+            lora.attach_lora(model, adapter, seed=0)
+            trained = lora.count_adapter_parameters(model, adapter)
+        fuse_modules(model, project=lora.project)
+        try:
+            short, short_outside = run_on_meta(model, TOKENS, training=True)
+            long, long_outside = run_on_meta(model, 2 * TOKENS, training=True)
+        # Code of 140 model types.
+        except Exception as error:
+            raise ModelError(
+                f"the memory of this {values['model_type']} cannot be measured",
+                why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                fix="plan and train on this machine with train.micro_batch and train.recompute set",
+            ) from error
     by_token = []
     constant = []
     for first, second in zip(short, long, strict=True):
