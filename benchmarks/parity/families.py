@@ -2,7 +2,7 @@
 
     python benchmarks/parity/families.py              # print each type, and compare with the table that ships
     python benchmarks/parity/families.py llama4_text  # some types
-    python benchmarks/parity/families.py --write      # the table, and docs/models.md from it
+    python benchmarks/parity/families.py --write      # the table, and docs/models.md from it; with types, their rows
 
 Each type's own config is shrunk to a twin (`model/twin.py`), and two documents in one row are
 compared with each of them alone under Transformers' own attention, in logits and every gradient
@@ -206,6 +206,10 @@ def main() -> None:
             )
     print(f"{count(entries)}; {time.monotonic() - start:.0f} s")
     if options.write:
+        rows = {entry.model_type: entry for entry in entries}
+        if options.types:
+            rows = read_model_types() | rows
+        entries = [rows[name] for name in sorted(rows)]
         FILE.write_text(as_json(entries), encoding="utf-8")
         PAGE.write_text(as_page(entries), encoding="utf-8")
         return

@@ -11,19 +11,26 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
 from tunesmith.model import measured_spec, spec, twin
 from tunesmith.model.decoder import find_layers
 from tunesmith.model.measured_spec import measure_spec, model_spec
+from tunesmith.planning.measured_layers import measure_kept
 
 from . import families
 
-# config.json of Qwen/Qwen3-30B-A3B and openai/gpt-oss-20b; Transformers' defaults of `gpt_oss` and
+# config.json of Qwen/Qwen3-30B-A3B, databricks/dbrx-base and openai/gpt-oss-20b; Transformers' defaults of `gpt_oss` and
 # `mixtral` are the sizes of gpt-oss-120b and Mixtral-8x7B.
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
     "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
     "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936, "tie_word_embeddings": False,
+}  # fmt: skip
+DBRX = {
+    "model_type": "dbrx", "d_model": 6144, "n_heads": 48, "n_layers": 40, "max_seq_len": 32768, "vocab_size": 100352,
+    "attn_config": {"kv_n_heads": 8, "rope_theta": 5e5, "clip_qkv": 8},
+    "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
 }  # fmt: skip
 GPT_OSS_20B = {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32}
 
@@ -44,8 +51,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model_type": "gpt_oss"}, 116.83, 5.13, False),
         # "Mixtral of Experts", arXiv:2401.04088: 47B, 13B; 46.7B and 12.9B in the announcement.
         ({"model_type": "mixtral"}, 46.7, 12.9, True),
+        # Its model card: 132B, of which 36B are active on any input.
+        (DBRX, 132, 36, False),
     ],
-    ids=["qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-120b", "mixtral"],
+    ids=["qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-120b", "mixtral", "dbrx"],
 )
 def test_published_sizes(config: dict, total: float, active: float, counts_embedding: bool) -> None:
     """1 % of what is published; 2 % where that has two digits: Qwen's 3.3 are 3.35 by hand too."""
@@ -60,6 +69,40 @@ def test_published_sizes(config: dict, total: float, active: float, counts_embed
 def test_a_model_that_reads_its_mask_or_positions_is_measured(name: str):
     config = twin.shrink(AutoConfig.for_model(name))
     assert measure_spec(config.to_dict(), where="test").depth == config.num_hidden_layers
+
+
+def test_experts_that_loop_over_those_that_are_chosen_are_measured() -> None:
+    """By hand, of LongCat: what every token is multiplied with, and what one expert takes of it.
+
+    Transformers allots `gate_up_proj` for the experts without weights too, and `down_proj` not.
+    """
+    config = twin.shrink(AutoConfig.for_model("longcat_flash", moe_topk=2))
+    layer = measure_spec(config.to_dict(), where="test").layers[0]
+    # Two attentions of 4 heads: each has its own keys.
+    assert (layer.heads, layer.kv_heads) == (8, 8)
+    hidden, width, experts = config.hidden_size, config.expert_ffn_hidden_size, 4
+    everyone = experts + config.zero_expert_num
+    gate_up = everyone * 2 * width * hidden
+    down = experts * hidden * width
+    assert layer.experts == gate_up + down
+    assert layer.active == layer.matmul + 2 * gate_up // everyone + 2 * down // everyone
+    per_token = measure_kept(measure_spec(config.to_dict(), where="test"), Adapter(), "fp32")
+    # Of two experts: their input, gate and up, what the activation makes of them, and the output.
+    assert per_token.by_token[0] >= 2 * 4 * (hidden + 3 * width + hidden)
+
+
+def test_a_model_whose_layers_run_again_and_again_is_refused() -> None:
+    config = twin.shrink(AutoConfig.for_model("hrm_text"))
+    with pytest.raises(ModelError, match="2 layers of this hrm_text run 12 times"):
+        measure_spec(config.to_dict(), where="test")
+
+
+def test_a_model_whose_code_reads_values_says_so() -> None:
+    config = twin.shrink(AutoConfig.for_model("jetmoe"))
+    with pytest.raises(ModelError, match="the sizes of this jetmoe cannot be measured") as caught:
+        measure_spec(config.to_dict(), where="test")
+    assert "reads values" in caught.value.why
+    assert caught.value.where == "test"
 
 
 def test_a_layer_of_several_sublayers_is_one():

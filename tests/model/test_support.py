@@ -33,9 +33,14 @@ CLASSES = {
     "falcon": "attention of its own",
     "axk2": "an indexer that pads differently",
     "trocr": "attention to an encoder",
+    "dbrx": "experts that loop",
+    "xlm": "tokens that see those after them, as its default config has them",
     "xlm-roberta-xl": "both directions",
 }
-COMPLETE = {"lfm2": {"layer_types": ["conv", "full_attention"] * 16}}
+COMPLETE = {
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 5e5, "clip_qkv": 8}},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+}
 
 
 def config_of(model_type: str, **values: object) -> PretrainedConfig:
@@ -60,6 +65,14 @@ def test_most_types_train():
     states = [row.state for row in read_model_types().values()]
     assert states.count("tuned") + states.count("packed") >= 110
     assert len(states) - states.count("refused") >= 130
+
+
+def test_a_model_that_sees_what_it_is_to_predict_is_refused():
+    """XLM makes its own mask, so packed rows and single documents were found alike."""
+    measured = support.measure_support(config_of("xlm"))
+    assert measured.state == "refused"
+    assert "tokens after it" in measured.why
+    assert support.measure_support(config_of("xlm", causal=True)).state != "refused"
 
 
 def test_a_layer_whose_leak_is_not_named_is_not_packed(monkeypatch: pytest.MonkeyPatch):

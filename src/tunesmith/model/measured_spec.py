@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 2  # of the cached files
+FORMAT = 2  # of the cached files; how layers are counted, counts
 # A whole number of the chunks that recurrent layers compute in: 64 tokens, of Mamba2 256.
 TOKENS = 256
 # Of one core. For 400 layers, the most that a config may have, Qwen3.5's MoE takes 6 on meta and 16
@@ -119,6 +119,14 @@ def _measure(sizes: Mapping[str, Any], where: str) -> ModelSpec:
     except ModelError as error:
         error.where = error.where or where
         raise
+    # Of a tensor on meta: its code asks which tokens go where, say.
+    except NotImplementedError as error:
+        raise ModelError(
+            f"the sizes of this {config.model_type} cannot be measured",
+            where=where,
+            why=f"its code reads values, and it is run without any here: {error}",
+            fix="take a model of another type: tunesmith models names those that train",
+        ) from error
     # Code of 140 model types, on a config that may be absurd.
     except Exception as error:
         raise _cannot_measure(sizes, where, error) from error
@@ -203,10 +211,16 @@ def _count(model: "PreTrainedModel", calls: "list[LayerCall]") -> ModelSpec:
     config = model.config.get_text_config()
     values = config.to_dict()
     layers = list(model.get_submodule(find_layers(model)).children())
+    if len(calls) != len(layers):
+        raise ModelError(
+            f"{len(layers)} layers of this {config.model_type} run {len(calls)} times",
+            why="a plan counts one run of each layer in a forward",
+            fix="take a model whose layers run once: tunesmith models names the types that train",
+        )
     kinds = values.get("layer_types") or [""] * len(layers)
     counted = []
     for module, call, kind in zip(layers, calls, kinds, strict=True):
-        layer = _count_layer(module, call, values)
+        layer = _count_layer(module, call, values, config.hidden_size)
         if kind == "chunked_attention":
             layer = replace(layer, chunk=values["attention_chunk_size"])
         counted.append(layer)
@@ -229,7 +243,9 @@ def _count(model: "PreTrainedModel", calls: "list[LayerCall]") -> ModelSpec:
     )
 
 
-def _count_layer(module: "nn.Module", call: "LayerCall", values: Mapping[str, Any]) -> Layer:
+def _count_layer(
+    module: "nn.Module", call: "LayerCall", values: Mapping[str, Any], hidden: int
+) -> Layer:
     """One layer's widths and parameters; `values` are those of the config."""
     from torch import nn
 
@@ -246,15 +262,14 @@ def _count_layer(module: "nn.Module", call: "LayerCall", values: Mapping[str, An
         stacks = _stacks(part)
         if not stacks:
             continue
-        count = len(stacks[0])
+        count = getattr(part, "num_experts", len(stacks[0]))
         per_token = call.experts_per_token or _first_of(values, PER_TOKEN) or count
         for stack in stacks:
             experts += stack.numel()
             active += stack.numel() * per_token // count
             largest = max(largest, stack.numel())
-        hidden = values["hidden_size"]
         # The smallest is down, or up alone: gate and up in one are twice as wide.
-        width = min(stack[0].numel() // hidden for stack in stacks)
+        width = min(stack.numel() // count // hidden for stack in stacks)
         intermediate = max(intermediate, per_token * width)
     state = 0
     # Every recurrent layer that STATES knows has a short convolution; an MLP alone has none.
@@ -296,10 +311,23 @@ def _matrices(model: "nn.Module") -> int:
 
 
 def _stacks(module: "nn.Module") -> "list[nn.Parameter]":
-    """The matrices of all experts of a module that has some: [experts, out, in], or in, out."""
-    if not hasattr(module, "num_experts"):
+    """The matrices of all experts of a module that has some: [experts, out, in], or in, out.
+
+    DBRX holds them in a module below, as [experts * out, in].
+    """
+    from tunesmith.model.meta_forward import are_experts
+
+    stacks = [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
+    if stacks and (hasattr(module, "num_experts") or are_experts(module)):
+        return stacks
+    if not are_experts(module):
         return []
-    return [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
+    below = []
+    for name, weight in module.named_parameters():
+        # Linear layers are counted as matrices.
+        if weight.ndim > 1 and not _is_matrix(name, weight):
+            below.append(weight)
+    return below
 
 
 def _state(values: Mapping[str, Any]) -> int:

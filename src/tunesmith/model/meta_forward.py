@@ -5,15 +5,18 @@ FlashAttention keeps; experts run as grouped products. All else runs as Transfor
 recurrent layers in plain PyTorch, whatever kernels are installed.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -28,8 +31,8 @@ class LayerCall:
 
     Attributes:
         heads, kv_heads, head_dim, value_dim, window, softcap: of its attention; 0 heads: it has
-            none.
-        experts_per_token: of experts that are called through Transformers' interface; 0: of none.
+            none. Heads of several attentions (LongCat) are added up.
+        experts_per_token: of experts whose choice is an argument of theirs; 0: of none.
         kept: bytes of tensors that autograd keeps for the backward, parameters not counted.
     """
 
@@ -91,13 +94,30 @@ class Watch:
         **options: Any,
     ) -> tuple[Tensor, None]:
         """Attention as Transformers calls it: [1, heads, n, d] -> [1, n, heads, value_dim]."""
-        self.layer.heads = query.shape[1]
-        self.layer.kv_heads = key.shape[1]
+        self.layer.heads += query.shape[1]
+        self.layer.kv_heads += key.shape[1]
         self.layer.head_dim = query.shape[-1]
         self.layer.value_dim = value.shape[-1]
         self.layer.window = options.get("sliding_window")
         self.layer.softcap = options.get("softcap")
         return KeptAttention.apply(query, key, value), None
+
+    def looping_experts(
+        self,
+        forward: Callable[..., Tensor],
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """Experts whose own code loops over those that are chosen (DBRX, LongCat).
+
+        Their choice has values here: every token goes to the first ones.
+        """
+        per_token = top_k_index.shape[-1]
+        self.layer.experts_per_token = per_token
+        choice = torch.arange(per_token).expand(top_k_index.shape)
+        with _IndicesWithValues():
+            return forward(hidden, choice, top_k_weights)
 
     def experts(
         self, module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -114,6 +134,16 @@ class Watch:
         )
         self.scale = 1
         return output.to(dtype)
+
+
+class _IndicesWithValues(TorchFunctionMode):
+    """Lets a tensor on meta be added to at indices on the CPU; PyTorch lets it be read at them."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.index_add, torch.Tensor.index_add_):
+            tensor, dim, index, source = args
+            args = (tensor, dim, index.to(tensor.device), source)
+        return func(*args, **(kwargs or {}))
 
 
 class KeptAttention(torch.autograd.Function):
@@ -165,6 +195,12 @@ def _run(
         ALL_EXPERTS_FUNCTIONS.register(NAME, watch.experts)
         with_interface: Callable[[str], None] = model.set_experts_implementation
         with_interface(NAME)
+    looping = {}
+    for module in model.modules():
+        # `has_gate` is there where Transformers calls them through its interface.
+        if are_experts(module) and not hasattr(module, "has_gate"):
+            looping[module] = module.forward
+            module.forward = partial(watch.looping_experts, module.forward)
     if training:
         # Of frozen embeddings the first layer would keep less than the others.
         embedding = model.get_input_embeddings()
@@ -185,7 +221,14 @@ def _run(
     finally:
         for hook in hooks:
             hook.remove()
+        for module, forward in looping.items():
+            module.forward = forward
     return watch.calls, watch.outside.kept
+
+
+def are_experts(module: nn.Module) -> bool:
+    """Whether a module is all experts of a layer, and gets the choice of each token."""
+    return {"top_k_index", "top_k_weights"} <= inspect.signature(module.forward).parameters.keys()
 
 
 def _require_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:

@@ -199,6 +199,8 @@ def _measure(twin: PreTrainedModel) -> Support:
         return Support("refused", f"its twin does not run: {one_line(error)}")
     if twin.get_output_embeddings() is None or not head_fits(twin, find_head(twin)):
         return Support("refused", "its logits are not those of its last linear layer")
+    if looks_ahead(twin, ids):
+        return Support("refused", "a token's logits change with the tokens after it: not causal")
     unused = linears.unused(alone.gradients)
     if unused:
         return Support("refused", f"no token of a text passes {unused}: it attends to an encoder")
@@ -249,6 +251,17 @@ def _run_alone(twin: PreTrainedModel, ids: Tensor) -> Outcome:
         output = twin(input_ids=document[None], position_ids=positions, use_cache=False)
         outputs.append(output.logits[0])
     return _backward(twin, torch.cat(outputs), ids)
+
+
+@torch.no_grad()
+def looks_ahead(twin: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether the last token of a document reaches those before it."""
+    others = ids.clone()
+    others[-1] = (ids[-1] - FIRST_ID + 1) % (VOCAB - FIRST_ID) + FIRST_ID
+    logits, other_logits = (
+        twin(input_ids=row[None], use_cache=False).logits[0, :-1] for row in (ids, others)
+    )
+    return not _is_same(logits, other_logits)
 
 
 def _run_padded(twin: PreTrainedModel, ids: Tensor) -> Outcome:
