@@ -149,7 +149,7 @@ def test_fsdps_offload_as_words(tmp_path: Path) -> None:
 
 
 def test_thinking_that_is_off_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import_values(tmp_path, LLAMAFACTORY | {"enable_thinking": False}, *ROWS)
+    import_values(tmp_path, LLAMAFACTORY | {"template": "qwen3", "enable_thinking": False}, *ROWS)
     differs, nothing = parts(capsys)
     assert "enable_thinking: false" in differs
     assert "enable_thinking" not in nothing

@@ -432,3 +432,67 @@ def test_the_tables_name_keys_of_ours_and_theirs() -> None:
         ]
         assert len(listed) > 8
         assert not [key for key in table(tool).get("ours", {}).values() if key not in keys()]
+
+
+AXOLOTL_CHAT = BASES["axolotl"] | {"datasets": [{"path": "d/d", "type": "chat_template"}]}
+
+
+def test_template_arguments_of_axolotl_become_ours(tmp_path: Path) -> None:
+    given = {"enable_thinking": False, "reasoning_effort": "high", "tools": [], "style": ["a"]}
+    draft = translated("axolotl", AXOLOTL_CHAT | {"chat_template_kwargs": given}, tmp_path)
+    assert draft.values["data.template_args"] == {
+        "enable_thinking": False,
+        "reasoning_effort": "high",
+    }
+    assert "chat_template_kwargs.enable_thinking: false" in draft.comments["data.template_args"]
+    notes = {remark.key: remark for remark in draft.notes}
+    for name in ("tools", "style"):
+        assert notes[f"chat_template_kwargs.{name}"].differs
+    assert "by the renderer" in notes["chat_template_kwargs.tools"].why
+    assert "numbers and texts alone" in notes["chat_template_kwargs.style"].why
+
+
+def test_template_arguments_of_rows_without_a_template_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    given = {"chat_template_kwargs": {"enable_thinking": False}}
+    path.write_text(json.dumps(BASES["axolotl"] | given))
+    overrides = {"train.global_batch": "1 examples"}
+    draft = translate(read_config(path, "axolotl"), overrides, None, None)
+    assert draft.values["data.template"] == "alpaca"
+    assert "data.template_args" not in draft.values
+    remark = next(
+        remark for remark in draft.notes if remark.key == "chat_template_kwargs.enable_thinking"
+    )
+    assert not remark.differs
+
+
+@pytest.mark.parametrize(
+    ("template", "value", "arguments", "words"),
+    [
+        ("qwen3", False, {"enable_thinking": False}, "such a row is refused"),
+        ("qwen3", True, None, "gets an empty one there"),
+        ("qwen3", None, None, "gets an empty one there"),
+        ("qwen", False, None, "no thoughts"),
+    ],
+)
+def test_thinking_of_llamafactory(
+    template: str, value: bool | None, arguments: dict | None, words: str, tmp_path: Path
+) -> None:
+    given = {"template": template, "enable_thinking": value, "preserve_thinking": True}
+    draft = translated("llamafactory", BASES["llamafactory"] | given, tmp_path)
+    assert draft.values.get("data.template_args") == arguments
+    notes = {remark.key: remark for remark in draft.notes}
+    assert words in notes["enable_thinking"].why
+    assert "preserve_thinking: true" in notes["preserve_thinking"].why
+
+
+def test_what_has_no_template_arguments_says_so(tmp_path: Path) -> None:
+    given = {"chat_template_kwargs": {"enable_thinking": False}}
+    draft = translated("trl", BASES["trl"] | given, tmp_path)
+    notes = {remark.key: remark.why for remark in draft.notes}
+    assert "trl sft has no such key" in notes["chat_template_kwargs.enable_thinking"]
+    assert "a column chat_template_kwargs is not read" in notes["dataset_name"]
+    tokenizer = {"prompt_template": "torchtune.data.ChatMLTemplate"}
+    draft = translated("torchtune", BASES["torchtune"] | {"tokenizer": tokenizer}, tmp_path)
+    notes = {remark.key: remark.why for remark in draft.notes}
+    assert "data.template: a Jinja file" in notes["tokenizer.prompt_template"]

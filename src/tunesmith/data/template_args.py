@@ -28,7 +28,7 @@ _TODAY = "strftime_now"
 _MARK = "{#- data.template_args -#}"
 _ASSIGNMENT = re.compile(r"""\{%- set (\w+) = ("(?:[^"\\]|\\.)*"|[\w.+-]+) %\}""")
 # What the renderer passes itself, beside the special tokens.
-_OF_RENDERER = frozenset(
+OF_RENDERER = frozenset(
     {
         "messages",
         "tools",
@@ -129,7 +129,7 @@ def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]
         first_use.setdefault(name, context)
     # Jinja calls each name undeclared that is assigned in a branch or a loop; an argument is read
     # before any assignment.
-    undeclared = meta.find_undeclared_variables(tree) - _OF_RENDERER - set(special_tokens)
+    undeclared = meta.find_undeclared_variables(tree) - OF_RENDERER - set(special_tokens)
     names = [name for name in undeclared if first_use[name] == "load"]
     if writes_today(jinja):
         names.append(_TODAY)

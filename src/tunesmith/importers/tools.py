@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.names import other_tools
+from tunesmith.data.template_args import OF_RENDERER
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path
 from tunesmith.importers.common import (
@@ -109,11 +110,33 @@ def _axolotl(recipe: Translation) -> None:
     why = "by the type of the data sets"
     recipe.put("data.template", template, "chat_template_jinja", why=why)
     recipe.carry("chat_template_jinja")
+    _put_template_args(recipe, template)
     if recipe.is_given("chat_template") and recipe.get("chat_template") != "tokenizer_default":
         why = "the tokenizer's own is taken; if it is another, data.template: a Jinja file"
         recipe.note("chat_template", why)
     if not recipe.is_given("warmup_steps") and not recipe.is_given("warmup_ratio"):
         recipe.note("warmup_ratio", "no more than 100 steps of it there")
+
+
+def _put_template_args(recipe: Translation, template: str) -> None:
+    """Axolotl's arguments of the chat template, as far as a recipe can say them."""
+    prefix = "chat_template_kwargs."
+    arguments = {}
+    for key in recipe.source.keys.values():
+        name = key.key.removeprefix(prefix)
+        if name == key.key or key.value is None:
+            continue
+        if recipe.overrides.get("data.template", template) in ("alpaca", "raw"):
+            recipe.note(key.key, "these rows are written without a chat template", differs=False)
+        elif name in OF_RENDERER:
+            recipe.note(key.key, "it is passed for each row by the renderer; no other is taken")
+        elif "." in name or not isinstance(key.value, bool | int | float | str):
+            recipe.note(key.key, "data.template_args takes true, false, numbers and texts alone")
+        else:
+            arguments[name] = key.value
+    if arguments:
+        names = [f"{prefix}{name}" for name in arguments]
+        recipe.put("data.template_args", arguments, *names)
 
 
 def _llamafactory(recipe: Translation) -> None:
@@ -137,9 +160,24 @@ def _llamafactory(recipe: Translation) -> None:
         put_rows(recipe, part, key)
     template = "alpaca" if recipe.get("template") == "alpaca" else "auto"
     recipe.put("data.template", template, "template")
+    _put_thinking(recipe)
     if recipe.get("packing") and not recipe.get("neat_packing"):
         why = "the documents of a packed row see each other there; here they do not"
         recipe.note("packing", why)
+
+
+def _put_thinking(recipe: Translation) -> None:
+    """LLaMA-Factory's `enable_thinking`, which its own templates of reasoning models read."""
+    if recipe.get("template") not in recipe.table["reasoning_templates"]:
+        recipe.note("enable_thinking", "this template has no thoughts", differs=False)
+    elif recipe.get("enable_thinking") is False:
+        why = "where the model's own template takes no such argument, the run says so: take it out"
+        recipe.put("data.template_args", {"enable_thinking": False}, "enable_thinking", why=why)
+        why = "a thought in a row is cut out there; here such a row is refused"
+        recipe.note("enable_thinking", why)
+    else:
+        why = "an answer without a thought gets an empty one there; here the template decides"
+        recipe.note("enable_thinking", why)
 
 
 def _read_dataset_info(recipe: Translation, key: str) -> None:
@@ -190,7 +228,11 @@ def _trl(recipe: Translation) -> None:
         if recipe.get("eval_strategy") != "no":
             _put_trl_rows(recipe, "validation", "dataset_test_split", format_)
     why = f"TRL finds the format by the columns; here it is {format_}: see data.train.format"
+    why += "; a column chat_template_kwargs is not read: data.template_args gives all rows the same"
     recipe.note("dataset_name", why)
+    for key in recipe.source.keys:
+        if key.startswith("chat_template_kwargs"):
+            recipe.note(key, "trl sft has no such key; here it is data.template_args")
     # Their keys that leave the prompt untrained.
     names = [name for name, key in other_tools("keys").items() if key == "data.train_on: response"]
     masks_prompt = any(map(recipe.get, names))
