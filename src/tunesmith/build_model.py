@@ -1,6 +1,5 @@
 """From a recipe to its model: the whole order of changes, in one function that reads as a list."""
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,7 @@ from tunesmith.model import fused, gpu_kernels, load, random_init
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.recurrent import use_packed_calls
 from tunesmith.model.recurrent_kernels import Trial, try_packed_calls
+from tunesmith.model.support import Support
 from tunesmith.model.weights import load_weights
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
@@ -119,7 +119,7 @@ def build_model(
     if plan.base in SCALING_RECIPES:
         convert_to_eight_bit(model, plan.base, skip=lora.modules_to_save(model, run.adapter))
     if plan.attention == "eager" and run.data.pack:
-        _check_eager(model, files.support.recurrent)
+        _check_eager(model, files.support)
     root = TrainModel(
         model,
         METHODS[run.method],
@@ -159,23 +159,22 @@ def try_recurrent_kernels(run: Run, files: ModelFiles, plan: RunPlan) -> dict[st
     return try_packed_calls(load.build_on_meta(files.config, run.model), recurrent, device)
 
 
-def _check_eager(model: PreTrainedModel, recurrent: Collection[str]) -> None:
-    """RecipeError for Transformers' own attention on layers that do not tell packed documents apart
-    by their positions.
+def _check_eager(model: PreTrainedModel, support: Support) -> None:
+    """RecipeError for Transformers' own attention on a model in which it does not tell packed
+    documents apart by their positions.
     """
-    layer_types = getattr(model.config, "layer_types", None) or ()
-    kind = ""
-    if recurrent:
-        kind = "recurrent layers"
-    elif "chunked_attention" in layer_types:
-        kind = "chunked attention"
-    if kind:
-        raise RecipeError(
-            f"model.attention: eager does not keep documents apart in the {kind} of this model",
-            where="model.attention",
-            why="Transformers' own masks mark documents for plain attention only",
-            fix="model.attention=auto, or data.pack=false",
-        )
+    if support.packs_eager:
+        return
+    layers = "layers"
+    if support.recurrent:
+        layers = "recurrent layers"
+    raise RecipeError(
+        "model.attention: eager does not keep packed documents apart in the "
+        f"{layers} of this {model.config.model_type}",
+        where="model.attention",
+        why="packed rows of a small model of its class were not each document alone",
+        fix="model.attention=auto, or data.pack=false",
+    )
 
 
 def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> None:

@@ -15,6 +15,7 @@ from tunesmith.cli.main import main
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model import measured_spec, support, twin
+from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.model_types import read_model_types
 from tunesmith.planning.measured_layers import measure_kept
 from tunesmith.quant.frozen_linear import linear_names, set_bypassed
@@ -73,6 +74,22 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused():
     assert measured.state == "refused"
     assert "tokens after it" in measured.why
     assert support.measure_support(config_of("xlm", causal=True)).state != "refused"
+
+
+def test_packed_rows_under_eager_attention_are_measured():
+    """GPT-OSS makes its masks without the positions, and OPT too: documents would see each other,
+    and nothing would say so.
+    """
+    assert support.measure_support(config_of("olmo3")).packs_eager
+    assert not support.measure_support(config_of("gpt_oss")).packs_eager
+    assert not support.measure_support(config_of("opt")).packs_eager
+    assert not support.measure_support(config_of("lfm2")).packs_eager
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_a_type_of_the_table_packs_under_eager_attention(model_type: str):
+    assert support.measure_support(config_of(model_type)).packs_eager
+    assert support.TUNED.packs_eager
 
 
 def test_a_layer_whose_leak_is_not_named_is_not_packed(monkeypatch: pytest.MonkeyPatch):

@@ -227,12 +227,17 @@ def test_two_ranks_write_experts_and_vision_tower(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "words"), [("qwen3_5", "recurrent layers"), ("llama4", "chunked attention")]
+    ("model_type", "text", "words"),
+    [
+        ("qwen3_5", {}, "recurrent layers of this qwen3_5_text"),
+        # Every fourth layer scales its queries by the position in the row.
+        ("llama4", {"num_hidden_layers": 4}, "layers of this llama4_text"),
+    ],
 )
 def test_eager_attention_is_refused_where_documents_would_leak(
-    model_type: str, words: str, tiny: Path, tmp_path: Path
+    model_type: str, text: dict, words: str, tiny: Path, tmp_path: Path
 ) -> None:
-    base = vision_models.build(model_type, tmp_path / "base", tiny)
+    base = vision_models.build(model_type, tmp_path / "base", tiny, **text)
     run = make_run(base, tmp_path, model={"attention": "eager"})
-    with pytest.raises(RecipeError, match=f"keep documents apart in the {words}"):
+    with pytest.raises(RecipeError, match=f"keep packed documents apart in the {words}"):
         built_model(run, base)

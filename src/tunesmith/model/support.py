@@ -32,7 +32,7 @@ from tunesmith.model.measured_spec import NO_SIZES
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.twin import VOCAB, build_twin
 
-FORMAT = 4  # of the cached files; what is measured, and how, counts
+FORMAT = 5  # of the cached files; what is measured, and how, counts
 # Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
 LENGTHS = (13, 22)
 # Differences of logits and gradients in fp32, relative to the largest value. Sums in another order
@@ -74,6 +74,8 @@ class Support:
         recurrent: class names of the layers that run on one row a document.
         dead_targets: names of linear layers, within a decoder layer, whose weight is read past
             their forward, here or by a fused kernel: an adapter there would get no gradient.
+        packs_eager: whether packed rows are each document alone under Transformers' own attention
+            too, which is asked for by `model.attention: eager`.
         errors: of the layout that is taken, or of padded rows where none is.
     """
 
@@ -81,6 +83,7 @@ class Support:
     why: str = ""
     recurrent: tuple[str, ...] = ()
     dead_targets: tuple[str, ...] = ()
+    packs_eager: bool = False
     errors: Errors | None = None
 
     def describe(self) -> list[str]:
@@ -97,7 +100,9 @@ class Support:
         return []
 
 
-TUNED = Support("tuned", "this engine's own forwards, held to Transformers' by tests")
+TUNED = Support(
+    "tuned", "this engine's own forwards, held to Transformers' by tests", packs_eager=True
+)
 
 
 @dataclass
@@ -211,6 +216,7 @@ def _measure(twin: PreTrainedModel) -> Support:
     except Exception as error:
         padded = Errors(math.inf, math.inf)
         fault = one_line(error)
+    packs_eager = _packs_eager(twin, ids, alone)
     why = ""
     try:
         # Before the first packed run, which puts its rules on the layers.
@@ -225,7 +231,7 @@ def _measure(twin: PreTrainedModel) -> Support:
             why = "documents share rows"
             if recurrent:
                 why = f"documents share rows; {', '.join(recurrent)} run on one row a document"
-            return Support("packed", why, recurrent, dead_targets, errors)
+            return Support("packed", why, recurrent, dead_targets, packs_eager, errors)
         why = errors.describe()
     except Exception as error:
         why = error.what if isinstance(error, ModelError) else one_line(error)
@@ -272,6 +278,19 @@ def _run_padded(twin: PreTrainedModel, ids: Tensor) -> Outcome:
     hidden = _hidden(twin, torch.stack(rows), positions)
     tokens = [row[:length] for row, length in zip(hidden, LENGTHS, strict=True)]
     return _backward(twin, _logits(twin, torch.cat(tokens)), ids)
+
+
+def _packs_eager(twin: PreTrainedModel, ids: Tensor, alone: Outcome) -> bool:
+    """Whether packed documents are each alone where Transformers finds them by their positions.
+
+    Not every model hands those to its mask (GPT-OSS).
+    """
+    try:
+        hidden = _hidden(twin, ids[None], _positions())
+        packed = _backward(twin, _logits(twin, hidden[0]), ids)
+    except Exception:  # code of 140 model types
+        return False
+    return packed.errors(alone).are_rounding()
 
 
 def _run_packed(twin: PreTrainedModel, ids: Tensor, chunk_size: int | None = None) -> Outcome:
