@@ -19,6 +19,7 @@ from recipes import built_model, make_run
 from tunesmith.adapter import lora
 from tunesmith.checkpoint.contents import weights_of, write_model_files
 from tunesmith.cli.main import main
+from tunesmith.config.dump import dump
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.inference.load_run import load_run
@@ -28,6 +29,7 @@ from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.safetensors_files import Entry
 from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.model.weights import load_weights
+from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -129,6 +131,39 @@ def test_a_model_trained_in_full_is_the_whole_model_again(folder: Path, tmp_path
         config["vision_config"] == json.loads((folder / "config.json").read_text())["vision_config"]
     )
     assert (written / "preprocessor_config.json").is_file()
+
+
+def test_a_checkpoint_counts_what_is_copied_into_it(folder: Path, tmp_path: Path) -> None:
+    """As much as is written: of a model trained in full, and nothing of an adapter."""
+    run = make_run(folder, tmp_path, adapter={"kind": "none"})
+    model = built_model(run, folder).model
+    written = in_stored_form(model, weights_of(model))
+    copied = sum(source.size for source in written.values() if isinstance(source, Entry))
+    assert copied > 0
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    of_text, _ = checkpoint_bytes(run, trained, None)
+    whole_model, _ = checkpoint_bytes(run, trained, folder)
+    assert whole_model - of_text == copied
+    lora_run = make_run(folder, tmp_path)
+    assert checkpoint_bytes(lora_run, 10, folder) == checkpoint_bytes(lora_run, 10, None)
+
+
+def test_a_plan_counts_them_where_the_weights_are_at_hand(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = vision_models.build("qwen3_5", tmp_path / "base", tiny)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(make_run(base, tmp_path, adapter={"kind": "none"})), encoding="utf-8")
+
+    def planned() -> int:
+        assert main(["plan", str(recipe), "--on", "h200", "--length", "64", "--json"]) == 0
+        return int(json.loads(capsys.readouterr().out)["checkpoint_bytes"])
+
+    with_tower = planned()
+    rest = sum(t.numel() * t.element_size() for n, t in stored(base).items() if not is_text(n))
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    assert with_tower - planned() == rest > 0
 
 
 @pytest.mark.parametrize(

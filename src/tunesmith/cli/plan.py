@@ -81,11 +81,12 @@ def run(args: argparse.Namespace) -> int:
     forecasts = planner.ranked()
     best = forecasts[0]
     if args.json:
-        print(json.dumps(_report(planner, forecasts, args.price), indent=1, default=vars))
+        report = _report(planner, forecasts, args.price, folder)
+        print(json.dumps(report, indent=1, default=vars))
     else:
         print(*_table(planner, forecasts), sep="\n")
         if best.fits:
-            print(*_details(planner, forecasts, args.price), sep="\n")
+            print(*_details(planner, forecasts, args.price, folder), sep="\n")
     if not best.fits:
         larger = planner.enough_nodes()
         more = f"; or {larger.nodes} nodes: {larger.describe()}" if larger else ""
@@ -158,15 +159,17 @@ def _cost(planner: "Planner", forecast: "Forecast", price: float) -> float | Non
     return forecast.hours * price * planner.cluster.world if forecast.hours else None
 
 
-def _report(planner: "Planner", forecasts: "list[Forecast]", price: float | None) -> dict[str, Any]:
-    """What --json prints."""
+def _report(
+    planner: "Planner", forecasts: "list[Forecast]", price: float | None, base: Path | None
+) -> dict[str, Any]:
+    """What --json prints; `base` is the folder of the model."""
     from tunesmith.planning.resolve import checkpoint_bytes
 
     meshes = []
     for forecast in forecasts:
         plan = vars(forecast.plan) | {"mesh": forecast.plan.mesh._asdict(), "savings": None}
         meshes.append(vars(forecast) | {"plan": plan})
-    size, _ = checkpoint_bytes(planner.run, planner.trained)
+    size, _ = checkpoint_bytes(planner.run, planner.trained, base)
     report = {
         "machines": vars(planner.cluster),
         "work": planner.work._asdict(),
@@ -211,7 +214,9 @@ def _table(planner: "Planner", forecasts: "list[Forecast]") -> list[str]:
     return lines
 
 
-def _details(planner: "Planner", forecasts: "list[Forecast]", price: float | None) -> list[str]:
+def _details(
+    planner: "Planner", forecasts: "list[Forecast]", price: float | None, base: Path | None
+) -> list[str]:
     """What the first mesh does: memory, seconds of a step, what is sent, disk, hours."""
     from tunesmith.planning.forecast import BETTER
     from tunesmith.planning.resolve import checkpoint_bytes
@@ -235,7 +240,7 @@ def _details(planner: "Planner", forecasts: "list[Forecast]", price: float | Non
     amounts = [f"{sent / 1e9:,.2f} GB over its {link}" for link, sent in best.sent.items() if sent]
     if amounts:
         lines.append(f"a rank sends in a step: {', '.join(amounts)}")
-    size, copies = checkpoint_bytes(planner.run, planner.trained)
+    size, copies = checkpoint_bytes(planner.run, planner.trained, base)
     lines.append(f"disk: {size / 1e9:.1f} GB a checkpoint, at most {copies} at once")
     if best.hides_from:
         lines.append(

@@ -391,7 +391,8 @@ def saving_seconds(run: Run) -> float:
     from tunesmith.planning.resolve import checkpoint_bytes  # loads torch
 
     spec = model_spec(config, where=run.model.name, trust_remote_code=run.model.trust_remote_code)
-    size, _ = checkpoint_bytes(run, spec.parameters)
+    base = file.parent if file.is_file() else None
+    size, _ = checkpoint_bytes(run, spec.parameters, base)
     return size / ASSUMED_DISK
 
 

@@ -8,6 +8,8 @@ the base then reads what was trained.
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from tunesmith.errors import ModelError
-from tunesmith.model.composite import STORED_PREFIXES
+from tunesmith.model.composite import COMPOSITES, STORED_PREFIXES, is_stored_text_name
 from tunesmith.model.names import Pieces, assign_names, composite_of
 from tunesmith.model.safetensors_files import INDEX, SINGLE, read_headers, read_json
 from tunesmith.model.save_tensors import Source, TensorPart
@@ -77,6 +79,23 @@ def in_stored_form(
         written[aside.name] = aside
     # On every rank in one order: writing is a collective call.
     return dict(sorted(written.items()))
+
+
+def bytes_aside(folder: Path) -> int:
+    """Bytes of what a checkpoint has beside its text model, which a written model has too.
+
+    0 where it is no vision-language model, or its weights are not at hand.
+    """
+    if read_json(folder / CONFIG).get("model_type") not in COMPOSITES:
+        return 0
+    aside = 0
+    # A plan takes no more than config.json, and the index of weights that are not there.
+    with suppress(ModelError):
+        for entry in chain.from_iterable(read_headers(folder).values()):
+            is_head = entry.name.startswith("lm_head.")
+            if not is_head and not is_stored_text_name(entry.name):
+                aside += entry.size
+    return aside
 
 
 def _stored_like(name: str, stored_names: list[str]) -> str:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,7 @@ from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import Layer, ModelSpec
+from tunesmith.model.stored_form import bytes_aside
 from tunesmith.optim.adamw import HALF, checkpoint_bytes_per_parameter, state_bytes_per_parameter
 from tunesmith.parallel.copies import GRADIENT_PIECE, GRADIENT_PIECES
 from tunesmith.parallel.mesh_shape import ONE, MeshShape, needs_fsdp
@@ -174,10 +176,16 @@ def usable_share(device: str) -> float:
     return USABLE_ON_CPU if device == "cpu" else USABLE
 
 
-def checkpoint_bytes(run: Run, trained: int) -> tuple[int, int]:
-    """Bytes of one checkpoint of `trained` parameters, and how many of them the disk may hold."""
+def checkpoint_bytes(run: Run, trained: int, base: Path | None) -> tuple[int, int]:
+    """Bytes of one checkpoint of `trained` parameters, and how many of them the disk may hold.
+
+    Args:
+        base: the folder of the model, of which a vision tower is copied; None: not known.
+    """
     width = 4 if run.adapter.kind == "lora" else DTYPES[run.model.dtype].itemsize
     size = int(trained * (width + checkpoint_bytes_per_parameter(run.train, width)))
+    if run.adapter.kind == "none" and base is not None:
+        size += bytes_aside(base)
     return size, run.checkpoint.keep + 3  # the one being written, the best one, and final/
 
 

@@ -284,7 +284,7 @@ def load_model(
     mesh = make_mesh(plan.mesh, device.type)
     if not measured:
         with ranks.raise_on_all_ranks():
-            check_disk(run, count_trained(run, model), ranks)
+            check_disk(run, count_trained(run, model), files.folder, ranks)
     checkpoint = start.checkpoint.path if start.checkpoint else None
     is_full = run.adapter.kind == "none"
     base_weights: Path | Literal["random"] | None = checkpoint if is_full else None
@@ -527,13 +527,14 @@ def check_inputs(run: Run, start: Start) -> None:
         read_adapter(adapter)
 
 
-def check_disk(run: Run, trained: int, ranks: Ranks) -> None:
-    """Refuse to begin a run whose checkpoints cannot be written; `trained` counts the trained
-    parameters.
+def check_disk(run: Run, trained: int, base: Path, ranks: Ranks) -> None:
+    """Refuse to begin a run whose checkpoints cannot be written.
+
+    `trained` counts the trained parameters; `base` is the folder of the model.
 
     Of a model trained in full each node that shares no disk holds the parts of its own ranks.
     """
-    size, copies = checkpoint_bytes(run, trained)
+    size, copies = checkpoint_bytes(run, trained, base)
     if run.adapter.kind != "lora":
         size //= len({*ranks.run_dir_writers})
     out = Path(run.output_dir)

@@ -153,5 +153,5 @@ class CheckpointSaver:
         """Seconds that a rank may wait for a save: by its bytes at SLOWEST_DISK, and no less than
         several times as long as the longest save of this start took."""
         trained = sum(parameter.numel() for parameter in self.session.optimizer.params.values())
-        size, _ = checkpoint_bytes(self.run, trained)
+        size, _ = checkpoint_bytes(self.run, trained, self.session.files.folder)
         return STUCK_AFTER_S + max(size / SLOWEST_DISK, SLOWER * self.longest_save)
