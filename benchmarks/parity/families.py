@@ -33,9 +33,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.measured_spec import measure_spec
-from tunesmith.model.model_types import FILE, ModelType, read_model_types
+from tunesmith.model.model_types import FILE, Errors, ModelType, Support, read_model_types
 from tunesmith.model.spec import check_supported
-from tunesmith.model.support import TUNED, Errors, measure_support
+from tunesmith.model.support import TUNED, measure_support
 from tunesmith.model.twin import shrink
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ COMPLETE: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 8},
 }
 # What a verdict rests on; its figures differ from machine to machine.
-VERDICT = ("state", "recurrent", "dead_targets", "text")
+VERDICT = ("state", "recurrent", "dead_targets", "packs_eager", "text")
 HEADER = """# Models
 
 Every type of causal language model that Transformers {transformers} has, as this engine trains it. `tunesmith models`
@@ -89,10 +89,10 @@ def measure_type(model_type: str) -> tuple[ModelType, float]:
         entry = _measure(model_type)
     except ModelError as error:
         reasons = [reason for reason in (error.what, error.why) if reason]
-        entry = ModelType(model_type, "refused", _one_line(": ".join(reasons)))
+        entry = ModelType(model_type, Support("refused", _one_line(": ".join(reasons))))
     # A config class may raise anything on its own defaults.
     except Exception as error:
-        entry = ModelType(model_type, "refused", _one_line(f"its default config: {error}"))
+        entry = ModelType(model_type, Support("refused", _one_line(f"its default config: {error}")))
     return entry, time.monotonic() - start
 
 
@@ -107,16 +107,11 @@ def _measure(model_type: str) -> ModelType:
     if support.state != "refused":
         # What its memory is planned by; ModelError where it does not run on meta.
         measure_spec(shrink(text).to_dict(), where=model_type)
-    errors = support.errors or Errors(float("nan"), float("nan"))
-    entry = ModelType(
-        model_type,
-        support.state,
-        _one_line(support.why),
-        support.recurrent,
-        support.dead_targets,
-        float(f"{errors.logits:.1e}") if support.errors else None,
-        float(f"{errors.gradients:.1e}") if support.errors else None,
-    )
+    errors = support.errors
+    if errors is not None:
+        errors = Errors(float(f"{errors.logits:.1e}"), float(f"{errors.gradients:.1e}"))
+    support = replace(support, why=_one_line(support.why), errors=errors)
+    entry = ModelType(model_type, support)
     if text.model_type != model_type:
         entry = replace(entry, text=text.model_type)
     return entry
@@ -131,7 +126,11 @@ def as_json(entries: list[ModelType]) -> str:
     versions = {name: version(name) for name in ("transformers", "torch")}
     lines = []
     for entry in entries:
-        values = {key: value for key, value in vars(entry).items() if value not in (None, (), "")}
+        values = {}
+        for key, value in entry.row().items():
+            # A difference of 0.0 is a figure.
+            if value is not False and value not in (None, (), ""):
+                values[key] = value
         name = values.pop("model_type")
         lines.append(f"{json.dumps(name)}: {json.dumps(values)}")
     types = ",\n".join(lines)
@@ -143,16 +142,17 @@ def as_page(entries: list[ModelType]) -> str:
     lines = []
     for entry in entries:
         figures = ["", ""]
-        if entry.logits is not None:
-            figures = [f"{entry.logits:.0e}", f"{entry.gradients:.0e}"]
+        support = entry.support
+        if support.errors is not None:
+            figures = [f"{support.errors.logits:.0e}", f"{support.errors.gradients:.0e}"]
         note = ""
-        if entry.state in ("padded", "refused"):
-            note = entry.why
-        elif entry.recurrent:
-            note = f"by document: {', '.join(entry.recurrent)}"
+        if support.state in ("padded", "refused"):
+            note = support.why
+        elif support.recurrent:
+            note = f"by document: {', '.join(support.recurrent)}"
         if entry.text:
             note = f"text model: `{entry.text}`" + (f"; {note}" if note else "")
-        cells = [f"`{entry.model_type}`", entry.state, *figures, note.replace("|", "/")]
+        cells = [f"`{entry.model_type}`", support.state, *figures, note.replace("|", "/")]
         lines.append(f"| {' | '.join(cells)} |")
     header = HEADER.format(counts=count(entries), transformers=version("transformers"))
     return header + "\n".join(lines) + "\n"
@@ -160,7 +160,7 @@ def as_page(entries: list[ModelType]) -> str:
 
 def count(entries: list[ModelType]) -> str:
     """How many types there are of each state."""
-    counts = Counter(entry.state for entry in entries)
+    counts = Counter(entry.support.state for entry in entries)
     states = ", ".join(
         f"{counts[state]} {state}" for state in ("tuned", "packed", "padded", "refused")
     )
@@ -176,10 +176,9 @@ def find_changes(entries: list[ModelType], table: dict[str, ModelType]) -> list[
             changes.append(f"{entry.model_type}: new; {entry.state}")
             continue
         for key in VERDICT:
-            if getattr(entry, key) != getattr(before, key):
-                changes.append(
-                    f"{entry.model_type}: {key} was {getattr(before, key)!r}, is {getattr(entry, key)!r}"
-                )
+            was, is_now = before.row()[key], entry.row()[key]
+            if was != is_now:
+                changes.append(f"{entry.model_type}: {key} was {was!r}, is {is_now!r}")
     return changes
 
 
@@ -198,10 +197,13 @@ def main() -> None:
         for entry, seconds in pool.map(measure_type, names):
             entries.append(entry)
             figures = ""
-            if entry.logits is not None:
-                figures = f"logits {entry.logits:.1e}, gradients {entry.gradients:.1e}"
+            support = entry.support
+            if support.errors is not None:
+                figures = (
+                    f"logits {support.errors.logits:.1e}, gradients {support.errors.gradients:.1e}"
+                )
             print(
-                f"{entry.model_type:24} {entry.state:8} {seconds:5.1f} s  {figures}  {entry.why}",
+                f"{entry.model_type:24} {support.state:8} {seconds:5.1f} s  {figures}  {support.why}",
                 flush=True,
             )
     print(f"{count(entries)}; {time.monotonic() - start:.0f} s")

@@ -21,6 +21,7 @@ from typing import Any
 
 from tunesmith.model.model_types import (
     ModelType,
+    Support,
     find_model_type,
     measured_with,
     read_model_types,
@@ -72,31 +73,22 @@ def measure_folder(folder: Path) -> ModelType:
     try:
         support = find_support(config, model, where=where)
     except ModelError as error:
-        return ModelType(text_type, "refused", f"{error.what}: {error.why}")
+        return ModelType(text_type, Support("refused", f"{error.what}: {error.why}"))
     # The twin has other sizes: whether these make a model shows on the model itself.
     model_spec(config.to_dict(), where=where)
-    errors = support.errors
-    return ModelType(
-        text_type,
-        support.state,
-        support.why,
-        support.recurrent,
-        support.dead_targets,
-        errors.logits if errors else None,
-        errors.gradients if errors else None,
-    )
+    return ModelType(text_type, support)
 
 
 def missing_here(entry: ModelType) -> str:
     """What this machine lacks that would make the type faster; "" where nothing."""
-    if entry.recurrent and find_spec("fla") is None:
+    if entry.support.recurrent and find_spec("fla") is None:
         return KERNELS
     return ""
 
 
 def as_row(entry: ModelType) -> dict[str, Any]:
     """A type as JSON has it."""
-    row = dict(vars(entry))
+    row = entry.row()
     row["missing"] = missing_here(entry)
     return row
 
@@ -104,28 +96,39 @@ def as_row(entry: ModelType) -> dict[str, Any]:
 def print_table(types: Iterable[ModelType]) -> None:
     """All types, those that train best first."""
     order = ("tuned", "packed", "padded", "refused")
-    rows = sorted(types, key=lambda entry: (order.index(entry.state), entry.model_type))
+    rows = sorted(types, key=lambda entry: (order.index(entry.support.state), entry.model_type))
     width = max(len(entry.model_type) for entry in rows)
     for entry in rows:
-        print(f"{entry.model_type.ljust(width)}  {entry.state.ljust(7)}  {entry.why}")
-    counts = Counter(entry.state for entry in rows)
+        print(
+            f"{entry.model_type.ljust(width)}  {entry.support.state.ljust(7)}  {entry.support.why}"
+        )
+    counts: Counter[str] = Counter(entry.support.state for entry in rows)
     counted = ", ".join(f"{counts[state]} {state}" for state in order)
     versions = ", ".join(f"{name} {version}" for name, version in measured_with().items())
     print(f"\n{len(rows)} types: {counted}; measured with {versions}", file=sys.stderr)
 
 
+def _packs_eager_too(support: Support) -> bool:
+    return support.packs_eager or support.state not in ("tuned", "packed")
+
+
 def print_one(entry: ModelType) -> None:
     """What was measured of one type."""
+    support = entry.support
     lines = {
-        "state": entry.state,
-        "why": entry.why,
+        "state": support.state,
+        "why": support.why,
         "text model": entry.text,
-        "run one row a document": ", ".join(entry.recurrent),
-        "no adapter on": ", ".join(entry.dead_targets),
+        "run one row a document": ", ".join(support.recurrent),
+        "no adapter on": ", ".join(support.dead_targets),
+        "not with packed rows": "" if _packs_eager_too(support) else "model.attention: eager",
         "missing here": missing_here(entry),
     }
-    if entry.logits is not None and entry.gradients is not None:
-        lines["largest difference"] = f"logits {entry.logits:.1e}, gradients {entry.gradients:.1e}"
+    errors = support.errors
+    if errors is not None:
+        lines["largest difference"] = (
+            f"logits {errors.logits:.1e}, gradients {errors.gradients:.1e}"
+        )
     print(entry.model_type)
     for name, value in lines.items():
         if value:

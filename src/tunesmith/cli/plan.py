@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     config, where, folder = _config(recipe.model)
     spec = model_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
     model_type = read_model_types().get(spec.model_type)
-    if model_type is not None and model_type.state == "padded":
-        recipe = one_document_a_row(recipe, spec.model_type, model_type.why)
+    if model_type is not None and model_type.support.state == "padded":
+        recipe = one_document_a_row(recipe, spec.model_type, model_type.support.why)
     check_seq_len(spec, recipe.data.seq_len, where=where)
     tokens = None
     if folder is not None and not args.length:

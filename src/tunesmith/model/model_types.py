@@ -5,14 +5,71 @@ Of a model with a config.json at hand `support.find_support` says it for that ve
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import UsageError
 
 FILE = Path(__file__).with_suffix(".json")
+# Differences of logits and gradients in fp32, relative to the largest value. Sums in another order
+# differ by 2e-5 at most over all types of Transformers (`make families`); the least that was more
+# than rounding, xLSTM on padded rows, by 1.5e-3.
+TOLERANCE = 1e-4
+
+State = Literal["tuned", "packed", "padded", "refused"]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The largest differences from each document alone, relative to the largest value."""
+
+    logits: float
+    gradients: float
+
+    def are_rounding(self) -> bool:
+        return max(self.logits, self.gradients) <= TOLERANCE
+
+    def describe(self) -> str:
+        return f"logits differ by {self.logits:.1e}, gradients by {self.gradients:.1e}"
+
+
+@dataclass(frozen=True)
+class Support:
+    """How a model trains.
+
+    Attributes:
+        state: "tuned": packed, by the forwards that this engine has written; "packed": documents
+            share rows; "padded": one document a row; "refused": not at all.
+        why: the reason, for the user.
+        recurrent: class names of the layers that run on one row a document.
+        dead_targets: names of linear layers, within a decoder layer, whose weight is read past
+            their forward, here or by a fused kernel: an adapter there would get no gradient.
+        packs_eager: whether packed rows are each document alone under Transformers' own attention
+            too, which is asked for by `model.attention: eager`.
+        errors: of the layout that is taken, or of padded rows where none is.
+    """
+
+    state: State
+    why: str = ""
+    recurrent: tuple[str, ...] = ()
+    dead_targets: tuple[str, ...] = ()
+    packs_eager: bool = False
+    errors: Errors | None = None
+
+    def describe(self) -> list[str]:
+        """Lines for the user where a model trains otherwise than one that this engine is tuned
+        for.
+        """
+        if self.state == "padded":
+            return [f"warning: {self.why}; it is slower than packed rows"]
+        if self.recurrent:
+            return [
+                f"{', '.join(self.recurrent)}: recurrent layers run on one row a document, "
+                "padded to a common length, where their kernels do not take packed rows"
+            ]
+        return []
 
 
 @dataclass(frozen=True)
@@ -20,20 +77,18 @@ class ModelType:
     """One type, on the config that Transformers gives it.
 
     Attributes:
-        state, why, recurrent, dead_targets: as in `support.Support`.
-        logits, gradients: the largest differences from each document alone, relative to the
-            largest value; None where nothing was measured.
         text: the type of its text model, where it is a composite; else empty.
     """
 
     model_type: str
-    state: str
-    why: str
-    recurrent: tuple[str, ...] = ()
-    dead_targets: tuple[str, ...] = ()
-    logits: float | None = None
-    gradients: float | None = None
+    support: Support
     text: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """It as the table and `tunesmith models --json` have it, in one level."""
+        values = asdict(self.support)
+        errors = values.pop("errors") or {"logits": None, "gradients": None}
+        return {"model_type": self.model_type, **values, **errors, "text": self.text}
 
 
 def read_model_types(file: Path = FILE) -> dict[str, ModelType]:
@@ -42,7 +97,11 @@ def read_model_types(file: Path = FILE) -> dict[str, ModelType]:
     for name, values in json.loads(file.read_text(encoding="utf-8"))["types"].items():
         for key in ("recurrent", "dead_targets"):
             values[key] = tuple(values.get(key, ()))
-        types[name] = ModelType(name, **values)
+        text = values.pop("text", "")
+        errors = None
+        if "logits" in values:
+            errors = Errors(values.pop("logits"), values.pop("gradients"))
+        types[name] = ModelType(name, Support(**values, errors=errors), text)
     return types
 
 

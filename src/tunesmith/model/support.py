@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,76 +29,19 @@ from tunesmith.model.decoder import find_decoder, find_head, find_layers, head_f
 from tunesmith.model.documents import Documents, use_documents
 from tunesmith.model.load import one_line
 from tunesmith.model.measured_spec import NO_SIZES
+from tunesmith.model.model_types import Errors, Support
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.twin import VOCAB, build_twin
 
 FORMAT = 5  # of the cached files; what is measured, and how, counts
 # Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
 LENGTHS = (13, 22)
-# Differences of logits and gradients in fp32, relative to the largest value. Sums in another order
-# differ by 2e-5 at most over all types of Transformers (`make families`); the least that was more
-# than rounding, xLSTM on padded rows, by 1.5e-3.
-TOLERANCE = 1e-4
 # Of a module's output: what reaches it from the other document.
 LEAK = 1e-5
 # Of one core; a twin takes one or two.
 SECONDS = 60.0
 # Ids below have a meaning in some configs: padding, begin, end.
 FIRST_ID = 3
-
-State = Literal["tuned", "packed", "padded", "refused"]
-
-
-@dataclass(frozen=True)
-class Errors:
-    """The largest differences from each document alone, relative to the largest value."""
-
-    logits: float
-    gradients: float
-
-    def are_rounding(self) -> bool:
-        return max(self.logits, self.gradients) <= TOLERANCE
-
-    def describe(self) -> str:
-        return f"logits differ by {self.logits:.1e}, gradients by {self.gradients:.1e}"
-
-
-@dataclass(frozen=True)
-class Support:
-    """How a model trains.
-
-    Attributes:
-        state: "tuned": packed, by the forwards that this engine has written; "packed": documents
-            share rows; "padded": one document a row; "refused": not at all.
-        why: the reason, for the user.
-        recurrent: class names of the layers that run on one row a document.
-        dead_targets: names of linear layers, within a decoder layer, whose weight is read past
-            their forward, here or by a fused kernel: an adapter there would get no gradient.
-        packs_eager: whether packed rows are each document alone under Transformers' own attention
-            too, which is asked for by `model.attention: eager`.
-        errors: of the layout that is taken, or of padded rows where none is.
-    """
-
-    state: State
-    why: str = ""
-    recurrent: tuple[str, ...] = ()
-    dead_targets: tuple[str, ...] = ()
-    packs_eager: bool = False
-    errors: Errors | None = None
-
-    def describe(self) -> list[str]:
-        """Lines for the user where a model trains otherwise than one that this engine is tuned
-        for.
-        """
-        if self.state == "padded":
-            return [f"warning: {self.why}; it is slower than packed rows"]
-        if self.recurrent:
-            return [
-                f"{', '.join(self.recurrent)}: recurrent layers run on one row a document, "
-                "padded to a common length, where their kernels do not take packed rows"
-            ]
-        return []
-
 
 TUNED = Support(
     "tuned", "this engine's own forwards, held to Transformers' by tests", packs_eager=True
