@@ -38,6 +38,7 @@ quick: $(VENV)/dev.stamp
 
 families: $(VENV)/dev.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/parity/families.py --processes $$(getconf _NPROCESSORS_ONLN)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/parity/tensor_cuts.py
 
 test: $(VENV)/dev.stamp
 	$(PYTEST) $(WORKERS)

@@ -61,7 +61,7 @@ def forkserver() -> Any:
     preload += [
         f"transformers.models.{name}.modeling_{name}"
         for name, family in ARCHITECTURES.items()
-        if family.tensor_parallel
+        if family.all_fused
     ]
     preload += ["packaging.requirements", "pydantic.dataclasses", "numpy.ma"]
     # Bitsandbytes asks a GPU for its kind, after which no process can be forked

@@ -5,6 +5,7 @@ interrupted.
     python benchmarks/faults/kill_and_resume.py --shape llama3-3b --layers 4 --tokenizer DIR --data rows.json [--json FILE]
     python benchmarks/faults/kill_and_resume.py RECIPE [key=value ...] --kills 30 [--seed 0] [--json FILE]
     python benchmarks/faults/kill_and_resume.py --family qwen3_5 --adapter lora --kills 30 [--json FILE]
+    python benchmarks/faults/kill_and_resume.py --family qwen3_5 parallel.shard=2 --ranks 4 --kills 6 [--json FILE]
 
 Both runs are `tunesmith train` with deterministic algorithms, STEPS steps and a checkpoint every
 CHECKPOINT_EVERY of them. The kill comes once the run is a step past its first complete checkpoint.
@@ -17,15 +18,20 @@ With `--kills N` the run is LONG_STEPS steps long with a checkpoint every LONG_C
 is killed N times at random moments, between its first step and its end: up to KILLS_A_RUN times
 before it may finish, in as many run directories as that takes. Each is compared in the same way,
 and the optimizer's state in its last checkpoint too.
+
+With `--ranks N` as many processes of this machine share the run, by gloo. A kill then hits one of
+them, drawn at random; the others must end by themselves, within SURVIVORS_END seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +46,7 @@ LONG_CHECKPOINT_EVERY = 7
 KILLS_A_RUN = 6
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "examples")
 DEADLINE = 600.0  # seconds for a run
+SURVIVORS_END = 120.0  # seconds that the other ranks have to notice a killed one
 
 
 def train_command(words: list[str], output_dir: Path, *, is_long: bool = False) -> list[str]:
@@ -68,13 +75,55 @@ def read_records(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in complete_lines]
 
 
-def train(words: list[str], output_dir: Path, *, is_long: bool = False) -> float:
+def start(
+    words: list[str], output_dir: Path, ranks: int, *, is_long: bool = False, **options: Any
+) -> list[subprocess.Popen[bytes]]:
+    """The processes of a run, in the order of their ranks, each in a session of its own."""
+    command = train_command(words, output_dir, is_long=is_long)
+    environments: list[dict[str, str]] = [{}]
+    if ranks > 1:
+        environments = environments_of(ranks)
+    processes = []
+    for of_rank in environments:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **of_rank}
+        process = subprocess.Popen(command, start_new_session=True, env=environment, **options)
+        processes.append(process)
+    return processes
+
+
+def environments_of(ranks: int) -> list[dict[str, str]]:
+    """What torchrun sets for each rank of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def train(words: list[str], output_dir: Path, ranks: int = 1, *, is_long: bool = False) -> float:
     """Run to the end; returns the seconds. SystemExit where the run fails."""
     began = time.monotonic()
-    command = train_command(words, output_dir, is_long=is_long)
-    completed = subprocess.run(command, timeout=DEADLINE, check=False)
-    if completed.returncode:
-        raise SystemExit(f"the run in {output_dir} ended with {completed.returncode}")
+    processes = start(words, output_dir, ranks, is_long=is_long)
+    try:
+        codes = [process.wait(DEADLINE) for process in processes]
+    finally:
+        for process in processes:
+            kill(process)
+    if any(codes):
+        raise SystemExit(f"the run in {output_dir} ended with {codes}")
     return time.monotonic() - began
 
 
@@ -82,10 +131,7 @@ def train_until_killed(words: list[str], output_dir: Path) -> int:
     """Start a run and kill it, with all its processes, a step after its first complete checkpoint;
     returns that step.
     """
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    run = subprocess.Popen(
-        train_command(words, output_dir), start_new_session=True, env=environment
-    )
+    [run] = start(words, output_dir, 1)
     manifest = output_dir / f"checkpoint-{CHECKPOINT_EVERY}" / "manifest.json"
     deadline = time.monotonic() + DEADLINE
     steps_done = 0
@@ -95,12 +141,11 @@ def train_until_killed(words: list[str], output_dir: Path) -> int:
                 f"the run ended with {run.returncode} before it could be killed, at step {steps_done}"
             )
         if time.monotonic() > deadline:
-            os.killpg(run.pid, signal.SIGKILL)
+            kill(run)
             raise SystemExit(f"no checkpoint after {DEADLINE:.0f} s")
         time.sleep(0.01)
         steps_done = len(read_records(output_dir))
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    kill(run)
     return steps_done
 
 
@@ -111,26 +156,42 @@ def last_line(output_dir: Path) -> str:
     return lines[-1] if lines else ""
 
 
-def train_and_kill(words: list[str], output_dir: Path, delay: float) -> int | None:
-    """Start a run, and kill it with all its processes `delay` seconds after its first record.
+def train_and_kill(
+    words: list[str], output_dir: Path, delay: float, ranks: int = 1, victim: int = 0
+) -> int | None:
+    """Start a run, and kill its rank `victim` `delay` seconds after its first record.
 
     Returns the last step that it had recorded; None where it had ended before.
     """
     before = last_line(output_dir)
-    command = train_command(words, output_dir, is_long=True)
-    run = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    processes = start(words, output_dir, ranks, is_long=True, stdout=subprocess.DEVNULL)
+    run = processes[victim]
     deadline = time.monotonic() + DEADLINE
     while run.poll() is None and last_line(output_dir) == before and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(delay)
-    if run.poll() is not None:
-        if run.returncode:
-            raise SystemExit(f"the run in {output_dir} ended with {run.returncode}")
+    has_ended = run.poll() is not None
+    if not has_ended:
+        kill(run)
+    codes = wait_for_all(processes)
+    if has_ended:
+        if any(codes):
+            raise SystemExit(f"the run in {output_dir} ended with {codes}")
         return None
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
     records = read_records(output_dir)
     return records[-1]["step"] if records else 0
+
+
+def wait_for_all(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """The exit codes of all ranks; SystemExit where some go on without the killed one."""
+    deadline = time.monotonic() + SURVIVORS_END
+    try:
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired as error:
+        raise SystemExit(f"ranks still run {SURVIVORS_END:.0f} s after one was killed") from error
+    finally:
+        for process in processes:
+            kill(process)
 
 
 def training_seconds(output_dir: Path) -> float:
@@ -138,24 +199,30 @@ def training_seconds(output_dir: Path) -> float:
     return sum(float(record["step_seconds"]) for record in read_records(output_dir))
 
 
-def kill_at_random(words: list[str], folder: Path, kills: int, seed: int) -> dict[str, Any]:
+def kill_at_random(
+    words: list[str], folder: Path, kills: int, seed: int, ranks: int = 1
+) -> dict[str, Any]:
     """Kill runs `kills` times in all, let each finish, and compare it with one that ran undisturbed."""
     rng = random.Random(seed)
     whole = folder / "whole"
-    train(words, whole, is_long=True)
+    train(words, whole, ranks, is_long=True)
     seconds = training_seconds(whole)
     killed_at: list[list[int]] = []
+    victims: list[list[int]] = []
     reports = []
     while sum(map(len, killed_at)) < kills:
         output_dir = folder / f"killed-{len(killed_at)}"
         steps: list[int] = []
+        victims.append([])
         left = kills - sum(map(len, killed_at))
         while len(steps) < min(KILLS_A_RUN, left):
-            step = train_and_kill(words, output_dir, rng.uniform(0, seconds))
+            victim = rng.randrange(ranks)
+            step = train_and_kill(words, output_dir, rng.uniform(0, seconds), ranks, victim)
             if step is None:
                 break
             steps.append(step)
-        train(words, output_dir, is_long=True)
+            victims[-1].append(victim)
+        train(words, output_dir, ranks, is_long=True)
         killed_at.append(steps)
         report = compare(whole, output_dir)
         report["unequal_optimizer"] = optimizer_state(whole) != optimizer_state(output_dir)
@@ -165,9 +232,11 @@ def kill_at_random(words: list[str], folder: Path, kills: int, seed: int) -> dic
         for report in reports
         if report["unequal_steps"] or report["unequal_weight_files"] or report["unequal_optimizer"]
     ]
+    killed_ranks = {"ranks": ranks, "killed_ranks": victims} if ranks > 1 else {}
     return {
         "kills": sum(map(len, killed_at)),
         "killed_at_steps": killed_at,
+        **killed_ranks,
         "steps": LONG_STEPS,
         "checkpoint_every": LONG_CHECKPOINT_EVERY,
         "runs": len(reports),
@@ -176,13 +245,17 @@ def kill_at_random(words: list[str], folder: Path, kills: int, seed: int) -> dic
     }
 
 
-def optimizer_state(output_dir: Path) -> bytes:
-    """The optimizer's file of a run's last checkpoint."""
+def optimizer_state(output_dir: Path) -> dict[str, bytes]:
+    """The optimizer's files of a run's last checkpoint, by their names: one, or one a rank."""
     last = LONG_STEPS - LONG_STEPS % LONG_CHECKPOINT_EVERY
     checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     if not checkpoints or int(checkpoints[-1].name.split("-")[1]) < last:
         raise SystemExit(f"{output_dir} has no checkpoint-{last}")
-    return (checkpoints[-1] / "state" / "optimizer.safetensors").read_bytes()
+    files = (checkpoints[-1] / "state").glob("optimizer*.safetensors")
+    state = {file.name: file.read_bytes() for file in files}
+    if not state:
+        raise SystemExit(f"{checkpoints[-1]} has no state of an optimizer")
+    return state
 
 
 def compare(whole: Path, resumed: Path) -> dict[str, Any]:
@@ -278,20 +351,25 @@ def main() -> None:
     parser.add_argument("--tokenizer")
     parser.add_argument("--data")
     parser.add_argument("--kills", type=int, metavar="N", help="at random moments")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments, and of the ranks")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes, with --kills")
     parser.add_argument("--json", type=Path)
     options = parser.parse_intermixed_args()
-    if sum(map(bool, (options.words, options.shape, options.family))) != 1:
+    keys = [word for word in options.words if "=" in word]
+    recipes = len(options.words) - len(keys)
+    if recipes + bool(options.shape) + bool(options.family) != 1:
         parser.error("give a recipe, or --shape with --tokenizer and --data, or --family")
+    if options.ranks > 1 and not options.kills:
+        parser.error("--ranks goes with --kills")
     with tempfile.TemporaryDirectory(prefix="tunesmith-resume-") as name:
         folder = Path(name)
         words = options.words
         if options.shape:
-            words = recipe_of_shape(options, folder)
+            words = recipe_of_shape(options, folder) + keys
         elif options.family:
-            words = recipe_of_family(options, folder)
+            words = recipe_of_family(options, folder) + keys
         if options.kills:
-            report = kill_at_random(words, folder, options.kills, options.seed)
+            report = kill_at_random(words, folder, options.kills, options.seed, options.ranks)
         else:
             report = kill_once(words, folder)
     print(json.dumps(report))

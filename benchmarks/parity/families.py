@@ -68,8 +68,11 @@ prints the same table, and `tunesmith models FOLDER` measures the model of a fol
 {counts}. Measured on a tiny twin of each type, in fp32: the largest difference of two packed (or padded) documents from each
 document alone, in logits and gradients, relative to the largest value. `make families` measures them again.
 
-| type | state | logits | gradients | |
-|---|---|---|---|---|
+Of the {cut} types with a figure under *cut*, `parallel.tensor` cuts the layers over ranks: the largest difference of two
+ranks from one, in the losses of 5 steps and the gradients, in full and with an adapter (`benchmarks/parity/tensor_cuts.py`).
+
+| type | state | logits | gradients | cut | |
+|---|---|---|---|---|---|
 """
 
 
@@ -141,10 +144,12 @@ def as_page(entries: list[ModelType]) -> str:
     """docs/models.md."""
     lines = []
     for entry in entries:
-        figures = ["", ""]
+        figures = ["", "", ""]
         support = entry.support
         if support.errors is not None:
-            figures = [f"{support.errors.logits:.0e}", f"{support.errors.gradients:.0e}"]
+            figures[:2] = [f"{support.errors.logits:.0e}", f"{support.errors.gradients:.0e}"]
+        if entry.tensor is not None:
+            figures[2] = f"{entry.tensor:.0e}"
         note = ""
         if support.state in ("padded", "refused"):
             note = support.why
@@ -154,7 +159,8 @@ def as_page(entries: list[ModelType]) -> str:
             note = f"text model: `{entry.text}`" + (f"; {note}" if note else "")
         cells = [f"`{entry.model_type}`", support.state, *figures, note.replace("|", "/")]
         lines.append(f"| {' | '.join(cells)} |")
-    header = HEADER.format(counts=count(entries), transformers=version("transformers"))
+    cut = sum(entry.tensor is not None for entry in entries)
+    header = HEADER.format(counts=count(entries), cut=cut, transformers=version("transformers"))
     return header + "\n".join(lines) + "\n"
 
 
@@ -208,9 +214,12 @@ def main() -> None:
             )
     print(f"{count(entries)}; {time.monotonic() - start:.0f} s")
     if options.write:
-        rows = {entry.model_type: entry for entry in entries}
-        if options.types:
-            rows = read_model_types() | rows
+        table = read_model_types()
+        rows = table if options.types else {}
+        for entry in entries:
+            # Measured by tensor_cuts.py
+            tensor = table[entry.model_type].tensor if entry.model_type in table else None
+            rows[entry.model_type] = replace(entry, tensor=tensor)
         entries = [rows[name] for name in sorted(rows)]
         FILE.write_text(as_json(entries), encoding="utf-8")
         PAGE.write_text(as_page(entries), encoding="utf-8")

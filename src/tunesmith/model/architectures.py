@@ -31,13 +31,13 @@ class Architecture:
     # keys.
     softcaps: tuple[float | None, float | None] | None = None
     logits_scaling: bool = False  # the model divides its logits by `logits_scaling`
-    tensor_parallel: bool = False  # `parallel/tensor.py` cuts its layers over ranks
+    all_fused: bool = False  # attention, MLP and norms have the forwards of `model/fused.py`
     joined: bool = False  # q, k and v are one linear layer, and so are gate and up
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
-        "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM, SmolLM2, Yi, TinyLlama", tensor_parallel=True
+        "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM, SmolLM2, Yi, TinyLlama", all_fused=True
     ),
     "mistral": Architecture(
         "Mistral 7B, Nemo, Small",
@@ -45,13 +45,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         qkv_bias=False,
         output_bias=False,
         window="all",
-        tensor_parallel=True,
+        all_fused=True,
     ),
     "qwen2": Architecture(
-        "Qwen2, Qwen2.5", qkv_bias=True, output_bias=False, window="opt-in", tensor_parallel=True
+        "Qwen2, Qwen2.5", qkv_bias=True, output_bias=False, window="opt-in", all_fused=True
     ),
     "qwen3": Architecture(
-        "Qwen3 (dense)", head_dim=128, head_norms="head", window="opt-in", tensor_parallel=True
+        "Qwen3 (dense)", head_dim=128, head_norms="head", window="opt-in", all_fused=True
     ),
     "gemma": Architecture("Gemma", tied=True, head_dim=256, kv_heads=16),
     "gemma2": Architecture(
@@ -76,9 +76,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture(
         "Phi-3, Phi-3.5, Phi-4", qkv_bias=False, output_bias=False, window="all", joined=True
     ),
-    "smollm3": Architecture(
-        "SmolLM3", tied=True, kv_heads=4, window="opt-in", tensor_parallel=True
-    ),
+    "smollm3": Architecture("SmolLM3", tied=True, kv_heads=4, window="opt-in", all_fused=True),
     "olmo2": Architecture("OLMo 2", head_norms="projection"),
     "granite": Architecture("Granite 3", logits_scaling=True),
 }

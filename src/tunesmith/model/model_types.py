@@ -1,6 +1,7 @@
 """How every causal model type of Transformers trains here, in model_types.json.
 
-`benchmarks/parity/families.py --write` measures them all; a test measures one of each kind again.
+`benchmarks/parity/families.py --write` measures them all, and `tensor_cuts.py` whether ranks can
+share their layers; tests measure one of each kind again.
 Of a model with a config.json at hand `support.find_support` says it for that very config.
 """
 
@@ -78,17 +79,21 @@ class ModelType:
 
     Attributes:
         text: the type of its text model, where it is a composite; else empty.
+        tensor: the largest difference, in losses and gradients, of two ranks that compute each
+            layer together from one; None where its layers are not cut.
     """
 
     model_type: str
     support: Support
     text: str = ""
+    tensor: float | None = None
 
     def row(self) -> dict[str, Any]:
         """It as the table and `tunesmith models --json` have it, in one level."""
         values = asdict(self.support)
         errors = values.pop("errors") or {"logits": None, "gradients": None}
-        return {"model_type": self.model_type, **values, **errors, "text": self.text}
+        own = {"text": self.text, "tensor": self.tensor}
+        return {"model_type": self.model_type, **values, **errors, **own}
 
 
 def read_model_types(file: Path = FILE) -> dict[str, ModelType]:
@@ -101,7 +106,8 @@ def read_model_types(file: Path = FILE) -> dict[str, ModelType]:
         errors = None
         if "logits" in values:
             errors = Errors(values.pop("logits"), values.pop("gradients"))
-        types[name] = ModelType(name, Support(**values, errors=errors), text)
+        tensor = values.pop("tensor", None)
+        types[name] = ModelType(name, Support(**values, errors=errors), text, tensor)
     return types
 
 

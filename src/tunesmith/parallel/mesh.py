@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tunesmith.config.schema import Parallel, Run
 from tunesmith.distributed.ranks import COLLECTIVE_TIMEOUT
 from tunesmith.errors import RecipeError
-from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.quant.schemes import scheme_of
@@ -178,31 +178,36 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     if run.train.optimizer_in_backward:
         key = "train.optimizer_in_backward"
         raise _cannot_shard("updates in the backward", shape, where=key, fix="false")
-    family = ARCHITECTURES.get(spec.model_type)
-    if family is None or not family.tensor_parallel:
-        raise RecipeError(
-            f"a layer of {spec.model_type} cannot be cut over {tensor} ranks",
-            where="parallel.tensor",
-            why=f"the ranks make {shape.describe()}; layers are cut of {_cut_families()}",
-            fix="parallel.tensor=1: copies and shards work for every type",
-        )
+    _check_cut(spec, shape)
     if per_node % tensor:
         what = f"a layer over the nodes, which have {per_node} ranks each,"
         raise _cannot_shard(what, shape, fix="auto")
     # Weights that share a scale stay together.
     block = scheme_of(run.model).block
-    layer = spec.layers[0]  # those of a family in the table are alike
-    attention_blocks = layer.heads * layer.head_dim / block
-    widths = (layer.heads, layer.kv_heads, layer.intermediate / block, attention_blocks)
-    if any(width % tensor for width in widths):
-        heads = f"{layer.heads} heads, {layer.kv_heads} of keys and values"
-        what = f"{heads}, and an MLP of {layer.intermediate:,} columns"
-        raise _cannot_shard(what, shape, fix="auto")
+    for layer in dict.fromkeys(spec.layers):
+        attention_blocks = layer.heads * layer.value_dim / block
+        widths = (layer.heads, layer.kv_heads, layer.intermediate / block, attention_blocks)
+        if any(width % tensor for width in widths):
+            heads = f"{layer.heads} heads, {layer.kv_heads} of keys and values"
+            what = f"{heads}, and an MLP of {layer.intermediate:,} columns"
+            raise _cannot_shard(what, shape, fix="auto")
 
 
-def _cut_families() -> str:
-    """The types whose layers tensor parallelism cuts."""
-    return ", ".join(name for name, family in ARCHITECTURES.items() if family.tensor_parallel)
+def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
+    """RecipeError unless a small model of this type was cut over ranks, and gave equal numbers."""
+    model_type = read_model_types().get(spec.model_type)
+    is_cut = model_type is not None and model_type.tensor is not None
+    # A type whose own config has no experts may have them in another.
+    is_dense = all(layer.mixing == "attention" and not layer.experts for layer in spec.layers)
+    if is_cut and is_dense:
+        return
+    ranks = shape.shard * shape.tensor
+    raise RecipeError(
+        f"a layer of {spec.model_type} cannot be cut over {shape.tensor} ranks",
+        where="parallel.tensor",
+        why=f"the ranks make {shape.describe()}; `tunesmith models` names the types that are cut",
+        fix=f"parallel.tensor=1 parallel.shard={ranks}: copies and shards work for every type",
+    )
 
 
 def _has_ragged_moments(run: Run, spec: ModelSpec, shape: MeshShape) -> bool:

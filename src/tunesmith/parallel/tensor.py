@@ -1,14 +1,15 @@
 """Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): ranks compute each layer together.
 
-- q, k, v, gate and up are sharded by output rows (colwise, in torch's words, which transpose the
-  weight), so that a rank has whole heads; o and down by input columns (rowwise), so that their
-  outputs are parts of a sum; embedding and head by the vocabulary; A and B of an adapter as their
-  layer.
+- Which layers are sharded is Transformers' own plan (`cuts.py`): q, k, v, gate and up by output
+  rows (colwise, in torch's words, which transpose the weight), so that a rank has whole heads; o
+  and down by input columns (rowwise), so that their outputs are parts of a sum. Embedding and head
+  are sharded by the vocabulary; A and B of an adapter as their layer.
 - Between attention and MLP, activations are sharded by tokens (sequence parallel: Korthikanti et
   al. 2022, arXiv:2205.05198). Tokens are gathered before each of the two; the parts of its sum are
   added and scattered after it.
-- Norms, A of a layer that is sharded by rows and B of one that is sharded by columns are whole on
-  every rank, and their gradients are parts of a sum. Nothing raises where that sum is left out.
+- Norms, the bias of a layer that is sharded by columns, A of one that is sharded by rows and B of
+  one that is sharded by columns are whole on every rank, and their gradients are parts of a sum.
+  Nothing raises where that sum is left out.
 
 Parameters become DTensors on the tensor mesh, so that sharding, the optimizer and checkpoints know
 their whole shapes.
@@ -22,27 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from transformers import PreTrainedModel
 
 from tunesmith.adapter.lora import Lora
 from tunesmith.distributed.torch_private import collective
 from tunesmith.distributed.vocab_parallel import ShardedHead, VocabularyShard, local_part
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import RecipeError
 from tunesmith.methods.base import TrainModel
-from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.fused import FusedAttention, FusedMLP, FusedNorm, add_mixin
+from tunesmith.model.decoder import find_decoder
+from tunesmith.model.fused import FusedNorm, FusedZeroCenteredNorm, add_mixin
+from tunesmith.parallel.cuts import KEY, Block, find_blocks
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.quant.frozen_linear import FrozenLinear, TensorShard
 from tunesmith.quant.nf4 import BLOCK, Nf4Linear
 from tunesmith.units import ceil_div
 
-KEY = "parallel.tensor"
 ROWS, COLUMNS = 0, 1  # dimensions of a weight [out_features, in_features]
-# What Transformers' own plan must say; like us it may sum the gradients of heads' norms, and shard
-# a tied embedding (5.17).
-PLAN = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
-PLAN |= {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
-PLAN |= {f"layers.*.{name}_proj": "rowwise" for name in ("self_attn.o", "mlp.down")}
 
 
 class TensorGroup(NamedTuple):
@@ -66,24 +61,27 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
         The names, in the causal LM, of the parameters for `reduce_gradients`.
 
     Raises:
-        ModelError: for a family whose sharding is not known.
+        ModelError: for a model whose sharding is not known.
         RecipeError: for sizes that do not divide, and for what such a model does not compute: eager
             attention, and an adapter on the head.
     """
     if mesh.tensor_group is None:
         return frozenset()
     model = root.model
-    _check_family(model)
-    _check_sizes(model, mesh.shape.tensor)
+    blocks = find_blocks(model)
+    _check_sizes(model, blocks, mesh.shape.tensor)
     if root.attention_backend == "eager":
         raise _not_supported("eager attention", "model.attention")
     if isinstance(root.head, Lora):
         raise _not_supported("an adapter on the head", "adapter.target")
     sharder = _ModelSharder(mesh)
-    for module in list(model.modules()):
-        sharder.shard_module(module)
+    for block in blocks:
+        sharder.shard_block(block)
     sharder.shard_ends(model.get_input_embeddings(), root.head)
-    sharder.add_mixin(model.base_model.norm, SequenceParallelNorm)
+    decoder = find_decoder(model)
+    for module in decoder.modules():
+        sharder.replicate_module(module)
+    sharder.gather_output(decoder)
     return frozenset(name for name, p in model.named_parameters() if p in sharder.partial)
 
 
@@ -102,56 +100,27 @@ def reduce_gradients(grads: Mapping[str, Tensor], partial: Collection[str], mesh
     all_reduce_together(parts, mesh.tensor_group)
 
 
-def _check_family(model: PreTrainedModel) -> None:
-    """ModelError unless Transformers shards this family as we do, and all its layers are fused."""
-    family = ARCHITECTURES.get(model.config.model_type)
-    is_listed = family is not None and family.tensor_parallel
-    is_alike = _has_known_plan(model) and _is_fused(model)
-    if is_listed and is_alike and not _has_bias_of_a_sum(model):
-        return
-    families = ", ".join(name for name, family in ARCHITECTURES.items() if family.tensor_parallel)
-    raise ModelError(
-        f"how to cut this {model.config.model_type} over ranks is not known",
-        where=KEY,
-        why=f"it is known for {families} with a gated MLP and no bias behind attention or MLP",
-        fix=f"{KEY}: 1; parallel.shard divides the memory of any family",
-    )
-
-
-def _has_known_plan(model: PreTrainedModel) -> bool:
-    plan = model.config.base_model_tp_plan or {}
-    others = {plan[key] for key in plan.keys() - {*PLAN, "embed_tokens"}}
-    return PLAN.items() <= plan.items() and others <= {"replicated_with_grad_allreduce"}
-
-
-def _is_fused(model: PreTrainedModel) -> bool:
-    attentions = sum(isinstance(module, FusedAttention) for module in model.modules())
-    mlps = sum(isinstance(module, FusedMLP) for module in model.modules())
-    return attentions == mlps == model.config.num_hidden_layers
-
-
-def _has_bias_of_a_sum(model: PreTrainedModel) -> bool:
-    """Whether o or down has a bias, which each rank would add."""
-    for name, module in model.named_modules():
-        if name.endswith(("o_proj", "down_proj")) and module.bias is not None:
-            return True
-    return False
-
-
-def _check_sizes(model: Any, size: int) -> None:
-    config = model.config
-    counts = {
-        "attention heads": config.num_attention_heads,
-        "key-value heads": config.num_key_value_heads,
-        "MLP columns": config.intermediate_size,
-    }
-    first_layer = ("0.self_attn.o_proj", "0.mlp.down_proj")
-    for name, layer in model.named_modules():
-        if isinstance(layer, Nf4Linear) and name.endswith(first_layer):
-            # No block of weights with one scale reaches into another row, of this layer and of
-            # those it follows.
-            whole = layer.in_features % BLOCK == layer.out_features % BLOCK == 0
-            counts[f"nf4 blocks in a row of {name}"] = layer.in_features // BLOCK if whole else 1
+def _check_sizes(model: Any, blocks: list[Block], size: int) -> None:
+    """RecipeError where heads, columns or blocks of 4-bit weights do not divide among the ranks."""
+    counts = {"attention heads": find_decoder(model).config.num_attention_heads}
+    for block in blocks:
+        [last] = block.rowwise.values()
+        if block.kv_heads is None:
+            counts[f"columns in {_kind(block)}"] = last.in_features
+        else:
+            # Layers of one model may have other numbers of them.
+            counts[f"key-value heads in {_kind(block)}"] = block.kv_heads
+    first_blocks: dict[str, Block] = {}
+    for block in blocks:
+        first_blocks.setdefault(_kind(block), block)
+    for block in first_blocks.values():
+        for name, layer in block.rowwise.items():
+            if isinstance(layer, Nf4Linear):
+                # No block of weights with one scale reaches into another row, of this layer and of
+                # those it follows.
+                whole = layer.in_features % BLOCK == layer.out_features % BLOCK == 0
+                what = f"nf4 blocks in a row of {block.name}.{name}"
+                counts[what] = layer.in_features // BLOCK if whole else 1
     wrong = [f"{count:,} {name}" for name, count in counts.items() if count % size]
     if not wrong:
         return
@@ -163,6 +132,11 @@ def _check_sizes(model: Any, size: int) -> None:
         why=f"it has {' and '.join(wrong)}, of which each takes as many",
         fix=f"{KEY}: {' or '.join(divisors)}",
     )
+
+
+def _kind(block: Block) -> str:
+    """The name of a block without the number of its layer."""
+    return block.name.rpartition(".")[2]
 
 
 class _ModelSharder:
@@ -180,16 +154,45 @@ class _ModelSharder:
         self.sharded: dict[nn.Parameter, nn.Parameter] = {}
         self.partial: set[nn.Parameter] = set()
 
-    def shard_module(self, module: nn.Module) -> None:
-        """Shard attention or an MLP with its linear layers; a norm stays whole."""
-        if isinstance(module, FusedAttention | FusedMLP):
-            for name in module.group:
-                self.shard_linear(module.get_submodule(name), ROWS)
-            last = "o_proj" if isinstance(module, FusedAttention) else "down_proj"
-            self.shard_linear(module.get_submodule(last), COLUMNS)
-            self.add_mixin(module, SequenceParallelBlock)
-        elif isinstance(module, FusedNorm):
-            self.replicate_parameter(module, "weight")
+    def shard_block(self, block: Block) -> None:
+        """Shard the linear layers of attention or an MLP; each rank computes its part of both."""
+        for layer in block.colwise.values():
+            self.shard_linear(layer, ROWS)
+        for layer in block.rowwise.values():
+            self.shard_linear(layer, COLUMNS)
+        for layer in block.whole.values():
+            self.replicate_linear(layer)
+        self.add_mixin(block.module, SequenceParallelBlock)
+
+    def replicate_linear(self, layer: Any) -> None:
+        """Keep a linear layer of a block, and its adapter, whole."""
+        if not isinstance(layer, FrozenLinear | Lora):
+            self.add_mixin(layer, ShardedLinear)
+        for name, _ in list(layer.named_parameters(recurse=False)):
+            if not isinstance(layer, FrozenLinear) or name in ("bias", "lora_A", "lora_B"):
+                self.replicate_parameter(layer, name)
+
+    def replicate_module(self, module: nn.Module) -> None:
+        """Keep the parameters of a norm whole, or of any module that is not sharded by now."""
+        parameters = dict(module.named_parameters(recurse=False))
+        if isinstance(module, FrozenLinear) or not parameters:
+            return
+        if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+            return
+        for name in parameters:
+            self.replicate_parameter(module, name)
+        if not isinstance(module, FusedNorm | FusedZeroCenteredNorm):
+            self.add_mixin(module, LocalParameters)
+
+    def gather_output(self, decoder: nn.Module) -> None:
+        """Make the decoder give the hidden states of all tokens."""
+        group = self.group
+
+        def gather(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            output.last_hidden_state = _gather(output.last_hidden_state, group)
+            return output
+
+        decoder.register_forward_hook(gather)
 
     def shard_linear(self, layer: Any, dim: int) -> None:
         """Shard weight, bias and adapter of a linear layer along a dimension of its weight."""
@@ -203,8 +206,11 @@ class _ModelSharder:
             if not isinstance(layer, Lora):
                 self.add_mixin(layer, ShardedLinear)
             self.shard_parameter(layer, "weight", dim)
-        if layer.bias is not None:
+        if layer.bias is not None and dim == ROWS:
             self.shard_parameter(layer, "bias", ROWS)
+        elif layer.bias is not None:
+            self.replicate_parameter(layer, "bias")
+            self.add_mixin(layer, BiasOfSum)
         if not isinstance(layer, Lora):
             return
         # A reads what its layer reads, and B writes what it writes.
@@ -226,6 +232,7 @@ class _ModelSharder:
         # Alike on every rank, as chunks go by it.
         head.out_features = ceil_div(head.out_features, self.group.size)
         embedding.first = head.out_features * self.group.rank
+        embedding.padding_idx = _padding_here(embedding)
         head.shard = VocabularyShard(embedding.first, self.group.name)
 
     def add_mixin(self, module: Any, mixin: type[nn.Module]) -> None:
@@ -311,38 +318,64 @@ class VocabParallelHead(ShardedLinear, ShardedHead):
     """An output layer with the rows of this rank's tokens."""
 
 
-class VocabParallelEmbedding(nn.Module):
-    """An embedding with the rows of this rank's tokens, from `first` on."""
+class LocalParameters(nn.Module):
+    """A module whose forward, torch's or Transformers' own, computes with this rank's parameters.
+
+    Elsewhere it has the DTensors: FSDP reads them by name.
+    """
 
     tensor_group: TensorGroup
+    is_computing = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.is_computing = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.is_computing = False
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return local_part(value) if self.is_computing else value
+
+
+class BiasOfSum(LocalParameters):
+    """A layer that is sharded by input columns: one rank adds the bias of the sum."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name == "bias" and self.is_computing and self.tensor_group.rank > 0:
+            # Times 0, so that every rank has a gradient, and the sum of them is the bias's.
+            return value * 0.0
+        return value
+
+
+class VocabParallelEmbedding(LocalParameters):
+    """An embedding with the rows of this rank's tokens, from `first` on."""
+
     first: int
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: all positions, [1, n]; returns this rank's positions, [1, n / ranks, width]."""
         layer: Any = self
-        weight = local_part(layer.weight)
         size = self.tensor_group.size
         assert ids.shape[1] % size == 0, (
             f"micro batches must have a multiple of {size} tokens, for {KEY}: {size}"
         )
         # Another rank's token reads row 0 here, and adds 0 to the sum.
         rows = ids - self.first
-        inside = (rows >= 0) & (rows < len(weight))
-        # The row of the padding token gets no gradient.
-        padding = None
-        if layer.padding_idx is not None and 0 <= layer.padding_idx - self.first < len(weight):
-            padding = layer.padding_idx - self.first
-        y = F.embedding(rows.where(inside, 0), weight, padding)
+        inside = (rows >= 0) & (rows < len(local_part(layer.weight)))
+        # Some multiply what they read.
+        y = super().forward(rows.where(inside, 0))
         return _scatter(y * inside.unsqueeze(2), self.tensor_group)
 
 
-class SequenceParallelNorm(nn.Module):
-    """The last norm, which gives all tokens."""
-
-    tensor_group: TensorGroup
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return _gather(super().forward(hidden_states), self.tensor_group)
+def _padding_here(embedding: Any) -> int | None:
+    """The padding token's row in this rank's part, which gets no gradient; None: elsewhere."""
+    if embedding.padding_idx is None:
+        return None
+    row: int = embedding.padding_idx - embedding.first
+    return row if 0 <= row < len(local_part(embedding.weight)) else None
 
 
 class SequenceParallelBlock(nn.Module):

@@ -525,8 +525,7 @@ class MemoryEstimator:
         adapter = self.run.adapter
         tensor = self.mesh.tensor
         family = ARCHITECTURES.get(spec.model_type)
-        # What tensor parallelism cuts is fused whole, other families in part.
-        is_fused = self.machine.compiles[0] or (family is not None and family.tensor_parallel)
+        is_fused = self.machine.compiles[0] or (family is not None and family.all_fused)
         vectors = 3 if is_fused else 4
         # Of what a tensor group keeps, only the normed inputs are whole: gathered before attention
         # and MLP.

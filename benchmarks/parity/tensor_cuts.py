@@ -1,0 +1,209 @@
+"""Cut the layers of every causal model type over two ranks, and compare with one rank.
+
+    python benchmarks/parity/tensor_cuts.py            # print each type, and compare with the table that ships
+    python benchmarks/parity/tensor_cuts.py phi cohere # some types
+    python benchmarks/parity/tensor_cuts.py --write    # the table, and docs/models.md from it
+
+Types are cut by Transformers' own plan (`parallel/cuts.py`); what it does not know is printed with
+the reason. Of the others the small twin is trained for STEPS steps in fp32, in full and with an
+adapter, by two processes that compute each layer together (gloo) and by one. Losses, the gradients
+of the first step, and names and shapes of all parameters must agree. It ends with 1, and names the
+types, where one is cut otherwise than the table says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import families
+import torch
+from torch import Tensor, nn
+
+from tunesmith.adapter import lora
+from tunesmith.config.schema import Adapter, Train
+from tunesmith.data.batch import Batch
+from tunesmith.distributed.ranks import join_ranks
+from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.methods import METHODS
+from tunesmith.methods.base import TrainModel
+from tunesmith.model.fused import fuse_modules
+from tunesmith.model.model_types import FILE, ModelType, read_model_types
+from tunesmith.model.twin import VOCAB, build_twin
+from tunesmith.optim.optimizer import Optimizer
+from tunesmith.parallel.cuts import find_blocks
+from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
+from tunesmith.quant.frozen_linear import set_bypassed
+
+# For `ranks`, of the tests.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
+STEPS = 5
+LEARNING_RATE = 1e-3
+ADAPTER = Adapter(rank=4, alpha=8.0)
+LENGTHS = (5, 12, 3, 20)  # of the documents of a batch: longer and shorter than a twin's windows
+# Of losses, relative to themselves, and gradients, relative to the largest value of each.
+TOLERANCE = 1e-5
+# A gradient this much smaller than the largest of all is rounding.
+FLOOR = 1e-3
+# Published models of a type whose own config has what is not cut.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    # Gemma 4 31B: no inputs by layer; keys are the values of layers without a window.
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 2,
+    },
+}
+
+
+def build(entry: ModelType, adapter: Adapter | None) -> TrainModel:
+    """The twin of a type, with its rules and an adapter or trained in full: the same each time."""
+    config = families.default_config(entry.model_type).get_text_config()
+    config.update(PUBLISHED.get(entry.model_type, {}))
+    twin = build_twin(config)
+    twin.requires_grad_(True)
+    set_bypassed(twin, entry.support.dead_targets)
+    if adapter is not None:
+        lora.attach_lora(twin, adapter, seed=1)
+        torch.manual_seed(5)
+        for _, layer in lora.loras(twin):
+            nn.init.normal_(layer.lora_B, std=0.1)  # with B = 0 the gradient of A would be zero
+    fuse_modules(twin, project=lora.project)
+    options = {"attention_backend": "products", "recurrent": entry.support.recurrent}
+    return TrainModel(twin, METHODS["sft"], **options).train()
+
+
+def make_batch() -> Batch:
+    """Documents of LENGTHS; every third token has no label."""
+    torch.manual_seed(3)
+    count = sum(LENGTHS)
+    ids, targets = torch.randint(3, VOCAB, (2, 1, count))
+    targets[0, ::3] = -100
+    positions = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
+    edges = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    supervised = int((targets != -100).sum())
+    return Batch(ids, positions, targets, edges, max(LENGTHS), count, supervised, len(LENGTHS))
+
+
+def backward(root: TrainModel) -> float:
+    """The mean loss of the batch; its gradients are added to the parameters."""
+    batch = make_batch()
+    with root.step_context(batch):
+        output = root(batch)
+        loss = output.loss / output.denominator
+        loss.backward()
+    return float(loss)
+
+
+def train(root: TrainModel, partial: frozenset[str], mesh: Mesh) -> dict[str, Any]:
+    """The gradients of the first step, the losses of all, and the parameters after them."""
+    from ranks import gathered
+
+    backward(root)
+    first = {name: p.grad for name, p in root.trained_parameters() if p.grad is not None}
+    reduce_gradients(first, partial, mesh)
+    gradients = {name: gathered(gradient).clone() for name, gradient in first.items()}
+    for _, parameter in root.trained_parameters():
+        parameter.grad = None
+    settings = Train(learning_rate=LEARNING_RATE, weight_decay=0.1, compile="off")
+    optimizer = Optimizer(root.trained_parameters(), settings)
+    losses = []
+    for step in range(STEPS):
+        optimizer.start_step(LEARNING_RATE, step)
+        losses.append(backward(root))
+        reduce_gradients(optimizer.gradients(), partial, mesh)
+        optimizer.step()
+    parameters = {name: gathered(p.detach()) for name, p in root.model.named_parameters()}
+    return {"losses": losses, "gradients": gradients, "parameters": parameters}
+
+
+def on_ranks(entry: ModelType, adapter: Adapter | None) -> float:
+    """On each of two ranks: the largest difference from one rank, in losses and gradients."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    with join_ranks():
+        mesh = Mesh.of(MeshShape(tensor=2), "cpu")
+        root = build(entry, adapter)
+        partial = apply_tensor_parallel(root, mesh)
+        cut = train(root, partial, mesh)
+        alone = train(build(entry, adapter), frozenset(), Mesh())
+    assert _shapes(cut["parameters"]) == _shapes(alone["parameters"])
+    assert cut["gradients"].keys() == alone["gradients"].keys()
+    largest = max(float(gradient.abs().max()) for gradient in alone["gradients"].values())
+    errors = []
+    for name, expected in alone["gradients"].items():
+        scale = max(float(expected.abs().max()), FLOOR * largest)
+        errors.append(float((cut["gradients"][name] - expected).abs().max()) / scale)
+    for loss, expected in zip(cut["losses"], alone["losses"], strict=True):
+        errors.append(abs(loss - expected) / abs(expected))
+    return max(errors)
+
+
+def _shapes(parameters: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in parameters.items()}
+
+
+def measure_type(entry: ModelType) -> tuple[float | None, str]:
+    """The largest difference; None and the reason where the type is not cut."""
+    from ranks import run_ranks
+
+    try:
+        find_blocks(build(entry, None).model)
+    except ModelError as error:
+        return None, error.why
+    try:
+        error = max(max(run_ranks(2, on_ranks, entry, adapter)) for adapter in (None, ADAPTER))
+    except AssertionError as fault:  # of a rank
+        return None, str(fault).strip().splitlines()[-1]
+    if error > TOLERANCE:
+        return None, f"two ranks differ by {error:.1e} from one"
+    return float(f"{error:.1e}"), "cut"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="model types; all if left out")
+    parser.add_argument("--write", action="store_true", help="write the table and docs/models.md")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    table = read_model_types()
+    changes = []
+    for name in options.types or sorted(table):
+        entry = table[name]
+        # A composite is cut as its text model; padded rows go through Transformers' own attention.
+        if entry.support.state not in ("tuned", "packed") or entry.text:
+            continue
+        try:
+            error, why = measure_type(entry)
+        except TunesmithError as fault:
+            error, why = None, fault.what
+        print(f"{name:24} {'' if error is None else f'{error:.1e}':8} {why}", flush=True)
+        if (error is None) != (entry.tensor is None):
+            changes.append(f"{name}: {why}")
+        table[name] = replace(entry, tensor=error)
+    cut = sum(entry.tensor is not None for entry in table.values())
+    print(f"{cut} of {len(table)} types are cut")
+    if options.write:
+        entries = list(table.values())
+        FILE.write_text(families.as_json(entries), encoding="utf-8")
+        families.PAGE.write_text(families.as_page(entries), encoding="utf-8")
+        return
+    for change in changes:
+        print(f"changed: {change}", file=sys.stderr)
+    sys.exit(bool(changes))
+
+
+if __name__ == "__main__":
+    main()

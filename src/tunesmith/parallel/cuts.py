@@ -1,0 +1,160 @@
+"""Where the layers of a model can be cut over ranks, by Transformers' own plan for its type.
+
+The plan (`base_model_tp_plan` of the config) says which linear layers are sharded by output rows
+(colwise) and which by input columns (rowwise). A block is a module that has one rowwise layer and
+colwise ones before it: attention, or an MLP. Everything outside the blocks must work token by
+token on vectors of the hidden size, as norms do; everything inside them that is not cut must be of
+one head, or of no width at all. What the plan or this rule does not cover is refused by name.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tunesmith.errors import ModelError
+from tunesmith.model.decoder import find_decoder
+from tunesmith.quant.frozen_linear import is_plain_linear
+
+KEY = "parallel.tensor"
+COLWISE = "colwise"
+ROWWISE = "rowwise"
+# A norm over one head, whose gradients are summed; latent keys, of which each head reads all.
+WHOLE = ("replicated_with_grad_allreduce", "mla_kv_a_proj")
+# Latent attention: its queries have such layers too, which plans do not name.
+LATENT_QUERIES = ("q_a_proj",)
+# An embedding, which is sharded by the vocabulary whatever the plan says.
+EMBEDDING = "embed_tokens"
+
+
+@dataclass
+class Block:
+    """A module of which each rank computes a part of the heads or columns.
+
+    Attributes:
+        module: attention or MLP.
+        colwise: its layers that are sharded by output rows.
+        rowwise: the one behind them, sharded by input columns.
+        whole: its other linear layers, which every rank computes.
+    """
+
+    name: str
+    module: nn.Module
+    colwise: dict[str, Any] = field(default_factory=dict)
+    rowwise: dict[str, Any] = field(default_factory=dict)
+    whole: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kv_heads(self) -> int | None:
+        """Heads of keys and values; None in an MLP, and where keys are no layer of their own."""
+        keys = self.colwise.get("k_proj")
+        if keys is None:
+            return None
+        attention: Any = self.module
+        heads: int = keys.out_features // attention.head_dim
+        return heads
+
+
+def find_blocks(model: PreTrainedModel) -> list[Block]:
+    """The blocks of a causal LM, fused and with an adapter or not; on meta or not.
+
+    ModelError where Transformers has no plan for the type, or the model has a part of which it is
+    not known how ranks share it.
+    """
+    decoder = find_decoder(model)
+    plan = getattr(decoder.config.get_text_config(), "base_model_tp_plan", None) or {}
+    if not plan:
+        raise _not_known(model, "Transformers states no plan for it")
+    if not type(decoder).__module__.startswith("transformers."):
+        raise _not_known(model, "its code is not Transformers' own")
+    blocks: dict[str, Block] = {}
+    for name, module in decoder.named_modules():
+        action = plan.get(_pattern(name), "")
+        if not action or name == EMBEDDING:
+            continue
+        parent, _, child = name.rpartition(".")
+        block = blocks.setdefault(parent, Block(parent, decoder.get_submodule(parent)))
+        groups = {
+            COLWISE: block.colwise,
+            ROWWISE: block.rowwise,
+            **dict.fromkeys(WHOLE, block.whole),
+        }
+        if action not in groups:
+            raise _not_known(model, f"Transformers' plan is {action} for {name}")
+        if is_plain_linear(module):
+            groups[action][child] = module
+    for block in blocks.values():
+        if len(block.rowwise) != 1 or not block.colwise:
+            raise _not_known(model, f"{block.name} has no pair of layers that ranks share")
+    _check_rest(model, decoder, blocks, plan)
+    return list(blocks.values())
+
+
+def _pattern(name: str) -> str:
+    """The name of a module as plans write it: `layers.*.mlp.up_proj`."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _check_rest(
+    model: PreTrainedModel,
+    decoder: PreTrainedModel,
+    blocks: Mapping[str, Block],
+    plan: Mapping[str, str],
+) -> None:
+    """ModelError for a parameter outside the cut layers that is of no known kind."""
+    embedding: Any = decoder.get_input_embeddings()
+    hidden = embedding.embedding_dim
+    for name, module in decoder.named_modules():
+        if module is embedding:
+            continue
+        block = _block_of(name, blocks)
+        if block is not None and block.name != name:
+            child = name[len(block.name) + 1 :]
+            if child in block.colwise or child in block.rowwise:
+                continue
+            if child in block.whole or (block.whole and child in LATENT_QUERIES):
+                block.whole[child] = module
+                continue
+        for key, parameter in module.named_parameters(recurse=False):
+            full_name = f"{name}.{key}" if name else key
+            if _pattern(full_name) in plan:
+                what = plan[_pattern(full_name)]
+                raise _not_known(model, f"Transformers' plan is {what} for {full_name}")
+            if not _is_whole(parameter.shape, block, hidden):
+                shape = " x ".join(f"{size:,}" for size in parameter.shape)
+                raise _not_known(model, f"it has {full_name} [{shape}], which is in no plan")
+
+
+def _block_of(name: str, blocks: Mapping[str, Block]) -> Block | None:
+    """The block that a module of this name is in, or is."""
+    for block_name, block in blocks.items():
+        if name == block_name or name.startswith(f"{block_name}."):
+            return block
+    return None
+
+
+def _is_whole(shape: Any, block: Block | None, hidden: int) -> bool:
+    """Whether a parameter can stay whole on every rank."""
+    if len(shape) > 1:
+        return False
+    if shape.numel() == 1:
+        return True
+    if block is None:
+        return bool(shape.numel() == hidden)
+    if block.whole:
+        # A norm of latent attention, before its heads part.
+        return any(shape.numel() <= layer.out_features for layer in block.whole.values())
+    return bool(shape.numel() == getattr(block.module, "head_dim", 0))
+
+
+def _not_known(model: PreTrainedModel, why: str) -> ModelError:
+    model_type = find_decoder(model).config.get_text_config().model_type
+    return ModelError(
+        f"how to cut this {model_type} over ranks is not known",
+        where=KEY,
+        why=why,
+        fix=f"{KEY}: 1; parallel.shard divides the memory of any family",
+    )

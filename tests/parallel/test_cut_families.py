@@ -1,0 +1,199 @@
+"""Layers of other families than Llama's, cut over ranks by Transformers' own plan: the numbers of
+one rank, and files of the same tensors. What the plan does not know is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tensor_cuts import ADAPTER, STEPS, TOLERANCE, backward, build, on_ranks
+from test_data_parallel import FULL, LORA, TENSOR, assert_those_of_one_process
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import vision_models
+from ranks import run_ranks
+from recipes import make_run
+from tunesmith.config.schema import Adapter
+from tunesmith.distributed import torch_private
+from tunesmith.distributed.ranks import join_ranks
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.model.measured_spec import model_spec
+from tunesmith.model.model_types import read_model_types
+from tunesmith.parallel.cuts import find_blocks
+from tunesmith.parallel.mesh import Mesh, check_mesh
+from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
+from tunesmith.runtime.compilation import compile_layers
+
+pytestmark = pytest.mark.slow
+
+TABLE = read_model_types()
+KINDS = {
+    "apertus": "numbers of the activation are trained; an MLP without a gate",
+    "cohere2": "attention and MLP read one input; logits are scaled",
+    "gemma3_text": "four norms a layer, a scaled embedding, windows",
+    "gemma4_text": "keys that are values, heads of two widths",
+    "gpt_neox": "q, k and v are one layer, head by head; norms with a bias",
+    "minicpm3": "latent attention, whose first layers stay whole",
+    "starcoder2": "a bias behind each sum",
+    "phi": "a head with a bias",
+}
+REFUSED = {
+    "gpt_oss": "Transformers states no plan for it",
+    "qwen3_moe": "plan is moe_tp_experts for layers.0.mlp.experts",
+    "qwen3_5_text": "plan is colwise_gather_output for layers.0.linear_attn.",
+    "olmo3": "plan is colwise_gather_output for layers.0.self_attn.q_proj",
+    "phi3": "plan is rowwise_split_input for layers.0.self_attn.o_proj",
+    "granite_swa": "plan is local_params for layers.0.self_attn",
+    "gemma3n_text": "it has layers.0.altup.",
+    "youtu": "it has layers.0.self_attn.q_a_proj.weight [16 x 64], which is in no plan",
+}
+
+
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["full", "lora"])
+@pytest.mark.parametrize("model_type", KINDS)
+def test_two_ranks_have_the_losses_and_gradients_of_one(
+    model_type: str, adapter: Adapter | None
+) -> None:
+    assert TABLE[model_type].tensor is not None
+    assert STEPS == 5
+    assert max(run_ranks(2, on_ranks, TABLE[model_type], adapter)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_the_plan_does_not_know_is_refused_with_the_reason(model_type: str) -> None:
+    assert TABLE[model_type].tensor is None
+    with pytest.raises(ModelError) as refused:
+        find_blocks(build(TABLE[model_type], None).model)
+    assert REFUSED[model_type] in refused.value.why
+    assert "parallel.shard" in refused.value.fix
+
+
+def test_code_of_a_repository_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(TABLE["llama"], None).model
+    find_blocks(model)
+    monkeypatch.setattr(type(model.model), "__module__", "transformers_modules.modeling_llama")
+    with pytest.raises(ModelError, match="how to cut") as refused:
+        find_blocks(model)
+    assert refused.value.why == "its code is not Transformers' own"
+
+
+def test_a_norm_of_each_head_is_refused() -> None:
+    """Cohere's: its weight is of all heads, which ranks share, and its plan does not say so."""
+    from transformers import CohereConfig
+
+    sizes = {
+        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    }  # fmt: skip
+    with_norms = AutoModelForCausalLM.from_config(CohereConfig(**sizes, use_qk_norm=True))
+    with pytest.raises(ModelError) as refused:
+        find_blocks(with_norms)
+    assert (
+        refused.value.why == "it has layers.0.self_attn.q_norm.weight [4 x 16], which is in no plan"
+    )
+    find_blocks(AutoModelForCausalLM.from_config(CohereConfig(**sizes, use_qk_norm=False)))
+
+
+def write_model(model_type: str, folder: Path, tokenizer: Path, **sizes: Any) -> Path:
+    """A random model of the type with the tokenizer of another; norms and biases are drawn too."""
+    torch.manual_seed(3)
+    settings = {**vision_models.TEXT, "num_hidden_layers": 2, **sizes}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.05)
+    model.save_pretrained(folder)
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def tensors_in(folder: Path) -> dict[str, list[int]]:
+    """Names and shapes of all tensors of a folder."""
+    shapes = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names = tensors.keys()
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in names}
+    return shapes
+
+
+RUNS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "full, tensor": (FULL, TENSOR),
+    "lora, tensor": (LORA, TENSOR),
+    "full, shards of a tensor group": (FULL, {"shard": 2, "tensor": 2}),
+}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_vision_language_model_trains_and_is_saved_as_by_one_process(
+    world: int, tiny: Path, tmp_path: Path
+) -> None:
+    model = vision_models.build("gemma3", tmp_path / "model", tiny)
+    for name in assert_those_of_one_process(world, RUNS, model, tmp_path):
+        saved = tensors_in(tmp_path / f"{name}, ranks" / "final")
+        assert len(saved) > 10
+        assert saved == tensors_in(tmp_path / name / "final")
+
+
+def test_a_bias_behind_a_sum_on_nf4_and_shards(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    # Rows of the parts are whole blocks of 64 weights.
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8}
+    model = write_model("starcoder2", tmp_path / "model", tiny, **sizes, head_dim=16)
+    runs = {
+        "full, tensor": (FULL, TENSOR),
+        "lora on nf4, tensor": ({"model": {"quantize": "nf4"}}, TENSOR),
+    }
+    for name in assert_those_of_one_process(2, runs, model, tmp_path):
+        saved = tensors_in(tmp_path / f"{name}, ranks" / "final")
+        assert saved == tensors_in(tmp_path / name / "final")
+
+
+def compiled() -> tuple[float, list[int]]:
+    """The largest difference of the losses, and the graphs that each batch adds."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    with join_ranks():
+        mesh = Mesh.of(MeshShape(tensor=2), "cpu")
+        root = build(TABLE["starcoder2"], ADAPTER)
+        partial = apply_tensor_parallel(root, mesh)
+        compile_layers(root.layers, varied=True, backend="aot_eager")
+        graphs = []
+        differences = []
+        for _ in range(2):
+            before = torch_private.graphs_compiled()
+            differences.append(abs(backward(root) - backward(build(TABLE["starcoder2"], ADAPTER))))
+            graphs.append(torch_private.graphs_compiled() - before)
+        grads = {name: p.grad for name, p in root.trained_parameters() if p.grad is not None}
+        reduce_gradients(grads, partial, mesh)
+        return max(differences), graphs
+
+
+def test_compiled_layers_of_transformers_are_equal() -> None:
+    for difference, (first, second) in run_ranks(2, compiled):
+        assert difference < 1e-5
+        assert first > 0
+        assert second == 0
+
+
+def test_a_mesh_that_cuts_an_unknown_layer_is_refused_with_one_that_works(
+    tiny: Path, tmp_path: Path
+) -> None:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    model = write_model("qwen3_moe", tmp_path / "model", tiny, **sizes)
+    config = AutoConfig.from_pretrained(model)
+    spec = model_spec(config.to_dict(), where="config.json")
+    run = make_run(model, tmp_path)
+    with pytest.raises(RecipeError) as refused:
+        check_mesh(run, spec, MeshShape(replicate=1, shard=2, tensor=2), per_node=4)
+    assert "qwen3_moe cannot be cut over 2 ranks" in refused.value.what
+    assert refused.value.fix.startswith("parallel.tensor=1 parallel.shard=4")
+    check_mesh(run, spec, MeshShape(replicate=1, shard=4, tensor=1), per_node=4)
