@@ -52,7 +52,7 @@ def run_rank(env: dict[str, str], model: Path, folder: Path, name: str, killed_i
         output_dir=str(folder / name),
     )
     try:
-        train(run, say=None)
+        train(run, quiet=True)
     except TunesmithError as error:
         sys.exit(error.exit_code)
 

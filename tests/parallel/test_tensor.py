@@ -60,6 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-tied": {"tie_word_embeddings": True},
     "llama-odd": {"vocab_size": 127, "tie_word_embeddings": True},  # as where tokens were added
     "llama-heads": {"num_key_value_heads": 8},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True},  # of o and down too
     "qwen2": {},  # q, k and v have biases
     "qwen3": {},  # q and k have norms
     "mistral": {"sliding_window": 9},
@@ -76,7 +77,7 @@ PARTLY = Adapter(rank=4, alpha=8.0, target=("q_proj", "o_proj", "up_proj"))
 CASES = [
     ("llama", None, 0), ("llama-tied", None, 2), ("llama-odd", None, 0), ("qwen2", None, 0), ("qwen3", None, 1),
     ("mistral", None, 0), ("llama", ADAPTER, 1), ("llama-odd", ADAPTER, 0), ("qwen2", PARTLY, 0), ("qwen3", ADAPTER, 0),
-    ("mistral", DROPPED, 2), ("smollm3", ADAPTER, 0),
+    ("mistral", DROPPED, 2), ("smollm3", ADAPTER, 0), ("llama-biases", None, 1), ("llama-biases", ADAPTER, 0),
 ]  # fmt: skip
 
 
@@ -377,8 +378,8 @@ def refused() -> list[str]:
         packed = causal_lm("llama")  # 192 and 64 columns: 3 blocks and 1
         nf4.replace_linears(packed, torch.float32)
         attempt(packed)
-        attempt(causal_lm("gemma"))
-        attempt(causal_lm("llama", attention_bias=True))
+        attempt(causal_lm("phi3"))
+        attempt(causal_lm("olmo2"))
         changed = causal_lm("llama")
         changed.config.base_model_tp_plan = {
             **changed.config.base_model_tp_plan,
@@ -406,7 +407,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason():
     sizes, blocks, *families, eager, head = run_ranks(4, refused)[0]
     assert "6 key-value heads" in sizes
     assert "parallel.tensor: 1 or 2 or 3 or 6" in sizes
-    assert "1 nf4 blocks in a row of model.layers.0.self_attn.o_proj and 3 nf4" in blocks
+    assert "1 nf4 blocks in a row of self_attn.o_proj and 3 nf4" in blocks
     assert len(families) == 3
     assert all("how to cut this" in text and "parallel.shard" in text for text in families)
     assert "eager attention" in eager

@@ -193,9 +193,10 @@ def test_the_meshes_of_a_cluster() -> None:
 def test_auto_cuts_what_can_be_cut_evenly() -> None:
     nf4 = {"model": {"quantize": "nf4"}}
     assert tensors("qwen3-8b", "2x8xh100", nf4) == {1, 2, 4, 8}
-    # 3B has 24 heads, which 16 ranks cannot share, and other families are not cut.
+    # 3B has 24 heads, which 16 ranks cannot share; joined projections are not cut.
     assert tensors("llama3-3b", "16xh100", {}) == {1, 2, 4, 8}
-    assert tensors("llama3-3b", "8xh100", {}, model_type="gemma") == {1}
+    assert tensors("llama3-3b", "8xh100", {}, model_type="gemma2") == {1, 2, 4, 8}
+    assert tensors("llama3-3b", "8xh100", {}, model_type="phi3") == {1}
     # 14336 / 8 = 1792 is 28 blocks of nf4, 28 / 8 is no whole number of them.
     assert tensors("llama3-8b", "8xh100", nf4, intermediate=1792) == {1, 2, 4}
     assert tensors("llama3-8b", "8xh100", nf4, quantized="bnb-nf4") == {1}

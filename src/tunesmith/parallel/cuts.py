@@ -31,7 +31,7 @@ EMBEDDING = "embed_tokens"
 
 
 @dataclass
-class Block:
+class ParallelBlock:
     """A module of which each rank computes a part of the heads or columns.
 
     Attributes:
@@ -58,7 +58,7 @@ class Block:
         return heads
 
 
-def find_blocks(model: PreTrainedModel) -> list[Block]:
+def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
     """The blocks of a causal LM, fused and with an adapter or not; on meta or not.
 
     ModelError where Transformers has no plan for the type, or the model has a part of which it is
@@ -70,13 +70,13 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         raise _not_known(model, "Transformers states no plan for it")
     if not type(decoder).__module__.startswith("transformers."):
         raise _not_known(model, "its code is not Transformers' own")
-    blocks: dict[str, Block] = {}
+    blocks: dict[str, ParallelBlock] = {}
     for name, module in decoder.named_modules():
         action = plan.get(_pattern(name), "")
         if not action or name == EMBEDDING:
             continue
         parent, _, child = name.rpartition(".")
-        block = blocks.setdefault(parent, Block(parent, decoder.get_submodule(parent)))
+        block = blocks.setdefault(parent, ParallelBlock(parent, decoder.get_submodule(parent)))
         groups = {
             COLWISE: block.colwise,
             ROWWISE: block.rowwise,
@@ -101,7 +101,7 @@ def _pattern(name: str) -> str:
 def _check_rest(
     model: PreTrainedModel,
     decoder: PreTrainedModel,
-    blocks: Mapping[str, Block],
+    blocks: Mapping[str, ParallelBlock],
     plan: Mapping[str, str],
 ) -> None:
     """ModelError for a parameter outside the cut layers that is of no known kind."""
@@ -128,7 +128,7 @@ def _check_rest(
                 raise _not_known(model, f"it has {full_name} [{shape}], which is in no plan")
 
 
-def _block_of(name: str, blocks: Mapping[str, Block]) -> Block | None:
+def _block_of(name: str, blocks: Mapping[str, ParallelBlock]) -> ParallelBlock | None:
     """The block that a module of this name is in, or is."""
     for block_name, block in blocks.items():
         if name == block_name or name.startswith(f"{block_name}."):
@@ -136,7 +136,7 @@ def _block_of(name: str, blocks: Mapping[str, Block]) -> Block | None:
     return None
 
 
-def _is_whole(shape: Any, block: Block | None, hidden: int) -> bool:
+def _is_whole(shape: Any, block: ParallelBlock | None, hidden: int) -> bool:
     """Whether a parameter can stay whole on every rank."""
     if len(shape) > 1:
         return False

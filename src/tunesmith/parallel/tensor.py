@@ -31,7 +31,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.decoder import find_decoder
 from tunesmith.model.fused import FusedNorm, FusedZeroCenteredNorm, add_mixin
-from tunesmith.parallel.cuts import KEY, Block, find_blocks
+from tunesmith.parallel.cuts import KEY, ParallelBlock, find_blocks
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.quant.frozen_linear import FrozenLinear, TensorShard
 from tunesmith.quant.nf4 import BLOCK, Nf4Linear
@@ -100,27 +100,25 @@ def reduce_gradients(grads: Mapping[str, Tensor], partial: Collection[str], mesh
     all_reduce_together(parts, mesh.tensor_group)
 
 
-def _check_sizes(model: Any, blocks: list[Block], size: int) -> None:
+def _check_sizes(model: Any, blocks: list[ParallelBlock], size: int) -> None:
     """RecipeError where heads, columns or blocks of 4-bit weights do not divide among the ranks."""
+    # Of layers with other numbers, the greatest that divides all.
     counts = {"attention heads": find_decoder(model).config.num_attention_heads}
     for block in blocks:
-        [last] = block.rowwise.values()
-        if block.kv_heads is None:
-            counts[f"columns in {_kind(block)}"] = last.in_features
-        else:
-            # Layers of one model may have other numbers of them.
-            counts[f"key-value heads in {_kind(block)}"] = block.kv_heads
-    first_blocks: dict[str, Block] = {}
-    for block in blocks:
-        first_blocks.setdefault(_kind(block), block)
-    for block in first_blocks.values():
-        for name, layer in block.rowwise.items():
-            if isinstance(layer, Nf4Linear):
-                # No block of weights with one scale reaches into another row, of this layer and of
-                # those it follows.
-                whole = layer.in_features % BLOCK == layer.out_features % BLOCK == 0
-                what = f"nf4 blocks in a row of {block.name}.{name}"
-                counts[what] = layer.in_features // BLOCK if whole else 1
+        kind = block.name.rpartition(".")[2]
+        [(name, layer)] = block.rowwise.items()
+        units = {f"columns in {kind}": layer.in_features}
+        if block.kv_heads is not None:
+            units = {f"key-value heads in {kind}": block.kv_heads}
+        if isinstance(layer, Nf4Linear):
+            # No block of weights with one scale reaches into another row, of this layer and of
+            # those it follows.
+            whole = layer.in_features % BLOCK == layer.out_features % BLOCK == 0
+            units[f"nf4 blocks in a row of {kind}.{name}"] = (
+                layer.in_features // BLOCK if whole else 1
+            )
+        for what, count in units.items():
+            counts[what] = math.gcd(counts.get(what, 0), count)
     wrong = [f"{count:,} {name}" for name, count in counts.items() if count % size]
     if not wrong:
         return
@@ -132,11 +130,6 @@ def _check_sizes(model: Any, blocks: list[Block], size: int) -> None:
         why=f"it has {' and '.join(wrong)}, of which each takes as many",
         fix=f"{KEY}: {' or '.join(divisors)}",
     )
-
-
-def _kind(block: Block) -> str:
-    """The name of a block without the number of its layer."""
-    return block.name.rpartition(".")[2]
 
 
 class _ModelSharder:
@@ -154,7 +147,7 @@ class _ModelSharder:
         self.sharded: dict[nn.Parameter, nn.Parameter] = {}
         self.partial: set[nn.Parameter] = set()
 
-    def shard_block(self, block: Block) -> None:
+    def shard_block(self, block: ParallelBlock) -> None:
         """Shard the linear layers of attention or an MLP; each rank computes its part of both."""
         for layer in block.colwise.values():
             self.shard_linear(layer, ROWS)
