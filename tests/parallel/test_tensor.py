@@ -379,7 +379,7 @@ def refused() -> list[str]:
         nf4.replace_linears(packed, torch.float32)
         attempt(packed)
         attempt(causal_lm("phi3"))
-        attempt(causal_lm("olmo2"))
+        attempt(causal_lm("glm4"))
         changed = causal_lm("llama")
         changed.config.base_model_tp_plan = {
             **changed.config.base_model_tp_plan,

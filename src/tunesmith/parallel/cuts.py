@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.model.decoder import find_decoder
+from tunesmith.model.fused import FusedWideNorm
 from tunesmith.quant.frozen_linear import is_plain_linear
 
 KEY = "parallel.tensor"
@@ -24,6 +25,10 @@ COLWISE = "colwise"
 ROWWISE = "rowwise"
 # A norm over one head, whose gradients are summed; latent keys, of which each head reads all.
 WHOLE = ("replicated_with_grad_allreduce", "mla_kv_a_proj")
+# Attention whose norms are over all heads (OLMo 2, 3): Transformers gathers the heads for them, and
+# splits them after; here ranks share the sum of squares.
+GATHERED = {"colwise_gather_output": COLWISE, "rowwise_split_input": ROWWISE}
+PROJECTIONS = {"q_norm": "q_proj", "k_norm": "k_proj"}
 # Latent attention: its queries have such layers too, which plans do not name.
 LATENT_QUERIES = ("q_a_proj",)
 # An embedding, which is sharded by the vocabulary whatever the plan says.
@@ -39,6 +44,7 @@ class ParallelBlock:
         colwise: its layers that are sharded by output rows.
         rowwise: the one behind them, sharded by input columns.
         whole: its other linear layers, which every rank computes.
+        norms: those over all heads, of which each rank has a part.
     """
 
     name: str
@@ -46,6 +52,7 @@ class ParallelBlock:
     colwise: dict[str, Any] = field(default_factory=dict)
     rowwise: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Any] = field(default_factory=dict)
+    norms: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kv_heads(self) -> int | None:
@@ -76,7 +83,12 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
         if not action or name == EMBEDDING:
             continue
         parent, _, child = name.rpartition(".")
-        block = blocks.setdefault(parent, ParallelBlock(parent, decoder.get_submodule(parent)))
+        if parent not in blocks:
+            owner = decoder.get_submodule(parent)
+            blocks[parent] = ParallelBlock(parent, owner, norms=_norms_of_heads(owner))
+        block = blocks[parent]
+        if block.norms:
+            action = GATHERED.get(action, action)
         groups = {
             COLWISE: block.colwise,
             ROWWISE: block.rowwise,
@@ -98,6 +110,20 @@ def _pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
+def _norms_of_heads(attention: nn.Module) -> dict[str, Any]:
+    """The norms of an attention that are over all heads, if their code is known; else none."""
+    norms = {}
+    for name, projection in PROJECTIONS.items():
+        norm: Any = getattr(attention, name, None)
+        layer: Any = getattr(attention, projection, None)
+        if not isinstance(norm, FusedWideNorm) or layer is None:
+            return {}
+        if norm.weight.numel() != layer.out_features:
+            return {}
+        norms[name] = norm
+    return norms
+
+
 def _check_rest(
     model: PreTrainedModel,
     decoder: PreTrainedModel,
@@ -113,7 +139,7 @@ def _check_rest(
         block = _block_of(name, blocks)
         if block is not None and block.name != name:
             child = name[len(block.name) + 1 :]
-            if child in block.colwise or child in block.rowwise:
+            if child in block.colwise or child in block.rowwise or child in block.norms:
                 continue
             if child in block.whole or (block.whole and child in LATENT_QUERIES):
                 block.whole[child] = module

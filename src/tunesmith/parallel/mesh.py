@@ -205,7 +205,7 @@ def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
     raise RecipeError(
         f"a layer of {spec.model_type} cannot be cut over {shape.tensor} ranks",
         where="parallel.tensor",
-        why=f"the ranks make {shape.describe()}; `tunesmith models` names the types that are cut",
+        why=f"the ranks make {shape.describe()}; `tunesmith models TYPE` says whether one is cut",
         fix=f"parallel.tensor=1 parallel.shard={ranks}: copies and shards work for every type",
     )
 

@@ -153,28 +153,27 @@ class _ModelSharder:
             self.shard_linear(layer, ROWS)
         for layer in block.rowwise.values():
             self.shard_linear(layer, COLUMNS)
-        for layer in block.whole.values():
-            self.replicate_linear(layer)
+        for norm in block.norms.values():
+            self.add_mixin(norm, NormOfHeads)
+            self.shard_parameter(norm, "weight", ROWS)
         self.add_mixin(block.module, SequenceParallelBlock)
-
-    def replicate_linear(self, layer: Any) -> None:
-        """Keep a linear layer of a block, and its adapter, whole."""
-        if not isinstance(layer, FrozenLinear | Lora):
-            self.add_mixin(layer, ShardedLinear)
-        for name, _ in list(layer.named_parameters(recurse=False)):
-            if not isinstance(layer, FrozenLinear) or name in ("bias", "lora_A", "lora_B"):
-                self.replicate_parameter(layer, name)
 
     def replicate_module(self, module: nn.Module) -> None:
         """Keep the parameters of a norm whole, or of any module that is not sharded by now."""
+        computes_locally = isinstance(module, FusedNorm | FusedZeroCenteredNorm | Lora)
         parameters = dict(module.named_parameters(recurse=False))
-        if isinstance(module, FrozenLinear) or not parameters:
+        if isinstance(module, FrozenLinear):
+            # Codes are not trained, and no DTensors.
+            computes_locally = True
+            names = parameters.keys() & {"bias", "lora_A", "lora_B"}
+            parameters = {name: parameters[name] for name in sorted(names)}
+        if not parameters:
             return
         if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
             return
         for name in parameters:
             self.replicate_parameter(module, name)
-        if not isinstance(module, FusedNorm | FusedZeroCenteredNorm):
+        if not computes_locally:
             self.add_mixin(module, LocalParameters)
 
     def gather_output(self, decoder: nn.Module) -> None:
@@ -294,6 +293,19 @@ def _scatter(x: Tensor, group: TensorGroup) -> Tensor:
     return _Exchange.apply(x.squeeze(0), group, False).unsqueeze(0)
 
 
+class _SumOfRanks(torch.autograd.Function):
+    """The sum over the ranks, which the output of each of them depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
+        ctx.group = group
+        return collective("all_reduce", x, "sum", group.name)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return collective("all_reduce", grads[0], "sum", ctx.group.name), None
+
+
 # ---- mixins for the modules of a sharded model ----
 
 
@@ -330,6 +342,21 @@ class LocalParameters(nn.Module):
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         return local_part(value) if self.is_computing else value
+
+
+class NormOfHeads(nn.Module):
+    """An RMSNorm over all heads, of which this rank has some; it multiplies in fp32."""
+
+    tensor_group: TensorGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: Any = self
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True)
+        width = x.shape[-1] * self.tensor_group.size
+        mean = _SumOfRanks.apply(squares, self.tensor_group) / width
+        scale = torch.rsqrt(mean + norm.variance_epsilon)
+        return (wide * scale * local_part(norm.weight).to(wide.dtype)).to(x.dtype)
 
 
 class BiasOfSum(LocalParameters):
