@@ -172,6 +172,11 @@ def init_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
         with torch.no_grad():
             copy_whole(layer.lora_A, values)
             layer.lora_B.zero_()
+    copy_saved_modules(model, adapter)
+
+
+def copy_saved_modules(model: nn.Module, adapter: Adapter) -> None:
+    """Give the modules that are trained in full parameters of their own, on meta or not."""
     for module in modules_to_save(model, adapter):
         # An adapter that this one replaces has stored the base's values.
         buffers = dict(module.named_buffers(recurse=False))

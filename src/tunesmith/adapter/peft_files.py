@@ -5,7 +5,8 @@ never ignored.
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -272,10 +273,36 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
     ModelError where scaling, layers, shapes or names differ from the model's.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def is_base(name: str, stored: StoredTensor) -> bool:
+        parameter = parameters[name]
+        stored_part = stored[local_slices(parameter)].to(parameter.dtype)
+        return torch.equal(local_part(parameter).cpu(), stored_part)
+
+    with stored_adapter(model, folder, is_base) as stored:
+        for name, tensor in stored.items():
+            tensor.into_part(parameters[name])
+
+
+@contextmanager
+def stored_adapter(
+    model: nn.Module, folder: Path, is_base: Callable[[str, StoredTensor], bool]
+) -> Iterator[dict[str, StoredTensor]]:
+    """What PEFT's two files hold of a model's adapter, by the model's names of its parameters.
+
+    Args:
+        model: with the adapter, on meta or not.
+        is_base: whether a tensor equals the base's parameter of that name. PEFT adds copies of
+            embedding and head when one of them carries an adapter.
+
+    ModelError where scaling, layers, shapes or names differ from the model's.
+    """
     adapter = read_adapter(folder)
     _check_scaling(model, adapter, folder / CONFIG)
     file = folder / WEIGHTS
     parameters = _peft_tensors(model)
+    own_names = {id(parameter): name for name, parameter in model.named_parameters()}
     try:
         read_header(file)
     except ModelError as error:
@@ -284,8 +311,9 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         raise ModelError(what, where=str(file), why=why, fix="copy the adapter again") from error
     with stored_tensors(file) as stored:
         names = set()
-        for name in stored:
-            if name in parameters or not _is_base(model, name, stored[name]):
+        for name, tensor in stored.items():
+            base_name = None if name in parameters else _base_name(model, name, tensor)
+            if base_name is None or not is_base(base_name, tensor):
                 names.add(name)
         unknown = names - parameters.keys()
         reshaped = set()
@@ -296,8 +324,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         what = "are in the adapter and not in the recipe's target or modules_to_save"
         _check_none(unknown, what, file)
         _check_none(reshaped, "have another shape", file)
-        for name in names:
-            stored[name].into_part(parameters[name])
+        yield {own_names[id(parameters[name])]: stored[name] for name in sorted(names)}
 
 
 def _check_scaling(model: nn.Module, adapter: Adapter, file: Path) -> None:
@@ -328,14 +355,12 @@ def _check_none(names: Collection[str], problem: str, file: Path) -> None:
     )
 
 
-def _is_base(model: nn.Module, name: str, stored: StoredTensor) -> bool:
-    """Whether a stored tensor is a copy of a base weight.
-
-    PEFT adds embedding and head when one of them carries an adapter.
+def _base_name(model: nn.Module, name: str, stored: StoredTensor) -> str | None:
+    """The base's parameter that a stored tensor may be a copy of; None where there is none of its
+    name and shape.
     """
     base_name = name_in_text(model, name.removeprefix(PREFIX).replace(".base_layer.", "."))
     parameter = dict(model.named_parameters(remove_duplicate=False)).get(base_name)
     if parameter is None or parameter.shape != stored.shape:
-        return False
-    stored_part = stored[local_slices(parameter)].to(parameter.dtype)
-    return torch.equal(local_part(parameter).cpu(), stored_part)
+        return None
+    return base_name

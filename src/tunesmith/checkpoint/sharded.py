@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -377,32 +378,49 @@ def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
     )
 
 
+class ShardedTensors:
+    """The model's tensors of a sharded checkpoint, by their names.
+
+    Attributes:
+        shapes: of each, and the dtype that it is stored in; fp32 for masters.
+
+    CheckpointError if it cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.shapes: dict[str, Tensor] = {}
+        for key, entry in _entries(folder).items():
+            if key.startswith("model."):
+                shape = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+                self.shapes[key.removeprefix("model.")] = shape
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU."""
+        tensor = torch.empty_like(self.shapes[name], device="cpu")
+        _read(self._folder, {f"model.{name}": tensor})
+        return tensor
+
+
 def export_sharded(folder: Path, output: Path, run: Run) -> None:
     """Write a sharded checkpoint's model as Transformers' files into a new folder.
 
     One tensor is in memory at a time; where experts are written singly, two stacks of them.
     CheckpointError if it cannot be read, or `output` not be written.
     """
-    stored: dict[str, TensorStorageMetadata] = {}
+    stored = ShardedTensors(folder)
     shapes: dict[str, Tensor] = {}
-    for key, entry in _entries(folder).items():
-        if not key.startswith("model."):
-            continue
-        name = key.removeprefix("model.")
-        dtype = entry.properties.dtype
+    for name, shape in stored.shapes.items():
         # Masters are fp32 there.
-        if dtype.is_floating_point:
-            dtype = DTYPES[run.model.dtype]
-        stored[name] = entry
-        shapes[name] = torch.empty(entry.size, dtype=dtype, device="meta")
-
+        dtype = DTYPES[run.model.dtype] if shape.is_floating_point() else shape.dtype
+        shapes[name] = shape.to(dtype)
     names = {id(shape): name for name, shape in shapes.items()}
+    # The experts of a layer take turns, of two stacks.
+    read_whole = lru_cache(maxsize=2)(stored.read)
 
-    def read(shape: Tensor) -> Tensor:
-        name = names[id(shape)]
-        tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
-        _read(folder, {f"model.{name}": tensor})
-        return tensor
+    def read(shape: Tensor, rows: slice) -> Iterator[Tensor]:
+        whole = read_whole(names[id(shape)])
+        yield whole[rows] if whole.ndim else whole
 
     step = int(json.loads((folder / MANIFEST).read_text())["step"])
     with atomic_folder(output, step) as inside:

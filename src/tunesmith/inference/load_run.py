@@ -276,35 +276,63 @@ def load_run(
     import torch
 
     from tunesmith.build_model import build_model
-    from tunesmith.hub.fetch import fetch
-    from tunesmith.model.tokenizer import eos_ids
     from tunesmith.planning.resolve import inference_plan
 
-    place = torch.device(_select_device(device))
+    place = torch.device(select_device(device))
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     with undeleted(location):
-        folder = location.folder
-        if folder and location.kind == "base" and folder != Path(location.base.name):
-            manifest.check_sums(folder, reads=_is_read_beside_base)
-        elif folder:
-            manifest.check_sums(folder)
-        run = _inference_recipe(location, dtype)
-        weights = folder if location.kind == "full" and folder else fetch(location.base)
-        # A base may be a model that an earlier run wrote.
-        if weights != folder:
-            manifest.check_sums(weights)
-        saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
-        run, files = _read_files(location, run, weights, saved)
-        _check_room(files, place)
-        train_model, _ = build_model(run, files, inference_plan(run, files, place))
+        read = read_run_files(location, dtype=dtype)
+        _check_room(read.files, place)
+        plan = inference_plan(read.run, read.files, place)
+        train_model, _ = build_model(read.run, read.files, plan)
         train_model.eval()
         train_model.use_inference_attention()
-        ends = eos_ids(saved or weights, files.tokenizer) | eos_ids(weights, files.tokenizer)
-        template = _template(location, files.tokenizer, ends, saved)
-        return LoadedModel(train_model, files.tokenizer, template, location, weights)
+        return LoadedModel(
+            train_model, read.files.tokenizer, read.template, location, read.files.folder
+        )
 
 
-def _select_device(device: "str | torch.device | None") -> str:
+@dataclass(frozen=True)
+class OpenedRun:
+    """What a path stands for, read but for its weights.
+
+    Attributes:
+        run: the recipe by which the model is built.
+        files: of the base, or for kind `full` of the trained model, with the saved tokenizer.
+        template: the saved one.
+    """
+
+    location: RunLocation
+    run: Run
+    files: "ModelFiles"
+    template: "Template"
+
+
+def read_run_files(location: RunLocation, *, dtype: Dtype | None = None) -> OpenedRun:
+    """Check and read all that `location` has but its weights, in a block of `undeleted`.
+
+    Raises: as `load_run`.
+    """
+    from tunesmith.hub.fetch import fetch
+    from tunesmith.model.tokenizer import eos_ids
+
+    folder = location.folder
+    if folder and location.kind == "base" and folder != Path(location.base.name):
+        manifest.check_sums(folder, reads=_is_read_beside_base)
+    elif folder:
+        manifest.check_sums(folder)
+    run = _inference_recipe(location, dtype)
+    weights = folder if location.kind == "full" and folder else fetch(location.base)
+    # A base may be a model that an earlier run wrote.
+    if weights != folder:
+        manifest.check_sums(weights)
+    saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
+    run, files = _read_files(location, run, weights, saved)
+    ends = eos_ids(saved or weights, files.tokenizer) | eos_ids(weights, files.tokenizer)
+    return OpenedRun(location, run, files, _template(location, files.tokenizer, ends, saved))
+
+
+def select_device(device: "str | torch.device | None") -> str:
     """The name of a device of this machine; the GPU where none is named."""
     import torch
 

@@ -7,10 +7,9 @@ tensor at a time.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ NAMES = {dtype: name for name, dtype in STORED.items()}
 PIECE = 64 << 20  # bytes on the host at a time: enough for a disk's full speed
 GATHERED = 16 << 20  # bytes of one collective, which may take as much again
 SHARD = "5GB"
-Read = Callable[[Tensor], Tensor]
+# The values of some rows of a tensor on meta, in bands from first to last.
+Read = Callable[[Tensor, slice], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def save_tensors(
         path: of rank 0; None on the others.
         tensors: by their names; parts of tensors, and tensors of other files, among them.
         dtype: to write DTensors in, None for their own; other tensors keep theirs.
-        read: the tensors are on meta, and it returns the values of each when its turn comes.
+        read: the tensors are on meta, and it returns the values of each when its turn comes, band
+            by band.
     """
     written = {name: _written_form(source, dtype) for name, source in tensors.items()}
     names = sorted(tensors, key=lambda name: (-written[name].itemsize, name))
@@ -89,8 +90,6 @@ def save_tensors(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that every tensor is aligned
-    # The experts of a layer take turns, of two stacks.
-    read_part = lru_cache(maxsize=2)(read) if read else None
     with path.open("wb") if path else nullcontext() as file:
         if file is not None:
             file.write(len(text).to_bytes(8, "little") + text)
@@ -100,14 +99,8 @@ def save_tensors(
                 if file is not None:
                     file.writelines(_file_pieces(source))
                 continue
-            region: tuple[slice, ...] = ()
-            if isinstance(source, TensorPart):
-                region = source.region
-                tensor = read_part(source.tensor) if read_part else source.tensor.detach()
-            else:
-                tensor = read(source) if read else source.detach()
             written_dtype = _written_dtype(source, dtype)
-            for part in _parts(tensor, region, written_dtype):
+            for part in _parts(source, written_dtype, read):
                 if file is not None:
                     file.writelines(_pieces(part, written_dtype))
 
@@ -134,14 +127,21 @@ def _written_form(source: Source, dtype: torch.dtype | None) -> _Form:
     return _Form(NAMES[written_dtype], shape, itemsize, math.prod(shape) * itemsize)
 
 
-def _parts(tensor: Tensor, region: tuple[slice, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-    """What is written of a tensor: the `region` of it, or all; of a DTensor some rows at a time."""
-    if not isinstance(tensor, DTensor):
-        yield tensor[region] if region else tensor
+def _parts(source: Tensor | TensorPart, dtype: torch.dtype, read: Read | None) -> Iterator[Tensor]:
+    """What is written of a tensor; where it is gathered or read, some rows at a time."""
+    tensor = source.tensor if isinstance(source, TensorPart) else source
+    region = source.region if isinstance(source, TensorPart) else ()
+    rows = region[0] if region else slice(0, len(tensor) if tensor.ndim else 1)
+    bands: Iterable[Tensor]
+    if read:
+        bands = read(tensor, rows)
+    elif isinstance(tensor, DTensor):
+        bands = _gathered_rows(tensor, dtype, rows)
+    else:
+        yield tensor.detach()[region] if region else tensor.detach()
         return
-    rows = region[0] if region else slice(0, len(tensor))
-    for part in _gathered_rows(tensor, dtype, rows):
-        yield part[(slice(None), *region[1:])]
+    for band in bands:
+        yield band[(slice(None), *region[1:])] if region else band
 
 
 def _file_pieces(entry: Entry) -> Iterator[memoryview]:
@@ -162,7 +162,7 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator
     every rank. Of the ranks that hold a row one gives it and the others zeros; they are summed as
     bytes, so that no value changes.
     """
-    local = tensor.to_local()
+    local = tensor.to_local().detach()
     local_rows, *columns = local_slices(tensor)
     row_shape = tensor.shape[1:]
     row_count = span.stop - span.start

@@ -6,7 +6,7 @@ from the page cache, which on a machine with unified memory is the GPU's memory 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -43,10 +43,10 @@ SLICE = 16 << 20  # bytes read at a time where a tensor is not read straight int
 class StoredTensor:
     """A tensor of the checkpoint, not yet read: what a hook of `load_weights` gets.
 
-    Shape and dtype as stored.
+    Shape and dtype as stored. Without an open file, or once that is closed, each read opens it.
     """
 
-    def __init__(self, entry: Entry, file: BufferedReader) -> None:
+    def __init__(self, entry: Entry, file: BufferedReader | None = None) -> None:
         self._entry = entry
         self._file = file
         self.name = entry.name
@@ -61,7 +61,7 @@ class StoredTensor:
         """Read into `target` (contiguous) from element `begin` on, converting to its dtype and
         device.
         """
-        if self._file.closed:
+        if self._file is None or self._file.closed:
             with open_uncached(self._entry.file) as file:
                 StoredTensor(self._entry, file).into(target, begin)
             return
@@ -86,7 +86,7 @@ class StoredTensor:
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
         """That part, on the CPU, in its stored dtype; nothing else is read.
 
-        A slice of each dimension has both ends. After `load_weights` the file is opened again.
+        A slice of each dimension has both ends.
         """
         part = torch.empty([span.stop - span.start for span in slices], dtype=self.dtype)
         self._fill(part, slices)
@@ -123,6 +123,7 @@ class StoredTensor:
 
     def _read(self, flat: torch.Tensor, offset: int) -> None:
         if flat.numel():
+            assert self._file is not None  # `into` opens it
             read_into(self._file, self._entry, flat.view(torch.uint8).numpy().data, offset)
 
 
@@ -137,7 +138,7 @@ class JoinedTensor(StoredTensor):
         self.dtype = STORED[pieces.dtype]
         self._pieces = []
         for piece in pieces.pieces:
-            self._pieces.append((piece, StoredTensor(piece.entry, files[piece.entry.file])))
+            self._pieces.append((piece, stored_tensor(piece.entry, files)))
 
     def into(self, target: torch.Tensor, begin: int = 0) -> None:
         """As `StoredTensor.into`, for whole rows."""
@@ -173,11 +174,14 @@ class JoinedTensor(StoredTensor):
                 target.copy_(stored[tuple(in_piece)])
 
 
-def stored_tensor(entry: Entry | Pieces, files: Mapping[Path, BufferedReader]) -> StoredTensor:
-    """What is stored of a parameter, to be read from files that are open."""
+def stored_tensor(
+    entry: Entry | Pieces, files: Mapping[Path, BufferedReader] | None = None
+) -> StoredTensor:
+    """What is stored of a parameter, to be read from those of its files that are open."""
+    files = files or {}
     if isinstance(entry, Pieces):
         return JoinedTensor(entry, files)
-    return StoredTensor(entry, files[entry.file])
+    return StoredTensor(entry, files.get(entry.file))
 
 
 def _entries_of(entry: Entry | Pieces) -> list[Entry]:
@@ -230,25 +234,12 @@ def load_weights(
     is damaged.
     """
     hooks = dict(convert or {})
-    targets: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    targets = {}
+    for name, tensor in _stored_state(model).items():
         if name not in hooks and not skip(name):
-            targets[name] = parameter
-    persistent = model.state_dict(keep_vars=True).keys()
-    for name, buffer in model.named_buffers():
-        if name in persistent and not skip(name):
-            targets[name] = buffer
-
+            targets[name] = tensor
     headers = read_headers(folder)
-    names = assign_names(model, headers, {*targets, *hooks}, hooks)
-    groups = names.groups
-    drop_tied_copies(groups, targets, str(folder))
-    growing: dict[int, int | None] = {}
-    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if end is not None:
-            for parameter in end.parameters(recurse=False):
-                growing[id(parameter)] = grow_from
-    _check_complete(groups, targets, hooks, names.unexpected, growing, str(folder))
+    groups = _assign_entries(model, headers, targets, hooks, grow_from, str(folder))
 
     def place(name: str) -> tuple[Path, int]:
         entry = groups[name][""]
@@ -264,6 +255,67 @@ def load_weights(
                 hooks[name](stored)
             else:
                 _read_parameter(stored[""], targets[name])
+
+
+def find_stored(
+    model: "PreTrainedModel",
+    folder: Path,
+    *,
+    quantized: Collection[str] = (),
+    grow_from: int | None = None,
+) -> dict[str, dict[str, StoredTensor]]:
+    """What a folder's safetensors files hold of each tensor of a model, which may be on meta.
+
+    A tensor itself goes under "", the companions that those of `quantized` may have under their
+    suffixes; tied ones are there once. `grow_from` and ModelError as in `load_weights`.
+    """
+    targets = {}
+    for name, tensor in _stored_state(model).items():
+        if name not in quantized:
+            targets[name] = tensor
+    groups = _assign_entries(
+        model, read_headers(folder), targets, dict.fromkeys(quantized), grow_from, str(folder)
+    )
+    stored = {}
+    for name, group in groups.items():
+        stored[name] = {suffix: stored_tensor(entry) for suffix, entry in group.items()}
+    return stored
+
+
+def _stored_state(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
+    """The parameters of a model and the buffers that its checkpoints hold; tied ones by each of
+    their names.
+    """
+    state = dict(model.named_parameters(remove_duplicate=False))
+    persistent = model.state_dict(keep_vars=True).keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            state[name] = buffer
+    return state
+
+
+def _assign_entries(
+    model: "PreTrainedModel",
+    headers: Mapping[Path, Sequence[Entry]],
+    targets: Mapping[str, torch.Tensor],
+    hooks: Mapping[str, object],
+    grow_from: int | None,
+    where: str,
+) -> dict[str, dict[str, Entry | Pieces]]:
+    """Which stored tensors are those of `targets` and, with their companions, of `hooks`.
+
+    Tied ones are there once. ModelError where what is stored is not this model.
+    """
+    names = assign_names(model, headers, {*targets, *hooks}, hooks.keys())
+    groups = names.groups
+    drop_tied_copies(groups, targets, where)
+    growing: dict[int, int | None] = {}
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if end is not None:
+            for parameter in end.parameters(recurse=False):
+                growing[id(parameter)] = grow_from
+    _check_complete(groups, targets, hooks, names.unexpected, growing, where)
+    return groups
 
 
 def _read_parameter(stored: StoredTensor, target: torch.Tensor) -> None:
@@ -330,7 +382,7 @@ def _equal(a: Entry | Pieces, b: Entry | Pieces) -> bool:
 def _check_complete(
     groups: dict[str, dict[str, Entry | Pieces]],
     targets: Mapping[str, torch.Tensor],
-    hooks: Mapping[str, Hook],
+    hooks: Mapping[str, object],
     unexpected: list[str],
     growing: Mapping[int, int | None],
     where: str,
