@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.errors import StoppedError, TunesmithError
 
 if TYPE_CHECKING:
+    from tunesmith.export.merge import Merged, merge
     from tunesmith.inference.decoding import Decoding
     from tunesmith.inference.evaluate import Evaluation, evaluate
     from tunesmith.inference.generate import generate
     from tunesmith.inference.load_run import LoadedModel, load_run
-    from tunesmith.inference.merge import Merged, merge
     from tunesmith.metrics.record import StepRecord
     from tunesmith.training.result import Result
     from tunesmith.training.run import train
@@ -57,8 +57,8 @@ _MODULES = {
     "Decoding": "inference.decoding",
     "evaluate": "inference.evaluate",
     "Evaluation": "inference.evaluate",
-    "merge": "inference.merge",
-    "Merged": "inference.merge",
+    "merge": "export.merge",
+    "Merged": "export.merge",
 }
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from recipes import make_run
+from tunesmith.export.merge import merge
 from tunesmith.host.files import follow_umask
-from tunesmith.inference.merge import merge
 from tunesmith.training.run import train
 
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig
 from recipes import make_run
 from tunesmith.checkpoint.manifest import flush_files, prune, write_manifest
 from tunesmith.config.load import load_recipe
+from tunesmith.export.merge import merge
 from tunesmith.hub import hub_calls
-from tunesmith.inference.merge import merge
 from tunesmith.training.run import train
 from warm import read_hub_settings, run_warm
 

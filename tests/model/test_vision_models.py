@@ -22,8 +22,8 @@ from tunesmith.cli.main import main
 from tunesmith.config.dump import dump
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.export.merge import merge
 from tunesmith.inference.load_run import load_run
-from tunesmith.inference.merge import merge
 from tunesmith.model import load
 from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.safetensors_files import Entry

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tunesmith.inference.merge import merge
+    from tunesmith.export.merge import merge
 
     merged = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)
     if args.json:
@@ -58,8 +58,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"largest logit difference {check.merged.max_logit:.3g}, over {positions}")
     for text, _ in check.rules:
         print(f"passed: {text}")
-    if check.exact is None and check.dtype != "fp32":
-        print("not compared in fp32: no room in memory for the model in fp32")
     if merged.note:
         print(merged.note)
     weights = f"{merged.bytes / 2**20:.0f} MiB in {merged.dtype}"

@@ -1,20 +1,18 @@
 """Merge an adapter into its base, write a plain Transformers folder, and check that it answers
 alike.
 
-    load -> logits of adapter and base -> add B A to each weight -> write beside OUTPUT
-    -> reload with plain Transformers -> logits again -> check (merge_check.py) -> rename into place
+    add B A to each weight -> write beside OUTPUT -> Transformers finds every weight
+    -> logits of adapter, base and what was written -> check (merge_check.py) -> rename into place
 
-A merge that fails the check is kept as `OUTPUT.rejected`. Peak memory is one model (it is freed
-before the folder is read again), and one more in fp32 for the second half of a 16-bit merge's
-check, where there is room.
+A merge that fails the check is kept as `OUTPUT.rejected`. Weights are read, written and multiplied
+in bands: the memory that this takes does not grow with the model.
 """
 
-import gc
 import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,31 +20,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as hf_logging
 
-from tunesmith.adapter.lora import Lora, LoraLinear, disabled, merged_weight
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.model_card import model_card
-from tunesmith.config.schema import Adapter, Model
+from tunesmith.config.schema import Model
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
+from tunesmith.export import merge_check
+from tunesmith.export.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit
+from tunesmith.export.streamed_model import Values, streamed_logits
+from tunesmith.export.tuned_weights import TunedModel, open_tuned_model
 from tunesmith.host.files import existing_folder, follow_umask, require_disk_space
 from tunesmith.host.logger import lines_by_default
-from tunesmith.host.memory import available_memory
 from tunesmith.hub.fetch import fetch
-from tunesmith.inference import merge_check
-from tunesmith.inference.load_run import Dtype, LoadedModel, RunLocation, load_run, locate_run
-from tunesmith.inference.merge_check import (
-    ExactCheck,
-    MergeCheck,
-    compare_logits,
-    largest_logit,
-    logits_of,
+from tunesmith.inference.load_run import (
+    Dtype,
+    OpenedRun,
+    RunLocation,
+    locate_run,
+    read_run_files,
+    select_device,
+    undeleted,
 )
 from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.dtypes import DTYPES
@@ -55,13 +50,14 @@ from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.safetensors_files import read_headers, read_json
 from tunesmith.model.save_tensors import save_sharded
 from tunesmith.model.stored_form import in_stored_form, write_model_config
-from tunesmith.quant.nf4 import Nf4Linear
 from tunesmith.quant.schemes import NF4, scheme_of
 
 # The check, and the size of each file: the mark of a folder that a merge wrote.
 MERGE_FILE = "merge.json"
 ROOM = 1.1  # of the weights: the rest of the folder, and an untied head
-EXACT_BYTES = 8  # a parameter: written, fp32, and what comparing takes
+NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+# Some converters read the vocabulary from it; it says nothing of added tokens.
+SENTENCEPIECE = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,8 @@ def merge(
     had_bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        check = _merge_and_check(location, temporary, dtype, device)
+        with undeleted(location):
+            check = _merge_and_check(location, temporary, dtype, device)
         sizes = _file_sizes(temporary)
         text = json.dumps({**asdict(check), "files": sizes}, indent=2)
         (temporary / MERGE_FILE).write_text(text + "\n", encoding="utf-8")
@@ -230,31 +227,39 @@ def _merge_and_check(
     location: RunLocation, folder: Path, dtype: Dtype, device: str | None
 ) -> MergeCheck:
     """Write the merged model to `folder` and compare its logits with the adapter's."""
-    loaded = load_run(location, device=device)
-    model = loaded.model
-    prompts, probes = merge_check.probe_prompts(loaded)
-    if dtype == "fp32":
-        to_plain(model, torch.float32, merge_adapter=False)
-    adapted = logits_of(model, prompts)
-    with disabled(model):
-        base = compare_logits(adapted, logits_of(model, prompts))
-    to_plain(model, DTYPES[dtype], merge_adapter=True)
+    place = torch.device(select_device(device))
+    read = read_run_files(location)
+    tuned = open_tuned_model(read)
     folder.mkdir(parents=True)
-    write_merged(loaded, folder, dtype)
-    model_device = model.device
-    # One model at a time.
-    del loaded, model
-    gc.collect()
-    written = _reload(folder).to(model_device)
-    written_logits = logits_of(written, prompts)
+    write_merged(tuned, folder, dtype)
+    _check_readable(folder)
+    written = open_tuned_model(read_run_files(locate_run(folder)))
+    prompts, probes = merge_check.probe_prompts(read)
+
+    def logits(model: TunedModel, values: Values, dtype: str, attention: str | None = None) -> Any:
+        return streamed_logits(
+            model,
+            prompts,
+            values=values,
+            dtype=DTYPES[dtype],
+            device=place,
+            attention=attention,
+        )
+
+    trained_dtype = "fp32" if dtype == "fp32" else location.base.dtype
+    adapted = logits(tuned, "adapter", trained_dtype)
+    base = compare_logits(adapted, logits(tuned, "base", trained_dtype))
+    written_logits = logits(written, "merged", dtype)
     # The same formula as sdpa, its sums in another order.
-    written.set_attn_implementation("eager")
-    noise = compare_logits(written_logits, logits_of(written, prompts))
+    noise = compare_logits(written_logits, logits(written, "merged", dtype, "eager"))
     merged = compare_logits(adapted, written_logits)
-    exact = None
-    if dtype != "fp32" and written.num_parameters() * EXACT_BYTES <= available_memory():
-        exact = _check_exactly(location, written, prompts)
     largest = largest_logit(adapted)
+    exact = None
+    if dtype != "fp32":
+        adapted = logits(tuned, "adapter", "fp32")
+        difference = compare_logits(adapted, logits(tuned, "merged", "fp32"))
+        counts = merge_check.count_off(written, tuned, DTYPES[dtype])
+        exact = ExactCheck(difference, largest_logit(adapted), *counts)
     return MergeCheck(
         dtype=dtype,
         merged=merged,
@@ -268,25 +273,14 @@ def _merge_and_check(
     )
 
 
-def _check_exactly(
-    location: RunLocation, written: PreTrainedModel, prompts: Sequence[Sequence[int]]
-) -> ExactCheck:
-    """Repeat the merge in fp32 on the CPU, and compare the written weights with it."""
-    model = load_run(location, device="cpu").model
-    to_plain(model, torch.float32, merge_adapter=False)
-    adapted = logits_of(model, prompts)
-    to_plain(model, torch.float32, merge_adapter=True)
-    difference = compare_logits(adapted, logits_of(model, prompts))
-    return ExactCheck(difference, largest_logit(adapted), *merge_check.count_off(written, model))
-
-
-def _reload(folder: Path) -> PreTrainedModel:
-    """The written folder as any Transformers user loads it; every weight must come from the files,
-    and all of them."""
+def _check_readable(folder: Path) -> None:
+    """CheckpointError unless Transformers finds every weight in the files, and all of them."""
     auto_class: Any = AutoModelForCausalLM
     if read_json(folder / "config.json")["model_type"] in COMPOSITES:
         auto_class = AutoModelForImageTextToText
-    model, info = auto_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    _, info = auto_class.from_pretrained(
+        folder, dtype="auto", device_map="meta", output_loading_info=True
+    )
     wrong_keys = {}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
@@ -297,8 +291,6 @@ def _reload(folder: Path) -> PreTrainedModel:
             where=str(folder),
             why=str(wrong_keys),
         )
-    loaded: PreTrainedModel = model.eval()
-    return loaded
 
 
 def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
@@ -329,65 +321,48 @@ def _old(goal: Path) -> Path:
     return goal.with_name(f".{goal.name}.old")
 
 
-def to_plain(model: PreTrainedModel, dtype: torch.dtype, *, merge_adapter: bool) -> None:
-    """Cast a model to `dtype` in place; 4-bit layers become plain linear ones, and adapted ones if
-    they are merged.
-
-    The base's values stay those of the type that was trained: in fp32 this is the trained model in
-    exact arithmetic. A merged weight is rounded once.
-    """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Lora) and merge_adapter:
-            model.set_submodule(name, _linear(merged_weight(module, dtype), module.bias))
-        elif isinstance(module, Nf4Linear):
-            plain = _linear(module.dense().to(dtype), module.bias)
-            if isinstance(module, Lora):
-                plain = LoraLinear(plain, Adapter(rank=module.lora_A.shape[0]))
-                plain.lora_A = module.lora_A
-                plain.lora_B = module.lora_B
-                plain.scaling = module.scaling
-            model.set_submodule(name, plain)
-    # Tied ones stay tied, and buffers (rotary frequencies) as they are.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    # Training changed one of two tied matrices: an embedding trained in full, or an adapted head.
-    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
-        model.config.tie_word_embeddings = False
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    values = {"weight": weight}
-    if bias is not None:
-        values["bias"] = bias.detach()
-    plain.load_state_dict(values, assign=True)
-    return plain.requires_grad_(False)
-
-
-def write_merged(loaded: LoadedModel, folder: Path, dtype: str) -> None:
+def write_merged(tuned: TunedModel, folder: Path, dtype: str) -> None:
     """Write the merged model as Transformers files: weights in shards, tokenizer with its template,
     settings, a card."""
-    settings_file = loaded.weights / "generation_config.json"
+    model = tuned.model
+    files = tuned.files.files
+    shapes = {}
+    for name, tensor in weights_of(model).items():
+        is_parameter = isinstance(tensor, nn.Parameter)
+        shapes[name] = tensor.to("meta", DTYPES[dtype] if is_parameter else tensor.dtype)
+    weights = {id(shape): tuned.weights[name] for name, shape in shapes.items()}
+
+    def read(shape: torch.Tensor, rows: slice) -> Iterator[torch.Tensor]:
+        weight = weights[id(shape)]
+        for band in weight.bands(rows):
+            yield weight.rows(band.start, band.stop)
+
+    save_sharded(folder, in_stored_form(model, shapes), read=read)
+    model.config.dtype = DTYPES[dtype]
+    write_model_config(model, folder)
+    files.tokenizer.save_pretrained(folder)
+    write_for_older_readers(folder)
+    _write_settings(tuned.files, folder)
+    for file in sorted(files.folder.iterdir()):
+        if file.is_file() and file.name.upper().startswith(NOTICES):
+            shutil.copyfile(file, folder / file.name)
+    pieces = files.folder / SENTENCEPIECE
+    if pieces.is_file() and not files.model.added_tokens:
+        shutil.copyfile(pieces, folder / SENTENCEPIECE)
+    location = tuned.files.location
+    card = model_card(location.base, location.run, (location.folder or folder).parent, merged=dtype)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_settings(read: OpenedRun, folder: Path) -> None:
+    """Write how the model generates: the base's sampling defaults, unread, as save_pretrained
+    refuses some that models do ship; the tokens that end an answer.
+    """
+    settings_file = read.files.folder / "generation_config.json"
     settings = {}
     if settings_file.is_file():
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
-    # The checkpoint's sampling defaults are copied unread: save_pretrained refuses some that models
-    # do ship.
-    loaded.model.generation_config = GenerationConfig()
-    model = loaded.model
-    model.config.dtype = DTYPES[dtype]
-    save_sharded(folder, in_stored_form(model, weights_of(model)))
-    write_model_config(model, folder)
-    loaded.tokenizer.save_pretrained(folder)
-    write_for_older_readers(folder)
-    settings["eos_token_id"] = sorted(loaded.template.end_ids)
-    settings["pad_token_id"] = loaded.tokenizer.pad_token_id
+    settings["eos_token_id"] = sorted(read.template.end_ids)
+    settings["pad_token_id"] = read.files.tokenizer.pad_token_id
     text = json.dumps(settings, indent=2) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
-    notices = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-    for file in sorted(loaded.weights.iterdir()):
-        if file.is_file() and file.name.upper().startswith(notices):
-            shutil.copyfile(file, folder / file.name)
-    location = loaded.location
-    card = model_card(location.base, location.run, (location.folder or folder).parent, merged=dtype)
-    (folder / "README.md").write_text(card, encoding="utf-8")

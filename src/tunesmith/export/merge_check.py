@@ -7,21 +7,19 @@ bf16    Every merged weight is rounded once more, and 16-bit matmuls are noisy t
 fp16    things are required. In fp32 arithmetic the merge answers like the adapter (the rule above).
         The written weights are that merge, rounded once. In the written type the mean KL divergence
         is small beside what the training changed, or beside the noise of the type: the merged model
-        against itself with another attention kernel. The first two need room for the model in fp32;
-        where there is none, the result says so.
+        against itself with another attention kernel.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from tunesmith.data.formats import convert_row
 from tunesmith.data.source import read_rows
 from tunesmith.errors import CheckpointError, TunesmithError
-from tunesmith.inference.load_run import LoadedModel
-from tunesmith.model.names import name_in_whole
+from tunesmith.export.tuned_weights import TunedModel
+from tunesmith.inference.load_run import OpenedRun
 
 FP32_LIMIT = 1e-4
 KL_SHARE = 0.1  # of what the training changed
@@ -84,7 +82,7 @@ class MergeCheck:
         largest: largest absolute logit, the scale of `max_logit`.
         positions: token positions compared.
         probes: where the prompts came from.
-        exact: None for fp32 itself, or where there is no room.
+        exact: None for fp32 itself.
         rules: each requirement in words, and whether it holds.
     """
 
@@ -156,23 +154,17 @@ def _fp32_rule(prefix: str, difference: Difference, largest: float) -> tuple[str
     return f"{text} (logits reach {largest:.0f})", difference.max_logit <= limit
 
 
-@torch.no_grad()
-def logits_of(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits of each prompt alone, no padding: fp32 [tokens, vocabulary] on the CPU."""
-    batches = (torch.tensor([list(ids)], device=model.device) for ids in prompts)
-    return [model(input_ids=batch, use_cache=False).logits[0].float().cpu() for batch in batches]
-
-
 def largest_logit(logits: Sequence[torch.Tensor]) -> float:
     return max(part.abs().max().item() for part in logits)
 
 
-def probe_prompts(loaded: LoadedModel) -> tuple[list[list[int]], str]:
+def probe_prompts(read: OpenedRun) -> tuple[list[list[int]], str]:
     """A few prompts as token ids, and where they come from: the run's held-out or training rows,
     else SENTENCES."""
     sources = []
-    if loaded.run:
-        data = loaded.run.data
+    run = read.location.run
+    if run:
+        data = run.data
         sources = [("validation", source) for source in data.validation[:1]]
         sources.append(("training", data.train[0]))
     for name, source in sources:
@@ -181,29 +173,28 @@ def probe_prompts(loaded: LoadedModel) -> tuple[list[list[int]], str]:
             rows = read_rows(source)
             for i in range(min(PROBES, len(rows))):
                 sample = convert_row(rows[i], source, where=rows.where(i), system=data.system)
-                example = loaded.template.encode(sample, data.train_on, where=rows.where(i))
+                example = read.template.encode(sample, data.train_on, where=rows.where(i))
                 prompts.append(example.ids[:PROBE_TOKENS].tolist())
         # The data need not be on the machine that merges.
         except TunesmithError:
             continue
         return prompts, f"{len(prompts)} {name} rows"
-    prompts = [loaded.tokenizer(text)["input_ids"][:PROBE_TOKENS] for text in SENTENCES]
+    prompts = [read.files.tokenizer(text)["input_ids"][:PROBE_TOKENS] for text in SENTENCES]
     return prompts, f"{len(prompts)} built-in sentences"
 
 
-@torch.no_grad()
-def count_off(written: PreTrainedModel, merge: PreTrainedModel) -> tuple[int, int, int]:
-    """Compare a written 16-bit model with a merge in fp32: (tensors, values, values off by more
-    than half a last bit)."""
-    tensors = 0
+def count_off(written: TunedModel, tuned: TunedModel, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Compare what was written in 16 bits with the merge in fp32: (tensors, values, values off by
+    more than half a last bit)."""
+    info = torch.finfo(dtype)
     values = 0
     off = 0
-    for name, exact in merge.named_parameters():
-        rounded = written.get_parameter(name_in_whole(merge, name))
-        info = torch.finfo(rounded.dtype)
-        # 1.01: two machines may sum B A in another order before the rounding.
-        bound = exact.abs() * (1.01 * info.eps / 2) + info.smallest_normal * info.eps
-        off += int(((rounded.cpu().float() - exact).abs() > bound).sum())
-        tensors += 1
-        values += exact.numel()
-    return tensors, values, off
+    for name, weight in tuned.weights.items():
+        for band in weight.bands():
+            exact = weight.rows(band.start, band.stop)
+            rounded = written.weights[name].rows(band.start, band.stop)
+            # 1.01: two machines may sum B A in another order before the rounding.
+            bound = exact.abs() * (1.01 * info.eps / 2) + info.smallest_normal * info.eps
+            off += int(((rounded - exact).abs() > bound).sum())
+            values += exact.numel()
+    return len(tuned.weights), values, off

@@ -1,0 +1,329 @@
+"""What a run has trained, parameter by parameter, read from the disk when it is asked for.
+
+    rows first:last  =  rows of the base  +  scaling * B[first:last] A          in fp32
+
+The base's values are those that training computed with: rounded to the recipe's dtype, and for nf4
+quantized and made dense again. Nothing is in memory but what a caller holds; of a base in nf4, one
+matrix.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunesmith.adapter.lora import copy_saved_modules, loras, saved_parameters
+from tunesmith.adapter.peft_files import stored_adapter
+from tunesmith.build_model import define_model, embedding_rows
+from tunesmith.checkpoint.contents import weights_of
+from tunesmith.checkpoint.sharded import ShardedTensors, is_sharded
+from tunesmith.inference.load_run import OpenedRun
+from tunesmith.model import load
+from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.weights import StoredTensor, find_stored
+from tunesmith.quant.frozen_linear import FrozenLinear, set_bypassed
+
+BAND = 16 << 20  # bytes of a band in fp32
+
+
+class RowSource(Protocol):
+    """A tensor whose rows can be read: of one dimension, its elements; of none, itself."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """The rows from `first` to before `last`: fp32, on the CPU, a new tensor."""
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A tensor of a safetensors file.
+
+    Attributes:
+        dtype: that training computed with.
+        shape: it may have more rows than are stored, for added tokens: the mean of the others.
+    """
+
+    stored: StoredTensor
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def rows(self, first: int, last: int) -> Tensor:
+        if not self.shape:
+            return self._rounded(self.stored.read())
+        columns = [slice(0, size) for size in self.shape[1:]]
+        stored_rows = self.stored.shape[0]
+        end = max(first, min(last, stored_rows))
+        part = self._rounded(self.stored[(slice(first, end), *columns)])
+        if last <= stored_rows:
+            return part
+        added = self._mean.expand(last - max(first, stored_rows), *self.shape[1:])
+        return torch.cat([part, added])
+
+    def _rounded(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype).float() if values.is_floating_point() else values
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        sums = [band.sum(dim=0, dtype=torch.float32) for _, band in self.stored.bands()]
+        return self._rounded(torch.stack(sums).sum(dim=0) / self.stored.shape[0])
+
+
+class LastRead:
+    """The one tensor that is in memory whole, of those of a model that cannot be read in bands."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: WholeRows | None = None
+        self._values = torch.empty(0)
+
+    def values(self, owner: "WholeRows") -> Tensor:
+        with self._lock:
+            if self._owner is not owner:
+                self._values = torch.empty(0)
+                self._values = owner.read()
+                self._owner = owner
+            return self._values
+
+
+@dataclass(frozen=True, eq=False)
+class WholeRows(ABC):
+    """A tensor that is read as a whole: the first band of it takes as long as all."""
+
+    name: str
+    shape: torch.Size
+    last_read: LastRead
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """All of it, in the dtype that training computed with."""
+
+    def rows(self, first: int, last: int) -> Tensor:
+        values = self.last_read.values(self)
+        rows = values[first:last] if values.ndim else values
+        return rows.float() if rows.is_floating_point() else rows
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedRows(WholeRows):
+    """The weight of a quantized layer, made dense.
+
+    Attributes:
+        layer: on meta; it says how the weight is quantized.
+        stored: the weight under "", and its scales where the checkpoint is quantized already.
+    """
+
+    layer: FrozenLinear
+    stored: Mapping[str, StoredTensor]
+
+    def read(self) -> Tensor:
+        try:
+            self.layer.allocate(torch.device("cpu"))
+            self.layer.load(self.stored, self.name)
+            return self.layer.dense()
+        finally:
+            self.layer.allocate(torch.device("meta"))
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedRows(WholeRows):
+    """A tensor of a checkpoint of several ranks."""
+
+    tensors: ShardedTensors
+    dtype: torch.dtype
+
+    def read(self) -> Tensor:
+        values = self.tensors.read(self.name)
+        return values.to(self.dtype) if values.is_floating_point() else values
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """What an adapter adds to a weight: scaling * B A.
+
+    Attributes:
+        lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank], both not yet read.
+    """
+
+    lora_A: StoredTensor
+    lora_B: StoredTensor
+    scaling: float
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """fp32 [last - first, in_features]."""
+        rank = self.lora_B.shape[1]
+        lora_B = self.lora_B[(slice(first, last), slice(0, rank))]
+        return self.scaling * (lora_B.float() @ self.lora_A.read().float())
+
+
+@dataclass(frozen=True)
+class TunedWeight:
+    """A parameter, or a buffer of the checkpoint, as training left it.
+
+    Attributes:
+        base: before training; None where a whole model was trained, whose base is another folder.
+        source: `base`, or what was trained in its place.
+        update: of the adapter on it.
+    """
+
+    base: RowSource | None
+    source: RowSource
+    update: LoraUpdate | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.source.shape
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """The rows from `first` to before `last`: fp32, on the CPU."""
+        rows = self.source.rows(first, last)
+        return rows + self.update.rows(first, last) if self.update else rows
+
+    def bands(self, span: slice | None = None) -> Iterator[slice]:
+        """The rows of `span`, or all, some BAND bytes at a time."""
+        row_count = self.shape[0] if self.shape else 1
+        span = span or slice(0, row_count)
+        width = self.shape[1:].numel()
+        step = max(1, BAND // (4 * max(1, width)))
+        for first in range(span.start, span.stop, step):
+            yield slice(first, min(first + step, span.stop))
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A model of which nothing is in memory.
+
+    Attributes:
+        model: Transformers' own, on meta, in the recipe's dtype and with as many rows in its
+            embedding as training had; not tied any more where training changed one of two tied
+            matrices.
+        weights: by the names of `model`; tied ones once, as the embedding.
+    """
+
+    files: OpenedRun
+    model: PreTrainedModel
+    weights: dict[str, TunedWeight]
+
+
+def open_tuned_model(read: OpenedRun) -> TunedModel:
+    """Find where every parameter of a run's model lies.
+
+    ModelError where base, adapter and recipe do not fit each other.
+    """
+    run, files = read.run, read.files
+    model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
+    set_bypassed(model, files.support.dead_targets)
+    if is_sharded(files.folder):
+        tensors = ShardedTensors(files.folder)
+        last_read = LastRead()
+        weights: dict[str, TunedWeight] = {}
+        for name, shape in weights_of(model).items():
+            rows: RowSource = ShardedRows(name, shape.shape, last_read, tensors, shape.dtype)
+            weights[name] = TunedWeight(None, rows)
+        return TunedModel(read, model, weights)
+    trained = define_model(run, files)
+    sources = _base_rows(model, trained, read)
+    if run.adapter.kind == "none":
+        is_trained = read.location.kind == "full"
+        weights = {}
+        for name, rows in sources.items():
+            weights[name] = TunedWeight(None if is_trained else rows, rows)
+        return TunedModel(read, model, weights)
+    copy_saved_modules(trained, run.adapter)
+    return TunedModel(read, model, _adapted_weights(model, trained, read, sources))
+
+
+def _base_rows(model: PreTrainedModel, trained: nn.Module, read: OpenedRun) -> dict[str, RowSource]:
+    """The parameters of the base, by the names of `weights_of`."""
+    run, files = read.run, read.files
+    frozen = {}
+    for name, layer in trained.named_modules():
+        if isinstance(layer, FrozenLinear):
+            frozen[f"{name}.weight"] = layer
+    grow_from = int(files.config.vocab_size) if run.model.added_tokens else None
+    stored = find_stored(model, files.folder, quantized=frozen, grow_from=grow_from)
+    shapes = weights_of(model)
+    tied = tied_names(model)
+    last_read = LastRead()
+    sources: dict[str, RowSource] = {}
+    for stored_name, parts in stored.items():
+        name = tied.get(stored_name, stored_name)
+        if name in frozen:
+            shape = shapes[name].shape
+            sources[name] = QuantizedRows(name, shape, last_read, frozen[name], parts)
+        else:
+            sources[name] = StoredRows(parts[""], shapes[name].dtype, shapes[name].shape)
+    return sources
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Name of a tied parameter -> the name that `weights_of` has for it."""
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first_names[id(parameter)] != name:
+            tied[name] = first_names[id(parameter)]
+    return tied
+
+
+@torch.no_grad()
+def _adapted_weights(
+    model: PreTrainedModel, trained: nn.Module, read: OpenedRun, sources: Mapping[str, RowSource]
+) -> dict[str, TunedWeight]:
+    """The parameters of `model` with the adapter of `trained`; where that changes one of two tied
+    ones, they are no longer tied in `model`.
+    """
+    folder = read.location.folder
+    assert folder is not None  # an adapter has one
+    tied = tied_names(model)
+    dtype = DTYPES[read.run.model.dtype]
+
+    def is_base(name: str, stored: StoredTensor) -> bool:
+        base = TunedWeight(None, sources[tied.get(name, name)])
+        return _equal(TunedWeight(None, StoredRows(stored, dtype, stored.shape)), base)
+
+    with stored_adapter(trained, folder, is_base) as stored:
+        updates = {}
+        for name, layer in loras(trained):
+            lora_A, lora_B = stored[f"{name}.lora_A"], stored[f"{name}.lora_B"]
+            updates[f"{name}.weight"] = LoraUpdate(lora_A, lora_B, layer.scaling)
+        replaced = {}
+        for module, _, key in saved_parameters(trained):
+            name = f"{module}.{key}"
+            trained_dtype = trained.get_parameter(name).dtype
+            replaced[name] = StoredRows(stored[name], trained_dtype, stored[name].shape)
+    names = list(sources)
+    changed = {*updates, *replaced}
+    for name, first_name in tied.items():
+        if name in changed or first_name in changed:
+            names.append(name)
+            _untie(model, name)
+    weights = {}
+    for name in names:
+        base = sources[tied.get(name, name)]
+        weights[name] = TunedWeight(base, replaced.get(name, base), updates.get(name))
+    return weights
+
+
+def _equal(a: TunedWeight, b: TunedWeight) -> bool:
+    if a.shape != b.shape:
+        return False
+    for band in a.bands():
+        if not torch.equal(a.rows(band.start, band.stop), b.rows(band.start, band.stop)):
+            return False
+    return True
+
+
+def _untie(model: PreTrainedModel, name: str) -> None:
+    """Give a model on meta a parameter of its own in the place of a tied one."""
+    module, _, key = name.rpartition(".")
+    owner = model.get_submodule(module)
+    owner.register_parameter(key, nn.Parameter(owner.get_parameter(key).detach().clone()))
+    model.config.tie_word_embeddings = False
