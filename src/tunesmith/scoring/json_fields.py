@@ -1,0 +1,97 @@
+"""Answers that are JSON: whether they are, whether they fit a schema, and how many of their fields
+are right."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from tunesmith.errors import MachineError
+
+JsonPath = tuple[str | int, ...]
+_ABSENT = object()  # equal to no value
+
+
+def parse_strict(text: str) -> Any:
+    """A JSON value, the whole text; ValueError for anything else, NaN and infinity included."""
+    try:
+        return json.loads(text, parse_constant=_reject_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def equal_fields(answer: Any, reference: Any) -> float:
+    """The share of fields that are equal: of those that either value has.
+
+    A field is a value that is no object and no list, at its path. An empty object or list is one
+    too. So a field too many counts as one that is missing.
+    """
+    answer_fields = dict(_fields(answer))
+    reference_fields = dict(_fields(reference))
+    paths = answer_fields.keys() | reference_fields.keys()
+    equal = 0
+    for path in paths:
+        left = answer_fields.get(path, _ABSENT)
+        right = reference_fields.get(path, _ABSENT)
+        equal += is_same(left, right)
+    return equal / len(paths)
+
+
+def _fields(value: Any, path: JsonPath = ()) -> Iterator[tuple[JsonPath, Any]]:
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from _fields(item, (*path, name))
+    elif isinstance(value, list) and value:
+        for i, item in enumerate(value):
+            yield from _fields(item, (*path, i))
+    else:
+        yield path, value
+
+
+def is_same(left: Any, right: Any) -> bool:
+    """Whether two values without parts are the same JSON value: 1 and 1.0 are, 1 and true not."""
+    if isinstance(left, bool) is not isinstance(right, bool):
+        return False
+    return bool(left == right)
+
+
+def schema_validator(schema: Any) -> Any:
+    """A validator of jsonschema, by the draft that the schema names.
+
+    It opens no address: a `$ref` to one cannot be resolved.
+
+    Raises:
+        ValueError: the schema is none.
+        MachineError: jsonschema is not installed.
+    """
+    try:
+        from jsonschema import SchemaError, validators
+        from referencing import Registry
+    except ImportError as error:
+        raise MachineError(
+            "--score json needs the package jsonschema for rows with a schema",
+            where="--score json",
+            why=str(error),
+            fix="pip install 'tunesmith[eval]', or leave the column schema out",
+        ) from error
+    kind = validators.validator_for(schema, default=validators.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"{error.json_path}: {error.message}") from error
+    return kind(schema, registry=Registry())
+
+
+def fits(validator: Any, value: Any) -> bool:
+    """Whether a value fits; ValueError where the schema names another that is not in it."""
+    from referencing.exceptions import Unresolvable
+
+    try:
+        return bool(validator.is_valid(value))
+    except Unresolvable as error:
+        raise ValueError(f"it names {error.ref}, which is not in it") from error
+    except RecursionError:
+        raise ValueError("it refers to itself without end") from None

@@ -1,0 +1,138 @@
+"""The intervals against the bootstrap in plain Python, against an exact one, and against models
+whose means are known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from intervals import binary, shares
+
+from tunesmith.scoring import intervals
+from tunesmith.scoring.intervals import (
+    Interval,
+    PairedIntervals,
+    expanded_tail,
+    mean_interval,
+    paired_intervals,
+    verdict,
+)
+
+
+def test_it_is_the_percentile_bootstrap() -> None:
+    """Against 20,000 resamples drawn one by one with another generator; the ends of the two differ
+    by their own noise, below 0.02 for 60 rows.
+    """
+    rng = np.random.default_rng(1)
+    base, tuned = shares(rng, 60)
+    draw = random.Random(5)
+    differences = []
+    for _ in range(20_000):
+        rows = draw.choices(range(60), k=60)
+        differences.append(sum(tuned[i] - base[i] for i in rows) / 60)
+    tail = expanded_tail(60)
+    low, high = np.quantile(differences, [tail, 1 - tail])
+    found = paired_intervals(base, tuned)
+    assert found.difference.mean == pytest.approx((tuned - base).mean())
+    assert found.difference.low == pytest.approx(low, abs=0.02)
+    assert found.difference.high == pytest.approx(high, abs=0.02)
+    assert found.base.mean == pytest.approx(base.mean())
+    assert found.tuned.low < tuned.mean() < found.tuned.high
+    assert mean_interval(base) == found.base
+
+
+def test_the_tail_is_students_for_few_rows_and_two_and_a_half_percent_for_many() -> None:
+    """Hesterberg's expanded percentile: Phi(-t sqrt(n / (n - 1))), with t from a printed table."""
+    for count, t in ((6, 2.5706), (11, 2.2281), (31, 2.0423), (121, 1.9799)):
+        expected = 0.5 * math.erfc(t * math.sqrt(count / (count - 1)) / math.sqrt(2))
+        assert expanded_tail(count) == pytest.approx(expected, rel=0.01)
+    assert expanded_tail(100_000) == pytest.approx(0.025, rel=1e-3)
+
+
+@pytest.mark.parametrize(("count", "low"), [(1, 0.025), (6, 0.5407), (20, 0.8316), (100, 0.9638)])
+def test_equal_scores_have_the_exact_interval_of_a_share(count: int, low: float) -> None:
+    """Clopper-Pearson's for all of n right, by its printed table."""
+    assert mean_interval([1.0] * count) == pytest.approx((1, low, 1), abs=1e-4)
+    assert mean_interval([0.0] * count) == pytest.approx((0, 0, 1 - low), abs=1e-4)
+
+
+def test_the_same_scores_give_the_same_interval_on_any_machine() -> None:
+    """To the last bit: written down from another process."""
+    code = (
+        "import json; from tunesmith.scoring.intervals import paired_intervals\n"
+        "print(json.dumps(paired_intervals([0, 1, 0, 1, 1, 0, 0], [1, 1, 0, 1, .5, 1, 0])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    here = paired_intervals([0, 1, 0, 1, 1, 0, 0], [1, 1, 0, 1, 0.5, 1, 0])
+    assert json.loads(done.stdout) == json.loads(json.dumps(here))
+
+
+def test_many_rows_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part has whole resamples: the draws are the same ones, however many fit."""
+    rng = np.random.default_rng(2)
+    base, tuned = binary(rng, 300, 0.5, 0.1, 0.3)
+    whole = paired_intervals(base, tuned, resamples=500)
+    monkeypatch.setattr(intervals, "_DRAWS", 1000)
+    assert paired_intervals(base, tuned, resamples=500) == whole
+
+
+@pytest.mark.parametrize("draw", ["binary", "shares"])
+def test_the_intervals_hold_as_often_as_they_say(draw: str) -> None:
+    """300 trials of 60 rows: 95 % hold, and 91 % to 99 % is where chance leaves that count in all
+    but 1 of 500 cases. benchmarks/scoring/intervals.py has the figures.
+    """
+    rng = np.random.default_rng(3)
+    holds = {"base": 0, "difference": 0}
+    for _ in range(300):
+        if draw == "binary":
+            (base, tuned), mean, gain = binary(rng, 60, 0.5, 0.1, 0.3), 0.5, 0.1
+        else:
+            (base, tuned), mean, gain = shares(rng, 60), 2 / 7, 1 / 14
+        found = paired_intervals(base, tuned, resamples=1000)
+        holds["base"] += found.base.low <= mean + 1e-12 and mean <= found.base.high + 1e-12
+        low, high = found.difference.low, found.difference.high
+        holds["difference"] += low <= gain + 1e-12 and gain <= high + 1e-12
+    assert {name: 0.91 <= count / 300 <= 0.99 for name, count in holds.items()} == dict.fromkeys(holds, True), holds  # fmt: skip
+
+
+def pairs(won: int, lost: int, same: int) -> PairedIntervals:
+    return paired_intervals(
+        [0.0] * won + [1.0] * (lost + same), [1.0] * won + [0.0] * lost + [1.0] * same
+    )
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "same", "said"),
+    [
+        (30, 5, 65, "exact: tuned is better than base on these 100 rows (+25.0 points, 95 % interval +1"),
+        (5, 30, 65, "exact: tuned is worse than base on these 100 rows (-25.0 points"),
+        (10, 9, 81, "not told apart by 100 rows (+1.0 points"),
+        (0, 0, 40, "not told apart by 40 rows (+0.0 points, 95 % interval -8.8 to +8.8)"),
+        (5, 0, 0, "not told apart by 5 rows"),
+        (6, 0, 0, "better"),
+        (5, 0, 5, "only 5 rows differ, which chance alone can do)"),
+        (1, 0, 0, "not told apart by 1 row ("),
+    ],
+)  # fmt: skip
+def test_one_sentence_says_better_worse_or_not_told_apart(
+    won: int, lost: int, same: int, said: str
+) -> None:
+    found = pairs(won, lost, same)
+    assert said in verdict("exact", found, won + lost + same)
+    assert found.differing == won + lost
+
+
+def test_pairs_count_and_not_the_two_means() -> None:
+    """The same means: told apart where the same rows are hard for both, not where others are."""
+    hard = [1.0] * 50 + [0.0] * 50
+    more = [1.0] * 62 + [0.0] * 38
+    assert "better" in verdict("exact", paired_intervals(hard, more), 100)
+    turned = more[::-1]
+    assert "not told apart" in verdict("exact", paired_intervals(hard, turned), 100)
+    assert isinstance(mean_interval(hard), Interval)
