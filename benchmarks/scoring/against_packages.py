@@ -15,7 +15,7 @@ from sklearn.metrics import f1_score
 
 from tunesmith.scoring.text import rouge_l, squad_words, token_f1
 
-PAIRS = 20_000
+PAIRS = 2000
 WORDS = "alpha Beta gamma, delta. 42 it's the a an well-known naïve Ærø 日本 x_y U.S. don't E=mc2 ΑΒΓ (so) end!".split()
 
 

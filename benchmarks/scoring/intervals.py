@@ -15,12 +15,6 @@ import numpy as np
 from tunesmith.scoring.intervals import MIN_DIFFERING, paired_intervals
 
 RESAMPLES = 2000  # the product takes 10,000; the ends move by less than a tenth of the width
-DRAWS = {
-    "right or wrong, 50 % and 60 %": (lambda rng, n: binary(rng, n, 0.5, 0.1, 0.3), 0.5, 0.1),
-    "right or wrong, 80 % and 85 %": (lambda rng, n: binary(rng, n, 0.8, 0.05, 0.15), 0.8, 0.05),
-    "right or wrong, no difference": (lambda rng, n: binary(rng, n, 0.6, 0.0, 0.2), 0.6, 0.0),
-    "shares, skewed": (shares, 2 / 7, 1 / 14),
-}
 Pairs = tuple[np.ndarray, np.ndarray]
 COUNTS = (
     10,
@@ -70,6 +64,14 @@ def shares(rng: np.random.Generator, n: int) -> Pairs:
     base = rng.beta(2, 5, size=n)
     better = rng.random(n) < 0.2
     return base, np.where(better, base + (1 - base) * 0.5, base)
+
+
+DRAWS = {
+    "right or wrong, 50 % and 60 %": (lambda rng, n: binary(rng, n, 0.5, 0.1, 0.3), 0.5, 0.1),
+    "right or wrong, 80 % and 85 %": (lambda rng, n: binary(rng, n, 0.8, 0.05, 0.15), 0.8, 0.05),
+    "right or wrong, no difference": (lambda rng, n: binary(rng, n, 0.6, 0.0, 0.2), 0.6, 0.0),
+    "shares, skewed": (shares, 2 / 7, 1 / 14),
+}
 
 
 def coverage(trials: int) -> dict[tuple[str, int], tuple[float, float, float]]:

@@ -42,6 +42,8 @@ FINAL = "final"
 MANIFEST = "manifest.json"  # of final/ and of each checkpoint
 PROFILES = "profile/summary-rank*.json"
 SWEEP = "sweep.json"
+EVALS = "evals"  # a folder of answers and scores of `eval`
+SCORES = "*.scores.json"  # in it
 
 LARGEST = 1e100  # of a number: its square, and sums of them, are still finite
 LARGEST_COUNT = 2**53  # of a step or a count: a browser's numbers are exact up to here

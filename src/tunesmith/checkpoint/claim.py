@@ -21,6 +21,7 @@ from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.run_dir import (
     BEST,
+    EVALS,
     FAILURE,
     IDENTITY,
     LOCK,
@@ -67,7 +68,7 @@ _LEFTOVER = re.compile(
     r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"
 )
 _WRITTEN = re.compile(
-    rf"{_any_of(FILES)}|final|tensorboard|profile|checkpoint-\d+|{_RANK_METRICS}"
+    rf"{_any_of(FILES)}|final|tensorboard|profile|{EVALS}|checkpoint-\d+|{_RANK_METRICS}"
     rf"|{_LEFTOVER.pattern}"
 )
 _EARLY = re.compile(rf"{_any_of(BEFORE_IDENTITY)}|{_RANK_METRICS}|{_LEFTOVER.pattern}")

@@ -18,6 +18,7 @@ from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import PACKAGE
 from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import is_terminal
+from tunesmith.metrics.terminal import format_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -273,7 +274,7 @@ class ProgressCounter:
     """A count that goes up, on stderr: a bar on a terminal, a line every ten seconds elsewhere.
 
     `progress("answers", 7, 100)` in its block; another name starts another count, from where its
-    first call says.
+    first call says. With the tokens since then, the speed is in tokens too.
     """
 
     def __init__(self) -> None:
@@ -283,6 +284,7 @@ class ProgressCounter:
         self._start = 0
         self._began = 0.0
         self._printed = 0.0
+        self._tokens = 0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -301,14 +303,15 @@ class ProgressCounter:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._bar.start()
         return self
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` are done."""
+    def __call__(self, what: str, done: int, total: int, tokens: int = 0) -> None:
+        """`done` of `total` are done, and `tokens` written for them since the first call."""
         now = time.monotonic()
         if what != self._what:
             self._print_line()
@@ -317,11 +320,12 @@ class ProgressCounter:
             self._began = now
             self._printed = now
             if self._bar is not None:
-                self._task = self._bar.add_task(what, total=total, completed=done)
+                self._task = self._bar.add_task(what, total=total, completed=done, speed="")
         self._done = done
         self._total = total
+        self._tokens = tokens
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done)
+            self._bar.update(self._task, completed=done, speed=self._token_speed(now))
         elif now - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = now
             self._print_line()
@@ -332,8 +336,19 @@ class ProgressCounter:
         elif kind is None:
             self._print_line()
 
+    def _token_speed(self, now: float) -> str:
+        seconds = max(now - self._began, 1e-9)
+        return f"{self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
+
     def _print_line(self) -> None:
         if self._bar is None and self._done > self._start:
-            seconds = max(time.monotonic() - self._began, 1e-9)
+            now = time.monotonic()
+            seconds = max(now - self._began, 1e-9)
             rate = (self._done - self._start) / seconds
-            notify(f"{self._what}: {self._done}/{self._total}  {rate:.1f}/s")
+            parts = [f"{self._what}: {self._done}/{self._total}", f"{rate:.1f}/s"]
+            if self._tokens:
+                parts.append(self._token_speed(now))
+            if self._done < self._total:
+                left = (self._total - self._done) / rate
+                parts.append(f"about {format_seconds(left)} left")
+            notify("  ".join(parts))

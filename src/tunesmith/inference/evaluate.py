@@ -1,12 +1,14 @@
-"""How good a model is on held-out rows: loss, perplexity, token accuracy, exact match.
+"""How good a model is on held-out rows: loss, perplexity, token accuracy, scores of its answers.
 
 Loss and accuracy are teacher-forced over the supervised tokens, by the same `TrainModel` and packed
 batches that training uses: there is no second formula. They are sums over all tokens divided once,
-so they do not depend on the batching. Exact match generates greedily and compares texts.
+so they do not depend on the batching. Exact match generates greedily and compares texts; scores
+(`score_rows.py`) come with intervals, and their answers are kept.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -21,21 +23,24 @@ from tunesmith.data.batch import Batch, collate
 from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.data.source import read_rows
 from tunesmith.data.splits import SourceRows, read_splits
-from tunesmith.data.tokens import TokenSet, tokenize
-from tunesmith.errors import UsageError
+from tunesmith.data.tokens import Repeats, TokenSet, find_repeats, tokenize
+from tunesmith.errors import TunesmithError, UsageError, first_line
+from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.generate import generate, row_source
 from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, locate_run
+from tunesmith.inference.score_rows import RowScores, Scoring, answers_path, no_scored_rows
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.parallel.mesh import ALONE, Mesh
-from tunesmith.run_dir import IDENTITY
+from tunesmith.run_dir import IDENTITY, read_manifest
+from tunesmith.scoring.scorers import check_scorer_names
 from tunesmith.units import ceil_div
 
 ROW_TOKENS = 4096  # of a packed row that is scored
-# Called with what is counted, how many are done, and the total
-Progress = Callable[[str, int, int], None]
+# Called with what is counted, how many are done, their total, and for answers their tokens so far
+Progress = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class Evaluation:
         data: the rows that were scored, and where they are from.
         dropped: rows left out, because they are longer than the recipe's seq_len.
         cut: rows shortened for the same reason.
+        by_scorer: what each scorer says of the answers; empty without scorers.
+        answers: the file of the answers, one line each; None without scorers.
+        unanswered: rows without an answer of their own, which no scorer takes.
+        seen: rows that the run was trained on, token for token; None where that is not known.
+        seen_fault: why it is not known; empty for a model that is no run's.
     """
 
     scores: dict[str, EvalResult]
@@ -76,6 +86,11 @@ class Evaluation:
     rows: int
     dropped: int
     cut: int
+    by_scorer: tuple[RowScores, ...] = ()
+    answers: Path | None = None
+    unanswered: int = 0
+    seen: Repeats | None = None
+    seen_fault: str = ""
 
 
 def packed(tokens: TokenSet, *, capacity: int, pad_id: int, multiple: int = 1) -> Iterator[Batch]:
@@ -172,7 +187,11 @@ def evaluate(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     device: str | None = None,
-    progress: Progress = lambda *_: None,
+    scorers: Sequence[str] = (),
+    decoding: Decoding | None = None,
+    output: str | Path | None = None,
+    fresh: bool = False,
+    progress: Progress = lambda *_, **__: None,
 ) -> Evaluation:
     """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
 
@@ -186,9 +205,19 @@ def evaluate(
         format_name, columns: how the rows of `data` are read, as for `generate`; by the columns of
             the first row.
         exact_match: also answer every row greedily and compare texts.
-        max_new_tokens, batch_size: for exact match: longest answer in tokens, and rows answered at
+        max_new_tokens, batch_size: for answers: the longest one in tokens, and rows answered at
             once.
+        scorers: names such as `exact` or `f1`, or `file.py:function`: answer every row and score
+            the answers, with intervals.
+        decoding: for scorers: how tokens are chosen; None is greedy, up to `max_new_tokens`.
+        output: for scorers: the file of the answers; None takes one in evals/ of the run. What is
+            there is gone on with.
+        fresh: put answers that are there aside.
+
+    Raises:
+        StoppedError: a signal came while rows were answered; the same call goes on.
     """
+    check_scorer_names(scorers)
     location = locate_run(path)
     if data is None:
         parts, name = _held_out(location, path)
@@ -198,33 +227,101 @@ def evaluate(
         name = source.source
         like = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
         parts = [(replace(source, format=like.format, columns=like.columns), rows)]
-    if exact_match and all(source.format == "text" for source, _ in parts):
-        raise _no_answers(name, "rows of the format text were read")
+    if (exact_match or scorers) and all(source.format == "text" for source, _ in parts):
+        why = "rows of the format text were read"
+        raise _no_answers(name, why) if exact_match else no_scored_rows(name, why)
     loaded = load_run(location, device=device)
     tokens = _eval_tokens(parts, loaded, name)
     if data is None:
         tokens = _first_held_out(tokens, location, max_examples)
+    scoring = None
+    if scorers:
+        decoding = decoding or Decoding(max_new_tokens)
+        file = answers_path(location, name, output)
+        scoring = Scoring(loaded, tokens, parts, name, scorers, decoding, batch_size)
+        scoring.open(file, fresh=fresh)
 
-    def score_model(loaded: LoadedModel) -> EvalResult:
+    def score_model(loaded: LoadedModel, model: str) -> EvalResult:
         # Before the loss, so that a broken row is reported first.
         if exact_match:
             answers = _answers(loaded, tokens, parts, max_new_tokens, batch_size)
+        if scoring is not None:
+            scoring.answer(loaded, model, progress)
         with loaded.training_attention() as train_model:
             result = score(train_model, tokens, pad_id=loaded.pad_id, progress=progress)
         if exact_match:
             result = _with_matches(result, answers, len(tokens), name, progress)
         return result
 
-    scores = {"model" if location.kind == "base" else "tuned": score_model(loaded)}
-    if base and location.kind == "adapter":
-        with disabled(loaded.model):
-            scores = {"base": score_model(loaded), **scores}
-    elif base and location.kind == "full":
-        # One model at a time.
-        del loaded
-        scores = {"base": score_model(load_run(path, device=device, base_only=True)), **scores}
-    counts = tokens.counts
-    return Evaluation(scores, name, counts.rows, counts.dropped + counts.emptied, counts.cut)
+    with scoring or nullcontext():
+        tuned = "model" if location.kind == "base" else "tuned"
+        scores = {tuned: score_model(loaded, tuned)}
+        seen, seen_fault = _seen_rows(tokens, loaded)
+        if base and location.kind == "adapter":
+            with disabled(loaded.model):
+                scores = {"base": score_model(loaded, "base"), **scores}
+        elif base and location.kind == "full":
+            # One model at a time.
+            del loaded
+            base_model = load_run(path, device=device, base_only=True)
+            scores = {"base": score_model(base_model, "base"), **scores}
+        counts = tokens.counts
+        evaluation = Evaluation(
+            scores,
+            name,
+            counts.rows,
+            counts.dropped + counts.emptied,
+            counts.cut,
+            seen=seen,
+            seen_fault=seen_fault,
+        )
+        if scoring is None:
+            return evaluation
+        by_scorer = scoring.finish(_about(evaluation, location))
+        return replace(
+            evaluation,
+            by_scorer=tuple(by_scorer),
+            answers=scoring.file.path,
+            unanswered=scoring.rows.unanswered,
+        )
+
+
+def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, Any]:
+    """What the file of the scores says beside them."""
+    step = None
+    if location.run is not None and location.folder is not None:
+        manifest = read_manifest(location.folder)
+        step = manifest["step"] if manifest else None
+    losses = {}
+    for name, result in evaluation.scores.items():
+        # JSON has neither NaN nor infinity.
+        losses[name] = result.loss if math.isfinite(result.loss) else None
+    return {
+        "checkpoint": location.folder.name if location.folder else None,
+        "step": step,
+        "losses": losses,
+        "seen": None if evaluation.seen is None else evaluation.seen.count,
+    }
+
+
+def _seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | None, str]:
+    """The rows that the run was trained on, or why that is not known; of no run neither."""
+    run = loaded.run
+    if run is None or loaded.location.kind == "base":
+        return None, ""
+    try:
+        parts, _ = read_splits(replace(run.data, validation=()), run.train.seed)
+        trained = tokenize(
+            parts,
+            run.data,
+            loaded.template,
+            loaded.tokenizer,
+            cache=cache_folder("tokens"),
+            what="train",
+        )
+    except (TunesmithError, OSError) as error:
+        return None, error.what if isinstance(error, TunesmithError) else first_line(error)
+    return find_repeats(tokens, trained), ""
 
 
 def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]:

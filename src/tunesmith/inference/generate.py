@@ -7,11 +7,11 @@ it is.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.config.check import COLUMNS
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import ROLES, Conversation, convert_row
+from tunesmith.data.formats import ROLES, Conversation, Sample, convert_row
 from tunesmith.data.source import Rows, from_list
 from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.decoding import Decoding, answer_all, cut_answer
@@ -67,27 +67,13 @@ def generate(
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
     prompts = []
-    references = []
     for i in range(len(rows)):
-        ids, reference = _make_prompt(rows, i, loaded, format_name, columns)
-        prompts.append(ids)
-        references.append(reference)
-    lengths = [len(ids) for ids in prompts]
-    longest = max(lengths, default=0)
-    room = loaded.context - decoding.max_new_tokens
-    if longest > room:
-        count = sum(length > room for length in lengths)
-        raise DataError(
-            f"{count} of {len(prompts)} prompts are too long: the longest has {longest} tokens",
-            where=rows.where(lengths.index(longest)),
-            why=f"the model's context is {loaded.context} tokens; "
-            f"{decoding.max_new_tokens} are kept for the answer",
-            fix="shorten these rows, or give a smaller --max-new-tokens",
-        )
+        prompts.append(make_prompt(rows, i, loaded, format_name, columns))
+    check_room(prompts, loaded.context, decoding)
     answers = answer_all(
         loaded.model,
         loaded.tokenizer,
-        prompts,
+        [prompt.ids for prompt in prompts],
         decoding,
         stops=loaded.template.end_ids,
         batch_size=batch_size,
@@ -99,8 +85,8 @@ def generate(
     def with_answers() -> Iterator[dict[str, Any]]:
         for i, answer in answers:
             row = {**rows[i], "output": answer.text}
-            if references[i] is not None:
-                row["reference"] = references[i]
+            if prompts[i].reference is not None:
+                row["reference"] = prompts[i].reference
             yield row
 
     return with_answers()
@@ -148,11 +134,45 @@ def row_source(
     return Source(source=where, format=name, columns=dict(columns))  # type: ignore[arg-type]
 
 
-def _make_prompt(
+class Prompt(NamedTuple):
+    """What a row asks.
+
+    Attributes:
+        ids: up to where its answer starts, with the run's system message.
+        reference: the answer that it holds, without special tokens; None without one.
+        reference_ids: its tokens, up to the first that ends it.
+        sample: the row in the form that the template takes; its answer may be a placeholder.
+        where: the row's place.
+    """
+
+    ids: list[int]
+    reference: str | None
+    reference_ids: list[int]
+    sample: Sample
+    where: str
+
+
+def check_room(prompts: Sequence[Prompt], context: int, decoding: Decoding) -> None:
+    """DataError where a prompt leaves no room for its answer in `context` tokens."""
+    lengths = [len(prompt.ids) for prompt in prompts]
+    longest = max(lengths, default=0)
+    room = context - decoding.max_new_tokens
+    if longest <= room:
+        return
+    count = sum(length > room for length in lengths)
+    raise DataError(
+        f"{count} of {len(prompts)} prompts are too long: the longest has {longest} tokens",
+        where=prompts[lengths.index(longest)].where,
+        why=f"the model's context is {context} tokens; "
+        f"{decoding.max_new_tokens} are kept for the answer",
+        fix="shorten these rows, or give a smaller --max-new-tokens",
+    )
+
+
+def make_prompt(
     rows: Rows, i: int, loaded: LoadedModel, format_name: str, columns: Mapping[str, str] | None
-) -> tuple[list[int], str | None]:
-    """The token ids up to where row i's answer starts (with the run's system message), and the
-    answer that it holds."""
+) -> Prompt:
+    """The prompt of row i and the answer that it holds; DataError for a broken row."""
     row = rows[i]
     where = rows.where(i)
     source = row_source(row, where, loaded.location.sources, format_name, columns)
@@ -169,14 +189,15 @@ def _make_prompt(
             )
         # An answer that is not trained on is an answer too.
         sample = replace(sample, untrained=frozenset())
-    reference = None
-    if is_answered:
-        # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims
-        # are compared in the form in which the model writes them.
-        example = loaded.template.encode(sample, "last", where=where)
-        answer_ids = example.ids[example.trained].tolist()
-        reference = cut_answer(loaded.tokenizer, answer_ids, loaded.template.end_ids).text
-    return list(loaded.template.prompt(sample)), reference
+    prompt_ids = list(loaded.template.prompt(sample))
+    if not is_answered:
+        return Prompt(prompt_ids, None, [], sample, where)
+    # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are
+    # compared in the form in which the model writes them.
+    example = loaded.template.encode(sample, "last", where=where)
+    answer_ids = example.ids[example.trained].tolist()
+    answer = cut_answer(loaded.tokenizer, answer_ids, loaded.template.end_ids)
+    return Prompt(prompt_ids, answer.text, answer.ids, sample, where)
 
 
 def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], bool]:
