@@ -319,8 +319,10 @@ def _seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | None, s
             cache=cache_folder("tokens"),
             what="train",
         )
-    except (TunesmithError, OSError) as error:
-        return None, error.what if isinstance(error, TunesmithError) else first_line(error)
+    except TunesmithError as error:
+        return None, f"{error.what} ({error.where})" if error.where else error.what
+    except OSError as error:
+        return None, first_line(error)
     return find_repeats(tokens, trained), ""
 
 
