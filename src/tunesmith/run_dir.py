@@ -375,6 +375,52 @@ def read_profile(path: Path) -> dict[str, Any]:
     return {"gpu_busy_share": busy, "peak_bytes": peaks, "operations": operations}
 
 
+def read_scores(path: Path) -> dict[str, Any]:
+    """What an `eval --score` of a run says, without the scores of single rows.
+
+    `data`, `rows`, `row_hash`, `step` (or None), `losses` by model, and `scores`: by scorer, of
+    `base`, `tuned` and `difference` those that are there as [mean, low, high], and `verdict`.
+    OSError or ValueError where it is damaged.
+    """
+    values = read_object(path)
+    for name, is_of_type in _SCORES.items():
+        if not is_of_type(values.get(name)):
+            raise ValueError(f"`{name}` is missing or of another form")
+    step = values.get("step")
+    if step is not None and not is_count(step):
+        raise ValueError("step is no count")
+    scores = {}
+    for scorer, entry in values["scores"].items():
+        intervals = {}
+        for name in ("base", "tuned", "difference"):
+            if _is_interval(entry.get(name)):
+                intervals[name] = entry[name]
+        verdict = entry.get("verdict")
+        if "tuned" not in intervals or not is_text(verdict):
+            raise ValueError(f"the scores of {scorer:.80} lack an interval or a verdict")
+        scores[scorer] = {**intervals, "verdict": verdict}
+    kept = {name: values[name] for name in ("data", "rows", "row_hash")}
+    losses = {name: loss for name, loss in values["losses"].items() if is_number(loss)}
+    return {**kept, "step": step, "losses": losses, "scores": scores}
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
+
+
+def _are_scores(value: Any) -> bool:
+    return is_mapping(value) and all(isinstance(entry, dict) for entry in value.values())
+
+
+_SCORES: Shape = {
+    "data": is_text,
+    "rows": is_count,
+    "row_hash": is_text,
+    "losses": is_mapping,
+    "scores": _are_scores,
+}
+
+
 def _is_operation(row: Any) -> bool:
     if not isinstance(row, dict) or not is_text(row.get("name")) or not is_count(row.get("calls")):
         return False

@@ -157,6 +157,49 @@ def _summarize(run: RunFiles, label: str) -> RunSummary:
     return summary
 
 
+def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]]]:
+    """What `eval` measured: a label, and a cell for each run, None where it did not.
+
+    Runs share a line where they answered the same rows: not the file's name decides, but the rows.
+    """
+    lines: dict[tuple[str, str, str], list[str | None]] = {}
+    for index, run in enumerate(runs):
+        for result in run.files.evals:
+            about = f"{result['data']}, {result['rows']} rows"
+            cells = {"loss": _losses_text(result)}
+            for scorer, intervals in result["scores"].items():
+                cells[scorer] = _scores_text(intervals)
+            for name, text in cells.items():
+                key = (name, about, result["row_hash"])
+                line = lines.setdefault(key, [None] * len(runs))
+                # Of several checkpoints of a run, one after the other in its cell.
+                cell = f"{text} at step {result['step']}"
+                line[index] = cell if line[index] is None else f"{line[index]}; {cell}"
+    return [(f"eval: {name} ({about})", line) for (name, about, _), line in lines.items()]
+
+
+def _losses_text(result: dict[str, Any]) -> str:
+    losses = result["losses"]
+    text = f"{losses['tuned']:.4f}" if "tuned" in losses else "not finite"
+    return f"{text}, base {losses['base']:.4f}" if "base" in losses else text
+
+
+def _scores_text(intervals: dict[str, Any]) -> str:
+    """`62.0 % (52.1 to 71.3), base 50.0 % (...): +12.0 points (+4.0 to +20.1)`."""
+    text = _share_text(intervals["tuned"])
+    if "base" in intervals:
+        text += f", base {_share_text(intervals['base'])}"
+    if "difference" in intervals:
+        mean, low, high = (f"{100 * value:+.1f}" for value in intervals["difference"])
+        text += f": {mean} points ({low} to {high})"
+    return text
+
+
+def _share_text(interval: Sequence[float]) -> str:
+    mean, low, high = (100 * value for value in interval)
+    return f"{mean:.1f} % ({low:.1f} to {high:.1f})"
+
+
 def validation_noise(val_losses: Sequence[float]) -> float | None:
     """The standard deviation of a curve's second half around its trend; None from fewer than 5
     points.

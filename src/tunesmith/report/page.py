@@ -19,7 +19,14 @@ from tunesmith.config.dump import leaves
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.metrics.terminal import format_seconds
-from tunesmith.report.compare import RunSummary, Spread, differing_keys, judge, summaries_of
+from tunesmith.report.compare import (
+    RunSummary,
+    Spread,
+    differing_keys,
+    eval_figures,
+    judge,
+    summaries_of,
+)
 from tunesmith.report.run_files import (
     NO_CHART,
     Columns,
@@ -148,7 +155,10 @@ def _context(runs: list[RunSummary]) -> dict[str, Any]:
         "keys": keys,
         "board": board,
         "board_keys": [difference for difference in keys if difference.learns][:KEYS_IN_BOARD],
-        "figures": [(name, [figure(run) for run in runs]) for name, figure in FIGURES.items()],
+        "figures": [
+            *((name, [figure(run) for run in runs]) for name, figure in FIGURES.items()),
+            *eval_figures(runs),
+        ],
         "environment": _environment(runs),
         "charts": _charts(runs),
         "samples": _samples_of(runs),

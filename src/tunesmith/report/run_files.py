@@ -21,6 +21,7 @@ from tunesmith.host.shell import shell_path
 from tunesmith.launch.jobs import is_locked
 from tunesmith.metrics.record import checked_values, is_column
 from tunesmith.run_dir import (
+    EVALS,
     FAILURE,
     FINAL,
     IDENTITY,
@@ -30,6 +31,7 @@ from tunesmith.run_dir import (
     PROFILES,
     RECIPE,
     SAMPLES,
+    SCORES,
     STOPPED,
     Part,
     open_regular,
@@ -40,6 +42,7 @@ from tunesmith.run_dir import (
     read_profile,
     read_recipe,
     read_samples,
+    read_scores,
     read_stopped,
     reason_of,
     shown,
@@ -231,6 +234,7 @@ class RunFiles:
         samples: `{"step", "prompt", "answer", "expected"}`, in the order of the steps; step 0 is
             before training.
         failure, stopped: failure.json and stopped.json, None without one.
+        evals: what each `eval --score` said, as `read_scores` gives it.
         state: running | finished | stopped | failed | killed.
         revision: goes up when the recipe or the samples change.
         log_tail, warnings: the last lines of log.txt; the newest warnings of all of it, each once.
@@ -256,6 +260,7 @@ class RunFiles:
         self._rank_metrics: dict[int, JsonlColumns] = {}
         self._signatures: dict[str, tuple[int, int, int]] = {}
         self._faults: dict[str, Part[Any]] = {}
+        self._evals: dict[str, dict[str, Any]] = {}
         if not holds_run(self.folder):
             raise UsageError(
                 "this is no run directory",
@@ -301,8 +306,33 @@ class RunFiles:
                 vars(self)[attribute] = self._faults[name].value
                 if name in (RECIPE, SAMPLES):
                     self.revision += 1
+        changed |= self._read_evals()
         self.state = self._state()
         return changed or self.state != previous_state
+
+    @property
+    def evals(self) -> list[dict[str, Any]]:
+        return list(self._evals.values())
+
+    def _read_evals(self) -> bool:
+        """Read the scores that are new or were written again; whether anything changed."""
+        evals: dict[str, dict[str, Any]] = {}
+        changed = False
+        for path in sorted((self.folder / EVALS).glob(SCORES)):
+            name = f"{EVALS}/{shown(path.name)}"
+            if not self._changed(f"{EVALS}/{path.name}"):
+                if name in self._evals:
+                    evals[name] = self._evals[name]
+                continue
+            changed = True
+            self._faults.pop(name, None)
+            try:
+                evals[name] = read_scores(path)
+            except (OSError, ValueError) as error:
+                self._faults[name] = Part(None, reason_of(error))
+        changed |= evals.keys() != self._evals.keys()
+        self._evals = evals
+        return changed
 
     def _read_log(self) -> bool:
         anew, lines = self._log.read()
