@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from tunesmith.cli import options
 from tunesmith.cli.options import ProgressCounter
 
 
@@ -19,7 +20,27 @@ def test_each_count_ends_with_its_line(capsys: pytest.CaptureFixture[str]) -> No
             progress("answers", done, 9)
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(r"rows scored: 3/3  [\d.]+/s\nanswers: 4/9  [\d.]+/s\n", err)
+    assert re.fullmatch(
+        r"rows scored: 3/3  [\d.]+/s\nanswers: 4/9  [\d.]+/s  about 0 s left\n", err
+    )
+
+
+def test_answers_say_tokens_a_second_and_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock: 20 rows and 3,000 tokens in 40 s, of a job that began with 10 rows done."""
+    now = [100.0]
+    monkeypatch.setattr(options.time, "monotonic", lambda: now[0])
+    with ProgressCounter() as progress:
+        progress("answers of tuned", 10, 90, 0)
+        now[0] += 40
+        progress("answers of tuned", 30, 90, 3000)
+        now[0] += 1
+        progress("answers of tuned", 90, 90, 4100)
+    assert capsys.readouterr().err.splitlines() == [
+        "answers of tuned: 30/90  0.5/s  75 tokens/s  about 2:00 min left",
+        "answers of tuned: 90/90  2.0/s  100 tokens/s",
+    ]
 
 
 def test_nothing_done_leaves_no_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,7 +138,8 @@ def test_one_prompt_in_training_and_use(
             location=location,
         )
         for asked in (values, unanswered):
-            ids, reference = generate._make_prompt(from_list([asked]), 0, used, "auto", None)
+            prompt = generate.make_prompt(from_list([asked]), 0, used, "auto", None)
+            ids, reference = prompt.ids, prompt.reference
             assert ids == trained
             assert reference == (SAID if asked is values else None)
         (scored,) = _eval_tokens([(source, from_list([values]))], used, "held-out")
@@ -179,7 +180,7 @@ def test_a_run_and_its_final_folder_elsewhere_ask_alike(
         found = load_run(place, device="cpu")
         assert (
             found.tokenizer.decode(
-                generate._make_prompt(from_list([asked]), 0, found, "auto", None)[0]
+                generate.make_prompt(from_list([asked]), 0, found, "auto", None).ids
             )
             == text
         )
@@ -209,7 +210,7 @@ def test_a_run_of_before_answers_as_it_was_trained(tiny: Path, tmp_path: Path) -
         found = load_run(tmp_path / "run", device="cpu")
         assert (
             found.tokenizer.decode(
-                generate._make_prompt(from_list([{"prompt": ASKED}]), 0, found, "auto", None)[0]
+                generate.make_prompt(from_list([{"prompt": ASKED}]), 0, found, "auto", None).ids
             )
             == text
         )
@@ -223,7 +224,7 @@ def test_a_base_model_without_a_template_is_given_prompts_as_they_stand(
     (base / "chat_template.jinja").unlink()
     found = load_run(base, device="cpu")
     ids = [
-        generate._make_prompt(from_list([row]), 0, found, "auto", None)[0]
+        generate.make_prompt(from_list([row]), 0, found, "auto", None).ids
         for row in ({"prompt": ASKED}, {"messages": TURNS})
     ]
     assert [found.tokenizer.decode(i) for i in ids] == [ASKED, ALPACA]

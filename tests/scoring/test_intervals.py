@@ -18,10 +18,10 @@ from tunesmith.scoring import intervals
 from tunesmith.scoring.intervals import (
     Interval,
     PairedIntervals,
+    difference_sentence,
     expanded_tail,
     mean_interval,
     paired_intervals,
-    verdict,
 )
 
 
@@ -124,7 +124,7 @@ def test_one_sentence_says_better_worse_or_not_told_apart(
     won: int, lost: int, same: int, said: str
 ) -> None:
     found = pairs(won, lost, same)
-    assert said in verdict("exact", found, won + lost + same)
+    assert said in difference_sentence("exact", found, won + lost + same)
     assert found.differing == won + lost
 
 
@@ -132,7 +132,7 @@ def test_pairs_count_and_not_the_two_means() -> None:
     """The same means: told apart where the same rows are hard for both, not where others are."""
     hard = [1.0] * 50 + [0.0] * 50
     more = [1.0] * 62 + [0.0] * 38
-    assert "better" in verdict("exact", paired_intervals(hard, more), 100)
+    assert "better" in difference_sentence("exact", paired_intervals(hard, more), 100)
     turned = more[::-1]
-    assert "not told apart" in verdict("exact", paired_intervals(hard, turned), 100)
+    assert "not told apart" in difference_sentence("exact", paired_intervals(hard, turned), 100)
     assert isinstance(mean_interval(hard), Interval)

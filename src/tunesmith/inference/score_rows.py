@@ -29,9 +29,9 @@ from tunesmith.run_dir import EVALS, FINAL
 from tunesmith.scoring.intervals import (
     Interval,
     PairedIntervals,
+    difference_sentence,
     mean_interval,
     paired_intervals,
-    verdict,
 )
 from tunesmith.scoring.scorers import ScoredRow, Scorer, score_answer, select_scorers
 from tunesmith.scoring.tool_calls import PROBE, PROBE_TOOL, CallReader, learn_call_form
@@ -313,7 +313,7 @@ def _row_scores(name: str, scores: dict[str, list[float]]) -> RowScores:
         return RowScores(name, count, models, None, "", scores)
     paired = paired_intervals(scores["base"], scores["tuned"])
     models = {"base": paired.base, "tuned": paired.tuned}
-    return RowScores(name, count, models, paired, verdict(name, paired, count), scores)
+    return RowScores(name, count, models, paired, difference_sentence(name, paired, count), scores)
 
 
 def scores_path(answers: Path) -> Path:

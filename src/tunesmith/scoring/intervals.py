@@ -103,7 +103,7 @@ def expanded_tail(count: int) -> float:
     return normal.cdf(-t * math.sqrt(count / freedom))
 
 
-def verdict(name: str, intervals: PairedIntervals, rows: int) -> str:
+def difference_sentence(name: str, intervals: PairedIntervals, rows: int) -> str:
     """One sentence: whether the tuned model is better, worse, or not told apart from its base."""
     difference = intervals.difference
     span = (
