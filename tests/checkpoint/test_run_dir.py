@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir
+from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir, put_aside
 from tunesmith.errors import UsageError
 
 
@@ -84,3 +84,15 @@ def test_what_a_run_may_lie_beside(make: Callable[[Path], object], tmp_path: Pat
     make(tmp_path / "out")
     with claim_run_dir(tmp_path / "out"):
         assert (tmp_path / "out").is_dir()
+
+
+def test_evals_go_aside_with_the_run_that_they_are_of(tmp_path: Path) -> None:
+    """Else the report of the next run would show scores of another model."""
+    run = tmp_path / "run"
+    (run / "evals").mkdir(parents=True)
+    (run / "evals" / "held.scores.json").write_text("{}")
+    (run / IDENTITY).write_text('{"recipe_hash": "r"}')
+    place = put_aside(run)
+    assert place is not None
+    assert (place / "evals" / "held.scores.json").is_file()
+    assert not (run / "evals").exists()
