@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from conftest import byte_tokenizer
 from runs import ROWS, make_run, peft_model, write_checkpoint, write_rows
+from tunesmith.data.formats import Conversation
+from tunesmith.data.template import Template
 from tunesmith.errors import DataError, MachineError, RunError, StoppedError, UsageError
 from tunesmith.inference import score_rows
 from tunesmith.inference.decoding import Decoding
@@ -79,6 +84,13 @@ def test_answers_are_those_of_generate_and_scores_those_of_the_answers(
     assert saved["scores"]["f1"]["by_row"] == f1.scores
     assert (saved["step"], saved["checkpoint"], saved["seen"]) == (3, "final", 0)
     assert found.scores["tuned"].loss == saved["losses"]["tuned"]
+    cut = {
+        name: sum(not line["finished"] for line in of_model) for name, of_model in by_model.items()
+    }
+    assert dict(found.unfinished) == cut
+    assert cut["tuned"] == sum(
+        line["tokens"] == 6 for line in by_model["tuned"] if not line["finished"]
+    )
 
 
 def test_a_file_that_was_cut_anywhere_is_completed_to_the_same_bytes(
@@ -320,6 +332,9 @@ def test_rows_of_training_that_are_gone_are_said_to_be_unknown(tiny: Path, tmp_p
 TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}  # fmt: skip
 
 
+TOOL_SCHEMA = {"type": "function", "function": TOOL}
+
+
 def call_row(n: int, *, tools: bool = True) -> dict[str, Any]:
     calls = [{"name": "f", "arguments": {"a": n}}]
     turns = [
@@ -352,6 +367,39 @@ def test_tool_calls_are_read_in_the_form_of_the_template(
         scored(tmp_path / "run", without, tmp_path / "no.jsonl", "tool-call")
     assert refused.value.where == f"{without}:5"
     assert not (tmp_path / "no.jsonl").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "mistral", "nemotron_3_nano", "gptoss"])
+def test_the_form_of_calls_is_learned_through_the_template_in_use(family: str) -> None:
+    """What is rendered is what is trained on: without headers, with the reasoning that a template
+    wants.
+    """
+    path = Path(__file__).parents[1] / "data" / "templates" / f"{family}.jinja"
+    if not path.exists():
+        path = Path(pytest.importorskip("trl").__file__).parent / "chat_templates" / path.name
+    jinja = path.read_text()
+    tokenizer = byte_tokenizer()
+    words = sorted({"<|im_end|>", "</s>", *re.findall(r"<\|?[a-z_/]+\|?>", jinja)})
+    tokenizer.add_special_tokens({"additional_special_tokens": words})
+    ends = [
+        word
+        for word in ("<|im_end|>", "<|eot_id|>", "<|call|>", "<|return|>", "</s>")
+        if word in jinja
+    ]
+    eos_ids = set(tokenizer.convert_tokens_to_ids(ends)) or {tokenizer.eos_token_id}
+    template = Template(tokenizer, eos_ids, jinja=jinja, name="chat")
+    loaded: Any = SimpleNamespace(template=template, tokenizer=tokenizer)
+    read = score_rows.read_call_form(loaded)
+    assert read is not None
+    function = {"type": "function", "function": {"name": "rain", "arguments": {"town": "Oslo"}}}
+    answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [function]}
+    if "reasoning" in jinja:
+        answer["reasoning_content"] = "Hm."
+    turns = [{"role": "user", "content": "Rain?"}, answer]
+    example = template.encode(Conversation(turns, [TOOL_SCHEMA]), "last", where="test")
+    assert read(tokenizer.decode(example.ids[example.trained].tolist())) == [
+        ("rain", {"town": "Oslo"})
+    ]
 
 
 def test_rows_with_an_empty_answer_are_counted_and_not_scored(

@@ -133,6 +133,8 @@ def as_report(run_name: str, result: "Evaluation") -> dict[str, Any]:
         report[name] = values
     if result.answers is not None:
         report["answers"] = str(result.answers)
+        report["unanswered"] = result.unanswered
+        report["unfinished"] = dict(result.unfinished)
         report["scores"] = {scores.name: scores_as_json(scores) for scores in result.by_scorer}
     if result.seen is not None:
         report["seen"] = result.seen.count
@@ -194,6 +196,11 @@ def notes_on(result: "Evaluation") -> Iterator[str]:
         yield f"whether rows were trained on is not known: {result.seen_fault}"
     if result.unanswered:
         yield f"{result.unanswered} of {result.rows} rows have an empty answer: not scored"
+    for model, count in result.unfinished.items():
+        if count:
+            rows = result.by_scorer[0].rows
+            cut = f"{count} of {rows} answers of {model} were cut at --max-new-tokens"
+            yield f"{cut}: they may score less than they would"
     if result.answers is not None:
         yield f"answers: {result.answers}"
 

@@ -251,6 +251,13 @@ class AnswersFile:
             ) from error
         self.answers.setdefault(answer.model, []).append(answer)
 
+    def unfinished(self) -> dict[str, int]:
+        """How many answers of each model were cut at --max-new-tokens."""
+        counts = {}
+        for model, answers in self.answers.items():
+            counts[model] = sum(not answer.finished for answer in answers)
+        return counts
+
     def of(self, model: str) -> Sequence[SavedAnswer]:
         """The answers of one model so far."""
         return self.answers.get(model, ())

@@ -9,7 +9,7 @@ so they do not depend on the batching. Exact match generates greedily and compar
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class Evaluation:
         by_scorer: what each scorer says of the answers; empty without scorers.
         answers: the file of the answers, one line each; None without scorers.
         unanswered: rows without an answer of their own, which no scorer takes.
+        unfinished: of each model's answers those that were cut at the longest allowed.
         seen: rows that the run was trained on, token for token; None where that is not known.
         seen_fault: why it is not known; empty for a model that is no run's.
     """
@@ -89,6 +90,7 @@ class Evaluation:
     by_scorer: tuple[RowScores, ...] = ()
     answers: Path | None = None
     unanswered: int = 0
+    unfinished: Mapping[str, int] = field(default_factory=dict)
     seen: Repeats | None = None
     seen_fault: str = ""
 
@@ -283,6 +285,7 @@ def evaluate(
             by_scorer=tuple(by_scorer),
             answers=scoring.file.path,
             unanswered=scoring.rows.unanswered,
+            unfinished=scoring.file.unfinished(),
         )
 
 

@@ -88,16 +88,18 @@ def read_call_form(loaded: LoadedModel) -> CallReader | None:
     """What reads the tool calls that the model's template writes; None if it writes none, or none
     of a form that is known."""
     call = {"type": "function", "function": PROBE._asdict()}
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": "Look it up."},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
-    try:
-        sample = Conversation(messages, [PROBE_TOOL])
-        example = loaded.template.encode(sample, "last", where="the template")
-    except DataError:
-        return None
-    return learn_call_form(_raw_text(loaded, example.ids[example.trained].tolist()))
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    # Some templates of models that think write an answer without reasoning unlike their prompt.
+    for message in (answer, answer | {"reasoning_content": "It must be looked up."}):
+        sample = Conversation([{"role": "user", "content": "Look it up."}, message], [PROBE_TOOL])
+        try:
+            example = loaded.template.encode(sample, "last", where="the template")
+        except DataError:
+            continue
+        reader = learn_call_form(_raw_text(loaded, example.ids[example.trained].tolist()))
+        if reader is not None:
+            return reader
+    return None
 
 
 def _raw_text(loaded: LoadedModel, ids: Sequence[int]) -> str:
