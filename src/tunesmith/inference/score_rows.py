@@ -147,7 +147,7 @@ def answers_path(location: RunLocation, name: str, output: str | Path | None) ->
     stem = _file_stem(name)
     folder = location.folder
     if location.run is None or folder is None:
-        return Path(EVALS) / f"{_file_stem(location.base.name)}-{stem}.jsonl"
+        return Path(EVALS) / f"{_file_stem(Path(location.base.name).name)}-{stem}.jsonl"
     if location.kind == "base":
         stem += "-base"
     elif folder.name != FINAL:
