@@ -378,17 +378,18 @@ def read_profile(path: Path) -> dict[str, Any]:
 def read_scores(path: Path) -> dict[str, Any]:
     """What an `eval --score` of a run says, without the scores of single rows.
 
-    `data`, `rows`, `row_hash`, `step` (or None), `losses` by model, and `scores`: by scorer, of
-    `base`, `tuned` and `difference` those that are there as [mean, low, high], and `verdict`.
+    `data`, `rows`, `row_hash`, `step` and `seen` (each or None), `losses` by model, and `scores`:
+    by scorer, of `base`, `tuned` and `difference` those that are there as [mean, low, high], and
+    `verdict`.
     OSError or ValueError where it is damaged.
     """
     values = read_object(path)
     for name, is_of_type in _SCORES.items():
         if not is_of_type(values.get(name)):
             raise ValueError(f"`{name}` is missing or of another form")
-    step = values.get("step")
-    if step is not None and not is_count(step):
-        raise ValueError("step is no count")
+    for name in ("step", "seen"):
+        if values.get(name) is not None and not is_count(values[name]):
+            raise ValueError(f"{name} is no count")
     scores = {}
     for scorer, entry in values["scores"].items():
         intervals = {}
@@ -399,9 +400,9 @@ def read_scores(path: Path) -> dict[str, Any]:
         if "tuned" not in intervals or not is_text(verdict):
             raise ValueError(f"the scores of {scorer:.80} lack an interval or a verdict")
         scores[scorer] = {**intervals, "verdict": verdict}
-    kept = {name: values[name] for name in ("data", "rows", "row_hash")}
+    kept = {name: values.get(name) for name in ("data", "rows", "row_hash", "step", "seen")}
     losses = {name: loss for name, loss in values["losses"].items() if is_number(loss)}
-    return {**kept, "step": step, "losses": losses, "scores": scores}
+    return {**kept, "losses": losses, "scores": scores}
 
 
 def _is_interval(value: Any) -> bool:

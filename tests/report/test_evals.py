@@ -49,6 +49,7 @@ def test_scores_stand_beside_the_losses_with_their_intervals(tmp_path: Path) -> 
     write_eval(first.folder, eval_scores())
     write_eval(second.folder, eval_scores(losses={"tuned": 2.0}), "same-rows")
     write_eval(second.folder, eval_scores(row_hash="b" * 64), "other-rows")
+    write_eval(first.folder, eval_scores(seen=7, data="seen.jsonl", scores={}), "seen")
     assert first.refresh()
     assert second.refresh()
     exact = (
@@ -62,6 +63,8 @@ def test_scores_stand_beside_the_losses_with_their_intervals(tmp_path: Path) -> 
         "2.2500, base 2.5000 at step 40",
         "2.0000 at step 40",
     ]
+    seen = "2.2500, base 2.5000 at step 40 (7 of the rows were trained on)"
+    assert seen in [cells[0] for _, cells in lines]
     assert exact in render_report([first, second])
     plain = render_report([first, second], markdown=True)
     assert "62.0 % (52.1 to 71.3)" in plain
@@ -95,6 +98,7 @@ def test_an_eval_is_read_again_when_it_changes_and_gone_when_it_is(tmp_path: Pat
         eval_scores(rows="many"),
         eval_scores(row_hash=None),
         eval_scores(step="last"),
+        eval_scores(seen=-1),
         eval_scores(losses=[]),
         eval_scores(scores=[]),
         eval_scores(scores={"exact": 3}),

@@ -174,6 +174,8 @@ def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]
                 line = lines.setdefault(key, [None] * len(runs))
                 # Of several checkpoints of a run, one after the other in its cell.
                 cell = f"{text} at step {result['step']}"
+                if result["seen"]:
+                    cell += f" ({result['seen']} of the rows were trained on)"
                 line[index] = cell if line[index] is None else f"{line[index]}; {cell}"
     return [(f"eval: {name} ({about})", line) for (name, about, _), line in lines.items()]
 
