@@ -1,0 +1,442 @@
+"""What llama.cpp calls a family of `model/architectures.py`, and how its numbers go into a header.
+
+A family without a row here, or one with a setting that llama.cpp would compute otherwise, is
+refused: a GGUF file has no place for what its architecture does not name, so it would load and
+answer wrongly. Names of keys and tensors are those of the package `gguf`.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.errors import ModelError
+
+LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
+OWN_SCRIPT = f"tunesmith merge RUN, then convert_hf_to_gguf.py of {LLAMA_CPP}, which has more"
+
+_ATTENTION_INPUTS = ("attn_q", "attn_k", "attn_v")
+_ALL_LINEARS = (*_ATTENTION_INPUTS, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """One row: what differs between families in a GGUF file."""
+
+    arch: str  # llama.cpp's name of the architecture
+    # Its rotary kernel takes neighbors as a pair, Transformers' the two halves of a head: rows of
+    # q and k change places.
+    pairs_neighbors: bool = False
+    norm_offset: float = 0.0  # Transformers multiplies with 1 + weight, llama.cpp with the weight
+    # Types of rotary embeddings beside the plain one.
+    ropes: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()  # layers whose bias llama.cpp reads
+    activation: str = "silu"
+    writes_rotary_dims: bool = False
+    writes_vocab_size: bool = False
+    writes_head_dim: bool = True
+    untied_head: bool = True  # llama.cpp reads an `output.weight`
+    # Every n-th layer sees all tokens, and the others a window.
+    full_attention_every: int | None = None
+    # llama.cpp computes full attention where the config asks for a window.
+    ignores_window: bool = False
+    # The number of layers at which llama.cpp scales scores by hidden_size / heads.
+    scaled_by_width_at: int | None = None
+
+
+_LLAMA_ROPES = ("linear", "yarn", "llama3")
+
+FAMILIES: dict[str, GgufFamily] = {
+    "llama": GgufFamily(
+        "llama",
+        pairs_neighbors=True,
+        ropes=_LLAMA_ROPES,
+        biases=_ALL_LINEARS,
+        writes_rotary_dims=True,
+        writes_vocab_size=True,
+    ),
+    "mistral": GgufFamily(
+        "llama",
+        pairs_neighbors=True,
+        ropes=_LLAMA_ROPES,
+        writes_rotary_dims=True,
+        writes_vocab_size=True,
+        ignores_window=True,
+    ),
+    "smollm3": GgufFamily(
+        "smollm3",
+        pairs_neighbors=True,
+        ropes=_LLAMA_ROPES,
+        biases=_ATTENTION_INPUTS,
+        writes_rotary_dims=True,
+        writes_vocab_size=True,
+        ignores_window=True,
+    ),
+    "granite": GgufFamily(
+        "granite",
+        pairs_neighbors=True,
+        ropes=_LLAMA_ROPES,
+        biases=_ALL_LINEARS,
+        writes_rotary_dims=True,
+        writes_vocab_size=True,
+        writes_head_dim=False,
+    ),
+    "qwen2": GgufFamily(
+        "qwen2", ropes=("linear", "yarn"), biases=_ATTENTION_INPUTS, ignores_window=True
+    ),
+    "qwen3": GgufFamily(
+        "qwen3", ropes=("linear", "yarn"), biases=_ATTENTION_INPUTS, ignores_window=True
+    ),
+    "olmo2": GgufFamily("olmo2", ropes=("linear", "yarn")),
+    "phi3": GgufFamily("phi3", ropes=("longrope",), writes_rotary_dims=True, ignores_window=True),
+    "gemma": GgufFamily(
+        "gemma", norm_offset=1.0, activation="gelu_pytorch_tanh", untied_head=False
+    ),
+    "gemma2": GgufFamily(
+        "gemma2",
+        norm_offset=1.0,
+        activation="gelu_pytorch_tanh",
+        untied_head=False,
+        full_attention_every=2,
+        scaled_by_width_at=46,
+    ),
+    "gemma3_text": GgufFamily(
+        "gemma3",
+        norm_offset=1.0,
+        ropes=("linear",),
+        activation="gelu_pytorch_tanh",
+        full_attention_every=6,
+        scaled_by_width_at=62,
+    ),
+}
+
+
+def read_family(config: Mapping[str, Any]) -> GgufFamily:
+    """The row of a parsed config.json (`config.to_dict()`).
+
+    ModelError where the family has none, or a value of the config is one that llama.cpp computes
+    otherwise.
+    """
+    model_type = str(config["model_type"])
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise ModelError(
+            f"{model_type} is not a family that is written as GGUF here",
+            where="config.json: model_type",
+            why=f"these are: {', '.join(FAMILIES)}",
+            fix=OWN_SCRIPT,
+        )
+    _check_rope(config, family)
+    activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
+    if activation != family.activation:
+        raise _other_math("hidden_act", activation, family.activation)
+    if model_type == "smollm3":
+        _check_layers_without_rope(config)
+    if family.full_attention_every is not None:
+        _check_layer_types(config, family.full_attention_every)
+    if family.scaled_by_width_at is not None:
+        _check_attention_scale(config, family.scaled_by_width_at)
+    if not family.writes_head_dim and head_dim(config) != _default_head_dim(config):
+        raise _other_math("head_dim", head_dim(config), _default_head_dim(config))
+    return family
+
+
+def notes_on_config(config: Mapping[str, Any], family: GgufFamily) -> list[str]:
+    """What llama.cpp leaves out of the model, for the user to know; it changes long texts only."""
+    window = config.get("sliding_window")
+    is_used = config.get("use_sliding_window", True)
+    if family.ignores_window and window and is_used and window < config["max_position_embeddings"]:
+        return [
+            f"llama.cpp has no sliding window for this family: it differs after {window} tokens"
+        ]
+    return []
+
+
+def _other_math(key: str, value: object, computed: object) -> ModelError:
+    return ModelError(
+        f"llama.cpp has no {key} = {value} for this family",
+        where=f"config.json: {key}",
+        why=f"it computes with {computed}, and a GGUF file cannot say otherwise",
+        fix=f"serve the Transformers folder: tunesmith merge RUN; or see {LLAMA_CPP}",
+    )
+
+
+def _default_head_dim(config: Mapping[str, Any]) -> int:
+    return int(config["hidden_size"]) // int(config["num_attention_heads"])
+
+
+def head_dim(config: Mapping[str, Any]) -> int:
+    """Channels of a head."""
+    return int(config.get("head_dim") or _default_head_dim(config))
+
+
+def kv_heads(config: Mapping[str, Any]) -> int:
+    """Heads of keys and values."""
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def _check_layers_without_rope(config: Mapping[str, Any]) -> None:
+    """llama.cpp's SmolLM3 rotates in all layers but every fourth."""
+    layers = int(config["num_hidden_layers"])
+    rotated = config.get("no_rope_layers")  # 1: rotated
+    computed = [int((layer + 1) % 4 != 0) for layer in range(layers)]
+    if rotated and list(rotated) != computed:
+        raise _other_math("no_rope_layers", rotated, "rotation in all layers but every fourth")
+
+
+def _check_layer_types(config: Mapping[str, Any], every: int) -> None:
+    kinds = config.get("layer_types")
+    computed = []
+    for layer in range(int(config["num_hidden_layers"])):
+        is_full = (layer + 1) % every == 0
+        computed.append("full_attention" if is_full else "sliding_attention")
+    if kinds and list(kinds) != computed:
+        raise _other_math("layer_types", kinds, f"full attention in every layer of {every}")
+
+
+def _check_attention_scale(config: Mapping[str, Any], by_width_at: int) -> None:
+    """Scores are divided by the root of a number that the header does not have."""
+    computed = head_dim(config)
+    if config["num_hidden_layers"] == by_width_at:
+        computed = _default_head_dim(config)
+    scalar = config.get("query_pre_attn_scalar", computed)
+    if scalar != computed:
+        raise _other_math("query_pre_attn_scalar", scalar, computed)
+
+
+# Rotary embeddings
+
+
+def rope_parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of full and of sliding attention, each with `rope_type` and `rope_theta`.
+
+    Transformers 5 writes `rope_parameters`, for some families one by type of attention; before, it
+    was `rope_theta`, `rope_scaling` and `rope_local_base_freq`. The second is empty where a family
+    has one for all layers.
+    """
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "full_attention" in parameters:
+        full = dict(parameters["full_attention"])
+        sliding = dict(parameters.get("sliding_attention") or {})
+    else:
+        full = dict(parameters)
+        sliding = {}
+        if config.get("rope_local_base_freq") is not None:
+            sliding = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
+    full.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    full["rope_type"] = full.get("rope_type") or full.get("type") or "default"
+    if full["rope_type"] == "su":
+        full["rope_type"] = "longrope"  # its name in the first Phi-3
+    for key in ("partial_rotary_factor", "original_max_position_embeddings"):
+        if config.get(key) is not None:
+            full.setdefault(key, config[key])
+    return full, sliding
+
+
+def _check_rope(config: Mapping[str, Any], family: GgufFamily) -> None:
+    full, sliding = rope_parameters(config)
+    kind = full["rope_type"]
+    if kind != "default" and kind not in family.ropes:
+        computed = " or ".join(("plain ones", *family.ropes))
+        raise _other_math("rope_type", kind, computed)
+    if sliding and sliding.get("rope_type", "default") != "default":
+        raise _other_math("rope_type", sliding["rope_type"], "plain ones in layers with a window")
+    partial = full.get("partial_rotary_factor") or 1.0
+    if partial != 1.0 and config["model_type"] != "phi3":
+        raise _other_math("partial_rotary_factor", partial, 1.0)
+    if kind == "yarn":
+        _check_yarn(full)
+    if kind == "longrope":
+        pairs = rotary_dims(config) // 2
+        for key in ("long_factor", "short_factor"):
+            if len(full.get(key) or ()) != pairs:
+                raise _other_math(key, full.get(key), f"a list of {pairs} factors")
+
+
+def _check_yarn(rope: Mapping[str, Any]) -> None:
+    """llama.cpp scales scores by 0.1 ln(factor) + 1, and rounds the bounds of its ramp."""
+    computed = 0.1 * math.log(float(rope["factor"])) + 1.0
+    factor = rope.get("attention_factor")
+    if factor is not None and not math.isclose(factor, computed, rel_tol=1e-6):
+        raise _other_math("attention_factor", factor, computed)
+    for key in ("mscale", "mscale_all_dim"):
+        if rope.get(key):
+            raise _other_math(key, rope[key], "none")
+    if rope.get("truncate") is False:
+        raise _other_math("truncate", False, True)
+
+
+def rotary_dims(config: Mapping[str, Any]) -> int:
+    """Channels of a head that are rotated."""
+    full, _ = rope_parameters(config)
+    partial = full.get("partial_rotary_factor") or 1.0
+    return int(head_dim(config) * partial)
+
+
+def rope_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What frequencies are divided by, by the tensors' names: fp32 [rotary_dims / 2]."""
+    full, _ = rope_parameters(config)
+    if full["rope_type"] == "llama3":
+        return {"rope_freqs.weight": _llama3_factors(full, rotary_dims(config))}
+    if full["rope_type"] == "longrope":
+        return {
+            "rope_factors_long.weight": torch.tensor(full["long_factor"], dtype=torch.float32),
+            "rope_factors_short.weight": torch.tensor(full["short_factor"], dtype=torch.float32),
+        }
+    return {}
+
+
+def _llama3_factors(rope: Mapping[str, Any], dims: int) -> Tensor:
+    """1 for short waves, `factor` for long ones, and a line between the two in frequency."""
+    factor = rope["factor"]
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
+    context = rope["original_max_position_embeddings"]
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32) / dims
+    factors = []
+    for frequency in 1.0 / (rope["rope_theta"] ** exponents):
+        wavelength = 2 * math.pi / frequency
+        if wavelength < context / high:
+            factors.append(1)
+        elif wavelength > context / low:
+            factors.append(factor)
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(factors, dtype=torch.float32)
+
+
+# The header
+
+
+def add_config(writer: Any, config: Mapping[str, Any], family: GgufFamily) -> None:
+    """The config's numbers into a `gguf.GGUFWriter`."""
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(kv_heads(config))
+    _add_rope(writer, config)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if family.writes_head_dim and config.get("head_dim") is not None:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    if family.writes_vocab_size:
+        writer.add_vocab_size(config["vocab_size"])
+    if family.writes_rotary_dims:
+        writer.add_rope_dimension_count(rotary_dims(config))
+    model_type = config["model_type"]
+    if model_type == "granite":
+        _add_granite(writer, config)
+    if model_type == "phi3":
+        writer.add_sliding_window(config.get("sliding_window") or 0)
+    if family.full_attention_every is not None:
+        writer.add_sliding_window(config["sliding_window"])
+    if config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    if config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+
+
+def _add_granite(writer: Any, config: Mapping[str, Any]) -> None:
+    writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_logit_scale(config["logits_scaling"])
+
+
+def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
+    import gguf
+
+    full, sliding = rope_parameters(config)
+    kind = full["rope_type"]
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(full["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(full["factor"])
+        writer.add_rope_scaling_orig_ctx_len(_original_context(config, full))
+        if full.get("beta_fast") is not None:
+            writer.add_rope_scaling_yarn_beta_fast(full["beta_fast"])
+        if full.get("beta_slow") is not None:
+            writer.add_rope_scaling_yarn_beta_slow(full["beta_slow"])
+    if config["model_type"] == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(_original_context(config, full))
+    if kind == "longrope":
+        writer.add_rope_scaling_attn_factors(_longrope_scale(config, full))
+    writer.add_rope_freq_base(full["rope_theta"])
+    if sliding:
+        writer.add_rope_freq_base_swa(sliding["rope_theta"])
+
+
+def _original_context(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
+    return int(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
+
+
+def _longrope_scale(config: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
+    """What queries and keys are multiplied with, as Transformers computes it."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    original = _original_context(config, rope)
+    factor = config["max_position_embeddings"] / original
+    if factor <= 1.0:
+        return 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+# Weights
+
+
+def check_tensor_names(
+    names: Collection[str], config: Mapping[str, Any], family: GgufFamily
+) -> dict[str, str]:
+    """llama.cpp's name of each parameter. ModelError where it has none."""
+    import gguf
+
+    arches = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    layers = int(config["num_hidden_layers"])
+    table = gguf.get_tensor_name_map(arches[family.arch], layers)
+    renamed = {}
+    for name in names:
+        new_name = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if new_name is None or not _is_read(new_name, family):
+            raise ModelError(
+                f"llama.cpp's {family.arch} has no place for {name}",
+                where="the model's weights",
+                why="its other weights would load, and answers be wrong",
+                fix="serve the Transformers folder: tunesmith merge RUN",
+            )
+        renamed[name] = new_name
+    return renamed
+
+
+def _is_read(new_name: str, family: GgufFamily) -> bool:
+    if new_name == "output.weight":
+        return family.untied_head
+    if new_name.endswith(".bias"):
+        layer = new_name.split(".")[-2]
+        return layer in family.biases
+    return True
+
+
+def heads_to_permute(new_name: str, config: Mapping[str, Any], family: GgufFamily) -> int | None:
+    """Heads of a tensor whose rows change places; None: they stay."""
+    if not family.pairs_neighbors:
+        return None
+    layer = new_name.split(".")[-2]
+    if layer == "attn_q":
+        return int(config["num_attention_heads"])
+    if layer == "attn_k":
+        return kv_heads(config)
+    return None
+
+
+def pair_neighbors(rows: Tensor, head: int) -> Tensor:
+    """Rows of whole heads of `head` rows each: the two halves of a head, taken in turns."""
+    halves = rows.unflatten(0, (-1, 2, head // 2))
+    return halves.transpose(1, 2).reshape(rows.shape)

@@ -1,0 +1,106 @@
+"""Rows of fp32 as bytes of a GGUF type.
+
+Blocks of the K types are searched for by ggml's own function, from the shared object of the wheel
+libggml-python: a search in Python would be slow, and would not give the same bytes. ctypes releases
+the interpreter's lock during the call, so threads run side by side.
+"""
+
+import ctypes
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tunesmith.errors import MachineError, ModelError
+from tunesmith.export.gguf.types import tensor_bytes
+from tunesmith.host.packages import pip_install
+
+# The numbers of `ggml_type`.
+_GGML_TYPES = {"Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+_TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WHERE = "the Python environment"
+
+
+@cache
+def ggml() -> ctypes.CDLL:
+    """ggml's shared object. MachineError where it is not installed, or has no such function."""
+    try:
+        library = ctypes.CDLL(str(_library_file()))
+        library.ggml_quantize_init.argtypes = [ctypes.c_int]
+        library.ggml_quantize_init.restype = None
+        library.ggml_quantize_chunk.argtypes = [
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+        ]
+        library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    except (AttributeError, OSError) as error:
+        raise MachineError(
+            "ggml's library cannot be loaded",
+            where=_WHERE,
+            why=str(error),
+            fix=f"{pip_install('libggml-python')}, or take --quant f16",
+        ) from error
+    # Tables that threads would otherwise build at the same time.
+    for number in _GGML_TYPES.values():
+        library.ggml_quantize_init(number)
+    return library
+
+
+def _library_file() -> Path:
+    """The file in the wheel. OSError where there is none."""
+    spec = find_spec("libggml")
+    if spec is None:
+        raise OSError("libggml-python is not installed")
+    for folder in spec.submodule_search_locations or ():
+        for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
+            for path in Path(folder).rglob(name):
+                return path
+    raise OSError("libggml-python has no libggml-base for this machine")
+
+
+def needs_ggml(kind: str) -> bool:
+    """Whether a type is one of blocks."""
+    return kind in _GGML_TYPES
+
+
+def quantize_rows(rows: Tensor, kind: str, name: str) -> memoryview:
+    """The bytes of contiguous fp32 rows [n, columns] or [n] in a type; `name` is for errors.
+
+    ModelError where a value is not finite, in the rows or in the type.
+    """
+    if needs_ggml(kind):
+        _check_finite(rows, name, kind)
+        return _blocks(rows, kind)
+    converted = rows.to(_TORCH_TYPES[kind])
+    _check_finite(converted, name, kind)
+    return converted.view(torch.uint8).numpy().data
+
+
+def _check_finite(values: Tensor, name: str, kind: str) -> None:
+    if torch.isfinite(values).all():
+        return
+    raise ModelError(
+        f"{name} has a value that is not finite in {kind}",
+        where="the model's weights",
+        why="one such value makes every answer NaN; F16 ends at 65,504",
+        fix="take --quant bf16; where the weights are not finite either, an earlier checkpoint",
+    )
+
+
+def _blocks(rows: Tensor, kind: str) -> memoryview:
+    columns = rows.shape[-1]
+    data = bytearray(tensor_bytes(kind, rows.shape))
+    target = (ctypes.c_char * len(data)).from_buffer(data)
+    written = ggml().ggml_quantize_chunk(
+        _GGML_TYPES[kind], rows.data_ptr(), target, 0, rows.numel() // columns, columns, None
+    )
+    if written != len(data):
+        raise RuntimeError(f"ggml wrote {written} bytes of {kind} in place of {len(data)}")
+    return memoryview(data)

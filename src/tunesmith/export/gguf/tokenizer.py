@@ -1,0 +1,385 @@
+"""A Transformers tokenizer as the `tokenizer.*` part of a GGUF header.
+
+llama.cpp has its own tokenizers in C++. Byte-level BPE is `gpt2`, whose regular expressions go by a
+name in `tokenizer.ggml.pre`; a wrong name gives other ids without an error, so a tokenizer that is
+not recognized is refused. BPE over characters with tokens for single bytes, as of SentencePiece, is
+`llama`, which joins the pair with the highest score.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.errors import ModelError
+
+TABLE = json.loads(Path(__file__).with_name("pre_tokenizers.json").read_text(encoding="utf-8"))
+SPACE = "\u2581"  # what SentencePiece has in place of a space
+ADDED_SCORE = -1000.0
+UNUSED_SCORE = -10000.0
+SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
+_SERVE_FOLDER = "serve the Transformers folder, whose tokenizer is exact: tunesmith merge RUN"
+
+
+class TokenType(IntEnum):
+    """What llama.cpp takes a token for; the numbers are those of `gguf.TokenType`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3  # special: matched in text only where the caller asks for it
+    USER_DEFINED = 4  # added: matched in any text before the rest is split
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class GgufTokenizer:
+    """What the header says of the tokenizer.
+
+    Attributes:
+        model: `gpt2` for byte-level BPE, `llama` for SentencePiece's.
+        pre: the name of the regular expressions that text is split by first.
+        tokens, types: one for each row of the embedding.
+        scores: of `llama`: the pair with the highest is joined first.
+        merges: of `gpt2`: `left right`, in the order in which they apply.
+        special: ids by `bos`, `eos`, ..., and `eot` where a turn ends with another token than eos.
+        add_bos, add_eos: whether encoding puts them around a text.
+        add_space: whether encoding puts a space in front of a text.
+        chat_template: Jinja; None: there is none.
+        notes: for the user: what llama.cpp does in another way.
+    """
+
+    model: str
+    pre: str
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    scores: tuple[float, ...]
+    merges: tuple[str, ...]
+    special: Mapping[str, int]
+    add_bos: bool
+    add_eos: bool
+    add_space: bool
+    chat_template: str | None
+    notes: tuple[str, ...]
+
+
+def read_gguf_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    config: Mapping[str, Any],
+    turn_end: int | None = None,
+) -> GgufTokenizer:
+    """The tokenizer of a model whose embedding has `rows` rows.
+
+    `config` is the model's, for ids of special tokens that the tokenizer does not name. `turn_end`
+    is the token that ends an answer, where it is not eos. ModelError where llama.cpp would give
+    other ids.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise _unknown_tokenizer(f"{type(tokenizer).__name__} has no tokenizer.json")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    if model["type"] != "BPE":
+        raise _unknown_tokenizer(f"its model is {model['type']}, not BPE")
+    vocab = {token: index for token, index in model["vocab"].items() if index < rows}
+    added = {token["id"]: token for token in state["added_tokens"] if token["id"] < rows}
+    tokens, types = _token_lists(vocab, added, rows)
+    special = _special_ids(tokenizer, rows, config, turn_end)
+    ids = tokenizer.encode("a")
+    common: dict[str, Any] = {
+        "special": special,
+        "add_bos": bool(ids) and ids[0] == special.get("bos"),
+        "add_eos": len(ids) > 1 and ids[-1] == special.get("eos"),
+        "chat_template": _default_template(tokenizer.chat_template),
+    }
+    if model.get("byte_fallback"):
+        parts = _sentencepiece(state, vocab, tokens, types, special.get("unk"))
+    else:
+        parts = _byte_level(tokenizer, state)
+    return GgufTokenizer(tokens=tuple(tokens), types=tuple(types), **common, **parts)
+
+
+def _unknown_tokenizer(why: str) -> ModelError:
+    return ModelError(
+        "llama.cpp has no tokenizer that is known to give the same ids",
+        where="tokenizer.json",
+        why=why,
+        fix=_SERVE_FOLDER,
+    )
+
+
+def _special_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    config: Mapping[str, Any],
+    turn_end: int | None,
+) -> dict[str, int]:
+    special = {}
+    for name in SPECIAL:
+        index = getattr(tokenizer, f"{name}_token_id", None)
+        if index is None:
+            index = config.get(f"{name}_token_id")
+        if isinstance(index, int) and 0 <= index < rows:
+            special[name] = index
+    if turn_end is not None and turn_end != special.get("eos"):
+        special["eot"] = turn_end
+    return special
+
+
+def _default_template(template: str | Mapping[str, str] | None) -> str | None:
+    """A tokenizer may have several by name; llama.cpp uses one."""
+    if isinstance(template, Mapping):
+        return template.get("default")
+    return template
+
+
+def _added_type(token: Mapping[str, Any]) -> TokenType:
+    text = token["content"]
+    # Some models add tokens of the template without marking them as special.
+    looks_special = text.startswith("<|") and text.endswith("|>")
+    if token["special"] or looks_special:
+        return TokenType.CONTROL
+    return TokenType.USER_DEFINED
+
+
+def _token_lists(
+    vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]], rows: int
+) -> tuple[list[str], list[TokenType]]:
+    """Text and type of every row: of no token, of the vocabulary, added."""
+    tokens = [f"[PAD{index}]" for index in range(rows)]
+    types = [TokenType.UNUSED] * rows
+    for text, index in vocab.items():
+        tokens[index] = text
+        types[index] = TokenType.NORMAL
+    for index, token in added.items():
+        types[index] = _added_type(token)
+        tokens[index] = token["content"]
+        if types[index] is TokenType.USER_DEFINED:
+            # llama.cpp looks for it in the text as it was written.
+            tokens[index] = token["content"].replace(SPACE, " ")
+    return tokens, types
+
+
+# Byte-level BPE
+
+
+def _byte_level(tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What GgufTokenizer has of it alone."""
+    notes = []
+    if list(_steps(state["normalizer"], "normalizers")):
+        notes.append("llama.cpp does not compose letters (NFC): two code points stay two")
+    return {
+        "model": "gpt2",
+        "pre": pre_tokenizer_name(tokenizer, state),
+        "scores": (),
+        "merges": tuple(_merge_text(merge) for merge in state["model"]["merges"]),
+        "add_space": False,
+        "notes": tuple(notes),
+    }
+
+
+def _merge_text(merge: str | list[str]) -> str:
+    """`left right`, as of older files; newer ones hold pairs, whose parts may contain a space."""
+    if isinstance(merge, str):
+        return merge
+    return " ".join(part.replace(" ", "\u0120") for part in merge)
+
+
+def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any]) -> str:
+    """`tokenizer.ggml.pre`, by the ids of a fixed text, else by the steps of tokenizer.json.
+
+    The first is llama.cpp's own key, and sees the whole tokenizer; a vocabulary that was trained
+    anew has other ids, and keeps the steps. ModelError where both are unknown.
+    """
+    ids = tokenizer.encode(TABLE["text"])
+    name = TABLE["hashes"].get(hashlib.sha256(str(ids).encode()).hexdigest())
+    if name is not None:
+        return str(name)
+    splits = _splits(state)
+    ignores_merges = bool(state["model"].get("ignore_merges"))
+    names = []
+    for row in TABLE["structures"]:
+        if row["splits"] == splits:
+            if row["ignore_merges"] == ignores_merges:
+                return str(row["pre"])
+            names.append(row["pre"])
+    if names:
+        # Same splits, and a whole word that is a token is one only for the other: in a vocabulary
+        # whose merges lead to every token both give the same ids.
+        return str(names[0])
+    raise _unknown_tokenizer(f"nothing in llama.cpp is known to split text by {splits}")
+
+
+def _splits(state: Mapping[str, Any]) -> list[str] | None:
+    """The regular expressions that text is split by, one after the other.
+
+    None where a step is another.
+    """
+    for step in _steps(state["normalizer"], "normalizers"):
+        if step["type"] != "NFC":
+            return None
+    splits = []
+    steps = list(_steps(state["pre_tokenizer"], "pretokenizers"))
+    for position, step in enumerate(steps):
+        is_last = position == len(steps) - 1
+        if (step["type"] == "ByteLevel") != is_last:
+            return None
+        split = _split_of(step)
+        if split is None:
+            return None
+        splits.extend(split)
+    return splits or None
+
+
+def _split_of(step: Mapping[str, Any]) -> list[str] | None:
+    """The expressions of one step; None where it does something else."""
+    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+        return ["gpt-2"] if step["use_regex"] else []
+    if step["type"] == "Digits" and step["individual_digits"]:
+        return ["digit"]
+    if step["type"] == "Split" and "Regex" in step["pattern"]:
+        # Of an expression that matches all text, the same two ways to say it.
+        how = (step["behavior"], step["invert"])
+        if how in (("Isolated", False), ("Removed", True)):
+            return [step["pattern"]["Regex"]]
+    return None
+
+
+def _steps(part: Mapping[str, Any] | None, key: str) -> Iterator[Mapping[str, Any]]:
+    """A normalizer or pre-tokenizer as a flat list; `key` names the members of a sequence."""
+    if part is None:
+        return
+    if part["type"] != "Sequence":
+        yield part
+        return
+    for member in part[key]:
+        yield from _steps(member, key)
+
+
+# SentencePiece's BPE
+
+
+def _sentencepiece(
+    state: Mapping[str, Any],
+    vocab: Mapping[str, int],
+    tokens: list[str],
+    types: list[TokenType],
+    unknown: int | None,
+) -> dict[str, Any]:
+    """What GgufTokenizer has of it alone. It sets the types of bytes and of the unknown token."""
+    for byte in range(256):
+        index = vocab.get(f"<0x{byte:02X}>")
+        if index is None:
+            raise _unknown_tokenizer(f"its vocabulary has no <0x{byte:02X}>")
+        types[index] = TokenType.BYTE
+    if unknown is not None:
+        types[unknown] = TokenType.UNKNOWN
+    notes: list[str] = []
+    adds_space = _adds_space(state, notes)
+    ranks = _join_ranks(state["model"]["merges"], vocab, tokens, types)
+    scores = []
+    for text, kind in zip(tokens, types, strict=True):
+        if kind is TokenType.UNUSED:
+            scores.append(UNUSED_SCORE)
+        elif kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
+            scores.append(ADDED_SCORE)
+        else:
+            scores.append(-float(ranks.get(text, 0)))
+    return {
+        "model": "llama",
+        "pre": "default",
+        "scores": tuple(scores),
+        "merges": (),
+        "add_space": adds_space,
+        "notes": tuple(notes),
+    }
+
+
+def _adds_space(state: Mapping[str, Any], notes: list[str]) -> bool:
+    """Whether encoding puts a space in front.
+
+    ModelError where text is changed or split by more than SentencePiece's escape of spaces.
+    """
+    adds = False
+    for step in _steps(state["normalizer"], "normalizers"):
+        if step["type"] == "Prepend" and step["prepend"] == SPACE:
+            adds = True
+        elif step["type"] != "Replace" or step["content"] != SPACE:
+            raise _unknown_tokenizer(f"text is normalized by {step['type']}")
+    for step in _steps(state["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Metaspace" and not step["split"]:
+            adds = adds or step["prepend_scheme"] != "never"
+            if step["prepend_scheme"] == "always":
+                notes.append("llama.cpp puts a space in front of text that begins with one, too")
+            if step["prepend_scheme"] == "first":
+                notes.append("llama.cpp puts a space in front of text after any special token")
+        # No space is left to split by: the normalizer has replaced them.
+        elif step["type"] != "Split" or step["pattern"] != {"String": " "}:
+            raise _unknown_tokenizer(f"text is split by {step['type']}")
+    return adds
+
+
+def _join_ranks(
+    merges: list[Any], vocab: Mapping[str, int], tokens: list[str], types: list[TokenType]
+) -> dict[str, int]:
+    """The order in which tokens are joined from two others: the smallest first.
+
+    llama.cpp joins any two that make a token, by that token's score; tokenizer.json lists the
+    pairs. ModelError where one order cannot say what the list says.
+    """
+    # Matched in the text before any pair is joined.
+    whole = {tokens[index] for index, kind in enumerate(types) if kind != TokenType.NORMAL}
+    whole |= {text.replace(" ", SPACE) for text in whole}
+    ranks: dict[str, int] = {}
+    pairs = set()
+    previous = ""
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        joined = left + right
+        pairs.add((left, right))
+        if joined in ranks and joined != previous and joined not in whole:
+            raise _unknown_tokenizer(f"the pairs that make {joined!r} do not follow each other")
+        ranks.setdefault(joined, len(ranks) + 1)
+        previous = joined
+    for joined in ranks:
+        if joined in vocab and joined not in whole:
+            _check_pairs(joined, pairs, vocab, whole)
+    return ranks
+
+
+def _check_pairs(
+    joined: str, pairs: set[tuple[str, str]], vocab: Mapping[str, int], whole: set[str]
+) -> None:
+    for cut in range(1, len(joined)):
+        left, right = joined[:cut], joined[cut:]
+        is_pair = left in vocab and right in vocab and left not in whole and right not in whole
+        if is_pair and (left, right) not in pairs:
+            raise _unknown_tokenizer(f"no merge of {left!r} and {right!r}, which make a token")
+
+
+# The header
+
+
+def add_tokenizer(writer: Any, tokenizer: GgufTokenizer) -> None:
+    """The tokenizer into a `gguf.GGUFWriter`."""
+    writer.add_tokenizer_model(tokenizer.model)
+    writer.add_tokenizer_pre(tokenizer.pre)
+    writer.add_token_list(tokenizer.tokens)
+    if tokenizer.scores:
+        writer.add_token_scores(tokenizer.scores)
+    writer.add_token_types(tokenizer.types)
+    if tokenizer.merges:
+        writer.add_token_merges(tokenizer.merges)
+    for name, index in tokenizer.special.items():
+        getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_eos_token(tokenizer.add_eos)
+    if tokenizer.model == "llama":
+        writer.add_add_space_prefix(tokenizer.add_space)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
