@@ -69,8 +69,7 @@ FAMILIES: dict[str, GgufFamily] = {
     "smollm3": GgufFamily(
         "smollm3",
         pairs_neighbors=True,
-        ropes=_LLAMA_ROPES,
-        biases=_ATTENTION_INPUTS,
+        ropes=("linear", "yarn"),
         writes_rotary_dims=True,
         writes_vocab_size=True,
         ignores_window=True,
@@ -87,9 +86,7 @@ FAMILIES: dict[str, GgufFamily] = {
     "qwen2": GgufFamily(
         "qwen2", ropes=("linear", "yarn"), biases=_ATTENTION_INPUTS, ignores_window=True
     ),
-    "qwen3": GgufFamily(
-        "qwen3", ropes=("linear", "yarn"), biases=_ATTENTION_INPUTS, ignores_window=True
-    ),
+    "qwen3": GgufFamily("qwen3", ropes=("linear", "yarn"), ignores_window=True),
     "olmo2": GgufFamily("olmo2", ropes=("linear", "yarn")),
     "phi3": GgufFamily("phi3", ropes=("longrope",), writes_rotary_dims=True, ignores_window=True),
     "gemma": GgufFamily(

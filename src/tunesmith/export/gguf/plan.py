@@ -19,7 +19,11 @@ from tunesmith.export.gguf.families import (
     rope_tensors,
 )
 from tunesmith.export.gguf.quantize import ggml, needs_ggml
-from tunesmith.export.gguf.tokenizer import add_tokenizer, read_gguf_tokenizer
+from tunesmith.export.gguf.tokenizer import (
+    add_tokenizer,
+    model_name,
+    read_gguf_tokenizer,
+)
 from tunesmith.export.gguf.types import read_quant, tensor_bytes, tensor_type
 from tunesmith.host.packages import require
 from tunesmith.units import ceil_div
@@ -153,7 +157,7 @@ def plan_model(
         ggml()
     writer = new_writer(family.arch)
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(model_name(name, read_tokenizer.strips_space))
     writer.add_size_label(_size_label(tensors))
     _add_sampling(writer, generation)
     add_config(writer, {**config, "vocab_size": rows}, family)

@@ -8,7 +8,8 @@ not recognized is refused. BPE over characters with tokens for single bytes, as 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -50,6 +51,7 @@ class GgufTokenizer:
         special: ids by `bos`, `eos`, ..., and `eot` where a turn ends with another token than eos.
         add_bos, add_eos: whether encoding puts them around a text.
         add_space: whether encoding puts a space in front of a text.
+        strips_space: whether space after a special token is dropped, as of Phi-3.
         chat_template: Jinja; None: there is none.
         notes: for the user: what llama.cpp does in another way.
     """
@@ -64,6 +66,7 @@ class GgufTokenizer:
     add_bos: bool
     add_eos: bool
     add_space: bool
+    strips_space: bool
     chat_template: str | None
     notes: tuple[str, ...]
 
@@ -97,11 +100,20 @@ def read_gguf_tokenizer(
         "add_eos": len(ids) > 1 and ids[-1] == special.get("eos"),
         "chat_template": _default_template(tokenizer.chat_template),
     }
+    notes: list[str] = []
     if model.get("byte_fallback"):
-        parts = _sentencepiece(state, vocab, tokens, types, special.get("unk"))
+        parts = _sentencepiece(state, vocab, tokens, types, special.get("unk"), notes)
     else:
-        parts = _byte_level(tokenizer, state)
-    return GgufTokenizer(tokens=tuple(tokens), types=tuple(types), **common, **parts)
+        parts = _byte_level(tokenizer, state, notes)
+    strips_space, stripping_notes = _stripping(added.values(), {*tokens})
+    return GgufTokenizer(
+        tokens=tuple(tokens),
+        types=tuple(types),
+        strips_space=strips_space,
+        notes=(*notes, *stripping_notes),
+        **common,
+        **parts,
+    )
 
 
 def _unknown_tokenizer(why: str) -> ModelError:
@@ -147,6 +159,35 @@ def _added_type(token: Mapping[str, Any]) -> TokenType:
     return TokenType.USER_DEFINED
 
 
+# With this name llama.cpp drops space after special tokens, but not after three of them; it does
+# not load a file with this name that lacks one of the four.
+_STRIPPING_NAME = re.compile("phi-?3", re.IGNORECASE)
+_NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
+
+
+def _stripping(added: Collection[Mapping[str, Any]], tokens: set[str]) -> tuple[bool, list[str]]:
+    """Whether the name is to say that space after special tokens is dropped, and notes on that."""
+    dropped = {token["content"] for token in added if token["rstrip"]}
+    kept = {token["content"] for token in added} - dropped
+    if not dropped:
+        return False, []
+    if not tokens >= {*_NOT_STRIPPED, "</s>"}:
+        return False, [f"llama.cpp keeps space after {', '.join(sorted(dropped))}"]
+    if kept > _NOT_STRIPPED:
+        others = ", ".join(sorted(kept - _NOT_STRIPPED))
+        return True, [f"llama.cpp drops space after {others}, too"]
+    return True, []
+
+
+def model_name(name: str, strips_space: bool) -> str:
+    """`name` as llama.cpp has to read it: whether it has Phi-3 in it decides on space."""
+    if strips_space and not _STRIPPING_NAME.search(name):
+        return f"{name} (Phi-3)"
+    if not strips_space:
+        return _STRIPPING_NAME.sub("phi 3", name)
+    return name
+
+
 def _token_lists(
     vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]], rows: int
 ) -> tuple[list[str], list[TokenType]]:
@@ -168,9 +209,10 @@ def _token_lists(
 # Byte-level BPE
 
 
-def _byte_level(tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any]) -> dict[str, Any]:
+def _byte_level(
+    tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any], notes: list[str]
+) -> dict[str, Any]:
     """What GgufTokenizer has of it alone."""
-    notes = []
     if list(_steps(state["normalizer"], "normalizers")):
         notes.append("llama.cpp does not compose letters (NFC): two code points stay two")
     return {
@@ -179,7 +221,6 @@ def _byte_level(tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any]) ->
         "scores": (),
         "merges": tuple(_merge_text(merge) for merge in state["model"]["merges"]),
         "add_space": False,
-        "notes": tuple(notes),
     }
 
 
@@ -270,6 +311,7 @@ def _sentencepiece(
     tokens: list[str],
     types: list[TokenType],
     unknown: int | None,
+    notes: list[str],
 ) -> dict[str, Any]:
     """What GgufTokenizer has of it alone. It sets the types of bytes and of the unknown token."""
     for byte in range(256):
@@ -279,7 +321,6 @@ def _sentencepiece(
         types[index] = TokenType.BYTE
     if unknown is not None:
         types[unknown] = TokenType.UNKNOWN
-    notes: list[str] = []
     adds_space = _adds_space(state, notes)
     ranks = _join_ranks(state["model"]["merges"], vocab, tokens, types)
     scores = []
@@ -296,7 +337,6 @@ def _sentencepiece(
         "scores": tuple(scores),
         "merges": (),
         "add_space": adds_space,
-        "notes": tuple(notes),
     }
 
 

@@ -1,0 +1,99 @@
+"""A LoRA alone as a GGUF file, which `llama-server --lora` adds to the GGUF of its base."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tunesmith.adapter.peft_files import PREFIX
+from tunesmith.errors import ModelError
+from tunesmith.export.gguf.families import check_tensor_names, heads_to_permute, read_family
+from tunesmith.export.gguf.plan import (
+    GgufPlan,
+    GgufTensor,
+    Rows,
+    header_bytes,
+    new_writer,
+    require_gguf,
+)
+
+# PEFT's suffixes and llama.cpp's.
+_PARTS = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
+_MERGE = "export the whole model: the same command without --adapter"
+
+
+def plan_adapter(
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    weights: Mapping[str, Rows],
+    *,
+    name: str,
+    added_tokens: int = 0,
+    kind: str = "F16",
+) -> GgufPlan:
+    """The file of an adapter; no weight is read.
+
+    Args:
+        config: the base's `config.to_dict()`.
+        settings: `adapter_config.json`.
+        weights: those of `adapter_model.safetensors`, by their names there.
+        name: what llama.cpp shows as its name.
+        added_tokens: tokens that the run added to the base's.
+        kind: the type of the matrices.
+
+    ModelError where more was trained than such a file can hold.
+    """
+    require_gguf()
+    family = read_family(config)
+    if added_tokens:
+        raise _inexpressible(f"{added_tokens} tokens that the base does not have")
+    matrices = _by_base_name(weights)
+    new_names = check_tensor_names({base for base, _ in matrices}, config, family)
+    tensors = []
+    for (base, suffix), weight in matrices.items():
+        new_name = new_names[base]
+        if new_name == "token_embd.weight":
+            raise _inexpressible("a change of the embedding")
+        if new_name == "output.weight" and config.get("tie_word_embeddings"):
+            raise _inexpressible("a change of a head that is the embedding")
+        heads = None
+        # Rows of B are those of the base's weight; A has its columns, which stay.
+        if suffix == ".lora_b":
+            heads = heads_to_permute(new_name, config, family)
+        tensors.append(GgufTensor(new_name + suffix, tuple(weight.shape), kind, weight, heads))
+    writer = new_writer(family.arch)
+    writer.add_type("adapter")
+    writer.add_name(name)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", _alpha(settings))
+    return GgufPlan(header_bytes(writer, tensors), tuple(tensors))
+
+
+def _by_base_name(weights: Mapping[str, Rows]) -> dict[tuple[str, str], Rows]:
+    """The matrices by the adapted weight's name and llama.cpp's suffix."""
+    matrices = {}
+    for name, weight in weights.items():
+        for part, suffix in _PARTS.items():
+            if name.endswith(part):
+                layer = name.removeprefix(PREFIX).removesuffix(part)
+                matrices[f"{layer}.weight", suffix] = weight
+                break
+        else:
+            raise _inexpressible(f"{name}, which is no matrix of a LoRA")
+    return matrices
+
+
+def _alpha(settings: Mapping[str, Any]) -> float:
+    """llama.cpp scales by alpha / r; rsLoRA by alpha / sqrt(r)."""
+    alpha = float(settings["lora_alpha"])
+    if settings.get("use_rslora"):
+        return alpha * math.sqrt(settings["r"])
+    return alpha
+
+
+def _inexpressible(what: str) -> ModelError:
+    return ModelError(
+        f"the adapter has {what}",
+        where="--adapter",
+        why="llama.cpp adds matrices of a LoRA to those of a base, and nothing else",
+        fix=_MERGE,
+    )
