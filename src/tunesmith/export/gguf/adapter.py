@@ -72,6 +72,8 @@ def _by_base_name(weights: Mapping[str, Rows]) -> dict[tuple[str, str], Rows]:
     """The matrices by the adapted weight's name and llama.cpp's suffix."""
     matrices = {}
     for name, weight in weights.items():
+        if name.endswith(".base_layer.weight"):
+            continue  # PEFT's copy of a frozen head or embedding
         for part, suffix in _PARTS.items():
             if name.endswith(part):
                 layer = name.removeprefix(PREFIX).removesuffix(part)

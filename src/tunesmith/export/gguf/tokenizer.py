@@ -386,9 +386,9 @@ def _join_ranks(
             raise _unknown_tokenizer(f"the pairs that make {joined!r} do not follow each other")
         ranks.setdefault(joined, len(ranks) + 1)
         previous = joined
-    for joined in ranks:
-        if joined in vocab and joined not in whole:
-            _check_pairs(joined, pairs, vocab, whole)
+    for token in vocab:
+        if token not in whole:
+            _check_pairs(token, pairs, vocab, whole)
     return ranks
 
 
