@@ -158,6 +158,11 @@ def test_a_window_that_llama_cpp_lacks_is_noted(tokenizer) -> None:
     assert "after 16 tokens" in note
 
 
+def test_long_factors_for_short_texts_are_noted(tokenizer) -> None:
+    (note,) = plan_of(random_model("phi3-long"), tokenizer).notes
+    assert "-c 64" in note
+
+
 REFUSED = {
     "another family": ("llama", {"model_type": "qwen3_moe"}, "qwen3_moe is not a family"),
     "dynamic rope": ("llama", {"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "rope_type = dynamic"),

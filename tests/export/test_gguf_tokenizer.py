@@ -259,3 +259,8 @@ def test_space_after_special_tokens_goes_by_the_name() -> None:
     read = read_gguf_tokenizer(few, 600, {})
     assert not read.strips_space
     assert "keeps space after <|end|>" in read.notes[-1]
+
+
+def test_what_llama_cpp_splits_otherwise_is_noted() -> None:
+    assert "Hindi" in read_gguf_tokenizer(byte_level(structure_of("tekken")), 600, {}).notes[0]
+    assert read_gguf_tokenizer(byte_level(GPT2), 600, {}).notes == ()

@@ -143,13 +143,21 @@ def read_family(config: Mapping[str, Any]) -> GgufFamily:
 
 def notes_on_config(config: Mapping[str, Any], family: GgufFamily) -> list[str]:
     """What llama.cpp leaves out of the model, for the user to know; it changes long texts only."""
+    notes = []
     window = config.get("sliding_window")
     is_used = config.get("use_sliding_window", True)
     if family.ignores_window and window and is_used and window < config["max_position_embeddings"]:
-        return [
+        notes.append(
             f"llama.cpp has no sliding window for this family: it differs after {window} tokens"
-        ]
-    return []
+        )
+    full, _ = rope_parameters(config)
+    if full["rope_type"] == "longrope":
+        original = _original_context(config, full)
+        notes.append(
+            f"llama.cpp takes the long rope factors for short texts too where its context is above "
+            f"{original}: start it with -c {original} for those"
+        )
+    return notes
 
 
 def _other_math(key: str, value: object, computed: object) -> ModelError:

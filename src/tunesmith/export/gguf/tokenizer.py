@@ -215,9 +215,12 @@ def _byte_level(
     """What GgufTokenizer has of it alone."""
     if list(_steps(state["normalizer"], "normalizers")):
         notes.append("llama.cpp does not compose letters (NFC): two code points stay two")
+    pre = pre_tokenizer_name(tokenizer, state)
+    if pre in TABLE["notes"]:
+        notes.append(TABLE["notes"][pre])
     return {
         "model": "gpt2",
-        "pre": pre_tokenizer_name(tokenizer, state),
+        "pre": pre,
         "scores": (),
         "merges": tuple(_merge_text(merge) for merge in state["model"]["merges"]),
         "add_space": False,
