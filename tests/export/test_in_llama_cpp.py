@@ -101,9 +101,9 @@ def tokenizer():
     return byte_level(structure_of("gpt-2"))
 
 
-# llama.cpp keeps keys and values in fp16: measured 2e-3 to 2e-2 where all is right, on a range of
-# about 8; a lost bias, a norm without its 1 or rows in wrong places are above 0.3.
-NOISE = 0.06
+# llama.cpp keeps keys and values in fp16. Measured on these models: at most 3e-3 where all is right;
+# with one mistake, a lost bias, a norm without its 1, rows in wrong places, factors of 1: 0.056 to 5.5.
+NOISE = 0.02
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
