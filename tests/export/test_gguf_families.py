@@ -31,7 +31,7 @@ from tunesmith.export.gguf.families import (
     rope_parameters,
     rope_tensors,
 )
-from tunesmith.export.gguf.plan import TensorRows, plan_model
+from tunesmith.export.gguf.plan import TensorRows, plan_gguf
 from tunesmith.model.architectures import ARCHITECTURES
 
 
@@ -202,7 +202,7 @@ def test_a_weight_without_a_place_is_refused(variant: str, name: str, tokenizer)
     model = random_model(variant)
     weights = {**rows_of(model), name: TensorRows(torch.zeros(128))}
     with pytest.raises(ModelError, match=f"no place for {name}"):
-        plan_model(model.config.to_dict(), weights, tokenizer, quant="f16", name="tiny")
+        plan_gguf(model.config.to_dict(), weights, tokenizer, quant="f16", name="tiny")
 
 
 def test_an_unknown_quantization_is_refused(tokenizer) -> None:

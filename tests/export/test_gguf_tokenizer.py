@@ -41,11 +41,15 @@ def name_of(tokenizer: PreTrainedTokenizerFast) -> str:
 def test_tokens_have_their_types() -> None:
     tokenizer = byte_level(GPT2)
     tokenizer.add_tokens(
-        [AddedToken("<order>", special=False), AddedToken("<|tool|>", special=False)]
+        [
+            AddedToken(text, special=False)
+            for text in ("<order>", "<|tool|>", "<unused7>", "<\uff5cUser\uff5c>")
+        ]
     )
     read = read_gguf_tokenizer(tokenizer, len(tokenizer) + 3, {})
     types = dict(zip(read.tokens, read.types, strict=True))
     assert types["<s>"] == types["<|tool|>"] == TokenType.CONTROL
+    assert types["<unused7>"] == types["<\uff5cUser\uff5c>"] == TokenType.CONTROL
     assert types["<order>"] == TokenType.USER_DEFINED
     assert types["he"] == TokenType.NORMAL
     assert read.tokens[-1] == f"[PAD{len(tokenizer) + 2}]"
@@ -141,6 +145,9 @@ REFUSED = {
     "no split": with_pre_tokenizer(byte_step(use_regex=False)),
     "lower case": with_pre_tokenizer(byte_step(), normalizers.Lowercase()),
     "words": with_pre_tokenizer(pre_tokenizers.Whitespace()),
+    "ends of words": PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"))
+    ),
     "unigram": PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.Unigram([("a", 0.0), ("b", -1.0)], unk_id=0))
     ),
@@ -158,19 +165,18 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tokenizer) -> None:
 def test_the_refusal_comes_before_a_weight_is_read() -> None:
     class Unreadable:
         shape = (600, 128)
-        dtype = None
 
         def rows(self, first: int, last: int) -> None:
             raise AssertionError("a weight was read")
 
-    from tunesmith.export.gguf.plan import plan_model
+    from tunesmith.export.gguf.plan import plan_gguf
 
     model = random_model("llama")
     weights = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), Unreadable())
     config = model.config.to_dict()
     with pytest.raises(ModelError, match="same ids"):
-        plan_model(config, weights, REFUSED["words"], quant="f16", name="x")
-    plan_model(config, weights, byte_level(GPT2), quant="f16", name="x")
+        plan_gguf(config, weights, REFUSED["words"], quant="f16", name="x")
+    plan_gguf(config, weights, byte_level(GPT2), quant="f16", name="x")
 
 
 def test_sentencepiece_has_scores_in_the_order_of_merges() -> None:

@@ -105,10 +105,6 @@ class Watched:
     def shape(self) -> torch.Size:
         return self.tensor.shape
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
     def rows(self, first: int, last: int) -> torch.Tensor:
         self.reads.append((first, last))
         self.threads.add(threading.get_ident())

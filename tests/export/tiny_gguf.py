@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tunesmith.export.gguf.plan import GgufPlan, TensorRows, plan_model
+from tunesmith.export.gguf.plan import GgufPlan, TensorRows, plan_gguf
 from tunesmith.export.gguf.tokenizer import TABLE
 from tunesmith.export.gguf.write import write_gguf
 
@@ -168,7 +168,7 @@ def plan_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quant: str = "f32", **more: Any
 ) -> GgufPlan:
     more = {"name": "tiny", **more}
-    return plan_model(model.config.to_dict(), rows_of(model), tokenizer, quant=quant, **more)
+    return plan_gguf(model.config.to_dict(), rows_of(model), tokenizer, quant=quant, **more)
 
 
 def write_model(

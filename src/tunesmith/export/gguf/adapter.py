@@ -10,7 +10,7 @@ from tunesmith.export.gguf.families import check_tensor_names, heads_to_permute,
 from tunesmith.export.gguf.plan import (
     GgufPlan,
     GgufTensor,
-    Rows,
+    WeightRows,
     header_bytes,
     new_writer,
     require_gguf,
@@ -24,7 +24,7 @@ _MERGE = "export the whole model: the same command without --adapter"
 def plan_adapter(
     config: Mapping[str, Any],
     settings: Mapping[str, Any],
-    weights: Mapping[str, Rows],
+    weights: Mapping[str, WeightRows],
     *,
     name: str,
     added_tokens: int = 0,
@@ -68,7 +68,7 @@ def plan_adapter(
     return GgufPlan(header_bytes(writer, tensors), tuple(tensors))
 
 
-def _by_base_name(weights: Mapping[str, Rows]) -> dict[tuple[str, str], Rows]:
+def _by_base_name(weights: Mapping[str, WeightRows]) -> dict[tuple[str, str], WeightRows]:
     """The matrices by the adapted weight's name and llama.cpp's suffix."""
     matrices = {}
     for name, weight in weights.items():

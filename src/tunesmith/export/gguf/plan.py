@@ -33,14 +33,11 @@ ALIGNMENT = 32  # tensors begin at multiples of so many bytes
 _SAMPLING = ("top_k", "top_p", "min_p")
 
 
-class Rows(Protocol):
+class WeightRows(Protocol):
     """A weight that is read in parts; `rows` is called from several threads."""
 
     @property
     def shape(self) -> torch.Size: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows first to last - 1, in fp32."""
@@ -49,17 +46,13 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class TensorRows:
-    """A tensor in memory as Rows."""
+    """A tensor in memory as WeightRows."""
 
     tensor: Tensor
 
     @property
     def shape(self) -> torch.Size:
         return self.tensor.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows first to last - 1, in fp32."""
@@ -79,7 +72,7 @@ class GgufTensor:
     name: str
     shape: tuple[int, ...]
     kind: str
-    source: Rows
+    source: WeightRows
     heads: int | None = None
     offset: float = 0.0
 
@@ -113,9 +106,9 @@ def padded(size: int) -> int:
     return ceil_div(size, ALIGNMENT) * ALIGNMENT
 
 
-def plan_model(
+def plan_gguf(
     config: Mapping[str, Any],
-    weights: Mapping[str, Rows],
+    weights: Mapping[str, WeightRows],
     tokenizer: PreTrainedTokenizerBase,
     *,
     quant: str,

@@ -89,6 +89,9 @@ def read_gguf_tokenizer(
     model = state["model"]
     if model["type"] != "BPE":
         raise _unknown_tokenizer(f"its model is {model['type']}, not BPE")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise _unknown_tokenizer(f"its model has {key} = {model[key]!r}")
     vocab = {token: index for token, index in model["vocab"].items() if index < rows}
     added = {token["id"]: token for token in state["added_tokens"] if token["id"] < rows}
     tokens, types = _token_lists(vocab, added, rows)
@@ -150,11 +153,13 @@ def _default_template(template: str | Mapping[str, str] | None) -> str | None:
     return template
 
 
+# Tokens that some models add for their templates and training without marking them as special;
+# llama.cpp's converter takes them for it.
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>", re.DOTALL)
+
+
 def _added_type(token: Mapping[str, Any]) -> TokenType:
-    text = token["content"]
-    # Some models add tokens of the template without marking them as special.
-    looks_special = text.startswith("<|") and text.endswith("|>")
-    if token["special"] or looks_special:
+    if token["special"] or _LOOKS_SPECIAL.fullmatch(token["content"]):
         return TokenType.CONTROL
     return TokenType.USER_DEFINED
 
