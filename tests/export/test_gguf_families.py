@@ -176,6 +176,9 @@ REFUSED = {
     "other layers without rope": ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, "no_rope_layers"),
     "other windows": ("gemma3", {"layer_types": ["full_attention"] * 7}, "layer_types"),
     "other scale": ("gemma2", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar = 64"),
+    "no soft cap": ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping = None"),
+    "no cap of logits": ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping = None"),
+    "a soft cap": ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
     "head of another size": ("granite", {"head_dim": 64}, "head_dim = 64"),
 }  # fmt: skip
 
@@ -187,6 +190,11 @@ def test_what_llama_cpp_computes_otherwise_is_refused(variant, change, what: str
     with pytest.raises(ModelError, match=what) as error:
         read_family({**config, **change})
     assert error.value.fix
+
+
+def test_the_first_gemma_is_taken_as_it_was_meant() -> None:
+    config = random_model("gemma").config.to_dict()
+    assert read_family({**config, "hidden_act": "gelu"}).arch == "gemma"
 
 
 @pytest.mark.parametrize(

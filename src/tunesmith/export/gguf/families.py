@@ -127,9 +127,8 @@ def read_family(config: Mapping[str, Any]) -> GgufFamily:
             fix=OWN_SCRIPT,
         )
     _check_rope(config, family)
-    activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
-    if activation != family.activation:
-        raise _other_math("hidden_act", activation, family.activation)
+    _check_activation(config, family)
+    _check_softcaps(config)
     if model_type == "smollm3":
         _check_layers_without_rope(config)
     if family.full_attention_every is not None:
@@ -181,6 +180,27 @@ def head_dim(config: Mapping[str, Any]) -> int:
 def kv_heads(config: Mapping[str, Any]) -> int:
     """Heads of keys and values."""
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def _check_activation(config: Mapping[str, Any], family: GgufFamily) -> None:
+    activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
+    # The first Gemma was published with `gelu` and meant its approximation by tanh.
+    if activation == "gelu" and family.activation == "gelu_pytorch_tanh":
+        return
+    if activation != family.activation:
+        raise _other_math("hidden_act", activation, family.activation)
+
+
+def _check_softcaps(config: Mapping[str, Any]) -> None:
+    """llama.cpp has numbers of its own for a Gemma 2 without them, and no first one for Gemma 3."""
+    attention = config.get("attn_logit_softcapping")
+    if config["model_type"] == "gemma2":
+        if not attention:
+            raise _other_math("attn_logit_softcapping", attention, 50.0)
+        if not config.get("final_logit_softcapping"):
+            raise _other_math("final_logit_softcapping", None, 30.0)
+    if config["model_type"] == "gemma3_text" and attention:
+        raise _other_math("attn_logit_softcapping", attention, "none")
 
 
 def _check_layers_without_rope(config: Mapping[str, Any]) -> None:
