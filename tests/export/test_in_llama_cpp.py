@@ -161,6 +161,18 @@ def test_ids_of_sentencepiece_are_those_of_the_tokenizer(prepend: bool, tmp_path
     assert other_ids(tokenizer, server) == {}
 
 
+def test_space_after_special_tokens_is_dropped_as_phi_3_does(tmp_path: Path) -> None:
+    """llama.cpp knows by `general.name` alone; the name that the caller gives says nothing."""
+    tokenizer = sentencepiece()
+    tokenizer.add_tokens([AddedToken("<|endoftext|>", special=True)])
+    turns = [AddedToken(text, rstrip=True, special=True) for text in ("<|user|>", "<|end|>")]
+    tokenizer.add_tokens(turns)
+    model = random_model("phi3", num_hidden_layers=1)
+    server = LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer))
+    for text in ("<|user|>\nhello<|end|>\n", "<|user|> \n hello <|end|>x", "<|endoftext|> hello"):
+        assert server.ids(text) == tokenizer.encode(text), text
+
+
 @pytest.mark.parametrize(("variant", "rslora"), [("llama", True), ("llama", False), ("phi3", True)])
 def test_an_adapter_gives_the_logits_of_peft(variant, rslora, tokenizer, tmp_path: Path) -> None:
     model = random_model(variant)
