@@ -1,32 +1,157 @@
-"""Write a checkpoint of several ranks as a model that Transformers loads.
+"""Write a run for other programs: a GGUF file for llama.cpp, a folder for Ollama or Transformers.
 
 example:
+  tunesmith export runs/my-run --to gguf --output my-model.gguf
+  tunesmith export runs/my-run --to gguf --adapter --output my-adapter.gguf
+  tunesmith export runs/my-run --to ollama --quant q8_0 --output my-model
   tunesmith export runs/my-run/checkpoint-200 --output my-model
 
-A model trained in full on several ranks is saved as the part of each rank. Here one process puts
-the parts together, one tensor in memory at a time. final/ is such a model already, and so is every
-checkpoint of one process.
+--to gguf and ollama write base and adapter as one file, straight from their shards: memory does
+not grow with the model. llama.cpp (pip install xllamacpp) then has to read the run's prompts as the
+same tokens, and how far its answers are from the tuned model is printed. Without it nothing is
+checked.
+
+--to transformers, the default, puts together what several ranks have saved, one tensor in memory at
+a time. final/ is such a folder already, and so is every checkpoint of one process; `merge` puts an
+adapter into its base.
 """
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tunesmith.cli.options import ProgressCounter, add_run, notify, whole_number
 from tunesmith.errors import UsageError
+from tunesmith.host.shell import shell_path
+
+if TYPE_CHECKING:
+    from tunesmith.export.gguf.export import ExportedFile
+
+# As in `export.gguf.types`, which a test compares; that module is not loaded to parse.
+QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+GGUF_OPTIONS = ("quant", "adapter", "force", "threads", "no_check", "device")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="RUN/checkpoint-N", help="of a run on several ranks")
+    add_run(parser)
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="a folder that is new or empty"
+        "--to",
+        choices=("transformers", "gguf", "ollama"),
+        default="transformers",
+        help="what is written (default: transformers)",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="a new file.gguf; for ollama and transformers a folder that is new or empty",
+    )
+    parser.add_argument("--quant", choices=QUANTS, help="of the weights (default: q4_k_m)")
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="the LoRA alone, for `llama-server --lora` beside the GGUF file of its base",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace an earlier export, once the new one is done"
+    )
+    parser.add_argument(
+        "--threads", type=whole_number, metavar="N", help="that quantize (default: all cores)"
+    )
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not compare the file with the tuned model"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.to == "transformers":
+        _check_options(args, GGUF_OPTIONS, "--to gguf or --to ollama")
+        _export_sharded(args)
+        return
+    if args.adapter:
+        _check_options(args, ("quant", "threads", "no_check"), "a whole model")
+        if args.to == "ollama":
+            raise UsageError(
+                "an adapter alone is not written for Ollama",
+                where="command line: --adapter",
+                fix="--to gguf --adapter, or leave --adapter out",
+            )
+    from tunesmith.export.gguf.export import DEFAULT_QUANT, export_adapter, export_gguf
+
+    if args.adapter:
+        exported = export_adapter(args.run, args.output, force=args.force)
+    else:
+        with ProgressCounter() as progress:
+            exported = export_gguf(
+                args.run,
+                args.output,
+                quant=args.quant or DEFAULT_QUANT,
+                for_ollama=args.to == "ollama",
+                force=args.force,
+                threads=args.threads,
+                check=not args.no_check,
+                device=args.device,
+                progress=lambda done, total: progress("MB written", done // 10**6, total // 10**6),
+            )
+    if args.json:
+        print(json.dumps(asdict(exported), indent=2))
+        return
+    for note in exported.notes:
+        notify(f"note: {note}")
+    print(f"{exported.file}: {exported.bytes / 1e6:,.1f} MB in {exported.quant}")
+    _print_check(args, exported)
+    print(f"next: {_next_command(args, exported)}")
+
+
+def _check_options(args: argparse.Namespace, names: tuple[str, ...], place: str) -> None:
+    for name in names:
+        if getattr(args, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} is for {place}",
+                where=f"command line: {option}",
+                fix=f"leave {option} out",
+            )
+
+
+def _print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
+    check = exported.check
+    if check is None:
+        if not args.adapter:
+            why = "--no-check" if args.no_check else "pip install xllamacpp, and export again"
+            print(f"not compared with the tuned model in llama.cpp ({why})")
+        return
+    print(f"prompts: {check.prompts} of {check.prompts} have the same token ids in llama.cpp")
+    base = f" (base: {check.base.mean_kl:.2g})" if check.base else ""
+    places = f"at {check.positions} positions"
+    tuned = check.tuned
+    print(f"answers: mean KL {tuned.mean_kl:.2g} nats against the tuned model{base}, {places};")
+    print(f"  the same likeliest token at {tuned.agreement:.0%}")
+    if not check.is_near:
+        notify(
+            "warning: the file is far from the tuned model beside what training changed; "
+            "a --quant with more bits is nearer"
+        )
+
+
+def _next_command(args: argparse.Namespace, exported: "ExportedFile") -> str:
+    file = shell_path(Path(exported.file))
+    if args.adapter:
+        return f"llama-server -m BASE.gguf --lora {file}"
+    if args.to == "ollama":
+        folder = shell_path(Path(exported.output))
+        name = Path(exported.output).name
+        return f"cd {folder} && ollama create {name} -f Modelfile && ollama run {name}"
+    return f"llama-server -m {file} -c 8192"
+
+
+def _export_sharded(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
-    location = locate_run(args.checkpoint)
+    location = locate_run(args.run)
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError("--output is not an empty folder", where=str(output), fix="name a new one")
@@ -39,10 +164,10 @@ def run(args: argparse.Namespace) -> None:
         if location.kind == "adapter":
             fix = "merge puts an adapter into its base"
         raise UsageError(
-            f"{args.checkpoint} needs no export",
-            where=str(folder or args.checkpoint),
+            f"{args.run} needs no export",
+            where=str(folder or args.run),
             why="only a checkpoint of a model trained in full on several ranks is in parts",
-            fix=fix,
+            fix=f"{fix}; --to gguf writes a file for llama.cpp",
         )
     check_sums(folder, reads=lambda name: True)
     export_sharded(folder, output, location.run)

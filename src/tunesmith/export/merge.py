@@ -343,15 +343,20 @@ def write_merged(tuned: TunedModel, folder: Path, dtype: str) -> None:
     files.tokenizer.save_pretrained(folder)
     write_for_older_readers(folder)
     _write_settings(tuned.files, folder)
-    for file in sorted(files.folder.iterdir()):
-        if file.is_file() and file.name.upper().startswith(NOTICES):
-            shutil.copyfile(file, folder / file.name)
+    copy_notices(files.folder, folder)
     pieces = files.folder / SENTENCEPIECE
     if pieces.is_file() and not files.model.added_tokens:
         shutil.copyfile(pieces, folder / SENTENCEPIECE)
     location = tuned.files.location
     card = model_card(location.base, location.run, (location.folder or folder).parent, merged=dtype)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def copy_notices(base: Path, folder: Path) -> None:
+    """Copy the base's license, and what else has to go along with its weights."""
+    for file in sorted(base.iterdir()):
+        if file.is_file() and file.name.upper().startswith(NOTICES):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _write_settings(read: OpenedRun, folder: Path) -> None:

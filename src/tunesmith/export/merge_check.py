@@ -158,7 +158,9 @@ def largest_logit(logits: Sequence[torch.Tensor]) -> float:
     return max(part.abs().max().item() for part in logits)
 
 
-def probe_prompts(read: OpenedRun) -> tuple[list[list[int]], str]:
+def probe_prompts(
+    read: OpenedRun, *, rows: int = PROBES, tokens: int = PROBE_TOKENS
+) -> tuple[list[list[int]], str]:
     """A few prompts as token ids, and where they come from: the run's held-out or training rows,
     else SENTENCES."""
     sources = []
@@ -170,16 +172,17 @@ def probe_prompts(read: OpenedRun) -> tuple[list[list[int]], str]:
     for name, source in sources:
         prompts = []
         try:
-            rows = read_rows(source)
-            for i in range(min(PROBES, len(rows))):
-                sample = convert_row(rows[i], source, where=rows.where(i), system=data.system)
-                example = read.template.encode(sample, data.train_on, where=rows.where(i))
-                prompts.append(example.ids[:PROBE_TOKENS].tolist())
+            source_rows = read_rows(source)
+            for i in range(min(rows, len(source_rows))):
+                where = source_rows.where(i)
+                sample = convert_row(source_rows[i], source, where=where, system=data.system)
+                example = read.template.encode(sample, data.train_on, where=where)
+                prompts.append(example.ids[:tokens].tolist())
         # The data need not be on the machine that merges.
         except TunesmithError:
             continue
         return prompts, f"{len(prompts)} {name} rows"
-    prompts = [read.files.tokenizer(text)["input_ids"][:PROBE_TOKENS] for text in SENTENCES]
+    prompts = [read.files.tokenizer(text)["input_ids"][:tokens] for text in SENTENCES]
     return prompts, f"{len(prompts)} built-in sentences"
 
 

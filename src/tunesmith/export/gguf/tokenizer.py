@@ -220,6 +220,8 @@ def _byte_level(
     """What GgufTokenizer has of it alone."""
     if list(_steps(state["normalizer"], "normalizers")):
         notes.append("llama.cpp does not compose letters (NFC): two code points stay two")
+    if not state["model"]["merges"]:
+        raise _unknown_tokenizer("it joins no bytes to tokens, and llama.cpp opens no such file")
     pre = pre_tokenizer_name(tokenizer, state)
     if pre in TABLE["notes"]:
         notes.append(TABLE["notes"][pre])

@@ -1,0 +1,114 @@
+"""Whether llama.cpp reads a run's prompts as its tokenizer does, and answers as the tuned model.
+
+The logits to compare with are computed while the weights are read (`streamed_model.py`), so that
+the check holds no whole model either.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tunesmith.errors import CheckpointError, first_line
+from tunesmith.export.gguf.llama_cpp import CONTEXT, LlamaCpp
+from tunesmith.export.merge_check import Difference, compare_logits, probe_prompts
+from tunesmith.export.streamed_model import Values, streamed_logits
+from tunesmith.export.tuned_weights import TunedModel
+
+PROMPTS = 20  # whose ids are compared
+# Of a prompt, where next tokens are compared: each takes a request for the whole vocabulary.
+POSITIONS = 4
+KL_SHARE = 0.1  # of what the training changed
+KL_FLOOR = 1e-3  # nats: more than f16 and bf16 files differ by from the model in fp32
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What was compared.
+
+    Attributes:
+        prompts: texts that llama.cpp gave the tokenizer's ids for.
+        tuned: the file against the tuned model in fp32.
+        base: the base against the tuned model; None where the base is not at hand.
+        positions: where next tokens were compared.
+    """
+
+    prompts: int
+    tuned: Difference
+    base: Difference | None
+    positions: int
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the file is as near to the tuned model as it should be."""
+        share = KL_SHARE * self.base.mean_kl if self.base else 0.0
+        return self.tuned.mean_kl <= max(share, KL_FLOOR)
+
+
+def check_file(
+    file: Path,
+    tuned: TunedModel,
+    base: tuple[TunedModel, Values] | None,
+    *,
+    device: torch.device,
+    threads: int,
+) -> FileCheck:
+    """Open the file in llama.cpp, and compare it with the tuned model.
+
+    Args:
+        base: the model before training, and which values of it.
+
+    CheckpointError where it does not open, or reads a text as other tokens: it would answer, and
+    wrongly.
+    """
+    try:
+        server = LlamaCpp(file, threads=threads)
+    except RuntimeError as error:
+        raise CheckpointError(
+            "llama.cpp does not open the file",
+            where=str(file),
+            why=first_line(error),
+            fix="serve the Transformers folder: tunesmith merge RUN",
+        ) from error
+    texts = _check_ids(server, tuned)
+    prompts, _ = probe_prompts(tuned.files)
+    # An answer of the server needs a token before it.
+    places = [_places(len(prompt)) for prompt in prompts]
+
+    def logits(model: TunedModel, values: Values) -> list[torch.Tensor]:
+        whole = streamed_logits(model, prompts, values=values, dtype=torch.float32, device=device)
+        return [part[where] for part, where in zip(whole, places, strict=True)]
+
+    expected = logits(tuned, "adapter")
+    served = []
+    compared = []
+    for prompt, where, reference in zip(prompts, places, expected, strict=True):
+        for position, row in zip(where, reference, strict=True):
+            values = server.log_probabilities(prompt[: position + 1], len(row))
+            if values is not None:
+                served.append(values.unsqueeze(0))
+                compared.append(row.unsqueeze(0))
+    against_base = compare_logits(expected, logits(*base)) if base else None
+    return FileCheck(len(texts), compare_logits(compared, served), against_base, len(served))
+
+
+def _places(length: int) -> list[int]:
+    """Positions over a prompt of so many tokens, its last among them."""
+    count = min(POSITIONS, length)
+    return [length * (number + 1) // count - 1 for number in range(count)]
+
+
+def _check_ids(server: LlamaCpp, tuned: TunedModel) -> list[str]:
+    tokenizer = tuned.files.files.tokenizer
+    prompts, _ = probe_prompts(tuned.files, rows=PROMPTS, tokens=CONTEXT - 1)
+    texts = [tokenizer.decode(ids) for ids in prompts]
+    for text in texts:
+        own_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if server.ids(text, add_special=False) != own_ids:
+            raise CheckpointError(
+                "llama.cpp reads a text of the run as other tokens",
+                where=repr(text[:120]),
+                why="the model would get another prompt than it was trained on",
+                fix="serve the Transformers folder: tunesmith merge RUN",
+            )
+    return texts

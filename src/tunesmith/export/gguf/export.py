@@ -1,0 +1,254 @@
+"""A run as a GGUF file for llama.cpp, or as a folder with one for Ollama.
+
+    plan -> bands onto the disk, beside OUTPUT -> llama.cpp opens it (check.py) -> rename into place
+
+A file that fails the check is kept as `OUTPUT.rejected`.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from tunesmith.adapter.peft_files import CONFIG, WEIGHTS
+from tunesmith.errors import CheckpointError, ModelError, TunesmithError, UsageError, disk_fault
+from tunesmith.export.gguf.adapter import plan_adapter
+from tunesmith.export.gguf.check import FileCheck, check_file
+from tunesmith.export.gguf.families import OWN_SCRIPT
+from tunesmith.export.gguf.llama_cpp import has_llama_cpp
+from tunesmith.export.gguf.ollama import MODELFILE, guard_template, write_modelfile
+from tunesmith.export.gguf.plan import GgufPlan, plan_gguf
+from tunesmith.export.gguf.write import write_gguf
+from tunesmith.export.merge import copy_notices
+from tunesmith.export.streamed_model import Values
+from tunesmith.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
+from tunesmith.host.cores import available_cores
+from tunesmith.host.files import require_disk_space
+from tunesmith.inference.load_run import (
+    RunLocation,
+    locate_run,
+    read_run_files,
+    select_device,
+    undeleted,
+)
+from tunesmith.model.names import composite_of
+from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.weights import stored_tensors
+
+OTHER_DISK = "free some space, or name a place on another disk with --output"
+DEFAULT_QUANT = "q4_k_m"
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A finished export.
+
+    Attributes:
+        file: the GGUF file; for Ollama it lies in the folder `output`.
+        bytes: of the file.
+        notes: what llama.cpp does otherwise.
+        check: None where none was made.
+    """
+
+    output: str
+    file: str
+    quant: str
+    bytes: int
+    notes: tuple[str, ...]
+    check: FileCheck | None
+
+
+def export_gguf(
+    path: str | Path,
+    output: str | Path,
+    *,
+    quant: str = DEFAULT_QUANT,
+    for_ollama: bool = False,
+    force: bool = False,
+    threads: int | None = None,
+    check: bool = True,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExportedFile:
+    """Write what a run has trained as one GGUF file, or as a folder with it for Ollama.
+
+    Args:
+        path: as for `locate_run`.
+        output: a new file; for Ollama a new folder. `force` replaces a file of that name.
+        quant: a name of `types.QUANTS`.
+        check: compare it with the tuned model in llama.cpp, where xllamacpp is installed.
+        progress: gets the bytes written and those of the file.
+
+    Raises:
+        UsageError: the output cannot be used.
+        ModelError: llama.cpp cannot compute this model.
+        MachineError: no room on the disk, or a package is missing.
+        CheckpointError: llama.cpp reads prompts otherwise; the file is kept as `.rejected`.
+    """
+    location = locate_run(path)
+    goal = Path(output)
+    _check_output(goal, is_folder=for_ollama, force=force)
+    place = torch.device(select_device(device))
+    threads = threads or available_cores()
+    part = goal.with_name(f".{goal.name}.part")
+    file = part / f"{goal.name}-{quant}.gguf" if for_ollama else part
+    with undeleted(location):
+        tuned = open_tuned_model(read_run_files(location))
+        if for_ollama:
+            guard_template(tuned.files.files.tokenizer)
+        plan = _plan_model(tuned, quant, goal.stem)
+        _remove(part)
+        try:
+            if for_ollama:
+                require_disk_space(goal, plan.size, what="the folder", fix=OTHER_DISK)
+                part.mkdir()
+            _write(plan, file, goal, threads, progress)
+            if for_ollama:
+                write_modelfile(part, file.name, tuned.files)
+                copy_notices(tuned.files.files.folder, part)
+            result = None
+            if check and has_llama_cpp():
+                base = _find_base(location, tuned)
+                try:
+                    result = check_file(file, tuned, base, device=place, threads=threads)
+                except CheckpointError:
+                    _replace(part, goal.with_name(f"{goal.name}.rejected"))
+                    raise
+            _replace(part, goal)
+        finally:
+            _remove(part)
+    file_name = goal / file.name if for_ollama else goal
+    return ExportedFile(str(goal), str(file_name), quant, plan.size, plan.notes, result)
+
+
+def export_adapter(path: str | Path, output: str | Path, *, force: bool = False) -> ExportedFile:
+    """Write the LoRA of a run alone as a GGUF file, to be served beside that of its base.
+
+    Raises: as `export_gguf`; UsageError where the run has no adapter.
+    """
+    location = locate_run(path)
+    goal = Path(output)
+    _check_output(goal, is_folder=False, force=force)
+    folder = location.folder
+    if location.kind != "adapter" or folder is None:
+        raise UsageError(
+            f"{path} has no adapter", where="--adapter", fix="export the model: without --adapter"
+        )
+    with undeleted(location):
+        read = read_run_files(location)
+        _check_text_model(read.files.config)
+        with stored_tensors(folder / WEIGHTS) as stored:
+            weights = {}
+            for name, tensor in stored.items():
+                weights[name] = StoredRows(tensor, torch.float32, tensor.shape)
+        plan = plan_adapter(
+            read.files.config.to_dict(),
+            read_json(folder / CONFIG),
+            weights,
+            name=goal.stem,
+            added_tokens=len(read.run.model.added_tokens),
+        )
+        part = goal.with_name(f".{goal.name}.part")
+        try:
+            _write(plan, part, goal, available_cores(), None)
+            _replace(part, goal)
+        finally:
+            _remove(part)
+    return ExportedFile(str(goal), str(goal), "f16", plan.size, plan.notes, None)
+
+
+def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
+    """UsageError for an output that would overwrite something that no export wrote."""
+    if not is_folder and goal.suffix != ".gguf":
+        raise UsageError(
+            f"{goal} is no name of a GGUF file", where="--output", fix=f"--output {goal}.gguf"
+        )
+    if goal.is_symlink() or (goal.is_dir() != is_folder and goal.exists()):
+        kind = "a folder" if goal.is_dir() else "a file or link"
+        raise UsageError(f"{goal} is {kind}", where="--output", fix="name a new one")
+    if not goal.exists():
+        return
+    names = [file.name for file in goal.iterdir()] if is_folder else [goal.name]
+    is_own = MODELFILE in names if is_folder else True
+    if is_folder and not names:
+        return
+    if not force or not is_own:
+        fix = "name a new one, or add --force to replace it" if is_own else "name a new one"
+        raise UsageError(f"{goal} is there already", where="--output", fix=fix)
+
+
+def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
+    read = tuned.files
+    _check_text_model(tuned.model.config)
+    settings = read.files.folder / "generation_config.json"
+    ends = read.template.end_ids - {read.files.tokenizer.eos_token_id}
+    return plan_gguf(
+        tuned.model.config.to_dict(),
+        tuned.weights,
+        read.files.tokenizer,
+        quant=quant,
+        name=name,
+        generation=read_json(settings) if settings.is_file() else {},
+        turn_end=min(ends, default=None),
+    )
+
+
+def _check_text_model(config: PretrainedConfig) -> None:
+    if composite_of(config) is not None:
+        raise ModelError(
+            "the text model of a vision-language model is not written as GGUF yet",
+            where="--to gguf",
+            why="the file would be another model than its base",
+            fix=OWN_SCRIPT,
+        )
+
+
+def _write(
+    plan: GgufPlan,
+    file: Path,
+    goal: Path,
+    threads: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write a file beside its place; CheckpointError where the disk is full meanwhile."""
+    require_disk_space(goal, plan.size, what=goal.name, fix=OTHER_DISK)
+
+    def note(written: int) -> None:
+        if progress is not None:
+            progress(written, plan.size)
+
+    try:
+        write_gguf(plan, file, threads=threads, progress=note)
+    except OSError as error:
+        fault = disk_fault(error)
+        if not fault:
+            raise
+        raise CheckpointError(
+            fault, where=f"--output {goal}", why="nothing was written", fix=OTHER_DISK
+        ) from error
+
+
+def _find_base(location: RunLocation, tuned: TunedModel) -> tuple[TunedModel, Values] | None:
+    """The model before training; None where the run has trained a whole one and it is gone."""
+    if location.kind != "full":
+        return tuned, "base"
+    try:
+        base = replace(location, kind="base")
+        return open_tuned_model(read_run_files(base)), "base"
+    except TunesmithError:
+        return None
+
+
+def _replace(part: Path, goal: Path) -> None:
+    _remove(goal)
+    part.rename(goal)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,49 @@
+"""The Modelfile beside a GGUF file, for `ollama create`."""
+
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import ModelError
+from tunesmith.inference.load_run import OpenedRun
+
+MODELFILE = "Modelfile"
+CONTEXT = 4096  # Ollama's own default of num_ctx
+# `ollama create` puts a template of its own list in the place of the file's where the two are less
+# than 100 edits apart, and drops the system prompt that a model was trained with.
+COMMENT = (
+    "{#- This template is the one that the model was trained with. It stands in the file so that "
+    "every server renders prompts as training did; no other is to take its place. -#}"
+)
+
+
+def guard_template(tokenizer: Any) -> None:
+    """Put the comment in front of a tokenizer's chat template, which renders as before."""
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = COMMENT + tokenizer.chat_template
+
+
+def modelfile_text(file_name: str, read: OpenedRun) -> str:
+    """The Modelfile of a GGUF file in the same folder, without a TEMPLATE: the file has it.
+
+    ModelError where a token that ends an answer cannot be written in it.
+    """
+    tokenizer = read.files.tokenizer
+    run = read.location.run
+    seq_len = run.data.seq_len if run else 0
+    positions = int(getattr(read.files.config, "max_position_embeddings", 0) or CONTEXT)
+    lines = [f"FROM ./{file_name}", f"PARAMETER num_ctx {min(max(CONTEXT, seq_len), positions)}"]
+    for token in sorted(read.template.end_ids - {tokenizer.eos_token_id}):
+        text = tokenizer.decode([token])
+        if '"' in text or "\n" in text:
+            raise ModelError(
+                f"the token {text!r}, which ends an answer, has no place in a Modelfile",
+                where="--to ollama",
+                fix="--to gguf, and llama-server",
+            )
+        lines.append(f'PARAMETER stop "{text}"')
+    return "\n".join(lines) + "\n"
+
+
+def write_modelfile(folder: Path, file_name: str, read: OpenedRun) -> None:
+    """Write the Modelfile to the folder of the GGUF file."""
+    (folder / MODELFILE).write_text(modelfile_text(file_name, read), encoding="utf-8")

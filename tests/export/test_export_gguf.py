@@ -1,0 +1,213 @@
+"""`tunesmith export RUN --to gguf | ollama`: runs of every kind, opened in llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from transformers import AutoModelForCausalLM
+
+from conftest import CHATML, write_tiny_llama
+from export.tiny_gguf import byte_level, structure_of
+from runs import make_run, peft_model
+from tunesmith.cli.export import QUANTS
+from tunesmith.errors import TunesmithError
+from tunesmith.export.gguf import export as room
+from tunesmith.export.gguf.export import export_adapter, export_gguf
+from tunesmith.export.gguf.llama_cpp import LlamaCpp
+from tunesmith.export.gguf.types import QUANTS as TYPES
+from warm import run_warm
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of width 256 with a small BPE, which llama.cpp opens; <|im_end|> ends turns."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = byte_level(structure_of("gpt-2"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    write_tiny_llama(folder, vocab_size=len(tokenizer), hidden_size=256, intermediate_size=256)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(folder)
+    ends = {"eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    (folder / "LICENSE").write_text("Free.")
+    return folder
+
+
+@pytest.fixture
+def run(base: Path, tmp_path: Path) -> Path:
+    make_run(tmp_path / "run", base, peft_model(base))
+    return tmp_path / "run"
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_the_quantizations_of_the_command_are_those_of_the_writer() -> None:
+    assert tuple(TYPES) == QUANTS
+
+
+def test_a_file_answers_as_the_tuned_model(run: Path, tmp_path: Path) -> None:
+    exported = export_gguf(run, tmp_path / "model.gguf", quant="f16", device="cpu")
+    assert exported.check is not None
+    assert exported.check.base is not None
+    assert exported.check.prompts == 12
+    # f16 weights, and llama.cpp's keys and values in fp16
+    assert exported.check.tuned.mean_kl < 1e-4 < 0.01 < exported.check.base.mean_kl
+    assert exported.bytes == (tmp_path / "model.gguf").stat().st_size
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["full", "nf4", "a plain model", "an embedding trained in full"])
+def test_every_kind_of_run(kind: str, base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    if kind == "full":
+        tuned = AutoModelForCausalLM.from_pretrained(base)
+        tuned.model.norm.weight.data *= 1.3
+        make_run(path, base, tuned)
+    elif kind == "nf4":
+        make_run(path, base, peft_model(base), model={"quantize": "nf4", "dtype": "bf16"})
+    elif kind == "a plain model":
+        path = base
+    else:
+        options = {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}
+        recipe = {"modules_to_save": ["embed_tokens"], "target": ["q_proj"]}
+        make_run(path, base, peft_model(base, **options), adapter=recipe)
+    exported = export_gguf(path, tmp_path / "model.gguf", quant="f16", device="cpu")
+    assert exported.check is not None
+    assert exported.check.tuned.mean_kl < 1e-4
+    names = {tensor.name for tensor in gguf.GGUFReader(exported.file).tensors}
+    assert ("output.weight" in names) == (kind == "an embedding trained in full")
+
+
+def test_a_folder_for_ollama(run: Path, tmp_path: Path) -> None:
+    exported = export_gguf(run, tmp_path / "orders", for_ollama=True, device="cpu")
+    names = sorted(path.name for path in (tmp_path / "orders").iterdir())
+    assert names == ["LICENSE", "Modelfile", "orders-q4_k_m.gguf"]
+    modelfile = (tmp_path / "orders" / "Modelfile").read_text().splitlines()
+    assert modelfile == [
+        "FROM ./orders-q4_k_m.gguf",
+        "PARAMETER num_ctx 2048",  # the model's own
+        'PARAMETER stop "<|im_end|>"',
+    ]
+    template = gguf.GGUFReader(exported.file).fields["tokenizer.chat_template"].contents()
+    assert template.endswith(CHATML)
+    # Ollama keeps a template that is 100 edits or more from each of its own
+    assert len(template) - len(CHATML) > 100
+    server = LlamaCpp(Path(exported.file))
+    rendered = server.post("/apply-template", {"messages": [{"role": "user", "content": "hi"}]})
+    assert rendered["prompt"] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_an_adapter_beside_its_base(run: Path, base: Path, tmp_path: Path) -> None:
+    export_gguf(base, tmp_path / "base.gguf", quant="f16", device="cpu")
+    export_adapter(run, tmp_path / "adapter.gguf")
+    export_gguf(run, tmp_path / "merged.gguf", quant="f16", device="cpu")
+    beside = LlamaCpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
+    merged = LlamaCpp(tmp_path / "merged.gguf")
+    ids = [5, 9, 200, 31, 77]
+    one, other = (server.log_probabilities(ids, 600) for server in (beside, merged))
+    assert one is not None
+    assert other is not None
+    assert (one - other).abs().max() < 0.02
+
+
+def test_a_file_that_reads_prompts_otherwise_is_rejected(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaCpp, "ids", lambda *_, **options: [1, 2, 3])
+    with pytest.raises(TunesmithError, match="reads a text of the run as other tokens"):
+        export_gguf(run, tmp_path / "model.gguf", quant="f16", device="cpu")
+    assert not (tmp_path / "model.gguf").exists()
+    assert (tmp_path / "model.gguf.rejected").is_file()
+    assert leftovers(tmp_path) == []
+
+
+def _exists(folder: Path) -> dict[str, Any]:
+    (folder / "model.gguf").write_text("mine")
+    return {}
+
+
+def _no_suffix(folder: Path) -> dict[str, Any]:
+    return {"output": folder / "model"}
+
+
+def _folder_of_others(folder: Path) -> dict[str, Any]:
+    (folder / "orders").mkdir()
+    (folder / "orders" / "mine.txt").write_text("mine")
+    return {"output": folder / "orders", "for_ollama": True, "force": True}
+
+
+def _link(folder: Path) -> dict[str, Any]:
+    (folder / "model.gguf").symlink_to(folder / "elsewhere.gguf")
+    return {"force": True}
+
+
+def _unknown_quant(folder: Path) -> dict[str, Any]:
+    return {"quant": "q3_k_s"}
+
+
+def _no_run(folder: Path) -> dict[str, Any]:
+    return {"path": folder / "nowhere"}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (_exists, "--force"),
+        (_no_suffix, ".gguf"),
+        (_folder_of_others, "is there already"),
+        (_link, "a file or link"),
+        (_unknown_quant, "q4_k_m"),
+        (_no_run, "there is no"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(
+    run: Path, tmp_path: Path, make: Callable[[Path], dict[str, Any]], words: str
+) -> None:
+    options = {"path": run, "output": tmp_path / "model.gguf", "device": "cpu", **make(tmp_path)}
+    before = sorted(os.walk(tmp_path))
+    with pytest.raises(TunesmithError) as caught:
+        export_gguf(**options)
+    assert words in caught.value.text()
+    assert sorted(os.walk(tmp_path)) == before
+
+
+def test_no_room_on_the_disk(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(room, "write_gguf", full)
+    with pytest.raises(TunesmithError, match="the disk is full"):
+        export_gguf(run, tmp_path / "model.gguf", device="cpu")
+    assert not (tmp_path / "model.gguf").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_the_command(run: Path, tmp_path: Path) -> None:
+    words = ["export", run, "--to", "gguf", "--quant", "q8_0", "--device", "cpu"]
+    done = run_warm([*words, "--output", tmp_path / "model.gguf"])
+    assert done.returncode == 0, done.stderr
+    assert "12 of 12 have the same token ids in llama.cpp" in done.stdout
+    assert f"next: llama-server -m {tmp_path / 'model.gguf'} -c 8192" in done.stdout
+    again = run_warm([*words, "--output", tmp_path / "model.gguf", "--json"])
+    assert again.returncode == 2
+    forced = run_warm([*words, "--output", tmp_path / "model.gguf", "--json", "--force"])
+    report = json.loads(forced.stdout)
+    assert report["bytes"] == (tmp_path / "model.gguf").stat().st_size
+    assert report["check"]["tuned"]["mean_kl"] < 0.01
+    for wrong in (["--adapter", "--quant", "f16"], ["--to", "transformers"]):
+        refused = run_warm([*words, "--output", tmp_path / "other.gguf", *wrong])
+        assert refused.returncode == 2, refused.stdout
+        assert "command line: --" in refused.stderr
