@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tunesmith.errors import MachineError
+from tunesmith.host.packages import pip_install
 
 JsonPath = tuple[str | int, ...]
 _ABSENT = object()  # equal to no value
@@ -75,7 +76,7 @@ def schema_validator(schema: Any) -> Any:
             "--score json needs the package jsonschema for rows with a schema",
             where="--score json",
             why=str(error),
-            fix="pip install 'tunesmith[eval]', or leave the column schema out",
+            fix=f"{pip_install('jsonschema')}, or leave the column schema out",
         ) from error
     kind = validators.validator_for(schema, default=validators.Draft202012Validator)
     try:
