@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from conftest import CHATML, write_tiny_llama
 from export.tiny_gguf import byte_level, structure_of
 from runs import make_run, peft_model
-from tunesmith.cli.export import QUANTS
+from tunesmith.cli.export import GGUF_QUANTS
 from tunesmith.errors import TunesmithError
 from tunesmith.export.gguf import export as room
 from tunesmith.export.gguf.export import export_adapter, export_gguf
@@ -55,7 +55,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def test_the_quantizations_of_the_command_are_those_of_the_writer() -> None:
-    assert tuple(TYPES) == QUANTS
+    assert tuple(TYPES) == GGUF_QUANTS
 
 
 def test_a_file_answers_as_the_tuned_model(run: Path, tmp_path: Path) -> None:

@@ -1,15 +1,20 @@
-"""Write a run for other programs: a GGUF file for llama.cpp, a folder for Ollama or Transformers.
+"""Write a run for other programs: llama.cpp, Ollama, vLLM or Transformers.
 
 example:
   tunesmith export runs/my-run --to gguf --output my-model.gguf
   tunesmith export runs/my-run --to gguf --adapter --output my-adapter.gguf
   tunesmith export runs/my-run --to ollama --quant q8_0 --output my-model
+  tunesmith export runs/my-run --to vllm --quant fp8 --output my-model
   tunesmith export runs/my-run/checkpoint-200 --output my-model
 
 --to gguf and ollama write base and adapter as one file, straight from their shards: memory does
 not grow with the model. llama.cpp (pip install xllamacpp) then has to read the run's prompts as the
 same tokens, and how far its answers are from the tuned model is printed. Without it nothing is
 checked.
+
+--to vllm writes a folder: what `merge` writes in bf16, or the linear layers rounded to fp8 or
+nvfp4, and prints how much of what was learned that changes. With --adapter it is the LoRA, if vLLM
+serves such a one.
 
 --to transformers, the default, puts together what several ranks have saved, one tensor in memory at
 a time. final/ is such a folder already, and so is every checkpoint of one process; `merge` puts an
@@ -30,15 +35,16 @@ if TYPE_CHECKING:
     from tunesmith.export.gguf.export import ExportedFile
 
 # As in `export.gguf.types`, which a test compares; that module is not loaded to parse.
-QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
-GGUF_OPTIONS = ("quant", "adapter", "force", "threads", "no_check", "device")
+GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+VLLM_QUANTS = ("bf16", "fp8", "nvfp4")
+QUANTS = {"gguf": GGUF_QUANTS, "ollama": GGUF_QUANTS, "vllm": VLLM_QUANTS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument(
         "--to",
-        choices=("transformers", "gguf", "ollama"),
+        choices=("transformers", "gguf", "ollama", "vllm"),
         default="transformers",
         help="what is written (default: transformers)",
     )
@@ -46,13 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="PATH",
-        help="a new file.gguf; for ollama and transformers a folder that is new or empty",
+        help="a new file.gguf; else a folder that is new or empty",
     )
-    parser.add_argument("--quant", choices=QUANTS, help="of the weights (default: q4_k_m)")
+    parser.add_argument(
+        "--quant",
+        choices=(*GGUF_QUANTS, "fp8", "nvfp4"),
+        help="of the weights (default: q4_k_m; for vllm, which takes bf16, fp8 and nvfp4, bf16)",
+    )
     parser.add_argument(
         "--adapter",
         action="store_true",
-        help="the LoRA alone, for `llama-server --lora` beside the GGUF file of its base",
+        help="the LoRA alone, for `llama-server --lora` beside the GGUF file of its base, or vLLM",
     )
     parser.add_argument(
         "--force", action="store_true", help="replace an earlier export, once the new one is done"
@@ -67,18 +77,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.to == "transformers":
-        _check_options(args, GGUF_OPTIONS, "--to gguf or --to ollama")
-        _export_sharded(args)
-        return
+    if args.quant and args.quant not in QUANTS.get(args.to, (args.quant,)):
+        raise UsageError(
+            f"--quant {args.quant} is not one of --to {args.to}",
+            where="command line: --quant",
+            fix=f"one of {', '.join(QUANTS[args.to])}",
+        )
     if args.adapter:
         _check_options(args, ("quant", "threads", "no_check"), "a whole model")
-        if args.to == "ollama":
-            raise UsageError(
-                "an adapter alone is not written for Ollama",
-                where="command line: --adapter",
-                fix="--to gguf --adapter, or leave --adapter out",
-            )
+    if args.to == "transformers":
+        options = ("quant", "adapter", "force", "threads", "no_check", "device")
+        _check_options(args, options, "--to gguf, ollama or vllm")
+        _export_sharded(args)
+    elif args.to == "vllm":
+        _check_options(args, ("force", "threads", "no_check"), "--to gguf or ollama")
+        _export_vllm(args)
+    else:
+        _export_gguf(args)
+
+
+def _export_gguf(args: argparse.Namespace) -> None:
+    if args.adapter and args.to == "ollama":
+        raise UsageError(
+            "an adapter alone is not written for Ollama",
+            where="command line: --adapter",
+            fix="--to gguf --adapter, or leave --adapter out",
+        )
     from tunesmith.export.gguf.export import DEFAULT_QUANT, export_adapter, export_gguf
 
     if args.adapter:
@@ -104,6 +128,51 @@ def run(args: argparse.Namespace) -> None:
     print(f"{exported.file}: {exported.bytes / 1e6:,.1f} MB in {exported.quant}")
     _print_check(args, exported)
     print(f"next: {_next_command(args, exported)}")
+
+
+def _export_vllm(args: argparse.Namespace) -> None:
+    from tunesmith.inference.load_run import locate_run
+
+    output = shell_path(Path(args.output))
+    if args.adapter:
+        from tunesmith.export.vllm import export_peft
+
+        rank = export_peft(args.run, args.output)
+        base = locate_run(args.run).base.name
+        name = Path(args.output).name
+        serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank}"
+        report: dict[str, object] = {"output": args.output, "max_lora_rank": rank}
+        lines = [f"next: {serve} --lora-modules {name}={output}"]
+    elif args.quant in (None, "bf16"):
+        from tunesmith.export.merge import merge
+
+        merged = merge(args.run, args.output, dtype="bf16", device=args.device)
+        report = asdict(merged)
+        difference = merged.merge_check.merged.mean_kl
+        lines = [
+            f"{args.output}: {merged.bytes / 1e6:,.1f} MB in bf16; "
+            f"mean KL {difference:.2g} nats against the tuned model",
+            f"next: vllm serve {output}",
+        ]
+    else:
+        from tunesmith.export.vllm import export_rounded
+
+        rounded = export_rounded(args.run, args.output, quant=args.quant, device=args.device)
+        report = asdict(rounded)
+        kl = rounded.rounded
+        base_kl = f" (base: {rounded.base.mean_kl:.2g})" if rounded.base else ""
+        lines = [
+            f"{args.output}: {rounded.bytes / 1e6:,.1f} MB, "
+            f"{rounded.layers} linear layers in {args.quant}",
+            f"rounding: mean KL {kl.mean_kl:.2g} nats against the tuned model{base_kl}, "
+            f"the same likeliest token at {kl.agreement:.0%} of {rounded.positions} positions",
+            f"next: vllm serve {output}",
+        ]
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return
+    for line in lines:
+        print(line)
 
 
 def _check_options(args: argparse.Namespace, names: tuple[str, ...], place: str) -> None:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,9 +28,10 @@ from tunesmith.checkpoint.model_card import model_card
 from tunesmith.config.schema import Model
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
 from tunesmith.export import merge_check
+from tunesmith.export.compressed import RoundedWeight
 from tunesmith.export.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit
 from tunesmith.export.streamed_model import Values, streamed_logits
-from tunesmith.export.tuned_weights import TunedModel, open_tuned_model
+from tunesmith.export.tuned_weights import TunedModel, open_tuned_model, row_bands
 from tunesmith.host.files import existing_folder, follow_umask, require_disk_space
 from tunesmith.host.logger import lines_by_default
 from tunesmith.hub.fetch import fetch
@@ -52,6 +53,8 @@ from tunesmith.model.save_tensors import save_sharded
 from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.quant.schemes import NF4, scheme_of
 
+# Rows from the first to before the last.
+ReadRows = Callable[[int, int], torch.Tensor]
 # The check, and the size of each file: the mark of a folder that a merge wrote.
 MERGE_FILE = "merge.json"
 ROOM = 1.1  # of the weights: the rest of the folder, and an untied head
@@ -321,23 +324,33 @@ def _old(goal: Path) -> Path:
     return goal.with_name(f".{goal.name}.old")
 
 
-def write_merged(tuned: TunedModel, folder: Path, dtype: str) -> None:
+def write_merged(
+    tuned: TunedModel, folder: Path, dtype: str, rounded: Mapping[str, RoundedWeight] | None = None
+) -> None:
     """Write the merged model as Transformers files: weights in shards, tokenizer with its template,
-    settings, a card."""
+    settings, a card; those of `rounded` as the tensors that they are made of."""
     model = tuned.model
     files = tuned.files.files
-    shapes = {}
+    rounded = rounded or {}
+    tensors = {}
+    readers: dict[int, ReadRows] = {}
     for name, tensor in weights_of(model).items():
+        if name in rounded:
+            continue
         is_parameter = isinstance(tensor, nn.Parameter)
-        shapes[name] = tensor.to("meta", DTYPES[dtype] if is_parameter else tensor.dtype)
-    weights = {id(shape): tuned.weights[name] for name, shape in shapes.items()}
+        tensors[name] = tensor.to("meta", DTYPES[dtype] if is_parameter else tensor.dtype)
+        readers[id(tensors[name])] = tuned.weights[name].rows
+    for weight in rounded.values():
+        for part in weight.parts():
+            tensors[part.name] = torch.empty(part.shape, dtype=part.dtype, device="meta")
+            readers[id(tensors[part.name])] = part.rows
 
-    def read(shape: torch.Tensor, rows: slice) -> Iterator[torch.Tensor]:
-        weight = weights[id(shape)]
-        for band in weight.bands(rows):
-            yield weight.rows(band.start, band.stop)
+    def read(tensor: torch.Tensor, rows: slice) -> Iterator[torch.Tensor]:
+        read_rows = readers[id(tensor)]
+        for band in row_bands(tensor.shape, rows):
+            yield read_rows(band.start, band.stop)
 
-    save_sharded(folder, in_stored_form(model, shapes), read=read)
+    save_sharded(folder, in_stored_form(model, tensors), read=read)
     model.config.dtype = DTYPES[dtype]
     write_model_config(model, folder)
     files.tokenizer.save_pretrained(folder)

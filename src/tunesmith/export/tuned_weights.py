@@ -186,14 +186,18 @@ class TunedWeight:
         rows = self.source.rows(first, last)
         return rows + self.update.rows(first, last) if self.update else rows
 
-    def bands(self, span: slice | None = None) -> Iterator[slice]:
-        """The rows of `span`, or all, some BAND bytes at a time."""
-        row_count = self.shape[0] if self.shape else 1
-        span = span or slice(0, row_count)
-        width = self.shape[1:].numel()
-        step = max(1, BAND // (4 * max(1, width)))
-        for first in range(span.start, span.stop, step):
-            yield slice(first, min(first + step, span.stop))
+    def bands(self) -> Iterator[slice]:
+        """All rows, some BAND bytes at a time."""
+        return row_bands(self.shape)
+
+
+def row_bands(shape: torch.Size, span: slice | None = None) -> Iterator[slice]:
+    """The rows of `span`, or all, some BAND bytes at a time in fp32."""
+    span = span or slice(0, shape[0] if shape else 1)
+    width = shape[1:].numel()
+    step = max(1, BAND // (4 * max(1, width)))
+    for first in range(span.start, span.stop, step):
+        yield slice(first, min(first + step, span.stop))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from tunesmith.model.safetensors_files import INDEX, Entry, read_into
 from tunesmith.model.weights import STORED
 
 NAMES = {dtype: name for name, dtype in STORED.items()}
+# Written alone: read as it stands it would lack its scales.
+NAMES[torch.float8_e4m3fn] = "F8_E4M3"
 PIECE = 64 << 20  # bytes on the host at a time: enough for a disk's full speed
 GATHERED = 16 << 20  # bytes of one collective, which may take as much again
 SHARD = "5GB"

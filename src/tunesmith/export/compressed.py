@@ -1,0 +1,171 @@
+"""Linear weights rounded to 8 or 4 bits in the files of compressed-tensors, which vLLM opens.
+
+fp8    e4m3 values with one scale a row; vLLM rounds activations to 8 bits too, token by token:
+
+           NAME.weight  W / scale        NAME.weight_scale  bf16 [out, 1] = max |row| / 448
+
+nvfp4  e2m1 values, two a byte, with an e4m3 scale for 16 of a row and one fp32 scale a matrix;
+       activations stay 16 bits:
+
+           NAME.weight_packed  uint8 [out, in / 2], the first of two in the low bits
+           NAME.weight_scale   e4m3 [out, in / 16] = max |16 values| / 6 * global
+           NAME.weight_global_scale  fp32 [1] = 448 * 6 / max |W|
+
+Nothing is calibrated: scales are those of the weights. Embedding and head stay as they are. The
+formats are compressed-tensors' `float-quantized` and `nvfp4-pack-quantized`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tunesmith.export.tuned_weights import TunedWeight
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+E2M1_MAX = 6.0
+GROUP = 16  # values that share a scale in nvfp4
+SMALLEST_SCALE = 1e-12  # of a row of zeros
+# Between neighbors of e2m1's 0, 0.5, 1, 1.5, 2, 3, 4, 6; a tie goes to the even code.
+E2M1_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A tensor of the file that is made of a weight's rows.
+
+    Attributes:
+        rows: the part's rows that belong to a weight's rows from `first` to before `last`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: Callable[[int, int], Tensor]
+
+
+class RoundedWeight(ABC):
+    """A linear weight [out, in] in fewer bits. As a `RowSource` it is what the file stands for."""
+
+    def __init__(self, name: str, weight: TunedWeight) -> None:
+        self.name = name.removesuffix(".weight")
+        self.weight = weight
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    @abstractmethod
+    def parts(self) -> list[StoredPart]:
+        """What is stored."""
+
+    @abstractmethod
+    def rows(self, first: int, last: int) -> Tensor:
+        """fp32, made of the rounded values."""
+
+
+class Fp8Weight(RoundedWeight):
+    def parts(self) -> list[StoredPart]:
+        out = self.shape[0]
+        return [
+            StoredPart(f"{self.name}.weight", tuple(self.shape), E4M3, self._values),
+            StoredPart(f"{self.name}.weight_scale", (out, 1), torch.bfloat16, self._scales),
+        ]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        rows = self.weight.rows(first, last)
+        scales = _row_scales(rows)
+        return _to_e4m3(rows / scales.float()).float() * scales.float()
+
+    def _values(self, first: int, last: int) -> Tensor:
+        rows = self.weight.rows(first, last)
+        return _to_e4m3(rows / _row_scales(rows).float())
+
+    def _scales(self, first: int, last: int) -> Tensor:
+        return _row_scales(self.weight.rows(first, last))
+
+
+def _row_scales(rows: Tensor) -> Tensor:
+    """bf16 [n, 1]."""
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    return (largest / E4M3_MAX).clamp(min=SMALLEST_SCALE).to(torch.bfloat16)
+
+
+def _to_e4m3(values: Tensor) -> Tensor:
+    return values.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+@dataclass
+class JointScale:
+    """The fp32 scale of matrices that vLLM joins to one, and so must share it."""
+
+    weights: list[TunedWeight] = field(default_factory=list)
+    _value: float = 0.0
+
+    def value(self) -> float:
+        """448 * 6 / max |W| over all of them; they are read at the first call."""
+        if not self._value:
+            largest = 0.0
+            for weight in self.weights:
+                for band in weight.bands():
+                    rows = weight.rows(band.start, band.stop)
+                    largest = max(largest, float(rows.abs().max()))
+            self._value = E4M3_MAX * E2M1_MAX / max(largest, SMALLEST_SCALE)
+        return self._value
+
+
+class Nvfp4Weight(RoundedWeight):
+    def __init__(self, name: str, weight: TunedWeight, joint: JointScale) -> None:
+        super().__init__(name, weight)
+        self.joint = joint
+        joint.weights.append(weight)
+
+    def parts(self) -> list[StoredPart]:
+        out, width = self.shape
+        return [
+            StoredPart(f"{self.name}.weight_packed", (out, width // 2), torch.uint8, self._packed),
+            StoredPart(f"{self.name}.weight_scale", (out, width // GROUP), E4M3, self._scales),
+            StoredPart(f"{self.name}.weight_global_scale", (1,), torch.float32, self._global),
+        ]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        rows = self.weight.rows(first, last)
+        scales = self._group_scales(rows)
+        codes = self._codes(rows, scales)
+        values = E2M1_VALUES[codes % 8] * torch.where(codes >= 8, -1.0, 1.0)
+        return (values * (scales.float() / self.joint.value())).view(rows.shape)
+
+    def _group_scales(self, rows: Tensor) -> Tensor:
+        """e4m3 [n, in / 16, 1]."""
+        largest = rows.view(len(rows), -1, GROUP).abs().amax(dim=2, keepdim=True)
+        scales = _to_e4m3(largest / E2M1_MAX * self.joint.value())
+        # A group that rounds to no scale at all is zeros in any case.
+        return torch.where(scales.float() == 0, torch.ones_like(scales), scales)
+
+    def _codes(self, rows: Tensor, scales: Tensor) -> Tensor:
+        """The 4-bit codes [n, in / 16, 16]: sign, two bits of exponent, one of mantissa."""
+        groups = rows.view(len(rows), -1, GROUP) / (scales.float() / self.joint.value())
+        sizes = groups.abs().clamp(max=E2M1_MAX)
+        return round_e2m1(sizes) + 8 * (groups < 0)
+
+    def _packed(self, first: int, last: int) -> Tensor:
+        rows = self.weight.rows(first, last)
+        codes = self._codes(rows, self._group_scales(rows)).view(len(rows), -1)
+        return (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+
+    def _scales(self, first: int, last: int) -> Tensor:
+        return self._group_scales(self.weight.rows(first, last)).squeeze(2)
+
+    def _global(self, first: int, last: int) -> Tensor:
+        return torch.tensor([self.joint.value()])
+
+
+def round_e2m1(sizes: Tensor) -> Tensor:
+    """The codes 0 to 7 of values from 0 to 6, rounded to the nearest."""
+    middles = (E2M1_VALUES[1:] + E2M1_VALUES[:-1]) / 2
+    codes = torch.bucketize(sizes, middles)  # a tie takes the lower code
+    is_tie = (sizes == middles[codes.clamp(max=6)]) & (codes % 2 == 1)
+    return codes + is_tie.long()

@@ -1,0 +1,249 @@
+"""A run as a folder that vLLM serves: rounded to fp8 or nvfp4, or its adapter alone.
+
+A folder in 16 bits is what `merge` writes.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.adapter.peft_files import CONFIG, WEIGHTS, read_adapter
+from tunesmith.errors import ModelError, UsageError
+from tunesmith.export.compressed import (
+    GROUP,
+    Fp8Weight,
+    JointScale,
+    Nvfp4Weight,
+    RoundedWeight,
+)
+from tunesmith.export.merge import write_merged
+from tunesmith.export.merge_check import Difference, compare_logits, probe_prompts
+from tunesmith.export.streamed_model import Values, streamed_logits
+from tunesmith.export.tuned_weights import TunedModel, open_tuned_model
+from tunesmith.host.files import follow_umask, require_disk_space
+from tunesmith.inference.load_run import (
+    locate_run,
+    read_run_files,
+    select_device,
+    undeleted,
+)
+from tunesmith.model.stored_form import is_stored_otherwise
+from tunesmith.quant.frozen_linear import linear_names
+
+# Layers that vLLM joins to one matrix.
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
+WEIGHTS_OF_FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+ACTIVATIONS_OF_FP8 = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True}
+WEIGHTS_OF_NVFP4 = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": GROUP,
+    "symmetric": True,
+}
+
+
+@dataclass(frozen=True)
+class RoundedFolder:
+    """A finished export.
+
+    Attributes:
+        layers: linear layers that were rounded.
+        rounded: the folder's values against the tuned model, both in fp32 arithmetic; activations
+            are not rounded.
+        base: the base against the tuned model; None for a whole model that was trained.
+    """
+
+    output: str
+    quant: str
+    layers: int
+    bytes: int
+    positions: int
+    rounded: Difference
+    base: Difference | None
+
+
+def export_rounded(
+    path: str | Path, output: str | Path, *, quant: str, device: str | None = None
+) -> RoundedFolder:
+    """Write what a run has trained with its linear weights in fp8 or nvfp4.
+
+    Raises:
+        UsageError: the output is not a new or empty folder.
+        ModelError: a layer's width does not fit the format, or the model is stored in another form.
+        MachineError: no room on the disk.
+    """
+    location = locate_run(path)
+    goal = Path(output)
+    _check_new(goal)
+    place = torch.device(select_device(device))
+    with undeleted(location):
+        tuned = open_tuned_model(read_run_files(location))
+        weights = round_weights(tuned, quant)
+        rounded = {weight.name: weight for weight in weights.values()}
+        require_disk_space(
+            goal,
+            _size(tuned, weights),
+            what=f"the model in {quant}",
+            fix="free some space, or name a folder on another disk",
+        )
+        part = goal.with_name(f".{goal.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            part.mkdir()
+            tuned.model.config.quantization_config = quantization_config(quant)
+            write_merged(tuned, part, "bf16", weights)
+            del tuned.model.config.quantization_config
+            follow_umask(part)
+            differences = _compare(tuned, weights, place)
+            if goal.exists():
+                goal.rmdir()
+            part.rename(goal)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    size = sum(file.stat().st_size for file in goal.iterdir())
+    return RoundedFolder(str(goal), quant, len(rounded), size, *differences)
+
+
+def round_weights(tuned: TunedModel, quant: str) -> dict[str, RoundedWeight]:
+    """The linear layers of the decoder, by the names of their weights."""
+    if is_stored_otherwise(tuned.model):
+        raise ModelError(
+            f"a {tuned.model.config.model_type} is not written in {quant} yet",
+            where="--quant",
+            why="its checkpoints have experts one by one, or other parts beside the text model",
+            fix="--quant bf16",
+        )
+    joints: defaultdict[str, JointScale] = defaultdict(JointScale)
+    weights: dict[str, RoundedWeight] = {}
+    for layer in linear_names(tuned.model, head=False):
+        name = f"{layer}.weight"
+        weight = tuned.weights[name]
+        if quant == "fp8":
+            weights[name] = Fp8Weight(name, weight)
+            continue
+        if weight.shape[1] % GROUP:
+            raise ModelError(
+                f"{layer} has {weight.shape[1]} inputs, no multiple of {GROUP}",
+                where="--quant nvfp4",
+                why="so many weights share a scale",
+                fix="--quant fp8",
+            )
+        weights[name] = Nvfp4Weight(name, weight, joints[_joined_name(layer)])
+    return weights
+
+
+def _joined_name(layer: str) -> str:
+    parent, _, last = layer.rpartition(".")
+    for names in JOINED:
+        if last in names:
+            return f"{parent}.{names}"
+    return layer
+
+
+def quantization_config(quant: str) -> dict[str, Any]:
+    """What config.json says of the weights, in compressed-tensors' words."""
+    group: dict[str, Any] = {"targets": ["Linear"]}
+    if quant == "fp8":
+        group["weights"] = {**WEIGHTS_OF_FP8, "dynamic": False}
+        group["input_activations"] = {**ACTIVATIONS_OF_FP8, "dynamic": True}
+    else:
+        group["weights"] = {**WEIGHTS_OF_NVFP4, "dynamic": False}
+        group["input_activations"] = None
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized" if quant == "fp8" else "nvfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+
+
+def _size(tuned: TunedModel, weights: Mapping[str, RoundedWeight]) -> int:
+    """Bytes of the weights' files."""
+    size = 0
+    for name, weight in tuned.weights.items():
+        if name not in weights:
+            size += weight.shape.numel() * torch.bfloat16.itemsize
+            continue
+        for part in weights[name].parts():
+            size += torch.Size(part.shape).numel() * part.dtype.itemsize
+    return size
+
+
+def _compare(
+    tuned: TunedModel, weights: Mapping[str, RoundedWeight], device: torch.device
+) -> tuple[int, Difference, Difference | None]:
+    """Positions, and the rounded model and the base against the tuned one."""
+    prompts, _ = probe_prompts(tuned.files)
+    in_place = dict(tuned.weights)
+    for name, weight in weights.items():
+        in_place[name] = replace(tuned.weights[name], source=weight, update=None)
+
+    def logits(model: TunedModel, values: Values) -> list[torch.Tensor]:
+        return streamed_logits(model, prompts, values=values, dtype=torch.float32, device=device)
+
+    expected = logits(tuned, "adapter")
+    rounded = compare_logits(expected, logits(replace(tuned, weights=in_place), "merged"))
+    base = None
+    if all(weight.base is not None for weight in tuned.weights.values()):
+        base = compare_logits(expected, logits(tuned, "base"))
+    return sum(map(len, prompts)), rounded, base
+
+
+def export_peft(path: str | Path, output: str | Path) -> int:
+    """Copy a run's adapter into a folder of its own; returns vLLM's --max-lora-rank for it.
+
+    Raises:
+        UsageError: there is no adapter, or the output is not a new or empty folder.
+        ModelError: vLLM refuses such an adapter.
+    """
+    location = locate_run(path)
+    goal = Path(output)
+    _check_new(goal)
+    folder = location.folder
+    if location.kind != "adapter" or folder is None:
+        raise UsageError(f"{path} has no adapter", where="--adapter", fix="leave --adapter out")
+    adapter = read_adapter(folder)
+    if adapter.modules_to_save:
+        names = ", ".join(adapter.modules_to_save)
+        raise ModelError(
+            f"the adapter has modules that are trained in full: {names}",
+            where="--adapter",
+            why="vLLM serves matrices of a LoRA and nothing else",
+            fix="export the merged model: without --adapter",
+        )
+    ranks = [rank for rank in LORA_RANKS if rank >= adapter.rank]
+    if not ranks:
+        raise ModelError(
+            f"the adapter has rank {adapter.rank}",
+            where="--adapter",
+            why=f"vLLM serves ranks up to {LORA_RANKS[-1]}",
+            fix="export the merged model: without --adapter",
+        )
+    with undeleted(location):
+        read_run_files(location)  # checks the sums of all files
+        part = goal.with_name(f".{goal.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            part.mkdir()
+            for name in (CONFIG, WEIGHTS):
+                shutil.copyfile(folder / name, part / name)
+            follow_umask(part)
+            if goal.exists():
+                goal.rmdir()
+            part.rename(goal)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return ranks[0]
+
+
+def _check_new(goal: Path) -> None:
+    if goal.is_symlink() or (goal.exists() and (not goal.is_dir() or any(goal.iterdir()))):
+        raise UsageError("--output is not an empty folder", where=str(goal), fix="name a new one")

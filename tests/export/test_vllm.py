@@ -1,0 +1,118 @@
+"""Folders in fp8 and nvfp4 against compressed-tensors, and what vLLM takes of an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from runs import make_run, peft_model
+from tunesmith.errors import TunesmithError
+from tunesmith.export import tuned_weights
+from tunesmith.export.compressed import E2M1_VALUES, round_e2m1
+from tunesmith.export.tuned_weights import open_tuned_model
+from tunesmith.export.vllm import export_peft, export_rounded, round_weights
+from tunesmith.inference.load_run import locate_run, read_run_files
+from warm import run_warm
+
+
+@pytest.fixture
+def run(tiny: Path, tmp_path: Path) -> Path:
+    make_run(tmp_path / "run", tiny, peft_model(tiny))
+    return tmp_path / "run"
+
+
+def test_e2m1_rounds_to_the_nearest_and_ties_to_even() -> None:
+    grid = torch.linspace(0, 6, 4801)
+    distances = (grid[:, None] - E2M1_VALUES).abs()
+    nearest = distances.min(dim=1).values
+    assert torch.equal((grid - E2M1_VALUES[round_e2m1(grid)]).abs(), nearest)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    assert E2M1_VALUES[round_e2m1(ties)].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize("quant", ["fp8", "nvfp4"])
+def test_compressed_tensors_reads_the_values_that_are_said(
+    quant: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    monkeypatch.setattr(tuned_weights, "BAND", 64 * 4 * 4)
+    done = export_rounded(run, tmp_path / "out", quant=quant, device="cpu")
+    assert done.base is not None
+    assert done.rounded.mean_kl < done.base.mean_kl
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype=torch.bfloat16,
+        quantization_config=CompressedTensorsConfig(run_compressed=False),
+    ).state_dict()
+    weights = round_weights(open_tuned_model(read_run_files(locate_run(run))), quant)
+    assert done.layers == len(weights) == 14
+    for name, weight in weights.items():
+        said = weight.rows(0, weight.shape[0])
+        # The library computes in bf16.
+        torch.testing.assert_close(loaded[name].float(), said, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize(("quant", "error"), [("fp8", 0.03), ("nvfp4", 0.11)])
+def test_the_folder_holds_what_the_format_says(
+    quant: str, error: float, run: Path, tmp_path: Path
+) -> None:
+    """Read by the words of the format alone; errors as these formats have on random weights."""
+    export_rounded(run, tmp_path / "out", quant=quant, device="cpu")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tuned = open_tuned_model(read_run_files(locate_run(run)))
+    for name in (n for n in tuned.weights if n.endswith("_proj.weight")):
+        layer = name.removesuffix(".weight")
+        if quant == "fp8":
+            dense = tensors[name].float() * tensors[f"{layer}.weight_scale"].float()
+        else:
+            packed = tensors[f"{layer}.weight_packed"]
+            codes = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1).long()
+            values = E2M1_VALUES[codes % 8] * (1 - 2 * (codes >= 8).float())
+            scales = tensors[f"{layer}.weight_scale"].float()
+            scales = scales / tensors[f"{layer}.weight_global_scale"]
+            dense = values * scales.repeat_interleave(16, dim=1)
+        exact = tuned.weights[name].rows(0, tuned.weights[name].shape[0])
+        assert (dense - exact).norm() / exact.norm() < error, name
+    layer = "model.layers.0.self_attn"
+    if quant == "nvfp4":
+        scales = {float(tensors[f"{layer}.{n}_proj.weight_global_scale"]) for n in "qkv"}
+        assert len(scales) == 1
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == ["lm_head"]
+
+
+def test_an_adapter_for_vllm(run: Path, tiny: Path, tmp_path: Path) -> None:
+    assert export_peft(run, tmp_path / "out") == 8
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+    options: dict[str, Any] = {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}
+    recipe = {"modules_to_save": ["embed_tokens"], "target": ["q_proj"]}
+    make_run(tmp_path / "full", tiny, peft_model(tiny, **options), adapter=recipe)
+    with pytest.raises(TunesmithError, match="trained in full: embed_tokens"):
+        export_peft(tmp_path / "full", tmp_path / "other")
+    with pytest.raises(TunesmithError, match="is not an empty folder"):
+        export_peft(run, tmp_path / "out")
+    with pytest.raises(TunesmithError, match="has no adapter"):
+        export_peft(tiny, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_the_command(run: Path, tmp_path: Path) -> None:
+    words = ["export", run, "--to", "vllm"]
+    done = run_warm([*words, "--quant", "fp8", "--device", "cpu", "--output", tmp_path / "fp8"])
+    assert done.returncode == 0, done.stderr
+    assert "14 linear layers in fp8" in done.stdout
+    assert f"next: vllm serve {tmp_path / 'fp8'}" in done.stdout
+    done = run_warm([*words, "--output", tmp_path / "bf16", "--json"])
+    assert json.loads(done.stdout)["dtype"] == "bf16"
+    done = run_warm([*words, "--adapter", "--output", tmp_path / "lora"])
+    assert f"--max-lora-rank 8 --lora-modules lora={tmp_path / 'lora'}" in done.stdout
+    refused = run_warm([*words, "--quant", "q8_0", "--output", tmp_path / "no"])
+    assert refused.returncode == 2
+    assert "one of bf16, fp8, nvfp4" in refused.stderr
