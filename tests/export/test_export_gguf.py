@@ -87,6 +87,7 @@ def test_every_kind_of_run(kind: str, base: Path, tmp_path: Path) -> None:
     exported = export_gguf(path, tmp_path / "model.gguf", quant="f16", device="cpu")
     assert exported.check is not None
     assert exported.check.tuned.mean_kl < 1e-4
+    assert (exported.check.base is None) == (kind == "a plain model")
     names = {tensor.name for tensor in gguf.GGUFReader(exported.file).tensors}
     assert ("output.weight" in names) == (kind == "an embedding trained in full")
 

@@ -232,8 +232,12 @@ def _write(
 
 
 def _find_base(location: RunLocation, tuned: TunedModel) -> tuple[TunedModel, Values] | None:
-    """The model before training; None where the run has trained a whole one and it is gone."""
-    if location.kind != "full":
+    """The model before training; None where there was none, or a whole one was trained and its base
+    is gone.
+    """
+    if location.kind == "base":
+        return None
+    if location.kind == "adapter":
         return tuned, "base"
     try:
         base = replace(location, kind="base")
