@@ -163,7 +163,7 @@ def _check_eager(model: PreTrainedModel, support: Support) -> None:
     """RecipeError for Transformers' own attention on a model in which it does not tell packed
     documents apart by their positions.
     """
-    if support.packs_eager:
+    if support.packs_eager or support.state == "padded":
         return
     layers = "layers"
     if support.recurrent:

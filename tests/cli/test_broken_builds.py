@@ -212,14 +212,14 @@ def leave_partial_gradients_unadded() -> None:
 
 
 def forget_that_norms_have_partial_gradients() -> None:
-    original = tensor._ModelSharder.shard_module
+    original = tensor._ModelSharder.replicate_module
 
-    def shard_module(self, module):
+    def replicate_module(self, module):
         original(self, module)
         if isinstance(module, FusedNorm):
             self.partial.discard(module.weight)
 
-    tensor._ModelSharder.shard_module = shard_module
+    tensor._ModelSharder.replicate_module = replicate_module
 
 
 def count_whole_parameters_once_a_rank() -> None:

@@ -156,6 +156,5 @@ def test_a_missing_package_and_a_cache_that_cannot_be_written(
     with pytest.raises(MachineError, match="gguf is not installed") as caught:
         fetch.fetch(Model(name=str(file)))
     assert (
-        caught.value.fix
-        == "pip install 'gguf>=0.17.1', or take the Hub's safetensors of this model"
+        caught.value.fix == "pip install 'gguf>=0.19', or take the Hub's safetensors of this model"
     )

@@ -323,7 +323,7 @@ def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
             tmp_path,
             total_steps=1,
             steps_per_epoch=1,
-            log=LogFile(tmp_path / "log.txt"),
+            log_file=LogFile(tmp_path / "log.txt"),
         )
         return [type(s).__name__ for s in sinks.all]
 
@@ -350,7 +350,7 @@ def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
         tmp_path,
         total_steps=1,
         steps_per_epoch=1,
-        log=LogFile(tmp_path / "log.txt"),
+        log_file=LogFile(tmp_path / "log.txt"),
         stream=io.StringIO(),
     )
     sinks.open(elsewhere, 0)

@@ -361,4 +361,4 @@ def test_no_jump_is_told_where_there_is_none(tiny: Path, tmp_path: Path, shown: 
         for line in "\n".join(lines).splitlines()
         if "learning rate jumps" in line or line.startswith("train.duration: 8")
     ]
-    assert f"resuming from step 3 of 8, {tmp_path / 'stopped' / 'run' / 'checkpoint-3'}" in shown
+    assert f"resuming from step 3 of 8, {tmp_path / 'stopped' / 'run' / 'checkpoint-3'}" in lines

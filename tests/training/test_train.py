@@ -92,7 +92,7 @@ def test_metrics_read_one_step_later_are_the_same(
         Path(run.output_dir),
         total_steps=11,
         steps_per_epoch=6,
-        log=LogFile(tmp_path / "log.txt"),
+        log_file=LogFile(tmp_path / "log.txt"),
     )
     sinks.open(run, 0)
     flushed: list[tuple[int, int]] = []

@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from tunesmith.errors import ModelError
 from tunesmith.model.composite import COMPOSITES, STORED_PREFIXES, is_stored_text_name
@@ -23,20 +21,25 @@ from tunesmith.model.names import Pieces, assign_names, composite_of
 from tunesmith.model.safetensors_files import INDEX, SINGLE, read_headers, read_json
 from tunesmith.model.save_tensors import Source, TensorPart
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # slow, and a plan needs none
+
 CONFIG = "config.json"
 # How images become inputs.
 PROCESSORS = "*processor_config.json"
 
 
-def is_stored_otherwise(model: PreTrainedModel) -> bool:
+def is_stored_otherwise(model: "PreTrainedModel") -> bool:
     """Whether a model's base may hold other tensors than the model has."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     # Old names of norms, which every model has a rule for, are not written.
     has_rules = bool(get_model_conversion_mapping(model, add_legacy=False))
     return has_rules or composite_of(model.config) is not None
 
 
 def in_stored_form(
-    model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path | None = None
+    model: "PreTrainedModel", tensors: Mapping[str, Tensor], folder: Path | None = None
 ) -> dict[str, Source]:
     """The tensors of a model as its base stores them.
 
@@ -110,7 +113,7 @@ def _stored_like(name: str, stored_names: list[str]) -> str:
     return name
 
 
-def write_model_config(model: PreTrainedModel, folder: Path) -> None:
+def write_model_config(model: "PreTrainedModel", folder: Path) -> None:
     """Write config.json; of a model that is part of a larger one that of the whole, and what else
     the whole needs.
 
@@ -132,7 +135,7 @@ def write_model_config(model: PreTrainedModel, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _updated(config: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+def _updated(config: Mapping[str, Any], model: "PreTrainedModel") -> dict[str, Any]:
     """The whole model's config with what training changed."""
     dtype = str(model.config.dtype).removeprefix("torch.")
     changed = dict(config)

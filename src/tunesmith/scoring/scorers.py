@@ -21,6 +21,7 @@ from typing import Any
 import regex
 
 from tunesmith.errors import DataError, RunError, UsageError
+from tunesmith.host.shell import shell_path
 from tunesmith.scoring import text
 from tunesmith.scoring.json_fields import equal_fields, fits, parse_strict, schema_validator
 from tunesmith.scoring.tool_calls import CallReader, call_score
@@ -308,13 +309,14 @@ def _run_module(path: Path, where: str) -> ModuleType:
     # Data classes of the file look their module up.
     sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
+        # Compiled here: the import system would leave a folder of bytecode beside the file.
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         raise UsageError(
             f"{path.name} cannot be loaded",
             where=where,
             why=reason,
-            fix=f"run it alone to see where: python {path}",
+            fix=f"run it alone to see where: python {shell_path(path)}",
         ) from error
     return module
