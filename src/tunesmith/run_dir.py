@@ -376,11 +376,11 @@ def read_profile(path: Path) -> dict[str, Any]:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """What an `eval --score` of a run says, without the scores of single rows.
+    """What an `eval --score` or `--tasks` of a run says, without the scores of single rows.
 
-    `data`, `rows`, `row_hash`, `step` and `seen` (each or None), `losses` by model, and `scores`:
-    by scorer, of `base`, `tuned` and `difference` those that are there as [mean, low, high], and
-    `verdict`.
+    `data`, `rows`, `row_hash`, `step` and `seen` (each or None), `losses` by model (None of a task,
+    which has none), and `scores`: by scorer, of `base`, `tuned` and `difference` those that are
+    there as [mean, low, high], and `verdict`.
     OSError or ValueError where it is damaged.
     """
     values = read_object(path)
@@ -401,12 +401,18 @@ def read_scores(path: Path) -> dict[str, Any]:
             raise ValueError(f"the scores of {scorer:.80} lack an interval or a verdict")
         scores[scorer] = {**intervals, "verdict": verdict}
     kept = {name: values.get(name) for name in ("data", "rows", "row_hash", "step", "seen")}
-    losses = {name: loss for name, loss in values["losses"].items() if is_number(loss)}
+    losses = values.get("losses")
+    if losses is not None:
+        losses = {name: loss for name, loss in losses.items() if is_number(loss)}
     return {**kept, "losses": losses, "scores": scores}
 
 
 def _is_interval(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
+
+
+def _are_losses(value: Any) -> bool:
+    return value is None or is_mapping(value)
 
 
 def _are_scores(value: Any) -> bool:
@@ -417,7 +423,7 @@ _SCORES: Shape = {
     "data": is_text,
     "rows": is_count,
     "row_hash": is_text,
-    "losses": is_mapping,
+    "losses": _are_losses,
     "scores": _are_scores,
 }
 

@@ -133,6 +133,8 @@ def test_pairs_count_and_not_the_two_means() -> None:
     hard = [1.0] * 50 + [0.0] * 50
     more = [1.0] * 62 + [0.0] * 38
     assert "better" in difference_sentence("exact", paired_intervals(hard, more), 100)
+    lower = difference_sentence("ter", paired_intervals(hard, more), 100, higher_is_better=False)
+    assert "worse" in lower
     turned = more[::-1]
     assert "not told apart" in difference_sentence("exact", paired_intervals(hard, turned), 100)
     assert isinstance(mean_interval(hard), Interval)

@@ -6,6 +6,7 @@ example:
   tunesmith eval runs/my-run --data calls.jsonl --score tool-call --max-new-tokens 128
   tunesmith eval runs/my-run --data held-out.jsonl --score my_scorer.py:function
   tunesmith eval runs/my-run --data held-out.csv --columns prompt=question,completion=answer
+  tunesmith eval runs/my-run --tasks gsm8k,ifeval --limit 200
   tunesmith eval runs/my-run --no-base --json
 
 Loss, perplexity and token accuracy are over the supervised tokens, given all true tokens before,
@@ -21,6 +22,9 @@ better than base, worse, or not told apart by so few rows:
   rouge-l    longest common word sequence        tool-call  names and arguments of the calls
 
 Answers are kept in evals/ of the run (or --output): a killed eval goes on where it was.
+
+--tasks takes benchmarks of lm-evaluation-harness in place of rows: its names, YAML files of your
+own, or folders of these. Prompts go through the run's chat template where it was trained with one.
 docs/evaluate.md says how many rows it takes.
 """
 
@@ -29,6 +33,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +51,38 @@ from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
     from tunesmith.inference.evaluate import EvalResult, Evaluation
+    from tunesmith.inference.harness import TaskEvaluation, TaskMetric
     from tunesmith.inference.score_rows import RowScores
+
+
+MAX_NEW_TOKENS = 256
+FOR_TASKS = ("tasks", "limit", "chat_template")
+# What rows of one's own take, with its value where it is not given.
+FOR_ROWS: dict[str, Any] = {
+    "data": None,
+    "split": None,
+    "max_examples": None,
+    "exact_match": False,
+    "scorers": [],
+    "output": None,
+    "fresh": False,
+    "max_new_tokens": MAX_NEW_TOKENS,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "seed": 0,
+    "format_name": "auto",
+    "columns": [],
+}
+_OPTIONS = {"scorers": "--score", "format_name": "--format"}
+
+
+def task_names(text: str) -> list[str]:
+    """`gsm8k,my_tasks/` as a list."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
+    return names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +115,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="for --score: put earlier answers aside, answer again"
     )
-    add_decoding(parser, max_new_tokens=256)
+    tasks = "benchmarks of lm-evaluation-harness: names, .yaml files, folders/; may be repeated"
+    parser.add_argument(
+        "--tasks", type=task_names, action="extend", default=[], metavar="NAME,...", help=tasks
+    )
+    parser.add_argument(
+        "--limit", type=whole_number, metavar="N", help="for --tasks: the first N rows of each"
+    )
+    through = "for --tasks: prompts go through the run's template (default: as it was trained)"
+    parser.add_argument("--chat-template", action=argparse.BooleanOptionalAction, help=through)
+    add_decoding(parser, max_new_tokens=MAX_NEW_TOKENS)
     add_rows(parser, batch_size="rows answered at once")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -89,6 +134,10 @@ def run(args: argparse.Namespace) -> None:
 
     # A wrong path is reported before torch is imported.
     locate_run(args.run)
+    if args.tasks:
+        run_tasks(args)
+        return
+    check_rows_not_tasks(args)
     from tunesmith.inference.evaluate import evaluate
 
     if args.data is None:
@@ -96,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
     check_answer_options(args)
     decoding = decoding_of(args)
     options = vars(args) | {"columns": dict(args.columns) or None, "decoding": decoding}
-    for name in ("run", "data", "json", "temperature", "top_p", "top_k", "seed"):
+    for name in ("run", "data", "json", "temperature", "top_p", "top_k", "seed", *FOR_TASKS):
         del options[name]
     with ProgressCounter() as progress, fixes_as_options():
         result = evaluate(args.run, args.data, progress=progress, **options)
@@ -113,6 +162,103 @@ def run(args: argparse.Namespace) -> None:
         print_row_scores(result.by_scorer)
     for note in notes_on(result):
         notify(note)
+
+
+def check_rows_not_tasks(args: argparse.Namespace) -> None:
+    """UsageError for options of --tasks, without it."""
+    for name in ("limit", "chat_template"):
+        if vars(args)[name] is not None:
+            option = "--" + name.replace("_", "-")
+            fix = "add --tasks NAME"
+            if name == "limit":
+                fix += "; the first rows of --data are --max-examples N"
+            raise UsageError(f"{option} is for --tasks", where=option, fix=fix)
+
+
+def check_tasks_not_rows(args: argparse.Namespace) -> None:
+    """UsageError for options of rows, beside --tasks: a task has rows, decoding and scores."""
+    for name, default in FOR_ROWS.items():
+        if vars(args)[name] == default:
+            continue
+        option = _OPTIONS.get(name, "--" + name.replace("_", "-"))
+        what = f"--tasks and {option} exclude each other"
+        why = "a task brings its own rows, decoding and metrics"
+        fix = f"leave out {option}, or make two commands of it"
+        if name == "max_examples":
+            fix = "the first rows of a task are --limit N"
+        raise UsageError(what, where=option, why=why, fix=fix)
+
+
+def run_tasks(args: argparse.Namespace) -> None:
+    """`eval --tasks`."""
+    check_tasks_not_rows(args)
+    from tunesmith.inference.harness import evaluate_tasks
+
+    # lm-eval and what a task brings print notes between, and stdout is for the result.
+    with redirect_stdout(sys.stderr):
+        result = evaluate_tasks(
+            args.run,
+            args.tasks,
+            limit=args.limit,
+            base=args.base,
+            batch_size=args.batch_size,
+            chat_template=args.chat_template,
+            device=args.device,
+        )
+    if args.json:
+        print(json.dumps(tasks_as_report(args, result), indent=2))
+        return
+    print_task_metrics(result.metrics)
+    prompts = "as they stand"
+    if result.chat_template:
+        prompts = "through the run's chat template"
+    notify(f"lm-eval {result.lm_eval}; prompts {prompts}")
+    for file in result.files:
+        notify(f"scores: {file}")
+
+
+def tasks_as_report(args: argparse.Namespace, result: "TaskEvaluation") -> dict[str, Any]:
+    """What --json prints."""
+    from tunesmith.inference.harness import values_as_json
+
+    tasks: dict[str, dict[str, Any]] = {}
+    for metric in result.metrics:
+        tasks.setdefault(metric.task, {})[metric.name] = values_as_json(metric)
+    return {
+        "run": args.run,
+        "lm_eval": result.lm_eval,
+        "limit": args.limit,
+        "chat_template": result.chat_template,
+        "files": [str(file) for file in result.files],
+        "tasks": tasks,
+    }
+
+
+def print_task_metrics(metrics: "Sequence[TaskMetric]") -> None:
+    """A table with a row for each metric, and the sentences."""
+    from rich.console import Console
+    from rich.table import Table
+
+    models = list(metrics[0].values) if metrics else []
+    table = Table("task", "metric", "rows", *models, caption="in brackets: 95 % intervals")
+    for metric in metrics:
+        cells = [metric_text(metric, model) for model in models]
+        table.add_row(metric.task, metric.name, str(metric.rows), *cells)
+    Console().print(table)
+    for metric in metrics:
+        if metric.row_scores is not None and metric.row_scores.verdict:
+            print(metric.row_scores.verdict)
+
+
+def metric_text(metric: "TaskMetric", model: str) -> str:
+    """`62.0% (52.1 to 71.3)` of the mean of shares, `12.3 (11.9 to 12.7)` of anything else."""
+    value = metric.values[model].value
+    interval = metric.interval(model)
+    if interval is None:
+        return f"{value:.4g}"
+    if metric.row_scores is not None:
+        return f"{value:.1%} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+    return f"{value:.4g} ({interval.low:.4g} to {interval.high:.4g})"
 
 
 def as_report(run_name: str, result: "Evaluation") -> dict[str, Any]:

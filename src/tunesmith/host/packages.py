@@ -76,11 +76,14 @@ def check_versions() -> None:
             )
 
 
-def require(package: str, *, where: str, fix: str) -> None:
-    """MachineError unless `package` is installed; it is not imported. `fix` is another way out."""
+def require(package: str, *, where: str, fix: str, module: str = "") -> None:
+    """MachineError unless `package` is installed; it is not imported. `fix` is another way out.
+
+    `module` is what it is imported as, where that is another name.
+    """
     from importlib.util import find_spec
 
-    if find_spec(package) is None:
+    if find_spec(module or package) is None:
         fix = f"{pip_install(package)}, or {fix}"
         raise MachineError(f"{package} is not installed", where=where, fix=fix)
 

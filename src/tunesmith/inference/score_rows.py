@@ -304,18 +304,22 @@ def score_rows(rows: EvalRows, scorers: Sequence[Scorer], file: AnswersFile) -> 
             for answer, row in zip(answers, rows.scored, strict=True):
                 text = answer.raw_answer if scorer.raw else answer.answer
                 scores[model].append(score_answer(scorer, text, row))
-        results.append(_row_scores(scorer.name, scores))
+        results.append(summarize_rows(scorer.name, scores))
     return results
 
 
-def _row_scores(name: str, scores: dict[str, list[float]]) -> RowScores:
+def summarize_rows(
+    name: str, scores: dict[str, list[float]], *, higher_is_better: bool = True
+) -> RowScores:
+    """Means and intervals of each model's scores; of base and tuned with the sentence."""
     count = len(next(iter(scores.values())))
     if not {"base", "tuned"} <= scores.keys():
         models = {model: mean_interval(values) for model, values in scores.items()}
         return RowScores(name, count, models, None, "", scores)
     paired = paired_intervals(scores["base"], scores["tuned"])
     models = {"base": paired.base, "tuned": paired.tuned}
-    return RowScores(name, count, models, paired, difference_sentence(name, paired, count), scores)
+    verdict = difference_sentence(name, paired, count, higher_is_better=higher_is_better)
+    return RowScores(name, count, models, paired, verdict, scores)
 
 
 def scores_path(answers: Path) -> Path:
@@ -327,13 +331,6 @@ def write_scores(
     path: Path, header: AnswersHeader, rows: EvalRows, results: Sequence[RowScores], about: Any
 ) -> None:
     """Write the scores, for `report` and for other tools; MachineError where that fails."""
-    scores = {}
-    for result in results:
-        values: dict[str, Any] = {model: list(span) for model, span in result.models.items()}
-        if result.paired is not None:
-            values["difference"] = list(result.paired.difference)
-            values["differing"] = result.paired.differing
-        scores[result.name] = values | {"verdict": result.verdict, "by_row": result.scores}
     content = {
         "tunesmith": "eval scores",
         "data": header.data,
@@ -343,16 +340,31 @@ def write_scores(
         ).hexdigest(),
         "decoding": Decoding(**header.decoding).describe(),
         **about,
-        "scores": scores,
+        "scores": {result.name: saved_scores(result) for result in results},
     }
+    save_scores(path, content, fix="start the same command again when it can: the answers are kept")
+
+
+def saved_scores(result: RowScores) -> dict[str, Any]:
+    """One of the `scores` of a file of scores, as `run_dir.read_scores` reads it."""
+    values: dict[str, Any] = {model: list(span) for model, span in result.models.items()}
+    if result.paired is not None:
+        values["difference"] = list(result.paired.difference)
+        values["differing"] = result.paired.differing
+    return values | {"verdict": result.verdict, "by_row": result.scores}
+
+
+def save_scores(path: Path, content: dict[str, Any], *, fix: str) -> None:
+    """Write a file of scores; MachineError where that fails."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content) + "\n")
     except OSError as error:
         raise MachineError(
             "the scores cannot be written",
             where=str(path),
             why=error.strerror or str(error),
-            fix="start the same command again when it can: the answers are kept",
+            fix=fix,
         ) from error
 
 

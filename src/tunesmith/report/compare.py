@@ -166,7 +166,9 @@ def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]
     for index, run in enumerate(runs):
         for result in run.files.evals:
             about = f"{result['data']}, {result['rows']} rows"
-            cells = {"loss": _losses_text(result)}
+            cells = {}
+            if result["losses"] is not None:
+                cells["loss"] = _losses_text(result)
             for scorer, intervals in result["scores"].items():
                 cells[scorer] = _scores_text(intervals)
             for name, text in cells.items():

@@ -234,7 +234,7 @@ class RunFiles:
         samples: `{"step", "prompt", "answer", "expected"}`, in the order of the steps; step 0 is
             before training.
         failure, stopped: failure.json and stopped.json, None without one.
-        evals: what each `eval --score` said, as `read_scores` gives it.
+        evals: what each `eval --score` or `--tasks` said, as `read_scores` gives it.
         state: running | finished | stopped | failed | killed.
         revision: goes up when the recipe or the samples change.
         log_tail, warnings: the last lines of log.txt; the newest warnings of all of it, each once.

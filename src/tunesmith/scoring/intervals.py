@@ -103,7 +103,9 @@ def expanded_tail(count: int) -> float:
     return normal.cdf(-t * math.sqrt(count / freedom))
 
 
-def difference_sentence(name: str, intervals: PairedIntervals, rows: int) -> str:
+def difference_sentence(
+    name: str, intervals: PairedIntervals, rows: int, *, higher_is_better: bool = True
+) -> str:
     """One sentence: whether the tuned model is better, worse, or not told apart from its base."""
     difference = intervals.difference
     span = (
@@ -113,7 +115,8 @@ def difference_sentence(name: str, intervals: PairedIntervals, rows: int) -> str
     noun = "row" if rows == 1 else "rows"
     is_apart = difference.low > 0 or difference.high < 0
     if is_apart and intervals.differing >= MIN_DIFFERING:
-        direction = "better" if difference.mean > 0 else "worse"
+        is_better = (difference.mean > 0) == higher_is_better
+        direction = "better" if is_better else "worse"
         return f"{name}: tuned is {direction} than base on these {rows} {noun} ({span})"
     reason = ""
     if is_apart:

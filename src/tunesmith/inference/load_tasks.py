@@ -1,0 +1,185 @@
+"""Find and load tasks of lm-evaluation-harness, with their rows, before any model is loaded."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.distributed.ranks import started_as
+from tunesmith.errors import DataError, MachineError, UsageError, first_line
+from tunesmith.host.packages import pip_install, require
+
+WHERE = "--tasks"
+_YAML = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks with their rows.
+
+    Attributes:
+        items: what lm-eval's `simple_evaluate` takes: its tasks, and its groups of tasks.
+        names: of these.
+    """
+
+    manager: Any
+    items: list[Any]
+    names: list[str]
+
+
+def load_tasks(specs: Sequence[str]) -> LoadedTasks:
+    """The tasks that `specs` name, with their rows; lm-eval reads and downloads these itself.
+
+    Raises: as `evaluate_tasks`.
+    """
+    if started_as() is not None:
+        what = "eval --tasks runs in one process"
+        raise UsageError(what, where=WHERE, fix="start it without torchrun")
+    require("lm-eval", module="lm_eval", where=WHERE, fix="score rows of your own with --data")
+    folders = []
+    for spec in specs:
+        if _is_path(spec):
+            if not Path(spec).exists():
+                fix = "give the path of a task's YAML file, or of a folder of them"
+                raise UsageError(f"there is no {spec}", where=f"{WHERE} {spec}", fix=fix)
+            if Path(spec).is_dir():
+                folders.append(spec)
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise _missing_package("lm-eval", error) from error
+    # To look through lm-eval's own 14,000 takes seconds.
+    manager = TaskManager(include_path=folders, include_defaults=_needs_own_tasks(specs))
+    names: list[str] = []
+    for spec in specs:
+        names += _names_of(spec, manager)
+    items: dict[str, Any] = {}
+    children: set[str] = set()
+    for name in dict.fromkeys(names):
+        loaded = _load_task(name, manager)
+        for task_name, task in loaded["tasks"].items():
+            _check_task(task_name, task)
+        items |= loaded["groups"] | loaded["tasks"]
+        for group_children in loaded["group_map"].values():
+            children.update(group_children)
+    # A task that stands in a group too is scored once, with its group.
+    items = {name: item for name, item in items.items() if name not in children}
+    try:
+        manager.load(list(items.values()))
+    except ValueError as error:
+        fix = "name groups that have no task in common"
+        raise UsageError(
+            "two groups hold the same task", where=WHERE, why=first_line(error), fix=fix
+        ) from error
+    return LoadedTasks(manager, list(items.values()), list(items))
+
+
+def _is_path(spec: str) -> bool:
+    """Whether it is a file or a folder, there or not: a plain word is a task's name."""
+    return "/" in spec or spec.endswith(_YAML)
+
+
+def _needs_own_tasks(specs: Sequence[str]) -> bool:
+    """Whether tasks that come with lm-eval may be meant: by name, or by a group in a folder."""
+    for spec in specs:
+        if not _is_path(spec):
+            return True
+        path = Path(spec)
+        if path.is_dir() and any(map(_holds_group, path.glob("**/*.yaml"))):
+            return True
+    return False
+
+
+def _holds_group(file: Path) -> bool:
+    """Whether a YAML file is of a group of tasks, which may name tasks of other files."""
+    text = file.read_text(errors="replace")
+    return re.search(r"^group:", text, re.MULTILINE) is not None
+
+
+def _names_of(spec: str, manager: Any) -> list[str]:
+    """What lm-eval's `load` takes for one of the words of --tasks."""
+    if not _is_path(spec):
+        names = manager.match_tasks([spec])
+        if not names:
+            raise _unknown_task(spec, manager)
+        return list(names)
+    path = Path(spec)
+    if not path.is_dir():
+        if _holds_group(path):
+            what = f"{spec} is a group of tasks, and no task"
+            why = "lm-eval finds a group by its name, or with the files of its folder"
+            fix = f"give the folder: {path.parent}/"
+            raise UsageError(what, where=f"{WHERE} {spec}", why=why, fix=fix)
+        return [str(path)]
+    names = []
+    for name in (*manager.all_groups, *manager.all_subtasks):
+        file = manager.task_index[name].yaml_path
+        if file is not None and file.is_relative_to(path):
+            names.append(name)
+    if not names:
+        what = f"{spec} holds no task"
+        why = "no .yaml file in it has `task: NAME`"
+        fix = "give a folder of task files, or a name that `lm-eval ls tasks` prints"
+        raise UsageError(what, where=f"{WHERE} {spec}", why=why, fix=fix)
+    return names
+
+
+def _unknown_task(name: str, manager: Any) -> UsageError:
+    nearest = difflib.get_close_matches(name, manager.all_tasks, n=3)
+    fix = "`lm-eval ls tasks` prints all names"
+    if Path(name).is_dir():
+        fix = f"for the folder write {name}/"
+    elif nearest:
+        fix = f"did you mean {', '.join(nearest)}? {fix}"
+    return UsageError(f"there is no task {name}", where=f"{WHERE} {name}", fix=fix)
+
+
+def _load_task(name: str, manager: Any) -> dict[str, Any]:
+    """What lm-eval loads for a name: `tasks` and `groups` by name, and `group_map`, the children
+    of each group."""
+    where = f"{WHERE} {name}"
+    try:
+        loaded: dict[str, Any] = manager.load([name])
+    except ImportError as error:
+        raise _missing_package(name, error) from error
+    except (ConnectionError, FileNotFoundError) as error:
+        # A file that is not there, the Hub out of reach, a data set that it does not have.
+        fix = "with a network the rows are downloaded once; a YAML's own data_files are looked for "
+        fix += "from this folder"
+        what = f"the rows of the task {name} cannot be had"
+        raise DataError(what, where=where, why=first_line(error), fix=fix) from error
+    except Exception as error:
+        # A task may hold code of its own, which may raise anything.
+        what = f"the task {name} cannot be loaded"
+        why = f"{type(error).__name__}: {first_line(error)}"
+        fix = "mend its file, or leave it out"
+        raise UsageError(what, where=where, why=why, fix=fix) from error
+    return loaded
+
+
+def _check_task(name: str, task: Any) -> None:
+    """UsageError for a task that runs a model's code, or is not of text alone."""
+    why = ""
+    fix = "leave it out"
+    if getattr(task, "UNSAFE_CODE", False):
+        why = "it runs the code that the model writes, on this machine"
+        fix = "leave it out, or run it with lm_eval itself in a container"
+    elif getattr(task, "MULTIMODAL", False):
+        why = "its rows hold images or sounds"
+    if why:
+        raise UsageError(
+            f"the task {name} is not run here", where=f"{WHERE} {name}", why=why, fix=fix
+        )
+
+
+def _missing_package(name: str, error: ImportError) -> MachineError:
+    package = error.name or "the package"
+    return MachineError(
+        f"{name} needs a package that is not installed",
+        where=f"{WHERE} {name}",
+        why=first_line(error),
+        fix=f"{pip_install(package)}; for a task of lm-eval's own its extras too, such as "
+        "pip install 'lm-eval[ifeval]'",
+    )
