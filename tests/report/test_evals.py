@@ -123,3 +123,13 @@ def test_texts_of_an_eval_are_no_markup(tmp_path: Path) -> None:
     run.refresh()
     assert "<script>alert" not in render_report([run])
     assert "<script>alert" not in render_report([run], markdown=True)
+
+
+def test_a_benchmark_has_scores_and_no_line_of_losses(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", falling(3.0))
+    values = eval_scores(data="gsm8k")
+    del values["losses"]
+    write_eval(run.folder, values, "tasks-gsm8k")
+    assert run.refresh()
+    labels = [label for label, _ in eval_figures(summaries_of([run]))]
+    assert labels == ["eval: exact (gsm8k, 100 rows)"]
