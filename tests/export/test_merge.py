@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,16 @@ def test_a_failed_write_leaves_nothing(
     assert caught.value.where == f"--output {tmp_path / 'out'}"
     assert not (tmp_path / "out").exists()
     assert leftovers(tmp_path) == []
+
+
+def test_what_a_killed_merge_left_is_removed(run: Path, tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [f".out.{ended.pid}.part", f".out.{os.getppid()}.part", ".out.mine.part"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    merge(run, tmp_path / "out", device="cpu")
+    assert [(tmp_path / name).exists() for name in names] == [False, True, True]
 
 
 def test_force_replaces_an_earlier_merge_once_the_check_is_passed(

@@ -117,6 +117,7 @@ def merge(
     _check_output(goal, location, force=force)
     dtype = dtype or location.base.dtype
     _check_room(goal, location.base, dtype)
+    _remove_killed(goal)
     temporary = goal.with_name(f".{goal.name}.{os.getpid()}.part")
     had_bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
@@ -317,6 +318,20 @@ def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
         goal.rename(old)
     temporary.rename(goal)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_killed(goal: Path) -> None:
+    """Delete what merges to this place have left that were killed: as much as a model each."""
+    prefix = f".{goal.name}."
+    for folder in goal.parent.glob(".*.part"):
+        number = folder.name.removeprefix(prefix).removesuffix(".part")
+        if folder.name == f"{prefix}{number}.part" and number.isdigit():
+            try:
+                os.kill(int(number), 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+            except PermissionError:  # another user's, and alive
+                continue
 
 
 def _old(goal: Path) -> Path:

@@ -33,7 +33,8 @@ def write_gguf(
     `progress` gets the number of bytes written so far. An error leaves neither file; OSError where
     the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # The next one writes over what a killed one left.
+    temporary = path.with_name(f".{path.name}.partial")
     torch_threads = torch.get_num_threads()
     try:
         with temporary.open("wb") as file:
