@@ -21,7 +21,8 @@ from recipes import make_run
 from tunesmith.checkpoint import manifest, sharded
 from tunesmith.cli.main import main
 from tunesmith.errors import TunesmithError
-from tunesmith.inference.load_run import load_run
+from tunesmith.export.tuned_weights import open_tuned_model
+from tunesmith.inference.load_run import load_run, locate_run, read_run_files
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -115,6 +116,13 @@ def test_one_process_opens_and_exports_what_two_ranks_wrote(tiny, tmp_path, caps
     assert all(
         torch.equal(value, state_of[name]) for name, value in opened.model.state_dict().items()
     )
+    # As other formats read it, in rows
+    weights = open_tuned_model(read_run_files(locate_run(saved))).weights
+    assert weights.keys() == final.keys()
+    for name, tensor in final.items():
+        half = len(tensor) // 2
+        rows = [weights[name].rows(0, half), weights[name].rows(half, len(tensor))]
+        assert torch.equal(torch.cat(rows), tensor.float())
     assert main(["export", str(tmp_path / "run" / "final"), "--output", str(tmp_path / "no")]) == 2
     assert "needs no export" in capsys.readouterr().err
 
