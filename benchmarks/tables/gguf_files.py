@@ -61,7 +61,7 @@ def main() -> None:
     ids = tokenizer(options.rows.read_text(encoding="utf-8"))["input_ids"][: TOKENS + 1]
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
     places = range(TOKENS // POSITIONS - 1, TOKENS, TOKENS // POSITIONS)
     rows = []
     for quant in GGUF_QUANTS:
@@ -72,6 +72,8 @@ def main() -> None:
             served = server.log_probabilities(ids[: place + 1], expected.shape[1])
             if served is None:
                 continue
+            # The server rounds what it reports
+            served = served.double().log_softmax(-1)
             own = expected[place]
             loss -= float(served[ids[place + 1]])
             own_loss -= float(own[ids[place + 1]])
