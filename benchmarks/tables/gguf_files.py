@@ -66,20 +66,20 @@ def main() -> None:
     rows = []
     for quant in GGUF_QUANTS:
         file, seconds, peak = export(options.model, quant, options.dir)
-        server = LlamaCpp(file, threads=2, context=TOKENS + 16)
         loss = own_loss = kl = equal = count = 0.0
-        for place in places:
-            served = server.log_probabilities(ids[: place + 1], expected.shape[1])
-            if served is None:
-                continue
-            # The server rounds what it reports
-            served = served.double().log_softmax(-1)
-            own = expected[place]
-            loss -= float(served[ids[place + 1]])
-            own_loss -= float(own[ids[place + 1]])
-            kl += float((own.exp() * (own - served)).sum())
-            equal += float(own.argmax() == served.argmax())
-            count += 1
+        with LlamaCpp(file, threads=2, context=TOKENS + 16) as server:
+            for place in places:
+                served = server.log_probabilities(ids[: place + 1], expected.shape[1])
+                if served is None:
+                    continue
+                # The server rounds what it reports
+                served = served.double().log_softmax(-1)
+                own = expected[place]
+                loss -= float(served[ids[place + 1]])
+                own_loss -= float(own[ids[place + 1]])
+                kl += float((own.exp() * (own - served)).sum())
+                equal += float(own.argmax() == served.argmax())
+                count += 1
         row = {
             "quant": quant,
             "mb": round(file.stat().st_size / 1e6, 1),

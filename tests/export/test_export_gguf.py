@@ -106,8 +106,8 @@ def test_a_folder_for_ollama(run: Path, tmp_path: Path) -> None:
     assert template.endswith(CHATML)
     # Ollama keeps a template that is 100 edits or more from each of its own
     assert len(template) - len(CHATML) > 100
-    server = LlamaCpp(Path(exported.file))
-    rendered = server.post("/apply-template", {"messages": [{"role": "user", "content": "hi"}]})
+    with LlamaCpp(Path(exported.file)) as server:
+        rendered = server.post("/apply-template", {"messages": [{"role": "user", "content": "hi"}]})
     assert rendered["prompt"] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -115,10 +115,11 @@ def test_an_adapter_beside_its_base(run: Path, base: Path, tmp_path: Path) -> No
     export_gguf(base, tmp_path / "base.gguf", quant="f16", device="cpu")
     export_adapter(run, tmp_path / "adapter.gguf")
     export_gguf(run, tmp_path / "merged.gguf", quant="f16", device="cpu")
-    beside = LlamaCpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
-    merged = LlamaCpp(tmp_path / "merged.gguf")
     ids = [5, 9, 200, 31, 77]
-    one, other = (server.log_probabilities(ids, 600) for server in (beside, merged))
+    with LlamaCpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf") as server:
+        one = server.log_probabilities(ids, 600)
+    with LlamaCpp(tmp_path / "merged.gguf") as server:
+        other = server.log_probabilities(ids, 600)
     assert one is not None
     assert other is not None
     assert (one - other).abs().max() < 0.02

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from time import monotonic
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -19,6 +23,7 @@ from export.tiny_gguf import (
     structure_of,
     write_model,
 )
+from tunesmith.errors import CheckpointError
 from tunesmith.export.gguf.adapter import plan_adapter
 from tunesmith.export.gguf.llama_cpp import UNREPORTED, LlamaCpp
 from tunesmith.export.gguf.plan import TensorRows
@@ -62,18 +67,18 @@ NOISE = 0.02
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(variant: str, tokenizer, tmp_path: Path) -> None:
     model = random_model(variant)
-    server = LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer))
-    # Of longrope llama.cpp takes the long factors, as its context is larger than the original one;
-    # Transformers takes them for a long text.
-    first = 70 if variant == "phi3-long" else 4
-    assert largest_difference(server, model, first) < NOISE
+    with LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer)) as server:
+        # Of longrope llama.cpp takes the long factors, as its context is larger than the original one;
+        # Transformers takes them for a long text.
+        first = 70 if variant == "phi3-long" else 4
+        assert largest_difference(server, model, first) < NOISE
 
 
 @pytest.mark.parametrize("quant", ["f16", "bf16", "q8_0"])
 def test_small_types_are_near(quant: str, tokenizer, tmp_path: Path) -> None:
     model = random_model("llama", hidden_size=256)
-    server = LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer, quant))
-    assert largest_difference(server, model) < 0.3
+    with LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer, quant)) as server:
+        assert largest_difference(server, model) < 0.3
 
 
 def other_ids(tokenizer, server: LlamaCpp) -> dict[str, tuple[list[int], list[int]]]:
@@ -94,24 +99,24 @@ def test_ids_are_those_of_the_tokenizer(row: dict, tmp_path: Path) -> None:
         [AddedToken("<order>", special=False), AddedToken("<|im_end|>", special=True)]
     )
     model = random_model("llama", num_hidden_layers=1)
-    server = LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer))
-    differences = other_ids(tokenizer, server)
-    if row["pre"] in TABLE["notes"]:
-        assert differences.keys() == {"नमस्ते दुनिया"}, (
-            "letters with combining marks, as the note says"
-        )
-    else:
-        assert differences == {}
-    for text in ("a<order>b <order> c", "hi<|im_end|>\nyou"):
-        assert server.ids(text) == tokenizer.encode(text)
+    with LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer)) as server:
+        differences = other_ids(tokenizer, server)
+        if row["pre"] in TABLE["notes"]:
+            assert differences.keys() == {"नमस्ते दुनिया"}, (
+                "letters with combining marks, as the note says"
+            )
+        else:
+            assert differences == {}
+        for text in ("a<order>b <order> c", "hi<|im_end|>\nyou"):
+            assert server.ids(text) == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("prepend", [True, False])
 def test_ids_of_sentencepiece_are_those_of_the_tokenizer(prepend: bool, tmp_path: Path) -> None:
     tokenizer = sentencepiece(prepend)
     model = random_model("llama", num_hidden_layers=1)
-    server = LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer))
-    assert other_ids(tokenizer, server) == {}
+    with LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer)) as server:
+        assert other_ids(tokenizer, server) == {}
 
 
 def test_space_after_special_tokens_is_dropped_as_phi_3_does(tmp_path: Path) -> None:
@@ -121,9 +126,13 @@ def test_space_after_special_tokens_is_dropped_as_phi_3_does(tmp_path: Path) -> 
     turns = [AddedToken(text, rstrip=True, special=True) for text in ("<|user|>", "<|end|>")]
     tokenizer.add_tokens(turns)
     model = random_model("phi3", num_hidden_layers=1)
-    server = LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer))
-    for text in ("<|user|>\nhello<|end|>\n", "<|user|> \n hello <|end|>x", "<|endoftext|> hello"):
-        assert server.ids(text) == tokenizer.encode(text), text
+    with LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer)) as server:
+        for text in (
+            "<|user|>\nhello<|end|>\n",
+            "<|user|> \n hello <|end|>x",
+            "<|endoftext|> hello",
+        ):
+            assert server.ids(text) == tokenizer.encode(text), text
 
 
 @pytest.mark.parametrize(("variant", "rslora"), [("llama", True), ("llama", False), ("phi3", True)])
@@ -142,6 +151,50 @@ def test_an_adapter_gives_the_logits_of_peft(variant, rslora, tokenizer, tmp_pat
     }
     plan = plan_adapter(model.config.to_dict(), config.to_dict(), rows, name="tiny")
     write_gguf(plan, tmp_path / "adapter.gguf")
-    server = LlamaCpp(base, tmp_path / "adapter.gguf")
-    assert largest_difference(server, tuned) < NOISE
-    assert largest_difference(LlamaCpp(base), tuned) > 10 * NOISE, "the adapter shows"
+    with LlamaCpp(base, tmp_path / "adapter.gguf") as server:
+        assert largest_difference(server, tuned) < NOISE
+    with LlamaCpp(base) as server:
+        assert largest_difference(server, tuned) > 10 * NOISE, "the adapter shows"
+
+
+def test_no_end_of_a_server_waits_for_ever(tokenizer, tmp_path: Path) -> None:
+    """The destructor of xllamacpp's server did, once in a few times on a busy machine."""
+    file = write_model(tmp_path / "tiny.gguf", random_model("llama"), tokenizer)
+    began = monotonic()
+    for _ in range(20):
+        with LlamaCpp(file) as server:
+            assert server.ids("hello") == tokenizer.encode("hello")
+    assert monotonic() - began < 240
+
+
+def test_a_server_that_ends_is_an_error(tokenizer, tmp_path: Path) -> None:
+    file = write_model(tmp_path / "tiny.gguf", random_model("llama"), tokenizer)
+    with LlamaCpp(file) as server:
+        (child,) = psutil.Process().children()
+        child.kill()
+        child.wait()
+        with pytest.raises(CheckpointError, match=r"llama\.cpp gives no answer to /tokenize"):
+            server.ids("hello")
+
+
+def test_a_server_ends_with_its_parent(tokenizer, tmp_path: Path) -> None:
+    file = write_model(tmp_path / "tiny.gguf", random_model("llama"), tokenizer)
+    source = f"""
+import time
+from pathlib import Path
+from tunesmith.export.gguf.llama_cpp import LlamaCpp
+server = LlamaCpp(Path({str(file)!r}))
+print(server._process.pid, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    child.wait(60)
+
+
+def test_what_llama_cpp_cannot_open(tmp_path: Path) -> None:
+    (tmp_path / "torn.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(CheckpointError, match=r"llama\.cpp does not open the file"):
+        LlamaCpp(tmp_path / "torn.gguf")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.errors import CheckpointError, first_line
+from tunesmith.errors import CheckpointError
 from tunesmith.export.gguf.llama_cpp import CONTEXT, LlamaCpp
 from tunesmith.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.export.streamed_model import Values, streamed_logits
@@ -63,33 +63,25 @@ def check_file(
     CheckpointError where it does not open, or reads a text as other tokens: it would answer, and
     wrongly.
     """
-    try:
-        server = LlamaCpp(file, threads=threads)
-    except RuntimeError as error:
-        raise CheckpointError(
-            "llama.cpp does not open the file",
-            where=str(file),
-            why=first_line(error),
-            fix="serve the Transformers folder: tunesmith merge RUN",
-        ) from error
-    texts = _check_ids(server, tuned)
-    prompts, _ = probe_prompts(tuned.files)
     # An answer of the server needs a token before it.
+    prompts, _ = probe_prompts(tuned.files)
     places = [_places(len(prompt)) for prompt in prompts]
 
     def logits(model: TunedModel, values: Values) -> list[torch.Tensor]:
         whole = streamed_logits(model, prompts, values=values, dtype=torch.float32, device=device)
         return [part[where] for part, where in zip(whole, places, strict=True)]
 
-    expected = logits(tuned, "adapter")
     served = []
     compared = []
-    for prompt, where, reference in zip(prompts, places, expected, strict=True):
-        for position, row in zip(where, reference, strict=True):
-            values = server.log_probabilities(prompt[: position + 1], len(row))
-            if values is not None:
-                served.append(values.unsqueeze(0))
-                compared.append(row.unsqueeze(0))
+    with LlamaCpp(file, threads=threads) as server:
+        texts = _check_ids(server, tuned)
+        expected = logits(tuned, "adapter")
+        for prompt, where, reference in zip(prompts, places, expected, strict=True):
+            for position, row in zip(where, reference, strict=True):
+                values = server.log_probabilities(prompt[: position + 1], len(row))
+                if values is not None:
+                    served.append(values.unsqueeze(0))
+                    compared.append(row.unsqueeze(0))
     against_base = compare_logits(expected, logits(*base)) if base else None
     return FileCheck(len(texts), compare_logits(compared, served), against_base, len(served))
 

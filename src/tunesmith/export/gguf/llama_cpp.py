@@ -1,17 +1,24 @@
-"""llama.cpp's server in this process, from the wheel xllamacpp, and what it says of a GGUF file."""
+"""llama.cpp's server in a process beside this one, and what it says of a GGUF file."""
 
 import json
+import select
+import subprocess
+import sys
+import tempfile
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from tunesmith.errors import CheckpointError
+
 CONTEXT = 256  # tokens; the prompts of the check are shorter
-SECONDS = 600  # of an answer: a large model on a busy machine
+SECONDS = 600  # to open a file, and of an answer: a large model on a busy machine
 # Of a token that the server did not report: less likely than all that it did.
 UNREPORTED = -50.0
 
@@ -21,7 +28,10 @@ def has_llama_cpp() -> bool:
 
 
 class LlamaCpp:
-    """A GGUF file, and an adapter's beside it, served on a free local port until it is dropped."""
+    """A GGUF file, and an adapter's beside it, served on a free local port within a `with`.
+
+    CheckpointError where llama.cpp does not open it.
+    """
 
     def __init__(
         self,
@@ -31,28 +41,79 @@ class LlamaCpp:
         threads: int = 1,
         context: int = CONTEXT,
     ) -> None:
-        import xllamacpp
+        options = {
+            "file": str(file),
+            "adapter": str(adapter) if adapter else None,
+            "threads": threads,
+            "context": context,
+        }
+        self._file = file
+        command = [sys.executable, "-m", "tunesmith.export.gguf.serve", json.dumps(options)]
+        # A file rather than a pipe: llama.cpp would wait for ever at a full one that nobody reads.
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+        )
+        try:
+            self._address = self._wait_for_address()
+        except BaseException:
+            self.close()
+            raise
 
-        params = xllamacpp.CommonParams()
-        params.model.path = str(file)
-        params.n_gpu_layers = 0
-        params.n_parallel = 1
-        params.n_ctx = context
-        params.warmup = False
-        params.cpuparams.n_threads = threads
-        params.port = 0
-        params.verbosity = 0
-        if adapter is not None:
-            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        self._server = xllamacpp.Server(params)
+    def _wait_for_address(self) -> str:
+        assert self._process.stdout is not None
+        readable, _, _ = select.select([self._process.stdout], [], [], SECONDS)
+        address = self._process.stdout.readline().decode().strip() if readable else ""
+        if address:
+            return address
+        late = f"it is not ready after {SECONDS} seconds"
+        why = self._last_message() or "its process ended"
+        raise CheckpointError(
+            "llama.cpp does not open the file",
+            where=str(self._file),
+            why=why if readable else late,
+            fix="serve the Transformers folder: tunesmith merge RUN",
+        )
+
+    def _last_message(self) -> str:
+        self._messages.seek(0)
+        text = self._messages.read().decode(errors="replace").strip()
+        return text.split("\n")[-1]
+
+    def close(self) -> None:
+        """End the process. It is killed: see `serve.py` for what its own end may do."""
+        self._process.kill()
+        self._process.communicate()
+        self._messages.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The answer to a request of llama.cpp's server."""
-        address = self._server.listening_address + path
+        """The answer to a request of llama.cpp's server.
+
+        CheckpointError where it ends meanwhile, as it does where memory runs short.
+        """
+        address = self._address + path
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+                return json.load(answer)
+        except (OSError, HTTPException) as error:
+            raise CheckpointError(
+                f"llama.cpp gives no answer to {path}",
+                where=str(self._file),
+                why=self._last_message() or str(error),
+                fix="free memory and try again, or serve the Transformers folder: "
+                "tunesmith merge RUN",
+            ) from error
 
     def ids(self, text: str, *, add_special: bool = True) -> list[int]:
         """The token ids of a text, special tokens in it among them."""

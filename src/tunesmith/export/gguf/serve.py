@@ -1,0 +1,46 @@
+"""The process that serves a GGUF file: llama.cpp's server, from the wheel xllamacpp.
+
+It is a process of its own since the server's end waits for ever now and then, most often on a busy
+machine: its loop is told to stop while it goes to sleep, and misses it (xllamacpp 2026.10). A
+process needs no such end, and a fault of llama.cpp in it is an error here rather than the end of
+`tunesmith`. No torch is imported: it starts in a tenth of a second.
+"""
+
+import json
+import os
+import sys
+
+import xllamacpp
+
+
+def serve_file() -> None:
+    """Serve until standard input ends, as it does where the parent is killed.
+
+    The only argument is JSON: the parameters of `LlamaCpp`. The address is the one line of standard
+    output; why the file does not open is the last one of standard error.
+    """
+    options = json.loads(sys.argv[1])
+    params = xllamacpp.CommonParams()
+    params.model.path = options["file"]
+    params.n_gpu_layers = 0
+    params.n_parallel = 1
+    params.n_ctx = options["context"]
+    params.warmup = False
+    params.cpuparams.n_threads = options["threads"]
+    params.port = 0  # any that is free
+    params.verbosity = 0
+    if options["adapter"] is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(options["adapter"], 1.0)]
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+    # Past the server's destructor, which is what may wait for ever
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve_file()
