@@ -41,10 +41,13 @@ def pack_logs(folder: Path, prefix: str) -> bytes:
     files = [file for file in folder.rglob("*") if file.is_file()]
     files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
     packed = io.BytesIO()
+    # The archive is made in memory: its bytes become one value of the store.
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for file in files:
             tail = file.read_bytes()[-FILE_TAIL:].decode(errors="replace")
             text = mask(tail).encode()
+            # Names begin with the node, so that files of two nodes do not meet in the joined
+            # archive.
             member = tarfile.TarInfo(f"{prefix}/{file.relative_to(folder)}")
             member.size = len(text)
             member.mtime = file.stat().st_mtime
@@ -70,6 +73,7 @@ def collect_logs(
         A line for the terminal; empty on others.
     """
     archive_here = pack_logs(folder, name)
+    # The other nodes cannot know each other's numbers: `add` gives each the next free one.
     if target is None:
         number = store.add("debug", 1)
         store.set(f"debug/{number}", archive_here)  # type: ignore[arg-type]

@@ -76,6 +76,8 @@ def launch_on_swarm(
     inputs = recipe_inputs(run)
     for path in (out, *inputs):
         check_exposed(path)
+    # What the Docker daemon of this node says is needed only where there is one: `--render` must
+    # work on a laptop without a swarm.
     if render and not in_swarm():
         stack = stack_without_swarm(out, hosts, nodes, restarts)
     else:
@@ -86,6 +88,8 @@ def launch_on_swarm(
         stack = replace(plan_stack(out, chosen, restarts), excluded=tuple(excluded))
     files: list[ShippedFile] = []
     mounts = []
+    # The name of an input in the stack is its content, so the place on the nodes is known before
+    # anything is sent.
     for path in inputs:
         place, inside = by_content(path)
         files += inside
@@ -96,6 +100,7 @@ def launch_on_swarm(
         return None
     addresses = ",".join(node.address for node in chosen)
     job = SwarmJob(stack.name, stack.run_dir, details={"hosts": addresses})
+    # Before the nodes are touched: a run that is at work would lose its files and service.
     job.check_ended()
     _prepare_nodes(run, job, chosen, files, stack.cache)
     # Swarm asks no registry for an id.
@@ -125,6 +130,7 @@ def _prepare_nodes(
 
 def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Path | None) -> None:
     """Have the swarm start the stack; where that fails nothing of it stays."""
+    # Even a start that is cut by ctrl-C leaves neither a service nor secrets behind.
     try:
         # What an earlier launch has left.
         job.clean()
@@ -180,6 +186,7 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
                 if mtu != "9000":
                     what = f"{name} on {look['host']} has not MTU 9000, and is slow"
                     log.warning(f"{what}: ip link set {name} mtu 9000")
+    # The address at which the other nodes reach this one; alone, the loopback is enough.
     address = route_to(nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
     # A port that is free now.
     with socket.socket(family_of(address)) as probe:

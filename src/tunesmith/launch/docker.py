@@ -85,6 +85,7 @@ class DockerJob(Job):
 
     def container(self) -> State | None:
         """What Docker says of it; None where it has none of that name."""
+        # Two words, so that one call answers both questions.
         form = "--format={{.State.Status}} {{.State.ExitCode}}"
         inspected = _docker("inspect", "--type=container", form, self.name, check=False)
         if inspected.returncode:
@@ -92,8 +93,11 @@ class DockerJob(Job):
         status, code = inspected.stdout.split()
         if status in ("exited", "dead"):
             return State("ended", f"exit code {code}")
+        # `docker create` was called and `docker start` was not yet.
         if status == "created":
             return State("waiting", "starts")
+        # Before the first step the run directory has no lock: the container alone shows that it
+        # runs.
         return State("running", "starts")
 
     def state(self) -> State:
@@ -155,6 +159,7 @@ def find_mounts(run: Run) -> list[Mount]:
     mounts = [Mount(folder, writable=True) for folder in [*folders, *caches().values()]]
     inputs = recipe_inputs(run)
     # A snapshot of the Hub's cache is links to files beside it.
+    # Mounting the snapshot alone would leave links that point nowhere in the container.
     for folder in filter(Path.is_dir, list(inputs)):
         for link in filter(Path.is_symlink, folder.rglob("*")):
             inputs.append(Path(os.path.abspath(link.parent / link.readlink())))
@@ -208,6 +213,7 @@ def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = Fal
     paths = {**caches(), "HF_TOKEN_PATH": Path(SECRETS, "HF_TOKEN")}
     words += [f"--env={name}={path}" for name, path in paths.items()]
     for name, value in sorted(os.environ.items()):
+        # The name of a variable or the form of its value may give a secret away.
         is_secret = is_secret_name(name) or mask(value) != value
         # Docker takes the value from its own environment: it is on no command line.
         if PASSED.fullmatch(name) and not is_secret:
@@ -250,6 +256,7 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
         raise UsageError(
             "a container trains in this run directory already", where=job.name, fix=fix
         )
+    # `docker create` would try to pull it from a registry.
     if _docker("image", "inspect", image, check=False).returncode:
         raise MachineError(
             f"there is no image {image} on this machine",
@@ -262,8 +269,11 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
         # Docker mounts only what is there.
         if mount.writable:
             mount.path.mkdir(parents=True, exist_ok=True)
+    # The ended container of an earlier start still has the name.
     if previous is not None:
         _docker("rm", job.name)
+    # The container keeps its mounts of these files after they are deleted; nothing stays on the
+    # disk.
     with _secret_files() as secrets:
         _docker("create", *create_words(job, image, [*mounts, *secrets], debug=debug))
         try:
@@ -292,6 +302,7 @@ def follow_container(job: DockerJob) -> int:
     # In a session of its own: ctrl-C comes to this process alone, and what the run prints while it
     # saves is still shown.
     subprocess.run(["docker", "logs", "--follow", job.name], start_new_session=True, check=False)
+    # `docker wait` prints the exit code of the container, also of one that has ended.
     code = int(_docker("wait", job.name).stdout)
     _docker("rm", job.name)
     # 128 and a signal's number: the container was killed.

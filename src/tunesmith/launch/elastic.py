@@ -104,6 +104,7 @@ def install_agent(store: "TCPStore", stop: ForwardStop, *, is_short: Callable[[]
             if stop.is_requested:
                 raise stop.not_begun("the ranks were to be started again")
             stop.ranks_began = True
+            # The kernel counts kills since its start: the difference is that of this attempt.
             self._oom_kills = oom_kills()
             return super()._start_workers(worker_group)
 
@@ -113,12 +114,15 @@ def install_agent(store: "TCPStore", stop: ForwardStop, *, is_short: Callable[[]
             if result.state != WorkerState.FAILED:
                 return result
             if stop.is_requested or is_short():
+                # torch starts failed ranks again; after a stop, or with a smaller micro batch to
+                # come, it must not.
                 self._remaining_restarts = 0
             signals = {}
             for rank, failure in result.failures.items():
                 # As of subprocess: a signal is a negative exit code.
                 if failure.exitcode < 0:
                     signals[rank] = -failure.exitcode
+            # On one node all ranks have the same agent, which prints the signal.
             nodes = worker_group.group_world_size or 1
             if signals and nodes > 1:
                 publish_killed(store, signals, new_oom_kills=oom_kills() - self._oom_kills)
@@ -141,6 +145,7 @@ def publish_killed(store: "TCPStore", signals: dict[int, int], *, new_oom_kills:
         if not store.check([HEARTBEAT_NAME]):
             return
         heartbeats = PrefixStore(store.get(HEARTBEAT_NAME).decode(), store)
+        # The lowest rank stands for all that were killed.
         rank = min(signals)
         beat = json.loads(heartbeats.get(f"beat/{rank}"))
         verdict = killed_verdict(rank, signals[rank], beat, new_oom_kills=new_oom_kills)

@@ -20,6 +20,7 @@ def recipe_inputs(run: Run) -> list[Path]:
     no Hub ids. UsageError where one is not there: a container or another machine would say so only
     after it was started.
     """
+    # A recipe's paths were made absolute when it was loaded: any other word is an id of the Hub.
     files = {key: text for key, text in inputs_of(run).items() if os.path.isabs(text)}
     for key, text in files.items():
         if not os.path.exists(text):

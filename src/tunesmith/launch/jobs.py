@@ -84,6 +84,8 @@ class Job:
             return State("ended", f"{later.name} was launched in its run directory since")
         out = Path(self.run_dir)
         step = last_step(out)
+        # The lock first: while a process trains here, files of earlier starts say nothing of this
+        # one.
         if is_locked(out):
             return State("running", step or "before the first step")
         if (out / FINAL / MANIFEST).is_file():
@@ -134,6 +136,7 @@ class Job:
 
     def later_job(self) -> "Job | None":
         """The newest job of this run directory, where this one is an earlier job of it."""
+        # A run directory may be reached by a link: paths are compared without links.
         run_dir = os.path.realpath(self.run_dir)
         jobs = [job for job in all_jobs() if os.path.realpath(job.run_dir) == run_dir]
         is_earlier = self.name in [job.name for job in jobs[:-1]]
@@ -168,6 +171,8 @@ def is_locked(run_dir: Path) -> bool:
     except OSError:
         return False
     try:
+        # A shared lock is refused where a run has the exclusive one; two readers do not disturb
+        # each other.
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -203,6 +208,7 @@ def safe_value(value: str, where: str) -> str:
 
 def name_of_run(kind: str, run_dir: str) -> str:
     """A job's name for a run directory, which no other directory has: `swarm-my-run-1f3a5c`."""
+    # Docker takes few characters in a name: small letters, digits and - are always among them.
     slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(run_dir).lower())[:30].strip("-")
     digest = hashlib.sha256(os.fsencode(run_dir)).hexdigest()
     return "-".join(filter(None, (kind, slug, digest[:6])))
@@ -268,10 +274,12 @@ def all_jobs() -> list[Job]:
     """The noted jobs, the newest last; a note that cannot be read is left out."""
     jobs = []
     for file in sorted(state_folder().glob("*.json"), key=lambda path: path.stat().st_mtime):
+        # The kind is the first word of the name: `swarm-my-run-1f3a5c`.
         kind = file.stem.partition("-")[0]
         # A file of somebody else's, or of another version
         with suppress(OSError, ValueError, TypeError, KeyError):
             job_class = KINDS[kind]
+            # Each kind is imported only if there is a job of it.
             module = import_module(f"tunesmith.launch.{kind}")
             jobs.append(vars(module)[job_class](**json.loads(file.read_bytes())))
     return jobs
@@ -282,6 +290,7 @@ def find_job(word: str) -> Job:
     jobs = all_jobs()
     place = os.path.realpath(word)
     for job in reversed(jobs):
+        # Jobs of one run directory have the order of their launches: the newest one counts.
         if job.name == word or os.path.realpath(job.run_dir) == place:
             return job
     if is_run(Path(word)) or is_locked(Path(word)):

@@ -44,7 +44,9 @@ class LocalJob(Job):
 
         with suppress(psutil.Error):
             process = psutil.Process(int(self.details["pid"]))
+            # A PID is used again: the time of creation tells whether this is still the agent.
             is_same = str(process.create_time()) == self.details["created"]
+            # A zombie has ended, though nobody has read its exit code yet.
             return is_same and process.status() != psutil.STATUS_ZOMBIE
         return False
 
@@ -69,6 +71,7 @@ def detach(run: Run, words: Sequence[str]) -> LocalJob:
     details = {"pid": str(agent.pid), "created": str(psutil.Process(agent.pid).create_time())}
     job = LocalJob(f"local-{agent.pid}", run.output_dir, log=str(log), details=details)
     save_job(job)
+    # A start that is still at work after the wait is a good one.
     with suppress(subprocess.TimeoutExpired):
         code = agent.wait(START_TIMEOUT)
         if code:

@@ -130,6 +130,8 @@ def run_node(args: argparse.Namespace) -> int:
         ranks = positive_count(args.ranks, "--ranks")
     nodes = [positive_count(word, "--nodes") for word in args.nodes.split(":")]
     is_one_rank = ranks == nodes[-1] == 1
+    # One rank needs no launcher: it takes the place of this process, so that signals reach it
+    # directly.
     if is_one_rank and not args.restarts and not args.debug:
         os.environ[RESTART] = "once"
         os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *args.words])
@@ -154,6 +156,7 @@ def run_program(
         )
     from tunesmith.launch.elastic import ForwardStop, install_agent  # loads torch
 
+    # Files of an earlier run in this directory are no news: only what changes from here on counts.
     earlier = endings(out)
     stop = ForwardStop()
     endpoint = find_endpoint(host.strip("[]"), int(port), args.address)
@@ -244,6 +247,7 @@ def _lost_rendezvous(error: Exception, store: "TCPStore", stop: "ForwardStop") -
     """The error of a rendezvous that fails: a RunError once ranks were started."""
     where = "rendezvous"
     why = first_line(error)[:300]
+    # torch names the cause only in the text of its error.
     fix = (
         "start the same command on every node; "
         "tunesmith doctor --pair HOST says what stands between them"
@@ -253,6 +257,7 @@ def _lost_rendezvous(error: Exception, store: "TCPStore", stop: "ForwardStop") -
         return MachineError(what, where=where, why=why, fix=fix)
     what = "the launcher of the node that holds the ranks' store is gone"
     # A machine that refuses a connection is up, and so is the network to it.
+    # The store's node answers with a refusal: its launcher ended, the machine did not.
     if stop.is_requested or refuses_connections(store.host, store.port):
         return RunError(what, where=where, why=why, fix=AGAIN, cause="killed")
     return RunError(f"{what}, or the network to it", where=where, why=why, fix=fix, cause="link")
@@ -270,6 +275,7 @@ def exit_code_of(error: "ChildFailedError", kills: int, stop: "ForwardStop") -> 
     """
     rank, failure = error.get_first_failure()
     code = failure.exitcode
+    # A negative exit code is the number of a signal.
     if code < 0:
         # Python had not installed the rank's handlers yet.
         if stop.number == -code:

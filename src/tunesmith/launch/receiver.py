@@ -61,6 +61,7 @@ class Receiver:
         """
         pieces: List[Optional[List[int]]] = []  # noqa: UP006,UP045
         for place, size, digest, named in files:
+            # Reading a file of some gigabytes takes long: its size is compared first.
             has_size = os.path.isfile(place) and os.path.getsize(place) == size
             if has_size and (named or _digest(place) == digest):
                 pieces.append(None)
@@ -74,7 +75,9 @@ class Receiver:
         """Write piece `index` of a file at `start`: the `count` bytes that follow the command."""
         partial = _partial(place, digest)
         os.makedirs(os.path.dirname(place), exist_ok=True)
+        # No O_TRUNC: other pieces are in the file already, and several processes write into it.
         with open(os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+            # Pieces come in any order: the file is sparse until all are there.
             file.seek(start)
             while count:
                 signal.alarm(QUIET)
@@ -84,6 +87,7 @@ class Receiver:
                     sys.exit(1)
                 file.write(block)
                 count -= len(block)
+        # The journal after the data: a piece that is in it is whole.
         with open(partial + ".pieces", "a") as journal:
             journal.write(f"{index}\n")
         return True
@@ -92,6 +96,8 @@ class Receiver:
         """Give a file its name if its content is what was to be sent; else remove it."""
         partial = _partial(place, digest)
         is_whole = _digest(partial) == digest
+        # The journal goes first: without it a next attempt sends everything again, with it but no
+        # file it would send too little.
         os.unlink(partial + ".pieces")
         if is_whole:
             os.replace(partial, place)
@@ -111,6 +117,8 @@ class Receiver:
             command = json.loads(line)
             name = command.pop("do")
             try:
+                # `__dict__` of the class itself: only the commands of this class can be named by a
+                # line.
                 answer = {"ok": type(self).__dict__[name](self, **command)}
             except OSError as error:
                 answer = {"error": f"{error.filename}: {error.strerror}"}

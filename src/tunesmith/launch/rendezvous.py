@@ -59,6 +59,7 @@ def find_endpoint(host: str, port: int, address: str | None = None) -> Endpoint:
         ) from None
     interfaces = local_addresses()
     if address is None:
+        # This node holds the store where the address is its own.
         address = host if host in interfaces else route_to(host)
     if address not in interfaces:
         fix = f"one of {', '.join(a for a in interfaces if '.' in a)}"
@@ -146,6 +147,7 @@ def connect_store(endpoint: Endpoint) -> "TCPStore":
             fix=f"start the run on that node too; tunesmith doctor --pair {shell_word(host)} "
             "says what stands between",
         ) from None
+    # The long wait was for the other node's start; from now on answers come soon or not at all.
     store.set_timeout(ANSWER_TIMEOUT)
     return store
 
@@ -178,6 +180,7 @@ def register_backend(store: "TCPStore", endpoint: Endpoint) -> None:
 
         def next_rendezvous(self) -> "RendezvousInfo":
             info = super().next_rendezvous()
+            # The place of the one store, on every node.
             place = RendezvousStoreInfo(endpoint.host, endpoint.port)
             return RendezvousInfo(info.store, info.rank, info.world_size, place)
 

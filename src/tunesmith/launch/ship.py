@@ -90,10 +90,13 @@ class Connection:
         self.name = host or "this node"
         program = Path(__file__).with_name("receiver.py").read_bytes()
         program += b"\nReceiver(sys.stdin.buffer).serve()\n"
+        # The program comes first on the standard input, and the commands after it.
         boot = f"import sys;exec(sys.stdin.buffer.read({len(program)}))"
         words = [sys.executable, "-c", boot]
         if host:
+            # `exec`: the login shell there gives way to python3, and is not left behind.
             words = [*SSH, "--", host, f"exec python3 -c {shlex.quote(boot)}"]
+        # ssh prints its own words on stderr: stdout carries the answers alone, a line each.
         pipe = subprocess.PIPE
         try:
             self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe)
@@ -105,6 +108,7 @@ class Connection:
     def ask(self, command: str, data: Iterable[bytes] = (), **arguments: Any) -> Any:
         """The answer to one command of `Receiver`, whose bytes, if it takes any, are `data`."""
         line = json.dumps({"do": command, **arguments}).encode() + b"\n"
+        # A generator of blocks: a piece of 64 MiB is never in memory as a whole.
         self._send(chain([line], data))
         answer = json.loads(self._read_line())
         if "error" in answer:
@@ -178,9 +182,11 @@ def by_content(path: Path) -> tuple[str, list[ShippedFile]]:
     if path.is_dir():
         inside = sorted(path.rglob("*"))
     files = [file for file in inside if file.is_file() and not file.name.startswith(".")]
+    # Names count beside the contents: a folder whose files changed places is another input.
     digests = [(str(file.relative_to(path)), digest_of_file(file)) for file in files]
     digest_of_all = sha256(json.dumps(digests).encode()).hexdigest()
     folder = f"{path.name[:100]}--{digest_of_all[:32]}"
+    # Below the digest stands the input's own name: its suffix tells the format of data.
     place = str(cache_folder("shipped").absolute() / folder / path.name)
     shipped = []
     for file, (name, digest) in zip(files, digests, strict=True):
@@ -221,6 +227,7 @@ def cached_files(
             files.add(Path(os.path.normpath(path.parent / target)))
         elif path.is_file():
             files.add(path)
+    # What is being fetched by another process is no part of the repository yet.
     finished = [file for file in sorted(files) if file.suffix not in (".incomplete", ".lock")]
     return [by_place(file) for file in finished], links
 
@@ -236,7 +243,9 @@ def place_here(files: Iterable[ShippedFile]) -> None:
         if place.exists():
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside its place and renamed: another launch may look for it at the same time.
         partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+        # No link where both are on different disks, or where the file system has no links.
         with suppress(OSError):
             if file.size > PIECE:
                 os.link(file.source.resolve(), partial)
@@ -250,15 +259,18 @@ def ship(files: Sequence[ShippedFile], host: str, progress: FetchProgress) -> in
 
     MachineError where the host is not reached, its disk is full, or a file is not what was sent.
     """
+    # Two keys of a recipe may name one file.
     distinct = list({file.place: file for file in files}.values())
     with Connection(host) as connection:
         rows = [[file.place, file.size, file.digest, file.named] for file in distinct]
+        # One question for all files; then only the missing pieces travel.
         states = connection.ask("have", files=rows)
     transfer = _Transfer(host)
     for file, pieces_there in zip(distinct, states, strict=True):
         # None: the file is there.
         if pieces_there is not None:
             transfer.add(file, pieces_there)
+    # No more connections than pieces, and no more than cores: each encrypts on one.
     streams = min(MAX_STREAMS, transfer.work.qsize(), max(2, available_cores()))
     if not streams:
         return 0
@@ -326,6 +338,7 @@ class _Transfer:
                     start=index * PIECE,
                     count=_piece_size(file, index),
                 )
+                # Several threads bring pieces of one file: the last of them gives it its name.
                 with self._lock:
                     self._pieces_left[file.place] -= 1
                     is_complete = not self._pieces_left[file.place]
@@ -353,6 +366,8 @@ class _Transfer:
             opened.seek(index * PIECE)
             while left:
                 block = opened.read(min(BLOCK, left))
+                # A broken pipe ends `ask` as a lost connection does, so the other side drops the
+                # piece.
                 if self.stop.is_set() or not block:
                     raise BrokenPipeError
                 left -= len(block)
@@ -391,6 +406,7 @@ def ship_image(image: str, host: str) -> str:
     if not host:
         return image_id
     with Connection(host) as there:
+        # Asked by id: another image may have the same name there.
         code, _, _ = there.ask("run", words=[*IMAGE_ID, image_id])
     if code:
         _pipe(["docker", "save", image], [*SSH, "--", host, "docker load"], host)
@@ -412,8 +428,10 @@ def _pipe(sender: Sequence[str], receiver: Sequence[str], host: str) -> None:
     ):
         assert source.stdout is not None
         assert target.stdin is not None
+        # A receiver that fails closes its input; its errors are read below.
         with suppress(OSError):
             shutil.copyfileobj(source.stdout, target.stdin, BLOCK)
+        # `docker load` ends when its input does.
         source.stdout.close()
         errors = target.communicate()[1].decode(errors="replace").strip()
     if source.returncode or target.returncode:

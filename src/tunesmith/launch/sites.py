@@ -84,9 +84,11 @@ def read_site(name: str | None) -> Site:
     nodes = dict(sites[name].children())
     values = {key: node.plain() for key, node in nodes.items()}
     try:
+        # The file was read by our own reader for the lines of its keys; values go on as JSON.
         # Strict mode takes no list for a tuple; in JSON there is no other form of one.
         return TypeAdapter(Site).validate_json(json.dumps(values))
     except ValidationError as error:
+        # pydantic names the path of the value; its first part is the key.
         key = str(error.errors()[0]["loc"][0])
         keys = [spec.name for spec in fields(Site)]
         if key in keys:

@@ -188,6 +188,7 @@ class SlurmJob(Job):
     def state(self) -> State:
         id_ = self.details["id"]
         form = "--format=%T|%r|%M|%l|%N"
+        # `--states=all`: without it a job that has just ended is not listed.
         code, out, errors = _slurm("squeue", "--noheader", "--states=all", "--jobs", id_, form)
         # Slurm forgets a job some minutes after its end.
         if code and "Invalid job id" not in errors:
@@ -215,6 +216,8 @@ class SlurmJob(Job):
         # own SIGTERM.
         out = Path(self.run_dir)
         for file in (out / FOLDER / f"{STOP_FILE}-{id_}", out / STOP_FILE):
+            # The folder may be on a disk that this machine does not see: SIGTERM reaches the job
+            # all the same.
             with suppress(OSError):
                 file.touch()
         # To the job's steps alone: the script waits for them.
@@ -243,6 +246,7 @@ def render_script(run: Run, request: Request) -> str:
     ]
     lines += [f"#SBATCH {directive}" for directive in _directives(run, request)]
     lines.append("")
+    # Exports of the site win over those of this shell, and `setup` may change both.
     exports = _job_environment(site) | site.environment
     for key, value in sorted(exports.items()):
         lines.append(f"export {key}={_shell_word(value, key)}")
@@ -271,12 +275,15 @@ def _directives(run: Run, request: Request) -> list[str]:
             fix="output_dir=runs/my-run",
         )
     # Slurm fills in %j.
+    # Without a `%%` a name such as `50%job` would become something else.
     folder = run.output_dir.replace("%", "%%")
     options: dict[str, str | None] = {
         "job-name": Path(run.output_dir).name,
         "output": f"{folder}/{FOLDER}/{LOG}-%j.log",
+        # A requeued job goes on in the log of its first start.
         "open-mode": "append",
         "nodes": str(request.nodes),
+        # The agent starts the ranks: Slurm starts one agent a node.
         "ntasks-per-node": "1",
         "export": "NONE",
     }
@@ -291,6 +298,7 @@ def _directives(run: Run, request: Request) -> list[str]:
         for key, value in options.items()
         if value is not None
     ]
+    # --requeue is said, as the cluster's default may be either.
     lines.append("--requeue" if request.max_requeues else "--no-requeue")
     if site.exclusive:
         lines.append("--exclusive")
@@ -302,6 +310,7 @@ def _job_environment(site: Site) -> dict[str, str]:
     environment = {}
     for key, value in os.environ.items():
         is_of_this_system = site.container and "PATH" in key
+        # A token may hide in a variable with a harmless name: its value is looked at too.
         is_secret = is_secret_name(key) or mask(value) != value
         if EXPORTED.fullmatch(key) and not is_of_this_system and not is_secret:
             environment[key] = value
@@ -317,6 +326,7 @@ def ranks_of(site: Site) -> int:
     UsageError where the GPUs are not `8` or `h100:8`.
     """
     gpus = site.gpus_per_node or ""
+    # `8`, `h100:8`: the type of a GPU may stand in front.
     match = re.fullmatch(r"(?:[\w.-]+:)?(\d{1,3})", gpus, re.ASCII)
     if match:
         return max(int(match[1]), 1)
@@ -330,6 +340,7 @@ def warning_of(request: Request) -> int:
     limit = _time_limit(request)
     seconds = request.warning
     if not seconds:
+        # Saving must end before the limit, but most of the time belongs to the training.
         seconds = max(WARNING, seconds_to_save(request))
         if limit >= 4:
             seconds = min(seconds, limit // 4)
@@ -378,6 +389,7 @@ def saving_seconds(run: Run) -> float:
     As many as the newest one in its directory took, else by its bytes at ASSUMED_DISK; 0 for an
     adapter, and where the model's shape is not at hand.
     """
+    # The newest comes first; one that notes no time is passed over.
     for checkpoint in list_checkpoints(Path(run.output_dir)):
         seconds = seconds_to_write(checkpoint.path)
         if seconds is not None:
@@ -407,6 +419,7 @@ def limit_seconds(text: str) -> int:
         raise UsageError(f"{text} is no time limit", where="--time", fix=fix)
     has_days = match[1] is not None
     has_three_parts = match[4] is not None
+    # Without days two parts are minutes and seconds; with days they are hours and minutes.
     days, first, second, third = (int(part or 0) for part in match.groups())
     if has_days or has_three_parts:
         return (days * 24 + first) * 3600 + second * 60 + third
@@ -428,6 +441,7 @@ def check_reach(run: Run, site: Site) -> None:
     ]
     if local_model(run.model) is None and cached_model(run.model) is None:
         missing.insert(0, run.model.name)
+    # `environment` of the site may name another cache.
     # Another cache, which this machine may not see
     has_own_cache = bool({"HF_HOME", "HF_HUB_CACHE"} & site.environment.keys())
     if missing and not has_own_cache:
@@ -461,6 +475,7 @@ def submit(run: Run, request: Request) -> SlurmJob:
 
     MachineError in sbatch's words where it refuses.
     """
+    # Two jobs in one run directory would wait for the lock of each other.
     for job in all_jobs():
         if isinstance(job, SlurmJob) and job.run_dir == run.output_dir:
             job.check_ended()
@@ -497,6 +512,7 @@ def _directive_word(value: str, where: str) -> str:
     Its reader knows quotes and the backslash, but neither $ nor `.
     """
     safe_value(value, where)
+    # These characters mean nothing to the reader of directives; all else is quoted.
     if re.fullmatch(r"[\w./:=,%@+-]+", value):
         return value
     escaped = re.sub(r'([\\"])', r"\\\1", value)

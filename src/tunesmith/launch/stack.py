@@ -62,6 +62,8 @@ class Stack:
         return {
             "version": "3.8",
             "services": {SERVICE: self._service()},
+            # The host's network: the ranks meet at addresses of the cable, and RDMA needs no
+            # bridge.
             "networks": {"host": {"external": True, "name": "host"}},
             "secrets": {source: {"external": True, "name": name} for source, name in self.secrets},
         }
@@ -79,14 +81,17 @@ class Stack:
         )
         user, group = map(str, self.user)
         environment = {
+            # The user of the launch has no home folder in the image.
             "HOME": "/tmp",
             "HF_HUB_CACHE": HUB,
             "HF_DATASETS_CACHE": DATASETS,
+            # The run directory is a folder that the container may write to on every node.
             "TUNESMITH_CACHE": f"{self.run_dir}/launch/cache",
             "NVIDIA_MOFED": "enabled",
             "HF_TOKEN_PATH": f"{SECRETS}/HF_TOKEN",
         }
         secrets = [
+            # Secrets are files of root unless the stack gives them to the user.
             {"source": source, "target": source, "uid": user, "gid": group, "mode": 0o400}
             for source, _ in self.secrets
         ]
@@ -130,6 +135,7 @@ class Stack:
             "mode": "replicated",
             "replicas": self.nodes,
             "placement": {
+                # One agent a node; Swarm would put two on one where another is not ready.
                 "max_replicas_per_node": 1,
                 "constraints": [f"node.id!={node}" for node in self.excluded],
             },
@@ -138,6 +144,7 @@ class Stack:
         }
         if self.gpus:
             kind, count = self.gpus
+            # The generic resource that `doctor --fix` has set up: each task gets its GPUs by it.
             spec = {"discrete_resource_spec": {"kind": kind, "value": count}}
             deploy["resources"] = {"reservations": {"generic_resources": [spec]}}
         return deploy
@@ -152,6 +159,8 @@ class Stack:
         values = _quoted(self.values())
         if extra is not None:
             values = _laid_over(values, _read_extra(extra))
+        # Only objects that the user's file adds have no `external`: they get our label for the
+        # clean-up.
         for kind in ("networks", "secrets", "configs", "volumes"):
             for entry in values.get(kind, {}).values():
                 if not entry.get("external"):
@@ -207,6 +216,7 @@ def _laid_over(base: Any, more: Any, key: str = "") -> Any:
         for name, value in more.items():
             merged[name] = _laid_over(base.get(name), value, str(name))
         return merged
+    # A list of the user's file adds to ours; but a command is one whole.
     if isinstance(base, list) and isinstance(more, list) and key not in _REPLACED:
         return [*base, *more]
     return more

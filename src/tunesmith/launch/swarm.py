@@ -58,6 +58,7 @@ class SwarmJob(Job):
 
     def hosts(self) -> list[str]:
         """The nodes as `Connection` takes them, this one first."""
+        # "" sorts first: this node.
         local = local_addresses()
         return sorted("" if host in local else host for host in self.details["hosts"].split(","))
 
@@ -73,6 +74,7 @@ class SwarmJob(Job):
         )
         for host in self.hosts():
             try:
+                # The connection outlives this block only if the node is the manager.
                 with ExitStack() as stack:
                     node = stack.enter_context(Connection(host))
                     is_manager = node.run(
@@ -90,6 +92,7 @@ class SwarmJob(Job):
         """The newest task of each slot: Node, CurrentState, Error; None: there is no service."""
         words = ["docker", "service", "ps", "--no-trunc", "--format", "{{json .}}", self.service]
         code, out, _ = manager.ask("run", words=words)
+        # The service is gone, or was never there: docker prints an error and no rows.
         if code:
             return None
         slots: dict[str, dict[str, str]] = {}
@@ -112,6 +115,7 @@ class SwarmJob(Job):
         for task in tasks:
             node = task["Node"] or "no node"
             texts.append(f"{node} {task['CurrentState'].lower()} {task['Error']}".strip())
+        # A subset: all tasks have ended, in whichever of these states.
         has_ended = states <= ENDED
         if has_ended and self.has_written(STOPPED):
             texts.append("stopped, saved")
@@ -132,9 +136,11 @@ class SwarmJob(Job):
             command.append("--follow")
         command.append(self.service)
         if host:
+            # Docker's logs are at the manager, where the service is known.
             command = [*SSH, "--", host, shlex.join(command)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             assert process.stdout is not None
+            # Without blocking: a task that prints nothing must not hold up the look at its end.
             os.set_blocking(process.stdout.fileno(), False)
             is_over = False
             quiet_polls = 0
@@ -164,11 +170,14 @@ class SwarmJob(Job):
                     f"{self.name}: the ranks are asked to save and end; "
                     f"they have {GRACE // 60} minutes for it"
                 )
+                # With no replicas Swarm sends SIGTERM to the tasks, and they have the grace period
+                # to save.
                 manager.run(
                     "docker", "service", "update", "--detach", "--replicas", "0", self.service
                 )
             began = time.monotonic()
             notified_at = began
+            # One minute more than Swarm's own grace period.
             while tasks and time.monotonic() - began < GRACE + 60:
                 time.sleep(POLL)
                 tasks = self.tasks_at_work(manager)
@@ -187,6 +196,8 @@ class SwarmJob(Job):
     def tasks_at_work(self, manager: Connection) -> list[dict[str, str]]:
         """The tasks that have not ended, but for those of nodes that are lost."""
         rows = manager.run("docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}")
+        # A lost node cannot say that its task has ended: waiting for it would last until the
+        # timeout.
         lost = {row.split()[1] for row in rows.splitlines() if not row.startswith("Ready")}
         tasks = self.tasks(manager) or []
         return [task for task in tasks if _state_of(task) not in ENDED and task["Node"] not in lost]
@@ -199,6 +210,7 @@ class SwarmJob(Job):
         """
         mark = f"label={LABEL}={self.name}"
         with self.manager() as manager:
+            # The service first: Swarm removes no secret or network that is in use.
             for kind in ("service", "secret", "config", "network"):
                 ids = manager.run("docker", kind, "ls", "--quiet", "--filter", mark).split()
                 if ids:
@@ -221,6 +233,7 @@ def _state_of(task: dict[str, str]) -> str:
 def _remove_containers(node: Connection, mark: str) -> None:
     """Wait until Swarm has removed a node's containers with this label, or remove them."""
     deadline = time.monotonic() + REMOVE_TIMEOUT
+    # At least one look, however late it is.
     while True:
         ids = node.run("docker", "ps", "--all", "--quiet", "--filter", mark).split()
         if not ids:
@@ -268,6 +281,7 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
         inspected = json.loads(connection.run("docker", "node", "inspect", *ids))
     infos = {info["ID"]: info for info in inspected}
     ready = [id_ for id_ in ids if _is_ready(infos[id_])]
+    # The node of the launch is always one of them, and the first.
     # Node id -> the host that ssh takes, as far as it was named
     chosen = {swarm["NodeID"]: ""}
     if hosts:

@@ -35,6 +35,7 @@ def check_model(model: Model) -> list[Finding]:
             config = hf_hub_url(name, "config.json", revision=info.sha)
             get_hf_file_metadata(config, timeout=WAIT)
     except TunesmithError as error:
+        # The words of `hub_calls` tell which of the three it is.
         if "gated" in error.what:
             case = "licence/gated"
         elif "cannot be reached" in error.what:
@@ -48,6 +49,7 @@ def check_model(model: Model) -> list[Finding]:
     findings.append(finding("licence/ok", name=name, licence=license_name))
     weights = [file for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
     size = sum(file.size or 0 for file in weights)
+    # The cache may not exist yet: the disk is that of the first folder above it.
     folder = existing_folder(Path(constants.HF_HUB_CACHE))
     free = shutil.disk_usage(folder).free
     case = "room/ok" if free > size else "room/none"

@@ -99,6 +99,7 @@ def _torch(system: System) -> Findings:
     gpu = system.gpus[0]
     capability = gpu.capability.replace(".", "")
     chip = int(capability) if capability.isdecimal() else None
+    # The order is that of the causes: each case makes the later ones meaningless.
     if not reports:
         case = "broken"
     elif not build["cuda"]:
@@ -162,6 +163,7 @@ def _memory(system: System) -> Findings:
     free = gib("MemAvailable")
     total = gib("MemTotal")
     # Where the GPU shares the host's memory, the driver states no memory of its own.
+    # Files that were read fill the memory, and a driver that shares it finds no large free pieces.
     is_unified = any(
         "GB10" in gpu.name or "N/A" in gpu.memory or "Not Supported" in gpu.memory
         for gpu in system.gpus
@@ -180,6 +182,7 @@ def _memory(system: System) -> Findings:
 
 
 def _disk(system: System) -> Findings:
+    # A folder that does not exist yet lies on the disk of the nearest one above it.
     for folder in system.folders:
         path = os.path.abspath(os.path.expanduser(folder))
         while not os.path.isdir(path):
@@ -265,6 +268,7 @@ def _swarm(system: System) -> Findings:
 def _image(system: System) -> Findings:
     images = system.run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}")[1]
     tags = re.findall(r"nvcr\.io/nvidia/pytorch:(\d\d\.\d\d)", images)
+    # Tags are YY.MM, so the order of texts is the order of time.
     old = sorted(tag for tag in tags if tag < "26.02")
     yield finding("image/old" if old else "image/ok", old=", ".join(old), count=len(tags))
 
@@ -317,6 +321,7 @@ def _gids(functions: list[dict[str, Any]]) -> Findings:
         device, gids = function["device"], function["gids"]
         if not device:
             continue
+        # An IPv4 address as a GID has ::ffff: in it; one is preferred.
         ipv4 = [index for index, gid in gids.items() if ":ffff:" in gid]
         index = next(iter(ipv4 or gids), None)
         indexes.append(f"{index} on {device}")
@@ -364,6 +369,7 @@ def examine(system: System, *, pair: bool) -> dict[str, Any]:
             docker_checks += [_toolkit, _daemon, _swarm_resource]
         if pair and "refused" not in docker:
             docker_checks.append(_swarm)
+        # Only a daemon that answers can list its images.
         if "refused" not in docker:
             docker_checks.append(_image)
     findings = _run(system, [_driver, _torch, _memory, _disk])

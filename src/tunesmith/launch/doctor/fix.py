@@ -33,6 +33,7 @@ def fix_scripts(findings: list[Finding], nodes: list[dict[str, Any]], peer: str)
         peer: its ssh name.
     """
     template = Path(__file__).with_name("fix.sh").read_text(encoding="utf-8")
+    # `#@ NAME` heads a part; the text before the first one is in every script.
     head, *pieces = re.split(r"^#@ ([\w-]+)\n", template, flags=re.M)
     parts = dict(zip(pieces[::2], pieces[1::2], strict=True))
     ends = cable_addresses(nodes)
@@ -56,6 +57,7 @@ def fix_scripts(findings: list[Finding], nodes: list[dict[str, Any]], peer: str)
                 chosen.update(PARTS.get(finding.check, ()))
         if not end:
             chosen.discard("cable")
+        # The first node makes the swarm, the other joins it.
         if "swarm" in chosen and addresses[0]:
             chosen.add("init" if is_first else "join")
         text = head + "".join(part for name, part in parts.items() if name in chosen)
@@ -67,6 +69,7 @@ def fix_scripts(findings: list[Finding], nodes: list[dict[str, Any]], peer: str)
             "NETPLAN": _netplan(end),
             "UUIDS": " ".join(require_word(uuid, r"[\w-]+") for uuid in properties["uuids"]),
         }
+        # Only the variables that the chosen parts use.
         assignments = [
             f"{name}={shlex.quote(value)}\n"
             for name, value in values.items()
@@ -98,6 +101,7 @@ def cable_addresses(nodes: list[dict[str, Any]]) -> list[dict[str, str]]:
     free_subnets = (net for net in candidates if not any(net.overlaps(other) for other in used))
     ends: list[dict[str, str]] = [{} for _ in nodes]
     # A function is linked to the one at the same place of the other end.
+    # The subnet of the addresses that are there already; a free one for a new cable.
     for functions in zip(*(properties["cable"] for properties in nodes), strict=False):
         present = [ipaddress.IPv4Interface(a) for row in functions for a in row["addresses"]]
         # 169.254.0.0/16 may be another address at each start.
@@ -112,6 +116,7 @@ def cable_addresses(nodes: list[dict[str, Any]]) -> list[dict[str, str]]:
                 if ipaddress.IPv4Interface(address).network == subnet:
                     end[name] = address
                     break
+            # No `break`: the function has no address in the subnet yet.
             else:
                 end[name] = f"{next(free_ips)}/{subnet.prefixlen}"
     return ends

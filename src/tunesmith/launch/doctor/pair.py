@@ -58,6 +58,7 @@ def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list
         raise UsageError(
             f"{host!r} is not a host", where="--pair", fix="tunesmith doctor --pair spark-b"
         )
+    # The other node examines itself while this one does.
     peer = ask(host, "checks", "answer_peer", sys.executable)
     here = examine(System(folders=folders), pair=True)
     try:
@@ -67,6 +68,7 @@ def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list
         out = ""
         errors = "no answer in time"
     findings = [Finding(**row) for row in here["findings"]]
+    # A shell of the other node may print text of its own, and ssh prints nothing where it fails.
     if not out.startswith("{"):
         return [*findings, _why_ssh_failed(host, errors)], [here["properties"]]
     there = json.loads(out)
@@ -137,6 +139,7 @@ def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> 
     findings = []
     sent_at = time.time()
     peer = ask(host, "speed", "serve_speed", address)
+    # A node that stops to answer would hold `readline` for ever.
     deadline = threading.Timer(LIMIT, peer.kill)
     deadline.start()
     try:
@@ -153,6 +156,7 @@ def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> 
         peer.kill()
         peer.wait()
     # 1 Gb/s Ethernet carries 0.12 GB/s.
+    # `case` goes from the least to the most: a busy machine says nothing of the network.
     is_ethernet = gbs < 0.15
     if idle < 0.25:
         case = "busy"
@@ -170,6 +174,7 @@ def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> 
 
 def _clock(host: str, sent_at: float, clock: float, answered_at: float) -> Finding:
     """How far the other node's clock is off; it was read between two readings of this one's."""
+    # The other clock must lie between the two readings; outside of them it is off by at least this.
     if clock > answered_at:
         seconds, way = clock - answered_at, "ahead of"
     else:

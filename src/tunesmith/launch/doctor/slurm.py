@@ -47,6 +47,7 @@ def check_slurm(folder: Path) -> list[Finding]:
     for line in out.splitlines():
         name, is_up, limit, count, state, gres = line.split("|")
         partitions.append(f"{name}: {count} {state}, {gres}, at most {limit}")
+        # One partition may have nodes in several states, a line each.
         if is_up == "up" and state in ("idle", "mixed", "allocated"):
             usable_nodes += int(count)
     shown = "; ".join(partitions)
@@ -62,6 +63,7 @@ def _on_nodes(system: System, folder: Path, count: int) -> list[Finding]:
     """What a step on so many nodes sees."""
     python = sys.executable
     srun = ["srun", "-Q", f"-N{count}", "--ntasks-per-node=1", f"--immediate={WAIT}", "-t2"]
+    # The file is there while the nodes look for it, and gone afterwards.
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".tunesmith-doctor-") as file:
         # srun gives the nodes up after WAIT seconds; the rest is for Python to start there.
         _, out, errors = system.run(*srun, python, "-c", PROBE, file.name, limit=WAIT + 40)

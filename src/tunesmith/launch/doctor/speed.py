@@ -33,7 +33,9 @@ def serve_speed() -> None:
     ):
         print(server.getsockname()[1], time.time(), flush=True)
         echo, _ = server.accept()
+        # Nagle's algorithm would hold a single byte back, and it would be measured.
         echo.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # The echo ends when the other side closes; then come the streams.
         while byte := echo.recv(1):
             echo.sendall(byte)
         for _ in range(STREAMS):

@@ -176,6 +176,7 @@ class System:
         _, out, _ = self.run(
             "dpkg-query", "-W", "-f", "${db:Status-Abbrev} ${Package} ${Version}\n"
         )
+        # Modules of other kernels are installed beside these and do not matter.
         kernel = rf"linux-\S*{re.escape(os.uname().release)}"
         return re.findall(
             rf"^ii +((?:{kernel}|\S*nvidia\S*|rdma-core|libibverbs1|mlnx\S*|doca\S*) \S+)$",
@@ -204,6 +205,7 @@ class System:
         paths = [path.split("/") for path in glob("/sys/class/infiniband/*/device/net/*")]
         devices = {parts[-1]: parts[4] for parts in paths}
         interfaces = [os.path.basename(path) for path in glob("/sys/class/net/en*")]
+        # A port without an RDMA device is found by its name alone.
         names = {*devices, *filter(_FUNCTION.match, interfaces)}
         ports: dict[str, list[dict[str, Any]]] = {}
         for name in sorted(names, key=str.lower):
