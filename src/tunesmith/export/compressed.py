@@ -77,6 +77,8 @@ class Fp8Weight(RoundedWeight):
 
     def rows(self, first: int, last: int) -> Tensor:
         rows = self.weight.rows(first, last)
+        # The scale is rounded to bf16 before it divides: the file holds bf16, and a reader
+        # multiplies with that.
         scales = _row_scales(rows)
         return _to_e4m3(rows / scales.float()).float() * scales.float()
 
@@ -90,11 +92,13 @@ class Fp8Weight(RoundedWeight):
 
 def _row_scales(rows: Tensor) -> Tensor:
     """bf16 [n, 1]."""
+    # The row's largest value becomes e4m3's largest, 448.
     largest = rows.abs().amax(dim=1, keepdim=True)
     return (largest / E4M3_MAX).clamp(min=SMALLEST_SCALE).to(torch.bfloat16)
 
 
 def _to_e4m3(values: Tensor) -> Tensor:
+    # Rounding a scale to bf16 may lift a value above 448, which e4m3 turns into NaN.
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
@@ -110,6 +114,7 @@ class JointScale:
         if not self._value:
             largest = 0.0
             for weight in self.weights:
+                # In bands: the weights of one group together may not fit into memory.
                 for band in weight.bands():
                     rows = weight.rows(band.start, band.stop)
                     largest = max(largest, float(rows.abs().max()))
@@ -135,18 +140,21 @@ class Nvfp4Weight(RoundedWeight):
         rows = self.weight.rows(first, last)
         scales = self._group_scales(rows)
         codes = self._codes(rows, scales)
+        # Codes 8 to 15 are those of 0 to 7 with a sign.
         values = E2M1_VALUES[codes % 8] * torch.where(codes >= 8, -1.0, 1.0)
         return (values * (scales.float() / self.joint.value())).view(rows.shape)
 
     def _group_scales(self, rows: Tensor) -> Tensor:
         """e4m3 [n, in / 16, 1]."""
         largest = rows.view(len(rows), -1, GROUP).abs().amax(dim=2, keepdim=True)
+        # The global scale makes the largest of all group scales e4m3's largest.
         scales = _to_e4m3(largest / E2M1_MAX * self.joint.value())
         # A group that rounds to no scale at all is zeros in any case.
         return torch.where(scales.float() == 0, torch.ones_like(scales), scales)
 
     def _codes(self, rows: Tensor, scales: Tensor) -> Tensor:
         """The 4-bit codes [n, in / 16, 16]: sign, two bits of exponent, one of mantissa."""
+        # What a reader multiplies with: the group's rounded scale over the global one.
         groups = rows.view(len(rows), -1, GROUP) / (scales.float() / self.joint.value())
         sizes = groups.abs().clamp(max=E2M1_MAX)
         return round_e2m1(sizes) + 8 * (groups < 0)
@@ -154,6 +162,7 @@ class Nvfp4Weight(RoundedWeight):
     def _packed(self, first: int, last: int) -> Tensor:
         rows = self.weight.rows(first, last)
         codes = self._codes(rows, self._group_scales(rows)).view(len(rows), -1)
+        # The even column is in the low four bits, the odd one above it.
         return (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
 
     def _scales(self, first: int, last: int) -> Tensor:

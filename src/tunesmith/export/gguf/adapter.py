@@ -61,6 +61,7 @@ def plan_adapter(
             heads = heads_to_permute(new_name, config, family)
         tensors.append(GgufTensor(new_name + suffix, tuple(weight.shape), kind, weight, heads))
     writer = new_writer(family.arch)
+    # `lora_a` is [r, in] and `lora_b` [out, r], as PEFT stores them.
     writer.add_type("adapter")
     writer.add_name(name)
     writer.add_string("adapter.type", "lora")
@@ -79,6 +80,7 @@ def _by_base_name(weights: Mapping[str, WeightRows]) -> dict[tuple[str, str], We
                 layer = name.removeprefix(PREFIX).removesuffix(part)
                 matrices[f"{layer}.weight", suffix] = weight
                 break
+        # No suffix matched: a LoRA of another form, or a part that was trained whole.
         else:
             raise _inexpressible(f"{name}, which is no matrix of a LoRA")
     return matrices

@@ -69,6 +69,8 @@ def check_file(
 
     def logits(model: TunedModel, values: Values) -> list[torch.Tensor]:
         whole = streamed_logits(model, prompts, values=values, dtype=torch.float32, device=device)
+        # Only the positions that are compared: all of a prompt would be a row of the vocabulary
+        # each.
         return [part[where] for part, where in zip(whole, places, strict=True)]
 
     served = []
@@ -78,7 +80,10 @@ def check_file(
         expected = logits(tuned, "adapter")
         for prompt, where, reference in zip(prompts, places, expected, strict=True):
             for position, row in zip(where, reference, strict=True):
+                # The prompt as ids, so that a fault of the tokenizer does not show here a second
+                # time.
                 values = server.log_probabilities(prompt[: position + 1], len(row))
+                # A position that the server leaves out is left out of both.
                 if values is not None:
                     served.append(values.unsqueeze(0))
                     compared.append(row.unsqueeze(0))
@@ -88,12 +93,14 @@ def check_file(
 
 def _places(length: int) -> list[int]:
     """Positions over a prompt of so many tokens, its last among them."""
+    # The last position is the one that an answer begins from.
     count = min(POSITIONS, length)
     return [length * (number + 1) // count - 1 for number in range(count)]
 
 
 def _check_ids(server: LlamaCpp, tuned: TunedModel) -> list[str]:
     tokenizer = tuned.files.files.tokenizer
+    # One token less than the context: the server needs room for the answer.
     prompts, _ = probe_prompts(tuned.files, rows=PROMPTS, tokens=CONTEXT - 1)
     texts = [tokenizer.decode(ids) for ids in prompts]
     for text in texts:

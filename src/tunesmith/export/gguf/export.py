@@ -93,13 +93,16 @@ def export_gguf(
     _check_output(goal, is_folder=for_ollama, force=force)
     place = torch.device(select_device(device))
     threads = threads or available_cores()
+    # Beside the output, so that the rename at the end stays on one disk.
     part = goal.with_name(f".{goal.name}.part")
     file = part / f"{goal.name}-{quant}.gguf" if for_ollama else part
     with undeleted(location):
         tuned = open_tuned_model(read_run_files(location))
         if for_ollama:
+            # Before the plan: the header holds the template.
             guard_template(tuned.files.files.tokenizer)
         plan = _plan_model(tuned, quant, goal.stem)
+        # What an export left that was killed.
         _remove(part)
         try:
             if for_ollama:
@@ -115,6 +118,7 @@ def export_gguf(
                 try:
                     result = check_file(file, tuned, base, device=place, threads=threads)
                 except CheckpointError:
+                    # Kept for a look: the user may want to know what differs.
                     _replace(part, goal.with_name(f"{goal.name}.rejected"))
                     raise
             _replace(part, goal)
@@ -167,11 +171,13 @@ def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
             f"{goal} is no name of a GGUF file", where="--output", fix=f"--output {goal}.gguf"
         )
     if goal.is_symlink() or (goal.is_dir() != is_folder and goal.exists()):
+        # A link would be replaced, and what it points to kept.
         kind = "a folder" if goal.is_dir() else "a file or link"
         raise UsageError(f"{goal} is {kind}", where="--output", fix="name a new one")
     if not goal.exists():
         return
     names = [file.name for file in goal.iterdir()] if is_folder else [goal.name]
+    # Only a folder with our Modelfile in it is one that an export wrote.
     is_own = MODELFILE in names if is_folder else True
     if is_folder and not names:
         return
@@ -184,6 +190,7 @@ def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
     read = tuned.files
     _check_text_model(tuned.model.config)
     settings = read.files.folder / "generation_config.json"
+    # Any of them ends an answer; a GGUF file has room for one beside eos.
     ends = read.template.end_ids - {read.files.tokenizer.eos_token_id}
     return plan_gguf(
         tuned.model.config.to_dict(),
@@ -240,6 +247,8 @@ def _find_base(location: RunLocation, tuned: TunedModel) -> tuple[TunedModel, Va
     if location.kind == "adapter":
         return tuned, "base"
     try:
+        # A full fine-tune names its base in the recipe; it may be gone from the disk or the Hub's
+        # cache.
         base = replace(location, kind="base")
         return open_tuned_model(read_run_files(base)), "base"
     except TunesmithError:

@@ -135,6 +135,7 @@ def read_family(config: Mapping[str, Any]) -> GgufFamily:
         _check_layer_types(config, family.full_attention_every)
     if family.scaled_by_width_at is not None:
         _check_attention_scale(config, family.scaled_by_width_at)
+    # Without `key_length` in the header llama.cpp divides the width by the heads.
     if not family.writes_head_dim and head_dim(config) != _default_head_dim(config):
         raise _other_math("head_dim", head_dim(config), _default_head_dim(config))
     return family
@@ -145,6 +146,7 @@ def notes_on_config(config: Mapping[str, Any], family: GgufFamily) -> list[str]:
     notes = []
     window = config.get("sliding_window")
     is_used = config.get("use_sliding_window", True)
+    # A window as long as the context changes nothing.
     if family.ignores_window and window and is_used and window < config["max_position_embeddings"]:
         notes.append(
             f"llama.cpp has no sliding window for this family: it differs after {window} tokens"
@@ -224,6 +226,7 @@ def _check_layer_types(config: Mapping[str, Any], every: int) -> None:
 
 def _check_attention_scale(config: Mapping[str, Any], by_width_at: int) -> None:
     """Scores are divided by the root of a number that the header does not have."""
+    # The 27B sizes: the published scale is that of the width, not of the head.
     computed = head_dim(config)
     if config["num_hidden_layers"] == by_width_at:
         computed = _default_head_dim(config)
@@ -242,6 +245,7 @@ def rope_parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     was `rope_theta`, `rope_scaling` and `rope_local_base_freq`. The second is empty where a family
     has one for all layers.
     """
+    # The new name first: a config of Transformers 5 may keep the old one beside it.
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if "full_attention" in parameters:
         full = dict(parameters["full_attention"])
@@ -270,6 +274,7 @@ def _check_rope(config: Mapping[str, Any], family: GgufFamily) -> None:
     if sliding and sliding.get("rope_type", "default") != "default":
         raise _other_math("rope_type", sliding["rope_type"], "plain ones in layers with a window")
     partial = full.get("partial_rotary_factor") or 1.0
+    # Phi-4 mini rotates a part of each head; the others here rotate all of it.
     if partial != 1.0 and config["model_type"] != "phi3":
         raise _other_math("partial_rotary_factor", partial, 1.0)
     if kind == "yarn":
@@ -322,6 +327,7 @@ def _llama3_factors(rope: Mapping[str, Any], dims: int) -> Tensor:
     context = rope["original_max_position_embeddings"]
     exponents = torch.arange(0, dims, 2, dtype=torch.float32) / dims
     factors = []
+    # `rope_freqs.weight` divides the frequencies: the same three ranges that Transformers has.
     for frequency in 1.0 / (rope["rope_theta"] ** exponents):
         wavelength = 2 * math.pi / frequency
         if wavelength < context / high:
@@ -347,6 +353,7 @@ def add_config(writer: Any, config: Mapping[str, Any], family: GgufFamily) -> No
     writer.add_head_count_kv(kv_heads(config))
     _add_rope(writer, config)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    # Only where the config has the key, as llama.cpp's converter does.
     if family.writes_head_dim and config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
@@ -444,6 +451,7 @@ def _is_read(new_name: str, family: GgufFamily) -> bool:
     if new_name == "output.weight":
         return family.untied_head
     if new_name.endswith(".bias"):
+        # `blk.0.attn_q.bias`: the part before the last names the layer.
         layer = new_name.split(".")[-2]
         return layer in family.biases
     return True
@@ -463,5 +471,6 @@ def heads_to_permute(new_name: str, config: Mapping[str, Any], family: GgufFamil
 
 def pair_neighbors(rows: Tensor, head: int) -> Tensor:
     """Rows of whole heads of `head` rows each: the two halves of a head, taken in turns."""
+    # [heads, 2, half] -> [heads, half, 2]: channel i of the second half comes after i of the first.
     halves = rows.unflatten(0, (-1, 2, head // 2))
     return halves.transpose(1, 2).reshape(rows.shape)

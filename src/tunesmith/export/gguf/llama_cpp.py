@@ -65,6 +65,8 @@ class LlamaCpp:
 
     def _wait_for_address(self) -> str:
         assert self._process.stdout is not None
+        # The process prints its address only when the file is open; a plain `readline` has no
+        # limit.
         readable, _, _ = select.select([self._process.stdout], [], [], SECONDS)
         address = self._process.stdout.readline().decode().strip() if readable else ""
         if address:
@@ -125,6 +127,7 @@ class LlamaCpp:
         """Of the token after `ids`: fp32 [vocab]; None where the likeliest is half a letter, which
         the server does not report.
         """
+        # All tokens, so that a KL over the whole vocabulary can be computed.
         body = {
             "prompt": ids,
             "n_predict": 1,

@@ -31,9 +31,11 @@ def modelfile_text(file_name: str, read: OpenedRun) -> str:
     run = read.location.run
     seq_len = run.data.seq_len if run else 0
     positions = int(getattr(read.files.config, "max_position_embeddings", 0) or CONTEXT)
+    # At least Ollama's default, at most what the model's positions allow.
     lines = [f"FROM ./{file_name}", f"PARAMETER num_ctx {min(max(CONTEXT, seq_len), positions)}"]
     for token in sorted(read.template.end_ids - {tokenizer.eos_token_id}):
         text = tokenizer.decode([token])
+        # Such a text would end the quoted word, or the line.
         if '"' in text or "\n" in text:
             raise ModelError(
                 f"the token {text!r}, which ends an answer, has no place in a Modelfile",

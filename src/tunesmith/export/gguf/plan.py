@@ -138,6 +138,7 @@ def plan_gguf(
     tensors = []
     for new_name, factors in rope_tensors(config).items():
         tensors.append(GgufTensor(new_name, tuple(factors.shape), "F32", TensorRows(factors)))
+    # llama.cpp uses the embedding as head where the file has none.
     tied = "output.weight" not in new_names.values()
     for old_name, weight in weights.items():
         new_name = new_names[old_name]
@@ -146,6 +147,7 @@ def plan_gguf(
         heads = heads_to_permute(new_name, config, family)
         offset = family.norm_offset if new_name.endswith("_norm.weight") else 0.0
         tensors.append(GgufTensor(new_name, shape, kind, weight, heads, offset))
+    # A missing package shows now, not after the first gigabytes.
     if any(needs_ggml(tensor.kind) for tensor in tensors):
         ggml()
     writer = new_writer(family.arch)
@@ -153,6 +155,7 @@ def plan_gguf(
     writer.add_name(model_name(name, read_tokenizer.strips_space))
     writer.add_size_label(_size_label(tensors))
     _add_sampling(writer, generation)
+    # The embedding may have more rows than the config says, for tokens that were added.
     add_config(writer, {**config, "vocab_size": rows}, family)
     writer.add_file_type(chosen.file_type)
     writer.add_quantization_version(_quantization_version())
@@ -181,6 +184,7 @@ def header_bytes(writer: Any, tensors: list[GgufTensor]) -> bytes:
 
     for tensor in tensors:
         kind = gguf.GGMLQuantizationType[tensor.kind]
+        # Each tensor is announced as bytes with its size: the writer of `gguf` gets no data at all.
         writer.add_tensor_info(tensor.name, tensor.shape, numpy.dtype("V1"), tensor.size, kind)
     # Where a file would be opened.
     stream = io.BytesIO()

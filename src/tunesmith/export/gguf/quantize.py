@@ -59,6 +59,7 @@ def _library_file() -> Path:
     if spec is None:
         raise OSError("libggml-python is not installed")
     for folder in spec.submodule_search_locations or ():
+        # The wheel's file has another name on each system.
         for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
             for path in Path(folder).rglob(name):
                 return path
@@ -97,10 +98,12 @@ def _check_finite(values: Tensor, name: str, kind: str) -> None:
 def _blocks(rows: Tensor, kind: str) -> memoryview:
     columns = rows.shape[-1]
     data = bytearray(tensor_bytes(kind, rows.shape))
+    # A view of the bytearray: ggml writes into it without a copy.
     target = (ctypes.c_char * len(data)).from_buffer(data)
     written = ggml().ggml_quantize_chunk(
         _GGML_TYPES[kind], rows.data_ptr(), target, 0, rows.numel() // columns, columns, None
     )
+    # A size other than planned would shift every tensor after this one.
     if written != len(data):
         raise RuntimeError(f"ggml wrote {written} bytes of {kind} in place of {len(data)}")
     return memoryview(data)

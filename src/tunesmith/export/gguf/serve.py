@@ -37,6 +37,7 @@ def serve_file() -> None:
         print(error, file=sys.stderr, flush=True)
         os._exit(1)
     print(server.listening_address, flush=True)
+    # The parent's end closes the pipe, also where it was killed.
     sys.stdin.read()
     # Past the server's destructor, which is what may wait for ever
     os._exit(0)

@@ -92,10 +92,12 @@ def read_gguf_tokenizer(
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise _unknown_tokenizer(f"its model has {key} = {model[key]!r}")
+    # Rows of the embedding count: a tokenizer may know tokens that the model has no row for.
     vocab = {token: index for token, index in model["vocab"].items() if index < rows}
     added = {token["id"]: token for token in state["added_tokens"] if token["id"] < rows}
     tokens, types = _token_lists(vocab, added, rows)
     special = _special_ids(tokenizer, rows, config, turn_end)
+    # What encoding puts around a text shows in the ids of any text.
     ids = tokenizer.encode("a")
     common: dict[str, Any] = {
         "special": special,
@@ -197,6 +199,7 @@ def _token_lists(
     vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]], rows: int
 ) -> tuple[list[str], list[TokenType]]:
     """Text and type of every row: of no token, of the vocabulary, added."""
+    # An embedding is often padded to a round number of rows; each needs a text of its own.
     tokens = [f"[PAD{index}]" for index in range(rows)]
     types = [TokenType.UNUSED] * rows
     for text, index in vocab.items():
@@ -250,6 +253,7 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, state: Mapping[str, A
     ids = tokenizer.encode(TABLE["text"])
     name = TABLE["hashes"].get(hashlib.sha256(str(ids).encode()).hexdigest())
     if name is not None:
+        # The vocabulary is unknown: by its steps.
         return str(name)
     splits = _splits(state)
     ignores_merges = bool(state["model"].get("ignore_merges"))
@@ -278,6 +282,7 @@ def _splits(state: Mapping[str, Any]) -> list[str] | None:
     steps = list(_steps(state["pre_tokenizer"], "pretokenizers"))
     for position, step in enumerate(steps):
         is_last = position == len(steps) - 1
+        # ByteLevel makes letters of bytes, so it has to be the last step, and be there.
         if (step["type"] == "ByteLevel") != is_last:
             return None
         split = _split_of(step)
@@ -337,9 +342,11 @@ def _sentencepiece(
     for text, kind in zip(tokens, types, strict=True):
         if kind is TokenType.UNUSED:
             scores.append(UNUSED_SCORE)
+        # No pair is joined to such a token: it is matched in the text before.
         elif kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
             scores.append(ADDED_SCORE)
         else:
+            # The earlier a merge stands in the list, the higher its score.
             scores.append(-float(ranks.get(text, 0)))
     return {
         "model": "llama",
@@ -392,6 +399,8 @@ def _join_ranks(
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         joined = left + right
         pairs.add((left, right))
+        # One score stands for all pairs that make a token, so they must follow each other in the
+        # list.
         if joined in ranks and joined != previous and joined not in whole:
             raise _unknown_tokenizer(f"the pairs that make {joined!r} do not follow each other")
         ranks.setdefault(joined, len(ranks))
@@ -405,6 +414,7 @@ def _join_ranks(
 def _check_pairs(
     joined: str, pairs: set[tuple[str, str]], vocab: Mapping[str, int], whole: set[str]
 ) -> None:
+    # llama.cpp would join each two parts that make a token, in the list or not.
     for cut in range(1, len(joined)):
         left, right = joined[:cut], joined[cut:]
         is_pair = left in vocab and right in vocab and left not in whole and right not in whole

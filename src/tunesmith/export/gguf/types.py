@@ -82,6 +82,7 @@ def tensor_type(
         kind = _mixture_type(name, quant, config)
     else:
         kind = quant.plain
+    # A row must be whole blocks: first the next smaller block, then none.
     if columns % BLOCKS[kind][0] != 0:
         kind = _SMALLER_BLOCK.get(kind, "F16")
     if columns % BLOCKS[kind][0] != 0:
@@ -90,6 +91,7 @@ def tensor_type(
 
 
 def _mixture_type(name: str, quant: QuantType, config: Mapping[str, Any]) -> str:
+    # Embedding and head are no layers.
     if not name.startswith("blk."):
         return quant.plain
     layers = int(config["num_hidden_layers"])

@@ -40,6 +40,8 @@ def write_gguf(
         with temporary.open("wb") as file:
             _write(file, plan, threads or available_cores(), progress or (lambda written: None))
             file.flush()
+            # The data is on the disk before the name is: a crash leaves no torn file under the
+            # name.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -51,6 +53,7 @@ def write_gguf(
 def _write(file: BinaryIO, plan: GgufPlan, threads: int, progress: Callable[[int], None]) -> None:
     file.write(plan.header)
     progress(file.tell())
+    # One thread of torch in each worker: the workers themselves fill the cores.
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     bands = _bands(plan)
     running: deque[tuple[GgufTensor, bool, Future[memoryview]]] = deque()
@@ -62,6 +65,7 @@ def _write(file: BinaryIO, plan: GgufPlan, threads: int, progress: Callable[[int
                 running.append((tensor, ends, pool.submit(_band_bytes, tensor, first, last)))
             if not running:
                 return
+            # In the order of the file, though bands may be done in another.
             tensor, ends, future = running.popleft()
             file.write(future.result())
             if ends:
@@ -75,6 +79,7 @@ def _bands(plan: GgufPlan) -> Iterator[tuple[GgufTensor, int, int, bool]]:
     """Each tensor with the first row of a band, the one after its last, and whether it ends."""
     for tensor in plan.tensors:
         count = tensor.shape[0]
+        # The step is counted in rows; the last band has what is left.
         step = _rows_of_a_band(tensor)
         for first in range(0, count, step):
             last = min(first + step, count)
@@ -86,6 +91,7 @@ def _rows_of_a_band(tensor: GgufTensor) -> int:
     values = 1
     for size in tensor.shape[1:]:
         values *= size
+    # A head's halves change places, so a band must not cut one.
     unit = 1 if tensor.heads is None else tensor.shape[0] // tensor.heads
     return max(BAND_VALUES // values // unit, 1) * unit
 
