@@ -52,14 +52,18 @@ def run_in_turns(
     reports: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory(prefix="tunesmith-turns-") as folder:
         file = Path(folder) / "report.json"
+        # In turns: a machine that slows down in an hour slows all variants alike.
         for turn in range(1, rounds + 1):
             for name, command in commands.items():
+                # A process of its own: compiled code, settings and memory of one variant do not
+                # reach the next.
                 done = subprocess.run(
                     [*command, "--json", str(file)], capture_output=True, text=True, check=False
                 )
                 if done.returncode:
                     failure = f"failed with {done.returncode}\n{done.stderr[-800:]}"
                     print(f"round {turn}: {name} {failure}", flush=True)
+                    # A variant that fails is left out of the table; the others are still measured.
                     continue
                 report = json.loads(file.read_text(encoding="utf-8"))
                 reports[name].append(report)
@@ -73,6 +77,7 @@ def table_of(reports: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[
 
     RunError where the baseline failed.
     """
+    # The median of the rounds for speed, the largest for memory.
     table: dict[str, dict[str, float]] = {}
     for name, variant_reports in reports.items():
         runs = [report["figures"] for report in variant_reports]

@@ -66,9 +66,11 @@ class BenchPlan:
         profile = replace(run.profile, enabled=self.traces is not None)
         steps = self.warmup + self.steps
         if profile.enabled:
+            # The profiler slows its steps: they come after those that are timed.
             steps += (profile.wait + profile.warmup + profile.active) * profile.cycles
         return replace(
             run,
+            # Whatever else takes time in a run is off, so that only steps are measured.
             data=replace(run.data, validation=(), hold_out=None),
             train=replace(run.train, duration=Length(steps, "steps")),
             validate=Validate(every=None),
@@ -217,6 +219,7 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
     """
     run = plan.measured_run(folder)
     with deterministic_algorithms(run.train.deterministic):
+        # A count before the build, one after each step: differences say which step compiled.
         graphs = [graphs_compiled()]
         began = time.perf_counter()
         session = build(run, Start(), weights=plan.weights, measured=True)
@@ -229,6 +232,7 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
         sinks.open(run, 0)
         try:
             _run_steps(plan, trainer, profiler, seen)
+        # Errors of ours say what is wrong already; others become those of a failed run.
         except TunesmithError:
             raise
         except Exception as error:
@@ -236,6 +240,7 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
         finally:
             sinks.close()
         records = trainer.metrics.records
+        # Steps of the warmup come before, those of the profiler after.
         timed = records[plan.warmup : plan.warmup + plan.steps]
         figures = _report(session, timed, records[0].step_seconds, seen)
         return Measured(figures, profiler.traces, profiler.tables)
@@ -291,9 +296,11 @@ def _report(
     tokens = sum(r.tokens for r in records)
     padded = sum(seen.padded[r.step] for r in records)
     examples = session.data.schedule.examples
+    # A record's step counts from 1, those of the schedule from 0.
     flops = sum(session.flops(examples(r.step - 1), r.supervised_tokens) for r in records)
     tflops = ratio(flops, seconds) / 1e12
     measured_peak = matmul_tflops(device, session.dtype)
+    # A peak that nobody published would make up a utilization.
     published_peak = session.peak.tflops if session.peak.published else None
     quantize = "none" if scheme_of(run.model) is DENSE else session.plan.base
     fp8_peak = fp8_matmul_tflops(device) if quantize.startswith("fp8") else None
@@ -325,6 +332,7 @@ def _report(
         build_seconds=seen.build_seconds,
         first_step_seconds=first_step_seconds,
         graphs_compiled=seen.graphs[-1] - seen.graphs[0],
+        # The graphs of the last steps, less those that were there once the shapes had been seen.
         graphs_compiled_after_step_3=seen.graphs[-1]
         - seen.graphs[min(STEADY, len(seen.graphs) - 1)],
         peak_memory_gib=seen.memory_gib,
@@ -344,6 +352,7 @@ def _padding(session: Session, records: list[StepRecord], tokens: int, padded: i
     seq_len = session.run.data.seq_len
     pad_to = session.plan.layout.pad_to
     schedule = session.data.schedule
+    # The room of the packed rows alone, before micro batches are padded.
     room = sum(len(schedule.rows(record.step - 1)) for record in records) * seq_len
     if pad_to is None or tokens < FULL * room:
         what = f"examples fill {tokens / room:.1%} of packed rows of {seq_len:,}"

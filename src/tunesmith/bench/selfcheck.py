@@ -182,6 +182,7 @@ def write_inputs(folder: Path, count: int) -> None:
     write_random_adapter(folder / "adapter", weights)
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for i in range(count):
+            # Lengths and steps differ from row to row, so that rows of a batch differ in tokens.
             step = i % 7 + 1
             numbers = " ".join(str(i + k * step) for k in range(4 + i % 9))
             row = {"prompt": f"Count from {i} by {step}: ", "completion": numbers}
@@ -193,6 +194,7 @@ def write_model(folder: Path) -> dict[str, torch.Tensor]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    # Each byte is a token, and nothing is merged: no file of a vocabulary is needed.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -200,6 +202,7 @@ def write_model(folder: Path) -> dict[str, torch.Tensor]:
         tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>"
     )
     tokenizer.save_pretrained(folder)
+    # The same weights on each machine and at each call.
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, eos_token_id=256, pad_token_id=256))
     model.config.save_pretrained(folder)
@@ -295,12 +298,14 @@ class SelfCheck:
         """
         figures = []
         for reference, record in zip(expected, actual, strict=True):
+            # The first step begins from equal weights; later ones inherit its differences.
             allowed = limit if reference.step > 1 else first_limit
             for name in names:
                 figures.append((allowed, reference.step, vars(reference)[name], vars(record)[name]))
 
         def share_of_limit(figure: tuple[float, int, float, float]) -> float:
             allowed, _, reference, value = figure
+            # A figure of 0 allows nothing: TINY stands in for the division.
             return abs(value - reference) / max(abs(allowed * reference), TINY)
 
         allowed, step, first, second = max(figures, key=share_of_limit)
@@ -351,11 +356,13 @@ class SelfCheck:
         Each rank takes `count` micro batches a step, or more.
         """
         adapter, quantize = KINDS[kind.name]
+        # The global batch is the same on every mesh; only how it is cut differs.
         micro_batch = self.batch // (count * shape.data)
         adapter_values: dict[str, Any] = {"kind": adapter}
         if adapter == "lora":
             start = str(self.folder / "adapter")
             adapter_values |= {"rank": RANK, "alpha": ALPHA, "from": start}
+        # Each kind and mesh has a run directory of its own.
         out = "-".join(map(str, (*kind, micro_batch, *shape))).replace(" ", "-")
         model = {"name": str(self.folder / "model"), "dtype": kind.dtype, "quantize": quantize}
         rows = {"source": str(self.folder / "rows.jsonl"), "format": "prompt-completion"}
@@ -454,6 +461,7 @@ class SelfCheck:
             final = load_file(Path(run.output_dir) / "final" / "model.safetensors")
         changed = 0
         for name, tensor in start.items():
+            # The file's type may have fewer bits: a change that rounding hides is none.
             if name in final and not torch.equal(tensor.to(final[name].dtype), final[name]):
                 changed += 1
         return len(start), changed
@@ -516,6 +524,7 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     A resumed run writes nothing at its end.
     """
     out = Path(run.output_dir)
+    # All ranks look which of them see the folder: a collective call.
     ranks = find_run_dir_writers(ranks, out, lambda: out.mkdir(exist_ok=True))
     with stderr_only_from("tunesmith.data"):
         start = decide_start(run, ranks)
@@ -532,6 +541,7 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     else:
         trainer.fit()
     if isinstance(trainer.checkpoints.writer, RanksWriter):
+        # Groups of a writer live until the process ends, and selfcheck makes one for each kind.
         dist.destroy_process_group(trainer.checkpoints.writer.ranks.group)
     return trainer
 
@@ -557,6 +567,7 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> dict[str, Any]:
         check = SelfCheck(folder, env["WORLD_SIZE"], on_row)
         if check.device.type == "cuda":
             choose_gpu(env["LOCAL_RANK"], env.get("LOCAL_WORLD_SIZE", 1))
+        # The references need one process: rank 0 makes them before the ranks join.
         if env["RANK"] == 0:
             write_inputs(check.folder, STEPS * check.batch)
             for kind in check.drop_nf4():
@@ -564,6 +575,7 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> dict[str, Any]:
                     check.reference(kind)
                     check.check_mesh(kind, ONE, ONE_PROCESS)
         with join_ranks() as ranks:
+            # From here on all ranks use rank 0's folder and what is left to check.
             check.folder, check.kinds = ranks.broadcast_object((folder, check.kinds))
             with ranks.raise_on_all_ranks():
                 # On a disk that rank 0 does not see.

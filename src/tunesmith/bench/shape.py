@@ -24,6 +24,7 @@ def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
     """
     model_spec(config, where="--shape")
     loaded = load_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
+    # The ids of the shape's own tokenizer mean nothing with another one.
     values = {
         **config,
         "bos_token_id": loaded.bos_token_id,
@@ -62,6 +63,7 @@ def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]
     file = folder.parent / "shape.yaml"
     file.write_text(to_yaml(values), encoding="utf-8")
     run = load_recipe(file, overrides)
+    # A key of the command line may have named another model.
     if (run.model.name, run.model.tokenizer) != (str(folder), None):
         what = "the model and tokenizer of a shape cannot be overridden"
         why = "the model is the shape with random weights, and its folder holds the tokenizer"
