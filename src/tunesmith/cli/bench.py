@@ -121,6 +121,7 @@ def run(args: argparse.Namespace) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """UsageError for arguments that contradict each other, before anything heavy is imported."""
     check_source(args)
+    # The least number of each option; 0 steps of warmup are allowed.
     for option, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):
         number = vars(args)[option]
         if number < least:
@@ -145,6 +146,7 @@ def check_source(args: argparse.Namespace) -> None:
     """UsageError unless the words name one recipe, or one shape with what it needs."""
     if args.shape is not None:
         find_shape(args.shape)
+    # A word without = can only be a recipe.
     recipes = [word for word in args.words if "=" not in word]
     where = "command line"
     usage = "tunesmith bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
@@ -156,6 +158,7 @@ def check_source(args: argparse.Namespace) -> None:
         raise UsageError(f"several recipes: {', '.join(recipes)}", where=where, fix=usage)
     if not recipes and args.shape is None:
         raise UsageError("bench needs a recipe or a shape", where=where, fix=usage)
+    # What a recipe has as a key is an option of a shape, and the other way round.
     for option, (key, example) in SHAPE_OPTIONS.items():
         flag = f"--{option}"
         value = vars(args)[option]
@@ -178,6 +181,7 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> "Run":
 
     folder.mkdir()
     rows = args.format or "alpaca"
+    # The recipe first: a wrong key costs no fetch of a tokenizer.
     recipe = shape_recipe(folder, data=args.data, rows=rows, overrides=overrides)
     change = write_shape(folder, find_shape(args.shape).config, args.tokenizer)
     if change:
@@ -225,6 +229,7 @@ def bench(
         lines += [table.read_text(encoding="utf-8").rstrip() for table in measured.tables]
         lines += [f"trace: {trace}" for trace in measured.traces]
     if args.cold:
+        # The new process would find less free memory, and choose a smaller micro batch.
         free_device_memory()
         cold = first_steps(report["figures"], args, folder / "warm.json")
         report["cold"] = cold
@@ -301,6 +306,7 @@ def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -
 
     That one finds what this one has compiled.
     """
+    # One step after no warmup: its compile cache is the one that this process has filled.
     command = command_of(args, 1, 0)
     done = subprocess.run([*command, "--json", str(file)], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
@@ -324,6 +330,7 @@ def print_figures(figures: "BenchReport", lines: Sequence[str], *, plain: bool) 
 
     console = Console()
     if plain or not sys.stdout.isatty():
+        # A pipe has no width: the table is not broken into lines.
         console = Console(width=160, no_color=True, force_terminal=False)
     base = f"base {figures.quantize}, micro batch {figures.micro_batch}"
     print(f"{figures.device}, {figures.dtype}, {base}")

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         what = f"{args.run} is a plain model, with nothing to compare it with"
         fix = "give a run, a checkpoint or an adapter, or leave --side-by-side out"
         raise UsageError(what, where="--side-by-side", fix=fix)
+    # Wrong options end it before weights are read.
     decoding = decoding_of(args)
     loaded = load_run(location, device=args.device)
     chat = Chat(args, loaded, decoding)
@@ -100,6 +101,7 @@ class Chat:
         if self.on_terminal:
             lines = self._typed_lines()
         else:
+            # From a pipe no prompt is printed, and a fault ends it.
             lines = (line.strip() for _, line in stdin_lines())
         for line in lines:
             command = line.partition(" ")[0]
@@ -114,9 +116,11 @@ class Chat:
                 else:
                     self.answer(line)
             except KeyboardInterrupt:
+                # ctrl-C outside of an answer, or in one that goes to a pipe.
                 print(flush=True)
                 return
             except TunesmithError as error:
+                # On a terminal the user can ask again.
                 if not self.on_terminal:
                     raise
                 notify(error.text())
@@ -147,6 +151,7 @@ class Chat:
         KeyboardInterrupt ends the chat: ctrl-C twice, or once without a terminal.
         """
         several = len(self.sides) > 1
+        # Two columns need room; else the answers come one after the other.
         if self.on_terminal and several and shutil.get_terminal_size().columns >= COLUMNS:
             self._answer_in_columns(question)
             return
@@ -175,7 +180,7 @@ class Chat:
 
         with Live(columns(), refresh_per_second=12) as live:
             for side in self.sides:
-
+                # `side` is bound here: the loop has gone on by the time a later one is called.
                 def write(text: str, side: str = side) -> None:
                     texts[side] += text
                     live.update(columns())
@@ -190,6 +195,7 @@ class Chat:
         from tunesmith.inference.load_run import load_run
 
         def write_printable(text: str) -> None:
+            # A model may write control characters, which would change the terminal.
             write(_CONTROL.sub("", text))
 
         with StopRequest(interactive=True) as stop:
@@ -198,6 +204,7 @@ class Chat:
             if side == BASE and loaded.location.kind == "adapter":
                 adapter_off = disabled(loaded.model)
             elif side == BASE and loaded.location.kind == "full":
+                # A full fine-tune has its base in other files: they are read once it is asked for.
                 if self.base is None:
                     self.base = load_run(self.args.run, device=self.args.device, base_only=True)
                 loaded = self.base
@@ -216,6 +223,7 @@ class Chat:
         if stop.requested():
             notify("\n(stopped)")
             if not self.on_terminal:
+                # Nobody is there to ask again: the first ctrl-C ends a chat from a pipe.
                 raise KeyboardInterrupt
         elif not answer.finished:
             limit = self.decoding.max_new_tokens
@@ -233,6 +241,7 @@ class Chat:
         room = loaded.context - self.decoding.max_new_tokens
         turns = self.turns[side]
         prompt: list[int] = []
+        # The fewest oldest turns that make the rest fit.
         for dropped in range(len(turns) + 1):
             messages: list[dict[str, Any]] = []
             for text, reply in [*turns[dropped:], (question, PLACEHOLDER)]:

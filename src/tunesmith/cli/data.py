@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         tokenizer,
         eos_ids(folder, tokenizer),
         rows,
+        # Not strict: what breaks the contract is shown with the rest, and raised at the end.
         strict=False,
         position_limit=spec.position_limit,
     )
@@ -139,6 +140,7 @@ def segments(
 
     ranges = [(0, len(ids))]
     if len(ids) > limit:
+        # Of a long example the beginning and the end.
         half = limit // 2
         ranges = [(0, half), (len(ids) - half, len(ids))]
     stretches: list[tuple[str, bool, bool]] = []
@@ -150,6 +152,7 @@ def segments(
         first = start
         prefix = decode(start)
         for end in range(start + 1, stop + 1):
+            # A stretch ends where the next token is of another kind, or at the end of the range.
             if end == stop or kinds[end] != kinds[first]:
                 text = decode(end)
                 stretches.append((text[len(prefix) :], *kinds[first]))
@@ -162,6 +165,7 @@ def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) 
     from rich.text import Text
 
     has_colors = console.color_system is not None and not console.no_color
+    # NO_COLOR asks any program to print without colors.
     if "NO_COLOR" in os.environ:
         has_colors = False
     for i in range(min(count, len(tokens))):
@@ -178,6 +182,7 @@ def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) 
                     style += " reverse"
                 text.append(piece, style=style)
                 continue
+            # Without colors brackets stand around what is supervised.
             if is_supervised != is_inside:
                 text.append("⟦" if is_supervised else "⟧")
                 is_inside = is_supervised

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(what, where="--fix", fix="tunesmith doctor --slurm")
     begin = time.monotonic()
     recipe = load_recipe(args.recipe, []) if args.recipe else None
+    # The runs' disk: that of the recipe's output, else of this folder.
     folders = (recipe.output_dir if recipe else ".",)
     nodes: list[dict[str, Any]] = []
     if args.slurm:
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if recipe:
         findings += check_model(recipe.model)
     here = os.uname().nodename
+    # What no node was named for is of this one.
     findings = [replace(finding, host=finding.host or here) for finding in findings]
     seconds = round(time.monotonic() - begin, 1)
     faults = sum(finding.level == FAULT for finding in findings)

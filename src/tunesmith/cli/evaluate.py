@@ -145,6 +145,7 @@ def run(args: argparse.Namespace) -> None:
     check_answer_options(args)
     decoding = decoding_of(args)
     options = vars(args) | {"columns": dict(args.columns) or None, "decoding": decoding}
+    # The rest has the names of the parameters of `evaluate`.
     for name in ("run", "data", "json", "temperature", "top_p", "top_k", "seed", *FOR_TASKS):
         del options[name]
     with ProgressCounter() as progress, fixes_as_options():
@@ -375,6 +376,7 @@ def print_scores(scores_of: "Mapping[str, EvalResult]") -> None:
     table.add_row("loss (nats a token)", *(f"{score.loss:.4f}" for score in scores))
     perplexities = []
     for score in scores:
+        # exp of a large loss overflows.
         is_finite = score.perplexity < math.inf
         perplexities.append(f"{score.perplexity:.3f}" if is_finite else "above 1e308")
     table.add_row("perplexity", *perplexities)

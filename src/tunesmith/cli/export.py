@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    # A --to without a row in QUANTS takes no --quant.
     if args.quant and args.quant not in QUANTS.get(args.to, (args.quant,)):
         raise UsageError(
             f"--quant {args.quant} is not one of --to {args.to}",
@@ -103,6 +104,7 @@ def _export_gguf(args: argparse.Namespace) -> None:
             where="command line: --adapter",
             fix="--to gguf --adapter, or leave --adapter out",
         )
+    # The import takes seconds, so it comes after the checks.
     from tunesmith.export.gguf.export import DEFAULT_QUANT, export_adapter, export_gguf
 
     if args.adapter:
@@ -238,6 +240,7 @@ def _export_sharded(args: argparse.Namespace) -> None:
             why="only a checkpoint of a model trained in full on several ranks is in parts",
             fix=f"{fix}; --to gguf writes a file for llama.cpp",
         )
+    # All files: the weights are put together from every part.
     check_sums(folder, reads=lambda name: True)
     export_sharded(folder, output, location.run)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())

@@ -98,6 +98,7 @@ def _wanted(args: argparse.Namespace) -> "tuple[Model, list[Source]]":
 
         recipe = load_recipe(args.name, args.overrides)
         sources = {}
+        # A data set may be the source of several splits: it is fetched once.
         for source in (*recipe.data.train, *recipe.data.validation):
             if not is_local(source.source):
                 sources[source.source, source.name, source.revision] = source
@@ -124,6 +125,7 @@ def _model(model: "Model", progress: "FetchProgress", *, dry: bool, update: bool
     folder = fetch.local_model(model)
     if folder is None and not update:
         folder = fetch.cached_model(model)
+    # Neither a folder nor in the cache: the Hub is asked, and what it lists is fetched.
     if folder is None:
         plan = fetch.plan_download(model, progress)
         row["licence"] = plan.listing.license
@@ -135,8 +137,10 @@ def _model(model: "Model", progress: "FetchProgress", *, dry: bool, update: bool
         fetch.check_cache_room(model.name, plan.missing)
         if not dry:
             folder = fetch.download_model(plan, progress)
+    # A GGUF file is read into a folder of its own.
     elif folder.is_file() and not dry:
         folder = fetch.fetch(model, progress=progress)
+    # The folder is checked also where nothing was fetched.
     if folder is not None and folder.is_dir():
         spec = fetch.check_folder(folder, model)
         row["type"] = spec.model_type

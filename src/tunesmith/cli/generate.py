@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
     rows = _read_input(args.input)
     output = None if args.output == "-" else Path(args.output)
     check_output(output, args)
+    # Rows that are answered already need no model.
     done, size = _answered_rows(output, rows, args)
     if done == len(rows) and args.resume:
         print(f"all {done} rows are already in {output}", file=sys.stderr)
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(rows) - done} rows, {decoding.describe()}", file=sys.stderr)
     name = output or "standard output"
     try:
+        # The file is flushed after each row: a process that is killed loses one answer.
         with _open_output(output, size) as file, stop, options.ProgressCounter() as progress:
             progress("answers", done, len(rows))
             for row in answers:
@@ -98,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
                 done += 1
                 progress("answers", done, len(rows))
     except OSError as error:
+        # The reader of a pipe has gone: that is its end, and no fault.
         if isinstance(error, BrokenPipeError):
             raise
         what = disk_fault(error)
@@ -165,16 +168,19 @@ def _read_input(name: str) -> Rows:
 def check_output(output: Path | None, args: argparse.Namespace) -> None:
     """UsageError or MachineError for an output that cannot be written, or gone on with."""
     where = "--output"
+    # A pipe or device can be written to, but neither read again nor gone on with.
     is_stream = output is None or (output.exists() and not (output.is_file() or output.is_dir()))
     if is_stream and args.resume:
         place = f"{where} {args.output}"
         raise UsageError("--resume needs an output file", where=place, fix="name a file")
     if output is None:
         return
+    # Opening the output would empty the input.
     if args.input != "-" and output.exists() and output.samefile(args.input):
         raise UsageError("input and output are the same file", where=where, fix="name another file")
     if output.is_dir():
         raise UsageError(f"{output} is a folder", where=where, fix="name a file in it")
+    # The file need not be there yet: its first folder that is there tells whether it may be.
     nearest = next(place for place in (output, *output.absolute().parents) if place.exists())
     why = ""
     if nearest != output and not nearest.is_dir():
@@ -197,9 +203,11 @@ def _answered_rows(output: Path | None, rows: Rows, args: argparse.Namespace) ->
     if not args.resume:
         fix = "add --resume to go on with it, --force to overwrite it, or name another file"
         raise UsageError(f"{output} is already there", where="--output", fix=fix)
+    # The last piece has no line break: it is empty, or a row that a kill has cut.
     *lines, last = output.read_bytes().split(b"\n")
     matching = 0
     end = min(len(lines), len(rows))
+    # The output must begin with answers to the rows, in their order.
     while matching < end and _is_answer_to(lines[matching], rows[matching]):
         matching += 1
     is_torn = matching < len(rows) and _begins_answer_to(last, rows[matching])
@@ -207,6 +215,7 @@ def _answered_rows(output: Path | None, rows: Rows, args: argparse.Namespace) ->
         what = "the output answers other rows than the input holds"
         fix = "name its own input, or --force in place of --resume"
         raise UsageError(what, where=f"{output}:{matching + 1}", fix=fix)
+    # What is kept ends with the last whole line; the torn one is written over.
     return len(lines), sum(len(line) + 1 for line in lines)
 
 

@@ -68,9 +68,11 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("there is no file and no command to import", where="command line", fix=fix)
     source = read_source(name, args)
     extends = args.extends
+    # A recipe that ships with the package is extended by name, another by its path.
     if extends not in (None, *shipped()):
         extends = str(Path(extends).resolve())
     layer = override_layer(words)
+    # Settings that the command line gives win over what the file says.
     pairs = (word.partition("=") for word in words)
     overrides = {key.strip(): value.strip() for key, _, value in pairs}
     recipe = translate(source, overrides, args.world, extends)
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
         fix = "name another: --output RECIPE; or --force"
         raise UsageError("this file is there already", where=str(path), fix=fix)
     tree = merge_layers(recipe.tree(), layer)
+    # Only the whole recipe can be checked: what it extends, and what it changes.
     if extends:
         values = tree.plain()
         values.pop("extends", None)

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = launched_recipe(args)
     site = read_site(args.site)
     _check_removed(args, recipe.output_dir)
+    # Flags win over the profile; one that was not given leaves it.
     settings = {key: vars(args)[key] for key in SETTINGS if vars(args)[key] is not None}
     site = replace(
         site,
@@ -105,6 +106,7 @@ def _check_removed(args: argparse.Namespace, output_dir: str) -> None:
     """UsageError for --seeds, with the loop that launches the same runs."""
     if args.seeds is None:
         return
+    # The same command without the two keys that the loop sets.
     words = [args.recipe]
     for override in args.overrides:
         if not override.startswith(("train.seed=", "output_dir=")):

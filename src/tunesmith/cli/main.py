@@ -247,6 +247,7 @@ def _dispatch(words: list[str]) -> int:
         return EXIT_OK
     verb, *rest = words
     # As of `launch local`.
+    # `launch` alone is no command: its kinds are.
     kinds = [name for name in VERBS if name.startswith(f"{verb} ")]
     if kinds:
         verb = " ".join(words[:2])
@@ -267,6 +268,7 @@ def _dispatch(words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # A verb's flags are defined by its module, which is imported for this verb alone.
     module.add_arguments(parser)
     parser.words = rest
     if "TAKES_COMMAND" in vars(module):
@@ -278,6 +280,7 @@ def _dispatch(words: list[str]) -> int:
         args = parser.parse_intermixed_args(rest)
     if verb in LOADING:
         _check_process_limits()
+    # Before torch is loaded: libgomp reads its variables once.
     if verb in COMPUTING:
         prepare_threads()
     return module.run(args) or EXIT_OK
@@ -336,11 +339,13 @@ def _machine_error(error: BaseException) -> MachineError | None:
     """What this machine lacks, met where nothing checked for it: room on a disk, a package."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
+        # A missing module of ours is no package to install.
         if package and not package.startswith("tunesmith"):
             what = f"the Python package {package} is missing"
             return MachineError(what, fix=pip_install(package))
     if is_out_of_memory(error):
         why = first_line(error)[:300]
+        # A limit of the process fails like a full memory, and has another fix.
         limit = suspected_limit()
         if limit is not None:
             return _limit_error(limit, why=why)
@@ -356,6 +361,7 @@ def _machine_error(error: BaseException) -> MachineError | None:
             where = "standard output"
         fix = "make room (df -h), then start the same command again"
         return MachineError(full_disk, where=where, fix=fix)
+    # Without a path nobody knows what to change.
     if not isinstance(error, OSError) or not where or error.errno not in _PATH_FAULTS:
         return None
     what, fix = _PATH_FAULTS[error.errno]

@@ -216,6 +216,7 @@ def chosen_recipe(args: argparse.Namespace) -> "tuple[Run, MadeRecipe | None]":
     from tunesmith.training.make_recipe import make_recipe
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
+    # The options of rows are keys of the recipe, so that errors name one thing alone.
     for key, value in keys_of_rows.items():
         if value:
             words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
@@ -314,6 +315,7 @@ class ProgressCounter:
         """`done` of `total` are done, and `tokens` written for them since the first call."""
         now = time.monotonic()
         if what != self._what:
+            # Another task begins: the line of the last one is completed.
             self._print_line()
             self._what = what
             self._start = done
@@ -326,6 +328,7 @@ class ProgressCounter:
         self._tokens = tokens
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, speed=self._token_speed(now))
+        # Without a bar, as in a log, lines come seldom.
         elif now - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = now
             self._print_line()
@@ -341,6 +344,7 @@ class ProgressCounter:
         return f"{self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
 
     def _print_line(self) -> None:
+        # The rate is that of this start: what an earlier one had done is left out.
         if self._bar is None and self._done > self._start:
             now = time.monotonic()
             seconds = max(now - self._began, 1e-9)

@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     config, where, folder = _config(recipe.model)
     spec = model_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
     model_type = read_model_types().get(spec.model_type)
+    # Layers of this type do not keep packed documents apart.
     if model_type is not None and model_type.support.state == "padded":
         recipe = one_document_a_row(recipe, spec.model_type, model_type.support.why)
     check_seq_len(spec, recipe.data.seq_len, where=where)
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         print(*_table(planner, forecasts), sep="\n")
         if best.fits:
             print(*_details(planner, forecasts, args.price, folder), sep="\n")
+    # The same error that `train` would give, with what would be enough.
     if not best.fits:
         larger = planner.enough_nodes()
         more = f"; or {larger.nodes} nodes: {larger.describe()}" if larger else ""
@@ -105,6 +107,7 @@ def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
     from tunesmith.model.shapes import config_of_model
 
     path = fetch.local_model(model)
+    # The shapes of well-known models are in the package: a plan for them needs no network.
     if path is None and model.revision is None:
         in_package = config_of_model(model.name)
         if in_package is not None and fetch.cached_without_weights(model.name) is None:
@@ -135,6 +138,7 @@ def _cached_tokens(recipe: "Run", folder: Path) -> "TokenSet | None":
     from tunesmith.data.tokens import tokenize
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 
+    # A plan goes on without the tokens: they make it more exact.
     with suppress(TunesmithError, LookupError):
         tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
         template = select_template(recipe.data, tokenizer, eos_ids(folder, tokenizer))
@@ -224,6 +228,7 @@ def _details(
     best = forecasts[0]
     step_seconds = best.step_seconds or 0
     lines = []
+    # The order is by speed with a margin, so the first need not be the fastest.
     if any(f.fits and (f.step_seconds or 0) < step_seconds for f in forecasts):
         lines.append(
             "first is not the fastest: more cuts or shards, or groups over nodes, "

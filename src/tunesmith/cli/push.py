@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.hub.push import push_files
     from tunesmith.model.older_readers import CONFIG, TOKENIZER_CONFIG, for_older_readers
 
+    # Others load an adapter by the name of its base, which must then be one that they can fetch.
     if location.kind == "adapter" and not is_hub_id(location.base.name):
         what = "the adapter's base is a folder of this machine"
         why = f"its files name {location.base.name}"
@@ -55,16 +56,20 @@ def run(args: argparse.Namespace) -> None:
         fix = f"{merge}; or train with the base's Hub id"
         raise UsageError(what, where=str(folder), why=why, fix=fix)
     if location.run:
+        # A checkpoint or final/ is named after its run.
         name = folder.parent.resolve().name
         message = f"Push {name}/{folder.name}"
     else:
         name = folder.resolve().name
         message = f"Push {name}"
     with undeleted(location):
+        # A damaged file would spread: sums are compared before the first byte goes.
         check_sums(folder)
         files: dict[str, Path | bytes] = {}
         for path in sorted(folder.rglob("*")):
             file = path.relative_to(folder).as_posix()
+            # Hidden files are the system's or an editor's; state/ holds the optimizer, which only a
+            # resumed run reads.
             is_hidden = file.startswith(".") or "/." in file
             if path.is_file() and not (is_hidden or file.startswith("state/") or file == MANIFEST):
                 files[file] = path
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
             # An earlier version wrote the new keys alone.
             if config in files:
                 files[config] = for_older_readers(config, (folder / config).read_bytes())
+        # A plain model has the card of its makers, or none.
         if CARD not in files and location.kind != "base":
             files[CARD] = model_card(location.base, location.run, folder.parent).encode()
         page = push_files(

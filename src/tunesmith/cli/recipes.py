@@ -89,6 +89,7 @@ def _list(*, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
+    # Plain text for a pipe: rich would fold columns to a width that nobody sees.
     if not sys.stdout.isatty():
         widths = {}
         for column in ("name", "model", "method"):
@@ -125,6 +126,7 @@ def _copy(name: str, destination: Path, *, force: bool) -> None:
         path = destination / f"{name}.yaml"
     text = copy_of(recipes[name])
     try:
+        # "x" leaves a file that is there as it is, also one that came since.
         with path.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:

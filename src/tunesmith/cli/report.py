@@ -34,7 +34,9 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output or ("report.md" if args.markdown else "report.html"))
     runs = []
     left_out: list[UsageError] = []
+    # A folder that is named twice is one run; the order is the user's.
     for folder in dict.fromkeys(args.runs):
+        # One folder that is no run must not hide the others.
         try:
             runs.append(RunFiles(folder))
         except UsageError as error:

@@ -118,11 +118,13 @@ def verdict(report: dict[str, Any]) -> str:
     failures = [row for row in judged if not row["passed"]]
     # As tuples: in a report that was read from its file a mesh is a list.
     meshes = dict.fromkeys(tuple(row["mesh"]) for row in judged if row["mesh"])
+    # What is left in `meshes` had no failed check.
     for row in failures:
         if row["mesh"]:
             meshes.pop(tuple(row["mesh"]), None)
     sound = [MeshShape(*mesh).describe() for mesh in meshes]
     fix = f"`parallel` of a recipe can choose {', or '.join(sound) or 'no other mesh'}"
+    # A check without a mesh compares software: that comes before any mesh.
     if any(row["mesh"] is None for row in failures):
         fix = "install the same packages on every node, and check again"
     what = f"{len(failures)} of {len(judged)} checks failed: {where}"
