@@ -116,6 +116,7 @@ def _model(run: Run, where: Place) -> Iterator[Problem]:
 
 def _adapter(run: Run, where: Place) -> Iterator[Problem]:
     if run.adapter.kind == "none":
+        # `where` has a place only for keys that somebody wrote: a default is no mistake.
         for name in ("rank", "alpha", "dropout", "target", "rslora", "modules_to_save", "from"):
             key = f"adapter.{name}"
             if where(key):
@@ -155,6 +156,7 @@ def _data(run: Run, where: Place) -> Iterator[Problem]:
                 fix="remove data.hold_out, or data.validation: null",
                 why="either names the rows to validate on",
             )
+        # A share must leave rows to train on; a count is checked where the rows are known.
         limit = 100 if data.hold_out.unit == "%" else math.inf
         if not 0 < data.hold_out.amount < limit:
             what = f"is {data.hold_out}: above 0 % and below 100 %"
@@ -202,6 +204,7 @@ def _template(run: Run) -> Iterator[Problem]:
             fix = f"did you mean {near}?"
         what = f"is a file that does not exist: {data.template}"
         yield Problem("data.template", what, fix)
+    # `raw` and `alpaca` write text themselves; arguments are for Jinja.
     if data.template in ("raw", "alpaca") and data.template_args:
         yield Problem(
             "data.template_args",
@@ -259,6 +262,7 @@ def _batch(run: Run, where: Place) -> Iterator[Problem]:
         yield Problem("train.global_batch", "in tokens needs packed rows", fix)
     if batch.unit == "tokens" and batch.amount < seq_len:
         yield _smaller_than_row("train.global_batch", batch, seq_len, "a smaller data.seq_len")
+    # `auto` is chosen later, within the other limits.
     if micro == "auto":
         return
     if micro.unit == "tokens" and micro.amount < seq_len:

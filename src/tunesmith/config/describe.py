@@ -44,6 +44,7 @@ def reference() -> str:
     for section, rows in sections.items():
         table = _table(("key", "form", "default", "what it is"), rows)
         # A source has the same keys in both lists.
+        # The sections come in the schema's order, and data.train is described for both.
         if section == "data.validation":
             continue
         if section == "data.train":
@@ -155,6 +156,7 @@ def write_or_check(arguments: list[str]) -> int:
         return 2
     path = Path(arguments[1])
     old = path.read_text(encoding="utf-8") if path.exists() else ""
+    # What stands above the mark is written by hand, and stays.
     page = old.partition(MARK)[0] + MARK + reference()
     if path.suffix == ".json":
         page = json.dumps(json_schema(), indent=1) + "\n"

@@ -61,6 +61,7 @@ def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
     for text in overrides:
         key, equals, value = map(str.strip, str(text).partition("="))
         has_value = bool(equals)
+        # A mapping from Python has keys and values apart; a word has both in one text.
         if has_value == is_mapping or not _KEY.fullmatch(key):
             raise RecipeError(
                 f"{reprlib.repr(text)} is not of the form key.sub=value",
@@ -75,6 +76,7 @@ def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
         if key == "extends":
             fix = "name that recipe in place of this one"
             raise RecipeError("extends belongs in a file", where=node.where, fix=fix)
+        # From the inside out: a.b=1 is {a: {b: 1}}.
         for name in reversed(key.split(".")):
             node = Node({name: node}, node.where, base)
         layer = _merge(layer, node, same_layer=True)
@@ -92,16 +94,21 @@ def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False)
         same_layer: the upper one is a single override, and the lower one those before it, which all
             stay.
     """
+    # {0: ...} over a list changes that entry and keeps the others.
     if isinstance(lower.value, list) and _changes_entries(upper):
         return _merge_entries(lower, upper, key, same_layer=same_layer)
     are_mappings = isinstance(lower.value, dict) and isinstance(upper.value, dict)
+    # An empty mapping clears a key that takes one, such as columns; over a section it changes
+    # nothing.
     if not are_mappings or (not upper.value and _takes_mapping(key)):
         if same_layer:
             _check_scalar_has_no_key(lower, upper, key)
         return upper
+    # One source below, a list with one entry above: the same thing in two forms.
     if "source" in dict(lower.children()):
         upper = _as_single_source(upper)
     values = dict(lower.children())
+    # What a lower layer says may mean nothing under the upper one, as columns of other rows.
     if not same_layer:
         values = _without_stale(lower, upper, key)
     merged = dict(values)
@@ -113,6 +120,7 @@ def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False)
             merged[name] = node
     # A key that is missing is missing in the file, whatever the command line gives beside it.
     is_override = upper.where.startswith((COMMAND_LINE, FROM_PYTHON))
+    # So the place of an error is that of the lower layer.
     return replace(lower if is_override else upper, value=merged)
 
 

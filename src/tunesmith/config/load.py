@@ -69,6 +69,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...], announce: bool) -> Node:
     """The file's tree over those of the recipes that it extends."""
     tree = read_file(path)
     assert isinstance(tree.value, dict)
+    # Taken out: `extends` is no key of the schema.
     extends = tree.value.pop("extends", None)
     if extends is None:
         return tree
@@ -76,6 +77,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...], announce: bool) -> Node:
         fix = "extends: llama3.1-8b-lora, or a file such as ../base.yaml"
         raise RecipeError("extends takes one recipe's name or file", where=extends.where, fix=fix)
     base = locate_recipe(extends.value, base=path.parent, where=extends.where)
+    # The real paths: the same file may be reached by a link.
     chain = (*seen, path.resolve())
     if base.resolve() in chain:
         first = chain.index(base.resolve())
@@ -90,4 +92,5 @@ def _read_layers(path: Path, seen: tuple[Path, ...], announce: bool) -> Node:
         what = f"more than {MAX_EXTENDS} recipes extend each other"
         fix = "put several of them into one file"
         raise RecipeError(what, where=extends.where, fix=fix)
+    # The base first, then this file over it.
     return merge_layers(_read_layers(base, chain, announce), tree, announce=announce)

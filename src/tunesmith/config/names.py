@@ -69,16 +69,19 @@ def suggest_key(section: str, name: str) -> str:
     plain = _plain(name)
     if plain in siblings:
         return f"write it {plain}"
+    # `train.seed` below a section: the form of the command line in a file.
     if f"{section}.{name}".lstrip(".") in keys():
         outer, _, inner = name.rpartition(".")
         return (
             f"nest the keys in a file: {outer}: {{{inner}: ...}};"
             " the form with a dot is for the command line"
         )
+    # Keys of other tools that mean the same here.
     if plain in other_tools("keys"):
         return f"here it is {other_tools('keys')[plain]}"
     suggestion = nearest(plain, siblings)
     names = {_last(key) for key in keys()}
+    # A key of that name elsewhere is likelier meant than one that looks alike here.
     if plain in names:
         suggestion = _keys_named(plain)
     elif not suggestion:

@@ -53,6 +53,7 @@ def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> N
 
     `beside`: instead as a recipe in that folder writes it, the relative paths of inputs from there.
     """
+    # Below first: what a key holds decides only at a leaf.
     children = {}
     for name, child in node.children():
         children[name] = resolve_paths(child, f"{key}.{name}".lstrip("."), beside=beside)
@@ -85,6 +86,7 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
     elif "$" in text:
         what = f"{key}: variables such as {text} are not expanded in a recipe"
         fix = f'let the shell expand it: {key}="{text}" on the command line'
+        # A command in `$(...)` or backticks is not for the shell of an override.
         if any(mark in text for mark in _RUNS):
             fix = "write the path itself"
     elif "://" in text:
@@ -96,6 +98,7 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
         fix = "write the name without it"
     if what:
         raise RecipeError(what, where=node.where, fix=fix)
+    # Outputs belong to where one works, inputs to the file that names them.
     base = Path.cwd() if name in _OUTPUTS else node.base
     try:
         path = os.path.abspath(base / Path(text).expanduser())
@@ -109,6 +112,8 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
     is_written_as_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
     if name in _OUTPUTS or is_written_as_path:
         return path
+    # A Hub id may look like a relative path: it is a path if it has a data file's suffix, or is
+    # there.
     if text.lower().endswith(_INPUTS[name]) or os.path.exists(path):
         return path
     return text

@@ -134,6 +134,7 @@ def read_file(path: Path) -> Node:
     name = str(path)
     try:
         with path.open("rb") as file:
+            # One byte more than allowed tells a file that is too large from one that just fits.
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         what = "this recipe cannot be read"
@@ -143,6 +144,7 @@ def read_file(path: Path) -> Node:
         fix = "give the recipe, not the data: a recipe is a page of YAML"
         raise RecipeError("this recipe is larger than 256 KiB", where=name, fix=fix)
     try:
+        # `utf-8-sig` drops the mark that editors of Windows put in front.
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
@@ -279,6 +281,7 @@ class _Reader:
         values: dict[str, Node] = {}
         merges: dict[str, Node] = {}
         for name, content in yaml_node.value:
+            # A key is a node too, so that its place and its type are known.
             key = self.node(name, line, depth)
             if not isinstance(key.value, str):
                 is_scalar = not isinstance(key.value, dict | list)
@@ -292,6 +295,7 @@ class _Reader:
                 what = f"the key {key.value!r} is given twice"
                 why = f"the first one is at {target[key.value].where}"
                 raise RecipeError(what, where=key.where, why=why, fix="remove one of the two")
+            # An error of a value points to its key's line: a block of text begins a line below.
             value = self.node(content, max(line, name.start_mark.line), depth)
             target[key.value] = replace(value, where=key.where)
         if "<<" not in merges:
@@ -302,5 +306,6 @@ class _Reader:
                 what = "`<<` takes a mapping"
                 fix = "write <<: *name_of_a_mapping"
                 raise RecipeError(what, where=source.where, fix=fix)
+            # The first source of a list wins over later ones, and keys written here win over all.
             values = {**source.value, **values}
         return values

@@ -131,6 +131,7 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
 
     Unknown keys come first: a mistyped one is often missing under its right name.
     """
+    # An unknown key is the likeliest cause of the rest.
     unknown = [error for error in errors if error["type"] == "unexpected_keyword_argument"]
     mismatches = [_locate(tree, error) for error in unknown or errors]
     # Each member of a union has its error: take the one that got furthest into the value.
@@ -150,6 +151,7 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
         section = without_indices(key.removesuffix(str(name)).rstrip("."))
         fix = suggest_key(section, str(name))
         return RecipeError(f"unknown key {key}", where=node.where, fix=fix)
+    # "missing" with a number is an entry of a tuple: that is a value of the wrong length.
     if kind == "missing" and isinstance(name, str):
         value = _Value.at(node, f"{key}.{name}".lstrip("."))
         what = f"{value.key} is missing: {value.spec.metadata['doc']}"
@@ -157,6 +159,7 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
         return RecipeError(what, where=node.where, fix=fix)
     what, fix = _explain_value(_Value.at(node, key), error)
     why = ""
+    # `key=$UNSET` comes as `key=`, which is null.
     if node.value is None and node.where.startswith("command line"):
         why = "an unset variable of the shell leaves a value empty"
     return RecipeError(what, where=node.where, why=why, fix=fix)
@@ -222,6 +225,7 @@ def _fix_type(value: _Value) -> str:
     types_ = members(value.hint)
     if content in (math.inf, -math.inf):
         return f"write {value.example()}"
+    # Text in quotes that would be of the right type without them.
     if isinstance(content, str):
         meant = type(scalar(content.strip()))
         if meant in types_ or (meant is int and float in types_):
@@ -231,6 +235,7 @@ def _fix_type(value: _Value) -> str:
     words = literal_words(value.hint)
     if not words and bool in types_:
         words = ("true", "false")
+    # A word that another tool has here may have another name.
     if words and isinstance(content, str | bool):
         one_of = f"write one of {', '.join(words)}"
         absent = other_tools("absent").get(str(content).lower())
@@ -238,9 +243,11 @@ def _fix_type(value: _Value) -> str:
             return f"{one_of}: {absent.format(content)}"
         near = nearest(str(content), words)
         return f"did you mean {value.line(near)}?" if near else one_of
+    # An unquoted 123 or true where text is needed.
     if isinstance(content, int | float) and str in types_:
         return f"put it in quotes: {value.line(json.dumps(str(content).lower()))}"
     if isinstance(content, int | float) and not isinstance(content, bool):
+        # A bare number where an amount needs its unit.
         for kind in (Length, Size, Share):
             if kind in types_:
                 lines = [value.line(f"{content} {unit}") for unit in kind.units[:2]]
@@ -336,9 +343,11 @@ def suggest_override(option: str, next_word: str | None) -> str | None:
     match = _FIRST_VALUE.match(line or example(hint, spec))
     suggestion = match[0] if match else ""
     if value is not None and not _OTHER_NUMBER.search(name):
+        # `--lr 2e-4` may come without a value: then the example of the key stands there.
         types_ = members(hint)
         kind = type(scalar(value))
         if kind in (int, float) and (Length in types_ or Size in types_):
+            # A bare number for a length or size gets the unit of the example.
             unit = suggestion.partition(" ")[2] or "examples"
             suggestion = f"{value} {unit}"
         elif kind in types_ or (kind is int and float in types_) or value in literal_words(hint):
