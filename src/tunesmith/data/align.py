@@ -122,12 +122,16 @@ class Aligner:
         for text, ids, offsets in zip(
             texts, encoding["input_ids"], encoding["offset_mapping"], strict=True
         ):
+            # Offsets of many tokenizers leave out the space in front of a word that its token
+            # holds.
             tokens = self.tokenizer.convert_ids_to_tokens(ids)
             starts = []
             previous_end = 0
             for token, (start, end) in zip(tokens, offsets, strict=True):
                 skips_text = previous_end < start
                 begins_with_space = start != end and text[start].isspace()
+                # Characters between two tokens belong to the later one, as far as it begins with
+                # white space.
                 if skips_text and not begins_with_space:
                     whitespace = len(token) - len(token.lstrip(_WHITESPACE))
                     starts.append(max(previous_end, start - whitespace))

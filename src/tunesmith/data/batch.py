@@ -110,6 +110,7 @@ def collate(
     """
     import torch
 
+    # Everything is padding until a token is laid over it.
     shape = (len(rows), length)
     ids = np.full(shape, pad_id, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
@@ -128,12 +129,16 @@ def collate(
                 sequence_ids = example.ids[start : start + n]
                 sequence_trained = example.trained[start : start + n]
                 ids[r, at : at + n] = sequence_ids
+                # Each document counts its positions from 0, so that packed and alone are the same.
                 positions[r, at : at + n] = np.arange(n)
+                # The target of a token is the next one; the last of a document has none, as what
+                # follows is another document.
                 targets[r, at : at + n - 1] = np.where(
                     sequence_trained[1:], sequence_ids[1:], IGNORE
                 )
                 start += n
                 at += n
+                # Borders of documents over the whole batch: rows stand behind each other.
                 edges.append(row_start + at)
                 longest = max(longest, n)
                 tokens += n
@@ -141,6 +146,7 @@ def collate(
             raise ValueError(f"row {r} holds {at} tokens and has room for {length}")
         if at < length:
             padding = length - at
+            # Padding is cut into documents too: none may be longer than what attention was told.
             document = bound or length
             positions[r, at:] = np.arange(padding) % document
             edges += range(row_start + at + document, row_start + length, document)

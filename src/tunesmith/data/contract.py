@@ -139,6 +139,7 @@ def check_tokens(
             f"{counts.rows:,} rows were read, {counts.dropped:,} dropped as too long,"
             f" {counts.emptied:,} dropped because the cut left no supervised token"
         )
+        # At least one, so that a split without rows counts as broken.
         is_empty = replace(
             not_empty,
             broken=max(1, counts.rows),
@@ -156,6 +157,7 @@ def check_tokens(
         all_faults = _find_faults(chunk, end_ids, earlier_end_ids, bos, vocab_size)
         for n, faults in enumerate(all_faults):
             check = checks[n]
+            # Only the first fault of each rule is shown; all are counted.
             if len(faults.tokens) and not check.broken:
                 fault = int(faults.tokens[0])
                 in_chunk = int(chunk.examples_of(faults.tokens[:1])[0])
@@ -240,6 +242,7 @@ def _judge_cut_answers(contract: Contract, cut_answers: CutAnswers) -> Contract:
     """The contract in which few cut answers, or those that are accepted, break nothing."""
     *others, check = contract.checks
     are_many = check.broken > MOST_CUT * check.checked
+    # Many cut answers break the contract, few are a warning.
     if not check.broken or (cut_answers == "refuse" and are_many):
         return contract
     share = f"{check.broken:,} of {check.checked:,} rows ({check.broken / check.checked:.1%})"
@@ -261,6 +264,7 @@ def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
     answers."""
     counts = tokens.counts
     seq_len = int(tokens.lengths.max(initial=0))
+    # A dict: the two lengths may be equal, and are then named once.
     lengths = {
         counts.longest_of_99: "fits 99 % of the rows",
         counts.longest: "fits the longest row",
@@ -272,6 +276,7 @@ def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
             fixes.append(f"data.seq_len={length} ({what_fits})")
     if not fixes and position_limit is not None and seq_len < position_limit:
         fixes.append(f"data.seq_len={position_limit} (the most that the model takes)")
+    # Dropping is a way only if rows are left.
     if counts.cut < counts.kept:
         fixes.append("data.too_long=drop")
     fixes.append("data.allow_cut_answers=true")
@@ -348,14 +353,17 @@ def _answers_without_end(
 
     earlier_end_ids: as of a template; these stand behind a stretch.
     """
+    # Rows stand behind each other in one array; a stretch also ends where its row does.
     ids = chunk.arrays.ids
     is_row_end = np.zeros(len(ids), np.bool_)
     is_row_end[chunk.arrays.offsets[1:] - 1] = True
+    # The token after a supervised one is not supervised: the stretch ends there.
     next_trained = np.append(chunk.arrays.trained[1:], False)
     is_stretch_end = chunk.arrays.trained & (is_row_end | ~next_trained)
     stretch_ends = np.flatnonzero(is_stretch_end)
     next_ids = np.append(ids[1:], -1)
     ends_answer = np.isin(ids[stretch_ends], end_ids)
+    # In the middle of a row the end token may be the next one, which is not supervised.
     ends_answer |= ~is_row_end[stretch_ends] & np.isin(next_ids[stretch_ends], earlier_end_ids)
     stops = stretch_ends[~ends_answer]
 
@@ -366,6 +374,7 @@ def _answers_without_end(
     for back in range(1, _TAIL):
         earlier = stops - back
         is_in_row = earlier >= chunk.starts[rows]
+        # Indices before the array are held at 0; `is_in_row` rules them out.
         is_end_token = np.isin(ids[np.maximum(earlier, 0)], end_ids)
         has_end_token |= ends_row & is_in_row & is_end_token
 

@@ -112,11 +112,15 @@ def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
     columns_text = f"the columns are {', '.join(columns) or 'none'}"
     if any_format and not source.columns:
         _check_kind(columns, where, columns_text)
+    # A chat is told by what its cells hold, not by the column's name.
     chats = [name for name in columns if any(_is_chat(row.get(name)) for row in sample.values())]
     only_format = None if any_format else source.format
     trials = []
+    # Each layout is tried on the sample: only what reads without an error counts.
     for layout in _possible_layouts(columns, chats, only_format, source.columns):
         trials.append(_Trial(layout, _reading_errors(sample, rows, source, layout)))
+    # Rows with instruction, input and output also read without the input: that leaves a column
+    # unused.
     layouts = _most_specific([trial.layout for trial in trials if not trial.errors])
     if len(layouts) == 1:
         used = layouts[0].columns.values()
@@ -205,6 +209,7 @@ def _propose(
                 break
     missing = [name for name in needed if name not in guess]
     spare = [column for column in columns if column not in guess.values()]
+    # One column is left to find: the one with the most letters is the likeliest text.
     if len(missing) == 1 and len(spare) > 1:
         spare.sort(key=lambda column: _letters(sample, column), reverse=True)
     for name in missing:
@@ -230,6 +235,7 @@ def _possible_layouts(
     for layout in _LAYOUTS:
         if only_format not in (None, layout.format):
             continue
+        # Columns that the user names must all belong to the format.
         if not chosen_columns.keys() <= set(COLUMNS[layout.format]):
             continue
         candidates: dict[str, list[str]] = {}
@@ -238,6 +244,7 @@ def _possible_layouts(
                 candidates[name] = [chosen_columns[name]]
             elif usual_names is _CHAT:
                 candidates[name] = chats
+            # A single column needs no usual name to be the text.
             elif layout.format == "text" and len(columns) == 1:
                 candidates[name] = columns
             else:
@@ -245,6 +252,7 @@ def _possible_layouts(
         for name in layout.optional:
             if not candidates[name]:
                 del candidates[name]
+        # Each choice of one column a name; no column may serve twice.
         for picked in itertools.product(*candidates.values()):
             if len(set(picked)) == len(picked):
                 yield Detected(layout.format, dict(zip(candidates, picked, strict=True)))
@@ -257,6 +265,7 @@ def _most_specific(layouts: list[Detected]) -> list[Detected]:
     Text is what is left where nothing else reads the rows: data sets often add the text of a whole
     example.
     """
+    # Any column of text reads as plain text, so that is the last resort.
     layouts = [layout for layout in layouts if layout.format != "text"] or layouts
     specific: list[Detected] = []
     for layout in layouts:

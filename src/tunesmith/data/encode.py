@@ -56,6 +56,8 @@ class RowEncoder:
         """The examples of a batch; DataError for the first row that has none, or cannot be read."""
         samples = []
         for row, place in zip(batch.rows, batch.places, strict=True):
+            # Errors of reading come as values, so that the first row's is raised, whichever worker
+            # met it.
             if isinstance(row, TunesmithError):
                 raise row
             samples.append(convert_row(row, self.source, where=place, system=self.system))
@@ -63,6 +65,8 @@ class RowEncoder:
         encoded = []
         for i, (sample, example) in enumerate(zip(samples, examples, strict=True), batch.first):
             prompt: Prompt = "unchecked"
+            # All of the first rows and a sample of the others: rendering the prompt alone takes
+            # time.
             is_compared = i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0
             if is_compared and self.train_on != "all":
                 prompt = self._check_prompt(sample, example)

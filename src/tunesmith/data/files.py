@@ -166,6 +166,7 @@ def _decode(path: Path, data: bytes, where: Callable[[int], str], encoding: str)
         return data.decode(encoding)
     except UnicodeDecodeError as error:
         with path.open("rb") as file:
+            # Windows writes UTF-16 with a mark of two bytes.
             has_utf16_mark = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
         likely_encoding = "utf-16" if has_utf16_mark else "latin1"
         output = _new_name(path, f"fixed{path.suffix}")
@@ -206,6 +207,7 @@ def _read_json_lines(path: Path) -> Table:
         if not starts:
             fix = "write rows into it"
             raise DataError("the file has only blank lines", where=str(path), fix=fix)
+        # A descriptor of its own: rows are read long after this function ends.
         descriptor = os.dup(file.fileno())
 
     def where(i: int) -> str:
@@ -221,7 +223,9 @@ def _read_json_lines(path: Path) -> Table:
                 why=f"{limit}; line breaks between rows may be lost",
                 fix="write one row a line, or split the text into several rows",
             )
+        # `pread` has no position, so processes and threads may share the descriptor.
         data = os.pread(descriptor, size, starts[i])
+        # The file became shorter after it was opened.
         if len(data) < size:
             raise _changed(path)
         text = _decode(path, data, lambda _: where(i), "utf-8")
@@ -250,6 +254,7 @@ def _read_json_lines(path: Path) -> Table:
         drop_pages(descriptor)
         os.close(descriptor)
 
+    # The table holds `row`, and so the descriptor, as long as somebody reads.
     weakref.finalize(row, close)
     return Table(len(starts), row, where, fingerprint=lambda: _file_digest(path))
 
@@ -261,6 +266,7 @@ def _line_places(file: BinaryIO) -> tuple["array[int]", "array[int]", "array[int
     numbers = array("q")
     position = 0
     for number, line in enumerate(file, 1):
+        # A mark of UTF-8 at the start is no part of the first row.
         has_mark = number == 1 and line.startswith(codecs.BOM_UTF8)
         mark = len(codecs.BOM_UTF8) if has_mark else 0
         if line[mark:].strip():
@@ -347,6 +353,7 @@ def _broken_json(path: Path, text: str, error: Exception) -> DataError:
     what = "the file is not JSON"
     fix = f"fix it at {place}"
     is_at_end = error.pos >= len(text.rstrip()) - 1
+    # The fault at the end of the text: the file was cut.
     if is_at_end or error.msg.startswith("Unterminated string"):
         what = "the file ends in the middle of its JSON"
         fix = "download or write the file again"
@@ -371,6 +378,7 @@ def _read_csv(path: Path) -> Table:
     text = _read_text(path)
     _check_header_line(path, text)
     rows, lines = _parse_csv(path, text)
+    # `DataFrame.to_csv` writes its index as a first column without a name.
     if _has_row_numbers(rows):
         log.warning(
             "%s: the first column has no name and holds numbers of rows, as pandas writes:"
@@ -400,6 +408,7 @@ def _read_csv(path: Path) -> Table:
 
 def _check_header_line(path: Path, text: str) -> None:
     """DataError where the first line shows another separator, or JSON lines."""
+    # Other separators are common: the header shows them.
     header = text.partition("\n")[0]
     separators = [mark for mark in ";\t|" if mark in header]
     if "," not in header and separators:

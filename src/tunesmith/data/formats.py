@@ -172,6 +172,7 @@ class _RowReader:
         needed = _FORMATS[self.source.format].columns
         mapped = self.source.columns
         missing = [name for name in needed if mapped.get(name, name) not in self.row]
+        # Columns that nothing reads yet are proposed for those that are missing.
         spare = [str(c) for c in self.row if c not in needed and c not in mapped.values()]
         pairs = []
         for n, name in enumerate(missing):
@@ -233,6 +234,7 @@ def _alpaca(row: _RowReader) -> Sample:
     extra = row.optional("input")
     extra_text = "" if extra is None else row.text(extra, "input")
     messages = _system(row)
+    # `history` holds the turns before the instruction, as pairs.
     history = row.optional("history")
     turns = [] if history is None else row.list(history, "history")
     for n, turn in enumerate(turns, 1):
@@ -244,6 +246,7 @@ def _alpaca(row: _RowReader) -> Sample:
         answer = row.text(pair[1], f"history {n}")
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
+    # Only a row of one turn is what the Alpaca template writes.
     is_single_turn = not messages
     question = f"{instruction}\n{extra_text}" if extra_text else instruction
     messages.append({"role": "user", "content": question})
@@ -287,6 +290,7 @@ def _sharegpt(row: _RowReader) -> Sample:
 def _prompt_completion(row: _RowReader) -> Sample:
     prompt = row.required("prompt")
     completion = row.required("completion")
+    # Both as text, or both as messages: one of each has no border.
     if isinstance(prompt, list) != isinstance(completion, list):
         fix = "write both as lists of messages"
         raise row.error("prompt and completion are of two kinds", "one is a text, one a list", fix)
@@ -347,12 +351,14 @@ def _read_messages(row: _RowReader, value: Any, column: str) -> list[dict[str, A
 
 def _message(row: _RowReader, role: str, message: Mapping[str, Any], at: str) -> dict[str, Any]:
     text, reasoning, calls = _content(row, message.get("content"), at)
+    # Servers write reasoning under two names.
     reasoning = reasoning or message.get("reasoning_content") or message.get("reasoning") or ""
     if message.get("tool_calls"):
         calls += _calls(row, message["tool_calls"], at)
     if (reasoning or calls) and role != "assistant":
         what = f"a {role} message has reasoning or tool calls"
         raise row.error(what, "only an assistant's may", at=at)
+    # An assistant may only call tools or reason.
     if message.get("content") is None and not calls and not reasoning:
         fix = 'give it "content": "...", or delete it'
         raise row.error("a message has no content", fix=fix, at=at)
@@ -401,6 +407,7 @@ def _content(row: _RowReader, content: Any, at: str) -> tuple[str, str, list[dic
         kind = None
         value = None
         if isinstance(part, Mapping):
+            # Parts come with their text under one of several names.
             kind = part.get("type")
             keys = [key for key in ("text", "value", "reasoning") if key in part]
             if keys:
@@ -428,11 +435,13 @@ def _calls(row: _RowReader, value: Any, at: str) -> list[dict[str, Any]]:
         raise row.error("a list of tool calls is empty", at=at)
     calls = []
     for item in values:
+        # OpenAI wraps a function in {"type": "function", "function": ...}.
         function = item.get("function", item) if isinstance(item, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             fix = 'write {"name": "f", "arguments": {...}}, or a list of these'
             raise row.error("a tool call has no name", fix=fix, at=at)
         name = function["name"]
+        # Arguments may be JSON text, as OpenAI's API gives them.
         arguments = row.json(function.get("arguments"), f"{at} arguments")
         if arguments is None:
             arguments = {}
@@ -485,6 +494,7 @@ def _check_order(row: _RowReader, messages: list[dict[str, Any]]) -> None:
             at = f"message {n + 1}"
             raise row.error(fault, "roles are out of order", "fix the row's order", at)
         if role == "assistant":
+            # Results follow the calls of the last answer, and may be several.
             may_have_result = "tool_calls" in message
         elif role != "tool":
             may_have_result = False

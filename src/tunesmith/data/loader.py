@@ -104,6 +104,7 @@ class Loader(AbstractContextManager["Loader"]):
     def __post_init__(self) -> None:
         longest = int(self.tokens.lengths.max(initial=0))
         rooms = [room for room in (self.pad_to, self.bound) if room is not None]
+        # Wrong sizes are a fault of the plan: such an example would not fit into any row.
         if rooms and min(rooms) < longest:
             raise ValueError(
                 f"the longest example has {longest} tokens, and there is room for {min(rooms)}"
@@ -117,6 +118,7 @@ class Loader(AbstractContextManager["Loader"]):
             data_ranks,
             self.attention_weight,
         )
+        # One thread: batches come in the order of the steps.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tunesmith-data")
         self._has_begun = False
 
@@ -170,6 +172,7 @@ class Loader(AbstractContextManager["Loader"]):
             supervised=sum(self.tokens[i].supervised for i in examples),
             examples=len(examples),
             indices=examples,
+            # Seeds go by the place of a micro batch over all ranks.
             first_micro=self.rank * len(micro_steps),
             idle_share=self._micro_batches.idle_share(micro_steps),
             source=self.tokens,

@@ -226,11 +226,14 @@ class AssistantMask:
         word = _unused_word(text, messages, tools)
         rendering: _Rendering | None = None
         shown: set[int] = set()
+        # Sentinels before, after or around each text: a template may trim one side.
         for position in POSITIONS:
             inserted = Sentinels(word, position)
             marked_messages, marked_tools = inserted.insert(messages, tools)
             marked_text = self.render(marked_messages, marked_tools, where=where)
             plain_text, sentinels = self._strip(inserted, marked_text)
+            # A template that reads its texts renders others with sentinels; such a position tells
+            # nothing.
             if plain_text != text:
                 continue
             shown.update(sentinel.field for sentinel in sentinels)
@@ -239,6 +242,7 @@ class AssistantMask:
                     text, sentinels, inserted, marked_messages, marked_tools, frozenset()
                 )
             missing = [field for n, field in enumerate(inserted.fields) if n not in shown]
+            # All that must show has shown itself: the other positions need not be tried.
             if all(self._may_drop(field) and not self._has_end(field.text) for field in missing):
                 break
         if rendering is None:
@@ -262,6 +266,7 @@ class AssistantMask:
         seen = set()
         ended = set()
         last_of_message: dict[int, int] = {}
+        # A template may write a text twice: the first one counts.
         for n, sentinel in enumerate(sentinels):
             field = inserted.fields[sentinel.field]
             is_repeated = sentinel[:2] in seen
@@ -305,6 +310,7 @@ class AssistantMask:
         self._check_complete(rendering, where)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         blocks_of = self._blocks_of_answers(rendering, blocks, answers, where)
+        # The end of the last answer shows only where another turn follows.
         if not self.tagged and answers:
             rendering = self._with_next_turn(rendering, answers[-1])
         spans = []
@@ -329,6 +335,7 @@ class AssistantMask:
 
     def _check_complete(self, rendering: _Rendering, where: str) -> None:
         """DataError for a template that drops words, and for words that hide where they end."""
+        # Two sentinels of a text tell its beginning and its end.
         sentinels_of = Counter(sentinel.field for sentinel in rendering.sentinels)
         for n, field in enumerate(rendering.inserted.fields):
             message = f"message {field.message + 1}"
@@ -363,6 +370,8 @@ class AssistantMask:
         start = self._start_of_answer(rendering, i, rendering.place(anchor), prompt, is_last, where)
         if indices:
             last_sentinel = indices[-1]
+            # Texts of another message between those of the answer: no span can hold the answer
+            # alone.
             is_contiguous = last_sentinel - indices[0] + 1 == len(indices)
             if start > rendering.place(indices[0]) or not is_contiguous:
                 raise self._error(f"mixes message {i + 1}, an answer, with other text", where)
@@ -374,6 +383,7 @@ class AssistantMask:
         limit = len(text)
         if last_sentinel + 1 < len(rendering.sentinels):
             limit = rendering.place(last_sentinel + 1)
+        # The end token of an answer must come before the next message.
         end = self.ends.search(text, texts_end, limit, is_last=is_last)
         if end is None:
             fix = (
@@ -479,6 +489,7 @@ class AssistantMask:
             return {}
         for sentinel in rendering.sentinels:
             i = rendering.field(sentinel).message
+            # Borders count: an empty answer has its sentinel on one.
             holding = [n for n, (start, end) in enumerate(blocks) if start <= sentinel.at <= end]
             if i in answers:
                 if not holding:
@@ -491,6 +502,7 @@ class AssistantMask:
             if owners[n] is not None:
                 continue
             previous = max((owner for owner in owners[:n] if owner is not None), default=None)
+            # The first answer after the last known one that no block holds yet.
             later = [i for i in answers if i not in owners and (previous is None or i > previous)]
             owners[n] = later[0] if later else previous
             if owners[n] is None:
