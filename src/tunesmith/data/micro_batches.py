@@ -64,9 +64,11 @@ class MicroBatches:
         """Rows and tokens a row of a micro batch, padding counted; both at least 1."""
         lengths = self.schedule.lengths[group]
         packed = self.schedule.packed
+        # A packed micro batch is one row, however many examples are in it.
         rows = 1 if packed else max(1, len(group))
         if self.pad_to is None:
             longest = int(lengths.sum()) if packed else int(lengths.max(initial=0))
+            # Rounded up to the ranks of a tensor group, which cut the tokens among them.
             return rows, ceil_div(max(1, longest), self.multiple) * self.multiple
         if packed:
             return 1, self.pad_to
@@ -105,6 +107,7 @@ class MicroBatches:
         for example in examples:
             group = groups[-1]
             is_full = len(group) == self.micro_batch.amount
+            # A fixed shape may be full before it has its count of examples.
             if self.pad_to is not None and lengths[[*group, example]].sum() > self.pad_to:
                 is_full = True
             if group and is_full:
@@ -121,10 +124,12 @@ class MicroBatches:
         """
         lengths = self.schedule.lengths
         groups: list[list[int]] = []
+        # The longest first: it sets the width to which the others of its group are padded.
         remaining = sorted(examples, key=lambda example: -lengths[example])
         while remaining:
             most = self.micro_batch.amount
             if self.micro_batch.unit == "tokens":
+                # Each row of the group is as wide as its first.
                 most = most // (self.pad_to or int(lengths[remaining[0]]))
             cost_of_one = self.cost(remaining[:1])
             count = int(max(1, min(most, max_cost / cost_of_one)))

@@ -29,12 +29,14 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
         raise ValueError(
             f"lengths lie in {sizes.min()}..{sizes.max()}, a bin has room for 1..{capacity}"
         )
+    # Stable: examples of one length keep their order, so the packing is the same at each start.
     order = np.argsort(-sizes, kind="stable")
     bins: list[list[int]] = []
     bins_by_room: dict[int, list[int]] = {}
     # The keys of `bins_by_room`, sorted.
     rooms: list[int] = []
     for item, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        # The bin with the least room in which the item fits.
         at = bisect_left(rooms, size)
         if at == len(rooms):
             target = len(bins)
@@ -43,6 +45,7 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
         else:
             room = rooms[at]
             target = bins_by_room[room].pop()
+            # No empty list may stay: `rooms` would offer a bin that is not there.
             if not bins_by_room[room]:
                 del bins_by_room[room], rooms[at]
         bins[target].append(item)
@@ -76,9 +79,11 @@ def balanced_bins(
     loads = np.zeros(bins)
     room_left = np.full(bins, room)
     places_left = np.full(bins, most)
+    # The most expensive first, each to the bin with the least cost that has room.
     for item in np.argsort(-costs, kind="stable").tolist():
         can_take = (room_left >= lengths[item]) & (places_left >= 1)
         target = int(np.where(can_take, loads, np.inf).argmin())
+        # `argmin` of nothing but infinities: no bin can take the item.
         if not can_take[target]:
             return None
         items[target].append(item)

@@ -123,6 +123,7 @@ class TrainingData:
         counts = part.counts
         too_long = f"(data.too_long: {self.run.data.too_long})"
         left_out = []
+        # Rows that a key of the recipe left out before tokenization.
         if counts.kept + counts.dropped + counts.emptied < counts.available and counts.taken:
             left_out.append(counts.taken)
         if counts.dropped:

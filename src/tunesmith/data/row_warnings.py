@@ -47,6 +47,7 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
     elif isinstance(sample, Completion):
         texts = [sample.prompt, sample.completion]
         is_empty = not sample.completion.strip()
+        # Without a template between them, words on both sides of the border become one.
         edge = sample.prompt[-1:] + sample.completion[:1]
         if raw and len(edge) == 2 and not edge[0].isspace() and not edge[1].isspace():
             yield "joined"

@@ -214,6 +214,7 @@ class BatchSchedule:
             examples += len(lengths)
             tokens += int(lengths.sum())
             rows += len(step_rows)
+            # Rows that are not packed are padded to the longest of their step.
             row_length = self.row_length if self.packed else int(lengths.max())
             tokens_with_padding += len(step_rows) * row_length
         return ScheduleSummary(

@@ -170,10 +170,12 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> l
         why = "both ends are percentages, or both are row numbers"
         raise _unreadable_split(split, where, why)
     sizes = {name: len(table) for name, table in tables.items()}
+    # The grammar of splits is that of `datasets`; it raises AssertionError for some.
     try:
         slices = ReadInstruction.from_spec(split.strip()).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
         raise _unreadable_split(split, where, first_line(error)) from None
+    # A slice may end before it begins: then it has no rows.
     ranges = [RowRange(tables[s.splitname], range(s.from_, max(s.from_, s.to))) for s in slices]
     if not any(part.rows for part in ranges):
         why = ", ".join(f"{name} has {n} rows" for name, n in sizes.items())

@@ -34,15 +34,18 @@ def read_splits(data: Data, seed: int) -> tuple[SourceRows, SourceRows]:
         return sources, [(source, read_rows(source)) for source in data.validation]
     total = sum(len(rows) for _, rows in sources)
     count = count_held_out(data.hold_out, total)
+    # Sorted, so that each source takes its part of the indices in order.
     held_out = np.sort(shuffled(total, seed, 0, _PURPOSE)[:count])
     train: SourceRows = []
     validation: SourceRows = []
     first = 0
     for source, rows in sources:
         stop = first + len(rows)
+        # Indices run over all sources together.
         is_here = (held_out >= first) & (held_out < stop)
         indices = (held_out[is_here] - first).tolist()
         held_out_rows = rows.take(range(i, i + 1) for i in indices)
+        # What lies between two held-out rows stays in the training.
         edges = [-1, *indices, len(rows)]
         train_rows = rows.take(range(a + 1, b) for a, b in itertools.pairwise(edges))
         if len(train_rows):

@@ -96,6 +96,7 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
         chat = Template(tokenizer, eos_ids, jinja=chat_template, name="chat")
         return chat.with_tools() if may_have_tools else chat
     if data.template in ("auto", "alpaca"):
+        # A template of ours writes BOS where the tokenizer adds it to plain text.
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and bos in _added_before(tokenizer)
         jinja = builtin_templates.alpaca(bos=adds_bos)
@@ -162,6 +163,7 @@ class Template:
         self.earlier_end_ids: frozenset[int] = frozenset()
         if self.jinja is not None:
             self._mask = AssistantMask(tokenizer, self.jinja, _title(name), self._eos_ids)
+            # Tokens that the template writes after an answer end generation too.
             self.end_ids |= frozenset(self._mask.ends.stops.values())
             self.earlier_end_ids = frozenset(self._mask.ends.earlier.values())
         self._bos = _added_before(tokenizer)
@@ -249,6 +251,7 @@ class Template:
             texts.append(text)
             spans.append(text_spans)
         examples = []
+        # One call for all texts of the batch: the tokenizer works on them with several threads.
         aligned_texts = self._aligner.encode(texts, spans, self.end_ids)
         for sample, aligned, place in zip(samples, aligned_texts, where, strict=True):
             examples.append(self._example(sample, aligned, place))
@@ -309,8 +312,10 @@ class Template:
         """
         messages = sample.messages
         jinja = self.jinja or ""
+        # The template may write the input apart from the instruction.
         if sample.instruction is not None and "message.input" in jinja:
             instruction, extra, _ = sample.instruction
+            # The last question is the one that the row's own columns make.
             at = max(i for i, message in enumerate(messages) if message["role"] == "user")
             messages = list(messages)
             messages[at] = {"role": "user", "content": instruction, "input": extra}
@@ -353,6 +358,7 @@ class Template:
         first = sample.prompt_messages
         if train_on == "last":
             first = len(messages) - 1
+        # Answers before `first` belong to the prompt.
         wanted = set(range(first, len(messages)))
         if train_on != "all":
             wanted -= sample.untrained
@@ -362,6 +368,7 @@ class Template:
         start = spans[0].start if sample.prompt_messages else 0
         left_out = wanted & sample.untrained
         trained_spans = []
+        # What the row leaves out becomes gaps between the trained stretches.
         if left_out:
             _, gaps = self._mask.answers(messages, tools, wanted=left_out, where=where)
             for gap in gaps:
@@ -428,6 +435,7 @@ def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     with_ids = []
     count = 0
+    # Ids that wait for their results, in the order of the calls.
     waiting: list[str] = []
     for message in messages:
         copy = dict(message)
@@ -435,6 +443,7 @@ def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             calls = []
             for call in copy["tool_calls"]:
                 count += 1
+                # An id of the row wins over ours.
                 calls.append({"id": f"call{count:05d}", **call})
             copy["tool_calls"] = calls
             waiting = [call["id"] for call in calls]

@@ -72,6 +72,7 @@ def with_arguments(
             fix=fix,
         )
     assigned |= arguments
+    # The date is not assigned like the others: a template gets it by calling strftime_now.
     if _TODAY in assigned:
         template = with_fixed_date(template, _read_date(assigned.pop(_TODAY)))
     return assign_arguments(template, assigned)

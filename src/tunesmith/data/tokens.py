@@ -106,6 +106,7 @@ class SourceTokens:
         counts = replace(
             self.counts,
             **_count_tokens(arrays),
+            # Another digest: fewer examples are another set to learn from.
             digest=hashlib.sha256(f"{self.counts.digest}[:{n}]".encode()).hexdigest(),
             taken=taken,
         )
@@ -187,6 +188,7 @@ class TokenSet:
     def counts(self) -> TokenCounts:
         """The sum over all sources."""
         sources = self.sources
+        # A source with another weight is another epoch.
         digests = [f"{part.counts.digest}*{part.weight}" for part in self.parts]
         return TokenCounts(
             source=", ".join(counts.source for counts in sources),
@@ -278,12 +280,14 @@ def tokenize(
         of_tokenizer = of_tokenizer or tokenizer_hash(tokenizer)
     for source, rows in sources:
         title = f"tokenise {what}: {rows.name}"
+        # A plan reads only what the cache has: where nothing is there, this raises.
         make: Callable[[TokenWriter], TokenEntry] = _raise_not_cached
         if not only_cached:
             make = partial(_tokenize_rows, rows, source, data, template, title)
         if cache is None:
             arrays, about = make(TokenWriter(None))
         else:
+            # The key holds what changes tokens; other keys of the recipe may change freely.
             key = _cache_key(rows, source, data, template, of_tokenizer)
             arrays, about = cached_tokens(cache, key, make)
         counts = TokenCounts(
@@ -366,10 +370,12 @@ def _tokenize_rows(
                 counts["prompts"] += 1
             if row.prompt == "supervised":
                 leaks.append(len(writer))
+            # The first row of each warning is named to the user.
             for name in row.warnings:
                 warnings.setdefault(name, [0, i])[0] += 1
             lengths.append(len(row.example.ids))
             _add_example(row.example, i, where, data, writer, counts)
+    # Rows are read again in training: a file that changed meanwhile would give others.
     rows.check_unchanged()
     arrays = writer.arrays()
     counts["longest"] = max(lengths, default=0)
@@ -411,6 +417,7 @@ def _add_example(
         return
     ids = example.ids[: data.seq_len]
     trained = example.trained[: data.seq_len]
+    # No target is left: the first token of a row is never one.
     if np.any(example.trained) and not np.any(trained[1:]):
         counts["emptied"] += 1
         return

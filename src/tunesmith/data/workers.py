@@ -43,6 +43,7 @@ def encode_batches(
         TunesmithError: that of the first batch that has one.
     """
     count = min(rows // ROWS_EACH, available_cores(), MAX_WORKERS)
+    # A tokenizer of other code may not be importable in a process that starts anew.
     tokenizer_module = type(encode.template.tokenizer).__module__
     can_be_sent = bool(sys.executable) and tokenizer_module.startswith("transformers.")
     if count < 2 or not can_be_sent:
@@ -66,12 +67,14 @@ def encode_batches(
     try:
         for batch in batches:
             waiting.append((batch, pool.submit(encode_in_worker, batch)))
+            # Two batches a worker: none waits for this thread, and memory stays small.
             if len(waiting) > 2 * count:
                 first, encoded = waiting.popleft()
                 yield first, encoded.result()
         for batch, encoded in waiting:
             yield batch, encoded.result()
     finally:
+        # Killed, then collected: a worker that waits for a batch would wait for ever.
         for worker in workers:
             worker.process.kill()
         pool.shutdown(cancel_futures=True)
@@ -106,6 +109,7 @@ class _Worker:
         answers = self.process.stdout
         assert requests is not None
         assert answers is not None
+        # The encoder, with template and tokenizer, goes first.
         self._unsent.append(batch)
         try:
             while self._unsent:
