@@ -189,6 +189,7 @@ def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
             raise unusable(f"{output} is where the adapter or its base lies", "name another folder")
     if output == Path.cwd() or output in Path.cwd().parents:
         raise unusable(f"{output} is the folder you are in", "name a folder in it")
+    # The place of a rejected merge must be free too.
     for folder in (output, Path(f"{output}.rejected")):
         foreign = _foreign_file(folder)
         if foreign:
@@ -250,6 +251,7 @@ def _merge_and_check(
             attention=attention,
         )
 
+    # The adapter computes in the type that it was trained in, or in fp32 beside an fp32 merge.
     trained_dtype = "fp32" if dtype == "fp32" else location.base.dtype
     adapted = logits(tuned, "adapter", trained_dtype)
     base = compare_logits(adapted, logits(tuned, "base", trained_dtype))
@@ -259,6 +261,7 @@ def _merge_and_check(
     merged = compare_logits(adapted, written_logits)
     largest = largest_logit(adapted)
     exact = None
+    # In fp32 there is no rounding: what differs is a fault of the merge.
     if dtype != "fp32":
         adapted = logits(tuned, "adapter", "fp32")
         difference = compare_logits(adapted, logits(tuned, "merged", "fp32"))
@@ -312,6 +315,7 @@ def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
             why="; ".join(text for text, holds in check.rules if not holds),
             fix="merge with --dtype fp32, or serve the adapter beside its base",
         )
+    # Two renames: the old folder is there until the new one has its name.
     old = _old(goal)
     if goal.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -348,6 +352,7 @@ def write_merged(
     files = tuned.files.files
     rounded = rounded or {}
     tensors = {}
+    # `save_sharded` asks for rows of a tensor: the reader is found by the tensor itself.
     readers: dict[int, ReadRows] = {}
     for name, tensor in weights_of(model).items():
         if name in rounded:
@@ -372,6 +377,7 @@ def write_merged(
     write_for_older_readers(folder)
     _write_settings(tuned.files, folder)
     copy_notices(files.folder, folder)
+    # A `tokenizer.model` knows no added tokens.
     pieces = files.folder / SENTENCEPIECE
     if pieces.is_file() and not files.model.added_tokens:
         shutil.copyfile(pieces, folder / SENTENCEPIECE)

@@ -136,6 +136,7 @@ def merge_rules(
     """What is required of a merge, in words, and whether it holds; see the module's docstring."""
     if dtype == "fp32":
         return (_fp32_rule("", merged, largest),)
+    # Whichever is the largest: what training changed, what the type rounds, and a floor.
     limit = max(KL_SHARE * base.mean_kl, KL_NOISE * noise.mean_kl, KL_FLOOR)
     parts = f"{KL_SHARE:.0%} of base against adapter, {KL_NOISE:g} x the noise of {dtype}"
     text = f"in {dtype}: mean KL {merged.mean_kl:.2g}, at most {limit:.2g}"

@@ -65,10 +65,12 @@ class StreamedLinear(nn.Module):
         """x: [..., in_features]; returns [..., out_features]."""
         weight, reader = self.tuned_weight, self.reader
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        # In bands: the whole weight is never in memory.
         for band in weight.bands():
             y[..., band] = F.linear(x, reader.rows(weight, band.start, band.stop))
         if self.tuned_bias is not None:
             y += reader.whole(self.tuned_bias)
+        # The adapter is applied to x as in training, not added to the weight.
         if reader.values == "adapter" and weight.update:
             lora_A = weight.update.lora_A.read().to(x)
             lora_B = weight.update.lora_B.read().to(x)
@@ -110,6 +112,7 @@ def _stream(
     """Let the modules of a model on meta read their weights."""
     by_name = dict(weights)
     for name, first_name in tied_names(model).items():
+        # Two names of one stored tensor.
         by_name[name] = weights[first_name]
     # What is not yet read says its dtype, too.
     for parameter in model.parameters():
@@ -129,6 +132,7 @@ def _stream(
     for number, layer in enumerate(model.get_submodule(layers).children()):
         prefix = f"{layers}.{number}"
         inside = [name for name in rest if name == prefix or name.startswith(f"{prefix}.")]
+        # A layer's other parameters are read before its forward.
         _read_before_forward(layer, {name: rest.pop(name) for name in inside}, by_name, reader)
     _read_parameters(rest, by_name, reader)
 

@@ -57,9 +57,11 @@ class StoredRows:
 
     def rows(self, first: int, last: int) -> Tensor:
         if not self.shape:
+            # A scalar has no rows.
             return self._rounded(self.stored.read())
         columns = [slice(0, size) for size in self.shape[1:]]
         stored_rows = self.stored.shape[0]
+        # Rows beyond the stored ones are those of added tokens, which begin as the mean.
         end = max(first, min(last, stored_rows))
         part = self._rounded(self.stored[(slice(first, end), *columns)])
         if last <= stored_rows:
@@ -224,6 +226,7 @@ def open_tuned_model(read: OpenedRun) -> TunedModel:
     run, files = read.run, read.files
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
     set_bypassed(model, files.support.dead_targets)
+    # Parts of several ranks hold the trained model alone: the base is not needed.
     if is_sharded(files.folder):
         tensors = ShardedTensors(files.folder)
         last_read = LastRead()
@@ -259,6 +262,7 @@ def _base_rows(model: PreTrainedModel, trained: nn.Module, read: OpenedRun) -> d
     sources: dict[str, RowSource] = {}
     for stored_name, parts in stored.items():
         name = tied.get(stored_name, stored_name)
+        # An nf4 or fp8 base is rounded as it was in training: the adapter was trained on that.
         if name in frozen:
             shape = shapes[name].shape
             sources[name] = QuantizedRows(name, shape, last_read, frozen[name], parts)
@@ -289,6 +293,7 @@ def _adapted_weights(
     tied = tied_names(model)
     dtype = DTYPES[read.run.model.dtype]
 
+    # PEFT also stores a copy of a frozen head or embedding: it is no change.
     def is_base(name: str, stored: StoredTensor) -> bool:
         base = TunedWeight(None, sources[tied.get(name, name)])
         return _equal(TunedWeight(None, StoredRows(stored, dtype, stored.shape)), base)
@@ -306,6 +311,7 @@ def _adapted_weights(
     names = list(sources)
     changed = {*updates, *replaced}
     for name, first_name in tied.items():
+        # A change of one of two tied weights makes them two.
         if name in changed or first_name in changed:
             names.append(name)
             _untie(model, name)

@@ -97,11 +97,13 @@ def export_rounded(
         shutil.rmtree(part, ignore_errors=True)
         try:
             part.mkdir()
+            # In config.json of the folder alone: the model here must not become a quantized one.
             tuned.model.config.quantization_config = quantization_config(quant)
             write_merged(tuned, part, "bf16", weights)
             del tuned.model.config.quantization_config
             follow_umask(part)
             differences = _compare(tuned, weights, place)
+            # An empty folder was allowed as the output; `rename` takes no place of a full one.
             if goal.exists():
                 goal.rmdir()
             part.rename(goal)
@@ -113,6 +115,7 @@ def export_rounded(
 
 def round_weights(tuned: TunedModel, quant: str) -> dict[str, RoundedWeight]:
     """The linear layers of the decoder, by the names of their weights."""
+    # Experts are stored one by one under other names than those of the layers here.
     if is_stored_otherwise(tuned.model):
         raise ModelError(
             f"a {tuned.model.config.model_type} is not written in {quant} yet",
@@ -135,6 +138,7 @@ def round_weights(tuned: TunedModel, quant: str) -> dict[str, RoundedWeight]:
                 why="so many weights share a scale",
                 fix="--quant fp8",
             )
+        # Matrices that vLLM joins have one global scale.
         weights[name] = Nvfp4Weight(name, weight, joints[_joined_name(layer)])
     return weights
 
@@ -183,6 +187,7 @@ def _compare(
     """Positions, and the rounded model and the base against the tuned one."""
     prompts, _ = probe_prompts(tuned.files)
     in_place = dict(tuned.weights)
+    # The rounded weights in the place of the tuned ones: they already hold the adapter.
     for name, weight in weights.items():
         in_place[name] = replace(tuned.weights[name], source=weight, update=None)
 
@@ -219,6 +224,7 @@ def export_peft(path: str | Path, output: str | Path) -> int:
             why="vLLM serves matrices of a LoRA and nothing else",
             fix="export the merged model: without --adapter",
         )
+    # vLLM takes a few ranks only: the next larger one.
     ranks = [rank for rank in LORA_RANKS if rank >= adapter.rank]
     if not ranks:
         raise ModelError(
