@@ -76,6 +76,7 @@ def peak_of(name: str) -> Peak:
     ones at other clocks and have no peak. The share of a slice errs by up to a tenth, upwards: 1g
     of an A100 has 14 of 108 multiprocessors, and counts a seventh.
     """
+    # The first pattern that fits wins.
     for row in TABLE["peaks"]:
         if re.search(row["pattern"], name, re.IGNORECASE):
             break
@@ -83,6 +84,7 @@ def peak_of(name: str) -> Peak:
         return Peak()
     tflops, source = row["tflops"], row["source"]
     slice_name = _MIG.search(name)
+    # A MIG slice is named by its share: 1g, 2g, ...
     if tflops and slice_name:
         slices = int(slice_name[1] or slice_name[2])
         slices_of_chip = 4 if re.search(r"\bA30\b|\bRTX PRO\b", name) else 7

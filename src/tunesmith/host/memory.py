@@ -177,14 +177,17 @@ def read_memory(root: Path = ROOT) -> MemoryFigures | None:
         for line in _read(f"{root}/proc/meminfo").splitlines():
             name, kib = line.split()[:2]
             sizes[name] = int(kib) * 1024
+        # KiB in /proc/meminfo, whatever it calls them.
         total = sizes["MemTotal:"]
         available = sizes["MemAvailable:"]
         free = sizes["MemFree:"]
     except (OSError, ValueError, KeyError):
         return None
     shared = sizes.get("Shmem:", 0)
+    # Shmem counts as cached there, but cannot be given back.
     cached = sizes.get("Cached:", 0) + sizes.get("Buffers:", 0) - shared
     groups = _group_limits(root, total).values()
+    # The group with the least room is the limit that is met first.
     limit, used = min(groups, key=lambda group: group[0] - group[1], default=(None, None))
     return MemoryFigures(
         total,
@@ -242,6 +245,7 @@ def memory_limits(ranks: Collection[int] = (), root: Path = ROOT) -> list[Memory
     members: dict[str, set[int]] = {}
     for process in processes:
         name = "self" if process == os.getpid() else str(process)
+        # Ranks may be in groups of their own, and share those above.
         for folder in control_groups("memory", root, name):
             members.setdefault(str(folder), set()).add(process)
     for group, (size, group_used) in _group_limits(root, figures.total).items():
@@ -318,12 +322,14 @@ def _read_group(folder: str, files: GroupFiles, total: int) -> tuple[int, int] |
     """Limit and use of a control group; None where it has no limit."""
     with suppress(OSError, ValueError):
         limit = total
+        # A group has several limits; the smallest holds.
         for name in files.limits:
             text = _read(f"{folder}/{name}").strip()
             if text != "max":
                 limit = min(limit, int(text))
         if limit < total:
             stat = dict(line.split() for line in _read(f"{folder}/memory.stat").splitlines())
+            # The cache of a group is given back before its limit kills.
             cached = sum(int(stat[name]) for name in files.cache)
             return limit, max(0, int(_read(f"{folder}/{files.usage}")) - cached)
     return None
