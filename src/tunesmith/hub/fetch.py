@@ -118,6 +118,7 @@ def local_model(model: Model) -> Path | None:
             where=str(path),
             fix=f"name its folder: model.name: {path.parent}",
         )
+    # What looks like a path is not asked for at the Hub.
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"there is nothing at {name}",
@@ -141,8 +142,10 @@ def cached_model(model: Model) -> Path | None:
         read_json(folder / "config.json"), where=config, trust_remote_code=model.trust_remote_code
     )
     weights = [SINGLE]
+    # The index names all shards; without it there is one file.
     if (folder / INDEX).exists():
         weights = indexed_files(folder / INDEX)
+    # A download that was cut off leaves the index and a part of the shards.
     if not all((folder / name).exists() for name in weights):
         return None
     if model.tokenizer is None and not _has_tokenizer(folder):
@@ -210,6 +213,7 @@ def list_repo(repo: str, revision: str | None, kind: str, progress: FetchProgres
     files = {}
     for file in info.siblings or ():
         name = file.rfilename
+        # Large files are hashed by SHA-256, small ones by git.
         etag = file.lfs.sha256 if file.lfs else file.blob_id or ""
         url = hf_hub_url(repo, name, repo_type=kind, revision=info.sha)
         files[name] = RemoteFile(name, url, file.size or 0, etag)
@@ -277,6 +281,7 @@ def plan_download(
 
     where = f"{page}/blob/{listing.commit}/config.json"
     config = read_json(small_file("config.json"))
+    # All checks by config.json come before gigabytes are fetched.
     check_supported(config, where)
     spec = model_spec(config, where=where, trust_remote_code=model.trust_remote_code)
     if spec.measured:  # of Transformers' own code, so whether it trains is known before its weights
@@ -297,10 +302,12 @@ def plan_download(
         patterns.append("*.py")
     support = sorted(n for n in names if any(fnmatch(n, pattern) for pattern in patterns))
     wanted = support + weights
+    # For the user to know what is not fetched.
     left_out = tuple(
         n for n in listing.files if n not in wanted and not n.endswith((".md", ".gitattributes"))
     )
     files = tuple(listing.files[name] for name in wanted)
+    # A mirror may leave the hash out; then no file could be checked.
     for file in files:
         if not file.etag:
             what = f"the server states no hash of {file.name}"

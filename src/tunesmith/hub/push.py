@@ -36,8 +36,10 @@ def push_files(
     api = HfApi()
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
     try:
+        # A name without an owner is the user's own.
         repo = to if "/" in to else f"{retry(api.whoami)['name']}/{to}"
         retry(lambda: api.create_repo(repo, private=not public, exist_ok=True))
+        # A repository that is there already keeps its visibility.
         private = api.repo_info(repo).private
         if not private and not public:
             raise UsageError(
@@ -47,6 +49,7 @@ def push_files(
             )
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
+        # The commit before ours tells whether anything changed.
         previous_commit = api.repo_info(repo, revision=revision).sha
         size = size_text(sum(addition.upload_info.size for addition in additions))
         visibility = "private" if private else "public"
