@@ -35,6 +35,7 @@ def translate_training(recipe: Translation, world: int | None) -> None:
     `world` is the number of processes that train.
     """
     recipe.carry(*recipe.table["carried"])
+    # 0 means that nothing is clipped.
     recipe.put("train.clip_norm", recipe.number("max_grad_norm") or None, "max_grad_norm")
     if "data.train_on" not in recipe.values:
         train_on = "response"
@@ -43,6 +44,7 @@ def translate_training(recipe: Translation, world: int | None) -> None:
         elif recipe.get("mask_history"):
             train_on = "last"
         recipe.put("data.train_on", train_on, "train_on_inputs", "mask_history")
+    # Betas are one key here, and two there.
     beta_names = ("adam_beta1", "adam_beta2")
     if any(map(recipe.is_given, beta_names)):
         betas = list(_BETAS)
@@ -143,9 +145,11 @@ def _read_entry(recipe: Translation, entry: str) -> tuple[list[dict[str, Any]], 
         return recipe.get(f"{entry}.{key}")
 
     type_ = _entry_type(recipe, entry)
+    # Values that the type of the data set implies, for keys that are not given.
     for key, value in rows_table["types"][type_].items():
         recipe.defaults[f"{entry}.{key}"] = value
     format_ = get("format")
+    # A role of the columns may say more than the format.
     for key in rows_table["role_keys"]:
         role = str(get(key))
         if role in rows_table["roles"]:
@@ -155,6 +159,7 @@ def _read_entry(recipe: Translation, entry: str) -> tuple[list[dict[str, Any]], 
     source["format"] = format_
     their_columns = rows_table["columns"].get(format_, {})
     columns = {column: get(their_key) for their_key, column in their_columns.items()}
+    # A column with our name needs no mapping.
     source["columns"] = {
         column: name for column, name in columns.items() if name and name != column
     }
@@ -267,6 +272,7 @@ def _lengths(recipe: Translation) -> None:
         recipe.put("data.hold_out", share, "val_size")
     epochs = recipe.number("num_train_epochs")
     steps_per_epoch = recipe.number("max_steps_per_epoch")
+    # A length in steps wins over epochs.
     steps = max(recipe.number("max_steps"), steps_per_epoch * epochs)
     duration = f"{steps:g} steps" if steps > 0 else f"{epochs:g} epochs"
     names = ("num_train_epochs", "max_steps", "max_steps_per_epoch")
@@ -315,6 +321,7 @@ def _batch(recipe: Translation, world: int | None) -> None:
         fix = f"say how many processes (GPUs) trained in all: --world {8 * tensor}"
         what = "the global batch is not known"
         raise UsageError(what, where=recipe.source.name, why=why, fix=fix)
+    # Ranks of a tensor group see the same rows.
     batch = rows * processes // tensor
     why = f"{processes} processes"
     size = f"{batch} examples"

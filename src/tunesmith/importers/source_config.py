@@ -80,6 +80,7 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
 
 def _guess_tool(keys: dict[str, SourceKey], path: Path) -> str:
     """The tool that knows most of the names; UsageError where several do alike."""
+    # All parts of dotted keys: a nested one may be the mark.
     names = {name for key in keys for name in key.split(".")}
     counts = {tool: len(names.intersection(table(tool)["marks"])) for tool in TOOLS}
     most = max(counts.values())
@@ -105,6 +106,7 @@ def read_command(words: Sequence[Word], name: str, base: Path) -> SourceConfig:
     at = _program_index(words)
     program, where = words[at]
     arguments = words[at + 1 :]
+    # `trl sft` is a program with a word for what it does.
     if program == "trl" and arguments:
         program, where = arguments[0]
         arguments = arguments[1:]
@@ -112,12 +114,14 @@ def read_command(words: Sequence[Word], name: str, base: Path) -> SourceConfig:
         fix = "what can be imported is trl sft, or its script sft.py, with the values written out"
         raise UsageError(f"{program} is not trl sft", where=where, fix=fix)
     keys = _flags(arguments)
+    # Flags before the program are the launcher's.
     launch_words = [word for word in words[:at] if word[0] not in (*PROGRAMS, "launch", "-m")]
     for flag, key in _flags(launch_words).items():
         keys[f"launch.{flag}"] = replace(key, key=f"launch.{flag}")
     config = keys.get("config")
     if config is not None:
         in_file = {key.key: key for key in _leaves(base / str(config.value))}
+        # The command line wins over the file that it names.
         keys = {**in_file, **keys}
     return SourceConfig("trl", name, keys, base)
 
@@ -172,6 +176,7 @@ def _flags(words: Sequence[Word]) -> dict[str, SourceKey]:
             fix = "write each flag once, as --flag value, its value written out"
             raise UsageError(f"{word} {fault}", where=where, fix=fix)
         if flag:
+            # `--flag` alone is true.
             value = scalar(flag[3]) if flag[2] else True
             keys[name] = SourceKey(name, value, where)
         else:
@@ -202,12 +207,14 @@ def _leaves(path: Path) -> Iterator[SourceKey]:
 def _leaves_below(node: Node, key: str, file_name: str) -> Iterator[SourceKey]:
     has_nested = any(child.children() for _, child in node.children())
     is_mapping = isinstance(node.value, dict) and bool(node.value)
+    # A list of mappings has keys below; a list of values is one value.
     if has_nested or is_mapping:
         for name, child in node.children():
             yield from _leaves_below(child, f"{key}.{name}".lstrip("."), file_name)
         return
     value = node.plain()
     if isinstance(value, str):
+        # YAML 1.1 has words for true and false that 1.2 reads as text.
         value = _TRUTH.get(value.lower(), value)
     line = node.where.rpartition(":")[2]
     yield SourceKey(key, value, f"{file_name}:{line}")
@@ -224,6 +231,7 @@ def _interpolate(key: SourceKey, keys: dict[str, SourceKey], depth: int = 0) -> 
         return value
     for name in re.findall(r"\$\{([^}]*)\}", value):
         target = keys.get(name)
+        # A reference to itself would go round for ever.
         is_scalar = target is not None and not isinstance(target.value, list | dict)
         if target is None or not is_scalar or depth > _MAX_INTERPOLATIONS:
             raise UsageError(

@@ -50,10 +50,12 @@ def translate(
 
 
 def _torchtune(recipe: Translation) -> None:
+    # `torchtune.models.llama3.lora_llama3_8b`: the last part tells what is trained.
     component = str(recipe.get("kind")).rpartition(".")[2]
     _torchtune_model(recipe)
     targets = []
     for part in recipe.listed("lora_attn_modules"):
+        # torchtune's own name of the layer.
         targets.append("o_proj" if part == "output_proj" else part)
     if recipe.get("apply_lora_to_mlp"):
         targets += ["gate_proj", "up_proj", "down_proj"]
@@ -85,6 +87,7 @@ def _torchtune_model(recipe: Translation) -> None:
         if folder_name.lower().startswith(beginning):
             owner = owner_of_models
             break
+    # A folder that is here wins over the name on the Hub.
     if owner and not (recipe.source.base / folder).is_dir():
         model = f"{owner}/{folder_name}"
     if model != folder:
@@ -105,6 +108,7 @@ def _axolotl(recipe: Translation) -> None:
     put_adapter(recipe, target, *names, lora=recipe.get("kind") is not None)
     put_rows(recipe, "train", "datasets")
     put_rows(recipe, "validation", "test_datasets")
+    # Data sets may imply several templates; then `auto` chooses.
     templates = {value for key, value in recipe.defaults.items() if key.endswith(".template")}
     template = templates.pop() if len(templates) == 1 else "auto"
     why = "by the type of the data sets"
@@ -149,6 +153,7 @@ def _llamafactory(recipe: Translation) -> None:
         if recipe.get(name) not in values:
             fix = f"known are {', '.join(map(str, values))}"
             raise recipe.error(name, "it has no counterpart here", fix)
+    # LLaMA-Factory's own default.
     recipe.defaults["lora_alpha"] = 2 * recipe.number("lora_rank")
     lora = recipe.get("kind") == "lora"
     put_adapter(recipe, recipe.listed("lora_target"), "lora_target", lora=lora)
@@ -204,6 +209,7 @@ def _read_dataset_info(recipe: Translation, key: str) -> None:
             fix = f"add it, or {NAME_ROWS}"
             raise UsageError(what, where=str(path), why=repr(error), fix=fix) from None
         if "file_name" in entry:
+            # Paths in the list are relative to it.
             entry["file_name"] = os.path.relpath(path.parent / entry["file_name"], source.base)
         for section in ("columns", "tags"):
             for column, value in entry.pop(section, {}).items():
@@ -225,6 +231,7 @@ def _trl(recipe: Translation) -> None:
     format_ = str(recipe.overrides.get("data.train.format", "messages"))
     if recipe.get("dataset_name"):
         _put_trl_rows(recipe, "train", "dataset_train_split", format_)
+        # TRL validates only where it was told to.
         if recipe.get("eval_strategy") != "no":
             _put_trl_rows(recipe, "validation", "dataset_test_split", format_)
     why = f"TRL finds the format by the columns; here it is {format_}: see data.train.format"

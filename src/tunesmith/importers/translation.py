@@ -108,6 +108,7 @@ class Translation:
         origins = [origin for origin in map(self.find, names) if origin is not None]
         self.values[key] = value
         self.places[key] = self.source.name
+        # The place of the first of their keys that the file itself has.
         for origin in origins:
             if origin.key in self.source.keys:
                 self.places[key] = origin.where
@@ -117,6 +118,7 @@ class Translation:
             parts.insert(0, self.comments[key])
         if why:
             parts.append(why)
+        # A key that is put twice has both reasons.
         self.comments[key] = "; ".join(dict.fromkeys(parts))
         self.mentioned.update(origin.key for origin in origins)
 
@@ -145,12 +147,14 @@ class Translation:
             value = self.get(name)
             if value is None:
                 continue
+            # The table of the tool, else the table of names that tools share.
             key = self.table.get("ours", {}).get(name) or _recipe_key(name)
             hint = keys()[key][1]
             if literal_words(hint):
                 value = self._our_word(name, key)
             elif Length in members(hint):
                 number = self.number(name)
+                # A number below 1 is a share of the run there.
                 value = f"{number:g} steps" if number >= 1 else f"{number * 100:g} %"
             elif isinstance(value, str) and tuple[str, ...] in members(hint):
                 value = self.listed(name)
@@ -160,6 +164,7 @@ class Translation:
     def _our_word(self, name: str, key: str) -> str | None:
         """Our word for a value of theirs; None, with a note, where there is none."""
         spec, hint = keys()[key]
+        # `torch.bfloat16`: the last part is the word.
         word = str(self.get(name)).rpartition(".")[2].lower()
         meanings = {**other_tools("words"), **self.table.get("words", {})}
         for candidate in (word, *meanings.get(word, "").split()):
@@ -196,6 +201,7 @@ class Translation:
         So an error names the line to fix.
         """
         root: dict[str, Any] = {}
+        # In the order of the schema, `extends` first.
         for key in sorted(self.values, key=["extends", *keys()].index):
             *sections, last = key.split(".")
             section = root
