@@ -138,6 +138,7 @@ class AnswersFile:
                 fix="name another file: --output FILE",
             ) from error
         lines = content.splitlines(keepends=True)
+        # A kill may have cut the last line off: it is answered again.
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
         header = _parse_object(lines[0]) if lines else {}
@@ -147,6 +148,7 @@ class AnswersFile:
                 where=f"--output {path}",
                 fix="name another file: --output FILE",
             )
+        # Whatever the file holds, it is put aside.
         if self.fresh:
             return
         differences = self.header.differences(header)
@@ -170,6 +172,7 @@ class AnswersFile:
         if answer is None or not _is_whole(answer):
             raise self._broken(number, "it holds no answer")
         answers = self.answers.setdefault(answer.model, [])
+        # Answers of a model follow each other by row: a gap means another hand.
         if answer.row != len(answers) or answer.row >= self.header.rows:
             raise self._broken(number, f"row {answer.row} is out of order")
         answers.append(answer)
@@ -190,10 +193,13 @@ class AnswersFile:
                 self.path.rename(free_name(self.path))
             if not self.path.exists():
                 first = json.dumps({"tunesmith": KIND, **asdict(self.header)}) + "\n"
+                # The header is there as a whole or not at all.
                 write_atomically(self.path, first)
                 self._size = len(first)
             self._file = self.path.open("r+b")
+            # A second eval of the same file would write between these lines.
             self._lock(self._file)
+            # After the lock: the torn line is cut off.
             self._file.truncate(self._size)
             self._file.seek(self._size)
         except OSError as error:

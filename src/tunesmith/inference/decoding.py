@@ -246,14 +246,18 @@ def answer_all(
     """
     window = batch_size * WINDOW_BATCHES
     with merged_meanwhile(model):
+        # Whole windows, so that a start in the middle forms the same batches.
         for first in range(start // window * window, len(prompts), window):
             end = min(first + window, len(prompts))
+            # Prompts of like length in a batch pad little.
             by_length = sorted(range(first, end), key=lambda i: (len(prompts[i]), i))
             answers: dict[int, Answer] = {}
             for offset in range(0, len(by_length), batch_size):
                 rows = by_length[offset : offset + batch_size]
+                # All of the batch is answered already.
                 if max(rows) < start:
                     continue
+                # A seed of the batch's own: its answers do not depend on where a start began.
                 seed = (decoding.seed * 1_000_003 + min(rows)) % 2**63
                 batch = answer_batch(
                     model,
@@ -263,6 +267,7 @@ def answer_all(
                     stops=stops,
                     cancelled=cancelled,
                 )
+                # A batch that was cut short holds unfinished answers: none of it is kept.
                 if cancelled():
                     return
                 answers.update(zip(rows, batch, strict=True))
@@ -289,6 +294,7 @@ def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
             layer.weight = torch.nn.Parameter(merged_weight(layer), requires_grad=False)
             layer.enabled = False
         yield
+    # The weights themselves come back: subtracting the update would leave a rounding.
     finally:
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight = weight
@@ -340,8 +346,10 @@ class AnswerClock:
         tokens = len(self.seconds) - 1
         if tokens == (1 if self.agree else 2):
             *_, previous, last = self.seconds
+            # At the current pace: the last token's time for each that is left.
             self.predicted = last + (SAMPLE_TOKENS - tokens) * (last - previous)
             self.late = self.predicted > self.allowed
+            # All ranks must stop at the same token.
             if self.agree:
                 self.late = self.agree(self.late)
         return self.late

@@ -126,17 +126,20 @@ def validation_loss(
     denominator = 0
     ranks = mesh.shape.data
     batches = packed(tokens, capacity=micro_tokens, pad_id=pad_id, multiple=mesh.shape.tensor)
+    # A rank without a batch in the last turn computes an empty one: its collectives are needed.
     empty = collate([[]], length=mesh.shape.tensor, pad_id=pad_id)
     with evaluating(train_model):
         for turn in iter(lambda: list(islice(batches, ranks)), []):
             if cancelled():
                 return None
+            # One batch for each data rank in a turn.
             batch = turn[mesh.data_rank] if mesh.data_rank < len(turn) else empty
             output = train_model(batch.to(device))
             total += output.loss.double().item()
             denominator += output.denominator
             scored()
     if ranks > 1:
+        # fp64: sums over many batches, added in another order on other meshes.
         sums = torch.tensor([total, denominator], dtype=torch.float64, device=device)
         dist.all_reduce(sums, group=mesh.data_group)
         total = float(sums[0])
@@ -219,6 +222,7 @@ def evaluate(
     Raises:
         StoppedError: a signal came while rows were answered; the same call goes on.
     """
+    # Wrong names end it before a model is loaded.
     check_scorer_names(scorers)
     location = locate_run(path)
     if data is None:
@@ -227,6 +231,7 @@ def evaluate(
         source = Source(source=str(data), split=split, max_examples=max_examples)
         rows = read_rows(source)
         name = source.source
+        # Rows of a file are read as those of the run, where they have its columns.
         like = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
         parts = [(replace(source, format=like.format, columns=like.columns), rows)]
     if (exact_match or scorers) and all(source.format == "text" for source, _ in parts):
@@ -260,6 +265,7 @@ def evaluate(
         scores = {tuned: score_model(loaded, tuned)}
         seen, seen_fault = _seen_rows(tokens, loaded)
         if base and location.kind == "adapter":
+            # The base of an adapter is the same model with the adapter off.
             with disabled(loaded.model):
                 scores = {"base": score_model(loaded, "base"), **scores}
         elif base and location.kind == "full":
@@ -322,6 +328,7 @@ def _seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | None, s
             cache=cache_folder("tokens"),
             what="train",
         )
+    # The training rows may be gone: the scores are valid without them.
     except TunesmithError as error:
         return None, f"{error.what} ({error.where})" if error.where else error.what
     except OSError as error:
@@ -342,6 +349,7 @@ def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]
             why=why,
             fix="name a file with answers that it was not trained on: --data FILE",
         )
+    # Without hold_out the training rows need not be read.
     data = run.data if run.data.hold_out else replace(run.data, train=())
     _, parts = read_splits(data, run.train.seed)
     names = ", ".join(f"{source.source} {source.split or ''}".rstrip() for source, _ in parts)
@@ -357,6 +365,7 @@ def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) 
         identity = location.folder.parent / IDENTITY
         if identity.is_file():
             validation_hash = read_json(identity).get("validation_hash")
+    # env.json has the hash of the rows that were held out.
     if validation_hash not in (None, tokens.counts.digest):
         raise UsageError(
             "these are not the rows that the run held out",

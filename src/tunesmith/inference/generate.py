@@ -109,6 +109,7 @@ def row_source(
                 if source.columns.get(key_column, key_column) in row:
                     fitting.append(source)
         if fitting:
+            # Of several sources that fit, the one with the most of its columns here.
             return max(fitting, key=lambda source: len(source.columns.values() & row.keys()))
         columns = {}
     name = format_name

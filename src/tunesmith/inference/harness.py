@@ -126,6 +126,7 @@ def evaluate_tasks(
     location = locate_run(path)
     loaded_tasks = load_tasks(tasks)
     loaded = load_run(location, device=device)
+    # A task may bring its own prompt; whether the template goes around it is decided once for all.
     applies = _applies_template(loaded, path, chat_template)
 
     def results_of(loaded: LoadedModel) -> dict[str, Any]:
@@ -265,9 +266,11 @@ def _task_metric(
     by_row = {}
     for model, result in results.items():
         row_values = _row_values(result, task, metric, filter_name)
+        # Not every metric is a mean over rows: without such rows nothing can be resampled.
         if not _is_mean_of(row_values, values[model].value):
             return whole
         by_row[model] = row_values
+    # The rows are the same for both models, so they can be compared pair by pair.
     row_scores = summarize_rows(
         f"{task} {whole.name}", by_row, higher_is_better=higher_is_better is not False
     )
@@ -332,6 +335,7 @@ def _save_task(
     filters = [metric.filter_name for metric in own]
     digest = hashlib.sha256()
     for sample in _samples_of(result, task, filters[0] if filters else "none"):
+        # The hash tells whether two evals scored the same rows.
         digest.update(f"{sample['prompt_hash']} {sample['target_hash']}\n".encode())
     scores = {}
     for metric in own:

@@ -136,6 +136,7 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
         location = RunLocation("base", None, run.model, run, note)
     elif place.is_file() and place.suffix == ".gguf":
         location = RunLocation("base", None, Model(name=str(path)))
+    # A folder of that name wins over a Hub id.
     elif _HUB_ID.match(str(path)) and not place.parent.is_dir():
         location = RunLocation("base", None, Model(name=str(path)), note=f"{path} on the Hub")
     elif place.is_file():
@@ -171,6 +172,7 @@ def _in_run(folder: Path) -> RunLocation:
     for candidate in (folder / FINAL, *checkpoints):
         if not candidate.is_dir():
             continue
+        # Sizes only: reading every byte takes minutes, and is done before weights are used.
         damage = manifest.find_damage(candidate, contents=False)
         configs = (candidate / "adapter_config.json", candidate / "config.json")
         if damage is None and any(config.is_file() for config in configs):
@@ -178,6 +180,7 @@ def _in_run(folder: Path) -> RunLocation:
             if skipped:
                 note += f" (skipped {'; '.join(skipped)})"
             return _in_folder(candidate, note=note)
+        # The user sees which checkpoints were passed over, and why.
         skipped.append(f"{candidate.name}: {damage or 'holds training state only'}")
     raise CheckpointError(
         "this run has no finished checkpoint",
@@ -280,6 +283,7 @@ def load_run(
 
     place = torch.device(select_device(device))
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
+    # Until the files are open nobody may delete the checkpoint.
     with undeleted(location):
         read = read_run_files(location, dtype=dtype)
         _check_room(read.files, place)

@@ -116,6 +116,7 @@ def _names_of(spec: str, manager: Any) -> list[str]:
     names = []
     for name in (*manager.all_groups, *manager.all_subtasks):
         file = manager.task_index[name].yaml_path
+        # The manager lists tasks of all folders: only those below this one are meant.
         if file is not None and file.is_relative_to(path):
             names.append(name)
     if not names:

@@ -116,6 +116,7 @@ def prepare_rows(loaded: LoadedModel, tokens: TokenSet, parts: SourceRows) -> Ev
     prompts = []
     scored = []
     unanswered = 0
+    # Rows that tokenization dropped have no place in `part`.
     for (source, rows), part in zip(parts, tokens.parts, strict=True):
         for i in part.arrays.rows.tolist():
             prompt = make_prompt(rows, i, loaded, source.format, source.columns)
@@ -197,12 +198,14 @@ class Scoring:
             DataError: a row cannot be answered, or not be scored whatever the answer.
             UsageError: a scorer cannot be used, or no row has an answer.
         """
+        # Before any answer is paid for: a template whose calls cannot be read is refused.
         reader = read_call_form(loaded) if "tool-call" in scorers else None
         self.scorers = select_scorers(scorers, reader)
         self.rows = prepare_rows(loaded, tokens, parts)
         if not self.rows.prompts:
             raise no_scored_rows(name, "every answer is empty")
         check_room(self.rows.prompts, loaded.context, decoding)
+        # A row that no answer could satisfy is a fault of the data.
         for row in self.rows.scored:
             for scorer in self.scorers:
                 scorer.check(row)
