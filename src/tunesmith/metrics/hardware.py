@@ -123,6 +123,7 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "cpu": _cpu_name(),
+        # A container or `taskset` may allow fewer cores than the machine has.
         "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
         "memory_gib": round(physical_memory() / 2**30, 1),

@@ -233,6 +233,7 @@ class ChipCheck:
         while it is not done."""
         product = partial(torch.mm, self.left, self.right, out=self.out)
         if self.device.type != "cuda":
+            # The quickest of several: a busy core makes others slower, never faster.
             quickest = min(timeit.repeat(product, number=1, repeat=TIMES["cpu"]))
             return lambda: quickest
         start = torch.cuda.Event(enable_timing=True)
@@ -241,6 +242,7 @@ class ChipCheck:
         for _ in range(TIMES["cuda"]):
             product()
         end.record()
+        # The events are asked, and not waited for: the training goes on meanwhile.
         return lambda: start.elapsed_time(end) / 1000 if end.query() else None
 
     def _read(self, seconds: float) -> Reading:

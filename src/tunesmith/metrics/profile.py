@@ -42,6 +42,7 @@ class Profiler:
         self.tables: list[Path] = []
         self._steps_left = (settings.wait + settings.warmup + settings.active) * settings.cycles
         self._profile: profile | None = None
+        # Ranks that are not asked for pay nothing.
         if not settings.enabled or (settings.ranks != "all" and rank not in settings.ranks):
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,7 @@ class Profiler:
     def _write(self, cycle: profile) -> None:
         """Called by torch at the end of each cycle, also of one that the run's end cuts short."""
         # torch puts the time into the trace's name and does not return it.
+        # torch names the file by the time: the new one is the one that was not there.
         older_traces = set(self.folder.glob("*.pt.trace.json.gz"))
         self._trace(cycle)
         (trace,) = set(self.folder.glob(f"rank{self.rank}.*.pt.trace.json.gz")) - older_traces
@@ -99,6 +101,7 @@ class Profiler:
         peaks = _write_memory(events, self.folder / f"memory-{name}.json.gz")
         if self.device.type == "cuda":
             with (self.folder / f"memory-{name}.pickle").open("wb") as out:
+                # The form that pytorch.org's memory viewer opens.
                 pickle.dump({"segments": torch.cuda.memory_snapshot(), "device_traces": []}, out)
         summary = {**summarize(events), "peak_bytes": peaks}
         text = json.dumps(summary, indent=1)
@@ -138,10 +141,12 @@ def summarize(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     calls = Counter[str]()
     if kernels:
         launchers = {event["args"].get("External id"): event["name"] for event in operations}
+        # A kernel is counted for the operation that launched it, which has the same id.
         for kernel in kernels:
             name = launchers.get(kernel["args"].get("External id"), kernel["name"])
             times[name] += kernel["dur"]
             calls[name] += 1
+    # Without a GPU the time of an operation less that of those inside it.
     else:
         _count_own_times(operations, times, calls)
     total = sum(times.values()) or 1.0
@@ -201,6 +206,7 @@ def _write_memory(events: Sequence[Mapping[str, Any]], out: Path) -> dict[str, i
         if event.get("name") != "[memory]":
             continue
         values = event["args"]
+        # The numbers of c10::DeviceType: 0 is the CPU, 1 a CUDA device.
         kind = values["Device Type"]  # c10::DeviceType
         device = {0: "CPU", 1: "GPU"}.get(kind, f"device type {kind}")
         if values["Device Id"] >= 0:
@@ -209,6 +215,7 @@ def _write_memory(events: Sequence[Mapping[str, Any]], out: Path) -> dict[str, i
         counters.append(
             {
                 "name": f"{device} allocated",
+                # "C" is a counter in the format of Chrome's traces.
                 "ph": "C",
                 "ts": event["ts"],
                 "pid": event["pid"],

@@ -130,6 +130,7 @@ class StepRecord:
         extra: dict[str, float] = {}
         for name, value in values.items():
             number = _parse_number(name, value)
+            # A later version may write more: such numbers are kept.
             if name not in cls.__dataclass_fields__:
                 if number is not None:
                     extra[name] = number
@@ -212,6 +213,7 @@ def checked_values(row: Any) -> dict[str, int | float | None]:
     values: dict[str, int | float | None] = {}
     for name, value in row.items():
         number = value
+        # JSON has no NaN and infinity: they are written as words.
         if isinstance(value, str) and value in _NON_FINITE:
             number = float(value)
         if name in _WHOLE:
@@ -283,8 +285,10 @@ def cut_back(path: str | Path, step: int, step_of: Callable[[bytes], int] = _ste
     remaining = []
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            # Without its line break a record may be cut off.
             if line.endswith(b"\n") and 0 <= step_of(line) <= step:
                 remaining.append(line)
+    # In one move: a crash leaves the old file or the new one.
     if len(remaining) < len(lines):
         write_atomically(path, b"".join(remaining))
     return len(lines) - len(remaining)

@@ -71,6 +71,7 @@ def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     supervised = sum(r.supervised_tokens for r in records)
     rows = {
         "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {examples:,} examples)",
+        # The sum of steps where nobody measured the whole.
         "time": format_seconds(seconds or sum(r.step_seconds for r in records)),
         "tokens": f"{tokens:,} without padding, {supervised:,} of them supervised",
         "speed": _speed(records),
