@@ -136,6 +136,7 @@ def _summarize(run: RunFiles, label: str) -> RunSummary:
     summary.loss = Spread.from_values(losses[-max(10, len(losses) // 10) :])
     summary.memory_gib = max(finite(column("memory_gib")), default=None)
 
+    # The first step compiles and warms up; it would hide the speed of the others.
     start = 1 if len(steps) > 1 else 0
     seconds = total("step_seconds", start)
     if not seconds:
@@ -146,6 +147,7 @@ def _summarize(run: RunFiles, label: str) -> RunSummary:
     # The mean over time: a step that took twice as long counts twice.
     weighted = 0.0
     measured_seconds = 0.0
+    # A step without a measured MFU does not count in the mean.
     for mfu, step_seconds in zip(
         column("mfu")[start:], column("step_seconds")[start:], strict=True
     ):
@@ -172,6 +174,7 @@ def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]
             for scorer, intervals in result["scores"].items():
                 cells[scorer] = _scores_text(intervals)
             for name, text in cells.items():
+                # The same rows, told by their hash, share a line; rows of the same name may differ.
                 key = (name, about, result["row_hash"])
                 line = lines.setdefault(key, [None] * len(runs))
                 # Of several checkpoints of a run, one after the other in its cell.
@@ -277,6 +280,7 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
         return _alone(runs[0])
     measured = [run for run in runs if run.best]
     absent = [f"{run.label} has no val_loss ({run.files.state})." for run in runs if not run.best]
+    # A comparison needs two runs that were validated.
     if len(measured) < 2:
         why = (
             "A training loss is measured on the rows that are being learned: "
@@ -291,6 +295,7 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
     ranking = _rank(measured)
     first = ranking[0]
     cautions = [*absent, *_cautions(measured, first)]
+    # One group: all runs learned from the same recipe.
     if len(ranking) == 1:
         seeds = len({run.seed for run in measured})
         plural = "s" if seeds > 1 else ""
@@ -301,6 +306,7 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
         )
         return Verdict("equal", headline, [why, *cautions])
     verdict = _compare_groups(ranking, cautions)
+    # The winner's runs, by their place in the report.
     if verdict.kind == "better":
         best = tuple(i for i, run in enumerate(runs) if run in first.runs)
         return verdict._replace(best=best)
@@ -314,6 +320,7 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     threshold, noise = _noise(ranking)
     reasons = [_difference(first.runs[0], second.runs[0]), f"{gap:.4f} apart. {noise}", *cautions]
     against = f"lowest val_loss {first} against {second} of {second.name}"
+    # A run that goes on may still change places.
     if any(run.files.state == "running" for run in (*first.runs, *second.runs)):
         return Verdict("none", f"So far {first.name} is ahead: {against}", reasons)
     if threshold is None:
@@ -358,6 +365,7 @@ def _rank(measured: Sequence[RunSummary]) -> list[RunGroup]:
     """The runs by recipe, those with the lowest val_loss first."""
     by_recipe: dict[str, list[RunSummary]] = {}
     for run in measured:
+        # Runs with the same keys that change what is learned differ by seed alone.
         by_recipe.setdefault(json.dumps(run.learned, sort_keys=True), []).append(run)
     groups = []
     for runs in by_recipe.values():
@@ -370,6 +378,7 @@ def _rank(measured: Sequence[RunSummary]) -> list[RunGroup]:
 def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
     """The difference between the first two above which it counts, and where it is from; None where
     that is not known."""
+    # Several seeds of a recipe tell its noise better than one run can.
     repeated = [group.val_loss for group in ranking if group.val_loss.count > 1]
     if repeated:
         return _seed_noise(repeated, ranking[0].val_loss, ranking[1].val_loss)
@@ -388,6 +397,7 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
         text = "There are too few validations to see how val_loss moves from one to the next."
         return None, f"{text} {advice}"
     noise = max(noises)
+    # The difference of two values of the same noise.
     threshold = STANDARD_ERRORS * math.sqrt(2) * noise
     text = f"Noise: from one validation to the next val_loss moves by {noise:.4f} around its trend"
     return threshold, f"{text}; a difference counts above {threshold:.4f}. {advice}"
@@ -395,9 +405,11 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
 
 def _seed_noise(repeated: Sequence[Spread], first: Spread, second: Spread) -> tuple[float, str]:
     """The same from the recipes that ran with several seeds."""
+    # The pooled variance: each recipe around its own mean.
     freedom = sum(val_loss.count - 1 for val_loss in repeated)
     squares = sum(val_loss.deviation**2 * (val_loss.count - 1) for val_loss in repeated)
     deviation = math.sqrt(squares / freedom)
+    # With few seeds Student's factor is larger than that of the normal distribution.
     errors = STUDENT[freedom - 1] if freedom <= len(STUDENT) else STANDARD_ERRORS
     threshold = errors * deviation * math.sqrt(1 / first.count + 1 / second.count)
     return threshold, (
@@ -433,6 +445,7 @@ def _difference(first: RunSummary, second: RunSummary) -> str:
         )
     first_losses = dict(first.validations)
     second_losses = dict(second.validations)
+    # Unequal runs are compared at a step that both have reached.
     common_steps = first_losses.keys() & second_losses.keys()
     if first.steps != second.steps and common_steps:
         step = max(common_steps)
@@ -457,6 +470,7 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None) -> list[str]:
         lowest, step = run.best
         last = run.val_losses[-1]
         noise = validation_noise(run.val_losses) or 0.0
+        # Above its lowest by more than noise.
         if last > lowest + STANDARD_ERRORS * noise and last > lowest:
             cautions.append(
                 f"{run.label} ends at val_loss {last:.4f}, "
@@ -484,6 +498,7 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None) -> list[str]:
             )
             break
     tokens = [run.tokens for run in runs]
+    # More tokens are more training, whatever the recipe.
     if max(tokens) > (1 + TOKEN_GAP) * min(tokens):
         amounts = ", ".join(f"{run.label} {run.tokens:,.0f}" for run in runs)
         cautions.append(f"They learned from unequal numbers of tokens: {amounts}.")

@@ -179,6 +179,7 @@ def _environment(runs: Sequence[RunSummary]) -> list[tuple[str, list[Any], bool]
         environments.append(leaves(env))
     rows = []
     for name in dict.fromkeys(name for env in environments for name in env):
+        # A reason belongs to the value beside it, and has no row.
         if not name.endswith(".why"):
             values = [env.get(name) for env in environments]
             rows.append((name, values, len({str(value) for value in values}) > 1))
@@ -282,6 +283,7 @@ def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
         between = []
         last = []
         for run in runs:
+            # A run may have answered a prompt at several steps, in order.
             rows = [row for row in run.files.samples if row["prompt"] == prompt]
             for row in rows:
                 expected = expected or row.get("expected")
@@ -292,6 +294,7 @@ def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
                     first.append(answer)
                 if row is rows[-1] and row["step"] > 0:
                     last.append(answer)
+        # Before training all runs have the same model: one answer stands for all.
         if len(first) > 1 and len({answer for *_, answer in first}) == 1:
             first = [("", *first[0][1:])]
         samples.append(

@@ -161,6 +161,7 @@ class JsonlColumns:
         return anew or bool(lines) or self._lines.fault != fault
 
     def _add(self, lines: list[bytes]) -> None:
+        # All lines in one parse where they have the same names: a long run has many.
         blocks = _parse_together(lines)
         if blocks is None:
             blocks = _blocks_of(self._parse_singly(lines))
@@ -170,6 +171,7 @@ class JsonlColumns:
                     self.columns[name] = [None] * self.rows
                 self.columns[name].extend(values)
             self.rows += len(columns[0])
+            # Columns that the new rows lack are filled up, so that all have one length.
             for column in self.columns.values():
                 column.extend([None] * (self.rows - len(column)))
         self._line_count += len(lines)
@@ -299,6 +301,7 @@ class RunFiles:
             table = self._rank_metrics.setdefault(rank, JsonlColumns(path))
             changed |= table.read()
             self.ranks[rank] = table.columns
+        # Only files that changed since the last look are read again.
         for name, (attribute, read) in PARTS.items():
             if self._changed(name):
                 changed = True
@@ -325,6 +328,7 @@ class RunFiles:
                     evals[name] = self._evals[name]
                 continue
             changed = True
+            # The new content decides whether the file is damaged.
             self._faults.pop(name, None)
             try:
                 evals[name] = read_scores(path)
@@ -335,6 +339,7 @@ class RunFiles:
         return changed
 
     def _read_log(self) -> bool:
+        # A log that became shorter was written anew.
         anew, lines = self._log.read()
         if anew:
             self.log_tail = []
@@ -387,6 +392,7 @@ def how_it_ended(run: RunFiles) -> dict[str, Any]:
     """What a run that neither goes on nor finished left behind to tell why, and the command that
     goes on; else nothing."""
     fields: dict[str, Any] = {}
+    # failure.json of an earlier start stays; only the state says whether it counts.
     if run.failure and run.state == "failed":
         fields = {name: run.failure.get(name) for name in FAILURE_FIELDS}
     elif run.state == "stopped" and run.stopped:
