@@ -67,10 +67,12 @@ def _resampled_means(values: np.ndarray, resamples: int) -> np.ndarray:
     """Means over rows drawn with replacement: [n, k] values -> [resamples, k]."""
     count = len(values)
     rng = np.random.default_rng(SEED)
+    # So many draws at once that their memory is bounded.
     at_once = max(1, _DRAWS // count)
     means = np.empty((resamples, values.shape[1]))
     for first in range(0, resamples, at_once):
         last = min(first + at_once, resamples)
+        # The same rows for all columns: both models are resampled together.
         rows = rng.integers(count, size=(last - first, count), dtype=np.int64)
         for column in range(values.shape[1]):
             means[first:last, column] = values[rows, column].mean(axis=1)
@@ -113,8 +115,10 @@ def difference_sentence(
         f"{points(difference.low)} to {points(difference.high)}"
     )
     noun = "row" if rows == 1 else "rows"
+    # The interval does not hold 0.
     is_apart = difference.low > 0 or difference.high < 0
     if is_apart and intervals.differing >= MIN_DIFFERING:
+        # A metric may be better where it is lower.
         is_better = (difference.mean > 0) == higher_is_better
         direction = "better" if is_better else "worse"
         return f"{name}: tuned is {direction} than base on these {rows} {noun} ({span})"

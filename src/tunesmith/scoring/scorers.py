@@ -174,6 +174,7 @@ def _check_json(row: ScoredRow) -> None:
             why=f"{error} (--score json compares the row's answer field by field)",
             fix="fix the row, or take another scorer: --score exact",
         ) from error
+    # A row may bring a schema of its own.
     try:
         validator = _row_validator(row)
         is_fitting = validator is None or fits(validator, reference)
@@ -230,6 +231,7 @@ def _tool_call_scorer(call_reader: CallReader | None) -> Scorer:
                 why="--score tool-call compares calls, and the prompt must list what can be called",
                 fix="add the column tools, or score rows without tools apart: --score exact",
             )
+        # A row whose own calls do not come back could not be scored.
         count = len(read(row.raw_reference))
         if count != row.calls:
             raise DataError(

@@ -80,14 +80,18 @@ def common_subsequence(first: list[str], second: list[str]) -> int:
     Bit-parallel (Hyyrö 2004): bit i of `row` is 0 where the length grows at word i of `first`; one
     addition of whole numbers in place of a row of the table.
     """
+    # A bit for each place at which a word stands in the first text.
     places: dict[str, int] = {}
     for i, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << i
     full = (1 << len(first)) - 1
     row = full
     for word in second:
+        # Places of this word at which the length does not grow yet.
         matching = row & places.get(word, 0)
+        # Hyyrö's step: the addition carries a match past the places before it.
         row = (row + matching | row - matching) & full
+    # A bit of 0 is a place at which the length grows.
     return len(first) - row.bit_count()
 
 

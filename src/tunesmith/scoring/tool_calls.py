@@ -138,9 +138,12 @@ def _calls_in(value: Any) -> Iterator[ToolCall]:
     for item in values:
         if not isinstance(item, dict):
             continue
+        # OpenAI's wrapping, or the function itself.
         function = item["function"] if isinstance(item.get("function"), dict) else item
+        # Templates name the parts of a call differently.
         name = function.get("name", function.get("tool_name"))
         arguments = function.get("arguments", function.get("parameters"))
+        # Arguments may be a text of JSON.
         if isinstance(arguments, str):
             with suppress(ValueError):
                 arguments = parse_strict(arguments)
@@ -227,16 +230,19 @@ def _tagged_form(rendering: str) -> _TaggedForm | None:
     words = [PROBE.name]
     for name, value in PROBE.arguments.items():
         words += [name, value]
+    # The probe's name, keys and values in the order in which the template writes them.
     gaps = re.fullmatch(f"(.*){'(.*?)'.join(map(re.escape, words))}(.*)", rendering, re.DOTALL)
     if gaps is None:
         return None
     before, to_key, to_value, to_next, *_ = gaps.groups()
+    # What stands before a key is the same before each: the end that two gaps share.
     shared = 0
     while shared < min(len(to_key), len(to_next)) and to_key[-shared - 1] == to_next[-shared - 1]:
         shared += 1
     key_opening = to_key[len(to_key) - shared :]
     value_end = to_next[: len(to_next) - shared].strip()
     opening = _opening(before)
+    # Without marks around them, names and values could not be told apart.
     if not (key_opening.strip() and to_value.strip() and value_end and opening):
         return None
     name_end = _flexible(to_key[: len(to_key) - shared])
@@ -261,10 +267,12 @@ class _PythonForm:
                 return []
             start = place + len(self.opening)
         end = text.find(self.closing, start) if self.closing else -1
+        # A call that is cut off may lack its closing.
         source = text[start : end if end >= 0 else len(text)].strip()
         try:
             body = ast.parse(source).body
             return [call for statement in body for call in _python_calls(statement)]
+        # An answer may hold anything: what is no Python holds no calls.
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return []
 
