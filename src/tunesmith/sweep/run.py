@@ -199,8 +199,10 @@ class Sweep:
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_main_process:
                 previous = self._read()
+        # All ranks go on from what rank 0 read.
         previous = self.ranks.broadcast_object(previous)
         self.diverged: dict[str, int] = {}
+        # A run that diverged is not trained again.
         for candidate in previous.get("candidates", ()):
             if candidate["state"] == "diverged":
                 self.diverged[candidate["name"]] = candidate["step"]
@@ -249,6 +251,7 @@ class Sweep:
         total = first.total_steps or 0
         count = self.search.candidates if self.space.ranges else len(self.space.grid())
         per_epoch = first.data.schedule.steps_per_epoch(0)
+        # The longest warmup of all candidates: none is stopped in its warmup.
         warmups = [run.train.warmup]
         if "train.warmup" in self.space.choices:
             warmups = [Length.parse(text) for text in self.space.choices["train.warmup"]]
@@ -261,6 +264,7 @@ class Sweep:
         if not rungs and self.search.rungs is None:
             few = "too few of them, or of steps, to stop some (see --rungs)"
             log.info(f"every candidate trains to its end: {few}")
+        # A rung must fall on a validation.
         if rungs and (not interval or rungs[0] % interval):
             every = Length(rungs[0], "steps")
             where = "in the recipe of each candidate: they are compared there"
@@ -315,7 +319,9 @@ class Sweep:
         end = until or self.fixed["steps"]
         diverged = Standing(end, math.inf, "diverged")
         standing: Standing | None = diverged
+        # Below the step at which it diverged it still has a loss.
         if end < self.diverged.get(candidate.name, math.inf):
+            # The loss may be there from an earlier start.
             standing = self._standing(candidate, until)
         if standing is None:
             standing = diverged

@@ -51,12 +51,15 @@ def rung_steps(
     halvings_to_one = math.ceil(math.log2(max(count, 1)))
     if rungs is None:
         halvings = min(RUNGS, halvings_to_one - 1)
+        # A candidate that has just warmed up tells little.
         earliest = max(EARLIEST, 2 * warmup)
     else:
         halvings = min(rungs, halvings_to_one)
         earliest = 1
     halvings = max(0, min(halvings, int(math.log2(total))))
+    # Each rung is twice the last one, and the end twice the last rung.
     first = total >> halvings
+    # On a step at which the recipe validates anyway.
     if 0 < interval <= first:
         first -= first % interval
     steps = [first << k for k in range(halvings)]

@@ -54,7 +54,9 @@ class SharedBase:
             schedule = BatchSchedule(tokens.lengths, run.data, run.train, repeats=tokens.repeats)
             for text in describe_resume(start, run, schedule):
                 log.info(text)
+            # The adapter begins as in a run of its own with this seed.
             torch.manual_seed(run.train.seed)
+            # The base stays in memory: only the adapter is another.
             lora.replace_adapter(root.model, run.adapter)
             init_adapter(run, root.model)
             if start.checkpoint:
@@ -88,6 +90,7 @@ class SharedBase:
         divisor: float = rank
         if adapter.rslora:
             divisor = math.sqrt(rank)
+        # What a compiled graph has in it as constants.
         shape = (rank, adapter.alpha / divisor, adapter.dropout)
         if shape not in self.compiled:
             self.compiled[shape] = compilation.compile_apart(f"forward_{len(self.compiled)}")
