@@ -267,6 +267,7 @@ def read_recipe(folder: Path) -> Part[dict[str, Any]]:
     """
     path = folder / RECIPE
     try:
+        # A pipe of that name would be waited for; the reader of recipes opens the file itself.
         open_regular(path).close()
         values: dict[str, Any] = read_file(path).plain()
     except FileNotFoundError:
@@ -275,6 +276,7 @@ def read_recipe(folder: Path) -> Part[dict[str, Any]]:
         return Part({}, reason_of(error))
     except RecipeError as error:
         return Part({}, error.why or error.what)
+    # A lone half of a surrogate pair cannot be written to any file or page.
     if _SURROGATE.search(json.dumps(values, ensure_ascii=False)):
         return Part({}, "a text in it is no Unicode")
     wrong = []
@@ -314,6 +316,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"it lacks the size or the checksum of {name:.80}")
         if not is_text(entry.get("sha256")):
             raise ValueError(f"it lacks the size or the checksum of {name:.80}")
+        # No system opens a file of such a name.
         if "\0" in name:
             raise ValueError("a file's name in it holds a zero byte")
     return values
@@ -349,6 +352,7 @@ def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
             row = None
         if is_sample(row):
             rows.append(row)
+        # A torn line in the middle is a fault; at the end it may still be written.
         elif line.endswith(b"\n"):
             skipped.append(number)
     rows.sort(key=lambda row: int(row["step"]))
