@@ -5,7 +5,7 @@ ranks share it.
     python benchmarks/parity/losses_on_ranks.py --tensor --worlds 2 4 8 --json out.json           # a small Llama and rows that it makes
     python benchmarks/parity/losses_on_ranks.py --tensor --worlds 2 4 8 --float64 --json out.json
     python benchmarks/parity/losses_on_ranks.py --tensor --worlds 2 --compile on --json out.json
-    python benchmarks/parity/losses_on_ranks.py --write docs/ranks.md out.json ...                # the tables of the page; --check compares
+    python benchmarks/parity/losses_on_ranks.py --write docs/measurements/ranks.md out.json ...                # the tables of the page; --check compares
 
 Each row is `train` on ranks that torchrun starts on this machine, with gloo on a CPU, in fp32
 unless asked otherwise: 20 steps, in which the gradient is clipped. Printed: the largest relative
@@ -42,7 +42,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "LoRA, dropout 0.1": {"adapter": {"dropout": 0.1}},
 }
 NO_FLOAT64 = ("LoRA on nf4",)
-BEGIN = "<!-- Written by: python benchmarks/parity/losses_on_ranks.py --write docs/ranks.md docs/measurements/ranks-*.json -->\n"
+BEGIN = "<!-- Written by: python benchmarks/parity/losses_on_ranks.py --write docs/measurements/ranks.md docs/measurements/ranks-*.json -->\n"
 END = "<!-- The end of what it writes. -->\n"
 FIGURES = {"loss_first": 1e-6, "loss_all": 1e-4, "norm_first": 1e-6, "norm_all": 1e-3}
 FLOAT64 = 1e-9  # of all figures

@@ -90,7 +90,7 @@ def test_the_tables_of_ranks_are_those_that_were_measured() -> None:
     files = sorted((ROOT / "docs" / "measurements").glob("ranks-*.json"))
     assert files
     done = run_warm(
-        ["--check", "docs/ranks.md", *files],
+        ["--check", "docs/measurements/ranks.md", *files],
         program=ROOT / "benchmarks/parity/losses_on_ranks.py",
         cwd=ROOT,
     )

@@ -1,4 +1,4 @@
-"""docs/systems.md: its sums are those of its rows, and every command of ours in it is one that the
+"""docs/measurements/systems.md: its sums are those of its rows, and every command of ours in it is one that the
 command line takes.
 """
 
@@ -13,7 +13,7 @@ from tunesmith.cli.main import VERBS, Parser
 from tunesmith.config.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "systems.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "measurements" / "systems.md").read_text(encoding="utf-8")
 SUMMARY, *SYSTEMS = PAGE.split("\n## ")
 
 
