@@ -103,7 +103,7 @@ def export_rounded(
             del tuned.model.config.quantization_config
             follow_umask(part)
             differences = _compare(tuned, weights, place)
-            # An empty folder was allowed as the output; `rename` takes no place of a full one.
+            # An empty folder was allowed as the output.
             if goal.exists():
                 goal.rmdir()
             part.rename(goal)

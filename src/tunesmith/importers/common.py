@@ -149,7 +149,7 @@ def _read_entry(recipe: Translation, entry: str) -> tuple[list[dict[str, Any]], 
     for key, value in rows_table["types"][type_].items():
         recipe.defaults[f"{entry}.{key}"] = value
     format_ = get("format")
-    # A role of the columns may say more than the format.
+    # The name of a role may tell the format: `from` is of ShareGPT.
     for key in rows_table["role_keys"]:
         role = str(get(key))
         if role in rows_table["roles"]:

@@ -62,8 +62,7 @@ class Stack:
         return {
             "version": "3.8",
             "services": {SERVICE: self._service()},
-            # The host's network: the ranks meet at addresses of the cable, and RDMA needs no
-            # bridge.
+            # The host's network: the ranks meet at addresses of the cable.
             "networks": {"host": {"external": True, "name": "host"}},
             "secrets": {source: {"external": True, "name": name} for source, name in self.secrets},
         }

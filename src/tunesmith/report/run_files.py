@@ -161,7 +161,7 @@ class JsonlColumns:
         return anew or bool(lines) or self._lines.fault != fault
 
     def _add(self, lines: list[bytes]) -> None:
-        # All lines in one parse where they have the same names: a long run has many.
+        # All lines in one parse; one by one where some line is damaged.
         blocks = _parse_together(lines)
         if blocks is None:
             blocks = _blocks_of(self._parse_singly(lines))
