@@ -172,7 +172,7 @@ class AnswersFile:
         if answer is None or not _is_whole(answer):
             raise self._broken(number, "it holds no answer")
         answers = self.answers.setdefault(answer.model, [])
-        # Answers of a model follow each other by row: a gap means another hand.
+        # Answers of a model follow each other by row; `append` leaves no gap.
         if answer.row != len(answers) or answer.row >= self.header.rows:
             raise self._broken(number, f"row {answer.row} is out of order")
         answers.append(answer)

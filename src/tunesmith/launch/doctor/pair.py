@@ -156,7 +156,7 @@ def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> 
         peer.kill()
         peer.wait()
     # 1 Gb/s Ethernet carries 0.12 GB/s.
-    # `case` goes from the least to the most: a busy machine says nothing of the network.
+    # A busy machine says nothing of the network: that case comes before the others.
     is_ethernet = gbs < 0.15
     if idle < 0.25:
         case = "busy"
