@@ -52,6 +52,7 @@ def select_scaling(
     faults: list[str] = []
     for recipe in SCALING_RECIPES:
         fault = ""
+        # Few and many rows take different kernels, and one that is wrong rules the recipe out.
         for shape, n_rows in product(shapes, rows):
             fault = matmul_fault(recipe, device, shape, n_rows)
             if fault:
@@ -85,6 +86,9 @@ def matmul_fault(
     row_powers = powers(n_rows, 7)
     out_powers = powers(shape[0], 5)
     in_powers = powers(shape[1], 3)
+    # W[o, i] = out_powers[o] * in_powers[i], and a row of x or dy holds one power throughout, so
+    # y[r, o] = row_powers[r] * out_powers[o] * sum(in_powers)
+    # dx[r, i] = row_powers[r] * in_powers[i] * sum(out_powers)
     y_powers = out_powers * in_powers.sum()
     dx_powers = in_powers * out_powers.sum()
     x = repeat(row_powers, shape[1])
@@ -100,6 +104,7 @@ def matmul_fault(
         dx = weight.backward_matmul(dy, quantized_dy, None, dx_update)
         dx = weight.backward_matmul(dy, quantized_dy, dx)
         # The powers are e4m3 numbers: only bf16 rounds.
+        # y holds the product and an update as large as it; dx both of these and a second product.
         if not torch.allclose(y.float(), 2 * row_powers.outer(y_powers), rtol=0.02):
             fault = "a wrong result"
         if not torch.allclose(dx.float(), 3 * row_powers.outer(dx_powers), rtol=0.02):
@@ -167,6 +172,8 @@ class EightBitLinear(FrozenLinear):
         A rank reads and rounds the rows that it holds, a piece at a time. Where ranks share the
         layer it is a collective call.
         """
+        # FSDP2 shards dimension 0: `rows` below count from the first row of the layer's part,
+        # `codes` from the first row of this rank.
         local_rows = local_slices(self.weight)[0]
         codes = local_part(self.weight)
         rows_per_piece = max(1, PIECE // self.in_features)
@@ -178,6 +185,7 @@ class EightBitLinear(FrozenLinear):
             rounded = round_to_e4m3(weight, scale).view(torch.uint8)
             codes[rows.start - local_rows.start : rows.stop - local_rows.start] = rounded
 
+        # Zeros: the maximum over ranks leaves alone what a rank does not hold.
         scale = torch.zeros_like(self.scale)
         if self.encoding == TENSOR_WISE:
             # Every piece stays until the one scale is there, which comes from all of them.
@@ -188,6 +196,7 @@ class EightBitLinear(FrozenLinear):
             for rows, weight in zip(pieces, weights, strict=True):
                 store(rows, weight, scale)
         else:
+            # A row's scale depends on that row alone, so one piece is in memory at a time.
             for rows in pieces:
                 weight = self.read_rows(dense, rows)
                 scale[rows] = find_scale(self.encoding, weight)
@@ -212,6 +221,7 @@ class EightBitLinear(FrozenLinear):
         shape = (self.out_features, self.in_features)
         if self.read_dense is not None:
             return DenseWeight("dense", [self.read_dense()], shape)
+        # The bytes are e4m3 already: a view, nothing is converted.
         codes = local_part(self.weight).view(E4M3)
         return EightBitWeight(self.encoding, [codes, self.scale], shape)
 

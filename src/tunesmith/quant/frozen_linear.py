@@ -28,6 +28,7 @@ class TensorShard(NamedTuple):
 
     def shard_of(self, blocks: Tensor, rows: int) -> Tensor:
         """The shard [its rows, its blocks of a row] of [rows * blocks of a row], as a view."""
+        # Along dimension 0 whole rows, along dimension 1 a span of blocks of every row.
         return blocks.view(rows, -1).chunk(self.parts, self.dim)[self.part]
 
 
@@ -69,6 +70,7 @@ class FrozenLinear(nn.Module, ABC):
 
     def part_of(self, dense: Tensor | StoredTensor, rows: slice) -> Tensor:
         """Rows of this rank's part of the whole weight; a new tensor where read from a file."""
+        # `rows` count from the first row of this rank's part, `dense` is the whole layer.
         first_row, first_column = self.origin
         columns = slice(first_column, first_column + self.in_features)
         return dense[slice(first_row + rows.start, first_row + rows.stop), columns]
@@ -139,6 +141,7 @@ def is_plain_linear(module: nn.Module) -> bool:
         return True
     if not isinstance(module, nn.Linear) or is_bypassed(module):
         return False
+    # The class whose forward runs: the first of the method resolution order that defines one.
     [owner, *_] = (base for base in type(module).__mro__ if "forward" in vars(base))
     if owner is nn.Linear or owner.__module__.startswith("tunesmith."):
         return True
@@ -187,6 +190,8 @@ def parameter_count(model: nn.Module) -> int:
     for layer in model.modules():
         if isinstance(layer, FrozenLinear):
             for name, parameter in layer.named_parameters(recurse=False):
+                # Out with the stored elements (nf4 has two weights in each), in with out * in
+                # below.
                 if name.endswith("weight"):
                     count -= parameter.numel()
             parts = layer.tensor_shard.parts if layer.tensor_shard else 1

@@ -41,25 +41,31 @@ def grouped_matmul(
     tensors = [tensor for weight in weights for tensor in weight.tensors]
     # A DTensor would make its own collectives out of the products.
     assert all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    # [n, in]: the kernels take matrices.
     rows = x.flatten(0, -2)
     encoding = weights[0].encoding
     widths = [weight.shape[0] for weight in weights]
     lora: list[Tensor] = []
     xa: list[Tensor] = []
     if lora_A:
+        # The A's become one matrix [sum of ranks, in]: x is read once for all of them.
         lora = [torch.cat(list(lora_A)).to(x.dtype), *(b.to(x.dtype) for b in lora_B)]
         # Detached: the operator's own backward makes the gradients of x and A.
         xa = [rows.detach() @ lora[0].detach().T]
 
     is_compiling = torch.compiler.is_compiling()
     outputs: Sequence[Tensor] = ()
+    # Decoding: there is no graph to build, so a kernel without a backward may do it.
     if not torch.is_grad_enabled() and not is_compiling:
         outputs = _few_rows(rows, weights, xa, lora)
     if not outputs:
         quantized = weights[0].quantize_input(rows.detach())
         if is_compiling:
+            # A traced graph holds the operator, whose list arguments torch.library takes as they
+            # are.
             outputs = frozen_matmul(rows, xa, quantized, lora, tensors, encoding, widths)
         else:
+            # An autograd function tracks tensors that are arguments, not tensors in lists.
             counts = Counts(len(xa), len(quantized), len(lora), len(tensors))
             outputs = _FrozenMatmul.apply(
                 rows, encoding, widths, counts, *xa, *quantized, *lora, *tensors
@@ -114,6 +120,7 @@ def _few_rows(
         lora_B = lora[1:]
         parts = _split_by_layer(xa[0], lora_B)
         for product, part, b in zip(products, parts, lora_B, strict=True):
+            # In place: the kernel's product is a new tensor.
             product.addmm_(part, b.T)
     return products
 
@@ -159,10 +166,16 @@ def _backward(
     if lora:
         x, xa = saved
         a, *lora_B = lora
+        # With y_i = x W_i^T + xa_i B_i^T and xa = x A^T:
+        # d_xa_i = dy_i B_i     [n, rank_i], side by side [n, sum of ranks]
+        # dA     = d_xa^T x     [sum of ranks, in]
+        # dB_i   = dy_i^T xa_i  [out_i, rank_i]
+        # dx     = sum over i of dy_i W_i, plus d_xa A
         d_xa = torch.cat([dy @ b for dy, b in zip(dys, lora_B, strict=True)], 1)
         d_lora.append(d_xa.T @ x)
         for dy, xa_part in zip(dys, _split_by_layer(xa, lora_B), strict=True):
             d_lora.append(gradient_of_b(dy, xa_part))
+        # `backward_matmul` multiplies by the transpose of the second factor.
         update = (d_xa, a.T)
     if not needs_dx:
         return [dys[0].new_empty(0), *d_lora]
@@ -170,6 +183,7 @@ def _backward(
     weights = _rebuild_weights(encoding, tensors, [dy.shape[1] for dy in dys], in_features)
     per_layer = len(quantized) // len(dys)
     dx = None
+    # Each product is added to the same dx: one tensor [n, in] for all layers.
     for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
         quantized_dy = quantized[i * per_layer : (i + 1) * per_layer]
         dx = weight.backward_matmul(dy, quantized_dy, dx, update)
@@ -198,6 +212,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.counts = Counts(len(xa), len(quantized), len(lora), len(tensors))
     if lora:
         ctx.save_for_backward(x, *xa, *lora, *tensors)
+    # W gets no gradient, so without adapters the backward of x W^T needs no x.
     else:
         ctx.save_for_backward(*tensors)
 
@@ -207,11 +222,13 @@ def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
     tensors = list(ctx.saved_tensors)
     saved = []
     lora = []
+    # In the order in which `_save` saved them.
     if ctx.counts.lora:
         saved = tensors[:2]
         lora = tensors[2 : 2 + ctx.counts.lora]
         tensors = tensors[2 + ctx.counts.lora :]
 
+    # The shape of a gradient that is missing: as many rows, its own layer's width.
     like = next(grad for grad in grads if grad is not None)
     dys = []
     for dy, width in zip(grads[: len(ctx.widths)], ctx.widths, strict=True):
@@ -249,6 +266,8 @@ class _FrozenMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dx, *d_lora = _backward(*_backward_inputs(ctx, grads))
         counts = ctx.counts
+        # One gradient an argument of `forward`, in its order. That of x through xa is in dx
+        # already.
         before_lora = [None] * (3 + counts.xa + counts.quantized)  # 3: encoding, widths and counts
         dx_or_none = dx if ctx.needs_input_grad[0] else None
         return (dx_or_none, *before_lora, *d_lora, *[None] * counts.tensors)
@@ -281,6 +300,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     d_xa = [None] * counts.xa
     d_quantized = [None] * counts.quantized
     d_tensors = [None] * counts.tensors
+    # In the order of the arguments of `_forward`.
     return dx_or_none, d_xa, d_quantized, d_lora, d_tensors, None, None
 
 

@@ -95,6 +95,7 @@ class FrozenWeight(ABC):
         weight = self.dense(dy.dtype)
         if update is not None:
             d_xa, a_transposed = update
+            # [n, rank] times [rank, in].
             dx = d_xa @ a_transposed.T
         if dx is None:
             return dy @ weight
@@ -148,6 +149,7 @@ class Nf4Weight(FrozenWeight):
         """What bitsandbytes needs beside the codes."""
         functional = nf4_functions()
         encoding = Nf4Encoding.parse(self.encoding)
+        # The codes, their scales, and where these are in 8 bits the scales of the scales.
         _, absmax, code, *nested = self.tensors
         offset = None
         nested_state = None
@@ -196,6 +198,7 @@ class EightBitWeight(FrozenWeight):
     def quantize_gradient(self, dy: Tensor) -> list[Tensor]:
         if self.encoding != TENSOR_WISE:
             _, scale = self.tensors
+            # [n, out] times [1, out].
             dy = dy * scale.T
         return list(quantize(self.encoding, dy))
 
@@ -210,6 +213,7 @@ class EightBitWeight(FrozenWeight):
         self, dy: Tensor, quantized: Sequence[Tensor], dx: Tensor | None, update: Update = None
     ) -> Tensor:
         codes, scale = self.tensors
+        # [in, out] in memory, rows contiguous; the codes are moved as bytes.
         transposed = codes.view(torch.uint8).t().contiguous().view(E4M3)
         if self.encoding != TENSOR_WISE:
             scale = scale.new_ones(len(transposed), 1)  # it is in `quantized`

@@ -137,6 +137,7 @@ class Nf4Linear(FrozenLinear):
         functional = nf4_functions()
         device = self.absmax.device
         width = self.in_features
+        # Codes lie in one row, byte by byte. FSDP2 cuts it into equal parts, wherever rows end.
         codes = local_part(self.weight).view(-1)
         local_bytes = local_slices(self.weight)[0]  # of the codes' bytes
         scales = torch.zeros(ceil_div(self.out_features * width, BLOCK), device=device)
@@ -144,6 +145,7 @@ class Nf4Linear(FrozenLinear):
         for rows in self._pieces_of_rows(local_bytes):
             weights = self.part_of(dense, rows).flatten().to(device, self.compute_dtype)
             piece, state = functional.quantize_4bit(weights, blocksize=BLOCK, quant_type="nf4")
+            # A whole number: pieces begin at the edge of a block.
             first_block = rows.start * width // BLOCK
             scales[first_block : first_block + len(state.absmax)] = state.absmax
 
@@ -157,8 +159,10 @@ class Nf4Linear(FrozenLinear):
 
     def _pieces_of_rows(self, local_bytes: slice) -> Iterator[slice]:
         """The rows that have these bytes of the codes, in pieces of whole blocks."""
+        # The fewest rows that are whole blocks: their weights are lcm(BLOCK, in_features).
         rows_per_group = BLOCK // math.gcd(BLOCK, self.in_features)  # whole blocks together
         group_weights = rows_per_group * self.in_features
+        # From bytes to weights to groups, rounded outward: all bytes lie in the groups between.
         first_group = WEIGHTS_PER_BYTE * local_bytes.start // group_weights
         end_group = ceil_div(WEIGHTS_PER_BYTE * local_bytes.stop, group_weights)
         end_row = min(end_group * rows_per_group, self.out_features)
@@ -170,6 +174,8 @@ class Nf4Linear(FrozenLinear):
         """The scales of the whole layer of that shape, of what each rank has of them."""
         groups: list[str] = [group.group_name for group in sharding_groups(self.weight)]
         shard = self.tensor_shard
+        # [rows of the part, blocks of a row] goes to its place in [rows, blocks of a row]; the rest
+        # stays 0 until the reduction.
         if shard is not None:
             of_shard = scales.view(self.out_features, -1)
             scales = torch.zeros(shape.numel() // BLOCK, device=scales.device)
@@ -187,18 +193,25 @@ class Nf4Linear(FrozenLinear):
         """
         functional = nf4_functions()
         code = functional.get_4bit_type("nf4", device=scales.device)
+        # As in bitsandbytes and QLoRA: scales are positive, their 8-bit codes symmetric around
+        # zero.
         offset = scales.mean()
         absmax, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
         nested_absmax = nested.absmax
         nested_block = NESTED_BLOCK
         shard = self.tensor_shard
         if shard is not None:
+            # A shard of whole rows is one run of scales. Where it is also whole groups of 256,
+            # their
+            # 8-bit codes and the scales of those are cut like it.
             has_whole_blocks = len(absmax) // shard.parts % NESTED_BLOCK == 0
             if shard.dim == 0 and has_whole_blocks:
                 absmax = absmax.chunk(shard.parts)[shard.part].clone()
                 nested_absmax = nested_absmax.chunk(shard.parts)[shard.part].clone()
             else:
                 nested_block = 0
+                # A run that is not whole groups: back to fp32, with the rounding that one process
+                # has too.
                 absmax = functional.dequantize_blockwise(absmax, nested) + offset
                 absmax = shard.shard_of(absmax, rows).flatten().clone()
         encoding = str(Nf4Encoding(BLOCK, nested_block, self.compute_dtype))
@@ -228,6 +241,7 @@ class Nf4Linear(FrozenLinear):
         codes = parts[""]
         scales = {name: tensor for name, tensor in parts.items() if name}
         try:
+            # "" is the codes; absmax, quant_map and the rest describe them.
             state = nf4_functions().QuantState.from_dict(scales, device=codes.device)
         except (KeyError, ValueError, AssertionError) as error:
             what = f"its bitsandbytes tensors are not complete: {error}"

@@ -69,9 +69,11 @@ def scaled_matmul(
         # Padded as integers: torch pads no fp8.
         a = F.pad(a.view(torch.uint8), (0, 0, 0, padding)).view(a.dtype)
         if recipe != TENSOR_WISE:
+            # Rows of zeros with a scale of 1 stay zeros; they are cut off below.
             a_scale = F.pad(a_scale, (0, 0, 0, padding), value=1.0)
     product = scaled_mm(
         a,
+        # The second factor must be column-major: the transpose of rows, which is a view.
         b.t(),
         scale_a=a_scale,
         scale_b=b_scale.t(),

@@ -38,6 +38,7 @@ class Scheme:
     name: str = "none"
     weight_bytes: float | None = None
     scale_bytes: float = 0.0
+    # Dense in 16 bits: two passes read 2 bytes a weight.
     block: int = 1
     traffic_bytes: float = 4.0
     has_fp8_matmuls: bool = False
@@ -108,6 +109,7 @@ class Nf4Scheme(Scheme):
 
 
 DENSE = Scheme()
+# Two passes read 1 byte a weight.
 FP8 = Fp8Scheme("fp8", weight_bytes=1, traffic_bytes=2.0, has_fp8_matmuls=True)
 NF4 = Nf4Scheme(
     "nf4",
