@@ -76,11 +76,13 @@ class Lora(nn.Module):
         all_inputs = self.lora_A.shape[1]
         if all_inputs == self.in_features:
             return F.dropout(x, self.dropout, self.training)
+        # Inputs are split over ranks: each draws the mask of all inputs and takes its own columns.
         mask = F.dropout(x.new_ones(*x.shape[:-1], all_inputs), self.dropout, self.training)
         return x * mask.narrow(-1, self.first, self.in_features)
 
     def base(self, x: Tensor) -> Tensor:
         """The layer without its adapter: [..., in_features] -> [..., out_features]."""
+        # The next class of the method resolution order: Nf4Linear or EightBitLinear.
         return super().forward(x)
 
     def update(self) -> Tensor:
@@ -108,6 +110,7 @@ class LoraLinear(Lora, nn.Linear):
     """An `nn.Linear` with an adapter; it takes over the very parameters: tied weights stay tied."""
 
     def __init__(self, base: nn.Linear, adapter: Adapter) -> None:
+        # On meta: both parameters are replaced at once, and nothing is allocated for them.
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight = base.weight
         self.bias = base.bias
@@ -139,6 +142,7 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     On the meta device call `init_lora` once the weights are there. RecipeError for a target or
     module to save that the model does not have, and where nothing would train.
     """
+    # Frozen first: A and B are made afterwards, and stay trainable.
     model.requires_grad_(False)
     names = target_names(model, adapter)
     if not names and not adapter.modules_to_save:
@@ -266,6 +270,7 @@ def describe_left_out(model: nn.Module) -> str:
     parameters = 0
     for name, module in model.named_modules():
         words = [word for word in name.split(".") if not word.isdigit()]
+        # Not reported: embeddings, the output layer, and what takes an adapter.
         if isinstance(module, nn.Embedding) or words[-1:] == ["lm_head"] or is_plain_linear(module):
             continue
         if is_bypassed(module):
@@ -348,6 +353,7 @@ def merged_weight(layer: Lora, dtype: torch.dtype | None = None) -> Tensor:
 
     They are added in fp32 and rounded once.
     """
+    # In fp32 at least: base and update would each lose bits if rounded before the sum.
     weight = layer.dense()
     wide = torch.promote_types(weight.dtype, torch.float32)
     merged = weight.to(wide) + layer.update().to(wide)
@@ -360,6 +366,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     enabled = [(layer, layer.enabled) for _, layer in loras(model)]
     trained = []
     for _, module, key in saved_parameters(model):
+        # `.data` is exchanged, not the parameter: optimizer and hooks hold the parameter.
         parameter = module.get_parameter(key)
         trained.append((parameter, parameter.data, module.get_buffer(ORIGINAL + key)))
     try:
@@ -385,9 +392,11 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     weights = [layer.frozen_weight() for layer in layers]
     is_grouped = len(layers) == len(linears) and len({w.encoding for w in weights}) == 1
     if not is_grouped:
+        # One layer that needs plain autograd, or two encodings: each layer by itself.
         return [_project_alone(x, layer) for layer in linears]
     biases = [local_part(layer.bias) for layer in layers]
     lora_A = [local_part(layer.lora_A) for layer in layers]
+    # Scaling B [out, rank] is cheaper than scaling its product [n, out].
     lora_B = [local_part(layer.lora_B) * layer.scaling for layer in layers]
     return grouped_matmul(x, weights, biases, lora_A, lora_B)
 
@@ -411,4 +420,5 @@ def _project_alone(x: Tensor, layer: nn.Module) -> Tensor:
         return y
     a = local_part(layer.lora_A).to(x.dtype)
     b = local_part(layer.lora_B).to(x.dtype)
+    # Dropout acts on the adapter's input only; the base has seen x itself.
     return y + F.linear(F.linear(layer.drop(x), a), b) * layer.scaling

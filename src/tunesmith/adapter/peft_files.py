@@ -96,6 +96,7 @@ def adapter_files(
     adapted = {name for name, _ in lora.loras(model)}
     trained = {name for name, _, _ in lora.saved_parameters(model)}
     targets, to_save = _peft_modules(model, adapted, trained)
+    # PEFT declares `lora_alpha` as an int.
     is_whole = adapter.alpha == int(adapter.alpha)
     settings = PLAIN | {
         "base_model_name_or_path": base_name,
@@ -121,6 +122,7 @@ def _peft_modules(
     if is_in_whole(model):
         in_whole = partial(name_in_whole, model)
         return set(map(in_whole, adapted)), set(map(in_whole, trained))
+    # PEFT matches a target with the end of a name, and a saved module with any end of it.
     targets = {last_part(name) for name in adapted}
     to_save = {last_part(name) for name in trained}
     matched_by_target = set()
@@ -130,6 +132,7 @@ def _peft_modules(
             matched_by_target.add(name)
         if name.endswith(tuple(to_save)):
             matched_by_saved.add(name)
+    # A last part that matches too much: full names, which match nothing else.
     if matched_by_target != adapted:
         targets = adapted
     if matched_by_saved != trained:
@@ -193,6 +196,7 @@ def write_adapter(
 
 def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters by PEFT's names."""
+    # Layers by their names in the whole model: PEFT opens that one, not its text part.
     layers = {}
     for name, layer in lora.loras(model):
         layers[PREFIX + name_in_whole(model, name)] = layer
@@ -275,6 +279,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
+    # This rank compares its own part: parameters may be sharded by now.
     def is_base(name: str, stored: StoredTensor) -> bool:
         parameter = parameters[name]
         stored_part = stored[local_slices(parameter)].to(parameter.dtype)
@@ -302,6 +307,7 @@ def stored_adapter(
     _check_scaling(model, adapter, folder / CONFIG)
     file = folder / WEIGHTS
     parameters = _peft_tensors(model)
+    # By identity: the mapping of PEFT's names holds the model's very parameters.
     own_names = {id(parameter): name for name, parameter in model.named_parameters()}
     try:
         read_header(file)
@@ -312,6 +318,9 @@ def stored_adapter(
     with stored_tensors(file) as stored:
         names = set()
         for name, tensor in stored.items():
+            # A copy of the base's values that PEFT added is skipped. One that differs is kept here,
+            # and
+            # reported as unknown below.
             base_name = None if name in parameters else _base_name(model, name, tensor)
             if base_name is None or not is_base(base_name, tensor):
                 names.add(name)
@@ -331,6 +340,7 @@ def _check_scaling(model: nn.Module, adapter: Adapter, file: Path) -> None:
     """ModelError where the model does not scale its updates as the adapter in `file` does."""
     scaling = lora.lora_scaling(adapter)
     for name, layer in lora.loras(model):
+        # Relative to the scaling: alpha and rank have gone through JSON and a division.
         if abs(layer.scaling - scaling) > 1e-9 * abs(scaling):
             keys = f"adapter.rank: {adapter.rank}, adapter.alpha: {adapter.alpha:g}"
             raise ModelError(
