@@ -70,10 +70,12 @@ def chunked_cross_entropy(
     Returns:
         0-d, fp32 (fp64 where hidden is fp64).
     """
+    # The forward computes the gradients too, as the loss is a sum whose weights it has.
     args = _arguments(head, targets, softcap, scale, chunk, loss_and_grad_fn)
     if _is_plain(head):
         weight = local_part(head.weight)
         return _HeadLoss.apply(hidden, weight, local_part(head.bias), weights, args)
+    # A head with an adapter: plain autograd, with each chunk's logits recomputed.
     losses = _module_losses(hidden, head, args)
     if weights is not None:
         losses = losses * weights
@@ -118,6 +120,7 @@ def token_cross_entropy(
     """
     size = chunk_size(head.out_features, len(targets), hidden.device)
     shard = shard_of(head)
+    # Empty first items: `cat` then has a tensor, of the right dtype, for a batch without labels.
     losses = [hidden.new_zeros(0, dtype=_wide(hidden))]
     hits = [targets.new_zeros(0, dtype=torch.bool)]
     for chunk, chunk_targets in zip(hidden.split(size), targets.split(size), strict=True):
@@ -151,6 +154,7 @@ def chunk_size(
     Args:
         card: bytes of the GPU; None asks it.
     """
+    # The loss is computed in fp32, whatever dtype the head's product has.
     row_bytes = 4 * vocabulary  # of fp32 logits
     if device.type == "cpu":
         return max(16, CPU_CHUNK // row_bytes)
@@ -159,10 +163,12 @@ def chunk_size(
     least, most = GPU_CHUNK
     # More than a quarter of the positions would make few chunks fewer, and cost a small micro batch
     # its small peak.
+    # vocabulary * positions is a quarter of 4 * vocabulary * positions, all the fp32 logits.
     budget = max(least, min(most, card // 96, vocabulary * positions))
     if trained:
         budget = min(4 * budget, TRAINED_CHUNK)
     rows = budget // row_bytes
+    # Below one tile there is no whole one; then as many rows as the budget has.
     whole_tiles = rows // TILE * TILE
     return max(16, whole_tiles or rows)
 
@@ -175,6 +181,7 @@ def even_chunk_size(count: int, size: int, *, tile: int = 1) -> int:
     last: torch.compile makes another graph for a dimension of 1.
     """
     chunks = max(1, ceil_div(count, size))
+    # `or 1`: without labels `spans` would count in steps of 0.
     even = ceil_div(count, chunks) or 1
     whole_tiles = ceil_div(even, tile) * tile
     if count % whole_tiles == 1 or whole_tiles > size:
@@ -220,6 +227,7 @@ def _arguments(
         trained = any(p.requires_grad for p in head.parameters())
         chunk = chunk_size(head.out_features, len(targets), device, trained=trained)
         if device.type != "cpu":
+            # Only a GPU's matmul has tiles that a few more rows would leave partly empty.
             tile = TILE
     size = even_chunk_size(len(targets), chunk, tile=tile)
     loss_and_grad_fn = loss_and_grad_fn or loss_and_grad
@@ -253,6 +261,7 @@ def _module_losses(hidden: Tensor, head: nn.Linear, args: _LossArguments) -> Ten
     The head is called again in the backward, chunk by chunk.
     """
 
+    # [c, h] -> [c]; `checkpoint` keeps the chunk's inputs and drops its logits until the backward.
     def chunk_losses(chunk: Tensor, targets: Tensor) -> Tensor:
         logits = _logits(head(chunk), args.softcap, args.scale)
         return F.cross_entropy(logits, targets, reduction="none")
@@ -273,6 +282,7 @@ class _HeadGradients:
     def __init__(
         self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> None:
+        # Every position lies in one chunk, which writes its rows: no zeros are needed.
         self.hidden = torch.empty_like(hidden) if needed[0] else None
         self.weight = None
         self.bias = None
@@ -285,8 +295,10 @@ class _HeadGradients:
     def add(self, span: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Add one chunk's part: grad_logits [c, vocabulary], hidden [c, h]."""
         if self.hidden is not None:
+            # [c, vocabulary] x [vocabulary, h]
             self.hidden[span] = grad_logits @ weight
         if self.weight is not None:
+            # [vocabulary, c] x [c, h]
             self.weight += grad_logits.T @ hidden
         if self.bias is not None:
             self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
@@ -305,13 +317,16 @@ class _HeadLoss(torch.autograd.Function):
         args: _LossArguments,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=_wide(hidden))
+        # Of needs_input_grad only the first three are read: hidden, weight, bias.
         grads = _HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         for span in args.spans():
+            # [c, vocabulary], this chunk's alone: the loss may overwrite it.
             raw = F.linear(hidden[span], weight, bias)
             chunk_weights = None if weights is None else weights[span]
             loss, grad_logits = args.loss_and_grad(raw, span, chunk_weights)
             total += loss
             grads.add(span, grad_logits, hidden[span], weight)
+        # Gradients, not inputs: the backward only multiplies them by the gradient of the sum.
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -323,8 +338,10 @@ class _HeadLoss(torch.autograd.Function):
                 return None
             # Written in its last dtype: in fp32 first, a trained head's is 1.6 GB more to write and
             # read.
+            # grads[0] is the 0-d gradient of the loss, on the device: no value is read by the host.
             return torch.mul(grad, grads[0], out=torch.empty_like(grad, dtype=dtype))
 
+        # None for `weights` and `args`.
         return (*map(scaled, ctx.saved_tensors, ctx.dtypes), None, None)
 
 
@@ -350,6 +367,9 @@ class _HeadLogprobs(torch.autograd.Function):
         sums = _HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         for span in args.spans():
             raw = F.linear(hidden[span], weight, bias)
+            # d(sum of g * logprob) = -d(sum of g * loss): the gradient of a log-probability comes
+            # in as
+            # minus the weight of its loss.
             _, grad_logits = args.loss_and_grad(raw, span, -grads[0][span])
             sums.add(span, grad_logits, hidden[span], weight)
         d_weight = None if sums.weight is None else sums.weight.to(weight.dtype)
@@ -376,6 +396,8 @@ def loss_and_grad(
 
     On a CPU the gradient overwrites `raw` [c, vocabulary], a few rows at a time.
     """
+    # Eager code on a CPU works through rows that fit its cache; a compiler makes such loops itself.
+    # A shard reduces over ranks in each call, so its chunk stays whole.
     is_eager_on_cpu = raw.device.type == "cpu" and not torch.compiler.is_compiling()
     if shard is not None or not is_eager_on_cpu:
         return _loss_and_grad(raw, targets, weights, softcap, scale, shard)
@@ -384,6 +406,7 @@ def loss_and_grad(
         rows = slice(start, start + CACHED_ROWS)
         row_weights = None if weights is None else weights[rows]
         loss, grad = _loss_and_grad(raw[rows], targets[rows], row_weights, softcap, scale)
+        # The product's memory takes the gradient: no second tensor [c, vocabulary].
         raw[rows] = grad
         total += loss
     return total, raw
@@ -403,6 +426,7 @@ def _loss_and_grad(
         logits = logits.mul_(scale)
     softcap_grad = None
     if softcap is not None:
+        # d tanh(z) / dz = 1 - tanh(z)^2; the factors softcap and 1 / softcap cancel.
         logits = logits.div_(softcap).tanh_()
         softcap_grad = 1 - logits * logits
         logits = logits.mul_(softcap)
@@ -412,8 +436,10 @@ def _loss_and_grad(
     is_compiling = torch.compiler.is_compiling()
     if shard is not None:
         losses, grad = shard.softmax(logits, targets)
+        # Target ids of this rank's part count from its first token; others match no column.
         column = column - shard.first
     elif is_compiling or logits.dtype == raw.dtype:
+        # Log-sum-exp in steps: exp(logit - largest) cannot overflow.
         largest = logits.amax(-1, keepdim=True)
         picked = logits.gather(1, column)
         grad = logits.sub_(largest).exp_()
@@ -423,9 +449,11 @@ def _loss_and_grad(
     else:
         # One kernel, whose exponential errs by 2e-6: much less than 16-bit logits do. The largest
         # probability is one over the sum of exp(logit - largest), and never 0.
+        # [c, 1]
         largest = logits.amax(-1, keepdim=True)
         picked = logits.gather(1, column)
         grad = logits.softmax(-1)
+        # log-sum-exp = largest - log(largest probability), as that probability is 1 / total.
         losses = largest.sub_(grad.amax(-1, keepdim=True).log_()) - picked
 
     # The gradient of a loss by its logits: the probabilities, less 1 at the target.
@@ -437,12 +465,15 @@ def _loss_and_grad(
     elif shard is not None:
         shard.subtract_one_hot(grad, targets)
     else:
+        # One entry a row; `expand` makes the -1 of each row a view of one number.
         grad.scatter_add_(1, column, grad.new_full((), -1.0).expand(len(targets), 1))
     if softcap_grad is not None:
+        # The chain rule in reverse: cap, then scale, then the weight of the position.
         grad.mul_(softcap_grad)
     if scale != 1.0:
         grad.mul_(scale)
     if weights is not None:
         losses = losses * weights.unsqueeze(1)
         grad.mul_(weights.unsqueeze(1))
+    # In the dtype of the logits: the head's matmuls take it as it is.
     return losses.sum(), grad.to(raw.dtype)
