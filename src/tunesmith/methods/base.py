@@ -162,6 +162,8 @@ class TrainModel(nn.Module):
         positions = batch.position_ids
         options = {}
         documents = current_documents()
+        # Validation, or a forward outside `step_context`: by identity, so that documents of another
+        # batch are never taken.
         if documents is None or documents.cu_seqlens is not batch.cu_seqlens:
             documents = self._documents(batch)
         if documents is not None:
@@ -171,6 +173,7 @@ class TrainModel(nn.Module):
             positions = positions.view(1, -1)
             options["documents"] = documents
         decoder = find_decoder(self.model)
+        # Again around the decoder alone: inside `step_context` these are the same documents.
         with use_documents(documents):
             output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **options)
         return output.last_hidden_state.flatten(0, 1)
@@ -205,6 +208,7 @@ class TrainModel(nn.Module):
         Returns:
             fp32 (or fp64) and bool, [rows, length] each; 0 and False where the target is IGNORE.
         """
+        # Only positions with a label reach the head: index [n] of the flattened batch.
         index, targets = supervised_positions(batch)
         hidden = self.hidden(batch)[index]
         losses, hits = token_cross_entropy(
@@ -214,6 +218,7 @@ class TrainModel(nn.Module):
             softcap=self.logit_rule.softcap,
             scale=self.logit_rule.scale,
         )
+        # Scattered back: positions without a label keep 0 and False.
         all_losses = losses.new_zeros(batch.targets.numel())
         all_losses[index] = losses
         all_hits = hits.new_zeros(batch.targets.numel())
