@@ -49,7 +49,9 @@ def checkpoint_bytes_per_parameter(train: Train, weight_bytes: int) -> float:
     """
     moments = 2 * 4.0
     if train.optimizer == "adamw-8bit":
+        # Two moments of a byte, and an fp32 scale a block of each.
         moments = 2 * (1 + 4 / BLOCK)
+    # A 16-bit weight with stochastic rounding is its own master.
     has_master = weight_bytes == 2 and train.master_weights == "fp32"
     return moments + (4.0 if has_master else 0.0)
 
@@ -61,6 +63,7 @@ def state_bytes_per_parameter(train: Train, weight_bytes: int) -> float:
     With `optimizer_in_backward` no gradient counts: there is one tensor's at a time.
     """
     gradient = 4.0
+    # Rounded weights take the gradient in their own 16 bits; all others have it in fp32.
     if weight_bytes == 2 and train.master_weights == "stochastic":
         gradient = 2.0
     if train.optimizer_in_backward:
@@ -85,6 +88,7 @@ def check_blocks(named: Iterable[tuple[str, nn.Parameter]]) -> None:
     for name, param in named:
         if not (sharding_groups(param) and has_eight_bit_moments(param)):
             continue
+        # The whole row, unless a tensor mesh cuts it: FSDP2 shards dimension 0.
         columns = local_slices(param)[-1]
         width = columns.stop - columns.start
         if width % BLOCK:
@@ -123,9 +127,11 @@ class ParameterState:
         rounded = param.dtype in HALF and train.master_weights == "stochastic"
         has_master = param.dtype in HALF and not rounded
         weight: nn.Parameter = param
+        # Of a sharded parameter the master has this rank's part alone.
         if has_master:
             weight = nn.Parameter(local_part(param).detach().float())
         elif isinstance(param, DTensor):
+            # The same memory as the shard's, so an update of `weight` is one of `param`.
             weight = nn.Parameter(param.to_local().detach())
         # Decay pulls matrices towards zero; norms, biases and scalars have no reason to go there.
         decay = train.weight_decay if param.ndim >= 2 else 0.0
@@ -160,8 +166,11 @@ class ParameterState:
         if not isinstance(like, DTensor) or value.ndim != like.ndim:
             return value
         shape = like.shape
+        # Codes have the weight's shape; their scales have one for each block of a row.
         if value.shape != self.weight.shape:  # scales of 8-bit moments
             shape = torch.Size((*like.shape[:-1], like.shape[-1] // BLOCK))
+        # Strides of a contiguous whole: `from_local` would infer a shape, which an uneven shard
+        # spoils.
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             value, like.device_mesh, like.placements, shape=shape, stride=stride
@@ -178,6 +187,8 @@ class ParameterState:
             codes = torch.zeros_like(self.weight, dtype=torch.uint8)
             *rows, width = codes.shape
             shape = [*rows, width // BLOCK]
+            # Blocks of bitsandbytes' kernel run over the flat tensor: rows that are no whole blocks
+            # share.
             if width % BLOCK:
                 shape = [ceil_div(codes.numel(), BLOCK)]
             scale = torch.zeros(shape, device=codes.device)
@@ -186,13 +197,17 @@ class ParameterState:
                 "exp_avg_sq": codes.clone(),
                 "exp_avg_scale": scale,
                 "exp_avg_sq_scale": scale.clone(),
+                # On the host: bitsandbytes' kernel takes the step as a number.
                 "step": torch.zeros(()),
             }
         if self.rounded:
             moment = torch.zeros_like(self.weight, dtype=torch.float32, requires_grad=False)
+            # On the host: it is an exponent of the bias correction, see `_scalars_of`.
             step = torch.zeros(())
         else:
             moment = torch.zeros_like(self.weight, requires_grad=False)
+            # On the device: the fused kernel reads and increments it there, unless `found_inf` says
+            # not.
             step = torch.zeros((), device=moment.device)
         return {"exp_avg": moment, "exp_avg_sq": moment.clone(), "step": step}
 
@@ -256,9 +271,12 @@ class AdamWUpdate:
         thread finds them ready in the backward.
         """
         ranks = {part.param.ndim for part in parts if part.rounded and not part.eight_bit}
+        # `dynamic=True`: sizes are symbols, so one graph serves every matrix of the model.
         self.rounded = torch.compile(_adamw_rounded, dynamic=True, fullgraph=True, backend=backend)
         self.compiled = True
         for rank in sorted(ranks):
+            # Sides 32 and 48: no dimension equals another or is 1, which the compiler would
+            # specialize.
             shape = [16 * (dim + 2) for dim in range(rank)]
             weight = torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
             grad = weight.clone()
@@ -282,8 +300,10 @@ class AdamWUpdate:
                 all gradients must then be NaN, and `takes_found_inf` True: bitsandbytes' kernel
                 takes no flag. None: the gradients are finite.
         """
+        # One fused call a weight decay: the kernel takes one value for all tensors of a call.
         fused: dict[float, list[ParameterState]] = {}
         for part in parts:
+            # Lazily: a parameter that never gets a gradient takes no memory for moments.
             part.state = part.state or part.initial_state()
             if part.eight_bit:
                 self._update_8bit(part, lr, step)
@@ -316,6 +336,7 @@ class AdamWUpdate:
             weight_decay=decay,
         )
         for part in parts:
+            # The model computes with the 16-bit copy of the master just updated.
             if part.has_master:
                 local_part(part.param).copy_(part.weight)
 
@@ -343,12 +364,14 @@ class AdamWUpdate:
             lr=lr,
             qmap1=exp_avg_codes,
             qmap2=exp_avg_sq_codes,
+            # The kernel takes one scale a block, in the order of the flat codes.
             absmax1=state["exp_avg_scale"].view(-1),
             absmax2=state["exp_avg_sq_scale"].view(-1),
             weight_decay=part.decay,
         )
         if part.rounded:
             key = self._key_of(step)
+            # bitsandbytes has updated `weight`, an fp32 copy; its rounding goes to the parameter.
             for place, updated, rounded in self._pieces(part, weight, part.weight.data):
                 noise = noise_at(place, key, updated.shape)
                 rounded.copy_(round_stochastically(updated, noise))
@@ -373,6 +396,8 @@ class AdamWUpdate:
         """
         beta1, beta2 = self.train.betas
         values = (
+            # Bias corrections are folded in: step_size = lr / (1 - beta1^t), root = sqrt(1 -
+            # beta2^t).
             1 - beta1,
             beta2,
             1 - beta2,
@@ -382,6 +407,8 @@ class AdamWUpdate:
             (1 - beta2**count) ** 0.5,
         )
         if values not in self._scalars:
+            # lr changes each step, so old values are of no use; several live at a time by weight
+            # decay.
             if len(self._scalars) > 8:
                 self._scalars.clear()
             scalars = torch.tensor((values, NO_UPDATE), dtype=torch.float32)
@@ -416,9 +443,11 @@ class AdamWUpdate:
         if is_compiled or count <= chunk:
             yield part.noise_place, *tensors
             return
+        # As many rows as hold about `chunk` elements.
         rows = max(1, chunk * len(part.weight) // count)
         for start in range(0, len(part.weight), rows):
             place = part.noise_place.clone()
+            # place[2] is the index of the first row: the noise is that of the whole tensor's rows.
             place[2] += start
             yield place, *(tensor[start : start + rows] for tensor in tensors)
 
@@ -441,6 +470,7 @@ def noise_place(name: str, param: Tensor) -> Tensor:
     numbers = _two_words(name)
     between = param.numel()
     for part, size in zip(local_slices(param), param.shape, strict=True):
+        # The stride of each dimension in the whole parameter, from the outermost inward.
         between = between // size if size else 0
         numbers += [part.start, between]
     return torch.tensor(numbers)
@@ -459,24 +489,31 @@ def noise_at(place: Tensor, key: Tensor, shape: Sequence[int]) -> Tensor:
         place: of `noise_place`.
         key: int64 [2] of the seed and the step.
     """
+    # Name and seed-and-step are mixed by xor: 64 bits, in two words.
     low_key, high_key = (place[:2] ^ key).unbind()
     # An element's index is that of the first element of its row, plus that within the row.
     outer = torch.zeros((), dtype=torch.int64, device=place.device)
     inner = outer
     for dim, size in enumerate(shape):
+        # place is [word, word, first_0, stride_0, first_1, stride_1, ...].
         first = place[2 + 2 * dim]
         between = place[3 + 2 * dim]
         inner = (torch.arange(size, device=place.device) + first) * between
         if dim < len(shape) - 1:
+            # One index a row; that within the row is added last, so no int64 index of every
+            # element.
             outer = outer.unsqueeze(-1) + inner
     rows = outer.unsqueeze(-1) if shape else outer
+    # The index is 64 bits and the hash takes 32: low words first, then the high word of the row.
     mixed = _mix((_low_word(rows) + _low_word(inner)) ^ _low_word(low_key))
     mixed = _mix(mixed ^ _low_word((rows >> 32) ^ high_key))
+    # 16 bits: as many as bf16 cuts off an fp32.
     return _right_shift(mixed, 16)
 
 
 def _low_word(number: Tensor) -> Tensor:
     """The low 32 bits of int64 as int32."""
+    # Congruent modulo 2^32 and within int32's range, so that the cast does not overflow.
     half = 1 << 31
     return (((number + half) & (2 * half - 1)) - half).int()
 
@@ -484,12 +521,14 @@ def _low_word(number: Tensor) -> Tensor:
 def _mix(word: Tensor) -> Tensor:
     """A bijection of the 32 bits of int32, whose products wrap around; may overwrite `word`."""
     word = word.bitwise_xor_(_right_shift(word, 16)).mul_(0x7FEB352D)
+    # The constant of `lowbias32` as int32: products wrap around alike with and without a sign.
     word = word.bitwise_xor_(_right_shift(word, 15)).mul_(0x846CA68B - (1 << 32))
     return word.bitwise_xor_(_right_shift(word, 16))
 
 
 def _right_shift(word: Tensor, bits: int) -> Tensor:
     """int32 shifted right as if it had no sign."""
+    # `>>` on a signed integer copies the sign; the mask clears these bits.
     return (word >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
@@ -499,6 +538,8 @@ def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
 
     `noise` is overwritten.
     """
+    # fp32 = bf16 plus 16 more bits. Adding noise below 2^16 carries into bf16's last bit with a
+    # probability of (those bits) / 2^16; then they are cleared.
     bits = noise.add_(value.view(torch.int32)).bitwise_and_(-65536)
     # Infinity has no bits that noise could carry over; a NaN may have, and would become a number.
     return torch.where(value.isnan(), value, bits.view(torch.float32)).to(torch.bfloat16)
@@ -525,11 +566,17 @@ def _adamw_rounded(
     grad = grad.float()
     chosen = scalars[0]
     if found_inf is not None:
+        # `where`, not a branch: the host does not read the flag, and the graph is the same.
         chosen = torch.where(found_inf == 0, scalars[0], scalars[1])
         grad = torch.where(found_inf == 0, grad, 0.0)
     one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, root = chosen.unbind()
+    # exp_avg = beta1 * exp_avg + (1 - beta1) * grad
     exp_avg.lerp_(grad, one_minus_beta1)
+    # exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad^2
     exp_avg_sq.mul_(beta2).add_((grad * grad).mul_(one_minus_beta2))
+    # (exp_avg / (1 - beta1^t)) / (sqrt(exp_avg_sq / (1 - beta2^t)) + eps), without the first
+    # factor, which is in step_size.
     update = exp_avg / exp_avg_sq.sqrt().div_(root).add_(eps)
     noise = noise_at(place, key, weight.shape)
+    # Decay applies to the weight before the update, decoupled from the gradient.
     weight.copy_(round_stochastically(value.mul_(decay).sub_(update.mul_(step_size)), noise))

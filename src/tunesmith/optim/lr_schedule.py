@@ -28,6 +28,7 @@ def learning_rate(train: Train, step: int, *, warmup: int, progress: float) -> f
     the steps after the warm-up that are done, 0 to 1.
     """
     if step < warmup:
+        # step + 1: the first step has a rate above 0, and step warmup - 1 has the peak.
         return train.learning_rate * (step + 1) / warmup
     span = train.learning_rate - train.min_learning_rate
     left = 1.0 - min(max(progress, 0.0), 1.0)

@@ -87,10 +87,12 @@ class Optimizer:
         self.checks_on_host = loss_scale is not None or not checks_on_device
         self.lr = 0.0
         self.index = 0
+        # Without duplicates and in the order of the parameters, which is the same on every rank.
         self.groups = list(dict.fromkeys(part.sharding_groups for part in self.parts.values()))
         # Of the updates in the backward.
         self.norms: dict[Groups, list[Tensor]] = {}
         for part in self.parts.values():
+            # Only these: any other gradient stays in `param.grad` until `step`.
             if train.optimizer_in_backward or part.has_master:
                 part.param.register_post_accumulate_grad_hook(partial(self._take_grad, part))
 
@@ -106,6 +108,7 @@ class Optimizer:
         """A hook: add a 16-bit gradient to its fp32 master's; update in the backward."""
         if part.filled is not None:  # autograd calls the hook, and has made no gradient
             return
+        # A master of its own: the 16-bit gradient moves to it and is freed within the backward.
         if part.weight is not part.param:
             assert param.grad is not None
             grad = local_part(param.grad)
@@ -115,6 +118,7 @@ class Optimizer:
                 part.weight.grad.add_(grad)
             param.grad = None
         if self.train.optimizer_in_backward:
+            # For the record, and to skip what is not finite; nothing is clipped (see the class).
             norm = total_norm([part.grad])
             self.norms.setdefault(part.sharding_groups, []).append(norm)
             self._clip_and_update([part], norm)
@@ -159,10 +163,13 @@ class Optimizer:
         """
         if self.train.optimizer_in_backward:
             return self._global_norm(self.norms)
+        # `gradients` first: it also moves what FSDP left in the parameters.
         parts = [self.parts[name] for name in self.gradients()]
         if self.scale is not None:
+            # Before the norm, which is that of the gradients of the loss itself.
             for part in parts:
                 part.grad.div_(self.scale)
+        # Norms by who shares a parameter: each is reduced over these ranks, and whole ones are not.
         norms: dict[Groups, list[Tensor]] = {}
         for groups in self.groups:
             grads = [part.grad for part in parts if part.sharding_groups == groups]
@@ -180,9 +187,12 @@ class Optimizer:
             return total_norm(norms.get((), []))
         squares = []
         for groups in self.groups:  # on every rank the same ones in the same order
+            # A rank without gradients of a group joins its reduction with 0.
             square = torch.zeros((), device=self.update.device)
             if norms.get(groups):
                 square = torch.stack(norms[groups]).square().sum()
+            # Over each mesh dimension in turn: after them the square is that of the whole
+            # parameters.
             for group in groups:
                 dist.all_reduce(square, group=group)
             squares.append(square)
@@ -203,6 +213,8 @@ class Optimizer:
                 divisor = norm + (norm - norm)
                 if limit is None:
                     limit = float("inf")
+        # `found_inf` makes the kernels skip; without it the host decides, which waits for the
+        # device.
         if not self.checks_on_host or finite.item():
             if limit is not None:
                 clip_grads_with_norm_([part.weight for part in parts], limit, divisor)
@@ -210,6 +222,7 @@ class Optimizer:
         if self.scale is not None:
             if finite.item():
                 self.growth_tracker += 1
+                # The counter is saved and never reset by growth: every 2,000th step doubles.
                 if self.growth_tracker % self.GROWTH_INTERVAL == 0:
                     self.scale *= 2.0
             else:
@@ -259,6 +272,7 @@ class Optimizer:
                     fix="go on with the same adapter, model and optimizer, or start over with "
                     "--fresh",
                 )
+            # Of a stored tensor only these slices are read from the file.
             return saved[local_slices(like)]
 
         for name, part in self.parts.items():
@@ -268,6 +282,8 @@ class Optimizer:
                 master = part_of(f"{name}.master", part.whole(part.weight.data))
                 part.weight.data.copy_(master)
             if f"{name}.step" in tensors:  # a parameter that has had no gradient yet has no state
+                # Of the right shapes and dtypes first: they say which slices of the file are this
+                # rank's.
                 part.state = part.initial_state()
                 for field, value in part.state.items():
                     value.copy_(part_of(f"{name}.{field}", part.whole(value)))

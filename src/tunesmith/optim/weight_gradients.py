@@ -61,8 +61,10 @@ class Fp32GradientLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
+        # Generation and validation: no gradient, so the plain product.
         if not torch.is_grad_enabled():
             return super().forward(x)
+        # The operator takes matrices: [n, in] -> [n, out].
         y = linear(x.flatten(0, -2), self.weight, self.bias, self.gradient, self.filled)
         return y.unflatten(0, x.shape[:-1])
 
@@ -124,7 +126,9 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     add_weight_gradient(gradient, filled, dy, x)
     needs_dx, _, needs_db, *_ = ctx.needs_input_grad
     dx = dy @ weight if needs_dx else None
+    # [out], in the dtype of dy: biases are accumulated by autograd, only the matrix is by us.
     db = dy.sum(0) if needs_db else None
+    # None for the weight: its gradient is in `gradient` by now.
     return dx, None, db, None, None
 
 
