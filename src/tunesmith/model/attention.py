@@ -79,6 +79,7 @@ def register() -> str:
     # Without a mask function: a [1, 1, n, n] mask would have 16 million entries for 4096 tokens,
     # and before it makes one Transformers asks the device whether the row is packed.
     AttentionInterface.register(NAME, documents_attention)
+    # Refused, not ignored: an option that is not known may change the result.
     return NAME
 
 
@@ -126,9 +127,11 @@ def documents_attention(
             fix="set model.attention: eager",
         )
     assert documents is not None
+    # One factor a position, the same for all heads: [n, 1] on [1, heads, n, d].
     if query_factor is not None:
         query = (query * query_factor.unsqueeze(1)).to(query.dtype)
     out = attend(
+        # [1, heads, n, d] -> [n, heads, d]: a view, the order of the flattened batch.
         query.squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),
         value.squeeze(0).transpose(0, 1),
@@ -168,11 +171,13 @@ def attend(
 
     Returns [n, heads, width of v] in q's dtype.
     """
+    # A window as long as the longest document hides nothing.
     if window is not None and window >= documents.max_seqlen:
         window = None
     if scale is None:
         scale = q.shape[-1] ** -0.5
     rule = Rule(documents, scale, window, softcap)
+    # Only sdpa drops weights, and it knows neither caps nor sinks.
     if dropout:
         if softcap is not None or sinks is not None:
             what = "attention dropout together with a soft cap or sinks is not supported"
@@ -191,6 +196,7 @@ def attend(
         and fits_varlen(q.device, q.dtype, q.shape[-1], v.shape[-1], sinks is not None)
     ):
         return _varlen(q, k, v, rule, sinks)
+    # sdpa takes no extra score; the products add a column for it.
     if sinks is not None:
         return _products(q, k, v, rule, sinks)
     return _sdpa(q, k, v, rule)
@@ -213,6 +219,7 @@ def select_attention_backend(
         )
     shape = VarlenShape(device, dtype, head_dim, head_dim)
     kernel, faults = choose_kernel(lambda: find_varlen_fault(shape))
+    # For `fits_varlen`, which the layers ask about the same shape.
     _FITS_VARLEN[shape.on_any_device()] = bool(kernel)
     if not kernel:
         return "sdpa", f"this GPU's varlen attention is not right in {dtype}: {'; '.join(faults)}"
@@ -255,6 +262,7 @@ def find_varlen_fault(shape: VarlenShape) -> str:
     It is compared with fp32 attention of each document alone.
     """
     device, dtype, head_dim, v_dim, has_sinks = shape
+    # Three documents of 40, 160 and 256 tokens: edges that are and are not multiples of a tile.
     edges = [0, 40, 200, 456]
     documents = Documents(torch.tensor(edges, dtype=torch.int32, device=device), 256)
     rule = Rule(documents, head_dim**-0.5)
@@ -263,6 +271,7 @@ def find_varlen_fault(shape: VarlenShape) -> str:
     def draw(heads: int, width: int) -> Tensor:
         return torch.randn(edges[-1], heads, width, generator=generator, device=device).to(dtype)
 
+    # Four heads on two key heads: grouped queries are tried too.
     inputs = [draw(4, head_dim), draw(2, head_dim), draw(2, v_dim)]
     d_out = draw(4, v_dim)
     if has_sinks:
@@ -272,6 +281,7 @@ def find_varlen_fault(shape: VarlenShape) -> str:
         results = _output_and_gradients("varlen", inputs, d_out, rule)
     except Exception as error:  # FlashAttention 4 is compiled here, by a compiler of its own
         return first_line(error)
+    # Math only: the reference is torch's own formula and no kernel like the tried one.
     with sdpa_kernel(SDPBackend.MATH):
         inputs = [x.float() for x in inputs]
         backend = "products" if has_sinks else "sdpa"
@@ -304,6 +314,7 @@ def _output_and_gradients(
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> Tensor:
     width = v.shape[-1]
+    # Multi-head latent attention: values are narrower than queries and keys.
     if width < q.shape[-1]:
         # The kernel takes one width: zeros add nothing to the output, and their part is cut off.
         v = F.pad(v, (0, q.shape[-1] - width))
@@ -320,6 +331,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -
             scale=rule.scale,
             window=rule.window,
         )
+    # A slice: the gradient of the padding is zero, as autograd pads it again.
     return out[..., :width]
 
 
@@ -327,11 +339,13 @@ def _plain_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     documents, scale, window, _ = rule
     options: dict[str, Any] = {
         "is_causal": True,
+        # The kernel counts the keys to the left of the query; ours counts the query itself.
         "window_size": (-1 if window is None else window - 1, 0),
         "enable_gqa": q.shape[1] != k.shape[1],
         "scale": scale,
     }
     options = {name: value for name, value in options.items() if name in VARLEN}
+    # An older varlen_attn divides by sqrt(d) always: the rest of the factor goes into q.
     if "scale" not in VARLEN and scale != q.shape[-1] ** -0.5:
         q = q * (scale * q.shape[-1] ** 0.5)
     # The bound is a constant of a compiled graph; the batches of a run all state the same one (see
@@ -347,9 +361,11 @@ def _plain_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> Tensor:
     documents, scale, window, _ = rule
     outputs = []
+    # One call a document: [1, heads, length, d] each, so that none sees another.
     for start, end in pairwise(documents.edges):
         length = end - start
         mask = None
+        # Key j of query i is seen where 0 <= i - j < window.
         if window is not None and length > window:
             ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
             mask = ones.tril().triu(1 - window)
@@ -358,6 +374,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> 
             k[start:end].transpose(0, 1).unsqueeze(0),
             v[start:end].transpose(0, 1).unsqueeze(0),
             attn_mask=mask,
+            # Without a mask torch may take a fused kernel.
             is_causal=mask is None,
             dropout_p=dropout,
             scale=scale,
@@ -385,6 +402,7 @@ class _Products(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None
     ) -> Tensor:
         ctx.rule = rule
+        # [n, heads, width of v]
         out = q.new_empty(*q.shape[:2], v.shape[2])
         saved: list[Tensor] = []
         needs_backward = any(ctx.needs_input_grad[:3])
@@ -392,11 +410,16 @@ class _Products(torch.autograd.Function):
             queries = _pack_queries(q, group, k.shape[1], rule.scale)
             keys = _pack_keys(k, group)
             values = _pack_keys(v, group)
+            # A group either saves the probabilities of all its blocks or of none: the backward
+            # reads them
+            # back in this order.
             saves = needs_backward and _saves_probabilities(group, rule.softcap)
             results = []
             for block in _blocks(group.length, rule.window):
+                # [count * kv heads, heads a kv head, rows, d]
                 rows = queries[:, :, block.queries]
                 probabilities, _ = _probabilities(rows, keys[:, block.keys], sinks, block, rule)
+                # [batch, heads a kv head * rows, keys] without the column of the sinks.
                 of_keys, _ = _split_sinks(probabilities, sinks)
                 result = torch.bmm(of_keys, values[:, block.keys])
                 results.append(result.view(*rows.shape[:3], -1))
@@ -410,17 +433,20 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, *saved = ctx.saved_tensors
         saved_probabilities = iter(saved)
+        # `empty`: every token lies in one document of one group, so each row is written once.
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk = torch.empty_like(k, memory_format=torch.contiguous_format)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
         d_sinks = None
         if sinks is not None:
+            # A sum over all documents: in 16 bits the later ones would be lost.
             d_sinks = torch.zeros_like(sinks, dtype=torch.promote_types(q.dtype, torch.float32))
         for group in ctx.rule.documents.groups:
             d_queries, d_keys, d_values = _group_gradients(
                 q, k, v, sinks, d_sinks, out, grads[0], group, ctx.rule, saved_probabilities
             )
             _scatter_back(dq, d_queries, group)
+            # Key heads as packed queries with one query head each.
             _scatter_back(dk, d_keys.unsqueeze(1), group)
             _scatter_back(dv, d_values.unsqueeze(1), group)
         if d_sinks is not None:
@@ -444,14 +470,17 @@ def _group_gradients(
 
     That of the sinks is added to `d_sinks`.
     """
+    # Queries scaled as in the forward; `rule.scale` below is for their own gradient.
     queries = _pack_queries(q, group, k.shape[1], rule.scale)
     keys = _pack_keys(k, group)
     values = _pack_keys(v, group)
     d_result = _pack_queries(d_out, group, k.shape[1])
+    # rowsum(dO * O), [batch, heads a kv head, length, 1]: FlashAttention's delta.
     delta = (d_result * _pack_queries(out, group, k.shape[1])).sum(-1, keepdim=True)
     d_queries = []
     d_keys = None
     d_values = None
+    # As the forward decided: by the group and the cap alone, which both see.
     is_saved = _saves_probabilities(group, rule.softcap)
     for block in _blocks(group.length, rule.window):
         rows = queries[:, :, block.queries]
@@ -461,20 +490,29 @@ def _group_gradients(
         else:
             probabilities, d_cap = _probabilities(rows, keys[:, block.keys], sinks, block, rule)
         of_keys, of_sinks = _split_sinks(probabilities, sinks)
+        # [batch, heads a kv head * rows, d of v]
         d_rows = d_result[:, :, block.queries].flatten(1, 2)
+        # dP = dO V^T, [batch, heads a kv head * rows, keys]
         d_scores = torch.bmm(d_rows, values[:, block.keys].transpose(1, 2))
         delta_rows = delta[:, :, block.queries]
+        # dS = P * (dP - delta), in dP's memory.
         d_scores.sub_(delta_rows.flatten(1, 2)).mul_(of_keys)
         if d_cap is not None:
             d_scores.mul_(d_cap)
         if d_sinks is not None and of_sinks is not None:
+            # A sink's value is zero, so its dP is 0 and dS = -P_sink * delta.
             d_sink_scores = of_sinks.view_as(delta_rows) * delta_rows
+            # [documents, heads, rows]: batch is documents times kv heads, documents outermost.
             per_row = d_sink_scores.view(group.count, d_sinks.shape[0], -1)
             d_sinks -= per_row.sum((0, 2), dtype=d_sinks.dtype)
+        # dV = P^T dO: the query heads of a key head are rows of one matrix, so the product adds
+        # them.
         part = torch.bmm(of_keys.transpose(1, 2), d_rows)
         d_values = _add_block(d_values, part, values, block)
+        # dK = dS^T (scale * Q): the rows are scaled already.
         part = torch.bmm(d_scores.transpose(1, 2), rows.flatten(1, 2))
         d_keys = _add_block(d_keys, part, keys, block)
+        # dQ = scale * dS K
         part = torch.bmm(d_scores, keys[:, block.keys]).mul_(rule.scale)
         d_queries.append(part.view_as(rows))
     assert d_keys is not None
@@ -508,6 +546,7 @@ def _blocks(length: int, window: int | None) -> Iterator[Block]:
         end = min(start + QUERIES, length)
         first_key = 0
         if window is not None:
+            # The first query of the block sees the furthest back: `window` tokens with itself.
             first_key = max(0, start - window + 1)
         yield Block(slice(start, end), slice(first_key, end))
 
@@ -519,6 +558,7 @@ def _add_block(total: Tensor | None, part: Tensor, packed: Tensor, block: Block)
     The part of a single block is the gradient; several are summed in fp32.
     """
     if total is None:
+        # One block that sees all keys: nothing to add up.
         if part.shape == packed.shape:
             return part
         total = torch.zeros_like(packed, dtype=torch.promote_types(part.dtype, torch.float32))
@@ -529,6 +569,7 @@ def _add_block(total: Tensor | None, part: Tensor, packed: Tensor, block: Block)
 def _gather(x: Tensor, group: Group) -> Tensor:
     """The group's tokens of x [n, heads, d], padded: [count, length, heads, d]."""
     if group.places is None or group.tokens is None:
+        # A document alone is a run of the block: a view, nothing is gathered.
         return x[group.start : group.start + group.length].unsqueeze(0)
     # Padding is zero: in the backward it stands for the gradients of rows without a token.
     rows = x.new_zeros(group.count * group.length, *x.shape[1:])
@@ -547,7 +588,9 @@ def _pack_queries(x: Tensor, group: Group, kv_heads: int, scale: float = 1.0) ->
     Returns:
         [count * kv heads, heads a kv head, length, d].
     """
+    # [count, length, kv heads, heads a kv head, d] -> [count, kv heads, heads a kv head, length, d]
     rows = _gather(x, group).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    # Written contiguous for `bmm`, and scaled in the same pass.
     return torch.mul(rows, scale, out=x.new_empty(rows.shape)).flatten(0, 1)
 
 
@@ -556,10 +599,12 @@ def _scatter_back(out: Tensor, packed: Tensor, group: Group) -> None:
 
     packed: [count * kv heads, heads a kv head, length, d].
     """
+    # [count, kv heads, heads a kv head, length, d] -> [count, length, kv heads, heads a kv head, d]
     rows = packed.unflatten(0, (group.count, -1)).permute(0, 3, 1, 2, 4)
     if group.tokens is None or group.places is None:
         out[group.start : group.start + group.length].view(rows.shape[1:]).copy_(rows[0])
     else:
+        # Padding is left out: the padded places that hold tokens, in the order of `group.tokens`.
         flat = rows.reshape(-1, *out.shape[1:]).index_select(0, group.places)
         out.index_copy_(0, group.tokens, flat.to(out.dtype))
 
@@ -587,20 +632,27 @@ def _probabilities(
     """
     _, _, window, softcap = rule
     offset = block.queries.start - block.keys.start  # which key is the first query's own
+    # [batch, heads a key head * rows, keys]: heads are rows, so a key head is read once.
     scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
     d_cap = None
     if softcap is not None:
         scores.div_(softcap).tanh_()
+        # d tanh(z) / dz; the cap's two factors cancel.
         d_cap = 1 - scores * scores
         scores.mul_(softcap)
     rows = queries.shape[2]
+    # [batch * heads a key head, rows, keys]: a view in which a mask is the same for each item.
     by_head = scores.view(-1, rows, keys.shape[1])
+    # Keys before `offset` are the past of every query of the block.
     by_head[:, :, offset:].add_(_future(scores.dtype, scores.device)[:rows, :rows])
     if window is not None:
         ones = torch.ones(rows, keys.shape[1], dtype=torch.bool, device=scores.device)
+        # Row i is the query of key offset + i: keys up to offset + i - window are out of its
+        # window.
         by_head.masked_fill_(ones.tril(offset - window), float("-inf"))
     if sinks is not None:
         documents = scores.shape[0] * queries.shape[1] // sinks.shape[0]
+        # [documents * kv heads, heads a kv head, rows], in the order of the rows of `scores`.
         by_batch = sinks.to(scores.dtype).view(-1, queries.shape[1], 1).repeat(documents, 1, rows)
         scores = torch.cat([scores, by_batch.view(*scores.shape[:2], 1)], -1)
     return scores.softmax(-1), d_cap

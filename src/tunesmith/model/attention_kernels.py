@@ -31,6 +31,7 @@ def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         fault = find_fault()
     # Before 2.15 torch had one kernel here, whatever it was told.
+    # The same answer in both: the choice made no difference, so cuDNN is not what ran.
     if fault != refusal:
         if not fault:
             return "cuDNN", faults
@@ -44,6 +45,7 @@ def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:
         if not fault:
             return name, faults
         faults.append(f"{name}: {fault}")
+        # Back to torch's own before the next version is activated.
         nn.attention.restore_flash_attention_impl()
     fault = find_fault()
     if not fault:

@@ -60,11 +60,14 @@ class TunedAttention(nn.Module):
         if documents is not None:
             edges = documents.cu_seqlens
             in_row = torch.arange(kwargs["hidden_states"].shape[1], device=edges.device)
+            # Position in the row less the start of its document: the edge before the first that is
+            # after it.
             in_document = in_row - edges[torch.searchsorted(edges, in_row, right=True) - 1]
             # Transformers' forward multiplies by the scale of the position in the row.
             kwargs["query_factor"] = self._scale(in_document) / self._scale(in_row)
         return super().forward(*args, **kwargs)
 
     def _scale(self, positions: Tensor) -> Tensor:
+        # floor((p + 1) / floor_scale): 0 for the first positions, where the factor is 1.
         steps = torch.floor((positions.float() + 1) / self.floor_scale)
         return torch.log1p(steps) * self.attn_scale + 1

@@ -54,6 +54,7 @@ def _replace_prefix(name: str, prefixes: tuple[tuple[str, str], ...]) -> str:
     prefix's last part.
     """
     for prefix, replacement in prefixes:
+        # With a dot at the end: "model" itself has the prefix "model.", and "models" has not.
         if f"{name}.".startswith(prefix):
             return (replacement + f"{name}.".removeprefix(prefix)).removesuffix(".")
     return name

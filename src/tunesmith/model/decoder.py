@@ -123,9 +123,11 @@ def head_fits(causal_lm: PreTrainedModel, head: Head) -> bool:
     hidden = find_decoder(causal_lm)(input_ids=ids, use_cache=False).last_hidden_state
     raw = output_layer(hidden)
     largest = LARGE_LOGIT
+    # Large enough to reach the flat part of tanh.
     if head.softcap is not None:
         largest = 3 * head.softcap
     gain = largest / (raw * head.scale).abs().max()
+    # The head's output is scaled by a hook: the model applies its cap and factor to that.
     hook = output_layer.register_forward_hook(lambda _module, _inputs, output: output * gain)
     try:
         logits = causal_lm(input_ids=ids, use_cache=False).logits

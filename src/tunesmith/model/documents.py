@@ -35,6 +35,9 @@ def kept_probabilities(length: np.ndarray) -> np.ndarray:
     A block of queries has those of all keys up to its end.
     """
     blocks, rest = np.divmod(length, QUERIES)
+    # Full blocks have QUERIES rows and QUERIES, 2 * QUERIES, ... keys; the last, of `rest` rows,
+    # has
+    # all keys.
     return (length <= KEEP) * (QUERIES**2 * blocks * (blocks + 1) // 2 + rest * length)
 
 
@@ -97,6 +100,8 @@ class Documents:
         """The same tokens, with each document cut at multiples of `size` from its own start."""
         edges = [0]
         for start, end in pairwise(self.edges):
+            # The document's own end is added after its cuts: a multiple of `size` is no second
+            # edge.
             edges += range(start + size, end, size)
             edges.append(end)
         cu_seqlens = self._on_device(torch.tensor(edges, dtype=torch.int32))
@@ -124,6 +129,7 @@ class Documents:
                 parts.append(torch.arange(group.start, end, device=self.cu_seqlens.device))
             else:
                 parts.append(group.tokens)
+        # argsort of a permutation is its inverse: token -> place.
         return torch.cat(parts).argsort()
 
     @cached_property
@@ -138,9 +144,12 @@ class Documents:
 
     def _space(self, gap: int) -> Spaced:
         lengths = torch.tensor(self.edges).diff()
+        # Empty documents have no place.
         lengths = lengths[lengths > 0]
+        # Each document is followed by its gap, so an edge is the start of the next document.
         edges = torch.cat([lengths.new_zeros(1), (lengths + gap).cumsum(0)])
         numbers = torch.arange(len(lengths))
+        # The gap counts as the document before it.
         seq_idx = numbers.repeat_interleave(lengths + gap).to(torch.int32)
         # A token comes after the gaps of all documents before its own.
         places = torch.arange(self.edges[-1]) + gap * numbers.repeat_interleave(lengths)
@@ -158,6 +167,7 @@ class Documents:
         for start, end in pairwise(self.edges):
             if end > start:
                 documents.append((end - start, start))
+        # Longest first: the first of a group sets its padded length.
         documents.sort(reverse=True)
         groups: list[list[tuple[int, int]]] = []
         for length, start in documents:
@@ -171,10 +181,14 @@ class Documents:
         longest, start = members[0]
         if len(members) == 1:
             return Group(start=start, count=1, length=longest)
+        # [documents, 1] each, to broadcast with the columns.
         lengths, starts = torch.tensor(members).unsqueeze(2).unbind(1)
+        # [longest]
         column = torch.arange(longest)
         is_token = column < lengths
+        # Of the padded [documents, longest], flattened: where tokens go, and which they are.
         places = is_token.flatten().nonzero().squeeze(1)
+        # In the same order: both walk the padded rows from left to right.
         tokens = (starts + column)[is_token]
         return Group(-1, len(members), longest, self._on_device(places), self._on_device(tokens))
 

@@ -81,6 +81,7 @@ def _is_candidate(module: nn.Module) -> bool:
 @cache
 def _reference_of(module_class: Any) -> str | None:
     """The key of ATTENTIONS or MIXINS whose code the class runs; None where it runs none."""
+    # None where the class's code cannot be compared.
     code = forward_code(module_class)
     if code is None:
         return None
@@ -196,19 +197,24 @@ class FusedAttention(nn.Module):
         """
         if documents is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, **others)
+        # No rotary embedding: Transformers' forward, whose attention reads the documents.
         if position_embeddings is None:
             others["documents"] = documents
             return super().forward(hidden_states, position_embeddings, attention_mask, **others)
         form = self.form
         q, k, v, gate = self._heads(hidden_states.flatten(0, -2))
         if not form.rope_by_layer or self.use_rope:
+            # [1, n, width] -> [n, width]
             cos, sin = (t.flatten(0, -2) for t in position_embeddings)
             if form.pairs:
                 cos = _by_pairs(cos)
                 sin = _by_pairs(sin)
+            # Before the growth: that is a factor on queries alone.
             k = rotate(k, cos, sin, pairs=form.pairs)
             if form.grows:
                 growth = _query_growth(others["position_ids"], self.config)
+                # (s q) rotated = q rotated by s cos, s sin: one product on [n, width], not on every
+                # head.
                 cos = (cos * growth).to(cos.dtype)
                 sin = (sin * growth).to(sin.dtype)
             q = rotate(q, cos, sin, pairs=form.pairs)
@@ -229,6 +235,7 @@ class FusedAttention(nn.Module):
         )
         if gate is not None:
             out = out * torch.sigmoid(gate)
+        # [n, heads * head_dim] -> [1, n, width]
         return self.o_proj(out.flatten(1)).view_as(hidden_states), None
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -239,19 +246,23 @@ class FusedAttention(nn.Module):
         if form.joined:
             width = self.num_key_value_heads * self.head_dim
             qkv = self.qkv_proj(x)
+            # What is left of the rows after k and v is q's: its heads may be more.
             q, k, v = qkv.split([qkv.shape[-1] - 2 * width, width, width], -1)
         else:
             q, k, v = self.project(x, (self.q_proj, self.k_proj, self.v_proj))
+        # A norm over all heads: before they are split.
         if form.head_norms == "projection":
             q = self.q_norm(q)
             k = self.k_norm(k)
         gate = None
         if form.gated:
+            # A head's rows in q_proj are its query, then its gate.
             q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
         else:
             q = q.unflatten(-1, (-1, self.head_dim))
         k = k.unflatten(-1, (-1, self.head_dim))
         v = v.unflatten(-1, (-1, self.head_dim))
+        # A norm over one head: after the split.
         if form.head_norms == "head":
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -269,6 +280,7 @@ def _query_growth(positions: Tensor, config: Any) -> Tensor:
     positions: [1, n]; returns [n, 1] in fp32.
     """
     rope = config.rope_parameters
+    # 0 within the length of pre-training, so the factor is 1 there.
     lengths = torch.floor(positions.squeeze(0) / rope["original_max_position_embeddings"])
     return (1 + rope["llama_4_scaling_beta"] * torch.log(1 + lengths)).unsqueeze(1)
 

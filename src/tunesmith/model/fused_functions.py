@@ -51,6 +51,7 @@ def _rotate_formula(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
     if pairs:
         turned = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), -1).flatten(-2)
     else:
+        # (a, b) -> (a cos - b sin, b cos + a sin), with a and b half a width apart.
         half = width // 2
         turned = torch.cat((-rotated[..., half:], rotated[..., :half]), -1)
     out = (rotated * cos + turned * sin).to(x.dtype)
@@ -67,12 +68,14 @@ def _rotate_parts(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
         first = slice(0, None, 2)
         second = slice(1, None, 2)
     rotated = x[..., :width]
+    # In place on one tensor: first = a cos - b sin, second = b cos + a sin.
     out = rotated * cos
     out[..., first].addcmul_(rotated[..., second], sin[..., first], value=-1)
     out[..., second].addcmul_(rotated[..., first], sin[..., second])
     out = out.to(x.dtype)  # some models have cos and sin in fp32
     if width == x.shape[-1]:
         return out
+    # Channels past the rotary width (partial rotary) pass unchanged.
     return torch.cat((out, x[..., width:]), -1)
 
 
@@ -95,13 +98,16 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
+        # `mul_`: the activation is a new tensor that nobody else reads.
         return _activate(gate, gelu).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
+        # Computed again: the forward kept gate and up alone.
         activated = _activate(gate, ctx.gelu)
         d_up = grads[0] * activated
+        # Its memory is free now: d_activated takes it.
         d_activated = torch.mul(grads[0], up, out=activated)
         if ctx.gelu:
             d_gate = torch.ops.aten.gelu_backward(d_activated, gate, approximate="tanh")
@@ -129,6 +135,7 @@ def rms_norm(
     if not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps, wide, offset)
     x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # [..., 1] in fp32
     scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
     if wide:
         return (x_wide * scale * (weight.to(scale.dtype) + offset)).to(x.dtype)
@@ -142,6 +149,7 @@ class _RMSNorm(torch.autograd.Function):
     ) -> Tensor:
         x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+        # One number a row; the normed row is computed again from it.
         ctx.save_for_backward(x, weight, scale)
         ctx.wide = wide
         ctx.offset = offset
@@ -153,6 +161,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, weight, scale = ctx.saved_tensors
+        # [n, width] in fp32
         normed = x.to(scale.dtype) * scale
         if ctx.wide:
             d_normed = grads[0].to(scale.dtype) * (weight.to(scale.dtype) + ctx.offset)
@@ -160,7 +169,10 @@ class _RMSNorm(torch.autograd.Function):
             d_normed = (grads[0] * weight).to(scale.dtype)
         d_weight = None
         if ctx.needs_input_grad[1]:
+            # The sum over all positions is in fp32, and rounded once.
             d_weight = (grads[0].to(scale.dtype) * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        # With r = 1 / sqrt(mean(x^2) + eps) and normed = r x:
+        # dx = r * (d_normed - normed * mean(d_normed * normed))
         inner = (d_normed * normed).mean(-1, keepdim=True)
         dx = d_normed.addcmul_(normed, inner, value=-1).mul_(scale).to(x.dtype)
         return dx, d_weight, None, None, None

@@ -89,6 +89,7 @@ def _stores_other_head(folder: Path) -> bool:
         for entry in chain.from_iterable(read_headers(folder).values()):
             name = stored_text_name(entry.name)
             if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                # Without their names: equal contents then have equal digests.
                 ends[name] = sampled_digest([replace(entry, name="")], ENDS_AND_MIDDLE)
     return len(set(ends.values())) == 2
 
@@ -118,6 +119,7 @@ class _MatricesOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         is_matrix = func is torch.empty
         if func is torch.zeros and args:
+            # Counted on meta: the tensor itself may take gigabytes.
             is_matrix = torch.empty(*args, device="meta").numel() >= LARGE
         if is_matrix and kwargs.get("device") is None:
             kwargs["device"] = "meta"
@@ -133,6 +135,7 @@ def build_on_meta(
     `rows` are those of embedding and head (`tokenizer.vocab_rows`); None: the config's. ModelError
     where Transformers refuses the config.
     """
+    # The caller's config stays as it is.
     config = copy.deepcopy(config)
     if rows is not None:
         config.vocab_size = rows
@@ -155,6 +158,7 @@ def build_on_meta(
             why=one_line(error),
             fix="correct the value in config.json, or fetch the model again: tunesmith fetch MODEL",
         ) from error
+    # What constructors made otherwise (ones, random values) is still real.
     _replace(causal_lm, lambda parameter: parameter.to("meta"))
     keep_kernels_to_gpus(causal_lm)
     return causal_lm
@@ -165,6 +169,7 @@ def _replace(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -
     changed: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            # By the parameter itself: tied ones become one new parameter.
             if old not in changed:
                 data = old.detach()
                 new = change(data)

@@ -94,6 +94,7 @@ def measure_spec(config: Mapping[str, Any], *, where: str) -> ModelSpec:
     text = json.dumps(sizes, sort_keys=True, default=str)
     key = [FORMAT, version("transformers"), sizes]
     spec = measure_once("specs", key, lambda: _measure(sizes, where), _decode)
+    # Read off the config each time: neither is in what was measured.
     limit = stated_position_limit(config, spec.layers, where=where)
     return replace(spec, quantized=quantized, position_limit=limit, measured=text)
 
@@ -109,6 +110,7 @@ def _measure(sizes: Mapping[str, Any], where: str) -> ModelSpec:
     from tunesmith.model.meta_forward import run_on_meta
 
     config = text_config(sizes, where)
+    # The text part of a composite may be a family of the table.
     if config.model_type in ARCHITECTURES:
         return read_spec(config.to_dict(), where=where)
     try:
@@ -239,6 +241,7 @@ def _count(model: "PreTrainedModel", calls: "list[LayerCall]") -> ModelSpec:
         head_matmul=head.numel(),
         quantized=None,
         attention_softcap=softcaps[0] if softcaps else None,
+        # What is left of all matrices: projections before the first layer or after the last.
         other_matmul=_matrices(model) - in_layers - head.numel(),
     )
 
@@ -257,15 +260,18 @@ def _count_layer(
     for name, weight in module.named_parameters():
         if _is_matrix(name, weight):
             largest = max(largest, weight.numel())
+            # [out, in]: the input of the down projection is the widest activation of a gated MLP.
             intermediate = max(intermediate, weight.shape[1])
     for part in module.modules():
         stacks = _stacks(part)
         if not stacks:
             continue
         count = getattr(part, "num_experts", len(stacks[0]))
+        # As the layer was seen to choose, else as its config says, else all.
         per_token = call.experts_per_token or _first_of(values, PER_TOKEN) or count
         for stack in stacks:
             experts += stack.numel()
+            # A token is multiplied with its own experts' share of the stack.
             active += stack.numel() * per_token // count
             largest = max(largest, stack.numel())
         # The smallest is down, or up alone: gate and up in one are twice as wide.

@@ -81,6 +81,7 @@ class Watch:
         reference = StorageWeakRef(storage)
         if reference not in self.storages:
             self.storages.add(reference)
+            # The whole storage: a view keeps all of it alive.
             self.layer.kept += self.scale * storage.nbytes()
         return tensor
 
@@ -114,6 +115,7 @@ class Watch:
         Their choice has values here: every token goes to the first ones.
         """
         per_token = top_k_index.shape[-1]
+        # The width of the router's choice, [tokens, experts a token].
         self.layer.experts_per_token = per_token
         choice = torch.arange(per_token).expand(top_k_index.shape)
         with _IndicesWithValues():
@@ -128,6 +130,7 @@ class Watch:
         # On meta grouped products have no other type.
         module.to(torch.bfloat16)
         self.leave_out(module)
+        # fp32 activations are twice as large as the bf16 ones that are seen here.
         self.scale = dtype.itemsize // torch.bfloat16.itemsize
         output: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](
             module, hidden.bfloat16(), top_k_index, top_k_weights.bfloat16()
@@ -150,6 +153,7 @@ class KeptAttention(torch.autograd.Function):
     """Keeps what a kernel of attention keeps: its inputs and its output."""
 
     @staticmethod
+    # The shapes of attention as Transformers calls it: [1, heads, n, d] in, [1, n, heads, d] out.
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         _, heads, length, _ = query.shape
         output = query.new_empty(1, length, heads, value.shape[-1])
@@ -186,6 +190,7 @@ def _run(
     model.to("meta")  # buffers too
     watch = Watch(model)
     hooks = []
+    # Hooks on the layers: what autograd keeps between them is counted in `outside`.
     for layer in model.get_submodule(find_layers(model)).children():
         hooks.append(layer.register_forward_pre_hook(watch.enter))
         hooks.append(layer.register_forward_hook(watch.leave))
@@ -208,6 +213,7 @@ def _run(
     model.train(training)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     positions = torch.arange(tokens, device="meta")[None]
+    # Without training nothing is saved for a backward, and nothing is to count.
     counted = saved_tensors_hooks(watch.keep, lambda tensor: tensor) if training else nullcontext()
     try:
         with torch.set_grad_enabled(training), counted:
@@ -216,6 +222,7 @@ def _run(
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=False,
+                # The head is counted by its size, not by its run.
                 logits_to_keep=1,
             )
     finally:

@@ -175,9 +175,11 @@ def _target_name(
     A checkpoint saved from the backbone alone lacks the prefix `model.`; one saved from a wrapper
     has it twice.
     """
+    # As the checkpoint has it first, then with and without the backbone's prefix.
     for name in (stored, f"model.{stored}", stored.removeprefix("model.")):
         if name in wanted:
             return name, ""
+        # Companions: "weight.absmax" belongs to "weight", which ends at one of the dots.
         for cut in range(len(name)):
             if name[cut] == "." and name[:cut] in companions:
                 return name[:cut], name[cut + 1 :]
@@ -198,6 +200,7 @@ def _assign_converted(
     converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     is_composite = composite_of(model.config) is not None
+    # Parameter -> pattern of the rule -> the stored tensors that match it.
     parts: dict[str, dict[str, list[Entry]]] = {}
     rest = []
     for entry in entries:
@@ -206,6 +209,7 @@ def _assign_converted(
         name, _ = _target_name(renamed, wanted, ())
         if not name:
             rest.append(entry)
+        # Renamed only; what has a pattern is one of several that are joined below.
         elif pattern is None:
             names.groups.setdefault(name, {})[""] = entry
         else:
@@ -225,11 +229,13 @@ def _join(name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[Ent
     offset = 0  # along the dimension that is concatenated
     shape: list[int] = []
     for pattern in rule.source_patterns:
+        # Natural order: expert 10 comes after expert 9.
         entries = sorted(sources.get(pattern, ()), key=lambda entry: dot_natural_key(entry.name))
         missing = _missing_number(entries) if merges else None
         if missing is not None:
             why = f"number {missing} is missing of {pattern}"
             raise _cannot_join(name, sources, why)
+        # A stack has one tensor an expert; without stacking each is by itself.
         stacks = [entries] if merges else [[entry] for entry in entries]
         for stack in stacks:
             for index, entry in enumerate(stack):
@@ -237,10 +243,13 @@ def _join(name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[Ent
                 if entry.shape != stack[0].shape:
                     why = f"{entry.name} is {list(entry.shape)}, {stack[0].name} "
                     raise _cannot_join(name, sources, f"{why}{list(stack[0].shape)}")
+                # What the pattern's tensors make together: [experts, ...] or one tensor's own
+                # shape.
                 shape = [len(stack), *entry.shape] if merges else list(entry.shape)
                 region = [slice(0, size) for size in shape]
                 if merges:
                     region[0] = slice(index, index + 1)
+                # Patterns lie one after another along the concatenated dimension (gate, then up).
                 if dim is not None:
                     region[dim] = slice(offset, offset + shape[dim])
                 pieces.append(Piece(entry, tuple(region), stacked=merges))
@@ -250,6 +259,7 @@ def _join(name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[Ent
         shape[dim] = offset
     entries = [piece.entry for piece in pieces]
     # An expert too few of one kind, or one of another shape.
+    # Regions do not overlap, so equal counts mean that they fill the parameter.
     if sum(math.prod(entry.shape) for entry in entries) != math.prod(shape):
         raise _cannot_join(name, sources, "they do not fill one tensor")
     return Pieces(name, entries[0].dtype, tuple(shape), tuple(pieces))

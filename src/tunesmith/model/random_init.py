@@ -19,6 +19,7 @@ STD = 0.02  # initializer_range of every model in `shapes.py`
 
 def seed_of(seed: int, name: str) -> int:
     """A seed for one tensor, fixed by the run's seed and the tensor's full name."""
+    # 56 bits: `manual_seed` takes 64, with a sign.
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
@@ -48,6 +49,7 @@ def init_random_weights(
     targets = dict(model.named_parameters(remove_duplicate=False))
     for name, like in checkpoint.items():
         target = targets[name]
+        # Drawn whole, and rounded by the hook as a stored weight would be.
         if convert and name in convert:
             dense = torch.empty(like.shape, dtype=like.dtype, device=target.device)
             init_weight(dense, name, seed)

@@ -51,6 +51,7 @@ def run_by_document(model: nn.Module, class_names: Collection[str]) -> None:
     """
     absent = set(class_names)
     for module in model.modules():
+        # By any base: an adapter or a mixin may have put a class before Transformers' own.
         names = {base.__name__ for base in type(module).__mro__}
         if not names.isdisjoint(class_names):
             absent -= names
@@ -70,6 +71,7 @@ def use_packed_calls(model: nn.Module, calls: Mapping[str, PackedCall | None]) -
     for module in model.modules():
         if not isinstance(module, ByDocument):
             continue
+        # The first base that was tried: mixins come before it in the order.
         for base in type(module).__mro__:
             if base.__name__ in calls:
                 module.packed_call = calls[base.__name__]
@@ -107,6 +109,7 @@ def _run_apart(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    # One document: nothing to keep apart.
     if len(documents.edges) == 2:
         return forward(*args, **kwargs)
     if call is not None:
@@ -114,6 +117,7 @@ def _run_apart(
     outputs = []
     for group in documents.rows:
 
+        # `group` as a default: a closure would see the loop's last one.
         def as_rows(row: Tensor, group: Group = group) -> Tensor:
             return _rows_of_group(row, group)
 
@@ -135,6 +139,7 @@ def _run_in_one_call(
         return forward(*args, **kwargs, **call.keywords(spaced))
 
     def open_gaps(row: Tensor) -> Tensor:
+        # [size, ...]: every document followed by `gap` rows of zeros.
         with_gaps = row.new_zeros(spaced.size, *row.shape[1:])
         return with_gaps.index_copy(0, spaced.places, row).unsqueeze(0)
 
@@ -160,6 +165,7 @@ def _change_tokens(value: Any, documents: Documents, change: Callable[[Tensor], 
         return type(value)(_change_tokens(part, documents, change) for part in value)
     if isinstance(value, dict):
         return {name: _change_tokens(part, documents, change) for name, part in value.items()}
+    # By sizes alone: an argument with n tokens in it is taken for one of each token.
     n = documents.edges[-1]
     if not isinstance(value, Tensor) or value.dim() < 2 or n not in value.shape:
         return value
@@ -195,11 +201,14 @@ def _join_rows(outputs: list[Any], documents: Documents) -> Any:
     if first is None:
         return None
     parts = []
+    # Not one value a token: a state, which the caller does not need.
     for group, output in zip(documents.rows, outputs, strict=True):
         if output.shape[:2] != (group.count, group.length):
             return None
         tokens = output.flatten(0, 1)
+        # Without the padding, in the order of `group.tokens`.
         if group.places is not None:
             tokens = tokens.index_select(0, group.places)
         parts.append(tokens)
+    # [n, ...] in the order of the groups, then that of the block.
     return torch.cat(parts).index_select(0, documents.places_in_rows).unsqueeze(0)

@@ -79,6 +79,7 @@ def _possible_calls(layer: nn.Module) -> list[PackedCall]:
         PackedCall("cu_seq_lens_q"),  # as Transformers documents it
         PackedCall("cu_seqlens"),  # Kimi Linear hands its keywords on as they are
     ]
+    # The widest of its convolutions: a gap of width - 1 holds none of the document before.
     widths = [conv.kernel_size[0] for conv in layer.modules() if isinstance(conv, nn.Conv1d)]
     if widths:
         calls.append(PackedCall("cu_seq_lens_q", seq_idx=False, gap=max(widths) - 1))
@@ -91,6 +92,7 @@ def _random_layer(module: nn.Module, device: torch.device) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
+            # Spread by fan-in: activations of layers of any width are about 1.
             scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.5
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     run_by_document(layer, [type(module).__name__])
@@ -124,6 +126,7 @@ def _keeps_apart(layer: nn.Module, call: PackedCall, row: Tensor, cotangent: Ten
     use_packed_calls(layer, {name: call})
     results = _run(layer, row, cotangent)
     use_packed_calls(layer, {name: None})
+    # The same layer and input, with one row a document.
     for result, expected in zip(results, _run(layer, row, cotangent), strict=True):
         difference = float((result - expected).abs().max())
         # Not so of a value that is not a number.
@@ -143,5 +146,6 @@ def _run(layer: nn.Module, row: Tensor, cotangent: Tensor) -> tuple[Tensor, Tens
         output = layer(row)
     if isinstance(output, tuple):
         output = output[0]
+    # The gradient of a weighted sum: each output has its own weight, so none cancels.
     (gradient,) = torch.autograd.grad((output * cotangent).sum(), row)
     return output.detach(), gradient

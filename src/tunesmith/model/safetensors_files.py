@@ -74,6 +74,7 @@ def read_header(file: Path) -> list[Entry]:
     """
     check_regular_files(file)
     try:
+        # The library checks; the offsets, which it does not hand out, are read below.
         with safe_open(file, framework="np"):
             pass
         with file.open("rb") as f:
@@ -87,6 +88,7 @@ def read_header(file: Path) -> list[Entry]:
     entries = []
     for name, values in header.items():
         begin, end = values["data_offsets"]
+        # Offsets count from the end of the header.
         start = 8 + length + begin
         shape = tuple(values["shape"])
         entries.append(Entry(name, values["dtype"], shape, file, start, end - begin))
@@ -215,6 +217,7 @@ def sampled_digest(entries: Sequence[Entry], places: Sequence[float]) -> str:
     SAMPLE_BYTES are read at each of `places`: 0 is a tensor's beginning, 1 its end. What changes no
     sampled byte is missed.
     """
+    # By name: how tensors are spread over files does not enter.
     entries = sorted(entries, key=lambda entry: entry.name)
     described = [(entry.name, entry.dtype, entry.shape) for entry in entries]
     total = hashlib.sha256(json.dumps(described).encode())
@@ -222,10 +225,12 @@ def sampled_digest(entries: Sequence[Entry], places: Sequence[float]) -> str:
         files = {}
         for path in {entry.file for entry in entries}:
             files[path] = stack.enter_context(path.open("rb", buffering=0))
+        # Evenly spread over the names, so that at most SAMPLED_TENSORS are read.
         for entry in entries[:: 1 + len(entries) // SAMPLED_TENSORS]:
             file = files[entry.file]
             size = min(SAMPLE_BYTES, entry.size)
             for place in places:
+                # The last place is the last SAMPLE_BYTES, not past the end.
                 file.seek(entry.start + int((entry.size - size) * place))
                 total.update(file.read(size))
     return total.hexdigest()
@@ -274,5 +279,6 @@ def read_into(file: BufferedReader, entry: Entry, memory: memoryview, offset: in
         count = file.readinto(memory)
     except OSError as error:
         raise unreadable_file(entry.file, error) from error
+    # A file that was cut off after its header was read.
     if count < len(memory):
         raise _damaged(entry.file, f"it ends inside {entry.name}; it was changed while it was read")

@@ -77,6 +77,7 @@ def save_tensors(
             by band.
     """
     written = {name: _written_form(source, dtype) for name, source in tensors.items()}
+    # As safetensors sorts: the widest dtype first, so that no tensor is unaligned.
     names = sorted(tensors, key=lambda name: (-written[name].itemsize, name))
     header: dict[str, Any] = {}
     if metadata:
@@ -133,6 +134,7 @@ def _parts(source: Tensor | TensorPart, dtype: torch.dtype, read: Read | None) -
     """What is written of a tensor; where it is gathered or read, some rows at a time."""
     tensor = source.tensor if isinstance(source, TensorPart) else source
     region = source.region if isinstance(source, TensorPart) else ()
+    # A 0-d tensor is one row here.
     rows = region[0] if region else slice(0, len(tensor) if tensor.ndim else 1)
     bands: Iterable[Tensor]
     if read:
@@ -142,6 +144,7 @@ def _parts(source: Tensor | TensorPart, dtype: torch.dtype, read: Read | None) -
     else:
         yield tensor.detach()[region] if region else tensor.detach()
         return
+    # The band has the region's rows; its other dimensions are cut now.
     for band in bands:
         yield band[(slice(None), *region[1:])] if region else band
 
@@ -178,6 +181,7 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator
         min(rows_per_piece, row_count), *row_shape, dtype=dtype, device=local.device
     )
     for begin in range(span.start, span.stop, rows_per_piece):
+        # The last piece is shorter; zeros are what this rank does not have or does not give.
         rows = buffer[: span.stop - begin].zero_()
         start = max(begin, local_rows.start)
         stop = min(begin + len(rows), local_rows.stop)
@@ -207,6 +211,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
+            # On other ranks the pieces hold zeros or parts of sums: shapes are all that is needed.
             if dist.get_rank():
                 place = "meta"
             pieces = _gathered_rows(tensor, tensor.dtype, slice(0, len(tensor)))
@@ -239,6 +244,7 @@ def save_sharded(
     `read` as `path`, `dtype` and `read` of `save_tensors`.
     """
     shapes = {}
+    # Bytes only: DTensors and other files' tensors count as what is written of them.
     for name, source in tensors.items():
         size = _written_form(source, dtype).size
         shapes[name] = torch.empty(size, dtype=torch.uint8, device="meta")

@@ -56,9 +56,12 @@ class _SinkAttention(torch.autograd.Function):
         out, lse, random_state = varlen_forward(
             q, k, v, edges, longest=longest, scale=scale, window=window
         )
+        # lse' of the docstring.
         total = torch.logaddexp(lse, sinks.float().unsqueeze(1))  # [heads, n], fp32
+        # [heads, n] -> [n, heads, 1]
         share = torch.exp(lse - total).transpose(0, 1).unsqueeze(2)
         y = (out * share).to(q.dtype)
+        # y and lse' in the places of the kernel's output and lse: see the top of the file.
         ctx.save_for_backward(q, k, v, sinks, edges, y, total, random_state)
         ctx.options = (longest, scale, window)
         return y
@@ -72,6 +75,8 @@ class _SinkAttention(torch.autograd.Function):
             dy, q, k, v, y, total, edges, random_state, longest=longest, scale=scale, window=window
         )
         delta = (dy.float() * y.float()).sum(2)  # [n, heads]
+        # What the softmax gives the sink: [n, heads].
         probability = torch.exp(sinks.float().unsqueeze(1) - total).transpose(0, 1)
+        # Its value is zero, so dS = -P_sink * rowsum(dy * y).
         d_sinks = -(probability * delta).sum(0).to(sinks.dtype)
         return dq, dk, dv, d_sinks, None, None, None, None

@@ -218,8 +218,10 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
     tied = bool(config.get("tie_word_embeddings", family.tied))
     q = heads * head_dim
     kv = kv_heads * head_dim
+    # q, k and v in one term, o, and the three matrices of a gated MLP.
     matmul = hidden * (q + 2 * kv) + q * hidden + 3 * hidden * intermediate
     vectors = _vector_parameters(config, family, hidden, intermediate, q, kv, head_dim)
+    # Embedding and head, or one matrix for both.
     tables = 1 if tied else 2
     final_softcap = None
     attention_softcap = None
@@ -251,6 +253,7 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
         tied=tied,
         context=_size(config, "max_position_embeddings", where, 2048),
         position_limit=stated_position_limit(config, layers, where=where),
+        # Matrices outside the layers, the layers, and the norm before the head.
         parameters=vocab * hidden * tables + depth * (matmul + vectors) + hidden,
         head_matmul=vocab * hidden,
         quantized=stored_quantization(config, where),
@@ -521,9 +524,11 @@ def _position_limit(config: Mapping[str, Any], layers: Iterable[Layer]) -> int |
     positions = config.get("max_position_embeddings")
     if positions is None:
         return None
+    # A window moves along with the position: no distance is longer than those it was trained on.
     if any(layer.window is not None and layer.window < positions for layer in layers):
         return None
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Parameters by kind of layer, or one set: the one that reaches furthest counts.
     by_layer_type = [value for value in scaling.values() if isinstance(value, Mapping)]
     scalings = by_layer_type or [scaling]
     return max(_scaled_positions(config, scaling, positions) for scaling in scalings)
@@ -540,6 +545,7 @@ def _scaled_positions(config: Mapping[str, Any], scaling: Mapping[str, Any], pos
     if kind == "llama3" and original is not None and original < positions:
         # Llama 3.2 has a factor of 32 on 8,192, and was trained up to max_position_embeddings.
         return positions
+    # `factor` multiplies the original length; without one, the stated length.
     return max(positions, int((original or positions) * factor))
 
 
@@ -570,6 +576,7 @@ def _windows(
         period = 2
         if family.window == "pattern":
             period = config.get("sliding_window_pattern", 6)
+        # The last layer of each period sees everything.
         slides = [(layer + 1) % period != 0 for layer in range(layers)]
     return tuple(window if slides_here else None for slides_here in slides)
 
@@ -610,10 +617,13 @@ def adapter_parameters(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> in
     count = 0
     for name in targets & widths.keys():
         whole, shared = widths[name]
+        # A is [rank, in], B [out, rank]: rank * (in + out), of which one width is cut over the
+        # ranks.
         count += spec.depth * adapter.rank * (whole + ceil_div(shared, tensor))
     tables = 0
     for name in adapter.modules_to_save:
         if _last_part(name) in ("embed_tokens", "lm_head"):
+            # A table is sharded along the vocabulary over the tensor group.
             tables += 1
     return count + ceil_div(tables * spec.head_matmul, tensor)
 
@@ -644,16 +654,20 @@ def flops(
     """
     lengths = list(documents)
     tokens = sum(lengths)
+    # 2 forward, 2 for the gradient of the input, 2 for the weight's if it is trained.
     per_parameter = 6 if trained == "full" else 4
+    # Products of a token and a parameter: the head sees only tokens with a label.
     products = spec.active * tokens + spec.head_matmul * supervised
     matmul = per_parameter * products
     attention = 0
     recurrence = 0
+    # Equal layers are counted once: a model has few kinds and many layers.
     for layer, count in Counter(spec.layers).items():
         pairs = sum(_pairs(n, layer) for n in lengths)
         # Attention's q k^T and p v cost 2 operations each a pair and channel; their backward takes
         # twice the forward.
         channels = layer.heads * (layer.head_dim + layer.value_dim)
+        # 3: a forward and a backward of twice its work. 2: a multiplication and an addition.
         attention += 3 * 2 * count * pairs * channels
         # A token's update of a state, its decay and its reading: 2 operations an element each.
         recurrence += 3 * 6 * count * layer.state * tokens
@@ -664,10 +678,12 @@ def _pairs(length: int, layer: Layer) -> int:
     """Pairs of a query and a key that it sees, in a document of so many tokens."""
     if layer.chunk is not None and length > layer.chunk:
         chunks, rest = divmod(length, layer.chunk)
+        # Full chunks and the rest, each by itself: no chunk sees another.
         return chunks * _pairs(layer.chunk, layer) + _pairs(rest, layer)
     most = length  # keys that a query sees
     if layer.window is not None:
         most = min(length, layer.window)
+    # 1 + 2 + ... + most, then `most` for each further query.
     return most * (most + 1) // 2 + (length - most) * most
 
 
@@ -677,5 +693,6 @@ def attention_weight(spec: ModelSpec, *, trained: Literal["full", "lora"]) -> fl
     """
     one_token = flops(spec, [1], 0, trained=trained)  # 1 pair
     two_tokens = flops(spec, [2], 0, trained=trained)  # 3 pairs
+    # A row of two tokens is two rows of one and one more pair.
     pair = two_tokens - 2 * one_token
     return pair / (flops(spec, [1], 1, trained=trained) - pair)

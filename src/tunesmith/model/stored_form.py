@@ -69,6 +69,7 @@ def in_stored_form(
     for name, entry in names.stored():
         if isinstance(entry, Pieces):
             for piece in entry.pieces:
+                # Only named here: it is cut when it is written.
                 part = TensorPart(tensors[name], piece.region, piece.stacked)
                 written[piece.entry.name] = part
         else:
@@ -78,6 +79,7 @@ def in_stored_form(
         # A head that is not tied any more; an embedding that was stored as the head.
         stored = _stored_like(name, stored_names) if composite else name
         written[stored] = tensors[name]
+    # What the text model does not have: copied from the base's files.
     for aside in names.aside:
         written[aside.name] = aside
     # On every rank in one order: writing is a collective call.
@@ -95,6 +97,7 @@ def bytes_aside(folder: Path) -> int:
     # A plan takes no more than config.json, and the index of weights that are not there.
     with suppress(ModelError):
         for entry in chain.from_iterable(read_headers(folder).values()):
+            # An output layer without a prefix is the text model's too.
             is_head = entry.name.startswith("lm_head.")
             if not is_head and not is_stored_text_name(entry.name):
                 aside += entry.size

@@ -61,6 +61,8 @@ class Outcome:
         )
         worst = 0.0
         for name, gradient in expected.gradients.items():
+            # A gradient that is zero everywhere has no scale of its own: a thousandth of the
+            # largest.
             scale = max(float(gradient.abs().max()), 1e-3 * largest_gradient)
             worst = max(worst, _difference(self.gradients[name], gradient) / scale)
         scale = float(expected.logits.abs().max())
@@ -70,6 +72,7 @@ class Outcome:
 def _difference(one: Tensor, other: Tensor) -> float:
     """The largest difference; infinite where a value is not a number."""
     difference = float((one - other).abs().max())
+    # `max` would pass over a NaN.
     if math.isnan(difference):
         return math.inf
     return difference
@@ -90,11 +93,13 @@ def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Suppo
             support = measure_support(text_config, trust_remote_code=True)
         else:
             sizes = text_config.to_dict()
+            # What does not change the layers: configs that differ in it alone share a measurement.
             for name in NO_SIZES:
                 sizes.pop(name, None)
             key = [FORMAT, version("transformers"), version("torch"), sizes]
             support = measure_once("support", key, lambda: measure_support(text_config), _decode)
     except ModelError as error:
+        # Errors of the measurement name no file: that is the caller's.
         error.where = error.where or where
         raise
     if support.state == "refused":
@@ -142,6 +147,7 @@ def _measure(twin: PreTrainedModel) -> Support:
     )
     try:
         with _watch_linears(twin) as linears:
+            # What all other ways are compared with.
             alone = _run_alone(twin, ids)
     except Exception as error:
         return Support("refused", f"its twin does not run: {one_line(error)}")
@@ -154,6 +160,7 @@ def _measure(twin: PreTrainedModel) -> Support:
         return Support("refused", f"no token of a text passes {unused}: it attends to an encoder")
     dead_targets = linears.dead_targets()
     try:
+        # Rows of documents that are padded on the right: the fallback when packing fails.
         padded = _run_padded(twin, ids).errors(alone)
         fault = ""
     except Exception as error:
@@ -178,6 +185,7 @@ def _measure(twin: PreTrainedModel) -> Support:
         why = errors.describe()
     except Exception as error:
         why = error.what if isinstance(error, ModelError) else one_line(error)
+    # Packed rows failed; `why` says how.
     if padded.are_rounding():
         return Support(
             "padded",
@@ -206,6 +214,7 @@ def _run_alone(twin: PreTrainedModel, ids: Tensor) -> Outcome:
 def looks_ahead(twin: PreTrainedModel, ids: Tensor) -> bool:
     """Whether the last token of a document reaches those before it."""
     others = ids.clone()
+    # The next id in a circle, so always another one.
     others[-1] = (ids[-1] - FIRST_ID + 1) % (VOCAB - FIRST_ID) + FIRST_ID
     logits, other_logits = (
         twin(input_ids=row[None], use_cache=False).logits[0, :-1] for row in (ids, others)
@@ -219,6 +228,7 @@ def _run_padded(twin: PreTrainedModel, ids: Tensor) -> Outcome:
     rows = [F.pad(document, (0, longest - len(document))) for document in ids.split(LENGTHS)]
     positions = torch.arange(longest).expand(len(LENGTHS), -1)
     hidden = _hidden(twin, torch.stack(rows), positions)
+    # Logits of the tokens alone, in the order of the packed row.
     tokens = [row[:length] for row, length in zip(hidden, LENGTHS, strict=True)]
     return _backward(twin, _logits(twin, torch.cat(tokens)), ids)
 
@@ -278,6 +288,7 @@ def _logits(twin: PreTrainedModel, hidden: Tensor) -> Tensor:
 def _backward(twin: PreTrainedModel, logits: Tensor, ids: Tensor) -> Outcome:
     """Logits [n, vocabulary] and the gradients of a loss of all of them."""
     twin.zero_grad()
+    # A label for each logit, the last one's too: a loss that every logit takes part in.
     targets = ids.roll(-1)
     F.cross_entropy(logits, targets, reduction="sum").backward()
     gradients = {}
@@ -298,6 +309,7 @@ def find_recurrent(twin: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
     """
     documents = packed_documents(LENGTHS, None)
     others = ids.clone()
+    # Every token of the first document is another one; the second document is the same.
     others[: LENGTHS[0]] = (ids[: LENGTHS[0]] - FIRST_ID + 1) % (VOCAB - FIRST_ID) + FIRST_ID
     first: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     second: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
@@ -308,10 +320,12 @@ def find_recurrent(twin: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
     leaking = []
     for name, (inputs, outputs) in first.items():
         other_inputs, other_outputs = second[name]
+        # A module that was not seen with the second document says nothing.
         if not inputs or not outputs or len(inputs) != len(other_inputs):
             continue
         same_input = all(map(_is_same, inputs, other_inputs))
         same_output = all(map(_is_same, outputs, other_outputs))
+        # Same second document in, another one out: something came from the first.
         if same_input and not same_output:
             leaking.append(name)
     classes = []
@@ -343,6 +357,7 @@ def find_bypassed(
     if not watched:
         return ()
     documents = packed_documents(LENGTHS, None)
+    # In training: the fused kernels, which read weights past the forward, run only there.
     twin.train()
     try:
         with use_documents(documents):
@@ -356,6 +371,7 @@ def find_bypassed(
     finally:
         twin.eval()
         for part in watched:
+            # Back to the class that `watch` replaced.
             part.__class__ = nn.Linear
 
 
@@ -380,6 +396,7 @@ class _WatchedLinear(nn.Linear):
             self.is_running = False
 
     def __getattr__(self, name: str) -> Any:
+        # `nn.Module` finds parameters by `__getattr__`: they are in no instance's `__dict__`.
         if name == "weight" and not self.is_running:
             self.is_read = True
         return super().__getattr__(name)
@@ -407,8 +424,10 @@ def _watch_modules(
             elif (
                 isinstance(value, Tensor)
                 and value.is_floating_point()
+                # [1, tokens of both documents, ...]: what goes by position in the row.
                 and value.shape[:2] == (1, sum(LENGTHS))
             ):
+                # A clone: later layers may write into it.
                 tensors.append(value[:, LENGTHS[0] :].clone())
         return tensors
 
@@ -453,6 +472,8 @@ class LinearCalls:
         def note(_module: nn.Module, _args: Any, output: Any) -> None:
             self.called.add(name)
             if isinstance(output, Tensor) and output.requires_grad:
+                # Called when the output's gradient is there: none means that nothing used the
+                # product.
                 output.register_hook(note_gradient)
 
         return note

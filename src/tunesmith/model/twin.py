@@ -297,6 +297,7 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
         return model
 
     try:
+        # On meta first: a size that did not shrink would take all memory.
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in build().parameters())
     # Code of 190 model types, on a config that may be absurd.
@@ -304,6 +305,7 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
         raise _no_twin(config, one_line(error)) from error
     if parameters > MOST_PARAMETERS:
         raise _no_twin(config, f"it would have {parameters:,} parameters")
+    # Seeded and put back: the caller's random numbers do not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -360,6 +362,7 @@ def choose_layers(values: Mapping[str, Any], depth: int, *, each: int = 1) -> li
     """
     kinds: dict[str, list[int]] = {}
     for index in range(depth):
+        # As text: a kind may hold lists, which are no keys of a dict.
         kinds.setdefault(str(_layer_kind(values, index, depth)), []).append(index)
     chosen = sorted(index for layers in kinds.values() for index in layers[:each])[:MOST_KINDS]
     others = [index for index in range(depth) if index not in chosen]
@@ -395,12 +398,15 @@ def _shrink_values(values: Mapping[str, Any], layers: list[int], depth: int) -> 
     small: dict[str, Any] = {}
     for key, value in values.items():
         if key in LISTS_OF_LAYERS and isinstance(value, list):
+            # The same layers by their new numbers.
             small[key] = [place for place, index in enumerate(layers) if index in value]
         elif isinstance(value, list) and len(value) == depth and depth > 1:
+            # A list by layer keeps the entries of the chosen layers, in their order.
             small[key] = [_shrink_value(key, value[index], values) for index in layers]
         elif key == "per_layer_config" and isinstance(value, dict):
             small[key] = _cut_by_layer(value, layers)
         elif key in FIRST_LAYERS and isinstance(value, int):
+            # So many of the chosen layers are among the first.
             small[key] = sum(index < value for index in layers)
         elif key in LAST_LAYERS and isinstance(value, int):
             small[key] = sum(index >= depth - value for index in layers)
@@ -431,11 +437,14 @@ def _shrink_value(key: str, value: Any, values: Mapping[str, Any]) -> Any:
     """The value of one key; `values` are those beside it."""
     if isinstance(value, dict) and ("hidden_size" in value or key.endswith("_config")):
         inner = {name: part for name, part in value.items() if name != "model_type"}
+        # A nested config (a vision tower, a sub-model) is shrunk by the same rules.
         return _shrink_values(inner, list(range(FEWEST_LAYERS)), 0)
     if key.endswith(TOKEN_IDS) and value is not None:
+        # Ids that the small vocabulary has: padding 0, begin 1, end 2.
         return {"bos_token_id": 1, "eos_token_id": 2}.get(key, 0)
     if _is_dropout(key) and isinstance(value, float):
         return 0.0
+    # Floats, texts, lists and switches say what is computed, and stay.
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if key in KV_HEADS_OF:
@@ -460,6 +469,7 @@ def _is_dropout(key: str) -> bool:
 def _few_heads(key: str, value: int, values: Mapping[str, Any]) -> int:
     heads = values.get(KV_HEADS_OF[key], values.get("num_attention_heads"))
     if value == heads:
+        # Multi-head attention stays that, and grouped or multi-query stays fewer.
         return HEADS
     return min(value, KV_HEADS)
 
@@ -484,13 +494,17 @@ def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict
     if values.get("qk_rope_head_dim"):
         head_dim = SIZES["qk_rope_head_dim"]
     part = rotary.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
+    # Two channels an angle.
     frequencies = int(head_dim * part) // 2
     for key, value in rotary.items():
         if isinstance(value, dict):
             small[key] = _shrink_rotary(value, values)
         elif key in ("long_factor", "short_factor"):
+            # One factor a frequency.
             small[key] = value[:frequencies]
         elif key == "mrope_section":
+            # The sections of a multi-axis embedding add up to the frequencies: the rest goes to the
+            # first.
             side = frequencies // len(value)
             small[key] = [frequencies - side * (len(value) - 1), *[side] * (len(value) - 1)]
         elif key == "original_max_position_embeddings":

@@ -65,16 +65,20 @@ class StoredTensor:
             with open_uncached(self._entry.file) as file:
                 StoredTensor(self._entry, file).into(target, begin)
             return
+        # Contiguous, as the argument says: one run of the file goes to one run of memory.
         flat = target.view(-1)
         itemsize = self.dtype.itemsize
+        # Same device and dtype: read straight into the tensor's memory.
         if target.device.type == "cpu" and target.dtype == self.dtype:
             self._read(flat, begin * itemsize)
         else:
+            # A buffer of at most SLICE bytes, or as much as is wanted; converted on its way.
             buffer = torch.empty(min(len(flat), SLICE // itemsize), dtype=self.dtype)
             for start in range(0, len(flat), max(1, len(buffer))):
                 piece = buffer[: len(flat) - start]
                 self._read(piece, (begin + start) * itemsize)
                 flat[start : start + len(piece)].copy_(piece)
+        # What was read would stay in the page cache, which unified memory has for the GPU too.
         drop_pages(self._file.fileno(), self._entry.start, self._entry.size)
 
     def into_part(self, target: torch.Tensor) -> None:
@@ -98,8 +102,10 @@ class StoredTensor:
             return
         rows, *columns = slices
         first = rows.start
+        # `local` may have more rows than are stored: new tokens, filled by `_read_parameter`.
         last = min(rows.stop, self.shape[0])
         local = local[: max(last - first, 0)]
+        # Whole rows are one run of the file; parts of rows are read as bands, and cut in memory.
         if columns == [slice(0, size) for size in self.shape[1:]]:
             self.into(local, first * math.prod(self.shape[1:]))
             return
@@ -115,6 +121,7 @@ class StoredTensor:
         if last is None:
             last = self.shape[0]
         width = math.prod(self.shape[1:])
+        # At least one row, however wide.
         step = max(1, SLICE // max(1, width * self.dtype.itemsize))
         for start in range(first, last, step):
             band = torch.empty(min(step, last - start), *self.shape[1:], dtype=self.dtype)
@@ -124,6 +131,7 @@ class StoredTensor:
     def _read(self, flat: torch.Tensor, offset: int) -> None:
         if flat.numel():
             assert self._file is not None  # `into` opens it
+            # Bytes, whatever the dtype: numpy has no bf16.
             read_into(self._file, self._entry, flat.view(torch.uint8).numpy().data, offset)
 
 
@@ -157,17 +165,21 @@ class JoinedTensor(StoredTensor):
         for piece, stored in self._pieces:
             in_local = []
             in_piece = []
+            # Where a piece's region and the wanted part overlap, counted from each of their starts.
             for wanted, region in zip(slices, piece.region, strict=True):
                 start = max(wanted.start, region.start)
                 stop = min(wanted.stop, region.stop)
                 in_local.append(slice(start - wanted.start, stop - wanted.start))
                 in_piece.append(slice(start - region.start, stop - region.start))
+            # No overlap: nothing of this piece is read.
             if any(span.stop <= span.start for span in in_local):
                 continue
             target = local[tuple(in_local)]
+            # A piece of a stack is stored without the stack's dimension.
             if piece.stacked:
                 target = target.squeeze(0)
                 in_piece = in_piece[1:]
+            # All of it, in one run: without a buffer.
             if target.shape == stored.shape and target.is_contiguous():
                 stored.into(target)
             else:
@@ -241,6 +253,7 @@ def load_weights(
     headers = read_headers(folder)
     groups = _assign_entries(model, headers, targets, hooks, grow_from, str(folder))
 
+    # In the order of the files and of their bytes, so that disks read forward.
     def place(name: str) -> tuple[Path, int]:
         entry = groups[name][""]
         return entry.file, entry.start
@@ -262,6 +275,7 @@ def find_stored(
     folder: Path,
     *,
     quantized: Collection[str] = (),
+    # Hooks last, in their own order: see `convert`.
     grow_from: int | None = None,
 ) -> dict[str, dict[str, StoredTensor]]:
     """What a folder's safetensors files hold of each tensor of a model, which may be on meta.
@@ -287,6 +301,7 @@ def _stored_state(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     their names.
     """
     state = dict(model.named_parameters(remove_duplicate=False))
+    # Buffers that a checkpoint holds: those that `state_dict` names.
     persistent = model.state_dict(keep_vars=True).keys()
     for name, buffer in model.named_buffers():
         if name in persistent:
@@ -312,6 +327,7 @@ def _assign_entries(
     growing: dict[int, int | None] = {}
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
         if end is not None:
+            # By identity: tied parameters have several names.
             for parameter in end.parameters(recurse=False):
                 growing[id(parameter)] = grow_from
     _check_complete(groups, targets, hooks, names.unexpected, growing, where)
@@ -331,8 +347,10 @@ def _read_parameter(stored: StoredTensor, target: torch.Tensor) -> None:
         return
     rows, *columns = local_slices(target)
     stored_rows = stored.shape[0]
+    # Of this rank's rows those past the stored ones; a rank may have none.
     new_rows = local_part(target)[max(stored_rows - rows.start, 0) :]
     if len(new_rows):
+        # In fp32 and band by band: the embedding is never whole in memory.
         sums = [band.sum(dim=0, dtype=torch.float32) for _, band in stored.bands()]
         mean = torch.stack(sums).sum(dim=0) / stored_rows
         new_rows.copy_(mean[tuple(columns)])
@@ -351,6 +369,7 @@ def drop_tied_copies(
     """Of names that share a parameter leave one; two in a checkpoint must be equal."""
     first_names: dict[int, str] = {}
     for name in sorted(groups.keys() & targets.keys()):
+        # Sorted, so that the name that stays is the same wherever it is decided.
         first_name = first_names.setdefault(id(targets[name]), name)
         if first_name == name:
             continue
@@ -396,6 +415,7 @@ def _check_complete(
     covered = {id(targets[name]) for name in groups if name in targets}
     missing = []
     for name, target in targets.items():
+        # A tied parameter is there under one of its names.
         if name not in groups and id(target) not in covered:
             missing.append(name)
     missing += [name for name in hooks if "" not in groups.get(name, {})]
@@ -407,6 +427,7 @@ def _check_complete(
         entry = groups[name][""]
         shape = tuple(targets[name].shape)
         first_rows = growing.get(id(targets[name]))
+        # More rows in the model, and as many stored as the tokenizer had before.
         grows = entry.shape == (first_rows, *shape[1:]) and shape > entry.shape
         if entry.shape != shape and not grows:
             stored = f"{list(entry.shape)} in {entry.file.name}"
