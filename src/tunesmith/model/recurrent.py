@@ -116,7 +116,6 @@ def _run_apart(
         return _run_in_one_call(forward, call, documents, args, kwargs)
     outputs = []
     for group in documents.rows:
-
         # `group` as a default: a closure would see the loop's last one.
         def as_rows(row: Tensor, group: Group = group) -> Tensor:
             return _rows_of_group(row, group)
