@@ -69,6 +69,7 @@ def probe_compiler(device: torch.device) -> tuple[str, str]:
     if path is None:
         others = f"so do {', '.join(paths)}" if paths else "no CUDA toolkit was found beside it"
         return f"{fault}; {others}; install a newer CUDA toolkit, or set {ASSEMBLERS[0]}", ""
+    # Both names: which of them Triton reads depends on its version and the chip.
     os.environ |= dict.fromkeys(ASSEMBLERS, path)
     restart_compiler()
     fault = compiler_fault(device)
@@ -136,6 +137,7 @@ def use_persistent_cache() -> str:
     """
     # Some imports of torch set the variable to torch's own default.
     torch_default = str(Path(tempfile.gettempdir()) / "torchinductor_")
+    # Unset, or torch's default: anything else is the user's choice.
     if os.environ.get(CACHE, torch_default).startswith(torch_default):
         with contextlib.suppress(OSError):  # a home that is read only
             folder = private_folder(cache_folder(f"compiled-{os.getuid()}"))
@@ -206,6 +208,7 @@ class CompiledLayer(nn.Module):
         if documents.chunks is not None:
             mark_varying(documents.chunks.cu_seqlens, 0)
         if self.varied:
+            # [1, tokens, ...]: the second dimension of whatever has one entry a token.
             length = args[0].shape[1]
             for tensor in _tensors((args, kwargs)):
                 if tensor.dim() > 1 and tensor.shape[1] == length:
@@ -214,6 +217,8 @@ class CompiledLayer(nn.Module):
 
 
 def _forward(layer: CompiledLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # The class behind the mixin, whose forward is compiled; the mixin itself stays out of the
+    # graph.
     return super(CompiledLayer, layer).forward(*args, **kwargs)
 
 

@@ -96,6 +96,7 @@ def prepare_allocator(
     errors on GB10.
     """
     if is_integrated(device, cuda):
+        # The fraction bounds all that the allocator holds: what it has by now counts too.
         limit = free_memory(device, cuda) + cuda.memory_allocated(device)
         share = min(1.0, limit / cuda.get_device_properties(device).total_memory)
         # None is the current device; torch takes no `cuda` without an index here.

@@ -155,6 +155,7 @@ def measure_cores(first: str, second: str, root: Path = Path("/")) -> Cores:
     ticks = second_ticks - first_ticks
     busy = 0
     if ticks:
+        # The ticks that were not idle, as a number of cores.
         busy = round(total * (1 - (second_idle - first_idle) / ticks))
     return Cores(total, busy, min(total, available_cores(root)))
 

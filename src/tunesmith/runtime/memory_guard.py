@@ -154,8 +154,10 @@ class MemoryGuard:
         floor = memory_floor(figures.limit or figures.total, unified=bool(self.unified))
         floor += self.stop.saving
         left = figures.room - floor
+        # Others have total - room - this_run; the total is constant, and only growth is read.
         growth = self._growth(-figures.room - this_run)
         reason = ""
+        # What others may take while the run is saved would reach below the floor.
         if left < growth:
             reason = f"{gib(figures.room)} GiB can be had, and the floor is {gib(floor)} GiB"
             if left >= 0:
@@ -167,9 +169,11 @@ class MemoryGuard:
             if figures.free < enough and figures.cached > WORTH:
                 least = min(UNIFIED_FREE_LEAST, enough)
                 reason = self._drop(figures, least)
+                # Near the least the next look comes soon.
                 left = min(left, max(0, figures.free - least))
         if reason:
             self._ask(reason, figures, floor, allocator)
+        # No sooner than memory can be filled as far as the floor.
         return min(RARELY, max(OFTEN, (left - growth) / FASTEST))
 
     def _allocator_bytes(self) -> int:
@@ -195,9 +199,11 @@ class MemoryGuard:
         """
         now = self.clock()
         self.others.append((now, others))
+        # One reading as old as a stop takes stays, however rare the looks are.
         while len(self.others) > 2 and self.others[1][0] <= now - self.ahead:
             self.others.popleft()
         least = min(value for _, value in self.others)
+        # The readings may cover more than one such time: their growth is that of all of it.
         spans = (now - self.others[0][0]) / self.ahead
         return int((others - least) / max(1.0, spans))
 

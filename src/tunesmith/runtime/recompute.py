@@ -40,6 +40,7 @@ class RecomputedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().forward
+        # An `OffloadedLayer` recomputes around this forward.
         if not self.training or not self.recomputed or isinstance(self, OffloadedLayer):
             return forward(*args, **kwargs)
         # The batch's documents and the rotary tables travel in kwargs; both are made once a batch
