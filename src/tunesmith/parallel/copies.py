@@ -78,7 +78,9 @@ class GradientSum:
         """A hook of autograd: the gradient of this backward has been added."""
         if not self.is_last_backward:
             return
+        # The optimizer's hook, which is older than this one, has moved the gradient to its master.
         gradient = part.grad if part.has_master else local_part(param.grad)
+        # `view` needs one run of memory; such a gradient is left to `finish`.
         if not gradient.is_contiguous():
             return
         self.begun.add(part.name)
@@ -88,6 +90,7 @@ class GradientSum:
             work = dist.all_reduce(total, group=self.group, async_op=True)
             assert work is not None
             self.pending.append(PendingSum(work, piece, total))
+            # fp32 copies of a few pieces at a time, not of the whole gradient.
             if total is not piece and len(self.pending) > GRADIENT_PIECES:
                 self._complete_oldest()
 
@@ -99,6 +102,7 @@ class GradientSum:
         """
         while self.pending:
             self._complete_oldest()
+        # By the order of the optimizer's parameters, which is the same on all ranks.
         rest = [gradient for name, gradient in gradients.items() if name not in self.begun]
         self.is_last_backward = False
         self.begun.clear()

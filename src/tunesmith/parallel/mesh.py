@@ -53,11 +53,13 @@ class Mesh:
         """The mesh of all ranks; a collective call. `device_type` is `cpu` or `cuda`."""
         if shape.world == 1:
             return cls()
+        # [replicate, shard, tensor], the last one fastest.
         ranks = torch.arange(shape.world).view(*shape)
         # init_device_mesh would give the groups torch's own time limit, half an hour: a slow save
         # may take longer.
         groups = []
         for dimension in range(len(DIMENSIONS)):
+            # Lists of the ranks that differ in this dimension alone.
             groups.append(_group_of(ranks.movedim(dimension, -1).flatten(0, -2).tolist()))
         # To torch, meshes of the same ranks and names are equal, whatever their groups are.
         # DTensor's cache would hand out an earlier one, whose groups are gone with its training or,
@@ -67,6 +69,8 @@ class Mesh:
         device_mesh = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
         data_group = None
         if shape.data > 1:
+            # One list a tensor number: ranks with other micro batches and the same part of each
+            # layer.
             data_group = _group_of(ranks.flatten(0, 1).T.tolist())
         data_rank, tensor_rank = divmod(dist.get_rank(), shape.tensor)
         return cls(
@@ -115,6 +119,7 @@ def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | No
     """
     if group is None or not tensors:
         return
+    # One collective for all: each alone would wait for its own latency.
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     flat = torch.cat([tensor.flatten().to(wide) for tensor in tensors])
     dist.all_reduce(flat, group=group)
@@ -129,6 +134,7 @@ def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
     Those with the fewest tensor ranks first, of them those with the fewest shards.
     """
     shapes = []
+    # In this order: fewer tensor ranks come first, then fewer shards.
     for tensor in range(1, world + 1) if parallel.tensor == "auto" else [parallel.tensor]:
         for shard in range(1, world // tensor + 1):
             replicate, rest = divmod(world, shard * tensor)

@@ -76,6 +76,7 @@ def shard_model(
     }
     let_codes_be_sharded()
     *layers, last = root.layers
+    # Inner groups first: the root's group takes the parameters that no other has.
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(last, **options, reshard_after_forward=False)

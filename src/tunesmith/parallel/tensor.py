@@ -69,6 +69,7 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
         return frozenset()
     model = root.model
     blocks = find_blocks(model)
+    # All checks come first: the model is changed in place.
     _check_sizes(model, blocks, mesh.shape.tensor)
     if root.attention_backend == "eager":
         raise _not_supported("eager attention", "model.attention")
@@ -79,6 +80,7 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
         sharder.shard_block(block)
     sharder.shard_ends(model.get_input_embeddings(), root.head)
     decoder = find_decoder(model)
+    # What is not sharded by now stays whole on every rank.
     for module in decoder.modules():
         sharder.replicate_module(module)
     sharder.gather_output(decoder)
@@ -189,12 +191,15 @@ class _ModelSharder:
     def shard_linear(self, layer: Any, dim: int) -> None:
         """Shard weight, bias and adapter of a linear layer along a dimension of its weight."""
         sizes = [layer.out_features, layer.in_features]
+        # From here on the layer has the sizes of this rank's part.
         sizes[dim] //= self.group.size
         layer.out_features, layer.in_features = sizes
         if isinstance(layer, FrozenLinear):
             layer.tensor_shard = TensorShard(dim, self.group.rank, self.group.size, self.group.name)
+            # Anew, for the smaller sizes; the weights come later.
             layer.allocate(torch.device("meta"))
         else:
+            # With an adapter the layer's own forward computes with local parts.
             if not isinstance(layer, Lora):
                 self.add_mixin(layer, ShardedLinear)
             self.shard_parameter(layer, "weight", dim)
@@ -208,6 +213,7 @@ class _ModelSharder:
         # A reads what its layer reads, and B writes what it writes.
         layer.first = 0
         if dim == COLUMNS:
+            # Where its inputs lie in the whole layer: dropout draws for all of them.
             layer.first = layer.in_features * self.group.rank
             self.shard_parameter(layer, "lora_A", COLUMNS)
             self.replicate_parameter(layer, "lora_B")
@@ -250,6 +256,8 @@ class _ModelSharder:
         setattr(module, name, self.sharded[whole])
 
     def _distributed(self, part: Tensor, whole: nn.Parameter, placement: Placement) -> nn.Parameter:
+        # Local shapes may be uneven, so the whole one is stated; nothing is compared over the
+        # ranks.
         tensor = DTensor.from_local(
             part,
             self.mesh,
@@ -286,6 +294,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def _gather(x: Tensor, group: TensorGroup) -> Tensor:
+    # Dimension 0 is what the collectives split: [1, tokens, width] -> [tokens, width].
     return _Exchange.apply(x.squeeze(0), group, True).unsqueeze(0)
 
 
@@ -303,6 +312,7 @@ class _SumOfRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # Every rank's output depends on x of this one: the gradients of all outputs are summed.
         return collective("all_reduce", grads[0], "sum", ctx.group.name), None
 
 
@@ -352,6 +362,7 @@ class NormOfHeads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # The sum over this rank's heads; the mean is over the heads of all ranks.
         squares = wide.square().sum(-1, keepdim=True)
         width = x.shape[-1] * self.tensor_group.size
         mean = _SumOfRanks.apply(squares, self.tensor_group) / width
@@ -387,6 +398,7 @@ class VocabParallelEmbedding(LocalParameters):
         inside = (rows >= 0) & (rows < len(local_part(layer.weight)))
         # Some multiply what they read.
         y = super().forward(rows.where(inside, 0))
+        # [1, n, width] times [1, n, 1]: each token comes from one rank, and the sum adds zeros.
         return _scatter(y * inside.unsqueeze(2), self.tensor_group)
 
 
