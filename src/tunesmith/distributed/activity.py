@@ -116,6 +116,8 @@ class Activity:
                 own_line = f"{module}:{line}"
                 break
         beat = self.beat
+        # NCCL's collectives return at once, so a main thread that waits for one shows no frame of
+        # it.
         if not collective and beat.idle > beat.limit / 2 and self.probes.gpu_is_busy():
             collective = "a wait for the GPU"
         beat.collective = collective

@@ -87,6 +87,7 @@ class Peers:
         self.answered_at = now
         for rank, text in enumerate(texts):
             beat = Beat(**json.loads(text))
+            # The same count is the beat that was read before.
             if beat.count != self.beats[rank].count:
                 self.beats[rank] = beat
                 self.heard_at[rank] = now
@@ -124,6 +125,7 @@ class Peers:
     def local_processes(self) -> dict[int, int]:
         """The ranks of this node by their process ids, as far as these can be seen from here."""
         ranks = {self.pid(rank): rank for rank in self.local}
+        # 0 stands for processes that cannot be seen from here.
         ranks.pop(0, None)
         ranks[os.getpid()] = self.rank
         return ranks

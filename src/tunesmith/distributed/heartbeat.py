@@ -123,17 +123,21 @@ class Heartbeat:
             self.agreed = error
             return error
         self.report.is_ending = True
+        # The first cause: a broken connection may have been raised in other words since.
         root = chain[-1]
         is_broken = isinstance(root, RuntimeError) and bool(
             _BROKEN.search(f"{type(root).__name__}: {root}")
         )
         if is_broken:
+            # `walk_tb` begins with the outermost frame, and `locate` with the innermost.
             frames = [*traceback.walk_tb(root.__traceback__)]
             self.activity.locate(reversed(frames))
             self.diagnosis.note_broken(first_line(root))
         elif not self.report.own_error:
             self.report.own_error = self.diagnosis.own_error(error, failure, self.activity)
         self._wake.set()
+        # At most: the other thread decides within the limit, or the store is lost and it decides
+        # alone.
         self.report.fault_event.wait(2 * self.peers.limit)
         fault = self.report.fault
         if is_broken and fault is not None:
@@ -178,6 +182,7 @@ class Heartbeat:
         while not self._closing.wait(peers.clock.interval / 2):
             peers.clock.advance()
             if report.fault is not None:
+                # A main thread that has raised unwinds and reports; one in a collective cannot.
                 seconds_to_end = ENDING if report.is_ending else GRACE
                 if time.monotonic() - report.decided_at > seconds_to_end:
                     _leave(report.fault.exit_code)

@@ -117,6 +117,7 @@ class Ranks:
             yield
         except BaseException as caught:  # a signal's KeyboardInterrupt too
             error = caught
+        # One collective, which ranks reach with or without an error.
         outcomes = self.all_gather_object((_exit_code_of(error), str(error)))
         for rank, (code, text) in enumerate(outcomes):
             if not code:
@@ -132,6 +133,7 @@ class Ranks:
 
         The block itself must hold no collective.
         """
+        # The same collective for all: the others meet it before the block, the first rank after it.
         if self.local_rank:
             self.all_gather_object(None)
         try:
@@ -205,6 +207,7 @@ def join_ranks() -> Iterator[Ranks]:
 
     from tunesmith.distributed.torch_private import current_collective, find_nccl_error
 
+    # In the order of `started_as`.
     rank, world, local_rank, local_world = environment.values()
     limit = timedelta(seconds=heartbeat_limit())
     has_cuda = torch.cuda.is_available()
@@ -234,6 +237,7 @@ def join_ranks() -> Iterator[Ranks]:
     heartbeat = Heartbeat(
         rank,
         hosts,
+        # Ranks are numbered node by node.
         range(rank - local_rank, rank - local_rank + local_world),
         dist.PrefixStore(group, heartbeat_store),
         probes,
@@ -331,6 +335,7 @@ def meet(store: "Store", rank: int, world: int) -> tuple[str, list[str]]:
         listed = read("list")
         members = json.loads(listed or "[]")
         # Any other list is of an earlier start.
+        # A slice: the list of an earlier start may be shorter.
         if members[rank : rank + 1] == [own_name]:
             name = members[0].split()[1]
             store.set(f"agreed/{rank}", listed)

@@ -32,6 +32,7 @@ def collective(name: str, x: Tensor, *arguments: Any) -> Tensor:
     operators: Any = torch.ops._c10d_functional
     operator = getattr(operators, name)
     if torch.compiler.is_compiling():
+        # These operators return at once; the result may be read after `wait_tensor`.
         return operators.wait_tensor(operator(x.contiguous(), *arguments))
     _entered.append(name)
     try:

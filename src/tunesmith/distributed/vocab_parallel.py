@@ -50,10 +50,12 @@ class VocabularyShard(NamedTuple):
             targets: int64 [c], tokens of the whole vocabulary.
         """
         column, inside = self._columns(targets, logits)
+        # A target of another rank reads a clamped column, and counts as 0 in the sum below.
         picked = logits.gather(1, column).where(inside, 0)
         largest = collective("all_reduce", logits.amax(-1, keepdim=True), "max", self.group)
         # Less the largest, so that no exponential overflows.
         exps = logits.sub_(largest).exp_()
+        # Both numbers in one collective: [c, 2].
         sums = torch.cat([exps.sum(-1, keepdim=True), picked], 1)
         total, picked = collective("all_reduce", sums, "sum", self.group).split(1, 1)
         return total.log() + largest - picked, exps.div_(total)
@@ -61,6 +63,7 @@ class VocabularyShard(NamedTuple):
     def subtract_one_hot(self, probabilities: Tensor, targets: Tensor) -> None:
         """Subtract 1 at each position's target, in place, on the rank that has it."""
         column, inside = self._columns(targets, probabilities)
+        # -1 in the target's column, or 0 where another rank has it.
         probabilities.scatter_add_(1, column, -inside.to(probabilities.dtype))
 
     def most_likely(self, logits: Tensor) -> Tensor:
@@ -68,6 +71,7 @@ class VocabularyShard(NamedTuple):
 
         logits: [c, own tokens].
         """
+        # The first of equal ones on this rank; `min` below takes the first of all ranks.
         largest, token = logits.max(-1)
         global_largest = collective("all_reduce", largest, "max", self.group)
         # Ranks that do not have it say a token that is larger than any.
