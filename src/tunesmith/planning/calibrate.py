@@ -84,8 +84,10 @@ def calibrate_recompute(
     model.train()
     while True:
         recompute_layers(layers, count)
+        # The peak that is read below is this trial's alone.
         meter.restart()
         activations = None
+        # A rank that fails within a collective leaves the others waiting there: no gather after it.
         with nullcontext() if shares else ranks.raise_on_all_ranks():
             try:
                 activations = _trial(model, batch, meter)
@@ -150,8 +152,10 @@ def revise_recomputed(
     """
     if count == layers:
         return count  # what a layer keeps that is not recomputed was not measured
+    # activations = count * recomputed_layer + (layers - count) * kept_layer
     kept_layer = (activations - count * recomputed_layer) / (layers - count)
     saving = kept_layer - recomputed_layer
     if saving <= 0:
         return count
+    # Rounded down: one layer too many recomputes rather than one too few.
     return min(layers, max(0, count - math.floor(room / saving)))

@@ -148,6 +148,7 @@ def measure_work(
         return flops(spec, lengths, supervised, trained=trained, adapter_parameters=adapter_weights)
 
     everything = operations(spec)
+    # Without heads no attention is counted: what is left is products.
     layers = tuple(replace(layer, heads=0) for layer in spec.layers)
     products = operations(replace(spec, layers=layers))
     total = float(lengths.sum())
@@ -310,6 +311,7 @@ class Planner:
         behind.
         """
         forecasts = [self.fastest(mesh) for mesh in self.meshes()]
+        # (fails, tight, unknown speed over nodes) of the best: others of its class compete with it.
         *best_class, least_cost = min(map(self._order, forecasts))
         contenders = []
         for forecast in forecasts:
@@ -346,6 +348,7 @@ class Planner:
         largest = min(limit, resolve.rank_step(self.run, self.work.step, mesh).largest)
         best = auto
         fails, tight, cost = auto.order
+        # Another micro batch than that of `auto` must gain BETTER.
         least = (fails, tight, BETTER * cost)
         tokens = self.run.data.seq_len
         while tokens <= largest:
@@ -379,8 +382,10 @@ class Planner:
         needed, room = savings.memory_needs(plan, self.machine)
 
         tokens = resolve.rank_step(run, work.step, mesh).mean
+        # A share that is whole micro batches but for rounding makes no further one.
         micro_batches = max(1, math.ceil(tokens / plan.memory.tokens - 1e-9))
         if plan.layout.pad_to:
+            # Padding is computed too.
             tokens = micro_batches * plan.layout.pad_to
         collectives = self._collectives(plan, tokens, micro_batches)
         time = StepTime({}, hidden=0.0, hides_from=0)
@@ -397,9 +402,11 @@ class Planner:
         return Forecast(
             plan,
             fits=needed <= room,
+            # `room` is what can be allocated; USABLE of the memory is what is planned with.
             tight=needed > room * resolve.USABLE / savings.ALLOCATABLE,
             room=room,
             phases=self._phase_bytes(plan),
+            # Ranks without a unit in the last round wait for those with one.
             idle_share=1 - units / (mesh.data * ceil_div(units, mesh.data)),
             sent=self._sent(collectives),
             seconds=time.parts,
@@ -462,24 +469,28 @@ class Planner:
         # embedding and the head's gradient.
         sums = 4 * spec.depth + 2 * plan.recomputed_layers + 2
         # In fp32; of a model trained in full, of this rank's shards.
+        # An all-reduce is a reduction and a gather: 2 times 4 bytes a parameter.
         gradients = 2 * 4 * estimator.trained_here
         head = 0
         embedding = 0
         in_fp32 = 0.0
         if self.trains_adapter:
             # Neither embedding nor head is sharded, and a frozen base has no gradients.
+            # Every data rank has a whole adapter.
             sum_of_gradients = Collective(1, gradients, replicate * shard, tensor)
         else:
             if not spec.tied:
                 head = itemsize * ceil_div(spec.head_matmul, tensor)
             embedding = ends - head
             in_fp32 = 4 / itemsize
+            # FSDP2's reductions have summed over the shards: the copies of each shard are left.
             sum_of_gradients = Collective(1, gradients, replicate, tensor * shard)
 
         def of_shards(times: int, size: float) -> Collective:
             return Collective(times, size, shard, tensor)
 
         return Collectives(
+            # 2: each sum is a scatter and a gather.
             tensor_parallel=Collective(1, 2 * sums * tokens * spec.hidden * itemsize, tensor, 1),
             # In each pass: of all layers but one, as the last stays for the backward, and nothing
             # hides the first one's.
@@ -501,6 +512,7 @@ class Planner:
         rate = chip.tflops * 1e12
         if plan.base.startswith("fp8"):
             rate *= EIGHT_BIT_SPEED
+        # The ranks of a tensor group share a token's work.
         token_seconds = self.work.operations / rate / plan.mesh.tensor
         recompute_cost = resolve.RECOMPUTE_COST[self.run.adapter.kind]
         recompute = recompute_cost * plan.recomputed_layers / self.spec.depth
@@ -538,6 +550,7 @@ class Planner:
             "gradients": exposed_sum,
         }
         of_micro_batch = beside_forward + beside_backward + gather_first + reduce_last
+        # So many times longer the passes must be, and so the micro batch.
         hiding_passes = max(beside_forward / forward, beside_backward / backward)
         return StepTime(
             compute | communication,
@@ -595,6 +608,7 @@ class Planner:
             if inside > 1:
                 sent["link"] += collective.times * collective.sent
             if inside < collective.ranks:
+                # All members of a node share what the ring sends to the next node.
                 sent["network"] += collective.times * collective.sent / inside
         return sent
 

@@ -46,11 +46,14 @@ class Cluster:
         node.
         """
         link = self.chip.link or 0.0
+        # The whole group is on one node.
         if ranks * stride <= self.per_node:
             return 1e9 * link
         inside = self.inside(ranks, stride)
         across = inside * (self.chip.network or 0.0)
         if inside > 1:
+            # A ring is as fast as its slowest hop: into the next node, or over the links within
+            # one.
             return 1e9 * min(across, link)
         return 1e9 * across
 
@@ -84,6 +87,7 @@ def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
 
 def _parse_cluster(text: str) -> Cluster:
     """`here`, or `2x8xh100` by the table of chips; in upper or lower case."""
+    # Nodes, GPUs of a node, chip; one number alone is told apart below.
     match = re.fullmatch(r"(?:(\d+)x)?-?(?:(\d+)x)?-?([a-z][a-z0-9-]*)", text.lower())
     name = match[3] if match else text
     if name == "here":

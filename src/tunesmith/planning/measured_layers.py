@@ -110,6 +110,7 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
             ) from error
     by_token = []
     constant = []
+    # A line through two points: what grows with the tokens, and what does not.
     for first, second in zip(short, long, strict=True):
         slope = (second.kept - first.kept) / TOKENS
         by_token.append(slope)

@@ -203,6 +203,7 @@ def step_units(run: Run) -> int:
 def rank_step(run: Run, step: StepSize, mesh: MeshShape) -> StepSize:
     """What the busiest data rank takes of a step."""
     units = step_units(run)
+    # Examples and rows are not divided: the busiest rank's share is rounded up.
     share = ceil_div(units, mesh.data) / units
     return StepSize(step.mean * share, math.ceil(step.largest * share))
 
@@ -271,6 +272,7 @@ class MemoryEstimator:
         tensor = self.mesh.tensor
         matrices = spec.linear_matrices
         experts = spec.layer_matrices - matrices
+        # Embedding and head; tied they are one matrix.
         tables = spec.head_matmul if spec.tied else 2 * spec.head_matmul
         rest = spec.parameters - matrices - experts - tables
         width = self.scheme.weight_bytes
@@ -296,9 +298,11 @@ class MemoryEstimator:
         rowwise = 0
         if tensor > 1:
             layer = spec.layers[0]
+            # o has heads * head_dim inputs, down the MLP's width; both have `hidden` outputs.
             inputs = layer.heads * layer.head_dim + layer.intermediate
             rowwise = spec.depth * spec.hidden * inputs
         others = spec.linear_matrices - rowwise
+        # In fp32: 4 bytes a block of weights.
         return int((others * scheme.scale_bytes + rowwise * 4 / scheme.block) / tensor)
 
     @property
@@ -312,6 +316,7 @@ class MemoryEstimator:
         if self.trains_adapter:
             whole = count_adapter(self.spec, adapter)
             return self.trained - whole + count_adapter(self.spec, adapter, tensor)
+        # `weights(1)` counts elements: those of this rank's part of each layer.
         weights = sum(self.weights(1))
         return ceil_div(weights * self.trained, self.spec.parameters * self.mesh.shard)
 
@@ -346,6 +351,7 @@ class MemoryEstimator:
         least = self.least_bytes(min(tokens, longest), memory.recomputed_layers)
         memory = replace(memory, least=least)
         if not by_examples:
+            # A padded row must hold the longest example.
             size = Size(max(tokens, longest) if fixed else tokens, "tokens")
         assert size != "auto"
         recompute_reason = "as train.recompute says"
@@ -401,6 +407,7 @@ class MemoryEstimator:
         """
         if not self.machine.integrated:
             return 1
+        # The largest power of two in a LENGTHS-th of the longest row.
         return 1 << max(0, (longest // LENGTHS).bit_length() - 1)
 
     def estimate(self, tokens: int) -> MemoryEstimate:
@@ -427,17 +434,21 @@ class MemoryEstimator:
             width = 4
             base_width = width
         base = self.base_bytes(base_width)
+        # As the backward makes them: in the dtype of the weights.
         gradients = width * trained
         if self.fp32_gradients:
             gradients += (4 - width) * spec.linear_matrices
+        # Counts an fp32 gradient, whatever the backward makes.
         state = int(trained * state_bytes_per_parameter(run.train, width))
         host = 0
         if "parameters" in self.moved:
+            # The frozen layers wait on the host; embedding, norms and head stay.
             if self.trains_adapter:
                 _, outside_layers = self.weights(itemsize)
                 host = base - outside_layers
                 base = outside_layers
             else:
+                # FSDP2 keeps shards, gradients and moments together on the host.
                 host = base + state
                 base = 0
                 state = 0
@@ -458,6 +469,7 @@ class MemoryEstimator:
 
         gathered = self.gathered_bytes(itemsize)
         usable = int(self.machine.free_bytes * usable_share(self.machine.device))
+        # What is left for activations, of which the layers that recompute keep their inputs.
         room = usable - base - adapter - state - copies - gathered - workspace - ends
         recomputed = self._recomputed_layers(room, layers, recomputed_layer)
         # Otherwise the last layer's activations are gone when the first one recomputes.
@@ -469,6 +481,7 @@ class MemoryEstimator:
             recomputed_layers=recomputed,
             weights=base + adapter,
             gradients=gradients,
+            # `state` has the gradients in it, which are shown apart.
             optimizer=state - gradients,
             copies=copies,
             gathered=gathered,
@@ -497,6 +510,7 @@ class MemoryEstimator:
         """
         run = replace(self.run, train=replace(self.run.train, recompute=recomputed_layers))
         memory = replace(self, run=run).estimate(tokens)
+        # The moments are in `total`; the gradients of the step before are dropped.
         return memory.total - memory.gradients - memory.copies
 
     def _layer_bytes(self, tokens: int, itemsize: int) -> list[int]:
@@ -512,6 +526,7 @@ class MemoryEstimator:
             size = int(by_token * tokens + constant)
             # A compiler keeps what our own modules keep; not known of recurrences and experts.
             is_plain = layer.heads and not layer.state and not layer.experts
+            # The compiler does at least as well as our own modules on a plain block.
             if is_plain and self.machine.compiles[0]:
                 size = min(size, self._block_bytes(layer, tokens, itemsize))
             elif self.machine.attention[0] == "products" and spec.attention_softcap is None:
@@ -530,7 +545,9 @@ class MemoryEstimator:
         # Of what a tensor group keeps, only the normed inputs are whole: gathered before attention
         # and MLP.
         wide = ceil_div(layer.intermediate, tensor)
+        # q, and k and v of the key-value heads.
         heads = layer.head_dim * (layer.heads + 2 * layer.kv_heads) // tensor
+        # The two normed inputs, then `vectors` of the hidden width and of the MLP's.
         elements: float = 2 * spec.hidden + vectors * (ceil_div(spec.hidden, tensor) + wide) + heads
         if self.machine.attention[0] == "products" and spec.attention_softcap is None:
             elements += layer.heads * self.probabilities / tensor
@@ -544,6 +561,7 @@ class MemoryEstimator:
         if adapter.dropout:
             attention_width = layer.heads * layer.head_dim // tensor
             mask = 1 if self.machine.device == "cpu" else 1 / itemsize
+            # Masks of the inputs of q, k, v, gate and up, of o, and of down.
             elements += 3 * spec.hidden + attention_width
             elements += mask * (5 * spec.hidden + attention_width + wide)
         return int(elements * tokens + factors) * itemsize
@@ -561,11 +579,13 @@ class MemoryEstimator:
         hidden = self.spec.hidden if trained else 0
         # fp32 logits are scored in place, and on a CPU all are, a few rows at a time.
         has_wide_logits = itemsize < 4 and device.type != "cpu"
+        # Raw logits, and their gradient.
         logits = 2 * itemsize * chunk
         gradients = itemsize * (chunk + hidden)
         if has_wide_logits:
             logits += 4 * chunk
             gradients += itemsize * chunk
+        # The fp32 sum of a trained head's gradients is there beside either.
         return vocabulary * (4 * hidden + max(logits, gradients))
 
     def _backward_bytes(self, tokens: int, itemsize: int) -> int:
@@ -588,6 +608,7 @@ class MemoryEstimator:
         """Bytes of the base on one rank; of a frozen one only the layers are sharded."""
         layers, ends = self.weights(itemsize)
         # Scales are buffers, which FSDP2 leaves whole.
+        # `layers` has their share of a shard: what is missing of them is added.
         scales = self.scales - self.scales // self.mesh.shard
         if self.trains_adapter:
             return ceil_div(layers, self.mesh.shard) + ends + scales
@@ -604,6 +625,7 @@ class MemoryEstimator:
             if self.mesh.data == 1 or self.trains_adapter:
                 return 0
             has_16_bit_gradients = itemsize < 4 and self.run.train.master_weights == "stochastic"
+            # The pieces that `parallel/copies.py` sums in fp32 at a time.
             return 4 * GRADIENT_PIECE * GRADIENT_PIECES if has_16_bit_gradients else 0
         layers, ends = self.weights(itemsize)
         gathered = GATHERED_LAYERS * layers // self.spec.depth
@@ -615,6 +637,7 @@ class MemoryEstimator:
         # The head's gradient is reduced at once, beside all activations; the embedding's when they
         # are gone.
         head = ceil_div(self.spec.head_matmul, self.mesh.tensor)
+        # Its gathered weight, its gradient, and that in fp32 for the reduction.
         return gathered + head * (2 * itemsize + 4)
 
     def fastest_micro_batch(self, step: StepSize, *, fixed: bool) -> int:
@@ -641,8 +664,10 @@ class MemoryEstimator:
         work = 1 + cost_of_recompute * memory.recomputed_layers / self.spec.depth
         micro_batches = math.ceil(step.mean / tokens)
         if fixed:
+            # Padding up to the fixed size is computed too.
             work *= micro_batches * tokens / step.mean
         fixed_cost = self.pass_tokens * micro_batches / step.mean
+        # Whatever fits is cheaper than what does not; of these the least overrun is.
         return work + fixed_cost + 1e6 * self._overrun(memory)
 
     @property
@@ -685,6 +710,7 @@ def fewest_recomputed(room: float, layers: Sequence[int], recomputed_layer: int)
     """
     missing = sum(layers) - room
     for count, layer in enumerate(layers):
+        # Activations minus room: each layer that recomputes takes its saving off.
         if missing <= 0:
             return count
         missing -= layer - recomputed_layer

@@ -188,6 +188,7 @@ def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
     keys = plan.less_memory(resumed=resumed)
     if machine.limit is None:
         return keys
+    # Of what the limit allows a part is planned with, so more than the estimate must be there.
     missing = int(plan.memory.total / USABLE_ON_CPU) - machine.free_bytes
     larger = machine.limit.fix(max(0, missing))
     return f"{keys} or {larger}" if larger else keys
