@@ -52,7 +52,9 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
     Quantized layers, adapter and fused modules, but no weights.
     """
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
+    # First: what other code reads past the forward is neither quantized nor adapted.
     set_bypassed(model, files.support.dead_targets)
+    # Before the adapter, which is put onto the quantized layers.
     scheme_of(run.model).replace_linears(model, DTYPES[run.model.dtype])
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=run.train.seed)
@@ -116,6 +118,7 @@ def build_model(
         bound_product_caches()
     prepare_allocator(device)  # inference names a device without `choose_device`
     model = model or define_model(run, files)
+    # By the plan: the scaling recipe of fp8 depends on the machine.
     if plan.base in SCALING_RECIPES:
         convert_to_eight_bit(model, plan.base, skip=lora.modules_to_save(model, run.adapter))
     if plan.attention == "eager" and run.data.pack:
@@ -128,8 +131,11 @@ def build_model(
     )
     root.recurrent_trials = try_recurrent_kernels(run, files, plan)
     use_packed_calls(model, {name: trial.call for name, trial in root.recurrent_trials.items()})
+    # Before what wraps the layers: it changes the modules inside them.
     root.partial_gradients = apply_tensor_parallel(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
+    # After recompute: the mixin that is added last runs first, so the graph holds the
+    # recomputation.
     if plan.compiled:
         compilation.compile_layers(root.layers, varied=plan.layout.pad_to is None)
         root.loss_and_grad_fn = compilation.compile_loss(root.loss_and_grad_fn)
@@ -140,6 +146,7 @@ def build_model(
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
     if probe is not None and run.train.recompute == "auto" and device.type == "cuda":
+        # Of what was free before anything was built: the trial counts all that is allocated.
         budget = int(plan.memory.free * USABLE)
         meter = MemoryMeter(device)
         shares = mesh.shape.shard > 1 or mesh.shape.tensor > 1
