@@ -136,6 +136,7 @@ def check_run_dir(output_dir: Path) -> None:
 
 def _first_names(names: list[str]) -> str:
     text = ", ".join(names[:NAMED_FILES])
+    # A lock file that was there before, and is not marked, may be somebody else's.
     return f"{text}, ..." if len(names) > NAMED_FILES else text
 
 
@@ -178,6 +179,7 @@ def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
     check_run_dir(output_dir)
     created = missing_folders(output_dir)
     lock = output_dir / LOCK
+    # Asked before `_lock` creates it.
     is_new = not lock.exists()
     handle = _lock(output_dir)
 

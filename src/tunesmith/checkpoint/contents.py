@@ -100,6 +100,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     A tied weight is there once, as the embedding: the name that bases have. Transformers 4.57 does
     not find it under the head's.
     """
+    # Tied weights by their first name only; the second set has all names.
     names = {name for name, _ in model.named_parameters()}
     names_of_tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
     return {
@@ -150,6 +151,7 @@ def adapter_save_function(
     )
     # The caller changes its own while a thread writes this one.
     progress = replace(progress)
+    # On all ranks, in the same order: what is sharded is gathered in collectives.
     gathered_tensors = gathered(tensors)
     gathered_moments = gathered(optimizer)
     local_tensors: dict[str, Tensor] = {
@@ -158,6 +160,7 @@ def adapter_save_function(
     local_moments = {name: optimizer[name] for name in optimizer.keys() - gathered_moments}
     snapshots: list[Snapshot] = []
     if copy:
+        # Without room for copies the function must be called before the next step.
         with suppress(torch.OutOfMemoryError):
             snapshots = [Snapshot(local_tensors), Snapshot(local_moments)]
 

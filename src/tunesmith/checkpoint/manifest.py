@@ -275,9 +275,11 @@ def atomic_folder(place: Path, step: int) -> Iterator[Path]:
         # Where ranks write a checkpoint together they have written it already.
         if not (partial / MANIFEST).exists():
             write_manifest(partial, step, flush_files(partial))
+        # A kill between the two renames leaves `.old`, which `claim.restore` names back.
         if place.is_symlink() or place.exists():
             place.rename(replaced if is_complete(place) else free_name(place))
         partial.rename(place)
+        # A rename is on the disk once its folder is.
         flush_to_disk(place.parent)
         remove(replaced)
     except BaseException as error:

@@ -121,6 +121,7 @@ def loss_curve(losses: Sequence[float]) -> list[str]:
     for row in reversed(range(HEIGHT)):
         line = f"{labels[row]:>9} |"
         for height in heights:
+            # How much of this row, in eighths, the column fills.
             eighths = min(8, max(0, height - 8 * row))
             line += _BLOCKS[eighths]
         lines.append(line.rstrip())

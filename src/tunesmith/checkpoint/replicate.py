@@ -111,12 +111,14 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> SavedCheckpo
     own_copies = copies_in(run_dir) if ranks.is_run_dir_writer else {}
     keys = {key for keys in ranks.all_gather_object([*own_copies]) for key in keys}
     not_whole = ""
+    # In one order on all ranks: the body holds collectives.
     for step, digest in sorted(keys, reverse=True):
         place = run_dir / f"checkpoint-{step}"
         own_copy = own_copies.get((step, digest))
         names = ranks.all_gather_object(own_copy.name if own_copy else None)
         copies = _compare_copies(ranks, run_dir, names)
         source = min(copies)
+        # A file is lost where every copy lacks it or has it damaged.
         lost = set(copies[source].damage)
         for copy in copies.values():
             lost &= copy.damage.keys()
@@ -165,6 +167,7 @@ def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dic
         if name is not None:
             share = (readers.index(ranks.rank), len(readers))
             damage = dict(damaged_files(run_dir / name, share=share))
+    # Only the ranks that write a directory have given a name.
     copies = {rank: Copy(name, {}) for rank, name in enumerate(names) if name is not None}
     for reader, clauses in enumerate(ranks.all_gather_object(damage)):
         copy = copies.get(ranks.run_dir_writers[reader])
@@ -296,6 +299,7 @@ def copy_files(
     """
     wants = set()
     for rank, names in enumerate(ranks.all_gather_object([*wanted])):
+        # By directory: ranks that see the same one want a file once.
         wants |= {(name, ranks.run_dir_writers[rank]) for name in names}
     if not wants:
         return
@@ -306,6 +310,7 @@ def copy_files(
     all_sums = ranks.all_gather_object(sums)
     transfers: list[Transfer] = []
     with ranks.raise_on_all_ranks():
+        # Sorted: both sides of each transfer come to it in the same order.
         for name, target in sorted(wants):
             givers = [
                 rank for rank, files in enumerate(all_sums) if name in files and rank != target

@@ -150,6 +150,7 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
     previous_runs = ranks.all_gather_object(previous_run)
     if not any(previous_runs):
         return Start()
+    # Nodes may have ended at other steps: the newest final/ counts.
     final_step = max((step for step in final_steps if step is not None), default=None)
     checkpoint = newest_checkpoint(output_dir, ranks)
     progress: Progress | None = None
@@ -204,6 +205,7 @@ def _bring_records(output_dir: Path, ranks: Ranks) -> None:
     all_sizes = ranks.all_gather_object(sizes)
     # Each step is a line: the longest one goes furthest.
     lengths = [sizes_of_rank.get(METRICS, 0) for sizes_of_rank in all_sizes]
+    # The lowest rank of those with as much: rank 0 where nothing is to be copied.
     source = lengths.index(max(lengths))
     if source != 0:
         wanted = [*all_sizes[source]] if ranks.is_main_process else []
@@ -325,6 +327,7 @@ def _outlook(train: Train, schedule: BatchSchedule, progress: Progress) -> Outlo
             text += f" (= {steps:,} steps)"
     else:
         seconds = train.duration.seconds or 0.0
+        # By the clock: as many steps as the speed so far makes in the whole time.
         steps = round(seconds * progress.step / max(progress.seconds, 1e-9))
         text += f" (about {steps:,} steps)"
     rate = scheduled_rate(

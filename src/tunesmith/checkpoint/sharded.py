@@ -157,6 +157,7 @@ class _PartsReader(FileSystemReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         if self.ranks.world > 1:
+            # The files that DCP's plan reads of this rank, by where the tensors' parts lie.
             names = set()
             for item in plan.items:
                 names.add(f"{STATE}/{self.storage_data[item.storage_index].relative_path}")
@@ -250,6 +251,7 @@ def fits_twice(
     """
     size = sum(local_part(tensor).nbytes for tensor in _named(model, optimizer).values())
     has_host_memory = device.type == "cpu" or not is_integrated(device)
+    # The ranks of a node copy at the same time.
     fits = has_host_memory and size * ranks.local_world < FITS * available_memory()
     return all(ranks.all_gather_object(fits))
 
@@ -333,6 +335,7 @@ def read_sharded_optimizer(
             if f"{name}.step" in scalars:
                 part.state = part.initial_state()
                 part.state["step"].copy_(scalars[f"{name}.step"].read())
+    # Scalars are read above, masters below under the name of their weight.
     stored_elsewhere = {*scalars, *(f"{name}.master" for name in optimizer.masters)}
     moments = {}
     for name, tensor in optimizer.state_dict().items():
