@@ -42,6 +42,7 @@ class AnswerSampler:
         count = session.run.log.samples
         if not session.data.validation or count == 0 or session.mesh.shape.tensor > 1:
             return
+        # A whole model answers on rank 0 alone; of a sharded one every rank gathers each layer.
         if not (self.ranks.is_main_process or self.is_sharded):
             return
         clock = AnswerClock(

@@ -79,6 +79,7 @@ class AsyncMetrics:
         scalars = StepScalars(loss, metrics)
         if self.session.ranks.world == 1:
             return scalars
+        # Here and not in `flush`: the seconds travel in the reduction.
         seconds = self.end_step()
         status = RankStatus(
             stop_requests=float(self.stop.is_requested()),

@@ -176,6 +176,7 @@ def build(
         check_machine(run, device)
         check_inputs(run, start)
         files, hashes = read_base(run, start, ranks, weights=weights)
+        # As it was given: config.yaml keeps it, and a resumed run compares its own with it.
         session_run = run
         run = lay_out_rows(run, files)
         # Nothing is learned in a measurement, and a run that began keeps the rows that it began
@@ -290,6 +291,7 @@ def load_model(
     base_weights: Path | Literal["random"] | None = checkpoint if is_full else None
     if weights == "random":
         base_weights = "random"
+    # One token is enough: one micro batch, the largest of the first step.
     [largest] = first_batches(make_loader(data, files, plan), device, 1)
     root, plan = build_model(
         run,
@@ -349,6 +351,7 @@ def plan_model(
         machine = probe_machine(run, files, device, shapes, ranks.heartbeat.peers.local_processes())
     machines, local = (
         ranks.all_gather_object(machine),
+        # Nodes with unlike numbers of ranks are planned as smaller, equal ones.
         math.gcd(*ranks.all_gather_object(ranks.local_world)),
     )
     with ranks.raise_on_all_ranks():
@@ -358,6 +361,7 @@ def plan_model(
         cluster = cluster_of(machine.name, ranks.world // local, local)
         work = measure_work(run, files.spec, data.train, schedule=data.schedule)
         plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
+        # `memory.host` is a rank's share; the ranks of a node have one host.
         needed, there = plan.memory.host * ranks.local_world, available_memory()
         if needed > there:
             what = (
@@ -398,6 +402,7 @@ def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
         free_bytes=min(machine.free_bytes for machine in machines),
         card_bytes=tightest.card_bytes,
         limit=tightest.limit,
+        # Each rank's own GPU, by its index.
         device=machines[ranks.rank].device,
         name=first.name if have_one_name else "",
     )

@@ -100,6 +100,7 @@ class CheckpointSaver:
         self.ranks.heartbeat.phase("saving", self.time_limit())
         # After a write in progress `saved_step` is up to date.
         self.writer.wait()
+        # The end is saved over the same step once more: its progress says that the run has ended.
         if self.writer.saved_step == progress.step and progress.ended is None:
             return
         progress.loss_scale = self.session.optimizer.scale

@@ -118,6 +118,7 @@ def read_dense_weight(layer: EightBitLinear, mesh: Mesh, ranks: Ranks) -> Tensor
     data_ranks = mesh.shape.data
     rows_of_rank = ceil_div(count, data_ranks)
     start = min(mesh.data_rank * rows_of_rank, count)
+    # Past the last row: an empty slice, padded below like a short one.
     stop = min(start + rows_of_rank, count)
     rows = layer.read_rows(layer.stored, slice(start, stop))
     if mesh.data_group is None:

@@ -200,11 +200,13 @@ def _with_split(source: Source) -> Source:
 def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelFiles, np.ndarray]:
     """The model's files, and how many tokens each of some rows becomes, spread over all."""
     files = read_model_files(fetch.fetch_for_tokens(run.model), run.model)
+    # Nothing is cut or left out where lengths are looked at.
     data = replace(
         run.data, train=(source,), seq_len=sys.maxsize, too_long="truncate", train_on="all"
     )
     template = select_template(data, files.tokenizer, eos_ids(files.folder, files.tokenizer))
     if len(rows) > LOOK:
+        # Every so many rows: files are often sorted.
         numbers = sorted({n * len(rows) // LOOK for n in range(LOOK)})
         rows = rows.take([range(number, number + 1) for number in numbers])
     tokens = tokenize(
@@ -248,6 +250,7 @@ def _choose_seq_len(
         seq_len = longest
         reason = f"the longest of {looked_at} has {longest:,} tokens"
     else:
+        # "higher": the length of a row that is there, not one between two.
         most = int(np.quantile(lengths, 0.99, method="higher"))
         seq_len = max(SEQ_LEN, most)
         reason = f"99 % of {looked_at} have up to {most:,} tokens, the longest {longest:,}"
@@ -269,6 +272,7 @@ def _choose_rate(chosen: dict[str, Any], why: dict[str, str], draft: Run, hidden
     if draft.adapter.kind == "lora":
         rate = FULL_RATE * LORA_RATE * (WIDTH / hidden) ** WIDTH_EXPONENT
         method = "LoRA takes about ten times the rate of full fine-tuning"
+    # One significant digit.
     chosen["train.learning_rate"] = min(MOST_RATE, float(f"{rate:.0e}"))
     why["train.learning_rate"] = f"{method}, and wide models less than narrow ones"
 
@@ -290,6 +294,7 @@ def _choose_steps(
         examples_seen = examples * duration.amount
     batch = draft.train.global_batch
     if "train.global_batch" not in given_keys:
+        # The largest batch that still makes STEPS steps.
         sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size * STEPS <= examples_seen]
         batch = Size(max(sizes, default=1), "examples")
     chosen["train.duration"] = str(duration)

@@ -179,8 +179,11 @@ class Trainer:
                 output = model(micro_batch)
                 self.ranks.heartbeat.progress()
                 (output.loss * loss_scale).backward()
+            # Not in place: the metrics began as the same tensor of zero.
             loss = loss + output.loss.detach()
             metrics = {name: value + output.metrics[name] for name, value in metrics.items()}
+        # Over the data ranks, then over the tensor group; both before the norm, which is the
+        # whole's.
         gradients = optimizer.gradients()
         self.gradient_sum.finish(gradients)
         reduce_gradients(gradients, model.partial_gradients, mesh)

@@ -68,6 +68,7 @@ class Validation:
         progress.record = dataclasses.replace(progress.record, val_loss=loss)
         self.metrics.log_record()
         self.sinks.validation(progress.step, loss)
+        # Counted up first, and put back where this one is the best.
         progress.worse += 1
         if progress.best_loss is None or loss < progress.best_loss:
             progress.worse = 0
