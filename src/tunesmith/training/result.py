@@ -182,10 +182,12 @@ def stopped_by(
     """
     out = Path(run.output_dir)
     step = progress.step
+    # Any rank's request stops all: the first of each kind is reported.
     shortage = next((shortage for shortage, _ in requests if shortage), None)
     signal = next((signal for _, signal in requests if signal), None)
     # `tunesmith stop` writes the file, and sends a signal too where it can.
     is_by_file = (out / STOP_FILE).exists() or signal is None
+    # What was saved, and how to go on.
     if step:
         outcome = f": step {step} is saved"
         where = str(out / f"checkpoint-{step}")
@@ -197,6 +199,7 @@ def stopped_by(
         why = "there was nothing to save yet"
         fix = "start the same command again"
 
+    # The record for stopped.json, and the error, by who asked: memory, the file, a signal.
     record: dict[str, Any] = {"signal": signal, "reason": "signal", "step": step}
     error: StoppedError
     if shortage is not None:
@@ -215,10 +218,12 @@ def stopped_by(
     else:
         record |= {"next": fix}
         error = StoppedError(f"stopped by {signal}{outcome}", where=where, why=why, fix=fix)
+        # Slurm's preemption and its `--signal` come as these.
         if "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
             error.cause = "preempted"
     record["cause"] = error.cause or None
 
+    # The request is answered: the next start must not find it.
     if ranks.is_main_process:
         (out / STOP_FILE).unlink(missing_ok=True)
     if is_launched():

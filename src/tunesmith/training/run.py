@@ -205,12 +205,14 @@ def start_run(
         build: makes the Session, as the function of that name does.
         pause_after: leave the run, saved, after this step.
     """
+    # One recipe for all ranks, with the smallest micro batch that one of them names.
     run = agree_on_recipe(run, ranks)
     out = Path(run.output_dir)
     log_file = LogFile(out / LOG)
     stream: TextIO | None = None
     callback = RecordCallback(on_record)
     with ExitStack() as stack:
+        # Who says what: rank 0 to the user and to log.txt, the others only in warnings.
         stack.enter_context(default_level(level_of_process(ranks.rank)))
         if ranks.is_main_process:
             if quiet:
@@ -219,9 +221,11 @@ def start_run(
         else:
             # Its own disk may be full, and its cache damaged; all else rank 0 shows too.
             stack.enter_context(stderr_only_from("tunesmith.data"))
+        # Claim the directory, and decide where to start.
         ranks, start = open_run_dir(run, ranks, stack, fresh=fresh)
         if start.finished is not None:
             return Result(out, start.finished, finished_before=True)
+        # Build; a fault up to the first step is one of the recipe, the data or the machine.
         with as_usage_error(ranks):
             session = build(run, start, why=why, ranks=ranks)
         with ranks.raise_on_all_ranks(), as_usage_error(ranks):
@@ -240,6 +244,7 @@ def start_run(
             # Before they are opened: one that is refused leaves others open.
             stack.callback(close_after_all, sinks)
             write_first_files(session, start, sinks, argv)
+        # Train; the writer ends with the stack, whatever ends the loop.
         trainer = Trainer(session, start, sinks, stop, pause_after=pause_after)
         stack.callback(trainer.checkpoints.writer.close)
         # On every rank: the one of each node that tells what ends them all leaves failure.json.
