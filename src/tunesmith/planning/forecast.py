@@ -506,25 +506,8 @@ class Planner:
         self, plan: RunPlan, tokens: float, micro_batches: int, collectives: Collectives
     ) -> StepTime:
         """The time of a step of `tokens`, in so many micro batches."""
-        chip = self.cluster.chip
-        assert chip.tflops is not None
-        estimator = self._estimator(plan.mesh)
-        rate = chip.tflops * 1e12
-        if plan.base.startswith("fp8"):
-            rate *= EIGHT_BIT_SPEED
-        # The ranks of a tensor group share a token's work.
-        token_seconds = self.work.operations / rate / plan.mesh.tensor
-        recompute_cost = resolve.RECOMPUTE_COST[self.run.adapter.kind]
-        recompute = recompute_cost * plan.recomputed_layers / self.spec.depth
-        compute = {
-            "products": tokens * token_seconds * (1 - self.work.attention),
-            "attention": tokens * token_seconds * self.work.attention,
-            "recompute": tokens * token_seconds * recompute,
-            "fixed cost of passes": micro_batches * estimator.pass_tokens * token_seconds,
-            "update": UPDATE_BYTES * estimator.trained_here / self._memory_bandwidth,
-            "shard copies": self._copied_bytes(collectives) / self._memory_bandwidth,
-        }
-
+        token_seconds = self._token_seconds(plan)
+        recompute = self._recompute_share(plan)
         gather = self._gather_seconds(collectives.gather)
         gather_head = self._gather_seconds(collectives.gather_head)
         gather_first = self._gather_seconds(collectives.gather_first)
@@ -553,10 +536,40 @@ class Planner:
         # So many times longer the passes must be, and so the micro batch.
         hiding_passes = max(beside_forward / forward, beside_backward / backward)
         return StepTime(
-            compute | communication,
+            self._compute_seconds(plan, tokens, micro_batches, collectives) | communication,
             hidden=micro_batches * (of_micro_batch - exposed) + gradients - exposed_sum,
             hides_from=math.ceil(hiding_passes * tokens / micro_batches),
         )
+
+    def _token_seconds(self, plan: RunPlan) -> float:
+        """Seconds of a token's products and attention, forward and backward, on one rank."""
+        tflops = self.cluster.chip.tflops
+        assert tflops is not None
+        rate = tflops * 1e12
+        if plan.base.startswith("fp8"):
+            rate *= EIGHT_BIT_SPEED
+        # The ranks of a tensor group share a token's work.
+        return self.work.operations / rate / plan.mesh.tensor
+
+    def _recompute_share(self, plan: RunPlan) -> float:
+        """What recomputed layers add to a step's products, as a share of them."""
+        cost = resolve.RECOMPUTE_COST[self.run.adapter.kind]
+        return cost * plan.recomputed_layers / self.spec.depth
+
+    def _compute_seconds(
+        self, plan: RunPlan, tokens: float, micro_batches: int, collectives: Collectives
+    ) -> dict[str, float]:
+        """The parts of `_step_time` that are no communication."""
+        estimator = self._estimator(plan.mesh)
+        token_seconds = self._token_seconds(plan)
+        return {
+            "products": tokens * token_seconds * (1 - self.work.attention),
+            "attention": tokens * token_seconds * self.work.attention,
+            "recompute": tokens * token_seconds * self._recompute_share(plan),
+            "fixed cost of passes": micro_batches * estimator.pass_tokens * token_seconds,
+            "update": UPDATE_BYTES * estimator.trained_here / self._memory_bandwidth,
+            "shard copies": self._copied_bytes(collectives) / self._memory_bandwidth,
+        }
 
     @property
     def _memory_bandwidth(self) -> float:

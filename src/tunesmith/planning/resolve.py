@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -206,6 +206,25 @@ def rank_step(run: Run, step: StepSize, mesh: MeshShape) -> StepSize:
     # Examples and rows are not divided: the busiest rank's share is rounded up.
     share = ceil_div(units, mesh.data) / units
     return StepSize(step.mean * share, math.ceil(step.largest * share))
+
+
+class FixedBytes(NamedTuple):
+    """Bytes of a rank that do not depend on its micro batch.
+
+    Attributes:
+        base: the base, or the model that is trained in full.
+        gradients: as the backward makes them.
+        state: the optimizer's, with a gradient in fp32.
+        copies: of an adapter and its moments while its checkpoint is written.
+        host: in the host's memory, by train.cpu_offload.
+    """
+
+    base: int
+    adapter: int
+    gradients: int
+    state: int
+    copies: int
+    host: int
 
 
 @dataclass(frozen=True)
@@ -418,6 +437,49 @@ class MemoryEstimator:
         run = self.run
         spec = self.spec
         itemsize = DTYPES[run.model.dtype].itemsize
+        fixed = self._fixed_bytes(itemsize)
+        layers = self._layer_bytes(tokens, itemsize)
+        layer_input = ceil_div(spec.hidden, self.mesh.tensor) * itemsize * tokens
+        recomputed_layer = 0 if "activations" in self.moved else layer_input
+        input_on_host = layer_input - recomputed_layer
+        # The last norm's input, and the gradient of its output.
+        ends = (spec.hidden + ceil_div(spec.hidden, self.mesh.tensor)) * itemsize * tokens
+        if spec.measured:
+            outside = measure_kept(spec, run.adapter, run.model.dtype).outside
+            ends = int((spec.hidden * itemsize + outside) * tokens)
+        backward = self._backward_bytes(tokens, itemsize)
+        # The input of the layer that is recomputed comes back from the host.
+        workspace = max(self._head_bytes(tokens, itemsize), backward) + input_on_host
+
+        gathered = self.gathered_bytes(itemsize)
+        usable = int(self.machine.free_bytes * usable_share(self.machine.device))
+        # What is left for activations, of which the layers that recompute keep their inputs.
+        room = usable - fixed.base - fixed.adapter - fixed.state - fixed.copies
+        room -= gathered + workspace + ends
+        recomputed = self._recomputed_layers(room, layers, recomputed_layer)
+        # Otherwise the last layer's activations are gone when the first one recomputes.
+        if recomputed == spec.depth:
+            workspace = max(workspace, backward + max(layers) - recomputed_layer)
+        activations = sum(layers[recomputed:]) + recomputed * recomputed_layer + ends
+        return MemoryEstimate(
+            tokens=tokens,
+            recomputed_layers=recomputed,
+            weights=fixed.base + fixed.adapter,
+            gradients=fixed.gradients,
+            # `state` has the gradients in it, which are shown apart.
+            optimizer=fixed.state - fixed.gradients,
+            copies=fixed.copies,
+            gathered=gathered,
+            activations=activations,
+            recomputed_layer=recomputed_layer,
+            workspace=workspace,
+            host=fixed.host + input_on_host * recomputed,
+            free=self.machine.free_bytes,
+        )
+
+    def _fixed_bytes(self, itemsize: int) -> FixedBytes:
+        """What a rank holds whatever its micro batch is; weights of `itemsize` bytes."""
+        run = self.run
         trained = self.trained_here
         # An adapter's weights are fp32 and not in the base; while its checkpoint is written, they
         # and the moments are there twice.
@@ -437,7 +499,7 @@ class MemoryEstimator:
         # As the backward makes them: in the dtype of the weights.
         gradients = width * trained
         if self.fp32_gradients:
-            gradients += (4 - width) * spec.linear_matrices
+            gradients += (4 - width) * self.spec.linear_matrices
         # Counts an fp32 gradient, whatever the backward makes.
         state = int(trained * state_bytes_per_parameter(run.train, width))
         host = 0
@@ -453,44 +515,7 @@ class MemoryEstimator:
                 base = 0
                 state = 0
                 gradients = 0
-
-        layers = self._layer_bytes(tokens, itemsize)
-        layer_input = ceil_div(spec.hidden, self.mesh.tensor) * itemsize * tokens
-        recomputed_layer = 0 if "activations" in self.moved else layer_input
-        input_on_host = layer_input - recomputed_layer
-        # The last norm's input, and the gradient of its output.
-        ends = (spec.hidden + ceil_div(spec.hidden, self.mesh.tensor)) * itemsize * tokens
-        if spec.measured:
-            outside = measure_kept(spec, run.adapter, run.model.dtype).outside
-            ends = int((spec.hidden * itemsize + outside) * tokens)
-        backward = self._backward_bytes(tokens, itemsize)
-        # The input of the layer that is recomputed comes back from the host.
-        workspace = max(self._head_bytes(tokens, itemsize), backward) + input_on_host
-
-        gathered = self.gathered_bytes(itemsize)
-        usable = int(self.machine.free_bytes * usable_share(self.machine.device))
-        # What is left for activations, of which the layers that recompute keep their inputs.
-        room = usable - base - adapter - state - copies - gathered - workspace - ends
-        recomputed = self._recomputed_layers(room, layers, recomputed_layer)
-        # Otherwise the last layer's activations are gone when the first one recomputes.
-        if recomputed == spec.depth:
-            workspace = max(workspace, backward + max(layers) - recomputed_layer)
-        activations = sum(layers[recomputed:]) + recomputed * recomputed_layer + ends
-        return MemoryEstimate(
-            tokens=tokens,
-            recomputed_layers=recomputed,
-            weights=base + adapter,
-            gradients=gradients,
-            # `state` has the gradients in it, which are shown apart.
-            optimizer=state - gradients,
-            copies=copies,
-            gathered=gathered,
-            activations=activations,
-            recomputed_layer=recomputed_layer,
-            workspace=workspace,
-            host=host + input_on_host * recomputed,
-            free=self.machine.free_bytes,
-        )
+        return FixedBytes(base, adapter, gradients, state, copies, host)
 
     def _recomputed_layers(self, room: int, layers: Sequence[int], recomputed_layer: int) -> int:
         """How many layers recompute: those that the recipe names, or as few as fit into `room`."""
