@@ -480,12 +480,11 @@ def _group_gradients(
     d_queries = []
     d_keys = None
     d_values = None
-    # As the forward decided: by the group and the cap alone, which both see.
-    is_saved = _saves_probabilities(group, rule.softcap)
     for block in _blocks(group.length, rule.window):
         rows = queries[:, :, block.queries]
         d_cap = None
-        if is_saved:
+        # As the forward decided: by the group and the cap alone, which both see.
+        if _saves_probabilities(group, rule.softcap):
             probabilities = next(saved_probabilities)
         else:
             probabilities, d_cap = _probabilities(rows, keys[:, block.keys], sinks, block, rule)
@@ -501,10 +500,7 @@ def _group_gradients(
             d_scores.mul_(d_cap)
         if d_sinks is not None and of_sinks is not None:
             # A sink's value is zero, so its dP is 0 and dS = -P_sink * delta.
-            d_sink_scores = of_sinks.view_as(delta_rows) * delta_rows
-            # [documents, heads, rows]: batch is documents times kv heads, documents outermost.
-            per_row = d_sink_scores.view(group.count, d_sinks.shape[0], -1)
-            d_sinks -= per_row.sum((0, 2), dtype=d_sinks.dtype)
+            d_sinks -= _sum_by_head(of_sinks.view_as(delta_rows) * delta_rows, group, d_sinks)
         # dV = P^T dO: the query heads of a key head are rows of one matrix, so the product adds
         # them.
         part = torch.bmm(of_keys.transpose(1, 2), d_rows)
@@ -518,6 +514,16 @@ def _group_gradients(
     assert d_keys is not None
     assert d_values is not None
     return _join(d_queries), d_keys, d_values
+
+
+def _sum_by_head(per_row: Tensor, group: Group, like: Tensor) -> Tensor:
+    """The sum over documents and rows of [count * kv heads, heads a kv head, rows, 1].
+
+    Returns [heads] in the dtype of `like`, which has that shape.
+    """
+    # [documents, heads, rows]: batch is documents times kv heads, documents outermost.
+    by_head = per_row.view(group.count, like.shape[0], -1)
+    return by_head.sum((0, 2), dtype=like.dtype)
 
 
 def _saves_probabilities(group: Group, softcap: float | None) -> bool:

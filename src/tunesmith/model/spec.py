@@ -216,24 +216,40 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
     if not 0 <= (config.get("attention_dropout") or 0) < 1:
         raise ValueError(f"attention_dropout is {config['attention_dropout']}")
     tied = bool(config.get("tie_word_embeddings", family.tied))
-    q = heads * head_dim
-    kv = kv_heads * head_dim
-    # q, k and v in one term, o, and the three matrices of a gated MLP.
-    matmul = hidden * (q + 2 * kv) + q * hidden + 3 * hidden * intermediate
-    vectors = _vector_parameters(config, family, hidden, intermediate, q, kv, head_dim)
+    layer = _dense_layer(hidden, intermediate, heads, kv_heads, head_dim)
+    layers = tuple(replace(layer, window=window) for window in _windows(config, family, depth))
+    layer_parameters = layer.matmul + _vector_parameters(config, family, hidden, layer)
     # Embedding and head, or one matrix for both.
     tables = 1 if tied else 2
-    final_softcap = None
-    attention_softcap = None
-    if family.softcaps:
-        final_default, attention_default = family.softcaps
-        final_softcap = config.get("final_logit_softcapping", final_default)
-        attention_softcap = config.get("attn_logit_softcapping", attention_default)
+    final_softcap, attention_softcap = _softcaps(config, family)
     logit_scale = 1.0
     if family.logits_scaling:
         logit_scale = 1.0 / config.get("logits_scaling", 1.0)
-    windows = _windows(config, family, depth)
-    layer = Layer(
+    return ModelSpec(
+        model_type=model_type,
+        layers=layers,
+        hidden=hidden,
+        vocab=vocab,
+        tied=tied,
+        context=_size(config, "max_position_embeddings", where, 2048),
+        position_limit=stated_position_limit(config, layers, where=where),
+        # Matrices outside the layers, the layers, and the norm before the head.
+        parameters=vocab * hidden * tables + depth * layer_parameters + hidden,
+        head_matmul=vocab * hidden,
+        quantized=stored_quantization(config, where),
+        final_softcap=final_softcap,
+        attention_softcap=attention_softcap,
+        logit_scale=logit_scale,
+    )
+
+
+def _dense_layer(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int) -> Layer:
+    """A Llama-like layer: attention and a gated MLP."""
+    q = heads * head_dim
+    kv = kv_heads * head_dim
+    # q, k and v in one term, o, and the three matrices of the MLP.
+    matmul = hidden * (q + 2 * kv) + q * hidden + 3 * hidden * intermediate
+    return Layer(
         mixing="attention",
         heads=heads,
         kv_heads=kv_heads,
@@ -244,35 +260,25 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
         active=matmul,
         largest=hidden * intermediate,
     )
-    layers = tuple(replace(layer, window=window) for window in windows)
-    return ModelSpec(
-        model_type=model_type,
-        layers=layers,
-        hidden=hidden,
-        vocab=vocab,
-        tied=tied,
-        context=_size(config, "max_position_embeddings", where, 2048),
-        position_limit=stated_position_limit(config, layers, where=where),
-        # Matrices outside the layers, the layers, and the norm before the head.
-        parameters=vocab * hidden * tables + depth * (matmul + vectors) + hidden,
-        head_matmul=vocab * hidden,
-        quantized=stored_quantization(config, where),
-        final_softcap=final_softcap,
-        attention_softcap=attention_softcap,
-        logit_scale=logit_scale,
+
+
+def _softcaps(config: Mapping[str, Any], family: Architecture) -> tuple[float | None, float | None]:
+    """The caps of the logits and of attention's scores; None for a family without."""
+    if not family.softcaps:
+        return None, None
+    final_default, attention_default = family.softcaps
+    return (
+        config.get("final_logit_softcapping", final_default),
+        config.get("attn_logit_softcapping", attention_default),
     )
 
 
 def _vector_parameters(
-    config: Mapping[str, Any],
-    family: Architecture,
-    hidden: int,
-    intermediate: int,
-    q: int,
-    kv: int,
-    head_dim: int,
+    config: Mapping[str, Any], family: Architecture, hidden: int, layer: Layer
 ) -> int:
-    """Parameters of a layer's biases and norms; `q` and `kv` are the widths of the projections."""
+    """Parameters of a layer's biases and norms."""
+    q = layer.heads * layer.head_dim
+    kv = layer.kv_heads * layer.head_dim
     attention_bias = bool(config.get("attention_bias", False))
     has_qkv_bias = attention_bias if family.qkv_bias is None else family.qkv_bias
     has_output_bias = attention_bias if family.output_bias is None else family.output_bias
@@ -282,9 +288,9 @@ def _vector_parameters(
     if has_output_bias:
         count += hidden
     if config.get("mlp_bias", False):
-        count += 2 * intermediate + hidden
+        count += 2 * layer.intermediate + hidden
     if family.head_norms == "head":
-        count += 2 * head_dim
+        count += 2 * layer.head_dim
     elif family.head_norms == "projection":
         count += q + kv
     return count
