@@ -229,11 +229,8 @@ def evaluate(
         parts, name = _held_out(location, path)
     else:
         source = Source(source=str(data), split=split, max_examples=max_examples)
-        rows = read_rows(source)
+        parts = _rows_of(source, location, format_name, columns)
         name = source.source
-        # Rows of a file are read as those of the run, where they have its columns.
-        like = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
-        parts = [(replace(source, format=like.format, columns=like.columns), rows)]
     if (exact_match or scorers) and all(source.format == "text" for source, _ in parts):
         why = "rows of the format text were read"
         raise _no_answers(name, why) if exact_match else no_scored_rows(name, why)
@@ -334,6 +331,19 @@ def _seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | None, s
     except OSError as error:
         return None, first_line(error)
     return find_repeats(tokens, trained), ""
+
+
+def _rows_of(
+    source: Source,
+    location: RunLocation,
+    format_name: str,
+    columns: Mapping[str, str] | None,
+) -> SourceRows:
+    """The rows of a file or Hub id, read by the columns of the first one."""
+    rows = read_rows(source)
+    # Rows of a file are read as those of the run, where they have its columns.
+    like = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
+    return [(replace(source, format=like.format, columns=like.columns), rows)]
 
 
 def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]:

@@ -200,21 +200,11 @@ def build(
         measured=measured,
         make_mesh=make_mesh,
     )
-    root, plan, mesh = load()
     # Random weights have no file to compare with.
-    if plan.base in SCALING_RECIPES and weights == "stored":
-        batches = first_batches(make_loader(data, files, plan), device, PROBE_TOKENS)
-        change = compare_with_bf16(root, batches, mesh, ranks)
-        if change.is_tolerable:
-            reason = f"{plan.why['base']}; {change.layers} layers: {change.describe()}"
-            plan = replace(plan, why={**plan.why, "base": reason})
-        else:
-            dropped = f"{plan.base} was tried and dropped: it changes the loss by more than"
-            # Both hold memory that the second model needs. A base in bf16 leaves room for another
-            # micro batch.
-            del root, batches
-            free_device_memory()
-            root, plan, mesh = load(refused=f"{dropped} {TOLERANCE:.0%}: {change.describe()}")
+    if weights == "stored":
+        root, plan, mesh = load_compared(load, files, data, device, ranks)
+    else:
+        root, plan, mesh = load()
     optimizer = make_optimizer(run, root, start, ranks)
     progress = start.progress or Progress()
     if device.type == "cpu":
@@ -305,6 +295,33 @@ def load_model(
         ranks=ranks,
     )
     return root, plan, mesh
+
+
+def load_compared(
+    load: Callable[..., tuple[TrainModel, RunPlan, Mesh]],
+    files: ModelFiles,
+    data: TrainingData,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[TrainModel, RunPlan, Mesh]:
+    """What `load` gives, with a base in 8 bits only where that hardly changes the loss.
+
+    load: `load_model` of the run; `refused` loads it again with a base in bf16.
+    """
+    root, plan, mesh = load()
+    if plan.base not in SCALING_RECIPES:
+        return root, plan, mesh
+    batches = first_batches(make_loader(data, files, plan), device, PROBE_TOKENS)
+    change = compare_with_bf16(root, batches, mesh, ranks)
+    if change.is_tolerable:
+        reason = f"{plan.why['base']}; {change.layers} layers: {change.describe()}"
+        return root, replace(plan, why={**plan.why, "base": reason}), mesh
+    dropped = f"{plan.base} was tried and dropped: it changes the loss by more than"
+    # Both hold memory that the second model needs. A base in bf16 leaves room for another micro
+    # batch.
+    del root, batches
+    free_device_memory()
+    return load(refused=f"{dropped} {TOLERANCE:.0%}: {change.describe()}")
 
 
 def describe_session(

@@ -21,7 +21,7 @@ from tunesmith.config.shipped import schema_line
 from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
 from tunesmith.data.contract import MOST_CUT
-from tunesmith.data.detect import detect
+from tunesmith.data.detect import Detected, detect
 from tunesmith.data.source import Rows, is_local, open_splits, read_rows
 from tunesmith.data.splits import count_held_out
 from tunesmith.data.template import select_template
@@ -31,6 +31,7 @@ from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
+from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.units import Length, Share, Size, ceil_div
 
@@ -122,37 +123,41 @@ def make_recipe(
     source = _with_split(draft.data.train[0])
     rows = read_rows(source)
     layout = detect(rows, source, any_format="data.train.format" not in given_keys)
-    renamed = {name: column for name, column in layout.columns.items() if name != column}
-    source = replace(source, format=layout.format, columns=renamed)  # type: ignore[arg-type]
+    source = _with_layout(source, layout)
     data_name = Path(data).name if is_local(data) else data
     about_data = f"{data_name}: {len(rows):,} rows, {layout.describe()}"
     why = {"data.train": about_data}
     if source.split:
         chosen["data.train.split"] = source.split
     chosen["data.train.format"] = layout.format
-    if renamed:
-        chosen["data.train.columns"] = renamed
+    if source.columns:
+        chosen["data.train.columns"] = source.columns
 
     held_out = _choose_hold_out(chosen, why, draft, given_keys, len(rows))
     files, lengths = _look_at_tokens(draft, source, rows)
-    spec = files.spec
-    _choose_seq_len(chosen, why, given_keys, lengths, spec.position_limit or spec.context)
+    _choose_seq_len(chosen, why, given_keys, lengths, files.spec)
     if files.support.state == "padded" and "data.pack" not in given_keys:
         chosen["data.pack"] = False
-        why["data.pack"] = f"{spec.model_type} does not keep packed examples apart"
+        why["data.pack"] = f"{files.spec.model_type} does not keep packed examples apart"
     _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out)
-    _choose_rate(chosen, why, draft, spec.hidden)
+    _choose_rate(chosen, why, draft, files.spec.hidden)
 
     tree = _over({**chosen, "output_dir": output_dir}, layer)
     run = checked(tree)
     for key in given_keys & why.keys() - {"data.train"}:
         why[key] = "given on the command line"
     path = Path(f"{run.output_dir}.yaml")
+    text = _recipe_text(tree, path, why, command=_command(model, data, overrides))
+    return MadeRecipe(run, path, text, about_data)
+
+
+def _recipe_text(tree: Node, path: Path, why: Mapping[str, str], *, command: str) -> str:
+    """The text of a recipe's file: the command that makes it, and the keys with their reasons."""
     head = [schema_line()]
-    for line in _command(model, data, overrides).splitlines():
+    for line in command.splitlines():
         head.append(f"# {line}")
     body = to_yaml(resolve_paths(tree, beside=path.parent).plain(), why)
-    return MadeRecipe(run, path, "\n".join([*head, body]), about_data)
+    return "\n".join([*head, body])
 
 
 def _check_given_once(draft: Run, given_keys: set[str], layer: Node) -> None:
@@ -195,6 +200,12 @@ def _with_split(source: Source) -> Source:
             fix=f"name one: --split {splits[0]}",
         )
     return replace(source, split="train")
+
+
+def _with_layout(source: Source, layout: Detected) -> Source:
+    """The source with its format, and the columns whose names are not the format's own."""
+    renamed = {name: column for name, column in layout.columns.items() if name != column}
+    return replace(source, format=layout.format, columns=renamed)  # type: ignore[arg-type]
 
 
 def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelFiles, np.ndarray]:
@@ -241,9 +252,10 @@ def _choose_seq_len(
     why: dict[str, str],
     given_keys: set[str],
     lengths: np.ndarray,
-    context: int,
+    spec: ModelSpec,
 ) -> None:
     """Add room for the longest example, or where that is above SEQ_LEN for 99 % of them."""
+    context = spec.position_limit or spec.context
     longest = int(lengths.max())
     looked_at = f"the {len(lengths):,} rows looked at"
     if longest <= SEQ_LEN:
