@@ -70,7 +70,7 @@ def send_by_rsync(files: Sequence[ship.ShippedFile], case: str, target: str) -> 
         process.stdin.write("\n".join(names))
         process.stdin.close()
         processes.append(process)
-    assert not sum([process.wait() for process in processes])
+    assert not sum(process.wait() for process in processes)
 
 
 WAYS: dict[str, Callable[[Sequence[ship.ShippedFile], str], None]] = {
