@@ -169,8 +169,7 @@ class ParameterState:
         # Codes have the weight's shape; their scales have one for each block of a row.
         if value.shape != self.weight.shape:  # scales of 8-bit moments
             shape = torch.Size((*like.shape[:-1], like.shape[-1] // BLOCK))
-        # Strides of a contiguous whole: `from_local` would infer a shape, which an uneven shard
-        # spoils.
+        # Strides of a contiguous whole: without shape and stride `from_local` assumes even shards.
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             value, like.device_mesh, like.placements, shape=shape, stride=stride
@@ -396,8 +395,8 @@ class AdamWUpdate:
         """
         beta1, beta2 = self.train.betas
         values = (
-            # Bias corrections are folded in: step_size = lr / (1 - beta1^t), root = sqrt(1 -
-            # beta2^t).
+            # The bias corrections are folded in:
+            # step_size = lr / (1 - beta1^t), root = sqrt(1 - beta2^t).
             1 - beta1,
             beta2,
             1 - beta2,

@@ -137,7 +137,7 @@ def _check_rest(
         if module is embedding:
             continue
         block = _block_of(name, blocks)
-        # The block itself has no linear layer: its own parameters are checked below.
+        # Of the block itself only the parameters that are its own are left to check.
         if block is not None and block.name != name:
             child = name[len(block.name) + 1 :]
             if child in block.colwise or child in block.rowwise or child in block.norms:
