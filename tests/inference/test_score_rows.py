@@ -16,10 +16,19 @@ from typing import Any
 import pytest
 
 from conftest import byte_tokenizer
+from ranks import run_ranks
 from runs import ROWS, make_run, peft_model, write_checkpoint, write_rows
 from tunesmith.data.formats import Conversation
 from tunesmith.data.template import Template
-from tunesmith.errors import DataError, MachineError, RunError, StoppedError, UsageError
+from tunesmith.distributed.ranks import join_ranks
+from tunesmith.errors import (
+    DataError,
+    MachineError,
+    RunError,
+    StoppedError,
+    TunesmithError,
+    UsageError,
+)
 from tunesmith.inference import score_rows
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.evaluate import Evaluation, evaluate
@@ -156,6 +165,48 @@ def test_a_stop_says_how_far_it_came(
         StoppedError, match=r"stopped: \d+ of 13 answers of tuned are in .*same command"
     ):
         scored(run, held, answers)
+
+
+def eval_of_a_rank(run: Path, held: Path, output: Path, more: dict[str, Any]) -> Evaluation:
+    with join_ranks() as ranks:
+        return scored(run, held, output, "f1", "exact", ranks=ranks, exact_match=True, **more)
+
+
+def test_two_ranks_share_the_rows_and_write_what_one_process_writes(
+    run: Path, held: Path, answers: Path, tmp_path: Path
+) -> None:
+    """Two rows at once make windows of eight: rank 1 has the last five of thirteen."""
+    alone = scored(run, held, answers, "f1", "exact", exact_match=True)
+    output = tmp_path / "ranks.jsonl"
+    by_rank = run_ranks(2, eval_of_a_rank, run, held, output, {})
+    assert output.read_bytes() == answers.read_bytes()
+    scores = [path.with_name(f"{path.stem}.scores.json") for path in (output, answers)]
+    assert scores[0].read_bytes() == scores[1].read_bytes()
+    for evaluation in by_rank:
+        assert evaluation.scores == alone.scores
+        assert evaluation.by_scorer == alone.by_scorer
+        assert evaluation.unfinished == alone.unfinished
+    # What one process has begun ranks go on with.
+    whole = answers.read_bytes()
+    output.write_bytes(whole[: len(whole) // 3])
+    run_ranks(2, eval_of_a_rank, run, held, output, {})
+    assert output.read_bytes() == whole
+
+
+def refusal_of_a_rank(run: Path, held: Path, output: Path, seed: int) -> str:
+    try:
+        eval_of_a_rank(run, held, output, {"decoding": Decoding(6, seed=seed)})
+    except TunesmithError as error:
+        return f"{type(error).__name__} {error.exit_code} {error.why}"
+    return ""
+
+
+def test_a_refusal_of_rank_0_ends_all_ranks(run: Path, held: Path, answers: Path) -> None:
+    """Only rank 0 reads the answers that are there."""
+    scored(run, held, answers)
+    first, second = run_ranks(2, refusal_of_a_rank, run, held, answers, 3)
+    assert first == "UsageError 2 --seed was 0, and is 3"
+    assert second.startswith("OtherRankError 2 ")
 
 
 def test_answers_that_are_there_are_not_made_again(

@@ -21,7 +21,8 @@ better than base, worse, or not told apart by so few rows:
   f1         common words, as SQuAD                         share of fields that are equal
   rouge-l    longest common word sequence        tool-call  names and arguments of the calls
 
-Answers are kept in evals/ of the run (or --output): a killed eval goes on where it was.
+Answers are kept in evals/ of the run (or --output): a killed eval goes on where it was. Ranks of
+torchrun share the rows; the numbers are those of one process.
 
 --tasks takes benchmarks of lm-evaluation-harness in place of rows: its names, YAML files of your
 own, or folders of these. Prompts go through the run's chat template where it was trained with one.
@@ -33,7 +34,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,15 @@ from tunesmith.cli.options import (
     add_run,
     decoding_of,
     fixes_as_options,
+    leave_lines_to_rank_0,
     notify,
     whole_number,
+)
+from tunesmith.distributed.ranks import (
+    join_ranks,
+    reported_once_a_node,
+    require_one_process,
+    started_as,
 )
 from tunesmith.errors import UsageError
 
@@ -133,23 +141,32 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
     # A wrong path is reported before torch is imported.
-    locate_run(args.run)
+    with reported_once_a_node():
+        locate_run(args.run)
     if args.tasks:
         run_tasks(args)
         return
-    check_rows_not_tasks(args)
+    with reported_once_a_node():
+        check_rows_not_tasks(args)
+        if args.data is None:
+            check_rows_of_the_run(args)
+        check_answer_options(args)
+        decoding = decoding_of(args)
     from tunesmith.inference.evaluate import evaluate
 
-    if args.data is None:
-        check_rows_of_the_run(args)
-    check_answer_options(args)
-    decoding = decoding_of(args)
+    if started_as() is None:
+        require_one_process("eval")
     options = vars(args) | {"columns": dict(args.columns) or None, "decoding": decoding}
     # The rest has the names of the parameters of `evaluate`.
     for name in ("run", "data", "json", "temperature", "top_p", "top_k", "seed", *FOR_TASKS):
         del options[name]
-    with ProgressCounter() as progress, fixes_as_options():
-        result = evaluate(args.run, args.data, progress=progress, **options)
+    leave_lines_to_rank_0()
+    with join_ranks() as ranks, ExitStack() as stack, fixes_as_options():
+        if ranks.is_main_process:
+            options["progress"] = stack.enter_context(ProgressCounter())
+        result = evaluate(args.run, args.data, ranks=ranks, **options)
+    if not ranks.is_main_process:
+        return
     if args.json:
         print(json.dumps(as_report(args.run, result), indent=2))
         return

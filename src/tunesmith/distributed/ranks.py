@@ -112,6 +112,9 @@ class Ranks:
         It must hold no collective. The lowest rank that failed raises its own error and reports
         it; the others raise `OtherRankError`, which says nothing and has the exit code.
         """
+        if self.world == 1:
+            yield
+            return
         error: BaseException | None = None
         try:
             yield
@@ -370,7 +373,7 @@ def require_one_process(command: str) -> None:
         if not text.isdecimal() or int(text) < 2:
             continue
         start = f"tunesmith {command} ..."
-        if command in ("train", "sweep"):
+        if command in ("train", "sweep", "eval"):
             start = f"torchrun --nproc-per-node N -m tunesmith {command} ..."
         raise MachineError(
             f"this process is one of {text}, and cannot find the others",

@@ -2,8 +2,9 @@
 
 Prompts are sorted by length inside a window of a few batches. Windows start at fixed rows and each
 batch has its own seed, so a job that is stopped and resumed gives the same answers as an
-uninterrupted one. Generation settings that ship with a model (a repetition penalty, a default
-temperature) are ignored.
+uninterrupted one, and several ranks, which take the windows in turn, those of one process.
+Generation settings that ship with a model (a repetition penalty, a default temperature) are
+ignored.
 """
 
 import math
@@ -25,6 +26,7 @@ from transformers import (
 
 from tunesmith.adapter.lora import LoraLinear, loras, merged_weight
 from tunesmith.data.batch import Example
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import UsageError
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics.sink import SampleAnswer
@@ -237,43 +239,57 @@ def answer_all(
     batch_size: int = 16,
     start: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Iterator[tuple[int, Answer]]:
     """Answer many prompts, with an fp32 adapter merged; yield (index, answer) in their order, from
     index `start` on.
 
     The batches do not depend on `start`: the window that holds it is computed whole. Once
-    `cancelled` says so, the current window is given up and the iterator ends.
+    `cancelled` says so, the current window is given up and the iterator ends. Each of several ranks
+    holds the whole model and answers a window; all of them yield the answers of all.
     """
     window = batch_size * WINDOW_BATCHES
+
+    def answer_window(first: int) -> dict[int, Answer] | None:
+        end = min(first + window, len(prompts))
+        # Prompts of like length in a batch pad little.
+        by_length = sorted(range(first, end), key=lambda i: (len(prompts[i]), i))
+        answers: dict[int, Answer] = {}
+        for offset in range(0, len(by_length), batch_size):
+            rows = by_length[offset : offset + batch_size]
+            # All of the batch is answered already.
+            if max(rows) < start:
+                continue
+            # A seed of the batch's own: its answers do not depend on where a start began.
+            seed = (decoding.seed * 1_000_003 + min(rows)) % 2**63
+            batch = answer_batch(
+                model,
+                tokenizer,
+                [prompts[i] for i in rows],
+                replace(decoding, seed=seed),
+                stops=stops,
+                cancelled=cancelled,
+            )
+            # A batch that was cut short holds unfinished answers: none of it is kept.
+            if cancelled():
+                return None
+            answers.update(zip(rows, batch, strict=True))
+        return answers
+
     with merged_meanwhile(model):
         # Whole windows, so that a start in the middle forms the same batches.
-        for first in range(start // window * window, len(prompts), window):
-            end = min(first + window, len(prompts))
-            # Prompts of like length in a batch pad little.
-            by_length = sorted(range(first, end), key=lambda i: (len(prompts[i]), i))
-            answers: dict[int, Answer] = {}
-            for offset in range(0, len(by_length), batch_size):
-                rows = by_length[offset : offset + batch_size]
-                # All of the batch is answered already.
-                if max(rows) < start:
-                    continue
-                # A seed of the batch's own: its answers do not depend on where a start began.
-                seed = (decoding.seed * 1_000_003 + min(rows)) % 2**63
-                batch = answer_batch(
-                    model,
-                    tokenizer,
-                    [prompts[i] for i in rows],
-                    replace(decoding, seed=seed),
-                    stops=stops,
-                    cancelled=cancelled,
-                )
-                # A batch that was cut short holds unfinished answers: none of it is kept.
-                if cancelled():
+        for turn in range(start // window * window, len(prompts), window * ranks.world):
+            own: dict[int, Answer] | None = {}
+            with ranks.raise_on_all_ranks():
+                first = turn + ranks.rank * window
+                if first < len(prompts):
+                    own = answer_window(first)
+            for answers in ranks.all_gather_object(own):
+                if answers is None:
                     return
-                answers.update(zip(rows, batch, strict=True))
-            for i in sorted(answers):
-                if i >= start:
-                    yield i, answers[i]
+                for i in sorted(answers):
+                    if i >= start:
+                        yield i, answers[i]
 
 
 @contextmanager

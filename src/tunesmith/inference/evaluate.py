@@ -21,9 +21,10 @@ from tunesmith.adapter.lora import disabled
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Batch, collate
 from tunesmith.data.pack import best_fit_decreasing
-from tunesmith.data.source import read_rows
+from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.splits import SourceRows, read_splits
 from tunesmith.data.tokens import Repeats, TokenSet, find_repeats, tokenize
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import TunesmithError, UsageError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import lines_by_default
@@ -148,21 +149,35 @@ def validation_loss(
 
 
 def score(
-    train_model: TrainModel, tokens: TokenSet, *, pad_id: int, progress: Progress = lambda *_: None
+    train_model: TrainModel,
+    tokens: TokenSet,
+    *,
+    pad_id: int,
+    progress: Progress = lambda *_: None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> EvalResult:
-    """Loss, perplexity and token accuracy of every supervised token, each example once."""
+    """Loss, perplexity and token accuracy of every supervised token, each example once.
+
+    Several ranks take the batches in turn. Their sums are added in the order of the batches, so
+    that the result is that of one process.
+    """
     total = 0.0
     hits = 0
     count = 0
     rows = 0
     progress("rows scored", 0, len(tokens))
     with evaluating(train_model):
-        for batch in packed(tokens, capacity=ROW_TOKENS, pad_id=pad_id):
-            losses, correct = train_model.token_scores(batch.to(train_model.model.device))
-            total += losses.double().sum().item()
-            hits += int(correct.sum())
-            count += batch.supervised
-            rows += batch.examples
+        batches = packed(tokens, capacity=ROW_TOKENS, pad_id=pad_id)
+        for turn in iter(lambda: list(islice(batches, ranks.world)), []):
+            sums = (0.0, 0, 0, 0)
+            with ranks.raise_on_all_ranks():
+                if ranks.rank < len(turn):
+                    sums = _batch_sums(train_model, turn[ranks.rank])
+            for batch_loss, batch_hits, batch_count, batch_rows in ranks.all_gather_object(sums):
+                total += batch_loss
+                hits += batch_hits
+                count += batch_count
+                rows += batch_rows
             progress("rows scored", rows, len(tokens))
     if count == 0:
         return EvalResult(rows, 0, math.nan, math.nan, math.nan)
@@ -170,6 +185,13 @@ def score(
     # exp overflows a double from 709.8 on.
     perplexity = math.exp(loss) if loss < 709 else math.inf
     return EvalResult(rows, count, loss, perplexity, hits / count)
+
+
+def _batch_sums(train_model: TrainModel, batch: Batch) -> tuple[float, int, int, int]:
+    """Of one batch: the sum of its losses, tokens that are right, supervised tokens, rows."""
+    losses, correct = train_model.token_scores(batch.to(train_model.model.device))
+    total = losses.double().sum().item()
+    return total, int(correct.sum()), batch.supervised, batch.examples
 
 
 def is_exact_match(answer: str, reference: str) -> bool:
@@ -197,6 +219,7 @@ def evaluate(
     output: str | Path | None = None,
     fresh: bool = False,
     progress: Progress = lambda *_, **__: None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Evaluation:
     """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
 
@@ -218,41 +241,46 @@ def evaluate(
         output: for scorers: the file of the answers; None takes one in evals/ of the run. What is
             there is gone on with.
         fresh: put answers that are there aside.
+        ranks: those that evaluate together, with the whole model each and a part of the rows; rank
+            0 writes the answers. All get the numbers of one process.
 
     Raises:
         StoppedError: a signal came while rows were answered; the same call goes on.
     """
-    # Wrong names end it before a model is loaded.
-    check_scorer_names(scorers)
-    location = locate_run(path)
-    if data is None:
-        parts, name = _held_out(location, path)
-    else:
-        source = Source(source=str(data), split=split, max_examples=max_examples)
-        parts = _rows_of(source, location, format_name, columns)
-        name = source.source
-    if (exact_match or scorers) and all(source.format == "text" for source, _ in parts):
-        why = "rows of the format text were read"
-        raise _no_answers(name, why) if exact_match else no_scored_rows(name, why)
-    loaded = load_run(location, device=device)
-    tokens = _eval_tokens(parts, loaded, name)
-    if data is None:
-        tokens = _first_held_out(tokens, location, max_examples)
     scoring = None
-    if scorers:
-        decoding = decoding or Decoding(max_new_tokens)
-        file = answers_path(location, name, output)
-        scoring = Scoring(loaded, tokens, parts, name, scorers, decoding, batch_size)
-        scoring.open(file, fresh=fresh)
+    with ranks.raise_on_all_ranks():
+        # Wrong names end it before a model is loaded.
+        check_scorer_names(scorers)
+        location = locate_run(path)
+        if data is None:
+            parts, name = _held_out(location, path)
+        else:
+            name = str(data)
+            source = Source(source=name, split=split, max_examples=max_examples)
+            parts = [_read_source(source, location, format_name, columns)]
+        if (exact_match or scorers) and all(source.format == "text" for source, _ in parts):
+            why = "rows of the format text were read"
+            raise _no_answers(name, why) if exact_match else no_scored_rows(name, why)
+        loaded = load_run(location, device=device)
+        tokens = _eval_tokens(parts, loaded, name)
+        if data is None:
+            tokens = _first_held_out(tokens, location, max_examples)
+        if scorers:
+            decoding = decoding or Decoding(max_new_tokens)
+            file = answers_path(location, name, output)
+            scoring = Scoring(loaded, tokens, parts, name, scorers, decoding, batch_size, ranks)
+            scoring.open(file, fresh=fresh)
 
     def score_model(loaded: LoadedModel, model: str) -> EvalResult:
         # Before the loss, so that a broken row is reported first.
         if exact_match:
-            answers = _answers(loaded, tokens, parts, max_new_tokens, batch_size)
+            answers = _answers(loaded, tokens, parts, max_new_tokens, batch_size, ranks)
         if scoring is not None:
             scoring.answer(loaded, model, progress)
         with loaded.training_attention() as train_model:
-            result = score(train_model, tokens, pad_id=loaded.pad_id, progress=progress)
+            result = score(
+                train_model, tokens, pad_id=loaded.pad_id, progress=progress, ranks=ranks
+            )
         if exact_match:
             result = _with_matches(result, answers, len(tokens), name, progress)
         return result
@@ -260,7 +288,7 @@ def evaluate(
     with scoring or nullcontext():
         tuned = "model" if location.kind == "base" else "tuned"
         scores = {tuned: score_model(loaded, tuned)}
-        seen, seen_fault = _seen_rows(tokens, loaded)
+        seen, seen_fault = _seen_rows(tokens, loaded, ranks)
         if base and location.kind == "adapter":
             # The base of an adapter is the same model with the adapter off.
             with disabled(loaded.model):
@@ -286,9 +314,9 @@ def evaluate(
         return replace(
             evaluation,
             by_scorer=tuple(by_scorer),
-            answers=scoring.file.path,
+            answers=scoring.path,
             unanswered=scoring.rows.unanswered,
-            unfinished=scoring.file.unfinished(),
+            unfinished=scoring.unfinished(),
         )
 
 
@@ -310,8 +338,19 @@ def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, Any]:
     }
 
 
-def _seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | None, str]:
-    """The rows that the run was trained on, or why that is not known; of no run neither."""
+def _seen_rows(tokens: TokenSet, loaded: LoadedModel, ranks: Ranks) -> tuple[Repeats | None, str]:
+    """The rows that the run was trained on, or why that is not known; of no run neither.
+
+    Rank 0 reads them, which takes as long as at the start of the run.
+    """
+    seen: tuple[Repeats | None, str] = (None, "")
+    with ranks.raise_on_all_ranks():
+        if ranks.is_main_process:
+            seen = _find_seen_rows(tokens, loaded)
+    return ranks.broadcast_object(seen)
+
+
+def _find_seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | None, str]:
     run = loaded.run
     if run is None or loaded.location.kind == "base":
         return None, ""
@@ -333,17 +372,14 @@ def _seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | None, s
     return find_repeats(tokens, trained), ""
 
 
-def _rows_of(
-    source: Source,
-    location: RunLocation,
-    format_name: str,
-    columns: Mapping[str, str] | None,
-) -> SourceRows:
-    """The rows of a file or Hub id, read by the columns of the first one."""
+def _read_source(
+    source: Source, location: RunLocation, format_name: str, columns: Mapping[str, str] | None
+) -> tuple[Source, Rows]:
+    """Rows of one's own, with the format and columns of the first."""
     rows = read_rows(source)
     # Rows of a file are read as those of the run, where they have its columns.
     like = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
-    return [(replace(source, format=like.format, columns=like.columns), rows)]
+    return replace(source, format=like.format, columns=like.columns), rows
 
 
 def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]:
@@ -407,7 +443,12 @@ def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
 
 
 def _answers(
-    loaded: LoadedModel, tokens: TokenSet, parts: SourceRows, max_new_tokens: int, batch_size: int
+    loaded: LoadedModel,
+    tokens: TokenSet,
+    parts: SourceRows,
+    max_new_tokens: int,
+    batch_size: int,
+    ranks: Ranks,
 ) -> Iterator[dict[str, Any]]:
     """Answers to the rows that `tokens` are of; broken rows are reported at the call."""
     answers = []
@@ -423,6 +464,7 @@ def _answers(
                 format_name=source.format,
                 columns=source.columns,
                 batch_size=batch_size,
+                ranks=ranks,
             )
         )
     return chain.from_iterable(answers)

@@ -13,6 +13,7 @@ from tunesmith.config.check import COLUMNS
 from tunesmith.config.schema import Source
 from tunesmith.data.formats import ROLES, Conversation, Sample, convert_row
 from tunesmith.data.source import Rows, from_list
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.decoding import Decoding, answer_all, cut_answer
 from tunesmith.inference.load_run import LoadedModel
@@ -39,6 +40,7 @@ def generate(
     batch_size: int = 16,
     start: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Iterator[dict[str, Any]]:
     """Answer rows of any format that trains, rendered with the template that was trained.
 
@@ -55,6 +57,7 @@ def generate(
         start: the first row to answer; the answers are those of a job that began at row 0.
         cancelled: called after each token; once true, the iterator ends after the rows already
             answered.
+        ranks: those that answer together, a part of the rows each; all get all answers.
 
     Returns:
         an iterator over the rows from `start` on, in their order, each with `output` added, and
@@ -79,6 +82,7 @@ def generate(
         batch_size=batch_size,
         start=start,
         cancelled=cancelled,
+        ranks=ranks,
     )
 
     # The rows are checked at the call, and answered as the caller iterates.

@@ -17,6 +17,7 @@ from tunesmith.checkpoint import manifest
 from tunesmith.data.formats import Conversation
 from tunesmith.data.splits import SourceRows
 from tunesmith.data.tokens import TokenSet
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, MachineError, StoppedError, UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.signals import StopRequest
@@ -180,6 +181,7 @@ class Scoring:
     """The rows of one evaluation that are answered and scored, and the file of their answers.
 
     A context from `open` on: `answer` for each model, then `finish`.
+    Of several ranks rank 0 has the file.
     """
 
     def __init__(
@@ -191,6 +193,7 @@ class Scoring:
         scorers: Sequence[str],
         decoding: Decoding,
         batch_size: int,
+        ranks: Ranks = ONE_PROCESS,
     ) -> None:
         """Check scorers and rows; nothing is written.
 
@@ -211,6 +214,7 @@ class Scoring:
                 scorer.check(row)
         self.decoding = decoding
         self.batch_size = batch_size
+        self.ranks = ranks
         base = loaded.location.base
         self.header = AnswersHeader(
             data=name,
@@ -224,14 +228,20 @@ class Scoring:
 
     def open(self, path: Path, *, fresh: bool) -> None:
         """Read the answers that are there; `fresh` will put them aside."""
-        self.file = AnswersFile(path, self.header, fresh=fresh)
+        self.path = path
+        self.file: AnswersFile | None = None
+        if self.ranks.is_main_process:
+            self.file = AnswersFile(path, self.header, fresh=fresh)
 
     def __enter__(self) -> "Scoring":
-        self.file.__enter__()
+        with self.ranks.raise_on_all_ranks():
+            if self.file is not None:
+                self.file.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.file.__exit__(*error)
+        if self.file is not None:
+            self.file.__exit__(*error)
 
     def answer(self, loaded: LoadedModel, model: str, progress: AnswerProgress) -> None:
         """Answer the rows that the file lacks answers of `model` for.
@@ -240,7 +250,7 @@ class Scoring:
             StoppedError: a stop signal came; the answers so far are kept.
         """
         total = len(self.rows.prompts)
-        done = len(self.file.of(model))
+        done = self._answered(model)
         if done == total:
             return
         what = f"answers of {model}"
@@ -256,17 +266,30 @@ class Scoring:
                 batch_size=self.batch_size,
                 start=done,
                 cancelled=stop.requested,
+                ranks=self.ranks,
             )
             for i, answer in answers:
-                self.file.append(self._saved(loaded, model, i, answer))
+                if self.file is not None:
+                    self.file.append(self._saved(loaded, model, i, answer))
                 tokens += len(answer.ids)
                 progress(what, i + 1, total, tokens)
-        done = len(self.file.of(model))
-        if done < total:
-            raise StoppedError(
-                f"stopped: {done} of {total} answers of {model} are in {self.file.path}; "
-                "to go on, start the same command again"
-            )
+        done = self._answered(model)
+        with self.ranks.raise_on_all_ranks():
+            if done < total:
+                raise StoppedError(
+                    f"stopped: {done} of {total} answers of {model} are in {self.path}; "
+                    "to go on, start the same command again"
+                )
+
+    def _answered(self, model: str) -> int:
+        """How many answers of a model are in the file, on every rank."""
+        done = 0 if self.file is None else len(self.file.of(model))
+        return self.ranks.broadcast_object(done)
+
+    def unfinished(self) -> dict[str, int]:
+        """How many answers of each model were cut at --max-new-tokens, on every rank."""
+        counts = {} if self.file is None else self.file.unfinished()
+        return self.ranks.broadcast_object(counts)
 
     def _saved(self, loaded: LoadedModel, model: str, i: int, answer: Answer) -> SavedAnswer:
         raw = _raw_text(loaded, answer.ids)
@@ -288,9 +311,12 @@ class Scoring:
         Args:
             about: what the file says too: the losses, the step, the rows that were seen.
         """
-        results = score_rows(self.rows, self.scorers, self.file)
-        write_scores(scores_path(self.file.path), self.header, self.rows, results, about)
-        return results
+        results: list[RowScores] = []
+        with self.ranks.raise_on_all_ranks():
+            if self.file is not None:
+                results = score_rows(self.rows, self.scorers, self.file)
+                write_scores(scores_path(self.path), self.header, self.rows, results, about)
+        return self.ranks.broadcast_object(results)
 
 
 def score_rows(rows: EvalRows, scorers: Sequence[Scorer], file: AnswersFile) -> list[RowScores]:
