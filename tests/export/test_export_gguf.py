@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -13,6 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from conftest import CHATML, write_tiny_llama
+from export.modelfile import read_modelfile
 from export.tiny_gguf import byte_level, structure_of
 from runs import make_run, peft_model
 from tunesmith.cli.export import GGUF_QUANTS
@@ -20,6 +22,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.export.gguf import export as room
 from tunesmith.export.gguf.export import export_adapter, export_gguf
 from tunesmith.export.gguf.llama_cpp import LlamaCpp
+from tunesmith.export.gguf.ollama import modelfile_text
 from tunesmith.export.gguf.types import QUANTS as TYPES
 from warm import run_warm
 
@@ -96,11 +99,11 @@ def test_a_folder_for_ollama(run: Path, tmp_path: Path) -> None:
     exported = export_gguf(run, tmp_path / "orders", for_ollama=True, device="cpu")
     names = sorted(path.name for path in (tmp_path / "orders").iterdir())
     assert names == ["LICENSE", "Modelfile", "orders-q4_k_m.gguf"]
-    modelfile = (tmp_path / "orders" / "Modelfile").read_text().splitlines()
-    assert modelfile == [
-        "FROM ./orders-q4_k_m.gguf",
-        "PARAMETER num_ctx 2048",  # the model's own
-        'PARAMETER stop "<|im_end|>"',
+    modelfile = (tmp_path / "orders" / "Modelfile").read_text()
+    assert read_modelfile(modelfile) == [
+        ("from", "./orders-q4_k_m.gguf"),
+        ("num_ctx", "2048"),  # the model's own
+        ("stop", "<|im_end|>"),
     ]
     template = gguf.GGUFReader(exported.file).fields["tokenizer.chat_template"].contents()
     assert template.endswith(CHATML)
@@ -109,6 +112,40 @@ def test_a_folder_for_ollama(run: Path, tmp_path: Path) -> None:
     with LlamaCpp(Path(exported.file)) as server:
         rendered = server.post("/apply-template", {"messages": [{"role": "user", "content": "hi"}]})
     assert rendered["prompt"] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("file_name", "end"),
+    [
+        ("orders.gguf", "<|im_end|>"),
+        ("my orders #2.gguf", "<|im_end|>"),
+        ("orders.gguf", "<｜end▁of▁sentence｜>"),
+        ("orders.gguf", "###"),
+        ("orders.gguf", " user:"),
+    ],
+)
+def test_ollama_reads_of_a_modelfile_what_was_meant(file_name: str, end: str) -> None:
+    tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda ids: {7: end}[ids[0]])
+    config = SimpleNamespace(max_position_embeddings=8192)
+    read: Any = SimpleNamespace(
+        files=SimpleNamespace(tokenizer=tokenizer, config=config),
+        location=SimpleNamespace(run=None),
+        template=SimpleNamespace(end_ids=frozenset({1, 7})),
+    )
+    assert read_modelfile(modelfile_text(file_name, read)) == [
+        ("from", f"./{file_name}"),
+        ("num_ctx", "4096"),
+        ("stop", end),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["PARAMETER num_ctx 4096\n", "FROM ./a\nSTOP x\n", 'FROM ./a\nPARAMETER stop "x\n', "FROM"],
+)
+def test_the_reader_of_modelfiles_refuses_what_ollama_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="no command|quote|no FROM|without a value"):
+        read_modelfile(text)
 
 
 def test_an_adapter_beside_its_base(run: Path, base: Path, tmp_path: Path) -> None:
