@@ -144,7 +144,7 @@ def test_ollama_reads_of_a_modelfile_what_was_meant(file_name: str, end: str) ->
     ["PARAMETER num_ctx 4096\n", "FROM ./a\nSTOP x\n", 'FROM ./a\nPARAMETER stop "x\n', "FROM"],
 )
 def test_the_reader_of_modelfiles_refuses_what_ollama_refuses(text: str) -> None:
-    with pytest.raises(ValueError, match="no command|quote|no FROM|without a value"):
+    with pytest.raises(ValueError, match=r"no command|quote|no FROM|without a value"):
         read_modelfile(text)
 
 
