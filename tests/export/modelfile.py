@@ -54,7 +54,7 @@ def _read_value(text: str, start: int) -> tuple[str, int]:
     while end < len(text):
         end = _line_end(text, end)
         value = "".join(
-            char for char in text[start:end].strip() if char.isprintable() or char == "\n"
+            char for char in text[start:end].strip() if char.isprintable() or char in "\n\t"
         )
         for quote in ('"""', '"'):
             if value.startswith(quote):

@@ -18,7 +18,7 @@ from export.modelfile import read_modelfile
 from export.tiny_gguf import byte_level, structure_of
 from runs import make_run, peft_model
 from tunesmith.cli.export import GGUF_QUANTS
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.export.gguf import export as room
 from tunesmith.export.gguf.export import export_adapter, export_gguf
 from tunesmith.export.gguf.llama_cpp import LlamaCpp
@@ -125,18 +125,47 @@ def test_a_folder_for_ollama(run: Path, tmp_path: Path) -> None:
     ],
 )
 def test_ollama_reads_of_a_modelfile_what_was_meant(file_name: str, end: str) -> None:
-    tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda ids: {7: end}[ids[0]])
-    config = SimpleNamespace(max_position_embeddings=8192)
-    read: Any = SimpleNamespace(
-        files=SimpleNamespace(tokenizer=tokenizer, config=config),
-        location=SimpleNamespace(run=None),
-        template=SimpleNamespace(end_ids=frozenset({1, 7})),
-    )
-    assert read_modelfile(modelfile_text(file_name, read)) == [
+    assert read_modelfile(modelfile_text(file_name, opened_run(end))) == [
         ("from", f"./{file_name}"),
         ("num_ctx", "4096"),
         ("stop", end),
     ]
+
+
+def opened_run(end: str, system: str | None = None) -> Any:
+    """What a Modelfile is written from: answers end with `end`, or with the tokenizer's own token."""
+    tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda ids: {7: end}[ids[0]])
+    config = SimpleNamespace(max_position_embeddings=8192)
+    return SimpleNamespace(
+        files=SimpleNamespace(tokenizer=tokenizer, config=config),
+        location=SimpleNamespace(
+            run=SimpleNamespace(data=SimpleNamespace(seq_len=512, system=system))
+        ),
+        template=SimpleNamespace(end_ids=frozenset({1, 7})),
+    )
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        "Be brief.",
+        'Say "yes" or "no"',
+        '"quoted"',
+        "One.\n\n# Two\n\tFROM here  ",
+        '""',
+        'a """ b',
+        "日本",
+    ],
+)
+def test_a_modelfile_has_the_system_message_of_the_run(system: str) -> None:
+    commands = read_modelfile(modelfile_text("a.gguf", opened_run("<|im_end|>", system)))
+    assert commands[3:] == [("system", system)]
+
+
+def test_a_system_message_that_a_modelfile_cannot_hold_is_refused() -> None:
+    with pytest.raises(ModelError, match="no place in a Modelfile") as refused:
+        modelfile_text("a.gguf", opened_run("<|im_end|>", 'Quote with """\nand go on.'))
+    assert refused.value.where == "data.system"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def guard_template(tokenizer: Any) -> None:
 def modelfile_text(file_name: str, read: OpenedRun) -> str:
     """The Modelfile of a GGUF file in the same folder, without a TEMPLATE: the file has it.
 
-    ModelError where a token that ends an answer cannot be written in it.
+    ModelError where a token that ends an answer, or the system message, cannot be written in it.
     """
     tokenizer = read.files.tokenizer
     run = read.location.run
@@ -43,7 +43,22 @@ def modelfile_text(file_name: str, read: OpenedRun) -> str:
                 fix="--to gguf, and llama-server",
             )
         lines.append(f'PARAMETER stop "{text}"')
+    if run is not None and run.data.system:
+        lines.append(_system_line(run.data.system))
     return "\n".join(lines) + "\n"
+
+
+def _system_line(system: str) -> str:
+    """The command that gives a chat without a system message the one that the run gave its rows."""
+    # Ollama escapes nothing: the quotes at the end of a line would close the text.
+    if any(line.rstrip().endswith('"""') for line in system.splitlines()[:-1]):
+        raise ModelError(
+            "the system message has no place in a Modelfile",
+            where="data.system",
+            why='a line in it ends with """',
+            fix="--to gguf, and give the program that serves it the message",
+        )
+    return f'SYSTEM """{system}"""'
 
 
 def write_modelfile(folder: Path, file_name: str, read: OpenedRun) -> None:
