@@ -51,6 +51,7 @@ NOT_OURS = (
     "source ",
     "python3 -m venv",
     "ln -s",
+    "cd faq-model && ollama create",
 )
 # Verbs with a stand-in server of their own: tests/hub/test_push.py.
 ELSEWHERE = ("tunesmith push",)
