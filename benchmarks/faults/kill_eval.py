@@ -57,18 +57,23 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("more", nargs="*", help="further options of eval, behind --")
-    args = parser.parse_args()
+    # argparse takes what follows -- for positional arguments, and only where no option is before it.
+    words = sys.argv[1:]
+    more: list[str] = []
+    if "--" in words:
+        more = words[words.index("--") + 1 :]
+        words = words[: words.index("--")]
+    args = parser.parse_args(words)
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole.jsonl"
         began = time.monotonic()
-        finish(start(args.run, args.data, whole, args.more))
+        finish(start(args.run, args.data, whole, more))
         total = lines(whole)
         print(f"not killed: {total - 1} answers in {time.monotonic() - began:.0f} s", flush=True)
         killed = Path(folder) / "killed.jsonl"
         for kill in range(1, args.kills + 1):
-            process = start(args.run, args.data, killed, args.more)
+            process = start(args.run, args.data, killed, more)
             # Each start gets a part of what is left, so that the last ones have something to do.
             aim = lines(killed) + max(1, (total - lines(killed)) // (args.kills + 2 - kill))
             while process.poll() is None and lines(killed) < aim:
@@ -83,7 +88,7 @@ def main() -> None:
                 f"kill {kill}: {lines(killed) - 1} answers, {len(tail)} bytes of a torn line",
                 flush=True,
             )
-        finish(start(args.run, args.data, killed, args.more))
+        finish(start(args.run, args.data, killed, more))
         pairs = [
             (whole, killed),
             (whole.with_name("whole.scores.json"), killed.with_name("killed.scores.json")),
