@@ -240,13 +240,15 @@ def answer_all(
     start: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
     ranks: Ranks = ONE_PROCESS,
+    answered: Callable[[Sequence[Answer]], object] = lambda _: None,
 ) -> Iterator[tuple[int, Answer]]:
     """Answer many prompts, with an fp32 adapter merged; yield (index, answer) in their order, from
     index `start` on.
 
     The batches do not depend on `start`: the window that holds it is computed whole. Once
     `cancelled` says so, the current window is given up and the iterator ends. Each of several ranks
-    holds the whole model and answers a window; all of them yield the answers of all.
+    holds the whole model and answers a window; all of them yield the answers of all. A window is
+    yielded at its end; `answered` gets each batch of this rank as soon as it is there.
     """
     window = batch_size * WINDOW_BATCHES
 
@@ -274,6 +276,7 @@ def answer_all(
             if cancelled():
                 return None
             answers.update(zip(rows, batch, strict=True))
+            answered([answers[i] for i in rows if i >= start])
         return answers
 
     with merged_meanwhile(model):

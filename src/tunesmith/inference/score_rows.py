@@ -256,6 +256,16 @@ class Scoring:
         what = f"answers of {model}"
         tokens = 0
         progress(what, done, total, tokens)
+        rows_here = done
+        tokens_here = 0
+
+        def count_batch(batch: Sequence[Answer]) -> None:
+            """What this rank has answered; of the others it is known at the end of a window."""
+            nonlocal rows_here, tokens_here
+            rows_here += len(batch)
+            tokens_here += sum(len(answer.ids) for answer in batch)
+            progress(what, max(done, rows_here), total, max(tokens, tokens_here))
+
         with StopRequest(interactive=True) as stop:
             answers = answer_all(
                 loaded.model,
@@ -267,12 +277,14 @@ class Scoring:
                 start=done,
                 cancelled=stop.requested,
                 ranks=self.ranks,
+                answered=count_batch,
             )
             for i, answer in answers:
                 if self.file is not None:
                     self.file.append(self._saved(loaded, model, i, answer))
+                done = i + 1
                 tokens += len(answer.ids)
-                progress(what, i + 1, total, tokens)
+                progress(what, max(done, rows_here), total, max(tokens, tokens_here))
         done = self._answered(model)
         with self.ranks.raise_on_all_ranks():
             if done < total:
