@@ -26,13 +26,14 @@ from transformers.utils import logging as hf_logging
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.config.schema import Model
-from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
+from tunesmith.errors import CheckpointError, UsageError
 from tunesmith.export import merge_check
 from tunesmith.export.compressed import RoundedWeight
 from tunesmith.export.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit
+from tunesmith.export.output import output_place, part_folder, put_in_place
 from tunesmith.export.streamed_model import Values, streamed_logits
 from tunesmith.export.tuned_weights import TunedModel, open_tuned_model, row_bands
-from tunesmith.host.files import existing_folder, follow_umask, require_disk_space
+from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.host.logger import lines_by_default
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference.load_run import (
@@ -102,8 +103,6 @@ def merge(
         CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
     """
     location = locate_run(path)
-    # Not Path.resolve, which raises for a loop of links; this leaves it as it is.
-    goal = Path(os.path.realpath(output))
     if location.kind != "adapter":
         where = str(location.folder or path)
         why = "it is a plain model"
@@ -111,37 +110,22 @@ def merge(
             why = "it is a full fine-tune: a whole model already"
         fix = f"use {where}, or copy it"
         raise UsageError(f"{path} has no adapter to merge", where=where, why=why, fix=fix)
-    # A kill came between the two renames of `_move_into_place`.
-    if not goal.exists() and _old(goal).exists():
-        _old(goal).rename(goal)
-    _check_output(goal, location, force=force)
+    # A link to a folder stands for the folder. Path.resolve raises for a loop of links.
+    goal = output_place(os.path.realpath(output) if str(output) else output, location)
+    _check_output(goal, force=force)
     dtype = dtype or location.base.dtype
     _check_room(goal, location.base, dtype)
-    _remove_killed(goal)
-    temporary = goal.with_name(f".{goal.name}.{os.getpid()}.part")
     had_bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        with undeleted(location):
-            check = _merge_and_check(location, temporary, dtype, device)
-        sizes = _file_sizes(temporary)
-        text = json.dumps({**asdict(check), "files": sizes}, indent=2)
-        (temporary / MERGE_FILE).write_text(text + "\n", encoding="utf-8")
-        follow_umask(temporary)
-        _move_into_place(temporary, goal, check)
-    except Exception as error:
-        # safetensors has errors of its own for a full disk.
-        fault = disk_fault(error)
-        if not fault:
-            raise
-        raise CheckpointError(
-            fault,
-            where=f"--output {output}",
-            why="nothing was written in place",
-            fix="make room there (df -h), or name a folder on another disk",
-        ) from error
+        with part_folder(goal) as part, undeleted(location):
+            check = _merge_and_check(location, part, dtype, device)
+            sizes = _file_sizes(part)
+            text = json.dumps({**asdict(check), "files": sizes}, indent=2)
+            (part / MERGE_FILE).write_text(text + "\n", encoding="utf-8")
+            follow_umask(part)
+            _move_into_place(part, goal, check)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         if had_bars:
             hf_logging.enable_progress_bar()
     note = ""
@@ -172,24 +156,14 @@ def _check_room(goal: Path, base: Model, dtype: Dtype) -> None:
     require_disk_space(goal, needed, what="the merged model", fix=fix)
 
 
-def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
-    """UsageError for an output that would overwrite something, or holds the adapter or its base;
-    MachineError for one that cannot be written."""
+def _check_output(output: Path, *, force: bool) -> None:
+    """UsageError for an output that would overwrite something."""
 
     def unusable(what: str, fix: str, why: str = "") -> UsageError:
         return UsageError(what, where="--output", why=why, fix=fix)
 
     if output.exists() and not output.is_dir():
         raise unusable(f"{output} is a file", "name a folder that is new or empty")
-    for source in (location.folder, Path(location.base.name)):
-        if source is None or not source.exists():
-            continue
-        source_path = source.resolve()
-        if output == source_path or output in source_path.parents:
-            raise unusable(f"{output} is where the adapter or its base lies", "name another folder")
-    if output == Path.cwd() or output in Path.cwd().parents:
-        raise unusable(f"{output} is the folder you are in", "name a folder in it")
-    # The place of a rejected merge must be free too.
     for folder in (output, Path(f"{output}.rejected")):
         foreign = _foreign_file(folder)
         if foreign:
@@ -202,11 +176,6 @@ def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
         if folder == output and not force and (folder / MERGE_FILE).exists():
             fix = "name another folder, or add --force to replace it"
             raise unusable(f"{output} holds an earlier merge", fix)
-    parent = existing_folder(output.parent)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise MachineError(
-            f"{parent} cannot be written", where="--output", fix="name a folder that you may write"
-        )
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
@@ -235,7 +204,6 @@ def _merge_and_check(
     place = torch.device(select_device(device))
     read = read_run_files(location)
     tuned = open_tuned_model(read)
-    folder.mkdir(parents=True)
     write_merged(tuned, folder, dtype)
     _check_readable(folder)
     written = open_tuned_model(read_run_files(locate_run(folder)))
@@ -304,8 +272,7 @@ def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
     """Give the written folder its name: the goal, or `<goal>.rejected` if the check failed."""
     if not check.passed:
         rejected = Path(f"{goal}.rejected")
-        shutil.rmtree(rejected, ignore_errors=True)
-        temporary.rename(rejected)
+        put_in_place(temporary, rejected)
         raise CheckpointError(
             "the merged model answers differently: "
             f"logits up to {check.merged.max_logit:.3g} apart, "
@@ -315,32 +282,7 @@ def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
             why="; ".join(text for text, holds in check.rules if not holds),
             fix="merge with --dtype fp32, or serve the adapter beside its base",
         )
-    # Two renames: the old folder is there until the new one has its name.
-    old = _old(goal)
-    if goal.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        goal.rename(old)
-    temporary.rename(goal)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_killed(goal: Path) -> None:
-    """Delete what merges to this place have left that were killed: as much as a model each."""
-    prefix = f".{goal.name}."
-    for folder in goal.parent.glob(".*.part"):
-        number = folder.name.removeprefix(prefix).removesuffix(".part")
-        if folder.name == f"{prefix}{number}.part" and number.isdigit():
-            try:
-                os.kill(int(number), 0)
-            except ProcessLookupError:
-                shutil.rmtree(folder, ignore_errors=True)
-            except PermissionError:  # another user's, and alive
-                continue
-
-
-def _old(goal: Path) -> Path:
-    """Where an earlier merge stands while the new one takes its name."""
-    return goal.with_name(f".{goal.name}.old")
+    put_in_place(temporary, goal)
 
 
 def write_merged(

@@ -23,6 +23,13 @@ from tunesmith.export.compressed import (
 )
 from tunesmith.export.merge import write_merged
 from tunesmith.export.merge_check import Difference, compare_logits, probe_prompts
+from tunesmith.export.output import (
+    OTHER_DISK,
+    output_place,
+    part_folder,
+    put_in_place,
+    require_new_folder,
+)
 from tunesmith.export.streamed_model import Values, streamed_logits
 from tunesmith.export.tuned_weights import TunedModel, open_tuned_model
 from tunesmith.host.files import follow_umask, require_disk_space
@@ -80,8 +87,8 @@ def export_rounded(
         MachineError: no room on the disk.
     """
     location = locate_run(path)
-    goal = Path(output)
-    _check_new(goal)
+    goal = output_place(output, location)
+    require_new_folder(goal)
     place = torch.device(select_device(device))
     with undeleted(location):
         tuned = open_tuned_model(read_run_files(location))
@@ -91,26 +98,17 @@ def export_rounded(
             goal,
             _size(tuned, weights),
             what=f"the model in {quant}",
-            fix="free some space, or name a folder on another disk",
+            fix=OTHER_DISK,
         )
-        part = goal.with_name(f".{goal.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            part.mkdir()
-            # In config.json of the folder alone: the model here must not become a quantized one.
+        with part_folder(goal) as part:
             tuned.model.config.quantization_config = quantization_config(quant)
             write_merged(tuned, part, "bf16", weights)
             del tuned.model.config.quantization_config
             follow_umask(part)
             differences = _compare(tuned, weights, place)
-            # An empty folder was allowed as the output.
-            if goal.exists():
-                goal.rmdir()
-            part.rename(goal)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            put_in_place(part, goal)
     size = sum(file.stat().st_size for file in goal.iterdir())
-    return RoundedFolder(str(goal), quant, len(rounded), size, *differences)
+    return RoundedFolder(str(output), quant, len(rounded), size, *differences)
 
 
 def round_weights(tuned: TunedModel, quant: str) -> dict[str, RoundedWeight]:
@@ -210,8 +208,8 @@ def export_peft(path: str | Path, output: str | Path) -> int:
         ModelError: vLLM refuses such an adapter.
     """
     location = locate_run(path)
-    goal = Path(output)
-    _check_new(goal)
+    goal = output_place(output, location)
+    require_new_folder(goal)
     folder = location.folder
     if location.kind != "adapter" or folder is None:
         raise UsageError(f"{path} has no adapter", where="--adapter", fix="leave --adapter out")
@@ -234,22 +232,12 @@ def export_peft(path: str | Path, output: str | Path) -> int:
             fix="export the merged model: without --adapter",
         )
     with undeleted(location):
-        read_run_files(location)  # checks the sums of all files
-        part = goal.with_name(f".{goal.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            part.mkdir()
+        open_tuned_model(read_run_files(location))  # checks sums, and that base and adapter fit
+        size = sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
+        require_disk_space(goal, size, what="the adapter", fix=OTHER_DISK)
+        with part_folder(goal) as part:
             for name in (CONFIG, WEIGHTS):
                 shutil.copyfile(folder / name, part / name)
             follow_umask(part)
-            if goal.exists():
-                goal.rmdir()
-            part.rename(goal)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            put_in_place(part, goal)
     return ranks[0]
-
-
-def _check_new(goal: Path) -> None:
-    if goal.is_symlink() or (goal.exists() and (not goal.is_dir() or any(goal.iterdir()))):
-        raise UsageError("--output is not an empty folder", where=str(goal), fix="name a new one")

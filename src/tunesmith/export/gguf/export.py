@@ -14,15 +14,17 @@ import torch
 from transformers import PretrainedConfig
 
 from tunesmith.adapter.peft_files import CONFIG, WEIGHTS
-from tunesmith.errors import CheckpointError, ModelError, TunesmithError, UsageError, disk_fault
+from tunesmith.errors import CheckpointError, ModelError, TunesmithError, UsageError
 from tunesmith.export.gguf.adapter import plan_adapter
 from tunesmith.export.gguf.check import FileCheck, check_file
 from tunesmith.export.gguf.families import OWN_SCRIPT
 from tunesmith.export.gguf.llama_cpp import has_llama_cpp
 from tunesmith.export.gguf.ollama import MODELFILE, guard_template, write_modelfile
 from tunesmith.export.gguf.plan import GgufPlan, plan_gguf
+from tunesmith.export.gguf.types import QUANTS
 from tunesmith.export.gguf.write import write_gguf
-from tunesmith.export.merge import copy_notices
+from tunesmith.export.merge import NOTICES, copy_notices
+from tunesmith.export.output import OTHER_DISK, output_place, part_folder, put_in_place
 from tunesmith.export.streamed_model import Values
 from tunesmith.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 from tunesmith.host.cores import available_cores
@@ -38,7 +40,6 @@ from tunesmith.model.names import composite_of
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.weights import stored_tensors
 
-OTHER_DISK = "free some space, or name a place on another disk with --output"
 DEFAULT_QUANT = "q4_k_m"
 
 
@@ -89,29 +90,25 @@ def export_gguf(
         CheckpointError: llama.cpp reads prompts otherwise; the file is kept as `.rejected`.
     """
     location = locate_run(path)
-    goal = Path(output)
+    goal = output_place(output, location)
     _check_output(goal, is_folder=for_ollama, force=force)
     place = torch.device(select_device(device))
     threads = threads or available_cores()
-    # Beside the output, so that the rename at the end stays on one disk.
-    part = goal.with_name(f".{goal.name}.part")
-    file = part / f"{goal.name}-{quant}.gguf" if for_ollama else part
+    file_name = f"{goal.name}-{quant}.gguf" if for_ollama else goal.name
     with undeleted(location):
         tuned = open_tuned_model(read_run_files(location))
         if for_ollama:
             # Before the plan: the header holds the template.
             guard_template(tuned.files.files.tokenizer)
         plan = _plan_model(tuned, quant, goal.stem)
-        # What an export left that was killed.
-        _remove(part)
-        try:
+        require_disk_space(goal, plan.size, what=file_name, fix=OTHER_DISK)
+        with part_folder(goal) as part:
+            file = part / file_name
+            _write(plan, file, threads, progress)
             if for_ollama:
-                require_disk_space(goal, plan.size, what="the folder", fix=OTHER_DISK)
-                part.mkdir()
-            _write(plan, file, goal, threads, progress)
-            if for_ollama:
-                write_modelfile(part, file.name, tuned.files)
+                write_modelfile(part, file_name, tuned.files)
                 copy_notices(tuned.files.files.folder, part)
+            written = part if for_ollama else file
             result = None
             if check and has_llama_cpp():
                 base = _find_base(location, tuned)
@@ -119,13 +116,14 @@ def export_gguf(
                     result = check_file(file, tuned, base, device=place, threads=threads)
                 except CheckpointError:
                     # Kept for a look: the user may want to know what differs.
-                    _replace(part, goal.with_name(f"{goal.name}.rejected"))
+                    rejected = goal.with_name(f"{goal.name}.rejected")
+                    if rejected.is_dir():
+                        shutil.rmtree(rejected)
+                    put_in_place(written, rejected)
                     raise
-            _replace(part, goal)
-        finally:
-            _remove(part)
-    file_name = goal / file.name if for_ollama else goal
-    return ExportedFile(str(goal), str(file_name), quant, plan.size, plan.notes, result)
+            put_in_place(written, goal)
+    shown = Path(output) / file_name if for_ollama else output
+    return ExportedFile(str(output), str(shown), quant, plan.size, plan.notes, result)
 
 
 def export_adapter(path: str | Path, output: str | Path, *, force: bool = False) -> ExportedFile:
@@ -134,7 +132,7 @@ def export_adapter(path: str | Path, output: str | Path, *, force: bool = False)
     Raises: as `export_gguf`; UsageError where the run has no adapter.
     """
     location = locate_run(path)
-    goal = Path(output)
+    goal = output_place(output, location)
     _check_output(goal, is_folder=False, force=force)
     folder = location.folder
     if location.kind != "adapter" or folder is None:
@@ -144,6 +142,7 @@ def export_adapter(path: str | Path, output: str | Path, *, force: bool = False)
     with undeleted(location):
         read = read_run_files(location)
         _check_text_model(read.files.config)
+        open_tuned_model(read)  # checks that base and adapter fit
         with stored_tensors(folder / WEIGHTS) as stored:
             weights = {}
             for name, tensor in stored.items():
@@ -155,13 +154,11 @@ def export_adapter(path: str | Path, output: str | Path, *, force: bool = False)
             name=goal.stem,
             added_tokens=len(read.run.model.added_tokens),
         )
-        part = goal.with_name(f".{goal.name}.part")
-        try:
-            _write(plan, part, goal, available_cores(), None)
-            _replace(part, goal)
-        finally:
-            _remove(part)
-    return ExportedFile(str(goal), str(goal), "f16", plan.size, plan.notes, None)
+        require_disk_space(goal, plan.size, what=goal.name, fix=OTHER_DISK)
+        with part_folder(goal) as part:
+            _write(plan, part / goal.name, available_cores(), None)
+            put_in_place(part / goal.name, goal)
+    return ExportedFile(str(output), str(output), "f16", plan.size, plan.notes, None)
 
 
 def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
@@ -174,16 +171,37 @@ def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
         # A link would be replaced, and what it points to kept.
         kind = "a folder" if goal.is_dir() else "a file or link"
         raise UsageError(f"{goal} is {kind}", where="--output", fix="name a new one")
-    if not goal.exists():
+    if not goal.exists() or (is_folder and not any(goal.iterdir())):
         return
-    names = [file.name for file in goal.iterdir()] if is_folder else [goal.name]
-    # Only a folder with our Modelfile in it is one that an export wrote.
-    is_own = MODELFILE in names if is_folder else True
-    if is_folder and not names:
-        return
-    if not force or not is_own:
-        fix = "name a new one, or add --force to replace it" if is_own else "name a new one"
-        raise UsageError(f"{goal} is there already", where="--output", fix=fix)
+    foreign = _foreign_file(goal) if is_folder else None
+    if foreign or not (is_folder or _is_gguf(goal)):
+        raise UsageError(
+            f"{goal} holds {foreign}" if foreign else f"{goal} is no GGUF file",
+            where="--output",
+            why="--force replaces only what an export wrote",
+            fix="name a new one",
+        )
+    if not force:
+        raise UsageError(
+            f"{goal} is there already",
+            where="--output",
+            fix="name a new one, or add --force to replace it",
+        )
+
+
+def _foreign_file(folder: Path) -> str | None:
+    """A file in a folder that no export for Ollama wrote; None if there is none."""
+    own = {MODELFILE, *(f"{folder.name}-{quant}.gguf" for quant in QUANTS)}
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if name not in own and not name.upper().startswith(NOTICES):
+            return name
+    return None if MODELFILE in names else names[0]
+
+
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
 
 
 def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
@@ -214,28 +232,13 @@ def _check_text_model(config: PretrainedConfig) -> None:
 
 
 def _write(
-    plan: GgufPlan,
-    file: Path,
-    goal: Path,
-    threads: int,
-    progress: Callable[[int, int], None] | None,
+    plan: GgufPlan, file: Path, threads: int, progress: Callable[[int, int], None] | None
 ) -> None:
-    """Write a file beside its place; CheckpointError where the disk is full meanwhile."""
-    require_disk_space(goal, plan.size, what=goal.name, fix=OTHER_DISK)
-
     def note(written: int) -> None:
         if progress is not None:
             progress(written, plan.size)
 
-    try:
-        write_gguf(plan, file, threads=threads, progress=note)
-    except OSError as error:
-        fault = disk_fault(error)
-        if not fault:
-            raise
-        raise CheckpointError(
-            fault, where=f"--output {goal}", why="nothing was written", fix=OTHER_DISK
-        ) from error
+    write_gguf(plan, file, threads=threads, progress=note)
 
 
 def _find_base(location: RunLocation, tuned: TunedModel) -> tuple[TunedModel, Values] | None:
@@ -253,15 +256,3 @@ def _find_base(location: RunLocation, tuned: TunedModel) -> tuple[TunedModel, Va
         return open_tuned_model(read_run_files(base)), "base"
     except TunesmithError:
         return None
-
-
-def _replace(part: Path, goal: Path) -> None:
-    _remove(goal)
-    part.rename(goal)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
