@@ -203,7 +203,7 @@ def test_a_file_that_reads_prompts_otherwise_is_rejected(
 
 
 def _exists(folder: Path) -> dict[str, Any]:
-    (folder / "model.gguf").write_text("mine")
+    (folder / "model.gguf").write_bytes(b"GGUF")
     return {}
 
 
@@ -235,7 +235,7 @@ def _no_run(folder: Path) -> dict[str, Any]:
     [
         (_exists, "--force"),
         (_no_suffix, ".gguf"),
-        (_folder_of_others, "is there already"),
+        (_folder_of_others, "holds mine.txt"),
         (_link, "a file or link"),
         (_unknown_quant, "q4_k_m"),
         (_no_run, "there is no"),
