@@ -181,14 +181,20 @@ def test_an_adapter_beside_its_base(run: Path, base: Path, tmp_path: Path) -> No
     export_gguf(base, tmp_path / "base.gguf", quant="f16", device="cpu")
     export_adapter(run, tmp_path / "adapter.gguf")
     export_gguf(run, tmp_path / "merged.gguf", quant="f16", device="cpu")
-    ids = [5, 9, 200, 31, 77]
+    # Half a letter is not reported, and which token is likeliest may differ with the machine.
+    texts = [[5, 9, 200, 31, 77], [40, 41, 42], [300, 7, 12, 90], [9], [77, 31, 200, 9, 5]]
     with LlamaCpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf") as server:
-        one = server.log_probabilities(ids, 600)
+        apart = [server.log_probabilities(ids, 600) for ids in texts]
     with LlamaCpp(tmp_path / "merged.gguf") as server:
-        other = server.log_probabilities(ids, 600)
-    assert one is not None
-    assert other is not None
-    assert (one - other).abs().max() < 0.02
+        merged = [server.log_probabilities(ids, 600) for ids in texts]
+    pairs = [
+        (one, other)
+        for one, other in zip(apart, merged, strict=True)
+        if one is not None and other is not None
+    ]
+    assert pairs
+    for one, other in pairs:
+        assert (one - other).abs().max() < 0.02
 
 
 def test_a_file_that_reads_prompts_otherwise_is_rejected(
