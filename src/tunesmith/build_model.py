@@ -55,7 +55,7 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
     # First: what other code reads past the forward is neither quantized nor adapted.
     set_bypassed(model, files.support.dead_targets)
     # Before the adapter, which is put onto the quantized layers.
-    scheme_of(run.model).replace_linears(model, DTYPES[run.model.dtype])
+    scheme_of(run.model).replace_linears(model, DTYPES[run.model.dtype], files.form)
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=run.train.seed)
     fused.fuse_modules(model, project=lora.project)

@@ -149,7 +149,7 @@ _TYPES = [
     _line("compile as truth", "train.compile=true", "train.compile: expected", "train.compile", "'train.compile=on'"),
     _line("adapter of others", "adapter.kind=dora", "adapter.kind: expected `lora` or `none`", "adapter.kind", "write one of lora, none: dora and other adapters are not supported"),
     _line("QLoRA as a kind", "adapter.kind=qlora", "adapter.kind: expected", "adapter.kind", "qlora is lora with model.quantize: nf4"),
-    _line("quantization of others", "model.quantize=gptq", "model.quantize: expected", "model.quantize", "write one of none, fp8, nf4: gptq and other"),
+    _line("quantization of others", "model.quantize=gptq", "model.quantize: expected", "model.quantize", "write one of auto, none, fp8, nf4, as-shipped: gptq and other"),
     _line("8 bits of bitsandbytes", "model.quantize=8bit", "model.quantize: expected", "model.quantize", "8bit is not supported; fp8 runs on"),
     _line("a base in int8, as there was", "model.quantize=int8", "model.quantize: int8 was removed", "model.quantize", "model.quantize=nf4"),
     _line("a fast path, as there were", "train.fast_paths=[joined-weights]", "train.fast_paths was removed", "train.fast_paths", "train.fast_paths=[]"),

@@ -106,7 +106,7 @@ def test_values_of_the_playbook(name: str) -> None:
         split,
         2048,
     )
-    assert run.model.quantize == ("nf4" if "qlora" in name else "none")
+    assert run.model.quantize == ("nf4" if "qlora" in name else "auto")
     assert run.model.dtype == "bf16"
 
 

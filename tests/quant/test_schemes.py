@@ -14,7 +14,9 @@ from tunesmith.quant.schemes import DENSE, FP8, NF4, SCHEMES, scheme_of
 
 
 def test_each_word_of_the_recipe_is_a_scheme() -> None:
-    assert tuple(SCHEMES) == get_args(get_type_hints(Model)["quantize"])
+    words = get_args(get_type_hints(Model)["quantize"])
+    assert ("auto", *SCHEMES) == words
+    assert scheme_of(Model(name="a")) is DENSE
     assert scheme_of(Model(name="a", quantize="nf4")) is NF4
 
 

@@ -23,6 +23,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.model.names import name_in_text
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
+from tunesmith.quant.as_shipped import ShippedLinear
 from tunesmith.quant.frozen_linear import (
     is_bypassed,
     is_plain_linear,
@@ -136,6 +137,17 @@ class LoraNf4Linear(Lora, Nf4Linear):
         self.add_lora(adapter, base.weight.device)
 
 
+class LoraShippedLinear(Lora, ShippedLinear):
+    """A `ShippedLinear` with an adapter."""
+
+    def __init__(self, base: ShippedLinear, adapter: Adapter) -> None:
+        super().__init__(
+            base.in_features, base.out_features, base.bias, base.form, base.compute_dtype
+        )
+        self.share(base)
+        self.add_lora(adapter, base.weight.device)
+
+
 def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     """Put an adapter on the model in place, freeze all else, and return the adapted layers' names.
 
@@ -156,6 +168,8 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
         base = model.get_submodule(name)
         if isinstance(base, Nf4Linear):
             model.set_submodule(name, LoraNf4Linear(base, adapter))
+        elif isinstance(base, ShippedLinear):
+            model.set_submodule(name, LoraShippedLinear(base, adapter))
         elif isinstance(base, nn.Linear):
             model.set_submodule(name, LoraLinear(base, adapter))
     _names_to_save(model, adapter)  # raises for a name that the model does not have

@@ -14,7 +14,7 @@ from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
-from tunesmith.quant.schemes import DENSE, SCHEMES, scheme_of
+from tunesmith.quant.schemes import DENSE, SCHEMES, SHIPPED, scheme_of
 from tunesmith.units import ratio
 
 BASELINE = "as given"
@@ -35,8 +35,9 @@ def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
         yield "fp32", "model.dtype=fp32"
     if run.adapter.kind != "lora":
         return
-    for base in SCHEMES:
-        if base != model.quantize:
+    for base, scheme in SCHEMES.items():
+        # Not of every base; and what is kept as it ships is compared with the others.
+        if scheme is not scheme_of(model) and scheme is not SHIPPED:
             name = "dense base" if base == "none" else f"base in {base}"
             yield name, f"model.quantize={base}"
 

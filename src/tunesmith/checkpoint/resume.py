@@ -6,7 +6,7 @@ And the state that a resume needs.
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.checkpoint.claim import TRACKER_IDS, restore
@@ -180,6 +180,9 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
         return None, None
     is_forced = run.checkpoint.resume == "force"
     previous_run = _recipe_of(output_dir, forced=is_forced)
+    if run.model.quantize == "auto":
+        # Of a run that began it stands for what it stood for then.
+        run = replace(run, model=replace(run.model, quantize=previous_run.model.quantize))
     refused = [change for change in differences(previous_run, run) if not change.allowed]
     if refused and not is_forced:
         raise RecipeError(

@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.config.load import load_recipe
     from tunesmith.model.measured_spec import model_spec
     from tunesmith.model.model_types import read_model_types
+    from tunesmith.model.shipped import check_frozen, check_quantize, resolve_quantize
     from tunesmith.model.spec import check_seq_len
     from tunesmith.planning.forecast import measure_work, plan_on_paper
     from tunesmith.planning.machines import read_cluster
@@ -69,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     config, where, folder = _config(recipe.model)
     spec = model_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
+    check_quantize(recipe.model.quantize, config, where)
+    recipe = replace(recipe, model=resolve_quantize(recipe.model, spec, where))
+    check_frozen(recipe)
     model_type = read_model_types().get(spec.model_type)
     # Layers of this type do not keep packed documents apart.
     if model_type is not None and model_type.support.state == "padded":

@@ -91,11 +91,14 @@ def _model(run: Run, where: Place) -> Iterator[Problem]:
             fix="model.dtype: bf16",
             why="fp8 matmuls return bf16",
         )
-    if model.quantize != "none" and adapter.kind == "none":
+    if model.quantize not in ("auto", "none") and adapter.kind == "none":
+        fix = "train an adapter on it (adapter.kind: lora), or model.quantize: none"
+        if model.quantize == "as-shipped":
+            fix += ", which trains the 16-bit weights that are made of it"
         yield Problem(
             "model.quantize",
             f"is {model.quantize}, but adapter.kind is none",
-            fix="train an adapter on it (adapter.kind: lora), or model.quantize: none",
+            fix=fix,
             why="full fine-tuning trains the base weights, and quantized ones are frozen",
         )
     has_repeated = len(set(model.added_tokens)) < len(model.added_tokens)

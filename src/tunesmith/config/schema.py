@@ -27,6 +27,8 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 # Those of accelerate whose runs can be continued; metrics/trackers.py says how.
 TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
+Quantize = Literal["auto", "none", "fp8", "nf4", "as-shipped"]
+
 
 def key(default: Any, doc: str, *, example: str = "") -> Any:
     """A recipe key with its documentation; one whose default is `...` must be given, and has an
@@ -64,11 +66,11 @@ class Model:
     dtype: Literal["bf16", "fp16", "fp32"] = key(
         "bf16", "dtype of weights and matmuls; fp16 scales the loss"
     )
-    quantize: Literal["none", "fp8", "nf4"] = key(
-        "none",
-        "quantization of the frozen base: fp8 for speed (needs bf16; on Hopper, Ada and Blackwell"
-        " GPUs), nf4 (bitsandbytes' "
-        "format) for memory",
+    quantize: Quantize = key(
+        "auto",
+        "quantization of the frozen base: none, fp8 for speed (needs bf16; on Hopper, Ada and"
+        " Blackwell GPUs), nf4 (bitsandbytes' format) for memory, as-shipped: the codes and scales"
+        " of a base that ships in FP8; auto: as-shipped for such a base, none for others",
     )
     attention: Literal["auto", "eager"] = key(
         "auto", "auto: the fastest for packed rows; eager: Transformers' own"

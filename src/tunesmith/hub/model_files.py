@@ -9,7 +9,8 @@ from tunesmith.config.schema import Model
 from tunesmith.hub.fetch import tokenizer_folder
 from tunesmith.model import load
 from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.safetensors_files import has_weights, read_json
+from tunesmith.model.shipped import ShippedForm, form_of_folder, read_entries, resolve_quantize
 from tunesmith.model.spec import ModelSpec, stated_position_limit
 from tunesmith.model.support import Support, find_support
 from tunesmith.model.tokenizer import load_tokenizer, vocab_rows
@@ -20,11 +21,12 @@ class ModelFiles:
     """A model's folder and what was read from it; the weights stay on the disk."""
 
     folder: Path
-    model: Model
+    model: Model  # without `quantize: auto`
     config: PretrainedConfig
     spec: ModelSpec
     support: Support  # how its layers train, by measurement where the table has no row for them
     tokenizer: PreTrainedTokenizerBase
+    form: ShippedForm | None = None  # of weights that ship in codes
 
     @property
     def pad_id(self) -> int:
@@ -37,7 +39,24 @@ class ModelFiles:
         return vocab_rows(self.config, self.tokenizer, self.model)
 
     def describe(self) -> list[str]:
-        """Lines for the user where tokenizer and embedding differ in size; none where they fit."""
+        """Lines for the user: how the base ships, where that is in codes, and where tokenizer and
+        embedding differ in size.
+        """
+        return [*self._describe_form(), *self._describe_rows()]
+
+    def _describe_form(self) -> list[str]:
+        if self.form is None:
+            return []
+        use = {
+            "as-shipped": "kept so, and made dense for one product at a time",
+            "none": f"made dense in {self.model.dtype} as it is read",
+        }.get(self.model.quantize, f"made dense, and into {self.model.quantize}, as it is read")
+        line = f"the base ships in {self.form.describe()}: {use}"
+        if self.form.has_activation_scales:
+            line += "; its scales of activations are not used"
+        return [line]
+
+    def _describe_rows(self) -> list[str]:
         embedding_rows = int(self.config.vocab_size)
         tokens = len(self.tokenizer)
         if tokens <= embedding_rows:
@@ -59,13 +78,17 @@ def read_model_files(folder: Path, model: Model) -> ModelFiles:
     """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them,
     or ModelError."""
     config = load.load_config(folder, model)
+    file = folder / "config.json"
+    form = form_of_folder(folder)
+    if form is not None and has_weights(folder):
+        read_entries(folder)  # what is torn is said now, and not after the rows are read
     spec = model_spec(
         config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code
     )
     # Transformers fills in max_position_embeddings where the file has none.
-    file = folder / "config.json"
     limit = stated_position_limit(read_json(file), spec.layers, where=str(file))
     spec = replace(spec, position_limit=limit)
+    model = resolve_quantize(model, spec, str(file))
     support = find_support(config, model, where=str(file))
     tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
-    return ModelFiles(folder, model, config, spec, support, tokenizer)
+    return ModelFiles(folder, model, config, spec, support, tokenizer, form)

@@ -383,6 +383,7 @@ def _read_files(
     from tunesmith.model.tokenizer import load_tokenizer
 
     files = read_model_files(weights, run.model)
+    run = replace(run, model=files.model)
     if saved is None:
         return run, files
     tokenizer = load_tokenizer(saved, run.model)

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.composite import COMPOSITES, stored_text_name
+from tunesmith.model.composite import stored_text_name
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from tunesmith.model.names import text_part
@@ -33,7 +33,8 @@ from tunesmith.model.safetensors_files import (
     read_json,
     sampled_digest,
 )
-from tunesmith.model.spec import check_depth, check_supported, read_spec, stored_quantization
+from tunesmith.model.shipped import check_quantize
+from tunesmith.model.spec import check_depth, check_supported, read_spec
 
 
 def load_config(folder: Path, model: Model) -> PretrainedConfig:
@@ -45,21 +46,11 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
     file = folder / "config.json"
     stated = read_json(file)
     check_supported(stated, str(file))
-    if stated["model_type"] in COMPOSITES:
-        quantized = None
-    else:
-        quantized = stored_quantization(stated, str(file))
+    check_quantize(model.quantize, stated, str(file))
     runs_own_code = model.trust_remote_code and "auto_map" in stated
     if stated["model_type"] in ARCHITECTURES or runs_own_code:
         # As it stands there, without the defaults of Transformers.
         read_spec(stated, where=str(file), trust_remote_code=model.trust_remote_code)
-    if quantized and model.quantize != "nf4":
-        raise ModelError(
-            "the checkpoint is already in bitsandbytes nf4",
-            where=str(file),
-            why=f"the recipe says model.quantize: {model.quantize}",
-            fix="set model.quantize: nf4, or take the unquantized model",
-        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         text = text_part(config)
@@ -140,7 +131,7 @@ def build_on_meta(
     if rows is not None:
         config.vocab_size = rows
     if "quantization_config" in config.to_dict():
-        # Our nf4 layers hold such weights, not Transformers' quantizer.
+        # Our own layers hold such weights, not Transformers' quantizer.
         del config.quantization_config
     try:
         with _MatricesOnMeta():

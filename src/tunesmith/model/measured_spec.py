@@ -17,6 +17,7 @@ from tunesmith.errors import ModelError
 from tunesmith.host.files import measure_once
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.names import text_part
+from tunesmith.model.shipped import stored_quantization
 from tunesmith.model.spec import (
     EXPERTS_PER_TOKEN,
     Layer,
@@ -25,7 +26,6 @@ from tunesmith.model.spec import (
     check_depth,
     read_spec,
     stated_position_limit,
-    stored_quantization,
 )
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from tunesmith.errors import ModelError
 from tunesmith.model.composite import (
     COMPOSITES,
+    STORED_PREFIXES,
     Composite,
     is_stored_text_name,
     stored_text_name,
 )
-from tunesmith.model.safetensors_files import Entry
+from tunesmith.model.shipped import StoredEntry
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +40,7 @@ class Piece:
         stacked: the tensor lacks the parameter's first dimension, of which `region` has one index.
     """
 
-    entry: Entry
+    entry: StoredEntry
     region: Region
     stacked: bool
 
@@ -74,11 +75,11 @@ class StoredNames:
         unexpected: names that have no place.
     """
 
-    groups: dict[str, dict[str, Entry | Pieces]] = field(default_factory=dict)
-    aside: list[Entry] = field(default_factory=list)
+    groups: dict[str, dict[str, StoredEntry | Pieces]] = field(default_factory=dict)
+    aside: list[StoredEntry] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
 
-    def stored(self) -> Iterator[tuple[str, Entry | Pieces]]:
+    def stored(self) -> Iterator[tuple[str, StoredEntry | Pieces]]:
         """Each parameter that is stored, by its name, without companions."""
         for name, group in self.groups.items():
             if "" in group:
@@ -97,6 +98,9 @@ def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
     text.tie_word_embeddings = config.tie_word_embeddings
     text.name_or_path = config.name_or_path
     text.composite = config.model_type
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        text.quantization_config = stored
     return text
 
 
@@ -119,6 +123,19 @@ def name_in_text(model: "nn.Module", name: str) -> str:
     return composite.name_in_text(name) if composite else name
 
 
+def names_on_disk(model: "nn.Module", name: str) -> list[str]:
+    """The names that a config.json may have for a module of a text model: its own, and those in the
+    vision-language model that it is part of.
+    """
+    names = [name]
+    if _composite_of_model(model):
+        names.append(name_in_whole(model, name))
+        for stored_prefix, prefix in STORED_PREFIXES:
+            if name.startswith(prefix):
+                names.append(stored_prefix + name.removeprefix(prefix))
+    return names
+
+
 def is_in_whole(model: "nn.Module") -> bool:
     """Whether a model is the text model of a vision-language model."""
     return _composite_of_model(model) is not None
@@ -131,7 +148,7 @@ def _composite_of_model(model: "nn.Module") -> Composite | None:
 
 def assign_names(
     model: "PreTrainedModel",
-    headers: Mapping[Path, Sequence[Entry]],
+    headers: Mapping[Path, Sequence[StoredEntry]],
     wanted: Collection[str],
     companions: Collection[str] = (),
 ) -> StoredNames:
@@ -146,7 +163,7 @@ def assign_names(
     is_composite = composite_of(model.config) is not None
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     names = StoredNames()
-    rest: list[Entry] = []
+    rest: list[StoredEntry] = []
     for entry in (entry for entries in headers.values() for entry in entries):
         stored = stored_text_name(entry.name) if is_composite else entry.name
         name, suffix = _target_name(stored, wanted, companions)
@@ -187,8 +204,11 @@ def _target_name(
 
 
 def _assign_converted(
-    model: "PreTrainedModel", entries: Iterable[Entry], wanted: Collection[str], names: StoredNames
-) -> list[Entry]:
+    model: "PreTrainedModel",
+    entries: Iterable[StoredEntry],
+    wanted: Collection[str],
+    names: StoredNames,
+) -> list[StoredEntry]:
     """Assign what Transformers renames or joins as it loads; returns the entries that it does not
     know.
     """
@@ -201,7 +221,7 @@ def _assign_converted(
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     is_composite = composite_of(model.config) is not None
     # Parameter -> pattern of the rule -> the stored tensors that match it.
-    parts: dict[str, dict[str, list[Entry]]] = {}
+    parts: dict[str, dict[str, list[StoredEntry]]] = {}
     rest = []
     for entry in entries:
         stored = stored_text_name(entry.name) if is_composite else entry.name
@@ -220,7 +240,9 @@ def _assign_converted(
     return rest
 
 
-def _join(name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[Entry]]) -> Pieces:
+def _join(
+    name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[StoredEntry]]
+) -> Pieces:
     """The parameter that a rule of Transformers makes of the entries of each of its patterns."""
     from transformers.core_model_loading import dot_natural_key
 
@@ -265,7 +287,7 @@ def _join(name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[Ent
     return Pieces(name, entries[0].dtype, tuple(shape), tuple(pieces))
 
 
-def _missing_number(entries: Sequence[Entry]) -> int | None:
+def _missing_number(entries: Sequence[StoredEntry]) -> int | None:
     """The first number that is missing of entries whose names differ by a number alone; None where
     they count from 0 on.
     """
@@ -281,7 +303,7 @@ def _missing_number(entries: Sequence[Entry]) -> int | None:
 
 
 def _read_operations(
-    name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[Entry]]
+    name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[StoredEntry]]
 ) -> tuple[bool, int | None]:
     """Whether a rule stacks the tensors of each pattern, and the dimension along which it
     concatenates; None: it does not.
@@ -302,7 +324,7 @@ def _read_operations(
     return merges, dim
 
 
-def _cannot_join(name: str, sources: Mapping[str, Sequence[Entry]], why: str) -> ModelError:
+def _cannot_join(name: str, sources: Mapping[str, Sequence[StoredEntry]], why: str) -> ModelError:
     first = next(iter(sources.values()))[0]
     count = sum(len(entries) for entries in sources.values())
     return ModelError(

@@ -96,19 +96,23 @@ def read_header(file: Path) -> list[Entry]:
 
 
 def _check_no_integers(entries: list[Entry], folder: Path) -> None:
-    """ModelError where weights are stored as integers, unless they are bitsandbytes' nf4.
+    """ModelError where weights are stored as integers, unless they are bitsandbytes' nf4 or mxfp4.
 
-    Scales belong to those of nf4.
+    Scales belong to those.
     """
     integers = [entry for entry in entries if entry.dtype in ("I8", "I16", "I32", "I64", "U8")]
     if not integers or any("bitsandbytes__" in entry.name for entry in entries):
         return
+    others = [entry for entry in integers if entry.dtype != "U8"]
     why = "GPTQ, AWQ and compressed-tensors store weights so"
     config = folder / "config.json"
     if config.exists():
         quantization = read_json(config).get("quantization_config")
-        if isinstance(quantization, dict) and quantization.get("quant_method"):
-            why = f"config.json calls them {quantization['quant_method']}"
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method == "mxfp4" and not others:
+            return
+        if method:
+            why = f"config.json calls them {method}"
     first = integers[0]
     shown = f"{first.name} ({first.dtype})"
     raise ModelError(
@@ -199,6 +203,11 @@ def read_headers(folder: Path) -> dict[Path, list[Entry]]:
     headers = {file: read_header(file) for file in files}
     _check_no_integers(list(chain.from_iterable(headers.values())), folder)
     return headers
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has safetensors files of a model."""
+    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
 def weights_digest(folder: Path) -> str:

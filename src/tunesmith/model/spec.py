@@ -15,6 +15,12 @@ from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_text
 from tunesmith.model.composite import COMPOSITES
+from tunesmith.model.shipped import (
+    FETCH_CONFIG,
+    stated_quantization,
+    shipped_form,
+    stored_quantization,
+)
 from tunesmith.units import ceil_div
 
 _MODALITIES = ("vision_config", "audio_config", "vision_tower", "image_token_id")
@@ -74,7 +80,6 @@ EXPERTS_PER_TOKEN = (
 MOST_LAYERS = 400
 # Frequencies and masks of so many channels are computed for real. Vocabularies have 262,144 tokens.
 MOST_WIDTH = 10_000_000
-_FETCH_CONFIG = "take config.json from the model's page again: tunesmith fetch MODEL"
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class ModelSpec:
     parameters: int  # all of them, a tied head counted once
     # Parameters of the head's matrix, which every position with a label is multiplied with.
     head_matmul: int
-    quantized: str | None  # "bnb-nf4" for a ready-made bitsandbytes 4-bit checkpoint
+    quantized: str | None  # how the checkpoint is: `shipped.stored_quantization`
     # Logits become cap * tanh(logits / cap) before the loss; None: as they are.
     final_softcap: float | None = None
     attention_softcap: float | None = None  # the same for attention scores
@@ -187,7 +192,7 @@ def read_spec(
             "a value of the config is not one that its key can have",
             where=where,
             why=f"{type(error).__name__}: {error}"[:300],
-            fix=_FETCH_CONFIG,
+            fix=FETCH_CONFIG,
         ) from error
 
 
@@ -319,13 +324,13 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
     text = config.get("text_config")
     if isinstance(text, Mapping):
         _check_sizes(text, where)
-        _quantization_config(text, where)
+        stated_quantization(text, where)
     if kind in COMPOSITES and not (text and isinstance(text, Mapping)):
         raise ModelError(
             "the config has no text_config" if text is None else f"text_config is {text!r:.100}",
             where=where,
             why=f"of a {kind} the text model is trained, which it describes",
-            fix=_FETCH_CONFIG,
+            fix=FETCH_CONFIG,
         )
 
 
@@ -335,7 +340,7 @@ def check_depth(layers: Any, where: str) -> None:
         raise ModelError(
             f"the config describes {layers:,} layers, and {MOST_LAYERS:,} are the most",
             where=where,
-            fix=_FETCH_CONFIG,
+            fix=FETCH_CONFIG,
         )
 
 
@@ -352,7 +357,7 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
             raise ModelError(
                 f"{key} is {value}: it must be at least 0 and below 1",
                 where=where,
-                fix=_FETCH_CONFIG,
+                fix=FETCH_CONFIG,
             )
     _check_experts(config, where)
     for key in (*DECODER_DEPTHS, *_WIDTHS):
@@ -366,7 +371,7 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
             raise ModelError(
                 f"{key} is {value:,}: it must be a whole number from {least} to {most:,}",
                 where=where,
-                fix=_FETCH_CONFIG,
+                fix=FETCH_CONFIG,
             )
 
 
@@ -384,7 +389,7 @@ def _check_experts(config: Mapping[str, Any], where: str) -> None:
                     f"{key} is {per_token:,}, and {experts_key} is {experts:,}",
                     where=where,
                     why="each token goes to one expert at least, and to each of them once at most",
-                    fix=_FETCH_CONFIG,
+                    fix=FETCH_CONFIG,
                 )
 
 
@@ -428,52 +433,17 @@ def _check_composite(config: Mapping[str, Any], where: str) -> None:
             fix=f"take a {kind} with {' or '.join(types)}",
         )
     check_decoder({"model_type": text_type, **text}, where)
-    stored = _quantization_config(config, where) or _quantization_config(text, where)
-    if stored:
+    stored = stated_quantization(config, where)
+    form = shipped_form(config, where)
+    if stored and (form is None or form.method != "fp8"):
         method = stored.get("quant_method", "an unnamed method")
         raise ModelError(
             f"the weights of this {kind} are quantized with {method}",
             where=where,
-            why="of a vision-language model plain weights alone are read",
+            why="of a vision-language model plain weights and fp8 are read",
             fix="take the unquantized model; model.quantize: nf4 then quantizes its text model as "
             "it is loaded",
         )
-
-
-def _quantization_config(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """How the weights are quantized; empty where they are not. ModelError for no mapping."""
-    stored = config.get("quantization_config") or {}
-    if not isinstance(stored, Mapping):
-        raise ModelError(
-            f"quantization_config is {stored!r:.100}: it must be a mapping",
-            where=where,
-            fix=_FETCH_CONFIG,
-        )
-    return stored
-
-
-def stored_quantization(config: Mapping[str, Any], where: str) -> str | None:
-    """`bnb-nf4` for bitsandbytes' 4-bit NormalFloat checkpoints, None for plain ones.
-
-    ModelError for every other kind.
-    """
-    stored = _quantization_config(config, where)
-    if not stored:
-        return None
-    method = str(stored.get("quant_method", ""))
-    if method in ("bitsandbytes", "bitsandbytes_4bit", "") and stored.get("load_in_4bit"):
-        if stored.get("bnb_4bit_quant_type") == "nf4":
-            return "bnb-nf4"
-        method = f"bitsandbytes {stored.get('bnb_4bit_quant_type', 'fp4')}"
-    elif stored.get("load_in_8bit"):
-        method = "bitsandbytes 8-bit"
-    raise ModelError(
-        f"the weights are quantized with {method or 'an unnamed method'}",
-        where=where,
-        why="plain weights and bitsandbytes nf4 are read; other formats are for serving, not for "
-        "training",
-        fix="take the unquantized model and set model.quantize: nf4",
-    )
 
 
 def _size(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
@@ -485,7 +455,7 @@ def _size(config: Mapping[str, Any], name: str, where: str, default: int | None 
         raise ModelError(
             f"{name} is {shown}: it must be a whole number above 0",
             where=where,
-            fix=_FETCH_CONFIG,
+            fix=FETCH_CONFIG,
         )
     return value
 
@@ -522,7 +492,7 @@ def stated_position_limit(
             where=where,
             why=f"{type(error).__name__}: {error}"[:300],
             fix="correct max_position_embeddings, rope_parameters or rope_scaling; or "
-            f"{_FETCH_CONFIG}",
+            f"{FETCH_CONFIG}",
         ) from error
 
 

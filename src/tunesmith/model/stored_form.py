@@ -18,8 +18,9 @@ from torch import Tensor
 from tunesmith.errors import ModelError
 from tunesmith.model.composite import COMPOSITES, STORED_PREFIXES, is_stored_text_name
 from tunesmith.model.names import Pieces, assign_names, composite_of
-from tunesmith.model.safetensors_files import INDEX, SINGLE, read_headers, read_json
+from tunesmith.model.safetensors_files import Entry, has_weights, read_headers, read_json
 from tunesmith.model.save_tensors import Source, TensorPart
+from tunesmith.model.shipped import read_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # slow, and a plan needs none
@@ -53,7 +54,7 @@ def in_stored_form(
         return dict(tensors)
     composite = composite_of(model.config)
     folder = folder or Path(model.config.name_or_path)
-    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+    if not has_weights(folder):
         if composite is None:
             return dict(tensors)  # Transformers reads these names too
         raise ModelError(
@@ -62,7 +63,7 @@ def in_stored_form(
             why="the tensors of images and sound are copied from there when a model is written",
             fix="put the folder back, and start the same command again",
         )
-    headers = read_headers(folder)
+    headers = read_entries(folder)
     names = assign_names(model, headers, tensors.keys())
     written: dict[str, Source] = {}
     stored_names = []
@@ -81,6 +82,13 @@ def in_stored_form(
         written[stored] = tensors[name]
     # What the text model does not have: copied from the base's files.
     for aside in names.aside:
+        if not isinstance(aside, Entry):
+            raise ModelError(
+                f"{aside.name}, which is not of the text model, is quantized",
+                where=str(aside.file),
+                why="what is written beside a trained text model has plain weights",
+                fix="keep the adapter, which readers put on the base as it is",
+            )
         written[aside.name] = aside
     # On every rank in one order: writing is a collective call.
     return dict(sorted(written.items()))
@@ -144,6 +152,7 @@ def _updated(config: Mapping[str, Any], model: "PreTrainedModel") -> dict[str, A
     changed = dict(config)
     text = dict(config.get("text_config") or {})
     for values in (changed, text):
+        values.pop("quantization_config", None)  # what is written is dense
         for key in ("dtype", "torch_dtype"):
             if key in values:
                 values[key] = dtype

@@ -8,6 +8,8 @@ from the page cache, which on a machine with unified memory is the GPU's memory 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +21,15 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.host.memory import drop_pages, open_uncached
+from tunesmith.model.mxfp4 import decode_mxfp4
 from tunesmith.model.names import Pieces, assign_names
-from tunesmith.model.safetensors_files import Entry, read_header, read_headers, read_into
+from tunesmith.model.safetensors_files import Entry, read_header, read_into
+from tunesmith.model.shipped import (
+    PackedEntry,
+    ScaledEntry,
+    StoredEntry,
+    read_entries,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # slow, and a plan needs none
@@ -37,6 +46,7 @@ STORED = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+PIECE = 1 << 22  # weights decoded at a time: they are in fp32 then
 SLICE = 16 << 20  # bytes read at a time where a tensor is not read straight into its target
 
 
@@ -186,17 +196,119 @@ class JoinedTensor(StoredTensor):
                 target.copy_(stored[tuple(in_piece)])
 
 
+class DecodedTensor(StoredTensor):
+    """A weight that is stored as codes and scales, read dense: fp32 values that are codes times
+    scales, a piece at a time.
+    """
+
+    def __init__(self, entry: ScaledEntry | PackedEntry) -> None:
+        self.name = entry.name
+        self.shape = torch.Size(entry.shape)
+        self.dtype = STORED[entry.dtype]
+
+    def into(self, target: torch.Tensor, begin: int = 0) -> None:
+        """As `StoredTensor.into`, for whole rows."""
+        first = begin // math.prod(self.shape[1:])
+        rows = slice(first, first + len(target.view(-1, *self.shape[1:])))
+        columns = (slice(0, size) for size in self.shape[1:])
+        self._fill(target.view(-1, *self.shape[1:]), (rows, *columns))
+
+
+class ScaledTensor(DecodedTensor):
+    """A weight in fp8.
+
+    Attributes:
+        codes: uint8 [out, in], e4m3 values.
+        scale: one for each block of weights, or of all.
+        block: rows and columns of a block; None: all of the weight.
+    """
+
+    def __init__(self, entry: ScaledEntry, files: Mapping[Path, BufferedReader]) -> None:
+        super().__init__(entry)
+        self.block = entry.block
+        self.codes = stored_tensor(replace(entry.codes, dtype="U8"), files)
+        self.scale = stored_tensor(entry.scale, files)
+
+    @cached_property
+    def scales(self) -> torch.Tensor:
+        """fp32 [block rows, block columns], or [1, 1]; ModelError where one is no finite number."""
+        scales = self.scale.read().float()
+        if not scales.isfinite().all():
+            raise ModelError(
+                f"a scale of {self.name} is not finite",
+                where=self.scale.name,
+                why="codes times scales are the weight",
+                fix="fetch the model again: tunesmith fetch MODEL",
+            )
+        return scales.view(-1, 1 if scales.ndim < 2 else scales.shape[1])
+
+    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
+        rows, columns = slices
+        last = min(rows.stop, self.shape[0])
+        step = max(1, PIECE // self.shape[1])
+        for first in range(rows.start, last, step):
+            part = slice(first, min(first + step, last))
+            codes = self.codes[part, columns].view(torch.float8_e4m3fn)
+            start = first - rows.start
+            target = local[start : start + len(codes)]
+            target.copy_(codes.float() * self._scales_of(part, columns))
+
+    def _scales_of(self, rows: slice, columns: slice) -> torch.Tensor:
+        """The scale of each weight in a region; fp32."""
+        if self.block is None:
+            return self.scales
+        height, width = self.block
+        row_blocks = torch.arange(rows.start, rows.stop) // height
+        column_blocks = torch.arange(columns.start, columns.stop) // width
+        return self.scales[row_blocks][:, column_blocks]
+
+
+class PackedTensor(DecodedTensor):
+    """A stack of experts in mxfp4: dense it is [experts, in, out].
+
+    Attributes:
+        blocks: uint8 [experts, out, groups, 16]; exponents: uint8 [experts, out, groups].
+    """
+
+    def __init__(self, entry: PackedEntry, files: Mapping[Path, BufferedReader]) -> None:
+        super().__init__(entry)
+        self.blocks = stored_tensor(entry.blocks, files)
+        self.exponents = stored_tensor(entry.exponents, files)
+
+    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
+        experts, inputs, outputs = slices
+        for expert in range(experts.start, min(experts.stop, self.shape[0])):
+            blocks = self.blocks[_of_first(self.blocks.shape, expert)][0]
+            exponents = self.exponents[_of_first(self.exponents.shape, expert)][0]
+            step = max(1, PIECE // self.shape[1])
+            for first in range(outputs.start, outputs.stop, step):
+                part = slice(first, min(first + step, outputs.stop))
+                values = decode_mxfp4(blocks[part], exponents[part])
+                start = first - outputs.start
+                target = local[expert - experts.start, :, start : start + len(values)]
+                target.copy_(values[:, inputs].T)
+
+
+def _of_first(shape: torch.Size, index: int) -> tuple[slice, ...]:
+    """The region of one index of the first dimension."""
+    return slice(index, index + 1), *(slice(0, size) for size in shape[1:])
+
+
 def stored_tensor(
-    entry: Entry | Pieces, files: Mapping[Path, BufferedReader] | None = None
+    entry: StoredEntry | Pieces, files: Mapping[Path, BufferedReader] | None = None
 ) -> StoredTensor:
     """What is stored of a parameter, to be read from those of its files that are open."""
     files = files or {}
     if isinstance(entry, Pieces):
         return JoinedTensor(entry, files)
+    if isinstance(entry, ScaledEntry):
+        return ScaledTensor(entry, files)
+    if isinstance(entry, PackedEntry):
+        return PackedTensor(entry, files)
     return StoredTensor(entry, files.get(entry.file))
 
 
-def _entries_of(entry: Entry | Pieces) -> list[Entry]:
+def _entries_of(entry: StoredEntry | Pieces) -> list[StoredEntry]:
     if isinstance(entry, Pieces):
         return [piece.entry for piece in entry.pieces]
     return [entry]
@@ -250,7 +362,7 @@ def load_weights(
     for name, tensor in _stored_state(model).items():
         if name not in hooks and not skip(name):
             targets[name] = tensor
-    headers = read_headers(folder)
+    headers = read_entries(folder)
     groups = _assign_entries(model, headers, targets, hooks, grow_from, str(folder))
 
     # In the order of the files and of their bytes, so that disks read forward.
@@ -288,7 +400,7 @@ def find_stored(
         if name not in quantized:
             targets[name] = tensor
     groups = _assign_entries(
-        model, read_headers(folder), targets, dict.fromkeys(quantized), grow_from, str(folder)
+        model, read_entries(folder), targets, dict.fromkeys(quantized), grow_from, str(folder)
     )
     stored = {}
     for name, group in groups.items():
@@ -311,12 +423,12 @@ def _stored_state(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
 
 def _assign_entries(
     model: "PreTrainedModel",
-    headers: Mapping[Path, Sequence[Entry]],
+    headers: Mapping[Path, Sequence[StoredEntry]],
     targets: Mapping[str, torch.Tensor],
     hooks: Mapping[str, object],
     grow_from: int | None,
     where: str,
-) -> dict[str, dict[str, Entry | Pieces]]:
+) -> dict[str, dict[str, StoredEntry | Pieces]]:
     """Which stored tensors are those of `targets` and, with their companions, of `hooks`.
 
     Tied ones are there once. ModelError where what is stored is not this model.
@@ -364,7 +476,9 @@ def copy_whole(target: torch.Tensor, whole: torch.Tensor) -> None:
 
 
 def drop_tied_copies(
-    groups: dict[str, dict[str, Entry | Pieces]], targets: Mapping[str, torch.Tensor], where: str
+    groups: dict[str, dict[str, StoredEntry | Pieces]],
+    targets: Mapping[str, torch.Tensor],
+    where: str,
 ) -> None:
     """Of names that share a parameter leave one; two in a checkpoint must be equal."""
     first_names: dict[int, str] = {}
@@ -382,24 +496,19 @@ def drop_tied_copies(
         del groups[name]
 
 
-def _equal(a: Entry | Pieces, b: Entry | Pieces) -> bool:
+def _equal(a: StoredEntry | Pieces, b: StoredEntry | Pieces) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     if isinstance(a, Pieces) or isinstance(b, Pieces):
         return False  # an embedding and a head are single tensors
     if a.dtype not in STORED:
         return True  # `_check_complete` refuses the one that stays
-    with open_uncached(a.file) as a_file, open_uncached(b.file) as b_file:
-        a_bands = StoredTensor(a, a_file).bands()
-        b_bands = StoredTensor(b, b_file).bands()
-        for (_, a_band), (_, b_band) in zip(a_bands, b_bands, strict=True):
-            if not torch.equal(a_band, b_band):
-                return False
-    return True
+    bands = zip(stored_tensor(a).bands(), stored_tensor(b).bands(), strict=True)
+    return all(torch.equal(a_band, b_band) for (_, a_band), (_, b_band) in bands)
 
 
 def _check_complete(
-    groups: dict[str, dict[str, Entry | Pieces]],
+    groups: dict[str, dict[str, StoredEntry | Pieces]],
     targets: Mapping[str, torch.Tensor],
     hooks: Mapping[str, object],
     unexpected: list[str],

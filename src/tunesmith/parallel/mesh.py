@@ -175,8 +175,10 @@ def meshes_for(run: Run, spec: ModelSpec, world: int, per_node: int) -> list[Mes
 def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> None:
     """RecipeError for what a mesh does not compute, before anything is loaded."""
     tensor = shape.tensor
-    if tensor > 1 and spec.quantized:
+    if tensor > 1 and spec.quantized == "bnb-nf4":
         raise _cannot_shard("a ready-made nf4 base", shape)
+    if tensor > 1 and not scheme_of(run.model).is_cut:
+        raise _cannot_shard("a base as it ships", shape, where="model.quantize", fix="none")
     if run.train.optimizer == "adamw-8bit" and _has_ragged_moments(run, spec, shape):
         raise _cannot_shard("8-bit moments", shape, where="train.optimizer", fix="adamw")
     if tensor == 1:

@@ -4,6 +4,7 @@
 - nf4: 4-bit codes and their scales, in bitsandbytes' format (Dettmers et al. 2023,
   arXiv:2305.14314).
 - fp8: 8-bit values with a scale a row of W, or one scale (see `scaled_matmul`).
+- shipped: what an FP8 checkpoint holds, 8-bit values with a scale a block, or one scale.
 
 `encoding` and `tensors` describe a weight in full; `frozen_weight` builds it again from them.
 """
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from tunesmith.host import packages
 from tunesmith.quant.scaled_matmul import E4M3, TENSOR_WISE, quantize, scaled_matmul
+from tunesmith.units import ceil_div
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 # Rows for which bitsandbytes reads 4-bit weights inside the product. To make W dense first moves
 # nine times as many bytes.
 FEW_ROWS = 16
+PIECE = 1 << 24  # weights of FP8 made dense at a time: they are in fp32 then
 Update = tuple[Tensor, Tensor] | None  # of low rank: its two factors
 
 
@@ -226,10 +229,77 @@ class EightBitWeight(FrozenWeight):
         return dx.add_(product)
 
 
+class ShippedEncoding(NamedTuple):
+    """The blocks of a weight as shipped; its text is the `encoding` of a `ShippedWeight`.
+
+    Attributes:
+        rows, columns: of a block that shares a scale; 0: all of W share one.
+    """
+
+    rows: int
+    columns: int
+
+    def __str__(self) -> str:
+        return f"shipped {self.rows} {self.columns}"
+
+    @classmethod
+    def parse(cls, text: str) -> "ShippedEncoding":
+        _, rows, columns = text.split()
+        return cls(int(rows), int(columns))
+
+
+class ShippedWeight(FrozenWeight):
+    """A weight of an FP8 checkpoint, which computes what its dense weight does.
+
+    tensors: the e4m3 codes of W [out, in], and their scales: fp32, one for each block, or [1, 1].
+    encoding: a `ShippedEncoding`.
+    """
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        codes, scales = self.tensors
+        rows, _ = ShippedEncoding.parse(self.encoding)
+        out_features, in_features = self.shape
+        weight = codes.new_empty(self.shape, dtype=dtype)
+        if not rows:
+            rows = out_features
+        of_columns = self._spread_columns(scales)  # [block rows, in or 1]
+        # In fp32 there is one piece, of whole blocks.
+        per_piece = max(1, PIECE // (rows * in_features))
+        if len(of_columns) == 1:
+            rows = max(1, PIECE // in_features)
+            of_columns = of_columns.expand(ceil_div(out_features, rows), -1)
+        for first in range(0, len(of_columns), per_piece):
+            last = min(first + per_piece, len(of_columns))
+            start, stop = first * rows, min(last * rows, out_features)
+            values = codes[start:stop].float()
+            whole = (stop - start) // rows * rows
+            if whole:
+                blocks = values[:whole].view(-1, rows, in_features)
+                blocks.mul_(of_columns[first : first + len(blocks), None])
+            values[whole:].mul_(of_columns[last - 1])
+            weight[start:stop] = values
+        return weight
+
+    def spread(self, scales: Tensor) -> Tensor:
+        """The scale of each weight: fp32, of the shape of W or one that broadcasts to it."""
+        rows, _ = ShippedEncoding.parse(self.encoding)
+        if not rows:
+            return scales.expand(self.shape[0], 1)
+        return self._spread_columns(scales).repeat_interleave(rows, 0)[: self.shape[0]]
+
+    def _spread_columns(self, scales: Tensor) -> Tensor:
+        """The scale of each column of each row of blocks."""
+        _, columns = ShippedEncoding.parse(self.encoding)
+        if not columns:
+            return scales
+        return scales.repeat_interleave(columns, 1)[:, : self.shape[1]]
+
+
 WEIGHT_CLASSES: dict[str, type[FrozenWeight]] = {
     "dense": DenseWeight,
     "nf4": Nf4Weight,
     "fp8": EightBitWeight,
+    "shipped": ShippedWeight,
 }
 
 

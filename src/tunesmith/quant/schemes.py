@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tunesmith.model.shipped import AS_SHIPPED
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from tunesmith.config.schema import Model
+    from tunesmith.model.shipped import ShippedForm
 
 PROBE_ROWS = (4096, 16, 1)  # of x, tried with fp8: many (3 GiB for an 8B model), few, and one
 
@@ -33,6 +36,7 @@ class Scheme:
         traffic_bytes: per weight, of one forward and backward. This is the fixed cost of a micro
             batch: both passes read the weight.
         has_fp8_matmuls: it needs a machine with them; the base stays dense on others.
+        is_cut: a tensor group can share a layer.
     """
 
     name: str = "none"
@@ -42,6 +46,7 @@ class Scheme:
     block: int = 1
     traffic_bytes: float = 4.0
     has_fp8_matmuls: bool = False
+    is_cut: bool = True
 
     def storage(self, scaling: str | None, dtype: str) -> str:
         """How a plan calls the stored base, on a machine with this scaling recipe of fp8."""
@@ -51,8 +56,13 @@ class Scheme:
         """Elements of a matmul's dtype that its backward makes of a matrix with so many weights."""
         return 0
 
-    def replace_linears(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Put the scheme's empty layers into a model on meta, before it gets its adapter."""
+    def replace_linears(
+        self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
+    ) -> None:
+        """Put the scheme's empty layers into a model on meta, before it gets its adapter.
+
+        form: of the checkpoint, where that is quantized.
+        """
 
     def check_device(self, device: torch.device) -> None:
         """MachineError where a package that the scheme needs is missing or has no code for it."""
@@ -97,7 +107,9 @@ class Nf4Scheme(Scheme):
     def backward_elements(self, weights: int, itemsize: int) -> int:
         return weights  # the dense weight
 
-    def replace_linears(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def replace_linears(
+        self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
+    ) -> None:
         from tunesmith.quant import nf4
 
         nf4.replace_linears(model, dtype)
@@ -106,6 +118,24 @@ class Nf4Scheme(Scheme):
         from tunesmith.quant import nf4
 
         nf4.check_nf4(device)
+
+
+class ShippedScheme(Scheme):
+    """Codes and scales as the checkpoint has them: FP8."""
+
+    def storage(self, scaling: str | None, dtype: str) -> str:
+        return self.name
+
+    def backward_elements(self, weights: int, itemsize: int) -> int:
+        return weights  # the dense weight
+
+    def replace_linears(
+        self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
+    ) -> None:
+        from tunesmith.quant import as_shipped
+
+        assert form is not None  # `check_quantize` refuses others
+        as_shipped.replace_shipped(model, form, dtype)
 
 
 DENSE = Scheme()
@@ -120,9 +150,21 @@ NF4 = Nf4Scheme(
     # The codes are read, and the dense weight made of them is written and read: 2 x (0.52 + 2 + 2).
     traffic_bytes=9.03,
 )
-SCHEMES = {scheme.name: scheme for scheme in (DENSE, FP8, NF4)}
+SHIPPED = ShippedScheme(
+    AS_SHIPPED,
+    weight_bytes=1,
+    # An fp32 scale of 128 x 128 weights; one of all takes less.
+    scale_bytes=4 / (128 * 128),
+    is_cut=False,
+    # The codes are read, and the dense weight made of them is written and read: 2 x (1 + 2 + 2).
+    traffic_bytes=10.0,
+)
+SCHEMES = {scheme.name: scheme for scheme in (DENSE, FP8, NF4, SHIPPED)}
 
 
 def scheme_of(model: Model) -> Scheme:
-    """The scheme of a recipe's `model` section."""
-    return SCHEMES[model.quantize]
+    """The scheme of a recipe's `model` section.
+
+    `auto` is dense here: where a base ships in codes, `resolve_quantize` has replaced it.
+    """
+    return DENSE if model.quantize == "auto" else SCHEMES[model.quantize]

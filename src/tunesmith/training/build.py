@@ -50,6 +50,7 @@ from tunesmith.metrics.trackers import key_and_fix, trackers_of
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.recurrent_kernels import describe_trials
 from tunesmith.model.safetensors_files import weights_digest
+from tunesmith.model.shipped import check_frozen
 from tunesmith.model.spec import attention_weight, check_seq_len, flops
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.optim.optimizer import Optimizer
@@ -177,7 +178,7 @@ def build(
         check_inputs(run, start)
         files, hashes = read_base(run, start, ranks, weights=weights)
         # As it was given: config.yaml keeps it, and a resumed run compares its own with it.
-        session_run = run
+        run = session_run = replace(run, model=files.model)
         run = lay_out_rows(run, files)
         # Nothing is learned in a measurement, and a run that began keeps the rows that it began
         # with.
@@ -244,12 +245,17 @@ def read_base(
     """
     # A resumed run's rows were cut to this length when it began.
     seq_len = None if start.checkpoint else run.data.seq_len
+    model = run.model
+    if model.quantize == "auto" and start.previous_run is not None:
+        # As it began: what `auto` stands for may not change under a checkpoint.
+        model = replace(model, quantize=start.previous_run.model.quantize)
     folder = Path(run.model.name)
     if weights == "stored":
         folder = fetch.fetch(run.model, progress=FetchProgress(draws_bar=False), seq_len=seq_len)
         if ranks.local_rank == 0:
             check_sums(folder)  # the base may be a model that an earlier run wrote
-    files = read_model_files(folder, run.model)
+    files = read_model_files(folder, model)
+    check_frozen(replace(run, model=files.model))
     if seq_len is not None:
         check_seq_len(files.spec, seq_len, where=f"{folder}/config.json")
     return files, {"model_hash": weights_digest(folder) if weights == "stored" else None}

@@ -228,6 +228,7 @@ def start_run(
         # Build; a fault up to the first step is one of the recipe, the data or the machine.
         with as_usage_error(ranks):
             session = build(run, start, why=why, ranks=ranks)
+        run = session.run
         with ranks.raise_on_all_ranks(), as_usage_error(ranks):
             if ranks.is_main_process:
                 sinks = sinks_of(

@@ -1,0 +1,139 @@
+"""Bases that ship in FP8: read as Transformers dequantizes them, and kept as they ship."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+from recipes import built_model
+from shipped_bases import write_fp8
+from tunesmith.adapter import lora
+from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
+from tunesmith.quant.as_shipped import ShippedLinear
+from tunesmith.quant.frozen_weight import ShippedWeight
+
+IDS = torch.arange(5, 35).view(2, 15)
+# Both divide the tiny model's matrices, as Transformers wants it.
+BLOCKS = {"blocks": (32, 16), "one scale": None}
+RAGGED = (48, 40)
+
+
+def built(folder: Path, quantize: str, dtype: str = "fp32", **adapter: Any) -> Any:
+    run = Run(
+        model=Model(name=str(folder), dtype=dtype, quantize=quantize),
+        adapter=Adapter(**adapter),
+        data=Data(train=(Source(source="x"),)),
+        train=Train(recompute="none", compile="off"),
+        output_dir="x",
+    )
+    model = built_model(run, folder).model
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_dense_bits_are_those_of_transformers(tiny, tmp_path, name, dtype) -> None:
+    folder = write_fp8(tiny, tmp_path, BLOCKS[name])
+    config = FineGrainedFP8Config(
+        weight_block_size=BLOCKS[name], modules_to_not_convert=["lm_head"], dequantize=True
+    )
+    # In fp32 whatever dtype is asked for; rounded once, as ours.
+    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    wanted = dict(theirs.named_parameters())
+    dense = built(folder, "none", dtype, kind="none")
+    kept = built(folder, "as-shipped", dtype, rank=4)
+    compared = 0
+    for name_, weight in dense.named_parameters():
+        assert torch.equal(weight, wanted[name_].to(weight.dtype)), name_
+    for name_, layer in kept.named_modules():
+        if isinstance(layer, ShippedLinear):
+            weight = layer.dense()
+            assert torch.equal(weight, wanted[f"{name_}.weight"].to(weight.dtype)), name_
+            compared += 1
+    assert compared == 14
+
+
+@pytest.mark.parametrize("block", [(32, 16), RAGGED, (200, 300), None])
+def test_lora_as_shipped_learns_as_on_its_dense_twin(tiny, tmp_path, block) -> None:
+    """Three steps, 1e-6: the products are the same, and only their order of sums may differ."""
+    folder = write_fp8(tiny, tmp_path, block, scales=torch.bfloat16)
+    models = [built(folder, quantize, rank=4) for quantize in ("as-shipped", "none")]
+    for model in models:
+        for name, layer in lora.loras(model):
+            torch.manual_seed(len(name))
+            nn.init.normal_(layer.lora_B, std=0.1)
+    optimizers = []
+    for model in models:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizers.append(torch.optim.SGD(trained, lr=1e-3))
+    for _ in range(3):
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            logits = model(IDS).logits
+            logits.square().mean().backward()
+            losses.append(logits.detach())
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+        for (name, a), (_, b) in zip(*(lora.loras(model) for model in models), strict=True):
+            for x, y in ((a.lora_A.grad, b.lora_A.grad), (a.lora_B.grad, b.lora_B.grad)):
+                assert y.norm() > 0
+                assert (x - y).norm() <= 1e-6 * y.norm(), name
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_it_holds_what_is_on_the_disk(tiny, tmp_path) -> None:
+    model = built(write_fp8(tiny, tmp_path, (32, 16)), "as-shipped", "bf16", rank=4)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.weight.dtype == torch.uint8
+    assert layer.weight.shape == (128, 64)
+    assert layer.scale.shape == (4, 4)
+    before = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    model(IDS).logits.sum().backward()
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_modules_that_are_not_converted_stay_dense(tiny, tmp_path) -> None:
+    folder = write_fp8(tiny, tmp_path, (32, 16), keep=("model.layers.0.self_attn", "down_proj"))
+    model = built(folder, "as-shipped", rank=4)
+    kept = {name for name, layer in model.named_modules() if isinstance(layer, ShippedLinear)}
+    assert len(kept) == 14 - 4 - 2
+    assert not any("layers.0.self_attn" in name or "down_proj" in name for name in kept)
+    assert not isinstance(model.lm_head, ShippedLinear)
+
+
+def test_a_weight_in_pieces_is_the_whole_one(monkeypatch) -> None:
+    codes = torch.randn(70, 50).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 3) + 0.5
+    for encoding, tensors in {
+        "shipped 32 20": [codes, scales],
+        "shipped 0 0": [codes, scales[:1, :1]],
+    }.items():
+        weight = ShippedWeight(encoding, tensors, (70, 50))
+        spread = scales.repeat_interleave(32, 0).repeat_interleave(20, 1)[:70, :50]
+        wanted = codes.float() * (spread if "32" in encoding else scales[0, 0])
+        assert torch.equal(weight.dense(torch.float32), wanted)
+        monkeypatch.setattr("tunesmith.quant.frozen_weight.PIECE", 50 * 40)
+        assert torch.equal(weight.dense(torch.float32), wanted)
+        monkeypatch.setattr("tunesmith.quant.frozen_weight.PIECE", 1)
+        assert torch.equal(weight.dense(torch.float32), wanted)
+        monkeypatch.undo()
+
+
+def test_a_base_in_codes_is_quantized_to_nf4_as_its_dense_one(tiny, tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    shipped = write_fp8(tiny, tmp_path / "fp8", (32, 16))
+    built(shipped, "none", "bf16", kind="none").save_pretrained(tmp_path / "dense")
+    for file in tiny.glob("*token*"):
+        (tmp_path / "dense" / file.name).write_bytes(file.read_bytes())
+    ours = built(shipped, "nf4", "bf16", rank=4)
+    dense = built(tmp_path / "dense", "nf4", "bf16", rank=4)
+    for (name, a), (_, b) in zip(lora.loras(ours), lora.loras(dense), strict=True):
+        assert torch.equal(a.dense(), b.dense()), name
