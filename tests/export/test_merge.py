@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from runs import make_run, peft_model
@@ -133,6 +134,9 @@ def test_sixteen_bits_are_proven_in_fp32_too(run: Path, tmp_path: Path, dtype: A
     assert len(done.merge_check.rules) == 3
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert saved.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    # The files too: config.json alone says what Transformers loads.
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {saved.dtype}
 
 
 def test_no_weight_is_in_memory_whole(

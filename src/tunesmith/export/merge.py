@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as hf_logging
 
@@ -51,6 +50,7 @@ from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.safetensors_files import read_headers, read_json
 from tunesmith.model.save_tensors import save_sharded
+from tunesmith.model.shipped import form_of_folder
 from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.quant.schemes import NF4, scheme_of
 
@@ -129,6 +129,12 @@ def merge(
         if had_bars:
             hf_logging.enable_progress_bar()
     note = ""
+    form = form_of_folder(fetch(location.base))
+    if form is not None:
+        note = (
+            f"the base ships in {form.describe()}: what is written is dense in {dtype}, as codes "
+        )
+        note += "of that form would round what was learned once more"
     if scheme_of(location.base) is NF4:
         note = f"the base is in nf4: the adapter was merged into its dequantised {dtype} weights"
     return Merged(
@@ -296,11 +302,12 @@ def write_merged(
     tensors = {}
     # `save_sharded` asks for rows of a tensor: the reader is found by the tensor itself.
     readers: dict[int, ReadRows] = {}
+    parameters = dict(model.named_parameters())
     for name, tensor in weights_of(model).items():
         if name in rounded:
             continue
-        is_parameter = isinstance(tensor, nn.Parameter)
-        tensors[name] = tensor.to("meta", DTYPES[dtype] if is_parameter else tensor.dtype)
+        written = DTYPES[dtype] if name in parameters else tensor.dtype
+        tensors[name] = tensor.to("meta", written)
         readers[id(tensors[name])] = tuned.weights[name].rows
     for weight in rounded.values():
         for part in weight.parts():

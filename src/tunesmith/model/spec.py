@@ -17,8 +17,8 @@ from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_
 from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.shipped import (
     FETCH_CONFIG,
-    stated_quantization,
     shipped_form,
+    stated_quantization,
     stored_quantization,
 )
 from tunesmith.units import ceil_div

@@ -1,0 +1,27 @@
+"""A base that ships in FP8, on several ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_data_parallel import LORA, assert_those_of_one_process
+
+from shipped_bases import write_fp8
+from tunesmith.config.schema import Model
+
+pytestmark = pytest.mark.slow
+
+
+def test_numbers_are_those_of_one_process(tiny: Path, tmp_path: Path) -> None:
+    """Shards of codes, whose rows are no whole blocks; a tensor group reads its parts of dense
+    weights.
+    """
+    assert Model(name="x").quantize == "auto"
+    base = write_fp8(tiny, tmp_path / "fp8", (48, 40))
+    dense = {"model": {"quantize": "none"}}
+    cases = {
+        "as shipped, shards": (LORA, {"shard": 2}),
+        "dense, tensor": (dense, {"tensor": 2}),
+    }
+    assert_those_of_one_process(2, cases, base, tmp_path)
