@@ -73,3 +73,49 @@ def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> Pat
             tensors[name] = tensor
     save_file(tensors, file, metadata={"format": "pt"})
     return folder
+
+
+MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+}
+
+
+def write_mxfp4_gpt_oss(folder: Path, tokenizer: Path) -> Path:
+    """A tiny random gpt-oss in bf16 whose experts ship in MXFP4."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16,
+        max_position_embeddings=256,
+        rope_scaling=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(5)
+    model = GptOssForCausalLM(config).to(torch.bfloat16)
+    tensors = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for name in list(tensors):
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = tensors.pop(name).shape
+            shape = (experts, outputs, inputs // 32)
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(118, 126, shape, dtype=torch.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = ["GptOssForCausalLM"]
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    return change_config(folder, quantization_config=MXFP4)

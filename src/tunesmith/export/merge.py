@@ -131,10 +131,8 @@ def merge(
     note = ""
     form = form_of_folder(fetch(location.base))
     if form is not None:
-        note = (
-            f"the base ships in {form.describe()}: what is written is dense in {dtype}, as codes "
-        )
-        note += "of that form would round what was learned once more"
+        note = f"the base ships in {form.describe()}: what is written is dense in {dtype}, as "
+        note += "codes of that form would round what was learned once more"
     if scheme_of(location.base) is NF4:
         note = f"the base is in nf4: the adapter was merged into its dequantised {dtype} weights"
     return Merged(

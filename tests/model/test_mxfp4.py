@@ -1,0 +1,79 @@
+"""Experts that ship in MXFP4, read as Transformers makes them dense."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from recipes import built_model, make_run
+from shipped_bases import write_mxfp4_gpt_oss
+from tunesmith.config.load import load_recipe
+from tunesmith.errors import ModelError
+from tunesmith.export.merge import merge
+from tunesmith.model.mxfp4 import decode_mxfp4
+from tunesmith.training.run import train
+
+TWO = {"train": {"duration": "2 steps"}, "data": {"seq_len": 96}}
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mxfp4_gpt_oss(tmp_path_factory.mktemp("gpt-oss"), tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_each_code_with_each_exponent_is_that_of_transformers(dtype: torch.dtype) -> None:
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 255, 16, 16)
+    exponents = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).expand(1, 255, 16)
+    wanted = convert_moe_packed_tensors(blocks, exponents.contiguous(), dtype=dtype)
+    values = decode_mxfp4(blocks, exponents).to(dtype).transpose(1, 2)
+    assert torch.equal(values, wanted)
+    assert torch.equal(values.signbit(), wanted.signbit())
+
+
+def test_a_checkpoint_is_read_bit_for_bit(base: Path, tmp_path: Path, monkeypatch) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    run = make_run(base, tmp_path, held=False, model={"dtype": "bf16"})
+    # In pieces that are no whole expert.
+    monkeypatch.setattr("tunesmith.model.weights.PIECE", 64 * 40)
+    ours = dict(built_model(run, base).model.named_parameters())
+    compared = 0
+    for name, weight in theirs.named_parameters():
+        assert torch.equal(ours[name], weight), name
+        compared += name.endswith(("gate_up_proj", "down_proj"))
+    assert compared == 4
+
+
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_it_trains_on_weights_made_of_it(base: Path, tmp_path: Path, kind: str) -> None:
+    train(make_run(base, tmp_path, held=False, adapter={"kind": kind}, **TWO), quiet=True)
+    run = tmp_path / "run"
+    assert load_recipe(run / "config.yaml").model.quantize == "none"
+    assert (
+        "the base ships in MXFP4: made dense in fp32 as it is read" in (run / "log.txt").read_text()
+    )
+    final = run / "final"
+    if kind == "lora":
+        merged = merge(run, tmp_path / "merged")
+        assert merged.note.startswith("the base ships in MXFP4: what is written is dense")
+        final = tmp_path / "merged"
+    assert "quantization_config" not in json.loads((final / "config.json").read_text())
+    stored = load_file(final / "model.safetensors")
+    assert not any(name.endswith(("_blocks", "_scales")) for name in stored)
+    AutoModelForCausalLM.from_pretrained(final)
+
+
+def test_its_experts_are_not_kept_as_they_ship_yet(base: Path, tmp_path: Path) -> None:
+    run = make_run(base, tmp_path, held=False, model={"quantize": "as-shipped"}, **TWO)
+    with pytest.raises(ModelError, match="ships nothing that can be kept so") as caught:
+        train(run, quiet=True)
+    assert "its weights are in mxfp4, and fp8 can be kept" in caught.value.why
+    assert "model.quantize=none" in caught.value.fix
