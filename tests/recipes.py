@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,5 +92,6 @@ def built_model(run: Run, folder: Path, **options: Any) -> TrainModel:
     from tunesmith.planning.resolve import inference_plan
 
     files = read_model_files(folder, run.model)
+    run = replace(run, model=files.model)
     model, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")), **options)
     return model

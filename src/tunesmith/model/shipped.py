@@ -11,7 +11,7 @@ is imported here.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -216,7 +216,7 @@ def shipped_form(config: Mapping[str, Any], where: str) -> ShippedForm | None:
                 fix=UNQUANTIZED,
             )
     skipped = stored.get("modules_to_not_convert") or stored.get("ignored_layers") or []
-    if not isinstance(skipped, Sequence) or not all(isinstance(name, str) for name in skipped):
+    if not isinstance(skipped, list | tuple) or not all(isinstance(name, str) for name in skipped):
         raise ModelError(
             f"quantization_config.modules_to_not_convert is {skipped!r:.100}: "
             "it must be a list of names",
@@ -347,8 +347,8 @@ def _join_scaled(
         if weight is None:
             raise _torn(entry, f"there is no weight for {name}")
         if weight.dtype != "F8_E4M3":
-            why = f"its scales are there, as of fp8, and it is {weight.dtype}"
-            raise _torn(weight, f"{weight.name} is not stored in e4m3", why)
+            why = "its scales are there, as of fp8: that is e4m3"
+            raise _torn(weight, f"{weight.name} is stored as {weight.dtype}", why)
         return None
     if not entry.dtype.startswith("F8_"):
         return entry

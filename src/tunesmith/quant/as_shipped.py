@@ -77,10 +77,8 @@ class ShippedLinear(FrozenLinear):
                 fix="name its module in quantization_config.modules_to_not_convert of config.json,"
                 " or model.quantize=none",
             )
-        if weight.block != self.form.block or weight.shape != self._shape:
-            what = (
-                f"its weight is stored as {list(weight.shape)}, and {list(self._shape)} is needed"
-            )
+        if weight.shape != self._shape:
+            what = f"it is stored as {list(weight.shape)}, and {list(self._shape)} is needed"
             raise ModelError(what, where=name, fix="fetch the model again: tunesmith fetch MODEL")
         self.scale.copy_(weight.scales)
         weight.codes.into_part(self.weight)
