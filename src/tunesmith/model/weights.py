@@ -46,7 +46,7 @@ STORED = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-PIECE = 1 << 22  # weights decoded at a time: they are in fp32 then
+PIECE = 1 << 20  # weights decoded at a time: they are in fp32 then
 SLICE = 16 << 20  # bytes read at a time where a tensor is not read straight into its target
 
 
