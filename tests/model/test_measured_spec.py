@@ -187,7 +187,7 @@ def test_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"model_type": "olmo3", "num_attention_heads": 0}, "cannot build this olmo3"),
         ({"model_type": "bert"}, "an encoder"),
         ({}, "names no model_type"),
-        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}}, "awq"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(config: dict, words: str) -> None:

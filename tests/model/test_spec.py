@@ -35,7 +35,7 @@ REFUSED = {
         "model_type": "llama",
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     },
-    "gemma3 are quantized with fp8": {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "quantization_config": {"quant_method": "fp8"}},
+    "gemma3 are quantized with gptq": {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "quantization_config": {"quant_method": "gptq"}},
     "this mistral3 is a mamba2": {"model_type": "mistral3", "text_config": {"model_type": "mamba2"}},
     "hidden_size is '64'": {"model_type": "llama", "hidden_size": "64"},
     "num_hidden_layers is 0": {"model_type": "llama", "num_hidden_layers": 0},
