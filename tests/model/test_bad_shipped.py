@@ -169,6 +169,20 @@ def test_as_shipped_trained_in_full(tiny: Path, tmp_path: Path) -> None:
     assert "model.quantize: none, which trains the 16-bit weights" in caught.value.fix
 
 
+@pytest.mark.parametrize("quantize", ["as-shipped", "nf4"])
+def test_a_layer_in_codes_is_not_saved_in_full(tiny: Path, tmp_path: Path, quantize: str) -> None:
+    """It was an internal error."""
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    folder = write_fp8(tiny, tmp_path / "base", BLOCK)
+    saved = {"modules_to_save": ["down_proj"]}
+    run = make_run(folder, tmp_path, model={"quantize": quantize}, adapter=saved)
+    with pytest.raises(RecipeError, match="cannot be trained in full") as caught:
+        built_model(run, folder)
+    assert caught.value.where == "adapter.modules_to_save"
+    assert "model.quantize=none" in caught.value.fix
+
+
 def test_a_layer_as_it_ships_is_not_cut_over_ranks(tiny: Path, tmp_path: Path) -> None:
     folder = write_fp8(tiny, tmp_path / "base", BLOCK)
     run = make_run(folder, tmp_path, model={"quantize": "as-shipped"})

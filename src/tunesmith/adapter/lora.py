@@ -25,6 +25,7 @@ from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
 from tunesmith.quant.as_shipped import ShippedLinear
 from tunesmith.quant.frozen_linear import (
+    FrozenLinear,
     is_bypassed,
     is_plain_linear,
     linear_names,
@@ -172,7 +173,7 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
             model.set_submodule(name, LoraShippedLinear(base, adapter))
         elif isinstance(base, nn.Linear):
             model.set_submodule(name, LoraLinear(base, adapter))
-    _names_to_save(model, adapter)  # raises for a name that the model does not have
+    _check_saved(model, adapter)
     if not any(parameter.is_meta for parameter in model.parameters()):
         init_lora(model, adapter, seed=seed)
     return names
@@ -339,6 +340,19 @@ def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
     saved = [name_in_text(model, name) for name in adapter.modules_to_save]
     endings = {name: name for name in saved}
     return _match(endings, names, "adapter.modules_to_save", "module with weights of its own named")
+
+
+def _check_saved(model: nn.Module, adapter: Adapter) -> None:
+    """RecipeError for a module to save that the model does not have, or whose weight is codes."""
+    for name in _names_to_save(model, adapter):
+        layer = model.get_submodule(name)
+        if isinstance(layer, FrozenLinear):
+            raise RecipeError(
+                f"{name} is stored in codes ({layer.encoding}), and cannot be trained in full",
+                where="adapter.modules_to_save",
+                why="codes are frozen",
+                fix="take it out and let adapter.target reach it, or model.quantize=none",
+            )
 
 
 def modules_to_save(model: nn.Module, adapter: Adapter) -> list[nn.Module]:
