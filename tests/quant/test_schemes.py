@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from tunesmith.config.schema import Model
+from tunesmith.model.shipped import ShippedForm
+from tunesmith.quant.as_shipped import ShippedLinear
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.nf4 import BLOCK, Nf4Linear
 from tunesmith.quant.scaled_matmul import TENSOR_WISE
-from tunesmith.quant.schemes import DENSE, FP8, NF4, SCHEMES, scheme_of
+from tunesmith.quant.schemes import DENSE, FP8, NF4, SCHEMES, SHIPPED, scheme_of
 
 
 def test_each_word_of_the_recipe_is_a_scheme() -> None:
@@ -30,6 +32,10 @@ def test_the_estimate_counts_the_bytes_that_a_layer_has() -> None:
     assert NF4.block == BLOCK
     dense = nn.Linear(n_in, n_out, bias=False, device="meta")
     assert EightBitLinear(dense, TENSOR_WISE).weight.nbytes == FP8.weight_bytes * n_in * n_out
+    form = ShippedForm("fp8", (128, 128))
+    kept = ShippedLinear(n_in, n_out, None, form, torch.bfloat16)
+    assert kept.weight.nbytes == SHIPPED.weight_bytes * n_in * n_out
+    assert kept.scale.nbytes == SHIPPED.scale_bytes * n_in * n_out
 
 
 @pytest.mark.parametrize("scheme", [DENSE, FP8])

@@ -38,9 +38,9 @@ from tunesmith.model.safetensors_files import (
     SINGLE,
     indexed_files,
     no_safetensors,
-    read_headers,
     read_json,
 )
+from tunesmith.model.shipped import read_entries
 from tunesmith.model.spec import ModelSpec, check_seq_len, check_supported
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def check_folder(folder: Path, model: Model) -> ModelSpec:
     """The spec of a folder's model; ModelError names the file that is missing, cut off or
     broken."""
     check_regular_files(folder)
-    headers = read_headers(folder)
+    headers = read_entries(folder)
     config = folder / "config.json"
     spec = model_spec(
         read_json(config), where=str(config), trust_remote_code=model.trust_remote_code
