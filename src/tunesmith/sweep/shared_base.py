@@ -48,6 +48,8 @@ class SharedBase:
         """The Session of one of the runs, in place of the last one; arguments as of `build`."""
         first = self.first
         root = first.model
+        # What `auto` stands for with the base that is loaded.
+        run = replace(run, model=replace(run.model, quantize=first.run.model.quantize))
         with ranks.raise_on_all_ranks():
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train
