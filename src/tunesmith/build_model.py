@@ -51,9 +51,8 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
 
     Quantized layers, adapter and fused modules, but no weights.
     """
-    # What `auto` means with this base is in `files.model`, and is the recipe's by now.
-    is_resolved = run.model.quantize == files.model.quantize
-    assert is_resolved or run.model.quantize != "auto" or files.model.quantize == "none"
+    # `read_model_files` says what `auto` means with this base; of one in codes the recipe has it now.
+    assert run.model.quantize != "auto" or files.model.quantize == "none"
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
     # First: what other code reads past the forward is neither quantized nor adapted.
     set_bypassed(model, files.support.dead_targets)
