@@ -51,7 +51,7 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
 
     Quantized layers, adapter and fused modules, but no weights.
     """
-    # `read_model_files` says what `auto` means with this base; of one in codes the recipe has it now.
+    # `read_model_files` says what `auto` means with a base; of one in codes the recipe has it now.
     assert run.model.quantize != "auto" or files.model.quantize == "none"
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
     # First: what other code reads past the forward is neither quantized nor adapted.

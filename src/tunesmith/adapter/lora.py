@@ -9,7 +9,7 @@ it as before.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.adapter.expert_lora import (
+    ExpertsLora,
+    attach_to_experts,
+    name_whole_experts,
+    router_names,
+)
+from tunesmith.adapter.low_rank import LowRank
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
@@ -24,6 +31,7 @@ from tunesmith.model.names import name_in_text
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
 from tunesmith.quant.as_shipped import ShippedLinear
+from tunesmith.quant.experts import expert_modules, has_interface, use_grouped_experts
 from tunesmith.quant.frozen_linear import (
     FrozenLinear,
     is_bypassed,
@@ -40,11 +48,10 @@ ALL_LINEAR = "all-linear"
 ORIGINAL = "before_tuning_"
 
 
-class Lora(nn.Module):
+class Lora(LowRank):
     """What a linear layer with an adapter has, however its base weight is stored.
 
-    lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank]. With `enabled = False` the
-    base alone is computed.
+    lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank].
     """
 
     weight: Any  # of the base; its shape and dtype are those of how it is stored
@@ -54,21 +61,11 @@ class Lora(nn.Module):
     frozen_weight: Callable[..., FrozenWeight]
     in_features: int
     out_features: int
-    scaling: float
-    dropout: float
-    enabled: bool
     # Of the whole layer's inputs this rank has `in_features`, from this one on.
     first: int = 0
 
-    def add_lora(self, adapter: Adapter, device: torch.device) -> None:
-        """Make A and B; `init_lora` draws their values."""
-        rank = adapter.rank
-        fp32 = torch.float32
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=fp32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=fp32, device=device))
-        self.scaling = lora_scaling(adapter)
-        self.dropout = adapter.dropout
-        self.enabled = True
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (rank, self.in_features), (self.out_features, rank)
 
     def drop(self, x: Tensor) -> Tensor:
         """x [..., in_features] with dropout.
@@ -99,13 +96,6 @@ class Lora(nn.Module):
         rank = self.lora_A.shape[0]
         sizes = f"{self.in_features}, {self.out_features}"
         return f"{sizes}, rank={rank}, scaling={self.scaling:g}"
-
-
-def lora_scaling(adapter: Adapter) -> float:
-    """The factor on an adapter's update."""
-    if adapter.rslora:
-        return adapter.alpha / math.sqrt(adapter.rank)
-    return adapter.alpha / adapter.rank
 
 
 class LoraLinear(Lora, nn.Linear):
@@ -173,6 +163,10 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
             model.set_submodule(name, LoraShippedLinear(base, adapter))
         elif isinstance(base, nn.Linear):
             model.set_submodule(name, LoraLinear(base, adapter))
+        else:
+            attach_to_experts(base, adapter)
+    if any(isinstance(module, ExpertsLora) for module in model.modules()):
+        use_grouped_experts(model)
     _check_saved(model, adapter)
     if not any(parameter.is_meta for parameter in model.parameters()):
         init_lora(model, adapter, seed=seed)
@@ -181,7 +175,7 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
 
 def init_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
     """Draw A, zero B, and copy the modules that are trained in full; the base must be loaded."""
-    for name, layer in loras(model):
+    for name, layer in low_ranks(model):
         # Drawn in full, by seed and name: neither the order of the layers nor a later sharding
         # changes it.
         generator = torch.Generator().manual_seed(seed_of(seed, f"{name}.lora_A"))
@@ -211,7 +205,7 @@ def replace_adapter(model: nn.Module, adapter: Adapter) -> None:
 
     `init_lora` draws their values.
     """
-    for _, layer in loras(model):
+    for _, layer in low_ranks(model):
         layer.add_lora(adapter, layer.lora_A.device)
 
 
@@ -225,30 +219,39 @@ def count_adapter_parameters(model: nn.Module, adapter: Adapter) -> int:
     count = 0
     for module in modules_to_save(model, adapter):
         count += sum(parameter.numel() for parameter in module.parameters(recurse=False))
-    for _, layer in loras(model):
+    for _, layer in low_ranks(model):
         count += layer.lora_A.numel() + layer.lora_B.numel()
     return count
 
 
 def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Full names of the layers that `adapter.target` means, in the order of the model.
+    """Full names of the modules that `adapter.target` means: linear layers in the order of the
+    model, then the experts of each layer.
 
     As in PEFT a target means every linear layer of that name, and every one whose name ends in it
-    after a dot.
+    after a dot. `experts` means both stacks of the experts, as does to name both. Routers are no
+    targets: what is trained with them as they are would be read with others.
     """
     to_save = _names_to_save(model, adapter)
+    experts = list(expert_modules(model))
+    routers = router_names(model)
     if adapter.target == ALL_LINEAR:
         linears = linear_names(model, head=False)
-        return [name for name in linears if name not in to_save]
+        names = [*(name for name in linears if name not in routers), *experts]
+        return [name for name in names if name not in to_save]
     targets = adapter.target
     if isinstance(targets, str):
         targets = (targets,)
     # An adapter of a vision-language model names its layers in there.
     targets = tuple(name_in_text(model, target) for target in targets)
+    linears = [name for name in linear_names(model, head=True) if name not in routers]
+    all_names = [*linears, *experts]
+    targets = name_whole_experts(model, targets, all_names)
     endings = {target: f".{target}" for target in targets}
     _check_bypassed(model, endings)
-    all_names = linear_names(model, head=True)
-    names = _match(endings, all_names, "adapter.target", "linear layer named")
+    _check_routers(endings, all_names, routers)
+    described = "linear layer or experts named" if experts else "linear layer named"
+    names = _match(endings, all_names, "adapter.target", described)
     in_both = set(names).intersection(to_save)
     if in_both:
         raise RecipeError(
@@ -258,6 +261,23 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
             fix="take it out of one of the two",
         )
     return names
+
+
+def _check_routers(
+    endings: Mapping[str, str], all_names: Sequence[str], routers: Collection[str]
+) -> None:
+    """RecipeError for a target that means routers alone."""
+    for wanted, ending in endings.items():
+        if any(name == wanted or name.endswith(ending) for name in all_names):
+            continue
+        if any(name == wanted or name.endswith(ending) for name in routers):
+            raise RecipeError(
+                f"{wanted!r} is a router, which takes no adapter",
+                where="adapter.target",
+                why="it chooses the experts of each token, and a small change sends tokens to "
+                "experts that were not trained on them",
+                fix=f"take it out, or use {ALL_LINEAR}; adapter.modules_to_save trains it in full",
+            )
 
 
 def _check_bypassed(model: nn.Module, endings: Mapping[str, str]) -> None:
@@ -280,13 +300,16 @@ def describe_left_out(model: nn.Module) -> str:
     """A line for the user: the matrices of the layers that `all-linear` does not reach; "" where it
     reaches all.
     """
+    routers = router_names(model)
     names: dict[str, None] = {}
     bypassed: dict[str, None] = {}
     parameters = 0
     for name, module in model.named_modules():
         words = [word for word in name.split(".") if not word.isdigit()]
         # Not reported: embeddings, the output layer, and what takes an adapter.
-        if isinstance(module, nn.Embedding) or words[-1:] == ["lm_head"] or is_plain_linear(module):
+        if isinstance(module, nn.Embedding | LowRank) or words[-1:] == ["lm_head"]:
+            continue
+        if name in routers or has_interface(module) or is_plain_linear(module):
             continue
         if is_bypassed(module):
             bypassed[words[-1]] = None
@@ -302,6 +325,8 @@ def describe_left_out(model: nn.Module) -> str:
         parts.append(f"{', '.join(names)}, which are no linear layers ({share:.0%} of the model)")
     if bypassed:
         parts.append(f"{', '.join(bypassed)}, where it would get no gradient")
+    if routers:
+        parts.append("the routers")
     if not parts:
         return ""
     return f"the adapter leaves out {'; '.join(parts)}"
@@ -361,9 +386,16 @@ def modules_to_save(model: nn.Module, adapter: Adapter) -> list[nn.Module]:
 
 
 def loras(model: nn.Module) -> Iterator[tuple[str, Lora]]:
-    """Every layer with an adapter, by its full name."""
+    """Every linear layer with an adapter, by its full name."""
     for name, module in model.named_modules():
         if isinstance(module, Lora):
+            yield name, module
+
+
+def low_ranks(model: nn.Module) -> Iterator[tuple[str, LowRank]]:
+    """Every module with an A and a B, by its full name: those of `loras`, and of experts."""
+    for name, module in model.named_modules():
+        if isinstance(module, LowRank):
             yield name, module
 
 
@@ -391,7 +423,7 @@ def merged_weight(layer: Lora, dtype: torch.dtype | None = None) -> Tensor:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base model alone: no adapter, and modules trained in full back at their base values."""
-    enabled = [(layer, layer.enabled) for _, layer in loras(model)]
+    enabled = [(layer, layer.enabled) for _, layer in low_ranks(model)]
     trained = []
     for _, module, key in saved_parameters(model):
         # `.data` is exchanged, not the parameter: optimizer and hooks hold the parameter.

@@ -5,7 +5,7 @@ never ignored.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
+from tunesmith.adapter.expert_lora import EXPERTS, expert_updates
+from tunesmith.adapter.low_rank import lora_scaling
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
@@ -26,6 +28,7 @@ from tunesmith.model.names import is_in_whole, name_in_text, name_in_whole
 from tunesmith.model.safetensors_files import read_header, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
+from tunesmith.quant.experts import UPDATE, expert_modules, stack_names
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -54,7 +57,6 @@ NEUTRAL |= dict.fromkeys(
         "layers_to_transform",
         "layers_pattern",
         "exclude_modules",
-        "target_parameters",
         "trainable_token_indices",
         "alora_invocation_tokens",
         "layer_replication",
@@ -108,6 +110,9 @@ def adapter_files(
         "target_modules": sorted(targets),
         "modules_to_save": sorted(to_save) or None,
     }
+    stacks = _peft_stacks(model)
+    if stacks:
+        settings["target_parameters"] = stacks
     return _peft_tensors(model), settings
 
 
@@ -140,6 +145,21 @@ def _peft_modules(
     return targets, to_save
 
 
+def _peft_stacks(model: nn.Module) -> list[str]:
+    """What PEFT is to match the adapted stacks of experts by: the ends of their names, but full
+    names where it would match others too.
+    """
+    adapted = [name for name, _ in expert_updates(model)]
+    if is_in_whole(model):
+        return [name_in_whole(model, name) for name in adapted]
+    ends = {".".join(name.split(".")[-3:]) for name in adapted}
+    matched = set()
+    for name, _ in model.named_parameters():
+        if name.endswith(tuple(f".{end}" for end in ends)):
+            matched.add(name)
+    return sorted(ends if matched == set(adapted) else adapted)
+
+
 def describe_misread(model: PreTrainedModel) -> str:
     """A warning where PEFT reads the adapter otherwise than it is trained; "" where it does not.
 
@@ -157,7 +177,7 @@ def describe_misread(model: PreTrainedModel) -> str:
     except ImportError:  # an older PEFT, which converts nothing
         return ""
     adapted = {last_part(name) for name, _ in lora.loras(model)}
-    config = LoraConfig(target_modules=sorted(adapted))
+    config = LoraConfig(target_modules=sorted(adapted), target_parameters=_peft_stacks(model))
     try:
         convert_peft_config_for_transformers(config, model, None)
     except ValueError as error:
@@ -167,10 +187,17 @@ def describe_misread(model: PreTrainedModel) -> str:
         return ""
     fix = "use it merged (tunesmith merge)"
     if read:
-        fix += f", or set adapter.target: [{', '.join(sorted(read))}]"
+        targets = sorted(read)
+        if any(expert_updates(model)):
+            targets.append(EXPERTS)
+        fix += f", or set adapter.target: [{', '.join(targets)}]"
+    result = "does not load these adapters"
+    if any(expert_updates(model)):
+        # It gives the experts twice the rank.
+        result = "refuses the file"
     return (
         f"warning: PEFT takes {', '.join(sorted(adapted - read))} of a {model.config.model_type} "
-        f"for its experts and does not load these adapters; {fix}"
+        f"for its experts and {result}; {fix}"
     )
 
 
@@ -202,8 +229,27 @@ def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
         layers[PREFIX + name_in_whole(model, name)] = layer
     tensors = {f"{name}.lora_A.weight": layer.lora_A for name, layer in layers.items()}
     tensors |= {f"{name}.lora_B.weight": layer.lora_B for name, layer in layers.items()}
+    tensors |= _peft_expert_tensors(model)
     for name, module, key in lora.saved_parameters(model):
         tensors[f"{PREFIX}{name_in_whole(model, name)}.{key}"] = module.get_parameter(key)
+    return tensors
+
+
+def _peft_expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of experts, by PEFT's names: of two stacks of a module it wraps the first one twice."""
+    tensors = {}
+    for name, module in expert_modules(model).items():
+        in_order = [key for key, _ in module.named_parameters(recurse=False)]
+        updates = {}
+        for stack in sorted(stack_names(module), key=in_order.index):
+            update = getattr(module, stack + UPDATE, None)
+            if update is not None:
+                updates[stack] = update
+        prefix = PREFIX + name_in_whole(model, name) + len(updates) * ".base_layer"
+        for update in updates.values():
+            prefix = prefix.removesuffix(".base_layer")
+            tensors[f"{prefix}.lora_A.weight"] = update.lora_A
+            tensors[f"{prefix}.lora_B.weight"] = update.lora_B
     return tensors
 
 
@@ -248,13 +294,18 @@ def read_adapter(folder: Path) -> Adapter:
             )
     try:
         target = settings["target_modules"]
+        experts = _experts_of(settings.get("target_parameters") or [], file)
+        if isinstance(target, str) and experts:
+            target = target if target == lora.ALL_LINEAR else [target]
+        if not isinstance(target, str):
+            target = sorted({*(target or ()), *experts})
         values = {
             "rank": settings["r"],
             "alpha": settings["lora_alpha"],
             "dropout": settings.get("lora_dropout") or 0.0,
             "rslora": bool(settings.get("use_rslora")),
             "modules_to_save": settings.get("modules_to_save") or [],
-            "target": target if isinstance(target, str) else sorted(target),
+            "target": target,
         }
         # By the recipe's types and bounds.
         return TypeAdapter(Adapter).validate_json(json.dumps(values))
@@ -269,6 +320,25 @@ def read_adapter(folder: Path) -> Adapter:
             why=why,
             fix="name a PEFT adapter's folder, or copy it again",
         ) from error
+
+
+def _experts_of(parameters: Sequence[str], file: Path) -> list[str]:
+    """The modules whose two stacks an adapter's `target_parameters` name."""
+    stacks: dict[str, set[str]] = {}
+    for parameter in parameters:
+        module, _, stack = parameter.rpartition(".")
+        stacks.setdefault(module, set()).add(stack)
+    for module, named in stacks.items():
+        if not module or "down_proj" not in named or len(named) != 2:
+            raise ModelError(
+                f"the adapter has target_parameters = {json.dumps(list(parameters))}, "
+                "which is not supported",
+                where=str(file),
+                why="of experts both stacks are adapted here, gate_up_proj (or up_proj) and "
+                "down_proj, and no other parameters",
+                fix="merge it into its base with PEFT, and start from the merged model",
+            )
+    return sorted(stacks)
 
 
 @torch.no_grad()
@@ -338,8 +408,8 @@ def stored_adapter(
 
 def _check_scaling(model: nn.Module, adapter: Adapter, file: Path) -> None:
     """ModelError where the model does not scale its updates as the adapter in `file` does."""
-    scaling = lora.lora_scaling(adapter)
-    for name, layer in lora.loras(model):
+    scaling = lora_scaling(adapter)
+    for name, layer in lora.low_ranks(model):
         # Relative to the scaling: alpha and rank have gone through JSON and a division.
         if abs(layer.scaling - scaling) > 1e-9 * abs(scaling):
             keys = f"adapter.rank: {adapter.rank}, adapter.alpha: {adapter.alpha:g}"

@@ -17,8 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.export.tuned_weights import TunedModel, TunedWeight, tied_names
+from tunesmith.adapter.expert_lora import ExpertsLora
+from tunesmith.export.tuned_weights import (
+    ExpertsUpdate,
+    LoraUpdate,
+    StoredRows,
+    TunedModel,
+    TunedWeight,
+    tied_names,
+)
 from tunesmith.model.decoder import find_layers
+from tunesmith.quant.experts import UPDATE, use_grouped_experts
 from tunesmith.quant.frozen_linear import is_plain_linear
 
 # The values of a weight: before training; those that an adapter is computed beside; those with the
@@ -71,7 +80,7 @@ class StreamedLinear(nn.Module):
         if self.tuned_bias is not None:
             y += reader.whole(self.tuned_bias)
         # The adapter is applied to x as in training, not added to the weight.
-        if reader.values == "adapter" and weight.update:
+        if reader.values == "adapter" and isinstance(weight.update, LoraUpdate):
             lora_A = weight.update.lora_A.read().to(x)
             lora_B = weight.update.lora_B.read().to(x)
             y += F.linear(F.linear(x, lora_A), lora_B) * weight.update.scaling
@@ -97,13 +106,35 @@ def streamed_logits(
     model = copy.deepcopy(tuned.model).eval()
     if attention is not None:
         model.set_attn_implementation(attention)
-    _stream(model, tuned.weights, _WeightReader(values, dtype, device))
+    weights = dict(tuned.weights)
+    if values == "adapter":
+        weights |= _attach_to_experts(model, tuned)
+    _stream(model, weights, _WeightReader(values, dtype, device))
     # No token sees those behind it, with which shorter prompts are filled up.
     ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     logits = model(input_ids=ids.to(device), use_cache=False).logits
     return [row[: len(prompt)].float().cpu() for row, prompt in zip(logits, prompts, strict=True)]
+
+
+def _attach_to_experts(model: PreTrainedModel, tuned: TunedModel) -> dict[str, TunedWeight]:
+    """Put the adapter of the experts on a model; returns its weights by their names there."""
+    weights = {}
+    for name, weight in tuned.weights.items():
+        update = weight.update
+        if not isinstance(update, ExpertsUpdate):
+            continue
+        module_name, _, stack = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        module.add_module(stack + UPDATE, ExpertsLora(module, stack, tuned.files.run.adapter))
+        for key, stored in (("lora_A", update.lora_A), ("lora_B", update.lora_B)):
+            rows = StoredRows(stored, torch.float32, stored.shape)
+            weights[f"{name}{UPDATE}.{key}"] = TunedWeight(None, rows)
+    if weights:
+        model.requires_grad_(False)
+        use_grouped_experts(model)
+    return weights
 
 
 def _stream(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunesmith.adapter.expert_lora import b_by_expert, expert_updates
 from tunesmith.adapter.lora import copy_saved_modules, loras, saved_parameters
 from tunesmith.adapter.peft_files import stored_adapter
 from tunesmith.build_model import define_model, embedding_rows
@@ -27,6 +28,7 @@ from tunesmith.inference.load_run import OpenedRun
 from tunesmith.model import load
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.weights import StoredTensor, find_stored
+from tunesmith.quant.experts import UPDATE
 from tunesmith.quant.frozen_linear import FrozenLinear, set_bypassed
 
 BAND = 16 << 20  # bytes of a band in fp32
@@ -166,6 +168,33 @@ class LoraUpdate:
 
 
 @dataclass(frozen=True)
+class ExpertsUpdate:
+    """What an adapter adds to a stack of experts, whose rows are experts.
+
+    Attributes:
+        lora_A, lora_B: as `ExpertsLora` has them, not yet read.
+        experts: of the stack; is_transposed: how it is stored.
+    """
+
+    lora_A: StoredTensor
+    lora_B: StoredTensor
+    scaling: float
+    experts: int
+    is_transposed: bool
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """fp32, in the shape of the stack, of the experts from `first` to before `last`."""
+        rank = self.lora_A.shape[0] // self.experts
+        width = self.lora_A.shape[1]
+        lora_A = self.lora_A[(slice(first * rank, last * rank), slice(0, width))]
+        lora_A = lora_A.float().unflatten(0, (last - first, rank))
+        # The experts are its last dimension: not in one piece.
+        lora_B = b_by_expert(self.lora_B.read(), self.experts)
+        update = self.scaling * (lora_B[first:last].float() @ lora_A)
+        return update.mT if self.is_transposed else update
+
+
+@dataclass(frozen=True)
 class TunedWeight:
     """A parameter, or a buffer of the checkpoint, as training left it.
 
@@ -177,7 +206,7 @@ class TunedWeight:
 
     base: RowSource | None
     source: RowSource
-    update: LoraUpdate | None = None
+    update: LoraUpdate | ExpertsUpdate | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -299,10 +328,18 @@ def _adapted_weights(
         return _equal(TunedWeight(None, StoredRows(stored, dtype, stored.shape)), base)
 
     with stored_adapter(trained, folder, is_base) as stored:
-        updates = {}
+        updates: dict[str, LoraUpdate | ExpertsUpdate] = {}
         for name, layer in loras(trained):
             lora_A, lora_B = stored[f"{name}.lora_A"], stored[f"{name}.lora_B"]
             updates[f"{name}.weight"] = LoraUpdate(lora_A, lora_B, layer.scaling)
+        for name, update in expert_updates(trained):
+            updates[name] = ExpertsUpdate(
+                stored[f"{name}{UPDATE}.lora_A"],
+                stored[f"{name}{UPDATE}.lora_B"],
+                update.scaling,
+                experts=update.shape[0],
+                is_transposed=update.is_transposed,
+            )
         replaced = {}
         for module, _, key in saved_parameters(trained):
             name = f"{module}.{key}"

@@ -34,17 +34,21 @@ from tunesmith.export.streamed_model import Values, streamed_logits
 from tunesmith.export.tuned_weights import TunedModel, open_tuned_model
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.inference.load_run import (
+    RunLocation,
     locate_run,
     read_run_files,
     select_device,
     undeleted,
 )
+from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.stored_form import is_stored_otherwise
 from tunesmith.quant.frozen_linear import linear_names
 
 # Layers that vLLM joins to one matrix.
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
+# Models whose experts vLLM reads as PEFT stacks them (`is_3d_moe_weight` in its models).
+READ_STACKED = ("gpt_oss", "qwen3_5_moe_text", "glm4_moe_lite")
 WEIGHTS_OF_FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 ACTIVATIONS_OF_FP8 = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True}
 WEIGHTS_OF_NVFP4 = {
@@ -222,6 +226,7 @@ def export_peft(path: str | Path, output: str | Path) -> int:
             why="vLLM serves matrices of a LoRA and nothing else",
             fix="export the merged model: without --adapter",
         )
+    _check_experts(location, folder)
     # vLLM takes a few ranks only: the next larger one.
     ranks = [rank for rank in LORA_RANKS if rank >= adapter.rank]
     if not ranks:
@@ -241,3 +246,19 @@ def export_peft(path: str | Path, output: str | Path) -> int:
             follow_umask(part)
             put_in_place(part, goal)
     return ranks[0]
+
+
+def _check_experts(location: RunLocation, folder: Path) -> None:
+    """ModelError for an adapter of experts that vLLM would take for another."""
+    if not read_json(folder / CONFIG, again="copy the adapter again").get("target_parameters"):
+        return
+    model_type = read_run_files(location).files.config.model_type
+    if model_type in READ_STACKED:
+        return
+    raise ModelError(
+        f"the adapter has experts, stacked as PEFT has them, and of a {model_type} vLLM reads "
+        "them one by one",
+        where="--adapter",
+        why="it would take the rows of gate and up for one another, without an error",
+        fix="export the merged model: without --adapter",
+    )

@@ -23,6 +23,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from tunesmith.model.decoder import find_layers
 
 NAME = "tunesmith-sizes"
+GROUPED = "grouped_mm"
+# Implementations of the experts, which all stand for GROUPED here; another computes on meta itself.
+OF_TRANSFORMERS = (GROUPED, "eager", "batched_mm")
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Watch:
     Attributes:
         layer: the one that runs; `outside` where none does.
         scale: how much larger a tensor that is kept is than it is here.
+        experts_function: how the model computes its experts, by Transformers' name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,6 +63,7 @@ class Watch:
         self.outside = LayerCall()
         self.layer = self.outside
         self.scale = 1
+        self.experts_function = GROUPED
         # Alive until the end, so that no later storage gets the number of an earlier one.
         self.storages: set[StorageWeakRef] = set()
         self.leave_out(model)
@@ -126,13 +131,18 @@ class Watch:
     ) -> Tensor:
         """Experts as Transformers calls them: [n, hidden] -> [n, hidden]."""
         self.layer.experts_per_token = top_k_index.shape[-1]
+        if self.experts_function not in OF_TRANSFORMERS:
+            own: Tensor = ALL_EXPERTS_FUNCTIONS[self.experts_function](
+                module, hidden, top_k_index, top_k_weights
+            )
+            return own
         dtype = hidden.dtype
         # On meta grouped products have no other type.
         module.to(torch.bfloat16)
         self.leave_out(module)
         # fp32 activations are twice as large as the bf16 ones that are seen here.
         self.scale = dtype.itemsize // torch.bfloat16.itemsize
-        output: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](
+        output: Tensor = ALL_EXPERTS_FUNCTIONS[GROUPED](
             module, hidden.bfloat16(), top_k_index, top_k_weights.bfloat16()
         )
         self.scale = 1
@@ -167,7 +177,7 @@ def run_on_meta(
     """What each decoder layer of a model on meta does with one document of so many tokens, and the
     bytes that are kept outside of the layers.
 
-    The model cannot be trained after it: its attention and experts stay replaced. ModelError where
+    The model cannot be trained after it: its attention stays replaced. ModelError where
     it does not run on meta.
 
     Args:
@@ -196,10 +206,12 @@ def _run(
         hooks.append(layer.register_forward_hook(watch.leave))
     AttentionInterface.register(NAME, watch.attention)
     model.set_attn_implementation(NAME)
-    if any(hasattr(module, "num_experts") for module in model.modules()):
+    has_experts = any(hasattr(module, "num_experts") for module in model.modules())
+    set_experts: Callable[[str], None] = model.set_experts_implementation
+    if has_experts:
+        watch.experts_function = model.get_experts_implementation()[""]
         ALL_EXPERTS_FUNCTIONS.register(NAME, watch.experts)
-        with_interface: Callable[[str], None] = model.set_experts_implementation
-        with_interface(NAME)
+        set_experts(NAME)
     looping = {}
     for module in model.modules():
         # `has_gate` is there where Transformers calls them through its interface.
@@ -226,6 +238,8 @@ def _run(
                 logits_to_keep=1,
             )
     finally:
+        if has_experts:
+            set_experts(watch.experts_function)
         for hook in hooks:
             hook.remove()
         for module, forward in looping.items():

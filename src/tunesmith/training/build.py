@@ -177,7 +177,7 @@ def build(
         check_machine(run, device)
         check_inputs(run, start)
         files, hashes = read_base(run, start, ranks, weights=weights)
-        # As it was given, with what `quantize: auto` stands for: config.yaml keeps it, and a resumed
+        # As it was given, but for what `quantize: auto` means: config.yaml keeps it, and a resumed
         # run compares its own with it.
         run = session_run = replace(run, model=files.model)
         run = lay_out_rows(run, files)

@@ -1,0 +1,151 @@
+"""LoRA on the experts of a mixture: an update of low rank for each expert of a stack.
+
+    y = x W_e + scaling * (x A_e^T) B_e^T        for the rows of expert e
+
+The parameters have the order of PEFT's files (`target_parameters`), so that a checkpoint is written
+and read as it is: A [experts * rank, in], one expert after the other, and B [out, rank * experts],
+in whose columns the expert varies fastest.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.adapter.low_rank import LowRank
+from tunesmith.config.schema import Adapter
+from tunesmith.errors import RecipeError
+from tunesmith.quant.experts import UPDATE, expert_modules, stack_names, stack_of
+
+EXPERTS = "experts"  # a target that means both stacks of every layer
+
+
+class ExpertsLora(LowRank):
+    """The update of one stack; a child of the experts' module.
+
+    Attributes:
+        lora_A: fp32 [experts * rank, in]; lora_B: fp32 [out, rank * experts].
+        shape: (experts, in_features, out_features) of the stack.
+        is_transposed: the stack is stored as [experts, in, out], not [experts, out, in].
+    """
+
+    def __init__(self, module: nn.Module, name: str, adapter: Adapter) -> None:
+        super().__init__()
+        self.shape = stack_of(module, name).shape
+        self.is_transposed = bool(module.is_transposed)
+        self.add_lora(adapter, getattr(module, name).device)
+
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        experts, in_features, out_features = self.shape
+        return (experts * rank, in_features), (out_features, rank * experts)
+
+    def by_expert(self) -> tuple[Tensor, Tensor]:
+        """A [experts, rank, in] and B [experts, out, rank], views."""
+        experts = self.shape[0]
+        return self.lora_A.unflatten(0, (experts, -1)), b_by_expert(self.lora_B, experts)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """A, and B times the scaling, for `expert_matmul`; (None, None) where it is disabled."""
+        if not self.enabled:
+            return None, None
+        lora_A, lora_B = self.by_expert()
+        return lora_A.to(dtype), (lora_B * self.scaling).to(dtype).contiguous()
+
+    def update(self) -> Tensor:
+        """scaling * B A of each expert: fp32, in the shape of the stack as it is stored."""
+        lora_A, lora_B = self.by_expert()
+        update = self.scaling * (lora_B @ lora_A)
+        return update.mT if self.is_transposed else update
+
+    def extra_repr(self) -> str:
+        experts, in_features, out_features = self.shape
+        rank = self.lora_A.shape[0] // experts
+        return f"{experts} x {in_features}, {out_features}, rank={rank}, scaling={self.scaling:g}"
+
+
+def b_by_expert(lora_B: Tensor, experts: int) -> Tensor:
+    """B [experts, out, rank] of [out, rank * experts], a view."""
+    return lora_B.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def expert_updates(model: nn.Module) -> Iterator[tuple[str, ExpertsLora]]:
+    """Every update of a stack of experts, by the full name of the stack."""
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertsLora):
+            yield name.removesuffix(UPDATE), module
+
+
+def attach_to_experts(module: nn.Module, adapter: Adapter) -> None:
+    """Put an adapter on both stacks of a layer's experts, in place."""
+    if adapter.dropout:
+        raise RecipeError(
+            "adapter.dropout is not computed for experts",
+            where="adapter.dropout",
+            why="PEFT adds their update to the weight, where there is no input to drop out, and "
+            "refuses it",
+            fix="set adapter.dropout: 0, or name linear layers alone in adapter.target",
+        )
+    for stack in stack_names(module):
+        module.add_module(stack + UPDATE, ExpertsLora(module, stack, adapter))
+
+
+def name_whole_experts(
+    model: nn.Module, targets: Sequence[str], names: Sequence[str]
+) -> tuple[str, ...]:
+    """The targets, with the experts' module for each two that name its two stacks.
+
+    A target that means one of `names` (linear layers and experts) stays. RecipeError for one stack
+    without the other.
+    """
+    whole: dict[str, None] = {}
+    stacks: dict[str, set[str]] = {}
+    for target in targets:
+        if any(means(target, name) for name in names):
+            whole[target] = None
+            continue
+        modules = set()
+        for module, stack in _stacks(model):
+            if means(target, f"{module}.{stack}"):
+                modules.add(module)
+                stacks.setdefault(module, set()).add(stack)
+        whole |= dict.fromkeys(modules or {target})
+    for module, named in stacks.items():
+        missing = set(stack_names(model.get_submodule(module))) - named
+        if missing:
+            raise RecipeError(
+                f"adapter.target names {named.pop()!r} of {module} and not {missing.pop()!r}",
+                where="adapter.target",
+                why="PEFT's files call both by the name of the experts, and one by itself could "
+                "not be told from the other",
+                fix=f"name {EXPERTS!r}, which means both",
+            )
+    return tuple(whole)
+
+
+def means(target: str, name: str) -> bool:
+    """Whether a target means the module of this full name."""
+    return name == target or name.endswith(f".{target}")
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[str, str]]:
+    for name, module in expert_modules(model).items():
+        for stack in stack_names(module):
+            yield name, stack
+
+
+def router_names(model: nn.Module) -> set[str]:
+    """Full names of the modules that choose a token's experts: they stay frozen.
+
+    They stand beside the experts, and have a row for each.
+    """
+    routers = set()
+    for name, module in expert_modules(model).items():
+        parent = name.rpartition(".")[0]
+        for below, part in model.get_submodule(parent).named_modules(prefix=parent):
+            is_shared_expert = "expert" in below[len(parent) :]
+            weight = getattr(part, "weight", None)
+            if is_shared_expert or not isinstance(weight, Tensor) or weight.ndim != 2:
+                continue
+            if weight.shape[0] == module.num_experts:
+                routers.add(below)
+    return routers

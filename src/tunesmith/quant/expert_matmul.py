@@ -1,0 +1,187 @@
+"""Rows sorted by expert, times the frozen weights of the experts, with a LoRA update of each.
+
+    y = x W_e + (x A_e^T) B_e^T        for the rows of expert e
+
+The backward makes no gradient of W and saves nothing dense. A GPU multiplies all experts by
+`grouped_mm`, which reads the edges between experts on the device. A CPU takes one expert after the
+other: equally fast, for every dtype, and a quantized stack is dense for one expert at a time.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.quant.frozen_stack import FrozenStack, frozen_stack
+
+# Rows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
+ALIGNMENT = 16
+
+
+class ExpertRows(NamedTuple):
+    """Where the rows of each expert are.
+
+    Attributes:
+        offsets: int32 [experts], on the device: the end of each expert's rows.
+        spans: on the host, (expert, first row, end row) of those that have rows; None where the
+            host does not know, so that it need not wait for a GPU.
+    """
+
+    offsets: Tensor
+    spans: tuple[tuple[int, int, int], ...] | None
+
+    @classmethod
+    def of(cls, sorted_experts: Tensor, experts: int, dtype: torch.dtype) -> "ExpertRows":
+        """sorted_experts: int64 [rows], the expert of each row, in ascending order."""
+        device = sorted_experts.device
+        numbers = torch.arange(experts, device=device)
+        offsets = torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True)
+        if device.type == "meta" or uses_grouped_mm(device, dtype):
+            return cls(offsets, None)
+        spans = []
+        first = 0
+        for expert, end in enumerate(offsets.tolist()):
+            if end > first:
+                spans.append((expert, first, end))
+            first = end
+        return cls(offsets, tuple(spans))
+
+
+def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the products of all experts are one kernel."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def expert_matmul(
+    x: Tensor,
+    stack: FrozenStack,
+    rows: ExpertRows,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+) -> Tensor:
+    """y = x W_e + (x A_e^T) B_e^T; no gradient reaches W.
+
+    Args:
+        x: [rows, in], sorted by expert.
+        lora_A: [experts, rank, in] in the dtype of x, or None for no update.
+        lora_B: [experts, out, rank] in the dtype of x, times the scaling.
+
+    Returns [rows, out].
+    """
+    if lora_A is not None and lora_B is not None and rows.spans is None:
+        missing = -lora_A.shape[1] % (ALIGNMENT // x.dtype.itemsize)
+        lora_A = F.pad(lora_A, (0, 0, 0, missing))
+        lora_B = F.pad(lora_B, (0, missing))
+    y: Tensor = _ExpertMatmul.apply(
+        x, lora_A, lora_B, rows, stack.encoding, stack.shape, *stack.tensors
+    )
+    return y
+
+
+class _ExpertMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        rows: ExpertRows,
+        encoding: str,
+        shape: tuple[int, int, int],
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.rows = rows
+        ctx.encoding = encoding
+        ctx.shape = shape
+        stack = frozen_stack(encoding, tensors, shape)
+        update = None
+        lora: tuple[Tensor, ...] = ()
+        if lora_A is not None and lora_B is not None:
+            xa = multiply_by_expert(x, lora_A.mT, rows)
+            update = multiply_by_expert(xa, lora_B.mT, rows)
+            lora = (x, xa, lora_A, lora_B)
+        ctx.lora_count = len(lora)
+        ctx.save_for_backward(*lora, *tensors)
+        return _add_products(update, x, stack, rows, backward=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        dy = grads[0].contiguous()  # of a sum's gradient all rows are one, which no product takes
+        rows = ctx.rows
+        lora = ctx.saved_tensors[: ctx.lora_count]
+        tensors = ctx.saved_tensors[ctx.lora_count :]
+        update = None
+        d_lora_A = None
+        d_lora_B = None
+        if lora:
+            x, xa, lora_A, lora_B = lora
+            d_xa = multiply_by_expert(dy, lora_B, rows)
+            d_lora_A = _products_of_columns(d_xa, x, rows)
+            d_lora_B = _products_of_columns(dy, xa, rows)
+            update = multiply_by_expert(d_xa, lora_A, rows)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            stack = frozen_stack(ctx.encoding, tensors, ctx.shape)
+            dx = _add_products(update, dy, stack, rows, backward=True)
+        return (dx, d_lora_A, d_lora_B, None, None, None, *[None] * len(tensors))
+
+
+def multiply_by_expert(x: Tensor, weights: Tensor, rows: ExpertRows) -> Tensor:
+    """x [rows, in] times the weight [in, out] of each row's expert: a new [rows, out]."""
+    if x.is_meta:
+        return x.new_empty(len(x), weights.shape[2])
+    if rows.spans is None:
+        return F.grouped_mm(x, weights, offs=rows.offsets)
+    y = x.new_empty(len(x), weights.shape[2])
+    for expert, first, end in rows.spans:
+        torch.mm(x[first:end], weights[expert], out=y[first:end])
+    return y
+
+
+def _add_products(
+    y: Tensor | None, x: Tensor, stack: FrozenStack, rows: ExpertRows, *, backward: bool
+) -> Tensor:
+    """x W_e, or x W_e^T if `backward`, added to y if there is one, which is then overwritten."""
+    _, width, out_width = stack.shape
+    if backward:
+        out_width = width
+    if x.is_meta:
+        return x.new_empty(len(x), out_width)
+    if rows.spans is None:
+        return _add_grouped(y, x, stack, rows, backward=backward)
+    product = x.new_empty(len(x), out_width) if y is None else y
+    for expert, first, end in rows.spans:
+        weight = stack.dense(expert, expert + 1, x.dtype)[0]
+        if backward:
+            weight = weight.T
+        part = product[first:end]
+        if y is None:
+            torch.mm(x[first:end], weight, out=part)
+        else:
+            part.addmm_(x[first:end], weight)
+    return product
+
+
+def _add_grouped(
+    y: Tensor | None, x: Tensor, stack: FrozenStack, rows: ExpertRows, *, backward: bool
+) -> Tensor:
+    """As `_add_products`, by one kernel for all experts."""
+    weights = stack.dense(0, stack.shape[0], x.dtype)
+    product = F.grouped_mm(x, weights.mT if backward else weights, offs=rows.offsets)
+    return product if y is None else product.add_(y)
+
+
+def _products_of_columns(left: Tensor, right: Tensor, rows: ExpertRows) -> Tensor:
+    """left^T right over the rows of each expert: [experts, left's width, right's width]."""
+    experts = len(rows.offsets)
+    shape = (experts, left.shape[1], right.shape[1])
+    if left.is_meta:
+        return left.new_empty(shape)
+    if rows.spans is None:
+        return F.grouped_mm(left.T, right, offs=rows.offsets)
+    # Of an expert without rows it is 0.
+    products = left.new_zeros(shape)
+    for expert, first, end in rows.spans:
+        torch.mm(left[first:end].T, right[first:end], out=products[expert])
+    return products

@@ -1,0 +1,143 @@
+"""The experts of a layer, through the interface that Transformers calls them by.
+
+Each token goes to k experts. Its k copies are sorted by expert, multiplied, weighted and added up
+again, by gathers alone: neither pass adds at an index, so sums have one order on every device.
+
+    sorted copies -> x W_up, activation, times W_down -> routing weights -> sum over a token's k
+
+Frozen experts are computed here (see `expert_matmul`); those that train in full as Transformers
+does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from tunesmith.quant.expert_matmul import ExpertRows, expert_matmul
+from tunesmith.quant.frozen_stack import DenseStack, FrozenStack
+
+NAME = "tunesmith"
+# Transformers' own, of experts that train in full.
+IN_FULL = "grouped_mm"
+# The child module with the update of a stack has the stack's name and this.
+UPDATE = "_lora"
+# What Transformers sets on the modules that it calls by the interface.
+_FACTS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
+
+
+def has_interface(module: nn.Module) -> bool:
+    """Whether a module is all experts of a layer, and Transformers calls it by its interface."""
+    if not all(hasattr(module, fact) for fact in _FACTS):
+        return False
+    return all(getattr(module, name, None) is not None for name in stack_names(module))
+
+
+def stack_names(module: nn.Module) -> tuple[str, str]:
+    """Names of the two stacks of a module's experts: of the input, and of the output."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    return first, "down_proj"
+
+
+def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts of each layer that has some, by full name."""
+    modules = {}
+    for name, module in model.named_modules():
+        if has_interface(module):
+            modules[name] = module
+    return modules
+
+
+def use_grouped_experts(model: nn.Module) -> None:
+    """Let a model of Transformers compute its experts by `experts_forward`."""
+    assert isinstance(model, PreTrainedModel)  # of others no module has the interface
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    with_interface: Any = model
+    with_interface.set_experts_implementation(NAME)
+
+
+def stack_of(module: nn.Module, name: str) -> FrozenStack:
+    """A module's stack of this name, as the products take it."""
+    return DenseStack.of(getattr(module, name), is_transposed=bool(module.is_transposed))
+
+
+@torch.compiler.disable
+def experts_forward(
+    module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The output of a layer's experts: [n, hidden].
+
+    Args:
+        module: of Transformers, with the facts that its interface sets.
+        hidden: [n, hidden].
+        top_k_index: int64 [n, k], the experts of each token.
+        top_k_weights: [n, k].
+    """
+    if any(getattr(module, name).requires_grad for name in stack_names(module)):
+        y: Tensor = ALL_EXPERTS_FUNCTIONS[IN_FULL](module, hidden, top_k_index, top_k_weights)
+        return y
+    per_token = top_k_index.shape[-1]
+    experts, order = torch.sort(top_k_index.flatten(), stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    rows = ExpertRows.of(experts, module.num_experts, hidden.dtype)
+
+    first, second = stack_names(module)
+    x = _Scatter.apply(hidden, order, places, per_token)
+    x = _project(module, first, x, rows, experts)
+    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    x = _project(module, second, x, rows, experts)
+    if module.has_post_expert_norm:
+        x = module.post_expert_norm(x)
+    weighted = x * top_k_weights.flatten()[order].unsqueeze(1)
+    output: Tensor = _Gather.apply(weighted, order, places, per_token)
+    return output.to(hidden.dtype)
+
+
+def _project(module: Any, name: str, x: Tensor, rows: ExpertRows, experts: Tensor) -> Tensor:
+    """One stack's products, with the update of its adapter and its bias."""
+    update = getattr(module, name + UPDATE, None)
+    factors = update.factors(x.dtype) if update is not None else (None, None)
+    y = expert_matmul(x, stack_of(module, name), rows, *factors)
+    if module.has_bias:
+        y = y + getattr(module, f"{name}_bias")[experts]
+    return y
+
+
+class _Scatter(torch.autograd.Function):
+    """A row for each of the k experts of a token, sorted by expert: [n, width] -> [n * k, width].
+
+    order: int64 [n * k], which copy stands in each row; places: the row of each copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, places: Tensor, per_token: int) -> Tensor:
+        ctx.per_token = per_token
+        ctx.save_for_backward(places)
+        return x[order // per_token]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (places,) = ctx.saved_tensors
+        return _sum_of_copies(grads[0], places, ctx.per_token), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The sum of a token's k rows: [n * k, width] -> [n, width]; the reverse of `_Scatter`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, places: Tensor, per_token: int) -> Tensor:
+        ctx.per_token = per_token
+        ctx.save_for_backward(order)
+        return _sum_of_copies(x, places, per_token)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (order,) = ctx.saved_tensors
+        return grads[0][order // ctx.per_token], None, None, None
+
+
+def _sum_of_copies(x: Tensor, places: Tensor, per_token: int) -> Tensor:
+    return x[places].unflatten(0, (-1, per_token)).sum(1)

@@ -1,0 +1,84 @@
+"""Adapters of experts: opened by PEFT, and PEFT's opened here, in its stacked form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tunesmith.adapter import lora, peft_files
+from tunesmith.config.schema import Adapter
+from tunesmith.errors import ModelError
+from tunesmith.model.twin import build_twin
+
+# Stacks [experts, out, in] and [experts, in, out], with biases, and without a gate.
+FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "granitemoe")
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    build_twin(AutoConfig.for_model(request.param)).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def logits(model: nn.Module) -> Tensor:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return model(input_ids=torch.randint(3, 60, (2, 11))).logits
+
+
+def randomise(model: nn.Module) -> None:
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+
+
+def attached(base: Path, adapter: Adapter) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora.attach_lora(model, adapter, seed=0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_opens_an_adapter_of_experts(base: Path, tmp_path: Path, rslora: bool) -> None:
+    adapter = Adapter(rank=3, alpha=6, target=("q_proj", "experts"), rslora=rslora)
+    model = attached(base, adapter)
+    randomise(model)
+    peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, adapter, "x", None))
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    before = logits(plain)
+    theirs = logits(PeftModel.from_pretrained(plain, tmp_path).eval())
+    ours = logits(model)
+    assert (theirs - ours).abs().max() < 2e-6 * ours.abs().max()
+    assert (before - ours).abs().max() > 0.05 * ours.abs().max()
+
+
+def test_an_adapter_of_peft_opens_here(base: Path, tmp_path: Path) -> None:
+    ours = attached(base, Adapter(target=("experts",)))
+    parameters = peft_files.adapter_files(ours, Adapter(), "x", None)[1]["target_parameters"]
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=parameters,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    adapter = peft_files.read_adapter(tmp_path)
+    model = attached(base, adapter)
+    peft_files.load_adapter(model, tmp_path)
+    expected = logits(theirs)
+    assert (logits(model) - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+def test_one_stack_alone_is_refused(tmp_path: Path) -> None:
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": []}
+    settings["target_parameters"] = ["experts.down_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="target_parameters"):
+        peft_files.read_adapter(tmp_path)
