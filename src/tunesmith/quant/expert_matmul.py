@@ -109,8 +109,9 @@ class _ExpertMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         dy = grads[0].contiguous()  # of a sum's gradient all rows are one, which no product takes
         rows = ctx.rows
-        lora = ctx.saved_tensors[: ctx.lora_count]
-        tensors = ctx.saved_tensors[ctx.lora_count :]
+        saved = ctx.saved_tensors  # read once: a recomputed layer unpacks them once
+        lora = saved[: ctx.lora_count]
+        tensors = saved[ctx.lora_count :]
         update = None
         d_lora_A = None
         d_lora_B = None

@@ -1,0 +1,64 @@
+"""Runs of a mixture with an adapter on its experts: resumed, merged, and asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import tunesmith
+from recipes import make_run
+from tunesmith.training.run import train
+
+pytestmark = pytest.mark.slow
+
+
+def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> list[tuple[float, float]]:
+    result = train(make_run(model, folder, **changes), quiet=True)
+    return [(record.loss, record.grad_norm) for record in result.records]
+
+
+def test_a_run_resumes_with_the_same_bits(mixture: Path, tmp_path: Path) -> None:
+    def changes(name: str, steps: int) -> dict[str, Any]:
+        return {
+            "train": {"duration": f"{steps} steps", "schedule": "constant"},
+            "output_dir": str(tmp_path / name),
+        }
+
+    whole = numbers(mixture, tmp_path, changes("whole", 8))
+    numbers(mixture, tmp_path, changes("cut", 4))
+    assert numbers(mixture, tmp_path, changes("cut", 8)) == whole[4:]
+    adapters = []
+    for name in ("whole", "cut"):
+        adapters.append(load_file(tmp_path / name / "final/adapter_model.safetensors"))
+    one, other = adapters
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert sum("experts" in name for name in one) == 2 * 2 * 2  # layers, stacks, A and B
+
+
+def test_merge_and_answers(mixture: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    losses = numbers(mixture, tmp_path, {"train": {"learning_rate": 5e-2, "duration": "8 steps"}})
+    assert losses[-1][0] < losses[0][0] - 0.1
+    tunesmith.merge(run, tmp_path / "merged")
+    loaded = tunesmith.load_run(run)
+    ids = torch.arange(5, 35).view(2, 15)
+    with torch.no_grad():
+        ours = loaded.model(input_ids=ids).logits
+        merged, base = (
+            AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)(input_ids=ids).logits
+            for place in (tmp_path / "merged", mixture)
+        )
+    assert (ours - merged).abs().max() < 1e-4 * ours.abs().max()
+    assert (ours - base).abs().max() > 1e-2 * ours.abs().max()
+    answers = []
+    for place in (run, tmp_path / "merged"):
+        [answer] = tunesmith.generate(tunesmith.load_run(place), [{"prompt": "a b"}])
+        answers.append(answer["output"])
+    assert answers[0] == answers[1]
+    tunesmith.evaluate(run, tmp_path / "held.jsonl")
