@@ -12,7 +12,7 @@ from test_memory_estimate import FEW, FULL, LORA, TOKENS, measure
 
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.model.measured_spec import model_spec
-from tunesmith.planning.measured_layers import count_adapter, measure_kept
+from tunesmith.planning.measured_layers import count_active_adapter, count_adapter, measure_kept
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +77,15 @@ def test_an_adapter_is_counted_on_the_model() -> None:
     assert count_adapter(spec, adapter) == 4 * 4 * widths
     trained_head = Adapter(rank=4, target=adapter.target, modules_to_save=("lm_head",))
     assert count_adapter(spec, trained_head) == 4 * 4 * widths + FEW * 256
+
+
+def test_the_experts_of_an_adapter_count_by_where_a_token_goes() -> None:
+    """By hand: gate and up in one, and down, of 8 experts, of which a token goes to 2."""
+    spec = model_spec(EXPERTS, where="test")
+    adapter = Adapter(rank=4, target=("experts",))
+    of_expert = 4 * ((256 + 512) + (256 + 256))
+    assert count_adapter(spec, adapter) == 4 * 8 * of_expert
+    assert count_active_adapter(spec, adapter) == 4 * 2 * of_expert
 
 
 def test_a_recurrent_layer_keeps_more_than_one_with_attention() -> None:

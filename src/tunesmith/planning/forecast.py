@@ -34,7 +34,7 @@ from tunesmith.parallel.mesh import meshes_for
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning import resolve, savings
 from tunesmith.planning.machines import Cluster
-from tunesmith.planning.measured_layers import count_adapter
+from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import Size, ceil_div
@@ -142,7 +142,7 @@ def measure_work(
     adapter_weights = 0
     if run.adapter.kind == "lora":
         trained = "lora"
-        adapter_weights = count_adapter(spec, run.adapter)
+        adapter_weights = count_active_adapter(spec, run.adapter)
 
     def operations(spec: ModelSpec) -> float:
         return flops(spec, lengths, supervised, trained=trained, adapter_parameters=adapter_weights)

@@ -7,10 +7,11 @@ disk.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError
@@ -18,7 +19,12 @@ from tunesmith.host.files import measure_once
 from tunesmith.model.measured_spec import TOKENS, build_to_measure, limit_measuring, text_config
 from tunesmith.model.spec import ModelSpec, adapter_parameters
 
-FORMAT = 4  # of the cached files; which modules are fused, and which adapted, counts
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tunesmith.model.meta_forward import LayerCall
+
+FORMAT = 5  # of the cached files; which modules are fused, and which adapted, counts
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,21 @@ class KeptByLayers:
         constant: bytes for any number of tokens, of each layer.
         outside: bytes for a token, beside the layers: rotary tables, the last norm.
         adapter: parameters that the adapter trains; 0 where the model is trained in full.
+        active: of these, what a token is multiplied with: of experts those that it goes to.
     """
 
     by_token: tuple[float, ...]
     constant: tuple[float, ...]
     outside: float
     adapter: int
+    active: int
+
+
+def count_active_adapter(spec: ModelSpec, adapter: Adapter) -> int:
+    """Parameters of an adapter that a token is multiplied with; raises as `count_adapter`."""
+    if not spec.measured:
+        return adapter_parameters(spec, adapter)
+    return measure_kept(spec, adapter, "bf16").active
 
 
 def count_adapter(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
@@ -116,4 +131,20 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
         by_token.append(slope)
         constant.append(first.kept - slope * TOKENS)
     outside = (long_outside - short_outside) / TOKENS
-    return KeptByLayers(tuple(by_token), tuple(constant), outside, trained)
+    idle = _idle_parameters(model, short)
+    return KeptByLayers(tuple(by_token), tuple(constant), outside, trained, trained - idle)
+
+
+def _idle_parameters(model: "PreTrainedModel", calls: "Sequence[LayerCall]") -> int:
+    """Parameters of the updates of experts that a token does not go to."""
+    from tunesmith.adapter.expert_lora import expert_updates
+    from tunesmith.model.decoder import find_layers
+
+    idle = 0
+    layers = model.get_submodule(find_layers(model)).children()
+    for layer, call in zip(layers, calls, strict=True):
+        for _, update in expert_updates(layer):
+            experts = update.shape[0]
+            count = update.lora_A.numel() + update.lora_B.numel()
+            idle += count * (experts - call.experts_per_token) // experts
+    return idle

@@ -59,6 +59,7 @@ from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.forecast import Planner, measure_work
 from tunesmith.planning.machines import cluster_of
+from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
 from tunesmith.planning.resolve import checkpoint_bytes, probe_machine
 from tunesmith.planning.run_plan import Machine, RunPlan, one_document_a_row
 from tunesmith.quant.eight_bit import eight_bit_shapes
@@ -114,10 +115,11 @@ class Session:
         lengths = self.data.schedule.lengths[examples]
         if self.run.adapter.kind == "none":
             return flops(self.files.spec, lengths, supervised, trained="full")
+        spec = self.files.spec
         adapter = sum(p.numel() for p in self.optimizer.params.values())
-        return flops(
-            self.files.spec, lengths, supervised, trained="lora", adapter_parameters=adapter
-        )
+        # Of experts that a token does not go to.
+        idle = count_adapter(spec, self.run.adapter) - count_active_adapter(spec, self.run.adapter)
+        return flops(spec, lengths, supervised, trained="lora", adapter_parameters=adapter - idle)
 
     def memory_gib(self) -> float:
         """Peak memory of this start so far, GiB; what the trial of memory reset in the allocator's
