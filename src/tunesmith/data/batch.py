@@ -61,6 +61,7 @@ class Batch:
         examples: real examples (padding documents are none).
         edges: `cu_seqlens` on the host, whichever device the tensors are on; empty where the host
             does not know them, and has to read them from there.
+        row_tokens: non-padding tokens of each row, on the host.
     """
 
     input_ids: torch.Tensor
@@ -72,6 +73,16 @@ class Batch:
     supervised: int
     examples: int
     edges: tuple[int, ...] = ()
+    row_tokens: tuple[int, ...] = ()
+
+    def is_token(self) -> torch.Tensor:
+        """bool [rows * length]: False for padding; made on the device without a copy to it."""
+        import torch
+
+        is_token = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        for row, count in zip(is_token, self.row_tokens, strict=True):
+            row[:count] = True
+        return is_token.flatten()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`: not copied if there already, without blocking if pinned."""
@@ -119,6 +130,7 @@ def collate(
     longest = 0
     tokens = 0
     examples = 0
+    row_tokens = []
     for r, row in enumerate(rows):
         row_start = r * length
         at = 0
@@ -142,6 +154,7 @@ def collate(
                 edges.append(row_start + at)
                 longest = max(longest, n)
                 tokens += n
+        row_tokens.append(at)
         if at > length:
             raise ValueError(f"row {r} holds {at} tokens and has room for {length}")
         if at < length:
@@ -162,4 +175,5 @@ def collate(
         supervised=int((targets != IGNORE).sum()),
         examples=examples,
         edges=tuple(edges),
+        row_tokens=tuple(row_tokens),
     )

@@ -7,7 +7,7 @@ loss sum and what to divide it by, and owns no loop.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,6 +29,7 @@ from tunesmith.model import attention
 from tunesmith.model.chunked import prepare_chunked_attention
 from tunesmith.model.decoder import find_decoder, find_head, find_layers
 from tunesmith.model.documents import Documents, current_documents, use_documents
+from tunesmith.model.expert_load import ExpertLoad
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.recurrent_kernels import Trial
 from tunesmith.quant.frozen_linear import parameter_count
@@ -96,6 +97,7 @@ class TrainModel(nn.Module):
         self.partial_gradients: frozenset[str] = frozenset()
         # What became of the kernels of recurrent layers, by class.
         self.recurrent_trials: Mapping[str, Trial] = {}
+        self.expert_load = ExpertLoad(model)
         self.chunk_size = None  # of layers with chunked attention, in tokens
         if attention_backend != "eager":
             self.chunk_size = prepare_chunked_attention(model)
@@ -137,8 +139,14 @@ class TrainModel(nn.Module):
         Layers that recompute run again in the backward, and some of them need to know its documents
         then.
         """
-        with use_documents(self._documents(batch)):
+        with use_documents(self._documents(batch)), self._count_load(batch):
             yield
+
+    def _count_load(self, batch: Batch) -> AbstractContextManager[None]:
+        """Count the tokens of the experts, of a batch that says which are padding."""
+        if not self.expert_load.experts or not batch.row_tokens:
+            return nullcontext()
+        return self.expert_load.count(batch.is_token())
 
     def forward(self, batch: Batch) -> MethodOutput:
         """The method's loss sum of this micro batch, local to the rank, and its denominator."""

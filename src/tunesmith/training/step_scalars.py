@@ -52,6 +52,12 @@ class StepScalars:
         self.values = packed.unbind()
         self.has_status = True
 
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Take metrics that are the same on all ranks, after `all_reduce`."""
+        end = 1 + len(self.metric_names)
+        self.values = [*self.values[:end], *metrics.values(), *self.values[end:]]
+        self.metric_names += metrics
+
     def pack(self, status: RankStatus, mesh: Mesh) -> Tensor:
         """float64 [1 + metrics + fields of RankStatus]: the loss, the metrics, the status."""
         # All ranks of a tensor group have the same loss, which counts once.

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start
 from tunesmith.data.loader import GlobalBatch
@@ -20,6 +22,7 @@ from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.errors import TunesmithError
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks
+from tunesmith.model.expert_load import load_metrics
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.shard import reduce_in, sharded_modules
@@ -189,10 +192,24 @@ class Trainer:
         reduce_gradients(gradients, model.partial_gradients, mesh)
         means = {name: value / denominator for name, value in metrics.items()}
         scalars = self.metrics.reduce(loss / denominator, means)
+        scalars.add(self.expert_metrics())
         # Clips by the norm, which it returns, updates the weights and drops the gradients.
         grad_norm = optimizer.step()
         scalars.copy_to_host(grad_norm)
         return StepOutput(batch.step + 1, batch, lr, scalars)
+
+    def expert_metrics(self) -> dict[str, Tensor]:
+        """How the tokens of a step, on all ranks, spread over experts; empty for a model without
+        any. A collective call.
+        """
+        counts = self.session.model.expert_load.take(self.session.device)
+        if not counts:
+            return {}
+        if self.ranks.world > 1:
+            total = torch.cat(counts)
+            dist.all_reduce(total)
+            counts = list(total.split([len(layer) for layer in counts]))
+        return load_metrics(counts)
 
     def report_phase(self) -> None:
         """Tell the heartbeat that a step begins, and how long it may take."""
