@@ -93,7 +93,8 @@ class Adapter:
     alpha: Positive = key(16.0, "LoRA alpha; the update is scaled by alpha / rank")
     dropout: Fraction = key(0.0, "dropout on the input of A, at least 0 and below 1")
     target: str | tuple[str, ...] = key(
-        "all-linear", "`all-linear` (all but the head) or a list of module names"
+        "all-linear",
+        "`all-linear` (linear layers but the head, and experts) or a list of module names",
     )
     rslora: bool = key(False, "scale by alpha / sqrt(rank), as rsLoRA does")
     modules_to_save: tuple[str, ...] = key(

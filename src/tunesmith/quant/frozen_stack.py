@@ -5,13 +5,10 @@ As `frozen_weight` is for a linear layer: `encoding` and `tensors` describe a st
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-# Of the dense copy of some experts that a quantized stack makes for a product.
-BUFFER = 1 << 30
 
 
 class FrozenStack(ABC):
@@ -36,12 +33,6 @@ class FrozenStack(ABC):
 
         A view where it is stored so, and transposed where it is stored as [experts, out, in].
         """
-
-    def groups(self, itemsize: int) -> Iterator[tuple[int, int]]:
-        """All experts as (first, last), in groups whose dense copy is bounded; one group where
-        nothing is copied.
-        """
-        yield 0, self.shape[0]
 
 
 class DenseStack(FrozenStack):
