@@ -1,15 +1,17 @@
-"""Kill `tunesmith export` and `merge` at random moments: nothing stands under the final name.
+"""Kill `tunesmith export` and `merge` at random moments: what stands under the final name is complete.
 
     python benchmarks/faults/kill_export.py RUN --dir /tmp/kill-export --kills 20
 
 Each command runs once to its end, which says how long it takes; then it is killed (SIGKILL) at
 moments spread over that time, its start and its check among them. After all kills it runs once more
-to its end over what they left behind. It ends with 1 where a killed one left its output.
+to its end over what they left behind. It ends with 1 where a killed one left an output that differs
+from a finished one; a kill that came after the output had its name leaves that.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import random
 import shutil
 import subprocess
@@ -38,6 +40,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def contents(path: Path) -> dict[str, str]:
+    """The sum of each file of an output but merge.json, whose figures carry rounding, by its name."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    sums = {}
+    for file in files:
+        if file.name != "merge.json":
+            sums[str(file.relative_to(path))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return sums
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -56,14 +68,18 @@ def main() -> int:
         began = time.monotonic()
         assert start(run, words, options.dir).wait() == 0, name
         seconds = time.monotonic() - began
+        finished = contents(goal)
         remove(goal)
-        done = 0
+        done = complete = 0
         for number in range(options.kills):
             process = start(run, words, options.dir)
             time.sleep(seconds * (number + draw.random()) / options.kills)
             process.kill()
             if process.wait() == 0:
                 done += 1  # it was faster this time
+                remove(goal)
+            elif goal.exists() and contents(goal) == finished:
+                complete += 1
                 remove(goal)
             elif goal.exists():
                 left += 1
@@ -72,7 +88,8 @@ def main() -> int:
         assert start(run, words, options.dir).wait() == 0, name
         others = sorted(path.name for path in options.dir.iterdir() if path != goal)
         print(
-            f"{name}: {seconds:.1f} s, {options.kills - done} kills, {left} outputs left; "
+            f"{name}: {seconds:.1f} s, {options.kills - done} kills, "
+            f"{complete} after the output had its name, {left} torn outputs; "
             f"beside the last one: {others}",
             flush=True,
         )

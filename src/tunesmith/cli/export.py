@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import ProgressCounter, add_run, notify, whole_number
 from tunesmith.errors import UsageError
-from tunesmith.host.shell import shell_path
+from tunesmith.host.shell import shell_path, shell_word
 
 if TYPE_CHECKING:
     from tunesmith.export.gguf.export import ExportedFile
@@ -141,10 +141,10 @@ def _export_vllm(args: argparse.Namespace) -> None:
 
         rank = export_peft(args.run, args.output)
         base = locate_run(args.run).base.name
-        name = Path(args.output).name
-        serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank}"
+        module = shell_word(f"{Path(args.output).name}={args.output}")
+        serve = f"vllm serve {shell_word(base)} --enable-lora --max-lora-rank {rank}"
         report: dict[str, object] = {"output": args.output, "max_lora_rank": rank}
-        lines = [f"next: {serve} --lora-modules {name}={output}"]
+        lines = [f"next: {serve} --lora-modules {module}"]
     elif args.quant in (None, "bf16"):
         from tunesmith.export.merge import merge
 
@@ -214,7 +214,7 @@ def _next_command(args: argparse.Namespace, exported: "ExportedFile") -> str:
         return f"llama-server -m BASE.gguf --lora {file}"
     if args.to == "ollama":
         folder = shell_path(Path(exported.output))
-        name = Path(exported.output).name
+        name = shell_word(Path(exported.output).name)
         return f"cd {folder} && ollama create {name} -f Modelfile && ollama run {name}"
     return f"llama-server -m {file} -c 8192"
 
