@@ -112,6 +112,16 @@ def test_the_serving_line_fits_what_was_trained(
     )
 
 
+def test_an_adapter_of_experts_is_merged_before_it_is_served(run: Run, folder: Path) -> None:
+    """Of most mixtures vLLM reads the stacks of PEFT's file wrongly, and says nothing."""
+    (folder / "final").mkdir(exist_ok=True)
+    config = folder / "final" / "adapter_config.json"
+    config.write_text('{"target_parameters": ["mlp.experts.gate_up_proj"]}')
+    assert last_lines(closing(run, folder))[-1].startswith(f"vllm serve '{folder}-merged'")
+    config.write_text('{"target_parameters": null}')
+    assert last_lines(closing(run, folder))[-1].startswith("vllm serve org/base --enable-lora")
+
+
 @pytest.mark.parametrize(
     "held",
     [

@@ -147,7 +147,8 @@ def _next(run: Run, folder: Path) -> list[str]:
         return [*rows, f"  vllm serve {shell_path(folder / FINAL)}"]
     rows.append(f"  tunesmith merge {shell_path(folder)} --output {merged}")
     # vLLM takes no adapter on a GGUF base, and none with modules trained in full.
-    if run.model.name.endswith(".gguf") or adapter.modules_to_save or run.model.added_tokens:
+    is_refused = run.model.name.endswith(".gguf") or adapter.modules_to_save
+    if is_refused or run.model.added_tokens or _adapts_experts(folder / FINAL):
         return [*rows, f"  vllm serve {merged}   # after the merge"]
     command = f"  vllm serve {shell_word(run.model.name)} --enable-lora"
     if adapter.rank > VLLM_DEFAULT_RANK:
@@ -160,3 +161,11 @@ def _next(run: Run, folder: Path) -> list[str]:
         command += f" --chat-template {shell_path(template)}"
     modules = shell_word(f"{absolute.name}={folder / FINAL}")
     return [*rows, f"{command} --lora-modules {modules}"]
+
+
+def _adapts_experts(final: Path) -> bool:
+    """Whether an adapter has stacks of experts: of most models vLLM takes the rows of gate and up
+    for one another in such a file, without an error.
+    """
+    config = final / "adapter_config.json"
+    return config.is_file() and bool(json.loads(config.read_bytes()).get("target_parameters"))
