@@ -328,7 +328,10 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
     torch.compiler.reset()
     counter, fake = Counter(), FakeTensorMode(allow_non_fake_inputs=True)
     model = define_model(
-        run, SimpleNamespace(config=config, vocab_rows=config.vocab_size, support=TUNED)
+        run,
+        SimpleNamespace(
+            config=config, model=run.model, vocab_rows=config.vocab_size, support=TUNED, form=None
+        ),
     )  # type: ignore[arg-type]
     if run.adapter.kind == "none":  # as on one GPU
         accumulate_in_fp32(model.model.layers)
