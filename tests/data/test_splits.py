@@ -113,6 +113,7 @@ def test_a_run_validates_on_them_and_resumes_with_the_same(
         recipe = make_run(
             tiny, tmp_path, held=False, output_dir=str(tmp_path / name), train=given,
             data={"hold_out": "10 %", "pack": pack}, validate={"every": "4 steps"},
+            model={"quantize": "none"},  # which `auto` stands for
         )  # fmt: skip
         with logged_lines() as logged:
             train(recipe)
