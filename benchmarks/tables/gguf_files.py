@@ -1,6 +1,6 @@
 """The kinds of GGUF file of a model: size, seconds, memory, and how near they are to the model.
 
-    python benchmarks/tables/gguf_files.py MODEL --dir /tmp/gguf-files --rows CONTRIBUTING.md --json FILE
+    python benchmarks/tables/gguf_files.py MODEL --dir /tmp/gguf-files --rows CONTRIBUTING.md
 
 Each kind is exported by the command in a process of its own (peak: VmHWM, imports among it), opened
 in llama.cpp, and asked for the next token at POSITIONS places over the text of `--rows`. Compared
@@ -77,7 +77,7 @@ def main() -> None:
     for quant in GGUF_QUANTS:
         file, seconds, peak = export(options.model, quant, options.dir)
         pairs = []
-        with LlamaCpp(file, threads=2, context=TOKENS + 16) as server:
+        with LlamaCpp(file, threads=1, context=TOKENS + 16) as server:
             for place in places:
                 served = server.log_probabilities(ids[: place + 1], expected.shape[1])
                 if served is not None:
@@ -93,7 +93,7 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     if options.json:
-        command = f"python benchmarks/tables/gguf_files.py MODEL --dir DIR --rows {options.rows}"
+        command = f"python benchmarks/tables/gguf_files.py SMOLLM2_BF16 --dir DIR --rows {options.rows}"
         lines = ",\n".join(json.dumps(row) for row in rows)
         options.json.write_text(f'{{"command": "{command}",\n"rows": [\n{lines}\n]}}\n')
 
