@@ -79,7 +79,8 @@ def measure(
         "output_dir": "out",
         "train": {"recompute": recompute},
     }
-    values |= keys | {"model": {"name": "m", "dtype": "fp32", **keys.get("model", {})}}
+    model_keys = {"name": "m", "dtype": "fp32", "quantize": "none", **keys.get("model", {})}
+    values |= keys | {"model": model_keys}
     run, config = (
         from_mapping(values, where="test", base=folder),
         base | {"vocab_size": vocabulary},
@@ -87,7 +88,13 @@ def measure(
     spec, device = model_spec(config, where="test"), torch.device("cpu")
     made = AutoConfig.for_model(**config)
     files = SimpleNamespace(
-        spec=spec, config=made, folder=folder, vocab_rows=vocabulary, support=TUNED
+        spec=spec,
+        model=run.model,
+        config=made,
+        folder=folder,
+        vocab_rows=vocabulary,
+        support=TUNED,
+        form=None,
     )
     plan = replace(
         inference_plan(run, files, device),
