@@ -140,7 +140,7 @@ def test_neighbors_equal_their_own_forwards(name, adapted):
             parameter.add_(torch.randn_like(parameter) * 0.05)
     if adapted:
         lora.attach_lora(model, Adapter(rank=3, alpha=9), seed=1)
-        for _, layer in lora.loras(model):
+        for _, layer in lora.low_ranks(model):
             torch.nn.init.normal_(layer.lora_B, std=0.2)
     model.set_attn_implementation(attention.register())
     if name == "qwen3_5_text":
