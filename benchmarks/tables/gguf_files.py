@@ -93,7 +93,9 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     if options.json:
-        command = f"python benchmarks/tables/gguf_files.py SMOLLM2_BF16 --dir DIR --rows {options.rows}"
+        command = (
+            f"python benchmarks/tables/gguf_files.py SMOLLM2_BF16 --dir DIR --rows {options.rows}"
+        )
         lines = ",\n".join(json.dumps(row) for row in rows)
         options.json.write_text(f'{{"command": "{command}",\n"rows": [\n{lines}\n]}}\n')
 
