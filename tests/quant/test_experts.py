@@ -208,6 +208,24 @@ def test_a_router_that_is_a_linear_layer_stays_frozen(model_type: str) -> None:
     assert lora.describe_left_out(model) == "the adapter leaves out the routers"
 
 
+def test_a_router_that_is_an_mlp_stays_frozen() -> None:
+    model = twin("zaya", torch.float32)
+    names = lora.attach_lora(model, Adapter(), seed=0)
+    assert any(name.endswith("mlp.experts") for name in names)
+    assert not any(".gate." in name for name in names)
+
+
+def test_a_layer_with_as_many_outputs_as_experts_has_an_adapter() -> None:
+    """Gemma 4's experts stand beside its attention."""
+    model = twin("gemma4_text", torch.float32)
+    layer = next(iter(experts.expert_modules(model).values()))
+    name, attention = next(
+        (name, module) for name, module in model.named_modules() if name.endswith("k_proj")
+    )
+    layer.num_experts = attention.out_features
+    assert name in lora.attach_lora(model, Adapter(), seed=0)
+
+
 def test_experts_may_train_in_full_beside_an_adapter() -> None:
     """As Transformers computes them."""
     model = twin("qwen3_moe", torch.float32)

@@ -134,18 +134,19 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def router_names(model: nn.Module) -> set[str]:
-    """Full names of the modules that choose a token's experts: they stay frozen.
+    """Full names of the layers that choose a token's experts: they stay frozen.
 
-    They stand beside the experts, and have a row for each.
+    They stand beside the experts, in a module called gate or router. A shape says nothing: another
+    layer may have as many outputs as there are experts, and a router may be an MLP (Zaya).
     """
     routers = set()
-    for name, module in expert_modules(model).items():
+    for name in expert_modules(model):
         parent = name.rpartition(".")[0]
         for below, part in model.get_submodule(parent).named_modules(prefix=parent):
-            is_shared_expert = "expert" in below[len(parent) :]
+            words = below[len(parent) :].split(".")
+            is_router = any(word == "gate" or "router" in word for word in words)
+            is_expert = any("expert" in word for word in words)
             weight = getattr(part, "weight", None)
-            if is_shared_expert or not isinstance(weight, Tensor) or weight.ndim != 2:
-                continue
-            if weight.shape[0] == module.num_experts:
+            if is_router and not is_expert and isinstance(weight, Tensor) and weight.ndim == 2:
                 routers.add(below)
     return routers
