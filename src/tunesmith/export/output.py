@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
 from tunesmith.host.files import existing_folder
 from tunesmith.inference.load_run import RunLocation
@@ -114,19 +116,6 @@ def _remove_killed(goal: Path) -> None:
     for folder in goal.parent.glob(".*.part"):
         number = folder.name.removeprefix(prefix).removesuffix(".part")
         is_part = folder.name == f"{prefix}{number}.part" and number.isdigit()
-        if is_part and not _is_writing(int(number)):
+        # In a container numbers come again: this process has written nothing yet.
+        if is_part and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_writing(number: int) -> bool:
-    """Whether the process that a part is named after runs."""
-    # In a container numbers come again: this process has written nothing yet.
-    if number == os.getpid():
-        return False
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's, and alive
-        return True
-    return True

@@ -98,14 +98,18 @@ class Fp8Scheme(Scheme):
         return eight_bit.select_scaling(device, shapes, PROBE_ROWS)
 
 
-class Nf4Scheme(Scheme):
-    """4-bit NormalFloat in blocks of 64, with scales in 8 bits."""
+class CodesScheme(Scheme):
+    """Codes and scales, made dense for one product at a time: in the backward once more."""
 
     def storage(self, scaling: str | None, dtype: str) -> str:
         return self.name
 
     def backward_elements(self, weights: int, itemsize: int) -> int:
         return weights  # the dense weight
+
+
+class Nf4Scheme(CodesScheme):
+    """4-bit NormalFloat in blocks of 64, with scales in 8 bits."""
 
     def replace_linears(
         self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
@@ -120,14 +124,8 @@ class Nf4Scheme(Scheme):
         nf4.check_nf4(device)
 
 
-class ShippedScheme(Scheme):
+class ShippedScheme(CodesScheme):
     """Codes and scales as the checkpoint has them: FP8."""
-
-    def storage(self, scaling: str | None, dtype: str) -> str:
-        return self.name
-
-    def backward_elements(self, weights: int, itemsize: int) -> int:
-        return weights  # the dense weight
 
     def replace_linears(
         self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None

@@ -5,7 +5,6 @@ put on a base in use learns, to the last bit, what it would learn in a process o
 """
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from tunesmith.adapter import lora, peft_files
+from tunesmith.adapter.low_rank import lora_scaling
 from tunesmith.build_model import init_adapter
 from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
 from tunesmith.config.schema import Adapter, Run
@@ -88,12 +88,8 @@ class SharedBase:
         """
         if not self.first.plan.compiled:
             return
-        rank = adapter.rank
-        divisor: float = rank
-        if adapter.rslora:
-            divisor = math.sqrt(rank)
         # What a compiled graph has in it as constants.
-        shape = (rank, adapter.alpha / divisor, adapter.dropout)
+        shape = (adapter.rank, lora_scaling(adapter), adapter.dropout)
         if shape not in self.compiled:
             self.compiled[shape] = compilation.compile_apart(f"forward_{len(self.compiled)}")
         layer: Any

@@ -5,7 +5,6 @@
 A file that fails the check is kept as `OUTPUT.rejected`.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,8 +116,6 @@ def export_gguf(
                 except CheckpointError:
                     # Kept for a look: the user may want to know what differs.
                     rejected = goal.with_name(f"{goal.name}.rejected")
-                    if rejected.is_dir():
-                        shutil.rmtree(rejected)
                     put_in_place(written, rejected)
                     raise
             put_in_place(written, goal)
