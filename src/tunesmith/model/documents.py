@@ -36,8 +36,7 @@ def kept_probabilities(length: np.ndarray) -> np.ndarray:
     """
     blocks, rest = np.divmod(length, QUERIES)
     # Full blocks have QUERIES rows and QUERIES, 2 * QUERIES, ... keys; the last, of `rest` rows,
-    # has
-    # all keys.
+    # has all keys.
     return (length <= KEEP) * (QUERIES**2 * blocks * (blocks + 1) // 2 + rest * length)
 
 

@@ -202,8 +202,7 @@ class Nf4Linear(FrozenLinear):
         shard = self.tensor_shard
         if shard is not None:
             # A shard of whole rows is one run of scales. Where it is also whole groups of 256,
-            # their
-            # 8-bit codes and the scales of those are cut like it.
+            # their 8-bit codes and the scales of those are cut like it.
             has_whole_blocks = len(absmax) // shard.parts % NESTED_BLOCK == 0
             if shard.dim == 0 and has_whole_blocks:
                 absmax = absmax.chunk(shard.parts)[shard.part].clone()
