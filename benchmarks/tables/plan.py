@@ -62,7 +62,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.words,
         f"`{row.recipe}`",
         row.on,
-        " x ".join(map(str, found.plan.mesh)),
+        found.plan.mesh.sizes(),
         f"{found.plan.memory.tokens:,}",
         f"{found.plan.recomputed_layers} of {spec.depth}",
         f"{' / '.join(f'{bytes_ / 2**30:.0f}' for bytes_ in found.phases.values())} of {found.room / 2**30:.0f}",

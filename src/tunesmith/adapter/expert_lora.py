@@ -3,8 +3,9 @@
     y = x W_e + scaling * (x A_e^T) B_e^T        for the rows of expert e
 
 The parameters have the order of PEFT's files (`target_parameters`), so that a checkpoint is written
-and read as it is: A [experts * rank, in], one expert after the other, and B [out, rank * experts],
-in whose columns the expert varies fastest.
+and read as it is: A [experts * rank, in], one expert after the other, and B [out, rank, experts],
+which a file has as [out, rank * experts]. So the experts of a rank are a part along one dimension of
+each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tunesmith.adapter.low_rank import LowRank
 from tunesmith.config.schema import Adapter
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
 from tunesmith.quant.experts import UPDATE, expert_modules, stack_names, stack_of
 
@@ -24,8 +26,8 @@ class ExpertsLora(LowRank):
     """The update of one stack; a child of the experts' module.
 
     Attributes:
-        lora_A: fp32 [experts * rank, in]; lora_B: fp32 [out, rank * experts].
-        shape: (experts, in_features, out_features) of the stack.
+        lora_A: fp32 [experts * rank, in]; lora_B: fp32 [out, rank, experts].
+        shape: (experts, in_features, out_features) of the whole stack.
         is_transposed: the stack is stored as [experts, in, out], not [experts, out, in].
     """
 
@@ -35,14 +37,14 @@ class ExpertsLora(LowRank):
         self.is_transposed = bool(module.is_transposed)
         self.add_lora(adapter, getattr(module, name).device)
 
-    def factor_shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         experts, in_features, out_features = self.shape
-        return (experts * rank, in_features), (out_features, rank * experts)
+        return (experts * rank, in_features), (out_features, rank, experts)
 
     def by_expert(self) -> tuple[Tensor, Tensor]:
-        """A [experts, rank, in] and B [experts, out, rank], views."""
-        experts = self.shape[0]
-        return self.lora_A.unflatten(0, (experts, -1)), b_by_expert(self.lora_B, experts)
+        """A [experts, rank, in] and B [experts, out, rank] of this rank's experts, views."""
+        lora_B = local_part(self.lora_B).permute(2, 0, 1)
+        return local_part(self.lora_A).unflatten(0, (len(lora_B), -1)), lora_B
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """A, and B times the scaling, for `expert_matmul`; (None, None) where it is disabled."""
@@ -61,11 +63,6 @@ class ExpertsLora(LowRank):
         experts, in_features, out_features = self.shape
         rank = self.lora_A.shape[0] // experts
         return f"{experts} x {in_features}, {out_features}, rank={rank}, scaling={self.scaling:g}"
-
-
-def b_by_expert(lora_B: Tensor, experts: int) -> Tensor:
-    """B [experts, out, rank] of [out, rank * experts], a view."""
-    return lora_B.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
 def expert_updates(model: nn.Module) -> Iterator[tuple[str, ExpertsLora]]:

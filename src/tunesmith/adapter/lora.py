@@ -64,7 +64,7 @@ class Lora(LowRank):
     # Of the whole layer's inputs this rank has `in_features`, from this one on.
     first: int = 0
 
-    def factor_shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.in_features), (self.out_features, rank)
 
     def drop(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ class LowRank(nn.Module):
     """An update scaling * B A. With `enabled = False` the base alone is computed.
 
     Attributes:
-        lora_A, lora_B: fp32 [out, in] each, of `factor_shapes`.
+        lora_A, lora_B: fp32, of `factor_shapes`.
     """
 
     scaling: float
@@ -21,7 +21,7 @@ class LowRank(nn.Module):
     enabled: bool
 
     @abstractmethod
-    def factor_shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B."""
 
     def add_lora(self, adapter: Adapter, device: torch.device) -> None:

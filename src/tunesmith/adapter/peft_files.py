@@ -213,12 +213,20 @@ def write_adapter(
 
     None: as in `save_tensors`.
     """
+    shapes = {name: _file_shape(name, tensor) for name, tensor in tensors.items()}
     if folder is None:
-        save_tensors(None, tensors, {"format": "pt"})
+        save_tensors(None, tensors, {"format": "pt"}, shapes=shapes)
         return
-    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, shapes=shapes)
     text = json.dumps(settings, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _file_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter in PEFT's file: B of experts, [out, rank, experts], is flat there."""
+    if name.endswith(".lora_B.weight") and tensor.ndim == 3:
+        return tensor.shape[0], tensor.shape[1] * tensor.shape[2]
+    return tuple(tensor.shape)
 
 
 def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -396,13 +404,17 @@ def stored_adapter(
         unknown = names - parameters.keys()
         reshaped = set()
         for name in names - unknown:
-            if stored[name].shape != parameters[name].shape:
+            if stored[name].shape != _file_shape(name, parameters[name]):
                 reshaped.add(name)
         _check_none(parameters.keys() - names, "are missing in the adapter", file)
         what = "are in the adapter and not in the recipe's target or modules_to_save"
         _check_none(unknown, what, file)
         _check_none(reshaped, "have another shape", file)
-        yield {own_names[id(parameters[name])]: stored[name] for name in sorted(names)}
+        in_model = {}
+        for name in sorted(names):
+            parameter = parameters[name]
+            in_model[own_names[id(parameter)]] = stored[name].with_shape(parameter.shape)
+        yield in_model
 
 
 def _check_scaling(model: nn.Module, adapter: Adapter, file: Path) -> None:

@@ -205,7 +205,7 @@ def _table(planner: "Planner", forecasts: "list[Forecast]") -> list[str]:
     ]
     for forecast in forecasts:
         plan = forecast.plan
-        mesh = " x ".join(map(str, plan.mesh))
+        mesh = plan.mesh.sizes()
         memory = forecast.phases["step"] / GIB
         recompute = f"{plan.recomputed_layers:4} of {plan.layers:<3}"
         figures = f"{'-':>8} {'-':>9}"

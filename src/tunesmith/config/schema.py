@@ -233,6 +233,9 @@ class Parallel:
     tensor: Count | Literal["auto"] = key(
         1, "tensor-parallel ranks of one layer, on one node; auto: what is fastest"
     )
+    experts: Count | Literal["auto"] = key(
+        "auto", "ranks that divide a mixture's experts, with LoRA; auto: what is fastest"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

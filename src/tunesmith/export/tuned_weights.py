@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.adapter.expert_lora import b_by_expert, expert_updates
+from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.adapter.lora import copy_saved_modules, loras, saved_parameters
 from tunesmith.adapter.peft_files import stored_adapter
 from tunesmith.build_model import define_model, embedding_rows
@@ -189,7 +189,7 @@ class ExpertsUpdate:
         lora_A = self.lora_A[(slice(first * rank, last * rank), slice(0, width))]
         lora_A = lora_A.float().unflatten(0, (last - first, rank))
         # The experts are its last dimension: not in one piece.
-        lora_B = b_by_expert(self.lora_B.read(), self.experts)
+        lora_B = self.lora_B.read().permute(2, 0, 1)
         update = self.scaling * (lora_B[first:last].float() @ lora_A)
         return update.mT if self.is_transposed else update
 

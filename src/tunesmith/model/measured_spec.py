@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 2  # of the cached files; how layers are counted, counts
+FORMAT = 3  # of the cached files; how layers are counted, counts
 # A whole number of the chunks that recurrent layers compute in: 64 tokens, of Mamba2 256.
 TOKENS = 256
 # Of one core. For 400 layers, the most that a config may have, Qwen3.5's MoE takes 6 on meta and 16
@@ -254,6 +254,8 @@ def _count_layer(
 
     matmul = _matrices(module)
     experts = 0
+    expert_count = 0
+    experts_per_token = 0
     active = matmul
     intermediate = 0
     largest = 0
@@ -269,6 +271,10 @@ def _count_layer(
         count = getattr(part, "num_experts", len(stacks[0]))
         # As the layer was seen to choose, else as its config says, else all.
         per_token = call.experts_per_token or _first_of(values, PER_TOKEN) or count
+        # `has_gate` is there where Transformers calls them through its interface.
+        if hasattr(part, "has_gate"):
+            expert_count = count
+            experts_per_token = per_token
         for stack in stacks:
             experts += stack.numel()
             # A token is multiplied with its own experts' share of the stack.
@@ -292,6 +298,8 @@ def _count_layer(
         active=active,
         largest=largest,
         experts=experts,
+        expert_count=expert_count,
+        experts_per_token=experts_per_token,
         window=call.window,
         state=state,
     )

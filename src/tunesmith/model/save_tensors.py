@@ -63,6 +63,7 @@ def save_tensors(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     read: Read | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Write tensors of any device and strides: the bytes that `safetensors.torch.save_file` writes.
 
@@ -75,7 +76,9 @@ def save_tensors(
         dtype: to write DTensors in, None for their own; other tensors keep theirs.
         read: the tensors are on meta, and it returns the values of each when its turn comes, band
             by band.
+        shapes: what the file says of tensors in place of their own, with as many elements.
     """
+    shapes = shapes or {}
     written = {name: _written_form(source, dtype) for name, source in tensors.items()}
     # As safetensors sorts: the widest dtype first, so that no tensor is unaligned.
     names = sorted(tensors, key=lambda name: (-written[name].itemsize, name))
@@ -88,7 +91,7 @@ def save_tensors(
         end = start + written[name].size
         header[name] = {
             "dtype": written[name].dtype,
-            "shape": list(written[name].shape),
+            "shape": list(shapes.get(name, written[name].shape)),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -97,6 +97,8 @@ class Layer:
         chunk: attention stays within chunks of so many tokens; None: it does not.
         matmul: parameters of the matrices that every token is multiplied with.
         experts: parameters of the stacks of experts.
+        expert_count: experts of a layer that Transformers calls through its experts interface;
+            experts_per_token: of these, that a token goes to.
         active: parameters that a token is multiplied with: `matmul` and its share of `experts`.
         state: elements of the state that a token updates, in a recurrent layer.
         largest: parameters of the largest matrix; of a stack of experts, the whole stack.
@@ -112,6 +114,8 @@ class Layer:
     active: int
     largest: int
     experts: int = 0
+    expert_count: int = 0
+    experts_per_token: int = 0
     window: int | None = None
     chunk: int | None = None
     state: int = 0

@@ -63,6 +63,10 @@ class StoredTensor:
         self.shape = torch.Size(entry.shape)
         self.dtype = STORED[entry.dtype]
 
+    def with_shape(self, shape: torch.Size) -> "StoredTensor":
+        """The same elements in the same order, in another shape."""
+        return StoredTensor(replace(self._entry, shape=tuple(shape)), self._file)
+
     def read(self) -> torch.Tensor:
         """The whole tensor, on the CPU, in its stored dtype."""
         return self[tuple(slice(0, size) for size in self.shape)]

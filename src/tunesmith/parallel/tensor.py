@@ -17,7 +17,7 @@ their whole shapes.
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tunesmith.adapter.lora import Lora
+from tunesmith.distributed.row_exchange import RankGroup, gather_rows, scatter_sum
 from tunesmith.distributed.torch_private import collective
 from tunesmith.distributed.vocab_parallel import ShardedHead, VocabularyShard, local_part
 from tunesmith.errors import RecipeError
@@ -38,14 +39,6 @@ from tunesmith.quant.nf4 import BLOCK, Nf4Linear
 from tunesmith.units import ceil_div
 
 ROWS, COLUMNS = 0, 1  # dimensions of a weight [out_features, in_features]
-
-
-class TensorGroup(NamedTuple):
-    """A tensor group as this rank sees it, in constants of a compiled graph."""
-
-    name: str
-    size: int
-    rank: int
 
 
 def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
@@ -145,7 +138,7 @@ class _ModelSharder:
     def __init__(self, mesh: Mesh) -> None:
         assert mesh.tensor_group is not None
         self.mesh = mesh.tensor
-        self.group = TensorGroup(mesh.tensor_group.group_name, mesh.shape.tensor, mesh.tensor_rank)
+        self.group = RankGroup(mesh.tensor_group.group_name, mesh.shape.tensor, mesh.tensor_rank)
         self.sharded: dict[nn.Parameter, nn.Parameter] = {}
         self.partial: set[nn.Parameter] = set()
 
@@ -272,41 +265,20 @@ class _ModelSharder:
 # ---- collectives with a gradient; activations are [1, tokens, width] ----
 
 
-def _exchange(x: Tensor, group: TensorGroup, gather: bool) -> Tensor:
-    """All ranks' rows where `gather`, else this rank's rows of the sum over the ranks.
-
-    Each is the gradient of the other.
-    """
-    if gather:
-        return collective("all_gather_into_tensor", x, group.size, group.name)
-    return collective("reduce_scatter_tensor", x, "sum", group.size, group.name)
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup, gather: bool) -> Tensor:
-        ctx.group, ctx.gather = group, gather
-        return _exchange(x, group, gather)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _exchange(grads[0], ctx.group, not ctx.gather), None, None
-
-
-def _gather(x: Tensor, group: TensorGroup) -> Tensor:
+def _gather(x: Tensor, group: RankGroup) -> Tensor:
     # Dimension 0 is what the collectives split: [1, tokens, width] -> [tokens, width].
-    return _Exchange.apply(x.squeeze(0), group, True).unsqueeze(0)
+    return gather_rows(x.squeeze(0), group).unsqueeze(0)
 
 
-def _scatter(x: Tensor, group: TensorGroup) -> Tensor:
-    return _Exchange.apply(x.squeeze(0), group, False).unsqueeze(0)
+def _scatter(x: Tensor, group: RankGroup) -> Tensor:
+    return scatter_sum(x.squeeze(0), group).unsqueeze(0)
 
 
 class _SumOfRanks(torch.autograd.Function):
     """The sum over the ranks, which the output of each of them depends on."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
         ctx.group = group
         return collective("all_reduce", x, "sum", group.name)
 
@@ -322,7 +294,7 @@ class _SumOfRanks(torch.autograd.Function):
 class ShardedLinear(nn.Module):
     """An `nn.Linear` with a part of the rows or columns."""
 
-    tensor_group: TensorGroup
+    tensor_group: RankGroup
 
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self
@@ -339,7 +311,7 @@ class LocalParameters(nn.Module):
     Elsewhere it has the DTensors: FSDP reads them by name.
     """
 
-    tensor_group: TensorGroup
+    tensor_group: RankGroup
     is_computing = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -357,7 +329,7 @@ class LocalParameters(nn.Module):
 class NormOfHeads(nn.Module):
     """An RMSNorm over all heads, of which this rank has some; it multiplies in fp32."""
 
-    tensor_group: TensorGroup
+    tensor_group: RankGroup
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self
@@ -416,7 +388,7 @@ class SequenceParallelBlock(nn.Module):
     From this rank's tokens to this rank's tokens.
     """
 
-    tensor_group: TensorGroup
+    tensor_group: RankGroup
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = super().forward(_gather(hidden_states, self.tensor_group), *args, **kwargs)

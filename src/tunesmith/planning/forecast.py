@@ -8,8 +8,8 @@ copies, and communication.
 Gathers of shards and reductions into them hide behind the compute of their pass as far as they are
 shorter, except that of the first layer, and those of an embedding that is trained: the forward
 begins and the backward ends with it. A head that shares its weight with the embedding goes with
-that. Nothing hides tensor parallelism's gathers and scatters, nor the sum of an adapter's
-gradients.
+that. Nothing hides tensor parallelism's gathers and scatters, nor those of experts over
+ranks, nor the sum of an adapter's gradients. Experts are taken to be evenly loaded.
 
 FSDP2 copies what it gathers out of one flat buffer into the weights, and gradients into the buffer
 of their reduction, in the stream that computes. Shards are copied into the gather's buffer in the
@@ -96,6 +96,8 @@ class Collectives(NamedTuple):
     reduce: Collective
     reduce_last: Collective
     gradients: Collective
+    expert_rows: Collective
+    expert_gradients: Collective
 
 
 class StepTime(NamedTuple):
@@ -326,7 +328,7 @@ class Planner:
 
     def _crosses_nodes(self, forecast: Forecast) -> bool:
         mesh = forecast.plan.mesh
-        return mesh.shard * mesh.tensor > self.cluster.per_node
+        return max(mesh.shard * mesh.tensor, mesh.experts) > self.cluster.per_node
 
     def _order(self, forecast: Forecast) -> tuple[bool, bool, bool, float]:
         """`Forecast.order`; of those that fit at an unknown speed, groups over nodes come last."""
@@ -362,7 +364,7 @@ class Planner:
     def forecast(self, mesh: MeshShape, size: Size | None = None) -> Forecast:
         """Memory and time of a mesh, with the recipe's micro batch or one of `size`."""
         run = self.run
-        keys = " ".join(f"parallel.{name}={ranks}" for name, ranks in mesh._asdict().items())
+        keys = " ".join(f"parallel.{name}={ranks}" for name, ranks in self._sizes(mesh).items())
         if size:
             run = replace(run, train=replace(run.train, micro_batch=size))
             keys += f" train.micro_batch='{size}'"
@@ -418,6 +420,13 @@ class Planner:
             keys=keys,
         )
 
+    def _sizes(self, mesh: MeshShape) -> dict[str, int]:
+        """The keys of `parallel` that make a mesh; `experts` is one of a mixture's."""
+        sizes = mesh._asdict()
+        if not any(layer.expert_count for layer in self.spec.layers):
+            del sizes["experts"]
+        return sizes
+
     def with_tensor(self) -> Forecast | None:
         """What `parallel.tensor=auto` makes of the run, if the recipe keeps to 1 and it fits."""
         parallel = self.run.parallel
@@ -460,7 +469,7 @@ class Planner:
     def _collectives(self, plan: RunPlan, tokens: float, micro_batches: int) -> Collectives:
         """Those of a step of `tokens`, in so many micro batches."""
         spec = self.spec
-        replicate, shard, tensor = plan.mesh
+        replicate, shard, tensor, experts = plan.mesh
         itemsize = DTYPES[self.run.model.dtype].itemsize
         estimator = self._estimator(plan.mesh)
         layers, ends = estimator.weights(itemsize)
@@ -471,6 +480,10 @@ class Planner:
         # In fp32; of a model trained in full, of this rank's shards.
         # An all-reduce is a reduction and a gather: 2 times 4 bytes a parameter.
         gradients = 2 * 4 * estimator.trained_here
+        of_experts = 0.0
+        if experts > 1:
+            of_experts = 2 * 4 * estimator.trained_of_experts
+            gradients -= int(of_experts)
         head = 0
         embedding = 0
         in_fp32 = 0.0
@@ -500,7 +513,18 @@ class Planner:
             reduce=of_shards(micro_batches, (layers + head) * in_fp32),
             reduce_last=of_shards(micro_batches, embedding * in_fp32),
             gradients=sum_of_gradients,
+            # A gather and a scatter of all ranks' hidden states in each pass, as above.
+            expert_rows=Collective(
+                1, self._expert_passes(plan) * tokens * experts * spec.hidden * itemsize, experts, 1
+            ),
+            expert_gradients=Collective(1, of_experts, replicate * shard // experts, experts),
         )
+
+    def _expert_passes(self, plan: RunPlan) -> int:
+        """How often a step exchanges the rows of a token for experts: forward, and backward."""
+        layers = self.spec.layers
+        recomputed = sum(bool(layer.experts) for layer in layers[: plan.recomputed_layers])
+        return 4 * sum(bool(layer.experts) for layer in layers) + 2 * recomputed
 
     def _step_time(
         self, plan: RunPlan, tokens: float, micro_batches: int, collectives: Collectives
@@ -530,7 +554,8 @@ class Planner:
         communication = {
             "tensor parallel": self._transfer_seconds(collectives.tensor_parallel),
             "shards": micro_batches * exposed,
-            "gradients": exposed_sum,
+            "gradients": exposed_sum + self._transfer_seconds(collectives.expert_gradients),
+            "experts over ranks": self._transfer_seconds(collectives.expert_rows),
         }
         of_micro_batch = beside_forward + beside_backward + gather_first + reduce_last
         # So many times longer the passes must be, and so the micro batch.
@@ -569,6 +594,9 @@ class Planner:
             "fixed cost of passes": micro_batches * estimator.pass_tokens * token_seconds,
             "update": UPDATE_BYTES * estimator.trained_here / self._memory_bandwidth,
             "shard copies": self._copied_bytes(collectives) / self._memory_bandwidth,
+            "rows of other ranks' experts": tokens
+            * estimator.passed_bytes(DTYPES[self.run.model.dtype].itemsize)
+            / self._memory_bandwidth,
         }
 
     @property

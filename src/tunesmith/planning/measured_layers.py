@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 5  # of the cached files; which modules are fused, and which adapted, counts
+FORMAT = 6  # of the cached files; which modules are fused, and which adapted, counts
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class KeptByLayers:
         outside: bytes for a token, beside the layers: rotary tables, the last norm.
         adapter: parameters that the adapter trains; 0 where the model is trained in full.
         active: of these, what a token is multiplied with: of experts those that it goes to.
+        experts: of these, those of all experts.
     """
 
     by_token: tuple[float, ...]
@@ -44,6 +45,7 @@ class KeptByLayers:
     outside: float
     adapter: int
     active: int
+    experts: int = 0
 
 
 def count_active_adapter(spec: ModelSpec, adapter: Adapter) -> int:
@@ -51,6 +53,13 @@ def count_active_adapter(spec: ModelSpec, adapter: Adapter) -> int:
     if not spec.measured:
         return adapter_parameters(spec, adapter)
     return measure_kept(spec, adapter, "bf16").active
+
+
+def count_expert_adapter(spec: ModelSpec, adapter: Adapter) -> int:
+    """Parameters of an adapter on experts; raises as `count_adapter`."""
+    if not spec.measured:
+        return 0
+    return measure_kept(spec, adapter, "bf16").experts
 
 
 def count_adapter(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
@@ -131,20 +140,26 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
         by_token.append(slope)
         constant.append(first.kept - slope * TOKENS)
     outside = (long_outside - short_outside) / TOKENS
-    idle = _idle_parameters(model, short)
-    return KeptByLayers(tuple(by_token), tuple(constant), outside, trained, trained - idle)
+    of_experts, idle = _expert_parameters(model, short)
+    return KeptByLayers(
+        tuple(by_token), tuple(constant), outside, trained, trained - idle, of_experts
+    )
 
 
-def _idle_parameters(model: "PreTrainedModel", calls: "Sequence[LayerCall]") -> int:
-    """Parameters of the updates of experts that a token does not go to."""
+def _expert_parameters(
+    model: "PreTrainedModel", calls: "Sequence[LayerCall]"
+) -> tuple[int, int]:
+    """Parameters of the updates of all experts, and of those that a token does not go to."""
     from tunesmith.adapter.expert_lora import expert_updates
     from tunesmith.model.decoder import find_layers
 
+    total = 0
     idle = 0
     layers = model.get_submodule(find_layers(model)).children()
     for layer, call in zip(layers, calls, strict=True):
         for _, update in expert_updates(layer):
             experts = update.shape[0]
             count = update.lora_A.numel() + update.lora_B.numel()
+            total += count
             idle += count * (experts - call.experts_per_token) // experts
-    return idle
+    return total, idle

@@ -33,7 +33,11 @@ from tunesmith.model.stored_form import bytes_aside
 from tunesmith.optim.adamw import HALF, checkpoint_bytes_per_parameter, state_bytes_per_parameter
 from tunesmith.parallel.copies import GRADIENT_PIECE, GRADIENT_PIECES
 from tunesmith.parallel.mesh_shape import ONE, MeshShape, needs_fsdp
-from tunesmith.planning.measured_layers import count_adapter, measure_kept
+from tunesmith.planning.measured_layers import (
+    count_adapter,
+    count_expert_adapter,
+    measure_kept,
+)
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
 from tunesmith.planning.savings import USABLE_ON_CPU, check_offload, find_savings, moved_to_host
 from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
@@ -284,8 +288,8 @@ class MemoryEstimator:
         """Bytes of the base that a tensor-parallel rank computes with.
 
         Of all layers' matrices, and of what else there is. Tensor-parallel ranks shard everything
-        but norms and biases. Experts are not quantized. The scales of a base in fp8, 4 bytes a row,
-        are not counted.
+        but norms and biases. Experts are not quantized, and are not counted where ranks divide
+        them. The scales of a base in fp8, 4 bytes a row, are not counted.
         """
         spec = self.spec
         tensor = self.mesh.tensor
@@ -298,9 +302,43 @@ class MemoryEstimator:
         if width is None:
             width = itemsize
         layers = int(ceil_div(matrices, tensor) * width) + self.scales
-        layers += int(ceil_div(experts, tensor) * itemsize)
+        if self.mesh.experts == 1:
+            layers += int(ceil_div(experts, tensor) * itemsize)
         ends = int((ceil_div(tables, tensor) + rest) * itemsize)
         return layers, ends
+
+    def own_experts(self, itemsize: float) -> int:
+        """Bytes of the experts of a rank that divides them with others; 0 where none does."""
+        if self.mesh.experts == 1:
+            return 0
+        experts = self.spec.layer_matrices - self.spec.linear_matrices
+        return int(ceil_div(experts, self.mesh.experts) * itemsize)
+
+    @property
+    def trained_of_experts(self) -> int:
+        """Trained parameters of one rank's experts."""
+        return count_expert_adapter(self.spec, self.run.adapter) // self.mesh.experts
+
+    @property
+    def rows_of_others(self) -> int:
+        """How many rows a GPU has for each row of its experts, beside it.
+
+        The host does not know how many go to its own experts, and leaves room for all of the group.
+        """
+        return 0 if self.machine.device == "cpu" else self.mesh.experts - 1
+
+    def passed_bytes(self, itemsize: int) -> int:
+        """Bytes of a token that a step reads and writes for rows that go to other ranks' experts.
+
+        The products leave them out; gathers, activations, weights and sums do not: six passes over
+        the hidden width and three over an expert's, of a forward, and twice that of a backward.
+        """
+        elements = 0
+        for layer in self.spec.layers:
+            if layer.experts:
+                hidden = layer.experts_per_token * self.spec.hidden
+                elements += 3 * (6 * hidden + 3 * layer.intermediate)
+        return self.rows_of_others * elements * itemsize
 
     @property
     def scales(self) -> int:
@@ -328,13 +366,17 @@ class MemoryEstimator:
     def trained_here(self) -> int:
         """Trained parameters of one rank.
 
-        Those of an adapter are whole on every data rank, all others are sharded.
+        Those of an adapter are whole on every data rank, except those of experts that ranks divide;
+        all others are sharded.
         """
         tensor = self.mesh.tensor
         adapter = self.run.adapter
         if self.trains_adapter:
             whole = count_adapter(self.spec, adapter)
-            return self.trained - whole + count_adapter(self.spec, adapter, tensor)
+            here = count_adapter(self.spec, adapter, tensor)
+            if self.mesh.experts > 1:
+                here += self.trained_of_experts - count_expert_adapter(self.spec, adapter)
+            return self.trained - whole + here
         # `weights(1)` counts elements: those of this rank's part of each layer.
         weights = sum(self.weights(1))
         return ceil_div(weights * self.trained, self.spec.parameters * self.mesh.shard)
@@ -556,6 +598,10 @@ class MemoryEstimator:
                 size = min(size, self._block_bytes(layer, tokens, itemsize))
             elif self.machine.attention[0] == "products" and spec.attention_softcap is None:
                 size += int(layer.heads * self.probabilities * tokens) * itemsize
+            if layer.experts and self.mesh.experts > 1:
+                # The inputs of both stacks, gate and up, the activation, and the output.
+                of_row = 2 * layer.experts_per_token * spec.hidden + 4 * layer.intermediate
+                size += self.rows_of_others * of_row * tokens * itemsize
             sizes.append(size)
         return sizes
 
@@ -627,7 +673,11 @@ class MemoryEstimator:
         weight = self.scheme.backward_elements(largest, itemsize)
         if self.run.adapter.kind == "none":
             weight = largest
-        return (3 * hidden * tokens + wide * tokens + max(wide * tokens, weight)) * itemsize
+        elements = 3 * hidden * tokens + wide * tokens + max(wide * tokens, weight)
+        if self.mesh.experts > 1:
+            # The hidden states of all ranks, and the sums for them.
+            elements += 2 * self.mesh.experts * hidden * tokens
+        return elements * itemsize
 
     def base_bytes(self, itemsize: float) -> int:
         """Bytes of the base on one rank; of a frozen one only the layers are sharded."""
@@ -636,7 +686,8 @@ class MemoryEstimator:
         # `layers` has their share of a shard: what is missing of them is added.
         scales = self.scales - self.scales // self.mesh.shard
         if self.trains_adapter:
-            return ceil_div(layers, self.mesh.shard) + ends + scales
+            own_experts = self.own_experts(itemsize)
+            return ceil_div(layers, self.mesh.shard) + own_experts + ends + scales
         return ceil_div(layers + ends, self.mesh.shard) + scales
 
     def gathered_bytes(self, itemsize: int) -> int:

@@ -6,17 +6,21 @@ again, by gathers alone: neither pass adds at an index, so sums have one order o
     sorted copies -> x W_up, activation, times W_down -> routing weights -> sum over a token's k
 
 Frozen experts are computed here (see `expert_matmul`); those that train in full as Transformers
-does.
+does. Where ranks divide them (see `expert_ranks`), each computes its own for the tokens of all, and
+what goes to other experts counts as 0.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.quant.expert_matmul import ExpertRows, expert_matmul
+from tunesmith.quant.expert_ranks import ExpertRanks
 from tunesmith.quant.frozen_stack import DenseStack, FrozenStack
 
 NAME = "tunesmith"
@@ -24,6 +28,8 @@ NAME = "tunesmith"
 IN_FULL = "grouped_mm"
 # The child module with the update of a stack has the stack's name and this.
 UPDATE = "_lora"
+# The attribute of a module whose experts ranks divide: an `ExpertRanks`.
+RANKS = "expert_ranks"
 # What Transformers sets on the modules that it calls by the interface.
 _FACTS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
 
@@ -59,8 +65,9 @@ def use_grouped_experts(model: nn.Module) -> None:
 
 
 def stack_of(module: nn.Module, name: str) -> FrozenStack:
-    """A module's stack of this name, as the products take it."""
-    return DenseStack.of(getattr(module, name), is_transposed=bool(module.is_transposed))
+    """This rank's part of a module's stack of this name, as the products take it."""
+    weight = local_part(getattr(module, name))
+    return DenseStack.of(weight, is_transposed=bool(module.is_transposed))
 
 
 @torch.compiler.disable
@@ -78,22 +85,61 @@ def experts_forward(
     if any(getattr(module, name).requires_grad for name in stack_names(module)):
         y: Tensor = ALL_EXPERTS_FUNCTIONS[IN_FULL](module, hidden, top_k_index, top_k_weights)
         return y
-    per_token = top_k_index.shape[-1]
-    experts, order = torch.sort(top_k_index.flatten(), stable=True)
+    ranks: ExpertRanks | None = getattr(module, RANKS, None)
+    if ranks is None:
+        return _compute(module, hidden, top_k_index, top_k_weights, range(module.num_experts))
+    gathered = ranks.gather(hidden, top_k_index, top_k_weights, module.num_experts)
+    output = _compute(module, *gathered, ranks.own(module.num_experts))
+    return ranks.scatter(output, len(hidden))
+
+
+def _compute(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, own: range) -> Tensor:
+    """As `experts_forward`; what goes to others than the experts `own` counts as 0."""
+    per_token = index.shape[-1]
+    is_part = len(own) < module.num_experts
+    numbers = index.flatten()
+    if is_part:
+        # Own experts from 0 on; all that goes to others comes after them.
+        is_own = (numbers >= own.start) & (numbers < own.stop)
+        numbers = torch.where(is_own, numbers - own.start, len(own))
+    experts, order = torch.sort(numbers, stable=True)
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
-    rows = ExpertRows.of(experts, module.num_experts, hidden.dtype)
+    rows = ExpertRows.of(experts, len(own), hidden.dtype)
+    if is_part:
+        experts, order, places = _leave_out_others(experts, order, places, rows)
 
     first, second = stack_names(module)
-    x = _Scatter.apply(hidden, order, places, per_token)
+    x = _Scatter.apply(hidden, order, places, per_token, is_part)
     x = _project(module, first, x, rows, experts)
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
     x = _project(module, second, x, rows, experts)
     if module.has_post_expert_norm:
         x = module.post_expert_norm(x)
-    weighted = x * top_k_weights.flatten()[order].unsqueeze(1)
-    output: Tensor = _Gather.apply(weighted, order, places, per_token)
+    if is_part and rows.spans is None:
+        # The products have left these rows as they were: their weights get no gradient of that.
+        position = torch.arange(len(x), device=x.device)
+        x = x.masked_fill((position >= rows.offsets[-1]).unsqueeze(1), 0)
+    weighted = x * weights.flatten()[order].unsqueeze(1)
+    output: Tensor = _Gather.apply(weighted, order, places, per_token, is_part)
     return output.to(hidden.dtype)
+
+
+def _leave_out_others(
+    experts: Tensor, order: Tensor, places: Tensor, rows: ExpertRows
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`experts`, `order` and `places` without the copies for experts of other ranks.
+
+    These have the place behind the last row. Only where the host knows how many there are, their
+    rows are left out; elsewhere they belong to the last expert, whose products do not reach them.
+    """
+    count: Tensor | int = rows.offsets[-1]
+    if rows.spans is not None:
+        count = rows.spans[-1][2] if rows.spans else 0
+        experts = experts[:count]
+        order = order[:count]
+    places = torch.where(places < count, places, len(order))
+    return experts.clamp_max(len(rows.offsets) - 1), order, places
 
 
 def _project(module: Any, name: str, x: Tensor, rows: ExpertRows, experts: Tensor) -> Tensor:
@@ -102,42 +148,50 @@ def _project(module: Any, name: str, x: Tensor, rows: ExpertRows, experts: Tenso
     factors = update.factors(x.dtype) if update is not None else (None, None)
     y = expert_matmul(x, stack_of(module, name), rows, *factors)
     if module.has_bias:
-        y = y + getattr(module, f"{name}_bias")[experts]
+        y = y + local_part(getattr(module, f"{name}_bias"))[experts]
     return y
 
 
 class _Scatter(torch.autograd.Function):
     """A row for each of the k experts of a token, sorted by expert: [n, width] -> [n * k, width].
 
-    order: int64 [n * k], which copy stands in each row; places: the row of each copy.
+    order: int64 [n * k], which copy stands in each row; places: the row of each copy. Where
+    `is_part`, `order` may be shorter, and copies without a row have the place behind the last one.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, places: Tensor, per_token: int) -> Tensor:
-        ctx.per_token = per_token
+    def forward(
+        ctx: Any, x: Tensor, order: Tensor, places: Tensor, per_token: int, is_part: bool
+    ) -> Tensor:
+        ctx.per_token, ctx.is_part = per_token, is_part
         ctx.save_for_backward(places)
         return x[order // per_token]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (places,) = ctx.saved_tensors
-        return _sum_of_copies(grads[0], places, ctx.per_token), None, None, None
+        dx = _sum_of_copies(grads[0], places, ctx.per_token, ctx.is_part)
+        return dx, None, None, None, None
 
 
 class _Gather(torch.autograd.Function):
     """The sum of a token's k rows: [n * k, width] -> [n, width]; the reverse of `_Scatter`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, places: Tensor, per_token: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, order: Tensor, places: Tensor, per_token: int, is_part: bool
+    ) -> Tensor:
         ctx.per_token = per_token
         ctx.save_for_backward(order)
-        return _sum_of_copies(x, places, per_token)
+        return _sum_of_copies(x, places, per_token, is_part)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (order,) = ctx.saved_tensors
-        return grads[0][order // ctx.per_token], None, None, None
+        return grads[0][order // ctx.per_token], None, None, None, None
 
 
-def _sum_of_copies(x: Tensor, places: Tensor, per_token: int) -> Tensor:
+def _sum_of_copies(x: Tensor, places: Tensor, per_token: int, is_part: bool) -> Tensor:
+    if is_part:
+        x = F.pad(x, (0, 0, 0, 1))  # the row of those without one
     return x[places].unflatten(0, (-1, per_token)).sum(1)

@@ -30,7 +30,8 @@ class AnswerSampler:
         self.sinks = sinks
         self.duration = duration
         # Of a sharded model all ranks must answer together, to gather its weights.
-        self.is_sharded = bool(sharded_modules(session.model))
+        divides_experts = session.mesh.shape.experts > 1
+        self.is_sharded = bool(sharded_modules(session.model)) or divides_experts
         self.seconds = 0.0  # that answers took in this start
         self.has_warned = False
 
