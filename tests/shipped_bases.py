@@ -75,6 +75,23 @@ def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> Pat
     return folder
 
 
+def write_qwen3_moe(folder: Path, tokenizer: Path, **sizes: Any) -> Path:
+    """A tiny random Qwen 3 whose experts are stored one by one."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=272, hidden_size=64, intermediate_size=96, moe_intermediate_size=40,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_experts=4, num_experts_per_tok=2, max_position_embeddings=256, eos_token_id=2,
+        pad_token_id=0, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
 MXFP4 = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],

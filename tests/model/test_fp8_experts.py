@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from recipes import built_model, make_run
-from shipped_bases import write_fp8
+from shipped_bases import write_fp8, write_qwen3_moe
 from tunesmith.errors import ModelError
 from tunesmith.hub.model_files import read_model_files
 
 BLOCK = (16, 24)
 
 
-def qwen3_moe(folder: Path, tokenizer: Path) -> Path:
-    config = Qwen3MoeConfig(
-        vocab_size=272, hidden_size=64, intermediate_size=96, moe_intermediate_size=40,
-        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        num_experts=4, num_experts_per_tok=2, max_position_embeddings=256, eos_token_id=2,
-        pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(2)
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    for file in tokenizer.glob("tokenizer*"):
-        shutil.copyfile(file, folder / file.name)
-    return folder
-
-
 def test_each_is_read_dense_into_its_place(tiny: Path, tmp_path: Path) -> None:
-    plain = qwen3_moe(tmp_path / "plain", tiny)
+    plain = write_qwen3_moe(tmp_path / "plain", tiny)
     base = write_fp8(plain, tmp_path / "fp8", BLOCK, keep=("mlp.gate",))
     stored = load_file(base / "model.safetensors")
     prefix = "model.layers.0.mlp.experts"
@@ -50,7 +34,7 @@ def test_each_is_read_dense_into_its_place(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_they_are_not_kept_as_they_ship(tiny: Path, tmp_path: Path) -> None:
-    plain = qwen3_moe(tmp_path / "plain", tiny)
+    plain = write_qwen3_moe(tmp_path / "plain", tiny)
     base = write_fp8(plain, tmp_path / "fp8", BLOCK, keep=("mlp.gate",))
     run = make_run(base, tmp_path, held=False, model={"quantize": "as-shipped"})
     with pytest.raises(ModelError, match="experts of this qwen3_moe cannot be kept") as caught:

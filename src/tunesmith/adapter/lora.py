@@ -31,6 +31,7 @@ from tunesmith.model.names import name_in_text
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
 from tunesmith.quant.as_shipped import ShippedLinear
+from tunesmith.quant.expert_stack import ExpertStack
 from tunesmith.quant.experts import expert_modules, has_interface, use_grouped_experts
 from tunesmith.quant.frozen_linear import (
     FrozenLinear,
@@ -311,6 +312,8 @@ def describe_left_out(model: nn.Module) -> str:
             continue
         if name in routers or has_interface(module) or is_plain_linear(module):
             continue
+        if isinstance(module, ExpertStack):
+            continue
         if is_bypassed(module):
             bypassed[words[-1]] = None
             continue
@@ -360,7 +363,8 @@ def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
     """
     names = []
     for name, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
+        # Experts in codes have their weights in modules below.
+        if has_interface(module) or next(module.parameters(recurse=False), None) is not None:
             names.append(name)
     saved = [name_in_text(model, name) for name in adapter.modules_to_save]
     endings = {name: name for name in saved}
@@ -370,8 +374,10 @@ def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
 def _check_saved(model: nn.Module, adapter: Adapter) -> None:
     """RecipeError for a module to save that the model does not have, or whose weight is codes."""
     for name in _names_to_save(model, adapter):
-        layer = model.get_submodule(name)
-        if isinstance(layer, FrozenLinear):
+        module = model.get_submodule(name)
+        for layer in (module, *module.children()):
+            if not isinstance(layer, FrozenLinear | ExpertStack):
+                continue
             raise RecipeError(
                 f"{name} is stored in codes ({layer.encoding}), and cannot be trained in full",
                 where="adapter.modules_to_save",

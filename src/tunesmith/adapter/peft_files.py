@@ -28,7 +28,7 @@ from tunesmith.model.names import is_in_whole, name_in_text, name_in_whole
 from tunesmith.model.safetensors_files import read_header, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
-from tunesmith.quant.experts import UPDATE, expert_modules, stack_names
+from tunesmith.quant.experts import UPDATE, expert_modules, stacks_in_order
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -247,9 +247,8 @@ def _peft_expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those of experts, by PEFT's names: of two stacks of a module it wraps the first one twice."""
     tensors = {}
     for name, module in expert_modules(model).items():
-        in_order = [key for key, _ in module.named_parameters(recurse=False)]
         updates = {}
-        for stack in sorted(stack_names(module), key=in_order.index):
+        for stack in stacks_in_order(module):
             update = getattr(module, stack + UPDATE, None)
             if update is not None:
                 updates[stack] = update

@@ -30,6 +30,7 @@ from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.weights import StoredTensor, find_stored
 from tunesmith.quant.experts import UPDATE
 from tunesmith.quant.frozen_linear import FrozenLinear, set_bypassed
+from tunesmith.quant.nf4_experts import Nf4Experts
 
 BAND = 16 << 20  # bytes of a band in fp32
 
@@ -134,6 +135,26 @@ class QuantizedRows(WholeRows):
             return self.layer.dense()
         finally:
             self.layer.allocate(torch.device("meta"))
+
+
+@dataclass(frozen=True)
+class QuantizedExperts:
+    """A stack of experts in nf4, made dense a few experts at a time.
+
+    Attributes:
+        layer: on meta; it says how the stack is quantized.
+        stored: the dense stack.
+    """
+
+    layer: Nf4Experts
+    stored: StoredTensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.layer.stored_shape
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.layer.rounded(self.stored, first, last).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,9 +301,12 @@ def _base_rows(model: PreTrainedModel, trained: nn.Module, read: OpenedRun) -> d
     """The parameters of the base, by the names of `weights_of`."""
     run, files = read.run, read.files
     frozen = {}
+    stacks = {}
     for name, layer in trained.named_modules():
         if isinstance(layer, FrozenLinear):
             frozen[f"{name}.weight"] = layer
+        elif isinstance(layer, Nf4Experts):
+            stacks[name] = layer
     grow_from = int(files.config.vocab_size) if run.model.added_tokens else None
     stored = find_stored(model, files.folder, quantized=frozen, grow_from=grow_from)
     shapes = weights_of(model)
@@ -295,6 +319,8 @@ def _base_rows(model: PreTrainedModel, trained: nn.Module, read: OpenedRun) -> d
         if name in frozen:
             shape = shapes[name].shape
             sources[name] = QuantizedRows(name, shape, last_read, frozen[name], parts)
+        elif name in stacks:
+            sources[name] = QuantizedExperts(stacks[name], parts[""])
         else:
             sources[name] = StoredRows(parts[""], shapes[name].dtype, shapes[name].shape)
     return sources

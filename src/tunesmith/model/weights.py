@@ -22,7 +22,7 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.host.memory import drop_pages, open_uncached
 from tunesmith.model.mxfp4 import decode_mxfp4
-from tunesmith.model.names import Pieces, assign_names
+from tunesmith.model.names import Piece, Pieces, assign_names
 from tunesmith.model.safetensors_files import Entry, read_header, read_into
 from tunesmith.model.shipped import (
     PackedEntry,
@@ -175,8 +175,15 @@ class JoinedTensor(StoredTensor):
         self._fill(part, slices)
         return part
 
-    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
+    def pieces(self, rows: slice) -> Iterator[tuple[Piece, StoredTensor]]:
+        """The pieces that have some of these rows, with what is stored of each."""
         for piece, stored in self._pieces:
+            region = piece.region[0]
+            if region.start < rows.stop and rows.start < region.stop:
+                yield piece, stored
+
+    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
+        for piece, stored in self.pieces(slices[0]):
             in_local = []
             in_piece = []
             # Where a piece's region and the wanted part overlap, counted from each of their starts.
@@ -364,7 +371,9 @@ def load_weights(
     hooks = dict(convert or {})
     targets = {}
     for name, tensor in _stored_state(model).items():
-        if name not in hooks and not skip(name):
+        # A hook takes its parameter, or all of a module that stands in a parameter's place.
+        is_hooked = name in hooks or name.rpartition(".")[0] in hooks
+        if not is_hooked and not skip(name):
             targets[name] = tensor
     headers = read_entries(folder)
     groups = _assign_entries(model, headers, targets, hooks, grow_from, str(folder))

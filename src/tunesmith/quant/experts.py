@@ -10,6 +10,7 @@ does. Where ranks divide them (see `expert_ranks`), each computes its own for th
 what goes to other experts counts as 0.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.quant.expert_matmul import ExpertRows, expert_matmul
 from tunesmith.quant.expert_ranks import ExpertRanks
+from tunesmith.quant.expert_stack import ExpertStack
 from tunesmith.quant.frozen_stack import DenseStack, FrozenStack
 
 NAME = "tunesmith"
@@ -56,6 +58,42 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
+def stacks_in_order(module: nn.Module) -> list[str]:
+    """`stack_names` in the order in which a module has them."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    names += [name for name, _ in module.named_children()]  # those in codes
+    return sorted(stack_names(module), key=names.index)
+
+
+def replace_stacks(
+    model: nn.Module, empty: Callable[[str, nn.Module, Tensor], ExpertStack | None]
+) -> list[str]:
+    """Put stacks in codes in the place of parameters of a model on meta.
+
+    empty: makes one of the experts' full name, their module and the parameter; None: it stays.
+
+    Returns their full names.
+    """
+    names = []
+    for name, module in expert_modules(model).items():
+        for key in stacks_in_order(module):
+            stack = empty(name, module, getattr(module, key))
+            if stack is None:
+                continue
+            delattr(module, key)
+            module.add_module(key, stack)
+            names.append(f"{name}.{key}")
+    if names:
+        use_grouped_experts(model)  # with an adapter on them or without: Transformers wants tensors
+    return names
+
+
+def trains_in_full(module: nn.Module) -> bool:
+    """Whether a stack of a module of experts gets gradients."""
+    stacks = [getattr(module, name) for name in stack_names(module)]
+    return any(isinstance(stack, nn.Parameter) and stack.requires_grad for stack in stacks)
+
+
 def use_grouped_experts(model: nn.Module) -> None:
     """Let a model of Transformers compute its experts by `experts_forward`."""
     assert isinstance(model, PreTrainedModel)  # of others no module has the interface
@@ -66,7 +104,10 @@ def use_grouped_experts(model: nn.Module) -> None:
 
 def stack_of(module: nn.Module, name: str) -> FrozenStack:
     """This rank's part of a module's stack of this name, as the products take it."""
-    weight = local_part(getattr(module, name))
+    weight = getattr(module, name)
+    if isinstance(weight, ExpertStack):
+        return weight.frozen_stack()
+    weight = local_part(weight)
     return DenseStack.of(weight, is_transposed=bool(module.is_transposed))
 
 
@@ -82,7 +123,7 @@ def experts_forward(
         top_k_index: int64 [n, k], the experts of each token.
         top_k_weights: [n, k].
     """
-    if any(getattr(module, name).requires_grad for name in stack_names(module)):
+    if trains_in_full(module):
         y: Tensor = ALL_EXPERTS_FUNCTIONS[IN_FULL](module, hidden, top_k_index, top_k_weights)
         return y
     ranks: ExpertRanks | None = getattr(module, RANKS, None)

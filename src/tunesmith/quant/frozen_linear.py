@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.model.weights import Hook, StoredTensor
+from tunesmith.quant.expert_stack import ExpertStack
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import FrozenWeight
 
@@ -108,6 +109,8 @@ def load_hooks(model: nn.Module) -> dict[str, Hook]:
     for name, layer in model.named_modules():
         if isinstance(layer, FrozenLinear):
             hooks[f"{name}.weight"] = partial(layer.load, name=f"{name}.weight")
+        elif isinstance(layer, ExpertStack):
+            hooks[name] = partial(layer.load, name=name)
     return hooks
 
 
@@ -188,7 +191,10 @@ def parameter_count(model: nn.Module) -> int:
     """
     count = sum(p.numel() for p in model.parameters())
     for layer in model.modules():
-        if isinstance(layer, FrozenLinear):
+        if isinstance(layer, ExpertStack):
+            count += layer.stored_shape.numel()
+            count -= sum(parameter.numel() for parameter in layer.parameters())
+        elif isinstance(layer, FrozenLinear):
             for name, parameter in layer.named_parameters(recurse=False):
                 # Out with the stored elements (nf4 has two weights in each), in with out * in
                 # below.

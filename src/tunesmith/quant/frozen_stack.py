@@ -1,5 +1,8 @@
 """Frozen weights of all experts of a layer, in one tensor: made dense for some experts at a time.
 
+- dense: the stack itself.
+- nf4: 4-bit codes and their scales; each expert is quantized by itself, as a linear layer is.
+
 As `frozen_weight` is for a linear layer: `encoding` and `tensors` describe a stack in full, and
 `frozen_stack` builds it again from them.
 """
@@ -9,6 +12,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from tunesmith.quant.frozen_weight import Nf4Encoding, nf4_functions
+
+# A word of an encoding: the stack is stored as [experts, in, out], not [experts, out, in].
+TRANSPOSED = "transposed"
 
 
 class FrozenStack(ABC):
@@ -27,6 +35,11 @@ class FrozenStack(ABC):
         self.tensors = tensors
         self.shape = shape
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it is stored as [experts, in, out]."""
+        return self.encoding.endswith(TRANSPOSED)
+
     @abstractmethod
     def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """The experts from `first` to before `last`: [last - first, in, out], y = x W.
@@ -43,18 +56,55 @@ class DenseStack(FrozenStack):
         """`weight` as a module of Transformers has it."""
         if is_transposed:
             experts, in_features, out_features = weight.shape
-            return cls("dense transposed", [weight], (experts, in_features, out_features))
+            return cls(f"dense {TRANSPOSED}", [weight], (experts, in_features, out_features))
         experts, out_features, in_features = weight.shape
         return cls("dense", [weight], (experts, in_features, out_features))
 
     def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         weight = self.tensors[0][first:last].to(dtype)
-        if self.encoding == "dense transposed":
-            return weight
-        return weight.mT
+        return weight if self.is_transposed else weight.mT
 
 
-STACK_CLASSES: dict[str, type[FrozenStack]] = {"dense": DenseStack}
+class Nf4Stack(FrozenStack):
+    """A stack in NF4.
+
+    tensors: the codes and buffers of an `Nf4Experts` in the order of its docstring. encoding: an
+    `Nf4Encoding`, and TRANSPOSED.
+    """
+
+    def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        functional = nf4_functions()
+        codes, _, code, *_ = self.tensors
+        encoding = Nf4Encoding.parse(self.encoding.removesuffix(f" {TRANSPOSED}"))
+        scales = self._scales(first, last, encoding.nested_block)
+        experts, blocks = scales.shape
+        # One call for all of them: blocks do not reach from one expert into the next.
+        state = functional.QuantState(
+            absmax=scales.flatten(),
+            shape=torch.Size((experts, blocks * encoding.block)),
+            code=code,
+            blocksize=encoding.block,
+            quant_type="nf4",
+            dtype=encoding.dtype,
+        )
+        weights: Tensor = functional.dequantize_4bit(codes[first:last].reshape(-1, 1), state)
+        _, in_features, out_features = self.shape
+        # Without what fills up an expert's last block.
+        weights = weights.to(dtype)[:, : in_features * out_features]
+        if self.is_transposed:
+            return weights.unflatten(1, (in_features, out_features))
+        return weights.unflatten(1, (out_features, in_features)).mT
+
+    def _scales(self, first: int, last: int, nested_block: int) -> Tensor:
+        """The scale of each block of some experts: fp32 [last - first, blocks]."""
+        _, absmax, _, nested_absmax, nested_code, nested_offset = self.tensors
+        scales = nested_code[absmax[first:last].int()]
+        of_scales = nested_absmax[first:last].repeat_interleave(nested_block, 1)
+        scales.mul_(of_scales[:, : scales.shape[1]])
+        return scales.add_(nested_offset[first:last, None])
+
+
+STACK_CLASSES: dict[str, type[FrozenStack]] = {"dense": DenseStack, "nf4": Nf4Stack}
 
 
 def frozen_stack(

@@ -193,11 +193,7 @@ class Nf4Linear(FrozenLinear):
         """
         functional = nf4_functions()
         code = functional.get_4bit_type("nf4", device=scales.device)
-        # As in bitsandbytes and QLoRA: scales are positive, their 8-bit codes symmetric around
-        # zero.
-        offset = scales.mean()
-        absmax, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
-        nested_absmax = nested.absmax
+        absmax, nested_absmax, nested_code, offset = quantize_scales(scales)
         nested_block = NESTED_BLOCK
         shard = self.tensor_shard
         if shard is not None:
@@ -211,11 +207,14 @@ class Nf4Linear(FrozenLinear):
                 nested_block = 0
                 # A run that is not whole groups: back to fp32, with the rounding that one process
                 # has too.
+                nested = functional.QuantState(
+                    nested_absmax, blocksize=NESTED_BLOCK, code=nested_code, dtype=torch.float32
+                )
                 absmax = functional.dequantize_blockwise(absmax, nested) + offset
                 absmax = shard.shard_of(absmax, rows).flatten().clone()
         encoding = str(Nf4Encoding(BLOCK, nested_block, self.compute_dtype))
         if nested_block:
-            self._store_scales(encoding, absmax, code, nested_absmax, nested.code, offset)
+            self._store_scales(encoding, absmax, code, nested_absmax, nested_code, offset)
         else:
             self._store_scales(encoding, absmax, code)
 
@@ -266,6 +265,19 @@ class Nf4Linear(FrozenLinear):
         if self.nested_absmax is not None:
             tensors += [self.nested_absmax, self.nested_code, self.nested_offset]
         return Nf4Weight(self.encoding, tensors, (self.out_features, self.in_features))
+
+
+def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scales of a matrix's blocks, fp32 [blocks], in 8 bits with scales of their own.
+
+    As in bitsandbytes and QLoRA: scales are positive, their 8-bit codes symmetric around zero.
+
+    Returns:
+        absmax, nested_absmax, nested_code and nested_offset of an `Nf4Linear`.
+    """
+    offset = scales.mean()
+    absmax, nested = nf4_functions().quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+    return absmax, nested.absmax, nested.code, offset
 
 
 def replace_linears(model: nn.Module, compute_dtype: torch.dtype) -> list[str]:

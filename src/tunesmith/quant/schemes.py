@@ -114,9 +114,10 @@ class Nf4Scheme(CodesScheme):
     def replace_linears(
         self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
     ) -> None:
-        from tunesmith.quant import nf4
+        from tunesmith.quant import nf4, nf4_experts
 
         nf4.replace_linears(model, dtype)
+        nf4_experts.replace_experts(model, dtype)
 
     def check_device(self, device: torch.device) -> None:
         from tunesmith.quant import nf4
