@@ -179,6 +179,11 @@ class ModelSpec:
         """Parameters that every token is multiplied with: embedding and head are not counted."""
         return self.other_matmul + sum(layer.active for layer in self.layers)
 
+    @property
+    def active_of_experts(self) -> int:
+        """Of `active`, those of the experts that a token goes to."""
+        return sum(layer.active - layer.matmul for layer in self.layers)
+
 
 def read_spec(
     config: Mapping[str, Any], *, where: str, trust_remote_code: bool = False

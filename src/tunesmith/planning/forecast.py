@@ -11,6 +11,12 @@ begins and the backward ends with it. A head that shares its weight with the emb
 that. Nothing hides tensor parallelism's gathers and scatters, nor those of experts over
 ranks, nor the sum of an adapter's gradients. Experts are taken to be evenly loaded.
 
+The rate of whole steps was measured on dense models and has their norms and activations in it. The
+products of experts are taken at the rate of products alone, with the empty part of each expert's
+last tile, and what the kernels around them move comes on top, at the memory's bandwidth: k copies
+of a token are more to move than a dense layer has. A pass reads all experts, and makes quantized
+ones dense.
+
 FSDP2 copies what it gathers out of one flat buffer into the weights, and gradients into the buffer
 of their reduction, in the stream that computes. Shards are copied into the gather's buffer in the
 stream of the gather, and count as a part of it.
@@ -41,6 +47,11 @@ from tunesmith.units import Size, ceil_div
 
 # Of whole steps, beside bf16: 794 and 551 TFLOP/s, LoRA of an 8B on an H200.
 EIGHT_BIT_SPEED = 1.44
+# Of products alone, beside whole steps: 700 and 551 TFLOP/s, LoRA of an 8B on an H200. Nobody has
+# measured those of experts: that they reach it is assumed, but for the tiles below.
+PRODUCT_SPEED = 1.27
+# Rows of a tile of a grouped product: the last one of each expert is half empty on average.
+TILE = 128
 # Bytes that an update moves for a parameter: norm 4, clipping 8, AdamW 28, 16-bit copy 6.
 UPDATE_BYTES = 46
 # Of the time: what a mesh must gain over one with fewer shards or tensor ranks or within the nodes,
@@ -55,7 +66,7 @@ class Workload(NamedTuple):
     Attributes:
         steps: None where not known.
         operations: floating-point ones, of a token.
-        attention: the share of attention in them.
+        attention, experts: the shares of attention and of the experts' products in them.
         probabilities: that a head keeps of a token on a CPU, on average.
         source: what the lengths of examples are from.
     """
@@ -65,8 +76,23 @@ class Workload(NamedTuple):
     steps: int | None
     operations: float
     attention: float
+    experts: float
     probabilities: float
     source: str
+
+
+class TokenTime(NamedTuple):
+    """Seconds of a token, forward and backward, on one rank.
+
+    Attributes:
+        products: those of experts not among them.
+        expert_copies: what moves the k copies of a token, around the products of experts.
+    """
+
+    products: float
+    attention: float
+    experts: float
+    expert_copies: float
 
 
 class Collective(NamedTuple):
@@ -154,12 +180,15 @@ def measure_work(
     layers = tuple(replace(layer, heads=0) for layer in spec.layers)
     products = operations(replace(spec, layers=layers))
     total = float(lengths.sum())
+    per_parameter = 6 if trained == "full" else 4
+    experts = per_parameter * spec.active_of_experts * total
     return Workload(
         step,
         longest=int(lengths.max()),
         steps=steps,
         operations=everything / total,
         attention=1 - products / everything,
+        experts=experts / everything,
         probabilities=float(kept_probabilities(lengths).sum()) / total,
         source=source,
     )
@@ -346,7 +375,7 @@ class Planner:
         # global batch at once.
         if mesh.world == 1 or not auto.step_seconds or train.optimizer_in_backward:
             return auto
-        limit = resolve.MAX_TOKENS[self.machine.device.partition(":")[0]]
+        limit = resolve.most_tokens(self.spec, self.machine.device)
         largest = min(limit, resolve.rank_step(self.run, self.work.step, mesh).largest)
         best = auto
         fails, tight, cost = auto.order
@@ -530,7 +559,7 @@ class Planner:
         self, plan: RunPlan, tokens: float, micro_batches: int, collectives: Collectives
     ) -> StepTime:
         """The time of a step of `tokens`, in so many micro batches."""
-        token_seconds = self._token_seconds(plan)
+        token_seconds = sum(self._token_time(plan))
         recompute = self._recompute_share(plan)
         gather = self._gather_seconds(collectives.gather)
         gather_head = self._gather_seconds(collectives.gather_head)
@@ -566,15 +595,34 @@ class Planner:
             hides_from=math.ceil(hiding_passes * tokens / micro_batches),
         )
 
-    def _token_seconds(self, plan: RunPlan) -> float:
-        """Seconds of a token's products and attention, forward and backward, on one rank."""
+    def _token_time(self, plan: RunPlan) -> TokenTime:
+        """What a token takes in a plan's micro batches."""
         tflops = self.cluster.chip.tflops
         assert tflops is not None
+        work = self.work
         rate = tflops * 1e12
+        product_rate = PRODUCT_SPEED * rate
         if plan.base.startswith("fp8"):
             rate *= EIGHT_BIT_SPEED
         # The ranks of a tensor group share a token's work.
-        return self.work.operations / rate / plan.mesh.tensor
+        operations = work.operations / plan.mesh.tensor
+        traffic = self._estimator(plan.mesh).expert_traffic
+        return TokenTime(
+            products=operations * (1 - work.attention - work.experts) / rate,
+            attention=operations * work.attention / rate,
+            experts=operations * work.experts * self._tile_cost(plan) / product_rate,
+            expert_copies=traffic / self._memory_bandwidth,
+        )
+
+    def _tile_cost(self, plan: RunPlan) -> float:
+        """What the products of experts cost beside the same with full tiles."""
+        mixture = max(self.spec.layers, key=lambda layer: layer.expert_count)
+        if not mixture.expert_count:
+            return 1.0
+        # Ranks that divide experts compute the tokens of all: an expert has as many rows of each.
+        tokens = plan.memory.tokens * plan.mesh.experts
+        rows = tokens * mixture.experts_per_token / mixture.expert_count
+        return 1 + TILE / 2 / rows
 
     def _recompute_share(self, plan: RunPlan) -> float:
         """What recomputed layers add to a step's products, as a share of them."""
@@ -586,12 +634,19 @@ class Planner:
     ) -> dict[str, float]:
         """The parts of `_step_time` that are no communication."""
         estimator = self._estimator(plan.mesh)
-        token_seconds = self._token_seconds(plan)
+        time = self._token_time(plan)
+        token_seconds = sum(time)
+        passes = estimator.pass_tokens * token_seconds
+        # A layer that recomputes reads its experts a third time.
+        reads = 1 + plan.recomputed_layers / self.spec.depth / 2
+        passes += reads * estimator.expert_pass_bytes / self._memory_bandwidth
         return {
-            "products": tokens * token_seconds * (1 - self.work.attention),
-            "attention": tokens * token_seconds * self.work.attention,
+            "products": tokens * time.products,
+            "attention": tokens * time.attention,
+            "experts": tokens * time.experts,
+            "copies for experts": tokens * time.expert_copies,
             "recompute": tokens * token_seconds * self._recompute_share(plan),
-            "fixed cost of passes": micro_batches * estimator.pass_tokens * token_seconds,
+            "fixed cost of passes": micro_batches * passes,
             "update": UPDATE_BYTES * estimator.trained_here / self._memory_bandwidth,
             "shard copies": self._copied_bytes(collectives) / self._memory_bandwidth,
             "rows of other ranks' experts": tokens

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 6  # of the cached files; which modules are fused, and which adapted, counts
+FORMAT = 7  # of the cached files; which modules are fused, and which adapted, counts
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class KeptByLayers:
         adapter: parameters that the adapter trains; 0 where the model is trained in full.
         active: of these, what a token is multiplied with: of experts those that it goes to.
         experts: of these, those of all experts.
+        moved: bytes of a token, both ways, in all layers: of kernels around the experts' products.
     """
 
     by_token: tuple[float, ...]
@@ -46,6 +47,14 @@ class KeptByLayers:
     adapter: int
     active: int
     experts: int = 0
+    moved: float = 0.0
+
+
+def count_expert_traffic(spec: ModelSpec, adapter: Adapter, dtype: str) -> float:
+    """`KeptByLayers.moved` of a model; 0 without experts."""
+    if not spec.measured or not any(layer.expert_count for layer in spec.layers):
+        return 0.0
+    return measure_kept(spec, adapter, dtype).moved
 
 
 def count_active_adapter(spec: ModelSpec, adapter: Adapter) -> int:
@@ -77,6 +86,13 @@ def measure_kept(spec: ModelSpec, adapter: Adapter, dtype: str) -> KeptByLayers:
 
     RecipeError for a target that the model does not have; ModelError where it does not run on meta.
     """
+    return _kept(spec.measured, adapter, dtype)
+
+
+# A plan asks hundreds of times.
+@lru_cache(maxsize=32)
+def _kept(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
+    """As `measure_kept`, of the sizes that a spec was measured by."""
     # Only these change what is kept.
     same = Adapter(kind=adapter.kind)
     if adapter.kind == "lora":
@@ -87,7 +103,7 @@ def measure_kept(spec: ModelSpec, adapter: Adapter, dtype: str) -> KeptByLayers:
             target=adapter.target,
             modules_to_save=adapter.modules_to_save,
         )
-    return _measure_same(spec.measured, same, dtype)
+    return _measure_same(sizes, same, dtype)
 
 
 @lru_cache(maxsize=32)
@@ -106,9 +122,12 @@ def _decode(values: dict[str, Any]) -> KeptByLayers:
 def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
     # Here, as a plan of a family in the table needs no Transformers.
     from tunesmith.adapter import lora
+    from tunesmith.model.decoder import find_layers
+    from tunesmith.model.dtypes import DTYPES
     from tunesmith.model.fused import fuse_modules
     from tunesmith.model.meta_forward import run_on_meta
     from tunesmith.model.support import find_support
+    from tunesmith.planning.expert_traffic import expert_traffic
     from tunesmith.quant.frozen_linear import set_bypassed
 
     values = json.loads(sizes)
@@ -141,14 +160,15 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
         constant.append(first.kept - slope * TOKENS)
     outside = (long_outside - short_outside) / TOKENS
     of_experts, idle = _expert_parameters(model, short)
+    layers = model.get_submodule(find_layers(model)).children()
+    per_token = [call.experts_per_token for call in short]
+    moved = sum(expert_traffic(layers, per_token, DTYPES[dtype]))
     return KeptByLayers(
-        tuple(by_token), tuple(constant), outside, trained, trained - idle, of_experts
+        tuple(by_token), tuple(constant), outside, trained, trained - idle, of_experts, moved
     )
 
 
-def _expert_parameters(
-    model: "PreTrainedModel", calls: "Sequence[LayerCall]"
-) -> tuple[int, int]:
+def _expert_parameters(model: "PreTrainedModel", calls: "Sequence[LayerCall]") -> tuple[int, int]:
     """Parameters of the updates of all experts, and of those that a token does not go to."""
     from tunesmith.adapter.expert_lora import expert_updates
     from tunesmith.model.decoder import find_layers

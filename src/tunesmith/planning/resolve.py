@@ -36,6 +36,7 @@ from tunesmith.parallel.mesh_shape import ONE, MeshShape, needs_fsdp
 from tunesmith.planning.measured_layers import (
     count_adapter,
     count_expert_adapter,
+    count_expert_traffic,
     measure_kept,
 )
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from tunesmith.hub.model_files import ModelFiles
 
 MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
+# Of a mixture on a GPU: each pass reads all experts, whatever few a token is multiplied with.
+MAX_TOKENS_OF_MIXTURE = 32768
 # Of the free memory, to plan with: the rest is the allocator's, and the estimate's error.
 USABLE = 0.9
 # Operations in the time of a byte, in 16 bits and in 8, by Machine.integrated. An H200 reaches 700
@@ -173,6 +176,14 @@ def resolve_plan(
     return replace(
         plan, savings=partial(find_savings, run, plan, plan_of, below=below, longest=longest)
     )
+
+
+def most_tokens(spec: ModelSpec, device: str) -> int:
+    """Tokens of the largest micro batch that is planned on a device, `cuda:0` or `cpu`."""
+    kind = device.partition(":")[0]
+    if kind == "cuda" and any(layer.experts for layer in spec.layers):
+        return MAX_TOKENS_OF_MIXTURE
+    return MAX_TOKENS[kind]
 
 
 def usable_share(device: str) -> float:
@@ -674,6 +685,9 @@ class MemoryEstimator:
         if self.run.adapter.kind == "none":
             weight = largest
         elements = 3 * hidden * tokens + wide * tokens + max(wide * tokens, weight)
+        # Of the k copies of a token: two gradients of the hidden width at once, and those of gate,
+        # up and the activation.
+        elements += 2 * (layer.experts_per_token * hidden + bool(layer.experts) * wide) * tokens
         if self.mesh.experts > 1:
             # The hidden states of all ranks, and the sums for them.
             elements += 2 * self.mesh.experts * hidden * tokens
@@ -723,7 +737,7 @@ class MemoryEstimator:
         them.
         """
         seq_len = self.run.data.seq_len
-        limit = MAX_TOKENS[torch.device(self.machine.device).type]
+        limit = most_tokens(self.spec, self.machine.device)
         largest = min(limit, math.ceil(step.largest / seq_len) * seq_len)
         largest = max(seq_len, largest // seq_len * seq_len)
         # `min` takes the first of equal ones.
@@ -736,22 +750,60 @@ class MemoryEstimator:
         Huge where it does not fit.
         """
         memory = self.estimate(tokens)
-        cost_of_recompute = RECOMPUTE_COST[self.run.adapter.kind]
-        work = 1 + cost_of_recompute * memory.recomputed_layers / self.spec.depth
+        recomputed = memory.recomputed_layers / self.spec.depth
+        work = 1 + RECOMPUTE_COST[self.run.adapter.kind] * recomputed
         micro_batches = math.ceil(step.mean / tokens)
         if fixed:
             # Padding up to the fixed size is computed too.
             work *= micro_batches * tokens / step.mean
-        fixed_cost = self.pass_tokens * micro_batches / step.mean
+        pass_tokens = self.pass_tokens + self.expert_pass_tokens * (1 + recomputed / 2)
+        fixed_cost = pass_tokens * micro_batches / step.mean
         # Whatever fits is cheaper than what does not; of these the least overrun is.
         return work + fixed_cost + 1e6 * self._overrun(memory)
 
     @property
     def pass_tokens(self) -> float:
-        """The fixed cost of a forward and backward, in tokens whose products take as long."""
+        """The fixed cost of a forward and backward, in tokens whose products take as long.
+
+        Experts are not counted.
+        """
+        spec = self.spec
+        linear_share = (spec.active - spec.active_of_experts) / spec.active
+        # 4: the operations of a token and a weight.
+        tokens = self.scheme.traffic_bytes * self._operations_per_byte / 4
+        return tokens * linear_share * self._product_share
+
+    @property
+    def expert_pass_tokens(self) -> float:
+        """As `pass_tokens`, of the experts: a third of it more where a layer recomputes."""
+        bytes_of_token = 4 * self.spec.active / self._operations_per_byte
+        return self.expert_pass_bytes * self._product_share / bytes_of_token
+
+    @property
+    def expert_pass_bytes(self) -> float:
+        """Bytes of this rank's experts that one forward and backward reads and makes dense.
+
+        All experts: those of few tokens are read as those of many.
+        """
+        experts = self.spec.layer_matrices - self.spec.linear_matrices
+        return experts * self.scheme.traffic_bytes / (self.mesh.tensor * self.mesh.experts)
+
+    @property
+    def expert_traffic(self) -> float:
+        """Bytes of a token that the kernels around the products of experts move, both ways."""
+        run = self.run
+        return count_expert_traffic(self.spec, run.adapter, run.model.dtype) / self.mesh.tensor
+
+    @property
+    def _product_share(self) -> float:
+        """The share of products in the time of a token; the rest is `expert_traffic`."""
+        products = 4 * self.spec.active
+        return products / (products + self.expert_traffic * self._operations_per_byte)
+
+    @property
+    def _operations_per_byte(self) -> int:
         scheme = self.scheme
-        operations = OPERATIONS_PER_BYTE[self.machine.integrated][scheme.has_fp8_matmuls]
-        return scheme.traffic_bytes * operations / 4  # the operations of a token
+        return OPERATIONS_PER_BYTE[self.machine.integrated][scheme.has_fp8_matmuls]
 
     def tokens_of(self, size: Size, step: StepSize, longest: int) -> int:
         """The most tokens of a micro batch, padding counted.
