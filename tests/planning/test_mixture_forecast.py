@@ -1,0 +1,110 @@
+"""The forecast of a mixture of experts, by hand: products, copies of tokens, reads of all experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tunesmith.adapter import lora
+from tunesmith.config.load import from_mapping
+from tunesmith.config.schema import Adapter, Run
+from tunesmith.model.measured_spec import build_to_measure, text_config
+from tunesmith.model.shapes import SHAPES
+from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.parallel.mesh_shape import ONE
+from tunesmith.planning import resolve
+from tunesmith.planning.expert_traffic import expert_traffic
+from tunesmith.planning.forecast import Forecast, measure_work, plan_on_paper
+from tunesmith.planning.machines import read_cluster
+
+HIDDEN, WIDTH, EXPERTS, PER_TOKEN, LAYERS = 512, 256, 8, 2, 2
+TINY = {
+    "model_type": "qwen3_moe", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "vocab_size": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": EXPERTS,
+    "num_experts_per_tok": PER_TOKEN, "moe_intermediate_size": WIDTH,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "of_hidden", "of_width"),
+    [
+        # Gathers of rows 2 + 2 a pass, their weights 2 forward and 6 backward, the sums 1 + 1;
+        # of SwiGLU 5 and 13. Each sum writes a k-th of a row beside.
+        (("q_proj",), 18, 18),
+        # Of each stack 3 times its input and output, and 3 of each for the sums with the update.
+        ("all-linear", 18 + 12, 18 + 18),
+    ],
+)
+def test_bytes_around_the_products_of_experts(
+    target: str | tuple[str, ...], of_hidden: int, of_width: int
+) -> None:
+    model = build_to_measure(text_config(TINY, where="test"))
+    lora.attach_lora(model, Adapter(kind="lora", rank=4, target=target), seed=0)
+    layers = [*model.model.layers, torch.nn.Linear(2, 2, device="meta")]
+    *traffic, without_experts = expert_traffic(layers, [PER_TOKEN, PER_TOKEN, 0], torch.bfloat16)
+    elements = PER_TOKEN * (of_hidden * HIDDEN + of_width * WIDTH) + 2 * HIDDEN
+    # Besides, the numbers of rows: some 40 bytes each.
+    assert traffic == [pytest.approx(2 * elements, rel=0.01)] * LAYERS
+    assert without_experts == 0
+
+
+def mixture() -> ModelSpec:
+    """Llama 3.1 8B with 64 experts of 1,024 channels beside its MLP, 4 of them for each token."""
+    spec = read_spec(SHAPES["llama3-8b"].config, where="test")
+    of_expert = 3 * 4096 * 1024
+    layers = tuple(
+        replace(
+            layer,
+            experts=64 * of_expert,
+            expert_count=64,
+            experts_per_token=4,
+            active=layer.matmul + 4 * of_expert,
+        )
+        for layer in spec.layers
+    )
+    return replace(spec, layers=layers, parameters=spec.parameters + 32 * 64 * of_expert)
+
+
+def forecast(recompute: str, tokens: int) -> Forecast:
+    train = {"global_batch": f"{tokens} tokens", "micro_batch": f"{tokens} tokens"}
+    run: Run = from_mapping(
+        {
+            "model": {"name": "m"},
+            "data": {"train": {"source": "rows.jsonl"}},
+            "train": {**train, "recompute": recompute},
+            "output_dir": "out",
+        },
+        where="test",
+        base=Path.cwd(),
+    )
+    spec = mixture()
+    work = measure_work(run, spec, None)
+    return plan_on_paper(run, spec, read_cluster("dgx-spark"), work).forecast(ONE)
+
+
+def test_a_step_of_a_mixture_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve, "count_expert_traffic", lambda *_: 10e6)
+    tokens = 8192
+    kept, again = forecast("none", tokens), forecast("full", tokens)
+    active = 32 * 4 * 3 * 4096 * 1024
+    # 512 rows an expert, and half a tile more; products alone reach 700 where steps reach 551.
+    rate = 55e12 * 1.27
+    assert kept.seconds["experts"] == pytest.approx(4 * active * tokens / rate * (1 + 64 / 512))
+    assert kept.seconds["copies for experts"] == pytest.approx(tokens * 10e6 / 226e9)
+    products = kept.seconds["products"] + kept.seconds["attention"]
+    dense = mixture().active - active + mixture().head_matmul
+    assert products * 55e12 / tokens > 4 * dense
+    # All 64 experts are read in the forward, in the backward, and where layers recompute once more.
+    once = 2 * 16 * active / 226e9
+    passes = kept.seconds["fixed cost of passes"]
+    assert again.seconds["fixed cost of passes"] - passes == pytest.approx(once)
+    assert 2 * once < passes < 3 * once
+
+
+def test_a_mixture_may_have_larger_micro_batches() -> None:
+    dense = read_spec(SHAPES["llama3-8b"].config, where="test")
+    assert resolve.most_tokens(mixture(), "cuda:0") > resolve.most_tokens(dense, "cuda:0")
+    assert resolve.most_tokens(mixture(), "cpu") == resolve.most_tokens(dense, "cpu")
