@@ -154,10 +154,14 @@ def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mixture(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random mixture of 8 experts a layer, with the tokenizer of `tiny`."""
+    return write_mixture(tmp_path_factory.mktemp("mixture"), tiny)
+
+
+def write_mixture(folder: Path, tiny: Path) -> Path:
+    """A random mixture of 8 experts a layer, with the tokenizer of the model in `tiny`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
-    folder = tmp_path_factory.mktemp("mixture")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.save_pretrained(folder)
     config = Qwen3MoeConfig(

@@ -12,7 +12,7 @@ CHECKPOINT_EVERY of them. The kill comes once the run is a step past its first c
 Losses and gradient norms of all steps and the bytes of the final adapter are compared bit for bit.
 Exit status 1: they differ. A shape is a model of that width with random weights and `--layers`
 layers, written to disk first; a family is a tiny random one of the tests (`vision_models.FAMILIES`,
-whose text model is trained, or llama).
+whose text model is trained, llama, or qwen3_moe).
 
 With `--kills N` the run is LONG_STEPS steps long with a checkpoint every LONG_CHECKPOINT_EVERY, and
 is killed N times at random moments, between its first step and its end: up to KILLS_A_RUN times
@@ -310,11 +310,13 @@ def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
     """
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     import vision_models
-    from conftest import write_tiny_llama
+    from conftest import write_mixture, write_tiny_llama
     from recipes import recipe
 
     model = write_tiny_llama(folder / "tiny")
-    if options.family != "llama":
+    if options.family == "qwen3_moe":
+        model = write_mixture(folder / "model", model)
+    elif options.family != "llama":
         # The last of four layers of Llama 4 attends to the whole document.
         text = {"num_hidden_layers": 4, "floor_scale": 4} if options.family == "llama4" else {}
         model = vision_models.build(options.family, folder / "model", model, **text)

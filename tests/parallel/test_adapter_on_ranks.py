@@ -32,11 +32,14 @@ pytestmark = pytest.mark.slow
 
 # Embedding and head are tied: the trained embedding is a tensor of its own, cut by the vocabulary.
 ADAPTER = {"adapter": {"rank": 4, "modules_to_save": ["embed_tokens", "norm"]}}
+EXPERTS = {"adapter": {"rank": 4, "target": ["experts", "q_proj"]}}
 MESHES = [{"tensor": 4}, {"shard": 2, "tensor": 2}, {"replicate": 2, "tensor": 2}, {"shard": 4}]
 
 
-def built(model: Path, folder: Path, mesh: dict[str, int], ranks: Ranks) -> Any:
-    run = make_run(model, folder, held=False, parallel=mesh, **ADAPTER)
+def built(
+    model: Path, folder: Path, mesh: dict[str, int], ranks: Ranks, adapter: dict[str, Any] = ADAPTER
+) -> Any:
+    run = make_run(model, folder, held=False, parallel=mesh, **adapter)
     files = read_model_files(model, run.model)
     shape = possible_shapes(run.parallel, ranks.world)[0]
     root, _ = build_model(
@@ -50,7 +53,11 @@ def drawn(name: str, like: Tensor) -> Tensor:
 
 
 def write_all(
-    model: Path, folder: Path, meshes: list[dict[str, int]], places: list[Path]
+    model: Path,
+    folder: Path,
+    meshes: list[dict[str, int]],
+    places: list[Path],
+    adapter: dict[str, Any] = ADAPTER,
 ) -> list[int]:
     """A checkpoint and final/ of each mesh, with values drawn by name; the bytes of adapter and
     moments that this rank then has for itself beside its own parts.
@@ -60,7 +67,7 @@ def write_all(
     with join_ranks() as ranks:
         DTensor.full_tensor = None  # nothing is gathered on every rank
         for mesh, place in zip(meshes, places, strict=True):
-            run, root = built(model, folder, mesh, ranks)
+            run, root = built(model, folder, mesh, ranks, adapter)
             optimizer = make_optimizer(run, root, Start(), ranks)
             for name, part in optimizer.parts.items():
                 copy_whole(part.param.data, drawn(name, part.param))
@@ -110,6 +117,24 @@ def test_an_adapter_is_written_as_by_one_process_and_whole_on_rank_0_alone(tiny,
     assert all(value.abs().max() > 0 for value in values.values())
     assert all(size > 0 for size in first[:3])
     assert others == [[0] * len(MESHES)] * 3
+
+
+EXPERT_MESHES = [{"replicate": 4, "experts": 4}, {"replicate": 2, "shard": 2, "experts": 2}]
+
+
+def test_experts_over_ranks_are_written_as_by_one_process(mixture, tmp_path):
+    """B of a rank's experts is no run of columns of the file."""
+    places = [tmp_path / str(index) for index in range(len(EXPERT_MESHES) + 1)]
+    for place in places:
+        (place / "final").mkdir(parents=True)
+    run_ranks(1, write_all, mixture, tmp_path, [{}], places[-1:], EXPERTS)
+    run_ranks(4, write_all, mixture, tmp_path, EXPERT_MESHES, places[:-1], EXPERTS)
+    alone = saved_files(places[-1])
+    for mesh, place in zip(EXPERT_MESHES, places, strict=False):
+        assert saved_files(place) == alone, mesh
+    values = load_file(places[-1] / peft_files.WEIGHTS)
+    shapes = {tuple(value.shape) for value in values.values()}
+    assert (64, 4 * 8) in shapes  # [out, rank * experts]
 
 
 def loaded(model: Path, folder: Path, adapter: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ weights, in logits and in every gradient.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.expert_lora import expert_updates
+from tunesmith.adapter.expert_lora import ExpertsLora, expert_updates
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.model.twin import VOCAB, build_twin
@@ -107,6 +108,69 @@ def test_experts_equal_transformers_over_folded_weights(model_type: str) -> None
     assert max(found.values()) < FP64[model_type], found
     found = errors(model_type, torch.float32)
     assert max(found.values()) < FP32.get(model_type, 2e-6), found
+
+
+def part_of(module: nn.Module, own: range) -> nn.Module:
+    """A layer's experts as a rank has them that divides them with others; gradients go to all."""
+    count = module.num_experts
+    part = copy.copy(module)
+    part._parameters = {}
+    for key, parameter in module.named_parameters(recurse=False):
+        setattr(part, key, nn.Parameter(parameter[own.start : own.stop], requires_grad=False))
+    part._modules = dict(module._modules)
+    for name, child in module.named_children():
+        if isinstance(child, ExpertsLora):
+            update = part._modules[name] = copy.copy(child)
+            update._parameters = {}
+            rows = child.lora_A.unflatten(0, (count, -1))[own.start : own.stop]
+            update.lora_A = rows.flatten(0, 1)
+            update.lora_B = child.lora_B[..., own.start : own.stop]
+    return part
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_parts_of_the_experts_add_up_to_all(
+    model_type: str, is_grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ranks compute them: on a CPU with the rows of own experts, on a GPU with those of all."""
+    model = twin(model_type, torch.float32)
+    lora.attach_lora(model, Adapter(rank=4, alpha=8, target=("experts",)), seed=0)
+    draw(model, torch.float32)
+    if is_grouped:
+        monkeypatch.setattr(expert_matmul, "uses_grouped_mm", lambda device, dtype: True)
+        # What a kernel leaves of rows that belong to no expert.
+        grouped_mm = expert_matmul.F.grouped_mm
+
+        def leaving_rows(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+            if weights.ndim == 2:
+                return grouped_mm(x[:, : offs[-1]], weights[: offs[-1]], offs=offs)
+            y = grouped_mm(x[: offs[-1]], weights, offs=offs)
+            return torch.cat([y, y.new_full((len(x) - len(y), y.shape[1]), float("nan"))])
+
+        monkeypatch.setattr(expert_matmul.F, "grouped_mm", leaving_rows)
+    [module, *_] = experts.expert_modules(model).values()
+    count = module.num_experts
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(11, model.config.hidden_size, generator=generator, requires_grad=True)
+    # None goes to the last expert, and the padding of other ranks to none at all.
+    index = torch.stack([torch.randperm(count - 1, generator=generator)[:2] for _ in range(11)])
+    index[-1] = count
+    weights = torch.rand(11, 2, generator=generator, requires_grad=True)
+    update = next(m for m in module.children() if isinstance(m, ExpertsLora))
+    inputs = [hidden, weights, update.lora_A, update.lora_B]
+    gradient = torch.randn(11, model.config.hidden_size, generator=generator)
+
+    def results(y: Tensor) -> list[Tensor]:
+        return [y.detach(), *torch.autograd.grad((y[:-1] * gradient[:-1]).sum(), inputs)]
+
+    real = slice(0, 10)
+    whole = experts._compute(module, hidden[real], index[real], weights[real], range(count))
+    expected = results(torch.cat([whole, torch.zeros_like(gradient[-1:])]))
+    halves = [range(0, count // 2), range(count // 2, count - 1), range(count - 1, count)]
+    parts = [experts._compute(part_of(module, h), hidden, index, weights, h) for h in halves]
+    for one, other in zip(results(sum(parts)), expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 # What a faulty change would do: each must show in the comparison above.

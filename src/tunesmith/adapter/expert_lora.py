@@ -4,8 +4,8 @@
 
 The parameters have the order of PEFT's files (`target_parameters`), so that a checkpoint is written
 and read as it is: A [experts * rank, in], one expert after the other, and B [out, rank, experts],
-which a file has as [out, rank * experts]. So the experts of a rank are a part along one dimension of
-each.
+which a file has as [out, rank * experts]. So the experts of a rank are a part of each along one
+dimension.
 """
 
 from collections.abc import Iterator, Sequence

@@ -223,7 +223,7 @@ def write_adapter(
 
 
 def _file_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter in PEFT's file: B of experts, [out, rank, experts], is flat there."""
+    """The shape of a parameter in PEFT's file: B of experts, [out, rank, experts], is flat."""
     if name.endswith(".lora_B.weight") and tensor.ndim == 3:
         return tensor.shape[0], tensor.shape[1] * tensor.shape[2]
     return tuple(tensor.shape)

@@ -1,10 +1,13 @@
 """Experts over ranks: each rank of an expert group keeps some experts of every layer, with their
 adapter and its moments; see `quant/expert_ranks.py` for how they compute.
 
-The gradients of a rank's experts are those of all tokens of its group: nothing is left to reduce but
-the copies of a group. Stacks and factors are DTensors on the mesh of the group, so that loading,
-clipping and checkpoints know their whole shapes.
+The gradients of a rank's experts are those of all tokens of its group: they are summed over the
+copies of the group alone. Stacks and factors are DTensors on the mesh of the group, so that
+loading, clipping and checkpoints know their whole shapes.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +57,13 @@ def divided_parameters(root: TrainModel) -> set[nn.Parameter]:
     """What `divide_experts` has left of all experts, trained or not; FSDP2 leaves it alone."""
     if root.expert_ranks is None:
         return set()
-    parameters = set()
+    parameters: set[nn.Parameter] = set()
     for module in expert_modules(root.model).values():
         parameters |= {p for p in module.parameters() if isinstance(p, DTensor)}
     return parameters
 
 
-def _check_modules(modules: dict[str, nn.Module], size: int) -> None:
+def _check_modules(modules: Mapping[str, Any], size: int) -> None:
     """RecipeError for what the modules themselves show, after the checks by the spec."""
     if not modules:
         raise RecipeError(

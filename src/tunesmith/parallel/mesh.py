@@ -247,8 +247,7 @@ def _check_experts_of(run: Run, spec: ModelSpec, shape: MeshShape) -> None:
     for count in sorted(counts):
         check_experts(count, shape.experts)
     saves_experts = any(
-        name.endswith("experts") or "experts".endswith(name)
-        for name in run.adapter.modules_to_save
+        name.endswith("experts") or "experts".endswith(name) for name in run.adapter.modules_to_save
     )
     if run.adapter.kind == "none" or saves_experts:
         raise RecipeError(

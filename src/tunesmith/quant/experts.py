@@ -211,7 +211,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (places,) = ctx.saved_tensors
-        dx = _sum_of_copies(grads[0], places, ctx.per_token, ctx.is_part)
+        dx = _sum_of_copies(_with_zeros(grads[0], ctx.is_part), places, ctx.per_token)
         return dx, None, None, None, None
 
 
@@ -224,7 +224,7 @@ class _Gather(torch.autograd.Function):
     ) -> Tensor:
         ctx.per_token = per_token
         ctx.save_for_backward(order)
-        return _sum_of_copies(x, places, per_token, is_part)
+        return _sum_of_copies(_with_zeros(x, is_part), places, per_token)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -232,7 +232,10 @@ class _Gather(torch.autograd.Function):
         return grads[0][order // ctx.per_token], None, None, None, None
 
 
-def _sum_of_copies(x: Tensor, places: Tensor, per_token: int, is_part: bool) -> Tensor:
-    if is_part:
-        x = F.pad(x, (0, 0, 0, 1))  # the row of those without one
+def _with_zeros(x: Tensor, is_part: bool) -> Tensor:
+    """With a row for the copies that have none, where `is_part`."""
+    return F.pad(x, (0, 0, 0, 1)) if is_part else x
+
+
+def _sum_of_copies(x: Tensor, places: Tensor, per_token: int) -> Tensor:
     return x[places].unflatten(0, (-1, per_token)).sum(1)
