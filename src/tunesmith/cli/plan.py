@@ -257,6 +257,9 @@ def _details(
             f"shards: gathers hide in micro batches of {best.hides_from:,} tokens, "
             "and hold up smaller ones"
         )
+    experts = planner.describe_experts(best)
+    if experts:
+        lines.append(experts)
     warning = planner.warn_of_exposed_gathers(best)
     if warning:
         lines.append(warning)

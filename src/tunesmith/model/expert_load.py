@@ -5,7 +5,7 @@ are read with the other numbers of the step. A layer that is computed again in t
 twice, all its experts alike.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -81,7 +81,7 @@ def _choice(values: tuple[Any, ...]) -> Tensor | None:
     return None
 
 
-def load_metrics(counts: list[Tensor]) -> dict[str, Tensor]:
+def load_metrics(counts: Sequence[Tensor]) -> dict[str, Tensor]:
     """The numbers of a step's record, of the counts of all layers.
 
     LOAD_MAX: the largest share of a layer's work that one expert has, 1 / experts where all have

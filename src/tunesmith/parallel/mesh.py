@@ -294,6 +294,14 @@ def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
     if is_cut and is_dense:
         return
     ranks = shape.shard * shape.tensor
+    if any(layer.expert_count for layer in spec.layers):
+        raise RecipeError(
+            f"a layer of {spec.model_type} cannot be cut over {shape.tensor} ranks",
+            where="parallel.tensor",
+            why="it is a mixture: neither its attention nor its experts are cut, but ranks can "
+            "divide whole experts under LoRA, and any layer by shards",
+            fix=f"parallel.tensor=1 parallel.experts={ranks}, or parallel.shard={ranks}",
+        )
     raise RecipeError(
         f"a layer of {spec.model_type} cannot be cut over {shape.tensor} ranks",
         where="parallel.tensor",

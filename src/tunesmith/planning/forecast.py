@@ -301,7 +301,27 @@ class Planner:
         if best.step_seconds:
             reason = "the fastest by the forecast"
         reason = f"{reason}, of {len(self.meshes())} that the ranks can make"
+        if best.plan.mesh.experts > 1:
+            reason += f"; {self.describe_experts(best)}"
         return replace(plan, why={**plan.why, "mesh": reason})
+
+    def describe_experts(self, forecast: Forecast) -> str:
+        """What a pass over a layer of experts moves, as rows and as shards; "" where ranks could
+        not divide them.
+        """
+        spec = self.spec
+        mesh = forecast.plan.mesh
+        stacks = max((layer.experts for layer in spec.layers if layer.expert_count), default=0)
+        if not stacks or mesh.data == 1 or not self.trains_adapter:
+            return ""
+        ranks = mesh.experts if mesh.experts > 1 else mesh.data
+        itemsize = DTYPES[self.run.model.dtype].itemsize
+        # All ranks' hidden states are gathered, and the sums for them scattered.
+        rows = 2 * ranks * forecast.plan.memory.tokens * spec.hidden * itemsize
+        return (
+            f"a pass over a layer of experts moves {rows / 1e9:.2f} GB of rows where {ranks} ranks "
+            f"divide them, and gathers {stacks * itemsize / 1e9:.2f} GB where they are shards"
+        )
 
     def warn_of_exposed_gathers(self, forecast: Forecast) -> str | None:
         """A warning where a rank's share of a step is too short to hide the gathers of shards.

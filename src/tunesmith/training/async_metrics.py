@@ -6,7 +6,7 @@ a step.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -73,10 +73,12 @@ class AsyncMetrics:
         self.step_began = now
         return seconds
 
-    def reduce(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> StepScalars:
+    def reduce(
+        self, loss: Tensor, metrics: Mapping[str, Tensor], expert_counts: Sequence[Tensor]
+    ) -> StepScalars:
         """The numbers of a step, summed over the ranks; with them the ranks agree on a stop, on a
         checkpoint that could not be written, and on the seconds by rank 0's clock."""
-        scalars = StepScalars(loss, metrics)
+        scalars = StepScalars(loss, metrics, expert_counts)
         if self.session.ranks.world == 1:
             return scalars
         # Here and not in `flush`: the seconds travel in the reduction.

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start
 from tunesmith.data.loader import GlobalBatch
@@ -193,25 +191,14 @@ class Trainer:
         self.gradient_sum.finish(gradients)
         reduce_gradients(gradients, model.partial_gradients, mesh)
         means = {name: value / denominator for name, value in metrics.items()}
-        scalars = self.metrics.reduce(loss / denominator, means)
-        scalars.add(self.expert_metrics())
+        counts = model.expert_load.take(self.session.device)
+        scalars = self.metrics.reduce(loss / denominator, means, counts)
+        if counts:
+            scalars.add(load_metrics(scalars.expert_counts))
         # Clips by the norm, which it returns, updates the weights and drops the gradients.
         grad_norm = optimizer.step()
         scalars.copy_to_host(grad_norm)
         return StepOutput(batch.step + 1, batch, lr, scalars)
-
-    def expert_metrics(self) -> dict[str, Tensor]:
-        """How the tokens of a step, on all ranks, spread over experts; empty for a model without
-        any. A collective call.
-        """
-        counts = self.session.model.expert_load.take(self.session.device)
-        if not counts:
-            return {}
-        if self.ranks.world > 1:
-            total = torch.cat(counts)
-            dist.all_reduce(total)
-            counts = list(total.split([len(layer) for layer in counts]))
-        return load_metrics(counts)
 
     def report_phase(self) -> None:
         """Tell the heartbeat that a step begins, and how long it may take."""
