@@ -17,7 +17,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.twin import build_twin
 
 # Stacks [experts, out, in] and [experts, in, out], with biases, and without a gate.
-FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "granitemoe")
+FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "granitemoe", "llama4_text")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -28,10 +28,11 @@ OPTIONS: dict[str, dict] = {
     "gemma4_text": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2,
                     "moe_intermediate_size": 24},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 12, "num_hidden_layers": 24},
+    "llama4_text": {"num_experts_per_tok": 2},
 }  # fmt: skip
 FAMILIES = (
     "qwen3_moe mixtral gpt_oss qwen3_5_moe_text gemma4_text deepseek_v3 glm4_moe glm4_moe_lite"
-    " granitemoe granitemoehybrid olmoe lfm2_moe qwen2_moe nemotron_h"
+    " granitemoe granitemoehybrid olmoe lfm2_moe qwen2_moe nemotron_h llama4_text"
 ).split()
 # Parts of Nemotron-H's other layers compute in fp32 in a model of fp64.
 FP64 = dict.fromkeys(FAMILIES, 1e-12) | {"nemotron_h": 1e-6}
@@ -221,6 +222,43 @@ def test_one_kernel_for_all_experts_equals_one_after_the_other(
         assert error(one.float(), other.float()) < tolerance
 
 
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_llama4_computes_the_chosen_experts_alone(
+    per_token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers multiplies all of them, most by zeros."""
+    config = AutoConfig.for_model("llama4_text", num_experts_per_tok=per_token)
+    model = build_twin(config)
+    expected, _ = compute(model, {})
+    product = experts.expert_matmul
+    rows = []
+
+    def watched(x: Tensor, *args: object) -> Tensor:
+        rows.append(len(x))
+        return product(x, *args)
+
+    monkeypatch.setattr(experts, "expert_matmul", watched)
+    lora.attach_lora(model, Adapter(target=("q_proj",)), seed=0)
+    logits, _ = compute(model, {})
+    assert error(logits, expected) < 2e-6
+    assert set(rows) == {18 * per_token}
+    assert len(rows) == 2 * len(experts.expert_modules(model))
+
+
+def test_llama4_experts_may_train_in_full_beside_an_adapter() -> None:
+    """Their gradients are those of Transformers."""
+    model = twin("llama4_text", torch.float32)
+    reference = twin("llama4_text", torch.float32)
+    adapter = Adapter(rank=2, target=("q_proj",), modules_to_save=("experts", "router"))
+    lora.attach_lora(model, adapter, seed=0)
+    compute(model, {})
+    compute(reference, {})
+    for name in ("experts.gate_up_proj", "experts.down_proj", "router.weight"):
+        name = f"model.layers.0.feed_forward.{name}"
+        gradient = model.get_parameter(name).grad
+        assert error(gradient, reference.get_parameter(name).grad) < 2e-6, name
+
+
 def test_two_passes_have_the_same_bits() -> None:
     first = gradients_of(torch.bfloat16)
     second = gradients_of(torch.bfloat16)
@@ -249,6 +287,29 @@ def test_what_cannot_be_trained_is_refused(adapter: Adapter, what: str) -> None:
         lora.attach_lora(twin("qwen3_moe", torch.float32), adapter, seed=0)
 
 
+DBRX = {"attn_config": {"kv_n_heads": 8, "rope_theta": 5e5, "clip_qkv": 8}}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "target"),
+    [
+        ("dbrx", DBRX, "experts"),
+        ("dbrx", DBRX, "w1"),
+        ("longcat_flash", {}, "experts"),
+        ("longcat_flash", {}, "experts.gate_up_proj"),
+    ],
+)
+def test_experts_without_the_interface_are_refused_by_name(
+    model_type: str, options: dict, target: str
+) -> None:
+    model = build_twin(AutoConfig.for_model(model_type, **options))
+    what = f"'{target}' of a {type(model).__name__} takes no adapter"
+    with pytest.raises(RecipeError, match=what):
+        lora.attach_lora(model, Adapter(target=(target,)), seed=0)
+    lora.attach_lora(model, Adapter(), seed=0)
+    assert "which are no linear layers" in lora.describe_left_out(model)
+
+
 def test_names_of_targets() -> None:
     model = twin("deepseek_v3", torch.float32)
 
@@ -264,7 +325,7 @@ def test_names_of_targets() -> None:
     assert "model.layers.1.mlp.shared_experts.down_proj" in everything
 
 
-@pytest.mark.parametrize("model_type", ["gemma4_text", "granitemoe"])
+@pytest.mark.parametrize("model_type", ["gemma4_text", "granitemoe", "llama4_text"])
 def test_a_router_that_is_a_linear_layer_stays_frozen(model_type: str) -> None:
     model = twin(model_type, torch.float32)
     names = lora.attach_lora(model, Adapter(), seed=0)

@@ -18,6 +18,7 @@ from tunesmith.config.schema import Adapter
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
 from tunesmith.quant.experts import UPDATE, expert_modules, stack_names, stack_of
+from tunesmith.quant.llama4_experts import Llama4Experts
 
 EXPERTS = "experts"  # a target that means both stacks of every layer
 
@@ -28,21 +29,27 @@ class ExpertsLora(LowRank):
     Attributes:
         lora_A: fp32 [experts * rank, in]; lora_B: fp32 [out, rank, experts].
         shape: (experts, in_features, out_features) of the whole stack.
-        is_transposed: the stack is stored as [experts, in, out], not [experts, out, in].
+        is_swapped: PEFT takes the stack's inputs for its outputs: A has `out`, and B has `in`.
+        is_transposed: the product B A of an expert is the transpose of what the stack stores.
     """
 
     def __init__(self, module: nn.Module, name: str, adapter: Adapter) -> None:
         super().__init__()
         self.shape = stack_of(module, name).shape
-        self.is_transposed = bool(module.is_transposed)
+        self.is_swapped = isinstance(module, Llama4Experts)
+        self.is_transposed = bool(module.is_transposed) and not self.is_swapped
         self.add_lora(adapter, getattr(module, name).device)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         experts, in_features, out_features = self.shape
+        if self.is_swapped:
+            in_features, out_features = out_features, in_features
         return (experts * rank, in_features), (out_features, rank, experts)
 
     def by_expert(self) -> tuple[Tensor, Tensor]:
-        """A [experts, rank, in] and B [experts, out, rank] of this rank's experts, views."""
+        """A [experts, rank, in] and B [experts, out, rank] of this rank's experts, views; of
+        swapped ones in and out are exchanged.
+        """
         lora_B = local_part(self.lora_B).permute(2, 0, 1)
         return local_part(self.lora_A).unflatten(0, (len(lora_B), -1)), lora_B
 
@@ -51,6 +58,8 @@ class ExpertsLora(LowRank):
         if not self.enabled:
             return None, None
         lora_A, lora_B = self.by_expert()
+        if self.is_swapped:
+            lora_A, lora_B = lora_B.mT.contiguous(), lora_A.mT
         return lora_A.to(dtype), (lora_B * self.scaling).to(dtype).contiguous()
 
     def update(self) -> Tensor:

@@ -42,6 +42,7 @@ from tunesmith.quant.frozen_linear import (
 )
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import DenseWeight, FrozenWeight
+from tunesmith.quant.llama4_experts import choose_top_k
 from tunesmith.quant.nf4 import Nf4Linear
 
 ALL_LINEAR = "all-linear"
@@ -148,6 +149,7 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     """
     # Frozen first: A and B are made afterwards, and stay trainable.
     model.requires_grad_(False)
+    choose_top_k(model)
     names = target_names(model, adapter)
     if not names and not adapter.modules_to_save:
         raise RecipeError(
@@ -251,6 +253,7 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     endings = {target: f".{target}" for target in targets}
     _check_bypassed(model, endings)
     _check_routers(endings, all_names, routers)
+    _check_other_experts(model, endings, all_names)
     described = "linear layer or experts named" if experts else "linear layer named"
     names = _match(endings, all_names, "adapter.target", described)
     in_both = set(names).intersection(to_save)
@@ -278,6 +281,25 @@ def _check_routers(
                 why="it chooses the experts of each token, and a small change sends tokens to "
                 "experts that were not trained on them",
                 fix=f"take it out, or use {ALL_LINEAR}; adapter.modules_to_save trains it in full",
+            )
+
+
+def _check_other_experts(
+    model: nn.Module, endings: Mapping[str, str], all_names: Sequence[str]
+) -> None:
+    """RecipeError for a target that means experts which take no adapter."""
+    parts = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    in_experts = [name for name in parts if "expert" in name]
+    for wanted, ending in endings.items():
+        if any(name == wanted or name.endswith(ending) for name in all_names):
+            continue
+        if any(name == wanted or name.endswith(ending) for name in in_experts):
+            raise RecipeError(
+                f"{wanted!r} of a {type(model).__name__} takes no adapter",
+                where="adapter.target",
+                why="Transformers computes these experts by code of their own, and not through "
+                "its experts interface",
+                fix=f"take it out, or use {ALL_LINEAR}, which adapts the layers beside them",
             )
 
 

@@ -29,6 +29,7 @@ from tunesmith.export.tuned_weights import (
 from tunesmith.model.decoder import find_layers
 from tunesmith.quant.experts import UPDATE, use_grouped_experts
 from tunesmith.quant.frozen_linear import is_plain_linear
+from tunesmith.quant.llama4_experts import choose_top_k
 
 # The values of a weight: before training; those that an adapter is computed beside; those with the
 # adapter added to them.
@@ -120,6 +121,7 @@ def streamed_logits(
 
 def _attach_to_experts(model: PreTrainedModel, tuned: TunedModel) -> dict[str, TunedWeight]:
     """Put the adapter of the experts on a model; returns its weights by their names there."""
+    choose_top_k(model)
     weights = {}
     for name, weight in tuned.weights.items():
         update = weight.update

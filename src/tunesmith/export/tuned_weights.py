@@ -194,7 +194,8 @@ class ExpertsUpdate:
 
     Attributes:
         lora_A, lora_B: as `ExpertsLora` has them, not yet read.
-        experts: of the stack; is_transposed: how it is stored.
+        experts: of the stack.
+        is_transposed: as `ExpertsLora` has it.
     """
 
     lora_A: StoredTensor

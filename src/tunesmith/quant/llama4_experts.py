@@ -1,0 +1,84 @@
+"""Llama 4's experts, computed for the tokens that chose them.
+
+Transformers multiplies every token with every expert there, those that it did not choose by zeros.
+A routing weight scales the input of its expert, where other models scale the output:
+
+    y = shared(x) + sum over a token's k experts of  expert(sigmoid(score) x)
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tunesmith.quant.experts import experts_forward
+
+# The class that a `Llama4Moe` stands in for. By name: its module is slow to import.
+REPLACED = "Llama4TextMoe"
+
+
+class Llama4Experts(nn.Module):
+    """All experts of a layer, with the parameters of Transformers' `Llama4TextExperts`.
+
+    Attributes:
+        gate_up_proj: [experts, hidden, 2 * width], gate before up; down_proj: [experts, width,
+            hidden].
+    """
+
+    # What Transformers' interface sets on the experts of other models.
+    has_gate = True
+    has_bias = False
+    has_post_expert_norm = False
+    is_transposed = True
+    is_concatenated = True
+    # Whether the experts are shared among ranks by Transformers.
+    _is_expert_parallel = False
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.num_experts: int = experts.num_experts
+        self.gate_up_proj = experts.gate_up_proj
+        self.down_proj = experts.down_proj
+        self.act_fn = experts.act_fn
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `experts_forward`, but for the place of the routing weights."""
+        # A row for each copy of a token: [n, k, hidden] -> [n * k, hidden].
+        rows = (hidden.unsqueeze(1) * top_k_weights.unsqueeze(2)).flatten(0, 1)
+        chosen = top_k_index.reshape(-1, 1)
+        y: Tensor = experts_forward(self, rows, chosen, rows.new_ones(chosen.shape))
+        return y.unflatten(0, top_k_index.shape).sum(1)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        gated: Tensor = up * self.act_fn(gate)
+        return gated
+
+
+class Llama4Moe(nn.Module):
+    """A router, its experts and the shared expert: in the place of a `Llama4TextMoe`, whose
+    parameters it has under the same names.
+    """
+
+    def __init__(self, moe: Any) -> None:
+        super().__init__()
+        self.top_k: int = moe.top_k
+        self.hidden_dim: int = moe.hidden_dim
+        self.experts = Llama4Experts(moe.experts)
+        self.router = moe.router
+        self.shared_expert = moe.shared_expert
+        self.train(moe.training)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states: [..., hidden]; returns [n, hidden] and the router's logits [n, experts]"""
+        x = hidden_states.reshape(-1, self.hidden_dim)
+        all_weights, logits = self.router(x)
+        chosen = logits.topk(self.top_k, dim=1).indices
+        weights = all_weights.gather(1, chosen)
+        return self.shared_expert(x) + self.experts(x, chosen, weights), logits
+
+
+def choose_top_k(model: nn.Module) -> None:
+    """Let each layer of a Llama 4 compute the chosen experts alone, in place."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == REPLACED:
+            model.set_submodule(name, Llama4Moe(module))
