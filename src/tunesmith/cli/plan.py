@@ -176,7 +176,8 @@ def _report(
 
     meshes = []
     for forecast in forecasts:
-        plan = vars(forecast.plan) | {"mesh": forecast.plan.mesh._asdict(), "savings": None}
+        mesh = planner.sizes(forecast.plan.mesh)
+        plan = vars(forecast.plan) | {"mesh": mesh, "savings": None}
         meshes.append(vars(forecast) | {"plan": plan})
     size, _ = checkpoint_bytes(planner.run, planner.trained, base)
     report = {

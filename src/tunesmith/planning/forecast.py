@@ -413,7 +413,7 @@ class Planner:
     def forecast(self, mesh: MeshShape, size: Size | None = None) -> Forecast:
         """Memory and time of a mesh, with the recipe's micro batch or one of `size`."""
         run = self.run
-        keys = " ".join(f"parallel.{name}={ranks}" for name, ranks in self._sizes(mesh).items())
+        keys = " ".join(f"parallel.{name}={ranks}" for name, ranks in self.sizes(mesh).items())
         if size:
             run = replace(run, train=replace(run.train, micro_batch=size))
             keys += f" train.micro_batch='{size}'"
@@ -469,7 +469,7 @@ class Planner:
             keys=keys,
         )
 
-    def _sizes(self, mesh: MeshShape) -> dict[str, int]:
+    def sizes(self, mesh: MeshShape) -> dict[str, int]:
         """The keys of `parallel` that make a mesh; `experts` is one of a mixture's."""
         sizes = mesh._asdict()
         if not any(layer.expert_count for layer in self.spec.layers):
@@ -604,8 +604,9 @@ class Planner:
             "tensor parallel": self._transfer_seconds(collectives.tensor_parallel),
             "shards": micro_batches * exposed,
             "gradients": exposed_sum + self._transfer_seconds(collectives.expert_gradients),
-            "experts over ranks": self._transfer_seconds(collectives.expert_rows),
         }
+        if plan.mesh.experts > 1:
+            communication["rows of experts"] = self._transfer_seconds(collectives.expert_rows)
         of_micro_batch = beside_forward + beside_backward + gather_first + reduce_last
         # So many times longer the passes must be, and so the micro batch.
         hiding_passes = max(beside_forward / forward, beside_backward / backward)
@@ -660,19 +661,22 @@ class Planner:
         # A layer that recomputes reads its experts a third time.
         reads = 1 + plan.recomputed_layers / self.spec.depth / 2
         passes += reads * estimator.expert_pass_bytes / self._memory_bandwidth
-        return {
+        parts = {
             "products": tokens * time.products,
             "attention": tokens * time.attention,
-            "experts": tokens * time.experts,
-            "copies for experts": tokens * time.expert_copies,
             "recompute": tokens * token_seconds * self._recompute_share(plan),
             "fixed cost of passes": micro_batches * passes,
             "update": UPDATE_BYTES * estimator.trained_here / self._memory_bandwidth,
             "shard copies": self._copied_bytes(collectives) / self._memory_bandwidth,
-            "rows of other ranks' experts": tokens
-            * estimator.passed_bytes(DTYPES[self.run.model.dtype].itemsize)
-            / self._memory_bandwidth,
         }
+        if self.work.experts:
+            parts["experts"] = tokens * time.experts
+            parts["copies for experts"] = tokens * time.expert_copies
+        if plan.mesh.experts > 1:
+            itemsize = DTYPES[self.run.model.dtype].itemsize
+            passed_bytes = tokens * estimator.passed_bytes(itemsize)
+            parts["rows of other ranks"] = passed_bytes / self._memory_bandwidth
+        return parts
 
     @property
     def _memory_bandwidth(self) -> float:
