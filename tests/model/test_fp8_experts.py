@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from recipes import built_model, make_run
-from shipped_bases import write_fp8, write_qwen3_moe
+from shipped_bases import change_config, fp8_config, write_fp8, write_qwen3_moe
 from tunesmith.errors import ModelError
 from tunesmith.hub.model_files import read_model_files
+from tunesmith.quant.shipped_experts import ShippedExperts
 
 BLOCK = (16, 24)
 
@@ -23,8 +24,7 @@ def test_each_is_read_dense_into_its_place(tiny: Path, tmp_path: Path) -> None:
     prefix = "model.layers.0.mlp.experts"
     up = stored[f"{prefix}.3.up_proj.weight"]
     assert up.dtype == torch.float8_e4m3fn
-    run = make_run(base, tmp_path, held=False)
-    assert read_model_files(base, run.model).model.quantize == "none"
+    run = make_run(base, tmp_path, held=False, model={"quantize": "none"})
     model = built_model(run, base).model
     scale = stored[f"{prefix}.3.up_proj.weight_scale_inv"]
     spread = scale.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)
@@ -33,10 +33,30 @@ def test_each_is_read_dense_into_its_place(tiny: Path, tmp_path: Path) -> None:
     assert torch.equal(stack[3, up.shape[0] :], wanted)
 
 
-def test_they_are_not_kept_as_they_ship(tiny: Path, tmp_path: Path) -> None:
+def test_they_are_kept_as_they_ship_by_default(tiny: Path, tmp_path: Path) -> None:
     plain = write_qwen3_moe(tmp_path / "plain", tiny)
     base = write_fp8(plain, tmp_path / "fp8", BLOCK, keep=("mlp.gate",))
-    run = make_run(base, tmp_path, held=False, model={"quantize": "as-shipped"})
-    with pytest.raises(ModelError, match="experts of this qwen3_moe cannot be kept") as caught:
-        read_model_files(base, run.model)
-    assert "model.quantize=none" in caught.value.fix
+    run = make_run(base, tmp_path, held=False)
+    assert read_model_files(base, run.model).model.quantize == "as-shipped"
+    model = built_model(run, base).model
+    assert isinstance(model.get_submodule("model.layers.0.mlp.experts.down_proj"), ShippedExperts)
+
+
+def test_one_that_has_no_scales_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """As config.json says that all are in codes."""
+    plain = write_qwen3_moe(tmp_path / "plain", tiny)
+    base = write_fp8(plain, tmp_path / "fp8", BLOCK, keep=("mlp.gate", "experts.2.up_proj"))
+    change_config(base, quantization_config=fp8_config(BLOCK, modules_to_not_convert=["lm_head"]))
+    with pytest.raises(ModelError, match="these experts are stored without scales") as caught:
+        built_model(make_run(base, tmp_path, held=False), base)
+    assert caught.value.where.endswith("experts.2.up_proj.weight")
+
+
+def test_layers_whose_experts_are_not_converted_have_them_dense(tiny: Path, tmp_path: Path) -> None:
+    plain = write_qwen3_moe(tmp_path / "plain", tiny)
+    base = write_fp8(
+        plain, tmp_path / "fp8", BLOCK, keep=("mlp.gate", "model.layers.0.mlp.experts")
+    )
+    model = built_model(make_run(base, tmp_path, held=False), base).model
+    weight = model.get_parameter("model.layers.0.mlp.experts.down_proj")
+    assert weight.dtype == torch.float32

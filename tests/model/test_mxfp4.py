@@ -14,9 +14,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from recipes import built_model, make_run
 from shipped_bases import write_mxfp4_gpt_oss
 from tunesmith.config.load import load_recipe
-from tunesmith.errors import ModelError
+from tunesmith.errors import RecipeError
 from tunesmith.export.merge import merge
-from tunesmith.model.mxfp4 import decode_mxfp4
+from tunesmith.model.mxfp4 import decode_mxfp4, encode_mxfp4
 from tunesmith.training.run import train
 
 TWO = {"train": {"duration": "2 steps"}, "data": {"seq_len": 96}}
@@ -37,11 +37,26 @@ def test_each_code_with_each_exponent_is_that_of_transformers(dtype: torch.dtype
     assert torch.equal(values.signbit(), wanted.signbit())
 
 
+def test_values_of_mxfp4_are_rounded_to_themselves() -> None:
+    """But for the exponent of a group whose largest code is below 4."""
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 256, (7, 3, 16), dtype=torch.uint8)
+    exponents = torch.randint(100, 140, (7, 3), dtype=torch.uint8)
+    exponents[0, 0] = 0
+    blocks[1, 1] = 0
+    values = decode_mxfp4(blocks, exponents)
+    assert torch.equal(decode_mxfp4(*encode_mxfp4(values)), values)
+    drawn = torch.randn(5, 64)
+    error = (decode_mxfp4(*encode_mxfp4(drawn)) - drawn).abs()
+    # Half a step at the largest values of a group, or what is cut off above its largest code.
+    assert (error <= drawn.abs().unflatten(1, (-1, 32)).amax(2).repeat_interleave(32, 1) / 4).all()
+
+
 def test_a_checkpoint_is_read_bit_for_bit(base: Path, tmp_path: Path, monkeypatch) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True)
     )
-    run = make_run(base, tmp_path, held=False, model={"dtype": "bf16"})
+    run = make_run(base, tmp_path, held=False, model={"dtype": "bf16", "quantize": "none"})
     # In pieces that are no whole expert.
     monkeypatch.setattr("tunesmith.model.weights.PIECE", 64 * 40)
     ours = dict(built_model(run, base).model.named_parameters())
@@ -52,18 +67,29 @@ def test_a_checkpoint_is_read_bit_for_bit(base: Path, tmp_path: Path, monkeypatc
     assert compared == 4
 
 
-@pytest.mark.parametrize("kind", ["lora", "none"])
-def test_it_trains_on_weights_made_of_it(base: Path, tmp_path: Path, kind: str) -> None:
-    train(make_run(base, tmp_path, held=False, adapter={"kind": kind}, **TWO), quiet=True)
+RUNS = {
+    "as it ships": ({}, "as-shipped", "kept so, and made dense for one product at a time"),
+    "dense": ({"model": {"quantize": "none"}}, "none", "made dense in fp32 as it is read"),
+    "nf4": ({"model": {"quantize": "nf4"}}, "nf4", "made dense, and into nf4, as it is read"),
+    "full": (
+        {"model": {"quantize": "none"}, "adapter": {"kind": "none"}}, "none", "made dense in fp32"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("changes", "quantize", "line"), RUNS.values(), ids=RUNS)
+def test_it_trains(base: Path, tmp_path: Path, changes: dict, quantize: str, line: str) -> None:
+    train(make_run(base, tmp_path, held=False, **TWO, **changes), quiet=True)
     run = tmp_path / "run"
-    assert load_recipe(run / "config.yaml").model.quantize == "none"
-    assert (
-        "the base ships in MXFP4: made dense in fp32 as it is read" in (run / "log.txt").read_text()
-    )
+    assert load_recipe(run / "config.yaml").model.quantize == quantize
+    assert f"the base ships in MXFP4: {line}" in (run / "log.txt").read_text()
     final = run / "final"
-    if kind == "lora":
+    if "adapter" not in changes:
         merged = merge(run, tmp_path / "merged")
-        assert merged.note.startswith("the base ships in MXFP4: what is written is dense")
+        assert merged.merge_check.passed
+        note = "the base is in nf4" if quantize == "nf4" else "the base ships in MXFP4"
+        assert merged.note.startswith(note)
         final = tmp_path / "merged"
     assert "quantization_config" not in json.loads((final / "config.json").read_text())
     stored = load_file(final / "model.safetensors")
@@ -71,9 +97,8 @@ def test_it_trains_on_weights_made_of_it(base: Path, tmp_path: Path, kind: str) 
     AutoModelForCausalLM.from_pretrained(final)
 
 
-def test_its_experts_are_not_kept_as_they_ship_yet(base: Path, tmp_path: Path) -> None:
-    run = make_run(base, tmp_path, held=False, model={"quantize": "as-shipped"}, **TWO)
-    with pytest.raises(ModelError, match="ships nothing that can be kept so") as caught:
+def test_codes_are_not_trained_in_full(base: Path, tmp_path: Path) -> None:
+    run = make_run(base, tmp_path, held=False, adapter={"kind": "none"}, **TWO)
+    with pytest.raises(RecipeError, match="the base is kept as it ships, in codes") as caught:
         train(run, quiet=True)
-    assert "its weights are in mxfp4, and fp8 can be kept" in caught.value.why
     assert "model.quantize=none" in caught.value.fix

@@ -142,14 +142,14 @@ SAVED = {
 @pytest.mark.parametrize("adapter", SAVED.values(), ids=SAVED)
 def test_codes_are_not_trained_in_full(adapter: Adapter, base: Path) -> None:
     model = Qwen3MoeForCausalLM(AutoConfig.from_pretrained(base)).to("meta")
-    nf4_experts.replace_experts(model, BF16)
+    nf4_experts.replace_nf4_stacks(model, BF16)
     with pytest.raises(RecipeError, match="stored in codes"):
         lora.attach_lora(model, adapter, seed=0)
 
 
 def test_all_linear_leaves_out_the_routers_alone(base: Path) -> None:
     model = Qwen3MoeForCausalLM(AutoConfig.from_pretrained(base)).to("meta")
-    nf4_experts.replace_experts(model, BF16)
+    nf4_experts.replace_nf4_stacks(model, BF16)
     lora.attach_lora(model, Adapter(), seed=0)
     assert lora.describe_left_out(model) == "the adapter leaves out the routers"
 

@@ -1,6 +1,6 @@
 """What a scheme says of itself is what its layers are."""
 
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,8 +11,10 @@ from tunesmith.model.shipped import ShippedForm
 from tunesmith.quant.as_shipped import ShippedLinear
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.nf4 import BLOCK, Nf4Linear
+from tunesmith.quant.nf4_experts import Nf4Experts
 from tunesmith.quant.scaled_matmul import TENSOR_WISE
 from tunesmith.quant.schemes import DENSE, FP8, NF4, SCHEMES, SHIPPED, scheme_of
+from tunesmith.quant.shipped_experts import Mxfp4Experts, ShippedExperts
 
 
 def test_each_word_of_the_recipe_is_a_scheme() -> None:
@@ -36,6 +38,23 @@ def test_the_estimate_counts_the_bytes_that_a_layer_has() -> None:
     kept = ShippedLinear(n_in, n_out, None, form, torch.bfloat16)
     assert kept.weight.nbytes == SHIPPED.weight_bytes * n_in * n_out
     assert kept.scale.nbytes == SHIPPED.scale_bytes * n_in * n_out
+
+
+def test_the_estimate_counts_the_bytes_that_a_stack_has() -> None:
+    shape = torch.Size((4, 1024, 512))
+    count = shape.numel()
+    options: dict[str, Any] = {"compute_dtype": torch.bfloat16}
+    packed = Nf4Experts(shape, is_transposed=False, **options)
+    scales = packed.absmax.nbytes + packed.nested_absmax.nbytes
+    assert packed.codes.nbytes == NF4.expert_bytes * count
+    assert scales == NF4.expert_scale_bytes * count
+    form = ShippedForm("fp8", (128, 128))
+    kept = ShippedExperts(shape, form=form, parts=2, **options)
+    assert kept.codes.nbytes == SHIPPED.expert_bytes * count
+    assert kept.scales.nbytes == SHIPPED.expert_scale_bytes * count
+    of_gpt_oss = scheme_of(Model(name="a", quantize="as-shipped"), "mxfp4")
+    halves = Mxfp4Experts(shape, is_transposed=True, **options)
+    assert halves.blocks.nbytes + halves.exponents.nbytes == of_gpt_oss.expert_bytes * count
 
 
 @pytest.mark.parametrize("scheme", [DENSE, FP8])

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     config, where, folder = _config(recipe.model)
     spec = model_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
     check_quantize(recipe.model.quantize, config, where)
-    recipe = replace(recipe, model=resolve_quantize(recipe.model, spec, where))
+    recipe = replace(recipe, model=resolve_quantize(recipe.model, spec))
     check_frozen(recipe)
     model_type = read_model_types().get(spec.model_type)
     # Layers of this type do not keep packed documents apart.

@@ -88,7 +88,7 @@ def read_model_files(folder: Path, model: Model) -> ModelFiles:
     # Transformers fills in max_position_embeddings where the file has none.
     limit = stated_position_limit(read_json(file), spec.layers, where=str(file))
     spec = replace(spec, position_limit=limit)
-    model = resolve_quantize(model, spec, str(file))
+    model = resolve_quantize(model, spec)
     support = find_support(config, model, where=str(file))
     tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
     return ModelFiles(folder, model, config, spec, support, tokenizer, form)

@@ -256,6 +256,7 @@ def _count_layer(
     experts = 0
     expert_count = 0
     experts_per_token = 0
+    own_experts = 0
     active = matmul
     intermediate = 0
     largest = 0
@@ -277,6 +278,9 @@ def _count_layer(
             experts_per_token = per_token
         for stack in stacks:
             experts += stack.numel()
+            # Transformers sets it on those that it calls by its interface.
+            if not hasattr(part, "has_gate"):
+                own_experts += stack.numel()
             # A token is multiplied with its own experts' share of the stack.
             active += stack.numel() * per_token // count
             largest = max(largest, stack.numel())
@@ -300,6 +304,7 @@ def _count_layer(
         experts=experts,
         expert_count=expert_count,
         experts_per_token=experts_per_token,
+        own_experts=own_experts,
         window=call.window,
         state=state,
     )

@@ -20,6 +20,28 @@ def decode_mxfp4(blocks: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
         exponents: uint8 [..., groups], of a power of two, with a bias of 127.
     """
     values = torch.tensor([*FP4, *(-value for value in FP4)], device=blocks.device)
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
-    dense = torch.ldexp(values[codes.int()], exponents.int().unsqueeze(-1) - 127)
+    # The two values of each byte: one look-up for both.
+    low, high = torch.meshgrid(values, values, indexing="xy")
+    pairs = torch.stack([low, high], dim=-1).view(256, 2)
+    dense = pairs[blocks.int()].flatten(-2)
+    ones = torch.ones_like(exponents, dtype=torch.float32)
+    dense.mul_(torch.ldexp(ones, exponents.int() - 127).unsqueeze(-1))
     return dense.flatten(-2)
+
+
+def encode_mxfp4(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round weights [..., groups * 32] to mxfp4, each group by its largest: blocks and exponents
+    as of `decode_mxfp4`.
+    """
+    groups = weights.float().unflatten(-1, (-1, 32))
+    largest = groups.abs().amax(-1, keepdim=True)
+    # The largest code is 6 = 1.5 * 2^2.
+    _, power = torch.frexp(largest)
+    exponents = (power - 3 + 127).clamp_(0, 254)
+    scaled = torch.ldexp(groups, 127 - exponents).clamp_(-6, 6)
+    # Codes change halfway between two values.
+    values = torch.tensor(FP4, device=weights.device)
+    codes = torch.bucketize(scaled.abs(), (values[1:] + values[:-1]) / 2).to(torch.uint8)
+    codes |= (scaled < 0).to(torch.uint8) << 3
+    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return low | high << 4, exponents.squeeze(-1).to(torch.uint8)

@@ -48,7 +48,9 @@ def init_random_weights(
     """
     targets = dict(model.named_parameters(remove_duplicate=False))
     for name, like in checkpoint.items():
-        target = targets[name]
+        target = targets.get(name)
+        if target is None:  # a module in codes stands in its place
+            target = next(model.get_submodule(name).parameters())
         # Drawn whole, and rounded by the hook as a stored weight would be.
         if convert and name in convert:
             dense = torch.empty(like.shape, dtype=like.dtype, device=target.device)

@@ -2,7 +2,8 @@
 tensors make one weight.
 
 - fp8: e4m3 codes [out, in], and `weight_scale_inv` beside them: a scale for each block of weights
-  (DeepSeek, Qwen: 128 x 128), or one of all (Ministral 3). weight = codes * scale.
+  (DeepSeek, Qwen: 128 x 128), or one of all (Ministral 3). weight = codes * scale. Experts are
+  stored one by one.
 - mxfp4 (gpt-oss): of a stack of experts `_blocks`, two 4-bit codes a byte, and `_scales`, an
   exponent for each 32 of them; see `mxfp4.py`.
 
@@ -34,12 +35,12 @@ ACTIVATION_SCALE = ".activation_scale"
 CODES = ".weight"
 PACKED = "_blocks"
 EXPONENTS = "_scales"
-SCALE_TYPES = ("F32", "BF16", "F16")
+SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 # Weights of mxfp4 that share an exponent, in so many bytes.
 GROUP = 32
 GROUP_BYTES = GROUP // 2
 AS_SHIPPED: Literal["as-shipped"] = "as-shipped"
-KEPT = ("fp8",)  # forms whose codes a frozen base can keep
+KEPT = ("fp8", "mxfp4")  # forms whose codes a frozen base can keep
 
 
 @dataclass(frozen=True)
@@ -256,23 +257,11 @@ def check_quantize(quantize: str, config: Mapping[str, Any], where: str) -> None
         )
 
 
-def resolve_quantize(model: Model, spec: "ModelSpec", where: str) -> Model:
-    """The recipe's `model` section with the word that `quantize: auto` stands for.
-
-    ModelError for as-shipped with experts, whose stacks are not kept in codes.
-    """
-    has_experts = any(layer.experts for layer in spec.layers)
-    if model.quantize == AS_SHIPPED and has_experts:
-        raise ModelError(
-            f"the experts of this {spec.model_type} cannot be kept as they ship",
-            where=where,
-            why="of a base in FP8 the linear layers can, and experts are one stack a layer",
-            fix=f"model.quantize=none: all is made dense in {model.dtype} as it is read",
-        )
+def resolve_quantize(model: Model, spec: "ModelSpec") -> Model:
+    """The recipe's `model` section with the word that `quantize: auto` stands for."""
     if model.quantize != "auto":
         return model
-    keeps = spec.quantized in KEPT and not has_experts
-    return replace(model, quantize=AS_SHIPPED if keeps else "none")
+    return replace(model, quantize=AS_SHIPPED if spec.quantized in KEPT else "none")
 
 
 def check_frozen(run: Run) -> None:

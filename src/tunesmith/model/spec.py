@@ -99,6 +99,8 @@ class Layer:
         experts: parameters of the stacks of experts.
         expert_count: experts of a layer that Transformers calls through its experts interface;
             experts_per_token: of these, that a token goes to.
+        own_experts: of these, those that the model's own code multiplies, not Transformers'
+            interface: no scheme quantizes them.
         active: parameters that a token is multiplied with: `matmul` and its share of `experts`.
         state: elements of the state that a token updates, in a recurrent layer.
         largest: parameters of the largest matrix; of a stack of experts, the whole stack.
@@ -116,6 +118,7 @@ class Layer:
     experts: int = 0
     expert_count: int = 0
     experts_per_token: int = 0
+    own_experts: int = 0
     window: int | None = None
     chunk: int | None = None
     state: int = 0
@@ -173,6 +176,11 @@ class ModelSpec:
     def layer_matrices(self) -> int:
         """Parameters of all layers' matrices, experts and all."""
         return sum(layer.matmul + layer.experts for layer in self.layers)
+
+    @property
+    def expert_stacks(self) -> int:
+        """Parameters of the stacks of experts that a scheme may quantize."""
+        return sum(layer.experts - layer.own_experts for layer in self.layers)
 
     @property
     def active(self) -> int:

@@ -38,6 +38,7 @@ STORED = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
+    "F8_E8M0": torch.float8_e8m0fnu,  # scales: a power of two each
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,

@@ -41,6 +41,7 @@ from tunesmith.planning.measured_layers import (
 )
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
 from tunesmith.planning.savings import USABLE_ON_CPU, check_offload, find_savings, moved_to_host
+from tunesmith.quant.frozen_stack import DENSE_BYTES
 from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_memory, host_budget, is_integrated
@@ -271,7 +272,7 @@ class MemoryEstimator:
     @property
     def scheme(self) -> Scheme:
         """How the base is stored: as the recipe says, but dense without its fp8 matmuls."""
-        scheme = scheme_of(self.run.model)
+        scheme = scheme_of(self.run.model, self.spec.quantized)
         if scheme.has_fp8_matmuls and self.machine.scaling[0] is None:
             return DENSE
         return scheme
@@ -299,8 +300,8 @@ class MemoryEstimator:
         """Bytes of the base that a tensor-parallel rank computes with.
 
         Of all layers' matrices, and of what else there is. Tensor-parallel ranks shard everything
-        but norms and biases. Experts are not quantized, and are not counted where ranks divide
-        them. The scales of a base in fp8, 4 bytes a row, are not counted.
+        but norms and biases. Experts are not counted where ranks divide them. The scales of a base
+        in fp8, 4 bytes a row, are not counted.
         """
         spec = self.spec
         tensor = self.mesh.tensor
@@ -314,7 +315,7 @@ class MemoryEstimator:
             width = itemsize
         layers = int(ceil_div(matrices, tensor) * width) + self.scales
         if self.mesh.experts == 1:
-            layers += int(ceil_div(experts, tensor) * itemsize)
+            layers += ceil_div(self._expert_weights(itemsize), tensor)
         ends = int((ceil_div(tables, tensor) + rest) * itemsize)
         return layers, ends
 
@@ -322,8 +323,16 @@ class MemoryEstimator:
         """Bytes of the experts of a rank that divides them with others; 0 where none does."""
         if self.mesh.experts == 1:
             return 0
-        experts = self.spec.layer_matrices - self.spec.linear_matrices
-        return int(ceil_div(experts, self.mesh.experts) * itemsize)
+        return ceil_div(self._expert_weights(itemsize), self.mesh.experts)
+
+    def _expert_weights(self, itemsize: float) -> int:
+        """Bytes of all experts, without scales."""
+        spec = self.spec
+        width = self.scheme.expert_bytes
+        if width is None:
+            width = itemsize
+        experts = spec.layer_matrices - spec.linear_matrices
+        return int(spec.expert_stacks * width + (experts - spec.expert_stacks) * itemsize)
 
     @property
     def trained_of_experts(self) -> int:
@@ -361,8 +370,10 @@ class MemoryEstimator:
         spec = self.spec
         tensor = self.mesh.tensor
         scheme = self.scheme
+        ranks = tensor * self.mesh.experts
+        of_stacks = spec.expert_stacks * scheme.expert_scale_bytes / ranks
         if not scheme.scale_bytes:
-            return 0
+            return int(of_stacks)
         rowwise = 0
         if tensor > 1:
             layer = spec.layers[0]
@@ -371,7 +382,8 @@ class MemoryEstimator:
             rowwise = spec.depth * spec.hidden * inputs
         others = spec.linear_matrices - rowwise
         # In fp32: 4 bytes a block of weights.
-        return int((others * scheme.scale_bytes + rowwise * 4 / scheme.block) / tensor)
+        of_linears = (others * scheme.scale_bytes + rowwise * 4 / scheme.block) / tensor
+        return int(of_linears + of_stacks)
 
     @property
     def trained_here(self) -> int:
@@ -682,6 +694,9 @@ class MemoryEstimator:
         wide = ceil_div(layer.intermediate, self.mesh.tensor)
         largest = ceil_div(layer.largest, self.mesh.tensor)
         weight = self.scheme.backward_elements(largest, itemsize)
+        if layer.experts:
+            # Of a stack so many experts at a time; a CPU takes one after the other.
+            weight = min(weight, DENSE_BYTES // itemsize)
         if self.run.adapter.kind == "none":
             weight = largest
         elements = 3 * hidden * tokens + wide * tokens + max(wide * tokens, weight)

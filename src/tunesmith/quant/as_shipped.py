@@ -8,6 +8,7 @@ on the disk, and it computes what the dense weight computes.
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.distributed.torch_private import local_slices
@@ -89,21 +90,32 @@ class ShippedLinear(FrozenLinear):
 
     def _round(self, dense: Tensor) -> None:
         """Store a dense weight, each block scaled to the largest code."""
-        height, width = self.form.block or self._shape
-        blocks = [part.split(width, dim=1) for part in dense.float().split(height)]
-        for row, parts in enumerate(blocks):
-            for column, part in enumerate(parts):
-                largest = part.abs().amax() / E4M3_MAX
-                self.scale[row, column] = largest.clamp(min=LEAST_SCALE)
+        block = self.form.block or self._shape
+        self.scale.copy_(block_scales(dense.float(), block))
         rows = local_slices(self.weight)[0]
-        weight = ShippedWeight(self.encoding, [self.weight, self.scale], self._shape)
-        scale = weight.spread(self.scale)[rows]
+        scale = spread_blocks(self.scale, block, dense.shape)[rows]
         codes = (dense[rows].float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
         local_part(self.weight).copy_(codes.view(torch.uint8))
 
     def frozen_weight(self) -> FrozenWeight:
         codes = local_part(self.weight).view(E4M3)
         return ShippedWeight(self.encoding, [codes, self.scale], self._shape)
+
+
+def block_scales(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """The scale of each block of a weight [out, in]: its largest value has the largest code."""
+    height, width = block
+    rows, columns = weight.shape
+    whole = F.pad(weight.abs(), (0, -columns % width, 0, -rows % height))
+    blocks = whole.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    return (blocks.amax((1, 3)) / E4M3_MAX).clamp_(min=LEAST_SCALE)
+
+
+def spread_blocks(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+    """The scale of each weight, of the scales of blocks: [*shape]."""
+    height, width = block
+    of_columns = scales.repeat_interleave(width, 1)[:, : shape[1]]
+    return of_columns.repeat_interleave(height, 0)[: shape[0]]
 
 
 def replace_shipped(model: nn.Module, form: ShippedForm, compute_dtype: torch.dtype) -> list[str]:
@@ -116,7 +128,7 @@ def replace_shipped(model: nn.Module, form: ShippedForm, compute_dtype: torch.dt
     for name in linear_names(model, head=False):
         dense = model.get_submodule(name)
         assert isinstance(dense, nn.Linear)
-        if not _has_codes(form, model, name):
+        if not has_codes(form, model, name):
             continue
         layer = ShippedLinear(
             dense.in_features, dense.out_features, dense.bias, form, compute_dtype
@@ -126,8 +138,8 @@ def replace_shipped(model: nn.Module, form: ShippedForm, compute_dtype: torch.dt
     return names
 
 
-def _has_codes(form: ShippedForm, model: nn.Module, name: str) -> bool:
-    """Whether the checkpoint has the weight of a layer in codes, as its config.json says."""
+def has_codes(form: ShippedForm, model: nn.Module, name: str) -> bool:
+    """Whether the checkpoint has the weight of a module in codes, as its config.json says."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     patterns = list(form.not_converted)

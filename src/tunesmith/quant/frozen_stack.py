@@ -2,6 +2,7 @@
 
 - dense: the stack itself.
 - nf4: 4-bit codes and their scales; each expert is quantized by itself, as a linear layer is.
+- shipped, mxfp4: what a checkpoint in FP8 or MXFP4 holds.
 
 As `frozen_weight` is for a linear layer: `encoding` and `tensors` describe a stack in full, and
 `frozen_stack` builds it again from them.
@@ -13,8 +14,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunesmith.quant.frozen_weight import Nf4Encoding, nf4_functions
+from tunesmith.model.mxfp4 import decode_mxfp4
+from tunesmith.quant.frozen_weight import (
+    PIECE,
+    Nf4Encoding,
+    ShippedEncoding,
+    ShippedWeight,
+    nf4_functions,
+)
 
+# Of a stack that is dense at a time, where all experts are multiplied by one kernel: a stack of
+# Qwen3-30B-A3B or of gpt-oss-20b takes less in 16 bits, one of gpt-oss-120b 4 GiB.
+DENSE_BYTES = 1 << 30
 # A word of an encoding: the stack is stored as [experts, in, out], not [experts, out, in].
 TRANSPOSED = "transposed"
 
@@ -40,6 +51,12 @@ class FrozenStack(ABC):
         """Whether it is stored as [experts, in, out]."""
         return self.encoding.endswith(TRANSPOSED)
 
+    def experts_at_once(self, dtype: torch.dtype) -> int:
+        """So many experts are at most DENSE_BYTES when dense; one, if it is larger."""
+        experts, in_features, out_features = self.shape
+        of_expert = in_features * out_features * dtype.itemsize
+        return min(experts, max(1, DENSE_BYTES // of_expert))
+
     @abstractmethod
     def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """The experts from `first` to before `last`: [last - first, in, out], y = x W.
@@ -59,6 +76,12 @@ class DenseStack(FrozenStack):
             return cls(f"dense {TRANSPOSED}", [weight], (experts, in_features, out_features))
         experts, out_features, in_features = weight.shape
         return cls("dense", [weight], (experts, in_features, out_features))
+
+    def experts_at_once(self, dtype: torch.dtype) -> int:
+        """All where they are in this dtype: `dense` is a view then."""
+        if self.tensors[0].dtype == dtype:
+            return self.shape[0]
+        return super().experts_at_once(dtype)
 
     def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         weight = self.tensors[0][first:last].to(dtype)
@@ -104,7 +127,62 @@ class Nf4Stack(FrozenStack):
         return scales.add_(nested_offset[first:last, None])
 
 
-STACK_CLASSES: dict[str, type[FrozenStack]] = {"dense": DenseStack, "nf4": Nf4Stack}
+class Mxfp4Stack(FrozenStack):
+    """A stack in MXFP4, whose experts are stored as [out, in].
+
+    tensors: blocks uint8 [experts, out, groups, 16] and exponents uint8 [experts, out, groups].
+    """
+
+    def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        blocks, exponents = (tensor[first:last].flatten(0, 1) for tensor in self.tensors)
+        _, in_features, out_features = self.shape
+        dense = blocks.new_empty(len(blocks), in_features, dtype=dtype)
+        step = max(1, PIECE // in_features)  # rows that are in fp32 at a time
+        for start in range(0, len(blocks), step):
+            rows = slice(start, start + step)
+            dense[rows] = decode_mxfp4(blocks[rows], exponents[rows])
+        return dense.view(last - first, out_features, in_features).mT
+
+
+class ShippedStack(FrozenStack):
+    """A stack of an FP8 checkpoint, which stores its experts one by one, and an expert in one part
+    or two (gate and up).
+
+    tensors: the e4m3 codes [experts, out, in], and their scales: fp32 [experts, parts, block rows,
+    block columns]. encoding: a `ShippedEncoding`; the blocks begin anew in each part.
+    """
+
+    def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        codes, scales = self.tensors
+        _, in_features, out_features = self.shape
+        encoding = ShippedEncoding.parse(self.encoding)
+        height = out_features // scales.shape[1]
+        # A scale of a whole part: that is one block.
+        rows = encoding.rows or height
+        columns = encoding.columns or in_features
+        codes = codes[first:last].flatten(0, 1)
+        scales = scales[first:last].flatten(0, 1)
+        # Parts of whole blocks are one matrix; others are made dense one by one.
+        parts_at_once = len(scales) if height % rows == 0 else 1
+        step = parts_at_once * height
+        matrices = []
+        for part in range(0, len(scales), parts_at_once):
+            tensors = [
+                codes[part * height : part * height + step],
+                scales[part : part + parts_at_once].flatten(0, 1),
+            ]
+            blocks = str(ShippedEncoding(rows, columns))
+            matrices.append(ShippedWeight(blocks, tensors, (step, in_features)).dense(dtype))
+        dense = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        return dense.view(last - first, out_features, in_features).mT
+
+
+STACK_CLASSES: dict[str, type[FrozenStack]] = {
+    "dense": DenseStack,
+    "nf4": Nf4Stack,
+    "mxfp4": Mxfp4Stack,
+    "shipped": ShippedStack,
+}
 
 
 def frozen_stack(

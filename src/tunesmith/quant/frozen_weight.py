@@ -280,13 +280,6 @@ class ShippedWeight(FrozenWeight):
             weight[start:stop] = values
         return weight
 
-    def spread(self, scales: Tensor) -> Tensor:
-        """The scale of each weight: fp32, of the shape of W or one that broadcasts to it."""
-        rows, _ = ShippedEncoding.parse(self.encoding)
-        if not rows:
-            return scales.expand(self.shape[0], 1)
-        return self._spread_columns(scales).repeat_interleave(rows, 0)[: self.shape[0]]
-
     def _spread_columns(self, scales: Tensor) -> Tensor:
         """The scale of each column of each row of blocks."""
         _, columns = ShippedEncoding.parse(self.encoding)

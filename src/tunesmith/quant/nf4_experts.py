@@ -123,7 +123,7 @@ class Nf4Experts(ExpertStack):
         return part.dense()
 
 
-def replace_experts(model: nn.Module, compute_dtype: torch.dtype) -> list[str]:
+def replace_nf4_stacks(model: nn.Module, compute_dtype: torch.dtype) -> list[str]:
     """Replace both stacks of every layer's experts by empty `Nf4Experts` of their shapes.
 
     Returns their names. Experts that Transformers does not call by its interface stay dense.

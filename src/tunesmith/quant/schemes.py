@@ -32,6 +32,9 @@ class Scheme:
         name: the word of `model.quantize`.
         weight_bytes: of a stored weight of a layer without its scales; None: as the model's dtype.
         scale_bytes: of the scales, per weight.
+        expert_bytes: of a stored weight of a stack of experts without its scales; None: as the
+            model's dtype.
+        expert_scale_bytes: of the scales of a stack, per weight, that no rank shares.
         block: neighbors in a row that share a scale, so that a rank must have all of them.
         traffic_bytes: per weight, of one forward and backward. This is the fixed cost of a micro
             batch: both passes read the weight.
@@ -42,6 +45,8 @@ class Scheme:
     name: str = "none"
     weight_bytes: float | None = None
     scale_bytes: float = 0.0
+    expert_bytes: float | None = None
+    expert_scale_bytes: float = 0.0
     # Dense in 16 bits: two passes read 2 bytes a weight.
     block: int = 1
     traffic_bytes: float = 4.0
@@ -59,7 +64,8 @@ class Scheme:
     def replace_linears(
         self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
     ) -> None:
-        """Put the scheme's empty layers into a model on meta, before it gets its adapter.
+        """Put the scheme's empty layers and stacks of experts into a model on meta, before it gets
+        its adapter.
 
         form: of the checkpoint, where that is quantized.
         """
@@ -117,7 +123,7 @@ class Nf4Scheme(CodesScheme):
         from tunesmith.quant import nf4, nf4_experts
 
         nf4.replace_linears(model, dtype)
-        nf4_experts.replace_experts(model, dtype)
+        nf4_experts.replace_nf4_stacks(model, dtype)
 
     def check_device(self, device: torch.device) -> None:
         from tunesmith.quant import nf4
@@ -126,15 +132,17 @@ class Nf4Scheme(CodesScheme):
 
 
 class ShippedScheme(CodesScheme):
-    """Codes and scales as the checkpoint has them: FP8."""
+    """Codes and scales as the checkpoint has them: FP8, or MXFP4, which experts alone are in."""
 
     def replace_linears(
         self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
     ) -> None:
-        from tunesmith.quant import as_shipped
+        from tunesmith.quant import as_shipped, shipped_experts
 
         assert form is not None  # `check_quantize` refuses others
-        as_shipped.replace_shipped(model, form, dtype)
+        if form.method == "fp8":
+            as_shipped.replace_shipped(model, form, dtype)
+        shipped_experts.replace_shipped_stacks(model, form, dtype)
 
 
 DENSE = Scheme()
@@ -145,6 +153,8 @@ NF4 = Nf4Scheme(
     weight_bytes=0.5,
     # An 8-bit scale of 64 weights, an fp32 scale of 256 of these.
     scale_bytes=1 / 64 + 4 / (64 * 256),
+    expert_bytes=0.5,
+    expert_scale_bytes=1 / 64 + 4 / (64 * 256),
     block=64,
     # The codes are read, and the dense weight made of them is written and read: 2 x (0.52 + 2 + 2).
     traffic_bytes=9.03,
@@ -154,16 +164,30 @@ SHIPPED = ShippedScheme(
     weight_bytes=1,
     # An fp32 scale of 128 x 128 weights; one of all takes less.
     scale_bytes=4 / (128 * 128),
+    expert_bytes=1,
+    expert_scale_bytes=4 / (128 * 128),
     is_cut=False,
     # The codes are read, and the dense weight made of them is written and read: 2 x (1 + 2 + 2).
     traffic_bytes=10.0,
 )
+# Of gpt-oss the experts: two codes a byte, and a byte of scale for 32 of them, which ranks share.
+SHIPPED_MXFP4 = ShippedScheme(
+    AS_SHIPPED,
+    expert_bytes=1 / 2 + 1 / 32,
+    is_cut=False,
+    # 2 x (0.53 + 2 + 2)
+    traffic_bytes=9.06,
+)
 SCHEMES = {scheme.name: scheme for scheme in (DENSE, FP8, NF4, SHIPPED)}
 
 
-def scheme_of(model: Model) -> Scheme:
+def scheme_of(model: Model, shipped: str | None = None) -> Scheme:
     """The scheme of a recipe's `model` section.
 
     `auto` is dense here: where a base ships in codes, `resolve_quantize` has replaced it.
+
+    shipped: how the base does (`ModelSpec.quantized`), for what is asked of sizes.
     """
+    if model.quantize == AS_SHIPPED and shipped == "mxfp4":
+        return SHIPPED_MXFP4
     return DENSE if model.quantize == "auto" else SCHEMES[model.quantize]
