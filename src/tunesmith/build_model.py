@@ -33,6 +33,7 @@ from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
 from tunesmith.planning.resolve import USABLE
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.quant.frozen_linear import load_hooks, set_bypassed
+from tunesmith.quant.llama4_experts import choose_top_k
 from tunesmith.quant.scaled_matmul import SCALING_RECIPES
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.runtime import compilation
@@ -57,6 +58,9 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
     # First: what other code reads past the forward is neither quantized nor adapted.
     set_bypassed(model, files.support.dead_targets)
+    if run.adapter.kind == "lora":
+        # First: Llama 4's own stacks are no experts that a scheme knows.
+        choose_top_k(model)
     # Before the adapter, which is put onto the quantized layers.
     scheme_of(run.model).replace_linears(model, DTYPES[run.model.dtype], files.form)
     if run.adapter.kind == "lora":

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 3  # of the cached files; how layers are counted, counts
+FORMAT = 5  # of the cached files; how layers are counted, counts
 # A whole number of the chunks that recurrent layers compute in: 64 tokens, of Mamba2 256.
 TOKENS = 256
 # Of one core. For 400 layers, the most that a config may have, Qwen3.5's MoE takes 6 on meta and 16
@@ -271,15 +271,13 @@ def _count_layer(
             continue
         count = getattr(part, "num_experts", len(stacks[0]))
         # As the layer was seen to choose, else as its config says, else all.
-        per_token = call.experts_per_token or _first_of(values, PER_TOKEN) or count
-        # `has_gate` is there where Transformers calls them through its interface.
-        if hasattr(part, "has_gate"):
+        per_token = call.experts_per_token or first_of(values, PER_TOKEN) or count
+        if _has_interface(part):
             expert_count = count
             experts_per_token = per_token
         for stack in stacks:
             experts += stack.numel()
-            # Transformers sets it on those that it calls by its interface.
-            if not hasattr(part, "has_gate"):
+            if not _has_interface(part):
                 own_experts += stack.numel()
             # A token is multiplied with its own experts' share of the stack.
             active += stack.numel() * per_token // count
@@ -308,6 +306,15 @@ def _count_layer(
         window=call.window,
         state=state,
     )
+
+
+def _has_interface(experts: "nn.Module") -> bool:
+    """Whether frozen experts are computed as Transformers' interface calls them.
+
+    With an adapter Llama 4's are, which have code of their own in Transformers.
+    """
+    # Transformers sets it on those that it calls by its interface.
+    return hasattr(experts, "has_gate") or type(experts).__name__ == "Llama4TextExperts"
 
 
 def _is_matrix(name: str, weight: "nn.Parameter") -> bool:
@@ -362,7 +369,7 @@ def _state(values: Mapping[str, Any]) -> int:
     return 0
 
 
-def _first_of(values: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+def first_of(values: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
     for key in keys:
         if values.get(key):
             return int(values[key])

@@ -16,15 +16,22 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError
 from tunesmith.host.files import measure_once
-from tunesmith.model.measured_spec import TOKENS, build_to_measure, limit_measuring, text_config
+from tunesmith.model.measured_spec import (
+    PER_TOKEN,
+    TOKENS,
+    build_to_measure,
+    first_of,
+    limit_measuring,
+    text_config,
+)
 from tunesmith.model.spec import ModelSpec, adapter_parameters
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 7  # of the cached files; which modules are fused, and which adapted, counts
+FORMAT = 8  # of the cached files; which modules are fused, and which adapted, counts
 
 
 @dataclass(frozen=True)
@@ -151,35 +158,47 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
                 why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
                 fix="plan and train on this machine with train.micro_batch and train.recompute set",
             ) from error
+    by_token, constant = _lines(short, long)
+    outside = (long_outside - short_outside) / TOKENS
+    # Llama 4's choose within their own forward: nobody sees them choose.
+    stated = first_of(config.to_dict(), PER_TOKEN) or 0
+    chosen = [call.experts_per_token or stated for call in short]
+    layers = [*model.get_submodule(find_layers(model)).children()]
+    of_experts, idle = _expert_parameters(layers, chosen)
+    moved = sum(expert_traffic(layers, chosen, DTYPES[dtype]))
+    return KeptByLayers(by_token, constant, outside, trained, trained - idle, of_experts, moved)
+
+
+def _lines(
+    short: "Sequence[LayerCall]", long: "Sequence[LayerCall]"
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What layers keep for each token, and what for any number of them.
+
+    Args:
+        short, long: with TOKENS, and with twice as many: a line goes through two points.
+    """
     by_token = []
     constant = []
-    # A line through two points: what grows with the tokens, and what does not.
     for first, second in zip(short, long, strict=True):
         slope = (second.kept - first.kept) / TOKENS
         by_token.append(slope)
         constant.append(first.kept - slope * TOKENS)
-    outside = (long_outside - short_outside) / TOKENS
-    of_experts, idle = _expert_parameters(model, short)
-    layers = model.get_submodule(find_layers(model)).children()
-    per_token = [call.experts_per_token for call in short]
-    moved = sum(expert_traffic(layers, per_token, DTYPES[dtype]))
-    return KeptByLayers(
-        tuple(by_token), tuple(constant), outside, trained, trained - idle, of_experts, moved
-    )
+    return tuple(by_token), tuple(constant)
 
 
-def _expert_parameters(model: "PreTrainedModel", calls: "Sequence[LayerCall]") -> tuple[int, int]:
-    """Parameters of the updates of all experts, and of those that a token does not go to."""
+def _expert_parameters(layers: Sequence["nn.Module"], per_token: Sequence[int]) -> tuple[int, int]:
+    """Parameters of the updates of all experts, and of those that a token does not go to.
+
+    per_token: how many experts of each layer a token goes to.
+    """
     from tunesmith.adapter.expert_lora import expert_updates
-    from tunesmith.model.decoder import find_layers
 
     total = 0
     idle = 0
-    layers = model.get_submodule(find_layers(model)).children()
-    for layer, call in zip(layers, calls, strict=True):
+    for layer, chosen in zip(layers, per_token, strict=True):
         for _, update in expert_updates(layer):
             experts = update.shape[0]
             count = update.lora_A.numel() + update.lora_B.numel()
             total += count
-            idle += count * (experts - call.experts_per_token) // experts
+            idle += count * (experts - chosen) // experts
     return total, idle

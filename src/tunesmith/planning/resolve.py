@@ -800,8 +800,15 @@ class MemoryEstimator:
 
         All experts: those of few tokens are read as those of many.
         """
-        experts = self.spec.layer_matrices - self.spec.linear_matrices
-        return experts * self.scheme.traffic_bytes / (self.mesh.tensor * self.mesh.experts)
+        spec = self.spec
+        itemsize = DTYPES[self.run.model.dtype].itemsize
+        experts = spec.layer_matrices - spec.linear_matrices
+        # Dense ones are read. Of others the codes are, and the dense weight is written and read.
+        moved = experts * itemsize
+        if self.scheme.expert_bytes is not None:
+            codes = self.scheme.expert_bytes + self.scheme.expert_scale_bytes
+            moved += spec.expert_stacks * (codes + itemsize)
+        return 2 * moved / (self.mesh.tensor * self.mesh.experts)
 
     @property
     def expert_traffic(self) -> float:
