@@ -804,7 +804,7 @@ class MemoryEstimator:
         itemsize = DTYPES[self.run.model.dtype].itemsize
         experts = spec.layer_matrices - spec.linear_matrices
         # Dense ones are read. Of others the codes are, and the dense weight is written and read.
-        moved = experts * itemsize
+        moved: float = experts * itemsize
         if self.scheme.expert_bytes is not None:
             codes = self.scheme.expert_bytes + self.scheme.expert_scale_bytes
             moved += spec.expert_stacks * (codes + itemsize)
