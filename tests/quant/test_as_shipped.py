@@ -88,6 +88,16 @@ def test_lora_as_shipped_learns_as_on_its_dense_twin(tiny, tmp_path, block) -> N
             optimizer.step()
 
 
+def test_scales_that_are_powers_of_two_are_read(tiny, tmp_path) -> None:
+    """As DeepSeek V3.1 has them."""
+    folder = write_fp8(tiny, tmp_path, (32, 16), scales=torch.float8_e8m0fnu)
+    model = built(folder, "as-shipped", rank=4)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert torch.equal(layer.scale.log2(), layer.scale.log2().round())
+    dense = built(folder, "none", rank=4)
+    assert torch.equal(layer.dense(), dense.get_parameter("model.layers.0.mlp.up_proj.weight"))
+
+
 def test_it_holds_what_is_on_the_disk(tiny, tmp_path) -> None:
     model = built(write_fp8(tiny, tmp_path, (32, 16)), "as-shipped", "bf16", rank=4)
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
