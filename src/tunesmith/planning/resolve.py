@@ -803,11 +803,8 @@ class MemoryEstimator:
         spec = self.spec
         itemsize = DTYPES[self.run.model.dtype].itemsize
         experts = spec.layer_matrices - spec.linear_matrices
-        # Dense ones are read. Of others the codes are, and the dense weight is written and read.
-        moved: float = experts * itemsize
-        if self.scheme.expert_bytes is not None:
-            codes = self.scheme.expert_bytes + self.scheme.expert_scale_bytes
-            moved += spec.expert_stacks * (codes + itemsize)
+        # The products read dense weights; those of codes are made first.
+        moved = experts * itemsize + spec.expert_stacks * self.scheme.expert_dense_bytes
         return 2 * moved / (self.mesh.tensor * self.mesh.experts)
 
     @property

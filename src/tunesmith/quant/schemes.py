@@ -35,6 +35,7 @@ class Scheme:
         expert_bytes: of a stored weight of a stack of experts without its scales; None: as the
             model's dtype.
         expert_scale_bytes: of the scales of a stack, per weight, that no rank shares.
+        expert_dense_bytes: per weight, read and written where a stack is made dense.
         block: neighbors in a row that share a scale, so that a rank must have all of them.
         traffic_bytes: per weight, of one forward and backward. This is the fixed cost of a micro
             batch: both passes read the weight.
@@ -47,6 +48,7 @@ class Scheme:
     scale_bytes: float = 0.0
     expert_bytes: float | None = None
     expert_scale_bytes: float = 0.0
+    expert_dense_bytes: float = 0.0
     # Dense in 16 bits: two passes read 2 bytes a weight.
     block: int = 1
     traffic_bytes: float = 4.0
@@ -155,6 +157,8 @@ NF4 = Nf4Scheme(
     scale_bytes=1 / 64 + 4 / (64 * 256),
     expert_bytes=0.5,
     expert_scale_bytes=1 / 64 + 4 / (64 * 256),
+    # bitsandbytes' kernel: the codes, scales in fp32, the dense weight.
+    expert_dense_bytes=0.5 + 4 / 64 + 2,
     block=64,
     # The codes are read, and the dense weight made of them is written and read: 2 x (0.52 + 2 + 2).
     traffic_bytes=9.03,
@@ -166,6 +170,8 @@ SHIPPED = ShippedScheme(
     scale_bytes=4 / (128 * 128),
     expert_bytes=1,
     expert_scale_bytes=4 / (128 * 128),
+    # In plain PyTorch: codes to fp32, times the scales, to 16 bits.
+    expert_dense_bytes=(1 + 4) + (4 + 4) + (4 + 2),
     is_cut=False,
     # The codes are read, and the dense weight made of them is written and read: 2 x (1 + 2 + 2).
     traffic_bytes=10.0,
@@ -174,6 +180,8 @@ SHIPPED = ShippedScheme(
 SHIPPED_MXFP4 = ShippedScheme(
     AS_SHIPPED,
     expert_bytes=1 / 2 + 1 / 32,
+    # In plain PyTorch: bytes to int32, two values of each looked up, times the scales, to 16 bits.
+    expert_dense_bytes=(0.5 + 2) + (2 + 4) + (4 + 4) + (4 + 2),
     is_cut=False,
     # 2 x (0.53 + 2 + 2)
     traffic_bytes=9.06,
