@@ -10,23 +10,27 @@ import torch
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def decode_mxfp4(blocks: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
-    """The values of mxfp4 weights: fp32 [..., groups * 32].
+def decode_mxfp4(
+    blocks: torch.Tensor, exponents: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The values of mxfp4 weights: [..., groups * 32].
 
-    Each is exact in fp32 and bf16, but for the outermost exponents.
+    Each is exact, but for the outermost exponents.
 
     Args:
         blocks: uint8 [..., groups, 16], two codes a byte, the low half first.
         exponents: uint8 [..., groups], of a power of two, with a bias of 127.
+        dtype: fp32 or bf16, which have the same exponents.
     """
-    values = torch.tensor([*FP4, *(-value for value in FP4)], device=blocks.device)
-    # The two values of each byte: one look-up for both.
+    values = torch.tensor([*FP4, *(-value for value in FP4)], dtype=dtype, device=blocks.device)
+    # The two values of each byte as one word: one look-up for both, and no third dimension.
     low, high = torch.meshgrid(values, values, indexing="xy")
-    pairs = torch.stack([low, high], dim=-1).view(256, 2)
-    dense = pairs[blocks.int()].flatten(-2)
+    word = torch.int64 if dtype.itemsize == 4 else torch.int32
+    pairs = torch.stack([low, high], dim=-1).view(256, 2).view(word).view(256)
+    dense = pairs[blocks.int()].view(dtype)
     ones = torch.ones_like(exponents, dtype=torch.float32)
-    dense.mul_(torch.ldexp(ones, exponents.int() - 127).unsqueeze(-1))
-    return dense.flatten(-2)
+    powers = torch.ldexp(ones, exponents.int() - 127).to(dtype)
+    return dense.mul_(powers.unsqueeze(-1)).flatten(-2)
 
 
 def encode_mxfp4(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

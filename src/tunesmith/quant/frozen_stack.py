@@ -137,10 +137,12 @@ class Mxfp4Stack(FrozenStack):
         blocks, exponents = (tensor[first:last].flatten(0, 1) for tensor in self.tensors)
         _, in_features, out_features = self.shape
         dense = blocks.new_empty(len(blocks), in_features, dtype=dtype)
-        step = max(1, PIECE // in_features)  # rows that are in fp32 at a time
+        # bf16 has every value of MXFP4, fp16 has not.
+        exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        step = max(1, PIECE // in_features)  # rows that are looked up at a time
         for start in range(0, len(blocks), step):
             rows = slice(start, start + step)
-            dense[rows] = decode_mxfp4(blocks[rows], exponents[rows])
+            dense[rows] = decode_mxfp4(blocks[rows], exponents[rows], exact)
         return dense.view(last - first, out_features, in_features).mT
 
 
