@@ -11,10 +11,12 @@ import torch
 from tunesmith.adapter import lora
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter, Run
+from tunesmith.errors import RecipeError
 from tunesmith.model.measured_spec import build_to_measure, text_config
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
-from tunesmith.parallel.mesh_shape import ONE
+from tunesmith.parallel.mesh import check_mesh
+from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.planning import resolve
 from tunesmith.planning.expert_traffic import expert_traffic
 from tunesmith.planning.forecast import Forecast, measure_work, plan_on_paper
@@ -68,18 +70,19 @@ def mixture() -> ModelSpec:
     return replace(spec, layers=layers, parameters=spec.parameters + 32 * 64 * of_expert)
 
 
+def recipe(quantize: str = "none", **train: str) -> Run:
+    values = {
+        "model": {"name": "m", "quantize": quantize},
+        "data": {"train": {"source": "rows.jsonl"}},
+        "train": train,
+        "output_dir": "out",
+    }
+    return from_mapping(values, where="test", base=Path.cwd())
+
+
 def forecast(recompute: str, tokens: int) -> Forecast:
-    train = {"global_batch": f"{tokens} tokens", "micro_batch": f"{tokens} tokens"}
-    run: Run = from_mapping(
-        {
-            "model": {"name": "m"},
-            "data": {"train": {"source": "rows.jsonl"}},
-            "train": {**train, "recompute": recompute},
-            "output_dir": "out",
-        },
-        where="test",
-        base=Path.cwd(),
-    )
+    batch = f"{tokens} tokens"
+    run = recipe(global_batch=batch, micro_batch=batch, recompute=recompute)
     spec = mixture()
     work = measure_work(run, spec, None)
     return plan_on_paper(run, spec, read_cluster("dgx-spark"), work).forecast(ONE)
@@ -108,3 +111,28 @@ def test_a_mixture_may_have_larger_micro_batches() -> None:
     dense = read_spec(SHAPES["llama3-8b"].config, where="test")
     assert resolve.most_tokens(mixture(), "cuda:0") > resolve.most_tokens(dense, "cuda:0")
     assert resolve.most_tokens(mixture(), "cpu") == resolve.most_tokens(dense, "cpu")
+
+
+def test_experts_in_codes_are_not_divided_over_ranks() -> None:
+    two = MeshShape(replicate=2, experts=2)
+    check_mesh(recipe(), mixture(), two, per_node=2)
+    with pytest.raises(RecipeError, match="in codes") as raised:
+        check_mesh(recipe("nf4"), mixture(), two, per_node=2)
+    assert "parallel.experts=1" in raised.value.fix
+
+
+def test_codes_are_made_dense_in_both_passes() -> None:
+    """nf4: half a byte and a scale of 64 weights in fp32 are read, 16 bits written and read."""
+    figures = {}
+    for quantize in ("none", "nf4"):
+        run = recipe(quantize)
+        work = measure_work(run, mixture(), None)
+        planner = plan_on_paper(run, mixture(), read_cluster("dgx-spark"), work)
+        estimator = resolve.MemoryEstimator(run, mixture(), planner.machine, 0)
+        figures[quantize] = estimator.expert_pass_bytes, estimator.base_bytes(2)
+    experts = 32 * 64 * 3 * 4096 * 1024
+    assert figures["none"][0] == 2 * experts * 2
+    assert figures["nf4"][0] == 2 * experts * (0.5 + 4 / 64 + 2 + 2)
+    matrices = experts + mixture().linear_matrices
+    saved = figures["none"][1] - figures["nf4"][1]
+    assert saved == pytest.approx(matrices * (2 - 0.5 - 1 / 64 - 4 / 64 / 256), rel=1e-6)

@@ -244,6 +244,13 @@ def _check_experts_of(run: Run, spec: ModelSpec, shape: MeshShape) -> None:
             why="it is no mixture, or Transformers does not call its experts by its interface",
             fix=f"{key}=1",
         )
+    if scheme_of(run.model, spec.quantized).expert_bytes is not None:
+        raise RecipeError(
+            "experts in codes cannot be divided over ranks",
+            where=key,
+            why="their scales are kept on every rank",
+            fix=f"{key}=1, or model.quantize=none",
+        )
     for count in sorted(counts):
         check_experts(count, shape.experts)
     saves_experts = any(
