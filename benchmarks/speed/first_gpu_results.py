@@ -87,13 +87,16 @@ def read_tests(file: Path) -> dict[str, Any] | None:
 
 
 def read_profile(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Milliseconds of a profiled step by kind of kernel, as forecast.py counts them, and the most
-    expensive operations.
+    """Milliseconds of a profiled step by kind of kernel, as forecast.py counts them, how many kernels
+    it launches, and the most expensive operations.
     """
     terms = Counter[str]()
+    kernels = 0
     for trace in report["profile"]["traces"]:
         with gzip.open(trace, "rt", encoding="utf-8") as file:
-            terms.update(terms_of(json.load(file)["traceEvents"]))
+            events = json.load(file)["traceEvents"]
+        terms.update(terms_of(events))
+        kernels += sum(event.get("cat") == "kernel" for event in events)
     profile = report["recipe"]["profile"]
     profiled_steps = profile["active"] * profile["cycles"]
     tables = [
@@ -104,6 +107,7 @@ def read_profile(report: Mapping[str, Any]) -> dict[str, Any]:
         "terms_ms_a_step": {
             name: milliseconds / profiled_steps for name, milliseconds in terms.items()
         },
+        "kernels_a_step": kernels / profiled_steps,
         "most_expensive_operations": tables,
     }
 

@@ -1,0 +1,118 @@
+"""The products of experts as a GPU computes them, beside those of a CPU: the output, and the gradients
+of the rows and of an adapter's A and B.
+
+    python benchmarks/parity/grouped_products.py [--output FILE]
+
+A GPU multiplies all experts by `grouped_mm`, a CPU one after the other. Both get the same numbers, on
+small shapes with experts that have no rows: dense stacks as [experts, out, in] and [experts, in, out],
+and one in MXFP4, in bf16 and fp32. Where torch sees no GPU, the CPU's own `grouped_mm` stands for it.
+Differences are relative to the largest value. The exit code is 1 where one is larger than its type
+rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.model.mxfp4 import encode_mxfp4
+from tunesmith.quant.expert_matmul import ExpertRows, expert_matmul
+from tunesmith.quant.frozen_stack import DenseStack, FrozenStack, Mxfp4Stack
+
+EXPERTS, IN, OUT, RANK = 8, 128, 192, 4
+# Of each expert; the first, one in the middle and the last have none.
+ROWS = (0, 3, 70, 0, 1, 129, 16, 0)
+# Sums over 128 to 192 products, in another order, and rounded to the type once more.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
+STACKS = ("dense", "transposed", "mxfp4")
+
+
+def stack_of(kind: str, dtype: torch.dtype, device: torch.device) -> FrozenStack:
+    """A random stack; the same numbers on each device."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(EXPERTS, OUT, IN, generator=generator) / IN**0.5
+    if kind == "mxfp4":
+        blocks, exponents = encode_mxfp4(weight)
+        return Mxfp4Stack("mxfp4", [blocks.to(device), exponents.to(device)], (EXPERTS, IN, OUT))
+    if kind == "transposed":
+        weight = weight.mT.contiguous()
+    return DenseStack.of(weight.to(device, dtype), is_transposed=kind == "transposed")
+
+
+def results_of(
+    kind: str, dtype: torch.dtype, device: torch.device, *, grouped: bool
+) -> dict[str, Tensor]:
+    """The output and the gradients, on the CPU in fp32."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=generator)
+        return values.to(device, dtype).requires_grad_()
+
+    x = draw(sum(ROWS), IN)
+    lora_A = draw(EXPERTS, RANK, IN)
+    lora_B = draw(EXPERTS, OUT, RANK)
+    dy = draw(sum(ROWS), OUT).detach()
+    experts = torch.repeat_interleave(torch.tensor(ROWS)).to(device)
+    rows = ExpertRows.of(experts, EXPERTS, dtype)
+    if grouped:
+        rows = rows._replace(spans=None)
+    y = expert_matmul(x, stack_of(kind, dtype, device), rows, lora_A, lora_B)
+    gradients = torch.autograd.grad(y, (x, lora_A, lora_B), dy)
+    tensors = {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), gradients, strict=True))}
+    return {name: tensor.float().cpu() for name, tensor in tensors.items()}
+
+
+def compare(device: torch.device) -> dict[str, dict[str, float]]:
+    """The largest difference of each result, by type and stack."""
+    differences = {}
+    for dtype in TOLERANCE:
+        for kind in STACKS:
+            ours = results_of(kind, dtype, device, grouped=True)
+            cpu = results_of(kind, dtype, torch.device("cpu"), grouped=False)
+            name = f"{str(dtype).removeprefix('torch.')} {kind}"
+            differences[name] = {
+                result: float((ours[result] - value).abs().max() / value.abs().max())
+                for result, value in cpu.items()
+            }
+    return differences
+
+
+def too_large(differences: dict[str, dict[str, float]]) -> list[str]:
+    """Names of the results that differ by more than their type rounds."""
+    names = []
+    for name, results in differences.items():
+        tolerance = TOLERANCE[getattr(torch, name.partition(" ")[0])]
+        names += [f"{name} {result}" for result, error in results.items() if not error <= tolerance]
+    return names
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print a line for each type and stack; 1 where a difference is too large."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(words)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    differences = compare(device)
+    for name, results in differences.items():
+        print(f"{name:20}", *(f"{result} {error:.1e}" for result, error in results.items()))
+    failed = too_large(differences)
+    report: dict[str, Any] = {"device": str(device), "differences": differences, "failed": failed}
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name in failed:
+        print(f"too far from the CPU's: {name}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
