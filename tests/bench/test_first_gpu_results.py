@@ -97,6 +97,7 @@ def test_a_profile_is_told_by_the_step(tmp_path: Path) -> None:
     }
     profile = first_gpu_results.read_profile(report)
     assert sum(profile["terms_ms_a_step"].values()) == pytest.approx(3)
+    assert profile["kernels_a_step"] == 1
     assert profile["most_expensive_operations"] == [["operation  own time"]]
 
 

@@ -27,6 +27,7 @@ SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 16,
     "num_key_value_heads": 2, "vocab_size": 384,
 }  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # Of shapes that have other sizes too.
 OTHER_SIZES: dict[str, dict[str, Any]] = {
     "gemma-4-31b": {"global_head_dim": 32, "num_global_key_value_heads": 2},
@@ -37,9 +38,15 @@ OTHER_SIZES: dict[str, dict[str, Any]] = {
     },
     "qwen3.5-9b": DELTA,
     "qwen3.5-4b": DELTA,
+    "qwen3-30b-a3b": EXPERTS,
+    "qwen3.6-35b-a3b": DELTA | EXPERTS | {"shared_expert_intermediate_size": 32},
+    "gpt-oss-20b": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma-4-26b-a4b": EXPERTS | {"global_head_dim": 32, "num_global_key_value_heads": 2, "top_k_experts": 2},
+    "llama-4-scout": {"num_local_experts": 4, "intermediate_size_mlp": 96},
 }  # fmt: skip
 # Linear layers of one family on nf4 are those of any other: the families of the table will do.
-CASES = [(name, "none") for name in SHAPES]
+# Cut down, gpt-oss-120b is gpt-oss-20b.
+CASES = [(name, "none") for name in SHAPES if name != "gpt-oss-120b"]
 for name, shape in SHAPES.items():
     if shape.config["model_type"] in ARCHITECTURES:
         CASES.append((name, "nf4"))
