@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 
 import golden
 import pytest
@@ -11,9 +13,33 @@ from same_bits import values_apart
 
 from warm import run_warm
 
-pytestmark = pytest.mark.slow
+RECIPES = Path(__file__).parents[2] / "recipes"
+# `# Forecast at ...: a DGX Spark 91 GiB, 1,400 tokens/s; two 91 GiB, 2,800; an H100 67 GiB, 13,000`
+FORECASTS = {"dgx-spark": "a DGX Spark", "2x-dgx-spark": "two", "h100": "an H100"}
 
 
+def two_digits(number: float) -> float:
+    return float(f"{number:.2g}")
+
+
+def test_the_forecasts_in_the_comments_of_recipes_are_those_of_their_plans() -> None:
+    plans = json.loads(golden.PLANS.read_text(encoding="utf-8"))
+    compared = 0
+    for file in sorted(RECIPES.glob("*.yaml")):
+        (comment,) = re.findall("^# Forecast at .*", file.read_text(), re.MULTILINE) or [""]
+        for machine, words in FORECASTS.items():
+            stated = re.search(rf"{words} (\d+) GiB, ([\d,]+)", comment)
+            if stated is None:
+                continue
+            plan = plans[f"{file.stem} on {machine}"]
+            figures = plan["phases.step"] / 2**30, two_digits(plan["tokens_per_second"])
+            gib, speed = int(stated[1]), float(stated[2].replace(",", ""))
+            assert (gib, speed) == (round(figures[0]), figures[1]), f"{file.name}, {words}"
+            compared += 1
+    assert compared == 7 * len(FORECASTS)
+
+
+@pytest.mark.slow
 def test_plans_of_shipped_recipes_change_only_in_a_diff():
     # A minute on a quiet core; the models that are in no table are measured.
     done = run_warm(
