@@ -71,6 +71,8 @@ document alone, in logits and gradients, relative to the largest value. `make fa
 Of the {cut} types with a figure under *cut*, `parallel.tensor` cuts the layers over ranks: the largest difference of two
 ranks from one, in the losses of 5 steps and the gradients, in full and with an adapter (`benchmarks/parity/tensor_cuts.py`).
 
+[Mixtures of experts](experts.md): what has an adapter, memory, speed, and which recipes there are.
+
 | type | state | logits | gradients | cut | |
 |---|---|---|---|---|---|
 """

@@ -42,8 +42,8 @@ def expert_traffic(
     Args:
         per_token: how many experts of each layer a token goes to.
     """
-    # Most models have one kind of experts in many layers.
-    known: dict[Any, float] = {}
+    # Most models have one kind of experts in many layers: each is counted once.
+    sizes: dict[Any, float] = {}
     traffic = []
     for layer, chosen in zip(layers, per_token, strict=True):
         size = 0.0
@@ -52,9 +52,9 @@ def expert_traffic(
                 continue
             shapes = tuple((name, *weight.shape) for name, weight in experts.named_parameters())
             key = (type(experts), shapes, chosen)
-            if key not in known:
-                known[key] = _bytes_of_token(experts, chosen, dtype)
-            size += known[key]
+            if key not in sizes:
+                sizes[key] = _bytes_of_token(experts, chosen, dtype)
+            size += sizes[key]
         traffic.append(size)
     return traffic
 
