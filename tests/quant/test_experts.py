@@ -18,10 +18,11 @@ from tunesmith.adapter.expert_lora import ExpertsLora, expert_updates
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.model.twin import VOCAB, build_twin
-from tunesmith.quant import expert_matmul, experts
+from tunesmith.quant import expert_matmul, experts, frozen_stack
 from tunesmith.quant.expert_matmul import ExpertRows
 from tunesmith.quant.experts import UPDATE
 from tunesmith.quant.frozen_stack import DenseStack
+from tunesmith.quant.nf4_experts import Nf4Experts, replace_nf4_stacks
 
 # What a config needs beside the defaults of its type to have experts at all.
 OPTIONS: dict[str, dict] = {
@@ -257,6 +258,83 @@ def test_llama4_experts_may_train_in_full_beside_an_adapter() -> None:
         name = f"model.layers.0.feed_forward.{part}"
         gradient = model.get_parameter(name).grad
         assert error(gradient, reference.get_parameter(name).grad) < 2e-6, name
+
+
+@pytest.mark.parametrize("experts_at_once", [1, 2, 3])
+@pytest.mark.parametrize("has_lora", [True, False])
+def test_groups_of_experts_equal_all_at_once(
+    experts_at_once: int, has_lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs where a stack in codes is large; the first and third experts have no rows."""
+    chosen = torch.arange(5).repeat_interleave(torch.tensor([0, 5, 0, 9, 2]))
+    monkeypatch.setattr(expert_matmul, "uses_grouped_mm", lambda device, dtype: True)
+    torch.manual_seed(0)
+    stack = DenseStack.of(torch.randn(5, 24, 16), is_transposed=False)
+    leaves = [torch.randn(shape) for shape in ((16, 16), (5, 4, 16), (5, 24, 4))]
+    sizes = []
+    original = DenseStack.dense
+
+    def dense(self: DenseStack, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        sizes.append(last - first)
+        return original(self, first, last, dtype)
+
+    monkeypatch.setattr(DenseStack, "dense", dense)
+    results = []
+    for at_once in (5, experts_at_once):
+        monkeypatch.setattr(DenseStack, "experts_at_once", lambda *_, count=at_once: count)
+        rows = ExpertRows.of(chosen, 5, torch.float32, in_groups=at_once < 5)
+        assert rows.spans is None
+        assert rows.ends == (None if at_once == 5 else (0, 5, 5, 14, 16))
+        x, *factors = [leaf.clone().requires_grad_(True) for leaf in leaves]
+        y = expert_matmul.expert_matmul(x, stack, rows, *(factors if has_lora else ()))
+        (y**2).sum().backward()
+        results.append([y, x.grad, *(factor.grad for factor in factors if has_lora)])
+    for one, other in zip(*results, strict=True):
+        assert error(one, other) < 1e-6
+    # Forward and backward: all at once, then groups.
+    assert sizes[:2] == [5, 5]
+    assert max(sizes[2:]) == experts_at_once
+
+
+def test_a_stack_in_codes_is_dense_in_groups_of_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16 = torch.bfloat16
+    shapes = {"Qwen3-30B-A3B": (128, 2048, 1536), "gpt-oss-120b": (128, 2880, 5760)}
+    at_once = {}
+    for name, (count, width, height) in shapes.items():
+        shape = torch.Size((count, height, width))
+        stack = Nf4Experts(shape, is_transposed=False, compute_dtype=bf16).frozen_stack()
+        at_once[name] = stack.experts_at_once(bf16)
+    assert at_once == {"Qwen3-30B-A3B": 128, "gpt-oss-120b": 32}
+    weight = torch.empty(shape, dtype=bf16, device="meta")
+    # A view takes no memory, a copy in another dtype does.
+    assert DenseStack.of(weight, is_transposed=False).experts_at_once(bf16) == 128
+    assert DenseStack.of(weight, is_transposed=False).experts_at_once(torch.float32) == 16
+    monkeypatch.setattr(frozen_stack, "DENSE_BYTES", 1)
+    assert stack.experts_at_once(bf16) == 1
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 1])
+def test_a_model_on_one_kernel_is_the_model_one_expert_after_the_other(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stacks in codes, which are dense all at once, or one by one."""
+    results = []
+    for on_gpu in (False, True):
+        model = twin("qwen3_moe", torch.float32)
+        dense = dict(model.named_parameters())
+        replace_nf4_stacks(model, torch.float32)
+        for name, stack in model.named_modules():
+            if isinstance(stack, Nf4Experts):
+                stack.allocate(torch.device("cpu"))
+                stack.store(dense[name].detach())
+        lora.attach_lora(model, Adapter(rank=4, alpha=8), seed=0)
+        draw(model, torch.float32)
+        monkeypatch.setattr(frozen_stack, "DENSE_BYTES", limit)
+        monkeypatch.setattr(expert_matmul, "uses_grouped_mm", lambda *_, answer=on_gpu: answer)
+        logits, dx = compute(model, {})
+        results.append([logits, dx, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for one, other in zip(*results, strict=True):
+        assert error(one, other) < 2e-6
 
 
 def test_two_passes_have_the_same_bits() -> None:

@@ -5,6 +5,12 @@
 The backward makes no gradient of W and saves nothing dense. A GPU multiplies all experts by
 `grouped_mm`, which reads the edges between experts on the device. A CPU takes one expert after the
 other: equally fast, for every dtype, and a quantized stack is dense for one expert at a time.
+
+A stack in codes that is large when dense (see `frozen_stack.DENSE_BYTES`) is multiplied by groups
+of experts on a GPU too. A group's product takes the rows between two edges, and no kernel of torch
+begins at a row that only the device knows: rows before it would have to be copied, or multiplied
+with zeros. So the host reads the edges, once a layer and forward. It waits for the router then, and
+the products that follow take milliseconds each: the GPU has work again before long.
 """
 
 from typing import Any, NamedTuple
@@ -26,19 +32,29 @@ class ExpertRows(NamedTuple):
         offsets: int32 [experts], on the device: the end of each expert's rows.
         spans: on the host, (expert, first row, end row) of those that have rows; None where the
             host does not know, so that it need not wait for a GPU.
+        ends: `offsets` on the host, where a GPU takes the experts by groups.
     """
 
     offsets: Tensor
     spans: tuple[tuple[int, int, int], ...] | None
+    ends: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, sorted_experts: Tensor, experts: int, dtype: torch.dtype) -> "ExpertRows":
-        """sorted_experts: int64 [rows], the expert of each row, in ascending order."""
+    def of(
+        cls, sorted_experts: Tensor, experts: int, dtype: torch.dtype, *, in_groups: bool = False
+    ) -> "ExpertRows":
+        """Where rows are, by their experts.
+
+        Args:
+            sorted_experts: int64 [rows], the expert of each row, in ascending order.
+            in_groups: a stack is dense for some experts at a time.
+        """
         device = sorted_experts.device
         numbers = torch.arange(experts, device=device)
         offsets = torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True)
         if device.type == "meta" or uses_grouped_mm(device, dtype):
-            return cls(offsets, None)
+            has_ends = in_groups and device.type != "meta"
+            return cls(offsets, None, tuple(offsets.tolist()) if has_ends else None)
         spans = []
         first = 0
         for expert, end in enumerate(offsets.tolist()):
@@ -167,10 +183,29 @@ def _add_products(
 def _add_grouped(
     y: Tensor | None, x: Tensor, stack: FrozenStack, rows: ExpertRows, *, backward: bool
 ) -> Tensor:
-    """As `_add_products`, by one kernel for all experts."""
-    weights = stack.dense(0, stack.shape[0], x.dtype)
-    product = F.grouped_mm(x, weights.mT if backward else weights, offs=rows.offsets)
-    return product if y is None else product.add_(y)
+    """As `_add_products`, by one kernel for all experts, or for each group of them."""
+    experts, width, out_width = stack.shape
+    step = stack.experts_at_once(x.dtype)
+    if rows.ends is None or step == experts:
+        weights = stack.dense(0, experts, x.dtype)
+        product = F.grouped_mm(x, weights.mT if backward else weights, offs=rows.offsets)
+        return product if y is None else product.add_(y)
+    if y is None:
+        y = x.new_zeros(len(x), width if backward else out_width)
+    first_row = 0
+    for first in range(0, experts, step):
+        last = min(first + step, experts)
+        end_row = rows.ends[last - 1]
+        if end_row > first_row:
+            weights = stack.dense(first, last, x.dtype)
+            offsets = rows.offsets[first:last] - first_row
+            of_group = slice(first_row, end_row)
+            y[of_group] += F.grouped_mm(
+                x[of_group], weights.mT if backward else weights, offs=offsets
+            )
+            del weights  # the next group's would be there beside it
+        first_row = end_row
+    return y
 
 
 def _products_of_columns(left: Tensor, right: Tensor, rows: ExpertRows) -> Tensor:

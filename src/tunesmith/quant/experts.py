@@ -146,11 +146,13 @@ def _compute(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, own: r
     experts, order = torch.sort(numbers, stable=True)
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
-    rows = ExpertRows.of(experts, len(own), hidden.dtype)
+    first, second = stack_names(module)
+    stacks = [stack_of(module, first), stack_of(module, second)]
+    in_groups = any(stack.experts_at_once(hidden.dtype) < stack.shape[0] for stack in stacks)
+    rows = ExpertRows.of(experts, len(own), hidden.dtype, in_groups=in_groups)
     if is_part:
         experts, order, places = _leave_out_others(experts, order, places, rows)
 
-    first, second = stack_names(module)
     x = _Scatter.apply(hidden, order, places, per_token, is_part)
     x = _project(module, first, x, rows, experts)
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
