@@ -13,6 +13,7 @@ import torch
 
 from ranks import free_port, run_ranks
 from recipes import make_run, merge
+from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_qwen3_moe
 from tunesmith.parallel import copies
 from tunesmith.quant.eight_bit import select_scaling
 from tunesmith.quant.scaled_matmul import TENSOR_WISE
@@ -210,3 +211,24 @@ def test_a_base_in_8_bits_gives_the_numbers_of_one_process(world, tiny, tmp_path
     wide = {name: (5e-3, 1e-2) for name in ONE_SCALE_A_ROW if coarse}
     with mock.patch.dict(TOLERANCES, wide):
         assert_those_of_one_process(world, IN_8_BITS, tiny, tmp_path, (2e-4, 3e-3))
+
+
+# Shards have whole experts: of 4 experts 3 ranks have 2, 1 and 1, or none.
+STACKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "nf4": (NF4, SHARD),
+    "mxfp4": ({"model": {"quantize": "as-shipped"}}, SHARD),
+    "fp8": ({"model": {"quantize": "as-shipped"}}, {"shard": 3}),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_experts_in_codes_on_shards_give_the_numbers_of_one_process(name, tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    if name == "mxfp4":
+        model = write_mxfp4_gpt_oss(tmp_path / "base", tiny)
+    else:
+        model = write_qwen3_moe(tmp_path / "base", tiny)
+    if name == "fp8":
+        model = write_fp8(model, tmp_path / "fp8", (16, 24), keep=("mlp.gate",))
+    case = {name: STACKS[name]}
+    assert_those_of_one_process(math.prod(STACKS[name][1].values()), case, model, tmp_path)
