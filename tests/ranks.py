@@ -7,6 +7,7 @@ a file.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import random
@@ -107,6 +108,11 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
             process.join(0 if len(found) < world else 20)
             process.kill()
     return [found[rank] for rank in range(world)]
+
+
+def world_of(mesh: dict[str, int]) -> int:
+    """Ranks of the keys of `parallel`; those that divide experts are counted in the others."""
+    return math.prod(size for key, size in mesh.items() if key != "experts")
 
 
 def gathered(tensor: Any) -> Any:

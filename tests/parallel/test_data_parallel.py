@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ranks import free_port, run_ranks
+from ranks import free_port, run_ranks, world_of
 from recipes import make_run, merge
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_qwen3_moe
 from tunesmith.parallel import copies
@@ -104,10 +103,7 @@ def assert_those_of_one_process(
     tolerance: tuple[float, float] = (1e-6, 1e-4),
 ) -> list[str]:
     """Returns the names of the cases for so many ranks."""
-    chosen = {}
-    for name, (what, mesh) in every.items():
-        if world == math.prod(size for key, size in mesh.items() if key != "experts"):
-            chosen[name] = (what, mesh)
+    chosen = {name: case for name, case in every.items() if world == world_of(case[1])}
     assert chosen
     alone: dict[str, Numbers] = {}  # by recipe, which several meshes may share
     for name, (what, _) in chosen.items():

@@ -5,8 +5,8 @@ happened.
 from __future__ import annotations
 
 import json
-import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -19,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from logged import logged_lines
-from ranks import run_ranks
+from ranks import run_ranks, world_of
 from recipes import make_run
 from tunesmith.checkpoint import replicate, sharded
 from tunesmith.checkpoint.resume import decide_start
@@ -99,7 +99,7 @@ def many(
     model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, Any], stop: Any = None
 ) -> list[Any]:
     """The same on the ranks of a mesh; on one the process itself."""
-    world = math.prod(mesh.values())
+    world = world_of(mesh)
     if world == 1:
         return [start(model, folder, mesh, changes, stop)]
     return run_ranks(world, start, model, folder, mesh, changes, stop)
@@ -183,6 +183,26 @@ def test_another_mesh_goes_on_where_the_first_stopped(
     resumed = many(tiny, tmp_path, after, what)[0]
     assert resumed["first"] == 3
     assert plain(resumed) == pytest.approx(uninterrupted(tiny, what), rel=ROUNDING)
+
+
+EXPERTS = {"replicate": 2, "experts": 2}
+
+
+def test_experts_over_ranks_go_on_bit_for_bit_and_on_one_process(mixture, tmp_path, uninterrupted):
+    whole = many(mixture, tmp_path, EXPERTS, {"output_dir": str(tmp_path / "whole")})
+    many(mixture, tmp_path, EXPERTS, LORA, stop=(1, 3))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert many(mixture, tmp_path, EXPERTS, LORA)[0]["records"] == whole[0]["records"][3:]
+    alone = many(mixture, tmp_path, ONE, {"output_dir": str(tmp_path / "copy")})[0]
+    assert alone["first"] == 3
+    assert plain(alone) == pytest.approx(uninterrupted(mixture, LORA), rel=ROUNDING)
+
+
+def test_ranks_divide_the_experts_of_a_run_of_one_process(mixture, tmp_path, uninterrupted):
+    many(mixture, tmp_path, ONE, LORA, stop=(0, 3))
+    divided = many(mixture, tmp_path, {"shard": 2, "experts": 2}, LORA)[0]
+    assert divided["first"] == 3
+    assert plain(divided) == pytest.approx(uninterrupted(mixture, LORA), rel=ROUNDING)
 
 
 def resumed_state(
