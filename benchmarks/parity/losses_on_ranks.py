@@ -5,6 +5,7 @@ ranks share it.
     python benchmarks/parity/losses_on_ranks.py --tensor --worlds 2 4 8 --json out.json           # a small Llama and rows that it makes
     python benchmarks/parity/losses_on_ranks.py --tensor --worlds 2 4 8 --float64 --json out.json
     python benchmarks/parity/losses_on_ranks.py --tensor --worlds 2 --compile on --json out.json
+    python benchmarks/parity/losses_on_ranks.py --mixture --worlds 2 4 --json out.json            # a small mixture, its experts over ranks too
     python benchmarks/parity/losses_on_ranks.py --write docs/measurements/ranks.md out.json ...                # the tables of the page; --check compares
 
 Each row is `train` on ranks that torchrun starts on this machine, with gloo on a CPU, in fp32
@@ -52,6 +53,11 @@ SMALL = {
     "vocab_size": 272, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 16,
     "num_key_value_heads": 8, "max_position_embeddings": 256, "tie_word_embeddings": True, "bos_token_id": None,
 }  # fmt: skip
+SMALL_MIXTURE = {
+    "vocab_size": 272, "hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 32, "num_experts": 16, "num_experts_per_tok": 4, "max_position_embeddings": 256,
+    "tie_word_embeddings": True, "bos_token_id": None,
+}  # fmt: skip
 Curve = list[list[float]]  # loss and gradient norm of each step
 
 
@@ -66,6 +72,7 @@ class Case:
     replicate: int = 1
     shard: int = 1
     tensor: int = 1
+    experts: int = 1
 
     @property
     def ranks(self) -> int:
@@ -74,10 +81,10 @@ class Case:
     @property
     def mesh(self) -> str:
         sizes = {"replicate": self.replicate, "shard": self.shard, "tensor": self.tensor}
-        return (
-            " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-            or "one process"
-        )
+        mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        if self.experts > 1:
+            mesh += f", experts {self.experts}"
+        return mesh or "one process"
 
     @property
     def reference(self) -> Case:
@@ -99,9 +106,11 @@ def cases(a: argparse.Namespace, model: str) -> list[Case]:
         for world in sorted({1, *a.worlds}) if a.compile == "on" else a.worlds:
             sizes = [n for n in range(1, world + 1) if world % n == 0]
             meshes = [(r, s, world // r // s) for r in sizes for s in sizes if world % (r * s) == 0]
-            found += [
-                Case(model, dtype, a.compile, what, *m) for m in meshes if a.tensor or m[2] == 1
-            ]
+            meshes = [mesh for mesh in meshes if a.tensor or mesh[2] == 1]
+            for mesh in meshes:
+                # All data ranks divide experts, or as many as each of these.
+                groups = [n for n in sizes if mesh[0] * mesh[1] % n == 0] if a.mixture else [1]
+                found += [Case(model, dtype, a.compile, what, *mesh, n) for n in groups]
     return list(
         dict.fromkeys(
             case for row in found for case in (row.reference.reference, row.reference, row)
@@ -109,13 +118,18 @@ def cases(a: argparse.Namespace, model: str) -> list[Case]:
     )
 
 
-def write_small(folder: Path) -> None:
-    """A random Llama of the shape SMALL with a byte tokenizer, and rows.jsonl, as SFT learns to
+def write_small(folder: Path, *, mixture: bool) -> None:
+    """A random Llama of the shape SMALL, or a Qwen3 of SMALL_MIXTURE, with a byte tokenizer, and rows.jsonl, as SFT learns to
     count.
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaConfig,
+        PreTrainedTokenizerFast,
+        Qwen3MoeConfig,
+    )
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
@@ -125,9 +139,11 @@ def write_small(folder: Path) -> None:
     )
     tokenizer.save_pretrained(folder / "small")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SMALL, eos_token_id=256, pad_token_id=256)).save_pretrained(
-        folder / "small"
-    )
+    tokens = {"eos_token_id": 256, "pad_token_id": 256}
+    config = LlamaConfig(**SMALL, **tokens)
+    if mixture:
+        config = Qwen3MoeConfig(**SMALL_MIXTURE, **tokens, initializer_range=0.05)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "small")
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for i in range(400):
             numbers = " ".join(str(i + k * (i % 7 + 1)) for k in range(4 + i % 9))
@@ -151,7 +167,7 @@ def recipe(a: argparse.Namespace, folder: Path, case: Case) -> dict[str, Any]:
             "duration": f"{a.steps} steps", "global_batch": f"{a.batch} examples", "micro_batch": f"{2 * a.seq} tokens",
             "learning_rate": 1e-3 if small else 1e-4, "warmup": "2 steps", "clip_norm": a.clip, "compile": case.compile,
         },
-        "parallel": {"replicate": case.replicate, "shard": case.shard, "tensor": case.tensor},
+        "parallel": {"replicate": case.replicate, "shard": case.shard, "tensor": case.tensor, "experts": case.experts},
         "checkpoint": {"every": None}, "log": {"tensorboard": False},
     }  # fmt: skip
     for section, changes in TRAINED[case.trained].items():
@@ -294,11 +310,12 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
         else {"rows": [], "curves": []}
     )
     rows, curves = known["rows"], {Case(**case): curve for case, curve in known["curves"]}
-    done = {Case(**{k: row[k] for k in Case.__dataclass_fields__}) for row in rows}
+    fields = Case.__dataclass_fields__
+    done = {Case(**{k: row[k] for k in fields if k in row}) for row in rows}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if a.model is None:
-            write_small(folder)
+            write_small(folder, mixture=a.mixture)
         wanted = [case for case in cases(a, a.name) if case not in done]
         for world in sorted({case.ranks for case in wanted}):
             here = [case for case in wanted if case.ranks == world and case not in curves]
@@ -378,7 +395,8 @@ def tables(files: list[Path]) -> str:
 def kind_of_mesh(row: dict[str, Any]) -> str:
     """The axes of a row's mesh, without their sizes."""
     axes = [axis for axis in ("replicate", "shard", "tensor") if row[axis] > 1]
-    return " x ".join(axes) or "one process"
+    kind = " x ".join(axes) or "one process"
+    return kind + (", experts over ranks" if row.get("experts", 1) > 1 else "")
 
 
 def write_page(check: bool, page: Path, files: list[Path]) -> int:
@@ -416,6 +434,7 @@ def main() -> None:
     p.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
     p.add_argument("--trained", nargs="+", default=list(TRAINED), choices=list(TRAINED))
     p.add_argument("--tensor", action="store_true", help="meshes with tensor parallelism too")
+    p.add_argument("--mixture", action="store_true", help="LoRA of a small mixture of experts")
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--seq", type=int, default=128)
     p.add_argument("--batch", type=int, default=8, help="examples of a step")
@@ -425,6 +444,8 @@ def main() -> None:
     p.add_argument("--compile", default="off", choices=["on", "off"])
     p.add_argument("--json", help="add the table to this file")
     a = p.parse_args()
+    if a.mixture:
+        a.name, a.trained = "small mixture", ["LoRA"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # of `timeout`: end the ranks, too
     measure(a)
 
