@@ -157,6 +157,9 @@ def check_sweep(run: Run, space: Space, search: Search) -> None:
     if run.parallel.tensor != 1:
         what = "a sweep cuts no adapter over a group"
         raise RecipeError(what, where="parallel.tensor", fix="parallel.tensor=1")
+    if run.parallel.experts not in ("auto", 1):
+        what = "a sweep divides no experts over ranks"
+        raise RecipeError(what, where="parallel.experts", fix="parallel.experts=1")
     if run.train.duration.seconds:
         what = "a sweep counts steps, not time"
         raise RecipeError(what, where="train.duration", fix="train.duration='500 steps'")
