@@ -24,18 +24,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 LARGE = 1000  # elements of a gradient that is summed beside the backward: matrices of these small models
 STEPS = 2  # the second shows the first update; `test_resume_on_ranks.py` and `selfcheck` take more
-Numbers = list[tuple[float, float, float]]
+Numbers = list[tuple[float, ...]]
 
 
 def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
-    """Loss, gradient norm and validation loss of each step."""
+    """Loss, gradient norm and validation loss of each step, and the load of experts if it has any."""
     base = {
         "train": {"duration": f"{STEPS} steps", "warmup": "0 steps", "micro_batch": "128 tokens"},
         "validate": {"every": f"{STEPS} steps"}, "checkpoint": {"every": None},
     }  # fmt: skip
     with mock.patch.object(build, "PROBE_TOKENS", 256), mock.patch.object(copies, "LARGE", LARGE):
         result = train(make_run(model, folder, **merge(base, changes)), quiet=True)
-    return [(r.loss, r.grad_norm, r.val_loss or 0.0) for r in result.records]
+    return [(r.loss, r.grad_norm, r.val_loss or 0.0, *r.extra.values()) for r in result.records]
 
 
 def numbers_of_all(

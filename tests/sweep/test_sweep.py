@@ -266,6 +266,7 @@ def test_the_default_waits_for_the_longest_warmup(
         ({"adapter": {"kind": "none"}}, "no base that stays"),
         ({"train": {"duration": "10 min"}}, "counts steps"),
         ({"parallel": {"tensor": 2}}, "no adapter over a group"),
+        ({"parallel": {"experts": 2}}, "no experts over ranks"),
         ({"data": {"validation": None, "hold_out": "4 examples"}}, "draws the held-out rows"),
     ],
 )
