@@ -23,7 +23,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.export.gguf.export import export_adapter, export_gguf
 from tunesmith.export.merge import merge
 from tunesmith.export.output import part_folder, put_in_place
-from tunesmith.export.vllm import export_peft, export_rounded
+from tunesmith.export.vllm import export_rounded
+from tunesmith.export.vllm_adapter import export_peft
 
 Export = Callable[[Path, Any], Any]
 

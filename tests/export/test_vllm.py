@@ -16,7 +16,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.export import tuned_weights
 from tunesmith.export.compressed import E2M1_VALUES, round_e2m1
 from tunesmith.export.tuned_weights import open_tuned_model
-from tunesmith.export.vllm import export_peft, export_rounded, round_weights
+from tunesmith.export.vllm import export_rounded, round_weights
+from tunesmith.export.vllm_adapter import export_peft
 from tunesmith.inference.load_run import locate_run, read_run_files
 from warm import run_warm
 

@@ -254,8 +254,8 @@ def test_llama4_experts_may_train_in_full_beside_an_adapter() -> None:
     lora.attach_lora(model, adapter, seed=0)
     compute(model, {})
     compute(reference, {})
-    for part in ("experts.gate_up_proj", "experts.down_proj", "router.weight"):
-        name = f"model.layers.0.feed_forward.{part}"
+    for key in ("experts.gate_up_proj", "experts.down_proj", "router.weight"):
+        name = f"model.layers.0.feed_forward.{key}"
         gradient = model.get_parameter(name).grad
         assert error(gradient, reference.get_parameter(name).grad) < 2e-6, name
 

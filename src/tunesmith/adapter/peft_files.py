@@ -5,8 +5,8 @@ never ignored.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
+from tunesmith.adapter.expert_keys import (
+    PREFIX,
+    check_none,
+    join_experts,
+    projections_in,
+    stacks_of,
+)
 from tunesmith.adapter.expert_lora import EXPERTS, expert_updates
 from tunesmith.adapter.low_rank import lora_scaling
 from tunesmith.config.schema import Adapter
@@ -28,11 +35,9 @@ from tunesmith.model.names import is_in_whole, name_in_text, name_in_whole
 from tunesmith.model.safetensors_files import read_header, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
-from tunesmith.quant.experts import UPDATE, expert_modules, stacks_in_order
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 # Options of PEFT's LoraConfig that change the result, and which of their values mean plain LoRA.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
@@ -244,19 +249,11 @@ def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _peft_expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those of experts, by PEFT's names: of two stacks of a module it wraps the first one twice."""
+    """Those of experts, by PEFT's names."""
     tensors = {}
-    for name, module in expert_modules(model).items():
-        updates = {}
-        for stack in stacks_in_order(module):
-            update = getattr(module, stack + UPDATE, None)
-            if update is not None:
-                updates[stack] = update
-        prefix = PREFIX + name_in_whole(model, name) + len(updates) * ".base_layer"
-        for update in updates.values():
-            prefix = prefix.removesuffix(".base_layer")
-            tensors[f"{prefix}.lora_A.weight"] = update.lora_A
-            tensors[f"{prefix}.lora_B.weight"] = update.lora_B
+    for factors in stacks_of(model):
+        tensors[f"{factors.key}.lora_A.weight"] = factors.update.lora_A
+        tensors[f"{factors.key}.lora_B.weight"] = factors.update.lora_B
     return tensors
 
 
@@ -306,6 +303,7 @@ def read_adapter(folder: Path) -> Adapter:
             target = target if target == lora.ALL_LINEAR else [target]
         if not isinstance(target, str):
             target = sorted({*(target or ()), *experts})
+            target = _with_single_experts(target, folder / WEIGHTS)
         values = {
             "rank": settings["r"],
             "alpha": settings["lora_alpha"],
@@ -327,6 +325,25 @@ def read_adapter(folder: Path) -> Adapter:
             why=why,
             fix="name a PEFT adapter's folder, or copy it again",
         ) from error
+
+
+def _with_single_experts(targets: list[str], file: Path) -> list[str]:
+    """The targets, with the experts for their projections where the file has them one by one."""
+    if not file.is_file():
+        return targets
+    with suppress(ModelError):  # a file that cannot be read is reported where it is loaded
+        names = [entry.name for entry in read_header(file)]
+        projections = projections_in(names)
+        if projections:
+            others = [name for name in names if not projections_in([name])]
+            whole = [EXPERTS]
+            for target in targets:
+                # Shared experts and dense layers may have linear layers of these names.
+                is_linear = any(f".{target}.lora_A." in name for name in others)
+                if is_linear or last_part(target) not in projections:
+                    whole.append(target)
+            return sorted(whole)
+    return targets
 
 
 def _experts_of(parameters: Sequence[str], file: Path) -> list[str]:
@@ -392,7 +409,8 @@ def stored_adapter(
         what = "the adapter's weights cannot be read"
         why = f"{error.what}. {error.why}"
         raise ModelError(what, where=str(file), why=why, fix="copy the adapter again") from error
-    with stored_tensors(file) as stored:
+    with stored_tensors(file) as tensors:
+        stored = join_experts(model, tensors, file)
         names = set()
         for name, tensor in stored.items():
             # A copy of the base's values that PEFT added is skipped. One that differs is kept here,
@@ -405,10 +423,10 @@ def stored_adapter(
         for name in names - unknown:
             if stored[name].shape != _file_shape(name, parameters[name]):
                 reshaped.add(name)
-        _check_none(parameters.keys() - names, "are missing in the adapter", file)
+        check_none(parameters.keys() - names, "are missing in the adapter", file)
         what = "are in the adapter and not in the recipe's target or modules_to_save"
-        _check_none(unknown, what, file)
-        _check_none(reshaped, "have another shape", file)
+        check_none(unknown, what, file)
+        check_none(reshaped, "have another shape", file)
         in_model = {}
         for name in sorted(names):
             parameter = parameters[name]
@@ -428,21 +446,6 @@ def _check_scaling(model: nn.Module, adapter: Adapter, file: Path) -> None:
                 where=f"{file}, layer {name}",
                 fix=f"set {keys}, adapter.rslora: {str(adapter.rslora).lower()}",
             )
-
-
-def _check_none(names: Collection[str], problem: str, file: Path) -> None:
-    """ModelError that says the problem and some of the names, if there are any."""
-    if not names:
-        return
-    shown = ", ".join(name.removeprefix(PREFIX) for name in sorted(names)[:3])
-    if len(names) > 3:
-        shown += ", ..."
-    raise ModelError(
-        f"{len(names)} tensors {problem}: {shown}",
-        where=str(file),
-        why="adapter and model do not fit each other",
-        fix="take the base model, target, rank and modules_to_save that the adapter was made with",
-    )
 
 
 def _base_name(model: nn.Module, name: str, stored: StoredTensor) -> str | None:

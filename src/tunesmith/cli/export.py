@@ -137,7 +137,7 @@ def _export_vllm(args: argparse.Namespace) -> None:
 
     output = shell_path(Path(args.output))
     if args.adapter:
-        from tunesmith.export.vllm import export_peft
+        from tunesmith.export.vllm_adapter import export_peft
 
         rank = export_peft(args.run, args.output)
         base = locate_run(args.run).base.name

@@ -1,9 +1,8 @@
-"""A run as a folder that vLLM serves: rounded to fp8 or nvfp4, or its adapter alone.
+"""A run as a folder that vLLM serves, rounded to fp8 or nvfp4.
 
 A folder in 16 bits is what `merge` writes.
 """
 
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,8 +11,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.adapter.peft_files import CONFIG, WEIGHTS, read_adapter
-from tunesmith.errors import ModelError, UsageError
+from tunesmith.errors import ModelError
 from tunesmith.export.compressed import (
     GROUP,
     Fp8Weight,
@@ -34,21 +32,16 @@ from tunesmith.export.streamed_model import Values, streamed_logits
 from tunesmith.export.tuned_weights import TunedModel, open_tuned_model
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.inference.load_run import (
-    RunLocation,
     locate_run,
     read_run_files,
     select_device,
     undeleted,
 )
-from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.stored_form import is_stored_otherwise
 from tunesmith.quant.frozen_linear import linear_names
 
 # Layers that vLLM joins to one matrix.
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
-# Models whose experts vLLM reads as PEFT stacks them (`is_3d_moe_weight` in its models).
-READ_STACKED = ("gpt_oss", "qwen3_5_moe_text", "glm4_moe_lite")
 WEIGHTS_OF_FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 ACTIVATIONS_OF_FP8 = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True}
 WEIGHTS_OF_NVFP4 = {
@@ -202,63 +195,3 @@ def _compare(
     if all(weight.base is not None for weight in tuned.weights.values()):
         base = compare_logits(expected, logits(tuned, "base"))
     return sum(map(len, prompts)), rounded, base
-
-
-def export_peft(path: str | Path, output: str | Path) -> int:
-    """Copy a run's adapter into a folder of its own; returns vLLM's --max-lora-rank for it.
-
-    Raises:
-        UsageError: there is no adapter, or the output is not a new or empty folder.
-        ModelError: vLLM refuses such an adapter.
-    """
-    location = locate_run(path)
-    goal = output_place(output, location)
-    require_new_folder(goal)
-    folder = location.folder
-    if location.kind != "adapter" or folder is None:
-        raise UsageError(f"{path} has no adapter", where="--adapter", fix="leave --adapter out")
-    adapter = read_adapter(folder)
-    if adapter.modules_to_save:
-        names = ", ".join(adapter.modules_to_save)
-        raise ModelError(
-            f"the adapter has modules that are trained in full: {names}",
-            where="--adapter",
-            why="vLLM serves matrices of a LoRA and nothing else",
-            fix="export the merged model: without --adapter",
-        )
-    _check_experts(location, folder)
-    # vLLM takes a few ranks only: the next larger one.
-    ranks = [rank for rank in LORA_RANKS if rank >= adapter.rank]
-    if not ranks:
-        raise ModelError(
-            f"the adapter has rank {adapter.rank}",
-            where="--adapter",
-            why=f"vLLM serves ranks up to {LORA_RANKS[-1]}",
-            fix="export the merged model: without --adapter",
-        )
-    with undeleted(location):
-        open_tuned_model(read_run_files(location))  # checks sums, and that base and adapter fit
-        size = sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
-        require_disk_space(goal, size, what="the adapter", fix=OTHER_DISK)
-        with part_folder(goal) as part:
-            for name in (CONFIG, WEIGHTS):
-                shutil.copyfile(folder / name, part / name)
-            follow_umask(part)
-            put_in_place(part, goal)
-    return ranks[0]
-
-
-def _check_experts(location: RunLocation, folder: Path) -> None:
-    """ModelError for an adapter of experts that vLLM would take for another."""
-    if not read_json(folder / CONFIG, again="copy the adapter again").get("target_parameters"):
-        return
-    model_type = read_run_files(location).files.config.model_type
-    if model_type in READ_STACKED:
-        return
-    raise ModelError(
-        f"the adapter has experts, stacked as PEFT has them, and of a {model_type} vLLM reads "
-        "them one by one",
-        where="--adapter",
-        why="it would take the rows of gate and up for one another, without an error",
-        fix="export the merged model: without --adapter",
-    )

@@ -1,0 +1,272 @@
+"""A run's adapter as vLLM reads it.
+
+Of most mixtures that is one expert after the other, where PEFT's file has them stacked: the rows of
+B go to gate and up, which get the same A. What vLLM does is read in its source, release 0.33.0:
+`lora/model_manager.py`, `lora/lora_model.py` and the classes of the models.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.adapter.expert_keys import (
+    DOWN,
+    GATE,
+    OF_MIXTRAL,
+    PREFIX,
+    UP,
+    b_by_expert,
+    parts_of_stack,
+    projections_in,
+    stored_module,
+)
+from tunesmith.adapter.peft_files import CONFIG, WEIGHTS, last_part, read_adapter
+from tunesmith.errors import ModelError, UsageError
+from tunesmith.export.output import (
+    OTHER_DISK,
+    output_place,
+    part_folder,
+    put_in_place,
+    require_new_folder,
+)
+from tunesmith.export.tuned_weights import ExpertsUpdate, LoraUpdate, TunedModel, open_tuned_model
+from tunesmith.host.files import follow_umask, require_disk_space
+from tunesmith.inference.load_run import locate_run, read_run_files, undeleted
+from tunesmith.model.names import composite_of, name_in_whole
+from tunesmith.model.safetensors_files import read_header, read_json
+from tunesmith.model.save_tensors import save_tensors
+from tunesmith.model.weights import StoredTensor
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
+PROJECTIONS = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
+MIXTRALS = {projection: name for name, projection in OF_MIXTRAL.items()}
+# How vLLM calls the projections of an expert (`get_expert_mapping`), by the type of the text model.
+READ_SINGLE: dict[str, dict[str, str]] = {
+    **dict.fromkeys(
+        (
+            "afmoe",
+            "axk1",
+            "deepseek_v2",
+            "deepseek_v3",
+            "ernie4_5_moe",
+            "exaone_moe",
+            "gemma4_text",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "granitemoe",
+            "granitemoehybrid",
+            "granitemoeshared",
+            "hy_v3",
+            "jamba",
+            "laguna",
+            "nemotron_h",
+            "olmoe",
+            "qwen2_moe",
+            "qwen3_5_moe_text",
+            "qwen3_moe",
+            "qwen3_next",
+        ),
+        PROJECTIONS,
+    ),
+    **dict.fromkeys(("lfm2_moe", "minimax_m2", "mixtral"), MIXTRALS),
+}
+# Its classes with `is_3d_moe_weight`: they read PEFT's stacked form.
+READ_STACKED = ("gpt_oss",)
+STACKED_IN_WHOLE = ("qwen3_5_moe_text",)  # within the vision-language model alone
+# Its classes without `SupportsLoRA`.
+WITHOUT_LORA = (
+    "cohere2_moe",
+    "dbrx",
+    "deepseek_v32",
+    "deepseek_v4",
+    "flint",
+    "glm_moe_dsa",
+    "kimi_linear",
+    "mimo_v2_flash",
+)
+MERGE = "export the merged model: without --adapter"
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor as it is written.
+
+    Attributes:
+        values: on meta.
+        read: its values.
+    """
+
+    values: Tensor
+    read: Callable[[], Tensor]
+
+
+def export_peft(path: str | Path, output: str | Path) -> int:
+    """Write a run's adapter to a folder of its own; returns vLLM's --max-lora-rank for it.
+
+    Raises:
+        UsageError: there is no adapter, or the output is not a new or empty folder.
+        ModelError: vLLM refuses such an adapter, or would compute another one.
+    """
+    location = locate_run(path)
+    goal = output_place(output, location)
+    require_new_folder(goal)
+    folder = location.folder
+    if location.kind != "adapter" or folder is None:
+        raise UsageError(f"{path} has no adapter", where="--adapter", fix="leave --adapter out")
+    adapter = read_adapter(folder)
+    if adapter.modules_to_save:
+        names = ", ".join(adapter.modules_to_save)
+        raise _refusal(
+            f"the adapter has modules that are trained in full: {names}",
+            "vLLM serves matrices of a LoRA and nothing else",
+        )
+    # vLLM takes a few ranks only: the next larger one.
+    ranks = [rank for rank in LORA_RANKS if rank >= adapter.rank]
+    if not ranks:
+        raise _refusal(
+            f"the adapter has rank {adapter.rank}", f"vLLM serves ranks up to {LORA_RANKS[-1]}"
+        )
+    with undeleted(location):
+        # Checks sums, and that base and adapter fit.
+        tuned = open_tuned_model(read_run_files(location))
+        is_single = _reads_single(tuned, folder)
+        size = sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
+        factors: dict[str, Factor] = {}
+        if is_single:
+            factors = dict(_single_factors(tuned))
+            size = sum(factor.values.nbytes for factor in factors.values())
+        require_disk_space(goal, size, what="the adapter", fix=OTHER_DISK)
+        with part_folder(goal) as part:
+            if is_single:
+                _write_single(part, folder, factors)
+            else:
+                for name in (CONFIG, WEIGHTS):
+                    shutil.copyfile(folder / name, part / name)
+            follow_umask(part)
+            put_in_place(part, goal)
+    return ranks[0]
+
+
+def _refusal(what: str, why: str) -> ModelError:
+    return ModelError(what, where="--adapter", why=why, fix=MERGE)
+
+
+def _reads_single(tuned: TunedModel, folder: Path) -> bool:
+    """Whether vLLM reads the experts of this adapter one by one; False too where it has none.
+
+    ModelError for an adapter that vLLM does not serve, or would take for another.
+    """
+    model_type = tuned.model.config.model_type
+    if model_type in WITHOUT_LORA:
+        raise _refusal(f"vLLM has no LoRA for a {model_type}", "its class lacks SupportsLoRA")
+    adapted = [name for name, weight in tuned.weights.items() if weight.update]
+    if model_type == "llama4_text":
+        _check_llama4(adapted)
+    if not any(isinstance(weight.update, ExpertsUpdate) for weight in tuned.weights.values()):
+        return False
+    is_whole = composite_of(tuned.model.config) is not None
+    if model_type in READ_STACKED or (model_type in STACKED_IN_WHOLE and is_whole):
+        if projections_in([entry.name for entry in read_header(folder / WEIGHTS)]):
+            raise _refusal(
+                "the adapter has its experts one by one",
+                f"of a {model_type} vLLM reads them stacked",
+            )
+        return False
+    if model_type not in READ_SINGLE:
+        raise _refusal(
+            f"the adapter has experts, and how vLLM reads those of a {model_type} is not known",
+            "in the wrong form it takes them for others, or for none, without an error",
+        )
+    return True
+
+
+def _check_llama4(adapted: Iterable[str]) -> None:
+    """ModelError for layers of a Llama 4 that vLLM computes otherwise than the adapter has it."""
+    for name in adapted:
+        if ".experts." in name:
+            raise _refusal(
+                "the adapter has experts of a Llama 4",
+                "its routing weights scale an expert's input, and vLLM scales the adapter's output",
+            )
+        if name.endswith((".q_proj.weight", ".k_proj.weight")):
+            raise _refusal(
+                "the adapter has q_proj or k_proj of a Llama 4",
+                "vLLM puts their rows in another order as it loads the base, and not the adapter's",
+            )
+
+
+def _single_factors(tuned: TunedModel) -> Iterator[tuple[str, Factor]]:
+    """The factors of all layers, by their names in the file."""
+    # Of a layer's two stacks: B has the experts as its last dimension, and is read whole.
+    read_whole = lru_cache(maxsize=2)(StoredTensor.read)
+    for name, weight in tuned.weights.items():
+        update = weight.update
+        if isinstance(update, LoraUpdate):
+            layer = PREFIX + name_in_whole(tuned.model, name.removesuffix(".weight"))
+            for key, stored in (("lora_A", update.lora_A), ("lora_B", update.lora_B)):
+                values = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+                yield f"{layer}.{key}.weight", Factor(values, stored.read)
+        elif isinstance(update, ExpertsUpdate):
+            yield from _factors_of_stack(tuned.model, name, update, read_whole)
+
+
+def _factors_of_stack(
+    model: nn.Module, name: str, update: ExpertsUpdate, read_whole: Callable[[StoredTensor], Tensor]
+) -> Iterator[tuple[str, Factor]]:
+    """The factors of each expert of the stack of this name."""
+    module, _, stack = name.rpartition(".")
+    config: Any = model.config
+    names = READ_SINGLE[config.model_type]
+    prefix = PREFIX + stored_module(model, module)
+    rank = update.lora_A.shape[0] // update.experts
+    lora_A, lora_B = update.lora_A, update.lora_B
+    for expert in range(update.experts):
+        rows_of_a = (slice(expert * rank, (expert + 1) * rank), slice(0, lora_A.shape[1]))
+        a = torch.empty(rank, lora_A.shape[1], dtype=lora_A.dtype, device="meta")
+        for projection, rows in parts_of_stack(model.get_submodule(module), stack).items():
+            layer = f"{prefix}.{expert}.{names[projection]}"
+            yield (
+                f"{layer}.lora_A.weight",
+                Factor(a.clone(), partial(lora_A.__getitem__, rows_of_a)),
+            )
+            width = len(range(lora_B.shape[0])[rows])
+            b = torch.empty(width, rank, dtype=lora_B.dtype, device="meta")
+            read_b = partial(_expert_b, read_whole, lora_B, update.experts, expert, rows)
+            yield f"{layer}.lora_B.weight", Factor(b, read_b)
+
+
+def _expert_b(
+    read_whole: Callable[[StoredTensor], Tensor],
+    stored: StoredTensor,
+    experts: int,
+    expert: int,
+    rows: slice,
+) -> Tensor:
+    """The rows of an expert's B: [rows, rank]."""
+    return b_by_expert(read_whole(stored), experts)[expert][rows]
+
+
+def _write_single(part: Path, folder: Path, factors: Mapping[str, Factor]) -> None:
+    """Write PEFT's two files with the factors, to `part`; `folder` has the run's own."""
+    readers = {id(factor.values): factor.read for factor in factors.values()}
+
+    def read(values: Tensor, rows: slice) -> Iterator[Tensor]:
+        yield readers[id(values)]()[rows]
+
+    tensors = {name: factor.values for name, factor in factors.items()}
+    save_tensors(part / WEIGHTS, tensors, {"format": "pt"}, read=read)
+    settings = read_json(folder / CONFIG, again="copy the adapter again")
+    settings.pop("target_parameters", None)
+    targets = set()
+    for name in factors:
+        targets.add(last_part(name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")))
+    settings["target_modules"] = sorted(targets)
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    (part / CONFIG).write_text(text, encoding="utf-8")

@@ -1,0 +1,269 @@
+"""Adapters of experts in the form that vLLM reads for a family, and that form read here.
+
+What vLLM does with names is written down here from the source of its release 0.33.0:
+`parse_fine_tuned_lora_name` of lora/utils.py takes off "base_model.model." and the factor;
+`process_packed_modules_mapping` there looks, under the module that has all experts, for the names
+that the model's `get_expert_mapping` says, as (w1, w2, w3) = (gate, down, up); `pack_moe` of
+lora/lora_weights.py stacks them. A name that is not among these is not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from tunesmith.adapter import lora, peft_files
+from tunesmith.adapter.expert_lora import expert_updates
+from tunesmith.config.schema import Adapter
+from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.export.streamed_model import streamed_logits
+from tunesmith.export.tuned_weights import open_tuned_model
+from tunesmith.export.vllm_adapter import export_peft
+from tunesmith.inference.load_run import locate_run, read_run_files
+from tunesmith.model.twin import build_twin
+
+GATED = ("gate_proj", "down_proj", "up_proj")
+MIXTRAL = ("w1", "w2", "w3")
+OPTIONS: dict[str, dict] = {
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2,
+                    "moe_intermediate_size": 24},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 12, "num_hidden_layers": 24},
+}  # fmt: skip
+# The module with all experts in a layer of vLLM's class, and the class's names of projections.
+READ_BY_VLLM: dict[str, tuple[str, tuple[str, str, str | None]]] = {
+    "qwen3_moe": ("mlp.experts", GATED),
+    "mixtral": ("block_sparse_moe.experts", MIXTRAL),
+    "nemotron_h": ("mixer.experts", ("up_proj", "down_proj", None)),
+    "gemma4_text": ("experts", GATED),
+    "granitemoe": ("block_sparse_moe.experts", GATED),
+    "minimax_m2": ("block_sparse_moe.experts", MIXTRAL),
+    "lfm2_moe": ("feed_forward.experts", MIXTRAL),
+    "glm4_moe_lite": ("mlp.experts", GATED),
+    "jamba": ("feed_forward.experts", GATED),
+}
+ADAPTER = Adapter(rank=3, alpha=6, target=("experts",))
+
+
+def make_base(model_type: str, folder: Path) -> Path:
+    base = folder / "base"
+    build_twin(AutoConfig.for_model(model_type, **OPTIONS.get(model_type, {}))).save_pretrained(
+        base
+    )
+    words = models.WordLevel({f"t{i}": i for i in range(60)}, unk_token="t0")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), eos_token="t1", pad_token="t2"
+    )
+    tokenizer.save_pretrained(base)
+    tokenizer.save_pretrained(folder / "adapter")
+    return base
+
+
+def make_adapter(
+    model_type: str, folder: Path, adapter: Adapter = ADAPTER
+) -> tuple[PreTrainedModel, Path]:
+    """A model with drawn factors, and the adapter that is written of it."""
+    base = make_base(model_type, folder)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    lora.attach_lora(model, adapter, seed=0)
+    torch.manual_seed(2)
+    for _, layer in lora.low_ranks(model):
+        nn.init.normal_(layer.lora_A, std=0.1)
+        nn.init.normal_(layer.lora_B, std=0.1)
+    files = peft_files.adapter_files(model, adapter, str(base), None)
+    peft_files.write_adapter(folder / "adapter", *files)
+    return model, folder / "adapter"
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 25).view(2, 11)).logits
+
+
+def updates_in_vllm(file: Path, model_type: str, scaling: float) -> dict[str, Tensor]:
+    """What vLLM adds to its stacks: the input stack [experts, out, in] under w13, the other w2."""
+    path, names = READ_BY_VLLM[model_type]
+    shards = {name: shard for name, shard in zip(names, ("w1", "w2", "w3"), strict=True) if name}
+    factors: dict[tuple[str, str], dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in load_file(file).items():
+        *module, factor, weight = name.removeprefix("base_model.model.").split(".")
+        assert weight == "weight"
+        *stack, expert, projection = module
+        layer = ".".join(stack).removesuffix(f".{path}")
+        assert ".".join(stack) == f"{layer}.{path}", name
+        assert layer.rpartition(".")[0] == "model.layers", name
+        of_expert = factors.setdefault((layer, shards[projection]), {})
+        of_expert.setdefault(int(expert), {})[factor] = tensor
+    stacked = {}
+    for (layer, shard), experts in factors.items():
+        products = [experts[e]["lora_B"] @ experts[e]["lora_A"] for e in range(len(experts))]
+        stacked[layer, shard] = scaling * torch.stack(products)
+    updates = {}
+    for layer, shard in stacked:
+        if shard == "w1":
+            halves = [stacked[layer, s] for s in ("w1", "w3") if (layer, s) in stacked]
+            updates[f"{layer} w13"] = torch.cat(halves, dim=1)
+            updates[f"{layer} w2"] = stacked[layer, "w2"]
+    return updates
+
+
+QUICK = ("qwen3_moe", "mixtral", "nemotron_h")
+FAMILIES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in READ_BY_VLLM
+]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_vllm_reads_the_experts_one_by_one(model_type: str, tmp_path: Path) -> None:
+    model, adapter = make_adapter(model_type, tmp_path)
+    assert export_peft(adapter, tmp_path / "out") == 8
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    read = updates_in_vllm(file, model_type, scaling=2.0)
+    expected = {}
+    for name, update in expert_updates(model):
+        layer = ".".join(name.split(".")[:3])
+        shard = "w2" if name.endswith("down_proj") else "w13"
+        expected[f"{layer} {shard}"] = update.update()
+    assert read.keys() == expected.keys()
+    for name, update in expected.items():
+        torch.testing.assert_close(read[name], update, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_peft_and_this_engine_open_what_vllm_reads(
+    model_type: str, rslora: bool, tmp_path: Path
+) -> None:
+    adapter = Adapter(rank=3, alpha=6, target=("q_proj", "experts"), rslora=rslora)
+    model, folder = make_adapter(model_type, tmp_path, adapter)
+    export_peft(folder, tmp_path / "out")
+    expected = logits(model)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert (logits(plain) - expected).abs().max() > 0.05 * expected.abs().max()
+    if not rslora:  # PEFT gives the experts twice the rank, whose root is another scaling
+        theirs = logits(PeftModel.from_pretrained(plain, tmp_path / "out").eval())
+        assert (theirs - expected).abs().max() < 2e-6 * expected.abs().max()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    read = peft_files.read_adapter(tmp_path / "out")
+    assert read.target == ("experts", "q_proj")
+    lora.attach_lora(again, read, seed=1)
+    peft_files.load_adapter(again, tmp_path / "out")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+
+
+def test_a_merge_reads_experts_one_by_one(tmp_path: Path) -> None:
+    model, folder = make_adapter("mixtral", tmp_path)
+    export_peft(folder, tmp_path / "out")
+    for file in folder.glob("tokenizer*"):
+        (tmp_path / "out" / file.name).write_bytes(file.read_bytes())
+    tuned = open_tuned_model(read_run_files(locate_run(tmp_path / "out")))
+    ids = list(range(3, 14))
+    (merged,) = streamed_logits(
+        tuned, [ids], values="merged", dtype=torch.float32, device=torch.device("cpu")
+    )
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0]
+    assert (merged - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_linear_layers_of_the_names_of_projections_stay_targets(tmp_path: Path) -> None:
+    """DeepSeek's shared experts have a gate_proj, too."""
+    adapter = Adapter(rank=2, target=("experts", "gate_proj"))
+    _, folder = make_adapter("deepseek_v3", tmp_path, adapter)
+    export_peft(folder, tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
+    assert "target_parameters" not in settings
+    assert peft_files.read_adapter(tmp_path / "out").target == ("experts", "gate_proj")
+
+
+def drop(tensors: dict[str, Tensor], name: str) -> None:
+    del tensors[name]
+
+
+def stack_too(tensors: dict[str, Tensor], name: str) -> None:
+    layer = name.partition(".experts.")[0]
+    tensors[f"{layer}.experts.base_layer.lora_A.weight"] = torch.zeros(12, 64)
+
+
+def cut(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name] = tensors[name][:, :-1].clone()
+
+
+def change(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name] = tensors[name] + 1
+
+
+def add_one(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name.replace(".experts.3.", ".experts.4.")] = tensors[name].clone()
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, Tensor], str], None], str]] = {
+    "a factor is missing": (drop, r"1 tensors are missing .*experts\.3\.up_proj\.lora_A"),
+    "both forms": (stack_too, "both one by one and stacked"),
+    "another shape": (cut, r"have another shape: .*experts\.3\.up_proj"),
+    "an A of its own": (change, "gate_proj and up_proj have an A of their own"),
+    "one expert more": (add_one, r"and not in the recipe.*experts\.4\.up_proj"),
+}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("single")
+    _, adapter = make_adapter("qwen3_moe", folder)
+    export_peft(adapter, folder / "out")
+    return folder
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_set_that_is_not_whole_is_refused_by_name(
+    fault: str, single: Path, tmp_path: Path
+) -> None:
+    apply, what = FAULTS[fault]
+    tensors = load_file(single / "out" / "adapter_model.safetensors")
+    apply(tensors, "base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_A.weight")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    settings = (single / "out" / "adapter_config.json").read_bytes()
+    (tmp_path / "adapter_config.json").write_bytes(settings)
+    model = AutoModelForCausalLM.from_pretrained(single / "base")
+    lora.attach_lora(model, peft_files.read_adapter(tmp_path), seed=0)
+    with pytest.raises(ModelError, match=what):
+        peft_files.load_adapter(model, tmp_path)
+
+
+def test_gpt_oss_is_read_as_peft_writes_it(tmp_path: Path) -> None:
+    _, folder = make_adapter("gpt_oss", tmp_path)
+    export_peft(folder, tmp_path / "out")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+REFUSED: dict[str, tuple[str, Adapter, str]] = {
+    "no LoRA at all": ("mimo_v2_flash", ADAPTER, "vLLM has no LoRA for a mimo_v2_flash"),
+    "a form that is not known": ("phimoe", ADAPTER, "how vLLM reads those of a phimoe"),
+    "experts of a Llama 4": ("llama4_text", ADAPTER, "experts of a Llama 4"),
+    "q of a Llama 4": ("llama4_text", Adapter(target=("q_proj",)), "q_proj or k_proj of a Llama 4"),
+    "experts in full": (
+        "qwen3_moe",
+        Adapter(target=("q_proj",), modules_to_save=("experts",)),
+        "trained in full: experts",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_vllm_would_compute_otherwise_is_refused(case: str, tmp_path: Path) -> None:
+    model_type, adapter, what = REFUSED[case]
+    _, folder = make_adapter(model_type, tmp_path, adapter)
+    with pytest.raises(TunesmithError, match=what):
+        export_peft(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
