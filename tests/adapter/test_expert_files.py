@@ -82,3 +82,26 @@ def test_one_stack_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match="target_parameters"):
         peft_files.read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("saved", [("embed_tokens", "lm_head"), ("experts",)])
+def test_modules_trained_in_full_beside_experts(saved: tuple[str, ...], tmp_path: Path) -> None:
+    """Experts with an adapter beside an embedding in full, and experts in full beside an adapter."""
+    base = tmp_path / "base"
+    build_twin(AutoConfig.for_model("qwen3_moe")).save_pretrained(base)
+    target = ("q_proj",) if "experts" in saved else ("q_proj", "experts")
+    adapter = Adapter(rank=3, alpha=6, target=target, modules_to_save=saved)
+    model = attached(base, adapter)
+    randomise(model)
+    torch.manual_seed(4)
+    for _, module, key in lora.saved_parameters(model):
+        parameter = module.get_parameter(key)
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, adapter, "x", None))
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    theirs = logits(PeftModel.from_pretrained(plain, tmp_path).eval())
+    ours = logits(model)
+    assert (theirs - ours).abs().max() < 2e-6 * ours.abs().max()
+    again = attached(base, peft_files.read_adapter(tmp_path))
+    peft_files.load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), ours)

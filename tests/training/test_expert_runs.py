@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tunesmith
 from recipes import make_run
+from tunesmith.errors import TunesmithError
+from tunesmith.export.vllm_adapter import export_peft
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -84,3 +87,35 @@ def test_merge_and_answers(mixture: Path, tmp_path: Path) -> None:
         answers.append(answer["output"])
     assert answers[0] == answers[1]
     tunesmith.evaluate(run, tmp_path / "held.jsonl")
+
+
+def test_added_tokens_and_rslora_beside_experts(mixture: Path, tmp_path: Path) -> None:
+    changes = {
+        "model": {"added_tokens": ["<new>"]},
+        "adapter": {
+            "rslora": True,
+            "rank": 4,
+            "target": ["q_proj", "experts"],
+            "modules_to_save": ["embed_tokens", "lm_head"],
+        },
+        "train": {"learning_rate": 5e-2, "duration": "2 steps", "schedule": "constant"},
+    }
+    numbers(mixture, tmp_path, changes)
+    tunesmith.merge(tmp_path / "run", tmp_path / "merged")
+    tuned = tunesmith.load_run(tmp_path / "run")
+    new = len(tuned.tokenizer) - 1
+    assert tuned.tokenizer.convert_ids_to_tokens(new) == "<new>"
+    plain = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)
+    plain.resize_token_embeddings(len(tuned.tokenizer))
+    models = (
+        tuned.model,
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32),
+        PeftModel.from_pretrained(plain, tmp_path / "run/final"),
+    )
+    ids = torch.tensor([[5, 6, new, 9, 11]])
+    with torch.no_grad():
+        ours, *others = (model.eval()(input_ids=ids).logits for model in models)
+    for other in others:
+        assert (ours - other).abs().max() < 1e-4 * ours.abs().max()
+    with pytest.raises(TunesmithError, match="trained in full: embed_tokens, lm_head"):
+        export_peft(tmp_path / "run", tmp_path / "lora")
