@@ -8,6 +8,7 @@ import torch
 
 # Of 4 bits: sign, two of exponent, one of mantissa (e2m1).
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+NAN = 255  # as an exponent
 
 
 def decode_mxfp4(

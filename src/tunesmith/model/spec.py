@@ -67,6 +67,7 @@ _WIDTHS = (
 )
 _NEVER_0 = ("vocab_size", "hidden_size", "attention_chunk_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_WIDTH = "moe_intermediate_size"
 EXPERTS_PER_TOKEN = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -393,10 +394,24 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_experts(config: Mapping[str, Any], where: str) -> None:
-    """ModelError where a token goes to no expert, or to more than there are."""
+    """ModelError where a token goes to no expert, or to more than there are, experts have no width,
+    or their number is none.
+    """
     for experts_key in _EXPERTS:
+        experts = config.get(experts_key)
+        if isinstance(experts, str):
+            raise ModelError(
+                f"{experts_key} is {experts!r}: it must be a whole number",
+                where=where,
+                fix=FETCH_CONFIG,
+            )
+        if isinstance(experts, int) and experts > 0 and config.get(EXPERT_WIDTH) == 0:
+            raise ModelError(
+                f"{EXPERT_WIDTH} is 0, and {experts_key} is {experts:,}",
+                where=where,
+                fix=FETCH_CONFIG,
+            )
         for key in EXPERTS_PER_TOKEN:
-            experts = config.get(experts_key)
             per_token = config.get(key)
             if not isinstance(experts, int) or not isinstance(per_token, int):
                 continue

@@ -21,7 +21,7 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.host.memory import drop_pages, open_uncached
-from tunesmith.model.mxfp4 import decode_mxfp4
+from tunesmith.model.mxfp4 import NAN, decode_mxfp4
 from tunesmith.model.names import Piece, Pieces, assign_names
 from tunesmith.model.safetensors_files import Entry, read_header, read_into
 from tunesmith.model.shipped import (
@@ -292,6 +292,13 @@ class PackedTensor(DecodedTensor):
         for expert in range(experts.start, min(experts.stop, self.shape[0])):
             blocks = self.blocks[_of_first(self.blocks.shape, expert)][0]
             exponents = self.exponents[_of_first(self.exponents.shape, expert)][0]
+            if (exponents == NAN).any():
+                raise ModelError(
+                    f"a scale of {self.name} is not finite: that of expert {expert}",
+                    where=self.name,
+                    why="the file is damaged, or the model was broken when it was quantized",
+                    fix="fetch the model again: tunesmith fetch MODEL",
+                )
             step = max(1, PIECE // self.shape[1])
             for first in range(outputs.start, outputs.stop, step):
                 part = slice(first, min(first + step, outputs.stop))
