@@ -21,14 +21,16 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import vision_models
 from tunesmith.adapter import lora, peft_files
 from tunesmith.adapter.expert_lora import expert_updates
-from tunesmith.config.schema import Adapter
+from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.export.streamed_model import streamed_logits
 from tunesmith.export.tuned_weights import open_tuned_model
 from tunesmith.export.vllm_adapter import export_peft
 from tunesmith.inference.load_run import locate_run, read_run_files
+from tunesmith.model import load
 from tunesmith.model.twin import build_twin
 
 GATED = ("gate_proj", "down_proj", "up_proj")
@@ -245,6 +247,33 @@ def test_gpt_oss_is_read_as_peft_writes_it(tmp_path: Path) -> None:
     export_peft(folder, tmp_path / "out")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_qwen3_5_is_read_stacked_beside_its_vision_tower_alone(
+    is_whole: bool, tiny: Path, tmp_path: Path
+) -> None:
+    """`is_3d_moe_weight` is set on Qwen3_5MoeForConditionalGeneration."""
+    if is_whole:
+        base = vision_models.build("qwen3_5_moe", tmp_path / "base", tiny)
+        spec = Model(name=str(base), dtype="fp32")
+        model = load.build_on_meta(load.load_config(base, spec), spec)
+        load.materialize(model, torch.device("cpu"))
+        lora.attach_lora(model, ADAPTER, seed=0)
+        (tmp_path / "adapter").mkdir()
+        files = peft_files.adapter_files(model, ADAPTER, str(base), None)
+        peft_files.write_adapter(tmp_path / "adapter", *files)
+        for file in base.glob("tokenizer*"):
+            (tmp_path / "adapter" / file.name).write_bytes(file.read_bytes())
+    else:
+        make_adapter("qwen3_5_moe_text", tmp_path)
+    export_peft(tmp_path / "adapter", tmp_path / "out")
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
+    expected = "model.layers.0.mlp.experts.0.gate_proj.lora_A.weight"
+    if is_whole:
+        expected = "model.language_model.layers.0.mlp.experts.base_layer.lora_A.weight"
+    assert f"base_model.model.{expected}" in names
 
 
 REFUSED: dict[str, tuple[str, Adapter, str]] = {
