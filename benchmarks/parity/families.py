@@ -72,6 +72,7 @@ Of the {cut} types with a figure under *cut*, `parallel.tensor` cuts the layers 
 ranks from one, in the losses of 5 steps and the gradients, in full and with an adapter (`benchmarks/parity/tensor_cuts.py`).
 
 [Mixtures of experts](experts.md): what has an adapter, memory, speed, and which recipes there are.
+LoRA does not reach the experts of `dbrx` and `longcat_flash`, which have code of their own ([experts](experts.md)).
 
 | type | state | logits | gradients | cut | |
 |---|---|---|---|---|---|

@@ -287,18 +287,22 @@ class PackedTensor(DecodedTensor):
         self.blocks = stored_tensor(entry.blocks, files)
         self.exponents = stored_tensor(entry.exponents, files)
 
+    def check_exponents(self, exponents: torch.Tensor, expert: int) -> None:
+        """ModelError for a scale of this expert that is no number."""
+        if (exponents == NAN).any():
+            raise ModelError(
+                f"a scale of {self.name} is not finite: that of expert {expert}",
+                where=self.name,
+                why="the file is damaged, or the model was broken when it was quantized",
+                fix="fetch the model again: tunesmith fetch MODEL",
+            )
+
     def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
         experts, inputs, outputs = slices
         for expert in range(experts.start, min(experts.stop, self.shape[0])):
             blocks = self.blocks[_of_first(self.blocks.shape, expert)][0]
             exponents = self.exponents[_of_first(self.exponents.shape, expert)][0]
-            if (exponents == NAN).any():
-                raise ModelError(
-                    f"a scale of {self.name} is not finite: that of expert {expert}",
-                    where=self.name,
-                    why="the file is damaged, or the model was broken when it was quantized",
-                    fix="fetch the model again: tunesmith fetch MODEL",
-                )
+            self.check_exponents(exponents, expert)
             step = max(1, PIECE // self.shape[1])
             for first in range(outputs.start, outputs.stop, step):
                 part = slice(first, min(first + step, outputs.stop))

@@ -61,6 +61,8 @@ class Mxfp4Experts(ExpertStack):
         # One run of the file each, straight into its place.
         weight.blocks.into(blocks, expert * weight.blocks.shape[1:].numel())
         weight.exponents.into(exponents, expert * weight.exponents.shape[1:].numel())
+        for place, of_expert in enumerate(exponents):
+            weight.check_exponents(of_expert, expert + place)
 
     def frozen_stack(self) -> Mxfp4Stack:
         tensors = [local_part(self.blocks), local_part(self.exponents)]
