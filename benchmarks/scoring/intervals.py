@@ -1,23 +1,36 @@
 """How often the 95 % intervals of `eval --score` hold, and how many rows tell two models apart.
 
-    python benchmarks/scoring/intervals.py coverage   # of mean and difference: 93 to 97 %
+    python benchmarks/scoring/intervals.py coverage --json docs/measurements/intervals.json
     python benchmarks/scoring/intervals.py rows       # the table of docs/evaluate.md
 
-Scores are drawn from models whose true means are known: right or wrong answers, and shares as f1
-gives them. Everything is seeded.
+Scores are drawn from models whose true means are known: right or wrong answers, and shares as f1 and
+json give them; tuned and base agree on most rows. Everything is seeded.
 """
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tunesmith.scoring.intervals import MIN_DIFFERING, paired_intervals
+from tunesmith.scoring.intervals import Interval, PairedIntervals, paired_intervals
 
 # The product takes 10,000: fewer move the ends by a hundredth of the width or so.
-RESAMPLES = {"coverage": 4000, "rows": 1000}
+RESAMPLES = 2000
 Pairs = tuple[np.ndarray, np.ndarray]
 COUNTS = (10, 20, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 5000)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Scores of base and tuned, the mean of the base's and of their difference."""
+
+    pairs: Callable[[np.random.Generator, int], Pairs]
+    mean: float
+    gain: float
 
 
 def binary(rng: np.random.Generator, n: int, base: float, gain: float, differing: float) -> Pairs:
@@ -46,33 +59,85 @@ def shares(rng: np.random.Generator, n: int) -> Pairs:
     return base, np.where(better, base + (1 - base) * 0.5, base)
 
 
+def mostly_right(rng: np.random.Generator, n: int) -> Pairs:
+    """Fields of a JSON: nine of ten rows are all right, and the tuned model mends half of the
+    others and spoils 2 % of all. Few rows differ, and those by much."""
+    base = np.where(rng.random(n) < 0.1, rng.beta(2, 2, size=n), 1.0)
+    tuned = np.where((base < 1) & (rng.random(n) < 0.5), 1.0, base)
+    return base, np.where(rng.random(n) < 0.02, rng.beta(2, 2, size=n), tuned)
+
+
+def equally_good(rng: np.random.Generator, n: int) -> Pairs:
+    """Skewed shares of two models that are equally good and differ on two of five rows."""
+    base = rng.beta(0.5, 0.2, size=n)
+    return base, np.where(rng.random(n) < 0.4, rng.beta(0.5, 0.2, size=n), base)
+
+
+def right_or_wrong(base: float, gain: float, differing: float) -> Draw:
+    return Draw(lambda rng, n: binary(rng, n, base, gain, differing), base, gain)
+
+
+# The means of `mostly_right`: of beta(2, 2) it is a half. Of all rows 5 % are mended, and 2 % then
+# fall from what they are to a half.
+RIGHT_BASE = 0.95
+RIGHT_GAIN = 0.98 * 0.975 + 0.02 * 0.5 - RIGHT_BASE
 DRAWS = {
-    "right or wrong, 50 % and 60 %": (lambda rng, n: binary(rng, n, 0.5, 0.1, 0.3), 0.5, 0.1),
-    "right or wrong, 80 % and 85 %": (lambda rng, n: binary(rng, n, 0.8, 0.05, 0.15), 0.8, 0.05),
-    "right or wrong, no difference": (lambda rng, n: binary(rng, n, 0.6, 0.0, 0.2), 0.6, 0.0),
-    "shares, skewed": (shares, 2 / 7, 1 / 14),
+    "right or wrong, 10 % and 20 %": right_or_wrong(0.1, 0.1, 0.15),
+    "right or wrong, 50 % and 60 %": right_or_wrong(0.5, 0.1, 0.3),
+    "right or wrong, 80 % and 85 %": right_or_wrong(0.8, 0.05, 0.15),
+    "right or wrong, 90 % and 95 %": right_or_wrong(0.9, 0.05, 0.1),
+    "right or wrong, 10 %, no difference": right_or_wrong(0.1, 0.0, 0.1),
+    "right or wrong, 50 %, no difference": right_or_wrong(0.5, 0.0, 0.4),
+    "right or wrong, 90 %, no difference": right_or_wrong(0.9, 0.0, 0.1),
+    "shares, skewed": Draw(shares, 2 / 7, 1 / 14),
+    "shares, skewed, no difference": Draw(equally_good, 0.5 / 0.7, 0.0),
+    "shares, mostly all right": Draw(mostly_right, RIGHT_BASE, RIGHT_GAIN),
 }
 
 
-def coverage(trials: int) -> dict[tuple[str, int], tuple[float, float, float]]:
+def coverage(trials: int) -> Iterator[dict[str, Any]]:
     """How often the intervals of base and difference hold the true value, and the sentence says a
     difference, by draw and rows."""
-    results = {}
-    for name, (draw, mean, gain) in DRAWS.items():
+    for name, draw in DRAWS.items():
+        # Right or wrong answers have few outcomes, whose intervals need not be computed again.
+        paired = cached_intervals() if name.startswith("right") else intervals_of
         for n in (25, 50, 100, 400):
             rng = np.random.default_rng(n)
             base_holds = difference_holds = apart = 0
             for _ in range(trials):
-                base, tuned = draw(rng, n)
-                intervals = paired_intervals(base, tuned, resamples=RESAMPLES["coverage"])
-                base_holds += (
-                    intervals.base.low <= mean + 1e-12 and mean <= intervals.base.high + 1e-12
-                )
-                low, high = intervals.difference.low, intervals.difference.high
-                difference_holds += low <= gain + 1e-12 and gain <= high + 1e-12
-                apart += (low > 0 or high < 0) and intervals.differing >= MIN_DIFFERING
-            results[name, n] = (base_holds / trials, difference_holds / trials, apart / trials)
-    return results
+                intervals = paired(*draw.pairs(rng, n))
+                base_holds += holds(intervals.base, draw.mean)
+                difference_holds += holds(intervals.difference, draw.gain)
+                apart += intervals.is_apart
+            yield {
+                "scores": name,
+                "rows": n,
+                "mean_holds": base_holds / trials,
+                "difference_holds": difference_holds / trials,
+                "apart": apart / trials,
+            }
+
+
+def holds(interval: Interval, value: float) -> bool:
+    return interval.low <= value + 1e-12 and value <= interval.high + 1e-12
+
+
+def intervals_of(base: np.ndarray, tuned: np.ndarray) -> PairedIntervals:
+    return paired_intervals(base.tolist(), tuned.tolist(), resamples=RESAMPLES)
+
+
+def cached_intervals() -> Callable[[np.ndarray, np.ndarray], PairedIntervals]:
+    seen: dict[bytes, PairedIntervals] = {}
+
+    def paired(base: np.ndarray, tuned: np.ndarray) -> PairedIntervals:
+        # The order of the rows makes no difference.
+        order = np.lexsort((base, tuned))
+        key = base[order].tobytes() + tuned[order].tobytes()
+        if key not in seen:
+            seen[key] = intervals_of(base, tuned)
+        return seen[key]
+
+    return paired
 
 
 def power(gain: float, differing: float, rows: int, trials: int) -> float:
@@ -80,9 +145,8 @@ def power(gain: float, differing: float, rows: int, trials: int) -> float:
     rng = np.random.default_rng(rows)
     apart = 0
     for _ in range(trials):
-        base, tuned = binary(rng, rows, 0.5, gain, differing)
-        intervals = paired_intervals(base, tuned, resamples=RESAMPLES["rows"])
-        apart += intervals.difference.low > 0 and intervals.differing >= MIN_DIFFERING
+        intervals = intervals_of(*binary(rng, rows, 0.5, gain, differing))
+        apart += intervals.is_apart and intervals.difference.mean > 0
     return apart / trials
 
 
@@ -104,13 +168,24 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("coverage", "rows"))
     parser.add_argument("--trials", type=int, default=None)
+    parser.add_argument("--json", type=Path, help="where the coverage is written")
     args = parser.parse_args()
     if args.what == "coverage":
+        trials = args.trials or 4000
+        rows = []
         print(
             "| scores | rows | interval of the mean holds | of the difference | told apart |\n|---|---|---|---|---|"
         )
-        for (name, n), (base, difference, apart) in coverage(args.trials or 4000).items():
-            print(f"| {name} | {n} | {base:.1%} | {difference:.1%} | {apart:.1%} |", flush=True)
+        for row in coverage(trials):
+            rows.append(row)
+            cells = [f"{row[key]:.1%}" for key in ("mean_holds", "difference_holds", "apart")]
+            print(f"| {row['scores']} | {row['rows']} | {' | '.join(cells)} |", flush=True)
+        if args.json:
+            command = "python benchmarks/scoring/intervals.py coverage"
+            lines = ",\n".join(json.dumps(row) for row in rows)
+            args.json.write_text(
+                f'{{"command": "{command}", "trials": {trials},\n"rows": [\n{lines}\n]}}\n'
+            )
         return
     print("| gain | a tenth differs | a fifth | two fifths |\n|---|---|---|---|")
     for gain in (0.20, 0.10, 0.05, 0.02):

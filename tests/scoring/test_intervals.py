@@ -1,5 +1,5 @@
-"""The intervals against the bootstrap in plain Python, against an exact one, and against models
-whose means are known.
+"""The intervals against published figures, the bootstrap in plain Python, exact probabilities, and
+models whose means are known.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from tunesmith.scoring.intervals import (
     PairedIntervals,
     difference_sentence,
     expanded_tail,
+    mcnemar_chance,
     mean_interval,
     paired_intervals,
+    paired_share_interval,
+    share_interval,
 )
 
 
@@ -53,6 +56,80 @@ def test_the_tail_is_students_for_few_rows_and_two_and_a_half_percent_for_many()
         expected = 0.5 * math.erfc(t * math.sqrt(count / (count - 1)) / math.sqrt(2))
         assert expanded_tail(count) == pytest.approx(expected, rel=0.01)
     assert expanded_tail(100_000) == pytest.approx(0.025, rel=1e-3)
+
+
+def test_an_end_is_never_nearer_than_students() -> None:
+    """Of 25 rows two differ: nearly all resamples have them above 0, and their percentiles with them."""
+    tuned = [0.5] * 23 + [0.9, 0.8]
+    difference = paired_intervals([0.5] * 25, tuned).difference
+    deviation = float(np.std(np.array(tuned), ddof=1))
+    assert difference.low == pytest.approx(difference.mean - 2.0639 * deviation / 5, abs=1e-4)
+    assert difference.low < 0 < difference.mean < difference.high
+
+
+def test_an_example_of_fagerland_lydersen_and_laake() -> None:
+    """Their airways before and after a transplant of stem cells: 21 children, 1 and 7 of whom
+    changed."""
+    interval = paired_share_interval(1, 7, 21)
+    assert interval == pytest.approx((-0.286, -0.517, -0.026), abs=6e-4)
+    assert mcnemar_chance(1, 7) == pytest.approx(0.039, abs=6e-4)
+
+
+@pytest.mark.parametrize(("won", "lost", "rows"), [(1, 1, 30), (9, 2, 50), (1, 20, 400)])
+def test_ends_of_a_difference_are_where_the_score_test_is_at_1_96(
+    won: int, lost: int, rows: int
+) -> None:
+    """Tango's definition: the likeliest share of lost rows at an end is searched for here."""
+    interval = paired_share_interval(won, lost, rows)
+    for end in (interval.low, interval.high):
+        shares_lost = np.linspace(max(0.0, -end), (1 - end) / 2, 400_001)[1:-1]
+        same = 1 - 2 * shares_lost - end
+        logs = won * np.log(shares_lost + end) + lost * np.log(shares_lost)
+        likeliest = shares_lost[np.argmax(logs + (rows - won - lost) * np.log(same))]
+        variance = rows * (2 * likeliest + end * (1 - end))
+        assert abs(won - lost - rows * end) / math.sqrt(variance) == pytest.approx(1.96, abs=1e-3)
+
+
+def exact_probabilities(rows: int, share: float) -> list[float]:
+    return [math.comb(rows, k) * share**k * (1 - share) ** (rows - k) for k in range(rows + 1)]
+
+
+@pytest.mark.parametrize("rows", [25, 50, 100])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 0.9])
+def test_the_interval_of_a_share_holds_in_93_to_97_percent(rows: int, share: float) -> None:
+    """Exactly: over all numbers of right rows, each as often as it comes."""
+    held = 0.0
+    for right, probability in enumerate(exact_probabilities(rows, share)):
+        interval = mean_interval([1.0] * right + [0.0] * (rows - right))
+        held += probability * (interval.low <= share <= interval.high)
+    assert 0.93 <= held <= 0.97
+
+
+def test_ends_of_a_share_are_those_of_the_binomial_with_mid_p() -> None:
+    interval = share_interval(3, 25)
+    for end, above in ((interval.low, 0.025), (interval.high, 0.975)):
+        probabilities = exact_probabilities(25, end)
+        assert sum(probabilities[4:]) + probabilities[3] / 2 == pytest.approx(above, abs=1e-9)
+
+
+@pytest.mark.parametrize("rows", [25, 50, 100])
+def test_equally_good_models_are_told_apart_in_at_most_five_percent(rows: int) -> None:
+    """Exactly, for any share of rows that differ. Without McNemar's test it is up to 5.4 %."""
+    mean = Interval(0, 0, 0)  # The intervals of the two means take no part.
+    apart = []
+    for lost in range(rows + 1):
+        for won in range(lost + 1, rows + 1 - lost):
+            difference = paired_share_interval(won, lost, rows)
+            chance = mcnemar_chance(won, lost)
+            if PairedIntervals(mean, mean, difference, won + lost, chance).is_apart:
+                apart.append((won, won + lost))
+    for share in (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8):
+        differ = exact_probabilities(rows, share)
+        error = 0.0
+        for won, differing in apart:
+            # One model or the other wins so many.
+            error += 2 * differ[differing] * math.comb(differing, won) / 2**differing
+        assert error <= 0.05, share
 
 
 @pytest.mark.parametrize(("count", "low"), [(1, 0.025), (6, 0.5407), (20, 0.8316), (100, 0.9638)])
@@ -118,6 +195,7 @@ def pairs(won: int, lost: int, same: int) -> PairedIntervals:
         (6, 0, 0, "better"),
         (5, 0, 5, "only 5 rows differ, which chance alone can do)"),
         (1, 0, 0, "not told apart by 1 row ("),
+        (15, 6, 79, "+0.0 to +18.4; chance alone does it in 5.2% of evaluations)"),
     ],
 )  # fmt: skip
 def test_one_sentence_says_better_worse_or_not_told_apart(

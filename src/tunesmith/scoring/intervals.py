@@ -1,16 +1,25 @@
 """How far a mean over rows can be believed: 95 % intervals and a sentence.
 
-A paired bootstrap: rows are drawn again with replacement, for both models the same ones, so that
-what makes a row hard for both does not blur their difference. The percentiles taken are somewhat
-further out than 2.5 and 97.5: with few rows the bootstrap's are too narrow (Hesterberg 2015, "What
-Teachers Should Know About the Bootstrap", expanded percentile interval). Where all values are
-equal no resample differs, and the interval is that of the share of such rows (Clopper-Pearson).
+Right or wrong (scores of 0 and 1)
+    A mean is a share of right rows: Clopper and Pearson's interval with mid-p (Lancaster 1961;
+    Agresti and Gottard 2005). A difference is that of two paired shares: Tango's score interval
+    (1998), and McNemar's mid-p test beside it, as Fagerland, Lydersen and Laake recommend (2014,
+    "Recommended tests and confidence intervals for paired binomial proportions"). A bootstrap of
+    such scores takes few values, and leaves out what no row among few has shown.
+Shares (f1, fields of a JSON)
+    A paired bootstrap: rows are drawn again with replacement, for both models the same ones, so
+    that what makes a row hard for both does not blur their difference. Its percentiles are further
+    out than 2.5 and 97.5: with few rows the bootstrap's are too narrow (Hesterberg 2015, "What
+    Teachers Should Know About the Bootstrap", expanded percentile interval). An end is at least as
+    far out as Student's: where few rows differ at all, nearly every resample has them on one side.
 
-The seed is fixed: the same scores give the same interval, on any machine.
+Where all values are equal no resample differs, and the interval is that of the share of such rows
+(Clopper-Pearson). The seed is fixed: the same scores give the same interval, on any machine.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -33,19 +42,39 @@ class Interval(NamedTuple):
 
 
 class PairedIntervals(NamedTuple):
-    """Of two models on the same rows; `difference` is tuned less base. `differing`: rows on which
-    their scores are not equal."""
+    """Of two models on the same rows.
+
+    Attributes:
+        difference: tuned less base.
+        differing: rows on which their scores are not equal.
+        chance: of right or wrong answers, how often as many of the differing rows point one way
+            where both models are equally good (McNemar's mid-p); None of other scores.
+    """
 
     base: Interval
     tuned: Interval
     difference: Interval
     differing: int
+    chance: float | None
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the difference is more than chance does in 5 of 100 evaluations."""
+        holds_zero = self.difference.low <= 0 <= self.difference.high
+        if holds_zero or self.differing < MIN_DIFFERING:
+            return False
+        # At the edge the score interval leaves out 0 in up to 5.4 % of evaluations.
+        return self.chance is None or self.chance < 2 * TAIL
 
 
 def mean_interval(scores: Sequence[float], *, resamples: int = RESAMPLES) -> Interval:
     """Of one model's scores, each from 0 to 1."""
     values = np.asarray(scores, np.float64)
-    return _interval(values, _resampled_means(values[:, None], resamples)[:, 0], 0.0)
+    if _is_constant(values):
+        return _constant_interval(values, 0.0)
+    if _is_right_or_wrong(values):
+        return share_interval(int(values.sum()), len(values))
+    return _bootstrap_interval(values, 0.0, resamples)
 
 
 def paired_intervals(
@@ -53,56 +82,165 @@ def paired_intervals(
 ) -> PairedIntervals:
     """Of two models' scores on the same rows, in the same order, each from 0 to 1."""
     pairs = np.stack([np.asarray(base, np.float64), np.asarray(tuned, np.float64)], axis=1)
-    means = _resampled_means(pairs, resamples)
     differences = pairs[:, 1] - pairs[:, 0]
+    differing = int(np.count_nonzero(differences))
+    chance = None
+    if _is_right_or_wrong(pairs):
+        won = int((differences > 0).sum())
+        chance = mcnemar_chance(won, differing - won)
+        difference = paired_share_interval(won, differing - won, len(pairs))
+    else:
+        difference = _bootstrap_interval(differences, -1.0, resamples)
+    # All values are equal: that other ones are rare is all that they tell.
+    if _is_constant(differences):
+        difference = _constant_interval(differences, -1.0)
     return PairedIntervals(
-        _interval(pairs[:, 0], means[:, 0], 0.0),
-        _interval(pairs[:, 1], means[:, 1], 0.0),
-        _interval(differences, means[:, 1] - means[:, 0], -1.0),
-        int(np.count_nonzero(differences)),
+        mean_interval(base, resamples=resamples),
+        mean_interval(tuned, resamples=resamples),
+        difference,
+        differing,
+        chance,
     )
 
 
-def _resampled_means(values: np.ndarray, resamples: int) -> np.ndarray:
-    """Means over rows drawn with replacement: [n, k] values -> [resamples, k]."""
+def _is_constant(values: np.ndarray) -> bool:
+    return bool(values.min() == values.max())
+
+
+def _is_right_or_wrong(values: np.ndarray) -> bool:
+    return bool(np.isin(values, (0.0, 1.0)).all())
+
+
+def _constant_interval(values: np.ndarray, lowest: float) -> Interval:
+    """Of equal values. `lowest`: the least value there can be; the greatest is 1."""
+    mean = float(values.mean())
+    # Rows with another value are at most so rare that none among these is no surprise.
+    share = TAIL ** (1 / len(values))
+    return Interval(mean, share * mean + (1 - share) * lowest, share * mean + (1 - share) * 1.0)
+
+
+def share_interval(right: int, rows: int) -> Interval:
+    """Clopper and Pearson's interval of a share with mid-p; not all rows are alike."""
+
+    def above(share: float) -> float:
+        """How often more rows are right; as many count half."""
+        shares = _binomial(rows, share)
+        return float(shares[right + 1 :].sum() + shares[right] / 2)
+
+    low = _root(lambda share: above(share) - TAIL, 0.0, 1.0)
+    high = _root(lambda share: above(share) - (1 - TAIL), 0.0, 1.0)
+    return Interval(right / rows, low, high)
+
+
+def paired_share_interval(won: int, lost: int, rows: int) -> Interval:
+    """Tango's score interval of (won - lost) / rows: the differences that the data are no more than
+    1.96 standard errors from, the error computed as if each were the true one.
+    """
+    z = NormalDist().inv_cdf(1 - TAIL)
+    mean = (won - lost) / rows
+
+    def distance(difference: float) -> float:
+        """Of the data from a difference, in standard errors."""
+        # The most likely share of lost rows under this difference is a root of
+        # 2 rows x^2 + linear x - lost difference (1 - difference).
+        linear = (2 * rows - won + lost) * difference - won - lost
+        constant = lost * difference * (1 - difference)
+        root = math.sqrt(max(linear**2 + 8 * rows * constant, 0.0))
+        share_lost = (root - linear) / (4 * rows)
+        variance = rows * (2 * share_lost + difference * (1 - difference))
+        # At -1 and 1 all rows are lost or won: there is no spread.
+        return (won - lost - rows * difference) / math.sqrt(max(variance, 1e-12))
+
+    low = _root(lambda difference: z - distance(difference), -1.0, mean)
+    high = _root(lambda difference: -z - distance(difference), mean, 1.0)
+    return Interval(mean, low, high)
+
+
+def mcnemar_chance(won: int, lost: int) -> float:
+    """McNemar's mid-p: how often equally good models differ as one-sidedly on as many rows."""
+    if won == lost:
+        return 1.0
+    shares = _binomial(won + lost, 0.5)
+    fewer = min(won, lost)
+    return float(2 * shares[:fewer].sum() + shares[fewer])
+
+
+def _binomial(count: int, share: float) -> np.ndarray:
+    """The probabilities of 0 to `count` successes: fp64 [count + 1]."""
+    if share in (0.0, 1.0):
+        certain = np.zeros(count + 1)
+        certain[round(count * share)] = 1.0
+        return certain
+    successes = np.arange(count + 1)
+    logs = _log_choices(count) + successes * math.log(share)
+    probabilities: np.ndarray = np.exp(logs + (count - successes) * math.log1p(-share))
+    return probabilities
+
+
+@lru_cache(maxsize=4)
+def _log_choices(count: int) -> np.ndarray:
+    """Logarithms of the numbers of ways to choose 0 to `count` of `count`."""
+    factorials = np.array([math.lgamma(number + 1) for number in range(count + 1)])
+    choices: np.ndarray = factorials[-1] - factorials - factorials[::-1]
+    return choices
+
+
+def _root(rising: Callable[[float], float], low: float, high: float) -> float:
+    """Where a rising function is 0, by bisection to the last bits."""
+    for _ in range(50):
+        middle = (low + high) / 2
+        if rising(middle) < 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _bootstrap_interval(values: np.ndarray, lowest: float, resamples: int) -> Interval:
+    """The expanded percentiles of the means over rows drawn with replacement, or Student's ends.
+
+    Args:
+        values: [rows], not all equal.
+        lowest: the least value there can be; the greatest is 1.
+    """
     count = len(values)
+    # The same rows for every call: what two models and their difference get is of the same draws.
     rng = np.random.default_rng(SEED)
     # So many draws at once that their memory is bounded.
     at_once = max(1, _DRAWS // count)
-    means = np.empty((resamples, values.shape[1]))
+    means = np.empty(resamples)
     for first in range(0, resamples, at_once):
         last = min(first + at_once, resamples)
-        # The same rows for all columns: both models are resampled together.
         rows = rng.integers(count, size=(last - first, count), dtype=np.int64)
-        for column in range(values.shape[1]):
-            means[first:last, column] = values[rows, column].mean(axis=1)
-    return means
-
-
-def _interval(values: np.ndarray, means: np.ndarray, lowest: float) -> Interval:
-    """`lowest`: the least value there can be; the greatest is 1."""
-    mean = float(values.mean())
-    if values.min() == values.max():
-        # Rows with another value are at most so rare that none among these is no surprise.
-        share = TAIL ** (1 / len(values))
-        return Interval(mean, share * mean + (1 - share) * lowest, share * mean + (1 - share) * 1.0)
-    tail = expanded_tail(len(values))
+        means[first:last] = values[rows].mean(axis=1)
+    tail = expanded_tail(count)
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(mean, float(low), float(high))
+    mean = float(values.mean())
+    reach = students_t(count) * float(values.std(ddof=1)) / math.sqrt(count)
+    # Student's knows nothing of the ends of the scale.
+    return Interval(
+        mean,
+        min(float(low), max(mean - reach, lowest)),
+        max(float(high), min(mean + reach, 1.0)),
+    )
 
 
 def expanded_tail(count: int) -> float:
     """The share of resampled means beyond each end of the interval: 2.5 % for many rows, less for
     few."""
-    normal = NormalDist()
-    z = normal.inv_cdf(1 - TAIL)
+    return NormalDist().cdf(-students_t(count) * math.sqrt(count / (count - 1)))
+
+
+def students_t(count: int) -> float:
+    """The quantile of Student's t that leaves 2.5 % above it, for so many values, from the normal's
+    (Abramowitz and Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(1 - TAIL)
     freedom = count - 1
-    # Student's t from the normal quantile (Abramowitz and Stegun 26.7.5)
     t = z
     t += (z**3 + z) / (4 * freedom)
     t += (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    return normal.cdf(-t * math.sqrt(count / freedom))
+    return t
 
 
 def difference_sentence(
@@ -115,16 +253,16 @@ def difference_sentence(
         f"{points(difference.low)} to {points(difference.high)}"
     )
     noun = "row" if rows == 1 else "rows"
-    # The interval does not hold 0.
-    is_apart = difference.low > 0 or difference.high < 0
-    if is_apart and intervals.differing >= MIN_DIFFERING:
+    if intervals.is_apart:
         # A metric may be better where it is lower.
         is_better = (difference.mean > 0) == higher_is_better
         direction = "better" if is_better else "worse"
         return f"{name}: tuned is {direction} than base on these {rows} {noun} ({span})"
     reason = ""
-    if is_apart:
+    if difference.low > 0 or difference.high < 0:
         reason = f"; only {intervals.differing} rows differ, which chance alone can do"
+        if intervals.differing >= MIN_DIFFERING:
+            reason = f"; chance alone does it in {intervals.chance:.1%} of evaluations"
     return f"{name}: tuned and base are not told apart by {rows} {noun} ({span}{reason})"
 
 
