@@ -26,8 +26,7 @@ from tunesmith.adapter.peft_files import adapter_files, write_adapter
 from tunesmith.config.schema import Adapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from conftest import CHATML
-from export.tiny_gguf import byte_level, structure_of
+from export.tiny_gguf import chat_tokenizer
 
 LIMIT = 200  # MB
 ROWS = {"vocab_size": 128256, "tie_word_embeddings": True, "head_dim": 64}
@@ -66,9 +65,7 @@ print(json.dumps(report))
 def write_model(folder: Path, sizes: dict[str, int]) -> None:
     """A random base in bf16, a small tokenizer, and an adapter beside it."""
     torch.manual_seed(0)
-    tokenizer = byte_level(structure_of("gpt-2"))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
+    tokenizer = chat_tokenizer()
     tokenizer.eos_token = "<|im_end|>"
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(**{**ROWS, **sizes}, **ids, bos_token_id=None)

@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import CHATML, write_tiny_llama
 from export.modelfile import read_modelfile
-from export.tiny_gguf import byte_level, structure_of
+from export.tiny_gguf import chat_tokenizer
 from runs import make_run, peft_model
 from tunesmith.cli.export import GGUF_QUANTS
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.export.gguf import export as room
+from tunesmith.export.gguf.answers import SideBySide, answer_lines, questions_of
 from tunesmith.export.gguf.export import export_adapter, export_gguf
 from tunesmith.export.gguf.llama_cpp import LlamaCpp
 from tunesmith.export.gguf.ollama import modelfile_text
 from tunesmith.export.gguf.types import QUANTS as TYPES
+from tunesmith.inference.load_run import locate_run, read_run_files
 from warm import run_warm
 
 pytestmark = pytest.mark.slow
@@ -33,9 +37,7 @@ pytestmark = pytest.mark.slow
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of width 256 with a small BPE, which llama.cpp opens; <|im_end|> ends turns."""
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = byte_level(structure_of("gpt-2"))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
+    tokenizer = chat_tokenizer()
     write_tiny_llama(folder, vocab_size=len(tokenizer), hidden_size=256, intermediate_size=256)
     config = json.loads((folder / "config.json").read_text())
     config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -72,6 +74,48 @@ def test_a_file_answers_as_the_tuned_model(run: Path, tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("quant", ["f16", "q4_k_m"])
+def test_three_answers_stand_side_by_side(
+    quant: str, run: Path, base: Path, tmp_path: Path
+) -> None:
+    """The tuned model's are PEFT's greedy ones, up to where the file goes another way."""
+    exported = export_gguf(run, tmp_path / "model.gguf", quant=quant, device="cpu")
+    assert exported.check is not None
+    opened = read_run_files(locate_run(run))
+    tuned = peft_model(base)
+    answers = exported.check.answers
+    assert [answer.question for answer in answers] == ["Count to 1", "Count to 2\n\nslowly", "Count to 3"]  # fmt: skip
+    assert [answer.reference for answer in answers] == ["1", "1 2", "1 2 3"]
+    for question, answer in zip(questions_of(opened), answers, strict=True):
+        prompt = torch.tensor([question.ids])
+        stop = list(opened.template.end_ids)
+        ids = tuned.generate(
+            input_ids=prompt, do_sample=False, max_new_tokens=48, eos_token_id=stop
+        )
+        own = ids[0, len(question.ids) :].tolist()
+        assert answer.tokens <= 48
+        text = opened.files.tokenizer.decode(
+            own[: answer.differs_at], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert answer.tuned == text
+        assert (answer.tuned == answer.file) == (answer.differs_at is None)
+    # 48 greedy tokens of a random model: rounding to 4 bits changes one
+    assert quant == "f16" or any(answer.differs_at for answer in answers)
+
+
+def test_answers_fit_a_terminal_with_their_difference_in_sight() -> None:
+    same = SideBySide("Where?\nNow " + "x" * 90, None, "In " + "y" * 90, "In " + "y" * 90, 40, None)
+    other = SideBySide("Who?", "Ada", "a" * 150 + " Ada Byron", "a" * 150 + " Bob", 60, 51)
+    lines = answer_lines([same, other])
+    assert max(map(len, lines)) == 80
+    assert [line.split()[0] for line in lines] == ["asked", "file", "tuned", "asked", "reference", "file", "tuned", "(differs"]  # fmt: skip
+    assert "Where? Now xx" in lines[0]
+    assert lines[2].endswith("(the same 40 tokens)")
+    assert lines[5].endswith("aaa Ada Byron")
+    assert lines[6].endswith("aaa Bob ...")
+    assert lines[7].endswith("(differs from token 51 of 60)")
+
+
 @pytest.mark.parametrize("kind", ["full", "nf4", "a plain model", "an embedding trained in full"])
 def test_every_kind_of_run(kind: str, base: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
@@ -98,7 +142,13 @@ def test_every_kind_of_run(kind: str, base: Path, tmp_path: Path) -> None:
 def test_a_folder_for_ollama(run: Path, tmp_path: Path) -> None:
     exported = export_gguf(run, tmp_path / "orders", for_ollama=True, device="cpu")
     names = sorted(path.name for path in (tmp_path / "orders").iterdir())
-    assert names == ["LICENSE", "Modelfile", "orders-q4_k_m.gguf"]
+    assert names == ["LICENSE", "Modelfile", "orders-q4_k_m.gguf", "orders-q4_k_m.gguf.json"]
+    record = json.loads((tmp_path / "orders" / "orders-q4_k_m.gguf.json").read_text())
+    assert exported.check is not None
+    assert record["check"] == json.loads(json.dumps(asdict(exported.check)))
+    assert len(record["check"]["answers"]) == 3
+    again = export_gguf(run, tmp_path / "orders", for_ollama=True, force=True, check=False)
+    assert again.check is None
     modelfile = (tmp_path / "orders" / "Modelfile").read_text()
     assert read_modelfile(modelfile) == [
         ("from", "./orders-q4_k_m.gguf"),
@@ -205,6 +255,7 @@ def test_a_file_that_reads_prompts_otherwise_is_rejected(
         export_gguf(run, tmp_path / "model.gguf", quant="f16", device="cpu")
     assert not (tmp_path / "model.gguf").exists()
     assert (tmp_path / "model.gguf.rejected").is_file()
+    assert not list(tmp_path.glob("*.gguf*.json"))
     assert leftovers(tmp_path) == []
 
 
@@ -274,6 +325,7 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     done = run_warm([*words, "--output", tmp_path / "model.gguf"])
     assert done.returncode == 0, done.stderr
     assert "12 of 12 have the same token ids in llama.cpp" in done.stdout
+    assert "  asked      Count to 1\n  reference  1\n  file  " in done.stdout
     assert f"next: llama-server -m {tmp_path / 'model.gguf'} -c 8192" in done.stdout
     again = run_warm([*words, "--output", tmp_path / "model.gguf", "--json"])
     assert again.returncode == 2

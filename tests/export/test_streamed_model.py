@@ -69,7 +69,14 @@ def test_every_kind_of_module_reads_its_weights(
     tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr(tuned_weights, "BAND", 1000)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert_equal(stream(open_tuned(tmp_path), "merged"), plain_logits(expected))
+    tuned = open_tuned(tmp_path)
+    logits = stream(tuned, "merged")
+    assert_equal(logits, plain_logits(expected))
+    places = [[8, 2], [1]]
+    some = streamed_logits(
+        tuned, PROMPTS, values="merged", dtype=torch.float32, device=CPU, places=places
+    )
+    assert_equal(some, [logits[0][places[0]], logits[1][places[1]]])
 
 
 @pytest.mark.parametrize(

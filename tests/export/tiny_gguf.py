@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from conftest import CHATML
 from tunesmith.export.gguf.plan import GgufPlan, TensorRows, plan_gguf
 from tunesmith.export.gguf.tokenizer import TABLE
 from tunesmith.export.gguf.write import write_gguf
@@ -97,6 +98,14 @@ def byte_level(structure: Mapping[str, Any], vocab_size: int = 590) -> PreTraine
     trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
     return as_transformers(tokenizer)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerBase:
+    """One that llama.cpp reads, with ChatML and its two tokens."""
+    tokenizer = byte_level(structure_of("gpt-2"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
 
 
 def structure_of(pre: str) -> dict[str, Any]:

@@ -11,10 +11,15 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
-from recipes import make_run
+from conftest import write_tiny_llama
+from export.tiny_gguf import chat_tokenizer
+from recipes import make_run as write_run
+from runs import make_run, peft_model
 from tunesmith.checkpoint.manifest import flush_files, prune, write_manifest
 from tunesmith.config.load import load_recipe
+from tunesmith.export.gguf.export import export_adapter, export_gguf
 from tunesmith.export.merge import merge
+from tunesmith.export.vllm import export_peft, export_rounded
 from tunesmith.hub import hub_calls
 from tunesmith.training.run import train
 from warm import read_hub_settings, run_warm
@@ -39,7 +44,7 @@ def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finished(tiny: Path, folder: Path, **changes) -> Path:
-    run = make_run(tiny, folder, held=False, train={"duration": "4 steps"}, **changes)
+    run = write_run(tiny, folder, held=False, train={"duration": "4 steps"}, **changes)
     train(run, quiet=True)
     return (folder / "run").rename(folder / "my-run")
 
@@ -177,6 +182,101 @@ def test_an_adapter_on_a_folder_is_refused_and_its_merge_is_not(lora: Path, tmp_
         sent = hub.stored["ada/merged"]["main"]
         assert sent["model.safetensors"] == (tmp_path / "merged" / "model.safetensors").read_bytes()
         assert not [name for name, data in sent.items() if str(lora.parent).encode() in data]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of an adapter in `run`, whose base has a tokenizer that llama.cpp reads."""
+    folder = tmp_path_factory.mktemp("exported")
+    tokenizer = chat_tokenizer()
+    base = folder / "base"
+    write_tiny_llama(base, vocab_size=len(tokenizer), hidden_size=256, intermediate_size=256)
+    tokenizer.save_pretrained(base)
+    (base / "LICENSE").write_text("Free.")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\nTheirs.")
+    make_run(folder / "run", base, peft_model(base))
+    return folder / "run"
+
+
+def card_rows(card: bytes) -> list[str]:
+    """The rows of the table of files."""
+    return [line for line in card.decode().splitlines() if line.startswith("| `")]
+
+
+def test_an_exported_folder_for_ollama(exported: Path, tmp_path: Path) -> None:
+    """The card has the figures that the export printed; the rows that it compared stay here."""
+    done = export_gguf(exported, tmp_path / "orders", quant="q8_0", for_ollama=True, device="cpu")
+    with UploadHub() as hub:
+        code, out, err = push(tmp_path / "orders", hub=hub)
+        assert (code, out) == (0, f"{hub.url}/ada/orders\n"), err
+        sent = hub.stored["ada/orders"]["main"]
+    assert sorted(sent) == ["LICENSE", "Modelfile", "README.md", "orders-q8_0.gguf"]
+    assert sent["orders-q8_0.gguf"] == Path(done.file).read_bytes()
+    data = ModelCard(sent["README.md"].decode()).data
+    assert (data.library_name, data.license) == ("gguf", "apache-2.0")
+    assert not [name for name, content in sent.items() if str(exported.parent).encode() in content]
+    size = f"{done.bytes / 1e6:,.1f}"
+    measured = "not measured | "
+    if done.check is not None:
+        measured = f"{done.check.tuned.mean_kl:.2g} | {done.check.tuned.agreement:.0%}"
+    rows = card_rows(sent["README.md"])
+    assert rows == [f"| `orders-q8_0.gguf` | GGUF, q8_0 | {size} | {measured} |"]
+    assert b"Count to" not in sent["README.md"]
+
+
+def test_exported_files_in_a_folder_and_one_alone(exported: Path, tmp_path: Path) -> None:
+    for quant in ("f16", "q4_k_m"):
+        export_gguf(exported, tmp_path / f"orders-{quant}.gguf", quant=quant, check=False)
+    export_adapter(exported, tmp_path / "orders-lora.gguf")
+    with UploadHub() as hub:
+        assert push(tmp_path, "--to", "ada/all", hub=hub)[0] == 0
+        card = hub.stored["ada/all"]["main"]["README.md"]
+        kinds = [row.split("|")[2].strip() for row in card_rows(card)]
+        assert kinds == ["GGUF, f16", "GGUF, the LoRA alone in f16", "GGUF, q4_k_m"]
+        assert card.count(b"not measured") == 3
+        code, out, _ = push(tmp_path / "orders-lora.gguf", hub=hub)
+        assert (code, out) == (0, f"{hub.url}/ada/orders-lora\n")
+        assert sorted(hub.stored["ada/orders-lora"]["main"]) == ["README.md", "orders-lora.gguf"]
+
+        (tmp_path / "orders-f16.gguf").write_bytes(b"GGUF of another tool")
+        code, _, err = push(tmp_path, hub=hub)
+        assert code == 2
+        assert "its record is of one with" in err
+        (tmp_path / "orders-f16.gguf.json").unlink()
+        code, _, err = push(tmp_path, hub=hub)
+        assert code == 2
+        assert "there is no orders-f16.gguf.json" in err
+        assert len(hub.commits) == 2
+        (tmp_path / "README.md").write_text("My own card.")
+        assert push(tmp_path, "--to", "ada/own", hub=hub)[0] == 0
+        assert hub.stored["ada/own"]["main"]["README.md"] == b"My own card."
+
+
+def test_folders_for_vllm_and_transformers(exported: Path, tmp_path: Path) -> None:
+    rounded = export_rounded(exported, tmp_path / "fp8", quant="fp8", device="cpu")
+    merged = merge(exported, tmp_path / "merged", device="cpu")
+    run = on_the_hub(exported, tmp_path)
+    export_peft(exported, tmp_path / "lora")
+    kl = rounded.rounded
+    check = merged.merge_check.merged
+    with UploadHub() as hub:
+        for name, kind, measured in (
+            ("fp8", "compressed-tensors, fp8", f"{kl.mean_kl:.2g} | {kl.agreement:.0%}"),
+            ("merged", "Transformers, fp32", f"{check.mean_kl:.2g} | {check.agreement:.0%}"),
+        ):
+            assert push(tmp_path / name, hub=hub)[0] == 0
+            card = hub.stored[f"ada/{name}"]["main"]["README.md"]
+            size = (tmp_path / name / "model.safetensors").stat().st_size / 1e6
+            row = f"| `model.safetensors` | {kind} | {size:,.1f} | {measured} |"
+            assert card_rows(card) == [row]
+        assert "LICENSE" in hub.stored["ada/fp8"]["main"]
+        config = tmp_path / "lora" / "adapter_config.json"
+        config.write_text((run / "final" / "adapter_config.json").read_text())
+        assert push(tmp_path / "lora", hub=hub)[0] == 0
+        rows = card_rows(hub.stored["ada/lora"]["main"]["README.md"])
+        size = (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size / 1e6
+        name = "adapter_model.safetensors"
+        assert rows == [f"| `{name}` | PEFT, the LoRA alone | {size:,.1f} | not measured |  |"]
 
 
 def test_a_public_repository_is_not_filled_by_a_private_push(full: Path) -> None:

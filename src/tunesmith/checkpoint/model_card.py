@@ -7,6 +7,7 @@ this machine.
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -34,8 +35,31 @@ _FOLDERS = re.compile(
 _PACKAGES = ("tunesmith", "python", "torch", "transformers", "peft")
 
 
+@dataclass(frozen=True)
+class CardFile:
+    """A row of the card's table of files.
+
+    Attributes:
+        kind: format and type of the weights.
+        mean_kl: divergence from the tuned model in nats, measured at export; None: not measured.
+        agreement: share of positions with the same likeliest token.
+    """
+
+    name: str
+    kind: str
+    bytes: int
+    mean_kl: float | None = None
+    agreement: float | None = None
+
+
 def model_card(
-    base: Model, run: Run | None = None, run_dir: Path = Path(), *, merged: str = ""
+    base: Model,
+    run: Run | None = None,
+    run_dir: Path = Path(),
+    *,
+    merged: str = "",
+    library: str | None = None,
+    is_trained: bool = True,
 ) -> str:
     """The text of a README.md.
 
@@ -43,17 +67,20 @@ def model_card(
         base: the model that was trained, or that the adapter belongs to.
         run, run_dir: the resolved recipe and its directory, where they are known.
         merged: dtype of the weights that an adapter was merged into.
+        library: the Hub's name of what opens the files; None: Transformers or PEFT.
+        is_trained: whether it is more than the base in another format.
     """
     is_full = run is not None and run.adapter.kind == "none"
+    training_tags = ["full" if is_full else "lora", *([run.method] if run else [])]
     # In their order, without repetitions.
     sources = list(dict.fromkeys(source.source for source in run.data.train)) if run else []
     license_keys = _license(base)
     data = ModelCardData(
         base_model=base.name if is_hub_id(base.name) else None,
         datasets=[name for name in sources if is_hub_id(name)] or None,
-        library_name="transformers" if is_full or merged else "peft",
+        library_name=library or ("transformers" if is_full or merged else "peft"),
         pipeline_tag="text-generation",
-        tags=["tunesmith", "full" if is_full else "lora", *([run.method] if run else [])],
+        tags=["tunesmith", *(training_tags if is_trained else [])],
         **license_keys,
     )
     how = "with a LoRA adapter"
@@ -61,9 +88,12 @@ def model_card(
         how = "trained in full"
     elif merged:
         how += f" merged into its weights ({merged})"
+    if not is_trained:
+        how = "as its makers released it, in another format"
+    title = f"# {_shown(base.name)}"
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {_shown(base.name)}, fine-tuned",
+        f"{title}, fine-tuned" if is_trained else title,
         f"`{_shown(base.name)}`, {how}.",
     ]
     if run:
@@ -80,6 +110,36 @@ def model_card(
         whose = f"`{license_name}`, the license of the base model,"
     paragraphs.append(f"{whose} holds for this model too.\n")
     return str(ModelCard("\n\n".join(paragraphs)))
+
+
+def with_files(card: str, files: Sequence[CardFile]) -> str:
+    """A card of `model_card` with a table of its files in front of the last paragraph, which is
+    about the license."""
+    lines = [
+        "## Files",
+        "",
+        "| file | kind | MB | mean KL | same likeliest token |",
+        "|---|---|---|---|---|",
+    ]
+    for file in files:
+        measured = "not measured | "
+        if file.mean_kl is not None and file.agreement is not None:
+            measured = f"{file.mean_kl:.2g} | {file.agreement:.0%}"
+        lines.append(f"| `{file.name}` | {file.kind} | {file.bytes / 1e6:,.1f} | {measured} |")
+    if any(file.mean_kl is not None for file in files):
+        lines += ["", "Both against the tuned model, on its own rows, when the file was written."]
+    text, _, license_paragraph = card.rstrip("\n").rpartition("\n\n")
+    return "\n\n".join([text, "\n".join(lines), license_paragraph]) + "\n"
+
+
+def weights_file(
+    folder: Path, kind: str, mean_kl: float | None = None, agreement: float | None = None
+) -> CardFile:
+    """The row of a folder's safetensors files."""
+    files = sorted(folder.glob("*.safetensors"))
+    name = files[0].name if len(files) == 1 else f"*.safetensors, {len(files)} files"
+    size = sum(file.stat().st_size for file in files)
+    return CardFile(name, kind, size, mean_kl, agreement)
 
 
 def _training(run_dir: Path) -> list[str]:

@@ -41,7 +41,7 @@ from tunesmith.checkpoint.contents import (
     write_optimizer,
 )
 from tunesmith.checkpoint.manifest import CARD, MANIFEST, PART, Entries, atomic_folder, prune
-from tunesmith.checkpoint.model_card import model_card
+from tunesmith.checkpoint.model_card import model_card, weights_file, with_files
 from tunesmith.checkpoint.replicate import commit_on_all_ranks, copy_files
 from tunesmith.checkpoint.resume import DELETE, Progress
 from tunesmith.checkpoint.writer import SaveFunction, Writer
@@ -435,4 +435,6 @@ def export_sharded(folder: Path, output: Path, run: Run) -> None:
                 shutil.copyfile(path, inside / path.name)
         # A checkpoint of an earlier version has the new keys alone.
         write_for_older_readers(inside)
-        (inside / CARD).write_text(model_card(run.model, run, folder.parent), encoding="utf-8")
+        files = [weights_file(inside, f"Transformers, {run.model.dtype}")]
+        card = with_files(model_card(run.model, run, folder.parent), files)
+        (inside / CARD).write_text(card, encoding="utf-8")

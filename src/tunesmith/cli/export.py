@@ -195,12 +195,16 @@ def _print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
             why = "--no-check" if args.no_check else "pip install xllamacpp, and export again"
             print(f"not compared with the tuned model in llama.cpp ({why})")
         return
+    from tunesmith.export.gguf.answers import answer_lines
+
     print(f"prompts: {check.prompts} of {check.prompts} have the same token ids in llama.cpp")
     base = f" (base: {check.base.mean_kl:.2g})" if check.base else ""
     places = f"at {check.positions} positions"
     tuned = check.tuned
     print(f"answers: mean KL {tuned.mean_kl:.2g} nats against the tuned model{base}, {places};")
     print(f"  the same likeliest token at {tuned.agreement:.0%}")
+    for line in answer_lines(check.answers):
+        print(line)
     if not check.is_near:
         notify(
             "warning: the file is far from the tuned model beside what training changed; "

@@ -3,10 +3,13 @@
 example:
   tunesmith push runs/my-run
   tunesmith push runs/my-run-merged --to my-team/faq-bot --public
+  tunesmith push my-model-for-ollama
+  tunesmith push my-model.gguf
 
 A run directory is pushed as its final/, or as its newest whole checkpoint without the training
 state. The repository is private unless --public is given; pushed again, only what has changed is
-sent.
+sent. Of what `export` wrote the model card has each file's kind, size and mean KL, as they were
+measured then.
 """
 
 import argparse
@@ -18,7 +21,9 @@ from tunesmith.host.shell import shell_path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run", metavar="RUN", help="run directory, checkpoint, final/, adapter or model folder"
+        "run",
+        metavar="RUN",
+        help="run directory, checkpoint, final/, adapter or model folder, exported file or folder",
     )
     parser.add_argument(
         "--to", metavar="NAME", help="owner/name on the Hub (default: your account, the run's name)"
@@ -36,8 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from tunesmith.export.record import gguf_to_push
+    from tunesmith.hub.push import push_files
     from tunesmith.inference.load_run import locate_run, undeleted
 
+    path = Path(args.run)
+    exported = gguf_to_push(path)
+    if exported is not None:
+        name = path.resolve().name.removesuffix(".gguf")
+        options = {"public": args.public, "revision": args.revision}
+        print(push_files(exported, args.to or name, message=f"Push {name}", **options))
+        return
     location = locate_run(args.run)
     folder = location.folder
     if folder is None:
@@ -45,7 +59,6 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.run} holds no files to push", where=args.run, fix=fix)
     from tunesmith.checkpoint.manifest import CARD, MANIFEST, check_sums
     from tunesmith.checkpoint.model_card import is_hub_id, model_card
-    from tunesmith.hub.push import push_files
     from tunesmith.model.older_readers import CONFIG, TOKENIZER_CONFIG, for_older_readers
 
     # Others load an adapter by the name of its base, which must then be one that they can fetch.

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as hf_logging
 
 from tunesmith.checkpoint.contents import weights_of
-from tunesmith.checkpoint.model_card import model_card
+from tunesmith.checkpoint.manifest import CARD
+from tunesmith.checkpoint.model_card import CardFile, model_card, weights_file, with_files
 from tunesmith.config.schema import Model
 from tunesmith.errors import CheckpointError, UsageError
 from tunesmith.export import merge_check
@@ -120,6 +121,8 @@ def merge(
     try:
         with part_folder(goal) as part, undeleted(location):
             check = _merge_and_check(location, part, dtype, device)
+            measured = check.merged.mean_kl, check.merged.agreement
+            add_files_to_card(part, weights_file(part, f"Transformers, {dtype}", *measured))
             sizes = _file_sizes(part)
             text = json.dumps({**asdict(check), "files": sizes}, indent=2)
             (part / MERGE_FILE).write_text(text + "\n", encoding="utf-8")
@@ -290,10 +293,19 @@ def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
 
 
 def write_merged(
-    tuned: TunedModel, folder: Path, dtype: str, rounded: Mapping[str, RoundedWeight] | None = None
+    tuned: TunedModel,
+    folder: Path,
+    dtype: str,
+    rounded: Mapping[str, RoundedWeight] | None = None,
+    *,
+    shown_dtype: str | None = None,
 ) -> None:
     """Write the merged model as Transformers files: weights in shards, tokenizer with its template,
-    settings, a card; those of `rounded` as the tensors that they are made of."""
+    settings, a card; those of `rounded` as the tensors that they are made of.
+
+    Args:
+        shown_dtype: of the weights, in the card; None: `dtype`.
+    """
     model = tuned.model
     files = tuned.files.files
     rounded = rounded or {}
@@ -329,8 +341,20 @@ def write_merged(
     if pieces.is_file() and not files.model.added_tokens:
         shutil.copyfile(pieces, folder / SENTENCEPIECE)
     location = tuned.files.location
-    card = model_card(location.base, location.run, (location.folder or folder).parent, merged=dtype)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    card = model_card(
+        location.base,
+        location.run,
+        (location.folder or folder).parent,
+        merged=shown_dtype or dtype,
+        is_trained=location.kind != "base",
+    )
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def add_files_to_card(folder: Path, *files: CardFile) -> None:
+    """Put the table of files into the card of a folder."""
+    card = folder / CARD
+    card.write_text(with_files(card.read_text(encoding="utf-8"), files), encoding="utf-8")
 
 
 def copy_notices(base: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.checkpoint.model_card import weights_file
 from tunesmith.errors import ModelError
 from tunesmith.export.compressed import (
     GROUP,
@@ -19,7 +20,7 @@ from tunesmith.export.compressed import (
     Nvfp4Weight,
     RoundedWeight,
 )
-from tunesmith.export.merge import write_merged
+from tunesmith.export.merge import add_files_to_card, write_merged
 from tunesmith.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.export.output import (
     OTHER_DISK,
@@ -99,10 +100,13 @@ def export_rounded(
         )
         with part_folder(goal) as part:
             tuned.model.config.quantization_config = quantization_config(quant)
-            write_merged(tuned, part, "bf16", weights)
+            write_merged(tuned, part, "bf16", weights, shown_dtype=quant)
             del tuned.model.config.quantization_config
             follow_umask(part)
             differences = _compare(tuned, weights, place)
+            _, kl, _ = differences
+            kind = f"compressed-tensors, {quant}"
+            add_files_to_card(part, weights_file(part, kind, kl.mean_kl, kl.agreement))
             put_in_place(part, goal)
     size = sum(file.stat().st_size for file in goal.iterdir())
     return RoundedFolder(str(output), quant, len(rounded), size, *differences)

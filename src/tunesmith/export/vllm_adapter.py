@@ -28,7 +28,10 @@ from tunesmith.adapter.expert_keys import (
     stored_module,
 )
 from tunesmith.adapter.peft_files import CONFIG, WEIGHTS, last_part, read_adapter
+from tunesmith.checkpoint.manifest import CARD
+from tunesmith.checkpoint.model_card import model_card, weights_file
 from tunesmith.errors import ModelError, UsageError
+from tunesmith.export.merge import add_files_to_card
 from tunesmith.export.output import (
     OTHER_DISK,
     output_place,
@@ -149,6 +152,9 @@ def export_peft(path: str | Path, output: str | Path) -> int:
             else:
                 for name in (CONFIG, WEIGHTS):
                     shutil.copyfile(folder / name, part / name)
+            card = model_card(location.base, location.run, folder.parent)
+            (part / CARD).write_text(card, encoding="utf-8")
+            add_files_to_card(part, weights_file(part, "PEFT, the LoRA alone"))
             follow_umask(part)
             put_in_place(part, goal)
     return ranks[0]

@@ -4,12 +4,21 @@ The logits to compare with are computed while the weights are read (`streamed_mo
 the check holds no whole model either.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tunesmith.errors import CheckpointError
+from tunesmith.export.gguf.answers import (
+    TOKENS,
+    SideBySide,
+    answer_places,
+    compare_answers,
+    questions_of,
+    up_to_end,
+)
 from tunesmith.export.gguf.llama_cpp import CONTEXT, LlamaCpp
 from tunesmith.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.export.streamed_model import Values, streamed_logits
@@ -32,12 +41,14 @@ class FileCheck:
         base: the base against the tuned model; None of a model that was not trained, or where the
             base is not at hand.
         positions: where next tokens were compared.
+        answers: to rows of the run, side by side.
     """
 
     prompts: int
     tuned: Difference
     base: Difference | None
     positions: int
+    answers: tuple[SideBySide, ...]
 
     @property
     def is_near(self) -> bool:
@@ -63,32 +74,68 @@ def check_file(
     CheckpointError where it does not open, or reads a text as other tokens: it would answer, and
     wrongly.
     """
-    # An answer of the server needs a token before it.
     prompts, _ = probe_prompts(tuned.files)
     places = [_places(len(prompt)) for prompt in prompts]
+    questions = questions_of(tuned.files)
 
-    def logits(model: TunedModel, values: Values) -> list[torch.Tensor]:
-        whole = streamed_logits(model, prompts, values=values, dtype=torch.float32, device=device)
-        # Only the positions that are compared: all of a prompt would be a row of the vocabulary
-        # each.
-        return [part[where] for part, where in zip(whole, places, strict=True)]
-
-    served = []
-    compared = []
     with LlamaCpp(file, threads=threads) as server:
         texts = _check_ids(server, tuned)
-        expected = logits(tuned, "adapter")
-        for prompt, where, reference in zip(prompts, places, expected, strict=True):
-            for position, row in zip(where, reference, strict=True):
-                # The prompt as ids, so that a fault of the tokenizer does not show here a second
-                # time.
-                values = server.log_probabilities(prompt[: position + 1], len(row))
-                # A position that the server leaves out is left out of both.
-                if values is not None:
-                    served.append(values.unsqueeze(0))
-                    compared.append(row.unsqueeze(0))
-    against_base = compare_logits(expected, logits(*base)) if base else None
-    return FileCheck(len(texts), compare_logits(compared, served), against_base, len(served))
+        answers = []
+        for question in questions:
+            answers.append(up_to_end(server.answer(question.ids, TOKENS), tuned.files))
+        # Answers and prompts in one pass, which reads every weight once.
+        passages = [*prompts]
+        passage_places = [*places]
+        for question, answer in zip(questions, answers, strict=True):
+            passages.append([*question.ids, *answer])
+            passage_places.append(answer_places(question, answer))
+        expected = _logits(tuned, "adapter", passages, passage_places, device)
+        compared, served = _served_logits(server, prompts, places, expected[: len(prompts)])
+    side_by_side = []
+    for question, answer, logits in zip(questions, answers, expected[len(prompts) :], strict=True):
+        side_by_side.append(compare_answers(question, answer, logits, tuned.files))
+    against_base = None
+    if base is not None:
+        base_logits = _logits(*base, prompts, places, device)
+        against_base = compare_logits(expected[: len(prompts)], base_logits)
+    return FileCheck(
+        len(texts),
+        compare_logits(compared, served),
+        against_base,
+        len(served),
+        tuple(side_by_side),
+    )
+
+
+def _logits(
+    model: TunedModel,
+    values: Values,
+    prompts: Sequence[Sequence[int]],
+    places: Sequence[Sequence[int]],
+    device: torch.device,
+) -> list[torch.Tensor]:
+    return streamed_logits(
+        model, prompts, values=values, dtype=torch.float32, device=device, places=places
+    )
+
+
+def _served_logits(
+    server: LlamaCpp,
+    prompts: Sequence[list[int]],
+    places: Sequence[Sequence[int]],
+    expected: Sequence[torch.Tensor],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The expected logits and the server's, without the positions that it leaves out."""
+    compared = []
+    served = []
+    for prompt, where, reference in zip(prompts, places, expected, strict=True):
+        for position, row in zip(where, reference, strict=True):
+            # The prompt as ids, so that a fault of the tokenizer does not show here a second time.
+            values = server.log_probabilities(prompt[: position + 1], len(row))
+            if values is not None:
+                served.append(values.unsqueeze(0))
+                compared.append(row.unsqueeze(0))
+    return compared, served
 
 
 def _places(length: int) -> list[int]:

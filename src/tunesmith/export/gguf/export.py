@@ -2,7 +2,8 @@
 
     plan -> bands onto the disk, beside OUTPUT -> llama.cpp opens it (check.py) -> rename into place
 
-A file that fails the check is kept as `OUTPUT.rejected`.
+A file that fails the check is kept as `OUTPUT.rejected`; what was measured of another lies beside
+it (record.py).
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from tunesmith.export.gguf.types import QUANTS
 from tunesmith.export.gguf.write import write_gguf
 from tunesmith.export.merge import NOTICES, copy_notices
 from tunesmith.export.output import OTHER_DISK, output_place, part_folder, put_in_place
+from tunesmith.export.record import record_of, record_path, write_record
 from tunesmith.export.streamed_model import Values
 from tunesmith.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 from tunesmith.host.cores import available_cores
@@ -107,7 +109,6 @@ def export_gguf(
             if for_ollama:
                 write_modelfile(part, file_name, tuned.files)
                 copy_notices(tuned.files.files.folder, part)
-            written = part if for_ollama else file
             result = None
             if check and has_llama_cpp():
                 base = _find_base(location, tuned)
@@ -116,9 +117,15 @@ def export_gguf(
                 except CheckpointError:
                     # Kept for a look: the user may want to know what differs.
                     rejected = goal.with_name(f"{goal.name}.rejected")
-                    put_in_place(written, rejected)
+                    put_in_place(part if for_ollama else file, rejected)
                     raise
-            put_in_place(written, goal)
+            kind = f"GGUF, {quant}"
+            record = record_of(location, kind=kind, size=plan.size, check=result, merged=True)
+            write_record(file, record)
+            if for_ollama:
+                put_in_place(part, goal)
+            else:
+                _put_file_in_place(file, goal)
     shown = Path(output) / file_name if for_ollama else output
     return ExportedFile(str(output), str(shown), quant, plan.size, plan.notes, result)
 
@@ -154,8 +161,19 @@ def export_adapter(path: str | Path, output: str | Path, *, force: bool = False)
         require_disk_space(goal, plan.size, what=goal.name, fix=OTHER_DISK)
         with part_folder(goal) as part:
             _write(plan, part / goal.name, available_cores(), None)
-            put_in_place(part / goal.name, goal)
+            kind = "GGUF, the LoRA alone in f16"
+            record = record_of(location, kind=kind, size=plan.size, check=None, merged=False)
+            write_record(part / goal.name, record)
+            _put_file_in_place(part / goal.name, goal)
     return ExportedFile(str(output), str(output), "f16", plan.size, plan.notes, None)
+
+
+def _put_file_in_place(file: Path, goal: Path) -> None:
+    """Give a file and the record beside it their names, the file first: a record is never of one
+    that is not there, nor of an earlier one."""
+    record_path(goal).unlink(missing_ok=True)
+    put_in_place(file, goal)
+    put_in_place(record_path(file), record_path(goal))
 
 
 def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
@@ -188,7 +206,8 @@ def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
 
 def _foreign_file(folder: Path) -> str | None:
     """A file in a folder that no export for Ollama wrote; None if there is none."""
-    own = {MODELFILE, *(f"{folder.name}-{quant}.gguf" for quant in QUANTS)}
+    ggufs = [folder / f"{folder.name}-{quant}.gguf" for quant in QUANTS]
+    own = {MODELFILE, *(file.name for file in ggufs), *(record_path(file).name for file in ggufs)}
     names = sorted(path.name for path in folder.iterdir())
     for name in names:
         if name not in own and not name.upper().startswith(NOTICES):

@@ -143,8 +143,9 @@ class LlamaCpp:
             values[token["id"]] = token["logprob"]
         return values
 
-    def answer(self, ids: list[int], tokens: int, stops: list[str]) -> str:
-        """What it writes after `ids`, the likeliest token each time."""
-        body = {"prompt": ids, "n_predict": tokens, "temperature": 0, "stop": stops}
-        text: str = self.post("/completion", body)["content"]
-        return text
+    def answer(self, ids: list[int], tokens: int) -> list[int]:
+        """The ids that it writes after `ids`, the likeliest each time, an end token among them."""
+        options = {"temperature": 0, "return_tokens": True, "cache_prompt": False}
+        body = {"prompt": ids, "n_predict": tokens, **options}
+        answer_ids: list[int] = self.post("/completion", body)["tokens"]
+        return answer_ids
