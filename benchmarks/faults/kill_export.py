@@ -32,9 +32,11 @@ from export.tiny_gguf import chat_tokenizer
 from runs import make_run, peft_model
 from warm import Warm
 
+# Two threads of llama.cpp wait for each other without an end where the cores have other work.
+EXPORT = ["export", "--threads", "1", "--to"]
 COMMANDS = {
-    "gguf": ["export", "--to", "gguf", "--quant", "q8_0", "--output", "model.gguf"],
-    "ollama": ["export", "--to", "ollama", "--output", "ollama"],
+    "gguf": [*EXPORT, "gguf", "--quant", "q8_0", "--output", "model.gguf"],
+    "ollama": [*EXPORT, "ollama", "--output", "ollama"],
     "merge": ["merge", "--dtype", "bf16", "--output", "merged"],
 }
 BEFORE = 0.1  # of the kills come before the first byte
@@ -53,9 +55,9 @@ class Spent:
 
 
 def write_run(folder: Path) -> Path:
-    """A random Llama of 11 million parameters with a tokenizer that llama.cpp reads, and a run."""
+    """A random Llama of two layers with a tokenizer that llama.cpp reads, and a run."""
     tokenizer = chat_tokenizer()
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     base = folder / "base"
     write_tiny_llama(base, vocab_size=len(tokenizer), **sizes)
     tokenizer.save_pretrained(base)

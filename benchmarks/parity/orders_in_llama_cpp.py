@@ -28,10 +28,9 @@ from run import dtype_for_this_machine, find_model
 
 from export.modelfile import read_modelfile
 from tunesmith.export.gguf.llama_cpp import LlamaCpp
-from tunesmith.host.cores import available_cores
 
 ROOT = Path(__file__).resolve().parents[2]
-QUANTS = ("f16", "q8_0", "q4_k_m")
+QUANTS = ("f16", "q4_k_m")
 TOKENS = 64  # of an answer at most
 
 
@@ -76,7 +75,7 @@ def serve(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
     stops = [value for name, value in commands if name == "stop"]
     answers = []
     file = folder / values["from"]
-    with LlamaCpp(file, threads=available_cores(), context=int(values["num_ctx"])) as server:
+    with LlamaCpp(file, threads=1, context=int(values["num_ctx"])) as server:
         for row in rows:
             # The last message is the answer that is wanted.
             asked = {"messages": row["messages"][:-1]}
@@ -124,8 +123,8 @@ def main() -> int:
     print("generate", report["generate"], flush=True)
     for quant in QUANTS:
         output = folder / f"orders-{quant}"
-        words = ("export", run, "--to", "ollama", "--quant", quant, "--output", output)
-        exported = json.loads(tunesmith(*words, "--force", "--json"))
+        words = ("export", run, "--to", "ollama", "--quant", quant, "--threads", 1)
+        exported = json.loads(tunesmith(*words, "--output", output, "--force", "--json"))
         start = time.monotonic()
         answers = serve(output, rows)
         check = exported["check"]

@@ -6,7 +6,8 @@ Random models of the shapes of Llama 3.2 1B and 3B in bf16 with an adapter of ra
 layers are merged, and written in q4_k_m, each in a process of its own. Printed are its peak (VmHWM),
 without what the files leave in the page cache, and the seconds; of an export also the peak of
 llama.cpp's process, which maps the file, so that its pages count and can be dropped. It ends with 1
-where the peaks of a command are further apart than LIMIT. Needs some 20 GB on the disk.
+where the peaks of a command are further apart than LIMIT. Of a file that exists the other command's
+results stay. Needs some 20 GB on the disk.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -91,13 +93,15 @@ def main() -> int:
     )
     parser.add_argument("--dir", type=Path, required=True, help="where the models are written")
     parser.add_argument("--json", type=Path, help="where the result is written")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     options = parser.parse_args()
-    results: dict[str, dict[str, dict[str, float]]] = {name: {} for name in COMMANDS}
+    results: dict[str, dict[str, dict[str, float]]] = {name: {} for name in options.commands}
     for size, sizes in SHAPES.items():
         folder = options.dir / size
         if not folder.exists():
             write_model(folder, sizes)
-        for name, command in COMMANDS.items():
+        for name in options.commands:
+            command = COMMANDS[name]
             output = folder / f"done-{name}"
             script = BEGIN + command + END
             words = [sys.executable, "-c", script, str(folder / "adapter"), str(output)]
@@ -112,7 +116,11 @@ def main() -> int:
     print("difference in MB:", differences)
     if options.json:
         words = "python benchmarks/tables/export_memory.py --dir /tmp/export-memory"
-        report = {"command": words, **results, "difference_mb": differences}
+        report: dict[str, Any] = {"command": words, "difference_mb": {}}
+        if options.json.exists():
+            report |= json.loads(options.json.read_text())
+        report |= results
+        report["difference_mb"] |= differences
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return int(max(map(abs, differences.values())) > LIMIT)
 

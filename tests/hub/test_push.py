@@ -205,7 +205,8 @@ def card_rows(card: bytes) -> list[str]:
 
 def test_an_exported_folder_for_ollama(exported: Path, tmp_path: Path) -> None:
     """The card has the figures that the export printed; the rows that it compared stay here."""
-    done = export_gguf(exported, tmp_path / "orders", quant="q8_0", for_ollama=True, device="cpu")
+    options = {"quant": "q8_0", "for_ollama": True, "threads": 1, "device": "cpu"}
+    done = export_gguf(exported, tmp_path / "orders", **options)
     with UploadHub() as hub:
         code, out, err = push(tmp_path / "orders", hub=hub)
         assert (code, out) == (0, f"{hub.url}/ada/orders\n"), err
