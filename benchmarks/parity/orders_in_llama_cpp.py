@@ -78,8 +78,8 @@ def serve(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
     with LlamaCpp(file, threads=1, context=int(values["num_ctx"])) as server:
         for row in rows:
             # The last message is the answer that is wanted.
-            asked = {"messages": row["messages"][:-1]}
-            prompt = server.post("/apply-template", asked)["prompt"]
+            request = {"messages": row["messages"][:-1]}
+            prompt = server.post("/apply-template", request)["prompt"]
             body = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "stop": stops}
             answer = server.post("/completion", body)
             assert answer["stop_type"] in ("eos", "word"), answer["stop_type"]

@@ -96,8 +96,8 @@ def _question(read: OpenedRun, sample: Sample, where: str) -> Question | None:
             return None
         # An answer that is not trained on is an answer too.
         sample = replace(sample, untrained=frozenset())
-        asked = [message["content"] for message in sample.messages if message["role"] == "user"]
-        text = str(asked[-1]) if asked else ""
+        user_turns = [turn["content"] for turn in sample.messages if turn["role"] == "user"]
+        text = str(user_turns[-1]) if user_turns else ""
     elif isinstance(sample, Completion):
         text = sample.prompt
     else:
