@@ -15,11 +15,30 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.forkserver import ensure_running as start_server
+from pathlib import Path
 from typing import Any
 
 from tunesmith.model.architectures import ARCHITECTURES
 
 FORKS = os.environ.get("TUNESMITH_TESTS_FORK") != "0"
+# What a process has loaded when it is forked, so that none loads it again
+PRELOADED = [
+    "torch",
+    "transformers",
+    "torch.distributed.fsdp",
+    "tunesmith.training.run",
+    "tunesmith.cli.main",
+    *(
+        f"transformers.models.{name}.modeling_{name}"
+        for name, family in ARCHITECTURES.items()
+        if family.all_fused
+    ),
+    "packaging.requirements",
+    "pydantic.dataclasses",
+    "numpy.ma",
+    "preloaded",
+]
 LIMIT = 300  # seconds that all ranks together may take
 
 
@@ -49,26 +68,20 @@ def forkserver() -> Any:
     """
     if not FORKS:
         return multiprocessing.get_context("spawn")
-    import torch
-
     context = multiprocessing.get_context("forkserver")
-    preload = [
-        "torch",
-        "transformers",
-        "torch.distributed.fsdp",
-        "tunesmith.training.run",
-        "tunesmith.cli.main",
-    ]
-    preload += [
-        f"transformers.models.{name}.modeling_{name}"
-        for name, family in ARCHITECTURES.items()
-        if family.all_fused
-    ]
-    preload += ["packaging.requirements", "pydantic.dataclasses", "numpy.ma"]
-    # Bitsandbytes asks a GPU for its kind, after which no process can be forked
-    if not torch.cuda.is_available():
-        preload.append("bitsandbytes")
-    context.set_forkserver_preload(preload)
+    context.set_forkserver_preload(PRELOADED)
+    # The server of Python 3.11 searches PYTHONPATH alone for what it loads
+    search = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), *filter(None, [search])]
+    )
+    try:
+        start_server()
+    finally:
+        if search is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = search
     return context
 
 
