@@ -24,6 +24,7 @@ from tunesmith.errors import ModelError, StoppedError
 from tunesmith.host.signals import NAMES, StopRequest
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
+from warm import Warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -39,7 +40,7 @@ SAME = (
     "val_loss",
 )
 
-# One process imports torch once and forks a child for each start: the kills hit real, whole
+# One warm process forks a child for each start: the kills hit real, whole
 # processes. Signals that come before the run can take them wait until it does, and those after its
 # end are not delivered.
 DRIVER = """
@@ -94,14 +95,14 @@ class Starter:
             "TUNESMITH_CACHE": str(folder / "cache"),
         }
         self.log = (folder / "driver.log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=env,
-        )
+        stdin, orders = os.pipe()
+        answers, stdout = os.pipe()
+        streams = (stdin, stdout, self.log.fileno())
+        self.process = Warm([], program=DRIVER, env=env, streams=streams)
+        os.close(stdin)
+        os.close(stdout)
+        self.orders = os.fdopen(orders, "w")
+        self.answers = os.fdopen(answers)
 
     def start(
         self, values: dict[str, Any], *, ignored: str | None = None, unread: bool = False
@@ -109,14 +110,12 @@ class Starter:
         """Start a run, with a signal ignored as by nohup, or with a closed pipe as stderr; its
         process id.
         """
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([values, ignored, unread]) + "\n")
-        self.process.stdin.flush()
+        self.orders.write(json.dumps([values, ignored, unread]) + "\n")
+        self.orders.flush()
         return int(self.read())
 
     def read(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         assert line, "the driver died: see driver.log"
         return line
 
@@ -127,7 +126,8 @@ class Starter:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.log.close()
+        for file in (self.orders, self.answers, self.log):
+            file.close()
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def lines(run_dir: Path) -> int:
 
 
 CASES = {
-    "LoRA, dropout, packed": ({"adapter": {"dropout": 0.1}, "train": {"micro_batch": "128 tokens"}}, 4, 80),
+    "LoRA, dropout, packed": ({"adapter": {"dropout": 0.1}, "train": {"micro_batch": "128 tokens"}}, 4, 44),
     "full, bf16, masters": ({"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}, "data": {"pack": False}}, 2, 24),
 }  # fmt: skip
 
@@ -196,7 +196,7 @@ def test_a_signal_saves_exits_75_and_resume_goes_on(
     tiny: Path, tmp_path: Path, starter: Starter
 ) -> None:
     """One signal after another cuts one run; in the end it is the uninterrupted one."""
-    whole = recipe(tiny, tmp_path, checkpoint={"every": None}, train={"duration": "70 steps"})
+    whole = recipe(tiny, tmp_path, checkpoint={"every": None}, train={"duration": "44 steps"})
     cut = whole | {"output_dir": str(tmp_path / "cut")}
     starter.start(whole)
     assert starter.wait() == 0
@@ -224,7 +224,7 @@ def test_any_signal_at_any_moment_changes_no_number(
 ) -> None:
     """While the run loads, steps, saves or ends; under nohup, in the background, without a reader."""
     whole = recipe(tiny, tmp_path, adapter={"dropout": 0.1}, train={"micro_batch": "128 tokens"})
-    whole["train"]["duration"], whole["validate"] = "90 steps", {"every": "20 steps"}
+    whole["train"]["duration"], whole["validate"] = "50 steps", {"every": "20 steps"}
     cut = whole | {"output_dir": str(tmp_path / "cut")}
     starter.start(whole)
     assert starter.wait() == 0
