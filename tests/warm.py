@@ -133,11 +133,13 @@ def read_hub_settings() -> None:
 
 def run_python(command: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
     """In the place of `subprocess.run`: a program of Python to its end, forked; of its options
-    `env`, `cwd` and `prepare` count.
+    `env`, `cwd` and `prepare` count, and the open files `stdout` and `stderr`.
     """
     assert command[0] == sys.executable, command
     count = 3 if command[1] == "-m" else 2
     given = {name: options[name] for name in ("env", "cwd", "prepare") if name in options}
+    files = [options.get(name) for name in ("stdout", "stderr")]
+    given["streams"] = (None, *(f.fileno() if hasattr(f, "fileno") else None for f in files))
     return run_warm(command[count:], program=command[count - 1], **given)
 
 

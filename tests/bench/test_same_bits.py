@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import same_bits
 
 import tunesmith
+from warm import fork_ranks, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -28,9 +31,17 @@ def same_bits_command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A record of two ranks with shards, and of a sweep."""
+    """A record of two ranks with shards, and of a sweep, whose processes are forked."""
     folder = tmp_path_factory.mktemp("same-bits") / "record"
+    run = subprocess.run
+
+    def forked(command: list[str], **options: Any) -> Any:
+        if command[1] != "-m":
+            return run(command, **options)
+        return run_python(command, **options, prepare=fork_ranks)
+
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(subprocess, "run", forked)
         words = ["record", "--source", ROOT, "--output", folder, "--only", "shards", "sweep"]
         assert same_bits_command(monkeypatch, *words) == 0
     return folder
