@@ -10,23 +10,25 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from launch.namespaces import start_in
 from recipes import recipe
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.launch import node
 from tunesmith.launch.debug import collect_logs
 from tunesmith.launch.rendezvous import find_endpoint, start_store
 from waiting import wait_for
+from warm import Warm
 
 pytestmark = pytest.mark.slow
 
@@ -161,9 +163,7 @@ def test_logs_of_one_node_and_of_one_that_is_missing(
             assert archive.getnames() == ["127.0.0.1/rank.log"]
 
 
-def start_agent(
-    space: str, out: Path, words: list[str], tiny: Path, **changes: Any
-) -> subprocess.Popen[str]:
+def start_agent(space: str, out: Path, words: list[str], tiny: Path, **changes: Any) -> Warm:
     """The agent of one of two nodes with a rank each, in a network namespace; what it says goes to
     `said` in the folder.
     """
@@ -171,7 +171,7 @@ def start_agent(
     file = out / "recipe.yaml"
     values = recipe(tiny, out.parent, held=False, output_dir=str(out / "run"), **changes)
     file.write_text(json.dumps(values))
-    flags = [
+    words = [
         "--nodes",
         "2",
         "--ranks",
@@ -183,18 +183,20 @@ def start_agent(
         "train",
         str(file),
     ]
-    command = ["ip", "netns", "exec", space, sys.executable, "-m", "tunesmith.launch.node", *flags]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(out.parent)}
     with (out / "said").open("w") as said:  # no pipe: the agent that is not read would wait
-        return subprocess.Popen(
-            command, stdout=said, stderr=subprocess.STDOUT, text=True, env=environ
+        streams = (None, said.fileno(), said.fileno())
+        return Warm(
+            words,
+            program="tunesmith.launch.node",
+            prepare=partial(start_in, space),
+            env=environ,
+            streams=streams,
         )
 
 
 @contextmanager
-def two_agents(
-    spaces: list[str], tiny: Path, folders: list[Path]
-) -> Iterator[list[subprocess.Popen[str]]]:
+def two_agents(spaces: list[str], tiny: Path, folders: list[Path]) -> Iterator[list[Warm]]:
     """The agents of two nodes whose ranks have trained their first step; killed at the end."""
     changes = {"train": {"duration": "100000 steps"}}
     agents = [start_agent(*pair, [], tiny, **changes) for pair in zip(spaces, folders, strict=True)]
@@ -250,7 +252,7 @@ def test_two_nodes_meet_on_the_cable_alone_stop_together_and_collect_their_logs(
         "checkpoint": {"every": "1000 steps", "keep": 1},
     }
 
-    def start(number: int) -> subprocess.Popen[str]:
+    def start(number: int) -> Warm:
         return start_agent(
             spaces[number - 1], tmp_path / f"node{number}", ["--debug"], tiny, **changes
         )

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from recipes import recipe
 from tunesmith.host.signals import NAMES
 from tunesmith.launch import elastic, node
 from waiting import wait_for
+from warm import fork_ranks, run_warm
 
 # One rank's device is full in step 6, with the first micro batch or with any.
 FULL = """
@@ -34,6 +36,12 @@ def fill(self, step=None):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 Heartbeat.progress = fill
 """
+
+
+def start_filled(code: str) -> None:
+    """`prepare` of an agent: what sitecustomize does in an interpreter of its own."""
+    exec(code, {})
+    fork_ranks()
 
 
 def steps(out: Path) -> int:
@@ -187,9 +195,12 @@ def test_a_device_that_is_full_gets_half_the_micro_batch_once(
     words = ["--ranks", str(ranks), "--restarts", "2", "--", "train", str(file)]
     if ranks == 1:  # with restarts, a rank alone gets a launcher too
         words = words[:2] + words[4:]
-    command = [sys.executable, "-m", "tunesmith.launch.node", *words]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environ, timeout=240, check=False
+    done = run_warm(
+        words,
+        program="tunesmith.launch.node",
+        prepare=partial(start_filled, FULL),
+        env=environ,
+        timeout=240,
     )
     assert done.stderr.count("starting again with 'train.micro_batch=256 tokens'") == 1, done.stderr
     assert "resuming from step 3" in done.stderr
