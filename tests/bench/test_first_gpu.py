@@ -117,6 +117,7 @@ def check_variants(args: argparse.Namespace, run: Run, *, gpu: bool, folder: Pat
         read(argparse.Namespace(**{**vars(args), "words": [*args.words, changes[name]]}), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("shapes", [True, False], ids=["true shapes", "a recipe"])
 def test_every_command_of_a_stage_is_one_that_bench_takes(
@@ -148,6 +149,7 @@ def test_every_command_of_a_stage_is_one_that_bench_takes(
     assert checked >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_limits_of_the_steps_fit_the_stage(stage: str, tmp_path: Path) -> None:
     """Stage C alone has more to do than time: its last comparison, of attention, gets what is left."""
@@ -157,6 +159,7 @@ def test_the_limits_of_the_steps_fit_the_stage(stage: str, tmp_path: Path) -> No
     assert sum(limits) + 25 <= 580
 
 
+@pytest.mark.slow
 def test_a_step_is_killed_at_its_own_limit_and_the_next_ones_run(tmp_path: Path) -> None:
     commands, shown = run_stage(tmp_path, "A", SLEEPS=2, SHORTEST=1, LIMIT_8B_FP8=1)
     steps = read_results(tmp_path, "A")["steps"]
@@ -168,6 +171,7 @@ def test_a_step_is_killed_at_its_own_limit_and_the_next_ones_run(tmp_path: Path)
     assert len(commands) == len(steps)
 
 
+@pytest.mark.slow
 def test_a_stage_keeps_to_its_limit_and_names_what_it_had_no_time_for(tmp_path: Path) -> None:
     """Its first step is worth 25 s, gets what the stage has, and leaves nothing to the others."""
     commands, shown = run_stage(tmp_path, "A", SLEEPS=60, LIMIT=6, RESERVE=1, SHORTEST=1)
@@ -204,6 +208,7 @@ def test_a_stage_that_is_killed_keeps_the_results_of_the_steps_before(tmp_path: 
     }
 
 
+@pytest.mark.slow
 def test_a_failure_ends_nothing_and_8b_is_measured_uncompiled_where_compiled_it_fails(
     tmp_path: Path,
 ) -> None:
@@ -218,6 +223,7 @@ def test_a_failure_ends_nothing_and_8b_is_measured_uncompiled_where_compiled_it_
     )
 
 
+@pytest.mark.slow
 def test_a_stage_leaves_three_files_and_the_next_one_takes_the_caches_back(tmp_path: Path) -> None:
     run_stage(tmp_path, "A")
     left = {file.name for file in (tmp_path / "out-A").iterdir()}
@@ -233,6 +239,7 @@ def test_a_stage_leaves_three_files_and_the_next_one_takes_the_caches_back(tmp_p
     assert {"graph-A", "graph-B"} <= graphs
 
 
+@pytest.mark.slow
 def test_caches_that_are_too_large_to_send_stay(tmp_path: Path) -> None:
     _, shown = run_stage(tmp_path, "A", CACHED_BYTES=2 << 20, CACHE_MIB=1)
     assert "the caches are larger than 1 MiB and stay here" in shown

@@ -97,6 +97,7 @@ def test_the_tables_of_ranks_are_those_that_were_measured() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["memory", "plan"])
 def test_the_table_is_what_the_estimate_says(name: str) -> None:
     done = run_warm(

@@ -90,6 +90,7 @@ layouts = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     lengths_of_examples,

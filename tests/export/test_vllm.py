@@ -37,6 +37,7 @@ def test_e2m1_rounds_to_the_nearest_and_ties_to_even() -> None:
     assert E2M1_VALUES[round_e2m1(ties)].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["fp8", "nvfp4"])
 def test_compressed_tensors_reads_the_values_that_are_said(
     quant: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -202,6 +202,7 @@ def test_merged_meanwhile_answers_alike_and_restores_every_bit(
     )
 
 
+@pytest.mark.slow
 def test_sample_answers_take_one_forward_a_token_and_are_those_of_one_prompt_at_a_time(
     tiny: Path, tmp_path: Path
 ) -> None:

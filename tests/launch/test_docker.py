@@ -104,6 +104,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=
 NASTY = [",source=/etc", '","', "--privileged", "a b", "$(id)", "x,readonly", "'", "\n--privileged"]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=list(HealthCheck), deadline=None)
 @given(names=st.lists(TEXT | st.sampled_from(NASTY), min_size=3, max_size=3))
 def test_no_value_adds_a_mount_or_a_flag(

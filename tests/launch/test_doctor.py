@@ -158,6 +158,7 @@ def test_figures_that_nvidia_smi_does_not_give(
     assert named(report, "memory")[0] in ("ok", "warning", FAULT)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_open(recipe: Path, hub: StandIn, tmp_path: Path) -> None:
     report = doctor(
         str(recipe), HF_HOME=str(tmp_path), HF_ENDPOINT=hub.url, HF_TOKEN="hf_abcdefghijklmn"
@@ -170,6 +171,7 @@ def test_a_model_that_is_open(recipe: Path, hub: StandIn, tmp_path: Path) -> Non
     assert named(report, "room")[0] == "ok"
 
 
+@pytest.mark.slow
 def test_a_gated_model_without_a_token(recipe: Path, hub: StandIn, tmp_path: Path) -> None:
     hub.repos["someone/model"].gated = True
     report = doctor(str(recipe), HF_HOME=str(tmp_path), HF_ENDPOINT=hub.url)
@@ -205,6 +207,7 @@ def test_a_model_that_is_larger_than_the_disk(
     assert "takes 1048576.0 GiB" in found["room"].what
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached(recipe: Path, tmp_path: Path) -> None:
     report = doctor(
         str(recipe),

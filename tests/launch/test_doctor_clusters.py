@@ -102,6 +102,7 @@ def on_slurm(
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 @pytest.mark.skipif(
     os.geteuid() != 0 or any(shutil.which(tool, path=PATH) is None for tool in SLURM_TOOLS),

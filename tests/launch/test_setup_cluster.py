@@ -41,6 +41,7 @@ def set_up(place: Path, hub: StandIn, token: str | None) -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 def test_it_fails_before_the_large_install_and_then_goes_on(tiny: Path, place: Path) -> None:
     files = {path.name: path.read_bytes() for path in tiny.iterdir()}
     with StandIn({"owner/gated": Repo(files, gated=True, granted="hf_granted0123")}) as hub:

@@ -168,6 +168,7 @@ def test_a_path_is_no_command(tmp_path: Path):
     assert Path(files[0].place).read_bytes() == source.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
 def test_a_launcher_that_ends_leaves_no_process_on_the_other_node(
     how: signal.Signals, tmp_path: Path
@@ -230,6 +231,7 @@ def test_the_receiver_needs_no_newer_python_and_nothing_but_the_standard_library
     assert json.dumps(sorted(imported))
 
 
+@pytest.mark.slow
 def test_models_are_removed_by_pattern_on_other_nodes_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -114,6 +114,7 @@ LINE = st.text(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_no_value_adds_a_mount_a_service_a_variable_or_a_word(data: st.DataObject):

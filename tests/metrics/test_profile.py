@@ -173,6 +173,7 @@ def test_the_time_of_kernels_goes_to_the_operation_that_launched_them() -> None:
     assert found["gpu_busy_share"] == pytest.approx(0.8)
 
 
+@pytest.mark.slow
 def test_a_run_is_profiled_on_all_ranks_unless_told_otherwise(tiny: Path, tmp_path: Path) -> None:
     from tunesmith.training.run import train
 

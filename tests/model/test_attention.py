@@ -92,6 +92,7 @@ def test_sdpa_by_document_equals_the_products(window):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_long_documents_never_hold_the_square_of_their_length():
     """8,192 tokens of 4 heads: full scores would take 1 GiB in fp32; blocks of 128 queries take 16
     MiB.

@@ -40,6 +40,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "total", "active", "counts_embedding"),
     [
@@ -71,6 +72,7 @@ def test_a_model_that_reads_its_mask_or_positions_is_measured(name: str):
     assert measure_spec(config.to_dict(), where="test").depth == config.num_hidden_layers
 
 
+@pytest.mark.slow
 def test_experts_that_loop_over_those_that_are_chosen_are_measured() -> None:
     """By hand, of LongCat: what every token is multiplied with, and what one expert takes of it.
 
@@ -137,6 +139,7 @@ def test_measured_is_what_the_table_says(name: str) -> None:
         assert measured == replace(layer, intermediate=widest, largest=measured.largest)
 
 
+@pytest.mark.slow
 def test_layers_differ_where_the_config_says_so() -> None:
     """Transformers' defaults of Gemma 4 (head_dim 256 in layers with a window, else 512), Qwen3.5
     (three of four layers are recurrent) and Llama 4 (chunks of 8,192 but in every fourth layer).
@@ -157,6 +160,7 @@ def test_layers_differ_where_the_config_says_so() -> None:
     assert [layer.chunk for layer in llama.layers[:4]] == [8192, 8192, 8192, None]
 
 
+@pytest.mark.slow
 def test_a_vision_checkpoint_is_its_text_model() -> None:
     outer = measure_spec({"model_type": "qwen3_5"}, where="test")
     inner = measure_spec({"model_type": "qwen3_5_text"}, where="test")

@@ -460,6 +460,7 @@ def test_kernels_are_called_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> Non
         model(ids)
 
 
+@pytest.mark.slow
 def test_a_run_takes_its_kernels(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

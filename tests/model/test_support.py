@@ -128,6 +128,7 @@ def test_a_twin_that_takes_for_ever_is_given_up():
     assert "takes more than 0 s" in caught.value.what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -155,6 +156,7 @@ def test_memory_that_takes_for_ever_to_measure_is_given_up(monkeypatch: pytest.M
         measure_kept(spec, Adapter(rank=3), "fp32")
 
 
+@pytest.mark.slow
 def test_a_twin_that_builds_for_ever_is_given_up():
     config = config_of("gemma3n_text", altup_num_inputs=100_000)
     with time_limit(60, "building the twin"), pytest.raises(ModelError) as caught:
@@ -242,6 +244,7 @@ def test_a_router_that_derives_from_a_linear_layer_takes_no_adapter():
     assert "router" in left_out
 
 
+@pytest.mark.slow
 def test_models_lists_types_and_measures_a_folder(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

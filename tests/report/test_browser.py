@@ -125,6 +125,7 @@ def test_curves_are_read_by_keys_and_zoom_together(browser: Any, report: Path) -
     page.context.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_every_screen_and_reader(

@@ -38,6 +38,7 @@ def copied(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 def test_a_finished_run(trained: Path) -> None:
     run = RunFiles(trained)
     assert (run.name, run.state, run.failure, run.stopped, run.ranks) == (

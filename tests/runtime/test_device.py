@@ -146,6 +146,7 @@ def test_memory_that_the_allocator_holds_unused_since_an_earlier_run_is_free() -
         )
 
 
+@pytest.mark.slow
 def test_what_an_earlier_run_left_is_freed_before_the_next(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ def measure(
     return Measured(kept, max(forward, kept + backward), stored, estimate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [FEW, MANY])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("keys", [LORA, NF4], ids=["lora", "nf4"])
@@ -137,6 +138,7 @@ def test_an_adapter_takes_what_is_estimated(
     assert found.weights == pytest.approx(memory.weights, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [64, 256, 512, 1024])
 def test_what_a_cpu_s_attention_keeps_goes_by_the_documents(length: int, tmp_path: Path) -> None:
     """Probabilities of a block of 128 queries and all keys up to its end; of documents above 512
@@ -160,6 +162,7 @@ def test_a_large_rank_keeps_its_products_and_its_factors(tmp_path: Path) -> None
     assert found.kept - ROTARY == pytest.approx(found.estimate.activations, rel=0.015)
 
 
+@pytest.mark.slow
 def test_dropout_gives_each_layer_of_an_adapter_its_own_input_and_mask(tmp_path: Path) -> None:
     """Tolerance 4 %: the first layer's masks of q, k and v are not kept either, as their input
     needs no gradient.
@@ -170,6 +173,7 @@ def test_dropout_gives_each_layer_of_an_adapter_its_own_input_and_mask(tmp_path:
     assert found.kept - ROTARY == pytest.approx(found.estimate.activations, rel=0.04)
 
 
+@pytest.mark.slow
 def test_nf4_keeps_for_the_backward_what_a_dense_base_keeps(tmp_path: Path) -> None:
     """Byte for byte: the dense weight is made again in the backward, and no scale of its own is
     kept.
@@ -178,6 +182,7 @@ def test_nf4_keeps_for_the_backward_what_a_dense_base_keeps(tmp_path: Path) -> N
     assert nf4.kept == dense.kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [FEW, MANY])
 def test_full_fine_tuning_takes_what_is_estimated(vocabulary: int, tmp_path: Path) -> None:
     """In its second micro batch, when the gradients of the first are there."""

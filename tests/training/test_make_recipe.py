@@ -401,6 +401,7 @@ def test_a_hub_data_set_is_read_from_its_train_split(
         make_recipe("", "me/rows")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "packs"), [("lfm2", True), ("falcon", False)])
 def test_a_family_without_a_row_gets_a_recipe_that_trains(
     model_type: str, packs: bool, home: Path, capsys: Capture

@@ -55,6 +55,7 @@ class Feed:
         assert self.guards[-1].stop.low_memory is not None
 
 
+@pytest.mark.slow
 def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

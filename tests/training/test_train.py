@@ -138,6 +138,7 @@ def test_patience_ends_a_run_that_no_longer_learns(tiny: Path, tmp_path: Path) -
     assert manifest.step_of(tmp_path / "run" / "final") == result.steps
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_it_is_made_longer(tiny: Path, tmp_path: Path) -> None:
     go(tiny, tmp_path)
     assert go(tiny, tmp_path).finished_before
@@ -147,6 +148,7 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(tiny: Path, tmp_path: Pat
     assert go(tiny, tmp_path, train={"duration": "12 steps"}).finished_before
 
 
+@pytest.mark.slow
 def test_samples_and_tensorboard(tiny: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -168,6 +170,7 @@ def test_samples_and_tensorboard(tiny: Path, tmp_path: Path) -> None:
     assert any("sample" in tag for tag in events.Tags()["tensors"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "steps"), [(60.0, [0, 2, 4, 6, 8]), (0.0, [])])
 def test_slow_sample_answers_are_left_out_and_that_is_said_once(
     seconds: float, steps: list[int], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -184,6 +187,7 @@ def test_slow_sample_answers_are_left_out_and_that_is_said_once(
     assert (tmp_path / "run" / "log.txt").read_text().count("log.samples=0") == (not steps)
 
 
+@pytest.mark.slow
 def test_the_last_answers_need_not_wait_for_what_others_took(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

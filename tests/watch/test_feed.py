@@ -81,6 +81,7 @@ def test_the_share_that_is_done(tmp_path: Path, duration: str, done: float | Non
     assert WatchedRun(folder).status()["done"] == (done if done is None else pytest.approx(done))
 
 
+@pytest.mark.slow
 def test_a_spike_of_one_step_in_100_000_is_seen(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 10)
     line = (folder / "metrics.jsonl").read_text().splitlines()[0]

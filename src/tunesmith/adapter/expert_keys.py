@@ -150,8 +150,12 @@ class JoinedFactor(StoredTensor):
 
 
 def b_by_expert(lora_B: Tensor, experts: int) -> Tensor:
-    """B [experts, out, rank] of [out, rank * experts] as PEFT's file has it, a view."""
-    return lora_B.unflatten(1, (-1, experts)).permute(2, 0, 1)
+    """B [experts, out, rank], a view; of [out, rank * experts] as PEFT's file has it, or of
+    [out, rank, experts].
+    """
+    if lora_B.ndim == 2:
+        lora_B = lora_B.unflatten(1, (-1, experts))
+    return lora_B.permute(2, 0, 1)
 
 
 def join_experts(
