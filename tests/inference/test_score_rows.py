@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +34,7 @@ from tunesmith.inference.generate import generate
 from tunesmith.inference.load_run import load_run
 from tunesmith.scoring.intervals import paired_intervals
 from tunesmith.scoring.text import token_f1
+from warm import Warm
 
 pytestmark = pytest.mark.slow
 
@@ -134,16 +133,15 @@ def test_a_process_that_was_killed_is_gone_on_with(
     """One kill while answers are written; benchmarks/faults/kill_eval.py has ten."""
     scored(run, held, answers)
     killed = tmp_path / "killed.jsonl"
-    words = [sys.executable, "-c", COMMAND, str(run), str(held), str(killed)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE)
+    process = Warm([run, held, killed], program=COMMAND)
     while process.poll() is None and (not killed.exists() or killed.read_bytes().count(b"\n") < 8):
         time.sleep(0.005)
     process.send_signal(number)
     _, error = process.communicate()
     assert process.returncode != 0
     if number == signal.SIGTERM:
-        assert b"StoppedError" in error
-        assert b"start the same command again" in error
+        assert "StoppedError" in error
+        assert "start the same command again" in error
     lines = killed.read_bytes().count(b"\n")
     assert 8 <= lines < 27, error
     scored(run, held, killed)
