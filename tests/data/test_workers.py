@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from conftest import byte_tokenizer
+from ranks import FORKS
 from recipes import recipe
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import workers
@@ -29,15 +31,36 @@ from warm import Warm
 
 pytestmark = pytest.mark.slow
 
-Made = list[subprocess.Popen[bytes]]
+Made = list[Any]
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+class ForkedWorker:
+    """A worker's process with what `workers` uses of a Popen: forked, so that it imports nothing."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str], **_: Any) -> None:
+        requests, to_worker = os.pipe()
+        from_worker, answers = os.pipe()
+        streams = (requests, answers, 2)
+        self._process = Warm([], program=command[2], env=env, streams=streams, prepare=os.setsid)
+        os.close(requests)
+        os.close(answers)
+        self.stdin = os.fdopen(to_worker, "wb")
+        self.stdout = os.fdopen(from_worker, "rb")
+        self.poll, self.wait = self._process.poll, self._process.wait
+        self.kill = self._process.kill
+
+    def communicate(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.stdin.close()
+        self.stdout.close()
+        self.wait()
+
+
+def watch_starts(monkeypatch: pytest.MonkeyPatch, start: Callable[..., Any]) -> Made:
     """The processes that were started; a worker for every 100 rows, whatever this machine has."""
-    processes, start = Made(), subprocess.Popen
+    processes = Made()
 
-    def started(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+    def started(*args: Any, **options: Any) -> Any:
         processes.append(start(*args, **options))
         return processes[-1]
 
@@ -45,6 +68,16 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     monkeypatch.setattr(workers, "ROWS_EACH", 100)
     monkeypatch.setattr(workers, "available_cores", lambda: 3)
     return processes
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    return watch_starts(monkeypatch, ForkedWorker if FORKS else subprocess.Popen)
+
+
+@pytest.fixture
+def interpreters(monkeypatch: pytest.MonkeyPatch) -> Made:
+    return watch_starts(monkeypatch, subprocess.Popen)
 
 
 def line(i: int) -> dict[str, Any]:
@@ -64,13 +97,13 @@ def tokens_of(path: Path, cores: int, monkeypatch: pytest.MonkeyPatch, **keys: A
 
 
 def test_tokens_and_counts_are_those_of_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interpreters: Made
 ) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line(i)) + "\n" for i in range(1500)))
     one = tokens_of(tmp_path / "rows.jsonl", 1, monkeypatch)
-    assert made == []
+    assert interpreters == []
     three = tokens_of(tmp_path / "rows.jsonl", 3, monkeypatch)
-    assert [process.poll() is not None for process in made] == [True] * 3
+    assert [process.poll() is not None for process in interpreters] == [True] * 3
     assert one.sources == three.sources  # the digest of all tokens among them
     assert one.sources[0].flaws["empty"][0] > 100
     assert (one.counts.prompts, one.counts.cut > 0) == (256 + (1500 - 256) // 32 + 1, True)
