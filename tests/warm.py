@@ -175,24 +175,32 @@ def take_terminal() -> None:
 
 
 class Forked(subprocess.Popen[Any]):
-    """A Popen that forks `python -m MODULE` from its own process where it is one of ENTRIES; any
-    other command as usual.
+    """A Popen that forks `python -m MODULE`, where it is one of ENTRIES, and `python FILE.py` from
+    its own process; any other command as usual.
     """
 
     def _execute_child(self, args: Any, executable: Any, *others: Any) -> None:
         words = [args] if isinstance(args, str | bytes | os.PathLike) else list(args)
-        module = (
-            words[words.index("-m") + 1] if words[0] == sys.executable and "-m" in words else None
-        )
-        if module not in ENTRIES:
+        count = _program_words(words)
+        if not count:
             super()._execute_child(args, executable, *others)  # type: ignore[misc]
             return
         env, pipes = others[4], others[8:14]
         self.pid = os.fork()
         if self.pid == 0:
-            _become(module, words[words.index(module) + 1 :], env, [pipes[0], pipes[3], pipes[5]])
+            _become(words[count - 1], words[count:], env, [pipes[0], pipes[3], pipes[5]])
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+def _program_words(words: list[str]) -> int:
+    """How many words of a command name a program that can be forked, itself the last; 0 of others."""
+    if words[0] != sys.executable:
+        return 0
+    flags = next((n for n, word in enumerate(words) if n and word != "-u"), len(words))
+    if words[flags : flags + 1] == ["-m"] and words[flags + 1] in ENTRIES:
+        return flags + 2
+    return flags + 1 if words[flags : flags + 1] and words[flags].endswith(".py") else 0
 
 
 def fork_ranks() -> None:
