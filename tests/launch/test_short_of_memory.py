@@ -51,7 +51,6 @@ def steps(out: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_one_rank_takes_its_own_place_once(tiny: Path, tmp_path: Path) -> None:
     out, file, root = tmp_path / "run", tmp_path / "recipe.yaml", tmp_path / "root"
     train = {"duration": "100000 steps", "micro_batch": "512 tokens"}

@@ -138,7 +138,6 @@ def test_the_micro_batch_of_the_next_start(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_real_process_that_takes_all_memory_of_a_control_group(tmp_path: Path) -> None:
     """benchmarks/faults/memory_guard.py does it 20 times, and goes on with each run."""
     script = Path(__file__).parents[2] / "benchmarks" / "faults" / "memory_guard.py"
