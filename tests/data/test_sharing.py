@@ -298,6 +298,7 @@ def test_a_micro_batch_without_an_example_adds_nothing(tiny, tmp_path, adapter: 
 items = st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 50)), min_size=1, max_size=60)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(items, st.integers(1, 16), st.integers(1, 400), st.integers(1, 60))
 def test_balanced_bins(pairs: list[tuple[int, int]], count: int, room: int, most: int) -> None:

@@ -232,6 +232,7 @@ def test_a_conversation_is_rendered_as_often_as_its_mask_needs(
         assert count == [renders]
 
 
+@pytest.mark.slow
 def test_many_are_as_one_by_one(smollm2_tokenizer: Any) -> None:
     template = Template(smollm2_tokenizer, {2}, jinja=smollm2_tokenizer.chat_template, name="chat")
     samples = [Conversation([user(f"{n}?"), answer("é🎉" * (n % 7) + str(n))]) for n in range(600)]
