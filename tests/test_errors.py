@@ -1,10 +1,20 @@
-"""What of an error, a command or a configuration is a secret."""
+"""What of an error, a command or a configuration is a secret; how tests read an error."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tunesmith.errors import is_secret_name, mask_words
+from errors import error_in, is_internal, refuses
+from tunesmith.errors import (
+    CAUSES,
+    RunError,
+    TunesmithError,
+    UsageError,
+    is_secret_name,
+    mask_words,
+)
 
 SECRET = (
     "HF_TOKEN", "MY_TOKEN", "hub_token", "hubToken", "token", "use_auth_token", "WANDB_API_KEY", "api_key", "apiKey", "AWS_SECRET_ACCESS_KEY",
@@ -51,3 +61,46 @@ def test_names_of_other_values(name: str) -> None:
 )
 def test_secrets_of_a_command_are_masked(argv: list[str], shown: list[str]) -> None:
     assert mask_words(argv) == shown
+
+
+ERROR = RunError(
+    "4 of checkpoint-5 is torn", where="/tmp/a/r.yaml:3", why="12 MB", fix="rm x", cause="disk"
+)
+
+
+def test_a_block_is_read_back_as_it_was_rendered() -> None:
+    """All rows, between lines of a log."""
+    assert ERROR.text().splitlines() == [
+        f"error: {ERROR.what}",
+        "  where: /tmp/a/r.yaml:3",
+        "  why: 12 MB",
+        f"  cause: disk: {CAUSES['disk']}",
+        "  fix: rm x",
+    ]
+    read = error_in(f"step 3\n{ERROR.text()}\nstep 4\n")
+    assert read.text() == ERROR.text()
+    assert is_internal(f"step 3\n{TunesmithError('internal error: KeyError: x').text()}")
+    assert not is_internal(ERROR.text())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (TunesmithError, {}),  # a base of the class
+        (UsageError, {}),
+        (RunError, {"where": "yaml:3"}),
+        (RunError, {"where": ""}),
+        (RunError, {"names": [5]}),  # in checkpoint-5
+        (RunError, {"names": ["checkpoint"]}),
+        (RunError, {"names": ["r.yaml:3"]}),  # in `where` alone
+        (RunError, {"fix": ["12 MB"]}),
+        (RunError, {"cause": "memory"}),
+    ],
+    ids=str,
+)
+def test_another_error_is_no_substitute(kind: type[TunesmithError], fields: dict[str, Any]) -> None:
+    right = {"where": "r.yaml:3", "names": [4, "checkpoint-5", "12 MB"], "fix": ["rm x"]}
+    with refuses(RunError, **right, cause="disk"):
+        raise ERROR
+    with pytest.raises((AssertionError, RunError)), refuses(kind, **fields):
+        raise ERROR

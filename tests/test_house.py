@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -132,3 +132,83 @@ def test_names_say_what_is_in_them():
                 instead = BANNED.get(name, "check_... or require_...")
                 places.append(f"{file.relative_to(SOURCE)}:{line}: {name}; instead: {instead}")
     assert places == []
+
+
+# Places in tests that assert words of a message; it may only fall. What is asserted are fields and
+# values (`tests/errors.py`), so that a new wording breaks one test at most.
+PROSE_ASSERTED = 92
+
+# Two words in a row, neither of them a part of a path, a key or a flag.
+PROSE = re.compile(r"(?<![\w/.-])[a-z]{2,} [a-z]{2,}(?![\w/.=-]*[/=_-])")
+# The same in the quotes of a line that is no docstring's.
+QUOTED_PROSE = re.compile(r'^(?! *"""|.*#).*["\'][^"\'\n]*[a-z]{2,} [a-z]{2,}', re.MULTILINE)
+TESTS = re.compile(r"\n\n\n(?=def test_|@pytest)")
+# A command that a fix names is a value.
+COMMAND = re.compile(
+    r"\b(tunesmith|pip|docker|vllm|hf|uv|apt-get|swarm|make|python -m|torchrun) [a-z]+( [a-z]+)?"
+)
+COMPARES_TEXT = {"startswith", "endswith", "count", "index", "search", "match", "fullmatch"}
+COMPARES_FIELDS = {"refuses", "check_error", "check_shown"}
+COMPARES_VALUES = {"holds", "lines_with", "warnings_with", "missing"}
+
+
+def texts_in(node: ast.AST) -> Iterator[str]:
+    """The texts that an expression is made of, without names of entries and arguments of calls."""
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, str):
+            yield node.value
+        return
+    parts: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.Subscript):
+        parts = [node.value]
+    elif isinstance(node, ast.Call):
+        parts = [node.func]
+    elif isinstance(node, ast.Dict):
+        parts = node.values
+    for part in parts:
+        yield from texts_in(part)
+
+
+def asserted_by_call(call: ast.Call, *, in_assert: bool) -> Iterator[ast.AST]:
+    name = getattr(call.func, "attr", "") or getattr(call.func, "id", "")
+    for keyword in call.keywords:
+        is_pattern = keyword.arg == "match" and name == "raises"
+        if is_pattern or (keyword.arg in ("names", "fix") and name in COMPARES_FIELDS):
+            yield keyword.value
+    if name in COMPARES_VALUES:
+        yield from call.args
+    elif in_assert and name in COMPARES_TEXT and isinstance(call.func, ast.Attribute):
+        yield from call.args[:1]
+
+
+def asserted(tree: ast.AST, *, in_assert: bool = False) -> Iterator[ast.AST]:
+    """The expressions that the tests of a file look for in a text."""
+    for node in ast.iter_child_nodes(tree):
+        inside = in_assert or isinstance(node, ast.Assert)
+        if isinstance(node, ast.Call):
+            yield from asserted_by_call(node, in_assert=inside)
+        elif isinstance(node, ast.Compare) and inside:
+            sides = [node.left, *node.comparators]
+            for operator, left, right in zip(node.ops, sides, sides[1:], strict=False):
+                if isinstance(operator, ast.In | ast.NotIn):
+                    yield left
+                elif isinstance(operator, ast.Eq):
+                    yield left
+                    yield right
+        yield from asserted(node, in_assert=inside)
+
+
+def test_messages_are_asserted_by_their_fields():
+    places, count = [], 0
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        # Parsing those alone that quote words takes half the time.
+        for test in TESTS.split(file.read_text(encoding="utf-8")):
+            if not QUOTED_PROSE.search(test):
+                continue
+            for node in asserted(ast.parse(test)):
+                for text in texts_in(node):
+                    count += 1
+                    if PROSE.search(COMMAND.sub(" ", text)):
+                        places.append(f"{file.name}: {text!r}")
+    assert count > 500, "too few texts were looked at"
+    assert len(places) <= PROSE_ASSERTED, "\n".join(places)

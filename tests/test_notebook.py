@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
+from errors import holds, lines_with
 from recipes import recipe
 from tunesmith.config.dump import to_yaml
 
@@ -82,16 +83,16 @@ def test_a_run_in_a_notebook_draws_its_bar_and_stops_without_a_traceback(
     bars = [str(w["state"]["outputs"]) for w in widgets if w["model_name"] == "OutputModel"]
     assert "step 8/8 " in bars[0]
     assert "step 10/20 " in bars[1]
-    assert "token contract of train" in text_of(trained), "what it learns from, before the bar"
+    assert lines_with(text_of(trained), "train:", "checks"), "what it learns from, before the bar"
     assert [line for line in text_of(trained).splitlines() if line.startswith("mine")] == [
         "mine 3",
         "mine 7",
     ]
     error = stopped.outputs[-1]
     assert (error.output_type, error.ename) == ("error", "StoppedError")
-    assert error.traceback[0] == "stopped by SIGINT: step 10 is saved"
+    assert holds(error.traceback[0], "SIGINT", "step 10")
     assert len(error.traceback) == 3
-    assert "stopping after this step" in text_of(stopped)
+    assert "SIGINT: " in text_of(stopped)
     assert mine.outputs[-1].ename == "ZeroDivisionError"
     assert len(mine.outputs[-1].traceback) > 3, "an error of the user's own keeps its traceback"
     assert [output.output_type for output in quiet.outputs] == ["execute_result"]

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from errors import refuses
 from tunesmith.units import Cadence, Length, Share, Size
 
 
@@ -34,7 +35,7 @@ def test_lengths(text: str, amount: float, unit: str) -> None:
     ],
 )
 def test_what_is_no_length(text: str) -> None:
-    with pytest.raises(ValueError, match=r"length|whole|too much"):
+    with refuses(ValueError, names=[repr(text)]):
         Length.parse(text)
 
 
@@ -51,7 +52,7 @@ def test_what_is_no_length(text: str) -> None:
     ],
 )
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match=r"size|whole|too much"):
+    with refuses(ValueError, names=[repr(text)]):
         Size.parse(text)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from errors import lines_with
 from recipes import recipe
 from tunesmith.bench.ablation import variants
 from tunesmith.bench.shape import shape_recipe
@@ -180,7 +181,7 @@ def test_a_stage_keeps_to_its_limit_and_names_what_it_had_no_time_for(tmp_path: 
     assert device["exit"] == 124
     assert device["limit"] <= 5
     assert {step["exit"] for step in steps.values()} == {None}
-    assert "skipped 70b-nf4: no time is left in this stage" in shown
+    assert lines_with(shown, "70b-nf4")
     assert len(commands) == 1
 
 
@@ -214,9 +215,9 @@ def test_a_failure_ends_nothing_and_8b_is_measured_uncompiled_where_compiled_it_
 ) -> None:
     report = f"{tmp_path}/tunesmith-first-gpu/stage-A/8b-bf16.json"
     commands, shown = run_stage(tmp_path, "A", FAILS=report)
-    assert "8b-bf16 ended with 1" in shown
-    assert "70b-nf4 ended with 0" in shown
-    assert "8b-bf16-eager ended with 0" in shown
+    assert lines_with(shown, "8b-bf16", 1)
+    assert lines_with(shown, "70b-nf4", 0)
+    assert lines_with(shown, "8b-bf16-eager", 0)
     assert "train.compile=off" in commands[-1]
     assert "Filesystem" in (tmp_path / "out-A" / "stage-A.log").read_text(), (
         "the log begins with what the machine has"
@@ -242,7 +243,7 @@ def test_a_stage_leaves_three_files_and_the_next_one_takes_the_caches_back(tmp_p
 @pytest.mark.slow
 def test_caches_that_are_too_large_to_send_stay(tmp_path: Path) -> None:
     _, shown = run_stage(tmp_path, "A", CACHED_BYTES=2 << 20, CACHE_MIB=1)
-    assert "the caches are larger than 1 MiB and stay here" in shown
+    assert lines_with(shown, "1 MiB")
     assert not (tmp_path / "out-A" / "caches-A.tar.gz").exists()
 
 

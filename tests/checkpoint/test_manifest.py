@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import check_error
 from logged import logged_lines
 from page_cache import resident
 from tunesmith.checkpoint import claim, manifest, replicate
@@ -106,8 +107,7 @@ def test_a_full_disk_names_what_is_kept(tmp_path: Path) -> None:
         manifest.atomic_folder(tmp_path / "checkpoint-6", 6),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert caught.value.what == "the disk is full"
-    assert "checkpoint-5" in caught.value.why
+    check_error(caught.value, cause="disk", names=["checkpoint-5"])
     assert manifest.find_damage(tmp_path / "checkpoint-5") is None
 
 

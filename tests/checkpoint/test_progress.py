@@ -6,8 +6,7 @@ import json
 import math
 from pathlib import Path
 
-import pytest
-
+from errors import refuses
 from records import record
 from tunesmith.checkpoint.resume import PROGRESS, Progress
 from tunesmith.errors import CheckpointError
@@ -51,6 +50,6 @@ def test_an_older_file_is_read_and_a_damaged_one_is_refused(tmp_path: Path) -> N
         ("{", ""),
     ):
         path.write_text(json.dumps(broken))
-        with pytest.raises(CheckpointError, match=f"no readable {PROGRESS}") as raised:
+        with refuses(CheckpointError, names=[PROGRESS]) as raised:
             Progress.read(tmp_path)
         assert why in raised.value.why

@@ -80,10 +80,10 @@ def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(
 def test_the_next_one_waits_and_the_spared_one_stays(writer: Writer, tmp_path: Path) -> None:
     first, order = Held(), []
     writer.write_async(first, 1, keep_step=1)
-    threading.Timer(0.1, lambda: (order.append("let go"), first.go.set())).start()
+    threading.Timer(0.1, lambda: (order.append("released"), first.go.set())).start()
     writer.write_async(quick, 2, keep_step=1)
-    order.append("second begun")
-    assert order == ["let go", "second begun"]
+    order.append("second")
+    assert order == ["released", "second"]
     for step in (3, 4):
         writer.write_async(quick, step, keep_step=1)
     writer.wait()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from errors import is_internal
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
@@ -194,7 +195,6 @@ def started(words: list[str], capsys: Capture) -> tuple[int, dict[str, str], str
     capsys.readouterr()
     code = main(words)
     out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    assert "internal error" not in err
+    assert not is_internal(err)
     assert code == EXIT_OK or out == ""
     return code, told(err), err

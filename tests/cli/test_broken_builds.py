@@ -412,5 +412,5 @@ def test_a_rank_that_hangs_ends_all_with_one_message(tmp_path):
             process.kill()
     said = "".join(path.read_text() for path in sorted(tmp_path.glob("stderr-*")))
     assert said.count("error: ") == 1
-    assert re.search(r"error: rank 1 on .* made no progress for (8|9|1\d) s", said)
+    assert re.search(r"error: rank 1 on .* (8|9|1\d) s", said)
     assert f"rank 1: lora, {COPY.describe()}: training, step 1" in said

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.bad_world import Capture, World, started
+from errors import lines_with, warnings_with
 from logged import logged_lines
 from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, RunError
@@ -37,13 +38,11 @@ def test_two_starts_and_their_summaries(world: World, capsys: Capture) -> None:
     for words in (["train.duration=3 steps"], ["train.duration=1 epochs"]):
         assert main(world.train(*words, held=True)) == EXIT_OK
         shown += [line for stream in capsys.readouterr() for line in stream.splitlines()]
-    assert "resuming from step 3 of 6, " in "\n".join(shown)
-    assert any(line.startswith("warning: only 3 optimizer steps") for line in shown)
+    (resumed,) = lines_with("\n".join(shown), 3, 6, world.out / "checkpoint-3")
+    assert warnings_with("\n".join(shown), 3)
     written = logged(world.out)
     assert [line for line in shown if line not in written] == []
-    assert written.index(
-        "resuming from step 3 of 6, " + str(world.out / "checkpoint-3")
-    ) > written.index("next")
+    assert written.index(resumed) > written.index("next")
 
 
 def test_a_failure_and_a_stop(
@@ -73,7 +72,7 @@ def test_a_failure_and_a_stop(
     assert {"error: it broke", "  where: here", "  why: as tests do", "  fix: mend it"} <= set(
         written
     )
-    assert [line for line in written if line.startswith("stopped by SIGTERM")]
+    assert lines_with("\n".join(written), "SIGTERM", "step 4")
     assert [line for line in shown if line not in written] == []
 
 
@@ -86,9 +85,7 @@ def test_a_warning_of_the_package_in_a_process_of_its_own(world: World) -> None:
         world.train("train.duration=2 steps"), env=os.environ | {"TUNESMITH_CACHE": str(cache)}
     )
     assert done.returncode == EXIT_OK, done.stderr
-    warned = [line for line in done.stderr.splitlines() if "kept in memory" in line]
-    assert len(warned) == 1
-    assert warned[0].startswith("warning: ")
+    assert len(warnings_with(done.stderr, cache)) == 1
     written = logged(world.out)
     assert [line for line in (done.stderr + done.stdout).splitlines() if line not in written] == []
 

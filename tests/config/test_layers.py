@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import holds, refuses
 from logged import logged_lines
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run, Source
@@ -104,7 +105,7 @@ def test_validation_rows_of_their_own(parent: Path) -> None:
         load_recipe(parent, ["data.validation.source=org/held"]).data.train
         == load_recipe(parent).data.train
     )
-    with pytest.raises(RecipeError, match=r"data\.validation\.source is missing"):
+    with refuses(RecipeError, fix=["data.validation.source"]):
         load_recipe(parent, ["data.train.source=org/mine", "data.validation.split=test"])
 
 
@@ -123,11 +124,11 @@ def test_lists_of_sources(parent: Path) -> None:
         Source(source="a/b"),
     )
     assert load_recipe("two.yaml", ["data.train.source=e/f"]).data.train == (Source(source="e/f"),)
-    with pytest.raises(RecipeError, match="no entry 'split'") as caught:
+    with refuses(RecipeError, where="command line: data.train.split", names=["'split'"]) as caught:
         load_recipe("two.yaml", ["data.train.split=test"])
     assert "0 to 1" in caught.value.fix
     for number in ("²", "9" * 5000, "-1"):
-        with pytest.raises(RecipeError, match="no entry"):
+        with refuses(RecipeError, names=["data.train", repr(number)], fix=["0 to 1"]):
             load_recipe("two.yaml", [f"data.train.{number}.weight=1"])
 
 
@@ -142,11 +143,10 @@ def test_what_a_new_source_leaves_behind_is_said(parent: Path) -> None:
         )
         load_recipe(parent, others)
     beside = "data.train.split, data.train.columns, data.train.max_examples, data.train.weight"
-    assert told == [
-        f"command line names other rows, so it does not take {beside}, data.validation from the recipe that it changes",
-        "child.yaml:1 names other rows, so it does not take data.validation.split, data.validation.format, "
-        "data.validation.columns from the recipe that it changes",
-    ]
+    typed, file = told
+    assert holds(typed, "command line", f"{beside}, data.validation")
+    held = "data.validation.split, data.validation.format, data.validation.columns"
+    assert holds(file, "child.yaml:1", held)
 
 
 @pytest.mark.parametrize(
@@ -198,21 +198,21 @@ def test_no_value_is_not_the_default(parent: Path, key: str) -> None:
     lines = [f"{'  ' * depth}{section}:" for depth, section in enumerate(sections)]
     for empty in ("", " null", " ~"):
         text = "\n".join([*lines, f"{'  ' * len(sections)}{name}:{empty}"])
-        with pytest.raises(RecipeError, match=f"error: {key}: expected .*found nothing") as caught:
+        with refuses(RecipeError, names=[f"{key}:"]) as caught:
             child(f"{text}\n")
         assert caught.value.where == f"child.yaml:{len(sections) + 2}"
-        with pytest.raises(RecipeError, match=f"error: {key}: expected .*found nothing") as caught:
+        with refuses(RecipeError, names=[f"{key}:"]) as caught:
             load_recipe(parent, [f"{key}={empty.strip()}"])
         assert (caught.value.where, caught.value.exit_code) == (f"command line: {key}", EXIT_USAGE)
         assert f"{key}=" in caught.value.fix
-        assert "unset variable" in caught.value.why
-    with pytest.raises(RecipeError, match=f"error: {key}: expected .*found nothing"):
+        assert caught.value.why
+    with refuses(RecipeError, names=[f"{key}:"]):
         load_recipe(parent, {key: None})
 
 
 def test_the_line_for_a_column_without_a_name_can_be_given(parent: Path) -> None:
     """`data.train.columns.instruction=$COLUMN` of an unset variable."""
-    with pytest.raises(RecipeError, match="found nothing") as caught:
+    with refuses(RecipeError, names=["data.train.columns.instruction:"]) as caught:
         load_recipe(parent, ["data.train.columns.instruction="])
     line = re.search("'(.+?)'", caught.value.fix)
     assert line
@@ -227,13 +227,15 @@ def test_the_line_for_a_column_without_a_name_can_be_given(parent: Path) -> None
     ],
 )  # fmt: skip
 def test_an_empty_text_is_no_value(parent: Path, key: str) -> None:
-    with pytest.raises(RecipeError, match=f"error: {key} is empty") as caught:
+    with refuses(RecipeError, names=[key]) as caught:
         load_recipe(parent, [f"{key}=''"])
     assert caught.value.where == f"command line: {key}"
 
 
 def test_an_empty_name_in_a_list_and_an_empty_system_message(parent: Path) -> None:
-    with pytest.raises(RecipeError, match=r"adapter\.modules_to_save has an empty name"):
+    with refuses(
+        RecipeError, names=["adapter.modules_to_save"], fix=["adapter.modules_to_save: []"]
+    ):
         load_recipe(parent, ["adapter.modules_to_save=['']"])
     assert load_recipe(parent, ["data.system=''"]).data.system == "", (
         "some templates write one of their own without it"
@@ -255,12 +257,12 @@ def test_extends_is_followed_so_far(parent: Path) -> None:
         Path(f"{i}.yaml").write_text(f"extends: {i - 1}.yaml\n")
     assert load_recipe("20.yaml").model.name == "org/model"
     for last in (21, 1499):
-        with pytest.raises(RecipeError, match="more than 20 recipes extend each other") as caught:
+        with refuses(RecipeError, names=[20]) as caught:
             load_recipe(f"{last}.yaml")
         assert caught.value.where == f"{last - 20}.yaml:1"
 
 
 def test_a_key_is_nested_so_deep(parent: Path) -> None:
     for key in ("a" + ".b" * 5000, "train" + ".x" * 21):
-        with pytest.raises(RecipeError, match=r"not of the form key\.sub=value"):
+        with refuses(RecipeError, names=["key.sub=value"]):
             load_recipe(parent, [f"{key}=1"])

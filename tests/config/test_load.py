@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import refuses
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.names import keys, nearest, other_tools
@@ -151,7 +152,7 @@ def test_overrides_of_sources(recipe: Path) -> None:
         ("e/f", None, 1.0),
         ("c/d", "test", 2.0),
     ]
-    with pytest.raises(RecipeError, match="no entry 'split'") as caught:
+    with refuses(RecipeError, names=["'split'"]) as caught:
         load_recipe(recipe, [two, "data.train.split=test"])
     assert "0 to 1" in caught.value.fix
     held_out = load_recipe(
@@ -186,7 +187,7 @@ def test_paths(recipe: Path) -> None:
     assert run.data.train[0].source == str(here / "more.csv")
     assert load_recipe(recipe, ["model.name=small.gguf"]).model.name == str(here / "small.gguf")
     assert load_recipe(recipe, ["model.name=~/model"]).model.name == str(Path.home() / "model")
-    with pytest.raises(RecipeError, match="does not exist"):
+    with refuses(RecipeError, names=["data.template", "prompt.jinja"]):
         load_recipe(recipe, ["data.template=prompt.jinja"])
     assert load_recipe(recipe, [f"data.template={there}/prompt.jinja"]).data.template == str(
         there / "prompt.jinja"
@@ -219,7 +220,7 @@ def test_from_mapping_takes_plain_values_only() -> None:
         Path.cwd() / "x"
     )
     values["output_dir"] = b"x"
-    with pytest.raises(RecipeError, match="a bytes is not a recipe's value") as caught:
+    with refuses(RecipeError, names=["bytes"]) as caught:
         from_mapping(values, where="config.yaml", base=Path())
     assert caught.value.where == "config.yaml: output_dir"
     values["output_dir"] = "\ud800"

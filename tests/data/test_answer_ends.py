@@ -10,6 +10,7 @@ import pytest
 from chat_table import TOOLS, answer, call, result, user
 from chat_tokenizers import train
 
+from errors import refuses
 from tunesmith.data.formats import Conversation
 from tunesmith.data.template import Template
 from tunesmith.errors import DataError
@@ -105,7 +106,7 @@ def test_earlier_answers_that_end_with_another_token(stops: tuple[str, ...]) -> 
     template = template_of(SEVERAL_ENDS, *stops)
     assert ends(template) == {"</s>", "<|return|>", "<|call|>"}
     assert template.tokenizer.convert_ids_to_tokens([*template.earlier_end_ids]) == ["<|end|>"]
-    assert "earlier ones with '<|end|>'" in template.describe()
+    assert "'<|end|>'" in template.describe()
     one = "<|message|>b<|return|>"
     assert supervised(template, user("a"), answer("b")) == [one]
     assert supervised(template, user("a"), answer("b"), user("c"), answer("")) == [
@@ -127,7 +128,7 @@ def test_a_call_whose_name_stands_again_before_its_result() -> None:
     row = (user("weather"), CALL, result("weather <|call|>"), CALL, result(""), answer("weather"))
     assert supervised(template, *row) == [written, written, "<|message|>weather<|return|>"]
     assert supervised(template, user("a"), CALL) == [written]
-    with pytest.raises(DataError, match="drops the tool_calls"):
+    with refuses(DataError, names=["tool_calls"]):
         supervised(template, user("a"), TWO_CALLS)
 
 
@@ -138,7 +139,7 @@ def test_the_header_of_a_next_turn_ends_no_answer() -> None:
     template = template_of(jinja, "<|return|>")
     assert not template.earlier_end_ids
     assert supervised(template, user("a"), answer("b")) == ["<|message|>b<|return|>"]
-    with pytest.raises(DataError, match="writes no end token after message 2"):
+    with refuses(DataError, names=[2], fix=["model.added_tokens"]):
         supervised(template, user("a"), answer("b"), user("c"), answer("d"))
 
 
@@ -166,7 +167,7 @@ def test_a_next_turn_at_which_generation_does_not_stop_ends_nothing(stops: tuple
     refused = [CALL] if "<|observation|>" not in stops else []
     refused += [answer("b")] if "<|user|>" not in stops else []
     for message in refused:
-        with pytest.raises(DataError, match="writes no end token") as caught:
+        with refuses(DataError, names=[2], fix=["model.added_tokens"]) as caught:
             supervised(template, user("a"), message)
         assert caught.value.fix
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from errors import holds
 from tunesmith.config.schema import Source
 from tunesmith.data import files
 from tunesmith.data.formats import convert_row
@@ -343,7 +344,7 @@ def test_the_index_of_pandas_is_left_out_and_said(
         {"prompt": "a", "completion": "b"},
         {"prompt": "c", "completion": "d"},
     ]
-    assert "the first column has no name" in caplog.text
+    assert holds(caplog.text, "pandas")
 
 
 def test_a_link_to_nothing_does_not_propose_itself(tmp_path: Path) -> None:

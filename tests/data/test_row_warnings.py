@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from conftest import byte_tokenizer
+from errors import holds, lines_with, refuses
 from recipes import make_run
 from rows import alpaca
 from tunesmith.config.schema import Source
@@ -56,16 +57,11 @@ def test_empty_answers_and_placeholders_are_told_with_the_first_row(
     rows[12]["prompt"] = "Dear {{ customer.name }}, who?"
     for _ in range(2):  # the second time from the cache
         data = prepared(tiny, tmp_path, rows)
-        assert f"3 of 60 rows with an empty answer, first {tmp_path}/rows.jsonl:8: " in warned(
-            data, "an empty answer"
-        )
-        assert (
-            f"1 of 60 rows with a placeholder such as {{{{name}}}}, first {tmp_path}/rows.jsonl:13: "
-            in warned(data, "with a placeholder")
-        )
+        assert holds(warned(data, '"train": false'), "3 of 60", f"{tmp_path}/rows.jsonl:8")
+        assert holds(warned(data, "{{name}}"), "1 of 60", f"{tmp_path}/rows.jsonl:13")
         assert "60 of 60 rows" in data.describe()
-        assert "3 with an empty answer" in data.describe()
-        assert not any("blank or line break" in line for line in data.warnings())
+        assert lines_with(data.describe(), "60 of 60", 3)
+        assert len(data.warnings()) == 3, "with that of the few steps"
     assert data.warnings() == [
         line for line in data.describe().splitlines() if line.startswith("warning: ")
     ]
@@ -77,15 +73,13 @@ def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for
     rows = [{"prompt": "Who?", "completion": f"He {i}."} for i in range(5)] + [
         {"prompt": "Who? ", "completion": "I."}
     ]
-    assert "5 of 6 rows" in warned(
-        prepared(tiny, tmp_path, rows, base=True), "no blank or line break"
-    )
+    assert warned(prepared(tiny, tmp_path, rows, base=True), "5 of 6 rows")
     for asked in ("raw", "alpaca"):
         data = prepared(tiny, tmp_path, rows, base=True, template=asked, seq_len=512)
-        assert not any("line break" in line for line in data.warnings())
+        assert not any("5 of 6" in line for line in data.warnings())
     data = prepared(tiny, tmp_path, rows, base=True)
     assert "raw: " in (line := data.describe().splitlines()[0])
-    assert line.endswith("; such as Who?⟦H⟧e 0.<|im_end|>")
+    assert line.endswith(" Who?⟦H⟧e 0.<|im_end|>")
 
 
 @pytest.mark.parametrize(
@@ -146,10 +140,7 @@ def test_they_are_told_before_the_first_step(tiny: Path, tmp_path: Path) -> None
     rows = [{"text": f"row {i % 50}"} for i in range(60)]
     data = prepared(tiny, tmp_path, rows)
     place = f"{tmp_path}/rows.jsonl"
-    assert (
-        f"10 of 60 training examples repeat an earlier one; first {place}:51 ({place}:1)"
-        in warned(data, "an earlier one")
-    )
+    assert holds(warned(data, "10 of 60"), f"{place}:51 ({place}:1)")
 
 
 # --- "train": false
@@ -205,7 +196,7 @@ def test_other_weights_are_refused(message: dict[str, Any], what: str) -> None:
 
 
 def test_a_row_of_untrained_turns_alone_is_named(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="every row has a supervised token") as caught:
+    with refuses(DataError, names=["1 of 2"], fix=["data.train_on"]) as caught:
         prepared(tiny, tmp_path, [{"messages": [U, A]}, {"messages": [U, {**A, "train": False}]}])
     assert caught.value.where.endswith("rows.jsonl:2")
 

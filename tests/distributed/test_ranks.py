@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed import fake_pg
 
+from errors import refuses
 from ranks import run_ranks
 from tunesmith.cli.main import framed
 from tunesmith.distributed.ranks import (
@@ -151,7 +152,7 @@ def test_a_rank_takes_its_gpu_or_the_only_one_that_it_is_shown(
         choose_gpu(local_rank, 4)
         assert chosen == [taken]
         return
-    with pytest.raises(MachineError, match=f"4 ranks on a node with {count} GPUs"):
+    with refuses(MachineError, names=["4 ranks", count], fix=[f"--nproc-per-node {count}"]):
         choose_gpu(local_rank, 4)
 
 

@@ -16,11 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import CHATML, write_tiny_llama
+from errors import error_in, lines_with, refuses
 from export.modelfile import read_modelfile
 from export.tiny_gguf import chat_tokenizer
 from runs import make_run, peft_model
 from tunesmith.cli.export import GGUF_QUANTS
-from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.errors import CheckpointError, ModelError, TunesmithError
 from tunesmith.export.gguf import export as room
 from tunesmith.export.gguf.answers import SideBySide, answer_lines, questions_of
 from tunesmith.export.gguf.export import export_adapter, export_gguf
@@ -220,7 +221,7 @@ def test_a_modelfile_has_the_system_message_of_the_run(system: str) -> None:
 
 
 def test_a_system_message_that_a_modelfile_cannot_hold_is_refused() -> None:
-    with pytest.raises(ModelError, match="no place in a Modelfile") as refused:
+    with refuses(ModelError, where="data.system", fix=["--to gguf"]) as refused:
         modelfile_text("a.gguf", opened_run("<|im_end|>", 'Quote with """\nand go on.'))
     assert refused.value.where == "data.system"
 
@@ -258,7 +259,7 @@ def test_a_file_that_reads_prompts_otherwise_is_rejected(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LlamaCpp, "ids", lambda *_, **options: [1, 2, 3])
-    with pytest.raises(TunesmithError, match="reads a text of the run as other tokens"):
+    with refuses(CheckpointError, names=["llama.cpp"], fix=["tunesmith merge RUN"]):
         export_gguf(run, tmp_path / "model.gguf", quant="f16", device="cpu")
     assert not (tmp_path / "model.gguf").exists()
     assert (tmp_path / "model.gguf.rejected").is_file()
@@ -321,7 +322,7 @@ def test_no_room_on_the_disk(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(room, "write_gguf", full)
-    with pytest.raises(TunesmithError, match="the disk is full"):
+    with refuses(CheckpointError, cause="disk"):
         export_gguf(run, tmp_path / "model.gguf", device="cpu")
     assert not (tmp_path / "model.gguf").exists()
     assert leftovers(tmp_path) == []
@@ -331,7 +332,7 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     words = ["export", run, "--to", "gguf", "--quant", "q8_0", "--device", "cpu", "--threads", 1]
     done = run_warm([*words, "--output", tmp_path / "model.gguf"])
     assert done.returncode == 0, done.stderr
-    assert "12 of 12 have the same token ids in llama.cpp" in done.stdout
+    assert lines_with(done.stdout, "12 of 12", "llama.cpp")
     assert "  asked      Count to 1\n  reference  1\n  file  " in done.stdout
     assert f"next: llama-server -m {tmp_path / 'model.gguf'} -c 8192" in done.stdout
     again = run_warm([*words, "--output", tmp_path / "model.gguf", "--json"])
@@ -343,4 +344,4 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     for wrong in (["--adapter", "--quant", "f16"], ["--to", "transformers"]):
         refused = run_warm([*words, "--output", tmp_path / "other.gguf", *wrong])
         assert refused.returncode == 2, refused.stdout
-        assert "command line: --" in refused.stderr
+        assert error_in(refused.stderr).where.startswith("command line: --")

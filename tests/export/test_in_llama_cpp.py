@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from tokenizers import AddedToken
 from transformers import PreTrainedModel
 
+from errors import refuses
 from export.tiny_gguf import (
     HARD,
     VARIANTS,
@@ -174,7 +175,7 @@ def test_a_server_that_ends_is_an_error(tokenizer, tmp_path: Path) -> None:
         child = psutil.Process(server._process.pid)
         child.kill()
         child.wait()
-        with pytest.raises(CheckpointError, match=r"llama\.cpp gives no answer to /tokenize"):
+        with refuses(CheckpointError, names=["/tokenize"]):
             server.ids("hello")
 
 
@@ -197,5 +198,5 @@ time.sleep(600)
 
 def test_what_llama_cpp_cannot_open(tmp_path: Path) -> None:
     (tmp_path / "torn.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(CheckpointError, match=r"llama\.cpp does not open the file"):
+    with refuses(CheckpointError, where="torn.gguf"):
         LlamaCpp(tmp_path / "torn.gguf")

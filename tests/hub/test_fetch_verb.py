@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import check_shown, holds, lines_with
 from warm import read_hub_settings, run_warm
 
 from .standin import COMMIT, Repo, StandIn
@@ -59,7 +60,7 @@ def test_look_bring_list_remove(fetch, files, tmp_path: Path) -> None:
         assert looked["folder"] is None
         assert looked["missing_bytes"] == total - len(files["config.json"])
         assert not hub.downloads("/network/someone/tiny/model.safetensors")
-        assert "licence apache-2.0" in err
+        assert lines_with(err, NAME, "apache-2.0")
 
         code, out, err = fetch(NAME, "--json", hub=hub)
         brought = json.loads(out)[0]
@@ -84,13 +85,13 @@ def test_look_bring_list_remove(fetch, files, tmp_path: Path) -> None:
     assert total <= held[0]["size"] < total + 10_000
     assert NAME in fetch("--list")[1]
 
-    assert "would remove" in fetch("--remove", NAME, "--dry-run")[1]
+    assert NAME in fetch("--remove", NAME, "--dry-run")[1]
     assert Path(brought["folder"]).exists()
     code, out, err = fetch("--remove", "someone/tiney")
     assert code == 2
-    assert f"did you mean {NAME}?" in err
+    check_shown(err, where="--remove", names=["someone/tiney"], fix=[NAME])
     code, out, _ = fetch("--remove", NAME)
-    assert (code, "removed model someone/tiny" in out) == (0, True)
+    assert (code, holds(out, "model", NAME)) == (0, True)
     assert not Path(brought["folder"]).exists()
     assert fetch("--list", "--json")[1].strip() == "[]"
 
@@ -117,7 +118,8 @@ def test_a_recipe_names_model_and_data(fetch, files, tiny: Path, tmp_path: Path)
         code, _, err = fetch(
             "remote.yaml", "data.train.source=someone/nothing", "--dry-run", hub=hub
         )
-        assert (code, "no dataset someone/nothing" in err) == (2, True)
+        assert code == 2
+        check_shown(err, names=["someone/nothing"], fix=["hf auth login"])
 
 
 @pytest.mark.parametrize(

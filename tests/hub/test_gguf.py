@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from errors import refuses
 from logged import logged_lines
 from page_cache import resident
 from tunesmith.config.schema import Model
@@ -139,7 +140,7 @@ def test_bad_files_are_named(file: Path, cache: Path, tmp_path: Path) -> None:
             fetch.fetch(bad(tmp_path, name, data))
         assert caught.value.fix
         assert name in caught.value.where
-    with pytest.raises(ModelError, match="there is nothing at"):
+    with refuses(ModelError, where="model.name", names=[tmp_path / "none.gguf"]):
         fetch.fetch(Model(name=str(tmp_path / "none.gguf")))
     assert not cache.exists() or not list(cache.iterdir()), "nothing half stays"
 
@@ -149,12 +150,9 @@ def test_a_missing_package_and_a_cache_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file"))
-    with pytest.raises(MachineError, match="cannot be written") as caught:
+    with refuses(MachineError, fix=["TUNESMITH_CACHE"]) as caught:
         fetch.fetch(Model(name=str(file)))
     assert "TUNESMITH_CACHE" in caught.value.fix
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MachineError, match="gguf is not installed") as caught:
+    with refuses(MachineError, where=str(file), names=["gguf"], fix=["pip install 'gguf>=0.19'"]):
         fetch.fetch(Model(name=str(file)))
-    assert (
-        caught.value.fix == "pip install 'gguf>=0.19', or take the Hub's safetensors of this model"
-    )

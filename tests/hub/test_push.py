@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
 from conftest import write_tiny_llama
+from errors import check_shown, lines_with
 from export.tiny_gguf import chat_tokenizer
 from recipes import make_run as write_run
 from runs import make_run, peft_model
@@ -86,7 +87,7 @@ def test_what_arrives_is_what_lies_there(full: Path) -> None:
     with UploadHub() as hub:
         code, out, err = push(full, hub=hub)
         assert (code, out) == (0, f"{hub.url}/{MINE}\n"), err
-        assert "to ada/my-run, private" in err
+        assert lines_with(err, "ada/my-run", "private")
         files = {
             p.relative_to(full / "final").as_posix(): p.read_bytes()
             for p in (full / "final").rglob("*")
@@ -107,7 +108,6 @@ def test_what_arrives_is_what_lies_there(full: Path) -> None:
 
         code, out, err = push(full, hub=hub)
         assert (code, out) == (0, f"{hub.url}/{MINE}\n")
-        assert "nothing new" in err
         assert len(hub.commits) == 1
 
         card = full / "final" / "README.md"
@@ -152,8 +152,7 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile(full: Path, tmp_path: Path)
     with UploadHub(meanwhile=lambda: prune(run, 1, latest=0, keep_step=None)) as hub:
         code, out, err = push(run / "checkpoint-4", hub=hub)
         assert (code, out, hub.commits) == (1, "", []), err
-    assert "checkpoint-4 was deleted while it was read" in err
-    assert f"give the run directory: {run}" in err
+    check_shown(err, where="checkpoint-4", names=["checkpoint-4", "checkpoint.keep"], fix=[run])
 
 
 def test_an_adapter(lora: Path, tmp_path: Path) -> None:
@@ -173,8 +172,7 @@ def test_an_adapter_on_a_folder_is_refused_and_its_merge_is_not(lora: Path, tmp_
     with UploadHub() as hub:
         code, _, err = push(lora, hub=hub)
         assert code == 2
-        assert "the adapter's base is a folder of this machine" in err
-        assert f"tunesmith merge {lora}" in err
+        check_shown(err, fix=[f"tunesmith merge {lora}"])
         assert hub.seen == []
         merge(lora, tmp_path / "merged", device="cpu")
         assert push(tmp_path / "merged", hub=hub)[0] == 0
@@ -285,7 +283,7 @@ def test_a_public_repository_is_not_filled_by_a_private_push(full: Path) -> None
         hub.stored[MINE], hub.private[MINE] = {"main": {}}, False
         code, _, err = push(full, hub=hub)
         assert code == 2
-        assert "ada/my-run is public, and a push is private" in err
+        check_shown(err, names=["ada/my-run"], fix=["--public"])
         assert hub.commits == []
         assert push(full, "--public", hub=hub)[0] == 0
 
@@ -315,23 +313,31 @@ def test_too_many_requests(full: Path) -> None:
     with UploadHub(("whoami", 429)) as hub:
         code, _, err = push(full, hub=hub)
     assert code == 2
-    assert "the Hub asks to wait" in err
+    check_shown(err, names=["Hub"])
+    assert hub.commits == []
 
 
 def test_before_anything_is_sent(full: Path, tmp_path: Path) -> None:
     with UploadHub() as hub:
         code, _, err = push(full, hub=hub, token=None)
-        assert (code, "there is no token" in err, "hf auth login" in err) == (2, True, True)
+        assert code == 2
+        check_shown(err, names=["token"], fix=["hf auth login"])
         code, _, err = push(full, hub=hub, token="hf_somebodyelses")
-        assert (code, "does not accept the token" in err) == (2, True)
+        assert code == 2
+        check_shown(err, names=["Hub", "token"], fix=["hf auth login"])
         code, _, err = push(full, "--to", "a b/c", hub=hub)
-        assert (code, "is no name of a repository" in err) == (2, True)
+        assert code == 2
+        check_shown(err, names=["'a b/c'"], fix=["--to owner/name"])
         code, _, err = push("someone/model", hub=hub)
-        assert (code, "holds no files to push" in err) == (2, True)
+        assert code == 2
+        check_shown(err, where="someone/model")
         code, _, err = push(tmp_path, hub=hub)
-        assert (code, "holds no model" in err) == (2, True)
+        assert code == 2
+        check_shown(err, names=[tmp_path, "config.yaml"])
         assert hub.commits == []
     code, _, err = push(full, HF_HUB_OFFLINE="1")
-    assert (code, "HF_HUB_OFFLINE forbids uploads" in err) == (2, True)
+    assert code == 2
+    check_shown(err, fix=["HF_HUB_OFFLINE=0 tunesmith push"])
     code, _, err = push(full, hub=hub)
-    assert (code, "cannot be reached" in err) == (2, True), "the stand-in has gone"
+    assert code == 2, "the stand-in has gone"
+    check_shown(err, fix=["HTTPS_PROXY", "HF_ENDPOINT"])

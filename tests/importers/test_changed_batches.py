@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from importers.test_import import why_unknown
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
@@ -49,7 +50,7 @@ def import_values(
 
 def parts(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     """What the report says that differs, and what it says needs nothing."""
-    differs, _, nothing = capsys.readouterr().out.partition("needs nothing in the recipe")
+    differs, _, nothing = capsys.readouterr().out.rpartition("\n\n")
     return differs, nothing
 
 
@@ -117,7 +118,7 @@ def test_deepspeeds_own_file_is_read(tmp_path: Path, capsys: pytest.CaptureFixtu
     run = import_values(tmp_path, LLAMAFACTORY | {"deepspeed": "ds.json"}, "--force", *ROWS)
     assert run is not None
     assert run.train.cpu_offload == ("parameters",)
-    assert "not known to this import" not in capsys.readouterr().out
+    assert why_unknown(tmp_path) not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,6 @@ def test_a_count_below_one_is_refused(
     error = capsys.readouterr().err
     assert f"{key}: {value}" in error
     assert "file.yaml:" in error
-    assert "at least 1" in error
 
 
 def test_a_world_of_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from errors import refuses
 from recipes import make_run
 from runs import peft_model
 from tunesmith.checkpoint.resume import Start
@@ -285,8 +286,5 @@ def test_special_tokens_are_not_text(opened: LoadedModel) -> None:
 def test_a_prompt_with_a_token_that_has_no_row_is_refused(opened: LoadedModel) -> None:
     opened.tokenizer.add_tokens([f"<image-{i}>" for i in range(20)])
     prompt = opened.tokenizer("look: <image-19>")["input_ids"]
-    with pytest.raises(
-        UsageError, match="holds <image-19>, a token that the model has no embedding of"
-    ) as caught:
+    with refuses(UsageError, names=["<image-19>", 278, 272]):
         answer_batch(opened.model, opened.tokenizer, [[1, 2], prompt], Decoding(2), stops=set())
-    assert caught.value.why == "its id is 278, and the embedding has 272 rows"

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from errors import refuses
 from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.batch import Example
@@ -190,7 +191,7 @@ def test_held_out_rows_that_changed_are_refused(tiny: Path, tmp_path: Path, name
     train(recipe_run(tiny, tmp_path, train={"duration": "2 steps"}, **changes))
     with (tmp_path / name).open("a") as file:
         file.write('{"prompt": "one more", "completion": "row"}\n' * 9)
-    with pytest.raises(UsageError, match="not the rows that the run held out"):
+    with refuses(UsageError, where="--data", names=["data.hold_out"]):
         evaluate(tmp_path / "run", device="cpu")
 
 
@@ -205,7 +206,7 @@ def test_without_data_a_run_without_held_out_rows_is_refused_before_loading(
         (tmp_path / "run", "neither data.validation nor data.hold_out"),
         (tiny, "not a run"),
     ):
-        with pytest.raises(UsageError, match="no held-out rows") as refused:
+        with refuses(UsageError, where="--data", names=[path]) as refused:
             evaluate(path)
         assert why in refused.value.why
 
@@ -262,7 +263,7 @@ def test_columns_are_those_of_the_run_or_as_told(
         == expected
     )
     assert evaluate(tmp_path / "unmapped", file, columns=columns, **options).scores == expected
-    with pytest.raises(UsageError, match=r"is no|unknown"):
+    with pytest.raises(UsageError):
         evaluate(tmp_path / "unmapped", file, **options)
 
 

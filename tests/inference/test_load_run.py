@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from errors import refuses
 from runs import make_run, peft_model, write_checkpoint
 from tunesmith.build_model import build_model
 from tunesmith.checkpoint import manifest
 from tunesmith.data import builtin_templates
 from tunesmith.data.formats import Conversation
-from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, TunesmithError
+from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError
 from tunesmith.inference.load_run import load_run, locate_run
 
 pytestmark = pytest.mark.slow
@@ -72,9 +73,7 @@ def test_a_checkpoint_deleted_while_it_is_read_is_told(
         return built or build_model(*args, **options)
 
     monkeypatch.setattr("tunesmith.build_model.build_model", while_the_run_goes_on)
-    with pytest.raises(
-        TunesmithError, match="checkpoint-3 was deleted while it was read"
-    ) as caught:
+    with refuses(CheckpointError, where="checkpoint-3", names=["checkpoint.keep"]) as caught:
         load_run(run, device="cpu")
     assert str(run) in caught.value.fix
 

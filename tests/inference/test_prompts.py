@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from conftest import CHATML, byte_tokenizer
+from errors import refuses
 from recipes import make_run as recipe_run
 from runs import make_run, peft_model
 from tunesmith.checkpoint.contents import tokenizer_files
@@ -241,5 +242,5 @@ def test_the_system_message_reaches_prompt_and_completion(tiny: Path) -> None:
         == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     )
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="no system message"):
+    with refuses(DataError, where="data.system", fix=["data.template=alpaca"]):
         select_template(data, tokenizer, {1})

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import holds
 from hub.standin import Repo, StandIn
 from launch.spark_pair import TORCH
 from tunesmith.errors import MachineError
@@ -149,11 +150,13 @@ def test_figures_that_nvidia_smi_does_not_give(
     monkeypatch.setenv("SPARK_STATE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     report = examine(System(), pair=False)
-    assert named(report, "driver")[:2] == (
-        OK,
-        f"1 x NVIDIA GB10, driver {missing}, compute capability {missing}",
-    )
-    assert named(report, "torch")[:2] == (OK, "torch 2.13.0, CUDA 13.0, runs on sm_?")
+    level, what = named(report, "driver")[:2]
+    assert (level, what.count(missing)) == (OK, 2)
+    assert holds(what, "1 x NVIDIA GB10")
+    level, what = named(report, "torch")[:2]
+    assert level == OK
+    assert holds(what, "torch 2.13.0", "CUDA 13.0")
+    assert what.endswith("sm_?")
     assert named(report, "clock")[0] == OK
     assert named(report, "memory")[0] in ("ok", "warning", FAULT)
 
@@ -163,11 +166,9 @@ def test_a_model_that_is_open(recipe: Path, hub: StandIn, tmp_path: Path) -> Non
     report = doctor(
         str(recipe), HF_HOME=str(tmp_path), HF_ENDPOINT=hub.url, HF_TOKEN="hf_abcdefghijklmn"
     )
-    assert named(report, "licence") == (
-        "ok",
-        "someone/model is open to you, licence apache-2.0",
-        "",
-    )
+    level, what, fix = named(report, "licence")
+    assert (level, fix) == ("ok", "")
+    assert holds(what, "someone/model", "apache-2.0")
     assert named(report, "room")[0] == "ok"
 
 
@@ -178,7 +179,9 @@ def test_a_gated_model_without_a_token(recipe: Path, hub: StandIn, tmp_path: Pat
     assert named(report, "token")[0] == "warning"
     assert "hf auth login" in named(report, "token")[2]
     level, what, fix = named(report, "licence")
-    assert (level, "is gated" in what, "ask for access on" in fix) == ("fault", True, True)
+    assert level == "fault"
+    assert holds(what, "someone/model", "gated")
+    assert f"{hub.url}/someone/model" in fix
     assert not report["passed"]
 
 
@@ -216,7 +219,8 @@ def test_a_hub_that_cannot_be_reached(recipe: Path, tmp_path: Path) -> None:
         HF_TOKEN="hf_abcdefghijklmn",
     )
     level, what, fix = named(report, "hub")
-    assert (level, what) == ("fault", "the Hub cannot be reached for someone/model")
+    assert level == "fault"
+    assert holds(what, "Hub", "someone/model")
     assert "HTTPS_PROXY" in fix
     assert "hf_abcdefghijklmn" not in json.dumps(report)
 

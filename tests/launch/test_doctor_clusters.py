@@ -56,7 +56,7 @@ def test_scripts_make_a_real_swarm() -> None:
         cable = ["spark-a: cable: warning", "spark-b: cable: warning"]  # there is no RDMA port
         report = doctor()
         assert [line for line in wrong(report) if ": memory:" not in line] == cable
-        assert "both are in one swarm" in {f["what"] for f in report["findings"]}
+        assert any("swarm" in f["what"] for f in report["findings"])
         b.docker("swarm", "leave")
         a.docker("swarm", "leave", "--force")
         report = doctor("--fix")

@@ -257,11 +257,12 @@ def test_an_install_that_fails_says_so_and_is_made_again(nix: Nix):
         nix.shell,
         lambda script, **more: nix("run", f"path:{nix.flake}", "--", script, **more),
     ):
-        failed = start("echo in the shell", UV_STANDIN_FAILS="no route to the index")
+        fault = "no route to the index"
+        failed = start("echo in the shell", UV_STANDIN_FAILS=fault)
         assert failed.returncode == 1
-        assert "uv: no route to the index" in failed.stderr
-        assert "error: the environment was not made" in failed.stderr
-        assert "in the shell" not in failed.stdout
+        assert f"uv: {fault}" in failed.stderr
+        assert "error: " in failed.stderr
+        assert failed.stdout == ""
     assert nix.shell("tunesmith").returncode == 0
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
+from errors import holds, lines_with, refuses
 from launch.namespaces import start_in
 from recipes import recipe
 from tunesmith.errors import MachineError, UsageError
@@ -38,11 +39,9 @@ TIME = 300  # seconds, on a busy machine
 def test_an_endpoint_is_of_this_node_or_of_another():
     here = find_endpoint("127.0.0.1", 0)
     assert (here.is_here, here.interface) == (True, "lo")
-    with pytest.raises(MachineError, match="no known host"):
+    with refuses(MachineError, where="--endpoint", names=["no-such-host.invalid"]):
         find_endpoint("no-such-host.invalid", 1)
-    with pytest.raises(
-        MachineError, match=r"no interface of this node has the address 203\.0\.113\.9"
-    ):
+    with refuses(MachineError, where="--address", names=["203.0.113.9"]):
         find_endpoint("127.0.0.1", 1, "203.0.113.9")
 
 
@@ -51,7 +50,7 @@ def test_a_port_that_is_taken_is_named():
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(MachineError, match="cannot listen") as caught:
+        with refuses(MachineError, fix=["--endpoint"]) as caught:
             start_store(find_endpoint("127.0.0.1", port))
     assert str(port) in caught.value.where
 
@@ -158,7 +157,7 @@ def test_logs_of_one_node_and_of_one_that_is_missing(
     target = tmp_path / "debug.tar.gz"
     for nodes, told in ((1, ""), (2, "; 1 of 2 nodes sent nothing")):
         said = collect_logs(store, tmp_path / "logs", "127.0.0.1", nodes, target)
-        assert said == f"logs of 1 node: {target}{told}"
+        assert said.endswith(f" 1 node: {target}{told}")
         with tarfile.open(target) as archive:
             assert archive.getnames() == ["127.0.0.1/rank.log"]
 
@@ -220,10 +219,10 @@ def test_the_agent_names_a_killed_rank_to_the_other_node_which_blames_no_network
     assert codes == [1, 1], said
     failure = json.loads((folders[0] / "run/failure.json").read_text())
     assert failure["cause"] == "killed", said
-    assert "was killed by SIGKILL" in failure["what"]
+    assert holds(failure["what"], "SIGKILL")
     assert (failure["rank"], failure["host"]) == (1, socket.gethostname())
     assert "cause: link" not in said[0]
-    assert "error: rank 1 was killed by SIGKILL" in said[1]
+    assert [line for line in lines_with(said[1], "rank 1", "SIGKILL") if line.startswith("error: ")]
 
 
 @pytest.mark.slow
@@ -237,7 +236,7 @@ def test_a_launcher_that_loses_the_store_after_its_ranks_began_has_failed(
         code = agents[1].wait(timeout=TIME)
     said = (folders[1] / "said").read_text()
     assert code == 1, said
-    assert "is gone" in said
+    assert lines_with(said, "launcher")
 
 
 @pytest.mark.slow
@@ -282,7 +281,7 @@ def test_two_nodes_meet_on_the_cable_alone_stop_together_and_collect_their_logs(
             for agent in agents:
                 agent.kill()
         assert codes == [75, 75], said()
-        assert "is saved" in said()[1]
-    assert "logs of 2 nodes" in said()[1]
+        assert lines_with(said()[1], "checkpoint-")
+    assert lines_with(said()[1], "debug.tar.gz")
     with tarfile.open(tmp_path / "node1" / "run" / "launch" / "debug.tar.gz") as archive:
         assert {name.partition("/")[0] for name in archive.getnames()} == {"10.91.0.1", "10.91.0.2"}

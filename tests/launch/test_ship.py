@@ -4,6 +4,7 @@ nothing left running.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import holds, refuses
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.hub.download import FetchProgress
 from tunesmith.launch import ship as module
@@ -87,7 +89,7 @@ def test_a_damaged_piece_is_found_and_the_next_start_sends_all(tmp_path: Path):
     with Connection("spark-b") as connection:
         where = {"place": file.place, "digest": file.digest}
         connection.ask("put", [b"x" * (1 << 20)], index=1, start=1 << 20, count=1 << 20, **where)
-    with pytest.raises(MachineError, match="is not what arrived"):
+    with refuses(MachineError, where=file.place, names=[file.source, "spark-b"]):
         ship([file], "spark-b", QUIET)
     assert not Path(file.place).exists()
     assert ship([file], "spark-b", QUIET) == 5_300_000
@@ -132,9 +134,9 @@ def test_this_nodes_copy_does_not_change_with_its_source(tmp_path: Path):
 
 
 def test_a_host_that_is_not_reached_is_named_with_what_ssh_says():
-    with pytest.raises(MachineError, match="unreachable cannot be reached") as caught:
+    with refuses(MachineError, names=["unreachable"]) as caught:
         ship([], "unreachable", QUIET)
-    assert "No route to host" in caught.value.text()
+    assert os.strerror(errno.EHOSTUNREACH) in caught.value.text()
     assert "ssh-copy-id unreachable" in caught.value.text()
 
 
@@ -142,7 +144,7 @@ def test_a_host_that_is_not_reached_is_named_with_what_ssh_says():
     "host", ["-oProxyCommand=touch /tmp/x", "a b", "a;b", "$(a)", "a\nb", "`a`"]
 )
 def test_a_host_is_no_option_and_no_command(host: str, tmp_path: Path):
-    with pytest.raises(UsageError, match="is no host"):
+    with refuses(UsageError, where="--hosts", names=[repr(host)]):
         Connection(host)
     assert not (tmp_path / "ssh.log").exists()
 
@@ -249,7 +251,7 @@ def test_models_are_removed_by_pattern_on_other_nodes_too(
     ship(files, "spark-b", QUIET)
     there = lambda: sorted(path.name for path in (tmp_path / "hub").iterdir())  # noqa: E731
     assert main(["fetch", "--remove", "meta-llama/*", "--hosts", "spark-b", "--dry-run"]) == 0
-    assert "would remove spark-b: models--meta-llama--Llama-3" in capsys.readouterr().out
+    assert holds(capsys.readouterr().out, "spark-b", "models--meta-llama--Llama-3")
     assert len(there()) == 4
     assert main(["fetch", "--remove", "meta-llama/*", "--hosts", "spark-b"]) == 0
     assert there() == ["models--Qwen--Qwen3"]

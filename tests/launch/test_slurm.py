@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from errors import check_shown, refuses
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.config.load import from_mapping, load_recipe
@@ -218,7 +219,7 @@ def test_a_path_that_would_add_a_mount_or_lose_the_log_is_refused(run: Run) -> N
         slurm.render_script(
             replace(run, output_dir="/shared/a\\b"), slurm.Request(Site(gpus_per_node="1"))
         )
-    with pytest.raises(UsageError, match="cannot be mounted"):
+    with refuses(UsageError, where="--container", names=["/shared/a:/etc,b"]):
         slurm.render_script(
             replace(run, output_dir="/shared/a:/etc,b/run"),
             slurm.Request(Site(gpus_per_node="1", container="i")),
@@ -251,7 +252,7 @@ def test_the_warning_leaves_a_short_limit_time_to_train() -> None:
         60,
         900,
     ]
-    with pytest.raises(UsageError, match="of 600 s the run would save for 400 s"):
+    with refuses(UsageError, where="--warn-before", names=["600 s", "400 s"]):
         warning("10", 400)
 
 
@@ -372,7 +373,7 @@ def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
     assert said.err == f"recipe: {out}/launch/recipe.yaml\n"
     assert [path.name for path in (out / "launch").iterdir()] == ["recipe.yaml"]
     assert main(["launch", "slurm", "recipe.yaml", "--site", "alps"]) == 2
-    assert "this machine has no sbatch" in capfd.readouterr().err
+    check_shown(capfd.readouterr().err, where="PATH", names=["sbatch"])
 
 
 def test_the_loop_that_takes_the_place_of_seeds_launches_one_run_a_seed(
@@ -392,7 +393,7 @@ def test_the_loop_that_takes_the_place_of_seeds_launches_one_run_a_seed(
     words += ["--gpus-per-node", "4", "--sbatch-arg=--x=1 2", "--sbatch-arg=--y", "--exclusive"]
     assert main(["launch", "slurm", *words, "--seeds", "3,42"]) == 2
     err = capfd.readouterr().err
-    assert "--seeds was removed" in err
+    check_shown(err, where="command line: --seeds", names=["--seeds"])
     assert not (tmp_path / "a run").exists()
     loop = err.partition("fix: ")[2]
     typed = subprocess.run(
@@ -420,7 +421,7 @@ def test_what_the_nodes_would_miss_is_refused_before_the_queue(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = Site(gpus_per_node="1")
-    with pytest.raises(UsageError, match="not fetched yet: owner/model"):
+    with refuses(UsageError, names=["owner/model"], fix=["tunesmith fetch RECIPE"]):
         slurm.check_reach(replace(run, model=replace(run.model, name="owner/model")), site)
     slurm.check_reach(
         replace(run, model=replace(run.model, name="owner/model")),
@@ -428,7 +429,7 @@ def test_what_the_nodes_would_miss_is_refused_before_the_queue(
     )
     monkeypatch.setenv("WANDB_API_KEY", CANARIES["WANDB_API_KEY"])
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with pytest.raises(UsageError, match="WANDB_API_KEY is not sent"):
+    with refuses(UsageError, where="log.wandb", names=["WANDB_API_KEY"]):
         slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site)
     (tmp_path / "netrc").touch()
     slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site)
@@ -490,7 +491,7 @@ def test_a_stop_that_came_before_the_start_is_kept(run: Run, tmp_path: Path) -> 
         words, capture_output=True, text=True, env=os.environ | task, timeout=60, check=False
     )
     assert done.returncode == 75, done.stderr
-    assert "tunesmith stop came before the start" in done.stdout
+    assert "tunesmith stop" in done.stdout
     assert not (tmp_path / "launch/stop-7").exists()
 
 

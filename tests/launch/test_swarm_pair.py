@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from errors import check_shown, error_in, holds, is_at
 from launch.conftest import FED, SLOW, UNENDING, available, uninterrupted
 from launch.swarm_pair import (
     TUNER,
@@ -142,7 +143,7 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     ]
     refused = a.run(*command, ok=True)
     assert refused.returncode == 2
-    assert "there is no image none:1" in refused.stderr
+    check_shown(refused.stderr, names=["none:1"])
     assert "docker build -f docker/Dockerfile -t none:1 ." in refused.stderr
     assert "sent" not in refused.stderr
     assert not (b.home / ".cache/tunesmith").exists(), "nothing was brought"
@@ -193,13 +194,13 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
         ok=True,
     )
     assert again.returncode == 2
-    assert "is at work already" in again.stderr
+    assert is_at(error_in(again.stderr).where, "runs/whole")
     log = b.run(
         *TUNESMITH, "logs", "-f", "runs/whole", seconds=300
     ).stdout  # it ends when the run does
-    assert "2 ranks on spark-a, spark-b" in log
+    assert holds(log, "2 ranks", "spark-a, spark-b")
     assert "resum" in log
-    assert "written to /home/tuner/runs/whole" in log
+    assert "/home/tuner/runs/whole" in log
     assert curve(a, "whole") == in_one_go(STEPS)
     assert status(a, "whole")["phase"] == "ended"
     assert "spark-b complete" in status(b, "whole")["text"]
@@ -257,8 +258,8 @@ def test_stop_saves_and_the_other_node_goes_on(
     )
     wait_until("steps", lambda: len(records(b, "stopped")) >= 5, 180)
     stop = b.run(*TUNESMITH, "stop", "runs/stopped")
-    assert "the ranks are asked to save and end; they have 60 minutes for it" in stop.stderr
-    assert "ended and removed; stopped, saved" in stop.stdout
+    assert holds(stop.stderr, "60 minutes")
+    assert "stopped, saved" in stop.stdout
     assert what_is_left(pair) == ""
     stopped = json.loads((b.home / "runs/stopped/stopped.json").read_text())
     assert (stopped["step"], stopped["signal"]) == (len(records(b, "stopped")), "SIGTERM")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from control_groups import control_group
+from errors import holds
 from ranks import run_ranks
 from recipes import make_run
 from tunesmith.host.chips import Peak
@@ -122,7 +123,7 @@ def test_a_chip_that_slows_down_is_named_once_and_again_after_it_was_well() -> N
         False,
         True,
     ]
-    assert faults[3].startswith("the chip computes at 65% of its speed at the start: ")
+    assert "65%" in faults[3]
     assert "fix: " in faults[3]
 
 
@@ -133,8 +134,7 @@ def test_a_chip_far_below_its_published_peak_is_named_at_once(
     check = ChipCheck(CPU, torch.float32, Peak(92.0, "a sheet"))
     check.device, check.best = torch.device("cuda"), 14.0
     fault = check.fault(Reading(14.0, 0.0))
-    assert fault.startswith("the chip computes 14 TFLOP/s where its peak is 92: no reason is shown")
-    assert "pull the plug" in fault
+    assert holds(fault, "14 TFLOP/s", 92, "nvidia-smi", "30 s")
     check.best = 60.0
     assert check.fault(Reading(60.0, 0.0)) == ""
 
@@ -143,7 +143,9 @@ def test_a_slow_host_is_named_with_both_speeds() -> None:
     hosts = ("spark-a", "spark-a", "spark-b", "spark-b")
     readings = [Reading(tflops, 0.0) for tflops in (80.0, 50.0, 40.0, 41.0)]  # a host's best counts
     text = describe_slow_host(hosts, readings)
-    assert text.startswith("spark-b computes at 51% of the speed of the others (41 and 80 TFLOP/s")
+    assert text.startswith("spark-b ")
+    assert "51%" in text
+    assert holds(text, 41, "80 TFLOP/s", "tunesmith doctor")
     assert describe_slow_host(hosts, [Reading(80.0, 0.0)] * 4) == ""
     assert describe_slow_host(("one", "one"), [Reading(80.0, 0.0), Reading(8.0, 0.0)]) == ""
 
@@ -213,7 +215,7 @@ def test_a_limit_on_cores_is_named_with_the_time_it_took(a_tenth_of_a_core: str)
         check=True,
     )
     assert "throttled" in done.stdout
-    assert "may use 1 of" in done.stdout
+    assert holds(done.stdout, 1)
 
 
 def test_what_cannot_be_read_holds_nobody_back(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from errors import check_shown, holds, refuses
 from time_limit import time_limit
 from tunesmith.adapter import lora
 from tunesmith.cli.main import main
@@ -72,7 +74,7 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused():
     """XLM makes its own mask, so packed rows and single documents were found alike."""
     measured = support.measure_support(config_of("xlm"))
     assert measured.state == "refused"
-    assert "tokens after it" in measured.why
+    assert "causal" in measured.why
     assert support.measure_support(config_of("xlm", causal=True)).state != "refused"
 
 
@@ -96,7 +98,7 @@ def test_a_layer_whose_leak_is_not_named_is_not_packed(monkeypatch: pytest.Monke
     monkeypatch.setattr(support, "find_recurrent", lambda *_: ())
     measured = support.measure_support(config_of("qwen3_5_text"))
     assert measured.state == "padded"
-    assert "gradients by" in measured.why
+    assert re.search(r"\de[+-]\d\d", measured.why), "by how much gradients differ"
 
 
 def test_a_twin_has_each_kind_of_layer_once_and_windows_shorter_than_documents():
@@ -125,7 +127,7 @@ def test_a_twin_sends_tokens_to_fewer_experts_than_it_has():
 def test_a_twin_that_takes_for_ever_is_given_up():
     with pytest.raises(ModelError) as caught:
         support.measure_support(config_of("mixtral"), seconds=0.0)
-    assert "takes more than 0 s" in caught.value.what
+    assert holds(caught.value.what, "0 s")
 
 
 @pytest.mark.slow
@@ -144,7 +146,7 @@ def test_sizes_that_take_for_ever_to_measure_are_given_up(
     monkeypatch.setattr(measured_spec, "SECONDS", 1.0)
     with time_limit(60, "measuring its sizes"), pytest.raises(ModelError) as caught:
         measured_spec.measure_spec(values, where="some/config.json")
-    assert "takes more than 1 s" in caught.value.what
+    assert holds(caught.value.what, "1 s")
     assert caught.value.where == "some/config.json"
     assert "tunesmith fetch MODEL" in caught.value.fix
 
@@ -152,7 +154,7 @@ def test_sizes_that_take_for_ever_to_measure_are_given_up(
 def test_memory_that_takes_for_ever_to_measure_is_given_up(monkeypatch: pytest.MonkeyPatch):
     spec = measured_spec.measure_spec({"model_type": "mamba"}, where="config.json")
     monkeypatch.setattr(measured_spec, "SECONDS", 0.0)
-    with pytest.raises(ModelError, match="measuring this mamba takes more than 0 s"):
+    with refuses(ModelError, names=["mamba", "0 s"]):
         measure_kept(spec, Adapter(rank=3), "fp32")
 
 
@@ -161,7 +163,7 @@ def test_a_twin_that_builds_for_ever_is_given_up():
     config = config_of("gemma3n_text", altup_num_inputs=100_000)
     with time_limit(60, "building the twin"), pytest.raises(ModelError) as caught:
         support.measure_support(config, seconds=1.0)
-    assert "takes more than 1 s" in caught.value.what
+    assert holds(caught.value.what, "1 s")
 
 
 def test_a_twin_that_does_not_shrink_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -186,7 +188,7 @@ def test_a_refused_model_is_named_with_its_figures(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     with pytest.raises(ModelError) as caught:
         support.find_support(config_of("axk2"), Model(name="x"), where="some/config.json")
-    assert "logits differ by" in caught.value.why
+    assert len(re.findall(r"\de[+-]\d\d", caught.value.why)) >= 2, "of logits and of gradients"
     assert caught.value.where == "some/config.json"
     assert "tunesmith models" in caught.value.fix
 
@@ -209,11 +211,11 @@ def test_a_target_that_gets_no_gradient_is_left_out_or_refused():
     names = lora.attach_lora(model, Adapter(rank=2), seed=0)
     assert names
     assert not [name for name in names if "dt_proj" in name]
-    assert "dt_proj, where it would get no gradient" in lora.describe_left_out(model)
+    assert holds(lora.describe_left_out(model), "dt_proj")
     with pytest.raises(RecipeError) as caught:
         lora.attach_lora(tiny_mamba(), Adapter(rank=2, target=("dt_proj",)), seed=0)
     assert caught.value.where == "adapter.target"
-    assert "learn nothing" in caught.value.what
+    assert holds(caught.value.what, "'dt_proj'")
 
 
 def test_a_linear_layer_in_other_words_takes_an_adapter():
@@ -260,4 +262,4 @@ def test_models_lists_types_and_measures_a_folder(
     assert "MambaMixer" in printed
     assert "dt_proj" in printed
     assert main(["models", "lama"]) == 2
-    assert "did you mean llama" in capsys.readouterr().err
+    check_shown(capsys.readouterr().err, fix=["llama"])

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from errors import refuses
 from page_cache import resident
 from ranks import run_ranks
 from tunesmith.config.schema import Model
@@ -153,7 +154,7 @@ def test_memory_of_its_own_is_not_touched_by_skipped_names(folder: Path) -> None
     load.materialize(model, torch.device("cpu"))
     load_weights(model, folder, skip=lambda n: n.endswith("extra"))
     assert model.model.layers[0].mlp.extra.tolist() == [5.0, 5.0]
-    with pytest.raises(ModelError, match=r"1 tensors are missing: model.layers.0.mlp.extra"):
+    with refuses(ModelError, names=["1 tensors", "model.layers.0.mlp.extra"]):
         load_weights(model, folder)
 
 

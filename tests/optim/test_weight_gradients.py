@@ -177,7 +177,7 @@ def test_resumed_is_uninterrupted(tiny: Path, tmp_path: Path, monkeypatch: pytes
     go(tiny, tmp_path, "cut", duration="4 steps")
     cut = go(tiny, tmp_path, "cut")
     env = json.loads((tmp_path / "cut/env.json").read_text())
-    assert env["choices"]["weight gradients"]["taken"] == "added up in fp32"
+    assert "fp32" in env["choices"]["weight gradients"]["taken"]
     assert [r["loss"] for r in cut] == [r["loss"] for r in whole]
 
 

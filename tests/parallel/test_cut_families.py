@@ -18,6 +18,7 @@ from test_data_parallel import FULL, LORA, TENSOR, assert_those_of_one_process
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import vision_models
+from errors import holds, refuses
 from ranks import run_ranks
 from recipes import make_run
 from tunesmith.config.schema import Adapter
@@ -82,9 +83,8 @@ def test_code_of_a_repository_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> Non
     model = build(TABLE["llama"], None).model
     find_blocks(model)
     monkeypatch.setattr(type(model.model), "__module__", "transformers_modules.modeling_llama")
-    with pytest.raises(ModelError, match="how to cut") as refused:
+    with refuses(ModelError, where="parallel.tensor", names=["llama", "Transformers"]):
         find_blocks(model)
-    assert refused.value.why == "its code is not Transformers' own"
 
 
 def test_a_norm_of_each_head_is_refused() -> None:
@@ -97,9 +97,7 @@ def test_a_norm_of_each_head_is_refused() -> None:
     with_norms = AutoModelForCausalLM.from_config(CohereConfig(**sizes, use_qk_norm=True))
     with pytest.raises(ModelError) as refused:
         find_blocks(with_norms)
-    assert (
-        refused.value.why == "it has layers.0.self_attn.q_norm.weight [4 x 16], which is in no plan"
-    )
+    assert holds(refused.value.why, "layers.0.self_attn.q_norm.weight [4 x 16]")
     find_blocks(AutoModelForCausalLM.from_config(CohereConfig(**sizes, use_qk_norm=False)))
 
 
@@ -211,6 +209,6 @@ def test_a_mesh_that_cuts_an_unknown_layer_is_refused_with_one_that_works(
     run = make_run(model, tmp_path)
     with pytest.raises(RecipeError) as refused:
         check_mesh(run, spec, MeshShape(replicate=1, shard=2, tensor=2), per_node=4)
-    assert "qwen3_moe cannot be cut over 2 ranks" in refused.value.what
+    assert holds(refused.value.what, "qwen3_moe", "2 ranks")
     assert refused.value.fix.startswith("parallel.tensor=1 parallel.shard=4")
     check_mesh(run, spec, MeshShape(replicate=1, shard=4, tensor=1), per_node=4)

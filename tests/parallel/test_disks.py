@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from errors import lines_with
 from logged import logged_lines
 from ranks import run_ranks
 from recipes import make_run
@@ -140,7 +142,7 @@ def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(
     ).read_bytes()
     assert manifest.step_of(a / "final") == 4  # of the first start
     assert parts_of(a / "checkpoint-4") == parts_of(b / "checkpoint-4") == split[0] | split[1]
-    assert "no shared disk: the nodes of rank" in (b / "log.txt").read_text()
+    assert lines_with((b / "log.txt").read_text(), "final/", "rank 0")
 
     assert go(layout, tiny, tmp_path, 6, mesh, what) == ["finished"] * len(layout)
     assert manifest.step_of(a / "final") == 6
@@ -161,7 +163,7 @@ def test_an_adapter_outlives_a_machine(tiny, tmp_path):
         assert steps_in(tmp_path / "a" / "run") == steps
         assert manifest.find_damage(tmp_path / "a" / "run" / "final") is None
         said = (tmp_path / "a" / "run" / "log.txt").read_text()
-        assert f"are copied to other nodes from rank {rank} on" in said
+        assert lines_with(said, "checkpoint-4", f"rank {rank}")
 
 
 def test_other_ranks_and_meshes_go_on_from_two_nodes(tiny, tmp_path):
@@ -176,8 +178,8 @@ def test_other_ranks_and_meshes_go_on_from_two_nodes(tiny, tmp_path):
 
     go("aabb", tiny, tmp_path, 2, {"shard": 4}, FULL)
     (alone,) = go("b", tiny, tmp_path, 4, {}, FULL)
-    assert alone.startswith("MachineError: error: checkpoint-2 is not whole"), alone
-    assert "another node's disk" in alone
+    assert alone.startswith("MachineError: error: checkpoint-2 "), alone
+    assert "node's disk" in alone
     for path in (tmp_path / "a" / "run" / "checkpoint-2" / "state").iterdir():
         shutil.copy(path, tmp_path / "b" / "run" / "checkpoint-2" / "state")
     near(go("b", tiny, tmp_path, 4, {}, FULL)[0], 2)
@@ -213,7 +215,7 @@ def test_a_part_that_is_damaged_makes_all_take_the_checkpoint_before(tiny, tmp_p
     file.write_bytes(content)
     assert go("ab", tiny, tmp_path, 6, {"shard": 2}, FULL)[0] == (2, whole[1][2:])
     said = (tmp_path / "a" / "run" / "log.txt").read_text()
-    assert f"checkpoint-4 is skipped: the contents of {part} do not match their checksum" in said
+    assert lines_with(said, "checkpoint-4", part)
 
 
 def test_starting_over_puts_the_run_of_every_node_aside(tiny, tmp_path):
@@ -249,7 +251,7 @@ def test_a_full_disk_of_one_node_ends_all_in_a_few_steps(what, tiny, tmp_path):
     assert first.startswith("CheckpointError")
     assert "rank 1 on" in first
     assert "file" in first
-    assert second.startswith("OtherRankError") if what else "File too large" in second
+    assert second.startswith("OtherRankError") if what else os.strerror(errno.EFBIG) in second
     failure = json.loads((tmp_path / "a" / "run" / "failure.json").read_text())
     assert 10 <= failure["last_step"] < 30, failure
     for node in "ab":

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from errors import refuses
 from recipes import make_run
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
@@ -147,9 +148,7 @@ def test_in_the_backward_a_loss_that_is_not_finite_stops_with_finite_weights(
 
     monkeypatch.setattr("tunesmith.training.run.write_identity", kept)
     run = full(tiny, tmp_path, "run", optimizer_in_backward=True, learning_rate=1e37)
-    with pytest.raises(
-        NonFiniteError, match="only the parameters with a finite gradient were updated"
-    ):
+    with refuses(NonFiniteError, cause="not-finite", names=["gradient"]):
         go(run)
     assert json.loads((tmp_path / "run" / "failure.json").read_text())["last_step"] >= 1
     assert not list((tmp_path / "run").glob("checkpoint-*"))
@@ -176,7 +175,7 @@ def test_in_the_backward_a_second_pass_is_refused_before_the_first_step(
         return [examples[:1], examples[1:]]
 
     monkeypatch.setattr(MicroBatches, "_groups_of_one_rank", two_groups)
-    with pytest.raises(UsageError, match="step 1 takes 2 micro batches") as caught:
+    with refuses(UsageError, where="train.optimizer_in_backward", names=["step 1", 2]) as caught:
         go(full(tiny, tmp_path, "run", optimizer_in_backward=True))
     assert "train.global_batch" in caught.value.fix
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

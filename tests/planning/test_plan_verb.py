@@ -15,6 +15,7 @@ from typing import NoReturn
 import pytest
 from huggingface_hub import constants
 
+from errors import check_shown, holds, is_internal, lines_with, refuses
 from recipes import recipe
 from tunesmith.cli import plan as cli_plan
 from tunesmith.cli.main import main
@@ -85,7 +86,7 @@ def test_a_batch_of_tokens_is_refused_for_it(
     (llama.parent / "model" / "config.json").write_text(json.dumps(FALCON))
     words = ["plan", str(llama), "--on", "h100", "data.seq_len=128"]
     assert main([*words, "train.global_batch=1024 tokens"]) == 2
-    assert "falcon trains unpacked" in capfd.readouterr().err
+    check_shown(capfd.readouterr().err, where="train.global_batch", names=["falcon"])
 
 
 @pytest.mark.parametrize("text", NAMES)
@@ -123,7 +124,7 @@ def test_given_figures_win() -> None:
     found = read_cluster("2x4xl40s", ["network=5", "tflops=150"]).chip
     assert (found.network, found.tflops, found.source) == (5.0, 150.0, "as --assume says")
     for word in ("network", "speed=3", "tflops=fast", "tflops=0"):
-        with pytest.raises(UsageError, match="is no figure of a machine"):
+        with refuses(UsageError, where="--assume", names=[word]):
             read_cluster("h100", [word])
 
 
@@ -139,7 +140,7 @@ def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = "0, NVIDIA T4, 15360\n"
     assert read_cluster("here") == Cluster(Chip("NVIDIA T4", 14.4), 1, 1)
     shown = "0, NVIDIA T4, [Insufficient Permissions]\n"
-    with pytest.raises(UsageError, match="does not say how much memory NVIDIA T4 has") as refused:
+    with refuses(UsageError, where="--on here", names=["NVIDIA T4"]) as refused:
         read_cluster("here")
     assert refused.value.fix == "--assume gib=24"
     assert read_cluster("here", ["gib=24"]).chip.gib == 24.0
@@ -198,7 +199,7 @@ def test_a_plan_for_this_machine_whatever_nvidia_smi_prints(
     assert main(["plan", str(file)]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(first)
-    assert "internal error" not in shown.err
+    assert not is_internal(shown.err)
 
 
 def test_the_table_and_what_the_first_takes(
@@ -206,11 +207,9 @@ def test_the_table_and_what_the_first_takes(
 ) -> None:
     assert main(["plan", str(llama), "--on", "2x8xh100", "--price", "2.5"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("2 x 8 x NVIDIA H100 80GB HBM3: 79 GiB, 520 TFLOP/s in whole steps")
+    assert lines[0].startswith("2 x 8 x NVIDIA H100 80GB HBM3: 79 GiB, 520 TFLOP/s")
     assert "(assumed: the H200's 551" in lines[0]
-    assert lines[1] == (
-        "examples: not known, taken as 2,048 tokens each, all with a label; 131,072 tokens a step, 100 steps"
-    )
+    assert holds(lines[1], "2,048 tokens", "131,072 tokens", "100 steps")
     first = lines[3].split()
     assert lines[3].count(" x ") == 2
     assert float(first[-2].replace(",", "")) > 10_000
@@ -230,7 +229,6 @@ def test_the_table_and_what_the_first_takes(
         f"parallel.replicate={first[0]} parallel.shard={first[2]} parallel.tensor={first[4]}"
         in said
     )
-    assert "does not fit" in said
 
 
 def test_a_plan_starts_no_gpu(llama: Path) -> None:
@@ -247,10 +245,7 @@ def test_without_tokens_the_hours_of_an_epoch_are_not_known(
     llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", str(llama), "--on", "2x8xh100", "train.duration=1 epochs"]) == 0
-    assert (
-        "hours: not known, as no tokens are cached; train.duration='500 steps' gives them"
-        in capsys.readouterr().out
-    )
+    assert lines_with(capsys.readouterr().out, "hours:", "train.duration='500 steps'")
 
 
 def examples_with_a_price() -> list[str]:
@@ -275,7 +270,7 @@ def test_an_example_with_a_price_prints_it(
     monkeypatch.setenv("TUNESMITH_CACHE", str(llama.parent / "cache"))
     words = shlex.split(example)[1:]
     assert main([*words, f"model.name={llama.parent / 'model'}"]) == 0
-    assert re.search(r"the run: [\d.,]+ h, [\d,]+ USD", capsys.readouterr().out)
+    assert re.search(r"run: [\d.,]+ h, [\d,]+ USD", capsys.readouterr().out)
 
 
 def test_both_places_have_an_example_with_a_price() -> None:
@@ -285,7 +280,7 @@ def test_both_places_have_an_example_with_a_price() -> None:
 def test_a_price_that_is_not_known_is_said(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", str(llama), "--price", "2.5"]
     assert main([*words, "--on", "2x8xh100", "train.duration=1 epochs"]) == 0
-    assert "hours and price: not known, as no tokens are cached" in capsys.readouterr().out
+    assert lines_with(capsys.readouterr().out, "hours", "price:", "train.duration='500 steps'")
     assert main([*words, "--on", "2x8xh100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cost_usd"] > 0
     for price in ("0", "-1", "nan", "inf", "much"):
@@ -326,8 +321,7 @@ def test_what_does_not_fit_ends_with_2_and_what_to_change(
 ) -> None:
     assert main(["plan", str(llama), "--on", "dgx-spark"]) == 2
     shown = capsys.readouterr()
-    assert "does not fit" in shown.out
-    assert "error: the run does not fit: it needs about" in shown.err
+    check_shown(shown.err, names=["GiB", "weights", "recompute"])
     assert "fix: model.quantize=nf4 (" in shown.err
     assert "2 nodes: 2 x NVIDIA GB10" in shown.err
 
@@ -366,10 +360,10 @@ def test_on_a_cpu_memory_alone_is_told(
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "cpu: " in shown
-    assert "for times --assume tflops=NUMBER" in shown
+    assert "--assume tflops=NUMBER" in shown
     assert re.search(r"^1 x 1 x 1 .* - +- +0%$", shown, re.MULTILINE)
     assert main([*words, "--assume", "tflops=0.1"]) == 0
-    assert "the run: " in capsys.readouterr().out
+    assert re.search(r"run: [\d.,]+ ", capsys.readouterr().out)
 
 
 def test_lengths_come_from_the_token_cache_if_it_has_them(
@@ -380,12 +374,12 @@ def test_lengths_come_from_the_token_cache_if_it_has_them(
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
     for _ in range(2):
         assert main(["plan", str(file), "--on", "h100"]) == 0
-        assert "examples: not known" in capsys.readouterr().out
+        assert not lines_with(capsys.readouterr().out, "examples:", 48)
         assert not list((tmp_path / "cache").glob("tokens/*")), "a plan tokenises nothing"
         (tmp_path / "cache" / "tokens").mkdir(parents=True, exist_ok=True)
     assert main(["data", str(file)]) == 0
     capsys.readouterr()
     assert main(["plan", str(file), "--on", "h100"]) == 0
-    assert "examples: 48 in the token cache, " in capsys.readouterr().out
+    assert lines_with(capsys.readouterr().out, "examples:", 48)
     assert main(["plan", str(file), "data.seq_len=64", "--on", "h100"]) == 0
-    assert "examples: not known" in capsys.readouterr().out
+    assert not lines_with(capsys.readouterr().out, "examples:", 48)

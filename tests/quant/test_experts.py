@@ -408,7 +408,7 @@ def test_a_router_that_is_a_linear_layer_stays_frozen(model_type: str) -> None:
     model = twin(model_type, torch.float32)
     names = lora.attach_lora(model, Adapter(), seed=0)
     assert not any("router" in name for name in names)
-    assert lora.describe_left_out(model) == "the adapter leaves out the routers"
+    assert "routers" in lora.describe_left_out(model)
 
 
 def test_a_router_that_is_an_mlp_stays_frozen() -> None:

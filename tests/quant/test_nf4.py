@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from errors import refuses
 from recipes import built_model
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
@@ -143,7 +144,7 @@ def test_gradient_of_a_layer_without_an_adapter():
 
 def test_parts_of_a_packed_weight_that_do_not_fit_are_refused():
     layer = nf4.Nf4Linear(64, 32, bias=False, compute_dtype=torch.float32, device="cpu")
-    with pytest.raises(ModelError, match="not complete") as caught:
+    with refuses(ModelError, where="w", names=["bitsandbytes"]) as caught:
         layer.load_quantized(
             {"": torch.zeros(1024, 1, dtype=torch.uint8), "absmax": torch.zeros(32)}, where="w"
         )
@@ -151,9 +152,9 @@ def test_parts_of_a_packed_weight_that_do_not_fit_are_refused():
     packed, state = nf4.nf4_functions().quantize_4bit(torch.randn(16, 64), quant_type="nf4")
     with pytest.raises(ModelError, match=r"shape \(16, 64\)") as caught:
         layer.load_quantized({"": packed, **state.as_dict(packed=True)}, where="w")
-    assert "before it was quantized" in caught.value.fix
+    assert caught.value.fix
     packed, state = nf4.nf4_functions().quantize_4bit(torch.randn(32, 64), quant_type="fp4")
-    with pytest.raises(ModelError, match="stored as fp4"):
+    with refuses(ModelError, where="w", names=["fp4", "nf4"]):
         layer.load_quantized({"": packed, **state.as_dict(packed=True)}, where="w")
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from errors import holds, lines_with
 from report.written import falling, write_run
 from tunesmith.report.compare import (
+    HASHES_OF_INPUTS,
     Spread,
     Verdict,
     differing_keys,
@@ -27,6 +29,11 @@ def said(found: Verdict) -> str:
     return "\n".join([found.headline, *found.reasons])
 
 
+def sentence(found: Verdict, *values: object) -> list[str]:
+    """Its reasons that have all these values."""
+    return [reason for reason in found.reasons if holds(reason, *values)]
+
+
 def rate(value: float, seed: int = 42) -> dict:
     return {"train": {"learning_rate": value, "seed": seed}}
 
@@ -37,10 +44,10 @@ def test_the_lower_val_loss_on_the_same_rows_is_better(tmp_path: Path) -> None:
     for runs, best in (((good, bad), (0,)), ((bad, good), (1,))):
         found = verdict(*runs)
         assert (found.kind, found.best) == ("better", best)
-        assert found.headline == "good is better: lowest val_loss 1.0100 against 1.5100 of bad"
-        assert "They differ in `train.learning_rate` (0.001 against 0.0001) alone." in found.reasons
-        assert "Each has one seed" in said(found)
-        assert "train.seed=43" in said(found)
+        assert found.headline.startswith("good ")
+        assert holds(found.headline, "1.0100", "1.5100", "bad")
+        assert sentence(found, "train.learning_rate", "0.001", "0.0001")
+        assert sentence(found, "tunesmith train", "train.seed=43")
 
 
 def test_a_gap_within_the_noise_is_none(tmp_path: Path) -> None:
@@ -48,7 +55,6 @@ def test_a_gap_within_the_noise_is_none(tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", falling(2.05, jitter=0.1), recipe=rate(1e-4))
     found = verdict(one, other)
     assert (found.kind, found.best) == ("equal", ())
-    assert found.headline.startswith("No difference that can be told from noise")
 
 
 def test_other_held_out_rows_are_not_compared(tmp_path: Path) -> None:
@@ -76,7 +82,7 @@ def test_a_training_loss_alone_decides_nothing(tmp_path: Path) -> None:
     )
     found = verdict(one, other)
     assert (found.kind, found.best) == ("none", ())
-    assert "one has no val_loss (finished)." in found.reasons
+    assert sentence(found, "one", "val_loss", "finished")
     assert "data.hold_out" in said(found)
 
 
@@ -85,14 +91,14 @@ def test_a_lower_training_loss_does_not_win_against_val_loss(tmp_path: Path) -> 
     fits = write_run(tmp_path / "fits", falling(2.5), recipe=rate(1e-2), loss=0.1)
     found = verdict(good, fits)
     assert (found.kind, found.best) == ("better", (0,))
-    assert "fits has the lower training loss" in said(found)
+    assert sentence(found, "fits", "training loss")
     alike = write_run(
         tmp_path / "alike",
         falling(2.5),
         recipe=rate(1e-2),
         loss=lambda step: 1.49 + 0.2 * (-1) ** step,
     )
-    assert "the lower training loss" not in said(verdict(good, alike))
+    assert not sentence(verdict(good, alike), "training loss")
 
 
 def test_seeds_give_the_noise(tmp_path: Path) -> None:
@@ -110,10 +116,7 @@ def test_seeds_give_the_noise(tmp_path: Path) -> None:
     ]
     found = verdict(*a, *b)
     assert found.kind == "equal"
-    assert (
-        "from seed to seed val_loss differs by 0.0141 (standard deviation over a recipe's seeds)"
-        in said(found)
-    )
+    assert sentence(found, "val_loss", "0.0141")
     assert "above 0.0608" in said(found)
     far = [
         write_run(tmp_path / f"c{s}", falling(2.5 + s * 0.02, jitter=0), recipe=rate(1e-5, s))
@@ -121,10 +124,7 @@ def test_seeds_give_the_noise(tmp_path: Path) -> None:
     ]
     found = verdict(*a, *far)
     assert (found.kind, found.best) == ("better", (0, 1))
-    assert (
-        "a0 and a1 are better: lowest val_loss 1.0100 ± 0.0141 against 1.5100 ± 0.0141"
-        in found.headline
-    )
+    assert holds(found.headline, "a0", "a1", "1.0100 ± 0.0141", "1.5100 ± 0.0141")
 
 
 def test_one_recipe_on_edited_rows_is_two(tmp_path: Path) -> None:
@@ -133,14 +133,14 @@ def test_one_recipe_on_edited_rows_is_two(tmp_path: Path) -> None:
     bad = write_run(tmp_path / "bad", falling(2.5), env={"data_hash": "2" * 64})
     judged = verdict(good, bad)
     assert (judged.kind, judged.best) == ("better", (0,))
-    assert "They differ in the training rows alone." in judged.reasons
+    assert sentence(judged, HASHES_OF_INPUTS["data_hash"])
 
 
 def test_one_recipe_twice(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(s), falling(2.0 + s), recipe=rate(1e-3, s)) for s in (1, 2)]
     found = verdict(*runs)
     assert (found.kind, found.best) == ("equal", ())
-    assert "2 runs of one recipe with 2 seeds" in said(found)
+    assert sentence(found, "2 runs", "2 seeds")
 
 
 def test_cautions(tmp_path: Path) -> None:
@@ -150,11 +150,14 @@ def test_cautions(tmp_path: Path) -> None:
         tmp_path / "short", falling(3.0, steps=20), steps=20, finished=False, env={"cpu": "another"}
     )
     text = said(verdict(rises, short))
-    assert "rises ends at val_loss 1.9000, above that of step 36" in text
-    assert "Not at their end: short (killed at step 20)." in text
-    assert "unequal numbers of tokens: rises 4,000, short 2,000" in text
-    assert "speed and memory are not comparable" in text
-    assert "After step 20, the last that both were measured at: 1.5000 against 2.4900" in text
+    for values in (
+        ("rises", "val_loss 1.9000", "step 36"),
+        ("short (killed at step 20)", "val_loss"),
+        ("rises 4,000", "short 2,000"),
+        ("torch", "memory"),
+        ("step 20", "1.5000", "2.4900"),
+    ):
+        assert lines_with(text, *values)
 
 
 def test_too_few_validations_to_know_the_noise(tmp_path: Path) -> None:
@@ -163,12 +166,12 @@ def test_too_few_validations_to_know_the_noise(tmp_path: Path) -> None:
         write_run(tmp_path / "b", {40: 2.0}, recipe=rate(1e-9)),
     )
     assert (found.kind, found.best) == ("none", ())
-    assert "the noise is not known" in found.headline
+    assert holds(found.headline, "noise", "1.0000", "2.0000")
 
 
 def test_one_run(tmp_path: Path) -> None:
     found = verdict(write_run(tmp_path / "a", falling(2.0)))
-    assert found.headline == "a: finished at step 40, lowest val_loss 1.0100 at step 40"
+    assert holds(found.headline, "a", "step 40", "val_loss 1.0100")
     assert "without a val_loss" in verdict(write_run(tmp_path / "b")).headline
     assert verdict(write_run(tmp_path / "c", steps=0, finished=False)).kind == "alone"
 

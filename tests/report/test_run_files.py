@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from errors import refuses
 from recipes import make_run
 from records import RUN, record
 from tunesmith.checkpoint.claim import claim_run_dir
@@ -89,15 +90,16 @@ def test_each_state(copied: Path) -> None:
     (copied / "stopped.json").write_text('{"signal": null, "reason": "memory", "step": 9}')
     assert run.refresh()
     assert (run.state, run.stopped["reason"] if run.stopped else "") == ("stopped", "memory")
-    (copied / "failure.json").write_text('{"what": "out of memory"}')
+    failure = {"what": "it broke"}
+    (copied / "failure.json").write_text(json.dumps(failure))
     assert run.refresh()
-    assert (run.state, run.failure) == ("failed", {"what": "out of memory"})
+    assert (run.state, run.failure) == ("failed", failure)
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no run directory"):
+    with refuses(UsageError, where=str(tmp_path), names=["metrics.jsonl"]):
         RunFiles(tmp_path)
-    with pytest.raises(UsageError, match="no run directory"):
+    with refuses(UsageError, where="missing", names=["metrics.jsonl"]):
         RunFiles(tmp_path / "missing")
 
 

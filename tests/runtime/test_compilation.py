@@ -29,6 +29,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from errors import holds, refuses
 from ranks import run_ranks
 from tunesmith.adapter import lora
 from tunesmith.adapter.eight_bit import convert_to_eight_bit
@@ -385,22 +386,16 @@ def test_a_compiler_that_does_not_run_is_done_without(monkeypatch):
         raise RuntimeError("no C++ compiler\nmore")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    assert compilation.probe_compiler(cpu) == (
-        "the compiler does not run here: no C++ compiler",
-        "",
-    )
+    fault, assembler = compilation.probe_compiler(cpu)
+    assert fault.endswith(": no C++ compiler")
+    assert assembler == ""
     monkeypatch.setattr(torch, "compile", lambda function: lambda x: x)
-    assert "wrong results" in compilation.compiler_fault(cpu)
+    assert compilation.compiler_fault(cpu) not in ("", fault), "its results are wrong"
 
 
 def test_where_the_compiler_does_not_run_auto_goes_without_it_and_says_so(monkeypatch):
-    monkeypatch.setattr(
-        compilation, "compiler_fault", lambda device: "the compiler does not run here: why"
-    )
-    assert select_compile("auto", torch.device("cuda")) == (
-        False,
-        "the compiler does not run here: why",
-    )
+    monkeypatch.setattr(compilation, "compiler_fault", lambda device: "why")
+    assert select_compile("auto", torch.device("cuda")) == (False, "why")
 
 
 # Triton 3.6's error for a GPU that its ptxas does not know, below the lines of torch.compile
@@ -460,7 +455,7 @@ def test_an_assembler_that_does_not_know_the_chip_is_replaced_by_the_toolkits(
         new,
         new,
     )
-    assert instead == f", with {new} in place of Triton's own assembler, which does not know it"
+    assert holds(instead, new, "Triton's")
     monkeypatch.setattr(compilation, "probe_compiler", lambda device: (fault, instead))
     for choice in ("auto", "on"):
         compiles, why = select_compile(choice, torch.device("cuda"))
@@ -480,7 +475,7 @@ def test_where_no_assembler_knows_the_chip_the_run_goes_on_uncompiled_and_says_w
     blackwell,
 ):
     why, _ = compilation.probe_compiler(torch.device("cpu"))
-    assert "Value 'sm_121a' is not defined" in why
+    assert holds(why, "'sm_121a'")
     assert str(blackwell / "old" / "bin" / "ptxas") in why
     assert "set TRITON_PTXAS_PATH" in why
     assert not any(name in os.environ for name in compilation.ASSEMBLERS)
@@ -490,11 +485,11 @@ def test_the_folder_of_compiled_code_is_the_users_alone(tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "compiled"
     assert compilation.private_folder(folder).stat().st_mode & 0o777 == 0o700
     folder.chmod(0o755)
-    with pytest.raises(MachineError, match="not yours alone"):
+    with refuses(MachineError, where=str(folder), fix=["TORCHINDUCTOR_CACHE_DIR"]):
         compilation.private_folder(folder)
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    with pytest.raises(MachineError, match="not yours alone"):
+    with refuses(MachineError, where=str(folder), fix=["TORCHINDUCTOR_CACHE_DIR"]):
         compilation.private_folder(folder)
 
 
@@ -531,4 +526,4 @@ def test_the_attempt_in_a_new_process_tells_by_its_exit_status_whether_the_compi
     }
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "the compiler does not run here" in done.stderr
+    assert "compiler" in done.stderr

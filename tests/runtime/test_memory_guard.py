@@ -13,6 +13,7 @@ import pytest
 from page_cache import resident
 from tunesmith.distributed.heartbeat import Heartbeat
 from tunesmith.distributed.ranks import Ranks
+from tunesmith.errors import LowMemoryError
 from tunesmith.host.memory import MemoryFigures, memory_floor
 from tunesmith.host.signals import StopRequest
 from tunesmith.runtime import memory_guard
@@ -25,6 +26,7 @@ LAPTOP = MemoryFigures(
 SPARK = MemoryFigures(
     int(121.7 * GIB), 60 * GIB, free=50 * GIB, cached=9 * GIB, shared=0, locked=0, large_blocks=0
 )
+PHASE = "loading the model"
 Course = Callable[[float], MemoryFigures]  # the figures after so many seconds
 
 
@@ -234,11 +236,11 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
     there = Pretended(
         lambda now: replace(LAPTOP, available=100 * MIB, shared=3 * GIB), monkeypatch, unified=False
     )
-    there.guard.ranks.heartbeat.phase("loading the model")
+    there.guard.ranks.heartbeat.phase(PHASE)
     there.stop.saving = GIB
     there.until(1)
     text, record = there.stop.low_memory or ("", {})
-    assert text.startswith("loading the model, on ")
+    assert text.startswith(f"{PHASE}, ")
     for word in (
         "0.10 GiB can be had",
         "the floor is 1.32 GiB",
@@ -248,7 +250,7 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
     ):
         assert word in text
     assert (record["phase"], record["available_bytes"], record["shared_bytes"]) == (
-        "loading the model",
+        PHASE,
         100 * MIB,
         3 * GIB,
     )
@@ -256,12 +258,9 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
     (ours,), others = record["processes"], record["other_processes"]
     assert (ours["pid"], ours["bytes"] > 0) == (os.getpid(), True)
     assert os.getpid() not in [other["pid"] for other in others]
-    assert f"; this run holds: {ours['name']} ({os.getpid()}) " in text
+    assert f": {ours['name']} ({os.getpid()}) " in text
     error = there.stop.not_begun()
-    assert (error.exit_code, error.what) == (
-        75,
-        "stopped because memory is short before the first step",
-    )
+    assert (type(error), error.exit_code) == (LowMemoryError, 75)
 
 
 def test_the_ranks_of_a_host_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from errors import refuses
 from recipes import built_model, make_run
 from tunesmith.build_model import count_trained, define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
@@ -133,7 +134,7 @@ def test_a_resumed_run_keeps_the_micro_batch_of_its_checkpoint(
     for gib in (79, 139):
         plan = planned(recipe(**steps), LLAMA, gib, before=before, compiles=(compiles, ""))
         assert str(plan.layout.micro_batch) == before
-        assert plan.why["micro batch"].startswith("that of the checkpoint")
+        assert "checkpoint" in plan.why["micro batch"]
     assert planned(recipe(**steps), LLAMA, 139, compiles=(compiles, "")).layout.micro_batch == Size(
         16384, "tokens"
     )
@@ -145,7 +146,7 @@ def test_a_micro_batch_of_examples_is_as_long_as_they_are(pack: bool):
     run = recipe(micro_batch=Size(16, "examples"), recompute="none")
     run = replace(run, data=replace(run.data, pack=pack))
     assert planned(run, LLAMA, 40, longest=200).memory.tokens == 16 * 200
-    with pytest.raises(MachineError, match="does not fit"):
+    with refuses(MachineError, names=["GiB", "weights", "recompute"]):
         planned(run, LLAMA, 40, longest=2048)
     assert planned(run, LLAMA, 139, step=2500, longest=200).memory.tokens == (
         2500 if pack else 16 * 200
@@ -244,8 +245,9 @@ def test_without_expandable_segments_micro_batches_have_few_lengths(
 def test_a_chip_without_fp8_keeps_the_base_in_its_dtype():
     run = replace(recipe(), model=Model(name="m", quantize="fp8"))
     assert planned(run, LLAMA, 139, scaling=("fp8 row-wise", "it runs")).base == "fp8 row-wise"
-    plan = planned(run, LLAMA, 139, scaling=(None, "too old"))
-    assert (plan.base, plan.why["base"]) == ("bf16", "too old")
+    why = "too old"
+    plan = planned(run, LLAMA, 139, scaling=(None, why))
+    assert (plan.base, plan.why["base"]) == ("bf16", why)
 
 
 def test_the_plan_is_told_in_the_words_of_the_field():
@@ -385,7 +387,7 @@ def test_a_trial_grows_from_few_kept_layers_and_never_runs_out(estimated):
     assert counts == sorted(counts, reverse=True)
     assert (counts[0], counts[-1]) == ((8, 8) if estimated == 8 else (8, 0))
     assert {*range(1, 8)} < {*counts} or estimated == 8
-    with pytest.raises(MachineError, match="128 tokens does not fit") as refused:
+    with refuses(MachineError, where="train.micro_batch", names=["128 tokens"]) as refused:
         trial(1000, 900)
     assert refused.value.fix == "data.seq_len=64 (1.0 GiB)"
 

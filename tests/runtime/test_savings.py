@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from errors import refuses, warnings_with
 from recipes import make_run
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
@@ -69,11 +70,15 @@ REFUSED = [
 ]  # fmt: skip
 
 
+# What the refusal of a run that does not fit tells: its memory by parts, and the plan.
+NEEDS = ("GiB", "weights", "recompute")
+
+
 @pytest.mark.parametrize(("shape", "gib", "keys", "offered"), REFUSED)
 def test_a_plan_that_does_not_fit_is_refused_with_keys_that_make_it_fit(
     recipe: Path, shape: str, gib: float, keys: dict[str, object], offered: str
 ) -> None:
-    with pytest.raises(MachineError, match="the run does not fit") as refused:
+    with refuses(MachineError, names=NEEDS) as refused:
         plan_of(load_recipe(recipe, keys), shape, gib)
     assert refused.value.exit_code == EXIT_USAGE
     changes = dict(change.rpartition(" (")[::2] for change in refused.value.fix.split(" or "))
@@ -98,7 +103,7 @@ def words_of(keys: dict[str, object]) -> list[str]:
 def test_nothing_is_offered_where_nothing_helps(recipe: Path, shape: str, gib: float) -> None:
     with pytest.raises(MachineError) as refused:
         plan_of(load_recipe(recipe, {"model.quantize": "nf4"}), shape, gib / 2)
-    assert refused.value.fix == "a smaller model, or a device with more memory"
+    assert "=" not in refused.value.fix
 
 
 @pytest.mark.parametrize(
@@ -144,7 +149,7 @@ def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> 
     assert plan_of(run, "llama3-3b", 60, **busy).memory.free == 60 * GIB, (
         "57 GiB stay, and activations come on top"
     )
-    with pytest.raises(MachineError, match="does not fit") as refused:
+    with refuses(MachineError, where="cpu", names=NEEDS) as refused:
         plan_of(run, "llama3-3b", 50, **busy)
     assert "train.optimizer=adamw-8bit" in refused.value.fix
     unknown = Machine("cpu", GIB, ("sdpa", ""), (False, ""))
@@ -162,7 +167,7 @@ def test_on_a_cpu_a_step_on_the_longest_example_counts(recipe: Path) -> None:
     busy = {"device": "cpu", "compiles": (False, "")}
     memory = plan_of(run, "llama3-3b", 60, **busy).memory
     assert memory.static < memory.least < memory.total
-    with pytest.raises(MachineError, match="does not fit"):
+    with refuses(MachineError, where="cpu", names=NEEDS):
         plan_of(run, "llama3-3b", memory.static * 1.02 / GIB, **busy)
 
 
@@ -187,8 +192,7 @@ def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(
     plan = warn_of_overrun(resolve_plan(run, spec, machine, **options), machine)
     assert len(plan.warnings) == warned
     if warned:
-        assert "may not fit" in plan.warnings[0]
-        assert "control group /job of 200.00 GiB" in plan.warnings[0]
+        assert warnings_with(plan.warnings[0], "/job", "200.00 GiB")
         assert "fix: train.optimizer=adamw-8bit" in plan.warnings[0]
         assert "docker run --memory=" in plan.warnings[0]
 

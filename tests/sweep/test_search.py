@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import refuses
 from tunesmith.cli.main import main
 from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
@@ -62,7 +63,7 @@ def test_every_other_key_is_refused_with_a_reason():
         if key in VARIED:
             check_varied(key)
             continue
-        with pytest.raises(RecipeError, match=f"a sweep cannot vary {key}") as caught:
+        with refuses(RecipeError, where="command line", names=[key]) as caught:
             check_varied(key)
         assert caught.value.why in REASONS.values()
         assert key in caught.value.fix
@@ -71,7 +72,7 @@ def test_every_other_key_is_refused_with_a_reason():
     assert {*VARIED} < {*leaves}
     with pytest.raises(RecipeError) as caught:
         read_space(["model.quantize=none,nf4"])
-    assert "one base is loaded" in caught.value.why
+    assert caught.value.why == REASONS["model"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_values_that_differ_are_no_repetition():
 def test_a_sweep_of_very_many_candidates_is_refused_with_its_number():
     listed = ",".join(map(str, range(1, 948)))
     words = [f"adapter.rank={listed}", f"train.seed={listed}"]
-    with pytest.raises(RecipeError, match="896,809 candidates; it takes 1,000 at most") as caught:
+    with refuses(RecipeError, names=["896,809", "1,000"]) as caught:
         check_count(read_space(words), 16)
     assert "--candidates 16" in caught.value.fix
     drawn = read_space(["train.learning_rate=1e-5..1e-3"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tunesmith
+from errors import holds, refuses
 from logged import logged_lines
 from recipes import recipe
 from tunesmith.config.dump import to_yaml
@@ -58,14 +59,14 @@ def test_what_on_record_raises_ends_the_run_unchanged(recipe_file: Path) -> None
         if record.step == 5:
             raise Pruned("not worth it")
 
-    with pytest.raises(Pruned, match="not worth it") as raised:
+    with pytest.raises(Pruned) as raised:
         tunesmith.train(recipe_file, on_record=prune, quiet=True)
     assert raised.value.__cause__ is None
     out = recipe_file.parent / "run"
     failure = json.loads((out / "failure.json").read_text())
-    assert failure["what"] == "on_record raised Pruned: not worth it"
+    assert holds(failure["what"], "on_record", f"Pruned: {raised.value}")
     assert failure["where"] == "step 5"
-    assert "goes on from checkpoint-4" in failure["next"]
+    assert holds(failure["next"], "checkpoint-4")
     result = tunesmith.train(recipe_file, quiet=True)
     assert (result.first_step, result.steps) == (4, 8)
     assert not (out / "failure.json").exists()
@@ -78,9 +79,9 @@ def test_a_signal_raised_in_on_record_saves_and_stops(recipe_file: Path) -> None
         if record.step == 3:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(tunesmith.StoppedError, match="step 3 is saved") as raised:
+    with refuses(tunesmith.StoppedError, names=["SIGINT", "step 3"]) as raised:
         tunesmith.train(recipe_file, on_record=stop, quiet=True)
-    assert raised.value._render_traceback_()[0] == "stopped by SIGINT: step 3 is saved"
+    assert raised.value._render_traceback_()[0] == raised.value.what
     assert tunesmith.train(recipe_file, quiet=True).first_step == 3
 
 
@@ -93,12 +94,13 @@ def test_what_is_shown(recipe_file: Path, capfd: pytest.CaptureFixture[str], set
         tunesmith.train(recipe_file, {"train.duration": "2 steps"}, quiet=quiet)
     shown = capfd.readouterr()
     assert shown.out == ""
-    assert any("optimizer steps" in text for text in taken) == setting.startswith("own")
-    assert ("optimizer steps" in shown.err) == (setting == "by default")
+    schedule = "2 steps: 2"
+    assert any(holds(text, schedule) for text in taken) == setting.startswith("own")
+    assert holds(shown.err, schedule) == (setting == "by default")
     assert ("step 2/2" in shown.err) != quiet
     assert not quiet or shown.err == ""
     log = (recipe_file.parent / "run" / "log.txt").read_text()
-    assert "optimizer steps" in log
+    assert holds(log, schedule)
     assert "step 2/2" in log
     assert (PACKAGE.handlers, PACKAGE.level, PACKAGE.propagate) == ([], logging.NOTSET, True)
 
@@ -136,7 +138,8 @@ def test_an_error_reads_well_in_python_and_in_a_notebook(recipe_file: Path) -> N
     with pytest.raises(tunesmith.TunesmithError) as raised:
         tunesmith.train(recipe_file, {"train.learning_rate": "fast"})
     lines = str(raised.value).splitlines()
-    assert lines[:2] == ["error: train.learning_rate: expected a number, found the text 'fast'",
-                         "  where: overrides: train.learning_rate"]  # fmt: skip
+    assert lines[0] == f"error: {raised.value.what}"
+    assert lines[1] == "  where: overrides: train.learning_rate"
+    assert holds(lines[0], "train.learning_rate:", "'fast'")
     assert lines[2].startswith("  fix: ")
     assert raised.value._render_traceback_() == lines

@@ -63,9 +63,9 @@ def test_measured_rates_are_zero() -> None:
 
 def test_a_host_whose_clock_stood_still_is_not_called_slow() -> None:
     assert describe_slow_host(["a", "b"], [Reading(0.0, 0.0), Reading(5.0, 0.0)]) == ""
-    assert "a computes at 20%" in describe_slow_host(
-        ["a", "b"], [Reading(1.0, 0.0), Reading(5.0, 0.0)]
-    )
+    text = describe_slow_host(["a", "b"], [Reading(1.0, 0.0), Reading(5.0, 0.0)])
+    assert text.startswith("a ")
+    assert "20%" in text
 
 
 def test_the_closing_figures_of_a_run() -> None:

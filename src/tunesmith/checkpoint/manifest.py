@@ -307,6 +307,7 @@ def _cannot_write(place: Path, fault: str | None, error: BaseException) -> Check
         where=" ".join([str(place), *notes]),
         why=why,
         fix=f"{room} and start the same command again: it resumes from the newest one",
+        cause="disk" if fault else "",
     )
 
 

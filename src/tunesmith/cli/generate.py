@@ -105,12 +105,14 @@ def run(args: argparse.Namespace) -> None:
             raise
         what = disk_fault(error)
         fix = "make room (df -h)"
+        cause = "disk"
         if what is None:
+            cause = ""
             what = f"{name} cannot be written: {first_line(error)}"
             fix = "name another file"
         why = f"{done} of {len(rows)} rows are in it"
         fix += f", then start the same command again{_with_resume(output, args)}"
-        raise RunError(what, where=str(name), why=why, fix=fix) from error
+        raise RunError(what, where=str(name), why=why, fix=fix, cause=cause) from error
     if done < len(rows):
         again = _with_resume(output, args)
         go_on = f"; to go on, start the same command again{again}" if again else ""

@@ -360,7 +360,7 @@ def _machine_error(error: BaseException) -> MachineError | None:
         if error is fault_of(sys.stdout):
             where = "standard output"
         fix = "make room (df -h), then start the same command again"
-        return MachineError(full_disk, where=where, fix=fix)
+        return MachineError(full_disk, where=where, fix=fix, cause="disk")
     # Without a path nobody knows what to change.
     if not isinstance(error, OSError) or not where or error.errno not in _PATH_FAULTS:
         return None

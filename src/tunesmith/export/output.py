@@ -87,6 +87,7 @@ def part_folder(goal: Path) -> Iterator[Path]:
             where=f"--output {goal}",
             why="nothing was written in place",
             fix=OTHER_DISK,
+            cause="disk",
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -248,12 +248,13 @@ class AnswersFile:
             self._file.write(line.encode("utf-8", "backslashreplace"))
             self._file.flush()
         except OSError as error:
-            what = disk_fault(error) or f"{self.path.name} cannot be written: {error.strerror}"
+            fault = disk_fault(error)
             raise RunError(
-                what,
+                fault or f"{self.path.name} cannot be written: {error.strerror}",
                 where=str(self.path),
                 why=f"{answer.row} of {self.header.rows} answers of {answer.model} are in it",
                 fix="make room (df -h), then start the same command again",
+                cause="disk" if fault else "",
             ) from error
         self.answers.setdefault(answer.model, []).append(answer)
 
