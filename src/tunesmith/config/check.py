@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tunesmith.config.dump import flatten
 from tunesmith.config.names import nearest, without_indices
 from tunesmith.config.paths import TEMPLATES
-from tunesmith.config.schema import Run, Source
+from tunesmith.config.schema import METHOD_KEYS, PAIR_METHODS, Run, Source
 from tunesmith.errors import RecipeError
 from tunesmith.units import Length, Size
 
@@ -20,6 +20,15 @@ COLUMNS = {
     "alpaca": ("instruction", "input", "output", "system", "history"),
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected", "conversations", "system", "tools"),
+    "feedback": ("prompt", "completion", "label", "messages", "system", "tools"),
+}
+# The format of the rows that a method other than sft learns from.
+METHOD_FORMATS = {
+    "dpo": "preference",
+    "orpo": "preference",
+    "simpo": "preference",
+    "kto": "feedback",
 }
 # Formats with turns, and so with a system message.
 CHATS = tuple(name for name in COLUMNS if name != "text")
@@ -47,6 +56,7 @@ def check_run(run: Run, where: Place) -> None:
     """RecipeError for the first rule that a recipe breaks."""
     rules = (
         _texts,
+        _method,
         _model,
         _adapter,
         _data,
@@ -79,6 +89,73 @@ def _texts(run: Run, where: Place) -> Iterator[Problem]:
         if not where(key) and without_indices(key).startswith("data."):
             name = without_indices(key)
         yield Problem(name, "is empty", f"write its value, or remove {name}")
+
+
+def _method(run: Run, where: Place) -> Iterator[Problem]:
+    method = run.method
+    keys_of_others = {key for keys in METHOD_KEYS.values() for key in keys}
+    for name in sorted(keys_of_others - set(METHOD_KEYS[method.name])):
+        key = f"method.{name}"
+        if where(key):
+            readers = [other for other, keys in METHOD_KEYS.items() if name in keys]
+            what = f"has no effect with method: {method.name}"
+            yield Problem(key, what, f"remove it, or method.name: {' or '.join(readers)}")
+    if method.label_smoothing and method.loss_type != "robust":
+        yield Problem(
+            "method.label_smoothing",
+            f"has no effect with method.loss_type: {method.loss_type}",
+            fix="remove it, or method.loss_type: robust",
+        )
+    if method.loss_type == "robust" and not method.label_smoothing:
+        yield Problem(
+            "method.loss_type",
+            "is robust, which is sigmoid without method.label_smoothing",
+            fix="method.label_smoothing: 0.1, or method.loss_type: sigmoid",
+        )
+    weights = (method.desirable_weight, method.undesirable_weight)
+    if method.name == "kto" and not any(weights):
+        what = "and method.undesirable_weight are 0, so nothing is learned"
+        yield Problem("method.desirable_weight", what, fix="method.desirable_weight: 1")
+    if method.name == "kto" and run.adapter.kind == "none":
+        yield Problem(
+            "method.name",
+            "is kto, which needs an adapter",
+            fix="adapter.kind: lora; or pairs of answers and method: dpo",
+            why="it asks the model of before about other answers in each step, and full fine-tuning"
+            " keeps no second copy of the weights",
+        )
+    one_example = run.train.global_batch.unit == "examples" and run.train.global_batch.amount < 2
+    if method.name == "kto" and one_example:
+        yield Problem(
+            "train.global_batch",
+            "of one example leaves kto no other answer to compare with",
+            fix="train.global_batch: 16 examples",
+            why="its reference point is measured on prompts with the answers of other rows of the"
+            " batch",
+        )
+    yield from _method_formats(run, where)
+
+
+def _method_formats(run: Run, where: Place) -> Iterator[Problem]:
+    """Rows that the method cannot learn from."""
+    wanted = METHOD_FORMATS.get(run.method.name)
+    for key, sources in (("data.train", run.data.train), ("data.validation", run.data.validation)):
+        for i, source in enumerate(sources):
+            other = next((m for m, form in METHOD_FORMATS.items() if form == source.format), None)
+            learns_from_it = other is None if wanted is None else source.format == wanted
+            if learns_from_it:
+                continue
+            format_key = f"{key}.{i}.format" if where(f"{key}.{i}") else f"{key}.format"
+            fix = f"rows of format {wanted}" if wanted else f"method: {other}"
+            if wanted and other:
+                fix += f", or method: {other}"
+            yield Problem(
+                format_key,
+                f"is {source.format}, which method: {run.method.name} does not learn from",
+                fix=fix,
+                why="dpo, orpo and simpo learn from pairs (preference), kto from answers that are"
+                " labeled good or bad (feedback), and sft from answers alone",
+            )
 
 
 def _model(run: Run, where: Place) -> Iterator[Problem]:
@@ -215,7 +292,7 @@ def _template(run: Run) -> Iterator[Problem]:
             fix="remove it, or data.template: chat",
         )
     formats = {source.format for source in (*data.train, *data.validation)}
-    with_turns = sorted(formats - {"prompt-completion", "text"})
+    with_turns = sorted(formats & {"messages", "sharegpt", "alpaca"})
     if data.template == "raw" and with_turns:
         yield Problem(
             "data.template",
@@ -259,25 +336,28 @@ def _train(run: Run, where: Place) -> Iterator[Problem]:
 def _batch(run: Run, where: Place) -> Iterator[Problem]:
     batch = run.train.global_batch
     micro = run.train.micro_batch
-    seq_len = run.data.seq_len
+    row_tokens = run.row_tokens
     if batch.unit == "tokens" and not run.data.pack:
         fix = "train.global_batch: 64 examples, or data.pack: true"
         yield Problem("train.global_batch", "in tokens needs packed rows", fix)
-    if batch.unit == "tokens" and batch.amount < seq_len:
-        yield _smaller_than_row("train.global_batch", batch, seq_len, "a smaller data.seq_len")
+    if batch.unit == "tokens" and batch.amount < row_tokens:
+        yield _smaller_than_row("train.global_batch", batch, run, "a smaller data.seq_len")
     # `auto` is chosen later, within the other limits.
     if micro == "auto":
         return
-    if micro.unit == "tokens" and micro.amount < seq_len:
-        yield _smaller_than_row("train.micro_batch", micro, seq_len, "auto")
+    if micro.unit == "tokens" and micro.amount < row_tokens:
+        yield _smaller_than_row("train.micro_batch", micro, run, "auto")
     if micro.unit == batch.unit and micro.amount > batch.amount:
         what = f"of {micro} is larger than train.global_batch of {batch}"
         yield Problem("train.micro_batch", what, f"train.micro_batch: {batch}, or auto")
 
 
-def _smaller_than_row(key: str, size: Size, seq_len: int, alternative: str) -> Problem:
-    what = f"of {size} is smaller than one row of data.seq_len {seq_len}"
-    return Problem(key, what, f"{key}: {seq_len} tokens or more, or {alternative}")
+def _smaller_than_row(key: str, size: Size, run: Run, alternative: str) -> Problem:
+    row = f"one row of data.seq_len {run.data.seq_len}"
+    if run.row_tokens != run.data.seq_len:
+        row = f"one pair, of two sequences of data.seq_len {run.data.seq_len}"
+    what = f"of {size} is smaller than {row}"
+    return Problem(key, what, f"{key}: {run.row_tokens} tokens or more, or {alternative}")
 
 
 def _optimizer_in_backward(run: Run, where: Place) -> Iterator[Problem]:
@@ -367,6 +447,13 @@ def _length(
 
 
 def _validate(run: Run, where: Place) -> Iterator[Problem]:
+    if run.validate.best_by == "accuracy" and run.method.name not in PAIR_METHODS:
+        yield Problem(
+            "validate.best_by",
+            f"is accuracy, which method: {run.method.name} does not have",
+            fix="validate.best_by: loss",
+            why="it is the share of pairs whose chosen answer the model values more",
+        )
     if run.validate.patience is None:
         return
     if not run.data.validation and run.data.hold_out is None:

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from tunesmith.config.check import COLUMNS
 from tunesmith.config.names import keys
-from tunesmith.config.schema import Run, Source, is_section
+from tunesmith.config.schema import MethodConfig, MethodName, Run, Source, is_section
 from tunesmith.config.typed import default_of, run_type, type_in_words
 
 MARK = (
@@ -126,6 +126,10 @@ def _children_of(sections: dict[str, Any]) -> dict[str, Any]:
 
 def _property(spec: Field[Any], hint: Any, schema: dict[str, Any]) -> dict[str, Any]:
     """pydantic's schema of a key, in draft 7, with documentation and the default as written."""
+    if hint is MethodConfig:
+        name = {"enum": list(get_args(MethodName)), "type": "string"}
+        reference = {"$ref": f"#/$defs/{hint.__name__}"}
+        return {"anyOf": [name, reference], "description": spec.metadata["doc"]}
     if is_section(hint):
         return {"$ref": f"#/$defs/{hint.__name__}"}
     schema = {name: part for name, part in schema.items() if name not in ("title", "default")}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
-from tunesmith.config.schema import Adapter, Run, yaml_name
+from tunesmith.config.schema import METHOD_KEYS, Adapter, MethodConfig, Run, yaml_name
 from tunesmith.config.tree import scalar
 from tunesmith.units import Length, Share, Size
 
@@ -62,11 +62,17 @@ def to_mapping(run: Run) -> dict[str, Any]:
 def _plain(run: Run) -> dict[str, Any]:
     """The keys and values of a recipe as JSON has them: tuples become lists, lengths and sizes
     text.
+
+    A method has its own keys alone; one without any is its name, as recipes had it before there
+    were others.
     """
 
     def default(value: Any) -> Any:
         if isinstance(value, Length | Size | Share):
             return str(value)
+        if isinstance(value, MethodConfig):
+            own = METHOD_KEYS[value.name]
+            return {key: getattr(value, key) for key in ("name", *own)} if own else value.name
         return {yaml_name(k): v for k, v in vars(value).items()}
 
     return json.loads(json.dumps(run, default=default))

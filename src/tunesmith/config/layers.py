@@ -32,6 +32,8 @@ def merge_layers(lower: Node, upper: Node, *, announce: bool = False) -> Node:
 
     announce: log a line about what a new source of rows leaves behind.
     """
+    lower = with_method_section(lower)
+    upper = with_method_section(upper)
     merged = _merge(lower, upper)
     remaining = {key for tree in (upper, merged) for key, _ in tree.places()}
     dropped = []
@@ -79,8 +81,18 @@ def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
         # From the inside out: a.b=1 is {a: {b: 1}}.
         for name in reversed(key.split(".")):
             node = Node({name: node}, node.where, base)
-        layer = _merge(layer, node, same_layer=True)
+        layer = _merge(layer, with_method_section(node), same_layer=True)
     return layer
+
+
+def with_method_section(tree: Node) -> Node:
+    """The recipe with `method: dpo` written `method: {name: dpo}`, which other keys can join."""
+    values = dict(tree.children())
+    method = values.get("method")
+    if method is None or not isinstance(method.value, str):
+        return tree
+    section = replace(method, value={"name": method})
+    return replace(tree, value={**values, "method": section})
 
 
 def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False) -> Node:
@@ -180,6 +192,11 @@ def _without_stale(lower: Node, upper: Node, key: str) -> dict[str, Node]:
     # `adapter.kind: none` leaves the adapter's other keys without effect.
     if key == "adapter" and "kind" in changes and changes["kind"].value == "none":
         return {}
+    # Each method has its own numbers.
+    if key == "method" and "name" in changes:
+        name = values["name"].value if "name" in values else "sft"
+        if changes["name"].value != name:
+            return {}
     # Neither do the rows held out of one data set.
     if key == "data" and "train" in values and "train" in changes:
         train = _merge(values["train"], changes["train"], "data.train")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.check import check_run
-from tunesmith.config.layers import merge_layers, override_layer
+from tunesmith.config.layers import merge_layers, override_layer, with_method_section
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.removed import without_removed
 from tunesmith.config.schema import Run
@@ -58,7 +58,7 @@ def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
 
 
 def checked(tree: Node, ignored: Collection[str] = ()) -> Run:
-    tree = without_removed(tree, ignored)
+    tree = without_removed(with_method_section(tree), ignored)
     run = build_run(resolve_paths(tree))
     places = dict(tree.places())
     check_run(run, lambda key: places.get(key, ""))

@@ -28,6 +28,18 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
 Quantize = Literal["auto", "none", "fp8", "nf4", "as-shipped"]
+MethodName = Literal["sft", "dpo", "orpo", "kto", "simpo"]
+
+# Methods whose examples are pairs of answers.
+PAIR_METHODS = ("dpo", "orpo", "simpo")
+# The keys below `method` that each method reads beside its name; those of the others are refused.
+METHOD_KEYS: dict[str, tuple[str, ...]] = {
+    "sft": (),
+    "dpo": ("beta", "loss_type", "label_smoothing", "sft_weight"),
+    "orpo": ("beta",),
+    "kto": ("beta", "desirable_weight", "undesirable_weight"),
+    "simpo": ("beta", "simpo_gamma"),
+}
 
 
 def key(default: Any, doc: str, *, example: str = "") -> Any:
@@ -50,6 +62,36 @@ def yaml_name(name: str) -> str:
 def is_section(hint: Any) -> bool:
     """Whether a type is one of the dataclasses below, rather than a value such as `Length`."""
     return isinstance(hint, type) and hint.__module__ == __name__
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What the loss is; the names and defaults of the numbers are TRL's."""
+
+    name: MethodName = key(
+        "sft",
+        "sft: supervised fine-tuning; from pairs of a good and a bad answer: dpo, orpo, simpo; from"
+        " answers that are each good or bad: kto",
+    )
+    beta: Positive = key(
+        0.1,
+        "dpo, kto: how strongly the model is held to its reference; orpo: weight of the odds ratio;"
+        " simpo: scale of the margin",
+    )
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = key(
+        "sigmoid", "dpo: the loss of a pair's margin; robust: for labels of which some are wrong"
+    )
+    label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = key(
+        0.0, "dpo, loss_type robust: the share of pairs whose answers are taken to be swapped"
+    )
+    sft_weight: PositiveOrZero = key(
+        0.0, "dpo: weight of the cross-entropy of the chosen answer, added to the loss"
+    )
+    desirable_weight: PositiveOrZero = key(1.0, "kto: weight of good answers")
+    undesirable_weight: PositiveOrZero = key(1.0, "kto: weight of bad answers")
+    simpo_gamma: PositiveOrZero = key(
+        0.5, "simpo: the margin that the chosen answer is to have over the rejected one"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +156,9 @@ class Source:
     name: str | None = key(None, "configuration of a Hub dataset")
     revision: str | None = key(None, "branch, tag or commit of a Hub dataset")
     split: str | None = key(None, "such as `train` or `train[:95%]`; null: all rows")
-    format: Literal["alpaca", "messages", "sharegpt", "prompt-completion", "text"] = key(
-        "messages", "row format"
-    )
+    format: Literal[
+        "alpaca", "messages", "sharegpt", "prompt-completion", "text", "preference", "feedback"
+    ] = key("messages", "row format")
     columns: dict[str, str] = key({}, "column names: `{the format's name: the file's name}`")
     max_examples: Count | None = key(None, "take the first N rows of the split")
     weight: Positive = key(1.0, "with several sources: how often this one is seen in an epoch")
@@ -246,7 +288,12 @@ class Validate:
         Length(100, "steps"), "interval; also at the end; null: only at the end"
     )
     max_examples: Count | None = key(None, "take the first N held-out examples")
-    patience: Count | None = key(None, "stop after N validations without a lower loss")
+    patience: Count | None = key(None, "stop after N validations without a better one")
+    best_by: Literal["loss", "accuracy"] = key(
+        "loss",
+        "what makes a validation better: a lower loss, or with pairs of answers a higher share of"
+        " them in the right order",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +364,9 @@ class Run:
         "alias_generator": yaml_name,
     }
 
-    method: Literal["sft"] = key("sft", "supervised fine-tuning")
+    method: MethodConfig = key(
+        MethodConfig(), "what the loss is: a name, or a mapping with its keys"
+    )
     model: Model = key(..., "the base model", example="{name: meta-llama/Llama-3.1-8B-Instruct}")
     adapter: Adapter = key(Adapter(), "what is trained")
     data: Data = key(
@@ -334,3 +383,18 @@ class Run:
     log: Log = key(Log(), "what is shown and written")
     profile: Profile = key(Profile(), "traces and a memory snapshot")
     output_dir: str = key(..., "the run directory", example="runs/mine")
+
+    @property
+    def extra_forwards(self) -> int:
+        """Passes of a step's tokens beside the one that is trained on.
+
+        A reference that is not known before training takes one. KTO's reference point takes two
+        more: the model and its reference, on answers of other rows.
+        """
+        passes = {"dpo": 1, "kto": 3}
+        return passes.get(self.method.name, 0) if self.adapter.kind == "lora" else 0
+
+    @property
+    def row_tokens(self) -> int:
+        """Length of a packed row: the largest example fits, of which a pair has two sequences."""
+        return self.data.seq_len * (2 if self.method.name in PAIR_METHODS else 1)

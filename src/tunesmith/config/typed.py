@@ -175,7 +175,9 @@ def _explain_value(value: _Value, error: "ErrorDetails") -> tuple[str, str]:
     is_form_error = not literal_words(value.hint) or str(content)[:1].isdigit()
     fix = f"write {value.example()}   # {value.spec.metadata['doc']}"
     if kind in _BOUNDS:
-        bound = _BOUNDS[kind].format(int(limits[0]))
+        # Limits come as floats: 2147483648.0 is written as the whole number that it is.
+        limit = int(limits[0]) if limits[0] == int(limits[0]) else limits[0]
+        bound = _BOUNDS[kind].format(limit)
         what = f"{key} is {reprlib.repr(content)}: it must be {bound}"
     elif kind == "finite_number":
         what = f"{key}: {content} is not a finite number"
