@@ -21,6 +21,7 @@ from tunesmith.errors import DataError
 
 Row = dict[str, Any]
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+OTHER_TURNS = [TURNS[0], {"role": "assistant", "content": "no"}]
 FROMS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
 CALL = [
     {"from": "human", "value": "hi"},
@@ -150,6 +151,30 @@ CLEAR: dict[str, tuple[Row, str]] = {
     "text with a label": ({"text": "x", "label": 1}, "column text -> text; ignored: label"),
     "content": (texts("content", "url"), "column content -> text (text = content); ignored: url"),
     "one column": (texts("body"), "column body -> text (text = body)"),
+    "preference": (
+        {"prompt": "q", "chosen": "good", "rejected": "bad", "score": 2},
+        "columns chosen, rejected, prompt -> preference; ignored: score",
+    ),
+    "preference in chats, beside a chat": (
+        {"Chosen": TURNS, "Rejected": OTHER_TURNS, "messages": TURNS},
+        "columns Chosen, Rejected -> preference (chosen = Chosen, rejected = Rejected); ignored: messages",
+    ),
+    "preference of LLaMA-Factory": (
+        {
+            "conversations": FROMS[:1],
+            "chosen": FROMS[1],
+            "rejected": {"from": "gpt", "value": "no"},
+        },
+        "columns chosen, rejected, conversations -> preference",
+    ),
+    "feedback": (
+        {"prompt": "q", "completion": "a", "label": True},
+        "columns prompt, completion, label -> feedback",
+    ),
+    "feedback in chats": (
+        {"messages": TURNS, "kto_tag": False},
+        "columns messages, kto_tag -> feedback (label = kto_tag)",
+    ),
 }
 
 
@@ -185,10 +210,6 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
     ),
     "a question alone": (
         texts("question", "source"), "no column's name tells", "--columns prompt=question,completion=source",
-    ),
-    "preference": (texts("prompt", "chosen", "rejected"), "a chosen and a rejected answer", "--columns prompt=..."),
-    "preference in chats": (
-        {"Chosen": TURNS, "Rejected": TURNS}, "a chosen and a rejected answer", "--columns prompt=...",
     ),
     "images": ({"messages": TURNS, "images": ["a.png"]}, "the rows hold images", "--columns prompt=..."),
     "numbers as answers": ({"question": "x", "answer": 4}, "completion is a number", "write it in quotes"),

@@ -30,19 +30,49 @@ class Example(NamedTuple):
         ids: int32 [n], n >= 2.
         trained: bool [n]; `trained[i]` says that token i is supervised: predicted from position i -
             1 with loss. The first token of a sequence has none before it and carries no loss.
-        sequences: length of each sequence (the two of a preference pair), n in all; empty for one
-            of n tokens. Each is a document of its own.
+        sequences: length of each sequence (the chosen and the rejected one of a pair), n in all;
+            empty for one of n tokens. Each is a document of its own.
+        label: whether the answer is a good one; None where the row does not say.
+        reference: log-probability of each sequence's supervised tokens under the model that a
+            method compares with, where it is known before training.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     sequences: tuple[int, ...] = ()
+    label: bool | None = None
+    reference: tuple[float, ...] = ()
 
     @property
     def supervised(self) -> int:
         """Positions that carry loss, as `collate` counts them."""
         starts = [0, *np.cumsum(self.sequences[:-1], dtype=np.int64)]
         return int(self.trained.sum() - self.trained[starts].sum())
+
+    @property
+    def chosen_tokens(self) -> int:
+        """Supervised tokens of a pair's chosen answer; 0 for an example that is none."""
+        if not self.sequences:
+            return 0
+        return int(self.trained[1 : self.sequences[0]].sum())
+
+
+class Sequences(NamedTuple):
+    """What methods that compare whole answers need of a micro batch, in the order of its rows.
+
+    Attributes:
+        total: sequences of real examples; of pairs the chosen and the rejected one, in turn.
+        of_target: int64 [supervised], the sequence of each position that has a target.
+        lengths: int64 [total], supervised tokens of each.
+        labels: bool [total], whether the answer is a good one; of pairs that of the chosen.
+        reference: fp64 [total], see `Example.reference`; None where it is not known.
+    """
+
+    total: int
+    of_target: torch.Tensor
+    lengths: torch.Tensor
+    labels: torch.Tensor
+    reference: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +92,8 @@ class Batch:
         edges: `cu_seqlens` on the host, whichever device the tensors are on; empty where the host
             does not know them, and has to read them from there.
         row_tokens: non-padding tokens of each row, on the host.
+        sequences: None where each example is one sequence without a label.
+        chosen_tokens: supervised tokens of the chosen answers of pairs.
     """
 
     input_ids: torch.Tensor
@@ -74,6 +106,8 @@ class Batch:
     examples: int
     edges: tuple[int, ...] = ()
     row_tokens: tuple[int, ...] = ()
+    sequences: Sequences | None = None
+    chosen_tokens: int = 0
 
     def is_token(self) -> torch.Tensor:
         """bool [rows * length]: False for padding; made on the device without a copy to it."""
@@ -89,20 +123,39 @@ class Batch:
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {
+        tensors = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "targets": self.targets,
             "cu_seqlens": self.cu_seqlens,
         }
+        if self.sequences is not None:
+            tensors |= {
+                "of_target": self.sequences.of_target,
+                "lengths": self.sequences.lengths,
+                "labels": self.sequences.labels,
+            }
+            if self.sequences.reference is not None:
+                tensors["reference"] = self.sequences.reference
+        return tensors
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        sequences = self.sequences
+        if sequences is not None:
+            reference = sequences.reference
+            sequences = sequences._replace(
+                of_target=change(sequences.of_target),
+                lengths=change(sequences.lengths),
+                labels=change(sequences.labels),
+                reference=None if reference is None else change(reference),
+            )
         return replace(
             self,
             input_ids=change(self.input_ids),
             position_ids=change(self.position_ids),
             targets=change(self.targets),
             cu_seqlens=change(self.cu_seqlens),
+            sequences=sequences,
         )
 
 
@@ -176,4 +229,33 @@ def collate(
         examples=examples,
         edges=tuple(edges),
         row_tokens=tuple(row_tokens),
+        sequences=_sequences([example for row in rows for example in row]),
+        chosen_tokens=sum(example.chosen_tokens for row in rows for example in row),
+    )
+
+
+def _sequences(examples: Sequence[Example]) -> Sequences | None:
+    """Of the examples of a batch in their order; None where they are single and have no label."""
+    import torch
+
+    has_any = any(example.sequences or example.label is not None for example in examples)
+    if not has_any:
+        return None
+    lengths = []
+    labels = []
+    reference: list[float] = []
+    for example in examples:
+        start = 0
+        for number, n in enumerate(example.sequences or (len(example.ids),)):
+            # The first token of a sequence has none before it that predicts it.
+            lengths.append(int(example.trained[start + 1 : start + n].sum()))
+            labels.append(number == 0 if example.label is None else example.label)
+            start += n
+        reference += example.reference
+    return Sequences(
+        total=len(lengths),
+        of_target=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.bool),
+        reference=torch.tensor(reference, dtype=torch.float64) if reference else None,
     )

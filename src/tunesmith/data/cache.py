@@ -25,6 +25,8 @@ from tunesmith.host.files import remove_abandoned
 
 log = logging.getLogger(__name__)
 
+NO_LABEL = -1
+
 
 class TokenArrays(NamedTuple):
     """The n examples of a source, one after another.
@@ -35,6 +37,8 @@ class TokenArrays(NamedTuple):
         offsets: int64 [n + 1], between examples.
         rows: int64 [n], the row of each.
         truncated: bool [n], whether it was cut at seq_len.
+        firsts: int32 [n], tokens of the first sequence of a pair; 0 for an example of one sequence.
+        labels: int8 [n], 1 for a good answer, 0 for a bad one, NO_LABEL where the row has none.
     """
 
     ids: np.ndarray
@@ -42,6 +46,8 @@ class TokenArrays(NamedTuple):
     offsets: np.ndarray
     rows: np.ndarray
     truncated: np.ndarray
+    firsts: np.ndarray
+    labels: np.ndarray
 
     def part(self, first: int, stop: int) -> "TokenArrays":
         """Examples first to stop - 1; their offsets count from 0."""
@@ -52,7 +58,23 @@ class TokenArrays(NamedTuple):
             offsets=self.offsets[first : stop + 1] - tokens.start,
             rows=self.rows[first:stop],
             truncated=self.truncated[first:stop],
+            firsts=self.firsts[first:stop],
+            labels=self.labels[first:stop],
         )
+
+    def example(self, i: int) -> Example:
+        """The i-th example."""
+        span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+        first = int(self.firsts[i])
+        sequences = (first, span.stop - span.start - first) if first else ()
+        label = None if self.labels[i] == NO_LABEL else bool(self.labels[i])
+        return Example(self.ids[span], self.trained[span], sequences, label)
+
+    def sequence_offsets(self) -> np.ndarray:
+        """int64, between the sequences of all examples: `offsets` where each is one."""
+        is_pair = self.firsts > 0
+        borders = self.offsets[:-1][is_pair] + self.firsts[is_pair]
+        return np.sort(np.concatenate([self.offsets, borders]))
 
     def crc32(self) -> int:
         value = 0
@@ -67,6 +89,11 @@ class TokenArrays(NamedTuple):
         digest = hashlib.sha256()
         for values in (self.ids, self.trained, self.offsets):
             digest.update(np.ascontiguousarray(values).data)
+        # Left out where no example has any, so that such rows keep the digest that they had.
+        if np.any(self.firsts):
+            digest.update(np.ascontiguousarray(self.firsts).data)
+        if np.any(self.labels != NO_LABEL):
+            digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
 
@@ -77,6 +104,8 @@ _FILES = {
     "offsets.bin": np.int64,
     "rows.bin": np.int64,
     "cut.bin": np.bool_,
+    "firsts.bin": np.int32,
+    "labels.bin": np.int8,
 }
 
 
@@ -103,6 +132,8 @@ class TokenWriter:
         self._append("offsets.bin", self._tokens)
         self._append("rows.bin", row)
         self._append("cut.bin", truncated)
+        self._append("firsts.bin", example.sequences[0] if example.sequences else 0)
+        self._append("labels.bin", NO_LABEL if example.label is None else example.label)
 
     def _append(self, name: str, values: Any) -> None:
         self._files[name].write(np.asarray(values, _FILES[name]).tobytes())

@@ -74,28 +74,34 @@ class Contract:
 
 
 class _Chunk(NamedTuple):
-    """Some examples of one source.
+    """Some examples of one source, each of them one sequence or several.
 
     Attributes:
         first: index of the first in the token set.
         arrays: ids and mask of n examples, with offsets from 0.
+        offsets: int64 [s + 1], between the sequences of all examples.
         leaks: bool [n], rows whose prompt was seen to be supervised.
         has_answers: as of the source.
     """
 
     first: int
     arrays: TokenArrays
+    offsets: np.ndarray
     leaks: np.ndarray
     has_answers: bool
 
     @property
     def starts(self) -> np.ndarray:
-        """int64 [n], the first token of each example."""
-        return self.arrays.offsets[:-1]
+        """int64 [s], the first token of each sequence."""
+        return self.offsets[:-1]
 
     def examples_of(self, tokens: np.ndarray) -> np.ndarray:
         """The examples that hold some tokens."""
         return np.searchsorted(self.arrays.offsets, tokens, side="right") - 1
+
+    def sequences_of(self, tokens: np.ndarray) -> np.ndarray:
+        """The sequences that hold some tokens."""
+        return np.searchsorted(self.offsets, tokens, side="right") - 1
 
 
 class _Rule(NamedTuple):
@@ -106,6 +112,17 @@ class _Rule(NamedTuple):
     note: str
     why: str
     fix: str
+
+
+_PAIRS_DIFFER = _Rule(
+    name="the answers of a pair differ, and their prompts do not",
+    of="pairs",
+    note="",
+    why="the prompt's tokens differ between chosen and rejected, or both are the same"
+    " tokens; the rejected answer begins here",
+    fix="delete the row; or, where the template writes a prompt differently for each"
+    " answer, use another (data.template)",
+)
 
 
 class _Faults(NamedTuple):
@@ -154,7 +171,9 @@ def check_tokens(
     rules = _rules(tokens, tokenizer, end_ids, vocab_size, position_limit)
     checks = [Check(rule.name, 0, rule.of, note=rule.note) for rule in rules]
     for chunk in _chunks(tokens):
-        all_faults = _find_faults(chunk, end_ids, earlier_end_ids, bos, vocab_size)
+        all_faults = [*_find_faults(chunk, end_ids, earlier_end_ids, bos, vocab_size)]
+        if tokens.has_pairs:
+            all_faults.insert(-1, _pairs_alike(chunk))
         for n, faults in enumerate(all_faults):
             check = checks[n]
             # Only the first fault of each rule is shown; all are counted.
@@ -162,7 +181,8 @@ def check_tokens(
                 fault = int(faults.tokens[0])
                 in_chunk = int(chunk.examples_of(faults.tokens[:1])[0])
                 example = chunk.first + in_chunk
-                around = excerpt(tokens, tokenizer, example, fault - int(chunk.starts[in_chunk]))
+                start = int(chunk.arrays.offsets[in_chunk])
+                around = excerpt(tokens, tokenizer, example, fault - start)
                 check = replace(
                     check,
                     where=tokens.where(example),
@@ -190,7 +210,7 @@ def _rules(
     compared = f"{counts.prompts:,} prompts rendered apart and compared"
     if counts.prompts_apart:
         compared += f", {counts.prompts_apart:,} not comparable"
-    return [
+    rules = [
         _Rule(
             name="every row has a supervised token",
             of="rows",
@@ -228,14 +248,19 @@ def _rules(
             " beyond them",
             fix="use the model's own tokenizer, or name new tokens in model.added_tokens",
         ),
+    ]
+    if tokens.has_pairs:
+        rules.append(_PAIRS_DIFFER)
+    rules.append(
         _Rule(
             name=_FEW_CUT,
             of="rows",
             note="",
             why="the model learns these answers without their end, and may not learn to stop",
             fix=_fix_cut_answers(tokens, position_limit),
-        ),
-    ]
+        )
+    )
+    return rules
 
 
 def _judge_cut_answers(contract: Contract, cut_answers: CutAnswers) -> Contract:
@@ -263,7 +288,7 @@ def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
     """The ways on from answers without their end: a seq_len that would do, no such rows, or such
     answers."""
     counts = tokens.counts
-    seq_len = int(tokens.lengths.max(initial=0))
+    seq_len = int(tokens.longest_sequences.max(initial=0))
     # A dict: the two lengths may be equal, and are then named once.
     lengths = {
         counts.longest_of_99: "fits 99 % of the rows",
@@ -294,9 +319,11 @@ def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
             stop = int(np.searchsorted(offsets, offsets[first] + _CHUNK, side="right")) - 1
             # At least one example, also where it alone is longer.
             stop = min(max(stop, first + 1), len(source))
+            arrays = source.arrays.part(first, stop)
             yield _Chunk(
                 first=first_of_source + first,
-                arrays=source.arrays.part(first, stop),
+                arrays=arrays,
+                offsets=arrays.sequence_offsets(),
                 leaks=leaks[first:stop],
                 has_answers=source.has_answers,
             )
@@ -310,7 +337,7 @@ def _find_faults(
     """For each rule, how many things of a chunk it checks, and the tokens that break it."""
     ids = chunk.arrays.ids
     trained = chunk.arrays.trained
-    offsets = chunk.arrays.offsets
+    offsets = chunk.offsets
     starts = chunk.starts
     nothing = _Faults(0, starts[:0])
 
@@ -334,7 +361,7 @@ def _find_faults(
 
     # The first supervised token of a row that supervises its first token, or its prompt as rendered
     # apart.
-    leaking = starts[trained[starts] | chunk.leaks].tolist()
+    leaking = starts[trained[starts] | chunk.leaks[chunk.examples_of(starts)]].tolist()
     first_trained = [start + int(np.argmax(trained[start:])) for start in leaking]
     yield _Faults(len(starts), np.asarray(first_trained, np.int64))
 
@@ -344,6 +371,25 @@ def _find_faults(
         yield _Faults(len(starts), cut_off)
     else:
         yield nothing
+
+
+def _pairs_alike(chunk: _Chunk) -> _Faults:
+    """Pairs whose prompts differ, or whose answers do not: the first token where that is seen."""
+    ids = chunk.arrays.ids
+    trained = chunk.arrays.trained
+    pairs = np.flatnonzero(chunk.arrays.firsts)
+    faults = []
+    for pair in pairs.tolist():
+        start = int(chunk.arrays.offsets[pair])
+        middle = start + int(chunk.arrays.firsts[pair])
+        end = int(chunk.arrays.offsets[pair + 1])
+        chosen = start + int(np.argmax(trained[start:middle]))
+        rejected = middle + int(np.argmax(trained[middle:end]))
+        has_one_prompt = np.array_equal(ids[start:chosen], ids[middle:rejected])
+        has_one_answer = np.array_equal(ids[start:middle], ids[middle:end])
+        if not has_one_prompt or has_one_answer:
+            faults.append(rejected)
+    return _Faults(len(pairs), np.asarray(faults, np.int64))
 
 
 def _answers_without_end(
@@ -356,7 +402,7 @@ def _answers_without_end(
     # Rows stand behind each other in one array; a stretch also ends where its row does.
     ids = chunk.arrays.ids
     is_row_end = np.zeros(len(ids), np.bool_)
-    is_row_end[chunk.arrays.offsets[1:] - 1] = True
+    is_row_end[chunk.offsets[1:] - 1] = True
     # The token after a supervised one is not supervised: the stretch ends there.
     next_trained = np.append(chunk.arrays.trained[1:], False)
     is_stretch_end = chunk.arrays.trained & (is_row_end | ~next_trained)
@@ -369,11 +415,12 @@ def _answers_without_end(
 
     # At the end of a row, what the template writes after an end token may be supervised too.
     rows = chunk.examples_of(stops)
+    starts = chunk.starts[chunk.sequences_of(stops)]
     ends_row = is_row_end[stops]
     has_end_token = np.zeros(len(stops), np.bool_)
     for back in range(1, _TAIL):
         earlier = stops - back
-        is_in_row = earlier >= chunk.starts[rows]
+        is_in_row = earlier >= starts
         # Indices before the array are held at 0; `is_in_row` rules them out.
         is_end_token = np.isin(ids[np.maximum(earlier, 0)], end_ids)
         has_end_token |= ends_row & is_in_row & is_end_token

@@ -26,6 +26,7 @@ _QUESTION = ("prompt", "question", "query", "input", "problem", "user", "human")
 _ANSWER = ("completion", "answer", "response", "output", "reply", "assistant", "solution")
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools",)
+_LABEL = ("label", "kto_tag")
 # A column of any name that holds lists of objects, or JSON text of them.
 _CHAT: tuple[str, ...] = ()
 
@@ -51,10 +52,25 @@ _LAYOUTS = (
         {"input": ("input", "context"), "system": _SYSTEM, "history": ("history",)},
     ),
     _Layout("text", {"text": ("text", "content")}, {}),
+    _Layout(
+        "preference",
+        {"chosen": ("chosen",), "rejected": ("rejected",)},
+        {
+            "prompt": ("prompt", "question", "instruction", "query"),
+            "conversations": ("conversations",),
+            "system": _SYSTEM,
+            "tools": _TOOLS,
+        },
+    ),
+    _Layout(
+        "feedback",
+        {"prompt": _QUESTION, "completion": _ANSWER, "label": _LABEL},
+        {"system": _SYSTEM, "tools": _TOOLS},
+    ),
+    _Layout("feedback", {"messages": _CHAT, "label": _LABEL}, {"tools": _TOOLS}),
 )
 # Columns with which a row is no example of an answer to learn: what such rows are.
 _OTHER_KINDS = {
-    ("chosen", "rejected"): "pairs of a chosen and a rejected answer",
     ("images",): "images",
     ("image",): "images",
 }
@@ -265,6 +281,8 @@ def _most_specific(layouts: list[Detected]) -> list[Detected]:
     Text is what is left where nothing else reads the rows: data sets often add the text of a whole
     example.
     """
+    # A chosen and a rejected answer have no other meaning, whatever stands beside them.
+    layouts = [layout for layout in layouts if layout.format == "preference"] or layouts
     # Any column of text reads as plain text, so that is the last resort.
     layouts = [layout for layout in layouts if layout.format != "text"] or layouts
     specific: list[Detected] = []

@@ -1,10 +1,14 @@
-"""A row of any of the five formats -> one of three samples.
+"""A row of any of the formats -> a sample.
 
     alpaca              instruction, input, output [system, history]
     messages            messages (OpenAI's chat form) [tools]
     sharegpt            conversations (from, value) [system, tools]
     prompt-completion   prompt, completion: texts or lists of messages [tools]
     text                text
+    preference          prompt, chosen, rejected: texts or messages; without a prompt, chosen and
+                        rejected begin with the same one [system, tools]; or conversations and two
+                        turns chosen, rejected (LLaMA-Factory's form)
+    feedback            prompt, completion, label (true or false) [system, tools]
 
 Nothing is guessed. A row with something that training would ignore (a role that no template knows,
 an image, a loss weight of 0.5) is refused, by its place. An assistant's message with `"train":
@@ -16,7 +20,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tunesmith.config.schema import Source
 from tunesmith.data.files import MAX_ROW_BYTES, json_type
@@ -96,6 +100,22 @@ class Text:
 Sample = Conversation | Completion | Text
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the first of which is the better one."""
+
+    chosen: Conversation | Completion
+    rejected: Conversation | Completion
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """An answer that is good or bad."""
+
+    answer: Conversation | Completion
+    is_good: bool
+
+
 def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
     """The messages with `system` (None: as they are) as system message, where they have none."""
     if system is None or (messages and messages[0]["role"] == "system"):
@@ -105,7 +125,7 @@ def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict
 
 def convert_row(
     row: Mapping[str, Any], source: Source, *, where: str, system: str | None = None
-) -> Sample:
+) -> Sample | Pair | Feedback:
     """Convert one row.
 
     Args:
@@ -116,8 +136,33 @@ def convert_row(
     """
     reader = _RowReader(row, source, where)
     sample = _FORMATS[source.format].read(reader)
+    if isinstance(sample, Pair):
+        chosen = _complete(reader, sample.chosen, system)
+        return Pair(chosen, _complete(reader, sample.rejected, system))
+    if isinstance(sample, Feedback):
+        return replace(sample, answer=_complete(reader, sample.answer, system))
+    return _complete(reader, sample, system)
+
+
+def convert_sample(
+    row: Mapping[str, Any], source: Source, *, where: str, system: str | None = None
+) -> Sample:
+    """As `convert_row`; of a pair the chosen answer, of feedback the answer."""
+    sample = convert_row(row, source, where=where, system=system)
+    if isinstance(sample, Pair):
+        return sample.chosen
+    if isinstance(sample, Feedback):
+        return sample.answer
+    return sample
+
+
+_AnySample = TypeVar("_AnySample", bound=Sample)
+
+
+def _complete(reader: "_RowReader", sample: _AnySample, system: str | None) -> _AnySample:
+    """The sample with the recipe's system message and its untrained turns, in a checked order."""
     if isinstance(sample, Completion):
-        return replace(sample, system=system)
+        return sample if sample.system is not None else replace(sample, system=system)
     if not isinstance(sample, Conversation):
         return sample
     _check_order(reader, sample.messages)
@@ -130,8 +175,11 @@ def convert_row(
     for i, message in enumerate(messages):
         if not message.pop("train", True):
             untrained.add(i)
-    return Conversation(
-        messages, sample.tools, prompt_messages, sample.instruction, frozenset(untrained)
+    return replace(
+        sample,
+        messages=messages,
+        prompt_messages=prompt_messages,
+        untrained=frozenset(untrained),
     )
 
 
@@ -266,6 +314,12 @@ def _sharegpt(row: _RowReader) -> Sample:
     messages = _system(row)
     if not turns and not messages:
         raise row.error("conversations is empty", fix="delete the row")
+    return Conversation(messages + _read_turns(row, turns), _tools(row))
+
+
+def _read_turns(row: _RowReader, turns: list[Any]) -> list[dict[str, Any]]:
+    """Messages of turns that are written as `from` and `value`."""
+    messages: list[dict[str, Any]] = []
     previous_role = ""
     for n, turn in enumerate(turns, 1):
         at = f"turn {n}"
@@ -284,7 +338,7 @@ def _sharegpt(row: _RowReader) -> Sample:
         previous_role = role
         if not _is_trained(row, messages[-1]["role"], turn, at):
             messages[-1]["train"] = False
-    return Conversation(messages, _tools(row))
+    return messages
 
 
 def _prompt_completion(row: _RowReader) -> Sample:
@@ -308,10 +362,166 @@ def _text(row: _RowReader) -> Sample:
     return Text(text)
 
 
+def _preference(row: _RowReader) -> Pair:
+    chosen = row.required("chosen")
+    rejected = row.required("rejected")
+    prompt = row.optional("prompt")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        fix = "write both as texts, or both as lists of messages"
+        raise row.error("chosen and rejected are of two kinds", "one is a text", fix)
+    if row.optional("conversations") is not None:
+        prompt = row.optional("conversations")
+    if isinstance(chosen, str) and not isinstance(prompt, list):
+        return _pair_of_texts(row, prompt, chosen, rejected)
+    chosen = _answer_messages(row, chosen, "chosen")
+    rejected = _answer_messages(row, rejected, "rejected")
+    if chosen[0]["role"] != "assistant":
+        shared = _shared_beginning(row, chosen, rejected)
+        if isinstance(prompt, str) and prompt.strip() not in _texts_of(shared):
+            why = "chosen and rejected begin with other messages"
+            fix = "make them one, or leave the prompt out"
+            raise row.error("the prompt is not that of chosen and rejected", why, fix)
+        prompt = shared
+        chosen = chosen[len(shared) :]
+        rejected = rejected[len(shared) :]
+    else:
+        prompt = _prompt_messages(row, row.required("prompt") if prompt is None else prompt)
+    prompt = [*_system(row), *prompt]
+    tools = _tools(row)
+    answers = []
+    for column, answer in (("chosen", chosen), ("rejected", rejected)):
+        _check_answer(row, answer, column)
+        # Copies: each conversation marks its own messages.
+        messages = [dict(message) for message in prompt + answer]
+        answers.append(Conversation(messages, tools, prompt_messages=len(prompt)))
+    return Pair(*answers)
+
+
+def _pair_of_texts(row: _RowReader, prompt: Any, chosen: str, rejected: str) -> Pair:
+    chosen = row.text(chosen, "chosen")
+    rejected = row.text(rejected, "rejected")
+    if prompt is None:
+        prompt = _shared_text(row, chosen, rejected)
+        chosen = chosen[len(prompt) :]
+        rejected = rejected[len(prompt) :]
+    prompt = row.text(prompt, "prompt")
+    _check_answer(row, chosen, "chosen")
+    _check_answer(row, rejected, "rejected")
+    system = row.optional("system")
+    system = row.text(system, "system") if system else None
+    return Pair(Completion(prompt, chosen, system), Completion(prompt, rejected, system))
+
+
+def _feedback(row: _RowReader) -> Feedback:
+    label = row.required("label")
+    # 0 and 1 stand in files that have no truth values; of other numbers and texts some mean a rank.
+    if label not in (0, 1) or isinstance(label, float | str):
+        fix = "write true for a good answer and false for a bad one"
+        raise row.error(f"the label is {json.dumps(label, default=str)}", fix=fix)
+    tools = _tools(row)
+    if row.optional("messages") is not None:
+        messages = [*_system(row), *_any_messages(row, row.optional("messages"), "messages")]
+        _check_answer(row, messages[-1:], "the last message")
+        sample = Conversation(messages, tools, prompt_messages=len(messages) - 1)
+        return Feedback(sample, bool(label))
+    prompt = row.required("prompt")
+    completion = row.required("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        _check_answer(row, completion, "completion")
+        system = row.optional("system")
+        system = row.text(system, "system") if system else None
+        completed = Completion(row.text(prompt, "prompt"), completion, system)
+        return Feedback(completed, bool(label))
+    prompt = [*_system(row), *_prompt_messages(row, prompt)]
+    answer = _answer_messages(row, completion, "completion")
+    _check_answer(row, answer, "completion")
+    return Feedback(Conversation(prompt + answer, tools, prompt_messages=len(prompt)), bool(label))
+
+
+def _any_messages(row: _RowReader, value: Any, column: str) -> list[dict[str, Any]]:
+    """One message or a list of them, in OpenAI's form or ShareGPT's."""
+    value = row.json(value, column) if isinstance(value, str) else value
+    items = [value] if isinstance(value, Mapping) else row.list(value, column)
+    if any(isinstance(item, Mapping) and "from" in item for item in items):
+        return _read_turns(row, items)
+    return _read_messages(row, items, column)
+
+
+def _prompt_messages(row: _RowReader, prompt: Any) -> list[dict[str, Any]]:
+    """A prompt that is a text, a message or a list of them."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": row.text(prompt, "prompt")}]
+    return _any_messages(row, prompt, "prompt")
+
+
+def _answer_messages(row: _RowReader, answer: Any, column: str) -> list[dict[str, Any]]:
+    """An answer that is a text, a message or a list of them."""
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": row.text(answer, column)}]
+    messages = _any_messages(row, answer, column)
+    if messages[-1]["role"] != "assistant":
+        what = f"{column} ends with a message of the {messages[-1]['role']}"
+        raise row.error(what, "the last one is the answer to learn from")
+    return messages
+
+
+def _check_answer(row: _RowReader, answer: str | list[dict[str, Any]], column: str) -> None:
+    """DataError for an answer that says nothing."""
+    if isinstance(answer, str):
+        is_empty = not answer.strip()
+    else:
+        message = answer[-1]
+        says_more = "tool_calls" in message or "reasoning_content" in message
+        is_empty = not message["content"].strip() and not says_more
+    if is_empty:
+        why = "an answer without a token cannot be compared with another"
+        raise row.error(f"{column} is empty", why, "write the answer, or delete the row")
+
+
+def _shared_beginning(
+    row: _RowReader, chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The messages that both begin with; each is left with one of its own."""
+    count = 0
+    most = min(len(chosen), len(rejected)) - 1
+    while count < most and chosen[count] == rejected[count]:
+        count += 1
+    # What is learned from begins with an answer.
+    while count and chosen[count]["role"] != "assistant":
+        count -= 1
+    if not count:
+        why = "without a prompt, both begin with the messages that they answer"
+        fix = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}'
+        raise row.error("chosen and rejected do not begin with the same prompt", why, fix)
+    return chosen[:count]
+
+
+def _shared_text(row: _RowReader, chosen: str, rejected: str) -> str:
+    """The text that both begin with, up to the word in which they part."""
+    count = 0
+    for left, right in zip(chosen, rejected, strict=False):
+        if left != right:
+            break
+        count += 1
+    prompt = chosen[:count]
+    # A prompt ends with a whole word: its tokens are then those of both rows.
+    while prompt and not prompt[-1].isspace():
+        prompt = prompt[:-1]
+    if not prompt.strip():
+        why = "without a column prompt, both begin with the text that they answer"
+        fix = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}'
+        raise row.error("chosen and rejected do not begin with the same prompt", why, fix)
+    return prompt
+
+
+def _texts_of(messages: list[dict[str, Any]]) -> list[str]:
+    return [message["content"].strip() for message in messages]
+
+
 class _Format(NamedTuple):
     """The reader of a format, and the columns that it needs."""
 
-    read: Callable[[_RowReader], Sample]
+    read: Callable[[_RowReader], Sample | Pair | Feedback]
     columns: tuple[str, ...]
 
 
@@ -321,6 +531,8 @@ _FORMATS = {
     "sharegpt": _Format(_sharegpt, ("conversations",)),
     "prompt-completion": _Format(_prompt_completion, ("prompt", "completion")),
     "text": _Format(_text, ("text",)),
+    "preference": _Format(_preference, ("chosen", "rejected")),
+    "feedback": _Format(_feedback, ("prompt", "completion", "label")),
 }
 
 

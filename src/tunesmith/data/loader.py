@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -11,6 +11,7 @@ from typing import Protocol
 
 from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.data.micro_batches import MicroBatches
+from tunesmith.data.mismatched import lay_out, mismatched_examples
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.tokens import TokenSet
 from tunesmith.units import Size
@@ -29,6 +30,8 @@ class GlobalBatch:
         first_micro: number of `micro[0]` among the micro batches of all data ranks.
         idle_share: of the data ranks' time: 1 - load balance (mean cost / largest, micro step by
             micro step).
+        chosen_tokens: supervised tokens of the chosen answers of pairs, over all ranks.
+        mismatched: prompts with answers of other examples, this data rank's share of them.
         data_seconds: how long the training waited for it, on its device.
     """
 
@@ -41,6 +44,8 @@ class GlobalBatch:
     indices: list[int]
     first_micro: int = 0
     idle_share: float = 0.0
+    chosen_tokens: int = 0
+    mismatched: Sequence[Batch] = ()
     data_seconds: float = 0.0
     source: TokenSet | None = field(default=None, repr=False, compare=False)
 
@@ -82,6 +87,7 @@ class Loader(AbstractContextManager["Loader"]):
         attention_weight: cost of one pair of a query and a key that it sees, relative to a token's
             matmuls. Micro batches of one micro step are made alike in cost; an example counts as
             one document.
+        mismatches: also lay out the prompts with answers of other examples (`mismatched`).
         ahead: global batches that wait ready.
         prefetcher: None leaves micro batches in host memory.
     """
@@ -98,6 +104,7 @@ class Loader(AbstractContextManager["Loader"]):
     bound: int | None = None
     share: tuple[int, int] = (0, 1)
     attention_weight: float = 0.0
+    mismatches: bool = False
     ahead: int = 2
     prefetcher: BatchPrefetcher | None = None
 
@@ -147,7 +154,7 @@ class Loader(AbstractContextManager["Loader"]):
                 began = time.perf_counter()
                 batch = waiting.popleft().result()
                 if self.prefetcher is not None:
-                    for micro in batch.micro:
+                    for micro in (*batch.mismatched, *batch.micro):
                         self.prefetcher.claim(micro)
                 yield replace(batch, data_seconds=time.perf_counter() - began)
         finally:
@@ -158,12 +165,28 @@ class Loader(AbstractContextManager["Loader"]):
         batch = self.batch(step)
         if self.prefetcher is None:
             return batch
-        return replace(batch, micro=[self.prefetcher(micro) for micro in batch.micro])
+        # In the order in which a step needs them.
+        mismatched = [self.prefetcher(micro) for micro in batch.mismatched]
+        micro = [self.prefetcher(micro) for micro in batch.micro]
+        return replace(batch, micro=micro, mismatched=mismatched)
 
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of one step, made here and now, in host memory."""
         examples = self.schedule.examples(step)
         micro_steps = self._micro_batches.micro_steps(step)
+        mismatched: list[Batch] = []
+        if self.mismatches:
+            of_step = [self.tokens[i] for i in examples]
+            mismatched = lay_out(
+                mismatched_examples(of_step, self.schedule.row_length),
+                room=self.schedule.row_length,
+                pad_id=self.pad_id,
+                packed=self.schedule.packed,
+                pad_to=self.pad_to,
+                multiple=self.multiple,
+                bound=self.bound,
+                share=self.share,
+            )
         return GlobalBatch(
             step=step,
             epoch=self.schedule.epoch(step),
@@ -175,6 +198,8 @@ class Loader(AbstractContextManager["Loader"]):
             # Seeds go by the place of a micro batch over all ranks.
             first_micro=self.rank * len(micro_steps),
             idle_share=self._micro_batches.idle_share(micro_steps),
+            chosen_tokens=sum(self.tokens[i].chosen_tokens for i in examples),
+            mismatched=mismatched,
             source=self.tokens,
         )
 

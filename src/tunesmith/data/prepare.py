@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from tunesmith.config.schema import Run
 from tunesmith.data.contract import Contract, CutAnswers, check_tokens, excerpt
 from tunesmith.data.row_warnings import ROW_WARNINGS
@@ -71,7 +73,11 @@ class TrainingData:
         while schedule.ends_short and schedule.steps_per_epoch(0) <= steps:
             repeats = repeats * 2
             schedule = BatchSchedule(
-                self.train.lengths, self.run.data, self.run.train, repeats=repeats
+                self.train.lengths,
+                self.run.data,
+                self.run.train,
+                repeats=repeats,
+                row_length=self.run.row_tokens,
             )
         return replace(self, schedule=schedule)
 
@@ -293,6 +299,7 @@ def prepare_data(
     if strict:
         for contract in contracts:
             contract.raise_if_broken()
+        _check_labels(train)
     schedule = _make_schedule(run, train)
     duplicates = find_repeats(train)
     if validation is not None:
@@ -311,6 +318,21 @@ def prepare_data(
     )
 
 
+def _check_labels(train: TokenSet) -> None:
+    """DataError where all answers have one label: a method learns what tells them apart."""
+    labels: set[int] = set()
+    for part in train.parts:
+        labels.update(np.unique(part.arrays.labels).tolist())
+    if labels in ({0}, {1}):
+        kind = "good" if labels == {1} else "bad"
+        raise DataError(
+            f"all {len(train):,} answers are labeled {kind}",
+            where=train.counts.source,
+            why="kto learns from the difference of good and bad answers",
+            fix="add answers of the other label; or train on good ones alone with method: sft",
+        )
+
+
 def _make_schedule(run: Run, train: TokenSet) -> BatchSchedule:
     """The schedule; DataError where an epoch is empty, or too long to be ordered in memory."""
     if BYTES_PER_EXAMPLE * float(train.repeats.sum()) > available_memory():
@@ -320,7 +342,13 @@ def _make_schedule(run: Run, train: TokenSet) -> BatchSchedule:
             where="data.train",
             fix="lower weight, to 1 where it is not needed",
         )
-    schedule = BatchSchedule(train.lengths, run.data, run.train, repeats=train.repeats)
+    schedule = BatchSchedule(
+        train.lengths,
+        run.data,
+        run.train,
+        repeats=train.repeats,
+        row_length=run.row_tokens,
+    )
     if len(train) and schedule.steps_per_epoch(0) == 0:
         weights = ", ".join(str(source.weight) for source in run.data.train)
         raise DataError(

@@ -63,20 +63,27 @@ class BatchSchedule:
     """The sequence of global batches. Steps are counted from 0.
 
     Args:
-        lengths: int64 [n], tokens of each example, at most `data.seq_len`.
+        lengths: int64 [n], tokens of each example, at most a row's.
         data: gives seq_len, pack and shuffle.
         train: gives global_batch and seed.
         repeats: float64 [n], how often an epoch sees each example: the whole part for sure, and of
             the examples with the same fraction f, a share f that the seed draws anew each epoch.
             None: once.
+        row_length: tokens of a packed row; None: `data.seq_len`.
     """
 
     def __init__(
-        self, lengths: np.ndarray, data: Data, train: Train, *, repeats: np.ndarray | None = None
+        self,
+        lengths: np.ndarray,
+        data: Data,
+        train: Train,
+        *,
+        repeats: np.ndarray | None = None,
+        row_length: int | None = None,
     ) -> None:
         self.lengths = np.asarray(lengths, np.int64)
         self.packed = data.pack
-        self.row_length = data.seq_len
+        self.row_length = row_length or data.seq_len
         if repeats is None:
             repeats = np.ones(len(self.lengths))
         self._repeats = np.asarray(repeats, np.float64)

@@ -28,7 +28,7 @@ from tunesmith.host.streams import is_terminal
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would give other tokens, or an entry of the cache has another form.
-VERSION = 4
+VERSION = 5
 # Rows handed to the tokenizer at once.
 _BATCH = 256
 
@@ -128,21 +128,41 @@ class TokenSet:
 
     Attributes:
         lengths: int64 [n], tokens of each example.
+        longest_sequences: int64 [n], tokens of each example's longest sequence.
         repeats: float64 [n], how often each is seen in an epoch.
+        reference: fp64 [n, sequences of one], see `Example.reference`; None where it is not known.
     """
 
     def __init__(self, parts: Iterable[SourceTokens]) -> None:
         self.parts = tuple(parts)
+        self.reference: np.ndarray | None = None
         self._firsts = np.cumsum([0, *(len(part) for part in self.parts)])
         lengths = [np.diff(part.arrays.offsets) for part in self.parts]
+        longest = []
+        for part, of_part in zip(self.parts, lengths, strict=True):
+            firsts = part.arrays.firsts
+            longest.append(np.maximum(firsts, of_part - firsts))
         repeats = [np.full(len(part), part.weight) for part in self.parts]
         # numpy joins no empty list.
         nothing = np.zeros(0, np.int64)
         self.lengths = np.concatenate(lengths or [nothing])
+        self.longest_sequences = np.concatenate(longest or [nothing])
         self.repeats = np.concatenate(repeats or [nothing])
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
+
+    def document_lengths(self, examples: Sequence[int] | None = None) -> np.ndarray:
+        """int64: tokens of each sequence of some examples; None: of all."""
+        chosen = slice(None) if examples is None else list(examples)
+        longest = self.longest_sequences[chosen]
+        others = self.lengths[chosen] - longest
+        return np.concatenate([longest, others[others > 0]])
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether an example is a pair of answers."""
+        return any(bool(np.any(part.arrays.firsts)) for part in self.parts)
 
     def __iter__(self) -> Iterator[Example]:
         for i in range(len(self)):
@@ -157,8 +177,10 @@ class TokenSet:
 
     def __getitem__(self, i: int) -> Example:
         part, at = self._find(i)
-        span = slice(int(part.arrays.offsets[at]), int(part.arrays.offsets[at + 1]))
-        return Example(part.arrays.ids[span], part.arrays.trained[span])
+        example = part.arrays.example(at)
+        if self.reference is None:
+            return example
+        return example._replace(reference=tuple(self.reference[i].tolist()))
 
     @cached_property
     def hashes(self) -> np.ndarray:
@@ -373,7 +395,7 @@ def _tokenize_rows(
             # The first row of each warning is named to the user.
             for name in row.warnings:
                 warnings.setdefault(name, [0, i])[0] += 1
-            lengths.append(len(row.example.ids))
+            lengths.append(max(row.example.sequences or (len(row.example.ids),)))
             _add_example(row.example, i, where, data, writer, counts)
     # Rows are read again in training: a file that changed meanwhile would give others.
     rows.check_unchanged()
@@ -400,8 +422,8 @@ def _add_example(
     writer: TokenWriter,
     counts: dict[str, int],
 ) -> None:
-    """Write one example, cut at seq_len, or count why it is left out."""
-    length = len(example.ids)
+    """Write one example, each of its sequences cut at seq_len, or count why it is left out."""
+    length = max(example.sequences or (len(example.ids),))
     if length <= data.seq_len:
         writer.add(example, row, truncated=False)
         return
@@ -415,13 +437,35 @@ def _add_example(
     if data.too_long == "drop":
         counts["dropped"] += 1
         return
-    ids = example.ids[: data.seq_len]
-    trained = example.trained[: data.seq_len]
-    # No target is left: the first token of a row is never one.
-    if np.any(example.trained) and not np.any(trained[1:]):
+    cut = _cut(example, data.seq_len)
+    if cut is None:
         counts["emptied"] += 1
         return
-    writer.add(Example(ids, trained), row, truncated=True)
+    writer.add(cut, row, truncated=True)
+
+
+def _cut(example: Example, length: int) -> Example | None:
+    """The example with each of its sequences cut; None where that leaves one without a target."""
+    ids = []
+    trained = []
+    start = 0
+    for n in example.sequences or (len(example.ids),):
+        sequence = slice(start, start + n)
+        kept = slice(start, start + min(n, length))
+        had_target = np.any(example.trained[sequence])
+        # The first token of a sequence is never a target.
+        if had_target and not np.any(example.trained[kept][1:]):
+            return None
+        ids.append(example.ids[kept])
+        trained.append(example.trained[kept])
+        start += n
+    if not example.sequences:
+        return example._replace(ids=ids[0], trained=trained[0])
+    return example._replace(
+        ids=np.concatenate(ids),
+        trained=np.concatenate(trained),
+        sequences=tuple(len(sequence) for sequence in ids),
+    )
 
 
 def _encode_rows(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import convert_row
+from tunesmith.data.formats import convert_sample
 from tunesmith.data.source import read_rows
 from tunesmith.errors import CheckpointError, TunesmithError
 from tunesmith.export.tuned_weights import TunedModel
@@ -184,7 +184,7 @@ def probe_prompts(
             source_rows = read_rows(source)
             for i in range(min(rows, len(source_rows))):
                 where = source_rows.where(i)
-                sample = convert_row(source_rows[i], source, where=where, system=data.system)
+                sample = convert_sample(source_rows[i], source, where=where, system=data.system)
                 example = read.template.encode(sample, data.train_on, where=where)
                 prompts.append(example.ids[:tokens].tolist())
         # The data need not be on the machine that merges.

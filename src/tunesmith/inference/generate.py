@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.check import COLUMNS
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import ROLES, Conversation, Sample, convert_row
+from tunesmith.data.formats import ROLES, Conversation, Sample, convert_sample
 from tunesmith.data.source import Rows, from_list
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError
@@ -182,7 +182,7 @@ def make_prompt(
     where = rows.where(i)
     source = row_source(row, where, loaded.location.sources, format_name, columns)
     complete_row, is_answered = _with_answer(row, source)
-    sample = convert_row(complete_row, source, where=where, system=loaded.system)
+    sample = convert_sample(complete_row, source, where=where, system=loaded.system)
     if isinstance(sample, Conversation):
         role = sample.messages[-1]["role"]
         if role != "assistant":

@@ -13,7 +13,7 @@ import torch
 
 from tunesmith.adapter import lora, peft_files
 from tunesmith.adapter.low_rank import lora_scaling
-from tunesmith.build_model import init_adapter
+from tunesmith.build_model import init_adapter, set_reference
 from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
 from tunesmith.config.schema import Adapter, Run
 from tunesmith.data.schedule import BatchSchedule
@@ -55,7 +55,13 @@ class SharedBase:
         with ranks.raise_on_all_ranks():
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train
-            schedule = BatchSchedule(tokens.lengths, run.data, run.train, repeats=tokens.repeats)
+            schedule = BatchSchedule(
+                tokens.lengths,
+                run.data,
+                run.train,
+                repeats=tokens.repeats,
+                row_length=run.row_tokens,
+            )
             for text in describe_resume(start, run, schedule):
                 log.info(text)
             # The adapter begins as in a run of its own with this seed.
@@ -63,6 +69,7 @@ class SharedBase:
             # The base stays in memory: only the adapter is another.
             lora.replace_adapter(root.model, run.adapter)
             init_adapter(run, root.model)
+            set_reference(run, root)
             if start.checkpoint:
                 peft_files.load_adapter(root.model, start.checkpoint.path)
         self._use_graphs_of(run.adapter)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tunesmith.data.formats import Completion, Conversation, Sample, convert_row
+from tunesmith.data.formats import Completion, Conversation, Sample, convert_sample
 from tunesmith.data.source import read_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.export.gguf.llama_cpp import CONTEXT
@@ -73,7 +73,7 @@ def questions_of(read: OpenedRun) -> list[Question]:
             for number in range(min(ROWS_READ, len(rows))):
                 where = rows.where(number)
                 system = read.location.run.data.system if read.location.run else None
-                sample = convert_row(rows[number], source, where=where, system=system)
+                sample = convert_sample(rows[number], source, where=where, system=system)
                 question = _question(read, sample, where)
                 if question is not None:
                     questions.append(question)
