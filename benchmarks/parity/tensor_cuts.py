@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.adapter import lora
-from tunesmith.config.schema import Adapter, Train
+from tunesmith.config.schema import Adapter, MethodConfig, Train
 from tunesmith.data.batch import Batch
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.methods import METHODS
+from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.fused import fuse_modules
 from tunesmith.model.model_types import FILE, ModelType, read_model_types
@@ -79,7 +79,7 @@ def build(entry: ModelType, adapter: Adapter | None) -> TrainModel:
             nn.init.normal_(layer.lora_B, std=0.1)  # with B = 0 the gradient of A would be zero
     fuse_modules(twin, project=lora.project)
     options = {"attention_backend": "products", "recurrent": entry.support.recurrent}
-    return TrainModel(twin, METHODS["sft"], **options).train()
+    return TrainModel(twin, make_method(MethodConfig()), **options).train()
 
 
 def make_batch() -> Batch:

@@ -55,7 +55,10 @@ def head_everywhere() -> None:
     """The head computes logits for prompts and padding too."""
 
     def whole(
-        self: SupervisedFineTuning, model: base.TrainModel, batch: Batch
+        self: SupervisedFineTuning,
+        model: base.TrainModel,
+        batch: Batch,
+        totals: base.StepTotals | None = None,
     ) -> base.MethodOutput:
         hidden, targets = model.hidden(batch), batch.targets.flatten()
         index, labels = base.supervised_positions(batch)

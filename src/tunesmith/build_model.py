@@ -1,5 +1,6 @@
 """From a recipe to its model: the whole order of changes, in one function that reads as a list."""
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from tunesmith.data.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import RecipeError
 from tunesmith.hub.model_files import ModelFiles
-from tunesmith.methods import METHODS
+from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import fused, gpu_kernels, load, random_init
 from tunesmith.model.dtypes import DTYPES
@@ -132,7 +133,7 @@ def build_model(
         _check_eager(model, files.support)
     root = TrainModel(
         model,
-        METHODS[run.method],
+        make_method(run.method),
         attention_backend=plan.attention,
         recurrent=files.support.recurrent,
     )
@@ -151,6 +152,7 @@ def build_model(
         accumulate_in_fp32(model.get_submodule(root.layers_name))
     allocate(run, root, plan, mesh)
     fill_parameters(run, files, model, weights or files.folder, ranks)
+    set_reference(run, root)
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
     if probe is not None and run.train.recompute == "auto" and device.type == "cuda":
@@ -231,6 +233,23 @@ def fill_parameters(
         )
     if run.adapter.kind == "lora":
         init_adapter(run, model)
+
+
+def set_reference(run: Run, root: TrainModel) -> None:
+    """Let a method compare with the model that training begins from, before a resumed adapter is
+    read.
+
+    With an adapter that is the base without it, or the adapter of `adapter.from` as it came. Of a
+    model trained in full nothing of it is left; its numbers are computed before training
+    (`training/reference.py`).
+    """
+    root.reference = None
+    if not root.method.needs_reference or run.adapter.kind == "none":
+        return
+    if run.adapter.from_ is None:
+        root.reference = partial(lora.disabled, root.model)
+    else:
+        root.reference = lora.TrainedValues(root.model).in_place
 
 
 def init_adapter(run: Run, model: nn.Module) -> None:

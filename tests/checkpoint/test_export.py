@@ -16,8 +16,9 @@ from ranks import run_ranks
 from recipes import built_model, make_run
 from tunesmith.checkpoint.contents import tokenizer_files, write_checkpoint, write_model_files
 from tunesmith.checkpoint.resume import Progress
+from tunesmith.config.schema import MethodConfig
 from tunesmith.data.template import select_template
-from tunesmith.methods import METHODS
+from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.save_tensors import PIECE, save_tensors
 
@@ -206,7 +207,7 @@ def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
     state = ("exp_avg", "exp_avg_sq", "master")
     optimizer = {f"{n}.{k}": elsewhere(p) for n, p in model.named_parameters() for k in state}
     run = make_run(folder, folder, adapter={"kind": "none"})
-    root = TrainModel(model, METHODS["sft"], attention_backend="products")
+    root = TrainModel(model, make_method(MethodConfig()), attention_backend="products")
     out = folder / "checkpoint"
     out.mkdir()
     # What is free already would hide as much of what is taken next

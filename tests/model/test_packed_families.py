@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from errors import refuses
+from tunesmith.config.schema import MethodConfig
 from tunesmith.data.batch import Batch
 from tunesmith.errors import ModelError
-from tunesmith.methods import METHODS
+from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.fused import fuse_modules
 from tunesmith.model.recurrent import run_by_document
@@ -243,7 +244,7 @@ def test_packed_documents_are_computed_as_if_alone(model_type: str) -> None:
     recurrent = FAMILIES[model_type][1]
     fuse_modules(model)
     root = TrainModel(
-        model, METHODS["sft"], attention_backend="products", recurrent=recurrent
+        model, make_method(MethodConfig()), attention_backend="products", recurrent=recurrent
     ).train()
     if model_type in ("nemotron", "jamba"):
         recompute_layers(root.layers, len(root.layers))

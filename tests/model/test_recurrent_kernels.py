@@ -27,8 +27,8 @@ import vision_models
 from errors import lines_with
 from logged import logged_lines
 from recipes import make_run
-from tunesmith.config.schema import Model
-from tunesmith.methods import METHODS
+from tunesmith.config.schema import MethodConfig, Model
+from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import gpu_kernels
 from tunesmith.model.load import build_on_meta
@@ -372,7 +372,7 @@ def test_kernels_take_all_documents_in_one_call(
     assert describe_trials(trials)[0].startswith(f"{next(iter(trials))}: ")
 
     root = TrainModel(
-        model, METHODS["sft"], attention_backend="products", recurrent=class_names
+        model, make_method(MethodConfig()), attention_backend="products", recurrent=class_names
     ).train()
     use_packed_calls(model, {name: trial.call for name, trial in trials.items()})
     kernels.calls.clear()

@@ -24,10 +24,10 @@ from devices import cpu_and_gpu
 from ranks import free_port, run_ranks
 from recipes import make_run, merge
 from tunesmith.adapter import lora
-from tunesmith.config.schema import Model
+from tunesmith.config.schema import MethodConfig, Model
 from tunesmith.data.batch import Batch
 from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.methods import METHODS
+from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import load
 from tunesmith.model.fused import fuse_modules
@@ -144,7 +144,7 @@ def built(run: Any, mesh: Mesh, device: torch.device, offload: bool) -> TrainMod
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=1)
     fuse_modules(model, project=lora.project)
-    root = TrainModel(model, METHODS["sft"], attention_backend="products").train()
+    root = TrainModel(model, make_method(MethodConfig()), attention_backend="products").train()
     recompute_layers(root.layers, LAYERS)
     if offload:
         offload_inputs(root.layers)

@@ -19,12 +19,12 @@ from errors import error_in, holds, refuses
 from ranks import gathered, run_ranks
 from tunesmith.adapter import lora
 from tunesmith.adapter.eight_bit import convert_to_eight_bit
-from tunesmith.config.schema import Adapter, Model, Train
+from tunesmith.config.schema import Adapter, MethodConfig, Model, Train
 from tunesmith.data.batch import Batch
 from tunesmith.distributed import torch_private
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
-from tunesmith.methods import METHODS
+from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.model import load
 from tunesmith.model.decoder import Head
@@ -97,7 +97,9 @@ def causal_lm(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> 
 
 def rooted(model: PreTrainedModel, **options: Any) -> TrainModel:
     fuse_modules(model, project=lora.project)
-    return TrainModel(model, METHODS["sft"], **{"attention_backend": "products", **options}).train()
+    return TrainModel(
+        model, make_method(MethodConfig()), **{"attention_backend": "products", **options}
+    ).train()
 
 
 def build(name: str, adapter: Adapter | None) -> TrainModel:

@@ -85,7 +85,9 @@ def plain_losses(model: TrainModel, of: list[Example]) -> dict[tuple[int, ...], 
     """Each document alone through Transformers' own attention and head."""
     model.model.set_attn_implementation("eager")
     found = {}
-    for ids, trained, _ in of:
+    for example in of:
+        ids = example.ids
+        trained = example.trained
         tokens = torch.from_numpy(ids.astype(np.int64))
         with torch.no_grad():
             logits = model.model(tokens.unsqueeze(0)).logits[0, :-1]

@@ -122,9 +122,9 @@ def test_an_operator_that_cannot_is_named_with_the_key(
 
     call = SupervisedFineTuning.__call__
 
-    def scattered(self: SupervisedFineTuning, *args: object) -> object:
+    def scattered(self: SupervisedFineTuning, *args: object, **options: object) -> object:
         torch.zeros(3).put_(torch.tensor([1]), torch.tensor([2.0]))
-        return call(self, *args)
+        return call(self, *args, **options)
 
     monkeypatch.setattr(SupervisedFineTuning, "__call__", scattered)
     assert losses(make_run(tiny, tmp_path, held=False, output_dir=str(tmp_path / "without")))

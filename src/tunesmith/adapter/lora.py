@@ -470,6 +470,26 @@ def disabled(model: nn.Module) -> Iterator[None]:
             parameter.data = tuned
 
 
+class TrainedValues:
+    """The values of everything that a model trains, as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Compute with them, in place of what the parameters hold."""
+        current = [parameter.data for parameter, _ in self.values]
+        try:
+            # `.data` is exchanged, not the parameter: optimizer and hooks hold the parameter.
+            for parameter, value in self.values:
+                parameter.data = value
+            yield
+        finally:
+            for (parameter, _), value in zip(self.values, current, strict=True):
+                parameter.data = value
+
+
 def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     """Outputs [..., out_features] of several layers for one input x [..., in_features].
 

@@ -71,7 +71,7 @@ def model_card(
         is_trained: whether it is more than the base in another format.
     """
     is_full = run is not None and run.adapter.kind == "none"
-    training_tags = ["full" if is_full else "lora", *([run.method] if run else [])]
+    training_tags = ["full" if is_full else "lora", *([run.method.name] if run else [])]
     # In their order, without repetitions.
     sources = list(dict.fromkeys(source.source for source in run.data.train)) if run else []
     license_keys = _license(base)

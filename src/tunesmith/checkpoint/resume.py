@@ -56,7 +56,7 @@ class Progress:
         seconds: training time so far, for durations by the clock.
         record: of the last step; None before the first.
         validated: whether the validation due at this step is done.
-        best_step, best_loss: of the best validation so far.
+        best_step, best_loss, best_accuracy: of the best validation so far.
         worse: validations since the best one.
         loss_scale: fp16's.
         good_steps: since it last changed.
@@ -76,6 +76,7 @@ class Progress:
     validated: bool = True
     best_step: int | None = None
     best_loss: float | None = None
+    best_accuracy: float | None = None
     worse: int = 0
     loss_scale: float | None = None
     good_steps: int = 0

@@ -1,6 +1,22 @@
 """What the loss is: one file a method. The recipe's `method` is a name of this table."""
 
+from tunesmith.config.schema import MethodConfig
 from tunesmith.methods.base import Method
+from tunesmith.methods.dpo import DirectPreferenceOptimization
+from tunesmith.methods.kto import KahnemanTverskyOptimization
+from tunesmith.methods.orpo import OddsRatioPreferenceOptimization
 from tunesmith.methods.sft import SupervisedFineTuning
+from tunesmith.methods.simpo import SimplePreferenceOptimization
 
-METHODS: dict[str, Method] = {"sft": SupervisedFineTuning()}
+METHODS: dict[str, type[Method]] = {
+    "sft": SupervisedFineTuning,
+    "dpo": DirectPreferenceOptimization,
+    "orpo": OddsRatioPreferenceOptimization,
+    "kto": KahnemanTverskyOptimization,
+    "simpo": SimplePreferenceOptimization,
+}
+
+
+def make_method(config: MethodConfig) -> Method:
+    """The method that a recipe names, with its numbers."""
+    return METHODS[config.name](config)

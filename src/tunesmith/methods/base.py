@@ -6,14 +6,16 @@ or head called from outside finds shards. A method (`sft.py`) is called by the r
 loss sum and what to divide it by, and owns no loop.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunesmith.config.schema import MethodConfig
 from tunesmith.data.batch import IGNORE, Batch
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.distributed.vocab_parallel import compute_with_head
@@ -35,6 +37,8 @@ from tunesmith.model.recurrent_kernels import Trial
 from tunesmith.quant.expert_ranks import ExpertRanks
 from tunesmith.quant.frozen_linear import parameter_count
 
+Value = TypeVar("Value")
+
 
 class MethodOutput(NamedTuple):
     """What a method makes of one micro batch, local to the rank."""
@@ -46,16 +50,40 @@ class MethodOutput(NamedTuple):
     metrics: Mapping[str, Tensor] = {}
 
 
-class Method(Protocol):
+class StepTotals(NamedTuple):
+    """What the losses of an optimizer step share, or those of all held-out rows.
+
+    Attributes:
+        examples: on all ranks.
+        chosen_tokens: supervised tokens of the chosen answers, on all ranks.
+        mismatched: prompts with answers of other rows, of this data rank; for methods that
+            `needs_mismatched`.
+        kl: 0-d, what such a method measured on them.
+    """
+
+    examples: int
+    chosen_tokens: int = 0
+    mismatched: Sequence[Batch] = ()
+    kl: Tensor | None = None
+
+
+class Method(ABC):
     """What the loss is.
 
     Attributes:
-        metrics: names of the method's own fields in the step's record, in their order.
+        metrics: names of the method's own sums in MethodOutput, in their order.
+        needs_reference: it compares with the model that training began from.
+        needs_mismatched: it needs prompts with answers of other rows.
     """
 
-    @property
-    def metrics(self) -> Sequence[str]: ...
+    metrics: Sequence[str] = ()
+    needs_reference = False
+    needs_mismatched = False
 
+    def __init__(self, config: MethodConfig) -> None:
+        self.config = config
+
+    @abstractmethod
     def denominator(self, batch: Batch | GlobalBatch) -> int:
         """What the loss sum over a micro batch or a whole global batch is divided by.
 
@@ -63,8 +91,45 @@ class Method(Protocol):
         micro batches and ranks.
         """
 
-    def __call__(self, model: "TrainModel", batch: Batch) -> MethodOutput:
-        """Loss sum and metrics of one micro batch, with `denominator(batch)`."""
+    def begin_step(
+        self, model: "TrainModel", totals: StepTotals, add_up: Callable[[Tensor], object]
+    ) -> StepTotals:
+        """What has to be known of a whole global batch before its first loss; a collective call.
+
+        add_up: sums a tensor over the data ranks, in place.
+        """
+        return totals
+
+    @abstractmethod
+    def __call__(
+        self, model: "TrainModel", batch: Batch, totals: StepTotals | None = None
+    ) -> MethodOutput:
+        """Loss sum and metrics of one micro batch, with `denominator(batch)`.
+
+        totals: of the step that it belongs to; None takes the micro batch for a whole one.
+        """
+
+    def finish(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What a record shows, of the means of a step."""
+        return dict(metrics)
+
+
+class OfExamples(Method):
+    """A method whose loss is a mean over examples."""
+
+    def denominator(self, batch: Batch | GlobalBatch) -> int:
+        return batch.examples
+
+    def cross_entropy(self, chosen: Tensor, batch: Batch, totals: StepTotals | None) -> Tensor:
+        """The mean cross-entropy of a chosen token, times the examples that the loss is divided by.
+
+        chosen: [pairs], log-probabilities of the chosen answers.
+        """
+        if totals is not None:
+            scale = totals.examples / max(1, totals.chosen_tokens)
+        else:
+            scale = batch.examples / max(1, batch.chosen_tokens)
+        return -chosen.sum() * scale
 
 
 class TrainModel(nn.Module):
@@ -102,6 +167,9 @@ class TrainModel(nn.Module):
         # What became of the kernels of recurrent layers, by class.
         self.recurrent_trials: Mapping[str, Trial] = {}
         self.expert_load = ExpertLoad(model)
+        # Puts the weights that training began from in place; None where no method asks for them, or
+        # where all is known of them before training.
+        self.reference: Callable[[], AbstractContextManager[None]] | None = None
         self.chunk_size = None  # of layers with chunked attention, in tokens
         if attention_backend != "eager":
             self.chunk_size = prepare_chunked_attention(model)
@@ -152,9 +220,18 @@ class TrainModel(nn.Module):
             return nullcontext()
         return self.expert_load.count(batch.is_token())
 
-    def forward(self, batch: Batch) -> MethodOutput:
-        """The method's loss sum of this micro batch, local to the rank, and its denominator."""
-        return self.method(self, batch)
+    @overload
+    def forward(self, batch: Batch) -> MethodOutput: ...
+
+    @overload
+    def forward(self, batch: Batch, compute: Callable[["TrainModel", Batch], Value]) -> Value: ...
+
+    def forward(
+        self, batch: Batch, compute: Callable[["TrainModel", Batch], Any] | None = None
+    ) -> Any:
+        """What `compute` makes of this micro batch, local to the rank; None: the method's loss sum
+        and its denominator, as of a batch by itself."""
+        return (compute or self.method)(self, batch)
 
     def _documents(self, batch: Batch) -> Documents | None:
         """None for padded rows, which Transformers' own attention takes."""

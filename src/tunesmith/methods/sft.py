@@ -2,21 +2,27 @@
 
 from tunesmith.data.batch import Batch
 from tunesmith.data.loader import GlobalBatch
-from tunesmith.methods.base import MethodOutput, TrainModel, supervised_positions
+from tunesmith.methods.base import (
+    Method,
+    MethodOutput,
+    StepTotals,
+    TrainModel,
+    supervised_positions,
+)
 
 
-class SupervisedFineTuning:
+class SupervisedFineTuning(Method):
     """Mean loss over the supervised tokens of the global batch, in nats.
 
     Only these positions reach the head.
     """
 
-    metrics = ()
-
     def denominator(self, batch: Batch | GlobalBatch) -> int:
         return batch.supervised
 
-    def __call__(self, model: TrainModel, batch: Batch) -> MethodOutput:
+    def __call__(
+        self, model: TrainModel, batch: Batch, totals: StepTotals | None = None
+    ) -> MethodOutput:
         index, targets = supervised_positions(batch)
         loss = model.loss(model.hidden(batch).index_select(0, index), targets)
         return MethodOutput(loss, self.denominator(batch))

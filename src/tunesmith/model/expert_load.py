@@ -44,6 +44,16 @@ class ExpertLoad:
         finally:
             self.is_token = None
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing of what runs inside."""
+        is_token = self.is_token
+        self.is_token = None
+        try:
+            yield
+        finally:
+            self.is_token = is_token
+
     @torch.compiler.disable
     def _note(self, layer: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_token is None:

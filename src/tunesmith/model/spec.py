@@ -647,6 +647,7 @@ def flops(
     *,
     trained: Literal["full", "lora"],
     adapter_parameters: int = 0,
+    forwards: int = 0,
 ) -> float:
     """Floating-point operations that a training step needs, the numerator of MFU.
 
@@ -658,12 +659,13 @@ def flops(
     recurrent layer the recurrence itself, not the products that a kernel makes of it by chunks.
 
     `documents` are lengths in tokens without padding; `supervised` counts the positions whose label
-    enters the loss. Each of the `adapter_parameters` costs 6 per token.
+    enters the loss. Each of the `adapter_parameters` costs 6 per token. `forwards` are passes of
+    the same tokens beside the one that is trained on, such as a reference's.
     """
     lengths = list(documents)
     tokens = sum(lengths)
     # 2 forward, 2 for the gradient of the input, 2 for the weight's if it is trained.
-    per_parameter = 6 if trained == "full" else 4
+    per_parameter = (6 if trained == "full" else 4) + 2 * forwards
     # Products of a token and a parameter: the head sees only tokens with a label.
     products = spec.active * tokens + spec.head_matmul * supervised
     matmul = per_parameter * products
@@ -676,9 +678,9 @@ def flops(
         # twice the forward.
         channels = layer.heads * (layer.head_dim + layer.value_dim)
         # 3: a forward and a backward of twice its work. 2: a multiplication and an addition.
-        attention += 3 * 2 * count * pairs * channels
+        attention += (3 + forwards) * 2 * count * pairs * channels
         # A token's update of a state, its decay and its reading: 2 operations an element each.
-        recurrence += 3 * 6 * count * layer.state * tokens
+        recurrence += (3 + forwards) * 6 * count * layer.state * tokens
     return float(matmul + attention + recurrence + 6 * adapter_parameters * tokens)
 
 

@@ -151,16 +151,20 @@ def measure_work(
     steps = None
     if tokens is not None:
         lengths = tokens.lengths
+        documents = tokens.document_lengths()
         supervised = tokens.counts.supervised
-        schedule = schedule or BatchSchedule(lengths, run.data, run.train, repeats=tokens.repeats)
+        schedule = schedule or BatchSchedule(
+            lengths, run.data, run.train, repeats=tokens.repeats, row_length=run.row_tokens
+        )
         step = schedule.step_size()
         steps = schedule.steps(run.train.duration)
         source = f"{len(lengths):,} in the token cache, {lengths.mean():,.0f} tokens on average"
     else:
-        seq_len = run.data.seq_len
-        supervised = min(length or seq_len, seq_len)
+        sequences = run.row_tokens // run.data.seq_len
+        supervised = min(length or run.row_tokens, run.row_tokens)
         lengths = np.array([supervised])
-        unit_tokens = supervised if run.train.global_batch.unit == "examples" else seq_len
+        documents = np.repeat(supervised // sequences, sequences)
+        unit_tokens = supervised if run.train.global_batch.unit == "examples" else run.row_tokens
         step_tokens = resolve.step_units(run) * unit_tokens
         step = StepSize(step_tokens, step_tokens)
         source = f"not known, taken as {supervised:,} tokens each, all with a label"
@@ -173,7 +177,14 @@ def measure_work(
         adapter_weights = count_active_adapter(spec, run.adapter)
 
     def operations(spec: ModelSpec) -> float:
-        return flops(spec, lengths, supervised, trained=trained, adapter_parameters=adapter_weights)
+        return flops(
+            spec,
+            documents.tolist(),
+            supervised,
+            trained=trained,
+            adapter_parameters=adapter_weights,
+            forwards=run.extra_forwards,
+        )
 
     everything = operations(spec)
     # Without heads no attention is counted: what is left is products.
@@ -189,7 +200,7 @@ def measure_work(
         operations=everything / total,
         attention=1 - products / everything,
         experts=experts / everything,
-        probabilities=float(kept_probabilities(lengths).sum()) / total,
+        probabilities=float(kept_probabilities(documents).sum()) / total,
         source=source,
     )
 
@@ -338,10 +349,10 @@ class Planner:
         if share >= forecast.hides_from:
             return None
         batch = run.train.global_batch
-        # Each data rank takes whole examples, or whole rows of seq_len.
+        # Each data rank takes whole examples, or whole packed rows.
         unit = mesh.data
         if batch.unit == "tokens":
-            unit *= run.data.seq_len
+            unit *= run.row_tokens
         amount = math.ceil(batch.amount * forecast.hides_from / share / unit) * unit
         fix = f"train.global_batch='{Size(amount, batch.unit)}'"
         if run.train.micro_batch != "auto":
@@ -401,7 +412,7 @@ class Planner:
         fails, tight, cost = auto.order
         # Another micro batch than that of `auto` must gain BETTER.
         least = (fails, tight, BETTER * cost)
-        tokens = self.run.data.seq_len
+        tokens = self.run.row_tokens
         while tokens <= largest:
             forecast = self.forecast(mesh, Size(tokens, "tokens"))
             if forecast.order < least:

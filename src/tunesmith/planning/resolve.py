@@ -167,7 +167,7 @@ def resolve_plan(
         size = StepSize(step.mean * share, math.ceil(step.largest * share))
         estimator = MemoryEstimator(changed, spec, machine, count, mesh, probabilities)
         return estimator.plan(
-            rank_step(changed, size, mesh), min(longest, changed.data.seq_len), previous_micro_batch
+            rank_step(changed, size, mesh), min(longest, changed.row_tokens), previous_micro_batch
         )
 
     check_offload(run, machine, mesh)
@@ -213,7 +213,7 @@ def step_units(run: Run) -> int:
     size = run.train.global_batch
     if size.unit == "examples":
         return size.amount
-    return max(1, size.amount // run.data.seq_len)
+    return max(1, size.amount // run.row_tokens)
 
 
 def rank_step(run: Run, step: StepSize, mesh: MeshShape) -> StepSize:
@@ -746,17 +746,17 @@ class MemoryEstimator:
         return gathered + head * (2 * itemsize + 4)
 
     def fastest_micro_batch(self, step: StepSize, *, fixed: bool) -> int:
-        """Tokens of the micro batch with the least time, in whole `seq_len`; the largest of equal.
+        """Tokens of the micro batch with the least time, in whole rows; the largest of equal.
 
         fixed: every micro batch is padded to one size, so that a step should be a whole number of
         them.
         """
-        seq_len = self.run.data.seq_len
+        row = self.run.row_tokens
         limit = most_tokens(self.spec, self.machine.device)
-        largest = min(limit, math.ceil(step.largest / seq_len) * seq_len)
-        largest = max(seq_len, largest // seq_len * seq_len)
+        largest = min(limit, math.ceil(step.largest / row) * row)
+        largest = max(row, largest // row * row)
         # `min` takes the first of equal ones.
-        candidates = range(largest, 0, -seq_len)
+        candidates = range(largest, 0, -row)
         return min(candidates, key=lambda tokens: self._cost(tokens, step, fixed=fixed))
 
     def _cost(self, tokens: int, step: StepSize, *, fixed: bool) -> float:

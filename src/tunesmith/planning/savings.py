@@ -94,7 +94,7 @@ def _changes(run: Run, plan: RunPlan, longest: int) -> list[list[Keys]]:
     seq_len = run.data.seq_len
     # An update in the backward takes the global batch as one micro batch.
     batch = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
-    least = seq_len if size.unit == "tokens" else 1
+    least = run.row_tokens if size.unit == "tokens" else 1
     adapter: Keys = {
         "adapter.kind": "lora",
         "train.master_weights": "fp32",
@@ -115,7 +115,8 @@ def _changes(run: Run, plan: RunPlan, longest: int) -> list[list[Keys]]:
 def _shorter(run: Run, length: int, longest: int) -> Keys:
     """A smaller seq_len; examples whose answers it would cut go, as the token contract says."""
     keys: Keys = {"data.seq_len": length}
-    if length < longest and not run.data.allow_cut_answers:
+    sequences = run.row_tokens // run.data.seq_len
+    if length * sequences < longest and not run.data.allow_cut_answers:
         keys["data.too_long"] = "drop"
     return keys
 

@@ -168,7 +168,7 @@ class AsyncMetrics:
             memory_gib=session.memory_gib(),
             **self.health.read(),
             idle_share=idle_share,
-            extra=numbers.metrics,
+            extra=session.model.method.finish(numbers.metrics),
         )
 
     def log_record(self) -> None:

@@ -22,13 +22,19 @@ from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
 from tunesmith.adapter.peft_files import describe_misread, find_adapter, read_adapter
-from tunesmith.build_model import Weights, build_model, count_trained, define_model
+from tunesmith.build_model import (
+    Weights,
+    build_model,
+    count_trained,
+    define_model,
+    fill_parameters,
+)
 from tunesmith.checkpoint.contents import read_optimizer
 from tunesmith.checkpoint.manifest import check_sums
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start, check_unchanged, describe_resume
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.config.dump import digest, dump
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import PAIR_METHODS, Run
 from tunesmith.data.batch import Batch
 from tunesmith.data.contract import CutAnswers
 from tunesmith.data.files import check_data_file
@@ -36,7 +42,7 @@ from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source import is_local
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import MachineError, UsageError
+from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.host import packages
 from tunesmith.host.chips import Peak
 from tunesmith.host.files import existing_folder, require_disk_space, write_atomically
@@ -44,6 +50,7 @@ from tunesmith.host.memory import available_memory
 from tunesmith.hub import fetch
 from tunesmith.hub.download import FetchProgress
 from tunesmith.hub.model_files import ModelFiles, read_model_files
+from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.metrics.trackers import key_and_fix, trackers_of
@@ -71,6 +78,7 @@ from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.training.agree import check_same_inputs
 from tunesmith.training.compare_eight_bit import PROBE_TOKENS, TOLERANCE, compare_with_bf16
+from tunesmith.training.reference import BaseReference
 
 log = logging.getLogger(__name__)
 
@@ -112,14 +120,21 @@ class Session:
         """Floating-point operations of a step on these examples, of which `supervised` positions
         carry a label.
         """
-        lengths = self.data.schedule.lengths[examples]
+        lengths = self.data.train.document_lengths(examples)
         if self.run.adapter.kind == "none":
             return flops(self.files.spec, lengths, supervised, trained="full")
         spec = self.files.spec
         adapter = sum(p.numel() for p in self.optimizer.params.values())
         # Of experts that a token does not go to.
         idle = count_adapter(spec, self.run.adapter) - count_active_adapter(spec, self.run.adapter)
-        return flops(spec, lengths, supervised, trained="lora", adapter_parameters=adapter - idle)
+        return flops(
+            spec,
+            lengths,
+            supervised,
+            trained="lora",
+            adapter_parameters=adapter - idle,
+            forwards=self.run.extra_forwards,
+        )
 
     def memory_gib(self) -> float:
         """Peak memory of this start so far, GiB; what the trial of memory reset in the allocator's
@@ -203,6 +218,7 @@ def build(
         weights=weights,
         measured=measured,
         make_mesh=make_mesh,
+        model_hash=hashes["model_hash"],
     )
     # Random weights have no file to compare with.
     if weights == "stored":
@@ -237,6 +253,14 @@ def lay_out_rows(run: Run, files: ModelFiles) -> Run:
         log.info(line)
     if support.state != "padded":
         return run
+    if run.method.name in PAIR_METHODS:
+        raise RecipeError(
+            f"method: {run.method.name} is not computed for {files.config.model_type}",
+            where="method",
+            why="the two answers of a pair share a row, and the layers of this model do not keep"
+            f" documents apart: {support.why}",
+            fix="method: kto or sft, or another model: tunesmith models",
+        )
     return one_document_a_row(run, files.config.model_type, support.why)
 
 
@@ -275,6 +299,7 @@ def load_model(
     weights: Weights,
     measured: bool,
     make_mesh: Callable[[MeshShape, str], Mesh],
+    model_hash: str | None,
     refused: str = "",
 ) -> tuple[TrainModel, RunPlan, Mesh]:
     """Plan the run and load its model: without an fp8 base if that was `refused`, for the reason in
@@ -292,6 +317,12 @@ def load_model(
         base_weights = "random"
     # One token is enough: one micro batch, the largest of the first step.
     [largest] = first_batches(make_loader(data, files, plan), device, 1)
+    reference = None
+    if is_full and METHODS[run.method.name].needs_reference:
+        reference = BaseReference(run, data, model_hash, ranks)
+        if not reference.is_known and weights == "stored":
+            # It is measured on the base; a checkpoint's weights follow.
+            base_weights = None
     root, plan = build_model(
         run,
         files,
@@ -303,6 +334,10 @@ def load_model(
         mesh=mesh,
         ranks=ranks,
     )
+    if reference is not None and not reference.is_known:
+        reference.measure(root, plan.layout, files.pad_id, mesh)
+        if checkpoint is not None:
+            fill_parameters(run, files, root.model, checkpoint, ranks)
     return root, plan, mesh
 
 
@@ -602,6 +637,7 @@ def make_loader(
         stop_step=stop,
         share=(mesh.data_rank, mesh.shape.data),
         attention_weight=attention_weight(files.spec, trained=trained),
+        mismatches=METHODS[data.run.method.name].needs_mismatched,
         prefetcher=DevicePrefetcher(device) if device.type == "cuda" else None,
     )
 

@@ -257,7 +257,7 @@ def half_micro_batch(run: Run, micro_batch: str | None) -> str:
     smallest = 1
     if size.unit == "tokens":
         # A row of this length has to fit.
-        smallest = run.data.seq_len
+        smallest = run.row_tokens
     half = max(size.amount // 2, smallest)
     if half >= size.amount:
         return ""

@@ -18,11 +18,13 @@ from tunesmith.checkpoint.resume import COUNTER, Progress, Start
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.errors import TunesmithError
+from tunesmith.methods.base import StepTotals
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks
 from tunesmith.model.expert_load import load_metrics
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.parallel.copies import GradientSum
+from tunesmith.parallel.mesh import all_reduce_together
 from tunesmith.parallel.shard import reduce_in, sharded_modules
 from tunesmith.parallel.tensor import reduce_gradients
 from tunesmith.runtime.host import return_freed_memory
@@ -163,6 +165,8 @@ class Trainer:
         lr = self.learning_rate(batch.step, seconds=self.progress.seconds)
         optimizer.start_step(lr, batch.step)
         denominator = model.method.denominator(batch)
+        totals = self.begin_method(batch)
+        loss_of = partial(model.method, totals=totals)
         # fp16 scales the loss up, and the optimizer divides the gradients by the scale again.
         loss_scale = (optimizer.scale or 1.0) / denominator
         loss = torch.zeros((), device=self.session.device)
@@ -179,7 +183,7 @@ class Trainer:
             if is_last:
                 self.gradient_sum.start()
             with model.step_context(micro_batch):
-                output = model(micro_batch)
+                output = model(micro_batch, loss_of)
                 self.ranks.heartbeat.progress()
                 (output.loss * loss_scale).backward()
             # Not in place: the metrics began as the same tensor of zero.
@@ -199,6 +203,15 @@ class Trainer:
         grad_norm = optimizer.step()
         scalars.copy_to_host(grad_norm)
         return StepOutput(batch.step + 1, batch, lr, scalars)
+
+    def begin_method(self, batch: GlobalBatch) -> StepTotals:
+        """What the losses of this step share; a collective call."""
+        totals = StepTotals(batch.examples, batch.chosen_tokens, batch.mismatched)
+        group = self.session.mesh.data_group
+        model = self.session.model
+        return model.method.begin_step(
+            model, totals, lambda total: all_reduce_together([total], group)
+        )
 
     def report_phase(self) -> None:
         """Tell the heartbeat that a step begins, and how long it may take."""

@@ -7,7 +7,9 @@ from pathlib import Path
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.host.files import write_atomically
-from tunesmith.inference.evaluate import validation_loss
+from tunesmith.inference.evaluate import ValidationResult, validation_loss
+from tunesmith.methods.answers import ACCURACY
+from tunesmith.metrics.record import VALIDATION
 from tunesmith.metrics.sink import Sinks
 from tunesmith.run_dir import BEST
 from tunesmith.training.async_metrics import AsyncMetrics
@@ -61,23 +63,40 @@ class Validation:
         progress = self.progress
         # A run that is stopped in the validation is saved with this, and resumes with it.
         progress.validated = False
-        loss = self._loss()
-        if loss is None:
+        result = self._result()
+        if result is None:
             return False
         assert progress.record is not None
-        progress.record = dataclasses.replace(progress.record, val_loss=loss)
+        extra = dict(progress.record.extra)
+        for name, value in result.metrics.items():
+            extra[f"{VALIDATION}{name}"] = value
+        progress.record = dataclasses.replace(progress.record, val_loss=result.loss, extra=extra)
         self.metrics.log_record()
-        self.sinks.validation(progress.step, loss)
+        self.sinks.validation(progress.step, result.loss, result.metrics)
         # Counted up first, and put back where this one is the best.
         progress.worse += 1
-        if progress.best_loss is None or loss < progress.best_loss:
+        if self._is_best(result):
             progress.worse = 0
             progress.best_step = progress.step
-            progress.best_loss = loss
-            self._write_best(loss)
+            progress.best_loss = result.loss
+            progress.best_accuracy = result.metrics.get(ACCURACY)
+            self._write_best()
         return True
 
-    def _loss(self) -> float | None:
+    def _is_best(self, result: ValidationResult) -> bool:
+        """Whether no validation so far was as good; equal accuracies are told apart by the loss."""
+        progress = self.progress
+        if progress.best_loss is None:
+            return True
+        has_lower_loss = result.loss < progress.best_loss
+        if self.run.validate.best_by == "loss" or progress.best_accuracy is None:
+            return has_lower_loss
+        accuracy = result.metrics[ACCURACY]
+        if accuracy == progress.best_accuracy:
+            return has_lower_loss
+        return accuracy > progress.best_accuracy
+
+    def _result(self) -> ValidationResult | None:
         session = self.session
         assert session.data.validation is not None
         session.ranks.heartbeat.phase("validation", STUCK_AFTER_S + COMPILING)
@@ -85,7 +104,7 @@ class Validation:
         if micro_batch.unit == "tokens":
             micro_tokens = micro_batch.amount
         else:
-            micro_tokens = self.run.data.seq_len * 4
+            micro_tokens = self.run.row_tokens * 4
         result = validation_loss(
             session.model,
             session.data.validation,
@@ -97,12 +116,12 @@ class Validation:
             scored=session.ranks.heartbeat.progress,
         )
         session.model.train()
-        if result is None:
-            return None
-        loss, _ = result
-        return loss
+        return result
 
-    def _write_best(self, loss: float) -> None:
+    def _write_best(self) -> None:
+        progress = self.progress
+        best = {"step": progress.best_step, "val_loss": progress.best_loss}
+        if progress.best_accuracy is not None:
+            best["val_accuracy"] = progress.best_accuracy
         if self.session.ranks.is_main_process:
-            best = json.dumps({"step": self.progress.step, "val_loss": loss}, indent=1)
-            write_atomically(Path(self.run.output_dir) / BEST, best)
+            write_atomically(Path(self.run.output_dir) / BEST, json.dumps(best, indent=1))

@@ -1,0 +1,94 @@
+"""Kahneman-Tversky optimization: Ethayarajh et al. 2024, arXiv:2402.01306.
+
+    reward = beta * log (p(y) / p_ref(y))
+    loss = w_good * (1 - sigmoid(reward - beta KL))    of a good answer
+           w_bad * (1 - sigmoid(beta KL - reward))     of a bad one
+
+KL is the mean log-ratio of prompts with answers of other rows, at least 0 and without gradient. The
+rows of a global batch give each their answer to the next one, and their mean is taken over all
+ranks before the losses: packing, micro batch and ranks do not change it.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.data.batch import Batch
+from tunesmith.methods.answers import answer_logprobs, reference_logprobs
+from tunesmith.methods.base import MethodOutput, OfExamples, StepTotals, TrainModel
+
+KL = "kl"
+GOOD = "good_share"
+METRICS = ("rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected", GOOD, KL)
+
+
+class KahnemanTverskyOptimization(OfExamples):
+    """Mean loss of an answer over the global batch."""
+
+    metrics = METRICS
+    needs_reference = True
+    needs_mismatched = True
+
+    def begin_step(
+        self, model: TrainModel, totals: StepTotals, add_up: Callable[[Tensor], object]
+    ) -> StepTotals:
+        """Measure KL on the answers of other rows; a collective call of the data ranks."""
+        total = torch.zeros((), dtype=torch.float64, device=model.model.device)
+        with torch.no_grad():
+            for batch in totals.mismatched:
+                total += model(batch, _log_ratio_sum)
+        add_up(total)
+        return totals._replace(kl=(total / totals.examples).clamp_min(0))
+
+    def __call__(
+        self, model: TrainModel, batch: Batch, totals: StepTotals | None = None
+    ) -> MethodOutput:
+        config = self.config
+        reference = reference_logprobs(model, batch)
+        logprobs = answer_logprobs(model, batch).logprobs
+        ratios = logprobs - reference
+        is_good = logprobs.new_zeros(len(logprobs), dtype=torch.bool)
+        if batch.sequences is not None:
+            is_good = batch.sequences.labels
+        kl = ratios.new_zeros(())
+        if totals is not None and totals.kl is not None:
+            kl = totals.kl
+        distance = torch.where(is_good, ratios - kl, kl - ratios)
+        weights = torch.full_like(ratios, config.undesirable_weight)
+        weights = weights.masked_fill(is_good, config.desirable_weight)
+        loss = (weights * (1 - F.sigmoid(config.beta * distance))).sum()
+        rewards = (config.beta * ratios).detach()
+        logprobs = logprobs.detach()
+        values = (
+            rewards[is_good].sum(),
+            rewards[~is_good].sum(),
+            logprobs[is_good].sum(),
+            logprobs[~is_good].sum(),
+            is_good.sum(),
+            kl * len(ratios),
+        )
+        metrics = dict(zip(METRICS, values, strict=True))
+        return MethodOutput(loss, self.denominator(batch), metrics)
+
+    def finish(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Means over good and over bad answers, each where the batch has some, and their margin."""
+        finished = dict(metrics)
+        good = finished.pop(GOOD)
+        shares = {"chosen": good, "rejected": 1 - good}
+        for kind, share in shares.items():
+            for name in (f"rewards_{kind}", f"logps_{kind}"):
+                mean = finished.pop(name)
+                if share > 0:
+                    finished[name] = mean / share
+        if 0 < good < 1:
+            margin = finished["rewards_chosen"] - finished["rewards_rejected"]
+            finished["reward_margin"] = margin
+        return finished
+
+
+def _log_ratio_sum(model: TrainModel, batch: Batch) -> Tensor:
+    """log (p / p_ref), summed over the answers of a batch."""
+    reference = reference_logprobs(model, batch)
+    return (answer_logprobs(model, batch).logprobs - reference).sum()

@@ -1,0 +1,29 @@
+"""Simple preference optimization: Meng et al. 2024, arXiv:2405.14734.
+
+    loss = -log sigmoid(beta * (mean log p(chosen) - mean log p(rejected)) - gamma)
+
+The means are over the tokens of an answer; it needs no reference.
+"""
+
+import torch.nn.functional as F
+
+from tunesmith.data.batch import Batch
+from tunesmith.methods.answers import PAIR_METRICS, answer_logprobs, pair_metrics
+from tunesmith.methods.base import MethodOutput, OfExamples, StepTotals, TrainModel
+
+
+class SimplePreferenceOptimization(OfExamples):
+    """Mean loss of a pair over the global batch."""
+
+    metrics = PAIR_METRICS
+
+    def __call__(
+        self, model: TrainModel, batch: Batch, totals: StepTotals | None = None
+    ) -> MethodOutput:
+        answers = answer_logprobs(model, batch)
+        chosen, rejected = answers.pairs(answers.per_token())
+        beta = self.config.beta
+        margin = beta * (chosen - rejected) - self.config.simpo_gamma
+        loss = -F.logsigmoid(margin).sum()
+        metrics = pair_metrics(beta * chosen, beta * rejected, chosen, rejected)
+        return MethodOutput(loss, self.denominator(batch), metrics)

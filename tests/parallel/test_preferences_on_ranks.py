@@ -1,0 +1,109 @@
+"""What is learned from pairs and from labeled answers on several ranks is what one process
+learns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranks import free_port, run_ranks
+from recipes import WORDS, make_run, merge
+from tunesmith.training.run import train
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
+STEPS = 2
+FULL = {"adapter": {"kind": "none"}, "method": "dpo"}
+LORA = {"method": "dpo"}
+KTO = {"method": "kto"}
+# name: what is trained, how it is shared
+CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "lora, copies": (LORA, {"replicate": 2}),
+    "lora on nf4, shards": ({**LORA, "model": {"quantize": "nf4"}}, {"shard": 2}),
+    "lora, tensor": (LORA, {"tensor": 2}),
+    "full, shards": (FULL, {"shard": 2}),
+    "full, tensor": (FULL, {"tensor": 2}),
+    "kto, copies": (KTO, {"replicate": 2}),
+    "kto, tensor": (KTO, {"tensor": 2}),
+    "kto, 6 answers on 4": (
+        {**KTO, "train": {"global_batch": "6 examples"}},
+        {"replicate": 2, "shard": 2},
+    ),
+    "orpo, copies of shards": ({"method": "orpo"}, {"replicate": 2, "shard": 2}),
+}
+
+
+def write_rows(folder: Path) -> None:
+    pairs = []
+    answers = []
+    for i in range(24):
+        word = WORDS[i % 10]
+        prompt = f"Say {word} {i}: "
+        long = " ".join([word] * (i % 5 + 2))
+        pairs.append({"prompt": prompt, "chosen": word, "rejected": long})
+        answers.append({"prompt": prompt, "completion": (word, long)[i % 2], "label": i % 3 > 0})
+    for name, rows in (("pairs", pairs), ("answers", answers)):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines[:16]))
+        (folder / f"{name}-held.jsonl").write_text("".join(lines[16:]))
+
+
+def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> list[dict[str, float]]:
+    """Loss, gradient norm and the method's metrics of each step."""
+    is_kto = changes["method"] == "kto"
+    name = "answers" if is_kto else "pairs"
+    form = "feedback" if is_kto else "preference"
+    base = {
+        "data": {
+            "train": {"source": str(folder / f"{name}.jsonl"), "format": form},
+            "validation": {"source": str(folder / f"{name}-held.jsonl"), "format": form},
+            "seq_len": 64,
+        },
+        "train": {"duration": f"{STEPS} steps", "warmup": "0 steps", "micro_batch": "128 tokens"},
+        "validate": {"every": f"{STEPS} steps"},
+        "checkpoint": {"every": None},
+    }
+    result = train(make_run(model, folder, **merge(base, changes)), quiet=True)
+    found = []
+    for record in result.records:
+        values = {"loss": record.loss, "grad_norm": record.grad_norm}
+        # Before the first update margins are 0 but for rounding, and their signs mean nothing.
+        extra = {name: value for name, value in record.extra.items() if name != "reward_accuracy"}
+        found.append({**values, "val_loss": record.val_loss or 0.0, **extra})
+    return found
+
+
+def numbers_of_all(
+    model: Path, folder: Path, cases: list[dict[str, Any]], ports: list[int]
+) -> list[list[dict[str, float]]]:
+    """Of several recipes, one after the other in the same processes."""
+    found = []
+    for changes, port in zip(cases, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        found.append(numbers(model, folder, changes))
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_numbers_are_those_of_one_process(world: int, tiny: Path, tmp_path: Path) -> None:
+    """fp32 sums in another order: 1e-4 of a number, and 1e-5 where it is next to 0."""
+    write_rows(tmp_path)
+    chosen = {name: case for name, case in CASES.items() if math.prod(case[1].values()) == world}
+    alone: dict[str, list[dict[str, float]]] = {}
+    cases = []
+    for name, (what, mesh) in chosen.items():
+        if str(what) not in alone:
+            out = str(tmp_path / f"{name}, alone")
+            alone[str(what)] = numbers(tiny, tmp_path, {**what, "output_dir": out})
+        cases.append({**what, "parallel": mesh, "output_dir": str(tmp_path / name)})
+    ports = [free_port() for _ in cases]
+    on_ranks = run_ranks(world, numbers_of_all, tiny, tmp_path, cases, ports)[0]
+    for (name, (what, _)), many in zip(chosen.items(), on_ranks, strict=True):
+        for one, several in zip(alone[str(what)], many, strict=True):
+            assert several == pytest.approx(one, rel=1e-4, abs=1e-5), name
