@@ -290,6 +290,7 @@ def as_report(run_name: str, result: "Evaluation") -> dict[str, Any]:
     for name, score in result.scores.items():
         values = asdict(score)
         values["asked"] = values.pop("answered")
+        del values["pairs"]
         for key, value in values.items():
             # JSON has neither NaN nor infinity.
             if isinstance(value, float) and not math.isfinite(value):
@@ -299,6 +300,7 @@ def as_report(run_name: str, result: "Evaluation") -> dict[str, Any]:
         report["answers"] = str(result.answers)
         report["unanswered"] = result.unanswered
         report["unfinished"] = dict(result.unfinished)
+    if result.by_scorer:
         report["scores"] = {scores.name: scores_as_json(scores) for scores in result.by_scorer}
     if result.seen is not None:
         report["seen"] = result.seen.count

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from tunesmith.adapter.lora import disabled
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Batch, collate
+from tunesmith.data.mismatched import lay_out, mismatched_examples
 from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.splits import SourceRows, read_splits
@@ -31,14 +33,23 @@ from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.generate import generate, row_source
 from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, locate_run
-from tunesmith.inference.score_rows import RowScores, Scoring, answers_path, no_scored_rows
-from tunesmith.methods.base import TrainModel
+from tunesmith.inference.score_rows import (
+    RowScores,
+    Scoring,
+    answers_path,
+    no_scored_rows,
+    summarize_rows,
+)
+from tunesmith.methods.answers import accuracy
+from tunesmith.methods.base import StepTotals, TrainModel, supervised_positions
 from tunesmith.model.safetensors_files import read_json
-from tunesmith.parallel.mesh import ALONE, Mesh
+from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
 from tunesmith.run_dir import IDENTITY, read_manifest
 from tunesmith.scoring.scorers import check_scorer_names
 from tunesmith.units import ceil_div
 
+# What is scored of pairs: the share whose chosen answer the model finds likelier.
+PAIRS = "pairs in order"
 ROW_TOKENS = 4096  # of a packed row that is scored
 # Called with what is counted, how many are done, their total, and for answers their tokens so far
 Progress = Callable[..., None]
@@ -49,12 +60,16 @@ class EvalResult:
     """One model on one file.
 
     Attributes:
-        tokens: supervised ones.
+        tokens: supervised ones; of answers that are compared or labeled those of the good ones,
+            and so for loss, perplexity and accuracy.
         loss: mean cross-entropy over them, in nats.
         perplexity: exp(loss).
         token_accuracy: share of them that are the most likely token given all true tokens before.
         exact_match: share of `answered` rows whose greedy answer is the reference.
         answered: rows answered for exact match.
+        pairs: of each pair of answers, whether the model finds the chosen one likelier, by its mean
+            log-probability of a token: 1, 0, or 0.5 where both are alike; in an order that all
+            models share.
     """
 
     rows: int
@@ -64,6 +79,7 @@ class EvalResult:
     token_accuracy: float
     exact_match: float | None = None
     answered: int = 0
+    pairs: tuple[float, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,20 @@ def packed(tokens: TokenSet, *, capacity: int, pad_id: int, multiple: int = 1) -
         yield collate([[tokens[i] for i in row]], length=length, pad_id=pad_id)
 
 
+class ValidationResult(NamedTuple):
+    """What a method makes of held-out rows.
+
+    Attributes:
+        loss: its mean.
+        denominator: what its sum is divided by.
+        metrics: the method's own, as a step's record has them.
+    """
+
+    loss: float
+    denominator: int
+    metrics: dict[str, float]
+
+
 def validation_loss(
     train_model: TrainModel,
     tokens: TokenSet,
@@ -115,37 +145,75 @@ def validation_loss(
     cancelled: Callable[[], bool] = lambda: False,
     mesh: Mesh = ALONE,
     scored: Callable[[], object] = lambda: None,
-) -> tuple[float, int] | None:
-    """The method's mean loss over `tokens`, each once, in packed rows of `micro_tokens`, and what
-    its sum is divided by.
+) -> ValidationResult | None:
+    """The method's mean loss and metrics over `tokens`, each once, in packed rows of
+    `micro_tokens`.
 
     For SFT these are nats and supervised tokens. None once `cancelled`, which is called before each
     row, says so. The data ranks of `mesh` take the rows in turn, all as many: some may end with an
     empty one. `scored` is called after each.
     """
-    total = 0.0
+    method = train_model.method
     denominator = 0
+    # The loss first; fp64: sums over many batches, added in another order on other meshes.
+    sums = torch.zeros(1 + len(method.metrics), dtype=torch.float64)
     ranks = mesh.shape.data
     batches = packed(tokens, capacity=micro_tokens, pad_id=pad_id, multiple=mesh.shape.tensor)
     # A rank without a batch in the last turn computes an empty one: its collectives are needed.
     empty = collate([[]], length=mesh.shape.tensor, pad_id=pad_id)
     with evaluating(train_model):
+        totals = _begin(train_model, tokens, micro_tokens, pad_id, device, mesh)
+        loss_of = partial(method, totals=totals)
         for turn in iter(lambda: list(islice(batches, ranks)), []):
             if cancelled():
                 return None
             # One batch for each data rank in a turn.
             batch = turn[mesh.data_rank] if mesh.data_rank < len(turn) else empty
-            output = train_model(batch.to(device))
-            total += output.loss.double().item()
+            output = train_model(batch.to(device), loss_of)
+            values = [output.loss, *(output.metrics[name] for name in method.metrics)]
+            sums += torch.stack([value.detach().double() for value in values]).cpu()
             denominator += output.denominator
             scored()
     if ranks > 1:
-        # fp64: sums over many batches, added in another order on other meshes.
-        sums = torch.tensor([total, denominator], dtype=torch.float64, device=device)
-        dist.all_reduce(sums, group=mesh.data_group)
-        total = float(sums[0])
-        denominator = int(sums[1])
-    return (total / denominator if denominator else math.nan), denominator
+        of_ranks = torch.cat([sums, torch.tensor([denominator])]).to(device)
+        dist.all_reduce(of_ranks, group=mesh.data_group)
+        sums = of_ranks[:-1].cpu()
+        denominator = int(of_ranks[-1])
+    if not denominator:
+        return ValidationResult(math.nan, 0, {})
+    loss, *means = (sums / denominator).tolist()
+    metrics = method.finish(dict(zip(method.metrics, means, strict=True)))
+    return ValidationResult(loss, denominator, metrics)
+
+
+def _begin(
+    train_model: TrainModel,
+    tokens: TokenSet,
+    micro_tokens: int,
+    pad_id: int,
+    device: torch.device,
+    mesh: Mesh,
+) -> StepTotals:
+    """What the losses of all held-out rows share; a collective call."""
+    method = train_model.method
+    chosen_tokens = 0
+    if tokens.has_pairs:
+        chosen_tokens = sum(example.chosen_tokens for example in tokens)
+    mismatched = []
+    if method.needs_mismatched:
+        batches = lay_out(
+            mismatched_examples(list(tokens), micro_tokens),
+            room=micro_tokens,
+            pad_id=pad_id,
+            packed=True,
+            multiple=mesh.shape.tensor,
+            share=(mesh.data_rank, mesh.shape.data),
+        )
+        mismatched = [batch.to(device) for batch in batches]
+    totals = StepTotals(len(tokens), chosen_tokens, mismatched)
+    return method.begin_step(
+        train_model, totals, lambda total: all_reduce_together([total], mesh.data_group)
+    )
 
 
 def score(
@@ -156,7 +224,8 @@ def score(
     progress: Progress = lambda *_: None,
     ranks: Ranks = ONE_PROCESS,
 ) -> EvalResult:
-    """Loss, perplexity and token accuracy of every supervised token, each example once.
+    """Loss, perplexity and token accuracy of every supervised token, each example once; and the
+    order of each pair.
 
     Several ranks take the batches in turn. Their sums are added in the order of the batches, so
     that the result is that of one process.
@@ -165,33 +234,66 @@ def score(
     hits = 0
     count = 0
     rows = 0
+    pairs: list[float] = []
     progress("rows scored", 0, len(tokens))
     with evaluating(train_model):
         batches = packed(tokens, capacity=ROW_TOKENS, pad_id=pad_id)
         for turn in iter(lambda: list(islice(batches, ranks.world)), []):
-            sums = (0.0, 0, 0, 0)
+            sums = _NOTHING
             with ranks.raise_on_all_ranks():
                 if ranks.rank < len(turn):
                     sums = _batch_sums(train_model, turn[ranks.rank])
-            for batch_loss, batch_hits, batch_count, batch_rows in ranks.all_gather_object(sums):
-                total += batch_loss
-                hits += batch_hits
-                count += batch_count
-                rows += batch_rows
+            for of_batch in ranks.all_gather_object(sums):
+                total += of_batch.loss
+                hits += of_batch.hits
+                count += of_batch.tokens
+                rows += of_batch.rows
+                pairs += of_batch.pairs
             progress("rows scored", rows, len(tokens))
     if count == 0:
         return EvalResult(rows, 0, math.nan, math.nan, math.nan)
     loss = total / count
     # exp overflows a double from 709.8 on.
     perplexity = math.exp(loss) if loss < 709 else math.inf
-    return EvalResult(rows, count, loss, perplexity, hits / count)
+    return EvalResult(rows, count, loss, perplexity, hits / count, pairs=tuple(pairs))
 
 
-def _batch_sums(train_model: TrainModel, batch: Batch) -> tuple[float, int, int, int]:
-    """Of one batch: the sum of its losses, tokens that are right, supervised tokens, rows."""
-    losses, correct = train_model.token_scores(batch.to(train_model.model.device))
-    total = losses.double().sum().item()
-    return total, int(correct.sum()), batch.supervised, batch.examples
+class _BatchSums(NamedTuple):
+    """Of one batch: the sum of its losses, tokens that are right, the tokens that both count, rows,
+    and the order of each pair."""
+
+    loss: float
+    hits: int
+    tokens: int
+    rows: int
+    pairs: list[float]
+
+
+_NOTHING = _BatchSums(0.0, 0, 0, 0, [])
+
+
+def _batch_sums(train_model: TrainModel, batch: Batch) -> _BatchSums:
+    batch = batch.to(train_model.model.device)
+    losses, correct = train_model.token_scores(batch)
+    sequences = batch.sequences
+    if sequences is None:
+        total = losses.double().sum().item()
+        return _BatchSums(total, int(correct.sum()), batch.supervised, batch.examples, [])
+    index, _ = supervised_positions(batch)
+    of_targets = losses.flatten()[index].double()
+    is_good = sequences.labels[sequences.of_target]
+    pairs: list[float] = []
+    if batch.chosen_tokens:
+        sums = torch.segment_reduce(of_targets, "sum", lengths=sequences.lengths)
+        means = -sums / sequences.lengths
+        pairs = accuracy(means[0::2] - means[1::2]).tolist()
+    return _BatchSums(
+        of_targets[is_good].sum().item(),
+        int(correct.flatten()[index][is_good].sum()),
+        int(is_good.sum()),
+        batch.examples,
+        pairs,
+    )
 
 
 def is_exact_match(answer: str, reference: str) -> bool:
@@ -298,19 +400,10 @@ def evaluate(
             del loaded
             base_model = load_run(path, device=device, base_only=True)
             scores = {"base": score_model(base_model, "base"), **scores}
-        counts = tokens.counts
-        evaluation = Evaluation(
-            scores,
-            name,
-            counts.rows,
-            counts.dropped + counts.emptied,
-            counts.cut,
-            seen=seen,
-            seen_fault=seen_fault,
-        )
+        evaluation = replace(_evaluation(scores, tokens, name), seen=seen, seen_fault=seen_fault)
         if scoring is None:
             return evaluation
-        by_scorer = scoring.finish(_about(evaluation, location))
+        by_scorer = [*evaluation.by_scorer, *scoring.finish(_about(evaluation, location))]
         return replace(
             evaluation,
             by_scorer=tuple(by_scorer),
@@ -318,6 +411,17 @@ def evaluate(
             unanswered=scoring.rows.unanswered,
             unfinished=scoring.unfinished(),
         )
+
+
+def _evaluation(scores: dict[str, EvalResult], tokens: TokenSet, name: str) -> Evaluation:
+    """The scores of the models, with what the rows called `name` became."""
+    counts = tokens.counts
+    left_out = counts.dropped + counts.emptied
+    by_scorer: tuple[RowScores, ...] = ()
+    if tokens.has_pairs:
+        orders = {model: list(result.pairs) for model, result in scores.items()}
+        by_scorer = (summarize_rows(PAIRS, orders),)
+    return Evaluation(scores, name, counts.rows, left_out, counts.cut, by_scorer)
 
 
 def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, Any]:

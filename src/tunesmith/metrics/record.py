@@ -30,6 +30,7 @@ from tunesmith.run_dir import (
     read_bytes,
 )
 
+VALIDATION = "val_"  # how names of what was measured on held-out rows begin
 TAIL = 1 << 16  # bytes of metrics.jsonl that hold its last line
 
 

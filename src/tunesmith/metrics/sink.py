@@ -9,13 +9,13 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError
-from tunesmith.metrics.record import StepRecord, cut_back
+from tunesmith.metrics.record import VALIDATION, StepRecord, cut_back
 
 
 class SampleAnswer(NamedTuple):
@@ -36,7 +36,7 @@ class Sink:
     def step(self, record: StepRecord) -> None:
         """A step is done. `val_loss` is set where the held-out rows were measured after it."""
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
         """The held-out rows were measured."""
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
@@ -87,9 +87,9 @@ class Sinks(Sink):
         for sink in self.all:
             sink.step(record)
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
         for sink in self.all:
-            sink.validation(step, loss)
+            sink.validation(step, loss, metrics)
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for sink in self.all:
@@ -211,11 +211,13 @@ class TensorBoardSink(Sink):
 
     def step(self, record: StepRecord) -> None:
         for name, value in record.values().items():
-            if name not in ("step", "val_loss") and value is not None:
+            is_of_step = name != "step" and not name.startswith(VALIDATION)
+            if is_of_step and value is not None:
                 self._writer.add_scalar(f"train/{name}", value, record.step)
 
-    def validation(self, step: int, loss: float) -> None:
-        self._writer.add_scalar("validation/loss", loss, step)
+    def validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+        for name, value in {"loss": loss, **metrics}.items():
+            self._writer.add_scalar(f"validation/{name}", value, step)
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for number, row in enumerate(rows, start=1):

@@ -4,7 +4,7 @@ that is due."""
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TextIO
 
@@ -139,8 +139,12 @@ class Terminal(Sink):
         self._shown_at = now
         return True
 
-    def validation(self, step: int, loss: float) -> None:
-        self._show_and_log(f"step {step}  val_loss {loss:.4f}")
+    def validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+        line = f"step {step}  val_loss {loss:.4f}"
+        for name, value in metrics.items():
+            if name.endswith("accuracy"):
+                line += f"  val_{name} {value:.1%}"
+        self._show_and_log(line)
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for row in rows:

@@ -8,7 +8,7 @@ run continues.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tunesmith.config.dump import flatten, to_mapping
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RunError, first_line
-from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.metrics.record import VALIDATION, StepRecord, read_records
 from tunesmith.metrics.sink import SampleAnswer, Sink
 from tunesmith.run_dir import METRICS
 
@@ -185,12 +185,14 @@ class TrackerSink(Sink):
     def step(self, record: StepRecord) -> None:
         values = {}
         for name, value in record.values().items():
-            if name not in ("step", "val_loss") and value is not None:
+            is_of_step = name != "step" and not name.startswith(VALIDATION)
+            if is_of_step and value is not None:
                 values[f"train/{name}"] = value
         self._report("train", record.step, record.loss, values)
 
-    def validation(self, step: int, loss: float) -> None:
-        self._report("validation", step, loss, {"validation/loss": loss})
+    def validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+        values = {f"validation/{name}": value for name, value in {"loss": loss, **metrics}.items()}
+        self._report("validation", step, loss, values)
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         def report(tracker: Any) -> None:

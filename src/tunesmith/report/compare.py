@@ -85,6 +85,12 @@ class RunSummary:
         return (self.files.recipe.get("validate") or {}).get("max_examples")
 
     @property
+    def method(self) -> str:
+        """The name of the method, which says what val_loss is the loss of."""
+        method = self.files.recipe.get("method", "sft")
+        return str(method.get("name") if isinstance(method, dict) else method)
+
+    @property
     def seed(self) -> int | None:
         seed: int | None = (self.files.recipe.get("train") or {}).get("seed")
         return seed
@@ -288,7 +294,7 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
         )
         fix = "Give the recipes the same held-out rows: data.validation, or data.hold_out: 5 %."
         return Verdict("none", "Which is better cannot be said", [*absent, why, fix])
-    obstacle = _different_rows(measured)
+    obstacle = _different_losses(measured) or _different_rows(measured)
     if obstacle is not None:
         return obstacle
 
@@ -344,6 +350,17 @@ def _alone(run: RunSummary) -> Verdict:
         f"{headline}, lowest val_loss {lowest:.4f} at step {step}",
         [f"The first one was {first_loss:.4f} at step {start}.", *_cautions([run], None)],
     )
+
+
+def _different_losses(measured: Sequence[RunSummary]) -> Verdict | None:
+    """The verdict on runs whose methods have another loss each; None if they have one."""
+    methods = {run.label: run.method for run in measured}
+    if len(set(methods.values())) == 1:
+        return None
+    names = [f"{label}: {method}" for label, method in methods.items()]
+    why = f"The methods differ: {', '.join(names)}."
+    fix = "Compare their answers: tunesmith eval RUN --data held-out.jsonl, on the same rows."
+    return Verdict("none", "Not comparable: val_loss is another loss in each", [why, fix])
 
 
 def _different_rows(measured: Sequence[RunSummary]) -> Verdict | None:
