@@ -34,6 +34,7 @@ from tunesmith.bench.selfcheck import (
 )
 from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.schedule import BatchSchedule
+from tunesmith.distributed import row_exchange
 from tunesmith.distributed.ranks import SECONDS
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import OtherRankError, RunError
@@ -201,8 +202,8 @@ def pair_query_heads_with_other_keys() -> None:
 
 
 def leave_outputs_of_row_parallel_layers_unadded() -> None:
-    original = tensor._exchange
-    tensor._exchange = lambda x, group, gather: (
+    original = row_exchange._exchange
+    row_exchange._exchange = lambda x, group, gather: (
         original(x, group, gather) if gather else x.chunk(2)[group.rank]
     )
 

@@ -77,6 +77,11 @@ ROWS = [
     for n in range(24)
 ]
 
+PAIRS = [{"prompt": f"Say {n}", "chosen": f"number {n}", "rejected": "no"} for n in range(24)]
+ANSWERS = [
+    {"prompt": f"Say {n}", "completion": f"number {n}", "label": n % 2 == 0} for n in range(24)
+]
+
 
 def blocks(page: Path, language: str = "") -> list[list[str]]:
     """The lines of each fenced block of a language."""
@@ -108,6 +113,10 @@ def place(
         ("rows.jsonl", ROWS),
         ("held-out.jsonl", ROWS[:4]),
         ("questions.jsonl", ROWS[:2]),
+        ("pairs.jsonl", PAIRS),
+        ("held-out-pairs.jsonl", PAIRS[:4]),
+        ("answers.jsonl", ANSWERS),
+        ("held-out-answers.jsonl", ANSWERS[:4]),
     ):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
@@ -157,8 +166,13 @@ TRACED = ["profile.wait=0", "profile.warmup=0", "profile.active=1"]
 def own_rows(name: str) -> list[str]:
     """A reader's rows in the place of a shipped recipe's data sets, in its own format."""
     kind = load_recipe(name).data.train[0].format
+    files = {
+        "preference": ("pairs.jsonl", "held-out-pairs.jsonl"),
+        "feedback": ("answers.jsonl", "held-out-answers.jsonl"),
+    }
+    rows, held_out = files.get(kind, ("rows.jsonl", "held-out.jsonl"))
     return [
-        f"data.train={{source: rows.jsonl, format: {kind}}}", f"data.validation={{source: held-out.jsonl, format: {kind}}}",
+        f"data.train={{source: {rows}, format: {kind}}}", f"data.validation={{source: {held_out}, format: {kind}}}",
         "data.seq_len=256", "train.global_batch=4 examples", "train.warmup=0 steps",
     ]  # fmt: skip
 

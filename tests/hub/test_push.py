@@ -20,7 +20,8 @@ from tunesmith.checkpoint.manifest import flush_files, prune, write_manifest
 from tunesmith.config.load import load_recipe
 from tunesmith.export.gguf.export import export_adapter, export_gguf
 from tunesmith.export.merge import merge
-from tunesmith.export.vllm import export_peft, export_rounded
+from tunesmith.export.vllm import export_rounded
+from tunesmith.export.vllm_adapter import export_peft
 from tunesmith.hub import hub_calls
 from tunesmith.training.run import train
 from warm import read_hub_settings, run_warm
