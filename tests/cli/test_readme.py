@@ -115,8 +115,8 @@ def place(
         ("questions.jsonl", ROWS[:2]),
         ("pairs.jsonl", PAIRS),
         ("held-out-pairs.jsonl", PAIRS[:4]),
-        ("answers.jsonl", ANSWERS),
-        ("held-out-answers.jsonl", ANSWERS[:4]),
+        ("feedback.jsonl", ANSWERS),
+        ("held-out-feedback.jsonl", ANSWERS[:4]),
     ):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
@@ -168,7 +168,7 @@ def own_rows(name: str) -> list[str]:
     kind = load_recipe(name).data.train[0].format
     files = {
         "preference": ("pairs.jsonl", "held-out-pairs.jsonl"),
-        "feedback": ("answers.jsonl", "held-out-answers.jsonl"),
+        "feedback": ("feedback.jsonl", "held-out-feedback.jsonl"),
     }
     rows, held_out = files.get(kind, ("rows.jsonl", "held-out.jsonl"))
     return [
