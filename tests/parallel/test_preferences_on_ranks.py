@@ -82,7 +82,11 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> list[dict[str
 def numbers_of_all(
     model: Path, folder: Path, cases: list[dict[str, Any]], ports: list[int]
 ) -> list[list[dict[str, float]]]:
-    """Of several recipes, one after the other in the same processes."""
+    """Of several recipes, one after the other in the same processes.
+
+    With a cache of their own: these ranks score the answers of the base themselves.
+    """
+    os.environ["TUNESMITH_CACHE"] = str(folder / "cache of ranks")
     found = []
     for changes, port in zip(cases, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)

@@ -128,6 +128,17 @@ def sharded_modules(root: nn.Module) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
+def reshard(root: nn.Module) -> None:
+    """Drop the whole weights that a forward without a backward has left.
+
+    Those of the head, the last layer and what stands around the layers stay whole until a backward,
+    and the model's parameters are these tensors meanwhile: an optimizer that is made then would
+    train what no step uses.
+    """
+    for module in sharded_modules(root):
+        module.reshard()
+
+
 def reduce_in(root: nn.Module, mesh: Mesh, *, last: bool) -> None:
     """Say whether the coming backward is the `last` of its step; for a model that FSDP2 trains.
 

@@ -26,6 +26,7 @@ from tunesmith.host.files import cache_folder, write_atomically
 from tunesmith.methods.answers import answer_logprobs
 from tunesmith.methods.base import TrainModel
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
+from tunesmith.parallel.shard import reshard
 from tunesmith.planning.run_plan import MicroBatchLayout
 from tunesmith.units import ceil_div
 
@@ -154,6 +155,7 @@ def _measure(
         values[examples] = logprobs.cpu().numpy().reshape(len(examples), values.shape[1])
         measured()
     root.train(is_training)
+    reshard(root)
     # Each row is one rank's, and 0 on the others.
     total = torch.from_numpy(values).to(device)
     all_reduce_together([total], mesh.data_group)
