@@ -260,7 +260,7 @@ def read_running(folder: Path) -> dict[str, Any] | None:
 
 
 def read_recipe(folder: Path) -> Part[dict[str, Any]]:
-    """config.yaml as plain values, without sections that are no mapping.
+    """config.yaml as plain values, without sections that are no mapping (but a method's name).
 
     Empty where it is not there. It is not checked against the schema: the run may be of another
     version.
@@ -281,6 +281,8 @@ def read_recipe(folder: Path) -> Part[dict[str, Any]]:
         return Part({}, "a text in it is no Unicode")
     wrong = []
     for name in _SECTIONS:
+        if name == "method" and isinstance(values.get(name), str):
+            continue  # a method without numbers of its own is written as its name
         if values.get(name) is not None and not isinstance(values[name], dict):
             wrong.append(name)
             del values[name]

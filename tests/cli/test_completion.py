@@ -47,7 +47,7 @@ COMPLETED = {
     "tunesmith comple": "tunesmith completion ",
     "tunesmith train mine.yaml train.le": "tunesmith train mine.yaml train.learning_rate=",
     "tunesmith train mine.yaml data.train.source=ro": "tunesmith train mine.yaml data.train.source=rows.jsonl",
-    "tunesmith recipes show qwen3-": "tunesmith recipes show qwen3-8b-lora ",
+    "tunesmith recipes show qwen3-8b-l": "tunesmith recipes show qwen3-8b-lora ",
     "tunesmith train mine.yaml --fre": "tunesmith train mine.yaml --fresh ",
 }
 

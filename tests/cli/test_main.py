@@ -158,7 +158,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "recipes show needs a recipe's name",
             "tunesmith recipes show smollm2-135m-lora",
         ),
-        (["recipes", "show", "qwen3-8b"], "no recipe 'qwen3-8b'", "did you mean qwen3-8b-lora?"),
+        (["recipes", "show", "qwen3-8b"], "no recipe 'qwen3-8b'", "did you mean qwen3-8b-dpo?"),
         (
             ["recipes", "copy", "mistral-7b"],
             "no recipe 'mistral-7b' ships",

@@ -66,7 +66,8 @@ def test_two_ranks_that_it_starts_pass():
     ],
 )
 def test_it_takes_a_mesh_of_each_kind(world, node, expected):
-    assert meshes_of(world, node) == expected
+    # The fourth dimension is of mixtures alone.
+    assert [shape[:3] for shape in meshes_of(world, node)] == expected
 
 
 def a_row(check: str, mesh: MeshShape | None, passed: bool | None, **more: Any) -> CheckRow:

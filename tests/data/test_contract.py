@@ -14,7 +14,7 @@ import pytest
 from errors import holds
 from rows import Simple, alpaca
 from tunesmith.data.batch import Example
-from tunesmith.data.cache import TokenWriter
+from tunesmith.data.cache import NO_LABEL, TokenWriter
 from tunesmith.data.contract import Contract, check_tokens
 from tunesmith.data.formats import Sample
 from tunesmith.data.source import from_list
@@ -243,7 +243,13 @@ def test_a_million_rows_take_seconds(simple: Simple) -> None:
     trained.reshape(n, length)[:, 20:] = True
     store = TokenWriter(None)
     arrays: Any = store.arrays().__class__(
-        ids, trained, np.arange(0, n * length + 1, length), np.arange(n), np.zeros(n, bool)
+        ids,
+        trained,
+        np.arange(0, n * length + 1, length),
+        np.arange(n),
+        np.zeros(n, bool),
+        np.zeros(n, np.int32),
+        np.full(n, NO_LABEL, np.int8),
     )
     counts = TokenCounts("made", n, n, n * length, 0, 0, 0, 0, 0, "")
     tokens = TokenSet([SourceTokens(arrays, counts, from_list([{}]))])

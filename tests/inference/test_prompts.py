@@ -150,7 +150,7 @@ def test_one_prompt_in_training_and_use(
         )
         assert (
             used.template.prompt(
-                generate.convert_row({"messages": TURNS}, Source(source="x"), where="r")
+                generate.convert_sample({"messages": TURNS}, Source(source="x"), where="r")
             )
             == trained
         )
@@ -235,7 +235,7 @@ def test_the_system_message_reaches_prompt_and_completion(tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     data = Data(train=(Source(source="x", format="prompt-completion"),), system="Be brief.")
     row = {"prompt": "a", "completion": "b"}
-    sample = generate.convert_row(row, data.train[0], where="r", system=data.system)
+    sample = generate.convert_sample(row, data.train[0], where="r", system=data.system)
     text = tokenizer.decode(select_template(data, tokenizer, {1}).prompt(sample))
     assert (
         text

@@ -47,7 +47,7 @@ def test_one_that_has_no_scales_is_refused(tiny: Path, tmp_path: Path) -> None:
     plain = write_qwen3_moe(tmp_path / "plain", tiny)
     base = write_fp8(plain, tmp_path / "fp8", BLOCK, keep=("mlp.gate", "experts.2.up_proj"))
     change_config(base, quantization_config=fp8_config(BLOCK, modules_to_not_convert=["lm_head"]))
-    with refuses(ModelError, where="experts.2.up_proj.weight"):
+    with refuses(ModelError, where="model.layers.0.mlp.experts.2.up_proj.weight"):
         built_model(make_run(base, tmp_path, held=False), base)
 
 

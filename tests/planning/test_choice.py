@@ -55,7 +55,12 @@ def make(shape: str, recipe: dict) -> tuple[Run, object, SimpleNamespace]:
     run = from_mapping(values, where="test", base=Path.cwd())
     lengths = np.random.default_rng(0).integers(1000, 2049, 512)
     counts = SimpleNamespace(supervised=int(lengths.sum()), longest=int(lengths.max()))
-    tokens = SimpleNamespace(lengths=lengths, repeats=np.ones(512), counts=counts)
+    tokens = SimpleNamespace(
+        lengths=lengths,
+        document_lengths=lambda: lengths,
+        repeats=np.ones(512),
+        counts=counts,
+    )
     return run, read_spec(SHAPES[shape].config, where=shape), tokens
 
 

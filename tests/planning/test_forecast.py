@@ -532,7 +532,12 @@ def test_the_lengths_of_real_examples_count() -> None:
     )
     lengths = np.array([100, 200, 300, 400] * 10)
     counts = SimpleNamespace(supervised=int(lengths.sum()) // 2)
-    tokens = SimpleNamespace(lengths=lengths, repeats=np.ones(len(lengths)), counts=counts)
+    tokens = SimpleNamespace(
+        lengths=lengths,
+        document_lengths=lambda: lengths,
+        repeats=np.ones(len(lengths)),
+        counts=counts,
+    )
     work = measure_work(run, spec, tokens, None)  # type: ignore[arg-type]
     assert (work.step.mean, work.longest, work.steps) == (1000, 400, 10)
     assert work.operations < measure_work(run, spec, None, 400).operations, (

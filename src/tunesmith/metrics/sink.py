@@ -36,7 +36,7 @@ class Sink:
     def step(self, record: StepRecord) -> None:
         """A step is done. `val_loss` is set where the held-out rows were measured after it."""
 
-    def validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+    def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
         """The held-out rows were measured."""
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
@@ -87,7 +87,7 @@ class Sinks(Sink):
         for sink in self.all:
             sink.step(record)
 
-    def validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+    def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
         for sink in self.all:
             sink.validation(step, loss, metrics)
 
@@ -215,7 +215,7 @@ class TensorBoardSink(Sink):
             if is_of_step and value is not None:
                 self._writer.add_scalar(f"train/{name}", value, record.step)
 
-    def validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+    def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
         for name, value in {"loss": loss, **metrics}.items():
             self._writer.add_scalar(f"validation/{name}", value, step)
 

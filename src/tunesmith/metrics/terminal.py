@@ -139,7 +139,7 @@ class Terminal(Sink):
         self._shown_at = now
         return True
 
-    def validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+    def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
         line = f"step {step}  val_loss {loss:.4f}"
         for name, value in metrics.items():
             if name.endswith("accuracy"):

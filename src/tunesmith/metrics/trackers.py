@@ -190,7 +190,7 @@ class TrackerSink(Sink):
                 values[f"train/{name}"] = value
         self._report("train", record.step, record.loss, values)
 
-    def validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+    def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
         values = {f"validation/{name}": value for name, value in {"loss": loss, **metrics}.items()}
         self._report("validation", step, loss, values)
 
