@@ -140,7 +140,7 @@ def test_a_vision_language_model_trains_and_is_saved_as_by_one_process(
     for name in assert_those_of_one_process(world, RUNS, model, tmp_path):
         saved = tensors_in(tmp_path / f"{name}, ranks" / "final")
         assert len(saved) > 10
-        numbers(model, tmp_path, {**runs[name][0], "output_dir": str(tmp_path / name)})
+        numbers(model, tmp_path, {**RUNS[name][0], "output_dir": str(tmp_path / name)})
         assert saved == tensors_in(tmp_path / name / "final")
 
 
