@@ -118,7 +118,7 @@ def cases(a: argparse.Namespace, model: str) -> list[Case]:
     )
 
 
-def write_small(folder: Path, *, mixture: bool) -> None:
+def write_small(folder: Path, *, mixture: bool = False) -> None:
     """A random Llama of the shape SMALL, or a Qwen3 of SMALL_MIXTURE, with a byte tokenizer, and rows.jsonl, as SFT learns to
     count.
     """
