@@ -699,10 +699,18 @@ class MemoryEstimator:
             weight = min(weight, DENSE_BYTES // itemsize)
         if self.run.adapter.kind == "none":
             weight = largest
-        elements = 3 * hidden * tokens + wide * tokens + max(wide * tokens, weight)
-        # Of the k copies of a token: two gradients of the hidden width at once, and those of gate,
-        # up and the activation.
-        elements += 2 * (layer.experts_per_token * hidden + bool(layer.experts) * wide) * tokens
+        elements = 3 * hidden * tokens
+        gated = wide * tokens + max(wide * tokens, weight)
+        copies = layer.experts_per_token * hidden * tokens
+        if layer.experts and self.machine.device == "cpu":
+            # Two and a half gradients of a token's k copies, or those of gate, up and their
+            # product: one expert comes after the other, and neither waits for the other.
+            elements += max(gated, 5 * copies // 2)
+        elif layer.experts:
+            # Both, as all experts are computed at once; not measured on a GPU.
+            elements += gated + 2 * copies + 2 * wide * tokens
+        else:
+            elements += gated
         if self.mesh.experts > 1:
             # The hidden states of all ranks, and the sums for them.
             elements += 2 * self.mesh.experts * hidden * tokens
