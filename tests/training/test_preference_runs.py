@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import tunesmith
+from errors import refuses
 from recipes import WORDS, make_run
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.metrics.record import read_records
 from tunesmith.training.result import Result
 
@@ -117,13 +119,20 @@ def test_the_first_loss_of_dpo_is_that_of_an_undecided_model(tiny: Path, tmp_pat
 
 def test_on_top_of_an_adapter_the_reference_is_that_adapter(tiny: Path, tmp_path: Path) -> None:
     train(tiny, tmp_path, "simpo", "first")
-    settings = {"from": str(tmp_path / "first" / "final"), "modules_to_save": ["lm_head"]}
+    settings = {"from": str(tmp_path / "first" / "final")}
     whole = train(tiny, tmp_path, "dpo", "whole", adapter={"from": settings["from"]})
     assert whole.records[0].loss == pytest.approx(np.log(2), abs=1e-12)
     part = {"duration": "2 steps"}
     train(tiny, tmp_path, "dpo", "parts", adapter={"from": settings["from"]}, train=part)
     train(tiny, tmp_path, "dpo", "parts", adapter={"from": settings["from"]})
     assert_equal(tmp_path / "whole", tmp_path / "parts")
+    # Another adapter under that name would be another reference, without a word.
+    train(tiny, tmp_path, "simpo", "other", train={"duration": "1 steps"})
+    shutil.rmtree(tmp_path / "first")
+    (tmp_path / "other").rename(tmp_path / "first")
+    longer = {"duration": "6 steps"}
+    with refuses(ModelError, where=f"adapter.from: {settings['from']}"):
+        train(tiny, tmp_path, "dpo", "parts", adapter={"from": settings["from"]}, train=longer)
 
 
 def test_full_fine_tuning_scores_the_base_once_and_keeps_the_numbers(

@@ -32,7 +32,12 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError, first_line
 from tunesmith.host.files import check_regular_files
 from tunesmith.model.names import is_in_whole, name_in_text, name_in_whole
-from tunesmith.model.safetensors_files import read_header, read_json
+from tunesmith.model.safetensors_files import (
+    ENDS_AND_MIDDLE,
+    read_header,
+    read_json,
+    sampled_digest,
+)
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
 
@@ -275,6 +280,11 @@ def find_adapter(name: str) -> Path:
         )
         fix = "name a folder with adapter_config.json, or a Hub id; for a private one set HF_TOKEN"
         raise ModelError(what, where="adapter.from", why=first_line(error), fix=fix) from error
+
+
+def adapter_digest(name: str) -> str:
+    """sha256 (hex) of an adapter's weights, by samples of them; `name` as in `adapter.from`."""
+    return sampled_digest(read_header(find_adapter(name) / WEIGHTS), ENDS_AND_MIDDLE)
 
 
 def read_adapter(folder: Path) -> Adapter:

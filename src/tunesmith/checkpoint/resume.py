@@ -64,6 +64,7 @@ class Progress:
         data_hash: sha256 (hex) of the training examples, as tokens.
         validation_hash: of the held-out ones.
         model_hash: of the base's weights, see `weights_digest`.
+        reference_hash: of the adapter that a method compares with; None: it compares with none.
         micro_batch: what one forward takes, such as `4096 tokens`.
         threads: that torch computes with on the host.
         rounding: how stochastic rounding gets its noise; None: there is none, or drawn by a
@@ -84,6 +85,7 @@ class Progress:
     data_hash: str | None = None
     validation_hash: str | None = None
     model_hash: str | None = None
+    reference_hash: str | None = None
     micro_batch: str | None = None
     threads: int | None = None
     rounding: str | None = None
@@ -248,6 +250,7 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
         return
     parts = {
         "model_hash": ("base model", "model.name", [run.model.name]),
+        "reference_hash": ("method's reference", "adapter.from", [str(run.adapter.from_)]),
         "data_hash": ("training data", "data.train", [s.source for s in run.data.train]),
         "validation_hash": (
             "validation data",
@@ -262,7 +265,7 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
         part, key, sources = parts[name]
         error: type[ModelError | DataError] = DataError
         changed = "rows, template or tokenizer"
-        if name == "model_hash":
+        if name in ("model_hash", "reference_hash"):
             error = ModelError
             changed = "weights"
         raise error(

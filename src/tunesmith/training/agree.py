@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, NoReturn
 import torch
 
 import tunesmith
-from tunesmith.adapter.peft_files import WEIGHTS, find_adapter
+from tunesmith.adapter.peft_files import adapter_digest
 from tunesmith.checkpoint.manifest import sums_of_weights
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.dump import flatten, leaves
@@ -40,7 +40,6 @@ from tunesmith.host.shell import shell_word
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.model.safetensors_files import (
     ENDS_AND_MIDDLE,
-    read_header,
     read_headers,
     sampled_digest,
 )
@@ -207,9 +206,7 @@ def model_parts(
         digest, f"{len(files.tokenizer):,} tokens ({digest[:SHORT]})"
     )
     if run.adapter.from_ is not None and start.checkpoint is None:
-        digest = sampled_digest(
-            read_header(find_adapter(run.adapter.from_) / WEIGHTS), ENDS_AND_MIDDLE
-        )
+        digest = adapter_digest(run.adapter.from_)
         parts["adapter.from"] = Compared(digest, f"{run.adapter.from_} ({digest[:SHORT]})")
     return parts
 

@@ -21,7 +21,12 @@ from rich.filesize import decimal as size_text
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.peft_files import describe_misread, find_adapter, read_adapter
+from tunesmith.adapter.peft_files import (
+    adapter_digest,
+    describe_misread,
+    find_adapter,
+    read_adapter,
+)
 from tunesmith.build_model import (
     Weights,
     build_model,
@@ -491,6 +496,8 @@ def read_data(
         position_limit=files.spec.position_limit,
     )
     hashes |= {"data_hash": data.digest, "validation_hash": data.validation_digest}
+    if METHODS[run.method.name].needs_reference and run.adapter.from_ is not None:
+        hashes["reference_hash"] = adapter_digest(run.adapter.from_)
     check_unchanged(start, run, hashes)
     log.info(data.describe())
     limit = files.spec.position_limit or files.spec.context
