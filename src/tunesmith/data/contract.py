@@ -375,20 +375,19 @@ def _find_faults(
 
 def _pairs_alike(chunk: _Chunk) -> _Faults:
     """Pairs whose prompts differ, or whose answers do not: the first token where that is seen."""
-    ids = chunk.arrays.ids
-    trained = chunk.arrays.trained
     pairs = np.flatnonzero(chunk.arrays.firsts)
     faults = []
     for pair in pairs.tolist():
-        start = int(chunk.arrays.offsets[pair])
-        middle = start + int(chunk.arrays.firsts[pair])
-        end = int(chunk.arrays.offsets[pair + 1])
-        chosen = start + int(np.argmax(trained[start:middle]))
-        rejected = middle + int(np.argmax(trained[middle:end]))
-        has_one_prompt = np.array_equal(ids[start:chosen], ids[middle:rejected])
-        has_one_answer = np.array_equal(ids[start:middle], ids[middle:end])
-        if not has_one_prompt or has_one_answer:
-            faults.append(rejected)
+        example = chunk.arrays.example(pair)
+        border = example.sequences[0]
+        chosen = example.ids[:border]
+        rejected = example.ids[border:]
+        chosen_prompt = int(np.argmax(example.trained[:border]))
+        rejected_prompt = int(np.argmax(example.trained[border:]))
+        has_one_prompt = np.array_equal(chosen[:chosen_prompt], rejected[:rejected_prompt])
+        if not has_one_prompt or np.array_equal(chosen, rejected):
+            start = int(chunk.arrays.offsets[pair])
+            faults.append(start + border + rejected_prompt)
     return _Faults(len(pairs), np.asarray(faults, np.int64))
 
 

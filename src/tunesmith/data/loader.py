@@ -174,9 +174,9 @@ class Loader(AbstractContextManager["Loader"]):
         """The global batch of one step, made here and now, in host memory."""
         examples = self.schedule.examples(step)
         micro_steps = self._micro_batches.micro_steps(step)
+        of_step = [self.tokens[i] for i in examples]
         mismatched: list[Batch] = []
         if self.mismatches:
-            of_step = [self.tokens[i] for i in examples]
             mismatched = lay_out(
                 mismatched_examples(of_step, self.schedule.row_length),
                 room=self.schedule.row_length,
@@ -192,13 +192,13 @@ class Loader(AbstractContextManager["Loader"]):
             epoch=self.schedule.epoch(step),
             micro=[self._collate(groups[self.rank]) for groups in micro_steps],
             tokens=int(self.schedule.lengths[examples].sum()),
-            supervised=sum(self.tokens[i].supervised for i in examples),
+            supervised=sum(example.supervised for example in of_step),
             examples=len(examples),
             indices=examples,
             # Seeds go by the place of a micro batch over all ranks.
             first_micro=self.rank * len(micro_steps),
             idle_share=self._micro_batches.idle_share(micro_steps),
-            chosen_tokens=sum(self.tokens[i].chosen_tokens for i in examples),
+            chosen_tokens=sum(example.chosen_tokens for example in of_step),
             mismatched=mismatched,
             source=self.tokens,
         )

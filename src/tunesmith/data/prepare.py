@@ -72,13 +72,7 @@ class TrainingData:
         repeats = self.train.repeats
         while schedule.ends_short and schedule.steps_per_epoch(0) <= steps:
             repeats = repeats * 2
-            schedule = BatchSchedule(
-                self.train.lengths,
-                self.run.data,
-                self.run.train,
-                repeats=repeats,
-                row_length=self.run.row_tokens,
-            )
+            schedule = BatchSchedule.of(self.run, self.train.lengths, repeats)
         return replace(self, schedule=schedule)
 
     def sources(self) -> list[tuple[str, SourceTokens]]:
@@ -342,13 +336,7 @@ def _make_schedule(run: Run, train: TokenSet) -> BatchSchedule:
             where="data.train",
             fix="lower weight, to 1 where it is not needed",
         )
-    schedule = BatchSchedule(
-        train.lengths,
-        run.data,
-        run.train,
-        repeats=train.repeats,
-        row_length=run.row_tokens,
-    )
+    schedule = BatchSchedule.of(run, train.lengths, train.repeats)
     if len(train) and schedule.steps_per_epoch(0) == 0:
         weights = ", ".join(str(source.weight) for source in run.data.train)
         raise DataError(

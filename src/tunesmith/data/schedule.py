@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tunesmith.config.schema import Data, Train
+from tunesmith.config.schema import Data, Run, Train
 from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.units import Length, ceil_div
 
@@ -97,6 +97,11 @@ class BatchSchedule:
         tokens_per_unit = self.row_length if self._counts_tokens else 1
         self._units_per_step = max(1, train.global_batch.amount // tokens_per_unit)
         self._units = lru_cache(maxsize=2)(self._order_units)
+
+    @classmethod
+    def of(cls, run: Run, lengths: np.ndarray, repeats: np.ndarray) -> "BatchSchedule":
+        """Of a recipe, whose packed rows have room for its largest example."""
+        return cls(lengths, run.data, run.train, repeats=repeats, row_length=run.row_tokens)
 
     def _order_examples(self, epoch: int) -> np.ndarray:
         """int64: the examples of an epoch in its order."""

@@ -14,6 +14,8 @@ from tunesmith.distributed.beats import Beat, RunClock
 # Seconds without progress. On a machine that holds the model a micro batch or a token takes
 # seconds.
 STUCK_AFTER_S = 30 * 60.0
+# The first forward of a shape compiles the graphs of a layer, in minutes: so much more.
+COMPILING_S = 30 * 60.0
 
 
 @dataclass

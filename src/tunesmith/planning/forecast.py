@@ -153,9 +153,7 @@ def measure_work(
         lengths = tokens.lengths
         documents = tokens.document_lengths()
         supervised = tokens.counts.supervised
-        schedule = schedule or BatchSchedule(
-            lengths, run.data, run.train, repeats=tokens.repeats, row_length=run.row_tokens
-        )
+        schedule = schedule or BatchSchedule.of(run, lengths, tokens.repeats)
         step = schedule.step_size()
         steps = schedule.steps(run.train.duration)
         source = f"{len(lengths):,} in the token cache, {lengths.mean():,.0f} tokens on average"

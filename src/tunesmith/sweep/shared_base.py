@@ -55,13 +55,7 @@ class SharedBase:
         with ranks.raise_on_all_ranks():
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train
-            schedule = BatchSchedule(
-                tokens.lengths,
-                run.data,
-                run.train,
-                repeats=tokens.repeats,
-                row_length=run.row_tokens,
-            )
+            schedule = BatchSchedule.of(run, tokens.lengths, tokens.repeats)
             for text in describe_resume(start, run, schedule):
                 log.info(text)
             # The adapter begins as in a run of its own with this seed.

@@ -20,7 +20,7 @@ from tunesmith.data.batch import collate
 from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.data.prepare import TrainingData
 from tunesmith.data.tokens import TokenSet
-from tunesmith.distributed.activity import STUCK_AFTER_S
+from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.files import cache_folder, write_atomically
 from tunesmith.methods.answers import answer_logprobs
@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 
 # Raise it when the same weights and rows would give other numbers.
 VERSION = 1
-# The first forward of a shape compiles the graphs of a layer, in minutes.
-COMPILING = 30 * 60.0  # seconds
 
 
 class BaseReference:
@@ -78,7 +76,7 @@ class BaseReference:
         answers = sum(len(tokens) * _shape(tokens)[1] for tokens in self.splits)
         log.info(f"reference: the base scores {answers:,} answers once, before training")
         heartbeat = self.ranks.heartbeat
-        heartbeat.phase("reference", STUCK_AFTER_S + COMPILING)
+        heartbeat.phase("reference", STUCK_AFTER_S + COMPILING_S)
         for tokens in self.splits:
             tokens.reference = _measure(
                 root,

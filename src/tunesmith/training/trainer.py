@@ -16,7 +16,7 @@ import torch
 
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start
 from tunesmith.data.loader import GlobalBatch
-from tunesmith.distributed.activity import STUCK_AFTER_S
+from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.errors import TunesmithError
 from tunesmith.methods.base import StepTotals
 from tunesmith.metrics.profile import Profiler
@@ -35,7 +35,7 @@ from tunesmith.training.checkpoint_saver import CheckpointSaver
 from tunesmith.training.duration import Duration
 from tunesmith.training.result import Result, failure_of, write_paused
 from tunesmith.training.stop_control import StopControl
-from tunesmith.training.validation import COMPILING, Validation
+from tunesmith.training.validation import Validation
 
 
 class Trainer:
@@ -217,7 +217,7 @@ class Trainer:
         """Tell the heartbeat that a step begins, and how long it may take."""
         heartbeat = self.ranks.heartbeat
         if self.progress.step == self.first_step:
-            heartbeat.phase("first step", STUCK_AFTER_S + COMPILING)
+            heartbeat.phase("first step", STUCK_AFTER_S + COMPILING_S)
         else:
             heartbeat.phase("training", STUCK_AFTER_S)
         heartbeat.progress(self.progress.step)

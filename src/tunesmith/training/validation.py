@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from tunesmith.checkpoint.resume import Progress
-from tunesmith.distributed.activity import STUCK_AFTER_S
+from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.host.files import write_atomically
 from tunesmith.inference.evaluate import ValidationResult, validation_loss
 from tunesmith.methods.answers import ACCURACY
@@ -16,9 +16,6 @@ from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.build import Session
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence
-
-# The first forward of a shape compiles the graphs of a layer, in minutes.
-COMPILING = 30 * 60.0  # seconds
 
 
 class Validation:
@@ -99,7 +96,7 @@ class Validation:
     def _result(self) -> ValidationResult | None:
         session = self.session
         assert session.data.validation is not None
-        session.ranks.heartbeat.phase("validation", STUCK_AFTER_S + COMPILING)
+        session.ranks.heartbeat.phase("validation", STUCK_AFTER_S + COMPILING_S)
         micro_batch = session.plan.layout.micro_batch
         if micro_batch.unit == "tokens":
             micro_tokens = micro_batch.amount
