@@ -63,7 +63,7 @@ CHATS: dict[str, dict[str, Any]] = {
         "chosen": {"from": "gpt", "value": "3"},
         "rejected": {"from": "gpt", "value": "It is three."},
     },
-    "JSON as text": {
+    "tools-as-text": {
         "prompt": [U],
         "chosen": [GOOD],
         "rejected": [BAD],
@@ -81,7 +81,7 @@ def test_pairs_of_chats_become_two_conversations_with_one_prompt(name: str) -> N
     for answer in (sample.chosen, sample.rejected):
         assert isinstance(answer, Conversation)
         assert answer.prompt_messages == 1
-        assert bool(answer.tools) == (name == "JSON as text")
+        assert bool(answer.tools) == (name == "tools-as-text")
 
 
 def test_pairs_of_texts_stay_texts() -> None:

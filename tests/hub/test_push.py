@@ -238,14 +238,16 @@ def test_exported_files_in_a_folder_and_one_alone(exported: Path, tmp_path: Path
         assert (code, out) == (0, f"{hub.url}/ada/orders-lora\n")
         assert sorted(hub.stored["ada/orders-lora"]["main"]) == ["README.md", "orders-lora.gguf"]
 
-        (tmp_path / "orders-f16.gguf").write_bytes(b"GGUF of another tool")
+        stored = json.loads((tmp_path / "orders-f16.gguf.json").read_text())["bytes"]
+        another = b"GGUF of another tool"
+        (tmp_path / "orders-f16.gguf").write_bytes(another)
         code, _, err = push(tmp_path, hub=hub)
         assert code == 2
-        assert "its record is of one with" in err
+        check_shown(err, where="orders-f16.gguf", names=[stored, len(another)])
         (tmp_path / "orders-f16.gguf.json").unlink()
         code, _, err = push(tmp_path, hub=hub)
         assert code == 2
-        assert "there is no orders-f16.gguf.json" in err
+        check_shown(err, where="orders-f16.gguf", names=["orders-f16.gguf.json", "export"])
         assert len(hub.commits) == 2
         (tmp_path / "README.md").write_text("My own card.")
         assert push(tmp_path, "--to", "ada/own", hub=hub)[0] == 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import Qwen3MoeConfig
 
+from errors import refuses
 from tunesmith.config.load import from_mapping
 from tunesmith.errors import RecipeError
 from tunesmith.model.measured_spec import model_spec
@@ -98,5 +99,10 @@ def test_what_cannot_be_divided_is_refused(changes: dict[str, Any], ranks: int, 
 def test_a_dense_model_has_none_to_divide() -> None:
     made = planner(100.0, parallel={"experts": 2})
     dense = tuple(replace(layer, experts=0, expert_count=0) for layer in made.spec.layers)
-    with pytest.raises(RecipeError, match="no experts that ranks can divide"):
+    with refuses(
+        RecipeError,
+        where="parallel.experts",
+        names=[made.spec.model_type],
+        fix=["parallel.experts=1"],
+    ):
         meshes_for(made.run, replace(made.spec, layers=dense), 2, 1)

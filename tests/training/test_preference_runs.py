@@ -194,4 +194,3 @@ def test_eval_says_how_many_pairs_are_in_order(tiny: Path, tmp_path: Path) -> No
         # The loss is that of the chosen answers alone.
         assert 0 < score.tokens < 8 * 12
     assert pairs.models["tuned"].mean >= pairs.models["base"].mean
-    assert "not told apart" in pairs.verdict or "better" in pairs.verdict
