@@ -9,7 +9,7 @@ it as before.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -252,8 +252,13 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     targets = name_whole_experts(model, targets, all_names)
     endings = {target: f".{target}" for target in targets}
     _check_bypassed(model, endings)
-    _check_routers(endings, all_names, routers)
-    _check_other_experts(model, endings, all_names)
+    unmatched = {
+        wanted: ending
+        for wanted, ending in endings.items()
+        if not _is_named(wanted, ending, all_names)
+    }
+    _check_routers(unmatched, routers)
+    _check_other_experts(model, unmatched)
     described = "linear layer or experts named" if experts else "linear layer named"
     names = _match(endings, all_names, "adapter.target", described)
     in_both = set(names).intersection(to_save)
@@ -267,14 +272,15 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     return names
 
 
-def _check_routers(
-    endings: Mapping[str, str], all_names: Sequence[str], routers: Collection[str]
-) -> None:
+def _is_named(wanted: str, ending: str, names: Iterable[str]) -> bool:
+    """Whether a target, or its `ending` after a dot, means one of the names."""
+    return any(name == wanted or name.endswith(ending) for name in names)
+
+
+def _check_routers(unmatched: Mapping[str, str], routers: Iterable[str]) -> None:
     """RecipeError for a target that means routers alone."""
-    for wanted, ending in endings.items():
-        if any(name == wanted or name.endswith(ending) for name in all_names):
-            continue
-        if any(name == wanted or name.endswith(ending) for name in routers):
+    for wanted, ending in unmatched.items():
+        if _is_named(wanted, ending, routers):
             raise RecipeError(
                 f"{wanted!r} is a router, which takes no adapter",
                 where="adapter.target",
@@ -284,16 +290,12 @@ def _check_routers(
             )
 
 
-def _check_other_experts(
-    model: nn.Module, endings: Mapping[str, str], all_names: Sequence[str]
-) -> None:
+def _check_other_experts(model: nn.Module, unmatched: Mapping[str, str]) -> None:
     """RecipeError for a target that means experts which take no adapter."""
     parts = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     in_experts = [name for name in parts if "expert" in name]
-    for wanted, ending in endings.items():
-        if any(name == wanted or name.endswith(ending) for name in all_names):
-            continue
-        if any(name == wanted or name.endswith(ending) for name in in_experts):
+    for wanted, ending in unmatched.items():
+        if _is_named(wanted, ending, in_experts):
             raise RecipeError(
                 f"{wanted!r} of a {type(model).__name__} takes no adapter",
                 where="adapter.target",
@@ -363,7 +365,7 @@ def _match(endings: Mapping[str, str], names: Sequence[str], key: str, described
     RecipeError where one matches no name.
     """
     for wanted, ending in endings.items():
-        if not any(name == wanted or name.endswith(ending) for name in names):
+        if not _is_named(wanted, ending, names):
             last_parts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
             fix = f"remove {key}"
             if key == "adapter.target":
