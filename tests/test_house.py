@@ -89,6 +89,27 @@ def test_the_files_that_the_docs_name_exist():
     assert checked > 40
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_links_of_the_docs_lead_to_files_and_headings():
+    root, checked = SOURCE.parents[1], 0
+    for page in [*root.glob("*.md"), *root.glob("docs/**/*.md")]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if link.startswith("http"):
+                continue
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+            checked += 1
+    assert checked > 150
+
+
 # Each says that something was done, and not what is in there; or has a word of the field in its place.
 BANNED = {
     "found": "the content: match, losses, checkpoint",
