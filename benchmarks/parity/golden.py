@@ -129,8 +129,10 @@ def help_text() -> str:
     os.environ["COLUMNS"] = COLUMNS
     os.environ["NO_COLOR"] = "1"
     _, overview = run_verb(["--help"])
-    commands = overview.partition("commands:\n")[2].partition("\n\n")[0]
-    verbs = re.findall(r"^  (\S+(?: \S+)?)  ", commands, re.MULTILINE)
+    # Commands of one or two words, with two spaces before what they do.
+    verbs = re.findall(r"^  (\S+(?: \S+)?)  ", overview, re.MULTILINE)
+    if not verbs:
+        sys.exit("no command was found in the page of tunesmith --help")
     pages = {"tunesmith --help": overview}
     for verb in verbs:
         code, page = run_verb([*verb.split(), "--help"])

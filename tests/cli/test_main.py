@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,11 +85,47 @@ def test_help_of_each_verb() -> None:
     *pages, rest = shown.stdout.split("\0")
     assert rest == "", shown.stderr
     for name, page in zip(VERBS, pages, strict=True):
-        assert re.search(rf"^ .*tunesmith {name}\b", page, re.MULTILINE), page
         assert page.endswith("\n0"), "its exit code"
+        # One line of usage, one sentence, then examples; nothing that a terminal has to wrap.
+        usage, sentence, examples, *_ = page.split("\n\n")
+        assert usage.startswith(f"usage: tunesmith {name} "), usage
+        assert sentence.count("\n") == 0, sentence
+        assert sentence.endswith("."), sentence
+        assert examples.startswith("example:\n"), examples
+        assert re.search(rf"^ .*tunesmith {name}\b", examples, re.MULTILINE), examples
+        assert max(map(len, page.splitlines())) <= 80, max(page.splitlines(), key=len)
     imported = set(shown.stderr.split())
     assert {module for module, _ in VERBS.values()} <= imported
     assert not imported & HEAVY
+
+
+def test_overviews_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """The page of all commands has each once; `launch` alone has its kinds, and its own usage."""
+    for words in ([], ["launch"], ["launch", "--help"]):
+        assert main(words) == 0
+        page = capsys.readouterr().out
+        listed = [name for name in VERBS if words == [] or name.startswith("launch ")]
+        assert [name for name in VERBS if f"\n  {name}  " in page] == listed
+        assert page.startswith(" ".join(["usage: tunesmith", *words[:1]]))
+        assert max(map(len, page.splitlines())) <= 80
+
+
+def test_options_of_one_name_are_one_option() -> None:
+    """`--json`, `--columns` and `--device` mean the same wherever they stand."""
+    meanings: dict[str, set[tuple[object, ...]]] = {}
+    for name, (module, _) in VERBS.items():
+        parser = argparse.ArgumentParser(f"tunesmith {name}")
+        import_module(module).add_arguments(parser)
+        for action in parser._actions:
+            for option in {"--json", "--columns", "--device"} & {*action.option_strings}:
+                if (name, option) != ("bench", "--json"):  # it keeps a file, and shows a table
+                    meaning = (action.nargs, action.metavar, action.help)
+                    meanings.setdefault(option, set()).add(meaning)
+    assert {option: len(shown) for option, shown in meanings.items()} == {
+        "--json": 1,
+        "--columns": 1,
+        "--device": 1,
+    }
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

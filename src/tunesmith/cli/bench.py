@@ -1,9 +1,21 @@
-"""`tunesmith bench`: how fast a recipe trains here, and what share of the chip's speed that is.
+"""Measure how fast a recipe trains here, and what share of the chip's speed.
 
-The steps are those of `train`, on real rows; nothing is kept. --shape takes a model's true shape
-with random weights that are drawn on the device, so nothing is downloaded; its tokenizer may be any
-that fits the vocabulary. A shape comes with a recipe (LoRA of rank 8 on all linear layers, seq_len
-2048, packed, 16,384 tokens per step), and key=value wins.
+example:
+  tunesmith bench smollm2-135m-lora \\
+    data.train.source=rows.jsonl data.train.format=alpaca
+  tunesmith bench --shape llama3-8b --data rows.json --json 8b.json \\
+    --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
+  tunesmith bench --shape llama3-3b --data rows.json --tokenizer DIR \\
+    adapter.kind=none
+  tunesmith bench my-recipe.yaml --profile traces
+  tunesmith bench my-recipe.yaml --ablation --json ablation.json \\
+    --only data.pack,train.recompute
+
+The steps are those of `train`, on real rows; nothing is kept. --shape takes a
+model's true shape with random weights that are drawn on the device, so nothing
+is downloaded; its tokenizer may be any that fits the vocabulary. A shape comes
+with a recipe (LoRA of rank 8 on all linear layers, seq_len 2048, packed, 16,384
+tokens per step), and key=value wins.
 """
 
 import argparse
@@ -26,16 +38,7 @@ if TYPE_CHECKING:
     from tunesmith.bench.measure import BenchReport
     from tunesmith.config.schema import Run
 
-EPILOG = f"""shapes: {", ".join(f"{name} ({shape.source})" for name, shape in SHAPES.items())}
-
-example:
-  tunesmith bench smollm2-135m-lora data.train.source=rows.jsonl data.train.format=alpaca
-  tunesmith bench --shape llama3-8b --data rows.json --json 8b.json \\
-    --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
-  tunesmith bench --shape llama3-3b --tokenizer DIR --data rows.json adapter.kind=none
-  tunesmith bench my-recipe.yaml --profile traces
-  tunesmith bench my-recipe.yaml --ablation --only data.pack,train.recompute --json ablation.json
-"""
+EPILOG = "\n".join(["shapes:", *(f"  {name:<16}{shape.source}" for name, shape in SHAPES.items())])
 # Options of a shape -> (key that a recipe has for it, example; empty if it may be left out).
 SHAPE_OPTIONS = {
     "tokenizer": ("model.tokenizer", "HuggingFaceTB/SmolLM2-135M-Instruct"),
@@ -45,9 +48,7 @@ SHAPE_OPTIONS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = (
-        f"{parser.prog} (RECIPE | --shape NAME --tokenizer T --data FILE) [key=value ...] [options]"
-    )
+    parser.usage = f"{parser.prog} (RECIPE | --shape NAME) [key=value ...] [options]"
     add = parser.add_argument
     add(
         "words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and keys that win over it"
@@ -63,10 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --shape: any tokenizer that fits its vocabulary",
     )
     add("--data", metavar="FILE", help="with --shape: real rows, a file or a Hub id")
-    add("--format", choices=COLUMNS, help="with --shape: format of the rows (default: alpaca)")
+    add(
+        "--format",
+        choices=COLUMNS,
+        metavar="FORMAT",
+        help=f"with --shape, of the rows: one of {', '.join(COLUMNS)} (default: alpaca)",
+    )
     add("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
     add("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
-    add("--json", metavar="FILE", help="write figures, recipe, versions and hardware there")
+    add("--json", metavar="FILE", help="write the result as JSON to FILE, for scripts")
     add(
         "--profile",
         metavar="DIR",

@@ -1,12 +1,12 @@
-"""Talk to what was trained, to its base, or to both.
+"""Talk to a trained model, to its base, or to both.
 
 example:
   tunesmith chat runs/my-run
   tunesmith chat runs/my-run --side-by-side
   echo "What do you know?" | tunesmith chat runs/my-run
 
-ctrl-C ends an answer. Without a terminal every line of stdin is a question, and only answers go to
-stdout.
+ctrl-C ends an answer. Without a terminal every line of stdin is a question, and
+only answers go to stdout.
 """
 
 import argparse

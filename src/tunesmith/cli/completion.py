@@ -1,10 +1,12 @@
-"""Print the tab completion of commands, options, recipes and recipe keys for a shell.
+"""Print the tab completion of commands, options, recipes and keys for a shell.
 
-examples:
-  source <(tunesmith completion bash)               # in this shell
+example:
+  source <(tunesmith completion bash)  # in this shell
   # in every new one:
-  tunesmith completion bash > ~/.local/share/bash-completion/completions/tunesmith
-  tunesmith completion zsh > ~/.zfunc/_tunesmith    # with fpath+=~/.zfunc before compinit
+  tunesmith completion bash > \\
+    ~/.local/share/bash-completion/completions/tunesmith
+  # with fpath+=~/.zfunc before compinit
+  tunesmith completion zsh > ~/.zfunc/_tunesmith
   tunesmith completion fish > ~/.config/fish/completions/tunesmith.fish
 """
 

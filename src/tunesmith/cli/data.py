@@ -1,14 +1,16 @@
 """Show what a recipe trains on, token by token, before it trains.
 
-Supervised tokens are green, or without colors between ⟦ and ⟧. Below them: counts, lengths,
-packing, the number of optimizer steps, and the token contract. The exit code is 2 where the
-contract is broken. Of a model on the Hub only the tokenizer and the configuration are downloaded.
-
-examples:
+example:
   tunesmith data smollm2-135m-lora
-  tunesmith data --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv    # rows of your own
+  # your own rows
+  tunesmith data --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv
   tunesmith data my-recipe.yaml data.train_on=last --rows 10
   tunesmith data my-recipe.yaml --json > tokens.json
+
+Supervised tokens are green, or without colors between ⟦ and ⟧. Below them:
+counts, lengths, packing, the number of optimizer steps, and the checks of the
+tokens. The exit code is 2 where one of them fails. Of a model on the Hub only
+the tokenizer and the configuration are downloaded.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.cli.options import add_recipe, chosen_recipe
+from tunesmith.cli.options import add_json, add_recipe, chosen_recipe
 from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, default=3, metavar="N", help="how many rows to show (default 3)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:

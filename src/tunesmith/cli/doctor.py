@@ -1,12 +1,13 @@
-"""Find problems of a run on this machine, a pair of nodes or a Slurm cluster, and their fixes.
+"""Find problems of this machine, a pair of nodes or a cluster, and their fixes.
 
-With a recipe, also whether its model can be had: token, license, room. `--fix` prints one script
-for each host, for review; nothing is changed. Exit code 0: no fault; 1: at least one.
-
-examples:
+example:
   tunesmith doctor smollm2-135m-lora
   tunesmith doctor --pair spark-b
   tunesmith doctor --pair spark-b --fix
+
+With a recipe it also checks whether its model can be had: token, license, disk.
+`--fix` prints one script for each host, for review; nothing is changed. Exit
+code 0: no fault; 1: at least one.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.cli.options import add_json
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fix", action="store_true", help="print a script for each host that fixes it"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
     parser.add_argument(
         "recipe", nargs="?", metavar="RECIPE", help="also check its model and its disk"
     )

@@ -1,32 +1,39 @@
-"""How good a run is on a held-out file, beside its base.
+"""Measure a run on held-out rows, beside its base.
 
 example:
-  tunesmith eval runs/my-run                # on the rows that the run itself held out
+  tunesmith eval runs/my-run  # on the rows that the run itself held out
   tunesmith eval runs/my-run --data held-out.jsonl --score exact --score f1
-  tunesmith eval runs/my-run --data calls.jsonl --score tool-call --max-new-tokens 128
+  tunesmith eval runs/my-run --data calls.jsonl --score tool-call \\
+    --max-new-tokens 128
   tunesmith eval runs/my-run --data held-out.jsonl --score my_scorer.py:function
-  tunesmith eval runs/my-run --data held-out.csv --columns prompt=question,completion=answer
+  tunesmith eval runs/my-run --data held-out.csv \\
+    --columns prompt=question,completion=answer
   tunesmith eval runs/my-run --tasks gsm8k,ifeval --limit 200
   tunesmith eval runs/my-run --no-base --json
 
-Loss, perplexity and token accuracy are over the supervised tokens, given all true tokens before,
-computed as in training. Exact match answers greedily and compares with the row's answer after
-removing outer whitespace and making every run of whitespace one space.
+Loss, perplexity and token accuracy are over the supervised tokens, given all
+true tokens before, computed as in training. Exact match answers greedily and
+compares with the row's answer after removing outer whitespace and making every
+run of whitespace one space.
 
---score answers every row, scores each answer against the row's own, and says whether tuned is
-better than base, worse, or not told apart by so few rows:
+--score answers every row, scores each answer against the row's own, and says
+whether tuned is better than base, worse, or not told apart by so few rows:
 
-  exact      equal, outer whitespace aside       contains   the row's answer stands in it
-  regex      the row's answer is a pattern       json       valid, fits the row's `schema`, and the
-  f1         common words, as SQuAD                         share of fields that are equal
-  rouge-l    longest common word sequence        tool-call  names and arguments of the calls
+  exact      equal, outer whitespace aside
+  contains   the row's answer stands in it
+  regex      the row's answer is a pattern
+  f1         common words, as SQuAD
+  rouge-l    longest common word sequence
+  json       valid, fits the row's `schema`, and the share of equal fields
+  tool-call  names and arguments of the calls
 
-Answers are kept in evals/ of the run (or --output): a killed eval goes on where it was. Ranks of
-torchrun share the rows; the numbers are those of one process.
+Answers are kept in evals/ of the run (or --output): a killed eval resumes.
+Ranks of torchrun share the rows; the numbers are those of one process.
 
---tasks takes benchmarks of lm-evaluation-harness in place of rows: its names, YAML files of your
-own, or folders of these. Prompts go through the run's chat template where it was trained with one.
-docs/evaluate.md says how many rows it takes.
+--tasks takes benchmarks of lm-evaluation-harness in place of rows: its names,
+YAML files of your own, or folders of these. Prompts go through the run's chat
+template where it was trained with one. docs/evaluate.md says how many rows it
+takes.
 """
 
 import argparse
@@ -41,6 +48,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.cli.options import (
     ProgressCounter,
     add_decoding,
+    add_json,
     add_rows,
     add_run,
     decoding_of,
@@ -134,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat-template", action=argparse.BooleanOptionalAction, help=through)
     add_decoding(parser, max_new_tokens=MAX_NEW_TOKENS)
     add_rows(parser, batch_size="rows answered at once")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:

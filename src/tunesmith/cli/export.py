@@ -7,18 +7,18 @@ example:
   tunesmith export runs/my-run --to vllm --quant fp8 --output my-model
   tunesmith export runs/my-run/checkpoint-200 --output my-model
 
---to gguf and ollama write base and adapter as one file, straight from their shards: memory does
-not grow with the model. llama.cpp (pip install xllamacpp) then has to read the run's prompts as the
-same tokens, and how far its answers are from the tuned model is printed. Without it nothing is
-checked.
+--to gguf and ollama write base and adapter as one file, straight from their
+shards: memory does not grow with the model. llama.cpp (pip install xllamacpp)
+then has to read the run's prompts as the same tokens, and how far its answers
+are from the tuned model is printed. Without it nothing is checked.
 
---to vllm writes a folder: what `merge` writes in bf16, or the linear layers rounded to fp8 or
-nvfp4, and prints how much of what was learned that changes. With --adapter it is the LoRA, if vLLM
-serves such a one.
+--to vllm writes a folder: what `merge` writes in bf16, or the linear layers
+rounded to fp8 or nvfp4, and prints how much of what was learned that changes.
+With --adapter it is the LoRA, if vLLM serves such a one.
 
---to transformers, the default, puts together what several ranks have saved, one tensor in memory at
-a time. final/ is such a folder already, and so is every checkpoint of one process; `merge` puts an
-adapter into its base.
+--to transformers, the default, puts together what several ranks have saved, one
+tensor in memory at a time. final/ is such a folder already, and so is every
+checkpoint of one process; `merge` puts an adapter into its base.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import ProgressCounter, add_run, notify, whole_number
+from tunesmith.cli.options import ProgressCounter, add_json, add_run, notify, whole_number
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path, shell_word
 
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-check", action="store_true", help="do not compare the file with the tuned model"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:

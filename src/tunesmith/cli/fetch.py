@@ -1,4 +1,17 @@
-"""Check license, access and disk, then download a model and a recipe's data; manage the cache."""
+"""Check license, access and disk, then download a model and a recipe's data.
+
+example:
+  tunesmith fetch smollm2-135m-lora  # the model and the data of a recipe
+  # license, access and sizes; downloads nothing
+  tunesmith fetch Qwen/Qwen3-8B --dry-run
+  tunesmith fetch --list
+  tunesmith fetch --remove Qwen/Qwen3-8B
+  # from the cache here and there
+  tunesmith fetch --remove 'meta-llama/*' --hosts spark-b --dry-run
+
+An interrupted download resumes where it stopped. HF_HOME names the cache,
+HF_TOKEN is your access token.
+"""
 
 import argparse
 import dataclasses
@@ -10,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal as size_text
 
-from tunesmith.cli.options import add_overrides
+from tunesmith.cli.options import add_json, add_overrides
 from tunesmith.config.names import nearest
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
@@ -18,17 +31,6 @@ from tunesmith.host.shell import shell_command, shell_path, shell_word
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Source
     from tunesmith.hub.download import FetchProgress
-
-EPILOG = """examples:
-  tunesmith fetch smollm2-135m-lora              # the model and the data of a recipe
-  tunesmith fetch Qwen/Qwen3-8B --dry-run        # license, access, sizes; downloads nothing
-  tunesmith fetch --list
-  tunesmith fetch --remove Qwen/Qwen3-8B
-  tunesmith fetch --remove 'meta-llama/*' --hosts spark-b --dry-run     # here and there
-
-An interrupted download resumes where it stopped. HF_HOME names the cache, HF_TOKEN is your access
-token.
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hosts", metavar="A,B", default="", help="with --remove: on these too, as ssh takes them"
     )
-    parser.add_argument("--json", action="store_true", help="JSON on stdout, for scripts")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:

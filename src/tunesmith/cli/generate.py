@@ -2,12 +2,14 @@
 
 example:
   tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl
-  tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl --resume
-  echo '{"prompt": "Say hello"}' | tunesmith generate runs/my-run --input - --output -
+  tunesmith generate runs/my-run --input questions.jsonl \\
+    --output answers.jsonl --resume
+  echo '{"prompt": "Say hello"}' |
+    tunesmith generate runs/my-run --input - --output -
 
-Each output row is the input row with `output` added, and `reference` where the row held an answer.
-Rows are written as they are ready, in the order of the input; ctrl-C keeps what is written, and
---resume goes on from there.
+Each output row is the input row with `output` added, and `reference` where the
+row held an answer. Rows are written as they are ready, in the order of the
+input; ctrl-C keeps what is written, and --resume goes on from there.
 """
 
 import argparse

@@ -1,16 +1,18 @@
-"""Turn the configuration of another tool into a recipe, and name each key that it cannot carry.
+"""Turn the configuration of another tool into a recipe.
 
-Reads a torchtune, Axolotl or LLaMA-Factory YAML, an accelerate config, and a TRL command line or
-the file that holds it.
-
-examples:
-  tunesmith import qlora.yml --world 2            # writes qlora-recipe.yaml; 2 GPUs trained it
+example:
+  # writes qlora-recipe.yaml for the batch that 2 GPUs made
+  tunesmith import qlora.yml --world 2
   # keys of the recipe win over the file
-  tunesmith import sft.yaml data.train.source=rows.jsonl data.train.format=alpaca
+  tunesmith import sft.yaml data.train.source=rows.jsonl
   # an accelerate config names no model and no data
   tunesmith import fsdp.yaml --extends llama3.1-8b-lora
-  tunesmith import --world 1 -- \\
-    trl sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara
+  tunesmith import --world 1 -- trl sft \\
+    --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara
+
+It reads a torchtune, Axolotl or LLaMA-Factory YAML, an accelerate config, and a
+TRL command line or the file that holds it, and names each key that a recipe
+cannot carry.
 """
 
 import argparse

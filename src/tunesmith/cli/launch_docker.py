@@ -1,14 +1,15 @@
-"""Train a recipe in a container of this machine: on its GPUs, one rank each, or in one process.
+"""Train a recipe in a container of this machine.
 
-examples:
-  docker build -f docker/Dockerfile -t tunesmith .       # once, in a clone
+example:
+  docker build -f docker/Dockerfile -t tunesmith .  # once, in a clone
   tunesmith launch docker my-recipe.yaml
   tunesmith launch docker my-recipe.yaml --detach train.duration='2 h'
-  tunesmith launch docker my-recipe.yaml --render        # prints the command, starts nothing
+  tunesmith launch docker my-recipe.yaml --render  # print the command only
 
-The container sees the files of the recipe, the run directory and the caches, each at its own path,
-and works as you. Signals and exit codes are those of `train`: ctrl-C saves after the present step
-and exits with 75.
+It trains on the GPUs, one rank each, or in one process. The container sees the
+files of the recipe, the run directory and the caches, each at its own path, and
+runs as you. Signals and exit codes are those of `train`: ctrl-C saves after the
+current step and exits with 75.
 """
 
 import argparse

@@ -1,15 +1,15 @@
 """Train a recipe on the GPUs of this machine, one rank each.
 
-Without GPUs it trains in one process, or in as many as --ranks says.
-
-examples:
+example:
   tunesmith launch local my-recipe.yaml
   # goes on when the terminal is closed
   tunesmith launch local my-recipe.yaml --detach train.duration='2 h'
   tunesmith logs -f runs/my-run
-  tunesmith stop runs/my-run          # saves; the same launch goes on from there
+  tunesmith stop runs/my-run  # saves; the same launch resumes
 
-Signals and exit codes are those of `train`: ctrl-C saves after the present step and exits with 75.
+Without GPUs it trains in one process, or in as many as --ranks says. Signals
+and exit codes are those of `train`: ctrl-C saves after the current step and
+exits with 75.
 """
 
 import argparse

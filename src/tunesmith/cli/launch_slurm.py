@@ -1,15 +1,17 @@
-"""Train a recipe on nodes of a Slurm cluster: writes a batch script, submits it, names the log.
+"""Train a recipe on nodes of a Slurm cluster, by a batch script that it submits.
 
-examples:
-  tunesmith launch slurm my-recipe.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00
+example:
+  tunesmith launch slurm my-recipe.yaml --nodes 2 --gpus-per-node 8 \\
+    --time 12:00:00
   tunesmith launch slurm my-recipe.yaml --site alps
-  tunesmith launch slurm my-recipe.yaml --gpus-per-node 8 --render    # print it; submit nothing
+  tunesmith launch slurm my-recipe.yaml --gpus-per-node 8 --render  # print only
   tunesmith logs -f runs/my-run
-  tunesmith stop runs/my-run             # saves; the same launch goes on from there
+  tunesmith stop runs/my-run  # saves; the same launch resumes
 
-Before the time limit the run saves, and the job goes back into the queue and goes on, at most
---max-requeues times. Tokens are not sent: fetch the model first (`tunesmith fetch`), and log in to
-trackers on the shared home. See docs/slurm.md.
+Before the time limit the run saves, and the job requeues itself and resumes, at
+most --max-requeues times. Tokens are not sent: fetch the model first
+(`tunesmith fetch`), and log in to trackers on the shared home. See
+docs/slurm.md.
 """
 
 import argparse

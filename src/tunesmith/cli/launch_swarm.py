@@ -1,15 +1,16 @@
-"""Train a recipe on the nodes of a Docker swarm, such as two Sparks on a cable, from any of them.
+"""Train a recipe on the nodes of a Docker swarm, such as two Sparks on a cable.
 
-examples:
-  tunesmith launch swarm my-recipe.yaml                     # on all nodes that are ready
-  tunesmith launch swarm my-recipe.yaml --hosts spark-b     # here and on spark-b, as ssh knows it
-  tunesmith launch swarm my-recipe.yaml --render            # print the stack file, start nothing
+example:
+  tunesmith launch swarm my-recipe.yaml  # on all nodes that are ready
+  # here and on spark-b, as ssh knows it
+  tunesmith launch swarm my-recipe.yaml --hosts spark-b
+  tunesmith launch swarm my-recipe.yaml --render  # print the stack file only
   tunesmith logs -f runs/my-run
-  tunesmith stop runs/my-run             # saves, and removes all but the run's files
+  tunesmith stop runs/my-run  # saves, and removes all but the run's files
 
-The other node needs docker, sshd and python3. Data, model and image are brought there. Then Swarm
-has the run: it goes on when this terminal is closed, and failed ranks resume from the newest
-checkpoint.
+Start it on any of the nodes. The others need docker, sshd and python3; data,
+model and image are copied to them. Then Swarm runs it: it goes on when this
+terminal is closed, and failed ranks resume from the newest checkpoint.
 """
 
 import argparse

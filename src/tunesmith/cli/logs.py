@@ -1,8 +1,8 @@
 """Show the log of a launched run.
 
-examples:
+example:
   tunesmith logs slurm-1234
-  tunesmith logs -f runs/my-run     # follow it until the run has ended; ctrl-C leaves the run alone
+  tunesmith logs -f runs/my-run  # follow it to the end; ctrl-C stops only this
 """
 
 import argparse

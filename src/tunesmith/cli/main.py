@@ -1,8 +1,8 @@
 """The command line: finds the command, imports only that one, ends with a message and an exit code.
 
 Each command is a module of this package with `add_arguments(parser)` and `run(args)`, which returns
-an exit code unless that is 0. Its docstring begins its help page and its `EPILOG`, if any, ends it;
-one of the two holds an example that works.
+an exit code unless that is 0. Its docstring begins its help page: a sentence, then examples that
+work, then what else is to be known. Its `EPILOG`, if any, ends the page.
 
 Exit codes: 0 done, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130
 interrupted before there was anything to save, 141 nobody reads the output any more.
@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from itertools import pairwise
@@ -46,63 +46,68 @@ from tunesmith.runtime.host import bound_product_caches, prepare_threads
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-# command -> (module, what it does); written here, so that `tunesmith --help` imports none of them.
-VERBS = {
-    "train": ("tunesmith.cli.train", "fine-tune a model from a recipe"),
-    "sweep": ("tunesmith.cli.sweep", "train many adapters over one base, and name the best"),
-    "launch local": (
-        "tunesmith.cli.launch_local",
-        "train on the GPUs of this machine, also in the background",
-    ),
-    "launch swarm": (
-        "tunesmith.cli.launch_swarm",
-        "train on the nodes of a Docker swarm, such as two Sparks on a cable",
-    ),
-    "launch slurm": ("tunesmith.cli.launch_slurm", "train on nodes of a Slurm cluster"),
-    "launch docker": ("tunesmith.cli.launch_docker", "train in a container of this machine"),
-    "status": ("tunesmith.cli.status", "say where launched runs stand"),
-    "logs": ("tunesmith.cli.logs", "show or follow the log of a launched run"),
-    "stop": ("tunesmith.cli.stop", "ask a launched run to save and end"),
-    "watch": ("tunesmith.cli.watch", "follow runs on a live page, and compare them"),
-    "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
-    "models": ("tunesmith.cli.models", "say which model types train here, and how"),
-    "fetch": ("tunesmith.cli.fetch", "check license and disk, then download model and data"),
-    "data": ("tunesmith.cli.data", "see the tokens that a recipe trains on"),
-    "plan": (
-        "tunesmith.cli.plan",
-        "forecast memory, time and cost on machines that need not be here",
-    ),
-    "chat": ("tunesmith.cli.chat", "talk to a trained model in the terminal"),
-    "generate": ("tunesmith.cli.generate", "answer the rows of a file"),
-    "bench": (
-        "tunesmith.cli.bench",
-        "measure how fast a recipe trains here, and the share of the chip",
-    ),
-    "doctor": (
-        "tunesmith.cli.doctor",
-        "find problems of this machine, a pair or a cluster, and print their fixes",
-    ),
-    "selfcheck": (
-        "tunesmith.cli.selfcheck",
-        "check that the ranks here train as one process does, in a minute or two",
-    ),
-    "eval": ("tunesmith.cli.evaluate", "measure a trained model on held-out rows, beside its base"),
-    "merge": (
-        "tunesmith.cli.merge",
-        "merge an adapter into its base model, and check that it answers alike",
-    ),
-    "export": (
-        "tunesmith.cli.export",
-        "write a checkpoint of several ranks as a model that Transformers loads",
-    ),
-    "push": ("tunesmith.cli.push", "upload what a run trained to the Hugging Face Hub"),
-    "report": ("tunesmith.cli.report", "compare runs on one page that opens offline"),
-    "import": (
-        "tunesmith.cli.import_recipe",
-        "turn the configuration of another tool into a recipe",
-    ),
-    "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
+# group -> command -> (module, what it does); written here, so that `tunesmith --help` imports none.
+VERB_GROUPS = {
+    "start here": {
+        "train": ("tunesmith.cli.train", "fine-tune a model on your rows, or as a recipe says"),
+        "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
+        "models": ("tunesmith.cli.models", "list the model types, and how each trains here"),
+        "import": (
+            "tunesmith.cli.import_recipe",
+            "turn the configuration of another tool into a recipe",
+        ),
+    },
+    "look at the data": {
+        "data": ("tunesmith.cli.data", "show the tokens that a recipe trains on"),
+        "fetch": ("tunesmith.cli.fetch", "check license and disk, then download model and data"),
+    },
+    "train": {
+        "launch local": (
+            "tunesmith.cli.launch_local",
+            "train on the GPUs of this machine, also in the background",
+        ),
+        "launch docker": ("tunesmith.cli.launch_docker", "train in a container of this machine"),
+        "launch swarm": (
+            "tunesmith.cli.launch_swarm",
+            "train on a Docker swarm, such as two Sparks on a cable",
+        ),
+        "launch slurm": ("tunesmith.cli.launch_slurm", "train on nodes of a Slurm cluster"),
+        "sweep": ("tunesmith.cli.sweep", "train many adapters over one base, and name the best"),
+        "status": ("tunesmith.cli.status", "show the state of launched runs"),
+        "logs": ("tunesmith.cli.logs", "show or follow the log of a launched run"),
+        "stop": ("tunesmith.cli.stop", "ask a launched run to save and end"),
+        "watch": ("tunesmith.cli.watch", "follow runs on a live page"),
+        "report": ("tunesmith.cli.report", "compare runs on one page that opens offline"),
+    },
+    "use the result": {
+        "chat": ("tunesmith.cli.chat", "talk to a trained model in the terminal"),
+        "generate": ("tunesmith.cli.generate", "answer the rows of a file"),
+        "eval": ("tunesmith.cli.evaluate", "measure a run on held-out rows, beside its base"),
+        "merge": ("tunesmith.cli.merge", "merge an adapter into its base, and check the answers"),
+        "export": (
+            "tunesmith.cli.export",
+            "write a run for llama.cpp, Ollama, vLLM or Transformers",
+        ),
+        "push": ("tunesmith.cli.push", "upload what a run trained to the Hugging Face Hub"),
+    },
+    "machines": {
+        "plan": ("tunesmith.cli.plan", "forecast memory, time and cost on any machine"),
+        "doctor": (
+            "tunesmith.cli.doctor",
+            "find problems of a machine, a pair or a cluster, with fixes",
+        ),
+        "selfcheck": (
+            "tunesmith.cli.selfcheck",
+            "check that ranks train as one process does, in a minute or two",
+        ),
+        "bench": (
+            "tunesmith.cli.bench",
+            "measure how fast a recipe trains, and the share of the chip",
+        ),
+        "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
+    },
 }
+VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 
 # Those that load torch in this process.
 COMPUTING = {
@@ -131,6 +136,15 @@ _PATH_FAULTS = {
 }
 
 
+# How often a positional argument may be given, as usage lines write it.
+_USAGE: dict[int | str | None, str] = {
+    None: "{}",
+    "?": "[{}]",
+    "*": "[{} ...]",
+    "+": "{0} [{0} ...]",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with our errors: exit code 2, and no usage page above the message.
 
@@ -139,6 +153,17 @@ class Parser(argparse.ArgumentParser):
 
     # What is parsed.
     words: Sequence[str] = ()
+
+    def short_usage(self) -> str:
+        """`tunesmith train [RECIPE] [key=value ...] [options]`: options have their own list."""
+        words = [self.prog]
+        for action in self._actions:
+            if action.option_strings:
+                if action.required:
+                    words.append(f"{action.option_strings[-1]} {action.metavar}")
+            else:
+                words.append(_USAGE[action.nargs].format(action.metavar or action.dest))
+        return " ".join([*words, "[options]"])
 
     def error(self, message: str) -> NoReturn:
         fix = f"{self.prog} --help"
@@ -246,14 +271,12 @@ def _dispatch(words: list[str]) -> int:
         print(f"tunesmith {__version__}")
         return EXIT_OK
     verb, *rest = words
-    # As of `launch local`.
-    # `launch` alone is no command: its kinds are.
-    kinds = [name for name in VERBS if name.startswith(f"{verb} ")]
-    if kinds:
-        verb = " ".join(words[:2])
+    # `launch` alone is no command: `launch local` is.
+    if verb == "launch":
         if rest[:1] in ([], ["-h"], ["--help"]):
-            print(_overview(kinds))
+            print(_launch_help())
             return EXIT_OK
+        verb = " ".join(words[:2])
         rest = rest[1:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
@@ -270,6 +293,7 @@ def _dispatch(words: list[str]) -> int:
     )
     # A verb's flags are defined by its module, which is imported for this verb alone.
     module.add_arguments(parser)
+    parser.usage = parser.usage or parser.short_usage()
     parser.words = rest
     if "TAKES_COMMAND" in vars(module):
         # argparse loses a `--` before which no positional stands.
@@ -301,22 +325,51 @@ def _limit_error(limit: MemoryLimit, *, why: str) -> MachineError:
     return MachineError(what, where=f"this process: {limit.name}", why=why, fix=limit.fix(0))
 
 
-def _overview(verbs: Sequence[str] = tuple(VERBS)) -> str:
-    width = max(map(len, verbs)) + 2
-    listed = "\n".join(f"  {verb:<{width}}{VERBS[verb][1]}" for verb in verbs)
-    return f"""usage: tunesmith COMMAND [...]
+def _overview() -> str:
+    """The page of `tunesmith --help`."""
+    lines = [
+        "usage: tunesmith COMMAND [...]",
+        "",
+        "Fine-tune open-weight language models from one recipe file.",
+        "",
+        "example:",
+        "  tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv",
+        "  tunesmith chat runs/faq-smollm2-135m-instruct",
+    ]
+    for group, verbs in VERB_GROUPS.items():
+        lines += ["", f"{group}:", *_listed(verbs)]
+    lines += [
+        "",
+        "  tunesmith COMMAND --help    options of a command, with examples",
+        "  tunesmith --version",
+    ]
+    return "\n".join(lines)
 
-Fine-tune open-weight language models from one recipe file.
 
-commands:
-{listed}
+def _launch_help() -> str:
+    """The page of `tunesmith launch --help`."""
+    kinds = [name for name in VERBS if name.startswith("launch ")]
+    lines = [
+        "usage: tunesmith launch KIND RECIPE [key=value ...] [options]",
+        "",
+        "Start a recipe on one machine or several; the run is the same as with `train`.",
+        "",
+        "example:",
+        "  tunesmith launch local my-recipe.yaml --detach",
+        "  tunesmith status",
+        "",
+        "kinds:",
+        *_listed(kinds),
+        "",
+        "  tunesmith launch KIND --help    options of a kind, with examples",
+    ]
+    return "\n".join(lines)
 
-  tunesmith COMMAND --help    options of a command, with an example
-  tunesmith --version
 
-example:
-  tunesmith recipes copy smollm2-135m-lora mine.yaml
-  tunesmith train mine.yaml train.learning_rate=5e-4"""
+def _listed(verbs: Iterable[str]) -> list[str]:
+    """A line for each command, with what it does."""
+    width = max(map(len, VERBS)) + 2
+    return [f"  {verb:<{width}}{VERBS[verb][1]}" for verb in verbs]
 
 
 def _report(error: BaseException) -> None:

@@ -1,19 +1,20 @@
-"""Merge the adapter into its base, and check that the merged model answers alike.
+"""Merge an adapter into its base, and check that the answers stay the same.
 
 example:
   tunesmith merge runs/my-run --output merged
   tunesmith merge runs/my-run --output merged --dtype fp32 --json
 
-The folder is plain Transformers: weights in safetensors, tokenizer, chat template. It gets its name
-only after Transformers has loaded it and answered like the adapter; otherwise it is kept as
-OUTPUT.rejected and the exit code is 1.
+The folder is plain Transformers: weights in safetensors, tokenizer, chat
+template. It gets its name only after Transformers has loaded it and answered
+like the adapter; otherwise it is kept as OUTPUT.rejected, and the exit code is
+1.
 """
 
 import argparse
 import json
 from dataclasses import asdict
 
-from tunesmith.cli.options import add_run
+from tunesmith.cli.options import add_json, add_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an earlier merge there, once the check is passed",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:

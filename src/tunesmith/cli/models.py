@@ -1,13 +1,15 @@
-"""Say which model types train here, and how.
+"""List the model types, and how each of them trains here.
 
-examples:
-  tunesmith models                    # all types that Transformers has
-  tunesmith models qwen3_5_text       # one of them, with what was measured
-  tunesmith models ./my-model         # a folder with config.json: measured now, on this config
-  tunesmith models --json             # for scripts
+example:
+  tunesmith models  # all types that Transformers has
+  tunesmith models qwen3_5_text  # one of them, with what was measured
+  tunesmith models ./my-model  # a folder with config.json, measured now
+  tunesmith models --json  # for scripts
 
-tuned: documents share rows, and this engine's own forwards compute them. packed: documents share
-rows, under Transformers' forwards. padded: one document a row. refused: not at all, and why.
+tuned: documents share rows, and this engine's own forwards compute them.
+packed: documents share rows, with Transformers' forwards.
+padded: one document a row.
+refused: not at all, and why.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tunesmith.cli.options import add_json
 from tunesmith.model.model_types import (
     ModelType,
     Support,
@@ -35,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", help="a model type, or a folder with config.json; all types if left out"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -66,6 +66,26 @@ def whole_number(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
 
 
+def add_json(options: argparse._ActionsContainer) -> None:
+    """The result for scripts, on stdout; an option of a parser or of one of its groups."""
+    options.add_argument(
+        "--json", action="store_true", help="print the result as JSON on stdout, for scripts"
+    )
+
+
+def add_columns(options: argparse._ActionsContainer) -> None:
+    """Names of a format's columns in the user's file."""
+    names = "the file's name of a column: prompt=question,completion=answer"
+    options.add_argument(
+        "--columns",
+        type=column_names,
+        action="extend",
+        default=[],
+        metavar="NAME=COLUMN",
+        help=names,
+    )
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """RUN and the device to load it to."""
     parser.add_argument(
@@ -107,20 +127,17 @@ def column_names(text: str) -> list[tuple[str, str]]:
 
 def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
     """How rows are read (`format_name`, `columns`) and how many are answered at once."""
-    default = "as in training where its columns fit, else by their names"
-    look = f"what a row looks like (default: {default})"
+    formats = ("auto", *COLUMNS)
     parser.add_argument(
-        "--format", choices=("auto", *COLUMNS), default="auto", dest="format_name", help=look
+        "--format",
+        choices=formats,
+        default="auto",
+        dest="format_name",
+        metavar="FORMAT",
+        help=f"one of {', '.join(formats)} (default: auto, as in training where its columns fit, "
+        "else by their names)",
     )
-    names = "the file's name of a column: --columns prompt=question --columns completion=answer"
-    parser.add_argument(
-        "--columns",
-        type=column_names,
-        action="extend",
-        default=[],
-        metavar="NAME=COLUMN",
-        help=names,
-    )
+    add_columns(parser)
     parser.add_argument(
         "--batch-size",
         type=whole_number,
@@ -173,16 +190,13 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     rows.add_argument(
         "--split", metavar="SPLIT", help="of a Hub data set, or a slice such as train[:1000]"
     )
-    rows.add_argument("--format", choices=COLUMNS, help="what a row looks like, where unclear")
-    names = "which columns are meant, where unclear: prompt=question,completion=answer"
     rows.add_argument(
-        "--columns",
-        type=column_names,
-        action="extend",
-        default=[],
-        metavar="NAME=COLUMN",
-        help=names,
+        "--format",
+        choices=COLUMNS,
+        metavar="FORMAT",
+        help=f"of the rows, where it is unclear: one of {', '.join(COLUMNS)}",
     )
+    add_columns(rows)
 
 
 def chosen_recipe(args: argparse.Namespace) -> "tuple[Run, MadeRecipe | None]":

@@ -1,16 +1,18 @@
-"""Forecast what a recipe takes on machines that need not be here: memory, time, cost, parallelism.
+"""Forecast memory, time and cost of a recipe on machines that need not be here.
 
-Only the model's config.json is needed, and not even that for the models of recipes that ship: no
-network, token or license. Lengths are those of the token cache if it has the recipe's rows
-(`tunesmith data` puts them there). No GPU is touched. The exit code is 2 where nothing fits.
-
-examples:
+example:
+  tunesmith plan my-recipe.yaml  # on this machine
   # USD for a GPU and hour
-  tunesmith plan llama3.3-70b-full train.duration='500 steps' --on 2x8xh100 --price 2.5
+  tunesmith plan llama3.3-70b-full train.duration='500 steps' \\
+    --on 2x8xh100 --price 2.5
   tunesmith plan my-recipe.yaml parallel.tensor=8 --on 8xh100 --json
   # tokens of an example, where they are not known
   tunesmith plan llama3.1-8b-lora --on 2x-dgx-spark --length 180
-  tunesmith plan my-recipe.yaml        # on this machine
+
+Only the model's config.json is needed, and not even that for the models of
+recipes that ship: no network, token or license. Lengths are those of the token
+cache if it has the recipe's rows (`tunesmith data` puts them there). No GPU is
+touched. The exit code is 2 where nothing fits.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import add_overrides, whole_number
+from tunesmith.cli.options import add_json, add_overrides, whole_number
 from tunesmith.errors import EXIT_OK, TunesmithError
 from tunesmith.quant.schemes import scheme_of
 
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of an example, if no tokens are there",
     )
     parser.add_argument("--price", type=_price, metavar="USD", help="of a GPU for an hour")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,10 +6,10 @@ example:
   tunesmith push my-model-for-ollama
   tunesmith push my-model.gguf
 
-A run directory is pushed as its final/, or as its newest whole checkpoint without the training
-state. The repository is private unless --public is given; pushed again, only what has changed is
-sent. Of what `export` wrote the model card has each file's kind, size and mean KL, as they were
-measured then.
+A run directory is pushed as its final/, or as its newest whole checkpoint
+without the training state. The repository is private unless --public is given;
+pushed again, only what has changed is sent. For what `export` wrote, the model
+card has each file's kind, size and mean KL, as they were measured then.
 """
 
 import argparse

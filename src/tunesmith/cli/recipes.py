@@ -1,10 +1,11 @@
 """List, show and copy the recipes that ship.
 
-examples:
-  tunesmith recipes      # a table of them
-  # one, every default written out
+example:
+  tunesmith recipes  # a table of them
+  # one, with every default written out
   tunesmith recipes show smollm2-135m-lora train.learning_rate=5e-4
-  tunesmith recipes copy smollm2-135m-lora mine.yaml     # one to edit; a file or a folder
+  # one to edit; to a file or a folder
+  tunesmith recipes copy smollm2-135m-lora mine.yaml
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from tunesmith.cli.options import add_json
 from tunesmith.config.dump import dump, to_mapping
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import nearest
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "rest", nargs="*", metavar="key=value | DEST", help="overrides to show, or where to copy to"
     )
-    parser.add_argument("--json", action="store_true", help="list and show: JSON for scripts")
+    add_json(parser)
     parser.add_argument(
         "--force", action="store_true", help="copy: write over a file that is there"
     )

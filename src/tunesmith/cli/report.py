@@ -1,12 +1,12 @@
-"""Compare runs on one page: which is better and why, curves, recipes, speed, memory, answers.
+"""Compare runs on one page: which is better and why, curves, speed, answers.
 
-examples:
+example:
   tunesmith report runs/my-run
   tunesmith report runs/lr-1e-4 runs/lr-1e-3 --output comparison.html
-  tunesmith report runs/* --markdown            # for a pull request or a wiki
+  tunesmith report runs/* --markdown  # for a pull request or a wiki
 
-The page is one file that opens offline, and says how to reproduce the runs. It takes running,
-finished, failed and copied runs.
+The page is one file that opens offline, and says how to reproduce the runs. It
+takes running, finished, failed and copied runs.
 """
 
 import argparse

@@ -1,14 +1,15 @@
-"""Check on this machine, or on these ranks, that several ranks train as one process does.
-
-It trains a small random model of its own for a few steps: on one process, and on a mesh of each
-kind that the ranks can make (replicate, shard, tensor, and their mixtures). It takes a minute or
-two and needs no network. Exit code 0: all checks passed; 1: one did not.
+"""Check that several ranks here train as one process does.
 
 example:
   tunesmith selfcheck
   tunesmith selfcheck --ranks 4
-  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint NODE:29500 \\
-    -m tunesmith selfcheck
+  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \\
+    --rdzv-endpoint NODE:29500 -m tunesmith selfcheck
+
+It trains a small random model of its own for a few steps: on one process, and
+on a mesh of each kind that the ranks can make (replicate, shard, tensor, and
+their mixtures). It takes a minute or two and needs no network. Exit code 0: all
+checks passed; 1: one did not.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import whole_number
+from tunesmith.cli.options import add_json, whole_number
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
 from tunesmith.host.cores import available_cores
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = "default: one a GPU, without GPUs 2"
     ranks = f"start so many ranks here ({default}); not under torchrun, which starts them"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
     # Of ranks that `check_on_ranks` has started.
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
 

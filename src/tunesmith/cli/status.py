@@ -1,20 +1,22 @@
-"""Say where launched runs stand: waiting, running, ended or gone, with the newest step.
+"""Show the state of launched runs: waiting, running or ended, and the newest step.
 
-examples:
-  tunesmith status                    # all jobs of this user
-  tunesmith status slurm-1234         # one, by its name
-  tunesmith status runs/my-run        # or by its run directory, whoever started it
+example:
+  tunesmith status  # all jobs of this user
+  tunesmith status slurm-1234  # one, by its name
+  tunesmith status runs/my-run  # or by its run directory, whoever started it
 """
 
 import argparse
 import json
+
+from tunesmith.cli.options import add_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "jobs", nargs="*", metavar="JOB|RUN", help="names or run directories (default: all jobs)"
     )
-    parser.add_argument("--json", action="store_true", help="as JSON: a list of objects")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:

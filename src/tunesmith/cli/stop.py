@@ -1,8 +1,8 @@
-"""Ask a launched run to save and end; the same launch goes on from there.
+"""Ask a launched run to save and end; the same launch resumes.
 
-examples:
+example:
   tunesmith stop slurm-1234
-  tunesmith stop runs/my-run --wait       # until it has ended
+  tunesmith stop runs/my-run --wait  # until it has ended
 """
 
 import argparse

@@ -1,15 +1,16 @@
-"""Train many adapters over one loaded base, stop the worse ones early, and name the best.
+"""Train many adapters over one base, stop the worse ones early, name the best.
 
-examples:
+example:
   # every combination; drawn at random; none stops early
-  tunesmith sweep my-recipe.yaml train.learning_rate=1e-4,3e-4,1e-3 adapter.rank=8,32
+  tunesmith sweep my-recipe.yaml train.learning_rate=1e-4,1e-3 adapter.rank=8,32
   tunesmith sweep my-recipe.yaml train.learning_rate=1e-5..1e-3 --candidates 12
-  tunesmith sweep my-recipe.yaml adapter.rank=4,16,64 output_dir=runs/ranks --to-the-end
+  tunesmith sweep my-recipe.yaml adapter.rank=4,16,64 --to-the-end
 
-A key with one value sets the recipe of all candidates. The worse half by val_loss stops at a
-quarter and at half of the steps, and two train to the end. Each candidate is a run directory below
-output_dir, as `tunesmith train` alone writes it: `chat`, `eval` and `train` go on with any of them.
-After ctrl-C, or a kill, the same command goes on.
+A key with one value sets the recipe of all candidates. The worse half by
+val_loss stops at a quarter and at half of the steps, and two train to the end.
+Each candidate is a run directory below output_dir, as `tunesmith train` alone
+writes it, for `chat`, `eval` and `train`. After ctrl-C or a kill the same
+command resumes.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from tunesmith.cli.options import (
     RECIPE_HELP,
+    add_json,
     is_main_process,
     leave_lines_to_rank_0,
     removed_option,
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--candidates", type=whole_number, metavar="N", help=count)
     ranks = "start so many ranks here (default: one process)"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
-    parser.add_argument("--json", action="store_true", help="print what sweep.json holds on stdout")
+    add_json(parser)
     for option in REMOVED:
         parser.add_argument(f"--{option}", help=argparse.SUPPRESS)
 

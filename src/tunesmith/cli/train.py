@@ -1,14 +1,16 @@
-"""Fine-tune a model on rows of your own, or what a recipe describes; or go on with it.
+"""Fine-tune a model on your own rows, or as a recipe says; or resume the run.
 
 example:
-  # looks at the rows, and makes a recipe
+  # look at the rows, and make a recipe
   tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv
-  tunesmith train smollm2-135m-lora data.train.source=rows.jsonl data.train.format=alpaca
-  tunesmith train my-recipe.yaml train.duration='2 epochs'    # goes on where it stopped
-  tunesmith train my-recipe.yaml --fresh     # puts the old run aside and starts over
+  tunesmith train smollm2-135m-lora \\
+    data.train.source=rows.jsonl data.train.format=alpaca
+  tunesmith train my-recipe.yaml train.duration='2 epochs'  # resumes a run
+  tunesmith train my-recipe.yaml --fresh  # moves an earlier run aside
 
-ctrl-C (and SIGTERM, SIGHUP, SIGUSR1) saves after the present step and exits with 75: the same
-command goes on. ctrl-C again stops at once: the same command goes on from the newest checkpoint.
+ctrl-C (or SIGTERM, SIGHUP, SIGUSR1) saves after the current step and exits
+with 75; the same command resumes. A second ctrl-C stops at once; the same
+command then resumes from the newest checkpoint.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tunesmith.cli.options import (
+    add_json,
     add_recipe,
     chosen_recipe,
     is_main_process,
@@ -41,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--why", action="store_true", help="say why each choice was made for this machine"
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,8 +1,10 @@
-"""Watch runs as they go, on a page that only this machine reaches; finished runs too, and several.
+"""Follow runs on a live page that only this machine reaches.
 
-examples:
-  tunesmith watch runs/my-run        # prints an address to open in a browser; ctrl-C ends it
-  tunesmith watch runs/rank-16 runs/rank-64     # side by side
+example:
+  tunesmith watch runs/my-run  # prints the address to open; ctrl-C ends it
+  tunesmith watch runs/rank-16 runs/rank-64  # side by side
+
+Finished runs can be watched too.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tunesmith.cli.options import notify, removed_option, tell_left_out
+from tunesmith.cli.options import add_json, notify, removed_option, tell_left_out
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 
@@ -26,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "run directories, or jobs of `tunesmith status`"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
     output = parser.add_mutually_exclusive_group()
-    as_json = "print where the runs stand, as one JSON object, and end"
-    output.add_argument("--json", action="store_true", help=as_json)
+    add_json(output)
     browser = "open the page in the browser of this desktop"
     output.add_argument("--open", action="store_true", help=browser)
     # Removed: `_check_removed` gives the command to use.
