@@ -45,6 +45,11 @@ def ceil_div(amount: int, divisor: int) -> int:
     return -(-amount // divisor)
 
 
+def count_of(count: int, noun: str) -> str:
+    """`1 row`, `2 rows`, `1,000 rows`: a count with its noun, whose plural ends with an s."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 @dataclass(frozen=True)
 class _Amount:
     units: ClassVar[tuple[str, ...]]
@@ -111,6 +116,11 @@ class Length(_Amount):
         if self.unit not in SECONDS:
             return None
         return self.amount * SECONDS[self.unit]
+
+    def in_words(self) -> str:
+        """`1 epoch`, where a recipe has `1 epochs`."""
+        is_one = self.amount == 1 and self.unit in ("steps", "epochs")
+        return str(self).removesuffix("s") if is_one else str(self)
 
 
 @dataclass(frozen=True)

@@ -208,12 +208,9 @@ def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:
     rows = [{"text": "x" * (200 if i % 10 == 0 else 20 + i)} for i in range(90)]
 
     def line(**given: Any) -> str:
-        return (
-            prepared(tiny, tmp_path, rows, **given)
-            .describe()
-            .splitlines()[1]
-            .partition("rows.jsonl: ")[2]
-        )
+        lines = prepared(tiny, tmp_path, rows, **given).describe().splitlines()
+        [figures] = [line for line in lines if "rows.jsonl: " in line]
+        return figures.partition("rows.jsonl: ")[2]
 
     assert line().startswith("90 of 90 rows, ")
     assert ", 9 cut (data.too_long: truncate)" in line()

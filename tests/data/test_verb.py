@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from errors import check_shown, holds, lines_with, refuses, warnings_with
+from errors import check_shown, lines_with, refuses, warnings_with
 from rows import alpaca
 from tunesmith.cli import data as verb
 from tunesmith.cli.main import main
@@ -52,7 +52,7 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     assert "rows.jsonl:2: " in out
     assert re.search(r"rows\.jsonl +60 of 60 rows", out)
     assert "60 examples" in out
-    assert holds(out, "1 epochs: 1")
+    assert "steps: 1, 1 epoch; " in out
     assert warnings_with(out, 1)
     assert "\x1b" not in out
     assert out.count("holds") == 7

@@ -115,7 +115,9 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     done = run_warm([*words, "--output", tmp_path / "bf16", "--json"])
     assert json.loads(done.stdout)["dtype"] == "bf16"
     done = run_warm([*words, "--adapter", "--output", tmp_path / "lora"])
-    assert f"--max-lora-rank 8 --lora-modules lora={tmp_path / 'lora'}" in done.stdout
+    command = f"--max-lora-rank 8 --lora-modules lora={tmp_path / 'lora'}"
+    template = run / "final" / "chat_template.jinja"
+    assert f"{command} --chat-template {template}" in done.stdout
     refused = run_warm([*words, "--quant", "q8_0", "--output", tmp_path / "no"])
     assert refused.returncode == 2
     check_shown(refused.stderr, where="command line: --quant", fix=["bf16, fp8, nvfp4"])

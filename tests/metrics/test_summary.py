@@ -11,7 +11,7 @@ import pytest
 
 from errors import holds
 from records import RUN, record
-from tunesmith.config.schema import Adapter, Model, Run, Source
+from tunesmith.config.schema import Run, Source
 from tunesmith.errors import NonFiniteError
 from tunesmith.metrics.summary import closing_summary, write_failure
 from tunesmith.units import Share
@@ -68,59 +68,62 @@ def last_lines(text: str) -> list[str]:
 
 
 def test_the_next_commands_are_whole_and_quoted(run: Run, folder: Path) -> None:
-    assert last_lines(closing(run, folder)) == [
+    commands = [line.partition("   # ")[0].strip() for line in last_lines(closing(run, folder))]
+    assert commands == [
         f"tunesmith chat '{folder}'",
-        f"tunesmith merge '{folder}' --output '{folder}-merged'",
-        f"vllm serve org/base --enable-lora --lora-modules 'my run={folder}/final'",
+        f"tunesmith report '{folder}'",
+        f"tunesmith export '{folder}' --to ollama --output '{folder}-exported'",
     ]
-
-
-def test_a_served_adapter_gets_the_template_of_training(run: Run, folder: Path) -> None:
-    (folder / "final").mkdir(exist_ok=True)
-    (folder / "final" / "chat_template.jinja").write_text("{{ messages }}")
-    command = f"vllm serve org/base --enable-lora --chat-template '{folder}/final/chat_template."
-    assert last_lines(closing(run, folder))[-1].startswith(command)
 
 
 def test_the_next_commands_work_inside_the_run_directory(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    assert last_lines(closing(run, folder)) == [
+    commands = [line.partition("   # ")[0].strip() for line in last_lines(closing(run, folder))]
+    assert commands == [
         "tunesmith chat .",
-        f"tunesmith merge . --output '{folder}-merged'",
-        "vllm serve org/base --enable-lora --lora-modules 'my run=final'",
+        "tunesmith report .",
+        f"tunesmith export . --to ollama --output '{folder}-exported'",
     ]
 
 
-@pytest.mark.parametrize(
-    ("changed", "last"),
-    [
-        ({"adapter": Adapter(kind="none")}, "vllm serve '{folder}/final'"),
-        (
-            {"adapter": Adapter(rank=40)},
-            "vllm serve org/base --enable-lora --max-lora-rank 64 --lora-modules",
-        ),
-        ({"model": Model(name="base.gguf")}, "vllm serve '{folder}-merged'"),
-        ({"adapter": Adapter(modules_to_save=("lm_head",))}, "vllm serve '{folder}-merged'"),
-    ],
-)
-def test_the_serving_line_fits_what_was_trained(
-    run: Run, folder: Path, changed: dict, last: str
-) -> None:
-    assert last_lines(closing(replace(run, **changed), folder))[-1].startswith(
-        last.format(folder=folder)
-    )
+def test_two_answers_before_and_after_in_lines_of_a_terminal(run: Run, folder: Path) -> None:
+    """Of prompts that were answered at both ends, the first two; a long text shows its near end."""
+    question = "a long story " * 20 + "Why?"
+    answer = "I am\n\nnot sure. " * 20
+    samples = [
+        (0, f"system\nBe kind.\nuser\n{question}", answer),
+        (0, "Who?", "Nobody."),
+        (0, "When?", "Never."),
+        (10, "Who?", "Somebody."),
+        (20, f"system\nBe kind.\nuser\n{question}", "Because."),
+        (20, "Where?", "Here."),
+        (20, "Who?", "Ada."),
+        (20, "When?", "Now."),
+    ]
+    lines = [
+        json.dumps({"step": step, "prompt": prompt, "answer": answer, "expected": ""})
+        for step, prompt, answer in samples
+    ]
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    text = closing(run, folder)
+    shown = text[text.index("prompt  ") :].split("\n\n")[0].splitlines()
+    assert shown[0] == "prompt  …" + question[-68:]
+    assert shown[1] == "  before  " + answer.replace("\n\n", " ")[:68] + "…"
+    assert shown[2:] == [
+        "  after   Because.",
+        "prompt  Who?",
+        "  before  Nobody.",
+        "  after   Ada.",
+    ]
+    assert max(map(len, shown)) <= 80
 
 
-def test_an_adapter_of_experts_is_merged_before_it_is_served(run: Run, folder: Path) -> None:
-    """Of most mixtures vLLM reads the stacks of PEFT's file wrongly, and says nothing."""
-    (folder / "final").mkdir(exist_ok=True)
-    config = folder / "final" / "adapter_config.json"
-    config.write_text('{"target_parameters": ["mlp.experts.gate_up_proj"]}')
-    assert last_lines(closing(run, folder))[-1].startswith(f"vllm serve '{folder}-merged'")
-    config.write_text('{"target_parameters": null}')
-    assert last_lines(closing(run, folder))[-1].startswith("vllm serve org/base --enable-lora")
+def test_a_run_that_answered_once_shows_no_answers(run: Run, folder: Path) -> None:
+    row = {"step": 0, "prompt": "Who?", "answer": "Nobody.", "expected": ""}
+    (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    assert "prompt  " not in closing(run, folder)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_an_adapter_of_experts_is_merged_before_it_is_served(run: Run, folder: P
 def test_eval_finds_the_held_out_rows_itself(run: Run, folder: Path, held: dict[str, Any]) -> None:
     """Their file may be that of the training rows."""
     said = closing(replace(run, data=replace(run.data, **held)), folder)
-    assert f"tunesmith eval '{folder}'   # " in said
+    assert f"tunesmith eval '{folder}'     # " in said
 
 
 def test_a_run_without_a_step_says_so(run: Run, tmp_path: Path) -> None:

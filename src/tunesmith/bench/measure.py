@@ -7,6 +7,7 @@ It is `train` without its end: no validation, no periodic checkpoints, nothing k
 """
 
 import contextlib
+import logging
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -38,6 +39,8 @@ from tunesmith.training.build import Session, build
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import Length, ratio
+
+log = logging.getLogger(__name__)
 
 # Of the computed tokens; more padding is explained.
 FULL = 0.99
@@ -223,6 +226,8 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
         graphs = [graphs_compiled()]
         began = time.perf_counter()
         session = build(run, Start(), weights=plan.weights, measured=True)
+        for line in session.plan.describe():
+            log.info(line)
         seen = Observed(time.perf_counter() - began, graphs)
         per_epoch = session.data.schedule.steps_per_epoch(0)
         total = session.total_steps

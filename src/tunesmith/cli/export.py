@@ -140,11 +140,16 @@ def _export_vllm(args: argparse.Namespace) -> None:
         from tunesmith.export.vllm_adapter import export_peft
 
         rank = export_peft(args.run, args.output)
-        base = locate_run(args.run).base.name
+        location = locate_run(args.run)
+        base = location.base.name
         module = shell_word(f"{Path(args.output).name}={args.output}")
         serve = f"vllm serve {shell_word(base)} --enable-lora --max-lora-rank {rank}"
+        # vLLM reads the base's tokenizer, whose template has neither the arguments nor the date of
+        # training, if it has one at all.
+        template = Path(location.folder or args.run, "chat_template.jinja")
+        with_template = f" --chat-template {shell_path(template)}" if template.is_file() else ""
         report: dict[str, object] = {"output": args.output, "max_lora_rank": rank}
-        lines = [f"next: {serve} --lora-modules {module}"]
+        lines = [f"next: {serve} --lora-modules {module}{with_template}"]
     elif args.quant in (None, "bf16"):
         from tunesmith.export.merge import merge
 

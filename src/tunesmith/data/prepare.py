@@ -28,6 +28,7 @@ from tunesmith.data.tokens import (
 from tunesmith.errors import DataError
 from tunesmith.host.files import cache_folder, from_here
 from tunesmith.host.memory import available_memory
+from tunesmith.units import count_of
 
 # Of an epoch's order: indices, random keys and their sort, 8 bytes each.
 BYTES_PER_EXAMPLE = 32
@@ -82,29 +83,39 @@ class TrainingData:
             sources += [("validation", part) for part in self.validation.parts]
         return sources
 
-    def describe(self) -> str:
-        """Lines for the user.
+    def describe(self, *, why: bool = False) -> str:
+        """Lines for the user: which rows are trained on, what was left out, how many steps.
 
-        They say which rows are trained on, what was left out, how many steps, what was checked.
+        With `why` also the template, which is always shown where rows are not a chat, and what was
+        checked.
         """
-        lines = [self.describe_template()]
+        lines = []
+        if why or self.template.raw:
+            lines.append(self.describe_template())
         for split, part in self.sources():
             figures = ", ".join(self.figures(part))
             lines.append(f"{split}: {from_here(part.counts.source)}: {figures}")
         lines.append(self.describe_schedule())
         lines += self.warnings()
+        if why:
+            lines += self.describe_checks()
+        return "\n".join(lines)
+
+    def describe_checks(self) -> list[str]:
+        """A line for each split: how many rules its tokens passed, and how many rows were looked
+        at.
+        """
+        lines = []
         for contract in self.contracts:
             # Of each kind of thing, as rows or tokens, the most that a rule checked.
             counts: dict[str, int] = {}
             for check in contract.checks:
                 counts[check.of] = max(check.checked, counts.get(check.of, 0))
             things = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-            verdict = "BROKEN" if contract.broken else "holds"
-            lines.append(
-                f"token contract of {contract.split}: {verdict}:"
-                f" {len(contract.checks)} checks of {things}"
-            )
-        return "\n".join(lines)
+            verdict = "broken" if contract.broken else "passed"
+            checks = count_of(len(contract.checks), "check")
+            lines.append(f"token contract of {contract.split}: {verdict} {checks} of {things}")
+        return lines
 
     def describe_template(self) -> str:
         """A line for the user: the prompt in use.
@@ -130,7 +141,7 @@ class TrainingData:
             left_out.append(f"{counts.dropped:,} dropped {too_long}")
         if counts.emptied:
             left_out.append(f"{counts.emptied:,} dropped because the cut left no supervised token")
-        rows = f"{counts.kept:,} of {counts.available:,} rows"
+        rows = f"{counts.kept:,} of {count_of(counts.available, 'row')}"
         if left_out:
             rows += f" ({', '.join(left_out)})"
         supervised = counts.supervised / max(1, counts.tokens)
@@ -138,28 +149,33 @@ class TrainingData:
         figures = [rows]
         if part.weight != 1:
             figures.append(f"weight {part.weight:g}")
-        figures.append(f"{counts.tokens:,} tokens, {supervised:.1%} supervised")
+        figures.append(f"{count_of(counts.tokens, 'token')}, {supervised:.1%} supervised")
         if counts.cut:
             figures.append(f"{counts.cut:,} cut {too_long}")
         if "empty" in counts.flaws:
             figures.append(f"{counts.flaws['empty'][0]:,} with an empty answer")
-        figures.append(f"longest {counts.longest:,} tokens")
+        figures.append(f"longest {count_of(counts.longest, 'token')}")
         return figures
 
     def describe_schedule(self) -> str:
-        """A line for the user: examples -> rows -> optimizer steps."""
+        """A line for the user: how many optimizer steps, and what they are made of."""
         duration = self.run.train.duration
         summary = self.schedule.summary(duration)
-        kind = "rows"
-        if self.schedule.packed:
-            kind = f"packed rows of {self.schedule.row_length}"
-        steps = "optimizer steps until the time is up"
+        steps = f"as many as fit in {duration.in_words()}"
         if summary.steps is not None:
-            steps = f"{summary.steps:,} optimizer steps"
+            steps = f"{summary.steps:,}"
+            if duration.unit != "steps":
+                steps += f", {duration.in_words()}"
+        kind = "row"
+        if self.schedule.packed:
+            kind = "packed row"
+        rows = count_of(summary.rows, kind)
+        if self.schedule.packed:
+            rows += f" of {self.schedule.row_length:,} tokens"
+        examples = count_of(summary.examples, "example")
         return (
-            f"{summary.examples:,} examples ({summary.tokens:,} tokens)"
-            f" -> {summary.rows:,} {kind}, {summary.fill:.1%} filled"
-            f" -> {summary.steps_per_epoch:,} steps an epoch -> {duration}: {steps}"
+            f"steps: {steps}; an epoch has {summary.steps_per_epoch:,}: "
+            f"{examples} in {rows}, {summary.fill:.1%} filled"
         )
 
     def warnings(self) -> list[str]:

@@ -330,11 +330,11 @@ class TrainModel(nn.Module):
                 yield name, parameter
 
     def describe(self) -> str:
-        """One line: the model, and how much of it is trained."""
+        """The model's class, and how much of it is trained."""
         count = parameter_count(self.model)
         trained = sum(parameter.numel() for _, parameter in self.trained_parameters())
-        share = f"{trained:,} of {count:,} parameters trained ({trained / count:.2%})"
-        return f"model: {type(self.model).__name__}, {share}"
+        share = f"{trained:,} of {count:,} parameters are trained ({trained / count:.2%})"
+        return f"{type(self.model).__name__}, {share}"
 
 
 def supervised_positions(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,13 @@ from pathlib import Path
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
 from tunesmith.host.files import from_here, write_atomically
-from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.host.shell import shell_path
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.terminal import format_seconds
-from tunesmith.run_dir import FAILURE, FINAL, IDENTITY, LOG, METRICS, RECIPE
+from tunesmith.run_dir import FAILURE, FINAL, IDENTITY, LOG, METRICS, RECIPE, read_samples
 from tunesmith.units import ratio
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts
-VLLM_DEFAULT_RANK = 16
+ANSWER_WIDTH = 69  # characters of a sample answer, so that its line fits 80 columns
 
 
 def write_failure(
@@ -41,8 +40,8 @@ def write_failure(
 def closing_summary(
     run: Run, *, steps: int, seconds: float = 0.0, finished_before: bool = False
 ) -> str:
-    """The closing summary as plain text: numbers of all starts of the run, files written, next
-    commands.
+    """The closing summary as plain text: numbers of all starts of the run, answers before and
+    after, files written, next commands.
 
     `seconds` of training: 0 takes the sum of the recorded steps. `finished_before`: this start did
     nothing.
@@ -57,7 +56,8 @@ def closing_summary(
             "  to start over: the same command with --fresh (the old run is put aside)",
             "",
         ]
-    rows += [*run_figures(records, seconds), "", *_written(folder), "", *_next(run, folder)]
+    rows += [*run_figures(records, seconds), "", *_answers(folder)]
+    rows += [*_written(folder), "", *_next(run, folder)]
     return "\n".join(rows)
 
 
@@ -135,37 +135,43 @@ def _written(folder: Path) -> list[str]:
 def _next(run: Run, folder: Path) -> list[str]:
     """Complete commands that a user may want next."""
     # `folder` may be `.`, without a name.
-    absolute = folder.absolute()
-    merged = shell_path(from_here(f"{absolute}-merged"))
-    rows = ["next", f"  tunesmith chat {shell_path(folder)}"]
+    exported = shell_path(from_here(f"{folder.absolute()}-exported"))
+    run_dir = shell_path(folder)
+    rows = ["next", f"  tunesmith chat {run_dir}"]
     if run.data.validation or run.data.hold_out:
-        rows.append(
-            f"  tunesmith eval {shell_path(folder)}   # on the held-out rows, beside the base"
-        )
-    adapter = run.adapter
-    if adapter.kind == "none":
-        return [*rows, f"  vllm serve {shell_path(folder / FINAL)}"]
-    rows.append(f"  tunesmith merge {shell_path(folder)} --output {merged}")
-    # vLLM takes no adapter on a GGUF base, and none with modules trained in full.
-    is_refused = run.model.name.endswith(".gguf") or adapter.modules_to_save
-    if is_refused or run.model.added_tokens or _adapts_experts(folder / FINAL):
-        return [*rows, f"  vllm serve {merged}   # after the merge"]
-    command = f"  vllm serve {shell_word(run.model.name)} --enable-lora"
-    if adapter.rank > VLLM_DEFAULT_RANK:
-        accepted = [rank for rank in VLLM_RANKS if rank >= adapter.rank]
-        command += f" --max-lora-rank {min(accepted, default=adapter.rank)}"
-    # vLLM reads the base's tokenizer, whose template has neither the arguments nor the date of
-    # training, if it has one at all.
-    template = folder / FINAL / "chat_template.jinja"
-    if template.is_file():
-        command += f" --chat-template {shell_path(template)}"
-    modules = shell_word(f"{absolute.name}={folder / FINAL}")
-    return [*rows, f"{command} --lora-modules {modules}"]
+        rows.append(f"  tunesmith eval {run_dir}     # on the held-out rows, beside the base")
+    return [
+        *rows,
+        f"  tunesmith report {run_dir}   # the curves on a page, beside other runs",
+        f"  tunesmith export {run_dir} --to ollama --output {exported}   # or --to vllm, gguf",
+    ]
 
 
-def _adapts_experts(final: Path) -> bool:
-    """Whether an adapter has stacks of experts: of most models vLLM takes the rows of gate and up
-    for one another in such a file, without an error.
-    """
-    config = final / "adapter_config.json"
-    return config.is_file() and bool(json.loads(config.read_bytes()).get("target_parameters"))
+def _answers(folder: Path) -> list[str]:
+    """The first two prompts that were answered both before training and at its end."""
+    samples = read_samples(folder).value
+    if not samples:
+        return []
+    last = samples[-1]["step"]
+    before = {row["prompt"]: row["answer"] for row in samples if row["step"] == 0}
+    after = {row["prompt"]: row["answer"] for row in samples if row["step"] == last}
+    prompts = [prompt for prompt in after if prompt in before and last > 0]
+    rows = []
+    for prompt in prompts[:2]:
+        # The question is at the end of a prompt; an answer is told by its beginning.
+        rows += [
+            f"prompt  {_one_line(prompt, from_end=True)}",
+            f"  before  {_one_line(before[prompt])}",
+            f"  after   {_one_line(after[prompt])}",
+        ]
+    return [*rows, ""] if rows else []
+
+
+def _one_line(text: str, *, from_end: bool = False) -> str:
+    """A text in one line of a terminal, cut at its beginning or at its end."""
+    text = " ".join(text.split())
+    if len(text) <= ANSWER_WIDTH:
+        return text
+    if from_end:
+        return f"…{text[1 - ANSWER_WIDTH :]}"
+    return f"{text[: ANSWER_WIDTH - 1]}…"

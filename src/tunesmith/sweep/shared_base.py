@@ -71,7 +71,7 @@ class SharedBase:
             # Of the last run.
             free_device_memory()
         optimizer = make_optimizer(run, root, start, ranks)
-        for text in (root.describe(), *first.plan.describe(why=why)):
+        for text in (f"model: {root.describe()}", *first.plan.describe(why=why)):
             log.info(text)
         if first.device.type == "cpu":
             keep_threads(start.progress.threads if start.progress else None)

@@ -207,7 +207,7 @@ def build(
         # with.
         resumes = start.checkpoint is not None
         cut_answers: CutAnswers = "warn" if measured or resumes else "refuse"
-        data = read_data(run, start, files, hashes, cut_answers)
+        data = read_data(run, start, files, hashes, cut_answers, why=why)
         if measured:
             data = fill_steps(data)
     check_same_inputs(run, start, files, data, ranks, drawn=weights == "random")
@@ -376,11 +376,16 @@ def load_compared(
 def describe_session(
     run: Run, start: Start, root: TrainModel, plan: RunPlan, peak: Peak, *, why: bool
 ) -> Iterator[str]:
-    """A line for the user about each choice; with `why`, its reason too."""
+    """Lines for the user: what is trained, and what is unusual; with `why` each choice too, with
+    its reason.
+    """
     if scheme_of(run.model).has_fp8_matmuls and plan.base not in SCALING_RECIPES:
         yield f"warning: the base stays in {plan.base}: {plan.why['base']}"
     yield from plan.warnings
-    yield root.describe()
+    trained = "all weights"
+    if run.adapter.kind == "lora":
+        trained = f"LoRA of rank {run.adapter.rank}"
+    yield f"model: {run.model.name}: {trained}: {root.describe()}"
     yield from describe_trials(root.recurrent_trials)
     if run.adapter.kind == "lora" and run.adapter.target == lora.ALL_LINEAR:
         left_out = lora.describe_left_out(root.model)
@@ -390,10 +395,11 @@ def describe_session(
         misread = describe_misread(root.model)
         if misread:
             yield misread
-    yield from plan.describe(why=why)
+    if why:
+        yield from plan.describe(why=True)
     yield from describe_micro_batch(start, run, plan)
     yield from describe_rounding(start, run)
-    if "threads" in plan.why:
+    if why and "threads" in plan.why:
         yield f"threads: {torch.get_num_threads()}, {plan.why['threads']}"
     if peak.tflops and not peak.published:
         yield f"MFU is taken against {peak.tflops:.0f} TFLOP/s, {peak.source}"
@@ -480,9 +486,11 @@ def read_data(
     files: ModelFiles,
     hashes: dict[str, Any],
     cut_answers: CutAnswers,
+    *,
+    why: bool,
 ) -> TrainingData:
     """Prepare the data, add its hashes to the base's, compare all with the checkpoint, and log what
-    is trained on.
+    is trained on; with `why` also how it was checked.
     """
     for line in files.describe():
         log.info(line)
@@ -499,7 +507,7 @@ def read_data(
     if METHODS[run.method.name].needs_reference and run.adapter.from_ is not None:
         hashes["reference_hash"] = adapter_digest(run.adapter.from_)
     check_unchanged(start, run, hashes)
-    log.info(data.describe())
+    log.info(data.describe(why=why))
     limit = files.spec.position_limit or files.spec.context
     longest = int(data.train.lengths.max())
     if longest > limit:
@@ -713,6 +721,7 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     env |= {"recipe_hash": digest(session.run), **session.hashes}
     env |= {"template": session.data.template.name, "mfu_peak": session.peak._asdict()}
     env["choices"] = choices
+    env["checks"] = session.data.describe_checks()
     if session.ranks.world > 1:
         env |= {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts}
     out = Path(session.run.output_dir)
