@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+from rich.progress import Task, TaskID
 
 from records import RUN, record
 from tunesmith.config.schema import Log, Run, Train
@@ -22,7 +23,7 @@ from tunesmith.host.streams import is_terminal
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.sink import JsonlSink, SampleAnswer, Sink, Sinks, TensorBoardSink
-from tunesmith.metrics.terminal import Terminal, format_seconds
+from tunesmith.metrics.terminal import Terminal, TimeLeftColumn, format_seconds
 from tunesmith.training.run import sinks_of
 from tunesmith.units import Length
 
@@ -263,6 +264,20 @@ def test_a_terminal_gets_a_bar_with_loss_rate_and_time(
         assert part in text
     assert "\x1b[" in text
     assert "\x1b[" not in log
+
+
+def test_the_bar_says_what_a_run_does_beside_its_steps(run: Run) -> None:
+    """The time left is that of steps: while the first one compiles, or samples are answered, it
+    would be wrong.
+    """
+    phases = ["first step", "training", "sample answers", "training"]
+    column = TimeLeftColumn(lambda: phases[0])
+    task = Task(TaskID(0), "", 4, 1, _get_time=lambda: 0.0, fields={"left": "left 12 s"})
+    seen = []
+    while phases:
+        seen.append(column.render(task).plain)
+        del phases[0]
+    assert seen == ["first step", "left 12 s", "sample answers", "left 12 s"]
 
 
 def test_no_bar_without_a_terminal_or_where_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

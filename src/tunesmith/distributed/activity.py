@@ -48,6 +48,7 @@ class Activity:
         beat: the one that this rank sends next, where all of it is noted.
         step: the last one done.
         moved_at: when the main thread last moved on, by the clock.
+        phase_name: the part of the run that goes on.
         phase_prefix, longest_limit: what phases are part of, and the limit of each.
         waited_thread: the identity of the thread that the main thread waits for.
     """
@@ -57,12 +58,14 @@ class Activity:
     probes: Probes
     step: int = 0
     moved_at: float = 0.0
+    phase_name: str = ""
     phase_prefix: str = ""
     longest_limit: float = inf
     waited_thread: int | None = None
 
     def phase(self, name: str, limit: float | None = None) -> None:
         """Begin a part of the run; see `Heartbeat.phase`."""
+        self.phase_name = name
         self.beat.phase = f"{self.phase_prefix}{name}"
         self.beat.limit = min(limit or inf, self.longest_limit)
         self.progress()

@@ -107,6 +107,10 @@ class Heartbeat:
         """
         self.activity.phase(name, limit)
 
+    def phase_name(self) -> str:
+        """The part of the run that goes on."""
+        return self.activity.phase_name
+
     def progress(self, step: int | None = None) -> None:
         """Note that the main thread moves on; `step`: the last one done."""
         self.activity.progress(step)

@@ -4,12 +4,21 @@ that is due."""
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
 
 from tunesmith.config.schema import Run
 from tunesmith.host.streams import is_terminal
@@ -19,6 +28,7 @@ from tunesmith.metrics.sink import SampleAnswer, Sink
 from tunesmith.units import Cadence
 
 LINES_A_SECOND = 10.0
+TRAINING = "training"  # the phase in which steps follow each other
 
 
 def format_seconds(seconds: float) -> str:
@@ -31,10 +41,26 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
+class TimeLeftColumn(ProgressColumn):
+    """The time left; while the run does something else than its steps, what it does."""
+
+    def __init__(self, phase: Callable[[], str]) -> None:
+        super().__init__()
+        self.phase = phase
+
+    def render(self, task: Task) -> Text:
+        phase = self.phase()
+        if phase != TRAINING:
+            return Text(phase)
+        return Text(task.fields["left"])
+
+
 class Terminal(Sink):
     """Progress for a person on `stream`, stderr by default, and in the file `log`.
 
-    `total_steps` are the optimizer steps of the whole run; None where it ends by the clock.
+    Args:
+        total_steps: optimizer steps of the whole run; None where it ends by the clock.
+        phase: what the run does at the moment: `training`, `first step`, `sample answers`.
     """
 
     def __init__(
@@ -44,8 +70,10 @@ class Terminal(Sink):
         total_steps: int | None,
         steps_per_epoch: int,
         stream: TextIO | None = None,
+        phase: Callable[[], str] = lambda: TRAINING,
     ) -> None:
         self.log = log
+        self.phase = phase
         self.total = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.stream = stream or sys.stderr
@@ -73,13 +101,13 @@ class Terminal(Sink):
             BarColumn(),
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
-            TextColumn("left {task.fields[left]}"),
+            TimeLeftColumn(self.phase),
             console=console,
             # rich would refresh a notebook from a thread of its own, and take what the cell prints
             # meanwhile with it.
             auto_refresh=not is_notebook,
         )
-        fields: dict[str, Any] = {"step": str(resumed_at), "status": "", "left": "?"}
+        fields: dict[str, Any] = {"step": str(resumed_at), "status": "", "left": ""}
         self._task = self._progress.add_task(
             "",
             total=self.total or self._seconds,
@@ -114,7 +142,7 @@ class Terminal(Sink):
             return
         mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
         rates = f"lr {record.learning_rate:.2e}  grad {record.grad_norm:.3g}  {speed}{mfu}"
-        line = f"step {count}  {loss}  {rates}  {record.memory_gib:.1f} GiB  left {left}"
+        line = f"step {count}  {loss}  {rates}  {record.memory_gib:.1f} GiB  {left}".rstrip()
         self.log.write(line)
         # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have
         # every line.
@@ -122,14 +150,16 @@ class Terminal(Sink):
             self._show(line)
 
     def _left(self, step: int, elapsed: float) -> str:
-        """The time to the end of the run, by the mean of the last 20 steps or by the clock."""
+        """The time to the end of the run, by the mean of the last 20 steps or by the clock; empty
+        where it has none.
+        """
         if self.total is not None:
             seconds = (self.total - step) * sum(self._recent) / len(self._recent)
         elif self._seconds is not None:
             seconds = max(0.0, self._seconds - elapsed)
         else:
-            return "?"
-        return format_seconds(seconds)
+            return ""
+        return f"left {format_seconds(seconds)}"
 
     def _may_show(self) -> bool:
         """Whether the last time was long enough ago, and from now on this one is the last."""

@@ -65,7 +65,7 @@ from tunesmith.metrics.sink import (
     TensorBoardSink,
 )
 from tunesmith.metrics.summary import write_failure
-from tunesmith.metrics.terminal import Terminal
+from tunesmith.metrics.terminal import TRAINING, Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.parallel.mesh import possible_shapes
 from tunesmith.run_dir import FAILURE, LOG, METRICS, SAMPLES, STOP_FILE, STOPPED
@@ -237,6 +237,7 @@ def start_run(
                     total_steps=session.total_steps,
                     steps_per_epoch=session.data.schedule.steps_per_epoch(0),
                     log_file=log_file,
+                    phase=ranks.heartbeat.phase_name,
                     stream=stream,
                 )
                 sinks.all.append(callback)
@@ -450,17 +451,20 @@ def sinks_of(
     total_steps: int | None,
     steps_per_epoch: int,
     log_file: LogFile,
+    phase: Callable[[], str] = lambda: TRAINING,
     stream: TextIO | None = None,
 ) -> Sinks:
     """The sinks that a recipe asks for.
 
-    The terminal comes first, and metrics.jsonl before those that may be slow.
+    The terminal comes first, and metrics.jsonl before those that may be slow. `phase` tells it what
+    the run does at the moment.
     """
     terminal = Terminal(
         log_file,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         stream=stream,
+        phase=phase,
     )
     sinks: list[Sink] = [terminal, JsonlSink(folder / METRICS), SamplesSink(folder / SAMPLES)]
     if run.log.tensorboard:

@@ -21,6 +21,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.methods.base import StepTotals
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks
+from tunesmith.metrics.terminal import TRAINING
 from tunesmith.model.expert_load import load_metrics
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.parallel.copies import GradientSum
@@ -219,7 +220,7 @@ class Trainer:
         if self.progress.step == self.first_step:
             heartbeat.phase("first step", STUCK_AFTER_S + COMPILING_S)
         else:
-            heartbeat.phase("training", STUCK_AFTER_S)
+            heartbeat.phase(TRAINING, STUCK_AFTER_S)
         heartbeat.progress(self.progress.step)
 
     def validate(self) -> None:
