@@ -108,7 +108,7 @@ def test_rows_of_ones_own_are_trained_on(data: str, home: Path, capsys: Capture)
     assert main(start(data)) == EXIT_OK
     shown, told = capsys.readouterr()
     assert f"train: {data}: 38 of 40 rows (data.hold_out: 5 %)" in told
-    assert lines_with(told, "train:", 7, "38 rows")
+    assert lines_with(told, "steps: 3", "38 examples")
     assert f"  tunesmith chat {name}\n" in shown, "as a user there writes it"
     assert f"{data}: {FILES[data][1]}" in told.splitlines()
     assert lines_with(told, "recipe:", f"{name}.yaml", f"tunesmith train {name}.yaml")
@@ -148,7 +148,8 @@ data:
     columns:
       prompt: Question
       completion: Answer
-  # 2 of 40 rows, drawn by the seed, to measure val_loss on
+  # 2 of 40 rows, drawn by the seed, to measure val_loss on; with fewer than
+  # 10 it tells little
   hold_out: 5 %
   # the longest of the 40 rows looked at has {longest} tokens
   seq_len: 256
@@ -161,9 +162,9 @@ train:
   # less than narrow ones
   learning_rate: 0.001
 validate:
-  every: 25 steps
+  every: 10 steps
 checkpoint:
-  every: 25 steps
+  every: 10 steps
 output_dir: runs/my-faq-small
 """
     )
@@ -313,14 +314,27 @@ def test_what_is_asked_for_must_be_clear(
 
 
 @pytest.mark.parametrize(
-    ("rows", "held", "epochs", "batch", "every"),
+    ("rows", "held", "epochs", "batch", "every", "patience"),
     [
-        (8, None, 10, 1, 10), (19, None, 10, 1, 25), (20, "5 %", 10, 1, 25), (80, "5 %", 7, 4, 25), (300, "5 %", 3, 8, 10),
-        (3000, "5 %", 3, 64, 25), (12_000, "500 examples", 2, 64, 50),
+        (8, None, 10, 1, 5, None),
+        (19, None, 10, 1, 10, None),
+        (20, "5 %", 10, 1, 10, None),
+        (49, "5 %", 10, 4, 10, None),
+        (50, "10 examples", 10, 4, 10, 3),
+        (80, "10 examples", 8, 4, 10, 3),
+        (300, "5 %", 3, 8, 10, 3),
+        (3000, "5 %", 3, 64, 25, 3),
+        (12_000, "500 examples", 2, 64, 50, 3),
     ],
-)  # fmt: skip
+)
 def test_sizes_and_steps_follow_the_number_of_rows(
-    rows: int, held: str | None, epochs: int, batch: int, every: int, home: Path
+    rows: int,
+    held: str | None,
+    epochs: int,
+    batch: int,
+    every: int,
+    patience: int | None,
+    home: Path,
 ) -> None:
     (home / "many.jsonl").write_text(
         "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(rows))
@@ -333,6 +347,7 @@ def test_sizes_and_steps_follow_the_number_of_rows(
         f"{batch} examples",
     )
     assert str(run.validate.every) == str(run.checkpoint.every) == f"{every} steps"
+    assert run.validate.patience == patience
     assert ("hold_out: " not in made.text) == (held is None)
 
 

@@ -57,7 +57,9 @@ def closing_summary(
             "",
         ]
     rows += [*run_figures(records, seconds), "", *_answers(folder)]
-    rows += [*_written(folder), "", *_next(run, folder)]
+    # The lowest loss; of equal ones the first.
+    _, best_step = min(_validations(records), default=(0.0, None))
+    rows += [*_written(folder, best_step), "", *_next(run, folder)]
     return "\n".join(rows)
 
 
@@ -82,13 +84,18 @@ def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     if len(tail) > 1:
         mean = sum(r.loss for r in tail) / len(tail)
         rows["loss"] += f" (mean of the last {len(tail)}: {mean:.4f})"
-    validations = [(r.val_loss, r.step) for r in records if r.val_loss is not None]
+    validations = _validations(records)
     if validations:
         best, step = min(validations)
         losses = f"{validations[0][0]:.4f} -> {validations[-1][0]:.4f}"
         rows["val_loss"] = f"{losses}, best {best:.4f} at step {step}"
     rows["peak memory"] = f"{max(r.memory_gib for r in records):.1f} GiB"
     return [f"{name:<12}{text}" for name, text in rows.items()]
+
+
+def _validations(records: Sequence[StepRecord]) -> list[tuple[float, int]]:
+    """val_loss and step of each validation."""
+    return [(r.val_loss, r.step) for r in records if r.val_loss is not None]
 
 
 def _speed(records: Sequence[StepRecord]) -> str:
@@ -110,7 +117,7 @@ def _speed(records: Sequence[StepRecord]) -> str:
 
 
 _FILES = (
-    (FINAL, "the trained weights, ready to use"),
+    (FINAL, "the weights of the last step, ready to use"),
     (METRICS, "one record a step"),
     ("tensorboard", "tensorboard --logdir {path}"),
     (LOG, "what was shown here"),
@@ -120,7 +127,8 @@ _FILES = (
 )
 
 
-def _written(folder: Path) -> list[str]:
+def _written(folder: Path, best_step: int | None) -> list[str]:
+    """The files of the run, a line each; `best_step`: of the validation with the lowest loss."""
     rows = [f"written to {folder}"]
     for name, what in _FILES:
         if (folder / name).exists():
@@ -128,7 +136,10 @@ def _written(folder: Path) -> list[str]:
     checkpoints = folder.glob("checkpoint-*")
     newest = max(checkpoints, key=lambda p: p.stat().st_mtime, default=None)
     if newest:
-        rows.append(f"  {newest.name:<16}the newest checkpoint, to go on from")
+        rows.append(f"  {newest.name:<16}the newest checkpoint, to resume from")
+    best = folder / f"checkpoint-{best_step}"
+    if best.is_dir() and best != newest:
+        rows.append(f"  {best.name:<16}the lowest val_loss; tunesmith chat {shell_path(best)}")
     return rows
 
 

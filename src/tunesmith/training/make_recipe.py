@@ -33,11 +33,16 @@ from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
-from tunesmith.units import Length, Share, Size, ceil_div
+from tunesmith.units import Length, Share, Size, ceil_div, count_of
 
 LOOK = 2000  # rows whose tokens are counted, spread over the file
 FEW_ROWS = 20  # with fewer none are held out
+# Of so many rows enough are held out that their loss tells when to stop; of fewer they are worth
+# more in training.
+ENOUGH_ROWS = 50
+TELLING = 10  # held-out rows
 MOST_HELD_OUT = 500  # more rows make a validation longer, hardly more exact
+PATIENCE = 3  # validations without a better one
 SEQ_LEN = 2048
 SEQ_LEN_STEP = 256
 # Epochs as OpenAI's fine-tuning chooses them: three, fewer of many rows, more of few ("Data
@@ -48,7 +53,11 @@ MOST_EPOCHS = 10
 FEWEST_SEEN = 500  # examples
 MOST_SEEN = 25_000  # examples
 STEPS = 100  # a smaller batch where it takes that to make so many steps
-INTERVALS = (10, 25, 50, 100, 200, 500)  # steps between validations: about five in a run
+# Steps between validations: some five in a run, or ten of a few rows, which take no time.
+INTERVALS = (5, 10, 25, 50, 100, 200, 500)
+VALIDATIONS = 5
+MORE_VALIDATIONS = 10
+FEW_HELD_OUT = 100
 # Full fine-tuning's rate at width 2000, how many times that is for LoRA, and how it falls with the
 # width: Thinking Machines, "LoRA Without Regret" (2025), fitted on Llama models; no more than small
 # models take.
@@ -130,8 +139,7 @@ def make_recipe(
     rows = read_rows(source)
     layout = detect(rows, source, any_format="data.train.format" not in given_keys)
     source = _with_layout(source, layout)
-    data_name = Path(data).name if is_local(data) else data
-    about_data = f"{data_name}: {len(rows):,} rows, {layout.describe()}"
+    about_data = _describe_rows(data, len(rows), layout)
     why = {"data.train": about_data}
     if source.split:
         chosen["data.train.split"] = source.split
@@ -146,7 +154,8 @@ def make_recipe(
     if files.support.state == "padded" and "data.pack" not in given_keys:
         chosen["data.pack"] = False
         why["data.pack"] = f"{files.spec.model_type} does not keep packed examples apart"
-    _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out)
+    steps = _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out)
+    _choose_validations(chosen, why, steps, held_out)
     _choose_rate(chosen, why, draft, files.spec.hidden)
     if layout.format in METHODS_OF_FORMATS:
         _choose_preference_rate(chosen, why)
@@ -158,6 +167,12 @@ def make_recipe(
     path = Path(f"{run.output_dir}.yaml")
     text = _recipe_text(tree, path, why, command=_command(model, data, overrides))
     return MadeRecipe(run, path, text, about_data)
+
+
+def _describe_rows(data: str, rows: int, layout: Detected) -> str:
+    """A line for the user: how many rows a source has, and what was found in them."""
+    name = Path(data).name if is_local(data) else data
+    return f"{name}: {count_of(rows, 'row')}, {layout.describe()}"
 
 
 def _recipe_text(tree: Node, path: Path, why: Mapping[str, str], *, command: str) -> str:
@@ -243,7 +258,9 @@ def _choose_hold_out(
     is_open = "data.hold_out" not in given_keys and not draft.data.validation
     if is_open and rows >= FEW_ROWS:
         hold_out = Share(5.0, "%")
-        if rows * 0.05 > MOST_HELD_OUT:
+        if rows >= ENOUGH_ROWS and rows * 0.05 < TELLING:
+            hold_out = Share(TELLING, "examples")
+        elif rows * 0.05 > MOST_HELD_OUT:
             hold_out = Share(MOST_HELD_OUT, "examples")
     if not hold_out:
         if not draft.data.validation:
@@ -253,6 +270,8 @@ def _choose_hold_out(
     chosen["data.hold_out"] = str(hold_out)
     drawn = f"{count:,} of {rows:,} rows, drawn by the seed"
     why["data.hold_out"] = f"{drawn}, to measure val_loss on"
+    if count < TELLING:
+        why["data.hold_out"] += f"; with fewer than {TELLING} it tells little"
     return count
 
 
@@ -322,9 +341,10 @@ def _choose_rate(chosen: dict[str, Any], why: dict[str, str], draft: Run, hidden
 
 def _choose_steps(
     chosen: dict[str, Any], why: dict[str, str], draft: Run, given_keys: set[str], examples: int
-) -> None:
-    """Add epochs, the global batch and the intervals for so many examples; what is given stands,
-    and counts.
+) -> int | None:
+    """Add epochs and the global batch for so many examples; what is given stands, and counts.
+
+    Returns the optimizer steps that this makes; None where that is not known.
     """
     epochs = min(MOST_EPOCHS, max(EPOCHS, ceil_div(FEWEST_SEEN, examples)))
     if examples * EPOCHS > MOST_SEEN:
@@ -348,14 +368,31 @@ def _choose_steps(
         why["train.global_batch"] = (
             f"{steps:,} optimizer steps; few rows take small batches, to make {STEPS} or more"
         )
-    elif duration.unit == "steps":
-        steps = int(duration.amount)
-    else:
-        return  # how many steps a run by the clock or by tokens takes is not known
-    intervals = [interval for interval in INTERVALS if interval * 5 <= steps]
-    every = f"{max(intervals, default=INTERVALS[0])} steps"
-    chosen["validate.every"] = every
-    chosen["checkpoint.every"] = every
+        return steps
+    if duration.unit == "steps":
+        return int(duration.amount)
+    return None  # of a run by the clock or by tokens
+
+
+def _choose_validations(
+    chosen: dict[str, Any], why: dict[str, str], steps: int | None, held_out: int
+) -> None:
+    """Add how often the held-out rows are measured, and when their loss ends the run.
+
+    Each validation has its checkpoint, so that the best one is kept.
+    """
+    if steps is not None:
+        validations = MORE_VALIDATIONS if held_out <= FEW_HELD_OUT else VALIDATIONS
+        intervals = [interval for interval in INTERVALS if interval * validations <= steps]
+        every = f"{max(intervals, default=INTERVALS[0])} steps"
+        chosen["validate.every"] = every
+        chosen["checkpoint.every"] = every
+    if held_out >= TELLING:
+        chosen["validate.patience"] = PATIENCE
+        why["validate.patience"] = (
+            f"ends the run when {PATIENCE} validations in a row were no better; final/ is the last "
+            "step, and the best one's checkpoint is kept"
+        )
 
 
 def _short_name(name: str) -> str:
