@@ -270,14 +270,14 @@ def test_the_bar_says_what_a_run_does_beside_its_steps(run: Run) -> None:
     """The time left is that of steps: while the first one compiles, or samples are answered, it
     would be wrong.
     """
-    phases = ["first step", "training", "sample answers", "training"]
+    phases = ["validation", "training", "saving", "training"]
     column = TimeLeftColumn(lambda: phases[0])
     task = Task(TaskID(0), "", 4, 1, _get_time=lambda: 0.0, fields={"left": "left 12 s"})
     seen = []
     while phases:
         seen.append(column.render(task).plain)
         del phases[0]
-    assert seen == ["first step", "left 12 s", "sample answers", "left 12 s"]
+    assert seen == ["validation", "left 12 s", "saving", "left 12 s"]
 
 
 def test_no_bar_without_a_terminal_or_where_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
