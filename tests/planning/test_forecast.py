@@ -488,7 +488,11 @@ def test_what_does_not_fit_comes_last_and_has_its_savings() -> None:
     nearest = made.ranked()[0]
     assert not nearest.fits
     assert "model.quantize=nf4" in nearest.plan.less_memory()
-    assert made.enough_nodes() == Cluster(CHIPS["dgx-spark"], 2)
+    assert made.enough_machines() == Cluster(CHIPS["dgx-spark"], 2)
+    # GPUs of one node before a second node; without a network no second one.
+    full = {"adapter": {"kind": "none"}}
+    assert planner("llama3-8b", "h100", full).enough_machines() == Cluster(CHIPS["h100"], 1, 2)
+    assert planner("llama3-70b", "rtx-4090", full).enough_machines() is None
     nf4 = planner("llama3-70b", "dgx-spark", {"model": {"quantize": "nf4"}}).ranked()[0]
     assert nf4.fits
     assert nf4.phases["save"] - nf4.phases["step"] == 12 * made.trained

@@ -25,15 +25,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import add_json, add_overrides, whole_number
-from tunesmith.errors import EXIT_OK, TunesmithError
+from tunesmith.errors import EXIT_OK, MachineError, TunesmithError
+from tunesmith.metrics.terminal import format_seconds
 from tunesmith.quant.schemes import scheme_of
+from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Run
     from tunesmith.data.tokens import TokenSet
-    from tunesmith.planning.forecast import Forecast, Planner
+    from tunesmith.model.spec import ModelSpec
+    from tunesmith.planning.forecast import Forecast, Planner, Workload
+    from tunesmith.planning.machines import Cluster
 
 GIB = 2**30
+# Of English text and most tokenizers, roughly.
+CHARACTERS_PER_TOKEN = 4
+# Rows of a source whose characters are counted.
+LOOKED_AT = 1000
+# Meshes that are shown without --all.
+SHOWN = 3
+# What the phases of memory and the parts of a step are called here; --json has the short names.
+PHASES = {"load": "while it loads", "step": "in a step", "save": "while it saves"}
+PARTS = {
+    "products": "matrix products",
+    "recompute": "recomputing layers",
+    "fixed cost of passes": "reading weights",
+    "update": "optimizer",
+    "shard copies": "copying gathered weights",
+    "copies for experts": "sorting tokens by expert",
+    "rows of other ranks": "copying other ranks' tokens",
+    "rows of experts": "exchanging tokens of experts",
+    "tensor parallel": "exchanging activations",
+    "shards": "reading other ranks' weights",
+    "gradients": "summing gradients",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="of an example, if no tokens are there",
     )
+    parser.add_argument(
+        "--all", action="store_true", help=f"show every mesh; without it the best {SHOWN} that fit"
+    )
     parser.add_argument("--price", type=_price, metavar="USD", help="of a GPU for an hour")
     add_json(parser)
 
@@ -64,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.model.model_types import read_model_types
     from tunesmith.model.shipped import check_frozen, check_quantize, resolve_quantize
     from tunesmith.model.spec import check_seq_len
-    from tunesmith.planning.forecast import measure_work, plan_on_paper
+    from tunesmith.planning.forecast import plan_on_paper
     from tunesmith.planning.machines import read_cluster
     from tunesmith.planning.run_plan import one_document_a_row
     from tunesmith.planning.savings import check_memory_fits
@@ -81,10 +109,8 @@ def run(args: argparse.Namespace) -> int:
     if model_type is not None and model_type.support.state == "padded":
         recipe = one_document_a_row(recipe, spec.model_type, model_type.support.why)
     check_seq_len(spec, recipe.data.seq_len, where=where)
-    tokens = None
-    if folder is not None and not args.length:
-        tokens = _cached_tokens(recipe, folder)
-    work = measure_work(recipe, spec, tokens, args.length)
+    _check_dtype(recipe, cluster)
+    work = _work_of(recipe, spec, folder, args.length)
     planner = plan_on_paper(recipe, spec, cluster, work)
     forecasts = planner.ranked()
     best = forecasts[0]
@@ -92,13 +118,14 @@ def run(args: argparse.Namespace) -> int:
         report = _report(planner, forecasts, args.price, folder)
         print(json.dumps(report, indent=1, default=vars))
     else:
-        print(*_table(planner, forecasts), sep="\n")
+        shown = forecasts if args.all else _best(forecasts)
+        print(*_table(planner, forecasts, shown), sep="\n")
         if best.fits:
             print(*_details(planner, forecasts, args.price, folder), sep="\n")
     # The same error that `train` would give, with what would be enough.
     if not best.fits:
-        larger = planner.enough_nodes()
-        more = f"; or {larger.nodes} nodes: {larger.describe()}" if larger else ""
+        larger = planner.enough_machines()
+        more = f"; or {larger.describe()} with the recipe as it is" if larger else ""
         check_memory_fits(best.plan, planner.machine, where=cluster.describe(), more=more)
     return EXIT_OK
 
@@ -156,6 +183,71 @@ def _cached_tokens(recipe: "Run", folder: Path) -> "TokenSet | None":
     return None
 
 
+def _work_of(
+    recipe: "Run", spec: "ModelSpec", folder: Path | None, length: int | None
+) -> "Workload":
+    """What the recipe trains on: by the token cache, by its rows where these are here, or assumed.
+
+    folder: has the tokenizer; length: of an example, if `--length` says it.
+    """
+    from tunesmith.planning.forecast import measure_work
+
+    if folder is not None and not length:
+        tokens = _cached_tokens(recipe, folder)
+        if tokens is not None:
+            return measure_work(recipe, spec, tokens)
+    rows, characters = _count_rows(recipe)
+    length = length or ceil_div(characters, CHARACTERS_PER_TOKEN) or None
+    return measure_work(recipe, spec, None, length, rows=rows)
+
+
+def _count_rows(recipe: "Run") -> tuple[int, int]:
+    """Training rows of a recipe, and the characters of one on average, if all sources are local
+    files that can be read; else zeros.
+
+    They are the texts of a row's columns, as a tokenizer is not needed here.
+    """
+    from tunesmith.data.source import is_local
+    from tunesmith.data.splits import read_splits
+
+    if not all(is_local(source.source) for source in recipe.data.train):
+        return 0, 0
+    # A plan goes on without the rows: they make it more exact.
+    with suppress(TunesmithError, LookupError, OSError):
+        sources, _ = read_splits(recipe.data, recipe.train.seed)
+        count = 0
+        characters = 0
+        looked_at = 0
+        for _, rows in sources:
+            count += len(rows)
+            for number in range(0, len(rows), ceil_div(len(rows), LOOKED_AT)):
+                looked_at += 1
+                characters += _characters(rows[number])
+        return count, ceil_div(characters, max(1, looked_at))
+    return 0, 0
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a row."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_characters, value))
+    return 0
+
+
+def _check_dtype(recipe: "Run", cluster: "Cluster") -> None:
+    """The error of `train` for bf16 on GPUs that do not multiply it."""
+    if recipe.model.dtype == "bf16" and not cluster.chip.bf16:
+        raise MachineError(
+            f"{cluster.chip.name} has no matmuls in bf16",
+            where="model.dtype",
+            fix="model.dtype=fp16 (the loss is scaled), or model.dtype=fp32",
+        )
+
+
 def _price(text: str) -> float:
     """A finite number above 0."""
     with suppress(ValueError):
@@ -192,38 +284,54 @@ def _report(
     return report | {"meshes": meshes}
 
 
-def _table(planner: "Planner", forecasts: "list[Forecast]") -> list[str]:
-    """The machines, the examples, and a row for each mesh."""
+def _best(forecasts: "list[Forecast]") -> "list[Forecast]":
+    """The first few that fit; where none does, the one that needs the least."""
+    fitting = [forecast for forecast in forecasts if forecast.fits]
+    return fitting[:SHOWN] or forecasts[:1]
+
+
+def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecast]") -> list[str]:
+    """The machines, the examples, and a row for each mesh that is shown."""
     chip = planner.cluster.chip
     work = planner.work
     speed = "for times --assume tflops=NUMBER"
     if chip.tflops:
         speed = f"{chip.tflops:.0f} TFLOP/s in whole steps"
     machines = planner.cluster.describe()
-    steps = work.steps or "an unknown number of"
+    steps = f"{work.steps:,} steps" if work.steps else "the number of steps is not known"
     lines = [
-        f"{machines}: {chip.gib:.0f} GiB, {speed} ({chip.source})",
-        f"examples: {work.source}; {work.step.mean:,.0f} tokens a step, {steps} steps",
+        f"{machines}: {chip.gib:.0f} GiB, {speed}",
+        f"  ({chip.source})" if chip.tflops else "  (speed not known)",
+        f"examples: {work.source}; {work.step.mean:,.0f} tokens a step, {steps}",
         "replicate x shard x tensor     micro batch  recompute      GiB   step s  tokens/s   idle",
     ]
-    for forecast in forecasts:
-        plan = forecast.plan
-        mesh = plan.mesh.sizes()
-        memory = forecast.phases["step"] / GIB
-        recompute = f"{plan.recomputed_layers:4} of {plan.layers:<3}"
-        figures = f"{'-':>8} {'-':>9}"
-        if forecast.step_seconds and forecast.tokens_per_second:
-            figures = f"{forecast.step_seconds:8.2f} {forecast.tokens_per_second:9,.0f}"
-        figures += f" {forecast.idle_share:6.0%}"
-        if not forecast.fits:
-            figures = " does not fit"
-        micro_batch = plan.choices["micro batch"]
-        lines.append(f"{mesh:<26} {micro_batch:>15} {recompute} {memory:8.1f} {figures}")
+    lines += map(_row, shown)
+    hidden = [forecast for forecast in forecasts if forecast not in shown]
+    fitting = sum(forecast.fits for forecast in hidden)
+    if hidden:
+        lines.append(
+            f"({fitting} more that fit, {len(hidden) - fitting} that do not: --all shows them)"
+        )
     best = forecasts[0].plan
     if scheme_of(planner.run.model).has_fp8_matmuls and best.base != "fp8":
         what = f"the base stays in {best.base}: {best.why['base']}"
         lines.append(f"warning: {what}; to save memory: model.quantize=nf4")
     return lines
+
+
+def _row(forecast: "Forecast") -> str:
+    """The line of one mesh."""
+    plan = forecast.plan
+    recompute = f"{plan.recomputed_layers:4} of {plan.layers:<3}"
+    figures = f"{'-':>8} {'-':>9}"
+    if forecast.step_seconds and forecast.tokens_per_second:
+        figures = f"{forecast.step_seconds:8.2f} {forecast.tokens_per_second:9,.0f}"
+    figures += f" {forecast.idle_share:6.0%}"
+    if not forecast.fits:
+        figures = " does not fit"
+    micro_batch = plan.choices["micro batch"]
+    needed = max(forecast.phases.values()) / GIB
+    return f"{plan.mesh.sizes():<26} {micro_batch:>15} {recompute} {needed:8.1f} {figures}"
 
 
 def _details(
@@ -242,23 +350,27 @@ def _details(
             "first is not the fastest: more cuts or shards, or groups over nodes, "
             f"must gain {1 - BETTER:.0%}"
         )
-    phases = ", ".join(f"{needed / GIB:.1f} to {phase}" for phase, needed in best.phases.items())
-    room = f"of {best.room / GIB:.1f} GiB"
-    lines.append(f"memory of a rank: {best.plan.memory.describe()}; it takes {phases}, {room}")
-    if best.step_seconds:
-        parts = [f"{part} {value:.2f}" for part, value in best.seconds.items() if value >= 0.005]
+    largest = max(best.phases, key=lambda phase: best.phases[phase])
+    needed = f"{best.phases[largest] / GIB:.1f} of {best.room / GIB:.1f} GiB {PHASES[largest]}"
+    step = f"a step's {best.phases['step'] / GIB:.1f}"
+    lines.append(f"memory of a GPU: {needed}; {step}: {best.plan.memory.describe()}")
+    seconds = {part: value for part, value in best.seconds.items() if value >= 0.005}
+    if best.step_seconds and seconds:
+        parts = [f"{PARTS.get(part, part)} {value:.2f}" for part, value in seconds.items()]
         lines.append(f"seconds of a step: {', '.join(parts)}")
         if best.hidden_seconds:
-            lines[-1] += f"; communication hidden behind them {best.hidden_seconds:.2f}"
+            lines.append(
+                f"  communication beside them, which costs no time: {best.hidden_seconds:.2f} s"
+            )
     amounts = [f"{sent / 1e9:,.2f} GB over its {link}" for link, sent in best.sent.items() if sent]
     if amounts:
-        lines.append(f"a rank sends in a step: {', '.join(amounts)}")
+        lines.append(f"a GPU sends in a step: {', '.join(amounts)}")
     size, copies = checkpoint_bytes(planner.run, planner.trained, base)
     lines.append(f"disk: {size / 1e9:.1f} GB a checkpoint, at most {copies} at once")
     if best.hides_from:
         lines.append(
-            f"shards: gathers hide in micro batches of {best.hides_from:,} tokens, "
-            "and hold up smaller ones"
+            "other ranks' weights are read without a wait in micro batches of "
+            f"{best.hides_from:,} tokens or more"
         )
     experts = planner.describe_experts(best)
     if experts:
@@ -278,14 +390,24 @@ def _details(
 
 
 def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[str]:
-    """How long the run takes and what it costs, or what is missing for that."""
+    """How long the run takes and what it costs, or a part of it where the whole is not known."""
+    gpus = planner.cluster.world
     if best.hours:
-        cost = f", {_cost(planner, best, price):,.0f} USD" if price else ""
-        return [f"the run: {best.hours:,.2f} h{cost}, without validation and checkpoints"]
-    if best.step_seconds:
-        what = "hours and price" if price else "hours"
-        fix = "train.duration='500 steps' gives them"
-        return [f"{what}: not known, as no tokens are cached; {fix}"]
+        duration = f"{best.hours:,.2f} h"
+        if best.hours < 0.1:
+            duration = format_seconds(best.hours * 3600)
+        dollars = _cost(planner, best, price) if price else None
+        cost = ""
+        if dollars:
+            cost = f", {dollars:,.0f} USD" if dollars >= 10 else f", {dollars:,.2f} USD"
+        return [f"the run: {duration}{cost}, without validation and checkpoints"]
+    if best.tokens_per_second:
+        hours = 1e6 / best.tokens_per_second / 3600
+        cost = f" and {hours * price * gpus:,.2f} USD" if price else ""
+        return [
+            f"a million tokens: {format_seconds(hours * 3600)}{cost}; the rows are not here, so "
+            "the hours of the run are not known: train.duration='500 steps' gives them"
+        ]
     if price:
         why = "as the speed of this machine is not"
         return [f"hours and price: not known, {why}; --assume tflops=100 gives them"]

@@ -25,7 +25,7 @@ class Chip:
         tflops: what whole steps reach in bf16.
         link, network: to a neighbor in the node and to another node, GB/s in one direction of one
             GPU.
-        fp8: whether it multiplies fp8.
+        fp8, bf16: whether it multiplies these.
         source: of tflops.
         sources: of the other figures.
     """
@@ -38,6 +38,7 @@ class Chip:
     network: float | None = None
     integrated: bool = False
     fp8: bool = True
+    bf16: bool = True
     source: str = "not known"
     sources: str = ""
 

@@ -143,10 +143,13 @@ def measure_work(
     tokens: TokenSet | None,
     length: int | None = None,
     schedule: BatchSchedule | None = None,
+    *,
+    rows: int = 0,
 ) -> Workload:
     """From the recipe's tokens.
 
-    Without them every example has `length` tokens, or fills `data.seq_len`.
+    Without them every example has `length` tokens, or fills `data.seq_len`; there are `rows` of
+    them, if that is known.
     """
     steps = None
     if tokens is not None:
@@ -166,7 +169,12 @@ def measure_work(
         step_tokens = resolve.step_units(run) * unit_tokens
         step = StepSize(step_tokens, step_tokens)
         source = f"not known, taken as {supervised:,} tokens each, all with a label"
-        if run.train.duration.unit == "steps":
+        if rows:
+            source = f"{rows:,} rows, taken as {supervised:,} tokens each, all with a label"
+            schedule = BatchSchedule.of(run, np.full(rows, supervised), np.ones(rows))
+            step = schedule.step_size()
+            steps = schedule.steps(run.train.duration)
+        elif run.train.duration.unit == "steps":
             steps = int(run.train.duration.amount)
     trained: Literal["full", "lora"] = "full"
     adapter_weights = 0
@@ -741,12 +749,22 @@ class Planner:
                 sent["network"] += collective.times * collective.sent / inside
         return sent
 
-    def enough_nodes(self) -> Cluster | None:
-        """The smallest of some larger clusters on which the recipe fits; None where none does."""
-        if not self.cluster.chip.network:
-            return None
-        for times in (2, 4, 8, 16, 32):
-            larger = replace(self.cluster, nodes=self.cluster.nodes * times)
-            if replace(self, cluster=larger).ranked()[0].fits:
-                return larger
+    def enough_machines(self) -> Cluster | None:
+        """The smallest of some larger clusters on which the recipe fits; None where none does.
+
+        First up to eight GPUs in a node, then more nodes.
+        """
+        chip = self.cluster.chip
+        larger = []
+        if chip.link and not chip.integrated:
+            for per_node in (2, 4, 8):
+                if per_node > self.cluster.per_node:
+                    larger.append(replace(self.cluster, per_node=per_node))
+        if chip.network:
+            largest = larger[-1] if larger else self.cluster
+            for times in (2, 4, 8, 16, 32):
+                larger.append(replace(largest, nodes=largest.nodes * times))
+        for cluster in larger:
+            if replace(self, cluster=cluster).ranked()[0].fits:
+                return cluster
         return None

@@ -4,7 +4,7 @@ Importable without torch. host/chips.json has the figures, each with its source.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,8 +63,9 @@ def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
 
     UsageError if a figure is missing or a name unknown.
     """
-    cluster = _parse_cluster(text)
-    chip = replace(cluster.chip, **_assumed_figures(assume))
+    figures = _assumed_figures(assume)
+    cluster = _parse_cluster(text, figures)
+    chip = replace(cluster.chip, **figures)
     if not chip.gib:
         raise UsageError(
             f"nvidia-smi does not say how much memory {chip.name} has",
@@ -85,28 +86,35 @@ def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
     return replace(cluster, chip=chip)
 
 
-def _parse_cluster(text: str) -> Cluster:
-    """`here`, or `2x8xh100` by the table of chips; in upper or lower case."""
+def _parse_cluster(text: str, assumed: Mapping[str, Any]) -> Cluster:
+    """`here`, or `2x8xh100` by the table of chips; in upper or lower case.
+
+    A GPU that is not in the table may have any name, if its memory is among the `assumed` figures.
+    """
     # Nodes, GPUs of a node, chip; one number alone is told apart below.
     match = re.fullmatch(r"(?:(\d+)x)?-?(?:(\d+)x)?-?([a-z][a-z0-9-]*)", text.lower())
     name = match[3] if match else text
     if name == "here":
         return this_machine()
-    if match is None or name not in CHIPS or "0" in match.groups():
+    chip = CHIPS.get(name)
+    if chip is None and "gib" in assumed:
+        chip = Chip(name, assumed["gib"])
+    if match is None or chip is None or "0" in match.groups():
         near = nearest(name, CHIPS)
         fix = f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
         if near:
             fix = f"did you mean --on {near}?"
+        fix += "; or another: --assume gib=24 --assume tflops=70 --assume bandwidth=600"
         raise UsageError(f"there is no machine {text!r} in the table", where="--on", fix=fix)
     counts = [int(count) for count in match.groups()[:2] if count]
     if len(counts) == 2:
         nodes, per_node = counts
-        return Cluster(CHIPS[name], nodes, per_node)
+        return Cluster(chip, nodes, per_node)
     count = counts[0] if counts else 1
     # A Spark has one GPU: two of them are two nodes.
-    if CHIPS[name].integrated:
-        return Cluster(CHIPS[name], nodes=count)
-    return Cluster(CHIPS[name], per_node=count)
+    if chip.integrated:
+        return Cluster(chip, nodes=count)
+    return Cluster(chip, per_node=count)
 
 
 def _assumed_figures(assume: Sequence[str]) -> dict[str, Any]:
