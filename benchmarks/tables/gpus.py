@@ -2,6 +2,8 @@
 
     python benchmarks/tables/gpus.py --write docs/plan.md
     python benchmarks/tables/gpus.py --check docs/plan.md      # exit status 1 if the page differs
+
+Sources are in that file.
 """
 
 from __future__ import annotations

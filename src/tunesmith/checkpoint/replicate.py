@@ -42,6 +42,7 @@ from tunesmith.errors import CheckpointError, MachineError
 from tunesmith.host.files import require_disk_space, write_atomically
 from tunesmith.host.memory import open_uncached
 from tunesmith.run_dir import IDENTITY, RECIPE
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -370,7 +371,7 @@ def _announcement(ranks: Ranks, folder: Path, transfers: list[Transfer]) -> str:
     total = sum(transfer.size for transfer in transfers)
     place = folder.name.strip(".").removesuffix(".partial")
     names = ", ".join(map(ranks.name, sources))
-    count = f"{len(transfers)} files, {total:,} bytes"
+    count = f"{count_of(len(transfers), 'file')}, {total:,} bytes"
     return f"{place}: {count}, are copied to other nodes from {names}"
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import add_json
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, UsageError
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from tunesmith.launch.doctor.system import Finding
@@ -89,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_findings(findings)
         warnings = sum(finding.level not in (FAULT, OK) for finding in findings)
-        counts = f"{faults} faults, {warnings} warnings"
-        print(f"{len(findings)} checks in {seconds} s: {counts}")
+        counts = f"{count_of(faults, 'fault')}, {count_of(warnings, 'warning')}"
+        print(f"{count_of(len(findings), 'check')} in {seconds} s: {counts}")
     return EXIT_FAILED if faults else EXIT_OK
 
 

@@ -64,6 +64,7 @@ from tunesmith.distributed.ranks import (
     started_as,
 )
 from tunesmith.errors import UsageError
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from tunesmith.inference.evaluate import EvalResult, Evaluation
@@ -182,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
     print_scores(result.scores)
     for count, what in ((result.dropped, "dropped"), (result.cut, "cut short")):
         if count:
-            rows = f"{count} of {result.rows} rows were {what}"
+            rows = f"{count} of {count_of(result.rows, 'row')} were {what}"
             print(f"{rows}: longer than the recipe's seq_len", file=sys.stderr)
     if result.by_scorer:
         print_row_scores(result.by_scorer)
@@ -359,21 +360,23 @@ def print_row_scores(by_scorer: "Sequence[RowScores]") -> None:
 def notes_on(result: "Evaluation") -> Iterator[str]:
     """What a reader should know of the rows, a line each."""
     if result.seen is not None and result.seen.count:
+        rows = count_of(result.rows, "row")
         yield (
-            f"warning: {result.seen.count} of {result.rows} rows were trained on, token for token: "
+            f"warning: {result.seen.count} of {rows} were trained on, token for token: "
             f"they do not tell how good the model is on new ones; first {result.seen.where} "
             f"({result.seen.earlier})"
         )
     elif result.seen is not None:
-        yield f"none of the {result.rows} rows was trained on, token for token"
+        yield f"of {count_of(result.rows, 'row')} none was trained on, token for token"
     elif result.seen_fault:
         yield f"whether rows were trained on is not known: {result.seen_fault}"
     if result.unanswered:
-        yield f"{result.unanswered} of {result.rows} rows have an empty answer: not scored"
+        rows = count_of(result.rows, "row")
+        yield f"{result.unanswered} of {rows} have an empty answer: not scored"
     for model, count in result.unfinished.items():
         if count:
-            rows = result.by_scorer[0].rows
-            cut = f"{count} of {rows} answers of {model} were cut at --max-new-tokens"
+            answers = count_of(result.by_scorer[0].rows, "answer")
+            cut = f"{count} of {answers} of {model} were cut at --max-new-tokens"
             yield f"{cut}: they may score less than they would"
     if result.answers is not None:
         yield f"answers: {result.answers}"

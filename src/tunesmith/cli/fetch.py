@@ -27,6 +27,7 @@ from tunesmith.cli.options import add_json, add_overrides
 from tunesmith.config.names import nearest
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Source
@@ -191,7 +192,7 @@ def _line(row: dict[str, Any]) -> str:
     if row.get("parameters"):
         parts.append(f"{row['parameters'] / 1e9:.2f} B parameters")
     if "rows" in row:
-        parts.append(f"{row['rows']} rows")
+        parts.append(count_of(row["rows"], "row"))
     if row.get("folder"):
         parts.append(row["folder"])
     return "  ".join(parts)

@@ -33,6 +33,7 @@ from tunesmith.errors import (
     disk_fault,
     first_line,
 )
+from tunesmith.units import count_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     # Rows that are answered already need no model.
     done, size = _answered_rows(output, rows, args)
     if done == len(rows) and args.resume:
-        print(f"all {done} rows are already in {output}", file=sys.stderr)
+        print(f"{count_of(done, 'row')}, which are all, are already in {output}", file=sys.stderr)
         return
     from tunesmith.host.signals import StopRequest
     from tunesmith.inference.generate import generate
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if location.note:
         print(location.note, file=sys.stderr)
-    print(f"{len(rows) - done} rows, {decoding.describe()}", file=sys.stderr)
+    print(f"{count_of(len(rows) - done, 'row')}, {decoding.describe()}", file=sys.stderr)
     name = output or "standard output"
     try:
         # The file is flushed after each row: a process that is killed loses one answer.
@@ -112,13 +113,13 @@ def run(args: argparse.Namespace) -> None:
             cause = ""
             what = f"{name} cannot be written: {first_line(error)}"
             fix = "name another file"
-        why = f"{done} of {len(rows)} rows are in it"
+        why = f"{done} of {count_of(len(rows), 'row')} are in it"
         fix += f", then start the same command again{_with_resume(output, args)}"
         raise RunError(what, where=str(name), why=why, fix=fix, cause=cause) from error
     if done < len(rows):
         again = _with_resume(output, args)
         go_on = f"; to go on, start the same command again{again}" if again else ""
-        raise StoppedError(f"stopped: {done} of {len(rows)} rows are in {name}{go_on}")
+        raise StoppedError(f"stopped: {done} of {count_of(len(rows), 'row')} are in {name}{go_on}")
 
 
 def _with_resume(output: Path | None, args: argparse.Namespace) -> str:

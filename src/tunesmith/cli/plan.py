@@ -28,7 +28,7 @@ from tunesmith.cli.options import add_json, add_overrides, whole_number
 from tunesmith.errors import EXIT_OK, MachineError, TunesmithError
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.units import ceil_div
+from tunesmith.units import ceil_div, count_of
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Run
@@ -298,7 +298,7 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
     if chip.tflops:
         speed = f"{chip.tflops:.0f} TFLOP/s in whole steps"
     machines = planner.cluster.describe()
-    steps = f"{work.steps:,} steps" if work.steps else "the number of steps is not known"
+    steps = count_of(work.steps, "step") if work.steps else "the number of steps is not known"
     lines = [
         f"{machines}: {chip.gib:.0f} GiB, {speed}",
         f"  ({chip.source})" if chip.tflops else "  (speed not known)",

@@ -28,6 +28,7 @@ from tunesmith.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
 from tunesmith.host.cores import available_cores
 from tunesmith.host.shell import shell_command
 from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from tunesmith.bench.selfcheck import CheckRow
@@ -112,7 +113,7 @@ def print_row(row: "CheckRow") -> None:
 def verdict(report: dict[str, Any]) -> str:
     """The last lines."""
     judged = [row for row in report["checks"] if row["passed"] is not None]
-    ranks = f"{report['ranks']} ranks on {', '.join(report['hosts'])}"
+    ranks = f"{count_of(report['ranks'], 'rank')} on {', '.join(report['hosts'])}"
     where = f"{ranks} ({report['device']}), {report['seconds']:.0f} s"
     if report["passed"]:
         return f"all {len(judged)} checks passed: {where}"

@@ -14,6 +14,7 @@ from tunesmith.data.cache import TokenArrays
 from tunesmith.data.template import Template
 from tunesmith.data.tokens import TokenSet
 from tunesmith.errors import DataError
+from tunesmith.units import count_of
 
 # Tokens checked at once.
 _CHUNK = 1 << 22
@@ -153,7 +154,7 @@ def check_tokens(
     not_empty = Check("the split is not empty", counts.rows, "rows")
     if not len(tokens):
         why = (
-            f"{counts.rows:,} rows were read, {counts.dropped:,} dropped as too long,"
+            f"{count_of(counts.rows, 'row')} read, {counts.dropped:,} dropped as too long,"
             f" {counts.emptied:,} dropped because the cut left no supervised token"
         )
         # At least one, so that a split without rows counts as broken.
@@ -207,7 +208,7 @@ def _rules(
     """The rules, in the order of `_find_faults`."""
     counts = tokens.counts
     ends = ", ".join(tokenizer.convert_ids_to_tokens(end_ids)) or "none"
-    compared = f"{counts.prompts:,} prompts rendered apart and compared"
+    compared = f"{count_of(counts.prompts, 'prompt')} rendered apart and compared"
     if counts.prompts_apart:
         compared += f", {counts.prompts_apart:,} not comparable"
     rules = [

@@ -210,8 +210,8 @@ class TrainingData:
         smaller_batch = max(1, batch.amount * steps // FEW_STEPS // unit) * unit
         if smaller_batch < batch.amount:
             fix += f' or train.global_batch="{smaller_batch} {batch.unit}"'
-        what = f"only {steps} optimizer steps: a model changes little in fewer than {FEW_STEPS}"
-        return [f"{what}; fix: {fix}"]
+        only = f"only {count_of(steps, 'optimizer step')}"
+        return [f"{only}: a model changes little in fewer than {FEW_STEPS}; fix: {fix}"]
 
     def _row_warnings(self) -> list[str]:
         warnings = []

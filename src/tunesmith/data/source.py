@@ -13,6 +13,7 @@ from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Source
 from tunesmith.data.files import Table, json_type, open_table, without_nulls
 from tunesmith.errors import DataError, first_line
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> l
     # A slice may end before it begins: then it has no rows.
     ranges = [RowRange(tables[s.splitname], range(s.from_, max(s.from_, s.to))) for s in slices]
     if not any(part.rows for part in ranges):
-        why = ", ".join(f"{name} has {n} rows" for name, n in sizes.items())
+        why = ", ".join(f"{name} has {count_of(n, 'row')}" for name, n in sizes.items())
         fix = "widen the slice: split: train"
         raise DataError(f"split {split} selects no rows", where=where, why=why, fix=fix)
     return ranges

@@ -12,7 +12,7 @@ from tunesmith.config.schema import Data, Source
 from tunesmith.data.schedule import shuffled
 from tunesmith.data.source import Rows, read_rows
 from tunesmith.errors import DataError
-from tunesmith.units import Share
+from tunesmith.units import Share, count_of
 
 # Sets this draw apart from those of the batch schedule.
 _PURPOSE = 1 << 20
@@ -63,7 +63,7 @@ def count_held_out(share: Share, total: int) -> int:
         raise DataError(
             f"holding out {share} leaves no row to train on",
             where="data.hold_out",
-            why=f"data.train has {total:,} rows",
+            why=f"data.train has {count_of(total, 'row')}",
             fix="hold out fewer, or data.hold_out: null",
         )
     return count

@@ -21,6 +21,7 @@ from tunesmith.data.source import read_rows
 from tunesmith.errors import CheckpointError, TunesmithError
 from tunesmith.export.tuned_weights import TunedModel
 from tunesmith.inference.load_run import OpenedRun
+from tunesmith.units import count_of
 
 FP32_LIMIT = 1e-4
 KL_SHARE = 0.1  # of what the training changed
@@ -190,7 +191,7 @@ def probe_prompts(
         # The data need not be on the machine that merges.
         except TunesmithError:
             continue
-        return prompts, f"{len(prompts)} {name} rows"
+        return prompts, count_of(len(prompts), f"{name} row")
     prompts = [read.files.tokenizer(text)["input_ids"][:tokens] for text in SENTENCES]
     return prompts, f"{len(prompts)} built-in sentences"
 

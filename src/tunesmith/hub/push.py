@@ -11,6 +11,7 @@ from rich.filesize import decimal as size_text
 
 from tunesmith.errors import UsageError
 from tunesmith.hub.hub_calls import LOGIN, TRANSPORT, clean, http_status, repo_page, retry
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def push_files(
         previous_commit = api.repo_info(repo, revision=revision).sha
         size = size_text(sum(addition.upload_info.size for addition in additions))
         visibility = "private" if private else "public"
-        text = f"pushing {len(files)} files ({size}) to {repo}, {visibility}"
+        text = f"pushing {count_of(len(files), 'file')} ({size}) to {repo}, {visibility}"
         log.info(text)
         commit = api.create_commit(repo, additions, commit_message=message, revision=revision)
     except (TRANSPORT, HFValidationError, OSError) as error:

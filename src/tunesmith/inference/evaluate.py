@@ -46,7 +46,7 @@ from tunesmith.model.safetensors_files import read_json
 from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
 from tunesmith.run_dir import IDENTITY, read_manifest
 from tunesmith.scoring.scorers import check_scorer_names
-from tunesmith.units import ceil_div
+from tunesmith.units import ceil_div, count_of
 
 # What is scored of pairs: the share whose chosen answer the model finds likelier.
 PAIRS = "pairs in order"
@@ -538,7 +538,7 @@ def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
     tokens = tokenize(parts, data, loaded.template, loaded.tokenizer, cache=None, what="eval")
     if not len(tokens):
         raise UsageError(
-            f"none of the {tokens.counts.rows} rows can be scored",
+            f"of {count_of(tokens.counts.rows, 'row')} none can be scored",
             where=name,
             why=f"all are longer than data.seq_len: {data.seq_len}",
             fix="give shorter rows",

@@ -11,7 +11,7 @@ from tunesmith.host.shell import shell_path
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.run_dir import FAILURE, FINAL, IDENTITY, LOG, METRICS, RECIPE, read_samples
-from tunesmith.units import ratio
+from tunesmith.units import count_of, ratio
 
 ANSWER_WIDTH = 69  # characters of a sample answer, so that its line fits 80 columns
 
@@ -51,7 +51,7 @@ def closing_summary(
     rows = []
     if finished_before:
         rows = [
-            f"this run is finished: it took its {steps} steps before",
+            f"this run is finished: it took its {count_of(steps, 'step')} before",
             "  to go on: the same command with a longer train.duration",
             "  to start over: the same command with --fresh (the old run is put aside)",
             "",
@@ -72,7 +72,7 @@ def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     tokens = sum(r.tokens for r in records)
     supervised = sum(r.supervised_tokens for r in records)
     rows = {
-        "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {examples:,} examples)",
+        "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {count_of(examples, 'example')})",
         # The sum of steps where nobody measured the whole.
         "time": format_seconds(seconds or sum(r.step_seconds for r in records)),
         "tokens": f"{tokens:,} without padding, {supervised:,} of them supervised",

@@ -43,7 +43,7 @@ from tunesmith.planning.machines import Cluster
 from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.units import Size, ceil_div
+from tunesmith.units import Size, ceil_div, count_of
 
 # Of whole steps, beside bf16: 794 and 551 TFLOP/s, LoRA of an 8B on an H200.
 EIGHT_BIT_SPEED = 1.44
@@ -170,7 +170,9 @@ def measure_work(
         step = StepSize(step_tokens, step_tokens)
         source = f"not known, taken as {supervised:,} tokens each, all with a label"
         if rows:
-            source = f"{rows:,} rows, taken as {supervised:,} tokens each, all with a label"
+            source = (
+                f"{count_of(rows, 'row')}, taken as {supervised:,} tokens each, all with a label"
+            )
             schedule = BatchSchedule.of(run, np.full(rows, supervised), np.ones(rows))
             step = schedule.step_size()
             steps = schedule.steps(run.train.duration)

@@ -279,7 +279,7 @@ def _choose_hold_out(
         return 0
     count = count_held_out(hold_out, rows)
     chosen["data.hold_out"] = str(hold_out)
-    drawn = f"{count:,} of {rows:,} rows, drawn by the seed"
+    drawn = f"{count:,} of {count_of(rows, 'row')}, drawn by the seed"
     why["data.hold_out"] = f"{drawn}, to measure val_loss on"
     if count < TELLING:
         why["data.hold_out"] += f"; with fewer than {TELLING} it tells little"
@@ -373,7 +373,9 @@ def _choose_steps(
         batch = Size(max(sizes, default=1), "examples")
     chosen["train.duration"] = str(duration)
     chosen["train.global_batch"] = str(batch)
-    why["train.duration"] = f"{examples:,} examples; of fewer each is seen more often, of many once"
+    why["train.duration"] = (
+        f"{count_of(examples, 'example')}; of fewer each is seen more often, of many once"
+    )
     if duration.unit == "epochs" and batch.unit == "examples":
         steps = round(ceil_div(examples, batch.amount) * duration.amount)
         why["train.global_batch"] = (

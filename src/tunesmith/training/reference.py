@@ -28,7 +28,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.parallel.shard import reshard
 from tunesmith.planning.run_plan import MicroBatchLayout
-from tunesmith.units import ceil_div
+from tunesmith.units import ceil_div, count_of
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class BaseReference:
     def measure(self, root: TrainModel, layout: MicroBatchLayout, pad_id: int, mesh: Mesh) -> None:
         """Score all answers with the model as it is, and keep the numbers; a collective call."""
         answers = sum(len(tokens) * _shape(tokens)[1] for tokens in self.splits)
-        log.info(f"reference: the base scores {answers:,} answers once, before training")
+        log.info(f"reference: the base scores {count_of(answers, 'answer')} once, before training")
         heartbeat = self.ranks.heartbeat
         heartbeat.phase("reference", STUCK_AFTER_S + COMPILING_S)
         for tokens in self.splits:
