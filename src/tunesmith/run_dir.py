@@ -160,7 +160,7 @@ def read_object(path: Path) -> dict[str, Any]:
     value = parse_json(text)
     if isinstance(value, dict):
         return value
-    raise ValueError("it holds no JSON object")
+    raise ValueError("it has no JSON object")
 
 
 # Key -> whether a value is of its type; null is, for every key.
@@ -320,7 +320,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"it lacks the size or the checksum of {name:.80}")
         # No system opens a file of such a name.
         if "\0" in name:
-            raise ValueError("a file's name in it holds a zero byte")
+            raise ValueError("a file's name in it contains a zero byte")
     return values
 
 

@@ -64,7 +64,7 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", f'{GOOD}\n{{"text": "\\ud83d"}}\n', {}, "half of a character", "a.jsonl:2", "write the whole character"),
     ("a.jsonl", f'{GOOD}\n{{"text": "a", "n": {DIGITS}}}\n', {}, "more than 4,300 digits", "a.jsonl:2", "as a text"),
     ("a.json", f'[{GOOD},\n{GOOD}, {{"n": {DIGITS}}}]', {}, "more than 4,300 digits", "a.json row 3", "as a text"),
-    ("a.json", "[]", {}, "holds no rows", "a.json", "array of objects"),
+    ("a.json", "[]", {}, "has no rows", "a.json", "array of objects"),
     ("a.json", '"text"', {}, "a text, not an array", "a.json", "array of objects"),
     ("a.json", f'{{"data": [{GOOD}]}}', {}, "one object, not an array", "a.json", "jq '.data'"),
     ("a.json", f'[{GOOD},\n{GOOD},\n{{"text": "cut', {}, "ends in the middle", "a.json row 3", "download or write"),

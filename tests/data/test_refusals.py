@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
     "cut text with an end token": (
         CHATML.replace("message.content", "message.content.split('#')[0]"),
         [user("a"), answer("b <|im_end|> c # d")],
-        "holds an end token",
+        "contains an end token",
     ),
     "upper case": (
         CHATML.replace("message.content", "message.content | upper"),

@@ -55,7 +55,7 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     assert "steps: 1, 1 epoch; " in out
     assert warnings_with(out, 1)
     assert "\x1b" not in out
-    assert out.count("holds") == 7
+    assert out.count("passed: ") == 7
 
 
 def test_the_fix_of_few_steps_fixes(recipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,5 +218,5 @@ def test_every_table_is_readable_at_any_width(tiny: Path, tmp_path: Path, width:
     assert all(part in figures or width < 80 for part in ("split:train[:55]", "split:train[-14:]"))
     if width > 40:
         assert "█" * (40 if width >= 80 else 30) in tables[1]
-    words = "train: every supervised answer ends with an end token holds: answers; end tokens: <|im_end|>"
+    words = "train: every supervised answer ends with an end token passed: answers; end tokens: <|im_end|>"
     assert all(word in tables[2] for word in words.split())

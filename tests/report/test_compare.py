@@ -166,7 +166,7 @@ def test_too_few_validations_to_know_the_noise(tmp_path: Path) -> None:
         write_run(tmp_path / "b", {40: 2.0}, recipe=rate(1e-9)),
     )
     assert (found.kind, found.best) == ("none", ())
-    assert holds(found.headline, "noise", "1.0000", "2.0000")
+    assert holds(found.headline, "chance", "1.0000", "2.0000")
 
 
 def test_one_run(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]
     # A key of the command line may have named another model.
     if (run.model.name, run.model.tokenizer) != (str(folder), None):
         what = "the model and tokenizer of a shape cannot be overridden"
-        why = "the model is the shape with random weights, and its folder holds the tokenizer"
+        why = "the model is the shape with random weights, and its folder contains the tokenizer"
         fix = "--shape NAME --tokenizer DIR_OR_ID; or give a recipe instead of --shape"
         raise UsageError(what, where="command line: model.name, model.tokenizer", why=why, fix=fix)
     return run

@@ -118,7 +118,7 @@ def check_run_dir(output_dir: Path) -> None:
     names = [path.name for path in run_files(output_dir)]
     if names and not is_run(output_dir):
         raise UsageError(
-            f"output_dir holds files that no run of tunesmith wrote: {_first_names(names)}",
+            f"output_dir contains files that no run of tunesmith wrote: {_first_names(names)}",
             where=str(output_dir),
             why=f"a run writes files of these names, and there is no {IDENTITY} of a run",
             fix="use another output_dir, such as output_dir=runs/my-run, or move these files away",

@@ -108,7 +108,7 @@ def model_card(
     whose = "The license of the base model"
     if license_name:
         whose = f"`{license_name}`, the license of the base model,"
-    paragraphs.append(f"{whose} holds for this model too.\n")
+    paragraphs.append(f"{whose} applies to this model too.\n")
     return str(ModelCard("\n\n".join(paragraphs)))
 
 

@@ -41,7 +41,7 @@ JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is rep
 MIXED = "resuming would mix two runs in one set of numbers"
 COUNTER = "counter"  # `Progress.rounding`: noise by the index of an element
 FORCE = "or resume all the same with checkpoint.resume=force"
-START_OVER = "start over with --fresh (the old run is put aside), or use another output_dir"
+START_OVER = "start over with --fresh (the old run is moved aside), or use another output_dir"
 
 
 @dataclass

@@ -231,7 +231,7 @@ def _contracts_table(prepared: TrainingData) -> Table:
                 what = f"BROKEN: {check.broken:,} of {checked}, first in {check.where}"
                 result = Text(f"{what}\n{check.why}\nfix: {check.fix}", style="red")
             else:
-                result = Text(f"holds: {checked}", style="green" if check.checked else "")
+                result = Text(f"passed: {checked}", style="green" if check.checked else "")
                 if check.note:
                     result.append(f"; {check.note}")
             table.add_row(f"{contract.split}: {check.name}", result)

@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCORER",
         help=f"score the answers: {scorers}; may be repeated",
     )
-    output = "for --score: where answers are kept, and gone on with (default: evals/ of the run)"
+    output = "for --score: where answers are kept, and resumed from (default: evals/ of the run)"
     parser.add_argument("--output", metavar="FILE", help=output)
     parser.add_argument(
         "--fresh", action="store_true", help="for --score: put earlier answers aside, answer again"

@@ -166,7 +166,7 @@ def _read_input(name: str) -> Rows:
             raise DataError(what, where=f"stdin:{number}", why=why, fix=fix)
         rows.append(row)
     if not rows:
-        raise DataError("stdin holds no rows", where="stdin", fix=fix)
+        raise DataError("stdin has no rows", where="stdin", fix=fix)
     return from_list(rows, "stdin")
 
 
@@ -217,7 +217,7 @@ def _answered_rows(output: Path | None, rows: Rows, args: argparse.Namespace) ->
         matching += 1
     is_torn = matching < len(rows) and _begins_answer_to(last, rows[matching])
     if matching < len(lines) or (last and not is_torn):
-        what = "the output answers other rows than the input holds"
+        what = "the output answers other rows than the input contains"
         fix = "name its own input, or --force in place of --resume"
         raise UsageError(what, where=f"{output}:{matching + 1}", fix=fix)
     # What is kept ends with the last whole line; the torn one is written over.

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     folder = location.folder
     if folder is None:
         fix = "name a run directory, or a folder of model files"
-        raise UsageError(f"{args.run} holds no files to push", where=args.run, fix=fix)
+        raise UsageError(f"{args.run} has no files to push", where=args.run, fix=fix)
     from tunesmith.checkpoint.manifest import CARD, MANIFEST, check_sums
     from tunesmith.checkpoint.model_card import is_hub_id, model_card
     from tunesmith.model.older_readers import CONFIG, TOKENIZER_CONFIG, for_older_readers

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = "default: one a GPU, without GPUs 2"
-    ranks = f"start so many ranks here ({default}); not under torchrun, which starts them"
+    ranks = f"number of ranks to start here ({default}); not under torchrun, which starts them"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     add_json(parser)
     # Of ranks that `check_on_ranks` has started.

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     count = "with a range: how many to draw (default: 16)"
     parser.add_argument("--candidates", type=whole_number, metavar="N", help=count)
-    ranks = "start so many ranks here (default: one process)"
+    ranks = "number of ranks to start here (default: one process)"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     add_json(parser)
     for option in REMOVED:

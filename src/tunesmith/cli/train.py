@@ -39,7 +39,9 @@ log = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument(
-        "--fresh", action="store_true", help="put an earlier run in output_dir aside and start over"
+        "--fresh",
+        action="store_true",
+        help="move an earlier run in output_dir aside and start over",
     )
     parser.add_argument(
         "--why", action="store_true", help="say why each choice was made for this machine"

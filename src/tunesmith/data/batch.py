@@ -209,7 +209,7 @@ def collate(
                 tokens += n
         row_tokens.append(at)
         if at > length:
-            raise ValueError(f"row {r} holds {at} tokens and has room for {length}")
+            raise ValueError(f"row {r} contains {at} tokens and has room for {length}")
         if at < length:
             padding = length - at
             # Padding is cut into documents too: none may be longer than what attention was told.

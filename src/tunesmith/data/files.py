@@ -120,7 +120,7 @@ def _missing_file(path: Path) -> DataError:
     fix = "fix the path"
     if path.is_dir():
         what = "the source is a folder, not a file"
-        why = f"it holds {data_files_text}"
+        why = f"it contains {data_files_text}"
         fix = f"name a file that ends in {', '.join(SUFFIXES)}"
         if data_files:
             fix = f"source: {path / data_files[0]}"
@@ -289,13 +289,13 @@ def _read_json(path: Path) -> Table:
         raise _broken_json(path, text, error) from None
     if isinstance(rows, list) and rows:
         return _numbered_rows(path, rows)
-    what = f"the file holds {json_type(rows)}, not an array of rows"
+    what = f"the file contains {json_type(rows)}, not an array of rows"
     why = ""
     fix = 'write an array of objects: [{"messages": ...}, ...]'
     if isinstance(rows, list):
-        what = "the file holds no rows"
+        what = "the file has no rows"
     elif isinstance(rows, dict):
-        what = "the file holds one object, not an array of rows"
+        what = "the file contains one object, not an array of rows"
         why = f"its keys are {', '.join(list(rows)[:8]) or 'none'}"
         fix = "put the rows in [ ]"
         lists = [key for key, value in rows.items() if isinstance(value, list) and value]
@@ -381,7 +381,7 @@ def _read_csv(path: Path) -> Table:
     # `DataFrame.to_csv` writes its index as a first column without a name.
     if _has_row_numbers(rows):
         log.warning(
-            "%s: the first column has no name and holds numbers of rows, as pandas writes:"
+            "%s: the first column has no name and contains numbers of rows, as pandas writes:"
             " left out",
             path.name,
         )
@@ -426,7 +426,7 @@ def _check_header_line(path: Path, text: str) -> None:
     if text.lstrip().startswith("{") and '":' in header:
         renamed = shell_path(path.with_suffix(".jsonl"))
         raise DataError(
-            "the file holds JSON lines, not CSV",
+            "the file contains JSON lines, not CSV",
             where=f"{path}:1",
             fix=f"mv -n {shell_path(path)} {renamed}   # and name that",
         )
@@ -501,7 +501,7 @@ def _read_arrow(path: Path) -> Table:
             fix="download or write the file again",
         ) from None
     if table.num_rows == 0:
-        raise DataError("the file holds no rows", where=str(path), fix="name a file that does")
+        raise DataError("the file has no rows", where=str(path), fix="name a file that does")
 
     @lru_cache(maxsize=1)
     def block(n: int) -> list[dict[str, Any]]:

@@ -247,7 +247,7 @@ class _RowReader:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            what = f"{at} holds half of a character (U+{ord(value[error.start]):04X})"
+            what = f"{at} contains half of a character (U+{ord(value[error.start]):04X})"
             why = "a lone surrogate is not Unicode text"
             raise self.error(what, why, "write the whole character, or delete it") from None
         return value

@@ -354,7 +354,7 @@ class AssistantMask:
                 raise self._error(f"drops {dropped}", where, why, fix)
             is_open = n in rendering.shown and sentinels_of[n] < 2
             if is_open and self._has_end(field.text):
-                what = f"rewrites {message}, whose text holds an end token"
+                what = f"rewrites {message}, whose text contains an end token"
                 raise self._error(what, where, "the end of the message cannot be told")
         if any(map(self._has_end, rendering.inserted.argument_names)):
             what = "writes a call whose argument is named with an end token"

@@ -329,7 +329,7 @@ class Template:
             return self._locate_answers(sample, train_on, where)
         text = sample.text if isinstance(sample, Text) else sample.prompt + sample.completion
         if not text:
-            raise DataError("the row holds no text", where=where, fix="delete the row")
+            raise DataError("the row has no text", where=where, fix="delete the row")
         start = 0
         if isinstance(sample, Completion) and train_on != "all":
             start = len(sample.prompt)
@@ -396,7 +396,7 @@ class Template:
                 fix="add it as a special token: model.added_tokens",
             )
         if len(ids) < 2:
-            raise DataError("the row holds no text", where=where, fix="delete the row")
+            raise DataError("the row has no text", where=where, fix="delete the row")
         # Nothing predicts the first token.
         trained[0] = False
         return Example(ids, trained)

@@ -15,7 +15,7 @@ from tunesmith.errors import RunError, StoppedEarlyError, TunesmithError, first_
 from tunesmith.host.memory import oom_kills
 
 MISSED_BEATS = 4  # beats in a row, after which a rank is blamed for a connection that broke
-AGAIN = "start the same command again: it goes on from the newest checkpoint"
+AGAIN = "start the same command again: it resumes from the newest checkpoint"
 
 # Arguments of a RunError, and how it is reported; JSON in the store.
 ErrorFields = dict[str, Any]
@@ -92,7 +92,7 @@ class Diagnosis:
         if kills > 0:
             why = f"the kernel ended {kills} of this machine's processes since the run began"
             return self.fields(what, why, "oom-kill", gone=ended)
-        why = "its process ended without a word: a signal, or a crash"
+        why = "its process ended without a message: a signal, or a crash"
         return self.fields(what, why, "killed", gone=ended)
 
     def _find_hang(self) -> ErrorFields:

@@ -175,14 +175,14 @@ def _check_output(output: Path, *, force: bool) -> None:
         foreign = _foreign_file(folder)
         if foreign:
             raise unusable(
-                f"{folder} is not empty: it holds {foreign}",
+                f"{folder} is not empty: it contains {foreign}",
                 "name a folder that is new or empty",
                 "--force replaces only what an earlier merge wrote, and nothing has changed since",
             )
         # A rejected merge is replaced in any case.
         if folder == output and not force and (folder / MERGE_FILE).exists():
             fix = "name another folder, or add --force to replace it"
-            raise unusable(f"{output} holds an earlier merge", fix)
+            raise unusable(f"{output} contains an earlier merge", fix)
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:

@@ -48,9 +48,12 @@ class ModelFiles:
         if self.form is None:
             return []
         use = {
-            "as-shipped": "kept so, and made dense for one product at a time",
-            "none": f"made dense in {self.model.dtype} as it is read",
-        }.get(self.model.quantize, f"made dense, and into {self.model.quantize}, as it is read")
+            "as-shipped": "kept so, and dequantized for one matmul at a time",
+            "none": f"dequantized to {self.model.dtype} as it is read",
+        }.get(
+            self.model.quantize,
+            f"dequantized, and quantized to {self.model.quantize}, as it is read",
+        )
         line = f"the base ships in {self.form.describe()}: {use}"
         if self.form.has_activation_scales:
             line += "; its scales of activations are not used"

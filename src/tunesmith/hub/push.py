@@ -60,7 +60,7 @@ def push_files(
     except (TRANSPORT, HFValidationError, OSError) as error:
         raise _push_error(error, to) from error
     if commit.oid == previous_commit:
-        log.info("nothing new: it holds these files")
+        log.info("nothing new: it contains these files")
     else:
         log.info(f"commit {commit.oid[:12]}")
     return repo_page(repo) + (f"/tree/{revision}" if revision else "")

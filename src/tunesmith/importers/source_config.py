@@ -167,7 +167,7 @@ def _flags(words: Sequence[Word]) -> dict[str, SourceKey]:
             name = flag[1].replace("-", "_")
         fault = ""
         if "$" in word:
-            fault = "holds a variable"
+            fault = "contains a variable"
         elif flag and name in keys:
             fault = "is given twice"
         elif not name:

@@ -144,7 +144,7 @@ class AnswersFile:
         header = _parse_object(lines[0]) if lines else {}
         if header.get("tunesmith") != KIND:
             raise UsageError(
-                f"{path.name} is there and holds no answers of eval",
+                f"{path.name} is there and has no answers of eval",
                 where=f"--output {path}",
                 fix="name another file: --output FILE",
             )
@@ -157,7 +157,7 @@ class AnswersFile:
                 "the answers that are there are not of this evaluation",
                 where=str(path),
                 why="; ".join(differences),
-                fix="the same command with --fresh puts them aside, --output FILE keeps both "
+                fix="the same command with --fresh moves them aside, --output FILE keeps both "
                 "in use, and the options of before go on with them",
             )
         for number, line in enumerate(lines[1:], 2):
@@ -170,7 +170,7 @@ class AnswersFile:
         with suppress(TypeError):
             answer = SavedAnswer(**values)
         if answer is None or not _is_whole(answer):
-            raise self._broken(number, "it holds no answer")
+            raise self._broken(number, "it has no answer")
         answers = self.answers.setdefault(answer.model, [])
         # Answers of a model follow each other by row; `append` leaves no gap.
         if answer.row != len(answers) or answer.row >= self.header.rows:
@@ -182,7 +182,7 @@ class AnswersFile:
             "a line of the answers is broken",
             where=f"{self.path}:{number}",
             why=why,
-            fix="the same command with --fresh puts the file aside and answers again",
+            fix="the same command with --fresh moves the file aside and answers again",
         )
 
     def __enter__(self) -> "AnswersFile":

@@ -208,7 +208,7 @@ def _check_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         return
     name = tokenizer.convert_ids_to_tokens(token)
     raise UsageError(
-        f"a prompt holds {name}, a token that the model has no embedding of",
+        f"a prompt contains {name}, a token that the model has no embedding of",
         why=f"its id is {token:,}, and the embedding has {embedding_rows:,} rows",
         fix="write that text otherwise, or use the model's own tokenizer",
     )

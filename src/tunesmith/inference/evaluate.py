@@ -595,4 +595,4 @@ def _with_matches(
 
 def _no_answers(where: str, why: str) -> UsageError:
     fix = "leave --exact-match out, or give rows with answers"
-    return UsageError("no row holds an answer to compare with", where=where, why=why, fix=fix)
+    return UsageError("no row contains an answer to compare with", where=where, why=why, fix=fix)

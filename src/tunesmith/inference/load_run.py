@@ -155,7 +155,7 @@ def _no_model(path: Path, what: str) -> UsageError:
     fix = "give the output_dir of a run"
     if names:
         more = ", ..." if len(names) > 8 else ""
-        fix = f"{folder} holds: {', '.join(names[:8])}{more}"
+        fix = f"{folder} contains: {', '.join(names[:8])}{more}"
     return UsageError(
         what,
         where=str(path),
@@ -181,7 +181,7 @@ def _in_run(folder: Path) -> RunLocation:
                 note += f" (skipped {'; '.join(skipped)})"
             return _in_folder(candidate, note=note)
         # The user sees which checkpoints were passed over, and why.
-        skipped.append(f"{candidate.name}: {damage or 'holds training state only'}")
+        skipped.append(f"{candidate.name}: {damage or 'has training state only'}")
     raise CheckpointError(
         "this run has no finished checkpoint",
         where=str(folder),
@@ -215,12 +215,12 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
         return RunLocation("full" if run else "base", folder, base, run, note)
     if (folder / "state").is_dir():
         raise CheckpointError(
-            "this checkpoint holds training state only",
+            "this checkpoint has training state only",
             where=str(folder),
             fix=f"give the run directory, which takes one with a model: {folder.parent}",
         )
     raise _no_model(
-        folder, f"{folder} holds no model: no config.yaml, adapter_config.json or config.json"
+        folder, f"{folder} has no model: no config.yaml, adapter_config.json or config.json"
     )
 
 

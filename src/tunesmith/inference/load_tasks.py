@@ -120,7 +120,7 @@ def _names_of(spec: str, manager: Any) -> list[str]:
         if file is not None and file.is_relative_to(path):
             names.append(name)
     if not names:
-        what = f"{spec} holds no task"
+        what = f"{spec} has no task"
         why = "no .yaml file in it has `task: NAME`"
         fix = "give a folder of task files, or a name that `lm-eval ls tasks` prints"
         raise UsageError(what, where=f"{WHERE} {spec}", why=why, fix=fix)

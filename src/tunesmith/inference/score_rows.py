@@ -412,4 +412,4 @@ def save_scores(path: Path, content: dict[str, Any], *, fix: str) -> None:
 def no_scored_rows(name: str, why: str) -> UsageError:
     """The error for rows without an answer to score against."""
     fix = "leave --score out, or give rows with answers"
-    return UsageError("no row holds an answer to compare with", where=name, why=why, fix=fix)
+    return UsageError("no row contains an answer to compare with", where=name, why=why, fix=fix)

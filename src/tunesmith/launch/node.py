@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         "--endpoint",
         default="127.0.0.1:0",
         metavar="HOST:PORT",
-        help="of the node that holds the store",
+        help="of the node that has the store",
     )
     p.add_argument("--id", default="tunesmith", help="of the run, where several share an endpoint")
     p.add_argument("--address", help="of this node (default: that which routes to HOST)")
@@ -255,7 +255,7 @@ def _lost_rendezvous(error: Exception, store: "TCPStore", stop: "ForwardStop") -
     if not stop.ranks_began:
         what = "this node and the others do not find each other"
         return MachineError(what, where=where, why=why, fix=fix)
-    what = "the launcher of the node that holds the ranks' store is gone"
+    what = "the launcher of the node that has the ranks' store is gone"
     # A machine that refuses a connection is up, and so is the network to it.
     # The store's node answers with a refusal: its launcher ended, the machine did not.
     if stop.is_requested or refuses_connections(store.host, store.port):

@@ -174,7 +174,7 @@ def _parse_number(name: str, value: Any) -> int | float | None:
     if isinstance(value, str) and value in _NON_FINITE:
         return float(value)
     if isinstance(value, int) and not is_number(value):
-        raise TypeError(f"{name} is a number that no float holds")
+        raise TypeError(f"{name} is a number that no float can represent")
     return value if isinstance(value, int | float) else None
 
 

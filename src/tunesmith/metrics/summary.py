@@ -53,7 +53,7 @@ def closing_summary(
         rows = [
             f"this run is finished: it took its {count_of(steps, 'step')} before",
             "  to go on: the same command with a longer train.duration",
-            "  to start over: the same command with --fresh (the old run is put aside)",
+            "  to start over: the same command with --fresh (the old run is moved aside)",
             "",
         ]
     rows += [*run_figures(records, seconds), "", *_answers(folder)]

@@ -138,7 +138,7 @@ def read_json(
         value = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(value, dict):
             return value
-        what = f"{file.name} holds no JSON object"
+        what = f"{file.name} has no JSON object"
     except FileNotFoundError:
         what = f"{file.name} is missing"
         where = str(file.parent)

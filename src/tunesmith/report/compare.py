@@ -330,7 +330,8 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     if any(run.files.state == "running" for run in (*first.runs, *second.runs)):
         return Verdict("none", f"So far {first.name} is ahead: {against}", reasons)
     if threshold is None:
-        headline = f"{first.name} has the lower val_loss, and the noise is not known: {against}"
+        chance = "how far runs differ by chance is not known"
+        headline = f"{first.name} has the lower val_loss, but {chance}: {against}"
         return Verdict("none", headline, reasons)
     if gap <= threshold:
         return Verdict("equal", f"No difference that can be told from noise: {against}", reasons)

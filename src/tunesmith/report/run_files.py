@@ -402,7 +402,7 @@ def how_it_ended(run: RunFiles) -> dict[str, Any]:
         end = killed_before(run.folder) or RunError(
             "no process is at work here, and it left no word",
             why="it was killed, or this is a copy of a running one",
-            fix=f"{command}   # goes on from the newest checkpoint",
+            fix=f"{command}   # resumes from the newest checkpoint",
         )
         fields = {
             "what": end.what,

@@ -254,7 +254,7 @@ class MemoryGuard:
             "processes": [process._asdict() for process in ours],
             "other_processes": [process._asdict() for process in others],
         }
-        text += f"; this run holds: {_names(ours)} GiB; others hold most: {_names(others)} GiB"
+        text += f"; this run has: {_names(ours)} GiB; others have most: {_names(others)} GiB"
         self.stop.ask(LowMemory(text, record))
 
 

@@ -131,7 +131,7 @@ def run_sweep(
                 folder = Path(base.output_dir)
                 if is_run(folder):
                     raise UsageError(
-                        "output_dir holds a run, and a sweep has its runs below it",
+                        "output_dir contains a run, and a sweep has its runs below it",
                         where=str(folder),
                         fix=shell_word(f"output_dir={folder}-sweep"),
                     )
@@ -232,7 +232,7 @@ class Sweep:
             search.update(METHOD)
         differences = [name for name, value in self.request.items() if request.get(name) != value]
         if differences:
-            what = "this folder holds another sweep"
+            what = "this folder contains another sweep"
             why = f"its {', '.join(differences)} differ"
             raise UsageError(what, where=str(file), why=why, fix=fix)
         return previous

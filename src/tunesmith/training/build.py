@@ -463,8 +463,8 @@ def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
                 raise MachineError(
                     f"{ranks.name(rank)} and {ranks.name(0)} differ: "
                     f"{part} {value}, and {first_value}",
-                    why="all ranks must compute alike",
-                    fix="make the nodes alike, or set what differs in the recipe, "
+                    why="all ranks must compute in the same way",
+                    fix="make the nodes the same, or set what differs in the recipe, "
                     "such as train.compile=off",
                 )
     have_one_name = len({machine.name for machine in machines}) == 1

@@ -192,7 +192,7 @@ def stopped_by(
         outcome = f": step {step} is saved"
         where = str(out / f"checkpoint-{step}")
         why = ""
-        fix = "start the same command again: it goes on from there"
+        fix = "start the same command again: it resumes there"
     else:
         outcome = " before the first step"
         where = ""
@@ -266,7 +266,7 @@ def half_micro_batch(run: Run, micro_batch: str | None) -> str:
 
 def write_paused(out: Path, step: int) -> None:
     """Write stopped.json where a sweep leaves a candidate after `step`."""
-    fix = f"tunesmith train {shell_path(out / RECIPE)} goes on with it"
+    fix = f"tunesmith train {shell_path(out / RECIPE)} resumes it"
     record = {"signal": None, "reason": "sweep", "step": step, "next": fix}
     write_atomically(out / STOPPED, json.dumps(record, indent=1))
 
@@ -286,5 +286,5 @@ def how_to_resume(saved_step: int | None) -> str:
     """The advice on how to start again."""
     again = "start the same command again"
     if saved_step:
-        return f"{again}: it goes on from checkpoint-{saved_step}"
+        return f"{again}: it resumes from checkpoint-{saved_step}"
     return again

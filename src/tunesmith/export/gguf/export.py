@@ -191,7 +191,7 @@ def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
     foreign = _foreign_file(goal) if is_folder else None
     if foreign or not (is_folder or _is_gguf(goal)):
         raise UsageError(
-            f"{goal} holds {foreign}" if foreign else f"{goal} is no GGUF file",
+            f"{goal} contains {foreign}" if foreign else f"{goal} is no GGUF file",
             where="--output",
             why="--force replaces only what an export wrote",
             fix="name a new one",
