@@ -8,6 +8,10 @@
 >>> tunesmith.evaluate(result.output_dir, "held-out.jsonl").scores["tuned"].loss
 >>> tunesmith.merge(result.output_dir, "merged")
 
+Rows of the program itself, such as a list of dicts or a data frame, need no file and no recipe:
+
+>>> tunesmith.train(model="demo", rows=[{"prompt": "Hello", "completion": "Hi"}])
+
 What a user can fix is raised as a `TunesmithError`, whose text says what, where, why and the fix;
 `tunesmith.errors` has the whole tree.
 """
@@ -15,7 +19,7 @@ What a user can fix is raised as a `TunesmithError`, whose text says what, where
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import StoppedError, TunesmithError
+from tunesmith.errors import RunError, StoppedError, TunesmithError, UsageError
 
 if TYPE_CHECKING:
     from tunesmith.export.merge import Merged, merge
@@ -33,9 +37,11 @@ __all__ = [
     "LoadedModel",
     "Merged",
     "Result",
+    "RunError",
     "StepRecord",
     "StoppedError",
     "TunesmithError",
+    "UsageError",
     "__version__",
     "evaluate",
     "generate",

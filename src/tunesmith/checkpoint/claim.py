@@ -39,6 +39,9 @@ LAUNCH = "launch"  # a folder of what a launcher writes
 # What the playbook's scripts write into a run directory before its first start.
 SCRIPT_ROWS = Path("data", "rows.jsonl")
 SCRIPT_TEMPLATE = Path("data", "template.jinja")
+# What `train(rows=...)` writes there, named after its content.
+GIVEN_ROWS = Path("data", "rows-{digest}.jsonl")
+_GIVEN_ROWS = re.compile(r"rows-[0-9a-f]+\.jsonl")
 NAMED_FILES = 5  # in an error
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
@@ -162,10 +165,12 @@ def _other_folders(output_dir: Path) -> list[str]:
 
 
 def _is_data_of_script(folder: Path) -> bool:
-    """Whether it is the folder of SCRIPT_ROWS and SCRIPT_TEMPLATE with nothing else in it."""
+    """Whether it is the folder of SCRIPT_ROWS, SCRIPT_TEMPLATE and GIVEN_ROWS with nothing else in
+    it.
+    """
     names = {path.name for path in folder.iterdir()}
-    script_names = {SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name}
-    return folder.name == SCRIPT_ROWS.parent.name and names <= script_names
+    names -= {SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name}
+    return folder.name == SCRIPT_ROWS.parent.name and all(map(_GIVEN_ROWS.fullmatch, names))
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def make_recipe(
         "adapter.alpha": 32,  # both are dropped where `adapter.kind: none` is asked for
         "data.train.source": data,
     }
-    output_dir = f"runs/{_short_name(data)}-{_short_name(model)}"
+    output_dir = f"runs/{short_name(data)}-{short_name(model)}"
     # Its rules are checked when the format is known.
     draft = build_run(resolve_paths(_over({**chosen, "output_dir": output_dir}, layer)))
     _check_given_once(draft, given_keys, layer)
@@ -408,7 +408,7 @@ def _choose_validations(
         )
 
 
-def _short_name(name: str) -> str:
+def short_name(name: str) -> str:
     """`HuggingFaceTB/SmolLM2-135M-Instruct` -> `smollm2-135m-instruct`, `data/My FAQ.csv` ->
     `my-faq`.
     """

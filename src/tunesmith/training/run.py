@@ -23,6 +23,7 @@ from tunesmith.checkpoint.claim import (
 from tunesmith.checkpoint.previous_crash import killed_before, note_running
 from tunesmith.checkpoint.replicate import find_run_dir_writers
 from tunesmith.checkpoint.resume import Start, decide_start
+from tunesmith.config.layers import override_layer
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
@@ -73,6 +74,8 @@ from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training.agree import agree_on_recipe
 from tunesmith.training.build import Session, build, write_identity
+from tunesmith.training.given_rows import keep_rows
+from tunesmith.training.make_recipe import make_recipe, short_name
 from tunesmith.training.result import Result, how_to_resume, stopped_twice, write_stopped
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
@@ -81,9 +84,11 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    run: Run | str | Path,
+    run: Run | str | Path | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
+    model: str | None = None,
+    rows: Any = None,
     on_record: Callable[[StepRecord], object] = lambda record: None,
     fresh: bool = False,
     why: bool = False,
@@ -95,11 +100,17 @@ def train(
     >>> rows = {"source": "rows.jsonl", "format": "alpaca"}
     >>> tunesmith.train("smollm2-135m-lora", {"data.train": rows})
     >>> tunesmith.train("my-recipe.yaml", {"train.learning_rate": 2e-4}, on_record=print)
+    >>> rows = [{"prompt": "Hello", "completion": "Hi"}]
+    >>> tunesmith.train(model="HuggingFaceTB/SmolLM2-135M-Instruct", rows=rows)
 
     Args:
-        run: a recipe: its file, the name of one that ships, or a checked `Run`.
+        run: a recipe: its file, the name of one that ships, or a checked `Run`. None: one is made
+            for `model` and `rows`, as `tunesmith train --model X --data FILE` does.
         overrides: of a file or name: `{"key.sub": value}`, or texts `key.sub=value`, whose values
             are read as YAML.
+        model: Hub id, folder, .gguf file, or `demo`.
+        rows: mappings, a `datasets.Dataset`, or a pandas or polars data frame; they are kept in the
+            run directory, so that the same call resumes.
         on_record: called after each step. What it raises ends the run, is named in failure.json and
             raised unchanged; `signal.raise_signal(signal.SIGINT)` in it saves and stops.
         fresh: put an earlier run in `output_dir` aside and start over.
@@ -117,7 +128,12 @@ def train(
     with lines_by_default(level_of_process()), ExitStack() as stack:
         if quiet:
             stack.enter_context(stderr_only_from())
-        if not isinstance(run, Run):
+        if run is None:
+            run = recipe_for_rows(model, rows, overrides)
+        elif model is not None or rows is not None:
+            fix = "give rows of a recipe as data.train.source"
+            raise UsageError("a recipe, and model or rows, exclude each other", fix=fix)
+        elif not isinstance(run, Run):
             run = load_recipe(run, overrides, announce=not quiet)
         elif overrides:
             fix = "give the recipe's file, or dataclasses.replace it"
@@ -136,6 +152,24 @@ def train(
             argv=argv,
             quiet=quiet,
         )
+
+
+def recipe_for_rows(
+    model: str | None, rows: Any, overrides: Mapping[str, Any] | Sequence[str]
+) -> Run:
+    """A recipe that is made for a model and rows of the program, which are kept below its
+    output_dir.
+    """
+    if model is None or rows is None:
+        fix = 'train("my-recipe.yaml"), or train(model="...", rows=[...])'
+        raise UsageError("a recipe is needed, or model and rows to make it from", fix=fix)
+    given = override_layer(overrides).plain()
+    output_dir = str(given.get("output_dir", f"runs/rows-{short_name(model)}"))
+    file = keep_rows(rows, Path(output_dir))
+    named = {"output_dir": output_dir}
+    if isinstance(overrides, Mapping):
+        return make_recipe(model, str(file), {**named, **overrides}).run
+    return make_recipe(model, str(file), [f"output_dir={output_dir}", *overrides]).run
 
 
 def level_of_process(rank: int | None = None) -> int:
