@@ -163,8 +163,8 @@ def recipe_for_rows(
     if model is None or rows is None:
         fix = 'train("my-recipe.yaml"), or train(model="...", rows=[...])'
         raise UsageError("a recipe is needed, or model and rows to make it from", fix=fix)
-    given = override_layer(overrides).plain()
-    output_dir = str(given.get("output_dir", f"runs/rows-{short_name(model)}"))
+    options = override_layer(overrides).plain()
+    output_dir = str(options.get("output_dir", f"runs/rows-{short_name(model)}"))
     file = keep_rows(rows, Path(output_dir))
     named = {"output_dir": output_dir}
     if isinstance(overrides, Mapping):
