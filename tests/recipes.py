@@ -33,6 +33,33 @@ def write_rows(path: Path, count: int) -> Path:
     return path
 
 
+def write_pairs(path: Path, count: int, first: int = 0) -> Path:
+    """Pairs of a short answer and a longer one, as JSON lines."""
+    rows = []
+    for i in range(first, first + count):
+        word = WORDS[i % 10]
+        rows.append(
+            {
+                "prompt": f"Say {word} {i}: ",
+                "chosen": word,
+                "rejected": " ".join([word] * (i % 5 + 2)),
+            }
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_feedback(path: Path, count: int, first: int = 0) -> Path:
+    """Both answers of each of `write_pairs`, labeled good and bad."""
+    rows = []
+    for row in map(json.loads, write_pairs(path, count, first).read_text().splitlines()):
+        for answer in ("chosen", "rejected"):
+            is_good = answer == "chosen"
+            rows.append({"prompt": row["prompt"], "completion": row[answer], "label": is_good})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`changes` laid over `base`, mapping by mapping."""
     both = dict(base)

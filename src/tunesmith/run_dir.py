@@ -44,6 +44,7 @@ PROFILES = "profile/summary-rank*.json"
 SWEEP = "sweep.json"
 EVALS = "evals"  # a folder of answers and scores of `eval`
 SCORES = "*.scores.json"  # in it
+PAIRS = "pairs in order"  # a score: the share of pairs whose chosen answer the model finds likelier
 
 LARGEST = 1e100  # of a number: its square, and sums of them, are still finite
 LARGEST_COUNT = 2**53  # of a step or a count: a browser's numbers are exact up to here
@@ -211,7 +212,11 @@ _ENV_TEXTS = (
     "model_hash",
     "recipe_hash",
 )
-_ENV: Shape = {**dict.fromkeys(_ENV_TEXTS, is_text), "command": is_texts}
+_ENV: Shape = {
+    **dict.fromkeys(_ENV_TEXTS, is_text),
+    "command": is_texts,
+    "validation_examples": is_count,
+}
 _FAILURE_TEXTS = ("what", "where", "why", "cause", "host", "phase", "collective", "next")
 _FAILURE: Shape = {
     **dict.fromkeys(_FAILURE_TEXTS, is_text),
@@ -382,7 +387,7 @@ def read_profile(path: Path) -> dict[str, Any]:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """What an `eval --score` or `--tasks` of a run says, without the scores of single rows.
+    """What an `eval` of a run says of pairs, scorers or tasks, without the scores of single rows.
 
     `data`, `rows`, `row_hash`, `step` and `seen` (each or None), `losses` by model (None of a task,
     which has none), and `scores`: by scorer, of `base`, `tuned` and `difference` those that are

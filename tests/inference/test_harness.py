@@ -15,8 +15,9 @@ from runs import make_run, peft_model, write_rows
 from tunesmith.cli.main import main
 from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.inference import harness, load_tasks
-from tunesmith.report.compare import eval_figures, summaries_of
+from tunesmith.report.compare import eval_figures
 from tunesmith.report.run_files import RunFiles
+from tunesmith.report.run_summary import summaries_of
 from tunesmith.scoring.intervals import paired_intervals
 
 CHOICE = """\

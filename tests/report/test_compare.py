@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from errors import holds, lines_with
-from report.written import falling, write_run
+from recipes import merge
+from report.written import falling, pairs_eval, write_eval, write_run
 from tunesmith.report.compare import (
-    HASHES_OF_INPUTS,
-    Spread,
     Verdict,
     differing_keys,
     judge,
-    summaries_of,
     validation_noise,
 )
+from tunesmith.report.run_files import RunFiles
+from tunesmith.report.run_summary import HASHES_OF_INPUTS, Spread, summaries_of
 
 
 def verdict(*runs) -> Verdict:
@@ -240,3 +240,74 @@ def test_validation_noise_is_the_noise_and_not_the_trend() -> None:
         "the bend of a curve that settles is no noise"
     )
     assert validation_noise([1.0, 2.0, 3.0, 4.0]) is None
+
+
+def preferring(
+    folder: Path, accuracies: dict[int, float], method: str = "dpo", **options
+) -> RunFiles:
+    """A run that learned from pairs, with its accuracy on held-out ones by step."""
+    recipe = merge({"method": {"name": method}}, options.pop("recipe", {}))
+    extra = {
+        step: {"val_reward_accuracy": accuracies[step], "reward_margin": 1.0} for step in accuracies
+    }
+    val = dict.fromkeys(accuracies, 0.5)
+    env = {"validation_examples": 100} | options.pop("env", {})
+    return write_run(
+        folder, val, recipe=recipe, env=env, extra=lambda step: extra.get(step, {}), **options
+    )
+
+
+def test_pairs_are_compared_by_accuracy_and_its_interval(tmp_path: Path) -> None:
+    """val_loss of the same is equal: the accuracy decides. Of 100 pairs 0.9 and 0.7 have 95 %
+    intervals of 82.9 to 94.8 and of 60.5 to 78.4 %: Newcombe's of the difference is beyond
+    sqrt(7.1^2 + 8.4^2) = 11.0 points.
+    """
+    good = preferring(tmp_path / "good", {20: 0.9, 40: 0.85}, recipe=rate(1e-5))
+    bad = preferring(tmp_path / "bad", {20: 0.6, 40: 0.7}, recipe=rate(1e-6))
+    found = verdict(bad, good)
+    assert (found.kind, found.best) == ("better", (1,))
+    assert holds(found.headline, "90.0 %", "70.0 %", "good", "bad")
+    assert sentence(found, "20.0 points", "82.9 to 94.8 %", "60.5 to 78.4 %", "above 11.0 points")
+    assert sentence(found, "good", "85.0 %", "step 20")
+    near = preferring(tmp_path / "near", {40: 0.82}, recipe=rate(1e-6))
+    assert verdict(good, near).kind == "equal"
+    alone = verdict(good)
+    assert holds(alone.headline, "90.0 % (82.9 to 94.8) at step 20")
+
+
+def test_without_their_number_the_noise_of_pairs_is_that_of_the_curve(tmp_path: Path) -> None:
+    env = {"validation_examples": None}
+    good = preferring(tmp_path / "good", {40: 0.9}, recipe=rate(1e-5), env=env)
+    bad = preferring(tmp_path / "bad", {40: 0.5}, recipe=rate(1e-6), env=env)
+    assert verdict(good, bad).kind == "none"
+
+
+def test_methods_that_measure_otherwise_are_compared_by_eval_alone(tmp_path: Path) -> None:
+    """DPO's accuracy is against its reference, SimPO's is not; kto has none, and sft neither."""
+    dpo = preferring(tmp_path / "dpo", {40: 0.9})
+    simpo = preferring(tmp_path / "simpo", {40: 0.6}, "simpo")
+    orpo = preferring(tmp_path / "orpo", {40: 0.9}, "orpo")
+    sft = write_run(tmp_path / "sft", falling(2.0))
+    assert verdict(simpo, orpo).kind == "better"
+    found = verdict(dpo, simpo)
+    assert (found.kind, found.best) == ("none", ())
+    assert "tunesmith eval RUN --data pairs.jsonl" in said(found)
+    for run, share in ((dpo, 0.95), (simpo, 0.6), (sft, 0.5)):
+        write_eval(run.folder, pairs_eval(share))
+        assert run.refresh()
+    found = verdict(dpo, simpo, sft)
+    assert (found.kind, found.best) == ("better", (0,))
+    assert holds(found.headline, "95.0 %", "60.0 %")
+    # Other pairs are another measure.
+    write_eval(simpo.folder, pairs_eval(0.99, row_hash="o" * 64))
+    assert simpo.refresh()
+    assert verdict(dpo, simpo).kind == "none"
+
+
+def test_sft_runs_stay_by_loss_where_pairs_were_scored(tmp_path: Path) -> None:
+    good = write_run(tmp_path / "good", falling(2.0), recipe=rate(1e-3))
+    bad = write_run(tmp_path / "bad", falling(2.5), recipe=rate(1e-4))
+    for run, share in ((good, 0.4), (bad, 0.9)):
+        write_eval(run.folder, pairs_eval(share))
+        assert run.refresh()
+    assert verdict(good, bad).best == (0,)

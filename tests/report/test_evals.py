@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from errors import holds
-from report.written import falling, write_run
-from tunesmith.report.compare import eval_figures, summaries_of
+from report.written import falling, write_eval, write_run
+from tunesmith.report.compare import eval_figures
 from tunesmith.report.page import render_report
 from tunesmith.report.run_files import RunFiles
+from tunesmith.report.run_summary import summaries_of
 
 
 def eval_scores(**changes: Any) -> dict[str, Any]:
@@ -34,14 +35,6 @@ def eval_scores(**changes: Any) -> dict[str, Any]:
         "scores": {"exact": exact},
         **changes,
     }
-
-
-def write_eval(run: Path, values: Any, name: str = "held") -> Path:
-    folder = run / "evals"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.scores.json"
-    path.write_text(values if isinstance(values, str) else json.dumps(values))
-    return path
 
 
 def test_scores_stand_beside_the_losses_with_their_intervals(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from recipes import merge
 from records import RUN, record
 from tunesmith.config.dump import to_mapping, to_yaml
 from tunesmith.report.run_files import RunFiles
+from tunesmith.run_dir import PAIRS
+from tunesmith.scoring.intervals import share_interval
 
 ENV = {
     "python": "3.12.1", "tunesmith": "0.1.0", "torch": "2.13.0+cpu", "cpu": "a processor", "cpu_threads": 2, "gpus": [],
@@ -59,4 +61,27 @@ def falling(start: float, *, jitter: float = 0.01, steps: int = 40) -> dict[int,
     """
     return {
         step: start - step / 40 + jitter * (-1) ** (step // 4) for step in range(4, steps + 1, 4)
+    }
+
+
+def write_eval(run: Path, values: Any, name: str = "held") -> Path:
+    folder = run / "evals"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.scores.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return path
+
+
+def pairs_eval(share: float, row_hash: str = "p" * 64) -> dict[str, Any]:
+    """What `eval` writes of 100 pairs, `share` of which are in order."""
+    interval = share_interval(round(100 * share), 100)
+    order = {"tuned": list(interval), "base": [0.5, 0.4, 0.6], "verdict": "", "by_row": {}}
+    return {
+        "tunesmith": "eval scores",
+        "data": "pairs.jsonl",
+        "rows": 100,
+        "row_hash": row_hash,
+        "step": 40,
+        "losses": {"tuned": 1.0},
+        "scores": {PAIRS: order},
     }

@@ -13,35 +13,15 @@ from safetensors.numpy import load_file
 
 import tunesmith
 from errors import refuses
-from recipes import WORDS, make_run
+from recipes import make_run, write_feedback, write_pairs
+from tunesmith.cli.main import main
 from tunesmith.errors import DataError, ModelError, RecipeError
+from tunesmith.inference.evaluate import ValidationResult
 from tunesmith.metrics.record import read_records
+from tunesmith.report.run_files import RunFiles
+from tunesmith.run_dir import PAIRS
+from tunesmith.training import validation
 from tunesmith.training.result import Result
-
-
-def write_pairs(path: Path, first: int, count: int) -> Path:
-    rows = []
-    for i in range(first, first + count):
-        word = WORDS[i % 10]
-        rows.append(
-            {
-                "prompt": f"Say {word} {i}: ",
-                "chosen": word,
-                "rejected": " ".join([word] * (i % 5 + 2)),
-            }
-        )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_feedback(path: Path, first: int, count: int) -> Path:
-    rows = []
-    for row in map(json.loads, write_pairs(path, first, count).read_text().splitlines()):
-        for answer in ("chosen", "rejected"):
-            is_good = answer == "chosen"
-            rows.append({"prompt": row["prompt"], "completion": row[answer], "label": is_good})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def train(tiny: Path, folder: Path, method: Any, name: str = "run", **changes: Any) -> Result:
@@ -52,8 +32,8 @@ def train(tiny: Path, folder: Path, method: Any, name: str = "run", **changes: A
     train_file = folder / "train.jsonl"
     held_file = folder / "held.jsonl"
     if not train_file.exists():
-        write(train_file, 0, 32)
-        write(held_file, 40, 8)
+        write(train_file, 32)
+        write(held_file, 8, 40)
     settings = {
         "method": method,
         "data": {
@@ -166,6 +146,24 @@ def test_the_best_validation_may_go_by_accuracy(tiny: Path, tmp_path: Path) -> N
     assert best["val_accuracy"] == max(seen.values())
 
 
+@pytest.mark.parametrize(("best_by", "steps", "best"), [("accuracy", 4, 2), ("loss", 6, 6)])
+def test_patience_goes_by_accuracy(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_by: str, steps: int, best: int
+) -> None:
+    """The loss falls at each validation, and after the second one fewer pairs are in order."""
+    accuracies = iter([0.5, 0.75, 0.625, 0.5, 0.5, 0.5])
+    losses = iter([0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+
+    def measured(*_: Any, **__: Any) -> ValidationResult:
+        return ValidationResult(next(losses), 8, {"reward_accuracy": next(accuracies)})
+
+    monkeypatch.setattr(validation, "validation_loss", measured)
+    rule = {"every": "1 steps", "best_by": best_by, "patience": 2}
+    result = train(tiny, tmp_path, "dpo", validate=rule, train={"duration": "6 steps"})
+    assert result.records[-1].step == steps
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == best
+
+
 def test_a_resume_with_another_method_is_refused(tiny: Path, tmp_path: Path) -> None:
     train(tiny, tmp_path, "dpo", train={"duration": "1 steps"})
     with pytest.raises(RecipeError) as error:
@@ -194,3 +192,44 @@ def test_eval_says_how_many_pairs_are_in_order(tiny: Path, tmp_path: Path) -> No
         # The loss is that of the chosen answers alone.
         assert 0 < score.tokens < 8 * 12
     assert pairs.models["tuned"].mean >= pairs.models["base"].mean
+    # `report` reads it.
+    (kept,) = RunFiles(tmp_path / "run").evals
+    assert kept["scores"][PAIRS]["tuned"] == list(pairs.models["tuned"])
+    assert (kept["rows"], kept["step"]) == (8, 8)
+
+
+def test_an_sft_run_is_evaluated_on_pairs_by_their_columns(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows that it was trained on have a prompt too, and are no pairs."""
+    run = make_run(tiny, tmp_path, train={"duration": "2 steps"})
+    tunesmith.train(run)
+    held = write_pairs(tmp_path / "pairs.jsonl", 8, 40)
+    folder = tmp_path / "run"
+    for more in ([], ["--format", "preference"]):
+        assert main(["eval", str(folder), "--data", str(held), "--json", *more]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["scores"][PAIRS]["rows"] == 8
+        assert report["tuned"]["rows"] == 8
+    (kept,) = RunFiles(folder).evals
+    assert kept["scores"][PAIRS]["base"][0] == report["scores"][PAIRS]["base"]["mean"]
+    # A folder of somebody else's still gets its scores.
+    (folder / "evals" / "pairs-pairs.scores.json").unlink()
+    (folder / "evals").rmdir()
+    (folder / "evals").write_text("in the way")
+    assert main(["eval", str(folder), "--data", str(held), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == report["scores"]
+
+
+def test_a_run_of_pairs_answers_questions_alone(tiny: Path, tmp_path: Path) -> None:
+    train(tiny, tmp_path, "dpo", train={"duration": "1 steps"}, log={"samples": 1})
+    rows = [json.loads(line) for line in (tmp_path / "held.jsonl").read_text().splitlines()]
+    loaded = tunesmith.load_run(tmp_path / "run")
+    decoding = tunesmith.Decoding(4)
+    (alone,) = tunesmith.generate(loaded, [{"prompt": rows[0]["prompt"]}], decoding)
+    (of_pair,) = tunesmith.generate(loaded, rows[:1], decoding)
+    assert alone["output"] == of_pair["output"]
+    assert of_pair["reference"] == rows[0]["chosen"]
+    samples = RunFiles(tmp_path / "run").samples
+    assert {sample["step"] for sample in samples} >= {0, 1}
+    assert {sample["expected"] for sample in samples} == {rows[0]["chosen"]}

@@ -104,7 +104,8 @@ def test_a_spike_of_one_step_in_100_000_is_seen(tmp_path: Path) -> None:
 def test_every_panel_of_what_is_there(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 30, ranks=3)
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(record(31, loss=math.nan, extra={"reward_margin": 0.5}).to_json() + "\n")
+        extra = {"reward_margin": 0.5, "val_reward_accuracy": 0.75, "kl": 0.1, "my_own": 2.0}
+        file.write(record(31, loss=math.nan, extra=extra).to_json() + "\n")
     run = WatchedRun(folder)
     panels = {panel["title"]: panel["series"] for panel in curves([run], "step", *ALL, 100)}
     assert [(row["rank"], row["y"][-1]) for row in panels["Memory"]] == [
@@ -115,7 +116,14 @@ def test_every_panel_of_what_is_there(tmp_path: Path) -> None:
     assert {row["rank"] for row in panels["Loss"]} == {None}  # a rank's record repeats it
     assert panels["MFU"][0]["y"] == [40.0] * 30
     assert panels["Wait for data"][0]["y"][0] == 10.0  # ms
-    assert panels["reward_margin"][0]["x"] == [31.0]  # a method's own metric
+    assert panels["my_own"][0]["x"] == [31.0]
+    for title, field, value in (
+        ("Reward margin", "reward_margin", 0.5),
+        ("Reward accuracy", "val_reward_accuracy", 75.0),
+        ("KL to the reference", "kl", 0.1),
+    ):
+        (series,) = panels[title]
+        assert (series["field"], series["y"]) == (field, [value])
     assert panels["Loss"][0]["x"][-1] == 30.0
     assert "GPU temperature" not in panels
     assert json.loads(to_json(run.status()))["figures"]["step"] == 31

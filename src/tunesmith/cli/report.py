@@ -27,9 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tunesmith.report.compare import judge, summaries_of
+    from tunesmith.report.compare import judge
     from tunesmith.report.page import write_report
     from tunesmith.report.run_files import RunFiles, read_profiles
+    from tunesmith.report.run_summary import summaries_of
 
     output = Path(args.output or ("report.md" if args.markdown else "report.html"))
     runs = []

@@ -6,6 +6,7 @@ so they do not depend on the batching. Exact match generates greedily and compar
 (`score_rows.py`) come with intervals, and their answers are kept.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -27,7 +28,7 @@ from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.splits import SourceRows, read_splits
 from tunesmith.data.tokens import Repeats, TokenSet, find_repeats, tokenize
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import TunesmithError, UsageError, first_line
+from tunesmith.errors import MachineError, TunesmithError, UsageError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, evaluating
@@ -38,18 +39,21 @@ from tunesmith.inference.score_rows import (
     Scoring,
     answers_path,
     no_scored_rows,
+    save_scores,
+    saved_scores,
+    scores_path,
     summarize_rows,
 )
 from tunesmith.methods.answers import accuracy
 from tunesmith.methods.base import StepTotals, TrainModel, supervised_positions
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
-from tunesmith.run_dir import IDENTITY, read_manifest
+from tunesmith.run_dir import IDENTITY, PAIRS, read_manifest
 from tunesmith.scoring.scorers import check_scorer_names
 from tunesmith.units import ceil_div, count_of
 
-# What is scored of pairs: the share whose chosen answer the model finds likelier.
-PAIRS = "pairs in order"
+log = logging.getLogger(__name__)
+
 ROW_TOKENS = 4096  # of a packed row that is scored
 # Called with what is counted, how many are done, their total, and for answers their tokens so far
 Progress = Callable[..., None]
@@ -401,6 +405,7 @@ def evaluate(
             base_model = load_run(path, device=device, base_only=True)
             scores = {"base": score_model(base_model, "base"), **scores}
         evaluation = replace(_evaluation(scores, tokens, name), seen=seen, seen_fault=seen_fault)
+        _keep_pairs(evaluation, tokens, location, ranks)
         if scoring is None:
             return evaluation
         by_scorer = [*evaluation.by_scorer, *scoring.finish(_about(evaluation, location))]
@@ -422,6 +427,30 @@ def _evaluation(scores: dict[str, EvalResult], tokens: TokenSet, name: str) -> E
         orders = {model: list(result.pairs) for model, result in scores.items()}
         by_scorer = (summarize_rows(PAIRS, orders),)
     return Evaluation(scores, name, counts.rows, left_out, counts.cut, by_scorer)
+
+
+def _keep_pairs(
+    evaluation: Evaluation, tokens: TokenSet, location: RunLocation, ranks: Ranks
+) -> None:
+    """Write the order of the pairs, where there are any, into evals/ of the run, for `report`."""
+    if location.run is None or not tokens.has_pairs or not ranks.is_main_process:
+        return
+    (orders,) = evaluation.by_scorer
+    content = {
+        "tunesmith": "eval scores",
+        "data": evaluation.data,
+        "rows": len(tokens),
+        "row_hash": tokens.counts.digest,
+        **_about(evaluation, location),
+        "scores": {PAIRS: saved_scores(orders)},
+    }
+    answers = answers_path(location, evaluation.data, None)
+    path = scores_path(answers.with_name(f"{answers.stem}-pairs.jsonl"))
+    try:
+        save_scores(path, content, fix="give the folder room and write permission")
+    except MachineError as error:
+        # The scores are still shown: the run may be somebody else's.
+        log.warning(f"{error.what} for the report: {error.where}: {error.why}")
 
 
 def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, Any]:

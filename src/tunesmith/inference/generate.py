@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tunesmith.config.check import COLUMNS
+from tunesmith.config.check import COLUMNS, METHOD_FORMATS
 from tunesmith.config.schema import Source
 from tunesmith.data.formats import ROLES, Conversation, Sample, convert_sample
 from tunesmith.data.source import Rows, from_list
@@ -18,7 +18,14 @@ from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.decoding import Decoding, answer_all, cut_answer
 from tunesmith.inference.load_run import LoadedModel
 
-_KEY_COLUMN = {name: columns[0] for name, columns in COLUMNS.items()}
+# The column that tells a format. `prompt` is in pairs and in labeled answers too: they come first.
+_KEY_COLUMN = {
+    "preference": "chosen",
+    "feedback": "label",
+    **{
+        name: columns[0] for name, columns in COLUMNS.items() if name not in METHOD_FORMATS.values()
+    },
+}
 # The column that holds the answer, where it is not `messages`.
 _ANSWER_COLUMN = {
     "alpaca": "output",
@@ -105,6 +112,9 @@ def row_source(
 ) -> Source:
     """How to read a row: as `format_name` and `columns` say, else as the one of `sources` whose
     columns it has, else by its own columns."""
+    # A pair has a prompt or a conversation as other formats have, and is no row of theirs.
+    if format_name == "auto" and {"chosen", "rejected"} <= row.keys():
+        sources = [source for source in sources if source.format == "preference"]
     if columns is None:
         fitting = []
         for source in sources:
@@ -118,8 +128,7 @@ def row_source(
         columns = {}
     name = format_name
     if name == "auto":
-        matching = (f for f, column in _KEY_COLUMN.items() if column in columns or column in row)
-        name = next(matching, "")
+        name = _format_by_columns(row, columns)
     if not name:
         row_columns = ", ".join(map(repr, row)) or "none"
         raise DataError(
@@ -137,6 +146,19 @@ def row_source(
                 fix=f"its columns are {', '.join(COLUMNS[name])}: write one of them before the =",
             )
     return Source(source=where, format=name, columns=dict(columns))  # type: ignore[arg-type]
+
+
+def _format_by_columns(row: dict[str, Any], columns: Mapping[str, str]) -> str:
+    """The format whose key column the row has; "" for none."""
+    # Columns that are named must be of the format; where no format has them, an error says so.
+    names = [name for name in _KEY_COLUMN if columns.keys() <= set(COLUMNS[name])]
+    for name in names or _KEY_COLUMN:
+        key_column = _KEY_COLUMN[name]
+        # A label that is no truth value is a column of somebody's own.
+        is_other = key_column == "label" and not isinstance(row.get(key_column), bool)
+        if key_column in columns or (key_column in row and not is_other):
+            return name
+    return ""
 
 
 class Prompt(NamedTuple):

@@ -1,168 +1,31 @@
 """What runs show side by side: numbers with their spread, differing keys, and which is better where
 that can be said.
 
-val_loss decides, and only on the same held-out rows; a training loss never does. A difference
-counts above the noise: what seeds alone would exceed once in 20, where several runs share a recipe;
-else how far val_loss moves around its own trend.
+val_loss decides, and only on the same held-out rows; a training loss never does. Of methods that
+compare answers it is the share of held-out pairs in order: as `eval` measured it, or as training
+did. A difference counts above the noise: what seeds alone would exceed once in 20, where several
+runs share a recipe; else what so many pairs tell apart, or how far val_loss moves around its own
+trend.
 """
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from tunesmith.config.dump import is_free, leaves
 from tunesmith.host.shell import shell_path
-from tunesmith.report.run_files import RunFiles, finite
+from tunesmith.report.measure import Measure, measure_of
+from tunesmith.report.run_summary import HASHES_OF_INPUTS, RunSummary, Spread
 from tunesmith.run_dir import RECIPE, shown
 
 # Standard errors above which a difference counts: about 95 % of a normal distribution.
 STANDARD_ERRORS = 2.0
 # The same of Student's t, from 1 degree of freedom.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
 TOKEN_GAP = 0.02  # relative difference of the tokens learned from that is worth a sentence
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A mean, the standard deviation of what it is a mean of, and their number."""
-
-    mean: float
-    deviation: float
-    count: int
-
-    @classmethod
-    def from_values(cls, values: Sequence[float], mean: float | None = None) -> "Spread | None":
-        """None without values; `mean`: a weighted one in place of the plain one."""
-        if not values:
-            return None
-        deviation = stdev(values) if len(values) > 1 else 0.0
-        return cls(fmean(values) if mean is None else mean, deviation, len(values))
-
-
-@dataclass
-class RunSummary:
-    """The numbers of one run; what was not measured is None.
-
-    Attributes:
-        seconds: of the recorded steps.
-        validations: (step, val_loss).
-        best: the lowest val_loss and its step.
-        loss: training loss of the last steps.
-        speed: tokens per second without the first step, which compiles.
-        waiting: share of the time spent waiting for data.
-    """
-
-    files: RunFiles
-    label: str
-    steps: int = 0
-    tokens: float = 0.0
-    seconds: float = 0.0
-    validations: list[tuple[int, float]] = field(default_factory=list)
-    best: tuple[float, int] | None = None
-    loss: Spread | None = None
-    speed: Spread | None = None
-    mfu: float | None = None
-    waiting: float | None = None
-    memory_gib: float | None = None
-
-    @property
-    def val_losses(self) -> list[float]:
-        return [val_loss for _, val_loss in self.validations]
-
-    @property
-    def validation_hash(self) -> str | None:
-        """Of the held-out rows as tokens."""
-        return self.files.env.get("validation_hash")
-
-    @property
-    def max_examples(self) -> Any:
-        """How many of the held-out rows were measured; None: all."""
-        return (self.files.recipe.get("validate") or {}).get("max_examples")
-
-    @property
-    def method(self) -> str:
-        """The name of the method, which says what val_loss is the loss of."""
-        method = self.files.recipe.get("method", "sft")
-        return str(method.get("name") if isinstance(method, dict) else method)
-
-    @property
-    def seed(self) -> int | None:
-        seed: int | None = (self.files.recipe.get("train") or {}).get("seed")
-        return seed
-
-    @property
-    def learned(self) -> dict[str, Any]:
-        """What changes what is learned: keys of the recipe without the seed, rows and weights."""
-        keys = leaves(self.files.recipe)
-        learned = {k: v for k, v in keys.items() if k != "train.seed" and not is_free(k)}
-        # A file may have been edited between two runs of one recipe.
-        for name in HASHES_OF_INPUTS:
-            learned[name] = self.files.env.get(name)
-        return learned
-
-    @property
-    def machine(self) -> str:
-        """What the speed depends on beside the recipe: processor, GPUs, threads, torch."""
-        names = ("cpu", "cpu_threads", "gpus", "torch", "hosts")
-        return json.dumps([self.files.env.get(name) for name in names])
-
-
-def summaries_of(runs: Sequence[RunFiles]) -> list[RunSummary]:
-    """The numbers of each run; runs of one name are labeled by their folder."""
-    names = [run.name for run in runs]
-    summaries = []
-    for run in runs:
-        is_unique = names.count(run.name) == 1
-        summaries.append(_summarize(run, run.name if is_unique else shown(run.folder)))
-    return summaries
-
-
-def _summarize(run: RunFiles, label: str) -> RunSummary:
-    steps = run.columns.get("step", [])
-
-    def column(name: str) -> list[float | None]:
-        return run.columns.get(name) or [None] * len(steps)
-
-    def total(name: str, start: int = 0) -> float:
-        return sum(finite(column(name)[start:]))
-
-    last_step = int(steps[-1] or 0) if steps else 0
-    summary = RunSummary(run, label, last_step, total("tokens"), total("step_seconds"))
-    for step, val_loss in zip(steps, column("val_loss"), strict=True):
-        if val_loss is not None and math.isfinite(val_loss):
-            summary.validations.append((int(step or 0), val_loss))
-    summary.best = min(((loss, step) for step, loss in summary.validations), default=None)
-    losses = finite(column("loss"))
-    # A tenth of the steps, and at least 10.
-    summary.loss = Spread.from_values(losses[-max(10, len(losses) // 10) :])
-    summary.memory_gib = max(finite(column("memory_gib")), default=None)
-
-    # The first step compiles and warms up; it would hide the speed of the others.
-    start = 1 if len(steps) > 1 else 0
-    seconds = total("step_seconds", start)
-    if not seconds:
-        return summary
-    speeds = finite(column("tokens_per_second")[start:])
-    summary.speed = Spread.from_values(speeds, total("tokens", start) / seconds)
-    summary.waiting = total("data_seconds", start) / seconds
-    # The mean over time: a step that took twice as long counts twice.
-    weighted = 0.0
-    measured_seconds = 0.0
-    # A step without a measured MFU does not count in the mean.
-    for mfu, step_seconds in zip(
-        column("mfu")[start:], column("step_seconds")[start:], strict=True
-    ):
-        if mfu and step_seconds:
-            weighted += mfu * step_seconds
-            measured_seconds += step_seconds
-    if measured_seconds:
-        summary.mfu = weighted / measured_seconds
-    return summary
 
 
 def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]]]:
@@ -260,32 +123,37 @@ class Verdict(NamedTuple):
 
 
 class RunGroup(NamedTuple):
-    """Runs of one recipe, which differ in the seed at most, and their lowest val_loss."""
+    """Runs of one recipe, which differ in the seed at most, and their best values."""
 
     runs: list[RunSummary]
-    val_loss: Spread
+    measure: Measure
+    best: Spread
 
     @property
     def name(self) -> str:
         return " and ".join(run.label for run in self.runs)
 
     def __str__(self) -> str:
+        text = self.measure.text(self.best.mean)
         if len(self.runs) == 1:
-            return f"{self.val_loss.mean:.4f}"
-        return f"{self.val_loss.mean:.4f} ± {self.val_loss.deviation:.4f}"
+            return text
+        return f"{text} ± {self.measure.gap_text(self.best.deviation)}"
 
 
 def judge(runs: Sequence[RunSummary]) -> Verdict:
     """Which run is better, and why, or why that cannot be said.
 
-    It cannot where fewer than two runs have a val_loss, where they measured it on other rows or on
-    rows that are not known, while one still trains, and where the noise of the measure is not
-    known.
+    It cannot where fewer than two runs were measured on held-out rows, where these are other rows
+    or not known, while one still trains, and where the noise of the measure is not known.
     """
+    measure = measure_of(runs)
     if len(runs) == 1:
-        return _alone(runs[0])
-    measured = [run for run in runs if run.best]
-    absent = [f"{run.label} has no val_loss ({run.files.state})." for run in runs if not run.best]
+        return _alone(runs[0], measure)
+    measured = [run for run in runs if measure.best(run)]
+    absent = []
+    for run in runs:
+        if run not in measured:
+            absent.append(f"{run.label} has no {measure.name} ({run.files.state}).")
     # A comparison needs two runs that were validated.
     if len(measured) < 2:
         why = (
@@ -294,13 +162,13 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
         )
         fix = "Give the recipes the same held-out rows: data.validation, or data.hold_out: 5 %."
         return Verdict("none", "Which is better cannot be said", [*absent, why, fix])
-    obstacle = _different_losses(measured) or _different_rows(measured)
+    obstacle = _different_losses(measured, measure) or _different_rows(measured, measure)
     if obstacle is not None:
         return obstacle
 
-    ranking = _rank(measured)
+    ranking = _rank(measured, measure)
     first = ranking[0]
-    cautions = [*absent, *_cautions(measured, first)]
+    cautions = [*absent, *_cautions(measured, first, measure)]
     # One group: all runs learned from the same recipe.
     if len(ranking) == 1:
         seeds = len({run.seed for run in measured})
@@ -308,7 +176,7 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
         headline = "One recipe: the difference is the seed's or the machine's"
         why = (
             f"These are {len(measured)} runs of one recipe with {seeds} seed{plural}: "
-            f"val_loss {first}."
+            f"{measure.name} {first}."
         )
         return Verdict("equal", headline, [why, *cautions])
     verdict = _compare_groups(ranking, cautions)
@@ -322,16 +190,18 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
 def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Verdict:
     """The verdict on the first two of several recipes."""
     first, second = ranking[:2]
-    gap = second.val_loss.mean - first.val_loss.mean
+    measure = first.measure
+    gap = measure.worse_by(second.best.mean, than=first.best.mean)
     threshold, noise = _noise(ranking)
-    reasons = [_difference(first.runs[0], second.runs[0]), f"{gap:.4f} apart. {noise}", *cautions]
-    against = f"lowest val_loss {first} against {second} of {second.name}"
+    apart = f"{measure.gap_text(gap)} apart. {noise}"
+    reasons = [_difference(first.runs[0], second.runs[0], measure), apart, *cautions]
+    against = f"{measure.best_word} {first} against {second} of {second.name}"
     # A run that goes on may still change places.
     if any(run.files.state == "running" for run in (*first.runs, *second.runs)):
         return Verdict("none", f"So far {first.name} is ahead: {against}", reasons)
     if threshold is None:
         chance = "how far runs differ by chance is not known"
-        headline = f"{first.name} has the lower val_loss, but {chance}: {against}"
+        headline = f"{first.name} has the {measure.best_word}, but {chance}: {against}"
         return Verdict("none", headline, reasons)
     if gap <= threshold:
         return Verdict("equal", f"No difference that can be told from noise: {against}", reasons)
@@ -339,39 +209,46 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     return Verdict("better", f"{first.name} {is_are} better: {against}", reasons)
 
 
-def _alone(run: RunSummary) -> Verdict:
+def _alone(run: RunSummary, measure: Measure) -> Verdict:
     headline = f"{run.label}: {run.files.state} at step {run.steps}"
-    if not run.best:
+    best = measure.best_text(run)
+    if best is None:
         fix = "Without held-out rows nothing tells how good the model is: data.hold_out: 5 %."
-        return Verdict("alone", f"{headline}, without a val_loss", [fix])
-    start, first_loss = run.validations[0]
-    lowest, step = run.best
+        return Verdict("alone", f"{headline}, without a {measure.name}", [fix])
+    start, first_value = measure.values(run)[0]
     return Verdict(
         "alone",
-        f"{headline}, lowest val_loss {lowest:.4f} at step {step}",
-        [f"The first one was {first_loss:.4f} at step {start}.", *_cautions([run], None)],
+        f"{headline}, {measure.best_word} {best}",
+        [
+            f"The first one was {measure.text(first_value)} at step {start}.",
+            *_cautions([run], None, measure),
+        ],
     )
 
 
-def _different_losses(measured: Sequence[RunSummary]) -> Verdict | None:
-    """The verdict on runs whose methods have another loss each; None if they have one."""
+def _different_losses(measured: Sequence[RunSummary], measure: Measure) -> Verdict | None:
+    """The verdict on runs whose methods have another loss each; None if they have one, or are not
+    compared by it."""
     methods = {run.label: run.method for run in measured}
-    if len(set(methods.values())) == 1:
+    if measure.is_share or len(set(methods.values())) == 1:
         return None
     names = [f"{label}: {method}" for label, method in methods.items()]
     why = f"The methods differ: {', '.join(names)}."
-    fix = "Compare their answers: tunesmith eval RUN --data held-out.jsonl, on the same rows."
+    fix = (
+        "Measure each on the same pairs, tunesmith eval RUN --data pairs.jsonl, and make the report"
+        " again; or compare their answers, with --score."
+    )
     return Verdict("none", "Not comparable: val_loss is another loss in each", [why, fix])
 
 
-def _different_rows(measured: Sequence[RunSummary]) -> Verdict | None:
-    """The verdict on runs whose val_loss was not measured on the same rows; None if it was."""
-    rows = {(run.validation_hash, run.max_examples) for run in measured}
-    if len(rows) == 1 and measured[0].validation_hash:
+def _different_rows(measured: Sequence[RunSummary], measure: Measure) -> Verdict | None:
+    """The verdict on runs that were not measured on the same rows; None if they were."""
+    rows = {measure.rows(run) for run in measured}
+    if len(rows) == 1 and None not in rows:
         return None
-    headline = "Not comparable: it is not known what val_loss was measured on"
+    headline = f"Not comparable: it is not known what {measure.name} was measured on"
     if all(run.validation_hash for run in measured):
-        headline = "Not comparable: val_loss was measured on different rows"
+        headline = f"Not comparable: {measure.name} was measured on different rows"
     hashes = [f"{run.label}: {str(run.validation_hash or 'unknown')[:12]}" for run in measured]
     counts = [f"{run.label}: {run.max_examples or 'all'}" for run in measured]
     why = f"Hash of the held-out rows: {', '.join(hashes)}; taken of them: {', '.join(counts)}."
@@ -379,66 +256,94 @@ def _different_rows(measured: Sequence[RunSummary]) -> Verdict | None:
     return Verdict("none", headline, [why, fix])
 
 
-def _rank(measured: Sequence[RunSummary]) -> list[RunGroup]:
-    """The runs by recipe, those with the lowest val_loss first."""
+def _rank(measured: Sequence[RunSummary], measure: Measure) -> list[RunGroup]:
+    """The runs by recipe, the best first."""
     by_recipe: dict[str, list[RunSummary]] = {}
     for run in measured:
         # Runs with the same keys that change what is learned differ by seed alone.
         by_recipe.setdefault(json.dumps(run.learned, sort_keys=True), []).append(run)
     groups = []
     for runs in by_recipe.values():
-        val_loss = Spread.from_values([run.best[0] for run in runs if run.best])
-        if val_loss:
-            groups.append(RunGroup(runs, val_loss))
-    return sorted(groups, key=lambda group: group.val_loss.mean)
+        bests = [best for best in map(measure.best, runs) if best is not None]
+        spread = Spread.from_values([value for value, _ in bests])
+        if spread:
+            groups.append(RunGroup(runs, measure, spread))
+    return sorted(groups, key=lambda group: measure.worse_by(group.best.mean, than=0.0))
 
 
 def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
     """The difference between the first two above which it counts, and where it is from; None where
     that is not known."""
+    first, second = ranking[:2]
+    measure = first.measure
     # Several seeds of a recipe tell its noise better than one run can.
-    repeated = [group.val_loss for group in ranking if group.val_loss.count > 1]
+    repeated = [group.best for group in ranking if group.best.count > 1]
     if repeated:
-        return _seed_noise(repeated, ranking[0].val_loss, ranking[1].val_loss)
-    run = ranking[0].runs[0]
+        return _seed_noise(repeated, first.best, second.best, measure)
+    run = first.runs[0]
     seed = (run.seed if run.seed is not None else 42) + 1
     recipe = shell_path(shown(run.files.folder / RECIPE))
     output = shell_path(shown(f"{run.files.folder}-seed-{seed}"))
     command = f"tunesmith train {recipe} train.seed={seed} output_dir={output}"
-    advice = f"Each has one seed, and another one moves val_loss too; to see how far: `{command}`"
+    advice = f"Each has one seed, and another one moves {measure.name} too; to see how far:"
+    advice += f" `{command}`"
+    by_span = _noise_of_shares(first, second)
+    if by_span is not None:
+        threshold, text = by_span
+        return threshold, _threshold_text(text, threshold, measure, advice)
     noises = []
-    for group in ranking[:2]:
-        noise = validation_noise(group.runs[0].val_losses)
+    for group in (first, second):
+        noise = validation_noise([value for _, value in measure.values(group.runs[0])])
         if noise is not None:
             noises.append(noise)
     if not noises:
-        text = "There are too few validations to see how val_loss moves from one to the next."
-        return None, f"{text} {advice}"
+        text = f"There are too few validations to see how {measure.name} moves from one to the next"
+        return None, f"{text}. {advice}"
     noise = max(noises)
     # The difference of two values of the same noise.
     threshold = STANDARD_ERRORS * math.sqrt(2) * noise
-    text = f"Noise: from one validation to the next val_loss moves by {noise:.4f} around its trend"
-    return threshold, f"{text}; a difference counts above {threshold:.4f}. {advice}"
+    moves = f"moves by {measure.gap_text(noise)} around its trend"
+    text = f"Noise: from one validation to the next {measure.name} {moves}"
+    return threshold, _threshold_text(text, threshold, measure, advice)
 
 
-def _seed_noise(repeated: Sequence[Spread], first: Spread, second: Spread) -> tuple[float, str]:
+def _noise_of_shares(first: RunGroup, second: RunGroup) -> tuple[float, str] | None:
+    """The same from the intervals of two shares; None where they are not known."""
+    higher = first.measure.span(first.runs[0], first.best.mean)
+    lower = first.measure.span(second.runs[0], second.best.mean)
+    if higher is None or lower is None:
+        return None
+    # Newcombe's interval of a difference (1998, method 10). Of two models on the same rows it is
+    # too wide rather than too narrow.
+    threshold = math.hypot(first.best.mean - higher[0], lower[1] - second.best.mean)
+    ends = [f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in (higher, lower)]
+    return threshold, f"Noise: the 95 % intervals of so many pairs are {' and '.join(ends)}"
+
+
+def _threshold_text(text: str, threshold: float, measure: Measure, advice: str) -> str:
+    return f"{text}; a difference counts above {measure.gap_text(threshold)}. {advice}"
+
+
+def _seed_noise(
+    repeated: Sequence[Spread], first: Spread, second: Spread, measure: Measure
+) -> tuple[float, str]:
     """The same from the recipes that ran with several seeds."""
     # The pooled variance: each recipe around its own mean.
-    freedom = sum(val_loss.count - 1 for val_loss in repeated)
-    squares = sum(val_loss.deviation**2 * (val_loss.count - 1) for val_loss in repeated)
+    freedom = sum(best.count - 1 for best in repeated)
+    squares = sum(best.deviation**2 * (best.count - 1) for best in repeated)
     deviation = math.sqrt(squares / freedom)
     # With few seeds Student's factor is larger than that of the normal distribution.
     errors = STUDENT[freedom - 1] if freedom <= len(STUDENT) else STANDARD_ERRORS
     threshold = errors * deviation * math.sqrt(1 / first.count + 1 / second.count)
     return threshold, (
-        f"Noise: from seed to seed val_loss differs by {deviation:.4f} "
+        f"Noise: from seed to seed {measure.name} differs by {measure.gap_text(deviation)} "
         "(standard deviation over a recipe's seeds); "
-        f"once in 20 times seeds alone make a difference above {threshold:.4f}."
+        f"once in 20 times seeds alone make a difference above {measure.gap_text(threshold)}."
     )
 
 
-def _difference(first: RunSummary, second: RunSummary) -> str:
-    """What two runs differ in, and what follows; and their val_loss after the same steps, if they
+def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
+    """What two runs differ in, and what follows; and their values after the same steps, if they
     took unequal ones."""
     # What differs -> how.
     differences = {}
@@ -461,15 +366,15 @@ def _difference(first: RunSummary, second: RunSummary) -> str:
             f"They differ in {len(names)} things ({listed}): "
             "which of them did it, this comparison cannot say."
         )
-    first_losses = dict(first.validations)
-    second_losses = dict(second.validations)
+    first_values = dict(measure.values(first))
+    second_values = dict(measure.values(second))
     # Unequal runs are compared at a step that both have reached.
-    common_steps = first_losses.keys() & second_losses.keys()
+    common_steps = first_values.keys() & second_values.keys()
     if first.steps != second.steps and common_steps:
         step = max(common_steps)
         text += (
             f" After step {step}, the last that both were measured at: "
-            f"{first_losses[step]:.4f} against {second_losses[step]:.4f}."
+            f"{measure.text(first_values[step])} against {measure.text(second_values[step])}."
         )
     return text
 
@@ -479,20 +384,23 @@ def _clearly_lower(first: Spread, second: Spread) -> bool:
     return first.mean + STANDARD_ERRORS * error < second.mean
 
 
-def _cautions(runs: Sequence[RunSummary], first: RunGroup | None) -> list[str]:
+def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measure) -> list[str]:
     """What a reader should know before believing the verdict."""
     cautions = []
     for run in runs:
-        if not run.best:
+        best = measure.best(run)
+        if best is None:
             continue
-        lowest, step = run.best
-        last = run.val_losses[-1]
-        noise = validation_noise(run.val_losses) or 0.0
-        # Above its lowest by more than noise.
-        if last > lowest + STANDARD_ERRORS * noise and last > lowest:
+        best_value, step = best
+        values = [value for _, value in measure.values(run)]
+        noise = validation_noise(values) or 0.0
+        worse_by = measure.worse_by(values[-1], than=best_value)
+        # Worse than its best by more than noise.
+        if worse_by > STANDARD_ERRORS * noise and worse_by > 0:
+            side = "below" if measure.is_share else "above"
             cautions.append(
-                f"{run.label} ends at val_loss {last:.4f}, "
-                f"above that of step {step}, whose checkpoint is kept."
+                f"{run.label} ends at {measure.name} {measure.text(values[-1])}, "
+                f"{side} that of step {step}, whose checkpoint is kept."
             )
     unfinished = [
         f"{run.label} ({run.files.state} at step {run.steps})"
@@ -501,7 +409,7 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None) -> list[str]:
     ]
     if unfinished:
         cautions.append(
-            f"Not at their end: {', '.join(unfinished)}. Their val_loss might go on falling."
+            f"Not at their end: {', '.join(unfinished)}. Their {measure.name} might get better."
         )
     if first is None:
         return cautions

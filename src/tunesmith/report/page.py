@@ -20,13 +20,11 @@ from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.report.compare import (
-    RunSummary,
-    Spread,
     differing_keys,
     eval_figures,
     judge,
-    summaries_of,
 )
+from tunesmith.report.measure import HELD_OUT_ACCURACY, VAL_LOSS, measure_of
 from tunesmith.report.run_files import (
     NO_CHART,
     Columns,
@@ -37,6 +35,7 @@ from tunesmith.report.run_files import (
     read_profiles,
     smooth,
 )
+from tunesmith.report.run_summary import RunSummary, Spread, summaries_of
 from tunesmith.run_dir import RECIPE, read_bytes, shown
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
@@ -73,6 +72,13 @@ class Chart(NamedTuple):
 MAIN = {
     "loss": Chart("Training loss", smoothed=True),
     "val_loss": Chart("Validation loss"),
+    # Of methods that learn from preferences.
+    "val_reward_accuracy": Chart("Accuracy on held-out pairs"),
+    "reward_accuracy": Chart("Accuracy on training pairs", smoothed=True),
+    "reward_margin": Chart("Reward margin", smoothed=True),
+    "rewards_chosen": Chart("Reward of chosen answers", smoothed=True),
+    "rewards_rejected": Chart("Reward of rejected answers", smoothed=True),
+    "kl": Chart("KL to the reference", smoothed=True),
     "tokens_per_second": Chart("Speed", "tokens/s", zero=True, smoothed=True),
     "memory_gib": Chart("Peak memory", "GiB", zero=True),
 }
@@ -146,14 +152,21 @@ def _context(runs: list[RunSummary]) -> dict[str, Any]:
         if damaged_files:
             damaged.append((run.label, damaged_files))
     board = list(range(len(runs)))
-    # The lowest val_loss first, where they can be compared.
+    measure = measure_of(runs)
+
+    def rank(index: int) -> float:
+        best = measure.best(runs[index])
+        return math.inf if best is None else measure.worse_by(best[0], than=0.0)
+
+    # The best first, where they can be compared.
     if verdict.kind != "none":
-        board.sort(key=lambda i: (runs[i].best or (math.inf,))[0])
+        board.sort(key=rank)
     return {
         "runs": runs,
         "verdict": verdict,
         "keys": keys,
         "board": board,
+        "measure": measure,
         "board_keys": [difference for difference in keys if difference.learns][:KEYS_IN_BOARD],
         "figures": [
             *((name, [figure(run) for run in runs]) for name, figure in FIGURES.items()),
@@ -194,15 +207,17 @@ def _percent(share: float | None) -> str | None:
     return None if share is None else f"{share:.1%}"
 
 
-def _lowest(run: RunSummary) -> str | None:
-    return f"{run.best[0]:.4f} at step {run.best[1]}" if run.best else None
+def _last(values: Sequence[tuple[int, float]]) -> float | None:
+    return values[-1][1] if values else None
 
 
 # Rows of the table of figures.
 FIGURES: dict[str, Callable[[RunSummary], Any]] = {
     "state": lambda run: f"{run.files.state} at step {run.steps}",
-    "val_loss, lowest": _lowest,
-    "val_loss, last": lambda run: run.val_losses[-1] if run.validations else None,
+    "val_loss, lowest": VAL_LOSS.best_text,
+    "val_loss, last": lambda run: _last(run.validations),
+    f"{HELD_OUT_ACCURACY.name}, highest": HELD_OUT_ACCURACY.best_text,
+    f"{HELD_OUT_ACCURACY.name}, last": lambda run: _percent(_last(run.accuracies)),
     "training loss, mean of the last steps": lambda run: run.loss,
     "tokens/s, without the first step": lambda run: run.speed,
     "MFU": lambda run: _percent(run.mfu),

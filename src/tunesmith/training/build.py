@@ -719,6 +719,8 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     choices["threads"] = {"taken": str(torch.get_num_threads()), "why": why}
     env = hardware.describe_machine(argv)
     env |= {"recipe_hash": digest(session.run), **session.hashes}
+    held_out = session.data.validation
+    env |= {"validation_examples": 0 if held_out is None else len(held_out)}
     env |= {"template": session.data.template.name, "mfu_peak": session.peak._asdict()}
     env["choices"] = choices
     env["checks"] = session.data.describe_checks()

@@ -56,6 +56,12 @@ Series = tuple[str, int | None, list[float], Sequence[float | None]]
 
 PANELS = (
     Panel("Loss", "", ("loss", "val_loss")),
+    # Of methods that learn from preferences.
+    Panel("Reward accuracy", "%", ("reward_accuracy", "val_reward_accuracy"), 100),
+    Panel("Reward margin", "", ("reward_margin", "val_reward_margin")),
+    Panel("Reward of chosen answers", "", ("rewards_chosen", "val_rewards_chosen")),
+    Panel("Reward of rejected answers", "", ("rewards_rejected", "val_rewards_rejected")),
+    Panel("KL to the reference", "", ("kl", "val_kl")),
     Panel("Speed", "tokens/s", ("tokens_per_second",)),
     Panel("MFU", "%", ("mfu",), 100),
     Panel("Memory", "GiB", ("memory_gib",)),

@@ -131,10 +131,12 @@
 
   // ---- curves
 
+  const isOfValidation = (series) => series.field.startsWith("val_");
+
   function name(series, panel) {
     const of = runs.length > 1 ? [runs[series.run].name] : [];
     if (runs.length === 1 && panel.series.some((other) => other.rank)) of.push(`rank ${series.rank ?? 0}`);
-    else if (of.length === 0 || series.field === "val_loss") of.push(series.field);
+    else if (of.length === 0 || isOfValidation(series)) of.push(series.field);
     return of.join(" ");
   }
 
@@ -144,9 +146,9 @@
     const several = panel.series.filter((s) => !s.rank && !(s.field === "loss" && smoothed.has(s.run)));
     const shown = runs.length > 1 ? several : outermost(panel.series);
     return shown.map((s) => ({
-      label: name(s, panel), x: s.x, y: s.y, dots: s.field === "val_loss", faint: s.field === "loss" && smoothed.has(s.run),
+      label: name(s, panel), x: s.x, y: s.y, dots: isOfValidation(s), faint: s.field === "loss" && smoothed.has(s.run),
       thin: runs.length === 1 || panel.title !== "Loss",
-      run: runs.length > 1 ? s.run : s.field === "val_loss" ? 1 : s.rank ?? 0,
+      run: runs.length > 1 ? s.run : isOfValidation(s) ? 1 : s.rank ?? 0,
     }));
   }
 

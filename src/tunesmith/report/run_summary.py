@@ -1,0 +1,156 @@
+"""The numbers of a run, from its files."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+from tunesmith.config.dump import is_free, leaves
+from tunesmith.report.run_files import RunFiles, finite
+from tunesmith.run_dir import shown
+
+HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
+# Columns of metrics.jsonl.
+LOSS = "val_loss"
+ACCURACY = "val_reward_accuracy"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean, the standard deviation of what it is a mean of, and their number."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    @classmethod
+    def from_values(cls, values: Sequence[float], mean: float | None = None) -> "Spread | None":
+        """None without values; `mean`: a weighted one in place of the plain one."""
+        if not values:
+            return None
+        deviation = stdev(values) if len(values) > 1 else 0.0
+        return cls(fmean(values) if mean is None else mean, deviation, len(values))
+
+
+@dataclass
+class RunSummary:
+    """The numbers of one run; what was not measured is None.
+
+    Attributes:
+        seconds: of the recorded steps.
+        validations: (step, val_loss).
+        accuracies: (step, the share of held-out pairs in order).
+        loss: training loss of the last steps.
+        speed: tokens per second without the first step, which compiles.
+        waiting: share of the time spent waiting for data.
+    """
+
+    files: RunFiles
+    label: str
+    steps: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    accuracies: list[tuple[int, float]] = field(default_factory=list)
+    loss: Spread | None = None
+    speed: Spread | None = None
+    mfu: float | None = None
+    waiting: float | None = None
+    memory_gib: float | None = None
+
+    @property
+    def validation_hash(self) -> str | None:
+        """Of the held-out rows as tokens."""
+        return self.files.env.get("validation_hash")
+
+    @property
+    def held_out(self) -> int | None:
+        """How many examples were held out, as env.json has it."""
+        return self.files.env.get("validation_examples") or None
+
+    @property
+    def max_examples(self) -> Any:
+        """How many of the held-out rows were measured; None: all."""
+        return (self.files.recipe.get("validate") or {}).get("max_examples")
+
+    @property
+    def method(self) -> str:
+        """The name of the method, which says what val_loss is the loss of."""
+        method = self.files.recipe.get("method", "sft")
+        return str(method.get("name") if isinstance(method, dict) else method)
+
+    @property
+    def seed(self) -> int | None:
+        seed: int | None = (self.files.recipe.get("train") or {}).get("seed")
+        return seed
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What changes what is learned: keys of the recipe without the seed, rows and weights."""
+        keys = leaves(self.files.recipe)
+        learned = {k: v for k, v in keys.items() if k != "train.seed" and not is_free(k)}
+        # A file may have been edited between two runs of one recipe.
+        for name in HASHES_OF_INPUTS:
+            learned[name] = self.files.env.get(name)
+        return learned
+
+    @property
+    def machine(self) -> str:
+        """What the speed depends on beside the recipe: processor, GPUs, threads, torch."""
+        names = ("cpu", "cpu_threads", "gpus", "torch", "hosts")
+        return json.dumps([self.files.env.get(name) for name in names])
+
+
+def summaries_of(runs: Sequence[RunFiles]) -> list[RunSummary]:
+    """The numbers of each run; runs of one name are labeled by their folder."""
+    names = [run.name for run in runs]
+    summaries = []
+    for run in runs:
+        is_unique = names.count(run.name) == 1
+        summaries.append(_summarize(run, run.name if is_unique else shown(run.folder)))
+    return summaries
+
+
+def _summarize(run: RunFiles, label: str) -> RunSummary:
+    steps = run.columns.get("step", [])
+
+    def column(name: str) -> list[float | None]:
+        return run.columns.get(name) or [None] * len(steps)
+
+    def total(name: str, start: int = 0) -> float:
+        return sum(finite(column(name)[start:]))
+
+    last_step = int(steps[-1] or 0) if steps else 0
+    summary = RunSummary(run, label, last_step, total("tokens"), total("step_seconds"))
+    for name, values in ((LOSS, summary.validations), (ACCURACY, summary.accuracies)):
+        for step, value in zip(steps, column(name), strict=True):
+            if value is not None and math.isfinite(value):
+                values.append((int(step or 0), value))
+    losses = finite(column("loss"))
+    # A tenth of the steps, and at least 10.
+    summary.loss = Spread.from_values(losses[-max(10, len(losses) // 10) :])
+    summary.memory_gib = max(finite(column("memory_gib")), default=None)
+
+    # The first step compiles and warms up; it would hide the speed of the others.
+    start = 1 if len(steps) > 1 else 0
+    seconds = total("step_seconds", start)
+    if not seconds:
+        return summary
+    speeds = finite(column("tokens_per_second")[start:])
+    summary.speed = Spread.from_values(speeds, total("tokens", start) / seconds)
+    summary.waiting = total("data_seconds", start) / seconds
+    # The mean over time: a step that took twice as long counts twice.
+    weighted = 0.0
+    measured_seconds = 0.0
+    # A step without a measured MFU does not count in the mean.
+    for mfu, step_seconds in zip(
+        column("mfu")[start:], column("step_seconds")[start:], strict=True
+    ):
+        if mfu and step_seconds:
+            weighted += mfu * step_seconds
+            measured_seconds += step_seconds
+    if measured_seconds:
+        summary.mfu = weighted / measured_seconds
+    return summary
