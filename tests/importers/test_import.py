@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import check_shown, holds
-from recipes import write_rows
+from recipes import write_feedback, write_pairs, write_rows
 from tunesmith.cli.main import main
+from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.schema import Run
@@ -31,6 +32,7 @@ FOLDER = Path(__file__).parent / "files"
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
 PLAIN = [path for path in FILES if not path.name.startswith("accelerate")]
 DATA = ("data.train.source", "data.train.format")
+WRITERS = {"prompt-completion": write_rows, "preference": write_pairs, "feedback": write_feedback}
 
 
 def why_unknown(folder: Path) -> str:
@@ -268,11 +270,11 @@ def test_the_recipe_trains(
     for part in ("train", "validation"):
         rows: tuple[Any, ...] = vars(imported.data)[part]
         if rows and not all(Path(one.source).is_file() for one in rows):
-            source = {
-                "source": str(write_rows(tmp_path / f"{part}.jsonl", 16)),
-                "format": "prompt-completion",
-            }
-            overrides[f"data.{part}"] = source
+            row_format = METHOD_FORMATS.get(imported.method.name, "prompt-completion")
+            file = WRITERS[row_format](tmp_path / f"{part}.jsonl", 16)
+            overrides[f"data.{part}"] = {"source": str(file), "format": row_format}
+    if imported.adapter.from_ is not None:
+        overrides["adapter.from"] = None
     recipe = tmp_path / f"{path.stem}.yaml"
     result = train(load_recipe(recipe, overrides))
     assert result.steps == 2
@@ -378,8 +380,8 @@ BAD = {
     "unknown": ("colour: red\nsize: 3\n", ["does not tell which tool", "--from"]),
     "list": ("- a\n- b\n", ["mapping"]),
     "text": ("once upon a time\n", ["mapping"]),
-    "method": ("model_name_or_path: m\nstage: dpo\ntemplate: qwen\ndataset: d\n", ["stage: \"dpo\" cannot be imported", "file.yaml:2"]),
-    "rl": ("base_model: m\nrl: dpo\ndatasets: [{path: d, type: alpaca}]\nlearning_rate: 1e-4\n", ["rl: \"dpo\" cannot be imported", "file.yaml:2"]),
+    "method": ("model_name_or_path: m\nstage: ppo\ntemplate: qwen\ndataset: d\n", ["stage: \"ppo\" cannot be imported", "file.yaml:2"]),
+    "rl": ("base_model: m\nrl: grpo\ndatasets: [{path: d, type: alpaca}]\nlearning_rate: 1e-4\n", ["rl: \"grpo\" cannot be imported", "file.yaml:2"]),
     "rows": ("base_model: m\ndatasets: [{path: d, type: oasst}]\nlearning_rate: 1e-4\n", ["oasst", "data.train.source=rows.jsonl"]),
     "listed": ("model_name_or_path: m\nfinetuning_type: lora\ntemplate: qwen\ndataset: nowhere\n", ["dataset_info.json", "is not here"]),
     "length": ("model: {_component_: lora_llama}\ncheckpointer: {checkpoint_dir: Llama-3}\noptimizer: {lr: 1e-4}\nbatch_size: 1\n"
@@ -390,7 +392,7 @@ BAD = {
     "quote": ("trl sft \\\n  --model_name_or_path 'm\n", ["cannot be read", "file.yaml:2"]),
     "shell": ("trl sft --model_name_or_path $MODEL\n", ["$MODEL", "file.yaml:1"]),
     "again": ("trl sft --seed 1 \\\n --seed 2\n", ["--seed is given twice", "file.yaml:2"]),
-    "dpo": ("trl dpo --model_name_or_path m\n", ["dpo is not trl sft"]),
+    "grpo": ("trl grpo --model_name_or_path m\n", ["grpo is none"]),
     "accelerate": ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", ["names no model", "--extends"]),
 }  # fmt: skip
 

@@ -5,9 +5,10 @@ adapter, intervals.
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.errors import UsageError, first_line
 from tunesmith.host.shell import shell_word
 from tunesmith.importers.source_config import SourceKey, table
@@ -39,7 +40,11 @@ def translate_training(recipe: Translation, world: int | None) -> None:
     recipe.put("train.clip_norm", recipe.number("max_grad_norm") or None, "max_grad_norm")
     if "data.train_on" not in recipe.values:
         train_on = "response"
-        if recipe.get("train_on_inputs"):
+        if "method.name" in recipe.values:
+            why = "no other part of an answer's row is compared"
+            recipe.note("train_on_inputs", why, differs=False)
+            recipe.note("mask_history", why, differs=False)
+        elif recipe.get("train_on_inputs"):
             train_on = "all"
         elif recipe.get("mask_history"):
             train_on = "last"
@@ -91,12 +96,13 @@ def put_adapter(recipe: Translation, target: Any, *names: str, lora: bool) -> No
             recipe.note_key(key, "no adapter is trained", differs=False)
 
 
-def put_rows(recipe: Translation, part: str, prefix: str) -> None:
+def put_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -> None:
     """`data.train` or `data.validation` from their data set, or the list of them.
 
     Args:
         part: `train` or `validation`.
         prefix: their key of it; the entries of a list are `PREFIX.0` and so on.
+        method: what learns from the rows, which tells their format where it is not sft.
     """
     entries = _entries_below(recipe, prefix)
     if not entries and recipe.is_given(prefix):
@@ -108,7 +114,7 @@ def put_rows(recipe: Translation, part: str, prefix: str) -> None:
         if is_replaced:
             _note_replaced(recipe, entry)
             continue
-        entry_sources, entry_names = _read_entry(recipe, entry)
+        entry_sources, entry_names = _read_entry(recipe, entry, method)
         sources += entry_sources
         names += entry_names
     if sources:
@@ -134,7 +140,9 @@ def _note_replaced(recipe: Translation, entry: str) -> None:
             recipe.note(key, "data.train.source is given in its place", differs=False)
 
 
-def _read_entry(recipe: Translation, entry: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _read_entry(
+    recipe: Translation, entry: str, method: str
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The sources of our recipe that one data set makes, and the keys of theirs that tell them.
 
     What their keys are called is in the part `rows` of the tool's table.
@@ -144,15 +152,18 @@ def _read_entry(recipe: Translation, entry: str) -> tuple[list[dict[str, Any]], 
     def get(key: str) -> Any:
         return recipe.get(f"{entry}.{key}")
 
-    type_ = _entry_type(recipe, entry)
+    types = rows_table["types"]
+    if method != "sft":
+        types = rows_table[f"types_of_{METHOD_FORMATS[method]}"]
+    type_ = _entry_type(recipe, entry, types)
     # Values that the type of the data set implies, for keys that are not given.
-    for key, value in rows_table["types"][type_].items():
+    for key, value in types[type_].items():
         recipe.defaults[f"{entry}.{key}"] = value
     format_ = get("format")
     # The name of a role may tell the format: `from` is of ShareGPT.
     for key in rows_table["role_keys"]:
         role = str(get(key))
-        if role in rows_table["roles"]:
+        if method == "sft" and role in rows_table["roles"]:
             format_ = rows_table["roles"][role]
             break
     source: dict[str, Any] = {key: get(their_key) for key, their_key in rows_table["keys"].items()}
@@ -171,19 +182,21 @@ def _read_entry(recipe: Translation, entry: str) -> tuple[list[dict[str, Any]], 
         *rows_table["keys"].values(),
         *their_columns,
     ]
+    if method != "sft":
+        names += rows_table.get("flags", [])
     sources = [{"source": name, **source} for name in _source_names(recipe, entry)]
     return sources, [f"{entry}.{name}" for name in names]
 
 
-def _entry_type(recipe: Translation, entry: str) -> str:
+def _entry_type(recipe: Translation, entry: str, types: Iterable[str]) -> str:
     """The type of a data set, of those in the tool's table; UsageError for another one."""
     rows_table = recipe.table["rows"]
     type_key = f"{entry}.{rows_table['type']}"
     named_type = str(recipe.get(type_key) or rows_table["silent"])
-    for type_ in rows_table["types"]:
+    for type_ in types:
         if re.search(rf"(^|\.){type_}\b", named_type):
             return type_
-    raise recipe.error(type_key, f"known are {', '.join(rows_table['types'])}", NAME_ROWS)
+    raise recipe.error(type_key, f"known are {', '.join(types)}", NAME_ROWS)
 
 
 def _source_names(recipe: Translation, entry: str) -> list[Any]:

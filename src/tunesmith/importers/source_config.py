@@ -14,6 +14,8 @@ from tunesmith.config.tree import Node, read_file, scalar
 from tunesmith.errors import RecipeError, UsageError
 
 TOOLS = ("torchtune", "axolotl", "llamafactory", "trl", "accelerate")
+# Scripts of TRL, each of which has a trainer.
+TRL_TRAINERS = ("sft", "dpo", "kto", "orpo", "cpo")
 # The first word of a command that trains.
 PROGRAMS = ("trl", "accelerate", "torchrun", "python", "python3")
 # In YAML 1.1, which these tools read.
@@ -41,12 +43,14 @@ class SourceConfig:
         tool: whose it is.
         keys: by dotted key: `optimizer.lr`, `datasets.0.path`.
         base: where relative paths start.
+        program: of a command of TRL, which trainer it starts; of a file "".
     """
 
     tool: str
     name: str
     keys: dict[str, SourceKey]
     base: Path
+    program: str = ""
 
     def nearby(self, file: str | Path) -> Path | None:
         """A file that the configuration names.
@@ -110,9 +114,13 @@ def read_command(words: Sequence[Word], name: str, base: Path) -> SourceConfig:
     if program == "trl" and arguments:
         program, where = arguments[0]
         arguments = arguments[1:]
-    if not re.search(r"(^|/|\.|_)sft(\.py)?$", program):
-        fix = "what can be imported is trl sft, or its script sft.py, with the values written out"
-        raise UsageError(f"{program} is not trl sft", where=where, fix=fix)
+    trainer = re.search(rf"(?:^|/|\.|_)({'|'.join(TRL_TRAINERS)})(?:\.py)?$", program)
+    if not trainer:
+        known = ", ".join(f"trl {name}" for name in TRL_TRAINERS)
+        fix = f"what can be imported is {known}, or its script, with the values written out"
+        raise UsageError(
+            f"{program} is none of TRL's programs that are known", where=where, fix=fix
+        )
     keys = _flags(arguments)
     # Flags before the program are the launcher's.
     launch_words = [word for word in words[:at] if word[0] not in (*PROGRAMS, "launch", "-m")]
@@ -123,7 +131,7 @@ def read_command(words: Sequence[Word], name: str, base: Path) -> SourceConfig:
         in_file = {key.key: key for key in _leaves(base / str(config.value))}
         # The command line wins over the file that it names.
         keys = {**in_file, **keys}
-    return SourceConfig("trl", name, keys, base)
+    return SourceConfig("trl", name, keys, base, trainer[1])
 
 
 def _program_index(words: Sequence[Word]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.names import other_tools
 from tunesmith.data.template_args import OF_RENDERER
 from tunesmith.errors import UsageError
@@ -18,6 +19,12 @@ from tunesmith.importers.common import (
     put_rows,
     read_deepspeed,
     translate_training,
+)
+from tunesmith.importers.preferences import (
+    put_axolotl_method,
+    put_llamafactory_method,
+    put_trl_method,
+    trl_trainer,
 )
 from tunesmith.importers.source_config import SourceConfig, SourceKey
 from tunesmith.importers.translation import Translation
@@ -97,17 +104,18 @@ def _torchtune_model(recipe: Translation) -> None:
 
 
 def _axolotl(recipe: Translation) -> None:
-    for key in ("rl", "kind"):
-        if recipe.get(key) not in (None, "lora", "qlora"):
-            fix = "adapter: lora, qlora or none, without rl"
-            raise recipe.error(key, "it has no counterpart here", fix)
+    if recipe.get("kind") not in (None, "lora", "qlora"):
+        raise recipe.error("kind", "it has no counterpart here", "adapter: lora, qlora or none")
     target: Any = recipe.listed("lora_target_modules") or PEFT_TARGETS
     if recipe.get("lora_target_linear"):
         target = "all-linear"
     names = ("lora_target_linear", "lora_target_modules")
     put_adapter(recipe, target, *names, lora=recipe.get("kind") is not None)
-    put_rows(recipe, "train", "datasets")
-    put_rows(recipe, "validation", "test_datasets")
+    method = put_axolotl_method(recipe)
+    put_rows(recipe, "train", "datasets", method)
+    put_rows(recipe, "validation", "test_datasets", method)
+    if method != "sft":
+        _note_templates_of_types(recipe)
     # Data sets may imply several templates; then `auto` chooses.
     templates = {value for key, value in recipe.defaults.items() if key.endswith(".template")}
     template = templates.pop() if len(templates) == 1 else "auto"
@@ -120,6 +128,15 @@ def _axolotl(recipe: Translation) -> None:
         recipe.note("chat_template", why)
     if not recipe.is_given("warmup_steps") and not recipe.is_given("warmup_ratio"):
         recipe.note("warmup_ratio", "no more than 100 steps of it there")
+
+
+def _note_templates_of_types(recipe: Translation) -> None:
+    """Types of pairs that name a template of their own."""
+    for name, key in recipe.source.keys.items():
+        template = str(key.value).partition(".")[0]
+        if name.endswith(".type") and template in ("chatml", "llama3"):
+            why = f"answers are written as {template} has it there, here by the tokenizer's own"
+            recipe.note(name, f"{why} template: compare with tunesmith data")
 
 
 def _put_template_args(recipe: Translation, template: str) -> None:
@@ -145,7 +162,7 @@ def _put_template_args(recipe: Translation, template: str) -> None:
 
 def _llamafactory(recipe: Translation) -> None:
     values_with_counterpart: dict[str, tuple[Any, ...]] = {
-        "stage": ("sft",),
+        "stage": ("sft", "dpo", "kto"),
         "kind": ("lora", "full"),
         "quantization_bit": (None, 4, 8),
     }
@@ -157,12 +174,13 @@ def _llamafactory(recipe: Translation) -> None:
     recipe.defaults["lora_alpha"] = 2 * recipe.number("lora_rank")
     lora = recipe.get("kind") == "lora"
     put_adapter(recipe, recipe.listed("lora_target"), "lora_target", lora=lora)
+    method = put_llamafactory_method(recipe)
     for part, key in (("train", "dataset"), ("validation", "eval_dataset")):
         if not recipe.is_given(key):
             continue
         if recipe.listed(key):
             _read_dataset_info(recipe, key)
-        put_rows(recipe, part, key)
+        put_rows(recipe, part, key, method)
     template = "alpaca" if recipe.get("template") == "alpaca" else "auto"
     recipe.put("data.template", template, "template")
     _put_thinking(recipe)
@@ -228,7 +246,9 @@ def _trl(recipe: Translation) -> None:
     if lora and not recipe.get("lora_target_modules"):
         why = "PEFT chooses by the architecture; q_proj, v_proj of most"
         recipe.note("lora_target_modules", why, differs=False)
-    format_ = str(recipe.overrides.get("data.train.format", "messages"))
+    method = put_trl_method(recipe, trl_trainer(recipe))
+    usual_format = METHOD_FORMATS.get(method, "messages")
+    format_ = str(recipe.overrides.get("data.train.format", usual_format))
     if recipe.get("dataset_name"):
         _put_trl_rows(recipe, "train", "dataset_train_split", format_)
         # TRL validates only where it was told to.
@@ -239,12 +259,13 @@ def _trl(recipe: Translation) -> None:
     recipe.note("dataset_name", why)
     for key in recipe.source.keys:
         if key.startswith("chat_template_kwargs"):
-            recipe.note(key, "trl sft has no such key; here it is data.template_args")
+            recipe.note(key, "TRL has no such key; here it is data.template_args")
     # Their keys that leave the prompt untrained.
     names = [name for name, key in other_tools("keys").items() if key == "data.train_on: response"]
     masks_prompt = any(map(recipe.get, names))
     train_on = "all"
-    if format_ == "prompt-completion" or (format_ != "text" and masks_prompt):
+    has_answers = format_ == "prompt-completion" or method != "sft"
+    if has_answers or (format_ != "text" and masks_prompt):
         train_on = "response"
     recipe.put("data.train_on", train_on, *names, why=f"of rows of format {format_}")
     if recipe.get("bf16") and recipe.get("torch_dtype") == "float32":
