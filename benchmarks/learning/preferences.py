@@ -1,6 +1,7 @@
 """Whether a method learns a rule that its base does not know: demo/pairs.py's, short over long.
 
     python benchmarks/learning/preferences.py [--methods dpo orpo simpo kto] [--folder runs/pairs]
+        [--duration "1 epochs"]
 
 300 pairs, LoRA on SmolLM2 135M. For each method: train by the shipped recipe on the made pairs;
 `eval` on 60 held-out ones about other things, base beside tuned; `generate` answers to their
@@ -28,10 +29,13 @@ import pairs  # noqa: E402
 from run import dtype_for_this_machine, find_model  # noqa: E402
 
 METHODS = ("dpo", "orpo", "simpo", "kto")
+STOPPED = 75  # the exit code of a run that was stopped and saved
+STARTS = 10
 # The shipped recipe is for 2,000 pairs; these are 300, and as short as a row of a form.
+PAIRS = 8  # a step
 SETTINGS = (
     "data.seq_len=128",
-    "train.duration=1 epochs",
+    "train.micro_batch=1024 tokens",
     "train.learning_rate=2e-4",
     "validate.every=null",
     "log.samples=0",
@@ -42,17 +46,23 @@ def tunesmith(*words: str) -> str:
     """Run a command and return what it prints; a failed one ends the benchmark."""
     print(f"$ tunesmith {shlex.join(words)}", flush=True)
     command = [sys.executable, "-m", "tunesmith", *words]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for _ in range(STARTS):
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        # Stopped because memory was short, and saved: the same command goes on.
+        if done.returncode != STOPPED:
+            break
+    done.check_returncode()
+    return done.stdout
 
 
-def train(method: str, model: str, folder: Path) -> Path:
+def train(method: str, model: str, folder: Path, duration: str) -> Path:
     run = folder / method
     if (run / "final").is_dir():
         return run
     is_kto = method == "kto"
     rows = "answers" if is_kto else "pairs"
     row_format = "feedback" if is_kto else "preference"
-    batch = 2 * 16 if is_kto else 16
+    batch = 2 * PAIRS if is_kto else PAIRS
     tunesmith(
         "train",
         "smollm2-135m-kto" if is_kto else "smollm2-135m-dpo",
@@ -64,6 +74,7 @@ def train(method: str, model: str, folder: Path) -> Path:
         f"data.validation={{source: {folder}/held-out-{rows}.jsonl, format: {row_format}}}",
         f"train.global_batch={batch} examples",
         *SETTINGS,
+        f"train.duration={duration}",
         f"output_dir={run}",
     )
     return run
@@ -97,8 +108,8 @@ def answers(model: str, name: str, folder: Path) -> dict[str, float]:
     }
 
 
-def learned(method: str, model: str, folder: Path) -> dict[str, Any]:
-    run = train(method, model, folder)
+def learned(method: str, model: str, folder: Path, duration: str) -> dict[str, Any]:
+    run = train(method, model, folder, duration)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = records[-1]
     names = ("reward_accuracy", "reward_margin", "rewards_chosen", "rewards_rejected", "kl")
@@ -134,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--folder", type=Path, default=Path("runs/pairs"))
+    parser.add_argument("--duration", default="1 epochs", help="such as 12 steps")
     args = parser.parse_args()
     pairs.write(args.folder)
     model = find_model()
@@ -141,12 +153,14 @@ def main() -> None:
         "model": Path(model).name,
         "pairs": pairs.TRAIN_PAIRS,
         "held_out_pairs": pairs.HELD_OUT_PAIRS,
+        "pairs_a_step": PAIRS,
+        "duration": args.duration,
         "settings": SETTINGS,
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "methods": {},
     }
     for method in args.methods:
-        results["methods"][method] = learned(method, model, args.folder)
+        results["methods"][method] = learned(method, model, args.folder, args.duration)
         order = results["methods"][method]["pairs_in_order"]["base"]
         results["base"] = {"pairs_in_order": order, "answers": answers(model, "base", args.folder)}
         (args.folder / "learned.json").write_text(json.dumps(results, indent=1) + "\n")
