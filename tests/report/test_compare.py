@@ -272,7 +272,7 @@ def test_pairs_are_compared_by_accuracy_and_its_interval(tmp_path: Path) -> None
     near = preferring(tmp_path / "near", {40: 0.82}, recipe=rate(1e-6))
     assert verdict(good, near).kind == "equal"
     alone = verdict(good)
-    assert holds(alone.headline, "90.0 % (82.9 to 94.8) at step 20")
+    assert holds(alone.headline, "90.0 %", "82.9 to 94.8", "step 20")
 
 
 def test_without_their_number_the_noise_of_pairs_is_that_of_the_curve(tmp_path: Path) -> None:
