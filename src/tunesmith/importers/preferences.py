@@ -80,8 +80,8 @@ def _put_trl_losses(recipe: Translation) -> None:
         weights = [weights]
     main = [loss for loss in losses if loss != "sft"]
     if len(main) != 1 or main[0] not in _DPO_LOSSES or len(set(losses)) != len(losses):
-        known = ", ".join(_DPO_LOSSES)
-        fix = f"one of {known}, with sft beside it or without"
+        losses_of_ours = ", ".join(_DPO_LOSSES)
+        fix = f"one of {losses_of_ours}, with sft beside it or without"
         raise recipe.error("loss_type", "it has no counterpart here", fix)
     if len(weights) != len(losses) or weights[losses.index(main[0])] != 1:
         fix = f"one weight a loss, and 1 for {main[0]}"
@@ -180,11 +180,11 @@ def _put_no_dropout(recipe: Translation) -> None:
         recipe.put("adapter.dropout", 0.0, "lora_dropout", "disable_dropout")
 
 
-def _require(recipe: Translation, name: str, known: tuple[Any, ...]) -> None:
+def _require(recipe: Translation, name: str, counterparts: tuple[Any, ...]) -> None:
     """UsageError unless a value has a counterpart."""
     value = recipe.get(name)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if value not in known:
-        fix = f"known are {', '.join(map(str, known))}"
+    if value not in counterparts:
+        fix = f"known are {', '.join(map(str, counterparts))}"
         raise recipe.error(name, "it has no counterpart here", fix)

@@ -116,8 +116,8 @@ def read_command(words: Sequence[Word], name: str, base: Path) -> SourceConfig:
         arguments = arguments[1:]
     trainer = re.search(rf"(?:^|/|\.|_)({'|'.join(TRL_TRAINERS)})(?:\.py)?$", program)
     if not trainer:
-        known = ", ".join(f"trl {name}" for name in TRL_TRAINERS)
-        fix = f"what can be imported is {known}, or its script, with the values written out"
+        commands = ", ".join(f"trl {name}" for name in TRL_TRAINERS)
+        fix = f"what can be imported is {commands}, or its script, with the values written out"
         raise UsageError(
             f"{program} is none of TRL's programs that are known", where=where, fix=fix
         )
