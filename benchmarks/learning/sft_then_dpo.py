@@ -29,6 +29,7 @@ from run import find_model  # noqa: E402
 
 import tunesmith as package  # noqa: E402
 from tunesmith.data.source import from_list  # noqa: E402
+from tunesmith.hub.fetch import fetch  # noqa: E402
 from tunesmith.inference.generate import make_prompt  # noqa: E402
 
 QUESTIONS = 8
@@ -93,10 +94,11 @@ def main() -> None:
     merged = folder / "merged"
     if not merged.is_dir():
         package.merge(run, merged)
-    base = json.loads((run / "final" / "adapter_config.json").read_text())
     others = {}
     plain = AutoModelForCausalLM.from_pretrained(
-        base["base_model_name_or_path"], dtype=torch.float32
+        # The folder that a .gguf file was read into, or the checkpoint itself.
+        fetch(loaded.location.base),
+        dtype=torch.float32,
     )
     others["adapter in PEFT"] = PeftModel.from_pretrained(plain, run / "final").eval()
     others["merge in Transformers"] = AutoModelForCausalLM.from_pretrained(merged).eval()
