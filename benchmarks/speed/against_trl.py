@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +134,10 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
     }
 
 
-def contend(a: argparse.Namespace) -> None:
+def contend(a: argparse.Namespace, run: Callable[[argparse.Namespace, Path], Any]) -> None:
     """Run one contender in this process; its report is the last line of stdout."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        out = (
-            tunesmith_run(a, folder)
-            if a.contender == "tunesmith"
-            else trl_run(a, folder, CONTENDERS[a.contender])
-        )
+        out = run(a, Path(name))
     from tunesmith.metrics import hardware
     from tunesmith.runtime.device import choose_device
 
@@ -177,13 +173,13 @@ def neighbours(count: int) -> Iterator[None]:
             process.wait()
 
 
-def main() -> None:
-    """Run all contenders in turn, `--rounds` times, and print the table."""
+def options_of(description: str, data: str, contenders: Collection[str]) -> argparse.ArgumentParser:
+    """What every comparison with TRL asks for; `data` says of which rows."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--model", required=True, help="a Transformers folder")
-    p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
+    p.add_argument("--data", required=True, help=data)
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--seq", type=int, default=512)
     p.add_argument("--steps", type=int, default=6)
@@ -204,39 +200,69 @@ def main() -> None:
     )
     p.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     p.add_argument("--json", help="write the report here")
-    p.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    p.add_argument("--contender", choices=list(contenders), help=argparse.SUPPRESS)
+    return p
+
+
+def parse(p: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, with the folder of a model as an absolute path."""
     a = p.parse_args()
     a.model = str(Path(a.model).resolve()) if Path(a.model).exists() else a.model
-    if a.contender:
-        contend(a)
-        return
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    return a
+
+
+def contest(a: argparse.Namespace, contenders: Sequence[str]) -> None:
+    """Run all contenders in turn, `--rounds` times, and print the table; the first is ours."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    width = max(map(len, contenders))
     with neighbours(a.busy):
         for round_ in range(a.rounds):
             for name, done in runs.items():
                 done.append(report_of(name))
-                speed, peak = (done[-1][figure] for figure in ("tokens_per_second", "peak_gib"))
-                print(
-                    f"round {round_ + 1}  {name:12}  {speed:8.1f} tok/s  {peak:.2f} GiB", flush=True
-                )
-    table = {
-        name: {
-            "tokens_per_second": statistics.median(r["tokens_per_second"] for r in done),
-            "peak_gib": max(r["peak_gib"] for r in done),
-        }
-        for name, done in runs.items()
-    }
-    ours = table["tunesmith"]["tokens_per_second"]
+                print(f"round {round_ + 1}  {name:{width}}  {figures_of(done[-1])}", flush=True)
+    table = {}
+    for name, done in runs.items():
+        table[name] = {"peak_gib": max(r["peak_gib"] for r in done)}
+        for figure in RATES:
+            if figure in done[0]:
+                table[name][figure] = statistics.median(r[figure] for r in done)
+    ours = table[contenders[0]]
     for name, row in table.items():
-        row["times_slower_than_tunesmith"] = ours / row["tokens_per_second"]
-        speed, ratio = row["tokens_per_second"], row["times_slower_than_tunesmith"]
-        print(
-            f"{name:12} {speed:8.1f} tok/s  {row['peak_gib']:5.2f} GiB  tunesmith is {ratio:.2f} x"
-        )
+        ratios = []
+        for figure, slower in RATES.items():
+            if figure in row:
+                row[slower] = ours[figure] / row[figure]
+                ratios.append(f"{row[slower]:.2f} x")
+        print(f"{name:{width}}  {figures_of(row)}  {contenders[0]} is {', '.join(ratios)}")
     if a.json:
         Path(a.json).write_text(
             json.dumps({"command": sys.argv, "median": table, "runs": runs}, indent=1)
         )
+
+
+# Figures of which more is better, and the name of their ratio to ours.
+RATES = {
+    "tokens_per_second": "times_slower_than_tunesmith",
+    "tokens_per_core_second": "times_the_core_time_of_tunesmith",
+}
+
+
+def figures_of(row: dict[str, Any]) -> str:
+    text = f"{row['tokens_per_second']:8.1f} tok/s"
+    if "tokens_per_core_second" in row:
+        text += f"  {row['tokens_per_core_second']:7.1f} tok/core-s"
+    return f"{text}  {row['peak_gib']:5.2f} GiB"
+
+
+def main() -> None:
+    p = options_of(__doc__, "alpaca-like rows, a JSON array", CONTENDERS)
+    a = parse(p)
+    if not a.contender:
+        contest(a, list(CONTENDERS))
+    elif a.contender == "tunesmith":
+        contend(a, tunesmith_run)
+    else:
+        contend(a, partial(trl_run, options=CONTENDERS[a.contender]))
 
 
 if __name__ == "__main__":
