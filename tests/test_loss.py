@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunesmith.adapter.lora import LoraLinear
 from tunesmith.config.schema import Adapter
@@ -142,6 +143,28 @@ def test_no_more_than_a_chunk_of_logits_exists():
     assert chunk_size(128256, 300, torch.device("cpu")) * 128256 * 4 <= 64 << 20
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products, those of the backward too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_log_probabilities_over_a_frozen_head_take_two_products_a_chunk():
+    """Logits, and the gradient by the hidden states; nothing is multiplied again in the backward."""
+    hidden, head, targets = case("frozen")
+    with Products() as products:
+        logprobs = token_logprobs(hidden, head, targets, chunk=5)
+        logprobs.square().sum().backward()
+    assert products.count == 2 * 5  # 23 positions in five chunks
+    with Products() as products:
+        token_logprobs(hidden.detach(), head, targets, chunk=5)
+    assert products.count == 5
+
+
 def test_no_positions_make_a_zero_that_can_be_differentiated():
     hidden = torch.zeros(0, 6, requires_grad=True)
     loss = chunked_cross_entropy(hidden, nn.Linear(6, 40), torch.zeros(0, dtype=torch.long))
@@ -221,13 +244,13 @@ def test_a_chunk_of_16_bit_logits_is_scored_as_in_fp64(softcap: float | None, sc
     raw[0, targets[0]], raw[1, targets[1]] = 40.0, -200.0
     exact = raw.double().requires_grad_()
     logits = exact * scale if softcap is None else softcap * torch.tanh(exact * scale / softcap)
-    expected = (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
-    expected.backward()
-    loss, grad = loss_and_grad(raw.clone(), targets, weights, softcap, scale)
-    assert loss.dtype == torch.float32
+    expected = F.cross_entropy(logits, targets, reduction="none") * weights
+    expected.sum().backward()
+    losses, grad = loss_and_grad(raw.clone(), targets, weights, softcap, scale)
+    assert losses.dtype == torch.float32
     # fp32 with an exponential of 20 units in the last place; a 16-bit loss would be off by a
-    # thousandth.
-    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
+    # thousandth. All but certain labels have a loss near 0, a difference of large numbers.
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     # Half a unit in the last place of bf16, and the gradient's own cancellation where a label is
     # all but certain.
     torch.testing.assert_close(grad.double(), exact.grad, rtol=2**-8, atol=1e-5)

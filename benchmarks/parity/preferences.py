@@ -2,7 +2,8 @@
 
     python benchmarks/parity/preferences.py --model DIR --data pairs.json --json out.json
 
-Rows are LLaMA-Factory's `conversations, chosen, rejected`; the shortest pairs are taken. Each side
+Rows are LLaMA-Factory's `conversations, chosen, rejected`; the shortest pairs are taken, and of
+their answers the first `--words`, so that 20 steps take minutes on a CPU. Each side
 begins with the same weights (for LoRA the adapter that ours draws, read by PEFT) and takes AdamW at
 a constant rate, clipped at 1.0. TRL gets the tokens that ours trains on, each answer up to its end
 token: its own template would also train on the line break that some templates write behind it.
@@ -99,13 +100,20 @@ def recipe(a: argparse.Namespace, rows: Path, out: Path, kind: str, method: dict
 
 
 def shortest_pairs(a: argparse.Namespace) -> list[dict[str, Any]]:
-    """As many pairs as the steps take, the shortest of the file, in its order."""
+    """As many pairs as the steps take, the shortest of the file, in its order.
+
+    Both answers are cut to `a.words` words.
+    """
 
     def size(row: dict[str, Any]) -> int:
         prompt = sum(len(message["value"]) for message in row["conversations"])
         return prompt + max(len(row["chosen"]["value"]), len(row["rejected"]["value"]))
 
     rows = json.loads(Path(a.data).read_text())
+    for row in rows:
+        for name in ("chosen", "rejected"):
+            row[name]["value"] = " ".join(row[name]["value"].split()[: a.words])
+    rows = [row for row in rows if row["chosen"]["value"] != row["rejected"]["value"]]
     shortest = sorted(range(len(rows)), key=lambda i: size(rows[i]))[: a.steps * a.batch]
     return [rows[i] for i in sorted(shortest)]
 
@@ -367,6 +375,7 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=2)
     p.add_argument("--seq", type=int, default=512)
     p.add_argument("--rate", type=float, default=1e-4)
+    p.add_argument("--words", type=int, default=16, help="of an answer; the rest is cut off")
     p.add_argument("--json", help="write the curves here, beside those of other cases")
     a = p.parse_args()
     pairs = shortest_pairs(a)

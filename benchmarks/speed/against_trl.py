@@ -199,6 +199,7 @@ def options_of(description: str, data: str, contenders: Collection[str]) -> argp
         help="of all contenders; fp32 where a CPU emulates bf16",
     )
     p.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
+    p.add_argument("--only", nargs="+", choices=list(contenders), default=list(contenders))
     p.add_argument("--json", help="write the report here")
     p.add_argument("--contender", choices=list(contenders), help=argparse.SUPPRESS)
     return p
@@ -211,10 +212,10 @@ def parse(p: argparse.ArgumentParser) -> argparse.Namespace:
     return a
 
 
-def contest(a: argparse.Namespace, contenders: Sequence[str]) -> None:
-    """Run all contenders in turn, `--rounds` times, and print the table; the first is ours."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    width = max(map(len, contenders))
+def contest(a: argparse.Namespace) -> None:
+    """Run the contenders in turn, `--rounds` times, and print the table; the first is ours."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in a.only}
+    width = max(map(len, runs))
     with neighbours(a.busy):
         for round_ in range(a.rounds):
             for name, done in runs.items():
@@ -226,14 +227,14 @@ def contest(a: argparse.Namespace, contenders: Sequence[str]) -> None:
         for figure in RATES:
             if figure in done[0]:
                 table[name][figure] = statistics.median(r[figure] for r in done)
-    ours = table[contenders[0]]
+    ours = table[a.only[0]]
     for name, row in table.items():
         ratios = []
         for figure, slower in RATES.items():
             if figure in row:
                 row[slower] = ours[figure] / row[figure]
                 ratios.append(f"{row[slower]:.2f} x")
-        print(f"{name:{width}}  {figures_of(row)}  {contenders[0]} is {', '.join(ratios)}")
+        print(f"{name:{width}}  {figures_of(row)}  {a.only[0]} is {', '.join(ratios)}")
     if a.json:
         Path(a.json).write_text(
             json.dumps({"command": sys.argv, "median": table, "runs": runs}, indent=1)
@@ -258,7 +259,7 @@ def main() -> None:
     p = options_of(__doc__, "alpaca-like rows, a JSON array", CONTENDERS)
     a = parse(p)
     if not a.contender:
-        contest(a, list(CONTENDERS))
+        contest(a)
     elif a.contender == "tunesmith":
         contend(a, tunesmith_run)
     else:

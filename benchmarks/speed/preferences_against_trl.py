@@ -213,7 +213,7 @@ def main() -> None:
     if a.adapter == "none":
         a.skip = 0
     if not a.contender:
-        contest(a, list(CONTENDERS))
+        contest(a)
     elif a.contender == "tunesmith":
         contend(a, tunesmith_run)
     else:

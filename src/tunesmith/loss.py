@@ -21,7 +21,7 @@ from tunesmith.units import ceil_div
 
 Shard = VocabularyShard | None
 # Raw logits [c, vocabulary], targets [c], weights [c] or None, soft cap, scale, the logits' part of
-# the vocabulary -> sum of the weighted losses (0-d) and its gradient by the raw logits.
+# the vocabulary -> weighted losses [c], and the gradient of their sum by the raw logits.
 LossAndGradFn = Callable[
     [Tensor, Tensor, Tensor | None, float | None, float, Shard], tuple[Tensor, Tensor]
 ]
@@ -94,9 +94,11 @@ def token_logprobs(
 ) -> Tensor:
     """Log-probability of each target, with gradient: fp32 (or fp64) [n].
 
-    The backward computes each chunk's logits again, because the gradient by each position is known
-    only then: one more head matmul than `chunked_cross_entropy`, and the same memory. Args as
-    there.
+    Each position's weight in a loss is known only in the backward. Over a frozen head the forward
+    makes the gradient of each log-probability by its hidden state, for the backward to weigh: as
+    many head matmuls as `chunked_cross_entropy`. A trained head's own gradient adds up weighted
+    positions, so the backward computes each chunk's logits again: one more. The memory is the same.
+    Args as there.
     """
     args = _arguments(head, targets, softcap, scale, chunk, loss_and_grad_fn)
     if _is_plain(head):
@@ -207,7 +209,7 @@ class _LossArguments(NamedTuple):
     def loss_and_grad(
         self, raw: Tensor, span: slice, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Loss and gradient of one chunk, of its raw logits and weights."""
+        """Losses and gradient of one chunk, of its raw logits and weights."""
         return self.loss_and_grad_fn(
             raw, self.targets[span], weights, self.softcap, self.scale, self.shard
         )
@@ -323,8 +325,8 @@ class _HeadLoss(torch.autograd.Function):
             # [c, vocabulary], this chunk's alone: the loss may overwrite it.
             raw = F.linear(hidden[span], weight, bias)
             chunk_weights = None if weights is None else weights[span]
-            loss, grad_logits = args.loss_and_grad(raw, span, chunk_weights)
-            total += loss
+            losses, grad_logits = args.loss_and_grad(raw, span, chunk_weights)
+            total += losses.sum()
             grads.add(span, grad_logits, hidden[span], weight)
         # Gradients, not inputs: the backward only multiplies them by the gradient of the sum.
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
@@ -346,22 +348,39 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """Log-probability of each target; its backward computes the logits again, chunk by chunk."""
+    """Log-probability of each target; see `token_logprobs`."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: _LossArguments
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias)
         ctx.args = args
         logprobs = hidden.new_empty(len(hidden), dtype=_wide(hidden))
+        by_hidden, *by_head = ctx.needs_input_grad[:3]
+        # Without a gradient by the head that by each hidden state is made here, and weighed later.
+        ctx.is_made = by_hidden and not any(by_head)
+        grads = _HeadGradients((ctx.is_made, False, False), hidden, weight, bias)
         for span in args.spans():
-            logits = _logits(F.linear(hidden[span], weight, bias), args.softcap, args.scale)
-            logprobs[span] = -_token_losses(logits, args.targets[span], args.shard)
+            raw = F.linear(hidden[span], weight, bias)
+            # Of a reference too, whose loss is then rounded as the model's: where both are alike,
+            # their log-probabilities are equal.
+            losses, grad_logits = args.loss_and_grad(raw, span, None)
+            grads.add(span, grad_logits, hidden[span], weight)
+            logprobs[span] = -losses
+        if ctx.is_made:
+            ctx.save_for_backward(grads.hidden)
+        else:
+            ctx.save_for_backward(hidden, weight, bias)
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.is_made:
+            [loss_by_hidden] = ctx.saved_tensors
+            # A log-probability is minus a loss.
+            factors = -grads[0].unsqueeze(1)
+            by_hidden = torch.mul(loss_by_hidden, factors, out=torch.empty_like(loss_by_hidden))
+            return by_hidden, None, None, None
         hidden, weight, bias = ctx.saved_tensors
         args: _LossArguments = ctx.args
         sums = _HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
@@ -392,7 +411,8 @@ def loss_and_grad(
     scale: float,
     shard: Shard = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of a chunk's weighted losses (0-d), and its gradient by the raw logits, in their dtype.
+    """A chunk's weighted losses [c], and the gradient of their sum by the raw logits, in their
+    dtype.
 
     On a CPU the gradient overwrites `raw` [c, vocabulary], a few rows at a time.
     """
@@ -401,15 +421,14 @@ def loss_and_grad(
     is_eager_on_cpu = raw.device.type == "cpu" and not torch.compiler.is_compiling()
     if shard is not None or not is_eager_on_cpu:
         return _loss_and_grad(raw, targets, weights, softcap, scale, shard)
-    total = raw.new_zeros((), dtype=_wide(raw))
+    losses = raw.new_empty(len(raw), dtype=_wide(raw))
     for start in range(0, len(raw), CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
         row_weights = None if weights is None else weights[rows]
-        loss, grad = _loss_and_grad(raw[rows], targets[rows], row_weights, softcap, scale)
+        losses[rows], grad = _loss_and_grad(raw[rows], targets[rows], row_weights, softcap, scale)
         # The product's memory takes the gradient: no second tensor [c, vocabulary].
         raw[rows] = grad
-        total += loss
-    return total, raw
+    return losses, raw
 
 
 def _loss_and_grad(
@@ -476,4 +495,4 @@ def _loss_and_grad(
         losses = losses * weights.unsqueeze(1)
         grad.mul_(weights.unsqueeze(1))
     # In the dtype of the logits: the head's matmuls take it as it is.
-    return losses.sum(), grad.to(raw.dtype)
+    return losses.squeeze(1), grad.to(raw.dtype)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
@@ -211,6 +212,41 @@ def test_pairs_have_the_loss_and_gradients_of_the_formula(model: TrainModel, nam
         margin = metrics["rewards_chosen"] - metrics["rewards_rejected"]
         assert metrics["reward_margin"] == pytest.approx(margin)
         assert 0 <= metrics["reward_accuracy"] * 5 <= 5.001
+
+
+class WidestLogits(TorchDispatchMode):
+    """The most rows of any tensor that has a column a token of the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.rows = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.t.default:
+            return out  # the head's weight as a product takes it
+        if isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] == self.vocabulary:
+            self.rows = max(self.rows, out.numel() // self.vocabulary)
+        return out
+
+
+@pytest.mark.parametrize("is_head_trained", [False, True])
+def test_the_logits_of_all_tokens_never_exist(
+    model: TrainModel, is_head_trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.loss.CPU_CHUNK", 0)  # the smallest chunks, of 16 positions
+    use(model, PAIR_METHODS["dpo"])
+    [batch] = packed(pairs(8))
+    assert batch.supervised > 4 * 16
+    weight = model.head.weight
+    monkeypatch.setattr(weight, "requires_grad", is_head_trained)
+    with WidestLogits(model.head.out_features) as widest:
+        model(batch).loss.backward()
+    assert 0 < widest.rows <= 16
+    weight.grad = None
 
 
 @pytest.mark.parametrize("parts", [1, 2, 6])
