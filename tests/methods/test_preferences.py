@@ -306,6 +306,16 @@ def test_mismatched_examples_have_each_answer_once_under_another_prompt() -> Non
     assert [len(example.ids) for example in mismatched_examples(examples, 4)] == [4] * 4
 
 
+def test_mismatched_examples_supervise_what_their_answers_rows_do() -> None:
+    """Not the line break that a template writes behind the end token."""
+    examples = []
+    for answer in (3, 5):
+        trained = np.repeat([False, True, False], [2, answer, 1])
+        examples.append(Example(np.arange(answer + 3, dtype=np.int32), trained, label=True))
+    for mixed, other in zip(mismatched_examples(examples, 100), examples[::-1], strict=True):
+        assert mixed.trained[2:].tolist() == other.trained[2:].tolist()
+
+
 def test_a_sequence_of_a_pair_does_not_see_the_other() -> None:
     """Positions start anew, and no label crosses the edge."""
     example = Example(np.arange(7, dtype=np.int32), np.array([0, 0, 1, 1, 0, 1, 1], bool), (4, 3))

@@ -18,9 +18,10 @@ def mismatched_examples(examples: Sequence[Example], most: int) -> list[Example]
     for i, example in enumerate(examples):
         other = examples[i - 1]
         prompt = example.ids[: int(example.trained.argmax())]
-        answer = other.ids[int(other.trained.argmax()) :]
-        ids = np.concatenate([prompt, answer])[:most]
-        trained = np.arange(len(ids)) >= len(prompt)
+        first = int(other.trained.argmax())
+        ids = np.concatenate([prompt, other.ids[first:]])[:most]
+        # As in its own row: what a template writes behind the end token is not supervised.
+        trained = np.concatenate([np.zeros(len(prompt), bool), other.trained[first:]])[:most]
         mismatched.append(Example(ids, trained, label=other.label))
     return mismatched
 
