@@ -3,7 +3,8 @@
     python benchmarks/parity/preferences.py --model DIR --data pairs.json --json out.json
 
 Rows are LLaMA-Factory's `conversations, chosen, rejected`; the shortest pairs are taken, and of
-their answers the first `--words`, so that 20 steps take minutes on a CPU. Each side
+their answers the first `--words`, so that 20 steps take minutes on a CPU;
+`--layers N` takes the first N layers of the model alone. Each side
 begins with the same weights (for LoRA the adapter that ours draws, read by PEFT) and takes AdamW at
 a constant rate, clipped at 1.0. TRL gets the tokens that ours trains on, each answer up to its end
 token: its own template would also train on the line break that some templates write behind it.
@@ -116,6 +117,17 @@ def shortest_pairs(a: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [row for row in rows if row["chosen"]["value"] != row["rejected"]["value"]]
     shortest = sorted(range(len(rows)), key=lambda i: size(rows[i]))[: a.steps * a.batch]
     return [rows[i] for i in sorted(shortest)]
+
+
+def first_layers(model: str, count: int, out: Path) -> str:
+    """The folder of a model with the first `count` layers of `model`, its embeddings and head."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, num_hidden_layers=count
+    ).save_pretrained(out)
+    AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    return str(out)
 
 
 def feedback_rows(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -375,12 +387,15 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=2)
     p.add_argument("--seq", type=int, default=512)
     p.add_argument("--rate", type=float, default=1e-4)
+    p.add_argument("--layers", type=int, help="of the model, the first ones; the default is all")
     p.add_argument("--words", type=int, default=16, help="of an answer; the rest is cut off")
     p.add_argument("--json", help="write the curves here, beside those of other cases")
     a = p.parse_args()
     pairs = shortest_pairs(a)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if a.layers is not None:
+            a.model = first_layers(a.model, a.layers, folder / "model")
         for named in a.cases:
             case, kind = named.split()
             method = CASES[case][0]
