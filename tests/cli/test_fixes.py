@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -60,7 +61,8 @@ THEIR_FLAGS = {
     "--advertise-addr", "--flag", "--force", "--force-reinstall", "--local-dir", "--login", "--max-restarts", "--no-deps", "--nproc-per-node",
     "--now", "--only-upgrade", "--runtime", "--sort", "--upgrade", "--version", "--endpoint", "--ranks", "--nodes", "--ntasks-per-node",
 }  # fmt: skip
-FIXES = collect()
+# Read in the worker that asks: each collects these tests, and one runs them.
+fixes = cache(collect)
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:
@@ -112,19 +114,19 @@ def test_every_fix_is_of_a_known_kind() -> None:
     """How many there are of each kind is shown with -rA; a collector that finds none would pass
     unread.
     """
-    counts = Counter(kind_of(fix) for fix in FIXES)
+    counts = Counter(kind_of(fix) for fix in fixes())
     print(
-        f"{len(FIXES)} fixes: {dict(counts)}; {sum(len(commands_of(fix.text)) for fix in FIXES)} commands"
+        f"{len(fixes())} fixes: {dict(counts)}; {sum(len(commands_of(fix.text)) for fix in fixes())} commands"
     )
-    assert not [fix for fix in FIXES if not kind_of(fix)]
-    assert len(FIXES) > 500
+    assert not [fix for fix in fixes() if not kind_of(fix)]
+    assert len(fixes()) > 500
     assert counts["command"] > 100
     assert counts["key"] > 50
 
 
 def test_a_verb_and_its_flags_exist() -> None:
     wrong, checked = list[tuple[str, str, str]](), 0
-    for fix in FIXES:
+    for fix in fixes():
         for command in commands_of(fix.text):
             words = re.sub(r"^[A-Z_]+=\S+ ", "", command).split()
             if words[0] != "tunesmith" or len(words) < 2 or not re.match(r"[a-z]", words[1]):
@@ -143,7 +145,7 @@ def test_a_verb_and_its_flags_exist() -> None:
 
 
 def test_keys_of_a_recipe_exist() -> None:
-    named = [(fix.place, key) for fix in FIXES for key in KEY.findall(fix.text)]
+    named = [(fix.place, key) for fix in fixes() for key in KEY.findall(fix.text)]
     assert not [(place, key) for place, key in named if key not in keys()]
     assert len(named) > 60
 
@@ -151,14 +153,14 @@ def test_keys_of_a_recipe_exist() -> None:
 def test_flags_exist() -> None:
     known = set(THEIR_FLAGS).union(*(flags_of(parser_of(verb)) for verb in command_line.VERBS))
     known |= set().union(*(playbook.flags_of(name) for name in playbook.SCRIPTS))
-    named = [(fix.place, flag) for fix in FIXES for flag in FLAG.findall(fix.text)]
+    named = [(fix.place, flag) for fix in fixes() for flag in FLAG.findall(fix.text)]
     assert not [(place, flag) for place, flag in named if flag not in known]
     assert len(named) > 50
 
 
 def test_what_a_command_takes_in_is_quoted() -> None:
     bare, checked = [], 0
-    for fix in FIXES:
+    for fix in fixes():
         for number, part in enumerate(fix.parts):
             if isinstance(part, str):
                 continue
