@@ -22,7 +22,7 @@ from tunesmith.host import signals
 from tunesmith.host.signals import NAMES
 from tunesmith.launch import elastic, node
 from waiting import wait_for
-from warm import fork_ranks, run_warm
+from warm import fork_in_place, fork_ranks, run_warm
 
 # One rank's device is full in step 6, with the first micro batch or with any.
 FULL = """
@@ -44,6 +44,7 @@ def start_filled(code: str) -> None:
     """`prepare` of an agent: what sitecustomize does in an interpreter of its own."""
     exec(code, {})
     fork_ranks()
+    fork_in_place()
 
 
 def steps(out: Path) -> int:
