@@ -353,9 +353,11 @@ def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[
     assert (state["Status"], state["ExitCode"]) == ("exited", 75)
     status = place.finish("status", name)
     assert "stopped" in status or holds(status, 75)
+    stopped_at = len(metrics(out))
     # the same command goes on: the ended container makes room
     assert name in place.finish(*launch)
-    wait_for(lambda: "resum" in place.finish("logs", name))
+    wait_for(lambda: len(metrics(out)) > stopped_at)
+    assert "resum" in place.finish("logs", name)
     call(daemon, "docker", "stop", name)
     assert json.loads(call(daemon, "docker", "inspect", name).stdout)[0]["State"]["ExitCode"] == 75
     call(daemon, "docker", "rm", name)
