@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -123,12 +124,18 @@ def software_versions() -> dict[str, Compared]:
         versions["CUDA"] = str(torch.version.cuda)
         versions["NCCL"] = str(torch.cuda.nccl.version())
         versions["cuDNN"] = str(torch.backends.cudnn.version())
+    number = f"{versions.get('tunesmith', '')} {source_digest()[:8]}".strip()
+    versions["tunesmith"] = number
+    return {name: Compared(version, version) for name, version in versions.items()}
+
+
+@cache
+def source_digest() -> str:
+    """SHA-256 of this package's own files as this process first read them."""
     source = hashlib.sha256()
     for file in sorted(Path(tunesmith.__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
-    number = f"{versions.get('tunesmith', '')} {source.hexdigest()[:8]}".strip()
-    versions["tunesmith"] = number
-    return {name: Compared(version, version) for name, version in versions.items()}
+    return source.hexdigest()
 
 
 def smallest_micro_batch(
