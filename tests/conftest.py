@@ -4,6 +4,7 @@ installed wheel.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -16,6 +17,10 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ["devices", "rows", "varlen"]
+
+# What is imported and collected lives to the end: to look through it for garbage takes a second a
+# worker, and a third of one at each later collection of all.
+gc.disable()
 
 # A shell starts what runs in its background with SIGINT ignored, nohup with SIGHUP: so would be
 # each process that a test interrupts.
@@ -47,6 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 1 if item.get_closest_marker("slow") else 2
 
     items.sort(key=order)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
