@@ -17,6 +17,7 @@ import torch
 from ranks import free_port, run_ranks, world_of
 from recipes import make_run, merge, recipe
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_qwen3_moe
+from tunesmith.inference import decoding
 from tunesmith.parallel import copies
 from tunesmith.quant.eight_bit import select_scaling
 from tunesmith.quant.scaled_matmul import TENSOR_WISE
@@ -27,6 +28,7 @@ from untied import write_untied
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 LARGE = 1000  # elements of a gradient that is summed beside the backward: matrices of these small models
+ANSWER = 4  # tokens of a sample answer: a random model ends none by itself, and none is late
 STEPS = 2  # the second shows the first update; `test_resume_on_ranks.py` and `selfcheck` take more
 Numbers = list[tuple[float, ...]]
 
@@ -37,7 +39,11 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
         "train": {"duration": f"{STEPS} steps", "warmup": "0 steps", "micro_batch": "128 tokens"},
         "validate": {"every": f"{STEPS} steps"}, "checkpoint": {"every": None},
     }  # fmt: skip
-    with mock.patch.object(build, "PROBE_TOKENS", 256), mock.patch.object(copies, "LARGE", LARGE):
+    with (
+        mock.patch.object(build, "PROBE_TOKENS", 256),
+        mock.patch.object(copies, "LARGE", LARGE),
+        mock.patch.object(decoding, "SAMPLE_TOKENS", ANSWER),
+    ):
         result = train(make_run(model, folder, **merge(base, changes)), quiet=True)
     return [(r.loss, r.grad_norm, r.val_loss or 0.0, *r.extra.values()) for r in result.records]
 
