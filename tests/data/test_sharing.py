@@ -48,9 +48,16 @@ class Numbered:
         return self.examples[i]
 
 
-def schedule(lengths: list[int], batch: str, *, pack: bool) -> BatchSchedule:
+def schedule(lengths: list[int], batch: str, *, pack: bool, pairs: bool = False) -> BatchSchedule:
     data = Data(train=(Source(source="x"),), seq_len=SEQ, pack=pack)
-    return BatchSchedule(np.array(lengths), data, Train(global_batch=Size.parse(batch)))
+    longest = [n - n // 2 if pairs else n for n in lengths]
+    return BatchSchedule(
+        np.array(lengths),
+        data,
+        Train(global_batch=Size.parse(batch)),
+        sequences=2 if pairs else 1,
+        sequence_lengths=np.array(longest),
+    )
 
 
 def all_ranks(
@@ -110,7 +117,7 @@ def test_ranks_share_a_step(
     pairs: bool,
     weight: float,
 ) -> None:
-    tokens, course = Numbered(lengths, pairs=pairs), schedule(lengths, size, pack=pack)
+    tokens, course = Numbered(lengths, pairs=pairs), schedule(lengths, size, pack=pack, pairs=pairs)
     ranks = all_ranks(tokens, course, world, **layout, attention_weight=weight)
     alone = Loader(tokens, course, pad_id=0, **layout).batch(0)
     micro = [m for batch in ranks for m in batch.micro]

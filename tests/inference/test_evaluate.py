@@ -18,11 +18,12 @@ from errors import refuses
 from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.batch import Example
+from tunesmith.data.layout import Layout
 from tunesmith.data.splits import read_splits
 from tunesmith.data.tokens import TokenSet, tokenize
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.evaluate import evaluate, is_exact_match, packed, score, validation_loss
+from tunesmith.inference.evaluate import evaluate, is_exact_match, score, validation_loss
 from tunesmith.inference.generate import generate
 from tunesmith.inference.load_run import LoadedModel, load_run
 from tunesmith.metrics.record import read_records
@@ -122,7 +123,8 @@ def test_a_cancelled_validation_has_no_result(opened: LoadedModel, tokens: Token
 def test_every_example_is_packed_once_without_padding(
     opened: LoadedModel, tokens: TokenSet
 ) -> None:
-    batches = list(packed(tokens, capacity=300, pad_id=opened.pad_id))
+    layout = Layout(opened.pad_id, packed=True)
+    batches = [batch for _, batch in layout.batches(tokens, 300)]
     assert sum(b.examples for b in batches) == len(tokens)
     assert (
         sum(b.tokens for b in batches)

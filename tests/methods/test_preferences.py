@@ -21,7 +21,8 @@ from recipes import built_model, make_run
 from tunesmith.adapter import lora
 from tunesmith.config.schema import MethodConfig
 from tunesmith.data.batch import Batch, Example, collate
-from tunesmith.data.mismatched import lay_out, mismatched_examples
+from tunesmith.data.layout import Layout
+from tunesmith.data.mismatched import mismatched_examples
 from tunesmith.methods import make_method
 from tunesmith.methods.base import StepTotals, TrainModel
 
@@ -44,8 +45,10 @@ def packed(examples: list[Example]) -> list[Batch]:
 
 
 def one_a_row(examples: list[Example]) -> list[Batch]:
-    length = max(len(example.ids) for example in examples)
-    return [collate([[example] for example in examples], length=length, pad_id=0)]
+    length = max(example.longest_sequence for example in examples)
+    batch = collate([examples], length=length, pad_id=0, sequence_rows=1)
+    assert len(batch.input_ids) == sum(example.sequence_count for example in examples)
+    return [batch]
 
 
 def micro_batches(examples: list[Example]) -> list[Batch]:
@@ -249,8 +252,10 @@ def test_the_logits_of_all_tokens_never_exist(
     weight.grad = None
 
 
-@pytest.mark.parametrize("parts", [1, 2, 6])
-def test_kto_has_the_loss_and_gradients_of_the_formula(model: TrainModel, parts: int) -> None:
+@pytest.mark.parametrize(("parts", "is_packed"), [(1, True), (2, False), (6, True)])
+def test_kto_has_the_loss_and_gradients_of_the_formula(
+    model: TrainModel, parts: int, is_packed: bool
+) -> None:
     config = MethodConfig(name="kto", beta=0.2, desirable_weight=0.7, undesirable_weight=1.3)
     use(model, config)
     examples = feedback(6)
@@ -276,9 +281,9 @@ def test_kto_has_the_loss_and_gradients_of_the_formula(model: TrainModel, parts:
 
     # However the rows are laid out, KL is that of all of them.
     room = sum(len(example.ids) for example in swapped) // parts
-    totals = StepTotals(
-        len(examples), mismatched=lay_out(swapped, room=room, pad_id=0, packed=True)
-    )
+    layout = Layout(pad_id=0, packed=is_packed)
+    batches = [batch for _, batch in layout.batches(swapped, room)]
+    totals = StepTotals(len(examples), mismatched=batches)
     totals = model.method.begin_step(model, totals, lambda total: None)
     assert totals.kl is not None
     assert float(totals.kl) == pytest.approx(float(kl), rel=TOLERANCE)

@@ -58,6 +58,8 @@ def make(shape: str, recipe: dict) -> tuple[Run, object, SimpleNamespace]:
     tokens = SimpleNamespace(
         lengths=lengths,
         document_lengths=lambda: lengths,
+        longest_sequences=lengths,
+        has_pairs=False,
         repeats=np.ones(512),
         counts=counts,
     )

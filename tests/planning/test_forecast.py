@@ -539,6 +539,8 @@ def test_the_lengths_of_real_examples_count() -> None:
     tokens = SimpleNamespace(
         lengths=lengths,
         document_lengths=lambda: lengths,
+        longest_sequences=lengths,
+        has_pairs=False,
         repeats=np.ones(len(lengths)),
         counts=counts,
     )

@@ -43,6 +43,21 @@ class Example(NamedTuple):
     label: bool | None = None
     reference: tuple[float, ...] = ()
 
+    def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`ids` and `trained` of each sequence."""
+        edges = np.cumsum(self.sequences[:-1], dtype=np.int64)
+        ids = np.split(self.ids, edges)
+        return list(zip(ids, np.split(self.trained, edges), strict=True))
+
+    @property
+    def sequence_count(self) -> int:
+        return max(1, len(self.sequences))
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of it."""
+        return max(self.sequences, default=len(self.ids))
+
     @property
     def supervised(self) -> int:
         """Positions that carry loss, as `collate` counts them."""
@@ -160,7 +175,12 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[Sequence[Example]], *, length: int, pad_id: int, bound: int | None = None
+    rows: Sequence[Sequence[Example]],
+    *,
+    length: int,
+    pad_id: int,
+    bound: int | None = None,
+    sequence_rows: int | None = None,
 ) -> Batch:
     """Lay rows of examples into one Batch.
 
@@ -171,42 +191,41 @@ def collate(
         pad_id: the token that fills the end of a row; it is never attended to nor trained.
         bound: no document is longer; it becomes `max_seqlen`, and padding is cut into documents of
             that length.
+        sequence_rows: give each sequence a row of its own, and make at least so many rows; None:
+            all of `rows[i]` shares a row.
     """
     import torch
 
+    examples = [example for row in rows for example in row]
+    sequences = [[part for example in row for part in example.split()] for row in rows]
+    if sequence_rows is not None:
+        sequences = [[part] for row in sequences for part in row]
+        sequences += [[] for _ in range(sequence_rows - len(sequences))]
     # Everything is padding until a token is laid over it.
-    shape = (len(rows), length)
+    shape = (len(sequences), length)
     ids = np.full(shape, pad_id, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
     targets = np.full(shape, IGNORE, dtype=np.int64)
     edges = [0]
     longest = 0
     tokens = 0
-    examples = 0
     row_tokens = []
-    for r, row in enumerate(rows):
+    for r, row in enumerate(sequences):
         row_start = r * length
         at = 0
-        for example in row:
-            examples += 1
-            start = 0
-            for n in example.sequences or (len(example.ids),):
-                sequence_ids = example.ids[start : start + n]
-                sequence_trained = example.trained[start : start + n]
-                ids[r, at : at + n] = sequence_ids
-                # Each document counts its positions from 0, so that packed and alone are the same.
-                positions[r, at : at + n] = np.arange(n)
-                # The target of a token is the next one; the last of a document has none, as what
-                # follows is another document.
-                targets[r, at : at + n - 1] = np.where(
-                    sequence_trained[1:], sequence_ids[1:], IGNORE
-                )
-                start += n
-                at += n
-                # Borders of documents over the whole batch: rows stand behind each other.
-                edges.append(row_start + at)
-                longest = max(longest, n)
-                tokens += n
+        for sequence_ids, sequence_trained in row:
+            n = len(sequence_ids)
+            ids[r, at : at + n] = sequence_ids
+            # Each document counts its positions from 0, so that packed and alone are the same.
+            positions[r, at : at + n] = np.arange(n)
+            # The target of a token is the next one; the last of a document has none, as what
+            # follows is another document.
+            targets[r, at : at + n - 1] = np.where(sequence_trained[1:], sequence_ids[1:], IGNORE)
+            at += n
+            # Borders of documents over the whole batch: rows stand behind each other.
+            edges.append(row_start + at)
+            longest = max(longest, n)
+            tokens += n
         row_tokens.append(at)
         if at > length:
             raise ValueError(f"row {r} contains {at} tokens and has room for {length}")
@@ -226,11 +245,11 @@ def collate(
         max_seqlen=bound or longest,
         tokens=tokens,
         supervised=int((targets != IGNORE).sum()),
-        examples=examples,
+        examples=len(examples),
         edges=tuple(edges),
         row_tokens=tuple(row_tokens),
-        sequences=_sequences([example for row in rows for example in row]),
-        chosen_tokens=sum(example.chosen_tokens for row in rows for example in row),
+        sequences=_sequences(examples),
+        chosen_tokens=sum(example.chosen_tokens for example in examples),
     )
 
 

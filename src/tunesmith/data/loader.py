@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Protocol
 
-from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.data.batch import Batch, collate
+from tunesmith.data.layout import Layout
 from tunesmith.data.micro_batches import MicroBatches
-from tunesmith.data.mismatched import lay_out, mismatched_examples
+from tunesmith.data.mismatched import mismatched_examples
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.tokens import TokenSet
 from tunesmith.units import Size
@@ -79,7 +80,7 @@ class Loader(AbstractContextManager["Loader"]):
         stop_step: None: without end.
         pad_to: fixes the shape, for compiled graphs: [1, pad_to] packed, else [rows, pad_to], with
             empty rows where there are no more examples. None pads little: [1, n] packed, else
-            [rows, longest].
+            [rows, longest]. Without packing each sequence of an example has a row.
         multiple: rows are padded up to a multiple of this many tokens.
         bound: what all batches state as their longest document; no example may be longer.
         share: (data rank, data ranks): whose micro batches these are. The sequence of global
@@ -109,12 +110,15 @@ class Loader(AbstractContextManager["Loader"]):
     prefetcher: BatchPrefetcher | None = None
 
     def __post_init__(self) -> None:
-        longest = int(self.tokens.lengths.max(initial=0))
+        lengths = self.tokens.lengths
+        if not self.schedule.packed:
+            lengths = self.schedule.sequence_lengths
+        longest = int(lengths.max(initial=0))
         rooms = [room for room in (self.pad_to, self.bound) if room is not None]
         # Wrong sizes are a fault of the plan: such an example would not fit into any row.
         if rooms and min(rooms) < longest:
             raise ValueError(
-                f"the longest example has {longest} tokens, and there is room for {min(rooms)}"
+                f"the longest row has {longest} tokens, and there is room for {min(rooms)}"
             )
         self.rank, data_ranks = self.share
         self._micro_batches = MicroBatches(
@@ -124,6 +128,14 @@ class Loader(AbstractContextManager["Loader"]):
             self.multiple,
             data_ranks,
             self.attention_weight,
+        )
+        self.layout = Layout(
+            self.pad_id,
+            self.schedule.packed,
+            self.pad_to,
+            self.multiple,
+            self.bound,
+            self.share,
         )
         # One thread: batches come in the order of the steps.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tunesmith-data")
@@ -177,16 +189,7 @@ class Loader(AbstractContextManager["Loader"]):
         of_step = [self.tokens[i] for i in examples]
         mismatched: list[Batch] = []
         if self.mismatches:
-            mismatched = lay_out(
-                mismatched_examples(of_step, self.schedule.row_length),
-                room=self.schedule.row_length,
-                pad_id=self.pad_id,
-                packed=self.schedule.packed,
-                pad_to=self.pad_to,
-                multiple=self.multiple,
-                bound=self.bound,
-                share=self.share,
-            )
+            mismatched = [batch for _, batch in self.mismatched(step)]
         return GlobalBatch(
             step=step,
             epoch=self.schedule.epoch(step),
@@ -203,12 +206,24 @@ class Loader(AbstractContextManager["Loader"]):
             source=self.tokens,
         )
 
+    def mismatched(self, step: int) -> Iterator[tuple[list[int], Batch]]:
+        """The prompts of a step with answers of its other examples, this data rank's share of them.
+
+        Each batch comes with the places of its examples in the step.
+        """
+        of_steps = self.tokens.mismatched_reference or ()
+        reference = of_steps[step] if step < len(of_steps) else None
+        most = self.schedule.row_length
+        examples = [self.tokens[i] for i in self.schedule.examples(step)]
+        return self.layout.batches(mismatched_examples(examples, most, reference), room=most)
+
     def _collate(self, group: list[int]) -> Batch:
         examples = [self.tokens[i] for i in group]
         row_count, length = self._micro_batches.shape(group)
-        rows: list[list[Example]] = [[example] for example in examples]
-        if self.schedule.packed:
-            rows = [examples]
-        while len(rows) < row_count:
-            rows.append([])
-        return collate(rows, length=length, pad_id=self.pad_id, bound=self.bound)
+        return collate(
+            [examples],
+            length=length,
+            pad_id=self.pad_id,
+            bound=self.bound,
+            sequence_rows=None if self.schedule.packed else row_count,
+        )

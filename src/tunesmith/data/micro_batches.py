@@ -62,20 +62,23 @@ class MicroBatches:
 
     def shape(self, group: list[int]) -> tuple[int, int]:
         """Rows and tokens a row of a micro batch, padding counted; both at least 1."""
-        lengths = self.schedule.lengths[group]
-        packed = self.schedule.packed
+        schedule = self.schedule
+        packed = schedule.packed
         # A packed micro batch is one row, however many examples are in it.
-        rows = 1 if packed else max(1, len(group))
+        rows = 1 if packed else max(1, len(group) * schedule.sequences)
         if self.pad_to is None:
-            longest = int(lengths.sum()) if packed else int(lengths.max(initial=0))
+            if packed:
+                longest = int(schedule.lengths[group].sum())
+            else:
+                longest = int(schedule.sequence_lengths[group].max(initial=0))
             # Rounded up to the ranks of a tensor group, which cut the tokens among them.
             return rows, ceil_div(max(1, longest), self.multiple) * self.multiple
         if packed:
             return 1, self.pad_to
         if self.micro_batch.unit == "examples":
-            fixed_rows = self.micro_batch.amount
+            fixed_rows = self.micro_batch.amount * schedule.sequences
         else:
-            fixed_rows = self.micro_batch.amount // self.pad_to
+            fixed_rows = max(schedule.sequences, self.micro_batch.amount // self.pad_to)
         return max(rows, fixed_rows), self.pad_to
 
     def _groups_of_one_rank(self, step: int) -> list[list[int]]:
@@ -116,13 +119,13 @@ class MicroBatches:
         return groups
 
     def _group_by_length(self, examples: list[int], max_cost: float = math.inf) -> list[list[int]]:
-        """Rows of similar length together, so that they pad little.
+        """Examples of similar length together, so that their rows pad little.
 
         A group has the micro batch's examples, or as many as fit into its tokens, and costs
         `max_cost` at most; but at least one example. The sum over the step does not depend on the
         order.
         """
-        lengths = self.schedule.lengths
+        lengths = self.schedule.sequence_lengths
         groups: list[list[int]] = []
         # The longest first: it sets the width to which the others of its group are padded.
         remaining = sorted(examples, key=lambda example: -lengths[example])
@@ -130,7 +133,8 @@ class MicroBatches:
             most = self.micro_batch.amount
             if self.micro_batch.unit == "tokens":
                 # Each row of the group is as wide as its first.
-                most = most // (self.pad_to or int(lengths[remaining[0]]))
+                width = self.pad_to or int(lengths[remaining[0]])
+                most = most // (width * self.schedule.sequences)
             cost_of_one = self.cost(remaining[:1])
             count = int(max(1, min(most, max_cost / cost_of_one)))
             groups.append(remaining[:count])

@@ -73,7 +73,7 @@ class TrainingData:
         repeats = self.train.repeats
         while schedule.ends_short and schedule.steps_per_epoch(0) <= steps:
             repeats = repeats * 2
-            schedule = BatchSchedule.of(self.run, self.train.lengths, repeats)
+            schedule = BatchSchedule.of(self.run, self.train, repeats)
         return replace(self, schedule=schedule)
 
     def sources(self) -> list[tuple[str, SourceTokens]]:
@@ -352,7 +352,7 @@ def _make_schedule(run: Run, train: TokenSet) -> BatchSchedule:
             where="data.train",
             fix="lower weight, to 1 where it is not needed",
         )
-    schedule = BatchSchedule.of(run, train.lengths, train.repeats)
+    schedule = BatchSchedule.of(run, train)
     if len(train) and schedule.steps_per_epoch(0) == 0:
         weights = ", ".join(str(source.weight) for source in run.data.train)
         raise DataError(

@@ -5,17 +5,22 @@ run that resumes at k sees what an uninterrupted one sees. Packing, the micro ba
 of ranks do not change which examples a step has.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tunesmith.config.schema import Data, Run, Train
 from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.units import Length, ceil_div
+
+if TYPE_CHECKING:
+    from tunesmith.data.tokens import TokenSet
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ class BatchSchedule:
             the examples with the same fraction f, a share f that the seed draws anew each epoch.
             None: once.
         row_length: tokens of a packed row; None: `data.seq_len`.
+        sequences, sequence_lengths: of each example how many sequences it has, and int64 [n] the
+            tokens of its longest one: without packing each sequence has a row.
+
+    Attributes:
+        sequence_lengths: int64 [n].
     """
 
     def __init__(
@@ -80,8 +90,12 @@ class BatchSchedule:
         *,
         repeats: np.ndarray | None = None,
         row_length: int | None = None,
+        sequences: int = 1,
+        sequence_lengths: np.ndarray | None = None,
     ) -> None:
         self.lengths = np.asarray(lengths, np.int64)
+        self.sequences = sequences
+        self.sequence_lengths = self.lengths if sequence_lengths is None else sequence_lengths
         self.packed = data.pack
         self.row_length = row_length or data.seq_len
         if repeats is None:
@@ -99,9 +113,40 @@ class BatchSchedule:
         self._units = lru_cache(maxsize=2)(self._order_units)
 
     @classmethod
-    def of(cls, run: Run, lengths: np.ndarray, repeats: np.ndarray) -> "BatchSchedule":
-        """Of a recipe, whose packed rows have room for its largest example."""
-        return cls(lengths, run.data, run.train, repeats=repeats, row_length=run.row_tokens)
+    def of(cls, run: Run, tokens: "TokenSet", repeats: np.ndarray | None = None) -> "BatchSchedule":
+        """Of a recipe and its rows; packed ones have room for its largest example.
+
+        repeats: None takes those of `tokens`.
+        """
+        return cls(
+            tokens.lengths,
+            run.data,
+            run.train,
+            repeats=tokens.repeats if repeats is None else repeats,
+            row_length=run.row_tokens,
+            sequences=2 if tokens.has_pairs else 1,
+            sequence_lengths=tokens.longest_sequences,
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the largest example takes, with the padding of its rows."""
+        if self.packed:
+            return int(self.lengths.max())
+        return self.sequences * int(self.sequence_lengths.max())
+
+    def digest(self) -> str:
+        """sha256 (hex) of all that decides which examples a step has."""
+        made_of = [
+            self._seed,
+            self._shuffle,
+            self._counts_tokens,
+            self._units_per_step,
+            self.packed,
+            self.row_length,
+        ]
+        content = json.dumps(made_of).encode() + self.lengths.tobytes() + self._repeats.tobytes()
+        return hashlib.sha256(content).hexdigest()
 
     def _order_examples(self, epoch: int) -> np.ndarray:
         """int64: the examples of an epoch in its order."""
@@ -189,7 +234,7 @@ class BatchSchedule:
     def rows(self, step: int) -> list[list[int]]:
         """How the examples of a step share rows of `seq_len` tokens.
 
-        Without packing each has its own row.
+        Without packing none shares a row with another.
         """
         units = self._step_units(step)
         if self.packed and not isinstance(units, np.ndarray):
@@ -222,13 +267,17 @@ class BatchSchedule:
         tokens_with_padding = 0
         for step in range(self.steps_per_epoch(0)):
             step_rows = self.rows(step)
-            lengths = self.lengths[[example for row in step_rows for example in row]]
-            examples += len(lengths)
-            tokens += int(lengths.sum())
-            rows += len(step_rows)
-            # Rows that are not packed are padded to the longest of their step.
-            row_length = self.row_length if self.packed else int(lengths.max())
-            tokens_with_padding += len(step_rows) * row_length
+            step_examples = [example for row in step_rows for example in row]
+            examples += len(step_examples)
+            tokens += int(self.lengths[step_examples].sum())
+            row_count = len(step_rows)
+            row_length = self.row_length
+            if not self.packed:
+                # Each sequence has a row, padded to the longest of its step.
+                row_count *= self.sequences
+                row_length = int(self.sequence_lengths[step_examples].max())
+            rows += row_count
+            tokens_with_padding += row_count * row_length
         return ScheduleSummary(
             examples=examples,
             tokens=tokens,

@@ -131,11 +131,14 @@ class TokenSet:
         longest_sequences: int64 [n], tokens of each example's longest sequence.
         repeats: float64 [n], how often each is seen in an epoch.
         reference: fp64 [n, sequences of one], see `Example.reference`; None where it is not known.
+        mismatched_reference: of prompts with answers of other rows (`mismatched.py`), fp64
+            [examples] of each optimizer step, or of all held-out rows as one; None: not known.
     """
 
     def __init__(self, parts: Iterable[SourceTokens]) -> None:
         self.parts = tuple(parts)
         self.reference: np.ndarray | None = None
+        self.mismatched_reference: Sequence[np.ndarray] | None = None
         self._firsts = np.cumsum([0, *(len(part) for part in self.parts)])
         lengths = [np.diff(part.arrays.offsets) for part in self.parts]
         longest = []

@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from tunesmith.adapter.lora import disabled
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.batch import Batch, collate
-from tunesmith.data.mismatched import lay_out, mismatched_examples
-from tunesmith.data.pack import best_fit_decreasing
+from tunesmith.data.batch import Batch
+from tunesmith.data.layout import Layout
+from tunesmith.data.mismatched import mismatched_of_all
 from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.splits import SourceRows, read_splits
 from tunesmith.data.tokens import Repeats, TokenSet, find_repeats, tokenize
@@ -50,7 +50,7 @@ from tunesmith.model.safetensors_files import read_json
 from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
 from tunesmith.run_dir import IDENTITY, PAIRS, read_manifest
 from tunesmith.scoring.scorers import check_scorer_names
-from tunesmith.units import ceil_div, count_of
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -116,15 +116,6 @@ class Evaluation:
     seen_fault: str = ""
 
 
-def packed(tokens: TokenSet, *, capacity: int, pad_id: int, multiple: int = 1) -> Iterator[Batch]:
-    """Batches of one packed row, padded to a multiple of `multiple` tokens: of `capacity` at most,
-    or the longest example's if it has more."""
-    lengths = tokens.lengths
-    for row in best_fit_decreasing(lengths, max(capacity, int(lengths.max(initial=0)))):
-        length = ceil_div(int(lengths[row].sum()), multiple) * multiple
-        yield collate([[tokens[i] for i in row]], length=length, pad_id=pad_id)
-
-
 class ValidationResult(NamedTuple):
     """What a method makes of held-out rows.
 
@@ -150,8 +141,7 @@ def validation_loss(
     mesh: Mesh = ALONE,
     scored: Callable[[], object] = lambda: None,
 ) -> ValidationResult | None:
-    """The method's mean loss and metrics over `tokens`, each once, in packed rows of
-    `micro_tokens`.
+    """The method's mean loss and metrics over `tokens`, each once, in batches of `micro_tokens`.
 
     For SFT these are nats and supervised tokens. None once `cancelled`, which is called before each
     row, says so. The data ranks of `mesh` take the rows in turn, all as many: some may end with an
@@ -161,24 +151,25 @@ def validation_loss(
     denominator = 0
     # The loss first; fp64: sums over many batches, added in another order on other meshes.
     sums = torch.zeros(1 + len(method.metrics), dtype=torch.float64)
-    ranks = mesh.shape.data
-    batches = packed(tokens, capacity=micro_tokens, pad_id=pad_id, multiple=mesh.shape.tensor)
-    # A rank without a batch in the last turn computes an empty one: its collectives are needed.
-    empty = collate([[]], length=mesh.shape.tensor, pad_id=pad_id)
+    layout = Layout(
+        pad_id,
+        train_model.packs_rows,
+        multiple=mesh.shape.tensor,
+        share=(mesh.data_rank, mesh.shape.data),
+    )
     with evaluating(train_model):
-        totals = _begin(train_model, tokens, micro_tokens, pad_id, device, mesh)
+        totals = _begin(train_model, tokens, layout, micro_tokens, mesh)
         loss_of = partial(method, totals=totals)
-        for turn in iter(lambda: list(islice(batches, ranks)), []):
+        # A rank without rows in the last turn computes padding: its collectives are needed.
+        for _, batch in layout.batches(tokens, micro_tokens):
             if cancelled():
                 return None
-            # One batch for each data rank in a turn.
-            batch = turn[mesh.data_rank] if mesh.data_rank < len(turn) else empty
             output = train_model(batch.to(device), loss_of)
             values = [output.loss, *(output.metrics[name] for name in method.metrics)]
             sums += torch.stack([value.detach().double() for value in values]).cpu()
             denominator += output.denominator
             scored()
-    if ranks > 1:
+    if mesh.shape.data > 1:
         of_ranks = torch.cat([sums, torch.tensor([denominator])]).to(device)
         dist.all_reduce(of_ranks, group=mesh.data_group)
         sums = of_ranks[:-1].cpu()
@@ -193,9 +184,8 @@ def validation_loss(
 def _begin(
     train_model: TrainModel,
     tokens: TokenSet,
+    layout: Layout,
     micro_tokens: int,
-    pad_id: int,
-    device: torch.device,
     mesh: Mesh,
 ) -> StepTotals:
     """What the losses of all held-out rows share; a collective call."""
@@ -205,15 +195,9 @@ def _begin(
         chosen_tokens = sum(example.chosen_tokens for example in tokens)
     mismatched = []
     if method.needs_mismatched:
-        batches = lay_out(
-            mismatched_examples(list(tokens), micro_tokens),
-            room=micro_tokens,
-            pad_id=pad_id,
-            packed=True,
-            multiple=mesh.shape.tensor,
-            share=(mesh.data_rank, mesh.shape.data),
-        )
-        mismatched = [batch.to(device) for batch in batches]
+        device = train_model.model.device
+        batches = layout.batches(mismatched_of_all(tokens), micro_tokens)
+        mismatched = [batch.to(device) for _, batch in batches]
     totals = StepTotals(len(tokens), chosen_tokens, mismatched)
     return method.begin_step(
         train_model, totals, lambda total: all_reduce_together([total], mesh.data_group)
@@ -241,7 +225,8 @@ def score(
     pairs: list[float] = []
     progress("rows scored", 0, len(tokens))
     with evaluating(train_model):
-        batches = packed(tokens, capacity=ROW_TOKENS, pad_id=pad_id)
+        layout = Layout(pad_id, train_model.packs_rows)
+        batches = (batch for _, batch in layout.batches(tokens, ROW_TOKENS))
         for turn in iter(lambda: list(islice(batches, ranks.world)), []):
             sums = _NOTHING
             with ranks.raise_on_all_ranks():

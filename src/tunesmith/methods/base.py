@@ -192,6 +192,12 @@ class TrainModel(nn.Module):
         self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
 
     @property
+    def packs_rows(self) -> bool:
+        """Whether documents may share a row; Transformers' own attention does not keep those of
+        every model apart."""
+        return self.attention_backend != "eager"
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in their order."""
         return list(self.model.get_submodule(self.layers_name).children())

@@ -156,7 +156,7 @@ def measure_work(
         lengths = tokens.lengths
         documents = tokens.document_lengths()
         supervised = tokens.counts.supervised
-        schedule = schedule or BatchSchedule.of(run, lengths, tokens.repeats)
+        schedule = schedule or BatchSchedule.of(run, tokens)
         step = schedule.step_size()
         steps = schedule.steps(run.train.duration)
         source = f"{len(lengths):,} in the token cache, {lengths.mean():,.0f} tokens on average"
@@ -173,7 +173,14 @@ def measure_work(
             source = (
                 f"{count_of(rows, 'row')}, taken as {supervised:,} tokens each, all with a label"
             )
-            schedule = BatchSchedule.of(run, np.full(rows, supervised), np.ones(rows))
+            schedule = BatchSchedule(
+                np.full(rows, supervised),
+                run.data,
+                run.train,
+                row_length=run.row_tokens,
+                sequences=sequences,
+                sequence_lengths=np.full(rows, supervised // sequences),
+            )
             step = schedule.step_size()
             steps = schedule.steps(run.train.duration)
         elif run.train.duration.unit == "steps":
@@ -203,7 +210,7 @@ def measure_work(
     experts = per_parameter * spec.active_of_experts * total
     return Workload(
         step,
-        longest=int(lengths.max()),
+        longest=int(lengths.max()) if schedule is None else schedule.longest,
         steps=steps,
         operations=everything / total,
         attention=1 - products / everything,

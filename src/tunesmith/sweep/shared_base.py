@@ -55,7 +55,7 @@ class SharedBase:
         with ranks.raise_on_all_ranks():
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train
-            schedule = BatchSchedule.of(run, tokens.lengths, tokens.repeats)
+            schedule = BatchSchedule.of(run, tokens)
             for text in describe_resume(start, run, schedule):
                 log.info(text)
             # The adapter begins as in a run of its own with this seed.

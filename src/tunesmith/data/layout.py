@@ -1,0 +1,79 @@
+"""Batches of examples that stand in no schedule, for forward passes alone: held-out rows, and what
+a method measures beside its losses.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.data.pack import best_fit_decreasing
+from tunesmith.data.tokens import TokenSet
+from tunesmith.units import ceil_div
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How examples are laid into batches.
+
+    Attributes:
+        packed: the examples of a batch share one row; else each sequence has its own.
+        pad_to: length of every row; None: as long as need be, in a multiple of `multiple`.
+        bound: as of `collate`.
+        share: (data rank, data ranks): whose batches these are. Each rank gets as many, the last
+            ones without an example where there are too few.
+    """
+
+    pad_id: int
+    packed: bool
+    pad_to: int | None = None
+    multiple: int = 1
+    bound: int | None = None
+    share: tuple[int, int] = (0, 1)
+
+    def batches(
+        self, examples: Sequence[Example] | TokenSet, room: int
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """This rank's batches, each with the indices of its examples.
+
+        room: tokens of a batch, padding counted, or more where one example has more.
+        """
+        groups = self._groups(examples, self.pad_to or room)
+        rank, ranks = self.share
+        for first in range(0, len(groups), ranks):
+            mine = first + rank
+            group = groups[mine] if mine < len(groups) else []
+            yield group, self.batch([examples[i] for i in group])
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Some examples in one batch; of none, padding."""
+        if self.packed:
+            length = sum(len(example.ids) for example in examples)
+        else:
+            length = max((example.longest_sequence for example in examples), default=0)
+        length = self.pad_to or max(1, length)
+        return collate(
+            [examples],
+            length=ceil_div(length, self.multiple) * self.multiple,
+            pad_id=self.pad_id,
+            bound=self.bound,
+            sequence_rows=None if self.packed else 1,
+        )
+
+    def _groups(self, examples: Sequence[Example] | TokenSet, room: int) -> list[list[int]]:
+        """Which examples share a batch, by their indices."""
+        if self.packed:
+            lengths = np.array([len(example.ids) for example in examples])
+            return best_fit_decreasing(lengths, max(room, int(lengths.max(initial=0))))
+        groups: list[list[int]] = []
+        # Rows of like length together; the first of a group is the longest.
+        widths = np.array([example.longest_sequence for example in examples])
+        for i in np.argsort(-widths, kind="stable").tolist():
+            if groups:
+                rows = sum(examples[k].sequence_count for k in (*groups[-1], i))
+                has_room = rows * int(widths[groups[-1][0]]) <= room
+            if not groups or not has_room:
+                groups.append([])
+            groups[-1].append(i)
+        return groups
