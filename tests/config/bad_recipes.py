@@ -217,7 +217,7 @@ _RULES = [
     _line("smoothing without robust", ("method.name=dpo", "method.label_smoothing=0.1"), "no effect with method.loss_type: sigmoid", "method.label_smoothing", "robust"),
     _line("robust without smoothing", ("method.name=dpo", "method.loss_type=robust"), "is robust, which is sigmoid without", "method.loss_type", "label_smoothing: 0.1"),
     _line("smoothing of half", ("method.name=dpo", "method.label_smoothing=0.5"), "method.label_smoothing is 0.5: it must be below 0.5", "method.label_smoothing", "0.0"),
-    _line("kto in full", ("method=kto", "adapter.kind=none"), "method.name is kto, which needs an adapter", "method", "adapter.kind: lora"),
+    _line("kto in full by the clock", ("method=kto", "data.train.format=feedback", "adapter.kind=none", "train.duration=1 h"), "full fine-tuning by kto is counted in steps or epochs", "train.duration", "adapter.kind: lora"),
     _line("kto of one", ("method=kto", "train.global_batch=1 examples"), "leaves kto no other answer", "train.global_batch", "16 examples"),
     _line("kto of nothing", ("method.name=kto", "method.desirable_weight=0", "method.undesirable_weight=0"), "are 0, so nothing is learned", "method.desirable_weight", "1"),
     _line("accuracy of sft", "validate.best_by=accuracy", "which method: sft does not have", "validate.best_by", "loss"),

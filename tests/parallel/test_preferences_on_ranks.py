@@ -22,6 +22,13 @@ STEPS = 2
 FULL = {"adapter": {"kind": "none"}, "method": "dpo"}
 LORA = {"method": "dpo"}
 KTO = {"method": "kto"}
+FULL_KTO = {**FULL, **KTO}
+IN_BACKWARD = {
+    "clip_norm": None,
+    "optimizer_in_backward": True,
+    "micro_batch": "auto",
+    "global_batch": "8 examples",
+}
 # name: what is trained, how it is shared
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, copies": (LORA, {"replicate": 2}),
@@ -34,6 +41,21 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "kto, 6 answers on 4": (
         {**KTO, "train": {"global_batch": "6 examples"}},
         {"replicate": 2, "shard": 2},
+    ),
+    "full, in the backward, shards": ({**FULL, "train": IN_BACKWARD}, {"shard": 2}),
+    "kto in full, in the backward, shards": (
+        {**FULL_KTO, "train": IN_BACKWARD},
+        {"shard": 2},
+    ),
+    "kto in full, shards": (FULL_KTO, {"shard": 2}),
+    "kto in full, tensor": (FULL_KTO, {"tensor": 2}),
+    "kto in full, 3 answers on 4": (
+        {**FULL_KTO, "train": {"global_batch": "3 examples"}},
+        {"replicate": 2, "shard": 2},
+    ),
+    "dpo in full, 3 pairs on 4": (
+        {**FULL, "train": {"global_batch": "3 examples"}},
+        {"shard": 4},
     ),
     "orpo, copies of shards": ({"method": "orpo"}, {"replicate": 2, "shard": 2}),
 }

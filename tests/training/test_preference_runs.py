@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 import tunesmith
@@ -17,6 +19,9 @@ from recipes import make_run, write_feedback, write_pairs
 from tunesmith.cli.main import main
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.inference.evaluate import ValidationResult
+from tunesmith.methods.answers import answer_logprobs
+from tunesmith.methods.base import StepTotals, TrainModel
+from tunesmith.methods.kto import KahnemanTverskyOptimization
 from tunesmith.metrics.record import read_records
 from tunesmith.report.run_files import RunFiles
 from tunesmith.run_dir import PAIRS
@@ -136,6 +141,53 @@ def test_full_fine_tuning_scores_the_base_once_and_keeps_the_numbers(
     assert_equal(tmp_path / "whole", tmp_path / "parts")
     for file, value in zip(files, values, strict=True):
         assert np.array_equal(np.load(file), value)
+
+
+def test_kto_in_full_scores_the_answers_of_each_step_under_other_prompts(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TUNESMITH_CACHE", str(cache))
+    full = {"kind": "none"}
+    whole = train(tiny, tmp_path, "kto", "whole", adapter=full)
+    # Before the first update the model is its base: the rows of a step are laid out as in it.
+    assert whole.records[0].extra["kl"] == 0
+    assert whole.records[0].loss == pytest.approx(0.5, abs=1e-6)
+    assert "val_kl" in whole.records[-1].extra
+    values = {file: np.load(file) for file in cache.glob("tokens/reference/*.npy")}
+    # Of training: all rows, and those of four steps of eight. Of held-out rows: each twice.
+    assert sorted(len(value) for value in values.values()) == [16, 16, 32, 64]
+    for file in values:
+        file.unlink()
+    train(tiny, tmp_path, "kto", "parts", adapter=full, train={"duration": "2 steps"})
+    # Of the two steps that it goes on for the base scores the answers now.
+    train(tiny, tmp_path, "kto", "parts", adapter=full)
+    assert_equal(tmp_path / "whole", tmp_path / "parts")
+    for file, value in values.items():
+        assert np.array_equal(np.load(file), value)
+
+
+def test_kto_in_full_has_the_bases_numbers_of_every_step(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a copy of the base, which scores the rows of each step again in the same layout."""
+    begin_step = KahnemanTverskyOptimization.begin_step
+    bases: list[TrainModel] = []
+    compared = []
+
+    def compare(method: Any, model: TrainModel, totals: StepTotals, add_up: Any) -> StepTotals:
+        bases.append(copy.deepcopy(model))
+        for batch in totals.mismatched:
+            assert batch.sequences is not None
+            with torch.no_grad():
+                plain = bases[0](batch, answer_logprobs).logprobs
+            assert torch.equal(batch.sequences.reference, plain)
+            compared.append(len(plain))
+        return begin_step(method, model, totals, add_up)
+
+    monkeypatch.setattr(KahnemanTverskyOptimization, "begin_step", compare)
+    train(tiny, tmp_path, "kto", adapter={"kind": "none"}, data={"validation": []})
+    assert sum(compared) == 4 * 8
 
 
 def test_the_best_validation_may_go_by_accuracy(tiny: Path, tmp_path: Path) -> None:

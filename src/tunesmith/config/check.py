@@ -116,13 +116,13 @@ def _method(run: Run, where: Place) -> Iterator[Problem]:
     if method.name == "kto" and not any(weights):
         what = "and method.undesirable_weight are 0, so nothing is learned"
         yield Problem("method.desirable_weight", what, fix="method.desirable_weight: 1")
-    if method.name == "kto" and run.adapter.kind == "none":
+    is_timed = run.train.duration.seconds is not None
+    if method.name == "kto" and run.adapter.kind == "none" and is_timed:
         yield Problem(
-            "method.name",
-            "is kto, which needs an adapter",
-            fix="adapter.kind: lora; or pairs of answers and method: dpo",
-            why="it asks the model of before about other answers in each step, and full fine-tuning"
-            " keeps no second copy of the weights",
+            "train.duration",
+            f"is {run.train.duration}, and full fine-tuning by kto is counted in steps or epochs",
+            fix="train.duration: 1 epochs, or adapter.kind: lora",
+            why="before training the base scores the answers that each step compares with",
         )
     one_example = run.train.global_batch.unit == "examples" and run.train.global_batch.amount < 2
     if method.name == "kto" and one_example:

@@ -389,10 +389,12 @@ class Run:
         """Passes of a step's tokens beside the one that is trained on.
 
         A reference that is not known before training takes one. KTO's reference point takes two
-        more: the model and its reference, on answers of other rows.
+        more, on answers of other rows: the model, and its reference where that is not known.
         """
+        if self.adapter.kind == "none":
+            return 1 if self.method.name == "kto" else 0
         passes = {"dpo": 1, "kto": 3}
-        return passes.get(self.method.name, 0) if self.adapter.kind == "lora" else 0
+        return passes.get(self.method.name, 0)
 
     @property
     def row_tokens(self) -> int:

@@ -59,7 +59,10 @@ def reference_logprobs(model: TrainModel, batch: Batch) -> Tensor:
     if batch.sequences is not None and batch.sequences.reference is not None:
         return batch.sequences.reference
     if model.reference is None:
-        raise RuntimeError("a method needs a reference, and the batch and the model have none")
+        if batch.examples:
+            raise RuntimeError("a method needs a reference, and the batch and the model have none")
+        # Nothing but padding, on a rank that has too few examples.
+        return torch.zeros(0, dtype=torch.float64, device=batch.input_ids.device)
     is_training = model.training
     model.eval()
     try:

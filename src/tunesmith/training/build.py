@@ -39,7 +39,7 @@ from tunesmith.checkpoint.manifest import check_sums
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start, check_unchanged, describe_resume
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.config.dump import digest, dump
-from tunesmith.config.schema import PAIR_METHODS, Run
+from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
 from tunesmith.data.contract import CutAnswers
 from tunesmith.data.files import check_data_file
@@ -47,7 +47,7 @@ from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source import is_local
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import MachineError, RecipeError, UsageError
+from tunesmith.errors import MachineError, UsageError
 from tunesmith.host import packages
 from tunesmith.host.chips import Peak
 from tunesmith.host.files import existing_folder, require_disk_space, write_atomically
@@ -126,9 +126,10 @@ class Session:
         carry a label.
         """
         lengths = self.data.train.document_lengths(examples)
-        if self.run.adapter.kind == "none":
-            return flops(self.files.spec, lengths, supervised, trained="full")
+        forwards = self.run.extra_forwards
         spec = self.files.spec
+        if self.run.adapter.kind == "none":
+            return flops(spec, lengths, supervised, trained="full", forwards=forwards)
         adapter = sum(p.numel() for p in self.optimizer.params.values())
         # Of experts that a token does not go to.
         idle = count_adapter(spec, self.run.adapter) - count_active_adapter(spec, self.run.adapter)
@@ -138,7 +139,7 @@ class Session:
             supervised,
             trained="lora",
             adapter_parameters=adapter - idle,
-            forwards=self.run.extra_forwards,
+            forwards=forwards,
         )
 
     def memory_gib(self) -> float:
@@ -258,14 +259,6 @@ def lay_out_rows(run: Run, files: ModelFiles) -> Run:
         log.info(line)
     if support.state != "padded":
         return run
-    if run.method.name in PAIR_METHODS:
-        raise RecipeError(
-            f"method: {run.method.name} is not computed for {files.config.model_type}",
-            where="method",
-            why="the two answers of a pair share a row, and the layers of this model do not keep"
-            f" documents apart: {support.why}",
-            fix="method: kto or sft, or another model: tunesmith models",
-        )
     return one_document_a_row(run, files.config.model_type, support.why)
 
 
@@ -340,7 +333,8 @@ def load_model(
         ranks=ranks,
     )
     if reference is not None and not reference.is_known:
-        reference.measure(root, plan.layout, files.pad_id, mesh)
+        with make_loader(data, files, plan, mesh=mesh) as loader:
+            reference.measure(root, loader, mesh)
         if checkpoint is not None:
             fill_parameters(run, files, root.model, checkpoint, ranks)
     return root, plan, mesh

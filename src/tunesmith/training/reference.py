@@ -3,12 +3,17 @@
 A second copy of all weights would double what the model needs, so each answer is scored once, by
 the engine that trains, and the numbers are kept beside the tokens: a file for these weights, these
 rows and this dtype. Another base or other rows make another file.
+
+KTO also compares on prompts with the answers of other rows of a step. Which these are follows from
+the seed, so those of all steps are scored too, in the layout of the step. A run that is made longer
+scores those of its new steps.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -16,24 +21,68 @@ import numpy as np
 import torch
 
 from tunesmith.config.schema import Run
-from tunesmith.data.batch import collate
-from tunesmith.data.pack import best_fit_decreasing
+from tunesmith.data.batch import Batch, Example
+from tunesmith.data.loader import Loader
+from tunesmith.data.mismatched import mismatched_of_all
 from tunesmith.data.prepare import TrainingData
 from tunesmith.data.tokens import TokenSet
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.files import cache_folder, write_atomically
+from tunesmith.methods import METHODS
 from tunesmith.methods.answers import answer_logprobs
 from tunesmith.methods.base import TrainModel
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.parallel.shard import reshard
-from tunesmith.planning.run_plan import MicroBatchLayout
-from tunesmith.units import ceil_div, count_of
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
 # Raise it when the same weights and rows would give other numbers.
 VERSION = 1
+
+
+@dataclass
+class _Scores:
+    """Numbers that one file keeps: of a split's answers, or of its prompts with other answers.
+
+    Attributes:
+        sizes: rows of each of its arrays: one of all answers; of prompts with other answers one a
+            step, or one of all held-out rows.
+        answers: columns: the sequences of an example.
+        file: None: they are not kept.
+        arrays: fp64 [size, answers] each; the first ones, as many as are known.
+    """
+
+    tokens: TokenSet
+    is_mismatched: bool
+    sizes: list[int]
+    answers: int
+    file: Path | None
+    arrays: list[np.ndarray]
+
+    @property
+    def missing(self) -> range:
+        return range(len(self.arrays), len(self.sizes))
+
+    def hand_over(self) -> None:
+        """Let batches have the numbers."""
+        if self.is_mismatched:
+            self.tokens.mismatched_reference = self.arrays
+        elif self.arrays:
+            [self.tokens.reference] = self.arrays
+        else:
+            # Numbers to measure memory with, before the model has weights.
+            self.tokens.reference = np.zeros((self.sizes[0], self.answers))
+
+    def read(self) -> None:
+        """Take from the file as many arrays as it has whole."""
+        values = _read(self.file, self.answers) if self.file is not None else None
+        if values is None:
+            return
+        ends = np.cumsum(self.sizes)
+        ends = ends[ends <= len(values)]
+        self.arrays = np.split(values[: ends[-1]], ends[:-1]) if len(ends) else []
 
 
 class BaseReference:
@@ -45,22 +94,26 @@ class BaseReference:
 
     def __init__(self, run: Run, data: TrainingData, model_hash: str | None, ranks: Ranks) -> None:
         self.run = run
+        self.data = data
         self.model_hash = model_hash  # None: random weights, whose numbers are not kept
         self.ranks = ranks
-        self.splits = [data.train, *([data.validation] if data.validation is not None else [])]
-        for tokens in self.splits:
-            tokens.reference = None
-            if model_hash is not None:
-                tokens.reference = _read(self._file(tokens), tokens)
-        is_known = all(tokens.reference is not None for tokens in self.splits)
-        self.is_known = all(ranks.all_gather_object(is_known))
-        for tokens in self.splits:
-            # Numbers to measure memory with, before the model has weights.
-            if tokens.reference is None:
-                tokens.reference = np.zeros(_shape(tokens))
+        splits = [data.train, *([data.validation] if data.validation is not None else [])]
+        self.scores = [self._scores(tokens, is_mismatched=False) for tokens in splits]
+        if METHODS[run.method.name].needs_mismatched:
+            self.scores += [self._scores(tokens, is_mismatched=True) for tokens in splits]
+        for scores in self.scores:
+            scores.read()
+        # What one rank misses, all measure.
+        counts = ranks.all_gather_object([len(scores.arrays) for scores in self.scores])
+        for scores, *count_of_rank in zip(self.scores, *counts, strict=True):
+            del scores.arrays[min(count_of_rank) :]
+            scores.hand_over()
 
-    def _file(self, tokens: TokenSet) -> Path:
-        """Where the numbers of these rows under these weights are kept."""
+    @property
+    def is_known(self) -> bool:
+        return not any(scores.missing for scores in self.scores)
+
+    def _scores(self, tokens: TokenSet, *, is_mismatched: bool) -> _Scores:
         made_of = {
             "version": VERSION,
             "rows": tokens.counts.digest,
@@ -68,33 +121,81 @@ class BaseReference:
             "dtype": self.run.model.dtype,
             "attention": self.run.model.attention,
         }
-        name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-        return cache_folder("tokens", "reference", f"{name}.npy")
+        sizes = [len(tokens)]
+        if is_mismatched and tokens is self.data.train:
+            schedule = self.data.schedule
+            steps = schedule.steps(self.run.train.duration)
+            assert steps is not None  # config/check.py refuses a duration by the clock
+            sizes = [len(schedule.examples(step)) for step in range(steps)]
+            made_of["mismatched"] = schedule.digest()
+        elif is_mismatched:
+            made_of["mismatched"] = "all"
+        file = None
+        if self.model_hash is not None:
+            name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+            file = cache_folder("tokens", "reference", f"{name}.npy")
+        return _Scores(tokens, is_mismatched, sizes, 2 if tokens.has_pairs else 1, file, [])
 
-    def measure(self, root: TrainModel, layout: MicroBatchLayout, pad_id: int, mesh: Mesh) -> None:
-        """Score all answers with the model as it is, and keep the numbers; a collective call."""
-        answers = sum(len(tokens) * _shape(tokens)[1] for tokens in self.splits)
+    def measure(self, root: TrainModel, loader: Loader, mesh: Mesh) -> None:
+        """Score what is missing with the model as it is, and keep it; a collective call.
+
+        loader: gives the layout of batches, and what each step compares on.
+        """
+        answers = 0
+        for scores in self.scores:
+            answers += scores.answers * sum(scores.sizes[i] for i in scores.missing)
         log.info(f"reference: the base scores {count_of(answers, 'answer')} once, before training")
-        heartbeat = self.ranks.heartbeat
-        heartbeat.phase("reference", STUCK_AFTER_S + COMPILING_S)
-        for tokens in self.splits:
-            tokens.reference = _measure(
-                root,
-                tokens,
-                layout,
-                pad_id=pad_id,
-                row_tokens=self.run.row_tokens,
-                mesh=mesh,
-                measured=heartbeat.progress,
-            )
-            if self.model_hash is not None and self.ranks.local_rank == 0:
-                _write(self._file(tokens), tokens.reference)
-        heartbeat.phase("loading the model")
-        self.is_known = True
+        self.ranks.heartbeat.phase("reference", STUCK_AFTER_S + COMPILING_S)
+        is_training = root.training
+        root.eval()
+        for scores in self.scores:
+            if scores.missing:
+                scores.arrays += self._measure(root, scores, loader, mesh)
+                if scores.file is not None and self.ranks.local_rank == 0:
+                    _write(scores.file, np.concatenate(scores.arrays))
+            scores.hand_over()
+        root.train(is_training)
+        reshard(root)
+        self.ranks.heartbeat.phase("loading the model")
+
+    @torch.no_grad()
+    def _measure(
+        self, root: TrainModel, scores: _Scores, loader: Loader, mesh: Mesh
+    ) -> list[np.ndarray]:
+        """The missing arrays; the data ranks take the batches in turn."""
+        device = root.model.device
+        measured = []
+        for i in scores.missing:
+            values = np.zeros((scores.sizes[i], scores.answers))
+            for rows, batch in self._batches(scores, i, loader):
+                logprobs = root(batch.to(device), answer_logprobs).logprobs
+                values[rows] = logprobs.cpu().numpy().reshape(len(rows), scores.answers)
+                self.ranks.heartbeat.progress()
+            measured.append(values)
+        # Each row is one rank's, and 0 on the others.
+        total = torch.from_numpy(np.concatenate(measured)).to(device)
+        all_reduce_together([total], mesh.data_group)
+        ends = np.cumsum([len(values) for values in measured])
+        return np.split(total.cpu().numpy(), ends[:-1])
+
+    def _batches(
+        self, scores: _Scores, i: int, loader: Loader
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """This rank's batches of the array `i`, each with the rows of the array that it fills."""
+        room = self.run.row_tokens
+        if not scores.is_mismatched:
+            return loader.layout.batches(_without_reference(scores.tokens), room)
+        if scores.tokens is self.data.train:
+            return loader.mismatched(i)
+        return loader.layout.batches(mismatched_of_all(scores.tokens), room)
 
 
-def _read(path: Path, tokens: TokenSet) -> np.ndarray | None:
-    """fp64 [examples, sequences of one]; None where the file is not there or is damaged."""
+def _without_reference(tokens: TokenSet) -> list[Example]:
+    return [example._replace(reference=()) for example in tokens]
+
+
+def _read(path: Path, answers: int) -> np.ndarray | None:
+    """fp64 [examples, answers]; None where the file is not there or is damaged."""
     try:
         values: np.ndarray = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -102,7 +203,7 @@ def _read(path: Path, tokens: TokenSet) -> np.ndarray | None:
     except (OSError, ValueError, EOFError) as error:
         log.warning("%s is damaged, and its numbers are made again (%s)", path, error)
         return None
-    is_whole = values.shape == _shape(tokens) and bool(np.all(np.isfinite(values)))
+    is_whole = values.shape[1:] == (answers,) and bool(np.all(np.isfinite(values)))
     return values if is_whole else None
 
 
@@ -115,50 +216,3 @@ def _write(path: Path, values: np.ndarray) -> None:
         write_atomically(path, buffer.getvalue())
     except OSError as error:
         log.warning("the reference's numbers are not kept: %s (%s)", path, error.strerror)
-
-
-@torch.no_grad()
-def _measure(
-    root: TrainModel,
-    tokens: TokenSet,
-    layout: MicroBatchLayout,
-    *,
-    pad_id: int,
-    row_tokens: int,
-    mesh: Mesh,
-    measured: Callable[[], object] = lambda: None,
-) -> np.ndarray:
-    """Score every answer with the model as it is; a collective call of the ranks of `mesh`.
-
-    The data ranks take the rows in turn. `measured` is called after each.
-
-    Returns:
-        fp64 [examples, sequences of one].
-    """
-    values = np.zeros(_shape(tokens))
-    room = layout.pad_to or max(row_tokens, int(tokens.lengths.max(initial=0)))
-    rows = best_fit_decreasing(tokens.lengths, room)
-    ranks = mesh.shape.data
-    device = root.model.device
-    is_training = root.training
-    root.eval()
-    for first in range(0, len(rows), ranks):
-        mine = first + mesh.data_rank
-        examples = rows[mine] if mine < len(rows) else []
-        length = layout.pad_to or max(1, int(tokens.lengths[examples].sum()))
-        length = ceil_div(length, mesh.shape.tensor) * mesh.shape.tensor
-        row = [tokens[i]._replace(reference=()) for i in examples]
-        batch = collate([row], length=length, pad_id=pad_id, bound=layout.bound)
-        logprobs = root(batch.to(device), answer_logprobs).logprobs
-        values[examples] = logprobs.cpu().numpy().reshape(len(examples), values.shape[1])
-        measured()
-    root.train(is_training)
-    reshard(root)
-    # Each row is one rank's, and 0 on the others.
-    total = torch.from_numpy(values).to(device)
-    all_reduce_together([total], mesh.data_group)
-    return total.cpu().numpy()
-
-
-def _shape(tokens: TokenSet) -> tuple[int, int]:
-    return len(tokens), 2 if tokens.has_pairs else 1
