@@ -39,7 +39,13 @@ from tunesmith.planning.measured_layers import (
     count_expert_traffic,
     measure_kept,
 )
-from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
+from tunesmith.planning.run_plan import (
+    Machine,
+    MemoryEstimate,
+    MicroBatchLayout,
+    RunPlan,
+    describe_reference,
+)
 from tunesmith.planning.savings import USABLE_ON_CPU, check_offload, find_savings, moved_to_host
 from tunesmith.quant.frozen_stack import DENSE_BYTES
 from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
@@ -441,11 +447,13 @@ class MemoryEstimator:
         recompute_reason = "as train.recompute says"
         if train.recompute == "auto":
             recompute_reason = "as few as fit"
+        reference = describe_reference(run)
         why = {
             "attention": machine.attention[1],
             "loss": "head and loss on supervised positions alone",
             "base": machine.scaling[1] or "as the recipe says",
             "compile": compile_reason,
+            "reference": reference.cost,
             "kernels": "as train.deterministic says",
             "recompute": recompute_reason,
             "weight gradients": "16-bit weights with fp32 masters on one GPU: the products add "
@@ -460,6 +468,7 @@ class MemoryEstimator:
             machine.attention[0],
             base=self.scheme.storage(machine.scaling[0], run.model.dtype),
             layers=self.spec.depth,
+            reference=reference.what,
             compiled=compiled,
             deterministic=train.deterministic,
             recomputed_layers=memory.recomputed_layers,
@@ -555,6 +564,8 @@ class MemoryEstimator:
         if self.trains_adapter:
             width = 4
             adapter = width * trained
+            if run.extra_forwards and run.adapter.from_ is not None:
+                adapter *= 2  # the reference: the adapter as it came
             copies = 12 * trained
         elif self.sharded and run.train.master_weights == "fp32":
             # Sharded 16-bit weights that are trained in full are fp32, their own masters.

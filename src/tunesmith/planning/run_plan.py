@@ -17,6 +17,34 @@ from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.units import Size, ceil_div
 
 
+class Reference(NamedTuple):
+    """The model that a method compares with, and what that costs; both empty for others."""
+
+    what: str = ""
+    cost: str = ""
+
+
+def describe_reference(run: Run) -> Reference:
+    method = run.method.name
+    if method not in ("dpo", "kto"):
+        return Reference()
+    if run.adapter.kind == "none":
+        cost = "a forward pass over all answers before training, kept beside the tokens"
+        if method == "kto":
+            cost += (
+                "; for its KL another one over the mismatched answers of all steps, and one of"
+                " those of a step in each step"
+            )
+        return Reference("the base, scored before training", cost)
+    cost = "a forward pass a step"
+    if method == "kto":
+        cost = "a forward pass a step, and two for its KL, over the step's mismatched answers"
+    if run.adapter.from_ is None:
+        return Reference("the base, with the adapter off", cost)
+    cost += ", and a copy of the adapter"
+    return Reference("the adapter of adapter.from, as it came", cost)
+
+
 def one_document_a_row(run: Run, model_type: str, why: str) -> Run:
     """The recipe with unpacked rows, for a type whose layers do not keep packed documents apart.
 
@@ -165,6 +193,7 @@ class RunPlan:
     Attributes:
         base: how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8.
         layers: decoder layers of the model.
+        reference: what the method compares with; empty where it compares with nothing.
         recomputed_layers: those of them that recompute in the backward.
         fp32_gradients: those of linear layers' weights are added up in fp32 by the products that
             make them.
@@ -178,6 +207,7 @@ class RunPlan:
     attention: str
     base: str
     layers: int
+    reference: str = ""
     compiled: bool = False
     deterministic: bool = False
     recomputed_layers: int = 0
@@ -208,6 +238,8 @@ class RunPlan:
             "recompute": recompute,
             "micro batch": f"{size.amount:,} {size.unit}",
         }
+        if self.reference:
+            choices["reference"] = self.reference
         if self.deterministic:
             choices["kernels"] = "deterministic"
         if self.fp32_gradients:
