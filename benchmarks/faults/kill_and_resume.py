@@ -5,6 +5,7 @@ interrupted.
     python benchmarks/faults/kill_and_resume.py --shape llama3-3b --layers 4 --tokenizer DIR --data rows.json [--json FILE]
     python benchmarks/faults/kill_and_resume.py RECIPE [key=value ...] --kills 30 [--seed 0] [--json FILE]
     python benchmarks/faults/kill_and_resume.py --family qwen3_5 --adapter lora --kills 30 [--json FILE]
+    python benchmarks/faults/kill_and_resume.py --family llama --method kto --adapter none --kills 10 [--json FILE]
     python benchmarks/faults/kill_and_resume.py --family qwen3_5 parallel.shard=2 --ranks 4 --kills 6 [--json FILE]
 
 Both runs are `tunesmith train` with deterministic algorithms, STEPS steps and a checkpoint every
@@ -12,7 +13,8 @@ CHECKPOINT_EVERY of them. The kill comes once the run is a step past its first c
 Losses and gradient norms of all steps and the bytes of the final adapter are compared bit for bit.
 Exit status 1: they differ. A shape is a model of that width with random weights and `--layers`
 layers, written to disk first; a family is a tiny random one of the tests (`vision_models.FAMILIES`,
-whose text model is trained, llama, or qwen3_moe).
+whose text model is trained, llama, or qwen3_moe). With `--method` it learns from made pairs or
+labeled answers, and a full run's reference is kept in a cache that all starts share.
 
 With `--kills N` the run is LONG_STEPS steps long with a checkpoint every LONG_CHECKPOINT_EVERY, and
 is killed N times at random moments, between its first step and its end: up to KILLS_A_RUN times
@@ -311,7 +313,7 @@ def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     import vision_models
     from conftest import write_mixture, write_tiny_llama
-    from recipes import recipe
+    from recipes import recipe, write_feedback, write_pairs
 
     model = write_tiny_llama(folder / "tiny")
     if options.family == "qwen3_moe":
@@ -320,7 +322,16 @@ def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
         # The last of four layers of Llama 4 attends to the whole document.
         text = {"num_hidden_layers": 4, "floor_scale": 4} if options.family == "llama4" else {}
         model = vision_models.build(options.family, folder / "model", model, **text)
-    values = recipe(model, folder, held=False, adapter={"kind": options.adapter})
+    changes: dict[str, Any] = {"adapter": {"kind": options.adapter}}
+    if options.method:
+        write, data_format = write_pairs, "preference"
+        if options.method == "kto":
+            write, data_format = write_feedback, "feedback"
+        rows = write(folder / "preferences.jsonl", 0, 48)
+        changes["method"] = options.method
+        changes["data"] = {"train": {"source": str(rows), "format": data_format}}
+        os.environ["TUNESMITH_CACHE"] = str(folder / "cache")
+    values = recipe(model, folder, held=False, **changes)
     file = folder / "recipe.json"  # JSON is YAML
     file.write_text(json.dumps(values), encoding="utf-8")
     return [str(file)]
@@ -348,6 +359,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="RECIPE | key=value")
     parser.add_argument("--shape")
     parser.add_argument("--family")
+    parser.add_argument("--method", choices=("dpo", "orpo", "simpo", "kto"))
     parser.add_argument("--adapter", choices=("lora", "none"), default="lora")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokenizer")
