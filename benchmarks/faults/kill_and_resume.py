@@ -10,7 +10,8 @@ interrupted.
 
 Both runs are `tunesmith train` with deterministic algorithms, STEPS steps and a checkpoint every
 CHECKPOINT_EVERY of them. The kill comes once the run is a step past its first complete checkpoint.
-Losses and gradient norms of all steps and the bytes of the final adapter are compared bit for bit.
+Losses, gradient norms and a method's numbers of all steps and the bytes of the final adapter are
+compared bit for bit.
 Exit status 1: they differ. A shape is a model of that width with random weights and `--layers`
 layers, written to disk first; a family is a tiny random one of the tests (`vision_models.FAMILIES`,
 whose text model is trained, llama, or qwen3_moe). With `--method` it learns from made pairs or
@@ -47,6 +48,8 @@ LONG_STEPS = 120
 LONG_CHECKPOINT_EVERY = 7
 KILLS_A_RUN = 6
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "examples")
+# How the names of a method's own numbers begin.
+OF_METHOD = ("reward", "logps", "kl")
 DEADLINE = 600.0  # seconds for a run
 SURVIVORS_END = 120.0  # seconds that the other ranks have to notice a killed one
 
@@ -260,14 +263,18 @@ def optimizer_state(output_dir: Path) -> dict[str, bytes]:
     return state
 
 
+def compared(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the training, and not of its time."""
+    of_method = [key for key in record if key.startswith(OF_METHOD)]
+    return {key: record[key] for key in (*COMPARED, *of_method)}
+
+
 def compare(whole: Path, resumed: Path) -> dict[str, Any]:
     """How the two run directories differ: the records of all steps, and the files of the final
     weights.
     """
     records = list(zip(read_records(whole), read_records(resumed), strict=True))
-    unequal_steps = [
-        left["step"] for left, right in records if any(left[key] != right[key] for key in COMPARED)
-    ]
+    unequal_steps = [left["step"] for left, right in records if compared(left) != compared(right)]
     largest = max(abs(left["loss"] - right["loss"]) / abs(left["loss"]) for left, right in records)
     weights = [file.name for file in sorted((whole / "final").glob("*.safetensors"))]
     unequal_files = [

@@ -6,6 +6,7 @@ is written as its paper has it. 1e-9 of the largest value is rounding of float64
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
@@ -24,7 +26,10 @@ from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.data.layout import Layout
 from tunesmith.data.mismatched import mismatched_examples
 from tunesmith.methods import make_method
+from tunesmith.methods.answers import reference_logprobs
 from tunesmith.methods.base import StepTotals, TrainModel
+from tunesmith.model.measured_spec import model_spec
+from tunesmith.model.spec import flops
 
 TOLERANCE = 1e-9
 
@@ -333,3 +338,51 @@ def test_a_sequence_of_a_pair_does_not_see_the_other() -> None:
     assert batch.sequences.of_target.tolist() == [0, 0, 1, 1]
     assert batch.sequences.labels.tolist() == [True, False]
     assert batch.chosen_tokens == 2
+
+
+def test_a_pass_of_the_reference_has_the_operations_that_are_counted(
+    model: TrainModel, tiny: Path
+) -> None:
+    """3 %: of attention `flops` counts what a token sees, torch's counter whole blocks."""
+    use(model, MethodConfig(name="dpo"))
+    examples = pairs(6)
+    [batch] = packed(examples)
+    with FlopCounterMode(display=False) as counter:
+        reference_logprobs(model, batch)
+    spec = model_spec(json.loads((tiny / "config.json").read_text()), where="test")
+    documents = [n for example in examples for n in example.sequences]
+    documents.append(7)  # of padding
+    supervised = sum(example.supervised for example in examples)
+    with_pass, without = (
+        flops(spec, documents, supervised, trained="lora", forwards=n) for n in (1, 0)
+    )
+    assert counter.get_total_flops() == pytest.approx(with_pass - without, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter"), [("dpo", "lora"), ("dpo", "none"), ("kto", "lora"), ("kto", "none")]
+)
+def test_a_step_takes_the_passes_that_are_counted(
+    method: str, adapter: str, model: TrainModel, tiny: Path, tmp_path: Path
+) -> None:
+    form = "feedback" if method == "kto" else "preference"
+    rows = {"train": {"source": str(tmp_path / "rows.jsonl"), "format": form}}
+    settings = {"method": method, "adapter": {"kind": adapter}, "data": rows}
+    run = make_run(tiny, tmp_path, held=False, **settings)
+    use(model, run.method)
+    examples = feedback(4) if method == "kto" else pairs(4)
+    swapped = mismatched_examples(examples, 100) if method == "kto" else []
+    if adapter == "none":
+        # Numbers of before training.
+        examples = [x._replace(reference=(0.0,) * x.sequence_count) for x in examples]
+        swapped = [x._replace(reference=(0.0,)) for x in swapped]
+    hidden = model.hidden
+    tokens = []
+    model.hidden = lambda batch: tokens.append(batch.tokens) or hidden(batch)  # type: ignore[method-assign, func-returns-value]
+    try:
+        totals = StepTotals(4, mismatched=packed(swapped) if swapped else [])
+        train_on(model, packed(examples), model.method.begin_step(model, totals, lambda _: None))
+    finally:
+        del model.hidden
+    of_step = sum(len(example.ids) for example in examples)
+    assert sum(tokens) == of_step * (1 + run.extra_forwards)

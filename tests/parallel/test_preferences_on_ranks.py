@@ -57,6 +57,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {**FULL, "train": {"global_batch": "3 examples"}},
         {"shard": 4},
     ),
+    "simpo in full, shards": ({**FULL, "method": "simpo"}, {"shard": 2}),
     "orpo, copies of shards": ({"method": "orpo"}, {"replicate": 2, "shard": 2}),
 }
 
@@ -131,5 +132,10 @@ def test_numbers_are_those_of_one_process(world: int, tiny: Path, tmp_path: Path
     ports = [free_port() for _ in cases]
     on_ranks = run_ranks(world, numbers_of_all, tiny, tmp_path, cases, ports)[0]
     for (name, (what, _)), many in zip(chosen.items(), on_ranks, strict=True):
+        largest = 0.0
+        for one, several in zip(alone[str(what)], many, strict=True):
+            for key, value in one.items():
+                largest = max(largest, abs(several[key] - value) / max(abs(value), 0.1))
+        print(f"{name}: {largest:.1e}")
         for one, several in zip(alone[str(what)], many, strict=True):
             assert several == pytest.approx(one, rel=1e-4, abs=1e-5), name
