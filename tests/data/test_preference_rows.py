@@ -218,6 +218,15 @@ def test_broken_rows_are_named_with_their_place(name: str) -> None:
     assert caught.value.fix
 
 
+def test_a_column_that_the_format_reads_is_not_proposed_for_another() -> None:
+    with pytest.raises(DataError) as caught:
+        pair(prompt=PROMPT, chosen="3", worse="three")
+    assert "{rejected: worse}" in caught.value.fix
+    with pytest.raises(DataError) as caught:
+        pair(prompt=PROMPT, chosen="3")
+    assert "prompt" not in caught.value.fix
+
+
 def tokens_of(path: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[TokenSet, Contract]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Source(source=str(path), format=options.pop("format", "preference"))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import tunesmith
-from errors import check_error, holds
-from recipes import make_run
-from tunesmith.errors import DataError, TunesmithError
+from errors import check_error, holds, refuses
+from recipes import make_run, write_pairs
+from tunesmith.errors import DataError, TunesmithError, UsageError
 
 U = {"role": "user", "content": "1 + 2?"}
 GOOD = {"role": "assistant", "content": "3"}
@@ -191,3 +191,30 @@ def test_a_bad_file_is_named(name: str, tiny: Path, tmp_path: Path) -> None:
     assert "train.jsonl" in error.where
     for value in names:
         assert holds(f"{error.what}\n{error.why}", value), str(error)
+
+
+def test_bad_rows_of_an_eval_are_named_too(tiny: Path, tmp_path: Path) -> None:
+    held = write_pairs(tmp_path / "held.jsonl", 8, 4)
+    sources = {
+        "train": {
+            "source": str(write_pairs(tmp_path / "train.jsonl", 0, 8)),
+            "format": "preference",
+        },
+        "validation": {"source": str(held), "format": "preference"},
+    }
+    steps = {"duration": "1 steps", "warmup": "0 steps"}
+    tunesmith.train(make_run(tiny, tmp_path, method="dpo", data=sources, train=steps))
+    before = sorted(tmp_path.rglob("*"))
+    for name, rows, line in (
+        ("no-rejected", [PAIR, without(PAIR, "rejected")], 2),
+        ("empty", [PAIR, PAIR, PAIR | {"chosen": ""}], 3),
+        ("labeled", [ANSWER], 1),
+    ):
+        file = write_lines(tmp_path.parent / f"{tmp_path.name}-{name}.jsonl", rows)
+        with refuses(DataError, where=f"{file.name}:{line}"):
+            tunesmith.evaluate(tmp_path / "run", file)
+    # Rows that were held out, and are others now.
+    write_lines(held, [PAIR] * 4)
+    with refuses(UsageError, where="--data"):
+        tunesmith.evaluate(tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before

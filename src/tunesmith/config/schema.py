@@ -365,7 +365,9 @@ class Run:
     }
 
     method: MethodConfig = key(
-        MethodConfig(), "what the loss is: a name, or a mapping with its keys"
+        MethodConfig(),
+        "what the loss is: a name, or a mapping with its keys",
+        example="{name: dpo}",
     )
     model: Model = key(..., "the base model", example="{name: meta-llama/Llama-3.1-8B-Instruct}")
     adapter: Adapter = key(Adapter(), "what is trained")

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from tunesmith.config.check import COLUMNS
 from tunesmith.config.schema import Source
 from tunesmith.data.files import MAX_ROW_BYTES, json_type
 from tunesmith.errors import DataError
@@ -221,7 +222,8 @@ class _RowReader:
         mapped = self.source.columns
         missing = [name for name in needed if mapped.get(name, name) not in self.row]
         # Columns that nothing reads yet are proposed for those that are missing.
-        spare = [str(c) for c in self.row if c not in needed and c not in mapped.values()]
+        readable = {mapped.get(name, name) for name in COLUMNS[self.source.format]}
+        spare = [str(column) for column in self.row if column not in readable]
         pairs = []
         for n, name in enumerate(missing):
             column = _yaml_text(spare[n]) if n < len(spare) else "..."
