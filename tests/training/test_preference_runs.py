@@ -154,6 +154,9 @@ def test_kto_in_full_scores_the_answers_of_each_step_under_other_prompts(
     assert whole.records[0].extra["kl"] == 0
     assert whole.records[0].loss == pytest.approx(0.5, abs=1e-6)
     assert "val_kl" in whole.records[-1].extra
+    reference = json.loads((tmp_path / "whole" / "env.json").read_text())["choices"]["reference"]
+    assert reference["taken"]
+    assert reference["why"]
     values = {file: np.load(file) for file in cache.glob("tokens/reference/*.npy")}
     # Of training: all rows, and those of four steps of eight. Of held-out rows: each twice.
     assert sorted(len(value) for value in values.values()) == [16, 16, 32, 64]

@@ -63,17 +63,36 @@ class Layout:
 
     def _groups(self, examples: Sequence[Example] | TokenSet, room: int) -> list[list[int]]:
         """Which examples share a batch, by their indices."""
+        if not len(examples):
+            return []
         if self.packed:
-            lengths = np.array([len(example.ids) for example in examples])
-            return best_fit_decreasing(lengths, max(room, int(lengths.max(initial=0))))
+            lengths = _lengths(examples)
+            return best_fit_decreasing(lengths, max(room, int(lengths.max())))
+        # All examples of a set have as many sequences.
+        sequences = examples[0].sequence_count
+        widths = _widths(examples)
         groups: list[list[int]] = []
         # Rows of like length together; the first of a group is the longest.
-        widths = np.array([example.longest_sequence for example in examples])
         for i in np.argsort(-widths, kind="stable").tolist():
+            has_room = False
             if groups:
-                rows = sum(examples[k].sequence_count for k in (*groups[-1], i))
+                rows = sequences * (len(groups[-1]) + 1)
                 has_room = rows * int(widths[groups[-1][0]]) <= room
-            if not groups or not has_room:
+            if not has_room:
                 groups.append([])
             groups[-1].append(i)
         return groups
+
+
+def _lengths(examples: Sequence[Example] | TokenSet) -> np.ndarray:
+    """int64 [n], tokens of each example."""
+    if isinstance(examples, TokenSet):
+        return examples.lengths
+    return np.array([len(example.ids) for example in examples])
+
+
+def _widths(examples: Sequence[Example] | TokenSet) -> np.ndarray:
+    """int64 [n], tokens of each example's longest sequence."""
+    if isinstance(examples, TokenSet):
+        return examples.longest_sequences
+    return np.array([example.longest_sequence for example in examples])

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from tunesmith.config.schema import Run
-from tunesmith.data.batch import Batch, Example
+from tunesmith.data.batch import Batch
 from tunesmith.data.loader import Loader
 from tunesmith.data.mismatched import mismatched_of_all
 from tunesmith.data.prepare import TrainingData
@@ -184,14 +184,10 @@ class BaseReference:
         """This rank's batches of the array `i`, each with the rows of the array that it fills."""
         room = self.run.row_tokens
         if not scores.is_mismatched:
-            return loader.layout.batches(_without_reference(scores.tokens), room)
+            return loader.layout.batches(scores.tokens, room)
         if scores.tokens is self.data.train:
             return loader.mismatched(i)
         return loader.layout.batches(mismatched_of_all(scores.tokens), room)
-
-
-def _without_reference(tokens: TokenSet) -> list[Example]:
-    return [example._replace(reference=()) for example in tokens]
 
 
 def _read(path: Path, answers: int) -> np.ndarray | None:
