@@ -141,6 +141,10 @@ def test_full_fine_tuning_scores_the_base_once_and_keeps_the_numbers(
     assert_equal(tmp_path / "whole", tmp_path / "parts")
     for file, value in zip(files, values, strict=True):
         assert np.array_equal(np.load(file), value)
+    # Another row is another file; the held-out rows have theirs.
+    write_pairs(tmp_path / "train.jsonl", 1, 32)
+    train(tiny, tmp_path, "dpo", "other", adapter=full, train={"duration": "1 steps"})
+    assert len(list(cache.glob("tokens/reference/*.npy"))) == 3
 
 
 def test_kto_in_full_scores_the_answers_of_each_step_under_other_prompts(
