@@ -263,7 +263,7 @@ def test_an_sft_run_is_evaluated_on_pairs_by_their_columns(
     """The rows that it was trained on have a prompt too, and are no pairs."""
     run = make_run(tiny, tmp_path, train={"duration": "2 steps"})
     tunesmith.train(run)
-    held = write_pairs(tmp_path / "pairs.jsonl", 8, 40)
+    held = write_pairs(tmp_path / "pairs.jsonl", 40, 8)
     folder = tmp_path / "run"
     for more in ([], ["--format", "preference"]):
         assert main(["eval", str(folder), "--data", str(held), "--json", *more]) == 0
