@@ -58,7 +58,7 @@ def results_of(
 
     x = draw(sum(ROWS), IN)
     lora_A = draw(EXPERTS, RANK, IN)
-    lora_B = draw(EXPERTS, OUT, RANK)
+    lora_B = draw(EXPERTS, RANK, OUT)
     dy = draw(sum(ROWS), OUT).detach()
     experts = torch.repeat_interleave(torch.tensor(ROWS)).to(device)
     rows = ExpertRows.of(experts, EXPERTS, dtype)

@@ -211,7 +211,7 @@ def test_one_kernel_for_all_experts_equals_one_after_the_other(
     assert rows.spans == ((0, 0, 5), (2, 5, 14), (3, 14, 16))
     torch.manual_seed(0)
     stack = DenseStack.of(torch.randn(4, 24, 16).to(dtype), is_transposed=False)
-    leaves = [torch.randn(shape).to(dtype) for shape in ((16, 16), (4, 3, 16), (4, 24, 3))]
+    leaves = [torch.randn(shape).to(dtype) for shape in ((16, 16), (4, 3, 16), (4, 3, 24))]
     results = []
     for kind in (rows, rows._replace(spans=None)):
         x, *factors = [leaf.clone().requires_grad_(True) for leaf in leaves]
@@ -221,6 +221,38 @@ def test_one_kernel_for_all_experts_equals_one_after_the_other(
     for one, other in zip(*results, strict=True):
         tolerance = 1e-6 if dtype == torch.float32 else 2e-2
         assert error(one.float(), other.float()) < tolerance
+
+
+def test_products_in_16_bits_have_few_sizes() -> None:
+    """oneDNN compiles a kernel for each number of rows. Empty rows that fill up count nowhere."""
+    counts = torch.tensor([*range(1, 40), 127, 129, 200, 255, 256, 257, 300, 513])
+    chosen = torch.arange(len(counts)).repeat_interleave(counts)
+    torch.manual_seed(0)
+    weight = torch.randn(len(counts), 24, 16) / 4
+    shapes = ((len(chosen), 16), (len(counts), 3, 16), (len(counts), 3, 24))
+    leaves = [torch.randn(shape).bfloat16() for shape in shapes]
+    weights = torch.randn(len(chosen), 24)
+    results = []
+    # In fp64 each expert is one product, of the same rounded numbers.
+    for dtype in (torch.bfloat16, torch.float64):
+        x, *factors = [leaf.detach().to(dtype).requires_grad_(True) for leaf in leaves]
+        stack = DenseStack.of(weight.bfloat16().to(dtype), is_transposed=False)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            rows = ExpertRows.of(chosen, len(counts), dtype)
+            y = expert_matmul.expert_matmul(x, stack, rows, *factors)
+            (y * weights).sum().backward()
+        results.append([y, x.grad, *(factor.grad for factor in factors)])
+        products = [
+            event for event in profile.events() if event.name in {"aten::mm", "aten::addmm_"}
+        ]
+        sizes = {str(event.input_shapes) for event in products}
+        if dtype == torch.bfloat16:
+            # Of rows through W and back; times A, B and back, and to the gradients of both.
+            assert len(sizes) <= 2 * 13 + 6 * 9
+        else:
+            assert len(sizes) == 8 * len(counts)
+    for rounded, exact in zip(*results, strict=True):
+        assert error(rounded.double(), exact) < 2e-2
 
 
 @pytest.mark.parametrize("per_token", [1, 2])
@@ -270,7 +302,7 @@ def test_groups_of_experts_equal_all_at_once(
     monkeypatch.setattr(expert_matmul, "uses_grouped_mm", lambda device, dtype: True)
     torch.manual_seed(0)
     stack = DenseStack.of(torch.randn(5, 24, 16), is_transposed=False)
-    leaves = [torch.randn(shape) for shape in ((16, 16), (5, 4, 16), (5, 24, 4))]
+    leaves = [torch.randn(shape) for shape in ((16, 16), (5, 4, 16), (5, 4, 24))]
     sizes = []
     original = DenseStack.dense
 

@@ -54,12 +54,15 @@ class ExpertsLora(LowRank):
         return local_part(self.lora_A).unflatten(0, (len(lora_B), -1)), lora_B
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """A, and B times the scaling, for `expert_matmul`; (None, None) where it is disabled."""
+        """A [experts, rank, in], and B [experts, rank, out] times the scaling, for `expert_matmul`;
+        (None, None) where it is disabled.
+        """
         if not self.enabled:
             return None, None
         lora_A, lora_B = self.by_expert()
+        lora_B = lora_B.mT
         if self.is_swapped:
-            lora_A, lora_B = lora_B.mT.contiguous(), lora_A.mT
+            lora_A, lora_B = lora_B.contiguous(), lora_A
         return lora_A.to(dtype), (lora_B * self.scaling).to(dtype).contiguous()
 
     def update(self) -> Tensor:
