@@ -178,8 +178,10 @@ def test_parts_of_the_experts_add_up_to_all(
 # What a faulty change would do: each must show in the comparison above.
 MUTATIONS: dict[str, tuple[object, str, Callable]] = {
     "the update of the next expert": (
-        expert_matmul, "multiply_by_expert",
-        lambda original: lambda x, weights, rows: original(x, weights.roll(1, 0), rows),
+        expert_matmul, "_multiply",
+        lambda original: lambda x, factors, *rest, **options: original(
+            x, tuple(factor.roll(1, 0) for factor in factors), *rest, **options
+        ),
     ),
     "gradients of A and B for one expert": (
         expert_matmul, "_products_of_columns",

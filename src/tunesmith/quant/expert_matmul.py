@@ -5,7 +5,7 @@
 The backward makes no gradient of W and saves nothing dense. A GPU multiplies all experts by
 `grouped_mm`, which reads the edges between experts on the device. A CPU takes one expert after the
 other: equally fast, for every dtype, and a quantized stack is dense for one expert at a time. In 16
-bits it takes their rows in blocks of few sizes, as each new size costs (see `_blocks`).
+bits their rows come in blocks of few sizes, as each new size costs (see `_blocks`).
 
 A stack in codes that is large when dense (see `frozen_stack.DENSE_BYTES`) is multiplied by groups
 of experts on a GPU too. A group's product takes the rows between two edges, and no kernel of torch
@@ -14,7 +14,8 @@ with zeros. So the host reads the edges, once a layer and forward. It waits for 
 the products that follow take milliseconds each: the GPU has work again before long.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -119,15 +120,15 @@ class _ExpertMatmul(torch.autograd.Function):
         ctx.encoding = encoding
         ctx.shape = shape
         stack = frozen_stack(encoding, tensors, shape)
-        update = None
-        lora: tuple[Tensor, ...] = ()
+        factors = None
         if lora_A is not None and lora_B is not None:
-            xa = multiply_by_expert(x, lora_A.mT, rows)
-            update = multiply_by_expert(xa, lora_B, rows)
-            lora = (x, xa, lora_A, lora_B)
+            factors = lora_A.mT, lora_B
+        xa, y = _multiply(x, factors, stack, rows, backward=False)
+        assert y is not None  # as there is a stack
+        lora = () if xa is None else (x, xa, lora_A, lora_B)
         ctx.lora_count = len(lora)
         ctx.save_for_backward(*lora, *tensors)
-        return _add_products(update, x, stack, rows, backward=False)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -136,92 +137,164 @@ class _ExpertMatmul(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: a recomputed layer unpacks them once
         lora = saved[: ctx.lora_count]
         tensors = saved[ctx.lora_count :]
-        update = None
+        factors = None
         d_lora_A = None
         d_lora_B = None
         if lora:
             x, xa, lora_A, lora_B = lora
-            d_xa = multiply_by_expert(dy, lora_B.mT, rows)
-            d_lora_A = _products_of_columns(d_xa, x, rows)
-            d_lora_B = _products_of_columns(xa, dy, rows)
-            update = multiply_by_expert(d_xa, lora_A, rows)
-        dx = None
+            factors = lora_B.mT, lora_A
+        stack = None
         if ctx.needs_input_grad[0]:
             stack = frozen_stack(ctx.encoding, tensors, ctx.shape)
-            dx = _add_products(update, dy, stack, rows, backward=True)
+        d_xa, dx = _multiply(dy, factors, stack, rows, backward=True)
+        if d_xa is not None:
+            d_lora_A = _products_of_columns(d_xa, x, rows)
+            d_lora_B = _products_of_columns(xa, dy, rows)
         return (dx, d_lora_A, d_lora_B, None, None, None, *[None] * len(tensors))
 
 
-def multiply_by_expert(x: Tensor, weights: Tensor, rows: ExpertRows) -> Tensor:
-    """x [rows, in] times the weight [in, out] of each row's expert: a new [rows, out]."""
-    if x.is_meta:
-        return x.new_empty(len(x), weights.shape[2])
-    if rows.spans is None:
-        return F.grouped_mm(x, weights, offs=rows.offsets)
-    y = x.new_empty(len(x), weights.shape[2])
-    for expert, first, end in rows.spans:
-        _multiply_rows(x[first:end], weights[expert], y[first:end], step=LORA_STEP, adds=False)
-    return y
+def _multiply(
+    x: Tensor,
+    factors: tuple[Tensor, Tensor] | None,
+    stack: FrozenStack | None,
+    rows: ExpertRows,
+    *,
+    backward: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Each row times its expert's frozen weight and the two factors of its update.
+
+    Args:
+        x: [rows, in]; the gradients [rows, out] if `backward`, which exchanges `in` and `out`.
+        factors: [experts, in, rank] and [experts, rank, out]; None: there is no update.
+        stack: W [experts, in, out], which is transposed if `backward`; None: the second is not
+            needed.
+
+    Returns x times the first factor, and x W with that times the second.
+    """
+    low = None
+    y = None
+    if x.is_meta or rows.spans is not None:
+        if factors is not None:
+            low = x.new_empty(len(x), factors[0].shape[2])
+        if stack is not None:
+            y = x.new_empty(len(x), stack.shape[1 if backward else 2])
+        if rows.spans is not None:
+            _multiply_by_expert(x, low, y, factors, stack, rows.spans, backward=backward)
+        return low, y
+    if factors is not None:
+        low = F.grouped_mm(x, factors[0], offs=rows.offsets)
+        if stack is not None:
+            y = F.grouped_mm(low, factors[1], offs=rows.offsets)
+    if stack is not None:
+        y = _add_grouped(y, x, stack, rows, backward=backward)
+    return low, y
 
 
-def _add_products(
-    y: Tensor | None, x: Tensor, stack: FrozenStack, rows: ExpertRows, *, backward: bool
-) -> Tensor:
-    """x W_e, or x W_e^T if `backward`, added to y if there is one, which is then overwritten."""
-    _, width, out_width = stack.shape
-    if backward:
-        out_width = width
-    if x.is_meta:
-        return x.new_empty(len(x), out_width)
-    if rows.spans is None:
-        return _add_grouped(y, x, stack, rows, backward=backward)
-    product = x.new_empty(len(x), out_width) if y is None else y
-    for expert, first, end in rows.spans:
-        weight = stack.dense(expert, expert + 1, x.dtype)[0]
-        if backward:
-            weight = weight.T
-        part = product[first:end]
-        _multiply_rows(x[first:end], weight, part, step=FROZEN_STEP, adds=y is not None)
-    return product
+def _multiply_by_expert(
+    x: Tensor,
+    low: Tensor | None,
+    y: Tensor | None,
+    factors: tuple[Tensor, Tensor] | None,
+    stack: FrozenStack | None,
+    spans: tuple[tuple[int, int, int], ...],
+    *,
+    backward: bool,
+) -> None:
+    """What `_multiply` returns, written into `low` and `y` one expert after the other.
+
+    A block may reach into the rows of the experts behind its own. These are written after it.
+    """
+    for expert, first, end in spans:
+        weights: list[Tensor] = []
+        if factors is not None:
+            weights = [factor[expert] for factor in factors]
+        if stack is not None:
+            weight = stack.dense(expert, expert + 1, x.dtype)[0]
+            weights.append(weight.T if backward else weight)
+        for block in _blocks(end - first, x.dtype.itemsize):
+            start = first + block.start
+            count = block.lora_rows
+            low_part = _part(low, start, count)
+            y_part = _part(y, start, count)
+            _multiply_block(_rows(x, start, count), low_part, y_part, weights, block)
+            if start + count <= len(x):
+                continue
+            for whole, part in ((low, low_part), (y, y_part)):
+                if whole is not None and part is not None:
+                    whole[start:end] = part[: end - start]
 
 
-def _multiply_rows(x: Tensor, weight: Tensor, y: Tensor, *, step: int, adds: bool) -> None:
-    """Write x W into y, or add it if `adds`: an expert's rows, on a CPU."""
-    for block, missing in _blocks(len(x), x.dtype, step):
-        rows = _with_empty_rows(x[block], missing)
-        part = y[block]
-        if missing:
-            part = _with_empty_rows(part, missing) if adds else y.new_empty(len(rows), y.shape[1])
-        if adds:
-            part.addmm_(rows, weight)
-        else:
-            torch.mm(rows, weight, out=part)
-        if missing:
-            y[block] = part[: len(part) - missing]
+def _part(x: Tensor | None, first: int, count: int) -> Tensor | None:
+    """Rows of x to write; new ones where x ends before."""
+    if x is None:
+        return None
+    part = x[first : first + count]
+    return part if len(part) == count else x.new_empty(count, x.shape[1])
 
 
-def _blocks(rows: int, dtype: torch.dtype, step: int) -> Iterator[tuple[slice, int]]:
-    """The rows of an expert in blocks, each with how many empty rows make it a full one.
+class _Block(NamedTuple):
+    """Rows of an expert that are multiplied at a time.
+
+    Attributes:
+        start: of its first row, among those of the expert.
+        frozen_rows, lora_rows: so many are multiplied with W, and with A and B; the latter are not
+            fewer, and both may be more than there are.
+    """
+
+    start: int
+    frozen_rows: int
+    lora_rows: int
+
+
+@lru_cache(maxsize=1024)
+def _blocks(rows: int, itemsize: int) -> tuple[_Block, ...]:
+    """The blocks of an expert's rows, in a dtype of so many bytes.
 
     In 16 bits oneDNN compiles a kernel for each number of rows, which takes as long as a product
     with W and eight times as long as one with A; of the kernels it keeps few (see
-    `runtime/host.py`). So there are few sizes: multiples of `step`, and powers of two below it.
+    `runtime/host.py`). So there are few sizes: multiples of a step, and powers of two below it.
     """
-    if dtype.itemsize != 2:
-        yield slice(0, rows), 0
+    if itemsize != 2:
+        return (_Block(0, rows, rows),)
+    blocks = []
+    for start in range(0, rows, BLOCK_ROWS):
+        count = min(BLOCK_ROWS, rows - start)
+        blocks.append(_Block(start, _round_up(count, FROZEN_STEP), _round_up(count, LORA_STEP)))
+    return tuple(blocks)
+
+
+def _round_up(count: int, step: int) -> int:
+    if count < step:
+        return 1 << (count - 1).bit_length()
+    return -(-count // step) * step
+
+
+def _multiply_block(
+    x: Tensor, low: Tensor | None, y: Tensor | None, weights: Sequence[Tensor], block: _Block
+) -> None:
+    """Write a block's rows of `low` and `y`.
+
+    weights: both factors, where there is `low`, then W, where there is `y`.
+    """
+    if low is not None:
+        torch.mm(x, weights[0], out=low)
+    if y is None:
         return
-    for first in range(0, rows, BLOCK_ROWS):
-        count = min(BLOCK_ROWS, rows - first)
-        full = -(-count // step) * step
-        if count < step:
-            full = 1 << (count - 1).bit_length()
-        yield slice(first, first + count), full - count
+    frozen = slice(block.frozen_rows)
+    if low is None:
+        torch.mm(x[frozen], weights[-1], out=y[frozen])
+    else:
+        torch.mm(low, weights[1], out=y)
+        y[frozen].addmm_(x[frozen], weights[-1])
 
 
 def _add_grouped(
     y: Tensor | None, x: Tensor, stack: FrozenStack, rows: ExpertRows, *, backward: bool
 ) -> Tensor:
-    """As `_add_products`, by one kernel for all experts, or for each group of them."""
+    """x W_e, or x W_e^T if `backward`, added to y if there is one, which may be overwritten.
+
+    By one kernel for all experts, or for each group of them.
+    """
     experts, width, out_width = stack.shape
     step = stack.experts_at_once(x.dtype)
     if rows.ends is None or step == experts:
@@ -247,7 +320,10 @@ def _add_grouped(
 
 
 def _products_of_columns(left: Tensor, right: Tensor, rows: ExpertRows) -> Tensor:
-    """left^T right over the rows of each expert: [experts, left's width, right's width]."""
+    """left^T right over the rows of each expert: [experts, left's width, right's width].
+
+    left: the narrow one, of width rank.
+    """
     experts = len(rows.offsets)
     shape = (experts, left.shape[1], right.shape[1])
     if left.is_meta:
@@ -257,13 +333,16 @@ def _products_of_columns(left: Tensor, right: Tensor, rows: ExpertRows) -> Tenso
     # Of an expert without rows it is 0. Blocks add up in fp32.
     products = left.new_zeros(shape, dtype=torch.promote_types(left.dtype, torch.float32))
     for expert, first, end in rows.spans:
-        left_rows = left[first:end]
-        right_rows = right[first:end]
-        for block, missing in _blocks(end - first, left.dtype, LORA_STEP):
-            columns = _with_empty_rows(left_rows[block], missing).T
-            products[expert] += columns @ _with_empty_rows(right_rows[block], missing)
+        for block in _blocks(end - first, left.dtype.itemsize):
+            start = first + block.start
+            # The rows of other experts count as 0.
+            columns = _rows(left[:end], start, block.lora_rows).T
+            products[expert].add_(columns @ _rows(right, start, block.lora_rows))
     return products.to(left.dtype)
 
 
-def _with_empty_rows(x: Tensor, missing: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
+def _rows(x: Tensor, first: int, count: int) -> Tensor:
+    """Some rows of x; those behind its last one are 0."""
+    rows = x[first : first + count]
+    missing = count - len(rows)
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows

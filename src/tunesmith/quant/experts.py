@@ -208,7 +208,7 @@ class _Scatter(torch.autograd.Function):
     ) -> Tensor:
         ctx.per_token, ctx.is_part = per_token, is_part
         ctx.save_for_backward(places)
-        return x[order // per_token]
+        return x.index_select(0, order // per_token)  # twice as fast as x[...] on a CPU
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -231,7 +231,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (order,) = ctx.saved_tensors
-        return grads[0][order // ctx.per_token], None, None, None, None
+        return grads[0].index_select(0, order // ctx.per_token), None, None, None, None
 
 
 def _with_zeros(x: Tensor, is_part: bool) -> Tensor:
@@ -240,4 +240,4 @@ def _with_zeros(x: Tensor, is_part: bool) -> Tensor:
 
 
 def _sum_of_copies(x: Tensor, places: Tensor, per_token: int) -> Tensor:
-    return x[places].unflatten(0, (-1, per_token)).sum(1)
+    return x.index_select(0, places).unflatten(0, (-1, per_token)).sum(1)
