@@ -334,7 +334,7 @@ def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
         write, data_format = write_pairs, "preference"
         if options.method == "kto":
             write, data_format = write_feedback, "feedback"
-        rows = write(folder / "preferences.jsonl", 0, 48)
+        rows = write(folder / "preferences.jsonl", 48)
         changes["method"] = options.method
         changes["data"] = {"train": {"source": str(rows), "format": data_format}}
         os.environ["TUNESMITH_CACHE"] = str(folder / "cache")

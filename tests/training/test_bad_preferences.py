@@ -194,10 +194,10 @@ def test_a_bad_file_is_named(name: str, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_bad_rows_of_an_eval_are_named_too(tiny: Path, tmp_path: Path) -> None:
-    held = write_pairs(tmp_path / "held.jsonl", 8, 4)
+    held = write_pairs(tmp_path / "held.jsonl", 4, first=8)
     sources = {
         "train": {
-            "source": str(write_pairs(tmp_path / "train.jsonl", 0, 8)),
+            "source": str(write_pairs(tmp_path / "train.jsonl", 8)),
             "format": "preference",
         },
         "validation": {"source": str(held), "format": "preference"},
@@ -208,7 +208,7 @@ def test_bad_rows_of_an_eval_are_named_too(tiny: Path, tmp_path: Path) -> None:
     for name, rows, line in (
         ("no-rejected", [PAIR, without(PAIR, "rejected")], 2),
         ("empty", [PAIR, PAIR, PAIR | {"chosen": ""}], 3),
-        ("labeled", [ANSWER], 1),
+        ("equal-kinds", [PAIR, PAIR | {"rejected": ["x"]}], 2),
     ):
         file = write_lines(tmp_path.parent / f"{tmp_path.name}-{name}.jsonl", rows)
         with refuses(DataError, where=f"{file.name}:{line}"):

@@ -55,7 +55,7 @@ def records(model: Path, folder: Path, method: str, **changes: Any) -> list[Step
             write, form = write_feedback, "feedback"
         sources = {}
         for name in ("train", "validation"):
-            path = write(folder / f"{name}.jsonl", 0 if name == "train" else 40, 8)
+            path = write(folder / f"{name}.jsonl", 8, first=0 if name == "train" else 40)
             sources[name] = {"source": str(path), "format": form}
         settings["data"] |= sources
         settings["method"] = method

@@ -43,7 +43,7 @@ def numbers(tiny: Path, folder: Path, name: str, changes: dict[str, Any]) -> lis
     write, form = (write_feedback, "feedback") if is_kto else (write_pairs, "preference")
     sources = {}
     for split, first in (("train", 0), ("validation", 40)):
-        file = write(folder / f"{split}-{form}.jsonl", first, 12)
+        file = write(folder / f"{split}-{form}.jsonl", 12, first)
         sources[split] = {"source": str(file), "format": form}
     base = {
         "data": {**sources, "seq_len": 96},

@@ -38,7 +38,7 @@ def train(tiny: Path, folder: Path, method: Any, name: str = "run", **changes: A
     held_file = folder / "held.jsonl"
     if not train_file.exists():
         write(train_file, 32)
-        write(held_file, 8, 40)
+        write(held_file, 8, first=40)
     settings = {
         "method": method,
         "data": {
@@ -142,7 +142,7 @@ def test_full_fine_tuning_scores_the_base_once_and_keeps_the_numbers(
     for file, value in zip(files, values, strict=True):
         assert np.array_equal(np.load(file), value)
     # Another row is another file; the held-out rows have theirs.
-    write_pairs(tmp_path / "train.jsonl", 1, 32)
+    write_pairs(tmp_path / "train.jsonl", 32, first=1)
     train(tiny, tmp_path, "dpo", "other", adapter=full, train={"duration": "1 steps"})
     assert len(list(cache.glob("tokens/reference/*.npy"))) == 3
 
@@ -263,7 +263,7 @@ def test_an_sft_run_is_evaluated_on_pairs_by_their_columns(
     """The rows that it was trained on have a prompt too, and are no pairs."""
     run = make_run(tiny, tmp_path, train={"duration": "2 steps"})
     tunesmith.train(run)
-    held = write_pairs(tmp_path / "pairs.jsonl", 40, 8)
+    held = write_pairs(tmp_path / "pairs.jsonl", 8, first=40)
     folder = tmp_path / "run"
     for more in ([], ["--format", "preference"]):
         assert main(["eval", str(folder), "--data", str(held), "--json", *more]) == 0

@@ -39,7 +39,7 @@ from tunesmith.units import count_of
 log = logging.getLogger(__name__)
 
 # Raise it when the same weights and rows would give other numbers.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
