@@ -208,7 +208,7 @@ def test_bad_rows_of_an_eval_are_named_too(tiny: Path, tmp_path: Path) -> None:
     for name, rows, line in (
         ("no-rejected", [PAIR, without(PAIR, "rejected")], 2),
         ("empty", [PAIR, PAIR, PAIR | {"chosen": ""}], 3),
-        ("equal-kinds", [PAIR, PAIR | {"rejected": ["x"]}], 2),
+        ("two-kinds", [PAIR, PAIR | {"rejected": ["x"]}], 2),
     ):
         file = write_lines(tmp_path.parent / f"{tmp_path.name}-{name}.jsonl", rows)
         with refuses(DataError, where=f"{file.name}:{line}"):
