@@ -83,7 +83,9 @@ def test_a_run_in_a_notebook_draws_its_bar_and_stops_without_a_traceback(
     bars = [str(w["state"]["outputs"]) for w in widgets if w["model_name"] == "OutputModel"]
     assert "step 8/8 " in bars[0]
     assert "step 10/20 " in bars[1]
-    assert lines_with(text_of(trained), "train:", "checks"), "what it learns from, before the bar"
+    assert lines_with(text_of(trained), "steps: 8", "examples"), (
+        "what it learns from, before the bar"
+    )
     assert [line for line in text_of(trained).splitlines() if line.startswith("mine")] == [
         "mine 3",
         "mine 7",

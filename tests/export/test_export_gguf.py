@@ -300,7 +300,7 @@ def _no_run(folder: Path) -> dict[str, Any]:
     [
         (_exists, "--force"),
         (_no_suffix, ".gguf"),
-        (_folder_of_others, "holds mine.txt"),
+        (_folder_of_others, "mine.txt"),
         (_link, "a file or link"),
         (_unknown_quant, "q4_k_m"),
         (_no_run, "there is no"),

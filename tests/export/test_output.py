@@ -142,12 +142,12 @@ def test_a_disk_that_fills_up(name: str, run: Path, small_files: None) -> None:
 def test_force_for_ollama_deletes_nothing_of_others(run: Path) -> None:
     _ollama(run, "out")
     Path("out/mine.txt").write_text("mine")
-    refused(lambda *words: _ollama(*words, force=True), run, "out", "holds mine.txt")
+    refused(lambda *words: _ollama(*words, force=True), run, "out", "mine.txt")
     Path("out/mine.txt").unlink()
     _ollama(run, "out", force=True)
     assert sorted(os.listdir("out")) == ["Modelfile", "out-q8_0.gguf", "out-q8_0.gguf.json"]
     Path("out/Modelfile").unlink()
-    refused(lambda *words: _ollama(*words, force=True), run, "out", "holds out-q8_0.gguf")
+    refused(lambda *words: _ollama(*words, force=True), run, "out", "out-q8_0.gguf")
 
 
 def test_force_replaces_no_file_but_an_export(run: Path) -> None:

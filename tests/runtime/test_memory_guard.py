@@ -246,7 +246,7 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
         "the floor is 1.32 GiB",
         "shared memory 3.00",
         "page cache 6.00",
-        "; others hold most: ",
+        "; others have most: ",
     ):
         assert word in text
     assert (record["phase"], record["available_bytes"], record["shared_bytes"]) == (

@@ -192,7 +192,7 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(
     for words, search in ((["adapter.rank=2,4"], HALVING), (WORDS, Search(rungs=0))):
         with refuses(UsageError, where=SWEEP, fix=["output_dir"]):
             sweep(file, words, search)
-    with pytest.raises(UsageError, match="holds a run"):
+    with pytest.raises(UsageError, match="contains a run"):
         sweep(file, [*WORDS, f"output_dir={outcome['candidates'][0]['run_dir']}"])
 
 

@@ -379,6 +379,8 @@ def describe_session(
     trained = "all weights"
     if run.adapter.kind == "lora":
         trained = f"LoRA of rank {run.adapter.rank}"
+    if plan.base not in DTYPES:
+        trained += f", base: {plan.base}"
     yield f"model: {run.model.name}: {trained}: {root.describe()}"
     yield from describe_trials(root.recurrent_trials)
     if run.adapter.kind == "lora" and run.adapter.target == lora.ALL_LINEAR:
