@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.cli.options import add_decoding, add_run, decoding_of, notify, stdin_lines
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.host.signals import StopRequest
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from tunesmith.inference.decoding import Decoding
@@ -252,8 +253,8 @@ class Chat:
             if len(prompt) <= room:
                 del turns[:dropped]
                 if dropped:
-                    plural = "s" if dropped > 1 else ""
-                    notify(f"the context is full: {side} forgot its {dropped} oldest turn{plural}")
+                    forgotten = count_of(dropped, "oldest turn")
+                    notify(f"the context is full: {side} forgot its {forgotten}")
                 return prompt
         what = f"the question has {len(prompt)} tokens, and there is room for {room}"
         why = f"the model's context less --max-new-tokens {self.decoding.max_new_tokens}"

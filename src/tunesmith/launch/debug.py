@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.errors import mask
 from tunesmith.host.files import write_atomically
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -92,8 +93,7 @@ def collect_logs(
                     joined.addfile(member, archive.extractfile(member))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, packed.getvalue())
-    plural = "s" if len(archives) > 1 else ""
-    line = f"logs of {len(archives)} node{plural}: {target}"
+    line = f"logs of {count_of(len(archives), 'node')}: {target}"
     missing = nodes - len(archives)
     if missing:
         line += f"; {missing} of {nodes} nodes sent nothing"

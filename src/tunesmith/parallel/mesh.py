@@ -21,6 +21,7 @@ from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.quant.schemes import scheme_of
+from tunesmith.units import count_of
 
 DIMENSIONS = ("replicate", "shard", "tensor")
 MESH_NUMBERS = itertools.count()  # of the meshes of this process
@@ -165,7 +166,7 @@ def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
                 shapes.append(MeshShape(replicate, shard, tensor, experts))
     if not shapes:
         sizes = " x ".join(f"{name} {size}" for name, size in vars(parallel).items())
-        ranks = f"{world} rank{'s' if world > 1 else ''}"
+        ranks = count_of(world, "rank")
         raise RecipeError(
             f"the recipe's parallel does not fit {ranks}: {sizes}",
             where="parallel",

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.quant.frozen_stack import FrozenStack, frozen_stack
+from tunesmith.units import ceil_div
 
 # Rows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
 ALIGNMENT = 16
@@ -266,7 +267,7 @@ def _blocks(rows: int, itemsize: int) -> tuple[_Block, ...]:
 def _round_up(count: int, step: int) -> int:
     if count < step:
         return 1 << (count - 1).bit_length()
-    return -(-count // step) * step
+    return ceil_div(count, step) * step
 
 
 def _multiply_block(

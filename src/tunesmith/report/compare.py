@@ -20,6 +20,7 @@ from tunesmith.host.shell import shell_path
 from tunesmith.report.measure import Measure, measure_of
 from tunesmith.report.run_summary import HASHES_OF_INPUTS, RunSummary, Spread
 from tunesmith.run_dir import RECIPE, shown
+from tunesmith.units import count_of
 
 # Standard errors above which a difference counts: about 95 % of a normal distribution.
 STANDARD_ERRORS = 2.0
@@ -171,13 +172,9 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
     cautions = [*absent, *_cautions(measured, first, measure)]
     # One group: all runs learned from the same recipe.
     if len(ranking) == 1:
-        seeds = len({run.seed for run in measured})
-        plural = "s" if seeds > 1 else ""
+        seeds = count_of(len({run.seed for run in measured}), "seed")
         headline = "One recipe: the difference is the seed's or the machine's"
-        why = (
-            f"These are {len(measured)} runs of one recipe with {seeds} seed{plural}: "
-            f"{measure.name} {first}."
-        )
+        why = f"These are {len(measured)} runs of one recipe with {seeds}: {measure.name} {first}."
         return Verdict("equal", headline, [why, *cautions])
     verdict = _compare_groups(ranking, cautions)
     # The winner's runs, by their place in the report.

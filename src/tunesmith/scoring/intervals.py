@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tunesmith.units import count_of
+
 RESAMPLES = 10_000
 SEED = 20_240_607
 TAIL = 0.025  # beyond each end of a 95 % interval
@@ -252,18 +254,18 @@ def difference_sentence(
         f"{points(difference.mean)} points, 95 % interval "
         f"{points(difference.low)} to {points(difference.high)}"
     )
-    noun = "row" if rows == 1 else "rows"
+    of_rows = count_of(rows, "row")
     if intervals.is_apart:
         # A metric may be better where it is lower.
         is_better = (difference.mean > 0) == higher_is_better
         direction = "better" if is_better else "worse"
-        return f"{name}: tuned is {direction} than base on these {rows} {noun} ({span})"
+        return f"{name}: tuned is {direction} than base on these {of_rows} ({span})"
     reason = ""
     if difference.low > 0 or difference.high < 0:
         reason = f"; only {intervals.differing} rows differ, which chance alone can do"
         if intervals.differing >= MIN_DIFFERING:
             reason = f"; chance alone does it in {intervals.chance:.1%} of evaluations"
-    return f"{name}: tuned and base are not told apart by {rows} {noun} ({span}{reason})"
+    return f"{name}: tuned and base are not told apart by {of_rows} ({span}{reason})"
 
 
 def points(share: float) -> str:
