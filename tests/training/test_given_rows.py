@@ -58,7 +58,8 @@ def test_rows_of_a_program_train_to_the_same_bits_as_of_a_file(home: Path, tiny:
         tunesmith.train(model=model, rows=others, overrides=keys, quiet=True)
     kept = sorted(path.name for path in Path("runs/rows/data").iterdir())
     assert len(kept) == 2, "those of before are still there"
-    fresh = tunesmith.train(model=model, rows=others, overrides=keys, fresh=True, quiet=True)
+    words = [f"{key}={value}" for key, value in keys.items()]
+    fresh = tunesmith.train(model=model, rows=others, overrides=words, fresh=True, quiet=True)
     assert (fresh.first_step, fresh.steps) == (0, 6)
 
 

@@ -39,8 +39,7 @@ LAUNCH = "launch"  # a folder of what a launcher writes
 # What the playbook's scripts write into a run directory before its first start.
 SCRIPT_ROWS = Path("data", "rows.jsonl")
 SCRIPT_TEMPLATE = Path("data", "template.jinja")
-# What `train(rows=...)` writes there, named after its content.
-GIVEN_ROWS = Path("data", "rows-{digest}.jsonl")
+# What `train(rows=...)` writes there: see `given_rows_file`.
 _GIVEN_ROWS = re.compile(r"rows-[0-9a-f]+\.jsonl")
 NAMED_FILES = 5  # in an error
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
@@ -116,6 +115,11 @@ def stop_requested_at(output_dir: Path) -> int:
         return 0
 
 
+def given_rows_file(output_dir: Path, digest: str) -> Path:
+    """Where rows of a program are kept; digest: of their content, in hex."""
+    return output_dir / SCRIPT_ROWS.parent / f"rows-{digest}.jsonl"
+
+
 def check_run_dir(output_dir: Path) -> None:
     """UsageError where a run would mix its files with somebody else's."""
     names = [path.name for path in run_files(output_dir)]
@@ -165,8 +169,8 @@ def _other_folders(output_dir: Path) -> list[str]:
 
 
 def _is_data_of_script(folder: Path) -> bool:
-    """Whether it is the folder of SCRIPT_ROWS, SCRIPT_TEMPLATE and GIVEN_ROWS with nothing else in
-    it.
+    """Whether it is the folder of SCRIPT_ROWS, SCRIPT_TEMPLATE and rows of a program, with nothing
+    else in it.
     """
     names = {path.name for path in folder.iterdir()}
     names -= {SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.checkpoint.claim import GIVEN_ROWS
+from tunesmith.checkpoint.claim import given_rows_file
 from tunesmith.errors import DataError
 from tunesmith.host.files import write_atomically
 
@@ -44,8 +44,7 @@ def keep_rows(rows: Any, output_dir: Path) -> Path:
     if not lines:
         raise DataError("there are no rows", where=_WHERE, fix="give at least one")
     text = "".join(lines)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    file = output_dir / str(GIVEN_ROWS).format(digest=digest)
+    file = given_rows_file(output_dir, hashlib.sha256(text.encode()).hexdigest()[:12])
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, text)

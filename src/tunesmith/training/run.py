@@ -164,12 +164,11 @@ def recipe_for_rows(
         fix = 'train("my-recipe.yaml"), or train(model="...", rows=[...])'
         raise UsageError("a recipe is needed, or model and rows to make it from", fix=fix)
     options = override_layer(overrides).plain()
-    output_dir = str(options.get("output_dir", f"runs/rows-{short_name(model)}"))
-    file = keep_rows(rows, Path(output_dir))
-    named = {"output_dir": output_dir}
-    if isinstance(overrides, Mapping):
-        return make_recipe(model, str(file), {**named, **overrides}).run
-    return make_recipe(model, str(file), [f"output_dir={output_dir}", *overrides]).run
+    if "output_dir" not in options:
+        # Else it would be named after the file of the rows.
+        options["output_dir"] = f"runs/rows-{short_name(model)}"
+    file = keep_rows(rows, Path(options["output_dir"]))
+    return make_recipe(model, str(file), options).run
 
 
 def level_of_process(rank: int | None = None) -> int:
