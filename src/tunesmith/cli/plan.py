@@ -301,7 +301,7 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
     steps = count_of(work.steps, "step") if work.steps else "the number of steps is not known"
     lines = [
         f"{machines}: {chip.gib:.0f} GiB, {speed}",
-        f"  ({chip.source})" if chip.tflops else "  (speed not known)",
+        f"  ({chip.source})",
         f"examples: {work.source}; {work.step.mean:,.0f} tokens a step, {steps}",
         "replicate x shard x tensor     micro batch  recompute      GiB   step s  tokens/s   idle",
     ]
