@@ -352,6 +352,13 @@ def test_sizes_and_steps_follow_the_number_of_rows(
     assert ("hold_out: " not in made.text) == (held is None)
 
 
+def test_pairs_are_seen_once_where_there_are_enough(home: Path) -> None:
+    pair = {"prompt": "Which?", "chosen": "this", "rejected": "that"}
+    (home / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 600)
+    made = make_recipe("small", "pairs.jsonl")
+    assert str(made.run.train.duration) == "1 epochs"
+
+
 def test_long_rows_get_room_within_the_context(home: Path) -> None:
     def seq_len(*lengths: int) -> int:
         (home / "long.jsonl").write_text(

@@ -52,6 +52,8 @@ SEQ_LEN_STEP = 256
 # preparation and analysis for chat model fine-tuning", cookbook.openai.com). Of few rows more are
 # seen here: a new adapter needs steps, not only rows.
 EPOCHS = 3
+# Of preferences one, as in Tulu 3 (arXiv:2411.15124) and the examples of TRL.
+PREFERENCE_EPOCHS = 1
 MOST_EPOCHS = 10
 FEWEST_SEEN = 500  # examples
 MOST_SEEN = 25_000  # examples
@@ -157,10 +159,12 @@ def make_recipe(
     if files.support.state == "padded" and "data.pack" not in given_keys:
         chosen["data.pack"] = False
         why["data.pack"] = f"{files.spec.model_type} does not keep packed examples apart"
-    steps = _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out)
+    learns_from_preferences = layout.format in METHODS_OF_FORMATS
+    epochs = PREFERENCE_EPOCHS if learns_from_preferences else EPOCHS
+    steps = _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out, epochs)
     _choose_validations(chosen, why, steps, held_out)
     _choose_rate(chosen, why, draft, files.spec.hidden)
-    if layout.format in METHODS_OF_FORMATS:
+    if learns_from_preferences:
         _choose_preference_rate(chosen, why)
 
     tree = _over({**chosen, "output_dir": output_dir}, layer)
@@ -351,14 +355,19 @@ def _choose_rate(chosen: dict[str, Any], why: dict[str, str], draft: Run, hidden
 
 
 def _choose_steps(
-    chosen: dict[str, Any], why: dict[str, str], draft: Run, given_keys: set[str], examples: int
+    chosen: dict[str, Any],
+    why: dict[str, str],
+    draft: Run,
+    given_keys: set[str],
+    examples: int,
+    usual_epochs: int,
 ) -> int | None:
     """Add epochs and the global batch for so many examples; what is given stands, and counts.
 
     Returns the optimizer steps that this makes; None where that is not known.
     """
-    epochs = min(MOST_EPOCHS, max(EPOCHS, ceil_div(FEWEST_SEEN, examples)))
-    if examples * EPOCHS > MOST_SEEN:
+    epochs = min(MOST_EPOCHS, max(usual_epochs, ceil_div(FEWEST_SEEN, examples)))
+    if examples * usual_epochs > MOST_SEEN:
         epochs = max(1, MOST_SEEN // examples)
     duration = draft.train.duration
     if "train.duration" not in given_keys:
