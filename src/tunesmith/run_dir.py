@@ -24,6 +24,7 @@ from tunesmith.config import schema
 from tunesmith.config.names import keys
 from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError
+from tunesmith.host.packages import COMPUTE
 
 T = TypeVar("T")
 
@@ -196,14 +197,7 @@ def reason_of(error: OSError | ValueError) -> str:
 
 
 _ENV_TEXTS = (
-    "tunesmith",
-    "torch",
-    "transformers",
-    "peft",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "bitsandbytes",
+    *COMPUTE,
     "python",
     "cpu",
     "commit",

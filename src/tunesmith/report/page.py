@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from tunesmith.config.dump import leaves
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.host.packages import COMPUTE
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.report.compare import (
@@ -45,16 +46,6 @@ PROMPTS = 6  # whose answers are shown
 LOG_LINES = 20
 KEYS_IN_BOARD = 3
 RAW_RUNS = 4  # at most, whose curves are drawn raw beside the smoothed ones
-VERSIONS = (
-    "tunesmith",
-    "torch",
-    "transformers",
-    "peft",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "bitsandbytes",
-)
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
 STATIC = ("uPlot.min.css", "plots.css", "report.css", "uPlot.iife.min.js", "plots.js", "report.js")
 
@@ -366,7 +357,7 @@ def _reproduce(run: RunSummary) -> dict[str, Any]:
             program = "tunesmith"
         command = shell_command([program, *words])
     versions = []
-    for name in VERSIONS:
+    for name in COMPUTE:
         if isinstance(env.get(name), str):
             # Without the build, such as +cu128, which the package index does not have.
             versions.append(f"{name}=={env[name].partition('+')[0]}")

@@ -159,12 +159,10 @@ def make_recipe(
     if files.support.state == "padded" and "data.pack" not in given_keys:
         chosen["data.pack"] = False
         why["data.pack"] = f"{files.spec.model_type} does not keep packed examples apart"
-    learns_from_preferences = layout.format in METHODS_OF_FORMATS
-    epochs = PREFERENCE_EPOCHS if learns_from_preferences else EPOCHS
-    steps = _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out, epochs)
+    steps = _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out, layout.format)
     _choose_validations(chosen, why, steps, held_out)
     _choose_rate(chosen, why, draft, files.spec.hidden)
-    if learns_from_preferences:
+    if layout.format in METHODS_OF_FORMATS:
         _choose_preference_rate(chosen, why)
 
     tree = _over({**chosen, "output_dir": output_dir}, layer)
@@ -360,12 +358,13 @@ def _choose_steps(
     draft: Run,
     given_keys: set[str],
     examples: int,
-    usual_epochs: int,
+    row_format: str,
 ) -> int | None:
     """Add epochs and the global batch for so many examples; what is given stands, and counts.
 
     Returns the optimizer steps that this makes; None where that is not known.
     """
+    usual_epochs = PREFERENCE_EPOCHS if row_format in METHODS_OF_FORMATS else EPOCHS
     epochs = min(MOST_EPOCHS, max(usual_epochs, ceil_div(FEWEST_SEEN, examples)))
     if examples * usual_epochs > MOST_SEEN:
         epochs = max(1, MOST_SEEN // examples)
