@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 RECIPE_HELP = "a recipe file, or the name of one that ships (see `tunesmith recipes`)"
 # Of progress, without a terminal.
 SECONDS_BETWEEN_LINES = 10.0
+# The time left is shown once this share of the work is done: of answers that are written in one
+# batch, the first one to end says nothing of the others.
+TELLING_SHARE = 0.1
 
 
 def notify(text: str) -> None:
@@ -364,11 +367,13 @@ class ProgressCounter:
         if self._bar is None and self._done > self._start:
             now = time.monotonic()
             seconds = max(now - self._began, 1e-9)
-            rate = (self._done - self._start) / seconds
+            done = self._done - self._start
+            rate = done / seconds
             parts = [f"{self._what}: {self._done}/{self._total}", f"{rate:.1f}/s"]
             if self._tokens:
                 parts.append(self._token_speed(now))
-            if self._done < self._total:
+            is_telling = done >= TELLING_SHARE * (self._total - self._start)
+            if is_telling and self._done < self._total:
                 left = (self._total - self._done) / rate
                 parts.append(f"about {format_seconds(left)} left")
             notify("  ".join(parts))
