@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ os.environ.setdefault(
 )
 # cuBLAS reads it once, before the tests that need it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def wide_lines() -> Iterator[None]:
+    """Messages in whole lines, as tests read them: none is folded, but in the tests of that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "10000")
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -76,10 +76,11 @@ def test_help_starts_at_once() -> None:
     assert not loaded & {*HEAVY, "rich", "ruamel.yaml", "huggingface_hub", "jinja2"}
 
 
-def test_help_of_each_verb() -> None:
+def test_help_of_each_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every verb's help has an example, and comes before anything heavy is imported: in one
     process, not by any of them.
     """
+    monkeypatch.setenv("COLUMNS", "80")
     help_of_all = f"[print(main([*verb.split(), '--help']), end='\\0') for verb in {[*VERBS]}]"
     shown = _python("-c", MODULES.replace("main(sys.argv[1:])", help_of_all))
     *pages, rest = shown.stdout.split("\0")

@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 
-from tunesmith.host.streams import LastingOutput
+import pytest
+
+from tunesmith.host.streams import WIDTH, LastingOutput, folded, width_of
 
 
 def test_python_u_stays_unbuffered() -> None:
@@ -47,3 +49,30 @@ def test_nothing_is_lost_where_a_non_blocking_reader_is_behind() -> None:
     thread.join(10)
     os.close(reader)
     assert b"".join(got) == data
+
+
+def test_long_lines_are_folded_between_words() -> None:
+    text = "rows: " + "a word " * 20
+    lines = folded(f"short\n  {text}", 60).splitlines()
+    assert lines[0] == "short"
+    assert all(len(line) <= 60 for line in lines)
+    assert {line[:4] for line in lines[2:]} == {"    "}
+    assert " ".join(" ".join(lines[1:]).split()) == text.strip()
+
+
+def test_what_is_copied_is_not_folded() -> None:
+    path = "/data/" + "a-folder/" * 12
+    command = "tunesmith train runs/a/config.yaml train.seed=43 output_dir=runs/a-seed-43"
+    settings = "train.duration=\"4 epochs\" train.global_batch='1 examples'"
+    text = f"written to {path}; to see more of it: {command}; or with {settings} on this machine"
+    lines = folded(text, 60).splitlines()
+    assert len(lines) > 2
+    for piece in (path, command, settings):
+        assert sum(piece in line for line in lines) == 1
+
+
+def test_the_width_is_that_of_a_pipe_or_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS")
+    assert width_of(io.StringIO()) == WIDTH
+    monkeypatch.setenv("COLUMNS", "80")
+    assert width_of(io.StringIO()) == 80

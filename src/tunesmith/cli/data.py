@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.cli.options import add_json, add_recipe, chosen_recipe
+from tunesmith.host.streams import folded, width_of
 from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
@@ -92,18 +93,16 @@ def print_data(
     from tunesmith.data.source import is_local
 
     if console is None:
-        # A file or a pipe has no width; rich would assume 80 columns and fold the tables.
-        width = None if sys.stdout.isatty() else 160
-        console = Console(highlight=False, soft_wrap=True, width=width)
+        console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
     _print_rows(console, prepared.train, tokenizer, rows)
-    console.print(prepared.describe_template(), markup=False)
+    console.print(folded(prepared.describe_template(), console.width), markup=False)
     counts = _table("what is trained on", "source", "figures", text=(1,))
     for split, part in prepared.sources():
         name = part.counts.source
         if is_local(name):
             name = Path(name).name
         counts.add_row(f"{split}: {name}", "\n".join(prepared.figures(part)))
-    console.print(counts)
+    console.print(counts, soft_wrap=False)
     bars = histogram(prepared.train)
     most = max((n for _, _, n in bars), default=1)
     lengths = _table("tokens of an example", "from - to", "examples", "", text=(2,))
@@ -114,10 +113,10 @@ def print_data(
         bar = Bar(most, 0, n and max(n, most / 40))
         lengths.add_row(f"{low:,} - {high:,}", f"{n:,}", bar)
     console.print(lengths)
-    console.print(prepared.describe_schedule(), markup=False)
+    console.print(folded(prepared.describe_schedule(), console.width), markup=False)
     for warning in prepared.warnings():
-        console.print(warning, style="yellow", markup=False)
-    console.print(_contracts_table(prepared))
+        console.print(folded(warning, console.width), style="yellow", markup=False)
+    console.print(_contracts_table(prepared), soft_wrap=False)
 
 
 def segments(

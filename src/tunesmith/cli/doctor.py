@@ -13,6 +13,7 @@ code 0: no fault; 1: at least one.
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import add_json
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, UsageError
+from tunesmith.host.streams import show
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
@@ -95,6 +97,10 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_FAILED if faults else EXIT_OK
 
 
+# Columns before what a finding says.
+FINDING = 27
+
+
 def print_findings(findings: "Sequence[Finding]") -> None:
     """The findings, below the name of each host."""
     host = ""
@@ -102,8 +108,9 @@ def print_findings(findings: "Sequence[Finding]") -> None:
         if finding.host != host:
             host = finding.host
             print(host)
-        print(f"  {finding.level:<9}{finding.check:<16}{finding.what}")
+        line = f"  {finding.level:<9}{finding.check:<16}{finding.what}"
+        show(line, sys.stdout, indent=FINDING)
         if finding.why:
-            print(f"{'':<11}{'why':<16}{finding.why}")
+            show(f"{'':<11}{'why':<16}{finding.why}", sys.stdout, indent=FINDING)
         if finding.fix:
             print(f"{'':<11}{'fix':<16}{finding.fix}")

@@ -39,7 +39,7 @@ from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
 from tunesmith.host.signals import RESTART, ignore_stop_signals
-from tunesmith.host.streams import fault_of, lasting
+from tunesmith.host.streams import fault_of, folded, lasting, width_of
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
 
 # 128 + SIGINT and 128 + SIGPIPE, as shells count.
@@ -385,7 +385,11 @@ def _report(error: BaseException) -> None:
         return
     if not isinstance(error, TunesmithError):
         error = _machine_error(error) or _internal_error(error, trace)
-    print(error.text(), file=sys.stderr)
+    width = width_of(sys.stderr)
+    for line in error.text().splitlines():
+        # Places and commands are copied.
+        is_copied = line.startswith(("  where: ", "  fix: "))
+        print(line if is_copied else folded(line, width), file=sys.stderr)
 
 
 def _machine_error(error: BaseException) -> MachineError | None:

@@ -12,9 +12,11 @@ like the adapter; otherwise it is kept as OUTPUT.rejected, and the exit code is
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 
 from tunesmith.cli.options import add_json, add_run
+from tunesmith.host.streams import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,9 +60,9 @@ def run(args: argparse.Namespace) -> None:
     positions = f"{check.positions} positions of {check.probes}"
     print(f"largest logit difference {check.merged.max_logit:.3g}, over {positions}")
     for text, _ in check.rules:
-        print(f"passed: {text}")
+        show(f"passed: {text}", sys.stdout)
     if merged.note:
-        print(merged.note)
+        show(merged.note, sys.stdout)
     weights = f"{merged.bytes / 2**20:.0f} MiB in {merged.dtype}"
     print(f"{merged.output}: {weights}; Transformers loads it as it is")
     print(f"next: tunesmith chat {merged.output}")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.cli.options import add_json
+from tunesmith.host.streams import show
 from tunesmith.model.model_types import (
     ModelType,
     Support,
@@ -102,9 +103,12 @@ def print_table(types: Iterable[ModelType]) -> None:
     rows = sorted(types, key=lambda entry: (order.index(entry.support.state), entry.model_type))
     width = max(len(entry.model_type) for entry in rows)
     for entry in rows:
-        print(
-            f"{entry.model_type.ljust(width)}  {entry.support.state.ljust(7)}  {entry.support.why}"
-        )
+        line = f"{entry.model_type.ljust(width)}  {entry.support.state.ljust(7)}  "
+        # In a pipe each type keeps to one line, for grep.
+        if sys.stdout.isatty():
+            show(line + entry.support.why, sys.stdout, indent=len(line))
+        else:
+            print(line + entry.support.why)
     counts: Counter[str] = Counter(entry.support.state for entry in rows)
     counted = ", ".join(f"{counts[state]} {state}" for state in order)
     versions = ", ".join(f"{name} {version}" for name, version in measured_with().items())
@@ -137,4 +141,4 @@ def print_one(entry: ModelType) -> None:
     print(entry.model_type)
     for name, value in lines.items():
         if value:
-            print(f"  {name}: {value}")
+            show(f"  {name}: {value}", sys.stdout)

@@ -17,7 +17,7 @@ from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import PACKAGE
 from tunesmith.host.shell import shell_word
-from tunesmith.host.streams import is_terminal
+from tunesmith.host.streams import is_terminal, show
 from tunesmith.metrics.terminal import format_seconds
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ TELLING_SHARE = 0.1
 
 def notify(text: str) -> None:
     """A note to the user, on stderr: stdout is for answers."""
-    print(text, file=sys.stderr, flush=True)
+    show(text, sys.stderr)
 
 
 def is_main_process() -> bool:

@@ -18,6 +18,7 @@ touched. The exit code is 2 where nothing fits.
 import argparse
 import json
 import math
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import add_json, add_overrides, whole_number
 from tunesmith.errors import EXIT_OK, MachineError, TunesmithError
+from tunesmith.host.streams import show
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import ceil_div, count_of
@@ -119,9 +121,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=1, default=vars))
     else:
         shown = forecasts if args.all else _best(forecasts)
-        print(*_table(planner, forecasts, shown), sep="\n")
+        lines = _table(planner, forecasts, shown)
         if best.fits:
-            print(*_details(planner, forecasts, args.price, folder), sep="\n")
+            lines += _details(planner, forecasts, args.price, folder)
+        show("\n".join(lines), sys.stdout)
     # The same error that `train` would give, with what would be enough.
     if not best.fits:
         larger = planner.enough_machines()

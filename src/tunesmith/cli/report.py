@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tunesmith.cli.options import tell_left_out
 from tunesmith.errors import UsageError
+from tunesmith.host.streams import show
 from tunesmith.run_dir import shown
 
 
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
         for file in (*summary.files.damaged, *damaged_profiles):
             print(f"damaged: {summary.label}: {file}", file=sys.stderr)
     verdict = judge(summaries)
-    print("\n".join([verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]))
+    verdict_lines = [verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]
+    show("\n".join(verdict_lines), sys.stdout)
     if args.markdown:
         print(output)
     else:

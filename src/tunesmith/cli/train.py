@@ -29,7 +29,7 @@ from tunesmith.cli.options import (
 )
 from tunesmith.distributed.ranks import reported_once_a_node
 from tunesmith.host.signals import StopRequest
-from tunesmith.host.streams import lasting
+from tunesmith.host.streams import lasting, show
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.run_dir import LOG
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
                 seconds=result.seconds,
                 finished_before=result.finished_before,
             )
-            print(text)
+            show(text, sys.stdout)
             if not result.finished_before:
                 write_files(None)
                 with suppress(OSError):

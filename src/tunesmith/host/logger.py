@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from tunesmith.host.streams import show
+
 PACKAGE = logging.getLogger("tunesmith")
 
 
@@ -33,7 +35,7 @@ class StderrHandler(logging.Handler):
         self.setFormatter(formatter or LineFormatter())
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        show(self.format(record), sys.stderr)
 
 
 @contextmanager

@@ -5,9 +5,22 @@ A closed pipe or descriptor, a terminal that is gone, a full disk.
 
 import io
 import os
+import re
 import select
 import sys
+import textwrap
 from typing import Any, TextIO
+
+# Columns of a line where no terminal says how many it has.
+WIDTH = 100
+# What is copied from a sentence: a command, up to what ends it, and settings of a recipe.
+_SETTING = r"""[\w.]+=(?:"[^"]*"|'[^']*'|\S+)"""
+_COPIED = re.compile(
+    r"\b(?:tunesmith|pip|git|cd|ollama|vllm|tensorboard|ssh) [^;,)#]*"
+    rf"|{_SETTING}(?: {_SETTING})*"
+)
+# Stands for a space that no line is broken at.
+_NO_BREAK = "\u00a0"
 
 
 class LastingOutput(io.FileIO):
@@ -76,3 +89,47 @@ def is_terminal(stream: TextIO) -> bool:
     from rich.console import Console
 
     return Console(file=stream).is_interactive
+
+
+def width_of(stream: TextIO) -> int:
+    """Columns of a line on `stream`: COLUMNS, the terminal's, or WIDTH where it is none."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or WIDTH
+    except (OSError, ValueError):  # a pipe, a file, a notebook's stream, a closed one
+        return WIDTH
+
+
+def folded(text: str, width: int, *, indent: int | None = None) -> str:
+    """The text with its long lines broken between words.
+
+    Words, such as paths, commands and settings stay whole, also where they are longer than `width`:
+    they are there to be copied.
+
+    Args:
+        width: columns of a line.
+        indent: columns before the rest of a line; None: two more than before the line itself.
+    """
+    lines = []
+    for line in text.splitlines():
+        if len(line) <= width:
+            lines.append(line)
+            continue
+        rest = len(line) - len(line.lstrip()) + 2 if indent is None else indent
+        unbroken = _COPIED.sub(lambda match: match[0].replace(" ", _NO_BREAK), line)
+        parts = textwrap.wrap(
+            unbroken,
+            width,
+            subsequent_indent=" " * rest,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += [part.replace(_NO_BREAK, " ") for part in parts]
+    return "\n".join(lines)
+
+
+def show(text: str, stream: TextIO, *, indent: int | None = None) -> None:
+    """Print text for a person, folded to the width of the stream; see `folded`."""
+    print(folded(text, width_of(stream), indent=indent), file=stream, flush=True)
