@@ -50,7 +50,7 @@ from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host import packages
 from tunesmith.host.chips import Peak
-from tunesmith.host.files import existing_folder, from_here, require_disk_space, write_atomically
+from tunesmith.host.files import existing_folder, require_disk_space, write_atomically
 from tunesmith.host.memory import available_memory
 from tunesmith.hub import fetch
 from tunesmith.hub.download import FetchProgress
@@ -383,7 +383,7 @@ def describe_session(
         trained += f", base: {plan.base}"
     name = run.model.name
     if Path(name).exists():
-        name = from_here(name)
+        name = Path(name).absolute().name  # config.yaml has all of it
     yield f"model: {name}: {trained}: {root.describe()}"
     yield from describe_trials(root.recurrent_trials)
     if run.adapter.kind == "lora" and run.adapter.target == lora.ALL_LINEAR:
