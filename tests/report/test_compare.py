@@ -136,6 +136,24 @@ def test_one_recipe_on_edited_rows_is_two(tmp_path: Path) -> None:
     assert sentence(judged, HASHES_OF_INPUTS["data_hash"])
 
 
+def test_the_same_rows_in_files_of_two_names_are_no_difference(tmp_path: Path) -> None:
+    """As those of a Python program, which are kept in each run directory."""
+
+    def source(name: str) -> dict:
+        return {"data": {"train": {"source": name}}}
+
+    runs = [
+        write_run(tmp_path / "a", falling(2.0), recipe=merge(rate(1e-3), source("a.jsonl"))),
+        write_run(tmp_path / "b", falling(2.5), recipe=merge(rate(1e-4), source("b.jsonl"))),
+    ]
+    judged = verdict(*runs)
+    assert sentence(judged, "train.learning_rate", "0.001", "0.0001")
+    assert not sentence(judged, "data.train.source")
+    for run in runs:
+        run.env["data_hash"] = None
+    assert sentence(verdict(*runs), "data.train.source"), "the rows are not known to be the same"
+
+
 def test_one_recipe_twice(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(s), falling(2.0 + s), recipe=rate(1e-3, s)) for s in (1, 2)]
     found = verdict(*runs)

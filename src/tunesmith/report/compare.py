@@ -15,10 +15,15 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from tunesmith.config.dump import is_free, leaves
+from tunesmith.config.dump import leaves
 from tunesmith.host.shell import shell_path
 from tunesmith.report.measure import Measure, measure_of
-from tunesmith.report.run_summary import HASHES_OF_INPUTS, RunSummary, Spread
+from tunesmith.report.run_summary import (
+    HASHES_OF_INPUTS,
+    RunSummary,
+    Spread,
+    changes_learning,
+)
 from tunesmith.run_dir import RECIPE, shown
 from tunesmith.units import count_of
 
@@ -109,7 +114,7 @@ def differing_keys(runs: Sequence[RunSummary]) -> list[KeyDifference]:
     for key in names:
         values = [recipe.get(key) for recipe in recipes]
         if any(value != values[0] for value in values):
-            differing.append(KeyDifference(key, values, not is_free(key)))
+            differing.append(KeyDifference(key, values, changes_learning(key, runs)))
     return sorted(differing, key=lambda difference: not difference.learns)
 
 

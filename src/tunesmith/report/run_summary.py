@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -15,6 +16,7 @@ HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's 
 # Columns of metrics.jsonl.
 LOSS = "val_loss"
 ACCURACY = "val_reward_accuracy"
+_TRAINING_FILE = re.compile(r"data\.train(\.\d+)?\.source")
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,10 @@ class RunSummary:
     @property
     def learned(self) -> dict[str, Any]:
         """What changes what is learned: keys of the recipe without the seed, rows and weights."""
-        keys = leaves(self.files.recipe)
-        learned = {k: v for k, v in keys.items() if k != "train.seed" and not is_free(k)}
+        learned = {}
+        for key, value in leaves(self.files.recipe).items():
+            if key != "train.seed" and changes_learning(key, [self]):
+                learned[key] = value
         # A file may have been edited between two runs of one recipe.
         for name in HASHES_OF_INPUTS:
             learned[name] = self.files.env.get(name)
@@ -101,6 +105,19 @@ class RunSummary:
         """What the speed depends on beside the recipe: processor, GPUs, threads, torch."""
         names = ("cpu", "cpu_threads", "gpus", "torch", "hosts")
         return json.dumps([self.files.env.get(name) for name in names])
+
+
+def changes_learning(key: str, runs: Sequence[RunSummary]) -> bool:
+    """Whether runs that differ in a key of their recipes learn something else.
+
+    The same training rows may be in files of two names, as those of a Python program, which are
+    kept in each run directory.
+    """
+    if is_free(key):
+        return False
+    data_hashes = {run.files.env.get("data_hash") for run in runs}
+    has_same_rows = len(data_hashes) == 1 and None not in data_hashes
+    return not (has_same_rows and _TRAINING_FILE.fullmatch(key))
 
 
 def summaries_of(runs: Sequence[RunFiles]) -> list[RunSummary]:
