@@ -40,9 +40,9 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import (
@@ -64,13 +64,11 @@ from tunesmith.distributed.ranks import (
     started_as,
 )
 from tunesmith.errors import UsageError
-from tunesmith.units import count_of
 
 if TYPE_CHECKING:
-    from tunesmith.inference.evaluate import EvalResult, Evaluation
+    from tunesmith.inference.evaluate import Evaluation
     from tunesmith.inference.harness import TaskEvaluation, TaskMetric
     from tunesmith.inference.score_rows import RowScores
-
 
 MAX_NEW_TOKENS = 256
 FOR_TASKS = ("tasks", "limit", "chat_template")
@@ -179,15 +177,10 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(as_report(args.run, result), indent=2))
         return
-    print(f"rows: {result.data}", file=sys.stderr)
-    print_scores(result.scores)
-    for count, what in ((result.dropped, "dropped"), (result.cut, "cut short")):
-        if count:
-            rows = f"{count} of {count_of(result.rows, 'row')} were {what}"
-            print(f"{rows}: longer than the recipe's seq_len", file=sys.stderr)
-    if result.by_scorer:
-        print_row_scores(result.by_scorer)
-    for note in notes_on(result):
+    table = result.table()
+    print(table.title, file=sys.stderr)
+    print(replace(table, title="", notes=result.verdicts()).text())
+    for note in result.notes():
         notify(note)
 
 
@@ -263,18 +256,17 @@ def tasks_as_report(args: argparse.Namespace, result: "TaskEvaluation") -> dict[
 
 def print_task_metrics(metrics: "Sequence[TaskMetric]") -> None:
     """A table with a row for each metric, and the sentences."""
-    from rich.console import Console
-    from rich.table import Table
+    from tunesmith.metrics.result_table import ResultTable
 
     models = list(metrics[0].values) if metrics else []
-    table = Table("task", "metric", "rows", *models, caption="in brackets: 95 % intervals")
+    rows = []
+    notes = ["in brackets: 95 % intervals"]
     for metric in metrics:
         cells = [metric_text(metric, model) for model in models]
-        table.add_row(metric.task, metric.name, str(metric.rows), *cells)
-    Console().print(table)
-    for metric in metrics:
+        rows.append([metric.task, metric.name, str(metric.rows), *cells])
         if metric.row_scores is not None and metric.row_scores.verdict:
-            print(metric.row_scores.verdict)
+            notes.append(metric.row_scores.verdict)
+    print(ResultTable(rows, ["metric", "rows", *models], notes=notes).text())
 
 
 def metric_text(metric: "TaskMetric", model: str) -> str:
@@ -338,50 +330,6 @@ def check_answer_options(args: argparse.Namespace) -> None:
             raise UsageError(what, where=f"--{option}", fix="add --score exact, or another")
 
 
-def print_row_scores(by_scorer: "Sequence[RowScores]") -> None:
-    """A table with a row for each scorer, and the sentences."""
-    from rich.console import Console
-    from rich.table import Table
-
-    models = list(by_scorer[0].models)
-    table = Table("score, 95 % interval", *models)
-    for scores in by_scorer:
-        cells = []
-        for interval in scores.models.values():
-            ends = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
-            cells.append(f"{interval.mean:.1%} ({ends})")
-        table.add_row(scores.name, *cells)
-    Console().print(table)
-    for scores in by_scorer:
-        if scores.verdict:
-            print(scores.verdict)
-
-
-def notes_on(result: "Evaluation") -> Iterator[str]:
-    """What a reader should know of the rows, a line each."""
-    if result.seen is not None and result.seen.count:
-        rows = count_of(result.rows, "row")
-        yield (
-            f"warning: {result.seen.count} of {rows} were trained on, token for token: "
-            f"they do not tell how good the model is on new ones; first {result.seen.where} "
-            f"({result.seen.earlier})"
-        )
-    elif result.seen is not None:
-        yield f"of {count_of(result.rows, 'row')} none was trained on, token for token"
-    elif result.seen_fault:
-        yield f"whether rows were trained on is not known: {result.seen_fault}"
-    if result.unanswered:
-        rows = count_of(result.rows, "row")
-        yield f"{result.unanswered} of {rows} have an empty answer: not scored"
-    for model, count in result.unfinished.items():
-        if count:
-            answers = count_of(result.by_scorer[0].rows, "answer")
-            cut = f"{count} of {answers} of {model} were cut at --max-new-tokens"
-            yield f"{cut}: they may score less than they would"
-    if result.answers is not None:
-        yield f"answers: {result.answers}"
-
-
 def check_rows_of_the_run(args: argparse.Namespace) -> None:
     """UsageError for options of --data, where the rows are those that the run held out."""
     option = ""
@@ -394,30 +342,3 @@ def check_rows_of_the_run(args: argparse.Namespace) -> None:
     if option:
         what = f"{option} is for the rows of --data"
         raise UsageError(what, where=option, fix="add --data FILE")
-
-
-def print_scores(scores_of: "Mapping[str, EvalResult]") -> None:
-    """A table with a column for each model."""
-    from rich.console import Console
-    from rich.table import Table
-
-    scores = scores_of.values()
-    table = Table("", *scores_of)
-    table.add_row("loss (nats a token)", *(f"{score.loss:.4f}" for score in scores))
-    perplexities = []
-    for score in scores:
-        # exp of a large loss overflows.
-        is_finite = score.perplexity < math.inf
-        perplexities.append(f"{score.perplexity:.3f}" if is_finite else "above 1e308")
-    table.add_row("perplexity", *perplexities)
-    table.add_row("token accuracy", *(f"{score.token_accuracy:.2%}" for score in scores))
-    matches = []
-    for score in scores:
-        share = score.exact_match
-        if share is not None:
-            matches.append(f"{share:.1%} ({share * score.answered:.0f}/{score.answered})")
-    if matches:
-        table.add_row("exact match", *matches)
-    table.add_row("rows", *(str(score.rows) for score in scores))
-    table.add_row("supervised tokens", *(str(score.tokens) for score in scores))
-    Console().print(table)

@@ -12,11 +12,9 @@ like the adapter; otherwise it is kept as OUTPUT.rejected, and the exit code is
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 
 from tunesmith.cli.options import add_json, add_run
-from tunesmith.host.streams import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,33 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from tunesmith.export.merge import merge
 
     merged = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)
     if args.json:
         print(json.dumps(asdict(merged), indent=2))
         return
-    check = merged.merge_check
-    table = Table("against the adapter", "max logit diff", "mean KL (nats)", "same top token")
-    rows = [
-        ("merged", check.merged),
-        ("base", check.base),
-        (f"noise of {check.dtype}", check.noise),
-    ]
-    if check.exact is not None:
-        rows.insert(1, ("merged, in fp32", check.exact.difference))
-    for name, diff in rows:
-        table.add_row(name, f"{diff.max_logit:.3g}", f"{diff.mean_kl:.3g}", f"{diff.agreement:.2%}")
-    Console().print(table)
-    positions = f"{check.positions} positions of {check.probes}"
-    print(f"largest logit difference {check.merged.max_logit:.3g}, over {positions}")
-    for text, _ in check.rules:
-        show(f"passed: {text}", sys.stdout)
-    if merged.note:
-        show(merged.note, sys.stdout)
-    weights = f"{merged.bytes / 2**20:.0f} MiB in {merged.dtype}"
-    print(f"{merged.output}: {weights}; Transformers loads it as it is")
-    print(f"next: tunesmith chat {merged.output}")
+    print(merged)

@@ -35,6 +35,7 @@ from tunesmith.export.streamed_model import Values, streamed_logits
 from tunesmith.export.tuned_weights import TunedModel, open_tuned_model, row_bands
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.host.logger import lines_by_default
+from tunesmith.host.shell import shell_path
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference.load_run import (
     Dtype,
@@ -45,6 +46,7 @@ from tunesmith.inference.load_run import (
     select_device,
     undeleted,
 )
+from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.measured_spec import model_spec
@@ -66,7 +68,7 @@ SENTENCEPIECE = "tokenizer.model"
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(Tabular):
     """A finished merge: the folder, what it was made from, a note about it, and the check."""
 
     output: str
@@ -76,6 +78,29 @@ class Merged:
     bytes: int
     note: str
     merge_check: MergeCheck
+
+    def table(self) -> ResultTable:
+        """How far the answers are from the adapter's, what was required, and what was written."""
+        check = self.merge_check
+        compared = {"merged": check.merged}
+        if check.exact is not None:
+            compared["merged, in fp32"] = check.exact.difference
+        compared |= {"base": check.base, f"noise of {check.dtype}": check.noise}
+        rows = []
+        for name, diff in compared.items():
+            figures = (f"{diff.max_logit:.3g}", f"{diff.mean_kl:.3g}", f"{diff.agreement:.2%}")
+            rows.append([name, *figures])
+        positions = f"{check.positions} positions of {check.probes}"
+        notes = [f"largest logit difference {check.merged.max_logit:.3g}, over {positions}"]
+        for text, is_met in check.rules:
+            notes.append(f"{'passed' if is_met else 'failed'}: {text}")
+        if self.note:
+            notes.append(self.note)
+        size = f"{self.bytes / 2**20:.0f} MiB in {self.dtype}"
+        notes.append(f"{self.output}: {size}; Transformers loads it as it is")
+        notes.append(f"next: tunesmith chat {shell_path(self.output)}")
+        columns = ["max logit diff", "mean KL (nats)", "same top token"]
+        return ResultTable(rows, columns, "against the adapter", notes)
 
 
 @lines_by_default()

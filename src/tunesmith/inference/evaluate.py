@@ -46,6 +46,7 @@ from tunesmith.inference.score_rows import (
 )
 from tunesmith.methods.answers import accuracy
 from tunesmith.methods.base import StepTotals, TrainModel, supervised_positions
+from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
 from tunesmith.run_dir import IDENTITY, PAIRS, read_manifest
@@ -87,7 +88,7 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Tabular):
     """What `evaluate` measured.
 
     Attributes:
@@ -114,6 +115,77 @@ class Evaluation:
     unfinished: Mapping[str, int] = field(default_factory=dict)
     seen: Repeats | None = None
     seen_fault: str = ""
+
+    def table(self) -> ResultTable:
+        """The scores, a column for each model, and what a reader should know of the rows."""
+        rows = [*_loss_rows(list(self.scores.values())), *self._interval_rows()]
+        notes = [*self.verdicts(), *self.notes()]
+        return ResultTable(rows, list(self.scores), title=f"rows: {self.data}", notes=notes)
+
+    def _interval_rows(self) -> list[list[str]]:
+        rows = []
+        for scores in self.by_scorer:
+            cells = []
+            for interval in scores.models.values():
+                ends = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+                cells.append(f"{interval.mean:.1%} ({ends})")
+            rows.append([f"{scores.name}, 95 % interval", *cells])
+        return rows
+
+    def verdicts(self) -> list[str]:
+        """A sentence for each scorer: whether tuned is better than base."""
+        return [scores.verdict for scores in self.by_scorer if scores.verdict]
+
+    def notes(self) -> Iterator[str]:
+        """What a reader should know of the rows, a line each."""
+        rows = count_of(self.rows, "row")
+        for count, what in ((self.dropped, "dropped"), (self.cut, "cut short")):
+            if count:
+                yield f"{count} of {rows} were {what}: longer than the recipe's seq_len"
+        if self.seen is not None and self.seen.count:
+            yield (
+                f"warning: {self.seen.count} of {rows} were trained on, token for token: "
+                "they do not tell how good the model is on new ones; "
+                f"first {self.seen.where} ({self.seen.earlier})"
+            )
+        elif self.seen is not None:
+            yield f"of {rows} none was trained on, token for token"
+        elif self.seen_fault:
+            yield f"whether rows were trained on is not known: {self.seen_fault}"
+        if self.unanswered:
+            yield f"{self.unanswered} of {rows} have an empty answer: not scored"
+        for model, count in self.unfinished.items():
+            if count:
+                answers = count_of(self.by_scorer[0].rows, "answer")
+                cut = f"{count} of {answers} of {model} were cut at the longest allowed"
+                yield f"{cut}: they may score less than they would"
+        if self.answers is not None:
+            yield f"answers: {self.answers}"
+
+
+def _loss_rows(results: Sequence[EvalResult]) -> list[list[str]]:
+    """Loss and what else is measured without scorers, a cell for each model."""
+    perplexities = []
+    matches = []
+    for result in results:
+        # exp of a large loss overflows.
+        is_finite = result.perplexity < math.inf
+        perplexities.append(f"{result.perplexity:.3f}" if is_finite else "above 1e308")
+        share = result.exact_match
+        if share is not None:
+            matches.append(f"{share:.1%} ({share * result.answered:.0f}/{result.answered})")
+    rows = [
+        ["loss (nats a token)", *(f"{result.loss:.4f}" for result in results)],
+        ["perplexity", *perplexities],
+        ["token accuracy", *(f"{result.token_accuracy:.2%}" for result in results)],
+    ]
+    if matches:
+        rows.append(["exact match", *matches])
+    return [
+        *rows,
+        ["rows", *(str(result.rows) for result in results)],
+        ["supervised tokens", *(str(result.tokens) for result in results)],
+    ]
 
 
 class ValidationResult(NamedTuple):

@@ -17,6 +17,7 @@ from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.decoding import Decoding, answer_all, cut_answer
 from tunesmith.inference.load_run import LoadedModel
+from tunesmith.units import count_of
 
 # The column that tells a format. `prompt` is in pairs and in labeled answers too: they come first.
 _KEY_COLUMN = {
@@ -37,6 +38,26 @@ _ANSWER_ROLES = [name for name, role in ROLES.items() if role in ("assistant", "
 PLACEHOLDER = "?"
 
 
+class AnsweredRows(Iterator[dict[str, Any]]):
+    """Rows with their answers; each is answered when it is taken."""
+
+    def __init__(self, rows: Iterator[dict[str, Any]], count: int) -> None:
+        self._rows = rows
+        self._count = count
+        self._taken = 0
+
+    def __next__(self) -> dict[str, Any]:
+        row = next(self._rows)
+        self._taken += 1
+        return row
+
+    def __repr__(self) -> str:
+        answered = f"{self._taken} of {count_of(self._count, 'row')} answered"
+        if self._taken == self._count:
+            return f"<{answered}>"
+        return f"<{answered}: a loop or list(...) answers the others>"
+
+
 def generate(
     loaded: LoadedModel,
     rows: Rows | Sequence[dict[str, Any]],
@@ -48,7 +69,7 @@ def generate(
     start: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
     ranks: Ranks = ONE_PROCESS,
-) -> Iterator[dict[str, Any]]:
+) -> AnsweredRows:
     """Answer rows of any format that trains, rendered with the template that was trained.
 
     >>> next(tunesmith.generate(loaded, [{"prompt": "Hello"}]))["output"]
@@ -100,7 +121,7 @@ def generate(
                 row["reference"] = prompts[i].reference
             yield row
 
-    return with_answers()
+    return AnsweredRows(with_answers(), len(rows) - start)
 
 
 def row_source(

@@ -25,6 +25,7 @@ from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.host.logger import lines_by_default
 from tunesmith.host.shell import shell_path
+from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.run_dir import FINAL, IDENTITY, RECIPE
@@ -67,7 +68,7 @@ class RunLocation:
 
 
 @dataclass
-class LoadedModel:
+class LoadedModel(Tabular):
     """A model ready to answer: in eval mode, with an attention that takes padding masks.
 
     Attributes:
@@ -83,6 +84,19 @@ class LoadedModel:
     template: "Template" = field(repr=False)
     location: RunLocation
     weights: Path
+
+    def table(self) -> ResultTable:
+        """What was loaded, where it is, and how it is asked."""
+        kinds = {"adapter": "an adapter over its base", "full": "trained in full", "base": "a base"}
+        device, dtype = str(self.model.device), str(self.model.dtype).removeprefix("torch.")
+        rows = [
+            ("model", str(self.location.folder or self.location.base.name)),
+            ("kind", kinds[self.location.kind]),
+            ("base", self.location.base.name),
+            ("device", f"{device}, in {dtype}"),
+            ("next", "list(tunesmith.generate(loaded, [{'prompt': 'Hello'}]))"),
+        ]
+        return ResultTable(rows)
 
     @property
     def model(self) -> "PreTrainedModel":

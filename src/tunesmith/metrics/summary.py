@@ -67,6 +67,12 @@ def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     """The numbers of a run, a line each; `seconds` as in `closing_summary`."""
     if not records:
         return ["no step was taken"]
+    figures = named_figures(records, seconds)
+    return [f"{name:<12}{text}" for name, text in figures.items()]
+
+
+def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, str]:
+    """The numbers of a run of at least one step, by what they are."""
     last = records[-1]
     examples = sum(r.examples for r in records)
     tokens = sum(r.tokens for r in records)
@@ -90,7 +96,7 @@ def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
         losses = f"{validations[0][0]:.4f} -> {validations[-1][0]:.4f}"
         rows["val_loss"] = f"{losses}, best {best:.4f} at step {step}"
     rows["peak memory"] = f"{max(r.memory_gib for r in records):.1f} GiB"
-    return [f"{name:<12}{text}" for name, text in rows.items()]
+    return rows
 
 
 def _validations(records: Sequence[StepRecord]) -> list[tuple[float, int]]:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,23 @@ from tunesmith.errors import (
     disk_fault,
     is_out_of_memory,
 )
-from tunesmith.host.files import write_atomically
+from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.memory import suspected_limit
 from tunesmith.host.shell import shell_path
 from tunesmith.host.signals import END, SHORT, LowMemory
-from tunesmith.metrics.record import StepRecord
+from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.metrics.result_table import ResultTable, Tabular
+from tunesmith.metrics.summary import named_figures
 from tunesmith.planning.run_plan import RunPlan
-from tunesmith.run_dir import RECIPE, STOP_FILE, STOPPED
-from tunesmith.units import Size
+from tunesmith.run_dir import FINAL, LOG, METRICS, RECIPE, STOP_FILE, STOPPED, shown
+from tunesmith.units import Size, count_of
 
 # An error names no more rows than these.
 NAMED_ROWS = 8
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Tabular):
     """What a run came to."""
 
     output_dir: Path
@@ -62,6 +65,35 @@ class Result:
     def last_loss(self) -> float | None:
         """Loss of the last step."""
         return self.records[-1].loss if self.records else None
+
+    def table(self) -> ResultTable:
+        """The figures of this start, where the files are, and what can be done with them; of a run
+        that was finished before, the figures that are on the disk."""
+        records = self.records
+        if self.finished_before:
+            with suppress(OSError, RunError):
+                records = read_records(self.output_dir / METRICS)
+        rows = [("steps", f"{self.steps:,}")]
+        if records:
+            # `seconds` are those of all starts; the records of a resumed run are of this one.
+            seconds = 0.0 if self.first_step else self.seconds
+            rows = list(named_figures(records, seconds).items())
+        if self.first_step:
+            steps = count_of(self.first_step, "step")
+            rows.insert(1, ("resumed", f"after {steps}: the figures are of this start"))
+        if self.finished_before:
+            rows.append(("was finished", "a longer train.duration goes on, fresh=True starts over"))
+        run = shown(from_here(self.output_dir))
+        files = f"{FINAL}/ (weights), {METRICS} (a record a step), {LOG}"
+        data = "" if any(record.val_loss is not None for record in records) else ", 'rows.jsonl'"
+        rows += [
+            ("written to", run),
+            ("", files),
+            ("next", f"loaded = tunesmith.load_run({run!r})"),
+            ("", "list(tunesmith.generate(loaded, [{'prompt': 'Hello'}]))"),
+            ("", f"tunesmith.evaluate({run!r}{data})"),
+        ]
+        return ResultTable(rows)
 
     def values(self) -> dict[str, Any]:
         """The result as plain values, for `--json`."""

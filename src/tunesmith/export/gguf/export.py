@@ -30,6 +30,7 @@ from tunesmith.export.streamed_model import Values
 from tunesmith.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 from tunesmith.host.cores import available_cores
 from tunesmith.host.files import require_disk_space
+from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.load_run import (
     RunLocation,
     locate_run,
@@ -37,6 +38,7 @@ from tunesmith.inference.load_run import (
     select_device,
     undeleted,
 )
+from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.names import composite_of
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.weights import stored_tensors
@@ -45,7 +47,7 @@ DEFAULT_QUANT = "q4_k_m"
 
 
 @dataclass(frozen=True)
-class ExportedFile:
+class ExportedFile(Tabular):
     """A finished export.
 
     Attributes:
@@ -62,7 +64,23 @@ class ExportedFile:
     notes: tuple[str, ...]
     check: FileCheck | None
 
+    def table(self) -> ResultTable:
+        """The file, and how far its answers are from the tuned model's."""
+        rows = [("file", self.file), ("size", f"{self.bytes / 1e6:,.1f} MB in {self.quant}")]
+        if self.check is not None:
+            tuned = self.check.tuned
+            answers = f"mean KL {tuned.mean_kl:.2g} nats against the tuned model"
+            if self.check.base:
+                answers += f" (base: {self.check.base.mean_kl:.2g})"
+            rows += [
+                ("prompts", f"{self.check.prompts} have the same token ids in llama.cpp"),
+                ("answers", answers),
+                ("", f"the same likeliest token at {tuned.agreement:.0%}"),
+            ]
+        return ResultTable(rows, notes=[f"note: {note}" for note in self.notes])
 
+
+@lines_by_default()
 def export_gguf(
     path: str | Path,
     output: str | Path,
@@ -77,10 +95,12 @@ def export_gguf(
 ) -> ExportedFile:
     """Write what a run has trained as one GGUF file, or as a folder with it for Ollama.
 
+    >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")
+
     Args:
-        path: as for `locate_run`.
+        path: as for `load_run`.
         output: a new file; for Ollama a new folder. `force` replaces a file of that name.
-        quant: a name of `types.QUANTS`.
+        quant: `f32`, `f16`, `bf16`, `q8_0`, `q6_k`, `q5_k_m` or `q4_k_m`.
         check: compare it with the tuned model in llama.cpp, where xllamacpp is installed.
         progress: gets the bytes written and those of the file.
 

@@ -1,0 +1,90 @@
+"""What the Python functions return, as small tables: text where it is printed, HTML in a notebook.
+
+A result says what is in its table (`Tabular.table`); how a table looks is here alone. `repr` stays
+that of a dataclass, with every field.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from rich.cells import cell_len
+
+from tunesmith.host.streams import WIDTH, folded, width_of
+
+GAP = "  "  # between columns
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """A table of texts, which may come from data: HTML is escaped where it is made.
+
+    Attributes:
+        rows: the cells of each; the first cell names the row.
+        columns: headings of the cells after the first; empty for a table without headings.
+        title: a line above; empty for none.
+        notes: lines below.
+    """
+
+    rows: Sequence[Sequence[str]]
+    columns: Sequence[str] = ()
+    title: str = ""
+    notes: Sequence[str] = ()
+
+    def text(self, width: int = WIDTH) -> str:
+        """Plain lines with columns side by side; notes are folded to `width` columns."""
+        lines = [_one_line(self.title)] if self.title else []
+        headings = [["", *self.columns]] if self.columns else []
+        grid = []
+        for row in [*headings, *self.rows]:
+            grid.append([_one_line(cell) for cell in row])
+        widths = [0] * max(map(len, grid), default=0)
+        for row in grid:
+            for column, cell in enumerate(row):
+                widths[column] = max(widths[column], cell_len(cell))
+        for row in grid:
+            cells = []
+            for cell, width in zip(row, widths, strict=False):
+                cells.append(cell + " " * (width - cell_len(cell)))
+            lines.append(GAP.join(cells).rstrip())
+        for note in self.notes:
+            lines.append(folded(_one_line(note), width))
+        return "\n".join(lines)
+
+    def html(self) -> str:
+        """The same as a `<table>`; every text is escaped."""
+        left = ' style="text-align: left"'  # a notebook's own style is right
+        parts = ["<table>"]
+        if self.title:
+            parts.append(f"<caption{left}>{escape(self.title)}</caption>")
+        if self.columns:
+            headings = "".join(f"<th{left}>{escape(column)}</th>" for column in self.columns)
+            parts.append(f"<thead><tr><th></th>{headings}</tr></thead>")
+        parts.append("<tbody>")
+        for name, *cells in self.rows:
+            row = "".join(f"<td{left}>{escape(cell)}</td>" for cell in cells)
+            parts.append(f"<tr><th{left}>{escape(name)}</th>{row}</tr>")
+        parts.append("</tbody></table>")
+        parts += [f"<div>{escape(note)}</div>" for note in self.notes]
+        return "\n".join(parts)
+
+
+class Tabular:
+    """A result that prints as its table, and that a notebook renders."""
+
+    def table(self) -> ResultTable:
+        """What a reader is shown of it."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.table().text(width_of(sys.stdout))
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows. The name is IPython's."""
+        return self.table().html()
+
+
+def _one_line(text: str) -> str:
+    """A text in one line, without control characters, which would move a terminal's cursor."""
+    return "".join(char if char.isprintable() else " " for char in text)

@@ -1,0 +1,74 @@
+"""Runs side by side, for a Python program: what `report` says on its page."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.errors import UsageError
+from tunesmith.metrics.result_table import ResultTable, Tabular
+from tunesmith.metrics.terminal import format_seconds
+from tunesmith.report.compare import Verdict, differing_keys, eval_figures, judge
+from tunesmith.report.measure import measure_of
+from tunesmith.report.run_files import RunFiles
+from tunesmith.report.run_summary import RunSummary, Spread, summaries_of
+
+
+@dataclass(frozen=True)
+class Comparison(Tabular):
+    """What `compare` says of some runs.
+
+    Attributes:
+        runs: their names, in the order of the call.
+        verdict: `kind` is `better`, `equal`, `none` (it cannot be said) or `alone` (one run);
+            `headline` and `reasons` are sentences; `best` are the places in `runs` of those that
+            are better.
+        figures: what differs and what was measured: a text for each run, `–` where there is none.
+    """
+
+    runs: tuple[str, ...]
+    verdict: Verdict
+    figures: dict[str, list[str]]
+
+    def table(self) -> ResultTable:
+        """The figures, a column for each run, and the verdict."""
+        rows = [(name, *cells) for name, cells in self.figures.items()]
+        return ResultTable(rows, self.runs, notes=[self.verdict.headline, *self.verdict.reasons])
+
+
+def compare(*runs: str | Path) -> Comparison:
+    """Put runs side by side: which is better on held-out rows, or why that cannot be said.
+
+    >>> tunesmith.compare("runs/lr-1e-4", "runs/lr-1e-3")
+
+    Args:
+        runs: run directories; they may still be running, or have failed.
+
+    Raises:
+        UsageError: no folder was named, or one is no run directory.
+    """
+    if not runs:
+        raise UsageError("there are no runs", where="compare(...)", fix="name run directories")
+    summaries = summaries_of([RunFiles(folder) for folder in runs])
+    names = tuple(summary.label for summary in summaries)
+    return Comparison(names, judge(summaries), _figures(summaries))
+
+
+def _figures(runs: Sequence[RunSummary]) -> dict[str, list[str]]:
+    """The keys that change what is learned, then what was measured."""
+    texts: dict[str, Sequence[str | None]] = {}
+    for difference in differing_keys(runs):
+        if difference.learns:
+            texts[difference.key] = [json.dumps(value) for value in difference.values]
+    texts["state"] = [f"{run.files.state} at step {run.steps}" for run in runs]
+    measure = measure_of(runs)
+    texts[measure.best_word] = [measure.best_text(run) for run in runs]
+    texts["training loss, last steps"] = [_mean_text(run.loss, ".4f") for run in runs]
+    texts["time of the steps"] = [format_seconds(run.seconds) for run in runs]
+    texts["tokens/s"] = [_mean_text(run.speed, ",.0f") for run in runs]
+    texts |= dict(eval_figures(runs))
+    return {name: [cell or "–" for cell in cells] for name, cells in texts.items()}
+
+
+def _mean_text(spread: Spread | None, form: str) -> str | None:
+    return None if spread is None else format(spread.mean, form)

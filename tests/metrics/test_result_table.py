@@ -1,0 +1,164 @@
+"""What the Python functions return, as text and as HTML."""
+
+from __future__ import annotations
+
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import torch
+
+from errors import holds, refuses
+from records import record
+from tunesmith.config.schema import Model
+from tunesmith.errors import UsageError
+from tunesmith.export.gguf.export import ExportedFile
+from tunesmith.export.merge import Merged
+from tunesmith.export.merge_check import Difference, MergeCheck
+from tunesmith.inference.evaluate import EvalResult, Evaluation
+from tunesmith.inference.load_run import LoadedModel, RunLocation
+from tunesmith.inference.score_rows import RowScores
+from tunesmith.metrics.result_table import ResultTable, Tabular
+from tunesmith.report.comparison import Comparison, compare
+from tunesmith.scoring.intervals import Interval
+from tunesmith.training.result import Result
+
+HOSTILE = "<script>alert('a')</script>&\"\n\x1b[31m"
+
+
+class Cells(HTMLParser):
+    """The tags of a page, and the texts of its cells."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts += [data] if data.strip() else []
+
+
+def write_run(folder: Path, losses: list[float]) -> Path:
+    folder.mkdir()
+    records = [record(step, loss=loss) for step, loss in enumerate(losses, 1)]
+    (folder / "metrics.jsonl").write_text("".join(r.to_json() + "\n" for r in records))
+    return folder
+
+
+def loaded_model(folder: str) -> LoadedModel:
+    class TrainModel:
+        model = torch.nn.Linear(1, 1)
+
+    TrainModel.model.device = torch.device("cpu")
+    TrainModel.model.dtype = torch.bfloat16
+    location = RunLocation("adapter", Path(folder), Model(name="org/base"))
+    return LoadedModel(TrainModel(), None, None, location, Path(folder))
+
+
+def merged(name: str) -> Merged:
+    near = Difference(0.01, 1e-6, 1.0)
+    far = Difference(4.0, 0.25, 0.5)
+    check = MergeCheck("bf16", near, far, near, 9.0, 48, name, None, (("near enough", True),))
+    return Merged(name, "org/base", name, "bf16", 3 << 20, name, check)
+
+
+def evaluation(name: str) -> Evaluation:
+    base = EvalResult(10, 50, 800.0, math.inf, 0.25, exact_match=0.1, answered=10)
+    tuned = EvalResult(10, 50, 0.5, math.exp(0.5), 0.75, exact_match=0.9, answered=10)
+    intervals = {"base": Interval(0.1, 0.0, 0.4), "tuned": Interval(0.9, 0.6, 1.0)}
+    scores = RowScores(name, 10, intervals, None, "VERDICT", {})
+    return Evaluation(
+        {"base": base, "tuned": tuned}, name, 12, 2, 0, (scores,), unfinished={"tuned": 3}
+    )
+
+
+def results(name: str, folder: Path) -> list[Tabular]:
+    """One of each kind, with a text of the user's own in it."""
+    return [
+        Result(Path(name), 2, records=[record(1), record(2)]),
+        evaluation(name),
+        merged(name),
+        ExportedFile(name, name, "q8_0", 10**6, (name,), None),
+        loaded_model(name),
+        Comparison((name,), compare(write_run(folder / "run", [1.0])).verdict, {name: [name]}),
+    ]
+
+
+def test_columns_stand_side_by_side_whatever_their_script() -> None:
+    table = ResultTable([("loss", "1.0", "22"), ("精度", "3", "4")], ["base", "調整"], "T", ["N"])
+    assert table.text().splitlines() == [
+        "T",
+        "      base  調整",
+        "loss  1.0   22",
+        "精度  3     4",
+        "N",
+    ]
+    assert Cells(table.html()).texts == "T base 調整 loss 1.0 22 精度 3 4 N".split()
+    assert ResultTable([]).text() == ""
+
+
+def test_what_comes_from_data_is_text_in_every_result(tmp_path: Path) -> None:
+    tags = set("table caption thead tbody tr th td div".split())
+    for result in results(HOSTILE, tmp_path):
+        page = result._repr_html_()
+        assert Cells(page).tags <= tags, type(result)
+        assert "alert" in page, type(result)
+        printed = str(result)
+        assert "\x1b" not in printed, type(result)
+        assert repr(result).startswith(f"{type(result).__name__}("), "repr has the fields"
+
+
+def test_a_training_result_says_what_came_of_it_and_what_is_next(tmp_path: Path) -> None:
+    last = record(4, val_loss=0.75)
+    text = str(Result(tmp_path / "my run", 4, seconds=125.0, records=[record(1), last]))
+    for value in ("2.0000 -> 0.5000", "0.7500", "2:05 min", "400 tokens/s", "8 examples"):
+        assert holds(text, value), value
+    assert f"tunesmith.load_run({str(tmp_path / 'my run')!r})" in text
+    assert text.endswith(f"tunesmith.evaluate({str(tmp_path / 'my run')!r})")
+    resumed = str(Result(tmp_path, 4, first_step=3, seconds=125.0, records=[last]))
+    assert holds(resumed, "3 steps")
+    assert not holds(resumed, "2:05 min"), "that of both starts, beside records of one"
+
+
+def test_a_run_that_was_finished_before_shows_the_figures_on_the_disk(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [3.0, 1.5])
+    text = str(Result(folder, 2, finished_before=True))
+    assert holds(text, "3.0000 -> 1.5000", "fresh=True")
+    (folder / "metrics.jsonl").unlink()
+    assert holds(str(Result(folder, 2, finished_before=True)), "steps", 2)
+
+
+def test_an_evaluation_has_a_column_for_each_model_and_says_what_to_know() -> None:
+    lines = str(evaluation("held-out.jsonl")).splitlines()
+    assert holds(lines[0], "held-out.jsonl")
+    assert lines[1].split() == ["base", "tuned"]
+    (losses,) = (line for line in lines if line.startswith("loss"))
+    assert losses.split()[-2:] == ["800.0000", "0.5000"]
+    text = "\n".join(lines)
+    for value in ("1e308", "1.649", "25.00%", "75.00%", "90.0% (9/10)", "90.0% (60.0 to 100.0)"):
+        assert holds(text, value), value
+    assert holds(text, "2 of 12 rows")
+    assert holds(text, "3 of 10 answers")
+    assert "VERDICT" in lines
+
+
+def test_runs_are_compared_by_their_figures_and_a_verdict(tmp_path: Path) -> None:
+    runs = []
+    for name, rate in (("low", 1e-4), ("high", 1e-2)):
+        folder = write_run(tmp_path / name, [2.0, rate * 100])
+        (folder / "config.yaml").write_text(f"train: {{learning_rate: {rate}}}\n")
+        runs.append(folder)
+    comparison = compare(*runs)
+    assert comparison.runs == ("low", "high")
+    assert comparison.figures["train.learning_rate"] == ["0.0001", "0.01"]
+    assert comparison.figures["lowest val_loss"] == ["–", "–"]
+    assert comparison.verdict.kind == "none", "nothing was held out"
+    assert comparison.verdict.headline in str(comparison).splitlines()
+    with refuses(UsageError, where="compare(...)"):
+        compare()
+    with refuses(UsageError, where=str(tmp_path)):
+        compare(runs[0], tmp_path)
