@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -20,7 +21,9 @@ from ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
-FUNCTIONS = ["evaluate", "generate", "load_run", "merge", "train"]
+FIRST = ["train", "load_run", "generate", "evaluate", "merge"]
+FUNCTIONS = sorted([*FIRST, "compare", "export_gguf"])
+ROOT = Path(__file__).parents[1]
 
 
 # Every module is imported first, as a long session may have done: importing `package.name` sets the
@@ -60,6 +63,8 @@ outputs: list[str] = [row["output"] for row in rows]
 evaluation: tunesmith.Evaluation = tunesmith.evaluate(result.output_dir, Path("held-out.jsonl"), exact_match=True)
 loss: float = evaluation.scores["tuned"].loss
 merged: tunesmith.Merged = tunesmith.merge(result.output_dir, "merged", dtype="bf16")
+better: list[str] = [tunesmith.compare("runs/a", "runs/b").runs[i] for i in tunesmith.compare("a").verdict.best]
+exported: tunesmith.ExportedFile = tunesmith.export_gguf(result.output_dir, "model.gguf", quant="q8_0")
 try:
     tunesmith.load_run("nowhere")
 except tunesmith.StoppedError:
@@ -127,6 +132,32 @@ def test_each_function_tells_its_types_and_has_a_docstring() -> None:
         assert any(
             ">>>" in line and f"tunesmith.{name}(" in line for line in function.__doc__.splitlines()
         ), name
+
+
+def test_help_begins_with_the_five_functions_and_an_example_of_each() -> None:
+    text = inspect.getdoc(tunesmith)
+    entries = re.findall(r"^(\w+) +\S.*\n((?: +>>> .*\n)+)", text, re.MULTILINE)
+    names = [name for name, _ in entries]
+    assert names[: len(FIRST)] == FIRST
+    assert sorted(names) == FUNCTIONS, "those that are exported, no others"
+    for name, examples in entries:
+        assert f"tunesmith.{name}(" in examples, name
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_what_the_docs_name_is_exported_and_what_is_exported_they_name() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b[A-Z]\w*Error\b", page))
+    named |= set(re.findall(r"tunesmith\.(\w+)\(", page))
+    raised = set()
+    for name in FUNCTIONS:
+        docstring = inspect.getdoc(getattr(tunesmith, name)) or ""
+        raised |= set(re.findall(r"\b[A-Z]\w*Error\b", docstring))
+    assert len(raised) > 5, raised
+    assert named | raised <= set(tunesmith.__all__)
+    for name in tunesmith.__all__:
+        if name != "__version__":
+            assert re.search(rf"\b{name}\b", page), f"docs/python.md does not name {name}"
 
 
 def test_a_user_script_passes_mypy_strict(tmp_path: Path) -> None:

@@ -1,41 +1,71 @@
 """tunesmith: fine-tune open-weight language models on the hardware that people have.
 
->>> import tunesmith
->>> changes = {"train.learning_rate": 2e-4, "output_dir": "runs/from-python"}
->>> result = tunesmith.train("my-recipe.yaml", changes)
->>> loaded = tunesmith.load_run(result.output_dir)
->>> next(tunesmith.generate(loaded, [{"prompt": "Hello"}]))["output"]
->>> tunesmith.evaluate(result.output_dir, "held-out.jsonl").scores["tuned"].loss
->>> tunesmith.merge(result.output_dir, "merged")
+Five functions to start with; `help(tunesmith.train)` has all options of one:
 
-Rows of the program itself, such as a list of dicts or a data frame, need no file and no recipe:
+train       train a recipe, or resume it; rows may be a list of dicts or a data frame
+            >>> result = tunesmith.train(model="demo", rows=[{"prompt": "Hi", "completion": "Ho"}])
+            >>> result = tunesmith.train("my-recipe.yaml", {"train.learning_rate": 2e-4})
+load_run    load what a run has trained
+            >>> loaded = tunesmith.load_run("runs/my-run")
+generate    answer rows
+            >>> next(tunesmith.generate(loaded, [{"prompt": "Hello"}]))["output"]
+evaluate    measure a run on held-out rows, beside its base
+            >>> tunesmith.evaluate("runs/my-run", "held-out.jsonl").scores["tuned"].loss
+merge       put an adapter into its base: a plain Transformers folder
+            >>> tunesmith.merge("runs/my-run", "merged")
 
->>> tunesmith.train(model="demo", rows=[{"prompt": "Hello", "completion": "Hi"}])
+Then:
 
-What a user can fix is raised as a `TunesmithError`, whose text says what, where, why and the fix;
-`tunesmith.errors` has the whole tree.
+compare     say which of some runs is better
+            >>> tunesmith.compare("runs/lr-1e-4", "runs/lr-1e-3")
+export_gguf write a run as one file for llama.cpp
+            >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")
+
+What they return prints as a table, and renders in a notebook. What a user can fix is raised as a
+`TunesmithError`, whose text says what, where, why and the fix; `tunesmith.errors` has all of them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import RunError, StoppedError, TunesmithError, UsageError
+from tunesmith.errors import (
+    CheckpointError,
+    DataError,
+    MachineError,
+    ModelError,
+    NonFiniteError,
+    RecipeError,
+    RunError,
+    StoppedError,
+    TunesmithError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
+    from tunesmith.export.gguf.export import ExportedFile, export_gguf
     from tunesmith.export.merge import Merged, merge
     from tunesmith.inference.decoding import Decoding
     from tunesmith.inference.evaluate import Evaluation, evaluate
     from tunesmith.inference.generate import generate
     from tunesmith.inference.load_run import LoadedModel, load_run
     from tunesmith.metrics.record import StepRecord
+    from tunesmith.report.comparison import Comparison, compare
     from tunesmith.training.result import Result
     from tunesmith.training.run import train
 
 __all__ = [
+    "CheckpointError",
+    "Comparison",
+    "DataError",
     "Decoding",
     "Evaluation",
+    "ExportedFile",
     "LoadedModel",
+    "MachineError",
     "Merged",
+    "ModelError",
+    "NonFiniteError",
+    "RecipeError",
     "Result",
     "RunError",
     "StepRecord",
@@ -43,7 +73,9 @@ __all__ = [
     "TunesmithError",
     "UsageError",
     "__version__",
+    "compare",
     "evaluate",
+    "export_gguf",
     "generate",
     "load_run",
     "merge",
@@ -55,16 +87,20 @@ __version__ = "0.1.0"
 # replace the function.
 _MODULES = {
     "train": "training.run",
+    "load_run": "inference.load_run",
+    "generate": "inference.generate",
+    "evaluate": "inference.evaluate",
+    "merge": "export.merge",
+    "compare": "report.comparison",
+    "export_gguf": "export.gguf.export",
+    "Decoding": "inference.decoding",
     "Result": "training.result",
     "StepRecord": "metrics.record",
-    "load_run": "inference.load_run",
     "LoadedModel": "inference.load_run",
-    "generate": "inference.generate",
-    "Decoding": "inference.decoding",
-    "evaluate": "inference.evaluate",
     "Evaluation": "inference.evaluate",
-    "merge": "export.merge",
     "Merged": "export.merge",
+    "Comparison": "report.comparison",
+    "ExportedFile": "export.gguf.export",
 }
 
 
