@@ -13,10 +13,18 @@ import pytest
 import tunesmith
 from errors import refuses
 from tunesmith.errors import DataError, RecipeError, UsageError
+from tunesmith.metrics.record import read_records
 from tunesmith.training.given_rows import keep_rows
 from tunesmith.training.make_recipe import make_recipe
 
 ROWS = [{"prompt": f"Say {n}", "completion": f"number {n}"} for n in range(24)]
+CHATS = []
+for n in range(24):
+    answer: dict[str, Any] = {"role": "assistant", "content": f"It is number {n}."}
+    if n % 2:
+        answer["name"] = "clerk"  # a key that half of the messages lack
+    CHATS.append({"messages": [{"role": "user", "content": f"What is {n}?"}, answer]})
+TABLES = {"prompt-completion": ROWS, "messages": CHATS}
 KEYS = {
     "model.dtype": "fp32",
     "train.duration": "3 steps",
@@ -33,20 +41,56 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def weights(folder: str) -> bytes:
-    return Path(folder, "final", "adapter_model.safetensors").read_bytes()
+def weights(run: Path) -> bytes:
+    return (run / "final" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def runs_of_files(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run directories of the same rows from a file, by the format of the rows."""
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, rows in TABLES.items():
+            folder = tmp_path_factory.mktemp(name)
+            patch.setenv("TUNESMITH_CACHE", str(folder / "cache"))
+            file = folder / "rows.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            keys = {**KEYS, "output_dir": str(folder / "run")}
+            tunesmith.train(make_recipe(str(tiny), str(file), keys).run, quiet=True)
+            folders[name] = folder / "run"
+    return folders
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    records = read_records(run / "metrics.jsonl")
+    return [(record.loss, record.grad_norm) for record in records]
 
 
 @pytest.mark.slow
-def test_rows_of_a_program_train_to_the_same_bits_as_of_a_file(home: Path, tiny: Path) -> None:
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    model = str(tiny)
-    from_file = make_recipe(model, "rows.jsonl", {**KEYS, "output_dir": "runs/file"}).run
-    tunesmith.train(from_file, quiet=True)
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("form", ["list", "datasets", "pandas", "polars"])
+def test_rows_of_a_program_train_to_the_same_bits_as_of_a_file(
+    form: str, table: str, runs_of_files: dict[str, Path], home: Path, tiny: Path
+) -> None:
+    """Also where a table fills what a row lacks with null, as a name in a message."""
+    rows: Any = TABLES[table]
+    if form == "datasets":
+        rows = datasets.Dataset.from_list(rows)
+    elif form != "list":
+        rows = pytest.importorskip(form).DataFrame(rows)
     keys = {**KEYS, "output_dir": "runs/rows"}
-    result = tunesmith.train(model=model, rows=ROWS, overrides=keys, quiet=True)
+    result = tunesmith.train(model=str(tiny), rows=rows, overrides=keys, quiet=True)
     assert result.steps == 3
-    assert weights("runs/rows") == weights("runs/file")
+    expected = runs_of_files[table]
+    assert losses(Path("runs/rows")) == losses(expected)
+    assert weights(Path("runs/rows")) == weights(expected)
+
+
+@pytest.mark.slow
+def test_a_run_of_given_rows_resumes_with_them_alone(home: Path, tiny: Path) -> None:
+    model = str(tiny)
+    keys = {**KEYS, "output_dir": "runs/rows"}
+    tunesmith.train(model=model, rows=ROWS, overrides=keys, quiet=True)
     again = tunesmith.train(model=model, rows=ROWS, overrides=keys, quiet=True)
     assert again.finished_before
     keys["train.duration"] = "5 steps"
@@ -72,12 +116,6 @@ def test_frames_and_numbers_of_numpy_become_plain_rows(home: Path) -> None:
     assert keep_rows(pandas.DataFrame(rows), home / "frame").read_bytes() == file.read_bytes()
     arrays = [{"text": "a", "n": np.int64(1), "x": np.float32(0.5)}, plain[1]]
     assert keep_rows(arrays, home / "arrays").read_bytes() == file.read_bytes()
-
-
-def test_what_polars_gives_is_read_as_mappings(home: Path) -> None:
-    polars = pytest.importorskip("polars")
-    frame = keep_rows(polars.DataFrame(ROWS), home / "frame")
-    assert frame.read_bytes() == keep_rows(ROWS, home / "list").read_bytes()
 
 
 @pytest.mark.parametrize(
