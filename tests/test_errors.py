@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import pytest
@@ -77,6 +78,8 @@ def test_a_block_is_read_back_as_it_was_rendered() -> None:
         f"  cause: disk: {CAUSES['disk']}",
         "  fix: rm x",
     ]
+    (end,) = traceback.format_exception_only(ERROR)
+    assert end.startswith(f"tunesmith.errors.RunError: {ERROR.what}\n"), "one `error` is enough"
     read = error_in(f"step 3\n{ERROR.text()}\nstep 4\n")
     assert read.text() == ERROR.text()
     assert is_internal(f"step 3\n{TunesmithError('internal error: KeyError: x').text()}")

@@ -12,12 +12,14 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tunesmith
 from errors import refuses
 from ranks import run_ranks
+from tunesmith.errors import DataError, UsageError
 
 pytestmark = pytest.mark.slow
 
@@ -158,6 +160,15 @@ def test_what_the_docs_name_is_exported_and_what_is_exported_they_name() -> None
     for name in tunesmith.__all__:
         if name != "__version__":
             assert re.search(rf"\b{name}\b", page), f"docs/python.md does not name {name}"
+
+
+def test_what_another_function_takes_is_refused_with_the_call_to_make() -> None:
+    rows: Any = [{"prompt": "Hello"}]
+    run: Any = "runs/my-run"
+    with refuses(UsageError, names=["str"], fix=["tunesmith.load_run"]):
+        tunesmith.generate(run, rows)
+    with refuses(DataError, where="evaluate(run, data)", names=["list"]):
+        tunesmith.evaluate(run, rows)
 
 
 def test_a_user_script_passes_mypy_strict(tmp_path: Path) -> None:

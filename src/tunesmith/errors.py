@@ -85,7 +85,8 @@ class TunesmithError(Exception):
         self.failed_rank = dict(failed_rank)
 
     def __str__(self) -> str:
-        return self.text()
+        """The block as the end of a traceback, where the name of the class is before it."""
+        return self.text().removeprefix("error: ")
 
     def _render_traceback_(self) -> list[str]:
         """What IPython and Jupyter show in place of a traceback. The name is IPython's."""

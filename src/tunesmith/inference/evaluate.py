@@ -28,7 +28,7 @@ from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.splits import SourceRows, read_splits
 from tunesmith.data.tokens import Repeats, TokenSet, find_repeats, tokenize
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import MachineError, TunesmithError, UsageError, first_line
+from tunesmith.errors import DataError, MachineError, TunesmithError, UsageError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, evaluating
@@ -408,10 +408,13 @@ def evaluate(
             0 writes the answers. All get the numbers of one process.
 
     Raises:
+        UsageError, ModelError, CheckpointError, MachineError: as `load_run`.
+        DataError: there is no such file, or a row is broken.
         StoppedError: a signal came while rows were answered; the same call goes on.
     """
     scoring = None
     with ranks.raise_on_all_ranks():
+        _require_file(data)
         # Wrong names end it before a model is loaded.
         check_scorer_names(scorers)
         location = locate_run(path)
@@ -473,6 +476,14 @@ def evaluate(
             unanswered=scoring.rows.unanswered,
             unfinished=scoring.unfinished(),
         )
+
+
+def _require_file(data: object) -> None:
+    """DataError for rows themselves, which `train` takes."""
+    if not isinstance(data, str | Path | None):
+        what = f"rows to evaluate are {type(data).__name__}, not a file"
+        fix = "write them to a file of JSON lines, and name it"
+        raise DataError(what, where="evaluate(run, data)", fix=fix)
 
 
 def _evaluation(scores: dict[str, EvalResult], tokens: TokenSet, name: str) -> Evaluation:

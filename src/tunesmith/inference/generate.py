@@ -92,9 +92,14 @@ def generate(
         `reference` where it held an answer.
 
     Raises:
+        UsageError: `loaded` is the name of a run.
         DataError: at the call, not in the iterator: a broken row, or a prompt that leaves no room
             for its answer.
     """
+    if not isinstance(loaded, LoadedModel):
+        what = f"generate takes a loaded model, not {type(loaded).__name__}"
+        fix = 'loaded = tunesmith.load_run("runs/my-run"), then generate(loaded, rows)'
+        raise UsageError(what, where="generate(loaded)", fix=fix)
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
     prompts = []
