@@ -1,9 +1,10 @@
-"""The notebook of the docs runs, and a run in a notebook looks as it should: in a real kernel, by
+"""The notebooks of the docs run, and a run in a notebook looks as it should: in a real kernel, by
 nbclient.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
+from conftest import write_tiny_llama
 from errors import holds, lines_with
+from export.tiny_gguf import chat_tokenizer
 from recipes import recipe
 from tunesmith.config.dump import to_yaml
 
 pytestmark = pytest.mark.slow
 
-NOTEBOOK = Path(__file__).parents[1] / "docs" / "first-tune.ipynb"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def executed(notebook: NotebookNode, folder: Path, **options: Any) -> NotebookNode:
@@ -38,20 +41,25 @@ def text_of(cell: NotebookNode) -> str:
     return "\n".join(shown)
 
 
-def test_the_notebook_of_the_docs_runs_from_rows_to_a_merged_model(
-    tiny: Path, tmp_path: Path
-) -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    assert all(not cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+def shown_by(notebook: NotebookNode, folder: Path, **parameters: object) -> str:
+    """What the cells of a notebook show, run in a folder with other values of its parameters."""
     (at,) = (
         n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())
     )
-    assert {"model", "epochs"} <= {
-        line.partition(" = ")[0] for line in notebook.cells[at].source.splitlines()
-    }
-    notebook.cells.insert(at + 1, new_code_cell(f"model, epochs = {str(tiny)!r}, 2"))
-    cells = [cell for cell in executed(notebook, tmp_path).cells if cell.cell_type == "code"]
-    shown = "\n".join(map(text_of, cells))
+    names = [line.partition(" = ")[0] for line in notebook.cells[at].source.splitlines()]
+    assert names == list(parameters)
+    lines = [f"{name} = {value!r}" for name, value in parameters.items()]
+    notebook.cells.insert(at + 1, new_code_cell("\n".join(lines)))
+    cells = [cell for cell in executed(notebook, folder).cells if cell.cell_type == "code"]
+    return "\n".join(map(text_of, cells))
+
+
+def test_the_notebook_of_the_docs_runs_from_rows_to_a_merged_model(
+    tiny: Path, tmp_path: Path
+) -> None:
+    notebook = nbformat.read(DOCS / "first-tune.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    shown = shown_by(notebook, tmp_path, model=str(tiny), epochs=2)
     assert "75 rows to train on, 15 held out; the first: {'prompt': 'My " in shown
     assert "Result(output_dir=PosixPath(" in shown
     assert shown.count("step   1  loss") == 1
@@ -61,6 +69,35 @@ def test_the_notebook_of_the_docs_runs_from_rows_to_a_merged_model(
     assert "runs/first-tune-merged: " in shown
     assert shown.rstrip().endswith("checked: True")
     assert (tmp_path / "runs" / "first-tune-merged" / "model.safetensors").is_file()
+
+
+def test_the_notebook_that_compares_runs_exports_the_better_one(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer()
+    model = write_tiny_llama(
+        tmp_path / "base", vocab_size=len(tokenizer), hidden_size=256, intermediate_size=256
+    )
+    tokenizer.save_pretrained(model)
+    notebook = nbformat.read(DOCS / "compare-runs.ipynb", as_version=4)
+    shown = shown_by(notebook, tmp_path, model=str(model), steps=6)
+    for value in ("runs/lr-0.001", "runs/lr-0.0001", "'train.learning_rate': ['0.001', '0.0001']"):
+        assert value in shown
+    kinds = re.findall(r"verdict=Verdict\(kind='(\w+)'", shown)
+    assert kinds in (["better"], ["equal"]), "six validations of the same rows can be compared"
+    assert shown.count("My toaster makes a strange noise. -> ") == 1
+    assert holds(shown, "file='complaints.gguf'")
+    assert (tmp_path / "complaints.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_the_outputs_that_are_committed_are_small_and_of_no_machine() -> None:
+    file = DOCS / "compare-runs.ipynb"
+    cells = [c for c in nbformat.read(file, as_version=4).cells if c.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert file.stat().st_size < 20_000
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} == {"stream", "execute_result"}
+    tables = [o for o in outputs if "<table>" in o.get("data", {}).get("text/html", "")]
+    assert len(tables) == 2, "the comparison and the export"
+    assert not re.search(r"[\"' ]/\w+/", str(outputs)), "a path of the machine that ran it"
 
 
 def test_a_run_in_a_notebook_draws_its_bar_and_stops_without_a_traceback(
