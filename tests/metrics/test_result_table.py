@@ -101,6 +101,13 @@ def test_columns_stand_side_by_side_whatever_their_script() -> None:
     assert ResultTable([]).text() == ""
 
 
+def test_long_notes_are_folded_between_words() -> None:
+    notes = ["word " * 30, "short"]
+    lines = ResultTable([("a", "b")], notes=notes).text(40).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert " ".join(" ".join(lines).split()) == f"a b {'word ' * 30}short"
+
+
 def test_what_comes_from_data_is_text_in_every_result(tmp_path: Path) -> None:
     tags = set("table caption thead tbody tr th td div".split())
     for result in results(HOSTILE, tmp_path):
@@ -157,7 +164,7 @@ def test_runs_are_compared_by_their_figures_and_a_verdict(tmp_path: Path) -> Non
     assert comparison.figures["train.learning_rate"] == ["0.0001", "0.01"]
     assert comparison.figures["lowest val_loss"] == ["–", "–"]
     assert comparison.verdict.kind == "none", "nothing was held out"
-    assert comparison.verdict.headline in str(comparison).splitlines()
+    assert comparison.verdict.headline in comparison.table().notes
     with refuses(UsageError, where="compare(...)"):
         compare()
     with refuses(UsageError, where=str(tmp_path)):

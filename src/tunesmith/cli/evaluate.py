@@ -64,6 +64,7 @@ from tunesmith.distributed.ranks import (
     started_as,
 )
 from tunesmith.errors import UsageError
+from tunesmith.host.streams import width_of
 
 if TYPE_CHECKING:
     from tunesmith.inference.evaluate import Evaluation
@@ -179,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
         return
     table = result.table()
     print(table.title, file=sys.stderr)
-    print(replace(table, title="", notes=result.verdicts()).text())
+    print(replace(table, title="", notes=result.verdicts()).text(width_of(sys.stdout)))
     for note in result.notes():
         notify(note)
 
@@ -266,7 +267,7 @@ def print_task_metrics(metrics: "Sequence[TaskMetric]") -> None:
         rows.append([metric.task, metric.name, str(metric.rows), *cells])
         if metric.row_scores is not None and metric.row_scores.verdict:
             notes.append(metric.row_scores.verdict)
-    print(ResultTable(rows, ["metric", "rows", *models], notes=notes).text())
+    print(ResultTable(rows, ["metric", "rows", *models], notes=notes).text(width_of(sys.stdout)))
 
 
 def metric_text(metric: "TaskMetric", model: str) -> str:

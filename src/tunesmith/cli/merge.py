@@ -12,9 +12,11 @@ like the adapter; otherwise it is kept as OUTPUT.rejected, and the exit code is
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 
 from tunesmith.cli.options import add_json, add_run
+from tunesmith.host.streams import width_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,4 +42,4 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(asdict(merged), indent=2))
         return
-    print(merged)
+    print(merged.table().text(width_of(sys.stdout)))

@@ -17,11 +17,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith import __version__
 from tunesmith.checkpoint.manifest import list_checkpoints, seconds_to_write
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError, is_secret_name, mask
 from tunesmith.host.files import write_atomically
+from tunesmith.host.packages import installed_versions
 from tunesmith.host.shell import shell_word
 from tunesmith.launch.inputs import hub_sources, recipe_inputs
 from tunesmith.launch.jobs import (
@@ -240,9 +240,10 @@ def render_script(run: Run, request: Request) -> str:
     Every value from a recipe or flag stands in a quoted word of a directive or of an assignment.
     """
     site = request.site
+    version = installed_versions().get("tunesmith", "")
     lines = [
         "#!/bin/bash -l",
-        f"# Written by tunesmith {__version__}: tunesmith launch slurm --help",
+        f"# Written by tunesmith {version}: tunesmith launch slurm --help",
     ]
     lines += [f"#SBATCH {directive}" for directive in _directives(run, request)]
     lines.append("")

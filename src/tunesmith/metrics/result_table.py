@@ -4,14 +4,13 @@ A result says what is in its table (`Tabular.table`); how a table looks is here 
 that of a dataclass, with every field.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 from rich.cells import cell_len
 
-from tunesmith.host.streams import WIDTH, folded, width_of
+from tunesmith.host.streams import WIDTH, folded
 
 GAP = "  "  # between columns
 
@@ -78,7 +77,7 @@ class Tabular:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return self.table().text(width_of(sys.stdout))
+        return self.table().text()
 
     def _repr_html_(self) -> str:
         """What Jupyter shows. The name is IPython's."""

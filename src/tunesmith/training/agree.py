@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple, NoReturn
 
 import torch
 
-import tunesmith
 from tunesmith.adapter.peft_files import adapter_digest
 from tunesmith.checkpoint.manifest import sums_of_weights
 from tunesmith.checkpoint.resume import Start
@@ -133,7 +132,7 @@ def software_versions() -> dict[str, Compared]:
 def source_digest() -> str:
     """SHA-256 of this package's own files as this process first read them."""
     source = hashlib.sha256()
-    for file in sorted(Path(tunesmith.__file__).parent.rglob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         source.update(file.read_bytes())
     return source.hexdigest()
 
