@@ -622,7 +622,7 @@ def test_merge_prints_its_check_and_the_next_command(
     assert main(["merge", str(run), "--output", str(tmp_path / "m"), "--device", "cpu"]) == EXIT_OK
     text = capsys.readouterr().out
     assert re.search(r"\de-\d\d", text), "the difference that was measured"
-    assert f"next: tunesmith chat {tmp_path / 'm'}" in text
+    assert f"tunesmith chat {tmp_path / 'm'}" in text
     assert (
         main(["merge", str(run), "--output", str(tmp_path / "j"), "--json", "--device", "cpu"])
         == EXIT_OK
