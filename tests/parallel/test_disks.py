@@ -178,7 +178,7 @@ def test_other_ranks_and_meshes_go_on_from_two_nodes(tiny, tmp_path):
 
     go("aabb", tiny, tmp_path, 2, {"shard": 4}, FULL)
     (alone,) = go("b", tiny, tmp_path, 4, {}, FULL)
-    assert alone.startswith("MachineError: error: checkpoint-2 "), alone
+    assert alone.startswith("MachineError: checkpoint-2 "), alone
     assert "node's disk" in alone
     for path in (tmp_path / "a" / "run" / "checkpoint-2" / "state").iterdir():
         shutil.copy(path, tmp_path / "b" / "run" / "checkpoint-2" / "state")
@@ -355,7 +355,7 @@ def test_files_go_to_another_node_whole_or_not_at_all(tmp_path):
     for fault, words in (("damaged", "does not match its checksum"), ("full", "File too large")):
         (tmp_path / fault).mkdir()
         (told, _), (own, files) = run_ranks(2, pass_files, tmp_path / fault, fault)
-        assert told.startswith("OtherRankError: error: rank 1 on")
+        assert told.startswith("OtherRankError: rank 1 on")
         assert own.startswith("CheckpointError")
         assert words in own
         assert "big" not in files
