@@ -44,8 +44,8 @@ class ResultTable:
                 widths[column] = max(widths[column], cell_len(cell))
         for row in grid:
             cells = []
-            for cell, width in zip(row, widths, strict=False):
-                cells.append(cell + " " * (width - cell_len(cell)))
+            for cell, column_width in zip(row, widths, strict=False):
+                cells.append(cell + " " * (column_width - cell_len(cell)))
             lines.append(GAP.join(cells).rstrip())
         for note in self.notes:
             lines.append(folded(_one_line(note), width))
