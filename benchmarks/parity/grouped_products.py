@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.model.mxfp4 import encode_mxfp4
+from tunesmith.model.fp4 import encode_mxfp4
 from tunesmith.quant.expert_matmul import ExpertRows, expert_matmul
 from tunesmith.quant.frozen_stack import DenseStack, FrozenStack, Mxfp4Stack
 

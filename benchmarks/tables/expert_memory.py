@@ -97,7 +97,7 @@ def write_base(folder: Path, kind: str, tokenizer: Path) -> None:
 
 def in_mxfp4(name: str, weight: Any) -> dict[str, Any]:
     """What gpt-oss ships of a weight; its experts are [experts, in, out] in the model."""
-    from tunesmith.model.mxfp4 import encode_mxfp4
+    from tunesmith.model.fp4 import encode_mxfp4
 
     if not name.endswith(("gate_up_proj", "down_proj")):
         return {name: weight}

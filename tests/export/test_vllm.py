@@ -15,11 +15,11 @@ from errors import check_shown, lines_with, refuses
 from runs import make_run, peft_model
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.export import tuned_weights
-from tunesmith.export.compressed import E2M1_VALUES, round_e2m1
 from tunesmith.export.tuned_weights import open_tuned_model
 from tunesmith.export.vllm import export_rounded, round_weights
 from tunesmith.export.vllm_adapter import export_peft
 from tunesmith.inference.load_run import locate_run, read_run_files
+from tunesmith.model.fp4 import E2M1_VALUES, round_e2m1
 from warm import run_warm
 
 

@@ -23,14 +23,16 @@ import torch
 from torch import Tensor
 
 from tunesmith.export.tuned_weights import TunedWeight
+from tunesmith.model.fp4 import (
+    E4M3,
+    E4M3_MAX,
+    NVFP4_GROUP,
+    decode_nvfp4,
+    encode_nvfp4,
+    nvfp4_scale,
+)
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-E2M1_MAX = 6.0
-GROUP = 16  # values that share a scale in nvfp4
 SMALLEST_SCALE = 1e-12  # of a row of zeros
-# Between neighbors of e2m1's 0, 0.5, 1, 1.5, 2, 3, 4, 6; a tie goes to the even code.
-E2M1_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class JointScale:
                 for band in weight.bands():
                     rows = weight.rows(band.start, band.stop)
                     largest = max(largest, float(rows.abs().max()))
-            self._value = E4M3_MAX * E2M1_MAX / max(largest, SMALLEST_SCALE)
+            self._value = nvfp4_scale(largest)
         return self._value
 
 
@@ -130,51 +132,25 @@ class Nvfp4Weight(RoundedWeight):
 
     def parts(self) -> list[StoredPart]:
         out, width = self.shape
+        groups = width // NVFP4_GROUP
         return [
             StoredPart(f"{self.name}.weight_packed", (out, width // 2), torch.uint8, self._packed),
-            StoredPart(f"{self.name}.weight_scale", (out, width // GROUP), E4M3, self._scales),
+            StoredPart(f"{self.name}.weight_scale", (out, groups), E4M3, self._scales),
             StoredPart(f"{self.name}.weight_global_scale", (1,), torch.float32, self._global),
         ]
 
     def rows(self, first: int, last: int) -> Tensor:
-        rows = self.weight.rows(first, last)
-        scales = self._group_scales(rows)
-        codes = self._codes(rows, scales)
-        # Codes 8 to 15 are those of 0 to 7 with a sign.
-        values = E2M1_VALUES[codes % 8] * torch.where(codes >= 8, -1.0, 1.0)
-        return (values * (scales.float() / self.joint.value())).view(rows.shape)
+        packed, scales = self._encoded(first, last)
+        return decode_nvfp4(packed, scales, torch.tensor(self.joint.value()), divides=True)
 
-    def _group_scales(self, rows: Tensor) -> Tensor:
-        """e4m3 [n, in / 16, 1]."""
-        largest = rows.view(len(rows), -1, GROUP).abs().amax(dim=2, keepdim=True)
-        # The global scale makes the largest of all group scales e4m3's largest.
-        scales = _to_e4m3(largest / E2M1_MAX * self.joint.value())
-        # A group that rounds to no scale at all is zeros in any case.
-        return torch.where(scales.float() == 0, torch.ones_like(scales), scales)
-
-    def _codes(self, rows: Tensor, scales: Tensor) -> Tensor:
-        """The 4-bit codes [n, in / 16, 16]: sign, two bits of exponent, one of mantissa."""
-        # What a reader multiplies with: the group's rounded scale over the global one.
-        groups = rows.view(len(rows), -1, GROUP) / (scales.float() / self.joint.value())
-        sizes = groups.abs().clamp(max=E2M1_MAX)
-        return round_e2m1(sizes) + 8 * (groups < 0)
+    def _encoded(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        return encode_nvfp4(self.weight.rows(first, last), self.joint.value())
 
     def _packed(self, first: int, last: int) -> Tensor:
-        rows = self.weight.rows(first, last)
-        codes = self._codes(rows, self._group_scales(rows)).view(len(rows), -1)
-        # The even column is in the low four bits, the odd one above it.
-        return (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+        return self._encoded(first, last)[0]
 
     def _scales(self, first: int, last: int) -> Tensor:
-        return self._group_scales(self.weight.rows(first, last)).squeeze(2)
+        return self._encoded(first, last)[1]
 
     def _global(self, first: int, last: int) -> Tensor:
         return torch.tensor([self.joint.value()])
-
-
-def round_e2m1(sizes: Tensor) -> Tensor:
-    """The codes 0 to 7 of values from 0 to 6, rounded to the nearest."""
-    middles = (E2M1_VALUES[1:] + E2M1_VALUES[:-1]) / 2
-    codes = torch.bucketize(sizes, middles)  # a tie takes the lower code
-    is_tie = (sizes == middles[codes.clamp(max=6)]) & (codes % 2 == 1)
-    return codes + is_tie.long()

@@ -14,7 +14,6 @@ import torch
 from tunesmith.checkpoint.model_card import weights_file
 from tunesmith.errors import ModelError
 from tunesmith.export.compressed import (
-    GROUP,
     Fp8Weight,
     JointScale,
     Nvfp4Weight,
@@ -38,6 +37,7 @@ from tunesmith.inference.load_run import (
     select_device,
     undeleted,
 )
+from tunesmith.model.fp4 import NVFP4_GROUP
 from tunesmith.model.stored_form import is_stored_otherwise
 from tunesmith.quant.frozen_linear import linear_names
 
@@ -49,7 +49,7 @@ WEIGHTS_OF_NVFP4 = {
     "num_bits": 4,
     "type": "float",
     "strategy": "tensor_group",
-    "group_size": GROUP,
+    "group_size": NVFP4_GROUP,
     "symmetric": True,
 }
 
@@ -130,9 +130,9 @@ def round_weights(tuned: TunedModel, quant: str) -> dict[str, RoundedWeight]:
         if quant == "fp8":
             weights[name] = Fp8Weight(name, weight)
             continue
-        if weight.shape[1] % GROUP:
+        if weight.shape[1] % NVFP4_GROUP:
             raise ModelError(
-                f"{layer} has {weight.shape[1]} inputs, no multiple of {GROUP}",
+                f"{layer} has {weight.shape[1]} inputs, no multiple of {NVFP4_GROUP}",
                 where="--quant nvfp4",
                 why="so many weights share a scale",
                 fix="--quant fp8",

@@ -21,7 +21,7 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.host.memory import drop_pages, open_uncached
-from tunesmith.model.mxfp4 import NAN, decode_mxfp4
+from tunesmith.model.fp4 import NAN, decode_mxfp4
 from tunesmith.model.names import Piece, Pieces, assign_names
 from tunesmith.model.safetensors_files import Entry, read_header, read_into
 from tunesmith.model.shipped import (

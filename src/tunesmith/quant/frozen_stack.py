@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunesmith.model.mxfp4 import decode_mxfp4
+from tunesmith.model.fp4 import decode_mxfp4
 from tunesmith.quant.frozen_weight import (
     PIECE,
     Nf4Encoding,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
-from tunesmith.model.mxfp4 import encode_mxfp4
+from tunesmith.model.fp4 import encode_mxfp4
 from tunesmith.model.shipped import GROUP, GROUP_BYTES, ShippedForm
 from tunesmith.model.weights import JoinedTensor, PackedTensor, ScaledTensor, StoredTensor
 from tunesmith.quant.as_shipped import block_scales, has_codes, spread_blocks
