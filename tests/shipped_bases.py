@@ -1,4 +1,4 @@
-"""Tiny checkpoints whose weights ship in FP8 or MXFP4, made of plain ones."""
+"""Tiny checkpoints whose weights ship in FP8, NVFP4 or MXFP4, made of plain ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from tunesmith.model.fp4 import encode_nvfp4, nvfp4_scale
 
 Tensors = dict[str, torch.Tensor]
 
@@ -57,6 +59,78 @@ def write_fp8(
     return change_config(folder, quantization_config=fp8_config(block, modules_to_not_convert=skip))
 
 
+def compressed_config(*ignore: str, **more: Any) -> dict[str, Any]:
+    """As llm-compressor writes it, with activations in 4 bits too."""
+    of_all = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    group = {
+        "targets": ["Linear"],
+        "format": "nvfp4-pack-quantized",
+        "weights": {**of_all, "symmetric": True, "dynamic": False},
+        "input_activations": {**of_all, "symmetric": True, "dynamic": "local"},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", *ignore],
+        "sparsity_config": {},
+        "transform_config": {},
+        "kv_cache_scheme": None,
+        **more,
+    }
+
+
+def modelopt_config(*ignore: str, **more: Any) -> dict[str, Any]:
+    """As ModelOpt's `convert_hf_quant_config_format` writes it into config.json."""
+    of_all = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    group = {"input_activations": of_all, "weights": of_all, "targets": ["Linear"]}
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", *ignore],
+        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "producer": {"name": "modelopt", "version": "0.33.0"},
+        **more,
+    }
+
+
+def write_nvfp4(
+    plain: Path, folder: Path, *, modelopt: bool = False, keep: tuple[str, ...] = ()
+) -> Path:
+    """A copy of a checkpoint with its layers' matrices in NVFP4, but those named in `keep`."""
+    shutil.copytree(plain, folder, dirs_exist_ok=True)
+    tensors: Tensors = {}
+    kept = []
+    for name, weight in load_file(plain / "model.safetensors").items():
+        skipped = any(word in name for word in ("embed", "lm_head", "vision", "projector"))
+        is_kept = any(word in name for word in keep)
+        if weight.ndim != 2 or skipped or is_kept:
+            tensors[name] = weight
+            if is_kept:
+                kept.append(name.removesuffix(".weight"))
+            continue
+        scale = nvfp4_scale(weight.abs().max().item())
+        codes, scales = encode_nvfp4(weight, scale)
+        stem = name.removesuffix(".weight")
+        tensors[f"{stem}.weight_scale"] = scales
+        if modelopt:
+            tensors[name] = codes
+            tensors[f"{stem}.weight_scale_2"] = torch.tensor(1 / scale)
+            tensors[f"{stem}.input_scale"] = torch.tensor(0.5)
+        else:
+            tensors[f"{stem}.weight_packed"] = codes
+            tensors[f"{stem}.weight_global_scale"] = torch.tensor([scale])
+            tensors[f"{stem}.input_global_scale"] = torch.tensor([2.0])
+        if modelopt and stem.endswith(("k_proj", "v_proj")):
+            tensors[f"{stem}.{stem[-6]}_scale"] = torch.tensor(1.0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    stated = modelopt_config if modelopt else compressed_config
+    return change_config(folder, quantization_config=stated(*kept))
+
+
 def change_config(folder: Path, **changes: Any) -> Path:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -75,12 +149,15 @@ def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> Pat
     return folder
 
 
-def write_qwen3_moe(folder: Path, tokenizer: Path, **sizes: Any) -> Path:
+def write_qwen3_moe(
+    folder: Path, tokenizer: Path, *, moe_intermediate_size: int = 40, **sizes: Any
+) -> Path:
     """A tiny random Qwen 3 whose experts are stored one by one."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        vocab_size=272, hidden_size=64, intermediate_size=96, moe_intermediate_size=40,
+        vocab_size=272, hidden_size=64, intermediate_size=96,
+        moe_intermediate_size=moe_intermediate_size,
         num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         num_experts=4, num_experts_per_tok=2, max_position_embeddings=256, eos_token_id=2,
         pad_token_id=0, **sizes,

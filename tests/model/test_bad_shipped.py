@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,12 @@ from recipes import built_model, make_run
 from shipped_bases import (
     change_config,
     change_tensors,
+    compressed_config,
     fp8_config,
+    modelopt_config,
     write_fp8,
     write_mxfp4_gpt_oss,
+    write_nvfp4,
 )
 from tunesmith.errors import ModelError, RecipeError, TunesmithError
 from tunesmith.hub.model_files import read_model_files
@@ -103,6 +107,155 @@ FP8: dict[str, tuple[Fault, str, str, str]] = {
 }  # fmt: skip
 
 
+# Of the same in NVFP4: parts of the name of the layer that `tensor` stands for.
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def nvfp4_of(**more: Any) -> Fault:
+    return lambda folder: change_config(folder, quantization_config=compressed_config(**more))
+
+
+def modelopt_of(**more: Any) -> Fault:
+    return lambda folder: change_config(folder, quantization_config=modelopt_config(**more))
+
+
+def group_of(**more: Any) -> Fault:
+    """Other words of the weights of the group."""
+    config = compressed_config()
+    config["config_groups"]["group_0"]["weights"] |= more
+    return lambda folder: change_config(folder, quantization_config=config)
+
+
+def part_of(part: str, tensor: torch.Tensor | None) -> Fault:
+    return lambda folder: change_tensors(folder, {f"{LAYER}.{part}": tensor})
+
+
+def all_faults(*faults: Fault) -> Fault:
+    return lambda folder: [fault(folder) for fault in faults]
+
+
+def own_file(text: str) -> Fault:
+    """ModelOpt's own file in the place of config.json's words."""
+
+    def spoil(folder: Path) -> None:
+        change_config(folder, quantization_config=None)
+        file = folder / "config.json"
+        stated = json.loads(file.read_text())
+        del stated["quantization_config"]
+        file.write_text(json.dumps(stated))
+        (folder / "hf_quant_config.json").write_text(text)
+
+    return spoil
+
+
+E4M3 = torch.float8_e4m3fn
+NVFP4: dict[str, tuple[Fault, str, str, str]] = {
+    "another format": (
+        nvfp4_of(format="mixed-precision"), "compressed-tensors mixed-precision", "config.json",
+        "unquantized"),
+    "no groups": (nvfp4_of(config_groups={}), "config_groups is {}", "config.json", "unquantized"),
+    "two groups": (
+        nvfp4_of(config_groups={"a": {"weights": {}}, "b": {"weights": {}}}), "config_groups is",
+        "config.json", "unquantized"),
+    "a group of no weights": (
+        nvfp4_of(config_groups={"a": {"weights": None}}), "config_groups is", "config.json",
+        "unquantized"),
+    "groups of 32": (group_of(group_size=32), "group_size is 32", "config.json", "unquantized"),
+    "integers": (group_of(type="int"), "type is 'int'", "config.json", "unquantized"),
+    "8 bits": (group_of(num_bits=8), "num_bits is 8", "config.json", "unquantized"),
+    "with zero points": (
+        group_of(symmetric=False), "symmetric is False", "config.json", "unquantized"),
+    "rotated weights": (
+        nvfp4_of(transform_config={"config_groups": {"u": {}}}), "transform_config is",
+        "config.json", "unquantized"),
+    "weights with holes": (
+        nvfp4_of(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is",
+        "config.json", "unquantized"),
+    "ignored names that are none": (
+        nvfp4_of(ignore=[3]), "must be a list of names", "config.json", "fetch"),
+    "an expression that is none": (
+        nvfp4_of(ignore=["re:(.*"]), "no regular expression", "config.json", "fetch"),
+    "no scales": (
+        part_of("weight_scale", None), f"{LAYER}.weight_scale is missing", "safetensors", "fetch"),
+    "no scale of all": (
+        part_of("weight_global_scale", None), f"{LAYER}.weight_global_scale is missing",
+        "safetensors", "fetch"),
+    "no codes": (
+        part_of("weight_packed", None), f"no codes for {LAYER}.weight_", "safetensors", "fetch"),
+    "torn codes": (
+        part_of("weight_packed", ones(128, 31, dtype=torch.uint8)), "is [128, 31]", "safetensors",
+        "fetch"),
+    "codes that are no matrix": (
+        part_of("weight_packed", ones(2, 64, 32, dtype=torch.uint8)), "is [2, 64, 32]",
+        "safetensors", "fetch"),
+    "codes that are no bytes": (
+        part_of("weight_packed", ones(128, 32)), "is stored as F32", "safetensors", "fetch"),
+    "codes of another shape": (
+        all_faults(
+            part_of("weight_packed", ones(128, 16, dtype=torch.uint8)),
+            part_of("weight_scale", ones(128, 2, dtype=E4M3))),
+        "it is stored as [128, 32]", f"{LAYER}.weight", "fetch"),
+    "scales of another shape": (
+        part_of("weight_scale", ones(128, 2, dtype=E4M3)), "weight_scale is [128, 2]",
+        "safetensors", "fetch"),
+    "scales that are powers of two": (
+        part_of("weight_scale", ones(128, 4, dtype=torch.uint8)), "weight_scale is stored as U8",
+        "safetensors", "fetch"),
+    "a scale of all for each row": (
+        part_of("weight_global_scale", ones(128)), "weight_global_scale is [128]", "safetensors",
+        "fetch"),
+    "a scale of all in bf16": (
+        part_of("weight_global_scale", ones(1, dtype=torch.bfloat16)), "is stored as BF16",
+        "safetensors", "fetch"),
+    "a scale that is no number": (
+        part_of("weight_scale", (ones(128, 4) * torch.nan).to(E4M3)), "is not finite",
+        f"{LAYER}.weight_scale", "fetch"),
+    "a scale of all that is no number": (
+        part_of("weight_global_scale", ones(1) * torch.nan), "is not finite",
+        f"{LAYER}.weight_global_scale", "fetch"),
+    "a scale of all that is 0": (
+        part_of("weight_global_scale", torch.zeros(1)), "and above 0: 0",
+        f"{LAYER}.weight_global_scale", "fetch"),
+    "plain and in codes": (
+        part_of("weight", ones(128, 64)), "is there plain and in codes", "safetensors", "fetch"),
+    "a zero point": (
+        part_of("weight_zero_point", ones(128, 4)), "belong nowhere", "base", "config.json"),
+    "plain where it should be in codes": (
+        all_faults(
+            part_of("weight", ones(128, 64)), part_of("weight_packed", None),
+            part_of("weight_scale", None), part_of("weight_global_scale", None)),
+        "stored without scales", f"{LAYER}.weight", "quantization_config.ignore"),
+}  # fmt: skip
+MODELOPT: dict[str, tuple[Fault, str, str, str]] = {
+    "another algorithm": (
+        modelopt_of(quant_algo="NVFP4_AWQ"), "modelopt NVFP4_AWQ", "config.json", "unquantized"),
+    "several algorithms": (
+        modelopt_of(quant_algo="MIXED_PRECISION"), "modelopt MIXED_PRECISION", "config.json",
+        "unquantized"),
+    "inputs that are scaled first": (
+        modelopt_of(pre_quant_scale=True), "pre_quant_scale is True", "config.json",
+        "unquantized"),
+    "groups of 32": (modelopt_of(group_size=32), "group_size is 32", "config.json", "unquantized"),
+    "no second scale": (
+        part_of("weight_scale_2", None), f"{LAYER}.weight_scale_2 is missing", "safetensors",
+        "fetch"),
+    "no scales": (
+        part_of("weight_scale", None), f"{LAYER}.weight_scale is missing", "safetensors", "fetch"),
+    "a plain weight beside scales": (
+        part_of("weight", ones(128, 64)), "is stored as F32", "safetensors", "fetch"),
+    "all experts in one tensor": (
+        lambda folder: change_tensors(folder, {"model.x.gate_up_proj": ones(2, 2).byte()}),
+        "gate_up_proj is stored as U8", "safetensors", "fetch"),
+    "a file of its own that is torn": (
+        own_file("{"), "is not JSON", "hf_quant_config.json", "fetch"),
+    "a file of its own that says nothing": (
+        own_file('{"quantization": 4}'), "must be a mapping", "hf_quant_config.json", "fetch"),
+    "a file of its own with another algorithm": (
+        own_file('{"quantization": {"quant_algo": "FP8"}}'), "modelopt FP8", "config.json",
+        "unquantized"),
+}  # fmt: skip
+
+
 def assert_refused(folder: Path, runs: Path, what: str, where: str, fix: str, **model: Any) -> None:
     """As a start reads it: config and headers, then the weights."""
     run = make_run(folder, runs, held=False, model=model)
@@ -119,6 +272,22 @@ def assert_refused(folder: Path, runs: Path, what: str, where: str, fix: str, **
 def test_fp8(tiny: Path, tmp_path: Path, name: str) -> None:
     fault, what, where, fix = FP8[name]
     folder = write_fp8(tiny, tmp_path / "base", BLOCK)
+    fault(folder)
+    assert_refused(folder, tmp_path, what, where, fix)
+
+
+@pytest.mark.parametrize("name", NVFP4)
+def test_nvfp4(tiny: Path, tmp_path: Path, name: str) -> None:
+    fault, what, where, fix = NVFP4[name]
+    folder = write_nvfp4(tiny, tmp_path / "base")
+    fault(folder)
+    assert_refused(folder, tmp_path, what, where, fix)
+
+
+@pytest.mark.parametrize("name", MODELOPT)
+def test_nvfp4_of_modelopt(tiny: Path, tmp_path: Path, name: str) -> None:
+    fault, what, where, fix = MODELOPT[name]
+    folder = write_nvfp4(tiny, tmp_path / "base", modelopt=True)
     fault(folder)
     assert_refused(folder, tmp_path, what, where, fix)
 

@@ -16,7 +16,7 @@ import torch
 
 from ranks import free_port, run_ranks, world_of
 from recipes import make_run, merge, recipe
-from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_qwen3_moe
+from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
 from tunesmith.inference import decoding
 from tunesmith.parallel import copies
 from tunesmith.quant.eight_bit import select_scaling
@@ -235,6 +235,7 @@ STACKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "nf4": (NF4, SHARD),
     "mxfp4": ({"model": {"quantize": "as-shipped"}}, SHARD),
     "fp8": ({"model": {"quantize": "as-shipped"}}, {"shard": 3}),
+    "nvfp4": ({"model": {"quantize": "as-shipped"}}, {"shard": 3}),
 }
 
 
@@ -244,8 +245,11 @@ def test_experts_in_codes_on_shards_give_the_numbers_of_one_process(name, tiny, 
     if name == "mxfp4":
         model = write_mxfp4_gpt_oss(tmp_path / "base", tiny)
     else:
-        model = write_qwen3_moe(tmp_path / "base", tiny)
+        width = 48 if name == "nvfp4" else 40
+        model = write_qwen3_moe(tmp_path / "base", tiny, moe_intermediate_size=width)
     if name == "fp8":
         model = write_fp8(model, tmp_path / "fp8", (16, 24), keep=("mlp.gate",))
+    if name == "nvfp4":
+        model = write_nvfp4(model, tmp_path / "nvfp4", keep=("mlp.gate",))
     case = {name: STACKS[name]}
     assert_those_of_one_process(math.prod(STACKS[name][1].values()), case, model, tmp_path)

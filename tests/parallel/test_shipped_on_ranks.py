@@ -1,4 +1,4 @@
-"""A base that ships in FP8, on several ranks."""
+"""Bases that ship in FP8 and NVFP4, on several ranks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from pathlib import Path
 import pytest
 from test_data_parallel import LORA, assert_those_of_one_process
 
-from shipped_bases import write_fp8
+from shipped_bases import write_fp8, write_nvfp4
 from tunesmith.config.schema import Model
 
 pytestmark = pytest.mark.slow
 
 
-def test_numbers_are_those_of_one_process(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_numbers_are_those_of_one_process(form: str, tiny: Path, tmp_path: Path) -> None:
     """Shards of codes, whose rows are no whole blocks; a tensor group reads its parts of dense
     weights.
     """
     assert Model(name="x").quantize == "auto"
-    base = write_fp8(tiny, tmp_path / "fp8", (48, 40))
+    base = tmp_path / "base"
+    if form == "fp8":
+        write_fp8(tiny, base, (48, 40))
+    else:
+        write_nvfp4(tiny, base)
     dense = {"model": {"quantize": "none"}}
     cases = {
         "as shipped, shards": (LORA, {"shard": 2}),

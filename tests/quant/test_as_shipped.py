@@ -1,7 +1,11 @@
-"""Bases that ship in FP8: read as Transformers dequantizes them, and kept as they ship."""
+"""Bases that ship in FP8: read as Transformers dequantizes them, and kept as they ship, as those in
+NVFP4 are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from recipes import built_model
-from shipped_bases import write_fp8
+from recipes import built_model, make_run
+from shipped_bases import write_fp8, write_nvfp4
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.quant.as_shipped import ShippedLinear
@@ -21,6 +25,7 @@ IDS = torch.arange(5, 35).view(2, 15)
 # Both divide the tiny model's matrices, as Transformers wants it.
 BLOCKS = {"blocks": (32, 16), "one scale": None}
 RAGGED = (48, 40)
+Write = Callable[[Path, Path], Path]
 
 
 def built(folder: Path, quantize: str, dtype: str = "fp32", **adapter: Any) -> Any:
@@ -59,10 +64,24 @@ def test_dense_bits_are_those_of_transformers(tiny, tmp_path, name, dtype) -> No
     assert compared == 14
 
 
-@pytest.mark.parametrize("block", [(32, 16), RAGGED, (200, 300), None])
-def test_lora_as_shipped_learns_as_on_its_dense_twin(tiny, tmp_path, block) -> None:
+def fp8_of(block: tuple[int, int] | None) -> Write:
+    return lambda tiny, folder: write_fp8(tiny, folder, block, scales=torch.bfloat16)
+
+
+FORMS: dict[str, Write] = {
+    "fp8": fp8_of((32, 16)),
+    "fp8, ragged blocks": fp8_of(RAGGED),
+    "fp8, one block": fp8_of((200, 300)),
+    "fp8, one scale": fp8_of(None),
+    "nvfp4": write_nvfp4,
+    "nvfp4 of modelopt": partial(write_nvfp4, modelopt=True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lora_as_shipped_learns_as_on_its_dense_twin(tiny, tmp_path, form) -> None:
     """Three steps, 1e-6: the products are the same, and only their order of sums may differ."""
-    folder = write_fp8(tiny, tmp_path, block, scales=torch.bfloat16)
+    folder = FORMS[form](tiny, tmp_path)
     models = [built(folder, quantize, rank=4) for quantize in ("as-shipped", "none")]
     for model in models:
         for name, layer in lora.loras(model):
@@ -137,9 +156,10 @@ def test_a_weight_in_pieces_is_the_whole_one(monkeypatch) -> None:
         monkeypatch.undo()
 
 
-def test_a_base_in_codes_is_quantized_to_nf4_as_its_dense_one(tiny, tmp_path) -> None:
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_a_base_in_codes_is_quantized_to_nf4_as_its_dense_one(form, tiny, tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
-    shipped = write_fp8(tiny, tmp_path / "fp8", (32, 16))
+    shipped = FORMS[form](tiny, tmp_path / "shipped")
     built(shipped, "none", "bf16", kind="none").save_pretrained(tmp_path / "dense")
     for file in tiny.glob("*token*"):
         (tmp_path / "dense" / file.name).write_bytes(file.read_bytes())
@@ -147,3 +167,18 @@ def test_a_base_in_codes_is_quantized_to_nf4_as_its_dense_one(tiny, tmp_path) ->
     dense = built(tmp_path / "dense", "nf4", "bf16", rank=4)
     for (name, a), (_, b) in zip(lora.loras(ours), lora.loras(dense), strict=True):
         assert torch.equal(a.dense(), b.dense()), name
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4", "nvfp4 of modelopt"])
+def test_drawn_weights_are_rounded_into_the_codes(form: str, tiny, tmp_path) -> None:
+    folder = FORMS[form](tiny, tmp_path / "base")
+    models = []
+    for quantize in ("as-shipped", "none"):
+        run = make_run(folder, tmp_path, held=False, model={"quantize": quantize})
+        models.append(built_model(run, folder, weights="random").model)
+    kept, dense = models
+    layers = {n: m for n, m in kept.named_modules() if isinstance(m, ShippedLinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        wanted = dense.get_parameter(f"{name}.weight")
+        assert 0 < (layer.dense() - wanted).norm() / wanted.norm() < 0.15, name

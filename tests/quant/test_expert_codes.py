@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from recipes import built_model, make_run
-from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_qwen3_moe
+from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
 from tunesmith.adapter import lora, peft_files
 from tunesmith.quant.expert_stack import ExpertStack
 from tunesmith.quant.frozen_linear import FrozenLinear
@@ -39,6 +39,9 @@ CASES = {
     "fp8 in whole blocks": Case("fp8", "as-shipped", (8, 8)),
     "fp8, a scale a matrix": Case("fp8", "as-shipped"),
     "nf4 of fp8": Case("fp8", "nf4", BLOCK),
+    "nvfp4": Case("nvfp4", "as-shipped"),
+    "nvfp4 of modelopt": Case("modelopt", "as-shipped"),
+    "nf4 of nvfp4": Case("nvfp4", "nf4"),
 }
 
 
@@ -49,6 +52,10 @@ def bases(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for block in {case.block for case in CASES.values() if case.base == "fp8"}:
         kept = ("mlp.gate",)
         write_fp8(plain, folder / f"fp8 {block}", block, keep=kept, scales=torch.bfloat16)
+    # Groups of 16 in an expert's rows.
+    wide = write_qwen3_moe(folder / "wide", tiny, moe_intermediate_size=48)
+    for name in ("nvfp4", "modelopt"):
+        write_nvfp4(wide, folder / name, modelopt=name == "modelopt", keep=("mlp.gate",))
     write_mxfp4_gpt_oss(folder / "gpt_oss", tiny)
     return folder
 
@@ -174,7 +181,9 @@ def test_peft_files_do_not_know_how_the_base_is_stored(bases: Path, tmp_path: Pa
         assert torch.equal(value, tensors[2][name]), name
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "fp8", "fp8, a scale a matrix", "nf4"])
+@pytest.mark.parametrize(
+    "name", ["mxfp4", "fp8", "fp8, a scale a matrix", "nvfp4", "nvfp4 of modelopt", "nf4"]
+)
 def test_drawn_weights_are_rounded_into_the_codes(name: str, bases: Path, tmp_path: Path) -> None:
     case = CASES[name]
     folder = folder_of(bases, case)

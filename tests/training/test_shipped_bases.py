@@ -1,4 +1,4 @@
-"""Whole runs on a base that ships in FP8: what is resolved, resumed, merged and answered."""
+"""Whole runs on bases that ship in FP8 and NVFP4: what is resolved, resumed, merged and answered."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import vision_models
 from errors import holds, lines_with, refuses
 from recipes import make_run, recipe
-from shipped_bases import fp8_config, write_fp8
+from shipped_bases import change_config, compressed_config, fp8_config, write_fp8, write_nvfp4
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import RecipeError
@@ -23,9 +23,19 @@ from tunesmith.training.run import train
 FOUR = {"train": {"duration": "4 steps"}, "checkpoint": {"every": "2 steps", "keep": 3}}
 
 
+# Words of what a run says of each.
+FORMS = {"fp8": ("FP8", "48 x 40"), "nvfp4": ("NVFP4", "scales of activations are not used")}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def base(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_fp8(tiny, tmp_path_factory.mktemp("fp8"), (48, 40))
+def base(form: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(form)
+    return write_nvfp4(tiny, folder) if form == "nvfp4" else write_fp8(tiny, folder, (48, 40))
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +50,10 @@ def losses(run: Path) -> list[tuple[float, float]]:
     return [(row["loss"], row["grad_norm"]) for row in rows]
 
 
-def test_config_yaml_holds_what_was_resolved(trained: Path) -> None:
+def test_config_yaml_holds_what_was_resolved(form: str, trained: Path) -> None:
     assert load_recipe(trained / "run" / "config.yaml").model.quantize == "as-shipped"
     text = (trained / "run" / "log.txt").read_text()
-    assert lines_with(text, "FP8", "48 x 40")
+    assert lines_with(text, *FORMS[form])
     assert "base: as-shipped" in text
 
 
@@ -94,14 +104,37 @@ def test_training_it_in_full_is_refused_with_a_fix_that_trains(base: Path, tmp_p
     assert load_run(tmp_path / "run").model.dtype == torch.float32
 
 
-def test_what_is_merged_is_dense_and_says_why(base: Path, trained: Path, tmp_path: Path) -> None:
+def test_what_is_merged_is_dense_and_says_why(
+    form: str, base: Path, trained: Path, tmp_path: Path
+) -> None:
     merged = merge(trained / "run", tmp_path / "merged", dtype="bf16")
-    assert holds(merged.note, "FP8", "48 x 40", "bf16")
+    assert holds(merged.note, FORMS[form][0], "bf16")
     written = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     shipped = sum(t.nbytes for t in load_file(base / "model.safetensors").values())
     assert merged.bytes > shipped / 2
+
+
+def test_the_text_model_of_a_whole_in_nvfp4_is_kept_as_it_ships(tiny: Path, tmp_path: Path) -> None:
+    plain = vision_models.build("mistral3", tmp_path / "plain", tiny)
+    tensors = {}
+    for part in plain.glob("*.safetensors"):
+        tensors |= load_file(part)
+        part.unlink()
+    (plain / "model.safetensors.index.json").unlink()
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    folder = write_nvfp4(plain, tmp_path / "nvfp4")
+    ignored = ("re:.*vision_tower.*", "re:.*multi_modal_projector.*")
+    change_config(folder, quantization_config=compressed_config(*ignored))
+    run = make_run(folder, tmp_path, held=False, **FOUR)
+    train(run, quiet=True)
+    assert load_recipe(tmp_path / "run" / "config.yaml").model.quantize == "as-shipped"
+    merge(tmp_path / "run", tmp_path / "merged")
+    written = {}
+    for part in (tmp_path / "merged").glob("*.safetensors"):
+        written |= load_file(part)
+    assert written.keys() == tensors.keys()
 
 
 def test_the_text_model_of_ministral_3_is_kept_as_it_ships(tiny: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.model.names import name_in_text
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
-from tunesmith.quant.as_shipped import ShippedLinear
+from tunesmith.quant.as_shipped import Fp8Linear, Nvfp4Linear, ShippedLinear
 from tunesmith.quant.expert_stack import ExpertStack
 from tunesmith.quant.experts import expert_modules, has_interface, use_grouped_experts
 from tunesmith.quant.frozen_linear import (
@@ -141,6 +141,14 @@ class LoraShippedLinear(Lora, ShippedLinear):
         self.add_lora(adapter, base.weight.device)
 
 
+class LoraFp8Linear(LoraShippedLinear, Fp8Linear):
+    """An `Fp8Linear` with an adapter."""
+
+
+class LoraNvfp4Linear(LoraShippedLinear, Nvfp4Linear):
+    """An `Nvfp4Linear` with an adapter."""
+
+
 def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     """Put an adapter on the model in place, freeze all else, and return the adapted layers' names.
 
@@ -162,8 +170,10 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
         base = model.get_submodule(name)
         if isinstance(base, Nf4Linear):
             model.set_submodule(name, LoraNf4Linear(base, adapter))
-        elif isinstance(base, ShippedLinear):
-            model.set_submodule(name, LoraShippedLinear(base, adapter))
+        elif isinstance(base, Fp8Linear):
+            model.set_submodule(name, LoraFp8Linear(base, adapter))
+        elif isinstance(base, Nvfp4Linear):
+            model.set_submodule(name, LoraNvfp4Linear(base, adapter))
         elif isinstance(base, nn.Linear):
             model.set_submodule(name, LoraLinear(base, adapter))
         else:

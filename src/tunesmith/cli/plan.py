@@ -140,7 +140,7 @@ def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
     package: they take no network, no token and no license.
     """
     from tunesmith.hub import fetch
-    from tunesmith.model.safetensors_files import read_json
+    from tunesmith.model.safetensors_files import read_model_config
     from tunesmith.model.shapes import config_of_model
 
     path = fetch.local_model(model)
@@ -154,8 +154,7 @@ def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
         folder = fetch.fetch(model)
     else:
         folder = fetch.fetch_without_weights(model.name, model.revision)
-    file = folder / "config.json"
-    return read_json(file), str(file), folder
+    return read_model_config(folder), str(folder / "config.json"), folder
 
 
 def _cached_tokens(recipe: "Run", folder: Path) -> "TokenSet | None":

@@ -112,7 +112,8 @@ class Model:
         "auto",
         "quantization of the frozen base: none, fp8 for speed (needs bf16; on Hopper, Ada and"
         " Blackwell GPUs), nf4 (bitsandbytes' format) for memory, as-shipped: the codes and scales"
-        " of a base that ships in FP8 or MXFP4; auto: as-shipped for such a base, none for others",
+        " of a base that ships in FP8, NVFP4 or MXFP4; auto: as-shipped for such a base, none for"
+        " others",
     )
     attention: Literal["auto", "eager"] = key(
         "auto", "auto: the fastest for packed rows; eager: Transformers' own"

@@ -26,11 +26,11 @@ from tunesmith.export.tuned_weights import TunedWeight
 from tunesmith.model.fp4 import (
     E4M3,
     E4M3_MAX,
-    NVFP4_GROUP,
     decode_nvfp4,
     encode_nvfp4,
     nvfp4_scale,
 )
+from tunesmith.model.shipped import NVFP4_GROUP
 
 SMALLEST_SCALE = 1e-12  # of a row of zeros
 
@@ -69,7 +69,7 @@ class RoundedWeight(ABC):
         """fp32, made of the rounded values."""
 
 
-class Fp8Weight(RoundedWeight):
+class RoundedFp8(RoundedWeight):
     def parts(self) -> list[StoredPart]:
         out = self.shape[0]
         return [
@@ -124,7 +124,7 @@ class JointScale:
         return self._value
 
 
-class Nvfp4Weight(RoundedWeight):
+class RoundedNvfp4(RoundedWeight):
     def __init__(self, name: str, weight: TunedWeight, joint: JointScale) -> None:
         super().__init__(name, weight)
         self.joint = joint

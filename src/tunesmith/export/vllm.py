@@ -14,9 +14,9 @@ import torch
 from tunesmith.checkpoint.model_card import weights_file
 from tunesmith.errors import ModelError
 from tunesmith.export.compressed import (
-    Fp8Weight,
     JointScale,
-    Nvfp4Weight,
+    RoundedFp8,
+    RoundedNvfp4,
     RoundedWeight,
 )
 from tunesmith.export.merge import add_files_to_card, write_merged
@@ -37,7 +37,7 @@ from tunesmith.inference.load_run import (
     select_device,
     undeleted,
 )
-from tunesmith.model.fp4 import NVFP4_GROUP
+from tunesmith.model.shipped import NVFP4_GROUP
 from tunesmith.model.stored_form import is_stored_otherwise
 from tunesmith.quant.frozen_linear import linear_names
 
@@ -128,7 +128,7 @@ def round_weights(tuned: TunedModel, quant: str) -> dict[str, RoundedWeight]:
         name = f"{layer}.weight"
         weight = tuned.weights[name]
         if quant == "fp8":
-            weights[name] = Fp8Weight(name, weight)
+            weights[name] = RoundedFp8(name, weight)
             continue
         if weight.shape[1] % NVFP4_GROUP:
             raise ModelError(
@@ -138,7 +138,7 @@ def round_weights(tuned: TunedModel, quant: str) -> dict[str, RoundedWeight]:
                 fix="--quant fp8",
             )
         # Matrices that vLLM joins have one global scale.
-        weights[name] = Nvfp4Weight(name, weight, joints[_joined_name(layer)])
+        weights[name] = RoundedNvfp4(name, weight, joints[_joined_name(layer)])
     return weights
 
 

@@ -35,12 +35,13 @@ from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, r
 from tunesmith.model.measured_spec import model_spec, text_config
 from tunesmith.model.safetensors_files import (
     INDEX,
+    MODELOPT_CONFIG,
     SINGLE,
     indexed_files,
     no_safetensors,
     read_json,
 )
-from tunesmith.model.shipped import read_entries
+from tunesmith.model.shipped_entries import read_entries
 from tunesmith.model.spec import ModelSpec, check_seq_len, check_supported
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ TOKENIZER = (
 )
 SUPPORT = (
     "config.json",
+    MODELOPT_CONFIG,
     "generation_config.json",
     "*processor_config.json",  # of images, for whoever reads what is written
     "tokenizer*",

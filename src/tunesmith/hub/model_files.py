@@ -10,7 +10,8 @@ from tunesmith.hub.fetch import tokenizer_folder
 from tunesmith.model import load
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import has_weights, read_json
-from tunesmith.model.shipped import ShippedForm, form_of_folder, read_entries, resolve_quantize
+from tunesmith.model.shipped import ShippedForm, form_of_folder, resolve_quantize
+from tunesmith.model.shipped_entries import read_entries
 from tunesmith.model.spec import ModelSpec, stated_position_limit
 from tunesmith.model.support import Support, find_support
 from tunesmith.model.tokenizer import load_tokenizer, vocab_rows

@@ -9,11 +9,12 @@ that share a scale.
 
 import torch
 
+from tunesmith.model.shipped import NVFP4_GROUP
+
 E2M1_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E2M1_MAX = 6.0
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-NVFP4_GROUP = 16
 NAN = 255  # as an exponent of mxfp4
 SIGNLESS_NAN = 127  # as a scale of nvfp4
 SMALLEST = 1e-12  # of a matrix of zeros
@@ -38,11 +39,10 @@ def pack_fp4(values: torch.Tensor) -> torch.Tensor:
 
 
 def round_e2m1(sizes: torch.Tensor) -> torch.Tensor:
-    """The codes 0 to 7 of values from 0 to 6, rounded to the nearest; a tie goes to the even code.
-    """
+    """The codes 0 to 7 of values from 0 to 6, rounded to the nearest, ties to the even code."""
     values = E2M1_VALUES.to(sizes.device)
     middles = (values[1:] + values[:-1]) / 2
-    codes = torch.bucketize(sizes, middles)  # a tie takes the lower code
+    codes = torch.bucketize(sizes.contiguous(), middles)  # a tie takes the lower code
     is_tie = (sizes == middles[codes.clamp(max=6)]) & (codes % 2 == 1)
     return codes + is_tie.long()
 

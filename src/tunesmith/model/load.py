@@ -30,7 +30,7 @@ from tunesmith.model.names import text_part
 from tunesmith.model.safetensors_files import (
     ENDS_AND_MIDDLE,
     read_headers,
-    read_json,
+    read_model_config,
     sampled_digest,
 )
 from tunesmith.model.shipped import check_quantize
@@ -44,7 +44,7 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
     Of a vision-language model it is that of the text model, as `text_part` describes.
     """
     file = folder / "config.json"
-    stated = read_json(file)
+    stated = read_model_config(folder)
     check_supported(stated, str(file))
     check_quantize(model.quantize, stated, str(file))
     runs_own_code = model.trust_remote_code and "auto_map" in stated
@@ -53,6 +53,8 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
         read_spec(stated, where=str(file), trust_remote_code=model.trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        if "quantization_config" in stated:
+            config.quantization_config = stated["quantization_config"]
         text = text_part(config)
     # Transformers raises many kinds here, its own strict-dataclass errors among them.
     except Exception as error:

@@ -21,7 +21,7 @@ from tunesmith.model.composite import (
     is_stored_text_name,
     stored_text_name,
 )
-from tunesmith.model.shipped import StoredEntry
+from tunesmith.model.shipped_entries import StoredEntry
 
 if TYPE_CHECKING:
     from torch import nn

@@ -30,6 +30,10 @@ SAMPLED_TENSORS = 4096
 SAMPLE_BYTES = 64
 MIDDLE = (0.5,)
 ENDS_AND_MIDDLE = (0.0, 0.5, 1.0)
+# Values of `quant_method` that have weights in bytes: `shipped.py` says which it reads.
+FOUR_BITS = ("mxfp4", "compressed-tensors", "modelopt")
+# Where ModelOpt says how weights are quantized, if config.json does not.
+MODELOPT_CONFIG = "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ def read_header(file: Path) -> list[Entry]:
 
 
 def _check_no_integers(entries: list[Entry], folder: Path) -> None:
-    """ModelError where weights are stored as integers, unless they are bitsandbytes' nf4 or mxfp4.
+    """ModelError where weights are stored as integers, unless they are bitsandbytes' nf4, or bytes
+    of mxfp4 or nvfp4.
 
     Scales belong to those.
     """
@@ -107,9 +112,9 @@ def _check_no_integers(entries: list[Entry], folder: Path) -> None:
     why = "GPTQ, AWQ and compressed-tensors store weights so"
     config = folder / "config.json"
     if config.exists():
-        quantization = read_json(config).get("quantization_config")
+        quantization = read_model_config(folder).get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        if method == "mxfp4" and not others:
+        if method in FOUR_BITS and not others:
             return
         if method:
             why = f"config.json calls them {method}"
@@ -121,6 +126,24 @@ def _check_no_integers(entries: list[Entry], folder: Path) -> None:
         why=why,
         fix="take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded",
     )
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json, in which `quantization_config` is also what ModelOpt says in a file
+    of its own. ModelError as of `read_json`.
+    """
+    config = read_json(folder / "config.json")
+    file = folder / MODELOPT_CONFIG
+    if "quantization_config" in config or not file.is_file():
+        return config
+    stated = read_json(file).get("quantization")
+    if not isinstance(stated, dict):
+        raise ModelError(
+            f"its quantization is {stated!r:.100}: it must be a mapping",
+            where=str(file),
+            fix="fetch the model again: tunesmith fetch MODEL",
+        )
+    return config | {"quantization_config": {"quant_method": "modelopt", **stated}}
 
 
 def read_json(

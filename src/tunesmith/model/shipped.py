@@ -1,25 +1,19 @@
-"""Weights that a checkpoint ships in 8 or 4 bits: what config.json says of them, and which stored
-tensors make one weight.
+"""Weights that a checkpoint ships in 8 or 4 bits: what config.json says of them.
 
-- fp8: e4m3 codes [out, in], and `weight_scale_inv` beside them: a scale for each block of weights
-  (DeepSeek, Qwen: 128 x 128), or one of all (Ministral 3). weight = codes * scale. Experts are
-  stored one by one.
-- mxfp4 (gpt-oss): of a stack of experts `_blocks`, two 4-bit codes a byte, and `_scales`, an
-  exponent for each 32 of them; see `mxfp4.py`.
-
-A reader gets the pair as one entry with the shape of the weight, whose values are dense. No torch
-is imported here.
+fp8, nvfp4 and mxfp4 are read; `shipped_entries.py` has which stored tensors make one weight. No
+torch is imported here.
 """
 
-import math
-from collections.abc import Mapping
+import fnmatch
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.config.schema import Model, Run
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.model.safetensors_files import Entry, read_headers, read_json
+from tunesmith.model.safetensors_files import read_model_config
 from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
@@ -30,17 +24,32 @@ FETCH = "fetch the model again: tunesmith fetch MODEL"
 UNQUANTIZED = "take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded"
 # Transformers' own default of `weight_block_size`.
 BLOCK = (128, 128)
-SCALE = ".weight_scale_inv"
-ACTIVATION_SCALE = ".activation_scale"
-CODES = ".weight"
-PACKED = "_blocks"
-EXPONENTS = "_scales"
-SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
-# Weights of mxfp4 that share an exponent, in so many bytes.
-GROUP = 32
-GROUP_BYTES = GROUP // 2
+NVFP4_GROUP = 16  # weights of a row that share a scale
 AS_SHIPPED: Literal["as-shipped"] = "as-shipped"
-KEPT = ("fp8", "mxfp4")  # forms whose codes a frozen base can keep
+KEPT = ("fp8", "mxfp4", "nvfp4")  # forms whose codes a frozen base can keep
+# What `quant_algo` of ModelOpt says of weights in nvfp4, with inputs in 4 bits and without.
+MODELOPT_NVFP4 = ("NVFP4", "W4A16_NVFP4")
+
+
+@dataclass(frozen=True)
+class Nvfp4Names:
+    """How a tool calls the three tensors of a weight in nvfp4, after the name of its module.
+
+    Attributes:
+        codes: two a byte; scales: one for 16 weights of a row; scale: one of all.
+        divides: `scales` are divided by `scale`; False: multiplied.
+    """
+
+    codes: str
+    scales: str
+    scale: str
+    divides: bool
+
+
+COMPRESSED_TENSORS = Nvfp4Names(
+    ".weight_packed", ".weight_scale", ".weight_global_scale", divides=True
+)
+MODELOPT = Nvfp4Names(".weight", ".weight_scale", ".weight_scale_2", divides=False)
 
 
 @dataclass(frozen=True)
@@ -48,105 +57,47 @@ class ShippedForm:
     """How a checkpoint's weights are stored, as its config.json says.
 
     Attributes:
-        method: fp8 or mxfp4.
+        method: one of KEPT.
         block: rows and columns of a weight that share a scale; None: all share one.
-        not_converted: patterns of the modules whose weights are plain.
+        not_converted: patterns of the modules whose weights are plain: Transformers' own, and of
+            nvfp4 regular expressions.
+        converted: regular expressions of the modules whose weights are not; empty: all others.
+        names: of the tensors of nvfp4.
         has_activation_scales: it ships scales for inputs, which training does not round.
     """
 
     method: str
     block: tuple[int, int] | None = None
     not_converted: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
+    names: Nvfp4Names | None = None
     has_activation_scales: bool = False
 
     def describe(self) -> str:
         """Words for the user."""
-        if self.method == "mxfp4":
-            return "MXFP4"
+        if self.method != "fp8":
+            return self.method.upper()
         if self.block is None:
             return "FP8 with a scale a matrix"
         rows, columns = self.block
         return f"FP8 in blocks of {rows} x {columns}"
+
+    @property
+    def plain_key(self) -> str:
+        """Of the list in `quantization_config` that `not_converted` is of."""
+        return "ignore" if self.names else "modules_to_not_convert"
+
+    def has_codes(self, module: str) -> bool:
+        """Whether the weights of a module, by its name in the checkpoint, are in nvfp4."""
+        if _matches(self.not_converted, module):
+            return False
+        return not self.converted or _matches(self.converted, module)
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """Of the scales of a weight [rows, columns]; () where there is one."""
         if self.block is None:
             return ()
         return ceil_div(rows, self.block[0]), ceil_div(columns, self.block[1])
-
-
-@dataclass(frozen=True)
-class ScaledEntry:
-    """A weight in fp8: codes and their scales. It goes by the name of the codes.
-
-    Attributes:
-        block: as of `ShippedForm`.
-        dtype: of the values that are read.
-    """
-
-    codes: Entry
-    scale: Entry
-    block: tuple[int, int] | None
-    dtype: str = "F32"
-
-    @property
-    def name(self) -> str:
-        return self.codes.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
-
-    @property
-    def file(self) -> Path:
-        return self.codes.file
-
-    @property
-    def start(self) -> int:
-        return self.codes.start
-
-
-@dataclass(frozen=True)
-class PackedEntry:
-    """A stack of experts in mxfp4, by its own name; dense it is [experts, in, out].
-
-    Attributes:
-        blocks: [experts, out, groups, 16]; exponents: [experts, out, groups].
-        dtype: of the values that are read.
-    """
-
-    blocks: Entry
-    exponents: Entry
-    dtype: str = "F32"
-
-    @property
-    def name(self) -> str:
-        return self.blocks.name.removesuffix(PACKED)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        experts, rows, groups, _ = self.blocks.shape
-        return experts, groups * GROUP, rows
-
-    @property
-    def file(self) -> Path:
-        return self.blocks.file
-
-    @property
-    def start(self) -> int:
-        return self.blocks.start
-
-
-StoredEntry = Entry | ScaledEntry | PackedEntry
-
-
-def parts_of(entry: StoredEntry) -> list[Entry]:
-    """The tensors in the file that are one weight."""
-    if isinstance(entry, ScaledEntry):
-        return [entry.codes, entry.scale]
-    if isinstance(entry, PackedEntry):
-        return [entry.blocks, entry.exponents]
-    return [entry]
 
 
 # ---- config.json
@@ -172,17 +123,20 @@ def stated_quantization(config: Mapping[str, Any], where: str) -> Mapping[str, A
 
 
 def stored_quantization(config: Mapping[str, Any], where: str) -> str | None:
-    """`bnb-nf4` for bitsandbytes' 4-bit NormalFloat checkpoints, `fp8`, `mxfp4`; None for plain
-    ones.
+    """`bnb-nf4` for bitsandbytes' 4-bit NormalFloat checkpoints, one of KEPT; None for plain ones.
 
     ModelError for every other kind.
     """
     stored = stated_quantization(config, where)
     if not stored:
         return None
-    if shipped_form(config, where) is not None:
-        return str(stored["quant_method"])
+    form = shipped_form(config, where)
+    if form is not None:
+        return form.method
     method = str(stored.get("quant_method", ""))
+    # These two have many formats.
+    if method in ("compressed-tensors", "modelopt"):
+        method = f"{method} {stored.get('format') or stored.get('quant_algo')}"
     if method in ("bitsandbytes", "bitsandbytes_4bit", "") and stored.get("load_in_4bit"):
         if stored.get("bnb_4bit_quant_type") == "nf4":
             return "bnb-nf4"
@@ -192,7 +146,7 @@ def stored_quantization(config: Mapping[str, Any], where: str) -> str | None:
     raise ModelError(
         f"the weights are quantized with {method or 'an unnamed method'}",
         where=where,
-        why="plain weights, bitsandbytes nf4, fp8 and mxfp4 are read; other formats are for "
+        why="plain weights, bitsandbytes nf4, fp8, mxfp4 and nvfp4 are read; other formats are for "
         "serving, not for training",
         fix="take the unquantized model and set model.quantize: nf4",
     )
@@ -204,34 +158,140 @@ def shipped_form(config: Mapping[str, Any], where: str) -> ShippedForm | None:
     ModelError where it says so in a way that is not read.
     """
     stored = stated_quantization(config, where)
-    method = stored.get("quant_method")
-    if method not in ("fp8", "mxfp4"):
-        return None
+    reader = FORM_READERS.get(str(stored.get("quant_method")))
+    return reader(stored, where) if reader is not None else None
+
+
+def _transformers_form(stored: Mapping[str, Any], where: str) -> ShippedForm:
+    """FP8 and MXFP4, as Transformers writes them."""
     for key, plain in (("modules_to_convert", None), ("expert_dtype", "fp8")):
-        value = stored.get(key)
-        if value not in (plain, None, []):
-            raise ModelError(
-                f"quantization_config.{key} is {value!r:.100}, which is not read",
-                where=where,
-                why="linear layers and experts in e4m3 are",
-                fix=UNQUANTIZED,
-            )
-    skipped = stored.get("modules_to_not_convert") or stored.get("ignored_layers") or []
-    if not isinstance(skipped, list | tuple) or not all(isinstance(name, str) for name in skipped):
+        _check_value(stored, key, (plain,), where)
+    skipped = tuple(_names(stored, ("modules_to_not_convert", "ignored_layers"), where))
+    if stored["quant_method"] == "mxfp4":
+        return ShippedForm("mxfp4", not_converted=skipped)
+    return ShippedForm(
+        "fp8",
+        _block_size(stored, where),
+        skipped,
+        has_activation_scales=stored.get("activation_scheme") == "static",
+    )
+
+
+def _compressed_tensors_form(stored: Mapping[str, Any], where: str) -> ShippedForm | None:
+    """NVFP4 as compressed-tensors writes it: llm-compressor, and `export --quant nvfp4`."""
+    if stored.get("format") != "nvfp4-pack-quantized":
+        return None
+    # Weights that were rotated, or have holes.
+    for key in ("transform_config", "sparsity_config"):
+        _check_value(stored, key, (), where)
+    group = _only_group(stored, where)
+    _check_value(group["weights"], "symmetric", (True,), where)
+    targets = _names(group, ("targets",), where)
+    # All linear layers, by their class.
+    converted = [] if "Linear" in targets else targets
+    return ShippedForm(
+        "nvfp4",
+        not_converted=_expressions(_names(stored, ("ignore",), where), where),
+        converted=_expressions(converted, where),
+        names=COMPRESSED_TENSORS,
+        has_activation_scales=bool(group.get("input_activations")),
+    )
+
+
+def _modelopt_form(stored: Mapping[str, Any], where: str) -> ShippedForm | None:
+    """NVFP4 as NVIDIA's ModelOpt writes it. Its names of modules have wildcards."""
+    algorithm = stored.get("quant_algo")
+    if algorithm not in MODELOPT_NVFP4:
+        return None
+    if "config_groups" in stored:
+        _only_group(stored, where)
+    _check_value(stored, "group_size", (NVFP4_GROUP,), where)
+    _check_value(stored, "pre_quant_scale", (False,), where)
+    skipped = _names(stored, ("ignore", "exclude_modules"), where)
+    return ShippedForm(
+        "nvfp4",
+        not_converted=tuple(fnmatch.translate(name) for name in skipped),
+        names=MODELOPT,
+        has_activation_scales=algorithm == "NVFP4",
+    )
+
+
+FORM_READERS: dict[str, Callable[[Mapping[str, Any], str], ShippedForm | None]] = {
+    "fp8": _transformers_form,
+    "mxfp4": _transformers_form,
+    "compressed-tensors": _compressed_tensors_form,
+    "modelopt": _modelopt_form,
+}
+
+
+def _only_group(stored: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The only one of `config_groups`, whose weights are in nvfp4."""
+    groups = stored.get("config_groups")
+    group = None
+    if isinstance(groups, Mapping) and len(groups) == 1:
+        [group] = groups.values()
+    if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
         raise ModelError(
-            f"quantization_config.modules_to_not_convert is {skipped!r:.100}: "
-            "it must be a list of names",
+            f"quantization_config.config_groups is {groups!r:.100}",
+            where=where,
+            why="one group of weights in nvfp4 is read",
+            fix=UNQUANTIZED,
+        )
+    for key, value in (("num_bits", 4), ("type", "float"), ("group_size", NVFP4_GROUP)):
+        _check_value(group["weights"], key, (value,), where)
+    return group
+
+
+def _check_value(stored: Mapping[str, Any], key: str, read: Sequence[Any], where: str) -> None:
+    """ModelError for a key that is there with another value than those that are read, and not
+    empty.
+    """
+    value = stored.get(key)
+    if value in (None, [], {}) or value in read:
+        return
+    raise ModelError(
+        f"quantization_config: {key} is {value!r:.100}, which is not read",
+        where=where,
+        why="linear layers and experts in e4m3, or in e2m1 by groups of 16, are",
+        fix=UNQUANTIZED,
+    )
+
+
+def _names(stored: Mapping[str, Any], keys: Sequence[str], where: str) -> Sequence[str]:
+    """The list of names under the first of these keys that has one."""
+    key = next((key for key in keys if stored.get(key)), keys[0])
+    names = stored.get(key) or []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ModelError(
+            f"quantization_config.{key} is {names!r:.100}: it must be a list of names",
             where=where,
             fix=FETCH_CONFIG,
         )
-    if method == "mxfp4":
-        return ShippedForm(method, not_converted=tuple(skipped))
-    return ShippedForm(
-        method,
-        _block_size(stored, where),
-        tuple(skipped),
-        has_activation_scales=stored.get("activation_scheme") == "static",
-    )
+    return names
+
+
+def _expressions(names: Sequence[str], where: str) -> tuple[str, ...]:
+    """Names of compressed-tensors as regular expressions, which some are after `re:`."""
+    expressions = []
+    for name in names:
+        expression = name.removeprefix("re:")
+        if expression == name:
+            expression = f"{re.escape(name)}$"
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ModelError(
+                f"quantization_config has {name!r:.100}, which is no regular expression",
+                where=where,
+                why=str(error),
+                fix=FETCH_CONFIG,
+            ) from error
+        expressions.append(expression)
+    return tuple(expressions)
+
+
+def _matches(expressions: Sequence[str], name: str) -> bool:
+    return any(re.match(expression, name) for expression in expressions)
 
 
 def check_quantize(quantize: str, config: Mapping[str, Any], where: str) -> None:
@@ -248,7 +308,7 @@ def check_quantize(quantize: str, config: Mapping[str, Any], where: str) -> None
     if quantize == AS_SHIPPED and stored not in KEPT:
         why = "its weights are plain"
         if stored:
-            why = f"its weights are in {stored}, and {' and '.join(KEPT)} can be kept"
+            why = f"its weights are in {stored}, and {', '.join(KEPT)} can be kept"
         raise ModelError(
             "model.quantize is as-shipped, and this base ships nothing that can be kept so",
             where=where,
@@ -295,96 +355,4 @@ def form_of_folder(folder: Path) -> ShippedForm | None:
     file = folder / "config.json"
     if not file.is_file():
         return None
-    return shipped_form(read_json(file), str(file))
-
-
-# ---- the tensors of a checkpoint
-
-
-def read_entries(folder: Path) -> dict[Path, list[StoredEntry]]:
-    """As `read_headers`, with the tensors that make one weight as one entry.
-
-    ModelError where a part of one is missing, or of another shape or type.
-    """
-    headers = read_headers(folder)
-    form = form_of_folder(folder)
-    if form is None:
-        return {file: [*entries] for file, entries in headers.items()}
-    by_name = {entry.name: entry for entries in headers.values() for entry in entries}
-    join = _join_packed if form.method == "mxfp4" else _join_scaled
-    joined: dict[Path, list[StoredEntry]] = {}
-    for file, entries in headers.items():
-        joined[file] = []
-        for entry in entries:
-            weight = join(entry, by_name, form)
-            if weight is not None:
-                joined[file].append(weight)
-    return joined
-
-
-def _join_scaled(
-    entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm
-) -> StoredEntry | None:
-    """The weight that a tensor of an fp8 checkpoint is, alone or with its scale; None: it is the
-    part of another, or not used.
-    """
-    name = entry.name
-    if name.endswith(ACTIVATION_SCALE):
-        return None
-    if name.endswith(SCALE):
-        weight = by_name.get(name.removesuffix(SCALE) + CODES)
-        if weight is None:
-            raise _torn(entry, f"there is no weight for {name}")
-        if weight.dtype != "F8_E4M3":
-            why = "its scales are there, as of fp8: that is e4m3"
-            raise _torn(weight, f"{weight.name} is stored as {weight.dtype}", why)
-        return None
-    if not entry.dtype.startswith("F8_"):
-        return entry
-    if entry.dtype != "F8_E4M3":
-        raise _torn(entry, f"{name} is stored as {entry.dtype}", "e4m3 is read of fp8 checkpoints")
-    scale = by_name.get(f"{name.removesuffix(CODES)}{SCALE}") if name.endswith(CODES) else None
-    if scale is None:
-        raise _torn(entry, f"the scales of {name} are missing")
-    if len(entry.shape) != 2:
-        raise _torn(entry, f"{name} is {list(entry.shape)}", "of fp8 checkpoints matrices are read")
-    if scale.dtype not in SCALE_TYPES:
-        why = f"{', '.join(SCALE_TYPES)} are read"
-        raise _torn(scale, f"{scale.name} is stored as {scale.dtype}", why)
-    wanted = form.scale_shape(*entry.shape)
-    is_one = form.block is None and math.prod(scale.shape) == 1
-    if scale.shape != wanted and not is_one:
-        why = f"{name} is {list(entry.shape)}, {form.describe()}: that makes {list(wanted)}"
-        raise _torn(scale, f"{scale.name} is {list(scale.shape)}", why)
-    return ScaledEntry(entry, scale, form.block)
-
-
-def _join_packed(
-    entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm
-) -> StoredEntry | None:
-    """As `_join_scaled`, of an mxfp4 checkpoint."""
-    name = entry.name
-    if name.endswith(EXPONENTS):
-        if f"{name.removesuffix(EXPONENTS)}{PACKED}" not in by_name:
-            raise _torn(entry, f"there are no blocks for {name}")
-        return None
-    if not name.endswith(PACKED):
-        return entry
-    exponents = by_name.get(f"{name.removesuffix(PACKED)}{EXPONENTS}")
-    if exponents is None:
-        raise _torn(entry, f"the scales of {name} are missing")
-    for part in (entry, exponents):
-        if part.dtype != "U8":
-            raise _torn(part, f"{part.name} is stored as {part.dtype}", "mxfp4 is bytes (U8)")
-    if len(entry.shape) != 4 or entry.shape[-1] != GROUP_BYTES:
-        why = f"blocks are [experts, rows, groups, {GROUP_BYTES}]"
-        raise _torn(entry, f"{name} is {list(entry.shape)}", why)
-    if exponents.shape != entry.shape[:-1]:
-        why = f"{name} is {list(entry.shape)}: a scale for each {GROUP_BYTES} bytes"
-        raise _torn(exponents, f"{exponents.name} is {list(exponents.shape)}", why)
-    return PackedEntry(entry, exponents)
-
-
-def _torn(entry: Entry, what: str, why: str = "") -> ModelError:
-    why = why or "config.json says that the weights are quantized, and codes need their scales"
-    return ModelError(what, where=str(entry.file), why=why, fix=FETCH)
+    return shipped_form(read_model_config(folder), str(file))

@@ -467,12 +467,12 @@ def _check_composite(config: Mapping[str, Any], where: str) -> None:
     check_decoder({"model_type": text_type, **text}, where)
     stored = stated_quantization(config, where)
     form = shipped_form(config, where)
-    if stored and (form is None or form.method != "fp8"):
+    if stored and (form is None or form.method == "mxfp4"):
         method = stored.get("quant_method", "an unnamed method")
         raise ModelError(
             f"the weights of this {kind} are quantized with {method}",
             where=where,
-            why="of a vision-language model plain weights and fp8 are read",
+            why="of a vision-language model plain weights, fp8 and nvfp4 are read",
             fix="take the unquantized model; model.quantize: nf4 then quantizes its text model as "
             "it is loaded",
         )

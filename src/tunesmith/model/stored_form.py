@@ -20,7 +20,7 @@ from tunesmith.model.composite import COMPOSITES, STORED_PREFIXES, is_stored_tex
 from tunesmith.model.names import Pieces, assign_names, composite_of
 from tunesmith.model.safetensors_files import Entry, has_weights, read_headers, read_json
 from tunesmith.model.save_tensors import Source, TensorPart
-from tunesmith.model.shipped import read_entries
+from tunesmith.model.shipped_entries import read_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # slow, and a plan needs none

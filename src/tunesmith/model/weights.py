@@ -21,10 +21,11 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.host.memory import drop_pages, open_uncached
-from tunesmith.model.fp4 import NAN, decode_mxfp4
+from tunesmith.model.fp4 import NAN, decode_mxfp4, decode_nvfp4, has_nan_scale
 from tunesmith.model.names import Piece, Pieces, assign_names
 from tunesmith.model.safetensors_files import Entry, read_header, read_into
-from tunesmith.model.shipped import (
+from tunesmith.model.shipped_entries import (
+    Nvfp4Entry,
     PackedEntry,
     ScaledEntry,
     StoredEntry,
@@ -49,6 +50,7 @@ STORED = {
 }
 PIECE = 1 << 20  # weights decoded at a time: they are in fp32 then
 SLICE = 16 << 20  # bytes read at a time where a tensor is not read straight into its target
+SCALES = "_scales"  # ends the name of a parameter that has the scales of the one before it
 
 
 class StoredTensor:
@@ -213,7 +215,7 @@ class DecodedTensor(StoredTensor):
     scales, a piece at a time.
     """
 
-    def __init__(self, entry: ScaledEntry | PackedEntry) -> None:
+    def __init__(self, entry: ScaledEntry | PackedEntry | Nvfp4Entry) -> None:
         self.name = entry.name
         self.shape = torch.Size(entry.shape)
         self.dtype = STORED[entry.dtype]
@@ -246,12 +248,7 @@ class ScaledTensor(DecodedTensor):
         """fp32 [block rows, block columns], or [1, 1]; ModelError where one is no finite number."""
         scales = self.scale.read().float()
         if not scales.isfinite().all():
-            raise ModelError(
-                f"a scale of {self.name} is not finite",
-                where=self.scale.name,
-                why="codes times scales are the weight",
-                fix="fetch the model again: tunesmith fetch MODEL",
-            )
+            raise _not_finite(self.name, self.scale.name)
         return scales.view(-1, 1 if scales.ndim < 2 else scales.shape[1])
 
     def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
@@ -275,6 +272,51 @@ class ScaledTensor(DecodedTensor):
         return self.scales[row_blocks][:, column_blocks]
 
 
+class Nvfp4Tensor(DecodedTensor):
+    """A weight in nvfp4.
+
+    Attributes:
+        codes: uint8 [out, in / 2], two a byte.
+        scales: uint8 [out, in / 16], e4m3 values.
+        divides: `scales` are divided by `scale`; False: multiplied.
+    """
+
+    def __init__(self, entry: Nvfp4Entry, files: Mapping[Path, BufferedReader]) -> None:
+        super().__init__(entry)
+        self.divides = entry.divides
+        self.codes = stored_tensor(entry.codes, files)
+        self.scales = stored_tensor(replace(entry.scales, dtype="U8"), files)
+        self._scale = stored_tensor(entry.scale, files)
+
+    @cached_property
+    def scale(self) -> torch.Tensor:
+        """Of all of the weight: fp32 [1, 1]. ModelError where it is no finite number above 0."""
+        scale = self._scale.read().view(1, 1)
+        if not scale.isfinite() or scale <= 0:
+            raise _not_finite(self.name, self._scale.name, f" and above 0: {scale.item():g}")
+        return scale
+
+    def check_scales(self, scales: torch.Tensor) -> None:
+        """ModelError where one of some scales, as bytes, is no number."""
+        if has_nan_scale(scales):
+            raise _not_finite(self.name, self.scales.name)
+
+    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
+        rows, columns = slices
+        last = min(rows.stop, self.shape[0])
+        step = max(1, PIECE // self.shape[1])
+        for first in range(rows.start, last, step):
+            part = slice(first, min(first + step, last))
+            codes = self.codes[part, slice(0, self.codes.shape[1])]
+            scales = self.scales[part, slice(0, self.scales.shape[1])]
+            self.check_scales(scales)
+            values = decode_nvfp4(
+                codes, scales.view(torch.float8_e4m3fn), self.scale, divides=self.divides
+            )
+            start = first - rows.start
+            local[start : start + len(values)].copy_(values[:, columns])
+
+
 class PackedTensor(DecodedTensor):
     """A stack of experts in mxfp4: dense it is [experts, in, out].
 
@@ -290,12 +332,7 @@ class PackedTensor(DecodedTensor):
     def check_exponents(self, exponents: torch.Tensor, expert: int) -> None:
         """ModelError for a scale of this expert that is no number."""
         if (exponents == NAN).any():
-            raise ModelError(
-                f"a scale of {self.name} is not finite: that of expert {expert}",
-                where=self.name,
-                why="the file is damaged, or the model was broken when it was quantized",
-                fix="fetch the model again: tunesmith fetch MODEL",
-            )
+            raise _not_finite(self.name, self.name, f": that of expert {expert}")
 
     def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
         experts, inputs, outputs = slices
@@ -312,6 +349,16 @@ class PackedTensor(DecodedTensor):
                 target.copy_(values[:, inputs].T)
 
 
+def _not_finite(name: str, where: str, more: str = "") -> ModelError:
+    return ModelError(
+        f"a scale of {name} is not finite{more}",
+        where=where,
+        why="codes times scales are the weight: the file is damaged, or the model was broken when "
+        "it was quantized",
+        fix="fetch the model again: tunesmith fetch MODEL",
+    )
+
+
 def _of_first(shape: torch.Size, index: int) -> tuple[slice, ...]:
     """The region of one index of the first dimension."""
     return slice(index, index + 1), *(slice(0, size) for size in shape[1:])
@@ -326,6 +373,8 @@ def stored_tensor(
         return JoinedTensor(entry, files)
     if isinstance(entry, ScaledEntry):
         return ScaledTensor(entry, files)
+    if isinstance(entry, Nvfp4Entry):
+        return Nvfp4Tensor(entry, files)
     if isinstance(entry, PackedEntry):
         return PackedTensor(entry, files)
     return StoredTensor(entry, files.get(entry.file))
@@ -383,8 +432,9 @@ def load_weights(
     hooks = dict(convert or {})
     targets = {}
     for name, tensor in _stored_state(model).items():
-        # A hook takes its parameter, or all of a module that stands in a parameter's place.
-        is_hooked = name in hooks or name.rpartition(".")[0] in hooks
+        # A hook takes its parameter with its scales, or all of a module in a parameter's place.
+        owners = (name, name.removesuffix(SCALES), name.rpartition(".")[0])
+        is_hooked = any(owner in hooks for owner in owners)
         if not is_hooked and not skip(name):
             targets[name] = tensor
     headers = read_entries(folder)

@@ -1,11 +1,13 @@
-"""Frozen linear layers that keep the codes and scales which a checkpoint ships: FP8.
+"""Frozen linear layers that keep the codes and scales which a checkpoint ships: FP8 and NVFP4.
 
-A weight is e4m3 codes, and a scale for each block of them or one of all (`model/shipped.py`). It is
-made dense for one product at a time, in the forward and again in the backward: in memory is what is
-on the disk, and it computes what the dense weight computes.
+`model/shipped_entries.py` has what they are. A weight is made dense for one product at a time, in
+the forward and again in the backward: in memory is what is on the disk, and it computes what the
+dense weight computes.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +16,34 @@ from torch import Tensor, nn
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
+from tunesmith.model.fp4 import encode_nvfp4, nvfp4_scale
 from tunesmith.model.names import names_on_disk
-from tunesmith.model.shipped import ShippedForm
-from tunesmith.model.weights import ScaledTensor, StoredTensor
+from tunesmith.model.shipped import FETCH, NVFP4_GROUP, ShippedForm
+from tunesmith.model.weights import DecodedTensor, Nvfp4Tensor, ScaledTensor, StoredTensor
 from tunesmith.quant.frozen_linear import FrozenLinear, linear_names
-from tunesmith.quant.frozen_weight import FrozenWeight, ShippedEncoding, ShippedWeight
+from tunesmith.quant.frozen_weight import (
+    FrozenWeight,
+    Nvfp4Encoding,
+    Nvfp4Weight,
+    ShippedEncoding,
+    ShippedWeight,
+)
 from tunesmith.quant.scaled_matmul import E4M3, E4M3_MAX, LEAST_SCALE
 
 
 class ShippedLinear(FrozenLinear):
-    """A linear layer with W in fp8 as its checkpoint has it; empty until `load`.
+    """A linear layer with W as its checkpoint has it; empty until `load`.
 
     Attributes (frozen):
         form: of the checkpoint.
-        weight: uint8 [out_features, in_features], the e4m3 codes: torch and FSDP move integers as
-            they are.
-        scale: fp32, one for each block, [block rows, block columns], or [1, 1]; whole on every
-            rank. Not persistent: a checkpoint of the base holds dense weights.
+        stored_class: of what the checkpoint has of W.
+        weight: uint8, the codes.
+        scale: fp32; whole on every rank. Not persistent: a checkpoint of the base holds dense
+            weights.
     """
 
+    stored_class: ClassVar[type[DecodedTensor]]
+    weight: nn.Parameter
     scale: Tensor
 
     def __init__(
@@ -49,19 +60,12 @@ class ShippedLinear(FrozenLinear):
         self.bias = bias
         self.form = form
         self.compute_dtype = compute_dtype
-        self.encoding = str(ShippedEncoding(*(form.block or (0, 0))))
         self.allocate(torch.device("meta"))
 
-    def allocate(self, device: torch.device) -> None:
-        codes = torch.empty(self.out_features, self.in_features, dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        shape = self.form.scale_shape(self.out_features, self.in_features) or (1, 1)
-        self.register_buffer("scale", torch.empty(shape, device=device), persistent=False)
-
     def share(self, other: "ShippedLinear") -> None:
-        """Store the very tensors of another layer of the same shape."""
-        self.weight = other.weight
-        self.bias = other.bias
+        """Store the very tensors of another layer of the same class and shape."""
+        for name, parameter in other.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
         self.register_buffer("scale", other.scale, persistent=False)
 
     @torch.no_grad()
@@ -70,26 +74,50 @@ class ShippedLinear(FrozenLinear):
         if isinstance(weight, Tensor):
             self._round(weight)  # one that was drawn
             return
-        if not isinstance(weight, ScaledTensor):
-            raise ModelError(
-                "its weight is stored without scales",
-                where=name,
-                why=f"config.json says that it is in {self.form.describe()}",
-                fix="name its module in quantization_config.modules_to_not_convert of config.json,"
-                " or model.quantize=none",
-            )
+        if not isinstance(weight, self.stored_class):
+            raise without_scales(name, self.form, "its weight is")
         if weight.shape != self._shape:
             what = f"it is stored as {list(weight.shape)}, and {list(self._shape)} is needed"
-            raise ModelError(what, where=name, fix="fetch the model again: tunesmith fetch MODEL")
-        self.scale.copy_(weight.scales)
-        weight.codes.into_part(self.weight)
+            raise ModelError(what, where=name, fix=FETCH)
+        self._take(weight)
 
     @property
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
+    @abstractmethod
+    def _take(self, stored: Any) -> None:
+        """Read the codes and scales of a weight, of `stored_class`."""
+
+    @abstractmethod
     def _round(self, dense: Tensor) -> None:
-        """Store a dense weight, each block scaled to the largest code."""
+        """Store a dense weight in the form of the checkpoint."""
+
+
+class Fp8Linear(ShippedLinear):
+    """A `ShippedLinear` in FP8.
+
+    Attributes (frozen):
+        weight: uint8 [out_features, in_features], the e4m3 codes: torch and FSDP move integers as
+            they are.
+        scale: one for each block, [block rows, block columns], or [1, 1].
+    """
+
+    stored_class = ScaledTensor
+
+    def allocate(self, device: torch.device) -> None:
+        self.encoding = str(ShippedEncoding(*(self.form.block or (0, 0))))
+        codes = torch.empty(self.out_features, self.in_features, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        shape = self.form.scale_shape(self.out_features, self.in_features) or (1, 1)
+        self.register_buffer("scale", torch.empty(shape, device=device), persistent=False)
+
+    def _take(self, stored: ScaledTensor) -> None:
+        self.scale.copy_(stored.scales)
+        stored.codes.into_part(self.weight)
+
+    def _round(self, dense: Tensor) -> None:
+        # Each block scaled to the largest code.
         block = self.form.block or self._shape
         self.scale.copy_(block_scales(dense.float(), block))
         rows = local_slices(self.weight)[0]
@@ -100,6 +128,68 @@ class ShippedLinear(FrozenLinear):
     def frozen_weight(self) -> FrozenWeight:
         codes = local_part(self.weight).view(E4M3)
         return ShippedWeight(self.encoding, [codes, self.scale], self._shape)
+
+
+class Nvfp4Linear(ShippedLinear):
+    """A `ShippedLinear` in NVFP4.
+
+    Attributes (frozen):
+        weight: uint8 [out_features, in_features / 2], two codes a byte.
+        weight_scales: uint8 [out_features, in_features / 16], in e4m3. A parameter too: it is an
+            eighth of the codes.
+        scale: [1, 1], of all.
+    """
+
+    stored_class = Nvfp4Tensor
+    weight_scales: nn.Parameter
+
+    def allocate(self, device: torch.device) -> None:
+        self.encoding = str(nvfp4_encoding(self.form))
+        for name, share in (("weight", 2), ("weight_scales", NVFP4_GROUP)):
+            shape = (self.out_features, self.in_features // share)
+            tensor = torch.empty(shape, dtype=torch.uint8, device=device)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.register_buffer("scale", torch.empty(1, 1, device=device), persistent=False)
+
+    def _take(self, stored: Nvfp4Tensor) -> None:
+        self.scale.copy_(stored.scale)
+        stored.codes.into_part(self.weight)
+        stored.scales.into_part(self.weight_scales)
+        stored.check_scales(local_part(self.weight_scales))
+
+    def _round(self, dense: Tensor) -> None:
+        scale = nvfp4_scale(dense.abs().max().item())
+        self.scale.fill_(stored_nvfp4_scale(scale, self.form))
+        codes, scales = encode_nvfp4(dense[local_slices(self.weight)[0]], scale)
+        local_part(self.weight).copy_(codes)
+        local_part(self.weight_scales).copy_(scales.view(torch.uint8))
+
+    def frozen_weight(self) -> FrozenWeight:
+        scales = local_part(self.weight_scales).view(E4M3)
+        tensors = [local_part(self.weight), scales, self.scale]
+        return Nvfp4Weight(self.encoding, tensors, self._shape)
+
+
+def nvfp4_encoding(form: ShippedForm) -> Nvfp4Encoding:
+    """How a checkpoint in NVFP4 puts its scales together."""
+    assert form.names is not None
+    return Nvfp4Encoding(form.names.divides)
+
+
+def stored_nvfp4_scale(scale: float, form: ShippedForm) -> float:
+    """What a checkpoint has for a scale that groups' scales are divided by."""
+    return scale if nvfp4_encoding(form).divides else 1 / scale
+
+
+def without_scales(name: str, form: ShippedForm, what: str) -> ModelError:
+    """The error for a plain weight called `name` where `form` says that it is in codes."""
+    return ModelError(
+        f"{what} stored without scales",
+        where=name,
+        why=f"config.json says that it is in {form.describe()}",
+        fix=f"name its module in quantization_config.{form.plain_key} of config.json,"
+        " or model.quantize=none",
+    )
 
 
 def block_scales(weight: Tensor, block: tuple[int, int]) -> Tensor:
@@ -130,9 +220,8 @@ def replace_shipped(model: nn.Module, form: ShippedForm, compute_dtype: torch.dt
         assert isinstance(dense, nn.Linear)
         if not has_codes(form, model, name):
             continue
-        layer = ShippedLinear(
-            dense.in_features, dense.out_features, dense.bias, form, compute_dtype
-        )
+        layer_class = Fp8Linear if form.method == "fp8" else Nvfp4Linear
+        layer = layer_class(dense.in_features, dense.out_features, dense.bias, form, compute_dtype)
         model.set_submodule(name, layer)
         names.append(name)
     return names
@@ -142,5 +231,8 @@ def has_codes(form: ShippedForm, model: nn.Module, name: str) -> bool:
     """Whether the checkpoint has the weight of a module in codes, as its config.json says."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
+    names = names_on_disk(model, name)
+    if form.names is not None:
+        return all(form.has_codes(word) for word in names)
     patterns = list(form.not_converted)
-    return all(should_convert_module(word, patterns) for word in names_on_disk(model, name))
+    return all(should_convert_module(word, patterns) for word in names)

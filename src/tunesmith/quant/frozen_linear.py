@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.model.weights import Hook, StoredTensor
+from tunesmith.model.weights import SCALES, Hook, StoredTensor
 from tunesmith.quant.expert_stack import ExpertStack
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import FrozenWeight
@@ -198,7 +198,7 @@ def parameter_count(model: nn.Module) -> int:
             for name, parameter in layer.named_parameters(recurse=False):
                 # Out with the stored elements (nf4 has two weights in each), in with out * in
                 # below.
-                if name.endswith("weight"):
+                if name in ("weight", f"weight{SCALES}"):
                     count -= parameter.numel()
             parts = layer.tensor_shard.parts if layer.tensor_shard else 1
             count += layer.in_features * layer.out_features * parts

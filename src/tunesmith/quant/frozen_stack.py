@@ -2,7 +2,7 @@
 
 - dense: the stack itself.
 - nf4: 4-bit codes and their scales; each expert is quantized by itself, as a linear layer is.
-- shipped, mxfp4: what a checkpoint in FP8 or MXFP4 holds.
+- shipped, mxfp4, nvfp4: what a checkpoint in FP8, MXFP4 or NVFP4 holds.
 
 As `frozen_weight` is for a linear layer: `encoding` and `tensors` describe a stack in full, and
 `frozen_stack` builds it again from them.
@@ -18,6 +18,7 @@ from tunesmith.model.fp4 import decode_mxfp4
 from tunesmith.quant.frozen_weight import (
     PIECE,
     Nf4Encoding,
+    Nvfp4Weight,
     ShippedEncoding,
     ShippedWeight,
     nf4_functions,
@@ -179,11 +180,31 @@ class ShippedStack(FrozenStack):
         return dense.view(last - first, out_features, in_features).mT
 
 
+class Nvfp4Stack(FrozenStack):
+    """A stack of an NVFP4 checkpoint, whose experts are in one part or two as in a `ShippedStack`.
+
+    tensors: the codes, uint8 [experts, out, in / 2]; the scales of groups, e4m3 [experts, out, in /
+    16]; and those of whole parts: fp32 [experts, parts]. encoding: an `Nvfp4Encoding`.
+    """
+
+    def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        codes, scales, of_parts = (tensor[first:last] for tensor in self.tensors)
+        _, in_features, out_features = self.shape
+        # One matrix of all of them, whose rows have the scale of their part.
+        height = out_features // of_parts.shape[1]
+        of_rows = of_parts.flatten().repeat_interleave(height).unsqueeze(1)
+        tensors = [codes.flatten(0, 1), scales.flatten(0, 1), of_rows]
+        shape = (len(of_rows), in_features)
+        dense = Nvfp4Weight(self.encoding, tensors, shape).dense(dtype)
+        return dense.view(last - first, out_features, in_features).mT
+
+
 STACK_CLASSES: dict[str, type[FrozenStack]] = {
     "dense": DenseStack,
     "nf4": Nf4Stack,
     "mxfp4": Mxfp4Stack,
     "shipped": ShippedStack,
+    "nvfp4": Nvfp4Stack,
 }
 
 

@@ -5,6 +5,7 @@
   arXiv:2305.14314).
 - fp8: 8-bit values with a scale a row of W, or one scale (see `scaled_matmul`).
 - shipped: what an FP8 checkpoint holds, 8-bit values with a scale a block, or one scale.
+- nvfp4: what an NVFP4 checkpoint holds, 4-bit values with a scale for 16 of them, and one scale.
 
 `encoding` and `tensors` describe a weight in full; `frozen_weight` builds it again from them.
 """
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.host import packages
+from tunesmith.model.fp4 import decode_nvfp4
 from tunesmith.quant.scaled_matmul import E4M3, TENSOR_WISE, quantize, scaled_matmul
 from tunesmith.units import ceil_div
 
@@ -25,7 +27,7 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.f
 # Rows for which bitsandbytes reads 4-bit weights inside the product. To make W dense first moves
 # nine times as many bytes.
 FEW_ROWS = 16
-PIECE = 1 << 24  # weights of FP8 made dense at a time: they are in fp32 then
+PIECE = 1 << 24  # weights as shipped that are made dense at a time: they are in fp32 then
 Update = tuple[Tensor, Tensor] | None  # of low rank: its two factors
 
 
@@ -288,11 +290,49 @@ class ShippedWeight(FrozenWeight):
         return scales.repeat_interleave(columns, 1)[:, : self.shape[1]]
 
 
+class Nvfp4Encoding(NamedTuple):
+    """How the scales of an NVFP4 weight are put together; its text is the `encoding` of it.
+
+    Attributes:
+        divides: those of the groups are divided by that of all; False: multiplied.
+    """
+
+    divides: bool
+
+    def __str__(self) -> str:
+        return "nvfp4 divided" if self.divides else "nvfp4 multiplied"
+
+    @classmethod
+    def parse(cls, text: str) -> "Nvfp4Encoding":
+        return cls(text == str(cls(divides=True)))
+
+
+class Nvfp4Weight(FrozenWeight):
+    """A weight of an NVFP4 checkpoint, which computes what its dense weight does.
+
+    tensors: the codes of W, uint8 [out, in / 2]; the scale of each 16 of a row, e4m3 [out, in /
+    16]; and that of all, fp32 [1, 1], or of each row, [out, 1]. encoding: an `Nvfp4Encoding`.
+    """
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        codes, scales, scale = self.tensors
+        divides = Nvfp4Encoding.parse(self.encoding).divides
+        out_features, in_features = self.shape
+        scale = scale.expand(out_features, 1)
+        weight = codes.new_empty(self.shape, dtype=dtype)
+        step = max(1, PIECE // in_features)
+        for start in range(0, out_features, step):
+            rows = slice(start, start + step)
+            weight[rows] = decode_nvfp4(codes[rows], scales[rows], scale[rows], divides=divides)
+        return weight
+
+
 WEIGHT_CLASSES: dict[str, type[FrozenWeight]] = {
     "dense": DenseWeight,
     "nf4": Nf4Weight,
     "fp8": EightBitWeight,
     "shipped": ShippedWeight,
+    "nvfp4": Nvfp4Weight,
 }
 
 

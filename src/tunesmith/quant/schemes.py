@@ -134,7 +134,9 @@ class Nf4Scheme(CodesScheme):
 
 
 class ShippedScheme(CodesScheme):
-    """Codes and scales as the checkpoint has them: FP8, or MXFP4, which experts alone are in."""
+    """Codes and scales as the checkpoint has them: FP8, NVFP4, or MXFP4, which experts alone are
+    in.
+    """
 
     def replace_linears(
         self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
@@ -142,7 +144,7 @@ class ShippedScheme(CodesScheme):
         from tunesmith.quant import as_shipped, shipped_experts
 
         assert form is not None  # `check_quantize` refuses others
-        if form.method == "fp8":
+        if form.method != "mxfp4":
             as_shipped.replace_shipped(model, form, dtype)
         shipped_experts.replace_shipped_stacks(model, form, dtype)
 
@@ -186,6 +188,19 @@ SHIPPED_MXFP4 = ShippedScheme(
     # 2 x (0.53 + 2 + 2)
     traffic_bytes=9.06,
 )
+# Two codes a byte, and a byte of scale for 16 of them, which ranks share; experts as the rest.
+SHIPPED_NVFP4 = ShippedScheme(
+    AS_SHIPPED,
+    weight_bytes=1 / 2 + 1 / 16,
+    expert_bytes=1 / 2 + 1 / 16,
+    # In plain PyTorch: bytes to int32, two values of each looked up in fp32, times the scales, to
+    # 16 bits.
+    expert_dense_bytes=(0.5 + 2) + (2 + 4) + (4 + 4) + (4 + 2),
+    is_cut=False,
+    # 2 x (0.56 + 2 + 2)
+    traffic_bytes=9.13,
+)
+OF_FORMS = {"fp8": SHIPPED, "mxfp4": SHIPPED_MXFP4, "nvfp4": SHIPPED_NVFP4}
 SCHEMES = {scheme.name: scheme for scheme in (DENSE, FP8, NF4, SHIPPED)}
 
 
@@ -196,6 +211,6 @@ def scheme_of(model: Model, shipped: str | None = None) -> Scheme:
 
     shipped: how the base does (`ModelSpec.quantized`), for what is asked of sizes.
     """
-    if model.quantize == AS_SHIPPED and shipped == "mxfp4":
-        return SHIPPED_MXFP4
+    if model.quantize == AS_SHIPPED:
+        return OF_FORMS.get(shipped or "", SHIPPED)
     return DENSE if model.quantize == "auto" else SCHEMES[model.quantize]
