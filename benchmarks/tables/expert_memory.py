@@ -1,11 +1,11 @@
 """Peak memory of loading a mixture of experts and of a step with LoRA on it: dense, in nf4, and as
-it ships in FP8 or MXFP4.
+it ships in FP8, NVFP4 or MXFP4.
 
     python benchmarks/tables/expert_memory.py --tokenizer DIR --json docs/measurements/expert-memory.json
     python benchmarks/tables/expert_memory.py --write docs/measurements/README.md  # the table, from that file
 
-Two random mixtures: a Qwen 3 whose experts are stored one by one, in bf16 and in FP8 (blocks of 128
-x 128), and a gpt-oss whose experts are in MXFP4. Each case runs in a process of its own, in bf16 on
+Two random mixtures: a Qwen 3 whose experts are stored one by one, in bf16, in FP8 (blocks of 128 x
+128) and in NVFP4, and a gpt-oss whose experts are in MXFP4. Each case runs in a process of its own, in bf16 on
 the CPU. Counted from before the model is built: the peak of all resident pages (VmHWM of
 /proc/self/status, which is ru_maxrss, set back before each phase) less those of files. `held` is
 what is resident once the model is loaded, `planned` what a plan counts for it: the base, and the
@@ -16,6 +16,7 @@ update of an adapter of rank 4 by AdamW.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import subprocess
@@ -38,6 +39,9 @@ CASES = {
     "FP8, dense": ("fp8", "none"),
     "FP8, nf4": ("fp8", "nf4"),
     "FP8, as shipped": ("fp8", "as-shipped"),
+    "NVFP4, dense": ("nvfp4", "none"),
+    "NVFP4, nf4": ("nvfp4", "nf4"),
+    "NVFP4, as shipped": ("nvfp4", "as-shipped"),
     "MXFP4, dense": ("mxfp4", "none"),
     "MXFP4, nf4": ("mxfp4", "nf4"),
     "MXFP4, as shipped": ("mxfp4", "as-shipped"),
@@ -76,8 +80,10 @@ def write_base(folder: Path, kind: str, tokenizer: Path) -> None:
         file = folder / "model.safetensors"
         from safetensors.torch import load_file
 
+        from tunesmith.export.vllm import quantization_config
+
         tensors = load_file(file)
-        change = in_mxfp4 if kind == "mxfp4" else in_fp8
+        change = {"mxfp4": in_mxfp4, "fp8": in_fp8, "nvfp4": in_nvfp4}[kind]
         for name in list(tensors):
             tensors |= change(name, tensors.pop(name))
         save_file(tensors, file, metadata={"format": "pt"})
@@ -89,6 +95,9 @@ def write_base(folder: Path, kind: str, tokenizer: Path) -> None:
                 "activation_scheme": "dynamic",
                 "modules_to_not_convert": ["lm_head", "model.layers.*.mlp.gate"],
             }
+        if kind == "nvfp4":
+            stated = quantization_config("nvfp4")
+            stated["ignore"] += ["re:.*mlp.gate$"]
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stated}))
     for part in tokenizer.glob("tokenizer*"):
@@ -111,8 +120,7 @@ def in_fp8(name: str, weight: Any) -> dict[str, Any]:
 
     from tunesmith.quant.as_shipped import block_scales, spread_blocks
 
-    left_out = ("embed", "lm_head", "mlp.gate.", "norm")
-    if weight.ndim != 2 or any(word in name for word in left_out):
+    if is_plain(name, weight):
         return {name: weight}
     block = (BLOCK, BLOCK)
     scales = block_scales(weight.float(), block)
@@ -121,11 +129,36 @@ def in_fp8(name: str, weight: Any) -> dict[str, Any]:
     return {name: codes.to(torch.float8_e4m3fn), f"{stem}weight_scale_inv": scales}
 
 
+def in_nvfp4(name: str, weight: Any) -> dict[str, Any]:
+    """What compressed-tensors has of a weight in NVFP4."""
+    import torch
+
+    from tunesmith.model.fp4 import encode_nvfp4, nvfp4_scale
+
+    if is_plain(name, weight):
+        return {name: weight}
+    scale = nvfp4_scale(weight.abs().max().item())
+    codes, scales = encode_nvfp4(weight, scale)
+    return {
+        f"{name}_packed": codes,
+        f"{name}_scale": scales,
+        f"{name}_global_scale": torch.tensor([scale]),
+    }
+
+
+def is_plain(name: str, weight: Any) -> bool:
+    """Whether a weight stays as it is in FP8 and NVFP4."""
+    left_out = ("embed", "lm_head", "mlp.gate.", "norm")
+    return weight.ndim != 2 or any(word in name for word in left_out)
+
+
 class Peak:
     """The peak of resident pages that are no files', from when it is made or set back."""
 
     def __init__(self) -> None:
         gc.collect()
+        # Freed pages that the process keeps would be taken again, and not be counted.
+        ctypes.CDLL(None).malloc_trim(0)
         self.began = status("VmRSS") - status("RssFile")
         self.reset()
 
@@ -191,7 +224,7 @@ def measure(base: Path, quantize: str) -> dict[str, Any]:
 def measure_all(tokenizer: Path, folder: Path) -> dict[str, Any]:
     """Each case in a fresh process, on the bases in `folder`, which are written if need be."""
     record: dict[str, Any] = {"tokens": TOKENS, "bytes": {}, "cases": {}}
-    for kind in ("bf16", "fp8", "mxfp4"):
+    for kind in dict.fromkeys(kind for kind, _ in CASES.values()):
         if not (folder / kind).exists():
             write_base(folder / kind, kind, tokenizer)
         record["bytes"][kind] = (folder / kind / "model.safetensors").stat().st_size
