@@ -427,8 +427,14 @@ class SelfCheck:
             self.equal(ALIKE, ranks.world, inputs.count(self.reference_inputs[kind]))
             self.compare_copies(digests)
         # At a resume its base is made as at the start, and its adapter as LoRA's.
-        if scheme_of(run.model) is NF4:
-            return
+        if scheme_of(run.model) is not NF4:
+            self.check_resume(run, ranks, records, tolerance.resumed)
+
+    def check_resume(self, run: Run, ranks: Ranks, records: list[StepRecord], limit: float) -> None:
+        """Take the steps after RESUMED again from its checkpoint, and compare with `records`.
+
+        A collective call.
+        """
         if ranks.local_rank == 0:
             # As if the last steps had never been.
             out = Path(run.output_dir)
@@ -437,9 +443,8 @@ class SelfCheck:
         ranks.all_gather_object(None)
         resumed = take_steps(run, ranks, self.make_mesh)
         if ranks.is_main_process:
-            limits = (tolerance.resumed, tolerance.resumed)
             names = ["loss", "grad_norm"]
-            self.compare(RESUME, names, records[RESUMED:], resumed.metrics.records, *limits)
+            self.compare(RESUME, names, records[RESUMED:], resumed.metrics.records, limit, limit)
 
     def compare_copies(self, digests: list[dict[Any, str]]) -> None:
         """What several ranks hold of the same part of a tensor must be equal."""
