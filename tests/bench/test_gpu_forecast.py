@@ -155,27 +155,38 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         assert message in done.stderr
 
 
-@pytest.mark.slow
-@torch_2_13
-def test_the_forecast_and_a_profile_beside_it(tmp_path: Path) -> None:
-    terms = {
-        "products": 614.0,
-        "skinny products": 300.0,
-        "other kernels": 60.0,
-        "attention": 141.0,
-        "other": 5.0,
-    }
+PROFILED_TERMS = {
+    "products": 614.0,
+    "skinny products": 300.0,
+    "other kernels": 60.0,
+    "attention": 141.0,
+    "other": 5.0,
+}
+
+
+@pytest.fixture(scope="module")
+def of_h200(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The report and the output of a forecast of two goals with a profile of the first beside it."""
+    folder = tmp_path_factory.mktemp("forecast")
     figures = {
         "tokens_per_second": 16384 / 1.13,
         "micro_batch": "8192 tokens",
         "recomputed_layers": 0,
     }
-    file = tmp_path / "results.json"
-    profiled = {"8b-bf16-profile": {"figures": figures, "terms_ms_a_step": terms}}
+    file = folder / "results.json"
+    profiled = {"8b-bf16-profile": {"figures": figures, "terms_ms_a_step": PROFILED_TERMS}}
     file.write_text(json.dumps(session(**profiled)))
-    done = run_forecast("--only", 0, 1, "--beside", file, "--json", tmp_path / "forecast.json")
+    words = ["--only", 0, 1, "--beside", file]
+    done = run_forecast(*words, "--json", folder / "forecast.json")
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "forecast.json").read_text())
+    return json.loads((folder / "forecast.json").read_text()), done.stdout
+
+
+@pytest.mark.slow
+@torch_2_13
+def test_the_forecast_and_a_profile_beside_it(of_h200: tuple[dict[str, Any], str]) -> None:
+    report, output = of_h200
+    assert report["device"] == "h200", "that of the profile"
     bf16, fp8 = (report["goals"][goal.title] for goal in GOALS[:2])
     assert bf16["layout"] == {"tokens": 16384, "micro_batches": 1, "recomputed_layers": 0}
     step = sum(term["ms"] for term in bf16["terms"].values())
@@ -191,22 +202,22 @@ def test_the_forecast_and_a_profile_beside_it(tmp_path: Path) -> None:
     products = rows["products, the head's too"]
     assert products["forecast"] == pytest.approx(bf16["terms"]["products"]["ms"] + head)
     assert rows["other kernels, loss and optimizer too"]["measured"] == 65.0
-    assert rows["no kernel"]["measured"] == pytest.approx(1130 - sum(terms.values()))
-    assert lines_with(done.stdout, 2, "8,192 tokens"), "as the measured run was cut"
-    assert lines_with(done.stdout, "skinny")
-    assert lines_with(done.stdout, GOALS[1].title)
+    assert rows["no kernel"]["measured"] == pytest.approx(1130 - sum(PROFILED_TERMS.values()))
+    assert lines_with(output, 2, "8,192 tokens"), "as the measured run was cut"
+    assert lines_with(output, "skinny")
+    assert lines_with(output, GOALS[1].title)
 
 
 @pytest.mark.slow
 @torch_2_13
-def test_an_h100_takes_smaller_micro_batches_and_longer_for_memory(tmp_path: Path) -> None:
-    reports = []
-    for device in RATES:
-        file = tmp_path / f"{device}.json"
-        done = run_forecast("--device", device, "--only", 0, "--json", file)
-        assert done.returncode == 0, done.stderr
-        reports.append(json.loads(file.read_text())["goals"][GOALS[0].title])
-    h200, h100 = reports
+def test_an_h100_takes_smaller_micro_batches_and_longer_for_memory(
+    of_h200: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    file = tmp_path / "h100.json"
+    done = run_forecast("--device", "h100", "--only", 0, "--json", file)
+    assert done.returncode == 0, done.stderr
+    h100 = json.loads(file.read_text())["goals"][GOALS[0].title]
+    h200 = of_h200[0]["goals"][GOALS[0].title]
     assert h100["layout"]["tokens"] < h200["layout"]["tokens"]
     for term in ("attention", "products"):
         expected = pytest.approx(h200["terms"][term]["ms"], rel=0.01)
