@@ -348,7 +348,7 @@ class SwarmCluster(Cluster):
 
     def go_on(self) -> str:
         words = json.loads(self.tunesmith("status", "runs/run", "--json"))
-        if words[0]["phase"] in ("running", "waiting"):
+        if words[0]["state"] in ("running", "queued"):
             return "restarted by torch or Swarm"
         self.tunesmith("stop", "runs/run")
         self.launch()

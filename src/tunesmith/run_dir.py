@@ -17,6 +17,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
@@ -34,7 +35,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 LOG = "log.txt"
 FAILURE = "failure.json"
-STOPPED = "stopped.json"  # says that ranks of torchrun stopped, and why
+STOPPED = "stopped.json"  # says that the run was stopped, and why
 RUNNING = "running.json"  # is there while a start is at work, and after it was killed
 BEST = "best.json"
 LOCK = ".lock"
@@ -46,6 +47,36 @@ SWEEP = "sweep.json"
 EVALS = "evals"  # a folder of answers and scores of `eval`
 SCORES = "*.scores.json"  # in it
 PAIRS = "pairs in order"  # a score: the share of pairs whose chosen answer the model finds likelier
+
+
+class RunState(StrEnum):
+    """Where a run stands, in the words of `status`, `watch`, `report` and their JSON."""
+
+    QUEUED = "queued"  # it waits for a node or a container
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED = "stopped"  # asked to, or for want of memory; the same command resumes
+    FAILED = "failed"  # by an error, which failure.json has
+    KILLED = "killed"  # no process is at work, and none wrote how it ended
+    UNKNOWN = "unknown"  # nothing of it can be read from here
+
+
+class Phase(StrEnum):
+    """What a run does at the moment: in the bar of `train`, in failure.json and stopped.json."""
+
+    JOINING = "joining the ranks"
+    START = "start"
+    LOADING = "loading the model"
+    REFERENCE = "reference"  # the base scores the rows of preferences
+    COMPARING = "comparing the base in 8 bits with bf16"
+    FIRST_STEP = "first step"
+    TRAINING = "training"
+    VALIDATION = "validation"
+    SAMPLES = "sample answers"
+    SAVING = "saving"
+    SAVING_FINAL = "saving final/"
+    END = "end"
+
 
 LARGEST = 1e100  # of a number: its square, and sums of them, are still finite
 LARGEST_COUNT = 2**53  # of a step or a count: a browser's numbers are exact up to here
@@ -245,6 +276,25 @@ def read_failure(folder: Path) -> Part[dict[str, Any] | None]:
 
 def read_stopped(folder: Path) -> Part[dict[str, Any] | None]:
     return _read_shaped(folder / STOPPED, _STOPPED)
+
+
+def ended_state(
+    *, failed: bool, stopped: bool, final_step: int | None, last_step: float
+) -> RunState:
+    """How a run that no process is at work on has ended.
+
+    Args:
+        failed, stopped: whether the last start left failure.json, stopped.json.
+        final_step: of final/, which may be of a shorter run; None: there is none.
+        last_step: of the records.
+    """
+    if failed:
+        return RunState.FAILED
+    if stopped:
+        return RunState.STOPPED
+    if final_step is not None and final_step >= last_step:
+        return RunState.FINISHED
+    return RunState.KILLED
 
 
 def read_running(folder: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import pytest
 from errors import holds
 from tunesmith.launch.jobs import Job, save_job
 from tunesmith.launch.local import LocalJob
-from tunesmith.run_dir import STOP_FILE, STOPPED
+from tunesmith.run_dir import STOP_FILE, STOPPED, RunState
 
 GONE = {"pid": "0", "created": "never"}
 
@@ -38,11 +38,11 @@ def launched(name: str, out: Path) -> LocalJob:
 def test_an_earlier_job_of_a_directory_does_not_tell_of_the_later_one(out: Path):
     earlier = launched("local-1", out)
     (out / STOPPED).write_text("{}")
-    assert earlier.state().text == "stopped, saved"
+    assert earlier.state().state is RunState.STOPPED
     later = launched("local-2", out)
     (out / STOPPED).write_text("{}")
-    assert later.state().text == "stopped, saved"
-    assert earlier.state().phase == "ended"
+    assert later.state().state is RunState.STOPPED
+    assert earlier.state().state is RunState.UNKNOWN
     assert holds(earlier.state().text, "local-2")
 
 
@@ -62,6 +62,6 @@ def test_stopping_an_earlier_job_leaves_the_later_one_at_work(out: Path):
 def test_what_lay_there_before_a_launch_is_not_its_end(out: Path):
     assert holds(Job("", str(out)).state().text, "rank 1")
     job = launched("local-1", out)
-    assert job.state().phase == "gone"
+    assert job.state().state is RunState.UNKNOWN
     (out / "failure.json").write_text(json.dumps({"what": "rank 0 was killed"}))
     assert holds(job.state().text, "rank 0")

@@ -147,11 +147,11 @@ def test_a_detached_run_is_found_followed_and_stopped(place: Callable[..., Path]
     assert note.stem == name
     wait_for(lambda: steps(out) >= 2)
     (row,) = json.loads(finish("status", "--json", name))
-    assert (row["phase"], row["text"].partition(" ")[0]) == ("running", "step")
+    assert (row["state"], row["text"].partition(" ")[0]) == ("running", "step")
     follower = start("logs", "-f", out)
     finish("stop", "--wait", out)
     assert lines_with(said_by(follower), f"step {steps(out)}")
-    assert "stopped, saved" in finish("status", name)
+    assert f"stopped  saved, step {steps(out)}" in finish("status", name)
     finish("stop", name)
     assert not (out / "stop").exists()
 
@@ -163,6 +163,7 @@ def test_status_and_stop_of_a_run_that_nobody_launched(place: Callable[..., Path
     assert "running" in finish("status", out)
     finish("stop", "--wait", out)
     assert process.wait(timeout=TIME) == 75
+    assert f"stopped  saved, step {steps(out)}" in finish("status", out)
 
 
 def patient() -> None:

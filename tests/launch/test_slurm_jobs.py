@@ -176,12 +176,12 @@ def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
     followed = cluster.tunesmith("logs", "-f", out)
     assert holds(followed, "4 ranks", "node1, node2")
     assert lines_with(followed, "code 0")
-    assert "COMPLETED done, step 12" in cluster.tunesmith("status", f"slurm-{job}")
+    assert "finished COMPLETED; step 12" in cluster.tunesmith("status", f"slurm-{job}")
     assert (out / "final" / "manifest.json").is_file()
     # As Slurm forgets a job after some minutes
     forgotten = slurm.SlurmJob("slurm-99", str(out), details={"id": "99"})
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-    assert forgotten.state() == ("ended", f"done, {last_step(out)}")
+    assert forgotten.state() == ("finished", last_step(out))
     closed = cluster.folder / "closed.conf"
     closed.write_text(
         re.sub(
@@ -245,7 +245,7 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     last = json.loads((out / "stopped.json").read_text())
     assert last["step"] == len(records(out)) > saved + 20
     assert "ExitCode=75:0" in cluster.show(job)
-    assert "CANCELLED stopped, saved" in cluster.tunesmith("status", out)
+    assert "stopped  CANCELLED; saved" in cluster.tunesmith("status", out)
     assert records(out) == uninterrupted(tiny, out.parent, last["step"], ranks=2)  # bit for bit
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from records import RUN, record
 from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.config.dump import to_mapping
 from tunesmith.errors import UsageError
+from tunesmith.launch.jobs import Job
 from tunesmith.metrics.record import cut_back
 from tunesmith.metrics.sink import SampleAnswer, SamplesSink
 from tunesmith.report.run_files import JsonlColumns, RunFiles, downsample, smooth
+from tunesmith.run_dir import Phase, RunState
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +86,6 @@ def test_each_state(copied: Path) -> None:
         file.write(record(9).to_json() + "\n")
     assert run.refresh()
     assert run.state == "killed"
-    with (copied / "log.txt").open("a") as log:
-        log.write("2026-01-31 10:00:00  stopped by SIGTERM: step 9 is saved\n")
-    assert run.refresh()
-    assert run.state == "stopped"
     (copied / "stopped.json").write_text('{"signal": null, "reason": "memory", "step": 9}')
     assert run.refresh()
     assert (run.state, run.stopped["reason"] if run.stopped else "") == ("stopped", "memory")
@@ -94,6 +93,38 @@ def test_each_state(copied: Path) -> None:
     (copied / "failure.json").write_text(json.dumps(failure))
     assert run.refresh()
     assert (run.state, run.failure) == ("failed", failure)
+
+
+@pytest.mark.parametrize(
+    ("files", "state"),
+    [
+        ({}, RunState.FINISHED),
+        ({"stopped.json": "{}"}, RunState.STOPPED),
+        ({"failure.json": "{}", "stopped.json": "{}"}, RunState.FAILED),
+        ({"metrics.jsonl": record(9).to_json() + "\n"}, RunState.KILLED),
+        ({"final/manifest.json": "{"}, RunState.KILLED),
+    ],
+)
+def test_status_says_what_watch_and_report_say(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], state: RunState
+) -> None:
+    """Of a run that trained on past its final/, and of one that failed after it, too."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(copied / "state"))
+    for name, text in files.items():
+        with (copied / name).open("a" if name.endswith("l") else "w") as file:
+            file.write(text)
+    assert RunFiles(copied).state is state
+    assert Job("", str(copied)).state().state is state
+
+
+def test_states_and_phases_are_those_of_the_docs() -> None:
+    """The pages list all of them, and no others."""
+    docs = Path(__file__).parents[2] / "docs"
+    index = (docs / "index.md").read_text().partition("| state |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", index, re.MULTILINE) == [*RunState]
+    ranks = (docs / "ranks.md").read_text().partition("| phase in ")[2].partition("\n\n")[0]
+    listed = [line.split("|")[1] for line in ranks.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`([^`]+)`", " ".join(listed))) == sorted(Phase)
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 from errors import lines_with
 from recipes import recipe
 from tunesmith.config.schema import Run
-from tunesmith.run_dir import RUNNING, STOP_FILE
+from tunesmith.launch.jobs import Job
+from tunesmith.run_dir import RUNNING, STOP_FILE, RunState
 from waiting import TIME, wait_for
 from warm import Warm, fork_ranks, run_warm
 
@@ -72,9 +73,24 @@ def test_the_file_stop_is_kept_by_one_process_and_an_old_one_is_not(file: Path, 
     assert lines_with(printed, "file stop")
     assert not (out / STOP_FILE).exists()
     assert not (out / "final").exists()
+    assert Job("", str(out)).state().state is RunState.STOPPED
     done = run_warm(["train", file])
     assert done.returncode == 0, done.stderr
     assert (out / "final" / "manifest.json").exists()
+
+
+def test_a_signal_while_it_loads_leaves_it_stopped(file: Path, tmp_path: Path):
+    """One process writes stopped.json too, which `status` reads."""
+    out = tmp_path / "run"
+    process = Warm(["train", file], prepare=load_slowly)
+    try:
+        wait_for((out / RUNNING).exists, process)
+        os.kill(process.pid, signal.SIGTERM)
+        printed = "".join(process.communicate(timeout=TIME))
+    finally:
+        process.kill()
+    assert process.returncode == 75, printed
+    assert Job("", str(out)).state().state is RunState.STOPPED
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to the launcher", "SIGTERM to a rank", "the file stop"])

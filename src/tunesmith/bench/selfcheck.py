@@ -47,6 +47,7 @@ from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.quant.nf4 import check_nf4
 from tunesmith.quant.schemes import NF4, scheme_of
+from tunesmith.run_dir import Phase
 from tunesmith.training.agree import software_versions
 from tunesmith.training.build import build, write_identity
 from tunesmith.training.stop_control import StopControl
@@ -320,7 +321,7 @@ class SelfCheck:
         self.mesh = shape
         ranks.heartbeat.activity.phase_prefix = self.part
         ranks.heartbeat.activity.longest_limit = STUCK_SECONDS
-        ranks.heartbeat.phase("build")
+        ranks.heartbeat.phase(Phase.LOADING)
         try:
             yield
         except OtherRankError:

@@ -1,4 +1,4 @@
-"""Show the state of launched runs: waiting, running or ended, and the newest step.
+"""Show the state of launched runs: queued, running or how it ended, and the newest step.
 
 example:
   tunesmith status  # all jobs of this user
@@ -32,6 +32,6 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=1))
         return
     for job, state in zip(jobs, states, strict=True):
-        print(f"{job.name or '-':<24} {state.phase:<8} {state.text}\n{'':<24} {job.run_dir}")
+        print(f"{job.name or '-':<24} {state.state:<8} {state.text}\n{'':<24} {job.run_dir}")
     if not jobs:
         print("no job was launched yet: tunesmith launch local RECIPE --detach")

@@ -28,4 +28,4 @@ def run(args: argparse.Namespace) -> None:
         while state.at_work:
             time.sleep(POLL)
             state = job.state()
-        print(f"{state.phase}: {state.text}")
+        print(f"{state.state}: {state.text}")

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 
+from tunesmith.run_dir import Phase
+
 ENDED_STATES = ("Z", "X")  # states of a process that has ended
 NAMED_RANKS = 4  # of those that an error is about
 
@@ -73,7 +75,7 @@ class Peers:
         self.local = local
         self.limit = limit
         self.clock = RunClock(min(1.0, limit / 20))
-        self.own = Beat(phase="start")
+        self.own = Beat(phase=Phase.START)
         # A system without namespaces has no such link.
         with contextlib.suppress(OSError):
             self.own.process = f"{os.readlink('/proc/self/ns/pid')} {os.getpid()}"

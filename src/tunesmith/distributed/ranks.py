@@ -32,6 +32,7 @@ from tunesmith.errors import (
     first_line,
 )
 from tunesmith.host.signals import wait_for_signal
+from tunesmith.run_dir import Phase
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -250,7 +251,7 @@ def join_ranks() -> Iterator[Ranks]:
     try:
         with heartbeat:
             # Gloo waits for ever behind a wrong interface.
-            heartbeat.phase("joining the ranks", JOIN)
+            heartbeat.phase(Phase.JOINING, JOIN)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
                 store=dist.PrefixStore(group, store),
@@ -258,7 +259,7 @@ def join_ranks() -> Iterator[Ranks]:
                 world_size=world,
                 timeout=COLLECTIVE_TIMEOUT,
             )
-            heartbeat.phase("start")
+            heartbeat.phase(Phase.START)
             if has_cuda:
                 stream = torch.cuda.current_stream()
                 probes.find_error = find_nccl_error

@@ -18,13 +18,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.config.schema import Run
-from tunesmith.errors import EXIT_FAILED, MachineError, UsageError, is_secret_name, mask
+from tunesmith.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    MachineError,
+    UsageError,
+    is_secret_name,
+    mask,
+)
 from tunesmith.host.shell import shell_word
 from tunesmith.host.signals import NAMES
 from tunesmith.launch.inputs import SECRETS, caches, find_secrets, recipe_inputs
 from tunesmith.launch.jobs import (
     Job,
-    State,
+    JobState,
     agent_words,
     name_of_run,
     recipe_file,
@@ -32,6 +40,7 @@ from tunesmith.launch.jobs import (
     save_job,
     write_recipe,
 )
+from tunesmith.run_dir import RunState
 
 GPU = Path("/dev/nvidiactl")
 # Variables that mean the same in the container, and whose values `docker inspect` may show.
@@ -80,10 +89,20 @@ class Mount(NamedTuple):
         return line.getvalue()
 
 
+def state_of_code(code: int) -> RunState:
+    """How a container's run has ended, by its exit code."""
+    if code == EXIT_OK:
+        return RunState.FINISHED
+    if code == EXIT_STOPPED:
+        return RunState.STOPPED
+    # Those above are of a signal.
+    return RunState.FAILED if code <= 128 else RunState.KILLED
+
+
 class DockerJob(Job):
     """A container of this machine's Docker, which has the job's name."""
 
-    def container(self) -> State | None:
+    def container(self) -> JobState | None:
         """What Docker says of it; None where it has none of that name."""
         # Two words, so that one call answers both questions.
         form = "--format={{.State.Status}} {{.State.ExitCode}}"
@@ -92,21 +111,23 @@ class DockerJob(Job):
             return None
         status, code = inspected.stdout.split()
         if status in ("exited", "dead"):
-            return State("ended", f"exit code {code}")
+            return JobState(state_of_code(int(code)), f"exit code {code}")
         # `docker create` was called and `docker start` was not yet.
         if status == "created":
-            return State("waiting", "starts")
+            return JobState(RunState.QUEUED, "starts")
         # Before the first step the run directory has no lock: the container alone shows that it
         # runs.
-        return State("running", "starts")
+        return JobState(RunState.RUNNING, "starts")
 
-    def state(self) -> State:
+    def state(self) -> JobState:
         container = self.container()
         run = super().state()
         # Where both agree, the run directory says more.
-        if container is None or container.phase == run.phase:
+        if container is None or container.state is run.state:
             return run
-        return container
+        if container.at_work:
+            return container
+        return run.after(container.state, container.text)
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
         # The container is removed when somebody has waited for its end.
@@ -121,7 +142,7 @@ class DockerJob(Job):
 
     def stop(self) -> str:
         container = self.container()
-        if container is None or container.phase != "running":
+        if container is None or container.state is not RunState.RUNNING:
             return super().stop()
         _docker("kill", "--signal=SIGTERM", self.name)
         return "asked to save and end"
@@ -251,7 +272,7 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
     # Wrong values end it here, before a file is written.
     create_words(job, image, mounts)
     previous = job.container()
-    if previous is not None and previous.phase == "running":
+    if previous is not None and previous.state is RunState.RUNNING:
         fix = f"tunesmith stop {shell_word(job.name)}, or another one: output_dir=runs/my-run"
         raise UsageError(
             "a container trains in this run directory already", where=job.name, fix=fix

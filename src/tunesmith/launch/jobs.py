@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.checkpoint.claim import LAUNCH, check_run_dir, is_run
 from tunesmith.config.dump import dump
@@ -31,13 +31,18 @@ from tunesmith.metrics.record import newest_record
 from tunesmith.run_dir import (
     FAILURE,
     FINAL,
+    IDENTITY,
     LOCK,
     LOG,
-    MANIFEST,
+    METRICS,
+    RECIPE,
     STOP_FILE,
     STOPPED,
+    RunState,
+    ended_state,
     open_regular,
     read_failure,
+    read_manifest,
     read_stopped,
 )
 
@@ -48,15 +53,25 @@ FOLDER = LAUNCH
 POLL = 0.5  # seconds between two looks at a log that is followed
 
 
-class State(NamedTuple):
-    """Where a job stands, and that in words."""
+class JobState(NamedTuple):
+    """Where a job stands, and more of it in words."""
 
-    phase: Literal["waiting", "running", "ended", "gone"]
+    state: RunState
     text: str
 
     @property
     def at_work(self) -> bool:
-        return self.phase in ("waiting", "running")
+        return self.state in (RunState.QUEUED, RunState.RUNNING)
+
+    def after(self, ending: RunState, words: str) -> "JobState":
+        """This state of a run directory, with what a queue says of how the job ended.
+
+        The run directory knows better of a stop and a failure: a job that was stopped may be
+        "completed" or "cancelled". It says nothing where this machine does not see its disk.
+        """
+        if self.state in (RunState.STOPPED, RunState.FAILED):
+            ending = self.state
+        return JobState(ending, f"{words}; {self.text}")
 
 
 @dataclass(frozen=True)
@@ -77,27 +92,36 @@ class Job:
     log: str = ""
     details: dict[str, str] = field(default_factory=dict)
 
-    def state(self) -> State:
+    def state(self) -> JobState:
         """What the run directory says; where another job was launched there since, that alone."""
         later = self.later_job()
         if later:
-            return State("ended", f"{later.name} was launched in its run directory since")
+            text = f"{later.name} was launched in its run directory since"
+            return JobState(RunState.UNKNOWN, text)
         out = Path(self.run_dir)
         step = last_step(out)
         # The lock first: while a process trains here, files of earlier starts say nothing of this
         # one.
         if is_locked(out):
-            return State("running", step or "before the first step")
-        if (out / FINAL / MANIFEST).is_file():
-            return State("ended", f"done, {step}")
-        endings = ((FAILURE, "failed", read_failure), (STOPPED, "stopped, saved", read_stopped))
-        for name, word, read in endings:
-            if self.has_written(name):
-                record = read(out).value or {}
-                return State("ended", ", ".join(filter(None, (word, record.get("what"), step))))
-        if step:
-            return State("gone", f"{step}: no process is at work here; the same command goes on")
-        return State("gone", "no step: no process is at work here; nothing was begun")
+            return JobState(RunState.RUNNING, step or "before the first step")
+        failure = read_failure(out).value if self.has_written(FAILURE) else None
+        stopped = read_stopped(out).value if self.has_written(STOPPED) else None
+        state = ended_state(
+            failed=failure is not None,
+            stopped=stopped is not None,
+            final_step=final_step(out),
+            last_step=newest_record(out).get("step") or 0,
+        )
+        texts = [step or "before the first step"]
+        if failure:
+            texts.insert(0, failure.get("what") or "")
+        elif stopped and stopped.get("step"):
+            texts.insert(0, "saved")
+        if state is RunState.KILLED:
+            if not holds_run(out):
+                return JobState(RunState.UNKNOWN, "its run directory holds no run yet")
+            texts.append("no process is at work here; the same command goes on")
+        return JobState(state, ", ".join(filter(None, texts)))
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
         """The log's text, in pieces; `follow`: until the job has ended."""
@@ -161,6 +185,21 @@ class Job:
             raise UsageError(
                 f"{self.name} is at work already", where=self.run_dir, why=state.text, fix=fix
             )
+
+
+def final_step(run_dir: Path) -> int | None:
+    """The step of final/; None where there is none, or its manifest is damaged."""
+    try:
+        manifest = read_manifest(run_dir / FINAL)
+    except ValueError:
+        return None
+    return manifest["step"] if manifest else None
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether there is a run to read: some file of it, or a process that has begun one."""
+    names = (METRICS, RECIPE, IDENTITY, LOG)
+    return any((run_dir / name).is_file() for name in names) or is_locked(run_dir)
 
 
 def is_locked(run_dir: Path) -> bool:

@@ -14,7 +14,8 @@ from pathlib import Path
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
 from tunesmith.host.shell import shell_path
-from tunesmith.launch.jobs import FOLDER, Job, State, save_job
+from tunesmith.launch.jobs import FOLDER, Job, JobState, save_job
+from tunesmith.run_dir import RunState
 
 START_TIMEOUT = 1.0  # seconds in which a start that cannot work has ended
 
@@ -25,11 +26,11 @@ class LocalJob(Job):
     `details`: the agent's `pid` and when it was `created`, as a PID is used again.
     """
 
-    def state(self) -> State:
+    def state(self) -> JobState:
         state = super().state()
         # The agent runs before a rank locks the run directory.
-        if self.is_alive() and state.phase != "running":
-            return State("running", "starts")
+        if self.is_alive() and state.state is not RunState.RUNNING:
+            return JobState(RunState.RUNNING, "starts")
         return state
 
     def stop(self) -> str:

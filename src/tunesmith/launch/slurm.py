@@ -27,7 +27,7 @@ from tunesmith.launch.inputs import hub_sources, recipe_inputs
 from tunesmith.launch.jobs import (
     FOLDER,
     Job,
-    State,
+    JobState,
     all_jobs,
     last_step,
     safe_value,
@@ -38,7 +38,7 @@ from tunesmith.launch.sites import DIRECTIVES, Site
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.shapes import config_of_model
-from tunesmith.run_dir import STOP_FILE
+from tunesmith.run_dir import STOP_FILE, RunState
 
 # Names in the folder `launch` of the run directory
 SCRIPT = "slurm.sh"
@@ -61,15 +61,15 @@ WAITING = {
     "RESV_DEL_HOLD",
 }
 ENDED = {
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "TIMEOUT",
+    "BOOT_FAIL": RunState.FAILED,
+    "CANCELLED": RunState.KILLED,
+    "COMPLETED": RunState.FINISHED,
+    "DEADLINE": RunState.KILLED,
+    "FAILED": RunState.FAILED,
+    "NODE_FAIL": RunState.KILLED,
+    "OUT_OF_MEMORY": RunState.KILLED,
+    "PREEMPTED": RunState.KILLED,
+    "TIMEOUT": RunState.KILLED,
 }
 # Variables of the submitting shell that the job gets, but for those with the name or the form of a
 # secret.
@@ -185,7 +185,7 @@ class Request:
 class SlurmJob(Job):
     """A job. `details`: its `id`."""
 
-    def state(self) -> State:
+    def state(self) -> JobState:
         id_ = self.details["id"]
         form = "--format=%T|%r|%M|%l|%N"
         # `--states=all`: without it a job that has just ended is not listed.
@@ -198,19 +198,19 @@ class SlurmJob(Job):
             return super().state()
         name, reason, elapsed, limit, nodes = out.splitlines()[-1].split("|")
         if name in WAITING:
-            return State("waiting", f"{name}: {reason}")
+            return JobState(RunState.QUEUED, f"{name}: {reason}")
         if name in ENDED:
-            return State("ended", f"{name} {super().state().text}".strip())
+            return super().state().after(ENDED[name], name)
         step = last_step(self.run_dir) or "before the first step"
-        return State("running", f"{step}; {name} for {elapsed} of {limit} on {nodes}")
+        return JobState(RunState.RUNNING, f"{step}; {name} for {elapsed} of {limit} on {nodes}")
 
     def stop(self) -> str:
         id_ = self.details["id"]
-        phase = self.state().phase
-        if phase == "waiting":
+        state = self.state().state
+        if state is RunState.QUEUED:
             _cancel(id_)
             return "taken out of the queue"
-        if phase != "running":
+        if state is not RunState.RUNNING:
             return "it has ended already"
         # The first is for the script, which does not requeue; the second tells a stop from Slurm's
         # own SIGTERM.

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.errors import MachineError
-from tunesmith.launch.jobs import POLL, Job, State, last_step
+from tunesmith.launch.jobs import POLL, Job, JobState, last_step
 from tunesmith.launch.rendezvous import local_addresses
 from tunesmith.launch.ship import SSH, Connection
 from tunesmith.launch.stack import GRACE, LABEL, SERVICE
-from tunesmith.run_dir import STOPPED
+from tunesmith.run_dir import RunState
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +102,12 @@ class SwarmJob(Job):
             slots.setdefault(task["Name"].split()[-1], task)
         return list(slots.values())
 
-    def state(self) -> State:
+    def state(self) -> JobState:
         try:
             with self.manager() as manager:
                 tasks = self.tasks(manager)
         except MachineError as error:
-            return State("gone", f"{error.what}: {error.why or error.where}")
+            return JobState(RunState.UNKNOWN, f"{error.what}: {error.why or error.where}")
         if tasks is None:
             return super().state()
         states = {_state_of(task) for task in tasks}
@@ -116,13 +116,15 @@ class SwarmJob(Job):
             node = task["Node"] or "no node"
             texts.append(f"{node} {task['CurrentState'].lower()} {task['Error']}".strip())
         # A subset: all tasks have ended, in whichever of these states.
-        has_ended = states <= ENDED
-        if has_ended and self.has_written(STOPPED):
-            texts.append("stopped, saved")
+        if states <= ENDED:
+            state = RunState.FAILED
+            if states == {"Complete"}:
+                state = RunState.FINISHED
+            elif not states & {"Failed", "Rejected"}:
+                state = RunState.KILLED
+            return super().state().after(state, "; ".join(texts))
         text = "; ".join(filter(None, [*texts, last_step(self.run_dir)]))
-        if has_ended:
-            return State("ended", text)
-        return State("running" if "Running" in states else "waiting", text)
+        return JobState(RunState.RUNNING if "Running" in states else RunState.QUEUED, text)
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
         with self.manager() as manager:
@@ -190,7 +192,8 @@ class SwarmJob(Job):
                         f"{self.name}: after {seconds:.0f} s ranks are at work on {nodes}; {step}"
                     )
         lost_hosts = self.clean()
-        line = f"ended and removed; {Job.state(self).text}"
+        run = Job.state(self)
+        line = f"removed; {run.state}: {run.text}"
         return "; ".join([line, *(f"{host} is not reached" for host in lost_hosts)])
 
     def tasks_at_work(self, manager: Connection) -> list[dict[str, str]]:

@@ -25,10 +25,10 @@ from tunesmith.host.streams import folded, is_terminal, show, width_of
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import SampleAnswer, Sink
+from tunesmith.run_dir import Phase
 from tunesmith.units import Cadence
 
 LINES_A_SECOND = 10.0
-TRAINING = "training"  # the phase in which steps follow each other
 
 
 def format_seconds(seconds: float) -> str:
@@ -50,7 +50,7 @@ class TimeLeftColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         phase = self.phase()
-        if phase != TRAINING:
+        if phase != Phase.TRAINING:
             return Text(phase)
         return Text(task.fields["left"])
 
@@ -70,7 +70,7 @@ class Terminal(Sink):
         total_steps: int | None,
         steps_per_epoch: int,
         stream: TextIO | None = None,
-        phase: Callable[[], str] = lambda: TRAINING,
+        phase: Callable[[], str] = lambda: Phase.TRAINING,
     ) -> None:
         self.log = log
         self.phase = phase

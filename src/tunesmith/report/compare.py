@@ -24,7 +24,7 @@ from tunesmith.report.run_summary import (
     Spread,
     changes_learning,
 )
-from tunesmith.run_dir import RECIPE, shown
+from tunesmith.run_dir import RECIPE, RunState, shown
 from tunesmith.units import count_of
 
 # Standard errors above which a difference counts: about 95 % of a normal distribution.
@@ -199,7 +199,7 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     reasons = [_difference(first.runs[0], second.runs[0], measure), apart, *cautions]
     against = f"{measure.best_word} {first} against {second} of {second.name}"
     # A run that goes on may still change places.
-    if any(run.files.state == "running" for run in (*first.runs, *second.runs)):
+    if any(run.files.state is RunState.RUNNING for run in (*first.runs, *second.runs)):
         return Verdict("none", f"So far {first.name} is ahead: {against}", reasons)
     if threshold is None:
         chance = "how far runs differ by chance is not known"
@@ -407,7 +407,7 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
     unfinished = [
         f"{run.label} ({run.files.state} at step {run.steps})"
         for run in runs
-        if run.files.state != "finished"
+        if run.files.state is not RunState.FINISHED
     ]
     if unfinished:
         cautions.append(

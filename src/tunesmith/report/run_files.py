@@ -18,7 +18,7 @@ from tunesmith.checkpoint.previous_crash import killed_before
 from tunesmith.config.dump import leaves
 from tunesmith.errors import RunError, UsageError
 from tunesmith.host.shell import shell_path
-from tunesmith.launch.jobs import is_locked
+from tunesmith.launch.jobs import holds_run, is_locked
 from tunesmith.metrics.record import checked_values, is_column
 from tunesmith.run_dir import (
     EVALS,
@@ -34,6 +34,8 @@ from tunesmith.run_dir import (
     SCORES,
     STOPPED,
     Part,
+    RunState,
+    ended_state,
     open_regular,
     parse_json,
     read_env,
@@ -68,8 +70,6 @@ LINES = 512  # of a file that are parsed at a time: what one bad line spoils
 LOG_LINES = 200  # the newest
 WARNINGS = 20  # the newest
 _RANK = re.compile(r"metrics-rank(\d+)\.jsonl")
-# The last word of a run that a signal ended, in log.txt
-_STOPPED = re.compile(r"  stopped (?:by|after) ")
 
 
 class DamagedFile(NamedTuple):
@@ -220,12 +220,6 @@ def _blocks_of(rows: list[dict[str, Any]]) -> list[Block]:
     return blocks
 
 
-def holds_run(folder: Path) -> bool:
-    """Whether there is a run to read: some file of it, or a process that has begun one."""
-    names = (METRICS, RECIPE, IDENTITY, LOG)
-    return any((folder / name).is_file() for name in names) or is_locked(folder)
-
-
 class RunFiles:
     """A run directory and what it holds now.
 
@@ -237,7 +231,7 @@ class RunFiles:
             before training.
         failure, stopped: failure.json and stopped.json, None without one.
         evals: what each `eval --score` or `--tasks` said, as `read_scores` gives it.
-        state: running | finished | stopped | failed | killed.
+        state: where it stands.
         revision: goes up when the recipe or the samples change.
         log_tail, warnings: the last lines of log.txt; the newest warnings of all of it, each once.
         damaged: what could not be read, by file; empty for a run whose files are whole.
@@ -254,7 +248,7 @@ class RunFiles:
         self.stopped: dict[str, Any] | None = None
         self.log_tail: list[str] = []
         self.warnings: list[str] = []
-        self.state = "killed"
+        self.state = RunState.KILLED
         self.revision = 0
         self.ranks: dict[int, Columns] = {}
         self._metrics = JsonlColumns(self.folder / METRICS)
@@ -366,14 +360,9 @@ class RunFiles:
         self._signatures[name] = signature
         return previous != signature
 
-    def _state(self) -> str:
+    def _state(self) -> RunState:
         if is_locked(self.folder):
-            return "running"
-        # The next start removes failure.json.
-        if self.failure is not None:
-            return "failed"
-        if self.stopped is not None or any(map(_STOPPED.search, self.log_tail[-6:])):
-            return "stopped"
+            return RunState.RUNNING
         manifest = None
         name = f"{FINAL}/{MANIFEST}"
         self._faults.pop(name, None)
@@ -381,11 +370,12 @@ class RunFiles:
             manifest = read_manifest(self.folder / FINAL)
         except ValueError as error:
             self._faults[name] = Part(None, str(error))
-        last_step = (self.columns.get("step") or [0])[-1] or 0
-        # final/ may be of a shorter run.
-        if manifest and manifest["step"] >= last_step:
-            return "finished"
-        return "killed"
+        return ended_state(
+            failed=self.failure is not None,
+            stopped=self.stopped is not None,
+            final_step=manifest["step"] if manifest else None,
+            last_step=(self.columns.get("step") or [0])[-1] or 0,
+        )
 
 
 def how_it_ended(run: RunFiles) -> dict[str, Any]:
@@ -393,11 +383,11 @@ def how_it_ended(run: RunFiles) -> dict[str, Any]:
     goes on; else nothing."""
     fields: dict[str, Any] = {}
     # failure.json of an earlier start stays; only the state says whether it counts.
-    if run.failure and run.state == "failed":
+    if run.failure and run.state is RunState.FAILED:
         fields = {name: run.failure.get(name) for name in FAILURE_FIELDS}
-    elif run.state == "stopped" and run.stopped:
+    elif run.state is RunState.STOPPED and run.stopped:
         fields = leaves(run.stopped)
-    elif run.state == "killed":
+    elif run.state is RunState.KILLED:
         command = f"tunesmith train {shell_path(shown(run.folder / RECIPE))}"
         end = killed_before(run.folder) or RunError(
             "no process is at work here, and it left no word",

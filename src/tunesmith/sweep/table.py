@@ -7,8 +7,9 @@ from typing import Any
 
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_path
+from tunesmith.launch.jobs import holds_run
 from tunesmith.report.page import write_report
-from tunesmith.report.run_files import RunFiles, holds_run
+from tunesmith.report.run_files import RunFiles
 from tunesmith.run_dir import FINAL, RECIPE
 
 ORDER = ("finished", "stopped", "diverged", "waiting")

@@ -5,6 +5,7 @@ from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.inference.decoding import AnswerClock, sample_answers
 from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.shard import sharded_modules
+from tunesmith.run_dir import Phase
 from tunesmith.training.build import Session
 from tunesmith.training.duration import Duration
 
@@ -39,7 +40,7 @@ class AnswerSampler:
         """Hand answers to the sinks; a collective call where the model is sharded."""
         session = self.session
         heartbeat = self.ranks.heartbeat
-        heartbeat.phase("sample answers", STUCK_AFTER_S)
+        heartbeat.phase(Phase.SAMPLES, STUCK_AFTER_S)
         count = session.run.log.samples
         if not session.data.validation or count == 0 or session.mesh.shape.tensor > 1:
             return

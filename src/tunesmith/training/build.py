@@ -77,7 +77,7 @@ from tunesmith.planning.run_plan import Machine, RunPlan, one_document_a_row
 from tunesmith.quant.eight_bit import eight_bit_shapes
 from tunesmith.quant.scaled_matmul import SCALING_RECIPES
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.run_dir import IDENTITY, RECIPE
+from tunesmith.run_dir import IDENTITY, RECIPE, Phase
 from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.transfer import DevicePrefetcher
@@ -443,7 +443,7 @@ def plan_model(
             raise MachineError(
                 what, where="train.cpu_offload", why=f"{ranks.local_world} ranks are on it", fix=fix
             )
-    ranks.heartbeat.phase("loading the model")
+    ranks.heartbeat.phase(Phase.LOADING)
     return model, plan
 
 

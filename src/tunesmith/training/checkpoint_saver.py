@@ -12,7 +12,7 @@ from tunesmith.checkpoint.writer import SaveFunction, Writer
 from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.metrics.sink import Sinks
 from tunesmith.planning.resolve import checkpoint_bytes
-from tunesmith.run_dir import FINAL
+from tunesmith.run_dir import FINAL, Phase
 from tunesmith.training.build import Session
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence
@@ -97,7 +97,7 @@ class CheckpointSaver:
         copy of weights and moments.
         """
         progress = self.progress
-        self.ranks.heartbeat.phase("saving", self.time_limit())
+        self.ranks.heartbeat.phase(Phase.SAVING, self.time_limit())
         # After a write in progress `saved_step` is up to date.
         self.writer.wait()
         # The end is saved over the same step once more: its progress says that the run has ended.
@@ -140,7 +140,7 @@ class CheckpointSaver:
     def write_final(self) -> None:
         """Write final/: the model or adapter without the training state."""
         model = self.session.model
-        self.ranks.heartbeat.phase("saving final/", self.time_limit())
+        self.ranks.heartbeat.phase(Phase.SAVING_FINAL, self.time_limit())
         if not self.ranks.is_main_process:
             # Takes part in gathering what ranks share, and writes nothing.
             contents.write_model_files(None, self.run, model, {})

@@ -22,6 +22,7 @@ from tunesmith.distributed.torch_private import collective
 from tunesmith.methods.base import TrainModel
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.quant.eight_bit import EightBitLinear
+from tunesmith.run_dir import Phase
 from tunesmith.units import ceil_div
 
 PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
@@ -62,7 +63,7 @@ def compare_with_bf16(
 
     Returns the figures of the rank whose loss changed most, on every rank.
     """
-    ranks.heartbeat.phase("comparing the base in 8 bits with bf16", STUCK_AFTER_S)
+    ranks.heartbeat.phase(Phase.COMPARING, STUCK_AFTER_S)
     layers = [module for module in root.modules() if isinstance(module, EightBitLinear)]
     # Eager: graphs that read files would break at every layer, and would be made for two passes.
     with lora.disabled(root.model), torch.compiler.set_stance("force_eager"):

@@ -34,6 +34,7 @@ from tunesmith.methods.answers import answer_logprobs
 from tunesmith.methods.base import TrainModel
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.parallel.shard import reshard
+from tunesmith.run_dir import Phase
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class BaseReference:
         for scores in self.scores:
             answers += scores.answers * sum(scores.sizes[i] for i in scores.missing)
         log.info(f"reference: the base scores {count_of(answers, 'answer')} once, before training")
-        self.ranks.heartbeat.phase("reference", STUCK_AFTER_S + COMPILING_S)
+        self.ranks.heartbeat.phase(Phase.REFERENCE, STUCK_AFTER_S + COMPILING_S)
         is_training = root.training
         root.eval()
         for scores in self.scores:
@@ -156,7 +157,7 @@ class BaseReference:
             scores.hand_over()
         root.train(is_training)
         reshard(root)
-        self.ranks.heartbeat.phase("loading the model")
+        self.ranks.heartbeat.phase(Phase.LOADING)
 
     @torch.no_grad()
     def _measure(

@@ -204,9 +204,9 @@ def stopped_by(
 ) -> StoppedError:
     """The end of a run for want of memory, by a signal, or by the file `stop`, which is removed.
 
-    It comes after a step was saved, or before the first one. The exit code is 75. Under torchrun,
-    which starts a rank of any code but 0 again, it is 0, and a rank of each run directory writes
-    stopped.json; for want of memory always.
+    It comes after a step was saved, or before the first one. A rank of each run directory writes
+    stopped.json. The exit code is 75; under torchrun, which starts a rank of any code but 0 again,
+    it is 0.
 
     Args:
         requests: for each rank its shortage of memory and its signal.
@@ -260,13 +260,13 @@ def stopped_by(
         (out / STOP_FILE).unlink(missing_ok=True)
     if is_launched():
         error.exit_code = EXIT_OK
-    if ranks.is_run_dir_writer and (is_launched() or shortage):
+    if ranks.is_run_dir_writer:
         write_atomically(out / STOPPED, json.dumps(record, indent=1))
     return error
 
 
 def write_stopped(out: Path, what: str, step: int) -> None:
-    """Write stopped.json where a signal to one rank ended all of them without a save.
+    """Write stopped.json where a signal ended the run without a save.
 
     `step`: the last one done.
     """

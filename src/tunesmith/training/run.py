@@ -51,7 +51,7 @@ from tunesmith.errors import (
 from tunesmith.host import packages
 from tunesmith.host.files import cache_folder, check_regular_files
 from tunesmith.host.logger import default_level, lines_by_default, stderr_only_from
-from tunesmith.host.signals import StopRequest
+from tunesmith.host.signals import Interrupted, StopRequest
 from tunesmith.host.streams import lasting
 from tunesmith.hub.fetch import repo_cache
 from tunesmith.metrics.log_file import LogFile
@@ -66,10 +66,10 @@ from tunesmith.metrics.sink import (
     TensorBoardSink,
 )
 from tunesmith.metrics.summary import write_failure
-from tunesmith.metrics.terminal import TRAINING, Terminal
+from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.parallel.mesh import possible_shapes
-from tunesmith.run_dir import FAILURE, LOG, METRICS, SAMPLES, STOP_FILE, STOPPED
+from tunesmith.run_dir import FAILURE, LOG, METRICS, SAMPLES, STOP_FILE, STOPPED, Phase
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training.agree import agree_on_recipe
@@ -256,6 +256,8 @@ def start_run(
             stack.enter_context(stderr_only_from("tunesmith.data"))
         # Claim the directory, and decide where to start.
         ranks, start = open_run_dir(run, ranks, stack, fresh=fresh)
+        if ranks.is_run_dir_writer:
+            stack.enter_context(noted_early_stop(out))
         if start.finished is not None:
             return Result(out, start.finished, finished_before=True)
         # Build; a fault up to the first step is one of the recipe, the data or the machine.
@@ -390,6 +392,16 @@ def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
         raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
 
 
+@contextlib.contextmanager
+def noted_early_stop(out: Path) -> Iterator[None]:
+    """Leave stopped.json where a signal ends the block before the first step."""
+    try:
+        yield
+    except (Interrupted, StoppedEarlyError):
+        write_stopped(out, "stopped before the first step", step=0)
+        raise
+
+
 def write_fault(out: Path, fault: TunesmithError, step: int) -> None:
     """Leave in the run directory what ends all ranks: failure.json, or stopped.json for a stop."""
     if isinstance(fault, StoppedError):
@@ -431,13 +443,15 @@ def report_failure(
             raise error from caught
         writer.close()  # what it is writing still counts
         if trainer.stop.request.now:
-            raise stopped_twice(trainer.out, step, writer.saved_step) from error
+            stop = stopped_twice(trainer.out, step, writer.saved_step)
+            write_stopped(trainer.out, stop.what, step)
+            raise stop from error
         failure = trainer.as_failure(error)
         resume = how_to_resume(writer.saved_step)
         place = heartbeat.peers.place_of(trainer.ranks.rank)
         if isinstance(caught, CheckpointError):
             # It was written in a thread, beside whatever the loop does when it learns of it.
-            place["phase"] = "saving"
+            place["phase"] = Phase.SAVING
         failure.failed_rank = failure.failed_rank or place
         is_callback_error = error is callback.error
         if is_callback_error:
@@ -484,7 +498,7 @@ def sinks_of(
     total_steps: int | None,
     steps_per_epoch: int,
     log_file: LogFile,
-    phase: Callable[[], str] = lambda: TRAINING,
+    phase: Callable[[], str] = lambda: Phase.TRAINING,
     stream: TextIO | None = None,
 ) -> Sinks:
     """The sinks that a recipe asks for.

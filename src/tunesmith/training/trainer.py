@@ -21,13 +21,13 @@ from tunesmith.errors import TunesmithError
 from tunesmith.methods.base import StepTotals
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks
-from tunesmith.metrics.terminal import TRAINING
 from tunesmith.model.expert_load import load_metrics
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import all_reduce_together
 from tunesmith.parallel.shard import reduce_in, sharded_modules
 from tunesmith.parallel.tensor import reduce_gradients
+from tunesmith.run_dir import Phase
 from tunesmith.runtime.host import return_freed_memory
 from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.async_metrics import AsyncMetrics, StepOutput
@@ -218,9 +218,9 @@ class Trainer:
         """Tell the heartbeat that a step begins, and how long it may take."""
         heartbeat = self.ranks.heartbeat
         if self.progress.step == self.first_step:
-            heartbeat.phase("first step", STUCK_AFTER_S + COMPILING_S)
+            heartbeat.phase(Phase.FIRST_STEP, STUCK_AFTER_S + COMPILING_S)
         else:
-            heartbeat.phase(TRAINING, STUCK_AFTER_S)
+            heartbeat.phase(Phase.TRAINING, STUCK_AFTER_S)
         heartbeat.progress(self.progress.step)
 
     def validate(self) -> None:
@@ -253,7 +253,7 @@ class Trainer:
         progress.ended = str(self.run.train.duration)
         self.checkpoints.save()
         self.checkpoints.write_final()
-        self.ranks.heartbeat.phase("end")
+        self.ranks.heartbeat.phase(Phase.END)
         return self.result()
 
     def result(self) -> Result:

@@ -11,7 +11,7 @@ from tunesmith.inference.evaluate import ValidationResult, validation_loss
 from tunesmith.methods.answers import ACCURACY
 from tunesmith.metrics.record import VALIDATION
 from tunesmith.metrics.sink import Sinks
-from tunesmith.run_dir import BEST
+from tunesmith.run_dir import BEST, Phase
 from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.build import Session
 from tunesmith.training.stop_control import StopControl
@@ -96,7 +96,7 @@ class Validation:
     def _result(self) -> ValidationResult | None:
         session = self.session
         assert session.data.validation is not None
-        session.ranks.heartbeat.phase("validation", STUCK_AFTER_S + COMPILING_S)
+        session.ranks.heartbeat.phase(Phase.VALIDATION, STUCK_AFTER_S + COMPILING_S)
         micro_batch = session.plan.layout.micro_batch
         if micro_batch.unit == "tokens":
             micro_tokens = micro_batch.amount

@@ -14,18 +14,17 @@ from typing import Any, NamedTuple
 from tunesmith.config.dump import leaves
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
-from tunesmith.launch.jobs import Job, find_job
+from tunesmith.launch.jobs import Job, find_job, holds_run
 from tunesmith.report.run_files import (
     NO_CHART,
     DamagedFile,
     RunFiles,
     downsample,
     finite,
-    holds_run,
     how_it_ended,
     smooth,
 )
-from tunesmith.run_dir import shown
+from tunesmith.run_dir import RunState, shown
 from tunesmith.units import Length
 
 log = logging.getLogger(__name__)
@@ -152,7 +151,7 @@ class WatchedRun:
         total_steps = steps_done / share_done if share_done else 0.0
         seconds_per_step = _recent_mean(files.columns.get("step_seconds", []))
         seconds_left = None
-        if files.state == "running" and total_steps and seconds_per_step:
+        if files.state is RunState.RUNNING and total_steps and seconds_per_step:
             seconds_left = (total_steps - steps_done) * seconds_per_step
         return {
             "name": files.name,
