@@ -71,6 +71,12 @@ def test_what_is_copied_is_not_folded() -> None:
         assert sum(piece in line for line in lines) == 1
 
 
+def test_a_comment_behind_a_command_is_not_cut() -> None:
+    command = "  tunesmith export runs/faq-demo --to ollama --output runs/faq-demo-exported"
+    comment = "# or --to vllm, gguf"
+    assert folded(f"{command}   {comment}", 80).splitlines() == [command, f"    {comment}"]
+
+
 def test_the_width_is_that_of_a_pipe_or_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS")
     assert width_of(io.StringIO()) == WIDTH

@@ -13,11 +13,13 @@ from typing import Any, TextIO
 
 # Columns of a line where no terminal says how many it has.
 WIDTH = 100
-# What is copied from a sentence: a command, up to what ends it, and settings of a recipe.
+# What is copied from a sentence: a command, up to what ends it, settings of a recipe, and a comment
+# behind a command, whose rest would be a command of its own on the next line.
 _SETTING = r"""[\w.]+=(?:"[^"]*"|'[^']*'|\S+)"""
 _COPIED = re.compile(
-    r"\b(?:tunesmith|pip|git|cd|ollama|vllm|tensorboard|ssh) [^;,)#]*"
+    r"\b(?:tunesmith|pip|git|cd|ollama|vllm|tensorboard|ssh) [^;,)#]*[^;,)#\s]"
     rf"|{_SETTING}(?: {_SETTING})*"
+    r"|(?<=\s)# .*"
 )
 # Stands for a space that no line is broken at.
 _NO_BREAK = "\u00a0"
