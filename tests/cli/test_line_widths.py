@@ -38,15 +38,17 @@ def test_no_line_is_wider(columns: int | None, folder: Path) -> None:
         ["data", str(folder / "recipe.yaml"), "--rows", "0"],
         ["report", run, "--output", str(folder / "report.html"), "--force"],
         ["plan", "qwen3-8b-lora", "--on", "h100"],
-        ["plan", "llama3.3-70b-full", "--on", "rtx-4090"],
+        ["plan", "llama3.3-70b-full", "--on", "h100"],
         ["train", str(folder / "no-recipe.yaml")],
         ["doctor"],
     ):
         done = run_warm(words, env=env)
         for line in (done.stdout + done.stderr).splitlines():
-            # A place and a command of an error are there to be copied.
+            # A place and a command of an error are there to be copied: one command a line.
+            assert "; or " not in line or len(line) <= (columns or WIDTH), words
             if line.lstrip().startswith(("where: ", "fix: ", "fix  ")):
                 continue
             assert "\n" not in folded(line, columns or WIDTH), words
+            assert not line.lstrip().startswith("tokens/s"), "the table of `plan` is folded"
             has_folded |= line.startswith("  ")
     assert has_folded

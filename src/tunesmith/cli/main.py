@@ -387,9 +387,14 @@ def _report(error: BaseException) -> None:
         error = _machine_error(error) or _internal_error(error, trace)
     width = width_of(sys.stderr)
     for line in error.text().splitlines():
-        # Places and commands are copied.
-        is_copied = line.startswith(("  where: ", "  fix: "))
-        print(line if is_copied else folded(line, width), file=sys.stderr)
+        # Places and commands are copied: a long line of commands has each choice on its own line.
+        if line.startswith("  fix: ") and len(line) > width:
+            shown = line.replace("; or ", ";\n    or ")
+        elif line.startswith(("  where: ", "  fix: ")):
+            shown = line
+        else:
+            shown = folded(line, width)
+        print(shown, file=sys.stderr)
 
 
 def _machine_error(error: BaseException) -> MachineError | None:

@@ -305,15 +305,17 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
         f"{machines}: {chip.gib:.0f} GiB, {speed}",
         f"  ({chip.source})",
         f"examples: {work.source}; {work.step.mean:,.0f} tokens a step, {steps}",
-        "replicate x shard x tensor     micro batch  recompute      GiB   step s  tokens/s   idle",
+        # At most 80 columns, as the rows.
+        "replicate, shard, tensor    micro batch recompute    GiB  step s  tokens/s idle",
     ]
     lines += map(_row, shown)
     hidden = [forecast for forecast in forecasts if forecast not in shown]
     fitting = sum(forecast.fits for forecast in hidden)
-    if hidden:
-        lines.append(
-            f"({fitting} more that fit, {len(hidden) - fitting} that do not: --all shows them)"
-        )
+    if fitting:
+        others = f"{fitting} more that fit, {len(hidden) - fitting} that do not"
+        lines.append(f"({others}: --all shows them)")
+    elif hidden:
+        lines.append(f"({len(hidden)} more that do not fit: --all shows them)")
     best = forecasts[0].plan
     if scheme_of(planner.run.model).has_fp8_matmuls and best.base != "fp8":
         what = f"the base stays in {best.base}: {best.why['base']}"
@@ -324,16 +326,16 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
 def _row(forecast: "Forecast") -> str:
     """The line of one mesh."""
     plan = forecast.plan
-    recompute = f"{plan.recomputed_layers:4} of {plan.layers:<3}"
-    figures = f"{'-':>8} {'-':>9}"
+    recompute = f"{plan.recomputed_layers} of {plan.layers}"
+    figures = f"{'-':>7} {'-':>9}"
     if forecast.step_seconds and forecast.tokens_per_second:
-        figures = f"{forecast.step_seconds:8.2f} {forecast.tokens_per_second:9,.0f}"
-    figures += f" {forecast.idle_share:6.0%}"
+        figures = f"{forecast.step_seconds:7.2f} {forecast.tokens_per_second:9,.0f}"
+    figures += f" {forecast.idle_share:4.0%}"
     if not forecast.fits:
         figures = " does not fit"
     micro_batch = plan.choices["micro batch"]
     needed = max(forecast.phases.values()) / GIB
-    return f"{plan.mesh.sizes():<26} {micro_batch:>15} {recompute} {needed:8.1f} {figures}"
+    return f"{plan.mesh.sizes():<24} {micro_batch:>14} {recompute:>9} {needed:6.1f} {figures}"
 
 
 def _details(
@@ -349,8 +351,8 @@ def _details(
     # The order is by speed with a margin, so the first need not be the fastest.
     if any(f.fits and (f.step_seconds or 0) < step_seconds for f in forecasts):
         lines.append(
-            "first is not the fastest: more cuts or shards, or groups over nodes, "
-            f"must gain {1 - BETTER:.0%}"
+            "the first is taken though another is faster: more shards or tensor ranks, or groups "
+            f"that reach over nodes, must gain {1 - BETTER:.0%}"
         )
     largest = max(best.phases, key=lambda phase: best.phases[phase])
     needed = f"{best.phases[largest] / GIB:.1f} of {best.room / GIB:.1f} GiB {PHASES[largest]}"

@@ -173,7 +173,8 @@ class Job:
             What was done, in a line.
         """
         if self.later_job() or not is_locked(Path(self.run_dir)):
-            return f"nothing to stop: {self.state().text}"
+            state = self.state()
+            return f"nothing to stop: {state.state}, {state.text}"
         Path(self.run_dir, STOP_FILE).touch()
         return "asked to save and end, by the file stop in its run directory"
 
