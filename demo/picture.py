@@ -1,5 +1,5 @@
 """`make picture`: the README's first run in a terminal of 80 columns, and what it shows at the end
-as docs/run.svg; a minute and a half on two quiet cores.
+as docs/run.svg; a minute and a half on two quiet cores, which also have time for sample answers.
 """
 
 from __future__ import annotations
