@@ -13,7 +13,7 @@ from tunesmith.errors import CheckpointError
 
 KEYS = [
     "step", "seconds", "record", "validated", "best_step", "best_loss", "best_accuracy", "worse", "loss_scale", "good_steps", "ended",
-    "data_hash", "validation_hash", "model_hash", "reference_hash", "micro_batch", "threads", "rounding",
+    "data_hash", "validation_hash", "model_hash", "reference_hash", "micro_batch", "threads", "rounding", "shares_prompts",
 ]  # fmt: skip
 
 

@@ -62,7 +62,21 @@ def micro_batches(examples: list[Example]) -> list[Batch]:
     return [*batches, collate([[]], length=4, pad_id=0)]
 
 
-LAYOUTS: list[Callable[[list[Example]], list[Batch]]] = [packed, one_a_row, micro_batches]
+def prompts_once(examples: list[Example]) -> list[Batch]:
+    """Packed, with the prompt of each pair laid once."""
+    examples = [example._replace(shared=example.count_shared()) for example in examples]
+    length = sum(len(example.ids) - example.shared for example in examples) + 7
+    batch = collate([examples], length=length, pad_id=0)
+    assert batch.whole is not None
+    return [batch]
+
+
+LAYOUTS: list[Callable[[list[Example]], list[Batch]]] = [
+    packed,
+    one_a_row,
+    micro_batches,
+    prompts_once,
+]
 
 
 def pairs(count: int) -> list[Example]:

@@ -69,6 +69,8 @@ class Progress:
         threads: that torch computes with on the host.
         rounding: how stochastic rounding gets its noise; None: there is none, or drawn by a
             generator.
+        shares_prompts: whether rows hold the prompt of a pair once; None: in an older version's
+            they did not.
     """
 
     step: int = 0
@@ -89,6 +91,7 @@ class Progress:
     micro_batch: str | None = None
     threads: int | None = None
     rounding: str | None = None
+    shares_prompts: bool | None = None
 
     def write(self, folder: Path) -> None:
         """Write progress.json into a checkpoint's folder."""

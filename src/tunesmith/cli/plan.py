@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.model.spec import check_seq_len
     from tunesmith.planning.forecast import plan_on_paper
     from tunesmith.planning.machines import read_cluster
-    from tunesmith.planning.run_plan import one_document_a_row
+    from tunesmith.planning.run_plan import one_document_a_row, shares_prompts
     from tunesmith.planning.savings import check_memory_fits
 
     cluster = read_cluster(args.on, args.assume)
@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
         recipe = one_document_a_row(recipe, spec.model_type, model_type.support.why)
     check_seq_len(spec, recipe.data.seq_len, where=where)
     _check_dtype(recipe, cluster)
-    work = _work_of(recipe, spec, folder, args.length)
+    recurrent = () if model_type is None else model_type.support.recurrent
+    work = _work_of(recipe, spec, folder, args.length, shares_prompts(recipe, recurrent))
     planner = plan_on_paper(recipe, spec, cluster, work)
     forecasts = planner.ranked()
     best = forecasts[0]
@@ -186,17 +187,19 @@ def _cached_tokens(recipe: "Run", folder: Path) -> "TokenSet | None":
 
 
 def _work_of(
-    recipe: "Run", spec: "ModelSpec", folder: Path | None, length: int | None
+    recipe: "Run", spec: "ModelSpec", folder: Path | None, length: int | None, shares: bool
 ) -> "Workload":
     """What the recipe trains on: by the token cache, by its rows where these are here, or assumed.
 
-    folder: has the tokenizer; length: of an example, if `--length` says it.
+    folder: has the tokenizer; length: of an example, if `--length` says it; shares: as
+    `TokenSet.shares_prompts`.
     """
     from tunesmith.planning.forecast import measure_work
 
     if folder is not None and not length:
         tokens = _cached_tokens(recipe, folder)
         if tokens is not None:
+            tokens.shares_prompts = shares
             return measure_work(recipe, spec, tokens)
     rows, characters = _count_rows(recipe)
     length = length or ceil_div(characters, CHARACTERS_PER_TOKEN) or None

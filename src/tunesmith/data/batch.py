@@ -6,6 +6,10 @@ rows go the same path.
 
 Targets are shifted here, document by document. No later code shifts, so no label leaks over the
 edge of a document.
+
+A packed row may hold the prompt of a pair once: the rejected sequence is laid without the tokens
+that it shares with the chosen one. Whatever works token by token computes them once; attention
+alone sees whole documents, by `WholeDocuments`.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ class Example(NamedTuple):
         label: whether the answer is a good one; None where the row does not say.
         reference: log-probability of each sequence's supervised tokens under the model that a
             method compares with, where it is known before training.
+        shared: tokens at the start of a pair's second sequence that a packed row leaves out, as
+            they are those of the first one and no position of either has a target (`count_shared`).
     """
 
     ids: np.ndarray
@@ -42,12 +48,28 @@ class Example(NamedTuple):
     sequences: tuple[int, ...] = ()
     label: bool | None = None
     reference: tuple[float, ...] = ()
+    shared: int = 0
 
     def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """`ids` and `trained` of each sequence."""
         edges = np.cumsum(self.sequences[:-1], dtype=np.int64)
         ids = np.split(self.ids, edges)
         return list(zip(ids, np.split(self.trained, edges), strict=True))
+
+    def count_shared(self) -> int:
+        """Tokens with which both sequences of a pair begin and that neither has a target on."""
+        if not self.sequences:
+            return 0
+        first, second = self.split()
+        length = min(len(ids) for ids, _ in (first, second))
+        differs = first[0][:length] != second[0][:length]
+        shared = int(differs.argmax()) if differs.any() else length
+        for _, trained in (first, second):
+            # The position before the first supervised token has that as its target.
+            if trained[1:].any():
+                shared = min(shared, int(trained[1:].argmax()))
+        # A document keeps a token of its own.
+        return min(shared, length - 1)
 
     @property
     def sequence_count(self) -> int:
@@ -90,6 +112,21 @@ class Sequences(NamedTuple):
     reference: torch.Tensor | None = None
 
 
+class WholeDocuments(NamedTuple):
+    """How whole documents are made of a block that holds some of their tokens once for two.
+
+    Attributes:
+        places: int64 [tokens of all documents], where in the flattened block each token is, of one
+            document after another.
+        firsts: int64 [rows * length], the first token that is at each place.
+        seconds: int64 [n], the tokens whose place is that of another one before them.
+    """
+
+    places: torch.Tensor
+    firsts: torch.Tensor
+    seconds: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro batch, local to a rank.
@@ -99,9 +136,9 @@ class Batch:
         position_ids: int64 [rows, length]; each document counts from 0.
         targets: int64 [rows, length]; the next token, or IGNORE.
         cu_seqlens: int32 [documents + 1]; edges of documents in the flattened block, from 0 to
-            rows * length.
+            rows * length; with `whole` those of the documents that it makes.
         max_seqlen: longest document in tokens, or a bound of it that all batches of a run share.
-        tokens: non-padding tokens.
+        tokens: of all sequences, without padding; those that a row holds once for two count twice.
         supervised: positions whose target is not IGNORE.
         examples: real examples (padding documents are none).
         edges: `cu_seqlens` on the host, whichever device the tensors are on; empty where the host
@@ -109,6 +146,7 @@ class Batch:
         row_tokens: non-padding tokens of each row, on the host.
         sequences: None where each example is one sequence without a label.
         chosen_tokens: supervised tokens of the chosen answers of pairs.
+        whole: None where the block holds each document whole.
     """
 
     input_ids: torch.Tensor
@@ -123,6 +161,7 @@ class Batch:
     row_tokens: tuple[int, ...] = ()
     sequences: Sequences | None = None
     chosen_tokens: int = 0
+    whole: WholeDocuments | None = None
 
     def is_token(self) -> torch.Tensor:
         """bool [rows * length]: False for padding; made on the device without a copy to it."""
@@ -152,6 +191,8 @@ class Batch:
             }
             if self.sequences.reference is not None:
                 tensors["reference"] = self.sequences.reference
+        if self.whole is not None:
+            tensors |= self.whole._asdict()
         return tensors
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -171,6 +212,7 @@ class Batch:
             targets=change(self.targets),
             cu_seqlens=change(self.cu_seqlens),
             sequences=sequences,
+            whole=None if self.whole is None else WholeDocuments(*map(change, self.whole)),
         )
 
 
@@ -197,60 +239,116 @@ def collate(
     import torch
 
     examples = [example for row in rows for example in row]
-    sequences = [[part for example in row for part in example.split()] for row in rows]
+    sequences = [[part for example in row for part in _parts(example)] for row in rows]
     if sequence_rows is not None:
-        sequences = [[part] for row in sequences for part in row]
+        sequences = [[part._replace(shared=0)] for row in sequences for part in row]
         sequences += [[] for _ in range(sequence_rows - len(sequences))]
-    # Everything is padding until a token is laid over it.
-    shape = (len(sequences), length)
-    ids = np.full(shape, pad_id, dtype=np.int64)
-    positions = np.zeros(shape, dtype=np.int64)
-    targets = np.full(shape, IGNORE, dtype=np.int64)
-    edges = [0]
-    longest = 0
-    tokens = 0
+    block = _Block(len(sequences) * length, pad_id)
     row_tokens = []
     for r, row in enumerate(sequences):
         row_start = r * length
-        at = 0
-        for sequence_ids, sequence_trained in row:
-            n = len(sequence_ids)
-            ids[r, at : at + n] = sequence_ids
-            # Each document counts its positions from 0, so that packed and alone are the same.
-            positions[r, at : at + n] = np.arange(n)
-            # The target of a token is the next one; the last of a document has none, as what
-            # follows is another document.
-            targets[r, at : at + n - 1] = np.where(sequence_trained[1:], sequence_ids[1:], IGNORE)
-            at += n
-            # Borders of documents over the whole batch: rows stand behind each other.
-            edges.append(row_start + at)
-            longest = max(longest, n)
-            tokens += n
-        row_tokens.append(at)
-        if at > length:
-            raise ValueError(f"row {r} contains {at} tokens and has room for {length}")
-        if at < length:
-            padding = length - at
-            # Padding is cut into documents too: none may be longer than what attention was told.
-            document = bound or length
-            positions[r, at:] = np.arange(padding) % document
-            edges += range(row_start + at + document, row_start + length, document)
-            edges.append(row_start + length)
-            longest = max(longest, min(padding, document))
+        at = row_start
+        previous = row_start
+        for part in row:
+            end = at + len(part.ids) - part.shared
+            if end > row_start + length:
+                raise ValueError(f"row {r} has room for {length} tokens, and more are to go there")
+            block.add_sequence(part, at, previous)
+            previous = at
+            at = end
+        row_tokens.append(at - row_start)
+        # No document may be longer than what attention was told.
+        block.add_padding(at, row_start + length, bound or length)
+    shape = (len(sequences), length)
     return Batch(
-        input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(positions),
-        targets=torch.from_numpy(targets),
-        cu_seqlens=torch.tensor(edges, dtype=torch.int32),
-        max_seqlen=bound or longest,
-        tokens=tokens,
-        supervised=int((targets != IGNORE).sum()),
+        input_ids=torch.from_numpy(block.ids.reshape(shape)),
+        position_ids=torch.from_numpy(block.positions.reshape(shape)),
+        targets=torch.from_numpy(block.targets.reshape(shape)),
+        cu_seqlens=torch.tensor(block.edges, dtype=torch.int32),
+        max_seqlen=bound or int(np.diff(block.edges).max()),
+        tokens=sum(len(example.ids) for example in examples),
+        supervised=int((block.targets != IGNORE).sum()),
         examples=len(examples),
-        edges=tuple(edges),
+        edges=tuple(block.edges),
         row_tokens=tuple(row_tokens),
         sequences=_sequences(examples),
         chosen_tokens=sum(example.chosen_tokens for example in examples),
+        whole=block.whole_documents(),
     )
+
+
+class _Part(NamedTuple):
+    """A sequence of an example, and how many of its first tokens the one before it has laid."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    shared: int = 0
+
+
+def _parts(example: Example) -> list[_Part]:
+    parts = [_Part(ids, trained) for ids, trained in example.split()]
+    if example.shared:
+        parts[1] = parts[1]._replace(shared=example.shared)
+    return parts
+
+
+class _Block:
+    """The flattened rows of a batch, document by document.
+
+    Attributes:
+        ids, positions, targets: int64 [places].
+        edges: of the documents so far.
+        runs: of places that make them: the first, and the one after the last.
+    """
+
+    def __init__(self, places: int, pad_id: int) -> None:
+        # Everything is padding until a token is laid over it.
+        self.ids = np.full(places, pad_id, dtype=np.int64)
+        self.positions = np.zeros(places, dtype=np.int64)
+        self.targets = np.full(places, IGNORE, dtype=np.int64)
+        self.edges = [0]
+        self.runs: list[tuple[int, int]] = []
+
+    def add_sequence(self, part: _Part, at: int, previous: int) -> None:
+        """Lay a sequence from place `at` on; the one before it in the row begins at `previous`."""
+        n = len(part.ids)
+        own = slice(at, at + n - part.shared)
+        self.ids[own] = part.ids[part.shared :]
+        # Each document counts its positions from 0, so that packed and alone are the same.
+        self.positions[own] = np.arange(part.shared, n)
+        # The target of a token is the next one; the last of a document has none, as what follows
+        # is another document.
+        targets = np.append(np.where(part.trained[1:], part.ids[1:], IGNORE), IGNORE)
+        self.targets[own] = targets[part.shared :]
+        if part.shared:
+            self.runs.append((previous, previous + part.shared))
+        self.runs.append((own.start, own.stop))
+        self.edges.append(self.edges[-1] + n)
+
+    def add_padding(self, at: int, end: int, longest: int) -> None:
+        """Padding from place `at` to `end`, cut into documents of at most `longest` tokens."""
+        padding = end - at
+        if not padding:
+            return
+        self.positions[at:end] = np.arange(padding) % longest
+        self.runs.append((at, end))
+        start = self.edges[-1]
+        self.edges += range(start + longest, start + padding, longest)
+        self.edges.append(start + padding)
+
+    def whole_documents(self) -> WholeDocuments | None:
+        """None where the documents are the block as it is."""
+        import torch
+
+        if self.edges[-1] == len(self.ids):
+            return None
+        places = np.concatenate([np.arange(first, stop) for first, stop in self.runs])
+        # Where numpy finds a value first.
+        _, firsts = np.unique(places, return_index=True)
+        is_second = np.ones(len(places), dtype=bool)
+        is_second[firsts] = False
+        seconds = np.flatnonzero(is_second)
+        return WholeDocuments(*map(torch.from_numpy, (places, firsts, seconds)))
 
 
 def _sequences(examples: Sequence[Example]) -> Sequences | None:

@@ -49,7 +49,7 @@ class Layout:
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Some examples in one batch; of none, padding."""
         if self.packed:
-            length = sum(len(example.ids) for example in examples)
+            length = sum(len(example.ids) - example.shared for example in examples)
         else:
             length = max((example.longest_sequence for example in examples), default=0)
         length = self.pad_to or max(1, length)
@@ -85,10 +85,10 @@ class Layout:
 
 
 def _lengths(examples: Sequence[Example] | TokenSet) -> np.ndarray:
-    """int64 [n], tokens of each example."""
+    """int64 [n], tokens of each example in a packed row."""
     if isinstance(examples, TokenSet):
-        return examples.lengths
-    return np.array([len(example.ids) for example in examples])
+        return examples.row_lengths
+    return np.array([len(example.ids) - example.shared for example in examples])
 
 
 def _widths(examples: Sequence[Example] | TokenSet) -> np.ndarray:

@@ -54,7 +54,7 @@ class MicroBatches:
         """Cost of a micro batch, padding and attention counted, in tokens; 0 without examples."""
         if not group:
             return 0.0
-        lengths = self.schedule.lengths[group]
+        lengths = self.schedule.row_lengths[group]
         rows, length = self.shape(group)
         # A query sees its own key and those before it.
         pairs = float((lengths * (lengths + 1)).sum()) / 2
@@ -68,7 +68,7 @@ class MicroBatches:
         rows = 1 if packed else max(1, len(group) * schedule.sequences)
         if self.pad_to is None:
             if packed:
-                longest = int(schedule.lengths[group].sum())
+                longest = int(schedule.row_lengths[group].sum())
             else:
                 longest = int(schedule.sequence_lengths[group].max(initial=0))
             # Rounded up to the ranks of a tensor group, which cut the tokens among them.
@@ -88,7 +88,7 @@ class MicroBatches:
             return self._group_by_length(examples)
         if self.micro_batch.unit == "examples":
             return self._group_in_order(examples)
-        lengths = self.schedule.lengths
+        lengths = self.schedule.row_lengths
         room = self.pad_to or max(self.micro_batch.amount, int(lengths[examples].max()))
         groups = []
         for bin_ in best_fit_decreasing(lengths[examples], room):
@@ -105,7 +105,7 @@ class MicroBatches:
 
     def _group_in_order(self, examples: list[int]) -> list[list[int]]:
         """At most the micro batch's examples in each, and no more tokens than a fixed shape has."""
-        lengths = self.schedule.lengths
+        lengths = self.schedule.row_lengths
         groups: list[list[int]] = [[]]
         for example in examples:
             group = groups[-1]
@@ -145,14 +145,14 @@ class MicroBatches:
         """The examples of `groups`, at most `count`, in at most `count` groups of like cost."""
         if not self.schedule.packed:
             return self._balance_by_length(examples, count)
-        lengths = self.schedule.lengths[examples]
+        lengths = self.schedule.row_lengths[examples]
         pairs = lengths * (lengths + 1) / 2
         costs = lengths + self.attention_weight * pairs
         if self.pad_to is not None:
             # Micro batches of one fixed shape differ in attention alone.
             costs = pairs
         # None larger than the largest of one rank: that is what memory holds.
-        room = max(int(self.schedule.lengths[group].sum()) for group in groups)
+        room = max(int(self.schedule.row_lengths[group].sum()) for group in groups)
         by_examples = self.micro_batch.unit == "examples"
         most = self.micro_batch.amount if by_examples else len(examples)
         bins = balanced_bins(costs, lengths, count, room=room, most=most)

@@ -245,6 +245,7 @@ def prepare_data(
     strict: bool = True,
     cut_answers: CutAnswers = "refuse",
     position_limit: int | None = None,
+    shares_prompts: bool = False,
 ) -> TrainingData:
     """Read, tokenize and check the rows of a recipe.
 
@@ -256,6 +257,7 @@ def prepare_data(
         cut_answers: as for `check_tokens`, of the training rows; `data.allow_cut_answers` accepts
             them in any case.
         position_limit: the model's longest sequence, where it has one.
+        shares_prompts: as of `TokenSet`.
 
     Raises:
         DataError: a source, a row or the contract is broken.
@@ -279,6 +281,7 @@ def prepare_data(
         position_limit=position_limit,
     )
     contracts = [contract]
+    train.shares_prompts = shares_prompts
     validation = None
     validation_digest = None
     overlap = Repeats()
@@ -292,6 +295,7 @@ def prepare_data(
             what="validation",
             of_tokenizer=hash_,
         )
+        validation.shares_prompts = shares_prompts
         validation_digest = validation.counts.digest
         if run.validate.max_examples is not None:
             validation = validation.first(run.validate.max_examples)

@@ -42,9 +42,10 @@ class ScheduleSummary:
 
 
 class StepSize(NamedTuple):
-    """Tokens that an optimizer step of the first epoch takes.
+    """Tokens that an optimizer step of the first epoch computes.
 
-    Packed rows count whole, examples with their own tokens.
+    Packed rows count whole, examples with their own tokens; those that a pair's sequences share
+    count once.
     """
 
     mean: float
@@ -77,9 +78,12 @@ class BatchSchedule:
         row_length: tokens of a packed row; None: `data.seq_len`.
         sequences, sequence_lengths: of each example how many sequences it has, and int64 [n] the
             tokens of its longest one: without packing each sequence has a row.
+        row_lengths: int64 [n], tokens of each example in a packed row, where a pair's sequences may
+            share some; None: `lengths`. They decide what a micro batch has, and not what a step
+            has.
 
     Attributes:
-        sequence_lengths: int64 [n].
+        sequence_lengths, row_lengths: int64 [n].
     """
 
     def __init__(
@@ -92,8 +96,10 @@ class BatchSchedule:
         row_length: int | None = None,
         sequences: int = 1,
         sequence_lengths: np.ndarray | None = None,
+        row_lengths: np.ndarray | None = None,
     ) -> None:
         self.lengths = np.asarray(lengths, np.int64)
+        self.row_lengths = self.lengths if row_lengths is None else row_lengths
         self.sequences = sequences
         self.sequence_lengths = self.lengths if sequence_lengths is None else sequence_lengths
         self.packed = data.pack
@@ -126,6 +132,7 @@ class BatchSchedule:
             row_length=run.row_tokens,
             sequences=2 if tokens.has_pairs else 1,
             sequence_lengths=tokens.longest_sequences,
+            row_lengths=tokens.row_lengths,
         )
 
     @property
@@ -254,9 +261,9 @@ class BatchSchedule:
         units = self._units(0)
         if not isinstance(units, np.ndarray):
             tokens = min(self._units_per_step, len(units)) * self.row_length
-            return StepSize(tokens, tokens)
+            return StepSize(tokens * self.row_lengths.sum() / self.lengths.sum(), tokens)
         first_units = np.arange(0, len(units), self._units_per_step)
-        tokens_per_step = np.add.reduceat(self.lengths[units], first_units)
+        tokens_per_step = np.add.reduceat(self.row_lengths[units], first_units)
         return StepSize(float(tokens_per_step.mean()), int(tokens_per_step.max()))
 
     def summary(self, duration: Length) -> ScheduleSummary:

@@ -133,10 +133,12 @@ class TokenSet:
         reference: fp64 [n, sequences of one], see `Example.reference`; None where it is not known.
         mismatched_reference: of prompts with answers of other rows (`mismatched.py`), fp64
             [examples] of each optimizer step, or of all held-out rows as one; None: not known.
+        shares_prompts: packed rows hold once what the sequences of a pair share.
     """
 
     def __init__(self, parts: Iterable[SourceTokens]) -> None:
         self.parts = tuple(parts)
+        self.shares_prompts = False
         self.reference: np.ndarray | None = None
         self.mismatched_reference: Sequence[np.ndarray] | None = None
         self._firsts = np.cumsum([0, *(len(part) for part in self.parts)])
@@ -162,6 +164,21 @@ class TokenSet:
         others = self.lengths[chosen] - longest
         return np.concatenate([longest, others[others > 0]])
 
+    @cached_property
+    def shared(self) -> np.ndarray:
+        """int64 [n], `Example.shared` of each example."""
+        shared = np.zeros(len(self), np.int64)
+        if self.shares_prompts:
+            for i in range(len(self)):
+                part, at = self._find(i)
+                shared[i] = part.arrays.example(at).count_shared()
+        return shared
+
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """int64 [n], tokens of each example in a packed row."""
+        return self.lengths - self.shared
+
     @property
     def has_pairs(self) -> bool:
         """Whether an example is a pair of answers."""
@@ -181,6 +198,8 @@ class TokenSet:
     def __getitem__(self, i: int) -> Example:
         part, at = self._find(i)
         example = part.arrays.example(at)
+        if self.shares_prompts:
+            example = example._replace(shared=int(self.shared[i]))
         if self.reference is None:
             return example
         return example._replace(reference=tuple(self.reference[i].tolist()))
@@ -238,7 +257,9 @@ class TokenSet:
         for part in self.parts:
             parts.append(part.first(n))
             n -= len(parts[-1])
-        return TokenSet(parts)
+        tokens = TokenSet(parts)
+        tokens.shares_prompts = self.shares_prompts
+        return tokens
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,12 @@ from tunesmith.loss import (
 from tunesmith.model import attention
 from tunesmith.model.chunked import prepare_chunked_attention
 from tunesmith.model.decoder import find_decoder, find_head, find_layers
-from tunesmith.model.documents import Documents, current_documents, use_documents
+from tunesmith.model.documents import (
+    Documents,
+    RepeatedTokens,
+    current_documents,
+    use_documents,
+)
 from tunesmith.model.expert_load import ExpertLoad
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.recurrent_kernels import Trial
@@ -243,7 +248,10 @@ class TrainModel(nn.Module):
         """None for padded rows, which Transformers' own attention takes."""
         if self.attention_backend == "eager":
             return None
-        documents = Documents(batch.cu_seqlens, batch.max_seqlen, self.attention_backend)
+        repeated = None if batch.whole is None else RepeatedTokens(*batch.whole)
+        documents = Documents(
+            batch.cu_seqlens, batch.max_seqlen, self.attention_backend, repeated=repeated
+        )
         if batch.edges:
             documents.set_edges(batch.edges)
         if self.chunk_size is None:

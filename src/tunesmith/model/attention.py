@@ -28,7 +28,14 @@ from torch.nn.attention.varlen import varlen_attn
 
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.attention_kernels import choose_kernel
-from tunesmith.model.documents import KEEP, QUERIES, Documents, Group, current_documents
+from tunesmith.model.documents import (
+    KEEP,
+    QUERIES,
+    Documents,
+    Group,
+    RepeatedTokens,
+    current_documents,
+)
 from tunesmith.model.sinks import varlen_with_sinks
 
 NAME = "tunesmith"
@@ -145,7 +152,23 @@ def documents_attention(
     return out.unsqueeze(0), None
 
 
-def attend(
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options: Any) -> Tensor:
+    """Causal attention within each document.
+
+    Args:
+        q: [n, heads, d], with any strides.
+        k, v: [n, kv heads, d]; heads are a multiple of kv heads (grouped-query attention), and the
+            width of v may differ (multi-head latent attention).
+        options: scale, window, softcap, sinks and dropout, as of `_attend_each`.
+
+    Returns [n, heads, width of v] in q's dtype.
+    """
+    if documents.repeated is not None:
+        return _attend_whole(q, k, v, documents, **options)
+    return _attend_each(q, k, v, documents, **options)
+
+
+def _attend_each(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -157,19 +180,14 @@ def attend(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention within each document.
+    """`attend` where n are the tokens of all documents, one document after another.
 
     Args:
-        q: [n, heads, d], with any strides.
-        k, v: [n, kv heads, d]; heads are a multiple of kv heads (grouped-query attention), and the
-            width of v may differ (multi-head latent attention).
         scale: factor on the products; None takes d ** -0.5.
         window: how many tokens a query sees, itself counted; None sees all before it.
         softcap: c in c * tanh(score / c) (Gemma 2); None leaves scores as they are.
         sinks: [heads], one more score of each head, without a value (GPT-OSS); None: there is none.
         dropout: probability of dropping an attention weight.
-
-    Returns [n, heads, width of v] in q's dtype.
     """
     # A window as long as the longest document hides nothing.
     if window is not None and window >= documents.max_seqlen:
@@ -200,6 +218,51 @@ def attend(
     if sinks is not None:
         return _products(q, k, v, rule, sinks)
     return _sdpa(q, k, v, rule)
+
+
+@torch.compiler.disable  # shapes follow the documents and change with every batch
+def _attend_whole(q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options: Any) -> Tensor:
+    """`attend` where n are the tokens of a block that holds some once for two documents."""
+    repeated = documents.repeated
+    assert repeated is not None
+    q, k, v = (_Repeat.apply(x, repeated) for x in (q, k, v))
+    out = _attend_each(q, k, v, documents, **options)
+    return _TakeFirsts.apply(out, repeated)
+
+
+class _Repeat(torch.autograd.Function):
+    """The tokens of a block [n, ...] as those of its documents [m, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, repeated: RepeatedTokens) -> Tensor:
+        ctx.repeated = repeated
+        return x.index_select(0, repeated.places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        places, firsts, seconds = ctx.repeated
+        total = grads[0].index_select(0, firsts)
+        # No place comes twice among these, so that each sum has two terms and one order.
+        total.index_add_(0, places.index_select(0, seconds), grads[0].index_select(0, seconds))
+        return total, None
+
+
+class _TakeFirsts(torch.autograd.Function):
+    """Of the tokens of documents [m, ...] the first at each place of the block, [n, ...].
+
+    Others at that place have the same value: they see the same tokens before them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, repeated: RepeatedTokens) -> Tensor:
+        ctx.repeated = repeated
+        return x.index_select(0, repeated.firsts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        places, firsts, _ = ctx.repeated
+        of_documents = grads[0].new_zeros(len(places), *grads[0].shape[1:])
+        return of_documents.index_copy_(0, firsts, grads[0]), None
 
 
 @cache

@@ -60,9 +60,10 @@ class TunedAttention(nn.Module):
         if documents is not None:
             edges = documents.cu_seqlens
             in_row = torch.arange(kwargs["hidden_states"].shape[1], device=edges.device)
-            # Position in the row less the start of its document: the edge before the first that is
-            # after it.
-            in_document = in_row - edges[torch.searchsorted(edges, in_row, right=True) - 1]
+            # Of the tokens of documents, which the row may hold once for two of them.
+            tokens = in_row if documents.repeated is None else documents.repeated.firsts
+            # Each one less the start of its document: the edge before the first that is after it.
+            in_document = tokens - edges[torch.searchsorted(edges, tokens, right=True) - 1]
             # Transformers' forward multiplies by the scale of the position in the row.
             kwargs["query_factor"] = self._scale(in_document) / self._scale(in_row)
         return super().forward(*args, **kwargs)

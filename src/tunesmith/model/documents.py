@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,17 +66,33 @@ class Spaced:
     size: int  # tokens and gaps together
 
 
+class RepeatedTokens(NamedTuple):
+    """Documents that have tokens of a block in common, which the block holds once.
+
+    Attributes:
+        places: int64 [tokens of all documents], where in the block each token is.
+        firsts: int64 [tokens of the block], the first of them at each place.
+        seconds: int64 [n], those whose place another one before them has; no place has three.
+    """
+
+    places: Tensor
+    firsts: Tensor
+    seconds: Tensor
+
+
 @dataclass(frozen=True)
 class Documents:
     """Edges of the documents in a flattened block of n tokens."""
 
     # int32 [documents + 1], 0 to n, on the tokens' device; equal neighbors are empty documents.
+    # With `repeated` they go to the tokens of all documents, of which the block has fewer.
     cu_seqlens: Tensor
     max_seqlen: int  # an upper bound of the longest document, in tokens
     # Of attention, by `attention.select_attention_backend`; None: selected at the call.
     backend: str | None = None
     # Those of layers with chunked attention, by `cut`; None: the model has no such layers.
     chunks: "Documents | None" = None
+    repeated: RepeatedTokens | None = None
 
     @cached_property
     def edges(self) -> list[int]:
@@ -104,7 +121,8 @@ class Documents:
             edges += range(start + size, end, size)
             edges.append(end)
         cu_seqlens = self._on_device(torch.tensor(edges, dtype=torch.int32))
-        chunks = Documents(cu_seqlens, min(size, self.max_seqlen), self.backend)
+        longest = min(size, self.max_seqlen)
+        chunks = replace(self, cu_seqlens=cu_seqlens, max_seqlen=longest, chunks=None)
         chunks.set_edges(edges)
         return chunks
 

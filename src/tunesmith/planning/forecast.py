@@ -65,9 +65,11 @@ class Workload(NamedTuple):
 
     Attributes:
         steps: None where not known.
-        operations: floating-point ones, of a token.
+        operations: floating-point ones, of a token that is computed.
         attention, experts: the shares of attention and of the experts' products in them.
         probabilities: that a head keeps of a token on a CPU, on average.
+        whole: tokens of sequences for each that is computed: more than 1 where the sequences of a
+            pair share some.
         source: what the lengths of examples are from.
     """
 
@@ -78,6 +80,7 @@ class Workload(NamedTuple):
     attention: float
     experts: float
     probabilities: float
+    whole: float
     source: str
 
 
@@ -152,8 +155,10 @@ def measure_work(
     them, if that is known.
     """
     steps = None
+    shared = np.zeros(1, np.int64)
     if tokens is not None:
         lengths = tokens.lengths
+        shared = tokens.shared
         documents = tokens.document_lengths()
         supervised = tokens.counts.supervised
         schedule = schedule or BatchSchedule.of(run, tokens)
@@ -192,22 +197,21 @@ def measure_work(
         adapter_weights = count_active_adapter(spec, run.adapter)
 
     def operations(spec: ModelSpec) -> float:
-        return flops(
+        count = partial(
+            flops,
             spec,
-            documents.tolist(),
-            supervised,
             trained=trained,
             adapter_parameters=adapter_weights,
             forwards=run.extra_forwards,
         )
+        return count(documents.tolist(), supervised) - count(shared.tolist(), 0)
 
     everything = operations(spec)
     # Without heads no attention is counted: what is left is products.
-    layers = tuple(replace(layer, heads=0) for layer in spec.layers)
-    products = operations(replace(spec, layers=layers))
-    total = float(lengths.sum())
-    per_parameter = 6 if trained == "full" else 4
-    experts = per_parameter * spec.active_of_experts * total
+    without_heads = tuple(replace(layer, heads=0) for layer in spec.layers)
+    products = operations(replace(spec, layers=without_heads))
+    total = float(lengths.sum() - shared.sum())
+    experts = (6 if trained == "full" else 4) * spec.active_of_experts * total
     return Workload(
         step,
         longest=int(lengths.max()) if schedule is None else schedule.longest,
@@ -216,6 +220,7 @@ def measure_work(
         attention=1 - products / everything,
         experts=experts / everything,
         probabilities=float(kept_probabilities(documents).sum()) / total,
+        whole=float(lengths.sum()) / total,
         source=source,
     )
 
@@ -452,10 +457,14 @@ class Planner:
             step=work.step,
             longest=work.longest,
             probabilities=work.probabilities,
+            whole=work.whole,
             previous_micro_batch=self.previous_micro_batch,
             mesh=mesh,
         )
         plan = replace(plan, savings=partial(self._savings, plan))
+        if work.whole > 1:
+            reason = f"attention sees both answers whole; {1 - 1 / work.whole:.0%} fewer tokens"
+            plan = replace(plan, prompts="once a pair", why={**plan.why, "prompts": reason})
         needed, room = savings.memory_needs(plan, self.machine)
 
         tokens = resolve.rank_step(run, work.step, mesh).mean
@@ -490,7 +499,7 @@ class Planner:
             hidden_seconds=time.hidden,
             hides_from=time.hides_from,
             step_seconds=step_seconds,
-            tokens_per_second=step_seconds and work.step.mean / step_seconds,
+            tokens_per_second=step_seconds and work.step.mean * work.whole / step_seconds,
             hours=hours,
             keys=keys,
         )

@@ -149,6 +149,7 @@ def resolve_plan(
     step: StepSize,
     longest: int,
     probabilities: float = 0.0,
+    whole: float = 1.0,
     previous_micro_batch: Size | None = None,
     mesh: MeshShape = ONE,
 ) -> RunPlan:
@@ -159,7 +160,7 @@ def resolve_plan(
         trained: trained parameters of all ranks.
         step: tokens of an optimizer step, of all ranks.
         longest: tokens of the longest example.
-        probabilities: as in `MemoryEstimator`.
+        probabilities, whole: as in `MemoryEstimator`.
         previous_micro_batch: of the start that a resumed run goes on from. `auto` keeps it while it
             fits: dropout and the order of sums depend on it.
     """
@@ -171,7 +172,7 @@ def resolve_plan(
             count = count_adapter(spec, changed.adapter)
         share = changed.train.global_batch.amount / run.train.global_batch.amount
         size = StepSize(step.mean * share, math.ceil(step.largest * share))
-        estimator = MemoryEstimator(changed, spec, machine, count, mesh, probabilities)
+        estimator = MemoryEstimator(changed, spec, machine, count, mesh, probabilities, whole)
         return estimator.plan(
             rank_step(changed, size, mesh), min(longest, changed.row_tokens), previous_micro_batch
         )
@@ -257,6 +258,7 @@ class MemoryEstimator:
         trained: trained parameters of all ranks.
         probabilities: those of attention that a head keeps of a token, on average
             (`documents.kept_probabilities`).
+        whole: tokens that attention sees for each that is computed (`Workload.whole`).
     """
 
     run: Run
@@ -265,6 +267,7 @@ class MemoryEstimator:
     trained: int
     mesh: MeshShape = ONE
     probabilities: float = 0.0
+    whole: float = 1.0
 
     @property
     def trains_adapter(self) -> bool:
@@ -625,6 +628,7 @@ class MemoryEstimator:
             spec.layers, kept.by_token, kept.constant, strict=True
         ):
             size = int(by_token * tokens + constant)
+            size += int(self._whole_elements(layer) * tokens) * itemsize
             # A compiler keeps what our own modules keep; not known of recurrences and experts.
             is_plain = layer.heads and not layer.state and not layer.experts
             # The compiler does at least as well as our own modules on a plain block.
@@ -638,6 +642,18 @@ class MemoryEstimator:
                 size += self.rows_of_others * of_row * tokens * itemsize
             sizes.append(size)
         return sizes
+
+    def _whole_elements(self, layer: Layer) -> float:
+        """What attention keeps more of a token where two sequences share some.
+
+        Queries, keys, values and outputs of whole documents, in place of the first three of the
+        row's tokens.
+        """
+        if self.whole == 1:
+            return 0.0
+        outputs = layer.heads * layer.value_dim
+        inputs = (layer.heads + layer.kv_heads) * layer.head_dim + layer.kv_heads * layer.value_dim
+        return ((self.whole - 1) * inputs + self.whole * outputs) / self.mesh.tensor
 
     def _block_bytes(self, layer: Layer, tokens: int, itemsize: int) -> int:
         """What a Llama-like layer keeps: see the docstring of this file."""
@@ -656,6 +672,7 @@ class MemoryEstimator:
         elements: float = 2 * spec.hidden + vectors * (ceil_div(spec.hidden, tensor) + wide) + heads
         if self.machine.attention[0] == "products" and spec.attention_softcap is None:
             elements += layer.heads * self.probabilities / tensor
+        elements += self._whole_elements(layer)
         factors = 0
         # X A^T of seven layers; each A and B once more, in the dtype of the products.
         if self.trains_adapter:

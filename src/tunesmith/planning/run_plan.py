@@ -6,11 +6,11 @@ Importable without torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import PAIR_METHODS, Run
 from tunesmith.errors import RecipeError
 from tunesmith.host.memory import MemoryLimit
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
@@ -43,6 +43,16 @@ def describe_reference(run: Run) -> Reference:
         return Reference("the base, with the adapter off", cost)
     cost += ", and a copy of the adapter"
     return Reference("the adapter of adapter.from, as it came", cost)
+
+
+def shares_prompts(run: Run, recurrent: Collection[str]) -> bool:
+    """Whether a packed row holds the prompt of a pair's two answers once.
+
+    Where attention alone looks at other tokens: a layer that is `recurrent` (a class of the
+    model's, by name) would carry the state of the wrong answer on.
+    """
+    is_packed = run.data.pack and run.model.attention != "eager"
+    return run.method.name in PAIR_METHODS and is_packed and not recurrent
 
 
 def one_document_a_row(run: Run, model_type: str, why: str) -> Run:
@@ -194,6 +204,7 @@ class RunPlan:
         base: how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8.
         layers: decoder layers of the model.
         reference: what the method compares with; empty where it compares with nothing.
+        prompts: of pairs, how often they are computed; empty where examples are no pairs.
         recomputed_layers: those of them that recompute in the backward.
         fp32_gradients: those of linear layers' weights are added up in fp32 by the products that
             make them.
@@ -208,6 +219,7 @@ class RunPlan:
     base: str
     layers: int
     reference: str = ""
+    prompts: str = ""
     compiled: bool = False
     deterministic: bool = False
     recomputed_layers: int = 0
@@ -240,6 +252,8 @@ class RunPlan:
         }
         if self.reference:
             choices["reference"] = self.reference
+        if self.prompts:
+            choices["prompts"] = self.prompts
         if self.deterministic:
             choices["kernels"] = "deterministic"
         if self.fp32_gradients:

@@ -205,6 +205,8 @@ class CompiledLayer(nn.Module):
             # is to compile.
             args = (hidden.detach().requires_grad_(), *rest)
         mark_varying(documents.cu_seqlens, 0)
+        for tensor in documents.repeated or ():
+            mark_varying(tensor, 0)
         if documents.chunks is not None:
             mark_varying(documents.chunks.cu_seqlens, 0)
         if self.varied:

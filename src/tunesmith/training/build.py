@@ -73,7 +73,12 @@ from tunesmith.planning.forecast import Planner, measure_work
 from tunesmith.planning.machines import cluster_of
 from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
 from tunesmith.planning.resolve import checkpoint_bytes, probe_machine
-from tunesmith.planning.run_plan import Machine, RunPlan, one_document_a_row
+from tunesmith.planning.run_plan import (
+    Machine,
+    RunPlan,
+    one_document_a_row,
+    shares_prompts,
+)
 from tunesmith.quant.eight_bit import eight_bit_shapes
 from tunesmith.quant.scaled_matmul import SCALING_RECIPES
 from tunesmith.quant.schemes import scheme_of
@@ -125,22 +130,18 @@ class Session:
         """Floating-point operations of a step on these examples, of which `supervised` positions
         carry a label.
         """
-        lengths = self.data.train.document_lengths(examples)
-        forwards = self.run.extra_forwards
+        tokens = self.data.train
         spec = self.files.spec
-        if self.run.adapter.kind == "none":
-            return flops(spec, lengths, supervised, trained="full", forwards=forwards)
-        adapter = sum(p.numel() for p in self.optimizer.params.values())
-        # Of experts that a token does not go to.
-        idle = count_adapter(spec, self.run.adapter) - count_active_adapter(spec, self.run.adapter)
-        return flops(
-            spec,
-            lengths,
-            supervised,
-            trained="lora",
-            adapter_parameters=adapter - idle,
-            forwards=forwards,
-        )
+        count = partial(flops, spec, trained="full", forwards=self.run.extra_forwards)
+        if self.run.adapter.kind == "lora":
+            adapter = sum(p.numel() for p in self.optimizer.params.values())
+            # Of experts that a token does not go to.
+            idle = count_adapter(spec, self.run.adapter)
+            idle -= count_active_adapter(spec, self.run.adapter)
+            count = partial(count, trained="lora", adapter_parameters=adapter - idle)
+        # What two sequences share is computed once.
+        shared = tokens.shared[[*examples]]
+        return count(tokens.document_lengths(examples), supervised) - count(shared, 0)
 
     def memory_gib(self) -> float:
         """Peak memory of this start so far, GiB; what the trial of memory reset in the allocator's
@@ -494,6 +495,10 @@ def read_data(
     for line in files.describe():
         log.info(line)
     check_unchanged(start, run, hashes)
+    shares = shares_prompts(run, files.support.recurrent)
+    if start.progress is not None:
+        # Sums are rounded otherwise: a run goes on as it began.
+        shares = shares and bool(start.progress.shares_prompts)
     data = prepare_data(
         run,
         files.tokenizer,
@@ -501,6 +506,7 @@ def read_data(
         files.vocab_rows,
         cut_answers=cut_answers,
         position_limit=files.spec.position_limit,
+        shares_prompts=shares,
     )
     hashes |= {"data_hash": data.digest, "validation_hash": data.validation_digest}
     if METHODS[run.method.name].needs_reference and run.adapter.from_ is not None:

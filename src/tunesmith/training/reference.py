@@ -122,6 +122,9 @@ class BaseReference:
             "dtype": self.run.model.dtype,
             "attention": self.run.model.attention,
         }
+        if tokens.shares_prompts:
+            # Other rows, and so other sums.
+            made_of["shares_prompts"] = True
         sizes = [len(tokens)]
         if is_mismatched and tokens is self.data.train:
             schedule = self.data.schedule

@@ -294,5 +294,6 @@ def progress_of(session: Session, start: Start) -> Progress:
         rounding=rounding,
         micro_batch=str(session.plan.layout.micro_batch),
         threads=torch.get_num_threads(),
+        shares_prompts=session.data.train.shares_prompts,
         **session.hashes,
     )
