@@ -11,7 +11,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model import sinks as sinks_module
 from tunesmith.model.attention import attend
-from tunesmith.model.documents import QUERIES, Documents
+from tunesmith.model.documents import QUERIES, Documents, RepeatedTokens
 
 
 def documents(lengths: list[int]) -> Documents:
@@ -317,3 +317,29 @@ def test_chunks_start_with_their_document():
     cut = documents([5, 8, 17]).cut(8)
     assert cut.edges == [0, 5, 13, 21, 29, 30]
     assert cut.max_seqlen == 8
+
+
+OPTIONS = {**RULES, "sinks": {"sinks": torch.linspace(0, 2, 4, dtype=torch.float64)}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("backend", ["products", "sdpa"])
+def test_tokens_that_two_documents_share_are_attended_to_in_both(backend, options):
+    """Beside a block that holds them twice: 1e-12 is the order of sums."""
+    torch.manual_seed(0)
+    # A document of 20 tokens, and one of 30 that has its first 12 from there; one of 5.
+    places = torch.cat([torch.arange(20), torch.arange(12), torch.arange(20, 43)])
+    firsts = torch.cat([torch.arange(20), torch.arange(32, 55)])
+    repeated = RepeatedTokens(places, firsts, torch.arange(20, 32))
+    whole = Documents(documents([20, 30, 5]).cu_seqlens, 30, backend)
+    once = Documents(whole.cu_seqlens, 30, backend, repeated=repeated)
+    # Values narrower than keys, as of latent attention.
+    shapes = ((4, 8), (2, 8), (2, 6))
+    leaves = [torch.randn(43, *shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    d_out = torch.randn(43, 4, 6, dtype=torch.float64)
+    out = attend(*leaves, once, **options)
+    gradients = torch.autograd.grad(out, leaves, d_out)
+    expected = attend(*(leaf[places] for leaf in leaves), whole, **options)[firsts]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for ours, plain in zip(gradients, torch.autograd.grad(expected, leaves, d_out), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)

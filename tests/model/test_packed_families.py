@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from errors import refuses
 from tunesmith.config.schema import MethodConfig
-from tunesmith.data.batch import Batch
+from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.errors import ModelError
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
@@ -274,3 +275,40 @@ def test_recurrent_layers_refuse_what_would_leak() -> None:
     assert torch.equal(model.eval()(input_ids=ids).logits, expected)
     with refuses(ModelError, names=["Lfm2ForCausalLM", "MambaMixer"]):
         run_by_document(model, ["Lfm2ShortConv", "MambaMixer"])
+
+
+OF_ATTENTION = [name for name, (_, recurrent) in FAMILIES.items() if not recurrent]
+
+
+@pytest.mark.parametrize("model_type", OF_ATTENTION)
+def test_a_prompt_that_a_row_holds_once_is_computed_as_in_both_documents(model_type: str) -> None:
+    """The second document of a pair without its own copy of the prompt, beside it with one."""
+    model = build(model_type)
+    fuse_modules(model)
+    root = TrainModel(model, make_method(MethodConfig()), attention_backend="products").train()
+    random = np.random.default_rng(3)
+    pairs = []
+    for lengths in ((13, 22), (12, 9)):
+        ids = random.integers(3, 64, sum(lengths)).astype(np.int32)
+        trained = np.ones(len(ids), dtype=bool)
+        for start in (0, lengths[0]):
+            ids[start : start + 7] = ids[:7]
+            trained[start : start + 7] = False
+        pairs.append(Example(ids, trained, lengths))
+    length = sum(len(pair.ids) for pair in pairs)
+    whole = collate([pairs], length=length, pad_id=0)
+    pairs = [pair._replace(shared=pair.count_shared()) for pair in pairs]
+    assert [pair.shared for pair in pairs] == [6, 6]
+    once = collate([pairs], length=length - 12, pad_id=0)
+    assert once.whole is not None
+    cotangent = torch.randn(length - 12, 64, generator=torch.Generator().manual_seed(2))
+    of_whole = torch.zeros(length, 64)
+    of_whole[once.whole.firsts] = cotangent
+    expected_logits, expected = packed(root, whole, of_whole)
+    logits, gradients = packed(root, once, cotangent)
+    scale = expected_logits.abs().max()
+    assert (logits[once.whole.places] - expected_logits).abs().max() <= 1e-5 * scale
+    assert gradients.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() <= 1e-5 * largest, name

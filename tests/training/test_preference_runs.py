@@ -25,7 +25,7 @@ from tunesmith.methods.kto import KahnemanTverskyOptimization
 from tunesmith.metrics.record import read_records
 from tunesmith.report.run_files import RunFiles
 from tunesmith.run_dir import PAIRS
-from tunesmith.training import validation
+from tunesmith.training import build, validation
 from tunesmith.training.result import Result
 
 
@@ -93,6 +93,29 @@ def test_a_run_learns_and_resumes_to_the_same_bits(tiny: Path, tmp_path: Path, m
         assert 0 <= last["val_reward_accuracy"] <= 1
         best = json.loads((tmp_path / "whole" / "best.json").read_text())
         assert best["val_accuracy"] in [r.extra.get("val_reward_accuracy") for r in whole.records]
+
+
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_a_run_of_whole_sequences_goes_on_with_them(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As one that an earlier version began: sums over other rows have other bits."""
+    adapter = {"kind": kind}
+    once = train(tiny, tmp_path, "dpo", "once", adapter=adapter)
+    monkeypatch.setattr(build, "shares_prompts", lambda *_: False)
+    whole = train(tiny, tmp_path, "dpo", "whole", adapter=adapter)
+    train(tiny, tmp_path, "dpo", "parts", adapter=adapter, train={"duration": "2 steps"})
+    monkeypatch.undo()
+    train(tiny, tmp_path, "dpo", "parts", adapter=adapter)
+    assert_equal(tmp_path / "whole", tmp_path / "parts")
+    for shared, plain in zip(once.records, whole.records, strict=True):
+        assert (shared.tokens, shared.examples) == (plain.tokens, plain.examples)
+        # fp32 sums in another order.
+        assert shared.loss == pytest.approx(plain.loss, rel=1e-5)
+        assert shared.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5)
+    others = weights(tmp_path / "whole")
+    ours = weights(tmp_path / "once")
+    assert any(not np.array_equal(value, others[name]) for name, value in ours.items())
 
 
 def test_the_first_loss_of_dpo_is_that_of_an_undecided_model(tiny: Path, tmp_path: Path) -> None:
