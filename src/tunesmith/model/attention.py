@@ -250,7 +250,8 @@ class _Repeat(torch.autograd.Function):
 class _TakeFirsts(torch.autograd.Function):
     """Of the tokens of documents [m, ...] the first at each place of the block, [n, ...].
 
-    Others at that place have the same value: they see the same tokens before them.
+    Another one at that place has the same value (dropout aside): it sees the same
+    tokens before it.
     """
 
     @staticmethod

@@ -204,7 +204,7 @@ class RunPlan:
         base: how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8.
         layers: decoder layers of the model.
         reference: what the method compares with; empty where it compares with nothing.
-        prompts: of pairs, how often they are computed; empty where examples are no pairs.
+        prompts: how often that of a pair is computed; empty where it stands in both sequences.
         recomputed_layers: those of them that recompute in the backward.
         fp32_gradients: those of linear layers' weights are added up in fp32 by the products that
             make them.
