@@ -113,6 +113,9 @@ def test_a_run_of_whole_sequences_goes_on_with_them(
         # fp32 sums in another order.
         assert shared.loss == pytest.approx(plain.loss, rel=1e-5)
         assert shared.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5)
+    for name, shares in (("once", True), ("whole", False), ("parts", False)):
+        choices = json.loads((tmp_path / name / "env.json").read_text())["choices"]
+        assert ("prompts" in choices) == shares
     others = weights(tmp_path / "whole")
     ours = weights(tmp_path / "once")
     assert any(not np.array_equal(value, others[name]) for name, value in ours.items())
