@@ -243,7 +243,7 @@ def collate(
     if sequence_rows is not None:
         sequences = [[part._replace(shared=0)] for row in sequences for part in row]
         sequences += [[] for _ in range(sequence_rows - len(sequences))]
-    block = _Block(len(sequences) * length, pad_id)
+    flat = _FlatRows(len(sequences) * length, pad_id)
     row_tokens = []
     for r, row in enumerate(sequences):
         row_start = r * length
@@ -253,27 +253,27 @@ def collate(
             end = at + len(part.ids) - part.shared
             if end > row_start + length:
                 raise ValueError(f"row {r} has room for {length} tokens, and more are to go there")
-            block.add_sequence(part, at, previous)
+            flat.add_sequence(part, at, previous)
             previous = at
             at = end
         row_tokens.append(at - row_start)
         # No document may be longer than what attention was told.
-        block.add_padding(at, row_start + length, bound or length)
+        flat.add_padding(at, row_start + length, bound or length)
     shape = (len(sequences), length)
     return Batch(
-        input_ids=torch.from_numpy(block.ids.reshape(shape)),
-        position_ids=torch.from_numpy(block.positions.reshape(shape)),
-        targets=torch.from_numpy(block.targets.reshape(shape)),
-        cu_seqlens=torch.tensor(block.edges, dtype=torch.int32),
-        max_seqlen=bound or int(np.diff(block.edges).max()),
+        input_ids=torch.from_numpy(flat.ids.reshape(shape)),
+        position_ids=torch.from_numpy(flat.positions.reshape(shape)),
+        targets=torch.from_numpy(flat.targets.reshape(shape)),
+        cu_seqlens=torch.tensor(flat.edges, dtype=torch.int32),
+        max_seqlen=bound or int(np.diff(flat.edges).max()),
         tokens=sum(len(example.ids) for example in examples),
-        supervised=int((block.targets != IGNORE).sum()),
+        supervised=int((flat.targets != IGNORE).sum()),
         examples=len(examples),
-        edges=tuple(block.edges),
+        edges=tuple(flat.edges),
         row_tokens=tuple(row_tokens),
         sequences=_sequences(examples),
         chosen_tokens=sum(example.chosen_tokens for example in examples),
-        whole=block.whole_documents(),
+        whole=flat.whole_documents(),
     )
 
 
@@ -292,7 +292,7 @@ def _parts(example: Example) -> list[_Part]:
     return parts
 
 
-class _Block:
+class _FlatRows:
     """The flattened rows of a batch, document by document.
 
     Attributes:
