@@ -57,6 +57,8 @@ def make(shape: str, recipe: dict) -> tuple[Run, object, SimpleNamespace]:
     counts = SimpleNamespace(supervised=int(lengths.sum()), longest=int(lengths.max()))
     tokens = SimpleNamespace(
         lengths=lengths,
+        shared=np.zeros_like(lengths),
+        row_lengths=lengths,
         document_lengths=lambda: lengths,
         longest_sequences=lengths,
         has_pairs=False,

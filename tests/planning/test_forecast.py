@@ -538,6 +538,8 @@ def test_the_lengths_of_real_examples_count() -> None:
     counts = SimpleNamespace(supervised=int(lengths.sum()) // 2)
     tokens = SimpleNamespace(
         lengths=lengths,
+        shared=np.zeros_like(lengths),
+        row_lengths=lengths,
         document_lengths=lambda: lengths,
         longest_sequences=lengths,
         has_pairs=False,
@@ -549,6 +551,13 @@ def test_the_lengths_of_real_examples_count() -> None:
     assert work.operations < measure_work(run, spec, None, 400).operations, (
         "half of the positions have a label"
     )
+    tokens.shared = lengths // 4
+    tokens.row_lengths = lengths - tokens.shared
+    once = measure_work(run, spec, tokens, None)  # type: ignore[arg-type]
+    assert (once.step.mean, once.longest, once.steps) == (750, 400, 10)
+    assert once.whole == pytest.approx(4 / 3)
+    # The positions with a label are as many, and so a token that is computed costs more.
+    assert 0.75 < 0.75 * once.operations / work.operations < 0.85
 
 
 def test_a_base_in_fp8_takes_half_from_the_start() -> None:
