@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipes import make_run, merge
 from tunesmith.config.schema import Data, Source, Train
 from tunesmith.data.batch import IGNORE, Example, collate
 from tunesmith.data.micro_batches import MicroBatches
 from tunesmith.data.schedule import BatchSchedule
+from tunesmith.planning.run_plan import shares_prompts
 from tunesmith.units import Size
 
 
@@ -119,3 +123,25 @@ def test_micro_batches_have_room_for_more_pairs() -> None:
         assert all(micro.shape(group)[1] <= 240 for group in groups)
         counts.append(len(groups))
     assert counts == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "recurrent", "shares"),
+    [
+        ({"method": "dpo"}, (), True),
+        ({"method": "orpo"}, (), True),
+        # A state would run from the chosen answer into the rejected one.
+        ({"method": "dpo"}, ("Lfm2ShortConv",), False),
+        ({"method": "dpo", "data": {"pack": False}}, (), False),
+        ({"method": "dpo", "model": {"attention": "eager"}, "data": {"pack": False}}, (), False),
+        ({"method": "kto"}, (), False),
+        ({"method": "sft"}, (), False),
+    ],
+)
+def test_which_runs_hold_a_prompt_once(
+    tmp_path: Path, changes: dict[str, Any], recurrent: tuple[str, ...], shares: bool
+) -> None:
+    form = {"sft": "prompt-completion", "kto": "feedback"}.get(changes["method"], "preference")
+    rows = {"train": {"source": str(tmp_path / "rows.jsonl"), "format": form}}
+    run = make_run(tmp_path, tmp_path, held=False, **merge({"data": rows}, changes))
+    assert shares_prompts(run, recurrent) == shares
