@@ -244,6 +244,8 @@ LISTS_OF_LAYERS = (
 # So many layers at the start, or at the end, are of another kind.
 FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 LAST_LAYERS = ("num_kv_shared_layers",)
+# The last layer of a kind, by its number.
+LAST_INDICES = ("moe_layer_end_index",)
 # Types whose layers of one kind share weights: two of each.
 SHARING = ("zamba", "zamba2")
 # Keys that say by a period what `layer_types` says by layer.
@@ -383,6 +385,8 @@ def _layer_kind(values: Mapping[str, Any], index: int, depth: int) -> list[Any]:
             kind.append(index < value)
         elif key in LAST_LAYERS and isinstance(value, int):
             kind.append(index >= depth - value)
+        elif key in LAST_INDICES and isinstance(value, int):
+            kind.append(index <= value)
     return kind
 
 
@@ -410,6 +414,8 @@ def _shrink_values(values: Mapping[str, Any], layers: list[int], depth: int) -> 
             small[key] = sum(index < value for index in layers)
         elif key in LAST_LAYERS and isinstance(value, int):
             small[key] = sum(index >= depth - value for index in layers)
+        elif key in LAST_INDICES and isinstance(value, int):
+            small[key] = sum(index <= value for index in layers) - 1
         elif key in DEPTHS and isinstance(value, int):
             small[key] = len(layers)
         elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
