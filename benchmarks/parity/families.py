@@ -221,8 +221,8 @@ def main() -> None:
         rows = table if options.types else {}
         for entry in entries:
             # Measured by tensor_cuts.py
-            tensor = table[entry.model_type].tensor if entry.model_type in table else None
-            rows[entry.model_type] = replace(entry, tensor=tensor)
+            known = table.get(entry.model_type, entry)
+            rows[entry.model_type] = replace(entry, tensor=known.tensor, uncut=known.uncut)
         entries = [rows[name] for name in sorted(rows)]
         FILE.write_text(as_json(entries), encoding="utf-8")
         PAGE.write_text(as_page(entries), encoding="utf-8")

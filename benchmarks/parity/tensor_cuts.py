@@ -55,12 +55,17 @@ TOLERANCE = 1e-5
 FLOOR = 1e-3
 # Published models of a type whose own config has what is not cut.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    # Gemma 4 31B: no inputs by layer; keys are the values of layers without a window.
+    # Gemma 4 26B-A4B: a mixture, which Gemma 4 31B is not; no inputs by layer; keys are the values
+    # of layers without a window.
     "gemma4_text": {
         "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0,
         "attention_k_eq_v": True,
         "num_global_key_value_heads": 2,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
     },
 }
 
@@ -192,7 +197,7 @@ def main() -> None:
         print(f"{name:24} {'' if error is None else f'{error:.1e}':8} {why}", flush=True)
         if (error is None) != (entry.tensor is None):
             changes.append(f"{name}: {why}")
-        table[name] = replace(entry, tensor=error)
+        table[name] = replace(entry, tensor=error, uncut=why if error is None else "")
     cut = sum(entry.tensor is not None for entry in table.values())
     print(f"{cut} of {len(table)} types are cut")
     if options.write:

@@ -25,9 +25,10 @@ from tunesmith.config.schema import Adapter
 from tunesmith.distributed import torch_private
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.model.decoder import find_decoder
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import read_model_types
-from tunesmith.parallel.cuts import find_blocks
+from tunesmith.parallel.cuts import EXPERTS, find_blocks
 from tunesmith.parallel.mesh import Mesh, check_mesh
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
@@ -40,21 +41,24 @@ KINDS = {
     "apertus": "numbers of the activation are trained; an MLP without a gate",
     "cohere2": "attention and MLP read one input; logits are scaled",
     "gemma3_text": "four norms a layer, a scaled embedding, windows",
-    "gemma4_text": "keys that are values, heads of two widths",
     "gpt_neox": "q, k and v are one layer, head by head; norms with a bias",
     "olmo3": "norms over all heads",
     "minicpm3": "latent attention, whose first layers stay whole",
     "starcoder2": "a bias behind each sum",
     "phi": "a head with a bias",
+    "gpt_oss": "whole experts; a sink of each head",
+    "olmoe": "norms over all heads, whose weight is multiplied in 16 bits",
+    "gemma4_text": "keys that are values, heads of two widths; experts beside the MLP",
+    "deepseek_v3": "latent attention that the plan leaves out; shared experts",
+    "llama4_text": "experts with code of their own; chunks",
 }
 REFUSED = {
-    "gpt_oss": "Transformers states no plan for it",
-    "qwen3_moe": "plan is moe_tp_experts for layers.0.mlp.experts",
+    "dbrx": "Transformers states no plan for it",
+    "flint": "it has layers.0.self_attn.sinks [4], which is in no plan",
     "qwen3_5_text": "plan is colwise_gather_output for layers.0.linear_attn.",
     "glm4": "plan is colwise_gather_output for layers.0.mlp.gate_up_proj",
     "olmo_hybrid": "which is in no plan",
     "phi3": "plan is rowwise_split_input for layers.0.self_attn.o_proj",
-    "granite_swa": "plan is local_params for layers.0.self_attn",
     "gemma3n_text": "it has layers.0.altup.",
     "youtu": "it has layers.0.self_attn.q_a_proj.weight [16 x 64], which is in no plan",
 }
@@ -68,6 +72,19 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(
     assert TABLE[model_type].tensor is not None
     assert STEPS == 5
     assert max(run_ranks(2, on_ranks, TABLE[model_type], adapter)) <= TOLERANCE
+
+
+def test_a_mixture_counts_as_cut_only_if_its_small_model_has_experts() -> None:
+    without = []
+    for entry in TABLE.values():
+        if entry.tensor is None:
+            continue
+        decoder = find_decoder(build(entry, None).model)
+        plan = decoder.config.base_model_tp_plan or {}
+        names = [name for name, _ in decoder.named_modules()]
+        if EXPERTS in plan.values() and not any(name.endswith("experts") for name in names):
+            without.append(entry.model_type)
+    assert without == []
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
@@ -150,12 +167,13 @@ LATENT = {
     "num_key_value_heads": 8, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }  # fmt: skip
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 @pytest.mark.parametrize(
     ("model_type", "sizes"),
-    [("starcoder2", {}), ("minicpm3", LATENT)],
-    ids=["a bias behind a sum", "layers that stay whole"],
+    [("starcoder2", {}), ("minicpm3", LATENT), ("qwen3_moe", MIXTURE)],
+    ids=["a bias behind a sum", "layers that stay whole", "whole experts in codes"],
 )
 def test_runs_on_nf4_are_those_of_one_process(
     model_type: str, sizes: dict[str, Any], tiny: Path, tmp_path: Path
@@ -174,28 +192,29 @@ def test_runs_on_nf4_are_those_of_one_process(
         assert saved == tensors_in(tmp_path / name / "final")
 
 
-def compiled() -> tuple[float, list[int]]:
+def compiled(model_type: str) -> tuple[float, list[int]]:
     """The largest difference of the losses, and the graphs that each batch adds."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     with join_ranks():
         mesh = Mesh.of(MeshShape(tensor=2), "cpu")
-        root = build(TABLE["starcoder2"], ADAPTER)
+        root = build(TABLE[model_type], ADAPTER)
         partial = apply_tensor_parallel(root, mesh)
         compile_layers(root.layers, varied=True, backend="aot_eager")
         graphs = []
         differences = []
         for _ in range(2):
             before = torch_private.graphs_compiled()
-            differences.append(abs(backward(root) - backward(build(TABLE["starcoder2"], ADAPTER))))
+            differences.append(abs(backward(root) - backward(build(TABLE[model_type], ADAPTER))))
             graphs.append(torch_private.graphs_compiled() - before)
         grads = {name: p.grad for name, p in root.trained_parameters() if p.grad is not None}
         reduce_gradients(grads, partial, mesh)
         return max(differences), graphs
 
 
-def test_compiled_layers_of_transformers_are_equal() -> None:
-    for difference, (first, second) in run_ranks(2, compiled):
+@pytest.mark.parametrize("model_type", ["starcoder2", "gpt_oss"])
+def test_compiled_layers_of_transformers_are_equal(model_type: str) -> None:
+    for difference, (first, second) in run_ranks(2, compiled, model_type):
         assert difference < 1e-5
         assert first > 0
         assert second == 0
@@ -204,13 +223,12 @@ def test_compiled_layers_of_transformers_are_equal() -> None:
 def test_a_mesh_that_cuts_an_unknown_layer_is_refused_with_one_that_works(
     tiny: Path, tmp_path: Path
 ) -> None:
-    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    model = write_model("qwen3_moe", tmp_path / "model", tiny, **sizes)
+    model = write_model("flint", tmp_path / "model", tiny)
     config = AutoConfig.from_pretrained(model)
     spec = model_spec(config.to_dict(), where="config.json")
     run = make_run(model, tmp_path)
     with pytest.raises(RecipeError) as refused:
         check_mesh(run, spec, MeshShape(replicate=1, shard=2, tensor=2), per_node=4)
-    assert holds(refused.value.what, "qwen3_moe", "2 ranks")
+    assert holds(refused.value.what, "flint", "2 ranks")
     assert "parallel.shard=4" in refused.value.fix
     check_mesh(run, spec, MeshShape(replicate=1, shard=4, tensor=1), per_node=4)

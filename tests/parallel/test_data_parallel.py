@@ -236,13 +236,18 @@ STACKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "mxfp4": ({"model": {"quantize": "as-shipped"}}, SHARD),
     "fp8": ({"model": {"quantize": "as-shipped"}}, {"shard": 3}),
     "nvfp4": ({"model": {"quantize": "as-shipped"}}, {"shard": 3}),
+    "mxfp4, tensor": ({"model": {"quantize": "as-shipped"}}, TENSOR),
+    "mxfp4, shards of a tensor group": (
+        {"model": {"quantize": "as-shipped"}},
+        {"shard": 2, "tensor": 2},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", STACKS)
 def test_experts_in_codes_on_shards_give_the_numbers_of_one_process(name, tiny, tmp_path):
     pytest.importorskip("bitsandbytes")
-    if name == "mxfp4":
+    if name.startswith("mxfp4"):
         model = write_mxfp4_gpt_oss(tmp_path / "base", tiny)
     else:
         width = 48 if name == "nvfp4" else 40

@@ -1,4 +1,6 @@
-"""A mixture with an adapter on its experts, on several ranks: the numbers of one process."""
+"""A mixture on several ranks, with an adapter on its experts or trained in full: the numbers of one
+process.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data_parallel import LORA, assert_those_of_one_process
+from test_cut_families import write_model
+from test_data_parallel import BITES, FULL, LORA, assert_those_of_one_process
+
+from recipes import merge
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +26,12 @@ CASES: dict[int, dict[str, tuple[dict[str, Any], dict[str, int]]]] = {
             {"train": {"recompute": "full"}},
             {"shard": 2, "experts": 2},
         ),
+        "tensor": (LORA, {"tensor": 2}),
+        "tensor, recomputed": (
+            {"train": {"recompute": "full"}},
+            {"tensor": 2},
+        ),
+        "full, tensor": (merge(FULL, BITES), {"tensor": 2}),
     },
     4: {
         "copies of shards": (LORA, {"replicate": 2, "shard": 2}),
@@ -29,12 +40,43 @@ CASES: dict[int, dict[str, tuple[dict[str, Any], dict[str, int]]]] = {
             {"train": {"clip_norm": 0.05}},
             {"replicate": 2, "shard": 2, "experts": 2},
         ),
+        "copies of a tensor group": (LORA, {"replicate": 2, "tensor": 2}),
+        "shards of a tensor group": (
+            {"adapter": {"modules_to_save": ["experts"], "target": ["q_proj"]}},
+            {"shard": 2, "tensor": 2},
+        ),
+        "full, shards of a tensor group": (merge(FULL, BITES), {"shard": 2, "tensor": 2}),
     },
 }
 
 
 @pytest.mark.parametrize("world", list(CASES))
-def test_copies_shards_and_experts_over_ranks_are_as_one_process(
+def test_every_mesh_trains_a_mixture_as_one_process_does(
     world: int, mixture: Path, tmp_path: Path
 ) -> None:
     assert_those_of_one_process(world, CASES[world], mixture, tmp_path)
+
+
+TENSOR = {"tensor": 4}
+ON_FOUR = {
+    "lora": (LORA, TENSOR),
+    "full": (merge(FULL, BITES), TENSOR),
+}
+# Each with what the others do not have.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"num_local_experts": 4, "sliding_window": 16},  # sinks, biases of experts
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4},  # norms over all heads
+    "qwen2_moe": {  # shared experts
+        "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 64,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_four_ranks_that_cut_attention_are_as_one_process(
+    model_type: str, tiny: Path, tmp_path: Path
+) -> None:
+    sizes = {"num_key_value_heads": 4, "num_experts_per_tok": 2, **MIXTURES[model_type]}
+    model = write_model(model_type, tmp_path / "model", tiny, **sizes)
+    assert_those_of_one_process(4, ON_FOUR, model, tmp_path)

@@ -185,24 +185,31 @@ def test_another_mesh_goes_on_where_the_first_stopped(
     assert plain(resumed) == pytest.approx(uninterrupted(tiny, what), rel=ROUNDING)
 
 
-EXPERTS = {"replicate": 2, "experts": 2}
-
-
-def test_experts_over_ranks_go_on_bit_for_bit_and_on_one_process(mixture, tmp_path, uninterrupted):
-    whole = many(mixture, tmp_path, EXPERTS, {"output_dir": str(tmp_path / "whole")})
-    many(mixture, tmp_path, EXPERTS, LORA, stop=(1, 3))
+@pytest.mark.parametrize(
+    ("what", "mesh"),
+    [(LORA, {"replicate": 2, "experts": 2}), (LORA, TENSOR), (FULL, TENSOR)],
+    ids=["experts", "tensor", "full, tensor"],
+)
+def test_a_mixture_goes_on_bit_for_bit_and_on_one_process(
+    what, mesh, mixture, tmp_path, uninterrupted
+):
+    whole = many(mixture, tmp_path, mesh, {**what, "output_dir": str(tmp_path / "whole")})
+    many(mixture, tmp_path, mesh, what, stop=(1, 3))
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    assert many(mixture, tmp_path, EXPERTS, LORA)[0]["records"] == whole[0]["records"][3:]
-    alone = many(mixture, tmp_path, ONE, {"output_dir": str(tmp_path / "copy")})[0]
+    assert many(mixture, tmp_path, mesh, what)[0]["records"] == whole[0]["records"][3:]
+    alone = many(mixture, tmp_path, ONE, {**what, "output_dir": str(tmp_path / "copy")})[0]
     assert alone["first"] == 3
-    assert plain(alone) == pytest.approx(uninterrupted(mixture, LORA), rel=ROUNDING)
+    assert plain(alone) == pytest.approx(uninterrupted(mixture, what), rel=ROUNDING)
 
 
-def test_ranks_divide_the_experts_of_a_run_of_one_process(mixture, tmp_path, uninterrupted):
+@pytest.mark.parametrize("mesh", [{"shard": 2, "experts": 2}, TENSOR], ids=["experts", "tensor"])
+def test_ranks_go_on_with_the_experts_of_a_run_of_one_process(
+    mesh, mixture, tmp_path, uninterrupted
+):
     many(mixture, tmp_path, ONE, LORA, stop=(0, 3))
-    divided = many(mixture, tmp_path, {"shard": 2, "experts": 2}, LORA)[0]
-    assert divided["first"] == 3
-    assert plain(divided) == pytest.approx(uninterrupted(mixture, LORA), rel=ROUNDING)
+    resumed = many(mixture, tmp_path, mesh, LORA)[0]
+    assert resumed["first"] == 3
+    assert plain(resumed) == pytest.approx(uninterrupted(mixture, LORA), rel=ROUNDING)
 
 
 def resumed_state(

@@ -136,6 +136,8 @@ def print_one(entry: ModelType) -> None:
         lines["largest difference"] = (
             f"logits {errors.logits:.1e}, gradients {errors.gradients:.1e}"
         )
+    if entry.uncut:
+        lines["parallel.tensor"] = f"1 alone: {entry.uncut}"
     if entry.tensor is not None:
         lines["parallel.tensor"] = f"{entry.tensor:.1e} from one rank, in losses and gradients"
     print(entry.model_type)

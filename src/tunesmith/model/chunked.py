@@ -55,18 +55,18 @@ class TunedAttention(nn.Module):
     floor_scale: float
     attn_scale: float
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         documents: Documents | None = kwargs.get("documents")
         if documents is not None:
             edges = documents.cu_seqlens
-            in_row = torch.arange(kwargs["hidden_states"].shape[1], device=edges.device)
+            in_row = torch.arange(hidden_states.shape[1], device=edges.device)
             # Of the tokens of documents, which the row may hold once for two of them.
             tokens = in_row if documents.repeated is None else documents.repeated.firsts
             # Each one less the start of its document: the edge before the first that is after it.
             in_document = tokens - edges[torch.searchsorted(edges, tokens, right=True) - 1]
             # Transformers' forward multiplies by the scale of the position in the row.
             kwargs["query_factor"] = self._scale(in_document) / self._scale(in_row)
-        return super().forward(*args, **kwargs)
+        return super().forward(hidden_states, *args, **kwargs)
 
     def _scale(self, positions: Tensor) -> Tensor:
         # floor((p + 1) / floor_scale): 0 for the first positions, where the factor is 1.

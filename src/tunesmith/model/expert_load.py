@@ -2,7 +2,8 @@
 
 A hook on the experts sees where their router sends each token. The counts stay on the device, and
 are read with the other numbers of the step. A layer that is computed again in the backward counts
-twice, all its experts alike.
+twice, all its experts alike. Of a tensor group each rank sees the tokens that it has between
+attention and MLP, and counts these.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.distributed.row_exchange import RankGroup
 from tunesmith.model.meta_forward import are_experts
 
 LOAD_MAX = "expert_load_max"
@@ -20,12 +22,17 @@ UNUSED = "experts_unused"
 
 
 class ExpertLoad:
-    """Counts of a model's experts, from one `take` to the next."""
+    """Counts of a model's experts, from one `take` to the next.
+
+    Attributes:
+        tensor_group: the ranks that share the tokens of each layer; None: this one has all.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.experts: list[int] = []  # of each layer that has some
         self.counts: dict[int, Tensor] = {}
         self.is_token: Tensor | None = None
+        self.tensor_group: RankGroup | None = None
         for module in model.modules():
             # `has_gate` is there where Transformers calls them through its interface.
             is_counted = hasattr(module, "has_gate") or are_experts(module)
@@ -37,7 +44,9 @@ class ExpertLoad:
 
     @contextmanager
     def count(self, is_token: Tensor) -> Iterator[None]:
-        """Count what runs inside; is_token: bool [n], False for padding."""
+        """Count what runs inside; is_token: bool [n] of the micro batch, False for padding."""
+        if self.tensor_group is not None:
+            is_token = is_token.chunk(self.tensor_group.size)[self.tensor_group.rank]
         self.is_token = is_token
         try:
             yield

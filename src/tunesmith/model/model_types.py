@@ -81,18 +81,20 @@ class ModelType:
         text: the type of its text model, where it is a composite; else empty.
         tensor: the largest difference, in losses and gradients, of two ranks that compute each
             layer together from one; None where its layers are not cut.
+        uncut: why they are not, of a type that was tried; else empty.
     """
 
     model_type: str
     support: Support
     text: str = ""
     tensor: float | None = None
+    uncut: str = ""
 
     def row(self) -> dict[str, Any]:
         """It as the table and `tunesmith models --json` have it, in one level."""
         values = asdict(self.support)
         errors = values.pop("errors") or {"logits": None, "gradients": None}
-        own = {"text": self.text, "tensor": self.tensor}
+        own = {"text": self.text, "tensor": self.tensor, "uncut": self.uncut}
         return {"model_type": self.model_type, **values, **errors, **own}
 
 
@@ -107,7 +109,8 @@ def read_model_types(file: Path = FILE) -> dict[str, ModelType]:
         if "logits" in values:
             errors = Errors(values.pop("logits"), values.pop("gradients"))
         tensor = values.pop("tensor", None)
-        types[name] = ModelType(name, Support(**values, errors=errors), text, tensor)
+        uncut = values.pop("uncut", "")
+        types[name] = ModelType(name, Support(**values, errors=errors), text, tensor, uncut)
     return types
 
 

@@ -5,10 +5,13 @@ The plan (`base_model_tp_plan` of the config) says which linear layers are shard
 colwise ones before it: attention, or an MLP. Everything outside the blocks must work token by
 token on vectors of the hidden size, as norms do; everything inside them that is not cut must be of
 one head, or of no width at all. What the plan or this rule does not cover is refused by name.
+
+Experts are not cut, whatever the plan says of them. With their router they work token by token, so
+that each rank computes all experts for its own tokens, without an exchange.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.model.decoder import find_decoder
-from tunesmith.model.fused import FusedWideNorm
+from tunesmith.model.decoder import find_decoder, find_layers
+from tunesmith.model.fused import FusedNorm
 from tunesmith.quant.frozen_linear import is_plain_linear
 
 KEY = "parallel.tensor"
@@ -25,12 +28,47 @@ COLWISE = "colwise"
 ROWWISE = "rowwise"
 # A norm over one head, whose gradients are summed; latent keys, of which each head reads all.
 WHOLE = ("replicated_with_grad_allreduce", "mla_kv_a_proj")
-# Attention whose norms are over all heads (OLMo 2, 3): Transformers gathers the heads for them, and
-# splits them after; here ranks share the sum of squares.
+# Attention whose norms are over all heads (OLMo 2, 3, OLMoE, MiniMax M2): Transformers gathers the
+# heads for them, and splits them after; here ranks share the sum of squares.
 GATHERED = {"colwise_gather_output": COLWISE, "rowwise_split_input": ROWWISE}
 PROJECTIONS = {"q_norm": "q_proj", "k_norm": "k_proj"}
 # Latent attention: its queries have such layers too, which plans do not name.
 LATENT_QUERIES = ("q_a_proj",)
+# All experts of a layer, and what chooses among them.
+EXPERTS = "moe_tp_experts"
+ROUTER = "router"
+# A module that computes with parameters of its own, which other entries name.
+OWN_PARAMETERS = "local_params"
+# What Transformers' plans leave out, of types that are cut as others of their kind.
+ATTENTION = {
+    "layers.*.self_attn.q_proj": COLWISE,
+    "layers.*.self_attn.k_proj": COLWISE,
+    "layers.*.self_attn.v_proj": COLWISE,
+    "layers.*.self_attn.o_proj": ROWWISE,
+}
+LATENT_ATTENTION = {
+    "layers.*.self_attn.q_proj": COLWISE,
+    "layers.*.self_attn.q_b_proj": COLWISE,
+    "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+    "layers.*.self_attn.kv_b_proj": COLWISE,
+    "layers.*.self_attn.o_proj": ROWWISE,
+}
+ADDED_PLANS: dict[str, dict[str, str]] = {
+    "deepseek_v3": LATENT_ATTENTION,
+    "gpt_oss": {
+        **ATTENTION,
+        "layers.*.self_attn.sinks": COLWISE,
+        "layers.*.self_attn": OWN_PARAMETERS,
+        "layers.*.mlp.experts": EXPERTS,
+    },
+    "granitemoe": ATTENTION,
+    "granitemoeshared": ATTENTION,
+    "qwen2_moe": {
+        "layers.*.mlp.shared_expert.gate_proj": COLWISE,
+        "layers.*.mlp.shared_expert.up_proj": COLWISE,
+        "layers.*.mlp.shared_expert.down_proj": ROWWISE,
+    },
+}
 # An embedding, which is sharded by the vocabulary whatever the plan says.
 EMBEDDING = "embed_tokens"
 
@@ -45,6 +83,7 @@ class ParallelBlock:
         rowwise: the one behind them, sharded by input columns.
         whole: its other linear layers, which every rank computes.
         norms: those over all heads, of which each rank has a part.
+        by_head: names of its own parameters [heads], of which each rank has a part.
     """
 
     name: str
@@ -53,6 +92,7 @@ class ParallelBlock:
     rowwise: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Any] = field(default_factory=dict)
     norms: dict[str, Any] = field(default_factory=dict)
+    by_head: list[str] = field(default_factory=list)
 
     @property
     def kv_heads(self) -> int | None:
@@ -72,15 +112,20 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
     not known how ranks share it.
     """
     decoder = find_decoder(model)
-    plan = getattr(decoder.config.get_text_config(), "base_model_tp_plan", None) or {}
+    config = decoder.config.get_text_config()
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    plan = {**plan, **ADDED_PLANS.get(config.model_type, {})}
     if not plan:
         raise _not_known(model, "Transformers states no plan for it")
     if not type(decoder).__module__.startswith("transformers."):
         raise _not_known(model, "its code is not Transformers' own")
+    experts = [name for name, _ in decoder.named_modules() if plan.get(_pattern(name)) == EXPERTS]
     blocks: dict[str, ParallelBlock] = {}
     for name, module in decoder.named_modules():
         action = plan.get(_pattern(name), "")
-        if not action or name == EMBEDDING:
+        if not action or name == EMBEDDING or action == OWN_PARAMETERS:
+            continue
+        if _is_in(name, experts):
             continue
         parent, _, child = name.rpartition(".")
         if parent not in blocks:
@@ -101,7 +146,7 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
     for block in blocks.values():
         if len(block.rowwise) != 1 or not block.colwise:
             raise _not_known(model, f"{block.name} has no pair of layers that ranks share")
-    _check_rest(model, decoder, blocks, plan)
+    _check_rest(model, decoder, blocks, plan, _whole_modules(model, decoder, experts))
     return list(blocks.values())
 
 
@@ -110,13 +155,37 @@ def _pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module of this name is one of `modules`, or in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _whole_modules(
+    model: PreTrainedModel, decoder: PreTrainedModel, experts: Iterable[str]
+) -> set[str]:
+    """The modules that work token by token, whatever they hold: experts and what routes to them.
+
+    Those are all of a mixture's module but its blocks, the shared experts.
+    """
+    layers = set(model.get_submodule(find_layers(model)).children())
+    whole = set()
+    for name in experts:
+        mixture = name.rpartition(".")[0]
+        if decoder.get_submodule(mixture) in layers:
+            # Beside attention and MLP (Gemma 4): the two that make a mixture, by name.
+            whole |= {name, f"{mixture}.{ROUTER}"}
+        else:
+            whole.add(mixture)
+    return whole
+
+
 def _norms_of_heads(attention: nn.Module) -> dict[str, Any]:
     """The norms of an attention that are over all heads, if their code is known; else none."""
     norms = {}
     for name, projection in PROJECTIONS.items():
         norm: Any = getattr(attention, name, None)
         layer: Any = getattr(attention, projection, None)
-        if not isinstance(norm, FusedWideNorm) or layer is None:
+        if not isinstance(norm, FusedNorm) or layer is None:
             return {}
         if norm.weight.numel() != layer.out_features:
             return {}
@@ -129,14 +198,23 @@ def _check_rest(
     decoder: PreTrainedModel,
     blocks: Mapping[str, ParallelBlock],
     plan: Mapping[str, str],
+    whole: Collection[str],
 ) -> None:
-    """ModelError for a parameter outside the cut layers that is of no known kind."""
+    """ModelError for a parameter outside the cut layers that is of no known kind.
+
+    Notes what of a block is cut beside its layers, or stays whole.
+
+    Args:
+        whole: modules whose parameters may have any shape.
+    """
     embedding: Any = decoder.get_input_embeddings()
     hidden = embedding.embedding_dim
     for name, module in decoder.named_modules():
         if module is embedding:
             continue
         block = _block_of(name, blocks)
+        if block is None and _is_in(name, whole):
+            continue
         # Of the block itself only the parameters that are its own are left to check.
         if block is not None and block.name != name:
             child = name[len(block.name) + 1 :]
@@ -147,9 +225,13 @@ def _check_rest(
                 continue
         for key, parameter in module.named_parameters(recurse=False):
             full_name = f"{name}.{key}" if name else key
-            if _pattern(full_name) in plan:
-                what = plan[_pattern(full_name)]
-                raise _not_known(model, f"Transformers' plan is {what} for {full_name}")
+            action = plan.get(_pattern(full_name))
+            heads = decoder.config.get_text_config().num_attention_heads
+            if action == COLWISE and block is not None and parameter.shape == (heads,):
+                block.by_head.append(key)
+                continue
+            if action is not None:
+                raise _not_known(model, f"Transformers' plan is {action} for {full_name}")
             if not _is_whole(parameter.shape, block, hidden):
                 shape = " x ".join(f"{size:,}" for size in parameter.shape)
                 raise _not_known(model, f"it has {full_name} [{shape}], which is in no plan")
@@ -158,7 +240,7 @@ def _check_rest(
 def _block_of(name: str, blocks: Mapping[str, ParallelBlock]) -> ParallelBlock | None:
     """The block that a module of this name is in, or is."""
     for block_name, block in blocks.items():
-        if name == block_name or name.startswith(f"{block_name}."):
+        if _is_in(name, [block_name]):
             return block
     return None
 

@@ -6,7 +6,7 @@ be.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from tunesmith.units import count_of
 
 DIMENSIONS = ("replicate", "shard", "tensor")
 MESH_NUMBERS = itertools.count()  # of the meshes of this process
+# Elements that `all_reduce_together` copies at a time: 64 MiB in fp32.
+BUCKET = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -131,20 +133,39 @@ ALONE = Mesh()
 
 @torch.no_grad()
 def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Sum each tensor over a group, in place and in one piece, in fp32 or wider.
+    """Sum each tensor over a group, in place, in fp32 or wider.
 
     A collective call with the same shapes, in the same order, on all ranks of the group; nothing
     where that is None.
     """
-    if group is None or not tensors:
+    if group is None:
         return
-    # One collective for all: each alone would wait for its own latency.
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    flat = torch.cat([tensor.flatten().to(wide) for tensor in tensors])
-    dist.all_reduce(flat, group=group)
-    totals = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, total in zip(tensors, totals, strict=True):
-        tensor.copy_(total.view_as(tensor))
+    for bucket in _buckets(tensors):
+        # One collective for many: each alone would wait for its own latency.
+        wide = torch.promote_types(bucket[0].dtype, torch.float32)
+        flat = torch.cat([tensor.flatten().to(wide) for tensor in bucket])
+        dist.all_reduce(flat, group=group)
+        totals = flat.split([tensor.numel() for tensor in bucket])
+        for tensor, total in zip(bucket, totals, strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in groups of at most BUCKET elements, a large one in pieces."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        # A piece must be a view; what has no single run of memory stays whole.
+        pieces = tensor.view(-1).split(BUCKET) if tensor.is_contiguous() else (tensor,)
+        for piece in pieces:
+            if bucket and size + piece.numel() > BUCKET:
+                yield bucket
+                bucket = []
+                size = 0
+            bucket.append(piece)
+            size += piece.numel()
+    if bucket:
+        yield bucket
 
 
 def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
@@ -210,7 +231,7 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
         _check_experts_of(run, spec, shape)
     if tensor > 1 and spec.quantized == "bnb-nf4":
         raise _cannot_shard("a ready-made nf4 base", shape)
-    if tensor > 1 and not scheme_of(run.model).is_cut:
+    if tensor > 1 and not scheme_of(run.model, spec.quantized).is_cut:
         raise _cannot_shard("a base as it ships", shape, where="model.quantize", fix="none")
     if run.train.optimizer == "adamw-8bit" and _has_ragged_moments(run, spec, shape):
         raise _cannot_shard("8-bit moments", shape, where="train.optimizer", fix="adamw")
@@ -227,7 +248,10 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     block = scheme_of(run.model).block
     for layer in dict.fromkeys(spec.layers):
         attention_blocks = layer.heads * layer.value_dim / block
-        widths = (layer.heads, layer.kv_heads, layer.intermediate / block, attention_blocks)
+        widths = [layer.heads, layer.kv_heads, attention_blocks]
+        if not layer.experts:
+            # Experts are not cut; `apply_tensor_parallel` looks at the MLPs beside them.
+            widths.append(layer.intermediate / block)
         if any(width % tensor for width in widths):
             heads = f"{layer.heads} heads, {layer.kv_heads} of keys and values"
             what = f"{heads}, and an MLP of {layer.intermediate:,} columns"
@@ -244,6 +268,13 @@ def _check_experts_of(run: Run, spec: ModelSpec, shape: MeshShape) -> None:
             where=key,
             why="it is no mixture, or Transformers does not call its experts by its interface",
             fix=f"{key}=1",
+        )
+    if shape.tensor > 1:
+        raise RecipeError(
+            f"{key} does not go with parallel.tensor={shape.tensor}",
+            where=key,
+            why="each rank of a tensor group has all experts, for its own tokens",
+            fix=f"{key}=1, or parallel.tensor=1",
         )
     if scheme_of(run.model, spec.quantized).expert_bytes is not None:
         raise RecipeError(
@@ -297,24 +328,20 @@ def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
     """RecipeError unless a small model of this type was cut over ranks, and gave equal numbers."""
     model_type = read_model_types().get(spec.model_type)
     is_cut = model_type is not None and model_type.tensor is not None
-    # A type whose own config has no experts may have them in another.
-    is_dense = all(layer.mixing == "attention" and not layer.experts for layer in spec.layers)
-    if is_cut and is_dense:
+    if is_cut and all(layer.mixing == "attention" for layer in spec.layers):
         return
     ranks = shape.shard * shape.tensor
+    fix = f"parallel.tensor=1 parallel.shard={ranks}: copies and shards work for every type"
     if any(layer.expert_count for layer in spec.layers):
-        raise RecipeError(
-            f"a layer of {spec.model_type} cannot be cut over {shape.tensor} ranks",
-            where="parallel.tensor",
-            why="it is a mixture: neither its attention nor its experts are cut, but ranks can "
-            "divide whole experts under LoRA, and any layer by shards",
-            fix=f"parallel.tensor=1 parallel.experts={ranks}, or parallel.shard={ranks}",
-        )
+        fix = f"{fix}; or, under LoRA, parallel.tensor=1 parallel.experts={ranks}"
+    why = f"the ranks make {shape.describe()}; `tunesmith models TYPE` says whether one is cut"
+    if model_type is not None and model_type.uncut:
+        why = model_type.uncut
     raise RecipeError(
         f"a layer of {spec.model_type} cannot be cut over {shape.tensor} ranks",
         where="parallel.tensor",
-        why=f"the ranks make {shape.describe()}; `tunesmith models TYPE` says whether one is cut",
-        fix=f"parallel.tensor=1 parallel.shard={ranks}: copies and shards work for every type",
+        why=why,
+        fix=fix,
     )
 
 

@@ -7,9 +7,11 @@
 - Between attention and MLP, activations are sharded by tokens (sequence parallel: Korthikanti et
   al. 2022, arXiv:2205.05198). Tokens are gathered before each of the two; the parts of its sum are
   added and scattered after it.
-- Norms, the bias of a layer that is sharded by columns, A of one that is sharded by rows and B of
-  one that is sharded by columns are whole on every rank, and their gradients are parts of a sum.
-  Nothing raises where that sum is left out.
+- Experts and their router are whole on every rank, which computes them for its own tokens: no
+  activation moves, and the work is shared as that of all other layers is.
+- Norms, routers, experts with their adapter, the bias of a layer that is sharded by columns, A of
+  one that is sharded by rows and B of one that is sharded by columns are whole on every rank, and
+  their gradients are parts of a sum. Nothing raises where that sum is left out.
 
 Parameters become DTensors on the tensor mesh, so that sharding, the optimizer and checkpoints know
 their whole shapes.
@@ -25,15 +27,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tunesmith.adapter.lora import Lora
+from tunesmith.adapter.low_rank import LowRank
 from tunesmith.distributed.row_exchange import RankGroup, gather_rows, scatter_sum
 from tunesmith.distributed.torch_private import collective
 from tunesmith.distributed.vocab_parallel import ShardedHead, VocabularyShard, local_part
 from tunesmith.errors import RecipeError
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.decoder import find_decoder
-from tunesmith.model.fused import FusedNorm, FusedZeroCenteredNorm, add_mixin
+from tunesmith.model.fused import FusedNorm, FusedWideNorm, FusedZeroCenteredNorm, add_mixin
 from tunesmith.parallel.cuts import KEY, ParallelBlock, find_blocks
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
+from tunesmith.quant.expert_stack import ExpertStack
 from tunesmith.quant.frozen_linear import FrozenLinear, TensorShard
 from tunesmith.quant.nf4 import BLOCK, Nf4Linear
 from tunesmith.units import ceil_div
@@ -77,6 +81,7 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
     for module in decoder.modules():
         sharder.replicate_module(module)
     sharder.gather_output(decoder)
+    root.expert_load.tensor_group = sharder.group
     return frozenset(name for name, p in model.named_parameters() if p in sharder.partial)
 
 
@@ -151,11 +156,17 @@ class _ModelSharder:
         for norm in block.norms.values():
             self.add_mixin(norm, NormOfHeads)
             self.shard_parameter(norm, "weight", ROWS)
+        for name in block.by_head:
+            self.shard_parameter(block.module, name, ROWS)
+        if block.by_head:
+            self.add_mixin(block.module, LocalParameters)
         self.add_mixin(block.module, SequenceParallelBlock)
 
     def replicate_module(self, module: nn.Module) -> None:
         """Keep the parameters of a norm whole, or of any module that is not sharded by now."""
-        computes_locally = isinstance(module, FusedNorm | FusedZeroCenteredNorm | Lora)
+        if isinstance(module, ExpertStack):
+            return  # codes, of which every rank has all; they are not trained, and no DTensors
+        computes_locally = isinstance(module, FusedNorm | FusedZeroCenteredNorm | LowRank)
         parameters = dict(module.named_parameters(recurse=False))
         if isinstance(module, FrozenLinear):
             # Codes are not trained, and no DTensors.
@@ -262,16 +273,17 @@ class _ModelSharder:
         return nn.Parameter(tensor, requires_grad=whole.requires_grad)
 
 
-# ---- collectives with a gradient; activations are [1, tokens, width] ----
+# ---- collectives with a gradient; activations are [1, tokens, width], of shared experts also
+# [tokens, width] ----
 
 
 def _gather(x: Tensor, group: RankGroup) -> Tensor:
     # Dimension 0 is what the collectives split: [1, tokens, width] -> [tokens, width].
-    return gather_rows(x.squeeze(0), group).unsqueeze(0)
+    return gather_rows(x.flatten(0, -2), group).view(*x.shape[:-2], -1, x.shape[-1])
 
 
 def _scatter(x: Tensor, group: RankGroup) -> Tensor:
-    return scatter_sum(x.squeeze(0), group).unsqueeze(0)
+    return scatter_sum(x.flatten(0, -2), group).view(*x.shape[:-2], -1, x.shape[-1])
 
 
 class _SumOfRanks(torch.autograd.Function):
@@ -327,7 +339,7 @@ class LocalParameters(nn.Module):
 
 
 class NormOfHeads(nn.Module):
-    """An RMSNorm over all heads, of which this rank has some; it multiplies in fp32."""
+    """An RMSNorm over all heads, of which this rank has some."""
 
     tensor_group: RankGroup
 
@@ -339,7 +351,12 @@ class NormOfHeads(nn.Module):
         width = x.shape[-1] * self.tensor_group.size
         mean = _SumOfRanks.apply(squares, self.tensor_group) / width
         scale = torch.rsqrt(mean + norm.variance_epsilon)
-        return (wide * scale * local_part(norm.weight).to(wide.dtype)).to(x.dtype)
+        normed = wide * scale
+        weight = local_part(norm.weight)
+        if isinstance(norm, FusedWideNorm):
+            return (normed * weight.to(wide.dtype)).to(x.dtype)
+        y: Tensor = normed.to(x.dtype) * weight
+        return y
 
 
 class BiasOfSum(LocalParameters):

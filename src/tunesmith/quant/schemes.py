@@ -178,13 +178,13 @@ SHIPPED = ShippedScheme(
     # The codes are read, and the dense weight made of them is written and read: 2 x (1 + 2 + 2).
     traffic_bytes=10.0,
 )
-# Of gpt-oss the experts: two codes a byte, and a byte of scale for 32 of them, which ranks share.
+# Of gpt-oss the experts, which no tensor group cuts: two codes a byte, and a byte of scale for 32
+# of them, which ranks share.
 SHIPPED_MXFP4 = ShippedScheme(
     AS_SHIPPED,
     expert_bytes=1 / 2 + 1 / 32,
     # In plain PyTorch: bytes to int32, two values of each looked up, times the scales, copied.
     expert_dense_bytes=(0.5 + 2) + (2 + 2) + (2 + 2) + (2 + 2),
-    is_cut=False,
     # 2 x (0.53 + 2 + 2)
     traffic_bytes=9.06,
 )
