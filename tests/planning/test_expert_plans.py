@@ -60,6 +60,21 @@ def test_a_rank_holds_its_experts_and_their_adapter_alone() -> None:
     assert divided.sent["network"] == pytest.approx(rows + gradients)
 
 
+def test_a_tensor_group_divides_attention_and_keeps_experts_whole() -> None:
+    plans = planner(100.0, "2xh100")
+    copies, cut = plans.forecast(COPIES), plans.forecast(MeshShape(1, 1, 2))
+    attention, router = 2 * HIDDEN * (32 + 4) * 128, EXPERTS * HIDDEN
+    tables = 2 * 32_000 * HIDDEN
+    halves = (LAYERS * (attention + router) + tables) // 2
+    assert copies.plan.memory.weights - cut.plan.memory.weights == 2 * halves
+    assert copies.plan.memory.optimizer == cut.plan.memory.optimizer
+    # Half of the hidden states and sums of attention alone, in bf16, of the embedding and the head,
+    # and of the gradients of the experts' adapter, in fp32.
+    sums = 2 * LAYERS + cut.plan.recomputed_layers + 2
+    rows = 2 * sums * plans.work.step.mean / 2 * HIDDEN * 2
+    assert cut.sent["link"] == pytest.approx(rows + 4 * 2 * LAYERS * FACTORS / 2)
+
+
 def test_experts_are_divided_where_copies_do_not_fit_and_shards_move_more() -> None:
     plan = planner(3.0).choose()
     assert plan.mesh.experts == 2
@@ -85,7 +100,7 @@ def test_experts_are_divided_where_copies_do_not_fit_and_shards_move_more() -> N
         ({"parallel": {"experts": 2}, "train": {"optimizer": "adamw-8bit"}}, 2, "train.optimizer"),
         ({"parallel": {"experts": 2}, "train": {"cpu_offload": ["parameters"]}}, 2,
          "train.cpu_offload"),
-        ({"parallel": {"tensor": 2}}, 2, "parallel.tensor"),
+        ({"parallel": {"tensor": 2, "experts": 2}}, 4, "parallel.experts"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_divided_is_refused(changes: dict[str, Any], ranks: int, where: str) -> None:

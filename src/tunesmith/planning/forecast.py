@@ -35,7 +35,7 @@ from tunesmith.data.schedule import BatchSchedule, StepSize
 from tunesmith.data.tokens import TokenSet
 from tunesmith.model.documents import kept_probabilities
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.spec import ModelSpec, flops
+from tunesmith.model.spec import Layer, ModelSpec, flops
 from tunesmith.parallel.mesh import meshes_for
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning import resolve, savings
@@ -557,17 +557,11 @@ class Planner:
         itemsize = DTYPES[self.run.model.dtype].itemsize
         estimator = self._estimator(plan.mesh)
         layers, ends = estimator.weights(itemsize)
-        # Sums over a tensor group, each a scatter and a gather of all tokens: two of a layer
-        # forward and two backward, those of the forward again where it is recomputed; and of the
-        # embedding and the head's gradient.
-        sums = 4 * spec.depth + 2 * plan.recomputed_layers + 2
         # In fp32; of a model trained in full, of this rank's shards.
         # An all-reduce is a reduction and a gather: 2 times 4 bytes a parameter.
         gradients = 2 * 4 * estimator.trained_here
-        of_experts = 0.0
         if experts > 1:
-            of_experts = 2 * 4 * estimator.trained_of_experts
-            gradients -= int(of_experts)
+            gradients -= 2 * 4 * estimator.trained_of_experts
         head = 0
         embedding = 0
         in_fp32 = 0.0
@@ -588,7 +582,9 @@ class Planner:
 
         return Collectives(
             # 2: each sum is a scatter and a gather.
-            tensor_parallel=Collective(1, 2 * sums * tokens * spec.hidden * itemsize, tensor, 1),
+            tensor_parallel=Collective(
+                1, 2 * self._tensor_sums(plan) * tokens * spec.hidden * itemsize, tensor, 1
+            ),
             # In each pass: of all layers but one, as the last stays for the backward, and nothing
             # hides the first one's.
             gather=of_shards(2 * micro_batches, layers * (1 - 1 / spec.depth)),
@@ -601,8 +597,39 @@ class Planner:
             expert_rows=Collective(
                 1, self._expert_passes(plan) * tokens * experts * spec.hidden * itemsize, experts, 1
             ),
-            expert_gradients=Collective(1, of_experts, replicate * shard // experts, experts),
+            expert_gradients=self._expert_gradients(plan),
         )
+
+    def _tensor_sums(self, plan: RunPlan) -> int:
+        """Sums over a tensor group in a step, each a scatter and a gather of all tokens.
+
+        One of each block, forward and backward, that of the forward again where its layer is
+        recomputed; and of the embedding and the head's gradient.
+        """
+        blocks = [self._shared_blocks(layer) for layer in self.spec.layers]
+        return 2 * sum(blocks) + sum(blocks[: plan.recomputed_layers]) + 2
+
+    def _expert_gradients(self, plan: RunPlan) -> Collective:
+        """The sum of gradients of experts, of which ranks hold a part, or a tensor group all."""
+        replicate, shard, tensor, experts = plan.mesh
+        estimator = self._estimator(plan.mesh)
+        if experts > 1:
+            size = 2 * 4 * estimator.trained_of_experts
+            return Collective(1, size, replicate * shard // experts, experts)
+        # Of a tensor group beside the sum over the data ranks.
+        return Collective(1, 2 * 4 * estimator.summed_of_experts, tensor, 1)
+
+    def _shared_blocks(self, layer: Layer) -> int:
+        """How many blocks of a layer a tensor group shares: attention, and an MLP of all tokens.
+
+        Of a mixture that is one of shared experts: what there is beside attention and router.
+        """
+        if not layer.experts:
+            return 2
+        of_heads = layer.heads + layer.kv_heads
+        attention = self.spec.hidden * of_heads * (layer.head_dim + layer.value_dim)
+        router = self.spec.hidden * layer.expert_count
+        return 1 + (layer.matmul > attention + router)
 
     def _expert_passes(self, plan: RunPlan) -> int:
         """How often a step exchanges the rows of a token for experts: forward, and backward."""
@@ -676,7 +703,8 @@ class Planner:
         if not mixture.expert_count:
             return 1.0
         # Ranks that divide experts compute the tokens of all: an expert has as many rows of each.
-        tokens = plan.memory.tokens * plan.mesh.experts
+        # Those of a tensor group share the tokens.
+        tokens = plan.memory.tokens * plan.mesh.experts / plan.mesh.tensor
         rows = tokens * mixture.experts_per_token / mixture.expert_count
         return 1 + TILE / 2 / rows
 

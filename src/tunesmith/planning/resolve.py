@@ -309,8 +309,8 @@ class MemoryEstimator:
         """Bytes of the base that a tensor-parallel rank computes with.
 
         Of all layers' matrices, and of what else there is. Tensor-parallel ranks shard everything
-        but norms and biases. Experts are not counted where ranks divide them. The scales of a base
-        in fp8, 4 bytes a row, are not counted.
+        but experts, norms and biases. Experts are not counted where ranks divide them. The scales
+        of a base in fp8, 4 bytes a row, are not counted.
         """
         spec = self.spec
         tensor = self.mesh.tensor
@@ -324,7 +324,7 @@ class MemoryEstimator:
             width = itemsize
         layers = int(ceil_div(matrices, tensor) * width) + self.scales
         if self.mesh.experts == 1:
-            layers += ceil_div(self._expert_weights(itemsize), tensor)
+            layers += self._expert_weights(itemsize)
         ends = int((ceil_div(tables, tensor) + rest) * itemsize)
         return layers, ends
 
@@ -347,6 +347,17 @@ class MemoryEstimator:
     def trained_of_experts(self) -> int:
         """Trained parameters of one rank's experts."""
         return count_expert_adapter(self.spec, self.run.adapter) // self.mesh.experts
+
+    @property
+    def summed_of_experts(self) -> int:
+        """Trained parameters of experts, of which each tensor-parallel rank has a part of the
+        gradient.
+        """
+        if self.mesh.tensor == 1:
+            return 0
+        if self.trains_adapter:
+            return self.trained_of_experts
+        return ceil_div(self._expert_weights(1), self.mesh.shard)
 
     @property
     def rows_of_others(self) -> int:
@@ -379,15 +390,16 @@ class MemoryEstimator:
         spec = self.spec
         tensor = self.mesh.tensor
         scheme = self.scheme
-        ranks = tensor * self.mesh.experts
-        of_stacks = spec.expert_stacks * scheme.expert_scale_bytes / ranks
+        of_stacks = spec.expert_stacks * scheme.expert_scale_bytes / self.mesh.experts
         if not scheme.scale_bytes:
             return int(of_stacks)
         rowwise = 0
         if tensor > 1:
             layer = spec.layers[0]
             # o has heads * head_dim inputs, down the MLP's width; both have `hidden` outputs.
-            inputs = layer.heads * layer.head_dim + layer.intermediate
+            inputs = layer.heads * layer.head_dim
+            if not layer.experts:
+                inputs += layer.intermediate
             rowwise = spec.depth * spec.hidden * inputs
         others = spec.linear_matrices - rowwise
         # In fp32: 4 bytes a block of weights.
@@ -720,7 +732,9 @@ class MemoryEstimator:
         hidden = self.spec.hidden
         layer = self.spec.widest
         wide = ceil_div(layer.intermediate, self.mesh.tensor)
-        largest = ceil_div(layer.largest, self.mesh.tensor)
+        largest = layer.largest
+        if not layer.experts:
+            largest = ceil_div(largest, self.mesh.tensor)
         weight = self.scheme.backward_elements(largest, itemsize)
         if layer.experts:
             # Of a stack so many experts at a time; a CPU takes one after the other.
@@ -841,7 +855,7 @@ class MemoryEstimator:
         experts = spec.layer_matrices - spec.linear_matrices
         # The products read dense weights; those of codes are made first.
         moved = experts * itemsize + spec.expert_stacks * self.scheme.expert_dense_bytes
-        return 2 * moved / (self.mesh.tensor * self.mesh.experts)
+        return 2 * moved / self.mesh.experts
 
     @property
     def expert_traffic(self) -> float:
