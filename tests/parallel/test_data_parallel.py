@@ -18,7 +18,7 @@ from ranks import free_port, run_ranks, world_of
 from recipes import make_run, merge, recipe
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
 from tunesmith.inference import decoding
-from tunesmith.parallel import copies
+from tunesmith.parallel import copies, mesh
 from tunesmith.quant.eight_bit import select_scaling
 from tunesmith.quant.scaled_matmul import TENSOR_WISE
 from tunesmith.training import build
@@ -27,7 +27,8 @@ from untied import write_untied
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
-LARGE = 1000  # elements of a gradient that is summed beside the backward: matrices of these small models
+# Elements of a gradient that is summed beside the backward, or in pieces: matrices of these small models.
+LARGE = 1000
 ANSWER = 4  # tokens of a sample answer: a random model ends none by itself, and none is late
 STEPS = 2  # the second shows the first update; `test_resume_on_ranks.py` and `selfcheck` take more
 Numbers = list[tuple[float, ...]]
@@ -42,6 +43,7 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
     with (
         mock.patch.object(build, "PROBE_TOKENS", 256),
         mock.patch.object(copies, "LARGE", LARGE),
+        mock.patch.object(mesh, "BUCKET", LARGE),
         mock.patch.object(decoding, "SAMPLE_TOKENS", ANSWER),
     ):
         result = train(make_run(model, folder, **merge(base, changes)), quiet=True)
