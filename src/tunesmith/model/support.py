@@ -33,7 +33,7 @@ from tunesmith.model.model_types import Errors, Support
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.twin import VOCAB, build_twin
 
-FORMAT = 5  # of the cached files; what is measured, and how, counts
+FORMAT = 6  # of the cached files; what is measured, and how, counts
 # Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
 LENGTHS = (13, 22)
 # Of a module's output: what reaches it from the other document.
