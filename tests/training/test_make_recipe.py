@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import schema_line
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError, MachineError, RecipeError, StoppedError
 from tunesmith.model import twin
-from tunesmith.training.make_recipe import make_recipe
+from tunesmith.training.make_recipe import learning_rate_of_width, make_recipe
 from tunesmith.training.run import train
 
 Capture = pytest.CaptureFixture[str]
@@ -129,7 +130,7 @@ def test_the_written_recipe_says_why(home: Path) -> None:
     (home / "faq.csv").rename(home / "mine/My FAQ.csv")
     made = make_recipe("small", "mine/My FAQ.csv", ["adapter.rank=4"])
     assert made.path == home / "runs/my-faq-small.yaml"
-    longest = made.text.partition("looked at has ")[2].partition(" ")[0]
+    longest = made.text.partition("examined has ")[2].partition(" ")[0]
     assert (
         made.text
         == f"""\
@@ -149,18 +150,19 @@ data:
     columns:
       prompt: Question
       completion: Answer
-  # 2 of 40 rows, drawn by the seed, to measure val_loss on; with fewer than
-  # 10 it tells little
+  # 2 of 40 rows, chosen by the seed, to compute val_loss; with fewer than 10
+  # it is only a rough estimate
   hold_out: 5 %
-  # the longest of the 40 rows looked at has {longest} tokens
+  # the longest of the 40 rows examined has {longest} tokens
   seq_len: 256
 train:
-  # 38 examples; of fewer each is seen more often, of many once
+  # 38 examples; small data sets get more epochs, large ones fewer
   duration: 10 epochs
-  # 190 optimizer steps; few rows take small batches, to make 100 or more
+  # 190 optimizer steps; small data sets get small batches, for 100 steps or
+  # more
   global_batch: 2 examples
-  # LoRA takes about ten times the rate of full fine-tuning, and wide models
-  # less than narrow ones
+  # from the model's hidden size, 64; LoRA takes about ten times the rate of
+  # full fine-tuning
   learning_rate: 0.001
 validate:
   every: 10 steps
@@ -369,6 +371,15 @@ def test_long_rows_get_room_within_the_context(home: Path) -> None:
     assert seq_len(*[10] * 30, 255) == 256  # and an end token
     assert seq_len(*[10] * 30, 256) == 512
     assert seq_len(*[10] * 30, 5000) == 2048, "the tiny model's context"
+
+
+def test_the_learning_rates_of_the_docs_are_those_of_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "choosing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| [^|]+ \| (\S+) \| (\S+) \|$", page, re.MULTILINE)
+    assert len(rows) == 6
+    for hidden, lora, full in rows:
+        assert learning_rate_of_width("lora", int(hidden)) == float(lora), hidden
+        assert learning_rate_of_width("none", int(hidden)) == float(full), hidden
 
 
 def test_what_is_given_stands_and_is_written(home: Path) -> None:

@@ -100,11 +100,11 @@ class MadeRecipe:
         changes = differences(load_recipe(self.path), self.run)
         if changes:
             raise RecipeError(
-                f"{self.name} is there, and is not what this command makes",
+                f"{self.name} already exists and differs from the recipe that this command writes",
                 where="\n         ".join(map(str, changes)),
-                why="it was edited, or the command or the data is another; it is not overwritten",
-                fix=f"train it as it stands: tunesmith train {self.name}; "
-                "or begin another: output_dir=runs/NAME",
+                why="it was edited, or the command or the data has changed; it is not overwritten",
+                fix=f"train the existing recipe: tunesmith train {self.name}; "
+                "or start another run: output_dir=runs/NAME",
             )
 
     def write_file(self) -> None:
@@ -254,7 +254,7 @@ def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelFiles, n
     )
     template = select_template(data, files.tokenizer, eos_ids(files.folder, files.tokenizer))
     if len(rows) > LOOK:
-        # Every so many rows: files are often sorted.
+        # Evenly spaced rows: files are often sorted.
         numbers = sorted({n * len(rows) // LOOK for n in range(LOOK)})
         rows = rows.take([range(number, number + 1) for number in numbers])
     tokens = tokenize(
@@ -277,14 +277,14 @@ def _choose_hold_out(
             hold_out = Share(MOST_HELD_OUT, "examples")
     if not hold_out:
         if not draft.data.validation:
-            why["data.train"] += "; too few to hold some out"
+            why["data.train"] += "; too few to hold any out for validation"
         return 0
     count = count_held_out(hold_out, rows)
     chosen["data.hold_out"] = str(hold_out)
-    drawn = f"{count:,} of {count_of(rows, 'row')}, drawn by the seed"
-    why["data.hold_out"] = f"{drawn}, to measure val_loss on"
+    drawn = f"{count:,} of {count_of(rows, 'row')}, chosen by the seed"
+    why["data.hold_out"] = f"{drawn}, to compute val_loss"
     if count < TELLING:
-        why["data.hold_out"] += f"; with fewer than {TELLING} it tells little"
+        why["data.hold_out"] += f"; with fewer than {TELLING} it is only a rough estimate"
     return count
 
 
@@ -298,7 +298,7 @@ def _choose_seq_len(
     """Add room for the longest example, or where that is above SEQ_LEN for 99 % of them."""
     context = spec.position_limit or spec.context
     longest = int(lengths.max())
-    looked_at = f"the {len(lengths):,} rows looked at"
+    looked_at = f"the {len(lengths):,} rows examined"
     if longest <= SEQ_LEN:
         seq_len = longest
         reason = f"the longest of {looked_at} has {longest:,} tokens"
@@ -313,9 +313,9 @@ def _choose_seq_len(
     too_long = float(np.mean(lengths > seq_len))
     if too_long > MOST_CUT and "data.seq_len" not in given_keys:
         chosen["data.too_long"] = "drop"
-        shown = f"{too_long:.0%} of the rows looked at are longer than the {context:,} tokens"
-        effect = "cut there, their answers would have no end"
-        why["data.too_long"] = f"{shown} that the model takes; {effect}"
+        shown = f"{too_long:.0%} of the rows examined are longer than the {context:,} tokens"
+        effect = "truncated, their answers would have no end"
+        why["data.too_long"] = f"{shown} that the model supports; {effect}"
 
 
 def _choose_method(
@@ -328,7 +328,7 @@ def _choose_method(
     chosen["method.name"] = method
     kinds = {
         "preference": "the rows are pairs of a chosen and a rejected answer",
-        "feedback": "the rows are answers that are labeled good or bad",
+        "feedback": "the rows are answers labeled good or bad",
     }
     why["method"] = kinds[format_name]
 
@@ -337,19 +337,27 @@ def _choose_preference_rate(chosen: dict[str, Any], why: dict[str, str]) -> None
     """Lower the learning rate for a method that compares answers."""
     rate = chosen["train.learning_rate"] * PREFERENCE_RATE
     chosen["train.learning_rate"] = float(f"{rate:.0e}")
-    why["train.learning_rate"] += "; learning from preferences takes a tenth of it"
+    why["train.learning_rate"] += "; preference training uses a tenth of it"
+
+
+def learning_rate_of_width(adapter_kind: str, hidden: int) -> float:
+    """The peak learning rate for a model with this hidden size, to one significant digit.
+
+    docs/choosing.md tabulates it, and a test compares the two.
+    """
+    rate = FULL_RATE * (WIDTH / hidden) ** WIDTH_EXPONENT
+    if adapter_kind == "lora":
+        rate *= LORA_RATE
+    return min(MOST_RATE, float(f"{rate:.0e}"))
 
 
 def _choose_rate(chosen: dict[str, Any], why: dict[str, str], draft: Run, hidden: int) -> None:
     """Add the learning rate for a model of this width."""
-    rate = FULL_RATE * (WIDTH / hidden) ** WIDTH_EXPONENT
-    method = "a tenth of what LoRA takes"
+    chosen["train.learning_rate"] = learning_rate_of_width(draft.adapter.kind, hidden)
+    reason = f"from the model's hidden size, {hidden:,}"
     if draft.adapter.kind == "lora":
-        rate = FULL_RATE * LORA_RATE * (WIDTH / hidden) ** WIDTH_EXPONENT
-        method = "LoRA takes about ten times the rate of full fine-tuning"
-    # One significant digit.
-    chosen["train.learning_rate"] = min(MOST_RATE, float(f"{rate:.0e}"))
-    why["train.learning_rate"] = f"{method}, and wide models less than narrow ones"
+        reason += "; LoRA takes about ten times the rate of full fine-tuning"
+    why["train.learning_rate"] = reason
 
 
 def _choose_steps(
@@ -382,12 +390,13 @@ def _choose_steps(
     chosen["train.duration"] = str(duration)
     chosen["train.global_batch"] = str(batch)
     why["train.duration"] = (
-        f"{count_of(examples, 'example')}; of fewer each is seen more often, of many once"
+        f"{count_of(examples, 'example')}; small data sets get more epochs, large ones fewer"
     )
     if duration.unit == "epochs" and batch.unit == "examples":
         steps = round(ceil_div(examples, batch.amount) * duration.amount)
         why["train.global_batch"] = (
-            f"{steps:,} optimizer steps; few rows take small batches, to make {STEPS} or more"
+            f"{steps:,} optimizer steps; "
+            f"small data sets get small batches, for {STEPS} steps or more"
         )
         return steps
     if duration.unit == "steps":
