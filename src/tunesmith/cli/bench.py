@@ -1,4 +1,4 @@
-"""Measure how fast a recipe trains here, and what share of the chip's speed.
+"""Measure how fast a recipe trains on this machine, and its MFU.
 
 example:
   tunesmith bench smollm2-135m-lora \\
@@ -11,11 +11,11 @@ example:
   tunesmith bench my-recipe.yaml --ablation --json ablation.json \\
     --only data.pack,train.recompute
 
-The steps are those of `train`, on real rows; nothing is kept. --shape takes a
-model's true shape with random weights that are drawn on the device, so nothing
-is downloaded; its tokenizer may be any that fits the vocabulary. A shape comes
-with a recipe (LoRA of rank 8 on all linear layers, seq_len 2048, packed, 16,384
-tokens per step), and key=value wins.
+It runs the training steps of `train` on real rows and saves nothing. --shape
+uses the dimensions of a real model with random weights, so nothing is
+downloaded; any tokenizer that fits the vocabulary works. The recipe of a shape
+is LoRA of rank 8 on all linear layers, seq_len 2048, packed, 16,384 tokens per
+step; key=value overrides it.
 """
 
 import argparse
@@ -51,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} (RECIPE | --shape NAME) [key=value ...] [options]"
     add = parser.add_argument
     add(
-        "words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and keys that win over it"
+        "words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and keys that override it"
     )
     add(
         "--shape",
         metavar="NAME",
-        help="a model's true shape with random weights, instead of a recipe",
+        help="dimensions of a real model with random weights, instead of a recipe",
     )
     add(
         "--tokenizer",
@@ -68,15 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=COLUMNS,
         metavar="FORMAT",
-        help=f"with --shape, of the rows: one of {', '.join(COLUMNS)} (default: alpaca)",
+        help=f"with --shape, row format: one of {', '.join(COLUMNS)} (default: alpaca)",
     )
     add("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
-    add("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
+    add("--warmup", type=int, default=5, metavar="N", help="warmup steps before them (default: 5)")
     add("--json", metavar="FILE", help="write the result as JSON to FILE, for scripts")
     add(
         "--profile",
         metavar="DIR",
-        help="profile further steps, as the recipe's `profile` says, into DIR",
+        help="also profile some steps into DIR, as configured in the recipe's `profile`",
     )
     add(
         "--cold",
@@ -86,21 +86,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--ablation",
         action="store_true",
-        help="measure again with one key changed at a time, each in a new process",
+        help="also measure with one key changed at a time, each in a new process",
     )
     add(
         "--only",
         metavar="NAMES",
-        help="with --ablation: these variants alone, by name or key, separated by commas",
+        help="with --ablation: only these variants, by name or key, separated by commas",
     )
     add(
         "--rounds",
         type=int,
         default=2,
         metavar="N",
-        help="with --ablation: rounds, variants in turns (default: 2)",
+        help="with --ablation: rounds over all variants (default: 2)",
     )
-    add("--plain", action="store_true", help="print plain text on a terminal too")
+    add("--plain", action="store_true", help="print plain text even on a terminal")
 
 
 def run(args: argparse.Namespace) -> None:

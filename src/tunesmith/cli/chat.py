@@ -1,12 +1,12 @@
-"""Talk to a trained model, to its base, or to both.
+"""Chat with a trained model, its base, or both.
 
 example:
   tunesmith chat runs/my-run
   tunesmith chat runs/my-run --side-by-side
   echo "What do you know?" | tunesmith chat runs/my-run
 
-ctrl-C ends an answer. Without a terminal every line of stdin is a question, and
-only answers go to stdout.
+ctrl-C stops an answer. Without a terminal, every line of stdin is a question,
+and only answers go to stdout.
 """
 
 import argparse
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EPILOG = """commands in the chat:
 /reset                   forget what was said
 /quit                    leave (so does ctrl-D, or ctrl-C twice)"""
-COMMANDS = "/reset forgets what was said, /quit leaves"
+COMMANDS = "/reset starts a new conversation, /quit exits"
 # What the commands that were removed set while the chat went on.
 AT_THE_START = "--base, --side-by-side and --system are set at the start"
 BASE = "base"
@@ -43,10 +43,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x9b]")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     sides = parser.add_mutually_exclusive_group()
-    sides.add_argument("--base", action="store_true", help="talk to the base model")
-    both = "ask both, each question to base and tuned"
+    sides.add_argument("--base", action="store_true", help="chat with the base model")
+    both = "show the answers of both base and tuned model"
     sides.add_argument("--side-by-side", action="store_true", help=both)
-    system = "system message (default: the one of the recipe)"
+    system = "system message (default: the recipe's)"
     parser.add_argument("--system", metavar="TEXT", help=system)
     add_decoding(parser, max_new_tokens=512)
 

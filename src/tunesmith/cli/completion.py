@@ -1,4 +1,4 @@
-"""Print the tab completion of commands, options, recipes and keys for a shell.
+"""Print a shell completion script for commands, options, recipes and keys.
 
 example:
   source <(tunesmith completion bash)  # in this shell

@@ -1,4 +1,4 @@
-"""Show what a recipe trains on, token by token, before it trains.
+"""Show which tokens a recipe trains on, without training.
 
 example:
   tunesmith data smollm2-135m-lora
@@ -7,9 +7,9 @@ example:
   tunesmith data my-recipe.yaml data.train_on=last --rows 10
   tunesmith data my-recipe.yaml --json > tokens.json
 
-Supervised tokens are green, or without colors between ⟦ and ⟧. Below them:
-counts, lengths, packing, the number of optimizer steps, and the checks of the
-tokens. The exit code is 2 where one of them fails. Of a model on the Hub only
+Supervised tokens are green, or between ⟦ and ⟧ if colors are off. Then it
+prints counts, lengths, packing, the number of optimizer steps, and checks of
+the tokens. The exit code is 2 if a check fails. For a model on the Hub, only
 the tokenizer and the configuration are downloaded.
 """
 

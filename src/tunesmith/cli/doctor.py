@@ -1,13 +1,13 @@
-"""Find problems of this machine, a pair of nodes or a cluster, and their fixes.
+"""Check this machine, a pair of nodes or a cluster, and print fixes.
 
 example:
   tunesmith doctor smollm2-135m-lora
   tunesmith doctor --pair spark-b
   tunesmith doctor --pair spark-b --fix
 
-With a recipe it also checks whether its model can be had: token, license, disk.
-`--fix` prints one script for each host, for review; nothing is changed. Exit
-code 0: no fault; 1: at least one.
+With a recipe it also checks access to its model: token, license, disk. `--fix`
+prints one script per host for review; nothing is changed. The exit code is 1 if
+there is a fault, otherwise 0.
 """
 
 import argparse
@@ -32,18 +32,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--pair", metavar="HOST", help="this machine and HOST, which needs ssh and python3 alone"
+        "--pair", metavar="HOST", help="this machine and HOST, which only needs ssh and python3"
     )
-    where.add_argument(
-        "--slurm", action="store_true", help="the cluster that sinfo and srun reach from here"
-    )
-    parser.add_argument(
-        "--fix", action="store_true", help="print a script for each host that fixes it"
-    )
+    where.add_argument("--slurm", action="store_true", help="the Slurm cluster of this machine")
+    parser.add_argument("--fix", action="store_true", help="print a fix script for each host")
     add_json(parser)
-    parser.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="also check its model and its disk"
-    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="also check its model and disk")
 
 
 def run(args: argparse.Namespace) -> int:

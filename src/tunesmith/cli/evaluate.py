@@ -1,7 +1,7 @@
-"""Measure a run on held-out rows, beside its base.
+"""Evaluate a run on held-out rows, compared with its base.
 
 example:
-  tunesmith eval runs/my-run  # on the rows that the run itself held out
+  tunesmith eval runs/my-run  # on the run's own held-out rows
   tunesmith eval runs/my-run --data held-out.jsonl --score exact --score f1
   tunesmith eval runs/my-run --data calls.jsonl --score tool-call \\
     --max-new-tokens 128
@@ -11,29 +11,29 @@ example:
   tunesmith eval runs/my-run --tasks gsm8k,ifeval --limit 200
   tunesmith eval runs/my-run --no-base --json
 
-Loss, perplexity and token accuracy are over the supervised tokens, given all
-true tokens before, computed as in training. Exact match answers greedily and
-compares with the row's answer after removing outer whitespace and making every
-run of whitespace one space.
+Loss, perplexity and token accuracy are computed over the supervised tokens, as
+in training. Exact match compares a greedy answer with the row's answer, with
+whitespace normalized.
 
---score answers every row, scores each answer against the row's own, and says
-whether tuned is better than base, worse, or not told apart by so few rows:
+--score answers every row, scores each answer against the row's, and reports
+whether the tuned model is better or worse than the base, or the result is
+inconclusive:
 
-  exact      equal, outer whitespace aside
-  contains   the row's answer stands in it
+  exact      equal, ignoring leading and trailing whitespace
+  contains   the answer contains the row's answer
   regex      the row's answer is a pattern
-  f1         common words, as SQuAD
+  f1         word-level F1, as in SQuAD
   rouge-l    longest common word sequence
-  json       valid, fits the row's `schema`, and the share of equal fields
-  tool-call  names and arguments of the calls
+  json       share of equal fields; 0 if not JSON or not valid by `schema`
+  tool-call  names and arguments of the tool calls
 
-Answers are kept in evals/ of the run (or --output): a killed eval resumes.
-Ranks of torchrun share the rows; the numbers are those of one process.
+Answers are saved in the run's evals/ (or --output), so an interrupted eval
+resumes. Under torchrun the ranks divide the rows; results are those of one
+process.
 
---tasks takes benchmarks of lm-evaluation-harness in place of rows: its names,
-YAML files of your own, or folders of these. Prompts go through the run's chat
-template where it was trained with one. docs/evaluate.md says how many rows it
-takes.
+--tasks runs benchmarks of lm-evaluation-harness instead: task names, your own
+YAML files, or folders of them. Prompts use the run's chat template if it was
+trained with one. See docs/evaluate.md for how many rows you need.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-examples", type=whole_number, metavar="N", help="take the first N rows"
     )
-    beside = "score the base beside it (default: yes)"
+    beside = "also score the base (default: yes)"
     parser.add_argument("--base", action=argparse.BooleanOptionalAction, default=True, help=beside)
     parser.add_argument(
         "--exact-match", action="store_true", help="answer every row greedily and compare texts"
@@ -129,7 +129,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = "for --score: where answers are kept, and resumed from (default: evals/ of the run)"
     parser.add_argument("--output", metavar="FILE", help=output)
     parser.add_argument(
-        "--fresh", action="store_true", help="for --score: put earlier answers aside, answer again"
+        "--fresh",
+        action="store_true",
+        help="for --score: move earlier answers aside and answer again",
     )
     tasks = "benchmarks of lm-evaluation-harness: names, .yaml files, folders/; may be repeated"
     parser.add_argument(
@@ -138,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=whole_number, metavar="N", help="for --tasks: the first N rows of each"
     )
-    through = "for --tasks: prompts go through the run's template (default: as it was trained)"
+    through = "for --tasks: use the run's chat template (default: as in training)"
     parser.add_argument("--chat-template", action=argparse.BooleanOptionalAction, help=through)
     add_decoding(parser, max_new_tokens=MAX_NEW_TOKENS)
     add_rows(parser, batch_size="rows answered at once")

@@ -1,4 +1,4 @@
-"""Write a run for other programs: llama.cpp, Ollama, vLLM or Transformers.
+"""Export a run to llama.cpp, Ollama, vLLM or Transformers.
 
 example:
   tunesmith export runs/my-run --to gguf --output my-model.gguf
@@ -7,18 +7,18 @@ example:
   tunesmith export runs/my-run --to vllm --quant fp8 --output my-model
   tunesmith export runs/my-run/checkpoint-200 --output my-model
 
---to gguf and ollama write base and adapter as one file, straight from their
-shards: memory does not grow with the model. llama.cpp (pip install xllamacpp)
-then has to read the run's prompts as the same tokens, and how far its answers
-are from the tuned model is printed. Without it nothing is checked.
+--to gguf and ollama stream base and adapter into one file, so memory does not
+grow with the model. If llama.cpp is installed (pip install xllamacpp), it must
+tokenize the run's prompts identically, and the KL divergence from the tuned
+model is printed. Without it nothing is checked.
 
---to vllm writes a folder: what `merge` writes in bf16, or the linear layers
-rounded to fp8 or nvfp4, and prints how much of what was learned that changes.
-With --adapter it is the LoRA, if vLLM serves such a one.
+--to vllm writes a folder: the merged model in bf16, or with linear layers in
+fp8 or nvfp4, and prints the KL divergence that this causes. With --adapter it
+writes the LoRA, if vLLM supports it.
 
---to transformers, the default, puts together what several ranks have saved, one
-tensor in memory at a time. final/ is such a folder already, and so is every
-checkpoint of one process; `merge` puts an adapter into its base.
+--to transformers, the default, assembles a checkpoint that several ranks saved,
+one tensor in memory at a time. final/ and checkpoints of a single process are
+already in this format; use `merge` for an adapter.
 """
 
 import argparse
@@ -46,13 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=("transformers", "gguf", "ollama", "vllm"),
         default="transformers",
-        help="what is written (default: transformers)",
+        help="output format (default: transformers)",
     )
     parser.add_argument(
         "--output",
         required=True,
         metavar="PATH",
-        help="a new file.gguf; else a folder that is new or empty",
+        help="a new file.gguf; otherwise a new or empty folder",
     )
     parser.add_argument(
         "--quant",
@@ -62,10 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         action="store_true",
-        help="the LoRA alone, for `llama-server --lora` beside the GGUF file of its base, or vLLM",
+        help="only the LoRA, for `llama-server --lora` with a GGUF file of its base, or for vLLM",
     )
     parser.add_argument(
-        "--force", action="store_true", help="replace an earlier export, once the new one is done"
+        "--force",
+        action="store_true",
+        help="replace an existing export when the new one is complete",
     )
     parser.add_argument(
         "--threads", type=whole_number, metavar="N", help="that quantize (default: all cores)"

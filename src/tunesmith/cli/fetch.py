@@ -42,22 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a recipe, or a Hub id, folder or .gguf file",
     )
     add_overrides(parser)
-    parser.add_argument(
-        "--revision", help="branch, tag or commit of a model that is named without a recipe"
-    )
+    parser.add_argument("--revision", help="branch, tag or commit of a model, without a recipe")
     parser.add_argument(
         "--update", action="store_true", help="ask the Hub for a newer commit of a cached model"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check and show; download or remove nothing"
+        "--dry-run", action="store_true", help="only check and show; download or remove nothing"
     )
     parser.add_argument(
-        "--list", action="store_true", help="what the caches hold, the largest first"
+        "--list", action="store_true", help="list the contents of the caches, largest first"
     )
-    what = "delete a model or data set from the cache, or all of a pattern"
+    what = "delete a model or data set from the cache; patterns work"
     parser.add_argument("--remove", metavar="NAME", help=what)
     parser.add_argument(
-        "--hosts", metavar="A,B", default="", help="with --remove: on these too, as ssh takes them"
+        "--hosts", metavar="A,B", default="", help="with --remove: also on these hosts (ssh names)"
     )
     add_json(parser)
 

@@ -1,4 +1,4 @@
-"""Answer every row of a file.
+"""Generate an answer for every row of a file.
 
 example:
   tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl
@@ -7,9 +7,9 @@ example:
   echo '{"prompt": "Say hello"}' |
     tunesmith generate runs/my-run --input - --output -
 
-Each output row is the input row with `output` added, and `reference` where the
-row held an answer. Rows are written as they are ready, in the order of the
-input; ctrl-C keeps what is written, and --resume goes on from there.
+Each output row is the input row with `output` added, and `reference` if the row
+had an answer. Rows are written in input order as soon as they are ready; after
+ctrl-C, --resume continues.
 """
 
 import argparse
@@ -45,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="jsonl, json, csv, parquet; - is stdin (jsonl)",
     )
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help="where answers go (jsonl); - is stdout"
+        "--output", required=True, metavar="FILE", help="output file (jsonl); - is stdout"
     )
     parser.add_argument(
-        "--base", action="store_true", help="ask the base model, without what was trained"
+        "--base", action="store_true", help="answer with the base model instead of the tuned one"
     )
     options.add_rows(parser, batch_size="rows answered at once")
     options.add_decoding(parser, max_new_tokens=256)

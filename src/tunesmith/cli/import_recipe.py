@@ -1,18 +1,17 @@
-"""Turn the configuration of another tool into a recipe.
+"""Convert another tool's configuration to a recipe.
 
 example:
-  # writes qlora-recipe.yaml for the batch that 2 GPUs made
+  # writes qlora-recipe.yaml; the run used 2 GPUs
   tunesmith import qlora.yml --world 2
-  # keys of the recipe win over the file
+  # recipe keys override the file
   tunesmith import sft.yaml data.train.source=rows.jsonl
   # an accelerate config names no model and no data
   tunesmith import fsdp.yaml --extends llama3.1-8b-lora
   tunesmith import --world 1 -- trl sft \\
     --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara
 
-It reads a torchtune, Axolotl or LLaMA-Factory YAML, an accelerate config, and a
-TRL command line or the file that holds it, and names each key that a recipe
-cannot carry.
+It reads torchtune, Axolotl and LLaMA-Factory YAML files, accelerate configs,
+and TRL command lines or scripts, and lists each key that has no equivalent.
 """
 
 import argparse
@@ -43,24 +42,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="tool",
         choices=TOOLS,
-        help="the tool it is for; told by its keys if left out",
+        help="the tool (default: detected from its keys)",
     )
     parser.add_argument(
         "--world",
         type=whole_number,
         metavar="N",
-        help="how many processes (GPUs) trained, on all nodes",
+        help="number of processes (GPUs) on all nodes that the configuration is for",
     )
     parser.add_argument(
-        "--extends", metavar="RECIPE", help="a recipe, shipped or a file, that the new one changes"
+        "--extends", metavar="RECIPE", help="a shipped recipe or recipe file to start from"
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="RECIPE",
-        help="the file to write; NAME-recipe.yaml if left out",
+        help="file to write (default: NAME-recipe.yaml)",
     )
-    parser.add_argument("--force", action="store_true", help="write over a file that is there")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing file")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Train a recipe in a container of this machine.
+"""Train a recipe in a container on this machine.
 
 example:
   docker build -f docker/Dockerfile -t tunesmith .  # once, in a clone
@@ -6,10 +6,10 @@ example:
   tunesmith launch docker my-recipe.yaml --detach train.duration='2 h'
   tunesmith launch docker my-recipe.yaml --render  # print the command only
 
-It trains on the GPUs, one rank each, or in one process. The container sees the
-files of the recipe, the run directory and the caches, each at its own path, and
-runs as you. Signals and exit codes are those of `train`: ctrl-C saves after the
-current step and exits with 75.
+It trains with one rank per GPU, or in one process without GPUs. The recipe's
+files, the run directory and the caches are mounted at their own paths, and the
+container runs as your user. Signals and exit codes are those of `train`: ctrl-C
+saves after the current step and exits with 75.
 """
 
 import argparse
@@ -24,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", default="tunesmith", metavar="NAME", help="image to run (default: tunesmith)"
     )
     parser.add_argument(
-        "--detach", action="store_true", help="in the background, beyond the end of this terminal"
+        "--detach",
+        action="store_true",
+        help="run in the background; keeps running when the terminal is closed",
     )
-    parser.add_argument(
-        "--render", action="store_true", help="print the docker command, and start nothing"
-    )
+    parser.add_argument("--render", action="store_true", help="only print the docker command")
 
 
 def run(args: argparse.Namespace) -> int:

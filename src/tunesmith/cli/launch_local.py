@@ -1,15 +1,15 @@
-"""Train a recipe on the GPUs of this machine, one rank each.
+"""Train a recipe on the GPUs of this machine, one rank per GPU.
 
 example:
   tunesmith launch local my-recipe.yaml
-  # goes on when the terminal is closed
+  # keeps running when the terminal is closed
   tunesmith launch local my-recipe.yaml --detach train.duration='2 h'
   tunesmith logs -f runs/my-run
   tunesmith stop runs/my-run  # saves; the same launch resumes
 
-Without GPUs it trains in one process, or in as many as --ranks says. Signals
-and exit codes are those of `train`: ctrl-C saves after the current step and
-exits with 75.
+Without GPUs it trains in one process, or in --ranks processes. Signals and exit
+codes are those of `train`: ctrl-C saves after the current step and exits with
+75.
 """
 
 import argparse
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
     parser.add_argument(
-        "--ranks", type=whole_number, metavar="N", help="processes (default: one a GPU, else one)"
+        "--ranks", type=whole_number, metavar="N", help="processes (default: one per GPU, or one)"
     )
-    again = "start failed ranks again, at most K times"
+    again = "restart failed ranks at most K times"
     parser.add_argument("--restarts", type=int, default=0, metavar="K", help=again)
     parser.add_argument(
-        "--detach", action="store_true", help="in the background, beyond the end of this terminal"
+        "--detach",
+        action="store_true",
+        help="run in the background; keeps running when the terminal is closed",
     )
 
 

@@ -1,4 +1,4 @@
-"""Train a recipe on nodes of a Slurm cluster, by a batch script that it submits.
+"""Submit a batch script that trains a recipe on a Slurm cluster.
 
 example:
   tunesmith launch slurm my-recipe.yaml --nodes 2 --gpus-per-node 8 \\
@@ -8,9 +8,9 @@ example:
   tunesmith logs -f runs/my-run
   tunesmith stop runs/my-run  # saves; the same launch resumes
 
-Before the time limit the run saves, and the job requeues itself and resumes, at
+Before the time limit the run saves, and the job is requeued and resumes, at
 most --max-requeues times. Tokens are not sent: fetch the model first
-(`tunesmith fetch`), and log in to trackers on the shared home. See
+(`tunesmith fetch`), and log in to trackers on the login node. See
 docs/slurm.md.
 """
 
@@ -47,20 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--site",
         metavar="NAME",
-        help="a profile of ~/.config/tunesmith/sites.yaml; flags win over it",
+        help="a profile in ~/.config/tunesmith/sites.yaml; flags override it",
     )
-    other = "any other option of sbatch, as it is: --sbatch-arg=--reservation=tuesday"
+    other = "any other sbatch option: --sbatch-arg=--reservation=tuesday"
     parser.add_argument("--sbatch-arg", action="append", default=[], metavar="OPTION", help=other)
     reasons = "at a time limit or after a lost node; 0: never (default: 5)"
-    requeues = f"times that it may go back into the queue, {reasons}"
+    requeues = f"how often it may be requeued, {reasons}"
     parser.add_argument("--max-requeues", type=_count, default=5, metavar="N", help=requeues)
     default = "by the size of a checkpoint, from 300 on; a quarter of a short limit"
-    warning = f"save so long before the time limit (default: {default})"
+    warning = f"save this long before the time limit (default: {default})"
     parser.add_argument("--warn-before", type=whole_number, metavar="SECONDS", help=warning)
     parser.add_argument(
         "--render",
         action="store_true",
-        help="print the script and write its recipe; submit nothing",
+        help="print the script and write its recipe, without submitting",
     )
     # Removed: `_check_removed` gives the command to use.
     parser.add_argument("--seeds", help=argparse.SUPPRESS)

@@ -6,11 +6,11 @@ example:
   tunesmith launch swarm my-recipe.yaml --hosts spark-b
   tunesmith launch swarm my-recipe.yaml --render  # print the stack file only
   tunesmith logs -f runs/my-run
-  tunesmith stop runs/my-run  # saves, and removes all but the run's files
+  tunesmith stop runs/my-run  # saves, and removes the service
 
-Start it on any of the nodes. The others need docker, sshd and python3; data,
-model and image are copied to them. Then Swarm runs it: it goes on when this
-terminal is closed, and failed ranks resume from the newest checkpoint.
+Run it on any of the nodes. The others need docker, sshd and python3; data,
+model and image are copied to them. Swarm then runs it in the background, and
+failed ranks restart from the newest checkpoint.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
     ready = "this one included (default: all that are ready)"
     parser.add_argument("--nodes", type=whole_number, metavar="N", help=ready)
-    others = "the other nodes, as ssh takes them (default: by looking)"
+    others = "the other nodes, as ssh names (default: all in the swarm)"
     parser.add_argument("--hosts", metavar="A,B", default="", help=others)
     parser.add_argument(
         "--image", default="tunesmith", help="docker image on this node (default: tunesmith)"
@@ -34,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=3,
         metavar="K",
-        help="of a node's ranks, at most (default: 3)",
+        help="restarts of a node's ranks, at most (default: 3)",
     )
     further = "further mounts or variables of the service `ranks`"
-    extra = f"a stack file that is laid over ours: {further}"
+    extra = f"a stack file that is merged over ours: {further}"
     parser.add_argument("--stack-extra", type=Path, metavar="FILE", help=extra)
-    parser.add_argument("--render", action="store_true", help="print the stack file and end")
+    parser.add_argument("--render", action="store_true", help="only print the stack file")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "job", metavar="JOB|RUN", help="a name of `tunesmith status`, or a run directory"
     )
     parser.add_argument(
-        "-f", "--follow", action="store_true", help="go on as it grows, until the run has ended"
+        "-f", "--follow", action="store_true", help="follow the log until the run ends"
     )
 
 

@@ -49,62 +49,62 @@ EXIT_BROKEN_PIPE = 141
 # group -> command -> (module, what it does); written here, so that `tunesmith --help` imports none.
 VERB_GROUPS = {
     "start here": {
-        "train": ("tunesmith.cli.train", "fine-tune a model on your rows, or as a recipe says"),
-        "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
-        "models": ("tunesmith.cli.models", "list the model types, and how each trains here"),
+        "train": ("tunesmith.cli.train", "fine-tune a model on your rows or from a recipe"),
+        "recipes": ("tunesmith.cli.recipes", "list, show and copy shipped recipes"),
+        "models": ("tunesmith.cli.models", "list model types and what works with each"),
         "import": (
             "tunesmith.cli.import_recipe",
-            "turn the configuration of another tool into a recipe",
+            "convert another tool's configuration to a recipe",
         ),
     },
     "look at the data": {
-        "data": ("tunesmith.cli.data", "show the tokens that a recipe trains on"),
+        "data": ("tunesmith.cli.data", "show which tokens a recipe trains on"),
         "fetch": ("tunesmith.cli.fetch", "check license and disk, then download model and data"),
     },
     "train": {
         "launch local": (
             "tunesmith.cli.launch_local",
-            "train on the GPUs of this machine, also in the background",
+            "train on the GPUs of this machine",
         ),
-        "launch docker": ("tunesmith.cli.launch_docker", "train in a container of this machine"),
+        "launch docker": ("tunesmith.cli.launch_docker", "train in a container on this machine"),
         "launch swarm": (
             "tunesmith.cli.launch_swarm",
             "train on a Docker swarm, such as two Sparks on a cable",
         ),
         "launch slurm": ("tunesmith.cli.launch_slurm", "train on nodes of a Slurm cluster"),
-        "sweep": ("tunesmith.cli.sweep", "train many adapters over one base, and name the best"),
+        "sweep": ("tunesmith.cli.sweep", "train many adapters on one base and find the best"),
         "status": ("tunesmith.cli.status", "show the state of launched runs"),
         "logs": ("tunesmith.cli.logs", "show or follow the log of a launched run"),
-        "stop": ("tunesmith.cli.stop", "ask a launched run to save and end"),
-        "watch": ("tunesmith.cli.watch", "follow runs on a live page"),
-        "report": ("tunesmith.cli.report", "compare runs on one page that opens offline"),
+        "stop": ("tunesmith.cli.stop", "make a launched run save and stop"),
+        "watch": ("tunesmith.cli.watch", "watch runs on a live web page"),
+        "report": ("tunesmith.cli.report", "compare runs on an offline page"),
     },
     "use the result": {
-        "chat": ("tunesmith.cli.chat", "talk to a trained model in the terminal"),
-        "generate": ("tunesmith.cli.generate", "answer the rows of a file"),
-        "eval": ("tunesmith.cli.evaluate", "measure a run on held-out rows, beside its base"),
-        "merge": ("tunesmith.cli.merge", "merge an adapter into its base, and check the answers"),
+        "chat": ("tunesmith.cli.chat", "chat with a trained model in the terminal"),
+        "generate": ("tunesmith.cli.generate", "generate answers for the rows of a file"),
+        "eval": ("tunesmith.cli.evaluate", "evaluate a run on held-out rows against its base"),
+        "merge": ("tunesmith.cli.merge", "merge an adapter into its base and check the result"),
         "export": (
             "tunesmith.cli.export",
-            "write a run for llama.cpp, Ollama, vLLM or Transformers",
+            "export to llama.cpp, Ollama, vLLM or Transformers",
         ),
-        "push": ("tunesmith.cli.push", "upload what a run trained to the Hugging Face Hub"),
+        "push": ("tunesmith.cli.push", "upload a trained model to the Hugging Face Hub"),
     },
     "machines": {
-        "plan": ("tunesmith.cli.plan", "forecast memory, time and cost on any machine"),
+        "plan": ("tunesmith.cli.plan", "estimate memory, time and cost on any hardware"),
         "doctor": (
             "tunesmith.cli.doctor",
-            "find problems of a machine, a pair or a cluster, with fixes",
+            "check a machine, a pair or a cluster, and print fixes",
         ),
         "selfcheck": (
             "tunesmith.cli.selfcheck",
-            "check that ranks train as one process does, in a minute or two",
+            "check that several ranks match one process",
         ),
         "bench": (
             "tunesmith.cli.bench",
-            "measure how fast a recipe trains, and the share of the chip",
+            "measure a recipe's training speed and MFU",
         ),
-        "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
+        "completion": ("tunesmith.cli.completion", "print a shell completion script"),
     },
 }
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
@@ -352,7 +352,7 @@ def _launch_help() -> str:
     lines = [
         "usage: tunesmith launch KIND RECIPE [key=value ...] [options]",
         "",
-        "Start a recipe on one machine or several; the run is the same as with `train`.",
+        "Train a recipe on one or more machines; results are the same as with `train`.",
         "",
         "example:",
         "  tunesmith launch local my-recipe.yaml --detach",

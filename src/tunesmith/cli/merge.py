@@ -1,13 +1,13 @@
-"""Merge an adapter into its base, and check that the answers stay the same.
+"""Merge an adapter into its base, and check that outputs stay the same.
 
 example:
   tunesmith merge runs/my-run --output merged
   tunesmith merge runs/my-run --output merged --dtype fp32 --json
 
-The folder is plain Transformers: weights in safetensors, tokenizer, chat
-template. It gets its name only after Transformers has loaded it and answered
-like the adapter; otherwise it is kept as OUTPUT.rejected, and the exit code is
-1.
+The folder is in Transformers format: weights in safetensors, tokenizer, chat
+template. It is renamed to OUTPUT only after Transformers has loaded it and
+reproduced the adapter's outputs; otherwise it is kept as OUTPUT.rejected, and
+the exit code is 1.
 """
 
 import argparse
@@ -21,16 +21,16 @@ from tunesmith.host.streams import width_of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
+    parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="a folder that is new or empty"
-    )
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), help="of what is written (default: the base's)"
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="dtype of the weights (default: the base's)",
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace an earlier merge there, once the check is passed",
+        help="replace an existing merge once the check passes",
     )
     add_json(parser)
 

@@ -1,8 +1,8 @@
-"""List the model types, and how each of them trains here.
+"""List the model types, and what works with each.
 
 example:
   tunesmith models  # all types that Transformers has
-  tunesmith models qwen3_5_text  # one of them, with what was measured
+  tunesmith models qwen3_5_text  # one type, with measurements
   tunesmith models ./my-model  # a folder with config.json, measured now
   tunesmith models --json  # for scripts
 
@@ -37,7 +37,7 @@ KERNELS = "flash-linear-attention"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "name", nargs="?", help="a model type, or a folder with config.json; all types if left out"
+        "name", nargs="?", help="a model type, or a folder with config.json (default: all types)"
     )
     add_json(parser)
 

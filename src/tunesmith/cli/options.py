@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECIPE_HELP = "a recipe file, or the name of one that ships (see `tunesmith recipes`)"
+RECIPE_HELP = "a recipe file, or the name of a shipped one (see `tunesmith recipes`)"
 # Of progress, without a terminal.
 SECONDS_BETWEEN_LINES = 10.0
 # The time left is shown once this share of the work is done: of answers that are written in one
@@ -78,7 +78,7 @@ def add_json(options: argparse._ActionsContainer) -> None:
 
 def add_columns(options: argparse._ActionsContainer) -> None:
     """Names of a format's columns in the user's file."""
-    names = "the file's name of a column: prompt=question,completion=answer"
+    names = "column names in the file: prompt=question,completion=answer"
     options.add_argument(
         "--columns",
         type=column_names,
@@ -95,7 +95,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "run", metavar="RUN", help="run directory, checkpoint, final/, adapter or model folder"
     )
     parser.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)"
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)"
     )
 
 
@@ -174,7 +174,7 @@ def fixes_as_options() -> Iterator[None]:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Keys that win over a recipe's."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's"
+        "overrides", nargs="*", metavar="key=value", help="recipe keys that override the file's"
     )
 
 
@@ -182,7 +182,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     """A recipe with overrides; or a model and rows, from which one is made."""
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=RECIPE_HELP)
     add_overrides(parser)
-    rows = parser.add_argument_group("without a recipe: look at rows of your own, and make one")
+    rows = parser.add_argument_group(
+        "without a recipe: detect the format of your rows and write one"
+    )
     rows.add_argument(
         "--model", metavar="NAME", help="Hub id, folder, .gguf file, or demo: a small model"
     )
@@ -199,7 +201,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=COLUMNS,
         metavar="FORMAT",
-        help=f"of the rows, where it is unclear: one of {', '.join(COLUMNS)}",
+        help=f"row format, if it is ambiguous: one of {', '.join(COLUMNS)}",
     )
     add_columns(rows)
 
@@ -248,15 +250,15 @@ def chosen_recipe(args: argparse.Namespace) -> "tuple[Run, MadeRecipe | None]":
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     """How tokens are chosen; greedy unless a temperature is given."""
     longest = f"longest answer (default: {max_new_tokens})"
-    temperature = "0 is greedy (default); 1.0 draws from the model's own probabilities"
-    top_p = "with a temperature: draw from the likeliest tokens that make up P"
-    top_k = "with a temperature: draw from the K likeliest tokens"
+    temperature = "0 is greedy (default); 1.0 samples from the model's probabilities"
+    top_p = "with a temperature: sample from the likeliest tokens with total probability P"
+    top_k = "with a temperature: sample from the K likeliest tokens"
     add = parser.add_argument
     add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=longest)
     add("--temperature", type=float, default=0.0, metavar="T", help=temperature)
     add("--top-p", type=float, default=1.0, metavar="P", help=top_p)
     add("--top-k", type=int, default=0, metavar="K", help=top_k)
-    add("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
 
 
 def decoding_of(args: argparse.Namespace) -> "Decoding":

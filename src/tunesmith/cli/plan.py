@@ -1,18 +1,17 @@
-"""Forecast memory, time and cost of a recipe on machines that need not be here.
+"""Estimate memory, time and cost of a recipe on any hardware.
 
 example:
   tunesmith plan my-recipe.yaml  # on this machine
-  # USD for a GPU and hour
+  # USD per GPU-hour
   tunesmith plan llama3.3-70b-full train.duration='500 steps' \\
     --on 2x8xh100 --price 2.5
   tunesmith plan my-recipe.yaml parallel.tensor=8 --on 8xh100 --json
-  # tokens of an example, where they are not known
+  # tokens per example, if not cached
   tunesmith plan llama3.1-8b-lora --on 2x-dgx-spark --length 180
 
-Only the model's config.json is needed, and not even that for the models of
-recipes that ship: no network, token or license. Lengths are those of the token
-cache if it has the recipe's rows (`tunesmith data` puts them there). No GPU is
-touched. The exit code is 2 where nothing fits.
+Needs the model's config.json (the models of shipped recipes need nothing) and
+no GPU. Lengths come from the token cache, which `tunesmith data` fills. The
+exit code is 2 if nothing fits.
 """
 
 import argparse
@@ -68,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe", metavar="RECIPE", help="a recipe file, or the name of one that ships"
     )
     add_overrides(parser)
-    machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ...; here (default): this machine"
+    machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine)"
     parser.add_argument("--on", default="here", metavar="MACHINES", help=machines)
     names = "gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
-    figures = f"a figure of the GPUs: {names}"
+    figures = f"a property of the GPUs: {names}"
     parser.add_argument(
         "--assume", action="append", default=[], metavar="NAME=NUMBER", help=figures
     )
@@ -79,12 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length",
         type=whole_number,
         metavar="TOKENS",
-        help="of an example, if no tokens are there",
+        help="tokens per example, if none are cached",
     )
     parser.add_argument(
-        "--all", action="store_true", help=f"show every mesh; without it the best {SHOWN} that fit"
+        "--all", action="store_true", help=f"show every mesh (default: the best {SHOWN} that fit)"
     )
-    parser.add_argument("--price", type=_price, metavar="USD", help="of a GPU for an hour")
+    parser.add_argument("--price", type=_price, metavar="USD", help="USD per GPU-hour")
     add_json(parser)
 
 

@@ -1,4 +1,4 @@
-"""Upload what a run trained to the Hugging Face Hub.
+"""Upload a trained model to the Hugging Face Hub.
 
 example:
   tunesmith push runs/my-run
@@ -6,10 +6,10 @@ example:
   tunesmith push my-model-for-ollama
   tunesmith push my-model.gguf
 
-A run directory is pushed as its final/, or as its newest whole checkpoint
-without the training state. The repository is private unless --public is given;
-pushed again, only what has changed is sent. For what `export` wrote, the model
-card has each file's kind, size and mean KL, as they were measured then.
+For a run directory it uploads final/, or the newest complete checkpoint without
+the training state. The repository is private unless you pass --public; a second
+push uploads only changes. For exported files, the model card lists each file's
+kind, size and mean KL, as measured by `export`.
 """
 
 import argparse
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--public",
         action="store_true",
-        help="everybody may see the repository (default: its owner)",
+        help="make the repository public (default: private)",
     )
     parser.add_argument(
         "--revision",
         metavar="BRANCH",
-        help="branch to push to, made if there is none (default: main)",
+        help="branch to push to, created if missing (default: main)",
     )
 
 

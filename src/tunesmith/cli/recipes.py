@@ -1,10 +1,10 @@
-"""List, show and copy the recipes that ship.
+"""List, show and copy shipped recipes.
 
 example:
-  tunesmith recipes  # a table of them
-  # one, with every default written out
+  tunesmith recipes  # list all
+  # one, with all defaults
   tunesmith recipes show smollm2-135m-lora train.learning_rate=5e-4
-  # one to edit; to a file or a folder
+  # copy one to edit
   tunesmith recipes copy smollm2-135m-lora mine.yaml
 """
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         choices=("list", "show", "copy"),
         default="list",
-        help="list if left out",
+        help="default: list",
     )
     parser.add_argument(
         "name", nargs="?", help="show: a shipped recipe or a file; copy: a shipped recipe"
@@ -42,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rest", nargs="*", metavar="key=value | DEST", help="overrides to show, or where to copy to"
     )
     add_json(parser)
-    parser.add_argument(
-        "--force", action="store_true", help="copy: write over a file that is there"
-    )
+    parser.add_argument("--force", action="store_true", help="copy: overwrite an existing file")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,8 +5,8 @@ example:
   tunesmith report runs/lr-1e-4 runs/lr-1e-3 --output comparison.html
   tunesmith report runs/* --markdown  # for a pull request or a wiki
 
-The page is one file that opens offline, and says how to reproduce the runs. It
-takes running, finished, failed and copied runs.
+The page is one file that opens offline, with the commands to reproduce the
+runs. Runs may be running, finished, failed or copied.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="the page (default: report.html, or report.md)"
     )
-    parser.add_argument("--markdown", action="store_true", help="write Markdown in place of HTML")
+    parser.add_argument("--markdown", action="store_true", help="write Markdown instead of HTML")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Check that several ranks here train as one process does.
+"""Check that training on several ranks matches one process.
 
 example:
   tunesmith selfcheck
@@ -6,10 +6,10 @@ example:
   torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \\
     --rdzv-endpoint NODE:29500 -m tunesmith selfcheck
 
-It trains a small random model of its own for a few steps: on one process, and
-on a mesh of each kind that the ranks can make (replicate, shard, tensor, and
-their mixtures). It takes a minute or two and needs no network. Exit code 0: all
-checks passed; 1: one did not.
+It trains a small random model for a few steps, in one process and on every kind
+of mesh that the ranks can form (replicate, shard, tensor, and combinations). It
+takes a minute or two and needs no network. The exit code is 1 if a check fails,
+otherwise 0.
 """
 
 import argparse
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    default = "default: one a GPU, without GPUs 2"
-    ranks = f"number of ranks to start here ({default}); not under torchrun, which starts them"
+    default = "default: one per GPU, or 2"
+    ranks = f"number of ranks to start ({default}); not under torchrun"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     add_json(parser)
     # Of ranks that `check_on_ranks` has started.

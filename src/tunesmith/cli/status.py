@@ -1,9 +1,9 @@
-"""Show the state of launched runs: queued, running or how it ended, and the newest step.
+"""Show the state and newest step of launched runs.
 
 example:
   tunesmith status  # all jobs of this user
   tunesmith status slurm-1234  # one, by its name
-  tunesmith status runs/my-run  # or by its run directory, whoever started it
+  tunesmith status runs/my-run  # or by its run directory
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Ask a launched run to save and end; the same launch resumes.
+"""Make a launched run save and stop; the same launch resumes.
 
 example:
   tunesmith stop slurm-1234
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "job", metavar="JOB|RUN", help="a name of `tunesmith status`, or a run directory"
     )
-    parser.add_argument("--wait", action="store_true", help="return when it has ended")
+    parser.add_argument("--wait", action="store_true", help="wait until it has ended")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,16 +1,15 @@
-"""Train many adapters over one base, stop the worse ones early, name the best.
+"""Train many adapters on one base, stop the worse ones early, find the best.
 
 example:
-  # every combination; drawn at random; none stops early
+  # all combinations; random search; no early stopping
   tunesmith sweep my-recipe.yaml train.learning_rate=1e-4,1e-3 adapter.rank=8,32
   tunesmith sweep my-recipe.yaml train.learning_rate=1e-5..1e-3 --candidates 12
   tunesmith sweep my-recipe.yaml adapter.rank=4,16,64 --to-the-end
 
-A key with one value sets the recipe of all candidates. The worse half by
-val_loss stops at a quarter and at half of the steps, and two train to the end.
-Each candidate is a run directory below output_dir, as `tunesmith train` alone
-writes it, for `chat`, `eval` and `train`. After ctrl-C or a kill the same
-command resumes.
+A key with one value applies to all candidates. The worse half by val_loss stops
+at a quarter and at half of the steps, and at least two train to the end. Each
+candidate has a run directory in output_dir, for `chat`, `eval` and `train`.
+After ctrl-C or a kill the same command resumes.
 """
 
 import argparse
@@ -43,17 +42,17 @@ REMOVED = ("sampler", "pruner")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
-    words = "key=a,b,c lists values, key=LOW..HIGH is a range, key=value sets the recipe"
+    words = "key=a,b,c lists values, key=LOW..HIGH is a range, key=value applies to all"
     parser.add_argument("words", nargs="+", metavar="key=values", help=words)
     default = "default: 2, after 8 updates and the warmup"
     rungs = f"stop the worse half at N rungs, the last one at half of the steps ({default})"
     parser.add_argument("--rungs", type=whole_number, metavar="N", help=rungs)
     parser.add_argument(
-        "--to-the-end", action="store_true", help="train every candidate to its end"
+        "--to-the-end", action="store_true", help="train every candidate to the end"
     )
-    count = "with a range: how many to draw (default: 16)"
+    count = "with a range: how many to sample (default: 16)"
     parser.add_argument("--candidates", type=whole_number, metavar="N", help=count)
-    ranks = "number of ranks to start here (default: one process)"
+    ranks = "number of ranks to start (default: one process)"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     add_json(parser)
     for option in REMOVED:

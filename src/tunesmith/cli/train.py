@@ -1,7 +1,7 @@
-"""Fine-tune a model on your own rows, or as a recipe says; or resume the run.
+"""Fine-tune a model on your rows or from a recipe, or resume a run.
 
 example:
-  # look at the rows, and make a recipe
+  # detects the row format and writes a recipe
   tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv
   tunesmith train smollm2-135m-lora \\
     data.train.source=rows.jsonl data.train.format=alpaca
@@ -41,11 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="move an earlier run in output_dir aside and start over",
+        help="move an existing run in output_dir aside and start over",
     )
-    parser.add_argument(
-        "--why", action="store_true", help="say why each choice was made for this machine"
-    )
+    parser.add_argument("--why", action="store_true", help="explain each choice for this machine")
     add_json(parser)
 
 

@@ -1,7 +1,7 @@
-"""Follow runs on a live page that only this machine reaches.
+"""Watch runs on a live web page, served to this machine only.
 
 example:
-  tunesmith watch runs/my-run  # prints the address to open; ctrl-C ends it
+  tunesmith watch runs/my-run  # prints the URL to open; ctrl-C stops it
   tunesmith watch runs/rank-16 runs/rank-64  # side by side
 
 Finished runs can be watched too.
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
     output = parser.add_mutually_exclusive_group()
     add_json(output)
-    browser = "open the page in the browser of this desktop"
+    browser = "open the page in a browser"
     output.add_argument("--open", action="store_true", help=browser)
     # Removed: `_check_removed` gives the command to use.
     parser.add_argument("--terminal", action="store_true", help=argparse.SUPPRESS)
