@@ -189,7 +189,8 @@ def _check_eager(model: PreTrainedModel, support: Support) -> None:
         "model.attention: eager does not keep packed documents apart in the "
         f"{layers} of this {model.config.model_type}",
         where="model.attention",
-        why="packed rows of a small model of its class were not each document alone",
+        why="a small model of its class gave different results for packed documents than "
+        "for single ones",
         fix="model.attention=auto, or data.pack=false",
     )
 

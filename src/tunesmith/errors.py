@@ -30,19 +30,19 @@ EXIT_STOPPED = 75
 
 # Likely causes of an end, by the names that failure.json has, as an engineer would say them.
 CAUSES = {
-    "out-of-memory": "the device or the host had no room for a tensor",
-    "memory": "the host's memory was nearly used up, by this run or others",
-    "oom-kill": "the kernel ended a process, for no memory was left",
-    "killed": "a process was ended by SIGKILL, or crashed",
-    "restarted": "the machine was started again: a freeze, a power cut or a reboot",
+    "out-of-memory": "the device or the host could not allocate a tensor",
+    "memory": "the host was running out of memory, because of this run or other programs",
+    "oom-kill": "the kernel killed a process because the host was out of memory",
+    "killed": "a process was killed by SIGKILL, or crashed",
+    "restarted": "the machine was rebooted, after a freeze or a power cut, or by hand",
     "link": "the network to another rank is cut, or its machine is down",
-    "hang": "a rank does not move, and the others wait for it",
-    "disk": "a disk takes no more data",
-    "not-finite": "a learning rate that is too high, or a bad row",
+    "hang": "a rank hangs, and the others wait for it",
+    "disk": "a disk cannot store more data",
+    "not-finite": "the learning rate is too high, or a row is bad",
     "licence": "the model's owner has not granted access to this account",
-    "version": "packages that do not fit each other",
-    "damaged": "files of a checkpoint are torn or missing",
-    "preempted": "Slurm took the nodes back: a time limit, a more urgent job, or scancel",
+    "version": "incompatible packages",
+    "damaged": "files of a checkpoint are damaged or missing",
+    "preempted": "Slurm stopped the job: time limit, preemption or scancel",
 }
 
 
@@ -186,7 +186,7 @@ class OtherRankError(TunesmithError):
 
 _DISK = {
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "your quota of the disk is used up",
+    errno.EDQUOT: "your disk quota is used up",
     errno.EFBIG: "a file grew larger than this file system or `ulimit -f` allows",
 }
 

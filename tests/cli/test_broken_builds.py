@@ -371,7 +371,7 @@ def raised(kind: str, mesh: MeshShape, change: Callable[[], None]) -> tuple[str,
     [
         (cut_keys_by_columns, TENSOR, "RuntimeError: "),
         (fail_on_rank_1, COPY, "ValueError: a kernel failed"),
-        (give_a_rank_another_model_file, COPY, "the base model is not what this run began with"),
+        (give_a_rank_another_model_file, COPY, "the base model changed since this run started"),
     ],
 )
 def test_an_error_of_a_mesh_is_told_once_and_names_it(change, mesh, words):

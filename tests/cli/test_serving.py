@@ -170,11 +170,11 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(
 @pytest.mark.parametrize(
     ("output", "more", "go_on"),
     [
-        ("out.jsonl", [], "; to go on, start the same command again with --resume\n"),
+        ("out.jsonl", [], "; to continue, run the same command again with --resume\n"),
         (
             "out.jsonl",
             ["--force"],
-            "; to go on, start the same command again with --resume in place of --force\n",
+            "; to continue, run the same command again with --resume instead of --force\n",
         ),
         ("-", [], "rows are in standard output\n"),
         ("/dev/null", [], "rows are in /dev/null\n"),

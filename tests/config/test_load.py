@@ -127,7 +127,7 @@ def test_overrides_of_a_mapping_keep_their_types(recipe: Path) -> None:
         ),
         ({"train.sed": 3}, "unknown key train.sed", "overrides: train.sed"),
         ({"train": {"seed": {1}}}, "a set is not a recipe's value", "overrides: train.seed"),
-        ({"extends": "qwen3-8b-lora"}, "extends belongs in a file", "overrides: extends"),
+        ({"extends": "qwen3-8b-lora"}, "extends is only allowed in a file", "overrides: extends"),
         ({"adapter.kind": "none", "adapter.rank": 3}, "has no effect", "overrides: adapter.rank"),
     ],
 )

@@ -351,7 +351,7 @@ def test_a_link_to_nothing_does_not_propose_itself(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
     assert_refused(
         Source(source=str(tmp_path / "a.jsonl")),
-        "gone.jsonl, which is not there",
+        "gone.jsonl, which does not exist",
         "a.jsonl",
         "ls -l",
     )

@@ -187,7 +187,7 @@ def test_what_is_clear_is_found(name: str) -> None:
 UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, part of the fix
     "two answers": (
         texts("question", "answer", "response"), "can be read in 2 ways",
-        "say which: --columns prompt=question,completion=answer or --columns prompt=question,completion=response",
+        "choose one: --columns prompt=question,completion=answer or --columns prompt=question,completion=response",
     ),
     "two questions": (
         texts("prompt", "question", "answer"), "can be read in 2 ways",
@@ -238,7 +238,7 @@ def test_what_is_unclear_is_asked_for(name: str) -> None:
 )
 def test_each_way_that_is_offered_is_taken(name: str) -> None:
     row, _, fix = UNCLEAR[name]
-    for flags in fix.removeprefix("say which: ").split(" or "):
+    for flags in fix.removeprefix("choose one: ").split(" or "):
         columns = dict(pair.split("=") for pair in flags.removeprefix("--columns ").split(","))
         layout = detect(from_list([row]), Source(source="faq", columns=columns))
         assert layout.columns == columns

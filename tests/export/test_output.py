@@ -153,7 +153,7 @@ def test_force_for_ollama_deletes_nothing_of_others(run: Path) -> None:
 def test_force_replaces_no_file_but_an_export(run: Path) -> None:
     forced: Export = lambda *words: _gguf(*words, force=True)  # noqa: E731
     Path("notes.gguf").write_text("mine")
-    refused(forced, run, "notes.gguf", "is no GGUF file")
+    refused(forced, run, "notes.gguf", "is not a GGUF file")
     _gguf(run, "model.gguf")
     before = Path("model.gguf").stat().st_ino
     forced(run, "model.gguf")

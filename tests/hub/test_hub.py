@@ -209,7 +209,7 @@ def test_a_busy_hub_is_asked_again(ask, files) -> None:
 
 @pytest.mark.parametrize(
     ("token", "words"),
-    [(None, ("there is no token", "hf auth login")), (TOKEN, ("the account of your token",))],
+    [(None, ("no token found", "hf auth login")), (TOKEN, ("your token's account",))],
 )
 def test_a_gated_model_names_the_page_to_ask_on(ask, files, token, words) -> None:
     with StandIn(

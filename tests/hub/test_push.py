@@ -294,10 +294,10 @@ def test_a_public_repository_is_not_filled_by_a_private_push(full: Path) -> None
 @pytest.mark.parametrize(
     ("refuse", "words"),
     [
-        (("whoami", 401), "the Hub does not accept the token"),
+        (("whoami", 401), "the Hub rejected the token"),
         (("repos/create", 403), "the token may not write to"),
         (("preupload", 403), "the token may not write to"),
-        (("commit", 409), "was changed by somebody else meanwhile"),
+        (("commit", 409), "was changed by someone else in the meantime"),
         (("commit", 418), "the Hub answers 418"),
         (("commit", 400), "correct what it names"),
     ],

@@ -373,8 +373,8 @@ def test_no_key_is_dropped(
 
 
 BAD = {
-    "variable": ("output_dir: ${base}/out\nbatch_size: 1\nclip_grad_norm: null\n", ["${base} names no value of this file", "file.yaml:1"]),
-    "round": ("output_dir: ${log_dir}\nlog_dir: ${output_dir}\nclip_grad_norm: 1\n", ["names no value", "file.yaml:"]),
+    "variable": ("output_dir: ${base}/out\nbatch_size: 1\nclip_grad_norm: null\n", ["${base} is not defined in this file", "file.yaml:1"]),
+    "round": ("output_dir: ${log_dir}\nlog_dir: ${output_dir}\nclip_grad_norm: 1\n", ["is not defined in this file", "file.yaml:"]),
     "twice": ("base_model: a\nbase_model: b\n", ["'base_model' is given twice", "file.yaml:2"]),
     "tag": ("base_model: !!python/object a\n", ["tag", "file.yaml:1"]),
     "unknown": ("colour: red\nsize: 3\n", ["does not tell which tool", "--from"]),

@@ -178,7 +178,7 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     failure = a.home / "runs/whole/failure.json"
     wait_until(
         "it is said",
-        lambda: failure.exists() and "spark-b gave no sign of life" in failure.read_text(),
+        lambda: failure.exists() and "spark-b sent no heartbeat" in failure.read_text(),
         120,
     )
     b.start()

@@ -69,9 +69,9 @@ def test_a_checkpoint_is_read_bit_for_bit(base: Path, tmp_path: Path, monkeypatc
 
 
 RUNS = {
-    "as it ships": ({}, "as-shipped", "kept so, and dequantized for one matmul at a time"),
-    "dense": ({"model": {"quantize": "none"}}, "none", "dequantized to fp32 as it is read"),
-    "nf4": ({"model": {"quantize": "nf4"}}, "nf4", "dequantized, and quantized to nf4, as it is read"),
+    "as it ships": ({}, "as-shipped", "kept quantized, and dequantized for one matmul at a time"),
+    "dense": ({"model": {"quantize": "none"}}, "none", "dequantized to fp32 while loading"),
+    "nf4": ({"model": {"quantize": "nf4"}}, "nf4", "dequantized, and quantized to nf4, while loading"),
     "full": (
         {"model": {"quantize": "none"}, "adapter": {"kind": "none"}}, "none", "dequantized to fp32"
     ),

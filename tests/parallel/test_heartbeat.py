@@ -172,7 +172,7 @@ def test_ranks_that_are_slow_or_end_one_after_the_other_are_not_missed(tmp_path:
         (
             "stop",
             -signal.SIGKILL,
-            f"rank 1 on {HOST} gave no sign of life for 3 s",
+            f"rank 1 on {HOST} sent no heartbeat for 3 s",
             "all_reduce",
             "link",
         ),

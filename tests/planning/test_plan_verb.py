@@ -221,9 +221,9 @@ def test_the_table_and_what_the_first_takes(
         "seconds of a step: matrix products ",
         "disk: ",
         " USD",
-        "a GPU sends in a step: ",
+        "a GPU sends per step: ",
         " GB over its network",
-        "to have it elsewhere: ",
+        "to use it elsewhere: ",
     ):
         assert part in said
     assert (

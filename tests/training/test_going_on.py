@@ -187,7 +187,7 @@ CHANGED: dict[str, tuple[Callable[[Path], None], type[TunesmithError], str, str]
     "base": (
         one_weight,
         ModelError,
-        "the base model is not what this run began with",
+        "the base model changed since this run started",
         "model.name: ",
     ),
     "training rows": (words("train"), DataError, "the training data is not", "data.train: "),

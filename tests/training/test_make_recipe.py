@@ -239,7 +239,7 @@ def test_the_option_that_an_error_names_is_the_way_on(home: Path, capsys: Captur
     assert main(start("two.csv")) == EXIT_USAGE
     told = capsys.readouterr().err
     check_shown(told, where="two.csv", names=[2])
-    flags = told.partition("say which: ")[2].partition(" or ")[0].split()
+    flags = told.partition("choose one: ")[2].partition(" or ")[0].split()
     assert flags == ["--columns", "prompt=question,completion=answer"]
     assert main(start("two.csv", *flags)) == EXIT_OK
     run = load_recipe(home / "runs/two-small.yaml")
@@ -263,7 +263,7 @@ def test_the_option_that_an_error_names_is_the_way_on(home: Path, capsys: Captur
     assert "alpaca (instruction = question, output = response)" in capsys.readouterr().err
 
 
-BOTH, NEEDED = "exclude each other", "a recipe is needed, or one --model and one --data"
+BOTH, NEEDED = "cannot be combined", "a recipe is required, or --model and --data"
 OWN = ["--model", "small", "--data", "faq.csv"]
 EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
 
@@ -280,7 +280,7 @@ EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data fa
         (
             ["smollm2-135m-lora", "--data", "faq.csv"],
             BOTH,
-            "leave out smollm2-135m-lora, or --data",
+            "remove smollm2-135m-lora, or --data",
         ),
         (["smollm2-135m-lora", "--model", "small", "train.seed=1"], BOTH, "or --model"),
         (["smollm2-135m-lora", "--format", "text"], BOTH, "or --format"),

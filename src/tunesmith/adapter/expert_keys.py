@@ -216,10 +216,11 @@ def _check_one_form(factors: StackFactors, stored: Collection[str], file: Path) 
     key = f"{factors.key}.lora_A.weight"
     if key in stored:
         raise ModelError(
-            f"the adapter has its experts both one by one and stacked: {key.removeprefix(PREFIX)}",
+            "the adapter stores its experts both separately and stacked: "
+            f"{key.removeprefix(PREFIX)}",
             where=str(file),
-            why="each form is the whole of them, and which one is meant is not said",
-            fix="take out one of the two, or write the adapter again",
+            why="each form is complete, and it is unclear which one to use",
+            fix="remove one of the two, or save the adapter again",
         )
 
 
@@ -238,9 +239,9 @@ def _check_parts(joined: Mapping[str, StoredTensor], file: Path) -> None:
     for factor in joined.values():
         if isinstance(factor, JoinedFactor) and not factor.share_a():
             raise ModelError(
-                f"gate_proj and up_proj have an A of their own: {factor.experts[0][0].name}",
+                f"gate_proj and up_proj have different lora_A: {factor.experts[0][0].name}",
                 where=str(file),
-                why="here both are rows of one stack and share their A, as in PEFT's stacked form",
+                why="here both are rows of one stack and share lora_A, as in PEFT's stacked form",
                 fix="merge it into its base with PEFT, and start from the merged model",
             )
 
@@ -255,6 +256,7 @@ def check_none(names: Collection[str], problem: str, file: Path) -> None:
     raise ModelError(
         f"{len(names)} tensors {problem}: {shown}",
         where=str(file),
-        why="adapter and model do not fit each other",
-        fix="take the base model, target, rank and modules_to_save that the adapter was made with",
+        why="adapter and model do not match",
+        fix="use the base model, target, rank and modules_to_save that the adapter was "
+        "trained with",
     )

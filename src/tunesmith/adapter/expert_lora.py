@@ -88,11 +88,11 @@ def attach_to_experts(module: nn.Module, adapter: Adapter) -> None:
     """Put an adapter on both stacks of a layer's experts, in place."""
     if adapter.dropout:
         raise RecipeError(
-            "adapter.dropout is not computed for experts",
+            "adapter.dropout is not supported for experts",
             where="adapter.dropout",
             why="PEFT adds their update to the weight, where there is no input to drop out, and "
             "refuses it",
-            fix="set adapter.dropout: 0, or name linear layers alone in adapter.target",
+            fix="set adapter.dropout: 0, or only list linear layers in adapter.target",
         )
     for stack in stack_names(module):
         module.add_module(stack + UPDATE, ExpertsLora(module, stack, adapter))

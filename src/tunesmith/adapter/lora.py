@@ -163,8 +163,8 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
         raise RecipeError(
             f"{type(model).__name__} has no layer that takes an adapter",
             where="adapter.target",
-            why="LoRA is put on torch's own linear layers, and its are of other classes",
-            fix="adapter.kind=none trains the model in full",
+            why="LoRA supports nn.Linear layers, and its layers are of other classes",
+            fix="adapter.kind=none for full fine-tuning",
         )
     for name in names:
         base = model.get_submodule(name)
@@ -277,7 +277,7 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
             f"{min(in_both)!r} is both an adapter target and a module to save",
             where="adapter.modules_to_save",
             why="a module is either trained in full or through an adapter",
-            fix="take it out of one of the two",
+            fix="remove it from one of the two",
         )
     return names
 

@@ -195,7 +195,7 @@ def describe_misread(model: PreTrainedModel) -> str:
     read = set(config.target_modules)
     if adapted <= read:
         return ""
-    fix = "use it merged (tunesmith merge)"
+    fix = "merge it (tunesmith merge)"
     if read:
         targets = sorted(read)
         if any(expert_updates(model)):
@@ -303,7 +303,7 @@ def read_adapter(folder: Path) -> Adapter:
             raise ModelError(
                 f"the adapter has {name} = {json.dumps(settings[name])}, which is not supported",
                 where=str(file),
-                why="only plain LoRA and rsLoRA of one rank are computed here",
+                why="only plain LoRA and rsLoRA with a single rank are supported",
                 fix="merge it into its base with PEFT, and start from the merged model",
             )
     try:
@@ -325,7 +325,7 @@ def read_adapter(folder: Path) -> Adapter:
         # By the recipe's types and bounds.
         return TypeAdapter(Adapter).validate_json(json.dumps(values))
     except (KeyError, TypeError, ValueError) as error:
-        why = f"a value is missing or wrong: {error}"
+        why = f"a value is missing or invalid: {error}"
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             why = f"{first['loc'][0]} is {str(first['input'])[:80]!r}: {first['msg']}"

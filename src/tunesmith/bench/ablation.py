@@ -89,7 +89,7 @@ def table_of(reports: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[
                 "last_loss": runs[-1]["last_loss"],
             }
     if BASELINE not in table:
-        what = "the recipe itself could not be measured; its messages are above"
+        what = "the unchanged recipe could not be measured; see the messages above"
         fix = "run bench without --ablation and fix what it reports"
         raise RunError(what, where="bench --ablation", fix=fix)
     for row in table.values():

@@ -155,7 +155,7 @@ class BenchReport:
         speed = f"{self.supervised_tokens_per_second:,.0f} /s"
         yield "supervised tokens", speed, "positions that enter the loss"
         speed = f"{self.samples_times_seq_len_per_second:,.0f} /s"
-        yield "samples x seq_len", speed, "what others quote; counts tokens that do not exist"
+        yield "samples x seq_len", speed, "as often quoted; counts padding as tokens"
         padding = self.padding or "of the computed tokens are no padding"
         yield "fill", f"{self.fill_share:.2%}", padding
         if self.mfu_of_published_peak is not None:
@@ -171,7 +171,7 @@ class BenchReport:
         steps = f"p95 {self.step_seconds_p95:.3f} s, p95/p50 {spread:.3f}, {self.steps} steps"
         yield "step time, median", f"{self.step_seconds_p50:.3f} s", steps
         yield "waiting for data", f"{self.data_wait_share:.2%}", "of the step"
-        build = f"after a build of {self.build_seconds:.1f} s"
+        build = f"after building for {self.build_seconds:.1f} s"
         yield "first step", f"{self.first_step_seconds:.1f} s", build
         later = f"{self.graphs_compiled_after_step_3} after step 3"
         yield "graphs compiled", str(self.graphs_compiled), later

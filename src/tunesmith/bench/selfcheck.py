@@ -332,7 +332,10 @@ class SelfCheck:
                 raise OtherRankError(str(error), exit_code=EXIT_FAILED) from error
             text = f"{type(error).__name__}: {first_line(error)}"
             cause = error if isinstance(error, TunesmithError) else RunError(text)
-            fix = "TUNESMITH_DEBUG=1 shows where; `parallel` of a recipe chooses another mesh"
+            fix = (
+                "TUNESMITH_DEBUG=1 shows the traceback; set another mesh with the "
+                "recipe's `parallel`"
+            )
             raise RunError(
                 f"{self.part}{cause.what}",
                 where=cause.where,

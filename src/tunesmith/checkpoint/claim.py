@@ -125,19 +125,19 @@ def check_run_dir(output_dir: Path) -> None:
     names = [path.name for path in run_files(output_dir)]
     if names and not is_run(output_dir):
         raise UsageError(
-            f"output_dir contains files that no run of tunesmith wrote: {_first_names(names)}",
+            f"output_dir contains files that are not from a tunesmith run: {_first_names(names)}",
             where=str(output_dir),
-            why=f"a run writes files of these names, and there is no {IDENTITY} of a run",
+            why=f"a run writes files with these names, and the folder has no {IDENTITY} of a run",
             fix="use another output_dir, such as output_dir=runs/my-run, or move these files away",
         )
     folders = _other_folders(output_dir)
     if folders:
         raise UsageError(
-            "output_dir is a folder of other folders, which no run of tunesmith wrote: "
+            "output_dir contains folders that are not from a tunesmith run: "
             f"{_first_names(folders)}",
             where=str(output_dir),
-            why="a run would put its files and checkpoints beside them",
-            fix=f"use a folder of its own: {shell_word(f'output_dir={output_dir}/my-run')}",
+            why="the run's files and checkpoints would be mixed with them",
+            fix=f"use a new folder: {shell_word(f'output_dir={output_dir}/my-run')}",
         )
 
 
@@ -233,7 +233,7 @@ def _lock(output_dir: Path) -> int:
         raise MachineError(
             f"the run directory cannot be written: {error.strerror}",
             where=str(output_dir),
-            why="output_dir must be a folder that you may write to",
+            why="output_dir must be a writable folder",
             fix="choose another one: output_dir=runs/my-run",
         ) from error
     try:
@@ -272,9 +272,9 @@ def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
             path.resolve().is_relative_to(os.path.realpath(file)) for file in files
         ):
             raise UsageError(
-                "starting over would move away what the new run reads",
+                "--fresh would move files that the new run reads",
                 where=str(output_dir),
-                why=f"{path} lies in the earlier run",
+                why=f"{path} is in the existing run's folder",
                 fix="use another folder: output_dir=runs/my-run",
             )
     place = free_name(output_dir.resolve())
@@ -288,7 +288,7 @@ def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
         with contextlib.suppress(OSError):
             place.rmdir()
         raise MachineError(
-            f"the earlier run cannot be moved to {place}",
+            f"the existing run cannot be moved to {place}",
             where=str(output_dir),
             why=error.strerror or str(error),
             fix="use another output_dir: output_dir=runs/my-run",

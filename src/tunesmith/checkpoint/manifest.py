@@ -35,7 +35,7 @@ PART = ".distcp"  # the end of a file's name that holds what one rank has of a c
 ANNOUNCED_BYTES = 1 << 30
 # One thread hashes 0.7 to 2 GB/s; a local disk reads no more than a few of them hash.
 HASHING_THREADS = 4
-ELSEWHERE = ": a rank wrote it, maybe on another node's disk"
+ELSEWHERE = ": another rank wrote it, perhaps to another node's disk"
 # Of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
 Entries = dict[str, dict[str, Any]]
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -122,7 +122,7 @@ def damaged_files(
         on. So n readers that see one folder compare all of them together.
     """
     if not (folder / MANIFEST).is_file():
-        yield MANIFEST, "it has no manifest.json: it was not finished"
+        yield MANIFEST, "it has no manifest.json: it is incomplete"
         return
     entries = _manifest_entries(folder)
     if entries is None:
@@ -294,12 +294,12 @@ def _cannot_write(place: Path, fault: str | None, error: BaseException) -> Check
     """fault: what is wrong with the disk, if that is known."""
     checkpoints = [checkpoint.path for checkpoint in list_checkpoints(place.parent)]
     complete = [path.name for path in checkpoints if is_complete(path)]
-    why = "no checkpoint was written before"
+    why = "there is no earlier checkpoint"
     if complete:
-        why = f"earlier checkpoints are complete: {', '.join(complete)}"
+        why = f"complete earlier checkpoints: {', '.join(complete)}"
     room = "make room"
     if len(complete) > 1:
-        room = "make room (checkpoint.keep=1 needs less)"
+        room = "free disk space (checkpoint.keep=1 needs less)"
     # A note says on which rank it happened.
     notes = vars(error).get("__notes__", [])
     return CheckpointError(

@@ -42,7 +42,7 @@ class CardFile:
     Attributes:
         kind: format and type of the weights.
         mean_kl: divergence from the tuned model in nats, measured at export; None: not measured.
-        agreement: share of positions with the same likeliest token.
+        agreement: share of positions with the same most likely token.
     """
 
     name: str
@@ -89,7 +89,7 @@ def model_card(
     elif merged:
         how += f" merged into its weights ({merged})"
     if not is_trained:
-        how = "as its makers released it, in another format"
+        how = "as released, in another format"
     title = f"# {_shown(base.name)}"
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
@@ -118,7 +118,7 @@ def with_files(card: str, files: Sequence[CardFile]) -> str:
     lines = [
         "## Files",
         "",
-        "| file | kind | MB | mean KL | same likeliest token |",
+        "| file | kind | MB | mean KL | same most likely token |",
         "|---|---|---|---|---|",
     ]
     for file in files:
@@ -127,7 +127,7 @@ def with_files(card: str, files: Sequence[CardFile]) -> str:
             measured = f"{file.mean_kl:.2g} | {file.agreement:.0%}"
         lines.append(f"| `{file.name}` | {file.kind} | {file.bytes / 1e6:,.1f} | {measured} |")
     if any(file.mean_kl is not None for file in files):
-        lines += ["", "Both against the tuned model, on its own rows, when the file was written."]
+        lines += ["", "Both compared with the tuned model on its own rows, at export time."]
     text, _, license_paragraph = card.rstrip("\n").rpartition("\n\n")
     return "\n\n".join([text, "\n".join(lines), license_paragraph]) + "\n"
 

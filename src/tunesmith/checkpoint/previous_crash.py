@@ -74,15 +74,15 @@ def killed_before(run_dir: Path) -> RunError | None:
 def _likely_cause(note: dict[str, Any]) -> tuple[str, str]:
     """Why that process was killed, and the name of the cause."""
     if note["host"] != socket.gethostname():
-        return "its host knows more: dmesg -T | grep -i oom", "killed"
+        return "on that host, check: dmesg -T | grep -i oom", "killed"
     if note["boot"] != _boot_id():
-        return "this machine was started again since", "restarted"
+        return "this machine was rebooted since", "restarted"
     # The kernel counts them from its start on.
     kills = oom_kills() - note["oom_kills"]
     if kills > 0:
         return (
-            f"the kernel ended {kills} of this machine's processes since then "
+            f"the kernel killed {kills} of this machine's processes since then "
             "(dmesg -T | grep -i oom)",
             "oom-kill",
         )
-    return "the kernel has ended no process since then", "killed"
+    return "the kernel has not killed a process since then", "killed"

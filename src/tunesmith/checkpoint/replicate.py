@@ -139,7 +139,7 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> SavedCheckpo
         certain = [clause for clause in clauses if not clause.endswith(ELSEWHERE)]
         log.info(f"{place.name} is skipped: {(certain or clauses)[0]}")
         if not certain and not not_whole:
-            not_whole = f"{place.name} is not whole: {clauses[0]}"
+            not_whole = f"{place.name} is incomplete: {clauses[0]}"
     with ranks.raise_on_all_ranks():
         if not_whole:
             raise MachineError(
@@ -323,13 +323,13 @@ def copy_files(
                 raise CheckpointError(
                     f"no node has {name}",
                     where=str(folder),
-                    fix="start on the node that has it too",
+                    fix="include the node that has it in the run",
                 )
         require_disk_space(
             folder,
             sum(transfer.size for transfer in transfers if transfer.target == ranks.rank),
             what="files of other nodes",
-            fix="make room there and start again",
+            fix="free disk space there and start again",
         )
     if announce:
         log.info(_announcement(ranks, folder, transfers))
@@ -383,7 +383,7 @@ def _send(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError])
         for memory, chunk in _chunks(transfer.size):
             with _noted(faults):
                 if not faults and file.readinto(memory) < len(memory):
-                    raise OSError(f"{path} became shorter while it was read")
+                    raise OSError(f"{path} was truncated while it was read")
             dist.send(chunk, transfer.target, group=ranks.group)
 
 

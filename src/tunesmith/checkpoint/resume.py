@@ -38,9 +38,9 @@ OPTIMIZER = "state/optimizer.safetensors"
 RECORDS = (METRICS, SAMPLES, BEST, *TRACKER_IDS)
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
 JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is reported
-MIXED = "resuming would mix two runs in one set of numbers"
+MIXED = "resuming would mix two runs in one set of metrics"
 COUNTER = "counter"  # `Progress.rounding`: noise by the index of an element
-FORCE = "or resume all the same with checkpoint.resume=force"
+FORCE = "or resume anyway with checkpoint.resume=force"
 START_OVER = "start over with --fresh (the old run is moved aside), or use another output_dir"
 
 
@@ -172,7 +172,7 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
         bring_folder(ranks, output_dir / FINAL, source, wants=ranks.is_main_process)
         return Start(finished=final_step)
     if checkpoint is None:
-        log.info("no checkpoint is complete: the run starts over")
+        log.info("there is no complete checkpoint: the run starts over")
         return Start()
     _bring_records(output_dir, ranks)
     return Start(checkpoint, progress, previous_run=previous_runs[checkpoint.source])
@@ -192,7 +192,7 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
     refused = [change for change in differences(previous_run, run) if not change.allowed]
     if refused and not is_forced:
         raise RecipeError(
-            "the recipe differs from the one that this run began with",
+            "the recipe changed since this run started",
             where="\n         ".join(map(str, refused)),
             why=MIXED,
             fix=f"{START_OVER}, {FORCE}",
@@ -237,7 +237,7 @@ def _recipe_of(output_dir: Path, *, forced: bool) -> Run:
         ) from error
     except TunesmithError as error:
         raise RecipeError(
-            f"the recipe that this run began with cannot be read: {error.what}",
+            f"the recipe that this run started with cannot be read: {error.what}",
             where=error.where,
             why=error.why,
             fix=f"undo the change in {recipe}, or {START_OVER}",
@@ -272,7 +272,7 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
             error = ModelError
             changed = "weights"
         raise error(
-            f"the {part} is not what this run began with",
+            f"the {part} changed since this run started",
             where=f"{key}: {', '.join(sources)}",
             why=f"its hash is {digest[:12]}, the checkpoint's is {previous[:12]}: "
             f"{changed} were changed",
@@ -313,7 +313,7 @@ def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str
         lines.append(f"train.duration: {previous.duration} -> {outlook.duration}")
     if outlook.steps < previous.steps and run.checkpoint.resume != "force":
         raise RecipeError(
-            "the run would be shorter than it began",
+            "the run would be shorter than at its start",
             where=lines[-1],
             why=MIXED,
             fix=f"a longer train.duration, or {START_OVER}, {FORCE}",

@@ -132,19 +132,19 @@ def check_arguments(args: argparse.Namespace) -> None:
         number = vars(args)[option]
         if number < least:
             what = f"--{option} {number} is out of range"
-            raise UsageError(what, where=f"--{option}", fix=f"give at least {least}")
+            raise UsageError(what, where=f"--{option}", fix=f"use at least {least}")
     if args.only and not args.ablation:
         what = "--only chooses variants of --ablation"
         raise UsageError(what, where="--only", fix="add --ablation")
     if args.ablation and (args.cold or args.profile):
         fix = "remove --cold and --profile, or --ablation"
-        raise UsageError("--ablation times whole runs only", where="--ablation", fix=fix)
+        raise UsageError("--ablation measures complete runs only", where="--ablation", fix=fix)
     folder = Path(args.json or ".").parent
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}", where="--json", fix=f"mkdir -p {folder}")
     traces = Path(args.profile or ".")
     if traces.is_file():
-        fix = "name a folder for the traces"
+        fix = "use a folder for the traces"
         raise UsageError(f"{traces} is a file", where="--profile", fix=fix)
 
 
@@ -157,19 +157,19 @@ def check_source(args: argparse.Namespace) -> None:
     where = "command line"
     usage = "tunesmith bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
     if args.shape is not None and recipes:
-        shape = f"--shape {args.shape}, which comes with a recipe of its own"
-        fix = "remove one of the two; give keys of a shape as key=value"
+        shape = f"--shape {args.shape}, which has its own recipe"
+        fix = "remove one of the two; set keys of a shape with key=value"
         raise UsageError(f"both a recipe ({recipes[0]}) and {shape}", where=where, fix=fix)
     if len(recipes) > 1:
         raise UsageError(f"several recipes: {', '.join(recipes)}", where=where, fix=usage)
     if not recipes and args.shape is None:
-        raise UsageError("bench needs a recipe or a shape", where=where, fix=usage)
+        raise UsageError("bench requires a recipe or a shape", where=where, fix=usage)
     # What a recipe has as a key is an option of a shape, and the other way round.
     for option, (key, example) in SHAPE_OPTIONS.items():
         flag = f"--{option}"
         value = vars(args)[option]
         if args.shape is None and value is not None:
-            what = f"{flag} goes with --shape: a recipe has a key for it"
+            what = f"{flag} requires --shape: a recipe has a key for it"
             raise UsageError(what, where=flag, fix=f"{key}={value}")
         if args.shape is not None and value is None and example:
             raise UsageError(f"--shape needs {flag}", where="--shape", fix=f"{flag} {example}")
@@ -204,7 +204,9 @@ def check_compiles(recipe: "Run") -> None:
 
     mode = recipe.train.compile
     if mode == "off" or (mode != "on" and not torch.cuda.is_available()):
-        what = f"--cold measures compilation, and train.compile {mode} compiles nothing here"
+        what = (
+            f"--cold measures compilation, and train.compile {mode} does not compile anything here"
+        )
         raise UsageError(what, where="--cold", fix="train.compile=on, or remove --cold")
 
 
@@ -291,7 +293,7 @@ def choose_variants(variants: dict[str, str], only: str) -> dict[str, str]:
     for word in words:
         if not any(word in names for names in labels.values()):
             what = f"there is no variant {word!r} of this recipe"
-            fix = f"choose from: {', '.join(variants)}; or name a key that they change"
+            fix = f"use one of: {', '.join(variants)}; or name a key that they change"
             raise UsageError(what, where="--only", fix=fix)
     return {name: change for name, change in variants.items() if labels[name] & {*words}}
 
@@ -318,7 +320,7 @@ def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -
     if done.returncode:
         ended = f"ended with {done.returncode}; its messages are above"
         what = f"the run with a warm compile cache {ended}"
-        fix = "run that command by itself, or remove --cold"
+        fix = "run that command on its own, or remove --cold"
         raise RunError(what, where=" ".join(command), fix=fix)
     warm = json.loads(file.read_text(encoding="utf-8"))["figures"]
     return {

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from tunesmith.inference.load_run import LoadedModel
 
 EPILOG = """commands in the chat:
-/reset                   forget what was said
+/reset                   start a new conversation
 /quit                    leave (so does ctrl-D, or ctrl-C twice)"""
 COMMANDS = "/reset starts a new conversation, /quit exits"
 # What the commands that were removed set while the chat went on.
-AT_THE_START = "--base, --side-by-side and --system are set at the start"
+AT_THE_START = "--base, --side-by-side and --system can only be set at startup"
 BASE = "base"
 TUNED = "tuned"
 # A terminal this wide shows two answers beside each other.
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
 
     location = locate_run(args.run)
     if location.kind == "base" and args.side_by_side:
-        what = f"{args.run} is a plain model, with nothing to compare it with"
-        fix = "give a run, a checkpoint or an adapter, or leave --side-by-side out"
+        what = f"{args.run} is a base model, so there is nothing to compare"
+        fix = "use a run, a checkpoint or an adapter, or remove --side-by-side"
         raise UsageError(what, where="--side-by-side", fix=fix)
     # Wrong options end it before weights are read.
     decoding = decoding_of(args)
@@ -139,7 +139,7 @@ class Chat:
             except (EOFError, KeyboardInterrupt) as error:
                 if interrupted or isinstance(error, EOFError):
                     break
-                notify("\nctrl-C again leaves")
+                notify("\nctrl-C again exits")
                 interrupted = True
         notify("")
 
@@ -228,7 +228,7 @@ class Chat:
                 raise KeyboardInterrupt
         elif not answer.finished:
             limit = self.decoding.max_new_tokens
-            notify(f"\n(cut at {limit} tokens; --max-new-tokens gives more)")
+            notify(f"\n(cut at {limit} tokens; raise it with --max-new-tokens)")
         return not stop.requested()
 
     def _prompt(self, side: str, question: str, loaded: "LoadedModel") -> list[int]:
@@ -256,7 +256,7 @@ class Chat:
                     forgotten = count_of(dropped, "oldest turn")
                     notify(f"the context is full: {side} forgot its {forgotten}")
                 return prompt
-        what = f"the question has {len(prompt)} tokens, and there is room for {room}"
-        why = f"the model's context less --max-new-tokens {self.decoding.max_new_tokens}"
-        fix = "ask something shorter, or start with a smaller --max-new-tokens"
+        what = f"the question has {len(prompt)} tokens, but only {room} fit"
+        why = f"the model's context minus --max-new-tokens {self.decoding.max_new_tokens}"
+        fix = "shorten the question, or start with a smaller --max-new-tokens"
         raise UsageError(what, why=why, fix=fix)

@@ -96,7 +96,7 @@ def print_data(
         console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
     _print_rows(console, prepared.train, tokenizer, rows)
     console.print(folded(prepared.describe_template(), console.width), markup=False)
-    counts = _table("what is trained on", "source", "figures", text=(1,))
+    counts = _table("trained on", "source", "figures", text=(1,))
     for split, part in prepared.sources():
         name = part.counts.source
         if is_local(name):
@@ -105,7 +105,7 @@ def print_data(
     console.print(counts, soft_wrap=False)
     bars = histogram(prepared.train)
     most = max((n for _, _, n in bars), default=1)
-    lengths = _table("tokens of an example", "from - to", "examples", "", text=(2,))
+    lengths = _table("tokens per example", "from - to", "examples", "", text=(2,))
     lengths.columns[0].no_wrap = True
     lengths.columns[2].max_width = 40
     for low, high, n in bars:

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.launch.doctor.system import FAULT, OK, Finding, System
 
     if args.slurm and args.fix:
-        what = "a cluster is its administrator's to fix"
+        what = "only a cluster's administrator can fix it"
         raise UsageError(what, where="--fix", fix="tunesmith doctor --slurm")
     begin = time.monotonic()
     recipe = load_recipe(args.recipe, []) if args.recipe else None

@@ -204,11 +204,11 @@ def check_tasks_not_rows(args: argparse.Namespace) -> None:
         if vars(args)[name] == default:
             continue
         option = _OPTIONS.get(name, "--" + name.replace("_", "-"))
-        what = f"--tasks and {option} exclude each other"
-        why = "a task brings its own rows, decoding and metrics"
-        fix = f"leave out {option}, or make two commands of it"
+        what = f"--tasks and {option} cannot be combined"
+        why = "a task defines its rows, decoding and metrics"
+        fix = f"remove {option}, or run two commands"
         if name == "max_examples":
-            fix = "the first rows of a task are --limit N"
+            fix = "use --limit N for the first rows of a task"
         raise UsageError(what, where=option, why=why, fix=fix)
 
 
@@ -232,9 +232,9 @@ def run_tasks(args: argparse.Namespace) -> None:
         print(json.dumps(tasks_as_report(args, result), indent=2))
         return
     print_task_metrics(result.metrics)
-    prompts = "as they stand"
+    prompts = "without a chat template"
     if result.chat_template:
-        prompts = "through the run's chat template"
+        prompts = "with the run's chat template"
     notify(f"lm-eval {result.lm_eval}; prompts {prompts}")
     for file in result.files:
         notify(f"scores: {file}")

@@ -102,9 +102,9 @@ def run(args: argparse.Namespace) -> None:
 def _export_gguf(args: argparse.Namespace) -> None:
     if args.adapter and args.to == "ollama":
         raise UsageError(
-            "an adapter alone is not written for Ollama",
+            "--adapter is not supported for Ollama",
             where="command line: --adapter",
-            fix="--to gguf --adapter, or leave --adapter out",
+            fix="--to gguf --adapter, or remove --adapter",
         )
     # The import takes seconds, so it comes after the checks.
     from tunesmith.export.gguf.export import DEFAULT_QUANT, export_adapter, export_gguf
@@ -174,7 +174,7 @@ def _export_vllm(args: argparse.Namespace) -> None:
             f"{args.output}: {rounded.bytes / 1e6:,.1f} MB, "
             f"{rounded.layers} linear layers in {args.quant}",
             f"rounding: mean KL {kl.mean_kl:.2g} nats against the tuned model{base_kl}, "
-            f"the same likeliest token at {kl.agreement:.0%} of {rounded.positions} positions",
+            f"the same most likely token at {kl.agreement:.0%} of {rounded.positions} positions",
             f"next: vllm serve {output}",
         ]
     if args.json:
@@ -191,7 +191,7 @@ def _check_options(args: argparse.Namespace, names: tuple[str, ...], place: str)
             raise UsageError(
                 f"{option} is for {place}",
                 where=f"command line: {option}",
-                fix=f"leave {option} out",
+                fix=f"remove {option}",
             )
 
 
@@ -199,17 +199,17 @@ def _print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
     check = exported.check
     if check is None:
         if not args.adapter:
-            why = "--no-check" if args.no_check else "pip install xllamacpp, and export again"
+            why = "--no-check" if args.no_check else "pip install xllamacpp, then export again"
             print(f"not compared with the tuned model in llama.cpp ({why})")
         return
     from tunesmith.export.gguf.answers import answer_lines
 
-    print(f"prompts: {check.prompts} of {check.prompts} have the same token ids in llama.cpp")
+    print(f"prompts: {check.prompts} of {check.prompts} have identical token ids in llama.cpp")
     base = f" (base: {check.base.mean_kl:.2g})" if check.base else ""
     places = f"at {check.positions} positions"
     tuned = check.tuned
     print(f"answers: mean KL {tuned.mean_kl:.2g} nats against the tuned model{base}, {places};")
-    print(f"  the same likeliest token at {tuned.agreement:.0%}")
+    print(f"  the same most likely token at {tuned.agreement:.0%}")
     for line in answer_lines(check.answers):
         print(line)
     if not check.is_near:
@@ -236,19 +236,19 @@ def _export_sharded(args: argparse.Namespace) -> None:
     location = locate_run(args.run)
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError("--output is not an empty folder", where=str(output), fix="name a new one")
+        raise UsageError("--output is not an empty folder", where=str(output), fix="use a new name")
     from tunesmith.checkpoint.manifest import check_sums
     from tunesmith.checkpoint.sharded import export_sharded, is_sharded
 
     folder = location.folder
     if folder is None or location.run is None or not is_sharded(folder):
-        fix = "use the folder as it is"
+        fix = "use the folder directly"
         if location.kind == "adapter":
-            fix = "merge puts an adapter into its base"
+            fix = "use `tunesmith merge` for an adapter"
         raise UsageError(
             f"{args.run} needs no export",
             where=str(folder or args.run),
-            why="only a checkpoint of a model trained in full on several ranks is in parts",
+            why="only checkpoints of full fine-tuning on several ranks need it",
             fix=f"{fix}; --to gguf writes a file for llama.cpp",
         )
     # All files: the weights are put together from every part.
@@ -260,5 +260,5 @@ def _export_sharded(args: argparse.Namespace) -> None:
         print(json.dumps(report, indent=2))
     else:
         weights = f"{size / 2**20:.0f} MiB in {location.run.model.dtype}"
-        print(f"{output}: {weights}; Transformers loads it as it is")
+        print(f"{output}: {weights}; load it with Transformers")
         print(f"next: tunesmith chat {output}")

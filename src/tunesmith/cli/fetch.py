@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         _remove(args.remove, dry=args.dry_run, as_json=args.json, elsewhere=elsewhere)
     elif args.name is None:
         fix = "tunesmith fetch smollm2-135m-lora, or --list"
-        raise UsageError("fetch needs a recipe or a model", where="command line", fix=fix)
+        raise UsageError("fetch requires a recipe or a model", where="command line", fix=fix)
     else:
         _fetch(args)
 
@@ -94,7 +94,7 @@ def _wanted(args: argparse.Namespace) -> "tuple[Model, list[Source]]":
             command = shell_command(
                 ["tunesmith", "fetch", args.name, f"model.revision={args.revision}"]
             )
-            raise UsageError("a recipe has its own revision", where="--revision", fix=command)
+            raise UsageError("a recipe sets its own revision", where="--revision", fix=command)
         from tunesmith.data.source import is_local
 
         recipe = load_recipe(args.name, args.overrides)
@@ -106,8 +106,8 @@ def _wanted(args: argparse.Namespace) -> "tuple[Model, list[Source]]":
         return recipe.model, list(sources.values())
     if args.overrides:
         command = f"tunesmith fetch {shell_word(args.name)} --revision REVISION"
-        what = f"{args.overrides[0]!r} belongs to no recipe"
-        fix = f"{command}; key=value goes with a recipe"
+        what = f"{args.overrides[0]!r} needs a recipe"
+        fix = f"{command}; key=value requires a recipe"
         raise UsageError(what, where="command line", fix=fix)
     return Model(name=args.name, revision=args.revision), []
 
@@ -254,7 +254,7 @@ def _remove(name: str, *, dry: bool, as_json: bool, elsewhere: list[dict[str, An
     if not items and not elsewhere:
         near = nearest(name, [item.name for item in cached])
         fix = f"did you mean {near}?" if near else "tunesmith fetch --list"
-        raise UsageError(f"the caches hold no {name}", where="--remove", fix=fix)
+        raise UsageError(f"{name} is not in the caches", where="--remove", fix=fix)
     if not dry:
         for item in items:
             try:

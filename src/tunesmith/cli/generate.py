@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> None:
     # Rows that are answered already need no model.
     done, size = _answered_rows(output, rows, args)
     if done == len(rows) and args.resume:
-        print(f"{count_of(done, 'row')}, which are all, are already in {output}", file=sys.stderr)
+        print(
+            f"{count_of(done, 'row')}, i.e. all of them, are already in {output}", file=sys.stderr
+        )
         return
     from tunesmith.host.signals import StopRequest
     from tunesmith.inference.generate import generate
@@ -107,18 +109,18 @@ def run(args: argparse.Namespace) -> None:
         if isinstance(error, BrokenPipeError):
             raise
         what = disk_fault(error)
-        fix = "make room (df -h)"
+        fix = "free disk space (df -h)"
         cause = "disk"
         if what is None:
             cause = ""
             what = f"{name} cannot be written: {first_line(error)}"
             fix = "name another file"
         why = f"{done} of {count_of(len(rows), 'row')} are in it"
-        fix += f", then start the same command again{_with_resume(output, args)}"
+        fix += f", then run the same command again{_with_resume(output, args)}"
         raise RunError(what, where=str(name), why=why, fix=fix, cause=cause) from error
     if done < len(rows):
         again = _with_resume(output, args)
-        go_on = f"; to go on, start the same command again{again}" if again else ""
+        go_on = f"; to continue, run the same command again{again}" if again else ""
         raise StoppedError(f"stopped: {done} of {count_of(len(rows), 'row')} are in {name}{go_on}")
 
 
@@ -126,7 +128,7 @@ def _with_resume(output: Path | None, args: argparse.Namespace) -> str:
     """What the command needs to go on with its output; nothing if that is no file."""
     if output is None or not output.is_file():
         return ""
-    return " with --resume" + (" in place of --force" if args.force else "")
+    return " with --resume" + (" instead of --force" if args.force else "")
 
 
 def _record(row: dict[str, Any]) -> str:
@@ -152,7 +154,7 @@ def _read_input(name: str) -> Rows:
             fix = "name a jsonl, json, csv or parquet file, or - for stdin"
             raise DataError(f"there is no file {name}", where=name, fix=fix)
         return read_rows(Source(source=str(path.absolute())))
-    fix = 'send one JSON object a line: {"prompt": "..."}'
+    fix = 'send one JSON object per line: {"prompt": "..."}'
     rows = []
     for number, line in options.stdin_lines():
         row = None
@@ -177,7 +179,7 @@ def check_output(output: Path | None, args: argparse.Namespace) -> None:
     is_stream = output is None or (output.exists() and not (output.is_file() or output.is_dir()))
     if is_stream and args.resume:
         place = f"{where} {args.output}"
-        raise UsageError("--resume needs an output file", where=place, fix="name a file")
+        raise UsageError("--resume requires an output file", where=place, fix="name a file")
     if output is None:
         return
     # Opening the output would empty the input.
@@ -191,10 +193,10 @@ def check_output(output: Path | None, args: argparse.Namespace) -> None:
     if nearest != output and not nearest.is_dir():
         why = f"{nearest} is a file, not a folder"
     elif not os.access(nearest, os.W_OK):
-        why = f"you may not write to {nearest}"
+        why = f"no permission to write to {nearest}"
     if why:
         what = f"{output} cannot be written"
-        fix = "name a file that you may write"
+        fix = "use a writable file"
         raise MachineError(what, where=f"{where} {output}", why=why, fix=fix)
 
 
@@ -206,8 +208,8 @@ def _answered_rows(output: Path | None, rows: Rows, args: argparse.Namespace) ->
     if output is None or not output.exists() or args.force or output.stat().st_size == 0:
         return 0, 0
     if not args.resume:
-        fix = "add --resume to go on with it, --force to overwrite it, or name another file"
-        raise UsageError(f"{output} is already there", where="--output", fix=fix)
+        fix = "add --resume to continue it, --force to overwrite it, or use another file"
+        raise UsageError(f"{output} already exists", where="--output", fix=fix)
     # The last piece has no line break: it is empty, or a row that a kill has cut.
     *lines, last = output.read_bytes().split(b"\n")
     matching = 0
@@ -217,8 +219,8 @@ def _answered_rows(output: Path | None, rows: Rows, args: argparse.Namespace) ->
         matching += 1
     is_torn = matching < len(rows) and _begins_answer_to(last, rows[matching])
     if matching < len(lines) or (last and not is_torn):
-        what = "the output answers other rows than the input contains"
-        fix = "name its own input, or --force in place of --resume"
+        what = "the rows in the output differ from those in the input"
+        fix = "use the input it was made from, or --force instead of --resume"
         raise UsageError(what, where=f"{output}:{matching + 1}", fix=fix)
     # What is kept ends with the last whole line; the torn one is written over.
     return len(lines), sum(len(line) + 1 for line in lines)

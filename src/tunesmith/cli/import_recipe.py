@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
     name, *words = [*args.command[:1], *args.words] or [""]
     if not name:
         fix = "tunesmith import --help"
-        raise UsageError("there is no file and no command to import", where="command line", fix=fix)
+        raise UsageError(
+            "nothing to import: give a file or a command", where="command line", fix=fix
+        )
     source = read_source(name, args)
     extends = args.extends
     # A recipe that ships with the package is extended by name, another by its path.
@@ -79,8 +81,8 @@ def run(args: argparse.Namespace) -> None:
     recipe = translate(source, overrides, args.world, extends)
     path = args.output or Path(f"{Path(name).stem}-recipe.yaml")
     if path.exists() and not args.force:
-        fix = "name another: --output RECIPE; or --force"
-        raise UsageError("this file is there already", where=str(path), fix=fix)
+        fix = "choose another name with --output RECIPE, or use --force"
+        raise UsageError("this file already exists", where=str(path), fix=fix)
     tree = merge_layers(recipe.tree(), layer)
     # Only the whole recipe can be checked: what it extends, and what it changes.
     if extends:
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     print_notes("differs:", [note for note in recipe.notes if note.differs])
     print_notes("needs nothing in the recipe:", [n for n in recipe.notes if not n.differs])
     here = shell_path(from_here(path))
-    notify(f"\nsee what it learns from: tunesmith data {here}; then: tunesmith train {here}")
+    notify(f"\ncheck the tokens: tunesmith data {here}; then: tunesmith train {here}")
 
 
 def read_source(name: str, args: argparse.Namespace) -> SourceConfig:

@@ -41,7 +41,7 @@ def add_launched(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
     add_overrides(parser)
     archive = "launch/debug.tar.gz of the run directory"
-    debug = f"collect what ranks and NCCL say on every node in {archive}"
+    debug = f"collect the output of ranks and NCCL on every node in {archive}"
     parser.add_argument("--debug", action="store_true", help=debug)
 
 

@@ -128,8 +128,8 @@ LOADING = COMPUTING | {"data", "launch local"}
 # (measured). With less their C++ code aborts, and no message can be shown.
 LEAST_LIMITS = {"ulimit -v": 1 << 30, "ulimit -d": 384 << 20}
 
-_NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a place that you may write to")
-_UNUSABLE = ("this path cannot be used", "correct the path, or move away what lies there")
+_NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a writable folder")
+_UNUSABLE = ("this path cannot be used", "correct the path, or move the file that is there")
 _PATH_FAULTS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NOT_PERMITTED),
     **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG), _UNUSABLE),
@@ -187,7 +187,7 @@ class Parser(argparse.ArgumentParser):
                         value = following
                 override = suggest_override(word, value)
                 if override:
-                    fix = f"recipe keys are written without dashes: {override}"
+                    fix = f"recipe keys take no dashes: {override}"
         raise UsageError(message, where=f"command line: {self.prog}", fix=fix)
 
 
@@ -258,7 +258,7 @@ def end_at_once(error: TunesmithError, code: int) -> NoReturn:
         sys.stdout.flush()
     if os.environ.pop(RESTART, "") and error.smaller:
         again = f"train.micro_batch={error.smaller}"
-        print(f"starting again with {again!r}", file=sys.stderr, flush=True)
+        print(f"restarting with {again!r}", file=sys.stderr, flush=True)
         os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *sys.argv[1:], again])
     os._exit(code)
 
@@ -411,8 +411,8 @@ def _machine_error(error: BaseException) -> MachineError | None:
         limit = suspected_limit()
         if limit is not None:
             return _limit_error(limit, why=why)
-        fix = "a smaller batch (--batch-size), a model of fewer or smaller weights"
-        fix += ", or a machine with more"
+        fix = "a smaller batch (--batch-size), a smaller model"
+        fix += ", or a machine with more memory"
         return MachineError("out of memory", where="this machine", why=why, fix=fix)
     where = ""
     if isinstance(error, OSError):
@@ -421,7 +421,7 @@ def _machine_error(error: BaseException) -> MachineError | None:
     if full_disk is not None:
         if error is fault_of(sys.stdout):
             where = "standard output"
-        fix = "make room (df -h), then start the same command again"
+        fix = "free disk space (df -h), then run the same command again"
         return MachineError(full_disk, where=where, fix=fix, cause="disk")
     # Without a path nobody knows what to change.
     if not isinstance(error, OSError) or not where or error.errno not in _PATH_FAULTS:

@@ -217,16 +217,16 @@ def chosen_recipe(args: argparse.Namespace) -> "tuple[Run, MadeRecipe | None]":
     # Beside these options the first word may be a key=value already.
     if words and not (options and "=" in words[0]):
         if options:
-            what = f"a recipe and {options[0]} exclude each other"
-            keys = "keys of one that is there are given as key=value"
-            why = f"{options[0]} is of those that make a recipe; {keys}"
-            fix = f"leave out {words[0]}, or {', '.join(options)}"
+            what = f"a recipe and {options[0]} cannot be combined"
+            keys = "override keys of an existing recipe with key=value"
+            why = f"{options[0]} is for writing a new recipe; {keys}"
+            fix = f"remove {words[0]}, or {', '.join(options)}"
             raise UsageError(what, where="command line", why=why, fix=fix)
         from tunesmith.config.load import load_recipe
 
         return load_recipe(words[0], words[1:], announce=True), None
     if not args.model or len(args.data or ()) != 1:
-        what = "a recipe is needed, or one --model and one --data to make it from"
+        what = "a recipe is required, or --model and --data to write one"
         if args.data and not args.model:
             what += "; --model is missing"
         elif args.model and not args.data:

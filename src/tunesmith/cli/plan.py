@@ -64,7 +64,7 @@ PARTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="a recipe file, or the name of one that ships"
+        "recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one"
     )
     add_overrides(parser)
     machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine)"
@@ -246,7 +246,7 @@ def _check_dtype(recipe: "Run", cluster: "Cluster") -> None:
     """The error of `train` for bf16 on GPUs that do not multiply it."""
     if recipe.model.dtype == "bf16" and not cluster.chip.bf16:
         raise MachineError(
-            f"{cluster.chip.name} has no matmuls in bf16",
+            f"{cluster.chip.name} has no bf16 matmuls",
             where="model.dtype",
             fix="model.dtype=fp16 (the loss is scaled), or model.dtype=fp32",
         )
@@ -302,7 +302,7 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
     if chip.tflops:
         speed = f"{chip.tflops:.0f} TFLOP/s in whole steps"
     machines = planner.cluster.describe()
-    steps = count_of(work.steps, "step") if work.steps else "the number of steps is not known"
+    steps = count_of(work.steps, "step") if work.steps else "the number of steps is unknown"
     lines = [
         f"{machines}: {chip.gib:.0f} GiB, {speed}",
         f"  ({chip.source})",
@@ -365,18 +365,16 @@ def _details(
         parts = [f"{PARTS.get(part, part)} {value:.2f}" for part, value in seconds.items()]
         lines.append(f"seconds of a step: {', '.join(parts)}")
         if best.hidden_seconds:
-            lines.append(
-                f"  communication beside them, which costs no time: {best.hidden_seconds:.2f} s"
-            )
+            lines.append(f"  communication that overlaps with compute: {best.hidden_seconds:.2f} s")
     amounts = [f"{sent / 1e9:,.2f} GB over its {link}" for link, sent in best.sent.items() if sent]
     if amounts:
-        lines.append(f"a GPU sends in a step: {', '.join(amounts)}")
+        lines.append(f"a GPU sends per step: {', '.join(amounts)}")
     size, copies = checkpoint_bytes(planner.run, planner.trained, base)
-    lines.append(f"disk: {size / 1e9:.1f} GB a checkpoint, at most {copies} at once")
+    lines.append(f"disk: {size / 1e9:.1f} GB per checkpoint, at most {copies} at once")
     if best.hides_from:
         lines.append(
-            "other ranks' weights are read without a wait in micro batches of "
-            f"{best.hides_from:,} tokens or more"
+            "compute hides the all-gathers of weights from micro batches of "
+            f"{best.hides_from:,} tokens on"
         )
     experts = planner.describe_experts(best)
     if experts:
@@ -390,8 +388,8 @@ def _details(
         shape = f"{cut.plan.mesh.describe()}, {cut.step_seconds:.2f} s a step"
         lines.append(f"parallel.tensor=auto is faster: {shape}")
     if planner.cluster.world > 1:
-        elsewhere = f"to have it elsewhere: {best.keys}"
-        lines.append(f"`train` takes the first on these machines; {elsewhere}")
+        elsewhere = f"to use it elsewhere: {best.keys}"
+        lines.append(f"`train` uses the first on these machines; {elsewhere}")
     return lines
 
 
@@ -411,10 +409,11 @@ def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[st
         hours = 1e6 / best.tokens_per_second / 3600
         cost = f" and {hours * price * gpus:,.2f} USD" if price else ""
         return [
-            f"a million tokens: {format_seconds(hours * 3600)}{cost}; the rows are not here, so "
+            f"per million tokens: {format_seconds(hours * 3600)}{cost}; the rows are not "
+            "available, so "
             "the hours of the run are not known: train.duration='500 steps' gives them"
         ]
     if price:
-        why = "as the speed of this machine is not"
-        return [f"hours and price: not known, {why}; --assume tflops=100 gives them"]
+        why = "because the speed of this machine is unknown"
+        return [f"hours and price: unknown, {why}; --assume tflops=100 gives them"]
     return []

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     location = locate_run(args.run)
     folder = location.folder
     if folder is None:
-        fix = "name a run directory, or a folder of model files"
+        fix = "use a run directory, or a folder with model files"
         raise UsageError(f"{args.run} has no files to push", where=args.run, fix=fix)
     from tunesmith.checkpoint.manifest import CARD, MANIFEST, check_sums
     from tunesmith.checkpoint.model_card import is_hub_id, model_card
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
     # Others load an adapter by the name of its base, which must then be one that they can fetch.
     if location.kind == "adapter" and not is_hub_id(location.base.name):
-        what = "the adapter's base is a folder of this machine"
+        what = "the adapter's base is a local folder"
         why = f"its files name {location.base.name}"
         merge = f"tunesmith merge {shell_path(args.run)} --output DIR, then tunesmith push DIR"
         fix = f"{merge}; or train with the base's Hub id"

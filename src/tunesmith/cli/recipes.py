@@ -112,7 +112,7 @@ def _list(*, as_json: bool) -> None:
     for row in rows:
         table.add_row(*(row[column] for column in columns.values()))
     console.print(table)
-    print("\ntunesmith recipes copy NAME    writes one to edit", file=sys.stderr)
+    print("\ntunesmith recipes copy NAME    copies one to edit", file=sys.stderr)
 
 
 def _copy(name: str, destination: Path, *, force: bool) -> None:
@@ -120,7 +120,9 @@ def _copy(name: str, destination: Path, *, force: bool) -> None:
     if name not in recipes:
         near = nearest(name, recipes)
         fix = f"did you mean {near}?" if near else "tunesmith recipes"
-        raise UsageError(f"no recipe {name!r} ships with tunesmith", where="command line", fix=fix)
+        raise UsageError(
+            f"no recipe {name!r} is shipped with tunesmith", where="command line", fix=fix
+        )
     path = destination
     if destination.is_dir():
         path = destination / f"{name}.yaml"
@@ -131,10 +133,10 @@ def _copy(name: str, destination: Path, *, force: bool) -> None:
             file.write(text)
     except FileExistsError as error:
         command = f"tunesmith recipes copy {shell_word(name)} {shell_path(destination)} --force"
-        fix = f"name another file, or: {command}"
-        raise UsageError("this file is there already", where=str(path), fix=fix) from error
+        fix = f"choose another file, or: {command}"
+        raise UsageError("this file already exists", where=str(path), fix=fix) from error
     except OSError as error:
-        fix = "name a place that you may write to"
+        fix = "choose a writable folder"
         if not path.parent.exists():
             fix = f"mkdir -p {shell_path(path.parent)}"
         raise MachineError(f"cannot write: {error.strerror}", where=str(path), fix=fix) from error

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     note = ""
     if left_out:
         reasons = "; ".join(f"{error.where}: {error.what}" for error in left_out)
-        note = f"Left out: {reasons}"
+        note = f"Skipped: {reasons}"
     write_report(runs, output, markdown=args.markdown, note=shown(note))
     summaries = summaries_of(runs)
     for summary in summaries:

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
         world = env["WORLD_SIZE"]
         is_main_process = env["RANK"] == 0
         if args.ranks not in (None, world):
-            what = f"--ranks {args.ranks}, and this is one of {world} ranks that are there already"
-            raise UsageError(what, where="--ranks", fix="leave it out under torchrun")
+            what = f"--ranks {args.ranks}, and this is one of {world} ranks that already run"
+            raise UsageError(what, where="--ranks", fix="remove it under torchrun")
     else:
         world = args.ranks
         is_main_process = True
@@ -96,8 +96,8 @@ def check_on_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
     why = done.stderr.strip().rpartition("\n")[2]
     if match:
         why = match[0].removeprefix("error: ")
-    fix = f"{shell_command(['python', '-m', *words])} shows all that they say"
-    raise RunError("the ranks ended before the checks were done", why=why, fix=fix)
+    fix = f"{shell_command(['python', '-m', *words])} shows all their output"
+    raise RunError("the ranks exited before the checks were done", why=why, fix=fix)
 
 
 def print_row(row: "CheckRow") -> None:
@@ -125,10 +125,10 @@ def verdict(report: dict[str, Any]) -> str:
         if row["mesh"]:
             meshes.pop(tuple(row["mesh"]), None)
     sound = [MeshShape(*mesh).describe() for mesh in meshes]
-    fix = f"`parallel` of a recipe can choose {', or '.join(sound) or 'no other mesh'}"
+    fix = f"set `parallel` in the recipe to {', or '.join(sound) or 'no other mesh'}"
     # A check without a mesh compares software: that comes before any mesh.
     if any(row["mesh"] is None for row in failures):
-        fix = "install the same packages on every node, and check again"
+        fix = "install the same packages on every node, then check again"
     what = f"{len(failures)} of {len(judged)} checks failed: {where}"
-    report_it = "report what `tunesmith selfcheck --json` says"
-    return f"{what}; a run here would learn something else\n  fix: {fix}; {report_it}"
+    report_it = "report the output of `tunesmith selfcheck --json`"
+    return f"{what}; a run here would give wrong results\n  fix: {fix}; {report_it}"

@@ -34,4 +34,4 @@ def run(args: argparse.Namespace) -> None:
     for job, state in zip(jobs, states, strict=True):
         print(f"{job.name or '-':<24} {state.state:<8} {state.text}\n{'':<24} {job.run_dir}")
     if not jobs:
-        print("no job was launched yet: tunesmith launch local RECIPE --detach")
+        print("no jobs yet: tunesmith launch local RECIPE --detach")

@@ -93,12 +93,12 @@ def read_search(args: argparse.Namespace) -> tuple[Space, Search]:
     """What to try, and how to search; UsageError where the words contradict each other."""
     for option in REMOVED:
         if vars(args)[option] is not None:
-            draws = "candidates of a range are drawn at random"
-            rungs = "--rungs N and --to-the-end say where they stop"
+            draws = "candidates of a range are sampled at random"
+            rungs = "use --rungs N and --to-the-end for early stopping"
             raise removed_option(
                 option,
                 why=f"{draws}, and the worse half of them stops at each rung",
-                fix=f"leave it out; --candidates N draws more or fewer, {rungs}",
+                fix=f"remove it; --candidates N sets their number, {rungs}",
             )
     space = read_space(args.words)
     search = Search(0 if args.to_the_end else args.rungs)
@@ -106,8 +106,8 @@ def read_search(args: argparse.Namespace) -> tuple[Space, Search]:
         search = replace(search, candidates=args.candidates)
     check_count(space, search.candidates)
     if args.candidates is not None and not space.ranges:
-        what = "--candidates is for ranges, and only lists are given"
-        raise UsageError(what, where="command line", fix="key=LOW..HIGH, or leave it out")
+        what = "--candidates is for ranges, but there are only lists"
+        raise UsageError(what, where="command line", fix="key=LOW..HIGH, or remove it")
     return space, search
 
 

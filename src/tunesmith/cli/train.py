@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
                 new_file.check_file()
         if new_file is not None:
             name = new_file.name
-            log.info(f"recipe: {name} (to change it, edit it, then: tunesmith train {name})")
+            log.info(f"recipe: {name} (to change it, edit it and run: tunesmith train {name})")
         from tunesmith.metrics.summary import closing_summary
         from tunesmith.training.run import train
 

@@ -61,7 +61,7 @@ def _check_removed(args: argparse.Namespace) -> None:
     if args.terminal:
         page = shell_command(["tunesmith", "watch", *args.runs])
         log = f"tunesmith logs -f {shell_path(args.runs[0])}"
-        fix = f"{page} prints the address of a page; in the terminal: {log}"
+        fix = f"{page} serves a web page; in the terminal: {log}"
         raise removed_option("terminal", fix=fix)
     for word in args.runs:
         match = _REMOTE_RUN.fullmatch(word)
@@ -73,7 +73,7 @@ def _check_removed(args: argparse.Namespace) -> None:
         raise UsageError(
             "watching a run of another host was removed",
             where=f"command line: {word}",
-            why="the page is served where the run is, and ssh brings it here",
+            why="the page is served on the run's host; use ssh port forwarding",
             fix=f"ssh {shell_word(host)}, and there: tunesmith watch {shell_path(run_there)}, "
             "which prints an address with a PORT; then here, before opening it: "
             f"ssh -N -L PORT:127.0.0.1:PORT {shell_word(host)}",
@@ -102,7 +102,7 @@ def _ended_by_signals() -> Iterator[None]:
 def _print_address(address: str, *, browser: bool) -> None:
     """Print where the page is, and over ssh how to reach it from the user's own machine."""
     print(f"watching: {address}", flush=True)
-    print("only this machine reaches it, with this address; ctrl-C ends it", flush=True)
+    print("reachable from this machine only, with this URL; ctrl-C stops it", flush=True)
     connection = os.environ.get("SSH_CONNECTION", "").split()
     if connection:
         port = address.split(":")[2].partition("/")[0]

@@ -120,7 +120,8 @@ def _method(run: Run, where: Place) -> Iterator[Problem]:
     if method.name == "kto" and run.adapter.kind == "none" and is_timed:
         yield Problem(
             "train.duration",
-            f"is {run.train.duration}, and full fine-tuning by kto is counted in steps or epochs",
+            f"is {run.train.duration}, and full fine-tuning with kto needs a duration in "
+            "steps or epochs",
             fix="train.duration: 1 epochs, or adapter.kind: lora",
             why="before training the base scores the answers that each step compares with",
         )
@@ -130,8 +131,7 @@ def _method(run: Run, where: Place) -> Iterator[Problem]:
             "train.global_batch",
             "of one example leaves kto no other answer to compare with",
             fix="train.global_batch: 16 examples",
-            why="its reference point is measured on prompts with the answers of other rows of the"
-            " batch",
+            why="its reference point uses prompts paired with other answers of the batch",
         )
     yield from _method_formats(run, where)
 
@@ -154,7 +154,7 @@ def _method_formats(run: Run, where: Place) -> Iterator[Problem]:
                 f"is {source.format}, which method: {run.method.name} does not learn from",
                 fix=fix,
                 why="dpo, orpo and simpo learn from pairs (preference), kto from answers that are"
-                " labeled good or bad (feedback), and sft from answers alone",
+                " labeled good or bad (feedback), and sft from answers",
             )
 
 
@@ -171,7 +171,7 @@ def _model(run: Run, where: Place) -> Iterator[Problem]:
     if model.quantize not in ("auto", "none") and adapter.kind == "none":
         fix = "train an adapter on it (adapter.kind: lora), or model.quantize: none"
         if model.quantize == "as-shipped":
-            fix += ", which trains the 16-bit weights that are made of it"
+            fix += ", which trains dequantized 16-bit weights"
         yield Problem(
             "model.quantize",
             f"is {model.quantize}, but adapter.kind is none",
@@ -232,9 +232,9 @@ def _data(run: Run, where: Place) -> Iterator[Problem]:
         if data.validation:
             yield Problem(
                 "data.hold_out",
-                "and data.validation are both given",
+                "and data.validation are both set",
                 fix="remove data.hold_out, or data.validation: null",
-                why="either names the rows to validate on",
+                why="both define the validation rows",
             )
         # A share must leave rows to train on; a count is checked where the rows are known.
         limit = 100 if data.hold_out.unit == "%" else math.inf
@@ -298,7 +298,7 @@ def _template(run: Run) -> Iterator[Problem]:
             "data.template",
             f"is raw, which cannot write the turns of format {' and '.join(with_turns)}",
             fix="data.template: auto, or rows of format prompt-completion",
-            why="raw takes a prompt and a completion, or a text, as they stand",
+            why="raw joins a prompt and a completion, or a text, without a template",
         )
 
 
@@ -367,7 +367,7 @@ def _optimizer_in_backward(run: Run, where: Place) -> Iterator[Problem]:
     train = run.train
     if not train.optimizer_in_backward:
         return
-    too_late = "is known after the last gradient, when the weights are already updated"
+    too_late = "is only known after the last gradient, when the weights are already updated"
     if run.adapter.kind != "none":
         yield Problem(
             key,
@@ -378,21 +378,21 @@ def _optimizer_in_backward(run: Run, where: Place) -> Iterator[Problem]:
     if train.clip_norm is not None:
         yield Problem(
             key,
-            f"excludes train.clip_norm: {train.clip_norm}",
+            f"cannot be combined with train.clip_norm: {train.clip_norm}",
             fix=f"train.clip_norm: null, or {off}",
             why=f"the norm {too_late}",
         )
     if run.model.dtype == "fp16":
         yield Problem(
             key,
-            "excludes model.dtype: fp16",
+            "cannot be combined with model.dtype: fp16",
             fix=f"model.dtype: bf16, or {off}",
             why=f"an overflow of the scaled loss {too_late}",
         )
     if "parameters" in train.cpu_offload:
         yield Problem(
             key,
-            "excludes train.cpu_offload: parameters",
+            "cannot be combined with train.cpu_offload: parameters",
             fix=f"remove one of them, or {off}",
             why="a gradient is still on its way to the host when the next one is made",
         )
@@ -402,7 +402,7 @@ def _optimizer_in_backward(run: Run, where: Place) -> Iterator[Problem]:
             f"of {train.micro_batch} differs from train.global_batch of {train.global_batch}",
             fix=f"train.micro_batch: auto, or {off}",
             why="optimizer_in_backward updates the weights in each backward pass, so one pass"
-            " takes the global batch",
+            " must take the global batch",
         )
 
 
@@ -452,7 +452,7 @@ def _validate(run: Run, where: Place) -> Iterator[Problem]:
             "validate.best_by",
             f"is accuracy, which method: {run.method.name} does not have",
             fix="validate.best_by: loss",
-            why="it is the share of pairs whose chosen answer the model values more",
+            why="it is the share of pairs where the chosen answer has the higher reward",
         )
     if run.validate.patience is None:
         return

@@ -40,7 +40,7 @@ def reference() -> str:
             spec.metadata["doc"],
         )
         sections.setdefault(section, []).append(row)
-    parts = ["\n## The keys\n\nA key without a default must be given.\n"]
+    parts = ["\n## The keys\n\nA key without a default is required.\n"]
     for section, rows in sections.items():
         table = _table(("key", "form", "default", "what it is"), rows)
         # A source has the same keys in both lists.
@@ -96,7 +96,7 @@ def json_schema() -> dict[str, Any]:
         properties[name] = _property(spec, hint, properties[name])
     extends = {
         "type": "string",
-        "description": "a recipe that ships, or a file: its values stand below these",
+        "description": "a shipped recipe or a file whose values this recipe overrides",
     }
     children = _children_of(sections)
     children["ChildRun"]["properties"]["extends"] = extends

@@ -44,7 +44,7 @@ def merge_layers(lower: Node, upper: Node, *, announce: bool = False) -> Node:
     shown = [key for key in dropped if key.rpartition(".")[0] not in dropped]
     if shown and announce:
         log.info(
-            f"{upper.where} names other rows, so it does not take {', '.join(shown)} from the"
+            f"{upper.where} names other rows, so it does not inherit {', '.join(shown)} from the"
             " recipe that it changes"
         )
     return merged
@@ -76,8 +76,8 @@ def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
         else:
             node = read_value(value, where=f"{origin}: {key}", base=base)
         if key == "extends":
-            fix = "name that recipe in place of this one"
-            raise RecipeError("extends belongs in a file", where=node.where, fix=fix)
+            fix = "use that recipe instead of this one"
+            raise RecipeError("extends is only allowed in a file", where=node.where, fix=fix)
         # From the inside out: a.b=1 is {a: {b: 1}}.
         for name in reversed(key.split(".")):
             node = Node({name: node}, node.where, base)
@@ -169,7 +169,7 @@ def _check_scalar_has_no_key(lower: Node, upper: Node, key: str) -> None:
     if isinstance(upper.value, dict) and upper.value and isinstance(lower.value, str | int | float):
         name = next(iter(upper.value))
         what = f"{key}.{name}: there is no key {name!r} in a single value"
-        raise RecipeError(what, where=upper.where, fix=f"give the whole of {key} instead")
+        raise RecipeError(what, where=upper.where, fix=f"set all of {key} instead")
 
 
 def _as_single_source(upper: Node) -> Node:

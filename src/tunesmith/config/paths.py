@@ -92,7 +92,7 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
     elif "://" in text:
         hub = _HUB.match(text)
         what = f"{key} is a Hub id or a file, not a URL: {text}"
-        fix = f"write the Hub id: {hub[1]}" if hub else "download it, and give the file or folder"
+        fix = f"write the Hub id: {hub[1]}" if hub else "download it, and use the file or folder"
     elif "\0" in text:
         what = f"{key} has a null character in it: {text!r}"
         fix = "write the name without it"

@@ -54,7 +54,7 @@ def _error(key: str, node: Node) -> RemovedError:
         return RemovedError(
             "model.quantize: int8 was removed",
             where=node.where,
-            why="no GPU had measured it",
+            why="it was never measured on a GPU",
             fix="model.quantize=fp8 on a Hopper, Ada or Blackwell GPU, model.quantize=nf4 to save"
             " memory, or model.quantize=none: bf16, the fastest on an A100",
         )

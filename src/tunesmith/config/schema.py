@@ -71,18 +71,18 @@ class MethodConfig:
     name: MethodName = key(
         "sft",
         "sft: supervised fine-tuning; from pairs of a good and a bad answer: dpo, orpo, simpo; from"
-        " answers that are each good or bad: kto",
+        " answers labeled good or bad: kto",
     )
     beta: Positive = key(
         0.1,
-        "dpo, kto: how strongly the model is held to its reference; orpo: weight of the odds ratio;"
+        "dpo, kto: strength of the KL penalty to the reference; orpo: weight of the odds ratio;"
         " simpo: scale of the margin",
     )
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = key(
-        "sigmoid", "dpo: the loss of a pair's margin; robust: for labels of which some are wrong"
+        "sigmoid", "dpo: loss on a pair's margin; robust: for partly wrong labels"
     )
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = key(
-        0.0, "dpo, loss_type robust: the share of pairs whose answers are taken to be swapped"
+        0.0, "dpo, loss_type robust: the assumed share of pairs with swapped answers"
     )
     sft_weight: PositiveOrZero = key(
         0.0, "dpo: weight of the cross-entropy of the chosen answer, added to the loss"
@@ -90,7 +90,7 @@ class MethodConfig:
     desirable_weight: PositiveOrZero = key(1.0, "kto: weight of good answers")
     undesirable_weight: PositiveOrZero = key(1.0, "kto: weight of bad answers")
     simpo_gamma: PositiveOrZero = key(
-        0.5, "simpo: the margin that the chosen answer is to have over the rejected one"
+        0.5, "simpo: target margin between the chosen and the rejected answer"
     )
 
 
@@ -102,9 +102,7 @@ class Model:
         ..., "Hub id, a local folder, or a `.gguf` file", example="meta-llama/Llama-3.1-8B-Instruct"
     )
     revision: str | None = key(None, "branch, tag or commit on the Hub; null: `main`")
-    tokenizer: str | None = key(
-        None, "Hub id or folder of another tokenizer; null: the model's own"
-    )
+    tokenizer: str | None = key(None, "Hub id or folder of a tokenizer; null: the model's")
     dtype: Literal["bf16", "fp16", "fp32"] = key(
         "bf16", "dtype of weights and matmuls; fp16 scales the loss"
     )
@@ -116,7 +114,7 @@ class Model:
         " others",
     )
     attention: Literal["auto", "eager"] = key(
-        "auto", "auto: the fastest for packed rows; eager: Transformers' own"
+        "auto", "auto: the fastest for packed rows; eager: Transformers' implementation"
     )
     trust_remote_code: bool = key(False, "run Python code from the model's repository")
     added_tokens: tuple[str, ...] = key(
@@ -160,7 +158,7 @@ class Source:
     format: Literal[
         "alpaca", "messages", "sharegpt", "prompt-completion", "text", "preference", "feedback"
     ] = key("messages", "row format")
-    columns: dict[str, str] = key({}, "column names: `{the format's name: the file's name}`")
+    columns: dict[str, str] = key({}, "column names: `{format's column: file's column}`")
     max_examples: Count | None = key(None, "take the first N rows of the split")
     weight: Positive = key(1.0, "with several sources: how often this one is seen in an epoch")
 
@@ -175,7 +173,8 @@ class Data:
     validation: tuple[Source, ...] = key((), "held-out rows: a source, a list of them, or null")
     hold_out: Share | None = key(
         None,
-        "rows of `train` to validate on instead, drawn by the seed: `5 %` or `50 examples`; null:"
+        "rows of `train` to hold out for validation, chosen by the seed: `5 %` or `50 "
+        "examples`; null:"
         " none",
         example="5 %",
     )
@@ -190,8 +189,10 @@ class Data:
         "arguments of the chat template, such as `{enable_thinking: false}`; saved with the"
         " trained model as a part of its template",
     )
-    system: str | None = key(None, "system message for rows without one")
-    seq_len: AtLeastTwo = key(2048, "longest example and length of a packed row, in tokens")
+    system: str | None = key(None, "system message for rows that have none")
+    seq_len: AtLeastTwo = key(
+        2048, "maximum length of an example, and length of a packed row, in tokens"
+    )
     pack: bool = key(
         True,
         "put several examples in a row, isolated by attention; false: one example a row, padded",
@@ -200,14 +201,14 @@ class Data:
         "response", "all assistant turns, the last one, or all tokens"
     )
     too_long: Literal["truncate", "drop", "error"] = key(
-        "truncate", "what to do with longer ones; counted"
+        "truncate", "what to do with longer examples; they are counted"
     )
     allow_cut_answers: bool = key(
         False,
         "train although more than a tenth of the rows have an answer whose end is cut off by"
         " `seq_len`",
     )
-    shuffle: bool = key(True, "a new order each epoch, from the seed; false: the order of the file")
+    shuffle: bool = key(True, "reshuffle each epoch, by the seed; false: file order")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,9 +216,11 @@ class Train:
     """The optimizer and its schedule."""
 
     duration: Length = key(Length(1, "epochs"), "`1 epochs`, `500 steps` or `2 h`")
-    global_batch: Size = key(Size(64, "examples"), "batch of one optimizer step, over all ranks")
+    global_batch: Size = key(
+        Size(64, "examples"), "batch size of an optimizer step, over all ranks"
+    )
     micro_batch: Size | Literal["auto"] = key(
-        "auto", "batch of one forward, with padding; auto: the most that fits"
+        "auto", "batch size of one forward pass, including padding; auto: the largest that fits"
     )
     learning_rate: Positive = key(1e-4, "peak learning rate")
     min_learning_rate: PositiveOrZero = key(0.0, "final learning rate of linear and cosine")
@@ -234,7 +237,7 @@ class Train:
         False,
         "update each parameter during backward and free its gradient: full fine-tuning in less"
         " memory; "
-        "needs `clip_norm: null`, and takes the global batch in one forward pass",
+        "needs `clip_norm: null`, and the global batch must fit in one forward pass",
     )
     betas: tuple[Fraction, Fraction] = key((0.9, 0.999), "AdamW's betas")
     eps: Positive = key(1e-8, "AdamW's epsilon")
@@ -262,8 +265,8 @@ class Train:
     compile: Literal["auto", "on", "off"] = key("auto", "torch.compile")
     deterministic: bool = key(
         False,
-        "equal runs and resumes give equal bits on a GPU too; slower, and an operator that cannot"
-        " ends the run",
+        "bitwise reproducible runs and resumes on a GPU too; slower, and an operator without a"
+        " deterministic implementation ends the run",
     )
 
 
@@ -274,10 +277,10 @@ class Parallel:
     replicate: Count | Literal["auto"] = key("auto", "data-parallel replicas of the model")
     shard: Count | Literal["auto"] = key("auto", "ranks that shard one replica")
     tensor: Count | Literal["auto"] = key(
-        1, "tensor-parallel ranks of one layer, on one node; auto: what is fastest"
+        1, "tensor-parallel ranks, on one node; auto: the fastest"
     )
     experts: Count | Literal["auto"] = key(
-        "auto", "ranks that divide a mixture's experts, with LoRA; auto: what is fastest"
+        "auto", "ranks that divide a mixture's experts, with LoRA; auto: the fastest"
     )
 
 
@@ -286,10 +289,10 @@ class Validate:
     """Loss on the held-out rows."""
 
     every: Length | None = key(
-        Length(100, "steps"), "interval; also at the end; null: only at the end"
+        Length(100, "steps"), "interval; always also at the end; null: only at the end"
     )
     max_examples: Count | None = key(None, "take the first N held-out examples")
-    patience: Count | None = key(None, "stop after N validations without a better one")
+    patience: Count | None = key(None, "stop after N validations without improvement")
     best_by: Literal["loss", "accuracy"] = key(
         "loss",
         "what makes a validation better: a lower loss, or with pairs of answers a higher share of"
@@ -316,9 +319,7 @@ class Checkpoint:
 class Log:
     """What is shown and written during training."""
 
-    every: Length = key(
-        Length(1, "steps"), "interval of the printed lines; metrics.jsonl has every step"
-    )
+    every: Length = key(Length(1, "steps"), "interval of log lines; metrics.jsonl has every step")
     tensorboard: bool = key(True, "write TensorBoard events")
     tensorboard_dir: str | None = key(
         None, "folder of the events; null: `tensorboard/` in output_dir"
@@ -344,9 +345,7 @@ class Profile:
     warmup: CountOrZero = key(3, "steps to trace and discard")
     active: Count = key(20, "steps to record")
     cycles: Count = key(1, "how many cycles")
-    stacks: bool = key(
-        False, "also the Python call stack of each operation: larger traces, slower steps"
-    )
+    stacks: bool = key(False, "record Python call stacks: larger traces, slower steps")
     ranks: tuple[CountOrZero, ...] | Literal["all"] = key(
         "all", "the ranks that record, such as [0]"
     )
@@ -367,23 +366,21 @@ class Run:
 
     method: MethodConfig = key(
         MethodConfig(),
-        "what the loss is: a name, or a mapping with its keys",
+        "the training method: a name, or a mapping with its parameters",
         example="{name: dpo}",
     )
     model: Model = key(..., "the base model", example="{name: meta-llama/Llama-3.1-8B-Instruct}")
     adapter: Adapter = key(Adapter(), "what is trained")
     data: Data = key(
         ...,
-        "the rows, and how they become tokens",
+        "the rows and their tokenization",
         example="{train: {source: rows.jsonl, format: messages}}",
     )
     train: Train = key(Train(), "the optimizer and its schedule")
     parallel: Parallel = key(Parallel(), "how ranks share the work")
     validate: Validate = key(Validate(), "loss on the held-out rows")
-    checkpoint: Checkpoint = key(
-        Checkpoint(), "what is saved during the run, and how a run resumes"
-    )
-    log: Log = key(Log(), "what is shown and written")
+    checkpoint: Checkpoint = key(Checkpoint(), "checkpoints, and how a run resumes")
+    log: Log = key(Log(), "logging and trackers")
     profile: Profile = key(Profile(), "traces and a memory snapshot")
     output_dir: str = key(..., "the run directory", example="runs/mine")
 

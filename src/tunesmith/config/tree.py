@@ -154,12 +154,14 @@ def read_file(path: Path) -> Node:
         raise RecipeError(what, where=f"{name}:{line}", fix=fix) from error
     top = _Reader(name, path.parent).read(text)
     if top is None or top.value is None:
-        fix = "start from one that ships: tunesmith recipes"
+        fix = "start from a shipped one: tunesmith recipes"
         raise RecipeError("this recipe is empty", where=name, fix=fix)
     if not isinstance(top.value, dict):
         kind = "a list" if isinstance(top.value, list) else "a single value"
         what = f"a recipe is a mapping of keys, this is {kind}"
-        fix = "begin with `model:`; see a whole one with: tunesmith recipes show smollm2-135m-lora"
+        fix = (
+            "begin with `model:`; see a complete one with: tunesmith recipes show smollm2-135m-lora"
+        )
         raise RecipeError(what, where=top.where, fix=fix)
     return top
 
@@ -233,7 +235,7 @@ class _Reader:
         except (ValueError, OverflowError) as error:
             # An escape such as "\UFFFFFFFF" that is no character.
             problem = str(error)
-        fix = "correct it at or just before this place"
+        fix = "fix it at or just before this position"
         for part, fix_of_part in _FIXES.items():
             if part in problem:
                 fix = fix_of_part

@@ -161,7 +161,7 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
     why = ""
     # `key=$UNSET` comes as `key=`, which is null.
     if node.value is None and node.where.startswith("command line"):
-        why = "an unset variable of the shell leaves a value empty"
+        why = "an unset shell variable leaves a value empty"
     return RecipeError(what, where=node.where, why=why, fix=fix)
 
 
@@ -215,7 +215,7 @@ def _describe(value: Any) -> str:
     if isinstance(value, dict):
         return "a mapping"
     if value in (math.inf, -math.inf):
-        return "a number beyond all bounds"
+        return "a number that is too large"
     if isinstance(value, str):
         return f"the text {reprlib.repr(value)}"
     return str(value).lower()
@@ -253,7 +253,7 @@ def _fix_type(value: _Value) -> str:
         for kind in (Length, Size, Share):
             if kind in types_:
                 lines = [value.line(f"{content} {unit}") for unit in kind.units[:2]]
-                return f"name the unit: {' or '.join(lines)}"
+                return f"add the unit: {' or '.join(lines)}"
     return f"write {value.example()}"
 
 

@@ -67,7 +67,7 @@ class Aligner:
                 " the text",
                 where="model.tokenizer",
                 why="loss masks need a fast tokenizer, one with a tokenizer.json",
-                fix="name one: model.tokenizer=FOLDER",
+                fix="set one: model.tokenizer=FOLDER",
             )
         self.tokenizer = tokenizer
         self.byte_sizes = _byte_sizes(tokenizer)

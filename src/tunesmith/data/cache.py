@@ -208,7 +208,7 @@ def _write_entry(path: Path, make: Callable[[TokenWriter], TokenEntry]) -> None:
             folder.rename(path)
     except OSError as error:
         log.warning(
-            "tokens are kept in memory: the cache %s cannot be written (%s)",
+            "the token cache %s cannot be written (%s); tokens are kept in memory",
             path.parent,
             error.strerror or str(error),
         )
@@ -226,5 +226,5 @@ def _read_entry(path: Path) -> TokenEntry | None:
         why = "its checksum differs"
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = str(error)
-    log.warning("the token cache %s is damaged and is made again (%s)", path, why)
+    log.warning("the token cache %s is damaged and will be rebuilt (%s)", path, why)
     return None

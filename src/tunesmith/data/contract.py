@@ -155,7 +155,7 @@ def check_tokens(
     if not len(tokens):
         why = (
             f"{count_of(counts.rows, 'row')} read, {counts.dropped:,} dropped as too long,"
-            f" {counts.emptied:,} dropped because the cut left no supervised token"
+            f" {counts.emptied:,} dropped because truncation left no supervised token"
         )
         # At least one, so that a split without rows counts as broken.
         is_empty = replace(
@@ -163,7 +163,7 @@ def check_tokens(
             broken=max(1, counts.rows),
             where=counts.source,
             why=why,
-            fix="raise data.seq_len, or widen the split",
+            fix="raise data.seq_len, or use a larger split",
         )
         return Contract(split, (is_empty,))
     end_ids = sorted(template.end_ids)
@@ -208,7 +208,7 @@ def _rules(
     """The rules, in the order of `_find_faults`."""
     counts = tokens.counts
     ends = ", ".join(tokenizer.convert_ids_to_tokens(end_ids)) or "none"
-    compared = f"{count_of(counts.prompts, 'prompt')} rendered apart and compared"
+    compared = f"{count_of(counts.prompts, 'prompt')} rendered separately and compared"
     if counts.prompts_apart:
         compared += f", {counts.prompts_apart:,} not comparable"
     rules = [
@@ -216,14 +216,14 @@ def _rules(
             name="every row has a supervised token",
             of="rows",
             note="",
-            why="no token of it carries loss",
-            fix="delete the row, or look at data.train_on and data.template",
+            why="none of its tokens is supervised",
+            fix="delete the row, or check data.train_on and data.template",
         ),
         _Rule(
             name="every supervised answer ends with an end token",
             of="answers",
             note=f"end tokens: {ends}",
-            why=f"the end tokens are {ends}, and a supervised stretch ends on another",
+            why=f"the end tokens are {ends}, and a supervised span ends with another token",
             fix="use a template that ends each answer (data.template), or the tokenizer of the"
             " model",
         ),
@@ -235,11 +235,11 @@ def _rules(
             fix="remove the BOS from the template (data.template), or from the rows",
         ),
         _Rule(
-            name="the mask does not reach the prompt",
+            name="no prompt token is supervised",
             of="rows",
             note=compared,
-            why="a token of the prompt carries loss",
-            fix="use another template (data.template); this one cannot be masked",
+            why="a token of the prompt is supervised",
+            fix="use another template (data.template); this one cannot be masked correctly",
         ),
         _Rule(
             name="every token is in the model's vocabulary",
@@ -301,7 +301,7 @@ def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
         if seq_len < length and is_possible:
             fixes.append(f"data.seq_len={length} ({what_fits})")
     if not fixes and position_limit is not None and seq_len < position_limit:
-        fixes.append(f"data.seq_len={position_limit} (the most that the model takes)")
+        fixes.append(f"data.seq_len={position_limit} (the model's maximum)")
     # Dropping is a way only if rows are left.
     if counts.cut < counts.kept:
         fixes.append("data.too_long=drop")

@@ -146,17 +146,17 @@ def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
         raise DataError(
             f"the rows can be read in {len(layouts)} ways",
             where=where,
-            why=f"{columns_text}; more than one may be meant",
-            fix=f"say which: {' or '.join(layout.flags() for layout in layouts)}",
+            why=f"{columns_text}; it is ambiguous",
+            fix=f"choose one: {' or '.join(layout.flags() for layout in layouts)}",
         )
     if trials:
         raise _reading_error(trials, len(sample))
-    what = "no column's name tells what to train on"
+    what = "no column name indicates what to train on"
     if source.columns:
         pairs = [f"{name}={column}" for name, column in source.columns.items()]
         what = f"no format reads {', '.join(pairs)}"
     proposal = _propose("prompt-completion" if any_format else source.format, columns, sample)
-    fix = f"say which columns are meant, such as {proposal.flags()}"
+    fix = f"name the columns, such as {proposal.flags()}"
     raise DataError(what, where=where, why=columns_text, fix=fix)
 
 
@@ -166,7 +166,7 @@ def _reading_error(trials: list[_Trial], count: int) -> DataError:
     error = likeliest.errors[0]
     readable = count - len(likeliest.errors)
     why = (
-        f"{readable} of the {count} rows looked at can be read as {likeliest.layout.format};"
+        f"{readable} of the {count} rows examined can be read as {likeliest.layout.format};"
         " not this one"
     )
     if error.why:
@@ -187,7 +187,7 @@ def _check_kind(columns: list[str], where: str, columns_text: str) -> None:
     for names, kind in _OTHER_KINDS.items():
         if plain_columns.issuperset(names):
             raise DataError(
-                f"the rows hold {kind}, which cannot be trained on yet",
+                f"the rows hold {kind}, which is not supported yet",
                 where=where,
                 why=columns_text,
                 fix="train on some columns only, such as --columns prompt=...,completion=...",

@@ -94,10 +94,10 @@ def check_data_file(path: Path) -> None:
             f"{path.name} is not a supported data file",
             where=str(path),
             why=f"the types are {', '.join(SUFFIXES)}",
-            fix="unpack or convert it to JSON lines, one object a line, and name that file",
+            fix="unpack or convert it to JSON lines, one object per line, and use that file",
         )
     if path.stat().st_size == 0:
-        fix = "write rows into it, or name another file"
+        fix = "add rows to it, or use another file"
         raise DataError("the file is empty", where=str(path), fix=fix)
 
 
@@ -105,9 +105,9 @@ def _missing_file(path: Path) -> DataError:
     """The error for a path at which there is no regular file."""
     if path.is_symlink() and not path.exists():
         return DataError(
-            f"the link leads to {os.readlink(path)}, which is not there",
+            f"the link points to {os.readlink(path)}, which does not exist",
             where=str(path),
-            fix=f"ls -l {shell_path(path)}   # name the file itself, or make the link again",
+            fix=f"ls -l {shell_path(path)}   # use the file itself, or fix the link",
         )
     folder = path if path.is_dir() else path.parent
     names = []
@@ -126,7 +126,7 @@ def _missing_file(path: Path) -> DataError:
             fix = f"source: {path / data_files[0]}"
     elif path.exists():
         what = "the source is not a regular file"
-        fix = "copy its rows into a file and name that"
+        fix = "copy its rows into a regular file and use that"
     elif not folder.is_dir():
         why = f"there is no folder {folder}"
     else:
@@ -147,8 +147,8 @@ def _version(path: Path) -> tuple[int, int, int] | None:
 
 
 def _changed(path: Path) -> DataError:
-    why = "another program wrote, shortened or deleted it"
-    fix = "start again when it is whole"
+    why = "another program wrote, truncated or deleted it"
+    fix = "start again when it is complete"
     return DataError("the file was changed while it was read", where=str(path), why=why, fix=fix)
 
 
@@ -220,8 +220,8 @@ def _read_json_lines(path: Path) -> Table:
             raise DataError(
                 f"a row of {size / 2**20:.0f} MiB",
                 where=where(i),
-                why=f"{limit}; line breaks between rows may be lost",
-                fix="write one row a line, or split the text into several rows",
+                why=f"{limit}; line breaks between rows may be missing",
+                fix="write one row per line, or split the text into several rows",
             )
         # `pread` has no position, so processes and threads may share the descriptor.
         data = os.pread(descriptor, size, starts[i])
@@ -369,7 +369,7 @@ def long_number(where: str) -> DataError:
     int() of a text takes a time of its square.
     """
     what = f"a whole number of more than {sys.get_int_max_str_digits():,} digits"
-    return DataError(what, where=where, fix='write it as a text, "123...", or delete it')
+    return DataError(what, where=where, fix='write it as a string, "123...", or delete it')
 
 
 def _read_csv(path: Path) -> Table:
@@ -382,17 +382,17 @@ def _read_csv(path: Path) -> Table:
     if _has_row_numbers(rows):
         log.warning(
             "%s: the first column has no name and contains numbers of rows, as pandas writes:"
-            " left out",
+            " ignored",
             path.name,
         )
         rows = [values[1:] for values in rows]
     header = rows[0] if rows else []
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated or "" in header:
-        what = "the header has a column without a name"
+        what = "the header has an unnamed column"
         if repeated:
             what = f"the header names {', '.join(repeated)} twice"
-        fix = "give each column a name of its own in the first line"
+        fix = "give each column a unique name in the first line"
         raise DataError(what, where=f"{path}:1", fix=fix)
     if len(rows) < 2:
         fix = "write rows below the header"
@@ -446,9 +446,9 @@ def _parse_csv(path: Path, text: str) -> tuple[list[list[str]], "array[int]"]:
             if not values:
                 continue
             if rows and len(values) != len(rows[0]):
-                fix = "write what is missing, or a comma for an empty value"
+                fix = "add the missing values, or commas for empty ones"
                 if len(values) > len(rows[0]):
-                    fix = 'put values that hold a comma or a line break in double quotes: "a, b"'
+                    fix = 'put values with a comma or a line break in double quotes: "a, b"'
                 raise DataError(
                     f"a row of {len(values)} values under a header of {len(rows[0])}",
                     where=f"{path}:{first_line_number}",
@@ -525,7 +525,7 @@ def _parquet_table(path: Path) -> Any:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         what = f"the file has several columns named {', '.join(repeated)}"
-        fix = "write it again, with a name of its own for each column"
+        fix = "write it again with unique column names"
         raise DataError(what, where=str(path), fix=fix)
     return pq.read_table(path)
 

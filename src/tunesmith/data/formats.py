@@ -249,7 +249,7 @@ class _RowReader:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            what = f"{at} contains half of a character (U+{ord(value[error.start]):04X})"
+            what = f"{at} contains half of a surrogate pair (U+{ord(value[error.start]):04X})"
             why = "a lone surrogate is not Unicode text"
             raise self.error(what, why, "write the whole character, or delete it") from None
         return value
@@ -349,7 +349,9 @@ def _prompt_completion(row: _RowReader) -> Sample:
     # Both as text, or both as messages: one of each has no border.
     if isinstance(prompt, list) != isinstance(completion, list):
         fix = "write both as lists of messages"
-        raise row.error("prompt and completion are of two kinds", "one is a text, one a list", fix)
+        raise row.error(
+            "prompt and completion have different types", "one is text, the other a list", fix
+        )
     if not isinstance(prompt, list):
         return Completion(row.text(prompt, "prompt"), row.text(completion, "completion"))
     prompt = _read_messages(row, prompt, "prompt")
@@ -370,7 +372,7 @@ def _preference(row: _RowReader) -> Pair:
     prompt = row.optional("prompt")
     if isinstance(chosen, str) != isinstance(rejected, str):
         fix = "write both as texts, or both as lists of messages"
-        raise row.error("chosen and rejected are of two kinds", "one is a text", fix)
+        raise row.error("chosen and rejected have different types", "one is a text", fix)
     if row.optional("conversations") is not None:
         prompt = row.optional("conversations")
     if isinstance(chosen, str) and not isinstance(prompt, list):
@@ -380,9 +382,9 @@ def _preference(row: _RowReader) -> Pair:
     if chosen[0]["role"] != "assistant":
         shared = _shared_beginning(row, chosen, rejected)
         if isinstance(prompt, str) and prompt.strip() not in _texts_of(shared):
-            why = "chosen and rejected begin with other messages"
-            fix = "make them one, or leave the prompt out"
-            raise row.error("the prompt is not that of chosen and rejected", why, fix)
+            why = "chosen and rejected begin with different messages"
+            fix = "make them equal, or remove the prompt"
+            raise row.error("the prompt differs from that of chosen and rejected", why, fix)
         prompt = shared
         chosen = chosen[len(shared) :]
         rejected = rejected[len(shared) :]
@@ -463,7 +465,7 @@ def _answer_messages(row: _RowReader, answer: Any, column: str) -> list[dict[str
     messages = _any_messages(row, answer, column)
     if messages[-1]["role"] != "assistant":
         what = f"{column} ends with a message of the {messages[-1]['role']}"
-        raise row.error(what, "the last one is the answer to learn from")
+        raise row.error(what, "the last one must be the answer")
     return messages
 
 
@@ -476,7 +478,7 @@ def _check_answer(row: _RowReader, answer: str | list[dict[str, Any]], column: s
         says_more = "tool_calls" in message or "reasoning_content" in message
         is_empty = not message["content"].strip() and not says_more
     if is_empty:
-        why = "an answer without a token cannot be compared with another"
+        why = "an answer without tokens cannot be compared"
         raise row.error(f"{column} is empty", why, "write the answer, or delete the row")
 
 
@@ -574,7 +576,7 @@ def _message(row: _RowReader, role: str, message: Mapping[str, Any], at: str) ->
         raise row.error(what, "only an assistant's may", at=at)
     # An assistant may only call tools or reason.
     if message.get("content") is None and not calls and not reasoning:
-        fix = 'give it "content": "...", or delete it'
+        fix = 'add "content": "...", or delete it'
         raise row.error("a message has no content", fix=fix, at=at)
     converted: dict[str, Any] = {"role": role, "content": text}
     if not _is_trained(row, role, message, at):
@@ -682,7 +684,7 @@ def _tools(row: _RowReader) -> list[dict[str, Any]] | None:
             fix = 'write {"name", "description", "parameters"}'
             raise row.error(f"tool {n} is {json_type(tool)}, not an object", fix=fix)
         if not isinstance(function.get("name"), str):
-            raise row.error(f"tool {n} has no name", fix='give it "name": "..."')
+            raise row.error(f"tool {n} has no name", fix='add "name": "..."')
         tools.append({"type": "function", "function": dict(function)})
     return tools or None
 
@@ -701,9 +703,9 @@ def _check_order(row: _RowReader, messages: list[dict[str, Any]]) -> None:
         if role == "system" and n > 0:
             fault = "a system message comes after others; it must come first, once"
         elif role == "tool" and not may_have_result:
-            fault = "a tool's result comes where no tool was called"
+            fault = "a tool result without a tool call"
         elif role == "assistant" and only_system_so_far:
-            fault = "the first turn is the assistant's; it answers nothing"
+            fault = "the first turn is the assistant's, without a question"
         if fault:
             at = f"message {n + 1}"
             raise row.error(fault, "roles are out of order", "fix the row's order", at)

@@ -49,8 +49,8 @@ RENDER_ERRORS = (
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FIX = "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
 _FIX_TAGS = (
-    "move the {% generation %} tags in the template: all of each answer with its end token,"
-    " and nothing else"
+    "move the {% generation %} tags in the template: they must enclose each answer with its end"
+    " token, and nothing else"
 )
 
 
@@ -211,7 +211,7 @@ class AssistantMask:
             yield
         except RENDER_ERRORS as error:
             why = first_line(error) or type(error).__name__
-            fix = "fix the row, or give a template that takes it: data.template=FILE.jinja"
+            fix = "fix the row, or use a template that supports it: data.template=FILE.jinja"
             raise self._error("cannot render this conversation", where, why, fix) from error
 
     def _error(self, what: str, where: str, why: str = "", fix: str = _FIX) -> DataError:
@@ -346,19 +346,19 @@ class AssistantMask:
                     dropped = f"{message} ({rendering.messages[field.message]['role']})"
                 else:
                     dropped = f"the {field.kind} of {message}"
-                why = "the model would train on half a conversation"
+                why = "the model would train on an incomplete conversation"
                 fix = (
-                    "remove it from the rows, or give a template that shows it:"
+                    "remove it from the rows, or use a template that renders it:"
                     " data.template=FILE.jinja"
                 )
                 raise self._error(f"drops {dropped}", where, why, fix)
             is_open = n in rendering.shown and sentinels_of[n] < 2
             if is_open and self._has_end(field.text):
                 what = f"rewrites {message}, whose text contains an end token"
-                raise self._error(what, where, "the end of the message cannot be told")
+                raise self._error(what, where, "the end of the message is ambiguous")
         if any(map(self._has_end, rendering.inserted.argument_names)):
             what = "writes a call whose argument is named with an end token"
-            raise self._error(what, where, "the end of the call cannot be told")
+            raise self._error(what, where, "the end of the call is ambiguous")
 
     def _answer(self, rendering: _Rendering, i: int, is_last: bool, where: str) -> CharSpan:
         """The span of message i: from the end of the generation prompt through the end token."""
@@ -387,8 +387,8 @@ class AssistantMask:
         end = self.ends.search(text, texts_end, limit, is_last=is_last)
         if end is None:
             fix = (
-                "give a template that ends answers: data.template=FILE.jinja;"
-                " or add its token: model.added_tokens"
+                "use a template that ends answers: data.template=FILE.jinja;"
+                " or add its end token: model.added_tokens"
             )
             what = f"writes no end token after message {i + 1}, an answer"
             raise self._error(what, where, self._no_end(), fix)
@@ -443,8 +443,8 @@ class AssistantMask:
             on.
         """
         if i == 0:
-            what = "cannot tell an answer that opens the conversation"
-            raise self._error(what, where, "no prompt stands before it")
+            what = "does not support an answer at the start of a conversation"
+            raise self._error(what, where, "there is no prompt before it")
         marked_prompt = self.render(
             rendering.messages[:i], rendering.tools, generate=True, where=where
         )
@@ -538,7 +538,7 @@ class AssistantMask:
             spans.append(CharSpan(start, stop))
         if end is None:
             what = f"has a {{% generation %}} block without an end token, at message {i + 1}"
-            fix = "move {% endgeneration %} behind the end token"
+            fix = "move {% endgeneration %} after the end token"
             raise self._error(what, where, self._no_end(), fix)
         begin = 0
         opens_with_text = bool(texts) and blocks[0][0] >= min(texts)

@@ -140,7 +140,9 @@ class TrainingData:
         if counts.dropped:
             left_out.append(f"{counts.dropped:,} dropped {too_long}")
         if counts.emptied:
-            left_out.append(f"{counts.emptied:,} dropped because the cut left no supervised token")
+            left_out.append(
+                f"{counts.emptied:,} dropped because truncation left no supervised token"
+            )
         rows = f"{counts.kept:,} of {count_of(counts.available, 'row')}"
         if left_out:
             rows += f" ({', '.join(left_out)})"
@@ -185,15 +187,17 @@ class TrainingData:
             warnings += [f"{contract.split}: {text}" for text in contract.warnings]
         warnings += self._row_warnings()
         if self.duplicates.count:
-            what = "training examples repeat an earlier one"
+            what = "training examples are duplicates"
             text = _describe_repeats(self.duplicates, self.train, what)
             warnings.append(f"{text}; fix: delete them")
         if self.overlap.count:
-            what = "validation examples are trained on too, so val_loss says little of new rows"
+            what = (
+                "validation examples are also in the training data, so val_loss is too optimistic"
+            )
             text = _describe_repeats(self.overlap, self.validation, what)
             warnings.append(
                 f"{text}; fix: splits that share no row, such as train[:95%] and train[95%:];"
-                " or delete the rows that are there twice"
+                " or delete the duplicates"
             )
         return [f"warning: {text}" for text in warnings]
 
@@ -211,7 +215,7 @@ class TrainingData:
         if smaller_batch < batch.amount:
             fix += f' or train.global_batch="{smaller_batch} {batch.unit}"'
         only = f"only {count_of(steps, 'optimizer step')}"
-        return [f"{only}: a model changes little in fewer than {FEW_STEPS}; fix: {fix}"]
+        return [f"{only}: a model hardly changes in fewer than {FEW_STEPS}; fix: {fix}"]
 
     def _row_warnings(self) -> list[str]:
         warnings = []
@@ -342,8 +346,8 @@ def _check_labels(train: TokenSet) -> None:
         raise DataError(
             f"all {len(train):,} answers are labeled {kind}",
             where=train.counts.source,
-            why="kto learns from the difference of good and bad answers",
-            fix="add answers of the other label; or train on good ones alone with method: sft",
+            why="kto needs both good and bad answers",
+            fix="add answers with the other label; or train on good ones only with method: sft",
         )
 
 

@@ -19,18 +19,18 @@ class RowWarning(NamedTuple):
 ROW_WARNINGS = {
     "empty": RowWarning(
         what="an empty answer",
-        why="the model learns to say nothing",
-        fix='delete these rows, or leave such a turn untrained: "train": false',
+        why="the model learns to give empty answers",
+        fix='delete these rows, or exclude the turn: "train": false',
     ),
     "placeholder": RowWarning(
         what="a placeholder such as {{name}}",
-        why="the model learns to write it as it stands",
+        why="the model learns to write it literally",
         fix="fill it in, or delete these rows",
     ),
     "joined": RowWarning(
-        what="no blank or line break between prompt and completion",
+        what="no space or line break between prompt and completion",
         why="the tokenizer has no chat template, so nothing is written between them",
-        fix="data.template=alpaca; or end each prompt as it ends in use, such as with a line break",
+        fix="data.template=alpaca; or end each prompt as in inference, such as with a line break",
     ),
 }
 # Two braces around one name, as Jinja, Handlebars and prompt editors write it; {name} is code or a

@@ -199,7 +199,7 @@ class BatchSchedule:
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of an optimizer step."""
         if self.steps_per_epoch(0) == 0:
-            raise ValueError("there are no examples to take a step on")
+            raise ValueError("there are no examples to train on")
         if self._epochs_are_alike:
             return divmod(step, self.steps_per_epoch(0))
         epoch = 0

@@ -153,9 +153,7 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> l
     if split is None:
         if len(tables) > 1:
             names = ", ".join(f"{name} ({len(table)})" for name, table in tables.items())
-            log.warning(
-                "%s: no split is named, so all rows of all splits are taken: %s", where, names
-            )
+            log.warning("%s: no split given; using all rows of all splits: %s", where, names)
         return [RowRange(table, range(len(table))) for table in tables.values()]
     from datasets import ReadInstruction
 
@@ -180,7 +178,7 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> l
     ranges = [RowRange(tables[s.splitname], range(s.from_, max(s.from_, s.to))) for s in slices]
     if not any(part.rows for part in ranges):
         why = ", ".join(f"{name} has {count_of(n, 'row')}" for name, n in sizes.items())
-        fix = "widen the slice: split: train"
+        fix = "use a larger slice: split: train"
         raise DataError(f"split {split} selects no rows", where=where, why=why, fix=fix)
     return ranges
 
@@ -234,7 +232,7 @@ def _hub_error(name: str, error: Exception) -> DataError:
     elif "offline" in text.lower():
         what = f"the dataset {name} is not in the Hub cache"
         why = "HF_HUB_OFFLINE is set, so it is not downloaded"
-        fix = f"unset HF_HUB_OFFLINE, or name a local file: source: rows.jsonl (not {name})"
+        fix = f"unset HF_HUB_OFFLINE, or use a local file: source: rows.jsonl (not {name})"
     elif is_missing:
         what = f"there is no dataset {name} on the Hub, or it is private"
         fix = f"fix the name; for a private one: hf auth login; for a file: ./{name}"
@@ -245,9 +243,9 @@ def _hub_error(name: str, error: Exception) -> DataError:
         # A lost connection, a time-out, a full disk.
         what = f"the dataset {name} cannot be downloaded"
         fix = (
-            "check the network and the disk (HF_HOME), and start again: what was downloaded is kept"
+            "check the network and the disk (HF_HOME), and start again: finished downloads are kept"
         )
     else:
         what = f"the dataset {name} cannot be read"
-        fix = "name a local copy of its rows"
+        fix = "use a local copy of its rows"
     return DataError(what, where=name, why=why, fix=fix)

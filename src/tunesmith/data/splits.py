@@ -64,6 +64,6 @@ def count_held_out(share: Share, total: int) -> int:
             f"holding out {share} leaves no row to train on",
             where="data.hold_out",
             why=f"data.train has {count_of(total, 'row')}",
-            fix="hold out fewer, or data.hold_out: null",
+            fix="hold out fewer rows, or data.hold_out: null",
         )
     return count

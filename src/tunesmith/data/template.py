@@ -73,7 +73,7 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
             )
         if data.template_args:
             raise DataError(
-                "a raw prompt has no template that takes arguments",
+                "a raw prompt has no template to take arguments",
                 where="data.template_args",
                 why=why,
                 fix="remove data.template_args, or data.template=FILE.jinja",
@@ -89,7 +89,7 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
         raise DataError(
             "the tokenizer has no chat template",
             where="data.template",
-            why="`chat` takes the tokenizer's own; base models often have none",
+            why="`chat` uses the tokenizer's; base models often have none",
             fix="data.template=alpaca, or data.template=FILE.jinja",
         )
     if data.template in ("auto", "chat") and chat_template is not None:
@@ -199,7 +199,7 @@ class Template:
         """
         raw_end = repr(self.tokenizer.decode([self._raw_end]))
         if self._mask is None:
-            how = "prompt and completion as they stand, nothing between them"
+            how = "prompt and completion joined without a template"
             return f"raw: no template; {how}; each row ends with {raw_end}"
         if self.name == "text":
             return f"text: rows as they are; each ends with {raw_end}"
@@ -208,21 +208,23 @@ class Template:
             parts.append("tool calls in Hermes' form (plain ChatML has none)")
         arguments, _ = split_arguments(self.jinja or "")
         for argument, value in arguments.items():
-            parts.append(f"its argument {argument} is {json.dumps(value)}, also in what is saved")
+            parts.append(
+                f"its argument {argument} is {json.dumps(value)}, also in the saved template"
+            )
         if self._has_fixed_date:
             date = f"{builtin_templates.DATE:%d %b %Y}"
             parts.append(
-                f"its date is fixed at {date}, in every start and in what is saved"
-                " (data.template_args.strftime_now: another)"
+                f"its date is fixed at {date}, for all starts and in the saved template"
+                " (data.template_args.strftime_now sets another)"
             )
         ends = [repr(self.tokenizer.decode([id_])) for id_ in sorted(self.end_ids)]
         parts.append(f"answers end with {', '.join(ends)}")
         if self._mask.ends.earlier:
             earlier = ", ".join(map(repr, self._mask.ends.earlier))
-            parts.append(f"earlier ones with {earlier}, where generation goes on: not supervised")
+            parts.append(f"earlier ones with {earlier}, where generation continues: not supervised")
         if self._mask.ends.next_turn:
             tokens = ", ".join(map(repr, self._mask.ends.next_turn.values()))
-            parts.append(f"a last one gets the next turn's {tokens}")
+            parts.append(f"the last one ends with the next turn's {tokens}")
         if self._mask.tagged:
             parts.append("loss mask by its {% generation %} blocks")
         else:
@@ -298,7 +300,7 @@ class Template:
                 raise DataError(
                     f"a raw prompt has no {message['role']} message",
                     why="the model was trained without a template",
-                    fix="leave it out, or train with data.template=alpaca",
+                    fix="remove it, or train with data.template=alpaca",
                 )
             text += message["content"]
             if message["role"] == "assistant":
@@ -348,9 +350,9 @@ class Template:
             raise DataError(what, where=where, why=why, fix=fix)
         if self._mask is None:
             raise DataError(
-                "the row is a conversation, and there is no template to write its turns",
+                "the row is a conversation, but there is no template for its turns",
                 where=where,
-                why="rows are raw: a prompt and a completion as they stand",
+                why="raw rows are a prompt and a completion without a template",
                 fix='write {"prompt": "...", "completion": "..."},'
                 " or train with data.template=alpaca",
             )
@@ -390,9 +392,9 @@ class Template:
             trained[-1] = True
         elif not aligned.ended:
             raise DataError(
-                "the end of an answer is not one token of its own",
+                "the end of an answer is not a separate token",
                 where=where,
-                why="the tokenizer joins it with the text beside it, or splits it",
+                why="the tokenizer merges it with adjacent text, or splits it",
                 fix="add it as a special token: model.added_tokens",
             )
         if len(ids) < 2:
@@ -475,7 +477,7 @@ def _read_template(path: Path, tokenizer: Any) -> str:
             f"the template {str(path)!r} cannot be read",
             where="data.template",
             why=str(why),
-            fix="name a Jinja file, or one of auto, chat, alpaca, raw",
+            fix="use a Jinja file, or one of auto, chat, alpaca, raw",
         ) from error
     message = {"role": "user", "content": "one"}
     try:

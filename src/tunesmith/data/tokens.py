@@ -325,7 +325,7 @@ def tokenize(
     if cache is not None:
         of_tokenizer = of_tokenizer or tokenizer_hash(tokenizer)
     for source, rows in sources:
-        title = f"tokenise {what}: {rows.name}"
+        title = f"tokenize {what}: {rows.name}"
         # A plan reads only what the cache has: where nothing is there, this raises.
         make: Callable[[TokenWriter], TokenEntry] = _raise_not_cached
         if not only_cached:

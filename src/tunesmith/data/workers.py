@@ -119,10 +119,10 @@ class _Worker:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             exit_code = self.process.wait()
             raise MachineError(
-                f"a process that tokenises rows ended with the exit code {exit_code}",
+                f"a tokenizer process exited with code {exit_code}",
                 where=f"row {batch.first + 1} or after",
-                why="the system kills one when memory runs out (dmesg tells)",
-                fix="start again with less beside it",
+                why="the kernel may have killed it for lack of memory (check dmesg)",
+                fix="close other programs and start again",
             ) from error
         if isinstance(answer, Exception):
             raise answer

@@ -69,13 +69,13 @@ class Diagnosis:
             why, cause = self._likely_cause(
                 "it was killed or stopped, its machine is down, or the network to it is cut"
             )
-            what = f"{peers.names(silent)} gave no sign of life for {limit:.0f} s"
+            what = f"{peers.names(silent)} sent no heartbeat for {limit:.0f} s"
             return self.fields(what, why, cause, gone=silent)
         hang = self._find_hang()
         if hang:
             return hang
         if self.broken and peers.clock.seconds - self.broken_at > 2 * limit:
-            what = "a connection between the ranks broke, and all of them live"
+            what = "a connection between the ranks broke; all ranks are alive"
             return self.fields(what, self.broken, "link")
         return {}
 
@@ -92,7 +92,7 @@ class Diagnosis:
         if kills > 0:
             why = f"the kernel ended {kills} of this machine's processes since the run began"
             return self.fields(what, why, "oom-kill", gone=ended)
-        why = "its process ended without a message: a signal, or a crash"
+        why = "its process exited without a message: a signal or a crash"
         return self.fields(what, why, "killed", gone=ended)
 
     def _find_hang(self) -> ErrorFields:
@@ -108,7 +108,7 @@ class Diagnosis:
         longest = max(beats[rank].idle for rank in overdue)
         stuck = [rank for rank in overdue if not beats[rank].collective]
         if stuck:
-            why = "its main thread is stuck"
+            why = "its main thread hangs"
         else:
             for rank in range(len(beats)):
                 if rank not in overdue and self._may_move(rank, longest):
@@ -127,9 +127,9 @@ class Diagnosis:
 
     def lost_store(self, why: str) -> ErrorFields:
         """The fault that the store does not answer; `why` in torch's words."""
-        what = f"rank 0 on {self.peers.hosts[0]} or its launcher is gone"
+        what = f"rank 0 on {self.peers.hosts[0]} or its launcher was lost"
         if self.probes.store_is_closed():
-            why = "its machine answers, and nobody listens where it held the ranks' store"
+            why = "its machine responds, but the ranks' store does not"
             return self.fields(what, why, "killed")
         return self.fields(
             f"{what}, or the network to it", *self._likely_cause(f"the store there: {why}")
@@ -138,7 +138,7 @@ class Diagnosis:
     def lost_launcher(self) -> ErrorFields:
         """The fault that this rank's launcher has ended before it."""
         what = f"the launcher of {self.peers.names([self.peers.rank])} is gone"
-        return self.fields(what, "its process has left its ranks behind", "killed")
+        return self.fields(what, "its process exited before its ranks", "killed")
 
     def _likely_cause(self, why: str) -> tuple[str, str]:
         """Why a rank is silent, and the name of the cause.

@@ -289,7 +289,7 @@ def choose_gpu(local_rank: int, local_world: int) -> None:
         raise MachineError(
             f"{local_world} ranks on a node with {count} GPUs",
             where=f"CUDA_VISIBLE_DEVICES={visible}",
-            fix=f"one rank a GPU: --nproc-per-node {count}",
+            fix=f"use one rank per GPU: --nproc-per-node {count}",
         )
 
 
@@ -305,7 +305,7 @@ def heartbeat_limit() -> float:
         seconds = 0.0
     if not 1 <= seconds < inf:
         raise MachineError(
-            "not a number of seconds from 1",
+            "not a number of seconds of at least 1",
             where=f"environment: {SECONDS}={text}",
             fix=f"unset {SECONDS}",
         )
@@ -354,7 +354,7 @@ def meet(store: "Store", rank: int, world: int) -> tuple[str, list[str]]:
         time.sleep(0.05)
     silent = [str(other) for other in range(world) if not read(f"hello/{other}")]
     missing = ", ".join(silent) or "that was there before"
-    raise _apart(f"no word of rank {missing} in {JOIN:.0f} s", rank, world)
+    raise _apart(f"no response from rank {missing} in {JOIN:.0f} s", rank, world)
 
 
 def _apart(what: str, rank: int, world: int, why: str = "") -> MachineError:
@@ -379,6 +379,7 @@ def require_one_process(command: str) -> None:
         raise MachineError(
             f"this process is one of {text}, and cannot find the others",
             where=f"environment: {name}={text}",
-            why="each of them would work alone, on all rows",
-            fix=f"{start}, without another launcher; unset {name} if it is left over",
+            why="each process would train separately, on all rows",
+            fix=f"{start}, without another launcher; or unset {name} if it is left over "
+            "from another program",
         )

@@ -131,9 +131,9 @@ def merge(
     location = locate_run(path)
     if location.kind != "adapter":
         where = str(location.folder or path)
-        why = "it is a plain model"
+        why = "it is a base model"
         if location.kind == "full":
-            why = "it is a full fine-tune: a whole model already"
+            why = "it is a full fine-tune, already a complete model"
         fix = f"use {where}, or copy it"
         raise UsageError(f"{path} has no adapter to merge", where=where, why=why, fix=fix)
     # A link to a folder stands for the folder. Path.resolve raises for a loop of links.
@@ -160,9 +160,9 @@ def merge(
     form = form_of_folder(fetch(location.base))
     if form is not None:
         note = f"the base ships in {form.describe()}: what is written is dense in {dtype}, as "
-        note += "codes of that form would round what was learned once more"
+        note += "quantizing again would round the update"
     if scheme_of(location.base) is NF4:
-        note = f"the base is in nf4: the adapter was merged into its dequantised {dtype} weights"
+        note = f"the base is in nf4: the adapter was merged into its dequantized {dtype} weights"
     return Merged(
         output=str(output),
         base=location.base.name,
@@ -184,7 +184,7 @@ def _check_room(goal: Path, base: Model, dtype: Dtype) -> None:
         entries = chain.from_iterable(read_headers(folder).values())
         parameters = sum(math.prod(entry.shape) for entry in entries)
     needed = round(parameters * DTYPES[dtype].itemsize * ROOM)
-    fix = "free some space, or write to another disk with --output"
+    fix = "free disk space, or write to another disk with --output"
     require_disk_space(goal, needed, what="the merged model", fix=fix)
 
 
@@ -202,11 +202,11 @@ def _check_output(output: Path, *, force: bool) -> None:
             raise unusable(
                 f"{folder} is not empty: it contains {foreign}",
                 "name a folder that is new or empty",
-                "--force replaces only what an earlier merge wrote, and nothing has changed since",
+                "--force only replaces an earlier merge that was not changed since",
             )
         # A rejected merge is replaced in any case.
         if folder == output and not force and (folder / MERGE_FILE).exists():
-            fix = "name another folder, or add --force to replace it"
+            fix = "use another folder, or --force to replace it"
             raise unusable(f"{output} contains an earlier merge", fix)
 
 
@@ -294,7 +294,7 @@ def _check_readable(folder: Path) -> None:
             wrong_keys[kind] = sorted(map(str, info[kind]))
     if wrong_keys:
         raise CheckpointError(
-            "plain Transformers does not read the merged folder as it was written",
+            "Transformers loads weights that differ from those written",
             where=str(folder),
             why=str(wrong_keys),
         )
@@ -306,13 +306,13 @@ def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
         rejected = Path(f"{goal}.rejected")
         put_in_place(temporary, rejected)
         raise CheckpointError(
-            "the merged model answers differently: "
+            "the merged model gives different outputs: "
             f"logits up to {check.merged.max_logit:.3g} apart, "
             f"mean KL {check.merged.mean_kl:.3g} nats "
             f"(base against adapter: {check.base.mean_kl:.3g})",
             where=str(rejected),
             why="; ".join(text for text, holds in check.rules if not holds),
-            fix="merge with --dtype fp32, or serve the adapter beside its base",
+            fix="merge with --dtype fp32, or serve the adapter with its base",
         )
     put_in_place(temporary, goal)
 

@@ -111,14 +111,14 @@ def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tens
     agreeing = 0
     positions = 0
     for p, q in zip(reference, other, strict=True):
-        for logits, whose in ((p, "the tuned model"), (q, "what is compared with it")):
+        for logits, whose in ((p, "the tuned model"), (q, "the model compared with it")):
             if torch.isfinite(logits).all():
                 continue
             raise CheckpointError(
                 "the logits are not finite",
                 where=f"{whose}, on the prompts of the check",
                 why="the adapter diverged, or the weights are too large for fp16",
-                fix="take --dtype bf16 or fp32, or an earlier checkpoint",
+                fix="use --dtype bf16 or fp32, or an earlier checkpoint",
             )
         log_p = p.double().log_softmax(-1)
         log_q = q.double().log_softmax(-1)

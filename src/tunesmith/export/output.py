@@ -18,7 +18,7 @@ from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fau
 from tunesmith.host.files import existing_folder
 from tunesmith.inference.load_run import RunLocation
 
-OTHER_DISK = "make room there (df -h), or name a place on another disk with --output"
+OTHER_DISK = "free disk space (df -h), or use another disk with --output"
 
 
 def output_place(output: str | Path, location: RunLocation) -> Path:
@@ -28,7 +28,7 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
     MachineError where its folder cannot be written.
     """
     if not str(output):
-        raise UsageError("--output is empty", where="--output", fix="name a new file or folder")
+        raise UsageError("--output is empty", where="--output", fix="use a new file or folder")
     goal = Path(os.path.abspath(output))
     # A kill came between the two renames of `put_in_place`.
     if not goal.exists() and _old(goal).exists():
@@ -40,13 +40,13 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
         place = Path(os.path.realpath(goal))
         if place == source_path or place in source_path.parents:
             raise UsageError(
-                f"{goal} is where the adapter or its base lies",
+                f"{goal} contains the adapter or its base",
                 where="--output",
-                fix="name another place",
+                fix="use another folder",
             )
     if goal == Path.cwd() or goal in Path.cwd().parents:
         raise UsageError(
-            f"{goal} is the folder you are in", where="--output", fix="name a folder in it"
+            f"{goal} is the current folder", where="--output", fix="name a folder in it"
         )
     for parent in goal.parents:
         if parent.exists() and not parent.is_dir():
@@ -54,7 +54,7 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
     parent = existing_folder(goal.parent)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(
-            f"{parent} cannot be written", where="--output", fix="name a folder that you may write"
+            f"{parent} cannot be written", where="--output", fix="use a writable folder"
         )
     return goal
 

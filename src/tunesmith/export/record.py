@@ -120,4 +120,6 @@ def _read_record(file: Path) -> dict[str, Any]:
         why = f"there is no {place.name}, which `export` writes"
     except (OSError, ValueError, KeyError, TypeError):
         why = f"{place.name} cannot be read"
-    raise UsageError(f"nothing is known of {file.name}", where=str(file), why=why, fix=fix)
+    raise UsageError(
+        f"there is no export record for {file.name}", where=str(file), why=why, fix=fix
+    )

@@ -119,7 +119,8 @@ def round_weights(tuned: TunedModel, quant: str) -> dict[str, RoundedWeight]:
         raise ModelError(
             f"a {tuned.model.config.model_type} is not written in {quant} yet",
             where="--quant",
-            why="its checkpoints have experts one by one, or other parts beside the text model",
+            why="its checkpoints store experts separately, or contain other parts than the "
+            "text model",
             fix="--quant bf16",
         )
     joints: defaultdict[str, JointScale] = defaultdict(JointScale)
@@ -132,9 +133,9 @@ def round_weights(tuned: TunedModel, quant: str) -> dict[str, RoundedWeight]:
             continue
         if weight.shape[1] % NVFP4_GROUP:
             raise ModelError(
-                f"{layer} has {weight.shape[1]} inputs, no multiple of {NVFP4_GROUP}",
+                f"{layer} has {weight.shape[1]} inputs, not a multiple of {NVFP4_GROUP}",
                 where="--quant nvfp4",
-                why="so many weights share a scale",
+                why="that many weights share a scale",
                 fix="--quant fp8",
             )
         # Matrices that vLLM joins have one global scale.

@@ -122,13 +122,13 @@ def export_peft(path: str | Path, output: str | Path) -> int:
     require_new_folder(goal)
     folder = location.folder
     if location.kind != "adapter" or folder is None:
-        raise UsageError(f"{path} has no adapter", where="--adapter", fix="leave --adapter out")
+        raise UsageError(f"{path} has no adapter", where="--adapter", fix="remove --adapter")
     adapter = read_adapter(folder)
     if adapter.modules_to_save:
         names = ", ".join(adapter.modules_to_save)
         raise _refusal(
-            f"the adapter has modules that are trained in full: {names}",
-            "vLLM serves matrices of a LoRA and nothing else",
+            f"the adapter has fully trained modules: {names}",
+            "vLLM only supports LoRA matrices",
         )
     # vLLM takes a few ranks only: the next larger one.
     ranks = [rank for rank in LORA_RANKS if rank >= adapter.rank]
@@ -171,7 +171,9 @@ def _reads_single(tuned: TunedModel, folder: Path) -> bool:
     """
     model_type = tuned.model.config.model_type
     if model_type in WITHOUT_LORA:
-        raise _refusal(f"vLLM has no LoRA for a {model_type}", "its class lacks SupportsLoRA")
+        raise _refusal(
+            f"vLLM does not support LoRA for {model_type}", "its class lacks SupportsLoRA"
+        )
     adapted = [name for name, weight in tuned.weights.items() if weight.update]
     if model_type == "llama4_text":
         _check_llama4(adapted)
@@ -181,14 +183,15 @@ def _reads_single(tuned: TunedModel, folder: Path) -> bool:
     if model_type in READ_STACKED or (model_type in STACKED_IN_WHOLE and is_whole):
         if projections_in([entry.name for entry in read_header(folder / WEIGHTS)]):
             raise _refusal(
-                "the adapter has its experts one by one",
+                "the adapter stores its experts separately",
                 f"of a {model_type} vLLM reads them stacked",
             )
         return False
     if model_type not in READ_SINGLE:
         raise _refusal(
-            f"the adapter has experts, and how vLLM reads those of a {model_type} is not known",
-            "in the wrong form it takes them for others, or for none, without an error",
+            "the adapter has experts, and the format in which vLLM reads those of a "
+            f"{model_type} is unknown",
+            "in the wrong format it loads wrong experts, or none, without an error",
         )
     return True
 
@@ -204,7 +207,7 @@ def _check_llama4(adapted: Iterable[str]) -> None:
         if name.endswith((".q_proj.weight", ".k_proj.weight")):
             raise _refusal(
                 "the adapter has q_proj or k_proj of a Llama 4",
-                "vLLM puts their rows in another order as it loads the base, and not the adapter's",
+                "vLLM reorders their rows when it loads the base, but not the adapter's",
             )
 
 

@@ -95,7 +95,7 @@ def check_regular_files(path: Path) -> None:
             continue
         kind = SPECIAL_FILES.get(stat.S_IFMT(file.stat().st_mode))
         if kind is not None:
-            fix = "put the file itself there, or name another place"
+            fix = "put the file itself there, or use another path"
             raise ModelError(f"{file.name} is {kind}, not a file", where=str(file), fix=fix)
 
 

@@ -289,7 +289,7 @@ def raise_process_limit(name: str) -> str:
     _, hard = resource.getrlimit(kinds[name])
     if hard == resource.RLIM_INFINITY or os.geteuid() == 0:
         return f"{name} unlimited"
-    where = "leave out the command that sets it, or have it raised in /etc/security/limits.conf"
+    where = "remove the command that sets it, or raise it in /etc/security/limits.conf"
     return f"{name} unlimited in a new shell (this one may not raise it); {where}"
 
 

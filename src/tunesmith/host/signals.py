@@ -22,8 +22,8 @@ from tunesmith.errors import LowMemoryError, StoppedEarlyError, StoppedError
 log = logging.getLogger(__name__)
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-SHORT = "stopped because memory is short"
-END = "end what holds the memory"
+SHORT = "stopped because memory is low"
+END = "close the programs that use the memory"
 # Of the environment: a launcher whose process is the run has it start again, once.
 RESTART = "TUNESMITH_RESTART"
 # Seconds; a wrapper such as `timeout` passes on the SIGINT that the terminal has sent to all.
@@ -130,7 +130,7 @@ class StopRequest:
         """Ask for a stop from another thread, as a signal would."""
         self.low_memory = low_memory
         if self._announces:
-            log.info(f"memory is short: stopping after {self.doing}. {low_memory.text}")
+            log.info(f"memory is low: stopping after {self.doing}. {low_memory.text}")
         if not self._deferred and self._previous_handlers:
             # Any signal that has our handler, which raises in the main thread.
             _thread.interrupt_main(next(iter(self._previous_handlers)))

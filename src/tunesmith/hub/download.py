@@ -143,9 +143,9 @@ def _download_blob(
         if digest != file.etag:
             part.unlink()
             raise ModelError(
-                f"{file.name} arrived damaged: its hash is not the one that the Hub states",
+                f"{file.name} is damaged: its hash differs from the Hub's",
                 where=file.url,
-                why="a proxy or a failing disk changed it",
+                why="a proxy or a failing disk may have changed it",
                 fix="start again; the damaged part was deleted",
             )
         part.replace(blob)
@@ -183,4 +183,4 @@ def _receive(file: RemoteFile, part: Path, advance: Advance, stop: threading.Eve
                 stream.write(chunk)
                 advance(len(chunk))
         if stream.seek(0, 2) < file.size:
-            raise ConnectionResetError(f"{file.name} ended early")
+            raise ConnectionResetError(f"{file.name} is incomplete")

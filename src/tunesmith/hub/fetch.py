@@ -116,9 +116,9 @@ def local_model(model: Model) -> Path | None:
         return path
     if path.is_file():
         raise ModelError(
-            f"{path.name} is a file, but neither a folder nor a .gguf file",
+            f"{path.name} is neither a folder nor a .gguf file",
             where=str(path),
-            fix=f"name its folder: model.name: {path.parent}",
+            fix=f"use its folder: model.name: {path.parent}",
         )
     # What looks like a path is not asked for at the Hub.
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -271,10 +271,10 @@ def plan_download(
         raise no_safetensors(sorted(names), name=model.name, where=page, repo=True)
     if "config.json" not in names:
         raise ModelError(
-            "the repository has weights and no config.json",
+            "the repository has weights but no config.json",
             where=page,
-            why="nothing says which model they are of",
-            fix="take another revision, or a repository in the form of Transformers",
+            why="the model's architecture is unknown",
+            fix="use another revision, or a repository in Transformers format",
         )
 
     def small_file(name: str) -> Path:
@@ -297,8 +297,8 @@ def plan_download(
         weights = indexed_files(small_file(INDEX))
     lost = [name for name in weights if name not in listing.files]
     if lost:
-        what = f"{len(lost)} weight files that the index names are not there: {', '.join(lost[:3])}"
-        raise ModelError(what, where=page, fix="take another revision, or tell the model's owner")
+        what = f"{len(lost)} weight files listed in the index are missing: {', '.join(lost[:3])}"
+        raise ModelError(what, where=page, fix="use another revision, or tell the model's owner")
     patterns = [*SUPPORT, INDEX]
     if model.trust_remote_code:
         patterns.append("*.py")
@@ -312,7 +312,7 @@ def plan_download(
     # A mirror may leave the hash out; then no file could be checked.
     for file in files:
         if not file.etag:
-            what = f"the server states no hash of {file.name}"
+            what = f"the server gives no hash for {file.name}"
             raise ModelError(what, where=page, fix="check HF_ENDPOINT")
     return DownloadPlan(model, listing, files, left_out, repo_cache(model.name))
 

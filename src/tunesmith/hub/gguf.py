@@ -53,7 +53,7 @@ def convert_gguf(file: Path, dtype: str) -> Path:
     target = cache / f"{file.stem}-{dtype}-{digest}"
     if target.is_dir():
         return target
-    require("gguf", where=str(file), fix="take the Hub's safetensors of this model")
+    require("gguf", where=str(file), fix="use the safetensors version of this model on the Hub")
     log.info(f"converting {file.name} to {dtype} safetensors, once, in {target}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def convert_gguf(file: Path, dtype: str) -> Path:
             "the converted model cannot be written",
             where=str(cache),
             why=str(error),
-            fix="make room, or point TUNESMITH_CACHE at another folder",
+            fix="free disk space, or set TUNESMITH_CACHE to another folder",
         ) from error
     return target
 
@@ -106,7 +106,7 @@ def _convert(file: Path, dtype: str, folder: Path) -> None:
             f"{file.name} cannot be read as a model",
             where=str(file),
             why=one_line(error),
-            fix="download it again, or take the Hub's safetensors",
+            fix="download it again, or use the model's safetensors on the Hub",
         ) from error
     finally:
         hf_logging.set_verbosity(level)

@@ -23,7 +23,7 @@ TRIES = 5  # in a row without progress
 PAUSE = 1.0  # seconds before the second try; doubles
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 DISK_FIX = (
-    "make room (tunesmith fetch --list), or put the Hub's cache on another disk: "
+    "free disk space (tunesmith fetch --list), or move the Hub cache to another disk: "
     "export HF_HOME=/path"
 )
 LOGIN = "hf auth login (or set HF_TOKEN)"
@@ -108,7 +108,7 @@ def hub_error(
             where=repo_page(repo, kind),
             why=f"{type(error).__name__}: {clean(error)}",
             fix="check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; "
-            "what has arrived is kept",
+            "finished downloads are kept",
         )
     # A name without an owner is taken for a mistyped path.
     if kind == "model" and "/" not in repo:
@@ -121,7 +121,7 @@ def _names_no_model(name: str, why: str = "", cause: str = "") -> ModelError:
         f"{name!r} is neither a folder, a .gguf file, nor a Hub id",
         where="model.name",
         why=why,
-        fix="give an existing path, or owner/name as on the Hub",
+        fix="use an existing path, or owner/name as on the Hub",
         cause=cause,
     )
 
@@ -137,7 +137,7 @@ def _refusal(
     cause = ""
     # Before RepositoryNotFoundError, which a GatedRepoError is too.
     if isinstance(error, errors.GatedRepoError):
-        account = "the account of your token" if has_token else "you: there is no token"
+        account = "your token's account" if has_token else "you (no token found)"
         what = f"{repo} is gated, and access has not been granted to {account}"
         fix = f"ask for access on {page}"
         if not has_token:
@@ -145,10 +145,10 @@ def _refusal(
         cause = "licence"
     elif isinstance(error, errors.RevisionNotFoundError):
         what = f"{repo} has no revision {revision!r}"
-        fix = f"take one from {page}/tree/main"
+        fix = f"use one from {page}/tree/main"
     elif isinstance(error, errors.DisabledRepoError):
         what = f"{repo} was disabled on the Hub"
-        fix = "take another model"
+        fix = "use another model"
     elif isinstance(error, errors.RepositoryNotFoundError):
         what = f"no {kind} {repo} is visible to you on the Hub"
         why = "it does not exist, or it is private"
@@ -156,16 +156,16 @@ def _refusal(
             why += " and there is no token"
         fix = f"check the name; for a private one {login}"
     elif http_status(error) in (401, 403):
-        what = f"the Hub refuses access to {repo} ({http_status(error)})"
+        what = f"the Hub denies access to {repo} ({http_status(error)})"
         why = "there is no token"
         if has_token:
-            why = "the token is not valid, or has no right to read this repository"
+            why = "the token is invalid, or has no permission to read this repository"
         fix = f"{login}; a fine-grained token needs read access to gated repositories"
         cause = "licence"
     else:
         what = f"the Hub answers {http_status(error)}"
         why = clean(error)
-        fix = "start again later; what has arrived is kept"
+        fix = "try again later; finished downloads are kept"
     return ModelError(what, where=page, why=why, fix=fix, cause=cause)
 
 
@@ -188,7 +188,7 @@ def _cache_error(error: Exception, repo: str) -> MachineError | None:
             "the Hub's cache cannot be written",
             where=constants.HF_HUB_CACHE,
             why=clean(error),
-            fix="point HF_HOME at a folder of yours: export HF_HOME=/path",
+            fix="set HF_HOME to a writable folder: export HF_HOME=/path",
         )
     return None
 

@@ -49,15 +49,15 @@ class ModelFiles:
         if self.form is None:
             return []
         use = {
-            "as-shipped": "kept so, and dequantized for one matmul at a time",
-            "none": f"dequantized to {self.model.dtype} as it is read",
+            "as-shipped": "kept quantized, and dequantized for one matmul at a time",
+            "none": f"dequantized to {self.model.dtype} while loading",
         }.get(
             self.model.quantize,
-            f"dequantized, and quantized to {self.model.quantize}, as it is read",
+            f"dequantized, and quantized to {self.model.quantize}, while loading",
         )
         line = f"the base ships in {self.form.describe()}: {use}"
         if self.form.has_activation_scales:
-            line += "; its scales of activations are not used"
+            line += "; its activation scales are not used"
         return [line]
 
     def _describe_rows(self) -> list[str]:
@@ -73,8 +73,8 @@ class ModelFiles:
             names = ", ".join(self.model.added_tokens)
             return [f"{sizes}: rows are added for {names}, each the mean of the others"]
         return [
-            f"warning: {sizes}: text with a token beyond them is refused; "
-            "model.added_tokens adds rows"
+            f"warning: {sizes}: text with a token beyond them is an error; "
+            "add rows with model.added_tokens"
         ]
 
 

@@ -32,7 +32,7 @@ def push_files(
     UsageError where it cannot be done: the files there are then as they were before.
     """
     if get_token() is None:
-        raise UsageError("there is no token to push with", where="HF_TOKEN", fix=LOGIN)
+        raise UsageError("no Hub token found", where="HF_TOKEN", fix=LOGIN)
     hf_logging.set_verbosity_error()
     api = HfApi()
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
@@ -44,9 +44,9 @@ def push_files(
         private = api.repo_info(repo).private
         if not private and not public:
             raise UsageError(
-                f"{repo} is public, and a push is private",
+                f"{repo} is public, but pushes are private by default",
                 where=repo_page(repo),
-                fix="add --public, or name another repository: --to NAME",
+                fix="add --public, or choose another repository: --to NAME",
             )
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -60,7 +60,7 @@ def push_files(
     except (TRANSPORT, HFValidationError, OSError) as error:
         raise _push_error(error, to) from error
     if commit.oid == previous_commit:
-        log.info("nothing new: it contains these files")
+        log.info("already up to date")
     else:
         log.info(f"commit {commit.oid[:12]}")
     return repo_page(repo) + (f"/tree/{revision}" if revision else "")
@@ -69,26 +69,26 @@ def push_files(
 def _push_error(error: Exception, to: str) -> UsageError:
     """What the Hub or the network refused, and what to do."""
     status = http_status(error)
-    changed_meanwhile = (f"{to} was changed by somebody else meanwhile", "start again")
+    changed_meanwhile = (f"{to} was changed by someone else in the meantime", "start again")
     answers = {
         0: (
             "the Hub cannot be reached",
             "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again",
         ),
-        401: ("the Hub does not accept the token", LOGIN),
+        401: ("the Hub rejected the token", LOGIN),
         403: (
             f"the token may not write to {to}",
-            f"take one that may: {constants.ENDPOINT}/settings/tokens",
+            f"create one with write access: {constants.ENDPOINT}/settings/tokens",
         ),
         409: changed_meanwhile,
         412: changed_meanwhile,
-        429: ("the Hub asks to wait: too many requests", "start again in a few minutes"),
+        429: ("too many requests to the Hub", "start again in a few minutes"),
     }
     if isinstance(error, OfflineModeIsEnabled):
         what = "HF_HUB_OFFLINE forbids uploads"
         fix = "HF_HUB_OFFLINE=0 tunesmith push ..."
     elif isinstance(error, HFValidationError):
-        what = f"{to!r} is no name of a repository"
+        what = f"{to!r} is not a valid repository name"
         fix = "--to owner/name, of letters, digits, -, _ and ."
     elif status in answers:
         what, fix = answers[status]
@@ -96,5 +96,5 @@ def _push_error(error: Exception, to: str) -> UsageError:
         what = f"the Hub answers {status}"
         fix = "start again later"
         if 400 <= status < 500:
-            fix = "correct what it names, then start again"
+            fix = "fix the reported problem, then start again"
     return UsageError(what, where=constants.ENDPOINT, why=clean(error), fix=fix)

@@ -16,7 +16,7 @@ from tunesmith.importers.translation import Translation
 
 # What PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named.
 PEFT_TARGETS = ["q_proj", "v_proj"]
-NAME_ROWS = "give rows beside the file: data.train.source=rows.jsonl data.train.format=messages"
+NAME_ROWS = "set the rows: data.train.source=rows.jsonl data.train.format=messages"
 _ADAPTER = (
     "lora_rank",
     "lora_alpha",
@@ -221,8 +221,8 @@ def _check_bare_paths(recipe: Translation, part: str, prefix: str) -> None:
         recipe.note(prefix, "it names no data set", differs=False)
         return
     words = f"{shell_word(f'{source}={paths[0]}')} data.{part}.format=messages"
-    fix = f"say how they are written: {words} (or alpaca, ...)"
-    raise recipe.error(prefix, "a path alone does not say how the rows are written", fix)
+    fix = f"set the format: {words} (or alpaca, ...)"
+    raise recipe.error(prefix, "a path does not define the row format", fix)
 
 
 def read_deepspeed(recipe: Translation) -> None:
@@ -246,7 +246,7 @@ def read_deepspeed(recipe: Translation) -> None:
             f"{key.key}: {path.name} is not a JSON file of DeepSpeed",
             where=str(path),
             why=first_line(error),
-            fix="correct it, or take the key out",
+            fix="fix it, or remove the key",
         ) from None
     for name, value in _json_leaves(values, key.key):
         recipe.source.keys[name] = SourceKey(name, value, path.name)
@@ -271,7 +271,7 @@ def _lengths(recipe: Translation) -> None:
     if recipe.get("max_length") is None:
         if packs:
             why = "packed rows need a length"
-            raise recipe.error("max_length", why, "give the length there")
+            raise recipe.error("max_length", why, "set the length there")
         why = "no row is cut there; here those above data.seq_len, 2048, are, and counted"
         recipe.note("max_length", why)
     recipe.carry("max_length")
@@ -331,8 +331,8 @@ def _batch(recipe: Translation, world: int | None) -> None:
         why = f"a process takes {rows} rows a step"
         if tensor > 1:
             why += f", {tensor} processes the same ones"
-        fix = f"say how many processes (GPUs) trained in all: --world {8 * tensor}"
-        what = "the global batch is not known"
+        fix = f"give the total number of processes (GPUs): --world {8 * tensor}"
+        what = "the global batch is unknown"
         raise UsageError(what, where=recipe.source.name, why=why, fix=fix)
     # Ranks of a tensor group see the same rows.
     batch = rows * processes // tensor

@@ -90,11 +90,11 @@ def _guess_tool(keys: dict[str, SourceKey], path: Path) -> str:
     most = max(counts.values())
     tools = [tool for tool in TOOLS if counts[tool] == most]
     if len(tools) > 1:
-        why = "none of its keys is known"
+        why = "it has no known keys"
         if most > 0:
             why = f"its keys could be of {' or '.join(tools)}"
         raise UsageError(
-            "this file does not tell which tool it is for",
+            "cannot detect which tool this file is for",
             where=str(path),
             why=why,
             fix=f"name the tool: --from {tools[0]}; known are {', '.join(TOOLS)}",
@@ -118,9 +118,7 @@ def read_command(words: Sequence[Word], name: str, base: Path) -> SourceConfig:
     if not trainer:
         commands = ", ".join(f"trl {name}" for name in TRL_TRAINERS)
         fix = f"what can be imported is {commands}, or its script, with the values written out"
-        raise UsageError(
-            f"{program} is none of TRL's programs that are known", where=where, fix=fix
-        )
+        raise UsageError(f"{program} is not a known TRL program", where=where, fix=fix)
     keys = _flags(arguments)
     # Flags before the program are the launcher's.
     launch_words = [word for word in words[:at] if word[0] not in (*PROGRAMS, "launch", "-m")]
@@ -179,9 +177,9 @@ def _flags(words: Sequence[Word]) -> dict[str, SourceKey]:
         elif flag and name in keys:
             fault = "is given twice"
         elif not name:
-            fault = "belongs to no flag"
+            fault = "does not belong to a flag"
         if fault:
-            fix = "write each flag once, as --flag value, its value written out"
+            fix = "write each flag once, as --flag value, without variables"
             raise UsageError(f"{word} {fault}", where=where, fix=fix)
         if flag:
             # `--flag` alone is true.
@@ -207,7 +205,7 @@ def _leaves(path: Path) -> Iterator[SourceKey]:
     except RecipeError as error:
         fix = error.fix
         if "a recipe is" in error.what:
-            fix = "give the YAML file of another tool, or a command"
+            fix = "use the YAML file of another tool, or a command"
         what = error.what.replace("recipe", "file")
         raise UsageError(what, where=error.where, why=error.why, fix=fix) from None
 
@@ -243,7 +241,7 @@ def _interpolate(key: SourceKey, keys: dict[str, SourceKey], depth: int = 0) -> 
         is_scalar = target is not None and not isinstance(target.value, list | dict)
         if target is None or not is_scalar or depth > _MAX_INTERPOLATIONS:
             raise UsageError(
-                f"{key.key}: ${{{name}}} names no value of this file",
+                f"{key.key}: ${{{name}}} is not defined in this file",
                 where=key.where,
                 fix="write the value in its place",
             )

@@ -217,7 +217,7 @@ def _read_dataset_info(recipe: Translation, key: str) -> None:
             recipe.note(key, "data.train.source is given in its place", differs=False)
             return
         why = f"{file}, which lists it, is not here"
-        fix = f"put it into {source.base.resolve() / file.parent}, or {NAME_ROWS}"
+        fix = f"put it in {source.base.resolve() / file.parent}, or {NAME_ROWS}"
         raise recipe.error(key, why, fix)
     for number, name in enumerate(recipe.listed(key)):
         try:
@@ -284,9 +284,9 @@ def _accelerate(recipe: Translation) -> None:
     if "extends" not in recipe.values:
         command = f"tunesmith import {shell_path(recipe.source.name)} --extends my-recipe.yaml"
         raise UsageError(
-            "an accelerate config names no model and no data",
+            "an accelerate config contains no model and no data",
             where=recipe.source.name,
-            fix=f"name the recipe that it changes: {command}",
+            fix=f"set the recipe to start from: {command}",
         )
     if recipe.get("max_grad_norm") != "auto":
         recipe.carry("max_grad_norm")

@@ -193,7 +193,7 @@ class Translation:
             for why, patterns in self.table[kind].items():
                 if any(fnmatchcase(name, pattern) for pattern in patterns):
                     return kind, why
-        return "differs", "not known to this import: look up what it does"
+        return "differs", "unknown to tunesmith: check what it does"
 
     def tree(self) -> Node:
         """The recipe with the places of the other tool's file.

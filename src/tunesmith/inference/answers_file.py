@@ -81,9 +81,9 @@ class AnswersHeader:
         """What is not as in the header of a file, a clause each."""
         clauses = []
         if earlier.get("prompts") != self.prompts:
-            clauses.append("its prompts are others: the rows, the template or the tokenizer differ")
+            clauses.append("its prompts differ: the rows, the template or the tokenizer changed")
         if earlier.get("weights") != self.weights or earlier.get("base") != self.base:
-            clauses.append("its model is another: another checkpoint, or trained further")
+            clauses.append("its model differs: another checkpoint, or trained further")
         decoding = earlier.get("decoding")
         decoding = decoding if isinstance(decoding, dict) else {}
         for name, value in self.decoding.items():
@@ -144,7 +144,7 @@ class AnswersFile:
         header = _parse_object(lines[0]) if lines else {}
         if header.get("tunesmith") != KIND:
             raise UsageError(
-                f"{path.name} is there and has no answers of eval",
+                f"{path.name} exists but does not contain answers from eval",
                 where=f"--output {path}",
                 fix="name another file: --output FILE",
             )
@@ -154,7 +154,7 @@ class AnswersFile:
         differences = self.header.differences(header)
         if differences:
             raise UsageError(
-                "the answers that are there are not of this evaluation",
+                "the existing answers are from another evaluation",
                 where=str(path),
                 why="; ".join(differences),
                 fix="the same command with --fresh moves them aside, --output FILE keeps both "
@@ -179,7 +179,7 @@ class AnswersFile:
 
     def _broken(self, number: int, why: str) -> DataError:
         return DataError(
-            "a line of the answers is broken",
+            "a line of the answers is damaged",
             where=f"{self.path}:{number}",
             why=why,
             fix="the same command with --fresh moves the file aside and answers again",
@@ -208,7 +208,7 @@ class AnswersFile:
                 "the answers cannot be written",
                 where=str(self.path),
                 why=error.strerror or str(error),
-                fix="name a file that you may write: --output FILE",
+                fix="use a writable file: --output FILE",
             ) from error
         return self
 
@@ -224,7 +224,7 @@ class AnswersFile:
             ) from None
         if self.path.stat().st_size < self._size or self._grew():
             raise UsageError(
-                "another eval wrote these answers meanwhile",
+                "another eval wrote these answers in the meantime",
                 where=str(self.path),
                 fix="start the same command again",
             )
@@ -253,7 +253,7 @@ class AnswersFile:
                 fault or f"{self.path.name} cannot be written: {error.strerror}",
                 where=str(self.path),
                 why=f"{answer.row} of {self.header.rows} answers of {answer.model} are in it",
-                fix="make room (df -h), then start the same command again",
+                fix="free disk space (df -h), then run the same command again",
                 cause="disk" if fault else "",
             ) from error
         self.answers.setdefault(answer.model, []).append(answer)

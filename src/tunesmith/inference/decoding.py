@@ -70,8 +70,8 @@ class Decoding:
             raise UsageError(
                 "--top-p and --top-k have no effect",
                 where="--temperature",
-                why="at temperature 0 the most likely token is always taken",
-                fix="add --temperature 1.0, or leave both out",
+                why="temperature 0 always picks the most likely token",
+                fix="add --temperature 1.0, or remove both",
             )
 
     def describe(self) -> str:
@@ -208,9 +208,9 @@ def _check_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         return
     name = tokenizer.convert_ids_to_tokens(token)
     raise UsageError(
-        f"a prompt contains {name}, a token that the model has no embedding of",
+        f"a prompt contains {name}, a token without an embedding in the model",
         why=f"its id is {token:,}, and the embedding has {embedding_rows:,} rows",
-        fix="write that text otherwise, or use the model's own tokenizer",
+        fix="change that text, or use the model's own tokenizer",
     )
 
 

@@ -515,7 +515,7 @@ def _keep_pairs(
     answers = answers_path(location, evaluation.data, None)
     path = scores_path(answers.with_name(f"{answers.stem}-pairs.jsonl"))
     try:
-        save_scores(path, content, fix="give the folder room and write permission")
+        save_scores(path, content, fix="make sure the folder is writable and the disk is not full")
     except MachineError as error:
         # The scores are still shown: the run may be somebody else's.
         log.warning(f"{error.what} for the report: {error.where}: {error.why}")
@@ -587,14 +587,14 @@ def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]
     """The rows that a run validates on, and their name for the user."""
     run = location.run
     if run is None or not (run.data.validation or run.data.hold_out):
-        why = "it is not a run"
+        why = "it is not a run directory"
         if run:
             why = "its recipe has neither data.validation nor data.hold_out"
         raise UsageError(
             f"{path} has no held-out rows of its own",
             where="--data",
             why=why,
-            fix="name a file with answers that it was not trained on: --data FILE",
+            fix="use a file with answers that it was not trained on: --data FILE",
         )
     # Without hold_out the training rows need not be read.
     data = run.data if run.data.hold_out else replace(run.data, train=())
@@ -615,11 +615,11 @@ def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) 
     # env.json has the hash of the rows that were held out.
     if validation_hash not in (None, tokens.counts.digest):
         raise UsageError(
-            "these are not the rows that the run held out",
+            "these are not the run's held-out rows",
             where="--data",
             why="the file, the template or the tokenizer has changed: with data.hold_out, "
-            "others would be held out now",
-            fix="undo the change, or name rows that it was not trained on: --data FILE",
+            "other rows would be held out now",
+            fix="undo the change, or use rows that it was not trained on: --data FILE",
         )
     if run and run.validate.max_examples is not None:
         tokens = tokens.first(run.validate.max_examples)
@@ -638,7 +638,7 @@ def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
             f"of {count_of(tokens.counts.rows, 'row')} none can be scored",
             where=name,
             why=f"all are longer than data.seq_len: {data.seq_len}",
-            fix="give shorter rows",
+            fix="use shorter rows",
         )
     return tokens
 
@@ -691,5 +691,5 @@ def _with_matches(
 
 
 def _no_answers(where: str, why: str) -> UsageError:
-    fix = "leave --exact-match out, or give rows with answers"
+    fix = "remove --exact-match, or use rows with answers"
     return UsageError("no row contains an answer to compare with", where=where, why=why, fix=fix)

@@ -218,7 +218,7 @@ def check_room(prompts: Sequence[Prompt], context: int, decoding: Decoding) -> N
         where=prompts[lengths.index(longest)].where,
         why=f"the model's context is {context} tokens; "
         f"{decoding.max_new_tokens} are kept for the answer",
-        fix="shorten these rows, or give a smaller --max-new-tokens",
+        fix="shorten these rows, or use a smaller --max-new-tokens",
     )
 
 

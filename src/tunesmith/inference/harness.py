@@ -170,8 +170,8 @@ def _applies_template(loaded: LoadedModel, path: str | Path, chosen: bool | None
         raise UsageError(
             f"{path} has no chat template",
             where="--chat-template",
-            why="its prompts were trained as they stand",
-            fix="leave --chat-template out",
+            why="it was trained on raw prompts",
+            fix="remove --chat-template",
         )
     if chosen is not None:
         return chosen
@@ -351,7 +351,11 @@ def _save_task(
         "metrics": {metric.name: values_as_json(metric) for metric in own},
         "scores": scores,
     }
-    save_scores(path, content, fix="give the folder room and write permission, and start again")
+    save_scores(
+        path,
+        content,
+        fix="make sure the folder is writable and the disk is not full, then start again",
+    )
 
 
 def values_as_json(metric: TaskMetric) -> dict[str, Any]:

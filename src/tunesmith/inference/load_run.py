@@ -166,7 +166,7 @@ def _no_model(path: Path, what: str) -> UsageError:
     """The error for a path that stands for nothing; it names the folders there."""
     folder = path if path.is_dir() else path.parent
     names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    fix = "give the output_dir of a run"
+    fix = "use the output_dir of a run"
     if names:
         more = ", ..." if len(names) > 8 else ""
         fix = f"{folder} contains: {', '.join(names[:8])}{more}"
@@ -200,7 +200,7 @@ def _in_run(folder: Path) -> RunLocation:
         "this run has no finished checkpoint",
         where=str(folder),
         why="; ".join(skipped) or "neither final/ nor a checkpoint-N/ is there",
-        fix=f"go on with it: tunesmith train {shell_path(folder / RECIPE)}",
+        fix=f"continue it: tunesmith train {shell_path(folder / RECIPE)}",
     )
 
 
@@ -215,10 +215,11 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
         damage = None if note else manifest.find_damage(folder, contents=False)
         if damage:
             raise CheckpointError(
-                f"{folder} is not whole",
+                f"{folder} is incomplete",
                 where=str(folder),
                 why=damage,
-                fix=f"give the run directory {folder.parent}, which takes the newest whole one",
+                fix=f"use the run directory {folder.parent}, which loads the newest "
+                "complete checkpoint",
                 cause="damaged",
             )
     if (folder / "adapter_config.json").is_file():
@@ -231,7 +232,7 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
         raise CheckpointError(
             "this checkpoint has training state only",
             where=str(folder),
-            fix=f"give the run directory, which takes one with a model: {folder.parent}",
+            fix=f"use the run directory, which loads a checkpoint with a model: {folder.parent}",
         )
     raise _no_model(
         folder, f"{folder} has no model: no config.yaml, adapter_config.json or config.json"
@@ -244,7 +245,7 @@ def _base_of_adapter(file: Path) -> Model:
     revision = values.get("revision")
     if not isinstance(name, str) or not name:
         raise ModelError(
-            "the adapter does not name its base model",
+            "the adapter's base model is unknown",
             where=f"{file}: base_model_name_or_path",
             fix="write the base's Hub id or folder there",
         )
@@ -451,8 +452,8 @@ def undeleted(location: RunLocation) -> Iterator[None]:
         raise CheckpointError(
             f"{folder.name} was deleted while it was read",
             where=str(folder),
-            why="its run goes on, and keeps only the newest ones (checkpoint.keep)",
-            fix=f"give the run directory: {folder.parent}",
+            why="its run is still training and keeps only the newest checkpoints (checkpoint.keep)",
+            fix=f"use the run directory: {folder.parent}",
         ) from fault
     if fault:
         raise fault

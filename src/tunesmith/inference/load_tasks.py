@@ -36,13 +36,13 @@ def load_tasks(specs: Sequence[str]) -> LoadedTasks:
     """
     if started_as() is not None:
         what = "eval --tasks runs in one process"
-        raise UsageError(what, where=WHERE, fix="start it without torchrun")
-    require("lm-eval", module="lm_eval", where=WHERE, fix="score rows of your own with --data")
+        raise UsageError(what, where=WHERE, fix="run it without torchrun")
+    require("lm-eval", module="lm_eval", where=WHERE, fix="use --data for your own rows")
     folders = []
     for spec in specs:
         if _is_path(spec):
             if not Path(spec).exists():
-                fix = "give the path of a task's YAML file, or of a folder of them"
+                fix = "use the path of a task's YAML file, or of a folder of them"
                 raise UsageError(f"there is no {spec}", where=f"{WHERE} {spec}", fix=fix)
             if Path(spec).is_dir():
                 folders.append(spec)
@@ -71,7 +71,7 @@ def load_tasks(specs: Sequence[str]) -> LoadedTasks:
     except ValueError as error:
         fix = "name groups that have no task in common"
         raise UsageError(
-            "two groups hold the same task", where=WHERE, why=first_line(error), fix=fix
+            "two groups contain the same task", where=WHERE, why=first_line(error), fix=fix
         ) from error
     return LoadedTasks(manager, list(items.values()), list(items))
 
@@ -108,9 +108,9 @@ def _names_of(spec: str, manager: Any) -> list[str]:
     path = Path(spec)
     if not path.is_dir():
         if _holds_group(path):
-            what = f"{spec} is a group of tasks, and no task"
+            what = f"{spec} is a group, not a task"
             why = "lm-eval finds a group by its name, or with the files of its folder"
-            fix = f"give the folder: {path.parent}/"
+            fix = f"use the folder: {path.parent}/"
             raise UsageError(what, where=f"{WHERE} {spec}", why=why, fix=fix)
         return [str(path)]
     names = []
@@ -149,13 +149,13 @@ def _load_task(name: str, manager: Any) -> dict[str, Any]:
         # A file that is not there, the Hub out of reach, a data set that it does not have.
         fix = "with a network the rows are downloaded once; a YAML's own data_files are looked for "
         fix += "from this folder"
-        what = f"the rows of the task {name} cannot be had"
+        what = f"the rows of the task {name} are not available"
         raise DataError(what, where=where, why=first_line(error), fix=fix) from error
     except Exception as error:
         # A task may hold code of its own, which may raise anything.
         what = f"the task {name} cannot be loaded"
         why = f"{type(error).__name__}: {first_line(error)}"
-        fix = "mend its file, or leave it out"
+        fix = "fix its file, or remove it"
         raise UsageError(what, where=where, why=why, fix=fix) from error
     return loaded
 
@@ -165,13 +165,13 @@ def _check_task(name: str, task: Any) -> None:
     why = ""
     fix = "leave it out"
     if getattr(task, "UNSAFE_CODE", False):
-        why = "it runs the code that the model writes, on this machine"
-        fix = "leave it out, or run it with lm_eval itself in a container"
+        why = "it executes code written by the model on this machine"
+        fix = "remove it, or run it with lm_eval in a container"
     elif getattr(task, "MULTIMODAL", False):
-        why = "its rows hold images or sounds"
+        why = "its rows contain images or audio"
     if why:
         raise UsageError(
-            f"the task {name} is not run here", where=f"{WHERE} {name}", why=why, fix=fix
+            f"the task {name} is not supported", where=f"{WHERE} {name}", why=why, fix=fix
         )
 
 

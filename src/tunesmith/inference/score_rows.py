@@ -290,7 +290,7 @@ class Scoring:
             if done < total:
                 raise StoppedError(
                     f"stopped: {done} of {total} answers of {model} are in {self.path}; "
-                    "to go on, start the same command again"
+                    "to continue, run the same command again"
                 )
 
     def _answered(self, model: str) -> int:
@@ -411,5 +411,5 @@ def save_scores(path: Path, content: dict[str, Any], *, fix: str) -> None:
 
 def no_scored_rows(name: str, why: str) -> UsageError:
     """The error for rows without an answer to score against."""
-    fix = "leave --score out, or give rows with answers"
+    fix = "remove --score, or use rows with answers"
     return UsageError("no row contains an answer to compare with", where=name, why=why, fix=fix)

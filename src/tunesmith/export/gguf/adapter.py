@@ -82,7 +82,7 @@ def _by_base_name(weights: Mapping[str, WeightRows]) -> dict[tuple[str, str], We
                 break
         # No suffix matched: a LoRA of another form, or a part that was trained whole.
         else:
-            raise _inexpressible(f"{name}, which is no matrix of a LoRA")
+            raise _inexpressible(f"{name}, which is not a LoRA matrix")
     return matrices
 
 
@@ -98,6 +98,6 @@ def _inexpressible(what: str) -> ModelError:
     return ModelError(
         f"the adapter has {what}",
         where="--adapter",
-        why="llama.cpp adds matrices of a LoRA to those of a base, and nothing else",
+        why="llama.cpp only supports LoRA matrices",
         fix=_MERGE,
     )

@@ -154,9 +154,9 @@ def _check_ids(server: LlamaCpp, tuned: TunedModel) -> list[str]:
         own_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if server.ids(text, add_special=False) != own_ids:
             raise CheckpointError(
-                "llama.cpp reads a text of the run as other tokens",
+                "llama.cpp tokenizes a text of the run differently",
                 where=repr(text[:120]),
-                why="the model would get another prompt than it was trained on",
-                fix="serve the Transformers folder: tunesmith merge RUN",
+                why="the model would get a different prompt than in training",
+                fix="serve it in Transformers format: tunesmith merge RUN",
             )
     return texts

@@ -200,7 +200,7 @@ def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
     """UsageError for an output that would overwrite something that no export wrote."""
     if not is_folder and goal.suffix != ".gguf":
         raise UsageError(
-            f"{goal} is no name of a GGUF file", where="--output", fix=f"--output {goal}.gguf"
+            f"{goal} is not a GGUF file name", where="--output", fix=f"--output {goal}.gguf"
         )
     if goal.is_symlink() or (goal.is_dir() != is_folder and goal.exists()):
         # A link would be replaced, and what it points to kept.
@@ -211,16 +211,16 @@ def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
     foreign = _foreign_file(goal) if is_folder else None
     if foreign or not (is_folder or _is_gguf(goal)):
         raise UsageError(
-            f"{goal} contains {foreign}" if foreign else f"{goal} is no GGUF file",
+            f"{goal} contains {foreign}" if foreign else f"{goal} is not a GGUF file",
             where="--output",
-            why="--force replaces only what an export wrote",
+            why="--force only replaces files that an export wrote",
             fix="name a new one",
         )
     if not force:
         raise UsageError(
-            f"{goal} is there already",
+            f"{goal} already exists",
             where="--output",
-            fix="name a new one, or add --force to replace it",
+            fix="use a new name, or --force to replace it",
         )
 
 
@@ -260,9 +260,9 @@ def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
 def _check_text_model(config: PretrainedConfig) -> None:
     if composite_of(config) is not None:
         raise ModelError(
-            "the text model of a vision-language model is not written as GGUF yet",
+            "GGUF export does not support the text model of a vision-language model yet",
             where="--to gguf",
-            why="the file would be another model than its base",
+            why="the file would not match its base model",
             fix=OWN_SCRIPT,
         )
 

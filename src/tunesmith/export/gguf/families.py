@@ -121,9 +121,9 @@ def read_family(config: Mapping[str, Any]) -> GgufFamily:
     family = FAMILIES.get(model_type)
     if family is None:
         raise ModelError(
-            f"{model_type} is not a family that is written as GGUF here",
+            f"{model_type} is not supported for GGUF export",
             where="config.json: model_type",
-            why=f"these are: {', '.join(FAMILIES)}",
+            why=f"supported: {', '.join(FAMILIES)}",
             fix=OWN_SCRIPT,
         )
     _check_rope(config, family)
@@ -165,7 +165,7 @@ def _other_math(key: str, value: object, computed: object) -> ModelError:
     return ModelError(
         f"llama.cpp has no {key} = {value} for this family",
         where=f"config.json: {key}",
-        why=f"it computes with {computed}, and a GGUF file cannot say otherwise",
+        why=f"it computes with {computed}, and a GGUF file cannot change that",
         fix=f"serve the Transformers folder: tunesmith merge RUN; or see {LLAMA_CPP}",
     )
 
@@ -440,7 +440,7 @@ def check_tensor_names(
             raise ModelError(
                 f"llama.cpp's {family.arch} has no place for {name}",
                 where="the model's weights",
-                why="its other weights would load, and answers be wrong",
+                why="it would load without them and give wrong answers",
                 fix="serve the Transformers folder: tunesmith merge RUN",
             )
         renamed[name] = new_name

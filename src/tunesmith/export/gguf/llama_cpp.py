@@ -72,9 +72,9 @@ class LlamaCpp:
         if address:
             return address
         late = f"it is not ready after {SECONDS} seconds"
-        why = self._last_message() or "its process ended"
+        why = self._last_message() or "its process exited"
         raise CheckpointError(
-            "llama.cpp does not open the file",
+            "llama.cpp cannot open the file",
             where=str(self._file),
             why=why if readable else late,
             fix="serve the Transformers folder: tunesmith merge RUN",

@@ -38,7 +38,7 @@ def modelfile_text(file_name: str, read: OpenedRun) -> str:
         # Such a text would end the quoted word, or the line.
         if '"' in text or "\n" in text:
             raise ModelError(
-                f"the token {text!r}, which ends an answer, has no place in a Modelfile",
+                f"the token {text!r}, which ends an answer, cannot be written to a Modelfile",
                 where="--to ollama",
                 fix="--to gguf, and llama-server",
             )
@@ -53,10 +53,10 @@ def _system_line(system: str) -> str:
     # Ollama escapes nothing: the quotes at the end of a line would close the text.
     if any(line.rstrip().endswith('"""') for line in system.splitlines()[:-1]):
         raise ModelError(
-            "the system message has no place in a Modelfile",
+            "the system message cannot be written to a Modelfile",
             where="data.system",
             why='a line in it ends with """',
-            fix="--to gguf, and give the program that serves it the message",
+            fix="use --to gguf, and set the system message in the serving program",
         )
     return f'SYSTEM """{system}"""'
 

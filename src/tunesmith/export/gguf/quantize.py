@@ -45,7 +45,7 @@ def ggml() -> ctypes.CDLL:
             "ggml's library cannot be loaded",
             where=_WHERE,
             why=str(error),
-            fix=f"{pip_install('libggml-python')}, or take --quant f16",
+            fix=f"{pip_install('libggml-python')}, or use --quant f16",
         ) from error
     # Tables that threads would otherwise build at the same time.
     for number in _GGML_TYPES.values():
@@ -90,8 +90,8 @@ def _check_finite(values: Tensor, name: str, kind: str) -> None:
     raise ModelError(
         f"{name} has a value that is not finite in {kind}",
         where="the model's weights",
-        why="one such value makes every answer NaN; F16 ends at 65,504",
-        fix="take --quant bf16; where the weights are not finite either, an earlier checkpoint",
+        why="one such value makes every answer NaN; the maximum of F16 is 65,504",
+        fix="use --quant bf16; if the weights themselves are not finite, an earlier checkpoint",
     )
 
 

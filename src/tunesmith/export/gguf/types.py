@@ -51,7 +51,7 @@ def read_quant(name: str) -> QuantType:
     """RecipeError where it is none."""
     if name not in QUANTS:
         raise RecipeError(
-            f"{name!r} is not a quantization that is written here",
+            f"{name!r} is not a supported quantization",
             where="--quant",
             fix=f"one of {', '.join(QUANTS)}",
         )
