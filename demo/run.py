@@ -173,7 +173,7 @@ def main() -> None:
     print("\nwhere it lies")
     for path, what in (
         (RUN / "final", "the adapter, in PEFT's files"),
-        (RUN / "metrics.jsonl", "one record a step"),
+        (RUN / "metrics.jsonl", "one record per step"),
         (RUN.parent / "demo-tuned.jsonl", "its answers on the held-out rows"),
         (HERE / "recipe.yaml", "the recipe, to change"),
     ):

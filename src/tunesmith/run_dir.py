@@ -115,7 +115,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 def _check_regular(mode: int, path: Path) -> None:
     if not stat.S_ISREG(mode):
-        raise OSError(0, "it is no regular file", str(path))
+        raise OSError(0, "it is not a regular file", str(path))
 
 
 def read_bytes(path: Path) -> bytes:
@@ -193,7 +193,7 @@ def read_object(path: Path) -> dict[str, Any]:
     value = parse_json(text)
     if isinstance(value, dict):
         return value
-    raise ValueError("it has no JSON object")
+    raise ValueError("it is not a JSON object")
 
 
 # Key -> whether a value is of its type; null is, for every key.
@@ -217,7 +217,7 @@ def _read_shaped(path: Path, shape: Shape) -> Part[dict[str, Any] | None]:
 
 
 def _wrong_types(names: list[str]) -> str:
-    return f"of another type: {', '.join(names)}" if names else ""
+    return f"of the wrong type: {', '.join(names)}" if names else ""
 
 
 def reason_of(error: OSError | ValueError) -> str:
@@ -327,7 +327,7 @@ def read_recipe(folder: Path) -> Part[dict[str, Any]]:
         return Part({}, error.why or error.what)
     # A lone half of a surrogate pair cannot be written to any file or page.
     if _SURROGATE.search(json.dumps(values, ensure_ascii=False)):
-        return Part({}, "a text in it is no Unicode")
+        return Part({}, "it contains invalid Unicode")
     wrong = []
     for name in _SECTIONS:
         if name == "method" and isinstance(values.get(name), str):
@@ -422,11 +422,11 @@ def read_profile(path: Path) -> dict[str, Any]:
     peaks = values.get("peak_bytes")
     operations = values.get("operations")
     if busy is not None and not is_number(busy):
-        raise ValueError("gpu_busy_share is no number")
+        raise ValueError("gpu_busy_share is not a number")
     if not isinstance(peaks, dict) or not all(map(is_number, peaks.values())):
-        raise ValueError("peak_bytes is no mapping of numbers")
+        raise ValueError("peak_bytes is not a mapping of numbers")
     if not isinstance(operations, list) or not all(map(_is_operation, operations)):
-        raise ValueError("operations is no list of operations")
+        raise ValueError("operations is not a list of operations")
     return {"gpu_busy_share": busy, "peak_bytes": peaks, "operations": operations}
 
 
@@ -444,7 +444,7 @@ def read_scores(path: Path) -> dict[str, Any]:
             raise ValueError(f"`{name}` is missing or of another form")
     for name in ("step", "seen"):
         if values.get(name) is not None and not is_count(values[name]):
-            raise ValueError(f"{name} is no count")
+            raise ValueError(f"{name} is not a count")
     scores = {}
     for scorer, entry in values["scores"].items():
         intervals = {}

@@ -70,10 +70,10 @@ class _Amount:
             raise ValueError(f"{reprlib.repr(text)} is not a {cls.__name__.lower()}: {listed}")
         amount = float(match[1].replace("_", ""))
         if amount > MOST:
-            raise ValueError(f"{reprlib.repr(text)} is too much: at most {MOST:,} {unit}")
+            raise ValueError(f"{reprlib.repr(text)} is too large: at most {MOST:,} {unit}")
         if unit in Size.units:
             if amount != int(amount) or amount < 1:
-                raise ValueError(f"{text!r}: {unit} are whole and at least 1")
+                raise ValueError(f"{text!r}: {unit} must be a whole number of at least 1")
             return cls(int(amount), unit)
         if unit == "steps" and amount != int(amount):
             raise ValueError(f"{text!r}: {unit} are whole")

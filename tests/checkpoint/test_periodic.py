@@ -179,7 +179,7 @@ def test_without_room_for_a_copy_the_loop_waits(
     result = train(make_run(tiny, tmp_path, checkpoint={"keep": 9}), quiet=True)
     assert result.steps == 8
     assert sorted(f.step for f in manifest.list_checkpoints(tmp_path / "run")) == [2, 4, 6, 8]
-    assert "no room on the device for a copy" in (tmp_path / "run" / "log.txt").read_text()
+    assert "not enough device memory for a copy" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def spoil(

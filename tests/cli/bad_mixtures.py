@@ -160,6 +160,6 @@ MIXTURES = [
     Case("adapter", "dropout", lambda w: w.adapter("stacked", lambda f: None, dropout=0.1), "adapter.dropout", "experts"),
     Case("adapter", "single: an expert is missing", lambda w: w.adapter("single", of_adapter(SINGLE, None)), "adapter_model.safetensors", "experts.3.up_proj.lora_A"),
     Case("adapter", "single: another shape", lambda w: w.adapter("single", of_adapter(SINGLE, lambda t: t[:, 1:])), "adapter_model.safetensors", "experts.3.up_proj.lora_A"),
-    Case("adapter", "single: an A of its own", lambda w: w.adapter("single", of_adapter(SINGLE, lambda t: t + 1)), "adapter_model.safetensors", "A of their own"),
-    Case("adapter", "both forms", lambda w: w.adapter("single", both_forms), "adapter_model.safetensors", "one by one and stacked"),
+    Case("adapter", "single: an A of its own", lambda w: w.adapter("single", of_adapter(SINGLE, lambda t: t + 1)), "adapter_model.safetensors", "different lora_A"),
+    Case("adapter", "both forms", lambda w: w.adapter("single", both_forms), "adapter_model.safetensors", "both separately and stacked"),
 ]  # fmt: skip

@@ -116,7 +116,7 @@ GOOD: list[Any] = ["--shape", "llama3-8b", "--tokenizer", "t", "--data", "d"]
         (GOOD[:4], "--shape needs --data", "--data rows.json"),
         ([*GOOD[:2], *GOOD[4:]], "--shape needs --tokenizer", "--tokenizer HuggingFaceTB/"),
         (["a.yaml", "--data", "x"], "--data requires --shape", "data.train.source=x"),
-        (["a.yaml", "--format", "text"], "--format goes with --shape", "data.train.format=text"),
+        (["a.yaml", "--format", "text"], "--format requires --shape", "data.train.format=text"),
         ([*GOOD, "--steps", "0"], "--steps 0 is out of range", "at least 1"),
         ([*GOOD, "--warmup", "-1"], "--warmup -1 is out of range", "at least 0"),
         ([*GOOD, "--json", "no/such/x.json"], "there is no folder no/such", "mkdir -p no/such"),

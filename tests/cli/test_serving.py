@@ -453,7 +453,7 @@ def test_chat_on_a_terminal(run: Path, columns: int, sign: str) -> None:
         ("you> ", b"hello\n"),
         ("you> ", b"/reset\n"),
         ("you> ", b"\x03"),
-        ("again leaves", b"\x03"),
+        ("again exits", b"\x03"),
     ]
     shown, code = on_a_terminal(
         ["chat", str(run), "--side-by-side", *SHORT], steps, columns=columns

@@ -204,14 +204,14 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
         {"messages": TURNS, **texts("question", "answer")}, "can be read in 2 ways",
         "--columns messages=messages or --columns prompt=question,completion=answer",
     ),
-    "unknown names": (texts("q", "a"), "no column's name tells", "--columns prompt=q,completion=a"),
+    "unknown names": (texts("q", "a"), "no column name indicates", "--columns prompt=q,completion=a"),
     "an answer with two more": (
-        {"title": "x", "body": "a longer text", "reply": "y"}, "no column's name tells", "--columns prompt=body,completion=reply",
+        {"title": "x", "body": "a longer text", "reply": "y"}, "no column name indicates", "--columns prompt=body,completion=reply",
     ),
     "a question alone": (
-        texts("question", "source"), "no column's name tells", "--columns prompt=question,completion=source",
+        texts("question", "source"), "no column name indicates", "--columns prompt=question,completion=source",
     ),
-    "images": ({"messages": TURNS, "images": ["a.png"]}, "the rows hold images", "--columns prompt=..."),
+    "images": ({"messages": TURNS, "images": ["a.png"]}, "the rows contain images", "--columns prompt=..."),
     "numbers as answers": ({"question": "x", "answer": 4}, "completion is a number", "write it in quotes"),
     "messages of an unknown role": (
         {"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'", "rename the role",

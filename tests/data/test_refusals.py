@@ -35,7 +35,7 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
     ),
     "no messages": (CHATML, [], "does not end with an answer"),
     "no answer": (CHATML, [system("a")], "does not end with an answer"),
-    "answer first": (CHATML, [answer("a")], "opens the conversation"),
+    "answer first": (CHATML, [answer("a")], "at the start of a conversation"),
     "thinking dropped": (
         CHATML,
         [user("a"), answer("b", reasoning_content="c")],

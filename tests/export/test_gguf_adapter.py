@@ -68,9 +68,9 @@ def test_alpha_is_that_of_llama_cpps_division_by_rank(rslora, alpha, tmp_path: P
 @pytest.mark.parametrize(
     ("variant", "settings", "what"),
     [
-        ("llama", {"modules_to_save": ["lm_head"]}, "lm_head.weight, which is no matrix"),
+        ("llama", {"modules_to_save": ["lm_head"]}, "lm_head.weight, which is not a LoRA matrix"),
         ("llama", {"bias": "all", "target_modules": ["q_proj"]}, None),
-        ("llama-3", {"bias": "lora_only", "target_modules": ["q_proj"]}, "bias, which is no"),
+        ("llama-3", {"bias": "lora_only", "target_modules": ["q_proj"]}, "bias, which is not"),
         ("llama", {"use_dora": True, "target_modules": ["q_proj"]}, "lora_magnitude_vector"),
         ("llama-tied", {"target_modules": ["lm_head"]}, "a head that is the embedding"),
         ("llama", {"target_modules": ["embed_tokens"]}, "lora_embedding_A"),

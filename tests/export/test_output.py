@@ -104,11 +104,11 @@ def test_folders_that_are_not_to_be_replaced(
     export, _ = EXPORTS[name]
     Path("empty").mkdir()
     monkeypatch.chdir("empty")
-    refused(export, run, ".", "the folder you are in")
-    refused(export, run, "..", "the folder you are in")
+    refused(export, run, ".", "the current folder")
+    refused(export, run, "..", "the current folder")
     refused(export, run, "", "--output is empty")
-    refused(export, run, run / "final", "where the adapter or its base lies")
-    refused(export, run, run.parent, "where the adapter or its base lies")
+    refused(export, run, run / "final", "contains the adapter or its base")
+    refused(export, run, run.parent, "contains the adapter or its base")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "mine.txt").write_text("mine")
     refused(export, run, tmp_path / "mine", "mine.txt" if name in ("ollama", "merge") else "mine")
@@ -159,7 +159,7 @@ def test_force_replaces_no_file_but_an_export(run: Path) -> None:
     forced(run, "model.gguf")
     assert Path("model.gguf").stat().st_ino != before
     # A model may be a GGUF file itself.
-    refused(forced, Path("model.gguf"), "model.gguf", "where the adapter or its base lies")
+    refused(forced, Path("model.gguf"), "model.gguf", "contains the adapter or its base")
 
 
 @pytest.fixture

@@ -211,7 +211,7 @@ def add_one(tensors: dict[str, Tensor], name: str) -> None:
 
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor], str], None], str]] = {
     "a factor is missing": (drop, r"1 tensors are missing .*experts\.3\.up_proj\.lora_A"),
-    "both forms": (stack_too, "both one by one and stacked"),
+    "both forms": (stack_too, "both separately and stacked"),
     "another shape": (cut, r"have another shape: .*experts\.3\.up_proj"),
     "an A of its own": (change, "gate_proj and up_proj have different lora_A"),
     "one expert more": (add_one, r"and not in the recipe.*experts\.4\.up_proj"),
@@ -278,13 +278,13 @@ def test_qwen3_5_is_read_stacked_beside_its_vision_tower_alone(
 
 REFUSED: dict[str, tuple[str, Adapter, str]] = {
     "no LoRA at all": ("mimo_v2_flash", ADAPTER, "vLLM does not support LoRA for mimo_v2_flash"),
-    "a form that is not known": ("phimoe", ADAPTER, "how vLLM reads those of a phimoe"),
+    "an unknown format": ("phimoe", ADAPTER, "the format in which vLLM reads those of a phimoe"),
     "experts of a Llama 4": ("llama4_text", ADAPTER, "experts of a Llama 4"),
     "q of a Llama 4": ("llama4_text", Adapter(target=("q_proj",)), "q_proj or k_proj of a Llama 4"),
     "experts in full": (
         "qwen3_moe",
         Adapter(target=("q_proj",), modules_to_save=("experts",)),
-        "trained in full: experts",
+        "fully trained modules: experts",
     ),
 }
 

@@ -125,7 +125,7 @@ def test_a_recipe_names_model_and_data(fetch, files, tiny: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "needs a recipe or a model"),
+        ((), "requires a recipe or a model"),
         (("no/such/path",), "there is nothing at no/such/path"),
         (("./nothing",), "there is nothing at ./nothing"),
         (("bad id!",), "neither a folder"),

@@ -176,7 +176,7 @@ def test_a_server_without_ranges_begins_again(ask, files) -> None:
 def test_a_connection_that_always_breaks_ends_with_words(ask, files) -> None:
     with StandIn({NAME: Repo(files, cut=[0] * 20)}) as hub:
         answer, _ = ask(hub)
-        assert_refused(answer, "cannot be reached", "what has arrived is kept")
+        assert_refused(answer, "cannot be reached", "finished downloads are kept")
 
 
 def test_a_silent_connection_is_left_and_resumed(ask, files) -> None:
@@ -267,7 +267,7 @@ def test_other_repositories_are_told_apart(ask, files, others, words) -> None:
 def test_a_kind_that_is_not_trained_is_refused_before_its_weights_come(ask, files) -> None:
     config = AutoConfig.for_model("modernbert-decoder").to_json_string().encode()
     with StandIn({NAME: Repo(files | {"config.json": config})}) as hub:
-        assert_refused(ask(hub)[0], "modernbert-decoder does not train here", "llama")
+        assert_refused(ask(hub)[0], "modernbert-decoder is not supported", "llama")
         assert not [s for s in hub.seen if "model.safetensors" in s.path]
 
 

@@ -299,7 +299,7 @@ def test_a_public_repository_is_not_filled_by_a_private_push(full: Path) -> None
         (("preupload", 403), "the token may not write to"),
         (("commit", 409), "was changed by someone else in the meantime"),
         (("commit", 418), "the Hub answers 418"),
-        (("commit", 400), "correct what it names"),
+        (("commit", 400), "fix the reported problem"),
     ],
 )
 def test_what_the_hub_refuses(refuse: tuple[str, int], words: str, full: Path) -> None:

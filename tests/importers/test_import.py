@@ -377,7 +377,7 @@ BAD = {
     "round": ("output_dir: ${log_dir}\nlog_dir: ${output_dir}\nclip_grad_norm: 1\n", ["is not defined in this file", "file.yaml:"]),
     "twice": ("base_model: a\nbase_model: b\n", ["'base_model' is given twice", "file.yaml:2"]),
     "tag": ("base_model: !!python/object a\n", ["tag", "file.yaml:1"]),
-    "unknown": ("colour: red\nsize: 3\n", ["does not tell which tool", "--from"]),
+    "unknown": ("colour: red\nsize: 3\n", ["cannot detect which tool", "--from"]),
     "list": ("- a\n- b\n", ["mapping"]),
     "text": ("once upon a time\n", ["mapping"]),
     "method": ("model_name_or_path: m\nstage: ppo\ntemplate: qwen\ndataset: d\n", ["stage: \"ppo\" cannot be imported", "file.yaml:2"]),

@@ -254,13 +254,13 @@ def test_what_differs_from_the_answers_that_are_there_is_refused_with_a_fix(
         tmp_path / "others.jsonl", [*HELD[:-1], {"prompt": "Say 99", "completion": "x"}]
     )
     cases: list[tuple[Path, Path, dict[str, Any], str]] = [
-        (run, rows, {}, "its prompts are others"),
-        (run, held, {"max_examples": 5}, "its prompts are others"),
+        (run, rows, {}, "its prompts differ"),
+        (run, held, {"max_examples": 5}, "its prompts differ"),
         (run, held, {"max_new_tokens": 7}, "--max-new-tokens was 6, and is 7"),
         (run, held, {"decoding": Decoding(6, 0.5)}, "--temperature was 0.0, and is 0.5"),
         (run, held, {"decoding": Decoding(6, seed=3)}, "--seed was 0, and is 3"),
         (run, held, {"batch_size": 4}, "--batch-size was 2, and is 4"),
-        (tmp_path / "other", held, {}, "its model is another"),
+        (tmp_path / "other", held, {}, "its model differs"),
     ]
     for path, data, more, why in cases:
         with refuses(UsageError, where=str(answers), fix=["--fresh"]) as refused:

@@ -206,12 +206,12 @@ def test_no_secret_is_among_the_words(
     [
         (
             "Cannot connect to the Docker daemon at unix:///x. Is it running?",
-            "Docker does not run",
+            "Docker is not running",
             "systemctl start docker",
         ),
         (
             "permission denied while trying to connect to the Docker daemon socket",
-            "you may not use Docker",
+            "no permission to use Docker",
             "usermod -aG",
         ),
         (

@@ -155,7 +155,7 @@ def test_logs_of_one_node_and_of_one_that_is_missing(
     (tmp_path / "logs" / "rank.log").write_text("said")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     target = tmp_path / "debug.tar.gz"
-    for nodes, told in ((1, ""), (2, "; 1 of 2 nodes sent nothing")):
+    for nodes, told in ((1, ""), (2, "; 1 of 2 nodes did not respond")):
         said = collect_logs(store, tmp_path / "logs", "127.0.0.1", nodes, target)
         assert said.endswith(f" 1 node: {target}{told}")
         with tarfile.open(target) as archive:

@@ -203,8 +203,8 @@ def test_a_container_gets_what_the_run_reads_and_writes(
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"gpus_per_node": None}, "how many GPUs"), ({"gpus_per_node": "eight"}, "eight is not a number of GPUs"),
-        ({"time": "2h"}, "2h is no time limit"), ({"partition": "a\nb"}, "a line break or control character"),
+        ({"gpus_per_node": None}, "number of GPUs per node is missing"), ({"gpus_per_node": "eight"}, "eight is not a number of GPUs"),
+        ({"time": "2h"}, "2h is not a time limit"), ({"partition": "a\nb"}, "a line break or control character"),
         ({"sbatch": ("--x\n#SBATCH --uid=0",)}, "a line break"), ({"setup": ("a\nb",)}, "a line break"),
         ({"container": "image", "environment": {"A": "b\0"}}, "a line break"),
     ],

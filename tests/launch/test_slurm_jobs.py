@@ -215,7 +215,7 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     cluster.wait_for(lambda: len(records(out)) > 20, out)
     # Slurm gives the warning up to a minute early
     cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=2")
-    cluster.wait_for(lambda: "back into the queue" in log_of(out), out)
+    cluster.wait_for(lambda: "; requeued," in log_of(out), out)
     assert lines_with(log_of(out), "code 75", 1, 5)
     first = json.loads((out / "stopped.json").read_text())
     assert first["signal"] == "SIGUSR1"
@@ -280,7 +280,7 @@ def test_one_of_two_runs_is_stopped_and_one_is_killed(cluster: Cluster, tiny: Pa
 
     cluster.wait_for(lambda: [*runs[3].glob("checkpoint-*/manifest.json")], runs[3])
     os.kill(trainer_of(runs[3]), signal.SIGKILL)
-    cluster.wait_for(lambda: "back into the queue" in log_of(runs[3]), runs[3])
+    cluster.wait_for(lambda: "; requeued," in log_of(runs[3]), runs[3])
     assert lines_with(log_of(runs[3]), "code 137", "SIGKILL")
     cluster.wait_for(lambda: cluster.queue(ids[3]) == "PENDING", runs[3])
     cluster.tunesmith("stop", f"slurm-{ids[3]}", "--wait")

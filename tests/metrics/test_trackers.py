@@ -152,8 +152,8 @@ def test_a_tracker_that_does_not_start_is_refused(tmp_path: Path, tensorboard: s
 @pytest.mark.parametrize(
     ("name", "log", "where", "way_out"),
     [
-        ("mlflow", {"trackers": ["mlflow"]}, "log.trackers", "take mlflow out of log.trackers"),
-        ("wandb", {"trackers": ["wandb"]}, "log.trackers", "take wandb out of log.trackers"),
+        ("mlflow", {"trackers": ["mlflow"]}, "log.trackers", "remove mlflow from log.trackers"),
+        ("wandb", {"trackers": ["wandb"]}, "log.trackers", "remove wandb from log.trackers"),
         ("wandb", {"wandb": True}, "log.wandb", "log.wandb=false"),
     ],
 )

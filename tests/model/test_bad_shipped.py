@@ -83,7 +83,7 @@ FP8: dict[str, tuple[Fault, str, str, str]] = {
     "one scale where there are blocks": (
         tensors_of(scale=torch.tensor(1.0)), "weight_scale_inv is []", "safetensors", "fetch"),
     "scales that are integers": (
-        tensors_of(scale=ones(4, 4, dtype=torch.int32)), "hold integers", "safetensors",
+        tensors_of(scale=ones(4, 4, dtype=torch.int32)), "contain integers", "safetensors",
         "unquantized"),
     "scales in e5m2": (
         tensors_of(scale=ones(4, 4, dtype=torch.float8_e5m2)), "stored as F8_E5M2",
@@ -327,7 +327,7 @@ def test_mxfp4(tiny: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_as_shipped_of_a_plain_base(tiny: Path, tmp_path: Path) -> None:
-    what = "ships nothing that can be kept so"
+    what = "is not stored in a supported quantized format"
     assert_refused(
         tiny, tmp_path, what, "config.json", "model.quantize=none", quantize="as-shipped"
     )

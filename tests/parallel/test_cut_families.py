@@ -53,14 +53,14 @@ KINDS = {
     "llama4_text": "experts with code of their own; chunks",
 }
 REFUSED = {
-    "dbrx": "Transformers states no plan for it",
-    "flint": "it has layers.0.self_attn.sinks [4], which is in no plan",
+    "dbrx": "Transformers has no tensor-parallel plan for it",
+    "flint": "it has layers.0.self_attn.sinks [4], which is not in the plan",
     "qwen3_5_text": "plan is colwise_gather_output for layers.0.linear_attn.",
     "glm4": "plan is colwise_gather_output for layers.0.mlp.gate_up_proj",
-    "olmo_hybrid": "which is in no plan",
+    "olmo_hybrid": "which is not in the plan",
     "phi3": "plan is rowwise_split_input for layers.0.self_attn.o_proj",
     "gemma3n_text": "it has layers.0.altup.",
-    "youtu": "it has layers.0.self_attn.q_a_proj.weight [16 x 64], which is in no plan",
+    "youtu": "it has layers.0.self_attn.q_a_proj.weight [16 x 64], which is not in the plan",
 }
 
 

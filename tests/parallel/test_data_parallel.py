@@ -147,7 +147,7 @@ def assert_those_of_one_process(
 def test_numbers_are_those_of_one_process(world, tiny, tmp_path):
     chosen = assert_those_of_one_process(world, CASES, tiny, tmp_path)
     for name in AUTO.keys() & set(chosen):
-        taken = "replicate 1 x shard 1 x tensor 2, the first that fits, as no speed is known here, of 1 "
+        taken = "replicate 1 x shard 1 x tensor 2, the first that fits, because the speed is unknown, of 1 "
         assert taken in (tmp_path / f"{name}, ranks/log.txt").read_text()
     silent = [
         name

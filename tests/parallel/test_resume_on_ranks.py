@@ -133,7 +133,7 @@ def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(
 ):
     whole = many(tiny, tmp_path, mesh, {**what, "output_dir": str(tmp_path / "whole")})
     stopped = many(tiny, tmp_path, mesh, what, stop=(by, 3))
-    assert ("file stop" if by == BY_FILE else "SIGTERM") in stopped[0]["stopped"]
+    assert ("stop file" if by == BY_FILE else "SIGTERM") in stopped[0]["stopped"]
     assert [rank["code"] for rank in stopped] == [0, 0]  # torchrun would start them again
     out = tmp_path / "run"
     said = json.loads((out / "stopped.json").read_text())

@@ -42,8 +42,8 @@ REFUSED = {
     "8xh10": ("there is no machine '8xh10'", "did you mean --on h100?"),
     "0xh100": ("there is no machine '0xh100'", ""),
     "large": ("there is no machine 'large'", "as in 8xh100 or 2x8xh100; or here"),
-    "2x4xl40s": ("the network of NVIDIA L40S is not known", "--assume network=GB/s"),
-    "2x2x-dgx-spark": ("the link of NVIDIA GB10 is not known", "--assume link=GB/s"),
+    "2x4xl40s": ("the network of NVIDIA L40S is unknown", "--assume network=GB/s"),
+    "2x2x-dgx-spark": ("the link of NVIDIA GB10 is unknown", "--assume link=GB/s"),
 }
 
 

@@ -387,7 +387,7 @@ def gradients_of(dtype: torch.dtype) -> list[Tensor]:
 REFUSALS = {
     "router": (Adapter(target=("gate",)), "'gate' is a router"),
     "one stack": (Adapter(target=("experts.gate_up_proj",)), "and not 'down_proj'"),
-    "dropout": (Adapter(dropout=0.1), "dropout is not computed for experts"),
+    "dropout": (Adapter(dropout=0.1), "dropout is not supported for experts"),
     "both": (Adapter(modules_to_save=("experts",), target=("experts",)), "and a module to save"),
     "no such name": (Adapter(target=("w1",)), "experts named 'w1'"),
 }

@@ -67,7 +67,7 @@ def test_other_held_out_rows_are_not_compared(tmp_path: Path) -> None:
         found = verdict(one, write_run(tmp_path / name, falling(9.0), env=env, recipe=recipe))
         assert (found.kind, found.best) == ("none", ())
         what = (
-            "it is not known what val_loss was measured on"
+            "it is unknown what val_loss was measured on"
             if name == "unknown"
             else "val_loss was measured on different"
         )

@@ -193,9 +193,9 @@ def pairs(won: int, lost: int, same: int) -> PairedIntervals:
         (0, 0, 40, "not told apart by 40 rows (+0.0 points, 95 % interval -8.8 to +8.8)"),
         (5, 0, 0, "not told apart by 5 rows"),
         (6, 0, 0, "better"),
-        (5, 0, 5, "only 5 rows differ, which chance alone can do)"),
+        (5, 0, 5, "only 5 rows differ, which can be chance)"),
         (1, 0, 0, "not told apart by 1 row ("),
-        (15, 6, 79, "+0.0 to +18.4; chance alone does it in 5.2% of evaluations)"),
+        (15, 6, 79, "+0.0 to +18.4; by chance alone this happens in 5.2% of evaluations)"),
     ],
 )  # fmt: skip
 def test_one_sentence_says_better_worse_or_not_told_apart(

@@ -142,20 +142,20 @@ def test_a_template_without_a_form_that_is_known_is_refused() -> None:
 
 
 BAD_ROWS = [
-    ("regex", row("(a"), "no regular expression", "missing )"),
-    ("regex", row("*"), "no regular expression", "nothing to repeat"),
-    ("json", row("Oslo"), "the reference is no JSON", "--score json"),
-    ("json", row('{"a": NaN}'), "the reference is no JSON", "NaN"),
-    ("json", row("[" * 100_000), "the reference is no JSON", "nested"),
-    ("json", row("1", row={"schema": {"type": "nothing"}}), "no JSON schema", "nothing"),
-    ("json", row("1", row={"schema": "{"}), "no JSON schema", "line 1"),
-    ("json", row("1", row={"schema": "3"}), "no JSON schema", "no object"),
-    ("json", row("1", row={"schema": {"$ref": "#/$defs/a"}}), "no JSON schema", "$defs"),
-    ("json", row("1", row={"schema": {"$ref": "https://example.com/s.json"}}), "no JSON schema", "example.com"),
-    ("json", row("1", row={"schema": {"$ref": "#"}}), "no JSON schema", "without end"),
-    ("json", row("1", row={"schema": {"type": "string"}}), "does not fit the row's own schema", "'string'"),
-    ("tool-call", row("dry", has_tools=False), "the row offers no tools", "--score tool-call"),
-    ("tool-call", row("dry", calls=1), "cannot be read back", "it has 1"),
+    ("regex", row("(a"), "not a regular expression", "missing )"),
+    ("regex", row("*"), "not a regular expression", "nothing to repeat"),
+    ("json", row("Oslo"), "the reference is not JSON", "--score json"),
+    ("json", row('{"a": NaN}'), "the reference is not JSON", "NaN"),
+    ("json", row("[" * 100_000), "the reference is not JSON", "nested"),
+    ("json", row("1", row={"schema": {"type": "nothing"}}), "not a JSON schema", "nothing"),
+    ("json", row("1", row={"schema": "{"}), "not a JSON schema", "line 1"),
+    ("json", row("1", row={"schema": "3"}), "not a JSON schema", "no object"),
+    ("json", row("1", row={"schema": {"$ref": "#/$defs/a"}}), "not a JSON schema", "$defs"),
+    ("json", row("1", row={"schema": {"$ref": "https://example.com/s.json"}}), "not a JSON schema", "example.com"),
+    ("json", row("1", row={"schema": {"$ref": "#"}}), "not a JSON schema", "without end"),
+    ("json", row("1", row={"schema": {"type": "string"}}), "does not match the row's schema", "'string'"),
+    ("tool-call", row("dry", has_tools=False), "the row has no tools", "--score tool-call"),
+    ("tool-call", row("dry", calls=1), "cannot be parsed", "it has 1"),
 ]  # fmt: skip
 
 

@@ -265,11 +265,11 @@ def test_the_default_waits_for_the_longest_warmup(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"adapter": {"kind": "none"}}, "no base that stays"),
-        ({"train": {"duration": "10 min"}}, "counts steps"),
-        ({"parallel": {"tensor": 2}}, "no adapter over a group"),
-        ({"parallel": {"experts": 2}}, "no experts over ranks"),
-        ({"data": {"validation": None, "hold_out": "4 examples"}}, "draws the held-out rows"),
+        ({"adapter": {"kind": "none"}}, "needs a frozen base"),
+        ({"train": {"duration": "10 min"}}, "duration in steps"),
+        ({"parallel": {"tensor": 2}}, "does not support tensor parallelism"),
+        ({"parallel": {"experts": 2}}, "does not divide experts"),
+        ({"data": {"validation": None, "hold_out": "4 examples"}}, "selects the held-out rows"),
     ],
 )
 def test_recipes_that_are_refused(tiny: Path, tmp_path: Path, changes: dict[str, Any], said: str):

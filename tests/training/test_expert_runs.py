@@ -117,5 +117,5 @@ def test_added_tokens_and_rslora_beside_experts(mixture: Path, tmp_path: Path) -
         ours, *others = (model.eval()(input_ids=ids).logits for model in models)
     for other in others:
         assert (ours - other).abs().max() < 1e-4 * ours.abs().max()
-    with pytest.raises(TunesmithError, match="trained in full: embed_tokens, lm_head"):
+    with pytest.raises(TunesmithError, match="fully trained modules: embed_tokens, lm_head"):
         export_peft(tmp_path / "run", tmp_path / "lora")

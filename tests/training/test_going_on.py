@@ -110,7 +110,7 @@ def test_other_free_memory_does_not_change_the_numbers(
 
 
 @pytest.mark.parametrize(
-    ("dropout", "effect"), [(0.2, "dropout falls elsewhere"), (0.0, "sums are rounded otherwise")]
+    ("dropout", "effect"), [(0.2, "dropout masks differ"), (0.0, "sums are rounded differently")]
 )
 def test_another_micro_batch_is_told(
     dropout: float,

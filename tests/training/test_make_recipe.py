@@ -287,16 +287,16 @@ EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data fa
         (["smollm2-135m-lora", "--split", "train"], BOTH, "or --split"),
         (
             [*OWN, "model.name=other"],
-            "model.name is given beside --model and --data",
-            "give only those",
+            "model.name cannot be combined with --model and --data",
+            "use only those",
         ),
         (
             [*OWN, "data.train.source=chat.jsonl"],
-            "data.train.source is given beside",
-            "give only those",
+            "data.train.source cannot be combined",
+            "use only those",
         ),
-        ([*OWN, "data.train=[]"], "data.train is given beside", "write a recipe"),
-        ([*OWN, "data.train=null"], "data.train is given beside", "write a recipe"),
+        ([*OWN, "data.train=[]"], "data.train cannot be combined", "write a recipe"),
+        ([*OWN, "data.train=null"], "data.train cannot be combined", "write a recipe"),
         (
             [*OWN, "--columns", "prompt=Question,completion=Question"],
             "no format reads prompt=Question, c",

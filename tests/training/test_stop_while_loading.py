@@ -70,7 +70,7 @@ def test_the_file_stop_is_kept_by_one_process_and_an_old_one_is_not(file: Path, 
     finally:
         process.kill()
     assert process.returncode == 75, printed
-    assert lines_with(printed, "file stop")
+    assert lines_with(printed, "stop file")
     assert not (out / STOP_FILE).exists()
     assert not (out / "final").exists()
     assert Job("", str(out)).state().state is RunState.STOPPED

@@ -96,5 +96,5 @@ def collect_logs(
     line = f"logs of {count_of(len(archives), 'node')}: {target}"
     missing = nodes - len(archives)
     if missing:
-        line += f"; {missing} of {nodes} nodes sent nothing"
+        line += f"; {missing} of {nodes} nodes did not respond"
     return line

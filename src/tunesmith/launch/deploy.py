@@ -161,10 +161,10 @@ def check_exposed(path: Path) -> None:
             is_inside = folder != home and place.is_relative_to(folder)
             if is_above or is_inside:
                 raise UsageError(
-                    f"{path} is not given to a container",
+                    f"{path} cannot be mounted in a container",
                     where=str(path),
                     why=f"{folder} is private",
-                    fix="name a folder of its own, and copy there what is needed",
+                    fix="use a separate folder, and copy the needed files there",
                 )
 
 
@@ -184,7 +184,7 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
             devices.add(device)
             for name, mtu in mtus.items():
                 if mtu != "9000":
-                    what = f"{name} on {look['host']} has not MTU 9000, and is slow"
+                    what = f"{name} on {look['host']} does not have MTU 9000, which is slow"
                     log.warning(f"{what}: ip link set {name} mtu 9000")
     # The address at which the other nodes reach this one; alone, the loopback is enough.
     address = route_to(nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
@@ -217,7 +217,7 @@ def _check_alike(
             f"you are user {look['user']} on {look['host']}",
             where="uid and gid",
             why=f"here you are {look_here['user']}",
-            fix="use accounts of the same numbers: usermod -u",
+            fix="use the same uid and gid: usermod -u",
         )
     offers_no_gpu = look["gpu"] and not node.gpus
     if node.gpus != here.gpus or offers_no_gpu:
@@ -238,7 +238,7 @@ def stack_without_swarm(out: Path, hosts: Sequence[str], count: int | None, rest
     gpus = count_gpus()
     here = SwarmNode("", "", (GPU[0], gpus) if gpus else None)
     stack = plan_stack(out, [here], restarts)
-    what = "this node is in no swarm, or docker does not answer"
+    what = "this node is not in a swarm, or docker does not respond"
     log.warning(f"{what}: rendered for --nodes {nodes} such as this one")
     if nodes == 1:
         return stack

@@ -61,10 +61,10 @@ TOOLKIT = "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl 
 # Words of docker -> what is wrong, and its fix
 FAULTS = {
     "permission denied while trying": (
-        "you may not use Docker",
+        "no permission to use Docker",
         "sudo usermod -aG docker $USER, then log in again",
     ),
-    "Cannot connect to the Docker": ("Docker does not run", "sudo systemctl start docker"),
+    "Cannot connect to the Docker": ("Docker is not running", "sudo systemctl start docker"),
     "select device driver": (
         "Docker finds no GPU",
         f"install nvidia-container-toolkit, then: {TOOLKIT}",
@@ -145,7 +145,7 @@ class DockerJob(Job):
         if container is None or container.state is not RunState.RUNNING:
             return super().stop()
         _docker("kill", "--signal=SIGTERM", self.name)
-        return "asked to save and end"
+        return "stop requested: saves, then stops"
 
 
 def _docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -166,7 +166,7 @@ def _docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]
         if text in why:
             raise MachineError(what, where=where, why=why, fix=fix)
     if check:
-        fix = "docker info says how Docker is set up"
+        fix = "docker info shows how Docker is configured"
         raise MachineError(f"{where} failed", where=where, why=why, fix=fix)
     return done
 
@@ -200,10 +200,10 @@ def _check_private(path: Path) -> None:
     for private in (Path("~/.ssh").expanduser(), token, Path("/var/run/docker.sock")):
         if private.resolve().is_relative_to(path):
             raise UsageError(
-                f"the container would see {private}",
+                f"the container would have access to {private}",
                 where=str(path),
-                why="a folder is mounted with all that is in it",
-                fix="name a folder that does not hold it",
+                why="a folder is mounted with all its contents",
+                fix="use a folder that does not contain it",
             )
 
 
@@ -215,7 +215,7 @@ def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = Fal
     """
     if not re.fullmatch(r"\w[\w.:/@-]*", image, re.ASCII):
         raise UsageError(
-            f"{image!r} is not the name of an image", where="--image", fix="--image tunesmith"
+            f"{image!r} is not a valid image name", where="--image", fix="--image tunesmith"
         )
     words = [
         f"--name={job.name}",
@@ -275,7 +275,7 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
     if previous is not None and previous.state is RunState.RUNNING:
         fix = f"tunesmith stop {shell_word(job.name)}, or another one: output_dir=runs/my-run"
         raise UsageError(
-            "a container trains in this run directory already", where=job.name, fix=fix
+            "a container already trains in this run directory", where=job.name, fix=fix
         )
     # `docker create` would try to pull it from a registry.
     if _docker("image", "inspect", image, check=False).returncode:

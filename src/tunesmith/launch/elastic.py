@@ -72,7 +72,7 @@ class ForwardStop:
         self.number = number
         name = signal.Signals(number).name
         agent = f"the node agent on {socket.gethostname()}"
-        line = f"{name} came to {agent}, which hands it on to its ranks\n"
+        line = f"{name} came to {agent}, which forwards it to its ranks\n"
         # The signal may have come in the middle of a print, which cannot be entered again.
         os.write(sys.stderr.fileno(), line.encode())
         self._send(again=True)
@@ -102,7 +102,7 @@ def install_agent(store: "TCPStore", stop: ForwardStop, *, is_short: Callable[[]
 
         def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
             if stop.is_requested:
-                raise stop.not_begun("the ranks were to be started again")
+                raise stop.not_begun("the ranks were being restarted")
             stop.ranks_began = True
             # The kernel counts kills since its start: the difference is that of this attempt.
             self._oom_kills = oom_kills()

@@ -24,7 +24,7 @@ def recipe_inputs(run: Run) -> list[Path]:
     files = {key: text for key, text in inputs_of(run).items() if os.path.isabs(text)}
     for key, text in files.items():
         if not os.path.exists(text):
-            raise UsageError(f"{text} is not there", where=key, fix=f"correct it: {key}=PATH")
+            raise UsageError(f"{text} does not exist", where=key, fix=f"correct it: {key}=PATH")
     return [Path(text) for text in dict.fromkeys(files.values())]
 
 

@@ -176,7 +176,7 @@ class Job:
             state = self.state()
             return f"nothing to stop: {state.state}, {state.text}"
         Path(self.run_dir, STOP_FILE).touch()
-        return "asked to save and end, by the file stop in its run directory"
+        return "stop requested by the file `stop` in its run directory: saves, then stops"
 
     def check_ended(self) -> None:
         """UsageError where the job waits or runs: no second one is launched beside it."""
@@ -184,7 +184,7 @@ class Job:
         if state.at_work:
             fix = f"tunesmith stop {shell_word(self.name)}; or output_dir=runs/another-name"
             raise UsageError(
-                f"{self.name} is at work already", where=self.run_dir, why=state.text, fix=fix
+                f"{self.name} is already running", where=self.run_dir, why=state.text, fix=fix
             )
 
 
@@ -297,7 +297,7 @@ def state_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise MachineError(
-            "jobs cannot be noted",
+            "the list of jobs cannot be written",
             where=str(folder),
             why=error.strerror or "",
             fix="export XDG_STATE_HOME=/a/folder/of/yours",

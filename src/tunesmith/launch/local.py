@@ -37,7 +37,7 @@ class LocalJob(Job):
         if not self.is_alive():
             return super().stop()
         os.kill(int(self.details["pid"]), signal.SIGTERM)
-        return "asked to save and end"
+        return "stop requested: saves, then stops"
 
     def is_alive(self) -> bool:
         """Whether its agent runs on this machine."""
@@ -78,7 +78,7 @@ def detach(run: Run, words: Sequence[str]) -> LocalJob:
         if code:
             text = log.read_text(encoding="utf-8", errors="replace").strip()
             raise RunError(
-                f"it ended at once, with {code}",
+                f"it exited at once with code {code}",
                 where=str(log),
                 why=text.rpartition("\n")[2],
                 fix=f"cat {shell_path(log)}",

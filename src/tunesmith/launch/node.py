@@ -69,33 +69,32 @@ def parser() -> argparse.ArgumentParser:
         "--nodes", default="1", metavar="N|MIN:MAX", help="nodes of the run (default: 1)"
     )
     p.add_argument(
-        "--ranks", default="auto", metavar="N|auto", help="of this node; auto: one a GPU, else one"
+        "--ranks", default="auto", metavar="N|auto", help="of this node; auto: one per GPU, or one"
     )
     p.add_argument(
         "--endpoint",
         default="127.0.0.1:0",
         metavar="HOST:PORT",
-        help="of the node that has the store",
+        help="of the node with the store",
     )
-    p.add_argument("--id", default="tunesmith", help="of the run, where several share an endpoint")
-    p.add_argument("--address", help="of this node (default: that which routes to HOST)")
+    p.add_argument("--id", default="tunesmith", help="of the run, if several share an endpoint")
+    p.add_argument("--address", help="of this node (default: the one that routes to HOST)")
     p.add_argument(
         "--restarts",
         type=int,
         default=0,
         metavar="K",
-        help="start failed ranks again, at most K times",
+        help="restart failed ranks, at most K times",
     )
     p.add_argument(
         "--stopped",
         type=int,
         default=EXIT_STOPPED,
         metavar="CODE",
-        help="exit code of a run that stopped with all saved (75); "
-        "0 for Swarm, which starts any other again",
+        help="exit code of a stopped and saved run (75); 0 for Swarm, which restarts any other",
     )
     p.add_argument(
-        "--debug", action="store_true", help="collect what ranks and NCCL say on every node"
+        "--debug", action="store_true", help="collect the output of ranks and NCCL on every node"
     )
     p.add_argument("words", nargs="+", metavar="-- train RECIPE", help="the command of each rank")
     return p
@@ -179,7 +178,7 @@ def run_program(
             if smaller:
                 earlier = endings(out)
                 setting = f"train.micro_batch={smaller}"
-                print(f"starting again with {setting!r}", file=sys.stderr)
+                print(f"restarting with {setting!r}", file=sys.stderr)
                 # Under another id: the first rendezvous is closed.
                 launcher += ["--rdzv-id", f"{args.id}-again"]
                 code = run_ranks([*launcher, *program, setting], store, stop)
@@ -248,14 +247,11 @@ def _lost_rendezvous(error: Exception, store: "TCPStore", stop: "ForwardStop") -
     where = "rendezvous"
     why = first_line(error)[:300]
     # torch names the cause only in the text of its error.
-    fix = (
-        "start the same command on every node; "
-        "tunesmith doctor --pair HOST says what stands between them"
-    )
+    fix = "start the same command on every node; tunesmith doctor --pair HOST finds the cause"
     if not stop.ranks_began:
-        what = "this node and the others do not find each other"
+        what = "this node and the others cannot find each other"
         return MachineError(what, where=where, why=why, fix=fix)
-    what = "the launcher of the node that has the ranks' store is gone"
+    what = "lost the launcher of the node with the ranks' store"
     # A machine that refuses a connection is up, and so is the network to it.
     # The store's node answers with a refusal: its launcher ended, the machine did not.
     if stop.is_requested or refuses_connections(store.host, store.port):
@@ -279,7 +275,7 @@ def exit_code_of(error: "ChildFailedError", kills: int, stop: "ForwardStop") -> 
     if code < 0:
         # Python had not installed the rank's handlers yet.
         if stop.number == -code:
-            raise stop.not_begun("the ranks had just been started")
+            raise stop.not_begun("the ranks had just started")
         line = f"error: rank {rank} was killed by {signal.Signals(-code).name}"
         if oom_kills() > kills:
             line += f"; cause: oom-kill: {CAUSES['oom-kill']}"

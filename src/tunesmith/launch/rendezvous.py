@@ -53,9 +53,9 @@ def find_endpoint(host: str, port: int, address: str | None = None) -> Endpoint:
     try:
         host = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        fix = "give an address, or add the name to /etc/hosts of every node"
+        fix = "use an address, or add the name to /etc/hosts on every node"
         raise MachineError(
-            f"{host} is no known host", where="--endpoint", why=str(error), fix=fix
+            f"{host} is not a known host", where="--endpoint", why=str(error), fix=fix
         ) from None
     interfaces = local_addresses()
     if address is None:
@@ -94,7 +94,7 @@ def route_to(host: str) -> str:
             probe.connect((host, 9))
             return str(probe.getsockname()[0])
     except OSError as error:
-        fix = f"connect the nodes, and look: ip route get {shell_word(host)}"
+        fix = f"connect the nodes, and check: ip route get {shell_word(host)}"
         raise MachineError(
             f"no route to {host}", where="--endpoint", why=error.strerror or "", fix=fix
         ) from None
@@ -117,7 +117,7 @@ def start_store(endpoint: Endpoint) -> "tuple[TCPStore, Endpoint]":
             "the ranks' store cannot listen",
             where=endpoint.place,
             why=error.strerror or "",
-            fix="another job may use this port: give --endpoint another one",
+            fix="another job may use this port: set another one with --endpoint",
         ) from None
     host, port = listener.getsockname()[:2]
     store = TCPStore(
@@ -145,7 +145,7 @@ def connect_store(endpoint: Endpoint) -> "TCPStore":
             where=endpoint.place,
             why=str(error).partition("\n")[0][:200],
             fix=f"start the run on that node too; tunesmith doctor --pair {shell_word(host)} "
-            "says what stands between",
+            "finds the cause",
         ) from None
     # The long wait was for the other node's start; from now on answers come soon or not at all.
     store.set_timeout(ANSWER_TIMEOUT)

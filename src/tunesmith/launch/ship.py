@@ -84,8 +84,8 @@ class Connection:
     def __init__(self, host: str) -> None:
         # What begins with - would be an option of ssh.
         if host and not _HOST.fullmatch(host):
-            fix = "--hosts spark-b, or an address, as ssh takes it"
-            raise UsageError(f"{host!r} is no host", where="--hosts", fix=fix)
+            fix = "--hosts spark-b, or an address, as for ssh"
+            raise UsageError(f"{host!r} is not a host", where="--hosts", fix=fix)
         self.host = host
         self.name = host or "this node"
         program = Path(__file__).with_name("receiver.py").read_bytes()
@@ -349,7 +349,7 @@ class _Transfer:
         """Give a file its name there; MachineError where its content is another one."""
         if not connection.ask("commit", place=file.place, digest=file.digest):
             raise MachineError(
-                f"{file.source} is not what arrived on {self.host}",
+                f"{file.source} was damaged on its way to {self.host}",
                 where=file.place,
                 fix="start the same command again",
             )
@@ -436,7 +436,7 @@ def _pipe(sender: Sequence[str], receiver: Sequence[str], host: str) -> None:
         errors = target.communicate()[1].decode(errors="replace").strip()
     if source.returncode or target.returncode:
         raise MachineError(
-            f"the image cannot be brought to {host}",
+            f"the image cannot be copied to {host}",
             where="docker load",
             why=errors[-300:],
             fix=f"ssh {shell_word(host)} docker ps: you must be in the docker group there",

@@ -92,7 +92,7 @@ def read_site(name: str | None) -> Site:
         key = str(error.errors()[0]["loc"][0])
         keys = [spec.name for spec in fields(Site)]
         if key in keys:
-            what = f"{key} takes {EXPECTED.get(key, 'one word or number')}"
+            what = f"{key} takes {EXPECTED.get(key, 'a single word or number')}"
             fix = f"see {key} in docs/slurm.md"
         else:
             what = f"there is no key {key!r} in a site"

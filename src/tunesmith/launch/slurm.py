@@ -95,12 +95,12 @@ attempt=${SLURM_RESTART_COUNT:-0}
 stop_file=$run/launch/stop-$SLURM_JOB_ID  # of `tunesmith stop`
 # Slurm itself requeues after a lost node, without a bound.
 if [ "$attempt" -gt "$max_requeues" ]; then
-    say "requeued $attempt times, which is more than $max_requeues: it ends here"
+    say "requeued $attempt times, more than $max_requeues: giving up"
     exit 1
 fi
 if [ -e "$stop_file" ]; then
     rm -f "$stop_file"
-    say "tunesmith stop came before the start: it ends here"
+    say "tunesmith stop came before the start: not started"
     exit 75
 fi
 
@@ -120,10 +120,10 @@ say "start $attempt on $SLURM_JOB_NODELIST, GPUs of a node: ${SLURM_GPUS_ON_NODE
     "rendezvous $host:$port"
 previous=$(newest) requeue= stopped_by= srun=
 # srun hands the signal on.
-trap 'requeue=1; say "the time limit is near: the run saves and ends"; kill -USR1 $srun' USR1
+trap 'requeue=1; say "the time limit is near: the run saves and stops"; kill -USR1 $srun' USR1
 # Slurm sends SIGTERM to the steps too. After the warning it is the time limit; else scancel, after
 # which no job starts again.
-trap '[ -n "$requeue" ] || stopped_by=scancel; say "SIGTERM: the run saves and ends"' TERM
+trap '[ -n "$requeue" ] || stopped_by=scancel; say "SIGTERM: the run saves and stops"' TERM
 srun --kill-on-bad-exit=1 --wait=120 --mpi=none --ntasks-per-node=1 "${container[@]}" \
     "$python" -m tunesmith.launch.node --nodes "$SLURM_JOB_NUM_NODES" --ranks "$ranks" \
     --endpoint "$host:$port" --id "$SLURM_JOB_ID" "${debug[@]}" \
@@ -149,12 +149,12 @@ case $code in 1 | 137 | 143)
 esac
 how=
 case $code in
-137) how=" (a process was killed by SIGKILL: by somebody, or for want of memory)" ;;
+137) how=" (a process was killed by SIGKILL: by a user, or out of memory)" ;;
 143) how=" (a process was killed by SIGTERM)" ;;
 esac
 if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ -n "$requeue" ] && [ -z "$stopped_by" ] \
     && [ "$attempt" -lt "$max_requeues" ]; then
-    say "exit code $code$how; back into the queue, $((attempt + 1)) of at most $max_requeues times"
+    say "exit code $code$how; requeued, $((attempt + 1)) of at most $max_requeues times"
     scontrol requeue "$SLURM_JOB_ID"
 else
     say "exit code $code$how"
@@ -193,7 +193,7 @@ class SlurmJob(Job):
         # Slurm forgets a job some minutes after its end.
         if code and "Invalid job id" not in errors:
             fix = "sinfo, on a login node of the cluster"
-            raise MachineError("Slurm does not answer", where="squeue", why=errors, fix=fix)
+            raise MachineError("Slurm does not respond", where="squeue", why=errors, fix=fix)
         if not out.strip():
             return super().state()
         name, reason, elapsed, limit, nodes = out.splitlines()[-1].split("|")
@@ -222,7 +222,7 @@ class SlurmJob(Job):
                 file.touch()
         # To the job's steps alone: the script waits for them.
         _cancel("--signal=TERM", id_)
-        return "asked to save and end"
+        return "stop requested: saves, then stops"
 
 
 def _cancel(*words: str) -> None:
@@ -271,7 +271,7 @@ def _directives(run: Run, request: Request) -> list[str]:
     site = request.site
     if "\\" in run.output_dir:
         raise UsageError(
-            "a backslash in the path of the log means something to Slurm",
+            "the log path contains a backslash, which Slurm interprets",
             where="output_dir",
             fix="output_dir=runs/my-run",
         )
@@ -331,7 +331,7 @@ def ranks_of(site: Site) -> int:
     match = re.fullmatch(r"(?:[\w.-]+:)?(\d{1,3})", gpus, re.ASCII)
     if match:
         return max(int(match[1]), 1)
-    what = f"{gpus} is not a number of GPUs" if gpus else "how many GPUs of each node?"
+    what = f"{gpus} is not a number of GPUs" if gpus else "the number of GPUs per node is missing"
     fix = "--gpus-per-node 8, or h100:8, or 0 to train on CPUs"
     raise UsageError(what, where="--gpus-per-node", fix=fix)
 
@@ -347,7 +347,7 @@ def warning_of(request: Request) -> int:
             seconds = min(seconds, limit // 4)
     if limit and seconds > limit // 2:
         raise UsageError(
-            f"of {limit} s the run would save for {seconds} s",
+            f"the run would spend {seconds} of {limit} s on saving",
             where="--warn-before",
             fix=f"a longer --time, or --warn-before {limit // 4}",
         )
@@ -379,7 +379,7 @@ def warn_of_short_limit(request: Request) -> str:
     if limit and needed > limit // 2:
         fix = f"--time {math.ceil(2 * needed / 60)} {fix}"
     return (
-        f"warning: saving may take {needed} s, and the run is asked to save {warning} s "
+        f"warning: saving may take {needed} s, but the run starts to save {warning} s "
         f"before the time limit; fix: {fix}"
     )
 
@@ -417,7 +417,7 @@ def limit_seconds(text: str) -> int:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
     if not match:
         fix = "--time 90 (minutes), 12:00:00 or 2-00:00:00"
-        raise UsageError(f"{text} is no time limit", where="--time", fix=fix)
+        raise UsageError(f"{text} is not a time limit", where="--time", fix=fix)
     has_days = match[1] is not None
     has_three_parts = match[4] is not None
     # Without days two parts are minutes and seconds; with days they are hours and minutes.
@@ -449,16 +449,16 @@ def check_reach(run: Run, site: Site) -> None:
         raise UsageError(
             f"not fetched yet: {', '.join(missing)}",
             where="the Hub's cache",
-            why="nodes often have no way to the Hub, and the job gets no token: "
-            "Slurm would keep it on its disk",
-            fix=f"tunesmith fetch RECIPE, into {hub_home()}, which the nodes must see",
+            why="nodes often cannot reach the Hub, and the job gets no token: "
+            "Slurm would store it on its disk",
+            fix=f"tunesmith fetch RECIPE, into {hub_home()}, which the nodes must be able to read",
         )
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if run.log.wandb and os.environ.get("WANDB_API_KEY") and not netrc.is_file():
         raise UsageError(
             "WANDB_API_KEY is not sent to the job",
             where="log.wandb",
-            why="Slurm would keep it on its controller's disk",
+            why="Slurm would store it on its controller's disk",
             fix="wandb login, which writes ~/.netrc for the nodes; "
             "or export WANDB_MODE=offline; or log.wandb=false",
         )
@@ -487,7 +487,7 @@ def submit(run: Run, request: Request) -> SlurmJob:
     code, out, errors = _slurm("sbatch", "--parsable", "--export=NONE", str(script))
     if code:
         fix = "sinfo shows partitions and limits"
-        raise MachineError("sbatch refuses the job", where=str(script), why=errors, fix=fix)
+        raise MachineError("sbatch rejects the job", where=str(script), why=errors, fix=fix)
     # ID, or ID;CLUSTER
     id_ = out.strip().partition(";")[0]
     log = Path(run.output_dir, FOLDER, f"{LOG}-{id_}.log")

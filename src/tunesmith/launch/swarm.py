@@ -68,9 +68,9 @@ class SwarmJob(Job):
         MachineError where none is reached.
         """
         unreached = MachineError(
-            "no node that manages the swarm is reached",
+            "no manager node of the swarm can be reached",
             where=self.details["hosts"],
-            fix="start docker on the node that manages the swarm, or: docker node promote NODE",
+            fix="start docker on a manager node of the swarm, or: docker node promote NODE",
         )
         for host in self.hosts():
             try:
@@ -169,8 +169,7 @@ class SwarmJob(Job):
             tasks = self.tasks(manager)
             if tasks:
                 log.info(
-                    f"{self.name}: the ranks are asked to save and end; "
-                    f"they have {GRACE // 60} minutes for it"
+                    f"{self.name}: stop requested; the ranks have {GRACE // 60} minutes to save"
                 )
                 # With no replicas Swarm sends SIGTERM to the tasks, and they have the grace period
                 # to save.
@@ -188,9 +187,7 @@ class SwarmJob(Job):
                     nodes = ", ".join(sorted(task["Node"] or "no node" for task in tasks))
                     step = last_step(self.run_dir) or "before the first step"
                     seconds = notified_at - began
-                    log.info(
-                        f"{self.name}: after {seconds:.0f} s ranks are at work on {nodes}; {step}"
-                    )
+                    log.info(f"{self.name}: after {seconds:.0f} s ranks run on {nodes}; {step}")
         lost_hosts = self.clean()
         run = Job.state(self)
         line = f"removed; {run.state}: {run.text}"
@@ -270,7 +267,7 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
         swarm = json.loads(here.run("docker", "info", "--format", "{{json .Swarm}}"))
     if swarm["LocalNodeState"] != "active":
         raise MachineError(
-            "this node is in no swarm",
+            "this node is not in a swarm",
             where="docker info",
             why=swarm["LocalNodeState"],
             fix="docker swarm init --advertise-addr ADDRESS-ON-THE-CABLE, "

@@ -60,7 +60,9 @@ def reference_logprobs(model: TrainModel, batch: Batch) -> Tensor:
         return batch.sequences.reference
     if model.reference is None:
         if batch.examples:
-            raise RuntimeError("a method needs a reference, and the batch and the model have none")
+            raise RuntimeError(
+                "the method needs a reference, but the batch and the model have none"
+            )
         # Nothing but padding, on a rank that has too few examples.
         return torch.zeros(0, dtype=torch.float64, device=batch.input_ids.device)
     is_training = model.training

@@ -212,7 +212,7 @@ class TrainModel(nn.Module):
         head = self.model.get_output_embeddings()
         if head is None:
             what = f"{type(self.model).__name__} has no output layer"
-            raise ModelError(what, fix="take a causal language model")
+            raise ModelError(what, fix="use a causal language model")
         return head
 
     @contextmanager

@@ -269,7 +269,7 @@ class ChipCheck:
             cores = f"{available_cores(self.root)} of {os.cpu_count()} cores"
             fault = (
                 f"this process was throttled {reading.throttled:.0%} of the time: "
-                f"its control group may use {cores}; fix: a higher limit"
+                f"its control group is limited to {cores}; fix: a higher limit"
             )
         elif self.peak.tflops and reading.tflops < PEAK_SHARE * self.peak.tflops:
             speeds = f"{reading.tflops:.0f} TFLOP/s where its peak is {self.peak.tflops:.0f}"
@@ -283,18 +283,18 @@ class ChipCheck:
     def _cause(self) -> str:
         """Why a chip may be slow, from what can be seen, with what to do."""
         if self.device.type != "cpu":
-            return f"{clock_reason(self.device)}; tunesmith doctor says more"
+            return f"{clock_reason(self.device)}; tunesmith doctor shows more"
         load = os.getloadavg()[0]
         cores = available_cores(self.root)
         if load > 1.5 * cores:
-            return f"other programs want its cores (load {load:.1f} on {cores}); fix: end them"
-        return "hot, or on battery; fix: look at its temperature and power settings"
+            return f"other programs use its cores (load {load:.1f} on {cores}); fix: close them"
+        return "hot, or on battery; fix: check its temperature and power settings"
 
 
 _REASONS = {
-    "HwThermalSlowdown": "it is hot; fix: see to its cooling",
-    "SwThermalSlowdown": "it is hot; fix: see to its cooling",
-    "HwPowerBrakeSlowdown": "its power supply holds it back; fix: look at the supply",
+    "HwThermalSlowdown": "it is hot; fix: check its cooling",
+    "SwThermalSlowdown": "it is hot; fix: check its cooling",
+    "HwPowerBrakeSlowdown": "its power supply limits it; fix: check the power supply",
     "SwPowerCap": "it is at its power limit; fix: nvidia-smi -q -d POWER shows the limits",
 }
 
@@ -310,7 +310,7 @@ def clock_reason(device: torch.device) -> str:
             if mask & pynvml.__dict__[f"nvmlClocksEventReason{name}"]:
                 return text
     return (
-        "no reason is shown, as in a low-power state that nvidia-smi does not show; "
+        "no reason is reported, which happens in a low-power state that nvidia-smi does not show; "
         "fix: shut down, pull the plug for 30 s, start again"
     )
 
@@ -380,7 +380,7 @@ def describe_slow_host(hosts: Sequence[str], readings: Sequence[Reading]) -> str
         return ""
     return (
         f"{slowest} computes at {speeds[slowest] / others:.0%} of the speed of the others "
-        f"({speeds[slowest]:.3g} and {others:.3g} TFLOP/s in a short product), "
-        "and all wait for it; "
-        "fix: tunesmith doctor there, which looks at clock, power and packages"
+        f"({speeds[slowest]:.3g} and {others:.3g} TFLOP/s in a short matmul), "
+        "and all ranks wait for it; "
+        "fix: tunesmith doctor there, which checks clock, power and packages"
     )

@@ -121,7 +121,7 @@ def _table(summary: Mapping[str, Any]) -> str:
         )
     busy = summary["gpu_busy_share"]
     if busy is not None:
-        lines.append(f"GPU idle: {1 - busy:.2%} of the time from the first kernel to the last")
+        lines.append(f"GPU idle: {1 - busy:.2%} of the time from the first to the last kernel")
     return "\n".join(lines) + "\n"
 
 

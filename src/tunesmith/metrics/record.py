@@ -138,7 +138,7 @@ class StepRecord:
                 continue
             if number is None and not (value is None and name in _MAY_BE_NULL):
                 kind = "whole number" if name in _WHOLE else "number"
-                raise TypeError(f"{name} is {value!r}, which is no {kind}")
+                raise TypeError(f"{name} is {value!r}, which is not a {kind}")
             if number is not None and name not in _WHOLE:
                 number = float(number)
             own_values[name] = number
@@ -174,7 +174,7 @@ def _parse_number(name: str, value: Any) -> int | float | None:
     if isinstance(value, str) and value in _NON_FINITE:
         return float(value)
     if isinstance(value, int) and not is_number(value):
-        raise TypeError(f"{name} is a number that no float can represent")
+        raise TypeError(f"{name} is too large for a float")
     return value if isinstance(value, int | float) else None
 
 
@@ -210,7 +210,7 @@ def checked_values(row: Any) -> dict[str, int | float | None]:
     `step` may be absent.
     """
     if not isinstance(row, dict) or "step" not in row:
-        raise ValueError("it is no JSON object with a step")
+        raise ValueError("it is not a JSON object with a step")
     values: dict[str, int | float | None] = {}
     for name, value in row.items():
         number = value
@@ -219,10 +219,10 @@ def checked_values(row: Any) -> dict[str, int | float | None]:
             number = float(value)
         if name in _WHOLE:
             if not is_count(value):
-                raise ValueError(f"{name} is {_brief(value)}, which is no count")
+                raise ValueError(f"{name} is {_brief(value)}, which is not a count")
         elif name in _NAMES:
             if not _is_measured(number) and not (value is None and name in _MAY_BE_NULL):
-                raise ValueError(f"{name} is {_brief(value)}, which is no number")
+                raise ValueError(f"{name} is {_brief(value)}, which is not a number")
         elif not _is_measured(number):
             number = None
         values[name] = number

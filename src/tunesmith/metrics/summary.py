@@ -51,8 +51,8 @@ def closing_summary(
     rows = []
     if finished_before:
         rows = [
-            f"this run is finished: it took its {count_of(steps, 'step')} before",
-            "  to go on: the same command with a longer train.duration",
+            f"this run has already finished all {count_of(steps, 'step')} before",
+            "  to continue: the same command with a longer train.duration",
             "  to start over: the same command with --fresh (the old run is moved aside)",
             "",
         ]
@@ -66,7 +66,7 @@ def closing_summary(
 def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     """The numbers of a run, a line each; `seconds` as in `closing_summary`."""
     if not records:
-        return ["no step was taken"]
+        return ["no steps"]
     figures = named_figures(records, seconds)
     return [f"{name:<12}{text}" for name, text in figures.items()]
 
@@ -123,10 +123,10 @@ def _speed(records: Sequence[StepRecord]) -> str:
 
 
 _FILES = (
-    (FINAL, "the weights of the last step, ready to use"),
-    (METRICS, "one record a step"),
+    (FINAL, "the weights of the last step"),
+    (METRICS, "one record per step"),
     ("tensorboard", "tensorboard --logdir {path}"),
-    (LOG, "what was shown here"),
+    (LOG, "this output"),
     (RECIPE, "the resolved recipe"),
     (IDENTITY, "versions and hardware"),
     ("profile", "traces for ui.perfetto.dev; tunesmith report shows the rest"),
@@ -156,10 +156,10 @@ def _next(run: Run, folder: Path) -> list[str]:
     run_dir = shell_path(folder)
     rows = ["next", f"  tunesmith chat {run_dir}"]
     if run.data.validation or run.data.hold_out:
-        rows.append(f"  tunesmith eval {run_dir}     # on the held-out rows, beside the base")
+        rows.append(f"  tunesmith eval {run_dir}     # on held-out rows, compared with the base")
     return [
         *rows,
-        f"  tunesmith report {run_dir}   # the curves on a page, beside other runs",
+        f"  tunesmith report {run_dir}   # curves, compared with other runs",
         f"  tunesmith export {run_dir} --to ollama --output {exported}   # or --to vllm, gguf",
     ]
 

@@ -57,8 +57,7 @@ TRACKERS = {
     "mlflow": Tracker(
         lambda folder, run_id: {"run_id": run_id, "run_name": folder.name},
         lambda run: run.info.run_id,
-        "set MLFLOW_TRACKING_URI to a server that answers, or to a database such as "
-        "sqlite:///mlflow.db",
+        "set MLFLOW_TRACKING_URI to a running server, or to a database such as sqlite:///mlflow.db",
     ),
     "trackio": Tracker(
         # It finds a run by its name, so a new one gets a name of its own.
@@ -100,7 +99,7 @@ def trackers_of(run: Run) -> list[str]:
 def key_and_fix(run: Run, name: str) -> dict[str, str]:
     """The key that names a tracker, and how to do without it: `where` and `fix` of an error."""
     if name in run.log.trackers:
-        return {"where": "log.trackers", "fix": f"take {name} out of log.trackers"}
+        return {"where": "log.trackers", "fix": f"remove {name} from log.trackers"}
     return {"where": f"log.{name}", "fix": f"log.{name}=false"}
 
 
@@ -231,5 +230,5 @@ class TrackerSink(Sink):
             action(self._tracker)
         except Exception as error:
             self._tracker = None
-            text = f"{self.name} failed, and gets no more of this run: {first_line(error)}"
+            text = f"{self.name} failed and is disabled for this run: {first_line(error)}"
             self.warn(f"warning: {text}; metrics.jsonl has every step")

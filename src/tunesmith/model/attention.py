@@ -130,7 +130,7 @@ def documents_attention(
     if request:
         raise ModelError(
             f"{type(module).__name__} asks for {request}",
-            why="the packed attention would have to ignore it and answer differently",
+            why="packed attention would ignore it and give different results",
             fix="set model.attention: eager",
         )
     assert documents is not None
@@ -275,11 +275,14 @@ def select_attention_backend(
     `softcap`: the model caps its attention scores.
     """
     if softcap:
-        return "products", "the model caps its attention scores, which torch's attention cannot"
+        return (
+            "products",
+            "the model caps its attention scores, which torch's attention does not support",
+        )
     if device.type != "cuda":
         return (
             "products",
-            "on a CPU batched products are faster than torch's attention per document",
+            "on a CPU batched matmuls are faster than torch's attention per document",
         )
     shape = VarlenShape(device, dtype, head_dim, head_dim)
     kernel, faults = choose_kernel(lambda: find_varlen_fault(shape))
@@ -287,7 +290,7 @@ def select_attention_backend(
     _FITS_VARLEN[shape.on_any_device()] = bool(kernel)
     if not kernel:
         return "sdpa", f"this GPU's varlen attention is not right in {dtype}: {'; '.join(faults)}"
-    why = f"{kernel} over packed documents is right here, forward and backward"
+    why = f"{kernel} over packed documents is correct on this GPU, forward and backward"
     return "varlen", "; ".join([why, *faults])
 
 

@@ -54,7 +54,7 @@ def find_decoder(causal_lm: PreTrainedModel) -> PreTrainedModel:
         if any(part is embedding for part in module.modules()):
             return module
     raise ModelError(
-        f"{type(causal_lm).__name__} has no decoder apart from its head",
+        f"{type(causal_lm).__name__} has no decoder separate from its head",
         why="hidden states are computed first, and the head chunk by chunk in the loss",
         fix="take a causal language model of Transformers",
     )

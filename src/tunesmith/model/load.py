@@ -58,9 +58,9 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
         text = text_part(config)
     # Transformers raises many kinds here, its own strict-dataclass errors among them.
     except Exception as error:
-        fix = "correct the named key, or fetch it again: tunesmith fetch MODEL"
+        fix = "fix that key, or fetch it again: tunesmith fetch MODEL"
         if "auto_map" in stated and not model.trust_remote_code:
-            fix = "read the code that it ships and set model.trust_remote_code: true"
+            fix = "review its code, then set model.trust_remote_code: true"
         raise ModelError(
             "Transformers cannot read the config", where=str(file), why=one_line(error), fix=fix
         ) from error
@@ -149,7 +149,7 @@ def build_on_meta(
             f"Transformers cannot build this {config.model_type}",
             where=f"{config.name_or_path}/config.json" if config.name_or_path else "",
             why=one_line(error),
-            fix="correct the value in config.json, or fetch the model again: tunesmith fetch MODEL",
+            fix="fix the value in config.json, or fetch the model again: tunesmith fetch MODEL",
         ) from error
     # What constructors made otherwise (ones, random values) is still real.
     _replace(causal_lm, lambda parameter: parameter.to("meta"))

@@ -126,8 +126,8 @@ def _measure(sizes: Mapping[str, Any], where: str) -> ModelSpec:
         raise ModelError(
             f"the sizes of this {config.model_type} cannot be measured",
             where=where,
-            why=f"its code reads values, and it is run without any here: {error}",
-            fix="take a model of another type: tunesmith models names those that train",
+            why=f"its code depends on tensor values, which are not available here: {error}",
+            fix="use a model of another type: tunesmith models lists those that are supported",
         ) from error
     # Code of 140 model types, on a config that may be absurd.
     except Exception as error:
@@ -138,7 +138,7 @@ def limit_measuring(model_type: str) -> "AbstractContextManager[None]":
     """ModelError where what is built and run on meta within takes more than SECONDS."""
     from tunesmith.model.deadline import deadline
 
-    why = "the model is built and run once, without weights, to count what each layer takes"
+    why = "the model is built and run once, without weights, to measure each layer"
     return deadline(SECONDS, f"measuring this {model_type}", why=why)
 
 
@@ -193,11 +193,11 @@ def _cannot_measure(config: Mapping[str, Any], where: str, error: Exception) -> 
     why = f"{type(error).__name__}: {text[:300]}"
     fix = (
         "take config.json from the model's page again: tunesmith fetch MODEL; "
-        "a newer type takes a newer Transformers"
+        "a newer type needs a newer Transformers"
     )
     if "auto_map" in config:
-        why = f"its repository ships its own code, which runs only when trusted; {why}"
-        fix = "read that code and set model.trust_remote_code: true"
+        why = f"its repository contains code, which runs only if trusted; {why}"
+        fix = "review that code, then set model.trust_remote_code: true"
     return ModelError(
         f"Transformers cannot build this {config['model_type']} from its config",
         where=where,
@@ -217,7 +217,7 @@ def _count(model: "PreTrainedModel", calls: "list[LayerCall]") -> ModelSpec:
         raise ModelError(
             f"{len(layers)} layers of this {config.model_type} run {len(calls)} times",
             why="a plan counts one run of each layer in a forward",
-            fix="take a model whose layers run once: tunesmith models names the types that train",
+            fix="use a model whose layers run once: tunesmith models lists the supported types",
         )
     kinds = values.get("layer_types") or [""] * len(layers)
     counted = []

@@ -121,7 +121,7 @@ def find_model_type(name: str) -> ModelType:
         return types[name]
     near = nearest(name, types)
     raise UsageError(
-        f"Transformers has no causal model type {name!r} that was measured",
+        f"Transformers has no causal model type {name!r} that is known",
         where="command line",
         fix=f"did you mean {near}?" if near else "tunesmith models",
     )

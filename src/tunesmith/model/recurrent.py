@@ -92,8 +92,8 @@ class ByDocument(nn.Module):
             documents = current_documents()
         if documents is None and self.training:
             raise ModelError(
-                f"{type(self).__name__} trains on unmarked documents",
-                why="its state would pass from one document to the next",
+                f"{type(self).__name__} was called without document boundaries",
+                why="its state would leak from one document to the next",
                 fix="compute forward and backward inside `TrainModel.step_context`",
             )
         if documents is None:
@@ -171,7 +171,7 @@ def _change_tokens(value: Any, documents: Documents, change: Callable[[Tensor], 
     if value.shape[:2] != (1, n):
         raise ModelError(
             f"a recurrent layer takes an argument of shape {list(value.shape)}",
-            why=f"its documents can be told apart in [1, {n}, ...] only",
+            why=f"documents can only be separated in [1, {n}, ...]",
             fix="set model.attention: eager and data.pack: false",
         )
     return change(value.squeeze(0))

@@ -65,7 +65,7 @@ def describe_trials(trials: Mapping[str, Trial]) -> list[str]:
     lines = []
     for name, trial in trials.items():
         if trial.call is not None:
-            lines.append(f"{name}: its kernels take all documents of a row in one call")
+            lines.append(f"{name}: its kernels process all documents of a row in one call")
         else:
             lines.append(
                 f"warning: {name}: recurrent layers run on one row a document, padded to a common "
@@ -102,7 +102,7 @@ def _random_layer(module: nn.Module, device: torch.device) -> nn.Module:
 def _try_layer(layer: nn.Module, row: Tensor, cotangent: Tensor) -> Trial:
     """The first call that is right, in training and out of it."""
     name = type(layer).__name__
-    why = "its forward hands the edges of documents on to no kernel"
+    why = "its forward does not pass document boundaries to a kernel"
     for call in _possible_calls(layer):
         try:
             layer.train()

@@ -67,7 +67,7 @@ def unreadable_file(file: Path, error: OSError) -> ModelError:
         f"{file.name} cannot be read",
         where=str(file),
         why=why,
-        fix=f"see who may read it: ls -l {shell_path(file)}",
+        fix=f"check its permissions: ls -l {shell_path(file)}",
     )
 
 
@@ -121,7 +121,7 @@ def _check_no_integers(entries: list[Entry], folder: Path) -> None:
     first = integers[0]
     shown = f"{first.name} ({first.dtype})"
     raise ModelError(
-        f"{len(integers)} tensors hold integers, as quantized weights do: {shown}",
+        f"{len(integers)} tensors contain integers, so the weights are quantized: {shown}",
         where=str(first.file),
         why=why,
         fix="take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded",
@@ -196,7 +196,7 @@ def indexed_files(index: Path) -> list[str]:
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
             what = f"the index names {name!r}, which is not in its folder"
-            fix = "put the file there and name it, or fetch the model again: tunesmith fetch MODEL"
+            fix = "put the file there, or fetch the model again: tunesmith fetch MODEL"
             raise ModelError(what, where=f"{index}: weight_map", fix=fix)
     return files
 
@@ -273,9 +273,9 @@ def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = Fals
     instead.
     """
     gguf = sorted(file for file in names if file.endswith(".gguf"))
-    what = "no weights are there"
+    what = "there are no weights"
     why = "neither model.safetensors nor its index"
-    fix = "take another model"
+    fix = "use another model"
     if "adapter_config.json" in names:
         what = "this is a PEFT adapter, not a model"
         why = ""
@@ -283,13 +283,13 @@ def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = Fals
     elif gguf:
         what = f"the weights are in GGUF: {', '.join(gguf[:3])}"
         why = ""
-        fix = f"name the file itself: model.name: {name}/{gguf[0]}"
+        fix = f"use the file itself: model.name: {name}/{gguf[0]}"
         if repo:
             download = f"hf download {shell_word(name)} {shell_word(gguf[0])} --local-dir models"
             fix = f"{download}, then model.name: models/{gguf[0]}"
     elif any(file.endswith((".bin", ".pth", ".pt")) for file in names):
-        what = "the weights are only there as pickled files (.bin, .pth)"
-        why = "a pickle can run any code when loaded"
+        what = "the weights are pickled files (.bin, .pth)"
+        why = "loading a pickle can execute arbitrary code"
         convert = (
             "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
             "name = sys.argv[1]; "
@@ -297,7 +297,7 @@ def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = Fals
             'T.from_pretrained(name).save_pretrained("converted")'
         )
         command = f"python -c {shell_word(convert)} {shell_path(name)}"
-        fix = f"convert once, then name the folder: {command}"
+        fix = f"convert it once, then use that folder: {command}"
     return ModelError(what, where=where, why=why, fix=fix)
 
 

@@ -148,7 +148,7 @@ def stored_quantization(config: Mapping[str, Any], where: str) -> str | None:
         where=where,
         why="plain weights, bitsandbytes nf4, fp8, mxfp4 and nvfp4 are read; other formats are for "
         "serving, not for training",
-        fix="take the unquantized model and set model.quantize: nf4",
+        fix="use the unquantized model and set model.quantize: nf4",
     )
 
 
@@ -298,19 +298,20 @@ def check_quantize(quantize: str, config: Mapping[str, Any], where: str) -> None
     """ModelError where `model.quantize` and what config.json says of the weights do not fit."""
     stored = stored_quantization(config, where)
     if stored == "bnb-nf4" and quantize != "nf4":
-        said = "" if quantize == "auto" else f"the recipe says model.quantize: {quantize}"
+        said = "" if quantize == "auto" else f"the recipe has model.quantize: {quantize}"
         raise ModelError(
             "the checkpoint is already in bitsandbytes nf4",
             where=where,
             why=said,
-            fix="set model.quantize: nf4, or take the unquantized model",
+            fix="set model.quantize: nf4, or use the unquantized model",
         )
     if quantize == AS_SHIPPED and stored not in KEPT:
-        why = "its weights are plain"
+        why = "its weights are not quantized"
         if stored:
             why = f"its weights are in {stored}, and {', '.join(KEPT)} can be kept"
         raise ModelError(
-            "model.quantize is as-shipped, and this base ships nothing that can be kept so",
+            "model.quantize is as-shipped, but this base is not stored in a supported "
+            "quantized format",
             where=where,
             why=why,
             fix="model.quantize=none, or model.quantize=nf4 to save memory",
@@ -328,10 +329,10 @@ def check_frozen(run: Run) -> None:
     """RecipeError where a base that is kept as it ships would be trained in full."""
     if run.model.quantize == AS_SHIPPED and run.adapter.kind == "none":
         raise RecipeError(
-            "adapter.kind is none, and the base is kept as it ships, in codes",
+            "adapter.kind is none, but the base is kept quantized (as-shipped)",
             where="model.quantize",
-            why="full fine-tuning trains the base weights, and codes are frozen",
-            fix=f"model.quantize=none, which trains the {run.model.dtype} weights made of it",
+            why="full fine-tuning trains the base weights, but quantized weights are frozen",
+            fix=f"model.quantize=none, which trains the {run.model.dtype} weights made from it",
         )
 
 

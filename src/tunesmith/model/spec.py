@@ -207,7 +207,7 @@ def read_spec(
     # Text where a number belongs, 0, a list.
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(
-            "a value of the config is not one that its key can have",
+            "a value in the config is invalid",
             where=where,
             why=f"{type(error).__name__}: {error}"[:300],
             fix=FETCH_CONFIG,
@@ -328,7 +328,7 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
         raise ModelError(
             "the config names no model_type",
             where=where,
-            why="it is the key that says which architecture the weights belong to",
+            why="it defines the architecture of the weights",
             fix="give the folder of a Transformers checkpoint; a PEFT adapter goes under "
             "`adapter.from`",
         )
@@ -336,7 +336,7 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
         raise ModelError(
             f"{kind} is an encoder or encoder-decoder, which tunesmith does not train",
             where=where,
-            fix=f"take a text decoder, such as {families_text()}",
+            fix=f"use a text decoder, such as {families_text()}",
         )
     _check_sizes(config, where)
     text = config.get("text_config")
@@ -356,7 +356,7 @@ def check_depth(layers: Any, where: str) -> None:
     """ModelError for more layers than any model has; they may be counted by a list."""
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise ModelError(
-            f"the config describes {layers:,} layers, and {MOST_LAYERS:,} are the most",
+            f"the config has {layers:,} layers; the maximum is {MOST_LAYERS:,}",
             where=where,
             fix=FETCH_CONFIG,
         )
@@ -420,7 +420,7 @@ def _check_experts(config: Mapping[str, Any], where: str) -> None:
                 raise ModelError(
                     f"{key} is {per_token:,}, and {experts_key} is {experts:,}",
                     where=where,
-                    why="each token goes to one expert at least, and to each of them once at most",
+                    why="each token must go to at least one expert, and to each at most once",
                     fix=FETCH_CONFIG,
                 )
 
@@ -446,7 +446,7 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
             f"{kind} is a multimodal model (text with images or sound), "
             "which tunesmith does not train",
             where=where,
-            fix=f"take a text decoder, such as {families_text()}",
+            fix=f"use a text decoder, such as {families_text()}",
         )
 
 
@@ -462,7 +462,7 @@ def _check_composite(config: Mapping[str, Any], where: str) -> None:
         raise ModelError(
             f"the text model of this {kind} is a {text_type}, which tunesmith does not train",
             where=where,
-            fix=f"take a {kind} with {' or '.join(types)}",
+            fix=f"use a {kind} with {' or '.join(types)}",
         )
     check_decoder({"model_type": text_type, **text}, where)
     stored = stated_quantization(config, where)
@@ -499,7 +499,7 @@ def check_seq_len(spec: ModelSpec, seq_len: int, *, where: str) -> None:
     limit = spec.position_limit
     if limit is not None and seq_len > limit:
         raise RecipeError(
-            f"data.seq_len is {seq_len:,}, and the model has {limit:,} positions",
+            f"data.seq_len is {seq_len:,}, but the model has {limit:,} positions",
             where="data.seq_len",
             why=f"max_position_embeddings and the rotary scaling in {where}: it was never trained "
             "beyond them",
@@ -520,7 +520,7 @@ def stated_position_limit(
     # Text where a number belongs, a factor that is infinite, a list.
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(
-            "the positions or rotary parameters of the config are not numbers by name",
+            "the config's positions or rotary parameters are not a mapping of numbers",
             where=where,
             why=f"{type(error).__name__}: {error}"[:300],
             fix="correct max_position_embeddings, rope_parameters or rope_scaling; or "

@@ -58,10 +58,10 @@ def in_stored_form(
         if composite is None:
             return dict(tensors)  # Transformers reads these names too
         raise ModelError(
-            "the base model's files are gone",
+            "the base model's files no longer exist",
             where=str(folder),
-            why="the tensors of images and sound are copied from there when a model is written",
-            fix="put the folder back, and start the same command again",
+            why="the image and audio tensors are copied from there when a model is saved",
+            fix="restore the folder, then run the same command again",
         )
     headers = read_entries(folder)
     names = assign_names(model, headers, tensors.keys())
@@ -84,10 +84,10 @@ def in_stored_form(
     for aside in names.aside:
         if not isinstance(aside, Entry):
             raise ModelError(
-                f"{aside.name}, which is not of the text model, is quantized",
+                f"{aside.name}, which is not part of the text model, is quantized",
                 where=str(aside.file),
-                why="what is written beside a trained text model has plain weights",
-                fix="keep the adapter, which readers put on the base as it is",
+                why="the other parts of a trained text model are saved unquantized",
+                fix="use the adapter, which loads on the original base",
             )
         written[aside.name] = aside
     # On every rank in one order: writing is a collective call.

@@ -104,10 +104,10 @@ def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Suppo
         raise
     if support.state == "refused":
         raise ModelError(
-            f"{text_config.model_type} does not train here",
+            f"{text_config.model_type} is not supported",
             where=where,
             why=support.why,
-            fix=f"tunesmith models names the types that do, among them {families_text()}",
+            fix=f"tunesmith models lists the supported types, such as {families_text()}",
         )
     return support
 
@@ -133,7 +133,7 @@ def measure_support(
     torch.set_num_threads(1)
     what = f"the small model of this {config.model_type}"
     try:
-        with deadline(seconds, what, why="on it is measured how the model trains"):
+        with deadline(seconds, what, why="it is used to measure how the model trains"):
             twin = build_twin(config, trust_remote_code=trust_remote_code)
             with torch.enable_grad():
                 return _measure(twin)
@@ -154,10 +154,10 @@ def _measure(twin: PreTrainedModel) -> Support:
     if twin.get_output_embeddings() is None or not head_fits(twin, find_head(twin)):
         return Support("refused", "its logits are not those of its last linear layer")
     if looks_ahead(twin, ids):
-        return Support("refused", "a token's logits change with the tokens after it: not causal")
+        return Support("refused", "a token's logits depend on later tokens: not causal")
     unused = linears.unused(alone.gradients)
     if unused:
-        return Support("refused", f"no token of a text passes {unused}: it attends to an encoder")
+        return Support("refused", f"text tokens never reach {unused}: it attends to an encoder")
     dead_targets = linears.dead_targets()
     try:
         # Rows of documents that are padded on the right: the fallback when packing fails.
@@ -189,13 +189,14 @@ def _measure(twin: PreTrainedModel) -> Support:
     if padded.are_rounding():
         return Support(
             "padded",
-            f"one document a row: packed rows are not each document alone ({why})",
+            f"one document a row: packed documents give different results than single ones ({why})",
             dead_targets=dead_targets,
             errors=padded,
         )
     return Support(
         "refused",
-        f"a document padded on the right is not the document alone: {fault or padded.describe()}",
+        "a document padded on the right gives different results than without padding: "
+        f"{fault or padded.describe()}",
         errors=None if fault else padded,
     )
 

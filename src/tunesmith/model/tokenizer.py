@@ -51,7 +51,7 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, model: Model) -> None:
         raise ModelError(
             f"{model.pad_token!r} is not in the vocabulary",
             where="model.pad_token",
-            fix=f"name a token of the tokenizer, or add it: {key}",
+            fix=f"use a token of the tokenizer, or add it: {key}",
         )
     candidates = (model.pad_token, tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token)
     for token in candidates:
@@ -61,7 +61,7 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, model: Model) -> None:
     raise ModelError(
         "the tokenizer has no padding, unknown or end token",
         where="model.pad_token",
-        fix="name a token of its vocabulary there",
+        fix="use a token of its vocabulary there",
     )
 
 
@@ -82,7 +82,7 @@ def vocab_rows(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, mod
         raise ModelError(
             f"{padding}, and the embedding {rows} rows",
             where=str(tokenizer.name_or_path),
-            fix=f"name a token of the model: model.pad_token: {json.dumps(other)}",
+            fix=f"use a token of the model: model.pad_token: {json.dumps(other)}",
         )
     return rows
 

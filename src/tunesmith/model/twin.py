@@ -321,10 +321,10 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
 
 def _no_twin(config: PretrainedConfig, why: str) -> ModelError:
     return ModelError(
-        f"no small model can be made of this {config.model_type}",
+        f"cannot build a small test model of this {config.model_type}",
         why=f"{why}; on one it is measured how the model trains",
         fix="take config.json from the model's page again: tunesmith fetch MODEL; "
-        "a newer type takes a newer Transformers",
+        "a newer type needs a newer Transformers",
     )
 
 

@@ -394,7 +394,7 @@ def stored_tensors(file: Path) -> Iterator[dict[str, StoredTensor]]:
     entries = read_header(file)
     unreadable = [f"{entry.name} ({entry.dtype})" for entry in entries if entry.dtype not in STORED]
     if unreadable:
-        what = f"{len(unreadable)} tensors have a type that cannot be read: {unreadable[0]}"
+        what = f"{len(unreadable)} tensors have an unsupported dtype: {unreadable[0]}"
         raise ModelError(what, where=str(file))
     with open_uncached(file) as opened:
         yield {entry.name: StoredTensor(entry, opened) for entry in entries}
@@ -604,7 +604,7 @@ def _check_complete(
             missing.append(name)
     missing += [name for name in hooks if "" not in groups.get(name, {})]
     _check_none(sorted(missing), "tensors are missing", where)
-    _check_none(unexpected, "tensors belong nowhere in this model", where)
+    _check_none(unexpected, "tensors do not belong to this model", where)
 
     reshaped = []
     for name in sorted(groups.keys() & targets.keys()):
@@ -618,13 +618,13 @@ def _check_complete(
             reshaped.append(
                 f"{name}: {stored}, {list(shape)} in the model that config.json describes"
             )
-    _check_none(reshaped, "tensors have another shape", where)
+    _check_none(reshaped, "tensors have a different shape", where)
 
     unreadable = []
     for group in groups.values():
         for stored_entry in group.values():
             unreadable += [e.name for e in _entries_of(stored_entry) if e.dtype not in STORED]
-    _check_none(unreadable, "tensors have a type that cannot be read", where)
+    _check_none(unreadable, "tensors have an unsupported dtype", where)
 
 
 def _check_none(names: Sequence[str], problem: str, where: str) -> None:

@@ -93,10 +93,10 @@ def check_blocks(named: Iterable[tuple[str, nn.Parameter]]) -> None:
         width = columns.stop - columns.start
         if width % BLOCK:
             raise RecipeError(
-                "8-bit moments cannot be cut over these ranks",
+                "8-bit moments cannot be sharded over these ranks",
                 where="train.optimizer",
                 why=f"{name} has rows of {width:,} elements on a rank, and {BLOCK} share a scale",
-                fix="train.optimizer=adamw, or copies alone: parallel.shard=1 parallel.tensor=1",
+                fix="train.optimizer=adamw, or only replicas: parallel.shard=1 parallel.tensor=1",
             )
 
 

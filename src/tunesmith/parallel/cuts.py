@@ -116,9 +116,9 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
     plan = getattr(config, "base_model_tp_plan", None) or {}
     plan = {**plan, **ADDED_PLANS.get(config.model_type, {})}
     if not plan:
-        raise _not_known(model, "Transformers states no plan for it")
+        raise _not_known(model, "Transformers has no tensor-parallel plan for it")
     if not type(decoder).__module__.startswith("transformers."):
-        raise _not_known(model, "its code is not Transformers' own")
+        raise _not_known(model, "its code is not part of Transformers")
     experts = [name for name, _ in decoder.named_modules() if plan.get(_pattern(name)) == EXPERTS]
     blocks: dict[str, ParallelBlock] = {}
     for name, module in decoder.named_modules():
@@ -234,7 +234,7 @@ def _check_rest(
                 raise _not_known(model, f"Transformers' plan is {action} for {full_name}")
             if not _is_whole(parameter.shape, block, hidden):
                 shape = " x ".join(f"{size:,}" for size in parameter.shape)
-                raise _not_known(model, f"it has {full_name} [{shape}], which is in no plan")
+                raise _not_known(model, f"it has {full_name} [{shape}], which is not in the plan")
 
 
 def _block_of(name: str, blocks: Mapping[str, ParallelBlock]) -> ParallelBlock | None:
@@ -262,8 +262,8 @@ def _is_whole(shape: Any, block: ParallelBlock | None, hidden: int) -> bool:
 def _not_known(model: PreTrainedModel, why: str) -> ModelError:
     model_type = find_decoder(model).config.get_text_config().model_type
     return ModelError(
-        f"how to cut this {model_type} over ranks is not known",
+        f"tensor parallelism is not supported for this {model_type}",
         where=KEY,
         why=why,
-        fix=f"{KEY}: 1; parallel.shard divides the memory of any family",
+        fix=f"{KEY}: 1; parallel.shard divides the memory of any model",
     )

@@ -266,7 +266,8 @@ def _check_experts_of(run: Run, spec: ModelSpec, shape: MeshShape) -> None:
         raise RecipeError(
             f"{spec.model_type} has no experts that ranks can divide",
             where=key,
-            why="it is no mixture, or Transformers does not call its experts by its interface",
+            why="it is not a mixture of experts, or Transformers does not use its experts "
+            "interface",
             fix=f"{key}=1",
         )
     if shape.tensor > 1:
@@ -278,7 +279,7 @@ def _check_experts_of(run: Run, spec: ModelSpec, shape: MeshShape) -> None:
         )
     if scheme_of(run.model, spec.quantized).expert_bytes is not None:
         raise RecipeError(
-            "experts in codes cannot be divided over ranks",
+            "quantized experts cannot be divided over ranks",
             where=key,
             why="their scales are kept on every rank",
             fix=f"{key}=1, or model.quantize=none",
@@ -290,7 +291,7 @@ def _check_experts_of(run: Run, spec: ModelSpec, shape: MeshShape) -> None:
     )
     if run.adapter.kind == "none" or saves_experts:
         raise RecipeError(
-            "experts that train in full cannot be divided over ranks",
+            "fully trained experts cannot be divided over ranks",
             where=key,
             why="their gradients and fp32 weights are not kept by expert; LoRA's are",
             fix=f"{key}=1: parallel.shard divides all that is trained",
@@ -304,7 +305,7 @@ def _check_experts_of(run: Run, spec: ModelSpec, shape: MeshShape) -> None:
     for fix, is_used in excluded.items():
         if is_used:
             raise RecipeError(
-                f"{key} goes with {fix} alone",
+                f"{key} requires {fix}",
                 where=fix.partition("=")[0],
                 why=f"the ranks make {shape.describe()}",
                 fix=f"{fix}, or {key}=1",
@@ -319,7 +320,7 @@ def check_experts(experts: int, size: int) -> None:
     raise RecipeError(
         f"{size} ranks cannot divide {experts} experts",
         where="parallel.experts",
-        why="each takes as many, and whole ones",
+        why="each rank needs the same number of whole experts",
         fix=f"parallel.experts: {' or '.join(sizes)}",
     )
 
@@ -368,6 +369,6 @@ def _cannot_shard(
     return RecipeError(
         f"{what} cannot be cut over ranks",
         where=where,
-        why=f"the ranks make {shape.describe()}, and each would hold a part of what goes together",
+        why=f"the ranks make {shape.describe()}, but these parts cannot be divided",
         fix=f"{where}={fix}",
     )

@@ -86,7 +86,7 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
 
 
 def _not_supported(what: str, where: str) -> RecipeError:
-    fix = f"leave it out, or {KEY}: 1"
+    fix = f"remove it, or {KEY}: 1"
     return RecipeError(f"{what} has no tensor parallelism", where=where, fix=fix)
 
 
@@ -125,9 +125,9 @@ def _check_sizes(model: Any, blocks: list[ParallelBlock], size: int) -> None:
     common = math.gcd(*counts.values())
     divisors = [str(n) for n in range(1, common + 1) if common % n == 0]
     raise RecipeError(
-        f"{size} ranks cannot cut this model",
+        f"{size} ranks cannot share the layers of this model",
         where=KEY,
-        why=f"it has {' and '.join(wrong)}, of which each takes as many",
+        why=f"it has {' and '.join(wrong)}, which must be divisible by the number of ranks",
         fix=f"{KEY}: {' or '.join(divisors)}",
     )
 

@@ -328,10 +328,10 @@ class Planner:
         warning = self.warn_of_exposed_gathers(best)
         if warning:
             plan = replace(plan, warnings=(*plan.warnings, warning))
-        reason = "the first that fits, as no speed is known here"
+        reason = "the first that fits, because the speed is unknown"
         if best.step_seconds:
-            reason = "the fastest by the forecast"
-        reason = f"{reason}, of {len(self.meshes())} that the ranks can make"
+            reason = "the fastest in the forecast"
+        reason = f"{reason}, of {len(self.meshes())} possible meshes"
         if best.plan.mesh.experts > 1:
             reason += f"; {self.describe_experts(best)}"
         return replace(plan, why={**plan.why, "mesh": reason})

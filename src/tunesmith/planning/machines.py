@@ -79,9 +79,9 @@ def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
         missing = "network"
     if missing:
         raise UsageError(
-            f"the {missing} of {chip.name} is not known",
+            f"the {missing} of {chip.name} is unknown",
             where="--on",
-            fix=f"--assume {missing}=GB/s, one direction of one GPU, as it is reached",
+            fix=f"--assume {missing}=GB/s, measured, one direction of one GPU",
         )
     return replace(cluster, chip=chip)
 
@@ -125,7 +125,7 @@ def _assumed_figures(assume: Sequence[str]) -> dict[str, Any]:
         is_number = re.fullmatch(r"\d+(\.\d+)?", number) and float(number) > 0
         if name not in ASSUMED or not is_number:
             raise UsageError(
-                f"{word} is no figure of a machine",
+                f"{word} is not a property of a machine",
                 where="--assume",
                 fix=f"{', '.join(ASSUMED)}=NUMBER",
             )

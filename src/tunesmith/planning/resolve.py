@@ -442,14 +442,14 @@ class MemoryEstimator:
             previous_tokens = self.tokens_of(previous_micro_batch, step, longest)
             if not self.overrun(previous_tokens):
                 size = previous_micro_batch
-                size_reason = "that of the checkpoint"
+                size_reason = "from the checkpoint"
         # Where every step has the same tokens, one padded shape serves all micro batches.
         by_examples = size != "auto" and size.unit == "examples"
         has_equal_steps = run.data.pack and train.global_batch.unit == "tokens"
         fixed = compiled and has_equal_steps and not by_examples
         if size == "auto":
             tokens = self.fastest_micro_batch(step, fixed=fixed)
-            size_reason = "the least time by the estimate"
+            size_reason = "the fastest in the estimate"
         else:
             tokens = self.tokens_of(size, step, longest)
         memory = self.estimate(tokens)
@@ -465,7 +465,7 @@ class MemoryEstimator:
         reference = describe_reference(run)
         why = {
             "attention": machine.attention[1],
-            "loss": "head and loss on supervised positions alone",
+            "loss": "head and loss on supervised positions only",
             "base": machine.scaling[1] or "as the recipe says",
             "compile": compile_reason,
             "reference": reference.cost,

@@ -29,7 +29,7 @@ def describe_reference(run: Run) -> Reference:
     if method not in ("dpo", "kto"):
         return Reference()
     if run.adapter.kind == "none":
-        cost = "a forward pass over all answers before training, kept beside the tokens"
+        cost = "a forward pass over all answers before training, cached with the tokens"
         if method == "kto":
             cost += (
                 "; for its KL another one over the mismatched answers of all steps, and one of"
@@ -40,9 +40,9 @@ def describe_reference(run: Run) -> Reference:
     if method == "kto":
         cost = "a forward pass a step, and two for its KL, over the step's mismatched answers"
     if run.adapter.from_ is None:
-        return Reference("the base, with the adapter off", cost)
+        return Reference("the base, with the adapter disabled", cost)
     cost += ", and a copy of the adapter"
-    return Reference("the adapter of adapter.from, as it came", cost)
+    return Reference("the adapter of adapter.from before this training", cost)
 
 
 def shares_prompts(run: Run, recurrent: Collection[str]) -> bool:
@@ -62,7 +62,7 @@ def one_document_a_row(run: Run, model_type: str, why: str) -> Run:
     """
     if run.train.global_batch.unit == "tokens":
         raise RecipeError(
-            f"train.global_batch counts tokens, and {model_type} trains unpacked",
+            f"train.global_batch counts tokens, but {model_type} trains unpacked",
             where="train.global_batch",
             why=why,
             fix="train.global_batch: 64 examples",

@@ -218,12 +218,12 @@ def check_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
         raise RecipeError(
             "this GPU shares the host's memory",
             where="train.cpu_offload",
-            why="what is moved to the host takes the same memory there",
+            why="offloading would use the same memory",
             fix="train.cpu_offload=[]",
         )
     if "parameters" in moved and mesh.world == 1:
         raise RecipeError(
-            "one process offloads no parameters",
+            "a single process cannot offload parameters",
             where="train.cpu_offload",
             why="FSDP2 offloads what it shards over ranks",
             fix="train.cpu_offload=[], or train.cpu_offload=[activations], or several ranks",

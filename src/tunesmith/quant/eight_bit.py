@@ -159,8 +159,8 @@ class EightBitLinear(FrozenLinear):
             raise ModelError(
                 f"its weight is stored with {more}",
                 where=name,
-                why="model.quantize: fp8 takes a dense one",
-                fix="the model before it was quantized, or model.quantize=none",
+                why="model.quantize: fp8 needs an unquantized one",
+                fix="use the unquantized model, or model.quantize=none",
             )
         self.quantize(dense)
         self.stored = dense if isinstance(dense, StoredTensor) else None

@@ -74,7 +74,7 @@ class ExpertStack(nn.Module, ABC):
         weight = stored[""]
         if len(stored) > 1:
             raise ModelError(
-                "its experts are quantized already, in a form that is not read",
+                "its experts are already quantized, in an unsupported format",
                 where=name,
                 why=f"it is stored with {', '.join(sorted(key for key in stored if key))}",
                 fix="take the unquantized model; model.quantize: nf4 quantizes it as it is loaded",

@@ -46,7 +46,7 @@ def check_nf4(device: torch.device) -> None:
             where="model.quantize",
             why=first_line(error),
             fix="pip install --upgrade bitsandbytes, or model.quantize=none; "
-            "`python -m bitsandbytes` tells more",
+            "`python -m bitsandbytes` shows more",
         ) from error
 
 
@@ -249,7 +249,7 @@ class Nf4Linear(FrozenLinear):
         if state.quant_type != "nf4" or tuple(state.shape) != shape:
             what = f"stored as {state.quant_type} of shape {tuple(state.shape)}"
             what += f", and nf4 of shape {shape} is needed"
-            raise ModelError(what, where=where, fix="the model before it was quantized")
+            raise ModelError(what, where=where, fix="use the unquantized model")
         copy_whole(self.weight, codes.contiguous().view(torch.uint8).view(-1, 1))
         if state.nested:
             nested = state.state2

@@ -163,11 +163,11 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
     # A comparison needs two runs that were validated.
     if len(measured) < 2:
         why = (
-            "A training loss is measured on the rows that are being learned: "
-            "it does not tell which model is better."
+            "A training loss is measured on the training rows: "
+            "it does not show which model is better."
         )
-        fix = "Give the recipes the same held-out rows: data.validation, or data.hold_out: 5 %."
-        return Verdict("none", "Which is better cannot be said", [*absent, why, fix])
+        fix = "Use the same held-out rows in the recipes: data.validation, or data.hold_out: 5 %."
+        return Verdict("none", "It is unclear which is better", [*absent, why, fix])
     obstacle = _different_losses(measured, measure) or _different_rows(measured, measure)
     if obstacle is not None:
         return obstacle
@@ -202,11 +202,11 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     if any(run.files.state is RunState.RUNNING for run in (*first.runs, *second.runs)):
         return Verdict("none", f"So far {first.name} is ahead: {against}", reasons)
     if threshold is None:
-        chance = "how far runs differ by chance is not known"
+        chance = "the variation between seeds is unknown"
         headline = f"{first.name} has the {measure.best_word}, but {chance}: {against}"
         return Verdict("none", headline, reasons)
     if gap <= threshold:
-        return Verdict("equal", f"No difference that can be told from noise: {against}", reasons)
+        return Verdict("equal", f"No significant difference: {against}", reasons)
     is_are = "is" if len(first.runs) == 1 else "are"
     return Verdict("better", f"{first.name} {is_are} better: {against}", reasons)
 
@@ -215,7 +215,7 @@ def _alone(run: RunSummary, measure: Measure) -> Verdict:
     headline = f"{run.label}: {run.files.state} at step {run.steps}"
     best = measure.best_text(run)
     if best is None:
-        fix = "Without held-out rows nothing tells how good the model is: data.hold_out: 5 %."
+        fix = "Without held-out rows the quality of the model is unknown: data.hold_out: 5 %."
         return Verdict("alone", f"{headline}, without a {measure.name}", [fix])
     start, first_value = measure.values(run)[0]
     return Verdict(
@@ -237,10 +237,11 @@ def _different_losses(measured: Sequence[RunSummary], measure: Measure) -> Verdi
     names = [f"{label}: {method}" for label, method in methods.items()]
     why = f"The methods differ: {', '.join(names)}."
     fix = (
-        "Measure each on the same pairs, tunesmith eval RUN --data pairs.jsonl, and make the report"
+        "Evaluate each on the same pairs, tunesmith eval RUN --data pairs.jsonl, and "
+        "create the report"
         " again; or compare their answers, with --score."
     )
-    return Verdict("none", "Not comparable: val_loss is another loss in each", [why, fix])
+    return Verdict("none", "Not comparable: val_loss is a different loss in each", [why, fix])
 
 
 def _different_rows(measured: Sequence[RunSummary], measure: Measure) -> Verdict | None:
@@ -248,7 +249,7 @@ def _different_rows(measured: Sequence[RunSummary], measure: Measure) -> Verdict
     rows = {measure.rows(run) for run in measured}
     if len(rows) == 1 and None not in rows:
         return None
-    headline = f"Not comparable: it is not known what {measure.name} was measured on"
+    headline = f"Not comparable: it is unknown what {measure.name} was measured on"
     if all(run.validation_hash for run in measured):
         headline = f"Not comparable: {measure.name} was measured on different rows"
     hashes = [f"{run.label}: {str(run.validation_hash or 'unknown')[:12]}" for run in measured]
@@ -287,7 +288,9 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
     recipe = shell_path(shown(run.files.folder / RECIPE))
     output = shell_path(shown(f"{run.files.folder}-seed-{seed}"))
     command = f"tunesmith train {recipe} train.seed={seed} output_dir={output}"
-    advice = f"Each has one seed, and another one moves {measure.name} too; to see how far:"
+    advice = (
+        f"Each has a single seed, and another seed would change {measure.name} too; to see how far:"
+    )
     advice += f" `{command}`"
     by_span = _noise_of_shares(first, second)
     if by_span is not None:
@@ -299,7 +302,7 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
         if noise is not None:
             noises.append(noise)
     if not noises:
-        text = f"There are too few validations to see how {measure.name} moves from one to the next"
+        text = f"There are too few validations to estimate the noise of {measure.name}"
         return None, f"{text}. {advice}"
     noise = max(noises)
     # The difference of two values of the same noise.
@@ -319,7 +322,10 @@ def _noise_of_shares(first: RunGroup, second: RunGroup) -> tuple[float, str] | N
     # too wide rather than too narrow.
     threshold = math.hypot(first.best.mean - higher[0], lower[1] - second.best.mean)
     ends = [f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in (higher, lower)]
-    return threshold, f"Noise: the 95 % intervals of so many pairs are {' and '.join(ends)}"
+    return (
+        threshold,
+        f"Noise: the 95 % intervals for these numbers of pairs are {' and '.join(ends)}",
+    )
 
 
 def _threshold_text(text: str, threshold: float, measure: Measure, advice: str) -> str:
@@ -357,17 +363,14 @@ def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
         if first.files.env.get(key) != second.files.env.get(key):
             differences[name] = ""
     names = list(differences)
-    text = "Their recipes differ in nothing that changes what is learned."
+    text = "Their recipes do not differ in anything that affects training."
     if len(names) == 1:
         text = f"They differ in {names[0]}{differences[names[0]]} alone."
     elif names:
         listed = ", ".join(names[:4])
         if len(names) > 4:
             listed += ", ..."
-        text = (
-            f"They differ in {len(names)} things ({listed}): "
-            "which of them did it, this comparison cannot say."
-        )
+        text = f"They differ in {len(names)} things ({listed}): any of them may be the reason."
     first_values = dict(measure.values(first))
     second_values = dict(measure.values(second))
     # Unequal runs are compared at a step that both have reached.
@@ -411,7 +414,7 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
     ]
     if unfinished:
         cautions.append(
-            f"Not at their end: {', '.join(unfinished)}. Their {measure.name} might get better."
+            f"Not finished: {', '.join(unfinished)}. Their {measure.name} may still improve."
         )
     if first is None:
         return cautions
@@ -422,14 +425,14 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
         if _clearly_lower(run.loss, best_loss):
             cautions.append(
                 f"{run.label} has the lower training loss: "
-                "it fits its own rows better, not those held out."
+                "it fits its training rows better, but not the held-out rows."
             )
             break
     tokens = [run.tokens for run in runs]
     # More tokens are more training, whatever the recipe.
     if max(tokens) > (1 + TOKEN_GAP) * min(tokens):
         amounts = ", ".join(f"{run.label} {run.tokens:,.0f}" for run in runs)
-        cautions.append(f"They learned from unequal numbers of tokens: {amounts}.")
+        cautions.append(f"They were trained on different numbers of tokens: {amounts}.")
     if len({run.machine for run in runs}) > 1:
         cautions.append(
             "Machines, threads or versions of torch differ: speed and memory are not comparable."

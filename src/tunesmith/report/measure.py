@@ -104,7 +104,7 @@ HELD_OUT_ACCURACY = Measure(
     span=_accuracy_span,
 )
 EVAL_ACCURACY = Measure(
-    "share of pairs in order, by eval,",
+    "accuracy on pairs, by eval,",
     lambda run: [(e["step"], e["scores"][PAIRS]["tuned"][0]) for e in _pair_evals(run)],
     _eval_rows,
     is_share=True,

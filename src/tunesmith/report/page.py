@@ -89,7 +89,7 @@ def write_report(
             start = output.read_text(encoding="utf-8", errors="replace")[:200]
             if MARK not in start:
                 raise UsageError(
-                    "this file is there and no report of tunesmith",
+                    "this file exists and is not a tunesmith report",
                     where=str(output),
                     fix="--output another-name.html",
                 )
@@ -99,7 +99,7 @@ def write_report(
             "the report cannot be written",
             where=str(output),
             why=error.strerror or str(error),
-            fix="--output FILE in a folder that you may write to",
+            fix="--output FILE in a writable folder",
         ) from error
 
 
@@ -214,11 +214,11 @@ FIGURES: dict[str, Callable[[RunSummary], Any]] = {
     "MFU": lambda run: _percent(run.mfu),
     "waiting for data": lambda run: _percent(run.waiting),
     "peak memory, GiB": lambda run: run.memory_gib,
-    "tokens learned from": lambda run: f"{run.tokens:,.0f}",
-    "time of the steps": lambda run: format_seconds(run.seconds),
-    "seconds a step": lambda run: _mean(run, "step_seconds"),
+    "training tokens": lambda run: f"{run.tokens:,.0f}",
+    "total step time": lambda run: format_seconds(run.seconds),
+    "seconds per step": lambda run: _mean(run, "step_seconds"),
     "gradient norm": lambda run: _mean(run, "grad_norm"),
-    "GPU utilisation, %": lambda run: _mean(run, "gpu_utilization"),
+    "GPU utilization, %": lambda run: _mean(run, "gpu_utilization"),
     "GPU power, W": lambda run: _mean(run, "gpu_power_watts"),
 }
 

@@ -259,10 +259,10 @@ class RunFiles:
         self._evals: dict[str, dict[str, Any]] = {}
         if not holds_run(self.folder):
             raise UsageError(
-                "this is no run directory",
+                "this is not a run directory",
                 where=str(folder),
                 why="it has no metrics.jsonl, config.yaml, env.json or log.txt",
-                fix="give one, such as runs/my-run: ls -t runs",
+                fix="use one, such as runs/my-run: ls -t runs",
             )
         self.refresh()
 
@@ -390,8 +390,8 @@ def how_it_ended(run: RunFiles) -> dict[str, Any]:
     elif run.state is RunState.KILLED:
         command = f"tunesmith train {shell_path(shown(run.folder / RECIPE))}"
         end = killed_before(run.folder) or RunError(
-            "no process is at work here, and it left no word",
-            why="it was killed, or this is a copy of a running one",
+            "no process is running here, and it wrote no failure record",
+            why="it was killed, or this is a copy of a running run",
             fix=f"{command}   # resumes from the newest checkpoint",
         )
         fields = {

@@ -51,7 +51,7 @@ def select_compile(choice: str, device: torch.device) -> tuple[bool, str]:
     if device.type != "cuda":
         if choice == "on":
             return True, "as train.compile says"
-        return False, "on a CPU it gains nothing"
+        return False, "it does not help on a CPU"
     fault, assembler = probe_compiler(device)
     if choice == "on":
         return True, f"as train.compile says{assembler}"
@@ -67,7 +67,7 @@ def probe_compiler(device: torch.device) -> tuple[str, str]:
     paths = assemblers()
     path = next((path for path in paths if runs_with(path, device)), None)
     if path is None:
-        others = f"so do {', '.join(paths)}" if paths else "no CUDA toolkit was found beside it"
+        others = f"so do {', '.join(paths)}" if paths else "no other CUDA toolkit was found"
         return f"{fault}; {others}; install a newer CUDA toolkit, or set {ASSEMBLERS[0]}", ""
     # Both names: which of them Triton reads depends on its version and the chip.
     os.environ |= dict.fromkeys(ASSEMBLERS, path)
@@ -75,8 +75,8 @@ def probe_compiler(device: torch.device) -> tuple[str, str]:
     fault = compiler_fault(device)
     if fault:
         settings = " ".join(f"{name}={path}" for name in ASSEMBLERS)
-        return f"{fault}; in a new process it runs: start again with {settings}", ""
-    return "", f", with {path} in place of Triton's own assembler, which does not know it"
+        return f"{fault}; in a new process it works: start again with {settings}", ""
+    return "", f", with {path} instead of Triton's assembler, which does not support it"
 
 
 def compiler_fault(device: torch.device) -> str:
@@ -94,7 +94,7 @@ def compiler_fault(device: torch.device) -> str:
         match = re.search(r"ptxas (?:fatal|error).*", str(error))
         reason = match[0] if match else first_line(error)
         return f"the compiler does not run here: {reason}"
-    return "" if is_right else "the compiler runs here and gives wrong results"
+    return "" if is_right else "the compiler gives wrong results here"
 
 
 def runs_with(assembler: str, device: torch.device) -> bool:
@@ -155,9 +155,9 @@ def private_folder(folder: Path) -> Path:
     is_open_to_others = stat.S_IMODE(status.st_mode) & 0o077
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or is_open_to_others:
         raise MachineError(
-            "this folder is not yours alone",
+            "other users can write to this folder",
             where=str(folder),
-            why="compiled code is kept there and run",
+            why="compiled code in it is executed",
             fix=f"rm -r {shell_path(folder)}, or export TORCHINDUCTOR_CACHE_DIR=/a/folder/of/yours",
         )
     return folder

@@ -32,7 +32,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     if os.environ.get(WORKSPACE) not in CHOICES:
         if torch.cuda.is_initialized():
             raise MachineError(
-                "cuBLAS cannot change its workspace any more",
+                "the cuBLAS workspace can no longer be changed",
                 where="train.deterministic",
                 why=f"CUDA was started without {WORKSPACE}",
                 fix=f"start Python with {WORKSPACE}={CHOICES[0]} in its environment, or "

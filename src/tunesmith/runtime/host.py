@@ -20,7 +20,7 @@ NEVER = 2**31 - 1
 CACHED_SHAPES = "128"
 # Variables that say how libgomp's threads wait.
 WAIT_VARIABLES = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-BY_ENVIRONMENT = "as the environment says"
+BY_ENVIRONMENT = "set by the environment"
 # Six ticks a core: enough to tell a core that computes from one that does not.
 SAMPLE_SECONDS = 0.06
 
@@ -85,7 +85,7 @@ class Cores(NamedTuple):
             return self.allowed, f"this process's share of the time of {self.total} cores"
         if 0 < self.busy < self.total / 2:
             busy = f"{self.busy} of {self.total} cores are busy"
-            why = f"{busy}; OMP_NUM_THREADS={self.total} takes all of them"
+            why = f"{busy}; OMP_NUM_THREADS={self.total} uses all of them"
             return self.total - self.busy, why
         return self.total, "one a core"
 
@@ -101,7 +101,7 @@ def prepare_threads() -> str:
     """
     has_count = any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     if "torch" in sys.modules or sys.platform != "linux":
-        return BY_ENVIRONMENT if has_count else "as torch chose"
+        return BY_ENVIRONMENT if has_count else "torch's default"
     first = _read_stat()
     time.sleep(SAMPLE_SECONDS)
     cores = measure_cores(first, _read_stat())
@@ -131,7 +131,7 @@ def keep_threads(previous: int | None) -> str:
     if max(previous, now) >= 2 * min(previous, now):
         return why
     torch.set_num_threads(previous)
-    return "those of the checkpoint"
+    return "from the checkpoint"
 
 
 def _read_stat() -> str:

@@ -159,7 +159,7 @@ class MemoryGuard:
         reason = ""
         # What others may take while the run is saved would reach below the floor.
         if left < growth:
-            reason = f"{gib(figures.room)} GiB can be had, and the floor is {gib(floor)} GiB"
+            reason = f"{gib(figures.room)} GiB are available, and the limit is {gib(floor)} GiB"
             if left >= 0:
                 reason += f"; others took {gib(growth)} GiB in {self.ahead:.0f} s"
         elif self.unified:

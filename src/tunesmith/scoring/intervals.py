@@ -262,10 +262,10 @@ def difference_sentence(
         return f"{name}: tuned is {direction} than base on these {of_rows} ({span})"
     reason = ""
     if difference.low > 0 or difference.high < 0:
-        reason = f"; only {intervals.differing} rows differ, which chance alone can do"
+        reason = f"; only {intervals.differing} rows differ, which can be chance"
         if intervals.differing >= MIN_DIFFERING:
-            reason = f"; chance alone does it in {intervals.chance:.1%} of evaluations"
-    return f"{name}: tuned and base are not told apart by {of_rows} ({span}{reason})"
+            reason = f"; by chance alone this happens in {intervals.chance:.1%} of evaluations"
+    return f"{name}: no significant difference between tuned and base on {of_rows} ({span}{reason})"
 
 
 def points(share: float) -> str:

@@ -21,7 +21,7 @@ def parse_strict(text: str) -> Any:
 
 
 def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def equal_fields(answer: Any, reference: Any) -> float:
@@ -76,7 +76,7 @@ def schema_validator(schema: Any) -> Any:
             "--score json needs the package jsonschema for rows with a schema",
             where="--score json",
             why=str(error),
-            fix=f"{pip_install('jsonschema')}, or leave the column schema out",
+            fix=f"{pip_install('jsonschema')}, or remove the column schema",
         ) from error
     kind = validators.validator_for(schema, default=validators.Draft202012Validator)
     try:

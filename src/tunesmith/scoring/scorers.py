@@ -111,9 +111,9 @@ def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
     is_number = isinstance(value, int | float) and math.isfinite(value)
     if not is_number or not 0 <= value <= 1:
         raise RunError(
-            f"the scorer {scorer.name} gave no number from 0 to 1",
+            f"the scorer {scorer.name} did not return a number from 0 to 1",
             where=row.where,
-            why=f"it gave {value!r:.200}",
+            why=f"it returned {value!r:.200}",
             fix="return a float from 0 to 1, then start the same command again: "
             "the answers are kept",
         )
@@ -125,7 +125,7 @@ def _scorer_failed(name: str, where: str, error: BaseException) -> RunError:
         return RunError(
             f"a search took longer than {text.REGEX_SECONDS:g} seconds",
             where=where,
-            why="the pattern backtracks without end on this answer, as (a+)+$ does",
+            why="the pattern backtracks exponentially on this answer, as (a+)+$ does",
             fix="write the row's pattern without nested repeats, then start the same command "
             "again: the answers are kept",
         )
@@ -144,10 +144,10 @@ def _check_pattern(row: ScoredRow) -> None:
         text.compile_pattern(row.reference.strip())
     except (regex.error, RecursionError, OverflowError) as error:
         raise DataError(
-            "the reference is no regular expression",
+            "the reference is not a regular expression",
             where=row.where,
             why=f"{error} (--score regex takes the row's answer as a pattern)",
-            fix="fix the pattern, or take another scorer: --score exact",
+            fix="fix the pattern, or use another scorer: --score exact",
         ) from error
 
 
@@ -169,10 +169,10 @@ def _check_json(row: ScoredRow) -> None:
         reference = parse_strict(row.reference)
     except ValueError as error:
         raise DataError(
-            "the reference is no JSON",
+            "the reference is not JSON",
             where=row.where,
             why=f"{error} (--score json compares the row's answer field by field)",
-            fix="fix the row, or take another scorer: --score exact",
+            fix="fix the row, or use another scorer: --score exact",
         ) from error
     # A row may bring a schema of its own.
     try:
@@ -180,18 +180,18 @@ def _check_json(row: ScoredRow) -> None:
         is_fitting = validator is None or fits(validator, reference)
     except ValueError as error:
         raise DataError(
-            f"the row's {SCHEMA} is no JSON schema",
+            f"the row's {SCHEMA} is not a JSON schema",
             where=f"{row.where}, {SCHEMA}",
             why=str(error),
-            fix="fix the schema, or leave the column out",
+            fix="fix the schema, or remove the column",
         ) from error
     if not is_fitting:
         problem = next(validator.iter_errors(reference))
         raise DataError(
-            "the reference does not fit the row's own schema",
+            "the reference does not match the row's schema",
             where=f"{row.where}, {SCHEMA}",
             why=f"{problem.json_path}: {problem.message}",
-            fix="fix the row: no answer could be right",
+            fix="fix the row: no answer can be correct",
         )
 
 
@@ -209,37 +209,36 @@ def _row_validator(row: ScoredRow) -> Any:
 def _validator_of(schema: str) -> Any:
     value = parse_strict(schema)
     if not isinstance(value, dict | bool):
-        raise ValueError("it is no object")  # noqa: TRY004
+        raise ValueError("it is not an object")  # noqa: TRY004
     return schema_validator(value)
 
 
 def _tool_call_scorer(call_reader: CallReader | None) -> Scorer:
     if call_reader is None:
         raise UsageError(
-            "the tool calls of this template cannot be read",
+            "the tool calls of this template cannot be parsed",
             where="--score tool-call",
-            why="it writes no calls, or in a form that is not known",
-            fix="write a scorer of your own: --score my_scorer.py:function",
+            why="it does not support calls, or uses an unknown format",
+            fix="write your own scorer: --score my_scorer.py:function",
         )
     read = call_reader
 
     def check(row: ScoredRow) -> None:
         if not row.has_tools:
             raise DataError(
-                "the row offers no tools",
+                "the row has no tools",
                 where=row.where,
                 why="--score tool-call compares calls, and the prompt must list what can be called",
-                fix="add the column tools, or score rows without tools apart: --score exact",
+                fix="add the column tools, or score rows without tools separately: --score exact",
             )
         # A row whose own calls do not come back could not be scored.
         count = len(read(row.raw_reference))
         if count != row.calls:
             raise DataError(
-                "the row's own tool calls cannot be read back",
+                "the row's tool calls cannot be parsed",
                 where=row.where,
                 why=f"it has {row.calls}, and as the template writes them {count} are read",
-                fix="leave the row out, or write a scorer of your own: "
-                "--score my_scorer.py:function",
+                fix="remove the row, or write a scorer of your own: --score my_scorer.py:function",
             )
 
     def score(answer: str, row: ScoredRow) -> float:
@@ -270,12 +269,12 @@ def _own_scorer_file(name: str) -> tuple[Path, str]:
             f"there is no scorer {name}",
             where="--score",
             why=f"the scorers are {', '.join(SCORERS)}, or file.py:function",
-            fix="name one of these",
+            fix="use one of these",
         )
     path = Path(file)
     if not path.is_file():
         raise UsageError(
-            f"there is no file {file}", where=f"--score {name}", fix="name the scorer's file"
+            f"there is no file {file}", where=f"--score {name}", fix="set the scorer's file"
         )
     return path, function
 
@@ -306,7 +305,7 @@ def load_own_scorer(name: str) -> Scorer:
 def _run_module(path: Path, where: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"tunesmith_scorer_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{path} is no Python file", where=where, fix="name another")
+        raise UsageError(f"{path} is not a Python file", where=where, fix="name another")
     module = importlib.util.module_from_spec(spec)
     # Data classes of the file look their module up.
     sys.modules[spec.name] = module
@@ -319,6 +318,6 @@ def _run_module(path: Path, where: str) -> ModuleType:
             f"{path.name} cannot be loaded",
             where=where,
             why=reason,
-            fix=f"run it alone to see where: python {shell_path(path)}",
+            fix=f"run it on its own to see where: python {shell_path(path)}",
         ) from error
     return module

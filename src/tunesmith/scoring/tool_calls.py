@@ -280,12 +280,12 @@ class _PythonForm:
 def _python_calls(statement: ast.stmt) -> list[ToolCall]:
     """The calls of a line; ValueError for anything else."""
     if not isinstance(statement, ast.Expr):
-        raise ValueError("it is no expression")  # noqa: TRY004
+        raise ValueError("it is not an expression")  # noqa: TRY004
     nodes = statement.value.elts if isinstance(statement.value, ast.List) else [statement.value]
     calls = []
     for node in nodes:
         if not isinstance(node, ast.Call) or node.args:
-            raise ValueError("it is no call with named arguments")
+            raise ValueError("it is not a call with named arguments")
         arguments = {}
         for keyword in node.keywords:
             if keyword.arg is None:

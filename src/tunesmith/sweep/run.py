@@ -131,7 +131,7 @@ def run_sweep(
                 folder = Path(base.output_dir)
                 if is_run(folder):
                     raise UsageError(
-                        "output_dir contains a run, and a sweep has its runs below it",
+                        "output_dir contains a run, but a sweep needs its own folder",
                         where=str(folder),
                         fix=shell_word(f"output_dir={folder}-sweep"),
                     )
@@ -152,25 +152,25 @@ def check_sweep(run: Run, space: Space, search: Search) -> None:
     has_validation = run.data.validation or run.data.hold_out
     varies_seed = "train.seed" in space.choices or "train.seed" in space.ranges
     if run.adapter.kind != "lora":
-        what = "full fine-tuning has no base that stays"
+        what = "a sweep needs a frozen base"
         raise RecipeError(what, where="adapter.kind", fix="adapter.kind=lora")
     if run.parallel.tensor != 1:
-        what = "a sweep cuts no adapter over a group"
+        what = "a sweep does not support tensor parallelism"
         raise RecipeError(what, where="parallel.tensor", fix="parallel.tensor=1")
     if run.parallel.experts not in ("auto", 1):
-        what = "a sweep divides no experts over ranks"
+        what = "a sweep does not divide experts over ranks"
         raise RecipeError(what, where="parallel.experts", fix="parallel.experts=1")
     if run.train.duration.seconds:
-        what = "a sweep counts steps, not time"
+        what = "a sweep needs a duration in steps or epochs"
         raise RecipeError(what, where="train.duration", fix="train.duration='500 steps'")
     if varies_seed and run.data.hold_out:
-        what = "the seed draws the held-out rows too"
-        raise RecipeError(what, where="train.seed", fix="data.validation in place of hold_out")
+        what = "the seed also selects the held-out rows"
+        raise RecipeError(what, where="train.seed", fix="data.validation instead of hold_out")
     if varies_seed and run.model.added_tokens:
-        what = "the seed draws the added tokens too"
+        what = "the seed also initializes the added tokens"
         raise RecipeError(what, where="train.seed", fix="one train.seed")
     if not has_validation and search.rungs != 0:
-        what = "no rows are held out, and val_loss stops candidates"
+        what = "no rows are held out, but early stopping uses val_loss"
         fix = "data.hold_out='5 %', or --to-the-end, which compares training losses"
         raise RecipeError(what, where="data.validation", fix=fix)
 
@@ -223,7 +223,7 @@ class Sweep:
         try:
             previous = read_sweep(file)
         except (OSError, ValueError) as error:
-            what = "sweep.json is damaged, or no sweep wrote it"
+            what = "sweep.json is damaged, or not from a sweep"
             raise UsageError(what, where=str(file), why=reason_of(error), fix=fix) from error
         request = previous["asked"]
         search = request.get("search")
@@ -265,8 +265,8 @@ class Sweep:
         interval = Cadence(every, total=total, steps_per_epoch=per_epoch, seconds=0.0).interval
         rungs = rung_steps(total, count, interval, self.search.rungs, longest_warmup)
         if not rungs and self.search.rungs is None:
-            few = "too few of them, or of steps, to stop some (see --rungs)"
-            log.info(f"every candidate trains to its end: {few}")
+            few = "too few candidates or steps for early stopping (see --rungs)"
+            log.info(f"every candidate trains to the end: {few}")
         # A rung must fall on a validation.
         if rungs and (not interval or rungs[0] % interval):
             every = Length(rungs[0], "steps")
@@ -365,7 +365,7 @@ class Sweep:
         except StoppedError as error:
             if isinstance(error, LowMemoryError):
                 micro_batch = self.fixed["micro_batch"]
-                error.fix += f"; the micro batch stays at {micro_batch}, as for all candidates"
+                error.fix += f"; the micro batch remains {micro_batch}, as for all candidates"
             self.stopped = error.what
             self.write()
             raise
@@ -414,8 +414,8 @@ class Sweep:
             return Standing(step, sum(record.loss for record in last) / len(last), "finished")
         if record is None or record.val_loss is None:
             what = f"a candidate's records hold no {self.compared} of step {step}"
-            fix = f"rm -r {shell_path(folder)}   # the same command trains this candidate again"
-            raise RunError(what, where=str(folder / METRICS), why="somebody changed them", fix=fix)
+            fix = f"rm -r {shell_path(folder)}   # the same command then retrains this candidate"
+            raise RunError(what, where=str(folder / METRICS), why="they were edited", fix=fix)
         if not math.isfinite(record.val_loss):
             return Standing(step, math.inf, "diverged")
         return Standing(step, record.val_loss, "finished" if step == final else "stopped")

@@ -39,10 +39,10 @@ VARIED = (
 )
 # Why the others may not: by the longest beginning of the key.
 REASONS = {
-    "": "it does not change what is learned",
-    "method": "the loss would be another one, and val_loss could not be compared",
-    "model": "it would be another base, and one base is loaded for all candidates",
-    "data": "rows are prepared once, and val_loss can be compared on the same rows only",
+    "": "it does not affect training",
+    "method": "the loss would differ, and val_loss could not be compared",
+    "model": "it would change the base, which all candidates share",
+    "data": "all candidates use the same rows, so that val_loss can be compared",
     "adapter": "it changes which layers of the one loaded model are adapted",
     "train.duration": "candidates are compared after equal numbers of steps",
     "train.global_batch": "candidates are compared after equal numbers of steps of one size",
@@ -164,7 +164,7 @@ def read_space(words: Sequence[str]) -> Space:
         check_varied(key)
         if key in choices or key in ranges:
             fix = shell_word(f"{key}={text}")
-            raise RecipeError(f"{key} is given twice", where="command line", fix=fix)
+            raise RecipeError(f"{key} is set twice", where="command line", fix=fix)
         if match:
             ranges[key] = _read_range(key, *match.groups())
         else:
@@ -189,7 +189,7 @@ def _check_each_once(key: str, values: Sequence[str]) -> None:
     if repeated:
         what = f"{key} has a value twice: {repeated[0]}"
         fix = shell_word(f"{key}={','.join(different.values())}")
-        why = "two candidates would be one"
+        why = "two candidates would be identical"
         raise RecipeError(what, where=f"command line: {key}", why=why, fix=fix)
 
 
@@ -212,11 +212,11 @@ def check_count(space: Space, candidates: int) -> None:
     why = f"{combinations:,} combinations of the listed values"
     if space.ranges and candidates > combinations:
         count = candidates
-        why = "--candidates draws them"
+        why = "use --candidates for a random sample"
     if count > LIMIT:
-        what = f"a sweep of {count:,} candidates; it takes {LIMIT:,} at most"
+        what = f"a sweep of {count:,} candidates; the maximum is {LIMIT:,}"
         example = "train.learning_rate=1e-5..1e-3 --candidates 16"
-        fix = f"list fewer values, or draw some of a range: {example}"
+        fix = f"list fewer values, or sample from a range: {example}"
         raise RecipeError(what, where="command line", why=why, fix=fix)
 
 
@@ -241,7 +241,7 @@ def check_varied(key: str) -> None:
         raise RecipeError(f"unknown key {key}", where="command line", fix=fix)
     beginnings = [start for start in REASONS if not start or f"{key}.".startswith(f"{start}.")]
     why = REASONS[max(beginnings, key=len)]
-    fix = f"a sweep may vary {', '.join(VARIED)}; for {key} run `tunesmith train` once a value"
+    fix = f"a sweep may vary {', '.join(VARIED)}; for {key} run `tunesmith train` once per value"
     raise RecipeError(f"a sweep cannot vary {key}", where="command line", why=why, fix=fix)
 
 
@@ -262,4 +262,6 @@ def _read_range(key: str, low: str, high: str) -> Range:
         span = Range(number(low), number(high), whole)
         if span.low < span.high and (whole or float in types):
             return span
-    raise RecipeError(f"{low}..{high} is no range of {key}", where=f"command line: {key}", fix=fix)
+    raise RecipeError(
+        f"{low}..{high} is not a valid range for {key}", where=f"command line: {key}", fix=fix
+    )

@@ -93,7 +93,7 @@ def agree_on_recipe(run: Run, ranks: Ranks) -> Run:
         key = next(iter(differences))
         what = f"the ranks have different recipes: {', '.join([*differences][:NAMES])}"
         word = shell_word(f"{key}={recipes[0].get(key, MISSING).text}")
-        fix = "the same recipe and the same options on every node"
+        fix = "use the same recipe and the same options on every node"
         if key in recipes[0]:
             fix += f", such as {word}"
         end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
@@ -150,7 +150,7 @@ def smallest_micro_batch(
         differences = find_differences(
             ranks, [{"train.micro_batch": Compared(str(s), str(s))} for s in sizes]
         )
-        what = "the ranks have micro batches in examples and in tokens, which cannot be compared"
+        what = "some ranks have micro batches in examples, others in tokens"
         fix = f"on every node train.micro_batch='{stated[0]}'"
         end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
     return min(stated, key=lambda size: size.amount)
@@ -179,7 +179,7 @@ def check_same_inputs(
     if not differences:
         return
     names = [key.partition(":")[0] for key in differences]
-    what = f"the ranks do not read the same {', '.join(dict.fromkeys(names))}"
+    what = f"the ranks read different {', '.join(dict.fromkeys(names))}"
     error: UsageError
     if any(name.startswith("data.") for name in names) and not any(
         name.startswith("model.") for name in names
@@ -189,7 +189,7 @@ def check_same_inputs(
     else:
         fix = (
             "copy the model's folder from one node to the others; "
-            "of a model on the Hub take one commit: model.revision=COMMIT"
+            "for a model on the Hub, pin a commit: model.revision=COMMIT"
         )
         error = ModelError(what, where=lines_by_key(differences), fix=fix)
     end_all_ranks(ranks, error)

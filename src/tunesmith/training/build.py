@@ -360,7 +360,7 @@ def load_compared(
     if change.is_tolerable:
         reason = f"{plan.why['base']}; {change.layers} layers: {change.describe()}"
         return root, replace(plan, why={**plan.why, "base": reason}), mesh
-    dropped = f"{plan.base} was tried and dropped: it changes the loss by more than"
+    dropped = f"{plan.base} was tried and rejected: it changes the loss by more than"
     # Both hold memory that the second model needs. A base in bf16 leaves room for another micro
     # batch.
     del root, batches
@@ -463,7 +463,7 @@ def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
                 raise MachineError(
                     f"{ranks.name(rank)} and {ranks.name(0)} differ: "
                     f"{part} {value}, and {first_value}",
-                    why="all ranks must compute in the same way",
+                    why="all ranks must compute identically",
                     fix="make the nodes the same, or set what differs in the recipe, "
                     "such as train.compile=off",
                 )
@@ -516,7 +516,7 @@ def read_data(
     limit = files.spec.position_limit or files.spec.context
     longest = int(data.train.lengths.max())
     if longest > limit:
-        text = f"the longest example has {longest:,} tokens, and the model was made for {limit:,}"
+        text = f"the longest example has {longest:,} tokens, but the model supports {limit:,}"
         log.warning(f"{text}; fix: data.seq_len={limit}")
     for line in describe_resume(start, run, data.schedule):
         log.info(line)
@@ -530,7 +530,7 @@ def fill_steps(data: TrainingData) -> TrainingData:
     if data.schedule is not schedule:
         last = schedule.steps_per_epoch(0)
         log.info(
-            f"step {last} would be short: rows are repeated within an epoch, and every step is full"
+            f"step {last} would be incomplete: rows are repeated within an epoch to fill every step"
         )
     return data
 
@@ -543,10 +543,10 @@ def describe_micro_batch(start: Start, run: Run, plan: RunPlan) -> list[str]:
     why = f"train.micro_batch='{previous}' keeps it"
     if run.train.micro_batch == "auto":
         why = "which no longer fits"
-    effect = "dropout falls elsewhere" if run.adapter.dropout else "sums are rounded otherwise"
+    effect = "dropout masks differ" if run.adapter.dropout else "sums are rounded differently"
     return [
         f"the micro batch is {now}, and was {previous}, {why}: "
-        f"numbers differ from a run that kept it, as {effect}"
+        f"results differ from an uninterrupted run, because {effect}"
     ]
 
 
@@ -560,7 +560,7 @@ def describe_rounding(start: Start, run: Run) -> list[str]:
         return []
     return [
         "stochastic rounding: this version draws other noise than the one that wrote the "
-        "checkpoint: weights are rounded as well on average, but not to the same bits"
+        "checkpoint: weights are rounded equally well on average, but not bit for bit"
     ]
 
 
@@ -576,7 +576,7 @@ def check_machine(run: Run, device: torch.device) -> None:
             why = f"bf16 products take {slowdown:.0f} times as long as fp32's on this CPU"
             log.warning(f"{why}, which only emulates them; fix: model.dtype=fp32")
     if run.train.cpu_offload and device.type == "cpu":
-        log.warning("train.cpu_offload has no effect on a CPU: all is in the host's memory")
+        log.warning("train.cpu_offload has no effect on a CPU")
     if run.train.optimizer == "adamw-8bit":
         packages.bnb_functional("8-bit moments", "train.optimizer")
     scheme_of(run.model).check_device(device)
@@ -629,7 +629,7 @@ def check_disk(run: Run, trained: int, base: Path, ranks: Ranks) -> None:
     fix = "output_dir on a larger disk; df -h lists them"
     if keep >= 1:
         fix = f"checkpoint.keep={keep}, or {fix}"
-    why = f"one takes {size_text(size)}, and {copies} may be there at once"
+    why = f"one takes {size_text(size)}, and {copies} may exist at once"
     require_disk_space(out, size * copies, what="the checkpoints", why=why, fix=fix)
 
 
@@ -684,7 +684,9 @@ def check_one_micro_batch(run: Run, batch: GlobalBatch) -> None:
     """
     key = "train.optimizer_in_backward"
     if run.train.optimizer_in_backward and len(batch.micro) > 1:
-        what = f"step {batch.step + 1} takes {len(batch.micro)} micro batches, and {key} needs one"
+        what = (
+            f"step {batch.step + 1} takes {len(batch.micro)} micro batches, but {key} requires one"
+        )
         why = (
             "each parameter is updated as soon as its gradient is there, "
             "so gradients cannot be accumulated"

@@ -129,7 +129,10 @@ class CheckpointSaver:
             if not self.ranks.is_main_process:
                 return lambda folder: None, copy
             if copy and not is_copied:
-                text = "no room on the device for a copy: training waits while it is written"
+                text = (
+                    "not enough device memory for a copy: training waits while the "
+                    "checkpoint is written"
+                )
                 self.sinks.text("checkpoint", text)
             return save_fn, is_copied
         if isinstance(self.writer, RanksWriter):

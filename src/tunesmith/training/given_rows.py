@@ -31,18 +31,18 @@ def keep_rows(rows: Any, output_dir: Path) -> Path:
             raise DataError(
                 f"row {number} is {type(row).__name__}, not a mapping of columns",
                 where=_WHERE,
-                fix='give rows such as [{"prompt": "Hello", "completion": "Hi"}]',
+                fix='use rows such as [{"prompt": "Hello", "completion": "Hi"}]',
             )
         try:
             lines.append(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n")
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"row {number} has a value that JSON does not have: {error}",
+                f"row {number} has a value that JSON does not support: {error}",
                 where=_WHERE,
-                fix="turn it into text or a number",
+                fix="convert it to text or a number",
             ) from error
     if not lines:
-        raise DataError("there are no rows", where=_WHERE, fix="give at least one")
+        raise DataError("there are no rows", where=_WHERE, fix="pass at least one")
     text = "".join(lines)
     file = given_rows_file(output_dir, hashlib.sha256(text.encode()).hexdigest()[:12])
     if not file.exists():
@@ -61,7 +61,7 @@ def _mappings(rows: Any) -> Iterable[Any]:
         raise DataError(
             f"rows are {type(rows).__name__}, not a list of rows",
             where=_WHERE,
-            fix="give a list of mappings, a datasets.Dataset, or a pandas or polars frame; "
+            fix="pass a list of mappings, a datasets.Dataset, or a pandas or polars frame; "
             "a file is named by data.train.source",
         )
     return rows

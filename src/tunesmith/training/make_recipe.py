@@ -158,7 +158,7 @@ def make_recipe(
     _choose_seq_len(chosen, why, given_keys, lengths, files.spec)
     if files.support.state == "padded" and "data.pack" not in given_keys:
         chosen["data.pack"] = False
-        why["data.pack"] = f"{files.spec.model_type} does not keep packed examples apart"
+        why["data.pack"] = f"{files.spec.model_type} cannot keep packed examples apart"
     steps = _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out, layout.format)
     _choose_validations(chosen, why, steps, held_out)
     _choose_rate(chosen, why, draft, files.spec.hidden)
@@ -168,7 +168,7 @@ def make_recipe(
     tree = _over({**chosen, "output_dir": output_dir}, layer)
     run = checked(tree)
     for key in given_keys & why.keys() - {"data.train"}:
-        why[key] = "given on the command line"
+        why[key] = "set on the command line"
     path = Path(f"{run.output_dir}.yaml")
     text = _recipe_text(tree, path, why, command=_command(model, data, overrides))
     return MadeRecipe(run, path, text, about_data)
@@ -204,9 +204,9 @@ def _check_given_once(draft: Run, given_keys: set[str], layer: Node) -> None:
         given_twice = given_twice or {"data.train"}
     if given_twice:
         raise RecipeError(
-            f"{min(given_twice)} is given beside --model and --data",
+            f"{min(given_twice)} cannot be combined with --model and --data",
             where=f"{layer.where}: {min(given_twice)}",
-            fix="give only those, or write a recipe",
+            fix="use only those, or write a recipe",
         )
 
 
@@ -234,7 +234,7 @@ def _with_split(source: Source) -> Source:
             f"{source.source} has no split named train",
             where=source.source,
             why=f"its splits are {', '.join(splits)}",
-            fix=f"name one: --split {splits[0]}",
+            fix=f"choose one: --split {splits[0]}",
         )
     return replace(source, split="train")
 
@@ -420,7 +420,7 @@ def _choose_validations(
     if held_out >= TELLING:
         chosen["validate.patience"] = PATIENCE
         why["validate.patience"] = (
-            f"ends the run when {PATIENCE} validations in a row were no better; final/ is the last "
+            f"stops the run after {PATIENCE} validations without improvement; final/ is the last "
             "step, and the best one's checkpoint is kept"
         )
 

@@ -201,7 +201,7 @@ def _read(path: Path, answers: int) -> np.ndarray | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
-        log.warning("%s is damaged, and its numbers are made again (%s)", path, error)
+        log.warning("%s is damaged and will be recomputed (%s)", path, error)
         return None
     is_whole = values.shape[1:] == (answers,) and bool(np.all(np.isfinite(values)))
     return values if is_whole else None
@@ -215,4 +215,6 @@ def _write(path: Path, values: np.ndarray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())
     except OSError as error:
-        log.warning("the reference's numbers are not kept: %s (%s)", path, error.strerror)
+        log.warning(
+            "the reference's log-probabilities cannot be cached: %s (%s)", path, error.strerror
+        )

@@ -137,9 +137,9 @@ def failure_of(
     if full_disk:
         why = "no checkpoint was written before"
         if saved_step:
-            why = f"checkpoint-{saved_step} is whole"
+            why = f"checkpoint-{saved_step} is complete"
         where = f"{where}, in {run.output_dir}"
-        fix = f"make room (df -h), then {resume}"
+        fix = f"free disk space (df -h), then {resume}"
         return RunError(full_disk, where=where, why=why, fix=fix, cause="disk")
     if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
         why = f"a micro batch of {plan.layout.micro_batch} did not fit"
@@ -156,9 +156,9 @@ def failure_of(
         return failure
     if "does not have a deterministic implementation" in str(error):
         what = str(error).partition(", but you set")[0]
-        why = "train.deterministic: true allows no such operator"
+        why = "train.deterministic: true does not allow this operator"
         return RunError(what, where=where, why=why, fix=f"train.deterministic=false; {resume}")
-    why = "an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from"
+    why = "an unexpected error; TUNESMITH_DEBUG=1 shows the traceback"
     return RunError(f"{type(error).__name__}: {error}", where=where, why=why, fix=resume)
 
 
@@ -181,15 +181,16 @@ def non_finite_error(
         where += " ..."
     update = "the update was not applied"
     if run.train.optimizer_in_backward:
-        update = "of this step only the parameters with a finite gradient were updated"
-        update += ", and nothing of it is saved"
+        update = "only the parameters with a finite gradient were updated in this step"
+        update += ", and none of it was saved"
     checkpoint = "none was written yet"
     if saved_step:
         checkpoint = f"checkpoint-{saved_step}"
     why = f"{update}; the last good checkpoint: {checkpoint}"
     fix = (
         "lower train.learning_rate or lengthen train.warmup; "
-        "look at those rows with `tunesmith data`; model.dtype=fp32 tells rounding from bad data"
+        "look at those rows with `tunesmith data`; if it also happens with "
+        "model.dtype=fp32, the data is the cause"
     )
     return NonFiniteError(what, where=where, why=why, fix=fix)
 
@@ -224,7 +225,7 @@ def stopped_by(
         outcome = f": step {step} is saved"
         where = str(out / f"checkpoint-{step}")
         why = ""
-        fix = "start the same command again: it resumes there"
+        fix = "run the same command again to resume"
     else:
         outcome = " before the first step"
         where = ""
@@ -246,7 +247,7 @@ def stopped_by(
         error.smaller = smaller
     elif is_by_file:
         record |= {"reason": "file", "next": fix}
-        error = StoppedError("stopped by the file stop" + outcome, where=where, why=why, fix=fix)
+        error = StoppedError("stopped by the stop file" + outcome, where=where, why=why, fix=fix)
     else:
         record |= {"next": fix}
         error = StoppedError(f"stopped by {signal}{outcome}", where=where, why=why, fix=fix)

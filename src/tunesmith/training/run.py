@@ -131,13 +131,13 @@ def train(
         if run is None:
             run = recipe_for_rows(model, rows, overrides)
         elif model is not None or rows is not None:
-            fix = "give rows of a recipe as data.train.source"
-            raise UsageError("a recipe, and model or rows, exclude each other", fix=fix)
+            fix = "set a recipe's rows with data.train.source"
+            raise UsageError("a recipe cannot be combined with model or rows", fix=fix)
         elif not isinstance(run, Run):
             run = load_recipe(run, overrides, announce=not quiet)
         elif overrides:
-            fix = "give the recipe's file, or dataclasses.replace it"
-            raise UsageError("a checked recipe takes no overrides", fix=fix)
+            fix = "pass the recipe's file, or use dataclasses.replace"
+            raise UsageError("a checked recipe does not accept overrides", fix=fix)
         packages.check_versions()
         if started_as() is None:
             require_one_process("train")
@@ -162,7 +162,7 @@ def recipe_for_rows(
     """
     if model is None or rows is None:
         fix = 'train("my-recipe.yaml"), or train(model="...", rows=[...])'
-        raise UsageError("a recipe is needed, or model and rows to make it from", fix=fix)
+        raise UsageError("a recipe is required, or model and rows", fix=fix)
     options = override_layer(overrides).plain()
     if "output_dir" not in options:
         # Else it would be named after the file of the rows.
@@ -329,7 +329,7 @@ def open_run_dir(
     if other_leaders:
         names = ", ".join(ranks.name(rank) for rank in other_leaders)
         log.info(
-            f"no shared disk: the nodes of {names} keep checkpoints of their own; "
+            f"no shared disk: the nodes of {names} keep their own checkpoints; "
             f"records and final/ are with {ranks.name(0)}"
         )
     put_earlier_runs_aside(run, ranks, fresh=fresh)
@@ -356,7 +356,7 @@ def check_ranks(run: Run, ranks: Ranks) -> None:
         return
     highest = max(run.profile.ranks, default=0)
     if highest >= ranks.world:
-        what = f"profile.ranks names rank {highest}, and the ranks here are 0 to {ranks.world - 1}"
+        what = f"profile.ranks names rank {highest}, but the ranks are 0 to {ranks.world - 1}"
         fix = "profile.ranks=[0], or profile.ranks=all"
         raise UsageError(what, where="profile.ranks", fix=fix)
 
@@ -375,7 +375,7 @@ def put_earlier_runs_aside(
     for rank, new_place in enumerate(ranks.all_gather_object(place)):
         if new_place:
             owner = f", of {ranks.name(rank)}" if rank else ""
-            log.info(f"the earlier run is now in {new_place}{owner}")
+            log.info(f"moved the existing run to {new_place}{owner}")
 
 
 @contextlib.contextmanager
@@ -456,7 +456,7 @@ def report_failure(
         is_callback_error = error is callback.error
         if is_callback_error:
             what = f"on_record raised {type(error).__name__}: {first_line(error)}"
-            failure = RunError(what, where=f"step {step}", fix=f"correct on_record; {resume}")
+            failure = RunError(what, where=f"step {step}", fix=f"fix on_record; {resume}")
         try:
             write_failure(trainer.out, failure, last_step=step, next_command=resume)
         except OSError as write_error:

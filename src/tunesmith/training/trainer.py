@@ -101,7 +101,7 @@ class Trainer:
         if self.stop.is_due():  # it came while the model was loaded
             self.save_and_stop()
         if not self.progress.validated:
-            self.sinks.text("validation", "now comes the validation that a stop cut off")
+            self.sinks.text("validation", "continuing the validation that was interrupted")
             self.validate()
         # Shards gather the whole model for each token: what a base answers is not worth that.
         if self.first_step == 0 and not self.answers.is_sharded:
@@ -151,7 +151,7 @@ class Trainer:
             yield progress.step
             if self.validation.is_out_of_patience():
                 text = f"no better validation loss {progress.worse} times in a row"
-                self.sinks.text("patience", f"{text}: the run ends here")
+                self.sinks.text("patience", f"{text}: stopping the run")
                 return
 
     def train_step(self, batch: GlobalBatch) -> StepOutput | None:

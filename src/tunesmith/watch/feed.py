@@ -74,7 +74,7 @@ PANELS = (
     Panel("Wait for data", "ms", ("data_seconds",), 1e3),
     Panel("Imbalance of ranks", "%", ("idle_share",), 100),
     Panel("Step time", "s", ("step_seconds",)),
-    Panel("Speed of a short product", "TFLOP/s", ("product_tflops",)),
+    Panel("Speed of a short matmul", "TFLOP/s", ("product_tflops",)),
     Panel("Learning rate", "", ("learning_rate",)),
     Panel("Gradient norm", "", ("grad_norm",)),
 )
@@ -284,7 +284,7 @@ def _wait_for_run(job: Job, *, wait: bool) -> Path:
             fix = f"tunesmith status {shell_word(job.name)}"
             raise UsageError(what, where=str(folder), why=state.text, fix=fix)
         if state.text != last_reason:
-            log.info(f"{job.name} has not begun: {state.text}; waiting for it, ctrl-C ends that")
+            log.info(f"{job.name} has not started: {state.text}; waiting, ctrl-C stops")
         last_reason = state.text
         time.sleep(QUEUE)
     return folder

@@ -126,7 +126,7 @@ def require_word(word: str, form: str) -> str:
     """A word from a machine that goes into a script; MachineError unless it has its form."""
     if not re.fullmatch(form, word):
         raise MachineError(
-            f"{word!r} is no name of an interface or GPU",
+            f"{word!r} is not the name of an interface or GPU",
             where="doctor --fix",
             fix="fix it by hand",
         )
