@@ -56,23 +56,23 @@ COMPLETE: dict[str, dict[str, Any]] = {
 VERDICT = ("state", "recurrent", "dead_targets", "packs_eager", "text")
 HEADER = """# Models
 
-Every type of causal language model that Transformers {transformers} has, as this engine trains it. `tunesmith models`
-prints the same table, and `tunesmith models FOLDER` measures the model of a folder on its own config.
+Support for every causal language model type in Transformers {transformers}. `tunesmith models` prints the
+same table, and `tunesmith models FOLDER` measures the model in a folder.
 
-- **tuned**: documents share rows, and the engine's own forwards compute them.
-- **packed**: documents share rows, under Transformers' forwards. Where layers are named, they carry a state along the row
-  and run on one row a document, or on a GPU in one call of kernels that take the documents' edges.
-- **padded**: one document a row, which is slower: these layers do not keep packed documents apart.
-- **refused**: an encoder, or a model that a text alone does not train.
+- **tuned**: packed rows, with tunesmith's optimized forwards.
+- **packed**: packed rows, with Transformers' forwards. Layers named in the last column are recurrent: they run with one
+  document per row, or on a GPU in one call of kernels that support document boundaries.
+- **padded**: one document per row, which is slower, because the model cannot keep packed documents apart.
+- **refused**: not supported: an encoder, or a model that needs more than text.
 
-{counts}. Measured on a tiny twin of each type, in fp32: the largest difference of two packed (or padded) documents from each
-document alone, in logits and gradients, relative to the largest value. `make families` measures them again.
+{counts}. Measured on a tiny model of each type, in fp32: the largest difference between two packed (or padded) documents
+and each document alone, in logits and gradients, relative to the largest value. `make families` repeats the measurement.
 
-Of the {cut} types with a figure under *cut*, `parallel.tensor` cuts the layers over ranks: the largest difference of two
-ranks from one, in the losses of 5 steps and the gradients, in full and with an adapter (`benchmarks/parity/tensor_cuts.py`).
+The {cut} types with a figure under *cut* support `parallel.tensor`: the largest difference between two
+ranks and one, in the losses of 5 steps and the gradients, in full and with an adapter (`benchmarks/parity/tensor_cuts.py`).
 
-[Mixtures of experts](experts.md): what has an adapter, memory, speed, and which recipes there are.
-LoRA does not reach the experts of `dbrx` and `longcat_flash`, which have code of their own ([experts](experts.md)).
+[Mixtures of experts](experts.md): adapters, memory, speed and recipes. LoRA does not support the experts of `dbrx` and
+`longcat_flash`.
 
 | type | state | logits | gradients | cut | |
 |---|---|---|---|---|---|

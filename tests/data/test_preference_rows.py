@@ -143,7 +143,11 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {  # format, row, a word th
         {"prompt": [U], "chosen": [GOOD], "rejected": [{**BAD, "content": ""}]},
         "rejected",
     ),
-    "a number": ("preference", {"prompt": PROMPT, "chosen": 3, "rejected": "three"}, "different types"),
+    "a number": (
+        "preference",
+        {"prompt": PROMPT, "chosen": 3, "rejected": "three"},
+        "different types",
+    ),
     "two numbers": ("preference", {"prompt": PROMPT, "chosen": 3, "rejected": 4}, "chosen"),
     "a text and a chat": (
         "preference",

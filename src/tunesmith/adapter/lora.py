@@ -309,9 +309,9 @@ def _check_other_experts(model: nn.Module, unmatched: Mapping[str, str]) -> None
             raise RecipeError(
                 f"{wanted!r} of a {type(model).__name__} takes no adapter",
                 where="adapter.target",
-                why="Transformers computes these experts by code of their own, and not through "
+                why="Transformers computes these experts with separate code, and not through "
                 "its experts interface",
-                fix=f"take it out, or use {ALL_LINEAR}, which adapts the layers beside them",
+                fix=f"remove it, or use {ALL_LINEAR}, which adapts the other layers",
             )
 
 
@@ -359,14 +359,14 @@ def describe_left_out(model: nn.Module) -> str:
     parts = []
     if names:
         share = parameters / parameter_count(model)
-        parts.append(f"{', '.join(names)}, which are no linear layers ({share:.0%} of the model)")
+        parts.append(f"{', '.join(names)}, which are not linear layers ({share:.0%} of the model)")
     if bypassed:
         parts.append(f"{', '.join(bypassed)}, where it would get no gradient")
     if routers:
         parts.append("the routers")
     if not parts:
         return ""
-    return f"the adapter leaves out {'; '.join(parts)}"
+    return f"the adapter excludes {'; '.join(parts)}"
 
 
 def _match(endings: Mapping[str, str], names: Sequence[str], key: str, described: str) -> list[str]:
@@ -402,7 +402,7 @@ def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
             names.append(name)
     saved = [name_in_text(model, name) for name in adapter.modules_to_save]
     endings = {name: name for name in saved}
-    return _match(endings, names, "adapter.modules_to_save", "module with weights of its own named")
+    return _match(endings, names, "adapter.modules_to_save", "module with weights named")
 
 
 def _check_saved(model: nn.Module, adapter: Adapter) -> None:

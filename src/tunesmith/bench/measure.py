@@ -156,7 +156,7 @@ class BenchReport:
         yield "supervised tokens", speed, "positions that enter the loss"
         speed = f"{self.samples_times_seq_len_per_second:,.0f} /s"
         yield "samples x seq_len", speed, "as often quoted; counts padding as tokens"
-        padding = self.padding or "of the computed tokens are no padding"
+        padding = self.padding or "of the computed tokens are not padding"
         yield "fill", f"{self.fill_share:.2%}", padding
         if self.mfu_of_published_peak is not None:
             peak = f"of {self.published_peak_tflops:g} TFLOP/s"

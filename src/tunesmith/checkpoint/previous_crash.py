@@ -64,7 +64,7 @@ def killed_before(run_dir: Path) -> RunError | None:
     why, cause = _likely_cause(note)
     return RunError(
         f"the last start was killed {moment}",
-        where=f"process {note['process']} on {note['host']}, begun {note['began']}",
+        where=f"process {note['process']} on {note['host']}, started {note['began']}",
         why=why,
         fix=AGAIN,
         cause=cause,

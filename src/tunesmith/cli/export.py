@@ -214,8 +214,8 @@ def _print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
         print(line)
     if not check.is_near:
         notify(
-            "warning: the file is far from the tuned model beside what training changed; "
-            "a --quant with more bits is nearer"
+            "warning: the file's error is large compared with what training changed; "
+            "use a --quant with more bits"
         )
 
 

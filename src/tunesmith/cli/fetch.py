@@ -182,7 +182,7 @@ def _line(row: dict[str, Any]) -> str:
     """A row as text."""
     parts = [row["name"], row["kind"]]
     if row["licence"]:
-        parts.append(f"licence {row['licence']}")
+        parts.append(f"license {row['licence']}")
     if row["bytes"]:
         parts.append(size_text(row["bytes"]))
     if row.get("missing_bytes") and row["folder"] is None:

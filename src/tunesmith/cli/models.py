@@ -6,10 +6,10 @@ example:
   tunesmith models ./my-model  # a folder with config.json, measured now
   tunesmith models --json  # for scripts
 
-tuned: documents share rows, and this engine's own forwards compute them.
-packed: documents share rows, with Transformers' forwards.
-padded: one document a row.
-refused: not at all, and why.
+tuned: packed rows, with tunesmith's optimized forwards.
+packed: packed rows, with Transformers' forwards.
+padded: one document per row, which is slower.
+refused: not supported, with the reason.
 """
 
 import argparse

@@ -411,7 +411,7 @@ def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[st
         return [
             f"per million tokens: {format_seconds(hours * 3600)}{cost}; the rows are not "
             "available, so "
-            "the hours of the run are not known: train.duration='500 steps' gives them"
+            "the hours of the run are unknown: set train.duration='500 steps'"
         ]
     if price:
         why = "because the speed of this machine is unknown"

@@ -213,7 +213,7 @@ def _adapter(run: Run, where: Place) -> Iterator[Problem]:
     elif any(name != "all-linear" and nearest(name, ["all-linear"]) for name in names):
         yield Problem(
             "adapter.target",
-            f"is {', '.join(names)}, which is no module's name",
+            f"is {', '.join(names)}, which is not a module name",
             fix="adapter.target: all-linear, or a list of module names such as [q_proj, v_proj]",
         )
     elif "all-linear" in names and isinstance(target, tuple):

@@ -182,7 +182,7 @@ class Data:
         "auto",
         "`auto` (the tokenizer's chat template; without one alpaca, and raw where no row has"
         " turns), `chat`, `alpaca`, "
-        "`raw` (prompt and completion as they stand) or a Jinja file",
+        "`raw` (prompt and completion without a template) or a Jinja file",
     )
     template_args: dict[str, bool | int | float | str] = key(
         {},

@@ -63,8 +63,7 @@ class Aligner:
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
-                f"the tokenizer {type(tokenizer).__name__} cannot say where its tokens lie in"
-                " the text",
+                f"the tokenizer {type(tokenizer).__name__} does not provide offsets for its tokens",
                 where="model.tokenizer",
                 why="loss masks need a fast tokenizer, one with a tokenizer.json",
                 fix="set one: model.tokenizer=FOLDER",

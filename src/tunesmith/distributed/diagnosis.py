@@ -90,7 +90,7 @@ class Diagnosis:
         what = f"{self.peers.names(ended)} was killed"
         kills = oom_kills() - self.first_oom_kills
         if kills > 0:
-            why = f"the kernel ended {kills} of this machine's processes since the run began"
+            why = f"the kernel ended {kills} of this machine's processes since the run started"
             return self.fields(what, why, "oom-kill", gone=ended)
         why = "its process exited without a message: a signal or a crash"
         return self.fields(what, why, "killed", gone=ended)

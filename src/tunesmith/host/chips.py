@@ -39,7 +39,7 @@ class Chip:
     integrated: bool = False
     fp8: bool = True
     bf16: bool = True
-    source: str = "not known"
+    source: str = "unknown"
     sources: str = ""
 
 

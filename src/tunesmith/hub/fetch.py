@@ -211,7 +211,7 @@ def list_repo(repo: str, revision: str | None, kind: str, progress: FetchProgres
     license_name = _stated_license(info)
     gated = bool(info.gated)
     suffix = ", gated" if gated else ""
-    log.info(f"{repo}: licence {license_name}{suffix} ({repo_page(repo, kind)})")
+    log.info(f"{repo}: license {license_name}{suffix} ({repo_page(repo, kind)})")
     files = {}
     for file in info.siblings or ():
         name = file.rfilename

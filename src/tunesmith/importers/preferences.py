@@ -81,10 +81,10 @@ def _put_trl_losses(recipe: Translation) -> None:
     main = [loss for loss in losses if loss != "sft"]
     if len(main) != 1 or main[0] not in _DPO_LOSSES or len(set(losses)) != len(losses):
         losses_of_ours = ", ".join(_DPO_LOSSES)
-        fix = f"one of {losses_of_ours}, with sft beside it or without"
+        fix = f"one of {losses_of_ours}, optionally with sft"
         raise recipe.error("loss_type", "it has no counterpart here", fix)
     if len(weights) != len(losses) or weights[losses.index(main[0])] != 1:
-        fix = f"one weight a loss, and 1 for {main[0]}"
+        fix = f"one weight per loss, and 1 for {main[0]}"
         raise recipe.error("loss_weights", "it has no counterpart here", fix)
     recipe.put("method.loss_type", main[0], "loss_type")
     if "sft" in losses:

@@ -194,12 +194,12 @@ def _put_thinking(recipe: Translation) -> None:
     if recipe.get("template") not in recipe.table["reasoning_templates"]:
         recipe.note("enable_thinking", "this template has no thoughts", differs=False)
     elif recipe.get("enable_thinking") is False:
-        why = "where the model's own template takes no such argument, the run says so: take it out"
+        why = "if the model's template does not support it, the run reports an error: remove it"
         recipe.put("data.template_args", {"enable_thinking": False}, "enable_thinking", why=why)
-        why = "a thought in a row is cut out there; here such a row is refused"
+        why = "that tool removes a thought from a row; tunesmith reports an error"
         recipe.note("enable_thinking", why)
     else:
-        why = "an answer without a thought gets an empty one there; here the template decides"
+        why = "that tool adds an empty thought to an answer; here the template decides"
         recipe.note("enable_thinking", why)
 
 

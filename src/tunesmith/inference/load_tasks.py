@@ -163,7 +163,7 @@ def _load_task(name: str, manager: Any) -> dict[str, Any]:
 def _check_task(name: str, task: Any) -> None:
     """UsageError for a task that runs a model's code, or is not of text alone."""
     why = ""
-    fix = "leave it out"
+    fix = "remove it"
     if getattr(task, "UNSAFE_CODE", False):
         why = "it executes code written by the model on this machine"
         fix = "remove it, or run it with lm_eval in a container"

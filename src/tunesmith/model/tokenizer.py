@@ -104,7 +104,7 @@ def eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
             if tokenizer.eos_token_id is not None:
                 fix = f"{fix}: {tokenizer.eos_token_id}"
             raise ModelError(
-                f"eos_token_id {unknown[0]} is no token",
+                f"eos_token_id {unknown[0]} is not a token",
                 where=str(file),
                 why=f"the tokenizer's last is {max(token_ids)}",
                 fix=fix,

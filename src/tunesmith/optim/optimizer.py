@@ -269,7 +269,7 @@ class Optimizer:
                     where=where,
                     why="it was written by a run with other trained weights, or another "
                     "train.optimizer",
-                    fix="go on with the same adapter, model and optimizer, or start over with "
+                    fix="continue with the same adapter, model and optimizer, or start over with "
                     "--fresh",
                 )
             # Of a stored tensor only these slices are read from the file.

@@ -81,7 +81,7 @@ def _check_modules(modules: Mapping[str, Any], size: int) -> None:
                 raise RecipeError(
                     f"{name}.{stack} cannot be divided over ranks",
                     where=KEY,
-                    why="frozen weights that are no codes can",
+                    why="only frozen unquantized weights can",
                     fix=f"{KEY}=1",
                 )
 

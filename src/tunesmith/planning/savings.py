@@ -178,7 +178,7 @@ def warn_of_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -
         place = f" ({machine.limit.describe()})"
     warning = (
         f"warning: the run may not fit: it needs about {needed / 2**30:.1f} GiB, on a CPU up to a "
-        f"quarter more, and {there / 2**30:.1f} GiB can be had now{place}; "
+        f"quarter more, and {there / 2**30:.1f} GiB are available{place}; "
         f"fix: {_ways_to_fit(plan, machine, resumed=resumed)}"
     )
     return replace(plan, warnings=(*plan.warnings, warning))

@@ -402,7 +402,7 @@ def describe_session(
     if why and "threads" in plan.why:
         yield f"threads: {torch.get_num_threads()}, {plan.why['threads']}"
     if peak.tflops and not peak.published:
-        yield f"MFU is taken against {peak.tflops:.0f} TFLOP/s, {peak.source}"
+        yield f"MFU is relative to {peak.tflops:.0f} TFLOP/s, {peak.source}"
 
 
 def plan_model(
@@ -437,8 +437,8 @@ def plan_model(
         needed, there = plan.memory.host * ranks.local_world, available_memory()
         if needed > there:
             what = (
-                f"the host needs {size_text(needed)} for what is offloaded, "
-                f"and {size_text(there)} can be had"
+                f"the host needs {size_text(needed)} for offloading, "
+                f"but only {size_text(there)} are available"
             )
             fix = "train.cpu_offload=[], or more nodes"
             raise MachineError(

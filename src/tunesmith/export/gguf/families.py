@@ -155,7 +155,7 @@ def notes_on_config(config: Mapping[str, Any], family: GgufFamily) -> list[str]:
     if full["rope_type"] == "longrope":
         original = _original_context(config, full)
         notes.append(
-            f"llama.cpp takes the long rope factors for short texts too where its context is above "
+            f"llama.cpp uses the long rope factors for short texts too if its context is above "
             f"{original}: start it with -c {original} for those"
         )
     return notes
