@@ -155,6 +155,56 @@ def test_names_say_what_is_in_them():
     assert places == []
 
 
+# Phrases that made readers stop, in help pages, messages and docs, and what the field says.
+STUMBLED = {
+    r"alike": "the same",
+    r"as they stand": "unchanged, without a template",
+    r"told apart": "no significant difference",
+    r"signs? of life": "heartbeat",
+    r"(without a|no|left no) word": "without a message",
+    r"so many": "the number",
+    r"by the clock": "a duration in time",
+    r"(can|could|cannot|must) be had": "available",
+    r"wins? over": "overrides",
+    r"takes? the place of|in place of": "replaces, instead of",
+    r"goe?s? on": "continues, resumes",
+    r"mends?": "fixes",
+    r"somebody|nobody": "someone, no one, or who it is",
+    r"already there|there already|is there": "exists",
+    r"(tokeni|utili|quanti|initiali)s(e|ed|ing|ation)": "US spelling",
+}
+
+
+def shown_texts() -> Iterator[tuple[str, str]]:
+    """Places and texts that users read: help pages, string literals, README and docs."""
+    for file in FILES:
+        body = ast.parse(file.read_text(encoding="utf-8"))
+        docstrings = {
+            node.value
+            for node in ast.walk(body)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(body):
+            is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if is_text and node not in docstrings:
+                yield f"{file.relative_to(SOURCE)}:{node.lineno}", node.value
+    root = SOURCE.parents[1]
+    help_pages = root / "tests" / "cli" / "golden" / "help.txt"
+    for page in [root / "README.md", help_pages, *root.glob("docs/*.md")]:
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            yield f"{page.name}:{number}", line
+
+
+def test_texts_use_the_words_of_the_field():
+    phrases = re.compile(rf"\b(?:{'|'.join(STUMBLED)})\b")
+    places, count = [], 0
+    for place, text in shown_texts():
+        count += 1
+        places += [f"{place}: {match[0]}" for match in phrases.finditer(text)]
+    assert count > 5000, "too few texts were looked at"
+    assert places == []
+
+
 # Places in tests that assert words of a message; it may only fall. What is asserted are fields and
 # values (`tests/errors.py`), so that a new wording breaks one test at most.
 PROSE_ASSERTED = 82

@@ -76,7 +76,7 @@ class _Amount:
                 raise ValueError(f"{text!r}: {unit} must be a whole number of at least 1")
             return cls(int(amount), unit)
         if unit == "steps" and amount != int(amount):
-            raise ValueError(f"{text!r}: {unit} are whole")
+            raise ValueError(f"{text!r}: {unit} must be a whole number")
         return cls(amount, unit)
 
     def __str__(self) -> str:

@@ -51,8 +51,8 @@ DIGITS = "9" * 4301  # more than int() reads
 
 # file name, content, keys of the source, and parts of what, where and fix
 FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
-    ("a.jsonl", "", {}, "the file is empty", "a.jsonl", "write rows"),
-    ("a.jsonl", "\n \n", {}, "only blank lines", "a.jsonl", "write rows"),
+    ("a.jsonl", "", {}, "the file is empty", "a.jsonl", "add rows"),
+    ("a.jsonl", "\n \n", {}, "only blank lines", "a.jsonl", "add rows"),
     ("a.jsonl", f"{GOOD}\nnot json\n", {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
     ("a.jsonl", f'{GOOD}\n\n{{"text": "cut', {}, "not JSON", "a.jsonl:3", "delete its last line"),
     ("a.jsonl", f"[\n{GOOD},\n{GOOD}\n]\n", {}, "not JSON", "a.jsonl:1", "a.json"),
@@ -71,7 +71,7 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.json", f"[{GOOD},\n{{text: 1}},\n{GOOD}]", {}, "not JSON", "a.json row 2", "at line 2 column 2"),
     ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete it"),
     ("a.json", b"[{\"text\": \"a\n\xff\"}]", {}, "not UTF-8", "a.json:2", "iconv"),
-    ("a.csv", "text\n", {}, "a header and no rows", "a.csv", "write rows"),
+    ("a.csv", "text\n", {}, "a header and no rows", "a.csv", "add rows"),
     ("a.csv", "text,text\n1,2\n", {}, "names text twice", "a.csv:1", "a unique name"),
     ("a.csv", f"{GOOD}\n{GOOD}\n", {}, "JSON lines, not CSV", "a.csv:1", "a.jsonl"),
     ("a.csv", ",text\nx,a\n", {}, "an unnamed column", "a.csv:1", "a unique name"),
@@ -84,8 +84,8 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.txt", "hello", {}, "not a supported data file", "a.txt", "JSON lines"),
     ("a.jsonl", GOOD, {"split": "test"}, "no split test", "a.jsonl", "split: train"),
     ("a.jsonl", GOOD, {"split": "test[:5]"}, "no split test", "a.jsonl", "split: train[:5]"),
-    ("a.jsonl", GOOD, {"split": "train[5:]"}, "selects no rows", "a.jsonl", "widen"),
-    ("a.jsonl", GOOD, {"split": "train[:1%]"}, "selects no rows", "a.jsonl", "widen"),
+    ("a.jsonl", GOOD, {"split": "train[5:]"}, "selects no rows", "a.jsonl", "larger slice"),
+    ("a.jsonl", GOOD, {"split": "train[:1%]"}, "selects no rows", "a.jsonl", "larger slice"),
     ("a.jsonl", GOOD, {"split": "train[:200%]"}, "cannot be read", "a.jsonl", "train[:95%]"),
     ("a.jsonl", GOOD, {"split": "train[10%:20]"}, "cannot be read", "a.jsonl", "train[:95%]"),
     ("a.jsonl", GOOD, {"split": "train[a:b]"}, "cannot be read", "a.jsonl", "train[:95%]"),
@@ -104,7 +104,7 @@ def test_a_refused_file_is_closed(write: Callable[[str, str | bytes], str]) -> N
     source = Source(source=write("a.jsonl", "\n \n"), format="text")
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        assert_refused(source, "only blank lines", "a.jsonl", "write rows")
+        assert_refused(source, "only blank lines", "a.jsonl", "add rows")
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -377,5 +377,5 @@ def test_columns_of_parquet_are_named_as_what_they_are(tmp_path: Path) -> None:
         Source(source=str(path), format="text"),
         "several columns named text",
         "a.parquet",
-        "of its own",
+        "unique",
     )

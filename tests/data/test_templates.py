@@ -95,7 +95,7 @@ def test_describe_is_one_line_that_names_what_is_in_use(tmp_path: Path) -> None:
             "own.jinja",
             "<|im_end|>",
         ],
-        select_template(data("text"), base(), {2}).describe(): ["as they stand", "</s>"],
+        select_template(data("text"), base(), {2}).describe(): ["without a template", "</s>"],
         select_template(data("text"), tokenizer, {2}).describe(): ["as they are", "</s>"],
     }
     for line, words in lines.items():

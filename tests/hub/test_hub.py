@@ -342,7 +342,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch) -> Non
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     screen, file, unused = Terminal(), io.StringIO(), Terminal()
-    line = "fetching a/b: 2.0 kB, 500 bytes there already\n"
+    line = "fetching a/b: 2.0 kB, 500 bytes already downloaded\n"
     for stream, draws_bar in ((screen, True), (file, True), (unused, False)):
         monkeypatch.setattr(sys, "stderr", stream)
         progress = FetchProgress(draws_bar=draws_bar)

@@ -189,12 +189,12 @@ def pairs(won: int, lost: int, same: int) -> PairedIntervals:
     [
         (30, 5, 65, "exact: tuned is better than base on these 100 rows (+25.0 points, 95 % interval +1"),
         (5, 30, 65, "exact: tuned is worse than base on these 100 rows (-25.0 points"),
-        (10, 9, 81, "not told apart by 100 rows (+1.0 points"),
-        (0, 0, 40, "not told apart by 40 rows (+0.0 points, 95 % interval -8.8 to +8.8)"),
-        (5, 0, 0, "not told apart by 5 rows"),
+        (10, 9, 81, "no significant difference between tuned and base on 100 rows (+1.0 points"),
+        (0, 0, 40, "no significant difference between tuned and base on 40 rows (+0.0 points, 95 % interval -8.8 to +8.8)"),
+        (5, 0, 0, "no significant difference between tuned and base on 5 rows"),
         (6, 0, 0, "better"),
         (5, 0, 5, "only 5 rows differ, which can be chance)"),
-        (1, 0, 0, "not told apart by 1 row ("),
+        (1, 0, 0, "no significant difference between tuned and base on 1 row ("),
         (15, 6, 79, "+0.0 to +18.4; by chance alone this happens in 5.2% of evaluations)"),
     ],
 )  # fmt: skip

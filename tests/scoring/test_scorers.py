@@ -149,7 +149,7 @@ BAD_ROWS = [
     ("json", row("[" * 100_000), "the reference is not JSON", "nested"),
     ("json", row("1", row={"schema": {"type": "nothing"}}), "not a JSON schema", "nothing"),
     ("json", row("1", row={"schema": "{"}), "not a JSON schema", "line 1"),
-    ("json", row("1", row={"schema": "3"}), "not a JSON schema", "no object"),
+    ("json", row("1", row={"schema": "3"}), "not a JSON schema", "not an object"),
     ("json", row("1", row={"schema": {"$ref": "#/$defs/a"}}), "not a JSON schema", "$defs"),
     ("json", row("1", row={"schema": {"$ref": "https://example.com/s.json"}}), "not a JSON schema", "example.com"),
     ("json", row("1", row={"schema": {"$ref": "#"}}), "not a JSON schema", "without end"),

@@ -36,7 +36,7 @@ def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
     rows = config["vocab_size"]
     if size > rows:
         values["vocab_size"] = size
-        change = f"vocabulary of {size:,} in place of {rows:,}: the tokenizer's ids must fit"
+        change = f"vocabulary of {size:,} instead of {rows:,}: the tokenizer's ids must fit"
     (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     loaded.save_pretrained(folder)
     return change

@@ -129,7 +129,7 @@ LOADING = COMPUTING | {"data", "launch local"}
 LEAST_LIMITS = {"ulimit -v": 1 << 30, "ulimit -d": 384 << 20}
 
 _NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a writable folder")
-_UNUSABLE = ("this path cannot be used", "correct the path, or move the file that is there")
+_UNUSABLE = ("this path cannot be used", "correct the path, or move the existing file")
 _PATH_FAULTS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NOT_PERMITTED),
     **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG), _UNUSABLE),

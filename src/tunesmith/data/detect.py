@@ -187,7 +187,7 @@ def _check_kind(columns: list[str], where: str, columns_text: str) -> None:
     for names, kind in _OTHER_KINDS.items():
         if plain_columns.issuperset(names):
             raise DataError(
-                f"the rows hold {kind}, which is not supported yet",
+                f"the rows contain {kind}, which is not supported yet",
                 where=where,
                 why=columns_text,
                 fix="train on some columns only, such as --columns prompt=...,completion=...",

@@ -205,7 +205,7 @@ def _read_json_lines(path: Path) -> Table:
     with path.open("rb") as file:
         starts, ends, numbers = _line_places(file)
         if not starts:
-            fix = "write rows into it"
+            fix = "add rows to it"
             raise DataError("the file has only blank lines", where=str(path), fix=fix)
         # A descriptor of its own: rows are read long after this function ends.
         descriptor = os.dup(file.fileno())
@@ -395,7 +395,7 @@ def _read_csv(path: Path) -> Table:
         fix = "give each column a unique name in the first line"
         raise DataError(what, where=f"{path}:1", fix=fix)
     if len(rows) < 2:
-        fix = "write rows below the header"
+        fix = "add rows below the header"
         raise DataError("the file has a header and no rows", where=str(path), fix=fix)
     table = [dict(zip(header, values, strict=True)) for values in rows[1:]]
     return Table(

@@ -96,7 +96,7 @@ class FetchProgress:
                 last_line = time.monotonic()
                 log.info(f"  {size_text(done)} of {size_text(total)}")
 
-        there = f", {size_text(done)} there already" if done else ""
+        there = f", {size_text(done)} already downloaded" if done else ""
         log.info(f"{doing} {what}: {size_text(total)}{there}")
         yield advance
 

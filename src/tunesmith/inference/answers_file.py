@@ -158,7 +158,7 @@ class AnswersFile:
                 where=str(path),
                 why="; ".join(differences),
                 fix="the same command with --fresh moves them aside, --output FILE keeps both "
-                "in use, and the options of before go on with them",
+                "in use, and the previous options continue them",
             )
         for number, line in enumerate(lines[1:], 2):
             self._add(line, number)

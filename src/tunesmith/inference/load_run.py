@@ -199,7 +199,7 @@ def _in_run(folder: Path) -> RunLocation:
     raise CheckpointError(
         "this run has no finished checkpoint",
         where=str(folder),
-        why="; ".join(skipped) or "neither final/ nor a checkpoint-N/ is there",
+        why="; ".join(skipped) or "neither final/ nor a checkpoint-N/ exists",
         fix=f"continue it: tunesmith train {shell_path(folder / RECIPE)}",
     )
 

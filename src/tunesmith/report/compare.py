@@ -202,7 +202,7 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     if any(run.files.state is RunState.RUNNING for run in (*first.runs, *second.runs)):
         return Verdict("none", f"So far {first.name} is ahead: {against}", reasons)
     if threshold is None:
-        chance = "the variation between seeds is unknown"
+        chance = "how much runs vary by chance is unknown"
         headline = f"{first.name} has the {measure.best_word}, but {chance}: {against}"
         return Verdict("none", headline, reasons)
     if gap <= threshold:

@@ -688,7 +688,7 @@ def check_one_micro_batch(run: Run, batch: GlobalBatch) -> None:
             f"step {batch.step + 1} takes {len(batch.micro)} micro batches, but {key} requires one"
         )
         why = (
-            "each parameter is updated as soon as its gradient is there, "
+            "each parameter is updated as soon as its gradient is computed, "
             "so gradients cannot be accumulated"
         )
         raise UsageError(

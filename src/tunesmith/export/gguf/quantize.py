@@ -105,5 +105,5 @@ def _blocks(rows: Tensor, kind: str) -> memoryview:
     )
     # A size other than planned would shift every tensor after this one.
     if written != len(data):
-        raise RuntimeError(f"ggml wrote {written} bytes of {kind} in place of {len(data)}")
+        raise RuntimeError(f"ggml wrote {written} bytes of {kind} instead of {len(data)}")
     return memoryview(data)
