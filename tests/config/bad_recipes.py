@@ -185,7 +185,7 @@ _RULES = [
     _rule("rank of 64 bits", "adapter.rank=9223372036854775807", "below 2147483648", "adapter.rank=8"),
     _rule("alpha 0", "adapter.alpha=0", "adapter.alpha is 0", "adapter.alpha=16.0"),
     _rule("dropout 1", "adapter.dropout=1", "adapter.dropout is 1", "adapter.dropout=0.0"),
-    _rule("target mistyped", "adapter.target=all_linear", "is all_linear, which is no module's name", "all-linear"),
+    _rule("target mistyped", "adapter.target=all_linear", "is all_linear, which is not a module name", "all-linear"),
     _rule("target empty", "adapter.target=[]", "names no module", "all-linear"),
     _rule("all-linear in a list", "adapter.target=[all-linear, lm_head]", "has all-linear in a list", "adapter.target: all-linear"),
     _rule("added tokens untrained", "model.added_tokens=['<|x|>']", "needs trained embeddings", "modules_to_save: [embed_tokens"),

@@ -419,7 +419,7 @@ def test_experts_without_the_interface_are_refused_by_name(
     with pytest.raises(RecipeError, match=what):
         lora.attach_lora(model, Adapter(target=(target,)), seed=0)
     lora.attach_lora(model, Adapter(), seed=0)
-    assert "which are no linear layers" in lora.describe_left_out(model)
+    assert "which are not linear layers" in lora.describe_left_out(model)
 
 
 def test_names_of_targets() -> None:
