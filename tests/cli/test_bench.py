@@ -120,7 +120,7 @@ GOOD: list[Any] = ["--shape", "llama3-8b", "--tokenizer", "t", "--data", "d"]
         ([*GOOD, "--steps", "0"], "--steps 0 is out of range", "at least 1"),
         ([*GOOD, "--warmup", "-1"], "--warmup -1 is out of range", "at least 0"),
         ([*GOOD, "--json", "no/such/x.json"], "there is no folder no/such", "mkdir -p no/such"),
-        ([*GOOD, "--profile", __file__], "is a file", "name a folder"),
+        ([*GOOD, "--profile", __file__], "is a file", "use a folder"),
         ([*GOOD, "--ablation", "--rounds", "0"], "--rounds 0 is out of range", "at least 1"),
         ([*GOOD, "--only", "recomputed"], "--only chooses variants", "add --ablation"),
         ([*GOOD, "--ablation", "--cold"], "--ablation measures complete runs only", "remove --cold"),

@@ -71,7 +71,7 @@ def test_look_bring_list_remove(fetch, files, tmp_path: Path) -> None:
             "model.safetensors"
         ]
         assert f"fetching {NAME}" in err
-        assert "licence" in fetch(NAME, "--update", hub=hub)[2], (
+        assert "license" in fetch(NAME, "--update", hub=hub)[2], (
             "with --update the Hub is asked again"
         )
 

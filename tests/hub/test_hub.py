@@ -194,7 +194,7 @@ def test_a_silent_connection_is_left_and_resumed(ask, files) -> None:
 def test_damaged_bytes_are_not_kept(ask, files) -> None:
     with StandIn({NAME: Repo(files, bad_byte=True)}) as hub:
         answer, _ = ask(hub)
-        assert_refused(answer, "model.safetensors arrived damaged")
+        assert_refused(answer, "model.safetensors is damaged")
         assert not part_of(ask.home, files).exists()
 
 
@@ -204,7 +204,7 @@ def test_a_busy_hub_is_asked_again(ask, files) -> None:
         assert "folder" in answer
     with StandIn({"someone/other": Repo(files, failing=99)}) as hub:
         answer, _ = ask(hub, model={"name": "someone/other"})
-        assert_refused(answer, "answers 503", "start again later")
+        assert_refused(answer, "answers 503", "try again later")
 
 
 @pytest.mark.parametrize(

@@ -392,8 +392,8 @@ BAD = {
     "quote": ("trl sft \\\n  --model_name_or_path 'm\n", ["cannot be read", "file.yaml:2"]),
     "shell": ("trl sft --model_name_or_path $MODEL\n", ["$MODEL", "file.yaml:1"]),
     "again": ("trl sft --seed 1 \\\n --seed 2\n", ["--seed is given twice", "file.yaml:2"]),
-    "grpo": ("trl grpo --model_name_or_path m\n", ["grpo is none"]),
-    "accelerate": ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", ["names no model", "--extends"]),
+    "grpo": ("trl grpo --model_name_or_path m\n", ["grpo is not a known"]),
+    "accelerate": ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", ["contains no model", "--extends"]),
 }  # fmt: skip
 
 

@@ -455,7 +455,7 @@ def test_a_family_without_a_row_gets_a_recipe_that_trains(
     assert (recipe.train.learning_rate, recipe.adapter.rank) == (1e-3, 16)
     assert recipe.train.global_batch.unit == "examples"
     text = (home / f"runs/faq-{model_type}.yaml").read_text()
-    reason = f"  # {model_type} does not keep packed examples apart\n  pack: false"
+    reason = f"  # {model_type} cannot keep packed examples apart\n  pack: false"
     assert (reason in text) is not packs
     assert (home / f"runs/faq-{model_type}/final/adapter_model.safetensors").is_file()
 

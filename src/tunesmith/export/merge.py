@@ -97,7 +97,7 @@ class Merged(Tabular):
         if self.note:
             notes.append(self.note)
         size = f"{self.bytes / 2**20:.0f} MiB in {self.dtype}"
-        notes.append(f"{self.output}: {size}; Transformers loads it as it is")
+        notes.append(f"{self.output}: {size}; load it with Transformers")
         notes.append(f"next: tunesmith chat {shell_path(self.output)}")
         columns = ["max logit diff", "mean KL (nats)", "same top token"]
         return ResultTable(rows, columns, "against the adapter", notes)

@@ -144,21 +144,21 @@ class Evaluation(Tabular):
                 yield f"{count} of {rows} were {what}: longer than the recipe's seq_len"
         if self.seen is not None and self.seen.count:
             yield (
-                f"warning: {self.seen.count} of {rows} were trained on, token for token: "
-                "they do not tell how good the model is on new ones; "
+                f"warning: {self.seen.count} of {rows} were trained on: "
+                "they do not show how good the model is on new rows; "
                 f"first {self.seen.where} ({self.seen.earlier})"
             )
         elif self.seen is not None:
-            yield f"of {rows} none was trained on, token for token"
+            yield f"of {rows} none was trained on (compared by tokens)"
         elif self.seen_fault:
-            yield f"whether rows were trained on is not known: {self.seen_fault}"
+            yield f"could not check whether rows were trained on:  {self.seen_fault}"
         if self.unanswered:
             yield f"{self.unanswered} of {rows} have an empty answer: not scored"
         for model, count in self.unfinished.items():
             if count:
                 answers = count_of(self.by_scorer[0].rows, "answer")
-                cut = f"{count} of {answers} of {model} were cut at the longest allowed"
-                yield f"{cut}: they may score less than they would"
+                cut = f"{count} of {answers} of {model} were cut off at --max-new-tokens"
+                yield f"{cut}: their scores may be too low"
         if self.answers is not None:
             yield f"answers: {self.answers}"
 
@@ -175,7 +175,7 @@ def _loss_rows(results: Sequence[EvalResult]) -> list[list[str]]:
         if share is not None:
             matches.append(f"{share:.1%} ({share * result.answered:.0f}/{result.answered})")
     rows = [
-        ["loss (nats a token)", *(f"{result.loss:.4f}" for result in results)],
+        ["loss (nats per token)", *(f"{result.loss:.4f}" for result in results)],
         ["perplexity", *perplexities],
         ["token accuracy", *(f"{result.token_accuracy:.2%}" for result in results)],
     ]
@@ -482,7 +482,7 @@ def _require_file(data: object) -> None:
     """DataError for rows themselves, which `train` takes."""
     if not isinstance(data, str | Path | None):
         what = f"rows to evaluate are {type(data).__name__}, not a file"
-        fix = "write them to a file of JSON lines, and name it"
+        fix = "write them to a JSON lines file, and pass its path"
         raise DataError(what, where="evaluate(run, data)", fix=fix)
 
 

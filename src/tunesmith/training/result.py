@@ -82,9 +82,11 @@ class Result(Tabular):
             steps = count_of(self.first_step, "step")
             rows.insert(1, ("resumed", f"after {steps}: the figures are of this start"))
         if self.finished_before:
-            rows.append(("was finished", "a longer train.duration goes on, fresh=True starts over"))
+            rows.append(
+                ("was finished", "a longer train.duration continues, fresh=True starts over")
+            )
         run = shown(from_here(self.output_dir))
-        files = f"{FINAL}/ (weights), {METRICS} (a record a step), {LOG}"
+        files = f"{FINAL}/ (weights), {METRICS} (one record per step), {LOG}"
         data = "" if any(record.val_loss is not None for record in records) else ", 'rows.jsonl'"
         rows += [
             ("written to", run),

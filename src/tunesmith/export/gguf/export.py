@@ -73,9 +73,9 @@ class ExportedFile(Tabular):
             if self.check.base:
                 answers += f" (base: {self.check.base.mean_kl:.2g})"
             rows += [
-                ("prompts", f"{self.check.prompts} have the same token ids in llama.cpp"),
+                ("prompts", f"{self.check.prompts} have identical token ids in llama.cpp"),
                 ("answers", answers),
-                ("", f"the same likeliest token at {tuned.agreement:.0%}"),
+                ("", f"the same most likely token at {tuned.agreement:.0%}"),
             ]
         return ResultTable(rows, notes=[f"note: {note}" for note in self.notes])
 
