@@ -175,13 +175,13 @@ class BenchReport:
         yield "first step", f"{self.first_step_seconds:.1f} s", build
         later = f"{self.graphs_compiled_after_step_3} after step 3"
         yield "graphs compiled", str(self.graphs_compiled), later
-        where = "resident in RAM" if self.device == "cpu" else "allocated on the GPU"
+        where = "resident memory" if self.device == "cpu" else "allocated on the GPU"
         yield "peak memory", f"{self.peak_memory_gib:.1f} GiB", where
         if self.gpu_power_watts is not None:
             yield "power, mean", f"{self.gpu_power_watts:.0f} W", ""
         if self.checkpoint_stall_seconds is not None:
             stall = f"{self.checkpoint_stall_seconds * 1000:.0f} ms"
-            yield "adapter checkpoint", stall, "holds up the loop"
+            yield "adapter checkpoint", stall, "blocks the loop"
         yield "loss", f"{self.last_loss:.4f}", f"{self.first_loss:.4f} at the first timed step"
 
 

@@ -114,16 +114,16 @@ ALIKE = "ranks with equal inputs"
 COPIES = "equal copies on ranks"
 # Of a check that failed.
 MEANING = {
-    LOSS: "these ranks compute another model or other rows than one process: "
-    "a layer that is cut wrongly, other weights",
-    NORM: "gradients are not summed over these ranks as they must be, "
+    LOSS: "these ranks use a different model or different rows than one process: "
+    "wrongly sharded layers, or other weights",
+    NORM: "gradients are reduced incorrectly over these ranks, "
     "or the norm counts some twice or not at all",
-    RESUME: "a checkpoint of these ranks lacks a part of their state, "
-    "or it is read into other places",
+    RESUME: "a checkpoint of these ranks misses a part of their state, "
+    "or is loaded into the wrong places",
     GRADIENTS: "the backward does not reach a part of the adapter",
-    CHANGED: "a trained parameter gets no gradient, or the optimizer or final/ leaves it out",
-    ALIKE: "a rank reads other rows or another base than one process does",
-    COPIES: "ranks hold other values of the same weight or moment: copies drift apart",
+    CHANGED: "a trained parameter gets no gradient, or the optimizer or final/ omits it",
+    ALIKE: "a rank reads different rows or a different base than one process",
+    COPIES: "ranks have different values of the same weight or moment: replicas diverge",
 }
 MakeMesh = Callable[[MeshShape, str], Mesh]
 

@@ -413,7 +413,7 @@ class Sweep:
             last = list(records.values())[-max(1, len(records) // 10) :]
             return Standing(step, sum(record.loss for record in last) / len(last), "finished")
         if record is None or record.val_loss is None:
-            what = f"a candidate's records hold no {self.compared} of step {step}"
+            what = f"a candidate's records contain no {self.compared} of step {step}"
             fix = f"rm -r {shell_path(folder)}   # the same command then retrains this candidate"
             raise RunError(what, where=str(folder / METRICS), why="they were edited", fix=fix)
         if not math.isfinite(record.val_loss):
