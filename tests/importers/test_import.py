@@ -483,7 +483,7 @@ def test_template_arguments_of_rows_without_a_template_are_left_out(tmp_path: Pa
 @pytest.mark.parametrize(
     ("template", "value", "arguments", "words"),
     [
-        ("qwen3", False, {"enable_thinking": False}, "tunesmith reports an error"),
+        ("qwen3", False, {"enable_thinking": False}, "such a row is an error"),
         ("qwen3", True, None, "adds an empty thought"),
         ("qwen3", None, None, "adds an empty thought"),
         ("qwen", False, None, "no thoughts"),

@@ -337,7 +337,7 @@ def test_a_site(sites: Path) -> None:
     [
         ("alps: {partition: gpu}", "alpes", "there is no site 'alpes'"), ("alps:\n  partitoin: gpu", "alps", "sites.yaml:2"),
         ("alps: {setup: module load}", "alps", "setup takes a list of lines"), ("alps: {exclusive: 1}", "alps", "exclusive takes true"),
-        ("alps: {environment: {'A=1;id': x}}", "alps", "environment takes NAME: value"), ("alps: {mem: [1]}", "alps", "one word"),
+        ("alps: {environment: {'A=1;id': x}}", "alps", "environment takes NAME: value"), ("alps: {mem: [1]}", "alps", "single word"),
     ],
 )  # fmt: skip
 def test_a_site_that_is_wrong(sites: Path, text: str, name: str, said: str) -> None:

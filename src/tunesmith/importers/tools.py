@@ -196,10 +196,10 @@ def _put_thinking(recipe: Translation) -> None:
     elif recipe.get("enable_thinking") is False:
         why = "if the model's template does not support it, the run reports an error: remove it"
         recipe.put("data.template_args", {"enable_thinking": False}, "enable_thinking", why=why)
-        why = "that tool removes a thought from a row; tunesmith reports an error"
+        why = "LLaMA-Factory removes a thought from a row; here such a row is an error"
         recipe.note("enable_thinking", why)
     else:
-        why = "that tool adds an empty thought to an answer; here the template decides"
+        why = "LLaMA-Factory adds an empty thought to an answer; here the template decides"
         recipe.note("enable_thinking", why)
 
 

@@ -347,7 +347,7 @@ def warning_of(request: Request) -> int:
             seconds = min(seconds, limit // 4)
     if limit and seconds > limit // 2:
         raise UsageError(
-            f"the run would spend {seconds} of {limit} s on saving",
+            f"the run would reserve {seconds} s of {limit} s for saving",
             where="--warn-before",
             fix=f"a longer --time, or --warn-before {limit // 4}",
         )
