@@ -217,9 +217,9 @@ NVFP4: dict[str, tuple[Fault, str, str, str]] = {
         part_of("weight_global_scale", torch.zeros(1)), "and above 0: 0",
         f"{LAYER}.weight_global_scale", "fetch"),
     "plain and in codes": (
-        part_of("weight", ones(128, 64)), "is there plain and in codes", "safetensors", "fetch"),
+        part_of("weight", ones(128, 64)), "is stored both unquantized and in codes", "safetensors", "fetch"),
     "a zero point": (
-        part_of("weight_zero_point", ones(128, 4)), "belong nowhere", "base", "config.json"),
+        part_of("weight_zero_point", ones(128, 4)), "do not belong to this model", "base", "config.json"),
     "plain where it should be in codes": (
         all_faults(
             part_of("weight", ones(128, 64)), part_of("weight_packed", None),

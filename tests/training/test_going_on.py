@@ -190,11 +190,11 @@ CHANGED: dict[str, tuple[Callable[[Path], None], type[TunesmithError], str, str]
         "the base model changed since this run started",
         "model.name: ",
     ),
-    "training rows": (words("train"), DataError, "the training data is not", "data.train: "),
+    "training rows": (words("train"), DataError, "the training data changed", "data.train: "),
     "validation rows": (
         words("held"),
         DataError,
-        "the validation data is not",
+        "the validation data changed",
         "data.validation: ",
     ),
 }

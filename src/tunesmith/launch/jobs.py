@@ -96,7 +96,7 @@ class Job:
         """What the run directory says; where another job was launched there since, that alone."""
         later = self.later_job()
         if later:
-            text = f"{later.name} was launched in its run directory since"
+            text = f"{later.name} was later launched in the same run directory"
             return JobState(RunState.UNKNOWN, text)
         out = Path(self.run_dir)
         step = last_step(out)
@@ -119,8 +119,8 @@ class Job:
             texts.insert(0, "saved")
         if state is RunState.KILLED:
             if not holds_run(out):
-                return JobState(RunState.UNKNOWN, "its run directory holds no run yet")
-            texts.append("no process is at work here; the same command goes on")
+                return JobState(RunState.UNKNOWN, "its run directory contains no run yet")
+            texts.append("no process is running here; the same command resumes")
         return JobState(state, ", ".join(filter(None, texts)))
 
     def read_log(self, *, follow: bool) -> Iterator[str]:

@@ -209,9 +209,9 @@ class SlurmJob(Job):
         state = self.state().state
         if state is RunState.QUEUED:
             _cancel(id_)
-            return "taken out of the queue"
+            return "removed from the queue"
         if state is not RunState.RUNNING:
-            return "it has ended already"
+            return "it has already ended"
         # The first is for the script, which does not requeue; the second tells a stop from Slurm's
         # own SIGTERM.
         out = Path(self.run_dir)

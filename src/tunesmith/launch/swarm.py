@@ -191,7 +191,7 @@ class SwarmJob(Job):
         lost_hosts = self.clean()
         run = Job.state(self)
         line = f"removed; {run.state}: {run.text}"
-        return "; ".join([line, *(f"{host} is not reached" for host in lost_hosts)])
+        return "; ".join([line, *(f"{host} cannot be reached" for host in lost_hosts)])
 
     def tasks_at_work(self, manager: Connection) -> list[dict[str, str]]:
         """The tasks that have not ended, but for those of nodes that are lost."""

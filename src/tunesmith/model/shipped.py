@@ -250,7 +250,7 @@ def _check_value(stored: Mapping[str, Any], key: str, read: Sequence[Any], where
     if value in (None, [], {}) or value in read:
         return
     raise ModelError(
-        f"quantization_config: {key} is {value!r:.100}, which is not read",
+        f"quantization_config: {key} is {value!r:.100}, which is not supported",
         where=where,
         why="linear layers and experts in e4m3, or in e2m1 by groups of 16, are",
         fix=UNQUANTIZED,

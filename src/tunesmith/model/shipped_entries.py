@@ -253,7 +253,7 @@ def _join_nvfp4(
     scales, scale = parts
     dense = f"{stem}{CODES}"
     if dense != name and dense in by_name:
-        raise _torn(by_name[dense], f"{dense} is there plain and in codes")
+        raise _torn(by_name[dense], f"{dense} is stored both unquantized and in codes")
     _check_nvfp4_scales(entry, scales, scale)
     return Nvfp4Entry(dense, entry, scales, scale, names.divides)
 

@@ -200,7 +200,7 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     against = f"{measure.best_word} {first} against {second} of {second.name}"
     # A run that goes on may still change places.
     if any(run.files.state is RunState.RUNNING for run in (*first.runs, *second.runs)):
-        return Verdict("none", f"So far {first.name} is ahead: {against}", reasons)
+        return Verdict("none", f"So far {first.name} leads: {against}", reasons)
     if threshold is None:
         chance = "how much runs vary by chance is unknown"
         headline = f"{first.name} has the {measure.best_word}, but {chance}: {against}"

@@ -238,7 +238,7 @@ def _tool_call_scorer(call_reader: CallReader | None) -> Scorer:
                 "the row's tool calls cannot be parsed",
                 where=row.where,
                 why=f"it has {row.calls}, and as the template writes them {count} are read",
-                fix="remove the row, or write a scorer of your own: --score my_scorer.py:function",
+                fix="remove the row, or write your own scorer: --score my_scorer.py:function",
             )
 
     def score(answer: str, row: ScoredRow) -> float:
