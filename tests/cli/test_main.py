@@ -143,22 +143,22 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["train", "r.yaml", "--lr", "1e-4"],
             "unrecognized arguments: --lr",
-            "without dashes: train.learning_rate=1e-4",
+            "no dashes: train.learning_rate=1e-4",
         ),
         (
             ["train", "r.yaml", "--learning-rate=3e-4"],
             "--learning-rate",
-            "without dashes: train.learning_rate=3e-4",
+            "no dashes: train.learning_rate=3e-4",
         ),
         (
             ["data", "r.yaml", "--epochs", "3"],
             "--epochs",
-            "without dashes: 'train.duration=3 epochs'",
+            "no dashes: 'train.duration=3 epochs'",
         ),
         (
             ["train", "--max_steps", "500", "r.yaml"],
             "--max_steps",
-            "without dashes: 'train.duration=500 steps'",
+            "no dashes: 'train.duration=500 steps'",
         ),
         (
             ["train", "r.yaml", "--per_device_train_batch_size", "8"],
@@ -173,20 +173,20 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["train", "r.yaml", "--output_dir", "runs/x"],
             "--output_dir",
-            "without dashes: output_dir=runs/x",
+            "no dashes: output_dir=runs/x",
         ),
-        (["train", "r.yaml", "--bf16", "True"], "--bf16", "without dashes: model.dtype=bf16"),
+        (["train", "r.yaml", "--bf16", "True"], "--bf16", "no dashes: model.dtype=bf16"),
         (
             ["train", "r.yaml", "--warmup_ratio", "0.1"],
             "--warmup_ratio",
-            "without dashes: 'train.warmup=3 %'",
+            "no dashes: 'train.warmup=3 %'",
         ),
-        (["train", "r.yaml", "--lora_r", "32"], "--lora_r", "without dashes: adapter.rank=32"),
-        (["train", "r.yaml", "--train.seed", "4"], "--train.seed", "without dashes: train.seed=4"),
+        (["train", "r.yaml", "--lora_r", "32"], "--lora_r", "no dashes: adapter.rank=32"),
+        (["train", "r.yaml", "--train.seed", "4"], "--train.seed", "no dashes: train.seed=4"),
         (
             ["fetch", "r.yaml", "--learning_rte", "1"],
             "--learning_rte",
-            "without dashes: train.learning_rate=1",
+            "no dashes: train.learning_rate=1",
         ),
         (["train", "r.yaml", "--zzzz", "1"], "--zzzz", "tunesmith train --help"),
         (["generate", "run", "--lr", "1"], "", "tunesmith generate --help"),
@@ -200,7 +200,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["recipes", "show", "qwen3-8b"], "no recipe 'qwen3-8b'", "did you mean qwen3-8b-dpo?"),
         (
             ["recipes", "copy", "mistral-7b"],
-            "no recipe 'mistral-7b' ships",
+            "no recipe 'mistral-7b' is shipped",
             "did you mean mistral-7b-lora?",
         ),
         (

@@ -193,7 +193,7 @@ def test_a_4_bit_base_is_merged_dequantised(tiny: Path, tmp_path: Path) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     make_run(tmp_path / "run", tiny, peft_model(tiny), model={"quantize": "nf4", "dtype": "bf16"})
     done = merge(tmp_path / "run", tmp_path / "out", device="cpu")
-    assert "dequantised bf16" in done.note
+    assert "dequantized bf16" in done.note
     assert done.merge_check.exact is not None
     assert done.merge_check.passed
     config = json.loads((tmp_path / "out" / "config.json").read_text())
