@@ -40,7 +40,12 @@ def write_run(
     add_steps(folder, 1, steps, spike=spike)
     for rank in range(1, ranks):
         rows = [
-            {"step": step, "memory_gib": 1.0 + rank, "gpu_power_watts": 300.0, "loss": 9.0}
+            {
+                "step": step,
+                "memory_gib": 1.0 + rank + step % 2 / 100,
+                "gpu_power_watts": 300.0,
+                "loss": 9.0,
+            }
             for step in range(1, steps + 1)
         ]
         (folder / f"metrics-rank{rank}.jsonl").write_text(

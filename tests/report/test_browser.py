@@ -90,11 +90,11 @@ def opened(
 
 def test_it_draws_offline_and_asks_for_nothing(browser: Any, report: Path) -> None:
     page = opened(browser, report)
-    assert page.locator("#main figure").count() == 4
+    assert page.locator("#main figure").count() == 2
     assert page.asked == [report.as_uri()]
     page.locator("#rest summary").click()
-    page.wait_for_selector("#more .u-over")
-    assert page.locator("#more figure").count() > 3
+    page.wait_for_selector("#more-constant dt")
+    assert page.locator("#more-constant dt").count() > 3
     assert (page.said, page.title()) == ([], "good · bad: report")
     page.context.close()
 

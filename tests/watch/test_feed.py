@@ -98,7 +98,10 @@ def test_a_spike_of_one_step_in_100_000_is_seen(tmp_path: Path) -> None:
     assert raw["x"][raw["y"].index(max(raw["y"]))] == 54_321
     near = curves([run], "step", 54_300, 54_340, 800)[0]["series"][0]
     assert near["x"] == list(range(54_299, 54_342))  # each step, and one more on both sides
-    assert [panel["title"] for panel in curves([run], "step", *ALL, 800, 2)] == ["Loss", "Speed"]
+    assert [panel["title"] for panel in curves([run], "step", *ALL, 800, 2)] == [
+        "Training loss",
+        "Speed",
+    ]
 
 
 def test_every_panel_of_what_is_there(tmp_path: Path) -> None:
@@ -113,7 +116,7 @@ def test_every_panel_of_what_is_there(tmp_path: Path) -> None:
         (1, 2.0),
         (2, 3.0),
     ]
-    assert {row["rank"] for row in panels["Loss"]} == {None}  # a rank's record repeats it
+    assert {row["rank"] for row in panels["Training loss"]} == {None}  # a rank's record repeats it
     assert panels["MFU"][0]["y"] == [40.0] * 30
     assert panels["Wait for data"][0]["y"][0] == 10.0  # ms
     assert panels["my_own"][0]["x"] == [31.0]
@@ -124,9 +127,17 @@ def test_every_panel_of_what_is_there(tmp_path: Path) -> None:
     ):
         (series,) = panels[title]
         assert (series["field"], series["y"]) == (field, [value])
-    assert panels["Loss"][0]["x"][-1] == 30.0
+    assert panels["Training loss"][0]["x"][-1] == 30.0
     assert "GPU temperature" not in panels
     assert json.loads(to_json(run.status()))["figures"]["step"] == 31
+
+
+def test_what_moves_much_is_drawn_smoothed_too_from_100_steps_on(tmp_path: Path) -> None:
+    for steps, smoothed in ((99, []), (100, ["loss", "tokens_per_second", "grad_norm"])):
+        run = WatchedRun(write_run(tmp_path / str(steps), steps))
+        series = [line for panel in curves([run], "step", *ALL, 200) for line in panel["series"]]
+        assert [line["field"] for line in series if line["smoothed"]] == smoothed
+        assert all(len(line["x"]) == steps for line in series if line["field"] == "loss")
 
 
 def test_other_axes(tmp_path: Path) -> None:

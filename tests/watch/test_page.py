@@ -22,6 +22,7 @@ from warm import Warm
 from watching import TIME, add_steps, watching, write_run
 
 pytestmark = pytest.mark.slow
+SHOW_ALL = ".zoom button:last-child"
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_dear_curves_are_never_late_at_first(one: str, browser: Any) -> None:
 def test_a_drag_zooms_all_charts_and_brings_finer_points(one: str, visit: Any) -> None:
     with visit(one) as seen:
         page = seen.page
-        wait_for(lambda: page.locator(".chart").count() > 8)
+        wait_for(lambda: page.locator(".chart").count() == 3)
         place = page.locator(".chart .u-over").first
         place.scroll_into_view_if_needed()
         box = place.bounding_box()
@@ -131,20 +132,20 @@ def test_a_drag_zooms_all_charts_and_brings_finer_points(one: str, visit: Any) -
         page.mouse.down()
         page.mouse.move(box["x"] + box["width"] * 0.45, box["y"] + 60, steps=4)
         page.mouse.up()
-        page.wait_for_selector("#whole:visible")
+        page.wait_for_selector(f"{SHOW_ALL}:enabled")
         wait_for(lambda: seen.asked_for("from="))
         asked = parse_qs(urlsplit(seen.asked_for("from=")[-1]).query)
         assert 500 < float(asked["from"][0]) < 700
         assert 800 < float(asked["to"][0]) < 1000
-        page.click("#whole")
-        page.wait_for_selector("#whole", state="hidden")
+        page.click(SHOW_ALL)
+        page.wait_for_selector(f"{SHOW_ALL}:disabled")
 
 
 def test_values_are_read_under_the_pointer(one: str, visit: Any) -> None:
     with visit(one) as seen:
         place = seen.page.locator(".chart .u-over").first
         box = place.bounding_box()
-        value = "() => document.querySelector('.u-legend .u-value').textContent"
+        value = "() => document.querySelector('.legend .value').textContent"
         assert seen.page.evaluate(value) == "2,000"  # the newest, while nothing is pointed at
         seen.page.mouse.move(box["x"] + 40, box["y"] + 40)
         wait_for(lambda: seen.page.evaluate(value) != "2,000")
@@ -159,22 +160,20 @@ def test_the_keyboard_reaches_and_reads_everything(one: str, visit: Any) -> None
         page.keyboard.press("End")
         said = page.locator(".chart output").first
         assert said.text_content().startswith("step 2,000: ")
-        assert "val_loss" in said.text_content()
+        assert "loss" in said.text_content()
         page.keyboard.press("ArrowLeft")
         before = said.text_content()
         assert not before.startswith("step 2,000: ")
         page.keyboard.press("ArrowRight")
         assert said.text_content().startswith("step 2,000: ")
         page.keyboard.press("+")
-        page.wait_for_selector("#whole:visible")
+        page.wait_for_selector(f"{SHOW_ALL}:enabled")
         page.keyboard.press("Escape")
-        page.wait_for_selector("#whole", state="hidden")
+        page.wait_for_selector(f"{SHOW_ALL}:disabled")
         page.locator("#axis input:checked").focus()
         page.keyboard.press("ArrowRight")
         wait_for(lambda: seen.asked_for("x=tokens&points="))
-        wait_for(
-            lambda: page.locator(".u-legend .u-label").first.text_content().startswith("tokens")
-        )
+        wait_for(lambda: page.locator(".legend .label").first.text_content().startswith("tokens"))
 
 
 def test_the_table_holds_the_records(one: str, visit: Any) -> None:
@@ -222,21 +221,15 @@ def test_two_runs_are_compared(two: str, visit: Any) -> None:
         assert rows == ["train.learning_rate0.00010.0005"]
         page.uncheck("#differences input")
         assert page.locator("#keys tbody tr").count() > 2
-        labels = page.locator(".chart").first.locator(".u-label").all_text_contents()
-        assert [label.rstrip(": ") for label in labels] == [
-            "step",
-            "slow",
-            "slow val_loss",
-            "fast",
-            "fast val_loss",
-        ]
+        assert legend(page, "Training loss") == ["slow", "fast"]
+        assert legend(page, "Validation loss") == ["slow", "fast"]
         assert page.locator(".run").count() == 2
 
 
 def legend(page: Any, title: str) -> list[str]:
     chart = page.locator(".chart", has=page.locator(f"figcaption b:text-is('{title}')"))
     chart.wait_for()
-    return [label.rstrip(": ") for label in chart.locator(".u-label").all_text_contents()[1:]]
+    return chart.locator(".legend .label").all_text_contents()[1:]  # the first is the axis
 
 
 def test_ranks_are_told_apart_and_of_many_the_outermost(
@@ -250,6 +243,64 @@ def test_ranks_are_told_apart_and_of_many_the_outermost(
         ]
 
 
+def test_what_never_changes_is_a_line_in_place_of_a_chart(one: str, visit: Any) -> None:
+    with visit(one) as seen:
+        seen.page.wait_for_selector("#constants dt")
+        rows = seen.page.locator("#constants div")
+        wait_for(lambda: "MFU40 %" in rows.all_text_contents())
+        assert "GPU power" in seen.page.text_content("#constants")
+        titles = seen.page.locator(".chart figcaption b").all_text_contents()
+        assert titles == ["Training loss", "Validation loss", "Memory (GiB)"]
+
+
+def test_runs_that_coincide_are_told_apart_and_hidden_by_name(two: str, visit: Any) -> None:
+    with visit(two) as seen:
+        page = seen.page
+        chart = page.locator(".chart").first
+        assert chart.locator("li", has_text="fast").locator("small").text_content()
+        dashes = [
+            line.get_attribute("stroke-dasharray")
+            for line in chart.locator(".legend svg line").all()
+        ]
+        assert len(set(dashes)) == 2
+        chart.get_by_role("button", name="slow").click()
+        for other in page.locator(".chart").all():
+            toggles = other.locator(".legend button")
+            pressed = [toggle.get_attribute("aria-pressed") for toggle in toggles.all()]
+            assert pressed == ["false", "true"]
+        page.locator(".chart .plot").first.focus()
+        page.keyboard.press("End")
+        said = chart.locator("output").text_content()
+        assert "fast" in said
+        assert "slow" not in said
+
+
+def test_a_curve_is_smoothed_and_saved_as_table_and_picture(
+    one: str, visit: Any, tmp_path: Path
+) -> None:
+    with visit(one) as seen:
+        page = seen.page
+        chart = page.locator(".chart").first
+
+        def saved(kind: str) -> bytes:
+            with page.expect_download() as download:
+                chart.get_by_role("button", name=kind).click()
+            path = tmp_path / download.value.suggested_filename
+            download.value.save_as(path)
+            return path.read_bytes()
+
+        head, first, *_ = saved("table").decode().splitlines()
+        assert head == 'step,"loss, raw",loss'
+        assert first.startswith("1,1.99005,1.99005")
+        page.get_by_text("none", exact=True).click()
+        assert saved("table").decode().startswith("step,loss\n")
+        assert saved("picture").startswith(b"\x89PNG")
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "training-loss.csv",
+            "training-loss.png",
+        }
+
+
 def test_a_page_whose_command_has_ended_says_so(tmp_path: Path, visit: Any, browser: Any) -> None:
     folder, context = write_run(tmp_path / "run", 20), browser.new_context()
     try:
@@ -261,6 +312,6 @@ def test_a_page_whose_command_has_ended_says_so(tmp_path: Path, visit: Any, brow
             assert page.text_content("#link") == "live"
         page.wait_for_selector("#link.lost")
         assert "ended" in page.text_content("#link")
-        assert page.locator(".chart canvas").count() > 5  # what it has stays
+        assert page.locator(".chart canvas").count() == 1  # what it has stays
     finally:
         context.close()

@@ -45,7 +45,6 @@ SPAN = 40  # a smoothed curve averages over one in so many of the steps, and at 
 PROMPTS = 6  # whose answers are shown
 LOG_LINES = 20
 KEYS_IN_BOARD = 3
-RAW_RUNS = 4  # at most, whose curves are drawn raw beside the smoothed ones
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
 STATIC = ("uPlot.min.css", "plots.css", "report.css", "uPlot.iife.min.js", "plots.js", "report.js")
 
@@ -234,9 +233,6 @@ def _charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
         series = []
         for index, run in enumerate(runs):
             series += _series(run, index, name, chart.smoothed)
-        # Many raw lines hide each other.
-        if len(runs) > RAW_RUNS and chart.smoothed:
-            series = [line for line in series if not line["faint"]]
         if series:
             charts.append(
                 {
@@ -254,22 +250,19 @@ def _series(run: RunSummary, index: int, name: str, smoothed: bool) -> list[dict
     steps = run.files.columns.get("step", [])
     values = run.files.columns.get(name, [])
     span = max(5, len(values) // SPAN)
-    # Label, values, whether it is faint.
-    lines = [(run.label, values, False)]
+    # Values, whether they are smoothed.
+    lines = [(values, False)]
     if smoothed and len(values) >= 3 * span:
-        lines = [
-            (f"{run.label}, raw", values, True),
-            (run.label, smooth(values, span), False),
-        ]
+        lines.append((smooth(values, span), True))
     series: list[dict[str, Any]] = []
-    for label, line, faint in lines:
+    for line, is_smoothed in lines:
         x, y = downsample(steps, line, POINTS)
         if x:
             series.append(
                 {
-                    "label": label,
+                    "label": run.label,
                     "run": index,
-                    "faint": faint,
+                    "smoothed": is_smoothed,
                     "dots": 2 * len(x) < len(steps),
                     "x": x,
                     "y": [float(f"{value:.6g}") for value in y],

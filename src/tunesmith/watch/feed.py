@@ -50,11 +50,19 @@ class Panel(NamedTuple):
     scale: float = 1.0
 
 
-# A record field, the rank (None: rank 0's own record), x and y.
-Series = tuple[str, int | None, list[float], Sequence[float | None]]
+class Series(NamedTuple):
+    """A record field of one rank; `rank`: None for rank 0's own record."""
+
+    field: str
+    rank: int | None
+    x: Sequence[float]
+    y: Sequence[float | None]
+    smoothed: bool = False
+
 
 PANELS = (
-    Panel("Loss", "", ("loss", "val_loss")),
+    Panel("Training loss", "", ("loss",)),
+    Panel("Validation loss", "", ("val_loss",)),
     # Of methods that learn from preferences.
     Panel("Reward accuracy", "%", ("reward_accuracy", "val_reward_accuracy"), 100),
     Panel("Reward margin", "", ("reward_margin", "val_reward_margin")),
@@ -91,6 +99,17 @@ _OF_RANKS = {
     "product_tflops",
     "data_seconds",
 }
+# Fields that move much from step to step: they are drawn smoothed too.
+_SMOOTHED = {
+    "loss",
+    "reward_accuracy",
+    "reward_margin",
+    "rewards_chosen",
+    "rewards_rejected",
+    "kl",
+    "tokens_per_second",
+    "grad_norm",
+}
 _IN_PANELS = {column for panel in PANELS for column in panel.columns}
 
 
@@ -104,7 +123,7 @@ class WatchedRun:
         self._fault = ""
         # Both are computed when a page asks, and hold until the run has grown.
         self._axes: dict[str, list[float]] = {}
-        self._smooth: list[float | None] = []
+        self._smooth: dict[str, list[float | None]] = {}
         self._ending = how_it_ended(self.files)
 
     def refresh(self, lock: threading.Lock) -> bool:
@@ -119,7 +138,7 @@ class WatchedRun:
                 changed = self.files.refresh()
                 if changed:
                     self._axes = {}
-                    self._smooth = []
+                    self._smooth = {}
                     self._ending = how_it_ended(self.files)
             self._fault = ""
         except Exception as error:
@@ -248,10 +267,9 @@ class WatchedRun:
         for column in panel.columns:
             y = self.files.columns.get(column)
             if y:
-                yield column, None, x, y
-                if column == "loss" and len(y) >= SMOOTH_FROM:
-                    self._smooth = self._smooth or smooth(y, max(10, len(y) // 50))
-                    yield "loss, smoothed", None, x, self._smooth
+                yield Series(column, None, x, y)
+                if column in _SMOOTHED and len(y) >= SMOOTH_FROM:
+                    yield Series(column, None, x, self._smoothed(column), smoothed=True)
             if column not in _OF_RANKS:
                 continue
             for rank, columns in sorted(self.files.ranks.items()):
@@ -259,7 +277,13 @@ class WatchedRun:
                     rank_x = [value or 0.0 for value in columns["step"]]
                     if x_by_step:
                         rank_x = [x_by_step.get(step, 0.0) for step in rank_x]
-                    yield column, rank, rank_x, columns[column]
+                    yield Series(column, rank, rank_x, columns[column])
+
+    def _smoothed(self, column: str) -> list[float | None]:
+        if column not in self._smooth:
+            values = self.files.columns[column]
+            self._smooth[column] = smooth(values, max(10, len(values) // 50))
+        return self._smooth[column]
 
 
 def open_run(word: str, *, wait: bool = False) -> WatchedRun:
@@ -308,15 +332,15 @@ def curves(
             break
         series = []
         for index, run in enumerate(runs):
-            for field, rank, x, y in run.series(panel, axis):
+            for line in run.series(panel, axis):
                 # One point more on both sides: the curve goes on to the edge of the window.
-                first = max(0, bisect_left(x, low) - 1)
-                end = bisect_right(x, high) + 1
-                window_x, window_y = downsample(x[first:end], y[first:end], points)
-                if window_x:
-                    scaled = [float(f"{value * panel.scale:.6g}") for value in window_y]
-                    about = {"run": index, "field": field, "rank": rank}
-                    series.append({**about, "x": window_x, "y": scaled})
+                first = max(0, bisect_left(line.x, low) - 1)
+                end = bisect_right(line.x, high) + 1
+                x, y = downsample(line.x[first:end], line.y[first:end], points)
+                if x:
+                    scaled = [float(f"{value * panel.scale:.6g}") for value in y]
+                    about = {"field": line.field, "rank": line.rank, "smoothed": line.smoothed}
+                    series.append({"run": index, **about, "x": x, "y": scaled})
         if series:
             charts.append({"title": panel.title, "unit": panel.unit, "series": series})
     return charts

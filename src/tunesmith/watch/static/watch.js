@@ -5,6 +5,7 @@
   const $ = (query) => document.querySelector(query);
   const RANKS = 8;  // at most, in one chart
   const charts = new Map();  // title -> chart
+  const slots = new Map();  // title -> its place, which stays empty while the values are constant
   let runs = [], texts = [], zoomed = null, axis = "step", drawn = "step", later = null, drawnAt = -Infinity, waiting = false, stale = false, read = "", sampleSteps = [];
 
   function make(tag, attributes = {}, ...children) {
@@ -133,22 +134,26 @@
 
   const isOfValidation = (series) => series.field.startsWith("val_");
 
+  // Two runs may have the same name in different folders.
+  function runName(index) {
+    const isUnique = runs.filter((run) => run.name === runs[index].name).length === 1;
+    return isUnique ? runs[index].name : runs[index].place;
+  }
+
   function name(series, panel) {
-    const of = runs.length > 1 ? [runs[series.run].name] : [];
+    const of = runs.length > 1 ? [runName(series.run)] : [];
     if (runs.length === 1 && panel.series.some((other) => other.rank)) of.push(`rank ${series.rank ?? 0}`);
-    else if (of.length === 0 || isOfValidation(series)) of.push(series.field);
+    else if (of.length === 0 || new Set(panel.series.map((other) => other.field)).size > 1) of.push(series.field);
     return of.join(" ");
   }
 
-  // Several runs: a colour each, and rank 0 alone. One run: a colour for each rank, and one for the validation.
+  // Several runs: a color each, and rank 0 alone. One run: a color for each rank, and one for the validation.
   function lines(panel) {
-    const smoothed = new Set(panel.series.filter((s) => s.field === "loss, smoothed").map((s) => s.run));
-    const several = panel.series.filter((s) => !s.rank && !(s.field === "loss" && smoothed.has(s.run)));
-    const shown = runs.length > 1 ? several : outermost(panel.series);
+    const several = runs.length > 1;
+    const shown = several ? panel.series.filter((s) => !s.rank) : outermost(panel.series);
     return shown.map((s) => ({
-      label: name(s, panel), x: s.x, y: s.y, dots: isOfValidation(s), faint: s.field === "loss" && smoothed.has(s.run),
-      thin: runs.length === 1 || panel.title !== "Loss",
-      run: runs.length > 1 ? s.run : isOfValidation(s) ? 1 : s.rank ?? 0,
+      label: name(s, panel), group: several ? runName(s.run) : null, x: s.x, y: s.y, smoothed: s.smoothed,
+      dots: isOfValidation(s), thin: !several, run: several ? s.run : isOfValidation(s) ? 1 : s.rank ?? 0,
     }));
   }
 
@@ -184,7 +189,7 @@
     later = null;
     try {
       const points = Math.min(2000, Math.round(0.7 * innerWidth * devicePixelRatio));
-      const first = charts.size ? "" : "&panels=4";  // what is seen at once comes first
+      const first = slots.size ? "" : "&panels=4";  // what is seen at once comes first
       const asked = axis, window = zoomed, panels = await getJson(`curves?x=${axis}&points=${points}${windowed()}${first}`);
       if (first && panels.length) stale = true;
       if (asked !== axis || window !== zoomed) stale = true;
@@ -202,17 +207,21 @@
 
   function showPanels(panels, anew) {
     $("#empty").hidden = panels.length > 0;
-    panels.forEach((panel, index) => {
-      const series = lines(panel);
-      if (charts.has(panel.title)) {
-        charts.get(panel.title).update(series);
-        if (anew) charts.get(panel.title).rebuild();
-        return;
+    const constant = [];
+    for (const panel of panels) {
+      const { title, unit } = panel, series = lines(panel);
+      if (!slots.has(title)) slots.set(title, $("#charts").appendChild(make("div", { class: "slot" })));
+      if (charts.has(title)) {
+        charts.get(title).update(series);
+        if (anew) charts.get(title).rebuild();
+      } else if (Plots.isConstant(series)) {
+        constant.push({ title, unit, series });
+      } else {
+        const zero = unit === "%" || ["tokens/s", "GiB", "W", "ms"].includes(unit);
+        charts.set(title, Plots.draw(slots.get(title), { title, unit, zero, series, height: 220 }));
       }
-      const zero = panel.unit === "%" || ["tokens/s", "GiB", "W", "ms"].includes(panel.unit);
-      charts.set(panel.title, Plots.draw($("#charts"), { title: panel.title, unit: panel.unit, zero, series, height: index ? 200 : 260 }));
-      if (index === 0) $("#charts").lastElementChild.classList.add("wide");
-    });
+    }
+    Plots.showConstants($("#constants"), constant);
   }
 
   async function showTable() {
@@ -376,10 +385,9 @@
   });
   Plots.page.zoomed = (window) => {
     zoomed = window;
-    $("#whole").hidden = !window;
     drawCurves();
   };
-  $("#whole").addEventListener("click", () => Plots.showAll());
+  Plots.controls($("#controls"));
   $("#values").addEventListener("toggle", () => $("#values").open && showTable());
   $("#when input").addEventListener("input", showAnswers);
   $("#differences input").addEventListener("change", showRecipe);
