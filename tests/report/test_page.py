@@ -52,7 +52,7 @@ def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> N
         "Before training I am a model.",
         "good, step 40 4",
         "bad, step 40 22",
-        "In between: 1 answers",
+        "In between: 1 answer",
     ):
         assert words in text
     for words in (

@@ -201,8 +201,8 @@ def test_a_damaged_line_is_told_and_the_page_goes_on(tmp_path: Path, visit: Any)
 
 def test_text_of_a_run_is_never_markup(one: str, visit: Any) -> None:
     with visit(one) as seen:
-        seen.page.wait_for_selector(".sample h3")
-        assert seen.page.text_content(".sample h3") == "<img src=x onerror=alert(1)>"
+        seen.page.wait_for_selector(".sample .turn.user")
+        assert seen.page.text_content(".sample .turn.user") == "user<img src=x onerror=alert(1)>"
         assert seen.page.locator(".sample img, .sample b").count() == 0
         # What the answer before had not
         assert seen.page.locator(".sample mark").all_text_contents() == ["<b>new</b>"]

@@ -25,6 +25,7 @@ from tunesmith.report.compare import (
     eval_figures,
     judge,
 )
+from tunesmith.report.conversations import conversations_of, whole_characters
 from tunesmith.report.measure import HELD_OUT_ACCURACY, VAL_LOSS, measure_of
 from tunesmith.report.run_files import (
     NO_CHART,
@@ -143,6 +144,7 @@ def _context(runs: list[RunSummary]) -> dict[str, Any]:
             damaged.append((run.label, damaged_files))
     board = list(range(len(runs)))
     measure = measure_of(runs)
+    samples, system = _samples_of(runs)
 
     def rank(index: int) -> float:
         best = measure.best(runs[index])
@@ -164,7 +166,8 @@ def _context(runs: list[RunSummary]) -> dict[str, Any]:
         ],
         "environment": _environment(runs),
         "charts": _charts(runs),
-        "samples": _samples_of(runs),
+        "samples": samples,
+        "system": system,
         "time_text": format_seconds,
         "ranks": [(run, _rank_rows(run.files)) for run in runs if run.files.ranks],
         "profiles": profiles,
@@ -271,12 +274,13 @@ def _series(run: RunSummary, index: int, name: str, smoothed: bool) -> list[dict
     return series
 
 
-def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
+def _samples_of(runs: Sequence[RunSummary]) -> tuple[list[dict[str, Any]], str]:
     """For each prompt: (run, step, answer) before training, once where all runs agree, and after;
-    the steps between."""
+    the steps between. And the system prompt of all of them."""
     prompts = dict.fromkeys(row["prompt"] for run in runs for row in run.files.samples)
+    conversations, system = conversations_of([*prompts][:PROMPTS])
     samples = []
-    for prompt in [*prompts][:PROMPTS]:
+    for prompt, turns in conversations.items():
         expected = None
         first = []
         between = []
@@ -286,7 +290,7 @@ def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
             rows = [row for row in run.files.samples if row["prompt"] == prompt]
             for row in rows:
                 expected = expected or row.get("expected")
-                answer = (run.label, row["step"], row["answer"])
+                answer = (run.label, row["step"], whole_characters(row["answer"]))
                 if 0 < row["step"] < rows[-1]["step"]:
                     between.append(answer)
                 if row is rows[0] and row["step"] == 0:
@@ -298,14 +302,14 @@ def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
             first = [("", *first[0][1:])]
         samples.append(
             {
-                "prompt": prompt,
+                "turns": turns,
                 "expected": expected,
                 "before": first,
                 "after": last,
                 "between": between,
             }
         )
-    return samples
+    return samples, system
 
 
 def _rank_rows(run: RunFiles) -> dict[str, Any]:

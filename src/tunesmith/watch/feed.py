@@ -15,6 +15,7 @@ from tunesmith.config.dump import leaves
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.launch.jobs import Job, find_job, holds_run
+from tunesmith.report.conversations import conversations_of, whole_characters
 from tunesmith.report.run_files import (
     NO_CHART,
     DamagedFile,
@@ -238,10 +239,20 @@ class WatchedRun:
     def texts(self) -> dict[str, Any]:
         """What is read rather than plotted, and seldom changes.
 
-        The recipe, as dotted keys, and the samples.
+        The recipe, as dotted keys; the samples; the turns of their prompts, as (role, text), and
+        the system prompt of all.
         """
         recipe = self.files.recipe
-        return {"recipe": leaves(recipe) if recipe else {}, "samples": self.files.samples}
+        samples = []
+        for row in self.files.samples:
+            samples.append(row | {"answer": whole_characters(row["answer"])})
+        conversations, system = conversations_of(row["prompt"] for row in samples)
+        return {
+            "recipe": leaves(recipe) if recipe else {},
+            "samples": samples,
+            "conversations": conversations,
+            "system": system,
+        }
 
     def table(self, low: float, high: float, count: int) -> dict[str, Any]:
         """About `count` records of a window of steps, evenly spaced, the last one among them."""

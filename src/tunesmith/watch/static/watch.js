@@ -257,17 +257,28 @@
     }
     put($("#when output"), count(step));
     $("#when input").setAttribute("aria-valuetext", `step ${step}`);
-    for (const prompt of new Set(texts.flatMap((text) => text.samples.map((row) => row.prompt)))) {
-      const answers = make("div");
-      texts.forEach((text, index) => {
-        const rows = text.samples.filter((row) => row.prompt === prompt && row.step <= step);
-        if (!rows.length) return;
-        const [before, now] = [rows.at(-2), rows.at(-1)];
-        const by = `${runs.length > 1 ? `${runs[index].name}, ` : ""}${now.step ? `step ${count(now.step)}` : "before training"}`;
-        answers.append(make("div", { class: "answer" }, make("p", { class: "by" }, by), make("p", {}, ...changes(before?.answer, now.answer))));
-      });
-      place.append(make("article", { class: "sample" }, make("h3", {}, prompt), answers));
+    const conversations = Object.assign({}, ...texts.map((text) => text.conversations));
+    const systems = new Set(texts.map((text) => text.system).filter(Boolean));
+    for (const system of systems) {
+      place.append(make("details", {}, make("summary", {}, "System prompt of all"), make("p", { class: "turn system" }, system)));
     }
+    for (const [prompt, turns] of Object.entries(conversations)) {
+      const answers = make("div", { class: "answers" });
+      texts.forEach((text, index) => showAnswer(answers, text.samples.filter((row) => row.prompt === prompt && row.step <= step), index));
+      place.append(make("article", { class: "sample", "aria-label": "sample" }, ...turns.map(bubble), answers));
+    }
+  }
+
+  function bubble([role, text]) {
+    return make("p", { class: `turn ${role}`, tabindex: 0 }, make("span", { class: "role" }, role), text);
+  }
+
+  // The newest of a run's answers to a prompt.
+  function showAnswer(answers, rows, index) {
+    if (!rows.length) return;
+    const before = rows.at(-2), now = rows.at(-1);
+    const by = `${runs.length > 1 ? `${runName(index)}, ` : ""}${now.step ? `step ${count(now.step)}` : "before training"}`;
+    answers.append(make("div", { class: "turn assistant answer" }, make("span", { class: "role" }, by), ...changes(before?.answer, now.answer)));
   }
 
   // The words of an answer; those that the answer before did not have, in this order, are marked.
