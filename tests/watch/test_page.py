@@ -301,6 +301,42 @@ def test_a_curve_is_smoothed_and_saved_as_table_and_picture(
         }
 
 
+def test_all_runs_of_a_folder_are_listed_found_and_compared(tmp_path: Path, browser: Any) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    for name, steps in (("slow", 200), ("fast", 150)):
+        write_run(tmp_path / name, steps)
+    write_run(tmp_path / "damaged", 5)
+    (tmp_path / "damaged/metrics.jsonl").write_text("garbage\n")
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    with watching(tmp_path) as (address, _):
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector("#list-title:text-is('Runs (3)')", timeout=120_000)
+        line = page.locator("#list tbody tr", has_text="slow")
+        assert "200" in line.text_content()
+        assert len(line.locator("polyline").get_attribute("points").split()) > 20
+        assert page.locator("#list .damage", has_text="metrics.jsonl").count() == 1
+        for width, scheme in ((1280, "light"), (390, "dark")):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
+            found = axe.run(page).response
+            grave = [
+                row["id"] for row in found["violations"] if row["impact"] in ("serious", "critical")
+            ]
+            assert grave == []
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.get_by_label("compare slow").check()
+        page.get_by_label("compare fast").check()
+        page.fill("#find input", "fast")
+        assert page.locator("#list tbody tr:visible").count() == 1
+        page.click("#compare")
+        page.wait_for_selector(".chart canvas", timeout=120_000)
+        assert legend(page, "Training loss") == ["slow", "fast"]
+        page.click("#all-runs")
+        page.wait_for_selector("#list-title")
+    context.close()
+
+
 def test_a_page_whose_command_has_ended_says_so(tmp_path: Path, visit: Any, browser: Any) -> None:
     folder, context = write_run(tmp_path / "run", 20), browser.new_context()
     try:

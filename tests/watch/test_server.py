@@ -273,3 +273,34 @@ def test_nobody_looks_while_no_page_is_open(folder: Path) -> None:
         before = proc.io_counters().read_chars
         time.sleep(2.5)
         assert proc.io_counters().read_chars - before < 2000
+
+
+def test_a_folder_of_runs_is_a_list_and_each_has_a_page(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, 10, of=100)
+    with watching(tmp_path) as (address, _), closing(iter_events(address)) as lines:
+        told = (json.loads(line[6:])["rows"] for line in lines if line.startswith(b"data: "))
+        rows: dict[str, dict[str, object]] = {}
+        while len(rows) < 2:
+            rows |= {row["name"]: row for row in next(told)}
+        assert {name: row["step"] for name, row in rows.items()} == {"a": 10, "b": 10}
+        add_steps(tmp_path / "b", 11, 12)
+        # Only the row that has changed is sent.
+        assert [(row["name"], row["step"]) for row in next(told)] == [("b", 12)]
+        one, two = (row["id"] for row in rows.values())
+        assert b"<canvas" not in ask(address)[1]
+        assert b"watch.js" in ask(address, f"runs/{one}/")[1]
+        assert get(address, f"runs/{one}/curves?points=10")[0]["series"][0]["x"][-1] == 10
+        both = get(address, f"runs/{two},{one}/table?rows=1")
+        assert [table["rows"][0][0] for table in both] == [12, 10]
+        for path in ("runs/2/curves", "runs/-1/curves", "runs/x/events", "runs/0/../../x"):
+            assert ask(address, path)[0] == 404, path
+
+
+def test_the_status_of_all_runs_of_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, 10)
+    assert main(["watch", str(tmp_path), "--json"]) == 0
+    assert [run["name"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["a", "b"]

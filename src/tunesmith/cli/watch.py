@@ -3,6 +3,7 @@
 example:
   tunesmith watch runs/my-run  # prints the URL to open; ctrl-C stops it
   tunesmith watch runs/rank-16 runs/rank-64  # side by side
+  tunesmith watch runs  # a list of all runs in a folder
 
 Finished runs can be watched too.
 """
@@ -13,6 +14,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ _REMOTE_RUN = re.compile(r"((?!-)[\w.@%\[\]-]+):(.+)", re.ASCII)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = "run directories, or jobs of `tunesmith status`"
+    what = "run directories, folders of them, or jobs of `tunesmith status`"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
     output = parser.add_mutually_exclusive_group()
     add_json(output)
@@ -37,9 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _check_removed(args)
-    from tunesmith.watch.feed import open_run, to_json
+    from tunesmith.watch.feed import WatchedRun, open_run, to_json
+    from tunesmith.watch.run_list import RunList, holds_runs, run_folders
 
+    folders = [Path(word) for word in args.runs]
+    is_list = all(map(holds_runs, folders))
     with suppress(KeyboardInterrupt), _ended_by_signals():
+        if is_list and not args.json:
+            from tunesmith.watch.server import ListPage, serve_page
+
+            serve_page(ListPage(RunList(folders)), partial(_print_address, browser=args.open))
+            return
+        if is_list:
+            paths = [path for folder in folders for path in run_folders(folder)]
+            # One after the other: the records of all of them might not fit.
+            print(to_json({"runs": [WatchedRun(path).status() for path in paths]}))
+            return
         runs = []
         left_out: list[UsageError] = []
         for word in args.runs:
@@ -51,9 +66,9 @@ def run(args: argparse.Namespace) -> None:
         if args.json:
             print(to_json({"runs": [run.status() for run in runs]}))
         else:
-            from tunesmith.watch.server import serve_page
+            from tunesmith.watch.server import Page, serve_page
 
-            serve_page(runs, lambda address: _print_address(address, browser=args.open))
+            serve_page(Page(runs), partial(_print_address, browser=args.open))
 
 
 def _check_removed(args: argparse.Namespace) -> None:

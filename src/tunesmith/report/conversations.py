@@ -46,10 +46,10 @@ def turns_of(prompt: str) -> list[Turn]:
     _, *parts = pattern.split(prompt.lstrip())
     turns = []
     for role, text in zip(parts[::2], parts[1::2], strict=True):
-        text = _NO_THOUGHT.sub("", text).strip()
+        said = _NO_THOUGHT.sub("", text).strip()
         # The last one is the answer that the prompt asks for.
-        if text:
-            turns.append(Turn(ROLES[role], text))
+        if said:
+            turns.append(Turn(ROLES[role], said))
     return turns
 
 

@@ -11,19 +11,22 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from importlib import resources
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config, Server
 
+from tunesmith.launch.jobs import holds_run
 from tunesmith.watch.feed import WatchedRun, curves, to_json
+from tunesmith.watch.run_list import RunList
 
 # At any port: `ssh -L` may come by another one.
 HOSTS = (b"127.0.0.1", b"localhost")
@@ -35,6 +38,11 @@ SHARE = 0.02
 QUIET = 15.0
 # Points of one series, at most.
 POINTS = 4000
+# Seconds of reading between two messages to the page that lists runs.
+BATCH = 0.3
+# Pages of runs whose records are held for a list, and runs of such a page.
+OPEN_PAGES = 4
+OPEN_RUNS = 16
 JSON = "application/json"
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -84,18 +92,82 @@ class Guard:
         return host in HOSTS and secrets.compare_digest(token, self.token)
 
 
-class Page:
-    """The page's data, and the task that looks at the runs while a page is open."""
+class LivePage:
+    """What sends events to pages that are open, and looks at runs only while there are any."""
 
-    def __init__(self, runs: Sequence[WatchedRun]) -> None:
-        self.runs = runs
-        # Over what the runs hold: threads answer requests.
-        self.lock = threading.Lock()
+    def __init__(self) -> None:
         self.changed = asyncio.Event()
         self.ended = False
         self._open_pages = 0
+
+    def reader(self) -> Callable[[], str]:
+        """For one open page: what gives the JSON to send it now."""
+        raise NotImplementedError
+
+    async def look_once(self) -> None:
+        """Read what the runs have added, if a page is open."""
+        raise NotImplementedError
+
+    def routes(self, static: StaticFiles) -> list[BaseRoute]:
+        raise NotImplementedError
+
+    async def events(self, request: Request) -> Response:
+        return StreamingResponse(self._events(), media_type="text/event-stream")
+
+    async def _events(self) -> AsyncIterator[str]:
+        self._open_pages += 1
+        read = self.reader()
+        try:
+            while not self.ended:
+                # Taken before the state is read: a change during the read is not missed.
+                changed = self.changed
+                yield f"data: {await asyncio.to_thread(read)}\n\n"
+                while not changed.is_set():
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(changed.wait(), QUIET)
+                        continue
+                    yield ": still here\n\n"
+        finally:
+            self._open_pages -= 1
+
+    async def look(self) -> None:
+        while not self.ended:
+            await self.look_once()
+            await asyncio.sleep(POLL)
+
+    def wake_pages(self) -> None:
+        """Let each open page send the state as it is now."""
+        previous = self.changed
+        self.changed = asyncio.Event()
+        previous.set()
+
+    def end(self) -> None:
+        self.ended = True
+        self.wake_pages()
+
+
+class Page(LivePage):
+    """The data of a page with the curves of some runs."""
+
+    def __init__(self, runs: Sequence[WatchedRun]) -> None:
+        super().__init__()
+        self.runs = runs
+        # Over what the runs hold: threads answer requests.
+        self.lock = threading.Lock()
         # CPU time of the last answer with curves: the page asks the less often, the longer it took.
         self._curves_seconds = 0.0
+
+    def routes(self, static: StaticFiles) -> list[BaseRoute]:
+        return [*routes_of(lambda _: self), Mount("/", static)]
+
+    def reader(self) -> Callable[[], str]:
+        return self.state
+
+    async def look_once(self) -> None:
+        if self._open_pages:
+            changes = [await asyncio.to_thread(run.refresh, self.lock) for run in self.runs]
+            if any(changes):
+                self.wake_pages()
 
     def state(self) -> str:
         """Where the runs stand.
@@ -132,42 +204,108 @@ class Page:
             body = to_json([run.texts() for run in self.runs])
         return Response(body, media_type=JSON)
 
-    async def events(self, request: Request) -> Response:
-        return StreamingResponse(self._events(), media_type="text/event-stream")
 
-    async def _events(self) -> AsyncIterator[str]:
-        self._open_pages += 1
-        try:
-            while not self.ended:
-                # Taken before the state is read: a change during the read is not missed.
-                changed = self.changed
-                yield f"data: {await asyncio.to_thread(self.state)}\n\n"
-                while not changed.is_set():
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(changed.wait(), QUIET)
-                        continue
-                    yield ": still here\n\n"
-        finally:
-            self._open_pages -= 1
+class ListPage(LivePage):
+    """The data of the page that lists all runs, and of the pages that are opened from it."""
 
-    async def look(self) -> None:
-        """Read what the runs have added, for as long as a page is open."""
-        while not self.ended:
-            if self._open_pages:
-                changes = [await asyncio.to_thread(run.refresh, self.lock) for run in self.runs]
-                if any(changes):
+    def __init__(self, runs: RunList) -> None:
+        super().__init__()
+        self.runs = runs
+        # By the runs' numbers, the last one opened at the end.
+        self._pages: dict[tuple[int, ...], Page] = {}
+        self._lock = threading.Lock()
+
+    def routes(self, static: StaticFiles) -> list[BaseRoute]:
+        return [
+            Route("/", self.html),
+            Route("/events", self.events),
+            Mount("/runs/{numbers}", routes=[*routes_of(self.page_of), Mount("/", static)]),
+            Mount("/", static),
+        ]
+
+    async def html(self, request: Request) -> Response:
+        page = resources.files("tunesmith.watch") / "static" / "list.html"
+        return Response(page.read_text(encoding="utf-8"), media_type="text/html")
+
+    def reader(self) -> Callable[[], str]:
+        """Each time the rows that have changed since the last."""
+        sent: dict[int, int] = {}
+
+        def read() -> str:
+            rows = []
+            for run in list(self.runs.runs.values()):
+                if run.changes > sent.get(run.number, 0):
+                    sent[run.number] = run.changes
+                    rows.append(run.row)
+            return to_json({"rows": rows})
+
+        return read
+
+    async def look_once(self) -> None:
+        if self._open_pages:
+            looks = self.runs.refresh()
+            # Many runs take seconds at first: the page shows those that were read so far.
+            is_over = False
+            while not is_over:
+                changed, is_over = await asyncio.to_thread(_look_for_a_while, looks)
+                if changed:
                     self.wake_pages()
-            await asyncio.sleep(POLL)
+        for page in list(self._pages.values()):
+            await page.look_once()
 
-    def wake_pages(self) -> None:
-        """Let each open page send the state as it is now."""
-        previous = self.changed
-        self.changed = asyncio.Event()
-        previous.set()
+    def page_of(self, request: Request) -> Page:
+        """The page of the runs that an address names, such as runs/3,7; 404 for others."""
+        try:
+            numbers = tuple(map(int, request.path_params["numbers"].split(",")[:OPEN_RUNS]))
+        except ValueError:
+            raise HTTPException(404) from None
+        with self._lock:
+            page = self._pages.pop(numbers, None) or self._open(numbers)
+            self._pages[numbers] = page
+            # The records of a run fill memory: those of the page opened longest ago are dropped.
+            while len(self._pages) > OPEN_PAGES:
+                self._pages.pop(next(iter(self._pages))).end()
+        return page
+
+    def _open(self, numbers: Sequence[int]) -> Page:
+        runs = []
+        for number in numbers:
+            folder = self.runs.folder_of(number)
+            if folder is None or not holds_run(folder):
+                raise HTTPException(404)
+            runs.append(WatchedRun(folder))
+        return Page(runs)
 
     def end(self) -> None:
-        self.ended = True
-        self.wake_pages()
+        super().end()
+        for page in self._pages.values():
+            page.end()
+
+
+def _look_for_a_while(looks: Iterator[bool]) -> tuple[bool, bool]:
+    """Whether some of the next runs changed, and whether these were the last."""
+    end = time.monotonic() + BATCH
+    changed = False
+    for has_changed in looks:
+        changed |= has_changed
+        if time.monotonic() > end:
+            return changed, False
+    return changed, True
+
+
+def routes_of(page_of: Callable[[Request], Page]) -> list[BaseRoute]:
+    """The data of a page that the request names."""
+
+    async def events(request: Request) -> Response:
+        page = await asyncio.to_thread(page_of, request)
+        return await page.events(request)
+
+    return [
+        Route("/events", events),
+        Route("/curves", lambda request: page_of(request).curves(request)),
+        Route("/table", lambda request: page_of(request).table(request)),
+        Route("/texts", lambda request: page_of(request).texts(request)),
+    ]
 
 
 def _window(request: Request, name: str, default: int, most: int) -> tuple[float, float, int]:
@@ -182,7 +320,7 @@ def _window(request: Request, name: str, default: int, most: int) -> tuple[float
     return low, high, min(most, max(1, count))
 
 
-def make_app(page: Page, token: str) -> Guard:
+def make_app(page: LivePage, token: str) -> Guard:
     """The page, its static files and its data, below `/TOKEN/`."""
 
     @asynccontextmanager
@@ -195,13 +333,7 @@ def make_app(page: Page, token: str) -> Guard:
         ("tunesmith.watch", "static"),
         ("tunesmith.report", "static"),
     ]
-    routes = [
-        Route("/events", page.events),
-        Route("/curves", page.curves),
-        Route("/table", page.table),
-        Route("/texts", page.texts),
-        Mount("/", StaticFiles(packages=packages, html=True)),
-    ]
+    routes = page.routes(StaticFiles(packages=packages, html=True))
     app = Starlette(routes=[Mount(f"/{token}", routes=routes)], lifespan=lifespan)
     return Guard(app, token)
 
@@ -209,20 +341,19 @@ def make_app(page: Page, token: str) -> Guard:
 class WatchServer(Server):
     """Tells the pages of ctrl-C: their requests for events would never end by themselves."""
 
-    page: Page
+    page: LivePage
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.page.end()
         await super().shutdown(sockets)
 
 
-def serve_page(runs: Sequence[WatchedRun], on_ready: Callable[[str], object]) -> None:
+def serve_page(page: LivePage, on_ready: Callable[[str], object]) -> None:
     """Serve until SIGINT or SIGTERM.
 
     `on_ready` is called with the address once it can be opened.
     """
     token = secrets.token_urlsafe(24)
-    page = Page(runs)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

@@ -1,28 +1,13 @@
 // The live page. `events` tells where the runs stand; `curves`, `table` and `texts` are asked for when that has changed.
-// All that comes from a run (names, prompts, answers, logs) is put in as text, never as markup.
 "use strict";
 (() => {
+  const { make, put, count, connect } = Page;
   const $ = (query) => document.querySelector(query);
   const RANKS = 8;  // at most, in one chart
   const charts = new Map();  // title -> chart
   const slots = new Map();  // title -> its place, which stays empty while the values are constant
   let runs = [], texts = [], zoomed = null, axis = "step", drawn = "step", later = null, drawnAt = -Infinity, waiting = false, stale = false, read = "", sampleSteps = [];
 
-  function make(tag, attributes = {}, ...children) {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (value === true) made.setAttribute(name, "");
-      else if (value !== false && value != null) made.setAttribute(name, value);
-    }
-    made.append(...children);
-    return made;
-  }
-
-  function put(element, text) {
-    if (element.textContent !== text) element.textContent = text;
-  }
-
-  const count = (value) => Math.round(value).toLocaleString("en");
   const percent = (value) => `${(value * 100).toFixed(value < 0.0995 ? 1 : 0)}`;
 
   // Seconds as tunesmith's log writes them: 42 s, 3:07 min, 2:05 h.
@@ -365,8 +350,7 @@
     };
   }
 
-  function hear(event) {
-    const told = JSON.parse(event.data);
+  function hear(told) {
     runs = told.runs;
     runs.forEach(apart(showRun));
     runs.forEach(apart(showLog));
@@ -374,19 +358,6 @@
     document.title = runs.length > 1 ? `${runs.length} runs: tunesmith watch` : `${done}${first.name}: tunesmith watch`;
     if (!later) later = setTimeout(drawCurves, Math.max(0, drawnAt + 1000 * told.pause - performance.now()));
     getTexts();
-  }
-
-  function connect() {
-    const source = new EventSource("events"), link = $("#link");
-    source.onopen = () => {
-      link.className = "";
-      put(link, "live");
-    };
-    source.onmessage = hear;
-    source.onerror = () => {
-      link.className = "lost";
-      put(link, "not live: tunesmith watch has ended");
-    };
   }
 
   $("#axis").addEventListener("change", (event) => {
@@ -404,5 +375,6 @@
   $("#differences input").addEventListener("change", showRecipe);
   $("#differences input").checked = true;
   document.addEventListener("visibilitychange", () => !document.hidden && (drawCurves(), getTexts()));
-  connect();
+  $("#all-runs").hidden = !/\/runs\/[^/]+\/$/.test(location.pathname);
+  connect(hear);
 })();
