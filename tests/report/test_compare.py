@@ -172,10 +172,35 @@ def test_cautions(tmp_path: Path) -> None:
         ("rises", "val_loss 1.9000", "step 36"),
         ("short (killed at step 20)", "val_loss"),
         ("rises 4,000", "short 2,000"),
-        ("torch", "memory"),
+        ("cpu", "a processor", "another"),
         ("step 20", "1.5000", "2.4900"),
     ):
         assert lines_with(text, *values)
+
+
+def test_every_difference_of_two_runs_is_named(tmp_path: Path) -> None:
+    five = {"learning_rate": 1e-3, "warmup": "5 %", "weight_decay": 0.1, "clip_norm": 2.0}
+    recipe = {
+        "train": five | {"micro_batch": "1 examples", "schedule": "constant"},
+        "log": {"every": 7},
+    }
+    env = {"hosts": ["spark-a", "spark-b"], "gpus": ["GB10", "GB10"], "torch": "2.14.0",
+           "choices": {"compile": {"taken": "on", "why": "it gains"}}}  # fmt: skip
+    found = verdict(
+        write_run(tmp_path / "a", falling(2.0)),
+        write_run(tmp_path / "b", falling(3.0), recipe=recipe, env=env),
+    )
+    text = said(found)
+    keys = [f"train.{name}" for name in (*five, "schedule")]
+    assert lines_with(text, "5 things", *keys)
+    assert lines_with(text, "train.micro_batch")
+    for name, one, two in (
+        ("ranks", "1", "2"),
+        ("gpus", "none", "2 x GB10"),
+        ("torch", "2.13.0+cpu", "2.14.0"),
+        ("compile", "off", "on"),
+    ):
+        assert lines_with(text, f"`{name}` ({one} against {two})")
 
 
 def test_too_few_validations_to_know_the_noise(tmp_path: Path) -> None:

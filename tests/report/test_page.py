@@ -134,13 +134,16 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
         "phase": "training",
         "collective": None,
         "last_step": 7,
-        "next": "tunesmith doctor",
+        "next": "tunesmith doctor   # looks at it",
     }
     (run.folder / "failure.json").write_text(json.dumps(failure))
     run.refresh()
     text = visible(render_report([run]))
     for field, value in failure.items():
-        assert not value or f"{field.replace('_', ' ')} {value}" in text
+        words = str(value).partition("   #")[0]
+        assert not value or f"{field.replace('_', ' ')} {words}" in text
+    # A comment is no part of what is copied: zsh would take it for arguments.
+    assert '<code class="typed">tunesmith doctor</code>' in render_report([run])
     assert "| cause | link |" in render_report([run], markdown=True)
 
 

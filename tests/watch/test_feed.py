@@ -133,7 +133,10 @@ def test_every_panel_of_what_is_there(tmp_path: Path) -> None:
 
 
 def test_what_moves_much_is_drawn_smoothed_too_from_100_steps_on(tmp_path: Path) -> None:
-    for steps, smoothed in ((99, []), (100, ["loss", "tokens_per_second", "grad_norm"])):
+    for steps, smoothed in (
+        (99, []),
+        (100, ["loss", "tokens_per_second", "step_seconds", "grad_norm"]),
+    ):
         run = WatchedRun(write_run(tmp_path / str(steps), steps))
         series = [line for panel in curves([run], "step", *ALL, 200) for line in panel["series"]]
         assert [line["field"] for line in series if line["smoothed"]] == smoothed

@@ -243,6 +243,17 @@ def test_ranks_are_told_apart_and_of_many_the_outermost(
         ]
 
 
+def test_how_a_run_ended_and_its_warnings(tmp_path: Path, visit: Any) -> None:
+    with watching(write_run(tmp_path / "run", 20, of=40)) as (address, _), visit(address) as seen:
+        command = seen.page.text_content(".note.bad .typed")
+        assert command.startswith("tunesmith train ")
+        assert "#" not in command
+        # Warnings of a run that is over are folded.
+        assert not seen.page.get_by_label("warnings").is_visible()
+        seen.page.click(".note.calm summary")
+        assert seen.page.get_by_label("warnings").is_visible()
+
+
 def test_what_never_changes_is_a_line_in_place_of_a_chart(one: str, visit: Any) -> None:
     with visit(one) as seen:
         seen.page.wait_for_selector("#constants dt")

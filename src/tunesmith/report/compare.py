@@ -104,6 +104,11 @@ class KeyDifference(NamedTuple):
     values: list[Any]
     learns: bool
 
+    @property
+    def values_text(self) -> str:
+        """`1e-4 against 1e-3`, each value once."""
+        return " against ".join(dict.fromkeys(map(json.dumps, self.values)))
+
 
 def differing_keys(runs: Sequence[RunSummary]) -> list[KeyDifference]:
     """The keys of the recipes that differ, those that change what is learned first; the output
@@ -180,6 +185,7 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
         seeds = count_of(len({run.seed for run in measured}), "seed")
         headline = "One recipe: the difference is the seed's or the machine's"
         why = f"These are {len(measured)} runs of one recipe with {seeds}: {measure.name} {first}."
+        why += _keys_without_effect(measured)
         return Verdict("equal", headline, [why, *cautions])
     verdict = _compare_groups(ranking, cautions)
     # The winner's runs, by their place in the report.
@@ -357,8 +363,7 @@ def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
     differences = {}
     for difference in differing_keys([first, second]):
         if difference.learns:
-            values = " against ".join(json.dumps(value) for value in difference.values)
-            differences[f"`{difference.key}`"] = f" ({values})"
+            differences[f"`{difference.key}`"] = f" ({difference.values_text})"
     for key, name in HASHES_OF_INPUTS.items():
         if first.files.env.get(key) != second.files.env.get(key):
             differences[name] = ""
@@ -367,10 +372,9 @@ def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
     if len(names) == 1:
         text = f"They differ in {names[0]}{differences[names[0]]} alone."
     elif names:
-        listed = ", ".join(names[:4])
-        if len(names) > 4:
-            listed += ", ..."
+        listed = ", ".join(names)
         text = f"They differ in {len(names)} things ({listed}): any of them may be the reason."
+    text += _keys_without_effect([first, second])
     first_values = dict(measure.values(first))
     second_values = dict(measure.values(second))
     # Unequal runs are compared at a step that both have reached.
@@ -382,6 +386,15 @@ def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
             f"{measure.text(first_values[step])} against {measure.text(second_values[step])}."
         )
     return text
+
+
+def _keys_without_effect(runs: Sequence[RunSummary]) -> str:
+    """A sentence on the keys that differ and change nothing that is learned; empty without any."""
+    keys = []
+    for difference in differing_keys(runs):
+        if not difference.learns:
+            keys.append(f"`{difference.key}` ({difference.values_text})")
+    return f" They also differ in {', '.join(keys)}, which changes nothing learned." if keys else ""
 
 
 def _clearly_lower(first: Spread, second: Spread) -> bool:
@@ -433,8 +446,31 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
     if max(tokens) > (1 + TOKEN_GAP) * min(tokens):
         amounts = ", ".join(f"{run.label} {run.tokens:,.0f}" for run in runs)
         cautions.append(f"They were trained on different numbers of tokens: {amounts}.")
-    if len({run.machine for run in runs}) > 1:
+    surroundings = differing_surroundings(runs)
+    if surroundings:
+        listed = ", ".join(f"`{name}` ({values})" for name, values in surroundings.items())
         cautions.append(
-            "Machines, threads or versions of torch differ: speed and memory are not comparable."
+            f"Ranks, machines or software differ: {listed}. Speed and memory are not comparable."
         )
     return cautions
+
+
+def differing_surroundings(runs: Sequence[RunSummary]) -> dict[str, str]:
+    """What env.json says differently of runs: ranks, machines, software and what was chosen for
+    them, as `{"torch": "2.13.0 against 2.14.0"}`."""
+    environments = [run.surroundings for run in runs]
+    differing = {}
+    for name in dict.fromkeys(name for values in environments for name in values):
+        texts = dict.fromkeys(_surrounding_text(values.get(name)) for values in environments)
+        if len(texts) > 1:
+            differing[name] = " against ".join(texts)
+    return differing
+
+
+def _surrounding_text(value: Any) -> str:
+    """A value of env.json, short: `8 x NVIDIA H100` for a list of the same."""
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, list) and value.count(value[0]) == len(value):
+        return f"{len(value)} x {_surrounding_text(value[0])}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -109,7 +109,8 @@ def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str
     env = Environment(loader=loader, autoescape=not markdown, undefined=StrictUndefined)
     env.trim_blocks = True
     env.lstrip_blocks = True
-    env.filters |= {"value": _value, "figure": _figure, "cell": _cell, "fenced": _fenced}
+    env.filters |= {"value": _value, "figure": _figure, "command": _command}
+    env.filters |= {"cell": _cell, "fenced": _fenced}
     context = _context(summaries_of(runs)) | {"note": note, "mark": MARK}
     if markdown:
         return env.get_template("report.md.j2").render(context)
@@ -376,6 +377,12 @@ def _value(value: Any) -> str:
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _command(fix: str) -> tuple[str, str]:
+    """A fix as what is typed and the comment behind it: not every shell takes comments."""
+    command, _, comment = fix.partition("   # ")
+    return command, comment
 
 
 def _figure(value: Any) -> str:

@@ -1,6 +1,5 @@
 """The numbers of a run, from its files."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from tunesmith.report.run_files import RunFiles, finite
 from tunesmith.run_dir import shown
 
 HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
+# Of env.json: what a run was given, and what was found in it.
+_INPUTS = ("command", "commit", "checks", "validation_examples", "template")
 # Columns of metrics.jsonl.
 LOSS = "val_loss"
 ACCURACY = "val_reward_accuracy"
@@ -101,10 +102,16 @@ class RunSummary:
         return learned
 
     @property
-    def machine(self) -> str:
-        """What the speed depends on beside the recipe: processor, GPUs, threads, torch."""
-        names = ("cpu", "cpu_threads", "gpus", "torch", "hosts")
-        return json.dumps([self.files.env.get(name) for name in names])
+    def surroundings(self) -> dict[str, Any]:
+        """What env.json says of ranks, machines, software and choices, without the reasons."""
+        env = self.files.env
+        hosts = env.get("hosts")
+        surroundings: dict[str, Any] = {"ranks": len(hosts) if isinstance(hosts, list) else 1}
+        for name, value in leaves(env).items():
+            is_of_inputs = name.endswith("_hash") or name in _INPUTS
+            if not is_of_inputs and not name.endswith(".why"):
+                surroundings[name.removeprefix("choices.").removesuffix(".taken")] = value
+        return surroundings
 
 
 def changes_learning(key: str, runs: Sequence[RunSummary]) -> bool:

@@ -110,6 +110,7 @@ _SMOOTHED = {
     "kl",
     "tokens_per_second",
     "grad_norm",
+    "step_seconds",
 }
 _IN_PANELS = {column for panel in PANELS for column in panel.columns}
 

@@ -91,7 +91,8 @@
       for (const [key, value] of rows) {
         const gib = /[._]bytes$/.test(key) && typeof value === "number";
         const text = gib ? `${(value / 2 ** 30).toFixed(1)} GiB` : asText(value);
-        list.append(make("dt", {}, key.replace(/^figures\.|_bytes$/g, "").replaceAll(/[._]/g, " ")), make("dd", {}, text));
+        const shown = key === "next" ? typed(text) : [text];
+        list.append(make("dt", {}, key.replace(/^figures\.|_bytes$/g, "").replaceAll(/[._]/g, " ")), make("dd", {}, ...shown));
       }
       parts.notes.append(make("div", { class: `note ${run.state === "stopped" ? "" : "bad"}` }, list));
     }
@@ -106,8 +107,16 @@
     if (run.warnings.length) {
       const list = make("ul", { "aria-label": "warnings" });
       for (const line of run.warnings) list.append(make("li", {}, line));
-      parts.notes.append(make("div", { class: "note" }, list));
+      const title = `${run.warnings.length} warning${run.warnings.length > 1 ? "s" : ""}`;
+      // Those of a run that is over are to be found, not to be acted on.
+      parts.notes.append(make("details", { class: run.state === "running" ? "note" : "note calm", open: run.state === "running" }, make("summary", {}, title), list));
     }
+  }
+
+  // A fix as what is typed and the comment behind it: not every shell takes comments.
+  function typed(fix) {
+    const [command, comment] = fix.split(/ {3}# /);
+    return [make("code", { class: "typed" }, command), ...(comment ? [` (${comment})`] : [])];
   }
 
   function asText(value) {
@@ -289,7 +298,8 @@
 
   function showRecipe() {
     const only = $("#differences input").checked && texts.length > 1;
-    const keys = [...new Set(texts.flatMap((text) => Object.keys(text.recipe)))];
+    const all = [...new Set(texts.flatMap((text) => Object.keys(text.recipe)))];
+    const keys = all.filter((key) => texts.length === 1 || key !== "output_dir");  // that of two runs always differs
     const rows = keys.map((key) => {
       const values = texts.map((text) => (key in text.recipe ? asText(text.recipe[key]) : "–"));
       return { key, values, differs: new Set(values).size > 1 };
