@@ -48,4 +48,4 @@ def test_a_system_prompt_of_all_is_taken_out_and_one_of_some_is_not() -> None:
 
 
 def test_half_an_emoji_at_the_end_is_not_shown() -> None:
-    assert whole_characters("by bike 🚲\ufffd") == "by bike 🚲"
+    assert whole_characters("bike 🚲\ufffd") == "bike 🚲"

@@ -91,7 +91,7 @@ def test_axe_finds_nothing_serious(one: str, two: str, visit: Any) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     for address, scheme, other in ((one, "light", "dark"), (two, "dark", "light")):
         with visit(address, scheme=scheme) as seen:
-            seen.page.click("summary")
+            seen.page.click("#values summary")
             seen.page.wait_for_selector("#values td")
             seen.page.wait_for_selector("#keys :is(td, dd)")
             for width, colours in ((1280, scheme), (390, other)):
@@ -178,7 +178,7 @@ def test_the_keyboard_reaches_and_reads_everything(one: str, visit: Any) -> None
 
 def test_the_table_holds_the_records(one: str, visit: Any) -> None:
     with visit(one) as seen:
-        seen.page.click("summary")
+        seen.page.click("#values summary")
         seen.page.wait_for_selector("#values td")
         heads = seen.page.locator("#values thead th").all_text_contents()
         last = seen.page.locator("#values tbody tr").last.locator("th, td").all_text_contents()

@@ -5,7 +5,7 @@ run's files, and again only when these have changed.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
@@ -144,7 +144,7 @@ class RunList:
     def refresh(self) -> Iterator[bool]:
         """Look for new runs, then at each run; yields whether something changed."""
         for folder in self.folders:
-            for path in run_folders(folder, known=self.runs.keys()):
+            for path in run_folders(folder, listed=self.runs.keys()):
                 if path not in self.runs:
                     # Runs of two sweeps may have the same name.
                     name = shown(path.relative_to(folder))
@@ -163,14 +163,14 @@ def holds_runs(folder: Path) -> bool:
     return not holds_run(folder) and next(run_folders(folder), None) is not None
 
 
-def run_folders(folder: Path, known: Any = ()) -> Iterator[Path]:
+def run_folders(folder: Path, listed: Container[Path] = ()) -> Iterator[Path]:
     """The run directories in a folder and, where a folder in it is no run, in that one."""
     for path in _subfolders(folder):
-        if path in known or holds_run(path):
+        if path in listed or holds_run(path):
             yield path
             continue
         for inner in _subfolders(path):
-            if inner in known or holds_run(inner):
+            if inner in listed or holds_run(inner):
                 yield inner
 
 
