@@ -15,7 +15,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from tunesmith.config.dump import leaves
+from tunesmith.config.dump import is_free, leaves
 from tunesmith.host.shell import shell_path
 from tunesmith.report.measure import Measure, measure_of
 from tunesmith.report.run_summary import (
@@ -392,7 +392,8 @@ def _keys_without_effect(runs: Sequence[RunSummary]) -> str:
     """A sentence on the keys that differ and change nothing that is learned; empty without any."""
     keys = []
     for difference in differing_keys(runs):
-        if not difference.learns:
+        # A file of the same rows under another name is no difference.
+        if is_free(difference.key):
             keys.append(f"`{difference.key}` ({difference.values_text})")
     return f" They also differ in {', '.join(keys)}, which changes nothing learned." if keys else ""
 
