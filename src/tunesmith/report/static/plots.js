@@ -159,7 +159,7 @@ const Plots = (() => {
 
   function widthOf(line) {
     if (line.faint) return 1;
-    if (line.isBelow) return 3.5;
+    if (line.isBelow) return 4;
     return line.thin ? 1.5 : 2;
   }
 
