@@ -50,6 +50,15 @@ def test_the_lower_val_loss_on_the_same_rows_is_better(tmp_path: Path) -> None:
         assert sentence(found, "tunesmith train", "train.seed=43")
 
 
+def test_no_seed_is_advised_that_would_draw_other_held_out_rows(tmp_path: Path) -> None:
+    drawn = {"data": {"hold_out": "10 examples"}}
+    good = write_run(tmp_path / "good", falling(2.0), recipe=rate(1e-3) | drawn)
+    bad = write_run(tmp_path / "bad", falling(2.5), recipe=rate(1e-4) | drawn)
+    found = verdict(good, bad)
+    assert not sentence(found, "train.seed=43")
+    assert sentence(found, "data.hold_out", "data.validation")
+
+
 def test_a_gap_within_the_noise_is_none(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", falling(2.0, jitter=0.1), recipe=rate(1e-3))
     other = write_run(tmp_path / "other", falling(2.05, jitter=0.1), recipe=rate(1e-4))

@@ -8,6 +8,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_path
+from tunesmith.metrics.conversations import turns_of
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.run_dir import FAILURE, FINAL, IDENTITY, LOG, METRICS, RECIPE, read_samples
@@ -175,13 +176,19 @@ def _answers(folder: Path) -> list[str]:
     prompts = [prompt for prompt in after if prompt in before and last > 0]
     rows = []
     for prompt in prompts[:2]:
-        # The question is at the end of a prompt; an answer is told by its beginning.
+        # An answer is told by its beginning, a long question by its end.
         rows += [
-            f"prompt  {_one_line(prompt, from_end=True)}",
+            f"prompt  {_one_line(_question(prompt), from_end=True)}",
             f"  before  {_one_line(before[prompt])}",
             f"  after   {_one_line(after[prompt])}",
         ]
     return [*rows, ""] if rows else []
+
+
+def _question(prompt: str) -> str:
+    """The last turn of a prompt, without what its template writes around it."""
+    turns = turns_of(prompt)
+    return turns[-1].text if turns else prompt
 
 
 def _one_line(text: str, *, from_end: bool = False) -> str:

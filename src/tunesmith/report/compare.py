@@ -32,6 +32,7 @@ STANDARD_ERRORS = 2.0
 # The same of Student's t, from 1 degree of freedom.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 TOKEN_GAP = 0.02  # relative difference of the tokens learned from that is worth a sentence
+FEWEST_VALIDATIONS = 5  # whose moves tell the noise
 
 
 def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]]]:
@@ -83,14 +84,15 @@ def _share_text(interval: Sequence[float]) -> str:
 
 
 def validation_noise(val_losses: Sequence[float]) -> float | None:
-    """The standard deviation of a curve's second half around its trend; None from fewer than 5
-    points.
+    """The standard deviation of a curve's second half around its trend; None from fewer than
+    FEWEST_VALIDATIONS.
 
     Of independent noise a third difference has 20 times the variance; a parabola has none, so that
     the bend of a curve that still falls does not count as noise.
     """
-    differences = list(val_losses[-max(5, len(val_losses) // 2) :])
-    if len(differences) < 5:
+    count = max(FEWEST_VALIDATIONS, len(val_losses) // 2)
+    differences = list(val_losses[-count:])
+    if len(differences) < FEWEST_VALIDATIONS:
         return None
     for _ in range(3):
         differences = [b - a for a, b in pairwise(differences)]
@@ -280,6 +282,22 @@ def _rank(measured: Sequence[RunSummary], measure: Measure) -> list[RunGroup]:
     return sorted(groups, key=lambda group: measure.worse_by(group.best.mean, than=0.0))
 
 
+def _seed_advice(run: RunSummary, measure: Measure) -> str:
+    """How to see what another seed changes."""
+    advice = f"Each has a single seed, and another seed would change {measure.name} too; "
+    if run.files.recipe.get("data", {}).get("hold_out"):
+        # Its validation would be of other rows, so not comparable.
+        return (
+            f"{advice}the seed also draws the rows of data.hold_out: to see how far, put held-out "
+            "rows into a file of their own (data.validation), and train two seeds of each"
+        )
+    seed = (run.seed if run.seed is not None else 42) + 1
+    recipe = shell_path(shown(run.files.folder / RECIPE))
+    output = shell_path(shown(f"{run.files.folder}-seed-{seed}"))
+    command = f"tunesmith train {recipe} train.seed={seed} output_dir={output}"
+    return f"{advice}to see how far: `{command}`"
+
+
 def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
     """The difference between the first two above which it counts, and where it is from; None where
     that is not known."""
@@ -289,15 +307,7 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
     repeated = [group.best for group in ranking if group.best.count > 1]
     if repeated:
         return _seed_noise(repeated, first.best, second.best, measure)
-    run = first.runs[0]
-    seed = (run.seed if run.seed is not None else 42) + 1
-    recipe = shell_path(shown(run.files.folder / RECIPE))
-    output = shell_path(shown(f"{run.files.folder}-seed-{seed}"))
-    command = f"tunesmith train {recipe} train.seed={seed} output_dir={output}"
-    advice = (
-        f"Each has a single seed, and another seed would change {measure.name} too; to see how far:"
-    )
-    advice += f" `{command}`"
+    advice = _seed_advice(first.runs[0], measure)
     by_span = _noise_of_shares(first, second)
     if by_span is not None:
         threshold, text = by_span
@@ -308,7 +318,8 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
         if noise is not None:
             noises.append(noise)
     if not noises:
-        text = f"There are too few validations to estimate the noise of {measure.name}"
+        text = f"It takes {FEWEST_VALIDATIONS} validations to estimate the noise of {measure.name}"
+        text += " (validate.every)"
         return None, f"{text}. {advice}"
     noise = max(noises)
     # The difference of two values of the same noise.

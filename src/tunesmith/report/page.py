@@ -19,13 +19,13 @@ from tunesmith.config.dump import leaves
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.packages import COMPUTE
 from tunesmith.host.shell import shell_command, shell_path, shell_word
+from tunesmith.metrics.conversations import conversations_of, whole_characters
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.report.compare import (
     differing_keys,
     eval_figures,
     judge,
 )
-from tunesmith.report.conversations import conversations_of, whole_characters
 from tunesmith.report.measure import HELD_OUT_ACCURACY, VAL_LOSS, measure_of
 from tunesmith.report.run_files import (
     NO_CHART,

@@ -15,7 +15,7 @@ from tunesmith.config.dump import leaves
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.launch.jobs import Job, find_job, holds_run
-from tunesmith.report.conversations import conversations_of, whole_characters
+from tunesmith.metrics.conversations import conversations_of, whole_characters
 from tunesmith.report.run_files import (
     NO_CHART,
     DamagedFile,

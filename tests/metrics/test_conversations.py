@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.report.conversations import Turn, conversations_of, turns_of, whole_characters
+from tunesmith.metrics.conversations import Turn, conversations_of, turns_of, whole_characters
 
 
 @pytest.mark.parametrize(
