@@ -224,7 +224,7 @@ def test_every_command_runs(
     if page != "README.md":
         return
     assert json.loads((place / "speed.json").read_text())["figures"]["steps"] == 2
-    assert list((place / "traces").iterdir())
+    assert (place / "runs/rates/report.html").is_file()
     assert list((place / "runs/my-run/profile").iterdir())
     (example,) = blocks(README, "python")
     exec("\n".join(example), {})
