@@ -129,6 +129,7 @@ def test_a_recipe_names_model_and_data(fetch, files, tiny: Path, tmp_path: Path)
         (("no/such/path",), "there is nothing at no/such/path"),
         (("./nothing",), "there is nothing at ./nothing"),
         (("bad id!",), "neither a folder"),
+        (("demo",), "tunesmith train --model demo"),
         (("missing.yaml",), "missing.yaml"),
         (("someone/tiny",), "HF_HUB_OFFLINE"),
         (("someone/tiny", "model.dtype=fp32"), "--revision"),

@@ -18,6 +18,7 @@ from huggingface_hub.utils import (
 
 from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault, mask
 from tunesmith.host.shell import shell_word
+from tunesmith.hub import demo_model
 
 TRIES = 5  # in a row without progress
 PAUSE = 1.0  # seconds before the second try; doubles
@@ -117,11 +118,14 @@ def hub_error(
 
 
 def _names_no_model(name: str, why: str = "", cause: str = "") -> ModelError:
+    fix = "use an existing path, or owner/name as on the Hub"
+    if name == demo_model.NAME:
+        fix = "tunesmith train --model demo --data FILE, which writes a recipe with the model's path"
     return ModelError(
         f"{name!r} is neither a folder, a .gguf file, nor a Hub id",
         where="model.name",
         why=why,
-        fix="use an existing path, or owner/name as on the Hub",
+        fix=fix,
         cause=cause,
     )
 
