@@ -120,7 +120,7 @@ def hub_error(
 def _names_no_model(name: str, why: str = "", cause: str = "") -> ModelError:
     fix = "use an existing path, or owner/name as on the Hub"
     if name == demo_model.NAME:
-        fix = "tunesmith train --model demo --data FILE, which writes a recipe with the model's path"
+        fix = "tunesmith train --model demo --data FILE, which writes a recipe with its path"
     return ModelError(
         f"{name!r} is neither a folder, a .gguf file, nor a Hub id",
         where="model.name",
