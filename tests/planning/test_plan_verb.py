@@ -223,13 +223,20 @@ def test_the_table_and_what_the_first_takes(
         " USD",
         "a GPU sends per step: ",
         " GB over its network",
-        "to use it elsewhere: ",
+        "to set it: ",
     ):
         assert part in said
     assert (
         f"parallel.replicate={first[0]} parallel.shard={first[2]} parallel.tensor={first[4]}"
         in said
     )
+
+
+def test_a_second_kind_of_machines_is_refused(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(llama), "--on", "8xh100", "--on", "h200"]) == 2
+    check_shown(capsys.readouterr().err, names=["--on"], fix=["--on 8xh100"])
 
 
 def test_a_plan_starts_no_gpu(llama: Path) -> None:
@@ -313,7 +320,7 @@ def test_an_example_with_a_price_prints_it(
     monkeypatch.setenv("TUNESMITH_CACHE", str(llama.parent / "cache"))
     words = shlex.split(example)[1:]
     assert main([*words, f"model.name={llama.parent / 'model'}"]) == 0
-    assert re.search(r"run: [\d.,]+ h, [\d.,]+ USD", capsys.readouterr().out)
+    assert re.search(r"steps: [\d.,]+ h, [\d.,]+ USD", capsys.readouterr().out)
 
 
 def test_both_places_have_an_example_with_a_price() -> None:
@@ -406,7 +413,7 @@ def test_on_a_cpu_memory_alone_is_told(
     assert "--assume tflops=NUMBER" in shown
     assert re.search(r"^1 x 1 x 1 .* - +- +0%$", shown, re.MULTILINE)
     assert main([*words, "--assume", "tflops=0.1"]) == 0
-    assert re.search(r"run: [\d.,]+ ", capsys.readouterr().out)
+    assert re.search(r"steps: [\d.,]+ ", capsys.readouterr().out)
 
 
 def test_lengths_come_from_the_token_cache_if_it_has_them(

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import add_json, add_overrides, whole_number
-from tunesmith.errors import EXIT_OK, MachineError, TunesmithError
+from tunesmith.errors import EXIT_OK, MachineError, TunesmithError, UsageError
+from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import show
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.quant.schemes import scheme_of
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_overrides(parser)
     machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine)"
-    parser.add_argument("--on", default="here", metavar="MACHINES", help=machines)
+    parser.add_argument("--on", action="append", metavar="MACHINES", help=machines)
     names = "gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
     figures = f"a property of the GPUs: {names}"
     parser.add_argument(
@@ -98,7 +99,15 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.planning.run_plan import one_document_a_row, shares_prompts
     from tunesmith.planning.savings import check_memory_fits
 
-    cluster = read_cluster(args.on, args.assume)
+    machines = args.on or ["here"]
+    if len(machines) > 1:
+        raise UsageError(
+            f"--on was given {len(machines)} times",
+            where="command line",
+            why="a plan is for one kind of machines",
+            fix=f"one plan for each: --on {shell_word(machines[0])}",
+        )
+    cluster = read_cluster(machines[0], args.assume)
     recipe = load_recipe(args.recipe, args.overrides)
     config, where, folder = _config(recipe.model)
     spec = model_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
@@ -353,12 +362,12 @@ def _details(
     # The order is by speed with a margin, so the first need not be the fastest.
     if any(f.fits and (f.step_seconds or 0) < step_seconds for f in forecasts):
         lines.append(
-            "the first is taken though another is faster: more shards or tensor ranks, or groups "
-            f"that reach over nodes, must gain {1 - BETTER:.0%}"
+            f"another mesh is faster by less than {1 - BETTER:.0%}, too little for more shards or "
+            "tensor ranks, or for groups over several nodes"
         )
     largest = max(best.phases, key=lambda phase: best.phases[phase])
     needed = f"{best.phases[largest] / GIB:.1f} of {best.room / GIB:.1f} GiB {PHASES[largest]}"
-    step = f"a step's {best.phases['step'] / GIB:.1f}"
+    step = f"a step takes {best.phases['step'] / GIB:.1f}"
     lines.append(f"memory of a GPU: {needed}; {step}: {best.plan.memory.describe()}")
     seconds = {part: value for part, value in best.seconds.items() if value >= 0.005}
     if best.step_seconds and seconds:
@@ -370,7 +379,8 @@ def _details(
     if amounts:
         lines.append(f"a GPU sends per step: {', '.join(amounts)}")
     size, copies = checkpoint_bytes(planner.run, planner.trained, base)
-    lines.append(f"disk: {size / 1e9:.1f} GB per checkpoint, at most {copies} at once")
+    most = f"at most {copies} at once, {copies * size / 1e9:,.1f} GB"
+    lines.append(f"disk: {size / 1e9:,.1f} GB per checkpoint, {most}")
     if best.hides_from:
         lines.append(
             "compute hides the all-gathers of weights from micro batches of "
@@ -388,8 +398,7 @@ def _details(
         shape = f"{cut.plan.mesh.describe()}, {cut.step_seconds:.2f} s a step"
         lines.append(f"parallel.tensor=auto is faster: {shape}")
     if planner.cluster.world > 1:
-        elsewhere = f"to use it elsewhere: {best.keys}"
-        lines.append(f"`train` uses the first on these machines; {elsewhere}")
+        lines.append(f"`train` takes the first mesh by itself; to set it: {best.keys}")
     return lines
 
 
@@ -404,14 +413,15 @@ def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[st
         cost = ""
         if dollars:
             cost = f", {dollars:,.0f} USD" if dollars >= 10 else f", {dollars:,.2f} USD"
-        return [f"the run: {duration}{cost}, without validation and checkpoints"]
+        beside = "loading, compilation, validation and checkpoints come on top"
+        return [f"the run's steps: {duration}{cost}; {beside}"]
     if best.tokens_per_second:
         hours = 1e6 / best.tokens_per_second / 3600
         cost = f" and {hours * price * gpus:,.2f} USD" if price else ""
         return [
-            f"per million tokens: {format_seconds(hours * 3600)}{cost}; the rows are not "
-            "available, so "
-            "the hours of the run are unknown: set train.duration='500 steps'"
+            f"per million tokens: {format_seconds(hours * 3600)}{cost}; the rows are not here, so "
+            "the hours of the run are unknown: set data.train.source to a file of yours, or "
+            "train.duration='500 steps'"
         ]
     if price:
         why = "because the speed of this machine is unknown"

@@ -173,11 +173,9 @@ def measure_work(
         unit_tokens = supervised if run.train.global_batch.unit == "examples" else run.row_tokens
         step_tokens = resolve.step_units(run) * unit_tokens
         step = StepSize(step_tokens, step_tokens)
-        source = f"unknown, assumed {supervised:,} tokens each, all with a label"
+        source = f"unknown, assumed {supervised:,} tokens each, all supervised"
         if rows:
-            source = (
-                f"{count_of(rows, 'row')}, taken as {supervised:,} tokens each, all with a label"
-            )
+            source = f"{count_of(rows, 'row')}, about {supervised:,} tokens each, all supervised"
             schedule = BatchSchedule(
                 np.full(rows, supervised),
                 run.data,
