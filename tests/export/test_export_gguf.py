@@ -24,10 +24,12 @@ from tunesmith.cli.export import GGUF_QUANTS
 from tunesmith.errors import CheckpointError, ModelError, TunesmithError
 from tunesmith.export.gguf import export as room
 from tunesmith.export.gguf.answers import SideBySide, answer_lines, questions_of
+from tunesmith.export.gguf.check import FileCheck
 from tunesmith.export.gguf.export import export_adapter, export_gguf
 from tunesmith.export.gguf.llama_cpp import LlamaCpp
 from tunesmith.export.gguf.ollama import modelfile_text
 from tunesmith.export.gguf.types import QUANTS as TYPES
+from tunesmith.export.merge_check import Difference
 from tunesmith.inference.load_run import locate_run, read_run_files
 from warm import run_warm
 
@@ -345,3 +347,16 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
         refused = run_warm([*words, "--output", tmp_path / "other.gguf", *wrong])
         assert refused.returncode == 2, refused.stdout
         assert error_in(refused.stderr).where.startswith("command line: --")
+
+
+@pytest.mark.parametrize(
+    ("kl", "agreement", "near"),
+    [
+        (0.1, 0.9, True),
+        (0.3, 0.9, False),  # a tenth of the base's would be 0.2
+        (0.13, 0.46, False),  # another token at every second position
+    ],
+)
+def test_a_file_that_answers_otherwise_is_not_near(kl: float, agreement: float, near: bool) -> None:
+    base = Difference(9.0, 2.0, 0.46)
+    assert FileCheck(20, Difference(1.0, kl, agreement), base, 24, ()).is_near == near

@@ -5,8 +5,8 @@ example:
   tunesmith chat runs/my-run --side-by-side
   echo "What do you know?" | tunesmith chat runs/my-run
 
-ctrl-C stops an answer. Without a terminal, every line of stdin is a question,
-and only answers go to stdout.
+ctrl-C stops an answer. Without a terminal, every line of stdin is the next
+question of one conversation, and only answers go to stdout.
 """
 
 import argparse
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EPILOG = """commands in the chat:
 /reset                   start a new conversation
 /quit                    leave (so does ctrl-D, or ctrl-C twice)"""
-COMMANDS = "/reset starts a new conversation, /quit exits"
+COMMANDS = "the model sees earlier questions too: /reset starts a new conversation, /quit exits"
 # What the commands that were removed set while the chat went on.
 AT_THE_START = "--base, --side-by-side and --system can only be set at startup"
 BASE = "base"
@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_run(location, device=args.device)
     chat = Chat(args, loaded, decoding)
     if chat.on_terminal:
-        about = f"{decoding.describe()}; {loaded.template.describe()}"
+        about = decoding.describe()
+        if loaded.template.raw:
+            about += f"; {loaded.template.describe()}"
         notify(f"{location.note or args.run}: {about}\n{COMMANDS}")
     chat.talk()
 

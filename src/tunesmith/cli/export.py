@@ -214,8 +214,8 @@ def _print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
         print(line)
     if not check.is_near:
         notify(
-            "warning: the file's error is large compared with what training changed; "
-            "use a --quant with more bits"
+            "warning: rounding to so few bits changes what the model answers; "
+            "use more: --quant q8_0, or f16"
         )
 
 
