@@ -139,6 +139,7 @@ def test_a_machine_that_was_started_again_and_another_host_are_told(recipe: Path
 
 def test_a_stop_by_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, progress = make_run(tmp_path / "model", tmp_path), Progress(step=7)
+    Path(run.output_dir).mkdir()
 
     def text(signal: str) -> str:
         return stopped_by([(None, signal)], run, progress, ONE_PROCESS).text()

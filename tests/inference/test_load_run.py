@@ -174,7 +174,7 @@ def _broken_manifest(run: Path) -> Path:
         (_nothing, EXIT_USAGE, "there is no"),
         (_no_checkpoint, EXIT_FAILED, "tunesmith train"),
         (_torn_final, EXIT_FAILED, "adapter_model.safetensors"),
-        (_torn_by_name, EXIT_FAILED, "not whole"),
+        (_torn_by_name, EXIT_FAILED, "incomplete"),
         (_state_only, EXIT_FAILED, "training state only"),
         (_empty, EXIT_USAGE, "has no model"),
         (_text_file, EXIT_USAGE, ".txt"),

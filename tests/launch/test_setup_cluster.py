@@ -46,8 +46,8 @@ def test_it_fails_before_the_large_install_and_then_goes_on(tiny: Path, place: P
     files = {path.name: path.read_bytes() for path in tiny.iterdir()}
     with StandIn({"owner/gated": Repo(files, gated=True, granted="hf_granted0123")}) as hub:
         for token, said in (
-            (None, "there is no token"),
-            ("hf_other01234567", "has not been granted to the account"),
+            (None, "no token found"),
+            ("hf_other01234567", "has not been granted to your token"),
         ):
             done = set_up(place, hub, token)
             assert done.returncode == 2

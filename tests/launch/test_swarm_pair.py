@@ -170,7 +170,7 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
             "exec", container[0], "sh", "-c", "cat $HF_TOKEN_PATH /run/secrets/WANDB_API_KEY"
         ).stdout
         assert all(canary in token for canary in CANARY.values())
-    assert status(b, "whole")["phase"] == "running"
+    assert status(b, "whole")["state"] == "running"
 
     wait_until("a checkpoint", lambda: len(records(a, "whole")) >= 50, 180)
     b.kill()

@@ -233,9 +233,7 @@ def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(
     assert [(failure["what"], failure["rank"]) for failure in failures(tmp_path)] == [(said, 1)]
     for rank in (0, 2):  # unless it waited in the collective until the end of its grace
         raised = tmp_path / f"raised-{rank}"
-        assert (
-            not raised.exists() or raised.read_text() == f"{OtherRankError.__name__}: error: {said}"
-        )
+        assert not raised.exists() or raised.read_text() == f"{OtherRankError.__name__}: {said}"
 
 
 def test_an_error_that_all_ranks_know_is_told_once_without_the_heartbeat(tmp_path: Path):

@@ -242,8 +242,8 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
     text, record = there.stop.low_memory or ("", {})
     assert text.startswith(f"{PHASE}, ")
     for word in (
-        "0.10 GiB can be had",
-        "the floor is 1.32 GiB",
+        "0.10 GiB are available",
+        "the limit is 1.32 GiB",
         "shared memory 3.00",
         "page cache 6.00",
         "; others have most: ",

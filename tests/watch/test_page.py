@@ -259,7 +259,7 @@ def test_what_never_changes_is_a_line_in_place_of_a_chart(one: str, visit: Any) 
         seen.page.wait_for_selector("#constants dt")
         rows = seen.page.locator("#constants div")
         wait_for(lambda: "MFU40 %" in rows.all_text_contents())
-        assert "GPU power" in seen.page.text_content("#constants")
+        wait_for(lambda: "GPU power" in seen.page.text_content("#constants"))
         titles = seen.page.locator(".chart figcaption b").all_text_contents()
         assert titles == ["Training loss", "Validation loss", "Memory (GiB)"]
 

@@ -69,7 +69,7 @@ from tunesmith.metrics.summary import write_failure
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.parallel.mesh import possible_shapes
-from tunesmith.run_dir import FAILURE, LOG, METRICS, SAMPLES, STOP_FILE, STOPPED, Phase
+from tunesmith.run_dir import FAILURE, IDENTITY, LOG, METRICS, SAMPLES, STOP_FILE, STOPPED, Phase
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training.agree import agree_on_recipe
@@ -394,11 +394,13 @@ def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
 
 @contextlib.contextmanager
 def noted_early_stop(out: Path) -> Iterator[None]:
-    """Leave stopped.json where a signal ends the block before the first step."""
+    """Leave stopped.json where a signal ends the block before the first step, if there is a run."""
     try:
         yield
     except (Interrupted, StoppedEarlyError):
-        write_stopped(out, "stopped before the first step", step=0)
+        # A start that has saved nothing leaves nothing.
+        if (out / IDENTITY).is_file():
+            write_stopped(out, "stopped before the first step", step=0)
         raise
 
 
