@@ -82,7 +82,7 @@ def test_the_file_stop_is_kept_by_one_process_and_an_old_one_is_not(file: Path, 
 def test_a_signal_while_a_run_is_resumed_leaves_it_stopped(file: Path, tmp_path: Path):
     """One process writes stopped.json too, which `status` reads."""
     out = tmp_path / "run"
-    assert run_warm(["train", file, "train.duration=4 steps"]).returncode == 0
+    assert run_warm(["train", file, "train.duration=3 steps"]).returncode == 0
     process = Warm(["train", file], prepare=load_slowly)
     try:
         wait_for((out / RUNNING).exists, process)
