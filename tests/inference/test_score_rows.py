@@ -142,7 +142,7 @@ def test_a_process_that_was_killed_is_gone_on_with(
     assert process.returncode != 0
     if number == signal.SIGTERM:
         assert "StoppedError" in error
-        assert "same command again" in error
+        assert "run the same command again" in error
     lines = killed.read_bytes().count(b"\n")
     assert 8 <= lines < 27, error
     scored(run, held, killed)

@@ -37,8 +37,25 @@ ACTIVATION_SCALES = (
 )
 
 
+class _CodedEntry:
+    """An entry of several tensors, whose place in the files is that of its codes."""
+
+    @property
+    def place(self) -> Entry:
+        """The tensor of the codes."""
+        raise NotImplementedError
+
+    @property
+    def file(self) -> Path:
+        return self.place.file
+
+    @property
+    def start(self) -> int:
+        return self.place.start
+
+
 @dataclass(frozen=True)
-class ScaledEntry:
+class ScaledEntry(_CodedEntry):
     """A weight in fp8: codes and their scales. It goes by the name of the codes.
 
     Attributes:
@@ -52,6 +69,10 @@ class ScaledEntry:
     dtype: str = "F32"
 
     @property
+    def place(self) -> Entry:
+        return self.codes
+
+    @property
     def name(self) -> str:
         return self.codes.name
 
@@ -59,17 +80,9 @@ class ScaledEntry:
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
-    @property
-    def file(self) -> Path:
-        return self.codes.file
-
-    @property
-    def start(self) -> int:
-        return self.codes.start
-
 
 @dataclass(frozen=True)
-class PackedEntry:
+class PackedEntry(_CodedEntry):
     """A stack of experts in mxfp4, by its own name; dense it is [experts, in, out].
 
     Attributes:
@@ -82,6 +95,10 @@ class PackedEntry:
     dtype: str = "F32"
 
     @property
+    def place(self) -> Entry:
+        return self.blocks
+
+    @property
     def name(self) -> str:
         return self.blocks.name.removesuffix(PACKED)
 
@@ -90,17 +107,9 @@ class PackedEntry:
         experts, rows, groups, _ = self.blocks.shape
         return experts, groups * GROUP, rows
 
-    @property
-    def file(self) -> Path:
-        return self.blocks.file
-
-    @property
-    def start(self) -> int:
-        return self.blocks.start
-
 
 @dataclass(frozen=True)
-class Nvfp4Entry:
+class Nvfp4Entry(_CodedEntry):
     """A weight in nvfp4, by the name that it has where it is dense.
 
     Attributes:
@@ -117,17 +126,13 @@ class Nvfp4Entry:
     dtype: str = "F32"
 
     @property
+    def place(self) -> Entry:
+        return self.codes
+
+    @property
     def shape(self) -> tuple[int, ...]:
         rows, width = self.codes.shape
         return rows, 2 * width
-
-    @property
-    def file(self) -> Path:
-        return self.codes.file
-
-    @property
-    def start(self) -> int:
-        return self.codes.start
 
 
 StoredEntry = Entry | ScaledEntry | PackedEntry | Nvfp4Entry

@@ -227,6 +227,14 @@ class DecodedTensor(StoredTensor):
         columns = (slice(0, size) for size in self.shape[1:])
         self._fill(target.view(-1, *self.shape[1:]), (rows, *columns))
 
+    def _pieces(self, rows: slice) -> Iterator[tuple[slice, slice]]:
+        """Rows of a matrix, a piece at a time: those of the weight, and their place in `rows`."""
+        last = min(rows.stop, self.shape[0])
+        step = max(1, PIECE // self.shape[1])
+        for first in range(rows.start, last, step):
+            end = min(first + step, last)
+            yield slice(first, end), slice(first - rows.start, end - rows.start)
+
 
 class ScaledTensor(DecodedTensor):
     """A weight in fp8.
@@ -253,14 +261,9 @@ class ScaledTensor(DecodedTensor):
 
     def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
         rows, columns = slices
-        last = min(rows.stop, self.shape[0])
-        step = max(1, PIECE // self.shape[1])
-        for first in range(rows.start, last, step):
-            part = slice(first, min(first + step, last))
+        for part, place in self._pieces(rows):
             codes = self.codes[part, columns].view(torch.float8_e4m3fn)
-            start = first - rows.start
-            target = local[start : start + len(codes)]
-            target.copy_(codes.float() * self._scales_of(part, columns))
+            local[place].copy_(codes.float() * self._scales_of(part, columns))
 
     def _scales_of(self, rows: slice, columns: slice) -> torch.Tensor:
         """The scale of each weight in a region; fp32."""
@@ -303,18 +306,14 @@ class Nvfp4Tensor(DecodedTensor):
 
     def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
         rows, columns = slices
-        last = min(rows.stop, self.shape[0])
-        step = max(1, PIECE // self.shape[1])
-        for first in range(rows.start, last, step):
-            part = slice(first, min(first + step, last))
+        for part, place in self._pieces(rows):
             codes = self.codes[part, slice(0, self.codes.shape[1])]
             scales = self.scales[part, slice(0, self.scales.shape[1])]
             self.check_scales(scales)
             values = decode_nvfp4(
                 codes, scales.view(torch.float8_e4m3fn), self.scale, divides=self.divides
             )
-            start = first - rows.start
-            local[start : start + len(values)].copy_(values[:, columns])
+            local[place].copy_(values[:, columns])
 
 
 class PackedTensor(DecodedTensor):
