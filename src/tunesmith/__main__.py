@@ -1,7 +1,5 @@
 """`python -m tunesmith` is the command `tunesmith`."""
 
-import sys
+from tunesmith.cli.main import run_process
 
-from tunesmith.cli.main import main
-
-sys.exit(main())
+run_process()

@@ -35,6 +35,7 @@ from tunesmith.errors import (
     first_line,
     is_out_of_memory,
 )
+from tunesmith.host.ending import run_and_exit
 from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
@@ -195,6 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: the words after `tunesmith` (None: those of the process) -> exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     return framed(lambda: _dispatch(words), process=argv is None)
+
+
+def run_process() -> NoReturn:
+    """The program `tunesmith`: run the words of this process, which ends with the exit code."""
+    run_and_exit(main)
 
 
 @lines_on_stderr()

@@ -36,6 +36,7 @@ from tunesmith.errors import (
 )
 from tunesmith.host.chips import list_gpus
 from tunesmith.host.cores import available_cores
+from tunesmith.host.ending import run_and_exit
 from tunesmith.host.memory import oom_kills
 from tunesmith.host.signals import RESTART, ignore_stop_signals
 from tunesmith.launch.debug import collect_logs, enable_debug_logs
@@ -344,4 +345,4 @@ def positive_count(text: str, where: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_agent())
+    run_and_exit(run_agent)
