@@ -68,6 +68,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """What is frozen at the end is never freed, and Triton's bindings print it as leaked."""
+    gc.unfreeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was left out, and why: a test that skips has shown nothing."""
     skipped = [
