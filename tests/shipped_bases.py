@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunesmith.model.fp4 import encode_nvfp4, nvfp4_scale
+from tunesmith.model.shipped import ROW
 
 Tensors = dict[str, torch.Tensor]
 
@@ -20,9 +21,10 @@ def rounded(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.
     if block is None:
         scale = weight.abs().max() / 448
         return (weight / scale).to(torch.float8_e4m3fn), scale
-    parts = [row.split(block[1], 1) for row in weight.split(block[0])]
+    height, width = block[0], block[1] or weight.shape[1]
+    parts = [row.split(width, 1) for row in weight.split(height)]
     scale = torch.stack([torch.stack([part.abs().max() / 448 for part in row]) for row in parts])
-    spread = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    spread = scale.repeat_interleave(height, 0).repeat_interleave(width, 1)
     spread = spread[: weight.shape[0], : weight.shape[1]]
     return (weight / spread).to(torch.float8_e4m3fn), scale
 
@@ -40,23 +42,39 @@ def write_fp8(
     *,
     scales: torch.dtype = torch.float32,
     keep: tuple[str, ...] = (),
+    tool: str = "transformers",
 ) -> Path:
-    """A copy of a checkpoint with its layers' matrices in FP8, but those named in `keep`."""
+    """A copy of a checkpoint with its layers' matrices in FP8, but those named in `keep`.
+
+    tool: that wrote it; also compressed-tensors, and modelopt with one scale of all.
+    """
     shutil.copytree(plain, folder, dirs_exist_ok=True)
     tensors: Tensors = {}
+    kept = []
     for name, weight in load_file(plain / "model.safetensors").items():
         skipped = any(word in name for word in ("embed", "lm_head", "vision", "projector", *keep))
         if weight.ndim != 2 or skipped:
             tensors[name] = weight
+            kept.append(name.removesuffix(".weight"))
             continue
         codes, scale = rounded(weight.float(), block)
         stem = name.removesuffix("weight")
-        tensors |= {name: codes, f"{stem}weight_scale_inv": scale.to(scales)}
+        if tool == "transformers":
+            tensors |= {name: codes, f"{stem}weight_scale_inv": scale.to(scales)}
+            unused = ["activation_scale"]
+        else:
+            tensors |= {name: codes, f"{stem}weight_scale": scale.to(scales)}
+            unused = ["input_scale", "output_scale", "k_scale", "v_scale"]
         if block is None:
-            tensors[f"{stem}activation_scale"] = torch.tensor(0.5)
+            tensors |= {f"{stem}{word}": torch.tensor(0.5) for word in unused}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    skip = ["lm_head", *keep]
-    return change_config(folder, quantization_config=fp8_config(block, modules_to_not_convert=skip))
+    if tool == "compressed-tensors":
+        stated = compressed_fp8_config(block, *kept)
+    elif tool == "modelopt":
+        stated = modelopt_fp8_config(*(f"*{word}*" for word in keep))
+    else:
+        stated = fp8_config(block, modules_to_not_convert=["lm_head", *keep])
+    return change_config(folder, quantization_config=stated)
 
 
 def compressed_config(*ignore: str, **more: Any) -> dict[str, Any]:
@@ -80,6 +98,48 @@ def compressed_config(*ignore: str, **more: Any) -> dict[str, Any]:
         "kv_cache_scheme": None,
         **more,
     }
+
+
+def compressed_fp8_config(
+    block: tuple[int, int] | None, *ignore: str, **more: Any
+) -> dict[str, Any]:
+    """As llm-compressor writes it. Activations are rounded too: token by token, or with one scale
+    of all, and then keys and values as well.
+    """
+    strategy = {None: "tensor", ROW: "channel"}.get(block, "block")
+    of_all = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
+    one_scale = {**of_all, "strategy": "tensor", "dynamic": False}
+    group = {
+        "targets": ["Linear"],
+        "format": "float-quantized",
+        "weights": {
+            **of_all,
+            "strategy": strategy,
+            "block_structure": block if strategy == "block" else None,
+            "dynamic": False,
+        },
+        "input_activations": {**of_all, "strategy": "token", "dynamic": True},
+        "output_activations": None,
+    }
+    if block is None:
+        group["input_activations"] = one_scale
+    return compressed_config(
+        *ignore,
+        **{
+            "format": "float-quantized",
+            "config_groups": {"group_0": group},
+            "sparsity_config": {"format": "dense", "global_sparsity": 0.1},
+            "kv_cache_scheme": one_scale if block is None else None,
+            **more,
+        },
+    )
+
+
+def modelopt_fp8_config(*ignore: str, **more: Any) -> dict[str, Any]:
+    of_all = {"dynamic": False, "num_bits": 8, "type": "float"}
+    group = {"input_activations": of_all, "weights": of_all, "targets": ["Linear"]}
+    stated = {"quant_algo": "FP8", "config_groups": {"group_0": group}}
+    return modelopt_config(*ignore, **(stated | more))
 
 
 def modelopt_config(*ignore: str, **more: Any) -> dict[str, Any]:

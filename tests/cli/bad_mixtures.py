@@ -144,6 +144,7 @@ MIXTURES = [
     Case("fp8", "experts in FP4", lambda w: w.of("fp8", quantized(expert_dtype="fp4")), "config.json", "expert_dtype is 'fp4'"),
     Case("fp8", "a method that is none", lambda w: w.of("fp8", quantized(quant_method="fp6")), "config.json", "fp6"),
     Case("fp8", "groups of FP4", lambda w: w.of("fp8", quantized(quant_method="compressed-tensors", format="nvfp4-pack-quantized")), "config.json", "config_groups"),
+    Case("fp8", "no groups", lambda w: w.of("fp8", quantized(quant_method="compressed-tensors", format="float-quantized")), "config.json", "config_groups is None"),
     Case("fp8", "integers of compressed-tensors", lambda w: w.of("fp8", quantized(quant_method="compressed-tensors", format="pack-quantized")), "config.json", "compressed-tensors pack-quantized"),
     Case("fp8", "a block of nothing", lambda w: w.of("fp8", quantized(weight_block_size=[0, 32])), "config.json", "weight_block_size"),
     Case("mxfp4", "no scales", lambda w: w.of("mxfp4", tensor(SCALES, None)), "safetensors", "scales"),

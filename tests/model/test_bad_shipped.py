@@ -18,14 +18,17 @@ from shipped_bases import (
     change_config,
     change_tensors,
     compressed_config,
+    compressed_fp8_config,
     fp8_config,
     modelopt_config,
+    modelopt_fp8_config,
     write_fp8,
     write_mxfp4_gpt_oss,
     write_nvfp4,
 )
 from tunesmith.errors import ModelError, RecipeError, TunesmithError
 from tunesmith.hub.model_files import read_model_files
+from tunesmith.model.shipped import ROW
 from tunesmith.parallel.mesh import check_mesh
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.training.run import train
@@ -107,12 +110,25 @@ FP8: dict[str, tuple[Fault, str, str, str]] = {
 }  # fmt: skip
 
 
-# Of the same in NVFP4: parts of the name of the layer that `tensor` stands for.
+# Of the same in the files of other tools: parts of the name of the layer that `tensor` stands for.
 LAYER = "model.layers.0.mlp.up_proj"
 
 
 def nvfp4_of(**more: Any) -> Fault:
     return lambda folder: change_config(folder, quantization_config=compressed_config(**more))
+
+
+def rows_of(**more: Any) -> Fault:
+    """In FP8, with a scale a row."""
+    stated = compressed_fp8_config(ROW, **more)
+    return lambda folder: change_config(folder, quantization_config=stated)
+
+
+def row_group_of(weights: dict[str, Any], **more: Any) -> Fault:
+    """Other words of the group, and of its weights."""
+    [group] = compressed_fp8_config(ROW)["config_groups"].values()
+    group = {**group, "weights": group["weights"] | weights, **more}
+    return rows_of(config_groups={"group_0": group})
 
 
 def modelopt_of(**more: Any) -> Fault:
@@ -149,14 +165,109 @@ def own_file(text: str) -> Fault:
 
 
 E4M3 = torch.float8_e4m3fn
+TWO_GROUPS = {"a": {"weights": {}}, "b": {"weights": {}}}
+COMPRESSED: dict[str, tuple[Fault, str, str, str]] = {
+    "integers in one tensor": (
+        rows_of(format="pack-quantized"), "compressed-tensors pack-quantized", "config.json",
+        "unquantized"),
+    "integers": (
+        rows_of(format="int-quantized"), "compressed-tensors int-quantized", "config.json",
+        "unquantized"),
+    "integers, by their group": (
+        row_group_of({"type": "int"}), "type is 'int'", "config.json", "unquantized"),
+    "4 bits": (row_group_of({"num_bits": 4}), "num_bits is 4", "config.json", "unquantized"),
+    "the format of 4 bits": (
+        rows_of(format="nvfp4-pack-quantized"), "num_bits is 8", "config.json", "unquantized"),
+    "another format of the group": (
+        row_group_of({}, format="pack-quantized"), "format is 'pack-quantized'", "config.json",
+        "unquantized"),
+    "groups of a row": (
+        row_group_of({"strategy": "group"}), "strategy is 'group'", "config.json", "unquantized"),
+    "scales that are made as it runs": (
+        row_group_of({"dynamic": True}), "dynamic is True", "config.json", "unquantized"),
+    "with zero points": (
+        row_group_of({"symmetric": False}), "symmetric is False", "config.json", "unquantized"),
+    "blocks of no size": (
+        row_group_of({"strategy": "block"}), "block_structure is None", "config.json", "fetch"),
+    "blocks in words": (
+        row_group_of({"strategy": "block", "block_structure": "128x128"}), "two whole numbers",
+        "config.json", "fetch"),
+    "two groups": (
+        rows_of(config_groups=TWO_GROUPS), "config_groups is", "config.json", "unquantized"),
+    "a group of activations alone": (
+        rows_of(config_groups={"a": {"weights": None}}), "config_groups is", "config.json",
+        "unquantized"),
+    "keys and values alone": (
+        rows_of(config_groups={}, kv_cache_scheme={"num_bits": 8}), "config_groups is {}",
+        "config.json", "unquantized"),
+    "weights with holes": (
+        rows_of(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is",
+        "config.json", "unquantized"),
+    "no scales": (
+        part_of("weight_scale", None), f"the scales of {UP} are missing", "safetensors", "fetch"),
+    "scales by another tool": (
+        all_faults(part_of("weight_scale", None), part_of("weight_scale_inv", ones(128, 1))),
+        f"the scales of {UP} are missing", "safetensors", "fetch"),
+    "no weight": (
+        part_of("weight", None), f"no weight for {LAYER}.weight_scale", "safetensors", "fetch"),
+    "too few scales": (
+        part_of("weight_scale", ones(127, 1)), "weight_scale is [127, 1]", "safetensors", "fetch"),
+    "one scale where rows have one each": (
+        part_of("weight_scale", ones(1)), "weight_scale is [1]", "safetensors", "fetch"),
+    "a scale for each block": (
+        part_of("weight_scale", ones(4, 4)), "weight_scale is [4, 4]", "safetensors", "fetch"),
+    "rows where one scale is stated": (
+        row_group_of({"strategy": "tensor"}), "weight_scale is [", "safetensors", "fetch"),
+    "scales in e4m3": (
+        part_of("weight_scale", ones(128, 1, dtype=E4M3)), "weight_scale is stored as F8_E4M3",
+        "safetensors", "fetch"),
+    "codes in e5m2": (
+        part_of("weight", ones(128, 64, dtype=torch.float8_e5m2)), "stored as F8_E5M2",
+        "safetensors", "fetch"),
+    "codes in int8": (
+        part_of("weight", ones(128, 64, dtype=torch.int8)), "contain integers", "safetensors",
+        "unquantized"),
+    "a plain weight beside scales": (
+        part_of("weight", ones(128, 64)), "is stored as F32", "safetensors", "fetch"),
+    "codes without a row": (
+        all_faults(
+            part_of("weight", ones(128, 0, dtype=E4M3)), part_of("weight_scale", ones(128, 1))),
+        "it is stored as [128, 0]", UP, "fetch"),
+    "codes of another shape": (
+        part_of("weight", ones(128, 32, dtype=E4M3)), "it is stored as [128, 32]", UP, "fetch"),
+    "a scale that is no number": (
+        part_of("weight_scale", ones(128, 1) * torch.nan), "is not finite",
+        f"{LAYER}.weight_scale", "fetch"),
+    "columns in another order": (
+        part_of("weight_g_idx", ones(64)), "do not belong to this model", "base", "config.json"),
+    "plain where it should be in codes": (
+        all_faults(part_of("weight", ones(128, 64)), part_of("weight_scale", None)),
+        "stored without scales", UP, "quantization_config.ignore"),
+}  # fmt: skip
+MODELOPT_FP8: dict[str, tuple[Fault, str, str, str]] = {
+    "scales of blocks": (
+        lambda folder: change_config(
+            folder, quantization_config=modelopt_fp8_config(quant_algo="FP8_PB_WO")),
+        "modelopt FP8_PB_WO", "config.json", "unquantized"),
+    "two groups": (
+        lambda folder: change_config(
+            folder, quantization_config=modelopt_fp8_config(config_groups=TWO_GROUPS)),
+        "config_groups is", "config.json", "unquantized"),
+    "a scale a row": (
+        part_of("weight_scale", ones(128, 1)), "weight_scale is [128, 1]", "safetensors", "fetch"),
+    "no scale": (
+        part_of("weight_scale", None), f"the scales of {UP} are missing", "safetensors", "fetch"),
+    "a scale that is infinite": (
+        part_of("weight_scale", torch.tensor(torch.inf)), "is not finite", f"{LAYER}.weight_scale",
+        "fetch"),
+}  # fmt: skip
 NVFP4: dict[str, tuple[Fault, str, str, str]] = {
     "another format": (
         nvfp4_of(format="mixed-precision"), "compressed-tensors mixed-precision", "config.json",
         "unquantized"),
     "no groups": (nvfp4_of(config_groups={}), "config_groups is {}", "config.json", "unquantized"),
     "two groups": (
-        nvfp4_of(config_groups={"a": {"weights": {}}, "b": {"weights": {}}}), "config_groups is",
-        "config.json", "unquantized"),
+        nvfp4_of(config_groups=TWO_GROUPS), "config_groups is", "config.json", "unquantized"),
     "a group of no weights": (
         nvfp4_of(config_groups={"a": {"weights": None}}), "config_groups is", "config.json",
         "unquantized"),
@@ -251,8 +362,8 @@ MODELOPT: dict[str, tuple[Fault, str, str, str]] = {
     "a file of its own that says nothing": (
         own_file('{"quantization": 4}'), "must be a mapping", "hf_quant_config.json", "fetch"),
     "a file of its own with another algorithm": (
-        own_file('{"quantization": {"quant_algo": "FP8"}}'), "modelopt FP8", "config.json",
-        "unquantized"),
+        own_file('{"quantization": {"quant_algo": "W4A8_AWQ"}}'), "modelopt W4A8_AWQ",
+        "config.json", "unquantized"),
 }  # fmt: skip
 
 
@@ -272,6 +383,22 @@ def assert_refused(folder: Path, runs: Path, what: str, where: str, fix: str, **
 def test_fp8(tiny: Path, tmp_path: Path, name: str) -> None:
     fault, what, where, fix = FP8[name]
     folder = write_fp8(tiny, tmp_path / "base", BLOCK)
+    fault(folder)
+    assert_refused(folder, tmp_path, what, where, fix)
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_fp8_of_compressed_tensors(tiny: Path, tmp_path: Path, name: str) -> None:
+    fault, what, where, fix = COMPRESSED[name]
+    folder = write_fp8(tiny, tmp_path / "base", ROW, tool="compressed-tensors")
+    fault(folder)
+    assert_refused(folder, tmp_path, what, where, fix)
+
+
+@pytest.mark.parametrize("name", MODELOPT_FP8)
+def test_fp8_of_modelopt(tiny: Path, tmp_path: Path, name: str) -> None:
+    fault, what, where, fix = MODELOPT_FP8[name]
+    folder = write_fp8(tiny, tmp_path / "base", None, tool="modelopt")
     fault(folder)
     assert_refused(folder, tmp_path, what, where, fix)
 

@@ -9,21 +9,24 @@ from test_data_parallel import LORA, assert_those_of_one_process
 
 from shipped_bases import write_fp8, write_nvfp4
 from tunesmith.config.schema import Model
+from tunesmith.model.shipped import ROW
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("form", ["fp8", "fp8 of compressed-tensors", "nvfp4"])
 def test_numbers_are_those_of_one_process(form: str, tiny: Path, tmp_path: Path) -> None:
     """Shards of codes, whose rows are no whole blocks; a tensor group reads its parts of dense
     weights.
     """
     assert Model(name="x").quantize == "auto"
     base = tmp_path / "base"
-    if form == "fp8":
+    if form == "nvfp4":
+        write_nvfp4(tiny, base)
+    elif form == "fp8":
         write_fp8(tiny, base, (48, 40))
     else:
-        write_nvfp4(tiny, base)
+        write_fp8(tiny, base, ROW, tool="compressed-tensors")
     dense = {"model": {"quantize": "none"}}
     cases = {
         "as shipped, shards": (LORA, {"shard": 2}),

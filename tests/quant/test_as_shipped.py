@@ -11,13 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from recipes import built_model, make_run
-from shipped_bases import write_fp8, write_nvfp4
+from runs import make_run as make_finished_run
+from runs import peft_model
+from shipped_bases import compressed_fp8_config, write_fp8, write_nvfp4
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
+from tunesmith.export.vllm import export_rounded
+from tunesmith.model.shipped import ROW, form_of_folder
 from tunesmith.quant.as_shipped import ShippedLinear
 from tunesmith.quant.frozen_weight import ShippedWeight
 
@@ -64,8 +69,77 @@ def test_dense_bits_are_those_of_transformers(tiny, tmp_path, name, dtype) -> No
     assert compared == 14
 
 
+# Of its scales, in which it computes.
+STRATEGIES = {
+    "tensor": (None, torch.float32),
+    "channel": (ROW, torch.bfloat16),
+    "channel in fp32": (ROW, torch.float32),
+    "block": (RAGGED, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_dense_bits_are_those_of_compressed_tensors(strategy, tiny, tmp_path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import FloatQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    block, scales = STRATEGIES[strategy]
+    folder = write_fp8(tiny, tmp_path, block, scales=scales, tool="compressed-tensors")
+    [group] = compressed_fp8_config(block)["config_groups"].values()
+    scheme = QuantizationScheme(targets=["Linear"], weights=group["weights"])
+    stored = load_file(folder / "model.safetensors")
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[scales]
+    kept = layers_of(built(folder, "as-shipped", dtype, rank=4))
+    dense = dict(built(folder, "none", dtype, kind="none").named_parameters())
+    assert len(kept) == 14
+    for name, layer in kept.items():
+        parts = {part: stored[f"{name}.{part}"] for part in ("weight", "weight_scale")}
+        wanted = FloatQuantizationCompressor.decompress(parts, scheme)["weight"]
+        assert torch.equal(layer.dense(), wanted), name
+        assert torch.equal(dense[f"{name}.weight"], wanted), name
+
+
+def test_dense_bits_of_modelopt_are_codes_times_scale(tiny, tmp_path) -> None:
+    folder = write_fp8(tiny, tmp_path, None, tool="modelopt")
+    stored = load_file(folder / "model.safetensors")
+    kept = layers_of(built(folder, "as-shipped", rank=4))
+    assert len(kept) == 14
+    for name, layer in kept.items():
+        codes, scale = stored[f"{name}.weight"], stored[f"{name}.weight_scale"]
+        assert torch.equal(layer.dense(), codes.float() * scale), name
+
+
+@pytest.mark.parametrize(
+    ("tool", "block", "has_scales"),
+    [
+        ("transformers", (32, 16), False),
+        ("transformers", None, True),
+        ("compressed-tensors", ROW, False),
+        ("compressed-tensors", None, True),
+        ("modelopt", None, True),
+    ],
+)
+def test_scales_of_activations_are_named(tool, block, has_scales, tiny, tmp_path) -> None:
+    form = form_of_folder(write_fp8(tiny, tmp_path, block, tool=tool))
+    assert form.method == "fp8"
+    assert form.has_activation_scales == has_scales
+
+
+def layers_of(model: nn.Module) -> dict[str, ShippedLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, ShippedLinear)}
+
+
 def fp8_of(block: tuple[int, int] | None) -> Write:
     return lambda tiny, folder: write_fp8(tiny, folder, block, scales=torch.bfloat16)
+
+
+def export_in_fp8(tiny: Path, folder: Path) -> Path:
+    """A scale a row, in compressed-tensors' files."""
+    folder.mkdir(exist_ok=True)
+    make_finished_run(folder / "run", tiny, peft_model(tiny))
+    export_rounded(folder / "run", folder / "base", quant="fp8", device="cpu")
+    return folder / "base"
 
 
 FORMS: dict[str, Write] = {
@@ -73,6 +147,7 @@ FORMS: dict[str, Write] = {
     "fp8, ragged blocks": fp8_of(RAGGED),
     "fp8, one block": fp8_of((200, 300)),
     "fp8, one scale": fp8_of(None),
+    "fp8 of an export": export_in_fp8,
     "nvfp4": write_nvfp4,
     "nvfp4 of modelopt": partial(write_nvfp4, modelopt=True),
 }
@@ -129,10 +204,11 @@ def test_it_holds_what_is_on_the_disk(tiny, tmp_path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_modules_that_are_not_converted_stay_dense(tiny, tmp_path) -> None:
-    folder = write_fp8(tiny, tmp_path, (32, 16), keep=("model.layers.0.self_attn", "down_proj"))
-    model = built(folder, "as-shipped", rank=4)
-    kept = {name for name, layer in model.named_modules() if isinstance(layer, ShippedLinear)}
+@pytest.mark.parametrize("tool", ["transformers", "compressed-tensors", "modelopt"])
+def test_modules_that_are_not_converted_stay_dense(tool, tiny, tmp_path) -> None:
+    keep = ("model.layers.0.self_attn", "down_proj")
+    model = built(write_fp8(tiny, tmp_path, None, keep=keep, tool=tool), "as-shipped", rank=4)
+    kept = layers_of(model)
     assert len(kept) == 14 - 4 - 2
     assert not any("layers.0.self_attn" in name or "down_proj" in name for name in kept)
     assert not isinstance(model.lm_head, ShippedLinear)
@@ -143,11 +219,12 @@ def test_a_weight_in_pieces_is_the_whole_one(monkeypatch) -> None:
     scales = torch.rand(3, 3) + 0.5
     for encoding, tensors in {
         "shipped 32 20": [codes, scales],
+        "shipped 1 0": [codes, scales.repeat_interleave(32, 0)[:70, :1]],
         "shipped 0 0": [codes, scales[:1, :1]],
     }.items():
         weight = ShippedWeight(encoding, tensors, (70, 50))
         spread = scales.repeat_interleave(32, 0).repeat_interleave(20, 1)[:70, :50]
-        wanted = codes.float() * (spread if "32" in encoding else scales[0, 0])
+        wanted = codes.float() * (spread if "32" in encoding else tensors[1])
         assert torch.equal(weight.dense(torch.float32), wanted)
         monkeypatch.setattr("tunesmith.quant.frozen_weight.PIECE", 50 * 40)
         assert torch.equal(weight.dense(torch.float32), wanted)
@@ -169,7 +246,7 @@ def test_a_base_in_codes_is_quantized_to_nf4_as_its_dense_one(form, tiny, tmp_pa
         assert torch.equal(a.dense(), b.dense()), name
 
 
-@pytest.mark.parametrize("form", ["fp8", "nvfp4", "nvfp4 of modelopt"])
+@pytest.mark.parametrize("form", ["fp8", "fp8 of an export", "nvfp4", "nvfp4 of modelopt"])
 def test_drawn_weights_are_rounded_into_the_codes(form: str, tiny, tmp_path) -> None:
     folder = FORMS[form](tiny, tmp_path / "base")
     models = []
@@ -177,7 +254,7 @@ def test_drawn_weights_are_rounded_into_the_codes(form: str, tiny, tmp_path) -> 
         run = make_run(folder, tmp_path, held=False, model={"quantize": quantize})
         models.append(built_model(run, folder, weights="random").model)
     kept, dense = models
-    layers = {n: m for n, m in kept.named_modules() if isinstance(m, ShippedLinear)}
+    layers = layers_of(kept)
     assert len(layers) == 14
     for name, layer in layers.items():
         wanted = dense.get_parameter(f"{name}.weight")

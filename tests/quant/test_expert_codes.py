@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from recipes import built_model, make_run
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
 from tunesmith.adapter import lora, peft_files
+from tunesmith.model.shipped import ROW
 from tunesmith.quant.expert_stack import ExpertStack
 from tunesmith.quant.frozen_linear import FrozenLinear
 from tunesmith.quant.frozen_stack import ShippedStack
@@ -38,6 +39,7 @@ CASES = {
     "fp8": Case("fp8", "as-shipped", BLOCK),
     "fp8 in whole blocks": Case("fp8", "as-shipped", (8, 8)),
     "fp8, a scale a matrix": Case("fp8", "as-shipped"),
+    "fp8, a scale a row": Case("rows", "as-shipped"),
     "nf4 of fp8": Case("fp8", "nf4", BLOCK),
     "nvfp4": Case("nvfp4", "as-shipped"),
     "nvfp4 of modelopt": Case("modelopt", "as-shipped"),
@@ -52,6 +54,8 @@ def bases(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for block in {case.block for case in CASES.values() if case.base == "fp8"}:
         kept = ("mlp.gate",)
         write_fp8(plain, folder / f"fp8 {block}", block, keep=kept, scales=torch.bfloat16)
+    tool = "compressed-tensors"
+    write_fp8(plain, folder / "rows", ROW, keep=("mlp.gate",), tool=tool)
     # Groups of 16 in an expert's rows.
     wide = write_qwen3_moe(folder / "wide", tiny, moe_intermediate_size=48)
     for name in ("nvfp4", "modelopt"):
@@ -182,7 +186,16 @@ def test_peft_files_do_not_know_how_the_base_is_stored(bases: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "name", ["mxfp4", "fp8", "fp8, a scale a matrix", "nvfp4", "nvfp4 of modelopt", "nf4"]
+    "name",
+    [
+        "mxfp4",
+        "fp8",
+        "fp8, a scale a matrix",
+        "fp8, a scale a row",
+        "nvfp4",
+        "nvfp4 of modelopt",
+        "nf4",
+    ],
 )
 def test_drawn_weights_are_rounded_into_the_codes(name: str, bases: Path, tmp_path: Path) -> None:
     case = CASES[name]

@@ -18,6 +18,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.errors import RecipeError
 from tunesmith.export.merge import merge
 from tunesmith.inference.load_run import load_run
+from tunesmith.model.shipped import ROW
 from tunesmith.training.run import train
 
 FOUR = {"train": {"duration": "4 steps"}, "checkpoint": {"every": "2 steps", "keep": 3}}
@@ -25,7 +26,11 @@ FOUR = {"train": {"duration": "4 steps"}, "checkpoint": {"every": "2 steps", "ke
 
 # Words of what a run says of each.
 UNUSED = "its activation scales are not used"
-FORMS = {"fp8": ("FP8", "48 x 40"), "nvfp4": ("NVFP4", UNUSED)}
+FORMS = {
+    "fp8": ("FP8", "48 x 40"),
+    "fp8 of compressed-tensors": ("FP8 with a scale a row", "kept quantized"),
+    "nvfp4": ("NVFP4", UNUSED),
+}
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -36,7 +41,11 @@ def form(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def base(form: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(form)
-    return write_nvfp4(tiny, folder) if form == "nvfp4" else write_fp8(tiny, folder, (48, 40))
+    if form == "nvfp4":
+        return write_nvfp4(tiny, folder)
+    if form == "fp8":
+        return write_fp8(tiny, folder, (48, 40))
+    return write_fp8(tiny, folder, ROW, tool="compressed-tensors")
 
 
 @pytest.fixture(scope="module")

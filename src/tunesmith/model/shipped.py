@@ -24,11 +24,22 @@ FETCH = "fetch the model again: tunesmith fetch MODEL"
 UNQUANTIZED = "take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded"
 # Transformers' own default of `weight_block_size`.
 BLOCK = (128, 128)
+ROW = (1, 0)  # as a block: all of a row
+# How the name of the scales of a weight in fp8 ends, by Transformers and by other tools.
+WEIGHT_SCALE_INV = ".weight_scale_inv"
+WEIGHT_SCALE = ".weight_scale"
 NVFP4_GROUP = 16  # weights of a row that share a scale
 AS_SHIPPED: Literal["as-shipped"] = "as-shipped"
 KEPT = ("fp8", "mxfp4", "nvfp4")  # forms whose codes a frozen base can keep
+# What `format` of compressed-tensors says of weights in fp8, with inputs in 8 bits and without.
+COMPRESSED_FP8 = ("float-quantized", "naive-quantized")
+COMPRESSED_NVFP4 = "nvfp4-pack-quantized"
 # What `quant_algo` of ModelOpt says of weights in nvfp4, with inputs in 4 bits and without.
 MODELOPT_NVFP4 = ("NVFP4", "W4A16_NVFP4")
+MODELOPT_FP8 = "FP8"
+# What both say of the weights of a group.
+FP8_WEIGHTS = {"num_bits": 8, "type": "float"}
+NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "group_size": NVFP4_GROUP}
 
 
 @dataclass(frozen=True)
@@ -58,18 +69,22 @@ class ShippedForm:
 
     Attributes:
         method: one of KEPT.
-        block: rows and columns of a weight that share a scale; None: all share one.
-        not_converted: patterns of the modules whose weights are plain: Transformers' own, and of
-            nvfp4 regular expressions.
-        converted: regular expressions of the modules whose weights are not; empty: all others.
+        block: rows and columns of a weight that share a scale; ROW: one a row; None: all share one.
+        not_converted: patterns of the modules whose weights are plain.
+        converted: those of the modules whose weights are not; empty: all others.
+        has_expressions: these patterns are regular expressions; False: Transformers' own.
+        scale_suffix: how the name of the scales of fp8 ends.
         names: of the tensors of nvfp4.
-        has_activation_scales: it ships scales for inputs, which training does not round.
+        has_activation_scales: it ships scales for inputs, or keys and values, which training does
+            not round.
     """
 
     method: str
     block: tuple[int, int] | None = None
     not_converted: tuple[str, ...] = ()
     converted: tuple[str, ...] = ()
+    has_expressions: bool = False
+    scale_suffix: str = WEIGHT_SCALE_INV
     names: Nvfp4Names | None = None
     has_activation_scales: bool = False
 
@@ -79,25 +94,35 @@ class ShippedForm:
             return self.method.upper()
         if self.block is None:
             return "FP8 with a scale a matrix"
+        if self.block == ROW:
+            return "FP8 with a scale a row"
         rows, columns = self.block
         return f"FP8 in blocks of {rows} x {columns}"
 
     @property
     def plain_key(self) -> str:
         """Of the list in `quantization_config` that `not_converted` is of."""
-        return "ignore" if self.names else "modules_to_not_convert"
+        return "ignore" if self.has_expressions else "modules_to_not_convert"
 
     def has_codes(self, module: str) -> bool:
-        """Whether the weights of a module, by its name in the checkpoint, are in nvfp4."""
+        """Whether the weights of a module, by its name in the checkpoint, are in codes; of forms
+        that have regular expressions.
+        """
         if _matches(self.not_converted, module):
             return False
         return not self.converted or _matches(self.converted, module)
 
-    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        """Of the scales of a weight [rows, columns]; () where there is one."""
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Of the scales of a weight [rows, columns]."""
         if self.block is None:
-            return ()
-        return ceil_div(rows, self.block[0]), ceil_div(columns, self.block[1])
+            return 1, 1
+        height, width = self.block
+        return ceil_div(rows, height), ceil_div(columns, width) if width else 1
+
+    def block_of(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of a weight [rows, columns] that share a scale."""
+        height, width = self.block or (rows, columns)
+        return height, width or columns
 
 
 # ---- config.json
@@ -169,50 +194,91 @@ def _transformers_form(stored: Mapping[str, Any], where: str) -> ShippedForm:
     skipped = tuple(_names(stored, ("modules_to_not_convert", "ignored_layers"), where))
     if stored["quant_method"] == "mxfp4":
         return ShippedForm("mxfp4", not_converted=skipped)
+    block = stored.get("weight_block_size", BLOCK)
     return ShippedForm(
         "fp8",
-        _block_size(stored, where),
+        None if block is None else _block_size(block, "weight_block_size", where),
         skipped,
         has_activation_scales=stored.get("activation_scheme") == "static",
     )
 
 
 def _compressed_tensors_form(stored: Mapping[str, Any], where: str) -> ShippedForm | None:
-    """NVFP4 as compressed-tensors writes it: llm-compressor, and `export --quant nvfp4`."""
-    if stored.get("format") != "nvfp4-pack-quantized":
+    """FP8 and NVFP4 as compressed-tensors writes them: llm-compressor, and `export --quant`."""
+    stated = stored.get("format")
+    if stated not in (*COMPRESSED_FP8, COMPRESSED_NVFP4):
         return None
+    is_fp8 = stated in COMPRESSED_FP8
     # Weights that were rotated, or have holes.
-    for key in ("transform_config", "sparsity_config"):
-        _check_value(stored, key, (), where)
-    group = _only_group(stored, where)
-    _check_value(group["weights"], "symmetric", (True,), where)
+    _check_value(stored, "transform_config", (), where)
+    sparsity = stored.get("sparsity_config")
+    if not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense":
+        _check_value(stored, "sparsity_config", (), where)
+    group = _only_group(stored, FP8_WEIGHTS if is_fp8 else NVFP4_WEIGHTS, where)
+    _check_value(group, "format", COMPRESSED_FP8 if is_fp8 else (COMPRESSED_NVFP4,), where)
+    weights = group["weights"]
+    _check_value(weights, "symmetric", (True,), where)
     targets = _names(group, ("targets",), where)
     # All linear layers, by their class.
-    converted = [] if "Linear" in targets else targets
+    converted = _expressions([] if "Linear" in targets else targets, where)
+    skipped = _expressions(_names(stored, ("ignore",), where), where)
+    if is_fp8:
+        return ShippedForm(
+            "fp8",
+            _strategy_block(weights, where),
+            skipped,
+            converted,
+            has_expressions=True,
+            scale_suffix=WEIGHT_SCALE,
+            has_activation_scales=_has_static_scales(stored, group),
+        )
     return ShippedForm(
         "nvfp4",
-        not_converted=_expressions(_names(stored, ("ignore",), where), where),
-        converted=_expressions(converted, where),
+        not_converted=skipped,
+        converted=converted,
+        has_expressions=True,
         names=COMPRESSED_TENSORS,
         has_activation_scales=bool(group.get("input_activations")),
     )
 
 
+def _strategy_block(weights: Mapping[str, Any], where: str) -> tuple[int, int] | None:
+    """`ShippedForm.block` by the strategy of compressed-tensors."""
+    _check_value(weights, "dynamic", (False,), where)
+    _check_value(weights, "strategy", ("tensor", "channel", "block"), where)
+    strategy = weights.get("strategy")
+    if strategy == "block":
+        return _block_size(weights.get("block_structure"), "block_structure", where)
+    return ROW if strategy == "channel" else None
+
+
+def _has_static_scales(stored: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether compressed-tensors has scales of inputs, or of keys and values, in its files."""
+    inputs = group.get("input_activations")
+    is_static = isinstance(inputs, Mapping) and not inputs.get("dynamic")
+    return is_static or bool(stored.get("kv_cache_scheme"))
+
+
 def _modelopt_form(stored: Mapping[str, Any], where: str) -> ShippedForm | None:
-    """NVFP4 as NVIDIA's ModelOpt writes it. Its names of modules have wildcards."""
+    """FP8 with a scale a matrix, and NVFP4, as NVIDIA's ModelOpt writes them. Its names of modules
+    have wildcards.
+    """
     algorithm = stored.get("quant_algo")
-    if algorithm not in MODELOPT_NVFP4:
+    if algorithm not in (MODELOPT_FP8, *MODELOPT_NVFP4):
         return None
+    is_fp8 = algorithm == MODELOPT_FP8
     if "config_groups" in stored:
-        _only_group(stored, where)
-    _check_value(stored, "group_size", (NVFP4_GROUP,), where)
+        _only_group(stored, FP8_WEIGHTS if is_fp8 else NVFP4_WEIGHTS, where)
+    _check_value(stored, "group_size", () if is_fp8 else (NVFP4_GROUP,), where)
     _check_value(stored, "pre_quant_scale", (False,), where)
-    skipped = _names(stored, ("ignore", "exclude_modules"), where)
+    names = _names(stored, ("ignore", "exclude_modules"), where)
     return ShippedForm(
-        "nvfp4",
-        not_converted=tuple(fnmatch.translate(name) for name in skipped),
-        names=MODELOPT,
-        has_activation_scales=algorithm == "NVFP4",
+        "fp8" if is_fp8 else "nvfp4",
+        not_converted=tuple(fnmatch.translate(name) for name in names),
+        has_expressions=True,
+        scale_suffix=WEIGHT_SCALE,
+        names=None if is_fp8 else MODELOPT,
+        has_activation_scales=algorithm != "W4A16_NVFP4",
     )
 
 
@@ -224,8 +290,10 @@ FORM_READERS: dict[str, Callable[[Mapping[str, Any], str], ShippedForm | None]] 
 }
 
 
-def _only_group(stored: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The only one of `config_groups`, whose weights are in nvfp4."""
+def _only_group(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str
+) -> Mapping[str, Any]:
+    """The only one of `config_groups`, whose weights are as `wanted`."""
     groups = stored.get("config_groups")
     group = None
     if isinstance(groups, Mapping) and len(groups) == 1:
@@ -234,10 +302,10 @@ def _only_group(stored: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         raise ModelError(
             f"quantization_config.config_groups is {groups!r:.100}",
             where=where,
-            why="one group of weights in nvfp4 is read",
+            why="one group of weights in fp8 or nvfp4 is read",
             fix=UNQUANTIZED,
         )
-    for key, value in (("num_bits", 4), ("type", "float"), ("group_size", NVFP4_GROUP)):
+    for key, value in wanted.items():
         _check_value(group["weights"], key, (value,), where)
     return group
 
@@ -336,16 +404,13 @@ def check_frozen(run: Run) -> None:
         )
 
 
-def _block_size(stored: Mapping[str, Any], where: str) -> tuple[int, int] | None:
-    block = stored.get("weight_block_size", BLOCK)
-    if block is None:
-        return None
+def _block_size(block: Any, key: str, where: str) -> tuple[int, int]:
     is_pair = isinstance(block, list | tuple) and len(block) == 2
     if not is_pair or any(type(size) is not int or size < 1 for size in block):
         raise ModelError(
-            f"quantization_config.weight_block_size is {block!r:.100}: "
-            "it must be two whole numbers above 0, or null for a scale a matrix",
+            f"quantization_config: {key} is {block!r:.100}: it must be two whole numbers above 0",
             where=where,
+            why="rows and columns of a weight that share a scale",
             fix=FETCH_CONFIG,
         )
     return block[0], block[1]

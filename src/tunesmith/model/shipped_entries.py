@@ -1,7 +1,8 @@
 """The tensors of a checkpoint, those that make one weight as one entry.
 
-- fp8: e4m3 codes [out, in], and `weight_scale_inv` beside them: a scale for each block of weights
-  (DeepSeek, Qwen: 128 x 128), or one of all (Ministral 3). weight = codes * scale.
+- fp8: e4m3 codes [out, in], and `weight_scale_inv` beside them (compressed-tensors and ModelOpt:
+  `weight_scale`): a scale for each block of weights (DeepSeek, Qwen: 128 x 128), for each row, or
+  one of all (Ministral 3). weight = codes * scale.
 - nvfp4: two 4-bit codes a byte [out, in / 2], an e4m3 scale for each 16 of a row, and one of all in
   fp32; their names are those of the tool that wrote them (`shipped.Nvfp4Names`).
 - mxfp4 (gpt-oss): of a stack of experts `_blocks`, two 4-bit codes a byte, and `_scales`, an
@@ -20,7 +21,6 @@ from tunesmith.errors import ModelError
 from tunesmith.model.safetensors_files import Entry, read_headers
 from tunesmith.model.shipped import FETCH, NVFP4_GROUP, Nvfp4Names, ShippedForm, form_of_folder
 
-SCALE = ".weight_scale_inv"
 CODES = ".weight"
 PACKED = "_blocks"
 EXPONENTS = "_scales"
@@ -28,11 +28,12 @@ SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 # Weights of mxfp4 that share an exponent, in so many bytes.
 GROUP = 32
 GROUP_BYTES = GROUP // 2
-# Of inputs, keys and values: what is trained here is not rounded.
+# Of inputs, outputs, keys and values: what is trained here is not rounded.
 ACTIVATION_SCALES = (
     ".activation_scale",
     ".input_scale",
     ".input_global_scale",
+    ".output_scale",
     *(f".{name}_scale" for name in "qkv"),
 )
 
@@ -168,8 +169,8 @@ def _join_scaled(
     name = entry.name
     if name.endswith(ACTIVATION_SCALES):
         return None
-    if name.endswith(SCALE):
-        weight = by_name.get(name.removesuffix(SCALE) + CODES)
+    if name.endswith(form.scale_suffix):
+        weight = by_name.get(name.removesuffix(form.scale_suffix) + CODES)
         if weight is None:
             raise _torn(entry, f"there is no weight for {name}")
         if weight.dtype != "F8_E4M3":
@@ -180,7 +181,9 @@ def _join_scaled(
         return entry
     if entry.dtype != "F8_E4M3":
         raise _torn(entry, f"{name} is stored as {entry.dtype}", "e4m3 is read of fp8 checkpoints")
-    scale = by_name.get(f"{name.removesuffix(CODES)}{SCALE}") if name.endswith(CODES) else None
+    scale = None
+    if name.endswith(CODES):
+        scale = by_name.get(f"{name.removesuffix(CODES)}{form.scale_suffix}")
     if scale is None:
         raise _torn(entry, f"the scales of {name} are missing")
     if len(entry.shape) != 2:

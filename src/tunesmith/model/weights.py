@@ -242,7 +242,7 @@ class ScaledTensor(DecodedTensor):
     Attributes:
         codes: uint8 [out, in], e4m3 values.
         scale: one for each block of weights, or of all.
-        block: rows and columns of a block; None: all of the weight.
+        block: as of `ShippedForm`.
     """
 
     def __init__(self, entry: ScaledEntry, files: Mapping[Path, BufferedReader]) -> None:
@@ -253,7 +253,7 @@ class ScaledTensor(DecodedTensor):
 
     @cached_property
     def scales(self) -> torch.Tensor:
-        """fp32 [block rows, block columns], or [1, 1]; ModelError where one is no finite number."""
+        """fp32 [block rows, block columns]; ModelError where one is no finite number."""
         scales = self.scale.read().float()
         if not scales.isfinite().all():
             raise _not_finite(self.name, self.scale.name)
@@ -266,13 +266,14 @@ class ScaledTensor(DecodedTensor):
             local[place].copy_(codes.float() * self._scales_of(part, columns))
 
     def _scales_of(self, rows: slice, columns: slice) -> torch.Tensor:
-        """The scale of each weight in a region; fp32."""
+        """The scale of each weight in a region, or of each row, or of all; fp32."""
         if self.block is None:
             return self.scales
         height, width = self.block
-        row_blocks = torch.arange(rows.start, rows.stop) // height
-        column_blocks = torch.arange(columns.start, columns.stop) // width
-        return self.scales[row_blocks][:, column_blocks]
+        of_rows = self.scales[torch.arange(rows.start, rows.stop) // height]
+        if not width:
+            return of_rows
+        return of_rows[:, torch.arange(columns.start, columns.stop) // width]
 
 
 class Nvfp4Tensor(DecodedTensor):

@@ -100,7 +100,8 @@ class Fp8Linear(ShippedLinear):
     Attributes (frozen):
         weight: uint8 [out_features, in_features], the e4m3 codes: torch and FSDP move integers as
             they are.
-        scale: one for each block, [block rows, block columns], or [1, 1].
+        scale: one for each block, [block rows, block columns]; [out_features, 1] where each row has
+            one, [1, 1] where all share it.
     """
 
     stored_class = ScaledTensor
@@ -109,7 +110,7 @@ class Fp8Linear(ShippedLinear):
         self.encoding = str(ShippedEncoding(*(self.form.block or (0, 0))))
         codes = torch.empty(self.out_features, self.in_features, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        shape = self.form.scale_shape(self.out_features, self.in_features) or (1, 1)
+        shape = self.form.scale_shape(self.out_features, self.in_features)
         self.register_buffer("scale", torch.empty(shape, device=device), persistent=False)
 
     def _take(self, stored: ScaledTensor) -> None:
@@ -118,7 +119,7 @@ class Fp8Linear(ShippedLinear):
 
     def _round(self, dense: Tensor) -> None:
         # Each block scaled to the largest code.
-        block = self.form.block or self._shape
+        block = self.form.block_of(*self._shape)
         self.scale.copy_(block_scales(dense.float(), block))
         rows = local_slices(self.weight)[0]
         scale = spread_blocks(self.scale, block, dense.shape)[rows]
@@ -232,7 +233,7 @@ def has_codes(form: ShippedForm, model: nn.Module, name: str) -> bool:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     names = names_on_disk(model, name)
-    if form.names is not None:
+    if form.has_expressions:
         return all(form.has_codes(word) for word in names)
     patterns = list(form.not_converted)
     return all(should_convert_module(word, patterns) for word in names)

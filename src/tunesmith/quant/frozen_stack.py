@@ -160,9 +160,8 @@ class ShippedStack(FrozenStack):
         _, in_features, out_features = self.shape
         encoding = ShippedEncoding.parse(self.encoding)
         height = out_features // scales.shape[1]
-        # A scale of a whole part: that is one block.
+        # A scale of a whole part: that is a block of all its rows.
         rows = encoding.rows or height
-        columns = encoding.columns or in_features
         codes = codes[first:last].flatten(0, 1)
         scales = scales[first:last].flatten(0, 1)
         # Parts of whole blocks are one matrix; others are made dense one by one.
@@ -174,7 +173,7 @@ class ShippedStack(FrozenStack):
                 codes[part * height : part * height + step],
                 scales[part : part + parts_at_once].flatten(0, 1),
             ]
-            blocks = str(ShippedEncoding(rows, columns))
+            blocks = str(ShippedEncoding(rows, encoding.columns))
             matrices.append(ShippedWeight(blocks, tensors, (step, in_features)).dense(dtype))
         dense = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         return dense.view(last - first, out_features, in_features).mT

@@ -4,7 +4,7 @@
 - nf4: 4-bit codes and their scales, in bitsandbytes' format (Dettmers et al. 2023,
   arXiv:2305.14314).
 - fp8: 8-bit values with a scale a row of W, or one scale (see `scaled_matmul`).
-- shipped: what an FP8 checkpoint holds, 8-bit values with a scale a block, or one scale.
+- shipped: what an FP8 checkpoint holds, 8-bit values with a scale a block or a row, or one scale.
 - nvfp4: what an NVFP4 checkpoint holds, 4-bit values with a scale for 16 of them, and one scale.
 
 `encoding` and `tensors` describe a weight in full; `frozen_weight` builds it again from them.
@@ -235,7 +235,7 @@ class ShippedEncoding(NamedTuple):
     """The blocks of a weight as shipped; its text is the `encoding` of a `ShippedWeight`.
 
     Attributes:
-        rows, columns: of a block that shares a scale; 0: all of W share one.
+        rows, columns: of a block that shares a scale; 0: all that W has.
     """
 
     rows: int
@@ -253,7 +253,7 @@ class ShippedEncoding(NamedTuple):
 class ShippedWeight(FrozenWeight):
     """A weight of an FP8 checkpoint, which computes what its dense weight does.
 
-    tensors: the e4m3 codes of W [out, in], and their scales: fp32, one for each block, or [1, 1].
+    tensors: the e4m3 codes of W [out, in], and their scales: fp32 [block rows, block columns].
     encoding: a `ShippedEncoding`.
     """
 
@@ -283,7 +283,7 @@ class ShippedWeight(FrozenWeight):
         return weight
 
     def _spread_columns(self, scales: Tensor) -> Tensor:
-        """The scale of each column of each row of blocks."""
+        """The scale of each column of each row of blocks, or one for all of a row."""
         _, columns = ShippedEncoding.parse(self.encoding)
         if not columns:
             return scales

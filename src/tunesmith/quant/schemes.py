@@ -168,7 +168,8 @@ NF4 = Nf4Scheme(
 SHIPPED = ShippedScheme(
     AS_SHIPPED,
     weight_bytes=1,
-    # An fp32 scale of 128 x 128 weights; one of all takes less.
+    # An fp32 scale of 128 x 128 weights. One of all takes less. One of each row takes more, 4 bytes
+    # for some thousand weights, which is not counted.
     scale_bytes=4 / (128 * 128),
     expert_bytes=1,
     expert_scale_bytes=4 / (128 * 128),

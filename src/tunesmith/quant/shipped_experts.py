@@ -147,8 +147,8 @@ class Fp8Experts(ShippedExperts):
 
     Attributes (frozen):
         codes: uint8 [experts, out, in], e4m3 values: torch and FSDP move integers as they are.
-        scales: fp32 [experts, parts, block rows, block columns], or [experts, parts, 1, 1]; whole
-            on every rank.
+        scales: fp32 [experts, parts, block rows, block columns], or with one column where each row
+            has one, [..., 1, 1] where a part shares it; whole on every rank.
     """
 
     stored_class = ScaledTensor
@@ -158,7 +158,7 @@ class Fp8Experts(ShippedExperts):
         experts, out_features, in_features = self.stored_shape
         codes = torch.empty(self.stored_shape, dtype=torch.uint8, device=device)
         self.codes = nn.Parameter(codes, requires_grad=False)
-        blocks = self.form.scale_shape(out_features // self.parts, in_features) or (1, 1)
+        blocks = self.form.scale_shape(out_features // self.parts, in_features)
         scales = torch.empty(experts, self.parts, *blocks, device=device)
         # Not persistent: a checkpoint of the base holds dense weights.
         self.register_buffer("scales", scales, persistent=False)
@@ -171,7 +171,7 @@ class Fp8Experts(ShippedExperts):
 
     def _round(self, dense: Tensor, expert: int, part: int) -> None:
         # Each block scaled to the largest code.
-        block = self.form.block or (dense.shape[0], dense.shape[1])
+        block = self.form.block_of(dense.shape[0], dense.shape[1])
         scales = block_scales(dense, block)
         self.scales[expert, part] = scales
         codes = self._held(self.codes, expert, part)
