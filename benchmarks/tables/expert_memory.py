@@ -5,8 +5,8 @@ it ships in FP8, NVFP4 or MXFP4.
     python benchmarks/tables/expert_memory.py --write docs/measurements/README.md  # the table, from that file
 
 Two random mixtures: a Qwen 3 whose experts are stored one by one, in bf16, in FP8 (blocks of 128 x
-128) and in NVFP4, and a gpt-oss whose experts are in MXFP4. Each case runs in a process of its own, in bf16 on
-the CPU. Counted from before the model is built: the peak of all resident pages (VmHWM of
+128, or a scale a row) and in NVFP4, and a gpt-oss whose experts are in MXFP4. Each case runs in a process of
+its own, in bf16 on the CPU. Counted from before the model is built: the peak of all resident pages (VmHWM of
 /proc/self/status, which is ru_maxrss, set back before each phase) less those of files. `held` is
 what is resident once the model is loaded, `planned` what a plan counts for it: the base, and the
 adapter in fp32. A step is a forward and backward of 64 tokens, with every layer recomputed, and an
@@ -39,6 +39,7 @@ CASES = {
     "FP8, dense": ("fp8", "none"),
     "FP8, nf4": ("fp8", "nf4"),
     "FP8, as shipped": ("fp8", "as-shipped"),
+    "FP8 with a scale a row, as shipped": ("fp8-rows", "as-shipped"),
     "NVFP4, dense": ("nvfp4", "none"),
     "NVFP4, nf4": ("nvfp4", "nf4"),
     "NVFP4, as shipped": ("nvfp4", "as-shipped"),
@@ -83,7 +84,8 @@ def write_base(folder: Path, kind: str, tokenizer: Path) -> None:
         from tunesmith.export.vllm import quantization_config
 
         tensors = load_file(file)
-        change = {"mxfp4": in_mxfp4, "fp8": in_fp8, "nvfp4": in_nvfp4}[kind]
+        changes = {"mxfp4": in_mxfp4, "fp8": in_fp8, "fp8-rows": in_fp8_rows, "nvfp4": in_nvfp4}
+        change = changes[kind]
         for name in list(tensors):
             tensors |= change(name, tensors.pop(name))
         save_file(tensors, file, metadata={"format": "pt"})
@@ -95,8 +97,8 @@ def write_base(folder: Path, kind: str, tokenizer: Path) -> None:
                 "activation_scheme": "dynamic",
                 "modules_to_not_convert": ["lm_head", "model.layers.*.mlp.gate"],
             }
-        if kind == "nvfp4":
-            stated = quantization_config("nvfp4")
+        if kind in ("fp8-rows", "nvfp4"):
+            stated = quantization_config(kind.removesuffix("-rows"))
             stated["ignore"] += ["re:.*mlp.gate$"]
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stated}))
@@ -116,17 +118,29 @@ def in_mxfp4(name: str, weight: Any) -> dict[str, Any]:
 
 def in_fp8(name: str, weight: Any) -> dict[str, Any]:
     """What Qwen's FP8 checkpoints have of a weight."""
+    if is_plain(name, weight):
+        return {name: weight}
+    codes, scales = codes_of(weight, (BLOCK, BLOCK))
+    return {name: codes, f"{name}_scale_inv": scales}
+
+
+def in_fp8_rows(name: str, weight: Any) -> dict[str, Any]:
+    """What compressed-tensors has of a weight in FP8."""
+    if is_plain(name, weight):
+        return {name: weight}
+    codes, scales = codes_of(weight, (1, weight.shape[1]))
+    return {name: codes, f"{name}_scale": scales.bfloat16()}
+
+
+def codes_of(weight: Any, block: tuple[int, int]) -> tuple[Any, Any]:
+    """A weight in e4m3, and the scale of each block."""
     import torch
 
     from tunesmith.quant.as_shipped import block_scales, spread_blocks
 
-    if is_plain(name, weight):
-        return {name: weight}
-    block = (BLOCK, BLOCK)
     scales = block_scales(weight.float(), block)
     codes = weight.float() / spread_blocks(scales, block, weight.shape)
-    stem = name.removesuffix("weight")
-    return {name: codes.to(torch.float8_e4m3fn), f"{stem}weight_scale_inv": scales}
+    return codes.to(torch.float8_e4m3fn), scales
 
 
 def in_nvfp4(name: str, weight: Any) -> dict[str, Any]:
