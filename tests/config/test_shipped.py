@@ -15,6 +15,8 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.shipped import purpose, shipped
 from tunesmith.config.typed import run_type
+from tunesmith.model.shapes import config_of_model
+from tunesmith.training.make_recipe import PREFERENCE_RATE, learning_rate_of_width
 from tunesmith.units import Length, Size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +85,25 @@ def test_what_a_recipe_says_of_a_spark_is_its_plan() -> None:
             assert rounded == int(line[2].replace(",", "")), name
             said += 1
     assert said >= 7
+
+
+def test_learning_rates_are_those_of_choosing_or_the_recipe_says_why_not() -> None:
+    for name, path in shipped().items():
+        run = load_recipe(name)
+        config = config_of_model(run.model.name)
+        assert config is not None, name
+        rate = learning_rate_of_width(run.adapter.kind, config["hidden_size"])
+        if run.method.name != "sft":
+            rate = float(f"{rate * PREFERENCE_RATE:.0e}")
+        text = path.read_text(encoding="utf-8")
+        stated = re.findall(r"docs/choosing.md: (\S+)$", text, re.MULTILINE)
+        if run.train.learning_rate == rate:
+            assert stated == [], name
+        else:
+            assert [float(number) for number in stated] == [rate], name
+        if run.adapter.kind == "lora":
+            assert 8 <= run.adapter.rank <= 16, name
+            assert run.adapter.alpha == 2 * run.adapter.rank, name
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

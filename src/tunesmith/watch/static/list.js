@@ -75,7 +75,7 @@
   function hear(told) {
     told.rows.forEach(show);
     arrange();
-    document.title = `${lines.size} runs: tunesmith watch`;
+    document.title = `${lines.size} run${lines.size === 1 ? "" : "s"}: tunesmith watch`;
   }
 
   $("#find input").addEventListener("input", arrange);
