@@ -222,7 +222,7 @@ def test_the_table_and_what_the_first_takes(
         "disk: ",
         " USD",
         "a GPU sends per step: ",
-        " GB over its network",
+        " to other nodes",
         "to set it: ",
     ):
         assert part in said
@@ -279,6 +279,56 @@ def test_rows_that_are_here_are_counted(llama: Path, capsys: pytest.CaptureFixtu
     assert main([*words, "train.global_batch=50 examples"]) == 0
     work = json.loads(capsys.readouterr().out)["work"]
     assert (work["longest"], work["steps"]) == (1001, 40)
+
+
+def test_rows_that_a_split_names_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole run has its hours before a row is downloaded."""
+    words = ["plan", "llama3.1-8b-lora", "--on", "h100", "--json"]
+    for split, steps in (("train[:512]", 64), ("train[100:180]", 10), ("train[:95%]", None)):
+        assert main([*words, f"data.train.split={split}"]) == 0
+        assert json.loads(capsys.readouterr().out)["work"]["steps"] == steps
+    assert main([*words[:-1], "data.train.max_examples=16"]) == 0
+    assert lines_with(capsys.readouterr().out, "16 rows", "2,048 tokens", "2 steps")
+
+
+def test_the_table_and_the_error_name_the_same_gib(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "gemma-4-31b-lora", "--on", "rtx-4090"]) == 2
+    shown = capsys.readouterr()
+    (in_table,) = re.findall(r" ([\d.]+) +does not fit$", shown.out, re.MULTILINE)
+    assert f"needs about {in_table} GiB" in shown.err
+
+
+def test_a_checkpoint_without_room_is_said_to_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "qwen3-30b-a3b-qlora", "--on", "rtx-4090"]) == 0
+    shown = capsys.readouterr().out
+    needed = re.search(r"^memory of a GPU: ([\d.]+) of ([\d.]+) usable GiB in a step: ", shown, re.M)
+    assert needed is not None
+    assert float(needed[1]) <= float(needed[2])
+    assert lines_with(shown, "checkpoint", "training waits")
+
+
+def test_a_short_step_is_shown_in_milliseconds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "smollm2-135m-lora", "--on", "2x8xh100"]) == 0
+    shown = capsys.readouterr().out
+    seconds = re.search(r"^16 x 1 x 1 .* ([\d.]+) +[\d,]+ +0%$", shown, re.MULTILINE)
+    assert seconds is not None
+    assert 0 < float(seconds[1]) < 0.1
+    assert re.search(r"^milliseconds of a step: matrix products [\d.]+, ", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("fits", "text"),
+    [
+        ((True,), "1 more fits"),
+        ((True, True, False), "2 more fit, 1 does not"),
+        ((True, False, False), "1 more fits, 2 do not"),
+        ((False,), "1 more does not fit"),
+        ((False, False), "2 more do not fit"),
+    ],
+)
+def test_meshes_that_are_not_shown_are_counted(fits: tuple[bool, ...], text: str) -> None:
+    hidden = [SimpleNamespace(fits=each) for each in fits]
+    assert cli_plan._describe_hidden(hidden) == text  # type: ignore[arg-type]
 
 
 def test_a_card_that_is_not_in_the_table_is_assumed(
@@ -413,7 +463,9 @@ def test_on_a_cpu_memory_alone_is_told(
     assert "--assume tflops=NUMBER" in shown
     assert re.search(r"^1 x 1 x 1 .* - +- +0%$", shown, re.MULTILINE)
     assert main([*words, "--assume", "tflops=0.1"]) == 0
-    assert re.search(r"steps: [\d.,]+ ", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert "0.1 TFLOP/s" in shown
+    assert "steps: under 1 s;" in shown
 
 
 def test_lengths_come_from_the_token_cache_if_it_has_them(

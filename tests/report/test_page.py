@@ -170,7 +170,7 @@ def test_ranks(tmp_path: Path) -> None:
         '{"step": 1, "gpu_clock_mhz": 1000.0}\n{"step": 2, "gpu_clock_mhz": 2000.0}\n'
     )
     run.refresh()
-    assert "1 1,500 ± 707.1 (n = 2)" in visible(render_report([run]))
+    assert "1 1,500 ± 707 (n = 2)" in visible(render_report([run]))
     assert "2,000" in visible(render_report([run]))
 
 

@@ -17,12 +17,15 @@ exit code is 2 if nothing fits.
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.filesize import decimal as size_text
 
 from tunesmith.cli.options import add_json, add_overrides, whole_number
 from tunesmith.errors import EXIT_OK, MachineError, TunesmithError, UsageError
@@ -46,6 +49,8 @@ CHARACTERS_PER_TOKEN = 4
 LOOKED_AT = 1000
 # Meshes that are shown without --all.
 SHOWN = 3
+# Parts of a step that take a smaller share of it are not shown.
+SMALLEST_PART = 0.01
 # What the phases of memory and the parts of a step are called here; --json has the short names.
 PHASES = {"load": "while it loads", "step": "in a step", "save": "while it saves"}
 PARTS = {
@@ -61,6 +66,10 @@ PARTS = {
     "shards": "reading other ranks' weights",
     "gradients": "summing gradients",
 }
+
+
+# What the keys of the bytes that a GPU sends are called here.
+LINKS = {"link": "within its node", "network": "to other nodes"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -216,7 +225,7 @@ def _work_of(
 
 def _count_rows(recipe: "Run") -> tuple[int, int]:
     """Training rows of a recipe, and the characters of one on average, if all sources are local
-    files that can be read; else zeros.
+    files that can be read; else the rows that its splits name, and zeros for what is unknown.
 
     They are the texts of a row's columns, as a tokenizer is not needed here.
     """
@@ -224,7 +233,7 @@ def _count_rows(recipe: "Run") -> tuple[int, int]:
     from tunesmith.data.splits import read_splits
 
     if not all(is_local(source.source) for source in recipe.data.train):
-        return 0, 0
+        return _rows_of_splits(recipe), 0
     # A plan goes on without the rows: they make it more exact.
     with suppress(TunesmithError, LookupError, OSError):
         sources, _ = read_splits(recipe.data, recipe.train.seed)
@@ -238,6 +247,18 @@ def _count_rows(recipe: "Run") -> tuple[int, int]:
                 characters += _characters(rows[number])
         return count, ceil_div(characters, max(1, looked_at))
     return 0, 0
+
+
+def _rows_of_splits(recipe: "Run") -> int:
+    """Training rows that splits such as `train[:512]` name; 0 if one does not say how many."""
+    count = 0
+    for source in recipe.data.train:
+        match = re.fullmatch(r"\w+\[(\d*):(\d+)\]", source.split or "")
+        if match is None or source.weight != 1 or recipe.data.hold_out:
+            return 0
+        rows = int(match[2]) - int(match[1] or 0)
+        count += min(rows, source.max_examples or rows)
+    return max(0, count)
 
 
 def _characters(value: Any) -> int:
@@ -309,24 +330,24 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
     work = planner.work
     speed = "for times --assume tflops=NUMBER"
     if chip.tflops:
-        speed = f"{chip.tflops:.0f} TFLOP/s in whole steps"
+        rounded = f"{chip.tflops:.0f}" if chip.tflops >= 10 else f"{chip.tflops:.2g}"
+        speed = f"{rounded} TFLOP/s in whole steps"
     machines = planner.cluster.describe()
-    steps = count_of(work.steps, "step") if work.steps else "the number of steps is unknown"
+    steps = f", {count_of(work.steps, 'step')}" if work.steps else ""
     lines = [
         f"{machines}: {chip.gib:.0f} GiB, {speed}",
         f"  ({chip.source})",
-        f"examples: {work.source}; {work.step.mean:,.0f} tokens a step, {steps}",
+        f"examples: {work.source}; {work.step.mean:,.0f} tokens a step{steps}",
         # At most 80 columns, as the rows.
         "replicate, shard, tensor    micro batch recompute    GiB  step s  tokens/s idle",
     ]
-    lines += map(_row, shown)
+    lines += [_row(planner, forecast) for forecast in shown]
+    experts = max(forecast.plan.mesh.experts for forecast in shown)
+    if experts > 1:
+        lines.append(f"(e{experts}: {experts} ranks divide the experts of a layer)")
     hidden = [forecast for forecast in forecasts if forecast not in shown]
-    fitting = sum(forecast.fits for forecast in hidden)
-    if fitting:
-        others = f"{fitting} more that fit, {len(hidden) - fitting} that do not"
-        lines.append(f"({others}: --all shows them)")
-    elif hidden:
-        lines.append(f"({len(hidden)} more that do not fit: --all shows them)")
+    if hidden:
+        lines.append(f"({_describe_hidden(hidden)}: --all shows every mesh)")
     best = forecasts[0].plan
     if scheme_of(planner.run.model).has_fp8_matmuls and best.base != "fp8":
         what = f"the base stays in {best.base}: {best.why['base']}"
@@ -334,18 +355,54 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
     return lines
 
 
-def _row(forecast: "Forecast") -> str:
+def _describe_hidden(hidden: "list[Forecast]") -> str:
+    """`9 more fit, 1 does not`."""
+    fitting = sum(forecast.fits for forecast in hidden)
+    failing = len(hidden) - fitting
+    do_not = "does not" if failing == 1 else "do not"
+    if not fitting:
+        return f"{failing} more {do_not} fit"
+    text = f"{fitting} more {'fits' if fitting == 1 else 'fit'}"
+    return f"{text}, {failing} {do_not}" if failing else text
+
+
+def _largest_phase(planner: "Planner", forecast: "Forecast") -> tuple[str, int]:
+    """The phase that needs the most bytes, of those that decide whether the run fits.
+
+    A checkpoint of an adapter for which there is no room beside a step waits for it.
+    """
+    from tunesmith.planning.savings import memory_needs
+
+    if not forecast.fits:
+        return "step", memory_needs(forecast.plan, planner.machine)[0]
+    phases = forecast.phases
+    if _waits_to_save(forecast):
+        phases = {name: size for name, size in phases.items() if name != "save"}
+    return max(phases.items(), key=lambda phase: phase[1])
+
+
+def _waits_to_save(forecast: "Forecast") -> bool:
+    return bool(forecast.plan.memory.copies) and forecast.phases["save"] > forecast.room
+
+
+def _step_text(seconds: float) -> str:
+    """Seconds of a step: `2.67`, and `0.0038` of a short one."""
+    return f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.4f}"
+
+
+def _row(planner: "Planner", forecast: "Forecast") -> str:
     """The line of one mesh."""
     plan = forecast.plan
     recompute = f"{plan.recomputed_layers} of {plan.layers}"
     figures = f"{'-':>7} {'-':>9}"
     if forecast.step_seconds and forecast.tokens_per_second:
-        figures = f"{forecast.step_seconds:7.2f} {forecast.tokens_per_second:9,.0f}"
+        seconds = _step_text(forecast.step_seconds)
+        figures = f"{seconds:>7} {forecast.tokens_per_second:9,.0f}"
     figures += f" {forecast.idle_share:4.0%}"
     if not forecast.fits:
         figures = " does not fit"
     micro_batch = plan.choices["micro batch"]
-    needed = max(forecast.phases.values()) / GIB
+    needed = _largest_phase(planner, forecast)[1] / GIB
     return f"{plan.mesh.sizes():<24} {micro_batch:>14} {recompute:>9} {needed:6.1f} {figures}"
 
 
@@ -362,29 +419,38 @@ def _details(
     # The order is by speed with a margin, so the first need not be the fastest.
     if any(f.fits and (f.step_seconds or 0) < step_seconds for f in forecasts):
         lines.append(
-            f"another mesh is faster by less than {1 - BETTER:.0%}, too little for more shards or "
-            "tensor ranks, or for groups over several nodes"
+            f"another mesh is faster by less than {1 - BETTER:.0%}, which is within the error of a "
+            "forecast: the first has fewer shards or tensor ranks, or stays within nodes"
         )
-    largest = max(best.phases, key=lambda phase: best.phases[phase])
-    needed = f"{best.phases[largest] / GIB:.1f} of {best.room / GIB:.1f} GiB {PHASES[largest]}"
-    step = f"a step takes {best.phases['step'] / GIB:.1f}"
-    lines.append(f"memory of a GPU: {needed}; {step}: {best.plan.memory.describe()}")
-    seconds = {part: value for part, value in best.seconds.items() if value >= 0.005}
-    if best.step_seconds and seconds:
-        parts = [f"{PARTS.get(part, part)} {value:.2f}" for part, value in seconds.items()]
-        lines.append(f"seconds of a step: {', '.join(parts)}")
+    device = "a GPU" if planner.machine.device == "cuda" else "the process"
+    phase, largest = _largest_phase(planner, best)
+    needed = f"{largest / GIB:.1f} of {best.room / GIB:.1f} usable GiB {PHASES[phase]}"
+    if phase != "step":
+        needed += f"; {best.phases['step'] / GIB:.1f} {PHASES['step']}"
+    lines.append(f"memory of {device}: {needed}: {best.plan.memory.describe()}")
+    if _waits_to_save(best):
+        lines.append("  a checkpoint has no room beside a step: training waits until it is written")
+    if step_seconds:
+        unit, scale = ("seconds", 1) if step_seconds >= 1 else ("milliseconds", 1000)
+        parts = [
+            f"{PARTS.get(part, part)} {scale * value:.2f}"
+            for part, value in best.seconds.items()
+            if value >= SMALLEST_PART * step_seconds
+        ]
+        lines.append(f"{unit} of a step: {', '.join(parts)}")
         if best.hidden_seconds:
-            lines.append(f"  communication that overlaps with compute: {best.hidden_seconds:.2f} s")
-    amounts = [f"{sent / 1e9:,.2f} GB over its {link}" for link, sent in best.sent.items() if sent]
+            hidden = f"{scale * best.hidden_seconds:.2f} {unit}"
+            lines.append(f"  communication that overlaps with compute: {hidden}")
+    amounts = [f"{size_text(int(sent))} {LINKS[link]}" for link, sent in best.sent.items() if sent]
     if amounts:
         lines.append(f"a GPU sends per step: {', '.join(amounts)}")
     size, copies = checkpoint_bytes(planner.run, planner.trained, base)
-    most = f"at most {copies} at once, {copies * size / 1e9:,.1f} GB"
-    lines.append(f"disk: {size / 1e9:,.1f} GB per checkpoint, {most}")
+    most = f"at most {copies} at once, {size_text(copies * size)}"
+    lines.append(f"disk: {size_text(size)} per checkpoint, {most}")
     if best.hides_from:
         lines.append(
-            "compute hides the all-gathers of weights from micro batches of "
-            f"{best.hides_from:,} tokens on"
+            "reading other ranks' weights overlaps with compute if a micro batch has "
+            f"{best.hides_from:,} tokens or more"
         )
     experts = planner.describe_experts(best)
     if experts:
@@ -395,31 +461,40 @@ def _details(
     lines += _hours(planner, best, price)
     cut = planner.with_tensor()
     if cut and (cut.step_seconds or 0) < BETTER * step_seconds:
-        shape = f"{cut.plan.mesh.describe()}, {cut.step_seconds:.2f} s a step"
+        shape = f"{cut.plan.mesh.describe()}, {_step_text(cut.step_seconds or 0)} s a step"
         lines.append(f"parallel.tensor=auto is faster: {shape}")
     if planner.cluster.world > 1:
         lines.append(f"`train` takes the first mesh by itself; to set it: {best.keys}")
     return lines
 
 
+def _short_time(seconds: float) -> str:
+    """`5:04 min`, `42 s`, `under 1 s`."""
+    return format_seconds(seconds) if seconds >= 1 else "under 1 s"
+
+
 def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[str]:
     """How long the run takes and what it costs, or a part of it where the whole is not known."""
+    from tunesmith.planning.forecast import FILLED
+
     gpus = planner.cluster.world
     if best.hours:
         duration = f"{best.hours:,.2f} h"
         if best.hours < 0.1:
-            duration = format_seconds(best.hours * 3600)
+            duration = _short_time(best.hours * 3600)
         dollars = _cost(planner, best, price) if price else None
         cost = ""
         if dollars:
             cost = f", {dollars:,.0f} USD" if dollars >= 10 else f", {dollars:,.2f} USD"
         beside = "loading, compilation, validation and checkpoints come on top"
+        if FILLED in planner.work.source:
+            beside += "; less with --length TOKENS, if the examples are shorter than assumed"
         return [f"the run's steps: {duration}{cost}; {beside}"]
     if best.tokens_per_second:
         hours = 1e6 / best.tokens_per_second / 3600
         cost = f" and {hours * price * gpus:,.2f} USD" if price else ""
         return [
-            f"per million tokens: {format_seconds(hours * 3600)}{cost}; the rows are not here, so "
+            f"per million tokens: {_short_time(hours * 3600)}{cost}; the rows are not here, so "
             "the hours of the run are unknown: set data.train.source to a file of yours, or "
             "train.duration='500 steps'"
         ]

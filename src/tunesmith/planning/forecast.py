@@ -58,6 +58,8 @@ UPDATE_BYTES = 46
 # or a micro batch over that of `auto`, which knows of no link. Forecasts differ from what was
 # measured by as much.
 BETTER = 0.95
+# What a workload says of examples whose length is not known.
+FILLED = "assumed to fill data.seq_len"
 
 
 class Workload(NamedTuple):
@@ -173,9 +175,13 @@ def measure_work(
         unit_tokens = supervised if run.train.global_batch.unit == "examples" else run.row_tokens
         step_tokens = resolve.step_units(run) * unit_tokens
         step = StepSize(step_tokens, step_tokens)
-        source = f"unknown, assumed {supervised:,} tokens each, all supervised"
+        each = f"{FILLED}, {supervised:,} tokens each"
+        if length:
+            each = f"about {supervised:,} tokens each"
+        elif sequences > 1:
+            each = f"{FILLED}, {sequences} x {run.data.seq_len:,} tokens each"
+        source = f"{count_of(rows, 'row') if rows else 'unknown'}, {each}, all supervised"
         if rows:
-            source = f"{count_of(rows, 'row')}, about {supervised:,} tokens each, all supervised"
             schedule = BatchSchedule(
                 np.full(rows, supervised),
                 run.data,
@@ -348,8 +354,9 @@ class Planner:
         # All ranks' hidden states are gathered, and the sums for them scattered.
         rows = 2 * ranks * forecast.plan.memory.tokens * spec.hidden * itemsize
         return (
-            f"a pass over a layer of experts moves {rows / 1e9:.2f} GB of rows where {ranks} ranks "
-            f"divide them, and gathers {stacks * itemsize / 1e9:.2f} GB where they are shards"
+            f"a pass over a layer of experts sends {rows / 1e9:.2f} GB of hidden states if {ranks} "
+            f"ranks divide the experts, and {stacks * itemsize / 1e9:.2f} GB of weights if they are "
+            "shards"
         )
 
     def warn_of_exposed_gathers(self, forecast: Forecast) -> str | None:
@@ -376,10 +383,9 @@ class Planner:
         if run.train.micro_batch != "auto":
             fix += " train.micro_batch=auto"
         return (
-            f"warning: a step gives each rank {share:,.0f} tokens, and {forecast.hides_from:,} "
-            "would hide the gathers of shards: ranks wait for them "
-            f"{exposed / forecast.step_seconds:.0%} of the time; "
-            f"fix: {fix}, which makes fewer and larger steps"
+            f"warning: ranks wait {exposed / forecast.step_seconds:.0%} of the time for other "
+            f"ranks' weights: a step gives each {share:,.0f} tokens, and {forecast.hides_from:,} "
+            f"would hide that; fix: {fix}, for fewer and larger steps"
         )
 
     def ranked(self) -> list[Forecast]:

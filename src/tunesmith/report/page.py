@@ -299,7 +299,7 @@ def _samples_of(runs: Sequence[RunSummary]) -> tuple[list[dict[str, Any]], str]:
                 if row is rows[-1] and row["step"] > 0:
                     last.append(answer)
         # Before training all runs have the same model: one answer stands for all.
-        if len(first) > 1 and len({answer for *_, answer in first}) == 1:
+        if (len(first) > 1 or len(runs) == 1) and len({answer for *_, answer in first}) == 1:
             first = [("", *first[0][1:])]
         samples.append(
             {
@@ -397,7 +397,10 @@ def _figure(value: Any) -> str:
     mean = _digits(value.mean)
     if value.count == 1:
         return mean
-    return f"{mean} ± {_digits(value.deviation)} (n = {value.count:,})"
+    deviation = value.deviation
+    # Two digits: a third would say nothing.
+    shown = f"{deviation:,.0f}" if deviation >= 10 else f"{deviation:.2g}"
+    return f"{mean} ± {shown} (n = {value.count:,})"
 
 
 def _digits(value: float) -> str:

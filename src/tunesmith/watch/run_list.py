@@ -104,7 +104,7 @@ class ListedRun:
             records, bad_lines = sampled_records(self.folder / METRICS)
             val_loss = newest_val_loss(self.folder / METRICS)
             if bad_lines:
-                damage = f"{METRICS}: some lines are no records"
+                damage = f"{METRICS}: some lines are not records"
         except FileNotFoundError:
             pass  # before the first step
         except OSError as error:

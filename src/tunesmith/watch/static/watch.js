@@ -137,7 +137,9 @@
   function name(series, panel) {
     const of = runs.length > 1 ? [runName(series.run)] : [];
     if (runs.length === 1 && panel.series.some((other) => other.rank)) of.push(`rank ${series.rank ?? 0}`);
-    else if (of.length === 0 || new Set(panel.series.map((other) => other.field)).size > 1) of.push(series.field);
+    else if (new Set(panel.series.map((other) => other.field)).size > 1) of.push(series.field);
+    // The values of a panel with a unit may be other multiples than those of the field.
+    else if (of.length === 0) of.push(panel.unit ? `${panel.title} (${panel.unit})` : series.field);
     return of.join(" ");
   }
 
@@ -314,7 +316,7 @@
     const body = shown.map((row) => make("tr", { class: row.differs ? "differs" : null }, make("th", { scope: "row" }, row.key), ...row.values.map((value) => make("td", {}, value))));
     const table = make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
     const none = make("p", { class: "soft" }, "The recipes are the same.");
-    $("#keys").replaceChildren(shown.length ? make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "recipe" }, table) : none);
+    $("#keys").replaceChildren(shown.length ? make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "keys of the recipes" }, table) : none);
   }
 
   const logs = [];
