@@ -295,16 +295,18 @@ def test_the_table_and_the_error_name_the_same_gib(capsys: pytest.CaptureFixture
     assert main(["plan", "gemma-4-31b-lora", "--on", "rtx-4090"]) == 2
     shown = capsys.readouterr()
     (in_table,) = re.findall(r" ([\d.]+) +does not fit$", shown.out, re.MULTILINE)
-    assert f"needs about {in_table} GiB" in shown.err
+    check_shown(shown.err, names=[f"{in_table} GiB"])
 
 
 def test_a_checkpoint_without_room_is_said_to_wait(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3-30b-a3b-qlora", "--on", "rtx-4090"]) == 0
     shown = capsys.readouterr().out
-    needed = re.search(r"^memory of a GPU: ([\d.]+) of ([\d.]+) usable GiB in a step: ", shown, re.M)
+    needed = re.search(
+        r"^memory of a GPU: ([\d.]+) of ([\d.]+) usable GiB in a step: ", shown, re.M
+    )
     assert needed is not None
     assert float(needed[1]) <= float(needed[2])
-    assert lines_with(shown, "checkpoint", "training waits")
+    assert lines_with(shown, "checkpoint", "waits")
 
 
 def test_a_short_step_is_shown_in_milliseconds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,7 +315,9 @@ def test_a_short_step_is_shown_in_milliseconds(capsys: pytest.CaptureFixture[str
     seconds = re.search(r"^16 x 1 x 1 .* ([\d.]+) +[\d,]+ +0%$", shown, re.MULTILINE)
     assert seconds is not None
     assert 0 < float(seconds[1]) < 0.1
-    assert re.search(r"^milliseconds of a step: matrix products [\d.]+, ", shown, re.MULTILINE)
+    (line,) = lines_with(shown, "milliseconds")
+    parts = [float(value) for value in re.findall(r"[\d.]+", line)]
+    assert sum(parts) == pytest.approx(1000 * float(seconds[1]), abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +469,7 @@ def test_on_a_cpu_memory_alone_is_told(
     assert main([*words, "--assume", "tflops=0.1"]) == 0
     shown = capsys.readouterr().out
     assert "0.1 TFLOP/s" in shown
-    assert "steps: under 1 s;" in shown
+    assert "under 1 s" in shown
 
 
 def test_lengths_come_from_the_token_cache_if_it_has_them(

@@ -431,16 +431,7 @@ def _details(
     if _waits_to_save(best):
         lines.append("  a checkpoint has no room beside a step: training waits until it is written")
     if step_seconds:
-        unit, scale = ("seconds", 1) if step_seconds >= 1 else ("milliseconds", 1000)
-        parts = [
-            f"{PARTS.get(part, part)} {scale * value:.2f}"
-            for part, value in best.seconds.items()
-            if value >= SMALLEST_PART * step_seconds
-        ]
-        lines.append(f"{unit} of a step: {', '.join(parts)}")
-        if best.hidden_seconds:
-            hidden = f"{scale * best.hidden_seconds:.2f} {unit}"
-            lines.append(f"  communication that overlaps with compute: {hidden}")
+        lines += _describe_step(best, step_seconds)
     amounts = [f"{size_text(int(sent))} {LINKS[link]}" for link, sent in best.sent.items() if sent]
     if amounts:
         lines.append(f"a GPU sends per step: {', '.join(amounts)}")
@@ -465,6 +456,21 @@ def _details(
         lines.append(f"parallel.tensor=auto is faster: {shape}")
     if planner.cluster.world > 1:
         lines.append(f"`train` takes the first mesh by itself; to set it: {best.keys}")
+    return lines
+
+
+def _describe_step(forecast: "Forecast", step_seconds: float) -> list[str]:
+    """The parts of a step, and the communication that they hide."""
+    unit, scale = ("seconds", 1) if step_seconds >= 1 else ("milliseconds", 1000)
+    parts = [
+        f"{PARTS.get(part, part)} {scale * value:.2f}"
+        for part, value in forecast.seconds.items()
+        if value >= SMALLEST_PART * step_seconds
+    ]
+    lines = [f"{unit} of a step: {', '.join(parts)}"]
+    if forecast.hidden_seconds:
+        hidden = f"{scale * forecast.hidden_seconds:.2f} {unit}"
+        lines.append(f"  communication that overlaps with compute: {hidden}")
     return lines
 
 

@@ -142,6 +142,17 @@ class StepTime(NamedTuple):
     hides_from: int
 
 
+def _describe_assumed(run: Run, rows: int, length: int | None) -> str:
+    """What is assumed of examples that no token cache holds; `rows` is 0 where not known."""
+    sequences = run.row_tokens // run.data.seq_len
+    each = f"{FILLED}, {run.data.seq_len:,} tokens each"
+    if length:
+        each = f"about {length:,} tokens each"
+    elif sequences > 1:
+        each = f"{FILLED}, {sequences} x {run.data.seq_len:,} tokens each"
+    return f"{count_of(rows, 'row') if rows else 'unknown'}, {each}, all supervised"
+
+
 def measure_work(
     run: Run,
     spec: ModelSpec,
@@ -175,12 +186,7 @@ def measure_work(
         unit_tokens = supervised if run.train.global_batch.unit == "examples" else run.row_tokens
         step_tokens = resolve.step_units(run) * unit_tokens
         step = StepSize(step_tokens, step_tokens)
-        each = f"{FILLED}, {supervised:,} tokens each"
-        if length:
-            each = f"about {supervised:,} tokens each"
-        elif sequences > 1:
-            each = f"{FILLED}, {sequences} x {run.data.seq_len:,} tokens each"
-        source = f"{count_of(rows, 'row') if rows else 'unknown'}, {each}, all supervised"
+        source = _describe_assumed(run, rows, supervised if length else None)
         if rows:
             schedule = BatchSchedule(
                 np.full(rows, supervised),
@@ -355,8 +361,8 @@ class Planner:
         rows = 2 * ranks * forecast.plan.memory.tokens * spec.hidden * itemsize
         return (
             f"a pass over a layer of experts sends {rows / 1e9:.2f} GB of hidden states if {ranks} "
-            f"ranks divide the experts, and {stacks * itemsize / 1e9:.2f} GB of weights if they are "
-            "shards"
+            f"ranks divide the experts, and {stacks * itemsize / 1e9:.2f} GB of weights if they "
+            "are shards"
         )
 
     def warn_of_exposed_gathers(self, forecast: Forecast) -> str | None:
