@@ -140,9 +140,5 @@ def test_every_screen_and_reader(
         assert box["y"] + box["height"] <= height, f"{text}: below the first screen"
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
     found = Axe().run(page).response["violations"]
-    assert [
-        (one["id"], one["nodes"][0]["html"])
-        for one in found
-        if one["impact"] in ("serious", "critical")
-    ] == []
+    assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
     page.context.close()

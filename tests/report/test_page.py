@@ -38,6 +38,15 @@ def visible(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
+def test_a_run_that_is_alone_is_not_named_beside_its_answers(two: list[RunFiles]) -> None:
+    heading = re.compile("<h4>(Before [^<]*)</h4>")
+    assert heading.findall(render_report(two[:1])) == ["Before training"]
+    # Where another began with another answer, each has its name.
+    two[1].samples[0]["answer"] = "I am another."
+    both = heading.findall(render_report(two))
+    assert [words.partition(", ")[2] for words in both] == ["good", "bad"]
+
+
 def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> None:
     text = visible(render_report(two))
     text = text[text.index("good is better") :]
