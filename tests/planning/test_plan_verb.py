@@ -298,6 +298,15 @@ def test_the_table_and_the_error_name_the_same_gib(capsys: pytest.CaptureFixture
     check_shown(shown.err, names=[f"{in_table} GiB"])
 
 
+def test_each_choice_of_a_long_fix_has_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["plan", "llama3.2-3b-full", "--on", "rtx-4090"]) == 2
+    choices = [line.split()[:2] for line in capsys.readouterr().err.splitlines()[-3:]]
+    assert choices == [["fix:", "data.seq_len=1024"], ["or", "adapter.kind=lora"], ["or", "4"]]
+
+
 def test_a_checkpoint_without_room_is_said_to_wait(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3-30b-a3b-qlora", "--on", "rtx-4090"]) == 0
     shown = capsys.readouterr().out
