@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,15 @@ def test_the_seed_draws_from_the_whole_file(tmp_path: Path) -> None:
     assert drawn[:5] == [67, 112, 151, 184, 225], (
         "a resumed run, a newer numpy and a later version draw the same rows"
     )
+
+
+def test_another_seed_may_keep_the_rows(tmp_path: Path) -> None:
+    data = Data(train=(numbered(tmp_path / "rows.jsonl", 100),), hold_out=Share(5.0, "%"))
+    assert splits(replace(data, hold_out_seed=42), seed=7) == splits(data, seed=42)
+    values = {"data": {"train": {"source": "rows.jsonl"}, "hold_out_seed": 7}, "output_dir": "out"}
+    values["model"] = {"name": "a/b"}
+    with refuses(RecipeError, where="test: data.hold_out_seed", fix=["data.hold_out: 5 %"]):
+        from_mapping(values, where="test", base=tmp_path)
 
 
 def test_rows_are_drawn_from_all_sources_and_keep_their_places(tmp_path: Path) -> None:

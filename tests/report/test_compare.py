@@ -50,13 +50,26 @@ def test_the_lower_val_loss_on_the_same_rows_is_better(tmp_path: Path) -> None:
         assert sentence(found, "tunesmith train", "train.seed=43")
 
 
-def test_no_seed_is_advised_that_would_draw_other_held_out_rows(tmp_path: Path) -> None:
+def test_the_advised_seed_draws_the_same_held_out_rows(tmp_path: Path) -> None:
     drawn = {"data": {"hold_out": "10 examples"}}
     good = write_run(tmp_path / "good", falling(2.0), recipe=rate(1e-3) | drawn)
     bad = write_run(tmp_path / "bad", falling(2.5), recipe=rate(1e-4) | drawn)
     found = verdict(good, bad)
-    assert not sentence(found, "train.seed=43")
-    assert sentence(found, "data.hold_out", "data.validation")
+    assert sentence(found, "tunesmith train", "train.seed=43", "data.hold_out_seed=42")
+
+
+def test_rows_that_several_seeds_drew_are_not_compared(tmp_path: Path) -> None:
+    hashes = {"validation_hash": "w" * 64}
+    for name, seed, own, env in (
+        ("one", 42, None, {}),
+        ("other", 43, None, hashes),
+        ("same", 43, 42, {}),
+    ):
+        drawn = {"data": {"hold_out": "5 %", "hold_out_seed": own}}
+        write_run(tmp_path / name, falling(2.0), recipe=rate(1e-3, seed) | drawn, env=env)
+    one, other, same = (RunFiles(tmp_path / name) for name in ("one", "other", "same"))
+    assert sentence(verdict(one, other), "one: 42", "other: 43", "data.hold_out_seed=42")
+    assert verdict(one, same).kind == "equal"
 
 
 def test_a_gap_within_the_noise_is_none(tmp_path: Path) -> None:

@@ -241,6 +241,12 @@ def _data(run: Run, where: Place) -> Iterator[Problem]:
         if not 0 < data.hold_out.amount < limit:
             what = f"is {data.hold_out}: above 0 % and below 100 %"
             yield Problem("data.hold_out", what, fix="data.hold_out: 5 %")
+    elif data.hold_out_seed is not None:
+        yield Problem(
+            "data.hold_out_seed",
+            "has no effect without data.hold_out",
+            fix="remove it, or data.hold_out: 5 %",
+        )
     yield from _template(run)
     formats = {source.format for source in data.train}
     if data.system is not None and not formats & set(CHATS):

@@ -36,6 +36,8 @@ FREE = (
     "train.fast_paths",
     "model.attention",
     "data.allow_cut_answers",
+    # Other rows than before are refused by their hashes.
+    "data.hold_out_seed",
 )
 DURATION = "train.duration"
 

@@ -24,6 +24,7 @@ CountOrZero = Annotated[int, Interval(ge=0, lt=2**63)]
 Positive = Annotated[float, Gt(0)]
 PositiveOrZero = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 # Those of accelerate whose runs can be continued; metrics/trackers.py says how.
 TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
@@ -178,6 +179,9 @@ class Data:
         " none",
         example="5 %",
     )
+    hold_out_seed: Seed | None = key(
+        None, "seed that chooses the rows of `hold_out`; null: `train.seed`"
+    )
     template: str = key(
         "auto",
         "`auto` (the tokenizer's chat template; without one alpaca, and raw where no row has"
@@ -248,9 +252,7 @@ class Train:
     master_weights: Literal["fp32", "stochastic"] = key(
         "fp32", "bf16 weights: fp32 copy, or stochastic rounding"
     )
-    seed: Annotated[int, Interval(ge=0, lt=2**32)] = key(
-        42, "seed of data order, new weights and dropout"
-    )
+    seed: Seed = key(42, "seed of data order, new weights and dropout")
     recompute: CountOrZero | Literal["auto", "none", "full"] = key(
         "auto",
         "activation checkpointing: how many layers to recompute in backward; auto: as few as fit"

@@ -23,8 +23,8 @@ SourceRows = list[tuple[Source, Rows]]
 def read_splits(data: Data, seed: int) -> tuple[SourceRows, SourceRows]:
     """Read the rows to train on and the rows to validate on, source by source.
 
-    With `data.hold_out` the seed draws the latter from all rows of `data.train`, and the others
-    keep their order.
+    With `data.hold_out` a seed draws the latter from all rows of `data.train`, and the others
+    keep their order: `data.hold_out_seed`, or `seed` where the recipe has none.
 
     Raises:
         DataError: a source cannot be read, or no row is left to train on.
@@ -34,6 +34,8 @@ def read_splits(data: Data, seed: int) -> tuple[SourceRows, SourceRows]:
         return sources, [(source, read_rows(source)) for source in data.validation]
     total = sum(len(rows) for _, rows in sources)
     count = count_held_out(data.hold_out, total)
+    if data.hold_out_seed is not None:
+        seed = data.hold_out_seed
     # Sorted, so that each source takes its part of the indices in order.
     held_out = np.sort(shuffled(total, seed, 0, _PURPOSE)[:count])
     train: SourceRows = []

@@ -263,8 +263,21 @@ def _different_rows(measured: Sequence[RunSummary], measure: Measure) -> Verdict
     hashes = [f"{run.label}: {str(run.validation_hash or 'unknown')[:12]}" for run in measured]
     counts = [f"{run.label}: {run.max_examples or 'all'}" for run in measured]
     why = f"Hash of the held-out rows: {', '.join(hashes)}; taken of them: {', '.join(counts)}."
+    sentences = [why, *_draws(measured)]
     fix = "Measure each on the same rows: tunesmith eval RUN --data held-out.jsonl."
-    return Verdict("none", headline, [why, fix])
+    return Verdict("none", headline, [*sentences, fix])
+
+
+def _draws(measured: Sequence[RunSummary]) -> list[str]:
+    """A sentence where several seeds have drawn the held-out rows."""
+    seeds = [run.hold_out_seed for run in measured]
+    if None in seeds or len(set(seeds)) == 1:
+        return []
+    draws = [f"{run.label}: {run.hold_out_seed}" for run in measured]
+    return [
+        f"The seeds that drew data.hold_out differ ({', '.join(draws)}); without "
+        f"data.hold_out_seed it is train.seed: set data.hold_out_seed={seeds[0]} in all."
+    ]
 
 
 def _rank(measured: Sequence[RunSummary], measure: Measure) -> list[RunGroup]:
@@ -285,16 +298,14 @@ def _rank(measured: Sequence[RunSummary], measure: Measure) -> list[RunGroup]:
 def _seed_advice(run: RunSummary, measure: Measure) -> str:
     """How to see what another seed changes."""
     advice = f"Each has a single seed, and another seed would change {measure.name} too; "
-    if run.files.recipe.get("data", {}).get("hold_out"):
-        # Its validation would be of other rows, so not comparable.
-        return (
-            f"{advice}the seed also draws the rows of data.hold_out: to see how far, put held-out "
-            "rows into a file of their own (data.validation), and train two seeds of each"
-        )
     seed = (run.seed if run.seed is not None else 42) + 1
     recipe = shell_path(shown(run.files.folder / RECIPE))
     output = shell_path(shown(f"{run.files.folder}-seed-{seed}"))
-    command = f"tunesmith train {recipe} train.seed={seed} output_dir={output}"
+    keys = f"train.seed={seed}"
+    if run.hold_out_seed is not None:
+        # Its validation would be of other rows, so not comparable.
+        keys += f" data.hold_out_seed={run.hold_out_seed}"
+    command = f"tunesmith train {recipe} {keys} output_dir={output}"
     return f"{advice}to see how far: `{command}`"
 
 

@@ -90,6 +90,15 @@ class RunSummary:
         return seed
 
     @property
+    def hold_out_seed(self) -> int | None:
+        """What drew the rows of `data.hold_out`; None without them, or where it is not known."""
+        data = self.files.recipe.get("data") or {}
+        if not data.get("hold_out"):
+            return None
+        seed: int | None = data.get("hold_out_seed")
+        return self.seed if seed is None else seed
+
+    @property
     def learned(self) -> dict[str, Any]:
         """What changes what is learned: keys of the recipe without the seed, rows and weights."""
         learned = {}

@@ -163,9 +163,9 @@ def check_sweep(run: Run, space: Space, search: Search) -> None:
     if run.train.duration.seconds:
         what = "a sweep needs a duration in steps or epochs"
         raise RecipeError(what, where="train.duration", fix="train.duration='500 steps'")
-    if varies_seed and run.data.hold_out:
+    if varies_seed and run.data.hold_out and run.data.hold_out_seed is None:
         what = "the seed also selects the held-out rows"
-        raise RecipeError(what, where="train.seed", fix="data.validation instead of hold_out")
+        raise RecipeError(what, where="train.seed", fix=f"data.hold_out_seed={run.train.seed}")
     if varies_seed and run.model.added_tokens:
         what = "the seed also initializes the added tokens"
         raise RecipeError(what, where="train.seed", fix="one train.seed")
