@@ -13,6 +13,7 @@ import torch
 
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
+from tunesmith.data.schedule import BatchSchedule
 from tunesmith.errors import RecipeError
 from tunesmith.host.chips import CHIPS, Chip
 from tunesmith.loss import chunk_size
@@ -558,6 +559,21 @@ def test_the_lengths_of_real_examples_count() -> None:
     assert once.whole == pytest.approx(4 / 3)
     # The positions with a label are as many, and so a token that is computed costs more.
     assert 0.75 < 0.75 * once.operations / work.operations < 0.85
+
+
+@pytest.mark.parametrize("batch", ["64 examples", "5000 examples", "16384 tokens"])
+@pytest.mark.parametrize("duration", ["3 epochs", "0.5 epochs", "2.25 epochs"])
+def test_rows_of_one_length_make_the_steps_of_their_schedule(batch: str, duration: str) -> None:
+    """Without a list of them, so that a billion rows are planned as fast as ten."""
+    run = recipe({"train": {"global_batch": batch, "duration": duration}})
+    spec = read_spec(SHAPES["llama3-8b"].config, where="")
+    schedule = BatchSchedule(np.full(1003, 300), run.data, run.train)
+    work = measure_work(run, spec, None, 300, rows=1003)
+    assert (work.step, work.steps) == (schedule.step_size(), schedule.steps(run.train.duration))
+    assert work.longest == schedule.longest
+    many = measure_work(run, spec, None, 300, rows=10**9, is_assumed=True)
+    assert many.steps is not None
+    assert many.steps > 10**4
 
 
 def test_a_base_in_fp8_takes_half_from_the_start() -> None:

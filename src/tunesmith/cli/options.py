@@ -178,12 +178,12 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
+def add_recipe(parser: argparse.ArgumentParser, *, recipe_help: str = RECIPE_HELP) -> None:
     """A recipe with overrides; or a model and rows, from which one is made."""
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=RECIPE_HELP)
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=recipe_help)
     add_overrides(parser)
     rows = parser.add_argument_group(
-        "without a recipe: detect the format of your rows and write one"
+        "without a recipe: detect the format of your rows and make one"
     )
     rows.add_argument(
         "--model", metavar="NAME", help="Hub id, folder, .gguf file, or demo: a small model"
@@ -206,10 +206,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add_columns(rows)
 
 
-def chosen_recipe(args: argparse.Namespace) -> "tuple[Run, MadeRecipe | None]":
+def chosen_recipe(
+    args: argparse.Namespace, *, on_paper: bool = False, row_count: int | None = None
+) -> "tuple[Run, MadeRecipe | None]":
     """The recipe that the options of `add_recipe` name, with a line logged about what is chosen.
 
-    Where they make one, also its file's form.
+    Where they make one, also its file's form; `on_paper` and `row_count` are for `make_recipe`.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
     names = ("model", "data", "split", "format", "columns")
@@ -242,7 +244,9 @@ def chosen_recipe(args: argparse.Namespace) -> "tuple[Run, MadeRecipe | None]":
         if value:
             words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
     with fixes_as_options():
-        recipe = make_recipe(args.model, args.data[0], words)
+        recipe = make_recipe(
+            args.model, args.data[0], words, on_paper=on_paper, row_count=row_count
+        )
     log.info(recipe.about_data)
     return recipe.run, recipe
 

@@ -2,12 +2,12 @@
 
 example:
   tunesmith plan my-recipe.yaml  # on this machine
-  # USD per GPU-hour
-  tunesmith plan llama3.3-70b-full train.duration='500 steps' \\
-    --on 2x8xh100 --price 2.5
+  # your rows, if they are elsewhere: how many, and tokens in each
+  tunesmith plan llama3.3-70b-lora --rows 50000 --length 400 \\
+    --on 2x8xh100 --price 2.5  # USD per GPU-hour
+  # what `train` with the same options would take; nothing is written
+  tunesmith plan --model Qwen/Qwen3-8B --data faq.csv --on h100
   tunesmith plan my-recipe.yaml parallel.tensor=8 --on 8xh100 --json
-  # tokens per example, if not cached
-  tunesmith plan llama3.1-8b-lora --on 2x-dgx-spark --length 180
 
 Needs the model's config.json (the models of shipped recipes need nothing) and
 no GPU. Lengths come from the token cache, which `tunesmith data` fills. The
@@ -16,6 +16,7 @@ exit code is 2 if nothing fits.
 
 import argparse
 import json
+import logging
 import math
 import re
 import sys
@@ -27,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal as size_text
 
-from tunesmith.cli.options import add_json, add_overrides, whole_number
-from tunesmith.errors import EXIT_OK, MachineError, TunesmithError, UsageError
+from tunesmith.cli.options import add_json, add_recipe, chosen_recipe, whole_number
+from tunesmith.errors import EXIT_OK, MachineError, TunesmithError, UsageError, first_line
 from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import show
 from tunesmith.metrics.terminal import format_seconds
@@ -42,11 +43,21 @@ if TYPE_CHECKING:
     from tunesmith.planning.forecast import Forecast, Planner, Workload
     from tunesmith.planning.machines import Cluster
 
+log = logging.getLogger(__name__)
+
 GIB = 2**30
-# Of English text and most tokenizers, roughly.
-CHARACTERS_PER_TOKEN = 4
 # Rows of a source whose characters are counted.
 LOOKED_AT = 1000
+# Of a recipe that is made by looking, those that are shown.
+CHOSEN_KEYS = (
+    "adapter.rank",
+    "data.seq_len",
+    "data.hold_out",
+    "train.duration",
+    "train.global_batch",
+    "train.learning_rate",
+)
+ROWS_FIX = "give their number: --rows N"
 # Meshes that are shown without --all.
 SHOWN = 3
 # Parts of a step that take a smaller share of it are not shown.
@@ -73,10 +84,7 @@ LINKS = {"link": "within its node", "network": "to other nodes"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one"
-    )
-    add_overrides(parser)
+    add_recipe(parser)
     machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine)"
     parser.add_argument("--on", action="append", metavar="MACHINES", help=machines)
     names = "gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
@@ -91,6 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per example, if none are cached",
     )
     parser.add_argument(
+        "--rows",
+        type=whole_number,
+        metavar="N",
+        help="rows of data.train, if they are not on this machine",
+    )
+    parser.add_argument(
         "--all", action="store_true", help=f"show every mesh (default: the best {SHOWN} that fit)"
     )
     parser.add_argument("--price", type=_price, metavar="USD", help="USD per GPU-hour")
@@ -98,26 +112,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tunesmith.config.load import load_recipe
     from tunesmith.model.measured_spec import model_spec
     from tunesmith.model.model_types import read_model_types
     from tunesmith.model.shipped import check_frozen, check_quantize, resolve_quantize
     from tunesmith.model.spec import check_seq_len
     from tunesmith.planning.forecast import plan_on_paper
-    from tunesmith.planning.machines import read_cluster
     from tunesmith.planning.run_plan import one_document_a_row, shares_prompts
     from tunesmith.planning.savings import check_memory_fits
 
-    machines = args.on or ["here"]
-    if len(machines) > 1:
-        raise UsageError(
-            f"--on was given {len(machines)} times",
-            where="command line",
-            why="a plan is for one kind of machines",
-            fix=f"one plan for each: --on {shell_word(machines[0])}",
-        )
-    cluster = read_cluster(machines[0], args.assume)
-    recipe = load_recipe(args.recipe, args.overrides)
+    cluster = _cluster(args)
+    recipe, examined_length = _recipe(args)
     config, where, folder = _config(recipe.model)
     spec = model_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
     check_quantize(recipe.model.quantize, config, where)
@@ -130,7 +134,15 @@ def run(args: argparse.Namespace) -> int:
     check_seq_len(spec, recipe.data.seq_len, where=where)
     _check_dtype(recipe, cluster)
     recurrent = () if model_type is None else model_type.support.recurrent
-    work = _work_of(recipe, spec, folder, args.length, shares_prompts(recipe, recurrent))
+    work = _work_of(
+        recipe,
+        spec,
+        folder,
+        length=args.length,
+        rows=args.rows,
+        examined_length=examined_length,
+        shares=shares_prompts(recipe, recurrent),
+    )
     planner = plan_on_paper(recipe, spec, cluster, work)
     forecasts = planner.ranked()
     best = forecasts[0]
@@ -151,6 +163,34 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _cluster(args: argparse.Namespace) -> "Cluster":
+    """The machines of --on, with the figures of --assume."""
+    from tunesmith.planning.machines import read_cluster
+
+    machines = args.on or ["here"]
+    if len(machines) > 1:
+        raise UsageError(
+            f"--on was given {len(machines)} times",
+            where="command line",
+            why="a plan is for one kind of machines",
+            fix=f"one plan for each: --on {shell_word(machines[0])}",
+        )
+    return read_cluster(machines[0], args.assume)
+
+
+def _recipe(args: argparse.Namespace) -> "tuple[Run, int | None]":
+    """The recipe; of one that is made from a model and rows also the tokens of a row on average."""
+    from tunesmith.config.dump import flatten
+
+    recipe, made_recipe = chosen_recipe(args, on_paper=True, row_count=args.rows)
+    if made_recipe is None:
+        return recipe, None
+    values = flatten(recipe)
+    pairs = [f"{key}={shell_word(values[key])}" for key in CHOSEN_KEYS if values.get(key)]
+    log.info(f"chosen, as `train` with the same options does: {' '.join(pairs)}")
+    return recipe, made_recipe.mean_length
+
+
 def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
     """What a model's config.json says, where that is from, and the folder that holds it, if any.
 
@@ -159,14 +199,11 @@ def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
     """
     from tunesmith.hub import fetch
     from tunesmith.model.safetensors_files import read_model_config
-    from tunesmith.model.shapes import config_of_model
 
     path = fetch.local_model(model)
-    # The shapes of well-known models are in the package: a plan for them needs no network.
-    if path is None and model.revision is None:
-        in_package = config_of_model(model.name)
-        if in_package is not None and fetch.cached_without_weights(model.name) is None:
-            return in_package, model.name, None
+    config = fetch.config_in_package(model)
+    if config is not None:
+        return config, model.name, None
     is_gguf = path is not None and path.is_file()
     if is_gguf:
         folder = fetch.fetch(model)
@@ -204,39 +241,61 @@ def _cached_tokens(recipe: "Run", folder: Path) -> "TokenSet | None":
 
 
 def _work_of(
-    recipe: "Run", spec: "ModelSpec", folder: Path | None, length: int | None, shares: bool
+    recipe: "Run",
+    spec: "ModelSpec",
+    folder: Path | None,
+    *,
+    length: int | None,
+    rows: int | None,
+    examined_length: int | None,
+    shares: bool,
 ) -> "Workload":
     """What the recipe trains on: by the token cache, by its rows where these are here, or assumed.
 
-    folder: has the tokenizer; length: of an example, if `--length` says it; shares: as
-    `TokenSet.shares_prompts`.
+    Args:
+        folder: has the tokenizer.
+        length: of an example in tokens, if `--length` says it.
+        rows: of data.train, if `--rows` says it.
+        examined_length: the same as `length`, of the rows that the recipe was made by.
+        shares: as `TokenSet.shares_prompts`.
     """
+    from tunesmith.data.splits import count_held_out
     from tunesmith.planning.forecast import measure_work
 
+    tokens = None
     if folder is not None and not length:
         tokens = _cached_tokens(recipe, folder)
-        if tokens is not None:
-            tokens.shares_prompts = shares
-            return measure_work(recipe, spec, tokens)
-    rows, characters = _count_rows(recipe)
-    length = length or ceil_div(characters, CHARACTERS_PER_TOKEN) or None
-    return measure_work(recipe, spec, None, length, rows=rows)
+    if tokens is not None and rows is None:
+        tokens.shares_prompts = shares
+        return measure_work(recipe, spec, tokens)
+    if tokens is not None:
+        length = round(tokens.lengths.mean())
+    length = length or examined_length
+    counted = 0
+    if not rows or not length:
+        counted, counted_length = _count_rows(recipe, is_needed=rows is None)
+        length = length or counted_length or None
+    if rows is None:
+        return measure_work(recipe, spec, None, length, rows=counted)
+    if recipe.data.hold_out is not None:
+        rows -= count_held_out(recipe.data.hold_out, rows)
+    return measure_work(recipe, spec, None, length, rows=rows, is_assumed=True)
 
 
-def _count_rows(recipe: "Run") -> tuple[int, int]:
-    """Training rows of a recipe, and the characters of one on average, if all sources are local
-    files that can be read; else the rows that its splits name, and zeros for what is unknown.
+def _count_rows(recipe: "Run", *, is_needed: bool) -> tuple[int, int]:
+    """Training rows of a recipe, and the tokens of one on average, if all sources are local files
+    that can be read. Else the rows that its splits name, zeros for what is unknown, and a warning
+    of a file that is needed.
 
-    They are the texts of a row's columns, as a tokenizer is not needed here.
+    Tokens are estimated from the texts of a row's columns, as a tokenizer is not needed here.
     """
-    from tunesmith.data.source import is_local
+    from tunesmith.data.source import CHARACTERS_PER_TOKEN, count_characters, is_local
     from tunesmith.data.splits import read_splits
 
     if not all(is_local(source.source) for source in recipe.data.train):
         return _rows_of_splits(recipe), 0
-    # A plan goes on without the rows: they make it more exact.
-    with suppress(TunesmithError, LookupError, OSError):
-        sources, _ = read_splits(recipe.data, recipe.train.seed)
+    try:
+        sources, _ = read_splits(replace(recipe.data, validation=()), recipe.train.seed)
         count = 0
         characters = 0
         looked_at = 0
@@ -244,9 +303,16 @@ def _count_rows(recipe: "Run") -> tuple[int, int]:
             count += len(rows)
             for number in range(0, len(rows), ceil_div(len(rows), LOOKED_AT)):
                 looked_at += 1
-                characters += _characters(rows[number])
-        return count, ceil_div(characters, max(1, looked_at))
-    return 0, 0
+                characters += count_characters(rows[number])
+    # A plan goes on without the rows: they make it more exact.
+    except (TunesmithError, LookupError, OSError) as error:
+        if is_needed:
+            what = first_line(error)
+            if isinstance(error, TunesmithError):
+                what = f"{error.what}: {error.where}; {error.fix}"
+            log.warning(f"the rows of data.train are not counted: {what}; or {ROWS_FIX}")
+        return 0, 0
+    return count, ceil_div(characters, max(1, looked_at) * CHARACTERS_PER_TOKEN)
 
 
 def _rows_of_splits(recipe: "Run") -> int:
@@ -259,17 +325,6 @@ def _rows_of_splits(recipe: "Run") -> int:
         rows = int(match[2]) - int(match[1] or 0)
         count += min(rows, source.max_examples or rows)
     return max(0, count)
-
-
-def _characters(value: Any) -> int:
-    """Of all texts in a row."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(map(_characters, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(_characters, value))
-    return 0
 
 
 def _check_dtype(recipe: "Run", cluster: "Cluster") -> None:
@@ -500,8 +555,8 @@ def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[st
         hours = 1e6 / best.tokens_per_second / 3600
         cost = f" and {hours * price * gpus:,.2f} USD" if price else ""
         return [
-            f"per million tokens: {_short_time(hours * 3600)}{cost}; the rows are not here, so "
-            "the hours of the run are unknown: set data.train.source to a file of yours, or "
+            f"per million tokens: {_short_time(hours * 3600)}{cost}; the number of rows is "
+            f"unknown, and so are the hours of the run: {ROWS_FIX}, or set "
             "train.duration='500 steps'"
         ]
     if price:

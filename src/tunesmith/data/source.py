@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from tunesmith.errors import DataError, first_line
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
+
+# Of English text and most tokenizers, roughly.
+CHARACTERS_PER_TOKEN = 4
 
 _NAMES = re.compile(r"(?:^|\+)\s*(\w[\w.-]*)")
 # A percentage and a row number, which `datasets` confuses.
@@ -134,6 +137,17 @@ def from_list(rows: list[dict[str, Any]], name: str = "rows") -> Rows:
         fingerprint=lambda: digest,
     )
     return Rows(name, [RowRange(table, range(len(rows)))])
+
+
+def count_characters(value: Any) -> int:
+    """Of all texts in a row, or in a value of it."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(count_characters, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(count_characters, value))
+    return 0
 
 
 def is_local(name: str) -> bool:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -41,6 +41,7 @@ from tunesmith.model.safetensors_files import (
     no_safetensors,
     read_json,
 )
+from tunesmith.model.shapes import config_of_model
 from tunesmith.model.shipped_entries import read_entries
 from tunesmith.model.spec import ModelSpec, check_seq_len, check_supported
 
@@ -382,6 +383,20 @@ def fetch_without_weights(name: str, revision: str | None = None) -> Path:
     with hub_calls(name, revision):
         cached = cached_without_weights(name, revision)
     return cached or _download_snapshot(name, revision, SUPPORT)
+
+
+def config_in_package(model: Model) -> Mapping[str, Any] | None:
+    """config.json of a well-known Hub id of which nothing is on this machine; None for any other
+    model.
+
+    A plan for these needs no network, token or license.
+    """
+    if model.revision is not None or local_model(model) is not None:
+        return None
+    config = config_of_model(model.name)
+    if config is None or cached_without_weights(model.name) is not None:
+        return None
+    return config
 
 
 def cached_without_weights(name: str, revision: str | None = None) -> Path | None:

@@ -142,15 +142,18 @@ class StepTime(NamedTuple):
     hides_from: int
 
 
-def _describe_assumed(run: Run, rows: int, length: int | None) -> str:
+def _describe_assumed(run: Run, rows: int, length: int | None, *, is_assumed: bool) -> str:
     """What is assumed of examples that no token cache holds; `rows` is 0 where not known."""
+    counted = count_of(rows, "row") if rows else "unknown"
+    if is_assumed:
+        counted += " (--rows)"
     sequences = run.row_tokens // run.data.seq_len
     each = f"{FILLED}, {run.data.seq_len:,} tokens each"
     if length:
         each = f"about {length:,} tokens each"
     elif sequences > 1:
         each = f"{FILLED}, {sequences} x {run.data.seq_len:,} tokens each"
-    return f"{count_of(rows, 'row') if rows else 'unknown'}, {each}, all supervised"
+    return f"{counted}, {each}, all supervised"
 
 
 def measure_work(
@@ -161,11 +164,12 @@ def measure_work(
     schedule: BatchSchedule | None = None,
     *,
     rows: int = 0,
+    is_assumed: bool = False,
 ) -> Workload:
     """From the recipe's tokens.
 
     Without them every example has `length` tokens, or fills `data.seq_len`; there are `rows` of
-    them, if that is known.
+    them, if that is known. `is_assumed`: they were not counted, `--rows` says so.
     """
     steps = None
     shared = np.zeros(1, np.int64)
@@ -183,23 +187,8 @@ def measure_work(
         supervised = min(length or run.row_tokens, run.row_tokens)
         lengths = np.array([supervised])
         documents = np.repeat(supervised // sequences, sequences)
-        unit_tokens = supervised if run.train.global_batch.unit == "examples" else run.row_tokens
-        step_tokens = resolve.step_units(run) * unit_tokens
-        step = StepSize(step_tokens, step_tokens)
-        source = _describe_assumed(run, rows, supervised if length else None)
-        if rows:
-            schedule = BatchSchedule(
-                np.full(rows, supervised),
-                run.data,
-                run.train,
-                row_length=run.row_tokens,
-                sequences=sequences,
-                sequence_lengths=np.full(rows, supervised // sequences),
-            )
-            step = schedule.step_size()
-            steps = schedule.steps(run.train.duration)
-        elif run.train.duration.unit == "steps":
-            steps = int(run.train.duration.amount)
+        step, steps = _steps_of_equal_rows(run, rows, supervised)
+        source = _describe_assumed(run, rows, supervised if length else None, is_assumed=is_assumed)
     trained: Literal["full", "lora"] = "full"
     adapter_weights = 0
     if run.adapter.kind == "lora":
@@ -233,6 +222,28 @@ def measure_work(
         whole=float(lengths.sum()) / total,
         source=source,
     )
+
+
+def _steps_of_equal_rows(run: Run, rows: int, length: int) -> tuple[StepSize, int | None]:
+    """What a step has, and the steps of the run, with `rows` examples of `length` tokens each; 0:
+    their number is not known.
+    """
+    duration = run.train.duration
+    steps = int(duration.amount) if duration.unit == "steps" else None
+    units_per_step = resolve.step_units(run)
+    counts_examples = run.train.global_batch.unit == "examples"
+    unit_tokens = length if counts_examples else run.row_tokens
+    if not rows:
+        return StepSize(units_per_step * unit_tokens, units_per_step * unit_tokens), steps
+    units = rows if counts_examples else ceil_div(rows, run.row_tokens // length)
+    steps_per_epoch = ceil_div(units, units_per_step)
+    if duration.unit == "epochs":
+        # The small term removes what binary fractions add.
+        steps = max(1, math.ceil(duration.amount * steps_per_epoch - 1e-6))
+    largest = min(units, units_per_step) * unit_tokens
+    # The last step of an epoch may have fewer examples.
+    mean = rows * length / steps_per_epoch if counts_examples else largest
+    return StepSize(mean, largest), steps
 
 
 @dataclass(frozen=True)

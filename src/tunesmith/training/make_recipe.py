@@ -9,11 +9,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tunesmith.config.dump import differences, to_yaml
+from tunesmith.config.dump import Change, differences, to_yaml
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.paths import DATA_SUFFIXES, resolve_paths
@@ -23,7 +23,14 @@ from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
 from tunesmith.data.contract import MOST_CUT
 from tunesmith.data.detect import Detected, detect
-from tunesmith.data.source import Rows, is_local, open_splits, read_rows
+from tunesmith.data.source import (
+    CHARACTERS_PER_TOKEN,
+    Rows,
+    count_characters,
+    is_local,
+    open_splits,
+    read_rows,
+)
 from tunesmith.data.splits import count_held_out
 from tunesmith.data.template import select_template
 from tunesmith.data.tokens import tokenize
@@ -31,7 +38,9 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.hub import demo_model, fetch
-from tunesmith.hub.model_files import ModelFiles, read_model_files
+from tunesmith.hub.model_files import read_model_files
+from tunesmith.model.measured_spec import model_spec
+from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.units import Length, Share, Size, ceil_div, count_of
@@ -81,12 +90,21 @@ PREFERENCE_RATE = 0.1
 
 @dataclass(frozen=True)
 class MadeRecipe:
-    """A recipe that was made, the file that keeps it, its text, and a line about the data."""
+    """A recipe that was made, and the file that keeps it.
+
+    Attributes:
+        text: of the file.
+        about_data: a line for the user.
+        overrides: the words `key=value`, or keys alone from Python.
+        mean_length: tokens of a row on average.
+    """
 
     run: Run
     path: Path
     text: str
     about_data: str
+    overrides: tuple[str, ...]
+    mean_length: int
 
     @property
     def name(self) -> str:
@@ -99,13 +117,27 @@ class MadeRecipe:
             return
         changes = differences(load_recipe(self.path), self.run)
         if changes:
+            command = f"tunesmith train {self.name}"
+            words = self._free_overrides(changes)
+            if words:
+                command += f" {shell_command(words)}"
             raise RecipeError(
                 f"{self.name} already exists and differs from the recipe that this command writes",
                 where="\n         ".join(map(str, changes)),
                 why="it was edited, or the command or the data has changed; it is not overwritten",
-                fix=f"train the existing recipe: tunesmith train {self.name}; "
+                fix=f"train the existing recipe: {command}; "
                 "or start another run: output_dir=runs/NAME",
             )
+
+    def _free_overrides(self, changes: Sequence[Change]) -> list[str]:
+        """The overrides that differ from the file, for a command that resumes its run with them;
+        none if a resumed run may not change one of them.
+        """
+        words = {word.partition("=")[0].strip(): word for word in self.overrides}
+        changed = [change for change in changes if change.key in words]
+        if not all(change.allowed for change in changed):
+            return []
+        return [words[change.key] for change in changed]
 
     def write_file(self) -> None:
         """Write the file, unless it is there; can be called after each step."""
@@ -114,7 +146,12 @@ class MadeRecipe:
 
 
 def make_recipe(
-    model: str, data: str, overrides: Mapping[str, Any] | Sequence[str] = ()
+    model: str,
+    data: str,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    on_paper: bool = False,
+    row_count: int | None = None,
 ) -> MadeRecipe:
     """Look at the rows of a file or Hub data set, and make a recipe that trains a model on them.
 
@@ -124,6 +161,9 @@ def make_recipe(
             give them.
         overrides: as for `load_recipe`; they are written into the recipe, and what is chosen here
             follows them.
+        on_paper: for a plan: a well-known model of which nothing is on this machine is not asked
+            for at the Hub. The rows' tokens are then estimated from their characters.
+        row_count: how many rows there will be, if these are a sample.
 
     Raises:
         UsageError: something is wrong or ambiguous; the fix says what to give.
@@ -146,6 +186,11 @@ def make_recipe(
     source = _with_layout(source, layout)
     about_data = _describe_rows(data, len(rows), layout)
     why = {"data.train": about_data}
+    if model == demo_model.NAME:
+        why["model.name"] = (
+            "the demo's file in this Python environment: a recipe names files and Hub ids alone, "
+            "so on another machine run the command above there"
+        )
     if source.split:
         chosen["data.train.split"] = source.split
     chosen["data.train.format"] = layout.format
@@ -153,15 +198,16 @@ def make_recipe(
     if source.columns:
         chosen["data.train.columns"] = source.columns
 
-    held_out = _choose_hold_out(chosen, why, draft, given_keys, len(rows))
-    files, lengths = _look_at_tokens(draft, source, rows)
-    _choose_seq_len(chosen, why, given_keys, lengths, files.spec)
-    if files.support.state == "padded" and "data.pack" not in given_keys:
+    row_count = row_count or len(rows)
+    held_out = _choose_hold_out(chosen, why, draft, given_keys, row_count)
+    examined = _examine(draft, source, rows, on_paper=on_paper)
+    _choose_seq_len(chosen, why, given_keys, examined.lengths, examined.spec)
+    if examined.is_padded and "data.pack" not in given_keys:
         chosen["data.pack"] = False
-        why["data.pack"] = f"{files.spec.model_type} cannot keep packed examples apart"
-    steps = _choose_steps(chosen, why, draft, given_keys, len(rows) - held_out, layout.format)
+        why["data.pack"] = f"{examined.spec.model_type} cannot keep packed examples apart"
+    steps = _choose_steps(chosen, why, draft, given_keys, row_count - held_out, layout.format)
     _choose_validations(chosen, why, steps, held_out)
-    _choose_rate(chosen, why, draft, files.spec.hidden)
+    _choose_rate(chosen, why, draft, examined.spec.hidden)
     if layout.format in METHODS_OF_FORMATS:
         _choose_preference_rate(chosen, why)
 
@@ -171,7 +217,7 @@ def make_recipe(
         why[key] = "set on the command line"
     path = Path(f"{run.output_dir}.yaml")
     text = _recipe_text(tree, path, why, command=_command(model, data, overrides))
-    return MadeRecipe(run, path, text, about_data)
+    return MadeRecipe(run, path, text, about_data, tuple(overrides), examined.mean_length)
 
 
 def _model_name(model: str) -> str:
@@ -245,22 +291,52 @@ def _with_layout(source: Source, layout: Detected) -> Source:
     return replace(source, format=layout.format, columns=renamed)  # type: ignore[arg-type]
 
 
-def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelFiles, np.ndarray]:
-    """The model's files, and how many tokens each of some rows becomes, spread over all."""
+class _Examined(NamedTuple):
+    """What a recipe is chosen by.
+
+    Attributes:
+        is_padded: whether the model cannot keep packed examples apart.
+        lengths: int64 [n], tokens of the longest sequence of each of some rows, spread over all.
+        mean_length: tokens of a row on average.
+    """
+
+    spec: ModelSpec
+    is_padded: bool
+    lengths: np.ndarray
+    mean_length: int
+
+
+def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examined:
+    """Look at the model and at some rows; `on_paper` as for `make_recipe`."""
+    if len(rows) > LOOK:
+        # Evenly spaced rows: files are often sorted.
+        numbers = sorted({n * len(rows) // LOOK for n in range(LOOK)})
+        rows = rows.take([range(number, number + 1) for number in numbers])
+    config = fetch.config_in_package(run.model) if on_paper else None
+    if config is not None:
+        return _examine_on_paper(run.model.name, config, rows)
     files = read_model_files(fetch.fetch_for_tokens(run.model), run.model)
     # Nothing is cut or left out where lengths are looked at.
     data = replace(
         run.data, train=(source,), seq_len=sys.maxsize, too_long="truncate", train_on="all"
     )
     template = select_template(data, files.tokenizer, eos_ids(files.folder, files.tokenizer))
-    if len(rows) > LOOK:
-        # Evenly spaced rows: files are often sorted.
-        numbers = sorted({n * len(rows) // LOOK for n in range(LOOK)})
-        rows = rows.take([range(number, number + 1) for number in numbers])
     tokens = tokenize(
         [(source, rows)], data, template, files.tokenizer, cache=None, what="a sample"
     )
-    return files, tokens.longest_sequences
+    is_padded = files.support.state == "padded"
+    mean_length = round(tokens.lengths.mean())
+    return _Examined(files.spec, is_padded, tokens.longest_sequences, mean_length)
+
+
+def _examine_on_paper(model: str, config: Mapping[str, Any], rows: Rows) -> _Examined:
+    """The same by the model's config.json and the characters of the rows, without a tokenizer."""
+    spec = model_spec(config, where=model)
+    model_type = read_model_types().get(spec.model_type)
+    is_padded = model_type is not None and model_type.support.state == "padded"
+    counts = [count_characters(rows[number]) for number in range(len(rows))]
+    lengths = np.array([max(1, ceil_div(count, CHARACTERS_PER_TOKEN)) for count in counts])
+    return _Examined(spec, is_padded, lengths, round(lengths.mean()))
 
 
 def _choose_hold_out(
