@@ -5,7 +5,10 @@ example:
   # your own rows
   tunesmith data --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv
   tunesmith data my-recipe.yaml data.train_on=last --rows 10
+  tunesmith data runs/my-run  # those of a run
   tunesmith data my-recipe.yaml --json > tokens.json
+  # the rows that a run validates on, to evaluate other models on the same
+  tunesmith data runs/my-run --write-held-out held-out.jsonl
 
 Supervised tokens are green, or between ⟦ and ⟧ if colors are off. Then it
 prints counts, lengths, packing, the number of optimizer steps, and checks of
@@ -23,14 +26,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.cli.options import add_json, add_recipe, chosen_recipe
+from tunesmith.cli.options import RECIPE_HELP, add_json, add_recipe, chosen_recipe
+from tunesmith.errors import MachineError, UsageError
+from tunesmith.host.files import from_here, write_atomically
+from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.host.streams import folded, width_of
-from tunesmith.units import ceil_div
+from tunesmith.run_dir import RECIPE, read_env
+from tunesmith.units import ceil_div, count_of
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from tunesmith.config.schema import Run
     from tunesmith.data.prepare import TrainingData
     from tunesmith.data.tokens import TokenSet
 
@@ -41,7 +49,13 @@ _ROW_TOKENS = 800
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe(parser)
+    add_recipe(parser, recipe_help=f"{RECIPE_HELP}, or a run directory")
+    parser.add_argument(
+        "--write-held-out",
+        type=Path,
+        metavar="FILE",
+        help="write the held-out rows to a new .jsonl file, for `eval --data`, and show nothing",
+    )
     parser.add_argument(
         "--rows", type=int, default=3, metavar="N", help="how many rows to show (default 3)"
     )
@@ -49,7 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    run_dir = _run_dir(args.recipe)
+    if run_dir is not None:
+        args.recipe = str(run_dir / RECIPE)
     recipe, _ = chosen_recipe(args)
+    if args.write_held_out is not None:
+        _check_new_file(args.write_held_out, recipe)
     from tunesmith.data.prepare import prepare_data
     from tunesmith.hub import fetch
     from tunesmith.model.load import load_config
@@ -75,12 +94,98 @@ def run(args: argparse.Namespace) -> None:
         strict=False,
         position_limit=spec.position_limit,
     )
+    if args.write_held_out is not None:
+        if run_dir is not None and not args.overrides:
+            _check_held_out(prepared, run_dir)
+        written = _write_held_out(prepared, args.write_held_out)
+        if args.json:
+            print(json.dumps(written, ensure_ascii=False, indent=2))
+            return
+        names = ", ".join(map(from_here, written["sources"]))
+        print(f"{written['file']}: {count_of(written['rows'], 'row')} of {names}")
+        print(f"next: tunesmith eval RUN {_eval_options(recipe, args.write_held_out)}")
+        return
     if args.json:
         print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
     else:
         print_data(prepared, tokenizer, args.rows)
     for contract in prepared.contracts:
         contract.raise_if_broken()
+
+
+def _run_dir(recipe: str | None) -> Path | None:
+    """The run directory that RECIPE names, if it is one and no recipe."""
+    from tunesmith.config.shipped import shipped
+
+    if recipe is None or recipe in shipped() or not Path(recipe, RECIPE).is_file():
+        return None
+    return Path(recipe)
+
+
+def _check_new_file(file: Path, recipe: Run) -> None:
+    """UsageError where the held-out rows of a recipe cannot be written to this file."""
+    sources = recipe.data.validation or recipe.data.train
+    layouts = {(source.format, *sorted(source.columns.items())) for source in sources}
+    what = ""
+    if not recipe.data.validation and recipe.data.hold_out is None:
+        what = "the recipe holds out no rows"
+        fix = "add data.hold_out='5 %'"
+    elif len(layouts) > 1:
+        what = "the held-out rows have several formats or columns, and a file has one"
+        fix = "use a recipe with one of these sources"
+    elif file.suffix != ".jsonl":
+        what = f"held-out rows are written as JSON lines, and {file} does not end in .jsonl"
+        fix = f"--write-held-out {shell_path(file.with_suffix('.jsonl'))}"
+    elif file.exists():
+        what = f"{file} already exists and is not overwritten"
+        fix = "use a new name"
+    if what:
+        raise UsageError(what, where="--write-held-out", fix=fix)
+
+
+def _write_held_out(prepared: TrainingData, file: Path) -> dict[str, Any]:
+    """Write the held-out rows, with the columns of their source; returns what was written."""
+    parts = [part for split, part in prepared.sources() if split == "validation"]
+    lines = []
+    for part in parts:
+        for i in range(len(part.rows)):
+            lines.append(json.dumps(part.rows[i], ensure_ascii=False, default=str) + "\n")
+    # Half of a surrogate pair becomes the escape that JSON has for it.
+    content = "".join(lines).encode("utf-8", "backslashreplace")
+    try:
+        write_atomically(file, content)
+    except OSError as error:
+        raise MachineError(
+            f"cannot write {file}: {error.strerror}",
+            where="--write-held-out",
+            fix="use an existing folder that is writable, on a disk with free space",
+        ) from error
+    sources = [part.counts.source for part in parts]
+    return {"file": str(file), "rows": len(lines), "sources": sources}
+
+
+def _eval_options(recipe: Run, file: Path) -> str:
+    """How `eval` reads the held-out rows that were written, and takes as many as the run does."""
+    source = (recipe.data.validation or recipe.data.train)[0]
+    words: list[object] = ["--data", file]
+    if source.columns:
+        pairs = ",".join(f"{name}={column}" for name, column in source.columns.items())
+        words += ["--format", source.format, "--columns", pairs]
+    if recipe.validate.max_examples is not None:
+        words += ["--max-examples", recipe.validate.max_examples]
+    return shell_command(words)
+
+
+def _check_held_out(prepared: TrainingData, run_dir: Path) -> None:
+    """UsageError where the held-out rows are not those that the run validated on."""
+    validation_hash = read_env(run_dir).value.get("validation_hash")
+    if validation_hash not in (None, prepared.validation_digest):
+        raise UsageError(
+            "these are not the run's held-out rows",
+            where=str(run_dir),
+            why="the file, the template or the tokenizer has changed since the run started",
+            fix="undo the change",
+        )
 
 
 def print_data(
@@ -111,7 +216,7 @@ def print_data(
     for low, high, n in bars:
         # A few examples are seen too, beside many.
         bar = Bar(most, 0, n and max(n, most / 40))
-        lengths.add_row(f"{low:,} - {high:,}", f"{n:,}", bar)
+        lengths.add_row(f"{low:,} - {high:,}" if low < high else f"{low:,}", f"{n:,}", bar)
     console.print(lengths)
     console.print(folded(prepared.describe_schedule(), console.width), markup=False)
     for warning in prepared.warnings():
@@ -208,15 +313,23 @@ def _table(title: str, *columns: str, text: tuple[int, ...] = ()) -> Table:
 
 
 def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
-    """(shortest, longest, examples) of equal steps of length, in tokens."""
+    """(shortest, longest, examples) of equal steps of length, in tokens; neighbors without an
+    example are one.
+    """
     import numpy as np
 
-    if not len(tokens):
+    if not len(tokens.lengths):
         return []
-    top = int(tokens.lengths.max())
-    step = max(1, ceil_div(top, _BARS))
-    counts = np.bincount((tokens.lengths - 1) // step)
-    return [(k * step + 1, min((k + 1) * step, top), int(n)) for k, n in enumerate(counts)]
+    first = int(tokens.lengths.min())
+    last = int(tokens.lengths.max())
+    step = ceil_div(last - first + 1, _BARS)
+    bars: list[tuple[int, int, int]] = []
+    for k, count in enumerate(np.bincount((tokens.lengths - first) // step).tolist()):
+        low = first + k * step
+        if bars and not count and not bars[-1][2]:
+            low = bars.pop()[0]
+        bars.append((low, min(first + (k + 1) * step - 1, last), count))
+    return bars
 
 
 def _contracts_table(prepared: TrainingData) -> Table:
