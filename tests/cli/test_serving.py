@@ -534,6 +534,10 @@ def test_columns_on_the_command_line(
             ["--columns", "promt=q", "--format", "prompt-completion"],
             "promt is not a column of format prompt-completion",
         ),
+        (
+            ["--columns", "promt=q,complete=a", "--format", "prompt-completion"],
+            "promt, complete are not columns of format prompt-completion",
+        ),
         (["--format", "prompt-completion"], "fix: --columns prompt=q"),
         ([], "--columns prompt=question"),
     ],

@@ -91,6 +91,14 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", GOOD, {"split": "train[a:b]"}, "cannot be read", "a.jsonl", "train[:95%]"),
     ("a.jsonl", GOOD, {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "or format: text"),
     ("a.jsonl", line(question="q", answer="a"), {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "columns: {instruction: question, output: answer}"),
+    (
+        "a.jsonl", line(Topic="t", Question="q", Answer="a"), {"format": "prompt-completion", "columns": {"prompt": "Qestion", "completion": "Anwser"}},
+        "no columns Qestion, Anwser", "a.jsonl:1", "columns: {prompt: Question, completion: Answer}",
+    ),
+    (
+        "a.jsonl", line(Question="q", Answer="a"), {"format": "prompt-completion", "columns": {"prompt": "Question", "completion": "Anwser"}},
+        "no column Anwser", "a.jsonl:1", "columns: {prompt: Question, completion: Answer}",
+    ),
     ("a.jsonl", line(instruction="q", output=None), {"format": "alpaca"}, "column output is null", "a.jsonl:1", "delete the row"),
     ("a.jsonl", line(instruction="q", output=7), {"format": "alpaca"}, "output is a number", "a.jsonl:1", "quotes"),
     ("a.jsonl", f"{GOOD}\n{line(text=['a'])}", {}, "text is an array", "a.jsonl:2", "quotes"),

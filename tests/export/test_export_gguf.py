@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import CHATML, write_tiny_llama
-from errors import error_in, lines_with, refuses
+from errors import error_in, holds, lines_with, refuses
 from export.modelfile import read_modelfile
 from export.tiny_gguf import chat_tokenizer
 from runs import make_run, peft_model
@@ -337,6 +337,10 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     assert lines_with(done.stdout, "12 of 12", "llama.cpp")
     assert "  asked      Count to 1\n  reference  1\n  file  " in done.stdout
     assert f"next: llama-server -m {tmp_path / 'model.gguf'} -c 8192" in done.stdout
+    shared, kept_back = done.stdout.splitlines()[-2:]
+    assert holds(shared, tmp_path / "model.gguf")
+    assert holds(kept_back, tmp_path / "model.gguf.json")
+    assert "Count to 1" in (tmp_path / "model.gguf.json").read_text()
     again = run_warm([*words, "--output", tmp_path / "model.gguf", "--json"])
     assert again.returncode == 2
     forced = run_warm([*words, "--output", tmp_path / "model.gguf", "--json", "--force"])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from errors import check_shown, lines_with, refuses
+from errors import check_shown, holds, lines_with, refuses
 from runs import make_run, peft_model
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.export import tuned_weights
@@ -112,12 +112,14 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert lines_with(done.stdout, 14, "fp8")
     assert f"next: vllm serve {tmp_path / 'fp8'}" in done.stdout
+    assert holds(done.stdout.splitlines()[-1], tmp_path / "fp8")
     done = run_warm([*words, "--output", tmp_path / "bf16", "--json"])
     assert json.loads(done.stdout)["dtype"] == "bf16"
     done = run_warm([*words, "--adapter", "--output", tmp_path / "lora"])
     command = f"--max-lora-rank 8 --lora-modules lora={tmp_path / 'lora'}"
     template = run / "final" / "chat_template.jinja"
     assert f"{command} --chat-template {template}" in done.stdout
+    assert holds(done.stdout.splitlines()[-1], f"{tmp_path / 'lora'}, {template}")
     refused = run_warm([*words, "--quant", "q8_0", "--output", tmp_path / "no"])
     assert refused.returncode == 2
     check_shown(refused.stderr, where="command line: --quant", fix=["bf16, fp8, nvfp4"])

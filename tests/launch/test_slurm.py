@@ -421,18 +421,18 @@ def test_what_the_nodes_would_miss_is_refused_before_the_queue(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = Site(gpus_per_node="1")
-    with refuses(UsageError, names=["owner/model"], fix=["tunesmith fetch RECIPE"]):
-        slurm.check_reach(replace(run, model=replace(run.model, name="owner/model")), site)
-    slurm.check_reach(
-        replace(run, model=replace(run.model, name="owner/model")),
-        replace(site, environment={"HF_HOME": "/scratch"}),
-    )
+    words = ["my recipe.yaml", "train.duration=2 epochs"]
+    fetch = "tunesmith fetch 'my recipe.yaml' 'train.duration=2 epochs'"
+    elsewhere = replace(run, model=replace(run.model, name="owner/model"))
+    with refuses(UsageError, names=["owner/model"], fix=[fetch]):
+        slurm.check_reach(elsewhere, site, words)
+    slurm.check_reach(elsewhere, replace(site, environment={"HF_HOME": "/scratch"}), words)
     monkeypatch.setenv("WANDB_API_KEY", CANARIES["WANDB_API_KEY"])
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with refuses(UsageError, where="log.wandb", names=["WANDB_API_KEY"]):
-        slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site)
+        slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site, words)
     (tmp_path / "netrc").touch()
-    slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site)
+    slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site, words)
 
 
 @pytest.mark.parametrize("debug", [True, False])

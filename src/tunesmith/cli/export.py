@@ -132,6 +132,8 @@ def _export_gguf(args: argparse.Namespace) -> None:
     print(f"{exported.file}: {exported.bytes / 1e6:,.1f} MB in {exported.quant}")
     _print_check(args, exported)
     print(f"next: {_next_command(args, exported)}")
+    for line in _share_lines(args, exported):
+        print(line)
 
 
 def _export_vllm(args: argparse.Namespace) -> None:
@@ -151,7 +153,11 @@ def _export_vllm(args: argparse.Namespace) -> None:
         template = Path(location.folder or args.run, "chat_template.jinja")
         with_template = f" --chat-template {shell_path(template)}" if template.is_file() else ""
         report: dict[str, object] = {"output": args.output, "max_lora_rank": rank}
-        lines = [f"next: {serve} --lora-modules {module}{with_template}"]
+        needed = [output, *([shell_path(template)] if template.is_file() else [])]
+        lines = [
+            f"next: {serve} --lora-modules {module}{with_template}",
+            f"to share: {', '.join(needed)}; the command above also loads the base, {base}",
+        ]
     elif args.quant in (None, "bf16"):
         from tunesmith.export.merge import merge
 
@@ -162,6 +168,7 @@ def _export_vllm(args: argparse.Namespace) -> None:
             f"{args.output}: {merged.bytes / 1e6:,.1f} MB in bf16; "
             f"mean KL {difference:.2g} nats against the tuned model",
             f"next: vllm serve {output}",
+            f"to share: the folder {output}; the command above starts it",
         ]
     else:
         from tunesmith.export.vllm import export_rounded
@@ -176,6 +183,7 @@ def _export_vllm(args: argparse.Namespace) -> None:
             f"rounding: mean KL {kl.mean_kl:.2g} nats against the tuned model{base_kl}, "
             f"the same most likely token at {kl.agreement:.0%} of {rounded.positions} positions",
             f"next: vllm serve {output}",
+            f"to share: the folder {output}; the command above starts it",
         ]
     if args.json:
         print(json.dumps(report, indent=2))
@@ -230,6 +238,26 @@ def _next_command(args: argparse.Namespace, exported: "ExportedFile") -> str:
     return f"llama-server -m {file} -c 8192"
 
 
+def _share_lines(args: argparse.Namespace, exported: "ExportedFile") -> list[str]:
+    """What a colleague needs of an exported file, and what to keep back."""
+    from tunesmith.export.record import record_path
+    from tunesmith.inference.load_run import locate_run
+
+    file = Path(exported.file)
+    needed = shell_path(file)
+    if args.to == "ollama":
+        needed = f"the folder {shell_path(Path(exported.output))}"
+    elif args.adapter:
+        needed += f" and BASE.gguf, its base {locate_run(args.run).base.name}"
+    lines = [f"to share: {needed}; the command above starts it"]
+    answers = exported.check.answers if exported.check else ()
+    # Without rows sentences were continued, which have no reference.
+    if any(answer.reference is not None for answer in answers):
+        record = shell_path(record_path(file))
+        lines.append(f"do not share: {record}, which contains rows of your data")
+    return lines
+
+
 def _export_sharded(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
@@ -261,4 +289,5 @@ def _export_sharded(args: argparse.Namespace) -> None:
     else:
         weights = f"{size / 2**20:.0f} MiB in {location.run.model.dtype}"
         print(f"{output}: {weights}; load it with Transformers")
-        print(f"next: tunesmith chat {output}")
+        print(f"next: tunesmith chat {shell_path(output)}")
+        print(f"to share: the folder {shell_path(output)}")

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         notify(f"recipe: {write_recipe(recipe)}")
         print(script, end="")
         return
-    slurm.check_reach(recipe, site)
+    slurm.check_reach(recipe, site, [args.recipe, *args.overrides])
     job = slurm.submit(recipe, request)
     print(f"job {job.details['id']}; log: {job.log}")
     name = shell_word(job.name)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from tunesmith.config.check import COLUMNS
+from tunesmith.config.names import nearest
 from tunesmith.config.schema import Source
 from tunesmith.data.files import MAX_ROW_BYTES, json_type
 from tunesmith.errors import DataError
@@ -209,30 +210,48 @@ class _RowReader:
     def required(self, name: str) -> Any:
         column = self.source.columns.get(name, name)
         if column not in self.row:
-            columns = ", ".join(map(str, self.row)) or "none"
-            why = f"format {self.source.format} needs it; the columns are {columns}"
-            raise self.error(f"there is no column {column}", why, self._column_fix())
+            raise self._missing_columns(column)
         if self.row[column] is None:
             raise self.error(f"column {column} is null", fix="fill it, or delete the row")
         return self.row[column]
 
-    def _column_fix(self) -> str:
-        """The `columns:` line for missing columns, and the formats that fit as the row is."""
+    def _missing_columns(self, column: str) -> DataError:
+        """The error for a column that the row does not have.
+
+        It names all columns that are mapped to one that is missing. Its fix is the whole
+        `columns:` line, and the formats that fit as the row is.
+        """
         needed = _FORMATS[self.source.format].columns
         mapped = self.source.columns
         missing = [name for name in needed if mapped.get(name, name) not in self.row]
-        # Columns that nothing reads yet are proposed for those that are missing.
+        # Columns that nothing reads yet are proposed for those that are missing: the nearest name,
+        # or else the first.
         readable = {mapped.get(name, name) for name in COLUMNS[self.source.format]}
-        spare = [str(column) for column in self.row if column not in readable]
+        spare = [str(own) for own in self.row if own not in readable]
+        proposed: dict[str, str | None] = dict(mapped)
+        for name in missing:
+            near = nearest(mapped.get(name, name), spare)
+            proposed[name] = near
+            if near is not None:
+                spare.remove(near)
         pairs = []
-        for n, name in enumerate(missing):
-            column = _yaml_text(spare[n]) if n < len(spare) else "..."
-            pairs.append(f"{name}: {column}")
+        for name, own in proposed.items():
+            if own is None:
+                pairs.append(f"{name}: {_yaml_text(spare.pop(0)) if spare else '...'}")
+            elif own != name:
+                pairs.append(f"{name}: {_yaml_text(own)}")
         fix = f"columns: {{{', '.join(pairs)}}}"
         fitting = [name for name, form in _FORMATS.items() if self.row.keys() >= set(form.columns)]
         if fitting:
             fix += f", or format: {' or '.join(fitting)}"
-        return fix
+        wrong = dict.fromkeys([column, *(mapped[name] for name in missing if name in mapped)])
+        what = f"there is no column {column}"
+        if len(wrong) > 1:
+            what = f"there are no columns {', '.join(wrong)}"
+        columns = ", ".join(map(str, self.row)) or "none"
+        needs = "needs it" if len(wrong) == 1 else "needs them"
+        why = f"format {self.source.format} {needs}; the columns are {columns}"
+        return self.error(what, why, fix)
 
     def text(self, value: Any, at: str) -> str:
         """A value that must be text; numbers of a CSV or JSON column are not text."""

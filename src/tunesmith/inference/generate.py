@@ -164,13 +164,14 @@ def row_source(
             fix="say which is which: --columns prompt=question --columns completion=answer, "
             "or give --format",
         )
-    for column in columns:
-        if column not in COLUMNS[name]:
-            raise UsageError(
-                f"{column} is not a column of format {name}",
-                where="--columns",
-                fix=f"its columns are {', '.join(COLUMNS[name])}: write one of them before the =",
-            )
+    unknown = [column for column in columns if column not in COLUMNS[name]]
+    if unknown:
+        are_no = "is not a column" if len(unknown) == 1 else "are not columns"
+        raise UsageError(
+            f"{', '.join(unknown)} {are_no} of format {name}",
+            where="--columns",
+            fix=f"its columns are {', '.join(COLUMNS[name])}: write one of them before each =",
+        )
     return Source(source=where, format=name, columns=dict(columns))  # type: ignore[arg-type]
 
 

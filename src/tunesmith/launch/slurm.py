@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError, is_secret_name, mask
 from tunesmith.host.files import write_atomically
 from tunesmith.host.packages import installed_versions
-from tunesmith.host.shell import shell_word
+from tunesmith.host.shell import shell_command, shell_word
 from tunesmith.launch.inputs import hub_sources, recipe_inputs
 from tunesmith.launch.jobs import (
     FOLDER,
@@ -427,10 +428,10 @@ def limit_seconds(text: str) -> int:
     return first * 60 + second
 
 
-def check_reach(run: Run, site: Site) -> None:
+def check_reach(run: Run, site: Site, words: Sequence[str]) -> None:
     """UsageError for what the job would fail on after it has waited in the queue.
 
-    It says what to fetch or log in to.
+    It says what to fetch or log in to; `words` are the recipe and its overrides as they were typed.
     """
     recipe_inputs(run)
     from tunesmith.hub.fetch import cached_model, local_model, repo_cache
@@ -451,7 +452,8 @@ def check_reach(run: Run, site: Site) -> None:
             where="the Hub's cache",
             why="nodes often cannot reach the Hub, and the job gets no token: "
             "Slurm would store it on its disk",
-            fix=f"tunesmith fetch RECIPE, into {hub_home()}, which the nodes must be able to read",
+            fix=f"tunesmith fetch {shell_command(words)}, "
+            f"into {hub_home()}, which the nodes must be able to read",
         )
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if run.log.wandb and os.environ.get("WANDB_API_KEY") and not netrc.is_file():
