@@ -39,7 +39,7 @@ from tunesmith.report.run_files import RunFiles
 from tunesmith.run_dir import SWEEP
 from tunesmith.sweep import run as sweep_module
 from tunesmith.sweep import shared_base
-from tunesmith.sweep.run import run_sweep
+from tunesmith.sweep.run import check_sweep, run_sweep
 from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import read_space
 from tunesmith.sweep.table import sweep_lines
@@ -281,6 +281,15 @@ def test_recipes_that_are_refused(tiny: Path, tmp_path: Path, changes: dict[str,
         sweep(tmp_path / "recipe.yaml", ["train.seed=1,2"])
     assert caught.value.fix
     assert not (tmp_path / "sweep").exists()
+
+
+def test_seeds_are_swept_where_another_draws_the_held_out_rows(tiny: Path, tmp_path: Path) -> None:
+    space = read_space(["train.seed=1,2"])
+    drawn = {"validation": None, "hold_out": "4 examples"}
+    run = load_recipe(write_recipe(tiny, tmp_path, data=drawn))
+    with refuses(RecipeError, where="train.seed", fix=["data.hold_out_seed=42"]):
+        check_sweep(run, space, Search())
+    check_sweep(replace(run, data=replace(run.data, hold_out_seed=42)), space, Search())
 
 
 def test_a_value_is_refused_before_anything_is_loaded(
