@@ -33,6 +33,7 @@ RECIPE = "config.yaml"
 IDENTITY = "env.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+HELD_OUT = "held-out.txt"  # the rows that data.hold_out drew: `file:line`, a line each
 LOG = "log.txt"
 FAILURE = "failure.json"
 STOPPED = "stopped.json"  # says that the run was stopped, and why
@@ -434,8 +435,10 @@ def read_scores(path: Path) -> dict[str, Any]:
     """What an `eval` of a run says of pairs, scorers or tasks, without the scores of single rows.
 
     `data`, `rows`, `row_hash`, `step` and `seen` (each or None), `losses` by model (None of a task,
-    which has none), and `scores`: by scorer, of `base`, `tuned` and `difference` those that are
-    there as [mean, low, high], and `verdict`.
+    which has none), `scores`: by scorer, of `base`, `tuned` and `difference` those that are there
+    as [mean, low, high], and `verdict`; and `row_losses` of the tuned model, as
+    `{"row_hash", "tokens", "tuned"}` with a number a row (None of a task, and of an earlier
+    version).
     OSError or ValueError where it is damaged.
     """
     values = read_object(path)
@@ -459,7 +462,21 @@ def read_scores(path: Path) -> dict[str, Any]:
     losses = values.get("losses")
     if losses is not None:
         losses = {name: loss for name, loss in losses.items() if is_number(loss)}
-    return {**kept, "losses": losses, "scores": scores}
+    row_losses = values.get("row_losses")
+    if not _are_row_losses(row_losses):
+        row_losses = None
+    return {**kept, "losses": losses, "scores": scores, "row_losses": row_losses}
+
+
+def _are_row_losses(value: Any) -> bool:
+    """Whether each row has a loss of the tuned model and its tokens; of one whose loss is not
+    finite it has none."""
+    if not isinstance(value, dict) or not is_text(value.get("row_hash")):
+        return False
+    tokens, losses = value.get("tokens"), value.get("tuned")
+    if not isinstance(tokens, list) or not isinstance(losses, list) or len(tokens) != len(losses):
+        return False
+    return all(map(is_count, tokens)) and all(map(is_number, losses))
 
 
 def _is_interval(value: Any) -> bool:

@@ -16,7 +16,7 @@ from errors import lines_with, warnings_with
 from logged import logged_lines
 from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, RunError
-from tunesmith.metrics.log_file import LogFile
+from tunesmith.metrics.log_file import LogFile, log_file_of_run
 from tunesmith.training.trainer import Trainer
 from warm import run_warm
 
@@ -96,6 +96,20 @@ def test_a_refused_start_writes_no_line(world: World, capsys: Capture) -> None:
     code, _, err = started(world.again("train.learning_rate=1"), capsys)
     assert code == 2, err
     assert (run / "log.txt").read_bytes() == before
+
+
+def test_lines_of_the_command_come_before_those_of_its_run(tmp_path: Path) -> None:
+    command = LogFile()
+    with logged_lines(lambda line: None), command.attached():
+        log.info("recipe")
+        with log_file_of_run(tmp_path / "log.txt") as log_file:
+            log.info("rows")
+            log_file.open()
+            log.info("step")
+        command.open()
+        command.write("summary")
+    command.close()
+    assert logged(tmp_path) == ["recipe", "rows", "step", "summary"]
 
 
 def test_lines_wait_for_the_file_and_errors_pass(tmp_path: Path) -> None:

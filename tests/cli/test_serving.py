@@ -499,6 +499,32 @@ def test_eval_compares_base_and_tuned(
     assert f"{found['tuned']['loss']:.4f}" in table
 
 
+def test_eval_compares_two_runs(
+    tiny: Path, run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    make_run(other, tiny, peft_model(tiny, std=0.01))
+    command = ["eval", str(run), str(other), str(run), "--data", str(rows), "--score", "f1", *SHORT]
+    assert main([*command, "--json"]) == EXIT_OK
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["runs"]) == ["run", "other"]
+    assert found["runs"]["other"].keys() >= {"tuned", "scores", "seen", "answers"}
+    by_loss, by_f1 = found["comparisons"]
+    losses = {name: values["tuned"]["loss"] for name, values in found["runs"].items()}
+    assert (by_loss["best"], by_loss["is_better"]) == ("other", True)
+    assert by_loss["mean"] == pytest.approx(losses["other"] - losses["run"])
+    assert by_loss["low"] < by_loss["mean"] < by_loss["high"] < 0
+    assert by_f1["name"] == "f1"
+    assert found["not_compared"] == []
+    assert main(command) == EXIT_OK
+    shown = capsys.readouterr()
+    assert shown.out.split("\n")[0].split() == ["run", "other"]
+    assert holds(" ".join(shown.out.split()), by_loss["verdict"], by_f1["verdict"])
+    for words in (["--output", "o.jsonl", "--score", "f1"], ["--tasks", "gsm8k"]):
+        assert main(["eval", str(run), str(other), *words]) == EXIT_USAGE
+        assert error_in(capsys.readouterr().err).where == words[0]
+
+
 @pytest.mark.parametrize(
     "columns",
     [

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from errors import refuses
+from errors import holds, refuses
 from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.batch import Example
@@ -24,9 +24,12 @@ from tunesmith.data.tokens import TokenSet, tokenize
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.evaluate import evaluate, is_exact_match, score, validation_loss
+from tunesmith.inference.evaluate_runs import evaluate_runs
 from tunesmith.inference.generate import generate
 from tunesmith.inference.load_run import LoadedModel, load_run
 from tunesmith.metrics.record import read_records
+from tunesmith.report.run_files import RunFiles
+from tunesmith.run_dir import read_env
 from tunesmith.runtime import compilation
 from tunesmith.training.run import train
 
@@ -73,7 +76,8 @@ def test_score_is_that_of_transformers_and_peft(
     tiny: Path, opened: LoadedModel, tokens: TokenSet
 ) -> None:
     """Relative 1e-6: the same sums in fp32, in another order."""
-    total, hits, count = reference(peft_model(tiny), list(tokens))
+    peft = peft_model(tiny)
+    total, hits, count = reference(peft, list(tokens))
     with opened.training_attention() as train_model:
         found = score(train_model, tokens, pad_id=opened.pad_id)
     assert (found.rows, found.tokens) == (len(ROWS), count)
@@ -81,6 +85,11 @@ def test_score_is_that_of_transformers_and_peft(
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
     assert found.token_accuracy == hits / count
     assert found.exact_match is None
+    # Row by row, in the order of the rows, whatever the order of the batches.
+    for i, example in enumerate(tokens):
+        loss, _, row_count = reference(peft, [example])
+        assert found.row_losses[i] == pytest.approx(loss, rel=1e-5)
+        assert found.row_tokens[i] == row_count
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 300, 700, 100_000])
@@ -180,6 +189,15 @@ def test_without_data_the_score_is_the_run_s_own_validation_loss(
     assert found.scores["base"].loss != pytest.approx(measured, rel=1e-6)
     assert (found.scores["tuned"].rows, found.scores["tuned"].answered) == (3, 3)
     assert ("30 %" in found.data) == bool(changes)
+    drawn = tmp_path / "run" / "held-out.txt"
+    if changes:
+        places = drawn.read_text().splitlines()
+        files, numbers = zip(*(place.rsplit(":", 1) for place in places), strict=True)
+        assert set(files) == {str(tmp_path / "train.jsonl")}
+        assert [int(number) for number in numbers] == sorted(set(map(int, numbers)))
+        assert read_env(tmp_path / "run").value["validation_examples"] == len(places)
+    else:
+        assert not drawn.exists()
     assert (
         evaluate(tmp_path / "run", max_examples=2, base=False, device="cpu").scores["tuned"].rows
         == 2
@@ -302,3 +320,55 @@ def test_asking_a_model_neither_compiles_nor_tries_the_compiler(
     rows = write_rows(tmp_path / "held.jsonl", ROWS[:2])
     found = evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=2, device="cpu")
     assert found.scores["tuned"].answered == 2
+
+
+def test_runs_are_compared_row_by_row(tiny: Path, tmp_path: Path) -> None:
+    """By sums of each row alone; `report` then says the same from what is kept."""
+    near, far = tmp_path / "near", tmp_path / "far"
+    make_run(near, tiny, peft_model(tiny, std=0.01))
+    make_run(far, tiny, peft_model(tiny, std=0.3))
+    rows = write_rows(tmp_path / "held.jsonl", [*ROWS[:11], {**ROWS[11], "output": "twelve"}])
+    found = evaluate_runs([near, far], rows, base=True, device="cpu")
+    (comparison,) = found.comparisons
+    assert (comparison.name, comparison.is_better) == ("loss", True)
+    means = {name: found.evaluations[name].scores["tuned"].loss for name in ("near", "far")}
+    assert comparison.best == min(means, key=means.__getitem__)
+    assert comparison.mean == pytest.approx(means[comparison.best] - means[comparison.other])
+    assert found.table().columns == ["base", "near", "far"]
+    assert "base" not in found.evaluations["far"].scores
+    # Rows that were trained on are named before the verdict.
+    notes = list(found.table().notes)
+    assert notes.index(comparison.verdict) == 2
+    for note in notes[:2]:
+        assert note.startswith("warning: ")
+        assert holds(note, "11 of 12 rows")
+    for run in (near, far):
+        (kept,) = RunFiles(run).evals
+        assert kept["row_losses"]["tuned"] == list(
+            found.evaluations[run.name].scores["tuned"].row_losses
+        )
+
+
+def test_runs_with_other_held_out_rows_are_refused_before_loading(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "tunesmith.inference.evaluate.load_run", lambda *a, **k: pytest.fail("loaded")
+    )
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run, letter in zip(runs, "ab", strict=True):
+        held = {"validation": {"source": f"{letter}-rows.jsonl", "format": "alpaca"}}
+        make_run(run, tiny, peft_model(tiny), data=held)
+        (run / "env.json").write_text(json.dumps({"validation_hash": letter * 64}))
+    with refuses(UsageError, where=f"{runs[0]} and {runs[1]}", fix=["--data FILE"]):
+        evaluate_runs(runs)
+
+
+def test_two_rows_show_nothing(tiny: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", tiny, peft_model(tiny))
+    rows = write_rows(tmp_path / "held.jsonl", ROWS[:2])
+    found = evaluate(tmp_path / "run", rows, device="cpu")
+    assert found.loss_difference is not None
+    assert (found.loss_difference.rows, found.loss_difference.interval) == (2, None)
+    (sentence,) = found.verdicts()
+    assert holds(sentence, "2 rows", "6")

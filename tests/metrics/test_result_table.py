@@ -168,5 +168,7 @@ def test_runs_are_compared_by_their_figures_and_a_verdict(tmp_path: Path) -> Non
     assert comparison.verdict.headline in comparison.table().notes
     with refuses(UsageError, where="compare(...)"):
         compare()
-    with refuses(UsageError, where=str(tmp_path)):
-        compare(runs[0], tmp_path)
+    with refuses(UsageError, where=str(tmp_path / "none")):
+        compare(runs[0], tmp_path / "none")
+    # A folder of runs stands for them.
+    assert compare(tmp_path).runs == ("high", "low")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 from errors import holds, lines_with
 from recipes import merge
-from report.written import falling, pairs_eval, write_eval, write_run
+from report.written import falling, pairs_eval, row_eval, write_eval, write_run
+from tunesmith.cli.main import main
+from tunesmith.errors import EXIT_OK
 from tunesmith.report.compare import (
     Verdict,
     differing_keys,
@@ -376,3 +379,95 @@ def test_sft_runs_stay_by_loss_where_pairs_were_scored(tmp_path: Path) -> None:
         write_eval(run.folder, pairs_eval(share))
         assert run.refresh()
     assert verdict(good, bad).best == (0,)
+
+
+def rows_around(mean: float, count: int = 40) -> list[float]:
+    """Losses of rows that are easy or hard for all models, with a little of their own."""
+    return [mean + 0.2 * (i % 7) + 0.01 * ((i * i) % 5) * mean for i in range(count)]
+
+
+def evaluated(folder: Path, mean: float, learning_rate: float, **changes) -> RunFiles:
+    """A run with one validation, and with what `eval` measured of each row."""
+    run = write_run(folder, {40: mean}, recipe=rate(learning_rate), env={"validation_examples": 40})
+    write_eval(run.folder, row_eval(rows_around(mean), **changes))
+    run.refresh()
+    return run
+
+
+def test_what_eval_measured_row_by_row_decides(tmp_path: Path) -> None:
+    """One validation tells no noise; rows that are hard for both runs do not blur their difference."""
+    good = evaluated(tmp_path / "good", 2.0, 1e-3)
+    bad = evaluated(tmp_path / "bad", 2.1, 1e-4)
+    found = verdict(good, bad)
+    assert (found.kind, found.best) == ("better", (0,))
+    assert sentence(found, "good", "better", "bad", "40 rows", "held.jsonl")
+    assert found.difference is not None
+    assert (found.difference.first, found.difference.second) == ("good", "bad")
+    assert found.difference.gap == pytest.approx(0.1019, abs=1e-3)
+    assert 0 < found.difference.threshold < found.difference.gap
+    # A third run, as of a sweep, that was not evaluated.
+    third = write_run(tmp_path / "third", {20: 3.0}, recipe=rate(1e-5))
+    assert verdict(third, good, bad).best == (1,)
+    same = evaluated(tmp_path / "same", 2.0001, 1e-5)
+    mixed = [loss + 0.01 * (-1) ** i for i, loss in enumerate(rows_around(2.0001))]
+    write_eval(same.folder, row_eval(mixed))
+    same.refresh()
+    found = verdict(good, same)
+    assert (found.kind, found.best) == ("equal", ())
+    assert sentence(found, "same", "good", "40 rows", "95 % interval")
+
+
+def test_rows_that_were_trained_on_fewer_rows_or_other_ones_do_not_decide(tmp_path: Path) -> None:
+    """Then `eval` of both is named, by a command to paste."""
+    good = evaluated(tmp_path / "good", 2.0, 1e-3)
+    for name, changes in (("seen", {"seen": 3}), ("other", {"row_hash": "o" * 64})):
+        found = verdict(good, evaluated(tmp_path / name, 2.1, 1e-4, **changes))
+        assert found.kind == "none"
+        assert sentence(found, f"`tunesmith eval {good.folder} {tmp_path / name}`")
+    fewer = [write_run(tmp_path / n, {40: 2.0}, recipe=rate(float(f"1e-{n}")), env={"validation_examples": 40}) for n in "23"]  # fmt: skip
+    for run, mean in zip(fewer, (2.0, 2.5), strict=True):
+        write_eval(run.folder, row_eval(rows_around(mean, 10)))
+        run.refresh()
+    assert verdict(*fewer).kind == "none"
+
+
+def test_too_few_rows_decide_nothing(tmp_path: Path) -> None:
+    runs = []
+    for name, mean in (("a", 2.0), ("b", 3.0)):
+        run = write_run(
+            tmp_path / name, {40: mean}, recipe=rate(mean), env={"validation_examples": 3}
+        )
+        write_eval(run.folder, row_eval(rows_around(mean, 3)))
+        run.refresh()
+        runs.append(run)
+    found = verdict(*runs)
+    assert (found.kind, found.best) == ("none", ())
+    assert sentence(found, "3 rows", "6")
+
+
+def test_the_report_as_json_and_of_a_folder_of_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as of a sweep, also while its own process holds the lock of the folder."""
+    evaluated(tmp_path / "sweep" / "01-good", 2.0, 1e-3)
+    evaluated(tmp_path / "sweep" / "02-bad", 2.1, 1e-4)
+    assert main(["report", str(tmp_path / "sweep"), "--json"]) == EXIT_OK
+    found = json.loads(capsys.readouterr().out)
+    assert [run["run"] for run in found["runs"]] == ["01-good", "02-bad"]
+    assert found["verdict"]["kind"] == "better"
+    assert found["verdict"]["best"] == ["01-good"]
+    assert holds(found["measure"], "eval")
+    assert found["runs"][0]["best"]["step"] == 40
+    assert found["runs"][1]["val_losses"] == [{"step": 40, "value": 2.1}]
+    assert found["differing_keys"] == {"train.learning_rate": [1e-3, 1e-4]}
+    assert not Path("report.html").exists()
+    page = tmp_path / "page.html"
+    words = ["report", str(tmp_path / "sweep"), "--json", "--output", str(page)]
+    assert main(words) == EXIT_OK
+    assert page.exists()
+    capsys.readouterr()
+    assert main(["status", str(tmp_path / "sweep"), "--json"]) == EXIT_OK
+    states = [
+        (Path(job["run_dir"]).name, job["state"]) for job in json.loads(capsys.readouterr().out)
+    ]
+    assert states == [("01-good", "finished"), ("02-bad", "finished")]

@@ -85,3 +85,18 @@ def pairs_eval(share: float, row_hash: str = "p" * 64) -> dict[str, Any]:
         "losses": {"tuned": 1.0},
         "scores": {PAIRS: order},
     }
+
+
+def row_eval(losses: list[float], row_hash: str = "l" * 64, **changes: Any) -> dict[str, Any]:
+    """What `eval` writes of rows of one token each, by the loss of each."""
+    return {
+        "tunesmith": "eval scores",
+        "data": "held.jsonl",
+        "rows": len(losses),
+        "row_hash": row_hash,
+        "step": 40,
+        "losses": {"tuned": sum(losses) / len(losses)},
+        "row_losses": {"row_hash": row_hash, "tokens": [1] * len(losses), "tuned": losses},
+        "scores": {},
+        **changes,
+    }

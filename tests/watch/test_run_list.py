@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.watch.run_list import SPARK_POINTS, RunList, holds_runs
+from tunesmith.launch.jobs import holds_runs
+from tunesmith.watch.run_list import SPARK_POINTS, RunList
 from watching import add_steps, write_run
 
 
@@ -50,6 +51,11 @@ def test_a_line_follows_its_run_and_new_ones_are_found(tmp_path: Path) -> None:
     assert list(runs.refresh()) == [True]
     assert list(runs.refresh()) == [False]
     add_steps(folder, 11, 12)
+    # A sweep at work locks its folder, and is no run.
+    (tmp_path / "sweep.json").write_text("{}")
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert holds_runs(tmp_path)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert rows(runs)["run"] | {"step": 12, "state": "running"} == rows(runs)["run"]

@@ -1,7 +1,8 @@
-"""Evaluate a run on held-out rows, compared with its base.
+"""Evaluate a run on held-out rows, compared with its base or with other runs.
 
 example:
   tunesmith eval runs/my-run  # on the run's own held-out rows
+  tunesmith eval runs/lr-1e-4 runs/lr-1e-3  # which of two runs is better
   tunesmith eval runs/my-run --data held-out.jsonl --score exact --score f1
   tunesmith eval runs/my-run --data calls.jsonl --score tool-call \\
     --max-new-tokens 128
@@ -13,11 +14,12 @@ example:
 
 Loss, perplexity and token accuracy are computed over the supervised tokens, as
 in training. Exact match compares a greedy answer with the row's answer, with
-whitespace normalized.
+whitespace normalized. The loss is compared row by row: tuned is better or worse
+than the base, or the rows cannot tell. Of several runs the best is compared
+with each of the others.
 
---score answers every row, scores each answer against the row's, and reports
-whether the tuned model is better or worse than the base, or the result is
-inconclusive:
+--score answers every row, scores each answer against the row's, and compares
+the scores in the same way:
 
   exact      equal, ignoring leading and trailing whitespace
   contains   the answer contains the row's answer
@@ -68,8 +70,10 @@ from tunesmith.host.streams import width_of
 
 if TYPE_CHECKING:
     from tunesmith.inference.evaluate import Evaluation
+    from tunesmith.inference.evaluate_runs import RunsEvaluation
     from tunesmith.inference.harness import TaskEvaluation, TaskMetric
     from tunesmith.inference.score_rows import RowScores
+    from tunesmith.scoring.intervals import Interval, LossDifference
 
 MAX_NEW_TOKENS = 256
 FOR_TASKS = ("tasks", "limit", "chat_template")
@@ -102,7 +106,7 @@ def task_names(text: str) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
+    add_run(parser, several=True)
     files = "jsonl, json, csv, parquet, or a Hub id"
     data = f"rows with answers: {files} (default: the rows that the run held out)"
     parser.add_argument("--data", metavar="FILE", help=data)
@@ -112,8 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-examples", type=whole_number, metavar="N", help="take the first N rows"
     )
-    beside = "also score the base (default: yes)"
-    parser.add_argument("--base", action=argparse.BooleanOptionalAction, default=True, help=beside)
+    beside = "also score the base (default: yes; of several runs no)"
+    parser.add_argument("--base", action=argparse.BooleanOptionalAction, help=beside)
     parser.add_argument(
         "--exact-match", action="store_true", help="answer every row greedily and compare texts"
     )
@@ -150,12 +154,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
+    # A run that is named twice is one.
+    args.runs = list(dict.fromkeys(args.runs))
     # A wrong path is reported before torch is imported.
     with reported_once_a_node():
-        locate_run(args.run)
+        for run_name in args.runs:
+            locate_run(run_name)
+        check_one_run(args)
+    if args.base is None:
+        args.base = len(args.runs) == 1
     if args.tasks:
         run_tasks(args)
-        return
+    else:
+        run_rows(args)
+
+
+def run_rows(args: argparse.Namespace) -> None:
+    """`eval` of rows, of one run or of several."""
     with reported_once_a_node():
         check_rows_not_tasks(args)
         if args.data is None:
@@ -163,28 +178,60 @@ def run(args: argparse.Namespace) -> None:
         check_answer_options(args)
         decoding = decoding_of(args)
     from tunesmith.inference.evaluate import evaluate
+    from tunesmith.inference.evaluate_runs import evaluate_runs
 
     if started_as() is None:
         require_one_process("eval")
     options = vars(args) | {"columns": dict(args.columns) or None, "decoding": decoding}
     # The rest has the names of the parameters of `evaluate`.
-    for name in ("run", "data", "json", "temperature", "top_p", "top_k", "seed", *FOR_TASKS):
+    for name in ("runs", "data", "json", "temperature", "top_p", "top_k", "seed", *FOR_TASKS):
         del options[name]
     leave_lines_to_rank_0()
     with join_ranks() as ranks, ExitStack() as stack, fixes_as_options():
         if ranks.is_main_process:
             options["progress"] = stack.enter_context(ProgressCounter())
-        result = evaluate(args.run, args.data, ranks=ranks, **options)
-    if not ranks.is_main_process:
-        return
+        result: Evaluation | RunsEvaluation
+        if len(args.runs) == 1:
+            result = evaluate(args.runs[0], args.data, ranks=ranks, **options)
+        else:
+            result = evaluate_runs(args.runs, args.data, ranks=ranks, **options)
+    if ranks.is_main_process:
+        print_result(args, result)
+
+
+def print_result(args: argparse.Namespace, result: "Evaluation | RunsEvaluation") -> None:
+    """The table, with what a reader must know before and after it; or JSON."""
+    from tunesmith.inference.evaluate_runs import RunsEvaluation
+
     if args.json:
-        print(json.dumps(as_report(args.run, result), indent=2))
+        if isinstance(result, RunsEvaluation):
+            report = runs_as_report(args.runs, result)
+        else:
+            report = as_report(args.runs[0], result)
+        print(json.dumps(report, indent=2))
         return
     table = result.table()
     print(table.title, file=sys.stderr)
+    # What makes the scores doubtful comes before them.
+    for warning in result.warnings():
+        notify(warning)
     print(replace(table, title="", notes=result.verdicts()).text(width_of(sys.stdout)))
     for note in result.notes():
         notify(note)
+
+
+def check_one_run(args: argparse.Namespace) -> None:
+    """UsageError for options that are of one run, beside several."""
+    if len(args.runs) == 1:
+        return
+    for option in ("tasks", "output"):
+        if vars(args)[option]:
+            raise UsageError(
+                f"--{option} is for one run",
+                where=f"--{option}",
+                why=f"{len(args.runs)} are named: {', '.join(args.runs)}",
+                fix="use one command for each run; `tunesmith report RUN RUN` shows them together",
+            )
 
 
 def check_rows_not_tasks(args: argparse.Namespace) -> None:
@@ -220,7 +267,7 @@ def run_tasks(args: argparse.Namespace) -> None:
     # lm-eval and what a task brings print notes between, and stdout is for the result.
     with redirect_stdout(sys.stderr):
         result = evaluate_tasks(
-            args.run,
+            args.runs[0],
             args.tasks,
             limit=args.limit,
             base=args.base,
@@ -248,7 +295,7 @@ def tasks_as_report(args: argparse.Namespace, result: "TaskEvaluation") -> dict[
     for metric in result.metrics:
         tasks.setdefault(metric.task, {})[metric.name] = values_as_json(metric)
     return {
-        "run": args.run,
+        "run": args.runs[0],
         "lm_eval": result.lm_eval,
         "limit": args.limit,
         "chat_template": result.chat_template,
@@ -294,7 +341,8 @@ def as_report(run_name: str, result: "Evaluation") -> dict[str, Any]:
     for name, score in result.scores.items():
         values = asdict(score)
         values["asked"] = values.pop("answered")
-        del values["pairs"]
+        for key in ("pairs", "row_losses", "row_tokens"):
+            del values[key]
         for key, value in values.items():
             # JSON has neither NaN nor infinity.
             if isinstance(value, float) and not math.isfinite(value):
@@ -306,9 +354,46 @@ def as_report(run_name: str, result: "Evaluation") -> dict[str, Any]:
         report["unfinished"] = dict(result.unfinished)
     if result.by_scorer:
         report["scores"] = {scores.name: scores_as_json(scores) for scores in result.by_scorer}
+    if result.loss_difference is not None:
+        report["loss_difference"] = loss_difference_as_json(result.loss_difference)
     if result.seen is not None:
         report["seen"] = result.seen.count
     return report
+
+
+def runs_as_report(run_names: Sequence[str], result: "RunsEvaluation") -> dict[str, Any]:
+    """What --json prints of several runs."""
+    runs = {}
+    evaluations = result.evaluations.items()
+    for run_name, (name, evaluation) in zip(run_names, evaluations, strict=True):
+        runs[name] = as_report(run_name, evaluation)
+    comparisons = []
+    for comparison in result.comparisons:
+        comparisons.append(
+            {
+                "name": comparison.name,
+                "best": comparison.best,
+                "other": comparison.other,
+                "is_better": comparison.is_better,
+                "verdict": comparison.verdict,
+                **difference_as_json(comparison.mean, comparison.interval),
+            }
+        )
+    return {"runs": runs, "comparisons": comparisons, "not_compared": result.obstacles}
+
+
+def loss_difference_as_json(difference: "LossDifference") -> dict[str, Any]:
+    """How much the loss of tuned differs from that of base, and what follows."""
+    from tunesmith.scoring.intervals import loss_sentence
+
+    values = difference_as_json(difference.mean, difference.interval)
+    return {"rows": difference.rows, **values, "verdict": loss_sentence(difference)}
+
+
+def difference_as_json(mean: float, interval: "Interval | None") -> dict[str, float | None]:
+    """A difference and the ends of its interval; None where there are too few rows for one."""
+    low, high = (None, None) if interval is None else interval[1:]
+    return {"mean": mean if math.isfinite(mean) else None, "low": low, "high": high}
 
 
 def scores_as_json(scores: "RowScores") -> dict[str, Any]:

@@ -89,11 +89,13 @@ def add_columns(options: argparse._ActionsContainer) -> None:
     )
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """RUN and the device to load it to."""
-    parser.add_argument(
-        "run", metavar="RUN", help="run directory, checkpoint, final/, adapter or model folder"
-    )
+def add_run(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """RUN, or `several` of them as `runs`, and the device to load it to."""
+    forms = "run directory, checkpoint, final/, adapter or model folder"
+    if several:
+        parser.add_argument("runs", nargs="+", metavar="RUN", help=forms)
+    else:
+        parser.add_argument("run", metavar="RUN", help=forms)
     parser.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)"
     )

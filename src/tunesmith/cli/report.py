@@ -3,32 +3,42 @@
 example:
   tunesmith report runs/my-run
   tunesmith report runs/lr-1e-4 runs/lr-1e-3 --output comparison.html
+  tunesmith report runs/rates  # all candidates of a sweep, or all runs of a folder
   tunesmith report runs/* --markdown  # for a pull request or a wiki
+  tunesmith report runs/lr-1e-4 runs/lr-1e-3 --json  # figures and verdict, for scripts
 
 The page is one file that opens offline, with the commands to reproduce the
-runs. Runs may be running, finished, failed or copied.
+runs. Runs may be running, finished, failed or copied. After `tunesmith eval
+RUN RUN` the runs are compared row by row.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from tunesmith.cli.options import tell_left_out
+from tunesmith.cli.options import add_json, tell_left_out
 from tunesmith.errors import UsageError
 from tunesmith.host.streams import show
 from tunesmith.run_dir import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directories, or folders of them"
+    )
     parser.add_argument(
         "--output", metavar="FILE", help="the page (default: report.html, or report.md)"
     )
-    parser.add_argument("--markdown", action="store_true", help="write Markdown instead of HTML")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="write Markdown instead of HTML")
+    add_json(form)
 
 
 def run(args: argparse.Namespace) -> None:
+    from tunesmith.launch.jobs import with_runs_of_folders
     from tunesmith.report.compare import judge
+    from tunesmith.report.comparison import comparison_values
     from tunesmith.report.page import write_report
     from tunesmith.report.run_files import RunFiles, read_profiles
     from tunesmith.report.run_summary import summaries_of
@@ -36,8 +46,7 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output or ("report.md" if args.markdown else "report.html"))
     runs = []
     left_out: list[UsageError] = []
-    # A folder that is named twice is one run; the order is the user's.
-    for folder in dict.fromkeys(args.runs):
+    for folder in with_runs_of_folders(args.runs):
         # One folder that is no run must not hide the others.
         try:
             runs.append(RunFiles(folder))
@@ -48,13 +57,18 @@ def run(args: argparse.Namespace) -> None:
     if left_out:
         reasons = "; ".join(f"{error.where}: {error.what}" for error in left_out)
         note = f"Skipped: {reasons}"
-    write_report(runs, output, markdown=args.markdown, note=shown(note))
+    # A script that reads the JSON needs no page, unless it names one.
+    if args.output or not args.json:
+        write_report(runs, output, markdown=args.markdown, note=shown(note))
     summaries = summaries_of(runs)
     for summary in summaries:
         _, damaged_profiles = read_profiles(summary.files.folder)
         for file in (*summary.files.damaged, *damaged_profiles):
             print(f"damaged: {summary.label}: {file}", file=sys.stderr)
     verdict = judge(summaries)
+    if args.json:
+        print(json.dumps(comparison_values(summaries, verdict), indent=2))
+        return
     verdict_lines = [verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]
     show("\n".join(verdict_lines), sys.stdout)
     if args.markdown:

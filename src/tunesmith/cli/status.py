@@ -4,6 +4,7 @@ example:
   tunesmith status  # all jobs of this user
   tunesmith status slurm-1234  # one, by its name
   tunesmith status runs/my-run  # or by its run directory
+  tunesmith status runs/rates  # all candidates of a sweep
 """
 
 import argparse
@@ -20,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tunesmith.launch.jobs import all_jobs, find_job
+    from tunesmith.launch.jobs import all_jobs, find_job, with_runs_of_folders
 
-    jobs = [find_job(word) for word in args.jobs] or all_jobs()
+    jobs = [find_job(word) for word in with_runs_of_folders(args.jobs)] or all_jobs()
     states = [job.state() for job in jobs]
     if args.json:
         rows = []

@@ -18,7 +18,6 @@ import json
 import logging
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from tunesmith.cli.options import (
     add_json,
@@ -31,7 +30,6 @@ from tunesmith.distributed.ranks import reported_once_a_node
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import lasting, show
 from tunesmith.metrics.log_file import LogFile
-from tunesmith.run_dir import LOG
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     leave_lines_to_rank_0()
     log_file = LogFile()
-    with StopRequest() as early, log_file.attached():
+    # The run opens it, with the lines of before it at its beginning.
+    with log_file.attached():
+        _train(args, log_file)
+    log_file.close()
+
+
+def _train(args: argparse.Namespace, log_file: LogFile) -> None:
+    with StopRequest() as early:
         # They load for seconds, and an exception inside torch's C++ code would abort.
         early.doing = "the libraries are loaded"
         early.defer_signals()
@@ -67,16 +72,12 @@ def run(args: argparse.Namespace) -> None:
         if early.requested():
             raise early.not_begun()
 
-    log_file.path = Path(recipe.output_dir, LOG)
-
-    def write_files(record: object) -> None:
-        """Write the recipe's file, and the notes so far: a start that is refused leaves none."""
-        with suppress(OSError):
-            log_file.open()
+    def write_recipe(record: object) -> None:
+        """Write the recipe's file: a start that is refused leaves none."""
         if new_file is not None:
             new_file.write_file()
 
-    result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=write_files)
+    result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=write_recipe)
     if not is_main_process():
         return
     # The run has ended well, whether or not someone reads this.
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
             )
             show(text, sys.stdout)
             if not result.finished_before:
-                write_files(None)
+                write_recipe(None)
                 with suppress(OSError):
+                    log_file.open()
                     log_file.write(text)
-    log_file.close()

@@ -3,7 +3,7 @@
 example:
   tunesmith watch runs/my-run  # prints the URL to open; ctrl-C stops it
   tunesmith watch runs/rank-16 runs/rank-64  # side by side
-  tunesmith watch runs  # a list of all runs in a folder
+  tunesmith watch runs  # a list of all runs in a folder, or of a sweep
 
 Finished runs can be watched too.
 """
@@ -39,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _check_removed(args)
+    from tunesmith.launch.jobs import holds_runs, run_folders
     from tunesmith.watch.feed import WatchedRun, open_run, to_json
-    from tunesmith.watch.run_list import RunList, holds_runs, run_folders
+    from tunesmith.watch.run_list import RunList
 
     folders = [Path(word) for word in args.runs]
     is_list = all(map(holds_runs, folders))

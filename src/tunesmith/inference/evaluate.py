@@ -16,11 +16,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from tunesmith.adapter.lora import disabled
-from tunesmith.config.schema import Data, Source
+from tunesmith.config.schema import Data, Run, Source
 from tunesmith.data.batch import Batch
 from tunesmith.data.layout import Layout
 from tunesmith.data.mismatched import mismatched_of_all
@@ -50,6 +51,7 @@ from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
 from tunesmith.run_dir import IDENTITY, PAIRS, read_manifest
+from tunesmith.scoring.intervals import Interval, LossDifference, loss_sentence, paired_losses
 from tunesmith.scoring.scorers import check_scorer_names
 from tunesmith.units import count_of
 
@@ -75,6 +77,7 @@ class EvalResult:
         pairs: of each pair of answers, whether the model finds the chosen one likelier, by its mean
             log-probability of a token: 1, 0, or 0.5 where both are alike; in an order that all
             models share.
+        row_losses, row_tokens: of each row the sum of its losses, in nats, and of how many tokens.
     """
 
     rows: int
@@ -85,6 +88,8 @@ class EvalResult:
     exact_match: float | None = None
     answered: int = 0
     pairs: tuple[float, ...] = field(default=(), repr=False)
+    row_losses: tuple[float, ...] = field(default=(), repr=False)
+    row_tokens: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class Evaluation(Tabular):
         unfinished: of each model's answers those that were cut at the longest allowed.
         seen: rows that the run was trained on, token for token; None where that is not known.
         seen_fault: why it is not known; empty for a model that is no run's.
+        row_hash: of the rows as tokens; two runs with one hash were scored on the same tokens.
+        reference_hash: of what the scorers compare answers with; empty without scorers.
     """
 
     scores: dict[str, EvalResult]
@@ -115,40 +122,51 @@ class Evaluation(Tabular):
     unfinished: Mapping[str, int] = field(default_factory=dict)
     seen: Repeats | None = None
     seen_fault: str = ""
+    row_hash: str = ""
+    reference_hash: str = ""
 
     def table(self) -> ResultTable:
         """The scores, a column for each model, and what a reader should know of the rows."""
-        rows = [*_loss_rows(list(self.scores.values())), *self._interval_rows()]
-        notes = [*self.verdicts(), *self.notes()]
+        intervals = {}
+        for scores in self.by_scorer:
+            # Answers of a base that is not asked for now may be kept.
+            intervals[scores.name] = [scores.models[model] for model in self.scores]
+        rows = [*loss_rows(list(self.scores.values())), *interval_rows(intervals)]
+        notes = [*self.warnings(), *self.verdicts(), *self.notes()]
         return ResultTable(rows, list(self.scores), title=f"rows: {self.data}", notes=notes)
 
-    def _interval_rows(self) -> list[list[str]]:
-        rows = []
-        for scores in self.by_scorer:
-            cells = []
-            for interval in scores.models.values():
-                ends = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
-                cells.append(f"{interval.mean:.1%} ({ends})")
-            rows.append([f"{scores.name}, 95 % interval", *cells])
-        return rows
+    @property
+    def loss_difference(self) -> LossDifference | None:
+        """The loss of tuned less that of base; None without a base, and of pairs, where both may
+        rise while the model learns which answer is better."""
+        base, tuned = self.scores.get("base"), self.scores.get("tuned")
+        if base is None or tuned is None or tuned.pairs or not tuned.row_losses:
+            return None
+        return paired_losses(base.row_losses, tuned.row_losses, tuned.row_tokens)
 
     def verdicts(self) -> list[str]:
-        """A sentence for each scorer: whether tuned is better than base."""
-        return [scores.verdict for scores in self.by_scorer if scores.verdict]
+        """A sentence for the loss and for each scorer: whether tuned is better than base."""
+        verdicts = []
+        if self.loss_difference is not None:
+            verdicts.append(loss_sentence(self.loss_difference))
+        return verdicts + [scores.verdict for scores in self.by_scorer if scores.verdict]
+
+    def warnings(self) -> Iterator[str]:
+        """What a reader must know before believing the scores."""
+        if self.seen is not None and self.seen.count:
+            yield (
+                f"warning: {self.seen.count} of {count_of(self.rows, 'row')} were trained on: "
+                "they do not show how good the model is on new rows; "
+                f"first {self.seen.where} ({self.seen.earlier})"
+            )
 
     def notes(self) -> Iterator[str]:
-        """What a reader should know of the rows, a line each."""
+        """What else there is to know of the rows, a line each."""
         rows = count_of(self.rows, "row")
         for count, what in ((self.dropped, "dropped"), (self.cut, "cut short")):
             if count:
                 yield f"{count} of {rows} were {what}: longer than the recipe's seq_len"
-        if self.seen is not None and self.seen.count:
-            yield (
-                f"warning: {self.seen.count} of {rows} were trained on: "
-                "they do not show how good the model is on new rows; "
-                f"first {self.seen.where} ({self.seen.earlier})"
-            )
-        elif self.seen is not None:
+        if self.seen is not None and not self.seen.count:
             yield f"of {rows} none was trained on (compared by tokens)"
         elif self.seen_fault:
             yield f"could not check whether rows were trained on:  {self.seen_fault}"
@@ -163,7 +181,19 @@ class Evaluation(Tabular):
             yield f"answers: {self.answers}"
 
 
-def _loss_rows(results: Sequence[EvalResult]) -> list[list[str]]:
+def interval_rows(by_scorer: Mapping[str, Sequence[Interval]]) -> list[list[str]]:
+    """What each scorer says, a cell for each model."""
+    rows = []
+    for scorer, intervals in by_scorer.items():
+        cells = []
+        for interval in intervals:
+            ends = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+            cells.append(f"{interval.mean:.1%} ({ends})")
+        rows.append([f"{scorer}, 95 % interval", *cells])
+    return rows
+
+
+def loss_rows(results: Sequence[EvalResult]) -> list[list[str]]:
     """Loss and what else is measured without scorers, a cell for each model."""
     perplexities = []
     matches = []
@@ -284,8 +314,8 @@ def score(
     progress: Progress = lambda *_: None,
     ranks: Ranks = ONE_PROCESS,
 ) -> EvalResult:
-    """Loss, perplexity and token accuracy of every supervised token, each example once; and the
-    order of each pair.
+    """Loss, perplexity and token accuracy of every supervised token, each example once; the loss of
+    each row, and the order of each pair.
 
     Several ranks take the batches in turn. Their sums are added in the order of the batches, so
     that the result is that of one process.
@@ -295,53 +325,88 @@ def score(
     count = 0
     rows = 0
     pairs: list[float] = []
+    row_losses = np.zeros(len(tokens))
+    row_tokens = np.zeros(len(tokens), np.int64)
     progress("rows scored", 0, len(tokens))
     with evaluating(train_model):
         layout = Layout(pad_id, train_model.packs_rows)
-        batches = (batch for _, batch in layout.batches(tokens, ROW_TOKENS))
+        batches = layout.batches(tokens, ROW_TOKENS)
         for turn in iter(lambda: list(islice(batches, ranks.world)), []):
             sums = _NOTHING
             with ranks.raise_on_all_ranks():
                 if ranks.rank < len(turn):
-                    sums = _batch_sums(train_model, turn[ranks.rank])
+                    indices, batch = turn[ranks.rank]
+                    counts = [tokens[i].supervised for i in indices]
+                    sums = _batch_sums(train_model, batch, indices, counts)
             for of_batch in ranks.all_gather_object(sums):
                 total += of_batch.loss
                 hits += of_batch.hits
                 count += of_batch.tokens
                 rows += of_batch.rows
                 pairs += of_batch.pairs
+                row_losses[of_batch.indices] = of_batch.row_losses
+                row_tokens[of_batch.indices] = of_batch.row_tokens
             progress("rows scored", rows, len(tokens))
     if count == 0:
         return EvalResult(rows, 0, math.nan, math.nan, math.nan)
     loss = total / count
     # exp overflows a double from 709.8 on.
     perplexity = math.exp(loss) if loss < 709 else math.inf
-    return EvalResult(rows, count, loss, perplexity, hits / count, pairs=tuple(pairs))
+    return EvalResult(
+        rows,
+        count,
+        loss,
+        perplexity,
+        hits / count,
+        pairs=tuple(pairs),
+        row_losses=tuple(row_losses.tolist()),
+        row_tokens=tuple(row_tokens.tolist()),
+    )
 
 
 class _BatchSums(NamedTuple):
     """Of one batch: the sum of its losses, tokens that are right, the tokens that both count, rows,
-    and the order of each pair."""
+    and the order of each pair; of each row its index, and the same sum and count."""
 
     loss: float
     hits: int
     tokens: int
     rows: int
     pairs: list[float]
+    indices: list[int]
+    row_losses: list[float]
+    row_tokens: list[int]
 
 
-_NOTHING = _BatchSums(0.0, 0, 0, 0, [])
+_NOTHING = _BatchSums(0.0, 0, 0, 0, [], [], [], [])
 
 
-def _batch_sums(train_model: TrainModel, batch: Batch) -> _BatchSums:
+def _batch_sums(
+    train_model: TrainModel, batch: Batch, indices: list[int], counts: list[int]
+) -> _BatchSums:
+    """`indices`: of the batch's examples; `counts`: supervised tokens of each."""
     batch = batch.to(train_model.model.device)
     losses, correct = train_model.token_scores(batch)
-    sequences = batch.sequences
-    if sequences is None:
-        total = losses.double().sum().item()
-        return _BatchSums(total, int(correct.sum()), batch.supervised, batch.examples, [])
     index, _ = supervised_positions(batch)
     of_targets = losses.flatten()[index].double()
+    # The examples are laid one after the other, and so are their targets.
+    row_of_target = np.repeat(np.arange(len(indices)), counts)
+
+    def sums_of_rows(values: torch.Tensor) -> list[float]:
+        return np.bincount(row_of_target, values.cpu().numpy(), len(indices)).tolist()
+
+    sequences = batch.sequences
+    if sequences is None:
+        return _BatchSums(
+            losses.double().sum().item(),
+            int(correct.sum()),
+            batch.supervised,
+            batch.examples,
+            [],
+            indices,
+            sums_of_rows(of_targets),
+            counts,
+        )
     is_good = sequences.labels[sequences.of_target]
     pairs: list[float] = []
     if batch.chosen_tokens:
@@ -354,6 +419,9 @@ def _batch_sums(train_model: TrainModel, batch: Batch) -> _BatchSums:
         int(is_good.sum()),
         batch.examples,
         pairs,
+        indices,
+        sums_of_rows(of_targets * is_good),
+        [int(count) for count in sums_of_rows(is_good)],
     )
 
 
@@ -465,7 +533,7 @@ def evaluate(
             base_model = load_run(path, device=device, base_only=True)
             scores = {"base": score_model(base_model, "base"), **scores}
         evaluation = replace(_evaluation(scores, tokens, name), seen=seen, seen_fault=seen_fault)
-        _keep_pairs(evaluation, tokens, location, ranks)
+        _keep_losses(evaluation, tokens, location, ranks, has_answers=scoring is not None)
         if scoring is None:
             return evaluation
         by_scorer = [*evaluation.by_scorer, *scoring.finish(_about(evaluation, location))]
@@ -475,6 +543,7 @@ def evaluate(
             answers=scoring.path,
             unanswered=scoring.rows.unanswered,
             unfinished=scoring.unfinished(),
+            reference_hash=scoring.rows.reference_digest(),
         )
 
 
@@ -494,26 +563,38 @@ def _evaluation(scores: dict[str, EvalResult], tokens: TokenSet, name: str) -> E
     if tokens.has_pairs:
         orders = {model: list(result.pairs) for model, result in scores.items()}
         by_scorer = (summarize_rows(PAIRS, orders),)
-    return Evaluation(scores, name, counts.rows, left_out, counts.cut, by_scorer)
+    return Evaluation(
+        scores, name, counts.rows, left_out, counts.cut, by_scorer, row_hash=counts.digest
+    )
 
 
-def _keep_pairs(
-    evaluation: Evaluation, tokens: TokenSet, location: RunLocation, ranks: Ranks
+def _keep_losses(
+    evaluation: Evaluation,
+    tokens: TokenSet,
+    location: RunLocation,
+    ranks: Ranks,
+    *,
+    has_answers: bool,
 ) -> None:
-    """Write the order of the pairs, where there are any, into evals/ of the run, for `report`."""
-    if location.run is None or not tokens.has_pairs or not ranks.is_main_process:
+    """Write the losses, and the order of pairs where there are any, into evals/ of the run, for
+    `report`.
+
+    has_answers: the losses stand beside the scores of the answers too; of pairs the order does not.
+    """
+    is_of_run = location.run is not None and location.kind != "base"
+    if not is_of_run or not ranks.is_main_process or (has_answers and not tokens.has_pairs):
         return
-    (orders,) = evaluation.by_scorer
     content = {
         "tunesmith": "eval scores",
         "data": evaluation.data,
         "rows": len(tokens),
-        "row_hash": tokens.counts.digest,
+        "row_hash": evaluation.row_hash,
         **_about(evaluation, location),
-        "scores": {PAIRS: saved_scores(orders)},
+        "scores": {scores.name: saved_scores(scores) for scores in evaluation.by_scorer},
     }
     answers = answers_path(location, evaluation.data, None)
-    path = scores_path(answers.with_name(f"{answers.stem}-pairs.jsonl"))
+    kind = "pairs" if tokens.has_pairs else "loss"
+    path = scores_path(answers.with_name(f"{answers.stem}-{kind}.jsonl"))
     try:
         save_scores(path, content, fix="make sure the folder is writable and the disk is not full")
     except MachineError as error:
@@ -528,13 +609,19 @@ def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, Any]:
         manifest = read_manifest(location.folder)
         step = manifest["step"] if manifest else None
     losses = {}
+    row_losses = {}
+    row_tokens: tuple[int, ...] = ()
     for name, result in evaluation.scores.items():
         # JSON has neither NaN nor infinity.
         losses[name] = result.loss if math.isfinite(result.loss) else None
+        if losses[name] is not None:
+            row_losses[name] = result.row_losses
+            row_tokens = result.row_tokens
     return {
         "checkpoint": location.folder.name if location.folder else None,
         "step": step,
         "losses": losses,
+        "row_losses": {"row_hash": evaluation.row_hash, "tokens": row_tokens, **row_losses},
         "seen": None if evaluation.seen is None else evaluation.seen.count,
     }
 
@@ -585,6 +672,16 @@ def _read_source(
 
 def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]:
     """The rows that a run validates on, and their name for the user."""
+    run = require_held_out(location, path)
+    # Without hold_out the training rows need not be read.
+    data = run.data if run.data.hold_out else replace(run.data, train=())
+    _, parts = read_splits(data, run.train.seed)
+    names = ", ".join(f"{source.source} {source.split or ''}".rstrip() for source, _ in parts)
+    return parts, f"{data.hold_out} of {names}, held out" if data.hold_out else names
+
+
+def require_held_out(location: RunLocation, path: str | Path) -> Run:
+    """The recipe of a run; UsageError unless it holds out rows to validate on."""
     run = location.run
     if run is None or not (run.data.validation or run.data.hold_out):
         why = "it is not a run directory"
@@ -596,24 +693,25 @@ def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]
             why=why,
             fix="use a file with answers that it was not trained on: --data FILE",
         )
-    # Without hold_out the training rows need not be read.
-    data = run.data if run.data.hold_out else replace(run.data, train=())
-    _, parts = read_splits(data, run.train.seed)
-    names = ", ".join(f"{source.source} {source.split or ''}".rstrip() for source, _ in parts)
-    return parts, f"{data.hold_out} of {names}, held out" if data.hold_out else names
+    return run
+
+
+def held_out_hash(location: RunLocation) -> str | None:
+    """The hash of the rows that a run held out, by its env.json; None where that is not known."""
+    if location.folder is None:
+        return None
+    identity = location.folder.parent / IDENTITY
+    if not identity.is_file():
+        return None
+    validation_hash: str | None = read_json(identity).get("validation_hash")
+    return validation_hash
 
 
 def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) -> TokenSet:
     """The first `count` of the examples that the run validated on; UsageError where they are not
     the same any more."""
     run = location.run
-    validation_hash = None
-    if location.folder:
-        identity = location.folder.parent / IDENTITY
-        if identity.is_file():
-            validation_hash = read_json(identity).get("validation_hash")
-    # env.json has the hash of the rows that were held out.
-    if validation_hash not in (None, tokens.counts.digest):
+    if held_out_hash(location) not in (None, tokens.counts.digest):
         raise UsageError(
             "these are not the run's held-out rows",
             where="--data",

@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -38,6 +38,7 @@ from tunesmith.run_dir import (
     RECIPE,
     STOP_FILE,
     STOPPED,
+    SWEEP,
     RunState,
     ended_state,
     open_regular,
@@ -201,6 +202,43 @@ def holds_run(run_dir: Path) -> bool:
     """Whether there is a run to read: some file of it, or a process that has begun one."""
     names = (METRICS, RECIPE, IDENTITY, LOG)
     return any((run_dir / name).is_file() for name in names) or is_locked(run_dir)
+
+
+def holds_runs(folder: Path) -> bool:
+    """Whether a folder is no run, but has runs in it; such as a sweep's, also while that trains."""
+    is_run_itself = holds_run(folder) and not (folder / SWEEP).is_file()
+    return not is_run_itself and next(run_folders(folder), None) is not None
+
+
+def run_folders(folder: Path, listed: Container[Path] = ()) -> Iterator[Path]:
+    """The run directories in a folder and, where a folder in it is no run, in that one.
+
+    listed: folders that are known to be runs.
+    """
+    for path in _subfolders(folder):
+        if path in listed or holds_run(path):
+            yield path
+            continue
+        for inner in _subfolders(path):
+            if inner in listed or holds_run(inner):
+                yield inner
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:
+        return []
+
+
+def with_runs_of_folders(words: Sequence[str]) -> list[str]:
+    """Run directories, in place of a folder that holds runs these; each once, in their order."""
+    named = []
+    for word in words:
+        folder = Path(word)
+        runs = run_folders(folder) if holds_runs(folder) else ()
+        named += [*map(str, runs)] or [word]
+    return list(dict.fromkeys(named))
 
 
 def is_locked(run_dir: Path) -> bool:

@@ -12,6 +12,15 @@ from tunesmith.errors import StoppedError, TunesmithError
 from tunesmith.host.logger import PACKAGE, LineFormatter
 
 
+def log_file_of_run(path: Path) -> "LogFile":
+    """The log of a run: that of the command, whose lines so far come first, or a new one."""
+    for handler in PACKAGE.handlers:
+        if isinstance(handler, LogFile) and handler.path is None:
+            handler.path = path
+            return handler
+    return LogFile(path)
+
+
 class LogFile(logging.Handler):
     """Lines are kept in memory until `open`, since a start that is refused writes nothing.
 
@@ -31,6 +40,7 @@ class LogFile(logging.Handler):
         if self._file is None and self.path is not None:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             os.write(self._file, self._early)
+            self._early = b""
 
     def write(self, text: str) -> None:
         """Write each line of a text; OSError where the disk is full."""

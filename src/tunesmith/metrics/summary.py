@@ -11,7 +11,16 @@ from tunesmith.host.shell import shell_path
 from tunesmith.metrics.conversations import turns_of
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.terminal import format_seconds
-from tunesmith.run_dir import FAILURE, FINAL, IDENTITY, LOG, METRICS, RECIPE, read_samples
+from tunesmith.run_dir import (
+    FAILURE,
+    FINAL,
+    HELD_OUT,
+    IDENTITY,
+    LOG,
+    METRICS,
+    RECIPE,
+    read_samples,
+)
 from tunesmith.units import count_of, ratio
 
 ANSWER_WIDTH = 69  # characters of a sample answer, so that its line fits 80 columns
@@ -126,6 +135,7 @@ def _speed(records: Sequence[StepRecord]) -> str:
 _FILES = (
     (FINAL, "the weights of the last step"),
     (METRICS, "one record per step"),
+    (HELD_OUT, "the rows that were held out, by file and line"),
     ("tensorboard", "tensorboard --logdir {path}"),
     (LOG, "this output"),
     (RECIPE, "the resolved recipe"),

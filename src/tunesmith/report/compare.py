@@ -4,8 +4,8 @@ that can be said.
 val_loss decides, and only on the same held-out rows; a training loss never does. Of methods that
 compare answers it is the share of held-out pairs in order: as `eval` measured it, or as training
 did. A difference counts above the noise: what seeds alone would exceed once in 20, where several
-runs share a recipe; else what so many pairs tell apart, or how far val_loss moves around its own
-trend.
+runs share a recipe; else the interval of what `eval` measured row by row, what so many pairs tell
+apart, or how far val_loss moves around its own trend.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.dump import is_free, leaves
 from tunesmith.host.shell import shell_path
-from tunesmith.report.measure import Measure, measure_of
+from tunesmith.report.measure import VAL_LOSS, Measure, measure_of
 from tunesmith.report.run_summary import (
     HASHES_OF_INPUTS,
     RunSummary,
@@ -25,6 +25,7 @@ from tunesmith.report.run_summary import (
     changes_learning,
 )
 from tunesmith.run_dir import RECIPE, RunState, shown
+from tunesmith.scoring.intervals import loss_sentence, paired_losses
 from tunesmith.units import count_of
 
 # Standard errors above which a difference counts: about 95 % of a normal distribution.
@@ -50,14 +51,22 @@ def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]
             for scorer, intervals in result["scores"].items():
                 cells[scorer] = _scores_text(intervals)
             for name, text in cells.items():
+                row_hash = result["row_hash"]
+                if name == "loss" and result["row_losses"]:
+                    row_hash = result["row_losses"]["row_hash"]
                 # The same rows, told by their hash, share a line; rows of the same name may differ.
-                key = (name, about, result["row_hash"])
+                key = (name, about, row_hash)
                 line = lines.setdefault(key, [None] * len(runs))
                 # Of several checkpoints of a run, one after the other in its cell.
                 cell = f"{text} at step {result['step']}"
                 if result["seen"]:
                     cell += f" ({result['seen']} of the rows were trained on)"
-                line[index] = cell if line[index] is None else f"{line[index]}; {cell}"
+                said = line[index]
+                # The loss is kept beside the scores too: said once.
+                if said is None:
+                    line[index] = cell
+                elif cell not in said.split("; "):
+                    line[index] = f"{said}; {cell}"
     return [(f"eval: {name} ({about})", line) for (name, about, _), line in lines.items()]
 
 
@@ -125,14 +134,26 @@ def differing_keys(runs: Sequence[RunSummary]) -> list[KeyDifference]:
     return sorted(differing, key=lambda difference: not difference.learns)
 
 
+class Difference(NamedTuple):
+    """How far the second of two runs is behind the first, in the unit of `measure` (of accuracies a
+    share); it counts above `threshold`, None where the noise is not known."""
+
+    measure: str
+    first: str
+    second: str
+    gap: float
+    threshold: float | None
+
+
 class Verdict(NamedTuple):
     """Which run is better, in words. `kind`: better | equal | none | alone; `best`: its runs, by
-    index."""
+    index; `difference`: of the first two of several recipes."""
 
     kind: str
     headline: str
     reasons: list[str]
     best: tuple[int, ...] = ()
+    difference: Difference | None = None
 
 
 class RunGroup(NamedTuple):
@@ -203,20 +224,23 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     measure = first.measure
     gap = measure.worse_by(second.best.mean, than=first.best.mean)
     threshold, noise = _noise(ranking)
+    difference = Difference(measure.name.strip(","), first.name, second.name, gap, threshold)
     apart = f"{measure.gap_text(gap)} apart. {noise}"
     reasons = [_difference(first.runs[0], second.runs[0], measure), apart, *cautions]
     against = f"{measure.best_word} {first} against {second} of {second.name}"
+    is_are = "is" if len(first.runs) == 1 else "are"
     # A run that goes on may still change places.
     if any(run.files.state is RunState.RUNNING for run in (*first.runs, *second.runs)):
-        return Verdict("none", f"So far {first.name} leads: {against}", reasons)
-    if threshold is None:
+        kind, headline = "none", f"So far {first.name} leads: {against}"
+    elif threshold is None:
         chance = "how much runs vary by chance is unknown"
+        kind = "none"
         headline = f"{first.name} has the {measure.best_word}, but {chance}: {against}"
-        return Verdict("none", headline, reasons)
-    if gap <= threshold:
-        return Verdict("equal", f"No significant difference: {against}", reasons)
-    is_are = "is" if len(first.runs) == 1 else "are"
-    return Verdict("better", f"{first.name} {is_are} better: {against}", reasons)
+    elif gap <= threshold:
+        kind, headline = "equal", f"No significant difference: {against}"
+    else:
+        kind, headline = "better", f"{first.name} {is_are} better: {against}"
+    return Verdict(kind, headline, reasons, difference=difference)
 
 
 def _alone(run: RunSummary, measure: Measure) -> Verdict:
@@ -264,7 +288,8 @@ def _different_rows(measured: Sequence[RunSummary], measure: Measure) -> Verdict
     counts = [f"{run.label}: {run.max_examples or 'all'}" for run in measured]
     why = f"Hash of the held-out rows: {', '.join(hashes)}; taken of them: {', '.join(counts)}."
     sentences = [why, *_draws(measured)]
-    fix = "Measure each on the same rows: tunesmith eval RUN --data held-out.jsonl."
+    command = f"{_eval_command(measured)} --data held-out.jsonl"
+    fix = f"Compare them on the same rows: `{command}`."
     return Verdict("none", headline, [*sentences, fix])
 
 
@@ -309,6 +334,12 @@ def _seed_advice(run: RunSummary, measure: Measure) -> str:
     return f"{advice}to see how far: `{command}`"
 
 
+def _eval_command(runs: Sequence[RunSummary]) -> str:
+    """The command that compares runs row by row."""
+    folders = [shell_path(shown(run.files.folder)) for run in runs]
+    return f"tunesmith eval {' '.join(folders)}"
+
+
 def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
     """The difference between the first two above which it counts, and where it is from; None where
     that is not known."""
@@ -319,6 +350,13 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
     if repeated:
         return _seed_noise(repeated, first.best, second.best, measure)
     advice = _seed_advice(first.runs[0], measure)
+    by_row = _noise_of_rows(first, second)
+    if by_row is not None:
+        threshold, text = by_row
+        return threshold, f"{text}. {advice}"
+    if measure is VAL_LOSS and first.runs[0].method == "sft":
+        command = _eval_command([first.runs[0], second.runs[0]])
+        advice = f"Row by row the held-out rows tell more: `{command}`. {advice}"
     by_span = _noise_of_shares(first, second)
     if by_span is not None:
         threshold, text = by_span
@@ -338,6 +376,30 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
     moves = f"moves by {measure.gap_text(noise)} around its trend"
     text = f"Noise: from one validation to the next {measure.name} {moves}"
     return threshold, _threshold_text(text, threshold, measure, advice)
+
+
+def _noise_of_rows(first: RunGroup, second: RunGroup) -> tuple[float | None, str] | None:
+    """The same from the losses of each row; None where they are not known of both, or show the
+    second run ahead."""
+    runs = [first.runs[0], second.runs[0]]
+    # Of many runs, as those of a sweep, the first two alone may have been evaluated.
+    measure = measure_of(runs)
+    evals = []
+    for run in runs:
+        best = measure.best(run)
+        evals.append(best and measure.row_losses(run, best[1]))
+    better, worse = evals
+    if not better or not worse:
+        return None
+    rows = better["row_losses"]
+    difference = paired_losses(worse["row_losses"]["tuned"], rows["tuned"], rows["tokens"])
+    if difference.mean > 0:
+        return None
+    sentence = loss_sentence(difference, first=runs[1].label, second=runs[0].label)
+    text = f"Row by row ({better['data']}): {sentence}"
+    if difference.interval is None:
+        return None, text
+    return difference.interval.high - difference.mean, text
 
 
 def _noise_of_shares(first: RunGroup, second: RunGroup) -> tuple[float, str] | None:

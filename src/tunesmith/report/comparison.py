@@ -4,14 +4,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunesmith.errors import UsageError
+from tunesmith.launch.jobs import with_runs_of_folders
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.report.compare import Verdict, differing_keys, eval_figures, judge
 from tunesmith.report.measure import measure_of
 from tunesmith.report.run_files import RunFiles
 from tunesmith.report.run_summary import RunSummary, Spread, summaries_of
+from tunesmith.run_dir import shown
 
 
 @dataclass(frozen=True)
@@ -41,17 +44,59 @@ def compare(*runs: str | Path) -> Comparison:
 
     >>> tunesmith.compare("runs/lr-1e-4", "runs/lr-1e-3")
 
+    Runs that `evaluate` has measured on the same rows are compared row by row.
+
     Args:
-        runs: run directories; they may still be running, or have failed.
+        runs: run directories, or folders of them; they may still be running, or have failed.
 
     Raises:
         UsageError: no folder was named, or one is no run directory.
     """
     if not runs:
         raise UsageError("there are no runs", where="compare(...)", fix="name run directories")
-    summaries = summaries_of([RunFiles(folder) for folder in runs])
+    folders = with_runs_of_folders([str(folder) for folder in runs])
+    summaries = summaries_of([RunFiles(folder) for folder in folders])
     names = tuple(summary.label for summary in summaries)
     return Comparison(names, judge(summaries), _figures(summaries))
+
+
+def comparison_values(runs: Sequence[RunSummary], verdict: Verdict) -> dict[str, Any]:
+    """Figures and verdict as plain values, for `report --json`."""
+    measure = measure_of(runs)
+    rows = []
+    for run in runs:
+        best = measure.best(run)
+        evals = []
+        for result in run.files.evals:
+            evals.append({key: value for key, value in result.items() if key != "row_losses"})
+        rows.append(
+            {
+                "run": run.label,
+                "run_dir": shown(run.files.folder),
+                "state": run.files.state,
+                "step": run.steps,
+                "best": best and {"value": best[0], "step": best[1]},
+                "val_losses": [{"step": step, "value": value} for step, value in run.validations],
+                "loss": run.loss and run.loss.mean,
+                "tokens": run.tokens,
+                "seconds": run.seconds,
+                "tokens_per_second": run.speed and run.speed.mean,
+                "mfu": run.mfu,
+                "memory_gib": run.memory_gib,
+                "evals": evals,
+            }
+        )
+    keys = differing_keys(runs)
+    return {
+        "verdict": {
+            **verdict._asdict(),
+            "best": [runs[index].label for index in verdict.best],
+            "difference": verdict.difference and verdict.difference._asdict(),
+        },
+        "measure": measure.name,
+        "runs": rows,
+        "differing_keys": {difference.key: difference.values for difference in keys},
+    }
 
 
 def _figures(runs: Sequence[RunSummary]) -> dict[str, list[str]]:

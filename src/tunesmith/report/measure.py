@@ -20,6 +20,8 @@ class Measure:
         span: of a run whose best value is given: the ends of its 95 % interval; None where they are
             not known.
         rows: of a run: what tells the rows that it was measured on; None where that is not known.
+        row_losses: of a run at a step: what `eval` said of these rows, as `run_dir.read_scores` has
+            it with their losses; None where they are not known.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Measure:
     rows: Callable[[RunSummary], Any]
     is_share: bool = False
     span: Callable[[RunSummary, float], tuple[float, float] | None] = lambda _, __: None
+    row_losses: Callable[[RunSummary, int], dict[str, Any] | None] = lambda _, __: None
 
     @property
     def best_word(self) -> str:
@@ -112,8 +115,62 @@ EVAL_ACCURACY = Measure(
 )
 
 
+def _loss_evals(run: RunSummary) -> dict[str, dict[int, dict[str, Any]]]:
+    """What `eval` said of each row, by the rows' hash and the step.
+
+    Without rows that the run was trained on, which show what it has kept of them; its own held-out
+    rows count as for val_loss.
+    """
+    evals: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in run.files.evals:
+        row_losses = result["row_losses"]
+        has_tuned = "tuned" in (result["losses"] or {})
+        if not row_losses or not has_tuned or result["step"] is None:
+            continue
+        if not result["seen"] or row_losses["row_hash"] == run.validation_hash:
+            evals.setdefault(row_losses["row_hash"], {})[result["step"]] = result
+    return evals
+
+
+def _eval_loss(runs: Sequence[RunSummary]) -> Measure | None:
+    """The loss by `eval` on rows that all runs have been evaluated on, row by row.
+
+    None where there are no such rows, or fewer than val_loss was measured on in all runs.
+    """
+    evals = [_loss_evals(run) for run in runs]
+    common = set(evals[0]).intersection(*evals[1:])
+
+    def rows_of(row_hash: str) -> int:
+        (result, *_) = evals[0][row_hash].values()
+        return len(result["row_losses"]["tokens"])
+
+    if len(runs) < 2 or not common:
+        return None
+    # Of equally many rows always the same ones.
+    chosen = max(sorted(common), key=rows_of)
+    validated = {_validation_rows(run) for run in runs}
+    if len(validated) == 1 and None not in validated and all(run.validations for run in runs):
+        held_out = runs[0].held_out or 0
+        if rows_of(chosen) < min(held_out, runs[0].max_examples or held_out):
+            return None
+
+    def at_steps(run: RunSummary) -> list[tuple[int, float]]:
+        results = _loss_evals(run)[chosen]
+        return [(step, results[step]["losses"]["tuned"]) for step in sorted(results)]
+
+    return Measure(
+        "loss by eval",
+        at_steps,
+        lambda _: chosen,
+        row_losses=lambda run, step: _loss_evals(run)[chosen][step],
+    )
+
+
 def measure_of(runs: Sequence[RunSummary]) -> Measure:
     """What tells which of the runs is better.
+
+    Of sft: `eval` of the same rows, if all runs have it and it has no fewer rows than val_loss, for
+    it compares row by row; else val_loss.
 
     Where a method learns from preferences: `eval` of the same pairs, if all runs have it, for it
     measures all methods alike. Else the accuracy on held-out pairs, where all compare answers in
@@ -121,7 +178,7 @@ def measure_of(runs: Sequence[RunSummary]) -> Measure:
     """
     methods = {run.method for run in runs}
     if methods == {"sft"}:
-        return VAL_LOSS
+        return _eval_loss(runs) or VAL_LOSS
     eval_rows = {_eval_rows(run) for run in runs}
     if len(eval_rows) == 1 and None not in eval_rows:
         return EVAL_ACCURACY

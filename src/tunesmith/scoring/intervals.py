@@ -13,6 +13,11 @@ Shares (f1, fields of a JSON)
     Teachers Should Know About the Bootstrap", expanded percentile interval). An end is at least as
     far out as Student's: where few rows differ at all, nearly every resample has them on one side.
 
+Losses
+    A mean over tokens, whose rows are the sample: tokens of a row are easy or hard together. The
+    difference of two such means is a ratio of sums over rows, and its interval Student's (Cochran
+    1977, "Sampling Techniques", 6.4).
+
 Where all values are equal no resample differs, and the interval is that of the share of such rows
 (Clopper-Pearson). The seed is fixed: the same scores give the same interval, on any machine.
 """
@@ -245,10 +250,87 @@ def students_t(count: int) -> float:
     return t
 
 
+class LossDifference(NamedTuple):
+    """Of two models' losses on the same rows.
+
+    Attributes:
+        rows: those with supervised tokens.
+        differing: of them, rows on which the losses are not equal.
+        mean: nats per token, the second model's less the first's.
+        interval: of the mean; None where fewer than MIN_DIFFERING rows differ.
+    """
+
+    rows: int
+    differing: int
+    mean: float
+    interval: Interval | None
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the difference is more than chance does in 5 of 100 evaluations."""
+        return self.interval is not None and not self.interval.low <= 0 <= self.interval.high
+
+
+def paired_losses(
+    first: Sequence[float], second: Sequence[float], tokens: Sequence[int]
+) -> LossDifference:
+    """The difference of two models' losses, with its interval.
+
+    Args:
+        first, second: nats of each row, summed over its supervised tokens.
+        tokens: how many these are.
+    """
+    has_tokens = np.asarray(tokens) > 0
+    counts = np.asarray(tokens, np.float64)[has_tokens]
+    differences = (np.asarray(second, np.float64) - np.asarray(first, np.float64))[has_tokens]
+    rows = len(counts)
+    mean = float(differences.sum() / counts.sum()) if rows else math.nan
+    differing = int(np.count_nonzero(differences))
+    # A loss that is not finite has no interval either.
+    if differing < MIN_DIFFERING or not math.isfinite(mean):
+        return LossDifference(rows, differing, mean, None)
+    residuals = differences - mean * counts
+    error = math.sqrt(float((residuals**2).sum()) * rows / (rows - 1)) / float(counts.sum())
+    reach = students_t(rows) * error
+    return LossDifference(rows, differing, mean, Interval(mean, mean - reach, mean + reach))
+
+
+def loss_sentence(difference: LossDifference, *, first: str = "base", second: str = "tuned") -> str:
+    """One sentence: whether the second model is better or worse by its loss, or its rows do not
+    say."""
+    rows = count_of(difference.rows, "row")
+    if not math.isfinite(difference.mean):
+        return f"loss: {second} cannot be compared with {first}: a loss is not finite"
+    if difference.interval is None:
+        span = f"{difference.mean:+.4f} nats per token"
+        return f"loss: {second} against {first}: {span} on {rows}; {_too_few(difference)}"
+    low, high = difference.interval.low, difference.interval.high
+    span = f"{difference.mean:+.4f} nats per token, 95 % interval {low:+.4f} to {high:+.4f}"
+    if difference.is_apart:
+        direction = "better" if difference.mean < 0 else "worse"
+        return f"loss: {second} is {direction} than {first} on these {rows} ({span})"
+    text = f"loss: no significant difference between {second} and {first} on {rows} ({span})"
+    return f"{text}; so many rows show a difference of about {high - difference.mean:.4f} or more"
+
+
+def _too_few(difference: LossDifference) -> str:
+    if not difference.differing:
+        return "the loss of every row is the same"
+    needed = f"at least {MIN_DIFFERING} are needed, and hundreds for a small difference"
+    return f"too few to show which is better: {needed}"
+
+
 def difference_sentence(
-    name: str, intervals: PairedIntervals, rows: int, *, higher_is_better: bool = True
+    name: str,
+    intervals: PairedIntervals,
+    rows: int,
+    *,
+    first: str = "base",
+    second: str = "tuned",
+    higher_is_better: bool = True,
 ) -> str:
-    """One sentence: whether the tuned model is better, worse, or not told apart from its base."""
+    """One sentence: whether the second model is better or worse than the first, or the rows do not
+    say."""
     difference = intervals.difference
     span = (
         f"{points(difference.mean)} points, 95 % interval "
@@ -259,13 +341,17 @@ def difference_sentence(
         # A metric may be better where it is lower.
         is_better = (difference.mean > 0) == higher_is_better
         direction = "better" if is_better else "worse"
-        return f"{name}: tuned is {direction} than base on these {of_rows} ({span})"
+        return f"{name}: {second} is {direction} than {first} on these {of_rows} ({span})"
     reason = ""
     if difference.low > 0 or difference.high < 0:
         reason = f"; only {intervals.differing} rows differ, which can be chance"
         if intervals.differing >= MIN_DIFFERING:
             reason = f"; by chance alone this happens in {intervals.chance:.1%} of evaluations"
-    return f"{name}: no significant difference between tuned and base on {of_rows} ({span}{reason})"
+    text = f"{name}: no significant difference between {second} and {first} on {of_rows}"
+    text += f" ({span}{reason})"
+    if rows < MIN_DIFFERING:
+        text += f"; fewer than {MIN_DIFFERING} rows never show which is better"
+    return text
 
 
 def points(share: float) -> str:

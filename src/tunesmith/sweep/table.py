@@ -1,4 +1,5 @@
-"""The outcome of a sweep as text: a table, the best candidate and where its files lie."""
+"""The outcome of a sweep as text: a table, the best candidate, how far it is ahead, and where its
+files lie."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -8,8 +9,10 @@ from typing import Any
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_path
 from tunesmith.launch.jobs import holds_run
+from tunesmith.report.compare import judge
 from tunesmith.report.page import write_report
 from tunesmith.report.run_files import RunFiles
+from tunesmith.report.run_summary import summaries_of
 from tunesmith.run_dir import FINAL, RECIPE
 
 ORDER = ("finished", "stopped", "diverged", "waiting")
@@ -67,5 +70,39 @@ def best_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
     folder = Path(from_here(best["run_dir"]))
     loss = f"{outcome['compared_by']} {best['loss']:.4f} after step {best['step']}"
     yield f"best: {best['name']}, {loss}; of {len(candidates)}: {counts}"
+    others = [candidate for candidate in candidates if candidate is not best]
+    finished = [candidate for candidate in others if candidate["state"] == "finished"]
+    stopped = [candidate for candidate in others if candidate["state"] == "stopped"]
+    if finished:
+        second = min(finished, key=lambda candidate: candidate["loss"])
+        yield from _comparison_lines(outcome["compared_by"], best, second)
+    elif stopped:
+        second = min(stopped, key=lambda candidate: (-candidate["step"], candidate["loss"]))
+        ahead = f"{second['loss']:.4f} against {best['losses'][str(second['step'])]:.4f}"
+        yield f"second: {second['name']}, stopped early at step {second['step']}: {ahead}"
     yield f"adapter: {folder / FINAL}; try it: tunesmith chat {shell_path(folder)}"
     yield f"recipe to copy: {folder / RECIPE}"
+
+
+def _comparison_lines(
+    compared_by: str, best: Mapping[str, Any], second: Mapping[str, Any]
+) -> Iterator[str]:
+    """How far the best candidate is ahead of the second, whether that is more than chance, and the
+    command that compares them row by row."""
+    gap = second["loss"] - best["loss"]
+    ahead = f"second: {second['name']}, {compared_by} {second['loss']:.4f}: {gap:.4f} higher"
+    if compared_by != "val_loss":
+        yield f"{ahead}; training losses do not show which model is better: hold out rows"
+        return
+    folders = [Path(candidate["run_dir"]) for candidate in (best, second)]
+    runs = summaries_of([RunFiles(folder) for folder in folders])
+    difference = judge(runs).difference
+    threshold = difference and difference.threshold
+    if threshold is None:
+        yield f"{ahead}; whether that is more than chance is not known yet"
+    elif gap > threshold:
+        yield f"{ahead}, which is more than the noise ({threshold:.4f})"
+    else:
+        yield f"{ahead}, which is within the noise ({threshold:.4f}): no significant difference"
+    words = " ".join(shell_path(from_here(folder)) for folder in folders)
+    yield f"compare them row by row: tunesmith eval {words}"

@@ -82,7 +82,7 @@ from tunesmith.planning.run_plan import (
 from tunesmith.quant.eight_bit import eight_bit_shapes
 from tunesmith.quant.scaled_matmul import SCALING_RECIPES
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.run_dir import IDENTITY, RECIPE, Phase
+from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE, Phase
 from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.transfer import DevicePrefetcher
@@ -716,7 +716,7 @@ def make_optimizer(run: Run, model: TrainModel, start: Start, ranks: Ranks) -> O
 
 def write_identity(session: Session, argv: list[str] | None) -> None:
     """Write env.json, which makes the directory a run's, and config.yaml: what was run, on what,
-    from which data.
+    from which data; and of rows that were drawn which ones they are.
     """
     plan = session.plan
     choices = {}
@@ -736,3 +736,6 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     out = Path(session.run.output_dir)
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))
     write_atomically(out / RECIPE, dump(session.run))
+    if session.run.data.hold_out and held_out is not None:
+        rows = [held_out.where(i) for i in range(len(held_out))]
+        write_atomically(out / HELD_OUT, "".join(f"{row}\n" for row in rows))

@@ -54,7 +54,7 @@ from tunesmith.host.logger import default_level, lines_by_default, stderr_only_f
 from tunesmith.host.signals import Interrupted, StopRequest
 from tunesmith.host.streams import lasting
 from tunesmith.hub.fetch import repo_cache
-from tunesmith.metrics.log_file import LogFile
+from tunesmith.metrics.log_file import LogFile, log_file_of_run
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import (
     JsonlSink,
@@ -241,7 +241,7 @@ def start_run(
     # One recipe for all ranks, with the smallest micro batch that one of them names.
     run = agree_on_recipe(run, ranks)
     out = Path(run.output_dir)
-    log_file = LogFile(out / LOG)
+    log_file = log_file_of_run(out / LOG)
     stream: TextIO | None = None
     callback = RecordCallback(on_record)
     with ExitStack() as stack:

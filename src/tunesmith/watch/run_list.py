@@ -5,13 +5,13 @@ run's files, and again only when these have changed.
 """
 
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tunesmith.launch.jobs import holds_run, is_locked
+from tunesmith.launch.jobs import is_locked, run_folders
 from tunesmith.metrics.record import checked_values
 from tunesmith.report.run_files import finite
 from tunesmith.run_dir import (
@@ -156,29 +156,6 @@ class RunList:
         """The run directory of a line."""
         paths = list(self.runs)
         return paths[number] if 0 <= number < len(paths) else None
-
-
-def holds_runs(folder: Path) -> bool:
-    """Whether a folder is no run, but has runs in it."""
-    return not holds_run(folder) and next(run_folders(folder), None) is not None
-
-
-def run_folders(folder: Path, listed: Container[Path] = ()) -> Iterator[Path]:
-    """The run directories in a folder and, where a folder in it is no run, in that one."""
-    for path in _subfolders(folder):
-        if path in listed or holds_run(path):
-            yield path
-            continue
-        for inner in _subfolders(path):
-            if inner in listed or holds_run(inner):
-                yield inner
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    try:
-        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
-    except OSError:
-        return []
 
 
 def sampled_records(path: Path) -> tuple[list[Record], int]:
