@@ -199,7 +199,9 @@ def _tuned_of(evaluation: Evaluation) -> str:
 
 
 def _compare_losses(evaluations: dict[str, Evaluation]) -> Iterator[RowComparison]:
-    results = {name: found.scores[_tuned_of(found)] for name, found in evaluations.items()}
+    results = {}
+    for name, evaluation in evaluations.items():
+        results[name] = evaluation.scores[_tuned_of(evaluation)]
     if any(result.pairs for result in results.values()):
         return  # of pairs the order decides
     best = min(results, key=lambda name: results[name].loss)
@@ -222,9 +224,9 @@ def _compare_losses(evaluations: dict[str, Evaluation]) -> Iterator[RowCompariso
 def _compare_scores(evaluations: dict[str, Evaluation], scorer: int) -> Iterator[RowComparison]:
     """The comparisons by one scorer, named by its place among those of each evaluation."""
     by_row = {}
-    for name, found in evaluations.items():
-        row_scores = found.by_scorer[scorer]
-        by_row[name] = row_scores.scores[_tuned_of(found)]
+    for name, evaluation in evaluations.items():
+        row_scores = evaluation.by_scorer[scorer]
+        by_row[name] = row_scores.scores[_tuned_of(evaluation)]
     best = max(by_row, key=lambda name: fmean(by_row[name]))
     for other, scores in by_row.items():
         if other == best:

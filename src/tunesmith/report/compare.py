@@ -134,7 +134,7 @@ def differing_keys(runs: Sequence[RunSummary]) -> list[KeyDifference]:
     return sorted(differing, key=lambda difference: not difference.learns)
 
 
-class Difference(NamedTuple):
+class RunDifference(NamedTuple):
     """How far the second of two runs is behind the first, in the unit of `measure` (of accuracies a
     share); it counts above `threshold`, None where the noise is not known."""
 
@@ -153,7 +153,7 @@ class Verdict(NamedTuple):
     headline: str
     reasons: list[str]
     best: tuple[int, ...] = ()
-    difference: Difference | None = None
+    difference: RunDifference | None = None
 
 
 class RunGroup(NamedTuple):
@@ -224,7 +224,7 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     measure = first.measure
     gap = measure.worse_by(second.best.mean, than=first.best.mean)
     threshold, noise = _noise(ranking)
-    difference = Difference(measure.name.strip(","), first.name, second.name, gap, threshold)
+    difference = RunDifference(measure.name.strip(","), first.name, second.name, gap, threshold)
     apart = f"{measure.gap_text(gap)} apart. {noise}"
     reasons = [_difference(first.runs[0], second.runs[0], measure), apart, *cautions]
     against = f"{measure.best_word} {first} against {second} of {second.name}"

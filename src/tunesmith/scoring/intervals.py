@@ -310,7 +310,8 @@ def loss_sentence(difference: LossDifference, *, first: str = "base", second: st
         direction = "better" if difference.mean < 0 else "worse"
         return f"loss: {second} is {direction} than {first} on these {rows} ({span})"
     text = f"loss: no significant difference between {second} and {first} on {rows} ({span})"
-    return f"{text}; so many rows show a difference of about {high - difference.mean:.4f} or more"
+    smallest = f"{high - difference.mean:.4f}"
+    return f"{text}; with {rows} like these a difference shows from about {smallest}"
 
 
 def _too_few(difference: LossDifference) -> str:
