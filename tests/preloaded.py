@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from devices import take_small_check
 from tunesmith.config.typed import run_type
@@ -41,10 +42,11 @@ if not torch.cuda.is_available():
     import bitsandbytes  # noqa: F401
 
 # What does not change is found once, not in each process: the schema's types, the digest of the
-# package.
+# package, the 400 patterns of Transformers' renamed weights.
 run_type()
 source_digest()
 take_small_check()
+get_checkpoint_conversion_mapping("llama")
 gc.collect()
 gc.freeze()  # a collection in a child leaves these objects' pages as they are, shared
 collapse_pages()

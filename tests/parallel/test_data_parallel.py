@@ -76,8 +76,6 @@ SHARD, COPY, TENSOR = {"shard": 2}, {"replicate": 2}, {"tensor": 2}
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, copies": (LORA, COPY),
     "lora, shards": (LORA, SHARD),
-    "lora, shards, recomputed": (merge(LORA, {"train": {"recompute": "full"}}), SHARD),
-    "lora on nf4, copies": ({"model": {"quantize": "nf4"}}, COPY),
     "lora on nf4, shards": ({"model": {"quantize": "nf4"}}, SHARD),
     "lora, padded rows": ({"data": {"pack": False}, "train": {"micro_batch": "2 examples"}}, COPY),
     "lora, a trained embedding": ({"adapter": {"modules_to_save": ["embed_tokens"]}}, SHARD),
@@ -89,8 +87,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "full, tensor, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), TENSOR),
     "lora, 8 examples on 3": (LORA, {"replicate": 3}),
     "full, 8 examples on 3": (FULL, {"shard": 3}),
-    "full, 8 examples on 3 copies": (FULL, {"replicate": 3}),
-    "lora, copies of shards": (LORA, {"replicate": 2, "shard": 2}),
     "full, copies of shards": (FULL, {"replicate": 2, "shard": 2}),
     "lora, copies of a tensor group": ({}, {"replicate": 2, "tensor": 2}),
     "lora, shards of a tensor group": ({}, {"shard": 2, "tensor": 2}),
@@ -159,14 +155,10 @@ def test_numbers_are_those_of_one_process(world, tiny, tmp_path):
 
 # As above: embedding and head do not share a weight, so that FSDP2 gathers each by itself.
 APART: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "lora, shards": (LORA, SHARD),
     "lora on the head, shards": ({"adapter": {"target": ["q_proj", "lm_head"]}}, SHARD),
-    "full, copies": (merge(FULL, BITES), COPY),
     "full, copies, updated in the backward": (merge(FULL, IN_BACKWARD), COPY),
     "full, shards, samples": (merge(merge(FULL, BITES), {"log": {"samples": 1}}), SHARD),
     "full, shards, updated in the backward": (merge(FULL, IN_BACKWARD), SHARD),
-    "full, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), SHARD),
-    "full, copies of shards": (FULL, {"replicate": 2, "shard": 2}),
     "full, copies of a tensor group": (FULL, {"replicate": 2, "tensor": 2}),
     "full, shards of a tensor group": (merge(FULL, BITES), {"shard": 2, "tensor": 2}),
 }
@@ -189,12 +181,10 @@ FP8 = {"model": {"dtype": "bf16", "quantize": "fp8"}}
 NF4 = {"model": {"quantize": "nf4"}}
 # As above.
 IN_BLOCKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "8-bit moments, copies": (EIGHT_BIT_MOMENTS, COPY),
     "8-bit moments, shards": (EIGHT_BIT_MOMENTS, SHARD),
     "8-bit moments, in the backward": (merge(EIGHT_BIT_MOMENTS, IN_BACKWARD), SHARD),
     "8-bit moments, tensor": (EIGHT_BIT_MOMENTS, TENSOR),
     "8-bit moments, uneven shards": (EIGHT_BIT_MOMENTS, {"shard": 3}),
-    "8-bit moments, copies of shards": (EIGHT_BIT_MOMENTS, {"replicate": 2, "shard": 2}),
     "8-bit moments, shards of a tensor group": (EIGHT_BIT_MOMENTS, {"shard": 2, "tensor": 2}),
     "nf4, tensor": (NF4, TENSOR),
     "nf4, shards of a tensor group": (NF4, {"shard": 2, "tensor": 2}),
@@ -203,7 +193,6 @@ IN_BLOCKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 IN_8_BITS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "fp8, copies": (FP8, COPY),
     "fp8, tensor": (FP8, TENSOR),
-    "fp8, copies of shards": (FP8, {"replicate": 2, "shard": 2}),
     "fp8, shards of a tensor group": (FP8, {"shard": 2, "tensor": 2}),
     "fp8, shards, recomputed": (merge(FP8, {"train": {"recompute": "full"}}), SHARD),
     "fp8, uneven shards": (FP8, {"shard": 3}),

@@ -18,15 +18,12 @@ pytestmark = pytest.mark.slow
 # By the number of ranks. What divides experts is counted in the other keys already.
 CASES: dict[int, dict[str, tuple[dict[str, Any], dict[str, int]]]] = {
     2: {
-        "copies": (LORA, {"replicate": 2}),
         "shards": (LORA, {"shard": 2}),
-        "shards, recomputed": ({"train": {"recompute": "full"}}, {"shard": 2}),
         "copies, experts over ranks": (LORA, {"replicate": 2, "experts": 2}),
         "shards, experts over ranks": (
             {"train": {"recompute": "full"}},
             {"shard": 2, "experts": 2},
         ),
-        "tensor": (LORA, {"tensor": 2}),
         "tensor, recomputed": (
             {"train": {"recompute": "full"}},
             {"tensor": 2},
@@ -34,13 +31,11 @@ CASES: dict[int, dict[str, tuple[dict[str, Any], dict[str, int]]]] = {
         "full, tensor": (merge(FULL, BITES), {"tensor": 2}),
     },
     4: {
-        "copies of shards": (LORA, {"replicate": 2, "shard": 2}),
         "experts over all": (LORA, {"replicate": 4, "experts": 4}),
         "copies of experts over ranks": (
             {"train": {"clip_norm": 0.05}},
             {"replicate": 2, "shard": 2, "experts": 2},
         ),
-        "copies of a tensor group": (LORA, {"replicate": 2, "tensor": 2}),
         "shards of a tensor group": (
             {"adapter": {"modules_to_save": ["experts"], "target": ["q_proj"]}},
             {"shard": 2, "tensor": 2},
@@ -57,26 +52,26 @@ def test_every_mesh_trains_a_mixture_as_one_process_does(
     assert_those_of_one_process(world, CASES[world], mixture, tmp_path)
 
 
-TENSOR = {"tensor": 4}
-ON_FOUR = {
-    "lora": (LORA, TENSOR),
-    "full": (merge(FULL, BITES), TENSOR),
+# Each with what the others do not have. `make families` cuts each in full and with an adapter.
+MIXTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # sinks, biases of experts
+    "gpt_oss": (merge(FULL, BITES), {"num_local_experts": 4, "sliding_window": 16}),
+    # norms over all heads
+    "olmoe": (merge(FULL, BITES), {"num_experts": 4}),
+    # shared experts
+    "qwen2_moe": (
+        LORA,
+        {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 64},
+    ),
 }
-# Each with what the others do not have.
-MIXTURES: dict[str, dict[str, Any]] = {
-    "gpt_oss": {"num_local_experts": 4, "sliding_window": 16},  # sinks, biases of experts
-    "mixtral": {"num_local_experts": 4},
-    "olmoe": {"num_experts": 4},  # norms over all heads
-    "qwen2_moe": {  # shared experts
-        "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 64,
-    },
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_four_ranks_that_cut_attention_are_as_one_process(
     model_type: str, tiny: Path, tmp_path: Path
 ) -> None:
-    sizes = {"num_key_value_heads": 4, "num_experts_per_tok": 2, **MIXTURES[model_type]}
+    changes, own_sizes = MIXTURES[model_type]
+    sizes = {"num_key_value_heads": 4, "num_experts_per_tok": 2, **own_sizes}
     model = write_model(model_type, tmp_path / "model", tiny, **sizes)
-    assert_those_of_one_process(4, ON_FOUR, model, tmp_path)
+    case = {model_type: (changes, {"tensor": 4})}
+    assert_those_of_one_process(4, case, model, tmp_path)
