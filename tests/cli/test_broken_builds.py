@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import MeshShape
 from tunesmith.quant import nf4
 from tunesmith.training import agree, build, trainer
+from tunesmith.training.checkpoint_saver import CheckpointSaver
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -300,11 +301,15 @@ BROKEN: list[tuple[Callable[[], None], str, MeshShape, set[str]]] = [  # the che
 
 
 def failed_checks(
-    kind: str, mesh: MeshShape, change: Callable[[], None], resumes: bool = False
+    kind: str,
+    mesh: MeshShape,
+    change: Callable[[], None],
+    found: Set[str] = frozenset({RESUME, CHANGED}),
 ) -> dict[str, Any]:
     """The rows that fail on a mesh in a build with `change`, by check.
 
-    Without `resumes` no run goes on from its checkpoint.
+    Without RESUME in `found` the two steps before it are taken; files are written and read only if
+    RESUME or CHANGED, which need them, are in `found`.
     """
     selfcheck.KINDS = {kind: selfcheck.KINDS[kind]}
     selfcheck.meshes_of = lambda world, node: [mesh]
@@ -315,8 +320,13 @@ def failed_checks(
     SelfCheck.check_mesh = lambda self, kind, shape, *more: (
         shape == ONE or check_mesh(self, kind, shape, *more)
     )
-    if not resumes:
+    if RESUME not in found:
+        selfcheck.STEPS = 2
         SelfCheck.check_resume = lambda self, *more: None
+        CheckpointSaver.save = lambda self, **more: None
+    if CHANGED not in found:
+        SelfCheck.count_changed = lambda self, run: (0, 0)
+        CheckpointSaver.write_final = lambda self: None
     change()
     report = selfcheck.run_checks(lambda row: None)
     return {
@@ -328,7 +338,7 @@ def failed_checks(
     ("change", "kind", "mesh", "found"), BROKEN, ids=[case[0].__name__ for case in BROKEN]
 )
 def test_a_broken_build_fails(change, kind, mesh, found):
-    for failed in run_ranks(mesh.world, failed_checks, kind, mesh, change, RESUME in found):
+    for failed in run_ranks(mesh.world, failed_checks, kind, mesh, change, found):
         assert found <= failed.keys(), failed
 
 
@@ -360,7 +370,7 @@ def fail_on_rank_1() -> None:
 def raised(kind: str, mesh: MeshShape, change: Callable[[], None]) -> tuple[str, str]:
     """The error that ends this rank: its class and text."""
     try:
-        failed_checks(kind, mesh, change, resumes=True)
+        failed_checks(kind, mesh, change)
     except (RunError, OtherRankError) as error:
         return type(error).__name__, error.text()
     return "", ""
@@ -400,7 +410,7 @@ def hang(env: dict[str, str], folder: Path) -> None:
     sys.stderr = (folder / f"stderr-{env['RANK']}").open("w")
     selfcheck.STUCK_SECONDS = 8.0  # five times what a mesh takes between two signs of progress
     try:
-        failed_checks("lora", COPY, stop_on_rank_1)
+        failed_checks("lora", COPY, stop_on_rank_1, set())
     except OtherRankError as error:  # where the other's end breaks the connection first
         raise SystemExit(error.exit_code) from None
 
