@@ -23,6 +23,7 @@ import pytest
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import copy_of, shipped
+from tunesmith.hub import demo_model
 from tunesmith.model.shapes import SHAPES, Shape
 from tunesmith.training.make_recipe import make_recipe
 
@@ -263,9 +264,13 @@ def test_every_shipped_recipe_takes_a_step(
     assert json.loads(records[0])["val_loss"] > 0
 
 
-def test_the_model_that_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first commands as they stand: the package that is named has the model, the rows are
-    there, and what `train` would write is where `chat` looks for it.
+def test_the_model_that_needs_no_hub(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first commands as they stand: the package that is named is there, the rows are, and what
+    `train` would write is where `chat` looks for it.
+
+    `test_make_recipe.py` reads the package's model.
     """
     first = next(block for block in blocks(README) if "--model demo" in "".join(block))
     install, train, chat, *_ = map(typed, first)
@@ -275,6 +280,7 @@ def test_the_model_that_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
     _, _, _, model, _, data = shlex.split(train)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").symlink_to(ROOT / "demo")
+    monkeypatch.setattr(demo_model, "demo_model", lambda: tiny)
     made = make_recipe(model, data)
     assert made.run.output_dir == str(tmp_path / shlex.split(chat)[2])
     assert made.run.data.hold_out is not None
