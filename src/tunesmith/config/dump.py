@@ -9,6 +9,7 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from io import StringIO
 from typing import Any, NamedTuple
 
@@ -91,7 +92,13 @@ def flatten(run: Run) -> dict[str, str | int | float | bool | None]:
 
 def dump(run: Run) -> str:
     """The resolved recipe as YAML 1.2."""
-    return to_yaml(to_mapping(run))
+    return _yaml_of(json.dumps(to_mapping(run)))
+
+
+@lru_cache(maxsize=8)
+def _yaml_of(values: str) -> str:
+    """Values in JSON as YAML: a run writes its recipe at its start and into each model card."""
+    return to_yaml(json.loads(values))
 
 
 _TAG = "tag:yaml.org,2002:"
