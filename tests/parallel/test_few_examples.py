@@ -38,8 +38,8 @@ def start(
 
 @pytest.mark.parametrize(
     ("mesh", "what"),
-    [({"shard": 3}, FULL), ({"replicate": 5}, {}), ({"replicate": 16}, HEAD)],
-    ids=["3 ranks, full", "5 ranks", "16 ranks, the head too"],
+    [({"shard": 3}, FULL), ({"replicate": 5}, {}), ({"replicate": 10}, HEAD)],
+    ids=["3 ranks, full", "5 ranks", "10 ranks, the head too"],
 )
 def test_eight_examples_a_step_on_any_number_of_ranks(mesh, what, tiny, tmp_path):
     one = start(tiny, tmp_path, {}, what)
@@ -50,4 +50,4 @@ def test_eight_examples_a_step_on_any_number_of_ranks(mesh, what, tiny, tmp_path
         assert numbers == pytest.approx(known, rel=ROUNDING)
     assert [row[2] for row in found[0]] == [8, 8, 8]
     shares = [row[4] for row in found[0]]
-    assert min(shares) >= (0.5 if world == 16 else 0.0)  # at least 8 of 16 ranks have nothing to do
+    assert min(shares) >= (0.2 if world == 10 else 0.0)  # at least 2 of 10 ranks have nothing to do

@@ -36,7 +36,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, tensor": (LORA, {"tensor": 2}),
     "full, shards": (FULL, {"shard": 2}),
     "full, tensor": (FULL, {"tensor": 2}),
-    "kto, copies": (KTO, {"replicate": 2}),
     "kto, tensor": (KTO, {"tensor": 2}),
     "kto, 6 answers on 4": (
         {**KTO, "train": {"global_batch": "6 examples"}},
@@ -48,7 +47,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"shard": 2},
     ),
     "kto in full, shards": (FULL_KTO, {"shard": 2}),
-    "kto in full, tensor": (FULL_KTO, {"tensor": 2}),
     "kto in full, 3 answers on 4": (
         {**FULL_KTO, "train": {"global_batch": "3 examples"}},
         {"replicate": 2, "shard": 2},
