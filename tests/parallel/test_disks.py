@@ -11,7 +11,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -104,14 +104,33 @@ def steps_in(run_dir: Path) -> list[int]:
     ]
 
 
-MESHES = [("ab", FULL, {"shard": 2}), ("ab", LORA, {"replicate": 2})]
+RUNS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "full": (FULL, {"shard": 2}),
+    "LoRA": (LORA, {"replicate": 2}),
+}
 
 
-@pytest.mark.parametrize(("layout", "what", "mesh"), MESHES, ids=["full", "LoRA"])
-def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(
-    layout, what, mesh, tiny, tmp_path
-):
-    whole = go("w" * len(layout), tiny, tmp_path, 6, mesh, what)[0]
+class Whole(NamedTuple):
+    """A run of six steps on one node that never stopped."""
+
+    numbers: list[tuple[float, float]]
+    final: Path
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Whole]:
+    made = {}
+    for name, (what, mesh) in RUNS.items():
+        folder = tmp_path_factory.mktemp("whole")
+        made[name] = Whole(
+            go("ww", tiny, folder, 6, mesh, what)[0][1], folder / "w" / "run" / "final"
+        )
+    return made
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(kind, whole, tiny, tmp_path):
+    layout, (what, mesh) = "ab", RUNS[kind]
     go(layout, tiny, tmp_path, 4, mesh, what)
     a, b = (tmp_path / node / "run" for node in "ab")
     assert (a / "checkpoint-4" / "manifest.json").read_bytes() == (
@@ -134,12 +153,10 @@ def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(
 
     swapped = layout.translate(str.maketrans("ab", "ba"))
     resumed = go(swapped, tiny, tmp_path, 6, mesh, what)
-    assert resumed[0] == (4, whole[1][4:])
+    assert resumed[0] == (4, whole[kind].numbers[4:])
     assert steps_in(b) == [1, 2, 3, 4, 5, 6]  # rank 0 is there now
     name = "model.safetensors" if what is FULL else "adapter_model.safetensors"
-    assert (b / "final" / name).read_bytes() == (
-        tmp_path / "w" / "run" / "final" / name
-    ).read_bytes()
+    assert (b / "final" / name).read_bytes() == (whole[kind].final / name).read_bytes()
     assert manifest.step_of(a / "final") == 4  # of the first start
     assert parts_of(a / "checkpoint-4") == parts_of(b / "checkpoint-4") == split[0] | split[1]
     assert lines_with((b / "log.txt").read_text(), "final/", "rank 0")
@@ -150,16 +167,16 @@ def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(
     assert (a / "final" / name).read_bytes() == (b / "final" / name).read_bytes()
 
 
-def test_an_adapter_outlives_a_machine(tiny, tmp_path):
+def test_an_adapter_outlives_a_machine(whole, tiny, tmp_path):
     """The new machine gets all that it needs from the other."""
-    whole = go("ww", tiny, tmp_path, 6, {"replicate": 2}, LORA)[0]
+    numbers = whole["LoRA"].numbers
     go("ab", tiny, tmp_path, 4, {"replicate": 2}, LORA)
     before = shutil.copytree(tmp_path, tmp_path.with_name("before"))
     for lost, rank, steps in (("a", 1, [5, 6]), ("b", 0, [1, 2, 3, 4, 5, 6])):
         shutil.rmtree(tmp_path)
         shutil.copytree(before, tmp_path)
         shutil.rmtree(tmp_path / lost)
-        assert go("ab", tiny, tmp_path, 6, {"replicate": 2}, LORA)[0] == (4, whole[1][4:]), lost
+        assert go("ab", tiny, tmp_path, 6, {"replicate": 2}, LORA)[0] == (4, numbers[4:]), lost
         assert steps_in(tmp_path / "a" / "run") == steps
         assert manifest.find_damage(tmp_path / "a" / "run" / "final") is None
         said = (tmp_path / "a" / "run" / "log.txt").read_text()
@@ -205,15 +222,14 @@ def test_a_node_gets_only_the_parts_that_its_ranks_read(tiny, tmp_path):
     assert held() == ["012", "123"]
 
 
-def test_a_part_that_is_damaged_makes_all_take_the_checkpoint_before(tiny, tmp_path):
-    whole = go("ww", tiny, tmp_path, 6, {"shard": 2}, FULL)[0]
+def test_a_part_that_is_damaged_makes_all_take_the_checkpoint_before(whole, tiny, tmp_path):
     go("ab", tiny, tmp_path, 4, {"shard": 2}, FULL)
     (part,) = parts_of(tmp_path / "b" / "run" / "checkpoint-4")
     file = tmp_path / "b" / "run" / "checkpoint-4" / part
     content = bytearray(file.read_bytes())
     content[1000] ^= 1
     file.write_bytes(content)
-    assert go("ab", tiny, tmp_path, 6, {"shard": 2}, FULL)[0] == (2, whole[1][2:])
+    assert go("ab", tiny, tmp_path, 6, {"shard": 2}, FULL)[0] == (2, whole["full"].numbers[2:])
     said = (tmp_path / "a" / "run" / "log.txt").read_text()
     assert lines_with(said, "checkpoint-4", part)
 
