@@ -207,9 +207,9 @@ def compiled(model_type: str) -> tuple[float, list[int]]:
         return max(differences), graphs
 
 
-def test_compiled_layers_of_transformers_are_equal() -> None:
-    """Biases behind a sum, a sink of each head and whole experts."""
-    for difference, (first, second) in run_ranks(2, compiled, "gpt_oss"):
+@pytest.mark.parametrize("model_type", ["starcoder2", "gpt_oss"])
+def test_compiled_layers_of_transformers_are_equal(model_type: str) -> None:
+    for difference, (first, second) in run_ranks(2, compiled, model_type):
         assert difference < 1e-5
         assert first > 0
         assert second == 0

@@ -76,6 +76,8 @@ SHARD, COPY, TENSOR = {"shard": 2}, {"replicate": 2}, {"tensor": 2}
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, copies": (LORA, COPY),
     "lora, shards": (LORA, SHARD),
+    "lora, shards, recomputed": (merge(LORA, {"train": {"recompute": "full"}}), SHARD),
+    "lora on nf4, copies": ({"model": {"quantize": "nf4"}}, COPY),
     "lora on nf4, shards": ({"model": {"quantize": "nf4"}}, SHARD),
     "lora, padded rows": ({"data": {"pack": False}, "train": {"micro_batch": "2 examples"}}, COPY),
     "lora, a trained embedding": ({"adapter": {"modules_to_save": ["embed_tokens"]}}, SHARD),
@@ -181,6 +183,7 @@ FP8 = {"model": {"dtype": "bf16", "quantize": "fp8"}}
 NF4 = {"model": {"quantize": "nf4"}}
 # As above.
 IN_BLOCKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "8-bit moments, copies": (EIGHT_BIT_MOMENTS, COPY),
     "8-bit moments, shards": (EIGHT_BIT_MOMENTS, SHARD),
     "8-bit moments, in the backward": (merge(EIGHT_BIT_MOMENTS, IN_BACKWARD), SHARD),
     "8-bit moments, tensor": (EIGHT_BIT_MOMENTS, TENSOR),
