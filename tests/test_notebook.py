@@ -5,8 +5,8 @@ nbclient.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
@@ -25,11 +25,24 @@ pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def executed(notebook: NotebookNode, folder: Path, **options: Any) -> NotebookNode:
-    resources = {"metadata": {"path": str(folder)}}
-    return NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources=resources, **options
-    ).execute()
+@pytest.fixture(scope="module")
+def client() -> Iterator[NotebookClient]:
+    """Of one kernel for all notebooks: to start it and to import torch takes seconds."""
+    kept = NotebookClient(new_notebook(), timeout=300, kernel_name="python3")
+    kept.execute(cleanup_kc=False)
+    yield kept
+    kept.nb = new_notebook()
+    kept.execute(cleanup_kc=True)
+
+
+def executed(
+    client: NotebookClient, notebook: NotebookNode, folder: Path, *, allow_errors: bool = False
+) -> NotebookNode:
+    """A notebook after its run in a folder, without the names of those before it."""
+    fresh = new_notebook(cells=[new_code_cell(f"%reset -f\n%cd -q {folder}")])
+    for client.nb, client.allow_errors in ((fresh, False), (notebook, allow_errors)):
+        client.execute(cleanup_kc=False)
+    return notebook
 
 
 def text_of(cell: NotebookNode) -> str:
@@ -41,7 +54,9 @@ def text_of(cell: NotebookNode) -> str:
     return "\n".join(shown)
 
 
-def shown_by(notebook: NotebookNode, folder: Path, **parameters: object) -> str:
+def shown_by(
+    client: NotebookClient, notebook: NotebookNode, folder: Path, **parameters: object
+) -> str:
     """What the cells of a notebook show, run in a folder with other values of its parameters."""
     (at,) = (
         n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())
@@ -50,16 +65,16 @@ def shown_by(notebook: NotebookNode, folder: Path, **parameters: object) -> str:
     assert names == list(parameters)
     lines = [f"{name} = {value!r}" for name, value in parameters.items()]
     notebook.cells.insert(at + 1, new_code_cell("\n".join(lines)))
-    cells = [cell for cell in executed(notebook, folder).cells if cell.cell_type == "code"]
+    cells = [cell for cell in executed(client, notebook, folder).cells if cell.cell_type == "code"]
     return "\n".join(map(text_of, cells))
 
 
 def test_the_notebook_of_the_docs_runs_from_rows_to_a_merged_model(
-    tiny: Path, tmp_path: Path
+    client: NotebookClient, tiny: Path, tmp_path: Path
 ) -> None:
     notebook = nbformat.read(DOCS / "first-tune.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
-    shown = shown_by(notebook, tmp_path, model=str(tiny), epochs=2)
+    shown = shown_by(client, notebook, tmp_path, model=str(tiny), epochs=2)
     assert "75 rows to train on, 15 held out; the first: {'prompt': 'My " in shown
     assert "Result(output_dir=PosixPath(" in shown
     assert shown.count("step   1  loss") == 1
@@ -71,14 +86,16 @@ def test_the_notebook_of_the_docs_runs_from_rows_to_a_merged_model(
     assert (tmp_path / "runs" / "first-tune-merged" / "model.safetensors").is_file()
 
 
-def test_the_notebook_that_compares_runs_exports_the_better_one(tmp_path: Path) -> None:
+def test_the_notebook_that_compares_runs_exports_the_better_one(
+    client: NotebookClient, tmp_path: Path
+) -> None:
     tokenizer = chat_tokenizer()
     model = write_tiny_llama(
         tmp_path / "base", vocab_size=len(tokenizer), hidden_size=256, intermediate_size=256
     )
     tokenizer.save_pretrained(model)
     notebook = nbformat.read(DOCS / "compare-runs.ipynb", as_version=4)
-    shown = shown_by(notebook, tmp_path, model=str(model), steps=6)
+    shown = shown_by(client, notebook, tmp_path, model=str(model), steps=6)
     for value in ("runs/lr-0.001", "runs/lr-0.0001", "'train.learning_rate': ['0.001', '0.0001']"):
         assert value in shown
     kinds = re.findall(r"verdict=Verdict\(kind='(\w+)'", shown)
@@ -101,7 +118,7 @@ def test_the_outputs_that_are_committed_are_small_and_of_no_machine() -> None:
 
 
 def test_a_run_in_a_notebook_draws_its_bar_and_stops_without_a_traceback(
-    tiny: Path, tmp_path: Path
+    client: NotebookClient, tiny: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe(tiny, tmp_path)))
     sources = [
@@ -113,7 +130,9 @@ def test_a_run_in_a_notebook_draws_its_bar_and_stops_without_a_traceback(
         "tunesmith.train('recipe.yaml', {'train.duration': '20 steps'}, quiet=True)",
     ]
     notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
-    _, trained, _, stopped, mine, quiet = executed(notebook, tmp_path, allow_errors=True).cells
+    _, trained, _, stopped, mine, quiet = executed(
+        client, notebook, tmp_path, allow_errors=True
+    ).cells
     widgets = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"][
         "state"
     ].values()
