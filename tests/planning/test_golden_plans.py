@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from pathlib import Path
+from typing import NoReturn
 
 import golden
 import pytest
 from same_bits import values_apart
 
-from warm import run_warm
+from warm import read_hub_settings, run_warm
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # `# Forecast at ...: a DGX Spark 91 GiB, 1,400 tokens/s; two 91 GiB, 2,800; an H100 67 GiB, 13,000`
@@ -39,14 +41,26 @@ def test_the_forecasts_in_the_comments_of_recipes_are_those_of_their_plans() -> 
     assert compared == 7 * len(FORECASTS)
 
 
+def leave_network() -> None:
+    """Before the plans: nothing of the Hub is there, and no name and no address is reached."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError("no network in this test")
+
+    read_hub_settings()
+    socket.socket.connect = refuse  # type: ignore[method-assign]
+    socket.getaddrinfo = refuse
+
+
 @pytest.mark.slow
-def test_plans_of_shipped_recipes_change_only_in_a_diff():
+def test_plans_of_shipped_recipes_change_only_in_a_diff(tmp_path: Path) -> None:
     # A minute on a quiet core; the models that are in no table are measured.
     done = run_warm(
         ["plans"],
         timeout=600,
         program=golden.__file__,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        prepare=leave_network,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "no cache")},
     )
     assert done.returncode == 0, done.stderr
     plans = json.loads(done.stdout)

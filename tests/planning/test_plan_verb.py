@@ -493,7 +493,8 @@ def test_what_does_not_fit_ends_with_2_and_what_to_change(
     assert "or 2 x NVIDIA GB10 " in shown.err
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")))
+# One of the table, one that is measured; planning/test_golden_plans.py plans all of them.
+@pytest.mark.parametrize("name", ["llama3.1-70b-lora", "gpt-oss-20b-lora"])
 def test_a_recipe_that_ships_is_planned_without_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
