@@ -87,11 +87,10 @@ for line in sys.stdin:
 
 
 class Starter:
-    """Starts runs in child processes of one warm process, or of an interpreter of its own."""
+    """Starts runs in child processes of one warm process."""
 
-    def __init__(self, folder: Path, *, interpreter: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         env = os.environ | {
-            "PYTHONPATH": os.pathsep.join(sys.path),
             "OMP_NUM_THREADS": "1",
             "TUNESMITH_CACHE": str(folder / "cache"),
         }
@@ -99,13 +98,7 @@ class Starter:
         stdin, orders = os.pipe()
         answers, stdout = os.pipe()
         streams = (stdin, stdout, self.log.fileno())
-        self.process: Warm | subprocess.Popen[bytes]
-        if interpreter:
-            command = [sys.executable, "-c", DRIVER]
-            files = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
-            self.process = subprocess.Popen(command, env=env, **files)
-        else:
-            self.process = Warm([], program=DRIVER, env=env, streams=streams)
+        self.process = Warm([], program=DRIVER, env=env, streams=streams)
         os.close(stdin)
         os.close(stdout)
         self.orders = os.fdopen(orders, "w")
@@ -144,13 +137,6 @@ def starter(tmp_path_factory: pytest.TempPathFactory):
     starter.close()
 
 
-@pytest.fixture
-def new_interpreter(tmp_path: Path):
-    starter = Starter(tmp_path, interpreter=True)
-    yield starter
-    starter.close()
-
-
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
     return [
         {k: v for k, v in json.loads(line).items() if k in SAME}
@@ -172,10 +158,9 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_kill_9_at_random_moments_changes_no_number(
-    case: str, tiny: Path, tmp_path: Path, request: pytest.FixtureRequest
+    case: str, tiny: Path, tmp_path: Path, starter: Starter
 ) -> None:
     changes, kills, steps = CASES[case]
-    starter = request.getfixturevalue("starter" if kills > 2 else "new_interpreter")
     whole = recipe(tiny, tmp_path, **changes)
     whole["train"]["duration"] = f"{steps} steps"
     whole["validate"] = {"every": "20 steps"}
