@@ -47,7 +47,7 @@ def records(model: Path, folder: Path, method: str, **changes: Any) -> list[Step
     """Two steps of four examples, with held-out rows."""
     settings: dict[str, Any] = {
         "train": {"duration": "2 steps", "global_batch": "4 examples", "warmup": "0 steps"},
-        "validate": {"every": "2 steps"},
+        "validate": {"every": "1 steps"},
         "data": {"seq_len": 96},
     }
     if method != "sft":
