@@ -62,9 +62,9 @@ def dtype_for_this_machine() -> list[str]:
     """
     import torch
 
-    from tunesmith.metrics.hardware import bf16_slowdown
+    from tunesmith.metrics.hardware import EMULATED, bf16_slowdown
 
-    emulated = not torch.cuda.is_available() and bf16_slowdown(torch.device("cpu")) > 2
+    emulated = not torch.cuda.is_available() and bf16_slowdown(torch.device("cpu")) > EMULATED
     return ["model.dtype=fp32"] if emulated else []
 
 

@@ -15,6 +15,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import byte_tokenizer
@@ -26,6 +27,7 @@ from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import schema_line
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError, MachineError, RecipeError, StoppedError
+from tunesmith.metrics import hardware
 from tunesmith.model import twin
 from tunesmith.training.make_recipe import learning_rate_of_width, make_recipe
 from tunesmith.training.run import train
@@ -89,6 +91,8 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
 def home(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of a user, with the files in it and a model beside."""
     monkeypatch.chdir(tmp_path)
+    # Recipes are those of a CPU that has bf16, whichever runs the tests.
+    monkeypatch.setattr(hardware, "bf16_slowdown", lambda device: 0.5)
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     (tmp_path / "small").symlink_to(tiny)
     for name, (write, _) in FILES.items():
@@ -381,6 +385,32 @@ def test_sizes_and_steps_follow_the_number_of_rows(
     assert str(run.validate.every) == str(run.checkpoint.every) == f"{every} steps"
     assert run.validate.patience == patience
     assert ("hold_out: " not in made.text) == (held is None)
+
+
+@pytest.mark.parametrize(
+    ("slowdown", "words", "room", "dtype"),
+    [
+        (4.0, [], 1 << 30, "fp32"),
+        (0.5, [], 1 << 30, "bf16"),
+        (4.0, ["model.dtype=bf16"], 1 << 30, "bf16"),
+        (4.0, ["model.quantize=nf4"], 1 << 30, "bf16"),
+        (4.0, [], 100_000, "bf16"),  # the model has 90,000 weights
+    ],
+)
+def test_a_cpu_that_emulates_bf16_gets_fp32_where_there_is_room(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    slowdown: float,
+    words: list[str],
+    room: int,
+    dtype: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "bf16_slowdown", lambda device: slowdown)
+    monkeypatch.setattr("tunesmith.training.make_recipe.available_memory", lambda: room)
+    made = make_recipe("small", "faq.csv", words)
+    assert made.run.model.dtype == dtype
+    assert ("dtype: fp32" in made.text) == (dtype == "fp32")
 
 
 def test_pairs_are_seen_once_where_there_are_enough(home: Path) -> None:

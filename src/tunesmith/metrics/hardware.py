@@ -26,6 +26,8 @@ from tunesmith.units import ratio
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # of the measured peak
 ROUND_SECONDS = 0.2
 ROUNDS = 5
+# A product in bf16 that takes so many times as long as one in fp32 is emulated.
+EMULATED = 2.0
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:

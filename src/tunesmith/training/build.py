@@ -93,7 +93,6 @@ from tunesmith.training.reference import BaseReference
 log = logging.getLogger(__name__)
 
 LOSS_SCALE = 2.0**16
-SLOW = 2.0  # a 16-bit product that takes so many times as long as one in fp32 is worth a warning
 
 
 @dataclass
@@ -572,7 +571,7 @@ def check_machine(run: Run, device: torch.device) -> None:
     dtype = run.model.dtype
     if dtype == "bf16" and device.type == "cpu":
         slowdown = hardware.bf16_slowdown(device)
-        if slowdown > SLOW:
+        if slowdown > hardware.EMULATED:
             why = f"bf16 products take {slowdown:.0f} times as long as fp32's on this CPU"
             log.warning(f"{why}, which only emulates them; fix: model.dtype=fp32")
     if run.train.cpu_offload and device.type == "cpu":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from tunesmith.config.dump import Change, differences, to_yaml
 from tunesmith.config.layers import merge_layers, override_layer
@@ -36,9 +37,11 @@ from tunesmith.data.template import select_template
 from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.host.files import from_here, write_atomically
+from tunesmith.host.memory import available_memory
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.hub import demo_model, fetch
 from tunesmith.hub.model_files import read_model_files
+from tunesmith.metrics import hardware
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
@@ -55,6 +58,7 @@ ENOUGH_ROWS = 50
 TELLING = 10  # held-out rows
 MOST_HELD_OUT = 500  # more rows make a validation longer, hardly more exact
 PATIENCE = 3  # validations without a better one
+MOST_WEIGHTS = 0.5  # of the memory that is available, for weights in fp32
 SEQ_LEN = 2048
 SEQ_LEN_STEP = 256
 # Epochs as OpenAI's fine-tuning chooses them: three, fewer of many rows, more of few ("Data
@@ -201,6 +205,8 @@ def make_recipe(
     row_count = row_count or len(rows)
     held_out = _choose_hold_out(chosen, why, draft, given_keys, row_count)
     examined = _examine(draft, source, rows, on_paper=on_paper)
+    if not on_paper:
+        _choose_dtype(chosen, why, given_keys, examined.spec)
     _choose_seq_len(chosen, why, given_keys, examined.lengths, examined.spec)
     if examined.is_padded and "data.pack" not in given_keys:
         chosen["data.pack"] = False
@@ -337,6 +343,24 @@ def _examine_on_paper(model: str, config: Mapping[str, Any], rows: Rows) -> _Exa
     counts = [count_characters(rows[number]) for number in range(len(rows))]
     lengths = np.array([max(1, ceil_div(count, CHARACTERS_PER_TOKEN)) for count in counts])
     return _Examined(spec, is_padded, lengths, round(lengths.mean()))
+
+
+def _choose_dtype(
+    chosen: dict[str, Any], why: dict[str, str], given_keys: set[str], spec: ModelSpec
+) -> None:
+    """Add fp32 where this machine has no GPU, its CPU emulates bf16, and the weights leave room.
+
+    fp8 and nf4 are made for weights in bf16: a base that is quantized keeps it.
+    """
+    if torch.cuda.is_available() or {"model.dtype", "model.quantize"} & given_keys:
+        return
+    is_emulated = hardware.bf16_slowdown(torch.device("cpu")) > hardware.EMULATED
+    weights = spec.parameters * torch.float32.itemsize
+    if is_emulated and weights < available_memory() * MOST_WEIGHTS:
+        chosen["model.dtype"] = "fp32"
+        why["model.dtype"] = (
+            "faster on this CPU, which only emulates products in bf16; on a GPU remove it"
+        )
 
 
 def _choose_hold_out(
