@@ -11,7 +11,7 @@ import pytest
 
 from errors import holds
 from records import RUN, record
-from tunesmith.config.schema import Run, Source
+from tunesmith.config.schema import MethodConfig, Run, Source
 from tunesmith.errors import NonFiniteError
 from tunesmith.metrics.summary import closing_summary, write_failure
 from tunesmith.units import Share
@@ -67,7 +67,30 @@ def last_lines(text: str) -> list[str]:
     return [row.strip() for row in text[text.index("\nnext\n") + 6 :].splitlines()]
 
 
+def commands_of(run: Run, folder: Path) -> list[str]:
+    return [line.partition("   # ")[0].strip() for line in last_lines(closing(run, folder))]
+
+
+def test_the_next_commands_take_the_best_checkpoint_of_a_run_that_overfits(
+    run: Run, folder: Path
+) -> None:
+    """Its val_loss was 0.5 at step 10, and is 0.75."""
+    best = folder / "checkpoint-10"
+    assert commands_of(run, folder) == [
+        f"tunesmith chat '{best}'",
+        f"tunesmith report '{folder}'",
+        f"tunesmith export '{best}' --to ollama --output '{folder}-exported'",
+    ]
+    assert holds(closing(run, folder), "val_loss", "10:", "checkpoint-10")
+    preferences = replace(run, method=MethodConfig(name="dpo"))
+    assert commands_of(preferences, folder)[0] == f"tunesmith chat '{folder}'"
+    # Its files were removed.
+    best.rmdir()
+    assert commands_of(run, folder)[0] == f"tunesmith chat '{folder}'"
+
+
 def test_the_next_commands_are_whole_and_quoted(run: Run, folder: Path) -> None:
+    (folder / "checkpoint-10").rmdir()
     commands = [line.partition("   # ")[0].strip() for line in last_lines(closing(run, folder))]
     assert commands == [
         f"tunesmith chat '{folder}'",
@@ -80,6 +103,7 @@ def test_the_next_commands_work_inside_the_run_directory(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    (folder / "checkpoint-10").rmdir()
     commands = [line.partition("   # ")[0].strip() for line in last_lines(closing(run, folder))]
     assert commands == [
         "tunesmith chat .",
@@ -143,6 +167,7 @@ def test_a_run_that_answered_once_shows_no_answers(run: Run, folder: Path) -> No
 )
 def test_eval_finds_the_held_out_rows_itself(run: Run, folder: Path, held: dict[str, Any]) -> None:
     """Their file may be that of the training rows."""
+    (folder / "checkpoint-10").rmdir()
     said = closing(replace(run, data=replace(run.data, **held)), folder)
     assert f"tunesmith eval '{folder}'     # " in said
 

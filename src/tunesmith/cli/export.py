@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # As in `export.gguf.types`, which a test compares; that module is not loaded to parse.
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+# Those whose rounding is too small to be told by three answers.
+NEAREST = ("f32", "f16", "bf16", "q8_0")
 VLLM_QUANTS = ("bf16", "fp8", "nvfp4")
 QUANTS = {"gguf": GGUF_QUANTS, "ollama": GGUF_QUANTS, "vllm": VLLM_QUANTS}
 
@@ -225,6 +227,8 @@ def _print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
             "warning: rounding to so few bits changes what the model answers; "
             "use more: --quant q8_0, or f16"
         )
+    elif any(answer.differs_at for answer in check.answers) and exported.quant not in NEAREST:
+        notify("note: an answer differs; --quant q8_0 or f16 is nearer to the tuned model")
 
 
 def _next_command(args: argparse.Namespace, exported: "ExportedFile") -> str:
@@ -244,17 +248,20 @@ def _share_lines(args: argparse.Namespace, exported: "ExportedFile") -> list[str
     from tunesmith.inference.load_run import locate_run
 
     file = Path(exported.file)
+    record = record_path(file)
+    answers = exported.check.answers if exported.check else ()
+    # Without rows sentences were continued, which have no reference.
+    has_rows = any(answer.reference is not None for answer in answers)
     needed = shell_path(file)
     if args.to == "ollama":
         needed = f"the folder {shell_path(Path(exported.output))}"
+        if has_rows:
+            needed += f" without {record.name}"
     elif args.adapter:
         needed += f" and BASE.gguf, its base {locate_run(args.run).base.name}"
     lines = [f"to share: {needed}; the command above starts it"]
-    answers = exported.check.answers if exported.check else ()
-    # Without rows sentences were continued, which have no reference.
-    if any(answer.reference is not None for answer in answers):
-        record = shell_path(record_path(file))
-        lines.append(f"do not share: {record}, which contains rows of your data")
+    if has_rows:
+        lines.append(f"do not share: {shell_path(record)}, which contains rows of your data")
     return lines
 
 

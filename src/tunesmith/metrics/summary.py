@@ -23,6 +23,8 @@ from tunesmith.run_dir import (
 )
 from tunesmith.units import count_of, ratio
 
+# The last val_loss beside the lowest: from here on the last step is not the model to take.
+WORSE = 1.01
 ANSWER_WIDTH = 69  # characters of a sample answer, so that its line fits 80 columns
 
 
@@ -67,9 +69,18 @@ def closing_summary(
             "",
         ]
     rows += [*run_figures(records, seconds), "", *_answers(folder)]
+    validations = _validations(records)
     # The lowest loss; of equal ones the first.
-    _, best_step = min(_validations(records), default=(0.0, None))
-    rows += [*_written(folder, best_step), "", *_next(run, folder)]
+    best_loss, best_step = min(validations, default=(0.0, None))
+    rows += [*_written(folder, best_step), ""]
+    better = folder / f"checkpoint-{best_step}"
+    has_better = better.is_dir() and validations[-1][0] > best_loss * WORSE
+    # With preferences the loss may rise while more pairs are in order.
+    if has_better and run.method.name == "sft":
+        rows += [f"val_loss has risen since step {best_step}: take {better.name}", ""]
+        rows += _next(run, folder, better)
+    else:
+        rows += _next(run, folder, folder)
     return "\n".join(rows)
 
 
@@ -160,18 +171,18 @@ def _written(folder: Path, best_step: int | None) -> list[str]:
     return rows
 
 
-def _next(run: Run, folder: Path) -> list[str]:
-    """Complete commands that a user may want next."""
+def _next(run: Run, folder: Path, model: Path) -> list[str]:
+    """Complete commands that a user may want next; `model`: the run directory, or a checkpoint."""
     # `folder` may be `.`, without a name.
     exported = shell_path(from_here(f"{folder.absolute()}-exported"))
-    run_dir = shell_path(folder)
-    rows = ["next", f"  tunesmith chat {run_dir}"]
+    tuned = shell_path(model)
+    rows = ["next", f"  tunesmith chat {tuned}"]
     if run.data.validation or run.data.hold_out:
-        rows.append(f"  tunesmith eval {run_dir}     # on held-out rows, compared with the base")
+        rows.append(f"  tunesmith eval {tuned}     # on held-out rows, compared with the base")
     return [
         *rows,
-        f"  tunesmith report {run_dir}   # curves, compared with other runs",
-        f"  tunesmith export {run_dir} --to ollama --output {exported}   # or --to vllm, gguf",
+        f"  tunesmith report {shell_path(folder)}   # curves, compared with other runs",
+        f"  tunesmith export {tuned} --to ollama --output {exported}   # or --to vllm, gguf",
     ]
 
 
