@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from errors import check_shown, refuses
+from errors import check_shown, holds, refuses
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.config.load import from_mapping, load_recipe
@@ -359,7 +359,10 @@ def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
     monkeypatch.setenv("PATH", "")  # no sbatch
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
+    rows = tmp_path / "elsewhere.jsonl"
+    on_cluster = recipe(tiny, tmp_path, held=False)
+    on_cluster["data"]["train"]["source"] = str(rows)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(on_cluster))
     assert (
         main(
             ["launch", "slurm", "recipe.yaml", "--site", "alps", "--partition", "other", "--render"]
@@ -367,11 +370,14 @@ def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
         == 0
     )
     said = capfd.readouterr()
+    told, recipe_line = said.err.splitlines()
+    assert holds(told, "data.train.source", rows)
     assert "#SBATCH --partition=other\n" in said.out
     assert "#SBATCH --gpus-per-node=4\n" in said.out
     assert f"\nrun={out}\n" in said.out
-    assert said.err == f"recipe: {out}/launch/recipe.yaml\n"
+    assert recipe_line == f"recipe: {out}/launch/recipe.yaml"
     assert [path.name for path in (out / "launch").iterdir()] == ["recipe.yaml"]
+    rows.touch()
     assert main(["launch", "slurm", "recipe.yaml", "--site", "alps"]) == 2
     check_shown(capfd.readouterr().err, where="PATH", names=["sbatch"])
 

@@ -18,6 +18,7 @@ import argparse
 
 from tunesmith.cli.launch_local import add_launched, launched_recipe
 from tunesmith.cli.options import notify, removed_option, whole_number
+from tunesmith.errors import UsageError
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_command, shell_word
 
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from tunesmith.launch import slurm
+    from tunesmith.launch.inputs import recipe_inputs
     from tunesmith.launch.jobs import write_recipe
     from tunesmith.launch.sites import read_site
 
@@ -93,6 +95,11 @@ def run(args: argparse.Namespace) -> None:
         notify(warning)
     script = slurm.render_script(recipe, request)
     if args.render:
+        # It may be submitted on another machine, which has the files.
+        try:
+            recipe_inputs(recipe)
+        except UsageError as error:
+            notify(f"warning: {error.where}: {error.what} on this machine")
         notify(f"recipe: {write_recipe(recipe)}")
         print(script, end="")
         return
