@@ -70,7 +70,15 @@ def best_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
     folder = Path(from_here(best["run_dir"]))
     loss = f"{outcome['compared_by']} {best['loss']:.4f} after step {best['step']}"
     yield f"best: {best['name']}, {loss}; of {len(candidates)}: {counts}"
-    others = [candidate for candidate in candidates if candidate is not best]
+    yield from _second_lines(outcome, best)
+    yield f"adapter: {folder / FINAL}; try it: tunesmith chat {shell_path(folder)}"
+    yield f"recipe to copy: {folder / RECIPE}"
+
+
+def _second_lines(outcome: Mapping[str, Any], best: Mapping[str, Any]) -> Iterator[str]:
+    """The candidate behind the best one: of those that trained to the end, else of those that were
+    stopped the one that came furthest."""
+    others = [candidate for candidate in outcome["candidates"] if candidate is not best]
     finished = [candidate for candidate in others if candidate["state"] == "finished"]
     stopped = [candidate for candidate in others if candidate["state"] == "stopped"]
     if finished:
@@ -78,10 +86,9 @@ def best_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
         yield from _comparison_lines(outcome["compared_by"], best, second)
     elif stopped:
         second = min(stopped, key=lambda candidate: (-candidate["step"], candidate["loss"]))
-        ahead = f"{second['loss']:.4f} against {best['losses'][str(second['step'])]:.4f}"
-        yield f"second: {second['name']}, stopped early at step {second['step']}: {ahead}"
-    yield f"adapter: {folder / FINAL}; try it: tunesmith chat {shell_path(folder)}"
-    yield f"recipe to copy: {folder / RECIPE}"
+        step = second["step"]
+        losses = f"{second['loss']:.4f} against {best['losses'][str(step)]:.4f}"
+        yield f"second: {second['name']}, stopped early at step {step}: {losses}"
 
 
 def _comparison_lines(
