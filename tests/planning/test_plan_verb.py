@@ -318,6 +318,15 @@ def test_a_checkpoint_without_room_is_said_to_wait(capsys: pytest.CaptureFixture
     assert lines_with(shown, "checkpoint", "waits")
 
 
+def test_full_fine_tuning_names_its_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    """What its memory depends on most."""
+    assert main(["plan", "llama3.3-70b-full", "--on", "8xh100"]) == 0
+    settings = ("train.optimizer=adamw-8bit", "train.master_weights=stochastic")
+    assert lines_with(capsys.readouterr().out, *settings)
+    assert main(["plan", "llama3.3-70b-lora", "--on", "8xh100"]) == 0
+    assert not lines_with(capsys.readouterr().out, "train.optimizer=adamw")
+
+
 def test_a_short_step_is_shown_in_milliseconds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "smollm2-135m-lora", "--on", "2x8xh100"]) == 0
     shown = capsys.readouterr().out

@@ -461,6 +461,16 @@ def _row(planner: "Planner", forecast: "Forecast") -> str:
     return f"{plan.mesh.sizes():<24} {micro_batch:>14} {recompute:>9} {needed:6.1f} {figures}"
 
 
+def _optimizer_lines(run: "Run") -> list[str]:
+    """The settings that the memory of full fine-tuning depends on most; empty for LoRA."""
+    if run.adapter.kind != "none":
+        return []
+    settings = f"train.optimizer={run.train.optimizer}"
+    if run.model.dtype == "bf16":
+        settings += f" train.master_weights={run.train.master_weights}"
+    return [f"  of full fine-tuning with {settings}"]
+
+
 def _details(
     planner: "Planner", forecasts: "list[Forecast]", price: float | None, base: Path | None
 ) -> list[str]:
@@ -483,6 +493,7 @@ def _details(
     if phase != "step":
         needed += f"; {best.phases['step'] / GIB:.1f} {PHASES['step']}"
     lines.append(f"memory of {device}: {needed}: {best.plan.memory.describe()}")
+    lines += _optimizer_lines(planner.run)
     if _waits_to_save(best):
         lines.append("  a checkpoint has no room beside a step: training waits until it is written")
     if step_seconds:

@@ -153,7 +153,7 @@ def _describe_assumed(run: Run, rows: int, length: int | None, *, is_assumed: bo
         each = f"about {length:,} tokens each"
     elif sequences > 1:
         each = f"{FILLED}, {sequences} x {run.data.seq_len:,} tokens each"
-    return f"{counted}, {each}, all supervised"
+    return f"{counted}, {each}, all counted as supervised"
 
 
 def measure_work(
