@@ -3,9 +3,9 @@
 example:
   tunesmith report runs/my-run
   tunesmith report runs/lr-1e-4 runs/lr-1e-3 --output comparison.html
-  tunesmith report runs/rates  # all candidates of a sweep, or all runs of a folder
+  tunesmith report runs/rates  # a sweep, or all runs of a folder
   tunesmith report runs/* --markdown  # for a pull request or a wiki
-  tunesmith report runs/lr-1e-4 runs/lr-1e-3 --json  # figures and verdict, for scripts
+  tunesmith report runs/lr-* --json  # figures and verdict, for scripts
 
 The page is one file that opens offline, with the commands to reproduce the
 runs. Runs may be running, finished, failed or copied. After `tunesmith eval
