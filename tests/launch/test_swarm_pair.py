@@ -320,4 +320,6 @@ def test_a_launcher_that_ends_early_leaves_nothing_on_the_other_node(
         os.kill(int(inner[0]), how)
         outer.wait(60)
     wait_until("nothing is left", lambda: what_is_left(pair) == "", 60)
-    assert what_is_left(pair) == ""
+    # What was on its way to the other node when the launcher ended may begin there, and end.
+    time.sleep(1)
+    wait_until("nothing is left", lambda: what_is_left(pair) == "", 60)
