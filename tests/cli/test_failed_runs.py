@@ -188,8 +188,8 @@ SMALLER = (
 @pytest.mark.parametrize(
     ("savings", "saved_step", "fix"),
     [
-        (SMALLER, None, "train.micro_batch='4 examples' (3.0 GiB) or train.recompute=full (2.0 GiB) or data.seq_len=1024 (2.0 GiB)"),
-        (SMALLER, 2, "train.micro_batch='4 examples' (3.0 GiB) or train.recompute=full (2.0 GiB)"),
+        (SMALLER, None, "train.micro_batch='4 examples' (3.0 GiB); or train.recompute=full (2.0 GiB); or data.seq_len=1024 (2.0 GiB)"),
+        (SMALLER, 2, "train.micro_batch='4 examples' (3.0 GiB); or train.recompute=full (2.0 GiB)"),
         (SMALLER[2:], 2, "data.seq_len=1024 (2.0 GiB) with --fresh"),
         ((), None, "a smaller model, or a device with more memory"),
     ],

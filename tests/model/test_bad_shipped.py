@@ -379,26 +379,21 @@ def assert_refused(folder: Path, runs: Path, what: str, where: str, fix: str, **
     assert fix in caught.value.fix
 
 
-@pytest.mark.parametrize("name", FP8)
-def test_fp8(tiny: Path, tmp_path: Path, name: str) -> None:
-    fault, what, where, fix = FP8[name]
-    folder = write_fp8(tiny, tmp_path / "base", BLOCK)
-    fault(folder)
-    assert_refused(folder, tmp_path, what, where, fix)
+# Of each tool: the block of its base, and the faults.
+FP8_TOOLS = {
+    "transformers": (BLOCK, FP8),
+    "compressed-tensors": (ROW, COMPRESSED),
+    "modelopt": (None, MODELOPT_FP8),
+}
 
 
-@pytest.mark.parametrize("name", COMPRESSED)
-def test_fp8_of_compressed_tensors(tiny: Path, tmp_path: Path, name: str) -> None:
-    fault, what, where, fix = COMPRESSED[name]
-    folder = write_fp8(tiny, tmp_path / "base", ROW, tool="compressed-tensors")
-    fault(folder)
-    assert_refused(folder, tmp_path, what, where, fix)
-
-
-@pytest.mark.parametrize("name", MODELOPT_FP8)
-def test_fp8_of_modelopt(tiny: Path, tmp_path: Path, name: str) -> None:
-    fault, what, where, fix = MODELOPT_FP8[name]
-    folder = write_fp8(tiny, tmp_path / "base", None, tool="modelopt")
+@pytest.mark.parametrize(
+    ("tool", "name"), [(tool, name) for tool, (_, cases) in FP8_TOOLS.items() for name in cases]
+)
+def test_fp8(tiny: Path, tmp_path: Path, tool: str, name: str) -> None:
+    block, cases = FP8_TOOLS[tool]
+    fault, what, where, fix = cases[name]
+    folder = write_fp8(tiny, tmp_path / "base", block, tool=tool)
     fault(folder)
     assert_refused(folder, tmp_path, what, where, fix)
 

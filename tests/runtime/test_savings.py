@@ -81,7 +81,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_keys_that_make_it_fit(
     with refuses(MachineError, names=NEEDS) as refused:
         plan_of(load_recipe(recipe, keys), shape, gib)
     assert refused.value.exit_code == EXIT_USAGE
-    changes = dict(change.rpartition(" (")[::2] for change in refused.value.fix.split(" or "))
+    changes = dict(change.rpartition(" (")[::2] for change in refused.value.fix.split("; or "))
     assert offered in changes
     for words, claimed in changes.items():
         # As the user would: the same recipe, with the words on the command line.

@@ -395,7 +395,7 @@ def _report(error: BaseException) -> None:
     for line in error.text().splitlines():
         # Places and commands are copied: a long line of commands has each choice on its own line.
         if line.startswith("  fix: ") and len(line) > width:
-            shown = line.replace("; or ", ";\n    or ").replace(" GiB) or ", " GiB)\n    or ")
+            shown = line.replace("; or ", ";\n    or ")
         elif line.startswith(("  where: ", "  fix: ")):
             shown = line
         else:

@@ -224,15 +224,14 @@ def _compare_losses(evaluations: dict[str, Evaluation]) -> Iterator[RowCompariso
 def _compare_scores(evaluations: dict[str, Evaluation], scorer: int) -> Iterator[RowComparison]:
     """The comparisons by one scorer, named by its place among those of each evaluation."""
     by_row = {}
-    for name, evaluation in evaluations.items():
-        row_scores = evaluation.by_scorer[scorer]
-        by_row[name] = row_scores.scores[_tuned_of(evaluation)]
-    best = max(by_row, key=lambda name: fmean(by_row[name]))
+    for run, evaluation in evaluations.items():
+        by_row[run] = evaluation.by_scorer[scorer].scores[_tuned_of(evaluation)]
+    name = next(iter(evaluations.values())).by_scorer[scorer].name
+    best = max(by_row, key=lambda run: fmean(by_row[run]))
     for other, scores in by_row.items():
         if other == best:
             continue
         paired = paired_intervals(scores, by_row[best])
-        name = row_scores.name
         yield RowComparison(
             name=name,
             best=best,

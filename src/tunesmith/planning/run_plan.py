@@ -278,7 +278,8 @@ class RunPlan:
         resumable = [saving for saving in savings if saving.resumes]
         if resumed and resumable:
             savings = resumable
-        keys = " or ".join(f"{saving.keys} ({saving.total / 2**30:.1f} GiB)" for saving in savings)
+        # As all choices of a fix, so that each gets a line of its own where they are long.
+        keys = "; or ".join(f"{saving.keys} ({saving.total / 2**30:.1f} GiB)" for saving in savings)
         return f"{keys} with --fresh" if resumed and not resumable else keys
 
     def describe(self, *, why: bool = False) -> list[str]:
