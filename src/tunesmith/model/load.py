@@ -96,6 +96,8 @@ def one_line(error: BaseException) -> str:
 # Elements from which on a tensor of zeros is a matrix: Llama 4's stacks of experts are made so, of
 # 2.7 GB a layer in Scout. Buffers are far smaller.
 LARGE = 1 << 26
+# Modules whose functions fill a tensor in place
+INITIALIZERS = ("torch.nn.init", "transformers.initialization")
 
 
 class _MatricesOnMeta(TorchFunctionMode):
@@ -110,6 +112,11 @@ class _MatricesOnMeta(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(func, "__module__", None) in INITIALIZERS:
+            tensor = kwargs.get("tensor")
+            # Nothing to fill; to find that out takes Torch most of the time of a construction.
+            if tensor is not None and tensor.is_meta:
+                return tensor
         is_matrix = func is torch.empty
         if func is torch.zeros and args:
             # Counted on meta: the tensor itself may take gigabytes.
