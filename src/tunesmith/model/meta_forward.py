@@ -2,13 +2,14 @@
 
 Nothing is computed. Attention is replaced by a function that notes its sizes and keeps what a
 FlashAttention keeps; experts run as grouped products. All else runs as Transformers wrote it:
-recurrent layers in plain PyTorch, whatever kernels are installed.
+recurrent layers in plain PyTorch, whatever kernels are installed. Of layers that are alike two run;
+they stand for the others.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tunesmith.model.decoder import find_layers
@@ -64,6 +65,8 @@ class Watch:
         self.layer = self.outside
         self.scale = 1
         self.experts_function = GROUPED
+        # Of each form of layer, called alike: the calls that ran, and what each returned.
+        self.seen: dict[Hashable, list[tuple[LayerCall, Any]]] = {}
         # Alive until the end, so that no later storage gets the number of an earlier one.
         self.storages: set[StorageWeakRef] = set()
         self.leave_out(model)
@@ -73,12 +76,30 @@ class Watch:
         for tensor in (*module.parameters(), *module.buffers()):
             self.storages.add(StorageWeakRef(tensor.untyped_storage()))
 
-    def enter(self, _module: nn.Module, _args: Any) -> None:
-        self.layer = LayerCall()
-        self.calls.append(self.layer)
+    def run_layer(
+        self, form: Hashable, forward: Callable[..., Any], *args: Any, **options: Any
+    ) -> Any:
+        """A layer's own forward; where two of its form ran, as the second of them.
 
-    def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self.layer = self.outside
+        The first may keep what all share, such as rotary tables.
+
+        Args:
+            form: all that tells this layer from others, as `layer_form` finds it.
+        """
+        seen = self.seen.setdefault((form, _outline(args), _outline(options)), [])
+        if len(seen) < 2:
+            self.layer = LayerCall()
+            self.calls.append(self.layer)
+            output = forward(*args, **options)
+            seen.append((self.layer, output))
+            self.layer = self.outside
+            return output
+        call, output = seen[1]
+        self.calls.append(replace(call))
+        # A tensor of its own: the next layer that runs keeps it, as it would this layer's.
+        if isinstance(output, Tensor):
+            return output.clone()
+        return (output[0].clone(), *output[1:])
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd saves, unless its memory is there anyway."""
@@ -200,10 +221,12 @@ def _run(
     model.to("meta")  # buffers too
     watch = Watch(model)
     hooks = []
-    # Hooks on the layers: what autograd keeps between them is counted in `outside`.
-    for layer in model.get_submodule(find_layers(model)).children():
-        hooks.append(layer.register_forward_pre_hook(watch.enter))
-        hooks.append(layer.register_forward_hook(watch.leave))
+    replaced = {}
+    # Around the layers: what autograd keeps between them is counted in `outside`.
+    for index, layer in enumerate(model.get_submodule(find_layers(model)).children()):
+        replaced[layer] = layer.forward
+        form = layer_form(layer, index, model.config)
+        layer.forward = partial(watch.run_layer, form, layer.forward)
     AttentionInterface.register(NAME, watch.attention)
     model.set_attn_implementation(NAME)
     has_experts = any(hasattr(module, "num_experts") for module in model.modules())
@@ -212,11 +235,10 @@ def _run(
         watch.experts_function = model.get_experts_implementation()[""]
         ALL_EXPERTS_FUNCTIONS.register(NAME, watch.experts)
         set_experts(NAME)
-    looping = {}
     for module in model.modules():
         # `has_gate` is there where Transformers calls them through its interface.
         if are_experts(module) and not hasattr(module, "has_gate"):
-            looping[module] = module.forward
+            replaced[module] = module.forward
             module.forward = partial(watch.looping_experts, module.forward)
     if training:
         # Of frozen embeddings the first layer would keep less than the others.
@@ -242,9 +264,42 @@ def _run(
             set_experts(watch.experts_function)
         for hook in hooks:
             hook.remove()
-        for module, forward in looping.items():
+        for module, forward in replaced.items():
             module.forward = forward
     return watch.calls, watch.outside.kept
+
+
+def layer_form(layer: nn.Module, index: int, config: PretrainedConfig) -> Hashable:
+    """What two decoder layers share that do the same with their input: modules, the values in them,
+    shapes, and what the config says of the layer with this index.
+    """
+    depth = config.num_hidden_layers
+    form: list[Hashable] = []
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) >= depth:
+            form.append((key, repr(value[index])))
+    for name, module in layer.named_modules():
+        form.append((name, type(module)))
+        for key, value in vars(module).items():
+            # Its place tells a layer's cache from others', of which there is none.
+            if isinstance(value, (bool, int, float, str, tuple)) and key != "layer_idx":
+                form.append((key, repr(value)))
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        form.append((name, tensor.shape, tensor.dtype, tensor.requires_grad))
+    return tuple(form)
+
+
+def _outline(value: Any) -> Hashable:
+    """Arguments of a layer without the values of tensors, which there are none of on meta."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.requires_grad
+    if isinstance(value, (tuple, list)):
+        return tuple(_outline(part) for part in value)
+    if isinstance(value, dict):
+        return tuple((key, _outline(part)) for key, part in value.items())
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return type(value)
 
 
 def are_experts(module: nn.Module) -> bool:
