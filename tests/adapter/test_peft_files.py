@@ -64,6 +64,7 @@ def test_ours_opens_in_peft(adapter, tiny, tmp_path):
     assert str(tiny) not in (tmp_path / "adapter_config.json").read_text()
 
 
+@pytest.mark.slow
 def test_an_adapter_that_peft_takes_for_another_is_named(tmp_path):
     """The shared experts of DeepSeek-V3: PEFT leaves their adapters out, and does not open a file
     with those of the experts beside them.

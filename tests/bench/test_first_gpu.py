@@ -185,6 +185,7 @@ def test_a_stage_keeps_to_its_limit_and_names_what_it_had_no_time_for(tmp_path: 
     assert len(commands) == 1
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_killed_keeps_the_results_of_the_steps_before(tmp_path: Path) -> None:
     environment = stage_environment(tmp_path, "A", SLEEPS=1.5)
     stage = subprocess.Popen(

@@ -36,6 +36,7 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_the_card_of_a_run(trained: Run) -> None:
     final = Path(trained.output_dir) / "final"
     text = (final / "README.md").read_text()
@@ -82,6 +83,7 @@ def test_the_manifest_covers_it_and_it_may_be_edited(trained: Run) -> None:
         (final / "README.md").write_text(before)
 
 
+@pytest.mark.slow
 def test_a_merged_model_says_so(trained: Run, tmp_path: Path) -> None:
     merge(Path(trained.output_dir), tmp_path / "merged", device="cpu")
     text = (tmp_path / "merged" / "README.md").read_text()

@@ -62,6 +62,7 @@ def cases() -> list[object]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases())
 def test_bad_mixture(case: Case, world: MixtureWorld, capsys: pytest.CaptureFixture[str]) -> None:
     words = case.make(world)

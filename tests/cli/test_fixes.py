@@ -110,6 +110,7 @@ def kind_of(fix: Fix) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_every_fix_is_of_a_known_kind() -> None:
     """How many there are of each kind is shown with -rA; a collector that finds none would pass
     unread.

@@ -11,6 +11,7 @@ from same_bits import text_apart
 from warm import run_warm
 
 
+@pytest.mark.slow
 def test_help_pages_change_only_in_a_diff(tmp_path):
     if sys.version_info[:2] != (3, 11):
         pytest.skip("argparse of another Python lays pages out in another way")

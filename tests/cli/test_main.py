@@ -59,6 +59,7 @@ def _raising(error: BaseException) -> Callable[[], int]:
     return work
 
 
+@pytest.mark.slow
 def test_help_starts_at_once() -> None:
     """Under 0.4 s with an interpreter's own start, best of three; and nothing heavy is imported on
     the way.
@@ -313,6 +314,7 @@ def test_options_between_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert '"seed": 1' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_closed_pipe_is_quiet() -> None:
     """`tunesmith recipes show ... | head -1`: no complaint, and the status of a process that
     SIGPIPE ended.

@@ -81,6 +81,7 @@ def test_round_trip(run: Run) -> None:
 numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(text, text | numbers | st.booleans() | st.none(), min_size=1))
 def test_every_scalar_round_trips(values: dict[str, object]) -> None:
     back = read_value(to_yaml(values), where="", base=Path()).plain()

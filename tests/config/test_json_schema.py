@@ -108,6 +108,7 @@ def test_what_extends_may_be_partial_and_clear(schema: Draft7Validator) -> None:
         assert not schema.is_valid({**child, **wrong})
 
 
+@pytest.mark.slow
 def test_it_refuses_the_table_of_bad_recipes(
     schema: Draft7Validator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -322,6 +322,7 @@ def test_balanced_bins(pairs: list[tuple[int, int]], count: int, room: int, most
     assert bins == wanted
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 16))
 def test_with_ample_room_no_bin_costs_much_more_than_the_mean(costs: list[int], count: int) -> None:

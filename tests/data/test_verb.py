@@ -62,6 +62,7 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     assert out.count("passed: ") == 7
 
 
+@pytest.mark.slow
 def test_the_fix_of_few_steps_fixes(recipe, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(alpaca(600), "train: {global_batch: 512 tokens}\n")
     for start in ([], ["train.global_batch=64 examples"]):

@@ -71,6 +71,7 @@ def shared() -> tuple[object, ...]:
         )
 
 
+@pytest.mark.slow
 def test_ranks_share_values_and_errors():
     found = run_ranks(4, shared)
     assert [f[0] for f in found] == [0] * 4

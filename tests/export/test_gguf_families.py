@@ -51,6 +51,7 @@ def readable(variant: str) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if readable(name)])
 def test_transformers_reads_the_weights_back(variant: str, tokenizer, tmp_path: Path) -> None:
     model = random_model(variant)

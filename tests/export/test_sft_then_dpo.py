@@ -90,6 +90,7 @@ def greedy(model: Any, ids: list[int]) -> list[int]:
     return added
 
 
+@pytest.mark.slow
 def test_the_adapter_in_peft_and_the_merge_in_transformers_are_the_run(
     runs: Runs, tmp_path: Path
 ) -> None:
@@ -130,6 +131,7 @@ def mean_logprob(loaded: LoadedModel, model: Any, sample: Completion) -> float:
     return sum(of_answer) / len(of_answer)
 
 
+@pytest.mark.slow
 def test_eval_orders_pairs_as_peft_does(runs: Runs) -> None:
     """By the mean log-probability of an answer's tokens, its end token with them."""
     result = tunesmith.evaluate(runs.dpo, runs.pairs)

@@ -61,6 +61,7 @@ def test_compressed_tensors_reads_the_values_that_are_said(
         torch.testing.assert_close(loaded[name].float(), said, rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quant", "error"), [("fp8", 0.03), ("nvfp4", 0.11)])
 def test_the_folder_holds_what_the_format_says(
     quant: str, error: float, run: Path, tmp_path: Path

@@ -54,6 +54,7 @@ def prompts(opened: LoadedModel) -> list[list[int]]:
     return [opened.tokenizer(text)["input_ids"] for text in TEXTS]
 
 
+@pytest.mark.slow
 def test_greedy_batches_answer_as_peft_does_one_by_one(
     tiny: Path, opened: LoadedModel, prompts: list[list[int]]
 ) -> None:

@@ -158,6 +158,7 @@ def test_one_prompt_in_training_and_use(
     assert theirs == trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "choice"), [("chat", "auto"), ("chat", "raw"), ("base", "auto")])
 def test_a_run_and_its_final_folder_elsewhere_ask_alike(
     tiny: Path, tmp_path: Path, model: str, choice: str

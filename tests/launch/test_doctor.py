@@ -225,6 +225,7 @@ def test_a_hub_that_cannot_be_reached(recipe: Path, tmp_path: Path) -> None:
     assert "hf_abcdefghijklmn" not in json.dumps(report)
 
 
+@pytest.mark.slow
 def test_a_machine_without_gpu_and_docker(tmp_path: Path) -> None:
     report = doctor(HF_HOME=str(tmp_path))
     assert {f["check"] for f in report["findings"]} == {"driver", "torch", "memory", "disk"}

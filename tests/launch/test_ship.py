@@ -84,6 +84,7 @@ def test_what_is_there_already_is_not_sent_again(tmp_path: Path):
     assert [*Path(file.place).parent.iterdir()] == [Path(file.place)]
 
 
+@pytest.mark.slow
 def test_a_damaged_piece_is_found_and_the_next_start_sends_all(tmp_path: Path):
     _, (file,) = by_content(big(tmp_path / "rows.jsonl"))
     with Connection("spark-b") as connection:

@@ -218,6 +218,7 @@ def train_on(
     return loss, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIR_METHODS)
 def test_pairs_have_the_loss_and_gradients_of_the_formula(model: TrainModel, name: str) -> None:
     config = PAIR_METHODS[name]
@@ -271,6 +272,7 @@ def test_the_logits_of_all_tokens_never_exist(
     weight.grad = None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parts", "is_packed"), [(1, True), (2, False), (6, True)])
 def test_kto_has_the_loss_and_gradients_of_the_formula(
     model: TrainModel, parts: int, is_packed: bool

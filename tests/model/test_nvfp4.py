@@ -92,6 +92,7 @@ def test_dense_bits_of_modelopt(dtype: str, tiny: Path, tmp_path: Path) -> None:
         assert torch.equal(dense[f"{name}.weight"], wanted.to(layer.compute_dtype)), name
 
 
+@pytest.mark.slow
 def test_an_export_in_nvfp4_is_a_base(tiny: Path, tmp_path: Path) -> None:
     make_finished_run(tmp_path / "run", tiny, peft_model(tiny))
     export_rounded(tmp_path / "run", tmp_path / "base", quant="nvfp4", device="cpu")

@@ -78,6 +78,7 @@ def test_biases_are_zero() -> None:
     assert (bias == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

@@ -350,6 +350,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize(("model_type", "packages", "call"), CASES)
 def test_kernels_take_all_documents_in_one_call(
@@ -396,6 +397,7 @@ def test_kernels_take_all_documents_in_one_call(
         assert list(keywords.values()) == [expected_keyword]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize(
     ("model_type", "packages", "why"),

@@ -50,6 +50,7 @@ def config_of(model_type: str, **values: object) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **{**COMPLETE.get(model_type, {}), **values})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", CLASSES)
 def test_a_type_of_each_class_trains_as_the_table_says(model_type: str):
     row = read_model_types()[model_type].support
@@ -78,6 +79,7 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused():
     assert support.measure_support(config_of("xlm", causal=True)).state != "refused"
 
 
+@pytest.mark.slow
 def test_packed_rows_under_eager_attention_are_measured():
     """GPT-OSS makes its masks without the positions, and OPT too: documents would see each other,
     and nothing would say so.

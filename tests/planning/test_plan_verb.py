@@ -291,6 +291,7 @@ def test_rows_that_a_split_names_are_counted(capsys: pytest.CaptureFixture[str])
     assert lines_with(capsys.readouterr().out, "16 rows", "2,048 tokens", "2 steps")
 
 
+@pytest.mark.slow
 def test_the_table_and_the_error_name_the_same_gib(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "gemma-4-31b-lora", "--on", "rtx-4090"]) == 2
     shown = capsys.readouterr()

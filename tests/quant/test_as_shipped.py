@@ -153,6 +153,7 @@ FORMS: dict[str, Write] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_lora_as_shipped_learns_as_on_its_dense_twin(tiny, tmp_path, form) -> None:
     """Three steps, 1e-6: the products are the same, and only their order of sums may differ."""
@@ -246,6 +247,7 @@ def test_a_base_in_codes_is_quantized_to_nf4_as_its_dense_one(form, tiny, tmp_pa
         assert torch.equal(a.dense(), b.dense()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp8", "fp8 of an export", "nvfp4", "nvfp4 of modelopt"])
 def test_drawn_weights_are_rounded_into_the_codes(form: str, tiny, tmp_path) -> None:
     folder = FORMS[form](tiny, tmp_path / "base")

@@ -109,6 +109,7 @@ def steps(root: Any) -> list[list[Tensor]]:
     return records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_lora_on_codes_is_lora_on_their_dense_twin(case: Case, bases, tmp_path) -> None:
     folder = folder_of(bases, case)

@@ -225,6 +225,7 @@ def test_one_kernel_for_all_experts_equals_one_after_the_other(
         assert error(one.float(), other.float()) < tolerance
 
 
+@pytest.mark.slow
 def test_products_in_16_bits_have_few_sizes() -> None:
     """oneDNN compiles a kernel for each number of rows. Empty rows that fill up count nowhere."""
     counts = torch.tensor([*range(1, 40), 127, 129, 200, 255, 256, 257, 300, 513])

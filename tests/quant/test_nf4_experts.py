@@ -42,6 +42,7 @@ def quantized(
 
 
 # The last one has blocks that are not whole, and both more than one group of scales.
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", [(48, 64), (160, 128), (33, 41), (130, 129)])
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_an_expert_has_the_bits_of_a_linear_layer(matrix, is_transposed, monkeypatch) -> None:

@@ -88,6 +88,7 @@ def opened(
     return page
 
 
+@pytest.mark.slow
 def test_it_draws_offline_and_asks_for_nothing(browser: Any, report: Path) -> None:
     page = opened(browser, report)
     assert page.locator("#main figure").count() == 2

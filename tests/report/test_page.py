@@ -119,6 +119,7 @@ def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
     assert not re.search(r"(?<!\\)<img", re.sub(r"(`{3,})text\n.*?\n\1", "", text, flags=re.DOTALL))
 
 
+@pytest.mark.slow
 def test_how_a_run_failed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", finished=False, steps=7)
     assert holds(visible(render_report([run])), "killed", "tunesmith train")
@@ -189,6 +190,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
         assert "without a val" in render_report([RunFiles(tmp_path)], markdown=markdown)
 
 
+@pytest.mark.slow
 def test_many_runs_of_many_steps_stay_small(tmp_path: Path) -> None:
     runs = [
         write_run(
@@ -207,6 +209,7 @@ def test_many_runs_of_many_steps_stay_small(tmp_path: Path) -> None:
     assert board.index("run-5") < board.index("run-1"), "the lowest val_loss first"
 
 
+@pytest.mark.slow
 def test_the_command(
     two: list[RunFiles],
     tmp_path: Path,

@@ -64,6 +64,7 @@ def test_a_finished_run(trained: Path) -> None:
     assert not run.refresh()
 
 
+@pytest.mark.slow
 def test_samples_begin_before_training(trained: Path) -> None:
     samples = RunFiles(trained).samples
     assert [row["step"] for row in samples] == [0, 4, 8]
@@ -183,6 +184,7 @@ def test_damaged_and_foreign_lines(tmp_path: Path) -> None:
     assert (loss, table.columns["who"], table.columns["on"]) == (1.5, [None, None], [None, None])
 
 
+@pytest.mark.slow
 def test_many_lines_are_those_of_json(tmp_path: Path) -> None:
     rows = [
         {"step": n, "loss": 1 / n} | ({"val_loss": n / 7} if n % 10 == 0 else {})

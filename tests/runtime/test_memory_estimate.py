@@ -160,6 +160,7 @@ def test_what_a_cpu_s_attention_keeps_goes_by_the_documents(length: int, tmp_pat
     assert found.kept - ROTARY == pytest.approx(found.estimate.activations, rel=0.015)
 
 
+@pytest.mark.slow
 def test_a_large_rank_keeps_its_products_and_its_factors(tmp_path: Path) -> None:
     """x A^T of seven layers, and each A and B once more, in the dtype of the products; tolerance as
     above.

@@ -213,6 +213,7 @@ class Documents:
         return Example(np.ones(n, dtype=np.int32), np.ones(n, dtype=bool))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiles", [True, False])
 @pytest.mark.parametrize("pack", [True, False])
 def test_without_expandable_segments_micro_batches_have_few_lengths(

@@ -99,6 +99,7 @@ def words_of(keys: dict[str, object]) -> list[str]:
     return [f"{key}={names.get(value, value)}" for key, value in keys.items()]  # type: ignore[call-overload]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "gib"), [("llama3-8b", 13), ("llama3-70b", 30)])
 def test_nothing_is_offered_where_nothing_helps(recipe: Path, shape: str, gib: float) -> None:
     with pytest.raises(MachineError) as refused:

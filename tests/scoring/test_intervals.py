@@ -31,6 +31,7 @@ from tunesmith.scoring.intervals import (
 )
 
 
+@pytest.mark.slow
 def test_it_is_the_percentile_bootstrap() -> None:
     """Against 20,000 resamples drawn one by one with another generator; the ends of the two differ
     by their own noise, below 0.02 for 60 rows.
@@ -115,6 +116,7 @@ def test_ends_of_a_share_are_those_of_the_binomial_with_mid_p() -> None:
         assert sum(probabilities[4:]) + probabilities[3] / 2 == pytest.approx(above, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [25, 50, 100])
 def test_equally_good_models_are_told_apart_in_at_most_five_percent(rows: int) -> None:
     """Exactly, for any share of rows that differ. Without McNemar's test it is up to 5.4 %."""
@@ -162,6 +164,7 @@ def test_many_rows_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     assert paired_intervals(base, tuned, resamples=500) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", ["binary", "shares"])
 def test_the_intervals_hold_as_often_as_they_say(draw: str) -> None:
     """300 trials of 60 rows: 95 % hold, and 91 % to 99 % is where chance leaves that count in all

@@ -193,6 +193,7 @@ def test_a_bad_file_is_named(name: str, tiny: Path, tmp_path: Path) -> None:
         assert holds(f"{error.what}\n{error.why}", value), str(error)
 
 
+@pytest.mark.slow
 def test_bad_rows_of_an_eval_are_named_too(tiny: Path, tmp_path: Path) -> None:
     held = write_pairs(tmp_path / "held.jsonl", 4, first=8)
     sources = {

@@ -413,6 +413,7 @@ def test_a_cpu_that_emulates_bf16_gets_fp32_where_there_is_room(
     assert ("dtype: fp32" in made.text) == (dtype == "fp32")
 
 
+@pytest.mark.slow
 def test_pairs_are_seen_once_where_there_are_enough(home: Path) -> None:
     pair = {"prompt": "Which?", "chosen": "this", "rejected": "that"}
     (home / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 600)
@@ -519,6 +520,7 @@ def test_a_family_without_a_row_gets_a_recipe_that_trains(
     assert (home / f"runs/faq-{model_type}/final/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_demo_model_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the file of an installed package; where that is missing, the fix is one line of pip."""
     made = make_recipe("demo", "faq.csv")

@@ -28,6 +28,8 @@ from tunesmith.run_dir import PAIRS
 from tunesmith.training import build, validation
 from tunesmith.training.result import Result
 
+pytestmark = pytest.mark.slow
+
 
 def train(tiny: Path, folder: Path, method: Any, name: str = "run", **changes: Any) -> Result:
     """Four steps of eight pairs, with held-out ones, unless `changes` say otherwise."""

@@ -21,6 +21,8 @@ from tunesmith.inference.load_run import load_run
 from tunesmith.model.shipped import ROW
 from tunesmith.training.run import train
 
+pytestmark = pytest.mark.slow
+
 FOUR = {"train": {"duration": "4 steps"}, "checkpoint": {"every": "2 steps", "keep": 3}}
 
 

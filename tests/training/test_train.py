@@ -49,6 +49,7 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in TIMES} for record in lines(folder)]
 
 
+@pytest.mark.slow
 def test_run_directory_and_record(tiny: Path, tmp_path: Path) -> None:
     result = go(tiny, tmp_path)
     out = tmp_path / "run"
@@ -125,6 +126,7 @@ def test_a_run_by_the_clock_ends_with_everything_written(tiny: Path, tmp_path: P
     assert lines(tmp_path)[-1]["step"] == result.steps
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_no_longer_learns(tiny: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "train": {"duration": "40 steps", "learning_rate": 1e-12},

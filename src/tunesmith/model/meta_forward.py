@@ -297,9 +297,8 @@ def _outline(value: Any) -> Hashable:
         return tuple(_outline(part) for part in value)
     if isinstance(value, dict):
         return tuple((key, _outline(part)) for key, part in value.items())
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return type(value)
+    is_plain = value is None or isinstance(value, (bool, int, float, str))
+    return value if is_plain else type(value).__qualname__
 
 
 def are_experts(module: nn.Module) -> bool:

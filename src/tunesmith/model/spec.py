@@ -9,6 +9,7 @@ train is measured, in `support`. Of some vision-language models the text model i
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from tunesmith.config.schema import Adapter
@@ -127,7 +128,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The shape of a decoder."""
+    """The shape of a decoder.
+
+    Its sums over the layers are kept: to find what makes a run fit asks for them a million times.
+    """
 
     model_type: str
     layers: tuple[Layer, ...]
@@ -158,37 +162,37 @@ class ModelSpec:
         """Decoder layers."""
         return len(self.layers)
 
-    @property
+    @cached_property
     def widest(self) -> Layer:
         """The layer with the widest activation."""
         return max(self.layers, key=lambda layer: layer.intermediate)
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         """The most channels of a head, which the attention kernel has to take."""
         return max(max(layer.head_dim, layer.value_dim) for layer in self.layers)
 
-    @property
+    @cached_property
     def linear_matrices(self) -> int:
         """Parameters of all layers' matrices but the experts."""
         return sum(layer.matmul for layer in self.layers)
 
-    @property
+    @cached_property
     def layer_matrices(self) -> int:
         """Parameters of all layers' matrices, experts and all."""
         return sum(layer.matmul + layer.experts for layer in self.layers)
 
-    @property
+    @cached_property
     def expert_stacks(self) -> int:
         """Parameters of the stacks of experts that a scheme may quantize."""
         return sum(layer.experts - layer.own_experts for layer in self.layers)
 
-    @property
+    @cached_property
     def active(self) -> int:
         """Parameters that every token is multiplied with: embedding and head are not counted."""
         return self.other_matmul + sum(layer.active for layer in self.layers)
 
-    @property
+    @cached_property
     def active_of_experts(self) -> int:
         """Of `active`, those of the experts that a token goes to."""
         return sum(layer.active - layer.matmul for layer in self.layers)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -259,6 +259,8 @@ class MemoryEstimator:
         probabilities: those of attention that a head keeps of a token, on average
             (`documents.kept_probabilities`).
         whole: tokens that attention sees for each that is computed (`Workload.whole`).
+
+    What does not depend on the micro batch is computed once: hundreds of sizes are compared.
     """
 
     run: Run
@@ -273,12 +275,12 @@ class MemoryEstimator:
     def trains_adapter(self) -> bool:
         return self.run.adapter.kind == "lora"
 
-    @property
+    @cached_property
     def sharded(self) -> bool:
         """Whether the base goes through `fully_shard`."""
         return needs_fsdp(self.run, self.mesh, offload="parameters" in self.moved)
 
-    @property
+    @cached_property
     def scheme(self) -> Scheme:
         """How the base is stored: as the recipe says, but dense without its fp8 matmuls."""
         scheme = scheme_of(self.run.model, self.spec.quantized)
@@ -380,7 +382,7 @@ class MemoryEstimator:
                 elements += 3 * (6 * hidden + 3 * layer.intermediate)
         return self.rows_of_others * elements * itemsize
 
-    @property
+    @cached_property
     def scales(self) -> int:
         """Bytes of a base's scales on a tensor-parallel rank.
 
@@ -406,7 +408,7 @@ class MemoryEstimator:
         of_linears = (others * scheme.scale_bytes + rowwise * 4 / scheme.block) / tensor
         return int(of_linears + of_stacks)
 
-    @property
+    @cached_property
     def trained_here(self) -> int:
         """Trained parameters of one rank.
 
@@ -526,7 +528,7 @@ class MemoryEstimator:
         run = self.run
         spec = self.spec
         itemsize = DTYPES[run.model.dtype].itemsize
-        fixed = self._fixed_bytes(itemsize)
+        fixed = self._fixed_bytes
         layers = self._layer_bytes(tokens, itemsize)
         layer_input = ceil_div(spec.hidden, self.mesh.tensor) * itemsize * tokens
         recomputed_layer = 0 if "activations" in self.moved else layer_input
@@ -540,7 +542,7 @@ class MemoryEstimator:
         # The input of the layer that is recomputed comes back from the host.
         workspace = max(self._head_bytes(tokens, itemsize), backward) + input_on_host
 
-        gathered = self.gathered_bytes(itemsize)
+        gathered = self._gathered_bytes
         usable = int(self.machine.free_bytes * usable_share(self.machine.device))
         # What is left for activations, of which the layers that recompute keep their inputs.
         room = usable - fixed.base - fixed.adapter - fixed.state - fixed.copies
@@ -566,9 +568,11 @@ class MemoryEstimator:
             free=self.machine.free_bytes,
         )
 
-    def _fixed_bytes(self, itemsize: int) -> FixedBytes:
-        """What a rank holds whatever its micro batch is; weights of `itemsize` bytes."""
+    @cached_property
+    def _fixed_bytes(self) -> FixedBytes:
+        """What a rank holds whatever its micro batch is."""
         run = self.run
+        itemsize = DTYPES[run.model.dtype].itemsize
         trained = self.trained_here
         # An adapter's weights are fp32 and not in the base; while its checkpoint is written, they
         # and the moments are there twice.
@@ -769,13 +773,15 @@ class MemoryEstimator:
             return ceil_div(layers, self.mesh.shard) + own_experts + ends + scales
         return ceil_div(layers + ends, self.mesh.shard) + scales
 
-    def gathered_bytes(self, itemsize: int) -> int:
+    @cached_property
+    def _gathered_bytes(self) -> int:
         """What is there for a moment beside parameters and gradients of this rank.
 
         GATHERED_LAYERS, embedding and head of a model trained in full, and gradients on their way
         to the shards. Those of a layer are there in its dtype, and in fp32 on the way; the
         reduction of the layer before may not be done.
         """
+        itemsize = DTYPES[self.run.model.dtype].itemsize
         if not self.sharded:
             if self.mesh.data == 1 or self.trains_adapter:
                 return 0
@@ -826,7 +832,7 @@ class MemoryEstimator:
         # Whatever fits is cheaper than what does not; of these the least overrun is.
         return work + fixed_cost + 1e6 * self._overrun(memory)
 
-    @property
+    @cached_property
     def pass_tokens(self) -> float:
         """The fixed cost of a forward and backward, in tokens whose products take as long.
 
@@ -838,7 +844,7 @@ class MemoryEstimator:
         tokens = self.scheme.traffic_bytes * self._operations_per_byte / 4
         return tokens * linear_share * self._product_share
 
-    @property
+    @cached_property
     def expert_pass_tokens(self) -> float:
         """As `pass_tokens`, of the experts: a third of it more where a layer recomputes."""
         bytes_of_token = 4 * self.spec.active / self._operations_per_byte
