@@ -14,9 +14,10 @@ from transformers import AutoConfig
 from errors import refuses
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
-from tunesmith.model import measured_spec, spec, twin
+from tunesmith.model import measured_spec, meta_forward, spec, twin
 from tunesmith.model.decoder import find_layers
 from tunesmith.model.measured_spec import measure_spec, model_spec
+from tunesmith.planning import measured_layers
 from tunesmith.planning.measured_layers import measure_kept
 
 from . import families
@@ -168,6 +169,42 @@ def test_a_vision_checkpoint_is_its_text_model() -> None:
     assert outer.layers == inner.layers
     tied = measure_spec({"model_type": "qwen3_5", "tie_word_embeddings": True}, where="test")
     assert outer.parameters - tied.parameters == outer.head_matmul
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        # The last layers use the keys and values of others.
+        {"model_type": "gemma4_text", "num_hidden_layers": 15, "num_kv_shared_layers": 5},
+        # The first layers have no experts.
+        {"model_type": "deepseek_v3", "num_hidden_layers": 7},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_layers_that_another_stands_for_count_as_if_they_ran(
+    config: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    adapter = Adapter(kind="lora", rank=8)
+    some = measure_spec(config, where="test")
+    kept_of_some = measure_kept(some, adapter, "bf16")
+
+    ran = []
+    layer_form = meta_forward.layer_form
+
+    def form_of_its_own(*words: object) -> object:
+        ran.append(layer_form(*words))
+        return object()
+
+    monkeypatch.setattr(meta_forward, "layer_form", form_of_its_own)
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "all layers"))
+    measured_layers._kept.cache_clear()
+    measured_layers._measure_same.cache_clear()
+    every = measure_spec(config, where="test")
+    assert some == every
+    assert kept_of_some == measure_kept(every, adapter, "bf16")
+    # Else this shows nothing.
+    assert len(set(ran)) <= len(ran) // 3
 
 
 def test_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
