@@ -232,11 +232,50 @@ def test_the_table_and_what_the_first_takes(
     )
 
 
-def test_a_second_kind_of_machines_is_refused(
+SPARK_H100_BOXES = ["--on", "1x-dgx-spark", "--on", "h100", "--on", "2x8xh100"]
+
+
+def test_several_machines_are_compared_in_one_table(
     llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", str(llama), "--on", "8xh100", "--on", "h200"]) == 2
-    check_shown(capsys.readouterr().err, names=["--on"], fix=["--on 8xh100"])
+    words = ["plan", str(llama), *SPARK_H100_BOXES]
+    assert main([*words, "--price", "2.5"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    rows = {line.split()[0]: line.split()[1:] for line in lines_with(shown, "/")}
+    assert [rows[machine][0] for machine in SPARK_H100_BOXES[1::2]] == ["no", "no", "yes"]
+    assert rows["h100"][-3:] == ["-", "-", "-"]
+    assert main([*words[:2], "--on", "2x8xh100", "--price", "2.5"]) == 0
+    alone = capsys.readouterr().out
+    cost = re.search(r"steps: .*?, ([\d.,]+) USD", alone)
+    assert cost is not None
+    assert rows["2x8xh100"][-1] == cost[1]
+    assert lines_with(shown, "fix", "model.quantize=nf4")
+
+
+def test_several_machines_as_json_are_a_list_of_their_plans(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(llama), "--json"]
+    prices = ["--price", "1", "--price", "2", "--price", "3"]
+    assert main([*words, *SPARK_H100_BOXES, *prices]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert [plan.pop("on") for plan in plans] == SPARK_H100_BOXES[1::2]
+    assert [bool(plan.get("fix")) for plan in plans] == [True, True, False]
+    assert main([*words, "--on", "2x8xh100", "--price", "3"]) == 0
+    assert plans[2] == json.loads(capsys.readouterr().out)
+
+
+def test_a_run_that_fits_on_none_of_the_machines_ends_with_2(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that a machine cannot do at all is a line, too."""
+    assert main(["plan", str(llama), "--on", "t4", "--on", "h100"]) == 2
+    shown = capsys.readouterr().out
+    assert lines_with(shown, "t4", "no")
+    assert lines_with(shown, "fix", "model.dtype=fp16")
+    assert main(["plan", str(llama), "--on", "h100", "--price", "1", "--price", "2"]) == 2
+    check_shown(capsys.readouterr().err, where="command line: --price", names=[2, 1])
 
 
 def test_a_plan_starts_no_gpu(llama: Path) -> None:

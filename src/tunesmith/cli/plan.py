@@ -8,10 +8,13 @@ example:
   # what `train` with the same options would take; nothing is written
   tunesmith plan --model Qwen/Qwen3-8B --data faq.csv --on h100
   tunesmith plan my-recipe.yaml parallel.tensor=8 --on 8xh100 --json
+  # a line for each of several machines
+  tunesmith plan llama3.3-70b-lora --rows 50000 --length 400 \\
+    --on dgx-spark --on h200 --on 2x8xh100
 
 Needs the model's config.json (the models of shipped recipes need nothing) and
 no GPU. Lengths come from the token cache, which `tunesmith data` fills. The
-exit code is 2 if nothing fits.
+exit code is 2 if it fits on none of the machines.
 """
 
 import argparse
@@ -20,16 +23,23 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal as size_text
 
 from tunesmith.cli.options import add_json, add_recipe, chosen_recipe, whole_number
-from tunesmith.errors import EXIT_OK, MachineError, TunesmithError, UsageError, first_line
+from tunesmith.errors import (
+    EXIT_OK,
+    EXIT_USAGE,
+    MachineError,
+    TunesmithError,
+    UsageError,
+    first_line,
+)
 from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import show
 from tunesmith.metrics.terminal import format_seconds
@@ -85,7 +95,8 @@ LINKS = {"link": "within its node", "network": "to other nodes"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine)"
+    machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine); "
+    machines += "several --on are compared"
     parser.add_argument("--on", action="append", metavar="MACHINES", help=machines)
     names = "gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
     figures = f"a property of the GPUs: {names}"
@@ -107,21 +118,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help=f"show every mesh (default: the best {SHOWN} that fit)"
     )
-    parser.add_argument("--price", type=_price, metavar="USD", help="USD per GPU-hour")
+    price = "USD per GPU-hour, on all machines, or one for each --on"
+    parser.add_argument(
+        "--price", type=_price, action="append", default=[], metavar="USD", help=price
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    clusters = _clusters(args)
+    recipe, examined_length = _recipe(args)
+    # They load torch, and a wrong word has been refused by now.
     from tunesmith.model.measured_spec import model_spec
     from tunesmith.model.model_types import read_model_types
     from tunesmith.model.shipped import check_frozen, check_quantize, resolve_quantize
     from tunesmith.model.spec import check_seq_len
     from tunesmith.planning.forecast import plan_on_paper
     from tunesmith.planning.run_plan import one_document_a_row, shares_prompts
-    from tunesmith.planning.savings import check_memory_fits
 
-    cluster = _cluster(args)
-    recipe, examined_length = _recipe(args)
     config, where, folder = _config(recipe.model)
     spec = model_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
     check_quantize(recipe.model.quantize, config, where)
@@ -132,7 +146,6 @@ def run(args: argparse.Namespace) -> int:
     if model_type is not None and model_type.support.state == "padded":
         recipe = one_document_a_row(recipe, spec.model_type, model_type.support.why)
     check_seq_len(spec, recipe.data.seq_len, where=where)
-    _check_dtype(recipe, cluster)
     recurrent = () if model_type is None else model_type.support.recurrent
     work = _work_of(
         recipe,
@@ -143,39 +156,145 @@ def run(args: argparse.Namespace) -> int:
         examined_length=examined_length,
         shares=shares_prompts(recipe, recurrent),
     )
-    planner = plan_on_paper(recipe, spec, cluster, work)
+
+    def planner_of(cluster: "Cluster") -> "Planner":
+        _check_dtype(recipe, cluster)
+        return plan_on_paper(recipe, spec, cluster, work)
+
+    if len(clusters) > 1:
+        return _compare(args, clusters, planner_of, folder)
+    price = args.price[0] if args.price else None
+    planner = planner_of(clusters[0])
     forecasts = planner.ranked()
     best = forecasts[0]
     if args.json:
-        report = _report(planner, forecasts, args.price, folder)
-        print(json.dumps(report, indent=1, default=vars))
+        print(json.dumps(_report(planner, forecasts, price, folder), indent=1, default=vars))
     else:
         shown = forecasts if args.all else _best(forecasts)
         lines = _table(planner, forecasts, shown)
         if best.fits:
-            lines += _details(planner, forecasts, args.price, folder)
+            lines += _details(planner, forecasts, price, folder)
         show("\n".join(lines), sys.stdout)
-    # The same error that `train` would give, with what would be enough.
     if not best.fits:
-        larger = planner.enough_machines()
-        more = f"; or {larger.describe()} with the recipe as it is" if larger else ""
-        check_memory_fits(best.plan, planner.machine, where=cluster.describe(), more=more)
+        _check_fits(planner, best)
     return EXIT_OK
 
 
-def _cluster(args: argparse.Namespace) -> "Cluster":
-    """The machines of --on, with the figures of --assume."""
+def _check_fits(planner: "Planner", best: "Forecast") -> None:
+    """The same error that `train` would give, with what would be enough."""
+    from tunesmith.planning.savings import check_memory_fits
+
+    larger = planner.enough_machines()
+    more = f"; or {larger.describe()} with the recipe as it is" if larger else ""
+    where = planner.cluster.describe()
+    check_memory_fits(best.plan, planner.machine, where=where, more=more)
+
+
+def _clusters(args: argparse.Namespace) -> "list[Cluster]":
+    """The machines of each --on, with the figures of --assume."""
     from tunesmith.planning.machines import read_cluster
 
     machines = args.on or ["here"]
-    if len(machines) > 1:
+    if len(args.price) not in (0, 1, len(machines)):
         raise UsageError(
-            f"--on was given {len(machines)} times",
-            where="command line",
-            why="a plan is for one kind of machines",
-            fix=f"one plan for each: --on {shell_word(machines[0])}",
+            f"--price was given {len(args.price)} times, and --on {len(machines)} times",
+            where="command line: --price",
+            fix="one price for all machines, or one for each --on, in their order",
         )
-    return read_cluster(machines[0], args.assume)
+    return [read_cluster(words, args.assume) for words in machines]
+
+
+@dataclass(frozen=True)
+class ComparedPlan:
+    """One machine of several.
+
+    Attributes:
+        on: the word of --on.
+        error: why the run cannot be done there as the recipe is, with the fix.
+        planner, forecasts: None and empty where the machine cannot be planned for.
+    """
+
+    on: str
+    price: float | None
+    error: TunesmithError | None
+    planner: "Planner | None" = None
+    forecasts: "Sequence[Forecast]" = ()
+
+
+def _compare(
+    args: argparse.Namespace,
+    clusters: "Sequence[Cluster]",
+    planner_of: "Callable[[Cluster], Planner]",
+    base: Path | None,
+) -> int:
+    """Print a line for each of several machines, and what makes the run fit where it does not."""
+    plans = []
+    for number, (on, cluster) in enumerate(zip(args.on, clusters, strict=True)):
+        # One price is that of all machines.
+        price = args.price[number % len(args.price)] if args.price else None
+        planner = None
+        forecasts: Sequence[Forecast] = ()
+        error = None
+        try:
+            planner = planner_of(cluster)
+            forecasts = planner.ranked()
+            if not forecasts[0].fits:
+                _check_fits(planner, forecasts[0])
+        except TunesmithError as fault:
+            error = fault
+        plans.append(ComparedPlan(on, price, error, planner, forecasts))
+    if args.json:
+        print(json.dumps([_compared_report(plan, base) for plan in plans], indent=1, default=vars))
+    else:
+        show("\n".join(_compared_lines(plans)), sys.stdout)
+    return EXIT_USAGE if all(plan.error for plan in plans) else EXIT_OK
+
+
+def _compared_report(compared: ComparedPlan, base: Path | None) -> dict[str, Any]:
+    """As the report of one machine, with the word of --on, and the error where it does not fit."""
+    report: dict[str, Any] = {"on": compared.on}
+    if compared.planner is not None and compared.forecasts:
+        report |= _report(compared.planner, compared.forecasts, compared.price, base)
+    if compared.error is not None:
+        report |= {"error": compared.error.what, "fix": compared.error.fix}
+    return report
+
+
+def _compared_lines(plans: Sequence[ComparedPlan]) -> list[str]:
+    """The table of several machines, and what makes the run fit."""
+    with_work = [plan.planner.work for plan in plans if plan.planner is not None]
+    lines = [f"examples: {work.source}" for work in with_work[:1]]
+    lines.append(
+        f"{'machine':<20} {'fits':<4} {'GiB a GPU: run / has':>20} {'tokens/s':>10} "
+        f"{'time':>11} {'USD':>9}"
+    )
+    lines += [_compared_row(plan) for plan in plans]
+    lines.append("time and USD are those of the run's steps; --on of one machine shows its plan")
+    if any(plan.error is None and not plan.forecasts[0].hours for plan in plans):
+        lines.append(f"time: unknown without the number of rows and a speed: {ROWS_FIX}")
+    for plan in plans:
+        if plan.error is not None:
+            lines.append(f"{plan.on}: {plan.error.what}")
+            for choice in plan.error.fix.split("; or "):
+                lines.append(f"  fix: {choice}")
+    return lines
+
+
+def _compared_row(compared: ComparedPlan) -> str:
+    """The line of one machine."""
+    memory = speed = time = cost = "-"
+    fits = "no"
+    if compared.planner is not None and compared.forecasts:
+        best = compared.forecasts[0]
+        needed = _largest_phase(compared.planner, best)[1]
+        memory = f"{needed / GIB:.1f} / {best.room / GIB:.1f}"
+        if best.fits:
+            fits = "yes"
+            speed = f"{best.tokens_per_second:,.0f}" if best.tokens_per_second else "-"
+            time = _short_time(best.hours * 3600) if best.hours else "-"
+            dollars = _cost(compared.planner, best, compared.price) if compared.price else None
+            cost = _dollars_text(dollars) if dollars else "-"
+    return f"{compared.on:<20} {fits:<4} {memory:>20} {speed:>10} {time:>11} {cost:>9}"
 
 
 def _recipe(args: argparse.Namespace) -> "tuple[Run, int | None]":
@@ -351,8 +470,13 @@ def _cost(planner: "Planner", forecast: "Forecast", price: float) -> float | Non
     return forecast.hours * price * planner.cluster.world if forecast.hours else None
 
 
+def _dollars_text(dollars: float) -> str:
+    """`1,234`, and `9.28` of a few."""
+    return f"{dollars:,.0f}" if dollars >= 10 else f"{dollars:,.2f}"
+
+
 def _report(
-    planner: "Planner", forecasts: "list[Forecast]", price: float | None, base: Path | None
+    planner: "Planner", forecasts: "Sequence[Forecast]", price: float | None, base: Path | None
 ) -> dict[str, Any]:
     """What --json prints; `base` is the folder of the model."""
     from tunesmith.planning.resolve import checkpoint_bytes
@@ -555,9 +679,7 @@ def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[st
         if best.hours < 0.1:
             duration = _short_time(best.hours * 3600)
         dollars = _cost(planner, best, price) if price else None
-        cost = ""
-        if dollars:
-            cost = f", {dollars:,.0f} USD" if dollars >= 10 else f", {dollars:,.2f} USD"
+        cost = f", {_dollars_text(dollars)} USD" if dollars else ""
         beside = "loading, compilation, validation and checkpoints come on top"
         if FILLED in planner.work.source:
             beside += "; less with --length TOKENS, if the examples are shorter than assumed"
