@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import refuses
-from tunesmith.units import Cadence, Length, Share, Size
+from tunesmith.units import Cadence, Length, Share, Size, format_seconds
 
 
 @pytest.mark.parametrize(
@@ -103,3 +103,14 @@ def test_cadence_by_the_clock_counts_from_the_last_time() -> None:
     assert [cadence.due(step, at) for step, at in enumerate([130.0, 161.0, 200.0, 221.0, 222.0])] == [
         False, True, False, True, False,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0 s"), (42.4, "42 s"), (59.6, "1:00 min"), (187, "3:07 min"),
+        (3599.6, "1:00 h"), (7530, "2:05 h"), (3_600_000, "1,000:00 h"),
+    ],
+)  # fmt: skip
+def test_a_duration_for_a_person(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

@@ -1,7 +1,8 @@
 """The grammars of a recipe: lengths, sizes and shares.
 
 `200 steps`, `2 epochs`, `10 min`, `3 %`; `64 examples`; `5 %`. Each is an amount and a unit, read
-from text and printed back in the same form. `Cadence` tells when an interval has passed.
+from text and printed back in the same form. `Cadence` tells when an interval has passed, and
+`format_seconds` writes a duration for a person.
 """
 
 import math
@@ -48,6 +49,19 @@ def ceil_div(amount: int, divisor: int) -> int:
 def count_of(count: int, noun: str) -> str:
     """`1 row`, `2 rows`, `1,000 rows`: a count with its noun, whose plural ends with an s."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds for a person: `42 s`, `3:07 min`, `2:05 h`.
+
+    The pages of `watch` and `report` write them alike.
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600:,}:{whole % 3600 // 60:02d} h"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tunesmith.host.streams import is_terminal
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.sink import JsonlSink, SampleAnswer, Sink, Sinks, TensorBoardSink
-from tunesmith.metrics.terminal import Terminal, TimeLeftColumn, format_seconds
+from tunesmith.metrics.terminal import Terminal, TimeLeftColumn
 from tunesmith.training.run import sinks_of
 from tunesmith.units import Length
 
@@ -319,16 +319,6 @@ def test_no_color_keeps_the_bar_and_takes_its_colours(
     assert "step 2/4" in text
     assert "\x1b[?25l" in text  # the bar hides the cursor
     assert not re.search(r"\x1b\[[\d;]*(3[0-9]|38)[\d;]*m", text)
-
-
-def test_seconds_read_well() -> None:
-    assert [format_seconds(s) for s in (0.2, 59.4, 59.6, 187, 7500)] == [
-        "0 s",
-        "59 s",
-        "1:00 min",
-        "3:07 min",
-        "2:05 h",
-    ]
 
 
 def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:

@@ -486,7 +486,7 @@ def test_an_example_with_a_price_prints_it(
     monkeypatch.setenv("TUNESMITH_CACHE", str(llama.parent / "cache"))
     words = shlex.split(example)[1:]
     assert main([*words, f"model.name={llama.parent / 'model'}"]) == 0
-    assert re.search(r"steps: [\d.,]+ h, [\d.,]+ USD", capsys.readouterr().out)
+    assert re.search(r"steps: [\d:]+ (h|min), [\d.,]+ USD", capsys.readouterr().out)
 
 
 def test_both_places_have_an_example_with_a_price() -> None:

@@ -18,7 +18,7 @@ from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import PACKAGE
 from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import is_terminal, show
-from tunesmith.metrics.terminal import format_seconds
+from tunesmith.units import format_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

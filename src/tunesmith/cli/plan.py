@@ -42,9 +42,8 @@ from tunesmith.errors import (
 )
 from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import show
-from tunesmith.metrics.terminal import format_seconds
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.units import ceil_div, count_of
+from tunesmith.units import ceil_div, count_of, format_seconds
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Run
@@ -291,7 +290,7 @@ def _compared_row(compared: ComparedPlan) -> str:
         if best.fits:
             fits = "yes"
             speed = f"{best.tokens_per_second:,.0f}" if best.tokens_per_second else "-"
-            time = _short_time(best.hours * 3600) if best.hours else "-"
+            time = _time_text(best.hours) if best.hours else "-"
             dollars = _cost(compared.planner, best, compared.price) if compared.price else None
             cost = _dollars_text(dollars) if dollars else "-"
     return f"{compared.on:<20} {fits:<4} {memory:>20} {speed:>10} {time:>11} {cost:>9}"
@@ -664,8 +663,9 @@ def _describe_step(forecast: "Forecast", step_seconds: float) -> list[str]:
     return lines
 
 
-def _short_time(seconds: float) -> str:
-    """`5:04 min`, `42 s`, `under 1 s`."""
+def _time_text(hours: float) -> str:
+    """`2:05 h`, `5:04 min`, `42 s`, `under 1 s`."""
+    seconds = 3600 * hours
     return format_seconds(seconds) if seconds >= 1 else "under 1 s"
 
 
@@ -675,9 +675,7 @@ def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[st
 
     gpus = planner.cluster.world
     if best.hours:
-        duration = f"{best.hours:,.2f} h"
-        if best.hours < 0.1:
-            duration = _short_time(best.hours * 3600)
+        duration = _time_text(best.hours)
         dollars = _cost(planner, best, price) if price else None
         cost = f", {_dollars_text(dollars)} USD" if dollars else ""
         beside = "loading, compilation, validation and checkpoints come on top"
@@ -688,7 +686,7 @@ def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[st
         hours = 1e6 / best.tokens_per_second / 3600
         cost = f" and {hours * price * gpus:,.2f} USD" if price else ""
         return [
-            f"per million tokens: {_short_time(hours * 3600)}{cost}; the number of rows is "
+            f"per million tokens: {_time_text(hours)}{cost}; the number of rows is "
             f"unknown, and so are the hours of the run: {ROWS_FIX}, or set "
             "train.duration='500 steps'"
         ]

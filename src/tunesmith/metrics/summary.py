@@ -10,7 +10,6 @@ from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_path
 from tunesmith.metrics.conversations import turns_of
 from tunesmith.metrics.record import StepRecord, read_records
-from tunesmith.metrics.terminal import format_seconds
 from tunesmith.run_dir import (
     FAILURE,
     FINAL,
@@ -21,7 +20,7 @@ from tunesmith.run_dir import (
     RECIPE,
     read_samples,
 )
-from tunesmith.units import count_of, ratio
+from tunesmith.units import count_of, format_seconds, ratio
 
 # The last val_loss beside the lowest: from here on the last step is not the model to take.
 WORSE = 1.01

@@ -26,19 +26,9 @@ from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import SampleAnswer, Sink
 from tunesmith.run_dir import Phase
-from tunesmith.units import Cadence
+from tunesmith.units import Cadence, format_seconds
 
 LINES_A_SECOND = 10.0
-
-
-def format_seconds(seconds: float) -> str:
-    """Seconds for a person: `42 s`, `3:07 min`, `2:05 h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
 class TimeLeftColumn(ProgressColumn):

@@ -9,12 +9,12 @@ from typing import Any
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import with_runs_of_folders
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.metrics.terminal import format_seconds
 from tunesmith.report.compare import Verdict, differing_keys, eval_figures, judge
 from tunesmith.report.measure import measure_of
 from tunesmith.report.run_files import RunFiles
 from tunesmith.report.run_summary import RunSummary, Spread, summaries_of
 from tunesmith.run_dir import shown
+from tunesmith.units import format_seconds
 
 
 @dataclass(frozen=True)

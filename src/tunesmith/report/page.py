@@ -20,7 +20,6 @@ from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.packages import COMPUTE
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.metrics.conversations import conversations_of, whole_characters
-from tunesmith.metrics.terminal import format_seconds
 from tunesmith.report.compare import (
     differing_keys,
     eval_figures,
@@ -39,6 +38,7 @@ from tunesmith.report.run_files import (
 )
 from tunesmith.report.run_summary import RunSummary, Spread, summaries_of
 from tunesmith.run_dir import RECIPE, read_bytes, shown
+from tunesmith.units import format_seconds
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart

@@ -39,7 +39,6 @@ from tunesmith.host.logger import stderr_only_from
 from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.record import read_records
-from tunesmith.metrics.terminal import format_seconds
 from tunesmith.optim.lr_schedule import warmup_steps
 from tunesmith.run_dir import FINAL, METRICS, SWEEP, read_sweep, reason_of
 from tunesmith.sweep.search import Search, halve, rung_steps
@@ -47,7 +46,7 @@ from tunesmith.sweep.shared_base import SharedBase
 from tunesmith.sweep.space import Space, check_count
 from tunesmith.training.run import joined, start_run
 from tunesmith.training.stop_control import StopControl
-from tunesmith.units import Cadence, Length, Size
+from tunesmith.units import Cadence, Length, Size, format_seconds
 
 log = logging.getLogger(__name__)
 

@@ -40,6 +40,7 @@ const Plots = (() => {
     if (page.x === "tokens") return value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 4 });
     if (page.x === "step") return value.toLocaleString("en");
     const minutes = Math.floor(value / 60), two = (part) => String(Math.floor(part)).padStart(2, "0");
+    if (minutes < 1) return `${Math.floor(value)} s`;
     return minutes < 60 ? `${minutes}:${two(value % 60)} min` : `${Math.floor(minutes / 60)}:${two(minutes % 60)} h`;
   }
   const nameX = () => (page.x === "seconds" ? "time" : page.x);
