@@ -52,6 +52,30 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], int]], None]
     return put
 
 
+# Words, and where the error is, of paths that are not there.
+WRONG_PATHS = [
+    ("plan nowhere/", "nowhere/"), ("plan tests", "tests"), ("train nowhere.yaml", "nowhere.yaml"), ("data nowhere", "nowhere"),
+    ("eval nowhere", "nowhere"), ("chat nowhere", "nowhere"), ("merge nowhere --output out", "nowhere"),
+    ("export nowhere --to gguf --output out", "nowhere"), ("export nowhere --to vllm --output out", "nowhere"),
+    ("sweep nowhere train.seed=1,2", "nowhere"), ("train --model demo --data nowhere.csv", "nowhere.csv"),
+    ("plan --model demo --data nowhere.csv --on h100", "nowhere.csv"),
+]  # fmt: skip
+REFUSALS = f"""import sys
+from tunesmith.cli.main import main
+for words in {[words for words, _ in WRONG_PATHS]!r}:
+    code = main(words.split())
+    print(code, *sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)
+    print("----", file=sys.stderr)"""
+
+
+def test_a_path_that_is_not_there_is_refused_before_torch_is_imported() -> None:
+    *outputs, _ = _python("-c", REFUSALS).stderr.split("----\n")
+    assert len(outputs) == len(WRONG_PATHS)
+    for (words, where), output in zip(WRONG_PATHS, outputs, strict=True):
+        check_shown(output, where=where)
+        assert output.splitlines()[-1] == "2", words
+
+
 def _raising(error: BaseException) -> Callable[[], int]:
     def work() -> int:
         raise error

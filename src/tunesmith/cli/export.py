@@ -108,7 +108,10 @@ def _export_gguf(args: argparse.Namespace) -> None:
             where="command line: --adapter",
             fix="--to gguf --adapter, or remove --adapter",
         )
-    # The import takes seconds, so it comes after the checks.
+    from tunesmith.inference.load_run import locate_run
+
+    # The next import takes seconds, so it comes after the checks.
+    locate_run(args.run)
     from tunesmith.export.gguf.export import DEFAULT_QUANT, export_adapter, export_gguf
 
     if args.adapter:
@@ -141,6 +144,8 @@ def _export_gguf(args: argparse.Namespace) -> None:
 def _export_vllm(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
+    # A wrong path is reported before torch is imported.
+    locate_run(args.run)
     output = shell_path(Path(args.output))
     if args.adapter:
         from tunesmith.export.vllm_adapter import export_peft

@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from tunesmith.inference.load_run import locate_run
+
+    # A wrong path is reported before torch is imported.
+    locate_run(args.run)
     from tunesmith.export.merge import merge
 
     merged = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)

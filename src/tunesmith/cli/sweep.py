@@ -27,6 +27,7 @@ from tunesmith.cli.options import (
     whole_number,
 )
 from tunesmith.config.load import load_recipe
+from tunesmith.config.shipped import locate_recipe
 from tunesmith.distributed.ranks import reported_once_a_node, started_as
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED, UsageError
 from tunesmith.host.files import from_here
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     with reported_once_a_node():
         space, search = read_search(args)
+        # A wrong name is reported before torch is imported.
+        locate_recipe(args.recipe, base=Path(), where=str(args.recipe))
     if args.ranks is not None and started_as() is None:
         return sweep_on_ranks(args, space)
     leave_lines_to_rank_0()
