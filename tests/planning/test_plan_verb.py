@@ -223,7 +223,7 @@ def test_the_table_and_what_the_first_takes(
         " USD",
         "a GPU sends per step: ",
         " to other nodes",
-        "to set it: ",
+        "fixes it with ",
     ):
         assert part in said
     assert (
@@ -358,6 +358,24 @@ def test_a_checkpoint_without_room_is_said_to_wait(capsys: pytest.CaptureFixture
     assert lines_with(shown, "checkpoint", "waits")
 
 
+def test_the_least_memory_is_what_its_keys_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    words = ["plan", "llama3.1-8b-lora", "--on", "dgx-spark"]
+    keys = ["train.micro_batch=2048 tokens", "train.recompute=full"]
+    assert main(words) == 0
+    (line,) = lines_with(capsys.readouterr().out, "train.recompute=full")
+    assert main([*words, *keys]) == 0
+    shown = capsys.readouterr().out
+    assert not lines_with(shown, "train.recompute=full"), "it takes the least already"
+    (row,) = lines_with(shown, "32 of 32")
+    assert re.findall(r"([\d.]+) GiB in a step, ([\d.]+) s", line)[0][1] == row.split()[-3]
+    memory = re.search(r"([\d.]+) (?:of [\d.]+ usable GiB )?in a step", shown)
+    assert memory is not None
+    assert f" {memory[1]} GiB in a step" in line
+
+
 def test_full_fine_tuning_names_its_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
     """What its memory depends on most."""
     assert main(["plan", "llama3.3-70b-full", "--on", "8xh100"]) == 0
@@ -405,6 +423,7 @@ def test_a_file_that_is_missing_is_named_and_its_rows_can_be_given(
     assert main([*words, "--length", "500"]) == 0
     shown = capsys.readouterr()
     assert not warnings_with(shown.err)
+    assert lines_with(shown.err, "--rows", llama.parent / "rows.jsonl")
     assert lines_with(shown.out, "examples:", "1,000 rows (--rows)", "500 tokens", "40 steps")
     assert re.search(r"steps: .*, [\d.,]+ USD", shown.out)
     assert main([*words, "data.hold_out=10 %", "--json"]) == 0
@@ -419,7 +438,9 @@ def test_rows_here_tell_the_length_of_those_elsewhere(
 ) -> None:
     (llama.parent / "rows.jsonl").write_text(json.dumps({"text": "x" * 400}) + "\n")
     assert main(["plan", str(llama), "--on", "2x8xh100", "--rows", "6400"]) == 0
-    assert lines_with(capsys.readouterr().out, "6,400 rows (--rows)", "100 tokens")
+    shown = capsys.readouterr()
+    assert lines_with(shown.out, "6,400 rows (--rows)", "100 tokens")
+    assert lines_with(shown.err, "--rows", 1, "data.train")
 
 
 def test_a_model_and_rows_are_planned_without_the_hub(

@@ -67,6 +67,11 @@ CHOSEN_KEYS = (
     "train.learning_rate",
 )
 ROWS_FIX = "give their number: --rows N"
+# Below the table of several GPUs.
+MESH_TEXT = (
+    "(a way to divide the GPUs is a mesh: copies of the model x shards of its layers x parts of "
+    "each matrix; idle: the share of GPUs that a step has too few examples for)"
+)
 # Meshes that are shown without --all.
 SHOWN = 3
 # Parts of a step that take a smaller share of it are not shown.
@@ -78,7 +83,7 @@ PARTS = {
     "recompute": "recomputing layers",
     "fixed cost of passes": "reading weights",
     "update": "optimizer",
-    "shard copies": "copying gathered weights",
+    "shard copies": "copying other ranks' weights",
     "copies for experts": "sorting tokens by expert",
     "rows of other ranks": "copying other ranks' tokens",
     "rows of experts": "exchanging tokens of experts",
@@ -115,7 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of data.train, if they are not on this machine",
     )
     parser.add_argument(
-        "--all", action="store_true", help=f"show every mesh (default: the best {SHOWN} that fit)"
+        "--all",
+        action="store_true",
+        help=f"show every mesh (default: the best {SHOWN} that fit)",
     )
     price = "USD per GPU-hour, on all machines, or one for each --on"
     parser.add_argument(
@@ -395,9 +402,24 @@ def _work_of(
         length = length or counted_length or None
     if rows is None:
         return measure_work(recipe, spec, None, length, rows=counted)
+    missing = [source.source for source in recipe.data.train if _is_missing(source.source)]
+    if missing:
+        log.info(f"the number of rows is that of --rows: {', '.join(missing)} does not exist here")
+    elif counted:
+        log.info(
+            f"the number of rows is that of --rows; their length is that of the {counted:,} in "
+            "data.train"
+        )
     if recipe.data.hold_out is not None:
         rows -= count_held_out(recipe.data.hold_out, rows)
     return measure_work(recipe, spec, None, length, rows=rows, is_assumed=True)
+
+
+def _is_missing(source: str) -> bool:
+    """Whether it is a local file that is not here."""
+    from tunesmith.data.source import is_local
+
+    return is_local(source) and not Path(source).expanduser().exists()
 
 
 def _count_rows(recipe: "Run", *, is_needed: bool) -> tuple[int, int]:
@@ -520,12 +542,14 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
         "replicate, shard, tensor    micro batch recompute    GiB  step s  tokens/s idle",
     ]
     lines += [_row(planner, forecast) for forecast in shown]
+    if planner.cluster.world > 1:
+        lines.append(MESH_TEXT)
     experts = max(forecast.plan.mesh.experts for forecast in shown)
     if experts > 1:
         lines.append(f"(e{experts}: {experts} ranks divide the experts of a layer)")
     hidden = [forecast for forecast in forecasts if forecast not in shown]
     if hidden:
-        lines.append(f"({_describe_hidden(hidden)}: --all shows every mesh)")
+        lines.append(f"({_describe_hidden(hidden)}: --all shows every one)")
     best = forecasts[0].plan
     if scheme_of(planner.run.model).has_fp8_matmuls and best.base != "fp8":
         what = f"the base stays in {best.base}: {best.why['base']}"
@@ -607,7 +631,7 @@ def _details(
     # The order is by speed with a margin, so the first need not be the fastest.
     if any(f.fits and (f.step_seconds or 0) < step_seconds for f in forecasts):
         lines.append(
-            f"another mesh is faster by less than {1 - BETTER:.0%}, which is within the error of a "
+            f"another is faster by less than {1 - BETTER:.0%}, which is within the error of a "
             "forecast: the first has fewer shards or tensor ranks, or stays within nodes"
         )
     device = "a GPU" if planner.machine.device == "cuda" else "the process"
@@ -616,6 +640,7 @@ def _details(
     if phase != "step":
         needed += f"; {best.phases['step'] / GIB:.1f} {PHASES['step']}"
     lines.append(f"memory of {device}: {needed}: {best.plan.memory.describe()}")
+    lines += _least_memory(planner, best)
     lines += _optimizer_lines(planner.run)
     if _waits_to_save(best):
         lines.append("  a checkpoint has no room beside a step: training waits until it is written")
@@ -644,8 +669,20 @@ def _details(
         shape = f"{cut.plan.mesh.describe()}, {_step_text(cut.step_seconds or 0)} s a step"
         lines.append(f"parallel.tensor=auto is faster: {shape}")
     if planner.cluster.world > 1:
-        lines.append(f"`train` takes the first mesh by itself; to set it: {best.keys}")
+        lines.append(f"`train` takes the first by itself; a recipe fixes it with {best.keys}")
     return lines
+
+
+def _least_memory(planner: "Planner", best: "Forecast") -> list[str]:
+    """That these GiB are not the least, and what is, where it is less by a tenth or more."""
+    least = planner.with_least_memory(best)
+    if least is None:
+        return []
+    seconds = f", {_step_text(least.step_seconds)} s a step" if least.step_seconds else ""
+    return [
+        "  so much as the micro batch makes use of the memory there is; the least in this mesh: "
+        f"{least.phases['step'] / GIB:.1f} GiB in a step{seconds}, with {least.keys}"
+    ]
 
 
 def _describe_step(forecast: "Forecast", step_seconds: float) -> list[str]:

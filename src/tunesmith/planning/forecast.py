@@ -543,6 +543,24 @@ class Planner:
             return best
         return None
 
+    def with_least_memory(self, forecast: Forecast) -> Forecast | None:
+        """The same run in the least memory without another result: the smallest micro batch, all
+        layers recomputed. None where that is not a tenth less.
+
+        Its keys are those that differ.
+        """
+        train = self.run.train
+        # An update in the backward takes the global batch as one micro batch.
+        if train.optimizer_in_backward:
+            return None
+        unit = forecast.plan.layout.micro_batch.unit
+        size = Size(self.run.row_tokens if unit == "tokens" else 1, unit)
+        run = replace(self.run, train=replace(train, micro_batch=size, recompute="full"))
+        least = replace(self, run=run).forecast(forecast.plan.mesh)
+        if least.phases["step"] > 0.9 * forecast.phases["step"]:
+            return None
+        return replace(least, keys=f"train.micro_batch='{size}' train.recompute=full")
+
     def _savings(self, plan: RunPlan) -> Sequence[Saving]:
         """Those of a plan, and before them `parallel.tensor=auto`, which changes no result."""
         with_tensor = self.with_tensor()
