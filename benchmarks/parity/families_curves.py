@@ -31,7 +31,7 @@ from unittest import mock
 
 import torch
 
-from parity import compare, examples_of, recipe, write_first_adapter
+from parity import compare, examples_of, recipe, whole_texts, write_first_adapter
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "parity"))
 from reference import load, train_steps
@@ -254,14 +254,14 @@ class Pair:
         self.rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         self.adapter: Path | None = None
         if kind == "lora":
-            run = recipe(self.options, self.rows, folder / "unused", kind)
+            run = recipe(self.options, folder / "unused", kind, data=whole_texts(self.rows))
             self.adapter = write_first_adapter(run, folder / "first")
 
     def ours(self, steps: int) -> Turn:
         """A run of so many steps, from the first weights on."""
         self.options.steps = steps
         with tempfile.TemporaryDirectory(dir=self.folder) as out:
-            run = recipe(self.options, self.rows, Path(out) / "run", self.kind)
+            run = recipe(self.options, Path(out) / "run", self.kind, data=whole_texts(self.rows))
             clocks: list[float] = []
             step = Trainer.train_step
 

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "parity"))
 from reference import loss_of
 
-from parity import examples_of, recipe
+from parity import examples_of, recipe, whole_texts
 from tunesmith.adapter import peft_files
 from tunesmith.build_model import build_model
 from tunesmith.config.dump import to_mapping
@@ -122,7 +122,9 @@ def compare_bases(a: argparse.Namespace) -> None:
         curves = report["curves"].setdefault(Path(path).name, {})
         for quantize in a.bases:
             with tempfile.TemporaryDirectory() as folder:
-                values = to_mapping(recipe(a, Path(path), Path(folder) / "run", "lora"))
+                values = to_mapping(
+                    recipe(a, Path(folder) / "run", "lora", data=whole_texts(Path(path)))
+                )
                 values["model"] |= {"dtype": "bf16", "quantize": quantize}
                 values["data"]["train"] = {"source": str(Path(path).absolute()), "format": form}
                 values["data"] |= {"train_on": "response", "allow_cut_answers": True}
@@ -184,7 +186,7 @@ def main() -> None:
         folder = Path(name)
         rows = folder / "rows.jsonl"
         rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-        run = recipe(a, rows, folder / "run", "lora")
+        run = recipe(a, folder / "run", "lora", data=whole_texts(rows))
         files = read_model_files(Path(a.model), run.model)
         begun, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")))
         (folder / "first").mkdir()

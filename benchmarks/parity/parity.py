@@ -36,20 +36,17 @@ from tunesmith.training.run import train
 TEXT = "### Instruction: {}\n\n### Input: {}\n\n### Response: {}"
 
 
-def recipe(a: argparse.Namespace, rows: Path, out: Path, kind: str) -> Run:
-    """Ours: fixed order, constant rate, fp32."""
+def recipe(
+    a: argparse.Namespace, out: Path, kind: str, *, data: dict[str, Any], **sections: Any
+) -> Run:
+    """Ours: fixed order, constant rate, fp32; `data` and other sections as in a recipe's file."""
     adapter: dict[str, Any] = {"kind": "none"}
     if kind == "lora":
         adapter = {"kind": "lora", "rank": 8, "alpha": 16, "target": a.target}
     values = {
         "model": {"name": a.model, "dtype": "fp32"},
         "adapter": adapter,
-        "data": {
-            "train": {"source": str(rows), "format": "text"},
-            "seq_len": a.seq,
-            "train_on": "all",
-            "shuffle": False,
-        },
+        "data": {**data, "seq_len": a.seq, "shuffle": False},
         "train": {
             "duration": f"{a.steps} steps",
             "global_batch": f"{a.batch} examples",
@@ -58,10 +55,16 @@ def recipe(a: argparse.Namespace, rows: Path, out: Path, kind: str) -> Run:
             "warmup": "0 steps",
         },
         "checkpoint": {"every": None},
-        "log": {"tensorboard": False},
+        "log": {"tensorboard": False, "samples": 0},
         "output_dir": str(out),
+        **sections,
     }
     return from_mapping(values, where="parity", base=Path.cwd())
+
+
+def whole_texts(rows: Path) -> dict[str, Any]:
+    """The data of a recipe that learns every token of `rows`."""
+    return {"train": {"source": str(rows), "format": "text"}, "train_on": "all"}
 
 
 def trl_curve(
@@ -166,7 +169,7 @@ def main() -> None:
         rows = folder / "rows.jsonl"
         rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
         for kind in a.kinds:
-            run = recipe(a, rows, folder / f"run-{kind}", kind)
+            run = recipe(a, folder / f"run-{kind}", kind, data=whole_texts(rows))
             adapter = write_first_adapter(run, folder / "first") if kind == "lora" else None
             curves = {"tunesmith": [r.loss for r in train(run, quiet=True).records]}
             if "peft" in a.against:

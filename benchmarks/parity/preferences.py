@@ -14,7 +14,9 @@ the answer in TRL too, which takes it of prompt and answer.
 
 Reported, over all steps: the largest relative difference of losses and gradient norms, the largest
 absolute one of rewards and margins, which begin at 0, and of gradient tensors, before clipping, at
-the first and the last step, the largest difference beside the largest value.
+the first and the last step, the largest difference beside the largest value. With `--float64` also
+how far each side's gradients of ORPO are from those of the same weights and rows in float64, and how
+far these are from each other: the two sides' weights drift apart over the steps.
 """
 
 from __future__ import annotations
@@ -26,14 +28,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parity import load, write_first_adapter
-from tunesmith.config.load import from_mapping
+from parity import load, recipe, write_first_adapter
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Example
 from tunesmith.data.mismatched import mismatched_examples
@@ -67,37 +68,17 @@ REWARDS = {
     "rewards_rejected": "rewards/rejected",
     "reward_margin": "rewards/margins",
 }
-Gradients = list[Mapping[str, Tensor]]  # of the first and the last step, by our names
 Curves = dict[str, list[float]]  # by our names
 
 
-def recipe(a: argparse.Namespace, rows: Path, out: Path, kind: str, method: dict[str, Any]) -> Run:
-    """Ours: fixed order, constant rate, fp32."""
-    adapter: dict[str, Any] = {"kind": "none"}
-    if kind == "lora":
-        adapter = {"kind": "lora", "rank": 8, "alpha": 16}
-    row_format = "feedback" if method["name"] == "kto" else "preference"
-    values = {
-        "model": {"name": a.model, "dtype": "fp32"},
-        "adapter": adapter,
-        "method": method,
-        "data": {
-            "train": {"source": str(rows), "format": row_format},
-            "seq_len": a.seq,
-            "shuffle": False,
-        },
-        "train": {
-            "duration": f"{a.steps} steps",
-            "global_batch": f"{a.batch} examples",
-            "learning_rate": a.rate,
-            "schedule": "constant",
-            "warmup": "0 steps",
-        },
-        "checkpoint": {"every": None},
-        "log": {"tensorboard": False, "samples": 0},
-        "output_dir": str(out),
-    }
-    return from_mapping(values, where="parity", base=Path.cwd())
+class Kept(NamedTuple):
+    """Of a step what is trained and its gradients before they are clipped, by our names."""
+
+    weights: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+
+
+Steps = list[Kept]  # the first and the last
 
 
 def shortest_pairs(a: argparse.Namespace) -> list[dict[str, Any]]:
@@ -155,14 +136,14 @@ def examples_of(run: Run) -> list[Example]:
 
 
 @contextmanager
-def gradients_of(steps: int) -> Iterator[Gradients]:
-    """Keep our gradients of the first and the last of `steps`, before they are clipped."""
-    kept: Gradients = []
+def first_and_last_of(steps: int) -> Iterator[Steps]:
+    """Keep ours of `steps` steps."""
+    kept: Steps = []
     step_of_optimizer = Optimizer.step
 
     def step(self: Optimizer) -> Tensor:
         if self.index in (0, steps - 1):
-            kept.append({name: grad.clone() for name, grad in self.gradients().items()})
+            kept.append(Kept(copies(self.params), copies(self.gradients())))
         return step_of_optimizer(self)
 
     Optimizer.step = step  # type: ignore[method-assign]
@@ -172,8 +153,12 @@ def gradients_of(steps: int) -> Iterator[Gradients]:
         Optimizer.step = step_of_optimizer  # type: ignore[method-assign]
 
 
-def our_curves(run: Run, steps: int) -> tuple[Curves, Gradients]:
-    with gradients_of(steps) as gradients:
+def copies(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def our_curves(run: Run, steps: int) -> tuple[Curves, Steps]:
+    with first_and_last_of(steps) as kept:
         records = train(run, quiet=True).records
     curves = {
         "loss": [record.loss for record in records],
@@ -182,7 +167,7 @@ def our_curves(run: Run, steps: int) -> tuple[Curves, Gradients]:
     for name in [*REWARDS, "kl"]:
         if name in records[0].extra:
             curves[name] = [record.extra[name] for record in records]
-    return curves, gradients
+    return curves, kept
 
 
 def answer_of(example: Example, number: int = 0) -> tuple[list[int], list[int]]:
@@ -275,7 +260,7 @@ def recorded(trainer: type[Any], steps: int) -> type[Any]:
 
     class Recorded(trainer):
         losses: list[float]
-        gradients: Gradients
+        kept: Steps
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
@@ -290,19 +275,63 @@ def recorded(trainer: type[Any], steps: int) -> type[Any]:
             loss = super().training_step(*args, **kw)
             self.losses.append(float(loss.detach()))
             if self.state.global_step in (0, steps - 1):
-                self.gradients.append(named_gradients(self.model))
+                weights = trained_weights(self.model)
+                grads = {name: weight.grad for name, weight in weights.items()}
+                self.kept.append(Kept(copies(weights), copies(grads)))
             return loss
 
     return Recorded
 
 
-def named_gradients(model: torch.nn.Module) -> Mapping[str, Tensor]:
-    """The gradients of a model of Transformers or PEFT, by our names."""
+def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What is trained of a model of Transformers or PEFT, by our names."""
+    return {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def orpo_in_float64(
+    model: torch.nn.Module, weights: Mapping[str, Tensor], examples: list[Example]
+) -> Mapping[str, Tensor]:
+    """The gradients of ORPO with the default beta, an answer at a time, with `weights` in a float64
+    model.
+    """
+    model.zero_grad()
+    trained = trained_weights(model)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            trained[name].copy_(weight)
+    tokens_of_chosen = sum(len(answer_of(example)[1]) for example in examples)
+    for example in examples:
+        sums, log_odds = [], []
+        for number in (0, 1):
+            prompt, answer = answer_of(example, number)
+            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
+            logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+            of_answer = logprobs.gather(-1, torch.tensor(answer)[:, None])
+            sums.append(of_answer.sum())
+            log_odds.append(of_answer.mean() - torch.log1p(-of_answer.mean().exp()))
+        odds_loss = -0.1 * F.logsigmoid(log_odds[0] - log_odds[1]) / len(examples)
+        (odds_loss - sums[0] / tokens_of_chosen).backward()
+    return copies({name: trained[name].grad for name in weights})
+
+
+def beside_float64(
+    ours: Steps, theirs: Steps, model: torch.nn.Module, batches: list[list[Example]]
+) -> dict[str, float]:
+    """How far each is from float64, and how far that of our weights from that of theirs.
+
+    `batches`: those of the first and the last step.
+    """
     found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            ours = name.removeprefix("base_model.model.").replace(".default.weight", "")
-            found[ours] = parameter.grad.clone()
+    for when, mine, other, examples in zip(("first", "last"), ours, theirs, batches, strict=True):
+        of_mine = orpo_in_float64(model, mine.weights, examples)
+        of_other = orpo_in_float64(model, other.weights, examples)
+        found[f"ours_from_float64_{when}"] = apart_of(mine.gradients, of_mine)
+        found[f"trl_from_float64_{when}"] = apart_of(other.gradients, of_other)
+        found[f"drift_in_float64_{when}"] = apart_of(of_mine, of_other)
     return found
 
 
@@ -312,7 +341,7 @@ def trl_curves(
     examples: list[Example],
     adapter: Path | None,
     out: Path,
-) -> tuple[Curves, Gradients]:
+) -> tuple[Curves, Steps]:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -329,7 +358,7 @@ def trl_curves(
     )  # fmt: skip
     recorded_class = recorded(trainer_class, a.steps)
     recorded_class.losses = []
-    recorded_class.gradients = []
+    recorded_class.kept = []
     trainer = recorded_class(
         model=load(Path(a.model), adapter, torch.float32),
         processing_class=AutoTokenizer.from_pretrained(a.model),
@@ -342,10 +371,10 @@ def trl_curves(
     for ours, theirs in {**REWARDS, "kl": "kl"}.items():
         if theirs in logs[0]:
             curves[ours] = [entry[theirs] for entry in logs]
-    return curves, trainer.gradients
+    return curves, trainer.kept
 
 
-def compare(ours: tuple[Curves, Gradients], theirs: tuple[Curves, Gradients]) -> dict[str, Any]:
+def compare(ours: tuple[Curves, Steps], theirs: tuple[Curves, Steps]) -> dict[str, Any]:
     """The largest differences; see the module."""
     found: dict[str, Any] = {}
     assert ours[0].keys() == theirs[0].keys(), (ours[0].keys(), theirs[0].keys())
@@ -356,11 +385,15 @@ def compare(ours: tuple[Curves, Gradients], theirs: tuple[Curves, Gradients]) ->
         found[name] = max(apart)
         found[f"{name}_last"] = theirs[0][name][-1]
     for when, mine, other in zip(("first", "last"), ours[1], theirs[1], strict=True):
-        assert mine.keys() == other.keys(), mine.keys() ^ other.keys()
-        largest = max(float(grad.abs().max()) for grad in other.values())
-        apart = [float((mine[name] - grad).abs().max()) for name, grad in other.items()]
-        found[f"gradients_{when}"] = max(apart) / largest
+        found[f"gradients_{when}"] = apart_of(mine.gradients, other.gradients)
     return found
+
+
+def apart_of(ones: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
+    """The largest difference beside the largest value."""
+    assert ones.keys() == others.keys(), ones.keys() ^ others.keys()
+    largest = max(float(grad.abs().max()) for grad in others.values())
+    return max(float((ones[name] - grad).abs().max()) for name, grad in others.items()) / largest
 
 
 def add_case(file: Path, named: str, figures: dict[str, Any]) -> None:
@@ -387,8 +420,10 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=2)
     p.add_argument("--seq", type=int, default=512)
     p.add_argument("--rate", type=float, default=1e-4)
+    p.add_argument("--target", nargs="+", default="all-linear", help="of the adapter")
     p.add_argument("--layers", type=int, help="of the model, the first ones; the default is all")
     p.add_argument("--words", type=int, default=16, help="of an answer; the rest is cut off")
+    p.add_argument("--float64", action="store_true", help="ORPO's gradients beside float64's")
     p.add_argument("--json", help="write the curves here, beside those of other cases")
     a = p.parse_args()
     pairs = shortest_pairs(a)
@@ -403,11 +438,18 @@ def main() -> None:
             of_case.mkdir()
             rows = of_case / "rows.json"
             rows.write_text(json.dumps(feedback_rows(pairs) if case == "kto" else pairs))
-            run = recipe(a, rows, of_case / "run", kind, method)
+            row_format = "feedback" if case == "kto" else "preference"
+            data = {"train": {"source": str(rows), "format": row_format}}
+            run = recipe(a, of_case / "run", kind, data=data, method=method)
             adapter = write_first_adapter(run, of_case / "first") if kind == "lora" else None
             ours = our_curves(run, a.steps)
-            theirs = trl_curves(a, case, examples_of(run), adapter, of_case / "trl")
+            examples = examples_of(run)
+            theirs = trl_curves(a, case, examples, adapter, of_case / "trl")
             apart = compare(ours, theirs)
+            if a.float64 and case == "orpo":
+                model = load(Path(a.model), adapter, torch.float64)
+                batches = [examples[: a.batch], examples[-a.batch :]]
+                apart |= beside_float64(ours[1], theirs[1], model, batches)
             figures = "  ".join(f"{key} {value:.1e}" for key, value in apart.items())
             print(f"{named:12} {figures}", flush=True)
             if a.json:

@@ -8,18 +8,10 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# The words of templates, and what a page calls them.
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "ipython": "tool",
-}
-_ROLE = "|".join(ROLES)
+from tunesmith.data.formats import ROLES
+
+# The words that templates write: other names of rows would be found in what somebody says.
+_ROLE = "system|user|human|assistant|model|tool|ipython"
 _FIRST_ROLE = re.compile(rf"\s*(?:{_ROLE})(\n+)")
 _ROLE_IN_LINE = re.compile(rf"^({_ROLE})\n", re.MULTILINE)
 _ROLE_BEHIND_TEXT = re.compile(rf"(?:\A|(?<=\S)|(?<=\n))({_ROLE})\n\n")
