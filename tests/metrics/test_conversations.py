@@ -28,6 +28,8 @@ from tunesmith.metrics.conversations import Turn, conversations_of, turns_of, wh
             "system\n\nBe kind.user\n\nWho is a user\n\nhere?assistant\n\n",
             [("system", "Be kind."), ("user", "Who is a user\n\nhere?")],
         ),
+        # A role of rows that no template writes is what somebody says
+        ("user\nCall the\nfunction\nnow\nassistant\n", [("user", "Call the\nfunction\nnow")]),
         # No roles, as of Mistral
         ("Say user 0", [("user", "Say user 0")]),
     ],
