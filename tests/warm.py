@@ -188,7 +188,7 @@ class Forked(subprocess.Popen[Any]):
         env, pipes = others[4], others[8:14]
         self.pid = os.fork()
         if self.pid == 0:
-            _become(words[count - 1], words[count:], env, [pipes[0], pipes[3], pipes[5]])
+            become(words[count - 1], words[count:], env, [pipes[0], pipes[3], pipes[5]])
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
@@ -229,11 +229,11 @@ def _fork_and_wait(path: str, words: Sequence[str]) -> NoReturn:
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _become(words[count - 1], [*words[count:]], None, [CLOSED] * 3)
+        become(words[count - 1], [*words[count:]], None, [CLOSED] * 3)
     os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
 
 
-def _become(
+def become(
     module: str, words: list[str], env: dict[str, str] | None, streams: list[int]
 ) -> NoReturn:
     """What exec leaves to a process that was forked: its streams, its environment, and no handler

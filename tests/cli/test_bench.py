@@ -5,11 +5,14 @@ refused.
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +28,7 @@ from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.errors import RunError, UsageError
 from tunesmith.model.shapes import SHAPES, Shape
-from warm import run_python, run_warm
+from warm import CLOSED, become, run_python, run_warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("small_peak")]
 Capture = pytest.CaptureFixture[str]
@@ -164,6 +167,31 @@ def test_on_a_gpu_the_trial_of_the_compiler_is_within_what_cold_times(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+def prepare_cold_and_warm() -> None:
+    """Before `bench --cold`: the process that it starts is forked now, with nothing compiled yet,
+    and waits for its words.
+    """
+    from tunesmith.cli import bench
+
+    take_small_peak()
+    given, words = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(words)
+        with os.fdopen(given) as file:
+            command, env = json.load(file)
+        become("tunesmith", command[3:], env, [CLOSED] * 3)
+
+    def run_forked(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        with os.fdopen(words, "w") as file:
+            json.dump([command, dict(os.environ)], file)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return subprocess.CompletedProcess(command, code)
+
+    os.close(given)
+    bench.subprocess = SimpleNamespace(run=run_forked, DEVNULL=None)  # type: ignore[assignment]
+
+
 def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
     """The second process finds what the first has compiled, so its first step is much shorter."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
@@ -173,9 +201,12 @@ def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
         "model": {"attention": "eager"},
     }
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False, **changes)))
-    # In a process of its own, as a compile cache of its own needs.
+    # In a process of its own, as a compile cache of its own needs. Torch's headers, which the
+    # compiler of C++ would read once for each cache, take it longer than the few kernels.
     done = run_warm(
-        typed(file, "--cold", "--steps", 1, "--warmup", 0, "--json", out), prepare=take_small_peak
+        typed(file, "--cold", "--steps", 1, "--warmup", 0, "--json", out),
+        prepare=prepare_cold_and_warm,
+        env=os.environ | {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"},
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["cold"]

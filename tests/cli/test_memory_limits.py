@@ -12,7 +12,6 @@ import resource
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -91,21 +90,15 @@ def group() -> Iterator[Path]:
         yield folder
 
 
+def join(group: Path) -> None:
+    """Move this process into a group."""
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+
+
 def in_group(group: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`tunesmith WORDS` in a process that has been in the group from its start."""
-    command = [
-        "sh",
-        "-c",
-        'echo $$ > "$0"; exec "$@"',
-        str(group / "cgroup.procs"),
-        sys.executable,
-        "-m",
-        "tunesmith",
-    ]
+    """`tunesmith WORDS` in a process of the group."""
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *words], capture_output=True, text=True, check=False, env=environ, timeout=600
-    )
+    return run_warm(words, prepare=partial(join, group), env=environ, timeout=600)
 
 
 @pytest.mark.slow
@@ -116,7 +109,7 @@ def test_what_a_control_group_cannot_hold_is_refused_with_keys_that_fit(
     assert done.returncode == EXIT_USAGE, done.stderr
     parts = parts_of(done.stderr)
     assert re.search(r"\b0\.\d+ GiB", parts["error"])
-    assert f"control group {group} of 0.72 GiB" in parts["where"]
+    assert f"control group {group} of {LIMIT / 2**30:.2f} GiB" in parts["where"]
     assert "docker run --memory=" in parts["fix"]
     assert not (recipe.parent / "run" / "metrics.jsonl").exists()
     options = [option.rpartition(" (")[0] for option in parts["fix"].split(" or ")[:-1]]

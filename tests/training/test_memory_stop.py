@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training import run as start
 from tunesmith.training.result import half_micro_batch
 from tunesmith.training.run import train
+from warm import run_warm
 
 GIB = 2**30
 ROOM = MemoryFigures(
@@ -140,21 +139,12 @@ def test_the_micro_batch_of_the_next_start(
 def test_a_real_process_that_takes_all_memory_of_a_control_group(tmp_path: Path) -> None:
     """benchmarks/faults/memory_guard.py does it 20 times, and goes on with each run."""
     script = Path(__file__).parents[2] / "benchmarks" / "faults" / "memory_guard.py"
-    options = [
-        "--times",
-        "1",
-        "--limit",
-        "800",
-        "--rates",
-        "20",
-        "--stop-only",
-        "--json",
-        str(tmp_path / "found.json"),
-    ]
-    command = [sys.executable, str(script), *options]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "TUNESMITH_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environ, timeout=600
+    words = ["--times", 1, "--limit", 800, "--rates", 60, "--stop-only"]
+    done = run_warm(
+        [*words, "--json", tmp_path / "found.json"],
+        program=script,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TUNESMITH_CACHE": str(tmp_path / "cache")},
+        timeout=600,
     )
     if done.returncode == 3:
         pytest.skip(done.stderr.strip().splitlines()[-1])
