@@ -286,9 +286,6 @@ BROKEN: list[tuple[Callable[[], None], str, MeshShape, set[str]]] = [  # the che
     (sum_the_gradients_of_every_micro_batch, "full", COPY, {NORM}),
     (average_over_shards, "full", SHARD, {NORM}),
     (take_the_norm_of_ones_own_parts, "full", SHARD, {NORM}),
-    (swap_moments_at_resume, "full", SHARD, {RESUME}),
-    (forget_moments_at_resume, "full", SHARD, {RESUME}),
-    (forget_the_number_of_updates_at_resume, "full", SHARD, {RESUME}),
     (pair_query_heads_with_other_keys, "lora", TENSOR, {LOSS, NORM}),
     (leave_outputs_of_row_parallel_layers_unadded, "lora", TENSOR, {LOSS, NORM}),
     (leave_partial_gradients_unadded, "lora", TENSOR, {NORM, COPIES}),
@@ -300,13 +297,8 @@ BROKEN: list[tuple[Callable[[], None], str, MeshShape, set[str]]] = [  # the che
 ]
 
 
-def failed_checks(
-    kind: str,
-    mesh: MeshShape,
-    change: Callable[[], None],
-    found: Set[str] = frozenset({RESUME, CHANGED}),
-) -> dict[str, Any]:
-    """The rows that fail on a mesh in a build with `change`, by check.
+def check_one_mesh(kind: str, mesh: MeshShape, found: Set[str]) -> None:
+    """Let `run_checks` train one kind on one mesh, for the checks in `found`.
 
     Without RESUME in `found` the two steps before it are taken; files are written and read only if
     RESUME or CHANGED, which need them, are in `found`.
@@ -327,6 +319,16 @@ def failed_checks(
     if CHANGED not in found:
         SelfCheck.count_changed = lambda self, run: (0, 0)
         CheckpointSaver.write_final = lambda self: None
+
+
+def failed_checks(
+    kind: str,
+    mesh: MeshShape,
+    change: Callable[[], None],
+    found: Set[str] = frozenset({RESUME, CHANGED}),
+) -> dict[str, Any]:
+    """The rows that fail on a mesh in a build with `change`, by check."""
+    check_one_mesh(kind, mesh, found)
     change()
     report = selfcheck.run_checks(lambda row: None)
     return {
@@ -340,6 +342,38 @@ def failed_checks(
 def test_a_broken_build_fails(change, kind, mesh, found):
     for failed in run_ranks(mesh.world, failed_checks, kind, mesh, change, found):
         assert found <= failed.keys(), failed
+
+
+def nothing() -> None:
+    """The build as it is."""
+
+
+def passed_resumes(*changes: Callable[[], None]) -> list[bool]:
+    """Whether a run on shards passes the check of its resume in a build with each of `changes`."""
+    check_one_mesh("full", SHARD, {RESUME})
+    check_resume, read = SelfCheck.check_resume, build.read_sharded_optimizer
+
+    def check_each(self: SelfCheck, *given: Any) -> None:
+        for change in changes:
+            build.read_sharded_optimizer = read
+            change()
+            check_resume(self, *given)
+
+    SelfCheck.check_resume = check_each
+    report = selfcheck.run_checks(lambda row: None)
+    return [row["passed"] for row in report["checks"] if row["check"].endswith(RESUME)]
+
+
+def test_a_build_that_resumes_wrongly_fails():
+    """One run, of which each build takes the last steps again."""
+    changes = [
+        nothing,
+        swap_moments_at_resume,
+        forget_moments_at_resume,
+        forget_the_number_of_updates_at_resume,
+    ]
+    for passed in run_ranks(2, passed_resumes, *changes):
+        assert passed == [True, False, False, False]
 
 
 def give_a_rank_another_model_file() -> None:
