@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -149,24 +151,44 @@ def lines(run_dir: Path) -> int:
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
-CASES = {
-    "LoRA, dropout, packed": ({"adapter": {"dropout": 0.1}, "train": {"micro_batch": "128 tokens"}}, 4, 44),
-    "full, bf16, masters": ({"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}, "data": {"pack": False}}, 2, 24),
-}  # fmt: skip
+CASES: dict[str, tuple[dict[str, Any], int]] = {  # a recipe, and its steps
+    "LoRA, dropout, packed": (
+        {"adapter": {"dropout": 0.1}, "train": {"micro_batch": "128 tokens"}},
+        50,
+    ),
+    "full, bf16, masters": (
+        {"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}, "data": {"pack": False}},
+        14,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny: Path, tmp_path_factory: pytest.TempPathFactory, starter: Starter
+) -> Callable[[str], tuple[dict[str, Any], Path]]:
+    """The recipe of a case of CASES, and the directory of a run of it that nothing stopped."""
+
+    @cache
+    def made(case: str) -> tuple[dict[str, Any], Path]:
+        (changes, steps), folder = CASES[case], tmp_path_factory.mktemp("whole")
+        values = recipe(tiny, folder, **changes)
+        values["train"]["duration"] = f"{steps} steps"
+        values["validate"] = {"every": f"{steps * 2 // 5} steps"}
+        starter.start(values | {"checkpoint": {"every": None}})
+        assert starter.wait() == 0
+        return values, folder / "run"
+
+    return made
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "kills"), zip(CASES, (3, 1), strict=True))
 def test_kill_9_at_random_moments_changes_no_number(
-    case: str, tiny: Path, tmp_path: Path, starter: Starter
+    case: str, kills: int, uninterrupted: Any, tmp_path: Path, starter: Starter
 ) -> None:
-    changes, kills, steps = CASES[case]
-    whole = recipe(tiny, tmp_path, **changes)
-    whole["train"]["duration"] = f"{steps} steps"
-    whole["validate"] = {"every": "20 steps"}
-    cut = whole | {"output_dir": str(tmp_path / "cut")}
-    starter.start(whole)
-    assert starter.wait() == 0
+    values, whole = uninterrupted(case)
+    cut = values | {"output_dir": str(tmp_path / "cut")}
     chance, inside = random.Random(0), 0
     for number in range(kills):
         before, pid = lines(tmp_path / "cut"), starter.start(cut)
@@ -177,7 +199,7 @@ def test_kill_9_at_random_moments_changes_no_number(
             assert time.monotonic() < deadline, "no step within a minute"
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.08))
-        while number % 3 == 0 and not list((tmp_path / "cut").glob(".checkpoint-*.partial")):
+        while number % 2 == 0 and not list((tmp_path / "cut").glob(".checkpoint-*.partial")):
             assert time.monotonic() < deadline, "no checkpoint is written"
         os.kill(pid, signal.SIGKILL)
         assert starter.wait() == -signal.SIGKILL, (
@@ -186,9 +208,9 @@ def test_kill_9_at_random_moments_changes_no_number(
         inside += bool(list((tmp_path / "cut").glob(".checkpoint-*")))
     starter.start(cut)
     assert starter.wait() == 0
-    assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "run")
-    assert len(steps_of(tmp_path / "run")) == steps
-    if kills > 3:
+    assert steps_of(tmp_path / "cut") == steps_of(whole)
+    assert len(steps_of(whole)) == CASES[case][1]
+    if kills > 2:
         assert inside >= 1, "no kill fell into the writing of a checkpoint"
 
 
@@ -196,13 +218,13 @@ def test_a_signal_saves_exits_75_and_resume_goes_on(
     tiny: Path, tmp_path: Path, starter: Starter
 ) -> None:
     """One signal after another cuts one run; in the end it is the uninterrupted one."""
-    whole = recipe(tiny, tmp_path, checkpoint={"every": None}, train={"duration": "44 steps"})
+    whole = recipe(tiny, tmp_path, checkpoint={"every": None}, train={"duration": "28 steps"})
     cut = whole | {"output_dir": str(tmp_path / "cut")}
     starter.start(whole)
     assert starter.wait() == 0
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
         before, pid = lines(tmp_path / "cut"), starter.start(cut)
-        while lines(tmp_path / "cut") < before + 5:
+        while lines(tmp_path / "cut") < before + 2:
             time.sleep(0.002)
         recorded = lines(tmp_path / "cut")
         os.kill(pid, signal.Signals[name])
@@ -220,14 +242,11 @@ def test_a_signal_saves_exits_75_and_resume_goes_on(
 
 
 def test_any_signal_at_any_moment_changes_no_number(
-    tiny: Path, tmp_path: Path, starter: Starter
+    uninterrupted: Any, tmp_path: Path, starter: Starter
 ) -> None:
     """While the run loads, steps, saves or ends; under nohup, in the background, without a reader."""
-    whole = recipe(tiny, tmp_path, adapter={"dropout": 0.1}, train={"micro_batch": "128 tokens"})
-    whole["train"]["duration"], whole["validate"] = "50 steps", {"every": "20 steps"}
-    cut = whole | {"output_dir": str(tmp_path / "cut")}
-    starter.start(whole)
-    assert starter.wait() == 0
+    values, whole = uninterrupted("LoRA, dropout, packed")
+    cut = values | {"output_dir": str(tmp_path / "cut")}
     chance, codes = random.Random(1), []
     for _ in range(6):
         names = chance.choice(
@@ -258,10 +277,10 @@ def test_any_signal_at_any_moment_changes_no_number(
     assert {75, -signal.SIGKILL} <= set(codes)
     starter.start(cut)
     assert starter.wait() == 0
-    assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "run")
+    assert steps_of(tmp_path / "cut") == steps_of(whole)
     files = [
-        json.loads((tmp_path / name / "final" / "manifest.json").read_text())["files"]
-        for name in ("cut", "run")
+        json.loads((folder / "final" / "manifest.json").read_text())["files"]
+        for folder in (tmp_path / "cut", whole)
     ]
     # They tell the time that it took, and the run's folder
     cards = [found.pop("README.md") for found in files]
