@@ -82,7 +82,7 @@ def test_streams_of_what_computes(name: str, world: World) -> None:
 @pytest.mark.parametrize("name", ["both to head", "both full", "both closed"])
 def test_a_run_does_not_need_its_readers(name: str, world: World) -> None:
     """It trains to its end, and its files hold what was shown."""
-    words = world.train("train.duration=30 steps", checkpoint={"every": "10 steps"})
+    words = world.train("train.duration=12 steps", checkpoint={"every": "10 steps"})
     if name == "both closed":
         assert Warm(words, streams=[None, CLOSED, CLOSED]).wait() == 0
     else:
@@ -95,8 +95,8 @@ def test_a_run_does_not_need_its_readers(name: str, world: World) -> None:
             os.read(reader, 10)
             os.close(reader)
         assert process.wait() == 0
-    assert [r["step"] for r in records(world.out)] == list(range(1, 31))
-    assert "step 30/30" in (world.out / "log.txt").read_text()
+    assert [r["step"] for r in records(world.out)] == list(range(1, 13))
+    assert "step 12/12" in (world.out / "log.txt").read_text()
 
 
 def under_nohup() -> None:
@@ -107,7 +107,7 @@ def under_nohup() -> None:
 @pytest.mark.parametrize("ignored", [True, False])
 def test_a_terminal_that_goes_away(ignored: bool, world: World) -> None:
     """A closed pane ends the run with all saved; under nohup it trains on, bar and all."""
-    words = world.train("train.duration=100 steps", checkpoint={"every": "50 steps"})
+    words = world.train("train.duration=60 steps", checkpoint={"every": "30 steps"})
     terminal, own = pty.openpty()
     env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
     process = Warm(
@@ -115,12 +115,12 @@ def test_a_terminal_that_goes_away(ignored: bool, world: World) -> None:
     )
     os.close(own)
     seen = b""
-    while b"/100" not in seen:
+    while b"/60" not in seen:
         seen += os.read(terminal, 4096)
     os.close(terminal)
     assert process.wait() == (0 if ignored else 75)
     steps = len(list(records(world.out)))
-    assert steps == 100 if ignored else 0 < steps < 100
+    assert steps == 60 if ignored else 0 < steps < 60
     assert not (world.out / "failure.json").exists()
 
 
@@ -237,7 +237,7 @@ def test_a_closed_stdin_holds_no_lines(
 def test_an_interrupt_while_rows_become_tokens(world: World) -> None:
     """Nothing is learnt yet: exit 75, no run directory, no half of a cache."""
     cache = world.folder / "cache"
-    write_rows(world.folder / "train.jsonl", 300_000)
+    write_rows(world.folder / "train.jsonl", 100_000)
     words = world.train()
     before = snapshot(world.folder)
     process = Warm(words, env=os.environ | {"TUNESMITH_CACHE": str(cache)})
