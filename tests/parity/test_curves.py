@@ -89,8 +89,7 @@ def furthest(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     return apart[0], max(apart)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("kind", ["lora", "none"])
+@pytest.mark.parametrize(("kind", "packed"), [("lora", True), ("none", False)])
 def test_fp32_curve_is_transformers_and_peft_s(
     kind: str, packed: bool, tiny: Path, tmp_path: Path
 ) -> None:
