@@ -30,6 +30,9 @@ from tunesmith.units import Length
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_peak")]
 
 
+FEW_GRAPHS = {"attention": "eager"}  # by documents, each layer is cut in two
+
+
 def run_plan(plan: BenchPlan, folder: Path, name: str = "measured") -> Measured:
     out = folder / name
     out.mkdir()
@@ -143,7 +146,8 @@ def bins(tiny: Path, folder: Path, size: str, micro: str) -> Run:
     lines = [json.dumps({"prompt": f"{i:016}", "completion": "y" * 15}) for i in range(22)]
     (folder / "train.jsonl").write_text("\n".join(lines))
     train = {"global_batch": size, "micro_batch": micro, "compile": "on"}
-    return make_run(tiny, folder, held=False, data={"seq_len": 64, "template": "raw"}, train=train)
+    data = {"seq_len": 64, "template": "raw"}
+    return make_run(tiny, folder, held=False, model=FEW_GRAPHS, data=data, train=train)
 
 
 @pytest.mark.usefixtures("eager_compiler")
@@ -184,8 +188,7 @@ def test_padding_is_explained(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("eager_compiler")
 def test_graphs_are_counted(tiny: Path, tmp_path: Path) -> None:
     """With layers compiled graphs appear, and none when nothing is new."""
-    few = {"attention": "eager"}  # graphs: by documents, each layer is cut in two
-    run = make_run(tiny, tmp_path, model=few, train={"compile": "on"}, held=False)
+    run = make_run(tiny, tmp_path, model=FEW_GRAPHS, train={"compile": "on"}, held=False)
     found = run_plan(BenchPlan(run, steps=4, warmup=2), tmp_path).figures
     assert found.graphs_compiled > 0
     assert 0 <= found.graphs_compiled_after_step_3 < found.graphs_compiled
