@@ -76,11 +76,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     return watch_starts(monkeypatch, ForkedWorker if FORKS else subprocess.Popen)
 
 
-@pytest.fixture
-def interpreters(monkeypatch: pytest.MonkeyPatch) -> Made:
-    return watch_starts(monkeypatch, subprocess.Popen)
-
-
 def line(i: int) -> dict[str, Any]:
     """A conversation; some have flaws, and their lengths differ a hundredfold."""
     turns = [
@@ -98,13 +93,13 @@ def tokens_of(path: Path, cores: int, monkeypatch: pytest.MonkeyPatch, **keys: A
 
 
 def test_tokens_and_counts_are_those_of_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interpreters: Made
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made
 ) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line(i)) + "\n" for i in range(1500)))
     one = tokens_of(tmp_path / "rows.jsonl", 1, monkeypatch)
-    assert interpreters == []
+    assert made == []
     three = tokens_of(tmp_path / "rows.jsonl", 3, monkeypatch)
-    assert [process.poll() is not None for process in interpreters] == [True] * 3
+    assert [process.poll() is not None for process in made] == [True] * 3
     assert one.sources == three.sources  # the digest of all tokens among them
     assert one.sources[0].flaws["empty"][0] > 100
     assert (one.counts.prompts, one.counts.cut > 0) == (256 + (1500 - 256) // 32 + 1, True)
@@ -113,23 +108,23 @@ def test_tokens_and_counts_are_those_of_one_process(
 
 
 def _no_json(lines: list[str]) -> None:
-    lines[1300] = "{oops"
+    lines[600] = "{oops"
 
 
 def _no_role_before_no_json(lines: list[str]) -> None:
     """In one batch: the row that stands first is named, though it is converted after the other is
     read.
     """
-    lines[1290] = json.dumps({"messages": [{"role": "king", "content": "a"}]})
-    lines[1300] = "{oops"
+    lines[590] = json.dumps({"messages": [{"role": "king", "content": "a"}]})
+    lines[600] = "{oops"
 
 
 def _no_answer(lines: list[str]) -> None:
-    lines[700] = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+    lines[300] = json.dumps({"messages": [{"role": "user", "content": "a"}]})
 
 
 def _too_long(lines: list[str]) -> None:
-    lines[700] = json.dumps(line(0)).replace("say", "say" * 500)
+    lines[300] = json.dumps(line(0)).replace("say", "say" * 500)
 
 
 @pytest.mark.parametrize("spoil", [_no_json, _no_role_before_no_json, _no_answer, _too_long])
@@ -140,7 +135,7 @@ def test_an_error_names_the_row_that_one_process_names(
 
     The workers have ended when the error comes.
     """
-    lines = [json.dumps(line(i)) for i in range(1500)]
+    lines = [json.dumps(line(i)) for i in range(800)]
     spoil(lines)
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     said = []
