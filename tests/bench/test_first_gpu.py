@@ -31,7 +31,7 @@ STAGES = ["A", "B", "C", "D"]
 # In the place of Python. It notes its arguments, sleeps, leaves a file in the compile cache, writes
 # a report, and fails for the words in FAILS. What gathers the results, and a line of code, run in
 # the real interpreter.
-STAND_IN = """#!{python}
+STAND_IN = """#!{python} -IS
 import json, os, pathlib, sys, time
 words = sys.argv[1:]
 if words[0] == "-c" or "first_gpu_results" in words[0]:
@@ -121,9 +121,10 @@ def check_variants(args: argparse.Namespace, run: Run, *, gpu: bool, folder: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("shapes", [True, False], ids=["true shapes", "a recipe"])
-def test_every_command_of_a_stage_is_one_that_bench_takes(
+def test_every_command_of_a_stage_is_one_that_bench_takes_and_their_limits_fit_the_stage(
     stage: str, shapes: bool, tiny: Path, tmp_path: Path
 ) -> None:
+    """Stage C alone has more to do than time: its last comparison, of attention, gets what is left."""
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False, model={"dtype": "bf16"})))
     commands, shown = run_stage(tmp_path, stage, **({} if shapes else {"RECIPE": file}))
@@ -148,13 +149,6 @@ def test_every_command_of_a_stage_is_one_that_bench_takes(
             check_variants(args, run, gpu=shapes, folder=tmp_path / "model")
         checked += 1
     assert checked >= 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_limits_of_the_steps_fit_the_stage(stage: str, tmp_path: Path) -> None:
-    """Stage C alone has more to do than time: its last comparison, of attention, gets what is left."""
-    run_stage(tmp_path, stage)
     steps = read_results(tmp_path, stage)["steps"]
     limits = [step["limit"] for name, step in steps.items() if name != "attention"]
     assert sum(limits) + 25 <= 580
