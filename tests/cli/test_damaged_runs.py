@@ -16,7 +16,7 @@ from tunesmith.cli.main import main
 
 pytestmark = pytest.mark.slow
 
-SEEDS = range(1000, 1060)
+SEEDS = range(1000, 1030)
 
 
 @pytest.fixture(scope="module")
