@@ -40,7 +40,7 @@ from warm import Warm
 pytestmark = pytest.mark.slow
 
 HELD = [{"prompt": f"Say {n}", "completion": f"word {n}"} for n in range(13)]
-OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 2, "device": "cpu"}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "batch_size": 2, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,9 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def held(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "held.jsonl", HELD)
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "held.jsonl", HELD)
 
 
 @pytest.fixture
@@ -62,6 +62,14 @@ def answers(tmp_path: Path) -> Path:
 
 def scored(run: Path, held: Path, answers: Path | None, *scorers: str, **more: Any) -> Evaluation:
     return evaluate(run, held, scorers=scorers or ("f1",), output=answers, **{**OPTIONS, **more})
+
+
+@pytest.fixture(scope="module")
+def answered(run: Path, held: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The answers to HELD, for tests that only begin with them."""
+    answers = tmp_path_factory.mktemp("answered") / "answers.jsonl"
+    scored(run, held, answers)
+    return answers
 
 
 def test_answers_are_those_of_generate_and_scores_those_of_the_answers(
@@ -79,7 +87,7 @@ def test_answers_are_those_of_generate_and_scores_those_of_the_answers(
     }
     for name, base_only in (("tuned", False), ("base", True)):
         loaded = load_run(run, device="cpu", base_only=base_only)
-        expected = [row["output"] for row in generate(loaded, HELD, Decoding(6), batch_size=2)]
+        expected = [row["output"] for row in generate(loaded, HELD, Decoding(3), batch_size=2)]
         assert [line["answer"] for line in by_model[name]] == expected
         assert [line["reference"] for line in by_model[name]] == [row["completion"] for row in HELD]
     f1, _, mine = found.by_scorer
@@ -98,17 +106,16 @@ def test_answers_are_those_of_generate_and_scores_those_of_the_answers(
     }
     assert dict(found.unfinished) == cut
     assert cut["tuned"] == sum(
-        line["tokens"] == 6 for line in by_model["tuned"] if not line["finished"]
+        line["tokens"] == 3 for line in by_model["tuned"] if not line["finished"]
     )
 
 
 def test_a_file_that_was_cut_anywhere_is_completed_to_the_same_bytes(
-    run: Path, held: Path, answers: Path
+    run: Path, held: Path, answers: Path, answered: Path
 ) -> None:
-    scored(run, held, answers)
-    whole = answers.read_bytes()
+    whole = answered.read_bytes()
     header = len(whole.splitlines(keepends=True)[0])
-    for size in (header, header + 5, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+    for size in (header, header + 5, len(whole) // 3, len(whole) - 1):
         answers.write_bytes(whole[:size])
         scored(run, held, answers)
         assert answers.read_bytes() == whole, size
@@ -123,16 +130,15 @@ def slowly(self, answer):
     time.sleep(0.05)
 answers_file.AnswersFile.append = slowly
 from tunesmith.inference.evaluate import evaluate
-evaluate(sys.argv[1], sys.argv[2], scorers=("f1",), output=sys.argv[3], max_new_tokens=6, batch_size=2, device="cpu")
+evaluate(sys.argv[1], sys.argv[2], scorers=("f1",), output=sys.argv[3], max_new_tokens=3, batch_size=2, device="cpu")
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_was_killed_is_gone_on_with(
-    run: Path, held: Path, answers: Path, tmp_path: Path, number: signal.Signals
+    run: Path, held: Path, answered: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     """One kill while answers are written; benchmarks/faults/kill_eval.py has ten."""
-    scored(run, held, answers)
     killed = tmp_path / "killed.jsonl"
     process = Warm([run, held, killed], program=COMMAND)
     while process.poll() is None and (not killed.exists() or killed.read_bytes().count(b"\n") < 8):
@@ -146,7 +152,7 @@ def test_a_process_that_was_killed_is_gone_on_with(
     lines = killed.read_bytes().count(b"\n")
     assert 8 <= lines < 27, error
     scored(run, held, killed)
-    assert killed.read_bytes() == answers.read_bytes()
+    assert killed.read_bytes() == answered.read_bytes()
 
 
 def test_a_stop_says_how_far_it_came(
@@ -209,16 +215,15 @@ def test_two_ranks_share_the_rows_and_write_what_one_process_writes(
 
 def refusal_of_a_rank(run: Path, held: Path, output: Path, seed: int) -> str:
     try:
-        eval_of_a_rank(run, held, output, {"decoding": Decoding(6, seed=seed)})
+        eval_of_a_rank(run, held, output, {"decoding": Decoding(3, seed=seed)})
     except TunesmithError as error:
         return f"{type(error).__name__} {error.exit_code} {error.why}"
     return ""
 
 
-def test_a_refusal_of_rank_0_ends_all_ranks(run: Path, held: Path, answers: Path) -> None:
+def test_a_refusal_of_rank_0_ends_all_ranks(run: Path, held: Path, answered: Path) -> None:
     """Only rank 0 reads the answers that are there."""
-    scored(run, held, answers)
-    first, second = run_ranks(2, refusal_of_a_rank, run, held, answers, 3)
+    first, second = run_ranks(2, refusal_of_a_rank, run, held, answered, 3)
     assert first.startswith("UsageError 2 ")
     assert holds(first, "--seed", 0, 3)
     assert second.startswith("OtherRankError 2 ")
@@ -245,10 +250,10 @@ def test_a_base_that_is_asked_for_later_is_answered_then(
 
 
 def test_what_differs_from_the_answers_that_are_there_is_refused_with_a_fix(
-    tiny: Path, run: Path, held: Path, answers: Path, tmp_path: Path
+    tiny: Path, run: Path, held: Path, answers: Path, answered: Path, tmp_path: Path
 ) -> None:
-    scored(run, held, answers)
-    whole = answers.read_bytes()
+    whole = answered.read_bytes()
+    answers.write_bytes(whole)
     make_run(tmp_path / "other", tiny, peft_model(tiny, seed=1))
     rows = write_rows(
         tmp_path / "others.jsonl", [*HELD[:-1], {"prompt": "Say 99", "completion": "x"}]
@@ -256,9 +261,9 @@ def test_what_differs_from_the_answers_that_are_there_is_refused_with_a_fix(
     cases: list[tuple[Path, Path, dict[str, Any], str]] = [
         (run, rows, {}, "its prompts differ"),
         (run, held, {"max_examples": 5}, "its prompts differ"),
-        (run, held, {"max_new_tokens": 7}, "--max-new-tokens was 6, and is 7"),
-        (run, held, {"decoding": Decoding(6, 0.5)}, "--temperature was 0.0, and is 0.5"),
-        (run, held, {"decoding": Decoding(6, seed=3)}, "--seed was 0, and is 3"),
+        (run, held, {"max_new_tokens": 7}, "--max-new-tokens was 3, and is 7"),
+        (run, held, {"decoding": Decoding(3, 0.5)}, "--temperature was 0.0, and is 0.5"),
+        (run, held, {"decoding": Decoding(3, seed=3)}, "--seed was 0, and is 3"),
         (run, held, {"batch_size": 4}, "--batch-size was 2, and is 4"),
         (tmp_path / "other", held, {}, "its model differs"),
     ]
@@ -285,7 +290,7 @@ def spoiled(content: bytes, kind: str) -> bytes:
     elif kind == "out of order":
         lines[3], lines[4] = lines[4], lines[3]
     elif kind == "another type":
-        lines[3] = lines[3].replace(b'"tokens": 6', b'"tokens": "6"')
+        lines[3] = lines[3].replace(b'"tokens": 3', b'"tokens": "3"')
     elif kind == "a field too many":
         lines[3] = lines[3].replace(b'"tokens"', b'"more": 1, "tokens"')
     elif kind == "too many rows":
@@ -315,7 +320,13 @@ def spoiled(content: bytes, kind: str) -> bytes:
     ],
 )
 def test_a_file_that_is_broken_or_somebody_elses_stays_as_it_is(
-    run: Path, held: Path, answers: Path, kind: str, error: type[Exception], where: str
+    run: Path,
+    held: Path,
+    answers: Path,
+    answered: Path,
+    kind: str,
+    error: type[Exception],
+    where: str,
 ) -> None:
     content = b""
     if kind == "a folder":
@@ -323,8 +334,7 @@ def test_a_file_that_is_broken_or_somebody_elses_stays_as_it_is(
     elif kind == "a pipe":
         os.mkfifo(answers)
     else:
-        scored(run, held, answers, max_new_tokens=6)
-        content = spoiled(answers.read_bytes(), kind)
+        content = spoiled(answered.read_bytes(), kind)
         answers.write_bytes(content)
     with pytest.raises(error) as refused:
         scored(run, held, answers)
@@ -479,7 +489,7 @@ def test_rows_with_an_empty_answer_are_counted_and_not_scored(
 
 
 def test_sampled_answers_are_the_same_after_a_cut(run: Path, held: Path, answers: Path) -> None:
-    decoding = Decoding(6, temperature=1.0, seed=5)
+    decoding = Decoding(3, temperature=1.0, seed=5)
     scored(run, held, answers, decoding=decoding)
     whole = answers.read_bytes()
     answers.write_bytes(whole[: len(whole) // 4])
