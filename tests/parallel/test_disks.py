@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,11 +129,38 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Who
     return made
 
 
+def run_once(
+    factory: pytest.TempPathFactory, model: Path, layout: str, steps: int, kind: str
+) -> Callable[[], Path]:
+    """Train on the nodes of a layout; what is returned puts their folder back as it then was."""
+    folder = factory.mktemp("nodes")
+    what, mesh = RUNS[kind]
+    go(layout, model, folder, steps, mesh if len(layout) == 2 else {"shard": len(layout)}, what)
+    kept = shutil.copytree(folder, factory.mktemp("kept") / "nodes")
+
+    def restore() -> Path:
+        shutil.rmtree(folder)
+        return Path(shutil.copytree(kept, folder))
+
+    return restore
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Path]]:
+    """Each run on two nodes, of which four steps were taken."""
+    return {kind: run_once(tmp_path_factory, tiny, "ab", 4, kind) for kind in RUNS}
+
+
+@pytest.fixture(scope="module")
+def of_four_ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Two steps in full on two nodes of two ranks each."""
+    return run_once(tmp_path_factory, tiny, "aabb", 2, "full")
+
+
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(kind, whole, tiny, tmp_path):
-    layout, (what, mesh) = "ab", RUNS[kind]
-    go(layout, tiny, tmp_path, 4, mesh, what)
-    a, b = (tmp_path / node / "run" for node in "ab")
+def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(kind, whole, stopped, tiny):
+    layout, (what, mesh), folder = "ab", RUNS[kind], stopped[kind]()
+    a, b = (folder / node / "run" for node in "ab")
     assert (a / "checkpoint-4" / "manifest.json").read_bytes() == (
         b / "checkpoint-4" / "manifest.json"
     ).read_bytes()
@@ -152,7 +180,7 @@ def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(kind, whol
     assert not {"final", "metrics.jsonl", "log.txt"} & {path.name for path in b.iterdir()}
 
     swapped = layout.translate(str.maketrans("ab", "ba"))
-    resumed = go(swapped, tiny, tmp_path, 6, mesh, what)
+    resumed = go(swapped, tiny, folder, 6, mesh, what)
     assert resumed[0] == (4, whole[kind].numbers[4:])
     assert steps_in(b) == [1, 2, 3, 4, 5, 6]  # rank 0 is there now
     name = "model.safetensors" if what is FULL else "adapter_model.safetensors"
@@ -161,31 +189,27 @@ def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(kind, whol
     assert parts_of(a / "checkpoint-4") == parts_of(b / "checkpoint-4") == split[0] | split[1]
     assert lines_with((b / "log.txt").read_text(), "final/", "rank 0")
 
-    assert go(layout, tiny, tmp_path, 6, mesh, what) == ["finished"] * len(layout)
+    assert go(layout, tiny, folder, 6, mesh, what) == ["finished"] * len(layout)
     assert manifest.step_of(a / "final") == 6
     assert files_of(a / "final") == files_of(b / "final")
     assert (a / "final" / name).read_bytes() == (b / "final" / name).read_bytes()
 
 
-def test_an_adapter_outlives_a_machine(whole, tiny, tmp_path):
+def test_an_adapter_outlives_a_machine(whole, stopped, tiny):
     """The new machine gets all that it needs from the other."""
     numbers = whole["LoRA"].numbers
-    go("ab", tiny, tmp_path, 4, {"replicate": 2}, LORA)
-    before = shutil.copytree(tmp_path, tmp_path.with_name("before"))
     for lost, rank, steps in (("a", 1, [5, 6]), ("b", 0, [1, 2, 3, 4, 5, 6])):
-        shutil.rmtree(tmp_path)
-        shutil.copytree(before, tmp_path)
-        shutil.rmtree(tmp_path / lost)
-        assert go("ab", tiny, tmp_path, 6, {"replicate": 2}, LORA)[0] == (4, numbers[4:]), lost
-        assert steps_in(tmp_path / "a" / "run") == steps
-        assert manifest.find_damage(tmp_path / "a" / "run" / "final") is None
-        said = (tmp_path / "a" / "run" / "log.txt").read_text()
+        folder = stopped["LoRA"]()
+        shutil.rmtree(folder / lost)
+        assert go("ab", tiny, folder, 6, {"replicate": 2}, LORA)[0] == (4, numbers[4:]), lost
+        assert steps_in(folder / "a" / "run") == steps
+        assert manifest.find_damage(folder / "a" / "run" / "final") is None
+        said = (folder / "a" / "run" / "log.txt").read_text()
         assert lines_with(said, "checkpoint-4", f"rank {rank}")
 
 
-def test_other_ranks_and_meshes_go_on_from_two_nodes(tiny, tmp_path):
-    whole = go("w", tiny, tmp_path, 8, {}, FULL)[0]
-    flat = [value for pair in whole[1] for value in pair]
+def test_other_ranks_and_meshes_go_on_from_two_nodes(whole, of_four_ranks, tiny):
+    flat, folder = [value for pair in whole["full"].numbers for value in pair], of_four_ranks()
 
     def near(found: tuple[int, list[tuple[float, float]]], first: int) -> None:
         assert found[0] == first
@@ -193,53 +217,51 @@ def test_other_ranks_and_meshes_go_on_from_two_nodes(tiny, tmp_path):
             flat[2 * first :][:4], rel=ROUNDING
         )
 
-    go("aabb", tiny, tmp_path, 2, {"shard": 4}, FULL)
-    (alone,) = go("b", tiny, tmp_path, 4, {}, FULL)
+    (alone,) = go("b", tiny, folder, 4, {}, FULL)
     assert alone.startswith("MachineError: checkpoint-2 "), alone
     assert "node's disk" in alone
-    for path in (tmp_path / "a" / "run" / "checkpoint-2" / "state").iterdir():
-        shutil.copy(path, tmp_path / "b" / "run" / "checkpoint-2" / "state")
-    near(go("b", tiny, tmp_path, 4, {}, FULL)[0], 2)
-    near(go("ab", tiny, tmp_path, 6, {"shard": 2}, FULL)[0], 4)
-    near(go("bbaa", tiny, tmp_path, 8, {"replicate": 2, "shard": 2}, FULL)[0], 6)
+    for path in (folder / "a" / "run" / "checkpoint-2" / "state").iterdir():
+        shutil.copy(path, folder / "b" / "run" / "checkpoint-2" / "state")
+    near(go("b", tiny, folder, 4, {}, FULL)[0], 2)
+    near(go("ab", tiny, folder, 6, {"shard": 2}, FULL)[0], 4)
 
 
-def test_a_node_gets_only_the_parts_that_its_ranks_read(tiny, tmp_path):
-    go("aabb", tiny, tmp_path, 2, {"shard": 4}, FULL)
+def test_a_node_gets_only_the_parts_that_its_ranks_read(of_four_ranks, tiny):
+    folder = of_four_ranks()
 
     def held() -> list[str]:
-        folders = (tmp_path / node / "run" / "checkpoint-2" for node in "ab")
+        folders = (folder / node / "run" / "checkpoint-2" for node in "ab")
         return [
             "".join(sorted(name.split("_")[2] for name in parts_of(folder))) for folder in folders
         ]
 
     assert held() == ["01", "23"]
-    assert go("aabb", tiny, tmp_path, 3, {"shard": 4}, FULL)[0][0] == 2
+    assert go("aabb", tiny, folder, 3, {"shard": 4}, FULL)[0][0] == 2
     assert held() == ["01", "23"]  # nothing was copied
     for node in "ab":
-        shutil.rmtree(tmp_path / node / "run" / "checkpoint-3")
-    assert go("abab", tiny, tmp_path, 3, {"shard": 4}, FULL)[0][0] == 2
+        shutil.rmtree(folder / node / "run" / "checkpoint-3")
+    assert go("abab", tiny, folder, 3, {"shard": 4}, FULL)[0][0] == 2
     assert held() == ["012", "123"]
 
 
-def test_a_part_that_is_damaged_makes_all_take_the_checkpoint_before(whole, tiny, tmp_path):
-    go("ab", tiny, tmp_path, 4, {"shard": 2}, FULL)
-    (part,) = parts_of(tmp_path / "b" / "run" / "checkpoint-4")
-    file = tmp_path / "b" / "run" / "checkpoint-4" / part
+def test_a_part_that_is_damaged_makes_all_take_the_checkpoint_before(whole, stopped, tiny):
+    folder = stopped["full"]()
+    (part,) = parts_of(folder / "b" / "run" / "checkpoint-4")
+    file = folder / "b" / "run" / "checkpoint-4" / part
     content = bytearray(file.read_bytes())
     content[1000] ^= 1
     file.write_bytes(content)
-    assert go("ab", tiny, tmp_path, 6, {"shard": 2}, FULL)[0] == (2, whole["full"].numbers[2:])
-    said = (tmp_path / "a" / "run" / "log.txt").read_text()
+    assert go("ab", tiny, folder, 6, {"shard": 2}, FULL)[0] == (2, whole["full"].numbers[2:])
+    said = (folder / "a" / "run" / "log.txt").read_text()
     assert lines_with(said, "checkpoint-4", part)
 
 
-def test_starting_over_puts_the_run_of_every_node_aside(tiny, tmp_path):
-    go("ab", tiny, tmp_path, 2, {"replicate": 2}, LORA)
-    fresh = run_ranks(2, start_fresh, tiny, tmp_path)
+def test_starting_over_puts_the_run_of_every_node_aside(stopped, tiny):
+    folder = stopped["LoRA"]()
+    fresh = run_ranks(2, start_fresh, tiny, folder)
     assert [found[0] for found in fresh] == [0, 0]
     for node in "ab":
-        assert (tmp_path / node / "run.previous-1" / "checkpoint-2").is_dir()
+        assert (folder / node / "run.previous-1" / "checkpoint-2").is_dir()
 
 
 def start_fresh(model: Path, folder: Path) -> Any:
