@@ -38,7 +38,7 @@ def start(model: Path, folder: Path, fault: str = "", copy: bool = True) -> dict
     """
     run = make_run(
         model, folder, held=False, adapter={"kind": "none"}, parallel={"shard": 2},
-        train={"duration": "6 steps"}, checkpoint={"keep": 9},
+        train={"duration": "3 steps"}, checkpoint={"every": "1 step", "keep": 9},
     )  # fmt: skip
     write, calls = FileSystemWriter.write_data, []
 
@@ -81,26 +81,33 @@ def test_a_full_disk_of_one_rank_ends_all_and_leaves_what_was_written(copy, tiny
     out = tmp_path / "run"
     found = run_ranks(2, start, tiny, tmp_path, "disk", copy)
     assert [rank["error"] for rank in found] == ["CheckpointError", "OtherRankError"]
-    assert holds(found[0]["text"], "ulimit -f", "checkpoint-2")
+    assert holds(found[0]["text"], "ulimit -f", "checkpoint-1")
     assert {rank["code"] for rank in found} == {1}
     assert json.loads((out / "failure.json").read_text())["cause"] == "disk"
-    assert whole(out) == [2]
+    assert whole(out) == [1]
     assert not list(out.glob(".*.partial"))
-    assert [rank["first"] for rank in run_ranks(2, start, tiny, tmp_path)] == [2, 2]
-    assert whole(out) == [6, 4, 2]
+    assert [rank["first"] for rank in run_ranks(2, start, tiny, tmp_path)] == [1, 1]
+    assert whole(out) == [3, 2, 1]
 
 
 def test_a_rank_killed_while_it_writes_leaves_no_half_checkpoint(tiny, tmp_path):
     with pytest.raises(AssertionError):  # the other rank's error, or the silence of the killed one
         run_ranks(2, start, tiny, tmp_path, "kill")
-    assert whole(tmp_path / "run") == [2]
-    assert not (tmp_path / "run" / "checkpoint-4").exists()
-    assert [rank["first"] for rank in run_ranks(2, start, tiny, tmp_path)] == [2, 2]
+    assert whole(tmp_path / "run") == [1]
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
+    assert [rank["first"] for rank in run_ranks(2, start, tiny, tmp_path)] == [1, 1]
 
 
-def test_one_process_opens_and_exports_what_two_ranks_wrote(tiny, tmp_path, capsys):
-    run_ranks(2, start, tiny, tmp_path)
-    saved, output = tmp_path / "run" / "checkpoint-6", tmp_path / "exported"
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
+    """The folder of a run of two ranks, and which files each read for their checksums."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run_ranks(2, files_read_to_hash, tiny, folder)
+
+
+def test_one_process_opens_and_exports_what_two_ranks_wrote(finished, tmp_path, capsys):
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    saved, output = tmp_path / "run" / "checkpoint-3", tmp_path / "exported"
     assert not list(saved.glob("*.safetensors"))
     assert main(["export", str(saved), "--output", str(output)]) == 0
     assert str(output) in capsys.readouterr().out
@@ -129,7 +136,7 @@ def test_one_process_opens_and_exports_what_two_ranks_wrote(tiny, tmp_path, caps
     # As an earlier version wrote it: the new keys alone
     AutoConfig.from_pretrained(saved).save_pretrained(saved)
     assert "rope_theta" not in json.loads((saved / "config.json").read_text())
-    manifest.write_manifest(saved, 6, manifest.flush_files(saved))
+    manifest.write_manifest(saved, 3, manifest.flush_files(saved))
     assert main(["export", str(saved), "--output", str(tmp_path / "older")]) == 0
     assert json.loads((tmp_path / "older" / "config.json").read_text())["rope_theta"] == 10000.0
     part = next((saved / "state").glob("*.distcp"))
@@ -162,19 +169,19 @@ def files_read_to_hash(model: Path, folder: Path) -> list[str]:
 
 
 def test_each_rank_hashes_what_it_writes_and_a_share_at_a_resume(
-    tiny: Path, tmp_path: Path
+    finished: tuple[Path, list[list[str]]], tiny: Path
 ) -> None:
     """Parts are hashed while they are written, so none is read again; at a resume no file is read
     by two ranks.
     """
-    saved = run_ranks(2, files_read_to_hash, tiny, tmp_path)
-    parts = [path.name for path in (tmp_path / "run/checkpoint-6/state").glob("*.distcp")]
+    folder, saved = finished
+    parts = [path.name for path in (folder / "run/checkpoint-3/state").glob("*.distcp")]
     assert len(parts) == 2
     assert not [name for names in saved for name in names if name.endswith(".distcp")]
     assert saved[1] == []
-    assert whole(tmp_path / "run") == [6, 4, 2]  # the sums are those of the files
+    assert whole(folder / "run") == [3, 2, 1]  # the sums are those of the files
 
-    shutil.rmtree(tmp_path / "run" / "final")
-    first, second = run_ranks(2, files_read_to_hash, tiny, tmp_path)
+    shutil.rmtree(folder / "run" / "final")
+    first, second = run_ranks(2, files_read_to_hash, tiny, folder)
     assert [len({*names} & {*parts}) for names in (first, second)] == [1, 1]
     assert sorted(name for name in (*first, *second) if name.endswith(".distcp")) == sorted(parts)
