@@ -136,22 +136,24 @@ def test_an_operator_that_cannot_is_named_with_the_key(
 
 
 @cpu_and_gpu
-@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_20_steps_resumed(deterministic: bool, tiny: Path, tmp_path: Path) -> None:
+def test_steps_resumed(
+    deterministic: bool, device: torch.device, tiny: Path, tmp_path: Path
+) -> None:
     """Bitwise with the key. Without it, on a GPU, FlashAttention's backward sums in any order:
     gradients differ by bf16's rounding, 2**-8 of the largest, which 10 steps of rate 1e-3 turn into
     a thousandth of the loss.
     """
-    changes = {"duration": "20 steps", "deterministic": deterministic}
+    steps = 20 if device.type == "cuda" else 4  # a CPU's are equal, or differ in the first one
+    changes = {"duration": f"{steps} steps", "deterministic": deterministic}
     for name in ("whole", "resumed"):
         (tmp_path / name).mkdir()
     whole, resumed = (
         make_run(tiny, tmp_path / name, model={"dtype": "bf16"}, train=changes)
         for name in ("whole", "resumed")
     )
-    found = stopped_and_resumed(resumed, 10)
-    assert len(found) in (9, 10), (
+    found = stopped_and_resumed(resumed, steps // 2)
+    assert len(found) in (steps // 2 - 1, steps // 2), (
         "a GPU's record comes one step late, and so does the stop that it asks for"
     )
     expected = losses(whole)[-len(found) :]
