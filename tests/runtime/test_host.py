@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from errors import holds
+from tunesmith.runtime import host
 from tunesmith.runtime.host import (
     CACHED_SHAPES,
+    WAIT_VARIABLES,
     Cores,
     bound_product_caches,
     keep_threads,
@@ -86,9 +88,30 @@ def started(*, first: str = "", then: str = "tunesmith.StepRecord", **variables:
     return done.stdout.split()
 
 
-def test_variables_and_a_torch_of_the_user_stay_as_they_are() -> None:
-    assert started(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="ACTIVE") == ["ACTIVE", "None", "1"]
-    assert started(GOMP_SPINCOUNT="7", OMP_NUM_THREADS="1") == ["None", "7", "1"]
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is torch's on Linux")
+@pytest.mark.parametrize(
+    ("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")]
+)
+def test_variables_of_the_user_stay_as_they_are_beside_a_busy_neighbour(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in WAIT_VARIABLES:
+        monkeypatch.setenv(each, "")  # so that it is restored, whatever the test leaves
+        monkeypatch.delenv(each)
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(host, "measure_cores", lambda *_: Cores(total=2, busy=1, allowed=2))
+    monkeypatch.delitem(sys.modules, "torch")
+    prepare_threads.cache_clear()
+    try:
+        assert prepare_threads() == host.BY_ENVIRONMENT
+    finally:
+        prepare_threads.cache_clear()
+    assert {each: os.environ[each] for each in WAIT_VARIABLES & os.environ.keys()} == {name: value}
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_torch_of_the_user_stays_as_it_is() -> None:
     assert started(first="import torch; torch.set_num_threads(5)") == ["None", "None", "5"]
 
 
@@ -122,7 +145,9 @@ BUSY_LOOP = ["nice", "-n", "19", sys.executable, "-c", "print('on', flush=True)\
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is torch's on Linux")
-@pytest.mark.parametrize("then", ["tunesmith.train", COMMAND_LINE], ids=["Python", "command line"])
+@pytest.mark.parametrize(
+    "then", ["tunesmith.StepRecord", COMMAND_LINE], ids=["Python", "command line"]
+)
 def test_threads_sleep_at_once_beside_a_busy_neighbour(then: str) -> None:
     cores = os.sched_getaffinity(0)
     neighbours = [subprocess.Popen(BUSY_LOOP, stdout=subprocess.PIPE) for _ in cores]
