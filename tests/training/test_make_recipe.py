@@ -25,10 +25,22 @@ from tunesmith.checkpoint.resume import decide_start
 from tunesmith.cli.main import main
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
+from tunesmith.config.schema import Run
 from tunesmith.config.shipped import schema_line
-from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError, MachineError, RecipeError, StoppedError
+from tunesmith.errors import (
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    DataError,
+    MachineError,
+    RecipeError,
+    StoppedError,
+)
 from tunesmith.metrics import hardware
 from tunesmith.model import twin
+from tunesmith.run_dir import SWEEP
+from tunesmith.sweep import run as sweep_module
+from tunesmith.sweep.space import Space
 from tunesmith.training.make_recipe import learning_rate_of_width, make_recipe
 from tunesmith.training.run import train
 
@@ -278,6 +290,46 @@ def test_a_plan_makes_the_recipe_and_leaves_no_file(home: Path, capsys: Capture)
     assert work["longest"] == made.mean_length
     assert lines_with(told, "data.seq_len=256", "'2 epochs'", "'1 examples'")
     assert sorted(path for path in home.iterdir() if path.name != "cache") == files
+
+
+def test_a_sweep_varies_the_recipe_that_train_makes(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[tuple[Run, list[dict[str, str]]]] = []
+
+    def note(recipe: str, space: Space, search: object, *, argv: object) -> dict[str, Any]:
+        swept.append((load_recipe(recipe, space.fixed), space.grid()))
+        Path("runs/faq-small").mkdir()
+        (Path("runs/faq-small") / SWEEP).write_text("{}")
+        raise StoppedError("a stop")
+
+    monkeypatch.setattr(sweep_module, "run_sweep", note)
+    words = ["train.learning_rate=1e-4,1e-3", "train.duration=30 steps"]
+    assert main(["sweep", "--model", "small", "--data", "faq.csv", *words]) == EXIT_STOPPED
+    made = make_recipe("small", "faq.csv", words[1:])
+    rates = [{"train.learning_rate": "1e-4"}, {"train.learning_rate": "1e-3"}]
+    assert swept == [(made.run, rates)]
+    assert made.path.read_text() == made.text
+
+
+def test_a_sweep_that_is_refused_leaves_no_recipe(home: Path, capsys: Capture) -> None:
+    assert main(["sweep", "--model", "small", "--data", "faq.csv", "train.seed=1,2"]) == EXIT_USAGE
+    check_shown(capsys.readouterr().err, where="train.seed", fix=["data.hold_out_seed=42"])
+    assert not list(home.glob("runs/*"))
+
+
+def test_a_slurm_job_trains_the_recipe_that_train_makes(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    # The processor of the login node decides nothing.
+    monkeypatch.setattr(hardware, "bf16_slowdown", lambda device: 10.0)
+    words = ["--model", "small", "--data", "faq.csv", "train.seed=7", "--gpus-per-node", "8"]
+    assert main(["launch", "slurm", *words, "--render"]) == EXIT_OK
+    made = make_recipe("small", "faq.csv", ["train.seed=7"], trains_here=False)
+    assert made.run.model.dtype == "bf16"
+    assert load_recipe("runs/faq-small/launch/recipe.yaml") == made.run
+    assert made.path.read_text() == made.text
+    assert "#SBATCH --gpus-per-node=8\n" in capsys.readouterr().out
 
 
 def test_a_longer_duration_is_for_the_recipe_that_was_made(home: Path) -> None:

@@ -13,13 +13,16 @@ codes are those of `train`: ctrl-C saves after the current step and exits with
 """
 
 import argparse
+import logging
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import RECIPE_HELP, add_overrides, whole_number
+from tunesmith.cli.options import add_recipe, chosen_recipe, whole_number
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
     from tunesmith.launch.jobs import Job
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,19 +40,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_launched(parser: argparse.ArgumentParser) -> None:
-    """The recipe that a launcher takes."""
-    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
-    add_overrides(parser)
+    """The recipe that a launcher takes, or a model and rows, from which one is made."""
+    add_recipe(parser)
     archive = "launch/debug.tar.gz of the run directory"
     debug = f"collect the output of ranks and NCCL on every node in {archive}"
     parser.add_argument("--debug", action="store_true", help=debug)
 
 
-def launched_recipe(args: argparse.Namespace) -> "Run":
-    """What the words of `add_launched` name."""
-    from tunesmith.config.load import load_recipe
+def launched_recipe(args: argparse.Namespace, *, trains_here: bool = True) -> "Run":
+    """What the words of `add_launched` name.
 
-    return load_recipe(args.recipe, args.overrides, announce=True)
+    The file of a recipe that is made is written, and `args` then name it: what is left to do
+    before a launch, such as a fetch, takes a recipe.
+    """
+    recipe, new_file = chosen_recipe(args, trains_here=trains_here)
+    if new_file is not None:
+        new_file.check_file()
+        new_file.write_file()
+        log.info(f"recipe: {new_file.name}")
+        args.recipe, args.overrides = str(new_file.path), []
+        args.model = args.data = args.split = args.format = None
+        args.columns = []
+    return recipe
 
 
 def announce(job: "Job", doing: str) -> None:

@@ -4,6 +4,7 @@ example:
   tunesmith launch slurm my-recipe.yaml --nodes 2 --gpus-per-node 8 \\
     --time 12:00:00
   tunesmith launch slurm my-recipe.yaml --site alps
+  tunesmith launch slurm --model Qwen/Qwen3-8B --data faq.csv --gpus-per-node 1
   tunesmith launch slurm my-recipe.yaml --gpus-per-node 8 --render  # print only
   tunesmith logs -f runs/my-run
   tunesmith stop runs/my-run  # saves; the same launch resumes
@@ -75,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.jobs import write_recipe
     from tunesmith.launch.sites import read_site
 
-    recipe = launched_recipe(args)
+    # The login node's processor is not that of the nodes.
+    recipe = launched_recipe(args, trains_here=False)
     site = read_site(args.site)
     _check_removed(args, recipe.output_dir)
     # Flags win over the profile; one that was not given leaves it.

@@ -184,6 +184,11 @@ def add_recipe(parser: argparse.ArgumentParser, *, recipe_help: str = RECIPE_HEL
     """A recipe with overrides; or a model and rows, from which one is made."""
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=recipe_help)
     add_overrides(parser)
+    add_new_recipe(parser)
+
+
+def add_new_recipe(parser: argparse.ArgumentParser) -> None:
+    """A model and rows, from which a recipe is made."""
     rows = parser.add_argument_group(
         "without a recipe: detect the format of your rows and make one"
     )
@@ -209,11 +214,15 @@ def add_recipe(parser: argparse.ArgumentParser, *, recipe_help: str = RECIPE_HEL
 
 
 def chosen_recipe(
-    args: argparse.Namespace, *, on_paper: bool = False, row_count: int | None = None
+    args: argparse.Namespace,
+    *,
+    on_paper: bool = False,
+    trains_here: bool = True,
+    row_count: int | None = None,
 ) -> "tuple[Run, MadeRecipe | None]":
     """The recipe that the options of `add_recipe` name, with a line logged about what is chosen.
 
-    Where they make one, also its file's form; `on_paper` and `row_count` are for `make_recipe`.
+    Where they make one, also its file's form; the other arguments are for `make_recipe`.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
     names = ("model", "data", "split", "format", "columns")
@@ -253,7 +262,12 @@ def chosen_recipe(
             words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
     with fixes_as_options():
         recipe = make_recipe(
-            args.model, args.data[0], words, on_paper=on_paper, row_count=row_count
+            args.model,
+            args.data[0],
+            words,
+            on_paper=on_paper,
+            trains_here=trains_here,
+            row_count=row_count,
         )
     log.info(recipe.about_data)
     return recipe.run, recipe

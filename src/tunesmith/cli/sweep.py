@@ -5,6 +5,8 @@ example:
   tunesmith sweep my-recipe.yaml train.learning_rate=1e-4,1e-3 adapter.rank=8,32
   tunesmith sweep my-recipe.yaml train.learning_rate=1e-5..1e-3 --candidates 12
   tunesmith sweep my-recipe.yaml adapter.rank=4,16,64 --to-the-end
+  # detects the row format and writes a recipe, as `train` does
+  tunesmith sweep --model demo --data faq.csv train.learning_rate=3e-4,1e-3
 
 A key with one value applies to all candidates. The worse half by val_loss stops
 at a quarter and at half of the steps, and at least two train to the end. Each
@@ -14,13 +16,17 @@ After ctrl-C or a kill the same command resumes.
 
 import argparse
 import json
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import (
     RECIPE_HELP,
     add_json,
+    add_new_recipe,
+    chosen_recipe,
     is_main_process,
     leave_lines_to_rank_0,
     removed_option,
@@ -37,14 +43,19 @@ from tunesmith.run_dir import SWEEP, read_sweep
 from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import Space, check_count, read_space
 
+if TYPE_CHECKING:
+    from tunesmith.training.make_recipe import MadeRecipe
+
+log = logging.getLogger(__name__)
+
 # Options that chose among Optuna's samplers and pruners.
 REMOVED = ("sampler", "pruner")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=RECIPE_HELP)
     words = "key=a,b,c lists values, key=LOW..HIGH is a range, key=value applies to all"
-    parser.add_argument("words", nargs="+", metavar="key=values", help=words)
+    parser.add_argument("words", nargs="*", metavar="key=values", help=words)
     default = "default: 2, after 8 updates and the warmup"
     rungs = f"stop the worse half at N rungs, the last one at half of the steps ({default})"
     parser.add_argument("--rungs", type=whole_number, metavar="N", help=rungs)
@@ -56,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = "number of ranks to start (default: one process)"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     add_json(parser)
+    add_new_recipe(parser)
     for option in REMOVED:
         parser.add_argument(f"--{option}", help=argparse.SUPPRESS)
 
@@ -63,8 +75,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     with reported_once_a_node():
         space, search = read_search(args)
-        # A wrong name is reported before torch is imported.
-        locate_recipe(args.recipe, base=Path(), where=str(args.recipe))
+        if args.recipe is not None:
+            # A wrong name is reported before torch is imported.
+            locate_recipe(args.recipe, base=Path(), where=str(args.recipe))
+        new_file = make_base(args, space)
+    if new_file is None:
+        return sweep(args, space, search)
+    is_new = not new_file.path.exists()
+    new_file.write_file()
+    try:
+        return sweep(args, space, search)
+    finally:
+        # A start that is refused leaves none.
+        if is_new and not Path(new_file.run.output_dir, SWEEP).exists():
+            new_file.path.unlink(missing_ok=True)
+
+
+def make_base(args: argparse.Namespace, space: Space) -> "MadeRecipe | None":
+    """The recipe that --model and --data make, with the words that apply to all candidates.
+
+    `args.recipe` then names its file. None where `args.recipe` is a recipe.
+    """
+    given = {key: vars(args)[key] for key in ("model", "data", "split", "format", "columns")}
+    if args.recipe is not None and not any(given.values()):
+        return None
+    words = argparse.Namespace(recipe=args.recipe, overrides=list(space.fixed), **given)
+    _, new_file = chosen_recipe(words)
+    assert new_file is not None
+    new_file.check_file()
+    log.info(f"recipe: {new_file.name}")
+    args.recipe = str(new_file.path)
+    return new_file
+
+
+def sweep(args: argparse.Namespace, space: Space, search: Search) -> int | None:
+    """Train the candidates, on the ranks that are asked for, and print what came out."""
     if args.ranks is not None and started_as() is None:
         return sweep_on_ranks(args, space)
     leave_lines_to_rank_0()
@@ -103,6 +148,10 @@ def read_search(args: argparse.Namespace) -> tuple[Space, Search]:
                 why=f"{draws}, and the worse half of them stops at each rung",
                 fix=f"remove it; --candidates N sets their number, {rungs}",
             )
+    # Beside --model and --data the first word is one of a key.
+    if args.recipe is not None and "=" in args.recipe:
+        args.words.insert(0, args.recipe)
+        args.recipe = None
     space = read_space(args.words)
     search = Search(0 if args.to_the_end else args.rungs)
     if args.candidates is not None:

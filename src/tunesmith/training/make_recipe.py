@@ -35,7 +35,7 @@ from tunesmith.data.source import (
 from tunesmith.data.splits import count_held_out
 from tunesmith.data.template import select_template
 from tunesmith.data.tokens import tokenize
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError, MachineError, RecipeError
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.memory import available_memory
 from tunesmith.host.shell import shell_command, shell_path
@@ -144,9 +144,19 @@ class MadeRecipe:
         return [words[change.key] for change in changed]
 
     def write_file(self) -> None:
-        """Write the file, unless it is there; can be called after each step."""
-        if not self.path.exists():
+        """Write the file, unless it is there; can be called after each step.
+
+        MachineError where it cannot be written.
+        """
+        if self.path.exists():
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, self.text)
+        except OSError as error:
+            what = f"the recipe cannot be written: {error.strerror}"
+            fix = "choose another place: output_dir=runs/my-run"
+            raise MachineError(what, where=str(self.path), fix=fix) from error
 
 
 def make_recipe(
@@ -155,6 +165,7 @@ def make_recipe(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     on_paper: bool = False,
+    trains_here: bool = True,
     row_count: int | None = None,
 ) -> MadeRecipe:
     """Look at the rows of a file or Hub data set, and make a recipe that trains a model on them.
@@ -167,6 +178,7 @@ def make_recipe(
             follows them.
         on_paper: for a plan: a well-known model of which nothing is on this machine is not asked
             for at the Hub. The rows' tokens are then estimated from their characters.
+        trains_here: False if other machines train: the processor of this one decides nothing.
         row_count: how many rows there will be, if these are a sample.
 
     Raises:
@@ -205,7 +217,7 @@ def make_recipe(
     row_count = row_count or len(rows)
     held_out = _choose_hold_out(chosen, why, draft, given_keys, row_count)
     examined = _examine(draft, source, rows, on_paper=on_paper)
-    if not on_paper:
+    if trains_here and not on_paper:
         _choose_dtype(chosen, why, given_keys, examined.spec)
     _choose_seq_len(chosen, why, given_keys, examined.lengths, examined.spec)
     if examined.is_padded and "data.pack" not in given_keys:
