@@ -142,11 +142,14 @@ def test_what_a_new_source_leaves_behind_is_said(parent: Path) -> None:
             parent, ["data.train.split=train", "train.seed=1", "adapter.kind=none"], announce=True
         )
         load_recipe(parent, others)
+        load_recipe(parent, [*others, "data.hold_out=9 %"], announce=True)
     beside = "data.train.split, data.train.columns, data.train.max_examples, data.train.weight"
-    typed, file = told
-    assert holds(typed, "command line", f"{beside}, data.validation")
+    typed, file, held_out = told
+    assert holds(typed, "command line", f"{beside}, data.validation", "data.hold_out='5 %'")
     held = "data.validation.split, data.validation.format, data.validation.columns"
     assert holds(file, "child.yaml:1", held)
+    assert not holds(file, "data.hold_out")
+    assert not holds(held_out, "data.hold_out")
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,9 @@ def chosen_recipe(
             keys = "override keys of an existing recipe with key=value"
             why = f"{options[0]} is for writing a new recipe; {keys}"
             fix = f"remove {words[0]}, or {', '.join(options)}"
+            if args.data and not args.model:
+                rows = shell_word(f"data.train.source={args.data[0]}")
+                fix += f"; to train {words[0]} on these rows: {rows} data.hold_out='5 %'"
             raise UsageError(what, where="command line", why=why, fix=fix)
         from tunesmith.config.load import load_recipe
 

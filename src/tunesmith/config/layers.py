@@ -43,10 +43,14 @@ def merge_layers(lower: Node, upper: Node, *, announce: bool = False) -> Node:
     # Of a section that is dropped as a whole, its own name is enough.
     shown = [key for key in dropped if key.rpartition(".")[0] not in dropped]
     if shown and announce:
-        log.info(
+        text = (
             f"{upper.where} names other rows, so it does not inherit {', '.join(shown)} from the"
             " recipe that it changes"
         )
+        has_validation = {"data.validation", "data.hold_out"} & remaining
+        if "data.validation" in dropped and not has_validation:
+            text += "; nothing is left to validate on: data.hold_out='5 %' holds out rows of yours"
+        log.info(text)
     return merged
 
 
