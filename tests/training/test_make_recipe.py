@@ -38,6 +38,7 @@ from tunesmith.errors import (
 )
 from tunesmith.metrics import hardware
 from tunesmith.model import twin
+from tunesmith.report.compare import FEWEST_VALIDATIONS
 from tunesmith.run_dir import SWEEP
 from tunesmith.sweep import run as sweep_module
 from tunesmith.sweep.space import Space
@@ -125,8 +126,8 @@ def test_rows_of_ones_own_are_trained_on(data: str, home: Path, capsys: Capture)
     name = f"runs/{Path(data).stem}-small"
     assert main(start(data)) == EXIT_OK
     shown, told = capsys.readouterr()
-    assert f"train: {data}: 38 of 40 rows (data.hold_out: 5 %)" in told
-    assert lines_with(told, "steps: 3", "38 examples")
+    assert f"train: {data}: 34 of 40 rows (data.hold_out: 6 examples)" in told
+    assert lines_with(told, "steps: 3", "34 examples")
     assert f"  tunesmith chat {name}\n" in shown, "as a user there writes it"
     assert f"{data}: {FILES[data][1]}" in told.splitlines()
     assert lines_with(told, "recipe:", f"{name}.yaml", f"tunesmith train {name}.yaml")
@@ -166,15 +167,15 @@ data:
     columns:
       prompt: Question
       completion: Answer
-  # 2 of 40 rows, chosen by the seed, to compute val_loss; with fewer than 10
+  # 6 of 40 rows, chosen by the seed, to compute val_loss; with fewer than 10
   # it is only a rough estimate
-  hold_out: 5 %
+  hold_out: 6 examples
   # the longest of the 40 rows examined has {longest} tokens
   seq_len: 256
 train:
-  # 38 examples; small data sets get more epochs, large ones fewer
+  # 34 examples; small data sets get more epochs, large ones fewer
   duration: 10 epochs
-  # 190 optimizer steps; small data sets get small batches, for 100 steps or
+  # 170 optimizer steps; small data sets get small batches, for 100 steps or
   # more
   global_batch: 2 examples
   # from the model's hidden size, 64; LoRA takes about ten times the rate of
@@ -286,7 +287,7 @@ def test_a_plan_makes_the_recipe_and_leaves_no_file(home: Path, capsys: Capture)
     shown, told = capsys.readouterr()
     made = make_recipe("small", "faq.csv", ["train.duration=2 epochs"])
     work = json.loads(shown)["work"]
-    assert work["steps"] == 2 * 38
+    assert work["steps"] == 2 * 34
     assert work["longest"] == made.mean_length
     assert lines_with(told, "data.seq_len=256", "'2 epochs'", "'1 examples'")
     assert sorted(path for path in home.iterdir() if path.name != "cache") == files
@@ -406,8 +407,8 @@ def test_what_is_asked_for_must_be_clear(
     [
         (8, None, 10, 1, 5, None),
         (19, None, 10, 1, 10, None),
-        (20, "5 %", 10, 1, 10, None),
-        (49, "5 %", 10, 4, 10, None),
+        (20, "6 examples", 10, 1, 10, None),
+        (49, "6 examples", 10, 4, 10, None),
         (50, "10 examples", 10, 4, 10, 3),
         (80, "10 examples", 8, 4, 10, 3),
         (300, "5 %", 3, 8, 10, 3),
@@ -437,6 +438,17 @@ def test_sizes_and_steps_follow_the_number_of_rows(
     assert str(run.validate.every) == str(run.checkpoint.every) == f"{every} steps"
     assert run.validate.patience == patience
     assert ("hold_out: " not in made.text) == (held is None)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every"), [(3, 1), (20, 4), (27, 5), (49, 5), (50, 5), (100, 10)]
+)
+def test_a_run_of_few_steps_has_the_validations_that_tell_its_noise(
+    steps: int, every: int, home: Path
+) -> None:
+    run = make_recipe("small", "faq.csv", [f"train.duration={steps} steps"]).run
+    assert str(run.validate.every) == str(run.checkpoint.every) == f"{every} steps"
+    assert steps // every >= min(steps, FEWEST_VALIDATIONS)
 
 
 @pytest.mark.parametrize(

@@ -46,14 +46,16 @@ from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
+from tunesmith.scoring.intervals import MIN_DIFFERING
 from tunesmith.units import Length, Share, Size, ceil_div, count_of
 
 log = logging.getLogger(__name__)
 
 LOOK = 2000  # rows whose tokens are counted, spread over the file
 FEW_ROWS = 20  # with fewer none are held out
-# Of so many rows enough are held out that their loss tells when to stop; of fewer they are worth
-# more in training.
+# Of so many rows enough are held out that their loss tells when to stop. Of fewer they are worth
+# more in training, but MIN_DIFFERING: with less, no comparison of two models row by row has an
+# interval, whatever they answer.
 ENOUGH_ROWS = 50
 TELLING = 10  # held-out rows
 MOST_HELD_OUT = 500  # more rows make a validation longer, hardly more exact
@@ -71,8 +73,11 @@ MOST_EPOCHS = 10
 FEWEST_SEEN = 500  # examples
 MOST_SEEN = 25_000  # examples
 STEPS = 100  # a smaller batch where it takes that to make so many steps
-# Steps between validations: some five in a run, or ten of a few rows, which take no time.
+# Steps between validations: some five in a run, or ten of a few rows, which take no time. Five at
+# least: the noise of a curve takes as many, see `report`. Each has a checkpoint, which takes longer
+# than a step of a small model: the shortest intervals are for runs that have no five with longer.
 INTERVALS = (5, 10, 25, 50, 100, 200, 500)
+SHORT_INTERVALS = (1, 2, 3, 4, 5)
 VALIDATIONS = 5
 MORE_VALIDATIONS = 10
 FEW_HELD_OUT = 100
@@ -383,8 +388,9 @@ def _choose_hold_out(
     is_open = "data.hold_out" not in given_keys and not draft.data.validation
     if is_open and rows >= FEW_ROWS:
         hold_out = Share(5.0, "%")
-        if rows >= ENOUGH_ROWS and rows * 0.05 < TELLING:
-            hold_out = Share(TELLING, "examples")
+        fewest = TELLING if rows >= ENOUGH_ROWS else MIN_DIFFERING
+        if rows * 0.05 < fewest:
+            hold_out = Share(fewest, "examples")
         elif rows * 0.05 > MOST_HELD_OUT:
             hold_out = Share(MOST_HELD_OUT, "examples")
     if not hold_out:
@@ -526,7 +532,9 @@ def _choose_validations(
     if steps is not None:
         validations = MORE_VALIDATIONS if held_out <= FEW_HELD_OUT else VALIDATIONS
         intervals = [interval for interval in INTERVALS if interval * validations <= steps]
-        every = f"{max(intervals, default=INTERVALS[0])} steps"
+        if not intervals:
+            intervals = [n for n in SHORT_INTERVALS if n * VALIDATIONS <= steps]
+        every = f"{max(intervals, default=SHORT_INTERVALS[0])} steps"
         chosen["validate.every"] = every
         chosen["checkpoint.every"] = every
     if held_out >= TELLING:
