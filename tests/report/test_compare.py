@@ -237,6 +237,23 @@ def test_too_few_validations_to_know_the_noise(tmp_path: Path) -> None:
     assert holds(found.headline, "chance", "1.0000", "2.0000")
 
 
+def test_what_the_end_of_a_run_said_is_said_again(tmp_path: Path) -> None:
+    rises = {**dict.fromkeys(range(4, 21, 4), 2.0), 8: 1.9}
+    folder = tmp_path / "my run"
+    run = write_run(folder, rises, steps=20)
+    few = f"`tunesmith train '{folder}/config.yaml' 'train.duration=50 steps'`"
+    assert sentence(verdict(run), "my run (20)", few)
+    assert sentence(verdict(run), "val_loss 2.0000", "step 8")
+    assert "tunesmith chat" not in said(verdict(run)), "there is no checkpoint to take"
+    (folder / "checkpoint-8").mkdir()
+    assert sentence(verdict(run), "step 8", f"`tunesmith chat '{folder}/checkpoint-8'`")
+    unmeasured = write_run(tmp_path / "unmeasured", steps=20)
+    assert sentence(verdict(unmeasured), "unmeasured (20)")
+    assert sentence(verdict(run, unmeasured), "my run (20), unmeasured (20)", few)
+    long = write_run(tmp_path / "long", dict.fromkeys(range(10, 51, 10), 2.0), steps=50)
+    assert not sentence(verdict(long), "50")
+
+
 def test_one_run(tmp_path: Path) -> None:
     found = verdict(write_run(tmp_path / "a", falling(2.0)))
     assert holds(found.headline, "a", "step 40", "val_loss 1.0100")

@@ -14,7 +14,7 @@ import numpy as np
 from tunesmith.config.schema import Run
 from tunesmith.data.contract import Contract, CutAnswers, check_tokens, excerpt
 from tunesmith.data.row_warnings import ROW_WARNINGS
-from tunesmith.data.schedule import BatchSchedule
+from tunesmith.data.schedule import FEW_STEPS, BatchSchedule
 from tunesmith.data.splits import read_splits
 from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import (
@@ -32,8 +32,6 @@ from tunesmith.units import count_of
 
 # Of an epoch's order: indices, random keys and their sort, 8 bytes each.
 BYTES_PER_EXAMPLE = 32
-# With fewer, the learning rate is mostly in its warm-up and the model changes little.
-FEW_STEPS = 50
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from tunesmith.units import Length, ceil_div
 if TYPE_CHECKING:
     from tunesmith.data.tokens import TokenSet
 
+# With fewer, the learning rate is mostly in its warm-up and the model changes little.
+FEW_STEPS = 50
+
 
 @dataclass(frozen=True)
 class ScheduleSummary:

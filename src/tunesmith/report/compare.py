@@ -16,7 +16,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from tunesmith.config.dump import is_free, leaves
-from tunesmith.host.shell import shell_path
+from tunesmith.data.schedule import FEW_STEPS
+from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.metrics.summary import WORSE
 from tunesmith.report.measure import VAL_LOSS, Measure, measure_of
 from tunesmith.report.run_summary import (
     HASHES_OF_INPUTS,
@@ -34,6 +36,7 @@ STANDARD_ERRORS = 2.0
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 TOKEN_GAP = 0.02  # relative difference of the tokens learned from that is worth a sentence
 FEWEST_VALIDATIONS = 5  # whose moves tell the noise
+SHORT_SHOWN = 3  # runs of few steps that are named
 
 
 def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]]]:
@@ -175,6 +178,14 @@ class RunGroup(NamedTuple):
 
 
 def judge(runs: Sequence[RunSummary]) -> Verdict:
+    """Which run is better, and why, or why that cannot be said; and what should be known of the
+    runs whatever the verdict.
+    """
+    verdict = _judge(runs)
+    return verdict._replace(reasons=[*verdict.reasons, *_few_steps(runs)])
+
+
+def _judge(runs: Sequence[RunSummary]) -> Verdict:
     """Which run is better, and why, or why that cannot be said.
 
     It cannot where fewer than two runs were measured on held-out rows, where these are other rows
@@ -498,13 +509,18 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
         values = [value for _, value in measure.values(run)]
         noise = validation_noise(values) or 0.0
         worse_by = measure.worse_by(values[-1], than=best_value)
-        # Worse than its best by more than noise.
-        if worse_by > STANDARD_ERRORS * noise and worse_by > 0:
+        # Worse than its best by more than noise, or by as much as the end of a run mentions.
+        has_risen = not measure.is_share and values[-1] > best_value * WORSE
+        if worse_by > 0 and (has_risen or worse_by > STANDARD_ERRORS * noise):
             side = "below" if measure.is_share else "above"
-            cautions.append(
-                f"{run.label} ends at {measure.name} {measure.text(values[-1])}, "
-                f"{side} that of step {step}, whose checkpoint is kept."
-            )
+            text = f"{run.label} ends at {measure.name} {measure.text(values[-1])}, "
+            text += f"{side} that of step {step}"
+            checkpoint = run.files.folder / f"checkpoint-{step}"
+            if checkpoint.is_dir():
+                text += (
+                    f", whose checkpoint is kept: `tunesmith chat {shell_path(shown(checkpoint))}`"
+                )
+            cautions.append(text)
     unfinished = [
         f"{run.label} ({run.files.state} at step {run.steps})"
         for run in runs
@@ -538,6 +554,25 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
             f"Ranks, machines or software differ: {listed}. Speed and memory are not comparable."
         )
     return cautions
+
+
+def _few_steps(runs: Sequence[RunSummary]) -> list[str]:
+    """A sentence on the finished runs that took few steps, if there are any."""
+    short = []
+    for run in runs:
+        if run.files.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS:
+            short.append(run)
+    if not short:
+        return []
+    names = ", ".join(f"{run.label} ({run.steps})" for run in short[:SHORT_SHOWN])
+    if len(short) > SHORT_SHOWN:
+        names += f" and {len(short) - SHORT_SHOWN} more"
+    recipe = shell_path(shown(short[0].files.folder / RECIPE))
+    longer = shell_word(f"train.duration={FEW_STEPS} steps")
+    return [
+        f"Few steps: {names}; a model hardly changes in fewer than {FEW_STEPS}. To train on: "
+        f"`tunesmith train {recipe} {longer}`"
+    ]
 
 
 def differing_surroundings(runs: Sequence[RunSummary]) -> dict[str, str]:
