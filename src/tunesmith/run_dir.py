@@ -375,12 +375,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def is_sample(row: Any) -> bool:
-    """Whether a line of samples.jsonl has a step, a prompt and an answer; maybe `expected`."""
+    """Whether a line of samples.jsonl has a step, a prompt, an answer; maybe `expected`, `row`."""
     if not isinstance(row, dict) or not is_count(row.get("step")):
         return False
-    expected = row.get("expected")
-    if expected is not None and not is_text(expected):
-        return False
+    for name in ("expected", "row"):
+        if row.get(name) is not None and not is_text(row[name]):
+            return False
     return is_text(row.get("prompt")) and is_text(row.get("answer"))
 
 
@@ -437,8 +437,8 @@ def read_scores(path: Path) -> dict[str, Any]:
     `data`, `rows`, `row_hash`, `step` and `seen` (each or None), `losses` by model (None of a task,
     which has none), `scores`: by scorer, of `base`, `tuned` and `difference` those that are there
     as [mean, low, high], and `verdict`; and `row_losses` of the tuned model, as
-    `{"row_hash", "tokens", "tuned"}` with a number a row (None of a task, and of an earlier
-    version).
+    `{"row_hash", "tokens", "tuned"}` with a number a row, and maybe `base` (None of a task, and of
+    an earlier version).
     OSError or ValueError where it is damaged.
     """
     values = read_object(path)
@@ -473,10 +473,15 @@ def _are_row_losses(value: Any) -> bool:
     finite it has none."""
     if not isinstance(value, dict) or not is_text(value.get("row_hash")):
         return False
-    tokens, losses = value.get("tokens"), value.get("tuned")
-    if not isinstance(tokens, list) or not isinstance(losses, list) or len(tokens) != len(losses):
+    tokens = value.get("tokens")
+    if not isinstance(tokens, list) or not all(map(is_count, tokens)):
         return False
-    return all(map(is_count, tokens)) and all(map(is_number, losses))
+    for losses in (value.get("tuned"), value.get("base", [0.0] * len(tokens))):
+        if not isinstance(losses, list) or len(losses) != len(tokens):
+            return False
+        if not all(map(is_number, losses)):
+            return False
+    return True
 
 
 def _is_interval(value: Any) -> bool:

@@ -17,6 +17,7 @@ from tunesmith.errors import EXIT_OK
 from tunesmith.report.compare import (
     Verdict,
     differing_keys,
+    eval_figures,
     judge,
     validation_noise,
 )
@@ -184,6 +185,27 @@ def test_one_recipe_twice(tmp_path: Path) -> None:
     found = verdict(*runs)
     assert (found.kind, found.best) == ("equal", ())
     assert sentence(found, "2 runs", "2 seeds")
+
+
+def test_the_loss_that_eval_measured_has_its_interval(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", falling(2.0))
+    tuned = [1.0, 1.2, 0.8, 1.1, 0.9, 1.0]
+    values = row_eval(tuned)
+    values["losses"]["base"] = 1.5
+    values["row_losses"]["base"] = [loss + 0.5 for loss in tuned]
+    write_eval(run.folder, values)
+    write_eval(run.folder, row_eval([1.0] * 5, "few", data="few.jsonl"), "few")
+    assert run.refresh()
+    cells = dict(eval_figures(summaries_of([run])))
+    # Student's factor of five degrees of freedom, 2.57, times 0.1414 / sqrt(6)
+    shown = "1.0000 (0.8518 to 1.1482), base 1.5000: -0.5000 (-0.5000 to -0.5000) at step 40"
+    assert cells["eval: loss (held.jsonl, 6 rows)"] == [shown]
+    assert cells["eval: loss (few.jsonl, 5 rows)"] == ["1.0000 at step 40"]
+    values["row_losses"]["base"] = [1.5]
+    write_eval(run.folder, values)
+    assert run.refresh()
+    cells = dict(eval_figures(summaries_of([run])))
+    assert cells["eval: loss (held.jsonl, 6 rows)"] == ["1.0000, base 1.5000 at step 40"]
 
 
 def test_cautions(tmp_path: Path) -> None:

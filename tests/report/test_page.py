@@ -47,6 +47,15 @@ def test_a_run_that_is_alone_is_not_named_beside_its_answers(two: list[RunFiles]
     assert [words.partition(", ")[2] for words in both] == ["good", "bad"]
 
 
+def test_an_answer_names_its_row(two: list[RunFiles]) -> None:
+    two[0].samples[0]["row"] = "faq.csv:12"
+    assert "<h3>Prompt 1: faq.csv:12</h3>" in render_report(two)
+    assert "### Prompt 1: faq.csv:12\n" in render_report(two, markdown=True)
+    # An earlier version did not write it.
+    del two[0].samples[0]["row"]
+    assert "### Prompt 1\n" in render_report(two, markdown=True)
+
+
 def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> None:
     text = visible(render_report(two))
     text = text[text.index("good is better") :]

@@ -72,6 +72,7 @@ def test_samples_begin_before_training(trained: Path) -> None:
     assert "Say" in samples[0]["prompt"]
     held = json.loads((trained.parent / "held.jsonl").read_text().splitlines()[0])
     assert {row["expected"] for row in samples} == {held["completion"]}
+    assert {row["row"] for row in samples} == {f"{trained.parent / 'held.jsonl'}:1"}
 
 
 def test_each_state(copied: Path) -> None:

@@ -380,6 +380,7 @@ def sample_answers(
     examples: Iterable[Example],
     stops: Collection[int],
     *,
+    places: Sequence[str] = (),
     synced: bool = False,
     clock: AnswerClock | None = None,
 ) -> list[SampleAnswer]:
@@ -387,17 +388,19 @@ def sample_answers(
     attention is set again.
 
     All are answered in one batch: the weights, which shards gather and nf4 makes dense, are needed
-    once a token. `synced` as for `answer_batch`.
+    once a token. `places` are those of the examples' rows; `synced` as for `answer_batch`.
     """
     clock = clock or AnswerClock()
     prompts = []
     expected = []
-    for example in examples:
+    rows = []
+    for index, example in enumerate(examples):
         # What stands before the first supervised token is the prompt; an example that is supervised
         # whole has none.
         start = int(example.trained.argmax())
         if start > 1:
             prompts.append(example.ids[:start].tolist())
+            rows.append(places[index] if places else "")
             # As many tokens of the row's own answer, up to the end of its first turn.
             answer_ids = example.ids[start : start + SAMPLE_TOKENS].tolist()
             expected.append(cut_answer(tokenizer, answer_ids, stops).text)
@@ -420,6 +423,6 @@ def sample_answers(
     if clock.late:
         return []
     samples = []
-    for prompt, answer, reference in zip(prompts, answers, expected, strict=True):
-        samples.append(SampleAnswer(decode(tokenizer, prompt), answer.text, reference))
+    for prompt, answer, reference, row in zip(prompts, answers, expected, rows, strict=True):
+        samples.append(SampleAnswer(decode(tokenizer, prompt), answer.text, reference, row))
     return samples

@@ -74,9 +74,28 @@ def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]
 
 
 def _losses_text(result: dict[str, Any]) -> str:
+    """`1.2500 (1.1000 to 1.4000), base 1.5000: -0.2500 (-0.3000 to -0.2000)`, without the intervals
+    where the losses of the rows are not there, or too few."""
     losses = result["losses"]
-    text = f"{losses['tuned']:.4f}" if "tuned" in losses else "not finite"
-    return f"{text}, base {losses['base']:.4f}" if "base" in losses else text
+    rows = result["row_losses"] or {}
+    if "tuned" not in losses:
+        text = "not finite"
+    else:
+        text = f"{losses['tuned']:.4f}"
+        if rows:
+            of_rows = paired_losses([0.0] * len(rows["tuned"]), rows["tuned"], rows["tokens"])
+            if of_rows.interval is not None:
+                _, low, high = of_rows.interval
+                text += f" ({low:.4f} to {high:.4f})"
+    if "base" not in losses:
+        return text
+    text += f", base {losses['base']:.4f}"
+    if rows.get("base"):
+        difference = paired_losses(rows["base"], rows["tuned"], rows["tokens"]).interval
+        if difference is not None:
+            mean, low, high = difference
+            text += f": {mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    return text
 
 
 def _scores_text(intervals: dict[str, Any]) -> str:
@@ -332,8 +351,7 @@ def _rank(measured: Sequence[RunSummary], measure: Measure) -> list[RunGroup]:
 
 
 def _seed_advice(run: RunSummary, measure: Measure) -> str:
-    """How to see what another seed changes."""
-    advice = f"Each has a single seed, and another seed would change {measure.name} too; "
+    """How to see what another seed changes, and what that is for."""
     seed = (run.seed if run.seed is not None else 42) + 1
     recipe = shell_path(shown(run.files.folder / RECIPE))
     output = shell_path(shown(f"{run.files.folder}-seed-{seed}"))
@@ -342,7 +360,10 @@ def _seed_advice(run: RunSummary, measure: Measure) -> str:
         # Its validation would be of other rows, so not comparable.
         keys += f" data.hold_out_seed={run.hold_out_seed}"
     command = f"tunesmith train {recipe} {keys} output_dir={output}"
-    return f"{advice}to see how far: `{command}`"
+    return (
+        f"Each has a single seed, and another seed would change {measure.name} too. How far decides"
+        f" which difference counts: train one again, and report it beside these: `{command}`"
+    )
 
 
 def _eval_command(runs: Sequence[RunSummary]) -> str:

@@ -283,6 +283,7 @@ def _samples_of(runs: Sequence[RunSummary]) -> tuple[list[dict[str, Any]], str]:
     samples = []
     for prompt, turns in conversations.items():
         expected = None
+        place = ""
         first = []
         between = []
         last = []
@@ -291,6 +292,7 @@ def _samples_of(runs: Sequence[RunSummary]) -> tuple[list[dict[str, Any]], str]:
             rows = [row for row in run.files.samples if row["prompt"] == prompt]
             for row in rows:
                 expected = expected or row.get("expected")
+                place = place or row.get("row") or ""
                 answer = (run.label, row["step"], whole_characters(row["answer"]))
                 if 0 < row["step"] < rows[-1]["step"]:
                     between.append(answer)
@@ -305,6 +307,7 @@ def _samples_of(runs: Sequence[RunSummary]) -> tuple[list[dict[str, Any]], str]:
             {
                 "turns": turns,
                 "expected": expected,
+                "row": shown(place),
                 "before": first,
                 "after": last,
                 "between": between,

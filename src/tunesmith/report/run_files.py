@@ -227,8 +227,8 @@ class RunFiles:
         recipe, env: config.yaml and env.json as plain values; empty if not there yet.
         columns: of metrics.jsonl: record name -> one entry a step, None where it was not measured.
         ranks: the same of metrics-rank<r>.jsonl, by rank.
-        samples: `{"step", "prompt", "answer", "expected"}`, in the order of the steps; step 0 is
-            before training.
+        samples: `{"step", "prompt", "answer", "expected", "row"}`, in the order of the steps; step
+            0 is before training.
         failure, stopped: failure.json and stopped.json, None without one.
         evals: what each `eval --score` or `--tasks` said, as `read_scores` gives it.
         state: where it stands.

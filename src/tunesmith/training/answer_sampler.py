@@ -52,11 +52,13 @@ class AnswerSampler:
             generated=heartbeat.progress,
             agree=self.ranks.broadcast_object if self.is_sharded else None,
         )
+        held_out = session.data.validation.first(count)
         answers = sample_answers(
             session.model,
             session.files.tokenizer,
-            session.data.validation.first(count),
+            held_out,
             session.data.template.end_ids,
+            places=[held_out.where(i) for i in range(len(held_out))],
             synced=self.is_sharded,
             clock=clock,
         )
