@@ -62,6 +62,23 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     assert out.count("passed: ") == 7
 
 
+def test_a_system_prompt_of_the_template_is_said_to_be_its_own(
+    recipe, write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = write(
+        "kind.jinja",
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    words = ["data", recipe(alpaca(60)), f"data.template={template}"]
+    assert main(words) == 0
+    assert lines_with(capsys.readouterr().out, "system prompt:", '"Be kind."', "data.system=")
+    for others in ("data.system=Be brief.", "data.template=auto"):
+        assert main([*words, others]) == 0
+        assert "system prompt:" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_fix_of_few_steps_fixes(recipe, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(alpaca(600), "train: {global_batch: 512 tokens}\n")

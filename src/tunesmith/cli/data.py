@@ -24,13 +24,16 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.cli.options import RECIPE_HELP, add_json, add_recipe, chosen_recipe
+from tunesmith.data.formats import Conversation
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.host.streams import folded, width_of
+from tunesmith.metrics.conversations import turns_of
 from tunesmith.run_dir import RECIPE, read_env
 from tunesmith.units import ceil_div, count_of
 
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 _BARS = 16
 # Tokens of a row that are shown.
 _ROW_TOKENS = 800
+SYSTEM_WIDTH = 100  # characters of a system prompt that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,6 +205,9 @@ def print_data(
         console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
     _print_rows(console, prepared.train, tokenizer, rows)
     console.print(folded(prepared.describe_template(), console.width), markup=False)
+    system = describe_system(prepared, tokenizer, rows)
+    if system:
+        console.print(folded(system, console.width), markup=False)
     counts = _table("trained on", "source", "figures", text=(1,))
     for split, part in prepared.sources():
         name = part.counts.source
@@ -222,6 +229,28 @@ def print_data(
     for warning in prepared.warnings():
         console.print(folded(warning, console.width), style="yellow", markup=False)
     console.print(_contracts_table(prepared), soft_wrap=False)
+
+
+def describe_system(prepared: TrainingData, tokenizer: Any, rows: int) -> str:
+    """A line about the system prompt that the template itself writes; empty where none of the first
+    `rows` examples has it."""
+    if prepared.template.name in ("raw", "text", "pattern"):
+        return ""
+    probe = prepared.template.prompt(Conversation([{"role": "user", "content": "Hello"}]))
+    own = _system_of(tokenizer, probe)
+    shown = [prepared.train[i] for i in range(min(rows, len(prepared.train)))]
+    if not own or all(_system_of(tokenizer, example.ids) != own for example in shown):
+        return ""
+    return (
+        f'system prompt: "{shorten(own, SYSTEM_WIDTH)}" is the chat template\'s, which writes it '
+        "where a row has none; data.system='You are ...' sets another"
+    )
+
+
+def _system_of(tokenizer: Any, ids: Any) -> str:
+    """The system message that token ids begin with; empty where they have none."""
+    turns = turns_of(str(tokenizer.decode(ids, skip_special_tokens=True)))
+    return turns[0].text if turns and turns[0].role == "system" else ""
 
 
 def segments(
