@@ -21,6 +21,9 @@ import tunesmith
 from errors import check_shown, is_internal
 from tunesmith.cli import main as frame
 from tunesmith.cli.main import VERBS, main
+from tunesmith.config.dump import dump
+from tunesmith.config.load import load_recipe
+from tunesmith.config.shipped import shipped
 from tunesmith.errors import RecipeError, RunError, StoppedError
 
 HEAVY = {"torch", "transformers", "datasets", "peft", "numpy"}
@@ -336,6 +339,15 @@ def test_options_between_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["recipes", "show", "mistral-7b-lora", "train.seed=1", "--json", "train.eps=1e-7"]
     assert main(words) == 0
     assert '"seed": 1' in capsys.readouterr().out
+
+
+def test_a_shipped_recipe_is_shown_with_its_comments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "show", "qwen3-8b-lora"]) == 0
+    text = capsys.readouterr().out
+    assert text == shipped()["qwen3-8b-lora"].read_text(encoding="utf-8")
+    # With an override it is what would be trained.
+    assert main(["recipes", "show", "qwen3-8b-lora", "train.seed=1"]) == 0
+    assert capsys.readouterr().out == dump(load_recipe("qwen3-8b-lora", ["train.seed=1"]))
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 example:
   tunesmith recipes  # list all
-  # one, with all defaults
+  tunesmith recipes show smollm2-135m-lora  # the file, with its comments
+  # changed, and with all defaults
   tunesmith recipes show smollm2-135m-lora train.learning_rate=5e-4
   # copy one to edit
   tunesmith recipes copy smollm2-135m-lora mine.yaml
@@ -18,7 +19,7 @@ from tunesmith.config.dump import dump, to_mapping
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import nearest
 from tunesmith.config.schema import Run
-from tunesmith.config.shipped import copy_of, purpose, shipped
+from tunesmith.config.shipped import copy_of, locate_recipe, purpose, shipped
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.quant.schemes import NF4, scheme_of
@@ -55,8 +56,12 @@ def run(args: argparse.Namespace) -> None:
     elif args.action == "show":
         recipe = load_recipe(args.name, args.rest)
         text = dump(recipe)
+        file = locate_recipe(args.name, base=Path(), where=args.name)
         if args.json:
             text = json.dumps(to_mapping(recipe), indent=2) + "\n"
+        elif not args.rest and file in shipped().values():
+            # Its comments say what else it takes.
+            text = file.read_text(encoding="utf-8")
         sys.stdout.write(text)
     elif len(args.rest) > 1:
         what = f"recipes copy takes one destination, not {len(args.rest)}"
