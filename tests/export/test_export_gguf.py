@@ -123,7 +123,7 @@ def test_answers_fit_a_terminal_with_their_difference_in_sight() -> None:
     assert lines[2].endswith("(the same 40 tokens)")
     assert lines[5].endswith("aaa Ada Byron")
     assert lines[6].endswith("aaa Bob ...")
-    assert lines[7].endswith("(differs from token 51 of 60)")
+    assert lines[7].endswith("(differs from token 51 of 60: one near tie changes what follows)")
 
 
 @pytest.mark.parametrize("kind", ["full", "nf4", "a plain model", "an embedding trained in full"])

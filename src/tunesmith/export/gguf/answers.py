@@ -173,7 +173,10 @@ def answer_lines(answers: Sequence[SideBySide]) -> list[str]:
         first = _common_length(_one_line(answer.file), _one_line(answer.tuned))
         lines.append(_line("file", answer.file, first))
         lines.append(_line("tuned", f"{answer.tuned} ...", first))
-        place = f"(differs from token {answer.differs_at} of {answer.tokens})"
+        # The positions that are compared are of rows as they stand; an answer goes on from its own
+        # tokens.
+        place = f"differs from token {answer.differs_at} of {answer.tokens}"
+        place = f"({place}: one near tie changes what follows)"
         lines.append(_line("", place))
     return lines
 
