@@ -6,7 +6,8 @@ example:
   echo "What do you know?" | tunesmith chat runs/my-run
 
 ctrl-C stops an answer. Without a terminal, every line of stdin is the next
-question of one conversation, and only answers go to stdout.
+question of one conversation, a line /reset starts a new one, and only answers
+go to stdout. `tunesmith generate` answers rows of a file, each alone.
 """
 
 import argparse
