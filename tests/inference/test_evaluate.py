@@ -23,7 +23,7 @@ from tunesmith.data.splits import read_splits
 from tunesmith.data.tokens import TokenSet, tokenize
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.evaluate import evaluate, is_exact_match, score, validation_loss
+from tunesmith.inference.evaluate import EvalResult, _with_matches, evaluate, score, validation_loss
 from tunesmith.inference.evaluate_runs import evaluate_runs
 from tunesmith.inference.generate import generate
 from tunesmith.inference.load_run import LoadedModel, load_run
@@ -287,20 +287,11 @@ def test_columns_are_those_of_the_run_or_as_told(
         evaluate(tmp_path / "unmapped", file, **options)
 
 
-@pytest.mark.parametrize(
-    ("answer", "reference", "same"),
-    [
-        ("a b", "a b", True),
-        ("  a\n\tb ", "a b", True),
-        ("a b", "a  b\n", True),
-        ("", "  ", True),
-        ("A b", "a b", False),
-        ("a b.", "a b", False),
-        ("ab", "a b", False),
-    ],
-)
-def test_exact_match_forgives_whitespace_alone(answer: str, reference: str, same: bool) -> None:
-    assert is_exact_match(answer, reference) is same
+def test_exact_match_counts_as_the_scorer_exact_does() -> None:
+    rows = [{"output": " a b\n", "reference": "a b"}, {"output": "a  b", "reference": "a b"}]
+    nothing = EvalResult(2, 0, math.nan, math.nan, math.nan)
+    found = _with_matches(nothing, iter(rows), 2, "rows", lambda *_: None)
+    assert (found.exact_match, found.answered) == (0.5, 2)
 
 
 def test_asking_a_model_neither_compiles_nor_tries_the_compiler(

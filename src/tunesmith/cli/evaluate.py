@@ -13,10 +13,9 @@ example:
   tunesmith eval runs/my-run --no-base --json
 
 Loss, perplexity and token accuracy are computed over the supervised tokens, as
-in training. Exact match compares a greedy answer with the row's answer, with
-whitespace normalized. The loss is compared row by row: tuned is better or worse
-than the base, or the rows cannot tell. Of several runs the best is compared
-with each of the others.
+in training. The loss is compared row by row: tuned is better or worse than the
+base, or the rows cannot tell. Of several runs the best is compared with each of
+the others.
 
 --score answers every row, scores each answer against the row's, and compares
 the scores in the same way:
@@ -119,7 +118,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     beside = "also score the base (default: yes; of several runs no)"
     parser.add_argument("--base", action=argparse.BooleanOptionalAction, help=beside)
     parser.add_argument(
-        "--exact-match", action="store_true", help="answer every row greedily and compare texts"
+        "--exact-match",
+        action="store_true",
+        help="also the share of greedy answers that --score exact would count",
     )
     scorers = "exact, contains, regex, json, f1, rouge-l, tool-call, or your own, file.py:function"
     parser.add_argument(

@@ -53,6 +53,7 @@ from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
 from tunesmith.run_dir import IDENTITY, PAIRS, read_manifest
 from tunesmith.scoring.intervals import Interval, LossDifference, loss_sentence, paired_losses
 from tunesmith.scoring.scorers import check_scorer_names
+from tunesmith.scoring.text import exact
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -425,12 +426,6 @@ def _batch_sums(
     )
 
 
-def is_exact_match(answer: str, reference: str) -> bool:
-    """Equal texts, after removing outer whitespace and making every run of whitespace one space;
-    case counts."""
-    return answer.split() == reference.split()
-
-
 @lines_by_default()
 def evaluate(
     path: str | Path,
@@ -463,7 +458,7 @@ def evaluate(
             `data.hold_out` drew.
         format_name, columns: how the rows of `data` are read, as for `generate`; by the columns of
             the first row.
-        exact_match: also answer every row greedily and compare texts.
+        exact_match: also answer every row greedily and compare texts, as the scorer `exact`.
         max_new_tokens, batch_size: for answers: the longest one in tokens, and rows answered at
             once.
         scorers: names such as `exact` or `f1`, or `file.py:function`: answer every row and score
@@ -781,7 +776,7 @@ def _with_matches(
     for number, row in enumerate(answers, 1):
         # A row with an empty answer has no reference.
         if "reference" in row:
-            matches.append(is_exact_match(row["output"], row["reference"]))
+            matches.append(exact(row["output"], row["reference"]))
         progress("answers", number, count)
     if not matches:
         raise _no_answers(name, "every answer is empty")
