@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 from tunesmith.config import schema
 from tunesmith.config.names import keys
 from tunesmith.config.tree import read_file
-from tunesmith.errors import RecipeError
+from tunesmith.errors import RecipeError, UsageError
 from tunesmith.host.packages import COMPUTE
 
 T = TypeVar("T")
@@ -269,6 +269,24 @@ def read_env(folder: Path) -> Part[dict[str, Any]]:
     """env.json; empty where it is not there."""
     values, fault, _ = _read_shaped(folder / IDENTITY, _ENV)
     return Part(values or {}, fault)
+
+
+def held_out_hash(folder: Path) -> str | None:
+    """The hash of the rows that a run held out, by its env.json; None where it has none.
+
+    UsageError where it is damaged: other rows must not pass for these.
+    """
+    values, fault, _ = read_env(folder)
+    validation_hash: str | None = values.get("validation_hash")
+    if fault and validation_hash is None:
+        raise UsageError(
+            "env.json is damaged, so the run's held-out rows are unknown",
+            where=str(folder / IDENTITY),
+            why=fault,
+            fix="copy the run directory again from where it was trained; "
+            "or name rows: tunesmith eval RUN --data FILE",
+        )
+    return validation_hash
 
 
 def read_failure(folder: Path) -> Part[dict[str, Any] | None]:

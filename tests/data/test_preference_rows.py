@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conftest import byte_tokenizer
@@ -254,6 +256,17 @@ def test_a_pair_is_one_example_of_two_sequences(tmp_path: Path) -> None:
     assert example.ids[:prompt].tolist() == example.ids[chosen : chosen + prompt].tolist()
     assert not example.trained[chosen : chosen + prompt].any()
     assert example.chosen_tokens == int(example.trained[:chosen].sum())
+
+
+def test_supervised_tokens_are_counted_without_the_examples(tmp_path: Path) -> None:
+    pairs, _ = tokens_of(tmp_path / "pairs.jsonl", [CHATS["messages"]] * 2)
+    texts, _ = tokens_of(tmp_path / "texts.jsonl", [{"text": t} for t in "ab"], format="text")
+    [part] = pairs.parts
+    # The first token of each sequence is marked too, and has none before it.
+    marked = part.arrays._replace(trained=np.ones_like(part.arrays.trained))
+    parts = [part, *texts.parts, *pairs.first(0).parts, replace(part, arrays=marked)]
+    tokens = TokenSet(parts)
+    assert tokens.supervised.tolist() == [example.supervised for example in tokens]
 
 
 def test_both_answers_are_cut_at_seq_len(tmp_path: Path) -> None:

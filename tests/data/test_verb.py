@@ -304,6 +304,11 @@ def test_other_held_out_rows_than_the_run_s_are_not_written(
     assert main(["data", str(run_dir), "--write-held-out", str(output)]) == 2
     check_shown(capsys.readouterr().err, where=str(run_dir))
     assert not output.exists()
+    # Nor are they where it cannot be told which they are.
+    (run_dir / "env.json").write_text('{"validation_hash": ')
+    assert main(["data", str(run_dir), "--write-held-out", str(output)]) == 2
+    check_shown(capsys.readouterr().err, where=str(run_dir / "env.json"), fix=["--data FILE"])
+    assert not output.exists()
     # Other rows may be asked for.
     words = ["--write-held-out", str(output), "--json", "data.hold_out_seed=7"]
     assert main(["data", str(run_dir), *words]) == 0

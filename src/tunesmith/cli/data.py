@@ -34,7 +34,7 @@ from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.host.streams import folded, width_of
 from tunesmith.metrics.conversations import turns_of
-from tunesmith.run_dir import RECIPE, read_env
+from tunesmith.run_dir import RECIPE, held_out_hash
 from tunesmith.units import ceil_div, count_of
 
 if TYPE_CHECKING:
@@ -182,8 +182,7 @@ def _eval_options(recipe: Run, file: Path) -> str:
 
 def _check_held_out(prepared: TrainingData, run_dir: Path) -> None:
     """UsageError where the held-out rows are not those that the run validated on."""
-    validation_hash = read_env(run_dir).value.get("validation_hash")
-    if validation_hash not in (None, prepared.validation_digest):
+    if held_out_hash(run_dir) not in (None, prepared.validation_digest):
         raise UsageError(
             "these are not the run's held-out rows",
             where=str(run_dir),

@@ -175,6 +175,21 @@ class TokenSet:
         return shared
 
     @property
+    def supervised(self) -> np.ndarray:
+        """int64 [n], `Example.supervised` of each example, without the examples themselves."""
+        counts = [np.zeros(0, np.int64)]
+        for part in self.parts:
+            arrays = part.arrays
+            starts = arrays.offsets[:-1]
+            trained = arrays.trained
+            of_part = np.add.reduceat(trained, starts, dtype=np.int64) - trained[starts]
+            # The first token of a pair's second sequence has none before it either.
+            seconds = (starts + arrays.firsts)[arrays.firsts > 0]
+            of_part[arrays.firsts > 0] -= trained[seconds]
+            counts.append(of_part)
+        return np.concatenate(counts)
+
+    @property
     def row_lengths(self) -> np.ndarray:
         """int64 [n], tokens of each example in a packed row."""
         return self.lengths - self.shared

@@ -48,9 +48,8 @@ from tunesmith.inference.score_rows import (
 from tunesmith.methods.answers import accuracy
 from tunesmith.methods.base import StepTotals, TrainModel, supervised_positions
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.model.safetensors_files import read_json
 from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
-from tunesmith.run_dir import IDENTITY, PAIRS, read_manifest
+from tunesmith.run_dir import PAIRS, read_manifest
 from tunesmith.scoring.intervals import Interval, LossDifference, loss_sentence, paired_losses
 from tunesmith.scoring.scorers import check_scorer_names
 from tunesmith.scoring.text import exact
@@ -328,6 +327,7 @@ def score(
     pairs: list[float] = []
     row_losses = np.zeros(len(tokens))
     row_tokens = np.zeros(len(tokens), np.int64)
+    supervised = tokens.supervised
     progress("rows scored", 0, len(tokens))
     with evaluating(train_model):
         layout = Layout(pad_id, train_model.packs_rows)
@@ -337,8 +337,7 @@ def score(
             with ranks.raise_on_all_ranks():
                 if ranks.rank < len(turn):
                     indices, batch = turn[ranks.rank]
-                    counts = [tokens[i].supervised for i in indices]
-                    sums = _batch_sums(train_model, batch, indices, counts)
+                    sums = _batch_sums(train_model, batch, indices, supervised[indices].tolist())
             for of_batch in ranks.all_gather_object(sums):
                 total += of_batch.loss
                 hits += of_batch.hits
@@ -691,22 +690,11 @@ def require_held_out(location: RunLocation, path: str | Path) -> Run:
     return run
 
 
-def held_out_hash(location: RunLocation) -> str | None:
-    """The hash of the rows that a run held out, by its env.json; None where that is not known."""
-    if location.folder is None:
-        return None
-    identity = location.folder.parent / IDENTITY
-    if not identity.is_file():
-        return None
-    validation_hash: str | None = read_json(identity).get("validation_hash")
-    return validation_hash
-
-
 def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) -> TokenSet:
     """The first `count` of the examples that the run validated on; UsageError where they are not
     the same any more."""
     run = location.run
-    if held_out_hash(location) not in (None, tokens.counts.digest):
+    if location.held_out_hash not in (None, tokens.counts.digest):
         raise UsageError(
             "these are not the run's held-out rows",
             where="--data",

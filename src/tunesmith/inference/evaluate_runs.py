@@ -11,7 +11,6 @@ from tunesmith.errors import UsageError
 from tunesmith.inference.evaluate import (
     Evaluation,
     evaluate,
-    held_out_hash,
     interval_rows,
     loss_rows,
     require_held_out,
@@ -158,7 +157,7 @@ def _check_held_out(paths: Sequence[str | Path], locations: Sequence[RunLocation
     """UsageError where a run has held out no rows, or other ones than the first."""
     for path, location in zip(paths, locations, strict=True):
         require_held_out(location, path)
-    hashes = [held_out_hash(location) for location in locations]
+    hashes = [location.held_out_hash for location in locations]
     for path, hash_of_run in zip(paths, hashes, strict=True):
         if None not in (hash_of_run, hashes[0]) and hash_of_run != hashes[0]:
             raise UsageError(

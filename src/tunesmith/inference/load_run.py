@@ -28,7 +28,7 @@ from tunesmith.host.shell import shell_path
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.quant.schemes import DENSE, scheme_of
-from tunesmith.run_dir import FINAL, IDENTITY, RECIPE
+from tunesmith.run_dir import FINAL, IDENTITY, RECIPE, held_out_hash
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,11 @@ class RunLocation:
     base: Model
     run: Run | None = field(default=None, repr=False)
     note: str = ""
+
+    @property
+    def held_out_hash(self) -> str | None:
+        """The hash of the rows that the run held out; None where that is not known."""
+        return held_out_hash(self.folder.parent) if self.folder else None
 
     @property
     def sources(self) -> tuple[Source, ...]:
