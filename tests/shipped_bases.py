@@ -46,7 +46,7 @@ def write_fp8(
 ) -> Path:
     """A copy of a checkpoint with its layers' matrices in FP8, but those named in `keep`.
 
-    tool: that wrote it; also compressed-tensors, and modelopt with one scale of all.
+    tool: that wrote it; also compressed-tensors, and modelopt and autofp8 with one scale of all.
     """
     shutil.copytree(plain, folder, dirs_exist_ok=True)
     tensors: Tensors = {}
@@ -72,6 +72,8 @@ def write_fp8(
         stated = compressed_fp8_config(block, *kept)
     elif tool == "modelopt":
         stated = modelopt_fp8_config(*(f"*{word}*" for word in keep))
+    elif tool == "autofp8":
+        stated = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": kept}
     else:
         stated = fp8_config(block, modules_to_not_convert=["lm_head", *keep])
     return change_config(folder, quantization_config=stated)

@@ -379,11 +379,21 @@ def assert_refused(folder: Path, runs: Path, what: str, where: str, fix: str, **
     assert fix in caught.value.fix
 
 
+AUTOFP8: dict[str, tuple[Fault, str, str, str]] = {
+    "no scale": (
+        part_of("weight_scale", None), f"the scales of {UP} are missing", "safetensors", "fetch"),
+    "plain where it should be in codes": (
+        all_faults(part_of("weight", ones(128, 64)), part_of("weight_scale", None)),
+        "stored without scales", UP, "quantization_config.ignored_layers"),
+}  # fmt: skip
+
+
 # Of each tool: the block of its base, and the faults.
 FP8_TOOLS = {
     "transformers": (BLOCK, FP8),
     "compressed-tensors": (ROW, COMPRESSED),
     "modelopt": (None, MODELOPT_FP8),
+    "autofp8": (None, AUTOFP8),
 }
 
 

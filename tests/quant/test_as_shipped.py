@@ -100,8 +100,9 @@ def test_dense_bits_are_those_of_compressed_tensors(strategy, tiny, tmp_path) ->
         assert torch.equal(dense[f"{name}.weight"], wanted), name
 
 
-def test_dense_bits_of_modelopt_are_codes_times_scale(tiny, tmp_path) -> None:
-    folder = write_fp8(tiny, tmp_path, None, tool="modelopt")
+@pytest.mark.parametrize("tool", ["modelopt", "autofp8"])
+def test_dense_bits_are_codes_times_the_scale_of_all(tool, tiny, tmp_path) -> None:
+    folder = write_fp8(tiny, tmp_path, None, tool=tool)
     stored = load_file(folder / "model.safetensors")
     kept = layers_of(built(folder, "as-shipped", rank=4))
     assert len(kept) == 14
@@ -118,6 +119,7 @@ def test_dense_bits_of_modelopt_are_codes_times_scale(tiny, tmp_path) -> None:
         ("compressed-tensors", ROW, False),
         ("compressed-tensors", None, True),
         ("modelopt", None, True),
+        ("autofp8", None, True),
     ],
 )
 def test_scales_of_activations_are_named(tool, block, has_scales, tiny, tmp_path) -> None:

@@ -102,7 +102,10 @@ class ShippedForm:
     @property
     def plain_key(self) -> str:
         """Of the list in `quantization_config` that `not_converted` is of."""
-        return "ignore" if self.has_expressions else "modules_to_not_convert"
+        if self.has_expressions:
+            return "ignore"
+        # AutoFP8's
+        return "ignored_layers" if self.scale_suffix == WEIGHT_SCALE else "modules_to_not_convert"
 
     def has_codes(self, module: str) -> bool:
         """Whether the weights of a module, by its name in the checkpoint, are in codes; of forms
@@ -188,18 +191,27 @@ def shipped_form(config: Mapping[str, Any], where: str) -> ShippedForm | None:
 
 
 def _transformers_form(stored: Mapping[str, Any], where: str) -> ShippedForm:
-    """FP8 and MXFP4, as Transformers writes them."""
+    """FP8 and MXFP4, as Transformers writes them; FP8 also as AutoFP8 does."""
     for key, plain in (("modules_to_convert", None), ("expert_dtype", "fp8")):
         _check_value(stored, key, (plain,), where)
     skipped = tuple(_names(stored, ("modules_to_not_convert", "ignored_layers"), where))
     if stored["quant_method"] == "mxfp4":
         return ShippedForm("mxfp4", not_converted=skipped)
+    has_activation_scales = stored.get("activation_scheme") == "static"
+    # AutoFP8 calls its method the same, and has other names: one scale a matrix.
+    if not {"weight_block_size", "modules_to_not_convert"} & stored.keys():
+        return ShippedForm(
+            "fp8",
+            not_converted=skipped,
+            scale_suffix=WEIGHT_SCALE,
+            has_activation_scales=has_activation_scales,
+        )
     block = stored.get("weight_block_size", BLOCK)
     return ShippedForm(
         "fp8",
         None if block is None else _block_size(block, "weight_block_size", where),
         skipped,
-        has_activation_scales=stored.get("activation_scheme") == "static",
+        has_activation_scales=has_activation_scales,
     )
 
 

@@ -1,8 +1,8 @@
 """The tensors of a checkpoint, those that make one weight as one entry.
 
-- fp8: e4m3 codes [out, in], and `weight_scale_inv` beside them (compressed-tensors and ModelOpt:
-  `weight_scale`): a scale for each block of weights (DeepSeek, Qwen: 128 x 128), for each row, or
-  one of all (Ministral 3). weight = codes * scale.
+- fp8: e4m3 codes [out, in], and `weight_scale_inv` beside them (compressed-tensors, ModelOpt and
+  AutoFP8: `weight_scale`): a scale for each block of weights (DeepSeek, Qwen: 128 x 128), for each
+  row, or one of all (Ministral 3). weight = codes * scale.
 - nvfp4: two 4-bit codes a byte [out, in / 2], an e4m3 scale for each 16 of a row, and one of all in
   fp32; their names are those of the tool that wrote them (`shipped.Nvfp4Names`).
 - mxfp4 (gpt-oss): of a stack of experts `_blocks`, two 4-bit codes a byte, and `_scales`, an
