@@ -73,10 +73,10 @@ def test_a_system_prompt_of_the_template_is_said_to_be_its_own(
     )
     words = ["data", recipe(alpaca(60)), f"data.template={template}"]
     assert main(words) == 0
-    assert lines_with(capsys.readouterr().out, "system prompt:", '"Be kind."', "data.system=")
+    assert lines_with(capsys.readouterr().out, '"Be kind."', "data.system='You are ...'")
     for others in ("data.system=Be brief.", "data.template=auto"):
         assert main([*words, others]) == 0
-        assert "system prompt:" not in capsys.readouterr().out
+        assert "data.system=" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -224,7 +224,7 @@ def _print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
     places = f"at {check.positions} positions"
     tuned = check.tuned
     print(f"answers: mean KL {tuned.mean_kl:.2g} nats against the tuned model{base}, {places};")
-    print(f"  the same most likely token at {tuned.agreement:.0%} of them, in rows as they stand")
+    print(f"  the same most likely token at {tuned.agreement:.0%} of them, which are in rows")
     for line in answer_lines(check.answers):
         print(line)
     if not check.is_near:

@@ -96,10 +96,10 @@ def make_base(args: argparse.Namespace, space: Space) -> "MadeRecipe | None":
 
     `args.recipe` then names its file. None where `args.recipe` is a recipe.
     """
-    given = {key: vars(args)[key] for key in ("model", "data", "split", "format", "columns")}
-    if args.recipe is not None and not any(given.values()):
+    options = {key: vars(args)[key] for key in ("model", "data", "split", "format", "columns")}
+    if args.recipe is not None and not any(options.values()):
         return None
-    words = argparse.Namespace(recipe=args.recipe, overrides=list(space.fixed), **given)
+    words = argparse.Namespace(recipe=args.recipe, overrides=list(space.fixed), **options)
     _, new_file = chosen_recipe(words)
     assert new_file is not None
     new_file.check_file()
