@@ -40,7 +40,8 @@ BF16 = {
     **FULL,
     "model": {"dtype": "bf16"},
 }
-# Sums over ranks are taken in another order on another mesh: 6 steps in fp32 move a loss by about
+STEPS, STOP = 4, 2  # of a whole run; after which it is stopped
+# Sums over ranks are taken in another order on another mesh: steps in fp32 move a loss by about
 # 1e-6 of itself.
 ROUNDING = 1e-5
 BY_FILE = -1  # in place of a rank: the file `stop` asks for it
@@ -54,12 +55,12 @@ def start(
     changes: dict[str, Any],
     stop: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """One start of a run of 6 steps on this rank; `stop`: SIGTERM comes to one rank alone, (rank,
+    """One start of a run of STEPS on this rank; `stop`: SIGTERM comes to one rank alone, (rank,
     step).
     """
     changes = dict(changes)
     settings = {
-        "duration": "6 steps",
+        "duration": f"{STEPS} steps",
         "micro_batch": "128 tokens",
         "optimizer": changes.pop("optimizer", "adamw"),
     }
@@ -69,7 +70,7 @@ def start(
         folder,
         train=settings,
         parallel=parallel,
-        checkpoint={"every": "2 steps", "keep": 9},
+        checkpoint={"every": "3 steps", "keep": 9},
         **changes,
     )
     step = Trainer.train_step
@@ -108,13 +109,13 @@ def many(
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[float]]:
-    """Steps 4 to 6 of a run of one process that never stopped, once for each model and recipe."""
+    """Steps after STOP of one process that never stopped, once for each model and recipe."""
 
     @cache
     def of(model: Path, what: str) -> list[float]:
         changes = {**json.loads(what), "output_dir": str(tmp_path_factory.mktemp("whole") / "run")}
         whole = start(model, tmp_path_factory.mktemp("rows"), ONE, changes)
-        return plain({"records": whole["records"][3:]})
+        return plain({"records": whole["records"][STOP:]})
 
     return lambda model, what: of(model, json.dumps(what))
 
@@ -132,32 +133,33 @@ def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(
     what, mesh, by, tiny, tmp_path
 ):
     whole = many(tiny, tmp_path, mesh, {**what, "output_dir": str(tmp_path / "whole")})
-    stopped = many(tiny, tmp_path, mesh, what, stop=(by, 3))
+    stopped = many(tiny, tmp_path, mesh, what, stop=(by, STOP))
     assert ("stop file" if by == BY_FILE else "SIGTERM") in stopped[0]["stopped"]
     assert [rank["code"] for rank in stopped] == [0, 0]  # torchrun would start them again
     out = tmp_path / "run"
     said = json.loads((out / "stopped.json").read_text())
-    assert (said["signal"], said["step"]) == (None if by == BY_FILE else "SIGTERM", 3)
+    assert (said["signal"], said["step"]) == (None if by == BY_FILE else "SIGTERM", STOP)
     with logged_lines() as lines:
         found = replicate.newest_checkpoint(out)
     assert lines == []
     assert found is not None
-    assert found.step == 3
+    assert found.step == STOP
     (out / "stop").touch()  # of an earlier start
     resumed = many(tiny, tmp_path, mesh, what)
-    assert resumed[0]["first"] == 3
-    assert resumed[0]["records"] == whole[0]["records"][3:]
+    assert resumed[0]["first"] == STOP
+    assert resumed[0]["records"] == whole[0]["records"][STOP:]
     assert not (out / "stop").exists()
     assert not (out / "stopped.json").exists()
-    assert all(rank["finished"] for rank in many(tiny, tmp_path, mesh, what))
+    if by == BY_FILE:  # once for all
+        assert all(rank["finished"] for rank in many(tiny, tmp_path, mesh, what))
 
 
 def test_memory_that_is_short_on_one_host_stops_all_ranks(tiny, tmp_path):
-    stopped = many(tiny, tmp_path, {"replicate": 2}, LORA, stop=(SHORT + 1, 3))
+    stopped = many(tiny, tmp_path, {"replicate": 2}, LORA, stop=(SHORT + 1, STOP))
     for rank in stopped:
-        assert holds(rank["stopped"], "step 3")
+        assert holds(rank["stopped"], f"step {STOP}")
     said = json.loads((tmp_path / "run" / "stopped.json").read_text())
-    assert (said["reason"], said["signal"], said["step"]) == ("memory", None, 3)
+    assert (said["reason"], said["signal"], said["step"]) == ("memory", None, STOP)
     assert said["figures"] == {"host": "spark-b"}
     assert said["smaller"] == ""  # 128 tokens, a row of data.seq_len
 
@@ -177,9 +179,9 @@ MOVES = {
 def test_another_mesh_goes_on_where_the_first_stopped(
     what, before, after, tiny, tmp_path, uninterrupted
 ):
-    many(tiny, tmp_path, before, what, stop=(0, 3))
+    many(tiny, tmp_path, before, what, stop=(0, STOP))
     resumed = many(tiny, tmp_path, after, what)[0]
-    assert resumed["first"] == 3
+    assert resumed["first"] == STOP
     assert plain(resumed) == pytest.approx(uninterrupted(tiny, what), rel=ROUNDING)
 
 
@@ -192,11 +194,11 @@ def test_a_mixture_goes_on_bit_for_bit_and_on_one_process(
     what, mesh, mixture, tmp_path, uninterrupted
 ):
     whole = many(mixture, tmp_path, mesh, {**what, "output_dir": str(tmp_path / "whole")})
-    many(mixture, tmp_path, mesh, what, stop=(1, 3))
+    many(mixture, tmp_path, mesh, what, stop=(1, STOP))
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    assert many(mixture, tmp_path, mesh, what)[0]["records"] == whole[0]["records"][3:]
+    assert many(mixture, tmp_path, mesh, what)[0]["records"] == whole[0]["records"][STOP:]
     alone = many(mixture, tmp_path, ONE, {**what, "output_dir": str(tmp_path / "copy")})[0]
-    assert alone["first"] == 3
+    assert alone["first"] == STOP
     assert plain(alone) == pytest.approx(uninterrupted(mixture, what), rel=ROUNDING)
 
 
@@ -204,9 +206,9 @@ def test_a_mixture_goes_on_bit_for_bit_and_on_one_process(
 def test_ranks_go_on_with_the_experts_of_a_run_of_one_process(
     mesh, mixture, tmp_path, uninterrupted
 ):
-    many(mixture, tmp_path, ONE, LORA, stop=(0, 3))
+    many(mixture, tmp_path, ONE, LORA, stop=(0, STOP))
     resumed = many(mixture, tmp_path, mesh, LORA)[0]
-    assert resumed["first"] == 3
+    assert resumed["first"] == STOP
     assert plain(resumed) == pytest.approx(uninterrupted(mixture, LORA), rel=ROUNDING)
 
 
@@ -219,7 +221,7 @@ def resumed_state(
     run = make_run(
         model,
         folder,
-        train={"duration": "6 steps", "micro_batch": "128 tokens"},
+        train={"duration": f"{STEPS} steps", "micro_batch": "128 tokens"},
         parallel=parallel,
         **changes,
     )
@@ -241,8 +243,8 @@ def differing(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def test_masters_and_moments_of_bf16_copies_are_read_by_every_mesh(tiny, tmp_path):
-    many(tiny, tmp_path, COPIES, BF16, stop=(0, 3))
-    checkpoint = tmp_path / "run" / "checkpoint-3"
+    many(tiny, tmp_path, COPIES, BF16, stop=(0, STOP))
+    checkpoint = tmp_path / "run" / f"checkpoint-{STOP}"
     stored = sharded._entries(checkpoint)
     assert {
         entry.properties.dtype for name, entry in stored.items() if name.startswith("model.")
@@ -262,7 +264,7 @@ def test_masters_and_moments_of_bf16_copies_are_read_by_every_mesh(tiny, tmp_pat
 
 
 def test_bf16_copies_and_tensor_groups_read_the_masters_of_one_process(tiny, tmp_path):
-    many(tiny, tmp_path, ONE, BF16, stop=(0, 3))
+    many(tiny, tmp_path, ONE, BF16, stop=(0, STOP))
     expected = resumed_state(tiny, tmp_path, ONE, BF16)
     weights = [
         torch.from_numpy(array) for name, array in expected.items() if name.startswith("model.")
@@ -291,10 +293,10 @@ def test_moments_in_8_bits_go_on_on_another_mesh(before, after, wide, tmp_path, 
         whole = many(wide, tmp_path, before, {**EIGHT_BIT, "output_dir": str(tmp_path / "whole")})[
             0
         ]
-        expected, tolerance = plain({"records": whole["records"][3:]}), 0.0
+        expected, tolerance = plain({"records": whole["records"][STOP:]}), 0.0
     else:
         expected, tolerance = uninterrupted(wide, EIGHT_BIT), 1e-4
-    many(wide, tmp_path, before, EIGHT_BIT, stop=(0, 3))
+    many(wide, tmp_path, before, EIGHT_BIT, stop=(0, STOP))
     resumed = many(wide, tmp_path, after, EIGHT_BIT)[0]
-    assert resumed["first"] == 3
+    assert resumed["first"] == STOP
     assert plain(resumed) == pytest.approx(expected, rel=tolerance, abs=0.0)
