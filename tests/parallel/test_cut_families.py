@@ -4,6 +4,7 @@ one rank, and files of the same tensors. What the plan does not know is refused 
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import warnings
@@ -12,9 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from families import default_config
 from tensor_cuts import ADAPTER, STEPS, TOLERANCE, backward, build, on_ranks
-from test_data_parallel import FULL, LORA, TENSOR, assert_those_of_one_process, numbers
+from test_data_parallel import (
+    FULL,
+    LORA,
+    TENSOR,
+    assert_those_of_one_process,
+    run_alone,
+    tensors_in,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import vision_models
@@ -37,16 +45,10 @@ from tunesmith.runtime.compilation import compile_layers
 pytestmark = pytest.mark.slow
 
 TABLE = read_model_types()
-# What no run of this file and of `test_experts_on_ranks.py` has. `make families` takes every type,
-# in full and with an adapter.
+# Those with most kinds of layers, in full and with an adapter. `make families` takes every type in
+# both ways.
 KINDS: dict[str, Adapter | None] = {
-    "apertus": None,  # numbers of the activation are trained; an MLP without a gate
-    "cohere2": ADAPTER,  # attention and MLP read one input; logits are scaled
-    "gpt_neox": ADAPTER,  # q, k and v are one layer, head by head; norms with a bias
-    "olmo3": None,  # norms over all heads
-    "phi": None,  # a head with a bias
     "gemma4_text": ADAPTER,  # keys that are values, heads of two widths; experts beside the MLP
-    "deepseek_v3": ADAPTER,  # latent attention that the plan leaves out; shared experts
     "llama4_text": None,  # experts with code of their own; chunks
 }
 REFUSED = {
@@ -71,15 +73,18 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(
 
 
 def test_a_mixture_counts_as_cut_only_if_its_small_model_has_experts() -> None:
-    without = []
+    mixtures, without = [], []
     for entry in TABLE.values():
         if entry.tensor is None:
             continue
-        decoder = find_decoder(build(entry, None).model)
-        plan = decoder.config.base_model_tp_plan or {}
-        names = [name for name, _ in decoder.named_modules()]
-        if EXPERTS in plan.values() and not any(name.endswith("experts") for name in names):
+        plan = default_config(entry.model_type).get_text_config().base_model_tp_plan or {}
+        if EXPERTS not in plan.values():
+            continue
+        mixtures.append(entry.model_type)
+        names = [name for name, _ in find_decoder(build(entry, None).model).named_modules()]
+        if not any(name.endswith("experts") for name in names):
             without.append(entry.model_type)
+    assert {"mixtral", "gemma4_text"} <= set(mixtures)
     assert without == []
 
 
@@ -128,16 +133,6 @@ def write_model(model_type: str, folder: Path, tokenizer: Path, **sizes: Any) ->
     return folder
 
 
-def tensors_in(folder: Path) -> dict[str, list[int]]:
-    """Names and shapes of all tensors of a folder."""
-    shapes = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            names = tensors.keys()
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in names}
-    return shapes
-
-
 RUNS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "full, tensor": (FULL, TENSOR),
     "lora, tensor": (LORA, TENSOR),
@@ -145,16 +140,19 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def gemma3(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vision_models.build("gemma3", tmp_path_factory.mktemp("gemma3") / "model", tiny)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_vision_language_model_trains_and_is_saved_as_by_one_process(
-    world: int, tiny: Path, tmp_path: Path
+    world: int, gemma3: Path, tmp_path: Path
 ) -> None:
-    model = vision_models.build("gemma3", tmp_path / "model", tiny)
-    for name in assert_those_of_one_process(world, RUNS, model, tmp_path):
+    for name in assert_those_of_one_process(world, RUNS, gemma3, tmp_path):
         saved = tensors_in(tmp_path / f"{name}, ranks" / "final")
         assert len(saved) > 10
-        numbers(model, tmp_path, {**RUNS[name][0], "output_dir": str(tmp_path / name)})
-        assert saved == tensors_in(tmp_path / name / "final")
+        assert saved == run_alone(gemma3, json.dumps(RUNS[name][0]))[1]
 
 
 # Rows of the parts are whole blocks of 64 weights.
@@ -183,36 +181,42 @@ def test_runs_on_nf4_are_those_of_one_process(
     tolerance = (5e-6, 1e-4)
     for name in assert_those_of_one_process(2, runs, model, tmp_path, tolerance):
         saved = tensors_in(tmp_path / f"{name}, ranks" / "final")
-        numbers(model, tmp_path, {**runs[name][0], "output_dir": str(tmp_path / name)})
-        assert saved == tensors_in(tmp_path / name / "final")
+        assert saved == run_alone(model, json.dumps(runs[name][0]))[1]
 
 
-def compiled(model_type: str) -> tuple[float, list[int]]:
-    """The largest difference of the losses, and the graphs that each batch adds."""
+def compiled(model_types: list[str]) -> dict[str, tuple[float, list[int]]]:
+    """By type the largest difference of the losses, and the graphs that each batch adds."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    found = {}
     with join_ranks():
         mesh = Mesh.of(MeshShape(tensor=2), "cpu")
-        root = build(TABLE[model_type], ADAPTER)
-        partial = apply_tensor_parallel(root, mesh)
-        compile_layers(root.layers, varied=True, backend="aot_eager")
-        graphs = []
-        differences = []
-        for _ in range(2):
-            before = torch_private.graphs_compiled()
-            differences.append(abs(backward(root) - backward(build(TABLE[model_type], ADAPTER))))
-            graphs.append(torch_private.graphs_compiled() - before)
-        grads = {name: p.grad for name, p in root.trained_parameters() if p.grad is not None}
-        reduce_gradients(grads, partial, mesh)
-        return max(differences), graphs
+        for model_type in model_types:
+            torch.compiler.reset()
+            alone = backward(build(TABLE[model_type], ADAPTER))
+            root = build(TABLE[model_type], ADAPTER)
+            partial = apply_tensor_parallel(root, mesh)
+            compile_layers(root.layers, varied=True, backend="aot_eager")
+            graphs = []
+            differences = []
+            for _ in range(2):
+                before = torch_private.graphs_compiled()
+                differences.append(abs(backward(root) - alone))
+                graphs.append(torch_private.graphs_compiled() - before)
+            grads = {name: p.grad for name, p in root.trained_parameters() if p.grad is not None}
+            reduce_gradients(grads, partial, mesh)
+            found[model_type] = max(differences), graphs
+    return found
 
 
-@pytest.mark.parametrize("model_type", ["starcoder2", "gpt_oss"])
-def test_compiled_layers_of_transformers_are_equal(model_type: str) -> None:
-    for difference, (first, second) in run_ranks(2, compiled, model_type):
-        assert difference < 1e-5
-        assert first > 0
-        assert second == 0
+def test_compiled_layers_of_transformers_are_equal() -> None:
+    types = ["starcoder2", "gpt_oss"]  # biases behind sums; sinks, and experts
+    for rank in run_ranks(2, compiled, types):
+        assert list(rank) == types
+        for model_type, (difference, (first, second)) in rank.items():
+            assert difference < 1e-5, model_type
+            assert first > 0, model_type
+            assert second == 0, model_type
 
 
 def test_a_mesh_that_cuts_an_unknown_layer_is_refused_with_one_that_works(

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ranks import free_port, run_ranks, world_of
 from recipes import make_run, merge, recipe
@@ -105,12 +106,26 @@ TOLERANCES = dict.fromkeys(
 TOLERANCES |= dict.fromkeys(("fp8, tensor", "fp8, shards of a tensor group"), (1e-2, 2e-2))
 
 
+def tensors_in(folder: Path) -> dict[str, list[int]]:
+    """Names and shapes of all tensors of a folder."""
+    shapes = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names = tensors.keys()
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in names}
+    return shapes
+
+
 @cache
-def numbers_alone(model: Path, recipe: str) -> Numbers:
-    """Those of one process, once for all meshes and worlds; the recipe's changes are JSON."""
+def run_alone(model: Path, recipe: str) -> tuple[Numbers, dict[str, list[int]]]:
+    """Numbers and saved tensors of one process, once for all meshes and worlds; the recipe's changes
+    are JSON.
+    """
     changes = json.loads(recipe)
-    with tempfile.TemporaryDirectory() as folder:
-        return numbers(model, Path(folder), changes)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found = numbers(model, folder, {**changes, "output_dir": str(folder / "run")})
+        return found, tensors_in(folder / "run" / "final")
 
 
 def assert_those_of_one_process(
@@ -133,7 +148,7 @@ def assert_those_of_one_process(
     for name, many in zip(chosen, found, strict=True):
         first, others = TOLERANCES.get(name, tolerance)
         assert len(many) == STEPS
-        alone = numbers_alone(model, json.dumps(chosen[name][0]))
+        alone, _ = run_alone(model, json.dumps(chosen[name][0]))
         for step, (expected, got) in enumerate(zip(alone, many, strict=True)):
             if got != pytest.approx(expected, rel=others if step else first):
                 wrong[name, step] = expected, got
