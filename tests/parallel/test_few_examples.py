@@ -17,15 +17,15 @@ pytestmark = pytest.mark.slow
 
 FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
 HEAD: dict[str, Any] = {"adapter": {"target": ["q_proj", "down_proj", "lm_head"]}}
-# Sums over ranks are taken in another order: 3 steps in fp32 move a loss by about 1e-6 of itself.
+# Sums over ranks are taken in another order: 2 steps in fp32 move a loss by about 1e-6 of itself.
 ROUNDING = 1e-5
 
 
 def start(
     model: Path, folder: Path, mesh: dict[str, int], what: dict[str, Any]
 ) -> list[tuple[float, ...]]:
-    """Loss, gradient norm, examples, tokens and idle share of three steps."""
-    settings = {"duration": "3 steps", "global_batch": "8 examples", "micro_batch": "128 tokens"}
+    """Loss, gradient norm, examples, tokens and idle share of two steps."""
+    settings = {"duration": "2 steps", "global_batch": "8 examples", "micro_batch": "128 tokens"}
     out = str(folder / f"run-{'-'.join(map(str, mesh.values()))}")
     result = train(
         make_run(model, folder, held=False, train=settings, parallel=mesh, output_dir=out, **what),
@@ -48,6 +48,6 @@ def test_eight_examples_a_step_on_any_number_of_ranks(mesh, what, tiny, tmp_path
     assert all(rank == found[0] for rank in found)
     for (*numbers, _), (*known, _) in zip(found[0], one, strict=True):
         assert numbers == pytest.approx(known, rel=ROUNDING)
-    assert [row[2] for row in found[0]] == [8, 8, 8]
+    assert [row[2] for row in found[0]] == [8, 8]
     shares = [row[4] for row in found[0]]
     assert min(shares) >= (0.2 if world == 10 else 0.0)  # at least 2 of 10 ranks have nothing to do
