@@ -130,10 +130,16 @@ def test_in_the_backward_is_the_ordinary_run_bit_for_bit(
     ("dtype", "changes"),
     [
         ("fp32", {"optimizer": "adamw-8bit"}),
+        ("bf16", {"optimizer": "adamw-8bit"}),
         ("bf16", INSIDE),
         ("bf16", INSIDE | {"optimizer": "adamw-8bit"}),
     ],
-    ids=["8 bits", "masters, in the backward", "masters, in the backward, 8 bits"],
+    ids=[
+        "8 bits",
+        "masters, 8 bits",
+        "masters, in the backward",
+        "masters, in the backward, 8 bits",
+    ],
 )
 def test_resumed_is_uninterrupted(
     dtype: str, changes: dict[str, Any], tiny: Path, tmp_path: Path
