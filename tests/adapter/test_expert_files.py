@@ -45,6 +45,7 @@ def attached(base: Path, adapter: Adapter) -> PreTrainedModel:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_opens_an_adapter_of_experts(base: Path, tmp_path: Path, rslora: bool) -> None:
     adapter = Adapter(rank=3, alpha=6, target=("q_proj", "experts"), rslora=rslora)

@@ -16,6 +16,7 @@ from tunesmith.config.shipped import copy_of, purpose, shipped
 NAME = "smollm2-135m-lora"
 
 
+@pytest.mark.slow
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     plain = capsys.readouterr().out.splitlines()
@@ -29,6 +30,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert by_name[NAME] == describe_adapter(load_recipe(NAME)) == "LoRA r=16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [40, 60, 80, 129, 130, 200])
 def test_table_on_a_terminal(
     columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

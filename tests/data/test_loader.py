@@ -234,6 +234,7 @@ def same(a: Any, b: Any) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["8 examples", "1024 tokens"])
 @pytest.mark.parametrize("pack", [True, False])
 def test_going_on_at_step_k_is_the_run_that_never_stopped(make, batch: str, pack: bool) -> None:

@@ -238,6 +238,7 @@ def test_idle_share_is_what_the_costs_of_all_ranks_say() -> None:
     assert ranks[0].idle_share == pytest.approx(15 / 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("weight", [0.0, 0.02])
 @pytest.mark.parametrize("world", [2, 5, 16])

@@ -89,6 +89,7 @@ def refused(export: Export, run: Path, output: Any, words: str) -> None:
     assert sorted(os.walk(".")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTS)
 def test_places_that_cannot_be_written(name: str, run: Path) -> None:
     export, output = EXPORTS[name]

@@ -41,6 +41,7 @@ def assert_equal(streamed: list[torch.Tensor], expected: list[torch.Tensor]) -> 
         assert (one - other).abs().max() <= ROUNDING * other.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model_type",
     [
@@ -79,6 +80,7 @@ def test_every_kind_of_module_reads_its_weights(
     assert_equal(some, [logits[0][places[0]], logits[1][places[1]]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -106,6 +108,7 @@ def test_an_adapter_beside_its_base_and_merged(
     assert_equal(stream(model, "base"), plain_logits(base))
 
 
+@pytest.mark.slow
 def test_an_nf4_base_is_read_as_its_layers_have_it(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tuned = peft_model(tiny)

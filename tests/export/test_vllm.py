@@ -91,6 +91,7 @@ def test_the_folder_holds_what_the_format_says(
     assert config["quantization_config"]["ignore"] == ["lm_head"]
 
 
+@pytest.mark.slow
 def test_an_adapter_for_vllm(run: Path, tiny: Path, tmp_path: Path) -> None:
     assert export_peft(run, tmp_path / "out") == 8
     names = sorted(path.name for path in (tmp_path / "out").iterdir())

@@ -139,6 +139,7 @@ def test_vllm_reads_the_experts_one_by_one(model_type: str, tmp_path: Path) -> N
         torch.testing.assert_close(read[name], update, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
 def test_peft_and_this_engine_open_what_vllm_reads(

@@ -78,6 +78,7 @@ def cache(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "cache" / "models"
 
 
+@pytest.mark.slow
 def test_the_folder_is_what_transformers_reads_from_the_file(
     file: Path, cache: Path, capfd
 ) -> None:

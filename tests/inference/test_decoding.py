@@ -95,6 +95,7 @@ def test_adapter_changes_answers(opened: LoadedModel, prompts: list[list[int]]) 
     assert sum(a.ids != b.ids for a, b in zip(tuned, base, strict=True)) >= len(prompts) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "decoding", [Decoding(6), Decoding(6, temperature=1.0, top_p=0.9, top_k=50, seed=3)]
 )

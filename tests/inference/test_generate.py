@@ -24,6 +24,7 @@ def loaded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_run(folder, device="cpu")
 
 
+@pytest.mark.slow
 def test_rows_come_back_in_order_with_answer_and_reference(loaded: LoadedModel) -> None:
     answered = list(generate(loaded, ROWS, Decoding(4), batch_size=5))
     assert [{**row, "output": row["reference"]} for row in answered] == [

@@ -75,6 +75,7 @@ def expected(model: str, choice: str, row: str) -> str | None:
     return WRITTEN["chat" if choice == "auto" else choice]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "choice", "row"), itertools.product(MODELS, CHOICES, ROWS))
 def test_one_prompt_in_training_and_use(
     loaded: LoadedModel, model: str, choice: str, row: str, tmp_path: Path

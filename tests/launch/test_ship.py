@@ -52,6 +52,7 @@ def big(path: Path, size: int = 5_300_000) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_folder_arrives_whole_in_several_streams_and_is_sent_once(tmp_path: Path):
     for name in ("model.safetensors", "deep/config.json", "empty.json"):
         big(tmp_path / "model" / name, 0 if name == "empty.json" else 5_300_000)
@@ -67,6 +68,7 @@ def test_a_folder_arrives_whole_in_several_streams_and_is_sent_once(tmp_path: Pa
     assert by_content(tmp_path / "model")[0] != place
 
 
+@pytest.mark.slow
 def test_what_is_there_already_is_not_sent_again(tmp_path: Path):
     """As after a launch that was cut off: two of six pieces are there."""
     _, (file,) = by_content(big(tmp_path / "rows.jsonl"))

@@ -37,6 +37,7 @@ def layers_of(model: torch.nn.Module) -> dict[str, Nvfp4Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, Nvfp4Linear)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_dense_bits_are_those_of_compressed_tensors(dtype: str, tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")

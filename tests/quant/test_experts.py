@@ -104,6 +104,7 @@ def errors(model_type: str, dtype: torch.dtype) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_experts_equal_transformers_over_folded_weights(model_type: str) -> None:
     found = errors(model_type, torch.float64)

@@ -137,6 +137,7 @@ STEADY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEADY)
 def test_a_full_gb10_trains_on_and_page_cache_is_dropped_rarely(
     name: str, monkeypatch: pytest.MonkeyPatch

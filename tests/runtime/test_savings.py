@@ -74,6 +74,7 @@ REFUSED = [
 NEEDS = ("GiB", "weights", "recompute")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "gib", "keys", "offered"), REFUSED)
 def test_a_plan_that_does_not_fit_is_refused_with_keys_that_make_it_fit(
     recipe: Path, shape: str, gib: float, keys: dict[str, object], offered: str

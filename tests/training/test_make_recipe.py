@@ -402,6 +402,7 @@ def test_what_is_asked_for_must_be_clear(
     assert fix in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "held", "epochs", "batch", "every", "patience"),
     [
