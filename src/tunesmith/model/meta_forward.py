@@ -282,7 +282,7 @@ def layer_form(layer: nn.Module, index: int, config: PretrainedConfig) -> Hashab
         form.append((name, type(module)))
         for key, value in vars(module).items():
             # Its place tells a layer's cache from others', of which there is none.
-            if isinstance(value, (bool, int, float, str, tuple)) and key != "layer_idx":
+            if isinstance(value, (bool, int, float, str, tuple, list)) and key != "layer_idx":
                 form.append((key, repr(value)))
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
         form.append((name, tensor.shape, tensor.dtype, tensor.requires_grad))
