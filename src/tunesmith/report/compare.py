@@ -541,6 +541,8 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
                 text += (
                     f", whose checkpoint is kept: `tunesmith chat {shell_path(shown(checkpoint))}`"
                 )
+            else:
+                text += "."
             cautions.append(text)
     unfinished = [
         f"{run.label} ({run.files.state} at step {run.steps})"
