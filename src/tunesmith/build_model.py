@@ -62,7 +62,7 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
     if run.adapter.kind == "lora":
         # First: Llama 4's own stacks are no experts that a scheme knows.
         choose_top_k(model)
-    # Before the adapter, which is put onto the quantized layers.
+    # Before the adapter, which is added to the quantized layers.
     scheme_of(run.model).replace_linears(model, DTYPES[run.model.dtype], files.form)
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=run.train.seed)
@@ -205,7 +205,7 @@ def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> None:
     if run.train.optimizer == "adamw-8bit":
         check_blocks(root.trained_parameters())
     load.materialize(root.model, device, shards=torch.device("cpu") if on_host else None)
-    # FSDP lays its padding into the shards now: tensors taken out of them earlier would be left
+    # FSDP adds its padding to the shards now: tensors that refer to them earlier would be left
     # behind.
     root.to(None if on_host else device)
 

@@ -1,7 +1,7 @@
 """What can go wrong, as one small tree.
 
     TunesmithError
-    ├── UsageError            exit 2: found before the first step; nothing was started
+    ├── UsageError            exit 2: raised before the first step; nothing was started
     │   ├── RecipeError
     │   │   └── RemovedError    a key or value that recipes had once
     │   ├── DataError
@@ -28,7 +28,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
 
-# Likely causes of an end, by the names that failure.json has, as an engineer would say them.
+# Likely causes of an end, by the names that failure.json has, in an engineer's words.
 CAUSES = {
     "out-of-memory": "the device or the host could not allocate a tensor",
     "memory": "the host was running out of memory, because of this run or other programs",
@@ -54,7 +54,7 @@ class TunesmithError(Exception):
         where: `file:line`, a key of the recipe, a step; empty if it has no place.
         why: the reason; empty if `what` says it.
         fix: the command or edit that fixes it.
-        cause: the likely one, a name of CAUSES; empty where none is known.
+        cause: the likely one, a name of CAUSES; empty where unknown.
         failed_rank: of a failed rank, for failure.json: `rank`, `host`, `phase` and `collective`.
 
     Attributes:
@@ -93,7 +93,7 @@ class TunesmithError(Exception):
         return self.text().splitlines()
 
     def text(self) -> str:
-        """The block for the terminal: a line each, if there is something to say.
+        """The block for the terminal: a line each, if there is a text.
 
         What, where, why, the likely cause and the fix, cut where one is endless.
         """
@@ -111,7 +111,7 @@ class TunesmithError(Exception):
 
 
 class UsageError(TunesmithError):
-    """Found before the first step: the command, recipe, data, model, license or disk."""
+    """Raised before the first step: the command, recipe, data, model, license or disk."""
 
     exit_code = EXIT_USAGE
 
@@ -200,8 +200,8 @@ def disk_fault(error: BaseException) -> str | None:
     return _DISK.get(int(match[1])) if match else None
 
 
-# What other libraries say where an allocation fails: torch, the dynamic linker, safetensors, C++,
-# Python's threads.
+# The messages of other libraries where an allocation fails: torch, the dynamic linker, safetensors,
+# C++, Python's threads.
 _OUT_OF_MEMORY = (
     "tried to allocate",
     "failed to map segment from shared object",

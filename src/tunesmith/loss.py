@@ -365,9 +365,9 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx.args = args
         logprobs = hidden.new_empty(len(hidden), dtype=_wide(hidden))
         by_hidden, *by_head = ctx.needs_input_grad[:3]
-        # Without a gradient by the head that by each hidden state is made here, and weighed later.
-        ctx.is_made = by_hidden and not any(by_head)
-        grads = _HeadGradients((ctx.is_made, False, False), hidden, weight, bias)
+        # Over a frozen head the gradients are computed here, and weighted in the backward.
+        ctx.only_hidden = by_hidden and not any(by_head)
+        grads = _HeadGradients((ctx.only_hidden, False, False), hidden, weight, bias)
         for span in args.spans():
             raw = F.linear(hidden[span], weight, bias)
             # Of a reference too, whose loss is then rounded as the model's: where both are alike,
@@ -375,7 +375,7 @@ class _HeadLogprobs(torch.autograd.Function):
             losses, grad_logits = args.loss_and_grad(raw, span, None)
             grads.add(span, grad_logits, hidden[span], weight)
             logprobs[span] = -losses
-        if ctx.is_made:
+        if ctx.only_hidden:
             ctx.save_for_backward(grads.hidden)
         else:
             ctx.save_for_backward(hidden, weight, bias)
@@ -383,7 +383,7 @@ class _HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.is_made:
+        if ctx.only_hidden:
             [loss_by_hidden] = ctx.saved_tensors
             # A log-probability is minus a loss.
             factors = -grads[0].unsqueeze(1)

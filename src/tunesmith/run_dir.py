@@ -56,7 +56,7 @@ class RunState(StrEnum):
     QUEUED = "queued"  # it waits for a node or a container
     RUNNING = "running"
     FINISHED = "finished"
-    STOPPED = "stopped"  # asked to, or for want of memory; the same command resumes
+    STOPPED = "stopped"  # by a request, or for want of memory; the same command resumes
     FAILED = "failed"  # by an error, which failure.json has
     KILLED = "killed"  # no process is at work, and none wrote how it ended
     UNKNOWN = "unknown"  # nothing of it can be read from here
@@ -476,14 +476,14 @@ def read_scores(path: Path) -> dict[str, Any]:
         if "tuned" not in intervals or not is_text(verdict):
             raise ValueError(f"the scores of {scorer:.80} lack an interval or a verdict")
         scores[scorer] = {**intervals, "verdict": verdict}
-    kept = {name: values.get(name) for name in ("data", "rows", "row_hash", "step", "seen")}
+    about = {name: values.get(name) for name in ("data", "rows", "row_hash", "step", "seen")}
     losses = values.get("losses")
     if losses is not None:
         losses = {name: loss for name, loss in losses.items() if is_number(loss)}
     row_losses = values.get("row_losses")
     if not _are_row_losses(row_losses):
         row_losses = None
-    return {**kept, "losses": losses, "scores": scores, "row_losses": row_losses}
+    return {**about, "losses": losses, "scores": scores, "row_losses": row_losses}
 
 
 def _are_row_losses(value: Any) -> bool:

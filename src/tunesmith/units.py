@@ -165,7 +165,7 @@ class Share(_Amount):
         """How many of so many rows: a percentage rounded up."""
         if self.unit != "%":
             return int(self.amount)
-        # Less than nothing is taken off, as the division of floats may err upwards.
+        # A tiny bit is subtracted, as the division of floats may err upwards.
         return math.ceil(rows * self.amount / 100 - 1e-9)
 
 

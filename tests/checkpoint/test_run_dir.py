@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from errors import refuses
-from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir, put_aside
+from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir, move_aside
 from tunesmith.errors import UsageError
 
 
@@ -92,7 +92,7 @@ def test_evals_go_aside_with_the_run_that_they_are_of(tmp_path: Path) -> None:
     (run / "evals").mkdir(parents=True)
     (run / "evals" / "held.scores.json").write_text("{}")
     (run / IDENTITY).write_text('{"recipe_hash": "r"}')
-    place = put_aside(run)
+    place = move_aside(run)
     assert place is not None
     assert (place / "evals" / "held.scores.json").is_file()
     assert not (run / "evals").exists()

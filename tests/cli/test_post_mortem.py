@@ -19,7 +19,7 @@ import pytest
 from control_groups import control_group
 from errors import holds, warnings_with
 from recipes import make_run
-from tunesmith.checkpoint.previous_crash import killed_before
+from tunesmith.checkpoint.previous_crash import find_previous_crash
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.dump import dump
 from tunesmith.distributed.ranks import ONE_PROCESS
@@ -60,7 +60,7 @@ def test_kill_9_is_told_by_the_next_start(recipe: Path) -> None:
     out = recipe.parent / "run"
     process = start(recipe)
     wait_for(lambda: steps_of(out) > 6, process)
-    assert killed_before(out) is not None  # were it not for the lock, which says that it runs
+    assert find_previous_crash(out) is not None  # were it not for the lock, which says that it runs
     process.kill()
     process.wait()
     steps = steps_of(out)
@@ -119,22 +119,22 @@ def test_a_machine_that_was_started_again_and_another_host_are_told(recipe: Path
         "began": "2026-01-01",
     }
     (out / RUNNING).write_text(json.dumps(note))
-    told = killed_before(out)
+    told = find_previous_crash(out)
     assert told is not None
     assert (told.cause, holds(told.what, 8)) == ("restarted", False)
     (out / RUNNING).write_text(json.dumps(note | {"host": "elsewhere"}))
     # The last line is torn
     (out / "metrics.jsonl").write_text('{"step": 5}\n' * 9000 + '{"step": 8}\n{"step": 9')
-    told = killed_before(out)
+    told = find_previous_crash(out)
     assert told is not None
     assert holds(told.what, 8)
     assert (told.cause, "elsewhere" in told.where) == ("killed", True)
     (out / "failure.json").write_text("{}")  # another rank has said why
-    assert killed_before(out) is None
+    assert find_previous_crash(out) is None
     for torn in ("", "{", "[]", "null", '{"process": 1}'):
         (out / "failure.json").unlink(missing_ok=True)
         (out / RUNNING).write_text(torn)
-        assert killed_before(out) is None
+        assert find_previous_crash(out) is None
 
 
 def test_a_stop_by_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

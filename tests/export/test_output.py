@@ -22,7 +22,7 @@ from runs import make_run, peft_model
 from tunesmith.errors import TunesmithError
 from tunesmith.export.gguf.export import export_adapter, export_gguf
 from tunesmith.export.merge import merge
-from tunesmith.export.output import part_folder, put_in_place
+from tunesmith.export.output import move_into_place, part_folder
 from tunesmith.export.vllm import export_rounded
 from tunesmith.export.vllm_adapter import export_peft
 
@@ -213,7 +213,7 @@ def test_a_part_of_a_process_of_the_same_number_is_removed(tmp_path: Path) -> No
         (tmp_path / f".out.{number}.part").mkdir()
     with part_folder(tmp_path / "out") as part:
         (part / "file").write_text("new")
-        put_in_place(part, tmp_path / "out")
+        move_into_place(part, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == [f".out.{os.getppid()}.part", "out"]
 
 

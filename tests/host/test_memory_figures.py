@@ -133,7 +133,7 @@ def test_ranks_share_the_machine_and_the_groups_that_hold_them(tmp_path: Path) -
         files[f"sys/fs/cgroup/{folder}/memory.stat"] = stat("", 0, 0)
     limits = memory.memory_limits((7, 8), write(tmp_path, files))
     figures = {
-        limit.name.rpartition("/")[2]: (limit.size, limit.used, limit.own, limit.ranks)
+        limit.name.rpartition("/")[2]: (limit.size, limit.used, limit.used_by_run, limit.ranks)
         for limit in limits
     }
     assert figures["a"] == (900 * MIB, 100 * MIB, 50 * MIB, 1)

@@ -231,7 +231,7 @@ def test_a_group_has_the_intervals_of_all_its_rows(
     by_size = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     group.write_text(f"group: both\ntask: [tiny_choice, other_choice]\n{by_size}")
     # Reading lm-eval's own tasks takes seconds.
-    monkeypatch.setattr(load_tasks, "_needs_own_tasks", lambda _: False)
+    monkeypatch.setattr(load_tasks, "_needs_default_tasks", lambda _: False)
     result = harness.evaluate_tasks(run, [f"{tasks}/"], device="cpu", limit=6)
     accuracies = {metric.task: metric for metric in result.metrics if metric.metric == "acc"}
     assert accuracies.keys() == {"both", "tiny_choice", "other_choice"}
@@ -307,7 +307,7 @@ def test_a_full_fine_tune_has_its_base_and_a_run_on_text_no_template(
     shutil.copytree(tiny, bare)
     (bare / "chat_template.jinja").unlink()
     assert not harness.evaluate_tasks(bare, [file], device="cpu").chat_template
-    assert load_tasks._needs_own_tasks(["gsm8k"])
-    assert not load_tasks._needs_own_tasks([file, f"{tasks}/"])
+    assert load_tasks._needs_default_tasks(["gsm8k"])
+    assert not load_tasks._needs_default_tasks([file, f"{tasks}/"])
     with refuses(UsageError, where="--chat-template"):
         harness.evaluate_tasks(bare, [file], device="cpu", chat_template=True)

@@ -272,7 +272,7 @@ def test_the_bar_says_what_a_run_does_beside_its_steps(run: Run) -> None:
     """
     phases = ["validation", "training", "saving", "training"]
     column = TimeLeftColumn(lambda: phases[0])
-    task = Task(TaskID(0), "", 4, 1, _get_time=lambda: 0.0, fields={"left": "left 12 s"})
+    task = Task(TaskID(0), "", 4, 1, _get_time=lambda: 0.0, fields={"time_left": "left 12 s"})
     seen = []
     while phases:
         seen.append(column.render(task).plain)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.model import attention
-from tunesmith.model.attention_kernels import OWN, choose_kernel
+from tunesmith.model.attention_kernels import TORCH_KERNEL, choose_kernel
 from varlen import varlen
 
 NO_KERNEL = "no kernel image is available"  # as CUDA says
@@ -131,7 +131,7 @@ def test_the_first_right_kernel_is_taken_and_stays(
 def test_a_torch_without_a_choice_has_no_cudnn_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, faults = choose(Torch(obeys=False, own=REFUSES), monkeypatch)
     assert chosen == ""
-    assert faults == [f"{OWN}: {NO_KERNEL}"]
+    assert faults == [f"{TORCH_KERNEL}: {NO_KERNEL}"]
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -140,7 +140,7 @@ def test_where_none_is_right_each_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert chosen == ""
     assert "%" in faults[0]
     assert NO_KERNEL in faults[1]
-    assert faults[2].startswith(f"{OWN}: ")
+    assert faults[2].startswith(f"{TORCH_KERNEL}: ")
     assert "%" in faults[2]
     assert len(faults) == 3
 

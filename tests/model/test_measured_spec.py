@@ -18,7 +18,7 @@ from tunesmith.model import measured_spec, meta_forward, spec, twin
 from tunesmith.model.decoder import find_layers
 from tunesmith.model.measured_spec import measure_spec, model_spec
 from tunesmith.planning import measured_layers
-from tunesmith.planning.measured_layers import measure_kept
+from tunesmith.planning.measured_layers import measure_activations
 
 from . import families
 
@@ -90,7 +90,7 @@ def test_experts_that_loop_over_those_that_are_chosen_are_measured() -> None:
     down = experts * hidden * width
     assert layer.experts == gate_up + down
     assert layer.active == layer.matmul + 2 * gate_up // everyone + 2 * down // everyone
-    per_token = measure_kept(measure_spec(config.to_dict(), where="test"), Adapter(), "fp32")
+    per_token = measure_activations(measure_spec(config.to_dict(), where="test"), Adapter(), "fp32")
     # Of two experts: their input, gate and up, what the activation makes of them, and the output.
     assert per_token.by_token[0] >= 2 * 4 * (hidden + 3 * width + hidden)
 
@@ -187,7 +187,7 @@ def test_layers_that_another_stands_for_count_as_if_they_ran(
 ) -> None:
     adapter = Adapter(kind="lora", rank=8)
     some = measure_spec(config, where="test")
-    kept_of_some = measure_kept(some, adapter, "bf16")
+    kept_of_some = measure_activations(some, adapter, "bf16")
 
     ran = []
     layer_form = meta_forward.layer_form
@@ -198,11 +198,11 @@ def test_layers_that_another_stands_for_count_as_if_they_ran(
 
     monkeypatch.setattr(meta_forward, "layer_form", form_of_its_own)
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "all layers"))
-    measured_layers._kept.cache_clear()
+    measured_layers._measure_cached.cache_clear()
     measured_layers._measure_same.cache_clear()
     every = measure_spec(config, where="test")
     assert some == every
-    assert kept_of_some == measure_kept(every, adapter, "bf16")
+    assert kept_of_some == measure_activations(every, adapter, "bf16")
     # Else this shows nothing.
     assert len(set(ran)) <= len(ran) // 3
 

@@ -19,7 +19,7 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model import measured_spec, support, twin
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.model_types import read_model_types
-from tunesmith.planning.measured_layers import measure_kept
+from tunesmith.planning.measured_layers import measure_activations
 from tunesmith.quant.frozen_linear import linear_names, set_bypassed
 
 # A type of each class; all of them: `make families`.
@@ -157,7 +157,7 @@ def test_memory_that_takes_for_ever_to_measure_is_given_up(monkeypatch: pytest.M
     spec = measured_spec.measure_spec({"model_type": "mamba"}, where="config.json")
     monkeypatch.setattr(measured_spec, "SECONDS", 0.0)
     with refuses(ModelError, names=["mamba", "0 s"]):
-        measure_kept(spec, Adapter(rank=3), "fp32")
+        measure_activations(spec, Adapter(rank=3), "fp32")
 
 
 @pytest.mark.slow
@@ -213,7 +213,7 @@ def test_a_target_that_gets_no_gradient_is_left_out_or_refused():
     names = lora.attach_lora(model, Adapter(rank=2), seed=0)
     assert names
     assert not [name for name in names if "dt_proj" in name]
-    assert holds(lora.describe_left_out(model), "dt_proj")
+    assert holds(lora.describe_unreached(model), "dt_proj")
     with pytest.raises(RecipeError) as caught:
         lora.attach_lora(tiny_mamba(), Adapter(rank=2, target=("dt_proj",)), seed=0)
     assert caught.value.where == "adapter.target"
@@ -243,7 +243,7 @@ def test_a_router_that_derives_from_a_linear_layer_takes_no_adapter():
     model = AutoModelForCausalLM.from_config(twin.shrink(config_of("llama4_text")))
     assert not [name for name in linear_names(model, head=True) if name.endswith("router")]
     lora.attach_lora(model, Adapter(rank=2), seed=0)
-    left_out = lora.describe_left_out(model)
+    left_out = lora.describe_unreached(model)
     assert "router" in left_out
     assert "experts" not in left_out
 

@@ -150,11 +150,11 @@ def test_the_last_beat_is_written_at_once():
     heartbeat = Heartbeat(0, [HOST], [0], store)
     heartbeat.peers.clock.interval = 20.0
     with heartbeat:
-        while not heartbeat.peers.own.count:
+        while not heartbeat.peers.own_beat.count:
             time.sleep(0.01)
         ended = time.monotonic()
     assert time.monotonic() - ended < 4
-    assert b'"done": true' in store.get("beat/0")
+    assert b'"is_done": true' in store.get("beat/0")
 
 
 @pytest.mark.parametrize("fault", ["none", "slow"])

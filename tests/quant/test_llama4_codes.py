@@ -13,7 +13,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter
 from tunesmith.model.measured_spec import measure_spec, text_config
 from tunesmith.model.support import TUNED
-from tunesmith.planning.measured_layers import measure_kept
+from tunesmith.planning.measured_layers import measure_activations
 from tunesmith.quant.experts import expert_modules, stack_names
 from tunesmith.quant.nf4_experts import Nf4Experts
 
@@ -55,7 +55,7 @@ def test_a_plan_counts_the_experts_that_a_token_chose() -> None:
         assert (layer.expert_count, layer.experts_per_token) == (EXPERTS, 1)
         assert layer.active - layer.matmul == of_expert
     assert spec.expert_stacks == LAYERS * EXPERTS * of_expert
-    kept = measure_kept(spec, Adapter(kind="lora", rank=2, target=("experts",)), "bf16")
+    kept = measure_activations(spec, Adapter(kind="lora", rank=2, target=("experts",)), "bf16")
     adapter = 2 * LAYERS * EXPERTS * (HIDDEN + 2 * WIDTH + WIDTH + HIDDEN)
     assert (kept.adapter, kept.active) == (adapter, adapter // EXPERTS)
     assert kept.moved > 0

@@ -154,7 +154,7 @@ def test_all_linear_leaves_out_the_routers_alone(base: Path) -> None:
     model = Qwen3MoeForCausalLM(AutoConfig.from_pretrained(base)).to("meta")
     nf4_experts.replace_nf4_stacks(model, BF16)
     lora.attach_lora(model, Adapter(), seed=0)
-    assert lora.describe_left_out(model) == "the adapter excludes the routers"
+    assert lora.describe_unreached(model) == "the adapter excludes the routers"
 
 
 def test_a_stack_that_does_not_fit_is_refused() -> None:

@@ -12,7 +12,11 @@ from test_memory_estimate import FEW, FULL, LORA, TOKENS, measure
 
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.model.measured_spec import model_spec
-from tunesmith.planning.measured_layers import count_active_adapter, count_adapter, measure_kept
+from tunesmith.planning.measured_layers import (
+    count_active_adapter,
+    count_adapter,
+    measure_activations,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -98,8 +102,8 @@ def test_the_experts_of_an_adapter_count_by_where_a_token_goes() -> None:
 def test_a_recurrent_layer_keeps_more_than_one_with_attention() -> None:
     """In plain PyTorch, and in 16 bits less than in 32."""
     spec = model_spec(HYBRID, where="test")
-    narrow = measure_kept(spec, Adapter(), Model(name="m").dtype)
-    wide = measure_kept(spec, Adapter(), "fp32")
+    narrow = measure_activations(spec, Adapter(), Model(name="m").dtype)
+    wide = measure_activations(spec, Adapter(), "fp32")
     *recurrent, attention = narrow.by_token
     assert min(recurrent) > 1.3 * attention
     for few, many in zip(narrow.by_token, wide.by_token, strict=True):

@@ -23,7 +23,7 @@ from tunesmith.build_model import build_model, count_trained, define_model, set_
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import PAIR_METHODS
 from tunesmith.data.batch import Example, collate
-from tunesmith.model.documents import kept_probabilities
+from tunesmith.model.documents import count_saved_probabilities
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.support import TUNED
 from tunesmith.planning.resolve import MemoryEstimator, inference_plan
@@ -120,7 +120,7 @@ def measure(
         backward, _ = allocated(lambda: losses.pop().backward())
     machine = Machine("cpu", 64 << 30, ("products", ""), (False, ""), card_bytes=64 << 30)
     document = examples[0].longest_sequence
-    probabilities = float(kept_probabilities(np.array([document]))[0]) / document
+    probabilities = float(count_saved_probabilities(np.array([document]))[0]) / document
     estimate = MemoryEstimator(run, spec, machine, trained, probabilities=probabilities).estimate(
         TOKENS
     )
@@ -153,7 +153,7 @@ def test_what_a_cpu_s_attention_keeps_goes_by_the_documents(length: int, tmp_pat
     Tolerance 1.5 %: frozen embeddings have no gradient, so the first of the four layers does not
     keep its input.
     """
-    assert kept_probabilities(np.array([64, 128, 200, 512, 513])).tolist() == [
+    assert count_saved_probabilities(np.array([64, 128, 200, 512, 513])).tolist() == [
         64 * 64, 128 * 128, 128 * 128 + 72 * 200, 128 * (128 + 256 + 384 + 512), 0,
     ]  # fmt: skip
     found = measure(tmp_path, LORA, FEW, "none", length=length)

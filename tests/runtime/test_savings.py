@@ -184,7 +184,7 @@ def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(
         recipe, FULL | {"train.recompute": "none", "train.micro_batch": "2048 tokens"}
     )
     spec = read_spec(SHAPES["llama3-3b"].config, where="test")
-    group = MemoryLimit("control group /job", 200 * GIB, used=0, own=0)
+    group = MemoryLimit("control group /job", 200 * GIB, used=0, used_by_run=0)
     machine = Machine(
         "cpu", 200 * GIB, ("products", ""), (False, ""), card_bytes=200 * GIB, limit=group
     )

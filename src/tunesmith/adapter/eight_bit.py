@@ -1,4 +1,4 @@
-"""Put the frozen layers of a model into 8 bits, those with an adapter too."""
+"""Convert the frozen layers of a model to 8 bits, those with an adapter too."""
 
 from collections.abc import Collection
 
@@ -21,7 +21,7 @@ class LoraEightBitLinear(Lora, EightBitLinear):
 
 
 def convert_to_eight_bit(model: nn.Module, recipe: str, skip: Collection[nn.Module] = ()) -> int:
-    """Put the layers of `eight_bit_names` into 8 bits, one at a time; return how many.
+    """Convert the layers of `eight_bit_names` to 8 bits, one at a time; return how many.
 
     Those on meta become empty ones.
 

@@ -85,7 +85,7 @@ def expert_updates(model: nn.Module) -> Iterator[tuple[str, ExpertsLora]]:
 
 
 def attach_to_experts(module: nn.Module, adapter: Adapter) -> None:
-    """Put an adapter on both stacks of a layer's experts, in place."""
+    """Add an adapter to both stacks of a layer's experts, in place."""
     if adapter.dropout:
         raise RecipeError(
             "adapter.dropout is not supported for experts",

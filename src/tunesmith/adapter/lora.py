@@ -150,12 +150,12 @@ class LoraNvfp4Linear(LoraShippedLinear, Nvfp4Linear):
 
 
 def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
-    """Put an adapter on the model in place, freeze all else, and return the adapted layers' names.
+    """Add an adapter to the model in place, freeze all else, and return the adapted layers' names.
 
     On the meta device call `init_lora` once the weights are there. RecipeError for a target or
     module to save that the model does not have, and where nothing would train.
     """
-    # Frozen first: A and B are made afterwards, and stay trainable.
+    # Frozen first: A and B are created afterwards, and stay trainable.
     model.requires_grad_(False)
     choose_top_k(model)
     names = target_names(model, adapter)
@@ -263,9 +263,9 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     endings = {target: f".{target}" for target in targets}
     _check_bypassed(model, endings)
     unmatched = {
-        wanted: ending
-        for wanted, ending in endings.items()
-        if not _is_named(wanted, ending, all_names)
+        target: ending
+        for target, ending in endings.items()
+        if not _is_named(target, ending, all_names)
     }
     _check_routers(unmatched, routers)
     _check_other_experts(model, unmatched)
@@ -282,17 +282,17 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     return names
 
 
-def _is_named(wanted: str, ending: str, names: Iterable[str]) -> bool:
+def _is_named(target: str, ending: str, names: Iterable[str]) -> bool:
     """Whether a target, or its `ending` after a dot, means one of the names."""
-    return any(name == wanted or name.endswith(ending) for name in names)
+    return any(name == target or name.endswith(ending) for name in names)
 
 
 def _check_routers(unmatched: Mapping[str, str], routers: Iterable[str]) -> None:
     """RecipeError for a target that means routers alone."""
-    for wanted, ending in unmatched.items():
-        if _is_named(wanted, ending, routers):
+    for target, ending in unmatched.items():
+        if _is_named(target, ending, routers):
             raise RecipeError(
-                f"{wanted!r} is a router, which takes no adapter",
+                f"{target!r} is a router, which takes no adapter",
                 where="adapter.target",
                 why="it chooses the experts of each token, and a small change sends tokens to "
                 "experts that were not trained on them",
@@ -304,10 +304,10 @@ def _check_other_experts(model: nn.Module, unmatched: Mapping[str, str]) -> None
     """RecipeError for a target that means experts which take no adapter."""
     parts = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     in_experts = [name for name in parts if "expert" in name]
-    for wanted, ending in unmatched.items():
-        if _is_named(wanted, ending, in_experts):
+    for target, ending in unmatched.items():
+        if _is_named(target, ending, in_experts):
             raise RecipeError(
-                f"{wanted!r} of a {type(model).__name__} takes no adapter",
+                f"{target!r} of a {type(model).__name__} takes no adapter",
                 where="adapter.target",
                 why="Transformers computes these experts with separate code, and not through "
                 "its experts interface",
@@ -320,10 +320,10 @@ def _check_bypassed(model: nn.Module, endings: Mapping[str, str]) -> None:
     for name, module in model.named_modules():
         if not is_bypassed(module):
             continue
-        for wanted, ending in endings.items():
-            if name == wanted or name.endswith(ending):
+        for target, ending in endings.items():
+            if name == target or name.endswith(ending):
                 raise RecipeError(
-                    f"an adapter on {wanted!r} would learn nothing",
+                    f"an adapter on {target!r} would learn nothing",
                     where="adapter.target",
                     why="the model reads this layer's weight past its forward (a fused kernel of "
                     "Mamba does), or only selects by it: measured on a small model of its class",
@@ -331,7 +331,7 @@ def _check_bypassed(model: nn.Module, endings: Mapping[str, str]) -> None:
                 )
 
 
-def describe_left_out(model: nn.Module) -> str:
+def describe_unreached(model: nn.Module) -> str:
     """A line for the user: the matrices of the layers that `all-linear` does not reach; "" where it
     reaches all.
     """
@@ -374,14 +374,14 @@ def _match(endings: Mapping[str, str], names: Sequence[str], key: str, described
 
     RecipeError where one matches no name.
     """
-    for wanted, ending in endings.items():
-        if not _is_named(wanted, ending, names):
+    for target, ending in endings.items():
+        if not _is_named(target, ending, names):
             last_parts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
             fix = f"remove {key}"
             if key == "adapter.target":
                 fix = f"use {ALL_LINEAR}"
             raise RecipeError(
-                f"the model has no {described} {wanted!r}",
+                f"the model has no {described} {target!r}",
                 where=key,
                 why=f"it has: {', '.join(last_parts)}",
                 fix=f"name some of these, or {fix}",

@@ -423,7 +423,7 @@ def stored_adapter(
         stored = join_experts(model, tensors, file)
         names = set()
         for name, tensor in stored.items():
-            # A copy of the base's values that PEFT added is skipped. One that differs is kept here,
+            # A copy of the base's values that PEFT added is skipped. One that differs stays here,
             # and reported as unknown below.
             base_name = None if name in parameters else _base_name(model, name, tensor)
             if base_name is None or not is_base(base_name, tensor):

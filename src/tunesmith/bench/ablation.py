@@ -36,7 +36,7 @@ def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
     if run.adapter.kind != "lora":
         return
     for base, scheme in SCHEMES.items():
-        # Not of every base; and what is kept as it ships is compared with the others.
+        # Not of every base; a base that stays as it ships is compared with the others.
         if scheme is not scheme_of(model) and scheme is not SHIPPED:
             name = "dense base" if base == "none" else f"base in {base}"
             yield name, f"model.quantize={base}"
@@ -58,11 +58,11 @@ def run_in_turns(
             for name, command in commands.items():
                 # A process of its own: compiled code, settings and memory of one variant do not
                 # reach the next.
-                done = subprocess.run(
+                process = subprocess.run(
                     [*command, "--json", str(file)], capture_output=True, text=True, check=False
                 )
-                if done.returncode:
-                    failure = f"failed with {done.returncode}\n{done.stderr[-800:]}"
+                if process.returncode:
+                    failure = f"failed with {process.returncode}\n{process.stderr[-800:]}"
                     print(f"round {turn}: {name} {failure}", flush=True)
                     # A variant that fails is left out of the table; the others are still measured.
                     continue

@@ -3,7 +3,7 @@
     build -> warm-up -> timed steps -> [profiled steps] -> two adapter checkpoints
     -> measured peak -> BenchReport
 
-It is `train` without its end: no validation, no periodic checkpoints, nothing kept.
+It is `train` without its end: no validation, no periodic checkpoints, no files.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ class BenchReport:
     Shares are between 0 and 1.
 
     Attributes:
-        quantize: how the base was stored: none, nf4, an fp8 form, or bf16 where fp8 was given up.
+        quantize: how the base was stored: none, nf4, an fp8 form, or bf16 where fp8 was turned off.
         recomputed_layers: decoder layers whose forward runs again in the backward.
         tokens: non-padding tokens of the timed steps.
         samples_times_seq_len_per_second: often called tokens/s: each example counted as if it
@@ -201,7 +201,7 @@ class Observed:
         graphs: compiled so far: before the build, then after each step up to the last timed one.
         padded: step, from 1 -> tokens computed, padding counted.
         memory_gib: peak at the end of the timed steps.
-        stall: seconds that a checkpoint held up the loop.
+        stall: seconds that a checkpoint delayed the loop.
     """
 
     build_seconds: float
@@ -222,7 +222,7 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
     """
     run = plan.measured_run(folder)
     with deterministic_algorithms(run.train.deterministic):
-        # A count before the build, one after each step: differences say which step compiled.
+        # A count before the build, one after each step: differences show which step compiled.
         graphs = [graphs_compiled()]
         began = time.perf_counter()
         session = build(run, Start(), weights=plan.weights, measured=True)
@@ -237,7 +237,7 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
         sinks.open(run, 0)
         try:
             _run_steps(plan, trainer, profiler, seen)
-        # Errors of ours say what is wrong already; others become those of a failed run.
+        # Errors of ours already have a cause; others become those of a failed run.
         except TunesmithError:
             raise
         except Exception as error:

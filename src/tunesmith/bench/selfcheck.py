@@ -1,6 +1,6 @@
 """`tunesmith selfcheck`: the engine's own steps on one process, and on meshes of the ranks.
 
-There is a mesh of each kind that the ranks can make. What is trained is made here, alike on every
+There is a mesh of each kind that the ranks can form. The model is built here, the same on every
 node: a random Llama, an adapter with a random B, and rows.
 """
 
@@ -61,7 +61,7 @@ KINDS = {
     "nf4 lora": ("lora", "nf4"),
 }
 STEPS = 4
-# The steps after this one are taken again from its checkpoint; the last shows the moments.
+# The steps after this one run again from its checkpoint; the last shows the moments.
 RESUMED = 2
 
 
@@ -430,7 +430,7 @@ class SelfCheck:
             self.equal(CHANGED, *self.count_changed(run))
             self.equal(ALIKE, ranks.world, inputs.count(self.reference_inputs[kind]))
             self.compare_copies(digests)
-        # At a resume its base is made as at the start, and its adapter as LoRA's.
+        # At a resume its base is built as at the start, and its adapter as LoRA's.
         if scheme_of(run.model) is not NF4:
             self.check_resume(run, ranks, records, tolerance.resumed)
 

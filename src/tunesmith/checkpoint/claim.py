@@ -3,8 +3,8 @@
 A directory is a run's where it holds the env.json of a run. Before that is written, `.lock` says
 that a run began to write. Anywhere else a file with a name that a run writes is somebody else's,
 and a directory that holds nothing but folders is a place where somebody keeps folders: the start is
-refused and nothing is touched. Files of other names are never touched. An earlier run is put aside,
-never deleted.
+refused and nothing is touched. Files of other names are never touched. An earlier run is moved
+aside, never deleted.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ LAUNCH = "launch"  # a folder of what a launcher writes
 # What the playbook's scripts write into a run directory before its first start.
 SCRIPT_ROWS = Path("data", "rows.jsonl")
 SCRIPT_TEMPLATE = Path("data", "template.jinja")
-# What `train(rows=...)` writes there: see `given_rows_file`.
-_GIVEN_ROWS = re.compile(r"rows-[0-9a-f]+\.jsonl")
+# What `train(rows=...)` writes there: see `program_rows_file`.
+_PROGRAM_ROWS = re.compile(r"rows-[0-9a-f]+\.jsonl")
 NAMED_FILES = 5  # in an error
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
@@ -117,8 +117,8 @@ def stop_requested_at(output_dir: Path) -> int:
         return 0
 
 
-def given_rows_file(output_dir: Path, digest: str) -> Path:
-    """Where rows of a program are kept; digest: of their content, in hex."""
+def program_rows_file(output_dir: Path, digest: str) -> Path:
+    """The file for rows that a program passes; digest: of their content, in hex."""
     return output_dir / SCRIPT_ROWS.parent / f"rows-{digest}.jsonl"
 
 
@@ -176,7 +176,7 @@ def _is_data_of_script(folder: Path) -> bool:
     """
     names = {path.name for path in folder.iterdir()}
     names -= {SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name}
-    return folder.name == SCRIPT_ROWS.parent.name and all(map(_GIVEN_ROWS.fullmatch, names))
+    return folder.name == SCRIPT_ROWS.parent.name and all(map(_PROGRAM_ROWS.fullmatch, names))
 
 
 @contextlib.contextmanager
@@ -190,7 +190,7 @@ def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
     check_run_dir(output_dir)
     created = missing_folders(output_dir)
     lock = output_dir / LOCK
-    # Asked before `_lock` creates it.
+    # Looked at before `_lock` creates it.
     is_new = not lock.exists()
     handle = _lock(output_dir)
 
@@ -248,14 +248,14 @@ def _lock(output_dir: Path) -> int:
             why="two runs would overwrite each other's checkpoints",
             fix="wait for it, stop it, or choose another folder: output_dir=runs/my-run",
         ) from error
-    # The run that held it has just removed the empty folder.
+    # The run that had the lock has just removed the empty folder.
     if os.fstat(handle).st_nlink == 0:
         os.close(handle)
         return _lock(output_dir)
     return handle
 
 
-def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
+def move_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
     """Move an earlier run to `<output_dir>.previous-<n>`, and return that.
 
     None if there was nothing to move. What a run does not write stays where it is. A link is

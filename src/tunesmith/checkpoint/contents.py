@@ -42,7 +42,7 @@ def tokenizer_files(
 
     scratch: a folder for a temporary one, which `claim.remove_leftovers` removes after a kill.
     """
-    own_template = tokenizer.chat_template
+    original_template = tokenizer.chat_template
     try:
         tokenizer.chat_template = template.jinja
         with tempfile.TemporaryDirectory(
@@ -53,7 +53,7 @@ def tokenizer_files(
             files = [path for path in Path(folder).rglob("*") if path.is_file()]
             return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     finally:
-        tokenizer.chat_template = own_template
+        tokenizer.chat_template = original_template
 
 
 def _write_tokenizer(folder: Path, files: TokenizerFiles) -> None:
@@ -165,13 +165,13 @@ def adapter_save_function(
             snapshots = [Snapshot(local_tensors), Snapshot(local_moments)]
 
     def save(folder: Path) -> None:
-        own_tensors = local_tensors
-        own_moments = local_moments
+        tensors_to_save = local_tensors
+        moments_to_save = local_moments
         if snapshots:
-            own_tensors, own_moments = (snapshot.on_host() for snapshot in snapshots)
-        peft_files.write_adapter(folder, gathered_tensors | own_tensors, settings)
+            tensors_to_save, moments_to_save = (snapshot.on_host() for snapshot in snapshots)
+        peft_files.write_adapter(folder, gathered_tensors | tensors_to_save, settings)
         _write_tokenizer(folder, tokenizer)
-        write_optimizer(folder, gathered_moments | own_moments)
+        write_optimizer(folder, gathered_moments | moments_to_save)
         progress.write(folder)
 
     return save, bool(snapshots)

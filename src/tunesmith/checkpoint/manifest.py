@@ -46,7 +46,7 @@ class SavedCheckpoint:
     """A folder named checkpoint-<step>, and the step after which it was written.
 
     Attributes:
-        source: the lowest rank whose directory held it at this start.
+        source: the lowest rank whose directory had it at this start.
     """
 
     path: Path

@@ -48,7 +48,7 @@ def note_running(run_dir: Path) -> Iterator[None]:
             (run_dir / RUNNING).unlink(missing_ok=True)
 
 
-def killed_before(run_dir: Path) -> RunError | None:
+def find_previous_crash(run_dir: Path) -> RunError | None:
     """The end of the last start of this directory, if it was killed; nothing holds it now.
 
     After which step, and the likely cause as seen from here. None too where another rank has

@@ -1,4 +1,4 @@
-"""Run directories of nodes that share no disk, taken as one.
+"""Run directories of nodes that share no disk, used as one.
 
 Each run directory has one rank that writes it (`Ranks.is_run_dir_writer`): rank 0, and where others
 do not see rank 0's, one of theirs. The manifest of a checkpoint is the same in all of them and
@@ -87,7 +87,7 @@ def find_run_dir_writers(ranks: Ranks, folder: Path, claim: Callable[[], object]
     while len(writers) < ranks.world:
         missing = [rank for rank in range(ranks.world) if rank not in writers]
         lowest = missing[0]
-        # A new name each time: what an earlier start left behind must not be taken for it.
+        # A new name each time: what an earlier start left behind must not count as it.
         token = folder / ranks.broadcast_object(f".seen-{uuid.uuid4().hex}")
         with ranks.raise_on_all_ranks():
             if ranks.rank == lowest:
@@ -109,24 +109,24 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> SavedCheckpo
 
     MachineError if there is none, but one whose missing parts may lie on a node that is not here.
     """
-    own_copies = copies_in(run_dir) if ranks.is_run_dir_writer else {}
-    keys = {key for keys in ranks.all_gather_object([*own_copies]) for key in keys}
+    local_copies = copies_in(run_dir) if ranks.is_run_dir_writer else {}
+    keys = {key for keys in ranks.all_gather_object([*local_copies]) for key in keys}
     not_whole = ""
     # In one order on all ranks: the body holds collectives.
     for step, digest in sorted(keys, reverse=True):
         place = run_dir / f"checkpoint-{step}"
-        own_copy = own_copies.get((step, digest))
-        names = ranks.all_gather_object(own_copy.name if own_copy else None)
+        local_copy = local_copies.get((step, digest))
+        names = ranks.all_gather_object(local_copy.name if local_copy else None)
         copies = _compare_copies(ranks, run_dir, names)
         source = min(copies)
         # A file is lost where every copy lacks it or has it damaged.
-        lost = set(copies[source].damage)
+        lost_files = set(copies[source].damage)
         for copy in copies.values():
-            lost &= copy.damage.keys()
-        if not lost:
+            lost_files &= copy.damage.keys()
+        if not lost_files:
             with ranks.raise_on_all_ranks():
-                if own_copy:
-                    _put_in_place(own_copy, place, copies[ranks.rank].damage)
+                if local_copy:
+                    _rename_copy(local_copy, place, copies[ranks.rank].damage)
             bring_folder(ranks, place, source, wants=ranks.is_run_dir_writer)
             return SavedCheckpoint(place, step, source)
         # Of a folder that a kill left behind under another name nothing was expected.
@@ -134,7 +134,7 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> SavedCheckpo
             continue
         clauses = []
         for file in copies[source].damage:
-            if file in lost:
+            if file in lost_files:
                 clauses += [copy.damage[file] for copy in copies.values()]
         certain = [clause for clause in clauses if not clause.endswith(ELSEWHERE)]
         log.info(f"{place.name} is skipped: {(certain or clauses)[0]}")
@@ -168,7 +168,7 @@ def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dic
         if name is not None:
             share = (readers.index(ranks.rank), len(readers))
             damage = dict(damaged_files(run_dir / name, share=share))
-    # Only the ranks that write a directory have given a name.
+    # Only the ranks that write a directory have sent a name.
     copies = {rank: Copy(name, {}) for rank, name in enumerate(names) if name is not None}
     for reader, clauses in enumerate(ranks.all_gather_object(damage)):
         copy = copies.get(ranks.run_dir_writers[reader])
@@ -198,7 +198,7 @@ def copies_in(run_dir: Path) -> dict[tuple[int, str], Path]:
     return copies
 
 
-def _put_in_place(copy: Path, place: Path, damage: Collection[str]) -> None:
+def _rename_copy(copy: Path, place: Path, damage: Collection[str]) -> None:
     if copy != place:
         if is_complete(place):
             remove(place)
@@ -238,8 +238,8 @@ def bring_folder(ranks: Ranks, place: Path, source: int, *, wants: bool) -> None
                     write_atomically(path, text)
                 folder = unfinished.enter_context(atomic_folder(place, values["step"]))
             common = [name for name in entries if not name.endswith(PART)]
-            wanted = [name for name in common if wants and not (folder / name).is_file()]
-        copy_files(ranks, folder, wanted, entries, announce=True)
+            missing = [name for name in common if wants and not (folder / name).is_file()]
+        copy_files(ranks, folder, missing, entries, announce=True)
         with ranks.raise_on_all_ranks():
             if lacks_folder:
                 write_atomically(folder / MANIFEST, manifest)
@@ -259,18 +259,18 @@ def commit_on_all_ranks(ranks: Ranks, folder: Path, step: int, hashed: Entries) 
     parts: Entries = {}
     for entries_of_rank in ranks.all_gather_object(hashed):
         parts |= entries_of_rank
-    own_entries: Entries = {}
+    local_entries: Entries = {}
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer:
-            own_entries = flush_files(folder, parts)
-    all_entries = ranks.all_gather_object(own_entries)
+            local_entries = flush_files(folder, parts)
+    all_entries = ranks.all_gather_object(local_entries)
     entries: Entries = {}
     # Of a file that several have, the lowest rank's counts.
     for entries_of_rank in reversed(all_entries):
         entries |= entries_of_rank
     common = [name for name in all_entries[0] if not name.endswith(PART)]
-    wanted = [name for name in common if ranks.is_run_dir_writer and name not in own_entries]
-    copy_files(ranks, folder, wanted, entries)
+    missing = [name for name in common if ranks.is_run_dir_writer and name not in local_entries]
+    copy_files(ranks, folder, missing, entries)
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer:
             write_manifest(folder, step, dict(sorted(entries.items())))
@@ -279,7 +279,7 @@ def commit_on_all_ranks(ranks: Ranks, folder: Path, step: int, hashed: Entries) 
 def copy_files(
     ranks: Ranks,
     folder: Path,
-    wanted: Collection[str],
+    missing: Collection[str],
     entries: Entries,
     *,
     announce: bool = False,
@@ -299,7 +299,7 @@ def copy_files(
     where the disk has no room.
     """
     wants = set()
-    for rank, names in enumerate(ranks.all_gather_object([*wanted])):
+    for rank, names in enumerate(ranks.all_gather_object([*missing])):
         # By directory: ranks that see the same one want a file once.
         wants |= {(name, ranks.run_dir_writers[rank]) for name in names}
     if not wants:
@@ -391,7 +391,7 @@ def _receive(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSErro
     path = folder / transfer.name
     partial = path.with_name(f".{path.name}.partial")
     # Those of earlier files do not keep this one from being written.
-    faults_before = len(faults)
+    earlier_faults = len(faults)
     sha256 = hashlib.sha256()
     with _noted(faults), ExitStack() as stack:  # closing writes too
         with _noted(faults):
@@ -401,10 +401,10 @@ def _receive(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSErro
             dist.recv(chunk, transfer.source, group=ranks.group)
             sha256.update(memory)
             with _noted(faults):
-                if len(faults) == faults_before:
+                if len(faults) == earlier_faults:
                     file.write(memory)
     with _noted(faults):
-        if len(faults) > faults_before:
+        if len(faults) > earlier_faults:
             return
         if sha256.hexdigest() != transfer.digest:
             sender = ranks.name(transfer.source)

@@ -52,10 +52,10 @@ class Progress:
     checkpoint of an older version.
 
     Attributes:
-        step: optimizer steps done.
+        step: optimizer steps so far.
         seconds: training time so far, for durations by the clock.
         record: of the last step; None before the first.
-        validated: whether the validation due at this step is done.
+        validated: whether the validation due at this step is complete.
         best_step, best_loss, best_accuracy: of the best validation so far.
         worse: validations since the best one.
         loss_scale: fp16's.
@@ -102,7 +102,7 @@ class Progress:
 
     @classmethod
     def read(cls, folder: Path) -> "Progress":
-        """Read progress.json of a checkpoint's folder; CheckpointError if that cannot be done."""
+        """Read progress.json of a checkpoint's folder; CheckpointError if it is not readable."""
         try:
             values = json.loads((folder / PROGRESS).read_text())
             return cls(**{**values, "record": StepRecord.from_plain(values["record"])})
@@ -133,7 +133,7 @@ class Start:
 
     @property
     def micro_batch(self) -> Size | None:
-        """What one forward took in the earlier start, where it is known."""
+        """The micro batch of the earlier start, where it was noted."""
         if self.progress is None or not self.progress.micro_batch:
             return None
         return Size.parse(self.progress.micro_batch)
@@ -217,8 +217,8 @@ def _bring_records(output_dir: Path, ranks: Ranks) -> None:
     # The lowest rank of those with as much: rank 0 where nothing is to be copied.
     source = lengths.index(max(lengths))
     if source != 0:
-        wanted = [*all_sizes[source]] if ranks.is_main_process else []
-        copy_files(ranks, output_dir, wanted, {}, announce=True, source=source)
+        missing = [*all_sizes[source]] if ranks.is_main_process else []
+        copy_files(ranks, output_dir, missing, {}, announce=True, source=source)
 
 
 def _recipe_of(output_dir: Path, *, forced: bool) -> Run:

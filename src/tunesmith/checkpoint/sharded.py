@@ -161,9 +161,9 @@ class _PartsReader(FileSystemReader):
             names = set()
             for item in plan.items:
                 names.add(f"{STATE}/{self.storage_data[item.storage_index].relative_path}")
-            wanted = [name for name in names if not (self.folder / name).is_file()]
+            missing = [name for name in names if not (self.folder / name).is_file()]
             entries = json.loads((self.folder / MANIFEST).read_text())["files"]
-            copy_files(self.ranks, self.folder, wanted, entries)
+            copy_files(self.ranks, self.folder, missing, entries)
         return super().prepare_local_plan(plan)
 
 
@@ -329,7 +329,7 @@ def read_sharded_weights(model: nn.Module, folder: Path, ranks: Ranks = ONE_PROC
 def read_sharded_optimizer(
     optimizer: Optimizer, folder: Path, progress: Progress, ranks: Ranks = ONE_PROCESS
 ) -> None:
-    """Put the optimizer, or this rank's part of it, into the state of a checkpoint; as above."""
+    """Load a checkpoint's state into the optimizer, or into this rank's part of it; as above."""
     with read_optimizer(folder) as scalars:
         for name, part in optimizer.parts.items():
             if f"{name}.step" in scalars:

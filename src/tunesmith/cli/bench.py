@@ -316,9 +316,11 @@ def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -
     """
     # One step after no warmup: its compile cache is the one that this process has filled.
     command = command_of(args, 1, 0)
-    done = subprocess.run([*command, "--json", str(file)], stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        ended = f"ended with {done.returncode}; its messages are above"
+    process = subprocess.run(
+        [*command, "--json", str(file)], stdout=subprocess.DEVNULL, check=False
+    )
+    if process.returncode:
+        ended = f"ended with {process.returncode}; its messages are above"
         what = f"the run with a warm compile cache {ended}"
         fix = "run that command on its own, or remove --cold"
         raise RunError(what, where=" ".join(command), fix=fix)

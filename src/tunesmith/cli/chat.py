@@ -96,7 +96,7 @@ class Chat:
         # Each side sees its own answers alone, as in a chat of its own.
         self.turns: dict[str, list[tuple[str, str]]] = {}
         self._forget()
-        # Of a full fine-tune, once it is asked.
+        # Of a full fine-tune, at its first answer.
         self.base: LoadedModel | None = None
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
@@ -193,7 +193,7 @@ class Chat:
                     return
 
     def _ask(self, side: str, question: str, write: Callable[[str], None]) -> bool:
-        """Stream one answer; False when ctrl-C ended it: it is kept, and no other side is asked."""
+        """Stream one answer; False when ctrl-C ended it: it stays, and no other side answers."""
         from tunesmith.adapter.lora import disabled
         from tunesmith.inference.decoding import answer_batch
         from tunesmith.inference.load_run import load_run
@@ -208,7 +208,7 @@ class Chat:
             if side == BASE and loaded.location.kind == "adapter":
                 adapter_off = disabled(loaded.model)
             elif side == BASE and loaded.location.kind == "full":
-                # A full fine-tune has its base in other files: they are read once it is asked for.
+                # A full fine-tune has its base in other files: they are read at its first use.
                 if self.base is None:
                     self.base = load_run(self.args.run, device=self.args.device, base_only=True)
                 loaded = self.base

@@ -236,12 +236,13 @@ def describe_system(prepared: TrainingData, tokenizer: Any, rows: int) -> str:
     if prepared.template.name in ("raw", "text", "pattern"):
         return ""
     probe = prepared.template.prompt(Conversation([{"role": "user", "content": "Hello"}]))
-    own = _system_of(tokenizer, probe)
+    system = _system_of(tokenizer, probe)
     shown = [prepared.train[i] for i in range(min(rows, len(prepared.train)))]
-    if not own or all(_system_of(tokenizer, example.ids) != own for example in shown):
+    if not system or all(_system_of(tokenizer, example.ids) != system for example in shown):
         return ""
+    shown_text = shorten(system, SYSTEM_WIDTH)
     return (
-        f'system prompt: "{shorten(own, SYSTEM_WIDTH)}" is the chat template\'s, which writes it '
+        f'system prompt: "{shown_text}" is the chat template\'s, which writes it '
         "where a row has none; data.system='You are ...' sets another"
     )
 

@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 256
 FOR_TASKS = ("tasks", "limit", "chat_template")
-# What rows of one's own take, with its value where it is not given.
+# Options for a user's own rows, with their defaults.
 FOR_ROWS: dict[str, Any] = {
     "data": None,
     "split": None,

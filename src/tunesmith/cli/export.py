@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # As in `export.gguf.types`, which a test compares; that module is not loaded to parse.
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
-# Those whose rounding is too small to be told by three answers.
+# Those whose rounding is too small to show in three answers.
 NEAREST = ("f32", "f16", "bf16", "q8_0")
 VLLM_QUANTS = ("bf16", "fp8", "nvfp4")
 QUANTS = {"gguf": GGUF_QUANTS, "ollama": GGUF_QUANTS, "vllm": VLLM_QUANTS}
@@ -127,7 +127,7 @@ def _export_gguf(args: argparse.Namespace) -> None:
                 threads=args.threads,
                 check=not args.no_check,
                 device=args.device,
-                progress=lambda done, total: progress("MB written", done // 10**6, total // 10**6),
+                progress=lambda size, total: progress("MB written", size // 10**6, total // 10**6),
             )
     if args.json:
         print(json.dumps(asdict(exported), indent=2))
@@ -291,7 +291,7 @@ def _export_sharded(args: argparse.Namespace) -> None:
             why="only checkpoints of full fine-tuning on several ranks need it",
             fix=f"{fix}; --to gguf writes a file for llama.cpp",
         )
-    # All files: the weights are put together from every part.
+    # All files: the weights are joined from every part.
     check_sums(folder, reads=lambda name: True)
     export_sharded(folder, output, location.run)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    model, sources = _wanted(args)
+    model, sources = _model_and_sources(args)
     from tunesmith.hub.download import FetchProgress
 
     progress = FetchProgress()
@@ -83,7 +83,7 @@ def _fetch(args: argparse.Namespace) -> None:
     print(json.dumps(rows, indent=2) if args.json else "\n".join(map(_line, rows)))
 
 
-def _wanted(args: argparse.Namespace) -> "tuple[Model, list[Source]]":
+def _model_and_sources(args: argparse.Namespace) -> "tuple[Model, list[Source]]":
     """The model and the Hub's data sets that the command line asks for."""
     from tunesmith.config.load import load_recipe
     from tunesmith.config.schema import Model
@@ -126,7 +126,7 @@ def _model(model: "Model", progress: "FetchProgress", *, dry: bool, update: bool
     folder = fetch.local_model(model)
     if folder is None and not update:
         folder = fetch.cached_model(model)
-    # Neither a folder nor in the cache: the Hub is asked, and what it lists is fetched.
+    # Neither a folder nor in the cache: what the Hub lists is fetched.
     if folder is None:
         plan = fetch.plan_download(model, progress)
         row["licence"] = plan.listing.license

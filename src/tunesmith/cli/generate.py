@@ -67,10 +67,11 @@ def run(args: argparse.Namespace) -> None:
     output = None if args.output == "-" else Path(args.output)
     check_output(output, args)
     # Rows that are answered already need no model.
-    done, size = _answered_rows(output, rows, args)
-    if done == len(rows) and args.resume:
+    answer_count, size = _answered_rows(output, rows, args)
+    if answer_count == len(rows) and args.resume:
         print(
-            f"{count_of(done, 'row')}, i.e. all of them, are already in {output}", file=sys.stderr
+            f"{count_of(len(rows), 'row')}, i.e. all of them, are already in {output}",
+            file=sys.stderr,
         )
         return
     from tunesmith.host.signals import StopRequest
@@ -88,22 +89,22 @@ def run(args: argparse.Namespace) -> None:
             format_name=args.format_name,
             columns=dict(args.columns) or None,
             batch_size=args.batch_size,
-            start=done,
+            start=answer_count,
             cancelled=stop.requested,
         )
     if location.note:
         print(location.note, file=sys.stderr)
-    print(f"{count_of(len(rows) - done, 'row')}, {decoding.describe()}", file=sys.stderr)
+    print(f"{count_of(len(rows) - answer_count, 'row')}, {decoding.describe()}", file=sys.stderr)
     name = output or "standard output"
     try:
         # The file is flushed after each row: a process that is killed loses one answer.
         with _open_output(output, size) as file, stop, options.ProgressCounter() as progress:
-            progress("answers", done, len(rows))
+            progress("answers", answer_count, len(rows))
             for row in answers:
                 file.write(_record(row))
                 file.flush()
-                done += 1
-                progress("answers", done, len(rows))
+                answer_count += 1
+                progress("answers", answer_count, len(rows))
     except OSError as error:
         # The reader of a pipe has gone: that is its end, and no fault.
         if isinstance(error, BrokenPipeError):
@@ -115,13 +116,15 @@ def run(args: argparse.Namespace) -> None:
             cause = ""
             what = f"{name} cannot be written: {first_line(error)}"
             fix = "name another file"
-        why = f"{done} of {count_of(len(rows), 'row')} are in it"
+        why = f"{answer_count} of {count_of(len(rows), 'row')} are in it"
         fix += f", then run the same command again{_with_resume(output, args)}"
         raise RunError(what, where=str(name), why=why, fix=fix, cause=cause) from error
-    if done < len(rows):
+    if answer_count < len(rows):
         again = _with_resume(output, args)
         go_on = f"; to continue, run the same command again{again}" if again else ""
-        raise StoppedError(f"stopped: {done} of {count_of(len(rows), 'row')} are in {name}{go_on}")
+        raise StoppedError(
+            f"stopped: {answer_count} of {count_of(len(rows), 'row')} are in {name}{go_on}"
+        )
 
 
 def _with_resume(output: Path | None, args: argparse.Namespace) -> str:
@@ -222,7 +225,7 @@ def _answered_rows(output: Path | None, rows: Rows, args: argparse.Namespace) ->
         what = "the rows in the output differ from those in the input"
         fix = "use the input it was made from, or --force instead of --resume"
         raise UsageError(what, where=f"{output}:{matching + 1}", fix=fix)
-    # What is kept ends with the last whole line; the torn one is written over.
+    # The file continues after its last whole line; the torn one is overwritten.
     return len(lines), sum(len(line) + 1 for line in lines)
 
 

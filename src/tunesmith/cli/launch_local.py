@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_launched(parser: argparse.ArgumentParser) -> None:
-    """The recipe that a launcher takes, or a model and rows, from which one is made."""
+    """The recipe that a launcher takes, or a model and rows for a new one."""
     add_recipe(parser)
     archive = "launch/debug.tar.gz of the run directory"
     debug = f"collect the output of ranks and NCCL on every node in {archive}"
@@ -50,7 +50,7 @@ def add_launched(parser: argparse.ArgumentParser) -> None:
 def launched_recipe(args: argparse.Namespace, *, trains_here: bool = True) -> "Run":
     """What the words of `add_launched` name.
 
-    The file of a recipe that is made is written, and `args` then name it: what is left to do
+    The file of a new recipe is written, and `args` then name it: what is left to do
     before a launch, such as a fetch, takes a recipe.
     """
     recipe, new_file = chosen_recipe(args, trains_here=trains_here)

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = launched_recipe(args, trains_here=False)
     site = read_site(args.site)
     _check_removed(args, recipe.output_dir)
-    # Flags win over the profile; one that was not given leaves it.
+    # Flags override the profile; without one it stays.
     settings = {key: vars(args)[key] for key in SETTINGS if vars(args)[key] is not None}
     site = replace(
         site,

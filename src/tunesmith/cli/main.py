@@ -2,9 +2,9 @@
 
 Each command is a module of this package with `add_arguments(parser)` and `run(args)`, which returns
 an exit code unless that is 0. Its docstring begins its help page: a sentence, then examples that
-work, then what else is to be known. Its `EPILOG`, if any, ends the page.
+work, then what else a user needs. Its `EPILOG`, if any, ends the page.
 
-Exit codes: 0 done, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130
+Exit codes: 0 success, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130
 interrupted before there was anything to save, 141 nobody reads the output any more.
 """
 
@@ -137,7 +137,7 @@ _PATH_FAULTS = {
 }
 
 
-# How often a positional argument may be given, as usage lines write it.
+# How often a positional argument may occur, as usage lines write it.
 _USAGE: dict[int | str | None, str] = {
     None: "{}",
     "?": "[{}]",

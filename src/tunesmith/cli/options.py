@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from tunesmith.config.schema import Run
     from tunesmith.inference.decoding import Decoding
-    from tunesmith.training.make_recipe import MadeRecipe
+    from tunesmith.training.make_recipe import NewRecipe
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def add_run(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     )
 
 
-def tell_left_out(errors: Sequence[UsageError], *, shown: int) -> None:
+def report_unreadable(errors: Sequence[UsageError], *, shown: int) -> None:
     """Print which of several runs could not be opened; if none could, raise the first error."""
     if errors and not shown:
         raise errors[0]
@@ -181,14 +181,14 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, recipe_help: str = RECIPE_HELP) -> None:
-    """A recipe with overrides; or a model and rows, from which one is made."""
+    """A recipe with overrides; or a model and rows for a new one."""
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=recipe_help)
     add_overrides(parser)
     add_new_recipe(parser)
 
 
 def add_new_recipe(parser: argparse.ArgumentParser) -> None:
-    """A model and rows, from which a recipe is made."""
+    """A model and rows for a new recipe."""
     rows = parser.add_argument_group(
         "without a recipe: detect the format of your rows and make one"
     )
@@ -219,7 +219,7 @@ def chosen_recipe(
     on_paper: bool = False,
     trains_here: bool = True,
     row_count: int | None = None,
-) -> "tuple[Run, MadeRecipe | None]":
+) -> "tuple[Run, NewRecipe | None]":
     """The recipe that the options of `add_recipe` name, with a line logged about what is chosen.
 
     Where they make one, also its file's form; the other arguments are for `make_recipe`.
@@ -277,7 +277,7 @@ def chosen_recipe(
 
 
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """How tokens are chosen; greedy unless a temperature is given."""
+    """How tokens are chosen; greedy without a temperature."""
     longest = f"longest answer (default: {max_new_tokens})"
     temperature = "0 is greedy (default); 1.0 samples from the model's probabilities"
     top_p = "with a temperature: sample from the likeliest tokens with total probability P"
@@ -330,7 +330,7 @@ class ProgressCounter:
 
     def __init__(self) -> None:
         self._what = ""
-        self._done = 0
+        self._count = 0
         self._total = 0
         self._start = 0
         self._began = 0.0
@@ -361,23 +361,23 @@ class ProgressCounter:
             self._bar.start()
         return self
 
-    def __call__(self, what: str, done: int, total: int, tokens: int = 0) -> None:
-        """`done` of `total` are done, and `tokens` written for them since the first call."""
+    def __call__(self, what: str, count: int, total: int, tokens: int = 0) -> None:
+        """`count` of `total` are complete, with `tokens` written for them since the first call."""
         now = time.monotonic()
         if what != self._what:
             # Another task begins: the line of the last one is completed.
             self._print_line()
             self._what = what
-            self._start = done
+            self._start = count
             self._began = now
             self._printed = now
             if self._bar is not None:
-                self._task = self._bar.add_task(what, total=total, completed=done, speed="")
-        self._done = done
+                self._task = self._bar.add_task(what, total=total, completed=count, speed="")
+        self._count = count
         self._total = total
         self._tokens = tokens
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, speed=self._token_speed(now))
+            self._bar.update(self._task, completed=count, speed=self._token_speed(now))
         # Without a bar, as in a log, lines come seldom.
         elif now - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = now
@@ -394,17 +394,17 @@ class ProgressCounter:
         return f"{self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
 
     def _print_line(self) -> None:
-        # The rate is that of this start: what an earlier one had done is left out.
-        if self._bar is None and self._done > self._start:
+        # The rate is that of this start: answers of an earlier one do not count.
+        if self._bar is None and self._count > self._start:
             now = time.monotonic()
             seconds = max(now - self._began, 1e-9)
-            done = self._done - self._start
-            rate = done / seconds
-            parts = [f"{self._what}: {self._done}/{self._total}", f"{rate:.1f}/s"]
+            count = self._count - self._start
+            rate = count / seconds
+            parts = [f"{self._what}: {self._count}/{self._total}", f"{rate:.1f}/s"]
             if self._tokens:
                 parts.append(self._token_speed(now))
-            is_telling = done >= TELLING_SHARE * (self._total - self._start)
-            if is_telling and self._done < self._total:
-                left = (self._total - self._done) / rate
-                parts.append(f"about {format_seconds(left)} left")
+            is_telling = count >= TELLING_SHARE * (self._total - self._start)
+            if is_telling and self._count < self._total:
+                seconds_left = (self._total - self._count) / rate
+                parts.append(f"about {format_seconds(seconds_left)} left")
             notify("  ".join(parts))

@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 # Rows of a source whose characters are counted.
 LOOKED_AT = 1000
-# Of a recipe that is made by looking, those that are shown.
+# The keys of a new recipe that are shown.
 CHOSEN_KEYS = (
     "adapter.rank",
     "data.seq_len",
@@ -216,7 +216,7 @@ class ComparedPlan:
 
     Attributes:
         on: the word of --on.
-        error: why the run cannot be done there as the recipe is, with the fix.
+        error: why the run does not work there as the recipe is, with the fix.
         planner, forecasts: None and empty where the machine cannot be planned for.
     """
 
@@ -304,16 +304,16 @@ def _compared_row(compared: ComparedPlan) -> str:
 
 
 def _recipe(args: argparse.Namespace) -> "tuple[Run, int | None]":
-    """The recipe; of one that is made from a model and rows also the tokens of a row on average."""
+    """The recipe; of a new one for a model and rows also the tokens of a row on average."""
     from tunesmith.config.dump import flatten
 
-    recipe, made_recipe = chosen_recipe(args, on_paper=True, row_count=args.rows)
-    if made_recipe is None:
+    recipe, new_recipe = chosen_recipe(args, on_paper=True, row_count=args.rows)
+    if new_recipe is None:
         return recipe, None
     values = flatten(recipe)
     pairs = [f"{key}={shell_word(values[key])}" for key in CHOSEN_KEYS if values.get(key)]
     log.info(f"chosen, as `train` with the same options does: {' '.join(pairs)}")
-    return recipe, made_recipe.mean_length
+    return recipe, new_recipe.mean_length
 
 
 def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
@@ -381,7 +381,7 @@ def _work_of(
         folder: has the tokenizer.
         length: of an example in tokens, if `--length` says it.
         rows: of data.train, if `--rows` says it.
-        examined_length: the same as `length`, of the rows that the recipe was made by.
+        examined_length: the same as `length`, of the rows that the recipe was chosen by.
         shares: as `TokenSet.shares_prompts`.
     """
     from tunesmith.data.splits import count_held_out
@@ -456,7 +456,7 @@ def _count_rows(recipe: "Run", *, is_needed: bool) -> tuple[int, int]:
 
 
 def _rows_of_splits(recipe: "Run") -> int:
-    """Training rows that splits such as `train[:512]` name; 0 if one does not say how many."""
+    """Training rows that splits such as `train[:512]` name; 0 if one has no count."""
     count = 0
     for source in recipe.data.train:
         match = re.fullmatch(r"\w+\[(\d*):(\d+)\]", source.split or "")
@@ -487,7 +487,7 @@ def _price(text: str) -> float:
 
 
 def _cost(planner: "Planner", forecast: "Forecast", price: float) -> float | None:
-    """USD of the whole run; None where its hours are not known."""
+    """USD of the whole run; None where its hours are unknown."""
     return forecast.hours * price * planner.cluster.world if forecast.hours else None
 
 

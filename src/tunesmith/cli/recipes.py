@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         if args.json:
             text = json.dumps(to_mapping(recipe), indent=2) + "\n"
         elif not args.rest and file in shipped().values():
-            # Its comments say what else it takes.
+            # Its comments name what else it needs.
             text = file.read_text(encoding="utf-8")
         sys.stdout.write(text)
     elif len(args.rest) > 1:

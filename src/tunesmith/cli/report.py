@@ -17,7 +17,7 @@ import json
 import sys
 from pathlib import Path
 
-from tunesmith.cli.options import add_json, tell_left_out
+from tunesmith.cli.options import add_json, report_unreadable
 from tunesmith.errors import UsageError
 from tunesmith.host.streams import show
 from tunesmith.run_dir import shown
@@ -45,17 +45,17 @@ def run(args: argparse.Namespace) -> None:
 
     output = Path(args.output or ("report.md" if args.markdown else "report.html"))
     runs = []
-    left_out: list[UsageError] = []
+    unreadable: list[UsageError] = []
     for folder in with_runs_of_folders(args.runs):
         # One folder that is no run must not hide the others.
         try:
             runs.append(RunFiles(folder))
         except UsageError as error:
-            left_out.append(error)
-    tell_left_out(left_out, shown=len(runs))
+            unreadable.append(error)
+    report_unreadable(unreadable, shown=len(runs))
     note = ""
-    if left_out:
-        reasons = "; ".join(f"{error.where}: {error.what}" for error in left_out)
+    if unreadable:
+        reasons = "; ".join(f"{error.where}: {error.what}" for error in unreadable)
         note = f"Skipped: {reasons}"
     # A script that reads the JSON needs no page, unless it names one.
     if args.output or not args.json:

@@ -88,12 +88,12 @@ def check_on_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
         command = [sys.executable, "-m", *words, "--report", str(file)]
         if quiet:
             command.append("--json")
-        done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
+        process = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
         if file.is_file():
             return dict(json.loads(file.read_text(encoding="utf-8")))
     # Around a rank's own error stands what torchrun writes.
-    match = re.search(r"^error: .*(?:\n  .*)*", done.stderr, re.M)
-    why = done.stderr.strip().rpartition("\n")[2]
+    match = re.search(r"^error: .*(?:\n  .*)*", process.stderr, re.M)
+    why = process.stderr.strip().rpartition("\n")[2]
     if match:
         why = match[0].removeprefix("error: ")
     fix = f"{shell_command(['python', '-m', *words])} shows all their output"
@@ -101,7 +101,7 @@ def check_on_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
 
 
 def print_row(row: "CheckRow") -> None:
-    """A line of the table, as soon as it is known, and below a failed check what it means."""
+    """A line of the table after its check, and below a failed one what it means."""
     step = f"step {row.step}" if row.step else ""
     figures = f"{step:>6} {row.expected:>11} {row.actual:>11} {row.tolerance:>6}"
     result = {True: "pass", False: "FAIL", None: ""}[row.passed]

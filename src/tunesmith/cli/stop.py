@@ -21,8 +21,8 @@ def run(args: argparse.Namespace) -> None:
 
     job = find_job(args.job)
     name = job.name or job.run_dir
-    outcome = job.stop()
-    print(f"{name}: {outcome}", flush=True)
+    message = job.stop()
+    print(f"{name}: {message}", flush=True)
     if args.wait:
         state = job.state()
         while state.at_work:

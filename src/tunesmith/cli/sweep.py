@@ -44,7 +44,7 @@ from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import Space, check_count, read_space
 
 if TYPE_CHECKING:
-    from tunesmith.training.make_recipe import MadeRecipe
+    from tunesmith.training.make_recipe import NewRecipe
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int | None:
             new_file.path.unlink(missing_ok=True)
 
 
-def make_base(args: argparse.Namespace, space: Space) -> "MadeRecipe | None":
+def make_base(args: argparse.Namespace, space: Space) -> "NewRecipe | None":
     """The recipe that --model and --data make, with the words that apply to all candidates.
 
     `args.recipe` then names its file. None where `args.recipe` is a recipe.
@@ -109,7 +109,7 @@ def make_base(args: argparse.Namespace, space: Space) -> "MadeRecipe | None":
 
 
 def sweep(args: argparse.Namespace, space: Space, search: Search) -> int | None:
-    """Train the candidates, on the ranks that are asked for, and print what came out."""
+    """Train the candidates, on the requested ranks, and print the result."""
     if args.ranks is not None and started_as() is None:
         return sweep_on_ranks(args, space)
     leave_lines_to_rank_0()
@@ -121,16 +121,16 @@ def sweep(args: argparse.Namespace, space: Space, search: Search) -> int | None:
 
         if early.requested():
             raise early.not_begun()
-    outcome = run_sweep(args.recipe, space, search, argv=sys.argv)
+    result = run_sweep(args.recipe, space, search, argv=sys.argv)
     if not is_main_process():
         return None
     # The sweep has ended well, whether or not someone reads this.
     sys.stdout = lasting(sys.stdout)
-    page = sweep_page(outcome)
+    page = sweep_page(result)
     if args.json:
-        print(json.dumps(outcome))
+        print(json.dumps(result))
         return None
-    for line in sweep_lines(outcome):
+    for line in sweep_lines(result):
         print(line)
     if page:
         print(f"report: {from_here(page)}")

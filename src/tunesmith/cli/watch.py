@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunesmith.cli.options import add_json, notify, removed_option, tell_left_out
+from tunesmith.cli.options import add_json, notify, removed_option, report_unreadable
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 
@@ -57,13 +57,13 @@ def run(args: argparse.Namespace) -> None:
             print(to_json({"runs": [WatchedRun(path).status() for path in paths]}))
             return
         runs = []
-        left_out: list[UsageError] = []
+        unreadable: list[UsageError] = []
         for word in args.runs:
             try:
                 runs.append(open_run(word, wait=not args.json))
             except UsageError as error:
-                left_out.append(error)
-        tell_left_out(left_out, shown=len(runs))
+                unreadable.append(error)
+        report_unreadable(unreadable, shown=len(runs))
         if args.json:
             print(to_json({"runs": [run.status() for run in runs]}))
         else:

@@ -1,4 +1,4 @@
-"""The rules that span several keys of a recipe, or that a type and its bounds cannot say."""
+"""The rules that span several keys of a recipe, or that a type and its bounds cannot express."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -138,16 +138,18 @@ def _method(run: Run, where: Place) -> Iterator[Problem]:
 
 def _method_formats(run: Run, where: Place) -> Iterator[Problem]:
     """Rows that the method cannot learn from."""
-    wanted = METHOD_FORMATS.get(run.method.name)
+    method_format = METHOD_FORMATS.get(run.method.name)
     for key, sources in (("data.train", run.data.train), ("data.validation", run.data.validation)):
         for i, source in enumerate(sources):
             other = next((m for m, form in METHOD_FORMATS.items() if form == source.format), None)
-            learns_from_it = other is None if wanted is None else source.format == wanted
+            learns_from_it = other is None
+            if method_format is not None:
+                learns_from_it = source.format == method_format
             if learns_from_it:
                 continue
             format_key = f"{key}.{i}.format" if where(f"{key}.{i}") else f"{key}.format"
-            fix = f"rows of format {wanted}" if wanted else f"method: {other}"
-            if wanted and other:
+            fix = f"rows of format {method_format}" if method_format else f"method: {other}"
+            if method_format and other:
                 fix += f", or method: {other}"
             yield Problem(
                 format_key,
@@ -236,7 +238,7 @@ def _data(run: Run, where: Place) -> Iterator[Problem]:
                 fix="remove data.hold_out, or data.validation: null",
                 why="both define the validation rows",
             )
-        # A share must leave rows to train on; a count is checked where the rows are known.
+        # A share must leave rows to train on; a count is checked once the rows are read.
         limit = 100 if data.hold_out.unit == "%" else math.inf
         if not 0 < data.hold_out.amount < limit:
             what = f"is {data.hold_out}: above 0 % and below 100 %"
@@ -417,7 +419,7 @@ def _lengths(run: Run, where: Place) -> Iterator[Problem]:
     duration = run.train.duration
     warmup = run.train.warmup
     units: tuple[str, ...] = ("steps", "epochs", "s", "min", "h")
-    # A share of the run is a number of steps, which a run of a given time does not know.
+    # A share of the run is a number of steps, which a run of a fixed time does not know.
     interval_units = units if duration.seconds is not None else (*units, "%")
     yield from _length("train.duration", duration, units, "1 epochs")
     yield from _length("train.warmup", warmup, ("%", "steps", "epochs"), "3 %", may_be_zero=True)

@@ -1,5 +1,5 @@
-"""What is made of the schema: the reference of all keys in docs/recipe.md, and recipes/schema.json
-for editors.
+"""What is generated from the schema: the reference of all keys in docs/recipe.md, and
+recipes/schema.json for editors.
 
 `python -m tunesmith.config.describe --write FILE` writes either, by the ending `.md` or `.json`; of
 a page it replaces what follows the mark. `--check FILE` compares instead, and exits 1 if the file

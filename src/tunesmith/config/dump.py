@@ -74,8 +74,8 @@ def _plain(run: Run) -> dict[str, Any]:
         if isinstance(value, Length | Size | Share):
             return str(value)
         if isinstance(value, MethodConfig):
-            own = METHOD_KEYS[value.name]
-            return {key: getattr(value, key) for key in ("name", *own)} if own else value.name
+            keys = METHOD_KEYS[value.name]
+            return {key: getattr(value, key) for key in ("name", *keys)} if keys else value.name
         return {yaml_name(k): v for k, v in vars(value).items()}
 
     return json.loads(json.dumps(run, default=default))
@@ -191,7 +191,7 @@ def digest(run: Run) -> str:
 def differences(old: Run, new: Run) -> list[Change]:
     """Every key that differs, in the order of the schema.
 
-    A duration in another unit (epochs for steps) is allowed: its steps are known once the data is
+    A duration in another unit (epochs for steps) is allowed: its steps are fixed once the data is
     read.
     """
     old_values = leaves(_plain(old))

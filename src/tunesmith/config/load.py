@@ -69,7 +69,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...], announce: bool) -> Node:
     """The file's tree over those of the recipes that it extends."""
     tree = read_file(path)
     assert isinstance(tree.value, dict)
-    # Taken out: `extends` is no key of the schema.
+    # Removed: `extends` is no key of the schema.
     extends = tree.value.pop("extends", None)
     if extends is None:
         return tree

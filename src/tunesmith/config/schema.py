@@ -44,7 +44,7 @@ METHOD_KEYS: dict[str, tuple[str, ...]] = {
 
 
 def key(default: Any, doc: str, *, example: str = "") -> Any:
-    """A recipe key with its documentation; one whose default is `...` must be given, and has an
+    """A recipe key with its documentation; one whose default is `...` is required, and has an
     example.
     """
     metadata = {"doc": doc, "example": example}
@@ -391,7 +391,7 @@ class Run:
         """Passes of a step's tokens beside the one that is trained on.
 
         A reference that is not known before training takes one. KTO's reference point takes two
-        more, on answers of other rows: the model, and its reference where that is not known.
+        more, on answers of other rows: the model, and its reference where unknown.
         """
         if self.adapter.kind == "none":
             return 1 if self.method.name == "kto" else 0

@@ -23,7 +23,7 @@ from tunesmith.host.shell import shell_path
 
 Scalar = str | int | float | bool | None
 
-# A megabyte of rows that is given as a recipe would be read for half a minute.
+# A megabyte of rows in place of a recipe would be parsed for half a minute.
 MAX_BYTES = 256 << 10
 MAX_DEPTH = 20
 # Brackets: ruamel takes minutes for 100,000 of them before it gives up.
@@ -144,7 +144,7 @@ def read_file(path: Path) -> Node:
         fix = "give the recipe, not the data: a recipe is a page of YAML"
         raise RecipeError("this recipe is larger than 256 KiB", where=name, fix=fix)
     try:
-        # `utf-8-sig` drops the mark that editors of Windows put in front.
+        # `utf-8-sig` drops the mark that editors of Windows write in front.
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
@@ -283,7 +283,7 @@ class _Reader:
         values: dict[str, Node] = {}
         merges: dict[str, Node] = {}
         for name, content in yaml_node.value:
-            # A key is a node too, so that its place and its type are known.
+            # A key is a node too, with its place and its type.
             key = self.node(name, line, depth)
             if not isinstance(key.value, str):
                 is_scalar = not isinstance(key.value, dict | list)

@@ -1,7 +1,7 @@
 """A tree of recipe values becomes a `Run`: pydantic holds it against the schema, and its errors get
 a place and a fix.
 
-Nothing is coerced. The one step that is taken is from a whole number to a number: `alpha: 16`.
+Nothing is coerced. The one conversion is from a whole number to a number: `alpha: 16`.
 """
 
 import json

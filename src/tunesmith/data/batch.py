@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    # Processes that only tokenize do without torch; it is imported where tensors are made.
+    # Processes that only tokenize do without torch; it is imported where tensors are created.
     import torch
 
 IGNORE = -100
@@ -36,7 +36,7 @@ class Example(NamedTuple):
             1 with loss. The first token of a sequence has none before it and carries no loss.
         sequences: length of each sequence (the chosen and the rejected one of a pair), n in all;
             empty for one of n tokens. Each is a document of its own.
-        label: whether the answer is a good one; None where the row does not say.
+        label: whether the answer is a good one; None where the row has no label.
         reference: log-probability of each sequence's supervised tokens under the model that a
             method compares with, where it is known before training.
         shared: tokens at the start of a pair's second sequence that a packed row leaves out, as
@@ -102,7 +102,7 @@ class Sequences(NamedTuple):
         of_target: int64 [supervised], the sequence of each position that has a target.
         lengths: int64 [total], supervised tokens of each.
         labels: bool [total], whether the answer is a good one; of pairs that of the chosen.
-        reference: fp64 [total], see `Example.reference`; None where it is not known.
+        reference: fp64 [total], see `Example.reference`; None where unknown.
     """
 
     total: int
@@ -113,7 +113,7 @@ class Sequences(NamedTuple):
 
 
 class WholeDocuments(NamedTuple):
-    """How whole documents are made of a block that holds some of their tokens once for two.
+    """How whole documents are joined from a block that holds some of their tokens once for two.
 
     Attributes:
         places: int64 [tokens of all documents], where in the flattened block each token is, of one
@@ -164,7 +164,7 @@ class Batch:
     whole: WholeDocuments | None = None
 
     def is_token(self) -> torch.Tensor:
-        """bool [rows * length]: False for padding; made on the device without a copy to it."""
+        """bool [rows * length]: False for padding; computed on the device without a copy to it."""
         import torch
 
         is_token = torch.zeros_like(self.input_ids, dtype=torch.bool)
@@ -257,7 +257,7 @@ def collate(
             previous = at
             at = end
         row_tokens.append(at - row_start)
-        # No document may be longer than what attention was told.
+        # No document may be longer than the length that attention has.
         flat.add_padding(at, row_start + length, bound or length)
     shape = (len(sequences), length)
     return Batch(
@@ -312,17 +312,17 @@ class _FlatRows:
     def add_sequence(self, part: _Part, at: int, previous: int) -> None:
         """Lay a sequence from place `at` on; the one before it in the row begins at `previous`."""
         n = len(part.ids)
-        own = slice(at, at + n - part.shared)
-        self.ids[own] = part.ids[part.shared :]
+        span = slice(at, at + n - part.shared)
+        self.ids[span] = part.ids[part.shared :]
         # Each document counts its positions from 0, so that packed and alone are the same.
-        self.positions[own] = np.arange(part.shared, n)
+        self.positions[span] = np.arange(part.shared, n)
         # The target of a token is the next one; the last of a document has none, as what follows
         # is another document.
         targets = np.append(np.where(part.trained[1:], part.ids[1:], IGNORE), IGNORE)
-        self.targets[own] = targets[part.shared :]
+        self.targets[span] = targets[part.shared :]
         if part.shared:
             self.runs.append((previous, previous + part.shared))
-        self.runs.append((own.start, own.stop))
+        self.runs.append((span.start, span.stop))
         self.edges.append(self.edges[-1] + n)
 
     def add_padding(self, at: int, end: int, longest: int) -> None:

@@ -3,7 +3,7 @@ tokens depend on.
 
 Each of the `TokenArrays` is a file of its values one after another; `meta.json` has counts and a
 checksum. The folder is written under another name and renamed, so it is there as a whole or not at
-all; an entry that does not match its checksum is made again.
+all; an entry that does not match its checksum is written again.
 """
 
 import hashlib
@@ -172,10 +172,10 @@ TokenEntry = tuple[TokenArrays, dict[str, Any]]
 
 
 def cached_tokens(folder: Path, key: str, make: Callable[[TokenWriter], TokenEntry]) -> TokenEntry:
-    """An entry of the cache, made where there is none.
+    """An entry of the cache, a new one where there is none.
 
     Args:
-        folder: the cache. One that cannot be written costs a warning, and the tokens are made in
+        folder: the cache. One that cannot be written costs a warning, and the tokens are built in
             memory.
         key: the hash that names the entry.
         make: adds the examples to a writer, and returns its arrays and what else to keep (JSON).

@@ -421,7 +421,7 @@ def _answers_without_end(
     for back in range(1, _TAIL):
         earlier = stops - back
         is_in_row = earlier >= starts
-        # Indices before the array are held at 0; `is_in_row` rules them out.
+        # Indices before the array are clamped to 0; `is_in_row` rules them out.
         is_end_token = np.isin(ids[np.maximum(earlier, 0)], end_ids)
         has_end_token |= ends_row & is_in_row & is_end_token
 
@@ -438,8 +438,8 @@ def excerpt(tokens: TokenSet, tokenizer: Any, example: int, at: int) -> str:
     text = ""
     for position in range(left, right):
         id_ = ids[position]
-        is_known = 0 <= id_ < len(tokenizer)
-        piece = tokenizer.decode([id_]) if is_known else f"<{id_}>"
+        in_vocabulary = 0 <= id_ < len(tokenizer)
+        piece = tokenizer.decode([id_]) if in_vocabulary else f"<{id_}>"
         text += f"⟦{piece}⟧" if position == at else piece
     if left:
         text = f"…{text}"

@@ -1,9 +1,9 @@
-"""Which format the rows of a file have, and in which columns, found by looking at some of them.
+"""Which format the rows of a file have, and in which columns, detected from some of them.
 
 Every layout below that the column names allow is tried with the reader that training uses. A layout
-is taken if it reads every row looked at and no other does; one that uses the columns of another and
-more is the better of the two (instruction, input and output before input and output). What is left
-open is an error that names the choices.
+is chosen if it reads every row looked at and no other does; one that uses the columns of another
+and more is the better of the two (instruction, input and output before input and output). What
+remains open is an error that names the choices.
 """
 
 import itertools
@@ -128,7 +128,7 @@ def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
     columns_text = f"the columns are {', '.join(columns) or 'none'}"
     if any_format and not source.columns:
         _check_kind(columns, where, columns_text)
-    # A chat is told by what its cells hold, not by the column's name.
+    # The content of its cells shows a chat, not the column's name.
     chats = [name for name in columns if any(_is_chat(row.get(name)) for row in sample.values())]
     only_format = None if any_format else source.format
     trials = []
@@ -213,7 +213,7 @@ def _propose(
 ) -> Detected:
     """The likeliest column for each name that a format needs; `...` where there are too few.
 
-    A column of a usual name is taken for it. Of the others the first ones are, in their order; but
+    A column of a usual name is mapped to it. Of the others the first ones are, in their order; but
     where one column is left to find among several, the one with the most text.
     """
     needed = next(layout.needed for layout in _LAYOUTS if layout.format == format_name)
@@ -224,12 +224,12 @@ def _propose(
                 guess[name] = column
                 break
     missing = [name for name in needed if name not in guess]
-    spare = [column for column in columns if column not in guess.values()]
+    unmapped = [column for column in columns if column not in guess.values()]
     # One column is left to find: the one with the most letters is the likeliest text.
-    if len(missing) == 1 and len(spare) > 1:
-        spare.sort(key=lambda column: _letters(sample, column), reverse=True)
+    if len(missing) == 1 and len(unmapped) > 1:
+        unmapped.sort(key=lambda column: _letters(sample, column), reverse=True)
     for name in missing:
-        guess[name] = spare.pop(0) if spare else "..."
+        guess[name] = unmapped.pop(0) if unmapped else "..."
     return Detected(format_name, {name: guess[name] for name in needed})
 
 

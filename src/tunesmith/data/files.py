@@ -3,7 +3,7 @@
 JSON and CSV are read here and not through Arrow, for two reasons. Arrow gives every row the union
 of all rows' keys, so the arguments of one tool call would appear, as nulls, in those of another.
 And a broken row must be named by the line that a text editor shows. JSON lines stay on disk and are
-parsed when a row is asked for.
+parsed when a row is read.
 
 No file is memory-mapped: where another program shortens it, the next access to a mapping kills the
 process (SIGBUS).
@@ -45,7 +45,7 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class Table:
-    """Rows found by number.
+    """Rows by their number.
 
     Attributes:
         row: row i as Python values, or a DataError with its place.

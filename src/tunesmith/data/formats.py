@@ -171,7 +171,7 @@ def _complete(reader: "_RowReader", sample: _AnySample, system: str | None) -> _
     messages = with_system(sample.messages, system)
     prompt_messages = sample.prompt_messages
     if prompt_messages:
-        # A system message that was put before them is part of the prompt.
+        # A system message in front of them is part of the prompt.
         prompt_messages += len(messages) - len(sample.messages)
     untrained = set()
     for i, message in enumerate(messages):
@@ -227,19 +227,19 @@ class _RowReader:
         # Columns that nothing reads yet are proposed for those that are missing: the nearest name,
         # or else the first.
         readable = {mapped.get(name, name) for name in COLUMNS[self.source.format]}
-        spare = [str(own) for own in self.row if own not in readable]
+        unmapped = [str(row_column) for row_column in self.row if row_column not in readable]
         proposed: dict[str, str | None] = dict(mapped)
         for name in missing:
-            near = nearest(mapped.get(name, name), spare)
+            near = nearest(mapped.get(name, name), unmapped)
             proposed[name] = near
             if near is not None:
-                spare.remove(near)
+                unmapped.remove(near)
         pairs = []
-        for name, own in proposed.items():
-            if own is None:
-                pairs.append(f"{name}: {_yaml_text(spare.pop(0)) if spare else '...'}")
-            elif own != name:
-                pairs.append(f"{name}: {_yaml_text(own)}")
+        for name, row_column in proposed.items():
+            if row_column is None:
+                pairs.append(f"{name}: {_yaml_text(unmapped.pop(0)) if unmapped else '...'}")
+            elif row_column != name:
+                pairs.append(f"{name}: {_yaml_text(row_column)}")
         fix = f"columns: {{{', '.join(pairs)}}}"
         fitting = [name for name, form in _FORMATS.items() if self.row.keys() >= set(form.columns)]
         if fitting:

@@ -24,7 +24,7 @@ class GlobalBatch:
 
     Attributes:
         step: from 0.
-        epoch: epochs done after it.
+        epoch: epochs completed after it.
         micro: equally many on every rank, without examples where these are too few.
         tokens, supervised, examples: sums over all ranks.
         indices: the examples.
@@ -70,7 +70,7 @@ class BatchPrefetcher(Protocol):
 
 @dataclass(eq=False)
 class Loader(AbstractContextManager["Loader"]):
-    """Iterates GlobalBatch from `start_step` up to `stop_step`, made ahead in one thread.
+    """Iterates GlobalBatch from `start_step` up to `stop_step`, prepared ahead in one thread.
 
     Use it in a `with`, or call `close()`: the thread ends with it.
 
@@ -86,7 +86,7 @@ class Loader(AbstractContextManager["Loader"]):
         share: (data rank, data ranks): whose micro batches these are. The sequence of global
             batches does not depend on it.
         attention_weight: cost of one pair of a query and a key that it sees, relative to a token's
-            matmuls. Micro batches of one micro step are made alike in cost; an example counts as
+            matmuls. Micro batches of one micro step cost about the same; an example counts as
             one document.
         mismatches: also lay out the prompts with answers of other examples (`mismatched`).
         ahead: global batches that wait ready.
@@ -145,7 +145,7 @@ class Loader(AbstractContextManager["Loader"]):
         self.close()
 
     def close(self) -> None:
-        """End the thread. What it had made ahead is discarded."""
+        """End the thread. Batches that it prepared ahead are discarded."""
         self._thread.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[GlobalBatch]:
@@ -158,7 +158,7 @@ class Loader(AbstractContextManager["Loader"]):
         waiting = deque[Future[GlobalBatch]]()
         try:
             while True:
-                # Beside those that wait ready, one is handed over and one is being made.
+                # Beside those that wait ready, one is handed over and one is being prepared.
                 for step in itertools.islice(steps, self.ahead + 2 - len(waiting)):
                     waiting.append(self._thread.submit(self._prefetched, step))
                 if not waiting:
@@ -183,7 +183,7 @@ class Loader(AbstractContextManager["Loader"]):
         return replace(batch, micro=micro, mismatched=mismatched)
 
     def batch(self, step: int) -> GlobalBatch:
-        """The global batch of one step, made here and now, in host memory."""
+        """The global batch of one step, built in this thread, in host memory."""
         examples = self.schedule.examples(step)
         micro_steps = self._micro_batches.micro_steps(step)
         of_step = [self.tokens[i] for i in examples]

@@ -6,7 +6,7 @@ can tell the template's words from the user's. Sentinels can:
 
 1. Render the conversation, and again with every text in it (contents, thinking, names and arguments
    of calls, names of tools) between two sentinels. Without the sentinels both renderings must be
-   equal; then they say where each text is, and everything outside a pair of them is the template's
+   equal; then they mark where each text is, and everything outside a pair of them is the template's
    own.
 2. An answer starts where generation would: what the rendering of the messages before it, with the
    generation prompt, has after its last text must stand at the same place of the conversation. What
@@ -163,7 +163,7 @@ class AssistantMask:
         self.jinja = jinja
         self.name = name
         self.tagged = bool(_GENERATION.search(jinja))
-        # Until they are known, the probe looks for every text with every position.
+        # Before its first result, the probe looks for every text with every position.
         self.reasoning = False
         self.tools = False
         self.ends = AnswerEnds(tokenizer, eos_ids)
@@ -220,8 +220,8 @@ class AssistantMask:
     def _locate_texts(self, text: str, messages: Messages, tools: Tools, where: str) -> _Rendering:
         """Find the texts of a conversation in its rendering.
 
-        The first position of sentinels that keeps the rendering equal is taken. Further positions
-        are tried while a text is not found that the template must show or that holds an end token.
+        The first position of sentinels that keeps the rendering equal is used. Further positions
+        are tried while a text is missing that the template must show or that holds an end token.
         """
         word = _unused_word(text, messages, tools)
         rendering: _Rendering | None = None
@@ -289,13 +289,13 @@ class AssistantMask:
         messages: Messages,
         tools: Tools = None,
         *,
-        wanted: Collection[int] | None = None,
+        selected: Collection[int] | None = None,
         where: str = "",
     ) -> tuple[str, list[CharSpan]]:
         """The rendered conversation, and the supervised spans of its answers.
 
         Args:
-            wanted: indices of the assistant messages that are supervised; None: all.
+            selected: indices of the assistant messages that are supervised; None: all.
 
         Raises:
             DataError: the template drops a part of the conversation, or an answer cannot be located
@@ -315,7 +315,7 @@ class AssistantMask:
             rendering = self._with_next_turn(rendering, answers[-1])
         spans = []
         for i in answers:
-            if wanted is not None and i not in wanted:
+            if selected is not None and i not in selected:
                 continue
             is_last = i == answers[-1]
             if self.tagged:
@@ -435,7 +435,7 @@ class AssistantMask:
         return f"set what the template takes in data.template_args ({', '.join(names)}); or {_FIX}"
 
     def _prompt(self, rendering: _Rendering, i: int, where: str) -> tuple[int | None, str]:
-        """What the model is given before message i, after the last text of the prompt.
+        """The model's input before message i, after the last text of the prompt.
 
         Returns:
             The index of the sentinel that closes that text (-1: the prompt holds none; None: in the
@@ -502,7 +502,7 @@ class AssistantMask:
             if owners[n] is not None:
                 continue
             previous = max((owner for owner in owners[:n] if owner is not None), default=None)
-            # The first answer after the last known one that no block holds yet.
+            # The first answer after the last assigned one that no block holds yet.
             later = [i for i in answers if i not in owners and (previous is None or i > previous)]
             owners[n] = later[0] if later else previous
             if owners[n] is None:

@@ -15,7 +15,7 @@ def mismatched_examples(
 
     Args:
         most: tokens that an example may have; the end of a longer one is left out.
-        reference: fp64 [n, 1], `Example.reference` of each; None where it is not known.
+        reference: fp64 [n, 1], `Example.reference` of each; None where unknown.
     """
     mismatched = []
     for i, example in enumerate(examples):

@@ -4,7 +4,7 @@ Longest first, each document goes into the fullest bin that still has room; neve
 11/9 OPT + 1 bins (Johnson et al., SIAM J. Comput. 3, 1974). Ding et al., arXiv:2404.10830, use it
 for training rows.
 
-Remaining room is a whole number up to the capacity, so bins are kept in stacks by room, and a
+Remaining room is a whole number up to the capacity, so bins are in stacks by room, and a
 sorted list of the rooms that occur answers "the least room >= n" by bisection: O(n log n) with
 memory moves of at most `capacity` entries.
 """

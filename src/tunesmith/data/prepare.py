@@ -158,7 +158,7 @@ class TrainingData:
         return figures
 
     def describe_schedule(self) -> str:
-        """A line for the user: how many optimizer steps, and what they are made of."""
+        """A line for the user: how many optimizer steps, and of which examples."""
         duration = self.run.train.duration
         summary = self.schedule.summary(duration)
         steps = f"as many as fit in {duration.in_words()}"

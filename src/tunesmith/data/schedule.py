@@ -1,6 +1,6 @@
 """Which examples each optimizer step trains on.
 
-A pure function of (seed, epoch, recipe): step k is found without playing the steps before it, so a
+A pure function of (seed, epoch, recipe): step k is computed without the steps before it, so a
 run that resumes at k sees what an uninterrupted one sees. Packing, the micro batch and the number
 of ranks do not change which examples a step has.
 """
@@ -146,8 +146,8 @@ class BatchSchedule:
         return self.sequences * int(self.sequence_lengths.max())
 
     def digest(self) -> str:
-        """sha256 (hex) of all that decides which examples a step has."""
-        made_of = [
+        """sha256 (hex) of every setting and length that decides which examples a step has."""
+        settings = [
             self._seed,
             self._shuffle,
             self._counts_tokens,
@@ -155,7 +155,7 @@ class BatchSchedule:
             self.packed,
             self.row_length,
         ]
-        content = json.dumps(made_of).encode() + self.lengths.tobytes() + self._repeats.tobytes()
+        content = json.dumps(settings).encode() + self.lengths.tobytes() + self._repeats.tobytes()
         return hashlib.sha256(content).hexdigest()
 
     def _order_examples(self, epoch: int) -> np.ndarray:
@@ -256,7 +256,7 @@ class BatchSchedule:
         return [[examples[i] for i in sorted(row)] for row in rows]
 
     def epoch(self, step: int) -> float:
-        """Epochs done when this step is done."""
+        """Epochs completed after this step."""
         epoch, step_of_epoch = self.locate(step)
         return epoch + (step_of_epoch + 1) / self.steps_per_epoch(epoch)
 

@@ -66,7 +66,7 @@ class Sentinels:
         return marked_messages, [self._tool(tool) for tool in tools]
 
     def strip(self, text: str) -> tuple[str, list[Sentinel]]:
-        """The rendering without sentinels, and those that it held, in order."""
+        """The rendering without sentinels, and those that it contained, in order."""
         pattern = re.compile(self.word + r"(\d+)([be])Q")
         sentinels = []
         removed = 0

@@ -48,7 +48,7 @@ class Rows:
 
     @property
     def available(self) -> int:
-        """All rows of the files and splits that some are taken of."""
+        """All rows of the files and splits, before a selection."""
         return sum(len(table) for table in self._tables())
 
     def _find(self, i: int) -> tuple[Table, int]:
@@ -96,7 +96,7 @@ class Rows:
         return list({id(part.table): part.table for part in self._ranges}.values())
 
     def digest(self) -> str:
-        """sha256 (hex) of the content and of which rows are taken.
+        """sha256 (hex) of the content and of which rows are selected.
 
         The file's name and folder do not enter.
         """
@@ -128,7 +128,7 @@ def open_splits(source: Source) -> dict[str, Table]:
 
 
 def from_list(rows: list[dict[str, Any]], name: str = "rows") -> Rows:
-    """Rows that a program made."""
+    """Rows that a program passes."""
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     table = Table(
         len(rows),

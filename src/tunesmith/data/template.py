@@ -56,7 +56,7 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
     """
     formats = {source.format for source in (*data.train, *data.validation)}
     may_have_tools = bool(formats & _WITH_TOOLS)
-    chat_template = _own_template(tokenizer, tools=may_have_tools)
+    chat_template = _chat_template_of(tokenizer, tools=may_have_tools)
     if chat_template is not None and data.template in ("auto", "chat"):
         chat_template = _with_arguments(chat_template, data, tokenizer, "chat")
     needs_none = chat_template is None and bool(formats) and formats <= _PLAIN
@@ -98,7 +98,7 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
     if data.template in ("auto", "alpaca"):
         # A template of ours writes BOS where the tokenizer adds it to plain text.
         bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and bos in _added_before(tokenizer)
+        adds_bos = bos is not None and bos in _prefix_ids(tokenizer)
         jinja = builtin_templates.alpaca(bos=adds_bos)
         jinja = _with_arguments(jinja, data, tokenizer, "alpaca")
         return Template(tokenizer, eos_ids, jinja=jinja, name="alpaca")
@@ -166,7 +166,7 @@ class Template:
             # Tokens that the template writes after an answer end generation too.
             self.end_ids |= frozenset(self._mask.ends.stops.values())
             self.earlier_end_ids = frozenset(self._mask.ends.earlier.values())
-        self._bos = _added_before(tokenizer)
+        self._bos = _prefix_ids(tokenizer)
         if self.raw:
             self.jinja = self._raw_jinja()
 
@@ -195,7 +195,7 @@ class Template:
     def describe(self) -> str:
         """One line for the user.
 
-        It says which prompt is in use, how an answer ends and how the loss mask is found.
+        It says which prompt is in use, how an answer ends and how the loss mask is computed.
         """
         raw_end = repr(self.tokenizer.decode([self._raw_end]))
         if self._mask is None:
@@ -260,7 +260,7 @@ class Template:
         return examples
 
     def prompt(self, sample: Sample) -> list[int]:
-        """Token ids that the model is given: all before the last answer, which may be missing.
+        """Token ids of the model's input: all before the last answer, which may be missing.
 
         Raises:
             DataError: the sample cannot be rendered.
@@ -361,18 +361,18 @@ class Template:
         if train_on == "last":
             first = len(messages) - 1
         # Answers before `first` belong to the prompt.
-        wanted = set(range(first, len(messages)))
+        selected = set(range(first, len(messages)))
         if train_on != "all":
-            wanted -= sample.untrained
-            return self._mask.answers(messages, tools, wanted=wanted, where=where)
+            selected -= sample.untrained
+            return self._mask.answers(messages, tools, selected=selected, where=where)
         # All characters behind the prompt, without the answers that the row leaves out.
-        text, spans = self._mask.answers(messages, tools, wanted=wanted, where=where)
+        text, spans = self._mask.answers(messages, tools, selected=selected, where=where)
         start = spans[0].start if sample.prompt_messages else 0
-        left_out = wanted & sample.untrained
+        left_out = selected & sample.untrained
         trained_spans = []
         # What the row leaves out becomes gaps between the trained stretches.
         if left_out:
-            _, gaps = self._mask.answers(messages, tools, wanted=left_out, where=where)
+            _, gaps = self._mask.answers(messages, tools, selected=left_out, where=where)
             for gap in gaps:
                 trained_spans.append(CharSpan(start, gap.start))
                 start = gap.end
@@ -408,8 +408,8 @@ class Template:
         return [] if has_bos else self._bos
 
 
-def _added_before(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer itself puts before a text."""
+def _prefix_ids(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer itself adds before a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(bare) + 1):
@@ -418,7 +418,7 @@ def _added_before(tokenizer: Any) -> list[int]:
     return []
 
 
-def _own_template(tokenizer: Any, *, tools: bool) -> str | None:
+def _chat_template_of(tokenizer: Any, *, tools: bool) -> str | None:
     """The tokenizer's chat template as one text; some have several, `tool_use` among them."""
     templates = tokenizer.chat_template
     if not isinstance(templates, dict):

@@ -1,4 +1,4 @@
-"""Rows -> tokens and loss mask, once: they are kept in the token cache (`cache.py`)."""
+"""Rows -> tokens and loss mask, once: they are stored in the token cache (`cache.py`)."""
 
 import hashlib
 import itertools
@@ -41,7 +41,7 @@ class TokenCounts:
 
     Attributes:
         rows: read.
-        kept: examples made of them.
+        kept: examples in the token set.
         tokens, supervised: of the examples.
         cut: examples that lost their end.
         dropped: rows left out as too long.
@@ -54,7 +54,7 @@ class TokenCounts:
         flaws: name in ROW_WARNINGS -> how many rows, and the first of them.
         longest_of_99: 99 % of the rows, uncut, have no more tokens.
         available: rows that the source has.
-        taken: the recipe's keys that take some of them.
+        taken: the recipe's keys that select some of them.
     """
 
     source: str
@@ -100,15 +100,15 @@ class SourceTokens:
         """The first n examples (all, where there are fewer)."""
         n = min(len(self), n)
         arrays = self.arrays.part(0, n)
-        taken = self.counts.taken
+        selection = self.counts.taken
         if n < len(self):
-            taken = f"{taken}, the first {n:,}".removeprefix(", ")
+            selection = f"{selection}, the first {n:,}".removeprefix(", ")
         counts = replace(
             self.counts,
             **_count_tokens(arrays),
             # Another digest: fewer examples are another set to learn from.
             digest=hashlib.sha256(f"{self.counts.digest}[:{n}]".encode()).hexdigest(),
-            taken=taken,
+            taken=selection,
         )
         leaks = tuple(i for i in self.leaks if i < n)
         return replace(self, arrays=arrays, counts=counts, leaks=leaks)
@@ -123,6 +123,13 @@ def _count_tokens(arrays: TokenArrays) -> dict[str, Any]:
     }
 
 
+def _join_arrays(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One array of all; of none int64 [0], as numpy joins no empty list."""
+    if not arrays:
+        return np.zeros(0, np.int64)
+    return np.concatenate(arrays)
+
+
 class TokenSet:
     """All examples of a split, source after source.
 
@@ -130,9 +137,9 @@ class TokenSet:
         lengths: int64 [n], tokens of each example.
         longest_sequences: int64 [n], tokens of each example's longest sequence.
         repeats: float64 [n], how often each is seen in an epoch.
-        reference: fp64 [n, sequences of one], see `Example.reference`; None where it is not known.
+        reference: fp64 [n, sequences of one], see `Example.reference`; None where unknown.
         mismatched_reference: of prompts with answers of other rows (`mismatched.py`), fp64
-            [examples] of each optimizer step, or of all held-out rows as one; None: not known.
+            [examples] of each optimizer step, or of all held-out rows as one; None: unknown.
         shares_prompts: packed rows hold once what the sequences of a pair share.
     """
 
@@ -141,18 +148,20 @@ class TokenSet:
         self.shares_prompts = False
         self.reference: np.ndarray | None = None
         self.mismatched_reference: Sequence[np.ndarray] | None = None
-        self._firsts = np.cumsum([0, *(len(part) for part in self.parts)])
-        lengths = [np.diff(part.arrays.offsets) for part in self.parts]
+        self._firsts = np.cumsum([0, *map(len, self.parts)])
+        lengths = []
         longest = []
-        for part, of_part in zip(self.parts, lengths, strict=True):
+        repeats = []
+        for part in self.parts:
+            of_examples = np.diff(part.arrays.offsets)
+            # Of a pair the first sequence ends here; 0 where an example is one sequence.
             firsts = part.arrays.firsts
-            longest.append(np.maximum(firsts, of_part - firsts))
-        repeats = [np.full(len(part), part.weight) for part in self.parts]
-        # numpy joins no empty list.
-        nothing = np.zeros(0, np.int64)
-        self.lengths = np.concatenate(lengths or [nothing])
-        self.longest_sequences = np.concatenate(longest or [nothing])
-        self.repeats = np.concatenate(repeats or [nothing])
+            lengths.append(of_examples)
+            longest.append(np.maximum(firsts, of_examples - firsts))
+            repeats.append(np.full(len(part), part.weight))
+        self.lengths = _join_arrays(lengths)
+        self.longest_sequences = _join_arrays(longest)
+        self.repeats = _join_arrays(repeats)
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -401,7 +410,7 @@ def _cache_key(
 ) -> str:
     import transformers
 
-    made_of = {
+    settings = {
         "version": VERSION,
         "transformers": transformers.__version__,
         "rows": rows.digest(),
@@ -410,7 +419,7 @@ def _cache_key(
         "tokenizer": of_tokenizer,
         "limits": [data.seq_len, data.too_long, data.train_on],
     }
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _tokenize_rows(
@@ -476,27 +485,27 @@ def _add_example(
     if data.too_long == "drop":
         counts["dropped"] += 1
         return
-    cut = _cut(example, data.seq_len)
-    if cut is None:
+    truncated = _truncate(example, data.seq_len)
+    if truncated is None:
         counts["emptied"] += 1
         return
-    writer.add(cut, row, truncated=True)
+    writer.add(truncated, row, truncated=True)
 
 
-def _cut(example: Example, length: int) -> Example | None:
+def _truncate(example: Example, length: int) -> Example | None:
     """The example with each of its sequences cut; None where that leaves one without a target."""
     ids = []
     trained = []
     start = 0
     for n in example.sequences or (len(example.ids),):
         sequence = slice(start, start + n)
-        kept = slice(start, start + min(n, length))
+        shortened = slice(start, start + min(n, length))
         had_target = np.any(example.trained[sequence])
         # The first token of a sequence is never a target.
-        if had_target and not np.any(example.trained[kept][1:]):
+        if had_target and not np.any(example.trained[shortened][1:]):
             return None
-        ids.append(example.ids[kept])
-        trained.append(example.trained[kept])
+        ids.append(example.ids[shortened])
+        trained.append(example.trained[shortened])
         start += n
     if not example.sequences:
         return example._replace(ids=ids[0], trained=trained[0])

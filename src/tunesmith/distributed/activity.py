@@ -26,10 +26,10 @@ class Probes:
         current_collective: the collective that the main thread is in, if not one of torch's own.
             Lines of the module that defines it are not where a rank stands.
         find_error: what went wrong with a collective that has raised nothing; empty: nothing.
-        store_is_closed: whether the machine of the store answers, and the process that held the
+        store_is_closed: whether the machine of the store answers, and the process that hosted the
             store is gone.
-        stop_signal: which signal has told this process to stop; empty: none.
-        gpu_is_busy: asked where the main thread seems stuck. Collectives return at once on a GPU:
+        stop_signal: which signal requires this process to stop; empty: none.
+        gpu_is_busy: called where the main thread seems stuck. Collectives return at once on a GPU:
             it is there that they wait.
     """
 
@@ -46,7 +46,7 @@ class Activity:
 
     Attributes:
         beat: the one that this rank sends next, where all of it is noted.
-        step: the last one done.
+        step: the last complete one.
         moved_at: when the main thread last moved on, by the clock.
         phase_name: the part of the run that goes on.
         phase_prefix, longest_limit: what phases are part of, and the limit of each.
@@ -71,7 +71,7 @@ class Activity:
         self.progress()
 
     def progress(self, step: int | None = None) -> None:
-        """Note that the main thread moves on; `step`: the last one done."""
+        """Note that the main thread moves on; `step`: the last complete one."""
         self.moved_at = self.clock.seconds
         if step is not None:
             self.step = step

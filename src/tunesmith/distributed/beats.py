@@ -26,7 +26,7 @@ class Beat:
         place: of the main thread, in words.
         collective: what the main thread waits in, if it does: a collective, or work of the GPU.
         idle: seconds without progress, which must not exceed `limit`.
-        done: whether the rank has ended its work, and may be missed.
+        is_done: whether the rank has ended its work, and may be missed.
     """
 
     count: int = 0
@@ -36,7 +36,7 @@ class Beat:
     collective: str = ""
     idle: float = 0.0
     limit: float = inf
-    done: bool = False
+    is_done: bool = False
 
 
 @dataclass(eq=False)
@@ -75,10 +75,10 @@ class Peers:
         self.local = local
         self.limit = limit
         self.clock = RunClock(min(1.0, limit / 20))
-        self.own = Beat(phase=Phase.START)
+        self.own_beat = Beat(phase=Phase.START)
         # A system without namespaces has no such link.
         with contextlib.suppress(OSError):
-            self.own.process = f"{os.readlink('/proc/self/ns/pid')} {os.getpid()}"
+            self.own_beat.process = f"{os.readlink('/proc/self/ns/pid')} {os.getpid()}"
         self.beats = [Beat() for _ in hosts]
         self.heard_at = [0.0] * len(hosts)
         self.answered_at = 0.0
@@ -95,15 +95,15 @@ class Peers:
                 self.heard_at[rank] = now
 
     def is_silent(self, rank: int, limit: float) -> bool:
-        """Whether another rank has given no beat for so many seconds."""
+        """Whether another rank has sent no beat for so many seconds."""
         return rank != self.rank and self.clock.seconds - self.heard_at[rank] > limit
 
     def ended(self) -> list[int]:
-        """The ranks of this node whose process is no more, though they were not done."""
+        """The ranks of this node whose process is no more, though they had not finished."""
         return [
             rank
             for rank in self.local
-            if not self.beats[rank].done and self.process_state(rank) in ENDED_STATES
+            if not self.beats[rank].is_done and self.process_state(rank) in ENDED_STATES
         ]
 
     def process_state(self, rank: int) -> str:
@@ -121,7 +121,7 @@ class Peers:
         """The id of a rank's process; 0 where it cannot be seen from here."""
         namespace, _, pid = self.beats[rank].process.rpartition(" ")
         # In a container the same number is another process.
-        is_visible = namespace and self.own.process.startswith(namespace)
+        is_visible = namespace and self.own_beat.process.startswith(namespace)
         return int(pid) if is_visible else 0
 
     def local_processes(self) -> dict[int, int]:
@@ -142,7 +142,7 @@ class Peers:
 
     def place_of(self, rank: int) -> dict[str, object]:
         """Where a rank is, or was when it last gave a beat, for failure.json."""
-        beat = self.own if rank == self.rank else self.beats[rank]
+        beat = self.own_beat if rank == self.rank else self.beats[rank]
         return {
             "rank": rank,
             # Only a run of one process does not know its host's name.

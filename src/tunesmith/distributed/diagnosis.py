@@ -23,7 +23,7 @@ ErrorFields = dict[str, Any]
 
 @dataclass(eq=False)
 class Diagnosis:
-    """Looks for a fault in the beats that the peers have given.
+    """Looks for a fault in the beats that the peers have sent.
 
     Attributes:
         broken: torch's words for a connection that broke; empty while none did.
@@ -60,9 +60,9 @@ class Diagnosis:
         if ended:
             return self._killed(ended)
         limit = MISSED_BEATS * peers.clock.interval if self.broken else peers.limit
-        # A rank that is done beats no more. It is missed where another waits for it.
-        is_waiting = bool(self.broken or peers.own.collective)
-        expected = [rank for rank, beat in enumerate(peers.beats) if is_waiting or not beat.done]
+        # A rank that has finished beats no more. It is missed where another waits for it.
+        is_waiting = bool(self.broken or peers.own_beat.collective)
+        expected = [rank for rank, beat in enumerate(peers.beats) if is_waiting or not beat.is_done]
         if any(peers.is_silent(rank, limit) for rank in expected):
             # The ranks of a node do not beat at once.
             silent = [rank for rank in expected if peers.is_silent(rank, limit / 2)]
@@ -84,7 +84,7 @@ class Diagnosis:
         clock = self.peers.clock
         if not self.ended_at:
             self.ended_at = clock.seconds
-        # The others have yet to say what they wait in.
+        # The others have yet to send what they wait in.
         if clock.seconds - self.ended_at < clock.interval:
             return {}
         what = f"{self.peers.names(ended)} was killed"
@@ -123,7 +123,7 @@ class Diagnosis:
         """Whether a rank within its limit may end the wait of others for `longest` seconds."""
         beat = self.peers.beats[rank]
         waits_too = bool(beat.collective) and beat.idle > longest / 2
-        return not beat.done and not waits_too
+        return not beat.is_done and not waits_too
 
     def lost_store(self, why: str) -> ErrorFields:
         """The fault that the store does not answer; `why` in torch's words."""

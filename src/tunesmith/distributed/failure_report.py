@@ -1,4 +1,4 @@
-"""The fault that ends all ranks: kept once it is decided, and reported by one rank of each node."""
+"""The fault that ends all ranks: final once decided, and reported by one rank of each node."""
 
 import contextlib
 import sys
@@ -16,7 +16,7 @@ class FailureReport:
     """What ends this rank, if anything does.
 
     Attributes:
-        fault: what ends all ranks, once it is known.
+        fault: what ends all ranks, once it is decided.
         fault_event: set then.
         decided_at: when that was, by `time.monotonic`.
         is_ending: whether the main thread has raised an error, and knows that it must end.
@@ -37,7 +37,7 @@ class FailureReport:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def decide(self, fields: ErrorFields, step: int, *, reports: bool, is_raised: bool) -> None:
-        """Make the fault known to this rank.
+        """Record the fault on this rank.
 
         Args:
             reports: whether this rank reports it.

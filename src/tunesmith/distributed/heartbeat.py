@@ -41,7 +41,7 @@ from tunesmith.errors import (
 
 # Errors that all ranks raise at the same step.
 AGREED = (OtherRankError, StoppedError, NonFiniteError)
-# Seconds that the main thread has to end once the fault is known. In a collective it cannot.
+# Seconds that the main thread has to end once the fault is decided. In a collective it cannot.
 GRACE = 3.0
 # The same for a main thread that has raised an error and knows of the fault.
 ENDING = 60.0
@@ -79,7 +79,7 @@ class Heartbeat:
         self.store = store
         self.probes = probes or Probes()
         self.peers = Peers(rank, hosts, local, limit)
-        self.activity = Activity(self.peers.own, self.peers.clock, self.probes)
+        self.activity = Activity(self.peers.own_beat, self.peers.clock, self.probes)
         self.diagnosis = Diagnosis(self.peers, self.probes)
         self.report = FailureReport()
         self.agreed: BaseException | None = None
@@ -112,11 +112,11 @@ class Heartbeat:
         return self.activity.phase_name
 
     def progress(self, step: int | None = None) -> None:
-        """Note that the main thread moves on; `step`: the last one done."""
+        """Note that the main thread moves on; `step`: the last complete one."""
         self.activity.progress(step)
 
     def verdict(self, error: BaseException, failure: TunesmithError | None = None) -> BaseException:
-        """What ends this rank: `error`, made known to the others.
+        """What ends this rank: `error`, published to the others.
 
         OtherRankError in its place, if another rank's end caused it.
 
@@ -155,7 +155,7 @@ class Heartbeat:
 
     def _close(self) -> None:
         peers = self.peers
-        peers.own.done = True
+        peers.own_beat.is_done = True
         # Where no launcher holds the store rank 0 does, and stays until the others have read it
         # for the last time.
         is_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -171,10 +171,10 @@ class Heartbeat:
             atexit.register(_leave)
 
     def _all_are_done(self) -> bool:
-        """Whether every rank has said that it is done, or is silent."""
+        """Whether every rank has finished, by its beat, or is silent."""
         peers = self.peers
         return all(
-            beat.done or peers.is_silent(rank, MISSED_BEATS * peers.clock.interval)
+            beat.is_done or peers.is_silent(rank, MISSED_BEATS * peers.clock.interval)
             for rank, beat in enumerate(peers.beats)
         )
 
@@ -198,12 +198,12 @@ class Heartbeat:
     def _talk(self) -> None:
         """In a thread: a round each interval, until the store or this rank's work ends."""
         while True:
-            # The last round says that this rank is done.
+            # The last round publishes that this rank has finished.
             is_last = self._closing.is_set()
             try:
                 self._round()
             except RuntimeError as error:  # torch's errors of a store and of a network
-                if not self.peers.own.done:
+                if not self.peers.own_beat.is_done:
                     self._lose_store(first_line(error))
                 return
             if is_last:
@@ -217,9 +217,9 @@ class Heartbeat:
         if not self.report.is_ending:
             self.activity.sample()
         self.activity.count_beat()
-        # Before the beats are read: a rank says that it is done, and then ends.
+        # Before the beats are read: a rank publishes that it has finished, and then ends.
         ended = peers.ended()
-        self.store.set(f"beat/{peers.rank}", json.dumps(asdict(peers.own)))
+        self.store.set(f"beat/{peers.rank}", json.dumps(asdict(peers.own_beat)))
         keys = [f"beat/{rank}" for rank in range(len(peers.hosts))]
         *beats, verdict = self.store.multi_get([*keys, "verdict"])
         peers.read(beats)
@@ -228,7 +228,7 @@ class Heartbeat:
         self.diagnosis.check_collectives()
         if verdict == UNDECIDED.encode():
             fields = self.report.own_error or self.diagnosis.find_fault(
-                [rank for rank in ended if not peers.beats[rank].done]
+                [rank for rank in ended if not peers.beats[rank].is_done]
             )
             if not fields:
                 return
@@ -251,7 +251,7 @@ class Heartbeat:
                 os.kill(peers.pid(rank), signal.SIGKILL)
 
     def _lose_store(self, why: str) -> None:
-        """Decide without the others, who cannot be asked."""
+        """Decide without the others, who cannot be reached."""
         living = {*self.peers.local} - {*self.peers.ended()}
         is_lowest = self.peers.rank == min(living)
         self._decide(self.diagnosis.lost_store(why), reports=is_lowest)
@@ -267,7 +267,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     """The error and what it was raised from, the first cause last."""
     chain = [error]
     cause = error.__cause__
-    # A RunError may say it in other words; `raise error from error` makes a ring.
+    # A RunError may have other words for it; `raise error from error` makes a ring.
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__

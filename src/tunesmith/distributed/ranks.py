@@ -37,7 +37,7 @@ from tunesmith.run_dir import Phase
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# A collective may wait for a rank that compiles, loads or saves; one that is gone is found by its
+# A collective may wait for a rank that compiles, loads or saves; one that is gone is noticed by its
 # heartbeat.
 COLLECTIVE_TIMEOUT = timedelta(hours=24)
 # A key of the launcher's store: the prefix of the keys of these ranks' heartbeats.
@@ -51,8 +51,8 @@ REPORT_S = 10.0
 # collective or kernel failed or it stood still for minutes. Its sign to dump stays in the
 # launcher's store for the ranks that start again.
 WATCHDOG = ("ASYNC_ERROR_HANDLING", "RETHROW_CUDA_ERRORS", "ENABLE_MONITORING", "DUMP_ON_TIMEOUT")
-# Where torchrun and accelerate, srun, Open MPI, and other MPIs say how many ranks there are.
-# SLURM_NTASKS does not say it: a batch script without srun has it too, and is one process.
+# Where torchrun and accelerate, srun, Open MPI, and other MPIs give the number of ranks.
+# SLURM_NTASKS does not: a batch script without srun has it too, and is one process.
 RANKS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 T = TypeVar("T")
 

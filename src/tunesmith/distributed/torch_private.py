@@ -57,7 +57,7 @@ def current_collective() -> str:
 
 
 def find_nccl_error() -> str:
-    """What NCCL has found wrong with a collective of any group; else empty.
+    """NCCL's error of a collective of any group; else empty.
 
     The GPU waits for such a collective, and nothing raises the error.
     """
@@ -146,7 +146,7 @@ def mark_varying(tensor: Tensor, dim: int) -> None:
 
 
 def graphs_compiled() -> int:
-    """How many graphs torch.compile has made in this process so far."""
+    """How many graphs torch.compile has built in this process so far."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
@@ -183,7 +183,7 @@ def let_codes_be_sharded() -> None:
 
 
 def restart_compiler() -> None:
-    """Forget what torch.compile has made or failed to make, and end its workers.
+    """Forget what torch.compile has built or failed to build, and end its workers.
 
     Workers keep the environment that they began with.
     """

@@ -74,7 +74,7 @@ class VocabularyShard(NamedTuple):
         # The first of equal ones on this rank; `min` below takes the first of all ranks.
         largest, token = logits.max(-1)
         global_largest = collective("all_reduce", largest, "max", self.group)
-        # Ranks that do not have it say a token that is larger than any.
+        # Ranks that do not have it give a token that is larger than any.
         none = torch.iinfo(torch.int64).max
         token = (token + self.first).where(largest == global_largest, none)
         return collective("all_reduce", token, "min", self.group)

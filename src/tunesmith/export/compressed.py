@@ -37,7 +37,7 @@ SMALLEST_SCALE = 1e-12  # of a row of zeros
 
 @dataclass(frozen=True)
 class StoredPart:
-    """A tensor of the file that is made of a weight's rows.
+    """A tensor of the file that is computed from a weight's rows.
 
     Attributes:
         rows: the part's rows that belong to a weight's rows from `first` to before `last`.
@@ -66,7 +66,7 @@ class RoundedWeight(ABC):
 
     @abstractmethod
     def rows(self, first: int, last: int) -> Tensor:
-        """fp32, made of the rounded values."""
+        """fp32, from the rounded values."""
 
 
 class RoundedFp8(RoundedWeight):

@@ -30,7 +30,7 @@ from tunesmith.errors import CheckpointError, UsageError
 from tunesmith.export import merge_check
 from tunesmith.export.compressed import RoundedWeight
 from tunesmith.export.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit
-from tunesmith.export.output import output_place, part_folder, put_in_place
+from tunesmith.export.output import move_into_place, output_place, part_folder
 from tunesmith.export.streamed_model import Values, streamed_logits
 from tunesmith.export.tuned_weights import TunedModel, open_tuned_model, row_bands
 from tunesmith.host.files import follow_umask, require_disk_space
@@ -69,7 +69,7 @@ SENTENCEPIECE = "tokenizer.model"
 
 @dataclass(frozen=True)
 class Merged(Tabular):
-    """A finished merge: the folder, what it was made from, a note about it, and the check."""
+    """A finished merge: the folder, its sources, a note about it, and the check."""
 
     output: str
     base: str
@@ -152,7 +152,7 @@ def merge(
             text = json.dumps({**asdict(check), "files": sizes}, indent=2)
             (part / MERGE_FILE).write_text(text + "\n", encoding="utf-8")
             follow_umask(part)
-            _move_into_place(part, goal, check)
+            _publish(part, goal, check)
     finally:
         if had_bars:
             hf_logging.enable_progress_bar()
@@ -300,11 +300,11 @@ def _check_readable(folder: Path) -> None:
         )
 
 
-def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
+def _publish(temporary: Path, goal: Path, check: MergeCheck) -> None:
     """Give the written folder its name: the goal, or `<goal>.rejected` if the check failed."""
     if not check.passed:
         rejected = Path(f"{goal}.rejected")
-        put_in_place(temporary, rejected)
+        move_into_place(temporary, rejected)
         raise CheckpointError(
             "the merged model gives different outputs: "
             f"logits up to {check.merged.max_logit:.3g} apart, "
@@ -314,7 +314,7 @@ def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
             why="; ".join(text for text, holds in check.rules if not holds),
             fix="merge with --dtype fp32, or serve the adapter with its base",
         )
-    put_in_place(temporary, goal)
+    move_into_place(temporary, goal)
 
 
 def write_merged(
@@ -326,7 +326,7 @@ def write_merged(
     shown_dtype: str | None = None,
 ) -> None:
     """Write the merged model as Transformers files: weights in shards, tokenizer with its template,
-    settings, a card; those of `rounded` as the tensors that they are made of.
+    settings, a card; those of `rounded` as the tensors that they consist of.
 
     Args:
         shown_dtype: of the weights, in the card; None: `dtype`.
@@ -335,7 +335,7 @@ def write_merged(
     files = tuned.files.files
     rounded = rounded or {}
     tensors = {}
-    # `save_sharded` asks for rows of a tensor: the reader is found by the tensor itself.
+    # `save_sharded` asks for rows of a tensor: the tensor itself identifies the reader.
     readers: dict[int, ReadRows] = {}
     parameters = dict(model.named_parameters())
     for name, tensor in weights_of(model).items():
@@ -377,7 +377,7 @@ def write_merged(
 
 
 def add_files_to_card(folder: Path, *files: CardFile) -> None:
-    """Put the table of files into the card of a folder."""
+    """Add the table of files to the card of a folder."""
     card = folder / CARD
     card.write_text(with_files(card.read_text(encoding="utf-8"), files), encoding="utf-8")
 

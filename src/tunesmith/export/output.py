@@ -1,6 +1,6 @@
 """Where an export is written: in a hidden folder beside its place, until it is complete.
 
-    output_place -> part_folder: `.NAME.PID.part` -> checks of what was written -> put_in_place
+    output_place -> part_folder: `.NAME.PID.part` -> checks of what was written -> move_into_place
 
 A killed export leaves such a folder, and nothing under the final name; the next one to that place
 removes it.
@@ -30,7 +30,7 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
     if not str(output):
         raise UsageError("--output is empty", where="--output", fix="use a new file or folder")
     goal = Path(os.path.abspath(output))
-    # A kill came between the two renames of `put_in_place`.
+    # A kill came between the two renames of `move_into_place`.
     if not goal.exists() and _old(goal).exists():
         _old(goal).rename(goal)
     for source in (location.folder, Path(location.base.name)):
@@ -96,7 +96,7 @@ def part_folder(goal: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def put_in_place(written: Path, goal: Path) -> None:
+def move_into_place(written: Path, goal: Path) -> None:
     """Give what is complete its name; what stands there is deleted once it has it."""
     old = _old(goal)
     if goal.is_dir():

@@ -104,8 +104,8 @@ def streamed_logits(
     Args:
         dtype: of weights and matmuls.
         attention: Transformers' name of the kernel; None: the one it takes for the model.
-        places: the positions of each prompt whose logits are wanted, [places, vocabulary] of each;
-            None: all. A row of a vocabulary of 128k takes half a megabyte.
+        places: the positions of each prompt whose logits are returned, [places, vocabulary] of
+            each; None: all. A row of a vocabulary of 128k takes half a megabyte.
     """
     model = copy.deepcopy(tuned.model).eval()
     if attention is not None:
@@ -139,7 +139,7 @@ def _compute_head_at(model: PreTrainedModel, places: Sequence[Sequence[int]]) ->
 
 
 def _attach_to_experts(model: PreTrainedModel, tuned: TunedModel) -> dict[str, TunedWeight]:
-    """Put the adapter of the experts on a model; returns its weights by their names there."""
+    """Add the adapter of the experts to a model; returns its weights by their names there."""
     choose_top_k(model)
     weights = {}
     for name, weight in tuned.weights.items():

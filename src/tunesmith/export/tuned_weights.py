@@ -1,9 +1,9 @@
-"""What a run has trained, parameter by parameter, read from the disk when it is asked for.
+"""What a run has trained, parameter by parameter, read from the disk at its use.
 
     rows first:last  =  rows of the base  +  scaling * B[first:last] A          in fp32
 
 The base's values are those that training computed with: rounded to the recipe's dtype, and for nf4
-quantized and made dense again. Nothing is in memory but what a caller holds; of a base in nf4, one
+quantized and dequantized. Nothing is in memory but what a caller uses; of a base in nf4, one
 matrix.
 """
 
@@ -118,7 +118,7 @@ class WholeRows(ABC):
 
 @dataclass(frozen=True, eq=False)
 class QuantizedRows(WholeRows):
-    """The weight of a quantized layer, made dense.
+    """The weight of a quantized layer, dequantized.
 
     Attributes:
         layer: on meta; it says how the weight is quantized.
@@ -139,7 +139,7 @@ class QuantizedRows(WholeRows):
 
 @dataclass(frozen=True)
 class QuantizedExperts:
-    """A stack of experts in nf4, made dense a few experts at a time.
+    """A stack of experts in nf4, dequantized a few experts at a time.
 
     Attributes:
         layer: on meta; it says how the stack is quantized.

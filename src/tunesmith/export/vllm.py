@@ -23,9 +23,9 @@ from tunesmith.export.merge import add_files_to_card, write_merged
 from tunesmith.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.export.output import (
     OTHER_DISK,
+    move_into_place,
     output_place,
     part_folder,
-    put_in_place,
     require_new_folder,
 )
 from tunesmith.export.streamed_model import Values, streamed_logits
@@ -107,7 +107,7 @@ def export_rounded(
             _, kl, _ = differences
             kind = f"compressed-tensors, {quant}"
             add_files_to_card(part, weights_file(part, kind, kl.mean_kl, kl.agreement))
-            put_in_place(part, goal)
+            move_into_place(part, goal)
     size = sum(file.stat().st_size for file in goal.iterdir())
     return RoundedFolder(str(output), quant, len(rounded), size, *differences)
 

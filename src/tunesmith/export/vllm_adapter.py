@@ -34,9 +34,9 @@ from tunesmith.errors import ModelError, UsageError
 from tunesmith.export.merge import add_files_to_card
 from tunesmith.export.output import (
     OTHER_DISK,
+    move_into_place,
     output_place,
     part_folder,
-    put_in_place,
     require_new_folder,
 )
 from tunesmith.export.tuned_weights import ExpertsUpdate, LoraUpdate, TunedModel, open_tuned_model
@@ -156,7 +156,7 @@ def export_peft(path: str | Path, output: str | Path) -> int:
             (part / CARD).write_text(card, encoding="utf-8")
             add_files_to_card(part, weights_file(part, "PEFT, the LoRA alone"))
             follow_umask(part)
-            put_in_place(part, goal)
+            move_into_place(part, goal)
     return ranks[0]
 
 
@@ -230,25 +230,42 @@ def _factors_of_stack(
     model: nn.Module, name: str, update: ExpertsUpdate, read_whole: Callable[[StoredTensor], Tensor]
 ) -> Iterator[tuple[str, Factor]]:
     """The factors of each expert of the stack of this name."""
-    module, _, stack = name.rpartition(".")
     config: Any = model.config
-    names = READ_SINGLE[config.model_type]
+    single_names = READ_SINGLE[config.model_type]
+    module, _, stack = name.rpartition(".")
     prefix = PREFIX + stored_module(model, module)
-    rank = update.lora_A.shape[0] // update.experts
-    lora_A, lora_B = update.lora_A, update.lora_B
     for expert in range(update.experts):
-        rows_of_a = (slice(expert * rank, (expert + 1) * rank), slice(0, lora_A.shape[1]))
-        a = torch.empty(rank, lora_A.shape[1], dtype=lora_A.dtype, device="meta")
-        for projection, rows in parts_of_stack(model.get_submodule(module), stack).items():
-            layer = f"{prefix}.{expert}.{names[projection]}"
-            yield (
-                f"{layer}.lora_A.weight",
-                Factor(a.clone(), partial(lora_A.__getitem__, rows_of_a)),
-            )
-            width = len(range(lora_B.shape[0])[rows])
-            b = torch.empty(width, rank, dtype=lora_B.dtype, device="meta")
-            read_b = partial(_expert_b, read_whole, lora_B, update.experts, expert, rows)
-            yield f"{layer}.lora_B.weight", Factor(b, read_b)
+        parts = parts_of_stack(model.get_submodule(module), stack)
+        for projection, rows in parts.items():
+            layer = f"{prefix}.{expert}.{single_names[projection]}"
+            yield f"{layer}.lora_A.weight", _factor_a(update, expert)
+            yield f"{layer}.lora_B.weight", _factor_b(update, expert, rows, read_whole)
+
+
+def _factor_a(update: ExpertsUpdate, expert: int) -> Factor:
+    """An expert's A: [rank, in]. All projections of a stack have the same."""
+    rank, width = _shape_of_a(update)
+    # A of all experts is one matrix, expert after expert.
+    rows = slice(expert * rank, (expert + 1) * rank)
+    values = torch.empty(rank, width, dtype=update.lora_A.dtype, device="meta")
+    return Factor(values, partial(update.lora_A.__getitem__, (rows, slice(0, width))))
+
+
+def _factor_b(
+    update: ExpertsUpdate, expert: int, rows: slice, read_whole: Callable[[StoredTensor], Tensor]
+) -> Factor:
+    """The rows of an expert's B that belong to one projection: [rows, rank]."""
+    rank, _ = _shape_of_a(update)
+    height = len(range(update.lora_B.shape[0])[rows])
+    values = torch.empty(height, rank, dtype=update.lora_B.dtype, device="meta")
+    read = partial(_expert_b, read_whole, update.lora_B, update.experts, expert, rows)
+    return Factor(values, read)
+
+
+def _shape_of_a(update: ExpertsUpdate) -> tuple[int, int]:
+    """Rank and input width of one expert."""
+    rows, width = update.lora_A.shape
+    return rows // update.experts, width
 
 
 def _expert_b(

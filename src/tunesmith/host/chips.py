@@ -1,4 +1,4 @@
-"""What is known of GPUs by their names, and the GPUs that nvidia-smi lists.
+"""The figures of GPUs by their names, and the GPUs that nvidia-smi lists.
 
 Importable without torch. chips.json has all figures, each with its source: `machines`, for which a
 run can be planned, and `peaks`, the dense bf16 and fp16 tensor-core peaks with fp32 accumulation
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Chip:
-    """One GPU and its links, with what is not known as None.
+    """One GPU and its links, with None for what is unknown.
 
     Attributes:
         gib: what a process can have.

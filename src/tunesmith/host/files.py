@@ -70,7 +70,7 @@ def measure_once(
     Args:
         folder: below the cache folder.
         key: all that the result depends on, as JSON; other values by their text.
-        decode: makes the dataclass of what `asdict` made of it and JSON kept: tuples are lists.
+        decode: builds the dataclass from the JSON of its `asdict`, in which tuples are lists.
     """
     text = json.dumps(key, sort_keys=True, default=str)
     file = cache_folder(folder) / f"{hashlib.sha256(text.encode()).hexdigest()}.json"

@@ -56,7 +56,7 @@ def lines_on_stderr(formatter: logging.Formatter | None = None) -> Iterator[None
 def lines_by_default(level: int = logging.INFO) -> Iterator[None]:
     """Show the package's lines on stderr in the block, unless the program takes them.
 
-    It does if it has given the logger `tunesmith` a handler, or has set up logging for INFO.
+    It does if it has added a handler to the logger `tunesmith`, or has set up logging for INFO.
     """
     has_handler = PACKAGE.hasHandlers() and PACKAGE.isEnabledFor(logging.INFO)
     with ExitStack() as stack:
@@ -72,7 +72,7 @@ def default_level(level: int) -> Iterator[None]:
     if PACKAGE.level != logging.NOTSET:
         yield
         return
-    # Handlers of a root logger at WARNING, such as Colab's, have not asked for each line.
+    # Handlers of a root logger at WARNING, such as Colab's, are not for each line.
     propagate = PACKAGE.propagate and PACKAGE.isEnabledFor(logging.INFO)
     with _level(level, propagate=propagate):
         yield

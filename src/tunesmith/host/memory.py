@@ -1,4 +1,4 @@
-"""The host's memory at one moment, and who holds it: what /proc and /sys say of it."""
+"""The host's memory at one moment, and who uses it, by /proc and /sys."""
 
 import os
 import resource
@@ -29,7 +29,7 @@ UNIFIED_FLOOR_SHARE = 12
 
 
 class GroupFiles(NamedTuple):
-    """The files of a control group that say what memory it may have, and has.
+    """The files of a control group for the memory that it may have, and has.
 
     Attributes:
         cache: lines of memory.stat: the page cache in what is used.
@@ -68,7 +68,7 @@ class MemoryLimit:
         name: what sets it, as a user knows it; empty for the machine itself.
         size: in bytes.
         used: bytes that count against it now, without page cache that the kernel can drop.
-        own: those of them that the processes of this run hold.
+        used_by_run: those of them that the processes of this run hold.
         ranks: how many processes of this run share it.
         of_process: whether it bounds one process, whose allocations then fail; otherwise the kernel
             kills.
@@ -77,7 +77,7 @@ class MemoryLimit:
     name: str
     size: int
     used: int
-    own: int
+    used_by_run: int
     ranks: int = 1
     of_process: bool = False
 
@@ -184,7 +184,7 @@ def read_memory(root: Path = ROOT) -> MemoryFigures | None:
     except (OSError, ValueError, KeyError):
         return None
     shared = sizes.get("Shmem:", 0)
-    # Shmem counts as cached there, but cannot be given back.
+    # Shmem counts as cached there, but cannot be dropped.
     cached = sizes.get("Cached:", 0) + sizes.get("Buffers:", 0) - shared
     groups = _group_limits(root, total).values()
     # The group with the least room is the limit that is met first.
@@ -250,8 +250,10 @@ def memory_limits(ranks: Collection[int] = (), root: Path = ROOT) -> list[Memory
             members.setdefault(str(folder), set()).add(process)
     for group, (size, group_used) in _group_limits(root, figures.total).items():
         sharing = members[group]
-        own = own_memory(sharing, root)
-        limits.append(MemoryLimit(f"control group {group}", size, group_used, own, len(sharing)))
+        used_by_run = own_memory(sharing, root)
+        limits.append(
+            MemoryLimit(f"control group {group}", size, group_used, used_by_run, len(sharing))
+        )
     return limits + process_limits(root)
 
 
@@ -329,7 +331,7 @@ def _read_group(folder: str, files: GroupFiles, total: int) -> tuple[int, int] |
                 limit = min(limit, int(text))
         if limit < total:
             stat = dict(line.split() for line in _read(f"{folder}/memory.stat").splitlines())
-            # The cache of a group is given back before its limit kills.
+            # The cache of a group is dropped before its limit kills.
             cached = sum(int(stat[name]) for name in files.cache)
             return limit, max(0, int(_read(f"{folder}/{files.usage}")) - cached)
     return None
@@ -348,7 +350,7 @@ def _read(path: str) -> str:
 
 
 def drop_pages(handle: int, start: int = 0, size: int = 0) -> None:
-    """Tell the kernel that a file's pages are not needed again, where it can be told.
+    """Tell the kernel that a file's pages are not needed again, where it has such a call.
 
     Pages that are not on the disk yet, or that a process maps, stay. `size` 0: all from `start` on.
     """

@@ -51,7 +51,7 @@ class StopRequest:
     """A context that notes the first stop signal, and in `low_memory` that memory is short.
 
     Before `defer_signals` a signal raises a KeyboardInterrupt, which libraries let pass, and the
-    context ends with StoppedError whatever a library made of it. From `defer_signals` on signals
+    context ends with StoppedError whatever a library raised for it. From `defer_signals` on signals
     are deferred: the caller looks at `signal` and ends by itself; a second ctrl-C sets `now` and
     raises the same.
 
@@ -219,7 +219,7 @@ def wait_for_signal(seconds: float) -> None:
 def ignore_stop_signals() -> None:
     """Ignore them from here on.
 
-    The exit code is known, and one that comes while the interpreter ends must not change it.
+    The exit code is decided, and one that comes while the interpreter ends must not change it.
     """
     for name in NAMES:
         signal.signal(signal.Signals[name], signal.SIG_IGN)

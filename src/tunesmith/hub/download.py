@@ -78,25 +78,25 @@ class FetchProgress:
 
     @contextmanager
     def transfer(
-        self, what: str, total: int, done: int, doing: str = "fetching"
+        self, what: str, total: int, received: int, doing: str = "fetching"
     ) -> Iterator[Advance]:
-        """While bytes of `what` arrive: `total` of them, of which `done` are there already."""
+        """While bytes of `what` arrive: `total` of them, of which `received` are there already."""
         if self._has_bar:
             with tqdm(
-                desc=what, total=total, initial=done, unit="B", unit_scale=True, file=sys.stderr
+                desc=what, total=total, initial=received, unit="B", unit_scale=True, file=sys.stderr
             ) as bar:
                 yield bar.update
             return
         last_line = time.monotonic()
 
         def advance(count: int) -> None:
-            nonlocal done, last_line
-            done += count
+            nonlocal received, last_line
+            received += count
             if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
-                log.info(f"  {size_text(done)} of {size_text(total)}")
+                log.info(f"  {size_text(received)} of {size_text(total)}")
 
-        there = f", {size_text(done)} already downloaded" if done else ""
+        there = f", {size_text(received)} already downloaded" if received else ""
         log.info(f"{doing} {what}: {size_text(total)}{there}")
         yield advance
 

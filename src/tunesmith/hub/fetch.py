@@ -121,7 +121,7 @@ def local_model(model: Model) -> Path | None:
             where=str(path),
             fix=f"use its folder: model.name: {path.parent}",
         )
-    # What looks like a path is not asked for at the Hub.
+    # What looks like a path is not looked up at the Hub.
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"there is nothing at {name}",
@@ -167,7 +167,7 @@ def check_folder(folder: Path, model: Model) -> ModelSpec:
         read_json(config), where=str(config), trust_remote_code=model.trust_remote_code
     )
     stored = sum(math.prod(entry.shape) for entries in headers.values() for entry in entries)
-    # Before modules of that size are made.
+    # Before modules of that size are built.
     if spec.parameters > MOST_PER_NUMBER * stored:
         described = f"config.json describes {spec.parameters:,} parameters"
         raise ModelError(
@@ -287,7 +287,7 @@ def plan_download(
     # All checks by config.json come before gigabytes are fetched.
     check_supported(config, where)
     spec = model_spec(config, where=where, trust_remote_code=model.trust_remote_code)
-    if spec.measured:  # of Transformers' own code, so whether it trains is known before its weights
+    if spec.measured:  # of Transformers' own code, so whether it trains is clear before its weights
         from tunesmith.model.support import find_support
 
         find_support(text_config(config, where), model, where=where)
@@ -296,20 +296,21 @@ def plan_download(
     weights = [SINGLE]
     if INDEX in names:
         weights = indexed_files(small_file(INDEX))
-    lost = [name for name in weights if name not in listing.files]
-    if lost:
-        what = f"{len(lost)} weight files listed in the index are missing: {', '.join(lost[:3])}"
+    missing = [name for name in weights if name not in listing.files]
+    if missing:
+        named = ", ".join(missing[:3])
+        what = f"{len(missing)} weight files listed in the index are missing: {named}"
         raise ModelError(what, where=page, fix="use another revision, or tell the model's owner")
     patterns = [*SUPPORT, INDEX]
     if model.trust_remote_code:
         patterns.append("*.py")
     support = sorted(n for n in names if any(fnmatch(n, pattern) for pattern in patterns))
-    wanted = support + weights
+    targets = support + weights
     # For the user to know what is not fetched.
     left_out = tuple(
-        n for n in listing.files if n not in wanted and not n.endswith((".md", ".gitattributes"))
+        n for n in listing.files if n not in targets and not n.endswith((".md", ".gitattributes"))
     )
-    files = tuple(listing.files[name] for name in wanted)
+    files = tuple(listing.files[name] for name in targets)
     # A mirror may leave the hash out; then no file could be checked.
     for file in files:
         if not file.etag:

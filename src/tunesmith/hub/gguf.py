@@ -23,7 +23,7 @@ from tunesmith.model.safetensors_files import unreadable_file
 log = logging.getLogger(__name__)
 
 MAGIC = b"GGUF"
-LAYOUT = 1  # goes up when what is written changes, so that older conversions are made again
+LAYOUT = 1  # goes up when what is written changes, so that older conversions are repeated
 
 
 def convert_gguf(file: Path, dtype: str) -> Path:

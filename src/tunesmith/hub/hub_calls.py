@@ -111,7 +111,7 @@ def hub_error(
             fix="check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; "
             "finished downloads are kept",
         )
-    # A name without an owner is taken for a mistyped path.
+    # A name without an owner counts as a mistyped path.
     if kind == "model" and "/" not in repo:
         return _names_no_model(repo, refusal.why, refusal.cause)
     return refusal
@@ -198,7 +198,7 @@ def _cache_error(error: Exception, repo: str) -> MachineError | None:
 
 
 def _is_missing_offline(error: Exception) -> bool:
-    """Whether a download of several files found nothing in the cache and was not allowed to ask
+    """Whether a download of several files had nothing in the cache and was not allowed to reach
     the Hub."""
     return constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError)
 

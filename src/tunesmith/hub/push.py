@@ -19,17 +19,17 @@ log = logging.getLogger(__name__)
 def push_files(
     files: Mapping[str, Path | bytes], to: str, *, public: bool, revision: str | None, message: str
 ) -> str:
-    """Commit files to a repository, which is made if there is none; return the address of its page.
+    """Commit files to a repository, new if there is none; return the address of its page.
 
     Args:
         files: path in the repository -> the file or its contents. What is there unchanged is not
             sent again.
         to: `owner/name`, or a name of the token's own account.
-        public: whether a repository that is made is public; an existing public one is refused
+        public: whether a new repository is public; an existing public one is refused
             without it.
-        revision: the branch, made if there is none; None: main.
+        revision: the branch, new if there is none; None: main.
 
-    UsageError where it cannot be done: the files there are then as they were before.
+    UsageError where that is not possible: the files there are then as they were before.
     """
     if get_token() is None:
         raise UsageError("no Hub token found", where="HF_TOKEN", fix=LOGIN)

@@ -1,3 +1,3 @@
-"""Recipes of other tools as recipes of ours: read (`foreign.py`), translated (`tools.py`), and told
-(`draft.py`).
+"""Recipes of other tools as recipes of ours: read (`foreign.py`), translated (`tools.py`), and
+described (`draft.py`).
 """

@@ -37,7 +37,7 @@ def translate_training(recipe: Translation, world: int | None) -> None:
     """
     recipe.carry(*recipe.table["carried"])
     # 0 means that nothing is clipped.
-    recipe.put("train.clip_norm", recipe.number("max_grad_norm") or None, "max_grad_norm")
+    recipe.set_key("train.clip_norm", recipe.number("max_grad_norm") or None, "max_grad_norm")
     if "data.train_on" not in recipe.values:
         train_on = "response"
         if "method.name" in recipe.values:
@@ -48,15 +48,15 @@ def translate_training(recipe: Translation, world: int | None) -> None:
             train_on = "all"
         elif recipe.get("mask_history"):
             train_on = "last"
-        recipe.put("data.train_on", train_on, "train_on_inputs", "mask_history")
+        recipe.set_key("data.train_on", train_on, "train_on_inputs", "mask_history")
     # Betas are one key here, and two there.
     beta_names = ("adam_beta1", "adam_beta2")
-    if any(map(recipe.is_given, beta_names)):
+    if any(map(recipe.is_set, beta_names)):
         betas = list(_BETAS)
         for i, name in enumerate(beta_names):
-            if recipe.is_given(name):
+            if recipe.is_set(name):
                 betas[i] = recipe.number(name)
-        recipe.put("train.betas", betas, *beta_names)
+        recipe.set_key("train.betas", betas, *beta_names)
     apply_rules(recipe)
     _lengths(recipe)
     _schedule(recipe)
@@ -65,7 +65,7 @@ def translate_training(recipe: Translation, world: int | None) -> None:
 
 
 def apply_rules(recipe: Translation) -> None:
-    """What the tables say of a key's values; tables/common.yaml tells the form of a rule."""
+    """Apply the tables' rules for a key's values; tables/common.yaml has the form of a rule."""
     rules = [*table("common")["rules"], *recipe.table.get("rules", [])]
     for name, part, key, value, why in rules:
         source_value = recipe.get(name)
@@ -77,26 +77,26 @@ def apply_rules(recipe: Translation) -> None:
         if isinstance(value, list):
             # Several rules may add to a list.
             values = dict.fromkeys([*recipe.values.get(key, []), *value])
-            recipe.put(key, list(values), name, why=why)
+            recipe.set_key(key, list(values), name, why=why)
         else:
-            recipe.put(key, value, name, why=why)
+            recipe.set_key(key, value, name, why=why)
 
 
-def put_adapter(recipe: Translation, target: Any, *names: str, lora: bool) -> None:
+def set_adapter(recipe: Translation, target: Any, *names: str, lora: bool) -> None:
     """What is trained; `target` follows from their keys `names`."""
-    recipe.put("adapter.kind", "lora" if lora else "none", "kind")
+    recipe.set_key("adapter.kind", "lora" if lora else "none", "kind")
     if lora:
         recipe.carry(*_ADAPTER)
         if target in (["all"], ["all-linear"]):
             target = "all-linear"
-        recipe.put("adapter.target", target, *names)
+        recipe.set_key("adapter.target", target, *names)
         return
     for name, key in recipe.source.keys.items():
         if re.match(r"(model\.)?(lora|apply_lora|peft)_", name):
             recipe.note_key(key, "no adapter is trained", differs=False)
 
 
-def put_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -> None:
+def set_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -> None:
     """`data.train` or `data.validation` from their data set, or the list of them.
 
     Args:
@@ -105,7 +105,7 @@ def put_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -
         method: what learns from the rows, which tells their format where it is not sft.
     """
     entries = _entries_below(recipe, prefix)
-    if not entries and recipe.is_given(prefix):
+    if not entries and recipe.is_set(prefix):
         _check_bare_paths(recipe, part, prefix)
     is_replaced = part == "train" and "data.train.source" in recipe.overrides
     sources: list[dict[str, Any]] = []
@@ -119,7 +119,7 @@ def put_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -
         names += entry_names
     if sources:
         value = sources[0] if len(sources) == 1 else sources
-        recipe.put(f"data.{part}", value, *names, *recipe.table["rows"]["told"])
+        recipe.set_key(f"data.{part}", value, *names, *recipe.table["rows"]["mentioned"])
 
 
 def _entries_below(recipe: Translation, prefix: str) -> list[str]:
@@ -156,7 +156,7 @@ def _read_entry(
     if method != "sft":
         types = rows_table[f"types_of_{METHOD_FORMATS[method]}"]
     type_ = _entry_type(recipe, entry, types)
-    # Values that the type of the data set implies, for keys that are not given.
+    # Values that the type of the data set implies, for keys that are not set.
     for key, value in types[type_].items():
         recipe.defaults[f"{entry}.{key}"] = value
     format_ = get("format")
@@ -276,31 +276,31 @@ def _lengths(recipe: Translation) -> None:
         recipe.note("max_length", why)
     recipe.carry("max_length")
     why = ""
-    if not packs and not recipe.is_given("packing"):
+    if not packs and not recipe.is_set("packing"):
         why = "rows are padded there; packed ones learn the same in less time"
-    recipe.put("data.pack", bool(packs or why), "packing", "neat_packing", why=why)
+    recipe.set_key("data.pack", bool(packs or why), "packing", "neat_packing", why=why)
     hold_out = recipe.number("val_size")
     if hold_out and "data.validation" not in recipe.values:
         share = f"{hold_out * 100:g} %" if hold_out < 1 else f"{hold_out:g} examples"
-        recipe.put("data.hold_out", share, "val_size")
+        recipe.set_key("data.hold_out", share, "val_size")
     epochs = recipe.number("num_train_epochs")
     steps_per_epoch = recipe.number("max_steps_per_epoch")
     # A length in steps wins over epochs.
     steps = max(recipe.number("max_steps"), steps_per_epoch * epochs)
     duration = f"{steps:g} steps" if steps > 0 else f"{epochs:g} epochs"
     names = ("num_train_epochs", "max_steps", "max_steps_per_epoch")
-    recipe.put("train.duration", duration, *names)
+    recipe.set_key("train.duration", duration, *names)
 
 
 def _schedule(recipe: Translation) -> None:
     recipe.carry("lr_scheduler_type")
     learning_rate = recipe.number("learning_rate")
-    if recipe.is_given("cosine_min_lr_ratio"):
+    if recipe.is_set("cosine_min_lr_ratio"):
         least = recipe.number("cosine_min_lr_ratio") * learning_rate
-        recipe.put("train.min_learning_rate", least, "cosine_min_lr_ratio")
-    if recipe.is_given("lr_scheduler_kwargs.min_lr"):
+        recipe.set_key("train.min_learning_rate", least, "cosine_min_lr_ratio")
+    if recipe.is_set("lr_scheduler_kwargs.min_lr"):
         least = recipe.number("lr_scheduler_kwargs.min_lr")
-        recipe.put("train.min_learning_rate", least, "lr_scheduler_kwargs.min_lr")
+        recipe.set_key("train.min_learning_rate", least, "lr_scheduler_kwargs.min_lr")
     steps = recipe.number("warmup_steps")
     share = recipe.number("warmup_ratio")
     if recipe.get("lr_scheduler_type") == "constant":
@@ -310,7 +310,7 @@ def _schedule(recipe: Translation) -> None:
         warmup = f"{steps:g} steps"
     else:
         warmup = f"{round(100 * (steps or share), 6):g} %"
-    recipe.put("train.warmup", warmup, "warmup_steps", "warmup_ratio")
+    recipe.set_key("train.warmup", warmup, "warmup_steps", "warmup_ratio")
 
 
 def _batch(recipe: Translation, world: int | None) -> None:
@@ -319,8 +319,8 @@ def _batch(recipe: Translation, world: int | None) -> None:
     It has the rows of a process x accumulation x the processes that have rows of their own.
     """
     for name in ("tensor", "shard", "replicate"):
-        if recipe.is_given(name) and recipe.number(name) > 0:
-            recipe.put(f"parallel.{name}", recipe.get(name), name)
+        if recipe.is_set(name) and recipe.number(name) > 0:
+            recipe.set_key(f"parallel.{name}", recipe.get(name), name)
     if "train.global_batch" in recipe.overrides:
         return
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -342,7 +342,7 @@ def _batch(recipe: Translation, world: int | None) -> None:
         why += f", {batch} packed rows of data.seq_len"
         size = f"{batch * recipe.number('max_length')} tokens"
     process_names = ("num_processes", "nproc_per_node", "nnodes")
-    recipe.put("train.global_batch", size, *names, *process_names, why=why)
+    recipe.set_key("train.global_batch", size, *names, *process_names, why=why)
 
 
 def _processes(recipe: Translation, world: int | None, tensor: int) -> Any:
@@ -350,7 +350,7 @@ def _processes(recipe: Translation, world: int | None, tensor: int) -> Any:
     processes = world or recipe.number("num_processes")
     if not processes:
         processes = recipe.number("nproc_per_node") * recipe.count("nnodes")
-    if recipe.is_given("shard") and recipe.number("shard") > 0:
+    if recipe.is_set("shard") and recipe.number("shard") > 0:
         processes = recipe.number("shard") * recipe.count("replicate") * tensor
     return processes
 
@@ -360,11 +360,11 @@ def _intervals(recipe: Translation) -> None:
 
     That is by count in an epoch, by steps, by a share of the run, each epoch or never.
     """
-    recipe.put("checkpoint.every", _interval(recipe, "save", "epoch"), *_interval_names("save"))
+    recipe.set_key("checkpoint.every", _interval(recipe, "save", "epoch"), *_interval_names("save"))
     every = _interval(recipe, "eval", "no")
     # Without held-out rows the table tells the keys.
     if "data.validation" in recipe.values or "data.hold_out" in recipe.values:
-        recipe.put("validate.every", every, *_interval_names("eval"))
+        recipe.set_key("validate.every", every, *_interval_names("eval"))
 
 
 def _interval_names(what: str) -> tuple[str, str, str]:
@@ -382,7 +382,7 @@ def _interval(recipe: Translation, what: str, default_strategy: str) -> str | No
     # As Transformers does; with save_steps: 0 it never saves.
     if not steps and what == "eval":
         steps = recipe.number("logging_steps")
-    if not steps and not recipe.is_given(steps_name):
+    if not steps and not recipe.is_set(steps_name):
         steps = _SAVE_STEPS
     if per_epoch:
         return f"{1 / per_epoch:g} epochs"

@@ -1,7 +1,7 @@
 """Keys of other tools that learn from preferences, as `method` and its numbers.
 
-All three train with TRL's trainers or code made from them, so that a number of one name means the
-same. The part `preferences` of a tool's table has its defaults, by trainer.
+All three train with TRL's trainers or code derived from them, so that a number of one name means
+the same. The part `preferences` of a tool's table has its defaults, by trainer.
 """
 
 from typing import Any
@@ -37,13 +37,13 @@ def trl_trainer(recipe: Translation) -> str:
     method = recipe.overrides.get("method", recipe.overrides.get("method.name"))
     if method is not None:
         return "cpo" if method == "simpo" else str(method)
-    for trainer, names in recipe.table["preferences"]["told_by"].items():
-        if any(map(recipe.is_given, names)):
+    for trainer, names in recipe.table["preferences"]["identified_by"].items():
+        if any(map(recipe.is_set, names)):
             return str(trainer)
     return "sft"
 
 
-def put_trl_method(recipe: Translation, trainer: str) -> str:
+def set_trl_method(recipe: Translation, trainer: str) -> str:
     """The method of a trainer of TRL, with its numbers; its name."""
     if trainer not in TRL_TRAINERS:
         fix = f"method= one of {', '.join(METHOD_KEYS)}"
@@ -56,9 +56,9 @@ def put_trl_method(recipe: Translation, trainer: str) -> str:
         _require(recipe, "loss_type", ("simpo",))
     elif trainer == "kto":
         _require(recipe, "loss_type", ("kto",))
-    put_method(recipe, name, "loss_type")
+    set_method(recipe, name, "loss_type")
     if trainer == "dpo":
-        _put_trl_losses(recipe)
+        _set_trl_losses(recipe)
     if name == "simpo":
         _note_cross_entropy(recipe)
         recipe.carry("simpo_gamma")
@@ -68,11 +68,11 @@ def put_trl_method(recipe: Translation, trainer: str) -> str:
         recipe.note("beta", _WHOLE_SEQUENCE)
     if name == "kto":
         recipe.carry("desirable_weight", "undesirable_weight")
-    _put_no_dropout(recipe)
+    _set_no_dropout(recipe)
     return name
 
 
-def _put_trl_losses(recipe: Translation) -> None:
+def _set_trl_losses(recipe: Translation) -> None:
     """TRL's list of losses: one of ours, and `sft` with its weight."""
     losses = recipe.listed("loss_type")
     weights = recipe.get("loss_weights") or [1.0] * len(losses)
@@ -86,10 +86,10 @@ def _put_trl_losses(recipe: Translation) -> None:
     if len(weights) != len(losses) or weights[losses.index(main[0])] != 1:
         fix = f"one weight per loss, and 1 for {main[0]}"
         raise recipe.error("loss_weights", "it has no counterpart here", fix)
-    recipe.put("method.loss_type", main[0], "loss_type")
+    recipe.set_key("method.loss_type", main[0], "loss_type")
     if "sft" in losses:
         weight = weights[losses.index("sft")]
-        recipe.put("method.sft_weight", weight, "loss_type", "loss_weights")
+        recipe.set_key("method.sft_weight", weight, "loss_type", "loss_weights")
     if main[0] == "robust":
         recipe.carry("label_smoothing")
     else:
@@ -99,7 +99,7 @@ def _put_trl_losses(recipe: Translation) -> None:
     recipe.note("f_divergence_type", why, differs=not is_usual)
 
 
-def put_axolotl_method(recipe: Translation) -> str:
+def set_axolotl_method(recipe: Translation) -> str:
     """The method of Axolotl's `rl`; its name."""
     rl = recipe.get("rl")
     if rl is None:
@@ -107,10 +107,10 @@ def put_axolotl_method(recipe: Translation) -> str:
     _require(recipe, "rl", tuple(_AXOLOTL_METHODS))
     name = _AXOLOTL_METHODS[rl]
     recipe.defaults.update(recipe.table["preferences"]["defaults"][rl])
-    put_method(recipe, name, "rl")
+    set_method(recipe, name, "rl")
     if name == "dpo":
-        recipe.put("method.loss_type", "ipo" if rl == "ipo" else "sigmoid", "rl")
-        _put_sft_weight(recipe, "rpo_alpha")
+        recipe.set_key("method.loss_type", "ipo" if rl == "ipo" else "sigmoid", "rl")
+        _set_sft_weight(recipe, "rpo_alpha")
         recipe.note("dpo_label_smoothing", "no loss of TRL but robust reads it", differs=False)
     if name == "simpo":
         _note_cross_entropy(recipe)
@@ -119,26 +119,26 @@ def put_axolotl_method(recipe: Translation) -> str:
         recipe.note("rl", _WHOLE_SEQUENCE)
     if name == "kto":
         recipe.carry("desirable_weight", "undesirable_weight")
-    _put_no_dropout(recipe)
+    _set_no_dropout(recipe)
     recipe.note("adapter_name_or_path", _OLD_REFERENCE)
     return name
 
 
-def put_llamafactory_method(recipe: Translation) -> str:
+def set_llamafactory_method(recipe: Translation) -> str:
     """The method of LLaMA-Factory's `stage` and `pref_loss`; its name."""
     stage = recipe.get("stage")
     if stage == "sft":
-        recipe.put("method", "sft", "stage")
+        recipe.set_key("method", "sft", "stage")
         return "sft"
     recipe.defaults.update(recipe.table["preferences"]["defaults"][stage])
     name = "kto"
     if stage == "dpo":
         _require(recipe, "pref_loss", tuple(_LLAMAFACTORY_METHODS))
         name = _LLAMAFACTORY_METHODS[str(recipe.get("pref_loss"))]
-    put_method(recipe, name, "stage", *["pref_loss"] * (stage == "dpo"))
+    set_method(recipe, name, "stage", *["pref_loss"] * (stage == "dpo"))
     if name == "dpo":
-        recipe.put("method.loss_type", recipe.get("pref_loss"), "pref_loss")
-        _put_sft_weight(recipe, "pref_ftx")
+        recipe.set_key("method.loss_type", recipe.get("pref_loss"), "pref_loss")
+        _set_sft_weight(recipe, "pref_ftx")
         if recipe.number("pref_ftx"):
             why = "a mean over answers of the mean over their tokens there; here one over tokens"
             recipe.note("pref_ftx", why)
@@ -150,20 +150,20 @@ def put_llamafactory_method(recipe: Translation) -> str:
         recipe.carry("simpo_gamma")
     if name == "kto":
         recipe.carry("desirable_weight", "undesirable_weight")
-    _put_no_dropout(recipe)
+    _set_no_dropout(recipe)
     recipe.note("adapter_name_or_path", _OLD_REFERENCE)
     return name
 
 
-def put_method(recipe: Translation, name: str, *names: str) -> None:
+def set_method(recipe: Translation, name: str, *names: str) -> None:
     """`method.name`, which follows from their keys `names`, and `method.beta`."""
-    recipe.put("method.name", name, *names)
+    recipe.set_key("method.name", name, *names)
     recipe.carry("beta")
 
 
-def _put_sft_weight(recipe: Translation, key: str) -> None:
+def _set_sft_weight(recipe: Translation, key: str) -> None:
     if recipe.number(key):
-        recipe.put("method.sft_weight", recipe.number(key), key)
+        recipe.set_key("method.sft_weight", recipe.number(key), key)
 
 
 def _note_cross_entropy(recipe: Translation) -> None:
@@ -174,10 +174,10 @@ def _note_cross_entropy(recipe: Translation) -> None:
         recipe.note("cpo_alpha", "SimPO has none", differs=False)
 
 
-def _put_no_dropout(recipe: Translation) -> None:
+def _set_no_dropout(recipe: Translation) -> None:
     """TRL takes all dropout out of a model that is compared with a reference."""
     if recipe.values.get("adapter.dropout") and recipe.get("disable_dropout"):
-        recipe.put("adapter.dropout", 0.0, "lora_dropout", "disable_dropout")
+        recipe.set_key("adapter.dropout", 0.0, "lora_dropout", "disable_dropout")
 
 
 def _require(recipe: Translation, name: str, counterparts: tuple[Any, ...]) -> None:

@@ -66,7 +66,7 @@ class SourceConfig:
 
 @cache
 def table(tool: str) -> dict[str, Any]:
-    """What is known of a tool's keys; tables/torchtune.yaml says what the parts are."""
+    """The table of a tool's keys; tables/torchtune.yaml describes the parts."""
     return read_file(Path(__file__).parent / "tables" / f"{tool}.yaml").plain()
 
 

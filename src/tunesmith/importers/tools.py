@@ -15,15 +15,15 @@ from tunesmith.importers.common import (
     NAME_ROWS,
     PEFT_TARGETS,
     apply_rules,
-    put_adapter,
-    put_rows,
     read_deepspeed,
+    set_adapter,
+    set_rows,
     translate_training,
 )
 from tunesmith.importers.preferences import (
-    put_axolotl_method,
-    put_llamafactory_method,
-    put_trl_method,
+    set_axolotl_method,
+    set_llamafactory_method,
+    set_trl_method,
     trl_trainer,
 )
 from tunesmith.importers.source_config import SourceConfig, SourceKey
@@ -36,7 +36,7 @@ def translate(
     """A recipe, or a change of one, that names each key of the file.
 
     Args:
-        overrides: recipe keys given beside it.
+        overrides: recipe keys beside it.
         world: how many processes trained.
         extends: a recipe below.
 
@@ -45,13 +45,13 @@ def translate(
     """
     recipe = Translation(source, overrides)
     if extends:
-        recipe.put("extends", extends)
+        recipe.set_key("extends", extends)
     read_deepspeed(recipe)
     _TOOLS[source.tool](recipe)
     if source.tool != "accelerate":
         translate_training(recipe, world)
         if "output_dir" not in recipe.values:
-            recipe.put("output_dir", f"runs/{Path(source.name).stem}", why="not named there")
+            recipe.set_key("output_dir", f"runs/{Path(source.name).stem}", why="not named there")
     recipe.close()
     return recipe
 
@@ -70,12 +70,12 @@ def _torchtune(recipe: Translation) -> None:
         targets.append("lm_head")
     lora = component.startswith(("lora_", "qlora_"))
     names = ("lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output")
-    put_adapter(recipe, targets, *names, lora=lora)
-    put_rows(recipe, "train", "dataset")
-    put_rows(recipe, "validation", "dataset_val")
+    set_adapter(recipe, targets, *names, lora=lora)
+    set_rows(recipe, "train", "dataset")
+    set_rows(recipe, "validation", "dataset_val")
     if recipe.get("torch_dtype") == "bf16" and not lora:
         why = "bf16 weights and no fp32 copy of them"
-        recipe.put("train.master_weights", "stochastic", "torch_dtype", why=why)
+        recipe.set_key("train.master_weights", "stochastic", "torch_dtype", why=why)
         recipe.note(
             "torch_dtype",
             "updates are rounded to the nearest there, here at random, so that small ones count",
@@ -100,7 +100,7 @@ def _torchtune_model(recipe: Translation) -> None:
     if model != folder:
         why = f"is not here: {model} is fetched; or give model.name=FOLDER"
         recipe.note("checkpointer.checkpoint_dir", why, differs=False)
-    recipe.put("model.name", model, "checkpointer.checkpoint_dir", "kind")
+    recipe.set_key("model.name", model, "checkpointer.checkpoint_dir", "kind")
 
 
 def _axolotl(recipe: Translation) -> None:
@@ -110,23 +110,23 @@ def _axolotl(recipe: Translation) -> None:
     if recipe.get("lora_target_linear"):
         target = "all-linear"
     names = ("lora_target_linear", "lora_target_modules")
-    put_adapter(recipe, target, *names, lora=recipe.get("kind") is not None)
-    method = put_axolotl_method(recipe)
-    put_rows(recipe, "train", "datasets", method)
-    put_rows(recipe, "validation", "test_datasets", method)
+    set_adapter(recipe, target, *names, lora=recipe.get("kind") is not None)
+    method = set_axolotl_method(recipe)
+    set_rows(recipe, "train", "datasets", method)
+    set_rows(recipe, "validation", "test_datasets", method)
     if method != "sft":
         _note_templates_of_types(recipe)
     # Data sets may imply several templates; then `auto` chooses.
     templates = {value for key, value in recipe.defaults.items() if key.endswith(".template")}
     template = templates.pop() if len(templates) == 1 else "auto"
     why = "by the type of the data sets"
-    recipe.put("data.template", template, "chat_template_jinja", why=why)
+    recipe.set_key("data.template", template, "chat_template_jinja", why=why)
     recipe.carry("chat_template_jinja")
-    _put_template_args(recipe, template)
-    if recipe.is_given("chat_template") and recipe.get("chat_template") != "tokenizer_default":
+    _set_template_args(recipe, template)
+    if recipe.is_set("chat_template") and recipe.get("chat_template") != "tokenizer_default":
         why = "the tokenizer's own is taken; if it is another, data.template: a Jinja file"
         recipe.note("chat_template", why)
-    if not recipe.is_given("warmup_steps") and not recipe.is_given("warmup_ratio"):
+    if not recipe.is_set("warmup_steps") and not recipe.is_set("warmup_ratio"):
         recipe.note("warmup_ratio", "no more than 100 steps of it there")
 
 
@@ -139,8 +139,8 @@ def _note_templates_of_types(recipe: Translation) -> None:
             recipe.note(name, f"{why} template: compare with tunesmith data")
 
 
-def _put_template_args(recipe: Translation, template: str) -> None:
-    """Axolotl's arguments of the chat template, as far as a recipe can say them."""
+def _set_template_args(recipe: Translation, template: str) -> None:
+    """Axolotl's arguments of the chat template, as far as a recipe has them."""
     prefix = "chat_template_kwargs."
     arguments = {}
     for key in recipe.source.keys.values():
@@ -157,7 +157,7 @@ def _put_template_args(recipe: Translation, template: str) -> None:
             arguments[name] = key.value
     if arguments:
         names = [f"{prefix}{name}" for name in arguments]
-        recipe.put("data.template_args", arguments, *names)
+        recipe.set_key("data.template_args", arguments, *names)
 
 
 def _llamafactory(recipe: Translation) -> None:
@@ -173,29 +173,29 @@ def _llamafactory(recipe: Translation) -> None:
     # LLaMA-Factory's own default.
     recipe.defaults["lora_alpha"] = 2 * recipe.number("lora_rank")
     lora = recipe.get("kind") == "lora"
-    put_adapter(recipe, recipe.listed("lora_target"), "lora_target", lora=lora)
-    method = put_llamafactory_method(recipe)
+    set_adapter(recipe, recipe.listed("lora_target"), "lora_target", lora=lora)
+    method = set_llamafactory_method(recipe)
     for part, key in (("train", "dataset"), ("validation", "eval_dataset")):
-        if not recipe.is_given(key):
+        if not recipe.is_set(key):
             continue
         if recipe.listed(key):
             _read_dataset_info(recipe, key)
-        put_rows(recipe, part, key, method)
+        set_rows(recipe, part, key, method)
     template = "alpaca" if recipe.get("template") == "alpaca" else "auto"
-    recipe.put("data.template", template, "template")
-    _put_thinking(recipe)
+    recipe.set_key("data.template", template, "template")
+    _set_thinking(recipe)
     if recipe.get("packing") and not recipe.get("neat_packing"):
         why = "the documents of a packed row see each other there; here they do not"
         recipe.note("packing", why)
 
 
-def _put_thinking(recipe: Translation) -> None:
+def _set_thinking(recipe: Translation) -> None:
     """LLaMA-Factory's `enable_thinking`, which its own templates of reasoning models read."""
     if recipe.get("template") not in recipe.table["reasoning_templates"]:
         recipe.note("enable_thinking", "this template has no thoughts", differs=False)
     elif recipe.get("enable_thinking") is False:
         why = "if the model's template does not support it, the run reports an error: remove it"
-        recipe.put("data.template_args", {"enable_thinking": False}, "enable_thinking", why=why)
+        recipe.set_key("data.template_args", {"enable_thinking": False}, "enable_thinking", why=why)
         why = "LLaMA-Factory removes a thought from a row; here such a row is an error"
         recipe.note("enable_thinking", why)
     else:
@@ -242,18 +242,18 @@ def _read_dataset_info(recipe: Translation, key: str) -> None:
 def _trl(recipe: Translation) -> None:
     lora = bool(recipe.get("kind"))
     targets = recipe.listed("lora_target_modules")
-    put_adapter(recipe, targets or PEFT_TARGETS, "lora_target_modules", lora=lora)
+    set_adapter(recipe, targets or PEFT_TARGETS, "lora_target_modules", lora=lora)
     if lora and not recipe.get("lora_target_modules"):
         why = "PEFT chooses by the architecture; q_proj, v_proj of most"
         recipe.note("lora_target_modules", why, differs=False)
-    method = put_trl_method(recipe, trl_trainer(recipe))
+    method = set_trl_method(recipe, trl_trainer(recipe))
     usual_format = METHOD_FORMATS.get(method, "messages")
     format_ = str(recipe.overrides.get("data.train.format", usual_format))
     if recipe.get("dataset_name"):
-        _put_trl_rows(recipe, "train", "dataset_train_split", format_)
-        # TRL validates only where it was told to.
+        _set_trl_rows(recipe, "train", "dataset_train_split", format_)
+        # TRL validates only where eval_strategy requires it.
         if recipe.get("eval_strategy") != "no":
-            _put_trl_rows(recipe, "validation", "dataset_test_split", format_)
+            _set_trl_rows(recipe, "validation", "dataset_test_split", format_)
     why = f"TRL finds the format by the columns; here it is {format_}: see data.train.format"
     why += "; a column chat_template_kwargs is not read: data.template_args gives all rows the same"
     recipe.note("dataset_name", why)
@@ -267,17 +267,17 @@ def _trl(recipe: Translation) -> None:
     has_answers = format_ == "prompt-completion" or method != "sft"
     if has_answers or (format_ != "text" and masks_prompt):
         train_on = "response"
-    recipe.put("data.train_on", train_on, *names, why=f"of rows of format {format_}")
+    recipe.set_key("data.train_on", train_on, *names, why=f"of rows of format {format_}")
     if recipe.get("bf16") and recipe.get("torch_dtype") == "float32":
         why = "fp32 under autocast there; here bf16, and what is trained has an fp32 copy"
         recipe.note("torch_dtype", why)
 
 
-def _put_trl_rows(recipe: Translation, part: str, split_name: str, format_: str) -> None:
+def _set_trl_rows(recipe: Translation, part: str, split_name: str, format_: str) -> None:
     names = {"source": "dataset_name", "name": "dataset_config", "split": split_name}
     source = {key: recipe.get(name) for key, name in names.items() if recipe.get(name)}
     source["format"] = format_
-    recipe.put(f"data.{part}", source, *names.values())
+    recipe.set_key(f"data.{part}", source, *names.values())
 
 
 def _accelerate(recipe: Translation) -> None:
@@ -291,7 +291,7 @@ def _accelerate(recipe: Translation) -> None:
     if recipe.get("max_grad_norm") != "auto":
         recipe.carry("max_grad_norm")
     apply_rules(recipe)
-    _put_mesh(recipe)
+    _set_mesh(recipe)
     steps = recipe.get("gradient_accumulation_steps")
     if steps in (None, "auto") or "train.global_batch" in recipe.overrides:
         return
@@ -304,7 +304,7 @@ def _accelerate(recipe: Translation) -> None:
         )
 
 
-def _put_mesh(recipe: Translation) -> None:
+def _set_mesh(recipe: Translation) -> None:
     """Copies and shards of the model, from FSDP's or DeepSpeed's keys."""
     kind = recipe.get("kind")
     ranks = recipe.number("num_processes")
@@ -318,8 +318,8 @@ def _put_mesh(recipe: Translation) -> None:
         copies = ranks
     if ranks > 1:
         names = ("num_processes", "num_machines", "kind", "fsdp_strategy", "zero_stage")
-        recipe.put("parallel.replicate", copies, *names)
-        recipe.put("parallel.shard", ranks // copies, *names)
+        recipe.set_key("parallel.replicate", copies, *names)
+        recipe.set_key("parallel.shard", ranks // copies, *names)
 
 
 _TOOLS: dict[str, Callable[[Translation], None]] = {

@@ -67,7 +67,7 @@ class Translation:
         return None
 
     def get(self, name: str) -> Any:
-        """Its value; where it is null or not given, the tool's default."""
+        """Its value; where it is null or absent, the tool's default."""
         key = self.find(name)
         if key is None:
             return None
@@ -98,12 +98,12 @@ class Translation:
         parts = value if isinstance(value, list) else str(value).split(",")
         return [str(part).strip() for part in parts]
 
-    def is_given(self, name: str) -> bool:
+    def is_set(self, name: str) -> bool:
         """Whether the file itself has a value, which is not null."""
         key = self.find(name)
         return key is not None and key.key in self.source.keys and key.value is not None
 
-    def put(self, key: str, value: Any, *names: str, why: str = "") -> None:
+    def set_key(self, key: str, value: Any, *names: str, why: str = "") -> None:
         """One key of the recipe, which follows from their keys `names`."""
         origins = [origin for origin in map(self.find, names) if origin is not None]
         self.values[key] = value
@@ -118,12 +118,12 @@ class Translation:
             parts.insert(0, self.comments[key])
         if why:
             parts.append(why)
-        # A key that is put twice has both reasons.
+        # A key that is set twice has both reasons.
         self.comments[key] = "; ".join(dict.fromkeys(parts))
         self.mentioned.update(origin.key for origin in origins)
 
     def note(self, name: str, why: str, *, differs: bool = True) -> None:
-        """Say why their key is not carried, or how what it does differs here."""
+        """Note why their key is not carried, or how what it does differs here."""
         key = self.find(name)
         if key is not None:
             self.note_key(key, why, differs=differs)
@@ -142,7 +142,7 @@ class Translation:
         return UsageError(what, where=key.where, why=why, fix=fix)
 
     def carry(self, *names: str) -> None:
-        """Put values that need no more than our name, our word or our unit for it."""
+        """Set values that need no more than our name, our word or our unit for it."""
         for name in names:
             value = self.get(name)
             if value is None:
@@ -159,7 +159,7 @@ class Translation:
             elif isinstance(value, str) and tuple[str, ...] in members(hint):
                 value = self.listed(name)
             if value is not None:
-                self.put(key, value, name)
+                self.set_key(key, value, name)
 
     def _our_word(self, name: str, key: str) -> str | None:
         """Our word for a value of theirs; None, with a note, where there is none."""
@@ -179,7 +179,7 @@ class Translation:
         for name, key in self.source.keys.items():
             if name in self.mentioned:
                 continue
-            kind, why = self._known_of(without_indices(name))
+            kind, why = self._uncarried(without_indices(name))
             if key.value in _UNSET:
                 self.note_key(key, "not set", differs=False)
             elif kind == "differs" and key.value in _OFF:
@@ -187,8 +187,8 @@ class Translation:
             else:
                 self.note_key(key, why, differs=kind == "differs")
 
-    def _known_of(self, name: str) -> tuple[str, str]:
-        """What the table says of a key that is not carried: `nothing` or `differs`, and why."""
+    def _uncarried(self, name: str) -> tuple[str, str]:
+        """The table's entry for a key that is not carried: `nothing` or `differs`, and why."""
         for kind in ("nothing", "differs"):
             for why, patterns in self.table[kind].items():
                 if any(fnmatchcase(name, pattern) for pattern in patterns):

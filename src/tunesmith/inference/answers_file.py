@@ -107,7 +107,7 @@ class AnswersFile:
         """Nothing is written before the context is entered.
 
         Args:
-            fresh: put answers that are there aside, as `<name>.previous-1`.
+            fresh: move existing answers aside, as `<name>.previous-1`.
 
         Raises:
             UsageError: the file holds other answers or is none of ours.
@@ -148,7 +148,7 @@ class AnswersFile:
                 where=f"--output {path}",
                 fix="name another file: --output FILE",
             )
-        # Whatever the file holds, it is put aside.
+        # Whatever the file holds, it is moved aside.
         if self.fresh:
             return
         differences = self.header.differences(header)

@@ -246,7 +246,7 @@ def answer_all(
     index `start` on.
 
     The batches do not depend on `start`: the window that holds it is computed whole. Once
-    `cancelled` says so, the current window is given up and the iterator ends. Each of several ranks
+    `cancelled` says so, the current window is dropped and the iterator ends. Each of several ranks
     holds the whole model and answers a window; all of them yield the answers of all. A window is
     yielded at its end; `answered` gets each batch of this rank as soon as it is there.
     """
@@ -272,7 +272,7 @@ def answer_all(
                 stops=stops,
                 cancelled=cancelled,
             )
-            # A batch that was cut short holds unfinished answers: none of it is kept.
+            # A batch that was cut short has unfinished answers: all of it is dropped.
             if cancelled():
                 return None
             answers.update(zip(rows, batch, strict=True))
@@ -282,12 +282,12 @@ def answer_all(
     with merged_meanwhile(model):
         # Whole windows, so that a start in the middle forms the same batches.
         for turn in range(start // window * window, len(prompts), window * ranks.world):
-            own: dict[int, Answer] | None = {}
+            answers_of_rank: dict[int, Answer] | None = {}
             with ranks.raise_on_all_ranks():
                 first = turn + ranks.rank * window
                 if first < len(prompts):
-                    own = answer_window(first)
-            for answers in ranks.all_gather_object(own):
+                    answers_of_rank = answer_window(first)
+            for answers in ranks.all_gather_object(answers_of_rank):
                 if answers is None:
                     return
                 for i in sorted(answers):

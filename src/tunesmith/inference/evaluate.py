@@ -3,7 +3,7 @@
 Loss and accuracy are teacher-forced over the supervised tokens, by the same `TrainModel` and packed
 batches that training uses: there is no second formula. They are sums over all tokens divided once,
 so they do not depend on the batching. Exact match generates greedily and compares texts; scores
-(`score_rows.py`) come with intervals, and their answers are kept.
+(`score_rows.py`) come with intervals, and their answers are saved.
 """
 
 import logging
@@ -58,7 +58,7 @@ from tunesmith.units import count_of
 log = logging.getLogger(__name__)
 
 ROW_TOKENS = 4096  # of a packed row that is scored
-# Called with what is counted, how many are done, their total, and for answers their tokens so far
+# Called with what is counted, their count so far, their total, and for answers their tokens so far
 Progress = Callable[..., None]
 
 
@@ -71,7 +71,7 @@ class EvalResult:
             and so for loss, perplexity and accuracy.
         loss: mean cross-entropy over them, in nats.
         perplexity: exp(loss).
-        token_accuracy: share of them that are the most likely token given all true tokens before.
+        token_accuracy: share of them that are the most likely token after all true tokens before.
         exact_match: share of `answered` rows whose greedy answer is the reference.
         answered: rows answered for exact match.
         pairs: of each pair of answers, whether the model finds the chosen one likelier, by its mean
@@ -105,7 +105,7 @@ class Evaluation(Tabular):
         answers: the file of the answers, one line each; None without scorers.
         unanswered: rows without an answer of their own, which no scorer takes.
         unfinished: of each model's answers those that were cut at the longest allowed.
-        seen: rows that the run was trained on, token for token; None where that is not known.
+        seen: rows that the run was trained on, token for token; None where unknown.
         seen_fault: why it is not known; empty for a model that is no run's.
         row_hash: of the rows as tokens; two runs with one hash were scored on the same tokens.
         reference_hash: of what the scorers compare answers with; empty without scorers.
@@ -129,7 +129,7 @@ class Evaluation(Tabular):
         """The scores, a column for each model, and what a reader should know of the rows."""
         intervals = {}
         for scores in self.by_scorer:
-            # Answers of a base that is not asked for now may be kept.
+            # The file may have answers of a base that is not evaluated now.
             intervals[scores.name] = [scores.models[model] for model in self.scores]
         rows = [*loss_rows(list(self.scores.values())), *interval_rows(intervals)]
         notes = [*self.warnings(), *self.verdicts(), *self.notes()]
@@ -465,7 +465,7 @@ def evaluate(
         decoding: for scorers: how tokens are chosen; None is greedy, up to `max_new_tokens`.
         output: for scorers: the file of the answers; None takes one in evals/ of the run. What is
             there is gone on with.
-        fresh: put answers that are there aside.
+        fresh: move existing answers aside.
         ranks: those that evaluate together, with the whole model each and a part of the rows; rank
             0 writes the answers. All get the numbers of one process.
 
@@ -481,7 +481,7 @@ def evaluate(
         check_scorer_names(scorers)
         location = locate_run(path)
         if data is None:
-            parts, name = _held_out(location, path)
+            parts, name = _held_out_rows(location, path)
         else:
             name = str(data)
             source = Source(source=name, split=split, max_examples=max_examples)
@@ -492,7 +492,7 @@ def evaluate(
         loaded = load_run(location, device=device)
         tokens = _eval_tokens(parts, loaded, name)
         if data is None:
-            tokens = _first_held_out(tokens, location, max_examples)
+            tokens = _first_validated(tokens, location, max_examples)
         if scorers:
             decoding = decoding or Decoding(max_new_tokens)
             file = answers_path(location, name, output)
@@ -552,13 +552,13 @@ def _require_file(data: object) -> None:
 def _evaluation(scores: dict[str, EvalResult], tokens: TokenSet, name: str) -> Evaluation:
     """The scores of the models, with what the rows called `name` became."""
     counts = tokens.counts
-    left_out = counts.dropped + counts.emptied
+    dropped = counts.dropped + counts.emptied
     by_scorer: tuple[RowScores, ...] = ()
     if tokens.has_pairs:
         orders = {model: list(result.pairs) for model, result in scores.items()}
         by_scorer = (summarize_rows(PAIRS, orders),)
     return Evaluation(
-        scores, name, counts.rows, left_out, counts.cut, by_scorer, row_hash=counts.digest
+        scores, name, counts.rows, dropped, counts.cut, by_scorer, row_hash=counts.digest
     )
 
 
@@ -664,7 +664,7 @@ def _read_source(
     return replace(source, format=like.format, columns=like.columns), rows
 
 
-def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]:
+def _held_out_rows(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]:
     """The rows that a run validates on, and their name for the user."""
     run = require_held_out(location, path)
     # Without hold_out the training rows need not be read.
@@ -690,7 +690,7 @@ def require_held_out(location: RunLocation, path: str | Path) -> Run:
     return run
 
 
-def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) -> TokenSet:
+def _first_validated(tokens: TokenSet, location: RunLocation, count: int | None) -> TokenSet:
     """The first `count` of the examples that the run validated on; UsageError where they are not
     the same any more."""
     run = location.run

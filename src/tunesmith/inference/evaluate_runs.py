@@ -90,7 +90,7 @@ class RunsEvaluation(Tabular):
                 yield f"warning: {name}: {warning.removeprefix('warning: ')}"
 
     def verdicts(self) -> list[str]:
-        """A sentence for each comparison, and for each that cannot be made."""
+        """A sentence for each comparison, and for each that is not possible."""
         return [*self.obstacles, *(comparison.verdict for comparison in self.comparisons)]
 
     def notes(self) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Rows in, rows with a trained model's answers out; prompts are rendered as in training.
 
 A row may have any format that trains, with its answer or without. The last assistant turn, the
-output or the completion is taken off and kept as the reference; a row that has none is prompted as
+output or the completion becomes the reference; a row that has none is prompted as
 it is.
 """
 
@@ -39,21 +39,21 @@ PLACEHOLDER = "?"
 
 
 class AnsweredRows(Iterator[dict[str, Any]]):
-    """Rows with their answers; each is answered when it is taken."""
+    """Rows with their answers; each is answered when the iterator reaches it."""
 
     def __init__(self, rows: Iterator[dict[str, Any]], count: int) -> None:
         self._rows = rows
         self._count = count
-        self._taken = 0
+        self._position = 0
 
     def __next__(self) -> dict[str, Any]:
         row = next(self._rows)
-        self._taken += 1
+        self._position += 1
         return row
 
     def __repr__(self) -> str:
-        answered = f"{self._taken} of {count_of(self._count, 'row')} answered"
-        if self._taken == self._count:
+        answered = f"{self._position} of {count_of(self._count, 'row')} answered"
+        if self._position == self._count:
             return f"<{answered}>"
         return f"<{answered}: a loop or list(...) answers the others>"
 
@@ -89,7 +89,7 @@ def generate(
 
     Returns:
         an iterator over the rows from `start` on, in their order, each with `output` added, and
-        `reference` where it held an answer.
+        `reference` where it had an answer.
 
     Raises:
         UsageError: `loaded` is the name of a run.
@@ -246,8 +246,8 @@ def make_prompt(
     prompt_ids = list(loaded.template.prompt(sample))
     if not is_answered:
         return Prompt(prompt_ids, None, [], sample, where)
-    # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are
-    # compared in the form in which the model writes them.
+    # Decoded from the tokens, not read from the row: tool calls, reasoning and what the template
+    # trims are compared in the form in which the model writes them.
     example = loaded.template.encode(sample, "last", where=where)
     answer_ids = example.ids[example.trained].tolist()
     answer = cut_answer(loaded.tokenizer, answer_ids, loaded.template.end_ids)

@@ -55,7 +55,7 @@ class TaskMetric:
     Attributes:
         filter_name: of lm-eval, what was cut out of the answers; `none` without.
         rows: that it is computed from.
-        higher_is_better: None where lm-eval does not say.
+        higher_is_better: None where lm-eval does not define it.
         values: of `base` and `tuned`, or of `model` for a plain model.
         row_scores: with paired intervals, where the metric is the mean of values from 0 to 1.
     """
@@ -119,7 +119,7 @@ def evaluate_tasks(
             after the run's system message; None takes it where the run was trained with it.
 
     Raises:
-        UsageError: a task is not known, or cannot be used with a text model.
+        UsageError: a task is unknown, or cannot be used with a text model.
         DataError: the rows of a task cannot be had.
         MachineError: lm-eval, or a package that a task needs, is not installed.
     """
@@ -209,7 +209,7 @@ def _harness_model(model: PreTrainedModel, tokenizer: Any, batch_size: int) -> A
     """lm-eval's own `hf` model around one that is loaded."""
     from lm_eval.models import huggingface
 
-    # It warns that a model in place of a name may ignore other options: none is given.
+    # It warns that a model in place of a name may ignore other options: none is set.
     logger = logging.getLogger(huggingface.__name__)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -329,16 +329,16 @@ def _save_task(
     result: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> None:
-    """Write what one task says, for `report` and for other tools."""
-    own = [metric for metric in metrics if metric.task == task]
-    rows = max((metric.rows for metric in own), default=0)
-    filters = [metric.filter_name for metric in own]
+    """Write one task's scores, for `report` and for other tools."""
+    task_metrics = [metric for metric in metrics if metric.task == task]
+    rows = max((metric.rows for metric in task_metrics), default=0)
+    filters = [metric.filter_name for metric in task_metrics]
     digest = hashlib.sha256()
     for sample in _samples_of(result, task, filters[0] if filters else "none"):
         # The hash tells whether two evals scored the same rows.
         digest.update(f"{sample['prompt_hash']} {sample['target_hash']}\n".encode())
     scores = {}
-    for metric in own:
+    for metric in task_metrics:
         if metric.row_scores is not None:
             scores[metric.name] = saved_scores(metric.row_scores)
     content = {
@@ -348,7 +348,7 @@ def _save_task(
         "row_hash": digest.hexdigest(),
         **about,
         "seen": None,
-        "metrics": {metric.name: values_as_json(metric) for metric in own},
+        "metrics": {metric.name: values_as_json(metric) for metric in task_metrics},
         "scores": scores,
     }
     save_scores(

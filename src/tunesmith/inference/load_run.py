@@ -63,7 +63,7 @@ class RunLocation:
 
     @property
     def held_out_hash(self) -> str | None:
-        """The hash of the rows that the run held out; None where that is not known."""
+        """The hash of the rows that the run held out; None where unknown."""
         return held_out_hash(self.folder.parent) if self.folder else None
 
     @property
@@ -91,7 +91,7 @@ class LoadedModel(Tabular):
     weights: Path
 
     def table(self) -> ResultTable:
-        """What was loaded, where it is, and how it is asked."""
+        """What was loaded, where it is, and how it is prompted."""
         kinds = {"adapter": "an adapter over its base", "full": "trained in full", "base": "a base"}
         device, dtype = str(self.model.device), str(self.model.dtype).removeprefix("torch.")
         rows = [
@@ -191,7 +191,7 @@ def _in_run(folder: Path) -> RunLocation:
     for candidate in (folder / FINAL, *checkpoints):
         if not candidate.is_dir():
             continue
-        # Sizes only: reading every byte takes minutes, and is done before weights are used.
+        # Sizes only: reading every byte takes minutes, and comes before weights are used.
         damage = manifest.find_damage(candidate, contents=False)
         configs = (candidate / "adapter_config.json", candidate / "config.json")
         if damage is None and any(config.is_file() for config in configs):
@@ -262,11 +262,11 @@ def _base_of_adapter(file: Path) -> Model:
 
 
 def _stored_dtype(folder: Path) -> Dtype:
-    """What a model folder's config.json says its weights are; bf16 where it does not say, or is on
+    """The dtype of weights by a model folder's config.json; bf16 where it has none, or is on
     the Hub."""
     config = folder / "config.json"
     values = read_json(config) if config.is_file() else {}
-    # A vision-language model may say it of its parts alone.
+    # A vision-language model may have it for its parts alone.
     values = {**(values.get("text_config") or {}), **values}
     names: dict[str, Dtype] = {"float16": "fp16", "float32": "fp32"}
     return names.get(str(values.get("dtype") or values.get("torch_dtype")), "bf16")
@@ -379,8 +379,8 @@ def _inference_recipe(location: RunLocation, dtype: Dtype | None) -> Run:
     """The recipe by which the model is built: the run's, without what is for training only."""
     from tunesmith.adapter.peft_files import read_adapter
 
-    # Without a run's own recipe one is made up; it needs a source and an output_dir, and neither is
-    # read or written.
+    # Without a run's own recipe there is a placeholder; it needs a source and an output_dir, and
+    # neither is read or written.
     run = location.run or Run(
         model=location.base, data=Data(train=(Source(source="none"),)), output_dir="."
     )
@@ -491,7 +491,7 @@ def _template(
         alpaca_texts = [builtin_templates.alpaca(bos=bos) for bos in (True, False)]
         name = "alpaca" if template.jinja in alpaca_texts else "pattern"
         template = Template(tokenizer, ends, jinja=template.jinja, name=name)
-    # A base model without a template is given prompts as they stand; its chats take the alpaca
+    # A base model without a template gets unchanged prompts; its chats take the alpaca
     # text.
     template.raw |= run is None and jinja is None
     if run and saved and (saved.parent / IDENTITY).is_file():

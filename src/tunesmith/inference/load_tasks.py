@@ -51,7 +51,7 @@ def load_tasks(specs: Sequence[str]) -> LoadedTasks:
     except ImportError as error:
         raise _missing_package("lm-eval", error) from error
     # To look through lm-eval's own 14,000 takes seconds.
-    manager = TaskManager(include_path=folders, include_defaults=_needs_own_tasks(specs))
+    manager = TaskManager(include_path=folders, include_defaults=_needs_default_tasks(specs))
     names: list[str] = []
     for spec in specs:
         names += _names_of(spec, manager)
@@ -81,7 +81,7 @@ def _is_path(spec: str) -> bool:
     return "/" in spec or spec.endswith(_YAML)
 
 
-def _needs_own_tasks(specs: Sequence[str]) -> bool:
+def _needs_default_tasks(specs: Sequence[str]) -> bool:
     """Whether tasks that come with lm-eval may be meant: by name, or by a group in a folder."""
     for spec in specs:
         if not _is_path(spec):

@@ -1,7 +1,7 @@
 """Answer the rows of an evaluation with a model, and score the answers with their intervals.
 
-Scoring is apart from answering: answers are kept in a file (`answers_file.py`), and scored when all
-of them are there.
+Scoring is apart from answering: answers are written to a file (`answers_file.py`), and scored when
+all of them are there.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from tunesmith.scoring.intervals import (
 from tunesmith.scoring.scorers import ScoredRow, Scorer, score_answer, select_scorers
 from tunesmith.scoring.tool_calls import PROBE, PROBE_TOOL, CallReader, learn_call_form
 
-# Called with what is counted, how many are done, their total, and the tokens so far
+# Called with what is counted, their count so far, their total, and the tokens so far
 AnswerProgress = Callable[[str, int, int, int], None]
 
 
@@ -73,7 +73,7 @@ class RowScores:
     Attributes:
         models: the mean of each model, with its interval.
         paired: base and tuned side by side; None for a model alone.
-        verdict: better, worse or not told apart, in a sentence; empty for a model alone.
+        verdict: better, worse or no significant difference, in a sentence; empty for a model alone.
         scores: of each model, row by row.
     """
 
@@ -87,7 +87,7 @@ class RowScores:
 
 def read_call_form(loaded: LoadedModel) -> CallReader | None:
     """What reads the tool calls that the model's template writes; None if it writes none, or none
-    of a form that is known."""
+    of a readable form."""
     call = {"type": "function", "function": PROBE._asdict()}
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}
     # Some templates of models that think write an answer without reasoning unlike their prompt.
@@ -161,8 +161,8 @@ def _file_stem(name: str) -> str:
     """A name of rows or of a model as a part of a file's name."""
     path = Path(name)
     stem = path.stem if path.suffix in (".jsonl", ".json", ".csv", ".parquet") else name
-    kept = "".join(char if char.isalnum() or char in "._-" else "-" for char in stem)
-    return kept.strip("-.")[-80:] or "rows"
+    safe_name = "".join(char if char.isalnum() or char in "._-" else "-" for char in stem)
+    return safe_name.strip("-.")[-80:] or "rows"
 
 
 def trained_weights(location: RunLocation) -> str:
@@ -227,7 +227,7 @@ class Scoring:
         )
 
     def open(self, path: Path, *, fresh: bool) -> None:
-        """Read the answers that are there; `fresh` will put them aside."""
+        """Read the existing answers; `fresh` will move them aside."""
         self.path = path
         self.file: AnswersFile | None = None
         if self.ranks.is_main_process:
@@ -247,24 +247,24 @@ class Scoring:
         """Answer the rows that the file lacks answers of `model` for.
 
         Raises:
-            StoppedError: a stop signal came; the answers so far are kept.
+            StoppedError: a stop signal came; the answers so far are saved.
         """
         total = len(self.rows.prompts)
-        done = self._answered(model)
-        if done == total:
+        answer_count = self._answered(model)
+        if answer_count == total:
             return
         what = f"answers of {model}"
         tokens = 0
-        progress(what, done, total, tokens)
-        rows_here = done
+        progress(what, answer_count, total, tokens)
+        rows_here = answer_count
         tokens_here = 0
 
         def count_batch(batch: Sequence[Answer]) -> None:
-            """What this rank has answered; of the others it is known at the end of a window."""
+            """Count this rank's answers; those of the others come at the end of a window."""
             nonlocal rows_here, tokens_here
             rows_here += len(batch)
             tokens_here += sum(len(answer.ids) for answer in batch)
-            progress(what, max(done, rows_here), total, max(tokens, tokens_here))
+            progress(what, max(answer_count, rows_here), total, max(tokens, tokens_here))
 
         with StopRequest(interactive=True) as stop:
             answers = answer_all(
@@ -274,7 +274,7 @@ class Scoring:
                 self.decoding,
                 stops=loaded.template.end_ids,
                 batch_size=self.batch_size,
-                start=done,
+                start=answer_count,
                 cancelled=stop.requested,
                 ranks=self.ranks,
                 answered=count_batch,
@@ -282,21 +282,21 @@ class Scoring:
             for i, answer in answers:
                 if self.file is not None:
                     self.file.append(self._saved(loaded, model, i, answer))
-                done = i + 1
+                answer_count = i + 1
                 tokens += len(answer.ids)
-                progress(what, max(done, rows_here), total, max(tokens, tokens_here))
-        done = self._answered(model)
+                progress(what, max(answer_count, rows_here), total, max(tokens, tokens_here))
+        answer_count = self._answered(model)
         with self.ranks.raise_on_all_ranks():
-            if done < total:
+            if answer_count < total:
                 raise StoppedError(
-                    f"stopped: {done} of {total} answers of {model} are in {self.path}; "
+                    f"stopped: {answer_count} of {total} answers of {model} are in {self.path}; "
                     "to continue, run the same command again"
                 )
 
     def _answered(self, model: str) -> int:
         """How many answers of a model are in the file, on every rank."""
-        done = 0 if self.file is None else len(self.file.of(model))
-        return self.ranks.broadcast_object(done)
+        answer_count = 0 if self.file is None else len(self.file.of(model))
+        return self.ranks.broadcast_object(answer_count)
 
     def unfinished(self) -> dict[str, int]:
         """How many answers of each model were cut at --max-new-tokens, on every rank."""
@@ -338,7 +338,7 @@ def score_rows(rows: EvalRows, scorers: Sequence[Scorer], file: AnswersFile) -> 
         scores: dict[str, list[float]] = {}
         for model in ("base", "tuned", "model"):
             answers = file.of(model)
-            # Answers of a base that is not asked for now may be there in part.
+            # The file may have some answers of a base that is not evaluated now.
             if len(answers) < len(rows.scored):
                 continue
             scores[model] = []

@@ -42,7 +42,7 @@ def pack_logs(folder: Path, prefix: str) -> bytes:
     files = [file for file in folder.rglob("*") if file.is_file()]
     files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
     packed = io.BytesIO()
-    # The archive is made in memory: its bytes become one value of the store.
+    # The archive is built in memory: its bytes become one value of the store.
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for file in files:
             tail = file.read_bytes()[-FILE_TAIL:].decode(errors="replace")

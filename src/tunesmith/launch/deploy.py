@@ -88,7 +88,7 @@ def launch_on_swarm(
         stack = replace(plan_stack(out, chosen, restarts), excluded=tuple(excluded))
     files: list[ShippedFile] = []
     mounts = []
-    # The name of an input in the stack is its content, so the place on the nodes is known before
+    # The name of an input in the stack is its content, so the place on the nodes is fixed before
     # anything is sent.
     for path in inputs:
         place, inside = by_content(path)
@@ -232,7 +232,7 @@ def _check_alike(
 def stack_without_swarm(out: Path, hosts: Sequence[str], count: int | None, restarts: int) -> Stack:
     """The stack for as many nodes as the flags name, all as this one.
 
-    Nothing is asked of Docker or of another node.
+    Neither Docker nor another node is called.
     """
     nodes = count or 1 + len(hosts)
     gpus = count_gpus()

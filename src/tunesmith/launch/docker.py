@@ -151,24 +151,24 @@ class DockerJob(Job):
 def _docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run docker; MachineError if it cannot be used, or if it fails and `check`."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["docker", *words], capture_output=True, text=True, errors="replace", check=False
         )
     except FileNotFoundError:
         raise MachineError(
             "docker is not installed", where="PATH", fix="sudo apt-get install docker.io"
         ) from None
-    if done.returncode == 0:
-        return done
+    if process.returncode == 0:
+        return process
     where = f"docker {words[0]}"
-    why = mask(done.stderr.strip())[:600]
+    why = mask(process.stderr.strip())[:600]
     for text, (what, fix) in FAULTS.items():
         if text in why:
             raise MachineError(what, where=where, why=why, fix=fix)
     if check:
         fix = "docker info shows how Docker is configured"
         raise MachineError(f"{where} failed", where=where, why=why, fix=fix)
-    return done
+    return process
 
 
 def find_mounts(run: Run) -> list[Mount]:

@@ -41,7 +41,7 @@ class ForwardStop:
 
     Attributes:
         number: of the last stop signal; 0: none came.
-        ranks_began: whether ranks were started: from then on they say how the run ends.
+        ranks_began: whether ranks were started: from then on they decide how the run ends.
     """
 
     def __init__(self) -> None:

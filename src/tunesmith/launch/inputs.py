@@ -17,10 +17,10 @@ def recipe_inputs(run: Run) -> list[Path]:
     """The files and folders that a recipe reads here, absolute, each once, in the schema's order.
 
     They are the data files, the template, the model, its tokenizer and the adapter to go on from;
-    no Hub ids. UsageError where one is not there: a container or another machine would say so only
-    after it was started.
+    no Hub ids. UsageError where one is not there: a container or another machine would report it
+    only after it was started.
     """
-    # A recipe's paths were made absolute when it was loaded: any other word is an id of the Hub.
+    # A recipe's paths became absolute when it was loaded: any other word is an id of the Hub.
     files = {key: text for key, text in inputs_of(run).items() if os.path.isabs(text)}
     for key, text in files.items():
         if not os.path.exists(text):

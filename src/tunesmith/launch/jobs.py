@@ -2,7 +2,7 @@
 
 A launch leaves one small file in the user's state folder: which kind it is, where the run directory
 and its log are, and what that kind needs to find it. It holds no token. A run that nobody launched
-is found by its directory all the same.
+is recognized by its directory all the same.
 """
 
 import fcntl
@@ -77,7 +77,7 @@ class JobState(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A run, known by its directory alone; each kind of launch is a subclass that knows more.
+    """A run, identified by its directory alone; each kind of launch is a subclass with more.
 
     Attributes:
         name: `local-4711`, `slurm-123`; the first word is the kind. Empty: nobody launched it.
@@ -101,7 +101,7 @@ class Job:
             return JobState(RunState.UNKNOWN, text)
         out = Path(self.run_dir)
         step = last_step(out)
-        # The lock first: while a process trains here, files of earlier starts say nothing of this
+        # The lock first: while a process trains here, files of earlier starts do not describe this
         # one.
         if is_locked(out):
             return JobState(RunState.RUNNING, step or "before the first step")
@@ -171,7 +171,7 @@ class Job:
         """Ask it to save and end, by the file `stop` in its directory.
 
         Returns:
-            What was done, in a line.
+            A line for the user about it.
         """
         if self.later_job() or not is_locked(Path(self.run_dir)):
             state = self.state()
@@ -213,7 +213,7 @@ def holds_runs(folder: Path) -> bool:
 def run_folders(folder: Path, listed: Container[Path] = ()) -> Iterator[Path]:
     """The run directories in a folder and, where a folder in it is no run, in that one.
 
-    listed: folders that are known to be runs.
+    listed: folders of runs.
     """
     for path in _subfolders(folder):
         if path in listed or holds_run(path):

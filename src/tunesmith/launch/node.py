@@ -3,7 +3,7 @@ Swarm task.
 
   python -m tunesmith.launch.node --nodes 2 --ranks 8 --endpoint HOST:29500 -- train my-recipe.yaml
 
-torch's elastic launcher runs in this process. Exit codes are those of `train`: 0 done, 1 failed,
+torch's elastic launcher runs in this process. Exit codes are those of `train`: 0 success, 1 failed,
 2 refused before the first step, 75 stopped with all saved. A stop signal goes on to the ranks of
 this node, and all ranks of all nodes agree to save and end. One rank alone takes this process over.
 A run that stops because memory is short starts once more, with half the micro batch.

@@ -45,13 +45,13 @@ class Receiver:
     def run(self, words: List[str], text: str = "") -> List[Any]:  # noqa: UP006
         """A command's exit code, output and errors."""
         try:
-            done = subprocess.run(words, input=text.encode(), capture_output=True, check=False)
+            process = subprocess.run(words, input=text.encode(), capture_output=True, check=False)
         except OSError as error:
             return [127, "", f"{words[0]}: {error.strerror}"]
         return [
-            done.returncode,
-            done.stdout.decode(errors="replace"),
-            done.stderr.decode(errors="replace"),
+            process.returncode,
+            process.stdout.decode(errors="replace"),
+            process.stderr.decode(errors="replace"),
         ]
 
     def have(self, files: List[List[Any]]) -> List[Optional[List[int]]]:  # noqa: UP006,UP045

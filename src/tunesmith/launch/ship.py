@@ -43,7 +43,7 @@ SSH = [
     "-oForwardAgent=no",
     "-oForwardX11=no",
     "-oClearAllForwardings=yes",
-    # A dead link is given up after 15 seconds.
+    # A dead link is closed after 15 seconds.
     "-oServerAliveInterval=5",
     "-oServerAliveCountMax=3",
     "-oCompression=no",
@@ -406,7 +406,7 @@ def ship_image(image: str, host: str) -> str:
     if not host:
         return image_id
     with Connection(host) as there:
-        # Asked by id: another image may have the same name there.
+        # By id: another image may have the same name there.
         code, _, _ = there.ask("run", words=[*IMAGE_ID, image_id])
     if code:
         _pipe(["docker", "save", image], [*SSH, "--", host, "docker load"], host)

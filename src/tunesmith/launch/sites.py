@@ -44,7 +44,7 @@ Text = Annotated[str, BeforeValidator(str)]
 
 @dataclass(frozen=True)
 class Site:
-    """What a job asks of Slurm, from a profile and from flags; None is not asked for."""
+    """What a job requests from Slurm, from a profile and from flags; None: no request."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 

@@ -1,4 +1,4 @@
-"""`launch slurm`: a batch script for one run; submitted, and found again.
+"""`launch slurm`: a batch script for one run; submitted, and looked up again.
 
 Each node starts one node agent. The script names the head node by Slurm's own means, asks the ranks
 to save before the time limit, and puts itself back into the queue. Nothing of the submitting
@@ -44,7 +44,8 @@ from tunesmith.run_dir import STOP_FILE, RunState
 # Names in the folder `launch` of the run directory
 SCRIPT = "slurm.sh"
 LOG = "slurm"
-# Seconds before the time limit at which the run is asked to save, at least; a short limit has less
+# Seconds before the time limit at which the run gets the signal to save, at least; a short limit
+# has less
 WARNING = 300
 # Of them for the step under way, and for Slurm's clock, which goes by the minute
 STEP_AND_CLOCK = 60
@@ -169,9 +170,9 @@ class Request:
     """One submission: a run, on so many nodes.
 
     Attributes:
-        warning: seconds before the time limit at which all ranks are asked to save; None: 300, or
-            more where saving takes longer, but no more than a quarter of the limit.
-        saving: seconds that a checkpoint takes, as far as that is known.
+        warning: seconds before the time limit at which all ranks get the signal to save; None: 300,
+            or more where saving takes longer, but no more than a quarter of the limit.
+        saving: seconds that a checkpoint takes, as far as one was measured.
         debug: the agents collect what ranks and NCCL print.
     """
 
@@ -338,7 +339,7 @@ def ranks_of(site: Site) -> int:
 
 
 def warning_of(request: Request) -> int:
-    """Seconds before the time limit at which the ranks are asked to save."""
+    """Seconds before the time limit at which the ranks get the signal to save."""
     limit = _time_limit(request)
     seconds = request.warning
     if not seconds:
@@ -361,7 +362,7 @@ def _time_limit(request: Request) -> int:
 
 
 def seconds_to_save(request: Request) -> int:
-    """Seconds that the run needs before the limit; 0 where that is not known."""
+    """Seconds that the run needs before the limit; 0 where unknown."""
     if not request.saving:
         return 0
     # A disk may be half as fast the next time.
@@ -503,10 +504,10 @@ def _slurm(*command: str) -> tuple[int, str, str]:
     if shutil.which(command[0]) is None:
         fix = "run it on a login node of the cluster"
         raise MachineError(f"this machine has no {command[0]}", where="PATH", fix=fix)
-    done = subprocess.run(
+    process = subprocess.run(
         command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
-    return done.returncode, done.stdout, done.stderr.strip().rpartition("\n")[2]
+    return process.returncode, process.stdout, process.stderr.strip().rpartition("\n")[2]
 
 
 def _directive_word(value: str, where: str) -> str:

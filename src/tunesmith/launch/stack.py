@@ -29,7 +29,7 @@ _REPLACED = ("command", "entrypoint")
 
 @dataclass(frozen=True)
 class Stack:
-    """What a stack file is made of.
+    """The content of a stack file.
 
     Attributes:
         endpoint: HOST:PORT that the ranks meet at.
@@ -134,7 +134,7 @@ class Stack:
             "mode": "replicated",
             "replicas": self.nodes,
             "placement": {
-                # One agent a node; Swarm would put two on one where another is not ready.
+                # One agent a node; Swarm would place two on one where another is not ready.
                 "max_replicas_per_node": 1,
                 "constraints": [f"node.id!={node}" for node in self.excluded],
             },

@@ -138,7 +138,7 @@ class SwarmJob(Job):
             command.append("--follow")
         command.append(self.service)
         if host:
-            # Docker's logs are at the manager, where the service is known.
+            # Docker's logs are at the manager, which has the service.
             command = [*SSH, "--", host, shlex.join(command)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             assert process.stdout is not None
@@ -154,7 +154,7 @@ class SwarmJob(Job):
                     elif is_over or process.poll() is not None:
                         return
                     else:
-                        # docker follows on when all tasks have ended. Their state is asked for
+                        # docker follows on when all tasks have ended. Their state is queried
                         # less often, as that takes an ssh connection.
                         quiet_polls += 1
                         if follow and quiet_polls % 4 == 0:
@@ -164,7 +164,7 @@ class SwarmJob(Job):
                 process.kill()
 
     def stop(self) -> str:
-        """Ask the ranks to save, wait for their end, and remove what the launch made everywhere."""
+        """Ask the ranks to save, wait for their end, and remove what the launch created."""
         with self.manager() as manager:
             tasks = self.tasks(manager)
             if tasks:
@@ -188,19 +188,23 @@ class SwarmJob(Job):
                     step = last_step(self.run_dir) or "before the first step"
                     seconds = notified_at - began
                     log.info(f"{self.name}: after {seconds:.0f} s ranks run on {nodes}; {step}")
-        lost_hosts = self.clean()
+        unreachable = self.clean()
         run = Job.state(self)
         line = f"removed; {run.state}: {run.text}"
-        return "; ".join([line, *(f"{host} cannot be reached" for host in lost_hosts)])
+        return "; ".join([line, *(f"{host} cannot be reached" for host in unreachable)])
 
     def tasks_at_work(self, manager: Connection) -> list[dict[str, str]]:
         """The tasks that have not ended, but for those of nodes that are lost."""
         rows = manager.run("docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}")
-        # A lost node cannot say that its task has ended: waiting for it would last until the
+        # A lost node cannot report that its task has ended: waiting for it would last until the
         # timeout.
-        lost = {row.split()[1] for row in rows.splitlines() if not row.startswith("Ready")}
+        lost_nodes = {row.split()[1] for row in rows.splitlines() if not row.startswith("Ready")}
         tasks = self.tasks(manager) or []
-        return [task for task in tasks if _state_of(task) not in ENDED and task["Node"] not in lost]
+        at_work = []
+        for task in tasks:
+            if _state_of(task) not in ENDED and task["Node"] not in lost_nodes:
+                at_work.append(task)
+        return at_work
 
     def clean(self) -> list[str]:
         """Remove what carries our label -> the nodes that are not reached.
@@ -215,14 +219,14 @@ class SwarmJob(Job):
                 ids = manager.run("docker", kind, "ls", "--quiet", "--filter", mark).split()
                 if ids:
                     manager.run("docker", kind, "rm", *ids)
-        lost_hosts = []
+        unreachable = []
         for host in self.hosts():
             try:
                 with Connection(host) as node:
                     _remove_containers(node, mark)
             except MachineError:
-                lost_hosts.append(host)
-        return lost_hosts
+                unreachable.append(host)
+        return unreachable
 
 
 def _state_of(task: dict[str, str]) -> str:

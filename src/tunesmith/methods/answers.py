@@ -33,9 +33,9 @@ class Answers(NamedTuple):
 def answer_logprobs(model: TrainModel, batch: Batch) -> Answers:
     """The log-probability of each answer: a sum over its supervised tokens.
 
-    Only these positions reach the head, and their logits exist a chunk at a time. Sums are taken in
-    fp64 and in the order of the tokens: that of thousands of fp32 numbers would depend on how many
-    there are.
+    Only these positions reach the head, and their logits exist a chunk at a time. Sums are computed
+    in fp64 and in the order of the tokens: that of thousands of fp32 numbers would depend on how
+    many there are.
     """
     index, targets = supervised_positions(batch)
     hidden = model.hidden(batch).index_select(0, index)

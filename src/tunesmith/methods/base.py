@@ -99,7 +99,7 @@ class Method(ABC):
     def begin_step(
         self, model: "TrainModel", totals: StepTotals, add_up: Callable[[Tensor], object]
     ) -> StepTotals:
-        """What has to be known of a whole global batch before its first loss; a collective call.
+        """What the first loss needs of a whole global batch; a collective call.
 
         add_up: sums a tensor over the data ranks, in place.
         """
@@ -173,7 +173,7 @@ class TrainModel(nn.Module):
         self.recurrent_trials: Mapping[str, Trial] = {}
         self.expert_load = ExpertLoad(model)
         # Puts the weights that training began from in place; None where no method asks for them, or
-        # where all is known of them before training.
+        # where all their figures exist before training.
         self.reference: Callable[[], AbstractContextManager[None]] | None = None
         self.chunk_size = None  # of layers with chunked attention, in tokens
         if attention_backend != "eager":
@@ -182,7 +182,7 @@ class TrainModel(nn.Module):
         self.use_training_attention()
 
     def use_training_attention(self) -> None:
-        """Set the attention of training; generation sets its own and calls this when it is done."""
+        """Set the attention of training; generation sets its own and calls this at its end."""
         if self.attention_backend == "eager":
             self.model.set_attn_implementation("eager")
         else:
@@ -217,7 +217,7 @@ class TrainModel(nn.Module):
 
     @contextmanager
     def step_context(self, batch: Batch) -> Iterator[None]:
-        """Put it around forward and backward of a micro batch.
+        """A context around forward and backward of a micro batch.
 
         Layers that recompute run again in the backward, and some of them need to know its documents
         then.
@@ -266,7 +266,7 @@ class TrainModel(nn.Module):
         options = {}
         documents = current_documents()
         # Validation, or a forward outside `step_context`: by identity, so that documents of another
-        # batch are never taken.
+        # batch are never used.
         if documents is None or documents.cu_seqlens is not batch.cu_seqlens:
             documents = self._documents(batch)
         if documents is not None:

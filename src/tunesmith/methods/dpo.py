@@ -1,4 +1,4 @@
-"""Direct preference optimization, and what was made of it.
+"""Direct preference optimization, and its variants.
 
     margin = log (p(chosen) / p_ref(chosen)) - log (p(rejected) / p_ref(rejected))
 

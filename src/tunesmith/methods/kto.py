@@ -5,7 +5,7 @@
            w_bad * (1 - sigmoid(beta KL - reward))     of a bad one
 
 KL is the mean log-ratio of prompts with answers of other rows, at least 0 and without gradient. The
-rows of a global batch give each their answer to the next one, and their mean is taken over all
+rows of a global batch give each their answer to the next one, and their mean is over all
 ranks before the losses: packing, micro batch and ranks do not change it.
 """
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tunesmith.data.formats import ROLES
 
-# The words that templates write: other names of rows would be found in what somebody says.
+# The words that templates write: other names of rows would also match in a message's text.
 _ROLE = "system|user|human|assistant|model|tool|ipython"
 _FIRST_ROLE = re.compile(rf"\s*(?:{_ROLE})(\n+)")
 _ROLE_IN_LINE = re.compile(rf"^({_ROLE})\n", re.MULTILINE)
@@ -38,10 +38,10 @@ def turns_of(prompt: str) -> list[Turn]:
     _, *parts = pattern.split(prompt.lstrip())
     turns = []
     for role, text in zip(parts[::2], parts[1::2], strict=True):
-        said = _NO_THOUGHT.sub("", text).strip()
+        content = _NO_THOUGHT.sub("", text).strip()
         # The last one is the answer that the prompt asks for.
-        if said:
-            turns.append(Turn(ROLES[role], said))
+        if content:
+            turns.append(Turn(ROLES[role], content))
     return turns
 
 

@@ -31,7 +31,7 @@ EMULATED = 2.0
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak that MFU is taken against, without a figure where none is known.
+    """The peak that MFU is relative to, without a figure for an unknown chip.
 
     Only 16-bit types on CUDA have one: fp32's depends on whether TF32 is allowed, and no CPU
     publishes a peak that its clock under AVX-512 holds. An integrated chip without a row of its own

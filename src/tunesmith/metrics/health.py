@@ -81,7 +81,7 @@ class Gauges:
         self._counts = _read_all(self.counters)
 
     def read(self) -> Mapping[str, float]:
-        """Percent, watts, MHz, degrees Celsius, bytes per second, as the names say."""
+        """Percent, watts, MHz, degrees Celsius, bytes per second, by their names."""
         now = time.monotonic()
         if now - self._read_at < self.every:
             return self._values
@@ -105,7 +105,7 @@ def _read_all(sources: Sources) -> dict[str, float]:
     for name, source in list(sources.items()):
         try:
             values[name] = source()
-        # A port that is reset, an interface that is made anew.
+        # A port that is reset, an interface that is created anew.
         except OSError:
             continue
         # NVML's error type cannot be imported without NVML.
@@ -116,7 +116,7 @@ def _read_all(sources: Sources) -> dict[str, float]:
 
 def network_bytes(root: Path = Path("/")) -> int:
     """Bytes that the RDMA ports of this machine sent and received; without such ports, those of the
-    interface that gloo or NCCL was given. Counters of /sys below `root`."""
+    interface that gloo or NCCL uses. Counters of /sys below `root`."""
     # InfiniBand counts its data in words of four bytes, also over Ethernet.
     words = [*root.glob("sys/class/infiniband/*/ports/*/counters/port_*_data")]
     if words:
@@ -201,7 +201,7 @@ class ChipCheck:
         self.slow = 0
         self.warned = False
         self._checked_at = time.monotonic()
-        # Seconds of the check that is under way, None while it is not done.
+        # Seconds of the current check, None while it runs.
         self._pending: Callable[[], float | None] | None = None
         self._throttled = throttled_seconds(root)
 
@@ -216,7 +216,7 @@ class ChipCheck:
         return reading
 
     def read(self) -> Reading | None:
-        """The result of the check that is under way, if it is done; begins the next one when it is
+        """The result of the current check, if it has ended; begins the next one when it is
         time."""
         if self._pending is None:
             if time.monotonic() - self._checked_at < self.every:
@@ -230,7 +230,7 @@ class ChipCheck:
 
     def _run(self) -> Callable[[], float | None]:
         """Run the product, on CUDA behind what is queued; the function returns its seconds, or None
-        while it is not done."""
+        while it runs."""
         product = partial(torch.mm, self.left, self.right, out=self.out)
         if self.device.type != "cuda":
             # The quickest of several: a busy core makes others slower, never faster.
@@ -242,7 +242,7 @@ class ChipCheck:
         for _ in range(TIMES["cuda"]):
             product()
         end.record()
-        # The events are asked, and not waited for: the training goes on meanwhile.
+        # The events are queried, and not waited for: the training goes on meanwhile.
         return lambda: start.elapsed_time(end) / 1000 if end.query() else None
 
     def _read(self, seconds: float) -> Reading:

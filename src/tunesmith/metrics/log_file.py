@@ -22,7 +22,7 @@ def log_file_of_run(path: Path) -> "LogFile":
 
 
 class LogFile(logging.Handler):
-    """Lines are kept in memory until `open`, since a start that is refused writes nothing.
+    """Lines stay in memory until `open`, since a start that is refused writes nothing.
 
     As a context it also writes what the package logs, and the error that ends the run, and closes
     the file. A line is one write, without a buffer, so that a signal's handler may write.

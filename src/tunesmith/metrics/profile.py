@@ -42,7 +42,7 @@ class Profiler:
         self.tables: list[Path] = []
         self._steps_left = (settings.wait + settings.warmup + settings.active) * settings.cycles
         self._profile: profile | None = None
-        # Ranks that are not asked for pay nothing.
+        # Ranks that are not profiled pay nothing.
         if not settings.enabled or (settings.ranks != "all" and rank not in settings.ranks):
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ class Profiler:
         return self
 
     def step(self) -> None:
-        """An optimizer step is done. The profiler stops after its last cycle, so that later steps
+        """Note an optimizer step. The profiler stops after its last cycle, so that later steps
         run at full speed."""
         if self._profile is None:
             return
@@ -89,26 +89,37 @@ class Profiler:
 
     def _write(self, cycle: profile) -> None:
         """Called by torch at the end of each cycle, also of one that the run's end cuts short."""
-        # torch puts the time into the trace's name and does not return it.
-        # torch names the file by the time: the new one is the one that was not there.
-        older_traces = set(self.folder.glob("*.pt.trace.json.gz"))
-        self._trace(cycle)
-        (trace,) = set(self.folder.glob(f"rank{self.rank}.*.pt.trace.json.gz")) - older_traces
+        trace = self._write_trace(cycle)
         self.traces.append(trace)
         name = f"rank{self.rank}-{len(self.traces)}"
         with gzip.open(trace, "rt", encoding="utf-8") as file:
             events: list[dict[str, Any]] = json.load(file)["traceEvents"]
         peaks = _write_memory(events, self.folder / f"memory-{name}.json.gz")
         if self.device.type == "cuda":
-            with (self.folder / f"memory-{name}.pickle").open("wb") as out:
-                # The form that pytorch.org's memory viewer opens.
-                pickle.dump({"segments": torch.cuda.memory_snapshot(), "device_traces": []}, out)
+            _write_snapshot(self.folder / f"memory-{name}.pickle")
         summary = {**summarize(events), "peak_bytes": peaks}
         text = json.dumps(summary, indent=1)
         (self.folder / f"summary-{name}.json").write_text(text, encoding="utf-8")
         table = self.folder / f"top-{name}.txt"
         table.write_text(_table(summary), encoding="utf-8")
         self.tables.append(table)
+
+    def _write_trace(self, cycle: profile) -> Path:
+        """Write the trace of a cycle, and return its file."""
+        # torch puts the time into the trace's name and does not return it: the new file is the one
+        # that was absent before.
+        older_traces = set(self.folder.glob("*.pt.trace.json.gz"))
+        self._trace(cycle)
+        traces = set(self.folder.glob(f"rank{self.rank}.*.pt.trace.json.gz"))
+        (trace,) = traces - older_traces
+        return trace
+
+
+def _write_snapshot(file: Path) -> None:
+    """Write the state of the GPU's allocator in the form that pytorch.org's memory viewer opens."""
+    snapshot = {"segments": torch.cuda.memory_snapshot(), "device_traces": []}
+    with file.open("wb") as out:
+        pickle.dump(snapshot, out)
 
 
 def _table(summary: Mapping[str, Any]) -> str:
@@ -195,7 +206,7 @@ def idle_share(spans: Iterable[tuple[float, float]]) -> float | None:
 
 
 def _write_memory(events: Sequence[Mapping[str, Any]], out: Path) -> dict[str, int]:
-    """Write counter tracks of allocated bytes, one per device, made from the allocation events of a
+    """Write counter tracks of allocated bytes, one per device, from the allocation events of a
     trace.
 
     Returns the most bytes of each device. On a CPU they count from the start of the trace.

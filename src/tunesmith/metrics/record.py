@@ -1,6 +1,6 @@
 """One record per step, and `metrics.jsonl`, the file of them.
 
-Every other view of a run is made from it.
+Every other view of a run is derived from it.
 
 A record is one line of strict JSON. Floats are written by `repr`, so they read back bit for bit;
 NaN and the infinities, which JSON lacks, become the strings "NaN", "Infinity" and "-Infinity". A
@@ -39,7 +39,7 @@ class StepRecord:
     """What one optimizer step did. Counts are those of the global batch, over all ranks.
 
     Attributes:
-        step: optimizer steps taken, this one included; the first step is 1.
+        step: optimizer steps so far, this one included; the first step is 1.
         epoch: passes over the training rows, such as 1.25.
         loss: mean over the supervised tokens, measured before the step's update.
         learning_rate: of this step's update.
@@ -49,9 +49,9 @@ class StepRecord:
         step_seconds: wall time of the whole step.
         data_seconds: the part of it spent waiting for data.
         tokens_per_second: `tokens / step_seconds`.
-        mfu: model FLOPs per second over the peak, from 0 to 1; None where no peak is known.
+        mfu: model FLOPs per second over the peak, from 0 to 1; None without a peak.
         memory_gib: peak memory so far: allocated on the GPU, else resident in RAM.
-        mfu_peak_tflops: the peak that `mfu` was taken against.
+        mfu_peak_tflops: the peak that `mfu` is relative to.
         gpu_utilization: percent. This and the other gauges of a GPU: GPU only.
         host_memory_percent: of this rank's host: 100 less the available share.
         network_bytes_per_second: several ranks: sent and received by this rank's host.
@@ -117,7 +117,7 @@ class StepRecord:
 
     @classmethod
     def from_plain(cls, values: Any) -> Self:
-        """The record that `to_plain` made. Unknown names go to `extra` if their value is a number,
+        """The record of a `to_plain`. Unknown names go to `extra` if their value is a number,
         else they are skipped.
 
         ValueError for a missing name; TypeError for what is no dict, or a value of another type.
@@ -127,11 +127,11 @@ class StepRecord:
         missing = [name for name in _NAMES if name not in values and name not in _OPTIONAL]
         if missing:
             raise ValueError(f"no value for {', '.join(missing)}")
-        own_values: dict[str, Any] = {}
+        field_values: dict[str, Any] = {}
         extra: dict[str, float] = {}
         for name, value in values.items():
             number = _parse_number(name, value)
-            # A later version may write more: such numbers are kept.
+            # A later version may write more: such numbers stay.
             if name not in cls.__dataclass_fields__:
                 if number is not None:
                     extra[name] = number
@@ -141,8 +141,8 @@ class StepRecord:
                 raise TypeError(f"{name} is {value!r}, which is not a {kind}")
             if number is not None and name not in _WHOLE:
                 number = float(number)
-            own_values[name] = number
-        return cls(**own_values, extra=extra)
+            field_values[name] = number
+        return cls(**field_values, extra=extra)
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Self:

@@ -17,7 +17,7 @@ GAP = "  "  # between columns
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table of texts, which may come from data: HTML is escaped where it is made.
+    """A table of texts, which may come from data: HTML is escaped where it is rendered.
 
     Attributes:
         rows: the cells of each; the first cell names the row.
@@ -53,17 +53,17 @@ class ResultTable:
 
     def html(self) -> str:
         """The same as a `<table>`; every text is escaped."""
-        left = ' style="text-align: left"'  # a notebook's own style is right
+        align = ' style="text-align: left"'  # a notebook's own style is right
         parts = ["<table>"]
         if self.title:
-            parts.append(f"<caption{left}>{escape(self.title)}</caption>")
+            parts.append(f"<caption{align}>{escape(self.title)}</caption>")
         if self.columns:
-            headings = "".join(f"<th{left}>{escape(column)}</th>" for column in self.columns)
+            headings = "".join(f"<th{align}>{escape(column)}</th>" for column in self.columns)
             parts.append(f"<thead><tr><th></th>{headings}</tr></thead>")
         parts.append("<tbody>")
         for name, *cells in self.rows:
-            row = "".join(f"<td{left}>{escape(cell)}</td>" for cell in cells)
-            parts.append(f"<tr><th{left}>{escape(name)}</th>{row}</tr>")
+            row = "".join(f"<td{align}>{escape(cell)}</td>" for cell in cells)
+            parts.append(f"<tr><th{align}>{escape(name)}</th>{row}</tr>")
         parts.append("</tbody></table>")
         parts += [f"<div>{escape(note)}</div>" for note in self.notes]
         return "\n".join(parts)

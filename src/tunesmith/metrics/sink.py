@@ -20,7 +20,7 @@ from tunesmith.metrics.record import VALIDATION, StepRecord, cut_back
 
 class SampleAnswer(NamedTuple):
     """What the model answered to a held-out prompt, the answer that the row has, and the row's
-    place, such as `faq.csv:12`; empty where that is not known."""
+    place, such as `faq.csv:12`; empty where unknown."""
 
     prompt: str
     answer: str

@@ -31,7 +31,7 @@ def write_failure(
     folder: Path, error: TunesmithError, *, last_step: int, next_command: str
 ) -> None:
     """Write failure.json: what stopped the run, where, why, its last step, and `error.fix` or else
-    `next_command`; the likely cause, and the rank that failed, null where they are not known; and
+    `next_command`; the likely cause, and the rank that failed, null where unknown; and
     the smaller micro batch to go on with, if any."""
     failure = {
         "what": error.what,
@@ -191,16 +191,16 @@ def _answers(folder: Path) -> list[str]:
     if not samples:
         return []
     last = samples[-1]["step"]
-    before = {row["prompt"]: row["answer"] for row in samples if row["step"] == 0}
-    after = {row["prompt"]: row["answer"] for row in samples if row["step"] == last}
-    prompts = [prompt for prompt in after if prompt in before and last > 0]
+    first_answers = {row["prompt"]: row["answer"] for row in samples if row["step"] == 0}
+    last_answers = {row["prompt"]: row["answer"] for row in samples if row["step"] == last}
+    prompts = [prompt for prompt in last_answers if prompt in first_answers and last > 0]
     rows = []
     for prompt in prompts[:2]:
-        # An answer is told by its beginning, a long question by its end.
+        # The beginning of an answer identifies it, and the end of a long question.
         rows += [
             f"prompt  {_one_line(_question(prompt), from_end=True)}",
-            f"  before  {_one_line(before[prompt])}",
-            f"  after   {_one_line(after[prompt])}",
+            f"  before  {_one_line(first_answers[prompt])}",
+            f"  after   {_one_line(last_answers[prompt])}",
         ]
     return [*rows, ""] if rows else []
 

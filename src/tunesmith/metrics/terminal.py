@@ -42,7 +42,7 @@ class TimeLeftColumn(ProgressColumn):
         phase = self.phase()
         if phase != Phase.TRAINING:
             return Text(phase)
-        return Text(task.fields["left"])
+        return Text(task.fields["time_left"])
 
 
 class Terminal(Sink):
@@ -97,7 +97,7 @@ class Terminal(Sink):
             # meanwhile with it.
             auto_refresh=not is_notebook,
         )
-        fields: dict[str, Any] = {"step": str(resumed_at), "status": "", "left": ""}
+        fields: dict[str, Any] = {"step": str(resumed_at), "status": "", "time_left": ""}
         self._task = self._progress.add_task(
             "",
             total=self.total or self._seconds,
@@ -116,14 +116,14 @@ class Terminal(Sink):
         count = f"{record.step}/{self.total}" if self.total else str(record.step)
         loss = f"loss {record.loss:.4f}"
         speed = f"{record.tokens_per_second:,.0f} tok/s"
-        left = self._left(record.step, elapsed)
+        time_left = self._time_left(record.step, elapsed)
         if self._progress is not None:
             self._progress.update(
                 self._task,
                 completed=record.step if self.total else elapsed,
                 step=count,
                 status=f"{loss}  {speed}",
-                left=left,
+                time_left=time_left,
             )
             if self._progress.console.is_jupyter and self._may_show():
                 self._progress.refresh()
@@ -132,14 +132,14 @@ class Terminal(Sink):
             return
         mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
         rates = f"lr {record.learning_rate:.2e}  grad {record.grad_norm:.3g}  {speed}{mfu}"
-        line = f"step {count}  {loss}  {rates}  {record.memory_gib:.1f} GiB  {left}".rstrip()
+        line = f"step {count}  {loss}  {rates}  {record.memory_gib:.1f} GiB  {time_left}".rstrip()
         self.log.write(line)
         # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have
         # every line.
         if self._progress is None and (self._may_show() or is_last):
             self._show(line)
 
-    def _left(self, step: int, elapsed: float) -> str:
+    def _time_left(self, step: int, elapsed: float) -> str:
         """The time to the end of the run, by the mean of the last 20 steps or by the clock; empty
         where it has none.
         """

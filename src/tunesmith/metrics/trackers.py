@@ -107,7 +107,7 @@ class TrackerSink(Sink):
     """One tracker: the recipe as its config, `train/<record name>` and `validation/loss` at their
     steps.
 
-    Its calls are made one by one in a thread of its own, so that a slow server does not hold up a
+    Its calls run one by one in a thread of its own, so that a slow server does not delay a
     step. After the first call that fails the tracker is left alone: each further one may wait for
     minutes.
 
@@ -158,8 +158,8 @@ class TrackerSink(Sink):
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
         from accelerate.utils import patch_environment
 
-        # accelerate's classes log through its process state. Made now, and as that of one process,
-        # whatever launched this one: with a LOCAL_RANK it would start a process group.
+        # accelerate's classes log through its process state. Created now, and as that of one
+        # process, whatever launched this one: with a LOCAL_RANK it would start a process group.
         with patch_environment(local_rank=-1):
             PartialState()
         # Its own 7 tries wait 4 minutes for a server that is gone.
@@ -223,7 +223,7 @@ class TrackerSink(Sink):
             self._thread.submit(self._call, lambda tracker: tracker.log(values, step=step))
 
     def _call(self, action: Callable[[Any], object]) -> None:
-        """Do something with the tracker; if it fails, say so once and leave the tracker alone."""
+        """Do something with the tracker; if it fails, warn once and leave the tracker alone."""
         if self._tracker is None:
             return
         try:

@@ -78,7 +78,7 @@ class Rule(NamedTuple):
 
 
 def register() -> str:
-    """Make the attention known to Transformers and return the name to give to
+    """Register the attention with Transformers and return the name to give to
     `set_attn_implementation`.
     """
     from transformers import AttentionInterface
@@ -86,7 +86,7 @@ def register() -> str:
     # Without a mask function: a [1, 1, n, n] mask would have 16 million entries for 4096 tokens,
     # and before it makes one Transformers asks the device whether the row is packed.
     AttentionInterface.register(NAME, documents_attention)
-    # Refused, not ignored: an option that is not known may change the result.
+    # An error, not ignored: an unknown option may change the result.
     return NAME
 
 

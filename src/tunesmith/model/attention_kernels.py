@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Torch's names of what may be installed.
 VERSIONS = {"FA4": "FlashAttention 4", "FA3": "FlashAttention 3"}
-OWN = "torch's own FlashAttention"
+TORCH_KERNEL = "torch's own FlashAttention"
 
 
 def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:
@@ -30,8 +30,8 @@ def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:
         refusal = find_fault()
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         fault = find_fault()
-    # Before 2.15 torch had one kernel here, whatever it was told.
-    # The same answer in both: the choice made no difference, so cuDNN is not what ran.
+    # Before 2.15 torch had one kernel here, whatever the choice.
+    # The same answer in both: the choice had no effect, so cuDNN is not what ran.
     if fault != refusal:
         if not fault:
             return "cuDNN", faults
@@ -49,8 +49,8 @@ def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:
         nn.attention.restore_flash_attention_impl()
     fault = find_fault()
     if not fault:
-        return OWN, faults
-    return "", [*faults, f"{OWN}: {fault}"]
+        return TORCH_KERNEL, faults
+    return "", [*faults, f"{TORCH_KERNEL}: {fault}"]
 
 
 def _activate(version: str) -> bool:

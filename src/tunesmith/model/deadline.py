@@ -24,7 +24,7 @@ class _OutOfTimeError(BaseException):
 def deadline(seconds: float, what: str, *, why: str) -> Iterator[None]:
     """ModelError where the body, which builds and runs modules, takes more than `seconds`.
 
-    Seconds of this thread's processor count, so that a model is not given up where other programs
+    Seconds of this thread's processor count, so that a model is not abandoned where other programs
     hold the machine up. It ends with the next module that is built or run.
 
     Args:

@@ -20,7 +20,7 @@ MULTIPLIES_BY_SCALING = ("hyperclovax",)
 
 # Of the largest logit, in fp32: what a product of another order rounds away is a thousandth of it.
 LOGITS_ERROR = 1e-3
-# Logits are made this large, or three times as large as the cap, where they are compared: those of
+# Logits are scaled to this, or to three times the cap, where they are compared: those of
 # a random model are far below a cap of 30, and would look the same without it.
 LARGE_LOGIT = 100.0
 

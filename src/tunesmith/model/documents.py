@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Queries of a document are taken this many at a time, so that scores are [heads, QUERIES, n] and
+# Queries of a document are computed this many at a time, so that scores are [heads, QUERIES, n] and
 # keys that lie in the future of a whole block are never multiplied. On 2 cores 128 is 10 % faster
 # than 512 for documents of 75 to 310 tokens.
 QUERIES = 128
@@ -30,8 +30,8 @@ GROUP_TOKENS = 512
 ALIKE = 0.8
 
 
-def kept_probabilities(length: np.ndarray) -> np.ndarray:
-    """How many probabilities a head keeps for the backward of documents of these lengths, int64.
+def count_saved_probabilities(length: np.ndarray) -> np.ndarray:
+    """How many probabilities a head saves for the backward of documents of these lengths, int64.
 
     A block of queries has those of all keys up to its end.
     """
@@ -128,12 +128,12 @@ class Documents:
 
     @cached_property
     def groups(self) -> list[Group]:
-        """Documents grouped for `products`, made once a batch and used by every layer."""
+        """Documents grouped for `products`, computed once a batch and used by every layer."""
         return self._group_by_length(_fits_products)
 
     @cached_property
     def rows(self) -> list[Group]:
-        """Documents grouped for layers that run on one row a document, made once a batch."""
+        """Documents grouped for layers that run on one row a document, computed once a batch."""
         return self._group_by_length(_is_alike)
 
     @cached_property
@@ -154,7 +154,7 @@ class Documents:
         return {}
 
     def spaced(self, gap: int) -> Spaced:
-        """The documents with gaps of this size, made once a batch and used by every layer."""
+        """The documents with gaps of this size, computed once a batch and used by every layer."""
         if gap not in self._spaced:
             self._spaced[gap] = self._space(gap)
         return self._spaced[gap]
@@ -232,7 +232,7 @@ def current_documents() -> Documents | None:
 def use_documents(documents: Documents | None) -> Iterator[None]:
     """Let layers compute these documents; None: rows are not packed.
 
-    Put it around the backward too: layers that recompute run again there.
+    The backward needs it too: layers that recompute run again there.
     """
     _in_use.append(documents)
     try:

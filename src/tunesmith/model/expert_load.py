@@ -82,14 +82,14 @@ class ExpertLoad:
 
     def take(self, device: torch.device) -> list[Tensor]:
         """Tokens that each expert of each layer got since the last call: int64 [experts] each."""
-        taken = []
+        tokens_by_layer = []
         for layer, experts in enumerate(self.experts):
             counts = self.counts.get(layer)
             if counts is None:  # no micro batch came to this rank
                 counts = torch.zeros(experts + 1, dtype=torch.int64, device=device)
-            taken.append(counts[:experts])
+            tokens_by_layer.append(counts[:experts])
         self.counts = {}
-        return taken
+        return tokens_by_layer
 
 
 def _choice(values: tuple[Any, ...]) -> Tensor | None:

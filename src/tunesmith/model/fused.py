@@ -108,7 +108,7 @@ def _reference_code(reference: str) -> Hashable | None:
 
 
 def add_mixin(module: nn.Module, mixin: type[nn.Module]) -> None:
-    """Put `mixin` before the module's own class: parameters, names and hooks stay as they are.
+    """Insert `mixin` before the module's own class: parameters, names and hooks stay as they are.
 
     Layers of one class share a graph of torch.compile; functions bound on the instances would be
     compiled one by one.

@@ -49,12 +49,12 @@ def _rotate_formula(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
     width = cos.shape[-1]
     rotated = x[..., :width]
     if pairs:
-        turned = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), -1).flatten(-2)
+        half_rotated = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), -1).flatten(-2)
     else:
         # (a, b) -> (a cos - b sin, b cos + a sin), with a and b half a width apart.
         half = width // 2
-        turned = torch.cat((-rotated[..., half:], rotated[..., :half]), -1)
-    out = (rotated * cos + turned * sin).to(x.dtype)
+        half_rotated = torch.cat((-rotated[..., half:], rotated[..., :half]), -1)
+    out = (rotated * cos + half_rotated * sin).to(x.dtype)
     if width == x.shape[-1]:
         return out
     return torch.cat((out, x[..., width:]), -1)
@@ -104,7 +104,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        # Computed again: the forward kept gate and up alone.
+        # Computed again: the forward saved gate and up alone.
         activated = _activate(gate, ctx.gelu)
         d_up = grads[0] * activated
         # Its memory is free now: d_activated takes it.

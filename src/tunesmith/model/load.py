@@ -93,8 +93,8 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-# Elements from which on a tensor of zeros is a matrix: Llama 4's stacks of experts are made so, of
-# 2.7 GB a layer in Scout. Buffers are far smaller.
+# Elements from which on a tensor of zeros is a matrix: Llama 4's stacks of experts begin as zeros,
+# of 2.7 GB a layer in Scout. Buffers are far smaller.
 LARGE = 1 << 26
 # Modules whose functions fill a tensor in place
 INITIALIZERS = ("torch.nn.init", "transformers.initialization")
@@ -158,7 +158,7 @@ def build_on_meta(
             why=one_line(error),
             fix="fix the value in config.json, or fetch the model again: tunesmith fetch MODEL",
         ) from error
-    # What constructors made otherwise (ones, random values) is still real.
+    # What constructors initialize otherwise (ones, random values) is still real.
     _replace(causal_lm, lambda parameter: parameter.to("meta"))
     keep_kernels_to_gpus(causal_lm)
     return causal_lm
@@ -196,7 +196,7 @@ def materialize(model: nn.Module, device: torch.device, shards: torch.device | N
     """Give every parameter on meta its memory on `device`, uninitialised; move the real ones and
     all buffers there.
 
-    Parameters that FSDP shards go to `shards` instead, if that is given. All keep their dtype,
+    Parameters that FSDP shards go to `shards` instead, if there is one. All keep their dtype,
     shared ones stay shared, and buffers keep the values that their module computed (rotary
     frequencies: fp32).
     """

@@ -62,7 +62,7 @@ STATES = (
     ("n_mamba_heads", "mamba_headdim", "mamba_d_state"),  # Zamba2
     ("num_heads", "head_dim", "state_size"),  # Mamba2
 )
-# Keys that say how many experts a token goes to, of models whose experts Transformers does not call
+# Keys for how many experts a token goes to, of models whose experts Transformers does not call
 # through its interface.
 PER_TOKEN = (*EXPERTS_PER_TOKEN, "top_k")
 
@@ -121,7 +121,7 @@ def _measure(sizes: Mapping[str, Any], where: str) -> ModelSpec:
     except ModelError as error:
         error.where = error.where or where
         raise
-    # Of a tensor on meta: its code asks which tokens go where, say.
+    # Of a tensor on meta: its code asks, for example, which tokens go where.
     except NotImplementedError as error:
         raise ModelError(
             f"the sizes of this {config.model_type} cannot be measured",

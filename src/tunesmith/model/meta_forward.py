@@ -1,4 +1,4 @@
-"""One forward of a model on meta: what each of its layers is asked for, and keeps for a backward.
+"""One forward of a model on meta: what each of its layers is called with, and saves for a backward.
 
 Nothing is computed. Attention is replaced by a function that notes its sizes and keeps what a
 FlashAttention keeps; experts run as grouped products. All else runs as Transformers wrote it:
@@ -37,7 +37,7 @@ class LayerCall:
         heads, kv_heads, head_dim, value_dim, window, softcap: of its attention; 0 heads: it has
             none. Heads of several attentions (LongCat) are added up.
         experts_per_token: of experts whose choice is an argument of theirs; 0: of none.
-        kept: bytes of tensors that autograd keeps for the backward, parameters not counted.
+        saved_bytes: of tensors that autograd saves for the backward, parameters not counted.
     """
 
     heads: int = 0
@@ -47,7 +47,7 @@ class LayerCall:
     window: int | None = None
     softcap: float | None = None
     experts_per_token: int = 0
-    kept: int = 0
+    saved_bytes: int = 0
 
 
 class Watch:
@@ -55,7 +55,7 @@ class Watch:
 
     Attributes:
         layer: the one that runs; `outside` where none does.
-        scale: how much larger a tensor that is kept is than it is here.
+        scale: how much larger a saved tensor is than it is here.
         experts_function: how the model computes its experts, by Transformers' name.
     """
 
@@ -108,7 +108,7 @@ class Watch:
         if reference not in self.storages:
             self.storages.add(reference)
             # The whole storage: a view keeps all of it alive.
-            self.layer.kept += self.scale * storage.nbytes()
+            self.layer.saved_bytes += self.scale * storage.nbytes()
         return tensor
 
     def attention(
@@ -127,7 +127,7 @@ class Watch:
         self.layer.value_dim = value.shape[-1]
         self.layer.window = options.get("sliding_window")
         self.layer.softcap = options.get("softcap")
-        return KeptAttention.apply(query, key, value), None
+        return SavingAttention.apply(query, key, value), None
 
     def looping_experts(
         self,
@@ -153,10 +153,10 @@ class Watch:
         """Experts as Transformers calls them: [n, hidden] -> [n, hidden]."""
         self.layer.experts_per_token = top_k_index.shape[-1]
         if self.experts_function not in OF_TRANSFORMERS:
-            own: Tensor = ALL_EXPERTS_FUNCTIONS[self.experts_function](
+            custom_output: Tensor = ALL_EXPERTS_FUNCTIONS[self.experts_function](
                 module, hidden, top_k_index, top_k_weights
             )
-            return own
+            return custom_output
         dtype = hidden.dtype
         # On meta grouped products have no other type.
         module.to(torch.bfloat16)
@@ -180,8 +180,8 @@ class _IndicesWithValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class KeptAttention(torch.autograd.Function):
-    """Keeps what a kernel of attention keeps: its inputs and its output."""
+class SavingAttention(torch.autograd.Function):
+    """Saves what a kernel of attention saves: its inputs and its output."""
 
     @staticmethod
     # The shapes of attention as Transformers calls it: [1, heads, n, d] in, [1, n, heads, d] out.
@@ -196,7 +196,7 @@ def run_on_meta(
     model: PreTrainedModel, tokens: int, *, training: bool = False
 ) -> tuple[list[LayerCall], int]:
     """What each decoder layer of a model on meta does with one document of so many tokens, and the
-    bytes that are kept outside of the layers.
+    bytes that are saved outside of the layers.
 
     The model cannot be trained after it: its attention stays replaced. ModelError where
     it does not run on meta.
@@ -266,7 +266,7 @@ def _run(
             hook.remove()
         for module, forward in replaced.items():
             module.forward = forward
-    return watch.calls, watch.outside.kept
+    return watch.calls, watch.outside.saved_bytes
 
 
 def layer_form(layer: nn.Module, index: int, config: PretrainedConfig) -> Hashable:

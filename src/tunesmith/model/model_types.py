@@ -48,8 +48,8 @@ class Support:
         dead_targets: names of linear layers, within a decoder layer, whose weight is read past
             their forward, here or by a fused kernel: an adapter there would get no gradient.
         packs_eager: whether packed rows are each document alone under Transformers' own attention
-            too, which is asked for by `model.attention: eager`.
-        errors: of the layout that is taken, or of padded rows where none is.
+            too, which `model.attention: eager` selects.
+        errors: of the layout in use, or of padded rows where none is.
     """
 
     state: State
@@ -94,8 +94,14 @@ class ModelType:
         """It as the table and `tunesmith models --json` have it, in one level."""
         values = asdict(self.support)
         errors = values.pop("errors") or {"logits": None, "gradients": None}
-        own = {"text": self.text, "tensor": self.tensor, "uncut": self.uncut}
-        return {"model_type": self.model_type, **values, **errors, **own}
+        return {
+            "model_type": self.model_type,
+            **values,
+            **errors,
+            "text": self.text,
+            "tensor": self.tensor,
+            "uncut": self.uncut,
+        }
 
 
 def read_model_types(file: Path = FILE) -> dict[str, ModelType]:

@@ -149,13 +149,13 @@ def _composite_of_model(model: "nn.Module") -> Composite | None:
 def assign_names(
     model: "PreTrainedModel",
     headers: Mapping[Path, Sequence[StoredEntry]],
-    wanted: Collection[str],
+    parameter_names: Collection[str],
     companions: Collection[str] = (),
 ) -> StoredNames:
     """Assign the tensors of a checkpoint to a model's parameters.
 
     Args:
-        wanted: names of the model's parameters, `companions` among them.
+        parameter_names: names of the model's parameters, `companions` among them.
         companions: those that may be stored with companions.
 
     ModelError where several tensors are one parameter in a way that is not read here.
@@ -166,14 +166,14 @@ def assign_names(
     rest: list[StoredEntry] = []
     for entry in (entry for entries in headers.values() for entry in entries):
         stored = stored_text_name(entry.name) if is_composite else entry.name
-        name, suffix = _target_name(stored, wanted, companions)
+        name, suffix = _target_name(stored, parameter_names, companions)
         if name:
             names.groups.setdefault(name, {})[suffix] = entry
         # Old Llama checkpoints hold the frequencies.
         elif not entry.name.endswith("rotary_emb.inv_freq"):
             rest.append(entry)
     if rest:
-        rest = _assign_converted(model, rest, wanted, names)
+        rest = _assign_converted(model, rest, parameter_names, names)
     for entry in rest:
         is_ignored = any(re.search(pattern, entry.name) for pattern in ignored)
         if is_ignored or (is_composite and not is_stored_text_name(entry.name)):
@@ -184,7 +184,7 @@ def assign_names(
 
 
 def _target_name(
-    stored: str, wanted: Collection[str], companions: Collection[str]
+    stored: str, parameter_names: Collection[str], companions: Collection[str]
 ) -> tuple[str, str]:
     """The model's name for a stored tensor, and the companion suffix; ("", "") when it has no
     place.
@@ -194,7 +194,7 @@ def _target_name(
     """
     # As the checkpoint has it first, then with and without the backbone's prefix.
     for name in (stored, f"model.{stored}", stored.removeprefix("model.")):
-        if name in wanted:
+        if name in parameter_names:
             return name, ""
         # Companions: "weight.absmax" belongs to "weight", which ends at one of the dots.
         for cut in range(len(name)):
@@ -206,7 +206,7 @@ def _target_name(
 def _assign_converted(
     model: "PreTrainedModel",
     entries: Iterable[StoredEntry],
-    wanted: Collection[str],
+    parameter_names: Collection[str],
     names: StoredNames,
 ) -> list[StoredEntry]:
     """Assign what Transformers renames or joins as it loads; returns the entries that it does not
@@ -226,7 +226,7 @@ def _assign_converted(
     for entry in entries:
         stored = stored_text_name(entry.name) if is_composite else entry.name
         renamed, pattern = rename_source_key(stored, renamings, converters)
-        name, _ = _target_name(renamed, wanted, ())
+        name, _ = _target_name(renamed, parameter_names, ())
         if not name:
             rest.append(entry)
         # Renamed only; what has a pattern is one of several that are joined below.

@@ -51,7 +51,7 @@ def run_by_document(model: nn.Module, class_names: Collection[str]) -> None:
     """
     absent = set(class_names)
     for module in model.modules():
-        # By any base: an adapter or a mixin may have put a class before Transformers' own.
+        # By any base: an adapter or a mixin may have inserted a class before Transformers' own.
         names = {base.__name__ for base in type(module).__mro__}
         if not names.isdisjoint(class_names):
             absent -= names
@@ -164,7 +164,7 @@ def _change_tokens(value: Any, documents: Documents, change: Callable[[Tensor], 
         return type(value)(_change_tokens(part, documents, change) for part in value)
     if isinstance(value, dict):
         return {name: _change_tokens(part, documents, change) for name, part in value.items()}
-    # By sizes alone: an argument with n tokens in it is taken for one of each token.
+    # By sizes alone: an argument of n tokens counts as one of each token.
     n = documents.edges[-1]
     if not isinstance(value, Tensor) or value.dim() < 2 or n not in value.shape:
         return value

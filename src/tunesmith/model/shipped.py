@@ -30,14 +30,14 @@ WEIGHT_SCALE_INV = ".weight_scale_inv"
 WEIGHT_SCALE = ".weight_scale"
 NVFP4_GROUP = 16  # weights of a row that share a scale
 AS_SHIPPED: Literal["as-shipped"] = "as-shipped"
-KEPT = ("fp8", "mxfp4", "nvfp4")  # forms whose codes a frozen base can keep
+KEEPABLE = ("fp8", "mxfp4", "nvfp4")  # forms whose codes a frozen base can keep
 # What `format` of compressed-tensors says of weights in fp8, with inputs in 8 bits and without.
 COMPRESSED_FP8 = ("float-quantized", "naive-quantized")
 COMPRESSED_NVFP4 = "nvfp4-pack-quantized"
 # What `quant_algo` of ModelOpt says of weights in nvfp4, with inputs in 4 bits and without.
 MODELOPT_NVFP4 = ("NVFP4", "W4A16_NVFP4")
 MODELOPT_FP8 = "FP8"
-# What both say of the weights of a group.
+# What both have for the weights of a group.
 FP8_WEIGHTS = {"num_bits": 8, "type": "float"}
 NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "group_size": NVFP4_GROUP}
 
@@ -68,7 +68,7 @@ class ShippedForm:
     """How a checkpoint's weights are stored, as its config.json says.
 
     Attributes:
-        method: one of KEPT.
+        method: one of KEEPABLE.
         block: rows and columns of a weight that share a scale; ROW: one a row; None: all share one.
         not_converted: patterns of the modules whose weights are plain.
         converted: those of the modules whose weights are not; empty: all others.
@@ -151,7 +151,7 @@ def stated_quantization(config: Mapping[str, Any], where: str) -> Mapping[str, A
 
 
 def stored_quantization(config: Mapping[str, Any], where: str) -> str | None:
-    """`bnb-nf4` for bitsandbytes' 4-bit NormalFloat checkpoints, one of KEPT; None for plain ones.
+    """`bnb-nf4` for bitsandbytes' 4-bit NormalFloat checkpoints, one of KEEPABLE; None: plain.
 
     ModelError for every other kind.
     """
@@ -303,9 +303,9 @@ FORM_READERS: dict[str, Callable[[Mapping[str, Any], str], ShippedForm | None]] 
 
 
 def _only_group(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str
+    stored: Mapping[str, Any], expected: Mapping[str, Any], where: str
 ) -> Mapping[str, Any]:
-    """The only one of `config_groups`, whose weights are as `wanted`."""
+    """The only one of `config_groups`, whose weights are as `expected`."""
     groups = stored.get("config_groups")
     group = None
     if isinstance(groups, Mapping) and len(groups) == 1:
@@ -317,7 +317,7 @@ def _only_group(
             why="one group of weights in fp8 or nvfp4 is read",
             fix=UNQUANTIZED,
         )
-    for key, value in wanted.items():
+    for key, value in expected.items():
         _check_value(group["weights"], key, (value,), where)
     return group
 
@@ -378,17 +378,17 @@ def check_quantize(quantize: str, config: Mapping[str, Any], where: str) -> None
     """ModelError where `model.quantize` and what config.json says of the weights do not fit."""
     stored = stored_quantization(config, where)
     if stored == "bnb-nf4" and quantize != "nf4":
-        said = "" if quantize == "auto" else f"the recipe has model.quantize: {quantize}"
+        why = "" if quantize == "auto" else f"the recipe has model.quantize: {quantize}"
         raise ModelError(
             "the checkpoint is already in bitsandbytes nf4",
             where=where,
-            why=said,
+            why=why,
             fix="set model.quantize: nf4, or use the unquantized model",
         )
-    if quantize == AS_SHIPPED and stored not in KEPT:
+    if quantize == AS_SHIPPED and stored not in KEEPABLE:
         why = "its weights are not quantized"
         if stored:
-            why = f"its weights are in {stored}, and {', '.join(KEPT)} can be kept"
+            why = f"its weights are in {stored}, and {', '.join(KEEPABLE)} can be kept"
         raise ModelError(
             "model.quantize is as-shipped, but this base is not stored in a supported "
             "quantized format",
@@ -402,11 +402,11 @@ def resolve_quantize(model: Model, spec: "ModelSpec") -> Model:
     """The recipe's `model` section with the word that `quantize: auto` stands for."""
     if model.quantize != "auto":
         return model
-    return replace(model, quantize=AS_SHIPPED if spec.quantized in KEPT else "none")
+    return replace(model, quantize=AS_SHIPPED if spec.quantized in KEEPABLE else "none")
 
 
 def check_frozen(run: Run) -> None:
-    """RecipeError where a base that is kept as it ships would be trained in full."""
+    """RecipeError where a base that stays as it ships would be trained in full."""
     if run.model.quantize == AS_SHIPPED and run.adapter.kind == "none":
         raise RecipeError(
             "adapter.kind is none, but the base is kept quantized (as-shipped)",

@@ -191,10 +191,10 @@ def _join_scaled(
     if scale.dtype not in SCALE_TYPES:
         why = f"{', '.join(SCALE_TYPES)} are read"
         raise _torn(scale, f"{scale.name} is stored as {scale.dtype}", why)
-    wanted = form.scale_shape(*entry.shape)
+    expected_shape = form.scale_shape(*entry.shape)
     is_one = form.block is None and math.prod(scale.shape) == 1
-    if scale.shape != wanted and not is_one:
-        why = f"{name} is {list(entry.shape)}, {form.describe()}: that makes {list(wanted)}"
+    if scale.shape != expected_shape and not is_one:
+        why = f"{name} is {list(entry.shape)}, {form.describe()}: that makes {list(expected_shape)}"
         raise _torn(scale, f"{scale.name} is {list(scale.shape)}", why)
     return ScaledEntry(entry, scale, form.block)
 
@@ -272,21 +272,29 @@ def _has_scales(entry: Entry, by_name: Mapping[str, Entry], names: Nvfp4Names) -
 
 
 def _check_nvfp4_scales(codes: Entry, scales: Entry, scale: Entry) -> None:
-    rows, width = codes.shape
+    """ModelError unless both scales have the types and the shapes of nvfp4 for a matrix's codes."""
+    rows, row_bytes = codes.shape
+    width = 2 * row_bytes
     what = f"{codes.name} is {list(codes.shape)}, two weights a byte"
-    if 2 * width % NVFP4_GROUP:
+    if width % NVFP4_GROUP:
         why = f"{NVFP4_GROUP} weights of a row share a scale"
         raise _torn(codes, what, why)
-    for part, dtype in ((scales, "F8_E4M3"), (scale, "F32")):
-        if part.dtype != dtype:
-            raise _torn(part, f"{part.name} is stored as {part.dtype}", f"of nvfp4 it is {dtype}")
-    wanted = (rows, 2 * width // NVFP4_GROUP)
-    if scales.shape != wanted:
-        why = f"{what}, with a scale for {NVFP4_GROUP}: that makes {list(wanted)}"
+    _check_dtype(scales, "F8_E4M3")
+    _check_dtype(scale, "F32")
+    expected_shape = (rows, width // NVFP4_GROUP)
+    if scales.shape != expected_shape:
+        why = f"{what}, with a scale for {NVFP4_GROUP}: that makes {list(expected_shape)}"
         raise _torn(scales, f"{scales.name} is {list(scales.shape)}", why)
+    # The second scale is one number for the whole matrix.
     if math.prod(scale.shape) != 1:
         why = "all of a matrix share one"
         raise _torn(scale, f"{scale.name} is {list(scale.shape)}", why)
+
+
+def _check_dtype(part: Entry, dtype: str) -> None:
+    """ModelError unless a part of an nvfp4 weight is stored as `dtype`, as safetensors names it."""
+    if part.dtype != dtype:
+        raise _torn(part, f"{part.name} is stored as {part.dtype}", f"of nvfp4 it is {dtype}")
 
 
 JOINS: dict[str, Callable[[Entry, Mapping[str, Entry], ShippedForm], StoredEntry | None]] = {

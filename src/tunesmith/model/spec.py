@@ -130,7 +130,7 @@ class Layer:
 class ModelSpec:
     """The shape of a decoder.
 
-    Its sums over the layers are kept: to find what makes a run fit asks for them a million times.
+    Its sums over the layers are cached: the search for what fits reads them a million times.
     """
 
     model_type: str
@@ -138,7 +138,7 @@ class ModelSpec:
     hidden: int
     vocab: int
     tied: bool
-    context: int  # the longest sequence that the model was made for, in tokens
+    context: int  # the longest sequence that the model supports, in tokens
     # The same with the scaling of rotary embeddings that config.json asks for, as a limit of
     # data.seq_len; None: it names none, or its layers see a window, which moves along with the
     # position.
@@ -387,7 +387,7 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
             continue
         most = MOST_LAYERS if key in DECODER_DEPTHS else MOST_WIDTH
-        # Another width of 0 may say that there is no such part.
+        # Another width of 0 may mean that there is no such part.
         least = 1 if key in (*DECODER_DEPTHS, *_NEVER_0) else 0
         if not least <= value <= most:
             raise ModelError(
@@ -517,7 +517,7 @@ def stated_position_limit(
     """`ModelSpec.position_limit` of a model with these layers; errors call its config `where`.
 
     Where a config can be read in two ways (`max_position_embeddings` before or after the scaling)
-    the larger length is taken. ModelError where its rotary parameters are none.
+    the larger length counts. ModelError where its rotary parameters are none.
     """
     try:
         return _position_limit(config.get("text_config") or config, layers)

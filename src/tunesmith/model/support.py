@@ -49,13 +49,13 @@ TUNED = Support(
 
 
 @dataclass
-class Outcome:
+class TwinOutput:
     """What a twin computes: logits of all tokens, and the gradient of their loss."""
 
     logits: Tensor  # fp32 [n, vocabulary]
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    def errors(self, expected: "Outcome") -> Errors:
+    def errors(self, expected: "TwinOutput") -> Errors:
         largest_gradient = max(
             float(gradient.abs().max()) for gradient in expected.gradients.values()
         )
@@ -125,7 +125,7 @@ def measure_support(
 ) -> Support:
     """How a model of this config trains, in a second or two, on the CPU.
 
-    `config` is that of a text model. ModelError where no twin can be made of it, or the twin takes
+    `config` is that of a text model. ModelError where no twin can be built of it, or the twin takes
     more than `seconds`.
     """
     threads = torch.get_num_threads()
@@ -201,7 +201,7 @@ def _measure(twin: PreTrainedModel) -> Support:
     )
 
 
-def _run_alone(twin: PreTrainedModel, ids: Tensor) -> Outcome:
+def _run_alone(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:
     """Each document by itself, as Transformers computes it."""
     outputs = []
     for document in ids.split(LENGTHS):
@@ -223,7 +223,7 @@ def looks_ahead(twin: PreTrainedModel, ids: Tensor) -> bool:
     return not _is_same(logits, other_logits)
 
 
-def _run_padded(twin: PreTrainedModel, ids: Tensor) -> Outcome:
+def _run_padded(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:
     """One document a row, padded on the right, without a mask, as `TrainModel` does."""
     longest = max(LENGTHS)
     rows = [F.pad(document, (0, longest - len(document))) for document in ids.split(LENGTHS)]
@@ -234,7 +234,7 @@ def _run_padded(twin: PreTrainedModel, ids: Tensor) -> Outcome:
     return _backward(twin, _logits(twin, torch.cat(tokens)), ids)
 
 
-def _packs_eager(twin: PreTrainedModel, ids: Tensor, alone: Outcome) -> bool:
+def _packs_eager(twin: PreTrainedModel, ids: Tensor, alone: TwinOutput) -> bool:
     """Whether packed documents are each alone where Transformers finds them by their positions.
 
     Not every model hands those to its mask (GPT-OSS).
@@ -247,7 +247,7 @@ def _packs_eager(twin: PreTrainedModel, ids: Tensor, alone: Outcome) -> bool:
     return packed.errors(alone).are_rounding()
 
 
-def _run_packed(twin: PreTrainedModel, ids: Tensor, chunk_size: int | None = None) -> Outcome:
+def _run_packed(twin: PreTrainedModel, ids: Tensor, chunk_size: int | None = None) -> TwinOutput:
     """All documents in one row, under this engine's attention, as `TrainModel` does."""
     documents = packed_documents(LENGTHS, chunk_size)
     with use_documents(documents):
@@ -286,7 +286,7 @@ def _logits(twin: PreTrainedModel, hidden: Tensor) -> Tensor:
     return find_head(twin).logits(head(hidden))
 
 
-def _backward(twin: PreTrainedModel, logits: Tensor, ids: Tensor) -> Outcome:
+def _backward(twin: PreTrainedModel, logits: Tensor, ids: Tensor) -> TwinOutput:
     """Logits [n, vocabulary] and the gradients of a loss of all of them."""
     twin.zero_grad()
     # A label for each logit, the last one's too: a loss that every logit takes part in.
@@ -298,7 +298,7 @@ def _backward(twin: PreTrainedModel, logits: Tensor, ids: Tensor) -> Outcome:
             gradients[name] = parameter.grad.clone()
         else:
             gradients[name] = torch.zeros_like(parameter)
-    return Outcome(logits.detach(), gradients)
+    return TwinOutput(logits.detach(), gradients)
 
 
 @torch.no_grad()

@@ -248,7 +248,7 @@ LAST_LAYERS = ("num_kv_shared_layers",)
 LAST_INDICES = ("moe_layer_end_index",)
 # Types whose layers of one kind share weights: two of each.
 SHARING = ("zamba", "zamba2")
-# Keys that say by a period what `layer_types` says by layer.
+# Keys that give by a period what `layer_types` gives by layer.
 PERIODS = (
     "sliding_window_pattern",
     "_sliding_window_pattern",
@@ -259,7 +259,7 @@ PERIODS = (
 )
 # Of a config: ids of tokens, which the small vocabulary does not have.
 TOKEN_IDS = ("_token_id", "_index")
-# Keys that say how a checkpoint was written, and not what the model computes.
+# Keys for how a checkpoint was written, not for what the model computes.
 NOT_COPIED = (
     "_name_or_path",
     "architectures",
@@ -307,7 +307,7 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
         raise _no_twin(config, one_line(error)) from error
     if parameters > MOST_PARAMETERS:
         raise _no_twin(config, f"it would have {parameters:,} parameters")
-    # Seeded and put back: the caller's random numbers do not change.
+    # Seeded and restored: the caller's random numbers do not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -399,30 +399,50 @@ def _of_layer(by_layer: Mapping[Any, Any], index: int) -> Any:
 
 
 def _shrink_values(values: Mapping[str, Any], layers: list[int], depth: int) -> dict[str, Any]:
-    small: dict[str, Any] = {}
+    """A config's values, with its `depth` layers cut to those of the indices `layers`."""
+    small = {}
     for key, value in values.items():
-        if key in LISTS_OF_LAYERS and isinstance(value, list):
-            # The same layers by their new numbers.
-            small[key] = [place for place, index in enumerate(layers) if index in value]
-        elif isinstance(value, list) and len(value) == depth and depth > 1:
-            # A list by layer keeps the entries of the chosen layers, in their order.
-            small[key] = [_shrink_value(key, value[index], values) for index in layers]
-        elif key == "per_layer_config" and isinstance(value, dict):
-            small[key] = _cut_by_layer(value, layers)
-        elif key in FIRST_LAYERS and isinstance(value, int):
-            # So many of the chosen layers are among the first.
-            small[key] = sum(index < value for index in layers)
-        elif key in LAST_LAYERS and isinstance(value, int):
-            small[key] = sum(index >= depth - value for index in layers)
-        elif key in LAST_INDICES and isinstance(value, int):
-            small[key] = sum(index <= value for index in layers) - 1
-        elif key in DEPTHS and isinstance(value, int):
-            small[key] = len(layers)
-        elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
-            small[key] = _shrink_rotary(value, values)
-        else:
-            small[key] = _shrink_value(key, value, values)
+        small[key] = _shrink_entry(key, value, values, layers, depth)
     return small
+
+
+def _shrink_entry(
+    key: str, value: Any, values: Mapping[str, Any], layers: list[int], depth: int
+) -> Any:
+    """The value of one key, which may be one of layers; `values` are those beside it."""
+    if isinstance(value, list):
+        # The same layers by their new numbers.
+        if key in LISTS_OF_LAYERS:
+            return [place for place, index in enumerate(layers) if index in value]
+        # A list by layer keeps the entries of the chosen layers, in their order.
+        if len(value) == depth and depth > 1:
+            return [_shrink_value(key, value[index], values) for index in layers]
+    elif isinstance(value, dict):
+        if key == "per_layer_config":
+            return _cut_by_layer(value, layers)
+        if key in ("rope_parameters", "rope_scaling"):
+            return _shrink_rotary(value, values)
+    elif isinstance(value, int):
+        count = _count_layers(key, value, layers, depth)
+        if count is not None:
+            return count
+    return _shrink_value(key, value, values)
+
+
+def _count_layers(key: str, value: int, layers: list[int], depth: int) -> int | None:
+    """A number of layers, or the index of one, among those of `layers`; None: the key is no such
+    number.
+    """
+    # So many of the chosen layers are among the first.
+    if key in FIRST_LAYERS:
+        return sum(index < value for index in layers)
+    if key in LAST_LAYERS:
+        return sum(index >= depth - value for index in layers)
+    if key in LAST_INDICES:
+        return sum(index <= value for index in layers) - 1
+    if key in DEPTHS:
+        return len(layers)
+    return None
 
 
 def _cut_by_layer(by_layer: Mapping[Any, Any], layers: list[int]) -> dict[str, Any]:
@@ -450,7 +470,7 @@ def _shrink_value(key: str, value: Any, values: Mapping[str, Any]) -> Any:
         return {"bos_token_id": 1, "eos_token_id": 2}.get(key, 0)
     if _is_dropout(key) and isinstance(value, float):
         return 0.0
-    # Floats, texts, lists and switches say what is computed, and stay.
+    # Floats, texts, lists and switches decide what is computed, and stay.
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if key in KV_HEADS_OF:

@@ -89,7 +89,7 @@ class StoredTensor:
         if target.device.type == "cpu" and target.dtype == self.dtype:
             self._read(flat, begin * itemsize)
         else:
-            # A buffer of at most SLICE bytes, or as much as is wanted; converted on its way.
+            # A buffer of at most SLICE bytes, or of what is read; converted on its way.
             buffer = torch.empty(min(len(flat), SLICE // itemsize), dtype=self.dtype)
             for start in range(0, len(flat), max(1, len(buffer))):
                 piece = buffer[: len(flat) - start]
@@ -189,11 +189,11 @@ class JoinedTensor(StoredTensor):
         for piece, stored in self.pieces(slices[0]):
             in_local = []
             in_piece = []
-            # Where a piece's region and the wanted part overlap, counted from each of their starts.
-            for wanted, region in zip(slices, piece.region, strict=True):
-                start = max(wanted.start, region.start)
-                stop = min(wanted.stop, region.stop)
-                in_local.append(slice(start - wanted.start, stop - wanted.start))
+            # Where a piece's region and the local slice overlap, counted from each of their starts.
+            for local_slice, region in zip(slices, piece.region, strict=True):
+                start = max(local_slice.start, region.start)
+                stop = min(local_slice.stop, region.stop)
+                in_local.append(slice(start - local_slice.start, stop - local_slice.start))
                 in_piece.append(slice(start - region.start, stop - region.start))
             # No overlap: nothing of this piece is read.
             if any(span.stop <= span.start for span in in_local):

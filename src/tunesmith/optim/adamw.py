@@ -116,7 +116,7 @@ class ParameterState:
     sharding_groups: tuple[dist.ProcessGroup, ...] = ()
     # Moments and step count; empty before the first update.
     state: dict[str, Tensor] = field(default_factory=dict)
-    # Where its noise begins, see `noise_at`; made by the first rounded update.
+    # Where its noise begins, see `noise_at`; set by the first rounded update.
     noise_place: Tensor | None = None
     # Of a layer that adds up `weight.grad` itself (`Fp32GradientLinear`): bool [].
     filled: Tensor | None = None
@@ -265,9 +265,9 @@ class AdamWUpdate:
     ) -> None:
         """Compile the stochastically rounded update now: its dozen kernels a tensor become one.
 
-        One graph for vectors and one for matrices, of every size. They are made from small tensors
-        whose sides differ: from a square one the graph would be for squares only. An autograd
-        thread finds them ready in the backward.
+        One graph for vectors and one for matrices, of every size. They are compiled from small
+        tensors whose sides differ: from a square one the graph would be for squares only. An
+        autograd thread finds them ready in the backward.
         """
         ranks = {part.param.ndim for part in parts if part.rounded and not part.eight_bit}
         # `dynamic=True`: sizes are symbols, so one graph serves every matrix of the model.
@@ -389,7 +389,8 @@ class AdamWUpdate:
             self.rounded(weight, grad, exp_avg, exp_avg_sq, place, key, scalars, found_inf)
 
     def _scalars_of(self, count: int, lr: float, decay: float) -> Tensor:
-        """What `_adamw_rounded` takes as `scalars` in the update number `count`, made once a step.
+        """What `_adamw_rounded` takes as `scalars` in the update number `count`, computed once a
+        step.
 
         They go in a tensor, so that no value needs a graph of its own.
         """
@@ -422,7 +423,7 @@ class AdamWUpdate:
         return value.pin_memory().to(self.device, non_blocking=True)
 
     def _key_of(self, step: int) -> Tensor:
-        """The key of a step for `noise_at`, made once a step."""
+        """The key of a step for `noise_at`, computed once a step."""
         if self._step_key is None or self._step_key[0] != step:
             key = torch.tensor(_two_words(f"{self.train.seed} {step}"))
             self._step_key = (step, self._to_device(key))
@@ -532,8 +533,8 @@ def _right_shift(word: Tensor, bits: int) -> Tensor:
 
 
 def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
-    """fp32 -> bf16, up or down by the noise of `noise_at` so that the expectation is kept; NaN and
-    Inf pass unchanged.
+    """fp32 -> bf16, up or down by the noise of `noise_at` so that the expectation is unchanged; NaN
+    and Inf pass unchanged.
 
     `noise` is overwritten.
     """
@@ -558,7 +559,7 @@ def _adamw_rounded(
     place.
 
     place, key: of the noise, see `noise_at`. scalars: fp32 [2, 7]: 1 - beta1, beta2, 1 - beta2,
-    eps, factor of the decay, step size, root of the bias correction; then NO_UPDATE, taken where
+    eps, factor of the decay, step size, root of the bias correction; then NO_UPDATE, used where
     `found_inf` is 1.
     """
     value = weight.float()

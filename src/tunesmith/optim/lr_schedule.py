@@ -25,17 +25,17 @@ def learning_rate(train: Train, step: int, *, warmup: int, progress: float) -> f
     """The learning rate of one step, counted from 0.
 
     `warmup`: steps of linear rise; step `warmup - 1` is the first at the peak. `progress`: share of
-    the steps after the warm-up that are done, 0 to 1.
+    the steps after the warm-up so far, 0 to 1.
     """
     if step < warmup:
         # step + 1: the first step has a rate above 0, and step warmup - 1 has the peak.
         return train.learning_rate * (step + 1) / warmup
     span = train.learning_rate - train.min_learning_rate
-    left = 1.0 - min(max(progress, 0.0), 1.0)
+    share_left = 1.0 - min(max(progress, 0.0), 1.0)
     if train.schedule == "linear":
-        return train.min_learning_rate + span * left
+        return train.min_learning_rate + span * share_left
     if train.schedule == "cosine":
-        return train.min_learning_rate + span * 0.5 * (1.0 - math.cos(math.pi * left))
+        return train.min_learning_rate + span * 0.5 * (1.0 - math.cos(math.pi * share_left))
     return train.learning_rate
 
 

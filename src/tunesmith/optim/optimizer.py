@@ -4,10 +4,10 @@ It always updates an fp32 tensor, or a bf16 one with stochastic rounding:
 
 - a trained fp32 parameter (every LoRA matrix is one) is updated in place;
 - a trained 16-bit parameter has an fp32 master copy. A hook moves each gradient into the master's
-  fp32 gradient as soon as autograd has made it, so micro batches accumulate in fp32 and the 16-bit
-  gradient is freed at once;
+  fp32 gradient as soon as autograd has computed it, so micro batches accumulate in fp32 and the
+  16-bit gradient is freed at once;
 - with `master_weights: stochastic` there is no copy: the update is rounded up or down at random,
-  with probability by the distance, so that small updates are kept on average (Zamirai et al. 2020,
+  with probability by the distance, so that small updates survive on average (Zamirai et al. 2020,
   arXiv:2010.06192).
 
 `optimizer_in_backward` updates each parameter as soon as its gradient is complete, so the gradients
@@ -106,7 +106,7 @@ class Optimizer:
 
     def _take_grad(self, part: ParameterState, param: Tensor) -> None:
         """A hook: add a 16-bit gradient to its fp32 master's; update in the backward."""
-        if part.filled is not None:  # autograd calls the hook, and has made no gradient
+        if part.filled is not None:  # autograd calls the hook, and has computed no gradient
             return
         # A master of its own: the 16-bit gradient moves to it and is freed within the backward.
         if part.weight is not part.param:
@@ -142,7 +142,7 @@ class Optimizer:
         return {name: part.grad for name, part in self.parts.items() if part.has_grad}
 
     def drop_gradients(self) -> None:
-        """Free the gradients of a step that is not done."""
+        """Free the gradients of a step that is skipped."""
         for part in self.parts.values():
             part.drop_grad()
             part.param.grad = None
@@ -157,7 +157,7 @@ class Optimizer:
         """Clip, update and drop the gradients; return their L2 norm before clipping (0-d fp32, on
         the device).
 
-        A step whose norm is not finite changes no weight, unless the updates are made in the
+        A step whose norm is not finite changes no weight, unless the updates happen in the
         backward (see above). On CUDA the host does not wait for the device, except with a loss
         scale.
         """
@@ -282,8 +282,8 @@ class Optimizer:
                 master = part_of(f"{name}.master", part.whole(part.weight.data))
                 part.weight.data.copy_(master)
             if f"{name}.step" in tensors:  # a parameter that has had no gradient yet has no state
-                # Of the right shapes and dtypes first: they say which slices of the file are this
-                # rank's.
+                # Of the right shapes and dtypes first: they decide which slices of the file are
+                # this rank's.
                 part.state = part.initial_state()
                 for field, value in part.state.items():
                     value.copy_(part_of(f"{name}.{field}", part.whole(value)))

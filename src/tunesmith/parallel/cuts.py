@@ -116,9 +116,9 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
     plan = getattr(config, "base_model_tp_plan", None) or {}
     plan = {**plan, **ADDED_PLANS.get(config.model_type, {})}
     if not plan:
-        raise _not_known(model, "Transformers has no tensor-parallel plan for it")
+        raise _unsupported(model, "Transformers has no tensor-parallel plan for it")
     if not type(decoder).__module__.startswith("transformers."):
-        raise _not_known(model, "its code is not part of Transformers")
+        raise _unsupported(model, "its code is not part of Transformers")
     experts = [name for name, _ in decoder.named_modules() if plan.get(_pattern(name)) == EXPERTS]
     blocks: dict[str, ParallelBlock] = {}
     for name, module in decoder.named_modules():
@@ -140,12 +140,12 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
             **dict.fromkeys(WHOLE, block.whole),
         }
         if action not in groups:
-            raise _not_known(model, f"Transformers' plan is {action} for {name}")
+            raise _unsupported(model, f"Transformers' plan is {action} for {name}")
         if is_plain_linear(module):
             groups[action][child] = module
     for block in blocks.values():
         if len(block.rowwise) != 1 or not block.colwise:
-            raise _not_known(model, f"{block.name} has no pair of layers that ranks share")
+            raise _unsupported(model, f"{block.name} has no pair of layers that ranks share")
     _check_rest(model, decoder, blocks, plan, _whole_modules(model, decoder, experts))
     return list(blocks.values())
 
@@ -180,7 +180,7 @@ def _whole_modules(
 
 
 def _norms_of_heads(attention: nn.Module) -> dict[str, Any]:
-    """The norms of an attention that are over all heads, if their code is known; else none."""
+    """The norms of an attention that are over all heads, if their code is supported; else none."""
     norms = {}
     for name, projection in PROJECTIONS.items():
         norm: Any = getattr(attention, name, None)
@@ -200,7 +200,7 @@ def _check_rest(
     plan: Mapping[str, str],
     whole: Collection[str],
 ) -> None:
-    """ModelError for a parameter outside the cut layers that is of no known kind.
+    """ModelError for a parameter outside the cut layers of an unsupported kind.
 
     Notes what of a block is cut beside its layers, or stays whole.
 
@@ -231,10 +231,10 @@ def _check_rest(
                 block.by_head.append(key)
                 continue
             if action is not None:
-                raise _not_known(model, f"Transformers' plan is {action} for {full_name}")
+                raise _unsupported(model, f"Transformers' plan is {action} for {full_name}")
             if not _is_whole(parameter.shape, block, hidden):
                 shape = " x ".join(f"{size:,}" for size in parameter.shape)
-                raise _not_known(model, f"it has {full_name} [{shape}], which is not in the plan")
+                raise _unsupported(model, f"it has {full_name} [{shape}], which is not in the plan")
 
 
 def _block_of(name: str, blocks: Mapping[str, ParallelBlock]) -> ParallelBlock | None:
@@ -259,7 +259,7 @@ def _is_whole(shape: Any, block: ParallelBlock | None, hidden: int) -> bool:
     return bool(shape.numel() == getattr(block.module, "head_dim", 0))
 
 
-def _not_known(model: PreTrainedModel, why: str) -> ModelError:
+def _unsupported(model: PreTrainedModel, why: str) -> ModelError:
     model_type = find_decoder(model).config.get_text_config().model_type
     return ModelError(
         f"tensor parallelism is not supported for this {model_type}",

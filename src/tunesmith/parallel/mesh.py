@@ -71,7 +71,7 @@ class Mesh:
             groups.append(_group_of(ranks.movedim(dimension, -1).flatten(0, -2).tolist()))
         # To torch, meshes of the same ranks and names are equal, whatever their groups are.
         # DTensor's cache would hand out an earlier one, whose groups are gone with its training or,
-        # worse, have given their names to other ranks.
+        # worse, other ranks may have their names.
         number = next(MESH_NUMBERS)
         names = tuple(f"{name}-{number}" for name in DIMENSIONS)
         device_mesh = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)

@@ -132,7 +132,7 @@ def reshard(root: nn.Module) -> None:
     """Drop the whole weights that a forward without a backward has left.
 
     Those of the head, the last layer and what stands around the layers stay whole until a backward,
-    and the model's parameters are these tensors meanwhile: an optimizer that is made then would
+    and the model's parameters are these tensors meanwhile: an optimizer that is created then would
     train what no step uses.
     """
     for module in sharded_modules(root):
@@ -140,7 +140,7 @@ def reshard(root: nn.Module) -> None:
 
 
 def reduce_in(root: nn.Module, mesh: Mesh, *, last: bool) -> None:
-    """Say whether the coming backward is the `last` of its step; for a model that FSDP2 trains.
+    """Set whether the coming backward is the `last` of its step; for a model that FSDP2 trains.
 
     Shards are reduced in each, as whole gradients would take the memory that sharding saves; copies
     only in the last.

@@ -58,7 +58,7 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
         The names, in the causal LM, of the parameters for `reduce_gradients`.
 
     Raises:
-        ModelError: for a model whose sharding is not known.
+        ModelError: for a model whose sharding is not supported.
         RecipeError: for sizes that do not divide, and for what such a model does not compute: eager
             attention, and an adapter on the head.
     """

@@ -106,7 +106,7 @@ def calibrate_recompute(
         peak = max(peak for _, peak in by_rank)
         measured = [activations for activations, _ in by_rank if activations is not None]
         if len(measured) < len(by_rank):
-            # Others have taken memory since the plan was made.
+            # Others use more memory than at the time of the plan.
             count = total
             continue
         activations = max(measured)
@@ -127,7 +127,7 @@ def calibrate_recompute(
 
 
 def _trial(model: TrainModel, batch: Batch, meter: MemoryMeter) -> float:
-    """Forward and backward; the bytes that the forward kept for it.
+    """Forward and backward; the bytes that the forward saved for it.
 
     A function of its own, so that a loss whose backward failed is freed, with its graph, before the
     next trial.
@@ -146,15 +146,15 @@ def revise_recomputed(
     """How many of `layers` to recompute, by a trial in which `count` of them did.
 
     Args:
-        activations: bytes that all layers together kept.
-        recomputed_layer: bytes that one that recomputes keeps.
+        activations: bytes that all layers together saved.
+        recomputed_layer: bytes that a recomputed one saves.
         room: bytes that were left, or missing where it is negative.
     """
     if count == layers:
-        return count  # what a layer keeps that is not recomputed was not measured
-    # activations = count * recomputed_layer + (layers - count) * kept_layer
-    kept_layer = (activations - count * recomputed_layer) / (layers - count)
-    saving = kept_layer - recomputed_layer
+        return count  # what a layer saves that is not recomputed was not measured
+    # activations = count * recomputed_layer + (layers - count) * whole_layer
+    whole_layer = (activations - count * recomputed_layer) / (layers - count)
+    saving = whole_layer - recomputed_layer
     if saving <= 0:
         return count
     # Rounded down: one layer too many recomputes rather than one too few.

@@ -9,10 +9,10 @@ Gathers of shards and reductions into them hide behind the compute of their pass
 shorter, except that of the first layer, and those of an embedding that is trained: the forward
 begins and the backward ends with it. A head that shares its weight with the embedding goes with
 that. Nothing hides tensor parallelism's gathers and scatters, nor those of experts over
-ranks, nor the sum of an adapter's gradients. Experts are taken to be evenly loaded.
+ranks, nor the sum of an adapter's gradients. Experts are assumed to be evenly loaded.
 
 The rate of whole steps was measured on dense models and has their norms and activations in it. The
-products of experts are taken at the rate of products alone, with the empty part of each expert's
+products of experts are counted at the rate of products alone, with the empty part of each expert's
 last tile, and what the kernels around them move comes on top, at the memory's bandwidth: k copies
 of a token are more to move than a dense layer has. A pass reads all experts, and makes quantized
 ones dense.
@@ -33,7 +33,7 @@ import numpy as np
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import BatchSchedule, StepSize
 from tunesmith.data.tokens import TokenSet
-from tunesmith.model.documents import kept_probabilities
+from tunesmith.model.documents import count_saved_probabilities
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import Layer, ModelSpec, flops
 from tunesmith.parallel.mesh import meshes_for
@@ -58,7 +58,7 @@ UPDATE_BYTES = 46
 # or a micro batch over that of `auto`, which knows of no link. Forecasts differ from what was
 # measured by as much.
 BETTER = 0.95
-# What a workload says of examples whose length is not known.
+# How a workload describes examples of unknown length.
 FILLED = "assumed to fill data.seq_len"
 
 
@@ -66,7 +66,7 @@ class Workload(NamedTuple):
     """What a run trains on.
 
     Attributes:
-        steps: None where not known.
+        steps: None where unknown.
         operations: floating-point ones, of a token that is computed.
         attention, experts: the shares of attention and of the experts' products in them.
         probabilities: that a head keeps of a token on a CPU, on average.
@@ -143,7 +143,7 @@ class StepTime(NamedTuple):
 
 
 def _describe_assumed(run: Run, rows: int, length: int | None, *, is_assumed: bool) -> str:
-    """What is assumed of examples that no token cache holds; `rows` is 0 where not known."""
+    """What is assumed of examples that no token cache holds; `rows` is 0 where unknown."""
     counted = count_of(rows, "row") if rows else "unknown"
     if is_assumed:
         counted += " (--rows)"
@@ -218,7 +218,7 @@ def measure_work(
         operations=everything / total,
         attention=1 - products / everything,
         experts=experts / everything,
-        probabilities=float(kept_probabilities(documents).sum()) / total,
+        probabilities=float(count_saved_probabilities(documents).sum()) / total,
         whole=float(lengths.sum()) / total,
         source=source,
     )
@@ -248,7 +248,7 @@ def _steps_of_equal_rows(run: Run, rows: int, length: int) -> tuple[StepSize, in
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a mesh makes of a run. None: a speed or a count is not known.
+    """The forecast of a run on a mesh. None: a speed or a count is not known.
 
     Attributes:
         tight: it fits with less to spare than the estimate may err.
@@ -782,7 +782,7 @@ class Planner:
 
     @property
     def _memory_bandwidth(self) -> float:
-        """Bytes/s; without an end where it is not known, so that nothing waits for it."""
+        """Bytes/s; without an end where unknown, so that nothing waits for it."""
         bandwidth = self.cluster.chip.bandwidth
         return 1e9 * bandwidth if bandwidth else math.inf
 

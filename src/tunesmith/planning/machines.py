@@ -91,7 +91,7 @@ def _parse_cluster(text: str, assumed: Mapping[str, Any]) -> Cluster:
 
     A GPU that is not in the table may have any name, if its memory is among the `assumed` figures.
     """
-    # Nodes, GPUs of a node, chip; one number alone is told apart below.
+    # Nodes, GPUs of a node, chip; what one number alone means is decided below.
     match = re.fullmatch(r"(?:(\d+)x)?-?(?:(\d+)x)?-?([a-z][a-z0-9-]*)", text.lower())
     name = match[3] if match else text
     if name == "here":
@@ -162,7 +162,7 @@ def this_machine() -> Cluster:
 def _gpu_gib(memory: str) -> float:
     """What a process can have of a GPU's memory, of which a CUDA context takes 0.6 GiB.
 
-    0 where no number is given.
+    0 where there is no number.
     """
     try:
         return float(memory) / 1024 - 0.6

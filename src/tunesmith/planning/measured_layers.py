@@ -35,8 +35,8 @@ FORMAT = 8  # of the cached files; which modules are fused, and which adapted, c
 
 
 @dataclass(frozen=True)
-class KeptByLayers:
-    """What training keeps of each decoder layer for the backward.
+class SavedActivations:
+    """What training saves of each decoder layer for the backward.
 
     Attributes:
         by_token: bytes for a token, of each layer. Probabilities of attention are not among them.
@@ -58,24 +58,24 @@ class KeptByLayers:
 
 
 def count_expert_traffic(spec: ModelSpec, adapter: Adapter, dtype: str) -> float:
-    """`KeptByLayers.moved` of a model; 0 without experts."""
+    """`SavedActivations.moved` of a model; 0 without experts."""
     if not spec.measured or not any(layer.expert_count for layer in spec.layers):
         return 0.0
-    return measure_kept(spec, adapter, dtype).moved
+    return measure_activations(spec, adapter, dtype).moved
 
 
 def count_active_adapter(spec: ModelSpec, adapter: Adapter) -> int:
     """Parameters of an adapter that a token is multiplied with; raises as `count_adapter`."""
     if not spec.measured:
         return adapter_parameters(spec, adapter)
-    return measure_kept(spec, adapter, "bf16").active
+    return measure_activations(spec, adapter, "bf16").active
 
 
 def count_expert_adapter(spec: ModelSpec, adapter: Adapter) -> int:
     """Parameters of an adapter on experts; raises as `count_adapter`."""
     if not spec.measured:
         return 0
-    return measure_kept(spec, adapter, "bf16").experts
+    return measure_activations(spec, adapter, "bf16").experts
 
 
 def count_adapter(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
@@ -85,22 +85,22 @@ def count_adapter(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
     """
     if not spec.measured:
         return adapter_parameters(spec, adapter, tensor)
-    return measure_kept(spec, adapter, "bf16").adapter
+    return measure_activations(spec, adapter, "bf16").adapter
 
 
-def measure_kept(spec: ModelSpec, adapter: Adapter, dtype: str) -> KeptByLayers:
+def measure_activations(spec: ModelSpec, adapter: Adapter, dtype: str) -> SavedActivations:
     """What each layer of a measured model keeps, with products in `dtype`.
 
     RecipeError for a target that the model does not have; ModelError where it does not run on meta.
     """
-    return _kept(spec.measured, adapter, dtype)
+    return _measure_cached(spec.measured, adapter, dtype)
 
 
 # A plan asks hundreds of times.
 @lru_cache(maxsize=32)
-def _kept(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
-    """As `measure_kept`, of the sizes that a spec was measured by."""
-    # Only these change what is kept.
+def _measure_cached(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
+    """As `measure_activations`, of the sizes that a spec was measured by."""
+    # Only these change what is saved.
     same = Adapter(kind=adapter.kind)
     if adapter.kind == "lora":
         same = replace(
@@ -114,19 +114,19 @@ def _kept(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
 
 
 @lru_cache(maxsize=32)
-def _measure_same(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
+def _measure_same(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
     key = [FORMAT, version("transformers"), version("torch"), sizes, asdict(adapter), dtype]
     return measure_once("specs", key, lambda: _measure(sizes, adapter, dtype), _decode)
 
 
-def _decode(values: dict[str, Any]) -> KeptByLayers:
+def _decode(values: dict[str, Any]) -> SavedActivations:
     """What was measured, as the cache has it."""
     by_token = tuple(values.pop("by_token"))
     constant = tuple(values.pop("constant"))
-    return KeptByLayers(by_token, constant, **values)
+    return SavedActivations(by_token, constant, **values)
 
 
-def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
+def _measure(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
     # Here, as a plan of a family in the table needs no Transformers.
     from tunesmith.adapter import lora
     from tunesmith.model.decoder import find_layers
@@ -166,7 +166,7 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> KeptByLayers:
     layers = [*model.get_submodule(find_layers(model)).children()]
     of_experts, idle = _expert_parameters(layers, chosen)
     moved = sum(expert_traffic(layers, chosen, DTYPES[dtype]))
-    return KeptByLayers(by_token, constant, outside, trained, trained - idle, of_experts, moved)
+    return SavedActivations(by_token, constant, outside, trained, trained - idle, of_experts, moved)
 
 
 def _lines(
@@ -180,9 +180,9 @@ def _lines(
     by_token = []
     constant = []
     for first, second in zip(short, long, strict=True):
-        slope = (second.kept - first.kept) / TOKENS
+        slope = (second.saved_bytes - first.saved_bytes) / TOKENS
         by_token.append(slope)
-        constant.append(first.kept - slope * TOKENS)
+        constant.append(first.saved_bytes - slope * TOKENS)
     return tuple(by_token), tuple(constant)
 
 

@@ -37,7 +37,7 @@ from tunesmith.planning.measured_layers import (
     count_adapter,
     count_expert_adapter,
     count_expert_traffic,
-    measure_kept,
+    measure_activations,
 )
 from tunesmith.planning.run_plan import (
     Machine,
@@ -203,7 +203,7 @@ def checkpoint_bytes(run: Run, trained: int, base: Path | None) -> tuple[int, in
     """Bytes of one checkpoint of `trained` parameters, and how many of them the disk may hold.
 
     Args:
-        base: the folder of the model, of which a vision tower is copied; None: not known.
+        base: the folder of the model, of which a vision tower is copied; None: unknown.
     """
     width = 4 if run.adapter.kind == "lora" else DTYPES[run.model.dtype].itemsize
     size = int(trained * (width + checkpoint_bytes_per_parameter(run.train, width)))
@@ -257,7 +257,7 @@ class MemoryEstimator:
     Attributes:
         trained: trained parameters of all ranks.
         probabilities: those of attention that a head keeps of a token, on average
-            (`documents.kept_probabilities`).
+            (`documents.count_saved_probabilities`).
         whole: tokens that attention sees for each that is computed (`Workload.whole`).
 
     What does not depend on the micro batch is computed once: hundreds of sizes are compared.
@@ -536,7 +536,7 @@ class MemoryEstimator:
         # The last norm's input, and the gradient of its output.
         ends = (spec.hidden + ceil_div(spec.hidden, self.mesh.tensor)) * itemsize * tokens
         if spec.measured:
-            outside = measure_kept(spec, run.adapter, run.model.dtype).outside
+            outside = measure_activations(spec, run.adapter, run.model.dtype).outside
             ends = int((spec.hidden * itemsize + outside) * tokens)
         backward = self._backward_bytes(tokens, itemsize)
         # The input of the layer that is recomputed comes back from the host.
@@ -638,14 +638,14 @@ class MemoryEstimator:
         spec = self.spec
         if not spec.measured:
             return [self._block_bytes(spec.layers[0], tokens, itemsize)] * spec.depth
-        kept = measure_kept(spec, self.run.adapter, self.run.model.dtype)
+        saved = measure_activations(spec, self.run.adapter, self.run.model.dtype)
         sizes = []
         for layer, by_token, constant in zip(
-            spec.layers, kept.by_token, kept.constant, strict=True
+            spec.layers, saved.by_token, saved.constant, strict=True
         ):
             size = int(by_token * tokens + constant)
             size += int(self._whole_elements(layer) * tokens) * itemsize
-            # A compiler keeps what our own modules keep; not known of recurrences and experts.
+            # A compiler saves what our own modules save; unknown of recurrences and experts.
             is_plain = layer.heads and not layer.state and not layer.experts
             # The compiler does at least as well as our own modules on a plain block.
             if is_plain and self.machine.compiles[0]:
@@ -730,7 +730,7 @@ class MemoryEstimator:
         """What the backward of a layer adds to its activations, while no chunk of logits is there.
 
         Gradients of three hidden vectors, and those of gate, up and their product, as the product
-        itself goes; or that of the product beside one weight's gradient, nf4's weight made dense,
+        itself goes; or that of the product beside one weight's gradient, nf4's dense weight,
         or the transposed codes of fp8's.
         """
         hidden = self.spec.hidden
@@ -779,7 +779,7 @@ class MemoryEstimator:
 
         GATHERED_LAYERS, embedding and head of a model trained in full, and gradients on their way
         to the shards. Those of a layer are there in its dtype, and in fp32 on the way; the
-        reduction of the layer before may not be done.
+        reduction of the layer before may not be complete.
         """
         itemsize = DTYPES[self.run.model.dtype].itemsize
         if not self.sharded:
@@ -859,7 +859,7 @@ class MemoryEstimator:
         spec = self.spec
         itemsize = DTYPES[self.run.model.dtype].itemsize
         experts = spec.layer_matrices - spec.linear_matrices
-        # The products read dense weights; those of codes are made first.
+        # The products read dense weights; codes are dequantized first.
         moved = experts * itemsize + spec.expert_stacks * self.scheme.expert_dense_bytes
         return 2 * moved / self.mesh.experts
 

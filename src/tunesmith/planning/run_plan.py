@@ -83,7 +83,7 @@ class Machine:
         attention, compiles, scaling: the attention backend, whether layers are compiled, and the
             scaling recipe of an 8-bit base or None; each with its reason.
         card_bytes: all memory of a GPU, which an `integrated` one shares with the host; on a CPU
-            the most that this rank could ever have, within its `limit`. 0: not known.
+            the most that this rank could ever have, within its `limit`. 0: unknown.
         name: of the GPU, as the driver has it.
         limit: of a CPU: what bounds its memory.
     """

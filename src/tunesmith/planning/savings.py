@@ -1,4 +1,4 @@
-"""Recipe keys with which a run needs less memory, found by planning the run with each of them.
+"""Recipe keys with which a run needs less memory: the run is planned with each of them.
 
 And the checks of a plan against the memory of its machine.
 """
@@ -44,7 +44,7 @@ def find_savings(
     """
 
     def smallest(*kinds: list[Keys]) -> Saving | None:
-        """The first change that is enough, made of one change of each kind."""
+        """The first change that is enough, of one change of each kind."""
         for parts in itertools.product(*kinds):
             changed = run
             for keys in parts:
@@ -145,7 +145,7 @@ def check_memory_fits(
         more: advice beside the keys that save memory.
     """
     needed, there = memory_needs(plan, machine)
-    # Of some machines it is not known what there is.
+    # Of some machines the memory is unknown.
     if not there or needed <= there:
         return
     layout = f"micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
@@ -196,7 +196,7 @@ def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
 
 
 def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
-    """Bytes that a plan cannot do without, and those that there are (0: not known).
+    """Bytes that a plan cannot do without, and those that there are (0: unknown).
 
     An adapter's checkpoint may wait. A CPU's free memory grows as other programs give way, and
     micro batches may be smaller than planned: there only what is certain counts, the whole run's

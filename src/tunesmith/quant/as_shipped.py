@@ -1,6 +1,6 @@
 """Frozen linear layers that keep the codes and scales which a checkpoint ships: FP8 and NVFP4.
 
-`model/shipped_entries.py` has what they are. A weight is made dense for one product at a time, in
+`model/shipped_entries.py` has what they are. A weight is dequantized for one product at a time, in
 the forward and again in the backward: in memory is what is on the disk, and it computes what the
 dense weight computes.
 """

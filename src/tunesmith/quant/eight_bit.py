@@ -227,7 +227,7 @@ class EightBitLinear(FrozenLinear):
 
 
 def eight_bit_names(model: nn.Module, skip: Collection[nn.Module] = ()) -> list[str]:
-    """Full names of the linear layers that can be put into 8 bits; without the output layer.
+    """Full names of the linear layers that can be converted to 8 bits; without the output layer.
 
     These are dense and frozen, and of widths that the matmuls take.
 

@@ -39,7 +39,7 @@ class ExpertRanks:
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.process_group)
         self.rows = int(most)
 
-    def own(self, experts: int) -> range:
+    def local_experts(self, experts: int) -> range:
         """Those of a layer's experts that this rank has."""
         count = experts // self.group.size
         return range(self.group.rank * count, (self.group.rank + 1) * count)

@@ -68,7 +68,7 @@ def stacks_in_order(module: nn.Module) -> list[str]:
 def replace_stacks(
     model: nn.Module, empty: Callable[[str, nn.Module, Tensor], ExpertStack | None]
 ) -> list[str]:
-    """Put stacks in codes in the place of parameters of a model on meta.
+    """Replace parameters of a model on meta by stacks in codes.
 
     empty: makes one of the experts' full name, their module and the parameter; None: it stays.
 
@@ -130,42 +130,68 @@ def experts_forward(
     if ranks is None:
         return _compute(module, hidden, top_k_index, top_k_weights, range(module.num_experts))
     gathered = ranks.gather(hidden, top_k_index, top_k_weights, module.num_experts)
-    output = _compute(module, *gathered, ranks.own(module.num_experts))
+    output = _compute(module, *gathered, ranks.local_experts(module.num_experts))
     return ranks.scatter(output, len(hidden))
 
 
-def _compute(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, own: range) -> Tensor:
-    """As `experts_forward`; what goes to others than the experts `own` counts as 0."""
+def _compute(
+    module: Any, hidden: Tensor, index: Tensor, weights: Tensor, local_experts: range
+) -> Tensor:
+    """As `experts_forward`; what goes to others than `local_experts` counts as 0."""
     per_token = index.shape[-1]
-    is_part = len(own) < module.num_experts
+    is_part = len(local_experts) < module.num_experts
     numbers = index.flatten()
     if is_part:
-        # Own experts from 0 on; all that goes to others comes after them.
-        is_own = (numbers >= own.start) & (numbers < own.stop)
-        numbers = torch.where(is_own, numbers - own.start, len(own))
+        numbers = _local_numbers(numbers, local_experts)
+    # By expert, so that the products of one are of rows that follow each other.
     experts, order = torch.sort(numbers, stable=True)
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
-    first, second = stack_names(module)
-    stacks = [stack_of(module, first), stack_of(module, second)]
-    in_groups = any(stack.experts_at_once(hidden.dtype) < stack.shape[0] for stack in stacks)
-    rows = ExpertRows.of(experts, len(own), hidden.dtype, in_groups=in_groups)
+    rows = _expert_rows(module, experts, len(local_experts), hidden.dtype)
     if is_part:
         experts, order, places = _leave_out_others(experts, order, places, rows)
 
     x = _Scatter.apply(hidden, order, places, per_token, is_part)
+    x = _apply_experts(module, x, rows, experts)
+    # The products have left rows of other experts as they were: their weights get no gradient.
+    if is_part and rows.spans is None:
+        position = torch.arange(len(x), device=x.device)
+        is_other = position >= rows.offsets[-1]
+        x = x.masked_fill(is_other.unsqueeze(1), 0)
+    sorted_weights = weights.flatten()[order]
+    weighted = x * sorted_weights.unsqueeze(1)
+    output: Tensor = _Gather.apply(weighted, order, places, per_token, is_part)
+    return output.to(hidden.dtype)
+
+
+def _local_numbers(numbers: Tensor, local_experts: range) -> Tensor:
+    """This rank's experts from 0 on; all others have the number behind them."""
+    is_local = (numbers >= local_experts.start) & (numbers < local_experts.stop)
+    return torch.where(is_local, numbers - local_experts.start, len(local_experts))
+
+
+def _expert_rows(module: Any, experts: Tensor, count: int, dtype: torch.dtype) -> ExpertRows:
+    """Where the rows of each of `count` experts lie; in groups, where a stack is dequantized so."""
+    in_groups = False
+    for name in stack_names(module):
+        stack = stack_of(module, name)
+        if stack.experts_at_once(dtype) < stack.shape[0]:
+            in_groups = True
+    return ExpertRows.of(experts, count, dtype, in_groups=in_groups)
+
+
+def _apply_experts(module: Any, x: Tensor, rows: ExpertRows, experts: Tensor) -> Tensor:
+    """The MLP of each row's expert: [n, hidden]."""
+    first, second = stack_names(module)
     x = _project(module, first, x, rows, experts)
-    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    if module.has_gate:
+        x = module._apply_gate(x)
+    else:
+        x = module.act_fn(x)
     x = _project(module, second, x, rows, experts)
     if module.has_post_expert_norm:
         x = module.post_expert_norm(x)
-    if is_part and rows.spans is None:
-        # The products have left these rows as they were: their weights get no gradient of that.
-        position = torch.arange(len(x), device=x.device)
-        x = x.masked_fill((position >= rows.offsets[-1]).unsqueeze(1), 0)
-    weighted = x * weights.flatten()[order].unsqueeze(1)
-    output: Tensor = _Gather.apply(weighted, order, places, per_token, is_part)
-    return output.to(hidden.dtype)
+    return x
 
 
 def _leave_out_others(

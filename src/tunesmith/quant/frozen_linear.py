@@ -103,7 +103,7 @@ class FrozenLinear(nn.Module, ABC):
 def load_hooks(model: nn.Module) -> dict[str, Hook]:
     """For `load_weights(convert=...)`: what quantizes each frozen weight as it is read.
 
-    A weight that was quantized before is taken as it is.
+    A weight that was quantized before is used as it is.
     """
     hooks: dict[str, Hook] = {}
     for name, layer in model.named_modules():

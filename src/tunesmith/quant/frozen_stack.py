@@ -1,4 +1,4 @@
-"""Frozen weights of all experts of a layer, in one tensor: made dense for some experts at a time.
+"""Frozen weights of all experts of a layer, in one tensor: dequantized for some experts at a time.
 
 - dense: the stack itself.
 - nf4: 4-bit codes and their scales; each expert is quantized by itself, as a linear layer is.
@@ -164,7 +164,7 @@ class ShippedStack(FrozenStack):
         rows = encoding.rows or height
         codes = codes[first:last].flatten(0, 1)
         scales = scales[first:last].flatten(0, 1)
-        # Parts of whole blocks are one matrix; others are made dense one by one.
+        # Parts of whole blocks are one matrix; others are dequantized one by one.
         parts_at_once = len(scales) if height % rows == 0 else 1
         step = parts_at_once * height
         matrices = []

@@ -27,7 +27,7 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.f
 # Rows for which bitsandbytes reads 4-bit weights inside the product. To make W dense first moves
 # nine times as many bytes.
 FEW_ROWS = 16
-PIECE = 1 << 24  # weights as shipped that are made dense at a time: they are in fp32 then
+PIECE = 1 << 24  # weights as shipped that are dequantized at a time: they are in fp32 then
 Update = tuple[Tensor, Tensor] | None  # of low rank: its two factors
 
 
@@ -291,7 +291,7 @@ class ShippedWeight(FrozenWeight):
 
 
 class Nvfp4Encoding(NamedTuple):
-    """How the scales of an NVFP4 weight are put together; its text is the `encoding` of it.
+    """How the scales of an NVFP4 weight are combined; its text is the `encoding` of it.
 
     Attributes:
         divides: those of the groups are divided by that of all; False: multiplied.

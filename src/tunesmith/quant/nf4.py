@@ -31,7 +31,7 @@ SCALES = ("absmax", "code", "nested_absmax", "nested_code", "nested_offset")
 
 @torch.no_grad()
 def check_nf4(device: torch.device) -> None:
-    """MachineError unless a small weight can be quantized and made dense again on this device.
+    """MachineError unless a small weight can be quantized and dequantized on this device.
 
     Called before anything is downloaded or loaded: a wheel of bitsandbytes is built for some
     versions of CUDA, and says so in the first call only.

@@ -35,7 +35,7 @@ class Scheme:
         expert_bytes: of a stored weight of a stack of experts without its scales; None: as the
             model's dtype.
         expert_scale_bytes: of the scales of a stack, per weight, that no rank shares.
-        expert_dense_bytes: per weight, read and written where a stack is made dense.
+        expert_dense_bytes: per weight, read and written where a stack is dequantized.
         block: neighbors in a row that share a scale, so that a rank must have all of them.
         traffic_bytes: per weight, of one forward and backward. This is the fixed cost of a micro
             batch: both passes read the weight.
@@ -66,8 +66,8 @@ class Scheme:
     def replace_linears(
         self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
     ) -> None:
-        """Put the scheme's empty layers and stacks of experts into a model on meta, before it gets
-        its adapter.
+        """Insert the scheme's empty layers and stacks of experts into a model on meta, before its
+        adapter.
 
         form: of the checkpoint, where that is quantized.
         """
@@ -88,8 +88,8 @@ class Scheme:
 class Fp8Scheme(Scheme):
     """8-bit floats. Their scales, 4 bytes a row, are not counted.
 
-    The scaling recipe depends on the machine, so the layers are put in by `convert_to_eight_bit`
-    once the plan is made.
+    The scaling recipe depends on the machine, so `convert_to_eight_bit` inserts the layers
+    once the plan is complete.
     """
 
     def storage(self, scaling: str | None, dtype: str) -> str:
@@ -107,7 +107,7 @@ class Fp8Scheme(Scheme):
 
 
 class CodesScheme(Scheme):
-    """Codes and scales, made dense for one product at a time: in the backward once more."""
+    """Codes and scales, dequantized for one product at a time: in the backward once more."""
 
     def storage(self, scaling: str | None, dtype: str) -> str:
         return self.name
@@ -162,7 +162,7 @@ NF4 = Nf4Scheme(
     # bitsandbytes' kernel: the codes, scales in fp32, the dense weight.
     expert_dense_bytes=0.5 + 4 / 64 + 2,
     block=64,
-    # The codes are read, and the dense weight made of them is written and read: 2 x (0.52 + 2 + 2).
+    # The codes are read, and the dequantized weight is written and read: 2 x (0.52 + 2 + 2).
     traffic_bytes=9.03,
 )
 SHIPPED = ShippedScheme(
@@ -176,7 +176,7 @@ SHIPPED = ShippedScheme(
     # In plain PyTorch: codes to fp32, times the scales, to 16 bits.
     expert_dense_bytes=(1 + 4) + (4 + 4) + (4 + 2),
     is_cut=False,
-    # The codes are read, and the dense weight made of them is written and read: 2 x (1 + 2 + 2).
+    # The codes are read, and the dequantized weight is written and read: 2 x (1 + 2 + 2).
     traffic_bytes=10.0,
 )
 # Of gpt-oss the experts, which no tensor group cuts: two codes a byte, and a byte of scale for 32
@@ -210,7 +210,7 @@ def scheme_of(model: Model, shipped: str | None = None) -> Scheme:
 
     `auto` is dense here: where a base ships in codes, `resolve_quantize` has replaced it.
 
-    shipped: how the base does (`ModelSpec.quantized`), for what is asked of sizes.
+    shipped: how the base does (`ModelSpec.quantized`), for sizes.
     """
     if model.quantize == AS_SHIPPED:
         return OF_FORMS.get(shipped or "", SHIPPED)

@@ -1,9 +1,9 @@
 """Frozen stacks of experts that keep the codes and scales which a checkpoint ships: MXFP4, FP8 and
 NVFP4.
 
-As `as_shipped` is for linear layers: in memory is what is on the disk, made dense for some experts
+As `as_shipped` is for linear layers: in memory is what is on the disk, dequantized for some experts
 at a time. MXFP4 (gpt-oss) has the experts of a layer in one tensor. FP8 and NVFP4 have them one by
-one, which are put together here as Transformers does (gate over up).
+one, which are joined here as Transformers does (gate over up).
 """
 
 import re
@@ -133,8 +133,8 @@ class ShippedExperts(ExpertStack):
     def _round(self, dense: Tensor, expert: int, part: int) -> None:
         """Store a dense part, fp32 [out / parts, in], if this rank holds the expert."""
 
-    def _held(self, codes: Tensor, expert: int, part: int) -> Tensor | None:
-        """What this rank holds of a part in `codes` [experts, out, ...]; None: another has it."""
+    def _local_rows(self, codes: Tensor, expert: int, part: int) -> Tensor | None:
+        """This rank's rows of a part in `codes` [experts, out, ...]; None: another has them."""
         span = local_slices(codes)[0]
         if not span.start <= expert < span.stop:
             return None
@@ -165,7 +165,7 @@ class Fp8Experts(ShippedExperts):
 
     def _take(self, stored: ScaledTensor, expert: int, part: int) -> None:
         self.scales[expert, part] = stored.scales
-        codes = self._held(self.codes, expert, part)
+        codes = self._local_rows(self.codes, expert, part)
         if codes is not None:
             stored.codes.into(codes)
 
@@ -174,7 +174,7 @@ class Fp8Experts(ShippedExperts):
         block = self.form.block_of(dense.shape[0], dense.shape[1])
         scales = block_scales(dense, block)
         self.scales[expert, part] = scales
-        codes = self._held(self.codes, expert, part)
+        codes = self._local_rows(self.codes, expert, part)
         if codes is not None:
             scaled = dense / spread_blocks(scales, block, dense.shape)
             codes.copy_(scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3).view(torch.uint8))
@@ -209,8 +209,8 @@ class Nvfp4Experts(ShippedExperts):
 
     def _take(self, stored: Nvfp4Tensor, expert: int, part: int) -> None:
         self.scales[expert, part] = stored.scale.squeeze()
-        codes = self._held(self.codes, expert, part)
-        scales = self._held(self.group_scales, expert, part)
+        codes = self._local_rows(self.codes, expert, part)
+        scales = self._local_rows(self.group_scales, expert, part)
         if codes is not None and scales is not None:
             stored.codes.into(codes)
             stored.scales.into(scales)
@@ -219,8 +219,8 @@ class Nvfp4Experts(ShippedExperts):
     def _round(self, dense: Tensor, expert: int, part: int) -> None:
         scale = nvfp4_scale(dense.abs().max().item())
         self.scales[expert, part] = stored_nvfp4_scale(scale, self.form)
-        codes = self._held(self.codes, expert, part)
-        scales = self._held(self.group_scales, expert, part)
+        codes = self._local_rows(self.codes, expert, part)
+        scales = self._local_rows(self.group_scales, expert, part)
         if codes is not None and scales is not None:
             packed, of_groups = encode_nvfp4(dense, scale)
             codes.copy_(packed)

@@ -57,19 +57,19 @@ def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]
                 row_hash = result["row_hash"]
                 if name == "loss" and result["row_losses"]:
                     row_hash = result["row_losses"]["row_hash"]
-                # The same rows, told by their hash, share a line; rows of the same name may differ.
+                # The same rows, by their hash, share a line; rows of the same name may differ.
                 key = (name, about, row_hash)
                 line = lines.setdefault(key, [None] * len(runs))
                 # Of several checkpoints of a run, one after the other in its cell.
                 cell = f"{text} at step {result['step']}"
                 if result["seen"]:
                     cell += f" ({result['seen']} of the rows were trained on)"
-                said = line[index]
-                # The loss is kept beside the scores too: said once.
-                if said is None:
+                earlier_cell = line[index]
+                # A loss is in the file of the scores too: shown once.
+                if earlier_cell is None:
                     line[index] = cell
-                elif cell not in said.split("; "):
-                    line[index] = f"{said}; {cell}"
+                elif cell not in earlier_cell.split("; "):
+                    line[index] = f"{earlier_cell}; {cell}"
     return [(f"eval: {name} ({about})", line) for (name, about, _), line in lines.items()]
 
 
@@ -197,7 +197,7 @@ class RunGroup(NamedTuple):
 
 
 def judge(runs: Sequence[RunSummary]) -> Verdict:
-    """Which run is better, and why, or why that cannot be said; and what should be known of the
+    """Which run is better, and why, or why that cannot be said; and cautions about the
     runs whatever the verdict.
     """
     verdict = _judge(runs)
@@ -254,23 +254,35 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     measure = first.measure
     gap = measure.worse_by(second.best.mean, than=first.best.mean)
     threshold, noise = _noise(ranking)
+    reasons = [
+        _difference(first.runs[0], second.runs[0], measure),
+        f"{measure.gap_text(gap)} apart. {noise}",
+        *cautions,
+    ]
+    kind, headline = _headline(first, second, gap, threshold)
     difference = RunDifference(measure.name.strip(","), first.name, second.name, gap, threshold)
-    apart = f"{measure.gap_text(gap)} apart. {noise}"
-    reasons = [_difference(first.runs[0], second.runs[0], measure), apart, *cautions]
+    return Verdict(kind, headline, reasons, difference=difference)
+
+
+def _headline(
+    first: RunGroup, second: RunGroup, gap: float, threshold: float | None
+) -> tuple[str, str]:
+    """Kind and headline of a verdict on the better and the worse one of two recipes.
+
+    threshold: up to this the gap may be chance; None: unknown.
+    """
+    measure = first.measure
     against = f"{measure.best_word} {first} against {second} of {second.name}"
-    is_are = "is" if len(first.runs) == 1 else "are"
     # A run that goes on may still change places.
     if any(run.files.state is RunState.RUNNING for run in (*first.runs, *second.runs)):
-        kind, headline = "none", f"So far {first.name} leads: {against}"
-    elif threshold is None:
+        return "none", f"So far {first.name} leads: {against}"
+    if threshold is None:
         chance = "how much runs vary by chance is unknown"
-        kind = "none"
-        headline = f"{first.name} has the {measure.best_word}, but {chance}: {against}"
-    elif gap <= threshold:
-        kind, headline = "equal", f"No significant difference: {against}"
-    else:
-        kind, headline = "better", f"{first.name} {is_are} better: {against}"
-    return Verdict(kind, headline, reasons, difference=difference)
+        return "none", f"{first.name} has the {measure.best_word}, but {chance}: {against}"
+    if gap <= threshold:
+        return "equal", f"No significant difference: {against}"
+    is_are = "is" if len(first.runs) == 1 else "are"
+    return "better", f"{first.name} {is_are} better: {against}"
 
 
 def _alone(run: RunSummary, measure: Measure) -> Verdict:
@@ -411,7 +423,7 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
 
 
 def _noise_of_rows(first: RunGroup, second: RunGroup) -> tuple[float | None, str] | None:
-    """The same from the losses of each row; None where they are not known of both, or show the
+    """The same from the losses of each row; None where a run lacks them, or they show the
     second run ahead."""
     runs = [first.runs[0], second.runs[0]]
     # Of many runs, as those of a sweep, the first two alone may have been evaluated.
@@ -435,7 +447,7 @@ def _noise_of_rows(first: RunGroup, second: RunGroup) -> tuple[float | None, str
 
 
 def _noise_of_shares(first: RunGroup, second: RunGroup) -> tuple[float, str] | None:
-    """The same from the intervals of two shares; None where they are not known."""
+    """The same from the intervals of two shares; None where unknown."""
     higher = first.measure.span(first.runs[0], first.best.mean)
     lower = first.measure.span(second.runs[0], second.best.mean)
     if higher is None or lower is None:

@@ -17,11 +17,11 @@ class Measure:
         name: as texts call it.
         values: of a run: (step, value), in their order.
         is_share: it is from 0 to 1, and higher is better; else lower is.
-        span: of a run whose best value is given: the ends of its 95 % interval; None where they are
+        span: of a run whose best value is shown: the ends of its 95 % interval; None where they are
             not known.
-        rows: of a run: what tells the rows that it was measured on; None where that is not known.
+        rows: of a run: what tells the rows that it was measured on; None where unknown.
         row_losses: of a run at a step: what `eval` said of these rows, as `run_dir.read_scores` has
-            it with their losses; None where they are not known.
+            it with their losses; None where unknown.
     """
 
     name: str
@@ -79,7 +79,7 @@ def _accuracy_span(run: RunSummary, value: float) -> tuple[float, float] | None:
 
 
 def _pair_evals(run: RunSummary) -> list[dict[str, Any]]:
-    """What `eval` said of pairs, of steps that are known, in their order."""
+    """The results of `eval` on pairs, of steps with a number, in their order."""
     evals = [e for e in run.files.evals if PAIRS in e["scores"] and e["step"] is not None]
     return sorted(evals, key=lambda result: result["step"])
 

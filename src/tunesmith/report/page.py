@@ -401,7 +401,7 @@ def _figure(value: Any) -> str:
     if value.count == 1:
         return mean
     deviation = value.deviation
-    # Two digits: a third would say nothing.
+    # Two digits: a third would be noise.
     shown = f"{deviation:,.0f}" if deviation >= 10 else f"{deviation:.2g}"
     return f"{mean} ± {shown} (n = {value.count:,})"
 

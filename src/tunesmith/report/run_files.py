@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
-from tunesmith.checkpoint.previous_crash import killed_before
+from tunesmith.checkpoint.previous_crash import find_previous_crash
 from tunesmith.config.dump import leaves
 from tunesmith.errors import RunError, UsageError
 from tunesmith.host.shell import shell_path
@@ -389,7 +389,7 @@ def how_it_ended(run: RunFiles) -> dict[str, Any]:
         fields = leaves(run.stopped)
     elif run.state is RunState.KILLED:
         command = f"tunesmith train {shell_path(shown(run.folder / RECIPE))}"
-        end = killed_before(run.folder) or RunError(
+        end = find_previous_crash(run.folder) or RunError(
             "no process is running here, and it wrote no failure record",
             why="it was killed, or this is a copy of a running run",
             fix=f"{command}   # resumes from the newest checkpoint",
@@ -473,7 +473,7 @@ def finite(values: Sequence[float | None]) -> list[float]:
 
 
 def smooth(y: Sequence[float | None], span: int) -> list[float | None]:
-    """The exponential moving average, with the weight of its start taken out, as TensorBoard draws
+    """The exponential moving average, with the weight of its start removed, as TensorBoard draws
     it.
 
     `span`: steps over which a value counts; its weight falls to 1/e in about half of that. Values

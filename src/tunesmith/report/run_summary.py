@@ -12,7 +12,7 @@ from tunesmith.report.run_files import RunFiles, finite
 from tunesmith.run_dir import shown
 
 HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
-# Of env.json: what a run was given, and what was found in it.
+# Of env.json: how a run was started, and what its checks reported.
 _INPUTS = ("command", "commit", "checks", "validation_examples", "template")
 # Columns of metrics.jsonl.
 LOSS = "val_loss"
@@ -91,7 +91,7 @@ class RunSummary:
 
     @property
     def hold_out_seed(self) -> int | None:
-        """What drew the rows of `data.hold_out`; None without them, or where it is not known."""
+        """What drew the rows of `data.hold_out`; None without them, or where unknown."""
         data = self.files.recipe.get("data") or {}
         if not data.get("hold_out"):
             return None

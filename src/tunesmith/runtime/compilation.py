@@ -105,8 +105,8 @@ def runs_with(assembler: str, device: torch.device) -> bool:
     command = [sys.executable, "-c", ATTEMPT, str(device)]
     env = os.environ | dict.fromkeys(ASSEMBLERS, assembler)
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(command, env=env, capture_output=True, timeout=300, check=False)
-        return done.returncode == 0
+        process = subprocess.run(command, env=env, capture_output=True, timeout=300, check=False)
+        return process.returncode == 0
     return False
 
 

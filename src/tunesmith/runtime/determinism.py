@@ -20,13 +20,13 @@ CHOICES = (":4096:8", ":16:8")  # those that NVIDIA calls deterministic; the fir
 
 
 @contextmanager
-def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Have torch compute deterministically inside the block, if `wanted`.
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Have torch compute deterministically inside the block, if `enabled`.
 
     Its settings are restored afterwards. MachineError after the first use of CUDA: cuBLAS reads its
     variable, which stays set, only once.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     if os.environ.get(WORKSPACE) not in CHOICES:

@@ -50,7 +50,7 @@ def host_budget(ranks: Collection[int] = ()) -> HostBudget:
     for limit in limits:
         floor = 0 if limit.of_process else memory_floor(limit.size, unified=False)
         free.append((limit.size - floor - limit.used) // limit.ranks)
-        ceilings.append((limit.size - floor - limit.own) // limit.ranks)
+        ceilings.append((limit.size - floor - limit.used_by_run) // limit.ranks)
     ceiling = min(ceilings)
     return HostBudget(max(0, min(free)), max(0, ceiling), limits[ceilings.index(ceiling)])
 

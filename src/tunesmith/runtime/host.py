@@ -18,7 +18,7 @@ LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more on 64 bit
 NEVER = 2**31 - 1
 # Between the two that were measured; a cached shape holds about half a megabyte.
 CACHED_SHAPES = "128"
-# Variables that say how libgomp's threads wait.
+# Variables for how libgomp's threads wait.
 WAIT_VARIABLES = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 BY_ENVIRONMENT = "set by the environment"
 # Six ticks a core: enough to tell a core that computes from one that does not.
@@ -26,7 +26,7 @@ SAMPLE_SECONDS = 0.06
 
 
 def keep_freed_pages() -> bool:
-    """Let malloc keep what is freed; returns whether it was done: on Linux with glibc.
+    """Let malloc keep what is freed; returns whether it does: on Linux with glibc.
 
     By default glibc returns blocks above 128 KiB to the kernel at once, which zeroes them again at
     the next allocation. Keeping them more than halves the kernel's time in a LoRA step of
@@ -120,7 +120,7 @@ def keep_threads(previous: int | None) -> str:
 
     A sum over a whole tensor is split by threads, and another number of them rounds it otherwise.
     Numbers within a factor of two may be those of one machine, more or less busy; others are left,
-    and so are those that the environment names. None: not known.
+    and so are those that the environment names. None: unknown.
     """
     import torch
 

@@ -96,7 +96,7 @@ class MemoryGuard:
         unified: whether the GPU shares the host's memory; None until one is in use.
         others: times, and what this process did not take then.
         pause: seconds between two times that page cache is dropped.
-        dropped_at: when that was done last.
+        dropped_at: when that happened last.
         still_short: MemFree was below the least before that, and after it.
     """
 

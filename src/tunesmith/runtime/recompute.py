@@ -43,8 +43,8 @@ class RecomputedLayer(nn.Module):
         # An `OffloadedLayer` recomputes around this forward.
         if not self.training or not self.recomputed or isinstance(self, OffloadedLayer):
             return forward(*args, **kwargs)
-        # The batch's documents and the rotary tables travel in kwargs; both are made once a batch
-        # and stay anyway.
+        # The batch's documents and the rotary tables travel in kwargs; both are computed once a
+        # batch and stay anyway.
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 

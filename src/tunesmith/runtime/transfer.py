@@ -2,8 +2,8 @@
 
 Batches go ahead of the step, metrics and copies come back later. A stream runs its work in issue
 order: `.item()` would wait for the next step's kernels as well, so values are copied to pinned
-memory and an event says when they are there. On a CPU all work is done when a call returns: there
-are no events.
+memory and an event says when they are there. On a CPU all work is complete when a call returns:
+there are no events.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ class AsyncScalars:
 
 
 class Snapshot:
-    """Copies of tensors at this point of the stream, made on their own device without waiting.
+    """Copies of tensors at this point of the stream, copied on their own device without waiting.
 
     They take as much memory there as the tensors, which may be on the host and on one GPU, until
     `on_host` is called; torch.OutOfMemoryError where there is no room for them.
@@ -66,8 +66,8 @@ class Snapshot:
             return {name: tensor.contiguous() for name, tensor in tensors.items()}
         self._copied.synchronize()
         # On a stream of its own: on the current one the copies would queue up behind the step that
-        # now runs. Each is done when `.cpu()` returns, so that the memory may go back to the pool
-        # of the stream that allocated it.
+        # now runs. Each is complete when `.cpu()` returns, so that the memory may go back to the
+        # pool of the stream that allocated it.
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
             return {name: tensors.pop(name).cpu().contiguous() for name in list(tensors)}
 

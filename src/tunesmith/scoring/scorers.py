@@ -2,7 +2,7 @@
 
 A scorer is a name, a check of each row before the first answer, and a function. They need no torch
 and no model: answers that were saved are scored again in a moment. What is wrong with a reference
-is the row's fault and found before any answer; what is wrong with an answer is a score of 0.
+is the row's fault and raised before any answer; what is wrong with an answer is a score of 0.
 """
 
 import importlib.util
@@ -76,7 +76,7 @@ def select_scorers(names: Sequence[str], call_reader: CallReader | None = None) 
 
     Args:
         names: of SCORERS, or `file.py:function` for one's own.
-        call_reader: what reads the template's tool calls; None if it has no form that is known.
+        call_reader: what reads the template's tool calls; None if it has no supported form.
 
     Raises:
         UsageError: there is no such scorer, or its file cannot be used.

@@ -1,8 +1,8 @@
 """Scores of an answer as text, against a reference.
 
-exact, contains and regex say 0 or 1; f1 and rouge-l a share. The latter two are those of the field,
-so that a figure can stand beside one from elsewhere: SQuAD's token F1 (its evaluation script, v2)
-and ROUGE-L's F-measure as the package rouge_score computes it without stemming.
+exact, contains and regex give 0 or 1; f1 and rouge-l a share. The latter two are those of the
+field, so that a figure can stand beside one from elsewhere: SQuAD's token F1 (its evaluation
+script, v2) and ROUGE-L's F-measure as the package rouge_score computes it without stemming.
 """
 
 import re

@@ -1,14 +1,14 @@
 """Tool calls in the text of an answer, in the form in which the template writes them.
 
-There is no list of models. A call with known name and arguments is rendered by the template, and
-the first of four forms that reads it back is the template's:
+There is no list of models. A call with a probe's name and arguments is rendered by the template,
+and the first of four forms that reads it back is the template's:
 
     JSON       <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>, a list, "parameters"
     named      [TOOL_CALLS]f[ARGS]{"a": 1}, to=functions.f<|message|>{"a": 1}, call:f{a:1}
     tagged     <function=f><parameter=a>1</parameter>, f<arg_key>a</arg_key><arg_value>1</arg_value>
     Python     [f(a=1)]
 
-What stands around name and arguments is taken from that rendering, so that an answer counts only
+What stands around name and arguments is read off that rendering, so that an answer counts only
 where a server that reads this form would see the call.
 """
 
@@ -191,9 +191,9 @@ def _as_json(match: re.Match[str]) -> str:
 
 
 def _named_form(rendering: str) -> _NamedForm | None:
-    before, _, after = rendering.partition(PROBE.name)
+    prefix, _, after = rendering.partition(PROBE.name)
     between, brace, _ = after.partition("{")
-    opening = _opening(before)
+    opening = _opening(prefix)
     if not brace or not (opening or between.strip()):
         return None
     return _NamedForm(re.compile(_flexible(opening) + _NAME + _flexible(between) + r"(?=\{)"))
@@ -234,15 +234,15 @@ def _tagged_form(rendering: str) -> _TaggedForm | None:
     gaps = re.fullmatch(f"(.*){'(.*?)'.join(map(re.escape, words))}(.*)", rendering, re.DOTALL)
     if gaps is None:
         return None
-    before, to_key, to_value, to_next, *_ = gaps.groups()
+    prefix, to_key, to_value, to_next, *_ = gaps.groups()
     # What stands before a key is the same before each: the end that two gaps share.
     shared = 0
     while shared < min(len(to_key), len(to_next)) and to_key[-shared - 1] == to_next[-shared - 1]:
         shared += 1
     key_opening = to_key[len(to_key) - shared :]
     value_end = to_next[: len(to_next) - shared].strip()
-    opening = _opening(before)
-    # Without marks around them, names and values could not be told apart.
+    opening = _opening(prefix)
+    # Without marks around them, names and values could not be separated.
     if not (key_opening.strip() and to_value.strip() and value_end and opening):
         return None
     name_end = _flexible(to_key[: len(to_key) - shared])
@@ -306,10 +306,10 @@ class _Constants(ast.NodeTransformer):
 
 
 def _python_form(rendering: str) -> _PythonForm | None:
-    before, _, after = rendering.partition(PROBE.name)
+    prefix, _, after = rendering.partition(PROBE.name)
     if not after.startswith("("):
         return None
     end = after.find(")")
-    before = before.rstrip().removesuffix("[")
+    prefix = prefix.rstrip().removesuffix("[")
     closing = after[end + 1 :].lstrip().removeprefix("]").strip()
-    return _PythonForm(_opening(before), closing)
+    return _PythonForm(_opening(prefix), closing)

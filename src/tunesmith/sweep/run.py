@@ -2,7 +2,7 @@
 
 sweep.json there holds what was fixed at the start (steps of the rungs, micro batch, interval of
 validation) and what came out. Where a candidate stands is read from its own directory, so that the
-command that is started again finds what is done.
+command that is started again continues.
 """
 
 import json
@@ -118,7 +118,7 @@ def run_sweep(
     check_sweep(base, space, search)
     if started_as() is None:
         require_one_process("sweep")
-    # A wrong value is found before anything is loaded.
+    # A wrong value is an error before anything is loaded.
     combinations = space.grid()
     for key, span in space.ranges.items():
         combinations += [{key: str(span.low)}, {key: str(span.high)}]
@@ -137,7 +137,7 @@ def run_sweep(
                 stack.enter_context(claim_run_dir(folder))
         sweep = Sweep(recipe, base, space, search, stop, ranks, argv)
         sweep.search_best()
-        return sweep.outcome()
+        return sweep.result()
 
 
 def load_candidate(recipe: str | Path, space: Space, values: dict[str, str]) -> Run:
@@ -423,9 +423,9 @@ class Sweep:
         """Write sweep.json."""
         if self.ranks.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / SWEEP, json.dumps(self.outcome(), indent=1))
+            write_atomically(self.folder / SWEEP, json.dumps(self.result(), indent=1))
 
-    def outcome(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """What came out so far: plain values, the best candidate's name among them."""
         finished = [candidate for candidate in self.candidates if candidate.state == "finished"]
         best = min(finished, key=lambda candidate: candidate.loss, default=None)

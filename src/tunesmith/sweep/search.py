@@ -1,7 +1,7 @@
 """How a sweep spends its steps: successive halving.
 
 It sees candidates through one function alone, and decides by what that returns. So a sweep that
-was killed is run again: what is done already returns at once, and all decisions are as before.
+was killed is run again: what is complete returns at once, and all decisions are as before.
 
 Jamieson and Talwalkar 2016, arXiv:1502.07943 (successive halving).
 """

@@ -1,7 +1,7 @@
 """One loaded base for many runs: a start replaces the adapter, the optimizer and the data's order.
 
 What a run draws depends on its seed, names, steps and micro batches alone, so an adapter that is
-put on a base in use learns, to the last bit, what it would learn in a process of its own.
+on a base in use learns, to the last bit, what it would learn in a process of its own.
 """
 
 import logging
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 class SharedBase:
     """A base that is loaded, quantized and prepared for training once.
 
-    That is done for the `widest` run: no other needs more memory. The other runs differ in
+    That is planned for the `widest` run: no other needs more memory. The other runs differ in
     `space.VARIED` alone.
     """
 
     def __init__(self, widest: Run, ranks: Ranks) -> None:
-        # `auto` divides no experts here: each candidate's adapter is made whole.
+        # `auto` divides no experts here: each candidate's adapter is whole.
         widest = replace(widest, parallel=replace(widest.parallel, experts=1))
         self.first = build(widest, Start(), ranks=ranks)
         self.compiled: dict[tuple[int, float, float], Callable[..., Any]] = {}

@@ -291,7 +291,7 @@ def lines_by_key(differences: Mapping[str, str]) -> str:
 
 
 def end_all_ranks(ranks: Ranks, error: UsageError) -> NoReturn:
-    """Raise an error that all ranks have found: one of each node tells it."""
+    """Raise an error that all ranks have: one of each node prints it."""
     ranks.heartbeat.agreed = error
     if ranks.local_rank == 0:
         raise error

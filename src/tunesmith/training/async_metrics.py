@@ -26,7 +26,7 @@ from tunesmith.units import ratio
 
 @dataclass(frozen=True)
 class StepOutput:
-    """A step that was taken. Its numbers may still be on their way from the device."""
+    """A step that ran. Its numbers may still be on their way from the device."""
 
     step: int  # from 1
     batch: GlobalBatch

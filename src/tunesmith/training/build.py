@@ -107,7 +107,7 @@ class Session:
     plan: RunPlan  # what was decided for this machine, and why
     total_steps: int | None  # optimizer steps of the whole run; None where it ends by the clock
     hashes: Mapping[str, Any]  # of base and data, by their names in `Progress`
-    peak: Peak  # of one rank, what MFU is taken against
+    peak: Peak  # of one rank, the peak that MFU is relative to
     ranks: Ranks = ONE_PROCESS
     mesh: Mesh = ALONE  # how the ranks share the work
 
@@ -187,8 +187,8 @@ def build(
     Args:
         why: log the reason of each choice too.
         weights: "random" draws them on the device; `model.name` is then a folder that needs none.
-        measured: for figures alone: no room is asked for checkpoints, and rows are repeated so that
-            no step is short.
+        measured: for figures alone: no room is required for checkpoints, and rows are repeated so
+            that no step is short.
         ranks, make_mesh: those that share the run, each building its Session at the same time, and
             what makes their mesh.
     """
@@ -200,8 +200,8 @@ def build(
         check_machine(run, device)
         check_inputs(run, start)
         files, hashes = read_base(run, start, ranks, weights=weights)
-        # As it was given, but for what `quantize: auto` means: config.yaml keeps it, and a resumed
-        # run compares its own with it.
+        # As the recipe has it, but for what `quantize: auto` means: config.yaml keeps it, and a
+        # resumed run compares its own with it.
         run = session_run = replace(run, model=files.model)
         run = lay_out_rows(run, files)
         # Nothing is learned in a measurement, and a run that began keeps the rows that it began
@@ -318,7 +318,7 @@ def load_model(
     reference = None
     if is_full and METHODS[run.method.name].needs_reference:
         reference = BaseReference(run, data, model_hash, ranks)
-        if not reference.is_known and weights == "stored":
+        if not reference.is_complete and weights == "stored":
             # It is measured on the base; a checkpoint's weights follow.
             base_weights = None
     root, plan = build_model(
@@ -332,7 +332,7 @@ def load_model(
         mesh=mesh,
         ranks=ranks,
     )
-    if reference is not None and not reference.is_known:
+    if reference is not None and not reference.is_complete:
         with make_loader(data, files, plan, mesh=mesh) as loader:
             reference.measure(root, loader, mesh)
         if checkpoint is not None:
@@ -387,7 +387,7 @@ def describe_session(
     yield f"model: {name}: {trained}: {root.describe()}"
     yield from describe_trials(root.recurrent_trials)
     if run.adapter.kind == "lora" and run.adapter.target == lora.ALL_LINEAR:
-        left_out = lora.describe_left_out(root.model)
+        left_out = lora.describe_unreached(root.model)
         if left_out:
             yield left_out
     if run.adapter.kind == "lora":
@@ -596,8 +596,8 @@ def check_machine(run: Run, device: torch.device) -> None:
 
 
 def check_inputs(run: Run, start: Start) -> None:
-    """Refuse packages, data files, a tokenizer and an adapter that are missing, before the Hub is
-    asked for the model.
+    """Refuse packages, data files, a tokenizer and an adapter that are missing, before the model is
+    looked up at the Hub.
     """
     for name in trackers_of(run):
         packages.require(name, **key_and_fix(run, name))
@@ -623,7 +623,7 @@ def check_disk(run: Run, trained: int, base: Path, ranks: Ranks) -> None:
     if run.adapter.kind != "lora":
         size //= len({*ranks.run_dir_writers})
     out = Path(run.output_dir)
-    # Beside those that are kept there are the one being written, the best one, and final/.
+    # Beside those that stay there are the one being written, the best one, and final/.
     keep = shutil.disk_usage(existing_folder(out)).free // max(size, 1) - 3
     fix = "output_dir on a larger disk; df -h lists them"
     if keep >= 1:
@@ -717,24 +717,43 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     """Write env.json, which makes the directory a run's, and config.yaml: what was run, on what,
     from which data; and of rows that were drawn which ones they are.
     """
-    plan = session.plan
+    run = session.run
+    out = Path(run.output_dir)
+    write_atomically(out / IDENTITY, json.dumps(_identity(session, argv), indent=1))
+    write_atomically(out / RECIPE, dump(run))
+    held_out = session.data.validation
+    if run.data.hold_out and held_out is not None:
+        rows = [held_out.where(i) for i in range(len(held_out))]
+        write_atomically(out / HELD_OUT, "".join(f"{row}\n" for row in rows))
+
+
+def _identity(session: Session, argv: list[str] | None) -> dict[str, Any]:
+    """The content of env.json."""
+    data = session.data
+    validation_examples = 0
+    if data.validation is not None:
+        validation_examples = len(data.validation)
+    env = hardware.describe_machine(argv)
+    env["recipe_hash"] = digest(session.run)
+    env |= session.hashes
+    env["validation_examples"] = validation_examples
+    env["template"] = data.template.name
+    env["mfu_peak"] = session.peak._asdict()
+    env["choices"] = _choices(session.plan)
+    env["checks"] = data.describe_checks()
+    if session.ranks.world > 1:
+        env["mesh"] = session.mesh.shape._asdict()
+        env["hosts"] = session.ranks.hosts
+    return env
+
+
+def _choices(plan: RunPlan) -> dict[str, dict[str, str]]:
+    """What `auto` came to mean in each part of the run, and why."""
     choices = {}
     for part, choice in plan.choices.items():
         choices[part] = {"taken": choice, "why": plan.why[part]}
+    # The number that torch has now; the plan says why.
+    threads = str(torch.get_num_threads())
     why = plan.why.get("threads", "only the host's part runs on the CPU")
-    choices["threads"] = {"taken": str(torch.get_num_threads()), "why": why}
-    env = hardware.describe_machine(argv)
-    env |= {"recipe_hash": digest(session.run), **session.hashes}
-    held_out = session.data.validation
-    env |= {"validation_examples": 0 if held_out is None else len(held_out)}
-    env |= {"template": session.data.template.name, "mfu_peak": session.peak._asdict()}
-    env["choices"] = choices
-    env["checks"] = session.data.describe_checks()
-    if session.ranks.world > 1:
-        env |= {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts}
-    out = Path(session.run.output_dir)
-    write_atomically(out / IDENTITY, json.dumps(env, indent=1))
-    write_atomically(out / RECIPE, dump(session.run))
-    if session.run.data.hold_out and held_out is not None:
-        rows = [held_out.where(i) for i in range(len(held_out))]
-        write_atomically(out / HELD_OUT, "".join(f"{row}\n" for row in rows))
+    choices["threads"] = {"taken": threads, "why": why}
+    return choices

@@ -17,8 +17,8 @@ from tunesmith.training.build import Session
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence
 
-# A rank that waits longer for a save is taken for stuck: a disk that is slower than SLOWEST_DISK,
-# or a save that takes SLOWER times as long as an earlier one, is taken for one that stands still.
+# A rank that waits longer for a save counts as stuck: a disk that is slower than SLOWEST_DISK,
+# or a save that takes SLOWER times as long as an earlier one, counts as one that stands still.
 # What one rank writes alone is read again for its checksums.
 SLOWEST_DISK = 50e6  # bytes/s, of a checkpoint that is written
 SLOWER = 4.0
@@ -29,7 +29,7 @@ class CheckpointSaver:
 
     Attributes:
         writer: writes checkpoint-<step> into the run directory.
-        stalls: seconds that each periodic checkpoint held up the loop.
+        stalls: seconds that each periodic checkpoint delayed the loop.
 
     Args:
         saved_step: step of the checkpoint that the run resumes from, or None.
@@ -59,7 +59,7 @@ class CheckpointSaver:
             self.writer = RanksWriter(self.out, keep, saved_step, sync=sinks.flush, ranks=ranks)
         else:
             self.writer = Writer(self.out, keep, saved_step, sync=sinks.flush)
-        # Made once, in the main thread: later the tokenizer is in use.
+        # Serialized once, in the main thread: later the tokenizer is in use.
         self.tokenizer: contents.TokenizerFiles = {}
         if self.ranks.is_main_process:
             template = session.data.template
@@ -84,7 +84,7 @@ class CheckpointSaver:
             self.writer.wait()
 
     def save_periodic(self) -> None:
-        """Save while more steps follow, and note for how long that held them up."""
+        """Save while more steps follow, and note how long that delayed them."""
         began = time.perf_counter()
         self.save(more_steps_follow=True)
         self.stalls.append(time.perf_counter() - began)
@@ -116,7 +116,7 @@ class CheckpointSaver:
     def _prepare(self, *, copy: bool) -> tuple[SaveFunction, bool]:
         """What writes the state of this moment, and whether it may run beside later steps.
 
-        That takes a copy, which is made if `copy` asks for one and there is room for it.
+        That takes a copy: if `copy` is set and there is room for it.
         """
         session = self.session
         optimizer = session.optimizer.state_dict()

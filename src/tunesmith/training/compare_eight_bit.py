@@ -65,7 +65,7 @@ def compare_with_bf16(
     """
     ranks.heartbeat.phase(Phase.COMPARING, STUCK_AFTER_S)
     layers = [module for module in root.modules() if isinstance(module, EightBitLinear)]
-    # Eager: graphs that read files would break at every layer, and would be made for two passes.
+    # Eager: graphs that read files would break at every layer, and compile for two passes.
     with lora.disabled(root.model), torch.compiler.set_stance("force_eager"):
         with computed_dense(layers, mesh, ranks):
             in_bf16 = mean_loss(root, batches)

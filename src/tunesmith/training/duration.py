@@ -17,7 +17,7 @@ class Duration:
     pause_after: int | None = None
 
     def is_complete(self, progress: Progress) -> bool:
-        """Whether the whole run is done."""
+        """Whether the whole run is over."""
         if self.steps is not None:
             return progress.step >= self.steps
         return progress.seconds >= self.seconds

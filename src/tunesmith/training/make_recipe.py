@@ -1,4 +1,4 @@
-"""A recipe made by looking at the rows and the model: `tunesmith train --model X --data FILE`.
+"""A recipe from a look at the rows and the model: `tunesmith train --model X --data FILE`.
 
 What is not a default is written with its reason, beside the run, to be edited and run again.
 """
@@ -92,14 +92,14 @@ MOST_RATE = 1e-3
 # The method that learns from rows of a format; of those that do the one that needs no second model
 # of the user's choice.
 METHODS_OF_FORMATS = {"preference": "dpo", "feedback": "kto"}
-# A method that is held to a reference takes a tenth of the rate of supervised fine-tuning: TRL's
+# A method with a reference model takes a tenth of the rate of supervised fine-tuning: TRL's
 # defaults are 2e-5 and 1e-6, and its guides give LoRA ten times as much in both cases.
 PREFERENCE_RATE = 0.1
 
 
 @dataclass(frozen=True)
-class MadeRecipe:
-    """A recipe that was made, and the file that keeps it.
+class NewRecipe:
+    """A recipe made by `make_recipe`, and the file for it.
 
     Attributes:
         text: of the file.
@@ -172,17 +172,17 @@ def make_recipe(
     on_paper: bool = False,
     trains_here: bool = True,
     row_count: int | None = None,
-) -> MadeRecipe:
+) -> NewRecipe:
     """Look at the rows of a file or Hub data set, and make a recipe that trains a model on them.
 
     Args:
         model: as in `model.name`; `demo` is the small model of the demo.
-        data: as in `data.train.source`; format and columns are found by looking, unless `overrides`
+        data: as in `data.train.source`; format and columns are detected, unless `overrides`
             give them.
         overrides: as for `load_recipe`; they are written into the recipe, and what is chosen here
             follows them.
-        on_paper: for a plan: a well-known model of which nothing is on this machine is not asked
-            for at the Hub. The rows' tokens are then estimated from their characters.
+        on_paper: for a plan: a well-known model of which nothing is on this machine is not
+            looked up at the Hub. The rows' tokens are then estimated from their characters.
         trains_here: False if other machines train: the processor of this one decides nothing.
         row_count: how many rows there will be, if these are a sample.
 
@@ -190,20 +190,20 @@ def make_recipe(
         UsageError: something is wrong or ambiguous; the fix says what to give.
     """
     layer = override_layer(overrides)
-    given_keys = {key for key, _ in layer.places()}
+    override_keys = {key for key, _ in layer.places()}
     chosen: dict[str, Any] = {
         "model.name": _model_name(model),
         "adapter.rank": 16,
-        "adapter.alpha": 32,  # both are dropped where `adapter.kind: none` is asked for
+        "adapter.alpha": 32,  # both are dropped where an override has `adapter.kind: none`
         "data.train.source": data,
     }
     output_dir = f"runs/{short_name(data)}-{short_name(model)}"
-    # Its rules are checked when the format is known.
+    # Its rules are checked once the format is detected.
     draft = build_run(resolve_paths(_over({**chosen, "output_dir": output_dir}, layer)))
-    _check_given_once(draft, given_keys, layer)
+    _check_no_duplicate(draft, override_keys, layer)
     source = _with_split(draft.data.train[0])
     rows = read_rows(source)
-    layout = detect(rows, source, any_format="data.train.format" not in given_keys)
+    layout = detect(rows, source, any_format="data.train.format" not in override_keys)
     source = _with_layout(source, layout)
     about_data = _describe_rows(data, len(rows), layout)
     why = {"data.train": about_data}
@@ -215,20 +215,20 @@ def make_recipe(
     if source.split:
         chosen["data.train.split"] = source.split
     chosen["data.train.format"] = layout.format
-    _choose_method(chosen, why, layout.format, given_keys)
+    _choose_method(chosen, why, layout.format, override_keys)
     if source.columns:
         chosen["data.train.columns"] = source.columns
 
     row_count = row_count or len(rows)
-    held_out = _choose_hold_out(chosen, why, draft, given_keys, row_count)
+    held_out = _choose_hold_out(chosen, why, draft, override_keys, row_count)
     examined = _examine(draft, source, rows, on_paper=on_paper)
     if trains_here and not on_paper:
-        _choose_dtype(chosen, why, given_keys, examined.spec)
-    _choose_seq_len(chosen, why, given_keys, examined.lengths, examined.spec)
-    if examined.is_padded and "data.pack" not in given_keys:
+        _choose_dtype(chosen, why, override_keys, examined.spec)
+    _choose_seq_len(chosen, why, override_keys, examined.lengths, examined.spec)
+    if examined.is_padded and "data.pack" not in override_keys:
         chosen["data.pack"] = False
         why["data.pack"] = f"{examined.spec.model_type} cannot keep packed examples apart"
-    steps = _choose_steps(chosen, why, draft, given_keys, row_count - held_out, layout.format)
+    steps = _choose_steps(chosen, why, draft, override_keys, row_count - held_out, layout.format)
     _choose_validations(chosen, why, steps, held_out)
     _choose_rate(chosen, why, draft, examined.spec.hidden)
     if layout.format in METHODS_OF_FORMATS:
@@ -236,11 +236,11 @@ def make_recipe(
 
     tree = _over({**chosen, "output_dir": output_dir}, layer)
     run = checked(tree)
-    for key in given_keys & why.keys() - {"data.train"}:
+    for key in override_keys & why.keys() - {"data.train"}:
         why[key] = "set on the command line"
     path = Path(f"{run.output_dir}.yaml")
     text = _recipe_text(tree, path, why, command=_command(model, data, overrides))
-    return MadeRecipe(run, path, text, about_data, tuple(overrides), examined.mean_length)
+    return NewRecipe(run, path, text, about_data, tuple(overrides), examined.mean_length)
 
 
 def _model_name(model: str) -> str:
@@ -252,7 +252,7 @@ def _model_name(model: str) -> str:
 
 
 def _describe_rows(data: str, rows: int, layout: Detected) -> str:
-    """A line for the user: how many rows a source has, and what was found in them."""
+    """A line for the user: how many rows a source has, and their layout."""
     name = Path(data).name if is_local(data) else data
     return f"{name}: {count_of(rows, 'row')}, {layout.describe()}"
 
@@ -266,15 +266,15 @@ def _recipe_text(tree: Node, path: Path, why: Mapping[str, str], *, command: str
     return "\n".join([*head, body])
 
 
-def _check_given_once(draft: Run, given_keys: set[str], layer: Node) -> None:
+def _check_no_duplicate(draft: Run, override_keys: set[str], layer: Node) -> None:
     """RecipeError where an override names the model or the rows a second time."""
-    given_twice = {"model.name", "data.train.source"} & given_keys
+    duplicates = {"model.name", "data.train.source"} & override_keys
     if len(draft.data.train) != 1:
-        given_twice = given_twice or {"data.train"}
-    if given_twice:
+        duplicates = duplicates or {"data.train"}
+    if duplicates:
         raise RecipeError(
-            f"{min(given_twice)} cannot be combined with --model and --data",
-            where=f"{layer.where}: {min(given_twice)}",
+            f"{min(duplicates)} cannot be combined with --model and --data",
+            where=f"{layer.where}: {min(duplicates)}",
             fix="use only those, or write a recipe",
         )
 
@@ -363,13 +363,13 @@ def _examine_on_paper(model: str, config: Mapping[str, Any], rows: Rows) -> _Exa
 
 
 def _choose_dtype(
-    chosen: dict[str, Any], why: dict[str, str], given_keys: set[str], spec: ModelSpec
+    chosen: dict[str, Any], why: dict[str, str], override_keys: set[str], spec: ModelSpec
 ) -> None:
     """Add fp32 where this machine has no GPU, its CPU emulates bf16, and the weights leave room.
 
-    fp8 and nf4 are made for weights in bf16: a base that is quantized keeps it.
+    fp8 and nf4 are for weights in bf16: a base that is quantized keeps it.
     """
-    if torch.cuda.is_available() or {"model.dtype", "model.quantize"} & given_keys:
+    if torch.cuda.is_available() or {"model.dtype", "model.quantize"} & override_keys:
         return
     is_emulated = hardware.bf16_slowdown(torch.device("cpu")) > hardware.EMULATED
     weights = spec.parameters * torch.float32.itemsize
@@ -381,11 +381,11 @@ def _choose_dtype(
 
 
 def _choose_hold_out(
-    chosen: dict[str, Any], why: dict[str, str], draft: Run, given_keys: set[str], rows: int
+    chosen: dict[str, Any], why: dict[str, str], draft: Run, override_keys: set[str], rows: int
 ) -> int:
     """Add how many of the rows are held out for validation; returns their count."""
     hold_out = draft.data.hold_out
-    is_open = "data.hold_out" not in given_keys and not draft.data.validation
+    is_open = "data.hold_out" not in override_keys and not draft.data.validation
     if is_open and rows >= FEW_ROWS:
         hold_out = Share(5.0, "%")
         fewest = TELLING if rows >= ENOUGH_ROWS else MIN_DIFFERING
@@ -409,7 +409,7 @@ def _choose_hold_out(
 def _choose_seq_len(
     chosen: dict[str, Any],
     why: dict[str, str],
-    given_keys: set[str],
+    override_keys: set[str],
     lengths: np.ndarray,
     spec: ModelSpec,
 ) -> None:
@@ -429,7 +429,7 @@ def _choose_seq_len(
     chosen["data.seq_len"] = seq_len
     why["data.seq_len"] = reason
     too_long = float(np.mean(lengths > seq_len))
-    if too_long > MOST_CUT and "data.seq_len" not in given_keys:
+    if too_long > MOST_CUT and "data.seq_len" not in override_keys:
         chosen["data.too_long"] = "drop"
         shown = f"{too_long:.0%} of the rows examined are longer than the {context:,} tokens"
         effect = "truncated, their answers would have no end"
@@ -437,11 +437,11 @@ def _choose_seq_len(
 
 
 def _choose_method(
-    chosen: dict[str, Any], why: dict[str, str], format_name: str, given_keys: set[str]
+    chosen: dict[str, Any], why: dict[str, str], format_name: str, override_keys: set[str]
 ) -> None:
-    """Add the method that learns from rows of this format, unless one is given."""
+    """Add the method that learns from rows of this format, unless an override names one."""
     method = METHODS_OF_FORMATS.get(format_name)
-    if method is None or {"method", "method.name"} & given_keys:
+    if method is None or {"method", "method.name"} & override_keys:
         return
     chosen["method.name"] = method
     kinds = {
@@ -482,26 +482,26 @@ def _choose_steps(
     chosen: dict[str, Any],
     why: dict[str, str],
     draft: Run,
-    given_keys: set[str],
+    override_keys: set[str],
     examples: int,
     row_format: str,
 ) -> int | None:
-    """Add epochs and the global batch for so many examples; what is given stands, and counts.
+    """Add epochs and the global batch for so many examples; overrides stand, and count.
 
-    Returns the optimizer steps that this makes; None where that is not known.
+    Returns the optimizer steps that this makes; None where unknown.
     """
     usual_epochs = PREFERENCE_EPOCHS if row_format in METHODS_OF_FORMATS else EPOCHS
     epochs = min(MOST_EPOCHS, max(usual_epochs, ceil_div(FEWEST_SEEN, examples)))
     if examples * usual_epochs > MOST_SEEN:
         epochs = max(1, MOST_SEEN // examples)
     duration = draft.train.duration
-    if "train.duration" not in given_keys:
+    if "train.duration" not in override_keys:
         duration = Length(epochs, "epochs")
     examples_seen: float = examples * epochs
     if duration.unit == "epochs":
         examples_seen = examples * duration.amount
     batch = draft.train.global_batch
-    if "train.global_batch" not in given_keys:
+    if "train.global_batch" not in override_keys:
         # The largest batch that still makes STEPS steps.
         sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size * STEPS <= examples_seen]
         batch = Size(max(sizes, default=1), "examples")
@@ -527,7 +527,7 @@ def _choose_validations(
 ) -> None:
     """Add how often the held-out rows are measured, and when their loss ends the run.
 
-    Each validation has its checkpoint, so that the best one is kept.
+    Each validation has its checkpoint, so that the best one stays.
     """
     if steps is not None:
         validations = MORE_VALIDATIONS if held_out <= FEW_HELD_OUT else VALIDATIONS

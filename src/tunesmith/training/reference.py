@@ -1,11 +1,11 @@
 """Log-probabilities of a model before its full fine-tuning, for methods that compare with it.
 
 A second copy of all weights would double what the model needs, so each answer is scored once, by
-the engine that trains, and the numbers are kept beside the tokens: a file for these weights, these
-rows and this dtype. Another base or other rows make another file.
+the engine that trains, and the numbers are cached beside the tokens: a file for these weights,
+these rows and this dtype. Another base or other rows make another file.
 
 KTO also compares on prompts with the answers of other rows of a step. Which these are follows from
-the seed, so those of all steps are scored too, in the layout of the step. A run that is made longer
+the seed, so those of all steps are scored too, in the layout of the step. A run that gets longer
 scores those of its new steps.
 """
 
@@ -51,8 +51,8 @@ class _Scores:
         sizes: rows of each of its arrays: one of all answers; of prompts with other answers one a
             step, or one of all held-out rows.
         answers: columns: the sequences of an example.
-        file: None: they are not kept.
-        arrays: fp64 [size, answers] each; the first ones, as many as are known.
+        file: None: they are not cached.
+        arrays: fp64 [size, answers] each; the first ones, as many as are computed.
     """
 
     tokens: TokenSet
@@ -90,13 +90,13 @@ class BaseReference:
     """What the base says of the answers of a run: read from the cache, or measured once.
 
     Attributes:
-        is_known: on all ranks; the training and validation rows then have the numbers.
+        is_complete: on all ranks; the training and validation rows then have the numbers.
     """
 
     def __init__(self, run: Run, data: TrainingData, model_hash: str | None, ranks: Ranks) -> None:
         self.run = run
         self.data = data
-        self.model_hash = model_hash  # None: random weights, whose numbers are not kept
+        self.model_hash = model_hash  # None: random weights, whose numbers are not cached
         self.ranks = ranks
         splits = [data.train, *([data.validation] if data.validation is not None else [])]
         self.scores = [self._scores(tokens, is_mismatched=False) for tokens in splits]
@@ -111,11 +111,11 @@ class BaseReference:
             scores.hand_over()
 
     @property
-    def is_known(self) -> bool:
+    def is_complete(self) -> bool:
         return not any(scores.missing for scores in self.scores)
 
     def _scores(self, tokens: TokenSet, *, is_mismatched: bool) -> _Scores:
-        made_of = {
+        settings = {
             "version": VERSION,
             "rows": tokens.counts.digest,
             "model": self.model_hash,
@@ -124,19 +124,19 @@ class BaseReference:
         }
         if tokens.shares_prompts:
             # Other rows, and so other sums.
-            made_of["shares_prompts"] = True
+            settings["shares_prompts"] = True
         sizes = [len(tokens)]
         if is_mismatched and tokens is self.data.train:
             schedule = self.data.schedule
             steps = schedule.steps(self.run.train.duration)
             assert steps is not None  # config/check.py refuses a duration by the clock
             sizes = [len(schedule.examples(step)) for step in range(steps)]
-            made_of["mismatched"] = schedule.digest()
+            settings["mismatched"] = schedule.digest()
         elif is_mismatched:
-            made_of["mismatched"] = "all"
+            settings["mismatched"] = "all"
         file = None
         if self.model_hash is not None:
-            name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+            name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
             file = cache_folder("tokens", "reference", f"{name}.npy")
         return _Scores(tokens, is_mismatched, sizes, 2 if tokens.has_pairs else 1, file, [])
 

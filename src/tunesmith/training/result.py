@@ -52,7 +52,7 @@ class Result(Tabular):
     tokens: int = 0
     examples: int = 0
     records: list[StepRecord] = field(default_factory=list, repr=False)  # of this start's steps
-    finished_before: bool = False  # the directory held a finished run, and nothing was done
+    finished_before: bool = False  # the directory had a finished run, and nothing was trained
     best_step: int | None = None  # of the lowest validation loss
     best_loss: float | None = None
 
@@ -67,7 +67,7 @@ class Result(Tabular):
         return self.records[-1].loss if self.records else None
 
     def table(self) -> ResultTable:
-        """The figures of this start, where the files are, and what can be done with them; of a run
+        """The figures of this start, where the files are, and commands for them; of a run
         that was finished before, the figures that are on the disk."""
         records = self.records
         if self.finished_before:
@@ -125,7 +125,7 @@ def failure_of(
 ) -> TunesmithError:
     """The error of a run that had begun, in the words of failure.json.
 
-    `step`: the last one done; `retry_with_smaller_batch` as in `stopped_by`.
+    `step`: the last complete one; `retry_with_smaller_batch` as in `stopped_by`.
     """
     resume = how_to_resume(saved_step)
     where = f"step {step + 1}"
@@ -224,17 +224,17 @@ def stopped_by(
     is_by_file = (out / STOP_FILE).exists() or signal is None
     # What was saved, and how to go on.
     if step:
-        outcome = f": step {step} is saved"
+        saved_text = f": step {step} is saved"
         where = str(out / f"checkpoint-{step}")
         why = ""
         fix = "run the same command again to resume"
     else:
-        outcome = " before the first step"
+        saved_text = " before the first step"
         where = ""
         why = "there was nothing to save yet"
         fix = "start the same command again"
 
-    # The record for stopped.json, and the error, by who asked: memory, the file, a signal.
+    # The record for stopped.json, and the error, by what stopped the run: memory, file, signal.
     record: dict[str, Any] = {"signal": signal, "reason": "signal", "step": step}
     error: StoppedError
     if shortage is not None:
@@ -245,14 +245,14 @@ def stopped_by(
         if smaller:
             fix += f"; or with train.micro_batch='{smaller}'"
         record |= {"reason": "memory", "next": fix, "smaller": smaller, "figures": shortage.record}
-        error = LowMemoryError(SHORT + outcome, where=where, why=shortage.text, fix=fix)
+        error = LowMemoryError(SHORT + saved_text, where=where, why=shortage.text, fix=fix)
         error.smaller = smaller
     elif is_by_file:
         record |= {"reason": "file", "next": fix}
-        error = StoppedError("stopped by the stop file" + outcome, where=where, why=why, fix=fix)
+        error = StoppedError("stopped by the stop file" + saved_text, where=where, why=why, fix=fix)
     else:
         record |= {"next": fix}
-        error = StoppedError(f"stopped by {signal}{outcome}", where=where, why=why, fix=fix)
+        error = StoppedError(f"stopped by {signal}{saved_text}", where=where, why=why, fix=fix)
         # Slurm's preemption and its `--signal` come as these.
         if "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
             error.cause = "preempted"
@@ -271,7 +271,7 @@ def stopped_by(
 def write_stopped(out: Path, what: str, step: int) -> None:
     """Write stopped.json where a signal ended the run without a save.
 
-    `step`: the last one done.
+    `step`: the last complete one.
     """
     record = {
         "signal": None,
@@ -308,13 +308,13 @@ def write_paused(out: Path, step: int) -> None:
 
 def stopped_twice(out: Path, step: int, saved_step: int | None) -> StoppedError:
     """The end of a run by a second ctrl-C after `step`: the newest checkpoint is what is saved."""
-    outcome = "no checkpoint was written yet"
+    saved_text = "no checkpoint was written yet"
     where = ""
     if saved_step:
-        outcome = f"step {saved_step} is saved"
+        saved_text = f"step {saved_step} is saved"
         where = str(out / f"checkpoint-{saved_step}")
     fix = how_to_resume(saved_step)
-    return StoppedError(f"stopped after step {step}: {outcome}", where=where, fix=fix)
+    return StoppedError(f"stopped after step {step}: {saved_text}", where=where, fix=fix)
 
 
 def how_to_resume(saved_step: int | None) -> str:

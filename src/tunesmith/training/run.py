@@ -16,11 +16,11 @@ from typing import Any, TextIO
 from tunesmith.checkpoint.claim import (
     claim_run_dir,
     is_run,
-    put_aside,
+    move_aside,
     remove_leftovers,
     stop_requested_at,
 )
-from tunesmith.checkpoint.previous_crash import killed_before, note_running
+from tunesmith.checkpoint.previous_crash import find_previous_crash, note_running
 from tunesmith.checkpoint.replicate import find_run_dir_writers
 from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.config.layers import override_layer
@@ -74,8 +74,8 @@ from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training.agree import agree_on_recipe
 from tunesmith.training.build import Session, build, write_identity
-from tunesmith.training.given_rows import keep_rows
 from tunesmith.training.make_recipe import make_recipe, short_name
+from tunesmith.training.program_rows import keep_rows
 from tunesmith.training.result import Result, how_to_resume, stopped_twice, write_stopped
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
@@ -113,7 +113,7 @@ def train(
             run directory, so that the same call resumes.
         on_record: called after each step. What it raises ends the run, is named in failure.json and
             raised unchanged; `signal.raise_signal(signal.SIGINT)` in it saves and stops.
-        fresh: put an earlier run in `output_dir` aside and start over.
+        fresh: move an earlier run in `output_dir` aside and start over.
         why, argv: log the reason of each choice for this machine; the command line, for env.json.
         quiet: print nothing; log.txt has all lines.
 
@@ -157,7 +157,7 @@ def train(
 def recipe_for_rows(
     model: str | None, rows: Any, overrides: Mapping[str, Any] | Sequence[str]
 ) -> Run:
-    """A recipe that is made for a model and rows of the program, which are kept below its
+    """A new recipe for a model and rows of the program, which are written below its
     output_dir.
     """
     if model is None or rows is None:
@@ -306,7 +306,7 @@ def open_run_dir(
     *,
     fresh: bool,
 ) -> tuple[Ranks, Start]:
-    """Claim the run directory, put an earlier run aside if asked to, and decide where to start.
+    """Claim the run directory, move an earlier run aside if `fresh`, and decide where to start.
 
     A collective call. The directory is claimed until `stack` closes, on each node that does not see
     rank 0's too. Returns the ranks, which now know who leads which directory, and the start.
@@ -332,8 +332,8 @@ def open_run_dir(
             f"no shared disk: the nodes of {names} keep their own checkpoints; "
             f"records and final/ are with {ranks.name(0)}"
         )
-    put_earlier_runs_aside(run, ranks, fresh=fresh)
-    crash = killed_before(out)
+    move_earlier_runs_aside(run, ranks, fresh=fresh)
+    crash = find_previous_crash(out)
     if crash:
         log.warning(crash.text().removeprefix("error: "))
     with as_usage_error():
@@ -361,7 +361,7 @@ def check_ranks(run: Run, ranks: Ranks) -> None:
         raise UsageError(what, where="profile.ranks", fix=fix)
 
 
-def put_earlier_runs_aside(
+def move_earlier_runs_aside(
     run: Run,
     ranks: Ranks,
     *,
@@ -371,7 +371,7 @@ def put_earlier_runs_aside(
     place = None
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and (fresh or run.checkpoint.resume == "never"):
-            place = put_aside(Path(run.output_dir), inputs_of(run).values())
+            place = move_aside(Path(run.output_dir), inputs_of(run).values())
     for rank, new_place in enumerate(ranks.all_gather_object(place)):
         if new_place:
             owner = f", of {ranks.name(rank)}" if rank else ""
@@ -380,9 +380,9 @@ def put_earlier_runs_aside(
 
 @contextlib.contextmanager
 def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
-    """What rank 0 finds before the first step is found in time: nothing has begun.
+    """An error of rank 0 before the first step comes in time: nothing has begun.
 
-    A checkpoint that cannot be read, say. On the other `ranks` an error stays what it is.
+    Such as a checkpoint that cannot be read. On the other `ranks` an error stays what it is.
     """
     try:
         yield

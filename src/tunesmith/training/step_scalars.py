@@ -19,7 +19,7 @@ from tunesmith.runtime.transfer import AsyncScalars
 class RankStatus(NamedTuple):
     """What a rank adds to the numbers of a step; summed, it is the same on all ranks."""
 
-    stop_requests: float  # 1 where this rank is asked to stop
+    stop_requests: float  # 1 where this rank has a stop request
     failed_writes: float  # 1 where the write of a checkpoint failed on this rank
     seconds: float  # that the step took by rank 0's clock; 0 on the other ranks
 
@@ -87,7 +87,7 @@ class StepScalars:
         return self.unpack(self.on_host.read())
 
     def unpack(self, values: Sequence[float]) -> StepNumbers:
-        """The numbers by name, from the order that `pack` and `copy_to_host` have put them in."""
+        """The numbers by name, in the order of `pack` and `copy_to_host`."""
         after_metrics = 1 + len(self.metric_names)
         metrics = dict(zip(self.metric_names, values[1:after_metrics], strict=True))
         status = RankStatus(*values[after_metrics:-1]) if self.has_status else None

@@ -25,7 +25,7 @@ class StopControl:
         request: the signals of this process, and its shortage of memory.
         run_dir: rank 0 looks for the file `stop` there.
         retry_with_smaller_batch: for want of memory another start may take half the micro batch.
-        is_agreed: all ranks know that one of them is asked to stop.
+        is_agreed: all ranks know that one of them has a stop request.
         write_failed: all ranks know that a checkpoint could not be written on one of them.
     """
 
@@ -41,20 +41,20 @@ class StopControl:
         self.request.defer_signals()
 
     def is_requested(self) -> bool:
-        """Whether this rank is asked to stop, by the file `stop` too if it is rank 0."""
+        """Whether this rank has a stop request; the file `stop` is one for rank 0."""
         if self.request.requested():
             return True
         return self.ranks.is_main_process and (self.run_dir / STOP_FILE).exists()
 
     def is_due(self) -> bool:
-        """Whether the run stops: this process is asked to or, once all ranks know, any of them."""
+        """Whether the run stops: by a request to this process or, once all know, to any rank."""
         # What one rank alone acts on leaves the others in a collective.
         if self.ranks.world > 1:
             return self.is_agreed
         return self.is_requested()
 
     def agree(self) -> None:
-        """Share before the first step who is asked to stop; a collective call."""
+        """Share before the first step who has a stop request; a collective call."""
         if self.ranks.world > 1:
             self.is_agreed = any(self.ranks.all_gather_object(self.is_requested()))
 

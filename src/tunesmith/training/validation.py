@@ -70,7 +70,7 @@ class Validation:
         progress.record = dataclasses.replace(progress.record, val_loss=result.loss, extra=extra)
         self.metrics.log_record()
         self.sinks.validation(progress.step, result.loss, result.metrics)
-        # Counted up first, and put back where this one is the best.
+        # Counted up first, and reset where this one is the best.
         progress.worse += 1
         if self._is_best(result):
             progress.worse = 0
@@ -81,7 +81,7 @@ class Validation:
         return True
 
     def _is_best(self, result: ValidationResult) -> bool:
-        """Whether no validation so far was as good; equal accuracies are told apart by the loss."""
+        """Whether no validation so far was as good; of equal accuracies the loss decides."""
         progress = self.progress
         if progress.best_loss is None:
             return True

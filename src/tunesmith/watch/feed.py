@@ -167,20 +167,20 @@ class WatchedRun:
         recorded_steps = files.columns.get("step", [])
         step = recorded_steps[-1] if recorded_steps else 0
         # A record may lack its step.
-        steps_done = step or 0
-        share_done = self._share_done(steps_done)
-        total_steps = steps_done / share_done if share_done else 0.0
+        steps = step or 0
+        progress = self._progress(steps)
+        total_steps = steps / progress if progress else 0.0
         seconds_per_step = _recent_mean(files.columns.get("step_seconds", []))
         seconds_left = None
         if files.state is RunState.RUNNING and total_steps and seconds_per_step:
-            seconds_left = (total_steps - steps_done) * seconds_per_step
+            seconds_left = (total_steps - steps) * seconds_per_step
         return {
             "name": files.name,
             "place": self.place,
             "state": files.state,
             "step": step,
             "steps": round(total_steps) if total_steps else None,
-            "done": share_done,
+            "done": progress,
             "seconds_left": seconds_left,
             "figures": self._figures(seconds_per_step),
             "warnings": files.warnings,
@@ -219,7 +219,7 @@ class WatchedRun:
             rows.append(DamagedFile(".", None, self._fault)._asdict())
         return rows
 
-    def _share_done(self, step: float) -> float | None:
+    def _progress(self, step: float) -> float | None:
         """The part of its duration that it has trained, from 0 to 1.
 
         None where the recipe is not there yet.
@@ -370,9 +370,9 @@ def _panels_of_other_columns(runs: Sequence[WatchedRun]) -> list[Panel]:
     return [Panel(name, "", (name,)) for name in sorted(names)]
 
 
-def _share(done: float, whole: float) -> float | None:
+def _share(part: float, whole: float) -> float | None:
     """A part from 0 to 1; None where it is too small to go by."""
-    share = min(1.0, done / whole) if whole > 0 else 0.0
+    share = min(1.0, part / whole) if whole > 0 else 0.0
     return share if share > SMALLEST_SHARE else None
 
 

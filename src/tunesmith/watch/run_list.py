@@ -41,7 +41,7 @@ CHUNK = 4096
 RECORDS_A_POINT = 4
 # Bytes of the records that are searched for a val_loss: those of a few hundred steps.
 VALIDATION_TAIL = 1 << 18
-# What a line is made from.
+# The content of a line.
 _FILES = (METRICS, FAILURE, STOPPED, f"{FINAL}/{MANIFEST}")
 
 Record = dict[str, float | None]

@@ -32,7 +32,7 @@ from tunesmith.watch.run_list import RunList
 HOSTS = (b"127.0.0.1", b"localhost")
 # Seconds between two looks at the runs.
 POLL = 1.0
-# Of one core, at most, goes into curves that nobody asked for: those of a long run come less often.
+# Of one core, at most, goes into curves without a request: those of a long run come less often.
 SHARE = 0.02
 # Seconds after which a line is sent to find out whether the page is still there.
 QUIET = 15.0
@@ -40,7 +40,7 @@ QUIET = 15.0
 POINTS = 4000
 # Seconds of reading between two messages to the page that lists runs.
 BATCH = 0.3
-# Pages of runs whose records are held for a list, and runs of such a page.
+# Pages of runs whose records stay in memory for a list, and runs of such a page.
 OPEN_PAGES = 4
 OPEN_RUNS = 16
 JSON = "application/json"
@@ -119,7 +119,7 @@ class LivePage:
         read = self.reader()
         try:
             while not self.ended:
-                # Taken before the state is read: a change during the read is not missed.
+                # Noted before the state is read: a change during the read is not missed.
                 changed = self.changed
                 yield f"data: {await asyncio.to_thread(read)}\n\n"
                 while not changed.is_set():

@@ -25,7 +25,7 @@ ROWS_READ = 50  # in search of prompts that are short enough
 TOKENS = 48  # of an answer at most
 WIDTH = 80  # of a terminal
 _LABEL = "  {:<11}"
-_BEFORE = 20  # characters shown in front of a difference
+_CHARS_BEFORE = 20  # characters shown in front of a difference
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def up_to_end(ids: Sequence[int], read: OpenedRun) -> list[int]:
 
 
 def answer_places(question: Question, answer: Sequence[int]) -> list[int]:
-    """The positions of prompt and answer that say what comes where a token of the answer stands."""
+    """The positions of prompt and answer that predict the tokens of the answer."""
     first = len(question.ids) - 1
     return list(range(first, first + len(answer)))
 
@@ -129,7 +129,7 @@ def answer_places(question: Question, answer: Sequence[int]) -> list[int]:
 def compare_answers(
     question: Question, answer: Sequence[int], logits: Tensor, read: OpenedRun
 ) -> SideBySide:
-    """Put the file's answer beside the tuned model's.
+    """Compare the file's answer with the tuned model's.
 
     Args:
         answer: the ids of the file's answer, its end among them.
@@ -139,9 +139,9 @@ def compare_answers(
     ends = read.template.end_ids
     predicted = logits.argmax(-1).tolist()
     differs_at = None
-    for number, (own, other) in enumerate(zip(answer, predicted, strict=True), 1):
+    for number, (own_token, other) in enumerate(zip(answer, predicted, strict=True), 1):
         # Any token that ends an answer ends it alike.
-        if own != other and not (own in ends and other in ends):
+        if own_token != other and not (own_token in ends and other in ends):
             differs_at = number
             break
     tuned = list(answer) if differs_at is None else predicted[:differs_at]
@@ -185,8 +185,8 @@ def _line(label: str, text: str, at: int = 0) -> str:
     """One line of the terminal, with the character `at` in it."""
     room = WIDTH - len(_LABEL.format(label))
     text = _one_line(text)
-    if at > room - _BEFORE:
-        text = f"... {text[at - _BEFORE :]}"
+    if at > room - _CHARS_BEFORE:
+        text = f"... {text[at - _CHARS_BEFORE :]}"
     if len(text) > room:
         text = f"{text[: room - 4]} ..."
     return (_LABEL.format(label) + text).rstrip()

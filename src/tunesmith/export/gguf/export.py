@@ -24,7 +24,7 @@ from tunesmith.export.gguf.plan import GgufPlan, plan_gguf
 from tunesmith.export.gguf.types import QUANTS
 from tunesmith.export.gguf.write import write_gguf
 from tunesmith.export.merge import NOTICES, copy_notices
-from tunesmith.export.output import OTHER_DISK, output_place, part_folder, put_in_place
+from tunesmith.export.output import OTHER_DISK, move_into_place, output_place, part_folder
 from tunesmith.export.record import record_of, record_path, write_record
 from tunesmith.export.streamed_model import Values
 from tunesmith.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
@@ -54,7 +54,7 @@ class ExportedFile(Tabular):
         file: the GGUF file; for Ollama it lies in the folder `output`.
         bytes: of the file.
         notes: what llama.cpp does otherwise.
-        check: None where none was made.
+        check: None where none ran.
     """
 
     output: str
@@ -135,17 +135,17 @@ def export_gguf(
                 try:
                     result = check_file(file, tuned, base, device=place, threads=threads)
                 except CheckpointError:
-                    # Kept for a look: the user may want to know what differs.
+                    # Not deleted: the user may want to know what differs.
                     rejected = goal.with_name(f"{goal.name}.rejected")
-                    put_in_place(part if for_ollama else file, rejected)
+                    move_into_place(part if for_ollama else file, rejected)
                     raise
             kind = f"GGUF, {quant}"
             record = record_of(location, kind=kind, size=plan.size, check=result, merged=True)
             write_record(file, record)
             if for_ollama:
-                put_in_place(part, goal)
+                move_into_place(part, goal)
             else:
-                _put_file_in_place(file, goal)
+                _move_with_record(file, goal)
     shown = Path(output) / file_name if for_ollama else output
     return ExportedFile(str(output), str(shown), quant, plan.size, plan.notes, result)
 
@@ -184,16 +184,16 @@ def export_adapter(path: str | Path, output: str | Path, *, force: bool = False)
             kind = "GGUF, the LoRA alone in f16"
             record = record_of(location, kind=kind, size=plan.size, check=None, merged=False)
             write_record(part / goal.name, record)
-            _put_file_in_place(part / goal.name, goal)
+            _move_with_record(part / goal.name, goal)
     return ExportedFile(str(output), str(output), "f16", plan.size, plan.notes, None)
 
 
-def _put_file_in_place(file: Path, goal: Path) -> None:
+def _move_with_record(file: Path, goal: Path) -> None:
     """Give a file and the record beside it their names, the file first: a record is never of one
     that is not there, nor of an earlier one."""
     record_path(goal).unlink(missing_ok=True)
-    put_in_place(file, goal)
-    put_in_place(record_path(file), record_path(goal))
+    move_into_place(file, goal)
+    move_into_place(record_path(file), record_path(goal))
 
 
 def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
@@ -203,7 +203,7 @@ def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
             f"{goal} is not a GGUF file name", where="--output", fix=f"--output {goal}.gguf"
         )
     if goal.is_symlink() or (goal.is_dir() != is_folder and goal.exists()):
-        # A link would be replaced, and what it points to kept.
+        # A link would be replaced, and its target stay.
         kind = "a folder" if goal.is_dir() else "a file or link"
         raise UsageError(f"{goal} is {kind}", where="--output", fix="name a new one")
     if not goal.exists() or (is_folder and not any(goal.iterdir())):
@@ -227,10 +227,12 @@ def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
 def _foreign_file(folder: Path) -> str | None:
     """A file in a folder that no export for Ollama wrote; None if there is none."""
     ggufs = [folder / f"{folder.name}-{quant}.gguf" for quant in QUANTS]
-    own = {MODELFILE, *(file.name for file in ggufs), *(record_path(file).name for file in ggufs)}
+    own_names = {MODELFILE}
+    for file in ggufs:
+        own_names |= {file.name, record_path(file).name}
     names = sorted(path.name for path in folder.iterdir())
     for name in names:
-        if name not in own and not name.upper().startswith(NOTICES):
+        if name not in own_names and not name.upper().startswith(NOTICES):
             return name
     return None if MODELFILE in names else names[0]
 

@@ -470,7 +470,7 @@ def heads_to_permute(new_name: str, config: Mapping[str, Any], family: GgufFamil
 
 
 def pair_neighbors(rows: Tensor, head: int) -> Tensor:
-    """Rows of whole heads of `head` rows each: the two halves of a head, taken in turns."""
+    """Rows of whole heads of `head` rows each: the two halves of a head, in turns."""
     # [heads, 2, half] -> [heads, half, 2]: channel i of the second half comes after i of the first.
     halves = rows.unflatten(0, (-1, 2, head // 2))
     return halves.transpose(1, 2).reshape(rows.shape)

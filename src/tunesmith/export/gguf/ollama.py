@@ -17,7 +17,7 @@ COMMENT = (
 
 
 def guard_template(tokenizer: Any) -> None:
-    """Put the comment in front of a tokenizer's chat template, which renders as before."""
+    """Add the comment in front of a tokenizer's chat template, which renders as before."""
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = COMMENT + tokenizer.chat_template
 

@@ -1,7 +1,7 @@
 """The process that serves a GGUF file: llama.cpp's server, from the wheel xllamacpp.
 
 It is a process of its own since the server's end waits for ever now and then, most often on a busy
-machine: its loop is told to stop while it goes to sleep, and misses it (xllamacpp 2026.10). A
+machine: its loop misses a stop request that comes as it goes to sleep (xllamacpp 2026.10). A
 process needs no such end, and a fault of llama.cpp in it is an error here rather than the end of
 `tunesmith`. No torch is imported: it starts in a tenth of a second.
 """

@@ -173,15 +173,15 @@ _NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
 
 
 def _stripping(added: Collection[Mapping[str, Any]], tokens: set[str]) -> tuple[bool, list[str]]:
-    """Whether the name is to say that space after special tokens is dropped, and notes on that."""
+    """Whether space after special tokens is dropped, which the name decides, and notes on that."""
     dropped = {token["content"] for token in added if token["rstrip"]}
-    kept = {token["content"] for token in added} - dropped
+    unstripped = {token["content"] for token in added} - dropped
     if not dropped:
         return False, []
     if not tokens >= {*_NOT_STRIPPED, "</s>"}:
         return False, [f"llama.cpp keeps space after {', '.join(sorted(dropped))}"]
-    if kept > _NOT_STRIPPED:
-        others = ", ".join(sorted(kept - _NOT_STRIPPED))
+    if unstripped > _NOT_STRIPPED:
+        others = ", ".join(sorted(unstripped - _NOT_STRIPPED))
         return True, [f"llama.cpp drops space after {others}, too"]
     return True, []
 
@@ -299,7 +299,7 @@ def _split_of(step: Mapping[str, Any]) -> list[str] | None:
     if step["type"] == "Digits" and step["individual_digits"]:
         return ["digit"]
     if step["type"] == "Split" and "Regex" in step["pattern"]:
-        # Of an expression that matches all text, the same two ways to say it.
+        # Of an expression that matches all text, the same two ways to write it.
         how = (step["behavior"], step["invert"])
         if how in (("Isolated", False), ("Removed", True)):
             return [step["pattern"]["Regex"]]
@@ -387,7 +387,7 @@ def _join_ranks(
     """The order in which tokens are joined from two others: the smallest first.
 
     llama.cpp joins any two that make a token, by that token's score; tokenizer.json lists the
-    pairs. ModelError where one order cannot say what the list says.
+    pairs. ModelError where one order cannot express the list.
     """
     # Matched in the text before any pair is joined.
     whole = {tokens[index] for index, kind in enumerate(types) if kind != TokenType.NORMAL}

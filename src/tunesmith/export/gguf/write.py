@@ -59,13 +59,13 @@ def _write(file: BinaryIO, plan: GgufPlan, threads: int, progress: Callable[[int
     running: deque[tuple[GgufTensor, bool, Future[memoryview]]] = deque()
     try:
         while True:
-            # Two more than threads: a thread that is done begins another while this one writes.
+            # Two more than threads: a free thread begins another while this one writes.
             while len(running) < threads + 2 and (band := next(bands, None)) is not None:
                 tensor, first, last, ends = band
                 running.append((tensor, ends, pool.submit(_band_bytes, tensor, first, last)))
             if not running:
                 return
-            # In the order of the file, though bands may be done in another.
+            # In the order of the file, though bands may be ready in another.
             tensor, ends, future = running.popleft()
             file.write(future.result())
             if ends:

@@ -42,7 +42,7 @@ def check_model(model: Model) -> list[Finding]:
             case = "hub/unreachable"
         else:
             case = "model/refused"
-        return [*findings, finding(case, said=error.what, why=error.why, fix=error.fix)]
+        return [*findings, finding(case, message=error.what, why=error.why, fix=error.fix)]
     license_name = "not stated"
     if info.card_data:
         license_name = info.card_data.to_dict().get("license") or license_name

@@ -74,7 +74,7 @@ def _driver(system: System) -> Findings:
         case = "old" if is_old else "ok"
         yield finding(f"driver/{case}", count=len(system.gpus), **gpu._asdict())
     elif code != 127:
-        yield finding("driver/fails", said=errors or out)
+        yield finding("driver/fails", message=errors or out)
     elif system.has_nvidia:
         yield finding("driver/absent")
     else:
@@ -117,7 +117,7 @@ def _torch(system: System) -> Findings:
         chip="?" if chip is None else chip,
         archs=" ".join(build["archs"]),
         cuda=build["cuda"],
-        said=errors.rpartition("\n")[2],
+        message=errors.rpartition("\n")[2],
     )
     if case == "ok":
         yield _clock(gpu, reports[-1])
@@ -207,7 +207,7 @@ def _docker(system: System) -> Findings:
         case = "down"
     else:
         case = "ok"
-    yield finding(f"docker/{case}", said=reason, version=system.docker.get("ServerVersion"))
+    yield finding(f"docker/{case}", message=reason, version=system.docker.get("ServerVersion"))
 
 
 def _toolkit(system: System) -> Findings:
@@ -225,7 +225,7 @@ def _daemon(system: System) -> Findings:
     try:
         config = dict(json.loads(system.read("/etc/docker/daemon.json") or "{}"))
     except (ValueError, TypeError) as error:
-        yield finding("daemon.json/broken", said=error)
+        yield finding("daemon.json/broken", message=error)
         return
     # NAME=VALUE; one entry a GPU
     entries = [str(entry).split("=") for entry in config.get("node-generic-resources") or []]
@@ -262,7 +262,7 @@ def _swarm(system: System) -> Findings:
     if state == "active":
         yield finding("swarm/ok", address=swarm.get("NodeAddr"))
     else:
-        yield finding("swarm/absent", state=state, said=swarm.get("Error", ""))
+        yield finding("swarm/absent", state=state, message=swarm.get("Error", ""))
 
 
 def _image(system: System) -> Findings:
@@ -299,17 +299,16 @@ def _address(system: System, functions: list[dict[str, Any]], names: str) -> Fin
         stored.append(system.read(file))
     settings = " ".join(stored)
     shown = []
-    lost = []
+    without_address = []
     for function in functions:
         name = function["name"]
         shown += [f"{address} on {name}" for address in function["addresses"]]
         if function["addresses"] and name not in settings:
-            lost.append(name)
+            without_address.append(name)
     if not shown:
         return finding("address/none", names=names)
-    return finding(
-        "address/lost" if lost else "address/ok", shown=", ".join(shown), lost=" and ".join(lost)
-    )
+    case = "address/lost" if without_address else "address/ok"
+    return finding(case, shown=", ".join(shown), lost=" and ".join(without_address))
 
 
 def _gids(functions: list[dict[str, Any]]) -> Findings:

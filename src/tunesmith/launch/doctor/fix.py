@@ -48,7 +48,7 @@ def fix_scripts(findings: list[Finding], nodes: list[dict[str, Any]], peer: str)
     for index, (properties, end) in enumerate(zip(nodes, ends, strict=True)):
         is_first = index == 0
         hosts = [properties["host"], "the pair"]
-        # A peer that ssh does not reach is under its ssh name; the key is made here.
+        # A peer that ssh does not reach is under its ssh name; the key is created here.
         if is_first:
             hosts.append(peer)
         chosen = {"end"}

@@ -86,33 +86,46 @@ def _why_ssh_failed(host: str, errors: str) -> Finding:
     """The first `ssh/WORDS` whose words are in what ssh said; the last of them has no words."""
     cases = [key.removeprefix("ssh/") for key in TEXTS if key.startswith("ssh/")]
     case = next(words for words in cases if words != "ok" and words in errors)
-    said = errors.strip().rpartition("\n")[2]
-    return replace(finding(f"ssh/{case}", host, said=said), host=host)
+    message = errors.strip().rpartition("\n")[2]
+    return replace(finding(f"ssh/{case}", host, message=message), host=host)
 
 
 def _compare(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Finding]:
     """What must be the same on both, and the swarm and the subnet that they must share."""
-    findings = []
-    for name, version in here["versions"].items():
-        other = there["versions"][name]
-        # One that is missing has a finding of its own.
-        if version and other and version != other:
-            values = {"here": version, "there": other, "python": sys.executable}
-            findings.append(finding(f"versions/{name}", host, **values))
-    differing = sorted({*here["packages"]} ^ {*there["packages"]})
-    if differing:
-        names = sorted({package.partition(" ")[0] for package in differing})
-        differ = ", ".join(differing[:4])
-        findings.append(finding("packages/differ", host, differ=differ, names=" ".join(names)))
+    findings = _compare_versions(here["versions"], there["versions"], host)
+    findings += _compare_packages(here["packages"], there["packages"], host)
     if not findings:
         versions = [f"{name} {version}" for name, version in here["versions"].items() if version]
         findings.append(finding("versions/ok", versions=", ".join(versions)))
+    # A node without a swarm, or without a cable, has a finding of its own.
     if here["managers"] and there["managers"]:
         is_shared = not {*here["managers"]}.isdisjoint(there["managers"])
         findings.append(finding("swarm/one" if is_shared else "swarm/two", host))
     if here["cable"] and there["cable"] and not shared_address(here, there):
         findings.append(finding("address/apart", host))
     return findings
+
+
+def _compare_versions(here: dict[str, str], there: dict[str, str], host: str) -> list[Finding]:
+    findings = []
+    for name, version in here.items():
+        other = there[name]
+        # One that is missing has a finding of its own.
+        if version and other and version != other:
+            values = {"here": version, "there": other, "python": sys.executable}
+            findings.append(finding(f"versions/{name}", host, **values))
+    return findings
+
+
+def _compare_packages(here: list[str], there: list[str], host: str) -> list[Finding]:
+    """packages: `name version` each."""
+    differing = sorted({*here} ^ {*there})
+    if not differing:
+        return []
+    names = sorted({package.partition(" ")[0] for package in differing})
+    # The first four show which kind of package it is.
+    shown = ", ".join(differing[:4])
+    return [finding("packages/differ", host, differ=shown, names=" ".join(names))]
 
 
 def shared_address(here: dict[str, Any], there: dict[str, Any]) -> str:
@@ -149,7 +162,7 @@ def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> 
         gbs, trip, idle = measure_speed(address, int(port))
     except (OSError, ValueError) as error:
         subnet = f"{address.rpartition('.')[0]}.0/24"
-        blocked = finding("speed/blocked", host, address=address, said=error, subnet=subnet)
+        blocked = finding("speed/blocked", host, address=address, message=error, subnet=subnet)
         return [*findings, blocked]
     finally:
         deadline.cancel()

@@ -41,7 +41,7 @@ def check_slurm(folder: Path) -> list[Finding]:
     if code == 127:
         return [finding("controller/absent")]
     if code:
-        return [finding("controller/down", said=errors.rpartition("\n")[2])]
+        return [finding("controller/down", message=errors.rpartition("\n")[2])]
     partitions = []
     usable_nodes = 0
     for line in out.splitlines():
@@ -71,8 +71,8 @@ def _on_nodes(system: System, folder: Path, count: int) -> list[Finding]:
     if not nodes:
         # The nodes' daemon could not start the interpreter.
         case = "environment/unseen" if "execve" in errors else "srun/none"
-        said = " ".join(errors.splitlines()[:2])
-        return [finding(case, python=python, folder=folder, count=count, said=said)]
+        message = " ".join(errors.splitlines()[:2])
+        return [finding(case, python=python, folder=folder, count=count, message=message)]
     unseen = [finding("folder/unseen", **node, folder=folder) for node in nodes if not node["sees"]]
     unknown = [
         finding("names/unknown", **node, names=", ".join(node["unknown"]))

@@ -1,4 +1,4 @@
-"""One machine's commands, files and properties, and the findings that a report is made of.
+"""One machine's commands, files and properties, and the findings of a report.
 
 Standard library alone: pair.py sends this file to the other node, which need not have tunesmith.
 """
@@ -83,7 +83,7 @@ class Gpu(NamedTuple):
 
 
 class System:
-    """Access to this machine's commands and files; what it is asked for is looked up once.
+    """Access to this machine's commands and files; each is looked up once.
 
     Args:
         python: the interpreter of the runs; plain python3 where it is not on this machine.
@@ -114,14 +114,14 @@ class System:
         # English.
         env = {**os.environ, "PATH": f"{self.path}:/usr/sbin:/sbin", "LC_ALL": "C"}
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 command, env=env, capture_output=True, text=True, timeout=limit, check=False
             )
         except FileNotFoundError as error:
             return 127, "", str(error)
         except (OSError, subprocess.TimeoutExpired) as error:
             return 124, "", str(error)
-        return done.returncode, done.stdout.strip(), done.stderr.strip()
+        return process.returncode, process.stdout.strip(), process.stderr.strip()
 
     @functools.cached_property
     def smi(self) -> tuple[int, str, str]:
@@ -205,7 +205,7 @@ class System:
         paths = [path.split("/") for path in glob("/sys/class/infiniband/*/device/net/*")]
         devices = {parts[-1]: parts[4] for parts in paths}
         interfaces = [os.path.basename(path) for path in glob("/sys/class/net/en*")]
-        # A port without an RDMA device is found by its name alone.
+        # A port without an RDMA device is recognized by its name alone.
         names = {*devices, *filter(_FUNCTION.match, interfaces)}
         ports: dict[str, list[dict[str, Any]]] = {}
         for name in sorted(names, key=str.lower):

@@ -1,4 +1,4 @@
-"""Rows that a program hands to `train`, kept in the run directory, so that the run resumes."""
+"""Rows that a program passes to `train`, written to the run directory, so that the run resumes."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.checkpoint.claim import given_rows_file
+from tunesmith.checkpoint.claim import program_rows_file
 from tunesmith.errors import DataError
 from tunesmith.host.files import write_atomically
 
@@ -44,7 +44,7 @@ def keep_rows(rows: Any, output_dir: Path) -> Path:
     if not lines:
         raise DataError("there are no rows", where=_WHERE, fix="pass at least one")
     text = "".join(lines)
-    file = given_rows_file(output_dir, hashlib.sha256(text.encode()).hexdigest()[:12])
+    file = program_rows_file(output_dir, hashlib.sha256(text.encode()).hexdigest()[:12])
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, text)

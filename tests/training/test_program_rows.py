@@ -14,8 +14,8 @@ import tunesmith
 from errors import refuses
 from tunesmith.errors import DataError, RecipeError, UsageError
 from tunesmith.metrics.record import read_records
-from tunesmith.training.given_rows import keep_rows
 from tunesmith.training.make_recipe import make_recipe
+from tunesmith.training.program_rows import keep_rows
 
 ROWS = [{"prompt": f"Say {n}", "completion": f"number {n}"} for n in range(24)]
 CHATS = []
