@@ -243,6 +243,25 @@ def test_a_recipe_that_keeps_to_one_tensor_rank_is_told_of_auto() -> None:
     assert planner("llama3-70b", "2x8xh100", FULL, tensor=8).with_tensor() is None
 
 
+def test_lora_on_a_bf16_base_is_told_of_fp8() -> None:
+    """Of 70B the base alone is larger than an H100 in bf16, and half as large in fp8."""
+    made = planner("llama3-70b", "h100", {})
+    in_fp8 = made.with_fp8()
+    assert in_fp8 is not None
+    recipe_says = planner("llama3-70b", "h100", {"model": {"quantize": "fp8"}}).ranked()[0]
+    assert (in_fp8.phases, in_fp8.step_seconds) == (recipe_says.phases, recipe_says.step_seconds)
+    assert made.ranked()[0].plan.less_memory().startswith("model.quantize=fp8 (")
+
+
+def test_fp8_is_only_named_where_it_can_be_had() -> None:
+    assert planner("llama3-70b", "a100-80gb", {}).with_fp8() is None, "no fp8 matmuls"
+    assert planner("llama3-70b", "rtx-4090", {}).with_fp8() is None, "does not fit in fp8 either"
+    assert planner("llama3-8b", "h100", {"adapter": {"kind": "none"}}).with_fp8() is None
+    assert planner("llama3-8b", "h100", {"model": {"dtype": "fp16"}}).with_fp8() is None
+    for quantize in ("fp8", "nf4"):
+        assert planner("llama3-8b", "h100", {"model": {"quantize": quantize}}).with_fp8() is None
+
+
 def test_a_step_of_one_rank_takes_its_operations_at_the_rate_of_the_chip() -> None:
     keys = {"global_batch": "16384 tokens", "micro_batch": "16384 tokens", "recompute": "none"}
     found = forecast("llama3-8b", "h200", (1, 1, 1), {"train": keys})

@@ -559,7 +559,8 @@ def test_what_does_not_fit_ends_with_2_and_what_to_change(
     assert main(["plan", str(llama), "--on", "dgx-spark"]) == 2
     shown = capsys.readouterr()
     check_shown(shown.err, names=["GiB", "weights", "recompute"])
-    assert "fix: model.quantize=nf4 (" in shown.err
+    assert "fix: model.quantize=fp8 (" in shown.err
+    assert "or model.quantize=nf4 (" in shown.err
     assert "or 2 x NVIDIA GB10 " in shown.err
 
 

@@ -668,6 +668,7 @@ def _details(
     if cut and (cut.step_seconds or 0) < BETTER * step_seconds:
         shape = f"{cut.plan.mesh.describe()}, {_step_text(cut.step_seconds or 0)} s a step"
         lines.append(f"parallel.tensor=auto is faster: {shape}")
+    lines += _faster_in_fp8(planner, best)
     if planner.cluster.world > 1:
         lines.append(f"`train` takes the first by itself; a recipe fixes it with {best.keys}")
     return lines
@@ -682,6 +683,22 @@ def _least_memory(planner: "Planner", best: "Forecast") -> list[str]:
     return [
         "  so much as the micro batch makes use of the memory there is; the least in this mesh: "
         f"{least.phases['step'] / GIB:.1f} GiB in a step{seconds}, with {least.keys}"
+    ]
+
+
+def _faster_in_fp8(planner: "Planner", best: "Forecast") -> list[str]:
+    """That a base in fp8 would be faster, where it is by more than a forecast's error."""
+    from tunesmith.planning.forecast import BETTER
+
+    in_fp8 = planner.with_fp8()
+    if in_fp8 is None or not (best.fits and in_fp8.step_seconds and best.step_seconds):
+        return []
+    if in_fp8.step_seconds >= BETTER * best.step_seconds:
+        return []
+    seconds = _step_text(in_fp8.step_seconds)
+    return [
+        f"model.quantize=fp8 is faster: {seconds} s a step, with a loss that differs a little: see "
+        "docs/choosing.md"
     ]
 
 

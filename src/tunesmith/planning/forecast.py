@@ -42,7 +42,7 @@ from tunesmith.planning import resolve, savings
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
-from tunesmith.quant.schemes import scheme_of
+from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.units import Size, ceil_div, count_of
 
 # Of whole steps, beside bf16: 794 and 551 TFLOP/s, LoRA of an 8B on an H200.
@@ -543,6 +543,20 @@ class Planner:
             return best
         return None
 
+    def with_fp8(self) -> Forecast | None:
+        """What `model.quantize=fp8` makes of LoRA on a bf16 base, if the chip has fp8 matmuls and
+        the run fits.
+        """
+        model = self.run.model
+        if not self.trains_adapter or model.dtype != "bf16" or not self.cluster.chip.fp8:
+            return None
+        if scheme_of(model, self.spec.quantized) is not DENSE:
+            return None
+        run = replace(self.run, model=replace(model, quantize="fp8"))
+        machine = replace(self.machine, scaling=("fp8", "assumed"))
+        best = replace(self, run=run, machine=machine).ranked()[0]
+        return best if best.fits else None
+
     def with_least_memory(self, forecast: Forecast) -> Forecast | None:
         """The same run in the least memory without another result: the smallest micro batch, all
         layers recomputed. None where that is not a tenth less.
@@ -562,12 +576,19 @@ class Planner:
         return replace(least, keys=f"train.micro_batch='{size}' train.recompute=full")
 
     def _savings(self, plan: RunPlan) -> Sequence[Saving]:
-        """Those of a plan, and before them `parallel.tensor=auto`, which changes no result."""
+        """Those of a plan, and before them two that let a step be as fast: `parallel.tensor=auto`,
+        which changes no result, and fp8.
+        """
+        first = []
         with_tensor = self.with_tensor()
-        if with_tensor is None:
-            return plan.savings()
-        total = with_tensor.plan.memory.total
-        return (Saving("parallel.tensor=auto", total, resumes=True), *plan.savings())
+        if with_tensor:
+            total = with_tensor.plan.memory.total
+            first.append(Saving("parallel.tensor=auto", total, resumes=True))
+        with_fp8 = self.with_fp8()
+        if with_fp8:
+            total = with_fp8.plan.memory.total
+            first.append(Saving("model.quantize=fp8", total, resumes=False))
+        return (*first, *plan.savings())
 
     def _phase_bytes(self, plan: RunPlan) -> dict[str, int]:
         memory = plan.memory
