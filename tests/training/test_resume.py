@@ -25,8 +25,12 @@ from recipes import make_run, recipe
 from tunesmith.checkpoint import contents, manifest, replicate
 from tunesmith.errors import ModelError, StoppedEarlyError, StoppedError
 from tunesmith.host.signals import NAMES, StopRequest
+from tunesmith.report.run_files import RunFiles
+from tunesmith.report.run_summary import summaries_of
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
+from tunesmith.training.validation import Validation
+from tunesmith.watch.run_list import ListedRun
 from warm import Warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -320,6 +324,42 @@ def test_a_stop_before_the_first_step_exits_75_wherever_it_comes(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert not (tmp_path / "run" / "failure.json").exists()
+
+
+def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record of a step whose validation was cut off is not written yet, and a resume that is
+    stopped while it loads has still that step saved.
+    """
+    run = make_run(tiny, tmp_path, train={"duration": "4 steps"}, validate={"every": "2 steps"})
+    folder = tmp_path / "run"
+
+    def told_steps() -> list[int]:
+        summary = summaries_of([RunFiles(folder)])[0]
+        listed = ListedRun(folder, "run", 0)
+        listed.refresh()
+        stopped = json.loads((folder / "stopped.json").read_text())
+        return [summary.steps, listed.row["step"], stopped["step"]]
+
+    measure = Validation.measure
+
+    def stopped_while_measuring(self: Validation) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "measure", stopped_while_measuring)
+        with refuses(StoppedError, names=["step 2 is saved"]):
+            train(run, quiet=True)
+    assert told_steps() == [2, 2, 2]
+    with monkeypatch.context() as patch:
+        stop_while(patch, "tunesmith.training.build.build_model")
+        with refuses(StoppedEarlyError, names=["nothing new to save: step 2 is saved"]):
+            train(run, quiet=True)
+    assert told_steps() == [2, 2, 2]
+    assert train(run, quiet=True).steps == 4
+    assert summaries_of([RunFiles(folder)])[0].steps == 4
 
 
 def test_a_stop_that_a_library_swallows_is_not_lost() -> None:

@@ -59,6 +59,7 @@ class StopRequest:
         doing: what is completed before the stop, as a user reads it.
         takes: seconds of that.
         saving: bytes of the host that a save takes.
+        saved_step: that an earlier start has saved, 0 for none.
 
     Args:
         interactive: for commands that answer: SIGTERM and SIGINT are deferred from the start.
@@ -71,6 +72,7 @@ class StopRequest:
         self.doing = "this step"
         self.takes = 0.0
         self.saving = 0
+        self.saved_step = 0
         self._interactive = interactive
         self._deferred = interactive
         self._force_exit = False  # the next signal raises
@@ -137,15 +139,19 @@ class StopRequest:
 
     def not_begun(self) -> StoppedError:
         """The error of a stop before the first step."""
+        when = "before the first step"
         why = "there was nothing to save yet"
+        if self.saved_step:
+            when = "before a further step"
+            why = f"there was nothing new to save: step {self.saved_step} is saved"
         fix = "start the same command again"
         if self.low_memory is not None:
             return LowMemoryError(
-                f"{SHORT} before the first step",
+                f"{SHORT} {when}",
                 why=f"{self.low_memory.text}; {why}",
                 fix=f"{END}, then {fix}",
             )
-        what = f"stopped by {self.signal} before the first step"
+        what = f"stopped by {self.signal} {when}"
         return StoppedEarlyError(what, why=why, fix=fix)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

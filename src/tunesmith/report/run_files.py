@@ -360,6 +360,17 @@ class RunFiles:
         self._signatures[name] = signature
         return previous != signature
 
+    @property
+    def steps(self) -> int:
+        """Steps that were taken: those recorded, or of a stop, those it saved.
+
+        The record of a step whose validation was cut off is written once a resume has measured it.
+        """
+        recorded = int((self.columns.get("step") or [0])[-1] or 0)
+        if self.state is RunState.STOPPED and self.stopped:
+            return max(recorded, self.stopped.get("step", 0))
+        return recorded
+
     def _state(self) -> RunState:
         if is_locked(self.folder):
             return RunState.RUNNING

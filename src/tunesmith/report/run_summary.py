@@ -155,8 +155,7 @@ def _summarize(run: RunFiles, label: str) -> RunSummary:
     def total(name: str, start: int = 0) -> float:
         return sum(finite(column(name)[start:]))
 
-    last_step = int(steps[-1] or 0) if steps else 0
-    summary = RunSummary(run, label, last_step, total("tokens"), total("step_seconds"))
+    summary = RunSummary(run, label, run.steps, total("tokens"), total("step_seconds"))
     for name, values in ((LOSS, summary.validations), (ACCURACY, summary.accuracies)):
         for step, value in zip(steps, column(name), strict=True):
             if value is not None and math.isfinite(value):

@@ -256,8 +256,10 @@ def start_run(
             stack.enter_context(stderr_only_from("tunesmith.data"))
         # Claim the directory, and decide where to start.
         ranks, start = open_run_dir(run, ranks, stack, fresh=fresh)
+        if start.progress:
+            stop.request.saved_step = start.progress.step
         if ranks.is_run_dir_writer:
-            stack.enter_context(noted_early_stop(out))
+            stack.enter_context(noted_early_stop(out, stop.request))
         if start.finished is not None:
             return Result(out, start.finished, finished_before=True)
         # Build; a fault up to the first step is one of the recipe, the data or the machine.
@@ -393,14 +395,14 @@ def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noted_early_stop(out: Path) -> Iterator[None]:
-    """Leave stopped.json where a signal ends the block before the first step, if there is a run."""
+def noted_early_stop(out: Path, request: StopRequest) -> Iterator[None]:
+    """Leave stopped.json where a signal ends the block before its first step, if there is a run."""
     try:
         yield
     except (Interrupted, StoppedEarlyError):
         # A start that has saved nothing leaves nothing.
         if (out / IDENTITY).is_file():
-            write_stopped(out, "stopped before the first step", step=0)
+            write_stopped(out, "stopped before the first step", request.saved_step)
         raise
 
 

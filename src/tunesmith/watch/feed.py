@@ -164,10 +164,7 @@ class WatchedRun:
         Figures are in the units of the records.
         """
         files = self.files
-        recorded_steps = files.columns.get("step", [])
-        step = recorded_steps[-1] if recorded_steps else 0
-        # A record may lack its step.
-        steps = step or 0
+        steps = files.steps
         progress = self._progress(steps)
         total_steps = steps / progress if progress else 0.0
         seconds_per_step = _recent_mean(files.columns.get("step_seconds", []))
@@ -178,7 +175,7 @@ class WatchedRun:
             "name": files.name,
             "place": self.place,
             "state": files.state,
-            "step": step,
+            "step": steps,
             "steps": round(total_steps) if total_steps else None,
             "done": progress,
             "seconds_left": seconds_left,

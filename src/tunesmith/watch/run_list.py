@@ -119,13 +119,17 @@ class ListedRun:
             manifest = read_manifest(self.folder / FINAL)
         except ValueError as error:
             damage = damage or f"{FINAL}/{MANIFEST}: {error}"
+        state = ended_state(
+            failed=failure.value is not None,
+            stopped=stopped.value is not None,
+            final_step=manifest["step"] if manifest else None,
+            last_step=step,
+        )
+        if state is RunState.STOPPED and stopped.value:
+            # The record of a step whose validation was cut off is not written yet.
+            step = max(step, stopped.value.get("step", 0))
         return {
-            "state": ended_state(
-                failed=failure.value is not None,
-                stopped=stopped.value is not None,
-                final_step=manifest["step"] if manifest else None,
-                last_step=step,
-            ),
+            "state": state,
             "step": int(step),
             "loss": newest.get("loss"),
             "val_loss": val_loss,
