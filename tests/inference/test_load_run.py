@@ -17,6 +17,7 @@ from errors import refuses
 from runs import make_run, peft_model, write_checkpoint
 from tunesmith.build_model import build_model
 from tunesmith.checkpoint import manifest
+from tunesmith.cli.options import notify_unfinished
 from tunesmith.data import builtin_templates
 from tunesmith.data.formats import Conversation
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError
@@ -38,7 +39,12 @@ def test_a_run_gives_its_final(run: Path, tiny: Path) -> None:
     assert place.run.adapter.rank == 4
 
 
-def test_without_final_the_newest_whole_checkpoint_is_taken(run: Path, tiny: Path) -> None:
+def test_without_final_the_newest_whole_checkpoint_is_taken(
+    run: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commands that take it for the run say so: the run may be overtaken by itself."""
+    notify_unfinished(locate_run(run))
+    assert capsys.readouterr().err == ""
     shutil.rmtree(run / "final")
     for step in (9, 10, 100):
         write_checkpoint(run / f"checkpoint-{step}", tiny, peft_model(tiny), step)
@@ -46,6 +52,12 @@ def test_without_final_the_newest_whole_checkpoint_is_taken(run: Path, tiny: Pat
     place = locate_run(run)
     assert place.folder == run / "checkpoint-10"
     assert "checkpoint-100" in place.note
+    notify_unfinished(place)
+    assert f"{run / 'checkpoint-10'}: the run has not finished" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    notify_unfinished(locate_run(run / "checkpoint-10"))
+    assert capsys.readouterr().err == "", "it was named"
 
 
 def test_parts_of_a_run_know_their_recipe(run: Path) -> None:

@@ -27,7 +27,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import ProgressCounter, add_json, add_run, notify, whole_number
+from tunesmith.cli.options import (
+    ProgressCounter,
+    add_json,
+    add_run,
+    notify,
+    notify_unfinished,
+    whole_number,
+)
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path, shell_word
 
@@ -111,7 +118,7 @@ def _export_gguf(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
     # The next import takes seconds, so it comes after the checks.
-    locate_run(args.run)
+    notify_unfinished(locate_run(args.run))
     from tunesmith.export.gguf.export import DEFAULT_QUANT, export_adapter, export_gguf
 
     if args.adapter:
@@ -145,7 +152,7 @@ def _export_vllm(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
     # A wrong path is reported before torch is imported.
-    locate_run(args.run)
+    notify_unfinished(locate_run(args.run))
     output = shell_path(Path(args.output))
     if args.adapter:
         from tunesmith.export.vllm_adapter import export_peft

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from tunesmith.config.schema import Run
     from tunesmith.inference.decoding import Decoding
+    from tunesmith.inference.load_run import RunLocation
     from tunesmith.training.make_recipe import NewRecipe
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,12 @@ def is_main_process() -> bool:
     """Whether this process speaks to the user: of several ranks rank 0 does."""
     ranks = started_as()
     return ranks is None or ranks["RANK"] == 0
+
+
+def notify_unfinished(location: "RunLocation") -> None:
+    """Say which checkpoint stands for a run that has not finished."""
+    if location.is_unfinished and is_main_process():
+        notify(location.note)
 
 
 def leave_lines_to_rank_0() -> None:

@@ -67,6 +67,11 @@ class RunLocation:
         return held_out_hash(self.folder.parent) if self.folder else None
 
     @property
+    def is_unfinished(self) -> bool:
+        """Whether a checkpoint stands for a run that has no final/ yet."""
+        return self.folder is not None and self.note != "" and self.folder.name != FINAL
+
+    @property
     def sources(self) -> tuple[Source, ...]:
         """The run's own sources: rows of the same shape share their column mappings."""
         return (*self.run.data.validation, *self.run.data.train) if self.run else ()
@@ -196,6 +201,8 @@ def _in_run(folder: Path) -> RunLocation:
         configs = (candidate / "adapter_config.json", candidate / "config.json")
         if damage is None and any(config.is_file() for config in configs):
             note = f"from {candidate}"
+            if candidate.name != FINAL:
+                note += ": the run has not finished"
             if skipped:
                 note += f" (skipped {'; '.join(skipped)})"
             return _in_folder(candidate, note=note)
