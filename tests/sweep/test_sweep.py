@@ -242,7 +242,10 @@ def test_to_the_end_without_held_out_rows(tiny: Path, tmp_path: Path):
     with refuses(RecipeError, where="data.validation", fix=["--to-the-end"]) as caught:
         sweep(file)
     assert "--to-the-end" in caught.value.fix
-    outcome = sweep(file, ["adapter.rank=2,4"], Search(rungs=0))
+    with logged_lines() as said:
+        outcome = sweep(file, ["adapter.rank=2,4"], Search(rungs=0))
+    begun = [line for line in said if "2 candidates, trains to step" in line]
+    assert [line.split(" of ")[0] for line in begun] == ["01-rank-2: 1", "02-rank-4: 2"]
     assert [c["state"] for c in outcome["candidates"]] == ["finished"] * 2
     assert outcome["compared_by"] == "loss"
     assert_equals_train(outcome, tmp_path)

@@ -178,6 +178,21 @@ class Verdict(NamedTuple):
     difference: RunDifference | None = None
 
 
+class Noise(NamedTuple):
+    """The difference between two runs above which it counts.
+
+    Attributes:
+        threshold: None where it is not known.
+        text: where it is from, and how to learn more.
+        tells_of_rows: other rows like these are covered; the course of one loss does not tell how
+            much rows differ.
+    """
+
+    threshold: float | None
+    text: str
+    tells_of_rows: bool = True
+
+
 class RunGroup(NamedTuple):
     """Runs of one recipe, which differ in the seed at most, and their best values."""
 
@@ -253,36 +268,36 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     first, second = ranking[:2]
     measure = first.measure
     gap = measure.worse_by(second.best.mean, than=first.best.mean)
-    threshold, noise = _noise(ranking)
+    noise = _noise(ranking)
     reasons = [
         _difference(first.runs[0], second.runs[0], measure),
-        f"{measure.gap_text(gap)} apart. {noise}",
+        f"{measure.gap_text(gap)} apart. {noise.text}",
         *cautions,
     ]
-    kind, headline = _headline(first, second, gap, threshold)
-    difference = RunDifference(measure.name.strip(","), first.name, second.name, gap, threshold)
+    kind, headline = _headline(first, second, gap, noise)
+    name = measure.name.strip(",")
+    difference = RunDifference(name, first.name, second.name, gap, noise.threshold)
     return Verdict(kind, headline, reasons, difference=difference)
 
 
-def _headline(
-    first: RunGroup, second: RunGroup, gap: float, threshold: float | None
-) -> tuple[str, str]:
-    """Kind and headline of a verdict on the better and the worse one of two recipes.
-
-    threshold: up to this the gap may be chance; None: unknown.
-    """
+def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tuple[str, str]:
+    """Kind and headline of a verdict on the better and the worse one of two recipes."""
     measure = first.measure
     against = f"{measure.best_word} {first} against {second} of {second.name}"
     # A run that goes on may still change places.
     if any(run.files.state is RunState.RUNNING for run in (*first.runs, *second.runs)):
         return "none", f"So far {first.name} leads: {against}"
-    if threshold is None:
+    if noise.threshold is None:
         chance = "how much runs vary by chance is unknown"
         return "none", f"{first.name} has the {measure.best_word}, but {chance}: {against}"
-    if gap <= threshold:
+    if gap <= noise.threshold:
         return "equal", f"No significant difference: {against}"
     is_are = "is" if len(first.runs) == 1 else "are"
-    return "better", f"{first.name} {is_are} better: {against}"
+    where = ""
+    if not noise.tells_of_rows:
+        count = first.runs[0].held_out
+        where = f" on {count_of(count, 'held-out row')}" if count else " on these held-out rows"
+    return "better", f"{first.name} {is_are} better{where}: {against}"
 
 
 def _alone(run: RunSummary, measure: Measure) -> Verdict:
@@ -373,8 +388,8 @@ def _seed_advice(run: RunSummary, measure: Measure) -> str:
         keys += f" data.hold_out_seed={run.hold_out_seed}"
     command = f"tunesmith train {recipe} {keys} output_dir={output}"
     return (
-        f"Each has a single seed, and another seed would change {measure.name} too. How far decides"
-        f" which difference counts: train one again, and report it beside these: `{command}`"
+        f"Each has a single seed, and another seed would change {measure.name} too. To see by how "
+        f"much, train one again and report it beside these: `{command}`"
     )
 
 
@@ -384,9 +399,8 @@ def _eval_command(runs: Sequence[RunSummary]) -> str:
     return f"tunesmith eval {' '.join(folders)}"
 
 
-def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
-    """The difference between the first two above which it counts, and where it is from; None where
-    that is not known."""
+def _noise(ranking: Sequence[RunGroup]) -> Noise:
+    """The noise of the difference between the first two."""
     first, second = ranking[:2]
     measure = first.measure
     # Several seeds of a recipe tell its noise better than one run can.
@@ -397,14 +411,14 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
     by_row = _noise_of_rows(first, second)
     if by_row is not None:
         threshold, text = by_row
-        return threshold, f"{text}. {advice}"
+        return Noise(threshold, f"{text}. {advice}")
     if measure is VAL_LOSS and first.runs[0].method == "sft":
         command = _eval_command([first.runs[0], second.runs[0]])
-        advice = f"Row by row the held-out rows tell more: `{command}`. {advice}"
+        advice = f"Whether other rows would say the same: `{command}`. {advice}"
     by_span = _noise_of_shares(first, second)
     if by_span is not None:
         threshold, text = by_span
-        return threshold, _threshold_text(text, threshold, measure, advice)
+        return Noise(threshold, _threshold_text(text, threshold, measure, advice))
     noises = []
     for group in (first, second):
         noise = validation_noise([value for _, value in measure.values(group.runs[0])])
@@ -413,13 +427,14 @@ def _noise(ranking: Sequence[RunGroup]) -> tuple[float | None, str]:
     if not noises:
         text = f"It takes {FEWEST_VALIDATIONS} validations to estimate the noise of {measure.name}"
         text += " (validate.every)"
-        return None, f"{text}. {advice}"
+        return Noise(None, f"{text}. {advice}")
     noise = max(noises)
     # The difference of two values of the same noise.
     threshold = STANDARD_ERRORS * math.sqrt(2) * noise
     moves = f"moves by {measure.gap_text(noise)} around its trend"
     text = f"Noise: from one validation to the next {measure.name} {moves}"
-    return threshold, _threshold_text(text, threshold, measure, advice)
+    text = _threshold_text(text, threshold, measure, advice)
+    return Noise(threshold, text, tells_of_rows=False)
 
 
 def _noise_of_rows(first: RunGroup, second: RunGroup) -> tuple[float | None, str] | None:
@@ -468,7 +483,7 @@ def _threshold_text(text: str, threshold: float, measure: Measure, advice: str) 
 
 def _seed_noise(
     repeated: Sequence[Spread], first: Spread, second: Spread, measure: Measure
-) -> tuple[float, str]:
+) -> Noise:
     """The same from the recipes that ran with several seeds."""
     # The pooled variance: each recipe around its own mean.
     freedom = sum(best.count - 1 for best in repeated)
@@ -477,11 +492,12 @@ def _seed_noise(
     # With few seeds Student's factor is larger than that of the normal distribution.
     errors = STUDENT[freedom - 1] if freedom <= len(STUDENT) else STANDARD_ERRORS
     threshold = errors * deviation * math.sqrt(1 / first.count + 1 / second.count)
-    return threshold, (
+    text = (
         f"Noise: from seed to seed {measure.name} differs by {measure.gap_text(deviation)} "
         "(standard deviation over a recipe's seeds); "
         f"once in 20 times seeds alone make a difference above {measure.gap_text(threshold)}."
     )
+    return Noise(threshold, text)
 
 
 def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
@@ -523,7 +539,9 @@ def _keys_without_effect(runs: Sequence[RunSummary]) -> str:
         # A file of the same rows under another name is no difference.
         if is_free(difference.key):
             keys.append(f"`{difference.key}` ({difference.values_text})")
-    return f" They also differ in {', '.join(keys)}, which changes nothing learned." if keys else ""
+    if not keys:
+        return ""
+    return f" They also differ in {', '.join(keys)}, which change nothing that is learned."
 
 
 def _clearly_lower(first: Spread, second: Spread) -> bool:

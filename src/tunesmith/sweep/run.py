@@ -46,7 +46,7 @@ from tunesmith.sweep.shared_base import SharedBase
 from tunesmith.sweep.space import Space, check_count
 from tunesmith.training.run import joined, start_run
 from tunesmith.training.stop_control import StopControl
-from tunesmith.units import Cadence, Length, Size, format_seconds
+from tunesmith.units import Cadence, Length, Size, count_of, format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -349,6 +349,10 @@ class Sweep:
             retry_with_smaller_batch=False,
         )
         build = self.shared.build
+        number = self.candidates.index(candidate) + 1
+        candidates = count_of(len(self.candidates), "candidate")
+        end = until or self.fixed["steps"]
+        log.info(f"{candidate.name}: {number} of {candidates}, trains to step {end}")
         try:
             # Its lines are in its own log.txt; a stop concerns the sweep.
             with stderr_only_from(log.name, signals.__name__):
