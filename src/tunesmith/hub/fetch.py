@@ -30,7 +30,7 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.host.files import cache_folder, check_regular_files, require_disk_space
 from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_files
-from tunesmith.hub.gguf import convert_gguf
+from tunesmith.hub.gguf import convert_gguf, convert_gguf_without_weights
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
 from tunesmith.model.measured_spec import model_spec, text_config
 from tunesmith.model.safetensors_files import (
@@ -368,11 +368,14 @@ def tokenizer_folder(model: Model, folder: Path) -> Path:
 
 
 def fetch_for_tokens(model: Model) -> Path:
-    """A folder with a model's configuration and tokenizer; of one that is not on this machine,
-    without its weights."""
-    if local_model(model) is not None:
-        return fetch(model)
-    return cached_model(model) or fetch_without_weights(model.name, model.revision)
+    """A folder with a model's configuration and tokenizer; of a .gguf file, and of a model that is
+    not on this machine, without its weights."""
+    path = local_model(model)
+    if path is None:
+        return cached_model(model) or fetch_without_weights(model.name, model.revision)
+    if path.is_file():
+        return convert_gguf_without_weights(path, model.dtype)
+    return fetch(model)
 
 
 def fetch_without_weights(name: str, revision: str | None = None) -> Path:

@@ -1,8 +1,8 @@
 """Convert a .gguf file to a Transformers folder, once, in a cache.
 
 Transformers reads the format and dequantizes it (`gguf_file=`), which takes minutes and a full copy
-in memory. The folder is written beside its place and renamed, so that a stopped conversion leaves
-nothing incomplete.
+in memory; tokens are counted by a folder without weights, which takes seconds. A folder is written
+beside its place and renamed, so that a stopped conversion leaves nothing incomplete.
 """
 
 import contextlib
@@ -12,13 +12,19 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.host.files import cache_folder, follow_umask, remove_abandoned
 from tunesmith.host.memory import open_uncached
 from tunesmith.host.packages import require
-from tunesmith.model.safetensors_files import unreadable_file
+from tunesmith.model.safetensors_files import SINGLE, unreadable_file
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +39,34 @@ def convert_gguf(file: Path, dtype: str) -> Path:
     ModelError where Transformers cannot read the file, MachineError where the package or the cache
     is missing.
     """
+    file = _check_gguf(file)
+    target = _cached_folder(file, dtype)
+    if not target.is_dir():
+        what = f"converting {file.name} to {dtype} safetensors, once, in {target}"
+        _write_once(file, target, what, partial(_convert, file, dtype))
+    return target
+
+
+def convert_gguf_without_weights(file: Path, dtype: str) -> Path:
+    """The folder of `convert_gguf` if it is there, else one with configuration and tokenizer alone.
+
+    To count tokens takes no more, and no minutes. Raises as `convert_gguf`.
+    """
+    file = _check_gguf(file)
+    complete = _cached_folder(file, dtype)
+    if complete.is_dir():
+        return complete
+    target = _cached_folder(file, "without-weights")
+    if not target.is_dir():
+        what = f"reading configuration and tokenizer of {file.name}, once, into {target}"
+        _write_once(file, target, what, partial(_convert_without_weights, file))
+    return target
+
+
+def _check_gguf(file: Path) -> Path:
+    """The file's absolute path; ModelError where it is no .gguf file."""
     file = file.resolve()
     try:
-        stat = file.stat()
         with file.open("rb") as stream:
             start = stream.read(len(MAGIC))
     except OSError as error:
@@ -47,22 +78,34 @@ def convert_gguf(file: Path, dtype: str) -> Path:
             why=f"it begins with {start!r}, not {MAGIC!r}",
             fix="download it again; a small file is often a saved web page or a Git LFS pointer",
         )
-    identity = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, dtype, LAYOUT])
+    return file
+
+
+def _cached_folder(file: Path, content: str) -> Path:
+    """Where the cache has the folder of this version of a file; `content` is part of its name."""
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise unreadable_file(file, error) from error
+    identity = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, content, LAYOUT])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    cache = cache_folder("models")
-    target = cache / f"{file.stem}-{dtype}-{digest}"
-    if target.is_dir():
-        return target
+    return cache_folder("models") / f"{file.stem}-{content}-{digest}"
+
+
+def _write_once(file: Path, target: Path, what: str, write: Callable[[Path], None]) -> None:
+    """Let `write` make a folder, and move it to `target` when it is complete; `what` is logged."""
     require("gguf", where=str(file), fix="use the safetensors version of this model on the Hub")
-    log.info(f"converting {file.name} to {dtype} safetensors, once, in {target}")
+    log.info(what)
+    cache = target.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
         remove_abandoned(cache)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as scratch:
             folder = Path(scratch) / "model"
-            _convert(file, dtype, folder)
+            folder.mkdir()
+            write(folder)
             follow_umask(folder)
-            for read_file in (file, folder / "model.safetensors"):
+            for read_file in (file, *folder.glob(SINGLE)):
                 with open_uncached(read_file) as stream:
                     # What is not on the disk yet would stay in the page cache.
                     os.fsync(stream.fileno())
@@ -79,27 +122,21 @@ def convert_gguf(file: Path, dtype: str) -> Path:
             why=str(error),
             fix="free disk space, or set TUNESMITH_CACHE to another folder",
         ) from error
-    return target
 
 
-def _convert(file: Path, dtype: str, folder: Path) -> None:
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Let the libraries read a file silently; ModelError where they cannot."""
     from transformers.utils import logging as hf_logging
 
-    from tunesmith.model.dtypes import DTYPES
     from tunesmith.model.load import one_line
 
-    torch_dtype = DTYPES[dtype]
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
         # Hides the bars that tqdm draws.
         with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch_dtype
-            )
+            yield
     # gguf and Transformers raise many kinds for a file that is cut off or unknown to them.
     except Exception as error:
         raise ModelError(
@@ -110,22 +147,53 @@ def _convert(file: Path, dtype: str, folder: Path) -> None:
         ) from error
     finally:
         hf_logging.set_verbosity(level)
+
+
+def _convert(file: Path, dtype: str, folder: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tunesmith.model.dtypes import DTYPES
+
+    torch_dtype = DTYPES[dtype]
+    with _reading(file):
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch_dtype
+        )
     # Written file by file, not by save_pretrained: it refuses a model that was loaded from a
     # quantized file.
-    config = model.config.to_dict()
-    # The weights are plain now, and the path is of this machine.
-    for key in ("quantization_config", "_name_or_path"):
-        config.pop(key, None)
-    config["dtype"] = str(torch_dtype).removeprefix("torch.")
-    config["architectures"] = [type(model).__name__]
+    tokenizer.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    _save_config(
+        model.config,
+        folder,
+        dtype=str(torch_dtype).removeprefix("torch."),
+        architectures=[type(model).__name__],
+    )
     # named_parameters names a shared tensor once, and no buffer of these families is in a
     # checkpoint.
     state = {
         name: tensor.detach().to(torch_dtype).contiguous()
         for name, tensor in model.named_parameters()
     }
-    folder.mkdir()
+    save_file(state, folder / SINGLE, metadata={"format": "pt"})
+
+
+def _convert_without_weights(file: Path, folder: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    with _reading(file):
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    type(model.config).from_dict(config).save_pretrained(folder)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    _save_config(config, folder)
+
+
+def _save_config(config: "PretrainedConfig", folder: Path, **values: object) -> None:
+    values = {**config.to_dict(), **values}
+    # The weights are plain now, and the path is of this machine.
+    for key in ("quantization_config", "_name_or_path"):
+        values.pop(key, None)
+    type(config).from_dict(values).save_pretrained(folder)
