@@ -38,6 +38,7 @@ ENTRIES = {
     "tunesmith": "tunesmith.cli.main:main",
     "tunesmith.launch.node": "tunesmith.launch.node:run_agent",
     "torch.distributed.run": "torch.distributed.run:main",
+    "accelerate.commands.launch": "accelerate.commands.launch:main",
 }
 CLOSED = -1
 

@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import playbook
 import run_multi
 from accelerate_env import DEFAULTS, NOTHING, PREFIXES, read_launcher
 from errors import holds, lines_with
+from launch.namespaces import start_in
 from playbook import SCRIPTS
 from ranks import free_port, run_ranks
 from tunesmith.config.schema import Parallel
-from warm import Warm, fork_ranks
+from warm import Warm, fork_in_place, fork_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -544,15 +546,34 @@ def cable() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
+def start_on(node: str) -> None:
+    """`prepare` of a process on a node of the cable; what it becomes and starts is forked."""
+    start_in(node)
+    fork_in_place()
+
+
 def test_a_run_script_on_two_nodes_finds_the_other_over_the_cable(
     words: list[str], tiny: Path, tmp_path: Path, cable: tuple[str, str]
 ) -> None:
+    """What run-multi-llama_8b starts, as a test above says, in a process that is forked."""
     out = tmp_path / "run"
-    command = [FOLDER / "run-multi-llama_8b", *words, "--batch_size", "2", "--output_dir", str(out)]
+    flags = [*words, "--batch_size", "2", "--output_dir", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "NCCL_SOCKET_IFNAME": "port0"}
     nodes = [
-        start("ip", "netns", "exec", node, *command, NCCL_SOCKET_IFNAME="port0") for node in cable
+        Warm(
+            ["config_fsdp_lora.yaml", f"{LORA}.py", *flags],
+            program=FOLDER / "run_multi.py",
+            prepare=partial(start_on, node),
+            env=env,
+        )
+        for node in cable
     ]
-    said = [finish(node) for node in nodes]
+    try:
+        said = ["".join(node.communicate(TIME)) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
     assert ["--machine_rank 0" in text for text in said] == [True, False]
     assert ["--machine_rank 1" in text for text in said] == [False, True]
     assert all("--main_process_ip 10.77.0.1" in text for text in said)
