@@ -37,6 +37,7 @@ PRELOADED = [
     "packaging.requirements",
     "pydantic.dataclasses",
     "numpy.ma",
+    "peft",
     "preloaded",
 ]
 LIMIT = 300  # seconds that all ranks together may take
