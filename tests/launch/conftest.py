@@ -66,6 +66,11 @@ def slowly(self, step=None):
     progress(self, step)
 Heartbeat.progress = slowly
 """
+# Ranks are forked from their agent, which has loaded torch.
+FORKING = """
+from warm import fork_ranks
+fork_ranks()
+"""
 
 
 def available(root: Path, mib: int) -> None:

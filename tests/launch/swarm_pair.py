@@ -404,10 +404,10 @@ def own_environment(variables: dict[str, str], site: str) -> dict[str, object]:
         {"type": "bind", "source": place, "target": place, "read_only": True}
         for place in dict.fromkeys(places)
     ]
-    source = str(Path(__file__).parents[2] / "src")
+    root = Path(__file__).parents[2]
     environment = {
         "PATH": f"{sys.prefix}/bin:/usr/bin",
-        "PYTHONPATH": f"{site}:{source}",
+        "PYTHONPATH": f"{site}:{root}/src:{root}/tests",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     environment |= {"OMP_NUM_THREADS": "1", **variables}

@@ -145,6 +145,18 @@ def spaces() -> Iterator[list[str]]:
             )
 
 
+def test_ranks_get_the_words_of_the_command_and_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All users of a machine see the words of its processes."""
+    programs: list[list[str]] = []
+    monkeypatch.setattr(
+        node, "run_program", lambda args, ranks, program, out: programs.append(program)
+    )
+    monkeypatch.setenv("HF_TOKEN", "hf_CANARY0123456789")
+    words = ["eval", "runs/mine", "--json"]
+    node.run_node(node.parser().parse_args(["--ranks", "2", "--", *words]))
+    assert programs == [["-m", "tunesmith", *words]]
+
+
 def test_logs_of_one_node_and_of_one_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

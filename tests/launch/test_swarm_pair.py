@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from errors import check_shown, error_in, holds, is_at
-from launch.conftest import FED, SLOW, UNENDING, available, uninterrupted
+from launch.conftest import FED, FORKING, SLOW, UNENDING, available, uninterrupted
 from launch.swarm_pair import (
     TUNER,
     UID,
@@ -60,7 +60,7 @@ def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
             (home / "recipe.yaml").write_text(json.dumps(values))
             for folder in ("site", "site/root"):  # which the containers see as `memory` says
                 (home / folder).mkdir()
-            (home / "site/sitecustomize.py").write_text(FED + SLOW)
+            (home / "site/sitecustomize.py").write_text(FED + SLOW + FORKING)
             available(home / "site/root", 8192)
             site = f"/home/{TUNER}/site"
             more = own_environment({"FED": f"{site}/root"}, site)
