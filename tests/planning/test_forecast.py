@@ -508,14 +508,41 @@ def test_what_does_not_fit_comes_last_and_has_its_savings() -> None:
     nearest = made.ranked()[0]
     assert not nearest.fits
     assert "model.quantize=nf4" in nearest.plan.less_memory()
-    assert made.enough_machines() == Cluster(CHIPS["dgx-spark"], 2)
+    assert larger(made) == [(Cluster(CHIPS["dgx-spark"], 2), "")]
     # GPUs of one node before a second node; without a network no second one.
     full = {"adapter": {"kind": "none"}}
-    assert planner("llama3-8b", "h100", full).enough_machines() == Cluster(CHIPS["h100"], 1, 2)
-    assert planner("llama3-70b", "rtx-4090", full).enough_machines() is None
+    assert larger(planner("llama3-8b", "h100", full)) == [(Cluster(CHIPS["h100"], 1, 2), "")]
+    assert larger(planner("llama3-70b", "rtx-4090", full)) == []
     nf4 = planner("llama3-70b", "dgx-spark", {"model": {"quantize": "nf4"}}).ranked()[0]
     assert nf4.fits
     assert nf4.phases["save"] - nf4.phases["step"] == 12 * made.trained
+
+
+def larger(made: Planner) -> list[tuple[Cluster, str]]:
+    return [(enough.cluster, enough.keys) for enough in made.enough_machines()]
+
+
+def test_fewer_gpus_do_with_a_quantized_base() -> None:
+    """Of 70B eight cards of 23 GiB hold shards in bf16; no key makes it fit on one."""
+    keys = {"adapter": {"rank": 64}}
+    made = planner("llama3-70b", "rtx-4090", keys, length=400, tensor="auto")
+    assert not made.ranked()[0].plan.savings()
+    (quantized, as_it_is) = made.enough_machines()
+    assert (as_it_is.cluster, as_it_is.keys) == (read_cluster("8xrtx-4090"), "")
+    assert quantized.cluster == read_cluster("4xrtx-4090")
+    section, _, value = quantized.keys.rpartition("=")
+    assert section == "model.quantize"
+    again = planner(
+        "llama3-70b",
+        "4xrtx-4090",
+        keys | {"model": {"quantize": value}},
+        length=400,
+        tensor="auto",
+    ).ranked()[0]
+    assert again.fits
+    assert (again.phases, again.hours) == (quantized.forecast.phases, quantized.forecast.hours)
+    # A card without links to others gets no advice of several.
+    assert larger(replace(made, cluster=Cluster(Chip("other", 23.4)))) == []
 
 
 def test_without_tokens_examples_are_as_long_as_said() -> None:

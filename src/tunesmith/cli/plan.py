@@ -190,10 +190,12 @@ def _check_fits(planner: "Planner", best: "Forecast") -> None:
     """The same error that `train` would give, with what would be enough."""
     from tunesmith.planning.savings import check_memory_fits
 
-    larger = planner.enough_machines()
-    more = f"; or {larger.describe()} with the recipe as it is" if larger else ""
+    machines = []
+    for enough in planner.enough_machines():
+        keys = enough.keys or "the recipe as it is"
+        machines.append(f"{enough.cluster.describe()} with {keys}")
     where = planner.cluster.describe()
-    check_memory_fits(best.plan, planner.machine, where=where, more=more)
+    check_memory_fits(best.plan, planner.machine, where=where, machines=machines)
 
 
 def _clusters(args: argparse.Namespace) -> "list[Cluster]":

@@ -25,7 +25,7 @@ stream of the gather, and count as a part of it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -58,6 +58,8 @@ UPDATE_BYTES = 46
 # or a micro batch over that of `auto`, which knows of no link. Forecasts differ from what was
 # measured by as much.
 BETTER = 0.95
+# So many times the GPUs of a cluster are much to ask: fewer are named too, with a quantized base.
+MANY_TIMES = 4
 # How a workload describes examples of unknown length.
 FILLED = "assumed to fill data.seq_len"
 
@@ -287,6 +289,19 @@ class Forecast:
         return not self.fits, self.tight, cost
 
 
+class EnoughMachines(NamedTuple):
+    """A larger cluster on which a run fits.
+
+    Attributes:
+        keys: of the recipe that the run needs there; empty: as it is.
+        forecast: of its best mesh.
+    """
+
+    cluster: Cluster
+    keys: str
+    forecast: Forecast
+
+
 def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> "Planner":
     """The planner for machines that are not here.
 
@@ -482,7 +497,7 @@ class Planner:
             previous_micro_batch=self.previous_micro_batch,
             mesh=mesh,
         )
-        plan = replace(plan, savings=partial(self._savings, plan))
+        plan = replace(plan, savings=cache(partial(self._savings, plan)))
         if work.whole > 1:
             reason = f"attention sees both answers whole; {1 - 1 / work.whole:.0%} fewer tokens"
             plan = replace(plan, prompts="once a pair", why={**plan.why, "prompts": reason})
@@ -547,15 +562,24 @@ class Planner:
         """What `model.quantize=fp8` makes of LoRA on a bf16 base, if the chip has fp8 matmuls and
         the run fits.
         """
-        model = self.run.model
-        if not self.trains_adapter or model.dtype != "bf16" or not self.cluster.chip.fp8:
+        planner = self._with_quantize("fp8")
+        if planner is None:
             return None
-        if scheme_of(model, self.spec.quantized) is not DENSE:
-            return None
-        run = replace(self.run, model=replace(model, quantize="fp8"))
-        machine = replace(self.machine, scaling=("fp8", "assumed"))
-        best = replace(self, run=run, machine=machine).ranked()[0]
+        best = planner.ranked()[0]
         return best if best.fits else None
+
+    def _with_quantize(self, quantize: Literal["fp8", "nf4"]) -> "Planner | None":
+        """The planner of LoRA with its dense base in fp8 or nf4; None where that cannot be had."""
+        model = self.run.model
+        if not self.trains_adapter or scheme_of(model, self.spec.quantized) is not DENSE:
+            return None
+        machine = self.machine
+        if quantize == "fp8":
+            if model.dtype != "bf16" or not self.cluster.chip.fp8:
+                return None
+            machine = replace(machine, scaling=("fp8", "assumed"))
+        run = replace(self.run, model=replace(model, quantize=quantize))
+        return replace(self, run=run, machine=machine)
 
     def with_least_memory(self, forecast: Forecast) -> Forecast | None:
         """The same run in the least memory without another result: the smallest micro batch, all
@@ -855,11 +879,45 @@ class Planner:
                 sent["network"] += collective.times * collective.sent / inside
         return sent
 
-    def enough_machines(self) -> Cluster | None:
-        """The smallest of some larger clusters on which the recipe fits; None where none does.
+    def enough_machines(self) -> list[EnoughMachines]:
+        """The smallest of some larger clusters on which the recipe fits, if one is large enough.
 
-        First up to eight GPUs in a node, then more nodes.
+        Before it one of fewer GPUs on which it fits with a quantized base, if the recipe as it is
+        takes many times the GPUs, or if no keys make it fit on these.
         """
+        as_it_is = self._larger_cluster("")
+        if as_it_is is not None:
+            is_near = as_it_is.cluster.world <= MANY_TIMES * self.cluster.world
+            if is_near and self.ranked()[0].plan.savings():
+                return [as_it_is]
+        quantized = self._enough_quantized()
+        if as_it_is is None:
+            return [quantized] if quantized else []
+        if quantized is None or quantized.cluster.world >= as_it_is.cluster.world:
+            return [as_it_is]
+        return [quantized, as_it_is]
+
+    def _enough_quantized(self) -> EnoughMachines | None:
+        """The fewest GPUs on which the run fits with its base in fp8 or nf4; None if it does on
+        these.
+        """
+        choices = []
+        quantizations: tuple[Literal["fp8", "nf4"], ...] = ("fp8", "nf4")
+        for quantize in quantizations:
+            planner = self._with_quantize(quantize)
+            if planner is None:
+                continue
+            if planner.ranked()[0].fits:
+                return None
+            choice = planner._larger_cluster(f"model.quantize={quantize}")
+            if choice is not None:
+                choices.append(choice)
+        return min(
+            choices, key=lambda choice: (choice.cluster.world, choice.forecast.order), default=None
+        )
+
+    def _larger_cluster(self, keys: str) -> EnoughMachines | None:
+        """The first that is enough: up to eight GPUs in a node, then more nodes."""
         chip = self.cluster.chip
         larger = []
         if chip.link and not chip.integrated:
@@ -871,6 +929,7 @@ class Planner:
             for times in (2, 4, 8, 16, 32):
                 larger.append(replace(largest, nodes=largest.nodes * times))
         for cluster in larger:
-            if replace(self, cluster=cluster).ranked()[0].fits:
-                return cluster
+            best = replace(self, cluster=cluster).ranked()[0]
+            if best.fits:
+                return EnoughMachines(cluster, keys, best)
         return None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -179,11 +179,10 @@ def resolve_plan(
 
     check_offload(run, machine, mesh)
     plan = plan_of(run)
-    # Less than a tenth would not be worth a change.
-    below = min(int(plan.memory.free * usable_share(machine.device)), plan.memory.total * 9 // 10)
-    return replace(
-        plan, savings=partial(find_savings, run, plan, plan_of, below=below, longest=longest)
-    )
+    below = int(plan.memory.free * usable_share(machine.device))
+    savings = partial(find_savings, run, plan, machine, plan_of, below=below, longest=longest)
+    # Searched for once, and only where a run does not fit.
+    return replace(plan, savings=cache(savings))
 
 
 def most_tokens(spec: ModelSpec, device: str) -> int:

@@ -262,24 +262,28 @@ class RunPlan:
             choices["cpu offload"] = ", ".join(self.cpu_offload)
         return choices
 
-    def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:
+    def less_memory(
+        self, *, resumed: bool = False, recompute: bool = True, machines: Sequence[str] = ()
+    ) -> str:
         """The advice for a run that does not fit.
 
         Args:
             resumed: it has a checkpoint.
             recompute: that may help.
+            machines: on which it fits.
         """
         savings = []
         for saving in self.savings():
             if recompute or not saving.keys.startswith("train.recompute"):
                 savings.append(saving)
-        if not savings:
+        if not savings and not machines:
             return "a smaller model, or a device with more memory"
         resumable = [saving for saving in savings if saving.resumes]
         if resumed and resumable:
             savings = resumable
         # As all choices of a fix, so that each gets a line of its own where they are long.
-        keys = "; or ".join(f"{saving.keys} ({saving.total / 2**30:.1f} GiB)" for saving in savings)
+        choices = [f"{saving.keys} ({saving.total / 2**30:.1f} GiB)" for saving in savings]
+        keys = "; or ".join([*choices, *machines])
         return f"{keys} with --fresh" if resumed and not resumable else keys
 
     def describe(self, *, why: bool = False) -> list[str]:

@@ -5,8 +5,8 @@ And the checks of a plan against the memory of its machine.
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tunesmith.config.check import check_run
@@ -31,58 +31,119 @@ Keys = dict[str, Any]  # dotted recipe keys and their new values
 
 
 def find_savings(
-    run: Run, plan: RunPlan, plan_of: Callable[[Run], RunPlan], *, below: int, longest: int
+    run: Run,
+    plan: RunPlan,
+    machine: Machine,
+    plan_of: Callable[[Run], RunPlan],
+    *,
+    below: int,
+    longest: int,
 ) -> tuple[Saving, ...]:
     """Changes that bring a run below so many bytes, in the order in which a user would try them.
 
     Of each kind the smallest. Where none does alone, the first two or three that do together stand
-    in their place; training an adapter comes last.
+    in their place; training an adapter comes last. Where nothing brings it below, what just fits is
+    enough.
 
     Args:
         plan_of: plans a changed recipe; what the recipe's rules refuse is left out.
         longest: tokens of the longest example.
     """
+    # Less than a tenth would not be worth a change.
+    worth = plan.memory.total * 9 // 10
 
-    def smallest(*kinds: list[Keys]) -> Saving | None:
+    def is_below(changed: RunPlan) -> bool:
+        return changed.memory.total <= min(below, worth)
+
+    def just_fits(changed: RunPlan) -> bool:
+        return changed.memory.total <= worth and _fits(changed, machine)
+
+    kinds = _changes(run, plan, longest)
+    changed_runs = _ChangedRuns(run, machine, plan_of)
+    savings = changed_runs.find_savings(kinds, is_below)
+    return savings or changed_runs.find_savings(kinds, just_fits)
+
+
+@dataclass
+class _ChangedRuns:
+    """A recipe with some of its keys changed, each change planned once.
+
+    Attributes:
+        plans: of the changes, by their keys; None: the recipe's rules refuse it.
+    """
+
+    run: Run
+    machine: Machine
+    plan_of: Callable[[Run], RunPlan]
+    plans: dict[str, tuple[Run, RunPlan] | None] = field(default_factory=dict)
+
+    def find_savings(
+        self, kinds: Sequence[Sequence[Keys]], is_enough: Callable[[RunPlan], bool]
+    ) -> tuple[Saving, ...]:
+        """As the function; the last of `kinds` trains an adapter."""
+        *kinds, adapter = kinds
+        savings = []
+        for kind in kinds:
+            saving = self.smallest([kind], is_enough)
+            if saving is not None:
+                savings.append(saving)
+        as_adapter = self.smallest([adapter], is_enough)
+        if not savings:
+            if as_adapter is None:
+                kinds.append(adapter)
+            pairs = itertools.combinations(kinds, 2)
+            triples = itertools.combinations(kinds, 3)
+            for several in itertools.chain(pairs, triples):
+                saving = self.smallest(several, is_enough)
+                if saving is not None:
+                    savings.append(saving)
+                    break
+        if as_adapter is not None:
+            savings.append(as_adapter)
+        return tuple(savings)
+
+    def smallest(
+        self, kinds: Sequence[Sequence[Keys]], is_enough: Callable[[RunPlan], bool]
+    ) -> Saving | None:
         """The first change that is enough, of one change of each kind."""
         for parts in itertools.product(*kinds):
-            changed = run
+            planned = self._plan(parts)
+            if planned is not None and is_enough(planned[1]):
+                return _saving(self.run, *planned, self.machine)
+        return None
+
+    def _plan(self, parts: Sequence[Keys]) -> tuple[Run, RunPlan] | None:
+        words = repr(parts)
+        if words not in self.plans:
+            changed = self.run
             for keys in parts:
                 changed = _with_keys(changed, keys)
             try:
                 check_run(changed, lambda key: "")
             except UsageError:
-                continue
-            total = plan_of(changed).memory.total
-            if total <= below:
-                return _saving(run, changed, total)
-        return None
-
-    *kinds, adapter = _changes(run, plan, longest)
-    savings = list(filter(None, map(smallest, kinds)))
-    as_adapter = smallest(adapter)
-    if not savings:
-        if as_adapter is None:
-            kinds.append(adapter)
-        pairs = itertools.combinations(kinds, 2)
-        triples = itertools.combinations(kinds, 3)
-        for several in itertools.chain(pairs, triples):
-            saving = smallest(*several)
-            if saving is not None:
-                savings.append(saving)
-                break
-    if as_adapter is not None:
-        savings.append(as_adapter)
-    return tuple(savings)
+                self.plans[words] = None
+            else:
+                self.plans[words] = (changed, self.plan_of(changed))
+        return self.plans[words]
 
 
-def _saving(run: Run, changed: Run, total: int) -> Saving:
+def _saving(run: Run, changed: Run, plan: RunPlan, machine: Machine) -> Saving:
     changes = differences(run, changed)
     words = []
     for change in changes:
         value = change.new if isinstance(change.new, str) else json.dumps(change.new)
         words.append(f"{change.key}={shell_word(value)}")
-    return Saving(" ".join(words), total, resumes=all(change.allowed for change in changes))
+    resumes = all(change.allowed for change in changes)
+    return Saving(" ".join(words), bytes_of_run(plan, machine), resumes)
+
+
+def bytes_of_run(plan: RunPlan, machine: Machine) -> int:
+    """What a run takes: without an adapter's copies where its checkpoint waits for want of room."""
+    needed, there = memory_needs(plan, machine)
+    total = plan.memory.total
+    if plan.device.startswith("cuda") and total > there:
+        return needed
+    return total
 
 
 def _changes(run: Run, plan: RunPlan, longest: int) -> list[list[Keys]]:
@@ -136,18 +197,22 @@ def _with_keys(run: Run, keys: Keys) -> Run:
 
 
 def check_memory_fits(
-    plan: RunPlan, machine: Machine, *, resumed: bool = False, where: str = "", more: str = ""
+    plan: RunPlan,
+    machine: Machine,
+    *,
+    resumed: bool = False,
+    where: str = "",
+    machines: Sequence[str] = (),
 ) -> None:
     """MachineError where a plan needs more memory than there is.
 
     Args:
         where: names machines that are not here, in place of the plan's device.
-        more: advice beside the keys that save memory.
+        machines: on which the run fits.
     """
-    needed, there = memory_needs(plan, machine)
-    # Of some machines the memory is unknown.
-    if not there or needed <= there:
+    if not _exceeds(plan, machine):
         return
+    needed, there = memory_needs(plan, machine)
     layout = f"micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
     if plan.mesh.world > 1:
         layout = f"{plan.mesh.describe()}, {layout}"
@@ -161,18 +226,16 @@ def check_memory_fits(
         f"{there / 2**30:.1f} GiB can be used",
         where=where,
         why=f"{plan.memory.describe()}; {layout}",
-        fix=_ways_to_fit(plan, machine, resumed=resumed) + more,
+        fix=_ways_to_fit(plan, machine, resumed=resumed, machines=machines),
     )
 
 
 def warn_of_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -> RunPlan:
     """The plan of a run on a CPU, with a warning where it may need more than can be had now."""
-    if machine.device != "cpu" or not machine.card_bytes:
+    if not _may_overrun(plan, machine):
         return plan
     needed = plan.memory.total - plan.memory.copies
     there = machine.free_bytes
-    if needed <= there * USABLE_ON_CPU:
-        return plan
     place = ""
     if machine.limit and machine.limit.name:
         place = f" ({machine.limit.describe()})"
@@ -184,9 +247,30 @@ def warn_of_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -
     return replace(plan, warnings=(*plan.warnings, warning))
 
 
-def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
+def _fits(plan: RunPlan, machine: Machine) -> bool:
+    """Whether `train` takes a plan without an error, and without a warning."""
+    return not _exceeds(plan, machine) and not _may_overrun(plan, machine)
+
+
+def _exceeds(plan: RunPlan, machine: Machine) -> bool:
+    needed, there = memory_needs(plan, machine)
+    # Of some machines the memory is unknown.
+    return bool(there) and needed > there
+
+
+def _may_overrun(plan: RunPlan, machine: Machine) -> bool:
+    """Whether a run on a CPU may need more than can be had now."""
+    if machine.device != "cpu" or not machine.card_bytes:
+        return False
+    needed = plan.memory.total - plan.memory.copies
+    return needed > machine.free_bytes * USABLE_ON_CPU
+
+
+def _ways_to_fit(
+    plan: RunPlan, machine: Machine, *, resumed: bool, machines: Sequence[str] = ()
+) -> str:
     """Keys with which the run needs less, and how to raise the limit that it does not fit into."""
-    keys = plan.less_memory(resumed=resumed)
+    keys = plan.less_memory(resumed=resumed, machines=machines)
     if machine.limit is None:
         return keys
     # Of what the limit allows a part is planned with, so more than the estimate must be there.
