@@ -253,6 +253,27 @@ def test_several_machines_are_compared_in_one_table(
     assert lines_with(shown, "fix", "model.quantize=nf4")
 
 
+def test_a_fix_has_the_time_that_its_own_plan_has(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    words = ["plan", str(llama), "--length", "400"]
+    assert main([*words, "--on", "h200", "--on", "2x8xh100"]) == 0
+    compared = capsys.readouterr().out
+    assert main([*words, "--on", "h200"]) == 2
+    alone = capsys.readouterr().err
+    plans = {
+        "model.quantize=nf4": ["--on", "h200", "model.quantize=nf4"],
+        "2 x NVIDIA H200": ["--on", "2xh200"],
+        "2x8xh100: model.quantize=fp8": ["--on", "2x8xh100", "model.quantize=fp8"],
+    }
+    for keys, machine in plans.items():
+        assert main([*words, *machine]) == 0
+        (duration,) = re.findall(r"run's steps: ([^;]+);", capsys.readouterr().out)
+        assert lines_with(compared, keys, duration)
+        assert keys.startswith("2x8x") or lines_with(alone, keys, duration)
+
+
 def test_several_machines_as_json_are_a_list_of_their_plans(
     llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

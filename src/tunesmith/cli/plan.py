@@ -72,6 +72,9 @@ MESH_TEXT = (
     "(a way to divide the GPUs is a mesh: copies of the model x shards of its layers x parts of "
     "each matrix; idle: the share of GPUs that a step has too few examples for)"
 )
+# Keys with which a run may be faster.
+TENSOR_KEY = "parallel.tensor=auto"
+FP8_KEY = "model.quantize=fp8"
 # Meshes that are shown without --all.
 SHOWN = 3
 # Parts of a step that take a smaller share of it are not shown.
@@ -193,7 +196,9 @@ def _check_fits(planner: "Planner", best: "Forecast") -> None:
     machines = []
     for enough in planner.enough_machines():
         keys = enough.keys or "the recipe as it is"
-        machines.append(f"{enough.cluster.describe()} with {keys}")
+        hours = enough.forecast.hours
+        duration = f" ({_time_text(hours)})" if hours else ""
+        machines.append(f"{enough.cluster.describe()} with {keys}{duration}")
     where = planner.cluster.describe()
     check_memory_fits(best.plan, planner.machine, where=where, machines=machines)
 
@@ -281,10 +286,25 @@ def _compared_lines(plans: Sequence[ComparedPlan]) -> list[str]:
     if any(plan.error is None and not plan.forecasts[0].hours for plan in plans):
         lines.append(f"time: unknown without the number of rows and a speed: {ROWS_FIX}")
     for plan in plans:
+        lines += _compared_faster(plan)
+    for plan in plans:
         if plan.error is not None:
             lines.append(f"{plan.on}: {plan.error.what}")
             for choice in plan.error.fix.split("; or "):
                 lines.append(f"  fix: {choice}")
+    return lines
+
+
+def _compared_faster(compared: ComparedPlan) -> list[str]:
+    """A line for each key with which the run is faster on one machine of several."""
+    if compared.planner is None or compared.error is not None:
+        return []
+    lines = []
+    for keys, faster in _faster_keys(compared.planner, compared.forecasts[0]):
+        duration = f"{_step_text(faster.step_seconds or 0)} s a step"
+        if faster.hours:
+            duration = _time_text(faster.hours)
+        lines.append(f"{compared.on}: {keys} is faster: {duration}")
     return lines
 
 
@@ -666,11 +686,12 @@ def _details(
     if warning:
         lines.append(warning)
     lines += _hours(planner, best, price)
-    cut = planner.with_tensor()
-    if cut and (cut.step_seconds or 0) < BETTER * step_seconds:
-        shape = f"{cut.plan.mesh.describe()}, {_step_text(cut.step_seconds or 0)} s a step"
-        lines.append(f"parallel.tensor=auto is faster: {shape}")
-    lines += _faster_in_fp8(planner, best)
+    for keys, faster in _faster_keys(planner, best):
+        seconds = f"{_step_text(faster.step_seconds or 0)} s a step"
+        beside = f"{faster.plan.mesh.describe()}, {seconds}"
+        if keys == FP8_KEY:
+            beside = f"{seconds}, with a loss that differs a little: see docs/choosing.md"
+        lines.append(f"{keys} is faster: {beside}")
     if planner.cluster.world > 1:
         lines.append(f"`train` takes the first by itself; a recipe fixes it with {best.keys}")
     return lines
@@ -688,20 +709,18 @@ def _least_memory(planner: "Planner", best: "Forecast") -> list[str]:
     ]
 
 
-def _faster_in_fp8(planner: "Planner", best: "Forecast") -> list[str]:
-    """That a base in fp8 would be faster, where it is by more than a forecast's error."""
+def _faster_keys(planner: "Planner", best: "Forecast") -> "list[tuple[str, Forecast]]":
+    """Keys with which a run that fits is faster by more than a forecast's error."""
     from tunesmith.planning.forecast import BETTER
 
-    in_fp8 = planner.with_fp8()
-    if in_fp8 is None or not (best.fits and in_fp8.step_seconds and best.step_seconds):
-        return []
-    if in_fp8.step_seconds >= BETTER * best.step_seconds:
-        return []
-    seconds = _step_text(in_fp8.step_seconds)
-    return [
-        f"model.quantize=fp8 is faster: {seconds} s a step, with a loss that differs a little: see "
-        "docs/choosing.md"
-    ]
+    choices = [(TENSOR_KEY, planner.with_tensor()), (FP8_KEY, planner.with_fp8())]
+    faster = []
+    for keys, choice in choices:
+        if choice is None or not (choice.step_seconds and best.step_seconds):
+            continue
+        if choice.step_seconds < BETTER * best.step_seconds:
+            faster.append((keys, choice))
+    return faster
 
 
 def _describe_step(forecast: "Forecast", step_seconds: float) -> list[str]:

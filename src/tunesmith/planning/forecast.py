@@ -606,13 +606,33 @@ class Planner:
         first = []
         with_tensor = self.with_tensor()
         if with_tensor:
-            total = with_tensor.plan.memory.total
-            first.append(Saving("parallel.tensor=auto", total, resumes=True))
+            total = savings.bytes_of_run(with_tensor.plan, self.machine)
+            saving = Saving("parallel.tensor=auto", total, resumes=True, hours=with_tensor.hours)
+            first.append(saving)
         with_fp8 = self.with_fp8()
         if with_fp8:
-            total = with_fp8.plan.memory.total
-            first.append(Saving("model.quantize=fp8", total, resumes=False))
-        return (*first, *plan.savings())
+            total = savings.bytes_of_run(with_fp8.plan, self.machine)
+            saving = Saving("model.quantize=fp8", total, resumes=False, hours=with_fp8.hours)
+            first.append(saving)
+        return (*first, *map(self._with_hours, plan.savings()))
+
+    def _with_hours(self, saving: Saving) -> Saving:
+        """A saving with the hours of its run, and what its fastest mesh needs, where a step has the
+        same tokens and operations.
+        """
+        run = self.run
+        changed = saving.run
+        if changed is None or not self.cluster.chip.tflops:
+            return saving
+        if (changed.data, changed.adapter) != (run.data, run.adapter):
+            return saving
+        if changed.train.global_batch != run.train.global_batch:
+            return saving
+        best = replace(self, run=changed).ranked()[0]
+        if not best.fits:
+            return saving
+        total = savings.bytes_of_run(best.plan, self.machine)
+        return saving._replace(total=total, hours=best.hours)
 
     def _phase_bytes(self, plan: RunPlan) -> dict[str, int]:
         memory = plan.memory

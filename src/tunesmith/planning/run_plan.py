@@ -14,7 +14,7 @@ from tunesmith.config.schema import PAIR_METHODS, Run
 from tunesmith.errors import RecipeError
 from tunesmith.host.memory import MemoryLimit
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
-from tunesmith.units import Size, ceil_div
+from tunesmith.units import Size, ceil_div, format_seconds
 
 
 class Reference(NamedTuple):
@@ -189,11 +189,22 @@ class Saving(NamedTuple):
         keys: as words of the command line.
         total: bytes that the run then needs.
         resumes: whether a run that is resumed may change them.
+        run: the changed recipe.
+        hours: of all its steps; None where not known.
     """
 
     keys: str
     total: int
     resumes: bool
+    run: Run | None = None
+    hours: float | None = None
+
+    def describe(self) -> str:
+        """`model.quantize=nf4 (45.1 GiB, 2:05 h)`."""
+        size = f"{self.total / 2**30:.1f} GiB"
+        if self.hours:
+            size += f", {format_seconds(3600 * self.hours)}"
+        return f"{self.keys} ({size})"
 
 
 @dataclass(frozen=True)
@@ -282,7 +293,7 @@ class RunPlan:
         if resumed and resumable:
             savings = resumable
         # As all choices of a fix, so that each gets a line of its own where they are long.
-        choices = [f"{saving.keys} ({saving.total / 2**30:.1f} GiB)" for saving in savings]
+        choices = [saving.describe() for saving in savings]
         keys = "; or ".join([*choices, *machines])
         return f"{keys} with --fresh" if resumed and not resumable else keys
 

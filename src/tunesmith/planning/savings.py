@@ -49,8 +49,10 @@ def find_savings(
         plan_of: plans a changed recipe; what the recipe's rules refuse is left out.
         longest: tokens of the longest example.
     """
-    # Less than a tenth would not be worth a change.
-    worth = plan.memory.total * 9 // 10
+    worth = plan.memory.total
+    # Of a run that may fit, less than a tenth would not be worth a change.
+    if not _exceeds(plan, machine):
+        worth = worth * 9 // 10
 
     def is_below(changed: RunPlan) -> bool:
         return changed.memory.total <= min(below, worth)
@@ -134,7 +136,7 @@ def _saving(run: Run, changed: Run, plan: RunPlan, machine: Machine) -> Saving:
         value = change.new if isinstance(change.new, str) else json.dumps(change.new)
         words.append(f"{change.key}={shell_word(value)}")
     resumes = all(change.allowed for change in changes)
-    return Saving(" ".join(words), bytes_of_run(plan, machine), resumes)
+    return Saving(" ".join(words), bytes_of_run(plan, machine), resumes, changed)
 
 
 def bytes_of_run(plan: RunPlan, machine: Machine) -> int:
