@@ -574,6 +574,14 @@ def test_a_forecast_needs_no_transformers() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_bytes_that_are_loaded_are_those_on_the_disk() -> None:
+    for quantize in ("none", "fp8", "nf4"):
+        made = planner("llama3-70b", "h200", {"model": {"quantize": quantize}})
+        assert made.stored_bytes() == 2 * P
+    codes = replace(made, spec=replace(made.spec, quantized="fp8"))
+    assert P < codes.stored_bytes() < 1.05 * P + 2 * TABLE
+
+
 def test_the_lengths_of_real_examples_count() -> None:
     from types import SimpleNamespace
 

@@ -447,6 +447,8 @@ def test_a_file_that_is_missing_is_named_and_its_rows_can_be_given(
     assert lines_with(shown.err, "--rows", llama.parent / "rows.jsonl")
     assert lines_with(shown.out, "examples:", "1,000 rows (--rows)", "500 tokens", "40 steps")
     assert re.search(r"steps: .*, [\d.,]+ USD", shown.out)
+    assert main([*words, "--length", "500", "data.hold_out=10 %"]) == 0
+    assert lines_with(capsys.readouterr().out, "1,000 rows (--rows)", 100)
     assert main([*words, "data.hold_out=10 %", "--json"]) == 0
     work = json.loads(capsys.readouterr().out)["work"]
     assert (work["longest"], work["steps"]) == (2048, 36)
@@ -484,7 +486,7 @@ def test_a_model_and_rows_are_planned_without_the_hub(
     assert main([*words, "--rows", "12000"]) == 0
     shown = capsys.readouterr()
     assert lines_with(shown.err, "data.hold_out='500 examples'", "'2 epochs'", "'64 examples'")
-    assert lines_with(shown.out, "examples:", "11,500 rows (--rows)", "100 tokens")
+    assert lines_with(shown.out, "examples:", "12,000 rows (--rows)", 500, "100 tokens")
     assert main(["plan", "--on", "h100", "--model", name]) == 2
     check_shown(capsys.readouterr().err, where="command line", names=["--data"])
 

@@ -285,6 +285,11 @@ def _compared_lines(plans: Sequence[ComparedPlan]) -> list[str]:
     lines.append("time and USD are those of the run's steps; --on of one machine shows its plan")
     if any(plan.error is None and not plan.forecasts[0].hours for plan in plans):
         lines.append(f"time: unknown without the number of rows and a speed: {ROWS_FIX}")
+    # They are those of the recipe, the same on all machines that have fp8.
+    warnings = [
+        line for plan in plans for best in plan.forecasts[:1] for line in best.plan.warnings
+    ]
+    lines += dict.fromkeys(warnings)
     for plan in plans:
         lines += _compared_faster(plan)
     for plan in plans:
@@ -419,11 +424,14 @@ def _work_of(
         length = round(tokens.lengths.mean())
     length = length or examined_length
     counted = 0
+    is_estimated = False
     if not rows or not length:
         counted, counted_length = _count_rows(recipe, is_needed=rows is None)
-        length = length or counted_length or None
+        if counted_length and not length:
+            length = counted_length
+            is_estimated = True
     if rows is None:
-        return measure_work(recipe, spec, None, length, rows=counted)
+        return measure_work(recipe, spec, None, length, rows=counted, is_estimated=is_estimated)
     missing = [source.source for source in recipe.data.train if _is_missing(source.source)]
     if missing:
         log.info(f"the number of rows is that of --rows: {', '.join(missing)} does not exist here")
@@ -432,9 +440,19 @@ def _work_of(
             f"the number of rows is that of --rows; their length is that of the {counted:,} in "
             "data.train"
         )
+    held_out = 0
     if recipe.data.hold_out is not None:
-        rows -= count_held_out(recipe.data.hold_out, rows)
-    return measure_work(recipe, spec, None, length, rows=rows, is_assumed=True)
+        held_out = count_held_out(recipe.data.hold_out, rows)
+    return measure_work(
+        recipe,
+        spec,
+        None,
+        length,
+        rows=rows - held_out,
+        held_out=held_out,
+        is_assumed=True,
+        is_estimated=is_estimated,
+    )
 
 
 def _is_missing(source: str) -> bool:
@@ -576,6 +594,7 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
     if scheme_of(planner.run.model).has_fp8_matmuls and best.base != "fp8":
         what = f"the base stays in {best.base}: {best.why['base']}"
         lines.append(f"warning: {what}; to save memory: model.quantize=nf4")
+    lines += best.warnings
     return lines
 
 
@@ -685,7 +704,7 @@ def _details(
     warning = planner.warn_of_exposed_gathers(best)
     if warning:
         lines.append(warning)
-    lines += _hours(planner, best, price)
+    lines += _hours(planner, best, price, checkpoint_size=size)
     for keys, faster in _faster_keys(planner, best):
         seconds = f"{_step_text(faster.step_seconds or 0)} s a step"
         beside = f"{faster.plan.mesh.describe()}, {seconds}"
@@ -744,7 +763,9 @@ def _time_text(hours: float) -> str:
     return format_seconds(seconds) if seconds >= 1 else "under 1 s"
 
 
-def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[str]:
+def _hours(
+    planner: "Planner", best: "Forecast", price: float | None, *, checkpoint_size: int
+) -> list[str]:
     """How long the run takes and what it costs, or a part of it where the whole is not known."""
     from tunesmith.planning.forecast import FILLED
 
@@ -753,7 +774,10 @@ def _hours(planner: "Planner", best: "Forecast", price: float | None) -> list[st
         duration = _time_text(best.hours)
         dollars = _cost(planner, best, price) if price else None
         cost = f", {_dollars_text(dollars)} USD" if dollars else ""
-        beside = "loading, compilation, validation and checkpoints come on top"
+        beside = (
+            f"loading {size_text(planner.stored_bytes())}, compilation, validation and checkpoints "
+            f"of {size_text(checkpoint_size)} come on top"
+        )
         if FILLED in planner.work.source:
             beside += "; less with --length TOKENS, if the examples are shorter than assumed"
         return [f"the run's steps: {duration}{cost}; {beside}"]

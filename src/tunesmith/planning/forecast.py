@@ -35,6 +35,7 @@ from tunesmith.data.schedule import BatchSchedule, StepSize
 from tunesmith.data.tokens import TokenSet
 from tunesmith.model.documents import count_saved_probabilities
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.shipped import AS_SHIPPED
 from tunesmith.model.spec import Layer, ModelSpec, flops
 from tunesmith.parallel.mesh import meshes_for
 from tunesmith.parallel.mesh_shape import MeshShape
@@ -144,15 +145,21 @@ class StepTime(NamedTuple):
     hides_from: int
 
 
-def _describe_assumed(run: Run, rows: int, length: int | None, *, is_assumed: bool) -> str:
-    """What is assumed of examples that no token cache holds; `rows` is 0 where unknown."""
-    counted = count_of(rows, "row") if rows else "unknown"
+def _describe_assumed(
+    run: Run, rows: int, length: int | None, *, held_out: int, is_assumed: bool, is_estimated: bool
+) -> str:
+    """What is assumed of examples that no token cache has; `rows` is 0 where unknown."""
+    counted = count_of(rows + held_out, "row") if rows else "unknown"
     if is_assumed:
         counted += " (--rows)"
+    if held_out:
+        counted += f", {held_out:,} of them held out"
     sequences = run.row_tokens // run.data.seq_len
     each = f"{FILLED}, {run.data.seq_len:,} tokens each"
     if length:
         each = f"about {length:,} tokens each"
+        if is_estimated:
+            each += " (estimated from characters)"
     elif sequences > 1:
         each = f"{FILLED}, {sequences} x {run.data.seq_len:,} tokens each"
     return f"{counted}, {each}, all counted as supervised"
@@ -166,12 +173,18 @@ def measure_work(
     schedule: BatchSchedule | None = None,
     *,
     rows: int = 0,
+    held_out: int = 0,
     is_assumed: bool = False,
+    is_estimated: bool = False,
 ) -> Workload:
     """From the recipe's tokens.
 
     Without them every example has `length` tokens, or fills `data.seq_len`; there are `rows` of
-    them, if that is known. `is_assumed`: they were not counted, `--rows` says so.
+    them, if that is known, beside those that are `held_out`.
+
+    Args:
+        is_assumed: the rows were not counted, `--rows` says so.
+        is_estimated: `length` is, from the characters of rows.
     """
     steps = None
     shared = np.zeros(1, np.int64)
@@ -190,7 +203,14 @@ def measure_work(
         lengths = np.array([supervised])
         documents = np.repeat(supervised // sequences, sequences)
         step, steps = _steps_of_equal_rows(run, rows, supervised)
-        source = _describe_assumed(run, rows, supervised if length else None, is_assumed=is_assumed)
+        source = _describe_assumed(
+            run,
+            rows,
+            supervised if length else None,
+            held_out=held_out,
+            is_assumed=is_assumed,
+            is_estimated=is_estimated,
+        )
     trained: Literal["full", "lora"] = "full"
     adapter_weights = 0
     if run.adapter.kind == "lora":
@@ -546,6 +566,17 @@ class Planner:
         if not any(layer.expert_count for layer in self.spec.layers):
             del sizes["experts"]
         return sizes
+
+    def stored_bytes(self) -> int:
+        """What is read to load the base: codes where it ships in them, else 16 bits a weight."""
+        quantize: Literal["none", "nf4", "as-shipped"] = "none"
+        if self.spec.quantized == "bnb-nf4":
+            quantize = "nf4"
+        elif self.spec.quantized:
+            quantize = AS_SHIPPED
+        run = replace(self.run, model=replace(self.run.model, quantize=quantize))
+        estimator = resolve.MemoryEstimator(run, self.spec, self.machine, self.trained)
+        return sum(estimator.weights(2))
 
     def with_tensor(self) -> Forecast | None:
         """What `parallel.tensor=auto` makes of the run, if the recipe keeps to 1 and it fits."""
