@@ -576,6 +576,16 @@ def test_a_base_in_fp8_on_a_gpu_without_fp8_is_planned_in_bf16(
     assert [line for line in shown[1] if line not in warnings] == shown[0]
 
 
+def test_experts_that_fp8_leaves_dense_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """A base that ships them in codes would take three times the memory."""
+    words = ["plan", "gpt-oss-20b-lora", "--on", "h100"]
+    for machines in (words, [*words, "--on", "h200"]):
+        assert main([*machines, "model.quantize=fp8"]) == 0
+        assert lines_with(capsys.readouterr().out, "warning", "MXFP4", "41.2", "13.8 GB")
+    assert main(words) == 0
+    assert not lines_with(capsys.readouterr().out, "warning")
+
+
 def test_what_does_not_fit_ends_with_2_and_what_to_change(
     llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,16 @@ def test_nothing_is_offered_where_nothing_helps(recipe: Path, shape: str, gib: f
     assert "=" not in refused.value.fix
 
 
+def test_a_base_that_does_not_fit_in_bf16_names_why_it_is_not_in_fp8(recipe: Path) -> None:
+    """As `train` loads it after fp8 was tried and rejected."""
+    run = load_recipe(recipe, {"model.quantize": "fp8"})
+    rejected = (None, "fp8 was tried and rejected")
+    with refuses(MachineError, names=[*NEEDS, rejected[1]]) as refused:
+        plan_of(run, "llama3-8b", 16, scaling=rejected)
+    assert "model.quantize=nf4" in refused.value.fix
+    assert plan_of(run, "llama3-8b", 16, scaling=("fp8", "")).base == "fp8"
+
+
 def test_what_just_fits_is_offered_where_nothing_leaves_room(recipe: Path) -> None:
     """The bytes are those of `train`: a checkpoint waits where its copies have no room."""
     gib = 7

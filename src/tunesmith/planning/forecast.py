@@ -148,7 +148,7 @@ class StepTime(NamedTuple):
 def _describe_assumed(
     run: Run, rows: int, length: int | None, *, held_out: int, is_assumed: bool, is_estimated: bool
 ) -> str:
-    """What is assumed of examples that no token cache has; `rows` is 0 where unknown."""
+    """What is assumed of examples that no token cache holds; `rows` is 0 where unknown."""
     counted = count_of(rows + held_out, "row") if rows else "unknown"
     if is_assumed:
         counted += " (--rows)"

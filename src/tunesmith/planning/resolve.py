@@ -28,6 +28,7 @@ from tunesmith.loss import card_bytes, chunk_size
 from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.shipped import AS_SHIPPED, KEEPABLE
 from tunesmith.model.spec import Layer, ModelSpec
 from tunesmith.model.stored_form import bytes_aside
 from tunesmith.optim.adamw import HALF, checkpoint_bytes_per_parameter, state_bytes_per_parameter
@@ -490,10 +491,35 @@ class MemoryEstimator:
             recomputed_layers=memory.recomputed_layers,
             fp32_gradients=self.fp32_gradients,
             cpu_offload=self.moved,
+            warnings=self._describe_dense_experts(),
             layout=self._layout(size, tokens, longest, fixed=fixed),
             memory=memory,
             mesh=self.mesh,
             why=why,
+        )
+
+    def _describe_dense_experts(self) -> tuple[str, ...]:
+        """A line for the user where a base in fp8 leaves experts dense; a warning where it ships
+        them in codes.
+        """
+        spec = self.spec
+        model = self.run.model
+        if not self.scheme.has_fp8_matmuls or not spec.expert_stacks:
+            return ()
+        itemsize = DTYPES[model.dtype].itemsize
+        base = sum(replace(self, mesh=ONE).weights(itemsize))
+        experts = spec.expert_stacks * itemsize
+        left = (
+            f"model.quantize=fp8 leaves experts in {model.dtype}: {experts / 1e9:.1f} GB of the "
+            f"base's {base / 1e9:.1f}"
+        )
+        if spec.quantized is None or spec.quantized not in KEEPABLE:
+            return (f"{left}; to save memory: model.quantize=nf4",)
+        run = replace(self.run, model=replace(model, quantize=AS_SHIPPED))
+        shipped = sum(replace(self, run=run, mesh=ONE).weights(itemsize))
+        return (
+            f"warning: {left}, which ships in {spec.quantized.upper()} and takes "
+            f"{shipped / 1e9:.1f} GB so; fix: model.quantize={AS_SHIPPED}",
         )
 
     def _layout(self, size: Size, tokens: int, longest: int, *, fixed: bool) -> MicroBatchLayout:

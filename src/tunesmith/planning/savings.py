@@ -223,11 +223,16 @@ def check_memory_fits(
         limit = machine.limit.describe() if machine.limit else ""
         if limit:
             where += f", {limit}"
+    why = f"{plan.memory.describe()}; {layout}"
+    scaling, reason = machine.scaling
+    # Of a base that was to be in fp8.
+    if reason and not scaling:
+        why += f"; the base stays in {plan.base}: {reason}"
     raise MachineError(
         f"the run does not fit: it needs about {needed / 2**30:.1f} GiB, and "
         f"{there / 2**30:.1f} GiB can be used",
         where=where,
-        why=f"{plan.memory.describe()}; {layout}",
+        why=why,
         fix=_ways_to_fit(plan, machine, resumed=resumed, machines=machines),
     )
 
