@@ -182,6 +182,30 @@ def test_a_job_that_may_not_be_requeued_is_still_warned(run: Run) -> None:
     assert "ranks=1" in values
 
 
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [
+        ({"gpus_per_node": "4"}, "--cpus-per-task 32 --mem 0, or --exclusive"),
+        ({"gpus_per_node": "h100:4", "mem": "0"}, "--cpus-per-task 32, or --exclusive"),
+        ({"gpus_per_node": "4", "cpus_per_task": "64"}, "--mem 0, or --exclusive"),
+        ({"gpus_per_node": "4", "exclusive": True}, ""),
+        ({"gpus_per_node": "4", "sbatch": ("--cpus-per-gpu=8", "--mem-per-gpu=64G")}, ""),
+        ({"gpus_per_node": "1"}, ""),
+        ({"gpus_per_node": "0"}, ""),
+    ],
+)
+def test_a_job_of_several_gpus_that_asks_for_no_cores_is_warned_of(
+    settings: dict[str, Any], fix: str
+) -> None:
+    assert slurm.warn_of_default_resources(Site(**settings)).partition("fix: ")[2] == fix
+
+
+def test_a_path_has_no_repeated_entries(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/b:/a:/b:/c:/a")
+    script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="1")))
+    assert "export PATH=/b:/a:/c" in parts(script)[1]
+
+
 def test_a_container_gets_what_the_run_reads_and_writes(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,7 +394,8 @@ def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
         == 0
     )
     said = capfd.readouterr()
-    told, recipe_line = said.err.splitlines()
+    *resources, told, recipe_line = said.err.splitlines()
+    assert "--cpus-per-task 32 --mem 0" in " ".join(map(str.strip, resources))
     assert holds(told, "data.train.source", rows)
     assert "#SBATCH --partition=other\n" in said.out
     assert "#SBATCH --gpus-per-node=4\n" in said.out

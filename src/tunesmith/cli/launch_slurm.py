@@ -92,9 +92,9 @@ def run(args: argparse.Namespace) -> None:
     request = slurm.Request(
         site, args.nodes, args.max_requeues, args.warn_before, saving, args.debug
     )
-    warning = slurm.warn_of_short_limit(request)
-    if warning:
-        notify(warning)
+    for warning in (slurm.warn_of_short_limit(request), slurm.warn_of_default_resources(site)):
+        if warning:
+            notify(warning)
     script = slurm.render_script(recipe, request)
     if args.render:
         # It may be submitted on another machine, which has the files.

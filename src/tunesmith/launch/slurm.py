@@ -164,6 +164,9 @@ fi
 exit "$code"
 """
 
+# Of a node, for each rank: the loader's threads and those of torch.
+CORES_OF_RANK = 8
+
 
 @dataclass(frozen=True)
 class Request:
@@ -308,6 +311,29 @@ def _directives(run: Run, request: Request) -> list[str]:
     return lines + [safe_value(line, "--sbatch-arg") for line in site.sbatch]
 
 
+def warn_of_default_resources(site: Site) -> str:
+    """A line where a job of several ranks asks for neither cores nor memory, of which many clusters
+    then give one core and a little; else empty.
+    """
+    if site.exclusive or (site.gpus_per_node or "0") == "0" or ranks_of(site) < 2:
+        return ""
+    options = " ".join(site.sbatch)
+    missing = []
+    if not site.cpus_per_task and not re.search(r"(^|\s)(--cpus-per-|--exclusive|-c)", options):
+        missing.append(f"--cpus-per-task {CORES_OF_RANK * ranks_of(site)}")
+    if not site.mem and not re.search(r"(^|\s)(--mem|--exclusive)", options):
+        missing.append("--mem 0")
+    if not missing:
+        return ""
+    what = "memory" if missing == ["--mem 0"] else "cores"
+    if len(missing) == 2:
+        what = "cores and memory"
+    return (
+        f"warning: the script does not ask for {what}, of which many clusters then give little; "
+        f"fix: {' '.join(missing)}, or --exclusive"
+    )
+
+
 def _job_environment(site: Site) -> dict[str, str]:
     """The variables of this environment that the job gets."""
     environment = {}
@@ -317,6 +343,10 @@ def _job_environment(site: Site) -> dict[str, str]:
         is_secret = is_secret_name(key) or mask(value) != value
         if EXPORTED.fullmatch(key) and not is_of_this_system and not is_secret:
             environment[key] = value
+    # A shell that starts shells repeats entries; of equal ones the first is searched.
+    if "PATH" in environment:
+        entries = environment["PATH"].split(os.pathsep)
+        environment["PATH"] = os.pathsep.join(dict.fromkeys(entries))
     # A container's home is another.
     if site.container:
         environment["HF_HOME"] = hub_home()
