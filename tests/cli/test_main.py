@@ -167,6 +167,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["trian"], "there is no command 'trian'", "did you mean tunesmith train?"),
         (["zzz"], "there is no command 'zzz'", "tunesmith --help"),
+        (["compare", "a", "b"], "there is no command 'compare'", "tunesmith report A B"),
         (["--json"], "there is no command '--json'", "tunesmith --help"),
         (
             ["train", "r.yaml", "--lr", "1e-4"],

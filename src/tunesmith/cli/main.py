@@ -108,6 +108,10 @@ VERB_GROUPS = {
         "completion": ("tunesmith.cli.completion", "print a shell completion script"),
     },
 }
+# What somebody may type who has not found the command.
+OTHER_NAMES = {
+    "compare": "tunesmith report A B (curves and losses), or tunesmith eval A B (row by row)",
+}
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 
 # Those that load torch in this process.
@@ -286,7 +290,9 @@ def _dispatch(words: list[str]) -> int:
         rest = rest[1:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        fix = f"did you mean tunesmith {near[0]}?" if near else "tunesmith --help"
+        fix = OTHER_NAMES.get(verb, "tunesmith --help")
+        if near:
+            fix = f"did you mean tunesmith {near[0]}?"
         raise UsageError(f"there is no command {verb!r}", where="command line", fix=fix)
     name, purpose = VERBS[verb]
     module = import_module(name)
