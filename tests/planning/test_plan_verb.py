@@ -242,7 +242,7 @@ def test_several_machines_are_compared_in_one_table(
     assert main([*words, "--price", "2.5"]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 100
-    rows = {line.split()[0]: line.split()[1:] for line in lines_with(shown, "/")}
+    rows = {line.split()[0].rstrip("*"): line.split()[1:] for line in lines_with(shown, "/")}
     assert [rows[machine][0] for machine in SPARK_H100_BOXES[1::2]] == ["no", "no", "yes"]
     assert rows["h100"][-3:] == ["-", "-", "-"]
     assert main([*words[:2], "--on", "2x8xh100", "--price", "2.5"]) == 0
@@ -272,6 +272,23 @@ def test_a_fix_has_the_time_that_its_own_plan_has(
         (duration,) = re.findall(r"run's steps: ([^;]+);", capsys.readouterr().out)
         assert lines_with(compared, keys, duration)
         assert keys.startswith("2x8x") or lines_with(alone, keys, duration)
+
+
+def test_a_machine_whose_speed_was_not_measured_has_a_mark(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(llama), "--on", "2xh200", "--on", "2x-dgx-spark"]) == 0
+    shown = capsys.readouterr().out
+    assert len(lines_with(shown, "2x-dgx-spark* ")) == 1
+    assert lines_with(shown, "2xh200 ")
+    assert any(line.startswith("* ") for line in shown.splitlines())
+
+
+def test_several_prices_in_one_word_are_refused_with_the_words_for_them(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(llama), "--on", "h100", "--on", "h200", "--price", "0.5,2.5"]) == 2
+    check_shown(capsys.readouterr().err, names=["0.5,2.5"], fix=["--price 0.5 --price 2.5"])
 
 
 def test_several_machines_as_json_are_a_list_of_their_plans(
@@ -579,8 +596,8 @@ def test_a_base_in_fp8_on_a_gpu_without_fp8_is_planned_in_bf16(
 def test_experts_that_fp8_leaves_dense_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     """A base that ships them in codes would take three times the memory."""
     words = ["plan", "gpt-oss-20b-lora", "--on", "h100"]
-    for machines in (words, [*words, "--on", "h200"]):
-        assert main([*machines, "model.quantize=fp8"]) == 0
+    for several in (words, [*words, "--on", "h200"]):
+        assert main([*several, "model.quantize=fp8"]) == 0
         assert lines_with(capsys.readouterr().out, "warning", "MXFP4", "41.2", "13.8 GB")
     assert main(words) == 0
     assert not lines_with(capsys.readouterr().out, "warning")

@@ -40,6 +40,7 @@ from tunesmith.errors import (
     UsageError,
     first_line,
 )
+from tunesmith.host.chips import MEASURED
 from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import show
 from tunesmith.quant.schemes import scheme_of
@@ -75,6 +76,8 @@ MESH_TEXT = (
 # Keys with which a run may be faster.
 TENSOR_KEY = "parallel.tensor=auto"
 FP8_KEY = "model.quantize=fp8"
+# Beside a machine of a table whose speed was not measured.
+MARK = "*"
 # Meshes that are shown without --all.
 SHOWN = 3
 # Parts of a step that take a smaller share of it are not shown.
@@ -283,6 +286,8 @@ def _compared_lines(plans: Sequence[ComparedPlan]) -> list[str]:
     )
     lines += [_compared_row(plan) for plan in plans]
     lines.append("time and USD are those of the run's steps; --on of one machine shows its plan")
+    if any(_has_assumed_speed(plan) for plan in plans):
+        lines.append(f"{MARK} its speed is assumed, or a goal: --on of it alone says from what")
     if any(plan.error is None and not plan.forecasts[0].hours for plan in plans):
         lines.append(f"time: unknown without the number of rows and a speed: {ROWS_FIX}")
     # They are those of the recipe, the same on all machines that have fp8.
@@ -313,6 +318,14 @@ def _compared_faster(compared: ComparedPlan) -> list[str]:
     return lines
 
 
+def _has_assumed_speed(compared: ComparedPlan) -> bool:
+    """Whether nobody measured the speed that the times of a machine are from."""
+    if compared.planner is None:
+        return False
+    chip = compared.planner.cluster.chip
+    return chip.tflops is not None and not chip.source.startswith(MEASURED)
+
+
 def _compared_row(compared: ComparedPlan) -> str:
     """The line of one machine."""
     memory = speed = time = cost = "-"
@@ -327,7 +340,8 @@ def _compared_row(compared: ComparedPlan) -> str:
             time = _time_text(best.hours) if best.hours else "-"
             dollars = _cost(compared.planner, best, compared.price) if compared.price else None
             cost = _dollars_text(dollars) if dollars else "-"
-    return f"{compared.on:<20} {fits:<4} {memory:>20} {speed:>10} {time:>11} {cost:>9}"
+    machine = compared.on + MARK if _has_assumed_speed(compared) else compared.on
+    return f"{machine:<20} {fits:<4} {memory:>20} {speed:>10} {time:>11} {cost:>9}"
 
 
 def _recipe(args: argparse.Namespace) -> "tuple[Run, int | None]":
@@ -518,11 +532,21 @@ def _check_dtype(recipe: "Run", cluster: "Cluster") -> None:
 
 
 def _price(text: str) -> float:
-    """A finite number above 0."""
+    """A finite number above 0.
+
+    UsageError for several in one word, with the words for them.
+    """
     with suppress(ValueError):
         price = float(text)
         if 0 < price < math.inf:
             return price
+    if "," in text:
+        repeated = " ".join(f"--price {price}" for price in text.split(",") if price)
+        raise UsageError(
+            f"{text} is not one price",
+            where="command line: --price",
+            fix=f"{repeated}, one for each --on",
+        )
     raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
 
 
