@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from tunesmith.adapter import lora, peft_files
 from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_weights
+from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
@@ -257,4 +258,4 @@ def init_adapter(run: Run, model: nn.Module) -> None:
     """Give the adapter of a model its first values: random ones, or those of `adapter.from`."""
     lora.init_lora(model, run.adapter, seed=run.train.seed)
     if run.adapter.from_ is not None:
-        peft_files.load_adapter(model, peft_files.find_adapter(run.adapter.from_))
+        peft_files.load_adapter(model, find_adapter(run.adapter.from_).folder)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from errors import holds, refuses
 from recipes import built_model, make_run
 from tunesmith.adapter import lora, peft_files
+from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
 from tunesmith.model import twin
@@ -248,7 +249,7 @@ def test_another_scaling_is_refused(written, tiny):
 def test_an_adapter_that_is_nowhere_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with refuses(ModelError, where="adapter.from", names=["nobody/nothing"], fix=["HF_TOKEN"]):
-        peft_files.find_adapter("nobody/nothing")
+        find_adapter("nobody/nothing")
 
 
 def test_a_run_goes_on_from_an_adapter(tiny, tmp_path):

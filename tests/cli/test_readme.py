@@ -34,8 +34,8 @@ README = ROOT / "README.md"
 # How many commands of ours each page has, at least: a page whose blocks are not found would pass
 # unread.
 PAGES = {
-    "README.md": 17,
-    "docs/choosing.md": 1,
+    "README.md": 18,
+    "docs/choosing.md": 3,
     "docs/memory.md": 2,
     "docs/spark.md": 6,
     "docs/troubleshooting.md": 6,
@@ -115,6 +115,7 @@ def place(
         ("rows.jsonl", ROWS),
         ("held-out.jsonl", ROWS[:4]),
         ("questions.jsonl", ROWS[:2]),
+        ("more.jsonl", [{"messages": row["messages"]} for row in ROWS]),
         ("pairs.jsonl", PAIRS),
         ("held-out-pairs.jsonl", PAIRS[:4]),
         ("feedback.jsonl", ANSWERS),
@@ -124,14 +125,19 @@ def place(
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     faq = "question,answer\n" + "".join(f"Say {n},number {n}\n" for n in range(24))
     (tmp_path / "demo").mkdir()
-    for name in ("faq.csv", "demo/faq.csv"):
+    for name in ("faq.csv", "demo/faq.csv", "more.csv"):
         (tmp_path / name).write_text(faq)
     return tmp_path
 
 
 def stand_ins(words: list[str], tiny: Path) -> list[str]:
     """A command on the tiny model and few rows, on a CPU that has little time."""
-    hub = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-8B", "demo")
+    hub = (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "Qwen/Qwen3-8B",
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "demo",
+    )
     words = [str(tiny) if word in hub else word for word in words]
     verb = words[0]
     if verb == "bench":

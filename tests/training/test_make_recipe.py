@@ -19,9 +19,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import byte_tokenizer
-from errors import check_shown, holds, lines_with, refuses
+from errors import check_shown, holds, lines_with, refuses, warnings_with
 from recipes import WORDS
+from runs import make_run, peft_model
 from tunesmith.checkpoint.resume import decide_start
+from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.cli.main import main
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
@@ -31,8 +33,10 @@ from tunesmith.errors import (
     EXIT_OK,
     EXIT_STOPPED,
     EXIT_USAGE,
+    CheckpointError,
     DataError,
     MachineError,
+    ModelError,
     RecipeError,
     StoppedError,
 )
@@ -140,6 +144,74 @@ def test_rows_of_ones_own_are_trained_on(data: str, home: Path, capsys: Capture)
     assert "val_loss" in (home / name / "metrics.jsonl").read_text().splitlines()[-1]
     assert main(["train", f"{name}.yaml"]) == EXIT_OK
     assert holds(capsys.readouterr().out, "train.duration", "--fresh")
+
+
+def write_more(path: Path) -> None:
+    """The rows of faq.csv, and ten more."""
+    more = [(f"And what is number {i}?", f"It is {WORDS[i % 10]}.") for i in range(10)]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("Question", "Answer"), *PAIRS, *more])
+
+
+def held_out_places(run: Path) -> list[str]:
+    """The place of each held-out row; behind it the list has how the row begins."""
+    lines = (run / "held-out.txt").read_text().splitlines()
+    return [line.partition("  ")[0] for line in lines]
+
+
+def test_a_run_is_trained_on_with_more_rows(home: Path, capsys: Capture) -> None:
+    first = [*SMALL, "adapter.rank=4", "adapter.alpha=4", "output_dir=runs/mine"]
+    assert main(["train", "--model", "small", "--data", "faq.csv", *first]) == EXIT_OK
+    write_more(home / "more.csv")
+    capsys.readouterr()
+    words = ["adapter.from=runs/mine", "output_dir=runs/more"]
+    assert main(start("more.csv", *words)) == EXIT_OK
+    told = capsys.readouterr().err
+    assert lines_with(told, "runs/mine/final")
+    run = load_recipe(home / "runs/more.yaml")
+    assert (run.adapter.rank, run.adapter.alpha) == (4, 4), "those of the first run"
+    assert run.adapter.from_ == str(home / "runs/mine")
+    # Most of the rows that are held out now were in the first run's training.
+    trained = {f"{home / 'faq.csv'}:{line}" for line in range(2, 42)}
+    trained -= set(held_out_places(home / "runs/mine"))
+    assert len(trained) == 34
+    rows = {text.partition(":")[2]: text for text in trained}
+    held_out = held_out_places(home / "runs/more")
+    seen = [place for place in held_out if place.partition(":")[2] in rows]
+    assert 0 < len(seen) < len(held_out)
+    assert warnings_with(told, len(seen), len(held_out), "runs/mine")
+    assert not warnings_with(told, 3, "train.duration"), "it has learned before"
+
+
+def test_an_adapter_is_continued_at_half_the_rate(home: Path, tiny: Path) -> None:
+    make_run(home / "mine", tiny, peft_model(tiny))
+    fresh = make_recipe("small", "faq.csv")
+    continued = make_recipe("small", "faq.csv", ["adapter.from=mine"])
+    assert continued.run.train.learning_rate == fresh.run.train.learning_rate / 2
+    assert continued.run.train.duration.amount == 3, "more epochs are for a new adapter"
+    assert (continued.run.adapter.rank, continued.run.adapter.alpha) == (4, 8)
+    pairs = [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in PAIRS]
+    (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    dpo = make_recipe("small", "pairs.jsonl").run.train
+    continued_dpo = make_recipe("small", "pairs.jsonl", ["adapter.from=mine"]).run.train
+    assert continued_dpo.learning_rate == dpo.learning_rate, "a tenth already"
+
+
+def test_an_adapter_of_a_run_is_its_newest_whole_checkpoint(
+    home: Path, tiny: Path, capsys: Capture
+) -> None:
+    make_run(home / "mine", tiny, peft_model(tiny))
+    (home / "mine/final").rename(home / "mine/checkpoint-3")
+    adapter = find_adapter("mine")
+    assert adapter.folder == home / "mine/checkpoint-3"
+    assert "mine/checkpoint-3" in adapter.note
+    (home / "mine/checkpoint-3").rename(home / "elsewhere")
+    with refuses(CheckpointError, where="mine", fix=["tunesmith train"]):
+        find_adapter("mine")
+    full = AutoModelForCausalLM.from_pretrained(tiny)
+    make_run(home / "full", tiny, full)
+    with refuses(ModelError, where="adapter.from: full", fix=["model.name=full/final"]):
+        find_adapter("full")
 
 
 def test_the_written_recipe_says_why(home: Path) -> None:

@@ -29,14 +29,12 @@ from tunesmith.adapter.low_rank import lora_scaling
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.errors import ModelError, first_line
+from tunesmith.errors import ModelError
 from tunesmith.host.files import check_regular_files
 from tunesmith.model.names import is_in_whole, name_in_text, name_in_whole
 from tunesmith.model.safetensors_files import (
-    ENDS_AND_MIDDLE,
     read_header,
     read_json,
-    sampled_digest,
 )
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
@@ -260,31 +258,6 @@ def _peft_expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
         tensors[f"{factors.key}.lora_A.weight"] = factors.update.lora_A
         tensors[f"{factors.key}.lora_B.weight"] = factors.update.lora_B
     return tensors
-
-
-def find_adapter(name: str) -> Path:
-    """The folder of an adapter: `name` itself, or what the Hub (or its cache) has under that id.
-
-    ModelError where there is neither.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        what = (
-            f"the adapter {name!r} is neither a folder nor an adapter on the Hub that can be read"
-        )
-        fix = "name a folder with adapter_config.json, or a Hub id; for a private one set HF_TOKEN"
-        raise ModelError(what, where="adapter.from", why=first_line(error), fix=fix) from error
-
-
-def adapter_digest(name: str) -> str:
-    """sha256 (hex) of an adapter's weights, by samples of them; `name` as in `adapter.from`."""
-    return sampled_digest(read_header(find_adapter(name) / WEIGHTS), ENDS_AND_MIDDLE)
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -143,7 +143,7 @@ class Adapter:
         (), "modules trained in full, such as `embed_tokens`, `lm_head`"
     )
     # `from` in a recipe.
-    from_: str | None = key(None, "folder or Hub id of a PEFT adapter to continue from")
+    from_: str | None = key(None, "run, folder or Hub id of a PEFT adapter to continue from")
 
 
 @dataclass(frozen=True, kw_only=True)

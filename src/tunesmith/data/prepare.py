@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import Data, Run
 from tunesmith.data.contract import Contract, CutAnswers, check_tokens, excerpt
 from tunesmith.data.row_warnings import ROW_WARNINGS
 from tunesmith.data.schedule import FEW_STEPS, BatchSchedule
@@ -25,7 +25,7 @@ from tunesmith.data.tokens import (
     tokenize,
     tokenizer_hash,
 )
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder, from_here
 from tunesmith.host.memory import available_memory
 from tunesmith.units import count_of
@@ -204,6 +204,8 @@ class TrainingData:
         steps_per_epoch = self.schedule.steps_per_epoch(0)
         if steps is None or steps >= FEW_STEPS or not steps_per_epoch:
             return []
+        if self.run.adapter.from_ is not None:
+            return []  # an adapter that is continued has learned before
         epochs = math.ceil(FEW_STEPS / steps_per_epoch)
         fix = f'train.duration="{epochs} epochs"'
         batch = self.run.train.global_batch
@@ -332,6 +334,29 @@ def prepare_data(
         validation_digest=validation_digest,
         tokenizer_hash=hash_,
     )
+
+
+def find_trained_rows(
+    tokens: TokenSet, trained: Run, data: Data, template: Template, tokenizer: Any
+) -> tuple[Repeats | None, str]:
+    """The examples of `tokens` that a run was trained on, or why that is not known.
+
+    The run's training rows are read again, and may be gone.
+
+    Args:
+        trained: the recipe of that run.
+        data: how rows become tokens, as for `tokenize`; those of `tokens` did so too.
+    """
+    try:
+        rows, _ = read_splits(replace(trained.data, validation=()), trained.train.seed)
+        trained_tokens = tokenize(
+            rows, data, template, tokenizer, cache=cache_folder("tokens"), what="train"
+        )
+    except TunesmithError as error:
+        return None, f"{error.what} ({error.where})" if error.where else error.what
+    except OSError as error:
+        return None, first_line(error)
+    return find_repeats(tokens, trained_tokens), ""
 
 
 def _check_labels(train: TokenSet) -> None:

@@ -25,12 +25,12 @@ from tunesmith.config.schema import Data, Run, Source
 from tunesmith.data.batch import Batch
 from tunesmith.data.layout import Layout
 from tunesmith.data.mismatched import mismatched_of_all
+from tunesmith.data.prepare import find_trained_rows
 from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.splits import SourceRows, read_splits
-from tunesmith.data.tokens import Repeats, TokenSet, find_repeats, tokenize
+from tunesmith.data.tokens import Repeats, TokenSet, tokenize
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import DataError, MachineError, TunesmithError, UsageError, first_line
-from tunesmith.host.files import cache_folder
+from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.generate import generate, row_source
@@ -636,22 +636,8 @@ def _find_seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | No
     run = loaded.run
     if run is None or loaded.location.kind == "base":
         return None, ""
-    try:
-        parts, _ = read_splits(replace(run.data, validation=()), run.train.seed)
-        trained = tokenize(
-            parts,
-            run.data,
-            loaded.template,
-            loaded.tokenizer,
-            cache=cache_folder("tokens"),
-            what="train",
-        )
     # The training rows may be gone: the scores are valid without them.
-    except TunesmithError as error:
-        return None, f"{error.what} ({error.where})" if error.where else error.what
-    except OSError as error:
-        return None, first_line(error)
-    return find_repeats(tokens, trained), ""
+    return find_trained_rows(tokens, run, run.data, loaded.template, loaded.tokenizer)
 
 
 def _read_source(

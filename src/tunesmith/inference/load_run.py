@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.checkpoint import manifest
+from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.config.load import load_recipe
 from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.host.logger import lines_by_default
-from tunesmith.host.shell import shell_path
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.quant.schemes import DENSE, scheme_of
-from tunesmith.run_dir import FINAL, IDENTITY, RECIPE, held_out_hash
+from tunesmith.run_dir import IDENTITY, RECIPE, held_out_hash
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +153,11 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
     """
     place = Path(path)
     if place.is_dir():
-        location = _in_run(place) if (place / RECIPE).is_file() else _in_folder(place)
+        if (place / RECIPE).is_file():
+            saved = find_saved_model(place)
+            location = _in_folder(saved.folder, note=saved.note)
+        else:
+            location = _in_folder(place)
     elif place.is_file() and place.suffix in (".yaml", ".yml"):
         run = load_recipe(place, ignored=REMOVED)
         note = f"the base of the recipe {path}: {run.model.name}"
@@ -189,36 +193,9 @@ def _no_model(path: Path, what: str) -> UsageError:
     )
 
 
-def _in_run(folder: Path) -> RunLocation:
-    """final/, else the newest whole checkpoint that holds model files."""
-    skipped: list[str] = []
-    checkpoints = [checkpoint.path for checkpoint in manifest.list_checkpoints(folder)]
-    for candidate in (folder / FINAL, *checkpoints):
-        if not candidate.is_dir():
-            continue
-        # Sizes only: reading every byte takes minutes, and comes before weights are used.
-        damage = manifest.find_damage(candidate, contents=False)
-        configs = (candidate / "adapter_config.json", candidate / "config.json")
-        if damage is None and any(config.is_file() for config in configs):
-            note = f"from {candidate}"
-            if candidate.name != FINAL:
-                note += ": the run has not finished"
-            if skipped:
-                note += f" (skipped {'; '.join(skipped)})"
-            return _in_folder(candidate, note=note)
-        # The user sees which checkpoints were passed over, and why.
-        skipped.append(f"{candidate.name}: {damage or 'has training state only'}")
-    raise CheckpointError(
-        "this run has no finished checkpoint",
-        where=str(folder),
-        why="; ".join(skipped) or "neither final/ nor a checkpoint-N/ exists",
-        fix=f"continue it: tunesmith train {shell_path(folder / RECIPE)}",
-    )
-
-
 def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
-    """A checkpoint, an adapter or a model; `note` is set by `_in_run`, which has checked for
-    damage."""
+    """A checkpoint, an adapter or a model; `note` is that of `find_saved_model`, which has
+    checked for damage."""
     recipe = folder.parent / RECIPE
     run = None
     if _PART_OF_RUN.match(folder.name) and recipe.is_file():

@@ -305,9 +305,9 @@ def _fetch_snapshot(run: Run, name: str) -> Path:
         return fetch(run.model)
     if name == run.model.tokenizer:
         return fetch_without_weights(name)
-    from tunesmith.adapter.peft_files import find_adapter  # loads torch
+    from tunesmith.checkpoint.start_adapter import find_adapter  # loads torch
 
-    return find_adapter(name)
+    return find_adapter(name).folder
 
 
 def bring(

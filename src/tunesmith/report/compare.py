@@ -613,6 +613,8 @@ def _few_steps(runs: Sequence[RunSummary]) -> list[str]:
     """A sentence on the finished runs that took few steps, if there are any."""
     short = []
     for run in runs:
+        if run.continues_adapter:
+            continue  # it has learned before
         if run.files.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS:
             short.append(run)
     if not short:

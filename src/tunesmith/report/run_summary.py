@@ -85,6 +85,11 @@ class RunSummary:
         return str(method.get("name") if isinstance(method, dict) else method)
 
     @property
+    def continues_adapter(self) -> bool:
+        """Whether training began with an adapter that was trained before."""
+        return (self.files.recipe.get("adapter") or {}).get("from") is not None
+
+    @property
     def seed(self) -> int | None:
         seed: int | None = (self.files.recipe.get("train") or {}).get("seed")
         return seed

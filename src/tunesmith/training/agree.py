@@ -19,9 +19,9 @@ from typing import Literal, NamedTuple, NoReturn
 
 import torch
 
-from tunesmith.adapter.peft_files import adapter_digest
 from tunesmith.checkpoint.manifest import sums_of_weights
 from tunesmith.checkpoint.resume import Start
+from tunesmith.checkpoint.start_adapter import adapter_digest
 from tunesmith.config.dump import flatten, leaves
 from tunesmith.config.paths import is_place
 from tunesmith.config.schema import Run

@@ -21,12 +21,7 @@ from rich.filesize import decimal as size_text
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.peft_files import (
-    adapter_digest,
-    describe_misread,
-    find_adapter,
-    read_adapter,
-)
+from tunesmith.adapter.peft_files import describe_misread, read_adapter
 from tunesmith.build_model import (
     Weights,
     build_model,
@@ -38,23 +33,30 @@ from tunesmith.checkpoint.contents import read_optimizer
 from tunesmith.checkpoint.manifest import check_sums
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start, check_unchanged, describe_resume
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
+from tunesmith.checkpoint.start_adapter import adapter_digest, find_adapter
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
 from tunesmith.data.contract import CutAnswers
 from tunesmith.data.files import check_data_file
 from tunesmith.data.loader import GlobalBatch, Loader
-from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.data.prepare import TrainingData, find_trained_rows, prepare_data
 from tunesmith.data.source import is_local
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host import packages
 from tunesmith.host.chips import Peak
-from tunesmith.host.files import existing_folder, require_disk_space, write_atomically
+from tunesmith.host.files import (
+    existing_folder,
+    from_here,
+    require_disk_space,
+    write_atomically,
+)
 from tunesmith.host.memory import available_memory
 from tunesmith.hub import fetch
 from tunesmith.hub.download import FetchProgress
 from tunesmith.hub.model_files import ModelFiles, read_model_files
+from tunesmith.inference.load_run import locate_run
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
@@ -512,6 +514,9 @@ def read_data(
         hashes["reference_hash"] = adapter_digest(run.adapter.from_)
     check_unchanged(start, run, hashes)
     log.info(data.describe(why=why))
+    if run.adapter.from_ is not None and start.checkpoint is None:
+        for line in describe_trained_before(run.adapter.from_, data):
+            log.info(line)
     limit = files.spec.position_limit or files.spec.context
     longest = int(data.train.lengths.max())
     if longest > limit:
@@ -520,6 +525,35 @@ def read_data(
     for line in describe_resume(start, run, data.schedule):
         log.info(line)
     return data
+
+
+def describe_trained_before(adapter: str, data: TrainingData) -> list[str]:
+    """A line for the user where the run of the adapter that is continued was trained on rows that
+    are held out now.
+
+    adapter: as in `adapter.from`; one that is no run's has no rows.
+    """
+    if data.validation is None:
+        return []
+    folder = find_adapter(adapter).folder
+    earlier = locate_run(folder).run
+    if earlier is None:
+        return []
+    tokenizer = data.template.tokenizer
+    name = from_here(folder.parent)
+    seen, fault = find_trained_rows(
+        data.validation, earlier, data.run.data, data.template, tokenizer
+    )
+    if seen is None:
+        return [f"warning: could not check whether {name} was trained on held-out rows: {fault}"]
+    if not seen.count:
+        return []
+    return [
+        f"warning: {name} was trained on {seen.count:,} of the {len(data.validation):,} rows that "
+        f"are held out now, so val_loss is too optimistic; first {seen.where} ({seen.earlier}); "
+        "fix: name a file without the rows of that run, or train on all rows from the base, "
+        "without adapter.from"
+    ]
 
 
 def fill_steps(data: TrainingData) -> TrainingData:
@@ -608,8 +642,10 @@ def check_inputs(run: Run, start: Start) -> None:
         fetch.fetch_without_weights(run.model.tokenizer)
     if run.adapter.from_ is not None and start.checkpoint is None:
         adapter = find_adapter(run.adapter.from_)
-        check_sums(adapter)
-        read_adapter(adapter)
+        if adapter.note:
+            log.info(adapter.note)
+        check_sums(adapter.folder)
+        read_adapter(adapter.folder)
 
 
 def check_disk(run: Run, trained: int, base: Path, ranks: Ranks) -> None:

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tunesmith.adapter.peft_files import read_adapter
+from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.dump import Change, differences, to_yaml
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.paths import DATA_SUFFIXES, resolve_paths
-from tunesmith.config.schema import Run, Source
+from tunesmith.config.schema import Adapter, Run, Source
 from tunesmith.config.shipped import schema_line
 from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
@@ -95,6 +97,9 @@ METHODS_OF_FORMATS = {"preference": "dpo", "feedback": "kto"}
 # A method with a reference model takes a tenth of the rate of supervised fine-tuning: TRL's
 # defaults are 2e-5 and 1e-6, and its guides give LoRA ten times as much in both cases.
 PREFERENCE_RATE = 0.1
+# The lower end of what docs/choosing.md tries around the fit. The fit is for new adapters, whose B
+# is zero: these need a high rate to begin with, a trained one does not.
+CONTINUED_RATE = 0.5
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,7 @@ def make_recipe(
     if source.split:
         chosen["data.train.split"] = source.split
     chosen["data.train.format"] = layout.format
+    _choose_adapter(chosen, why, draft)
     _choose_method(chosen, why, layout.format, override_keys)
     if source.columns:
         chosen["data.train.columns"] = source.columns
@@ -233,6 +239,8 @@ def make_recipe(
     _choose_rate(chosen, why, draft, examined.spec.hidden)
     if layout.format in METHODS_OF_FORMATS:
         _choose_preference_rate(chosen, why)
+    elif draft.adapter.from_ is not None:
+        _choose_continued_rate(chosen, why)
 
     tree = _over({**chosen, "output_dir": output_dir}, layer)
     run = checked(tree)
@@ -436,6 +444,22 @@ def _choose_seq_len(
         why["data.too_long"] = f"{shown} that the model supports; {effect}"
 
 
+def _choose_adapter(chosen: dict[str, Any], why: dict[str, str], draft: Run) -> None:
+    """Add the shape of the adapter that is continued: the recipe's own has to be the same."""
+    name = draft.adapter.from_
+    if name is None:
+        return
+    if not Path(name).is_dir():
+        return  # on the Hub, which is not asked here
+    why["adapter.rank"] = "as the adapter that training continues from"
+    adapter = read_adapter(find_adapter(name).folder)
+    usual = Adapter()
+    for field in ("rank", "alpha", "target", "rslora", "modules_to_save"):
+        value = getattr(adapter, field)
+        if field in ("rank", "alpha") or value != getattr(usual, field):
+            chosen[f"adapter.{field}"] = list(value) if isinstance(value, tuple) else value
+
+
 def _choose_method(
     chosen: dict[str, Any], why: dict[str, str], format_name: str, override_keys: set[str]
 ) -> None:
@@ -456,6 +480,15 @@ def _choose_preference_rate(chosen: dict[str, Any], why: dict[str, str]) -> None
     rate = chosen["train.learning_rate"] * PREFERENCE_RATE
     chosen["train.learning_rate"] = float(f"{rate:.0e}")
     why["train.learning_rate"] += "; preference training uses a tenth of it"
+
+
+def _choose_continued_rate(chosen: dict[str, Any], why: dict[str, str]) -> None:
+    """Lower the learning rate for an adapter that was trained before."""
+    rate = chosen["train.learning_rate"] * CONTINUED_RATE
+    chosen["train.learning_rate"] = float(f"{rate:.0e}")
+    why["train.learning_rate"] += (
+        "; half of that for an adapter that is already trained, which a higher rate would undo"
+    )
 
 
 def learning_rate_of_width(adapter_kind: str, hidden: int) -> float:
@@ -492,6 +525,8 @@ def _choose_steps(
     """
     usual_epochs = PREFERENCE_EPOCHS if row_format in METHODS_OF_FORMATS else EPOCHS
     epochs = min(MOST_EPOCHS, max(usual_epochs, ceil_div(FEWEST_SEEN, examples)))
+    if draft.adapter.from_ is not None:
+        epochs = usual_epochs  # more of few rows are for a new adapter
     if examples * usual_epochs > MOST_SEEN:
         epochs = max(1, MOST_SEEN // examples)
     duration = draft.train.duration

@@ -1,0 +1,69 @@
+"""The adapter that a run continues from, `adapter.from` in its recipe."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from tunesmith.adapter.peft_files import CONFIG, WEIGHTS
+from tunesmith.checkpoint.saved_model import find_saved_model
+from tunesmith.errors import ModelError, first_line
+from tunesmith.host.files import from_here
+from tunesmith.model.safetensors_files import ENDS_AND_MIDDLE, read_header, sampled_digest
+from tunesmith.run_dir import RECIPE
+
+
+class StartAdapter(NamedTuple):
+    """A folder with PEFT files.
+
+    Attributes:
+        note: a line for the user where it was chosen in a run directory; else empty.
+    """
+
+    folder: Path
+    note: str = ""
+
+
+def find_adapter(name: str) -> StartAdapter:
+    """The adapter that `adapter.from` names: a folder, a run directory, or a Hub id.
+
+    Of a run directory it is the one that `chat`, `eval` and `export` take.
+
+    Raises:
+        ModelError: there is neither a folder nor an adapter on the Hub, or the run has trained all
+            weights.
+        CheckpointError: the run has no finished checkpoint.
+    """
+    place = Path(name)
+    if place.is_dir() and (place / RECIPE).is_file() and not (place / CONFIG).is_file():
+        return _of_run(place)
+    if place.is_dir():
+        return StartAdapter(place)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return StartAdapter(Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS])))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        what = (
+            f"the adapter {name!r} is neither a folder nor an adapter on the Hub that can be read"
+        )
+        fix = (
+            "name a run directory, a folder with adapter_config.json, or a Hub id; for a private "
+            "one set HF_TOKEN"
+        )
+        raise ModelError(what, where="adapter.from", why=first_line(error), fix=fix) from error
+
+
+def _of_run(run_dir: Path) -> StartAdapter:
+    saved = find_saved_model(Path(from_here(run_dir)))
+    if not (saved.folder / CONFIG).is_file():
+        raise ModelError(
+            "the run has no adapter: it trained all weights",
+            where=f"adapter.from: {run_dir}",
+            fix=f"train on from its model: model.name={saved.folder}, without adapter.from",
+        )
+    return StartAdapter(saved.folder.absolute(), f"the adapter to continue is {saved.note}")
+
+
+def adapter_digest(name: str) -> str:
+    """sha256 (hex) of an adapter's weights, by samples of them; `name` as in `adapter.from`."""
+    return sampled_digest(read_header(find_adapter(name).folder / WEIGHTS), ENDS_AND_MIDDLE)
