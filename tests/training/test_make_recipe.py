@@ -423,7 +423,7 @@ def test_a_longer_duration_is_for_the_recipe_that_was_made(home: Path) -> None:
 
 BOTH, NEEDED = "cannot be combined", "a recipe is required, or --model and --data"
 OWN = ["--model", "small", "--data", "faq.csv"]
-EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
+EXAMPLE = "--model demo --data faq.csv"
 
 
 @pytest.mark.parametrize(
@@ -432,9 +432,18 @@ EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data fa
         ([], NEEDED, EXAMPLE),
         (["--data", "faq.csv"], "--model is missing", EXAMPLE),
         (["--data", "faq.csv", "train.seed=1"], NEEDED, EXAMPLE),
-        (["--model", "small"], "--data is missing", EXAMPLE),
-        (["--model", "small", "train.seed=1"], NEEDED, EXAMPLE),
-        (["--model", "small", "--data", "faq.csv", "--data", "chat.jsonl"], NEEDED, EXAMPLE),
+        (["--data", "chat.jsonl"], "--model is missing", "--model demo --data chat.jsonl"),
+        (["--model", "small"], "--data is missing", "--model small --data faq.csv"),
+        (["--model", "small", "train.seed=1"], NEEDED, "--model small --data faq.csv"),
+        (
+            ["--model", "small", "--data", "faq.csv", "--data", "chat.jsonl"],
+            NEEDED,
+            "--model small --data faq.csv",
+        ),
+        (["faq.csv"], "faq.csv is a file of rows", EXAMPLE),
+        (["tools.json"], "tools.json is a file of rows", "--data tools.json"),
+        (["faq.csv", "train.seed=1"], "faq.csv is a file of rows", EXAMPLE),
+        (["faq.csv", "--model", "small"], "a file of rows", "--model small --data faq.csv"),
         (
             ["smollm2-135m-lora", "--data", "faq.csv"],
             BOTH,
@@ -472,6 +481,8 @@ def test_what_is_asked_for_must_be_clear(
     told = capsys.readouterr().err
     assert what in told
     assert fix in told
+    if fix.startswith("--model"):
+        assert f"tunesmith {verb} {fix}" in told, "the same verb"
 
 
 @pytest.mark.slow

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config.check import COLUMNS
+from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import PACKAGE
-from tunesmith.host.shell import shell_word
+from tunesmith.host.shell import shell_command, shell_word
 from tunesmith.host.streams import is_terminal, show
 from tunesmith.units import format_seconds
 
@@ -220,6 +221,39 @@ def add_new_recipe(parser: argparse.ArgumentParser) -> None:
     add_columns(rows)
 
 
+def check_no_rows(recipe: str, args: argparse.Namespace) -> None:
+    """UsageError where the word in the place of a recipe names a file of rows."""
+    if not _names_rows(recipe):
+        return
+    raise UsageError(
+        f"{recipe} is a file of rows, not a recipe",
+        where="command line",
+        why="a recipe is a .yaml file that names a model and rows",
+        fix=command_on_rows(args, recipe),
+    )
+
+
+def _names_rows(word: str) -> bool:
+    """Whether a file is of rows by its name; a recipe may be a .json file, but not an array."""
+    path = Path(word)
+    if "=" in word or path.suffix.lower() not in DATA_SUFFIXES:
+        return False
+    if path.suffix.lower() != ".json":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(64).lstrip().startswith(b"[")
+    except OSError:
+        return False
+
+
+def command_on_rows(args: argparse.Namespace, file: str) -> str:
+    """The command that makes a recipe for these rows: the same verb, on the small model if none is
+    named."""
+    words = ["tunesmith", *args.verb.split(), "--model", args.model or "demo", "--data", file]
+    return shell_command(words)
+
+
 def chosen_recipe(
     args: argparse.Namespace,
     *,
@@ -232,6 +266,8 @@ def chosen_recipe(
     Where they make one, also its file's form; the other arguments are for `make_recipe`.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
+    if words:
+        check_no_rows(words[0], args)
     names = ("model", "data", "split", "format", "columns")
     options = [f"--{name}" for name in names if vars(args)[name]]
     # Beside these options the first word may be a key=value already.
@@ -254,8 +290,8 @@ def chosen_recipe(
             what += "; --model is missing"
         elif args.model and not args.data:
             what += "; --data is missing"
-        example = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
-        fix = f"tunesmith recipes lists recipes; or {example}"
+        file = args.data[0] if args.data else "faq.csv"
+        fix = f"tunesmith recipes lists recipes; or {command_on_rows(args, file)}"
         raise UsageError(what, where="command line", fix=fix)
     from tunesmith.data.files import check_data_file
     from tunesmith.data.source import is_local

@@ -26,6 +26,7 @@ from tunesmith.cli.options import (
     RECIPE_HELP,
     add_json,
     add_new_recipe,
+    check_no_rows,
     chosen_recipe,
     is_main_process,
     leave_lines_to_rank_0,
@@ -98,8 +99,11 @@ def make_base(args: argparse.Namespace, space: Space) -> "NewRecipe | None":
     """
     options = {key: vars(args)[key] for key in ("model", "data", "split", "format", "columns")}
     if args.recipe is not None and not any(options.values()):
+        check_no_rows(args.recipe, args)
         return None
-    words = argparse.Namespace(recipe=args.recipe, overrides=list(space.fixed), **options)
+    words = argparse.Namespace(
+        verb=args.verb, recipe=args.recipe, overrides=list(space.fixed), **options
+    )
     _, new_file = chosen_recipe(words)
     assert new_file is not None
     new_file.check_file()
