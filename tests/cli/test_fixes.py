@@ -275,7 +275,7 @@ CASES: dict[str, tuple[Callable[[Path], Callable[[], object]], str, Callable[[Pa
         lambda f, out: "café" in (f / "fixed.yaml").read_text(encoding="utf-8"),
     ),
     "commas": (
-        lambda f: reading(f, ".csv", b"prompt;completion\na;b\n"), "python3",
+        lambda f: reading(f, ".csv", b"prompt;completion\na;b;c\n"), "python3",
         lambda f, out: (f / "commas.csv").read_text().splitlines()[0] == "prompt,completion",
     ),
     "sed": (

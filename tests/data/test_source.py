@@ -84,6 +84,44 @@ def test_kinds_of_files(tmp_path: Path, name: str, make, where: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "layout", "rows"),
+    [
+        (
+            '\ufeffFrage;Preis\r\nWas?;1,50\r\n"a;b\nc";"sagt ""ja"""\r\n',
+            "semicolons",
+            [("Was?", "1,50"), ("a;b\nc", 'sagt "ja"')],
+        ),
+        ("Frage\tPreis\nx, y;z\t1|2\n", "tabs", [("x, y;z", "1|2")]),
+        ("Frage|Preis\nx;y\t|1\n", "vertical bars", [("x;y\t", "1")]),
+        ("Frage,Preis\na;b,c\n", "", [("a;b", "c")]),
+    ],
+)
+def test_the_header_of_a_csv_shows_its_separator(
+    write, text: str, layout: str, rows: list[tuple[str, str]]
+) -> None:
+    table = read_rows(Source(source=write("a.csv", text)))
+    assert (layout in table.layout, bool(table.layout)) == (True, bool(layout))
+    assert [tuple(table[i].values()) for i in range(len(table))] == rows
+    assert list(table[0]) == ["Frage", "Preis"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("q;a\nx;y;z\n", 1),  # a row of three under a header of two
+        ("q;r\ta\nx;y\tz\n", 1),  # two marks that both fit
+        ('"q;a"\nx;y\n', 1),  # one name with a mark in it
+        ('q;a\nx;y\n"x";"y\n', 3),  # a quote without its end, in the row where it opens
+        ("q;a\n" + "x;y\n" * 30 + "x;y;z\n", 32),  # it fits the first rows
+    ],
+)
+def test_a_csv_whose_separator_is_unclear_is_refused(write, text: str, line: int) -> None:
+    name = write("a.csv", text)
+    with refuses(DataError, where=f"{name}:{line}"):
+        read_rows(Source(source=name))
+
+
 def test_csv_names_the_line_where_a_row_begins(write) -> None:
     rows = read_rows(Source(source=write("a.csv", 'a,b\n1,"two\nlines"\n3,4\n')))
     assert list(rows) == [{"a": "1", "b": "two\nlines"}, {"a": "3", "b": "4"}]

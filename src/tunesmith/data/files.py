@@ -14,6 +14,7 @@ import csv
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 MAX_ROW_BYTES = 32 << 20
 # Rows of an Arrow table converted to Python at once.
 _BLOCK = 256
+# What may stand between the values of a csv file, in words; the comma is looked for first.
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+FIRST_ROWS = 20  # that have to agree with the header on another separator than a comma
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Table:
         where: the place of row i that an editor shows.
         fingerprint: sha256 of the content, in hex.
         check_unchanged: raises DataError if the file is another than when it was opened.
+        layout: what was found out about the file, for the user; empty for nothing.
     """
 
     size: int
@@ -59,6 +64,7 @@ class Table:
     where: Callable[[int], str]
     fingerprint: Callable[[], str]
     check_unchanged: Callable[[], None] = lambda: None
+    layout: str = ""
 
     def __len__(self) -> int:
         return self.size
@@ -373,11 +379,11 @@ def long_number(where: str) -> DataError:
 
 
 def _read_csv(path: Path) -> Table:
-    """Comma-separated values with a header; every value is text."""
+    """Values with a header, separated by commas or as `_separator` finds; every value is text."""
     csv.field_size_limit(MAX_ROW_BYTES)
     text = _read_text(path)
-    _check_header_line(path, text)
-    rows, lines = _parse_csv(path, text)
+    separator = _separator(path, text)
+    rows, lines = _parse_csv(path, text, separator)
     # `DataFrame.to_csv` writes its index as a first column without a name.
     if _has_row_numbers(rows):
         log.warning(
@@ -403,26 +409,17 @@ def _read_csv(path: Path) -> Table:
         table.__getitem__,
         where=lambda i: f"{path}:{lines[i + 1]}",
         fingerprint=lambda: _file_digest(path),
+        layout="" if separator == "," else f"separated by {SEPARATORS[separator]}",
     )
 
 
-def _check_header_line(path: Path, text: str) -> None:
-    """DataError where the first line shows another separator, or JSON lines."""
-    # Other separators are common: the header shows them.
+def _separator(path: Path, text: str) -> str:
+    """What stands between the values of a row: a comma, or what the header shows in its place.
+
+    Excel writes semicolons where numbers have a decimal comma. DataError where the header has no
+    comma and the first rows do not agree with it on one other mark, and for JSON lines.
+    """
     header = text.partition("\n")[0]
-    separators = [mark for mark in ";\t|" if mark in header]
-    if "," not in header and separators:
-        separator = separators[0]
-        program = (
-            "import csv, sys; csv.writer(sys.stdout).writerows("
-            f"csv.reader(sys.stdin, delimiter={separator!r}))"
-        )
-        output = _new_name(path, "commas.csv")
-        raise DataError(
-            f"the header has {separator!r} between its names, not a comma",
-            where=f"{path}:1",
-            fix=f"python3 -c {shell_word(program)} < {shell_path(path)} > {output}",
-        )
     if text.lstrip().startswith("{") and '":' in header:
         renamed = shell_path(path.with_suffix(".jsonl"))
         raise DataError(
@@ -430,11 +427,45 @@ def _check_header_line(path: Path, text: str) -> None:
             where=f"{path}:1",
             fix=f"mv -n {shell_path(path)} {renamed}   # and name that",
         )
+    marks = [mark for mark in SEPARATORS if mark in header]
+    if not marks or "," in marks:
+        return ","
+    fitting = [mark for mark in marks if _splits_evenly(text, mark)]
+    if len(fitting) == 1:
+        return fitting[0]
+    separator = marks[0]
+    program = (
+        "import csv, sys; csv.writer(sys.stdout).writerows("
+        f"csv.reader(sys.stdin, delimiter={separator!r}))"
+    )
+    output = _new_name(path, "commas.csv")
+    names = " and ".join(SEPARATORS[mark] for mark in marks)
+    why = f"the first rows have another number of values than the header when split at {names}"
+    if fitting:
+        why = f"the first rows can be split at {names}"
+    raise DataError(
+        f"the header has {separator!r} between its names, not a comma",
+        where=f"{path}:1",
+        why=why,
+        fix=f"python3 -c {shell_word(program)} < {shell_path(path)} > {output}",
+    )
 
 
-def _parse_csv(path: Path, text: str) -> tuple[list[list[str]], "array[int]"]:
+def _splits_evenly(text: str, separator: str) -> bool:
+    """Whether the header and the first rows have the same number of values, and more than one."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    counts = set()
+    # A row that is broken is named when all are read.
+    with suppress(csv.Error):
+        for values in itertools.islice(reader, FIRST_ROWS):
+            if values:
+                counts.add(len(values))
+    return len(counts) == 1 and counts.pop() > 1
+
+
+def _parse_csv(path: Path, text: str, separator: str) -> tuple[list[list[str]], "array[int]"]:
     """The values of the header and of all rows, and the line in which each begins."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: list[list[str]] = []
     # A quoted value may go over several lines.
     lines = array("q")
@@ -446,9 +477,13 @@ def _parse_csv(path: Path, text: str) -> tuple[list[list[str]], "array[int]"]:
             if not values:
                 continue
             if rows and len(values) != len(rows[0]):
-                fix = "add the missing values, or commas for empty ones"
+                fix = f"add the missing values, or {SEPARATORS[separator]} for empty ones"
                 if len(values) > len(rows[0]):
-                    fix = 'put values with a comma or a line break in double quotes: "a, b"'
+                    example = f'"a{separator} b"'
+                    fix = (
+                        f"put values with {SEPARATORS[separator]} or line breaks in double quotes: "
+                        f"{example}"
+                    )
                 raise DataError(
                     f"a row of {len(values)} values under a header of {len(rows[0])}",
                     where=f"{path}:{first_line_number}",

@@ -51,6 +51,11 @@ class Rows:
         """All rows of the files and splits, before a selection."""
         return sum(len(table) for table in self._tables())
 
+    @property
+    def layout(self) -> str:
+        """What was found out about its files, such as `separated by semicolons`."""
+        return ", ".join(dict.fromkeys(table.layout for table in self._tables() if table.layout))
+
     def _find(self, i: int) -> tuple[Table, int]:
         if not 0 <= i < len(self):
             raise IndexError(i)

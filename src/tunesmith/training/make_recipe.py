@@ -210,7 +210,7 @@ def make_recipe(
     rows = read_rows(source)
     layout = detect(rows, source, any_format="data.train.format" not in override_keys)
     source = _with_layout(source, layout)
-    about_data = _describe_rows(data, len(rows), layout)
+    about_data = _describe_rows(data, rows, layout)
     why = {"data.train": about_data}
     if model == demo_model.NAME:
         why["model.name"] = (
@@ -259,10 +259,13 @@ def _model_name(model: str) -> str:
     return str(demo_model.demo_model())
 
 
-def _describe_rows(data: str, rows: int, layout: Detected) -> str:
+def _describe_rows(data: str, rows: Rows, layout: Detected) -> str:
     """A line for the user: how many rows a source has, and their layout."""
     name = Path(data).name if is_local(data) else data
-    return f"{name}: {count_of(rows, 'row')}, {layout.describe()}"
+    count = count_of(len(rows), "row")
+    if rows.layout:
+        count += f" with values {rows.layout}"
+    return f"{name}: {count}, {layout.describe()}"
 
 
 def _recipe_text(tree: Node, path: Path, why: Mapping[str, str], *, command: str) -> str:
