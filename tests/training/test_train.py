@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from errors import holds
 from recipes import make_run
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.resume import Start
 from tunesmith.host.signals import StopRequest
+from tunesmith.inference.evaluate import ValidationResult
 from tunesmith.metrics.log_file import LogFile
-from tunesmith.training import answer_sampler
+from tunesmith.training import answer_sampler, validation
 from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.build import build
@@ -138,6 +140,46 @@ def test_patience_ends_a_run_that_no_longer_learns(tiny: Path, tmp_path: Path) -
     assert len(measured) == result.steps
     assert min(measured[-3:]) >= min(measured[:-3])
     assert manifest.step_of(tmp_path / "run" / "final") == result.steps
+
+
+@pytest.mark.parametrize(
+    ("patience", "losses", "step"),
+    [
+        (None, [3.0, 2.0, 2.1, 2.2, 2.3, 2.4], 5),
+        (None, [3.0, 2.0, 2.1, 2.2, 1.9, 2.4], None),  # two in a row
+        (None, [3.0, 2.0, 2.001, 2.002, 2.001, 2.1], 6),  # it stays as it is, then rises
+        (3, [3.0, 2.0, 2.1, 2.2, 2.3], None),  # that ends by itself
+    ],
+)
+def test_a_loss_that_rises_is_told_once(
+    patience: int | None,
+    losses: list[float],
+    step: int | None,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured = iter(losses)
+    monkeypatch.setattr(
+        validation,
+        "validation_loss",
+        lambda *args, **options: ValidationResult(next(measured), 1, {}),
+    )
+    go(
+        tiny,
+        tmp_path,
+        train={"duration": f"{len(losses)} steps"},
+        validate={"every": "1 steps", "patience": patience},
+        checkpoint={"every": "1 steps"},
+    )
+    told = (tmp_path / "run/log.txt").read_text().splitlines()
+    warned = [n for n, line in enumerate(told) if holds(line, "validate.patience=3", "2.0000")]
+    assert len(warned) == (step is not None)
+    if step is not None:
+        before = [line for line in told[: warned[0]] if "  val_loss " in line]
+        assert len(before) == step
+        assert holds(told[warned[0]], "run/checkpoint-2")
+    assert "patience" not in (tmp_path / "run/metrics.jsonl").read_text()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
-from tunesmith.host.files import write_atomically
+from tunesmith.host.files import from_here, write_atomically
 from tunesmith.inference.evaluate import ValidationResult, validation_loss
 from tunesmith.methods.answers import ACCURACY
 from tunesmith.metrics.record import VALIDATION
@@ -16,6 +16,11 @@ from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.build import Session
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence
+
+# A run without patience is told when its loss has not been lower for so many validations, and is
+# above the lowest by a share that is more than the wobble of a loss that stays as it is.
+RISES = 3
+LEAST_RISE = 0.01
 
 
 class Validation:
@@ -35,6 +40,7 @@ class Validation:
         self.sinks = sinks
         self.stop = stop
         self.metrics = metrics
+        self.has_warned = False  # that the loss rises
         self.cadence = Cadence(
             self.run.validate.every if session.data.validation else None,
             total=session.total_steps,
@@ -78,7 +84,27 @@ class Validation:
             progress.best_loss = result.loss
             progress.best_accuracy = result.metrics.get(ACCURACY)
             self._write_best()
+        self._warn_of_rise(result.loss)
         return True
+
+    def _warn_of_rise(self, loss: float) -> None:
+        """Say once that the loss rises, where the run has no patience that will end it."""
+        progress = self.progress
+        if self.has_warned or self.run.validate.patience is not None or progress.worse < RISES:
+            return
+        if progress.best_loss is None or loss < progress.best_loss * (1 + LEAST_RISE):
+            return
+        self.has_warned = True
+        checkpoint = Path(self.run.output_dir) / f"checkpoint-{progress.best_step}"
+        best = f"the lowest was {progress.best_loss:.4f} at step {progress.best_step}"
+        if checkpoint.is_dir():
+            best += f", which {from_here(checkpoint)} keeps"
+        self.sinks.text(
+            "overfitting",
+            f"warning: val_loss has not been lower for {progress.worse} validations, and rises: "
+            f"the model memorizes the training rows; {best}; validate.patience={RISES} stops such "
+            "a run by itself",
+        )
 
     def _is_best(self, result: ValidationResult) -> bool:
         """Whether no validation so far was as good; of equal accuracies the loss decides."""
