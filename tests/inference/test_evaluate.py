@@ -191,7 +191,10 @@ def test_without_data_the_score_is_the_run_s_own_validation_loss(
     assert ("30 %" in found.data) == bool(changes)
     drawn = tmp_path / "run" / "held-out.txt"
     if changes:
-        places = drawn.read_text().splitlines()
+        places, texts = zip(
+            *(line.split("  ") for line in drawn.read_text().splitlines()), strict=True
+        )
+        assert all(texts)
         files, numbers = zip(*(place.rsplit(":", 1) for place in places), strict=True)
         assert set(files) == {str(tmp_path / "train.jsonl")}
         assert [int(number) for number in numbers] == sorted(set(map(int, numbers)))

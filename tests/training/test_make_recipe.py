@@ -51,6 +51,7 @@ from tunesmith.training.run import train
 
 Capture = pytest.CaptureFixture[str]
 PAIRS = [(f"What is number {i}?", f"Number {i} is {WORDS[i % 10]}.") for i in range(40)]
+MORE = [(f"And what is number {i}?", f"It is {WORDS[i % 10]}.") for i in range(10)]
 TOOLS = json.dumps(
     [{"name": "price", "description": "the price", "parameters": {"type": "object"}}]
 )
@@ -131,6 +132,7 @@ def test_rows_of_ones_own_are_trained_on(data: str, home: Path, capsys: Capture)
     assert main(start(data)) == EXIT_OK
     shown, told = capsys.readouterr()
     assert f"train: {data}: 34 of 40 rows (data.hold_out: 6 examples)" in told
+    assert lines_with(told, 6, f"{name}/held-out.txt", "data.hold_out=null")
     assert lines_with(told, "steps: 3", "34 examples")
     assert f"  tunesmith chat {name}\n" in shown, "as a user there writes it"
     assert f"{data}: {FILES[data][1]}" in told.splitlines()
@@ -148,15 +150,19 @@ def test_rows_of_ones_own_are_trained_on(data: str, home: Path, capsys: Capture)
 
 def write_more(path: Path) -> None:
     """The rows of faq.csv, and ten more."""
-    more = [(f"And what is number {i}?", f"It is {WORDS[i % 10]}.") for i in range(10)]
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("Question", "Answer"), *PAIRS, *more])
+        csv.writer(file).writerows([("Question", "Answer"), *PAIRS, *MORE])
 
 
 def held_out_places(run: Path) -> list[str]:
     """The place of each held-out row; behind it the list has how the row begins."""
-    lines = (run / "held-out.txt").read_text().splitlines()
-    return [line.partition("  ")[0] for line in lines]
+    places, texts = [], set()
+    for line in (run / "held-out.txt").read_text().splitlines():
+        place, _, text = line.partition("  ")
+        places.append(place)
+        texts.add(text)
+    assert texts <= {question for question, _ in (*PAIRS, *MORE)}
+    return places
 
 
 def test_a_run_is_trained_on_with_more_rows(home: Path, capsys: Capture) -> None:

@@ -28,6 +28,7 @@ from tunesmith.data.tokens import (
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder, from_here
 from tunesmith.host.memory import available_memory
+from tunesmith.run_dir import HELD_OUT
 from tunesmith.units import count_of
 
 # Of an epoch's order: indices, random keys and their sort, 8 bytes each.
@@ -93,6 +94,8 @@ class TrainingData:
         for split, part in self.sources():
             figures = ", ".join(self.figures(part))
             lines.append(f"{split}: {from_here(part.counts.source)}: {figures}")
+        if self.run.data.hold_out and self.validation is not None:
+            lines.append(self.describe_held_out())
         lines.append(self.describe_schedule())
         lines += self.warnings()
         if why:
@@ -114,6 +117,18 @@ class TrainingData:
             checks = count_of(len(contract.checks), "check")
             lines.append(f"token contract of {contract.split}: {verdict} {checks} of {things}")
         return lines
+
+    def describe_held_out(self) -> str:
+        """A line for the user: what it means that rows are held out, and where they are listed."""
+        assert self.validation is not None
+        count = count_of(len(self.validation), "held-out row")
+        if self.run.validate.max_examples is not None:
+            count = "held-out rows"  # more than those that are measured
+        listed = from_here(Path(self.run.output_dir) / HELD_OUT)
+        return (
+            f"the model never sees the answers of the {count}, listed in {listed}; "
+            "data.hold_out=null trains on all rows"
+        )
 
     def describe_template(self) -> str:
         """A line for the user: the prompt in use.

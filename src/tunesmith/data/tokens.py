@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 VERSION = 5
 # Rows handed to the tokenizer at once.
 _BATCH = 256
+BEGINNING = 60  # characters that tell a row from others
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,20 @@ class TokenSet:
         part, at = self._find(i)
         return part.rows.where(int(part.arrays.rows[at]))
 
+    def beginning(self, i: int) -> str:
+        """How the row of example i begins, in one line: what tells it from others.
+
+        Of a conversation its first question, else the first text of several words.
+        """
+        part, at = self._find(i)
+        texts = list(_texts_of(part.rows[int(part.arrays.rows[at])]))
+        # A number or a name in front of the texts is seldom what tells rows apart.
+        sentences = [text for text in texts if " " in text.strip()]
+        text = " ".join(next(iter(sentences or texts), "").split())
+        # Half of a surrogate pair cannot be written.
+        text = text.encode(errors="replace").decode()
+        return text if len(text) <= BEGINNING else f"{text[: BEGINNING - 4]} ..."
+
     @property
     def sources(self) -> tuple[TokenCounts, ...]:
         return tuple(part.counts for part in self.parts)
@@ -284,6 +299,30 @@ class TokenSet:
         tokens = TokenSet(parts)
         tokens.shares_prompts = self.shares_prompts
         return tokens
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    """The texts in a row, or in a value of it; of turns those of the user first."""
+    if isinstance(value, str):
+        if value.strip():
+            yield value
+        return
+    if isinstance(value, Mapping):
+        # Who speaks is no text of the row.
+        for name, item in value.items():
+            if name not in ("role", "from"):
+                yield from _texts_of(item)
+        return
+    if isinstance(value, list | tuple):
+        for item in sorted(value, key=_is_no_question):
+            yield from _texts_of(item)
+
+
+def _is_no_question(turn: Any) -> bool:
+    """Whether this is another thing than a turn of the user."""
+    if not isinstance(turn, Mapping):
+        return True
+    return turn.get("role", turn.get("from")) not in ("user", "human")
 
 
 @dataclass(frozen=True)

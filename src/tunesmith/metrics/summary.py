@@ -145,7 +145,7 @@ def _speed(records: Sequence[StepRecord]) -> str:
 _FILES = (
     (FINAL, "the weights of the last step"),
     (METRICS, "one record per step"),
-    (HELD_OUT, "the rows that were held out, by file and line"),
+    (HELD_OUT, "the rows that were held out: file, line and how each begins"),
     ("tensorboard", "tensorboard --logdir {path}"),
     (LOG, "this output"),
     (RECIPE, "the resolved recipe"),

@@ -759,8 +759,8 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     write_atomically(out / RECIPE, dump(run))
     held_out = session.data.validation
     if run.data.hold_out and held_out is not None:
-        rows = [held_out.where(i) for i in range(len(held_out))]
-        write_atomically(out / HELD_OUT, "".join(f"{row}\n" for row in rows))
+        rows = [f"{held_out.where(i)}  {held_out.beginning(i)}\n" for i in range(len(held_out))]
+        write_atomically(out / HELD_OUT, "".join(rows))
 
 
 def _identity(session: Session, argv: list[str] | None) -> dict[str, Any]:
