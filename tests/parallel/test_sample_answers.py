@@ -15,7 +15,7 @@ from tunesmith.checkpoint.resume import Start
 from tunesmith.distributed import ranks as ranks_module
 from tunesmith.inference.decoding import SAMPLE_TOKENS, AnswerClock, sample_answers
 from tunesmith.parallel import mesh
-from tunesmith.training import answer_sampler
+from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.build import build
 from tunesmith.training.run import train
 
@@ -59,7 +59,8 @@ def answers_by_the_clock_of(
     allowed: dict[str, float], model: Path, folder: Path
 ) -> tuple[bool, str]:
     """Whether there are answers where each rank has so many seconds for them, and the log."""
-    answer_sampler.ANSWER_SECONDS = allowed[os.environ["RANK"]]
+    seconds = allowed[os.environ["RANK"]]
+    AnswerSampler.allowed_seconds = lambda sampler: seconds
     steps = {"duration": "2 steps"}
     train(
         make_run(model, folder, parallel={"shard": 2}, train=steps, log={"samples": 1}), quiet=True

@@ -336,6 +336,10 @@ class Log:
         "sample answers to held-out prompts, before the first step (not on shards) and at each"
         " validation; 0: none",
     )
+    sample_seconds: Positive = key(
+        20.0,
+        "seconds that the sample answers of a run may take, or 1 % of its time where that is more",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

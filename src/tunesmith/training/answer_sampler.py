@@ -1,5 +1,7 @@
 """Sample answers to held-out prompts while a run trains, if they cost little of its time."""
 
+import math
+
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.inference.decoding import AnswerClock, sample_answers
@@ -8,11 +10,11 @@ from tunesmith.parallel.shard import sharded_modules
 from tunesmith.run_dir import Phase
 from tunesmith.training.build import Session
 from tunesmith.training.duration import Duration
+from tunesmith.units import Cadence
 
-# Sample answers take this share of the time trained, or so many seconds where that is less. The
-# last ones may take as much again.
+# Sample answers take this share of the time trained, or `log.sample_seconds` where that is less.
+# The last ones may take as much again.
 ANSWER_SHARE = 0.01
-ANSWER_SECONDS = 20.0
 
 
 class AnswerSampler:
@@ -71,13 +73,30 @@ class AnswerSampler:
             self.sinks.text(
                 "samples",
                 f"no sample answers at step {self.progress.step}: "
-                f"they would take {clock.predicted:.0f} s, and {clock.allowed:.0f} s "
-                "may be spent on them; log.samples=0 asks for none",
+                f"they would take {clock.predicted:.0f} s, and {clock.allowed:.0f} s may be spent "
+                f"on them; log.sample_seconds={self.enough_seconds(clock)} allows them, "
+                "log.samples=0 asks for none",
             )
+
+    def enough_seconds(self, clock: AnswerClock) -> int:
+        """The `log.sample_seconds` with which all validations of the run have their answers."""
+        assert clock.predicted is not None
+        total = self.session.total_steps
+        cadence = Cadence(
+            self.session.run.validate.every,
+            total=total,
+            steps_per_epoch=self.session.data.schedule.steps_per_epoch(0),
+            seconds=0.0,
+        )
+        validations = 1
+        if total is not None and cadence.interval:
+            validations = max(1, total // cadence.interval)
+        # They also answer before the first step. Tens, since it is an estimate.
+        return 10 * math.ceil(clock.predicted * (1 + validations) / 10)
 
     def allowed_seconds(self) -> float:
         """Seconds for the answers that are due, which must not cost more than they tell."""
-        allowed = max(ANSWER_SECONDS, ANSWER_SHARE * self.progress.seconds)
+        allowed = max(self.session.run.log.sample_seconds, ANSWER_SHARE * self.progress.seconds)
         if self.progress.step > 0 and self.duration.is_over(self.progress):
             return allowed
         return max(0.0, allowed - self.seconds)
