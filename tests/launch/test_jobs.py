@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from errors import holds
+from tunesmith.cli.main import main
+from tunesmith.errors import EXIT_OK
 from tunesmith.launch.jobs import Job, save_job
 from tunesmith.launch.local import LocalJob
-from tunesmith.run_dir import STOP_FILE, STOPPED, RunState
+from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState
 
 GONE = {"pid": "0", "created": "never"}
 
@@ -65,3 +67,31 @@ def test_what_lay_there_before_a_launch_is_not_its_end(out: Path):
     assert job.state().state is RunState.UNKNOWN
     (out / "failure.json").write_text(json.dumps({"what": "rank 0 was killed"}))
     assert holds(job.state().text, "rank 0")
+
+
+def test_a_run_at_work_tells_its_steps_and_the_time_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fcntl
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/mine"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("train: {duration: 5 epochs}\n")
+    rows = [
+        {"step": n, "epoch": n / 38, "loss": 1.5, "step_seconds": 60.0 if n == 1 else 2.0}
+        for n in range(1, 88)
+    ]
+    (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "env.json").write_text('{"recipe_hash": ""}')
+    with (run / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["status", "runs/mine"]) == EXIT_OK
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.split()[:2] == ["runs/mine", "running"], "it has no other name"
+    assert holds(line, "step 87 of 190", 1.5, "3:26 min")
+    assert main(["status", "runs/mine"]) == EXIT_OK
+    assert "left" not in capsys.readouterr().out, "it was killed"
+    (run / "config.yaml").write_text("train: {duration: 2 h}\n")
+    assert Job("", str(run)).state().text.startswith("step 87, ")

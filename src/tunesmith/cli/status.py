@@ -11,6 +11,7 @@ import argparse
 import json
 
 from tunesmith.cli.options import add_json
+from tunesmith.host.files import from_here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,9 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=1))
         return
     for job, state in zip(jobs, states, strict=True):
-        print(f"{job.name or '-':<24} {state.state:<8} {state.text}\n{'':<24} {job.run_dir}")
+        # A run that nobody launched is named by its directory.
+        print(f"{job.name or from_here(job.run_dir):<24} {state.state:<8} {state.text}")
+        if job.name:
+            print(f"{'':<24} {job.run_dir}")
     if not jobs:
         print("no jobs yet: tunesmith launch local RECIPE --detach")

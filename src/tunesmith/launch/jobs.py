@@ -9,12 +9,13 @@ import fcntl
 import getpass
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import socket
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -27,7 +28,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.shell import shell_path, shell_word
-from tunesmith.metrics.record import newest_record
+from tunesmith.metrics.record import newest_record, newest_records
 from tunesmith.run_dir import (
     FAILURE,
     FINAL,
@@ -44,13 +45,16 @@ from tunesmith.run_dir import (
     open_regular,
     read_failure,
     read_manifest,
+    read_recipe,
     read_stopped,
 )
+from tunesmith.units import Length, format_seconds
 
 # kind -> its class, in launch/<kind>.py
 KINDS = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}
 # In the run directory: what launches write there; runs do not touch it.
 FOLDER = LAUNCH
+RECENT = 20  # steps whose mean time says what is left
 POLL = 0.5  # seconds between two looks at a log that is followed
 
 
@@ -104,7 +108,7 @@ class Job:
         # The lock first: while a process trains here, files of earlier starts do not describe this
         # one.
         if is_locked(out):
-            return JobState(RunState.RUNNING, step or "before the first step")
+            return JobState(RunState.RUNNING, step_and_time_left(out) or "before the first step")
         failure = read_failure(out).value if self.has_written(FAILURE) else None
         stopped = read_stopped(out).value if self.has_written(STOPPED) else None
         state = ended_state(
@@ -262,14 +266,44 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def last_step(run_dir: str | Path) -> str:
-    """`step 120, loss 1.234` of the newest record; empty before the first.
+    """`step 120 of 400, loss 1.234` of the newest record; empty before the first.
 
     It reads the end of the file alone.
     """
     record = newest_record(Path(run_dir))
     if record.get("loss") is None:
         return ""
-    return f"step {record['step']}, loss {record['loss']:.4g}"
+    total = _total_steps(Path(run_dir), record)
+    of_total = f" of {total}" if total else ""
+    return f"step {record['step']}{of_total}, loss {record['loss']:.4g}"
+
+
+def step_and_time_left(run_dir: str | Path) -> str:
+    """`last_step` of a run that is at work, with the time that is left by its newest steps."""
+    text = last_step(run_dir)
+    records = list(itertools.islice(newest_records(Path(run_dir)), RECENT))
+    seconds = [record["step_seconds"] for record in records if record.get("step_seconds")]
+    total = _total_steps(Path(run_dir), records[0]) if records else None
+    step = records[0].get("step") if records else None
+    if not text or not seconds or total is None or step is None:
+        return text
+    left = max(0.0, total - step) * sum(map(float, filter(None, seconds))) / len(seconds)
+    return f"{text}, {format_seconds(left)} left"
+
+
+def _total_steps(run_dir: Path, record: Mapping[str, int | float | None]) -> int | None:
+    """The steps of the whole run by its recipe; None where it ends by the clock or by tokens."""
+    try:
+        duration = Length.parse(read_recipe(run_dir).value["train"]["duration"])
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
+    step = record.get("step")
+    epoch = record.get("epoch")
+    if duration.unit == "steps":
+        return int(duration.amount)
+    if duration.unit == "epochs" and step and epoch:
+        return max(int(step), round(step * duration.amount / epoch))
+    return None
 
 
 def safe_value(value: str, where: str) -> str:

@@ -30,9 +30,9 @@ from tunesmith.launch.jobs import (
     Job,
     JobState,
     all_jobs,
-    last_step,
     safe_value,
     save_job,
+    step_and_time_left,
     write_recipe,
 )
 from tunesmith.launch.sites import DIRECTIVES, Site
@@ -206,7 +206,7 @@ class SlurmJob(Job):
             return JobState(RunState.QUEUED, f"{name}: {reason}")
         if name in ENDED:
             return super().state().after(ENDED[name], name)
-        step = last_step(self.run_dir) or "before the first step"
+        step = step_and_time_left(self.run_dir) or "before the first step"
         return JobState(RunState.RUNNING, f"{step}; {name} for {elapsed} of {limit} on {nodes}")
 
     def stop(self) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -254,18 +254,22 @@ def is_column(name: str, values: Sequence[Any]) -> bool:
 def newest_record(folder: Path) -> dict[str, int | float | None]:
     """The last whole record of a run directory's metrics.jsonl, read from the file's end alone;
     empty without one."""
+    return next(newest_records(folder), {})
+
+
+def newest_records(folder: Path) -> Iterator[dict[str, int | float | None]]:
+    """The whole records at the end of a run directory's metrics.jsonl, the newest first."""
     try:
         with open_regular(folder / METRICS) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL))
             lines = file.read().splitlines(keepends=True)
     except OSError:
-        return {}
+        return
     for line in reversed(lines):
         if line.endswith(b"\n"):
             with contextlib.suppress(ValueError):
-                return checked_values(parse_json(line))
-    return {}
+                yield checked_values(parse_json(line))
 
 
 def _step_of(line: bytes) -> int:
