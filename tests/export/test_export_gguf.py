@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Callable
@@ -20,12 +21,12 @@ from errors import error_in, holds, lines_with, refuses
 from export.modelfile import read_modelfile
 from export.tiny_gguf import chat_tokenizer
 from runs import make_run, peft_model
-from tunesmith.cli.export import GGUF_QUANTS
+from tunesmith.cli.export import GGUF_QUANTS, print_check
 from tunesmith.errors import CheckpointError, ModelError, TunesmithError
 from tunesmith.export.gguf import export as room
 from tunesmith.export.gguf.answers import SideBySide, answer_lines, questions_of
 from tunesmith.export.gguf.check import FileCheck
-from tunesmith.export.gguf.export import export_adapter, export_gguf
+from tunesmith.export.gguf.export import ExportedFile, export_adapter, export_gguf
 from tunesmith.export.gguf.llama_cpp import LlamaCpp
 from tunesmith.export.gguf.ollama import modelfile_text
 from tunesmith.export.gguf.types import QUANTS as TYPES
@@ -364,3 +365,28 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
 def test_a_file_that_answers_otherwise_is_not_near(kl: float, agreement: float, near: bool) -> None:
     base = Difference(9.0, 2.0, 0.46)
     assert FileCheck(20, Difference(1.0, kl, agreement), base, 24, ()).is_near == near
+
+
+@pytest.mark.parametrize(
+    ("rounding", "base", "same", "values"),
+    [
+        (Difference(1.0, 0.052, 1.0), Difference(9.0, 2.0, 0.2), 24, (0.052, 2, 38)),
+        (Difference(1.0, 0.6, 0.7), Difference(9.0, 2.0, 0.2), 17, (0.6, 2, 3)),
+        (Difference(1.0, 0.002, 0.96), None, 23, (0.002,)),
+    ],
+)
+def test_what_a_check_found_is_told_within_80_columns(
+    rounding: Difference,
+    base: Difference | None,
+    same: int,
+    values: tuple[float, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check = FileCheck(20, rounding, base, 24, ())
+    exported = ExportedFile("a.gguf", "a.gguf", "q4_k_m", 1, (), check)
+    print_check(argparse.Namespace(adapter=False, no_check=False), exported)
+    out, err = capsys.readouterr()
+    assert lines_with(out, same, 24)
+    assert lines_with(out, *values)
+    assert max(map(len, out.splitlines())) <= 80
+    assert bool(err) != check.is_near, "a warning"

@@ -39,8 +39,10 @@ from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path, shell_word
 
 if TYPE_CHECKING:
+    from tunesmith.export.gguf.check import FileCheck
     from tunesmith.export.gguf.export import ExportedFile
 
+MOST_TIMES = 1000  # beyond which a smaller change is not told apart
 # As in `export.gguf.types`, which a test compares; that module is not loaded to parse.
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 # Those whose rounding is too small to show in three answers.
@@ -135,6 +137,7 @@ def _export_gguf(args: argparse.Namespace) -> None:
                 check=not args.no_check,
                 device=args.device,
                 progress=lambda size, total: progress("MB written", size // 10**6, total // 10**6),
+                checking=lambda done, total: progress("parts checked in llama.cpp", done, total),
             )
     if args.json:
         print(json.dumps(asdict(exported), indent=2))
@@ -142,7 +145,7 @@ def _export_gguf(args: argparse.Namespace) -> None:
     for note in exported.notes:
         notify(f"note: {note}")
     print(f"{exported.file}: {exported.bytes / 1e6:,.1f} MB in {exported.quant}")
-    _print_check(args, exported)
+    print_check(args, exported)
     print(f"next: {_next_command(args, exported)}")
     for line in _share_lines(args, exported):
         print(line)
@@ -217,7 +220,8 @@ def _check_options(args: argparse.Namespace, names: tuple[str, ...], place: str)
             )
 
 
-def _print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
+def print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
+    """Tell how near a file is to the tuned model, and what to do where it is not."""
     check = exported.check
     if check is None:
         if not args.adapter:
@@ -227,11 +231,13 @@ def _print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
     from tunesmith.export.gguf.answers import answer_lines
 
     print(f"prompts: {check.prompts} of {check.prompts} have identical token ids in llama.cpp")
-    base = f" (base: {check.base.mean_kl:.2g})" if check.base else ""
-    places = f"at {check.positions} positions"
-    tuned = check.tuned
-    print(f"answers: mean KL {tuned.mean_kl:.2g} nats against the tuned model{base}, {places};")
-    print(f"  the same most likely token at {tuned.agreement:.0%} of them, which are in rows")
+    verdict = "good: the file answers as the tuned model does"
+    if not check.is_near:
+        verdict = "not good: the file answers otherwise than the tuned model"
+    print(f"answers: {verdict}")
+    same = round(check.tuned.agreement * check.positions)
+    print(f"  its most likely next token is the same at {same} of {check.positions} places in rows")
+    print(f"  {_rounding(check)}")
     for line in answer_lines(check.answers):
         print(line)
     if not check.is_near:
@@ -241,6 +247,19 @@ def _print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
         )
     elif any(answer.differs_at for answer in check.answers) and exported.quant not in NEAREST:
         notify("note: an answer differs; --quant q8_0 or f16 is nearer to the tuned model")
+
+
+def _rounding(check: "FileCheck") -> str:
+    """How far rounding moved the probabilities of the next token, beside what training did."""
+    rounding = check.tuned.mean_kl
+    if check.base is None:
+        return f"rounding changed its probabilities by {rounding:.2g} nats (mean KL)"
+    training = check.base.mean_kl
+    figures = f"(mean KL {rounding:.2g} and {training:.2g} nats)"
+    times = training / max(rounding, training / MOST_TIMES, 1e-12)
+    if times < 1.5:
+        return f"rounding changed it as much as training did {figures}"
+    return f"rounding changed it {times:,.0f} times less than training did {figures}"
 
 
 def _next_command(args: argparse.Namespace, exported: "ExportedFile") -> str:

@@ -4,7 +4,8 @@ The logits to compare with are computed while the weights are read (`streamed_mo
 the check holds no whole model either.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +72,13 @@ def check_file(
     *,
     device: torch.device,
     threads: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FileCheck:
     """Open the file in llama.cpp, and compare it with the tuned model.
 
     Args:
         base: the model before training, and which values of it.
+        progress: gets the parts that are done, and all of them.
 
     CheckpointError where it does not open, or reads a text as other tokens: it would answer, and
     wrongly.
@@ -83,12 +86,20 @@ def check_file(
     prompts, _ = probe_prompts(tuned.files)
     places = [_places(len(prompt)) for prompt in prompts]
     questions = questions_of(tuned.files)
+    # Answers, passes over the weights of the tuned model and of the base, and positions.
+    total = len(questions) + 1 + sum(map(len, places)) + (base is not None)
+    parts = itertools.count()
 
+    def note() -> None:
+        progress(next(parts), total)
+
+    note()
     with LlamaCpp(file, threads=threads) as server:
         texts = _check_ids(server, tuned)
         answers = []
         for question in questions:
             answers.append(up_to_end(server.answer(question.ids, TOKENS), tuned.files))
+            note()
         # Answers and prompts in one pass, which reads every weight once.
         passages = [*prompts]
         passage_places = [*places]
@@ -96,7 +107,8 @@ def check_file(
             passages.append([*question.ids, *answer])
             passage_places.append(answer_places(question, answer))
         expected = _logits(tuned, "adapter", passages, passage_places, device)
-        compared, served = _served_logits(server, prompts, places, expected[: len(prompts)])
+        note()
+        compared, served = _served_logits(server, prompts, places, expected[: len(prompts)], note)
     side_by_side = []
     for question, answer, logits in zip(questions, answers, expected[len(prompts) :], strict=True):
         side_by_side.append(compare_answers(question, answer, logits, tuned.files))
@@ -104,6 +116,7 @@ def check_file(
     if base is not None:
         base_logits = _logits(*base, prompts, places, device)
         against_base = compare_logits(expected[: len(prompts)], base_logits)
+        note()
     return FileCheck(
         len(texts),
         compare_logits(compared, served),
@@ -130,6 +143,7 @@ def _served_logits(
     prompts: Sequence[list[int]],
     places: Sequence[Sequence[int]],
     expected: Sequence[torch.Tensor],
+    note: Callable[[], None],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The expected logits and the server's, without the positions that it leaves out."""
     compared = []
@@ -138,6 +152,7 @@ def _served_logits(
         for position, row in zip(where, reference, strict=True):
             # The prompt as ids, so that a fault of the tokenizer does not show here a second time.
             values = server.log_probabilities(prompt[: position + 1], len(row))
+            note()
             if values is not None:
                 served.append(values.unsqueeze(0))
                 compared.append(row.unsqueeze(0))

@@ -92,6 +92,7 @@ def export_gguf(
     check: bool = True,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    checking: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportedFile:
     """Write what a run has trained as one GGUF file, or as a folder with it for Ollama.
 
@@ -103,6 +104,7 @@ def export_gguf(
         quant: `f32`, `f16`, `bf16`, `q8_0`, `q6_k`, `q5_k_m` or `q4_k_m`.
         check: compare it with the tuned model in llama.cpp, where xllamacpp is installed.
         progress: gets the bytes written and those of the file.
+        checking: gets the parts of the check that are done, and all of them.
 
     Raises:
         UsageError: the output cannot be used.
@@ -133,7 +135,9 @@ def export_gguf(
             if check and has_llama_cpp():
                 base = _find_base(location, tuned)
                 try:
-                    result = check_file(file, tuned, base, device=place, threads=threads)
+                    result = check_file(
+                        file, tuned, base, device=place, threads=threads, progress=checking
+                    )
                 except CheckpointError:
                     # Not deleted: the user may want to know what differs.
                     rejected = goal.with_name(f"{goal.name}.rejected")
