@@ -28,7 +28,7 @@ from tunesmith.host.logger import lines_by_default
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.quant.schemes import DENSE, scheme_of
-from tunesmith.run_dir import IDENTITY, RECIPE, held_out_hash
+from tunesmith.run_dir import FINAL, IDENTITY, RECIPE, held_out_hash
 
 if TYPE_CHECKING:
     import torch
