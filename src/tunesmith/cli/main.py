@@ -314,7 +314,6 @@ def _dispatch(words: list[str]) -> int:
         args.command = rest[end + 1 :]
     else:
         args = parser.parse_intermixed_args(rest)
-    args.verb = verb
     if verb in LOADING:
         _check_process_limits()
     # Before torch is loaded: libgomp reads its variables once.

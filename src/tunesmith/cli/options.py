@@ -197,6 +197,8 @@ def add_recipe(parser: argparse.ArgumentParser, *, recipe_help: str = RECIPE_HEL
 
 def add_new_recipe(parser: argparse.ArgumentParser) -> None:
     """A model and rows for a new recipe."""
+    # For the commands that errors name.
+    parser.set_defaults(verb=parser.prog.removeprefix("tunesmith "))
     rows = parser.add_argument_group(
         "without a recipe: detect the format of your rows and make one"
     )
