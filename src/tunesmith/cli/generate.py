@@ -204,9 +204,9 @@ def check_output(output: Path | None, args: argparse.Namespace) -> None:
 
 
 def _answered_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> tuple[int, int]:
-    """How many rows of the output --resume leaves there, and their bytes.
+    """How many rows --resume finds answered in the output, and their bytes.
 
-    Its last line may be the beginning of a record, or lack its line break: it is written again.
+    The output's last line may be cut off, or lack its line break: it is written again.
     """
     if output is None or not output.exists() or args.force or output.stat().st_size == 0:
         return 0, 0

@@ -18,6 +18,7 @@ import json
 import logging
 import sys
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import (
     add_json,
@@ -30,6 +31,11 @@ from tunesmith.distributed.ranks import reported_once_a_node
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import lasting, show
 from tunesmith.metrics.log_file import LogFile
+
+if TYPE_CHECKING:
+    from tunesmith.config.schema import Run
+    from tunesmith.training.make_recipe import NewRecipe
+    from tunesmith.training.result import Result
 
 log = logging.getLogger(__name__)
 
@@ -50,52 +56,68 @@ def run(args: argparse.Namespace) -> None:
     log_file = LogFile()
     # The run opens it, with the lines of before it at its beginning.
     with log_file.attached():
-        _train(args, log_file)
+        with StopRequest() as early:
+            # The libraries load for seconds, and an exception inside torch's C++ code would abort.
+            early.doing = "the libraries are loaded"
+            early.defer_signals()
+            recipe, new_file = _read_recipe(args)
+            from tunesmith.training.run import train
+
+            if early.requested():
+                raise early.not_begun()
+
+        def write_recipe(record: object) -> None:
+            """Write the recipe's file: a start that is refused leaves none."""
+            if new_file is not None:
+                new_file.write_file()
+
+        result = train(
+            recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=write_recipe
+        )
+        if is_main_process():
+            _show_result(args, recipe, new_file, result, log_file)
     log_file.close()
 
 
-def _train(args: argparse.Namespace, log_file: LogFile) -> None:
-    with StopRequest() as early:
-        # They load for seconds, and an exception inside torch's C++ code would abort.
-        early.doing = "the libraries are loaded"
-        early.defer_signals()
-        with reported_once_a_node():
-            recipe, new_file = chosen_recipe(args)
-            if new_file is not None:
-                new_file.check_file()
+def _read_recipe(args: argparse.Namespace) -> "tuple[Run, NewRecipe | None]":
+    """The recipe of the command line, and the file that a new one is written to."""
+    with reported_once_a_node():
+        recipe, new_file = chosen_recipe(args)
         if new_file is not None:
-            name = new_file.name
-            log.info(f"recipe: {name} (to change it, edit it and run: tunesmith train {name})")
-        from tunesmith.metrics.summary import closing_summary
-        from tunesmith.training.run import train
+            new_file.check_file()
+    if new_file is not None:
+        name = new_file.name
+        log.info(f"recipe: {name} (to change it, edit it and run: tunesmith train {name})")
+    return recipe, new_file
 
-        if early.requested():
-            raise early.not_begun()
 
-    def write_recipe(record: object) -> None:
-        """Write the recipe's file: a start that is refused leaves none."""
-        if new_file is not None:
-            new_file.write_file()
+def _show_result(
+    args: argparse.Namespace,
+    recipe: "Run",
+    new_file: "NewRecipe | None",
+    result: "Result",
+    log_file: LogFile,
+) -> None:
+    """What the run came to, on stdout and in its log."""
+    from tunesmith.metrics.summary import closing_summary
 
-    result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=write_recipe)
-    if not is_main_process():
-        return
     # The run has ended well, whether or not someone reads this.
     sys.stdout = lasting(sys.stdout)
     with StopRequest() as late:
         late.defer_signals(announce=False)
         if args.json:
             print(json.dumps(result.values()))
-        else:
-            text = closing_summary(
-                recipe,
-                steps=result.steps,
-                seconds=result.seconds,
-                finished_before=result.finished_before,
-            )
-            show(text, sys.stdout)
-            if not result.finished_before:
-                write_recipe(None)
-                with suppress(OSError):
-                    log_file.open()
-                    log_file.write(text)
+            return
+        text = closing_summary(
+            recipe,
+            steps=result.steps,
+            seconds=result.seconds,
+            finished_before=result.finished_before,
+        )
+        show(text, sys.stdout)
+        if not result.finished_before:
+            if new_file is not None:
+                new_file.write_file()
+            with suppress(OSError):
+                log_file.open()
+                log_file.write(text)

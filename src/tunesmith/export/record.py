@@ -32,13 +32,15 @@ def record_path(file: Path) -> Path:
 def record_of(
     location: RunLocation, *, kind: str, size: int, check: "FileCheck | None", merged: bool
 ) -> dict[str, Any]:
-    """The record of a file.
+    """The record of an exported GGUF file.
 
     Args:
-        kind: of its weights, in words.
+        location: of the run that was exported.
+        kind: the type of the file's weights, in words.
         size: of the file in bytes.
         merged: whether the file is a whole model, not an adapter alone.
     """
+    # A run's checkpoints and final/ lie in its directory.
     run_dir = location.folder.parent if location.folder else Path()
     card = model_card(
         location.base,

@@ -40,10 +40,10 @@ class Cluster:
         return min(ranks, max(1, self.per_node // stride))
 
     def bandwidth(self, ranks: int, stride: int) -> float:
-        """Bytes/s of each rank of such a group in a ring.
+        """Bytes/s of each rank in a ring of `ranks`, `stride` apart.
 
-        One over several nodes crosses between them through the network of all its members in a
-        node.
+        A ring over several nodes crosses from one to the next through the networks of all ranks
+        that it has on a node.
         """
         link = self.chip.link or 0.0
         # The whole group is on one node.

@@ -121,8 +121,8 @@ class Nf4Linear(FrozenLinear):
 
         It is rounded to the compute dtype first, as Transformers does. A rank reads and quantizes
         the blocks that it holds. Where ranks share the layer it is a collective call: the scales of
-        all blocks are quantized together. Those of a tensor-parallel part that are not in one piece
-        then stay fp32 (4.5 bits a weight in place of 4.13).
+        all blocks are quantized together. Where those of a tensor-parallel part are not whole
+        groups in one piece they are stored in fp32 (4.5 bits a weight in place of 4.13).
         """
         scales = self._quantize_local_rows(dense)
         scales = self._gather_scales(scales, dense.shape)
@@ -189,7 +189,8 @@ class Nf4Linear(FrozenLinear):
     def _quantize_scales(self, scales: Tensor, rows: int) -> None:
         """Store this rank's part of the whole layer's scales, in 8 bits with scales of their own.
 
-        rows: of the whole layer.
+        Args:
+            rows: number of the whole layer's rows.
         """
         functional = nf4_functions()
         code = functional.get_4bit_type("nf4", device=scales.device)
@@ -197,16 +198,16 @@ class Nf4Linear(FrozenLinear):
         nested_block = NESTED_BLOCK
         shard = self.tensor_shard
         if shard is not None:
-            # A shard of whole rows is one run of scales. Where it is also whole groups of 256,
-            # their 8-bit codes and the scales of those are cut like it.
+            # A shard of whole rows has its scales in one piece. If that is whole groups of 256, a
+            # part of the codes of scales is cut, and the same part of the groups' own scales.
             has_whole_blocks = len(absmax) // shard.parts % NESTED_BLOCK == 0
             if shard.dim == 0 and has_whole_blocks:
                 absmax = absmax.chunk(shard.parts)[shard.part].clone()
                 nested_absmax = nested_absmax.chunk(shard.parts)[shard.part].clone()
             else:
-                nested_block = 0
-                # A run that is not whole groups: back to fp32, with the rounding that one process
-                # has too.
+                # Of a shard of columns, or of rows that end within a group, no groups can be cut:
+                # the scales are stored in fp32, rounded to 8 bits before as one process has them.
+                nested_block = 0  # not nested
                 nested = functional.QuantState(
                     nested_absmax, blocksize=NESTED_BLOCK, code=nested_code, dtype=torch.float32
                 )
