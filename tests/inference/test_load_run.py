@@ -56,6 +56,9 @@ def test_without_final_the_newest_whole_checkpoint_is_taken(
     assert f"{run / 'checkpoint-10'}:" in capsys.readouterr().err.split()
     notify_unfinished(locate_run(run / "checkpoint-10"))
     assert capsys.readouterr().err == "", "it was named"
+    (run / "final").mkdir()
+    assert "final" in locate_run(run).note
+    assert not locate_run(run).is_unfinished, "final/ is damaged"
 
 
 def test_parts_of_a_run_know_their_recipe(run: Path) -> None:

@@ -46,7 +46,11 @@ from tunesmith.report.compare import FEWEST_VALIDATIONS
 from tunesmith.run_dir import SWEEP
 from tunesmith.sweep import run as sweep_module
 from tunesmith.sweep.space import Space
-from tunesmith.training.make_recipe import learning_rate_of_width, make_recipe
+from tunesmith.training.make_recipe import (
+    _choose_continued_rate,
+    learning_rate_of_width,
+    make_recipe,
+)
 from tunesmith.training.run import train
 
 Capture = pytest.CaptureFixture[str]
@@ -187,6 +191,15 @@ def test_a_run_is_trained_on_with_more_rows(home: Path, capsys: Capture) -> None
     assert 0 < len(seen) < len(held_out)
     assert warnings_with(told, len(seen), len(held_out), "runs/mine")
     assert not warnings_with(told, 3, "train.duration"), "it has learned before"
+    # What it began with stays, whatever becomes of the first run.
+    begun = load_recipe(home / "runs/more/config.yaml")
+    assert begun.adapter.from_ == str(home / "runs/mine/final")
+    (home / "runs/mine/final").rename(home / "runs/mine/checkpoint-900")
+    assert main(["train", "runs/more.yaml", "train.duration=4 epochs"]) == EXIT_OK
+    resumed = load_recipe(home / "runs/more/config.yaml")
+    assert resumed.adapter.from_ == str(home / "runs/mine/final")
+    with refuses(RecipeError, where="adapter.from"):
+        train(load_recipe(home / "runs/more.yaml", ["adapter.from=runs"]), quiet=True)
 
 
 def test_an_adapter_is_continued_at_half_the_rate(home: Path, tiny: Path) -> None:
@@ -194,6 +207,9 @@ def test_an_adapter_is_continued_at_half_the_rate(home: Path, tiny: Path) -> Non
     fresh = make_recipe("small", "faq.csv")
     continued = make_recipe("small", "faq.csv", ["adapter.from=mine"])
     assert continued.run.train.learning_rate == fresh.run.train.learning_rate / 2
+    chosen, why = {"train.learning_rate": 3e-4}, {"train.learning_rate": ""}  # of an 8B
+    _choose_continued_rate(chosen, why)
+    assert chosen["train.learning_rate"] == 1.5e-4
     assert continued.run.train.duration.amount == 3, "more epochs are for a new adapter"
     assert (continued.run.adapter.rank, continued.run.adapter.alpha) == (4, 8)
     pairs = [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in PAIRS]

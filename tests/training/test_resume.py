@@ -335,7 +335,7 @@ def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(
     run = make_run(tiny, tmp_path, train={"duration": "4 steps"}, validate={"every": "2 steps"})
     folder = tmp_path / "run"
 
-    def told_steps() -> list[int]:
+    def told_steps() -> list[int | None]:
         summary = summaries_of([RunFiles(folder)])[0]
         listed = ListedRun(folder, "run", 0)
         listed.refresh()
@@ -358,6 +358,14 @@ def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(
         with refuses(StoppedEarlyError, names=["step 2"]):
             train(run, quiet=True)
     assert told_steps() == [2, 2, 2]
+    with monkeypatch.context() as patch:
+        stop_while(patch, "tunesmith.training.build.build_model")
+        patch.setattr("tunesmith.training.run.is_launched", lambda: True)
+        with refuses(StoppedEarlyError, names=["step 2"]):
+            train(run, quiet=True)
+    assert told_steps() == [2, 2, 2]
+    (folder / "stopped.json").write_text(json.dumps({"step": None}))
+    assert told_steps() == [1, 1, None], "the recorded step"
     assert train(run, quiet=True).steps == 4
     assert summaries_of([RunFiles(folder)])[0].steps == 4
 

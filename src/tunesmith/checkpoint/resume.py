@@ -12,6 +12,7 @@ from pathlib import Path
 from tunesmith.checkpoint.claim import TRACKER_IDS, restore
 from tunesmith.checkpoint.manifest import SavedCheckpoint, step_of
 from tunesmith.checkpoint.replicate import bring_folder, copies_in, copy_files, newest_checkpoint
+from tunesmith.checkpoint.start_adapter import folder_in_run
 from tunesmith.config.dump import differences, is_free
 from tunesmith.config.load import load_recipe
 from tunesmith.config.removed import REMOVED
@@ -189,6 +190,9 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
     if run.model.quantize == "auto":
         # Of a run that began it stands for what it stood for then.
         run = replace(run, model=replace(run.model, quantize=previous_run.model.quantize))
+    if folder_in_run(previous_run.adapter.from_, run.adapter.from_):
+        # So does a run directory, for the folder in it that the run began with.
+        run = replace(run, adapter=replace(run.adapter, from_=previous_run.adapter.from_))
     refused = [change for change in differences(previous_run, run) if not change.allowed]
     if refused and not is_forced:
         raise RecipeError(

@@ -14,10 +14,12 @@ class SavedModel(NamedTuple):
 
     Attributes:
         note: a line for the user: which folder it is, and which ones were passed over, and why.
+        is_unfinished: it stands for a run without a final/.
     """
 
     folder: Path
     note: str
+    is_unfinished: bool
 
 
 def find_saved_model(run_dir: Path) -> SavedModel:
@@ -35,11 +37,12 @@ def find_saved_model(run_dir: Path) -> SavedModel:
         configs = (candidate / "adapter_config.json", candidate / "config.json")
         if damage is None and any(config.is_file() for config in configs):
             note = f"from {candidate}"
-            if candidate.name != FINAL:
+            is_unfinished = not (run_dir / FINAL).is_dir()
+            if is_unfinished:
                 note += ": the run has not finished"
             if skipped:
                 note += f" (skipped {'; '.join(skipped)})"
-            return SavedModel(candidate, note)
+            return SavedModel(candidate, note, is_unfinished)
         # The user sees which checkpoints were passed over, and why.
         skipped.append(f"{candidate.name}: {damage or 'has training state only'}")
     raise CheckpointError(

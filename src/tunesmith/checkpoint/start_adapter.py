@@ -7,6 +7,7 @@ from tunesmith.adapter.peft_files import CONFIG, WEIGHTS
 from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.errors import ModelError, first_line
 from tunesmith.host.files import from_here
+from tunesmith.host.shell import shell_word
 from tunesmith.model.safetensors_files import ENDS_AND_MIDDLE, read_header, sampled_digest
 from tunesmith.run_dir import RECIPE
 
@@ -33,7 +34,7 @@ def find_adapter(name: str) -> StartAdapter:
         CheckpointError: the run has no finished checkpoint.
     """
     place = Path(name)
-    if place.is_dir() and (place / RECIPE).is_file() and not (place / CONFIG).is_file():
+    if is_run_dir(name):
         return _of_run(place)
     if place.is_dir():
         return StartAdapter(place)
@@ -53,13 +54,26 @@ def find_adapter(name: str) -> StartAdapter:
         raise ModelError(what, where="adapter.from", why=first_line(error), fix=fix) from error
 
 
+def is_run_dir(name: str) -> bool:
+    """Whether `adapter.from` names a run directory, which may come to hold other adapters."""
+    return (Path(name) / RECIPE).is_file() and not (Path(name) / CONFIG).is_file()
+
+
+def folder_in_run(folder: str | None, run_dir: str | None) -> str | None:
+    """The name of `folder` if it lies in `run_dir`; both as in `adapter.from`."""
+    if folder and run_dir and Path(folder).parent == Path(run_dir):
+        return Path(folder).name
+    return None
+
+
 def _of_run(run_dir: Path) -> StartAdapter:
     saved = find_saved_model(Path(from_here(run_dir)))
     if not (saved.folder / CONFIG).is_file():
         raise ModelError(
             "the run has no adapter: it trained all weights",
             where=f"adapter.from: {run_dir}",
-            fix=f"train on from its model: model.name={saved.folder}, without adapter.from",
+            fix=f"continue from its model: {shell_word(f'model.name={saved.folder}')}, without "
+            "adapter.from",
         )
     return StartAdapter(saved.folder.absolute(), f"the adapter to continue is {saved.note}")
 

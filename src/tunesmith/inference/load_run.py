@@ -28,7 +28,7 @@ from tunesmith.host.logger import lines_by_default
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.quant.schemes import DENSE, scheme_of
-from tunesmith.run_dir import FINAL, IDENTITY, RECIPE, held_out_hash
+from tunesmith.run_dir import IDENTITY, RECIPE, held_out_hash
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,7 @@ class RunLocation:
         base: the base model; for `full`, the one it was trained from.
         run: the resolved recipe beside it, if there is one.
         note: which of several candidates was chosen, and why.
+        is_unfinished: a checkpoint stands for a run that has no final/ yet.
     """
 
     kind: Literal["adapter", "full", "base"]
@@ -60,16 +61,12 @@ class RunLocation:
     base: Model
     run: Run | None = field(default=None, repr=False)
     note: str = ""
+    is_unfinished: bool = False
 
     @property
     def held_out_hash(self) -> str | None:
         """The hash of the rows that the run held out; None where unknown."""
         return held_out_hash(self.folder.parent) if self.folder else None
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether a checkpoint stands for a run that has no final/ yet."""
-        return self.folder is not None and self.note != "" and self.folder.name != FINAL
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -156,6 +153,7 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
         if (place / RECIPE).is_file():
             saved = find_saved_model(place)
             location = _in_folder(saved.folder, note=saved.note)
+            location = replace(location, is_unfinished=saved.is_unfinished)
         else:
             location = _in_folder(place)
     elif place.is_file() and place.suffix in (".yaml", ".yml"):

@@ -368,7 +368,7 @@ class RunFiles:
         """
         recorded = int((self.columns.get("step") or [0])[-1] or 0)
         if self.state is RunState.STOPPED and self.stopped:
-            return max(recorded, self.stopped.get("step", 0))
+            return max(recorded, self.stopped.get("step") or 0)
         return recorded
 
     def _state(self) -> RunState:

@@ -35,6 +35,8 @@ from tunesmith.checkpoint.resume import COUNTER, Progress, Start, check_unchange
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.checkpoint.start_adapter import adapter_digest, find_adapter
 from tunesmith.config.dump import digest, dump
+from tunesmith.config.load import load_recipe
+from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
 from tunesmith.data.contract import CutAnswers
@@ -43,7 +45,7 @@ from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, find_trained_rows, prepare_data
 from tunesmith.data.source import is_local
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import MachineError, UsageError
+from tunesmith.errors import MachineError, TunesmithError, UsageError
 from tunesmith.host import packages
 from tunesmith.host.chips import Peak
 from tunesmith.host.files import (
@@ -56,7 +58,6 @@ from tunesmith.host.memory import available_memory
 from tunesmith.hub import fetch
 from tunesmith.hub.download import FetchProgress
 from tunesmith.hub.model_files import ModelFiles, read_model_files
-from tunesmith.inference.load_run import locate_run
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
@@ -536,14 +537,19 @@ def describe_trained_before(adapter: str, data: TrainingData) -> list[str]:
     if data.validation is None:
         return []
     folder = find_adapter(adapter).folder
-    earlier = locate_run(folder).run
-    if earlier is None:
+    if not (folder.parent / RECIPE).is_file():
         return []
-    tokenizer = data.template.tokenizer
     name = from_here(folder.parent)
-    seen, fault = find_trained_rows(
-        data.validation, earlier, data.run.data, data.template, tokenizer
-    )
+    tokenizer = data.template.tokenizer
+    seen = None
+    try:
+        earlier = load_recipe(folder.parent / RECIPE, ignored=REMOVED)
+    except TunesmithError as error:
+        fault = error.what
+    else:
+        seen, fault = find_trained_rows(
+            data.validation, earlier, data.run.data, data.template, tokenizer
+        )
     if seen is None:
         return [f"warning: could not check whether {name} was trained on held-out rows: {fault}"]
     if not seen.count:
@@ -641,11 +647,9 @@ def check_inputs(run: Run, start: Start) -> None:
     if run.model.tokenizer is not None and Path(run.model.tokenizer).is_absolute():
         fetch.fetch_without_weights(run.model.tokenizer)
     if run.adapter.from_ is not None and start.checkpoint is None:
-        adapter = find_adapter(run.adapter.from_)
-        if adapter.note:
-            log.info(adapter.note)
-        check_sums(adapter.folder)
-        read_adapter(adapter.folder)
+        folder = find_adapter(run.adapter.from_).folder
+        check_sums(folder)
+        read_adapter(folder)
 
 
 def check_disk(run: Run, trained: int, base: Path, ranks: Ranks) -> None:

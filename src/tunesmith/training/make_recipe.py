@@ -488,7 +488,7 @@ def _choose_preference_rate(chosen: dict[str, Any], why: dict[str, str]) -> None
 def _choose_continued_rate(chosen: dict[str, Any], why: dict[str, str]) -> None:
     """Lower the learning rate for an adapter that was trained before."""
     rate = chosen["train.learning_rate"] * CONTINUED_RATE
-    chosen["train.learning_rate"] = float(f"{rate:.0e}")
+    chosen["train.learning_rate"] = float(f"{rate:.1e}")
     why["train.learning_rate"] += (
         "; half of that for an adapter that is already trained, which a higher rate would undo"
     )

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +24,7 @@ from tunesmith.checkpoint.claim import (
 from tunesmith.checkpoint.previous_crash import find_previous_crash, note_running
 from tunesmith.checkpoint.replicate import find_run_dir_writers
 from tunesmith.checkpoint.resume import Start, decide_start
+from tunesmith.checkpoint.start_adapter import find_adapter, folder_in_run, is_run_dir
 from tunesmith.config.layers import override_layer
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
@@ -184,10 +186,11 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
 
     Signals are noted, memory is watched, and the other ranks are joined.
     """
+    stop = StopRequest()
     try:
         with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
             stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
-            stop = stack.enter_context(StopRequest())
+            stack.enter_context(stop)
             ranks = stack.enter_context(join_ranks())
             ranks.heartbeat.probes.stop_signal = lambda: stop.signal or ""
             stack.enter_context(MemoryGuard(stop, ranks, large_files(run)))
@@ -198,7 +201,7 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
             error.exit_code = EXIT_OK
             out = Path(run.output_dir)
             if is_run(out):
-                write_stopped(out, "stopped by a signal before the first step", step=0)
+                write_stopped(out, "stopped by a signal before the first step", stop.saved_step)
         raise
 
 
@@ -256,12 +259,12 @@ def start_run(
             stack.enter_context(stderr_only_from("tunesmith.data"))
         # Claim the directory, and decide where to start.
         ranks, start = open_run_dir(run, ranks, stack, fresh=fresh)
-        if start.progress:
-            stop.request.saved_step = start.progress.step
+        stop.request.saved_step = start.progress.step if start.progress else 0
         if ranks.is_run_dir_writer:
             stack.enter_context(noted_early_stop(out, stop.request))
         if start.finished is not None:
             return Result(out, start.finished, finished_before=True)
+        run = with_start_adapter(run, start, ranks)
         # Build; a fault up to the first step is one of the recipe, the data or the machine.
         with as_usage_error(ranks):
             session = build(run, start, why=why, ranks=ranks)
@@ -351,6 +354,30 @@ def open_run_dir(
     return ranks, start
 
 
+def with_start_adapter(run: Run, start: Start, ranks: Ranks) -> Run:
+    """The recipe with one folder of the run directory that `adapter.from` names, if it names one.
+
+    That run may be trained further, and a resume has to find what this one began with. A collective
+    call.
+    """
+    name = run.adapter.from_
+    if name is None:
+        return run
+    folder = None
+    with ranks.raise_on_all_ranks(), as_usage_error(ranks):
+        if start.previous_run is not None:
+            folder = folder_in_run(start.previous_run.adapter.from_, name)
+        elif ranks.is_main_process and is_run_dir(name):
+            adapter = find_adapter(name)
+            log.info(adapter.note)
+            folder = adapter.folder.name
+    folder = ranks.broadcast_object(folder)
+    if folder is None:
+        return run
+    # Nodes may have the run directory in different places.
+    return replace(run, adapter=replace(run.adapter, from_=str(Path(name, folder))))
+
+
 def check_ranks(run: Run, ranks: Ranks) -> None:
     """UsageError where the recipe's mesh or profile does not fit so many ranks."""
     possible_shapes(run.parallel, ranks.world)
@@ -402,7 +429,10 @@ def noted_early_stop(out: Path, request: StopRequest) -> Iterator[None]:
     except (Interrupted, StoppedEarlyError):
         # A start that has saved nothing leaves nothing.
         if (out / IDENTITY).is_file():
-            write_stopped(out, "stopped before the first step", request.saved_step)
+            what = "stopped before the first step"
+            if request.saved_step:
+                what = "stopped before a further step"
+            write_stopped(out, what, request.saved_step)
         raise
 
 

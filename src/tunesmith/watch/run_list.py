@@ -127,7 +127,7 @@ class ListedRun:
         )
         if state is RunState.STOPPED and stopped.value:
             # The record of a step whose validation was cut off is not written yet.
-            step = max(step, stopped.value.get("step", 0))
+            step = max(step, stopped.value.get("step") or 0)
         return {
             "state": state,
             "step": int(step),
