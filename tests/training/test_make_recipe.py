@@ -190,6 +190,7 @@ def test_a_run_is_trained_on_with_more_rows(home: Path, capsys: Capture) -> None
     seen = [place for place in held_out if place.partition(":")[2] in rows]
     assert 0 < len(seen) < len(held_out)
     assert warnings_with(told, len(seen), len(held_out), "runs/mine")
+    assert not warnings_with(told, "model.name")
     assert not warnings_with(told, 3, "train.duration"), "it has learned before"
     # What it began with stays, whatever becomes of the first run.
     begun = load_recipe(home / "runs/more/config.yaml")
@@ -200,6 +201,19 @@ def test_a_run_is_trained_on_with_more_rows(home: Path, capsys: Capture) -> None
     assert resumed.adapter.from_ == str(home / "runs/mine/final")
     with refuses(RecipeError, where="adapter.from"):
         train(load_recipe(home / "runs/more.yaml", ["adapter.from=runs"]), quiet=True)
+
+
+def test_an_adapter_on_another_base_is_told_of(home: Path, tiny: Path, capsys: Capture) -> None:
+    """Weights of the same shapes fit, and would be of no use."""
+    make_run(home / "mine", tiny, peft_model(tiny))
+    recipe = (home / "mine/config.yaml").read_text()
+    (home / "mine/config.yaml").write_text(recipe.replace(str(tiny), str(home / "small")))
+    words = ["adapter.from=mine", "data.hold_out=null"]
+    assert main(start("faq.csv", *words, "output_dir=runs/same")) == EXIT_OK
+    assert not warnings_with(capsys.readouterr().err, "model.name")
+    (home / "mine/config.yaml").write_text(recipe)
+    assert main(start("faq.csv", *words, "output_dir=runs/other")) == EXIT_OK
+    assert warnings_with(capsys.readouterr().err, f"model.name={tiny}", "small")
 
 
 def test_an_adapter_is_continued_at_half_the_rate(home: Path, tiny: Path) -> None:

@@ -44,6 +44,7 @@ from tunesmith.data.files import check_data_file
 from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, find_trained_rows, prepare_data
 from tunesmith.data.source import is_local
+from tunesmith.data.tokens import Repeats
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError, TunesmithError, UsageError
 from tunesmith.host import packages
@@ -55,6 +56,7 @@ from tunesmith.host.files import (
     write_atomically,
 )
 from tunesmith.host.memory import available_memory
+from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
 from tunesmith.hub.download import FetchProgress
 from tunesmith.hub.model_files import ModelFiles, read_model_files
@@ -519,7 +521,7 @@ def read_data(
     check_unchanged(start, run, hashes)
     log.info(data.describe(why=why))
     if run.adapter.from_ is not None and start.checkpoint is None:
-        for line in describe_trained_before(run.adapter.from_, data):
+        for line in describe_earlier_run(run.adapter.from_, data):
             log.info(line)
     limit = files.spec.position_limit or files.spec.context
     longest = int(data.train.lengths.max())
@@ -531,38 +533,49 @@ def read_data(
     return data
 
 
-def describe_trained_before(adapter: str, data: TrainingData) -> list[str]:
-    """A line for the user where the run of the adapter that is continued was trained on rows that
-    are held out now.
+def describe_earlier_run(adapter: str, data: TrainingData) -> list[str]:
+    """Lines for the user where the run of the adapter that is continued had another base, or was
+    trained on rows that are held out now.
 
-    adapter: as in `adapter.from`; one that is no run's has no rows.
+    adapter: as in `adapter.from`; of one that is no run's nothing is known.
     """
-    if data.validation is None:
-        return []
     folder = find_adapter(adapter).folder
     if not (folder.parent / RECIPE).is_file():
         return []
     name = from_here(folder.parent)
-    tokenizer = data.template.tokenizer
-    seen = None
     try:
         earlier = load_recipe(folder.parent / RECIPE, ignored=REMOVED)
     except TunesmithError as error:
-        fault = error.what
-    else:
-        seen, fault = find_trained_rows(
-            data.validation, earlier, data.run.data, data.template, tokenizer
+        return [f"warning: could not check what {name} was trained on: {error.what}"]
+    lines = []
+    base = data.run.model.name
+    if earlier.model.name != base:
+        lines.append(
+            f"warning: the base of {name} is {earlier.model.name}, and here it is {base}; if these "
+            f"are two models, fix: {shell_word(f'model.name={earlier.model.name}')}"
         )
+    if data.validation is None:
+        return lines
+    tokenizer = data.template.tokenizer
+    seen, fault = find_trained_rows(
+        data.validation, earlier, data.run.data, data.template, tokenizer
+    )
     if seen is None:
-        return [f"warning: could not check whether {name} was trained on held-out rows: {fault}"]
-    if not seen.count:
-        return []
-    return [
-        f"warning: {name} was trained on {seen.count:,} of the {len(data.validation):,} rows that "
-        f"are held out now, so val_loss is too optimistic; first {seen.where} ({seen.earlier}); "
-        "fix: name a file without the rows of that run, or train on all rows from the base, "
-        "without adapter.from"
-    ]
+        lines.append(
+            f"warning: could not check whether {name} was trained on held-out rows: {fault}"
+        )
+    elif seen.count:
+        lines.append(_warn_of_trained_rows(name, seen, len(data.validation)))
+    return lines
+
+
+def _warn_of_trained_rows(name: str, seen: Repeats, held_out: int) -> str:
+    return (
+        f"warning: {name} was trained on {seen.count:,} of the {held_out:,} rows that are held out "
+        f"now, so val_loss is too optimistic; first {seen.where} ({seen.earlier}); fix: name a "
+        "file without the rows of that run, or train on all rows from the base, without "
+        "adapter.from"
+    )
 
 
 def fill_steps(data: TrainingData) -> TrainingData:
