@@ -312,25 +312,27 @@ def _directives(run: Run, request: Request) -> list[str]:
 
 
 def warn_of_default_resources(site: Site) -> str:
-    """A line where a job of several ranks asks for neither cores nor memory, of which many clusters
-    then give one core and a little; else empty.
-    """
-    if site.exclusive or (site.gpus_per_node or "0") == "0" or ranks_of(site) < 2:
+    """A line where a job of several ranks asks for no cores, or for no memory; else empty."""
+    if (site.gpus_per_node or "0") == "0" or ranks_of(site) < 2:
         return ""
     options = " ".join(site.sbatch)
-    missing = []
-    if not site.cpus_per_task and not re.search(r"(^|\s)(--cpus-per-|--exclusive|-c)", options):
-        missing.append(f"--cpus-per-task {CORES_OF_RANK * ranks_of(site)}")
-    if not site.mem and not re.search(r"(^|\s)(--mem|--exclusive)", options):
-        missing.append("--mem 0")
-    if not missing:
+    # sbatch's manual: an exclusive job gets all cores of its nodes, but only the memory that it
+    # asks for. `--exclusive=user` and the like do not give all cores.
+    is_exclusive = site.exclusive or re.search(r"(^|\s)--exclusive(\s|$)", options)
+    has_cores = is_exclusive or site.cpus_per_task or re.search(r"(^|\s)(--cpus-per-|-c)", options)
+    has_memory = site.mem or re.search(r"(^|\s)--mem", options)
+    cores = f"--cpus-per-task {CORES_OF_RANK * ranks_of(site)}"
+    if has_cores and has_memory:
         return ""
-    what = "memory" if missing == ["--mem 0"] else "cores"
-    if len(missing) == 2:
-        what = "cores and memory"
+    if has_cores:
+        what, fix = "memory", "--mem 0"
+    elif has_memory:
+        what, fix = "cores", f"{cores}, or --exclusive"
+    else:
+        what, fix = "cores or memory", f"{cores} --mem 0, or --exclusive --mem 0"
     return (
-        f"warning: the script does not ask for {what}, of which many clusters then give little; "
-        f"fix: {' '.join(missing)}, or --exclusive"
+        f"warning: the script does not ask for {what}, and the default of many clusters is small; "
+        f"fix: {fix}"
     )
 
 
