@@ -8,6 +8,7 @@ import re
 import shlex
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -27,7 +28,9 @@ from tunesmith.host.memory import MemoryFigures
 from tunesmith.model.shapes import SHAPES, config_of_model
 from tunesmith.model.spec import read_spec
 from tunesmith.planning import machines
+from tunesmith.planning.forecast import Planner
 from tunesmith.planning.machines import Cluster, read_cluster
+from tunesmith.planning.run_plan import RunPlan, Saving
 from warm import run_warm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -612,6 +615,21 @@ def test_what_does_not_fit_ends_with_2_and_what_to_change(
     assert "fix: model.quantize=fp8 (" in shown.err
     assert "or model.quantize=nf4 (" in shown.err
     assert "or 2 x NVIDIA GB10 " in shown.err
+
+
+def test_what_makes_a_run_fit_is_searched_for_once(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[RunPlan] = []
+    search = Planner._savings
+
+    def counted(planner: Planner, plan: RunPlan) -> Sequence[Saving]:
+        searched.append(plan)
+        return search(planner, plan)
+
+    monkeypatch.setattr(Planner, "_savings", counted)
+    assert main(["plan", str(llama), "--on", "dgx-spark"]) == 2
+    assert len(searched) == 1
 
 
 # One of the table, one that is measured; planning/test_golden_plans.py plans all of them.

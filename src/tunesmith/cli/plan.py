@@ -197,7 +197,7 @@ def _check_fits(planner: "Planner", best: "Forecast") -> None:
     from tunesmith.planning.savings import check_memory_fits
 
     machines = []
-    for enough in planner.enough_machines():
+    for enough in planner.enough_machines(best):
         keys = enough.keys or "the recipe as it is"
         hours = enough.forecast.hours
         duration = f" ({_time_text(hours)})" if hours else ""

@@ -930,16 +930,19 @@ class Planner:
                 sent["network"] += collective.times * collective.sent / inside
         return sent
 
-    def enough_machines(self) -> list[EnoughMachines]:
+    def enough_machines(self, best: Forecast) -> list[EnoughMachines]:
         """The smallest of some larger clusters on which the recipe fits, if one is large enough.
 
         Before it one of fewer GPUs on which it fits with a quantized base, if the recipe as it is
         takes many times the GPUs, or if no keys make it fit on these.
+
+        Args:
+            best: the first of `ranked`, whose plan searches for savings once.
         """
         as_it_is = self._larger_cluster("")
         if as_it_is is not None:
             is_near = as_it_is.cluster.world <= MANY_TIMES * self.cluster.world
-            if is_near and self.ranked()[0].plan.savings():
+            if is_near and best.plan.savings():
                 return [as_it_is]
         quantized = self._enough_quantized()
         if as_it_is is None:
