@@ -16,7 +16,7 @@ from typing import NoReturn
 import pytest
 from huggingface_hub import constants
 
-from errors import check_shown, holds, is_internal, lines_with, refuses, warnings_with
+from errors import check_shown, error_in, holds, is_internal, lines_with, refuses, warnings_with
 from recipes import recipe
 from tunesmith.cli import plan as cli_plan
 from tunesmith.cli.main import main
@@ -287,11 +287,23 @@ def test_a_machine_whose_speed_was_not_measured_has_a_mark(
     assert any(line.startswith("* ") for line in shown.splitlines())
 
 
-def test_several_prices_in_one_word_are_refused_with_the_words_for_them(
-    llama: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("price", "readings"),
+    [
+        ("0.5,2.5", ["--price 0.5 --price 2.5"]),
+        ("2,5", ["--price 2.5", "--price 2 --price 5"]),
+        ("0,5", ["--price 0.5"]),
+        ("1,2,3", ["--price 1 --price 2 --price 3"]),
+    ],
+)
+def test_a_price_with_a_comma_is_refused_with_the_words_for_what_it_may_mean(
+    price: str, readings: list[str], llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", str(llama), "--on", "h100", "--on", "h200", "--price", "0.5,2.5"]) == 2
-    check_shown(capsys.readouterr().err, names=["0.5,2.5"], fix=["--price 0.5 --price 2.5"])
+    assert main(["plan", str(llama), "--on", "h100", "--on", "h200", "--price", price]) == 2
+    shown = error_in(capsys.readouterr().err)
+    assert holds(shown.what, price)
+    choices = shown.fix.split("; or ")
+    assert [choice.partition(", ")[0] for choice in choices] == readings
 
 
 def test_several_machines_as_json_are_a_list_of_their_plans(
@@ -563,9 +575,11 @@ def test_a_price_that_is_not_known_is_said(llama: Path, capsys: pytest.CaptureFi
     assert lines_with(capsys.readouterr().out, "million", "USD", "train.duration=")
     assert main([*words, "--on", "2x8xh100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cost_usd"] > 0
-    for price in ("0", "-1", "nan", "inf", "much"):
+    for price in ("0", "-1", "nan", "inf", "much", ",", "2,", "2,much"):
         assert main([*words[:3], price, "--on", "2x8xh100"]) == 2
-        assert "--price" in capsys.readouterr().err
+        shown = error_in(capsys.readouterr().err)
+        assert "--price" in shown.what
+        assert shown.fix == "tunesmith plan --help"
 
 
 def test_json_has_everything(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

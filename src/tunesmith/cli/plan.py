@@ -534,20 +534,33 @@ def _check_dtype(recipe: "Run", cluster: "Cluster") -> None:
 def _price(text: str) -> float:
     """A finite number above 0.
 
-    UsageError for several in one word, with the words for them.
+    UsageError for numbers with a comma between them, with the words for what that may mean.
     """
-    with suppress(ValueError):
-        price = float(text)
-        if 0 < price < math.inf:
-            return price
-    if "," in text:
-        repeated = " ".join(f"--price {price}" for price in text.split(",") if price)
+    if _is_price(text):
+        return float(text)
+    readings = []
+    with_point = text.replace(",", ".")
+    if re.fullmatch("[0-9]+,[0-9]+", text) and _is_price(with_point):
+        readings.append(f"--price {with_point}")
+    prices = text.split(",")
+    if len(prices) > 1 and all(map(_is_price, prices)):
+        repeated = " ".join(f"--price {price.strip()}" for price in prices)
+        readings.append(f"{repeated}, one for each --on")
+    if readings:
         raise UsageError(
             f"{text} is not one price",
             where="command line: --price",
-            fix=f"{repeated}, one for each --on",
+            fix="; or ".join(readings),
         )
     raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+
+
+def _is_price(text: str) -> bool:
+    """Whether a word is a finite number above 0."""
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _cost(planner: "Planner", forecast: "Forecast", price: float) -> float | None:
