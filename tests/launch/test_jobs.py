@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -14,7 +15,7 @@ from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_OK
 from tunesmith.launch.jobs import Job, save_job
 from tunesmith.launch.local import LocalJob
-from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState
+from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState, open_regular
 
 GONE = {"pid": "0", "created": "never"}
 
@@ -95,3 +96,23 @@ def test_a_run_at_work_tells_its_steps_and_the_time_that_is_left(
     assert "left" not in capsys.readouterr().out, "it was killed"
     (run / "config.yaml").write_text("train: {duration: 2 h}\n")
     assert Job("", str(run)).state().text.startswith("step 87, ")
+
+
+def test_a_state_reads_the_records_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run at work, and of one that has ended."""
+    import fcntl
+
+    files: list[Path] = []
+
+    def counted(file: Path) -> BinaryIO:
+        files.append(file)
+        return open_regular(file)
+
+    (out / METRICS).write_text('{"step": 1, "loss": 1.5, "step_seconds": 2.0}\n')
+    monkeypatch.setattr("tunesmith.metrics.record.open_regular", counted)
+    with (out / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert Job("", str(out)).state() == (RunState.RUNNING, "step 1, loss 1.5")
+        assert len(files) == 1
+    assert Job("", str(out)).state().state is RunState.FAILED
+    assert len(files) == 2

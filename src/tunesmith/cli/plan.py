@@ -290,10 +290,11 @@ def _compared_lines(plans: Sequence[ComparedPlan]) -> list[str]:
         lines.append(f"{MARK} its speed is assumed, or a goal: --on of it alone says from what")
     if any(plan.error is None and not plan.forecasts[0].hours for plan in plans):
         lines.append(f"time: unknown without the number of rows and a speed: {ROWS_FIX}")
-    # They are those of the recipe, the same on all machines that have fp8.
-    warnings = [
-        line for plan in plans for best in plan.forecasts[:1] for line in best.plan.warnings
-    ]
+    # Warnings are those of the recipe, the same on all machines that have fp8: once each.
+    warnings: list[str] = []
+    for plan in plans:
+        if plan.forecasts:
+            warnings += plan.forecasts[0].plan.warnings
     lines += dict.fromkeys(warnings)
     for plan in plans:
         lines += _compared_faster(plan)

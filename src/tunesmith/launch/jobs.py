@@ -104,20 +104,20 @@ class Job:
             text = f"{later.name} was later launched in the same run directory"
             return JobState(RunState.UNKNOWN, text)
         out = Path(self.run_dir)
-        step = last_step(out)
         # The lock first: while a process trains here, files of earlier starts do not describe this
         # one.
         if is_locked(out):
             return JobState(RunState.RUNNING, step_and_time_left(out) or "before the first step")
         failure = read_failure(out).value if self.has_written(FAILURE) else None
         stopped = read_stopped(out).value if self.has_written(STOPPED) else None
+        record = newest_record(out)
         state = ended_state(
             failed=failure is not None,
             stopped=stopped is not None,
             final_step=final_step(out),
-            last_step=newest_record(out).get("step") or 0,
+            last_step=record.get("step") or 0,
         )
-        texts = [step or "before the first step"]
+        texts = [_describe_step(record, _total_steps(out, record)) or "before the first step"]
         if failure:
             texts.insert(0, failure.get("what") or "")
         elif stopped and stopped.get("step"):
@@ -271,24 +271,31 @@ def last_step(run_dir: str | Path) -> str:
     It reads the end of the file alone.
     """
     record = newest_record(Path(run_dir))
-    if record.get("loss") is None:
-        return ""
-    total = _total_steps(Path(run_dir), record)
-    of_total = f" of {total}" if total else ""
-    return f"step {record['step']}{of_total}, loss {record['loss']:.4g}"
+    return _describe_step(record, _total_steps(Path(run_dir), record))
 
 
 def step_and_time_left(run_dir: str | Path) -> str:
     """`last_step` of a run that is at work, with the time that is left by its newest steps."""
-    text = last_step(run_dir)
     records = list(itertools.islice(newest_records(Path(run_dir)), RECENT))
-    seconds = [record["step_seconds"] for record in records if record.get("step_seconds")]
-    total = _total_steps(Path(run_dir), records[0]) if records else None
-    step = records[0].get("step") if records else None
+    if not records:
+        return ""
+    newest = records[0]
+    total = _total_steps(Path(run_dir), newest)
+    text = _describe_step(newest, total)
+    step = newest.get("step")
+    seconds = list(filter(None, [record.get("step_seconds") for record in records]))
     if not text or not seconds or total is None or step is None:
         return text
-    left = max(0.0, total - step) * sum(map(float, filter(None, seconds))) / len(seconds)
+    left = max(0.0, total - step) * sum(seconds) / len(seconds)
     return f"{text}, {format_seconds(left)} left"
+
+
+def _describe_step(record: Mapping[str, int | float | None], total: int | None) -> str:
+    """`step 120 of 400, loss 1.234`; empty without a loss."""
+    if record.get("loss") is None:
+        return ""
+    of_total = f" of {total}" if total else ""
+    return f"step {record['step']}{of_total}, loss {record['loss']:.4g}"
 
 
 def _total_steps(run_dir: Path, record: Mapping[str, int | float | None]) -> int | None:

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.config.check import check_run
 from tunesmith.config.dump import differences
@@ -66,35 +66,41 @@ def find_savings(
     return savings or changed_runs.find_savings(kinds, just_fits)
 
 
+class _PlannedChange(NamedTuple):
+    """A changed recipe and its plan."""
+
+    run: Run
+    plan: RunPlan
+
+
 @dataclass
 class _ChangedRuns:
     """A recipe with some of its keys changed, each change planned once.
 
     Attributes:
-        plans: of the changes, by their keys; None: the recipe's rules refuse it.
+        planned: the changes so far, by their keys; None: the recipe's rules refuse it.
     """
 
     run: Run
     machine: Machine
     plan_of: Callable[[Run], RunPlan]
-    plans: dict[str, tuple[Run, RunPlan] | None] = field(default_factory=dict)
+    planned: dict[str, _PlannedChange | None] = field(default_factory=dict)
 
     def find_savings(
         self, kinds: Sequence[Sequence[Keys]], is_enough: Callable[[RunPlan], bool]
     ) -> tuple[Saving, ...]:
         """As the function; the last of `kinds` trains an adapter."""
-        *kinds, adapter = kinds
+        *others, adapter = kinds
         savings = []
-        for kind in kinds:
+        for kind in others:
             saving = self.smallest([kind], is_enough)
             if saving is not None:
                 savings.append(saving)
         as_adapter = self.smallest([adapter], is_enough)
         if not savings:
-            if as_adapter is None:
-                kinds.append(adapter)
-            pairs = itertools.combinations(kinds, 2)
-            triples = itertools.combinations(kinds, 3)
+            combined = kinds if as_adapter is None else others
+            pairs = itertools.combinations(combined, 2)
+            triples = itertools.combinations(combined, 3)
             for several in itertools.chain(pairs, triples):
                 saving = self.smallest(several, is_enough)
                 if saving is not None:
@@ -109,34 +115,34 @@ class _ChangedRuns:
     ) -> Saving | None:
         """The first change that is enough, of one change of each kind."""
         for parts in itertools.product(*kinds):
-            planned = self._plan(parts)
-            if planned is not None and is_enough(planned[1]):
-                return _saving(self.run, *planned, self.machine)
+            change = self._plan(parts)
+            if change is not None and is_enough(change.plan):
+                return _saving(self.run, change, self.machine)
         return None
 
-    def _plan(self, parts: Sequence[Keys]) -> tuple[Run, RunPlan] | None:
-        words = repr(parts)
-        if words not in self.plans:
+    def _plan(self, parts: Sequence[Keys]) -> _PlannedChange | None:
+        cache_key = repr(parts)
+        if cache_key not in self.planned:
             changed = self.run
             for keys in parts:
                 changed = _with_keys(changed, keys)
             try:
                 check_run(changed, lambda key: "")
             except UsageError:
-                self.plans[words] = None
+                self.planned[cache_key] = None
             else:
-                self.plans[words] = (changed, self.plan_of(changed))
-        return self.plans[words]
+                self.planned[cache_key] = _PlannedChange(changed, self.plan_of(changed))
+        return self.planned[cache_key]
 
 
-def _saving(run: Run, changed: Run, plan: RunPlan, machine: Machine) -> Saving:
-    changes = differences(run, changed)
+def _saving(run: Run, planned: _PlannedChange, machine: Machine) -> Saving:
+    changes = differences(run, planned.run)
     words = []
     for change in changes:
         value = change.new if isinstance(change.new, str) else json.dumps(change.new)
         words.append(f"{change.key}={shell_word(value)}")
     resumes = all(change.allowed for change in changes)
-    return Saving(" ".join(words), bytes_of_run(plan, machine), resumes, changed)
+    return Saving(" ".join(words), bytes_of_run(planned.plan, machine), resumes, planned.run)
 
 
 def bytes_of_run(plan: RunPlan, machine: Machine) -> int:
