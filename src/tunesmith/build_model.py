@@ -34,6 +34,8 @@ from tunesmith.parallel.tensor import apply_tensor_parallel
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
 from tunesmith.planning.resolve import USABLE
 from tunesmith.planning.run_plan import RunPlan
+from tunesmith.quant.as_shipped import check_plain
+from tunesmith.quant.eight_bit import eight_bit_names
 from tunesmith.quant.frozen_linear import load_hooks, set_bypassed
 from tunesmith.quant.llama4_experts import choose_top_k
 from tunesmith.quant.scaled_matmul import SCALING_RECIPES
@@ -129,7 +131,9 @@ def build_model(
     model = model or define_model(run, files)
     # By the plan: the scaling recipe of fp8 depends on the machine.
     if plan.base in SCALING_RECIPES:
-        convert_to_eight_bit(model, plan.base, skip=lora.modules_to_save(model, run.adapter))
+        skip = lora.modules_to_save(model, run.adapter)
+        check_plain(model, eight_bit_names(model, skip), files.form)
+        convert_to_eight_bit(model, plan.base, skip=skip)
     if plan.attention == "eager" and run.data.pack:
         _check_eager(model, files.support)
     root = TrainModel(

@@ -260,6 +260,11 @@ def test_fp8_is_only_named_where_it_can_be_had() -> None:
     assert planner("llama3-8b", "h100", {"model": {"dtype": "fp16"}}).with_fp8() is None
     for quantize in ("fp8", "nf4"):
         assert planner("llama3-8b", "h100", {"model": {"quantize": quantize}}).with_fp8() is None
+    plain = planner("llama3-8b", "h100", {})
+    assert plain.with_fp8() is not None
+    for form in ("fp8", "nvfp4"):
+        shipped = replace(plain, spec=replace(plain.spec, quantized=form))
+        assert shipped.with_fp8() is None, "its weights are in codes already"
 
 
 def test_a_step_of_one_rank_takes_its_operations_at_the_rate_of_the_chip() -> None:

@@ -171,6 +171,8 @@ def run(args: argparse.Namespace) -> int:
 
     def planner_of(cluster: "Cluster") -> "Planner":
         _check_dtype(recipe, cluster)
+        if cluster.chip.fp8:
+            _check_base_of_fp8(recipe.model, config, where)
         return plan_on_paper(recipe, spec, cluster, work)
 
     if len(clusters) > 1:
@@ -530,6 +532,28 @@ def _check_dtype(recipe: "Run", cluster: "Cluster") -> None:
             where="model.dtype",
             fix="model.dtype=fp16 (the loss is scaled), or model.dtype=fp32",
         )
+
+
+def _check_base_of_fp8(model: "Model", config: Mapping[str, Any], where: str) -> None:
+    """The error of `train` for fp8 of layers that ship in codes, on GPUs with fp8 matmuls.
+
+    Of a model that runs its own code the layers are not known here.
+    """
+    from tunesmith.model.shipped import shipped_form
+
+    runs_own_code = model.trust_remote_code and "auto_map" in config
+    if not scheme_of(model).has_fp8_matmuls or runs_own_code:
+        return
+    form = shipped_form(config, where)
+    if form is None:
+        return
+    from tunesmith.model.measured_spec import build_to_measure, text_config
+    from tunesmith.quant.as_shipped import check_plain
+    from tunesmith.quant.frozen_linear import linear_names
+
+    plain_config = {key: value for key, value in config.items() if key != "quantization_config"}
+    on_meta = build_to_measure(text_config(plain_config, where))
+    check_plain(on_meta, linear_names(on_meta, head=False), form)
 
 
 def _price(text: str) -> float:

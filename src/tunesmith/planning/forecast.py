@@ -608,6 +608,9 @@ class Planner:
         if quantize == "fp8":
             if model.dtype != "bf16" or not self.cluster.chip.fp8:
                 return None
+            # Weights that ship in codes are not rounded again.
+            if self.spec.quantized in ("fp8", "nvfp4"):
+                return None
             machine = replace(machine, scaling=("fp8", "assumed"))
         run = replace(self.run, model=replace(model, quantize=quantize))
         return replace(self, run=run, machine=machine)

@@ -6,7 +6,7 @@ dense weight computes.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.model.fp4 import encode_nvfp4, nvfp4_scale
 from tunesmith.model.names import names_on_disk
-from tunesmith.model.shipped import FETCH, NVFP4_GROUP, ShippedForm
+from tunesmith.model.shipped import AS_SHIPPED, FETCH, NVFP4_GROUP, ShippedForm
 from tunesmith.model.weights import DecodedTensor, Nvfp4Tensor, ScaledTensor, StoredTensor
 from tunesmith.quant.frozen_linear import FrozenLinear, linear_names
 from tunesmith.quant.frozen_weight import (
@@ -191,6 +191,25 @@ def without_scales(name: str, form: ShippedForm, what: str) -> ModelError:
         fix=f"name its module in quantization_config.{form.plain_key} of config.json,"
         " or model.quantize=none",
     )
+
+
+def check_plain(model: nn.Module, names: Sequence[str], form: ShippedForm | None) -> None:
+    """ModelError where layers of a model that fp8 is to round ship in codes.
+
+    Args:
+        names: of these layers.
+        form: of the checkpoint; None: it is plain. Of MXFP4 experts alone are in codes.
+    """
+    if form is None or form.method == "mxfp4":
+        return
+    for name in names:
+        if has_codes(form, model, name):
+            raise ModelError(
+                f"model.quantize is fp8, but this base ships in {form.describe()}",
+                where=f"{name}.weight",
+                why="fp8 rounds plain weights",
+                fix=f"model.quantize={AS_SHIPPED}, or model.quantize=none",
+            )
 
 
 def block_scales(weight: Tensor, block: tuple[int, int]) -> Tensor:
