@@ -262,8 +262,6 @@ def test_every_shipped_recipe_takes_a_step(
         "data.template_args={}",  # of a template that the tiny model does not have
         *(["adapter.target=all-linear"] if name.startswith("nemotron") else []),  # nor these layers
         "train.duration=1 steps",
-        # Traced with few graphs: not one for each document
-        *(["model.attention=eager"] if load_recipe(name).train.compile == "on" else []),
         "validate.every=null",
     ]
     assert main(words) == 0, capsys.readouterr().err
