@@ -12,7 +12,7 @@ from tunesmith.checkpoint.resume import PROGRESS, Progress
 from tunesmith.errors import CheckpointError
 
 KEYS = [
-    "step", "seconds", "record", "validated", "best_step", "best_loss", "best_accuracy", "worse", "loss_scale", "good_steps", "ended",
+    "step", "seconds", "record", "validated", "best_step", "best_loss", "best_accuracy", "worse", "warned_of_rise", "loss_scale", "good_steps", "ended",
     "data_hash", "validation_hash", "model_hash", "reference_hash", "micro_batch", "threads", "rounding", "shares_prompts",
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def test_patience_ends_a_run_that_no_longer_learns(tiny: Path, tmp_path: Path) -
         (3, [3.0, 2.0, 2.1, 2.2, 2.3], None),  # that ends by itself
     ],
 )
+        (None, [3.0, 2.0, math.nan, math.nan, math.nan, 2.3], 6),  # a NaN is no rise
 def test_a_loss_that_rises_is_told_once(
     patience: int | None,
     losses: list[float],
@@ -167,13 +169,10 @@ def test_a_loss_that_rises_is_told_once(
         "validation_loss",
         lambda *args, **options: ValidationResult(next(measured), 1, {}),
     )
-    go(
-        tiny,
-        tmp_path,
-        train={"duration": f"{len(losses)} steps"},
-        validate={"every": "1 steps", "patience": patience},
-        checkpoint={"every": "1 steps"},
-    )
+    rule = {"every": "1 steps", "patience": patience}
+    duration = f"{len(losses)} steps"
+    each = {"every": "1 steps"}
+    go(tiny, tmp_path, train={"duration": duration}, validate=rule, checkpoint=each)
     told = (tmp_path / "run/log.txt").read_text().splitlines()
     warned = [n for n, line in enumerate(told) if holds(line, "validate.patience=3", "2.0000")]
     assert len(warned) == (step is not None)
@@ -185,6 +184,12 @@ def test_a_loss_that_rises_is_told_once(
 
 
 @pytest.mark.slow
+    if step is not None:
+        # A later start of the run knows that it was told.
+        duration = f"{len(losses) + 4} steps"
+        measured = iter([2.5] * 4)
+        go(tiny, tmp_path, train={"duration": duration}, validate=rule, checkpoint=each)
+        assert len(lines_with((tmp_path / "run/log.txt").read_text(), "validate.patience=3")) == 1
 def test_a_finished_run_goes_on_when_it_is_made_longer(tiny: Path, tmp_path: Path) -> None:
     go(tiny, tmp_path)
     assert go(tiny, tmp_path).finished_before

@@ -59,6 +59,7 @@ class Progress:
         validated: whether the validation due at this step is complete.
         best_step, best_loss, best_accuracy: of the best validation so far.
         worse: validations since the best one.
+        warned_of_rise: whether the user was told that the validation loss has risen.
         loss_scale: fp16's.
         good_steps: since it last changed.
         ended: the duration that the run completed, as in its recipe; None before its end.
@@ -82,6 +83,7 @@ class Progress:
     best_loss: float | None = None
     best_accuracy: float | None = None
     worse: int = 0
+    warned_of_rise: bool = False
     loss_scale: float | None = None
     good_steps: int = 0
     ended: str | None = None

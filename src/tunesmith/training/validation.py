@@ -40,7 +40,6 @@ class Validation:
         self.sinks = sinks
         self.stop = stop
         self.metrics = metrics
-        self.has_warned = False  # that the loss rises
         self.cadence = Cadence(
             self.run.validate.every if session.data.validation else None,
             total=session.total_steps,
@@ -88,20 +87,25 @@ class Validation:
         return True
 
     def _warn_of_rise(self, loss: float) -> None:
-        """Say once that the loss rises, where the run has no patience that will end it."""
+        """Say once in a run that the loss has risen, where no patience will end the run."""
         progress = self.progress
-        if self.has_warned or self.run.validate.patience is not None or progress.worse < RISES:
+        validate = self.run.validate
+        # By accuracy, `worse` counts from the best accuracy, and `best_loss` is no minimum.
+        if validate.best_by != "loss" or validate.patience is not None:
             return
-        if progress.best_loss is None or loss < progress.best_loss * (1 + LEAST_RISE):
+        if progress.warned_of_rise or progress.worse < RISES or progress.best_loss is None:
             return
-        self.has_warned = True
+        # A NaN is no rise.
+        if not loss >= progress.best_loss * (1 + LEAST_RISE):
+            return
+        progress.warned_of_rise = True
         checkpoint = Path(self.run.output_dir) / f"checkpoint-{progress.best_step}"
         best = f"the lowest was {progress.best_loss:.4f} at step {progress.best_step}"
         if checkpoint.is_dir():
             best += f", which {from_here(checkpoint)} keeps"
         self.sinks.text(
             "overfitting",
-            f"warning: val_loss has not been lower for {progress.worse} validations, and rises: "
+            f"warning: val_loss has risen: no new minimum in {progress.worse} validations; "
             f"the model memorizes the training rows; {best}; validate.patience={RISES} stops such "
             "a run by itself",
         )
