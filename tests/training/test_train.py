@@ -6,7 +6,8 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -16,6 +17,7 @@ from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Log
 from tunesmith.host.signals import StopRequest
+from tunesmith.inference.decoding import AnswerClock
 from tunesmith.inference.evaluate import ValidationResult
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.training import validation
@@ -26,6 +28,7 @@ from tunesmith.training.result import Result
 from tunesmith.training.run import sinks_of, train
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
+from tunesmith.units import Length
 
 FIELDS = [
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "examples", "step_seconds",
@@ -151,10 +154,10 @@ def test_patience_ends_a_run_that_no_longer_learns(tiny: Path, tmp_path: Path) -
         (None, [3.0, 2.0, 2.1, 2.2, 2.3, 2.4], 5),
         (None, [3.0, 2.0, 2.1, 2.2, 1.9, 2.4], None),  # two in a row
         (None, [3.0, 2.0, 2.001, 2.002, 2.001, 2.1], 6),  # it stays as it is, then rises
+        (None, [3.0, 2.0, math.nan, math.nan, math.nan, 2.3], 6),  # a NaN is no rise
         (3, [3.0, 2.0, 2.1, 2.2, 2.3], None),  # that ends by itself
     ],
 )
-        (None, [3.0, 2.0, math.nan, math.nan, math.nan, 2.3], 6),  # a NaN is no rise
 def test_a_loss_that_rises_is_told_once(
     patience: int | None,
     losses: list[float],
@@ -181,15 +184,15 @@ def test_a_loss_that_rises_is_told_once(
         assert len(before) == step
         assert holds(told[warned[0]], "run/checkpoint-2")
     assert "patience" not in (tmp_path / "run/metrics.jsonl").read_text()
-
-
-@pytest.mark.slow
     if step is not None:
         # A later start of the run knows that it was told.
         duration = f"{len(losses) + 4} steps"
         measured = iter([2.5] * 4)
         go(tiny, tmp_path, train={"duration": duration}, validate=rule, checkpoint=each)
         assert len(lines_with((tmp_path / "run/log.txt").read_text(), "validate.patience=3")) == 1
+
+
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_it_is_made_longer(tiny: Path, tmp_path: Path) -> None:
     go(tiny, tmp_path)
     assert go(tiny, tmp_path).finished_before
@@ -237,9 +240,29 @@ def test_slow_sample_answers_are_left_out_and_that_is_said_once(
     assert answered == steps
     said = lines_with((tmp_path / "run" / "log.txt").read_text(), "log.samples=0")
     assert len(said) == (not steps)
-    enough = [int(seconds) for seconds in re.findall(r"log\.sample_seconds=(\d+)", "".join(said))]
-    assert len(enough) == len(said)
-    assert all(seconds > 0 and seconds % 10 == 0 for seconds in enough)
+    assert all(re.search(r"log\.sample_seconds=\d+0 ", line) for line in said)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "enough"),
+    [
+        (Length(2, "steps"), 8, 30),  # before the first step, and after four pairs of steps
+        (Length(50, "%"), 8, 20),
+        (None, None, 20),  # before the first step and after the last one
+        (Length(5, "min"), 8, None),
+        (Length(2, "steps"), None, None),  # of a run whose duration is a time
+    ],
+)
+def test_seconds_that_are_enough_for_all_sample_answers(
+    every: Length | None, steps: int | None, enough: int | None
+) -> None:
+    run = SimpleNamespace(validate=SimpleNamespace(every=every))
+    data = SimpleNamespace(schedule=SimpleNamespace(steps_per_epoch=lambda epoch: 4))
+    session = SimpleNamespace(run=run, total_steps=steps, data=data)
+    clock = AnswerClock()
+    clock.predicted = 6.0
+    sampler = cast(AnswerSampler, SimpleNamespace(session=session))
+    assert AnswerSampler.enough_seconds(sampler, clock) == enough
 
 
 @pytest.mark.slow

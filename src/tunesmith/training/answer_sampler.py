@@ -12,7 +12,7 @@ from tunesmith.training.build import Session
 from tunesmith.training.duration import Duration
 from tunesmith.units import Cadence
 
-# Sample answers take this share of the time trained, or `log.sample_seconds` where that is less.
+# Sample answers may take `log.sample_seconds`, or this share of the time trained once it is more.
 # The last ones may take as much again.
 ANSWER_SHARE = 0.01
 
@@ -70,26 +70,35 @@ class AnswerSampler:
             self.sinks.samples(self.progress.step, answers)
         elif not self.has_warned:
             self.has_warned = True
+            seconds = self.enough_seconds(clock)
+            enough = "a higher log.sample_seconds"
+            if seconds is not None:
+                enough = f"log.sample_seconds={seconds}"
             self.sinks.text(
                 "samples",
                 f"no sample answers at step {self.progress.step}: "
                 f"they would take {clock.predicted:.0f} s, and {clock.allowed:.0f} s may be spent "
-                f"on them; log.sample_seconds={self.enough_seconds(clock)} allows them, "
-                "log.samples=0 asks for none",
+                f"on them; {enough} allows them, log.samples=0 asks for none",
             )
 
-    def enough_seconds(self, clock: AnswerClock) -> int:
-        """The `log.sample_seconds` with which all validations of the run have their answers."""
+    def enough_seconds(self, clock: AnswerClock) -> int | None:
+        """The `log.sample_seconds` with which all validations of the run have their answers.
+
+        None where time decides how many these are.
+        """
         assert clock.predicted is not None
         total = self.session.total_steps
-        cadence = Cadence(
-            self.session.run.validate.every,
-            total=total,
-            steps_per_epoch=self.session.data.schedule.steps_per_epoch(0),
-            seconds=0.0,
-        )
+        every = self.session.run.validate.every
         validations = 1
-        if total is not None and cadence.interval:
+        if every is not None:
+            if total is None or every.seconds is not None:
+                return None
+            cadence = Cadence(
+                every,
+                total=total,
+                steps_per_epoch=self.session.data.schedule.steps_per_epoch(0),
+                seconds=0.0,
+            )
             validations = max(1, total // cadence.interval)
         # They also answer before the first step. Tens, since it is an estimate.
         return 10 * math.ceil(clock.predicted * (1 + validations) / 10)
