@@ -372,6 +372,7 @@ def test_a_file_that_answers_otherwise_is_not_near(kl: float, agreement: float, 
     [
         (Difference(1.0, 0.052, 1.0), Difference(9.0, 2.0, 0.2), 24, (0.052, 2, 38)),
         (Difference(1.0, 0.6, 0.7), Difference(9.0, 2.0, 0.2), 17, (0.6, 2, 3)),
+        (Difference(1.0, 3.0, 0.5), Difference(9.0, 0.3, 0.2), 12, (3, 0.3, 10)),
         (Difference(1.0, 0.002, 0.96), None, 23, (0.002,)),
     ],
 )

@@ -231,12 +231,12 @@ def print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
     from tunesmith.export.gguf.answers import answer_lines
 
     print(f"prompts: {check.prompts} of {check.prompts} have identical token ids in llama.cpp")
-    verdict = "good: the file answers as the tuned model does"
+    verdict = "good: the file is near the tuned model"
     if not check.is_near:
-        verdict = "not good: the file answers otherwise than the tuned model"
-    print(f"answers: {verdict}")
+        verdict = "not good: the file differs from the tuned model"
+    print(f"next tokens: {verdict}")
     same = round(check.tuned.agreement * check.positions)
-    print(f"  its most likely next token is the same at {same} of {check.positions} places in rows")
+    print(f"  its most likely next token is the same at {same} of {check.positions} positions")
     print(f"  {_rounding(check)}")
     for line in answer_lines(check.answers):
         print(line)
@@ -257,6 +257,9 @@ def _rounding(check: "FileCheck") -> str:
     training = check.base.mean_kl
     figures = f"(mean KL {rounding:.2g} and {training:.2g} nats)"
     times = training / max(rounding, training / MOST_TIMES, 1e-12)
+    if rounding > 1.5 * training:
+        more = rounding / max(training, rounding / MOST_TIMES)
+        return f"rounding changed it {more:,.0f} times as much as training did {figures}"
     if times < 1.5:
         return f"rounding changed it as much as training did {figures}"
     return f"rounding changed it {times:,.0f} times less than training did {figures}"
