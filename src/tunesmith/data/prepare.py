@@ -126,7 +126,7 @@ class TrainingData:
             count = "held-out rows"  # more than those that are measured
         listed = from_here(Path(self.run.output_dir) / HELD_OUT)
         return (
-            f"the model never sees the answers of the {count}, listed in {listed}; "
+            f"this run does not train on the {count} (listed in {listed}); "
             "data.hold_out=null trains on all rows"
         )
 
