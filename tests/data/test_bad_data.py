@@ -124,17 +124,31 @@ def test_files(write, case: tuple[str, str | bytes, dict[str, Any], str, str, st
     )
 
 
-@pytest.mark.parametrize("content", ["text;n\na, b;1\n", "text\tn\na, b\t1\n", "text|n\na, b|1\n"])
+@pytest.mark.parametrize(
+    ("content", "row", "marks"),
+    [
+        ("text;n|m\na, b;1|2\n", {"text": "a, b", "n|m": "1|2"}, ["semicolons", "bars"]),
+        # The first mark of the header does not fit.
+        ("te;xt\tn|m\na, b\t1|2\n", {"te;xt": "a, b", "n|m": "1|2"}, ["tabs", "bars"]),
+    ],
+)
 def test_the_command_of_a_fix_mends_the_csv(
-    write, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write,
+    content: str,
+    row: dict[str, str],
+    marks: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is separated by another mark."""
+    """What can be split at several marks."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as caught:
         read_rows(Source(source=write("my rows.csv", content), format="text"))
     subprocess.run(caught.value.fix, shell=True, check=True)
     (fixed,) = {*tmp_path.glob("*.csv")} - {tmp_path / "my rows.csv"}
-    assert read_rows(Source(source=str(fixed), format="text"))[0] == {"text": "a, b", "n": "1"}
+    assert read_rows(Source(source=str(fixed), format="text"))[0] == row
+    named = [mark for mark in ("semicolons", "tabs", "bars") if holds(caught.value.why, mark)]
+    assert named == marks
 
 
 CALL = {"name": "f", "arguments": {}}

@@ -82,6 +82,17 @@ def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for
     assert line.endswith(" Who?⟦H⟧e 0.<|im_end|>")
 
 
+def test_what_separates_the_values_of_a_table_is_told_once(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt;completion\n" + "".join(f"Who {i}?;He {i}.\n" for i in range(60)))
+    source = {"source": str(path), "format": "prompt-completion"}
+    run = make_run(tiny, tmp_path, held=False, data={"train": source, "hold_out": "10 %"})
+    tokenizer = byte_tokenizer()
+    data = prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=tmp_path / "cache")
+    assert data.validation is not None
+    assert len(lines_with(data.describe(), path, "semicolons")) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

@@ -122,6 +122,32 @@ def test_a_csv_whose_separator_is_unclear_is_refused(write, text: str, line: int
         read_rows(Source(source=name))
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ('"Frage, kurz";Preis\nWas;1\n', ["Frage, kurz", "Preis"]),
+        ("Frage, kurz;Preis\nWas;1\n", ["Frage, kurz", "Preis"]),
+        ('Frage,"Preis; brutto"\nWas,1\n', ["Frage", "Preis; brutto"]),
+    ],
+)
+def test_a_name_of_the_header_may_have_another_mark(write, text: str, names: list[str]) -> None:
+    table = read_rows(Source(source=write("a.csv", text)))
+    assert table[0] == dict(zip(names, ("Was", "1"), strict=True))
+
+
+def test_csv_of_commas_with_a_broken_row_is_not_split_at_another_mark(write) -> None:
+    name = write("a.csv", "q,a;b\nx,y\nx,y,z\n")
+    with refuses(DataError, where=f"{name}:3"):
+        read_rows(Source(source=name))
+
+
+def test_an_error_shows_no_tab(write) -> None:
+    name = write("a.csv", "q\ta\n" + "x\ty\n" * 30 + "x\ty\tz\n")
+    with refuses(DataError, where=f"{name}:32") as raised:
+        read_rows(Source(source=name))
+    assert "\t" not in raised.value.text()
+
+
 def test_csv_names_the_line_where_a_row_begins(write) -> None:
     rows = read_rows(Source(source=write("a.csv", 'a,b\n1,"two\nlines"\n3,4\n')))
     assert list(rows) == [{"a": "1", "b": "two\nlines"}, {"a": "3", "b": "4"}]

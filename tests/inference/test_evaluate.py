@@ -5,6 +5,7 @@ batched.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from errors import holds, refuses
+from errors import holds, lines_with, refuses
 from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.batch import Example
@@ -172,6 +173,17 @@ def test_exact_match_reads_rows_by_the_columns_that_were_trained(
     make_run(tmp_path / "run", tiny, peft_model(tiny), data={"train": source})
     found = evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=4, device="cpu")
     assert [(score.rows, score.answered) for score in found.scores.values()] == [(2, 2), (2, 2)]
+
+
+def test_what_separates_the_values_of_a_table_is_logged_once(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = tmp_path / "held.csv"
+    rows.write_text("prompt;completion\na;b\nc;d\n")
+    make_run(tmp_path / "run", tiny, peft_model(tiny))
+    with caplog.at_level(logging.INFO, logger="tunesmith"):
+        evaluate(tmp_path / "run", str(rows), base=False, device="cpu")
+    assert len(lines_with(caplog.text, rows, "semicolons")) == 1
 
 
 @pytest.mark.parametrize(

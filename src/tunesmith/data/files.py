@@ -416,8 +416,9 @@ def _read_csv(path: Path) -> Table:
 def _separator(path: Path, text: str) -> str:
     """What stands between the values of a row: a comma, or what the header shows in its place.
 
-    Excel writes semicolons where numbers have a decimal comma. DataError where the header has no
-    comma and the first rows do not agree with it on one other mark, and for JSON lines.
+    Excel writes semicolons where numbers have a decimal comma. A comma in the header counts less
+    where the first rows agree with it on another mark alone: it stands in a name. DataError where
+    they do not agree on one mark, and for JSON lines.
     """
     header = text.partition("\n")[0]
     if text.lstrip().startswith("{") and '":' in header:
@@ -428,19 +429,23 @@ def _separator(path: Path, text: str) -> str:
             fix=f"mv -n {shell_path(path)} {renamed}   # and name that",
         )
     marks = [mark for mark in SEPARATORS if mark in header]
-    if not marks or "," in marks:
+    if marks in ([], [","]):
         return ","
     fitting = [mark for mark in marks if _splits_evenly(text, mark)]
+    # A row that breaks a file with commas is named when all are read.
+    if "," in fitting or ("," in marks and not fitting):
+        return ","
     if len(fitting) == 1:
         return fitting[0]
-    separator = marks[0]
+    candidates = fitting or marks
+    separator = candidates[0]
     program = (
         "import csv, sys; csv.writer(sys.stdout).writerows("
         f"csv.reader(sys.stdin, delimiter={separator!r}))"
     )
     output = _new_name(path, "commas.csv")
-    names = " and ".join(SEPARATORS[mark] for mark in marks)
-    why = f"the first rows have another number of values than the header when split at {names}"
+    names = " and ".join(SEPARATORS[mark] for mark in candidates)
+    why = f"the first rows have a different number of values than the header when split at {names}"
     if fitting:
         why = f"the first rows can be split at {names}"
     raise DataError(
@@ -479,11 +484,9 @@ def _parse_csv(path: Path, text: str, separator: str) -> tuple[list[list[str]], 
             if rows and len(values) != len(rows[0]):
                 fix = f"add the missing values, or {SEPARATORS[separator]} for empty ones"
                 if len(values) > len(rows[0]):
-                    example = f'"a{separator} b"'
-                    fix = (
-                        f"put values with {SEPARATORS[separator]} or line breaks in double quotes: "
-                        f"{example}"
-                    )
+                    fix = f"put values with {SEPARATORS[separator]} or line breaks in double quotes"
+                    if separator != "\t":  # which a terminal shows as spaces
+                        fix += f': "a{separator} b"'
                 raise DataError(
                     f"a row of {len(values)} values under a header of {len(rows[0])}",
                     where=f"{path}:{first_line_number}",

@@ -15,6 +15,7 @@ from tunesmith.config.schema import Data, Run
 from tunesmith.data.contract import Contract, CutAnswers, check_tokens, excerpt
 from tunesmith.data.row_warnings import ROW_WARNINGS
 from tunesmith.data.schedule import FEW_STEPS, BatchSchedule
+from tunesmith.data.source import describe_layouts
 from tunesmith.data.splits import read_splits
 from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import (
@@ -94,6 +95,7 @@ class TrainingData:
         for split, part in self.sources():
             figures = ", ".join(self.figures(part))
             lines.append(f"{split}: {from_here(part.counts.source)}: {figures}")
+        lines += describe_layouts(part.rows for _, part in self.sources())
         if self.run.data.hold_out and self.validation is not None:
             lines.append(self.describe_held_out())
         lines.append(self.describe_schedule())

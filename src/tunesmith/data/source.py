@@ -13,6 +13,7 @@ from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Source
 from tunesmith.data.files import Table, json_type, open_table, without_nulls
 from tunesmith.errors import DataError, first_line
+from tunesmith.host.files import from_here
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,13 @@ def read_rows(source: Source) -> Rows:
     if source.max_examples is not None:
         rows = rows.take([range(source.max_examples)])
     return rows
+
+
+def describe_layouts(sources: Iterable[Rows]) -> list[str]:
+    """A line for the user for each source whose files have a layout that had to be found out."""
+    lines = [f"{from_here(rows.name)}: values {rows.layout}" for rows in sources if rows.layout]
+    # Rows that are held out are of the same source.
+    return list(dict.fromkeys(lines))
 
 
 def open_splits(source: Source) -> dict[str, Table]:

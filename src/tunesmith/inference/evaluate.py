@@ -26,7 +26,7 @@ from tunesmith.data.batch import Batch
 from tunesmith.data.layout import Layout
 from tunesmith.data.mismatched import mismatched_of_all
 from tunesmith.data.prepare import find_trained_rows
-from tunesmith.data.source import Rows, read_rows
+from tunesmith.data.source import Rows, describe_layouts, read_rows
 from tunesmith.data.splits import SourceRows, read_splits
 from tunesmith.data.tokens import Repeats, TokenSet, tokenize
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
@@ -485,7 +485,7 @@ def evaluate(
         else:
             name = str(data)
             source = Source(source=name, split=split, max_examples=max_examples)
-            parts = [_read_source(source, location, format_name, columns)]
+            parts = [_read_source(source, location, format_name, columns, ranks)]
         if (exact_match or scorers) and all(source.format == "text" for source, _ in parts):
             why = "rows of the format text were read"
             raise _no_answers(name, why) if exact_match else no_scored_rows(name, why)
@@ -641,10 +641,17 @@ def _find_seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | No
 
 
 def _read_source(
-    source: Source, location: RunLocation, format_name: str, columns: Mapping[str, str] | None
+    source: Source,
+    location: RunLocation,
+    format_name: str,
+    columns: Mapping[str, str] | None,
+    ranks: Ranks,
 ) -> tuple[Source, Rows]:
     """Rows of one's own, with the format and columns of the first."""
     rows = read_rows(source)
+    if ranks.is_main_process:
+        for line in describe_layouts([rows]):
+            log.info(line)
     # Rows of a file are read as those of the run, where they have its columns.
     like = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
     return replace(source, format=like.format, columns=like.columns), rows
