@@ -541,7 +541,7 @@ def _keys_without_effect(runs: Sequence[RunSummary]) -> str:
             keys.append(f"`{difference.key}` ({difference.values_text})")
     if not keys:
         return ""
-    return f" They also differ in {', '.join(keys)}, which change nothing that is learned."
+    return f" They also differ in {', '.join(keys)}; this does not change what is learned."
 
 
 def _clearly_lower(first: Spread, second: Spread) -> bool:
