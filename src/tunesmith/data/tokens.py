@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 VERSION = 5
 # Rows handed to the tokenizer at once.
 _BATCH = 256
-BEGINNING = 60  # characters that tell a row from others
+BEGINNING_CHARS = 60  # characters that tell a row from others
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class TokenSet:
         text = " ".join(next(iter(sentences or texts), "").split())
         # Half of a surrogate pair cannot be written.
         text = text.encode(errors="replace").decode()
-        return text if len(text) <= BEGINNING else f"{text[: BEGINNING - 4]} ..."
+        return text if len(text) <= BEGINNING_CHARS else f"{text[: BEGINNING_CHARS - 4]} ..."
 
     @property
     def sources(self) -> tuple[TokenCounts, ...]:

@@ -625,8 +625,8 @@ def _few_steps(runs: Sequence[RunSummary]) -> list[str]:
     recipe = shell_path(shown(short[0].files.folder / RECIPE))
     longer = shell_word(f"train.duration={FEW_STEPS} steps")
     return [
-        f"Few steps: {names}; a model hardly changes in fewer than {FEW_STEPS}. To train on: "
-        f"`tunesmith train {recipe} {longer}`"
+        f"Few steps: {names}; a model hardly changes in fewer than {FEW_STEPS}. "
+        f"To continue training: `tunesmith train {recipe} {longer}`"
     ]
 
 
