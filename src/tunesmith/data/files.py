@@ -484,9 +484,10 @@ def _parse_csv(path: Path, text: str, separator: str) -> tuple[list[list[str]], 
             if rows and len(values) != len(rows[0]):
                 fix = f"add the missing values, or {SEPARATORS[separator]} for empty ones"
                 if len(values) > len(rows[0]):
-                    fix = f"put values with {SEPARATORS[separator]} or line breaks in double quotes"
-                    if separator != "\t":  # which a terminal shows as spaces
-                        fix += f': "a{separator} b"'
+                    # A terminal shows a tab as spaces.
+                    example = "" if separator == "\t" else f': "a{separator} b"'
+                    mark = SEPARATORS[separator]
+                    fix = f"put values with {mark} or line breaks in double quotes{example}"
                 raise DataError(
                     f"a row of {len(values)} values under a header of {len(rows[0])}",
                     where=f"{path}:{first_line_number}",
