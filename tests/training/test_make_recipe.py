@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -173,11 +174,12 @@ def test_training_of_a_run_continues_with_more_rows(home: Path, capsys: Capture)
     first = [*SMALL, "adapter.rank=4", "adapter.alpha=4", "output_dir=runs/mine"]
     assert main(["train", "--model", "small", "--data", "faq.csv", *first]) == EXIT_OK
     write_more(home / "more.csv")
+    (home / "runs/mine/final").rename(home / "runs/mine/checkpoint-900")
     capsys.readouterr()
     words = ["adapter.from=runs/mine", "output_dir=runs/more"]
     assert main(start("more.csv", *words)) == EXIT_OK
     told = capsys.readouterr().err
-    assert lines_with(told, "runs/mine/final")
+    assert lines_with(told, "runs/mine/checkpoint-900")
     run = load_recipe(home / "runs/more.yaml")
     assert (run.adapter.rank, run.adapter.alpha) == (4, 4), "those of the first run"
     assert run.adapter.from_ == str(home / "runs/mine")
@@ -194,13 +196,14 @@ def test_training_of_a_run_continues_with_more_rows(home: Path, capsys: Capture)
     assert not warnings_with(told, 3, "train.duration"), "it has learned before"
     # What it began with stays, whatever becomes of the first run.
     begun = load_recipe(home / "runs/more/config.yaml")
-    assert begun.adapter.from_ == str(home / "runs/mine/final")
-    (home / "runs/mine/final").rename(home / "runs/mine/checkpoint-900")
-    assert main(["train", "runs/more.yaml", "train.duration=4 epochs"]) == EXIT_OK
+    assert begun.adapter.from_ == str(home / "runs/mine/checkpoint-900")
+    shutil.copytree(home / "runs/mine/checkpoint-900", home / "runs/mine/final")
+    assert main(["train", "runs/more.yaml", "train.duration=4 steps"]) == EXIT_OK
     resumed = load_recipe(home / "runs/more/config.yaml")
-    assert resumed.adapter.from_ == str(home / "runs/mine/final")
-    with refuses(RecipeError, where="adapter.from"):
+    assert resumed.adapter.from_ == str(home / "runs/mine/checkpoint-900")
+    with pytest.raises(RecipeError) as refused:
         train(load_recipe(home / "runs/more.yaml", ["adapter.from=runs"]), quiet=True)
+    assert refused.value.where.startswith("adapter.from")
 
 
 def test_an_adapter_on_another_base_is_told_of(home: Path, tiny: Path, capsys: Capture) -> None:
