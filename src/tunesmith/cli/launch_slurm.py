@@ -123,7 +123,7 @@ def _check_removed(args: argparse.Namespace, output_dir: str) -> None:
         if not override.startswith(("train.seed=", "output_dir=")):
             words.append(override)
     for name, value in vars(args).items():
-        if name in ("recipe", "overrides", "seeds"):
+        if name in ("recipe", "overrides", "seeds", "verb"):
             continue
         option = f"--{name.replace('_', '-')}"
         if value is True:
