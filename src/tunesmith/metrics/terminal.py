@@ -130,14 +130,12 @@ class Terminal(Sink):
         is_last = record.step == self.total
         if not (self._every.due(record.step, elapsed) or self._steps == 1 or is_last):
             return
-        mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
-        grad = f"grad {record.grad_norm:.3g}"
-        rates = f"lr {record.learning_rate:.2e}  {grad}  {speed}{mfu}"
-        line = f"step {count}  {loss}  {rates}  {record.memory_gib:.1f} GiB  {time_left}".rstrip()
-        self.log.write(line)
-        # Without what changes least, so that it fits a terminal of 80 columns.
         lr = f"lr {record.learning_rate:.1e}".replace("e-0", "e-")
-        line = f"step {count}  {loss}  {lr}  {grad}  {speed}  {time_left}".rstrip()
+        figures = [f"step {count}", loss, lr, f"grad {record.grad_norm:.3g}", speed]
+        if record.mfu is not None:
+            figures.append(f"mfu {record.mfu:.1%}")
+        line = "  ".join([*figures, time_left]).rstrip()
+        self.log.write(line)
         # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have
         # every line.
         if self._progress is None and (self._may_show() or is_last):
