@@ -153,7 +153,7 @@ class SignalAtImport:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-LAST_IMPORT = "tunesmith.metrics.summary"
+LAST_IMPORT = "tunesmith.training.run"
 
 
 def signal_at_import() -> None:
