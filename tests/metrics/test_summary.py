@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from errors import holds
 from records import RUN, record
 from tunesmith.config.schema import MethodConfig, Run, Source
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.summary import closing_summary, write_failure
+from tunesmith.metrics.summary import closing_summary, has_risen, write_failure
 from tunesmith.units import Share
 
 
@@ -183,6 +184,14 @@ def test_a_finished_run_names_the_two_ways_on(run: Run, folder: Path) -> None:
     assert "train.duration" in text
     assert "--fresh" in text
     assert "15 s" in text, "the time of the steps, as this start took none"
+
+
+def test_a_loss_has_risen_above_a_share_of_the_lowest() -> None:
+    assert has_risen(2.03, 2.0)
+    assert not has_risen(2.01, 2.0)
+    assert not has_risen(-2.0, -2.0), "a loss of a method may be negative"
+    assert has_risen(-1.9, -2.0)
+    assert not has_risen(math.nan, 2.0)
 
 
 def test_failure_is_one_block_that_comes_and_goes(tmp_path: Path) -> None:

@@ -154,6 +154,7 @@ def test_patience_ends_a_run_that_no_longer_learns(tiny: Path, tmp_path: Path) -
         (None, [3.0, 2.0, 2.1, 2.2, 2.3, 2.4], 5),
         (None, [3.0, 2.0, 2.1, 2.2, 1.9, 2.4], None),  # two in a row
         (None, [3.0, 2.0, 2.001, 2.002, 2.001, 2.1], 6),  # it stays as it is, then rises
+        (None, [math.nan, 3.0, 2.0, 2.2, 2.1, 2.3], 6),  # nothing is lower than a NaN
         (None, [3.0, 2.0, math.nan, math.nan, math.nan, 2.3], 6),  # a NaN is no rise
         (3, [3.0, 2.0, 2.1, 2.2, 2.3], None),  # that ends by itself
     ],

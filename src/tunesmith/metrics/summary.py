@@ -22,8 +22,8 @@ from tunesmith.run_dir import (
 )
 from tunesmith.units import count_of, format_seconds, ratio
 
-# The last val_loss beside the lowest: from here on the last step is not the model to take.
-WORSE = 1.01
+# A val_loss above the lowest by a larger share of it is more than the wobble of one that stays.
+RISE = 0.01
 ANSWER_WIDTH = 69  # characters of a sample answer, so that its line fits 80 columns
 
 
@@ -73,7 +73,7 @@ def closing_summary(
     best_loss, best_step = min(validations, default=(0.0, None))
     rows += [*_written(folder, best_step), ""]
     better = folder / f"checkpoint-{best_step}"
-    has_better = better.is_dir() and validations[-1][0] > best_loss * WORSE
+    has_better = better.is_dir() and has_risen(validations[-1][0], best_loss)
     # With preferences the loss may rise while more pairs are in order.
     if has_better and run.method.name == "sft":
         rows += [f"val_loss has risen since step {best_step}: take {better.name}", ""]
@@ -81,6 +81,13 @@ def closing_summary(
     else:
         rows += _next(run, folder, folder)
     return "\n".join(rows)
+
+
+def has_risen(loss: float, lowest: float) -> bool:
+    """Whether a val_loss says that the step of the lowest one is the model to take; a NaN does
+    not.
+    """
+    return loss - lowest > RISE * abs(lowest)
 
 
 def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tunesmith.config.dump import is_free, leaves
 from tunesmith.data.schedule import FEW_STEPS
 from tunesmith.host.shell import shell_path, shell_word
-from tunesmith.metrics.summary import WORSE
+from tunesmith.metrics.summary import has_risen
 from tunesmith.report.measure import VAL_LOSS, Measure, measure_of
 from tunesmith.report.run_summary import (
     HASHES_OF_INPUTS,
@@ -561,8 +561,8 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
         noise = validation_noise(values) or 0.0
         worse_by = measure.worse_by(values[-1], than=best_value)
         # Worse than its best by more than noise, or by as much as the end of a run mentions.
-        has_risen = not measure.is_share and values[-1] > best_value * WORSE
-        if worse_by > 0 and (has_risen or worse_by > STANDARD_ERRORS * noise):
+        is_rise = not measure.is_share and has_risen(values[-1], best_value)
+        if worse_by > 0 and (is_rise or worse_by > STANDARD_ERRORS * noise):
             side = "below" if measure.is_share else "above"
             text = f"{run.label} ends at {measure.name} {measure.text(values[-1])}, "
             text += f"{side} that of step {step}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from tunesmith.checkpoint.resume import Progress
@@ -11,16 +12,15 @@ from tunesmith.inference.evaluate import ValidationResult, validation_loss
 from tunesmith.methods.answers import ACCURACY
 from tunesmith.metrics.record import VALIDATION
 from tunesmith.metrics.sink import Sinks
+from tunesmith.metrics.summary import has_risen
 from tunesmith.run_dir import BEST, Phase
 from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.build import Session
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence
 
-# A run without patience is told when its loss has not been lower for so many validations, and is
-# above the lowest by a share that is more than the wobble of a loss that stays as it is.
+# A run without patience is told when its loss has risen and not been lower for so many validations.
 RISES = 3
-LEAST_RISE = 0.01
 
 
 class Validation:
@@ -95,8 +95,7 @@ class Validation:
             return
         if progress.warned_of_rise or progress.worse < RISES or progress.best_loss is None:
             return
-        # A NaN is no rise.
-        if not loss >= progress.best_loss * (1 + LEAST_RISE):
+        if not has_risen(loss, progress.best_loss):
             return
         progress.warned_of_rise = True
         checkpoint = Path(self.run.output_dir) / f"checkpoint-{progress.best_step}"
@@ -113,7 +112,8 @@ class Validation:
     def _is_best(self, result: ValidationResult) -> bool:
         """Whether no validation so far was as good; of equal accuracies the loss decides."""
         progress = self.progress
-        if progress.best_loss is None:
+        # Nothing is lower than a NaN.
+        if progress.best_loss is None or math.isnan(progress.best_loss):
             return True
         has_lower_loss = result.loss < progress.best_loss
         if self.run.validate.best_by == "loss" or progress.best_accuracy is None:
