@@ -316,6 +316,16 @@ def ended_state(
     return RunState.KILLED
 
 
+def steps_taken(recorded: int, state: RunState, stopped: Mapping[str, Any] | None) -> int:
+    """Steps of a run: those recorded or, of a stop, those that stopped.json says are saved.
+
+    The record of a step whose validation was cut off is written once a resume has measured it.
+    """
+    if state is RunState.STOPPED and stopped:
+        return max(recorded, stopped.get("step") or 0)
+    return recorded
+
+
 def read_running(folder: Path) -> dict[str, Any] | None:
     """The note of a start that is at work or was killed.
 

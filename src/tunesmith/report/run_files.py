@@ -48,6 +48,7 @@ from tunesmith.run_dir import (
     read_stopped,
     reason_of,
     shown,
+    steps_taken,
 )
 
 Columns = dict[str, list[float | None]]
@@ -362,14 +363,9 @@ class RunFiles:
 
     @property
     def steps(self) -> int:
-        """Steps that were taken: those recorded, or of a stop, those it saved.
-
-        The record of a step whose validation was cut off is written once a resume has measured it.
-        """
+        """Optimizer steps that were taken."""
         recorded = int((self.columns.get("step") or [0])[-1] or 0)
-        if self.state is RunState.STOPPED and self.stopped:
-            return max(recorded, self.stopped.get("step") or 0)
-        return recorded
+        return steps_taken(recorded, self.state, self.stopped)
 
     def _state(self) -> RunState:
         if is_locked(self.folder):

@@ -30,6 +30,7 @@ from tunesmith.run_dir import (
     read_stopped,
     reason_of,
     shown,
+    steps_taken,
 )
 from tunesmith.units import ceil_div
 
@@ -125,12 +126,9 @@ class ListedRun:
             final_step=manifest["step"] if manifest else None,
             last_step=step,
         )
-        if state is RunState.STOPPED and stopped.value:
-            # The record of a step whose validation was cut off is not written yet.
-            step = max(step, stopped.value.get("step") or 0)
         return {
             "state": state,
-            "step": int(step),
+            "step": steps_taken(int(step), state, stopped.value),
             "loss": newest.get("loss"),
             "val_loss": val_loss,
             "spark": sparkline(records),
