@@ -137,12 +137,15 @@ class StopRequest:
             # Any signal that has our handler, which raises in the main thread.
             _thread.interrupt_main(next(iter(self._previous_handlers)))
 
+    def when(self) -> str:
+        """Of a stop that came while a run was loaded."""
+        return "before a further step" if self.saved_step else "before the first step"
+
     def not_begun(self) -> StoppedError:
         """The error of a stop before the first step."""
-        when = "before the first step"
+        when = self.when()
         why = "there was nothing to save yet"
         if self.saved_step:
-            when = "before a further step"
             why = f"there was nothing new to save: step {self.saved_step} is saved"
         fix = "start the same command again"
         if self.low_memory is not None:

@@ -201,7 +201,7 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
             error.exit_code = EXIT_OK
             out = Path(run.output_dir)
             if is_run(out):
-                write_stopped(out, "stopped by a signal before the first step", stop.saved_step)
+                write_stopped(out, f"stopped by a signal {stop.when()}", stop.saved_step)
         raise
 
 
@@ -429,10 +429,7 @@ def noted_early_stop(out: Path, request: StopRequest) -> Iterator[None]:
     except (Interrupted, StoppedEarlyError):
         # A start that has saved nothing leaves nothing.
         if (out / IDENTITY).is_file():
-            what = "stopped before the first step"
-            if request.saved_step:
-                what = "stopped before a further step"
-            write_stopped(out, what, request.saved_step)
+            write_stopped(out, f"stopped {request.when()}", request.saved_step)
         raise
 
 
