@@ -20,6 +20,15 @@ def test_lengths(text: str, amount: float, unit: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "share"),
+    [("10 steps", 0.5), ("4 epochs", 0.25), ("1 min", 0.75), ("5 steps", 1.0), ("3 steps", 1.0)],
+)
+def test_the_share_of_a_length_that_has_passed(text: str, share: float) -> None:
+    assert Length.parse(text).share(steps=5, epochs=1, seconds=45) == share
+    assert Length.parse(text).share(steps=0, epochs=0) is None, "too small to go by"
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",

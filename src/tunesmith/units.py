@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+# A smaller share of a run says nothing about when it ends.
+SMALLEST_SHARE = 1e-12
 MOST = 10**9  # of any unit: more steps, tokens of a batch or seconds than anybody trains
 
 _ALIASES = {
@@ -130,6 +132,15 @@ class Length(_Amount):
         if self.unit not in SECONDS:
             return None
         return self.amount * SECONDS[self.unit]
+
+    def share(self, *, steps: float, epochs: float, seconds: float = 0.0) -> float | None:
+        """The part of this length that has passed, from 0 to 1; None where it is too small to go
+        by.
+        """
+        whole = self.seconds or self.amount
+        passed = {"steps": steps, "epochs": epochs}.get(self.unit, seconds)
+        share = min(1.0, passed / whole) if whole > 0 else 0.0
+        return share if share > SMALLEST_SHARE else None
 
     def in_words(self) -> str:
         """`1 epoch`, where a recipe has `1 epochs`."""

@@ -283,7 +283,7 @@ def step_and_time_left(run_dir: str | Path) -> str:
     total = _total_steps(Path(run_dir), newest)
     text = _describe_step(newest, total)
     step = newest.get("step")
-    seconds = list(filter(None, [record.get("step_seconds") for record in records]))
+    seconds = list(filter(None, (record.get("step_seconds") for record in records)))
     if not text or not seconds or total is None or step is None:
         return text
     left = max(0.0, total - step) * sum(seconds) / len(seconds)
@@ -299,18 +299,14 @@ def _describe_step(record: Mapping[str, int | float | None], total: int | None) 
 
 
 def _total_steps(run_dir: Path, record: Mapping[str, int | float | None]) -> int | None:
-    """The steps of the whole run by its recipe; None where it ends by the clock or by tokens."""
+    """The steps of the whole run by its recipe; None where it ends by the clock."""
+    step = record.get("step") or 0
     try:
         duration = Length.parse(read_recipe(run_dir).value["train"]["duration"])
     except (KeyError, ValueError, TypeError, AttributeError):
         return None
-    step = record.get("step")
-    epoch = record.get("epoch")
-    if duration.unit == "steps":
-        return int(duration.amount)
-    if duration.unit == "epochs" and step and epoch:
-        return max(int(step), round(step * duration.amount / epoch))
-    return None
+    share = duration.share(steps=step, epochs=record.get("epoch") or 0)
+    return round(step / share) if share else None
 
 
 def safe_value(value: str, where: str) -> str:

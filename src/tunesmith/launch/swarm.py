@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.errors import MachineError
-from tunesmith.launch.jobs import POLL, Job, JobState, last_step
+from tunesmith.launch.jobs import POLL, Job, JobState, last_step, step_and_time_left
 from tunesmith.launch.rendezvous import local_addresses
 from tunesmith.launch.ship import SSH, Connection
 from tunesmith.launch.stack import GRACE, LABEL, SERVICE
@@ -123,7 +123,7 @@ class SwarmJob(Job):
             elif not states & {"Failed", "Rejected"}:
                 state = RunState.KILLED
             return super().state().after(state, "; ".join(texts))
-        text = "; ".join(filter(None, [*texts, last_step(self.run_dir)]))
+        text = "; ".join(filter(None, [*texts, step_and_time_left(self.run_dir)]))
         return JobState(RunState.RUNNING if "Running" in states else RunState.QUEUED, text)
 
     def read_log(self, *, follow: bool) -> Iterator[str]:

@@ -36,8 +36,6 @@ QUEUE = 5.0
 RECENT = 20
 # Lines of the log that are shown.
 LINES = 40
-# A smaller share of a run says nothing about when it ends.
-SMALLEST_SHARE = 1e-12
 # Steps; with fewer, the raw loss reads well.
 SMOOTH_FROM = 100
 
@@ -224,12 +222,11 @@ class WatchedRun:
         columns = self.files.columns
         try:
             duration = Length.parse(self.files.recipe["train"]["duration"])
-            if duration.seconds:
-                trained_seconds = sum(finite(columns.get("step_seconds", [])))
-                return _share(trained_seconds, duration.seconds)
-            if duration.unit == "epochs":
-                return _share(_newest(columns.get("epoch", [])) or 0.0, duration.amount)
-            return _share(step, duration.amount)
+            return duration.share(
+                steps=step,
+                epochs=_newest(columns.get("epoch", [])) or 0.0,
+                seconds=sum(finite(columns.get("step_seconds", []))),
+            )
         except (KeyError, ValueError, TypeError, AttributeError):
             # There is no recipe yet, or somebody edited it.
             return None
@@ -365,12 +362,6 @@ def _panels_of_other_columns(runs: Sequence[WatchedRun]) -> list[Panel]:
     names -= _IN_PANELS
     names.difference_update(NO_CHART)
     return [Panel(name, "", (name,)) for name in sorted(names)]
-
-
-def _share(part: float, whole: float) -> float | None:
-    """A part from 0 to 1; None where it is too small to go by."""
-    share = min(1.0, part / whole) if whole > 0 else 0.0
-    return share if share > SMALLEST_SHARE else None
 
 
 def _finite(values: Iterable[float | None]) -> Iterator[float]:
