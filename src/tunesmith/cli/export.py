@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from tunesmith.export.gguf.check import FileCheck
     from tunesmith.export.gguf.export import ExportedFile
 
-MOST_TIMES = 1000  # beyond which a smaller change is not told apart
+MOST_TIMES = 1000  # as much or as little as is said
+SAME = 1.5  # times a change, up to which another is about as large
 # As in `export.gguf.types`, which a test compares; that module is not loaded to parse.
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 # Those whose rounding is too small to show in three answers.
@@ -250,19 +251,21 @@ def print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
 
 
 def _rounding(check: "FileCheck") -> str:
-    """How far rounding moved the probabilities of the next token, beside what training did."""
+    """How far rounding changed the next tokens' probabilities, beside what training did."""
     rounding = check.tuned.mean_kl
     if check.base is None:
-        return f"rounding changed its probabilities by {rounding:.2g} nats (mean KL)"
+        return f"rounding changed them by {rounding:.2g} nats (mean KL)"
     training = check.base.mean_kl
     figures = f"(mean KL {rounding:.2g} and {training:.2g} nats)"
-    times = training / max(rounding, training / MOST_TIMES, 1e-12)
-    if rounding > 1.5 * training:
-        more = rounding / max(training, rounding / MOST_TIMES)
-        return f"rounding changed it {more:,.0f} times as much as training did {figures}"
-    if times < 1.5:
-        return f"rounding changed it as much as training did {figures}"
-    return f"rounding changed it {times:,.0f} times less than training did {figures}"
+    if rounding > SAME * training:
+        times = rounding / max(training, rounding / MOST_TIMES)
+        compared = f"{times:,.0f} times as much as training did"
+    elif training > SAME * rounding:
+        times = training / max(rounding, training / MOST_TIMES)
+        compared = f"{times:,.0f} times less than training did"
+    else:
+        compared = "as much as training did"
+    return f"rounding changed them {compared} {figures}"
 
 
 def _next_command(args: argparse.Namespace, exported: "ExportedFile") -> str:

@@ -90,16 +90,16 @@ def check_file(
     total = len(questions) + 1 + sum(map(len, places)) + (base is not None)
     parts = itertools.count()
 
-    def note() -> None:
+    def advance() -> None:
         progress(next(parts), total)
 
-    note()
+    advance()
     with LlamaCpp(file, threads=threads) as server:
         texts = _check_ids(server, tuned)
         answers = []
         for question in questions:
             answers.append(up_to_end(server.answer(question.ids, TOKENS), tuned.files))
-            note()
+            advance()
         # Answers and prompts in one pass, which reads every weight once.
         passages = [*prompts]
         passage_places = [*places]
@@ -107,8 +107,10 @@ def check_file(
             passages.append([*question.ids, *answer])
             passage_places.append(answer_places(question, answer))
         expected = _logits(tuned, "adapter", passages, passage_places, device)
-        note()
-        compared, served = _served_logits(server, prompts, places, expected[: len(prompts)], note)
+        advance()
+        compared, served = _served_logits(
+            server, prompts, places, expected[: len(prompts)], advance
+        )
     side_by_side = []
     for question, answer, logits in zip(questions, answers, expected[len(prompts) :], strict=True):
         side_by_side.append(compare_answers(question, answer, logits, tuned.files))
@@ -116,7 +118,7 @@ def check_file(
     if base is not None:
         base_logits = _logits(*base, prompts, places, device)
         against_base = compare_logits(expected[: len(prompts)], base_logits)
-        note()
+        advance()
     return FileCheck(
         len(texts),
         compare_logits(compared, served),
@@ -143,7 +145,7 @@ def _served_logits(
     prompts: Sequence[list[int]],
     places: Sequence[Sequence[int]],
     expected: Sequence[torch.Tensor],
-    note: Callable[[], None],
+    advance: Callable[[], None],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The expected logits and the server's, without the positions that it leaves out."""
     compared = []
@@ -152,7 +154,7 @@ def _served_logits(
         for position, row in zip(where, reference, strict=True):
             # The prompt as ids, so that a fault of the tokenizer does not show here a second time.
             values = server.log_probabilities(prompt[: position + 1], len(row))
-            note()
+            advance()
             if values is not None:
                 served.append(values.unsqueeze(0))
                 compared.append(row.unsqueeze(0))
