@@ -48,7 +48,7 @@ from tunesmith.run_dir import SWEEP
 from tunesmith.sweep import run as sweep_module
 from tunesmith.sweep.space import Space
 from tunesmith.training.make_recipe import (
-    _choose_continued_rate,
+    continued_rate,
     learning_rate_of_width,
     make_recipe,
 )
@@ -224,9 +224,7 @@ def test_an_adapter_is_continued_at_half_the_rate(home: Path, tiny: Path) -> Non
     fresh = make_recipe("small", "faq.csv")
     continued = make_recipe("small", "faq.csv", ["adapter.from=mine"])
     assert continued.run.train.learning_rate == fresh.run.train.learning_rate / 2
-    chosen, why = {"train.learning_rate": 3e-4}, {"train.learning_rate": ""}  # of an 8B
-    _choose_continued_rate(chosen, why)
-    assert chosen["train.learning_rate"] == 1.5e-4
+    assert continued_rate(3e-4) == 1.5e-4, "of an 8B"
     assert continued.run.train.duration.amount == 3, "more epochs are for a new adapter"
     assert (continued.run.adapter.rank, continued.run.adapter.alpha) == (4, 8)
     pairs = [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in PAIRS]

@@ -487,11 +487,15 @@ def _choose_preference_rate(chosen: dict[str, Any], why: dict[str, str]) -> None
 
 def _choose_continued_rate(chosen: dict[str, Any], why: dict[str, str]) -> None:
     """Lower the learning rate for an adapter that was trained before."""
-    rate = chosen["train.learning_rate"] * CONTINUED_RATE
-    chosen["train.learning_rate"] = float(f"{rate:.1e}")
+    chosen["train.learning_rate"] = continued_rate(chosen["train.learning_rate"])
     why["train.learning_rate"] += (
         "; half of that for an adapter that is already trained, which a higher rate would undo"
     )
+
+
+def continued_rate(rate: float) -> float:
+    """The learning rate of an adapter that was trained before, from that of a new one."""
+    return float(f"{rate * CONTINUED_RATE:.1e}")
 
 
 def learning_rate_of_width(adapter_kind: str, hidden: int) -> float:
