@@ -251,20 +251,20 @@ def print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
 
 
 def _rounding(check: "FileCheck") -> str:
-    """How far rounding changed the next tokens' probabilities, beside what training did."""
+    """How far rounding changed the probabilities of the next tokens, beside what training did."""
     rounding = check.tuned.mean_kl
     if check.base is None:
         return f"rounding changed them by {rounding:.2g} nats (mean KL)"
     training = check.base.mean_kl
-    figures = f"(mean KL {rounding:.2g} and {training:.2g} nats)"
+    figures = f"(KL {rounding:.2g} and {training:.2g} nats)"
     if rounding > SAME * training:
         times = rounding / max(training, rounding / MOST_TIMES)
-        compared = f"{times:,.0f} times as much as training did"
+        compared = f"{times:,.0f} times as much as training"
     elif training > SAME * rounding:
         times = training / max(rounding, training / MOST_TIMES)
-        compared = f"{times:,.0f} times less than training did"
+        compared = f"{times:,.0f} times less than training"
     else:
-        compared = "as much as training did"
+        compared = "as much as training"
     return f"rounding changed them {compared} {figures}"
 
 
