@@ -205,7 +205,9 @@ def test_recompute_is_calibrated_without_running_out_of_memory(tmp_path):
     model, _ = build_model(run, files, inference_plan(run, files, device), weights="random")
     model.train()
     example = Example(np.arange(1024, dtype=np.int32) % 250, np.arange(1024) > 1000)
-    batch = collate([[example] * (tokens // 1024)], length=tokens, pad_id=0, bound=1024).to(device)
+    batch = collate([[example] * (tokens // 1024)], length=tokens, pad_id=0, max_document=1024).to(
+        device
+    )
     kept, recomputed = (fits(model, batch, count) for count in (0, layers))
     assert 0 < recomputed < kept
     limit = (kept + recomputed) // 2

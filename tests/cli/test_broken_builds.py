@@ -237,13 +237,13 @@ def count_whole_parameters_once_a_rank() -> None:
 
 
 def begin_the_vocabulary_one_token_late() -> None:
-    original = tensor._ModelSharder.shard_ends
+    original = tensor._ModelSharder.shard_vocabulary
 
-    def shard_ends(self, embedding, head):
+    def shard_vocabulary(self, embedding, head):
         original(self, embedding, head)
         embedding.first += self.group.rank
 
-    tensor._ModelSharder.shard_ends = shard_ends
+    tensor._ModelSharder.shard_vocabulary = shard_vocabulary
 
 
 def read_another_ranks_moments() -> None:

@@ -155,8 +155,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"micro_batch": Size(1, "tokens")},
     {"micro_batch": Size(8, "examples")},
     {"micro_batch": Size(3, "examples")},
-    {"micro_batch": Size(600, "tokens"), "pad_to": 600},
-    {"micro_batch": Size(2, "examples"), "pad_to": 512},
+    {"micro_batch": Size(600, "tokens"), "row_length": 600},
+    {"micro_batch": Size(2, "examples"), "row_length": 512},
 ]
 
 
@@ -194,15 +194,15 @@ def check_layout(micro: list[Batch], pack: bool, layout: dict[str, Any], longest
         size = layout["micro_batch"]
         if size.unit == "examples":
             assert m.examples <= size.amount
-        elif m.examples > 1 or "pad_to" in layout:
+        elif m.examples > 1 or "row_length" in layout:
             assert rows * length <= max(size.amount, longest)
-        if "pad_to" in layout:
-            assert length == layout["pad_to"]
+        if "row_length" in layout:
+            assert length == layout["row_length"]
         elif pack:
             assert (rows, length) == (1, m.tokens)  # no padding at all
         if pack:
             assert rows == 1
-    if "pad_to" in layout:
+    if "row_length" in layout:
         assert len({m.input_ids.shape for m in micro}) == 1
 
 
@@ -392,7 +392,7 @@ def test_wrong_use(make) -> None:
     tokens = make(alpaca(4), seq_len=256)
     c = schedule(lengths=tokens.lengths)
     with refuses(ValueError, names=[3]):
-        Loader(tokens, c, pad_id=0, micro_batch=Size(8, "tokens"), pad_to=3)
+        Loader(tokens, c, pad_id=0, micro_batch=Size(8, "tokens"), row_length=3)
     with refuses(ValueError, names=["examples"]):
         schedule(lengths=np.zeros(0, int)).examples(0)
 

@@ -87,12 +87,12 @@ lengths_of_examples = st.lists(st.integers(4, SEQ), min_size=1, max_size=40)
 layouts = st.sampled_from(
     [
         {"micro_batch": Size(64, "tokens")},
-        {"micro_batch": Size(200, "tokens"), "multiple": 8, "bound": SEQ},
+        {"micro_batch": Size(200, "tokens"), "multiple": 8, "max_document": SEQ},
         {"micro_batch": Size(10_000, "tokens")},
         {"micro_batch": Size(1, "examples")},
         {"micro_batch": Size(3, "examples")},
-        {"micro_batch": Size(128, "tokens"), "pad_to": 128},
-        {"micro_batch": Size(4, "examples"), "pad_to": 96, "bound": 80},
+        {"micro_batch": Size(128, "tokens"), "row_length": 128},
+        {"micro_batch": Size(4, "examples"), "row_length": 96, "max_document": 80},
     ]
 )
 
@@ -151,19 +151,23 @@ def test_ranks_share_a_step(
 
 
 def check_limits(micro: list[Batch], layout: dict[str, Any], pack: bool, longest: int) -> None:
-    size, pad_to, multiple = layout["micro_batch"], layout.get("pad_to"), layout.get("multiple", 1)
+    size, row_length, multiple = (
+        layout["micro_batch"],
+        layout.get("row_length"),
+        layout.get("multiple", 1),
+    )
     for m in micro:
         rows, length = m.input_ids.shape
         if size.unit == "examples":
             assert m.examples <= size.amount
         elif pack:
             assert m.tokens <= max(size.amount, longest)
-        elif m.examples > 1 and pad_to is None:
+        elif m.examples > 1 and row_length is None:
             assert rows * (length - multiple) < size.amount
-        assert length == pad_to if pad_to else length % multiple == 0
-        assert m.examples or pad_to or (rows, length) == (1, multiple), "the least padding"
+        assert length == row_length if row_length else length % multiple == 0
+        assert m.examples or row_length or (rows, length) == (1, multiple), "the least padding"
         assert m.tokens > 0 or m.supervised == 0
-    if pad_to is not None:
+    if row_length is not None:
         assert len({m.input_ids.shape for m in micro}) == 1
 
 
@@ -196,7 +200,7 @@ ONE_RANK = [
      [([11, 1], 104), ([0, 10], 104), ([9, 2, 8], 104), ([4, 3, 6, 5, 7], 64)]),
     (True, {"micro_batch": Size(5, "examples")},
      [([0, 1, 4, 10, 2], 195), ([6, 8, 5, 11, 9], 138), ([7, 3], 24)]),
-    (True, {"micro_batch": Size(160, "tokens"), "pad_to": 160},
+    (True, {"micro_batch": Size(160, "tokens"), "row_length": 160},
      [([11, 0, 1, 7], 160), ([9, 10, 2, 4, 6], 160), ([3, 8, 5], 160)]),
     (False, {"micro_batch": Size(128, "tokens")},
      [([11, 0], 58), ([9, 1], 52), ([10, 2, 4], 42), ([3, 8, 6, 5, 7], 20)]),
@@ -276,7 +280,7 @@ def test_of_one_fixed_shape_attention_is_balanced() -> None:
     lengths = [64, *[8] * 8]
     ranks = all_ranks(
         Numbered(lengths), schedule(lengths, "9 examples", pack=True), 2,
-        micro_batch=Size(72, "tokens"), pad_to=72, attention_weight=1.0,
+        micro_batch=Size(72, "tokens"), row_length=72, attention_weight=1.0,
     )  # fmt: skip
     assert sorted(m.examples for batch in ranks for m in batch.micro) == [1, 8]
 

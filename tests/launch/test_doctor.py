@@ -268,14 +268,14 @@ def test_what_a_figure_means(
 ) -> None:
     from tunesmith.launch.doctor import pair
 
-    def ask(*_: str) -> subprocess.Popen[str]:
+    def start_remote(*_: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-c", "import time; print(1, time.time())"],
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    monkeypatch.setattr(pair, "ask", ask)
+    monkeypatch.setattr(pair, "start_remote", start_remote)
     monkeypatch.setattr(pair, "measure_speed", lambda address, port: (gbs, 20.0, idle))
     here = {"cable": [{"addresses": ["10.0.0.1/24"]}] if cable else []}
     there = {"cable": [{"addresses": ["10.0.0.2/24"]}], "reached": ["192.168.1.6", "192.168.1.7"]}

@@ -52,7 +52,7 @@ def stick(
         begin(self, name, LIMIT if name == phase and limit else limit)
 
     Heartbeat.phase = with_short_limit  # type: ignore[method-assign]
-    heartbeat.GRACE = 0.5  # seconds that a rank has to end
+    heartbeat.END_OF_HUNG_RANK = 0.5  # seconds that a rank has to end
     if env["RANK"] == "1":
         place, name = PLACES[phase]
         setattr(place, name, stand_still)

@@ -172,7 +172,7 @@ def test_what_is_offloaded_lies_on_the_host_and_trains_alike(kind, device, mesh,
         for step in range(3):
             optimizer.start_step(1e-3, step)
             for last in (False, True):
-                shard.reduce_in(root, mesh, last=last)
+                shard.set_gradient_sync(root, mesh, last=last)
                 before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
                 loss = root(batch(device)).loss / TOKENS[device.type]
                 kept.append(torch.cuda.memory_allocated() - before if device.type == "cuda" else 0)

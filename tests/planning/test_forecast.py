@@ -19,7 +19,7 @@ from tunesmith.host.chips import CHIPS, Chip
 from tunesmith.loss import chunk_size
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import adapter_parameters, flops, read_spec
-from tunesmith.parallel.copies import GRADIENT_PIECE, GRADIENT_PIECES
+from tunesmith.parallel.copies import GRADIENT_PIECE, MOST_GRADIENT_PIECES
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.forecast import (
     EIGHT_BIT_SPEED,
@@ -87,7 +87,7 @@ def test_copies_trained_in_full_hold_what_one_process_holds() -> None:
         forecast("llama3-3b", "2x-dgx-spark", mesh, rounded).plan.memory
         for mesh in ((1, 1, 1), (2, 1, 1))
     )
-    pieces = 4 * GRADIENT_PIECE * GRADIENT_PIECES
+    pieces = 4 * GRADIENT_PIECE * MOST_GRADIENT_PIECES
     assert (one.gathered, copies.gathered) == (0, pieces)
     assert copies.static - pieces == one.static
 

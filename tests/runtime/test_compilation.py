@@ -147,7 +147,7 @@ def batch(seed: int, *, length: int, bound: int = 32) -> Batch:
         n = min(left, int(random.integers(2, bound + 1)))
         examples.append(Example(random.integers(0, 64, n).astype(np.int32), np.arange(n) > 0))
         left -= n
-    return collate([examples], length=length, pad_id=0, bound=bound)
+    return collate([examples], length=length, pad_id=0, max_document=bound)
 
 
 def run(model: Any, b: Batch, backend: str = "varlen") -> dict[str, torch.Tensor]:

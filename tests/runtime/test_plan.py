@@ -184,12 +184,16 @@ def test_an_8b_lora_run_with_full_recompute_is_estimated_under_18_gib():
     ("changes", "compiles", "layout"),
     [
         ({}, False, MicroBatchLayout(Size(4096, "tokens"))),
-        ({}, True, MicroBatchLayout(Size(4096, "tokens"), multiple=128, bound=2048)),
-        (WHOLE_STEPS, True, MicroBatchLayout(Size(4096, "tokens"), pad_to=4096, bound=2048)),
+        ({}, True, MicroBatchLayout(Size(4096, "tokens"), multiple=128, max_document=2048)),
+        (
+            WHOLE_STEPS,
+            True,
+            MicroBatchLayout(Size(4096, "tokens"), row_length=4096, max_document=2048),
+        ),
         (
             {"micro_batch": Size(2, "examples")},
             True,
-            MicroBatchLayout(Size(2, "examples"), multiple=128, bound=2048),
+            MicroBatchLayout(Size(2, "examples"), multiple=128, max_document=2048),
         ),
     ],
     ids=["not compiled", "varied steps", "one shape", "examples"],
@@ -229,8 +233,8 @@ def test_without_expandable_segments_micro_batches_have_few_lengths(
         plan = planned(run, LLAMA, 139, integrated=integrated, compiles=(compiles, ""))
         layout = plan.layout
         loader = Loader(
-            Documents(lengths), schedule, pad_id=0, micro_batch=layout.micro_batch, pad_to=layout.pad_to,
-            multiple=layout.multiple, bound=layout.bound,
+            Documents(lengths), schedule, pad_id=0, micro_batch=layout.micro_batch, row_length=layout.row_length,
+            multiple=layout.multiple, max_document=layout.max_document,
         )  # fmt: skip
         with loader:
             batches = [micro for step in range(200) for micro in loader.batch(step).micro]

@@ -355,14 +355,14 @@ def _padding(session: Session, records: list[StepRecord], tokens: int, padded: i
     if not session.run.data.pack:
         return "rows are padded to the longest of their micro batch: data.pack=true"
     row_tokens = session.run.row_tokens
-    pad_to = session.plan.layout.pad_to
+    row_length = session.plan.layout.row_length
     schedule = session.data.schedule
     # The room of the packed rows alone, before micro batches are padded.
     room = sum(len(schedule.rows(record.step - 1)) for record in records) * row_tokens
-    if pad_to is None or tokens < FULL * room:
+    if row_length is None or tokens < FULL * room:
         what = f"examples fill {tokens / room:.1%} of packed rows of {row_tokens:,}"
         return f"{what}: another data.seq_len, more rows"
-    what = f"every micro batch is padded to {pad_to:,} tokens"
+    what = f"every micro batch is padded to {row_length:,} tokens"
     return f"{what}: a train.global_batch of whole micro batches"
 
 

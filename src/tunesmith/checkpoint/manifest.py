@@ -92,7 +92,10 @@ def flush_files(folder: Path, hashed: Entries | None = None) -> Entries:
 
 
 def write_manifest(folder: Path, step: int, entries: Entries) -> None:
-    """Make `folder`, whose files are on the disk, a checkpoint."""
+    """Write the manifest of a folder whose other files are on the disk.
+
+    It makes the folder complete; a checkpoint of its run it is once `atomic_folder` has renamed it.
+    """
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"step": step, "files": entries}, indent=1))
     flush_to_disk(manifest)
@@ -336,10 +339,11 @@ def remove(path: Path) -> None:
 
 
 def prune(run_dir: Path, keep: int, *, latest: int, keep_step: int | None) -> None:
-    """Delete checkpoints but the newest `keep`, from step `latest` down, and that of `keep_step`.
+    """Delete the checkpoints of a run, but for some.
 
-    One later than `latest`, which was just written, is damaged: this run resumed from before it. A
-    link, and a folder without a manifest, are not ours to delete.
+    The `keep` newest up to step `latest`, which was just written, stay, and that of step
+    `keep_step`. A later one than `latest` goes: the run resumed from before it, as its files were
+    damaged. A link, and a folder without a manifest, are not ours to delete.
     """
     checkpoints = [saved for saved in list_checkpoints(run_dir) if is_complete(saved.path)]
     newest = [saved.step for saved in checkpoints if saved.step <= latest][:keep]

@@ -49,10 +49,11 @@ def note_running(run_dir: Path) -> Iterator[None]:
 
 
 def find_previous_crash(run_dir: Path) -> RunError | None:
-    """The end of the last start of this directory, if it was killed; nothing holds it now.
+    """An error that says how the last start of this directory was killed: after which step, and the
+    likely cause as seen from here.
 
-    After which step, and the likely cause as seen from here. None too where another rank has
-    reported it.
+    None if it was not killed, or if another rank has reported how it ended. No run may hold the
+    directory.
     """
     note = read_running(run_dir)
     if note is None:

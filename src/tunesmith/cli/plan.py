@@ -725,7 +725,7 @@ def _details(
     planner: "Planner", forecasts: "list[Forecast]", price: float | None, base: Path | None
 ) -> list[str]:
     """What the first mesh does: memory, seconds of a step, what is sent, disk, hours."""
-    from tunesmith.planning.forecast import BETTER
+    from tunesmith.planning.forecast import MIN_GAIN
     from tunesmith.planning.resolve import checkpoint_bytes
 
     best = forecasts[0]
@@ -734,7 +734,7 @@ def _details(
     # The order is by speed with a margin, so the first need not be the fastest.
     if any(f.fits and (f.step_seconds or 0) < step_seconds for f in forecasts):
         lines.append(
-            f"another is faster by less than {1 - BETTER:.0%}, which is within the error of a "
+            f"another is faster by less than {MIN_GAIN:.0%}, which is within the error of a "
             "forecast: the first has fewer shards or tensor ranks, or stays within nodes"
         )
     device = "a GPU" if planner.machine.device == "cuda" else "the process"
@@ -792,14 +792,14 @@ def _least_memory(planner: "Planner", best: "Forecast") -> list[str]:
 
 def _faster_keys(planner: "Planner", best: "Forecast") -> "list[tuple[str, Forecast]]":
     """Keys with which a run that fits is faster by more than a forecast's error."""
-    from tunesmith.planning.forecast import BETTER
+    from tunesmith.planning.forecast import MIN_GAIN
 
     choices = [(TENSOR_KEY, planner.with_tensor()), (FP8_KEY, planner.with_fp8())]
     faster = []
     for keys, choice in choices:
         if choice is None or not (choice.step_seconds and best.step_seconds):
             continue
-        if choice.step_seconds < BETTER * best.step_seconds:
+        if choice.step_seconds < (1 - MIN_GAIN) * best.step_seconds:
             faster.append((keys, choice))
     return faster
 

@@ -39,9 +39,9 @@ def without_indices(key: str) -> str:
 
 
 @cache
-def other_tools(kind: str) -> dict[str, str]:
-    """Names of other tools and what to write here; `kind` is `keys`, `words` or `absent`."""
-    table = read_file(Path(__file__).with_name("other_tools.yaml")).plain()[kind]
+def other_tools(section: str) -> dict[str, str]:
+    """Names of other tools and what to write here; `section` is `keys`, `words` or `absent`."""
+    table = read_file(Path(__file__).with_name("other_tools.yaml")).plain()[section]
     return {name: meaning for meaning, names in table.items() for name in names}
 
 

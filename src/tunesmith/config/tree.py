@@ -157,8 +157,8 @@ def read_file(path: Path) -> Node:
         fix = "start from a shipped one: tunesmith recipes"
         raise RecipeError("this recipe is empty", where=name, fix=fix)
     if not isinstance(top.value, dict):
-        kind = "a list" if isinstance(top.value, list) else "a single value"
-        what = f"a recipe is a mapping of keys, this is {kind}"
+        form = "a list" if isinstance(top.value, list) else "a single value"
+        what = f"a recipe is a mapping of keys, this is {form}"
         fix = (
             "begin with `model:`; see a complete one with: tunesmith recipes show smollm2-135m-lora"
         )

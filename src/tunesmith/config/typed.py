@@ -138,21 +138,21 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
     first_key = mismatches[0].key
     same_value = [mismatch for mismatch in mismatches if mismatch.key.startswith(first_key)]
     node, key, error = max(same_value, key=lambda mismatch: len(mismatch.key))
-    kind = error["type"]
+    error_type = error["type"]
     name = error["loc"][-1] if error["loc"] else ""
-    if kind == "json_invalid":
+    if error_type == "json_invalid":
         return RecipeError(
             "the recipe has text that is not Unicode",
             where=node.where,
             why=error["msg"],
             fix="remove escapes such as \\ud800, which are half a character",
         )
-    if kind == "unexpected_keyword_argument":
+    if error_type == "unexpected_keyword_argument":
         section = without_indices(key.removesuffix(str(name)).rstrip("."))
         fix = suggest_key(section, str(name))
         return RecipeError(f"unknown key {key}", where=node.where, fix=fix)
     # "missing" with a number is an entry of a tuple: that is a value of the wrong length.
-    if kind == "missing" and isinstance(name, str):
+    if error_type == "missing" and isinstance(name, str):
         value = _Value.at(node, f"{key}.{name}".lstrip("."))
         what = f"{value.key} is missing: {value.spec.metadata['doc']}"
         fix = f"add {value.key}: {example(value.hint, value.spec)}"
@@ -167,24 +167,24 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
 
 def _explain_value(value: _Value, error: "ErrorDetails") -> tuple[str, str]:
     """What is wrong with a value, and the fix."""
-    kind = error["type"]
+    error_type = error["type"]
     key = value.key
     content = value.node.value
     # The bound that is broken, or the error of a type of our own.
     limits = list(error.get("ctx", {}).values())
     is_form_error = not literal_words(value.hint) or str(content)[:1].isdigit()
     fix = f"write {value.example()}   # {value.spec.metadata['doc']}"
-    if kind in _BOUNDS:
+    if error_type in _BOUNDS:
         # Limits come as floats: 2147483648.0 is written as the whole number that it is.
         limit = int(limits[0]) if limits[0] == int(limits[0]) else limits[0]
-        bound = _BOUNDS[kind].format(limit)
+        bound = _BOUNDS[error_type].format(limit)
         what = f"{key} is {reprlib.repr(content)}: it must be {bound}"
-    elif kind == "finite_number":
+    elif error_type == "finite_number":
         what = f"{key}: {content} is not a finite number"
-    elif kind in ("missing", "too_long"):
+    elif error_type in ("missing", "too_long"):
         count = len(value.node.children())
         what = f"{key}: expected {type_in_words(value.hint)}, found {count}"
-    elif kind == "value_error" and is_form_error:
+    elif error_type == "value_error" and is_form_error:
         what = f"{key}: {limits[0]}"
     else:
         what = f"{key}: expected {type_in_words(value.hint)}, found {_describe(content)}"

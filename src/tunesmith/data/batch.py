@@ -221,7 +221,7 @@ def collate(
     *,
     length: int,
     pad_id: int,
-    bound: int | None = None,
+    max_document: int | None = None,
     sequence_rows: int | None = None,
 ) -> Batch:
     """Lay rows of examples into one Batch.
@@ -231,8 +231,8 @@ def collate(
             `length`.
         length: tokens of every row, padding counted.
         pad_id: the token that fills the end of a row; it is never attended to nor trained.
-        bound: no document is longer; it becomes `max_seqlen`, and padding is cut into documents of
-            that length.
+        max_document: no document is longer; it becomes `max_seqlen`, and padding is cut into
+            documents of that length.
         sequence_rows: give each sequence a row of its own, and make at least so many rows; None:
             all of `rows[i]` shares a row.
     """
@@ -258,14 +258,14 @@ def collate(
             at = end
         row_tokens.append(at - row_start)
         # No document may be longer than the length that attention has.
-        flat.add_padding(at, row_start + length, bound or length)
+        flat.add_padding(at, row_start + length, max_document or length)
     shape = (len(sequences), length)
     return Batch(
         input_ids=torch.from_numpy(flat.ids.reshape(shape)),
         position_ids=torch.from_numpy(flat.positions.reshape(shape)),
         targets=torch.from_numpy(flat.targets.reshape(shape)),
         cu_seqlens=torch.tensor(flat.edges, dtype=torch.int32),
-        max_seqlen=bound or int(np.diff(flat.edges).max()),
+        max_seqlen=max_document or int(np.diff(flat.edges).max()),
         tokens=sum(len(example.ids) for example in examples),
         supervised=int((flat.targets != IGNORE).sum()),
         examples=len(examples),

@@ -19,17 +19,17 @@ class Layout:
 
     Attributes:
         packed: the examples of a batch share one row; else each sequence has its own.
-        pad_to: length of every row; None: as long as need be, in a multiple of `multiple`.
-        bound: as of `collate`.
+        row_length: length of every row; None: as long as need be, in a multiple of `multiple`.
+        max_document: as of `collate`.
         share: (data rank, data ranks): whose batches these are. Each rank gets as many, the last
             ones without an example where there are too few.
     """
 
     pad_id: int
     packed: bool
-    pad_to: int | None = None
+    row_length: int | None = None
     multiple: int = 1
-    bound: int | None = None
+    max_document: int | None = None
     share: tuple[int, int] = (0, 1)
 
     def batches(
@@ -39,7 +39,7 @@ class Layout:
 
         room: tokens of a batch, padding counted, or more where one example has more.
         """
-        groups = self._groups(examples, self.pad_to or room)
+        groups = self._groups(examples, self.row_length or room)
         rank, ranks = self.share
         for first in range(0, len(groups), ranks):
             mine = first + rank
@@ -52,12 +52,12 @@ class Layout:
             length = sum(len(example.ids) - example.shared for example in examples)
         else:
             length = max((example.longest_sequence for example in examples), default=0)
-        length = self.pad_to or max(1, length)
+        length = self.row_length or max(1, length)
         return collate(
             [examples],
             length=ceil_div(length, self.multiple) * self.multiple,
             pad_id=self.pad_id,
-            bound=self.bound,
+            max_document=self.max_document,
             sequence_rows=None if self.packed else 1,
         )
 

@@ -78,11 +78,12 @@ class Loader(AbstractContextManager["Loader"]):
         micro_batch: of one forward pass, in examples or in tokens with padding; one example always
             fits.
         stop_step: None: without end.
-        pad_to: fixes the shape, for compiled graphs: [1, pad_to] packed, else [rows, pad_to], with
-            empty rows where there are no more examples. None pads little: [1, n] packed, else
-            [rows, longest]. Without packing each sequence of an example has a row.
+        row_length: fixes the shape, for compiled graphs: [1, row_length] packed, else
+            [rows, row_length], with empty rows where there are no more examples. None pads little:
+            [1, n] packed, else [rows, longest]. Without packing each sequence of an example has a
+            row.
         multiple: rows are padded up to a multiple of this many tokens.
-        bound: what all batches state as their longest document; no example may be longer.
+        max_document: what all batches state as their longest document; no example may be longer.
         share: (data rank, data ranks): whose micro batches these are. The sequence of global
             batches does not depend on it.
         attention_weight: cost of one pair of a query and a key that it sees, relative to a token's
@@ -100,9 +101,9 @@ class Loader(AbstractContextManager["Loader"]):
     micro_batch: Size
     start_step: int = 0
     stop_step: int | None = None
-    pad_to: int | None = None
+    row_length: int | None = None
     multiple: int = 1
-    bound: int | None = None
+    max_document: int | None = None
     share: tuple[int, int] = (0, 1)
     attention_weight: float = 0.0
     mismatches: bool = False
@@ -114,7 +115,7 @@ class Loader(AbstractContextManager["Loader"]):
         if not self.schedule.packed:
             lengths = self.schedule.sequence_lengths
         longest = int(lengths.max(initial=0))
-        rooms = [room for room in (self.pad_to, self.bound) if room is not None]
+        rooms = [room for room in (self.row_length, self.max_document) if room is not None]
         # Wrong sizes are a fault of the plan: such an example would not fit into any row.
         if rooms and min(rooms) < longest:
             raise ValueError(
@@ -124,7 +125,7 @@ class Loader(AbstractContextManager["Loader"]):
         self._micro_batches = MicroBatches(
             self.schedule,
             self.micro_batch,
-            self.pad_to,
+            self.row_length,
             self.multiple,
             data_ranks,
             self.attention_weight,
@@ -132,9 +133,9 @@ class Loader(AbstractContextManager["Loader"]):
         self.layout = Layout(
             self.pad_id,
             self.schedule.packed,
-            self.pad_to,
+            self.row_length,
             self.multiple,
-            self.bound,
+            self.max_document,
             self.share,
         )
         # One thread: batches come in the order of the steps.
@@ -224,6 +225,6 @@ class Loader(AbstractContextManager["Loader"]):
             [examples],
             length=length,
             pad_id=self.pad_id,
-            bound=self.bound,
+            max_document=self.max_document,
             sequence_rows=None if self.schedule.packed else row_count,
         )

@@ -20,7 +20,7 @@ class MicroBatches:
 
     schedule: BatchSchedule
     micro_batch: Size
-    pad_to: int | None
+    row_length: int | None
     multiple: int
     data_ranks: int
     attention_weight: float
@@ -66,7 +66,7 @@ class MicroBatches:
         packed = schedule.packed
         # A packed micro batch is one row, however many examples are in it.
         rows = 1 if packed else max(1, len(group) * schedule.sequences)
-        if self.pad_to is None:
+        if self.row_length is None:
             if packed:
                 longest = int(schedule.row_lengths[group].sum())
             else:
@@ -74,12 +74,12 @@ class MicroBatches:
             # Rounded up to the ranks of a tensor group, which cut the tokens among them.
             return rows, ceil_div(max(1, longest), self.multiple) * self.multiple
         if packed:
-            return 1, self.pad_to
+            return 1, self.row_length
         if self.micro_batch.unit == "examples":
             fixed_rows = self.micro_batch.amount * schedule.sequences
         else:
-            fixed_rows = max(schedule.sequences, self.micro_batch.amount // self.pad_to)
-        return max(rows, fixed_rows), self.pad_to
+            fixed_rows = max(schedule.sequences, self.micro_batch.amount // self.row_length)
+        return max(rows, fixed_rows), self.row_length
 
     def _groups_of_one_rank(self, step: int) -> list[list[int]]:
         """The groups of a step, in order, as a single rank runs them."""
@@ -89,7 +89,7 @@ class MicroBatches:
         if self.micro_batch.unit == "examples":
             return self._group_in_order(examples)
         lengths = self.schedule.row_lengths
-        room = self.pad_to or max(self.micro_batch.amount, int(lengths[examples].max()))
+        room = self.row_length or max(self.micro_batch.amount, int(lengths[examples].max()))
         groups = []
         for bin_ in best_fit_decreasing(lengths[examples], room):
             groups.append([examples[i] for i in bin_])
@@ -111,7 +111,7 @@ class MicroBatches:
             group = groups[-1]
             is_full = len(group) == self.micro_batch.amount
             # A fixed shape may be full before it has its count of examples.
-            if self.pad_to is not None and lengths[[*group, example]].sum() > self.pad_to:
+            if self.row_length is not None and lengths[[*group, example]].sum() > self.row_length:
                 is_full = True
             if group and is_full:
                 groups.append([])
@@ -133,7 +133,7 @@ class MicroBatches:
             most = self.micro_batch.amount
             if self.micro_batch.unit == "tokens":
                 # Each row of the group is as wide as its first.
-                width = self.pad_to or int(lengths[remaining[0]])
+                width = self.row_length or int(lengths[remaining[0]])
                 most = most // (width * self.schedule.sequences)
             cost_of_one = self.cost(remaining[:1])
             count = int(max(1, min(most, max_cost / cost_of_one)))
@@ -148,7 +148,7 @@ class MicroBatches:
         lengths = self.schedule.row_lengths[examples]
         pairs = lengths * (lengths + 1) / 2
         costs = lengths + self.attention_weight * pairs
-        if self.pad_to is not None:
+        if self.row_length is not None:
             # Micro batches of one fixed shape differ in attention alone.
             costs = pairs
         # None larger than the largest of one rank: that is what memory holds.

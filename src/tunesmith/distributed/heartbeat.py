@@ -41,10 +41,10 @@ from tunesmith.errors import (
 
 # Errors that all ranks raise at the same step.
 AGREED = (OtherRankError, StoppedError, NonFiniteError)
-# Seconds that the main thread has to end once the fault is decided. In a collective it cannot.
-GRACE = 3.0
-# The same for a main thread that has raised an error and knows of the fault.
-ENDING = 60.0
+# Seconds that a rank has to end by itself once the ranks have decided on a fault: one whose main
+# thread may hang in a collective, and one whose main thread has raised an error and unwinds.
+END_OF_HUNG_RANK = 3.0
+END_OF_UNWINDING_RANK = 60.0
 REFUSAL = 2.0  # seconds in which a machine that is up refuses a connection
 UNDECIDED = "-"  # what stands in the store as verdict until a rank publishes a fault
 # torch's errors of a collective and of a store
@@ -165,7 +165,7 @@ class Heartbeat:
                 time.sleep(peers.clock.interval / 20)
         self._closing.set()
         self._wake.set()
-        self._talker.join(GRACE)
+        self._talker.join(END_OF_HUNG_RANK)
         # A thread in a call to a mute store would crash an interpreter that ends.
         if self._talker.is_alive():
             atexit.register(_leave)
@@ -186,8 +186,7 @@ class Heartbeat:
         while not self._closing.wait(peers.clock.interval / 2):
             peers.clock.advance()
             if report.fault is not None:
-                # A main thread that has raised unwinds and reports; one in a collective cannot.
-                seconds_to_end = ENDING if report.is_ending else GRACE
+                seconds_to_end = END_OF_UNWINDING_RANK if report.is_ending else END_OF_HUNG_RANK
                 if time.monotonic() - report.decided_at > seconds_to_end:
                     _leave(report.fault.exit_code)
             elif peers.clock.seconds - peers.answered_at > peers.limit:

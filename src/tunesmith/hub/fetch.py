@@ -202,23 +202,28 @@ class RepoListing:
     files: dict[str, RemoteFile]
 
 
-def list_repo(repo: str, revision: str | None, kind: str, progress: FetchProgress) -> RepoListing:
-    """Ask the Hub about a repository (`kind`: model or dataset) and show its license; raises as
-    `hub_calls` does."""
-    with hub_calls(repo, revision, kind):
+def list_repo(
+    repo: str, revision: str | None, repo_type: str, progress: FetchProgress
+) -> RepoListing:
+    """Ask the Hub about a repository (`repo_type`: model or dataset) and show its license; raises
+    as `hub_calls` does.
+    """
+    with hub_calls(repo, revision, repo_type):
         info: Any = retry(
-            lambda: HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=True)
+            lambda: HfApi().repo_info(
+                repo, revision=revision, repo_type=repo_type, files_metadata=True
+            )
         )
     license_name = _stated_license(info)
     gated = bool(info.gated)
     suffix = ", gated" if gated else ""
-    log.info(f"{repo}: license {license_name}{suffix} ({repo_page(repo, kind)})")
+    log.info(f"{repo}: license {license_name}{suffix} ({repo_page(repo, repo_type)})")
     files = {}
     for file in info.siblings or ():
         name = file.rfilename
         # Large files are hashed by SHA-256, small ones by git.
         etag = file.lfs.sha256 if file.lfs else file.blob_id or ""
-        url = hf_hub_url(repo, name, repo_type=kind, revision=info.sha)
+        url = hf_hub_url(repo, name, repo_type=repo_type, revision=info.sha)
         files[name] = RemoteFile(name, url, file.size or 0, etag)
     return RepoListing(info.sha, license_name, gated, files)
 
@@ -319,9 +324,9 @@ def plan_download(
     return DownloadPlan(model, listing, files, left_out, repo_cache(model.name))
 
 
-def repo_cache(repo: str, kind: str = "model") -> Path:
+def repo_cache(repo: str, repo_type: str = "model") -> Path:
     """A repository's folder in the Hub's cache."""
-    return Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}"
 
 
 def check_cache_room(name: str, missing: int) -> None:

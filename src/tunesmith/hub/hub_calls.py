@@ -35,9 +35,9 @@ TRANSPORT: type[Exception] = errors.HfHubHTTPError.__mro__[1]
 T = TypeVar("T")
 
 
-def repo_page(repo: str, kind: str = "model") -> str:
+def repo_page(repo: str, repo_type: str = "model") -> str:
     """The address of a repository's page."""
-    folder = "datasets/" if kind == "dataset" else ""
+    folder = "datasets/" if repo_type == "dataset" else ""
     return f"{constants.ENDPOINT}/{folder}{repo}"
 
 
@@ -68,7 +68,7 @@ def http_status(error: Exception) -> int:
 
 
 @contextmanager
-def hub_calls(repo: str, revision: str | None = None, kind: str = "model") -> Iterator[None]:
+def hub_calls(repo: str, revision: str | None = None, repo_type: str = "model") -> Iterator[None]:
     """Silence huggingface_hub's bars and warnings inside, and raise its errors as ours; see
     `hub_error`."""
     level = logging.get_verbosity()
@@ -79,7 +79,7 @@ def hub_calls(repo: str, revision: str | None = None, kind: str = "model") -> It
     try:
         yield
     except (TRANSPORT, errors.HFValidationError, OSError) as error:
-        raise hub_error(error, repo, revision, kind) from error
+        raise hub_error(error, repo, revision, repo_type) from error
     finally:
         logging.set_verbosity(level)
         if had_bars:
@@ -87,14 +87,14 @@ def hub_calls(repo: str, revision: str | None = None, kind: str = "model") -> It
 
 
 def hub_error(
-    error: Exception, repo: str, revision: str | None, kind: str = "model"
+    error: Exception, repo: str, revision: str | None, repo_type: str = "model"
 ) -> TunesmithError:
     """The error for a user: what the Hub, the network or the disk refused, and what to do."""
     cache_error = _cache_error(error, repo)
     if cache_error is not None:
         return cache_error
     if isinstance(error, errors.HfHubHTTPError):
-        refusal = _refusal(error, repo, revision, kind)
+        refusal = _refusal(error, repo, revision, repo_type)
     elif isinstance(error, errors.OfflineModeIsEnabled) or _is_missing_offline(error):
         refusal = ModelError(
             f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads",
@@ -106,13 +106,13 @@ def hub_error(
     else:
         refusal = ModelError(
             f"the Hub cannot be reached for {repo}",
-            where=repo_page(repo, kind),
+            where=repo_page(repo, repo_type),
             why=f"{type(error).__name__}: {clean(error)}",
             fix="check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; "
             "finished downloads are kept",
         )
     # A name without an owner counts as a mistyped path.
-    if kind == "model" and "/" not in repo:
+    if repo_type == "model" and "/" not in repo:
         return _names_no_model(repo, refusal.why, refusal.cause)
     return refusal
 
@@ -131,10 +131,10 @@ def _names_no_model(name: str, why: str = "", cause: str = "") -> ModelError:
 
 
 def _refusal(
-    error: errors.HfHubHTTPError, repo: str, revision: str | None, kind: str
+    error: errors.HfHubHTTPError, repo: str, revision: str | None, repo_type: str
 ) -> ModelError:
     """The error where the Hub answered that it does not hand out the repository."""
-    page = repo_page(repo, kind)
+    page = repo_page(repo, repo_type)
     login = f"log in: {LOGIN}"
     has_token = _token() is not None
     why = ""
@@ -154,7 +154,7 @@ def _refusal(
         what = f"{repo} was disabled on the Hub"
         fix = "use another model"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        what = f"no {kind} {repo} is visible to you on the Hub"
+        what = f"no {repo_type} {repo} is visible to you on the Hub"
         why = "it does not exist, or it is private"
         if not has_token:
             why += " and there is no token"

@@ -1,3 +1,3 @@
-"""Recipes of other tools as recipes of ours: read (`foreign.py`), translated (`tools.py`), and
-described (`draft.py`).
+"""Recipes of other tools as recipes of ours: read (`source_config.py`), their keys translated
+(`tools.py`), and written with what is not carried over, and why (`translation.py`).
 """

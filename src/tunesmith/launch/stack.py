@@ -19,7 +19,7 @@ from tunesmith.launch.jobs import agent_words, recipe_file, safe_value
 LABEL = "tunesmith.job"  # on all that a launch makes: clean-up removes nothing else
 SERVICE = "ranks"
 SHM = 16 << 30  # bytes at most; what is not used takes no memory
-GRACE = 3600  # seconds that the ranks have to save
+SECONDS_TO_SAVE = 3600  # that the ranks have after a stop, before they are killed
 # In the container
 HUB = "/cache/hub"
 DATASETS = "/cache/datasets"
@@ -100,7 +100,7 @@ class Stack:
             "user": f"{user}:{group}",
             "init": True,
             "working_dir": "/tmp",
-            "stop_grace_period": f"{GRACE}s",
+            "stop_grace_period": f"{SECONDS_TO_SAVE}s",
             "environment": environment | dict(self.environment),
             "networks": ["host"],
             # RDMA locks the memory of its buffers.

@@ -19,7 +19,7 @@ from tunesmith.errors import MachineError
 from tunesmith.launch.jobs import POLL, Job, JobState, last_step, step_and_time_left
 from tunesmith.launch.rendezvous import local_addresses
 from tunesmith.launch.ship import SSH, Connection
-from tunesmith.launch.stack import GRACE, LABEL, SERVICE
+from tunesmith.launch.stack import LABEL, SECONDS_TO_SAVE, SERVICE
 from tunesmith.run_dir import RunState
 
 log = logging.getLogger(__name__)
@@ -168,9 +168,8 @@ class SwarmJob(Job):
         with self.manager() as manager:
             tasks = self.tasks(manager)
             if tasks:
-                log.info(
-                    f"{self.name}: stop requested; the ranks have {GRACE // 60} minutes to save"
-                )
+                minutes = SECONDS_TO_SAVE // 60
+                log.info(f"{self.name}: stop requested; the ranks have {minutes} minutes to save")
                 # With no replicas Swarm sends SIGTERM to the tasks, and they have the grace period
                 # to save.
                 manager.run(
@@ -179,7 +178,7 @@ class SwarmJob(Job):
             began = time.monotonic()
             notified_at = began
             # One minute more than Swarm's own grace period.
-            while tasks and time.monotonic() - began < GRACE + 60:
+            while tasks and time.monotonic() - began < SECONDS_TO_SAVE + 60:
                 time.sleep(POLL)
                 tasks = self.tasks_at_work(manager)
                 if tasks and time.monotonic() - notified_at >= NOTIFY_EVERY:

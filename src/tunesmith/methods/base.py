@@ -308,7 +308,8 @@ class TrainModel(nn.Module):
 
     @torch.no_grad()
     def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of every position, and whether its most likely token is the target.
+        """Cross-entropy of every position that has a label, and whether the most likely token is
+        that label.
 
         Returns:
             fp32 (or fp64) and bool, [rows, length] each; 0 and False where the target is IGNORE.

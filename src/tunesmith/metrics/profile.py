@@ -218,8 +218,8 @@ def _write_memory(events: Sequence[Mapping[str, Any]], out: Path) -> dict[str, i
             continue
         values = event["args"]
         # The numbers of c10::DeviceType: 0 is the CPU, 1 a CUDA device.
-        kind = values["Device Type"]  # c10::DeviceType
-        device = {0: "CPU", 1: "GPU"}.get(kind, f"device type {kind}")
+        device_type = values["Device Type"]  # c10::DeviceType
+        device = {0: "CPU", 1: "GPU"}.get(device_type, f"device type {device_type}")
         if values["Device Id"] >= 0:
             device += f" {values['Device Id']}"
         allocated = values["Total Allocated"]

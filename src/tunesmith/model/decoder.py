@@ -43,8 +43,9 @@ class Head:
 def find_decoder(causal_lm: PreTrainedModel) -> PreTrainedModel:
     """The model without its head, which returns the last hidden states.
 
-    It is not always `base_model`, which is the causal LM itself where the prefix of its class names
-    something else (llama4_text). ModelError where there is none.
+    It is not always Transformers' `base_model`: where the `base_model_prefix` of the class is not
+    the name of the decoder (llama4_text), that is the causal LM itself. ModelError where there is
+    none.
     """
     embedding = causal_lm.get_input_embeddings()
     # Outermost first: a decoder may hold another model (OPT).

@@ -197,9 +197,9 @@ def _target_name(
         if name in parameter_names:
             return name, ""
         # Companions: "weight.absmax" belongs to "weight", which ends at one of the dots.
-        for cut in range(len(name)):
-            if name[cut] == "." and name[:cut] in companions:
-                return name[:cut], name[cut + 1 :]
+        for dot in range(len(name)):
+            if name[dot] == "." and name[:dot] in companions:
+                return name[:dot], name[dot + 1 :]
     return "", ""
 
 

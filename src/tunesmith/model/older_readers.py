@@ -81,13 +81,13 @@ def _older_rope(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
 
 def _older_scaling(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any] | None:
     """The older `rope_scaling`, None where frequencies are not scaled."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
         return None
     # Phi-3 takes these three keys and no other, and has the rest at the top of its config.
     if model_type == "phi3" and "short_factor" in rope:
         return {
-            "type": kind,
+            "type": rope_type,
             "short_factor": rope["short_factor"],
             "long_factor": rope["long_factor"],
         }
@@ -95,7 +95,7 @@ def _older_scaling(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any] |
     scaling.pop("rope_theta", None)
     scaling.pop("partial_rotary_factor", None)
     # `type` is the name before Transformers 4.43.
-    return scaling | {"rope_type": kind, "type": kind}
+    return scaling | {"rope_type": rope_type, "type": rope_type}
 
 
 def with_older_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def read_json(
 def indexed_files(index: Path) -> list[str]:
     """The weight files that an index lists, as paths below its folder, sorted.
 
-    ModelError where it lists none.
+    ModelError where it lists none, or one that cannot lie in its folder.
     """
     weight_map = read_json(index).get("weight_map")
     files = []

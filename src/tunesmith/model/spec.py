@@ -327,8 +327,8 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
     """ModelError for a config that names no type or one of an encoder, or has sizes that no model
     has.
     """
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or not kind:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
         raise ModelError(
             "the config names no model_type",
             where=where,
@@ -336,9 +336,9 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
             fix="give the folder of a Transformers checkpoint; a PEFT adapter goes under "
             "`adapter.from`",
         )
-    if _is_encoder(kind.lower().replace("-", "_"), config):
+    if _is_encoder(model_type.lower().replace("-", "_"), config):
         raise ModelError(
-            f"{kind} is an encoder or encoder-decoder, which tunesmith does not train",
+            f"{model_type} is an encoder or encoder-decoder, which tunesmith does not train",
             where=where,
             fix=f"use a text decoder, such as {families_text()}",
         )
@@ -347,11 +347,11 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
     if isinstance(text, Mapping):
         _check_sizes(text, where)
         stated_quantization(text, where)
-    if kind in COMPOSITES and not (text and isinstance(text, Mapping)):
+    if model_type in COMPOSITES and not (text and isinstance(text, Mapping)):
         raise ModelError(
             "the config has no text_config" if text is None else f"text_config is {text!r:.100}",
             where=where,
-            why=f"of a {kind} the text model is trained, which it describes",
+            why=f"of a {model_type} the text model is trained, which it describes",
             fix=FETCH_CONFIG,
         )
 
@@ -440,14 +440,14 @@ def _is_encoder(name: str, config: Mapping[str, Any]) -> bool:
 def check_supported(config: Mapping[str, Any], where: str) -> None:
     """Raise ModelError, naming what the model is, for an encoder and for images or sound."""
     check_decoder(config, where)
-    kind = str(config["model_type"])
-    if kind in COMPOSITES:
+    model_type = str(config["model_type"])
+    if model_type in COMPOSITES:
         _check_composite(config, where)
         return
-    name = kind.lower().replace("-", "_")
+    name = model_type.lower().replace("-", "_")
     if any(key in config for key in _MODALITIES) or name.endswith("_vl") or name in _MULTIMODAL:
         raise ModelError(
-            f"{kind} is a multimodal model (text with images or sound), "
+            f"{model_type} is a multimodal model (text with images or sound), "
             "which tunesmith does not train",
             where=where,
             fix=f"use a text decoder, such as {families_text()}",
@@ -458,15 +458,15 @@ def _check_composite(config: Mapping[str, Any], where: str) -> None:
     """ModelError unless the text model of a vision-language model of a known family can be
     trained.
     """
-    kind = str(config["model_type"])
+    model_type = str(config["model_type"])
     text = config["text_config"]
-    types = COMPOSITES[kind].text_types
+    types = COMPOSITES[model_type].text_types
     text_type = text.get("model_type", types[0])
     if text_type not in types:
         raise ModelError(
-            f"the text model of this {kind} is a {text_type}, which tunesmith does not train",
+            f"the text model of this {model_type} is a {text_type}, which tunesmith does not train",
             where=where,
-            fix=f"use a {kind} with {' or '.join(types)}",
+            fix=f"use a {model_type} with {' or '.join(types)}",
         )
     check_decoder({"model_type": text_type, **text}, where)
     stored = stated_quantization(config, where)
@@ -474,7 +474,7 @@ def _check_composite(config: Mapping[str, Any], where: str) -> None:
     if stored and (form is None or form.method == "mxfp4"):
         method = stored.get("quant_method", "an unnamed method")
         raise ModelError(
-            f"the weights of this {kind} are quantized with {method}",
+            f"the weights of this {model_type} are quantized with {method}",
             where=where,
             why="of a vision-language model plain weights, fp8 and nvfp4 are read",
             fix="take the unquantized model; model.quantize: nf4 then quantizes its text model as "
@@ -548,13 +548,13 @@ def _position_limit(config: Mapping[str, Any], layers: Iterable[Layer]) -> int |
 
 def _scaled_positions(config: Mapping[str, Any], scaling: Mapping[str, Any], positions: int) -> int:
     """How far one set of rotary parameters reaches."""
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
     key = "original_max_position_embeddings"
     original = scaling.get(key) or config.get(key)
     factor = scaling.get("factor") or 1.0
-    if kind == "default":
+    if rope_type == "default":
         return positions
-    if kind == "llama3" and original is not None and original < positions:
+    if rope_type == "llama3" and original is not None and original < positions:
         # Llama 3.2 has a factor of 32 on 8,192, and was trained up to max_position_embeddings.
         return positions
     # `factor` multiplies the original length; without one, the stated length.

@@ -603,8 +603,8 @@ def _check_complete(
         if name not in groups and id(target) not in covered:
             missing.append(name)
     missing += [name for name in hooks if "" not in groups.get(name, {})]
-    _check_none(sorted(missing), "tensors are missing", where)
-    _check_none(unexpected, "tensors do not belong to this model", where)
+    _check_no_names(sorted(missing), "tensors are missing", where)
+    _check_no_names(unexpected, "tensors do not belong to this model", where)
 
     reshaped = []
     for name in sorted(groups.keys() & targets.keys()):
@@ -618,16 +618,16 @@ def _check_complete(
             reshaped.append(
                 f"{name}: {stored}, {list(shape)} in the model that config.json describes"
             )
-    _check_none(reshaped, "tensors have a different shape", where)
+    _check_no_names(reshaped, "tensors have a different shape", where)
 
     unreadable = []
     for group in groups.values():
         for stored_entry in group.values():
             unreadable += [e.name for e in _entries_of(stored_entry) if e.dtype not in STORED]
-    _check_none(unreadable, "tensors have an unsupported dtype", where)
+    _check_no_names(unreadable, "tensors have an unsupported dtype", where)
 
 
-def _check_none(names: Sequence[str], problem: str, where: str) -> None:
+def _check_no_names(names: Sequence[str], problem: str, where: str) -> None:
     """ModelError that says the problem and some of the names, if there are any."""
     if not names:
         return

@@ -35,7 +35,7 @@ def accumulate_in_fp32(model: nn.Module) -> int:
             add_mixin(layer, Fp32GradientLinear)
             gradient = torch.empty_like(layer.weight, dtype=torch.float32)
             layer.register_buffer("gradient", gradient, persistent=False)
-            # No buffer, which would move to the GPU.
+            # Whether `gradient` holds anything. Not a buffer, as that would move to the GPU.
             layer.filled = torch.zeros((), dtype=torch.bool, device="cpu")
             count += 1
     return count

@@ -24,10 +24,10 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.optim.adamw import HALF, ParameterState
 from tunesmith.parallel.mesh import all_reduce_together
 
-# 16-bit gradients of copies are summed in fp32 pieces of so many elements, so many of them at a
-# time.
+# 16-bit gradients of copies are summed in fp32 by pieces: elements of one, and how many may be on
+# their way.
 GRADIENT_PIECE = 1 << 24
-GRADIENT_PIECES = 4
+MOST_GRADIENT_PIECES = 4
 LARGE = 1 << 16  # elements of a gradient that is worth a collective of its own: 256 KiB in fp32
 
 
@@ -84,7 +84,8 @@ class GradientSum:
         """A hook of autograd: the gradient of this backward has been added."""
         if not self.is_last_backward:
             return
-        # The optimizer's hook, which is older than this one, has moved the gradient to its master.
+        # With fp32 masters the optimizer's hook, which ran before this one, has moved the gradient
+        # into `part.grad`.
         gradient = part.grad if part.has_master else local_part(param.grad)
         # `view` needs one run of memory; such a gradient is left to `finish`.
         if not gradient.is_contiguous():
@@ -97,7 +98,7 @@ class GradientSum:
             assert work is not None
             self.pending.append(PendingSum(work, piece, total))
             # fp32 copies of a few pieces at a time, not of the whole gradient.
-            if total is not piece and len(self.pending) > GRADIENT_PIECES:
+            if total is not piece and len(self.pending) > MOST_GRADIENT_PIECES:
                 self._complete_oldest()
 
     @torch.no_grad()

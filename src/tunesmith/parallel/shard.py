@@ -82,7 +82,7 @@ def shard_model(
         fully_shard(layer, **options)
     fully_shard(last, **options, reshard_after_forward=False)
     if run.adapter.kind == "none":
-        shard_ends(root, options)
+        shard_embedding_and_head(root, options)
     fully_shard(root, **options, reshard_after_forward=False)
     for module in sharded_modules(root):
         # The loss is divided by the global batch's denominator, so gradients are summed; gloo knows
@@ -105,18 +105,20 @@ def whole_parameters(root: TrainModel, run: Run) -> set[nn.Parameter]:
     return whole | (set(root.parameters()) - in_layers)
 
 
-def shard_ends(root: TrainModel, options: dict[str, Any]) -> None:
-    """Make embedding and head, trained in full, groups of their own.
+def shard_embedding_and_head(root: TrainModel, options: dict[str, Any]) -> None:
+    """Make embedding and head FSDP groups of their own, in a model that is trained in full.
 
     The head's gather then runs beside the last layers and its reduction beside the backward; in the
-    root's group both would hold up the step. The embedding's backward does not read its weight. A
-    weight that they share stays in the root's group.
+    root's group both would hold up the step. A weight that they share stays in the root's group.
+
+    options: the arguments of `fully_shard`.
     """
     embedding: Any = root.model.get_input_embeddings()
     head: Any = root.head
     if embedding.weight is head.weight:
         return
     fully_shard(embedding, **options)
+    # Its backward does not read its weight.
     embedding.set_unshard_in_backward(False)
     add_mixin(head, GatheredHead)
     fully_shard(head, **options, reshard_after_forward=False)
@@ -139,11 +141,11 @@ def reshard(root: nn.Module) -> None:
         module.reshard()
 
 
-def reduce_in(root: nn.Module, mesh: Mesh, *, last: bool) -> None:
-    """Set whether the coming backward is the `last` of its step; for a model that FSDP2 trains.
+def set_gradient_sync(root: nn.Module, mesh: Mesh, *, last: bool) -> None:
+    """Set what FSDP2 reduces in the coming backward; `last`: it is the last one of its step.
 
-    Shards are reduced in each, as whole gradients would take the memory that sharding saves; copies
-    only in the last.
+    Gradients are reduced to shards in every backward, as whole ones would take the memory that
+    sharding saves; over copies of the model only in the last.
     """
     for module in sharded_modules(root):
         module.set_requires_all_reduce(last)

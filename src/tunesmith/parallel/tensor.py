@@ -75,7 +75,7 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
     sharder = _ModelSharder(mesh)
     for block in blocks:
         sharder.shard_block(block)
-    sharder.shard_ends(model.get_input_embeddings(), root.head)
+    sharder.shard_vocabulary(model.get_input_embeddings(), root.head)
     decoder = find_decoder(model)
     # What is not sharded by now stays whole on every rank.
     for module in decoder.modules():
@@ -225,7 +225,7 @@ class _ModelSharder:
             self.replicate_parameter(layer, "lora_A")
             self.shard_parameter(layer, "lora_B", ROWS)
 
-    def shard_ends(self, embedding: Any, head: Any) -> None:
+    def shard_vocabulary(self, embedding: Any, head: Any) -> None:
         """Shard embedding and head by the vocabulary; the last rank may have fewer tokens."""
         for module, mixin in ((embedding, VocabParallelEmbedding), (head, VocabParallelHead)):
             self.add_mixin(module, mixin)

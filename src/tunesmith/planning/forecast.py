@@ -55,10 +55,10 @@ PRODUCT_SPEED = 1.27
 TILE = 128
 # Bytes that an update moves for a parameter: norm 4, clipping 8, AdamW 28, 16-bit copy 6.
 UPDATE_BYTES = 46
-# Of the time: what a mesh must gain over one with fewer shards or tensor ranks or within the nodes,
-# or a micro batch over that of `auto`, which knows of no link. Forecasts differ from what was
-# measured by as much.
-BETTER = 0.95
+# The share of the time that a mesh must save over one with fewer shards or tensor ranks or within
+# the nodes, or a micro batch over that of `auto`, which knows of no link. Forecasts differ from
+# measurements by as much.
+MIN_GAIN = 0.05
 # So many times the GPUs of a cluster are much to ask: fewer are named too, with a quantized base.
 MANY_TIMES = 4
 # How a workload describes examples of unknown length.
@@ -420,7 +420,7 @@ class Planner:
         run = self.run
         mesh = forecast.plan.mesh
         exposed = forecast.seconds.get("shards", 0.0)
-        if not forecast.step_seconds or exposed <= (1 - BETTER) * forecast.step_seconds:
+        if not forecast.step_seconds or exposed <= MIN_GAIN * forecast.step_seconds:
             return None
         share = resolve.rank_step(run, self.work.step, mesh).mean
         if share >= forecast.hides_from:
@@ -441,20 +441,21 @@ class Planner:
         )
 
     def ranked(self) -> list[Forecast]:
-        """Every mesh: first those that fit, the fastest first, then the nearest to fitting.
+        """Every mesh, the best first: those that fit, by the seconds of a step; then the others, by
+        the memory that they lack.
 
-        One with more shards or tensor ranks, or with groups that reach over nodes, must gain BETTER
-        over others. The seconds of such a group count what its slow link leaves exposed. Where no
-        speed is known, those that fit stay in the order of `meshes_for`, with groups over nodes
-        behind.
+        A mesh with more shards or tensor ranks than another, or with groups over several nodes,
+        comes first only if its step is shorter by MIN_GAIN of the other's at least. Where no speed
+        is known, those that fit keep the order of `meshes_for`, and groups over nodes come last.
         """
         forecasts = [self.fastest(mesh) for mesh in self.meshes()]
-        # (fails, tight, unknown speed over nodes) of the best: others of its class compete with it.
+        # The class of the best: whether it fails to fit, fits tightly (`Forecast.tight`), or spans
+        # nodes at an unknown speed. Only others of the same class can come before it.
         *best_class, least_cost = min(map(self._order, forecasts))
         contenders = []
         for forecast in forecasts:
             *forecast_class, cost = self._order(forecast)
-            if forecast_class == best_class and BETTER * cost <= least_cost:
+            if forecast_class == best_class and (1 - MIN_GAIN) * cost <= least_cost:
                 contenders.append(forecast)
         # `meshes_for` has those with the fewest tensor ranks and shards first, and `min` takes the
         # first of equal ones.
@@ -486,8 +487,8 @@ class Planner:
         largest = min(limit, resolve.rank_step(self.run, self.work.step, mesh).largest)
         best = auto
         fails, tight, cost = auto.order
-        # Another micro batch than that of `auto` must gain BETTER.
-        least = (fails, tight, BETTER * cost)
+        # Another micro batch than that of `auto` must save MIN_GAIN of its cost.
+        least = (fails, tight, (1 - MIN_GAIN) * cost)
         tokens = self.run.row_tokens
         while tokens <= largest:
             forecast = self.forecast(mesh, Size(tokens, "tokens"))
@@ -526,9 +527,9 @@ class Planner:
         tokens = resolve.rank_step(run, work.step, mesh).mean
         # A share that is whole micro batches but for rounding makes no further one.
         micro_batches = max(1, math.ceil(tokens / plan.memory.tokens - 1e-9))
-        if plan.layout.pad_to:
+        if plan.layout.row_length:
             # Padding is computed too.
-            tokens = micro_batches * plan.layout.pad_to
+            tokens = micro_batches * plan.layout.row_length
         collectives = self._collectives(plan, tokens, micro_batches)
         time = StepTime({}, hidden=0.0, hides_from=0)
         if self.cluster.chip.tflops:

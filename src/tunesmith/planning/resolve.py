@@ -32,7 +32,7 @@ from tunesmith.model.shipped import AS_SHIPPED, KEEPABLE
 from tunesmith.model.spec import Layer, ModelSpec
 from tunesmith.model.stored_form import bytes_aside
 from tunesmith.optim.adamw import HALF, checkpoint_bytes_per_parameter, state_bytes_per_parameter
-from tunesmith.parallel.copies import GRADIENT_PIECE, GRADIENT_PIECES
+from tunesmith.parallel.copies import GRADIENT_PIECE, MOST_GRADIENT_PIECES
 from tunesmith.parallel.mesh_shape import ONE, MeshShape, needs_fsdp
 from tunesmith.planning.measured_layers import (
     count_adapter,
@@ -188,10 +188,10 @@ def resolve_plan(
 
 def most_tokens(spec: ModelSpec, device: str) -> int:
     """Tokens of the largest micro batch that is planned on a device, `cuda:0` or `cpu`."""
-    kind = device.partition(":")[0]
-    if kind == "cuda" and any(layer.experts for layer in spec.layers):
+    device_type = device.partition(":")[0]
+    if device_type == "cuda" and any(layer.experts for layer in spec.layers):
         return MAX_TOKENS_OF_MIXTURE
-    return MAX_TOKENS[kind]
+    return MAX_TOKENS[device_type]
 
 
 def usable_share(device: str) -> float:
@@ -529,11 +529,11 @@ class MemoryEstimator:
         compiled, _ = self.machine.compiles
         if not compiled:
             return MicroBatchLayout(size, multiple=bucket)
-        bound = ceil_div(longest, DOCUMENT_BLOCK) * DOCUMENT_BLOCK
+        max_document = ceil_div(longest, DOCUMENT_BLOCK) * DOCUMENT_BLOCK
         if fixed:
-            return MicroBatchLayout(size, pad_to=size.amount, bound=bound)
+            return MicroBatchLayout(size, row_length=size.amount, max_document=max_document)
         multiple = ROW_MULTIPLE if packed else DOCUMENT_BLOCK // 8
-        return MicroBatchLayout(size, multiple=max(bucket, multiple), bound=bound)
+        return MicroBatchLayout(size, multiple=max(bucket, multiple), max_document=max_document)
 
     def length_bucket(self, longest: int) -> int:
         """A power of two: lengths of rows are rounded up to a multiple of it.
@@ -812,7 +812,7 @@ class MemoryEstimator:
                 return 0
             has_16_bit_gradients = itemsize < 4 and self.run.train.master_weights == "stochastic"
             # The pieces that `parallel/copies.py` sums in fp32 at a time.
-            return 4 * GRADIENT_PIECE * GRADIENT_PIECES if has_16_bit_gradients else 0
+            return 4 * GRADIENT_PIECE * MOST_GRADIENT_PIECES if has_16_bit_gradients else 0
         layers, ends = self.weights(itemsize)
         gathered = GATHERED_LAYERS * layers // self.spec.depth
         if self.trains_adapter:

@@ -104,16 +104,16 @@ class MicroBatchLayout:
     """How examples are laid out in micro batches; the fields are arguments of `Loader`."""
 
     micro_batch: Size
-    pad_to: int | None = None
+    row_length: int | None = None
     multiple: int = 1
-    bound: int | None = None
+    max_document: int | None = None
 
     def multiple_of(self, tensor: int) -> MicroBatchLayout:
         """The layout whose micro batches can be sharded into `tensor` equal parts."""
-        pad_to = self.pad_to
-        if pad_to is not None:
-            pad_to = ceil_div(pad_to, tensor) * tensor
-        return replace(self, pad_to=pad_to, multiple=math.lcm(self.multiple, tensor))
+        row_length = self.row_length
+        if row_length is not None:
+            row_length = ceil_div(row_length, tensor) * tensor
+        return replace(self, row_length=row_length, multiple=math.lcm(self.multiple, tensor))
 
 
 ONE_EXAMPLE = MicroBatchLayout(Size(1, "examples"))

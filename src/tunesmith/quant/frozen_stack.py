@@ -160,11 +160,11 @@ class ShippedStack(FrozenStack):
         _, in_features, out_features = self.shape
         encoding = ShippedEncoding.parse(self.encoding)
         height = out_features // scales.shape[1]
-        # A scale of a whole part: that is a block of all its rows.
+        # Rows of a block; where one scale stands for a whole part, all rows of the part.
         rows = encoding.rows or height
         codes = codes[first:last].flatten(0, 1)
         scales = scales[first:last].flatten(0, 1)
-        # Parts of whole blocks are one matrix; others are dequantized one by one.
+        # Where each part has whole blocks alone, all parts are dequantized as one matrix.
         parts_at_once = len(scales) if height % rows == 0 else 1
         step = parts_at_once * height
         matrices = []

@@ -139,7 +139,7 @@ class Nf4Weight(FrozenWeight):
     """
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        weight: Tensor = nf4_functions().dequantize_4bit(self.tensors[0], self._state())
+        weight: Tensor = nf4_functions().dequantize_4bit(self.tensors[0], self._quant_state())
         return weight.to(dtype)
 
     def few_rows_matmul(self, x: Tensor) -> Tensor | None:
@@ -147,11 +147,11 @@ class Nf4Weight(FrozenWeight):
             return None
         from bitsandbytes import matmul_4bit
 
-        product: Tensor = matmul_4bit(x, self.tensors[0], self._state())
+        product: Tensor = matmul_4bit(x, self.tensors[0], self._quant_state())
         return product
 
-    def _state(self) -> Any:
-        """What bitsandbytes needs beside the codes."""
+    def _quant_state(self) -> Any:
+        """bitsandbytes' QuantState: what it needs beside the codes."""
         functional = nf4_functions()
         encoding = Nf4Encoding.parse(self.encoding)
         # The codes, their scales, and where these are in 8 bits the scales of the scales.

@@ -424,7 +424,7 @@ def _choose_seq_len(
     lengths: np.ndarray,
     spec: ModelSpec,
 ) -> None:
-    """Add room for the longest example, or where that is above SEQ_LEN for 99 % of them."""
+    """Add a length that the longest example fits; if it is above SEQ_LEN, that 99 % of them fit."""
     context = spec.position_limit or spec.context
     longest = int(lengths.max())
     looked_at = f"the {len(lengths):,} rows examined"

@@ -532,10 +532,10 @@ def sinks_of(
     phase: Callable[[], str] = lambda: Phase.TRAINING,
     stream: TextIO | None = None,
 ) -> Sinks:
-    """The sinks that a recipe asks for.
+    """The sinks that a recipe asks for: the terminal first, and metrics.jsonl before those that may
+    be slow.
 
-    The terminal comes first, and metrics.jsonl before those that may be slow. `phase` tells it what
-    the run does at the moment.
+    total_steps, steps_per_epoch, log_file, phase, stream: as of `Terminal`.
     """
     terminal = Terminal(
         log_file,

@@ -25,7 +25,7 @@ from tunesmith.model.expert_load import load_metrics
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import all_reduce_together
-from tunesmith.parallel.shard import reduce_in, sharded_modules
+from tunesmith.parallel.shard import set_gradient_sync, sharded_modules
 from tunesmith.parallel.tensor import reduce_gradients
 from tunesmith.run_dir import Phase
 from tunesmith.runtime.host import return_freed_memory
@@ -103,7 +103,7 @@ class Trainer:
         if not self.progress.validated:
             self.sinks.text("validation", "continuing the validation that was interrupted")
             self.validate()
-        # Shards gather the whole model for each token: what a base answers is not worth that.
+        # Shards would gather the whole model for each token: too slow for answers of a base.
         if self.first_step == 0 and not self.answers.is_sharded:
             self.answers.sample()
         folder = self.out / "profile"
@@ -128,7 +128,7 @@ class Trainer:
             self.report_phase()
             output = self.train_step(batch)
             if output is None:
-                # Memory is short, which the next turn sees.
+                # Memory ran short: the next turn stops the run, by `stop.is_due`.
                 continue
             self.metrics.submit(output)
             progress.step = output.step
@@ -136,7 +136,8 @@ class Trainer:
             is_last = self.duration.is_over(progress)
             validates = self.validation.is_due(is_last=is_last)
             saves = self.checkpoints.is_due()
-            # A record is complete before its checkpoint is written, and before the run ends.
+            # The record of a step is usually read during the next one; at once where it goes into a
+            # checkpoint, and before the run ends. With a validation it is logged after that.
             reads_now = validates or saves or is_last or not self.metrics.reads_late
             if reads_now or self.stop.is_due():
                 self.metrics.flush(log=not validates)
@@ -169,29 +170,29 @@ class Trainer:
         totals = self.begin_method(batch)
         loss_of = partial(model.method, totals=totals)
         # fp16 scales the loss up, and the optimizer divides the gradients by the scale again.
-        loss_scale = (optimizer.scale or 1.0) / denominator
-        loss = torch.zeros((), device=self.session.device)
-        metrics = dict.fromkeys(model.method.metrics, loss)
+        loss_factor = (optimizer.scale or 1.0) / denominator
+        zero = torch.zeros((), device=self.session.device)
+        loss = zero
+        metrics = dict.fromkeys(model.method.metrics, zero)
         for index, micro_batch in enumerate(batch.micro, batch.first_micro):
             if self.stop.drops_step():
                 return None
             # Dropout is a function of (seed, step, micro batch): a resumed run draws what the
-            # first one drew.
+            # first one drew. The factors are primes, larger than the counts that are added.
             torch.manual_seed((self.run.train.seed * 1_000_003 + batch.step) * 4_099 + index)
-            # Ranks sum their gradients once a step, the large ones beside the last backward.
-            is_last = micro_batch is batch.micro[-1]
-            reduce_in(model, mesh, last=is_last)
-            if is_last:
+            # Shards reduce their gradients in every backward, copies sum theirs beside the last.
+            is_last_backward = micro_batch is batch.micro[-1]
+            set_gradient_sync(model, mesh, last=is_last_backward)
+            if is_last_backward:
                 self.gradient_sum.start()
             with model.step_context(micro_batch):
                 output = model(micro_batch, loss_of)
                 self.ranks.heartbeat.progress()
-                (output.loss * loss_scale).backward()
-            # Not in place: the metrics began as the same tensor of zero.
+                (output.loss * loss_factor).backward()
+            # Not in place: all began as the same tensor.
             loss = loss + output.loss.detach()
             metrics = {name: value + output.metrics[name] for name, value in metrics.items()}
-        # Over the data ranks, then over the tensor group; both before the norm, which is the
-        # whole's.
+        # Sum over the data ranks, then over the tensor group: the norm is of the whole gradient.
         gradients = optimizer.gradients()
         self.gradient_sum.finish(gradients)
         reduce_gradients(gradients, model.partial_gradients, mesh)

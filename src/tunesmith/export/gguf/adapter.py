@@ -28,7 +28,7 @@ def plan_adapter(
     *,
     name: str,
     added_tokens: int = 0,
-    kind: str = "F16",
+    ggml_type: str = "F16",
 ) -> GgufPlan:
     """The file of an adapter; no weight is read.
 
@@ -38,7 +38,7 @@ def plan_adapter(
         weights: those of `adapter_model.safetensors`, by their names there.
         name: what llama.cpp shows as its name.
         added_tokens: tokens that the run added to the base's.
-        kind: the type of the matrices.
+        ggml_type: the type of the matrices.
 
     ModelError where more was trained than such a file can hold.
     """
@@ -59,7 +59,7 @@ def plan_adapter(
         # Rows of B are those of the base's weight; A has its columns, which stay.
         if suffix == ".lora_b":
             heads = heads_to_permute(new_name, config, family)
-        tensors.append(GgufTensor(new_name + suffix, tuple(weight.shape), kind, weight, heads))
+        tensors.append(GgufTensor(new_name + suffix, tuple(weight.shape), ggml_type, weight, heads))
     writer = new_writer(family.arch)
     # `lora_a` is [r, in] and `lora_b` [out, r], as PEFT stores them.
     writer.add_type("adapter")

@@ -267,19 +267,19 @@ def rope_parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 def _check_rope(config: Mapping[str, Any], family: GgufFamily) -> None:
     full, sliding = rope_parameters(config)
-    kind = full["rope_type"]
-    if kind != "default" and kind not in family.ropes:
+    rope_type = full["rope_type"]
+    if rope_type != "default" and rope_type not in family.ropes:
         computed = " or ".join(("plain ones", *family.ropes))
-        raise _other_math("rope_type", kind, computed)
+        raise _other_math("rope_type", rope_type, computed)
     if sliding and sliding.get("rope_type", "default") != "default":
         raise _other_math("rope_type", sliding["rope_type"], "plain ones in layers with a window")
     partial = full.get("partial_rotary_factor") or 1.0
     # Phi-4 mini rotates a part of each head; the others here rotate all of it.
     if partial != 1.0 and config["model_type"] != "phi3":
         raise _other_math("partial_rotary_factor", partial, 1.0)
-    if kind == "yarn":
+    if rope_type == "yarn":
         _check_yarn(full)
-    if kind == "longrope":
+    if rope_type == "longrope":
         pairs = rotary_dims(config) // 2
         for key in ("long_factor", "short_factor"):
             if len(full.get(key) or ()) != pairs:
@@ -385,11 +385,11 @@ def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
     import gguf
 
     full, sliding = rope_parameters(config)
-    kind = full["rope_type"]
-    if kind == "linear":
+    rope_type = full["rope_type"]
+    if rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(full["factor"])
-    if kind == "yarn":
+    if rope_type == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(full["factor"])
         writer.add_rope_scaling_orig_ctx_len(_original_context(config, full))
@@ -399,7 +399,7 @@ def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
             writer.add_rope_scaling_yarn_beta_slow(full["beta_slow"])
     if config["model_type"] == "phi3":
         writer.add_rope_scaling_orig_ctx_len(_original_context(config, full))
-    if kind == "longrope":
+    if rope_type == "longrope":
         writer.add_rope_scaling_attn_factors(_longrope_scale(config, full))
     writer.add_rope_freq_base(full["rope_theta"])
     if sliding:

@@ -64,14 +64,14 @@ class GgufTensor:
     """One tensor of the file.
 
     Attributes:
-        kind: its type, such as `Q4_K`.
+        ggml_type: its type, such as `Q4_K`.
         heads: heads whose rows change places (`families.pair_neighbors`); None: all rows stay.
         offset: added to every value.
     """
 
     name: str
     shape: tuple[int, ...]
-    kind: str
+    ggml_type: str
     source: WeightRows
     heads: int | None = None
     offset: float = 0.0
@@ -79,7 +79,7 @@ class GgufTensor:
     @property
     def size(self) -> int:
         """Bytes, without padding."""
-        return tensor_bytes(self.kind, self.shape)
+        return tensor_bytes(self.ggml_type, self.shape)
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,12 @@ def plan_gguf(
     for old_name, weight in weights.items():
         new_name = new_names[old_name]
         shape = tuple(weight.shape)
-        kind = tensor_type(new_name, shape, chosen, config, tied=tied)
+        ggml_type = tensor_type(new_name, shape, chosen, config, tied=tied)
         heads = heads_to_permute(new_name, config, family)
         offset = family.norm_offset if new_name.endswith("_norm.weight") else 0.0
-        tensors.append(GgufTensor(new_name, shape, kind, weight, heads, offset))
+        tensors.append(GgufTensor(new_name, shape, ggml_type, weight, heads, offset))
     # A missing package shows now, not after the first gigabytes.
-    if any(needs_ggml(tensor.kind) for tensor in tensors):
+    if any(needs_ggml(tensor.ggml_type) for tensor in tensors):
         ggml()
     writer = new_writer(family.arch)
     writer.add_type("model")
@@ -183,9 +183,9 @@ def header_bytes(writer: Any, tensors: list[GgufTensor]) -> bytes:
     from gguf.gguf_writer import WriterState
 
     for tensor in tensors:
-        kind = gguf.GGMLQuantizationType[tensor.kind]
+        ggml_type = gguf.GGMLQuantizationType[tensor.ggml_type]
         # Each tensor is announced as bytes with its size: the writer of `gguf` gets no data at all.
-        writer.add_tensor_info(tensor.name, tensor.shape, numpy.dtype("V1"), tensor.size, kind)
+        writer.add_tensor_info(tensor.name, tensor.shape, numpy.dtype("V1"), tensor.size, ggml_type)
     # Where a file would be opened.
     stream = io.BytesIO()
     writer.fout = [stream]

@@ -66,44 +66,44 @@ def _library_file() -> Path:
     raise OSError("libggml-python has no libggml-base for this machine")
 
 
-def needs_ggml(kind: str) -> bool:
+def needs_ggml(ggml_type: str) -> bool:
     """Whether a type is one of blocks."""
-    return kind in _GGML_TYPES
+    return ggml_type in _GGML_TYPES
 
 
-def quantize_rows(rows: Tensor, kind: str, name: str) -> memoryview:
+def quantize_rows(rows: Tensor, ggml_type: str, name: str) -> memoryview:
     """The bytes of contiguous fp32 rows [n, columns] or [n] in a type; `name` is for errors.
 
     ModelError where a value is not finite, in the rows or in the type.
     """
-    if needs_ggml(kind):
-        _check_finite(rows, name, kind)
-        return _blocks(rows, kind)
-    converted = rows.to(_TORCH_TYPES[kind])
-    _check_finite(converted, name, kind)
+    if needs_ggml(ggml_type):
+        _check_finite(rows, name, ggml_type)
+        return _blocks(rows, ggml_type)
+    converted = rows.to(_TORCH_TYPES[ggml_type])
+    _check_finite(converted, name, ggml_type)
     return converted.view(torch.uint8).numpy().data
 
 
-def _check_finite(values: Tensor, name: str, kind: str) -> None:
+def _check_finite(values: Tensor, name: str, ggml_type: str) -> None:
     if torch.isfinite(values).all():
         return
     raise ModelError(
-        f"{name} has a value that is not finite in {kind}",
+        f"{name} has a value that is not finite in {ggml_type}",
         where="the model's weights",
         why="one such value makes every answer NaN; the maximum of F16 is 65,504",
         fix="use --quant bf16; if the weights themselves are not finite, an earlier checkpoint",
     )
 
 
-def _blocks(rows: Tensor, kind: str) -> memoryview:
+def _blocks(rows: Tensor, ggml_type: str) -> memoryview:
     columns = rows.shape[-1]
-    data = bytearray(tensor_bytes(kind, rows.shape))
+    data = bytearray(tensor_bytes(ggml_type, rows.shape))
     # A view of the bytearray: ggml writes into it without a copy.
     target = (ctypes.c_char * len(data)).from_buffer(data)
     written = ggml().ggml_quantize_chunk(
-        _GGML_TYPES[kind], rows.data_ptr(), target, 0, rows.numel() // columns, columns, None
+        _GGML_TYPES[ggml_type], rows.data_ptr(), target, 0, rows.numel() // columns, columns, None
     )
     # A size other than planned would shift every tensor after this one.
     if written != len(data):
-        raise RuntimeError(f"ggml wrote {written} bytes of {kind} instead of {len(data)}")
+        raise RuntimeError(f"ggml wrote {written} bytes of {ggml_type} instead of {len(data)}")
     return memoryview(data)

@@ -339,11 +339,11 @@ def _sentencepiece(
     adds_space = _adds_space(state, notes)
     ranks = _join_ranks(state["model"]["merges"], vocab, tokens, types)
     scores = []
-    for text, kind in zip(tokens, types, strict=True):
-        if kind is TokenType.UNUSED:
+    for text, token_type in zip(tokens, types, strict=True):
+        if token_type is TokenType.UNUSED:
             scores.append(UNUSED_SCORE)
         # No pair is joined to such a token: it is matched in the text before.
-        elif kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
+        elif token_type in (TokenType.CONTROL, TokenType.USER_DEFINED):
             scores.append(ADDED_SCORE)
         else:
             # The earlier a merge stands in the list, the higher its score.
@@ -390,7 +390,9 @@ def _join_ranks(
     pairs. ModelError where one order cannot express the list.
     """
     # Matched in the text before any pair is joined.
-    whole = {tokens[index] for index, kind in enumerate(types) if kind != TokenType.NORMAL}
+    whole = {
+        tokens[index] for index, token_type in enumerate(types) if token_type != TokenType.NORMAL
+    }
     whole |= {text.replace(" ", SPACE) for text in whole}
     ranks: dict[str, int] = {}
     pairs = set()
@@ -415,8 +417,8 @@ def _check_pairs(
     joined: str, pairs: set[tuple[str, str]], vocab: Mapping[str, int], whole: set[str]
 ) -> None:
     # llama.cpp would join each two parts that make a token, in the list or not.
-    for cut in range(1, len(joined)):
-        left, right = joined[:cut], joined[cut:]
+    for split in range(1, len(joined)):
+        left, right = joined[:split], joined[split:]
         is_pair = left in vocab and right in vocab and left not in whole and right not in whole
         if is_pair and (left, right) not in pairs:
             raise _unknown_tokenizer(f"no merge of {left!r} and {right!r}, which make a token")

@@ -58,9 +58,9 @@ def read_quant(name: str) -> QuantType:
     return QUANTS[name]
 
 
-def tensor_bytes(kind: str, shape: Sequence[int]) -> int:
+def tensor_bytes(ggml_type: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of a type, without padding."""
-    values, size = BLOCKS[kind]
+    values, size = BLOCKS[ggml_type]
     return prod(shape) // values * size
 
 
@@ -77,17 +77,17 @@ def tensor_type(
     is_head = name == ("token_embd.weight" if tied else "output.weight")
     has_large_blocks = BLOCKS[quant.plain][0] == 256
     if is_head and has_large_blocks:
-        kind = "Q6_K" if columns % 256 == 0 else "Q8_0"
+        ggml_type = "Q6_K" if columns % 256 == 0 else "Q8_0"
     elif quant.is_mixture:
-        kind = _mixture_type(name, quant, config)
+        ggml_type = _mixture_type(name, quant, config)
     else:
-        kind = quant.plain
+        ggml_type = quant.plain
     # A row must be whole blocks: first the next smaller block, then none.
-    if columns % BLOCKS[kind][0] != 0:
-        kind = _SMALLER_BLOCK.get(kind, "F16")
-    if columns % BLOCKS[kind][0] != 0:
-        kind = "F16"
-    return kind
+    if columns % BLOCKS[ggml_type][0] != 0:
+        ggml_type = _SMALLER_BLOCK.get(ggml_type, "F16")
+    if columns % BLOCKS[ggml_type][0] != 0:
+        ggml_type = "F16"
+    return ggml_type
 
 
 def _mixture_type(name: str, quant: QuantType, config: Mapping[str, Any]) -> str:

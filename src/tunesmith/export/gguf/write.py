@@ -102,4 +102,4 @@ def _band_bytes(tensor: GgufTensor, first: int, last: int) -> memoryview:
         rows = rows + tensor.offset
     if tensor.heads is not None:
         rows = pair_neighbors(rows, tensor.shape[0] // tensor.heads)
-    return quantize_rows(rows.contiguous(), tensor.kind, tensor.name)
+    return quantize_rows(rows.contiguous(), tensor.ggml_type, tensor.name)

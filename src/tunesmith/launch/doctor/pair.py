@@ -36,7 +36,7 @@ with tempfile.TemporaryDirectory(prefix="tunesmith-doctor-") as folder:
 """
 
 
-def ask(host: str, module: str, call: str, word: str) -> "subprocess.Popen[str]":
+def start_remote(host: str, module: str, call: str, word: str) -> "subprocess.Popen[str]":
     """Start a function of the files that are sent on the other node, with one word for it."""
     files = {name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SENT}
     remote = f"python3 - {shlex.quote(word)}"
@@ -59,7 +59,7 @@ def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list
             f"{host!r} is not a host", where="--pair", fix="tunesmith doctor --pair spark-b"
         )
     # The other node examines itself while this one does.
-    peer = ask(host, "checks", "answer_peer", sys.executable)
+    peer = start_remote(host, "checks", "answer_peer", sys.executable)
     here = examine(System(folders=folders), pair=True)
     try:
         out, errors = peer.communicate(timeout=TORCH_SECONDS + LIMIT)
@@ -142,16 +142,16 @@ def shared_address(here: dict[str, Any], there: dict[str, Any]) -> str:
 
 
 def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Finding]:
-    """The clock there beside this one, and what plain TCP reaches and means.
+    """Compare the other node's clock with this one's, and measure the speed of TCP between them.
 
     RDMA, which NCCL uses over the cable, does not show here.
     """
     cable = shared_address(here, there)
-    # Without a cable the way that ssh takes, whose end there is the last of `reached`
+    # Without a cable, the address that ssh reached: `reached` ends with the server's side.
     address = cable or (there["reached"] or [host])[-1]
     findings = []
     sent_at = time.time()
-    peer = ask(host, "speed", "serve_speed", address)
+    peer = start_remote(host, "speed", "serve_speed", address)
     # A node that stops to answer would hold `readline` for ever.
     deadline = threading.Timer(LIMIT, peer.kill)
     deadline.start()
@@ -169,7 +169,8 @@ def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> 
         peer.kill()
         peer.wait()
     # 1 Gb/s Ethernet carries 0.12 GB/s.
-    # A busy machine says nothing of the network: that case comes before the others.
+    # `idle` is the share of this node's CPUs: a busy one says nothing of the network, so that case
+    # comes before the others.
     is_ethernet = gbs < 0.15
     if idle < 0.25:
         case = "busy"
