@@ -305,6 +305,20 @@ def test_an_error_of_another_library_is_a_block_too(
     assert not is_internal(shown)
 
 
+def test_what_transformers_says_of_a_released_config_is_not_shown(
+    verb: Callable[[Callable[[], int]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils.logging import get_logger
+
+    def warns() -> int:
+        get_logger("transformers.modeling_rope_utils").warning("high_freq_factor must be greater")
+        return 0
+
+    verb(warns)
+    assert main(["try"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_internal_error(
     verb: Callable[..., None],
     capsys: pytest.CaptureFixture[str],

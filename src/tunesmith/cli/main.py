@@ -219,6 +219,8 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
     sys.stderr = lasting(sys.stderr)
     # bitsandbytes warns of a CPU kernel that it would fetch from the Hub, unasked.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Transformers warns of values that a released config has (Llama 4's factors of frequencies).
+    logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     # One of the two is read when torch is loaded.
     bound_product_caches()
     failure: BaseException | None = None
