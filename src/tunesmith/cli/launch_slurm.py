@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if key == "gpus_per_node":
             metavar = "[TYPE:]N"
         parser.add_argument(f"--{key.replace('_', '-')}", metavar=metavar, help=text)
-    parser.add_argument("--exclusive", action="store_true", help="whole nodes; with --mem 0 all their memory")
+    parser.add_argument(
+        "--exclusive", action="store_true", help="whole nodes; with --mem 0 all their memory"
+    )
     parser.add_argument(
         "--site",
         metavar="NAME",
