@@ -34,11 +34,11 @@ TINY = {
 @pytest.mark.parametrize(
     ("target", "of_hidden", "of_width"),
     [
-        # Gathers of rows 2 + 2 a pass, their weights 2 forward and 6 backward, the sums 1 + 1;
-        # of SwiGLU 5 and 13. Each sum writes a k-th of a row beside.
-        (("q_proj",), 18, 18),
+        # A gather 2 a pass, a weighted sum 1 forward and a sum 1 backward, which write a k-th of a
+        # row beside; by the weights 2 backward, of them 4; of SwiGLU 5 and 13.
+        (("q_proj",), 12, 18),
         # Of each stack 3 times its input and output, and 3 of each for the sums with the update.
-        ("all-linear", 18 + 12, 18 + 18),
+        ("all-linear", 12 + 12, 18 + 18),
     ],
 )
 def test_bytes_around_the_products_of_experts(

@@ -189,8 +189,10 @@ MUTATIONS: dict[str, tuple[object, str, Callable]] = {
         lambda original: lambda left, right, rows: original(left, right, rows).roll(1, 0),
     ),
     "the sum of other copies": (
-        experts, "_sum_of_copies",
-        lambda original: lambda x, places, k: original(x, places.roll(1), k),
+        experts, "_sum_of_rows",
+        lambda original: lambda x, places, *rest, **options: original(
+            x, places.roll(1), *rest, **options
+        ),
     ),
 }  # fmt: skip
 

@@ -97,8 +97,9 @@ def expert_matmul(
     """
     if lora_A is not None and lora_B is not None and rows.spans is None:
         missing = -lora_A.shape[1] % (ALIGNMENT // x.dtype.itemsize)
-        lora_A = F.pad(lora_A, (0, 0, 0, missing))
-        lora_B = F.pad(lora_B, (0, 0, 0, missing))
+        if missing:
+            lora_A = F.pad(lora_A, (0, 0, 0, missing))
+            lora_B = F.pad(lora_B, (0, 0, 0, missing))
     y: Tensor = _ExpertMatmul.apply(
         x, lora_A, lora_B, rows, stack.encoding, stack.shape, *stack.tensors
     )

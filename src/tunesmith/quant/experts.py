@@ -158,9 +158,8 @@ def _compute(
         position = torch.arange(len(x), device=x.device)
         is_other = position >= rows.offsets[-1]
         x = x.masked_fill(is_other.unsqueeze(1), 0)
-    sorted_weights = weights.flatten()[order]
-    weighted = x * sorted_weights.unsqueeze(1)
-    output: Tensor = _Gather.apply(weighted, order, places, per_token, is_part)
+    dtype = torch.promote_types(x.dtype, weights.dtype)
+    output: Tensor = _WeightedSum.apply(x.to(dtype), weights.to(dtype), order, places, is_part)
     return output.to(hidden.dtype)
 
 
@@ -239,31 +238,48 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (places,) = ctx.saved_tensors
-        dx = _sum_of_copies(_with_zeros(grads[0], ctx.is_part), places, ctx.per_token)
+        dx = _sum_of_rows(grads[0], places.view(-1, ctx.per_token), is_part=ctx.is_part)
         return dx, None, None, None, None
 
 
-class _Gather(torch.autograd.Function):
-    """The sum of a token's k rows: [n * k, width] -> [n, width]; the reverse of `_Scatter`."""
+class _WeightedSum(torch.autograd.Function):
+    """The weighted sum of a token's k rows: [n * k, width] -> [n, width]; the way back from
+    `_Scatter`.
+
+    weights: [n, k], in the dtype of x. order, places, is_part: as of `_Scatter`.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, order: Tensor, places: Tensor, per_token: int, is_part: bool
+        ctx: Any, x: Tensor, weights: Tensor, order: Tensor, places: Tensor, is_part: bool
     ) -> Tensor:
-        ctx.per_token = per_token
-        ctx.save_for_backward(order)
-        return _sum_of_copies(_with_zeros(x, is_part), places, per_token)
+        ctx.is_part = is_part
+        ctx.save_for_backward(x, weights, order, places)
+        return _sum_of_rows(x, places.view_as(weights), weights, is_part=is_part)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (order,) = ctx.saved_tensors
-        return grads[0].index_select(0, order // ctx.per_token), None, None, None, None
+        x, weights, order, places = ctx.saved_tensors
+        of_rows = grads[0].index_select(0, order // weights.shape[1])  # [rows, width]
+        d_weights = None
+        if ctx.needs_input_grad[1]:
+            # A row and its gradient multiplied: [rows], then back in the order of the copies.
+            d_sorted = torch.linalg.vecdot(of_rows, x)
+            if ctx.is_part:
+                d_sorted = F.pad(d_sorted, (0, 1))
+            d_weights = d_sorted[places].view_as(weights)
+        dx = of_rows.mul_(weights.flatten()[order].unsqueeze(1))
+        return dx, d_weights, None, None, None
 
 
-def _with_zeros(x: Tensor, is_part: bool) -> Tensor:
-    """With a row for the copies that have none, where `is_part`."""
-    return F.pad(x, (0, 0, 0, 1)) if is_part else x
+def _sum_of_rows(
+    x: Tensor, places: Tensor, weights: Tensor | None = None, *, is_part: bool
+) -> Tensor:
+    """For each token the sum of its k rows of x, which lie at `places` [n, k]: [n, width].
 
-
-def _sum_of_copies(x: Tensor, places: Tensor, per_token: int) -> Tensor:
-    return x.index_select(0, places).unflatten(0, (-1, per_token)).sum(1)
+    weights: of the rows: [n, k]. is_part: a place may be behind the last row, for a row of 0.
+    """
+    if is_part:
+        x = F.pad(x, (0, 0, 0, 1))
+    # One kernel, which reads each row once and adds up a token's in their order.
+    return F.embedding_bag(places, x, mode="sum", per_sample_weights=weights)
