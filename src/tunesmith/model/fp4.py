@@ -51,7 +51,10 @@ def round_e2m1(sizes: torch.Tensor) -> torch.Tensor:
 
 
 def decode_mxfp4(
-    blocks: torch.Tensor, exponents: torch.Tensor, dtype: torch.dtype = torch.float32
+    blocks: torch.Tensor,
+    exponents: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The values of mxfp4 weights: [..., groups * 32].
 
@@ -60,11 +63,15 @@ def decode_mxfp4(
     Args:
         blocks: uint8 [..., groups, 16], two codes a byte, the low half first.
         exponents: uint8 [..., groups], of a power of two, with a bias of 127.
-        dtype: fp32 or bf16, which have the same exponents.
+        dtype: fp32 or bf16, which have the same exponents; in it the values are computed.
+        out: where they are written, rounded to its dtype.
     """
     ones = torch.ones_like(exponents, dtype=torch.float32)
     powers = torch.ldexp(ones, exponents.int() - 127).to(dtype)
-    return unpack_fp4(blocks, dtype).mul_(powers.unsqueeze(-1)).flatten(-2)
+    values = unpack_fp4(blocks, dtype)
+    groups = values if out is None else out.unflatten(-1, (-1, 32))
+    torch.mul(values, powers.unsqueeze(-1), out=groups)
+    return groups.flatten(-2)
 
 
 def encode_mxfp4(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -143,7 +143,7 @@ class Mxfp4Stack(FrozenStack):
         step = max(1, PIECE // in_features)  # rows that are looked up at a time
         for start in range(0, len(blocks), step):
             rows = slice(start, start + step)
-            dense[rows] = decode_mxfp4(blocks[rows], exponents[rows], exact)
+            decode_mxfp4(blocks[rows], exponents[rows], exact, out=dense[rows])
         return dense.view(last - first, out_features, in_features).mT
 
 

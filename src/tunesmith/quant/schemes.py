@@ -184,8 +184,8 @@ SHIPPED = ShippedScheme(
 SHIPPED_MXFP4 = ShippedScheme(
     AS_SHIPPED,
     expert_bytes=1 / 2 + 1 / 32,
-    # In plain PyTorch: bytes to int32, two values of each looked up, times the scales, copied.
-    expert_dense_bytes=(0.5 + 2) + (2 + 2) + (2 + 2) + (2 + 2),
+    # In plain PyTorch: bytes to int32, two values of each looked up, times the scales.
+    expert_dense_bytes=(0.5 + 2) + (2 + 2) + (2 + 2),
     # 2 x (0.53 + 2 + 2)
     traffic_bytes=9.06,
 )
