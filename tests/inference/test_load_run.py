@@ -21,7 +21,9 @@ from tunesmith.cli.options import notify_unfinished
 from tunesmith.data import builtin_templates
 from tunesmith.data.formats import Conversation
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError
+from tunesmith.inference import load_run as load_run_module
 from tunesmith.inference.load_run import load_run, locate_run
+from tunesmith.metrics import hardware
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +102,37 @@ def test_an_adapter_alone_names_its_base(run: Path, tiny: Path, tmp_path: Path) 
         "fp32",
         None,
     )
+
+
+@pytest.mark.parametrize(
+    ("slowdown", "room", "dtype"),
+    [
+        (0.7, 2**40, torch.bfloat16),
+        (50.0, 2**40, torch.float32),  # the CPU emulates bf16
+        (50.0, 2**10, torch.bfloat16),  # which is all that fits
+    ],
+)
+def test_a_plain_model_is_computed_in_the_faster_dtype(
+    slowdown: float,
+    room: int,
+    dtype: torch.dtype,
+    tiny: Path,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "plain")
+    config = folder / "config.json"
+    values = json.loads(config.read_text()) | {"dtype": "bfloat16"}
+    config.write_text(json.dumps(values))
+    monkeypatch.setattr(hardware, "bf16_slowdown", lambda device: slowdown)
+    monkeypatch.setattr(hardware, "available_memory", lambda: room)
+    monkeypatch.setattr(load_run_module, "_check_room", lambda files, place: None)
+    assert load_run(folder, device="cpu").model.dtype == dtype
+    assert load_run(folder, device="cpu", dtype="bf16").model.dtype == torch.bfloat16
+    recipe = run / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("dtype: fp32", "dtype: bf16"))
+    assert load_run(run, device="cpu").model.dtype == torch.bfloat16, "as it was trained"
 
 
 def test_a_full_run_and_a_plain_folder(tiny: Path, tmp_path: Path) -> None:

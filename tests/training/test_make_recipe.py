@@ -592,7 +592,7 @@ def test_a_cpu_that_emulates_bf16_gets_fp32_where_there_is_room(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "bf16_slowdown", lambda device: slowdown)
-    monkeypatch.setattr("tunesmith.training.make_recipe.available_memory", lambda: room)
+    monkeypatch.setattr("tunesmith.metrics.hardware.available_memory", lambda: room)
     made = make_recipe("small", "faq.csv", words)
     assert made.run.model.dtype == dtype
     assert ("dtype: fp32" in made.text) == (dtype == "fp32")

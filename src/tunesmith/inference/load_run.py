@@ -11,6 +11,7 @@
 was trained.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from tunesmith.data.template import Template
     from tunesmith.hub.model_files import ModelFiles
     from tunesmith.methods.base import TrainModel
+
+log = logging.getLogger(__name__)
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+$")
@@ -270,7 +273,8 @@ def load_run(
         path: as for `locate_run`, or its result.
         device: None takes the GPU where there is one.
         base_only: the base of it, with the tuned model's template, without what was trained.
-        dtype: of weights and products; None takes the run's or the model's own.
+        dtype: of weights and products; None takes the run's or the model's own, but fp32 for a
+            model in bf16 of no run where that is faster (see `_faster_dtype`).
 
     Raises:
         UsageError, CheckpointError: as `locate_run`; the run deleted this checkpoint meanwhile.
@@ -287,7 +291,7 @@ def load_run(
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     # Until the files are open nobody may delete the checkpoint.
     with undeleted(location):
-        read = read_run_files(location, dtype=dtype)
+        read = read_run_files(location, dtype=dtype or _faster_dtype(location, place))
         _check_room(read.files, place)
         plan = inference_plan(read.run, read.files, place)
         train_model, _ = build_model(read.run, read.files, plan)
@@ -296,6 +300,35 @@ def load_run(
         return LoadedModel(
             train_model, read.files.tokenizer, read.template, location, read.files.folder
         )
+
+
+def _faster_dtype(location: RunLocation, device: "torch.device") -> Dtype | None:
+    """fp32 for a model of no run that is in bf16, where a CPU only emulates products in bf16 and
+    the weights leave room; else None. A run keeps the dtype that it was trained in.
+    """
+    from tunesmith.hub.fetch import fetch
+    from tunesmith.metrics import hardware
+    from tunesmith.model.shipped import form_of_folder
+
+    base = location.base
+    if location.run is not None or base.dtype != "bf16" or device.type != "cpu":
+        return None
+    if not hardware.is_bf16_emulated(device):
+        return None
+    file = Path(base.name)
+    if file.suffix == ".gguf" and file.is_file():
+        # At least four bits a weight, but for few types.
+        weights = 8 * file.stat().st_size
+    else:
+        folder = fetch(base)
+        # Weights in codes stay as they ship.
+        if form_of_folder(folder) is not None:
+            return None
+        weights = 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if not hardware.leaves_room(weights):
+        return None
+    log.info("computing in fp32, which is faster on this CPU: it only emulates products in bf16")
+    return "fp32"
 
 
 @dataclass(frozen=True)

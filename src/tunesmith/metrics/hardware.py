@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tunesmith.errors import mask_words
 from tunesmith.host.chips import MEASURED, Peak, peak_of
-from tunesmith.host.memory import physical_memory
+from tunesmith.host.memory import available_memory, physical_memory
 from tunesmith.host.packages import installed_versions
 from tunesmith.units import ratio
 
@@ -28,6 +28,7 @@ ROUND_SECONDS = 0.2
 ROUNDS = 5
 # A product in bf16 that takes so many times as long as one in fp32 is emulated.
 EMULATED = 2.0
+MOST_WEIGHTS = 0.5  # of the memory that is available, where weights could be in fewer bytes
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
@@ -74,6 +75,16 @@ def bf16_slowdown(device: torch.device) -> float:
         product = partial(torch.mm, matrix, matrix)
         seconds[matrix.dtype] = min(timeit.repeat(product, number=1, repeat=3))
     return ratio(seconds[torch.bfloat16], seconds[torch.float32])
+
+
+def is_bf16_emulated(device: torch.device) -> bool:
+    """Whether products in bf16 take more than EMULATED times as long as those in fp32."""
+    return bf16_slowdown(device) > EMULATED
+
+
+def leaves_room(weights: int) -> bool:
+    """Whether so many bytes of weights leave room for what else a process needs."""
+    return weights < available_memory() * MOST_WEIGHTS
 
 
 def seconds_of(product: Callable[[], Tensor]) -> float:

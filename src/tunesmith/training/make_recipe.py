@@ -39,7 +39,6 @@ from tunesmith.data.template import select_template
 from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError, MachineError, RecipeError
 from tunesmith.host.files import from_here, write_atomically
-from tunesmith.host.memory import available_memory
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.hub import demo_model, fetch
 from tunesmith.hub.model_files import read_model_files
@@ -62,7 +61,6 @@ ENOUGH_ROWS = 50
 TELLING = 10  # held-out rows
 MOST_HELD_OUT = 500  # more rows make a validation longer, hardly more exact
 PATIENCE = 3  # validations without a better one
-MOST_WEIGHTS = 0.5  # of the memory that is available, for weights in fp32
 SEQ_LEN = 2048
 SEQ_LEN_STEP = 256
 # Epochs as OpenAI's fine-tuning chooses them: three, fewer of many rows, more of few ("Data
@@ -382,9 +380,8 @@ def _choose_dtype(
     """
     if torch.cuda.is_available() or {"model.dtype", "model.quantize"} & override_keys:
         return
-    is_emulated = hardware.bf16_slowdown(torch.device("cpu")) > hardware.EMULATED
     weights = spec.parameters * torch.float32.itemsize
-    if is_emulated and weights < available_memory() * MOST_WEIGHTS:
+    if hardware.is_bf16_emulated(torch.device("cpu")) and hardware.leaves_room(weights):
         chosen["model.dtype"] = "fp32"
         why["model.dtype"] = (
             "faster on this CPU, which only emulates products in bf16; on a GPU remove it"
