@@ -193,6 +193,19 @@ def test_a_loss_that_rises_is_told_once(
         assert len(lines_with((tmp_path / "run/log.txt").read_text(), "validate.patience=3")) == 1
 
 
+def test_a_run_whose_held_out_loss_is_nan_ends_by_patience(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        validation,
+        "validation_loss",
+        lambda *args, **options: ValidationResult(math.nan, 1, {}),
+    )
+    rule = {"every": "1 steps", "patience": 3}
+    result = go(tiny, tmp_path, train={"duration": "8 steps"}, validate=rule)
+    assert result.steps == 4
+
+
 @pytest.mark.slow
 def test_a_finished_run_goes_on_when_it_is_made_longer(tiny: Path, tmp_path: Path) -> None:
     go(tiny, tmp_path)

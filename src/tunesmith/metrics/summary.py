@@ -1,6 +1,7 @@
 """The end of a run in words: the closing summary, and failure.json."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tunesmith.run_dir import (
 )
 from tunesmith.units import count_of, format_seconds, ratio
 
-# A val_loss above the lowest by a larger share of it is more than the wobble of one that stays.
+# An increase of val_loss above its minimum, as a share of that, that is more than noise.
 RISE = 0.01
 ANSWER_WIDTH = 69  # characters of a sample answer, so that its line fits 80 columns
 
@@ -69,8 +70,7 @@ def closing_summary(
         ]
     rows += [*run_figures(records, seconds), "", *_answers(folder)]
     validations = _validations(records)
-    # The lowest loss; of equal ones the first.
-    best_loss, best_step = min(validations, default=(0.0, None))
+    best_loss, best_step = _lowest(validations)
     rows += [*_written(folder, best_step), ""]
     better = folder / f"checkpoint-{best_step}"
     has_better = better.is_dir() and has_risen(validations[-1][0], best_loss)
@@ -119,9 +119,11 @@ def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, st
         rows["loss"] += f" (mean of the last {len(tail)}: {mean:.4f})"
     validations = _validations(records)
     if validations:
-        best, step = min(validations)
+        best, step = _lowest(validations)
         losses = f"{validations[0][0]:.4f} -> {validations[-1][0]:.4f}"
-        rows["val_loss"] = f"{losses}, best {best:.4f} at step {step}"
+        rows["val_loss"] = losses
+        if step is not None:
+            rows["val_loss"] += f", best {best:.4f} at step {step}"
     rows["peak memory"] = f"{max(r.memory_gib for r in records):.1f} GiB"
     return rows
 
@@ -129,6 +131,14 @@ def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, st
 def _validations(records: Sequence[StepRecord]) -> list[tuple[float, int]]:
     """val_loss and step of each validation."""
     return [(r.val_loss, r.step) for r in records if r.val_loss is not None]
+
+
+def _lowest(validations: Sequence[tuple[float, int]]) -> tuple[float, int | None]:
+    """The lowest val_loss that is a number, of equal ones the first, and its step; None where there
+    is none.
+    """
+    numbers = [row for row in validations if not math.isnan(row[0])]
+    return min(numbers, default=(math.nan, None))
 
 
 def _speed(records: Sequence[StepRecord]) -> str:

@@ -112,10 +112,11 @@ class Validation:
     def _is_best(self, result: ValidationResult) -> bool:
         """Whether no validation so far was as good; of equal accuracies the loss decides."""
         progress = self.progress
-        # Nothing is lower than a NaN.
-        if progress.best_loss is None or math.isnan(progress.best_loss):
+        if progress.best_loss is None:
             return True
-        has_lower_loss = result.loss < progress.best_loss
+        # Any number is lower than a NaN, which an fp16 model may give; a second NaN is not.
+        is_first_number = math.isnan(progress.best_loss) and not math.isnan(result.loss)
+        has_lower_loss = is_first_number or result.loss < progress.best_loss
         if self.run.validate.best_by == "loss" or progress.best_accuracy is None:
             return has_lower_loss
         accuracy = result.metrics[ACCURACY]
