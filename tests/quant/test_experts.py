@@ -176,6 +176,49 @@ def test_parts_of_the_experts_add_up_to_all(
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("trains_router", [True, False])
+@pytest.mark.parametrize("of_weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_rows", [torch.bfloat16, torch.float16])
+def test_the_weighted_sum_in_16_bits(
+    of_rows: torch.dtype, of_weights: torch.dtype, trains_router: bool
+) -> None:
+    """Beside fp32; what is saved are rows as they come, and none where no gradient needs them."""
+    if of_weights == torch.bfloat16:
+        of_weights = of_rows
+    tokens, per_token, width = 11, 3, 40
+    torch.manual_seed(0)
+    order = torch.randperm(tokens * per_token)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    x = torch.randn(len(order), width).to(of_rows).requires_grad_()
+    weights = torch.rand(tokens, per_token).to(of_weights).requires_grad_(trains_router)
+    gradient = torch.randn(tokens, width).to(of_rows)
+    saved: list[torch.Tensor] = []
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        output = experts._WeightedSum.apply(x, weights, order, places, False)
+    leaves = (x, weights) if trains_router else (x,)
+    results = (output, *torch.autograd.grad(output, leaves, gradient))
+
+    wide_x = x.detach().float().requires_grad_()
+    wide_weights = weights.detach().float().requires_grad_(trains_router)
+    copies = wide_x[places].unflatten(0, (tokens, per_token))
+    expected = (copies * wide_weights.unsqueeze(-1)).sum(1)
+    wide_leaves = (wide_x, wide_weights) if trains_router else (wide_x,)
+    wide_results = (expected, *torch.autograd.grad(expected, wide_leaves, gradient.float()))
+    # Half a step of the 16 bits is 2^-9 of a number; sums of 40 products add up some of them.
+    for one, other, leaf in zip(results, wide_results, (x, *leaves), strict=True):
+        assert one.dtype == leaf.dtype
+        assert (one.float() - other).abs().max() < 2**-7 * other.abs().max()
+    floating = [tensor for tensor in saved if tensor.is_floating_point()]
+    kept_rows = [tensor for tensor in floating if tensor.shape == x.shape]
+    assert [tensor.dtype for tensor in kept_rows] == [of_rows] * trains_router
+
+
 # What a faulty change would do: each must show in the comparison above.
 MUTATIONS: dict[str, tuple[object, str, Callable]] = {
     "the update of the next expert": (

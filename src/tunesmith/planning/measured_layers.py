@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 9  # of the cached files; which modules are fused, and which adapted, counts
+FORMAT = 10  # of the cached files; which modules are fused, and which adapted, counts
 
 
 @dataclass(frozen=True)

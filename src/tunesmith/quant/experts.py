@@ -158,8 +158,7 @@ def _compute(
         position = torch.arange(len(x), device=x.device)
         is_other = position >= rows.offsets[-1]
         x = x.masked_fill(is_other.unsqueeze(1), 0)
-    dtype = torch.promote_types(x.dtype, weights.dtype)
-    output: Tensor = _WeightedSum.apply(x.to(dtype), weights.to(dtype), order, places, is_part)
+    output: Tensor = _WeightedSum.apply(x, weights, order, places, is_part)
     return output.to(hidden.dtype)
 
 
@@ -243,10 +242,10 @@ class _Scatter(torch.autograd.Function):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """The weighted sum of a token's k rows: [n * k, width] -> [n, width]; the way back from
-    `_Scatter`.
+    """The weighted sum of a token's k rows: [n * k, width] -> [n, width], in the dtype of x.
 
-    weights: [n, k], in the dtype of x. order, places, is_part: as of `_Scatter`.
+    weights: [n, k], perhaps in a wider dtype than x, in which the sum is computed then. order,
+    places, is_part: as of `_Scatter`.
     """
 
     @staticmethod
@@ -254,21 +253,28 @@ class _WeightedSum(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, order: Tensor, places: Tensor, is_part: bool
     ) -> Tensor:
         ctx.is_part = is_part
-        ctx.save_for_backward(x, weights, order, places)
-        return _sum_of_rows(x, places.view_as(weights), weights, is_part=is_part)
+        # The rows are for the gradient of the weights alone, which Llama 4's, all 1, do not need.
+        saved_x = x if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(saved_x, weights, order, places)
+        dtype = torch.promote_types(x.dtype, weights.dtype)
+        total = _sum_of_rows(
+            x.to(dtype), places.view_as(weights), weights.to(dtype), is_part=is_part
+        )
+        return total.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weights, order, places = ctx.saved_tensors
-        of_rows = grads[0].index_select(0, order // weights.shape[1])  # [rows, width]
+        grad_rows = grads[0].index_select(0, order // weights.shape[1])  # [rows, width]
         d_weights = None
-        if ctx.needs_input_grad[1]:
+        if x is not None:
             # A row and its gradient multiplied: [rows], then back in the order of the copies.
-            d_sorted = torch.linalg.vecdot(of_rows, x)
+            dtype = torch.promote_types(x.dtype, weights.dtype)
+            d_sorted = torch.linalg.vecdot(grad_rows.to(dtype), x.to(dtype))
             if ctx.is_part:
                 d_sorted = F.pad(d_sorted, (0, 1))
-            d_weights = d_sorted[places].view_as(weights)
-        dx = of_rows.mul_(weights.flatten()[order].unsqueeze(1))
+            d_weights = d_sorted[places].view_as(weights).to(weights.dtype)
+        dx = grad_rows.mul_(weights.flatten()[order].unsqueeze(1))
         return dx, d_weights, None, None, None
 
 
@@ -277,7 +283,8 @@ def _sum_of_rows(
 ) -> Tensor:
     """For each token the sum of its k rows of x, which lie at `places` [n, k]: [n, width].
 
-    weights: of the rows: [n, k]. is_part: a place may be behind the last row, for a row of 0.
+    weights: of the rows: [n, k], in the dtype of x. is_part: a place may be behind the last row,
+    for a row of 0, which takes a copy of x.
     """
     if is_part:
         x = F.pad(x, (0, 0, 0, 1))
