@@ -133,6 +133,14 @@ def test_a_plain_model_is_computed_in_the_faster_dtype(
     recipe = run / "config.yaml"
     recipe.write_text(recipe.read_text().replace("dtype: fp32", "dtype: bf16"))
     assert load_run(run, device="cpu").model.dtype == torch.bfloat16, "as it was trained"
+    settings = run / "final" / "adapter_config.json"
+    adapter = json.loads(settings.read_text()) | {"base_model_name_or_path": str(folder)}
+    settings.write_text(json.dumps(adapter))
+    alone = shutil.copytree(run / "final", tmp_path / "adapter")
+    (alone / "manifest.json").unlink()
+    for base_only in (False, True):
+        loaded = load_run(alone, device="cpu", base_only=base_only)
+        assert loaded.model.dtype == torch.bfloat16, "an adapter and its base are alike"
 
 
 def test_a_full_run_and_a_plain_folder(tiny: Path, tmp_path: Path) -> None:

@@ -273,8 +273,8 @@ def load_run(
         path: as for `locate_run`, or its result.
         device: None takes the GPU where there is one.
         base_only: the base of it, with the tuned model's template, without what was trained.
-        dtype: of weights and products; None takes the run's or the model's own, but fp32 for a
-            model in bf16 of no run where that is faster (see `_faster_dtype`).
+        dtype: of weights and products. None: the run's, or the model's own; for a model of no run
+            in bf16 fp32, on a CPU that only emulates bf16, if the weights fit.
 
     Raises:
         UsageError, CheckpointError: as `locate_run`; the run deleted this checkpoint meanwhile.
@@ -291,7 +291,9 @@ def load_run(
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     # Until the files are open nobody may delete the checkpoint.
     with undeleted(location):
-        read = read_run_files(location, dtype=dtype or _faster_dtype(location, place))
+        if dtype is None:
+            location = _in_faster_dtype(location, place)
+        read = read_run_files(location, dtype=dtype)
         _check_room(read.files, place)
         plan = inference_plan(read.run, read.files, place)
         train_model, _ = build_model(read.run, read.files, plan)
@@ -302,33 +304,35 @@ def load_run(
         )
 
 
-def _faster_dtype(location: RunLocation, device: "torch.device") -> Dtype | None:
-    """fp32 for a model of no run that is in bf16, where a CPU only emulates products in bf16 and
-    the weights leave room; else None. A run keeps the dtype that it was trained in.
+def _in_faster_dtype(location: RunLocation, device: "torch.device") -> RunLocation:
+    """A plain model in bf16 as one in fp32, where the CPU only emulates products in bf16 and the
+    weights fit. A run, and the base of an adapter, keep their dtype.
     """
-    from tunesmith.hub.fetch import fetch
+    from tunesmith.hub.fetch import fetch_for_tokens
     from tunesmith.metrics import hardware
-    from tunesmith.model.shipped import form_of_folder
+    from tunesmith.model.load import load_config
+    from tunesmith.model.measured_spec import model_spec
 
     base = location.base
-    if location.run is not None or base.dtype != "bf16" or device.type != "cpu":
-        return None
+    is_plain = location.kind == "base" and location.run is None
+    if location.folder is not None and location.folder != Path(base.name):
+        is_plain = False
+    if not is_plain or base.dtype != "bf16" or device.type != "cpu":
+        return location
     if not hardware.is_bf16_emulated(device):
-        return None
-    file = Path(base.name)
-    if file.suffix == ".gguf" and file.is_file():
-        # At least four bits a weight, but for few types.
-        weights = 8 * file.stat().st_size
-    else:
-        folder = fetch(base)
-        # Weights in codes stay as they ship.
-        if form_of_folder(folder) is not None:
-            return None
-        weights = 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if not hardware.leaves_room(weights):
-        return None
+        return location
+    # Of a .gguf, which is converted to the dtype that is chosen here, without its weights.
+    folder = fetch_for_tokens(base)
+    spec = model_spec(
+        load_config(folder, base).to_dict(),
+        where=str(folder),
+        trust_remote_code=base.trust_remote_code,
+    )
+    # Weights in codes stay as they ship.
+    if spec.quantized or not hardware.leaves_room(spec.parameters * 4):
+        return location
     log.info("computing in fp32, which is faster on this CPU: it only emulates products in bf16")
-    return "fp32"
+    return replace(location, base=replace(base, dtype="fp32"))
 
 
 @dataclass(frozen=True)

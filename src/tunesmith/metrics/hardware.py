@@ -28,7 +28,7 @@ ROUND_SECONDS = 0.2
 ROUNDS = 5
 # A product in bf16 that takes so many times as long as one in fp32 is emulated.
 EMULATED = 2.0
-MOST_WEIGHTS = 0.5  # of the memory that is available, where weights could be in fewer bytes
+MOST_WEIGHTS = 0.5  # of the available memory, which fp32 weights may take
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
