@@ -202,6 +202,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return framed(lambda: _dispatch(words), process=argv is None)
 
 
+def _is_of_no_released_config(record: logging.LogRecord) -> bool:
+    """Whether a warning of Transformers is news: Llama 4 was released with equal factors of low and
+    high frequencies.
+    """
+    return "high_freq_factor" not in record.getMessage()
+
+
 def run_process() -> NoReturn:
     """The program `tunesmith`: run the words of this process, which ends with the exit code."""
     run_and_exit(main)
@@ -219,8 +226,7 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
     sys.stderr = lasting(sys.stderr)
     # bitsandbytes warns of a CPU kernel that it would fetch from the Hub, unasked.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Transformers warns of values that a released config has (Llama 4's factors of frequencies).
-    logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
+    logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_of_no_released_config)
     # One of the two is read when torch is loaded.
     bound_product_caches()
     failure: BaseException | None = None

@@ -6,7 +6,9 @@ shows. The sizes go by the names of the config's keys; a type whose keys mean so
 own in HINTS.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -290,12 +292,13 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
     from tunesmith.model.load import one_line
 
     def build() -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            shrink(config),
-            dtype=torch.float32,
-            attn_implementation="eager",
-            trust_remote_code=trust_remote_code,
-        )
+        with _without_warnings():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                shrink(config),
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=trust_remote_code,
+            )
         return model
 
     try:
@@ -317,6 +320,18 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
         _spread_weights(model)
     keep_kernels_to_gpus(model)
     return model.eval()
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hide what Transformers says of a twin's rotary embedding, which is scaled from its length."""
+    logger = logging.getLogger("transformers.modeling_rope_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _no_twin(config: PretrainedConfig, why: str) -> ModelError:
