@@ -26,6 +26,7 @@ def test_lengths(text: str, amount: float, unit: str) -> None:
 def test_the_share_of_a_length_that_has_passed(text: str, share: float) -> None:
     assert Length.parse(text).share(steps=5, epochs=1, seconds=45) == share
     assert Length.parse(text).share(steps=0, epochs=0) is None, "too small to go by"
+    assert Length.parse("3 %").share(steps=5, epochs=1, seconds=45) is None
 
 
 @pytest.mark.parametrize(

@@ -134,11 +134,12 @@ class Length(_Amount):
         return self.amount * SECONDS[self.unit]
 
     def share(self, *, steps: float, epochs: float, seconds: float = 0.0) -> float | None:
-        """The part of this length that has passed, from 0 to 1; None where it is too small to go
-        by.
+        """The part of this length that has passed, from 0 to 1.
+
+        None where it is too small to go by, and for a length in %.
         """
-        whole = self.seconds or self.amount
-        passed = {"steps": steps, "epochs": epochs}.get(self.unit, seconds)
+        whole = self.amount if self.seconds is None else self.seconds
+        passed = {"steps": steps, "epochs": epochs, "%": 0.0}.get(self.unit, seconds)
         share = min(1.0, passed / whole) if whole > 0 else 0.0
         return share if share > SMALLEST_SHARE else None
 

@@ -47,6 +47,7 @@ from tunesmith.run_dir import (
     read_manifest,
     read_recipe,
     read_stopped,
+    steps_taken,
 )
 from tunesmith.units import Length, format_seconds
 
@@ -117,6 +118,8 @@ class Job:
             final_step=final_step(out),
             last_step=record.get("step") or 0,
         )
+        step = steps_taken(int(record.get("step") or 0), state, stopped)
+        record = {**record, "step": step or None}
         texts = [_describe_step(record, _total_steps(out, record)) or "before the first step"]
         if failure:
             texts.insert(0, failure.get("what") or "")
