@@ -94,7 +94,7 @@ def flush_files(folder: Path, hashed: Entries | None = None) -> Entries:
 def write_manifest(folder: Path, step: int, entries: Entries) -> None:
     """Write the manifest of a folder whose other files are on the disk.
 
-    It makes the folder complete; a checkpoint of its run it is once `atomic_folder` has renamed it.
+    The folder is then complete. It becomes a checkpoint of its run when `atomic_folder` renames it.
     """
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"step": step, "files": entries}, indent=1))

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from tunesmith.export.gguf.check import FileCheck
     from tunesmith.export.gguf.export import ExportedFile
 
-MOST_TIMES = 1000  # as much or as little as is said
-SAME = 1.5  # times a change, up to which another is about as large
+MOST_TIMES = 1000  # larger factors are printed as this one
+SAME = 1.5  # changes within this factor count as equal
 # As in `export.gguf.types`, which a test compares; that module is not loaded to parse.
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 # Those whose rounding is too small to show in three answers.
@@ -254,9 +254,9 @@ def _rounding(check: "FileCheck") -> str:
     """How far rounding changed the probabilities of the next tokens, beside what training did."""
     rounding = check.tuned.mean_kl
     if check.base is None:
-        return f"rounding changed them by {rounding:.2g} nats (mean KL)"
+        return f"rounding changed probabilities by {rounding:.2g} nats (mean KL)"
     training = check.base.mean_kl
-    figures = f"(KL {rounding:.2g} and {training:.2g} nats)"
+    figures = f"(KL {rounding:.2g}, {training:.2g} nats)"
     if rounding > SAME * training:
         times = rounding / max(training, rounding / MOST_TIMES)
         compared = f"{times:,.0f} times as much as training"
@@ -265,7 +265,7 @@ def _rounding(check: "FileCheck") -> str:
         compared = f"{times:,.0f} times less than training"
     else:
         compared = "as much as training"
-    return f"rounding changed them {compared} {figures}"
+    return f"rounding changed probabilities {compared} {figures}"
 
 
 def _next_command(args: argparse.Namespace, exported: "ExportedFile") -> str:

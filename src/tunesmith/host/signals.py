@@ -138,7 +138,7 @@ class StopRequest:
             _thread.interrupt_main(next(iter(self._previous_handlers)))
 
     def when(self) -> str:
-        """Of a stop that came while a run was loaded."""
+        """When the stop came that ended a start while it was loading, in words for an error."""
         return "before a further step" if self.saved_step else "before the first step"
 
     def not_begun(self) -> StoppedError:
