@@ -774,9 +774,10 @@ class MemoryEstimator:
         gated = wide * tokens + max(wide * tokens, weight)
         copies = layer.experts_per_token * hidden * tokens
         if layer.experts and self.machine.device == "cpu":
-            # Two and a half gradients of a token's k copies, or those of gate, up and their
-            # product: one expert comes after the other, and neither waits for the other.
-            elements += max(gated, 5 * copies // 2)
+            # Of gradients of a token's k copies one and a half, in full two and a half; or those of
+            # gate, up and their product: one expert comes after the other, and neither waits.
+            halves = 5 if self.run.adapter.kind == "none" else 3
+            elements += max(gated, halves * copies // 2)
         elif layer.experts:
             # Both, as all experts are computed at once; not measured on a GPU.
             elements += gated + 2 * copies + 2 * wide * tokens
