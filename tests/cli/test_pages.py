@@ -86,6 +86,7 @@ def test_the_recipe_of_the_page_is_one(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "my-recipe.yaml").model.name == "Qwen/Qwen3-8B"
 
 
+@pytest.mark.slow
 def test_the_tables_of_ranks_are_those_that_were_measured() -> None:
     files = sorted((ROOT / "docs" / "measurements").glob("ranks-*.json"))
     assert files

@@ -331,6 +331,7 @@ def test_a_run_that_fits_on_none_of_the_machines_ends_with_2(
     check_shown(capsys.readouterr().err, where="command line: --price", names=[2, 1])
 
 
+@pytest.mark.slow
 def test_a_plan_starts_no_gpu(llama: Path) -> None:
     """Where there is one; without any, a look at it would raise."""
     code = f"""import sys, torch

@@ -170,6 +170,7 @@ def held_out_places(run: Path) -> list[str]:
     return places
 
 
+@pytest.mark.slow
 def test_training_of_a_run_continues_with_more_rows(home: Path, capsys: Capture) -> None:
     first = [*SMALL, "adapter.rank=4", "adapter.alpha=4", "output_dir=runs/mine"]
     assert main(["train", "--model", "small", "--data", "faq.csv", *first]) == EXIT_OK
