@@ -98,6 +98,17 @@ def test_a_run_at_work_tells_its_steps_and_the_time_that_is_left(
     assert Job("", str(run)).state().text.startswith("step 87, ")
 
 
+def test_a_stop_in_a_validation_changes_no_total(out: Path) -> None:
+    """The record of the saved step is written once its validation has been measured."""
+    (out / "failure.json").unlink()
+    (out / "config.yaml").write_text("train: {duration: 4 epochs}\n")
+    (out / METRICS).write_text('{"step": 19, "epoch": 1.9, "loss": 1.5, "step_seconds": 2.0}\n')
+    (out / STOPPED).write_text('{"step": 20}')
+    state = Job("", str(out)).state()
+    assert state.state is RunState.STOPPED
+    assert holds(state.text, "step 20 of 40")
+
+
 def test_a_state_reads_the_records_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run at work, and of one that has ended."""
     import fcntl

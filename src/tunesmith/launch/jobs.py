@@ -118,9 +118,10 @@ class Job:
             final_step=final_step(out),
             last_step=record.get("step") or 0,
         )
+        # By the step and the epoch of one record; what is saved may be a step further.
+        total = _total_steps(out, record)
         step = steps_taken(int(record.get("step") or 0), state, stopped)
-        record = {**record, "step": step or None}
-        texts = [_describe_step(record, _total_steps(out, record)) or "before the first step"]
+        texts = [_describe_step({**record, "step": step}, total) or "before the first step"]
         if failure:
             texts.insert(0, failure.get("what") or "")
         elif stopped and stopped.get("step"):
