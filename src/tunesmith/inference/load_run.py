@@ -310,23 +310,19 @@ def _in_faster_dtype(location: RunLocation, device: "torch.device") -> RunLocati
     """
     from tunesmith.hub.fetch import fetch_for_tokens
     from tunesmith.metrics import hardware
-    from tunesmith.model.load import load_config
     from tunesmith.model.measured_spec import model_spec
 
     base = location.base
-    is_plain = location.kind == "base" and location.run is None
-    if location.folder is not None and location.folder != Path(base.name):
-        is_plain = False
+    is_own_folder = location.folder in (None, Path(base.name))
+    is_plain = location.kind == "base" and location.run is None and is_own_folder
     if not is_plain or base.dtype != "bf16" or device.type != "cpu":
         return location
     if not hardware.is_bf16_emulated(device):
         return location
     # Of a .gguf, which is converted to the dtype that is chosen here, without its weights.
-    folder = fetch_for_tokens(base)
+    config = fetch_for_tokens(base) / "config.json"
     spec = model_spec(
-        load_config(folder, base).to_dict(),
-        where=str(folder),
-        trust_remote_code=base.trust_remote_code,
+        read_json(config), where=str(config), trust_remote_code=base.trust_remote_code
     )
     # Weights in codes stay as they ship.
     if spec.quantized or not hardware.leaves_room(spec.parameters * 4):
